@@ -1,0 +1,1 @@
+"""av_lens: TransformerLens for audio-visual language models."""

@@ -1,0 +1,60 @@
+"""Every error that av_lens raises on purpose: one small tree, each message saying what was asked, found and to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AvLensError(Exception):
+    """The root: `except AvLensError` catches everything that av_lens refuses."""
+
+
+class MediaError(AvLensError):
+    """A file or clip that cannot be read, cut, joined or written."""
+
+
+class InputError(AvLensError, ValueError):
+    """A question, option, answer or span that does not fit the model or the clip."""
+
+
+class AlignmentError(InputError):
+    """Two inputs that should match position by position and do not."""
+
+
+class ManifestError(InputError):
+    """A manifest with faults; the message lists all of them with their line numbers."""
+
+
+class ModelError(AvLensError):
+    """A model that cannot be loaded, adapted or trusted (a failed self-check)."""
+
+
+class InterventionError(AvLensError):
+    """A site, edit or plan that cannot be applied, or that did not fire as it should have."""
+
+
+class BudgetError(AvLensError):
+    """A request that would need more memory or time than its budget."""
+
+
+class ProtocolError(AvLensError):
+    """An isolation that must not go on: no gap to explain, too few conflicts, an undefined donor."""
+
+
+def unknown(kind: str, name: object, known: Iterable[object]) -> str:
+    """Say that `name` is not a known `kind`, with the nearest match and all that is known.
+
+    Args:
+        kind: what the name should have been, such as "role" or "hook".
+        name: what was asked for.
+        known: every accepted name.
+
+    Returns:
+        One sentence for an error's message.
+    """
+    options = [str(option) for option in known]
+    near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    shown = ", ".join(options[:40]) + (", ..." if len(options) > 40 else "")
+    return f"unknown {kind} {str(name)!r}.{hint} Known: {shown}."
