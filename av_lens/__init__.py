@@ -1,1 +1,93 @@
-"""av_lens: TransformerLens for audio-visual language models."""
+"""av_lens: TransformerLens for audio-visual language models.
+
+Which heads of the fusion layers keep a model from saying what it hears, and how do we know?
+
+```python
+import av_lens as avl
+
+model = avl.load("av-tiny")
+clip = avl.organism.clip("dog", seed=0).with_sound(avl.organism.clip("siren", seed=0))
+x = model.encode(clip, "What do you hear?")
+logits, cache = model.run_with_cache(x)
+```
+
+Importing is silent and light: every name below loads the module it lives in on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module it lives in. The one list of what av_lens offers.
+_HOMES = {
+    "Clip": "media",
+    "ClipFile": "media",
+    "load_clip": "media",
+    "Span": "spans",
+    "SpanMap": "spans",
+    "AVInputs": "inputs",
+    "Conflict": "inputs",
+    "Pair": "inputs",
+    "conflicts": "inputs",
+    "HookedAVLLM": "runs",
+    "check_model": "runs",
+    "load": "runs",
+    "Site": "interventions",
+    "Edit": "interventions",
+    "Plan": "interventions",
+    "add": "interventions",
+    "cut": "interventions",
+    "mean": "interventions",
+    "noise": "interventions",
+    "replace": "interventions",
+    "resample": "interventions",
+    "scale": "interventions",
+    "zero": "interventions",
+    "kl": "runs",
+    "log_prob": "runs",
+    "logit_diff": "runs",
+    "measure": "runs",
+    "prob": "runs",
+    "rank": "runs",
+    "run": "runs",
+    "direct_attribution": "methods",
+    "patch": "methods",
+    "Grid": "results",
+    "Isolation": "results",
+    "isolate": "isolation",
+    "AvLensError": "errors",
+}
+_ROOMS = ("errors", "organism", "plots", "reports", "studies")
+
+__all__ = ["__version__", *_HOMES, *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+    from av_lens import errors, organism, plots, reports, studies
+    from av_lens.errors import AvLensError
+    from av_lens.inputs import AVInputs, Conflict, Pair, conflicts
+    from av_lens.interventions import Edit, Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
+    from av_lens.isolation import isolate
+    from av_lens.media import Clip, ClipFile, load_clip
+    from av_lens.methods import direct_attribution, patch
+    from av_lens.results import Grid, Isolation
+    from av_lens.runs import HookedAVLLM, check_model, kl, load, log_prob, logit_diff, measure, prob, rank, run
+    from av_lens.spans import Span, SpanMap
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"av_lens.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"av_lens.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    from av_lens.errors import unknown
+
+    raise AttributeError(f"av_lens: {unknown('name', name, __all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

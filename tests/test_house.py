@@ -1,0 +1,178 @@
+"""The house rules: one-way imports, small files and functions, no shadowed verbs, honest docstrings, a light import."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import av_lens
+
+ROOT = Path(av_lens.__file__).parent
+REPOSITORY = ROOT.parent
+FILES = sorted(ROOT.rglob("*.py"))
+
+# Lowest first: a room may import from itself and from every room before it.
+ORDER = [
+    {"errors", "axes", "checks", "spans"},
+    {"media", "results"},
+    {"inputs"},
+    {"bridge"},
+    {"interventions"},
+    {"runs"},
+    {"methods"},
+    {"isolation"},
+    {"organism"},
+    {"studies"},
+    {"cli"},
+]
+BESIDE = {"plots": {"errors", "axes", "checks", "results", "spans", "media"}}
+BESIDE["reports"] = BESIDE["plots"] | {"plots"}
+ALSO = {"isolation": {"reports"}, "organism": set(), "studies": {"plots", "reports"}, "cli": {"plots", "reports"}}
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def allowed(name: str) -> set[str]:
+    if name == "__init__":
+        return {r for level in ORDER for r in level} | {"plots", "reports"}
+    if name in BESIDE:
+        return BESIDE[name] | {name}
+    found: set[str] = {name}
+    for level in ORDER:
+        if name in level:
+            return found | level if name in ORDER[0] else found | ALSO.get(name, set())
+        found |= level
+    raise AssertionError(f"av_lens/{name} is not a room of the house: add it to ORDER or move the file")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: write the whole path, not a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "av_lens" and len(parts) > 1 and (ROOT / parts[1]).exists() | (ROOT / f"{parts[1]}.py").exists():
+                found.add(parts[1])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path):
+    extra = imported_rooms(path) - allowed(room(path))
+    assert not extra, f"{path.relative_to(ROOT)} imports {sorted(extra)}, which come after its room"
+
+
+@pytest.mark.parametrize("package", ["methods", "plots"])
+def test_siblings_never_import_each_other(package: str):
+    for path in (ROOT / package).glob("*.py"):
+        if path.stem == "__init__" or path.stem.startswith("_"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"av_lens.{package}."):
+                sibling = node.module.split(".")[2]
+                assert sibling.startswith("_"), f"{path.name} imports its sibling {sibling}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path: Path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400, f"{path.name} has outgrown 400 lines"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= 80, f"{path.name}: {node.name} has {length} lines; a function does one thing"
+
+
+def test_no_module_carries_a_public_verbs_name():
+    verbs = {name for name in av_lens.__all__ if name.islower() and name not in av_lens._ROOMS} - {"__version__"}
+    for path in FILES:
+        names = {path.stem} | ({path.parent.name} if path.parent != ROOT else set())
+        assert not names & verbs, f"{path} shadows the public verb {names & verbs}"
+
+
+def test_every_submodule_imports_and_every_public_name_is_there():
+    for path in FILES:
+        parts = path.relative_to(REPOSITORY).with_suffix("").parts
+        importlib.import_module(".".join(part for part in parts if part != "__init__"))
+    for name, home in av_lens._HOMES.items():
+        value = getattr(av_lens, name)
+        assert callable(value) or inspect.isclass(value), f"{name} is neither a function nor a class"
+        assert getattr(value, "__module__", "").startswith(f"av_lens.{home}"), f"{name} does not live in {home}"
+        assert (value.__doc__ or "").strip(), f"{name} has no docstring"
+    for room_name in av_lens._ROOMS:
+        assert inspect.ismodule(getattr(av_lens, room_name))
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(AttributeError, match="Did you mean 'isolate'"):
+        _ = av_lens.isolat
+
+
+def public_functions(path: Path):
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            yield node.name, node
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            for child in node.body:
+                if isinstance(child, ast.FunctionDef) and not child.name.startswith("_"):
+                    yield f"{node.name}.{child.name}", child
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_docstring_args_are_the_signatures(path: Path):
+    for name, node in public_functions(path):
+        doc = ast.get_docstring(node)
+        if not doc or "Args:" not in doc:
+            continue
+        section = re.split(r"\n(?=\S)", doc.split("Args:", 1)[1])[0]
+        indent = min(len(line) - len(line.lstrip()) for line in section.splitlines() if line.strip())
+        said = re.findall(rf"^ {{{indent}}}\*{{0,2}}(\w+)(?: \([^)]*\))?:", section, flags=re.M)
+        a = node.args
+        real = [x.arg for x in [*a.posonlyargs, *a.args, *a.kwonlyargs] if x.arg not in ("self", "cls")]
+        real += [x.arg for x in (a.vararg, a.kwarg) if x]
+        assert set(said) == set(real), f"{path.name}: {name} documents {said}, its signature has {real}"
+
+
+def test_the_top_level_is_as_fixed():
+    allowed_names = {"av_lens", "notebooks", "tests", "docs", "pyproject.toml", "README.md"}
+    listed = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert {name for name in top if not name.startswith(".")} <= allowed_names
+
+
+def _import_seconds(statement: str) -> tuple[float, str]:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", statement], capture_output=True, text=True, check=True)
+    return time.perf_counter() - start, done.stdout + done.stderr
+
+
+def test_importing_is_silent_and_light():
+    heavy = "plotly circuitsvis av sklearn transformers.models.qwen2_5_omni.modeling_qwen2_5_omni torch xarray pandas".split()
+    _, said = _import_seconds(f"import sys, av_lens; print([m for m in {heavy!r} if m in sys.modules])")
+    assert said.strip() == "[]", f"import av_lens printed or loaded: {said}"
+
+
+@pytest.mark.slow
+def test_importing_everything_costs_at_most_a_third_more_than_transformer_lens():
+    ours = min(_import_seconds("import av_lens; av_lens.load, av_lens.patch, av_lens.Clip")[0] for _ in range(3))
+    theirs = min(_import_seconds("import transformer_lens")[0] for _ in range(3))
+    assert ours <= 1.3 * theirs, f"{ours:.2f} s against {theirs:.2f} s"
