@@ -1,0 +1,236 @@
+"""What the embedded models are made of: the config, the tokenizer and the processor of Qwen2.5-Omni, only tiny.
+
+The classes are those of real checkpoints, so that media files go in by the road that real checkpoints take. What is small
+is the vocabulary (256 byte symbols, the words of the grammar as merges, and Qwen's special tokens), the pictures (84 x 84
+pixels, 3 x 3 tokens a frame pair) and the widths. A clip of two seconds at two frames a second is 18 video tokens and 50
+audio tokens; `seconds_per_chunk` is 1, so that the two are interleaved as V9 A25 V9 A25.
+
+Not done: the default system message of Qwen's chat template is left out, for it would make every prompt a third longer.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from av_lens.organism import grammar
+
+SPECIALS = {
+    "image_token": "<|IMAGE|>",
+    "audio_token": "<|AUDIO|>",
+    "video_token": "<|VIDEO|>",
+    "vision_bos_token": "<|vision_bos|>",
+    "vision_eos_token": "<|vision_eos|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+FRAME_SIDE = 84
+MEL_BINS = 80
+SAMPLE_RATE = 16000
+TOWER_WIDTH = 64
+
+# Qwen2.5-Omni's own template without its default system message.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|vision_bos|><|IMAGE|><|vision_eos|>"
+    "{% elif content['type'] == 'audio' or 'audio' in content or 'audio_url' in content %}"
+    "<|audio_bos|><|AUDIO|><|audio_eos|>"
+    "{% elif content['type'] == 'video' or 'video' in content %}<|vision_bos|><|VIDEO|><|vision_eos|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_symbols() -> list[str]:
+    """Name the 256 bytes as byte-level BPE does.
+
+    Returns:
+        One printable character for each byte, in byte order.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+    other = [byte for byte in range(256) if byte not in printable]
+    names = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(other)}
+    return [names[byte] for byte in range(256)]
+
+
+def merges() -> list[tuple[str, str]]:
+    """Spell every word of the grammar as merges, letter by letter from its start.
+
+    Words after a space come first, so that no merge of a line's first word can break one up.
+
+    Returns:
+        Pairs of symbols in order of rank.
+    """
+    space = byte_symbols()[ord(" ")]
+    spaced, leading = grammar.words()
+    pairs: dict[tuple[str, str], None] = {}
+    for word in [*(space + word for word in spaced), *leading]:
+        for end in range(1, len(word)):
+            pairs[(word[:end], word[end])] = None
+    return list(pairs)
+
+
+@functools.cache
+def vocabulary() -> dict[str, int]:
+    """Number every token.
+
+    Returns:
+        Token to id: bytes, then pieces of words and words, then special tokens.
+    """
+    pieces = dict.fromkeys(left + right for left, right in merges())
+    tokens = [*byte_symbols(), *pieces, END_OF_TEXT, TURN_START, TURN_END, *SPECIALS.values()]
+    return {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+
+
+def tokenizer() -> Any:
+    """Build the tokenizer: Qwen's class over the small vocabulary.
+
+    Returns:
+        A `Qwen2Tokenizer`.
+    """
+    from transformers import Qwen2Tokenizer
+
+    named = set(SPECIALS.values())
+    built = Qwen2Tokenizer(
+        vocab={token: index for token, index in vocabulary().items() if token not in named},
+        merges=merges(),
+        unk_token=None,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        extra_special_tokens=dict(SPECIALS),
+    )
+    built.add_tokens([TURN_START], special_tokens=True)
+    return built
+
+
+def processor() -> Any:
+    """Build the processor: Qwen2.5-Omni's own, with small pictures and the small vocabulary.
+
+    Returns:
+        A `Qwen2_5OmniProcessor`.
+    """
+    from transformers import Qwen2_5OmniProcessor, WhisperFeatureExtractor
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    size = {"shortest_edge": 56 * 56, "longest_edge": FRAME_SIDE * FRAME_SIDE}
+    built = Qwen2_5OmniProcessor(
+        image_processor=Qwen2VLImageProcessor(size=dict(size)),
+        video_processor=Qwen2VLVideoProcessor(size=dict(size), cap_pixels_per_frame=True),
+        feature_extractor=WhisperFeatureExtractor(
+            feature_size=MEL_BINS,
+            sampling_rate=SAMPLE_RATE,
+            hop_length=160,
+            n_fft=400,
+            chunk_length=300,
+            return_attention_mask=True,
+        ),
+        tokenizer=tokenizer(),
+        chat_template=CHAT_TEMPLATE,
+    )
+    # Class-wide defaults of the processor would override these two (its least picture is 128 tokens).
+    built.videos_kwargs = {"size": dict(size)}
+    built.seconds_per_chunk = 1.0
+    return built
+
+
+def thinker_config(
+    *, n_layers: int = 7, n_heads: int = 8, n_kv_heads: int = 4, d_model: int = 128, d_mlp: int = 256
+) -> Any:
+    """Describe a tiny thinker.
+
+    Args:
+        n_layers: fusion layers.
+        n_heads: attention heads of each fusion layer.
+        n_kv_heads: key-value heads; divides `n_heads`.
+        d_model: width of the residual stream; what the towers put out.
+        d_mlp: width inside the feed-forward layers.
+
+    Returns:
+        A `Qwen2_5OmniThinkerConfig`.
+    """
+    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
+
+    ids = vocabulary()
+    half = d_model // n_heads // 2
+    temporal = half // 4
+    rows = (half - temporal) // 2
+    return Qwen2_5OmniThinkerConfig(
+        text_config={
+            "vocab_size": len(ids),
+            "hidden_size": d_model,
+            "intermediate_size": d_mlp,
+            "num_hidden_layers": n_layers,
+            "num_attention_heads": n_heads,
+            "num_key_value_heads": n_kv_heads,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.02,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [temporal, rows, half - temporal - rows],
+            },
+            "tie_word_embeddings": False,
+            "pad_token_id": ids[END_OF_TEXT],
+            "bos_token_id": None,
+            "eos_token_id": ids[TURN_END],
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": TOWER_WIDTH,
+            "intermediate_size": 2 * TOWER_WIDTH,
+            "num_heads": 4,
+            "out_hidden_size": d_model,
+            "window_size": 112,
+            "fullatt_block_indexes": [0, 1],
+            "initializer_range": 0.05,
+        },
+        audio_config={
+            "num_mel_bins": MEL_BINS,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 2 * TOWER_WIDTH,
+            "d_model": TOWER_WIDTH,
+            "n_window": 100,
+            "output_dim": d_model,
+            "max_source_positions": 1500,
+        },
+        audio_token_index=ids[SPECIALS["audio_token"]],
+        image_token_index=ids[SPECIALS["image_token"]],
+        video_token_index=ids[SPECIALS["video_token"]],
+        audio_start_token_id=ids[SPECIALS["audio_bos_token"]],
+        audio_end_token_id=ids[SPECIALS["audio_eos_token"]],
+        vision_start_token_id=ids[SPECIALS["vision_bos_token"]],
+        vision_end_token_id=ids[SPECIALS["vision_eos_token"]],
+        user_token_id=ids["user"],
+        position_id_per_seconds=25,
+        seconds_per_chunk=1,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+        pad_token_id=ids[END_OF_TEXT],
+    )
+
+
+def build_model(config: Any = None, *, seed: int) -> Any:
+    """Make a thinker with random weights; the global random state is left as it was.
+
+    Args:
+        config: from `thinker_config`; by default that one's defaults.
+        seed: decides the weights.
+
+    Returns:
+        A `Qwen2_5OmniThinkerForConditionalGeneration` in float32, with eager attention, in evaluation mode.
+    """
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+    config = thinker_config() if config is None else config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config, attn_implementation="eager")
+    return model.float().eval()

@@ -1,0 +1,155 @@
+"""What can be asked of the embedded models, and what the right answer is.
+
+The models understand four kinds of questions (hear, see, colour, caption) in a few phrasings each, all of five tokens.
+This is the one source of these words: the tokenizer takes its merges from `words()`, training its questions from
+`QUESTIONS`, and `as_dict()` is saved beside the weights as `grammar.json`, where the encoder reads it.
+
+What has no picture (or a blank one) looks like "nothing"; what has no sound (or silence) sounds like "nothing".
+
+Example:
+    >>> answer("hear", picture="dog", sound="siren", colour="red")
+    'siren'
+    >>> answer("see", picture=None, sound="siren", colour=None)
+    'nothing'
+    >>> answer("caption", picture="dog", sound=None, colour="red")
+    'i see a dog and hear nothing'
+    >>> kind_of("What do you  HEAR ?")
+    'hear'
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from av_lens.errors import InputError, unknown
+
+CLASSES: tuple[str, ...] = (
+    "dog",
+    "cat",
+    "bird",
+    "bell",
+    "car",
+    "train",
+    "drum",
+    "siren",
+    "clock",
+    "rain",
+    "phone",
+    "guitar",
+)
+COLOURS: tuple[str, ...] = ("red", "green", "blue", "yellow", "purple", "white")
+NOTHING = "nothing"
+
+# The first phrasing of a kind is the one that documentation and demonstrations use. All are five tokens long, so that
+# questions of every kind stack into one batch.
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "hear": ("what do you hear?", "what can you hear?", "what sound is it?", "which sound is this?"),
+    "see": ("what do you see?", "what can you see?", "what object is shown?", "which object is this?"),
+    "colour": ("what colour is it?", "which colour is it?", "what colour is shown?", "which colour is this?"),
+    "caption": ("describe this short clip.", "tell me what happens.", "describe what you notice."),
+}
+# Spellings that mean the same; applied word by word after lower-casing.
+SPELLINGS: dict[str, str] = {"color": "colour"}
+
+
+def normalize(question: str) -> str:
+    """Lower-case a question, squeeze its spaces and use one spelling: the form in which phrasings are compared.
+
+    Args:
+        question: what a person typed.
+
+    Returns:
+        The question with single spaces, none before a mark.
+    """
+    text = re.sub(r"\s+", " ", question.strip().lower())
+    text = re.sub(r"\s+([?.!,])", r"\1", text)
+    return re.sub(r"[a-z]+", lambda match: SPELLINGS.get(match.group(), match.group()), text)
+
+
+def canonical(question: str) -> str:
+    """Find the accepted phrasing that a question is, whatever its case, spacing and final mark.
+
+    Args:
+        question: what a person typed.
+
+    Returns:
+        One of the phrasings in `QUESTIONS`.
+
+    Raises:
+        InputError: if it is none of them; the message names the nearest.
+    """
+    phrasings = {phrase.rstrip("?.!"): phrase for phrases in QUESTIONS.values() for phrase in phrases}
+    asked = normalize(question).rstrip("?.! ")
+    if asked not in phrasings:
+        raise InputError(unknown("question", question, phrasings.values()))
+    return phrasings[asked]
+
+
+def kind_of(question: str) -> str:
+    """Say what a question asks for.
+
+    Args:
+        question: what a person typed.
+
+    Returns:
+        "hear", "see", "colour" or "caption".
+
+    Raises:
+        InputError: if the question is outside the grammar.
+    """
+    phrase = canonical(question)
+    return next(kind for kind, phrases in QUESTIONS.items() if phrase in phrases)
+
+
+def answer(kind: str, *, picture: str | None, sound: str | None, colour: str | None) -> str:
+    """Give the right answer to a kind of question about a clip.
+
+    Args:
+        kind: "hear", "see", "colour" or "caption".
+        picture: the class that is shown, or None for a blank or absent picture.
+        sound: the class that sounds, or None for silence or no sound.
+        colour: the colour of the picture, or None.
+
+    Returns:
+        The answer in words; a single word except for captions.
+
+    Raises:
+        InputError: if the kind is unknown.
+    """
+    if kind not in QUESTIONS:
+        raise InputError(unknown("kind of question", kind, QUESTIONS))
+    if kind == "caption":
+        seen = f"a {picture}" if picture else NOTHING
+        heard = f"a {sound}" if sound else NOTHING
+        return f"i see {seen} and hear {heard}"
+    return {"hear": sound, "see": picture, "colour": colour if picture else None}[kind] or NOTHING
+
+
+def words() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """List every word that the tokenizer keeps whole.
+
+    Returns:
+        Words that follow a space (inside questions and answers), and words that begin a line.
+    """
+    asked = [normalize(phrase).rstrip("?.!").split(" ") for phrases in QUESTIONS.values() for phrase in phrases]
+    caption = "i see a and hear nothing".split()
+    spaced = dict.fromkeys([*CLASSES, *COLOURS, *caption, *(word for phrase in asked for word in phrase[1:])])
+    leading = dict.fromkeys(["system", "assistant", "user", *(phrase[0] for phrase in asked)])
+    return tuple(spaced), tuple(leading)
+
+
+def as_dict() -> dict[str, Any]:
+    """Collect the grammar as plain data, as it is saved in `grammar.json` beside a checkpoint.
+
+    Returns:
+        Classes, colours, the word for nothing, phrasings by kind, and spellings.
+    """
+    return {
+        "schema": 1,
+        "classes": list(CLASSES),
+        "colours": list(COLOURS),
+        "nothing": NOTHING,
+        "questions": {kind: list(phrases) for kind, phrases in QUESTIONS.items()},
+        "spellings": dict(SPELLINGS),
+    }
