@@ -1,0 +1,219 @@
+"""What did an isolation find, and can it be opened again years later?
+
+`Isolation` is the whole finding as data: the verdict in words, the named heads with their evidence, the set and its
+controls, behaviour, every head's effects on every conflict, the protocol that was written beforehand and where it all
+came from. It is saved as json (words, protocol, provenance, the tables' columns), csv (tables) and npz (arrays), with a
+schema version and without pickle.
+
+Sign: every effect is on the model's hearing. Positive means that the edit gives hearing back, so a positive
+*release* belongs to a head that keeps the sound from being said. Figures are logits unless a column says share
+(of G, hearing with nothing to see) or rate. Not measured is NaN.
+
+Not done here: no model, no statistics, no figures (`found.report` hands itself to the room that writes pages).
+
+Example:
+    ```python
+    found.save("out")
+    again = Isolation.load("out")
+    again.heads.query("confirmed")
+    ```
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from av_lens.errors import InputError, unknown
+from av_lens.results.tables import ROLE_NAMES, SUPPRESSORS, TABLES, read_table, table
+
+SCHEMA_VERSION = 1
+
+
+def _empty(name: str) -> Callable[[], pd.DataFrame]:
+    return lambda: table(name, [])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Isolation:
+    """A finished isolation; see the module for signs and units, `TABLES` for the columns.
+
+    `verdict` is the finding in words with its numbers. `stamps` belong on every page: "exploratory" (too few conflicts
+    for a verdict), "not interpretable" (the search went on where the protocol would have stopped it). `summary` holds
+    the figures that the verdict speaks of (G, C, gap, delta, power ...). `arrays` holds every head's effect on every
+    conflict, `"half/site/estimand/donor"` -> `[example, layer, head]` (NaN where not measured), its rows the competent
+    conflicts of that half in the order of `conflicts`; also `"half/G"` and `"half/C"` -> `[example]`.
+    """
+
+    verdict: str
+    n_layers: int
+    n_heads: int
+    stamps: tuple[str, ...] = ()
+    summary: Mapping[str, float]
+    heads: pd.DataFrame = field(default_factory=_empty("heads"))
+    evidence: pd.DataFrame = field(default_factory=_empty("evidence"))
+    sets: pd.DataFrame = field(default_factory=_empty("sets"))
+    ablation: pd.DataFrame = field(default_factory=_empty("ablation"))
+    specificity: pd.DataFrame = field(default_factory=_empty("specificity"))
+    behaviour: pd.DataFrame = field(default_factory=_empty("behaviour"))
+    conflicts: pd.DataFrame = field(default_factory=_empty("conflicts"))
+    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
+    protocol: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, columns in TABLES.items():
+            found = list(getattr(self, name).columns)
+            if found != list(columns):
+                raise InputError(
+                    f"table {name!r} has columns {found}; the record needs {list(columns)} (build it with `table`)."
+                )
+        strange = sorted(set(self.heads["role"]) - set(ROLE_NAMES))
+        if strange:
+            raise InputError(unknown("role", strange[0], ROLE_NAMES))
+
+    @property
+    def suppressors(self) -> pd.DataFrame:
+        """The confirmed picture writers, sound opponents and gates."""
+        keep = self.heads["role"].isin(SUPPRESSORS) & self.heads["confirmed"]
+        return cast(pd.DataFrame, self.heads[keep])
+
+    def grid(
+        self, estimand: str, donor: str = "", *, half: str = "discovery", site: str = "suffix", column: str = "mean"
+    ) -> np.ndarray:
+        """Lay one effect out by layer and head, for a heat map.
+
+        Args:
+            estimand: such as "release", "direct", "reads picture"; see `evidence["estimand"]`.
+            donor: such as "blank_muted"; empty where the estimand has only one.
+            half: "discovery" or "confirmation".
+            site: the site set.
+            column: "mean", "low", "high", "share", "share_low" or "share_high".
+
+        Returns:
+            `[layer, head]`, NaN where not measured.
+
+        Raises:
+            InputError: an estimand that this record does not hold, or an unknown column.
+        """
+        frame: Any = self.evidence
+        if column not in TABLES["evidence"]:
+            raise InputError(unknown("column", column, TABLES["evidence"]))
+        keep: Any = (frame["estimand"] == estimand) & (frame["half"] == half) & (frame["site"] == site)
+        if donor:
+            keep &= frame["donor"] == donor
+        if not keep.any():
+            known = sorted(
+                {f"{e} ({d})" if d else str(e) for e, d in zip(frame["estimand"], frame["donor"], strict=True)}
+            )
+            raise InputError(unknown("effect", f"{estimand} ({donor})" if donor else estimand, known))
+        out = np.full((self.n_layers, self.n_heads), np.nan)
+        rows = frame[keep]
+        out[rows["layer"].to_numpy(), rows["head"].to_numpy()] = rows[column].to_numpy()
+        return out
+
+    def report(self, path: str | Path, **options: Any) -> Path:
+        """Write the finding as one self-contained page.
+
+        Args:
+            path: the html file to write.
+            **options: passed to `av_lens.reports.write_report` (such as `clips=`).
+
+        Returns:
+            The path that was written.
+        """
+        # Looked up by name: pages are written by a later room, which imports this one.
+        written: Any = importlib.import_module("av_lens.reports").write_report(self, path, **options)
+        return Path(written) if written is not None else Path(path)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the record: `isolation.json`, one csv per table, `arrays.npz`.
+
+        Args:
+            folder: made if absent; files of an earlier record in it are replaced.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in TABLES:
+            getattr(self, name).to_csv(folder / f"{name}.csv", index=False)
+        np.savez_compressed(folder / "arrays.npz", allow_pickle=False, **cast(Any, dict(self.arrays)))
+        head = {
+            "schema": "av_lens.isolation",
+            "version": SCHEMA_VERSION,
+            "verdict": self.verdict,
+            "stamps": list(self.stamps),
+            "n_layers": self.n_layers,
+            "n_heads": self.n_heads,
+            "summary": {key: _finite(value) for key, value in self.summary.items()},
+            "protocol": self.protocol,
+            "provenance": self.provenance,
+            "tables": TABLES,
+        }
+        text = json.dumps(head, indent=1, allow_nan=False, default=_plain)
+        partial = folder / "isolation.json.part"
+        partial.write_text(text)
+        partial.replace(folder / "isolation.json")
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Isolation:
+        """Open a saved record.
+
+        Args:
+            folder: what `save` wrote.
+
+        Returns:
+            The record, equal table by table and array by array to the one that was saved.
+
+        Raises:
+            InputError: no record there, or one of another schema version.
+        """
+        folder = Path(folder)
+        if not (folder / "isolation.json").exists():
+            raise InputError(
+                f"no isolation is saved in {folder}: isolation.json is not there. Give the folder that `save` wrote."
+            )
+        head = json.loads((folder / "isolation.json").read_text())
+        if head.get("version") != SCHEMA_VERSION:
+            raise InputError(
+                f"{folder} holds an isolation of schema version {head.get('version')}; this av_lens reads version "
+                f"{SCHEMA_VERSION}. Open it with the av_lens that wrote it "
+                f"({head.get('provenance', {}).get('av_lens', 'version unknown')})."
+            )
+        with np.load(folder / "arrays.npz", allow_pickle=False) as data:
+            arrays = {key: data[key] for key in data.files}
+        return cls(
+            verdict=head["verdict"],
+            n_layers=head["n_layers"],
+            n_heads=head["n_heads"],
+            stamps=tuple(head["stamps"]),
+            summary={key: float("nan") if value is None else value for key, value in head["summary"].items()},
+            arrays=arrays,
+            protocol=head["protocol"],
+            provenance=head["provenance"],
+            **{name: read_table(folder / f"{name}.csv", name) for name in TABLES},
+        )
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be saved as json")

@@ -1,0 +1,213 @@
+"""Which tables does an isolation's record hold, and which columns do they have?
+
+`TABLES` is the whole schema: table -> column -> kind, a kind being "text", "int", "float" or "flag" (true or false).
+`table` builds one, typed, with missing figures NaN (never 0) and missing words empty; `read_table` opens the csv that
+pandas wrote. Signs and units are the record's (`av_lens.results.record`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+
+from av_lens.errors import InputError, unknown
+
+SUPPRESSORS = ("picture writer", "sound opponent", "gate")
+ROLE_NAMES = (*SUPPRESSORS, "breaks", "undetermined", "silenced carrier", "sound carrier")
+
+TABLES: dict[str, dict[str, str]] = {
+    # One row per named (head, site, role), largest effect first. `effect low high` are confirmation's.
+    "heads": {
+        "layer": "int",
+        "head": "int",
+        "site": "text",
+        "role": "text",
+        "member_of": "text",
+        "estimand": "text",
+        "donor": "text",
+        "effect": "float",
+        "low": "float",
+        "high": "float",
+        "direct_share": "float",
+        "q": "float",
+        "p_maxt": "float",
+        "confirmed": "flag",
+        "flags": "text",
+        "share": "float",
+        "share_low": "float",
+        "share_high": "float",
+        "p_holm": "float",
+        "discovery_effect": "float",
+        "discovery_low": "float",
+        "discovery_high": "float",
+        "discovery_share": "float",
+        "discovery_direct_share": "float",
+        "discovery_p": "float",
+        "release_blank_muted": "float",
+        "release_mean_other": "float",
+        "release_zero": "float",
+        "question_share": "float",
+        "reads_picture": "float",
+        "reads_sound": "float",
+        "sufficiency": "float",
+        "silenced": "float",
+        "carries": "float",
+        "dla": "float",
+    },
+    # Every head's every effect, named or not: what heat maps are drawn from.
+    "evidence": {
+        "half": "text",
+        "site": "text",
+        "layer": "int",
+        "head": "int",
+        "estimand": "text",
+        "donor": "text",
+        "mean": "float",
+        "low": "float",
+        "high": "float",
+        "share": "float",
+        "share_low": "float",
+        "share_high": "float",
+        "n": "int",
+    },
+    # One row per set that was built (one per primary donor; `chosen` marks the one that the verdict speaks of).
+    "sets": {
+        "name": "text",
+        "site": "text",
+        "members": "text",
+        "k": "int",
+        "donor": "text",
+        "screen": "text",
+        "chosen": "flag",
+        "discovery_release": "float",
+        "discovery_share": "float",
+        "release": "float",
+        "low": "float",
+        "high": "float",
+        "share": "float",
+        "share_low": "float",
+        "share_high": "float",
+        "says_sound_before": "float",
+        "says_sound": "float",
+        "says_picture_before": "float",
+        "says_picture": "float",
+        "random_n": "int",
+        "random_mean": "float",
+        "random_high": "float",
+        "random_max": "float",
+        "p_random": "float",
+        "p_floor": "float",
+        "confirmed": "flag",
+        "flags": "text",
+    },
+    # The cumulative edit, held out: arm is "set", "random" (one row a draw, at full size) or "see heads".
+    "ablation": {
+        "arm": "text",
+        "k": "int",
+        "draw": "int",
+        "members": "text",
+        "donor": "text",
+        "release": "float",
+        "low": "float",
+        "high": "float",
+        "share": "float",
+        "says_sound": "float",
+        "says_picture": "float",
+    },
+    # What else the set's edit breaks: non-inferiority. Rates before and after, the bound of the fall, the verdict.
+    "specificity": {
+        "control": "text",
+        "n": "int",
+        "before": "float",
+        "after": "float",
+        "fall": "float",
+        "bound": "float",
+        "margin": "float",
+        "verdict": "text",
+    },
+    # Quantities of protocol section 2 by half ("discovery", "confirmation"); `chosen` is "all" or "competent".
+    "behaviour": {
+        "half": "text",
+        "chosen": "text",
+        "quantity": "text",
+        "value": "float",
+        "low": "float",
+        "high": "float",
+        "n": "int",
+    },
+    # One row per conflict: who it is, where it was dealt, what the unedited model does.
+    "conflicts": {
+        "id": "text",
+        "half": "text",
+        "component": "int",
+        "competent": "flag",
+        "sound_answer": "text",
+        "picture_answer": "text",
+        "says": "text",
+        "M_va": "float",
+        "M_av": "float",
+        "M_blank_a": "float",
+        "M_blank_v": "float",
+        "C": "float",
+        "G": "float",
+    },
+}
+_TO_DTYPE = {"text": "object", "int": "int64", "float": "float64", "flag": "bool"}
+_MISSING: dict[str, Any] = {"text": "", "int": -1, "float": float("nan"), "flag": False}
+
+
+def table(name: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Build one of the record's tables: columns in their order, missing figures NaN, missing words empty.
+
+    Args:
+        name: a table of `TABLES`.
+        rows: one dictionary per row; keys that are no column are refused.
+
+    Returns:
+        The frame, typed.
+
+    Raises:
+        InputError: an unknown table or column.
+    """
+    if name not in TABLES:
+        raise InputError(unknown("table", name, TABLES))
+    columns = TABLES[name]
+    for row in rows:
+        for key in row:
+            if key not in columns:
+                raise InputError(f"table {name!r}: {unknown('column', key, columns)}")
+    data = {
+        column: pd.Series([row.get(column, _MISSING[kind]) for row in rows], dtype=cast(Any, _TO_DTYPE[kind]))
+        for column, kind in columns.items()
+    }
+    return pd.DataFrame(data)
+
+
+def read_table(path: Path, name: str) -> pd.DataFrame:
+    """Open a table that was saved as csv.
+
+    Args:
+        path: the csv file.
+        name: which table it is.
+
+    Returns:
+        The frame, equal to the saved one (floats are written with every digit).
+    """
+    raw = pd.read_csv(path, dtype=str, keep_default_na=False)
+    rows = [
+        {column: _parsed(row[column], kind) for column, kind in TABLES[name].items()} for row in raw.to_dict("records")
+    ]
+    return table(name, rows)
+
+
+def _parsed(text: str, kind: str) -> Any:
+    if kind == "text":
+        return text
+    if kind == "int":
+        return int(text)
+    if kind == "flag":
+        return text == "True"
+    return float(text) if text else float("nan")
