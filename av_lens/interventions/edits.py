@@ -1,0 +1,301 @@
+"""What to do at a site: replace, zero, mean, resample, noise, scale, add.
+
+Each constructor returns an `Edit`: a site and a rule that maps the activation there to a new one. Values have the
+site's shape, `[batch, pos, head, d]` over exactly the named positions and heads (`[batch, pos, d]` for one head or a
+component without heads); batch and positions may be 1, or the batch axis left out, and then broadcast.
+
+An edit whose values belong to positions of the prompt fires on the prompt only; one with a value for every position
+alike (zero, scale, noise, or a value with one position) on `positions=None` fires at every decoding step too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from av_lens.errors import InterventionError
+from av_lens.interventions.sites import Positions, Site, Spec, resolve_positions
+from av_lens.spans import SpanMap
+
+Kind = Literal["replace", "zero", "resample", "noise", "scale", "add"]
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A site and what happens to the activation there. Build it with `replace`, `zero`, `mean`, ...
+
+    Attributes:
+        kind: the rule.
+        site: where it applies.
+        value: what `replace` and `add` write, or the examples that `resample` draws from.
+        amount: the factor of `scale`, the standard deviation of `noise`.
+        seed: the seed of `resample` and `noise`.
+    """
+
+    kind: Kind
+    site: Site
+    value: Float[Tensor, "..."] | None = None
+    amount: float | Float[Tensor, "..."] = 0.0
+    seed: int = 0
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer whose computation this edit can change."""
+        return self.site.layer or 0
+
+    def first_position(self, spans: SpanMap) -> int:
+        """Find the first position that this edit can change.
+
+        Args:
+            spans: the `SpanMap` of the input.
+
+        Returns:
+            The smallest position of the site.
+        """
+        index = resolve_positions(self.site.positions, spans).index
+        return index[0] if index else len(spans)
+
+    def bound(self, spec: Spec, spans: SpanMap, batch: int | None = None) -> BoundEdit:
+        """Check the edit against a model and an input, and make it ready to run.
+
+        Args:
+            spec: the model's sizes.
+            spans: the `SpanMap` of the input.
+            batch: examples in the input, if known.
+
+        Returns:
+            The edit with its positions resolved and its value brought to the site's shape.
+
+        Raises:
+            InterventionError: layer, head, position or the value's shape does not fit.
+        """
+        self.site.check(spec)
+        positions = resolve_positions(self.site.positions, spans, what=f"{self.kind} at {self.site.component}")
+        n_prompt = len(spans)
+        value = None
+        if self.value is not None:
+            value = _shaped(self.value, self, spec, positions, n_prompt, batch)
+            if positions.everything and value.shape[1] != 1:
+                positions = Positions(positions.index, decode=False, everything=True)
+        return BoundEdit(self, positions, value, n_prompt)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundEdit:
+    """An edit on one model and one prompt: `apply_` writes it into an activation in place.
+
+    Attributes:
+        edit: what was asked.
+        positions: the site's positions, resolved.
+        value: `[batch or 1, pos or 1, (head or 1,) d]`, or None.
+        n_prompt: positions of the prompt.
+    """
+
+    edit: Edit
+    positions: Positions
+    value: Tensor | None
+    n_prompt: int
+
+    def apply_(self, activation: Tensor, offset: int) -> bool:
+        """Write the edit into an activation.
+
+        Args:
+            activation: `[batch, pos, head, d]` (`[batch, pos, d]` without heads), owned by the caller.
+            offset: absolute position of its first row.
+
+        Returns:
+            Whether any position of the site was in it.
+        """
+        rows = self.positions.local(offset, activation.shape[1], self.n_prompt)
+        if rows is None:
+            return False
+        where = _index(rows, self.edit.site.heads if activation.ndim == 4 else None)
+        kind = self.edit.kind
+        if kind == "zero":
+            activation[where] = 0.0
+            return True
+        value = self._rows_of_value(rows, offset, activation) if self.value is not None else None
+        if kind in ("replace", "resample") and value is not None:
+            activation[where] = value
+            return True
+        old = activation[where]
+        if kind == "scale":
+            activation[where] = old * self.edit.amount
+        elif kind == "noise":
+            step = offset if offset >= self.n_prompt else 0
+            activation[where] = old + _noise(old, self.edit, step)
+        elif value is not None:
+            activation[where] = old + value
+        return True
+
+    def _rows_of_value(self, rows: slice | Tensor, offset: int, activation: Tensor) -> Tensor:
+        value = self.value
+        assert value is not None
+        if self.edit.kind == "resample":
+            rng = np.random.default_rng(self.edit.seed)
+            value = value[torch.from_numpy(rng.integers(0, value.shape[0], activation.shape[0]))]
+        if value.shape[0] not in (1, activation.shape[0]):
+            raise InterventionError(
+                f"{self.edit.kind} at {self.edit.site.component}: the value has {value.shape[0]} examples, "
+                f"the run {activation.shape[0]}. Give one value for each example, or a single one."
+            )
+        n_rows = (rows.stop - rows.start) if isinstance(rows, slice) else len(rows)
+        if value.shape[1] not in (1, n_rows):  # a restart in the middle of the site: only its last rows are here
+            inside = [i for i, p in enumerate(self.positions.index) if offset <= p < offset + activation.shape[1]]
+            value = value[:, inside]
+        return value.to(activation)
+
+
+def _index(rows: slice | Tensor, heads: tuple[int, ...] | None) -> tuple[slice | Tensor, ...]:
+    """Index `[batch, rows, heads]` so that the head axis stays, whatever mixture of slices and lists."""
+    if heads is None:
+        return (slice(None), rows)
+    if heads[-1] - heads[0] + 1 == len(heads) and list(heads) == sorted(heads):
+        return (slice(None), rows, slice(heads[0], heads[-1] + 1))
+    if isinstance(rows, slice):
+        return (slice(None), rows, torch.tensor(heads))
+    return (slice(None), rows[:, None], torch.tensor(heads)[None])
+
+
+def _noise(like: Tensor, edit: Edit, step: int) -> Tensor:
+    """Gaussian noise from the edit's own seed, the same whichever way the run is made."""
+    seed = int(np.random.SeedSequence([edit.seed, step]).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+    return draw.to(like) * edit.amount
+
+
+def _shaped(value: Tensor, edit: Edit, spec: Spec, positions: Positions, n_prompt: int, batch: int | None) -> Tensor:
+    """Bring a value to `[batch or 1, pos or 1, (head or 1,) d]`, or say which shape was wanted."""
+    site = edit.site
+    n_heads = site.n_heads(spec) if site.heads is None else len(site.heads)
+    d = _width(site, spec, n_prompt)
+    given = tuple(value.shape)
+    wanted = f"[batch, {len(positions)} positions" + (f", {n_heads} heads" if site.has_heads else "") + f", {d or 'd'}]"
+    if site.has_heads:
+        if isinstance(site.head, int) and (value.ndim < 4 or value.shape[2] != 1):
+            value = value.unsqueeze(-2)
+        value = value[(None,) * max(0, 4 - value.ndim)]
+        ok = value.ndim == 4 and value.shape[2] in (1, n_heads)
+    else:
+        value = value[(None,) * max(0, 3 - value.ndim)]
+        ok = value.ndim == 3
+    ok = ok and value.shape[1] in (1, len(positions)) and (d is None or value.shape[-1] in (1, d))
+    if edit.kind != "resample" and batch is not None:
+        ok = ok and value.shape[0] in (1, batch)
+    if not ok:
+        named = f"head {site.head}, " if site.head is not None else ""
+        raise InterventionError(
+            f"{edit.kind} at {site.component} (layer {site.layer}, {named}{len(positions)} positions): the value has "
+            f"shape {given}; wanted {wanted}"
+            + (f" for {batch} examples" if batch else "")
+            + ", over the site's positions and heads only (batch and positions may be 1)."
+        )
+    return value
+
+
+def _width(site: Site, spec: Spec, n_prompt: int) -> int | None:
+    """The size of the activation's last axis."""
+    last = site.axes[-1]
+    if last == "key_pos":
+        return n_prompt
+    if last == "one":
+        return 1
+    return getattr(spec, last, None)
+
+
+def replace(site: Site, value: Float[Tensor, "..."]) -> Edit:
+    """Put other values in the activation's place, such as those of another run.
+
+    Args:
+        site: where.
+        value: `[batch, pos, (head,) d]` over the site's positions and heads; batch and pos may be 1.
+
+    Returns:
+        The edit.
+    """
+    return Edit("replace", site, value)
+
+
+def zero(site: Site) -> Edit:
+    """Set the activation to zero.
+
+    Args:
+        site: where.
+
+    Returns:
+        The edit.
+    """
+    return Edit("zero", site)
+
+
+def mean(site: Site, values: Float[Tensor, "..."]) -> Edit:
+    """Put the mean over examples in the activation's place.
+
+    Args:
+        site: where.
+        values: `[example, pos, (head,) d]` over the site's positions and heads, averaged over the first axis.
+
+    Returns:
+        The edit.
+    """
+    return Edit("replace", site, values.mean(0, keepdim=True))
+
+
+def resample(site: Site, values: Float[Tensor, "..."], *, seed: int = 0) -> Edit:
+    """Put another example's values in the activation's place, drawn at random for each example.
+
+    Args:
+        site: where.
+        values: `[example, pos, (head,) d]`, the examples to draw from.
+        seed: the seed of the draw.
+
+    Returns:
+        The edit.
+    """
+    return Edit("resample", site, values, seed=seed)
+
+
+def noise(site: Site, *, scale: float | Float[Tensor, "..."] = 1.0, seed: int = 0) -> Edit:
+    """Add Gaussian noise to the activation.
+
+    Args:
+        site: where.
+        scale: standard deviation in the activation's own unit; a tensor broadcasts over `[batch, pos, (head,) d]`.
+        seed: the seed of the noise.
+
+    Returns:
+        The edit.
+    """
+    return Edit("noise", site, amount=scale, seed=seed)
+
+
+def scale(site: Site, factor: float | Float[Tensor, "..."]) -> Edit:
+    """Multiply the activation.
+
+    Args:
+        site: where.
+        factor: what to multiply by; a tensor broadcasts over `[batch, pos, (head,) d]`.
+
+    Returns:
+        The edit.
+    """
+    return Edit("scale", site, amount=factor)
+
+
+def add(site: Site, value: Float[Tensor, "..."]) -> Edit:
+    """Add a value to the activation, such as a steering vector.
+
+    Args:
+        site: where.
+        value: `[batch, pos, (head,) d]` over the site's positions and heads; batch and pos may be 1.
+
+    Returns:
+        The edit.
+    """
+    return Edit("add", site, value)

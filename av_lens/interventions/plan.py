@@ -1,0 +1,254 @@
+"""A plan: edits and cuts that run together, compiled to hooks that keep a firing record.
+
+A hook that never fires looks like a null result. Every compiled plan therefore counts its firings, and `verify`
+raises when an edit fired another number of times than it should have: once in the prompt's forward for each layer it
+touches, and once more at each decoding step if its positions grow. The same compiled edits serve hooked runs
+(`fwd_hooks`) and restarts (`steps`), which is why both agree.
+
+Edits at one hook are applied in the order in which the plan lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from av_lens.bridge.hook_names import hook_name
+from av_lens.errors import InterventionError
+from av_lens.interventions.edges import BoundCut, Cut, cut_scores_, silence_
+from av_lens.interventions.edits import BoundEdit, Edit
+from av_lens.interventions.sites import Site, Spec
+from av_lens.spans import SpanMap
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Edits and cuts to be made in one run.
+
+    Attributes:
+        edits: what to do, in this order where two meet at one hook.
+    """
+
+    edits: tuple[Edit | Cut, ...]
+
+    def __init__(self, edits: Edit | Cut | Iterable[Edit | Cut] = ()) -> None:
+        found = (edits,) if isinstance(edits, Edit | Cut) else tuple(edits)
+        for edit in found:
+            if not isinstance(edit, Edit | Cut):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise InterventionError(
+                    f"a plan holds edits and cuts, not {type(edit).__name__}: write Plan([zero(Site('z', 5, head=3))])."
+                )
+        object.__setattr__(self, "edits", found)
+
+    def __add__(self, other: Plan) -> Plan:
+        return Plan((*self.edits, *other.edits))
+
+    def __len__(self) -> int:
+        return len(self.edits)
+
+    def __iter__(self) -> Iterator[Edit | Cut]:
+        return iter(self.edits)
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer that the plan can change; -1 for an empty plan."""
+        return min((edit.first_layer for edit in self.edits), default=-1)
+
+    def first_position(self, spans: SpanMap) -> int:
+        """Find the first position that the plan can change.
+
+        Args:
+            spans: the `SpanMap` of the input.
+
+        Returns:
+            The smallest position of its edits; the input's length for an empty plan.
+        """
+        return min((e.first_position(spans) for e in self.edits), default=len(spans))
+
+    def compile(self, spec: Spec, spans: SpanMap, *, batch: int | None = None) -> CompiledPlan:
+        """Check every edit against a model and an input, and make hooks of them.
+
+        Args:
+            spec: the model's sizes.
+            spans: the `SpanMap` of the input.
+            batch: examples in the input, if known.
+
+        Returns:
+            The compiled plan, for one run.
+
+        Raises:
+            InterventionError: an edit does not fit the model or the input.
+        """
+        steps: list[Step] = []
+        for number, edit in enumerate(self.edits):
+            steps.extend(_steps_of(number, edit, spec, spans, batch))
+        return CompiledPlan(tuple(steps), n_prompt=len(spans))
+
+
+@dataclass(eq=False)
+class Step:
+    """One edit at one hook.
+
+    Attributes:
+        number: the edit's place in the plan.
+        component: the component it acts on.
+        layer: its layer, or None.
+        apply_: writes into `[batch, pos, head, d]` (scores and pattern: `[batch, head, query_pos, key_pos]`) in place,
+            given the absolute position of the first row; says whether anything was there to write.
+        in_prompt: firings expected in the prompt's forward, 0 or 1.
+        in_decode: firings expected at each decoding step, 0 or 1.
+        fired: firings so far.
+    """
+
+    number: int
+    component: str
+    layer: int | None
+    apply_: Callable[[Tensor, int], bool]
+    in_prompt: int
+    in_decode: int
+    fired: int = 0
+
+    def __call__(self, activation: Tensor, offset: int) -> None:
+        """Apply the edit and count it.
+
+        Args:
+            activation: the activation in the edit's layout, owned by the caller.
+            offset: absolute position of its first row.
+        """
+        self.fired += int(self.apply_(activation, offset))
+
+
+@dataclass(eq=False)
+class CompiledPlan:
+    """A plan on one model and one prompt, for one run.
+
+    Attributes:
+        steps: every edit at every hook that it touches.
+        n_prompt: positions of the prompt.
+    """
+
+    steps: tuple[Step, ...]
+    n_prompt: int
+    _offsets: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """The hooks that the plan writes to, each once."""
+        return tuple(dict.fromkeys(hook_name(step.component, step.layer) for step in self.steps))
+
+    @property
+    def fwd_hooks(self) -> list[tuple[str, Callable[..., Tensor]]]:
+        """Hooks in TransformerLens's form, one for each place, which apply the edits and count them."""
+        places: dict[str, list[Step]] = {}
+        for step in self.steps:
+            places.setdefault(hook_name(step.component, step.layer), []).append(step)
+        return [(name, self._hook(name, steps)) for name, steps in places.items()]
+
+    def _hook(self, name: str, steps: list[Step]) -> Callable[..., Tensor]:
+        component = steps[0].component
+        site = Site(component, steps[0].layer)
+        edges = site.is_edges
+
+        def fn(activation: Tensor, hook: Any = None) -> Tensor:
+            del hook
+            new = activation.clone()
+            view = new.transpose(1, 2) if site.heads_first and not edges else new
+            offset = self._offset(name, activation.shape[2] if edges else view.shape[1])
+            if edges:
+                offset = activation.shape[3] - activation.shape[2]
+            for step in steps:
+                step(view, offset)
+            return new
+
+        return fn
+
+    def _offset(self, name: str, length: int) -> int:
+        """Count the positions that this hook has seen: where a decoding step starts."""
+        offset = self._offsets.get(name, 0)
+        if offset == 0 and length != self.n_prompt:
+            raise InterventionError(
+                f"the plan was compiled for a prompt of {self.n_prompt} positions, but {name} saw {length} first. "
+                "Compile the plan anew for this input."
+            )
+        if offset and length == self.n_prompt and length > 1:
+            raise InterventionError("a compiled plan serves one run: compile it again for another.")
+        self._offsets[name] = offset + length
+        return offset
+
+    @property
+    def fired(self) -> dict[tuple[int, str], int]:
+        """How often each edit fired: `(number of the edit, hook name) -> count`."""
+        record: dict[tuple[int, str], int] = {}
+        for step in self.steps:
+            key = (step.number, hook_name(step.component, step.layer))
+            record[key] = record.get(key, 0) + step.fired
+        return record
+
+    def verify(self, *, decode_steps: int = 0) -> None:
+        """Raise if an edit did not fire as often as it should have.
+
+        Args:
+            decode_steps: decoding steps that followed the prompt's forward.
+
+        Raises:
+            InterventionError: an edit fired too seldom or too often.
+        """
+        for step in self.steps:
+            expected = step.in_prompt + decode_steps * step.in_decode
+            if step.fired != expected:
+                raise InterventionError(
+                    f"edit {step.number} at {hook_name(step.component, step.layer)} fired {step.fired} times, "
+                    f"expected {expected} ({step.in_prompt} in the prompt, {decode_steps} decoding steps): the run "
+                    "did not pass through its hook. Its result would be a silent no-op."
+                )
+
+
+def _steps_of(number: int, edit: Edit | Cut, spec: Spec, spans: SpanMap, batch: int | None) -> list[Step]:
+    if isinstance(edit, Edit):
+        bound = edit.bound(spec, spans, batch)
+        apply_ = _edge_layout(bound) if edit.site.is_edges else bound.apply_
+        prompt, decode = int(len(bound.positions) > 0), int(bound.positions.decode)
+        return [Step(number, edit.site.component, edit.site.layer, apply_, prompt, decode)]
+    edges = edit.bound(spec, spans, batch)
+    return [step for layer in edges.layers for step in _steps_of_cut(number, edges, layer)]
+
+
+def _edge_layout(bound: BoundEdit) -> Callable[[Tensor, int], bool]:
+    """Scores and pattern come as `[batch, head, query_pos, key_pos]`; an edit's rows are its queries."""
+    return lambda activation, offset: bound.apply_(activation.transpose(1, 2), offset)
+
+
+def _steps_of_cut(number: int, bound: BoundCut, layer: int) -> list[Step]:
+    """Make the one or two steps of a cut: scores before the softmax and empty rows after it, or the pattern alone."""
+    prompt, decode = int(len(bound.queries) > 0), int(bound.queries.decode)
+    dead: list[Tensor] = []
+
+    def before(scores: Tensor, offset: int) -> bool:
+        dead.clear()
+        mask = bound.mask(scores.shape[1], scores.shape[2], scores.shape[3], offset=offset)
+        if mask is None:
+            return False
+        dead.append(cut_scores_(scores, mask))
+        return True
+
+    def after(pattern: Tensor, offset: int) -> bool:
+        del offset
+        if dead:
+            silence_(pattern, dead[0])
+        return bool(dead)
+
+    def weights(pattern: Tensor, offset: int) -> bool:
+        mask = bound.mask(pattern.shape[1], pattern.shape[2], pattern.shape[3], offset=offset)
+        if mask is not None:
+            pattern.masked_fill_(mask.to(pattern.device)[None], 0.0)
+        return mask is not None
+
+    if bound.edit.renormalize:
+        return [
+            Step(number, "scores", layer, before, prompt, decode),
+            Step(number, "pattern", layer, after, prompt, decode),
+        ]
+    return [Step(number, "pattern", layer, weights, prompt, decode)]
