@@ -6,6 +6,7 @@ The classes are the ones that real checkpoints use: only the sizes are small. Ev
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import numpy as np
@@ -206,6 +207,9 @@ def tiny_tensors(
         arguments |= {"audio": [waveform]}
     if layout == "in_video":
         arguments |= {"audio_from_video_indices": [0], "load_audio_from_video": True}
-    batch = dict(processor(**arguments))
+    with warnings.catch_warnings():
+        # The processor feeds torch scalars to numpy.arange, which warns under numpy 2.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        batch = dict(processor(**arguments))
     batch.pop("num_audio_tokens", None)
     return batch | {"use_audio_in_video": layout == "in_video"}

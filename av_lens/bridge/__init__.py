@@ -1,1 +1,1 @@
-"""bridge."""
+"""Weights become a TransformerBridge whose every hook is real: readable, writable and differentiable."""
