@@ -1,0 +1,355 @@
+"""How sure are we of a mean, a share, a hundred heads at once, or of "no harm done"?
+
+Conflicts share clips, so they are not independent. What is resampled or flipped is therefore the *component* (conflicts
+that share clips, `results.halves`), never the conflict:
+
+* **Intervals.** 5,000 bootstrap draws, percentile, 95%. With at least 20 components a draw is a multinomial count
+  of components; with fewer it is a multinomial count of source clips, a conflict weighing the product of its two
+  clips' counts. A mean is sum(w x) / sum(w); a ratio of means is sum(w x) / sum(w y) in every draw. Below 5 clips: NaN.
+* **p.** One-sided sign flips: under the null the sum of each component's values is symmetric about 0 (or below).
+  Exact up to 2^16 flips, else sampled, (1 + count) / (1 + flips). Large positive means give small p.
+* **Families.** Benjamini-Hochberg q, Holm p, and max-T: each test's T = sum / sqrt(sum of squares of the component
+  sums), which no flip changes below the line, against the largest T of the whole family in the same flip.
+* **Harm.** The one-sided 95% bound of a fall in accuracy: the larger of the bootstrap's and Clopper-Pearson's on the
+  share that was right before and wrong after. Below 59 items: untested (59 items without one failure are the fewest that bound
+  the share below 5%: .95^59 < .05).
+
+Values are `[example]` or `[example, ...]`; NaN examples are left out of that column; a column of NaN gives NaN.
+
+Sources: Westfall and Young (1993) for max-T; Benjamini and Hochberg (1995); Holm (1979); Clopper and Pearson (1934).
+
+Example:
+    ```python
+    boot = Bootstrap.draw(components, sound_clips, picture_clips, seed=0)
+    boot.mean(effects)          # Interval(value, low, high), each of effects' shape without `example`
+    ```
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from av_lens.errors import InputError
+
+DRAWS = 5000
+FEWEST_CLIPS, FEWEST_COMPONENTS = 5, 20
+FEWEST_ITEMS = 59
+MOST_EXACT = 16
+_CHUNK = 2**22  # numbers held at once while resampling
+
+
+@dataclass(frozen=True, eq=False)
+class Interval:
+    """A figure and its interval, each an array of the values' shape without `example`."""
+
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Bootstrap:
+    """Resampling weights, drawn once and shared by every figure of a half."""
+
+    weights: Float[np.ndarray, "draw example"]
+    unit: str
+    n_clips: int
+
+    @classmethod
+    def draw(
+        cls,
+        components: Sequence[int],
+        sound_clips: Sequence[str],
+        picture_clips: Sequence[str],
+        *,
+        seed: int,
+        draws: int = DRAWS,
+    ) -> Bootstrap:
+        """Draw the weights of every conflict in every draw.
+
+        Args:
+            components: the component of each conflict.
+            sound_clips: the sound's source clip of each conflict.
+            picture_clips: the picture's source clip of each conflict.
+            seed: of the generator.
+            draws: how many.
+
+        Returns:
+            The weights; by components where there are at least 20, else by source clips.
+        """
+        rng = np.random.default_rng(seed)
+        clips, position = np.unique([*sound_clips, *picture_clips], return_inverse=True)
+        groups, group = np.unique(np.asarray(components), return_inverse=True)
+        n = len(components)
+        if len(groups) >= FEWEST_COMPONENTS:
+            counts = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=draws)
+            return cls(counts[:, group].astype(np.float64), "component", len(clips))
+        counts = rng.multinomial(len(clips), np.full(len(clips), 1 / len(clips)), size=draws).astype(np.float64)
+        return cls(counts[:, position[:n]] * counts[:, position[n:]], "clip", len(clips))
+
+    def mean(self, values: np.ndarray, *, level: float = 0.95) -> Interval:
+        """Bound a mean over examples.
+
+        Args:
+            values: `[example, ...]`.
+            level: of the two-sided interval.
+
+        Returns:
+            The mean and its percentile interval.
+        """
+        return self.ratio(values, np.ones(len(values)), level=level)
+
+    def ratio(self, above: np.ndarray, below: np.ndarray, *, level: float = 0.95) -> Interval:
+        """Bound a ratio of means, resampled as a ratio.
+
+        Args:
+            above: `[example, ...]`.
+            below: `[example]` or of above's shape.
+            level: of the two-sided interval.
+
+        Returns:
+            sum(above) / sum(below) and its percentile interval.
+        """
+        shape = above.shape[1:]
+        top = np.asarray(above, dtype=np.float64).reshape(len(above), -1)
+        bottom = np.asarray(below, dtype=np.float64).reshape(len(below), -1)
+        bottom = np.broadcast_to(bottom, top.shape)
+        known = ~(np.isnan(top) | np.isnan(bottom))
+        top, bottom = np.where(known, top, 0.0), np.where(known, bottom, 0.0)
+        out = np.full((3, top.shape[1]), np.nan)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            out[0] = np.where(known.any(0), top.sum(0) / bottom.sum(0), np.nan)
+        tail = 100 * (1 - level) / 2
+        step = max(1, _CHUNK // len(self.weights))
+        for start in range(0, top.shape[1] if self.n_clips >= FEWEST_CLIPS else 0, step):
+            part = slice(start, start + step)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                drawn = (self.weights @ top[:, part]) / (self.weights @ bottom[:, part])
+            drawn[~np.isfinite(drawn)] = np.nan  # a draw that left nothing below the line is no draw
+            usable = ~np.isnan(drawn).all(0) & known[:, part].any(0)
+            if usable.any():
+                out[1:, start + np.flatnonzero(usable)] = np.nanpercentile(drawn[:, usable], [tail, 100 - tail], axis=0)
+        return Interval(*(row.reshape(shape) for row in out))
+
+
+def interval(boot: Bootstrap, values: np.ndarray) -> tuple[float, float, float]:
+    """Bound the mean of one column.
+
+    Args:
+        boot: the weights.
+        values: `[example]`.
+
+    Returns:
+        The mean, its lower and its upper bound.
+    """
+    found = boot.mean(values)
+    return float(found.value), float(found.low), float(found.high)
+
+
+@dataclass(frozen=True, eq=False)
+class Flips:
+    """The outcome of a family of one-sided sign-flip tests: single p and max-T p, of the tests' shape."""
+
+    p: np.ndarray
+    p_maxt: np.ndarray
+    n_flips: int
+    exact: bool
+
+
+def _signs(n: int, flips: int, seed: int) -> tuple[np.ndarray, bool]:
+    if n <= MOST_EXACT:
+        codes = np.arange(2**n)[:, None] >> np.arange(n)
+        return 1.0 - 2.0 * (codes & 1), True
+    rng = np.random.default_rng(seed)
+    return 1.0 - 2.0 * rng.integers(0, 2, size=(flips, n)).astype(np.float64), False
+
+
+def sign_flips(values: np.ndarray, components: Sequence[int], *, family: int | None = None, seed: int = 0) -> Flips:
+    """Test that means are above 0, flipping the signs of whole components.
+
+    Args:
+        values: `[example, ...]`, what should be above 0 (such as effect - s G).
+        components: the component of each example.
+        family: how many tests the family has (default: the columns of values); sets how many flips are sampled.
+        seed: of the sampled flips.
+
+    Returns:
+        One-sided p of each column and its max-T p over the columns given.
+    """
+    shape = values.shape[1:]
+    flat = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+    measured = ~np.isnan(flat).all(0)
+    groups, group = np.unique(np.asarray(components), return_inverse=True)
+    sums = np.zeros((len(groups), flat.shape[1]))
+    np.add.at(sums, group, np.nan_to_num(flat))
+    scale = np.sqrt((sums**2).sum(0))
+    sums = sums / np.where(scale > 0, scale, 1.0)
+    seen = sums.sum(0)
+    flips = max(9999, math.ceil(10 * (family or flat.shape[1]) / 0.05))
+    signs, exact = _signs(len(groups), flips, seed)
+    count, count_max = np.zeros(flat.shape[1]), np.zeros(flat.shape[1])
+    step = max(1, _CHUNK // max(1, flat.shape[1]))
+    near = seen - 1e-9
+    for start in range(0, len(signs), step):
+        drawn = signs[start : start + step] @ sums
+        count += (drawn >= near).sum(0)
+        if measured.any():
+            largest = np.sort(drawn[:, measured].max(1))
+            count_max += len(largest) - np.searchsorted(largest, near, side="left")
+    extra = 0 if exact else 1
+    p = (count + extra) / (len(signs) + extra)
+    p_maxt = (count_max + extra) / (len(signs) + extra)
+    p[~measured] = p_maxt[~measured] = np.nan
+    return Flips(p.reshape(shape), p_maxt.reshape(shape), len(signs), exact)
+
+
+def benjamini_hochberg(p: np.ndarray, *, family: int | None = None) -> np.ndarray:
+    """Adjust p-values for the false discovery rate.
+
+    Args:
+        p: any shape; NaN (not tested) stays NaN.
+        family: the number of tests, where it is more than the p-values given.
+
+    Returns:
+        q of p's shape: reject all with q < .05.
+    """
+    return _stepwise(p, family, lambda rank, m: m / rank, upward=True)
+
+
+def holm(p: np.ndarray, *, family: int | None = None) -> np.ndarray:
+    """Adjust p-values for the familywise error.
+
+    Args:
+        p: any shape; NaN stays NaN.
+        family: the number of tests, where it is more than the p-values given.
+
+    Returns:
+        Adjusted p of p's shape.
+    """
+    return _stepwise(p, family, lambda rank, m: m - rank + 1, upward=False)
+
+
+def _stepwise(
+    p: np.ndarray, family: int | None, factor: Callable[[np.ndarray, int], np.ndarray], *, upward: bool
+) -> np.ndarray:
+    flat = np.asarray(p, dtype=np.float64).ravel()
+    known = np.flatnonzero(~np.isnan(flat))
+    out = np.full(flat.shape, np.nan)
+    m = max(len(known), family or 0)
+    order = known[np.argsort(flat[known], kind="stable")]
+    rank = np.arange(1, len(known) + 1)
+    scaled = flat[order] * factor(rank, m)
+    running = np.minimum.accumulate(scaled[::-1])[::-1] if upward else np.maximum.accumulate(scaled)
+    out[order] = np.minimum(running, 1.0)
+    return out.reshape(np.shape(p))
+
+
+def clopper_pearson(count: int, n: int, *, level: float = 0.95, side: str = "two") -> tuple[float, float]:
+    """Bound a share exactly.
+
+    Args:
+        count: how many of n.
+        n: how many items.
+        level: of the interval.
+        side: "two", or "upper" for a one-sided upper bound.
+
+    Returns:
+        Lower and upper bound; NaN for no items.
+
+    Raises:
+        InputError: a count outside 0 to n, or an unknown side.
+    """
+    if not 0 <= count <= n or side not in ("two", "upper"):
+        raise InputError(
+            f"clopper_pearson was asked for {count} of {n}, side {side!r}: give 0 <= count <= n and 'two' or 'upper'."
+        )
+    if n == 0:
+        return float("nan"), float("nan")
+    tail = (1 - level) / 2 if side == "two" else 1 - level
+    low = 0.0 if count == 0 or side == "upper" else float(stats.beta.ppf(tail, count, n - count + 1))
+    high = 1.0 if count == n else float(stats.beta.ppf(1 - tail, count + 1, n - count))
+    return low, high
+
+
+@dataclass(frozen=True)
+class Harm:
+    """A fall in accuracy, its one-sided 95% upper bound, and what that allows one to say."""
+
+    n: int
+    before: float
+    after: float
+    fall: float
+    bound: float
+    verdict: str
+
+
+def non_inferiority(
+    before: Float[np.ndarray, " example"],
+    after: Float[np.ndarray, " example"],
+    boot: Bootstrap,
+    *,
+    margin: float = 0.05,
+) -> Harm:
+    """Bound how much an edit lowers a rate.
+
+    Args:
+        before: 1 where the unedited run was right, else 0; NaN items are left out.
+        after: the same for the edited run.
+        boot: the weights of the same examples.
+        margin: the largest fall that is no harm.
+
+    Returns:
+        The fall with its bound; the verdict is "specific" (bound < margin), "not specific", or "untested" (below 59
+        items).
+    """
+    known = ~(np.isnan(before) | np.isnan(after))
+    n = int(known.sum())
+    if n == 0:
+        return Harm(0, float("nan"), float("nan"), float("nan"), float("nan"), "untested")
+    was, now = before[known], after[known]
+    fall = float(was.mean() - now.mean())
+    resampled = float(boot.mean(before - after, level=0.90).high)
+    exact = clopper_pearson(int(((was > 0.5) & (now <= 0.5)).sum()), n, side="upper")[1]
+    bound = exact if math.isnan(resampled) else max(resampled, exact)
+    verdict = "untested" if n < FEWEST_ITEMS else "specific" if bound < margin else "not specific"
+    return Harm(n, float(was.mean()), float(now.mean()), fall, bound, verdict)
+
+
+def smallest_effect(n: int, *, family: int, level: float = 0.05, power: float = 0.8) -> float:
+    """Find the smallest effect that n components and a family of this size can show.
+
+    Normal approximation at the first step of the ladder (one true effect: p must be below level / family):
+    (z(1 - level / family) + z(power)) / sqrt(n).
+
+    Args:
+        n: components.
+        family: tests.
+        level: of the family.
+        power: chance to find it.
+
+    Returns:
+        The effect above its threshold, in standard deviations between components; infinite where even the smallest
+        possible p, 2^-n, is too large.
+    """
+    if n < 1 or 2.0**-n > level / family:
+        return math.inf
+    return float((stats.norm.ppf(1 - level / family) + stats.norm.ppf(power)) / math.sqrt(n))
+
+
+def correct_rate(right: np.ndarray) -> tuple[float, float, float]:
+    """Bound an accuracy.
+
+    Args:
+        right: 1 or 0 per item.
+
+    Returns:
+        The rate and its 95% Clopper-Pearson interval.
+    """
+    low, high = clopper_pearson(int(np.sum(right)), len(right))
+    return float(np.mean(right)) if len(right) else float("nan"), low, high
