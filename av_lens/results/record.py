@@ -45,7 +45,9 @@ def _empty(name: str) -> Callable[[], pd.DataFrame]:
 class Isolation:
     """A finished isolation; see the module for signs and units, `TABLES` for the columns.
 
-    `verdict` is the finding in words with its numbers. `stamps` belong on every page: "exploratory" (too few conflicts
+    `verdict` is the finding in words with its numbers, `verdict_kind` its kind ("suppression", "interference",
+    "nothing named", "no suppression", "not established", "does not hear", ...), `reasons` what stopped the search or is
+    missing, a sentence each. `stamps` belong on every page: "exploratory" (too few conflicts
     for a verdict), "not interpretable" (the search went on where the protocol would have stopped it). `summary` holds
     the figures that the verdict speaks of (G, C, gap, delta, power ...). `arrays` holds every head's effect on every
     conflict, `"half/site/estimand/donor"` -> `[example, layer, head]` (NaN where not measured), its rows the competent
@@ -55,7 +57,9 @@ class Isolation:
     verdict: str
     n_layers: int
     n_heads: int
+    verdict_kind: str = ""
     stamps: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
     summary: Mapping[str, float]
     heads: pd.DataFrame = field(default_factory=_empty("heads"))
     evidence: pd.DataFrame = field(default_factory=_empty("evidence"))
@@ -151,7 +155,9 @@ class Isolation:
             "schema": "av_lens.isolation",
             "version": SCHEMA_VERSION,
             "verdict": self.verdict,
+            "verdict_kind": self.verdict_kind,
             "stamps": list(self.stamps),
+            "reasons": list(self.reasons),
             "n_layers": self.n_layers,
             "n_heads": self.n_heads,
             "summary": {key: _finite(value) for key, value in self.summary.items()},
@@ -196,7 +202,9 @@ class Isolation:
             verdict=head["verdict"],
             n_layers=head["n_layers"],
             n_heads=head["n_heads"],
+            verdict_kind=head["verdict_kind"],
             stamps=tuple(head["stamps"]),
+            reasons=tuple(head["reasons"]),
             summary={key: float("nan") if value is None else value for key, value in head["summary"].items()},
             arrays=arrays,
             protocol=head["protocol"],

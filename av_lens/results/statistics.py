@@ -11,8 +11,8 @@ that share clips, `results.halves`), never the conflict:
 * **Families.** Benjamini-Hochberg q, Holm p, and max-T: each test's T = sum / sqrt(sum of squares of the component
   sums), which no flip changes below the line, against the largest T of the whole family in the same flip.
 * **Harm.** The one-sided 95% bound of a fall in accuracy: the larger of the bootstrap's and Clopper-Pearson's on the
-  share that was right before and wrong after. Below 59 items: untested (59 items without one failure are the fewest that bound
-  the share below 5%: .95^59 < .05).
+  share that was right before and wrong after. Below 59 items: untested (59 items without one failure are the fewest
+  that bound the share below 5%: .95^59 < .05).
 
 Values are `[example]` or `[example, ...]`; NaN examples are left out of that column; a column of NaN gives NaN.
 

@@ -128,11 +128,15 @@ TABLES: dict[str, dict[str, str]] = {
         "margin": "float",
         "verdict": "text",
     },
-    # Quantities of protocol section 2 by half ("discovery", "confirmation"); `chosen` is "all" or "competent".
+    # Quantities of protocol section 2 by half ("discovery", "confirmation"); `chosen` is "all" or "competent". Quantity
+    # "accuracy" has a cell and a rule: right among the "two" answers, or in the whole "vocabulary"; "says sound" and
+    # "says picture" are rates of each answer where the sound is muted.
     "behaviour": {
         "half": "text",
         "chosen": "text",
         "quantity": "text",
+        "cell": "text",
+        "rule": "text",
         "value": "float",
         "low": "float",
         "high": "float",
