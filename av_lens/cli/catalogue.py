@@ -1,0 +1,34 @@
+"""What can be loaded: the organisms of the package and the checkpoint families with an adapter, read without torch."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import entry_points
+from importlib.resources import files
+
+_HUB_NAMES = {"Qwen2_5OmniThinkerForConditionalGeneration": "Qwen/Qwen2.5-Omni-3B, Qwen/Qwen2.5-Omni-7B (thinker only)"}
+
+
+def short_names() -> list[tuple[str, str]]:
+    """List the organisms that ship with the package.
+
+    Returns:
+        (name, one-line summary) of each, in the index's order; empty where none are installed.
+    """
+    index = files("av_lens") / "organism" / "checkpoints" / "index.json"
+    if not index.is_file():
+        return []
+    listed = json.loads(index.read_text(encoding="utf-8"))
+    return [(name, str(entry.get("summary", ""))) for name, entry in listed.items()]
+
+
+def families() -> list[tuple[str, str]]:
+    """List the architectures that have an adapter of ours.
+
+    Returns:
+        (architecture, hub names that are known to fit) of each.
+    """
+    ours = [
+        point for point in entry_points(group="transformer_lens.architectures") if point.value.startswith("av_lens.")
+    ]
+    return [(point.name, _HUB_NAMES.get(point.name, "any checkpoint of this class")) for point in sorted(ours)]

@@ -1,0 +1,137 @@
+"""What the terminal shows: progress bars, short tables, one clear message for an error."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+OUT = Console(highlight=False)
+ERR = Console(stderr=True, highlight=False)
+
+
+class Bars:
+    """Progress bars for callbacks `(stage, done, total)`: one bar a stage, or one line a stage where nobody watches.
+
+    ```python
+    with Bars() as bars:
+        isolate(model, conflicts, progress=bars)
+    ```
+    """
+
+    def __init__(self, console: Console = OUT):
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._begun: dict[str, float] = {}
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Move one stage's bar on; a stage that is done prints its time where nobody watches."""
+        self._begun.setdefault(stage, time.monotonic())
+        if self.console.is_terminal:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._progress.add_task(stage, total=total)
+            self._progress.update(self._tasks[stage], completed=done, total=total)
+        elif done >= total:
+            self.console.print(f"{stage}: {total} in {time.monotonic() - self._begun[stage]:.1f} s")
+        if done >= total:
+            self._begun.pop(stage, None)
+            self._tasks.pop(stage, None)
+
+
+def fail(error: BaseException) -> None:
+    """Print one error as one message on standard error.
+
+    Args:
+        error: what was raised.
+    """
+    ERR.print("[bold red]error:[/bold red] ", end="")
+    ERR.print(str(error) or type(error).__name__, markup=False, soft_wrap=True)
+
+
+def table(
+    columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None, right: Sequence[str] = ()
+) -> Table:
+    """Build a plain table, numbers to the right.
+
+    Args:
+        columns: the headings.
+        rows: one sequence of cells per row.
+        title: a line above it.
+        right: the columns to align right.
+
+    Returns:
+        A rich table, ready to print.
+    """
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for name in columns:
+        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(cell(value) for value in row))
+    return made
+
+
+def cell(value: Any) -> str:
+    """Say a value in a table's cell: three figures for a float, a dash for what was not measured.
+
+    Args:
+        value: anything.
+
+    Returns:
+        Its text, rich markup escaped.
+    """
+    from rich.markup import escape
+
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return escape(str(value))
+
+
+def waiting(text: str) -> Any:
+    """Show a spinner with a few words while something without a bar runs.
+
+    Args:
+        text: what is being waited for.
+
+    Returns:
+        A context manager.
+    """
+    return OUT.status(text)
+
+
+Progressed = Callable[[str, int, int], None]

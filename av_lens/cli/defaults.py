@@ -1,0 +1,75 @@
+"""The defaults of the command line are those of the functions: read from their source, so that help needs no torch.
+
+A default typed twice drifts. Importing the functions to ask them would load torch and take seconds before `--help` says
+a word, so the signature is read from the file instead. A test compares every default here with the live signature.
+"""
+
+from __future__ import annotations
+
+import ast
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from av_lens.errors import AvLensError, unknown
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def default(module: str, function: str, name: str) -> Any:
+    """Read the default of one argument of one of our functions, without importing it.
+
+    Args:
+        module: the dotted module below `av_lens`, such as `"studies.demonstration"`.
+        function: the function's name, or `"Class.method"`.
+        name: the argument's name.
+
+    Returns:
+        The default's value: a literal.
+
+    Raises:
+        AvLensError: if there is no such function or argument, or its default is not a literal.
+    """
+    found = signature(module, function)
+    if name not in found:
+        raise AvLensError(unknown(f"argument of {module}.{function}", name, found))
+    return found[name]
+
+
+@cache
+def signature(module: str, function: str) -> dict[str, Any]:
+    """Read all literal defaults of one of our functions.
+
+    Args:
+        module: the dotted module below `av_lens`.
+        function: the function's name, or `"Class.method"`.
+
+    Returns:
+        Argument name to default, for the arguments that have a literal one.
+
+    Raises:
+        AvLensError: if the file or the function is not there.
+    """
+    path = _ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    if not path.exists():
+        raise AvLensError(f"there is no module av_lens.{module} to read the defaults of {function} from.")
+    body: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+    *owners, last = function.split(".")
+    for owner in owners:
+        body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == owner), [])
+    node = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == last), None)
+    if node is None:
+        raise AvLensError(f"av_lens.{module} defines no function {function}.")
+    arguments = node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    pairs = [
+        *zip(positional[len(positional) - len(arguments.defaults) :], arguments.defaults, strict=True),
+        *((arg, value) for arg, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if value),
+    ]
+    found: dict[str, Any] = {}
+    for arg, value in pairs:
+        try:
+            found[arg.arg] = ast.literal_eval(value)
+        except ValueError:
+            continue
+    return found

@@ -1,0 +1,210 @@
+"""The one look of every figure: colours by meaning, readable in light and dark, no global template touched.
+
+Colours are those of Okabe and Ito, which stay apart under every common colour blindness, and carry one meaning each:
+blue is the sound, vermilion is the picture, in spans, in bars and in the two arms of the diverging scale. Backgrounds
+are transparent and the ink is a grey that reads on white and on near-black; a page that knows its theme sharpens both
+(`THEMES`, applied by the report's script to traces and shapes that say in `meta` what they are).
+
+Not measured is never drawn as zero: `hatch` covers such cells with diagonal lines and a legend entry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+SOUND = "#0072B2"
+PICTURE = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+AMBER = "#E69F00"
+OLIVE = "#A89200"
+GREY = "#8A9099"
+INK = "#757B84"
+GRID = "rgba(128, 134, 145, 0.25)"
+BAND = "rgba(128, 134, 145, 0.28)"
+ZERO = {"zeroline": True, "zerolinecolor": INK, "zerolinewidth": 1}
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+ROLE_COLOURS = {
+    "system": "#5F6670",
+    "audio": SOUND,
+    "video": PICTURE,
+    "image": AMBER,
+    "boundary": "#B9BEC6",
+    "question": GREEN,
+    "header": GREY,
+    "generation": PURPLE,
+    "generated": OLIVE,
+}
+DONOR_COLOURS = {"blank_muted": GREEN, "mean_other": PURPLE, "zero": AMBER}
+DONOR_SYMBOLS = {"blank_muted": "circle", "mean_other": "diamond", "zero": "square"}
+
+DIVERGING = ["#8F3B00", "#D55E00", "#F3B48B", "#F1F1EE", "#8EC2E5", "#0072B2", "#004A77"]
+THEMES = {
+    "light": {"ink": "#3A4048", "grid": "rgba(20, 24, 30, 0.12)", "hatch": "#8A9099", "diverging": DIVERGING},
+    "dark": {
+        "ink": "#D3D7DD",
+        "grid": "rgba(235, 238, 243, 0.14)",
+        "hatch": "#7C838E",
+        "diverging": ["#FFC59B", "#F0802F", "#8A4312", "#23272E", "#14598A", "#3FA2E0", "#A6DBFF"],
+    },
+}
+
+
+def colourscale(colours: Sequence[str]) -> list[list[Any]]:
+    """Spread colours evenly over a plotly colour scale.
+
+    Args:
+        colours: at least two colours, low to high.
+
+    Returns:
+        `[[0.0, first], ..., [1.0, last]]`.
+    """
+    last = len(colours) - 1
+    return [[index / last, colour] for index, colour in enumerate(colours)]
+
+
+def limit(values: Any) -> float:
+    """Find the symmetric limit of a diverging scale: the largest finite magnitude, 1 where there is none.
+
+    Args:
+        values: numbers, NaN where not measured.
+
+    Returns:
+        A positive float.
+    """
+    finite = np.abs(np.asarray(values, dtype=float))
+    finite = finite[np.isfinite(finite)]
+    top = float(finite.max()) if finite.size else 0.0
+    return top if top > 0 else 1.0
+
+
+def figure(*, title: str | None = None, height: int = 360, width: int | None = None) -> Any:
+    """Make an empty figure in the house look; plotly's global template is neither read nor changed.
+
+    Args:
+        title: the figure's title, or None where the page gives one.
+        height: in pixels.
+        width: in pixels; None follows the page.
+
+    Returns:
+        A `plotly.graph_objects.Figure`.
+    """
+    import plotly.graph_objects as go
+
+    axis = {
+        "gridcolor": GRID,
+        "zeroline": False,
+        "linecolor": GRID,
+        "ticks": "outside",
+        "tickcolor": GRID,
+        "ticklen": 4,
+        "automargin": True,
+        "title": {"standoff": 10},
+    }
+    layout = go.Layout(
+        template=go.layout.Template(),
+        font={"family": FONT, "size": 13, "color": INK},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 64, "r": 24, "t": 48 if title else 16, "b": 52},
+        height=height,
+        width=width,
+        xaxis=axis,
+        yaxis=axis,
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
+        hoverlabel={"font": {"family": FONT, "size": 13}},
+    )
+    if title:
+        layout.update({"title": {"text": title, "x": 0, "xref": "paper", "font": {"size": 15}}})
+    return go.Figure(layout=layout)
+
+
+def layer_axis(n_layers: int, *, title: str = "layer") -> dict[str, Any]:
+    """Give the axis over layers that heat maps and lens curves share: a tick at every layer that fits.
+
+    Args:
+        n_layers: how many layers there are.
+        title: the axis's name.
+
+    Returns:
+        Keywords for `update_xaxes` or `update_yaxes`.
+    """
+    return {"title": {"text": title}, "tickmode": "linear", "tick0": 0, "dtick": max(1, -(-n_layers // 16))}
+
+
+def head_label(layer: int, head: int | None) -> str:
+    """Name a head the way all figures and tables do.
+
+    Args:
+        layer: its layer.
+        head: its index, or None for the layer's whole block.
+
+    Returns:
+        `"L5 H2"`, or `"L5"` without a head.
+    """
+    return f"L{layer}" if head is None else f"L{layer} H{head}"
+
+
+def hatch(cells: Sequence[tuple[float, float]], *, strokes: int = 3) -> tuple[list[float | None], list[float | None]]:
+    """Draw diagonal strokes over unit cells, for a line trace that marks what was not measured.
+
+    Args:
+        cells: the centre (x, y) of each cell.
+        strokes: how many strokes a cell gets.
+
+    Returns:
+        The x and y of one line trace, a None between strokes.
+    """
+    xs: list[float | None] = []
+    ys: list[float | None] = []
+    offsets = [(2 * (index + 1) / (strokes + 1)) - 1 for index in range(strokes)]
+    for x, y in cells:
+        for offset in offsets:
+            low, high = max(-0.5, -0.5 + offset), min(0.5, 0.5 + offset)
+            xs += [x + low, x + high, None]
+            ys += [y + low - offset, y + high - offset, None]
+    return xs, ys
+
+
+def reference_line(
+    fig: Any, *, x: float | None = None, y: float | None = None, text: str = "", dash: str = "dot"
+) -> None:
+    """Draw a thin labelled line at a value, such as zero or a threshold.
+
+    Args:
+        fig: the figure, changed in place.
+        x: where a vertical line stands.
+        y: where a horizontal line stands.
+        text: a few words beside it.
+        dash: plotly's dash style.
+    """
+    note: dict[str, Any] = {}
+    if text:
+        place = "top" if x is not None else "top right"
+        note = {"annotation": {"text": text, "font": {"size": 11}, "yshift": 2}, "annotation_position": place}
+    line = {"color": INK, "width": 1, "dash": dash}
+    if x is not None:
+        fig.add_vline(x=x, line=line, name="ink", **note)
+    if y is not None:
+        fig.add_hline(y=y, line=line, name="ink", **note)
+
+
+def intervals(values: Sequence[float], low: Sequence[float], high: Sequence[float], *, colour: str) -> dict[str, Any]:
+    """Give the error bars of a trace from the ends of its intervals.
+
+    Args:
+        values: the marks.
+        low: lower ends; NaN draws none.
+        high: upper ends.
+        colour: of the bars.
+
+    Returns:
+        Keywords for `error_x` or `error_y`.
+    """
+    above = [b - v for v, b in zip(values, high, strict=True)]
+    below = [v - a for v, a in zip(values, low, strict=True)]
+    return {"type": "data", "array": above, "arrayminus": below, "color": colour, "thickness": 1.5, "width": 0}

@@ -1,0 +1,159 @@
+"""Does the set do on held-out conflicts what it promised, and do random heads of the same layers not?
+
+The members are edited one after another, in the order fixed on discovery. Above: the release of the first k members, in
+logits, with its interval; the grey marks are random sets of the same size, matched by layer, and the diamond is as many
+top heads for what is seen. Below: how often the model then says the sound's and the picture's answer, among all words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from av_lens.errors import InputError
+from av_lens.plots import _style
+
+_SAYS = (("says_sound", "says the sound", _style.SOUND), ("says_picture", "says the picture", _style.PICTURE))
+
+
+def confirmation(found: Any, *, title: str | None = None) -> Any:
+    """Draw the cumulative edit of the set against random heads matched by layer.
+
+    Args:
+        found: an `Isolation`.
+        title: the figure's title.
+
+    Returns:
+        A `plotly.graph_objects.Figure`; release above, what is said below.
+
+    Raises:
+        InputError: if nothing was confirmed, because no set was found.
+    """
+    frame = found.ablation
+    arm = frame[frame["arm"] == "set"].sort_values("k")
+    if not len(arm):
+        raise InputError(
+            "this isolation edited no set on held-out conflicts: none was found, so there is nothing to draw."
+        )
+    fig = _style.figure(title=title, height=560)
+    random = frame[frame["arm"] == "random"]
+    _random(fig, random)
+    _set_curve(fig, arm)
+    _see(fig, frame[frame["arm"] == "see heads"])
+    _said(fig, found, arm, random)
+    axis = {"gridcolor": _style.GRID, "zeroline": False, "automargin": True}
+    last = int(max(arm["k"].max(), random["k"].max() if len(random) else 0))
+    ticks = {"tickmode": "linear", "tick0": 0, "dtick": max(1, last // 12), "range": [-0.4, last + 0.6]}
+    fig.update_layout(
+        xaxis={**axis, **ticks, "anchor": "y", "matches": "x2", "showticklabels": False},
+        yaxis={**axis, "domain": [0.48, 1.0], "title": {"text": "release (logits)"}, **_style.ZERO},
+        xaxis2={**axis, **ticks, "anchor": "y2", "title": {"text": "heads edited together (k)"}},
+        yaxis2={**axis, "domain": [0.0, 0.4], "anchor": "x2", "title": {"text": "rate"}, "range": [-0.04, 1.04]},
+    )
+    return fig
+
+
+def _jitter(n: int, *, width: float = 0.16) -> np.ndarray:
+    """Spread marks of one k sideways, always in the same way."""
+    return width * (((np.arange(n) * 0.6180339887) % 1.0) * 2 - 1)
+
+
+def _random(fig: Any, random: Any) -> None:
+    import plotly.graph_objects as go
+
+    if not len(random):
+        return
+    ks = random["k"].to_numpy(float)
+    text = [
+        f"random heads {m}<br>k = {k}: {r:+.3f} logits"
+        for m, k, r in zip(random["members"], random["k"], random["release"], strict=True)
+    ]
+    fig.add_trace(
+        go.Scatter(
+            x=ks + _jitter(len(ks)),
+            y=random["release"],
+            mode="markers",
+            name=f"random heads of the same layers ({len(ks)} sets)",
+            marker={"size": 6, "color": _style.GREY, "opacity": 0.55},
+            text=text,
+            hovertemplate="%{text}<extra></extra>",
+        )
+    )
+
+
+def _set_curve(fig: Any, arm: Any) -> None:
+    import plotly.graph_objects as go
+
+    values, low, high = (arm[name].astype(float).tolist() for name in ("release", "low", "high"))
+    text = [
+        f"<b>k = {k}</b>: {m}<br>{v:+.3f} logits ({a:+.3f} to {b:+.3f})<br>{s:.1%} of G"
+        for k, m, v, a, b, s in zip(arm["k"], arm["members"], values, low, high, arm["share"], strict=True)
+    ]
+    fig.add_trace(
+        go.Scatter(
+            x=arm["k"],
+            y=values,
+            mode="lines+markers",
+            name="the set, in its order",
+            line={"color": _style.SOUND, "width": 2.5},
+            marker={"size": 9},
+            error_y=_style.intervals(values, low, high, colour=_style.SOUND),
+            text=text,
+            hovertemplate="%{text}<extra></extra>",
+        )
+    )
+
+
+def _see(fig: Any, rows: Any) -> None:
+    import plotly.graph_objects as go
+
+    if not len(rows):
+        return
+    fig.add_trace(
+        go.Scatter(
+            x=rows["k"],
+            y=rows["release"],
+            mode="markers",
+            name="as many heads for what is seen",
+            marker={"symbol": "diamond", "size": 11, "color": _style.PICTURE},
+            text=[f"{m}: {r:+.3f} logits" for m, r in zip(rows["members"], rows["release"], strict=True)],
+            hovertemplate="%{text}<extra></extra>",
+        )
+    )
+
+
+def _said(fig: Any, found: Any, arm: Any, random: Any) -> None:
+    """Add the lower panel: what the model says, from no head edited to all of the set."""
+    import plotly.graph_objects as go
+
+    chosen = found.sets[found.sets["chosen"]]
+    for column, name, colour in _SAYS:
+        before = float(chosen[f"{column}_before"].iloc[0]) if len(chosen) else float("nan")
+        known = np.isfinite(before)
+        fig.add_trace(
+            go.Scatter(
+                x=[0, *arm["k"]] if known else arm["k"],
+                y=[before, *arm[column]] if known else arm[column],
+                mode="lines+markers",
+                name=name,
+                line={"color": colour, "width": 2.5},
+                marker={"size": 8},
+                hovertemplate=f"{name}: %{{y:.3f}} at k = %{{x}}<extra></extra>",
+                xaxis="x2",
+                yaxis="y2",
+            )
+        )
+        if len(random):
+            fig.add_trace(
+                go.Scatter(
+                    x=random["k"].to_numpy(float) + _jitter(len(random)),
+                    y=random[column],
+                    mode="markers",
+                    showlegend=False,
+                    marker={"size": 5, "color": colour, "opacity": 0.3, "symbol": "circle-open"},
+                    hovertemplate=f"random heads, {name}: %{{y:.3f}}<extra></extra>",
+                    xaxis="x2",
+                    yaxis="y2",
+                )
+            )
