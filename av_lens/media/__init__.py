@@ -1,1 +1,8 @@
-"""media."""
+"""Media files become clips: decode, cut, swap, mute, blank, shift, write. PyAV loads on first use."""
+
+from av_lens.media.border import MediaBudgetError
+from av_lens.media.clip import Clip
+from av_lens.media.files import ClipFile
+from av_lens.media.source import MediaFacts, load_clip, probe_media
+
+__all__ = ["Clip", "ClipFile", "MediaBudgetError", "MediaFacts", "load_clip", "probe_media"]

@@ -1,0 +1,197 @@
+"""The one border between av_lens and libav: files are opened here, and every failure leaves as a `MediaError`.
+
+A media file is foreign matter: its headers can promise a terabyte, its packets can be noise. So a file is
+opened with limits (pixels in a frame, no network, no play lists), what it yields is counted against a `Budget`, and
+whatever PyAV, NumPy or the system raise on the way is turned into one kind of error that names the file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from av_lens.errors import AvLensError, BudgetError, MediaError
+
+DEFAULT_MAX_BYTES = 4 << 30
+"""Decoded bytes that one clip may hold unless its caller says more."""
+
+MAX_PIXELS = 1 << 27
+"""Pixels of one frame beyond which libav refuses to allocate it (16384 x 8192)."""
+
+# Demuxers that read other files, draw text as pictures, or need a caller to say what the bytes mean.
+_NOT_MEDIA = frozenset(
+    ["tty", "concat", "hls", "dash", "sdp", "rtsp", "rtp", "lavfi", "ffmetadata", "bin", "xbin", "adf", "idf", "data", "rawvideo", "imf", "vobsub", "webvtt", "srt"]
+)
+_IMAGE_FORMATS = frozenset({"image2", "image2pipe"})
+
+
+class MediaBudgetError(MediaError, BudgetError):
+    """A clip that would take more memory than `max_bytes` allows."""
+
+
+@dataclass
+class Budget:
+    """Counts decoded bytes and refuses before they are allocated.
+
+    Attributes:
+        path: the file, for the message.
+        max_bytes: how many bytes may be decoded.
+        used: how many have been.
+    """
+
+    path: str
+    max_bytes: int
+    used: int = 0
+
+    def take(self, n_bytes: float, what: str) -> None:
+        """Book `n_bytes`, or refuse.
+
+        Args:
+            n_bytes: how many bytes are about to be allocated.
+            what: what for, for the message.
+
+        Raises:
+            MediaBudgetError: `max_bytes` would be passed.
+        """
+        if self.used + n_bytes > self.max_bytes:
+            raise MediaBudgetError(
+                f"{self.path}: {what} would take {(self.used + n_bytes) / 2**30:.2f} GiB decoded, over the budget of "
+                f"{self.max_bytes / 2**30:.2f} GiB. Read less of it (start=, end=), thin the frames (fps=), or raise max_bytes=."
+            )
+        self.used += int(n_bytes)
+
+
+def foreign_errors() -> tuple[type[BaseException], ...]:
+    """Everything that reading or writing foreign media may raise: PyAV's tree, the system's, and numbers out of range."""
+    import av
+
+    return (
+        av.error.FFmpegError,
+        OSError,
+        ValueError,
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        TypeError,
+        RuntimeError,
+    )
+
+
+@contextmanager
+def border(path: str, doing: str) -> Iterator[None]:
+    """Let only `AvLensError` out.
+
+    Args:
+        path: the file, for the message.
+        doing: what was being done, such as "decode".
+
+    Yields:
+        Nothing.
+
+    Raises:
+        MediaError: anything failed inside.
+    """
+    try:
+        yield
+    except AvLensError:
+        raise
+    except foreign_errors() as error:
+        raise MediaError(
+            f"could not {doing} {path}: {describe(error)}. Check that it plays, or convert it "
+            "(`ffmpeg -i IN -c:v libx264 -c:a aac OUT.mp4`)."
+        ) from error
+
+
+def describe(error: BaseException) -> str:
+    """Name an exception in a few words.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        Its kind and its text, without the repeated path.
+    """
+    text = getattr(error, "strerror", None) or str(error) or "no further text"
+    return f"{text} ({type(error).__name__})"
+
+
+def regular_file(path: str | os.PathLike[str]) -> tuple[str, int]:
+    """Check what can be checked of a path without reading it.
+
+    Args:
+        path: where the file should be.
+
+    Returns:
+        The path as text, and the file's size in bytes.
+
+    Raises:
+        MediaError: nothing is there, or a directory, a device, or an empty file is.
+    """
+    try:
+        text = os.fspath(path)
+        if not isinstance(text, str):
+            raise MediaError(f"a media path must be text or a Path, found {type(text).__name__}: decode it first.")
+        found = os.stat(text)
+    except FileNotFoundError as error:
+        near = os.path.dirname(os.path.abspath(os.fspath(path)))
+        hint = "check its spelling" if os.path.isdir(near) else f"the folder {near} does not exist either"
+        raise MediaError(f"no media file at {os.fspath(path)}: {hint}.") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise MediaError(f"cannot look at the media path {path!r}: {describe(error)}.") from error
+    if stat.S_ISDIR(found.st_mode):
+        raise MediaError(f"{text} is a directory, not a media file: name a file inside it.")
+    if not stat.S_ISREG(found.st_mode):
+        raise MediaError(f"{text} is not a regular file (a device, pipe or socket): copy it to a file first.")
+    if found.st_size == 0:
+        raise MediaError(f"{text} is empty (0 bytes): it was never written, or its download failed.")
+    return text, found.st_size
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Any]:
+    """Open a media file for reading, silently and with limits.
+
+    Args:
+        path: a regular file.
+
+    Yields:
+        PyAV's input container.
+
+    Raises:
+        MediaError: libav finds no medium in it.
+    """
+    import av
+
+    options = {"max_pixels": str(MAX_PIXELS)}
+    limits = {"protocol_whitelist": "file"}
+    try:
+        # An absolute path, so that "http:x.mp4" in this folder is a file name and never a protocol.
+        container = av.open(os.path.abspath(path), options=options, container_options=limits, metadata_errors="ignore")
+    except foreign_errors() as error:
+        raise MediaError(
+            f"{path} cannot be read as media: {describe(error)}. It is no audio, video or image file that FFmpeg "
+            "knows, or its header is damaged or cut off (an mp4 whose recording was interrupted has none)."
+        ) from error
+    with container:
+        name = container.format.name
+        if name in _NOT_MEDIA and name not in _IMAGE_FORMATS:
+            raise MediaError(
+                f"{path} is not media: FFmpeg would read it as {name!r}. Give an audio, video or image file."
+            )
+        yield container
+
+
+def is_image_format(name: str) -> bool:
+    """Whether a container's name means still images.
+
+    Args:
+        name: libav's name of the format, such as "png_pipe".
+
+    Returns:
+        True for still images.
+    """
+    return name in _IMAGE_FORMATS or name.endswith("_pipe")

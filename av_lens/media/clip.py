@@ -1,0 +1,449 @@
+"""`Clip`: pictures with their true times, a mono sound with its rate, and where both came from.
+
+A clip's clock starts at 0. Frame k is shown from `times[k]` until `times[k + 1]`; sample n sounds at n / rate. The picture
+ends at `picture_end`, the sound at `sound_end`, the clip at `duration`. Nothing is padded at the end: a sound may be
+shorter than its picture. Every change that a clip has undergone stands in its `notes`.
+
+Example:
+    >>> import numpy as np
+    >>> from av_lens.media import Clip
+    >>> beep = np.sin(np.arange(16000) / 5).astype(np.float32) / 2
+    >>> frames = np.zeros((8, 28, 28, 3), dtype=np.uint8)
+    >>> clip = Clip.from_arrays(frames=frames, fps=8, waveform=beep)
+    >>> clip.duration, clip.shifted(0.25).waveform[:4000].any()
+    (1.0, np.False_)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64, UInt8
+
+from av_lens.errors import MediaError, unknown
+from av_lens.media import encoding, html
+from av_lens.media.arrays import (
+    TOLERANCE,
+    check_picture,
+    check_seconds,
+    check_sound,
+    check_window,
+    quiet,
+    scrambled,
+    window_of_frames,
+)
+
+SUFFIXES = (".mp4", ".wav", ".png")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Clip:
+    """An audio-visual clip: either stream may be absent, not both. Its arrays are read-only.
+
+    Attributes:
+        frames: uint8 [time, height, width, 3], or None for a sound alone.
+        times: float64 [time], the presentation time of each frame in seconds from the clip's start; empty without frames.
+        waveform: float32 [sample] in [-1, 1], mono, or None for pictures alone.
+        rate: the waveform's rate in Hz.
+        duration: seconds. Of a file: the window that was asked for where the file fills it, else the later of
+            `picture_end` and `sound_end`. A still picture without sound has duration 0.
+        path: the source file, or None.
+        sha256: the source file's hash, or None.
+        window: the seconds (start, end) of the file that were read, or None.
+        notes: what was done to it: cut, padded, clamped, muted.
+    """
+
+    frames: UInt8[np.ndarray, "time height width 3"] | None
+    times: Float64[np.ndarray, "time"]
+    waveform: Float32[np.ndarray, "sample"] | None
+    rate: int
+    duration: float
+    path: str | None = None
+    sha256: str | None = None
+    window: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.frames is None and self.waveform is None:
+            raise MediaError("a clip needs frames, a waveform, or both; found neither.")
+        check_sound(self.waveform, self.rate)
+        if self.frames is not None:
+            check_picture(self.frames, self.times)
+        elif len(self.times):
+            raise MediaError(f"a clip without frames has no frame times, found {len(self.times)}.")
+        least = max(self.times[-1] if len(self.times) else 0.0, self.sound_end - 1.5 / self.rate)
+        if not np.isfinite(self.duration) or self.duration < least:
+            raise MediaError(
+                f"duration must be finite and reach the last frame and sample ({least:g} s), found {self.duration}."
+            )
+        for name in ("frames", "times", "waveform"):
+            array = getattr(self, name)
+            if array is not None:
+                array = array.view()
+                array.flags.writeable = False
+                object.__setattr__(self, name, array)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        *,
+        frames: np.ndarray | None = None,
+        times: np.ndarray | None = None,
+        waveform: np.ndarray | None = None,
+        rate: int = 16000,
+        fps: float | None = None,
+        duration: float | None = None,
+    ) -> Clip:
+        """Build a clip from arrays, which are copied.
+
+        Args:
+            frames: uint8 [time, height, width, 3], or None.
+            times: seconds [time], increasing from 0 or later; give these or `fps`. One frame needs neither.
+            waveform: float [sample] in [-1, 1], or None.
+            rate: its rate in Hz.
+            fps: frames per second, where they are evenly spaced from 0.
+            duration: seconds; by default the later of the picture's end (its last frame lasts the median frame's time)
+                and the sound's.
+
+        Returns:
+            The clip.
+
+        Raises:
+            MediaError: an array has the wrong type, shape or values, or the lengths disagree.
+        """
+        if fps is not None and (check_seconds("fps", fps) <= 0 or times is not None):
+            raise MediaError(
+                f"give times= or a fps= above 0, found fps={fps:g}{' and times' if times is not None else ''}."
+            )
+        if frames is None and (times is not None or fps is not None):
+            raise MediaError("times= and fps= belong to frames, and frames= is missing.")
+        if frames is not None and times is None:
+            n = len(frames) if isinstance(frames, np.ndarray) and frames.ndim == 4 else 1
+            if fps is None and n > 1:
+                raise MediaError(f"{n} frames need their times: give times= (seconds, one each) or fps=.")
+            times = np.arange(n) / (fps or 1.0)
+        if isinstance(waveform, np.ndarray) and waveform.dtype.kind == "f":
+            waveform = waveform.astype(np.float32)
+        elif isinstance(waveform, np.ndarray):
+            waveform = waveform.copy()
+        check_sound(waveform, rate)
+        stamps = np.zeros(0) if times is None else np.array(times, dtype=np.float64)
+        if frames is not None:
+            frames = np.array(frames) if isinstance(frames, np.ndarray) else frames
+            check_picture(frames, stamps)
+        if duration is None:
+            last = (
+                float(stamps[-1]) + _typical_step(stamps, 1 / fps if fps and len(stamps) == 1 else 0.0)
+                if len(stamps)
+                else 0.0
+            )
+            duration = max(last, len(waveform) / rate if waveform is not None else 0.0)
+        return cls(frames, stamps, waveform, rate, check_seconds("duration", duration))
+
+    @property
+    def has_picture(self) -> bool:
+        """Whether there are frames."""
+        return self.frames is not None
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether there is a waveform (silence counts)."""
+        return self.waveform is not None
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the picture is one still frame."""
+        return len(self.times) == 1
+
+    @property
+    def frame_duration(self) -> float:
+        """Seconds for which a frame is typically shown: the median step; for a still, all that remains; NaN without frames."""
+        if not len(self.times):
+            return float("nan")
+        return _typical_step(self.times, self.duration - float(self.times[0]))
+
+    @property
+    def sound_end(self) -> float:
+        """Seconds at which the sound ends; 0 without sound."""
+        return 0.0 if self.waveform is None else len(self.waveform) / self.rate
+
+    @property
+    def picture_end(self) -> float:
+        """Seconds at which the last frame's display ends; 0 without frames."""
+        if not len(self.times):
+            return 0.0
+        if self.sound_end < self.duration - 1.5 / self.rate:
+            return self.duration
+        return min(self.duration, float(self.times[-1]) + self.frame_duration)
+
+    @cached_property
+    def picture_hash(self) -> str | None:
+        """SHA-256 of the frames and their times; equal pictures have equal hashes wherever they came from."""
+        return None if self.frames is None else _digest(self.frames.shape, self.frames, self.times)
+
+    @cached_property
+    def sound_hash(self) -> str | None:
+        """SHA-256 of the waveform and its rate."""
+        return None if self.waveform is None else _digest(self.rate, self.waveform)
+
+    def require_sound(self) -> Clip:
+        """Refuse to go on without a sound.
+
+        Returns:
+            The clip itself.
+
+        Raises:
+            MediaError: it has no sound.
+        """
+        if self.waveform is None:
+            raise MediaError(
+                f"sound is asked of {self._name()}, which has none: give a clip with an audio stream, or add one by with_sound()."
+            )
+        return self
+
+    def require_picture(self) -> Clip:
+        """Refuse to go on without a picture.
+
+        Returns:
+            The clip itself.
+
+        Raises:
+            MediaError: it has no picture.
+        """
+        if self.frames is None:
+            raise MediaError(
+                f"a picture is asked of {self._name()}, which has none: give a clip with a video stream or an image."
+            )
+        return self
+
+    def with_sound(self, other: Clip) -> Clip:
+        """Join this clip's picture with another's sound.
+
+        Both start together and are cut to the shorter; a still picture lasts as long as the sound.
+
+        Args:
+            other: the clip whose sound is taken.
+
+        Returns:
+            The joined clip; its notes name both sources and what was cut.
+
+        Raises:
+            MediaError: this clip has no picture or the other no sound.
+        """
+        self.require_picture()
+        other.require_sound()
+        assert other.waveform is not None
+        end = other.sound_end if self.is_image else min(self.picture_end, other.sound_end)
+        picture = self._picture_until(end)
+        waveform = other.waveform[: max(1, round(end * other.rate))]
+        notes = [f"picture of {self._name()}", f"sound of {other._name()}"]
+        if end < self.picture_end - TOLERANCE and not self.is_image:
+            notes.append(f"picture cut from {self.picture_end:.3f} to {end:.3f} s, the sound's length")
+        if end < other.sound_end - TOLERANCE:
+            notes.append(f"sound cut from {other.sound_end:.3f} to {end:.3f} s, the picture's length")
+        merged = (*self.notes, *(note for note in other.notes if note not in self.notes), *notes)
+        return Clip(*picture, waveform, other.rate, max(end, len(waveform) / other.rate), notes=merged)
+
+    def _picture_until(self, end: float) -> tuple[Any, np.ndarray]:
+        keep = max(1, int(np.searchsorted(self.times, end - TOLERANCE)))
+        frames = None if self.frames is None else self.frames[:keep]
+        return frames, np.minimum(self.times[:keep], end)
+
+    def muted(self, *, kind: str = "silence", seed: int = 0) -> Clip:
+        """Replace the sound by one that says nothing, of the same length.
+
+        Args:
+            kind: "silence", or "noise" (Gaussian, -50 dB).
+            seed: of the noise.
+
+        Returns:
+            The muted clip.
+
+        Raises:
+            MediaError: there is no sound, or the kind is unknown.
+        """
+        self.require_sound()
+        assert self.waveform is not None
+        return self._noted(f"muted ({kind})", waveform=quiet(kind, len(self.waveform), seed=seed))
+
+    def blank(self, *, kind: str = "dark", seed: int = 0, patch: int = 14) -> Clip:
+        """Replace the picture by one that shows nothing, of the same size and times.
+
+        Args:
+            kind: "dark" (black), or "scrambled" (the patches dealt anew by one permutation for all frames).
+            seed: of the permutation.
+            patch: side of a patch in pixels.
+
+        Returns:
+            The blanked clip.
+
+        Raises:
+            MediaError: there is no picture, the kind is unknown, or no two patches fit.
+        """
+        self.require_picture()
+        assert self.frames is not None
+        if kind == "dark":
+            return self._noted("blanked (dark)", frames=np.zeros_like(self.frames))
+        if kind == "scrambled":
+            return self._noted(
+                f"blanked (scrambled, seed {seed})", frames=scrambled(self.frames, seed=seed, patch=patch)
+            )
+        raise MediaError(unknown("kind of blank", kind, ("dark", "scrambled")))
+
+    def shifted(self, seconds: float) -> Clip:
+        """Shift the sound against the picture; what leaves the clip is lost, what is missing is silence.
+
+        Args:
+            seconds: positive: the sound comes later; negative: earlier.
+
+        Returns:
+            The shifted clip, its sound as long as before.
+
+        Raises:
+            MediaError: there is no sound, or the shift leaves nothing of it.
+        """
+        self.require_sound()
+        assert self.waveform is not None
+        step = round(check_seconds("seconds", seconds) * self.rate)
+        if abs(step) >= len(self.waveform):
+            raise MediaError(
+                f"shifted({seconds:g}) would move all {self.sound_end:g} s of sound out of the clip: shift by less."
+            )
+        waveform = np.zeros_like(self.waveform)
+        if step >= 0:
+            waveform[step:] = self.waveform[: len(waveform) - step]
+        else:
+            waveform[:step] = self.waveform[-step:]
+        return self._noted(f"sound shifted by {seconds:+g} s, silence in the gap", waveform=waveform)
+
+    def trimmed(self, start: float = 0.0, end: float | None = None) -> Clip:
+        """Keep a part, and start the clock anew.
+
+        Args:
+            start: seconds.
+            end: seconds, or None for the end.
+
+        Returns:
+            Frames whose time lies in [start, end) (or, where none begins inside, the one on display) and the samples between.
+
+        Raises:
+            MediaError: the window is empty, runs backwards, or lies past the clip's end.
+        """
+        start, asked = check_window(start, end)
+        if start >= max(self.duration, TOLERANCE):
+            raise MediaError(
+                f"trimmed(start={start:g}) starts past the end of {self._name()}, which lasts {self.duration:g} s."
+            )
+        stop = self.duration if asked is None else min(asked, self.duration)
+        keep, times = window_of_frames(self.times, start, max(stop, TOLERANCE * 2))
+        frames = None if self.frames is None or not len(keep) else self.frames[keep[0] : keep[-1] + 1]
+        waveform = None
+        if self.waveform is not None:
+            waveform = self.waveform[round(start * self.rate) : round(stop * self.rate)]
+            waveform = waveform if len(waveform) else None
+        if frames is None and waveform is None:
+            raise MediaError(
+                f"trimmed({start:g}, {stop:g}) leaves neither a frame nor a sample of {self._name()}: widen it."
+            )
+        window = None if self.window is None else (self.window[0] + start, self.window[0] + stop)
+        past = asked is not None and asked > self.duration + TOLERANCE
+        note = f"trimmed to {start:g}-{stop:g} s" + (f" (asked to {asked:g} s, past its end)" if past else "")
+        length = max(stop - start, 0.0 if waveform is None else len(waveform) / self.rate)
+        return replace(
+            self, frames=frames, times=times if frames is not None else np.zeros(0), waveform=waveform, duration=length,
+            window=window, notes=(*self.notes, note),
+        )  # fmt: skip
+
+    def _noted(self, note: str, **changes: Any) -> Clip:
+        return replace(self, notes=(*self.notes, note), **changes)
+
+    def to_mp4_bytes(self, *, crf: float = 17.0, max_side: int | None = None) -> bytes:
+        """Encode the clip as an mp4 in memory, deterministically.
+
+        Args:
+            crf: x264's quality: 0 lossless in YUV, 17 visually clean, 23 small.
+            max_side: scale the picture down so that no side is longer (for previews), or None.
+
+        Returns:
+            h264 (yuv420p) and AAC; frame times and the number of samples come back exactly.
+
+        Raises:
+            MediaError: libav cannot encode it.
+        """
+        crf = check_seconds("crf", crf)
+        if not 0 <= crf <= 51:
+            raise MediaError(f"crf= runs from 0 (best) to 51 (worst), found {crf:g}.")
+        end = self.picture_end if self.picture_end > 0 else 1.0
+        return encoding.mp4_bytes(
+            self.frames, self.times, self.waveform, rate=self.rate, picture_end=end, crf=crf, max_side=max_side
+        )
+
+    def save(self, path: str | os.PathLike[str], *, crf: float = 17.0) -> str:
+        """Write the clip to a file, whole or not at all; the same clip gives the same bytes.
+
+        Args:
+            path: ending in .mp4 (h264 and AAC), .wav (a clip without picture; float32, lossless) or .png (a still
+                without sound; lossless).
+            crf: x264's quality for mp4.
+
+        Returns:
+            The path as text.
+
+        Raises:
+            MediaError: another suffix, a suffix that would lose a stream, or a folder that cannot be written.
+        """
+        text = os.fspath(path)
+        suffix = os.path.splitext(text)[1].lower()
+        if suffix not in SUFFIXES:
+            raise MediaError(f"cannot save a clip as {text!r}: " + unknown("suffix", suffix, SUFFIXES))
+        if suffix == ".mp4":
+            data = self.to_mp4_bytes(crf=crf)
+        elif suffix == ".wav":
+            if self.waveform is None or self.has_picture:
+                raise MediaError(
+                    f"a wav holds a sound alone, and {self._name()} has {self._streams()}: save it as .mp4."
+                )
+            data = encoding.wav_bytes(self.waveform, rate=self.rate)
+        else:
+            if self.frames is None or not self.is_image or self.has_sound:
+                raise MediaError(
+                    f"a png holds one still frame, and {self._name()} has {self._streams()}: save it as .mp4."
+                )
+            data = encoding.png_bytes(self.frames[0])
+        encoding.write_whole(text, data)
+        return text
+
+    def _streams(self) -> str:
+        picture = (
+            [f"{len(self.times)} frames of {self.frames.shape[2]}x{self.frames.shape[1]}"]
+            if self.frames is not None
+            else []
+        )
+        sound = [f"{self.sound_end:.3f} s of sound at {self.rate} Hz"] if self.waveform is not None else []
+        return " and ".join(picture + sound)
+
+    def _name(self) -> str:
+        return os.path.basename(self.path) if self.path else f"a clip of {self._streams()}"
+
+    def __repr__(self) -> str:
+        where = f" from {os.path.basename(self.path)!r}" if self.path else ""
+        return f"Clip({self._streams()}, {self.duration:.3f} s{where})"
+
+    def _repr_html_(self) -> str:
+        return html.player(self)
+
+
+def _typical_step(times: np.ndarray, alone: float) -> float:
+    return float(np.median(np.diff(times))) if len(times) > 1 else alone
+
+
+def _digest(*parts: object) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).data if isinstance(part, np.ndarray) else repr(part).encode())
+    return digest.hexdigest()

@@ -1,0 +1,102 @@
+"""`ClipFile`: a clip that stays on disk until it is needed. Manifests hold thousands of them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from av_lens.errors import MediaError
+from av_lens.media.arrays import check_window
+from av_lens.media.border import regular_file
+from av_lens.media.clip import Clip
+from av_lens.media.source import MediaFacts, load_clip, probe_media
+
+_MOST_CLIPS = 16
+_MOST_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class ClipFile:
+    """A window of a media file, not yet decoded.
+
+    Attributes:
+        path: the file.
+        start: seconds of the file's clock.
+        end: seconds of the file's clock, or None for its end.
+        fps: keep the nearest source frames at this rate, or None for all (as `load_clip`).
+        sound_rate: Hz of the waveform.
+    """
+
+    path: str
+    start: float = 0.0
+    end: float | None = None
+    fps: float | None = None
+    sound_rate: int = 16000
+
+    def __post_init__(self) -> None:
+        check_window(self.start, self.end)
+
+    def probe(self) -> MediaFacts:
+        """Check that the window can be read, from the header alone.
+
+        Returns:
+            The file's facts.
+
+        Raises:
+            MediaError: the file is missing, empty or no medium, or the window starts past its end.
+        """
+        facts = probe_media(self.path)
+        if facts.duration <= self.start and self.start > 0:
+            raise MediaError(
+                f"start={self.start:g} s is past the end of {self.path}, which lasts {facts.duration:.3f} s: start earlier."
+            )
+        return facts
+
+    def load(self) -> Clip:
+        """Decode the window, or take it from the few that were decoded last.
+
+        Returns:
+            The clip; the same object while it stays in the cache and the file does not change.
+
+        Raises:
+            MediaError: as `load_clip`.
+        """
+        path, size = regular_file(self.path)
+        key = (os.path.abspath(path), size, os.stat(path).st_mtime_ns, self.start, self.end, self.fps, self.sound_rate)
+        clip = _CACHE.get(key)
+        if clip is None:
+            clip = load_clip(path, start=self.start, end=self.end, fps=self.fps, sound_rate=self.sound_rate)
+            _CACHE.put(key, clip)
+        return clip
+
+
+class _Cache:
+    """The clips loaded last: at most 16, and at most 1 GiB of them."""
+
+    def __init__(self) -> None:
+        self._clips: OrderedDict[tuple[object, ...], Clip] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[object, ...]) -> Clip | None:
+        with self._lock:
+            if key in self._clips:
+                self._clips.move_to_end(key)
+            return self._clips.get(key)
+
+    def put(self, key: tuple[object, ...], clip: Clip) -> None:
+        with self._lock:
+            self._clips[key] = clip
+            while self._clips and (
+                len(self._clips) > _MOST_CLIPS or sum(map(_size, self._clips.values())) > _MOST_BYTES
+            ):
+                self._clips.popitem(last=False)
+
+
+def _size(clip: Clip) -> int:
+    arrays = (clip.frames, clip.times, clip.waveform)
+    return sum(array.nbytes for array in arrays if array is not None)
+
+
+_CACHE = _Cache()

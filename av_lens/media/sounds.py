@@ -1,0 +1,180 @@
+"""Decoded audio frames become one mono waveform whose sample 0 sounds at the window's start."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from av_lens.errors import MediaError
+from av_lens.media.border import Budget
+from av_lens.media.resampling import resample
+
+_JITTER = 0.05
+_LONGEST_HOLE = 600.0
+_MARGIN = 0.05
+_RATES = (1_000, 768_000)
+
+
+class Sounds:
+    """Takes audio frames in order, places them by their times, and resamples once at the end.
+
+    Time stamps that differ from the running sample count by less than 50 ms are rounding and are ignored; a longer hole is
+    filled with silence, an overlap is cut, both noted. Channels are averaged.
+    """
+
+    def __init__(self, path: str, *, zero: Fraction, start: float, end: float | None, budget: Budget):
+        """Prepare for a stream.
+
+        Args:
+            path: the file, for messages.
+            zero: the container time, in seconds, that the file's clock calls 0.
+            start: the window's start in seconds of the file's clock.
+            end: its end, or None.
+            budget: what may be decoded.
+        """
+        self.path, self.zero, self.start, self.budget = path, zero, start, budget
+        self.end = math.inf if end is None else end
+        self.rate = 0
+        self.first_time = 0.0
+        self.stream_end = math.inf
+        self.done = False
+        self.notes: list[str] = []
+        self._pieces: list[np.ndarray] = []
+        self._count = 0
+        self._repairs = 0
+
+    @property
+    def last_end(self) -> float:
+        """Seconds of the file's clock at which the sound so far ends."""
+        return self.first_time + self._count / self.rate if self._count else 0.0
+
+    def add(self, frame: Any) -> None:
+        """Take the next frame.
+
+        Args:
+            frame: PyAV's frame.
+
+        Raises:
+            MediaError: the rate is absurd or changes, or a hole is longer than ten minutes.
+        """
+        rate = frame.sample_rate
+        if not self.rate:
+            if not _RATES[0] <= rate <= _RATES[1]:
+                raise MediaError(
+                    f"{self.path}: a sound of {rate} samples a second is damage, not sound: write it anew."
+                )
+            self.rate = rate
+        if rate != self.rate:
+            raise MediaError(
+                f"{self.path}: the sound's rate changes from {self.rate} to {rate} Hz on the way: convert it to one."
+            )
+        time = self._time(frame)
+        if time + frame.samples / rate < self.start - 2 * _MARGIN and not self._count:
+            return
+        mono = _mono(frame)
+        if not self._count:
+            self.first_time = time
+        else:
+            mono = self._placed(mono, time)
+        self._append(mono)
+        self.done = self.last_end >= min(self.end, self.stream_end) + _MARGIN
+
+    def _time(self, frame: Any) -> float:
+        if frame.pts is None or not frame.time_base:
+            return self.last_end
+        return float(frame.pts * Fraction(frame.time_base) - self.zero)
+
+    def _placed(self, mono: np.ndarray, time: float) -> np.ndarray:
+        gap = time - self.last_end
+        if abs(gap) <= _JITTER:
+            return mono
+        self._repairs += 1
+        if gap < 0:
+            return mono[round(-gap * self.rate) :]
+        if gap > _LONGEST_HOLE:
+            raise MediaError(
+                f"{self.path}: the sound has a hole of {gap:.0f} s at {self.last_end:.3f} s: its time stamps are damaged."
+            )
+        self._append(np.zeros(round(gap * self.rate), dtype=np.float32))
+        return mono
+
+    def _append(self, mono: np.ndarray) -> None:
+        self.budget.take(mono.nbytes, f"{self.last_end:.0f} s of sound at {self.rate} Hz")
+        self._pieces.append(mono)
+        self._count += len(mono)
+
+    def finish(self, sound_rate: int) -> np.ndarray | None:
+        """Close the window and resample.
+
+        Args:
+            sound_rate: the wanted rate in Hz.
+
+        Returns:
+            float32 [sample] in [-1, 1] from the window's start, or None where there is no sound in it.
+
+        Raises:
+            MediaError: the samples are not finite, or the sound starts over ten minutes late.
+        """
+        if not self._count:
+            return None
+        sound = np.concatenate(self._pieces)
+        self._pieces.clear()
+        if not np.isfinite(sound).all():
+            raise MediaError(f"{self.path}: the sound holds NaN or infinity: it is damaged; write it anew.")
+        stop = min(self.end, self.stream_end)
+        if self.stream_end < self.last_end:
+            sound = sound[: max(0, round((self.stream_end - self.first_time) * self.rate))]
+        if self._repairs:
+            self.notes.append(
+                f"{self._repairs} holes or overlaps in the sound's time stamps were filled with silence or cut"
+            )
+        return self._cut(sound, stop, sound_rate)
+
+    def _cut(self, sound: np.ndarray, stop: float, sound_rate: int) -> np.ndarray | None:
+        """Align to `start` in whole blocks that both rates share, so that resampling moves nothing."""
+        shared = math.gcd(self.rate, sound_rate)
+        block_in, block_out = self.rate // shared, sound_rate // shared
+        lead = round((self.start - self.first_time) * self.rate)
+        skipped = 0
+        if lead >= len(sound):
+            return None
+        if lead < 0:
+            late = -lead / self.rate
+            if late > _LONGEST_HOLE:
+                raise MediaError(
+                    f"{self.path}: the sound starts {late:.0f} s after the picture: its time stamps are damaged."
+                )
+            self.budget.take(-lead * 4, f"{late:.0f} s of silence before the sound")
+            sound = np.concatenate([np.zeros(-lead, dtype=np.float32), sound])
+            if late > 1e-3:
+                self.notes.append(f"the sound starts {late:.3f} s after the clip; silence before it")
+        elif lead:
+            skipped = min(lead // block_in, math.ceil(_MARGIN * self.rate / block_in))
+            sound = sound[lead - skipped * block_in :]
+        self.budget.take(math.ceil(len(sound) * sound_rate / self.rate) * 4, f"the sound at {sound_rate} Hz")
+        out = resample(sound, self.rate, sound_rate)[skipped * block_out :]
+        if math.isfinite(stop):
+            out = out[: max(0, round((stop - self.start) * sound_rate))]
+        if not len(out):
+            return None
+        peak = float(np.abs(out).max())
+        if peak > 1.0:
+            self.notes.append(f"the sound peaked at {peak:.3f}; clamped to [-1, 1]")
+            out = np.clip(out, -1.0, 1.0)
+        return np.ascontiguousarray(out, dtype=np.float32)
+
+
+def _mono(frame: Any) -> np.ndarray:
+    samples = frame.to_ndarray()
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, frame.layout.nb_channels).T
+    kind = samples.dtype
+    if kind == np.uint8:
+        samples = (samples.astype(np.float32) - 128.0) / 128.0
+    elif kind.kind == "i":
+        samples = samples.astype(np.float32) / np.float32(2.0 ** (8 * kind.itemsize - 1))
+    samples = samples.astype(np.float32, copy=False)
+    return samples[0].copy() if len(samples) == 1 else samples.mean(axis=0)
