@@ -123,7 +123,7 @@ class Span:
         more = f" and {len(self.runs) - 6} more runs" if len(self.runs) > 6 else ""
         return f"Span({len(self)} positions: {shown}{more})" if len(self) else "Span(empty)"
 
-    def between(self, start_s: float, end_s: float, clock: str = "model") -> Span:
+    def between(self, start_s: float | int, end_s: float | int, clock: str = "model") -> Span:
         """Keep the positions whose interval overlaps `[start_s, end_s)`; positions without a time are left out.
 
         Args:

@@ -1,0 +1,279 @@
+"""Question: what does the processor make of a picture and a sound? Computed once per content, then shared.
+
+Sampling: at `fps`, the targets are 0, 1/fps, 2/fps, ... before the clip's end, and for each the frame whose true time is
+nearest is taken (of two equally near, the earlier). A target in the last half frame before the picture's end is left out.
+A still picture read as a video is shown for its whole duration.
+The processor gets the sampled frames, with its own sampling switched off, and repeats the last one where their number
+is not a multiple of the temporal patch (2).
+
+The mel is computed on the sound padded by a few zero frames and trimmed to the sound, instead of padded to the
+processor's 300 s: the same values to the bit, since a mel frame sees 25 ms and the normalisation sees the loudest frame.
+
+`cap_pixels_per_frame` is set (True): the reference implementation's share of the total pixel budget, which begins to
+act on long videos only.
+
+Not done: the towers' outputs; they are kept by the model's traces.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from av_lens.errors import InputError
+from av_lens.media.clip import Clip
+from av_lens.media.resampling import resample
+
+_TIE = 1e-6  # s: two frames whose distances differ by less are equally near
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """What the processor made of a video or an image.
+
+    Attributes:
+        pixels: flattened patches, `[patch, patch_width]`, in the order of the tokens.
+        grid: patches in time, height and width.
+        merge: patches per token along height and width.
+        frame_start_s: true time of each frame behind the temporal patches, after repeating, `[patch_t, frame]`.
+        frame_end_s: when each of them leaves the screen, `[patch_t, frame]`.
+        frames: the indices of the sampled frames in the clip.
+    """
+
+    pixels: Float[Tensor, "patch patch_width"]
+    grid: tuple[int, int, int]
+    merge: int
+    frame_start_s: np.ndarray
+    frame_end_s: np.ndarray
+    frames: tuple[int, ...]
+
+    @property
+    def token_grid(self) -> tuple[int, int, int]:
+        """Tokens in time, height and width."""
+        return self.grid[0], self.grid[1] // self.merge, self.grid[2] // self.merge
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens the picture takes."""
+        return int(np.prod(self.token_grid))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the patches."""
+        return self.pixels.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """What the processor made of a sound.
+
+    Attributes:
+        mel: log-mel spectrogram trimmed to the sound, `[1, mel_bin, mel_frame]`.
+        duration_s: length of the sound.
+        token_s: seconds of sound behind one token.
+    """
+
+    mel: Float[Tensor, "1 mel_bin mel_frame"]
+    duration_s: float
+    token_s: float
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens the sound takes."""
+        return audio_tokens(self.mel.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the mel."""
+        return self.mel.nbytes
+
+
+def audio_tokens(mel_frames: int) -> int:
+    """Count the tokens of a sound: a convolution of stride 2, then pairs are pooled.
+
+    Args:
+        mel_frames: mel frames of the sound, 10 ms each.
+
+    Returns:
+        The number of tokens, 40 ms each.
+    """
+    return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
+
+
+def sampled_frames(clip: Clip, fps: float | int) -> Int64[np.ndarray, "frame"]:
+    """Choose the frames of a clip at a rate, by their true times.
+
+    Args:
+        clip: a clip with a picture.
+        fps: frames per second.
+
+    Returns:
+        Indices into the clip's frames; a frame may come twice where the clip has fewer frames than asked.
+    """
+    times = np.asarray(clip.times, dtype=np.float64)
+    if len(times) > 1:
+        count = int(np.floor((clip.picture_end - clip.frame_duration / 2) * fps + _TIE)) + 1
+    else:
+        count = int(np.ceil(clip.picture_end * fps - _TIE))
+    targets = np.arange(max(1, count)) / fps
+    after = np.clip(np.searchsorted(times, targets), 1, max(1, len(times) - 1))
+    before = after - 1
+    after = np.minimum(after, len(times) - 1)
+    nearer = np.abs(times[after] - targets) < np.abs(times[before] - targets) - _TIE
+    return np.where(nearer, after, before).astype(np.int64)
+
+
+class Features:
+    """Runs the processor's parts and remembers what they made, up to a memory budget.
+
+    Args:
+        processor: the checkpoint's processor.
+        cache_bytes: memory for remembered features; the least recently used go first.
+    """
+
+    def __init__(self, processor: Any, *, cache_bytes: int = 512 << 20) -> None:
+        self.processor = processor
+        self.cache_bytes = cache_bytes
+        self.hits = 0
+        self._kept: OrderedDict[tuple[Any, ...], Picture | Sound] = OrderedDict()
+
+    def video(self, clip: Clip, fps: float | int) -> Picture:
+        """Sample a clip's frames and cut them into patches.
+
+        Args:
+            clip: a clip with a picture.
+            fps: frames per second.
+
+        Returns:
+            The patches, their grid and the true times behind them.
+        """
+        return cast(Picture, self._once(("video", clip.picture_hash, fps), lambda: self._video(clip, fps)))
+
+    def image(self, clip: Clip) -> Picture:
+        """Cut one frame into patches: an image's only one, a video's nearest to its middle.
+
+        Args:
+            clip: a clip with a picture.
+
+        Returns:
+            The patches, their grid and the frame's true time.
+        """
+        return cast(Picture, self._once(("image", clip.picture_hash), lambda: self._image(clip)))
+
+    def sound(self, clip: Clip) -> Sound:
+        """Compute the mel of a clip's sound, resampled to the processor's rate where it differs.
+
+        Args:
+            clip: a clip with sound.
+
+        Returns:
+            The mel, trimmed to the sound.
+
+        Raises:
+            InputError: for a sound too short for one token or too long for the processor.
+        """
+        return cast(Sound, self._once(("sound", clip.sound_hash), lambda: self._sound(clip)))
+
+    def _once(self, key: tuple[Any, ...], make: Callable[[], Picture | Sound]) -> Picture | Sound:
+        if key in self._kept:
+            self.hits += 1
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        made = self._kept[key] = make()
+        while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self.cache_bytes:
+            self._kept.popitem(last=False)
+        return made
+
+    def video_options(self) -> dict[str, Any]:
+        """Collect what the video processor is told, beside the frames.
+
+        Returns:
+            Keyword arguments: the sizes of the processor, no sampling, the pixel cap.
+        """
+        part = self.processor.video_processor
+        options = dict(getattr(self.processor, "videos_kwargs", {}) or {}) | {"do_sample_frames": False}
+        if "cap_pixels_per_frame" in getattr(part.valid_kwargs, "__annotations__", {}):
+            options["cap_pixels_per_frame"] = True
+        return options
+
+    def _video(self, clip: Clip, fps: float | int) -> Picture:
+        chosen = sampled_frames(clip, fps)
+        part = self.processor.video_processor
+        frames = torch.from_numpy(np.array(_frames(clip)[chosen])).permute(0, 3, 1, 2)
+        made = part(videos=[frames], return_tensors="pt", **self.video_options())
+        grid = tuple(int(n) for n in made["video_grid_thw"][0])
+        padded = np.minimum(np.arange(grid[0] * part.temporal_patch_size), len(chosen) - 1)
+        starts, ends = (edges[chosen][padded].reshape(grid[0], -1) for edges in _on_screen(clip))
+        return Picture(
+            pixels=made["pixel_values_videos"],
+            grid=(grid[0], grid[1], grid[2]),
+            merge=int(part.merge_size),
+            frame_start_s=starts,
+            frame_end_s=ends,
+            frames=tuple(chosen.tolist()),
+        )
+
+    def _image(self, clip: Clip) -> Picture:
+        times = np.asarray(clip.times, dtype=np.float64)
+        chosen = int(np.argmin(np.abs(times - (times[0] + times[-1]) / 2)))
+        part = self.processor.image_processor
+        frame = torch.from_numpy(np.array(_frames(clip)[chosen])).permute(2, 0, 1)
+        made = part(images=[frame], return_tensors="pt")
+        grid = tuple(int(n) for n in made["image_grid_thw"][0])
+        starts, ends = (edges[[chosen]].reshape(1, 1) for edges in _on_screen(clip))
+        return Picture(
+            pixels=made["pixel_values"],
+            grid=(grid[0], grid[1], grid[2]),
+            merge=int(part.merge_size),
+            frame_start_s=starts,
+            frame_end_s=ends,
+            frames=(chosen,),
+        )
+
+    def _sound(self, clip: Clip) -> Sound:
+        part = self.processor.feature_extractor
+        rate, hop = int(part.sampling_rate), int(part.hop_length)
+        waveform = resample(_waveform(clip), clip.rate, rate) if clip.rate != rate else _waveform(clip)
+        seconds = len(waveform) / rate
+        if len(waveform) > part.n_samples:
+            raise InputError(
+                f"the sound lasts {seconds:.1f} s and this processor hears at most {part.n_samples / rate:.0f} s: "
+                f"cut the clip first, e.g. clip.trimmed(0, {part.n_samples / rate:.0f})"
+            )
+        padded = -(-len(waveform) // hop) * hop + -(-int(part.n_fft) // hop) * hop
+        made = part(
+            [waveform],
+            sampling_rate=rate,
+            padding="max_length",
+            max_length=min(padded, int(part.n_samples)),
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mel = made["input_features"][..., : int(made["attention_mask"].sum())].contiguous()
+        if audio_tokens(mel.shape[-1]) < 1:
+            raise InputError(f"the sound lasts {seconds * 1000:.0f} ms: one token needs 30 ms; give a longer clip")
+        return Sound(mel, len(waveform) / rate, 4 * hop / rate)
+
+
+def _on_screen(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
+    times = np.asarray(clip.times, dtype=np.float64)
+    return times, np.append(times[1:], max(clip.picture_end, times[-1]))
+
+
+def _frames(clip: Clip) -> np.ndarray:
+    if clip.frames is None:
+        raise InputError("this clip has no picture: use picture=None, or load a file with a video stream")
+    return clip.frames
+
+
+def _waveform(clip: Clip) -> np.ndarray:
+    if clip.waveform is None:
+        raise InputError("this clip has no audio stream: use sound=None, or clip.with_sound(other)")
+    return clip.waveform

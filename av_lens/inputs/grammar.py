@@ -1,0 +1,109 @@
+"""Question: is this something the model was taught to understand?
+
+The embedded models know a few kinds of questions in a few phrasings each. A question is compared after lower-casing,
+squeezing spaces and unifying spellings, without its final mark; what is no phrasing is refused with the nearest one,
+for an answer to it would mean nothing. Models without a grammar take any question.
+
+Example:
+    >>> grammar = Grammar.from_json({"questions": {"hear": ["what do you hear?"]}})
+    >>> grammar.match("What do you  HEAR ?")
+    'what do you hear?'
+    >>> grammar.kind("what do you hear")
+    'hear'
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from av_lens.errors import InputError, unknown
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """The accepted phrasings of each kind of question.
+
+    Attributes:
+        questions: kind -> its phrasings, exactly as the model was trained on them.
+        spellings: word -> the spelling it is read as.
+    """
+
+    questions: Mapping[str, tuple[str, ...]]
+    spellings: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __post_init__(self) -> None:
+        if not any(self.questions.values()):
+            raise InputError("a grammar needs at least one phrasing: {'questions': {'hear': ['what do you hear?']}}")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str | Path) -> Grammar:
+        """Read a grammar.
+
+        Args:
+            data: the mapping, or the path of a json file that holds it (`grammar.json` beside a checkpoint).
+
+        Returns:
+            The grammar.
+
+        Raises:
+            InputError: if there is no "questions" mapping of lists.
+        """
+        read: Any = json.loads(Path(data).read_text("utf-8")) if isinstance(data, str | Path) else data
+        questions = read.get("questions") if isinstance(read, Mapping) else None
+        if not isinstance(questions, Mapping) or not all(
+            isinstance(value, list | tuple) for value in questions.values()
+        ):
+            raise InputError("a grammar is a mapping with 'questions': {kind: [phrasing, ...]}")
+        phrasings = {str(kind): tuple(str(text) for text in texts) for kind, texts in questions.items()}
+        return cls(phrasings, {str(a): str(b) for a, b in dict(read.get("spellings", {})).items()})
+
+    def normalize(self, question: str) -> str:
+        """Bring a question to the form in which phrasings are compared.
+
+        Args:
+            question: what a person typed.
+
+        Returns:
+            Lower case, single spaces, one spelling, no final mark.
+        """
+        text = re.sub(r"\s+", " ", question.strip().lower())
+        text = re.sub(r"\s+([?.!,])", r"\1", text).rstrip("?.! ")
+        return re.sub(r"[a-z]+", lambda word: self.spellings.get(word.group(), word.group()), text)
+
+    def match(self, question: str) -> str:
+        """Find the phrasing that a question is.
+
+        Args:
+            question: what a person typed.
+
+        Returns:
+            The phrasing as the model was trained on it.
+
+        Raises:
+            InputError: if it is none of them; the message names the nearest.
+        """
+        known = {self.normalize(text): text for texts in self.questions.values() for text in texts}
+        found = known.get(self.normalize(question))
+        if found is None:
+            raise InputError(f"this model was not taught that: {unknown('question', question, known.values())}")
+        return found
+
+    def kind(self, question: str) -> str:
+        """Say which kind of question it is.
+
+        Args:
+            question: what a person typed.
+
+        Returns:
+            The kind, such as "hear".
+
+        Raises:
+            InputError: if it is none.
+        """
+        phrase = self.match(question)
+        return next(kind for kind, texts in self.questions.items() if phrase in texts)

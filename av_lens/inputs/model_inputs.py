@@ -1,0 +1,295 @@
+"""`AVInputs`: tensors that know what each of their positions is.
+
+`x.tensors` are the keyword arguments of the HuggingFace forward, nothing missing: `hf_model(**x.tensors)` runs. One
+object holds one example or a stack of examples of *one* layout that share its map; different layouts are never padded
+together. In a stack, pixel patches of all examples are concatenated and their grids stacked (HuggingFace's way), and mels
+are padded to one length with their mask.
+
+Not done: moving features between dtypes; the model casts what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from av_lens.errors import AlignmentError, InputError
+from av_lens.inputs import display
+from av_lens.media.clip import Clip
+from av_lens.spans import SpanMap
+
+if TYPE_CHECKING:
+    import pandas
+
+_PATCHES = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
+_COLUMNS = ("start_s", "end_s", "source_start_s", "source_end_s", "row", "col")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AVInputs:
+    """Model-ready tensors, what each position is, and the clips and questions they came from.
+
+    Attributes:
+        tensors: the keyword arguments of the HuggingFace forward.
+        spans: the map that all examples share. Where examples of a stack differ in a token, both stand there; where
+            they differ in a source time, it is NaN (`x[i].spans` has each its own).
+        position_ids: the three streams that the model computes, `[3, batch, pos]`.
+        clips: the clip of each example; None for text alone.
+        questions: the question of each example, as it stands in the prompt.
+        layout: "in_video", "separate", "audio_only", "video_only", "image_audio", "image" or "text".
+        provenance: how it was made.
+        parts: each example's own map.
+    """
+
+    tensors: Mapping[str, Any]
+    spans: SpanMap
+    position_ids: Int64[Tensor, "3 batch pos"]
+    clips: tuple[Clip | None, ...]
+    questions: tuple[str, ...]
+    layout: str
+    provenance: dict[str, Any]
+    parts: tuple[SpanMap, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+        object.__setattr__(self, "parts", self.parts or (self.spans,))
+        batch, pos = self.ids.shape
+        if pos != len(self.spans) or self.position_ids.shape != (3, batch, pos):
+            raise InputError(
+                f"ids {tuple(self.ids.shape)}, position ids {tuple(self.position_ids.shape)} and a map of "
+                f"{len(self.spans)} positions do not belong together"
+            )
+        if not len(self.parts) == len(self.clips) == len(self.questions) == batch:
+            raise InputError(f"{batch} examples need as many clips, questions and maps")
+
+    @property
+    def ids(self) -> Int64[Tensor, "batch pos"]:
+        """Token ids."""
+        return self.tensors["input_ids"]
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Every position's token as text; in a stack, both where examples differ."""
+        return self.spans.tokens
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    def __iter__(self) -> Iterator[AVInputs]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, item: int | slice) -> AVInputs:
+        """One example, or a shorter stack."""
+        if isinstance(item, slice):
+            chosen = [self[i] for i in range(len(self))[item]]
+            if not chosen:
+                raise InputError(f"{item} selects none of {len(self)} examples")
+            return AVInputs.stack(chosen)
+        if not -len(self) <= item < len(self):
+            raise IndexError(f"example {item} of {len(self)}")
+        i = item % len(self)
+        if len(self) == 1:
+            return self
+        examples: list[dict[str, Any]] = self.provenance.get("examples", [self.provenance] * len(self))
+        return AVInputs(
+            tensors={name: self._example(name, value, i) for name, value in self.tensors.items()},
+            spans=self.parts[i],
+            position_ids=self.position_ids[:, i : i + 1],
+            clips=(self.clips[i],),
+            questions=(self.questions[i],),
+            layout=self.layout,
+            provenance=examples[i],
+        )
+
+    def _example(self, name: str, value: Any, i: int) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if name in _PATCHES:
+            counts: list[int] = self.tensors[_PATCHES[name]].prod(dim=-1).tolist()
+            return value[sum(counts[:i]) : sum(counts[: i + 1])]
+        if name in ("input_features", "feature_attention_mask"):
+            heard = int(self.tensors["feature_attention_mask"][i].sum()) if self._trimmed else value.shape[-1]
+            return value[i : i + 1, ..., :heard]
+        return value[i : i + 1]
+
+    @property
+    def _trimmed(self) -> bool:
+        mask: Tensor = self.tensors["feature_attention_mask"]
+        return bool(mask[..., -1].any())
+
+    @classmethod
+    def stack(cls, examples: Sequence[AVInputs]) -> AVInputs:
+        """Stack examples of one layout into a batch.
+
+        Args:
+            examples: inputs whose positions have the same roles, model times and patches.
+
+        Returns:
+            The batch.
+
+        Raises:
+            AlignmentError: if two layouts differ; the message shows the first difference.
+            InputError: for an empty list.
+        """
+        if not examples:
+            raise InputError("a stack needs at least one example")
+        if len(examples) == 1:
+            return examples[0]
+        first = examples[0]
+        for number, other in enumerate(examples[1:], start=1):
+            fault = difference(first, other, names=("example 0", f"example {number}"))
+            if fault:
+                raise AlignmentError(
+                    f"these examples cannot be stacked: {fault}. Different layouts are never padded together."
+                )
+        parts = tuple(part for x in examples for part in x.parts)
+        provenance = [row for x in examples for row in x.provenance.get("examples", [x.provenance] * len(x))]
+        return cls(
+            tensors={name: _joined(name, [x.tensors[name] for x in examples]) for name in first.tensors},
+            spans=_shared(parts),
+            position_ids=torch.cat([x.position_ids for x in examples], dim=1),
+            clips=tuple(clip for x in examples for clip in x.clips),
+            questions=tuple(question for x in examples for question in x.questions),
+            layout=first.layout,
+            provenance={"examples": provenance},
+            parts=parts,
+        )
+
+    def to(self, device: str | torch.device) -> AVInputs:
+        """Move the tensors.
+
+        Args:
+            device: where to.
+
+        Returns:
+            The same inputs there.
+        """
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.tensors.items()}
+        return replace(self, tensors=moved, position_ids=self.position_ids.to(device))
+
+    def continued(self, token_ids: Int64[Tensor, "batch new"], tokens: Sequence[str] | None = None) -> AVInputs:
+        """Append answer tokens after the prompt, for teacher forcing; they are `generated`.
+
+        Args:
+            token_ids: the ids to append to each example.
+            tokens: their text; `#id` of the first example when left out.
+
+        Returns:
+            The longer inputs. The asked position stays the prompt's last.
+
+        Raises:
+            InputError: if the number of rows is not the number of examples.
+        """
+        if token_ids.ndim != 2 or token_ids.shape[0] != len(self):
+            raise InputError(f"continued() takes ids of shape [{len(self)}, n]; got {tuple(token_ids.shape)}")
+        new = token_ids.to(self.ids.device)
+        n = int(new.shape[1])
+        mask: Tensor = self.tensors["attention_mask"]
+        tensors = dict(self.tensors) | {
+            "input_ids": torch.cat([self.ids, new], dim=1),
+            "attention_mask": torch.cat([mask, mask.new_ones(new.shape)], dim=1),
+        }
+        later = self.position_ids[..., -1:] + torch.arange(1, n + 1, device=self.position_ids.device)
+        texts = [tuple(tokens) if tokens is not None else tuple(f"#{int(t)}" for t in row) for row in new]
+        return replace(
+            self,
+            tensors=tensors,
+            spans=self.spans.extended(n, texts[0]),
+            position_ids=torch.cat([self.position_ids, later], dim=-1),
+            parts=tuple(part.extended(n, text) for part, text in zip(self.parts, texts, strict=True)),
+        )
+
+    def table(self) -> pandas.DataFrame:
+        """Tabulate the positions.
+
+        Returns:
+            One row per position: `position token role start_s end_s source_start_s source_end_s row col`; times are NaN
+            off media, rows and columns -1 off pictures.
+        """
+        import pandas
+
+        columns: dict[str, Any] = {
+            "position": np.arange(len(self.spans)),
+            "token": self.tokens,
+            "role": self.spans.roles,
+        }
+        return pandas.DataFrame(columns | {name: getattr(self.spans, name) for name in _COLUMNS})
+
+    def describe(self) -> str:
+        """Summarise the input on one screen.
+
+        Returns:
+            Lines of text: layout, question, tensors, and the runs of positions with their times.
+        """
+        return display.summary(self)
+
+    def __repr__(self) -> str:
+        many = f"{len(self)} examples of " if len(self) > 1 else ""
+        return f"AVInputs({many}{len(self.spans)} positions, {self.layout}: {self.spans!r})"
+
+    def _repr_html_(self) -> str:
+        return display.strip(self)
+
+
+def difference(x: AVInputs, y: AVInputs, *, names: tuple[str, str]) -> str | None:
+    """Say where two inputs are not aligned, position by position.
+
+    Args:
+        x: one input.
+        y: the other.
+        names: what to call them.
+
+    Returns:
+        The first difference, with position, both tokens and both roles; None where they are aligned. Text tokens may
+        differ: a question about seeing is aligned with one about hearing that has as many tokens.
+    """
+    at = x.spans.layout_difference(y.spans)
+    lengths = f"{names[0]} has {len(x.spans)} positions ({_seconds(x)}), {names[1]} {len(y.spans)} ({_seconds(y)})"
+    if at is None and x.layout != y.layout:
+        return f"{names[0]} has the layout {x.layout!r}, {names[1]} {y.layout!r}"
+    if at is None:
+        keys = set(x.tensors) ^ set(y.tensors)
+        return f"only one of them has {sorted(keys)}" if keys else None
+    shown = [_position(z.spans, at, name) for z, name in zip((x, y), names, strict=True)]
+    return f"they first differ at position {at}: {shown[0]}, {shown[1]}. {lengths}"
+
+
+def _position(spans: SpanMap, at: int, name: str) -> str:
+    if at >= len(spans):
+        return f"{name} has ended"
+    place = "" if np.isnan(spans.start_s[at]) else f" at {spans.start_s[at]:.2f} s"
+    patch = f", row {spans.row[at]}, col {spans.col[at]}" if spans.row[at] >= 0 else ""
+    return f"{name} has {spans.tokens[at]!r} ({spans.roles[at]}{place}{patch})"
+
+
+def _seconds(x: AVInputs) -> str:
+    lasting = sorted({f"{clip.duration:.2f} s" for clip in x.clips if clip is not None})
+    return " and ".join(lasting) if lasting else "no clip"
+
+
+def _joined(name: str, values: list[Any]) -> Any:
+    if not isinstance(values[0], Tensor):
+        if any(value != values[0] for value in values):
+            raise AlignmentError(f"these examples cannot be stacked: {name} is {values[0]} in one and not in another")
+        return values[0]
+    if name in ("input_features", "feature_attention_mask"):
+        longest = max(value.shape[-1] for value in values)
+        values = [torch.nn.functional.pad(value, (0, longest - value.shape[-1])) for value in values]
+    return torch.cat(values, dim=0)
+
+
+def _shared(parts: Sequence[SpanMap]) -> SpanMap:
+    first = parts[0]
+    tokens = tuple("|".join(dict.fromkeys(seen)) for seen in zip(*(part.tokens for part in parts), strict=True))
+    times: dict[str, np.ndarray] = {}
+    for name in ("source_start_s", "source_end_s"):
+        columns = np.stack([getattr(part, name) for part in parts])
+        times[name] = np.where((columns == columns[0]).all(axis=0), columns[0], np.nan)
+    return replace(first, tokens=tokens, **times)
