@@ -103,7 +103,7 @@ def figure(*, title: str | None = None, height: int = 360, width: int | None = N
         "tickcolor": GRID,
         "ticklen": 4,
         "automargin": True,
-        "title": {"standoff": 10},
+        "title": {"standoff": 10, "font": {"size": 13}},
     }
     layout = go.Layout(
         template=go.layout.Template(),

@@ -49,32 +49,40 @@ def behaviour(found: Any, *, chosen: str = "competent", rule: str = "two", title
     Raises:
         InputError: if the record holds no behaviour for that choice.
     """
-    frame = found.behaviour
-    frame = frame[frame["chosen"] == chosen]
+    every = found.behaviour
+    frame = every[(every["chosen"] == chosen) & ((every["quantity"] != "accuracy") | (every["rule"] == rule))]
     if not len(frame):
         raise InputError(
-            f"this isolation holds no behaviour for chosen={chosen!r}; it has {sorted(set(found.behaviour['chosen']))}."
+            f"this isolation holds no behaviour for chosen={chosen!r}; it has {sorted(set(every['chosen']))}."
         )
     effects = [name for name in MEANINGS if (frame["quantity"] == name).any()]
-    prefix = f"accuracy {rule} "
-    cells = [str(q)[len(prefix) :] for q in dict.fromkeys(frame["quantity"]) if str(q).startswith(prefix)]
+    frame = frame[frame["quantity"].isin([*effects, "accuracy"])]
+    frame = frame.assign(
+        key=[c if q == "accuracy" else q for q, c in zip(frame["quantity"], frame["cell"], strict=True)]
+    )
+    cells = [str(cell) for cell in dict.fromkeys(frame["cell"]) if cell]
     height = 120 + 30 * (len(effects) + len(cells))
     fig = _style.figure(title=title, height=height)
     share = len(effects) / max(1, len(effects) + len(cells))
     split = 1 - share * (1 - 80 / height)
     _panel(fig, frame, effects, [MEANINGS[name] for name in effects], axis="", colour=_style.SOUND)
     labels = [CELLS.get(cell, cell) for cell in cells]
-    _panel(fig, frame, [prefix + cell for cell in cells], labels, axis="2", colour=_style.GREEN)
+    _panel(fig, frame, cells, labels, axis="2", colour=_style.GREEN)
     y = {"automargin": True, "showgrid": False, "ticks": "", "tickmode": "array", "zeroline": False}
     x = {"gridcolor": _style.GRID, "automargin": True, "zeroline": False}
     named = [MEANINGS[name] for name in effects]
     fig.update_layout(
         yaxis={**y, **_places(named), "domain": [split, 1]},
-        xaxis={**x, "title": {"text": "logits, towards the sound +"}, "anchor": "y", **_style.ZERO},
+        xaxis={
+            **x,
+            "title": {"font": {"size": 13}, "text": "logits, towards the sound +"},
+            "anchor": "y",
+            **_style.ZERO,
+        },
         yaxis2={**y, **_places(labels), "domain": [0, max(0.0, split - 80 / height)], "anchor": "x2"},
         xaxis2={
             **x,
-            "title": {"text": "rate of right answers"},
+            "title": {"font": {"size": 13}, "text": "rate of right answers"},
             "anchor": "y2",
             "range": [-0.03, 1.03],
             "zeroline": False,
@@ -92,7 +100,7 @@ def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, ax
     import plotly.graph_objects as go
 
     for half, symbol, offset in (("discovery", "circle", -0.14), ("confirmation", "circle-open", 0.14)):
-        rows = frame[frame["half"] == half].drop_duplicates("quantity").set_index("quantity")
+        rows = frame[frame["half"] == half].drop_duplicates("key").set_index("key")
         kept = [
             (name, label, place)
             for place, (name, label) in enumerate(zip(quantities, labels, strict=True))

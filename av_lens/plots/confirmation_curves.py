@@ -36,7 +36,7 @@ def confirmation(found: Any, *, title: str | None = None) -> Any:
         raise InputError(
             "this isolation edited no set on held-out conflicts: none was found, so there is nothing to draw."
         )
-    fig = _style.figure(title=title, height=560)
+    fig = _style.figure(title=title, height=600)
     random = frame[frame["arm"] == "random"]
     _random(fig, random)
     _set_curve(fig, arm)
@@ -47,10 +47,23 @@ def confirmation(found: Any, *, title: str | None = None) -> Any:
     ticks = {"tickmode": "linear", "tick0": 0, "dtick": max(1, last // 12), "range": [-0.4, last + 0.6]}
     fig.update_layout(
         xaxis={**axis, **ticks, "anchor": "y", "matches": "x2", "showticklabels": False},
-        yaxis={**axis, "domain": [0.48, 1.0], "title": {"text": "release (logits)"}, **_style.ZERO},
-        xaxis2={**axis, **ticks, "anchor": "y2", "title": {"text": "heads edited together (k)"}},
-        yaxis2={**axis, "domain": [0.0, 0.4], "anchor": "x2", "title": {"text": "rate"}, "range": [-0.04, 1.04]},
+        yaxis={
+            **axis,
+            "domain": [0.53, 1.0],
+            "title": {"font": {"size": 13}, "text": "release (logits)"},
+            **_style.ZERO,
+        },
+        xaxis2={**axis, **ticks, "anchor": "y2", "title": {"font": {"size": 13}, "text": "heads edited together (k)"}},
+        yaxis2={
+            **axis,
+            "domain": [0.0, 0.4],
+            "anchor": "x2",
+            "title": {"font": {"size": 13}, "text": "rate"},
+            "range": [-0.04, 1.04],
+        },
     )
+    legend = {"orientation": "h", "x": 0, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
+    fig.update_layout(legend2={**legend, "y": 0.4})
     return fig
 
 
@@ -137,6 +150,7 @@ def _said(fig: Any, found: Any, arm: Any, random: Any) -> None:
                 y=[before, *arm[column]] if known else arm[column],
                 mode="lines+markers",
                 name=name,
+                legend="legend2",
                 line={"color": colour, "width": 2.5},
                 marker={"size": 8},
                 hovertemplate=f"{name}: %{{y:.3f}} at k = %{{x}}<extra></extra>",

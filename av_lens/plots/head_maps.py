@@ -142,7 +142,9 @@ def _from_frame(
 
 def _labels(values: np.ndarray, top: float) -> list[list[str]]:
     """Write a number only where it is at least a tenth of the largest: the map shows the rest."""
-    return [[f"{v:.2f}" if np.isfinite(v) and abs(v) >= 0.1 * top else "" for v in row] for row in values]
+    return [
+        [f"{v:.2f}".replace("-", "−") if np.isfinite(v) and abs(v) >= 0.1 * top else "" for v in row] for row in values
+    ]
 
 
 def _hover(values: np.ndarray, bounds: dict[tuple[int, int], tuple[float, float]], unit: str) -> list[list[str]]:

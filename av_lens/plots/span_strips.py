@@ -110,7 +110,7 @@ def _add_clocks(fig: Any, found: SpanMap, roles: list[str]) -> None:
         yaxis2={
             "domain": [0.0, 0.62],
             "anchor": "x",
-            "title": {"text": "time (s)"},
+            "title": {"font": {"size": 13}, "text": "time (s)"},
             "gridcolor": _style.GRID,
             "zeroline": False,
             "automargin": True,

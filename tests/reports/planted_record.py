@@ -25,6 +25,7 @@ def planted_isolation(seed: int = 0, *, stamps: tuple[str, ...] = ("exploratory"
         "back 81% of G (76% to 87%), and the model says the sound in 78% of conflicts instead of 5%.",
         n_layers=LAYERS,
         n_heads=HEADS,
+        verdict_kind="suppression",
         stamps=stamps,
         summary={"G": G, "C": C, "gap": G - C, "delta": 0.1 * G, "power": 0.21},
         heads=table("heads", _heads()),
@@ -52,6 +53,8 @@ def stopped_isolation() -> Isolation:
         verdict="No suppression: the gap is below a quarter of G (upper bound -0.4 logits).",
         n_layers=LAYERS,
         n_heads=HEADS,
+        verdict_kind="no suppression",
+        reasons=("The gap's upper bound lies below a quarter of G, so there is nothing to explain.",),
         summary={"G": G, "C": G, "gap": 0.0, "power": float("nan")},
         behaviour=table("behaviour", _behaviour()),
         provenance={"av_lens": "0.1.0", "model": "av-tiny-balanced"},
@@ -168,9 +171,8 @@ def _behaviour() -> list[dict[str, Any]]:
         for rule in ("two", "vocabulary"):
             for cell, value in rates:
                 ends = dict(low=max(0.0, value - 0.06), high=min(1.0, value + 0.06))
-                rows.append(
-                    dict(half=half, chosen="competent", quantity=f"accuracy {rule} {cell}", value=value, n=N, **ends)
-                )
+                what = dict(quantity="accuracy", cell=cell, rule=rule)
+                rows.append(dict(half=half, chosen="competent", value=value, n=N, **what, **ends))
     return rows
 
 

@@ -1,0 +1,187 @@
+"""The page's figures: each with a title, a caption that says how to read it, and its numbers as a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from av_lens import plots
+from av_lens.reports.material import Calibration
+from av_lens.reports.words import number
+from av_lens.results.record import Isolation
+
+_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """One figure of the page.
+
+    Attributes:
+        name: its id on the page and its file's name.
+        title: what it shows.
+        caption: how to read it.
+        figure: the plotly figure.
+        columns: headings of its numbers.
+        rows: its numbers, as text.
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: Any
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def spec(self) -> str:
+        """The figure as json that is safe inside a script element."""
+        text = json.dumps(json.loads(self.figure.to_json()))
+        return "".join(_ESCAPES.get(letter, letter) for letter in text)
+
+
+def drawings(found: Isolation, calibration: Calibration | None = None) -> dict[str, Drawing]:
+    """Draw everything that the record has the numbers for.
+
+    Args:
+        found: the record.
+        calibration: how the method did where the truth was known.
+
+    Returns:
+        Name to drawing; what was not measured is absent.
+    """
+    made: list[Drawing | None] = [_behaviour(found), _release(found), *_maps(found), _confirmation(found)]
+    if len(found.evidence) and (found.evidence["estimand"] == "dla").any():
+        caption = "Each head's direct share of the logit difference at the asked position, the largest first."
+        made.append(Drawing("attribution", "Direct attribution", caption, plots.attribution(found)))
+    if calibration is not None:
+        made.append(_calibration(calibration))
+    return {drawing.name: drawing for drawing in made if drawing is not None}
+
+
+def leading_donor(found: Isolation) -> str:
+    """Name the donor that the verdict speaks of: the chosen set's, else the first head's, else `blank_muted`.
+
+    Args:
+        found: the record.
+
+    Returns:
+        The donor's name.
+    """
+    chosen = found.sets[found.sets["chosen"]]
+    if len(chosen):
+        return str(chosen["donor"].iloc[0])
+    return str(found.heads["donor"].iloc[0]) if len(found.heads) else "blank_muted"
+
+
+def _behaviour(found: Isolation) -> Drawing | None:
+    chosen = next((c for c in ("competent", "all") if (found.behaviour["chosen"] == c).any()), None)
+    if chosen is None:
+        return None
+    caption = (
+        "Above, in logits: what sound and picture do to the answer, hearing with nothing to see (G), under "
+        "conflict (C), and the gap between them; to the right of zero is towards the sound. Below: how often the "
+        "right answer is the better of the two, cell by cell. Filled: discovery half; open: confirmation half; "
+        "lines: 95% intervals."
+    )
+    return Drawing("behaviour", "Sound, picture and the answer", caption, plots.behaviour(found, chosen=chosen))
+
+
+def _release(found: Isolation) -> Drawing | None:
+    rows = found.evidence[found.evidence["estimand"] == "release"]
+    if not len(rows):
+        return None
+    total = len(rows.drop_duplicates(["layer", "head"]))
+    figure = plots.release(found)
+    shown = len(figure.layout.yaxis.tickvals)
+    caption = (
+        f"The {shown} of {total} heads with the largest release. Release: how far hearing under conflict rises "
+        "when the head is replaced by what it would have been had it neither seen nor heard (blank_muted), had "
+        "something else been asked (mean_other), or by nothing (zero). A head counts only right of the dotted "
+        "line. ✓: confirmed on the held-out half."
+    )
+    wanted = rows[rows["half"] == "discovery"].sort_values("share", ascending=False).head(3 * shown)
+    cells = tuple(
+        (
+            f"L{r['layer']} H{r['head']}",
+            r["donor"],
+            number(r["mean"]),
+            number(r["low"]),
+            number(r["high"]),
+            number(r["share"]),
+        )
+        for r in wanted.to_dict("records")
+    )
+    columns = ("head", "donor", "release (logits)", "low", "high", "share of G")
+    return Drawing("release", "Which heads keep the sound from being said", caption, figure, columns, cells)
+
+
+def _maps(found: Isolation) -> list[Drawing | None]:
+    donor = leading_donor(found)
+    named = {(int(a), int(b)) for a, b in zip(found.suppressors["layer"], found.suppressors["head"], strict=True)}
+    outlined = " Outlined: confirmed suppressors." if named else ""
+    missing = " Hatched: not measured."
+    captions = {
+        (
+            "release",
+            donor,
+        ): f"Release of every head by the donor {donor}, discovery half. Blue: editing the head gives hearing "
+        f"back; vermilion: it takes hearing away.{outlined}{missing}",
+        (
+            "dla",
+            "",
+        ): "What every head writes directly into the answer under conflict, discovery half. Blue: for the sound; "
+        f"vermilion: for the picture.{outlined}{missing}",
+    }
+    titles = {"release": "Release, head by head", "dla": "Direct attribution, head by head"}
+    drawn: list[Drawing | None] = []
+    for (estimand, by), caption in captions.items():
+        frame = found.evidence
+        frame = frame[(frame["estimand"] == estimand) & (frame["half"] == "discovery")]
+        if not len(frame):
+            continue
+        site = str(frame["site"].iloc[0])
+        values = found.grid(estimand, by, site=site)
+        figure = plots.heads(values, unit="logits", named=named)
+        rows = tuple(
+            (f"L{layer}", *(number(float(v), sign=True) for v in values[layer])) for layer in range(found.n_layers)
+        )
+        columns = ("layer", *(f"H{head}" for head in range(found.n_heads)))
+        drawn.append(Drawing(f"map-{estimand}", titles[estimand], caption, figure, columns, rows))
+    return drawn
+
+
+def _confirmation(found: Isolation) -> Drawing | None:
+    if not (found.ablation["arm"] == "set").any():
+        return None
+    caption = (
+        "Held-out conflicts. The heads of the set are edited one after another, in the order fixed on discovery. "
+        "Above: the release of the first k, with its interval, against random heads of the same layers (grey) and "
+        "as many top heads for what is seen (diamond). Below: how often the model says the sound's and the "
+        "picture's answer, among all words; pale rings are the random heads."
+    )
+    rows = tuple(
+        (
+            str(r["arm"]),
+            str(r["k"]),
+            str(r["members"]),
+            *(number(r[c]) for c in ("release", "low", "high", "says_sound", "says_picture")),
+        )
+        for r in found.ablation[found.ablation["arm"] != "random"].to_dict("records")
+    )
+    columns = ("arm", "k", "members", "release (logits)", "low", "high", "says the sound", "says the picture")
+    return Drawing("confirmation", "The set on held-out conflicts", caption, plots.confirmation(found), columns, rows)
+
+
+def _calibration(calibration: Calibration) -> Drawing:
+    frame = calibration.heads
+    values = np.full((int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1), np.nan)
+    values[frame["layer"].to_numpy(), frame["head"].to_numpy()] = frame["release"].to_numpy(float)
+    planted = frame[frame["planted"].astype(bool)]
+    named = [(int(a), int(b)) for a, b in zip(planted["layer"], planted["head"], strict=True)]
+    figure = plots.heads(values, unit="logits", named=named)
+    caption = f"The largest release of every head of {calibration.model}. Outlined: the heads that were planted."
+    return Drawing("calibration", "Where the truth is known", caption, figure)

@@ -1,0 +1,207 @@
+"""A finding as one page that a newcomer can read from top to bottom, and that loads nothing from anywhere.
+
+Verdict first; then how to read it, what the model does, clips to play, the heads, held-out confirmation, calibration
+where the truth is known, what all this does and does not prove, and where it comes from. Figures, their script and the
+clips are inside the file; a content policy in its head forbids the browser any request. Light and dark follow the
+reader's system. Numbers are shown with three figures; the csv files beside the page (`write_bundle`) hold every digit.
+
+Example:
+    ```python
+    write_report(found, "report.html", clips={"0001": clip})
+    ```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from av_lens import __version__
+from av_lens.media import Clip
+from av_lens.plots import THEMES
+from av_lens.reports import sections, words
+from av_lens.reports.drawings import Drawing, drawings
+from av_lens.reports.material import Calibration, gallery
+from av_lens.results.record import Isolation
+from av_lens.results.tables import SUPPRESSORS
+
+_GENERAL = (
+    "It is causal about this model on clips like these: the heads were edited and the answer changed, on conflicts "
+    "that were not used to find them. It says nothing about other models or other kinds of clip.",
+    "A head that is named keeps the sound from being said by at least one of the three edits. That it does so in order "
+    "to, or that it does nothing else, is not shown; the specificity table says what was tested.",
+    "Nothing found is not nothing there: heads that stand in for each other hide each other, and the search for sets "
+    "finds some of these, not all. Only the sites named in the protocol were searched.",
+)
+
+
+def write_report(
+    found: Isolation,
+    path: str | Path,
+    *,
+    clips: Mapping[str, Clip | str | Path] | None = None,
+    calibration: Calibration | None = None,
+    caveats: Sequence[str] = (),
+    title: str | None = None,
+    most_clips: int = 12,
+    budget_mb: float = 24.0,
+) -> Path:
+    """Write an isolation as one self-contained page.
+
+    Args:
+        found: the record.
+        path: the html file to write; replaced whole or not at all.
+        clips: conflict id to the clip as the model saw and heard it, or to an mp4 file of it.
+        calibration: how the method did on a model whose truth is known.
+        caveats: sentences about this model that belong under "what this proves", before the general ones.
+        title: the page's headline; None asks the question of the model's name.
+        most_clips: how many clips are embedded at most.
+        budget_mb: how many MiB of clips are embedded at most.
+
+    Returns:
+        The path that was written.
+    """
+    path = Path(path)
+    cards = gallery(found.conflicts, clips or {}, most=most_clips, budget_mb=budget_mb)
+    drawn = drawings(found, calibration)
+    context = _context(found, drawn, calibration=calibration, caveats=caveats, title=title)
+    text = _render(drawn, {**context, "cards": cards})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def _render(drawn: Mapping[str, Drawing], context: dict[str, Any]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=select_autoescape(["html", "j2"], default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawing_template = environment.get_template("figure.html.j2")
+
+    def figure(name: str) -> Markup:
+        return Markup(drawing_template.render(drawing=drawn[name]) if name in drawn else "")
+
+    page = environment.get_template("page.html.j2")
+    return page.render(**context, figure=figure, plotly_js=Markup(get_plotlyjs()), themes=json.dumps(THEMES))
+
+
+def _context(
+    found: Isolation,
+    drawn: Mapping[str, Drawing],
+    *,
+    calibration: Calibration | None,
+    caveats: Sequence[str],
+    title: str | None,
+) -> dict[str, Any]:
+    """Gather everything that the template says, as text."""
+    model = str(found.provenance.get("model", "the model"))
+    provenance = {k: v for k, v in found.provenance.items() if k != "choices"}
+    heads = sections.head_rows(found)
+    return {
+        "title": title or f"Which heads keep {model} from saying what it hears?",
+        "model": model,
+        "when": str(found.provenance.get("when", found.provenance.get("date", f"av_lens {__version__}"))),
+        "stamps": [{"name": stamp, "meaning": _stamp(found, stamp)} for stamp in found.stamps],
+        "kind": found.verdict_kind,
+        "verdict": found.verdict,
+        "reasons": found.reasons,
+        "tiles": sections.tiles(found),
+        "asked": _asked(found),
+        "threshold": words.percent(float(found.protocol["s"])) if "s" in found.protocol else "a fixed share",
+        "behaviour": _behaviour(found),
+        "other_behaviour": found.behaviour["chosen"].nunique() > 1,
+        "n_conflicts": len(found.conflicts),
+        "heads": heads,
+        "roles": [
+            {"name": role, "meaning": meaning, "suppressor": role in SUPPRESSORS}
+            for role, meaning in words.ROLE_MEANINGS.items()
+            if any(row["role"] == role for row in heads)
+        ],
+        "power": _power(found),
+        "sets": sections.set_rows(found),
+        "specificity": sections.specificity_rows(found),
+        "calibration": calibration,
+        "calibration_rows": [] if calibration is None else _calibration_rows(calibration),
+        "calibration_figures": [] if calibration is None else _calibration_figures(calibration),
+        "caveats": [*caveats, *_GENERAL],
+        "choices": [str(choice) for choice in found.provenance.get("choices", [])],
+        "provenance": sections.flat(provenance),
+        "protocol": sections.flat(found.protocol),
+        "conflicts": _conflict_rows(found),
+        "version": __version__,
+    }
+
+
+def _stamp(found: Isolation, stamp: str) -> str:
+    meaning = words.STAMP_MEANINGS.get(stamp, "")
+    if stamp == "exploratory" and len(found.conflicts):
+        counts = found.conflicts[found.conflicts["competent"]].groupby("half").size()
+        meaning += " Here: " + ", ".join(f"{int(n)} for {half}" for half, n in counts.items() if half) + "."
+    return meaning
+
+
+def _asked(found: Isolation) -> str:
+    question = found.protocol.get("question", found.provenance.get("question"))
+    return f"“{question}”." if question else "what it hears."
+
+
+def _power(found: Isolation) -> str:
+    power = float(found.summary.get("power", float("nan")))
+    return "" if power != power else f"{words.number(power)} logits"
+
+
+def _behaviour(found: Isolation) -> list[dict[str, Any]]:
+    captions = {
+        "competent": "Conflicts chosen by competence: each sound is heard and each picture seen on its own",
+        "all": "All conflicts, without that choice",
+    }
+    chosen = [name for name in captions if (found.behaviour["chosen"] == name).any()]
+    return [{"name": n, "caption": captions[n], "rows": sections.behaviour_rows(found, n)} for n in chosen]
+
+
+def _calibration_rows(calibration: Calibration, *, most: int = 12) -> list[dict[str, Any]]:
+    planted = int(calibration.heads["planted"].sum())
+    return [
+        {
+            "rank": int(row["rank"]),
+            "head": f"L{row['layer']} H{row['head']}",
+            "planted": bool(row["planted"]),
+            "kind": row["kind"],
+            "role": row["role"],
+            "release": words.number(float(row["release"]), sign=True),
+            "share": words.percent(float(row["share"])),
+        }
+        for row in calibration.heads.head(max(most, planted + 4)).to_dict("records")
+    ]
+
+
+def _calibration_figures(calibration: Calibration) -> list[tuple[str, str]]:
+    return [(name.replace("_", " "), words.number(float(value))) for name, value in calibration.figures.items()]
+
+
+def _conflict_rows(found: Isolation) -> list[dict[str, str]]:
+    return [
+        {
+            "id": str(row["id"]),
+            "half": row["half"] or words.MISSING,
+            "component": str(row["component"]),
+            "competent": "yes" if row["competent"] else "no",
+            "sound": row["sound_answer"],
+            "picture": row["picture_answer"],
+            "says": row["says"] or words.MISSING,
+            **{name: words.number(float(row[name]), sign=True) for name in ("M_va", "M_av", "C", "G")},
+        }
+        for row in found.conflicts.to_dict("records")
+    ]

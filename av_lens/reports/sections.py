@@ -1,0 +1,231 @@
+"""The record's tables as rows of text, in the order and words in which the page shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from av_lens.reports.words import CELLS, DONOR_MEANINGS, QUANTITIES, ROLE_MEANINGS, interval, number, percent, small
+from av_lens.results.record import Isolation
+from av_lens.results.tables import SUPPRESSORS
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One large number with its name.
+
+    Attributes:
+        value: the number as text.
+        name: what it is.
+        note: its interval or comparison.
+        tone: "sound", "picture" or "".
+    """
+
+    value: str
+    name: str
+    note: str = ""
+    tone: str = ""
+
+
+def tiles(found: Isolation) -> list[Tile]:
+    """Choose the few numbers that the verdict rests on.
+
+    Args:
+        found: the record.
+
+    Returns:
+        G, C and the gap; then, where a set was found, its release, what the model says with it, and the random heads.
+    """
+    made = [_behaviour_tile(found, name, tone) for name, tone in (("G", "sound"), ("C", "picture"), ("gap", ""))]
+    for row in found.sets[found.sets["chosen"]].to_dict("records")[:1]:
+        ends = interval(row["share_low"], row["share_high"], share=True)
+        heads = "1 head" if row["k"] == 1 else f"{row['k']} heads"
+        made.append(Tile(percent(row["share"]), f"of G released by {heads}, held out", ends, "sound"))
+        said = f"{percent(row['says_sound_before'])} → {percent(row['says_sound'])}"
+        picture = f"the picture: {percent(row['says_picture_before'])} → {percent(row['says_picture'])}"
+        made.append(Tile(said, "says the sound, before → after", picture, "sound"))
+        count = f"the most of {row['random_n']} sets, logits"
+        made.append(
+            Tile(number(float(row["random_max"])), "released by random heads", f"{count}; p {small(row['p_random'])}")
+        )
+    return [tile for tile in made if tile.value != "–"]
+
+
+def _behaviour_tile(found: Isolation, name: str, tone: str) -> Tile:
+    frame = found.behaviour
+    frame = frame[(frame["quantity"] == name) & (frame["half"] == "discovery")]
+    frame = frame.sort_values("chosen", key=lambda c: c != "competent", kind="stable")
+    _, meaning = QUANTITIES[name]
+    for row in frame.to_dict("records")[:1]:
+        ends = interval(row["low"], row["high"])
+        return Tile(number(row["value"], sign=True), f"{name}: {meaning}", f"logits, {ends}", tone)
+    value = float(found.summary.get(name, float("nan")))
+    return Tile(number(value, sign=True), f"{name}: {meaning}", "logits", tone)
+
+
+def behaviour_rows(found: Isolation, chosen: str) -> list[dict[str, str]]:
+    """Put the quantities of both halves side by side.
+
+    Args:
+        found: the record.
+        chosen: "competent" or "all".
+
+    Returns:
+        One row per quantity: its name, meaning, and for each half "value (interval)" and n.
+    """
+    frame = found.behaviour[found.behaviour["chosen"] == chosen]
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    order = {name: place for place, name in enumerate(QUANTITIES)}
+    records = sorted(frame.to_dict("records"), key=lambda r: order.get(r["quantity"], len(order)))
+    for record in records:
+        key = (record["quantity"], record["cell"], record["rule"])
+        name, meaning = _quantity(*key)
+        row = rows.setdefault(key, {"name": name, "meaning": meaning})
+        rate = record["quantity"] == "accuracy" or str(record["quantity"]).startswith("says")
+        value = percent(record["value"]) if rate else number(record["value"])
+        row[record["half"]] = f"{value} ({interval(record['low'], record['high'], share=rate)})"
+        row[f"n_{record['half']}"] = str(record["n"])
+    return list(rows.values())
+
+
+def _quantity(quantity: str, cell: str, rule: str) -> tuple[str, str]:
+    if quantity in QUANTITIES:
+        return QUANTITIES[quantity]
+    names = {"accuracy": "right", "M": "M"}
+    name = f"{names.get(quantity, quantity)} in {cell}" if cell else quantity
+    of = {"two": "; best of the two answers", "vocabulary": "; best of all words"}.get(rule, "")
+    return name, CELLS.get(cell, "") + of
+
+
+def head_rows(found: Isolation) -> list[dict[str, Any]]:
+    """Write the head table.
+
+    Args:
+        found: the record.
+
+    Returns:
+        One row per named (head, site, role), largest effect first, every figure as text.
+    """
+    return [
+        {
+            "rank": place,
+            "head": f"L{row['layer']} H{row['head']}",
+            "site": row["site"],
+            "role": row["role"],
+            "meaning": ROLE_MEANINGS.get(row["role"], ""),
+            "suppressor": row["role"] in SUPPRESSORS,
+            "estimand": row["estimand"],
+            "donor": row["donor"],
+            "donor_meaning": DONOR_MEANINGS.get(row["donor"], ""),
+            "effect": number(row["effect"], sign=True),
+            "interval": interval(row["low"], row["high"], sign=True),
+            "share": percent(row["share"]),
+            "share_interval": interval(row["share_low"], row["share_high"], share=True),
+            "discovery": number(row["discovery_effect"], sign=True),
+            "discovery_interval": interval(row["discovery_low"], row["discovery_high"], sign=True),
+            "direct_share": number(row["direct_share"]),
+            "blank_muted": number(row["release_blank_muted"], sign=True),
+            "mean_other": number(row["release_mean_other"], sign=True),
+            "zero": number(row["release_zero"], sign=True),
+            "reads_picture": number(row["reads_picture"], sign=True),
+            "reads_sound": number(row["reads_sound"], sign=True),
+            "sufficiency": number(row["sufficiency"], sign=True),
+            "silenced": number(row["silenced"], sign=True),
+            "carries": number(row["carries"], sign=True),
+            "dla": number(row["dla"], sign=True),
+            "q": small(row["q"]),
+            "p_maxt": small(row["p_maxt"]),
+            "p_holm": small(row["p_holm"]),
+            "confirmed": bool(row["confirmed"]),
+            "member_of": row["member_of"],
+            "flags": row["flags"],
+        }
+        for place, row in enumerate(found.heads.to_dict("records"), start=1)
+    ]
+
+
+def set_rows(found: Isolation) -> list[dict[str, Any]]:
+    """Write the table of sets, the chosen one first.
+
+    Args:
+        found: the record.
+
+    Returns:
+        One row per set.
+    """
+    frame = found.sets.sort_values("chosen", ascending=False, kind="stable")
+    return [
+        {
+            "name": row["name"],
+            "members": str(row["members"]),
+            "k": row["k"],
+            "donor": row["donor"],
+            "screen": row["screen"],
+            "chosen": bool(row["chosen"]),
+            "discovery": number(row["discovery_release"], sign=True),
+            "release": number(row["release"], sign=True),
+            "interval": interval(row["low"], row["high"], sign=True),
+            "share": percent(row["share"]),
+            "says_sound": f"{percent(row['says_sound_before'])} → {percent(row['says_sound'])}",
+            "says_picture": f"{percent(row['says_picture_before'])} → {percent(row['says_picture'])}",
+            "random": f"mean {number(row['random_mean'], sign=True)}, most {number(row['random_max'], sign=True)}"
+            f" of {row['random_n']}",
+            "p": small(row["p_random"]),
+            "floor": small(row["p_floor"]),
+            "confirmed": bool(row["confirmed"]),
+            "flags": row["flags"],
+        }
+        for row in frame.to_dict("records")
+    ]
+
+
+def specificity_rows(found: Isolation) -> list[dict[str, Any]]:
+    """Write the table of what else the edit breaks.
+
+    Args:
+        found: the record.
+
+    Returns:
+        One row per control, with a tone for its verdict: "good", "bad" or "open".
+    """
+    tones = {"specific": "good", "not specific": "bad"}
+    return [
+        {
+            "control": row["control"],
+            "n": row["n"],
+            "before": percent(row["before"]),
+            "after": percent(row["after"]),
+            "fall": percent(row["fall"]),
+            "bound": percent(row["bound"]),
+            "margin": percent(row["margin"]),
+            "verdict": row["verdict"],
+            "tone": tones.get(str(row["verdict"]), "open"),
+        }
+        for row in found.specificity.to_dict("records")
+    ]
+
+
+def flat(nested: Mapping[str, Any], *, prefix: str = "") -> list[tuple[str, str]]:
+    """Flatten provenance to (dotted name, text) rows, in their order.
+
+    Args:
+        nested: mappings of anything json knows.
+        prefix: what the names begin with.
+
+    Returns:
+        The rows; a list of plain values is one row.
+    """
+    rows: list[tuple[str, str]] = []
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            rows += flat(value, prefix=f"{name}.")
+        elif isinstance(value, str):
+            rows.append((name, value))
+        elif isinstance(value, list | tuple) and all(isinstance(item, str | int | float) for item in value):
+            rows.append((name, ", ".join(str(item) for item in value)))
+        else:
+            rows.append((name, json.dumps(value, default=str)))
+    return rows

@@ -1,0 +1,132 @@
+"""Numbers and names as the page says them: three figures, real minus signs, a dash for what was not measured."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+MISSING = "–"
+ROLE_MEANINGS = {
+    "picture writer": "it reads the picture and writes the picture's answer over the sound",
+    "sound opponent": "it reads the sound and writes against it",
+    "gate": "it turns other heads away from the sound",
+    "breaks": "editing it damages hearing as such; it does not suppress",
+    "undetermined": "its release passes, but what kind it is cannot be told from these conflicts",
+    "silenced carrier": "it carries sound that is lost under conflict: a victim, no suppressor",
+    "sound carrier": "it carries sound when there is nothing to see",
+}
+DONOR_MEANINGS = {
+    "blank_muted": "as if it had neither seen nor heard",
+    "mean_other": "as if something else had been asked",
+    "zero": "switched off",
+}
+STAMP_MEANINGS = {
+    "exploratory": "too few conflicts (below 60 a half) or clips for a verdict on the set: what is named here is a "
+    "lead, to be confirmed on more.",
+    "not interpretable": "the search went on where the protocol would have stopped it: no figure of a head below has a "
+    "meaning of its own.",
+}
+QUANTITIES = {
+    "G": ("G", "hearing with nothing to see"),
+    "C": ("C", "hearing under conflict"),
+    "gap": ("gap = G − C", "what the sight of something else costs"),
+    "E_A": ("E_A", "what the sound does to the answer"),
+    "E_V": ("E_V", "what the picture does to the answer"),
+    "I": ("I", "interaction of sound and picture"),
+    "shortcut index": (
+        "Shortcut Index",
+        "|E_V| / (|E_A| + |E_V|): 0 where the sound alone decides, 1 where the picture does",
+    ),
+}
+CELLS = {
+    "va": "the conflict: picture v, sound a",
+    "av": "the mirrored conflict: picture a, sound v",
+    "aa": "picture and sound are both a's",
+    "vv": "picture and sound are both v's",
+    "blank_a": "nothing to see, sound a",
+    "blank_v": "nothing to see, sound v",
+    "blank_muted": "nothing to see, nothing to hear",
+    "v_muted": "picture v, nothing to hear",
+    "a_muted": "picture a, nothing to hear",
+    "audio_only": "sound a alone, no picture in the prompt",
+}
+
+
+def number(value: Any, *, sign: bool = False, digits: int = 3) -> str:
+    """Say a number with a few significant figures.
+
+    Args:
+        value: a number; NaN or None where not measured.
+        sign: write a plus before a positive one.
+        digits: significant figures; at most two decimals from 10 up.
+
+    Returns:
+        Its text, with a real minus sign.
+    """
+    if value is None or isinstance(value, str):
+        return value or MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if math.isnan(value):
+        return MISSING
+    if isinstance(value, int):
+        return f"{value:+d}".replace("-", "−") if sign else f"{value:d}".replace("-", "−")
+    size = abs(value)
+    if size >= 10:
+        text = f"{value:.1f}"
+    elif size >= 0.1 or size == 0:
+        text = f"{value:.{digits - 1}f}"
+    elif size >= 1e-4:
+        text = f"{value:.{digits}f}" if size >= 10**-digits else f"{value:.{digits - 1}g}"
+    else:
+        text = f"{value:.0e}"
+    text = "+" + text if sign and value > 0 else text
+    return text.replace("-", "−")
+
+
+def percent(value: Any) -> str:
+    """Say a share or a rate as a percentage.
+
+    Args:
+        value: a fraction; NaN where not measured.
+
+    Returns:
+        Its text, without decimals from 10% up.
+    """
+    if value is None or math.isnan(value):
+        return MISSING
+    text = f"{value:.0%}" if abs(value) >= 0.0995 or value == 0 else f"{value:.1%}".replace(".0%", "%")
+    return text.replace("-", "−")
+
+
+def interval(low: Any, high: Any, *, share: bool = False, sign: bool = False) -> str:
+    """Say an interval.
+
+    Args:
+        low: its lower end; NaN where there is none.
+        high: its upper end.
+        share: say percentages.
+        sign: write plus signs.
+
+    Returns:
+        Such as "2.7 to 3.3", or a dash.
+    """
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return MISSING
+    if share:
+        return f"{percent(low)} to {percent(high)}"
+    return f"{number(low, sign=sign)} to {number(high, sign=sign)}"
+
+
+def small(value: Any) -> str:
+    """Say a p- or q-value.
+
+    Args:
+        value: between 0 and 1; NaN where not tested.
+
+    Returns:
+        Such as "0.012" or "< 0.001".
+    """
+    if value is None or math.isnan(value):
+        return MISSING
+    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
