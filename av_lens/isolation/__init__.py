@@ -1,1 +1,5 @@
-"""isolation."""
+"""The main job: which heads keep the model from saying what it hears, by what mechanism, and how sure are we?"""
+
+from av_lens.isolation.pipeline import isolate
+
+__all__ = ["isolate"]

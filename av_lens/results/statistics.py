@@ -138,6 +138,36 @@ class Bootstrap:
         return Interval(*(row.reshape(shape) for row in out))
 
 
+    def derived(
+        self,
+        rule: Callable[..., np.ndarray],
+        *columns: np.ndarray,
+        level: float = 0.95,
+    ) -> tuple[float, float, float]:
+        """Bound a figure that is computed from several means, such as |E_V| / (|E_A| + |E_V|).
+
+        Args:
+            rule: takes one mean per column (arrays of draws), returns the figure.
+            *columns: `[example]` each.
+            level: of the two-sided interval.
+
+        Returns:
+            The figure of the means, its lower and its upper bound.
+        """
+        stacked = np.stack(columns, axis=1)
+        stacked = stacked[~np.isnan(stacked).any(1)] if np.isnan(stacked).any() else stacked
+        if not len(stacked):
+            return float("nan"), float("nan"), float("nan")
+        value = float(rule(*stacked.mean(0)))
+        if self.n_clips < FEWEST_CLIPS or len(stacked) != self.weights.shape[1]:
+            return value, float("nan"), float("nan")
+        with np.errstate(invalid="ignore", divide="ignore"):
+            drawn = rule(*((self.weights @ stacked) / self.weights.sum(1, keepdims=True)).T)
+        tail = 100 * (1 - level) / 2
+        low, high = np.nanpercentile(drawn, [tail, 100 - tail])
+        return value, float(low), float(high)
+
+
 def interval(boot: Bootstrap, values: np.ndarray) -> tuple[float, float, float]:
     """Bound the mean of one column.
 

@@ -1,0 +1,163 @@
+"""What does a run say: the sound's answer, the picture's, or neither?
+
+The score of an answer at the asked position is its token's logit, or the logsumexp over its synonyms' logits.
+M = score(sound's answer) - score(picture's answer), the two answers held fixed in every cell. "Right among the two" is
+M > 0 for the sound's answer; right in the whole vocabulary means that the most likely token of all belongs to the answer.
+
+`Candidates` are all distinct answers of a set of conflicts. Answers of several tokens are refused here: their score is
+a teacher-forced sum over tokens, which needs one more run per answer (give a one-token word, or put the shared part of
+the answers into `prefix`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from av_lens.errors import ProtocolError
+from av_lens.inputs.answers import Answer, answer_pair
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What a run of a stack says, per example.
+
+    `scores` are the candidates' scores; `top` is the candidate that holds the most likely token of the whole vocabulary,
+    -1 where none does, -2 where the run has no number; `mass` is P(sound's answer) + P(picture's).
+    """
+
+    scores: Float[np.ndarray, "example candidate"]
+    top: Int[np.ndarray, " example"]
+    mass: Float[np.ndarray, " example"]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """All distinct answers of a set of conflicts, and which two belong to each conflict.
+
+    `ids` lists each candidate's one-token synonyms, padded with -1; `sound` and `picture` index the candidates.
+    """
+
+    names: tuple[str, ...]
+    ids: Int[np.ndarray, "candidate option"]
+    sound: Int[np.ndarray, " example"]
+    picture: Int[np.ndarray, " example"]
+
+    @classmethod
+    def of(cls, conflicts: Sequence[Any], tokenizer: Any) -> Candidates:
+        """Resolve every conflict's two answers.
+
+        Args:
+            conflicts: objects with `answers = (sound's, picture's)` and an `id`.
+            tokenizer: the model's tokenizer.
+
+        Returns:
+            The candidates.
+
+        Raises:
+            ProtocolError: an answer is several tokens long.
+            InputError: two answers that cannot be told apart (from `answer_pair`).
+        """
+        known: dict[frozenset[tuple[int, ...]], int] = {}
+        names: list[str] = []
+        pairs: list[tuple[int, int]] = []
+        for conflict in conflicts:
+            pair = answer_pair(tokenizer, *conflict.answers)
+            indices: list[int] = []
+            for answer in pair:
+                _one_token(answer, conflict.id)
+                key = frozenset(answer.options)
+                if key not in known:
+                    known[key] = len(names)
+                    names.append(answer.text)
+                indices.append(known[key])
+            pairs.append((indices[0], indices[1]))
+        width = max(len(key) for key in known)
+        ids = np.full((len(known), width), -1, dtype=np.int64)
+        for key, index in known.items():
+            ids[index, : len(key)] = sorted(option[0] for option in key)
+        return cls(tuple(names), ids, *np.array(pairs, dtype=np.int64).T)
+
+    def scores(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[np.ndarray, "batch candidate"]:
+        """Score every candidate.
+
+        Args:
+            logits: at the asked position.
+
+        Returns:
+            Logits of one-token answers, logsumexp over synonyms.
+        """
+        ids = torch.from_numpy(self.ids).to(logits.device)
+        picked = logits.double()[:, ids.clamp(min=0)].masked_fill(ids < 0, -torch.inf)
+        return picked.logsumexp(-1).cpu().numpy()
+
+    def read(self, logits: Float[Tensor, "batch d_vocab"], examples: Int[np.ndarray, " batch"]) -> Reading:
+        """Read a run of some of the conflicts.
+
+        Args:
+            logits: at the asked position.
+            examples: which conflicts these are.
+
+        Returns:
+            Scores, the most likely token's candidate, and the mass on the two answers.
+        """
+        scores = self.scores(logits)
+        best = logits.argmax(-1).cpu().numpy()
+        owner = {int(token): index for index, row in enumerate(self.ids) for token in row if token >= 0}
+        top = np.array([owner.get(int(token), -1) for token in best], dtype=np.int64)
+        top[np.isnan(scores).any(1)] = -2
+        log_total = logits.double().logsumexp(-1).cpu().numpy()
+        probability = np.exp(scores - log_total[:, None])
+        rows = np.arange(len(examples))
+        mass = probability[rows, self.sound[examples]] + probability[rows, self.picture[examples]]
+        return Reading(scores, top, mass)
+
+    def margin(
+        self, scores: Float[np.ndarray, "*more batch candidate"], examples: Int[np.ndarray, " batch"]
+    ) -> Float[np.ndarray, "*more batch"]:
+        """Compute M: score of the sound's answer minus score of the picture's.
+
+        Args:
+            scores: of all candidates.
+            examples: which conflicts these are.
+
+        Returns:
+            M of each example.
+        """
+        rows = np.arange(len(examples))
+        return scores[..., rows, self.sound[examples]] - scores[..., rows, self.picture[examples]]
+
+    def above_others(
+        self, scores: Float[np.ndarray, "*more batch candidate"], examples: Int[np.ndarray, " batch"], *, of: str
+    ) -> Float[np.ndarray, "*more batch"]:
+        """Compare one answer's score with the mean of the candidates that are neither of the two.
+
+        Args:
+            scores: of all candidates.
+            examples: which conflicts these are.
+            of: "sound" or "picture": whose answer.
+
+        Returns:
+            score minus the others' mean; NaN where the set has no other candidate.
+        """
+        rows = np.arange(len(examples))
+        mine = self.sound[examples] if of == "sound" else self.picture[examples]
+        n_others = scores.shape[-1] - 2
+        if n_others < 1:
+            return np.full(scores.shape[:-1], np.nan)
+        pair = scores[..., rows, self.sound[examples]] + scores[..., rows, self.picture[examples]]
+        return scores[..., rows, mine] - (scores.sum(-1) - pair) / n_others
+
+
+def _one_token(answer: Answer, name: object) -> None:
+    if not answer.single:
+        raise ProtocolError(
+            f"conflict {name!r}: the answer {answer.text!r} is {answer.n_tokens} tokens for this model; isolation scores "
+            "answers of one token. Choose a shorter word, or put what comes before its last token into the prefix."
+        )

@@ -1,0 +1,268 @@
+"""Does the set of named heads hold on conflicts it was not found on, and do random heads do the same?
+
+* The *set* is built on discovery: the named suppressors in the order of their release, cumulatively, once per primary
+  donor; the donor with the largest release of the whole set is kept. Forward search over pairs and backward elimination
+  are not done here.
+* It is edited on confirmation, cumulatively: its release, and how often the conflict is answered with the sound or with
+  the picture (most likely token of the whole vocabulary).
+* Random sets, at least 200, matched by layer: for each member a head outside the set within one layer whose mean
+  norm of z W_O is within a factor 2 of the member's, else the 3 nearest in norm. Where fewer sets exist all are used;
+  p = (1 + number of random sets with at least the set's release) / (1 + number of sets), and its floor is shown.
+* As many top heads for `see`: those whose zeroing most lowers score(picture's answer) - score(sound's) in `va` asked `see`.
+* Ranked heads: where nothing or little is named, the heads with the largest releases are edited together, 1, 2, 4, ... of
+  them, to say over how many heads the suppression is spread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from av_lens.isolation.bench import MIRROR, PRIMARY_DONORS, Chunk
+from av_lens.isolation.effects import Progress, Request, mirrored, set_scores, single_head_swaps
+from av_lens.isolation.engine import Head
+from av_lens.isolation.roles import head_means
+
+RANDOM_SETS = 200
+NEAREST = 3
+
+
+@dataclass(frozen=True, eq=False)
+class SetEffect:
+    """What editing sets together does, per set and example: the effect on C, and which answer `va` then gets."""
+
+    release: Float[np.ndarray, "set example"]
+    says_sound: Float[np.ndarray, "set example"]
+    says_picture: Float[np.ndarray, "set example"]
+
+
+def release_of_sets(
+    chunks: Sequence[Chunk],
+    sets: Sequence[Sequence[Head]],
+    donors: Sequence[str],
+    examples: Int[np.ndarray, " example"],
+    *,
+    progress: Progress | None = None,
+    stage: str = "sets of heads",
+) -> SetEffect:
+    """Edit sets together in `va` and `av` and measure the release.
+
+    Args:
+        chunks: the conflicts, stacked.
+        sets: the sets of heads.
+        donors: one donor per set.
+        examples: the conflicts' order in the result.
+        progress: called as `progress(stage, done, total)`.
+        stage: the stage's name.
+
+    Returns:
+        The effects.
+    """
+    shape = (len(sets), len(examples))
+    out = SetEffect(np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan))
+    total = 2 * len(chunks)
+    for number, chunk in enumerate(chunks):
+        candidates = chunk.bench.candidates
+        rows = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
+        changes: list[np.ndarray] = []
+        for step, base in enumerate(("va", MIRROR["va"])):
+            scores, top = set_scores(chunk, base, sets, donors)
+            before = candidates.margin(chunk.reading(base).scores, chunk.examples)
+            changes.append(candidates.margin(scores, chunk.examples) - before)
+            if base == "va":
+                out.says_sound[:, rows] = top == candidates.sound[chunk.examples]
+                out.says_picture[:, rows] = top == candidates.picture[chunk.examples]
+            if progress is not None:
+                progress(stage, 2 * number + step + 1, total)
+        out.release[:, rows] = mirrored(changes[0], changes[1])
+    return out
+
+
+def top_see_heads(chunks: Sequence[Chunk], n: int) -> list[Head]:
+    """Find the heads that `see` needs most, by zeroing each.
+
+    Args:
+        chunks: discovery's conflicts.
+        n: how many heads.
+
+    Returns:
+        The heads whose zeroing most lowers score(picture's answer) - score(sound's) in `va` asked `see`.
+    """
+    engine = chunks[0].bench.engine
+    heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
+    falls: list[np.ndarray] = []
+    for chunk in chunks:
+        candidates = chunk.bench.candidates
+        swaps, owners = single_head_swaps(chunk, "va", [Request("va", "zero", question="see")], heads)
+        before = candidates.margin(chunk.reading("va", "see").scores, chunk.examples)
+        rise = np.zeros((len(heads), len(chunk.examples)))
+        for (_, j), logits in zip(owners, engine.edited(chunk.run("va", "see"), swaps), strict=True):
+            rise[j] = candidates.margin(candidates.scores(logits), chunk.examples) - before
+        falls.append(rise)
+    mean = np.concatenate(falls, axis=1).mean(1)
+    return [heads[j] for j in np.argsort(-mean, kind="stable")[:n]]
+
+
+def random_sets(
+    members: Sequence[Head], norms: Float[np.ndarray, "layer head"], *, seed: int, n: int = RANDOM_SETS
+) -> list[tuple[Head, ...]]:
+    """Draw control sets matched to a set by layer and by how much each member writes.
+
+    Args:
+        members: the set.
+        norms: every head's mean norm of z W_O.
+        seed: of the draw.
+        n: how many sets, at least; fewer where fewer exist (then all of them).
+
+    Returns:
+        Distinct sets of distinct heads, none of them a member; empty where a member has no candidate.
+    """
+    pools: list[list[Head]] = []
+    for layer, head in members:
+        near = [
+            (other_layer, other)
+            for other_layer in range(max(0, layer - 1), min(norms.shape[0], layer + 2))
+            for other in range(norms.shape[1])
+            if (other_layer, other) not in members
+        ]
+        ratio = {h: abs(np.log(max(norms[h], 1e-12) / max(norms[layer, head], 1e-12))) for h in near}
+        within = [h for h in near if ratio[h] <= np.log(2)]
+        pools.append(within if len(within) >= 1 else sorted(near, key=lambda h: ratio[h])[:NEAREST])
+    if not pools or not all(pools):
+        return []
+    rng = np.random.default_rng(seed)
+    drawn: dict[tuple[Head, ...], None] = {}
+    total = float(np.prod([float(len(pool)) for pool in pools]))
+    if total <= 4 * n:
+        everything = _products(pools)
+        found = list(dict.fromkeys(tuple(sorted(one)) for one in everything if len(set(one)) == len(one)))
+        order = rng.permutation(len(found))
+        return [found[i] for i in order[: max(n, 0)]] if len(found) > n else found
+    for _ in range(100 * n):
+        one = tuple(pool[int(rng.integers(len(pool)))] for pool in pools)
+        if len(set(one)) == len(one):
+            drawn.setdefault(tuple(sorted(one)))
+        if len(drawn) == n:
+            break
+    return list(drawn)
+
+
+def _products(pools: Sequence[Sequence[Head]]) -> list[tuple[Head, ...]]:
+    out: list[tuple[Head, ...]] = [()]
+    for pool in pools:
+        out = [(*one, head) for one in out for head in pool]
+    return out
+
+
+def cumulative(members: Sequence[Head]) -> list[tuple[Head, ...]]:
+    """List a set's beginnings: the first member, the first two, ...
+
+    Args:
+        members: the set in its order.
+
+    Returns:
+        One tuple per size.
+    """
+    return [tuple(members[: k + 1]) for k in range(len(members))]
+
+
+def doubling(n: int) -> list[int]:
+    """List 1, 2, 4, ... up to n, n included.
+
+    Args:
+        n: the last size.
+
+    Returns:
+        The sizes.
+    """
+    sizes = [2**k for k in range(n.bit_length()) if 2**k < n]
+    return [*sizes, n] if n else []
+
+
+@dataclass(eq=False)
+class BuiltSet:
+    """A set built on discovery: its members in order, its donor, its release there (mean over conflicts)."""
+
+    members: tuple[Head, ...]
+    donor: str
+    discovery_release: float
+    chosen: bool = False
+    random: list[tuple[Head, ...]] = field(default_factory=list)
+
+    @property
+    def names(self) -> str:
+        """The members as words."""
+        return head_names(self.members)
+
+
+def head_names(heads: Sequence[Head]) -> str:
+    """Write heads as words.
+
+    Args:
+        heads: `(layer, head)` each.
+
+    Returns:
+        Such as "L5H0 L5H3".
+    """
+    return " ".join(f"L{layer}H{head}" for layer, head in heads)
+
+
+def build_sets(
+    chunks: Sequence[Chunk],
+    named: Sequence[Head],
+    releases: dict[str, Float[np.ndarray, "example layer head"]],
+    examples: Int[np.ndarray, " example"],
+) -> list[BuiltSet]:
+    """Order the named heads by release for each donor, and keep the donor whose whole set releases most.
+
+    Args:
+        chunks: discovery's conflicts.
+        named: the named suppressors.
+        releases: each donor's single releases on discovery.
+        examples: discovery's conflicts.
+
+    Returns:
+        One set per donor that was measured, the best one chosen; empty where nothing is named.
+    """
+    if not named:
+        return []
+    out: list[BuiltSet] = []
+    for donor in PRIMARY_DONORS:
+        means = head_means(releases[donor])
+        if np.isnan(means).all():
+            continue
+        ordered = tuple(sorted(named, key=lambda head: (-means[head], head)))
+        found = release_of_sets(chunks, [ordered], [donor], examples)
+        out.append(BuiltSet(ordered, donor, float(np.nanmean(found.release[0]))))
+    max(out, key=lambda one: one.discovery_release).chosen = True
+    return out
+
+
+def curve_row(arm: str, members: Sequence[Head], donor: str, effect: SetEffect, row: int, draw: int) -> dict[str, Any]:
+    """Write one row of the ablation table, without its interval.
+
+    Args:
+        arm: "set", "random", "see heads" or "ranked heads".
+        members: the heads.
+        donor: their donor.
+        effect: the measured sets.
+        row: which of them.
+        draw: the random draw, -1 elsewhere.
+
+    Returns:
+        The row.
+    """
+    return {
+        "arm": arm,
+        "k": len(members),
+        "draw": draw,
+        "members": head_names(members),
+        "donor": donor,
+        "release": float(np.nanmean(effect.release[row])),
+        "says_sound": float(np.nanmean(effect.says_sound[row])),
+        "says_picture": float(np.nanmean(effect.says_picture[row])),
+    }
