@@ -85,7 +85,12 @@ class Plan:
         steps: list[Step] = []
         for number, edit in enumerate(self.edits):
             steps.extend(_steps_of(number, edit, spec, spans, batch))
-        return CompiledPlan(tuple(steps), n_prompt=len(spans))
+        return CompiledPlan(
+            tuple(steps),
+            n_prompt=len(spans),
+            first_layer=self.first_layer,
+            first_position=self.first_position(spans),
+        )
 
 
 @dataclass(eq=False)
@@ -128,10 +133,14 @@ class CompiledPlan:
     Attributes:
         steps: every edit at every hook that it touches.
         n_prompt: positions of the prompt.
+        first_layer: the first layer that it can change; -1 for an empty plan.
+        first_position: the first position that it can change; `n_prompt` for an empty plan.
     """
 
     steps: tuple[Step, ...]
     n_prompt: int
+    first_layer: int
+    first_position: int
     _offsets: dict[str, int] = field(default_factory=dict)
 
     @property
