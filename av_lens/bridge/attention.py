@@ -47,6 +47,9 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         super().__init__(*args, **kwargs)
         self._stream: torch.Tensor | None = None
         self._norm: Any = None
+        # The base class keeps one hook for layers that are left to HuggingFace; here it would never fire.
+        del self._modules["hook_hidden_states"]
+        self._hook_registry.pop("hook_hidden_states", None)
 
     def set_stream(self, stream: torch.Tensor | None, norm: Any) -> None:
         """Remember the residual stream before its norm, for the input forks.
@@ -104,8 +107,9 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
                 flat = linear(hidden)
             else:
                 flat = linear.original_component(linear.hook_in(hidden))
-                if changes[name] is not None:
-                    flat = flat + self._per_head(linear, changes[name]).to(flat.dtype)
+                change = changes[name]
+                if change is not None:
+                    flat = flat + self._per_head(linear, change).to(flat.dtype)
                 flat = linear.hook_out(flat)
             heads = flat.view(*flat.shape[:2], -1, self.original_component.head_dim)  # pyright: ignore[reportOptionalMemberAccess]
             projected.append(heads.transpose(1, 2))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, LinearBridge, UnembeddingBridge
+from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, UnembeddingBridge
 
 from av_lens.bridge.attention import RealAttentionBridge
 from av_lens.bridge.blocks import FullBlockBridge, RealRMSNormBridge, TowerBridge
@@ -22,7 +22,7 @@ FULL_MODEL_TYPE = "qwen2_5_omni"
 THINKER_MODEL_TYPE = "qwen2_5_omni_thinker"
 
 
-class Qwen2_5OmniThinkerAdapter(ArchitectureAdapter):  # noqa: N801 (TransformerLens names adapters after the class)
+class Qwen2_5OmniThinkerAdapter(ArchitectureAdapter):
     """How TransformerLens's components map onto `Qwen2_5OmniThinkerForConditionalGeneration`."""
 
     # The pattern is a hook here; asking HuggingFace for attentions as well would only cost memory.

@@ -1,0 +1,185 @@
+"""What a cache will cost before it is paid for, and a filter that fits when it is too much.
+
+TransformerLens stores each hook's tensor under every one of its names; tensors that several hooks share are stored
+once. So the cost is the number of *distinct* tensors: at 7B width and 1,000 positions about 0.5 GB a layer in bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from av_lens.bridge.hook_names import layer_names
+from av_lens.errors import BudgetError
+
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The sizes of a model's fusion stack.
+
+    Attributes:
+        n_layers: fusion layers.
+        n_heads: query heads per layer.
+        n_kv_heads: key-value heads per layer; each serves `n_heads / n_kv_heads` query heads.
+        d_model: width of the residual stream.
+        d_head: width of a head.
+        d_mlp: hidden units of an MLP.
+        d_vocab: tokens of the vocabulary.
+    """
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+
+
+# Hooks of a layer that show one and the same tensor, by the end of their name, and that tensor's shape.
+_STREAM, _UNITS = ("d_model",), ("d_mlp",)
+_TENSORS: tuple[tuple[tuple[str, ...], tuple[str, ...], bool], ...] = (
+    ((".ln1.hook_normalized",), _STREAM, True),
+    ((".ln2.hook_normalized",), _STREAM, True),
+    ((".ln1.hook_scale",), ("one",), True),
+    ((".ln2.hook_scale",), ("one",), True),
+    ((".ln1.hook_out", ".attn.hook_in", ".q.hook_in", ".k.hook_in", ".v.hook_in"), _STREAM, False),
+    ((".attn.hook_cos", ".attn.hook_sin"), ("none",), False),
+    ((".q.hook_out", ".attn.hook_q"), ("n_heads", "d_head"), False),
+    ((".k.hook_out", ".attn.hook_k"), ("n_kv_heads", "d_head"), False),
+    ((".v.hook_out", ".attn.hook_v"), ("n_kv_heads", "d_head"), False),
+    ((".hook_rot_q",), ("n_heads", "d_head"), False),
+    ((".hook_rot_k",), ("n_kv_heads", "d_head"), False),
+    ((".hook_attn_scores",), ("n_heads", "pos"), False),
+    ((".hook_pattern",), ("n_heads", "pos"), False),
+    ((".attn.o.hook_in", ".attn.hook_z"), ("n_heads", "d_head"), False),
+    ((".hook_result",), ("n_heads", "d_model"), False),
+    ((".hook_attn_in",), ("n_heads", "d_model"), False),
+    ((".hook_q_input",), ("n_heads", "d_model"), False),
+    ((".hook_k_input",), ("n_kv_heads", "d_model"), False),
+    ((".hook_v_input",), ("n_kv_heads", "d_model"), False),
+    ((".attn.o.hook_out", ".attn.hook_out", ".hook_attn_out"), _STREAM, False),
+    ((".hook_resid_mid", ".ln2.hook_in"), _STREAM, False),
+    ((".hook_mlp_in",), _STREAM, False),
+    ((".ln2.hook_out", ".mlp.hook_in", ".mlp.gate.hook_in", ".mlp.in.hook_in"), _STREAM, False),
+    ((".mlp.gate.hook_out", ".mlp.hook_pre"), _UNITS, False),
+    ((".mlp.in.hook_out", ".mlp.hook_pre_linear"), _UNITS, False),
+    ((".mlp.out.hook_in", ".mlp.hook_post"), _UNITS, False),
+    ((".mlp.out.hook_out", ".mlp.hook_out", ".hook_mlp_out"), _STREAM, False),
+    ((".hook_resid_pre", ".ln1.hook_in", ".hook_resid_post", ".hook_in", ".hook_out"), _STREAM, False),
+)
+
+
+def cache_bytes(names: Iterable[str], spec: ModelSpec, *, batch: int, n_pos: int, itemsize: int) -> int:
+    """Estimate what caching these hooks stores.
+
+    Args:
+        names: hook names, aliases welcome.
+        spec: the model's sizes.
+        batch: examples in the run.
+        n_pos: positions of the prompt.
+        itemsize: bytes of one number in the model's dtype.
+
+    Returns:
+        Bytes of distinct storage. Shared tensors count once; the towers' features are left out (they are small).
+    """
+    sizes = {**vars(spec), "pos": n_pos, "one": 1, "none": 0}
+    seen: set[tuple[str, int]] = set()
+    total = 0
+    for name in names:
+        layer, number, shape, wide = _place(name)
+        if (layer, number) in seen:
+            continue
+        seen.add((layer, number))
+        count = batch * n_pos
+        for axis in shape:
+            count *= sizes[axis]
+        total += count * (4 if wide else itemsize)
+    return total
+
+
+def _place(name: str) -> tuple[str, int, tuple[str, ...], bool]:
+    """Which tensor a hook shows: its layer, its number in the table, its shape beside batch and pos, float32 or not."""
+    parts = name.split(".")
+    if parts[0] != "blocks":
+        if parts[0] in ("unembed", "hook_unembed") and parts[-1] != "hook_in":
+            return "logits", 0, ("d_vocab",), False
+        return name, 0, _STREAM if parts[0] in ("embed", "hook_embed", "ln_final", "unembed") else ("none",), False
+    for number, (endings, shape, wide) in enumerate(_TENSORS):
+        if name.endswith(endings):
+            layer = parts[1]
+            if number == len(_TENSORS) - 1 and (parts[2] in ("hook_out", "hook_resid_post")):
+                layer = str(int(layer) + 1)  # a layer's output is the next one's input
+            return layer, number, shape, wide
+    return name, -1, _STREAM, False
+
+
+def require_budget(
+    names: Iterable[str], spec: ModelSpec, *, batch: int, n_pos: int, itemsize: int, budget_gb: float | int
+) -> None:
+    """Refuse a cache beyond the budget, naming a filter that fits.
+
+    Args:
+        names: the hooks that would be cached.
+        spec: the model's sizes.
+        batch: examples in the run.
+        n_pos: positions of the prompt.
+        itemsize: bytes of one number in the model's dtype.
+        budget_gb: the most that the cache may take, in GB (1e9 bytes).
+
+    Raises:
+        BudgetError: the estimate exceeds the budget.
+    """
+    size: dict[str, Any] = {"batch": batch, "n_pos": n_pos, "itemsize": itemsize}
+    need = cache_bytes(names, spec, **size) / GIGABYTE
+    if need <= budget_gb:
+        return
+    text = (
+        f"caching this run would take about {need:.3g} GB ({batch} x {n_pos} positions, {spec.n_layers} layers), "
+        f"beyond budget_gb={budget_gb:g}."
+    )
+    for shown, filtered in _suggestions(spec):
+        fits = cache_bytes(filtered, spec, **size) / GIGABYTE
+        if fits <= budget_gb:
+            raise BudgetError(f"{text} This filter fits, with about {fits:.3g} GB: names_filter={shown}.")
+    raise BudgetError(f"{text} Name single hooks in names_filter, stack fewer examples, or raise budget_gb.")
+
+
+def _suggestions(spec: ModelSpec) -> list[tuple[str, tuple[str, ...]]]:
+    """Filters worth having, the richest first: the text a user can paste, and the hooks it selects."""
+
+    def ending(*components: str) -> tuple[str, tuple[str, ...]]:
+        names = tuple(name for component in components for name in layer_names(component, spec.n_layers))
+        ends = tuple(layer_names(component, 1)[0].partition(".0.")[2].rpartition(".")[2] for component in components)
+        shown = repr(ends[0]) if len(ends) == 1 else repr(ends)
+        return f"lambda name: name.endswith({shown})", names
+
+    return [
+        ending("resid_pre", "resid_mid", "resid_post", "z", "v", "pattern", "attn_out", "mlp_out"),
+        ending("resid_post", "z", "pattern"),
+        ending("resid_post", "z"),
+        ending("resid_post"),
+        (f"{layer_names('resid_post', spec.n_layers)[-1]!r}", layer_names("resid_post", spec.n_layers)[-1:]),
+    ]
+
+
+def selected(names_filter: str | Iterable[str] | Callable[[str], bool] | None, known: Iterable[str]) -> tuple[str, ...]:
+    """The hooks that a filter selects.
+
+    Args:
+        names_filter: a name, several, a function of a name, or None for all.
+        known: every hook name of the model.
+
+    Returns:
+        The selected names, as they are written in `known`, or as the caller wrote them.
+    """
+    if names_filter is None:
+        return tuple(known)
+    if isinstance(names_filter, str):
+        return (names_filter,)
+    if callable(names_filter):
+        return tuple(name for name in known if names_filter(name))
+    return tuple(names_filter)

@@ -1,0 +1,119 @@
+"""Generation with interventions, by HuggingFace's own `generate` run inside the bridge's hooks.
+
+Hooks fire on the prompt and at every decoding step, where there is one new position; plans know that. TransformerLens's
+own generation routes lose the media after the first token or crash on three-stream positions, so they are not used.
+Greedy tokens equal HuggingFace's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+
+from av_lens.checks import require_at_least, require_choice
+from av_lens.errors import InputError
+from av_lens.runs.gates import HookPair
+
+RETURN_TYPES = ("tokens", "text", "result")
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """What came out.
+
+    Attributes:
+        tokens: prompt and new tokens, as HuggingFace returns them.
+        text: the new text of each example.
+        logits: the raw logits behind each new token.
+        fired: how often each edit of the plan fired; empty without a plan.
+    """
+
+    tokens: Int64[torch.Tensor, "batch pos"]
+    text: tuple[str, ...]
+    logits: Float[torch.Tensor, "batch new_pos d_vocab"]
+    fired: Mapping[Any, int]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to decode.
+
+    Attributes:
+        max_new_tokens: at most so many.
+        do_sample: draw instead of taking the likeliest.
+        return_type: "tokens", "text" or "result".
+        seed: what sampling draws from; needed with `do_sample`.
+        options: further options of HuggingFace's `generate`.
+    """
+
+    max_new_tokens: int
+    do_sample: bool
+    return_type: str
+    seed: int | None
+    options: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        require_choice("return_type", self.return_type, RETURN_TYPES)
+        require_at_least("max_new_tokens", self.max_new_tokens, 1)
+        if self.do_sample and self.seed is None:
+            raise InputError("sampling draws from the seed you give, never from the global generator: pass seed=0.")
+
+
+def generate_with_hooks(model: Any, x: Any, how: Decoding, *, plan: Any, fwd_hooks: Sequence[HookPair]) -> Any:
+    """Generate from an audio-visual prompt under hooks and a plan.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: `AVInputs`.
+        how: how to decode, and what to return.
+        plan: a `Plan`, or None.
+        fwd_hooks: `(name, function)` pairs, after the plan's.
+
+    Returns:
+        The tokens, the new text (one string, or a list for a batch), or a `Generated`.
+
+    Raises:
+        InterventionError: an edit of the plan did not fire as it should have.
+    """
+    tensors = model.tensors_of(x)
+    compiled = None if plan is None else plan.compile(model.spec, x.spans, batch=tensors["input_ids"].shape[0])
+    hooks = [*(compiled.fwd_hooks if compiled else ()), *fwd_hooks]
+    devices = [model.device] if model.device.type == "cuda" else []
+    drawing = torch.random.fork_rng(devices) if how.do_sample else nullcontext()
+    with model.hooks(fwd_hooks=hooks), drawing, torch.no_grad():
+        if how.seed is not None and how.do_sample:
+            torch.manual_seed(how.seed)
+        out = model.hf_model.generate(
+            **tensors,
+            max_new_tokens=how.max_new_tokens,
+            do_sample=how.do_sample,
+            return_dict_in_generate=True,
+            output_logits=how.return_type == "result",
+            **_quiet(model, how.do_sample),
+            **how.options,
+        )
+    tokens, prompt = out.sequences, tensors["input_ids"].shape[1]
+    if compiled is not None:
+        compiled.verify(decode_steps=tokens.shape[1] - prompt - 1)
+    if how.return_type == "tokens":
+        return tokens
+    text = tuple(model.tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True))
+    if how.return_type == "text":
+        return text[0] if len(text) == 1 else list(text)
+    return Generated(tokens, text, torch.stack(out.logits, dim=1), {} if compiled is None else dict(compiled.fired))
+
+
+def _quiet(model: Any, do_sample: bool) -> dict[str, Any]:
+    """Options that only keep HuggingFace from warning: a pad token, and no sampling settings in greedy runs."""
+    settings = model.hf_model.generation_config
+    quiet: dict[str, Any] = {}
+    if settings.pad_token_id is None:
+        quiet["pad_token_id"] = model.tokenizer.pad_token_id
+    if not do_sample:
+        quiet |= {name: None for name in ("temperature", "top_p", "top_k") if getattr(settings, name, None) is not None}
+    return quiet

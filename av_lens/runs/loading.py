@@ -1,0 +1,253 @@
+"""From a name or a folder to a model whose every hook is real.
+
+A short name ("av-tiny") is an organism that ships with the package; anything else is a local folder or a name on the
+HuggingFace hub. Only the fusion model is loaded: of a full Qwen2.5-Omni checkpoint the thinker, never the talker or the
+vocoder. Weights come from safetensors, and no code from a checkpoint is run.
+
+Precision: float32 for organisms and, on a CPU, for anything below a billion parameters; else the checkpoint's own.
+Device: cuda where the model fits, else the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from av_lens.bridge.families import HOW_TO_ADD, Family, build_bridge, family_of
+from av_lens.errors import ModelError, unknown
+from av_lens.runs.selfcheck import check_model
+from av_lens.runs.wrapper import HookedAVLLM
+
+BILLION = 1_000_000_000
+GRAMMAR_FILE = "grammar.json"
+ROOM_TO_RUN = 1.3  # a model needs this much of its weights' memory, at least, to run
+
+
+def short_names() -> dict[str, str]:
+    """The models that ship with the package.
+
+    Returns:
+        Short name -> one sentence about it.
+    """
+    return {name: str(entry.get("summary", "")) for name, entry in _index().items()}
+
+
+def load(
+    name_or_path: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    hf_model: Any = None,
+    processor: Any = None,
+) -> HookedAVLLM:
+    """Open an audio-visual language model.
+
+    Args:
+        name_or_path: a short name (`av-lens models` lists them), a local folder (of the fusion model or of a full
+            checkpoint), or a hub name such as "Qwen/Qwen2.5-Omni-7B".
+        device: such as "cuda" or "cpu"; None for cuda where the model fits, else the CPU.
+        dtype: such as torch.bfloat16 or "bfloat16"; None for the rule above.
+        revision: of a hub name: a branch, tag or commit.
+        hf_model: a HuggingFace model that is already there. It is wrapped in place: keep no other use for it.
+        processor: its processor; needed with `hf_model` unless `name_or_path` has one.
+
+    Returns:
+        The model, in evaluation mode, after the cheap part of `check_model`.
+
+    Raises:
+        ModelError: nothing there, no adapter for that family (the message says how to add one), weights missing from
+            the checkpoint, or a self-check that failed.
+    """
+    if hf_model is None and name_or_path is None:
+        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {_known_names()}")
+    if hf_model is not None:
+        model = _wrap(hf_model, name_or_path, processor, device=device, dtype=dtype, revision=revision)
+    else:
+        model = _open(str(name_or_path), processor, device=device, dtype=dtype, revision=revision)
+    check_model(model, full=False)
+    return model
+
+
+def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **options: Any) -> HookedAVLLM:
+    if processor is None:
+        if name_or_path is None:
+            raise ModelError("hf_model= needs processor= as well (or a name or folder that has one).")
+        processor = _processor(_Source.of(str(name_or_path), options["revision"]))
+    if options["dtype"] is not None:
+        hf_model = hf_model.to(_dtype(options["dtype"]))
+    if options["device"] is not None:
+        hf_model = hf_model.to(options["device"])
+    name = "external" if name_or_path is None else str(name_or_path)
+    bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
+    return HookedAVLLM(bridge, processor, name=name, provenance={"source": "hf_model"})
+
+
+def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str | None) -> HookedAVLLM:
+    source = _Source.of(name, revision)
+    config = source.config()
+    family = family_of(_model_type(config, name))
+    n_parameters = _count(family, config)
+    precision = _dtype(dtype) if dtype is not None else _stored_dtype(config)
+    place = torch.device(device) if device is not None else _fitting_device(n_parameters, precision)
+    small = place.type == "cpu" and n_parameters < BILLION
+    if dtype is None and (source.grammar is not None or small):
+        precision = torch.float32
+    hf_model = _weights(family, source, precision).to(place)
+    processor = processor if processor is not None else _processor(source)
+    bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
+    provenance = {"source": source.place, "revision": revision, "dtype": str(precision), "device": str(place)}
+    return HookedAVLLM(bridge, processor, name=name, grammar=source.grammar, handed_in=False, provenance=provenance)
+
+
+class _Source:
+    """Where a checkpoint lies: a folder, or a name on the hub."""
+
+    def __init__(self, asked: str, place: str, revision: str | None) -> None:
+        self.asked, self.place, self.revision = asked, place, revision
+        self.folder = Path(place) if Path(place).is_dir() else None
+        found = None if self.folder is None else self.folder / GRAMMAR_FILE
+        self.grammar: dict[str, Any] | None = json.loads(found.read_text()) if found and found.is_file() else None
+
+    @classmethod
+    def of(cls, name: str, revision: str | None) -> _Source:
+        index = _index()
+        if name in index:
+            folder = resources.files("av_lens.organism") / "checkpoints" / str(index[name]["folder"])
+            return cls(name, str(folder), None)
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return cls(name, str(path), None)
+        if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.is_file():
+            return cls(name, name, revision)
+        if "/" not in name and not path.exists():
+            raise ModelError(f"{unknown('model', name, index)} A folder or a hub name (owner/name) will do too.")
+        kind = "is a file, not a folder" if path.is_file() else "does not exist"
+        raise ModelError(f"the checkpoint folder {name!r} {kind}. {_known_names()}")
+
+    def config(self) -> dict[str, Any]:
+        from transformers import PreTrainedConfig
+
+        with self.translated("config.json"):
+            found, _ = PreTrainedConfig.get_config_dict(self.place, revision=self.revision)
+        if not found:
+            raise ModelError(f"{self.asked!r} has no config.json, so it is no checkpoint. {_known_names()}")
+        return found
+
+    @contextmanager
+    def translated(self, what: str) -> Generator[None, None, None]:
+        """Say in our words what HuggingFace could not find."""
+        try:
+            yield
+        except (OSError, ValueError, ImportError) as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if self.folder is not None:
+                raise ModelError(f"cannot read {what} in {self.asked!r}: {first}") from error
+            raise ModelError(
+                f"cannot get {what} of {self.asked!r} from the HuggingFace hub: {first} Check the name and the "
+                f"network, or download the folder elsewhere and pass its path. {_known_names()}"
+            ) from error
+
+
+def _index() -> Mapping[str, Any]:
+    found = resources.files("av_lens.organism") / "checkpoints" / "index.json"
+    return json.loads(found.read_text()) if found.is_file() else {}
+
+
+def _known_names() -> str:
+    names = ", ".join(_index())
+    return f"Short names: {names}." if names else "No short names are installed."
+
+
+def _model_type(config: Mapping[str, Any], name: str) -> str:
+    found = config.get("model_type") or next(iter(config.get("architectures") or []), None)
+    if not found:
+        raise ModelError(f"the config.json of {name!r} names no model_type. {HOW_TO_ADD}")
+    return str(found)
+
+
+def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
+    inner = family.inner_config.get(str(config.get("model_type")))
+    return family.model_class().config_class.from_dict(dict(config[inner] if inner else config))
+
+
+def _count(family: Family, config: Mapping[str, Any]) -> int:
+    """How many parameters the fusion model has; nothing is allocated."""
+    with torch.device("meta"):
+        model = family.model_class()(_hf_config(family, config))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"{dtype!r} is no floating-point dtype; pass torch.float32, torch.bfloat16 or torch.float16.")
+    return found
+
+
+def _stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    for level in (config, config.get("thinker_config") or {}, config.get("text_config") or {}):
+        stored = level.get("dtype") or level.get("torch_dtype")
+        if stored:
+            return _dtype(stored)
+    return torch.float32
+
+
+def _fitting_device(n_parameters: int, dtype: torch.dtype) -> torch.device:
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        if n_parameters * dtype.itemsize * ROOM_TO_RUN < free:
+            return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def _weights(family: Family, source: _Source, dtype: torch.dtype) -> Any:
+    config = _hf_config(family, source.config())
+    with source.translated("model.safetensors"), _quiet_about_other_parts():
+        hf_model, report = family.model_class().from_pretrained(
+            source.place,
+            config=config,
+            revision=source.revision,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3])
+        raise ModelError(
+            f"{len(missing)} weights of {family.architecture} are missing in {source.asked!r} ({shown}, ...); they "
+            "would be random. The checkpoint is incomplete or belongs to another model."
+        )
+    return hf_model
+
+
+@contextmanager
+def _quiet_about_other_parts() -> Generator[None, None, None]:
+    """Keep HuggingFace from listing the talker's and vocoder's weights, which are meant to be left out."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _processor(source: _Source) -> Any:
+    from transformers import AutoProcessor
+
+    with source.translated("the processor"):
+        processor: Any = AutoProcessor.from_pretrained(source.place, revision=source.revision)
+    if source.grammar is not None:
+        # The processor's class-wide videos_kwargs would override the size an organism was trained with.
+        processor.videos_kwargs = {"size": dict(processor.video_processor.size)}
+    return processor

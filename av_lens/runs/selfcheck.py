@@ -1,0 +1,146 @@
+"""Is the model in hand the one whose hooks we think we turn? A self-check at the door.
+
+A hook that is off the road gives a null result and no error. So: writing an activation back unchanged must change
+nothing, to the bit; turning it to another *direction* must change the logits (a pure rescale is a bad probe: the next
+norm undoes it); rows of the pattern must sum to one; the stream must be the sum of what was written to it.
+
+Guaranteed after `check_model(model)`: this at every hook of `hook_names.COMPONENTS`, in every layer, on random ids, or on
+the audio-visual input that is given, whose spans must cover it. Not guaranteed: that the weights are good ones, or that
+another input takes the same road through a tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from av_lens.bridge.hook_names import COMPONENTS, Component, hook_name
+from av_lens.errors import ModelError
+
+DOOR = ("resid_mid", "z", "pattern")  # what `load` checks, in the last layer
+N_POSITIONS = 12
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was checked, and what failed.
+
+    Attributes:
+        passed: one line for each check that held.
+        failed: one line for each that did not.
+    """
+
+    passed: tuple[str, ...]
+    failed: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything held."""
+        return not self.failed
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.passed)} checks passed, {len(self.failed)} failed", *(f"FAILED {f}" for f in self.failed)]
+        return "\n".join(lines)
+
+
+def check_model(model: Any, x: Any = None, *, full: bool = True) -> CheckReport:
+    """Prove that this model's hooks are on the road.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: an input to check on, for its media too; None for random ids of text.
+        full: every hook of every layer; else a few of the last one, as `load` does.
+
+    Returns:
+        What was checked.
+
+    Raises:
+        ModelError: a check failed; the message lists them all.
+    """
+    found = list(_checks(model, _random_ids(model) if x is None else x, x is not None, full))
+    report = CheckReport(
+        tuple(line for line, held in found if held),
+        tuple(line for line, held in found if not held),
+    )
+    if report.failed:
+        raise ModelError(f"{model!r} failed its self-check, so its numbers cannot be trusted. {report}")
+    return report
+
+
+def turned(value: torch.Tensor, component: Component) -> torch.Tensor:
+    """Another direction for an activation: not a rescale, and legal for its kind.
+
+    Args:
+        value: the activation.
+        component: what it is.
+
+    Returns:
+        A new tensor of its shape: patterns look at key 0 alone, scores favour key 0, scales vary by position, all
+        else is mixed with its own last axis, rolled.
+    """
+    new = value.clone()
+    if component.name == "pattern":
+        new.zero_()
+        new[..., 0] = 1.0
+    elif component.name == "scores":
+        new[..., 0] += 3.0
+    elif component.axes[-1] == "one":
+        new[:, ::2] *= 1.5
+    else:
+        new = 0.5 * value + 0.5 * value.roll(1, dims=-1)
+    return new
+
+
+def _random_ids(model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.spec.d_vocab, (1, N_POSITIONS), generator=generator)
+    safe = next(i for i in range(model.spec.d_vocab) if i not in model.placeholders)
+    for placeholder in model.placeholders:
+        ids[ids == placeholder] = safe
+    return ids
+
+
+def _checks(model: Any, x: Any, given: bool, full: bool) -> Iterator[tuple[str, bool]]:
+    last = model.spec.n_layers - 1
+    with torch.no_grad():
+        logits = model(x)
+        yield "logits are finite", bool(torch.isfinite(logits).all())
+        for component, layer in _places(full, model.spec.n_layers):
+            name = hook_name(component.name, layer)
+            same = _edited(model, x, name, torch.clone)
+            yield f"writing {name} back changes nothing", torch.equal(same, logits)
+            if component.writable:
+                other = _edited(model, x, name, lambda value, component=component: turned(value, component))
+                yield f"turning {name} changes the logits", not torch.equal(other, logits)
+        names = [hook_name("pattern", last), hook_name("resid_pre", last), hook_name("resid_mid", last)]
+        names += [hook_name(part, last) for part in ("attn_out", "mlp_out", "resid_post")]
+        _, cache = model.run_with_cache(x, names, budget_gb=float("inf"))
+    rows = cache[names[0]].sum(-1, dtype=torch.float32)
+    yield f"rows of {names[0]} sum to one", bool((rows - 1).abs().max() < (TOLERANCE if _exact(model) else 0.02))
+    total = cache[names[1]] + cache[names[3]]
+    yield f"{names[2]} is the stream plus attention's write", torch.equal(total, cache[names[2]])
+    yield f"{names[5]} is that plus the MLP's", torch.equal(total + cache[names[4]], cache[names[5]])
+    if given and hasattr(x, "spans"):
+        yield "the spans cover the input", len(x.spans) == x.tensors["input_ids"].shape[1]
+
+
+def _exact(model: Any) -> bool:
+    return model.dtype in (torch.float32, torch.float64)
+
+
+def _places(full: bool, n_layers: int) -> Iterator[tuple[Component, int | None]]:
+    if not full:
+        yield from ((COMPONENTS[name], n_layers - 1) for name in DOOR)
+        return
+    for component in COMPONENTS.values():
+        if component.name == "embed_text":
+            continue  # the media overwrite it; text positions alone read it
+        yield from ((component, layer) for layer in (range(n_layers) if component.layered else (None,)))
+
+
+def _edited(model: Any, x: Any, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return model.run_with_hooks(x, fwd_hooks=[(name, lambda value, hook: edit(value))])
