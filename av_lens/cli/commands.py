@@ -61,7 +61,7 @@ def isolate(
     listed = conflicts(pairs)
     loaded = _load(model, device=device, dtype=dtype)
     with console.Bars() as bars:
-        found, report = isolate_into(out, loaded, listed, gate=gate, seed=seed, progress=bars)
+        found, report = isolate_into(out, loaded, listed, name=model, gate=gate, seed=seed, progress=bars)
     _say_found(found)
     _say_path(report)
 

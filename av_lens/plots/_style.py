@@ -171,7 +171,7 @@ def hatch(cells: Sequence[tuple[float, float]], *, strokes: int = 3) -> tuple[li
 
 
 def reference_line(
-    fig: Any, *, x: float | None = None, y: float | None = None, text: str = "", dash: str = "dot"
+    fig: Any, *, x: float | int | None = None, y: float | int | None = None, text: str = "", dash: str = "dot"
 ) -> None:
     """Draw a thin labelled line at a value, such as zero or a threshold.
 

@@ -30,7 +30,7 @@ class PatternView:
 
 
 def attention_patterns(
-    pattern: Any, tokens: Sequence[str], *, names: Sequence[str] | None = None, bound: float | None = None
+    pattern: Any, tokens: Sequence[str], *, names: Sequence[str] | None = None, bound: float | int | None = None
 ) -> PatternView:
     """Draw the attention patterns of some heads over named tokens.
 

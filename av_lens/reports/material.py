@@ -71,7 +71,7 @@ class Card:
 
 
 def gallery(
-    conflicts: pd.DataFrame, clips: Mapping[str, Clip | str | Path], *, most: int = 12, budget_mb: float = 24.0
+    conflicts: pd.DataFrame, clips: Mapping[str, Clip | str | Path], *, most: int = 12, budget_mb: float | int = 24.0
 ) -> tuple[Card, ...]:
     """Embed the first clips, in the table's order, as mp4 data URIs.
 
@@ -98,9 +98,10 @@ def gallery(
     for row in rows:
         if row["id"] not in clips or len(cards) == most:
             continue
-        clip = clips[row["id"]]
-        clip = clip if isinstance(clip, Clip) else load_clip(str(clip))
-        data = clip.to_mp4_bytes()
+        given = clips[row["id"]]
+        clip = given if isinstance(given, Clip) else load_clip(str(given))
+        ready = not isinstance(given, Clip) and Path(given).suffix.lower() == ".mp4"
+        data = Path(str(given)).read_bytes() if ready else clip.to_mp4_bytes()
         spent += len(data) / MEBIBYTE
         if spent > budget_mb:
             break

@@ -47,7 +47,7 @@ def write_report(
     caveats: Sequence[str] = (),
     title: str | None = None,
     most_clips: int = 12,
-    budget_mb: float = 24.0,
+    budget_mb: float | int = 24.0,
 ) -> Path:
     """Write an isolation as one self-contained page.
 

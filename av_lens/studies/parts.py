@@ -1,0 +1,98 @@
+"""Long work in parts: a part that was finished under the same settings is not done again; others leave none.
+
+Each part writes into a folder of its own under another name, which is renamed when the part is done; a ledger beside
+them (`parts.json`) says under which settings each was finished. The settings include the package's own source, so that
+a changed program never passes off an earlier one's numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+@dataclass(eq=False)
+class Parts:
+    """The ledger of a folder's parts.
+
+    Attributes:
+        folder: where the parts stand.
+        settings: everything that the parts depend on, as plain values.
+        seconds: how long each part took that was done in this run.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """The hash of the settings and of the package's source."""
+        text = json.dumps({**self.settings, "source": source_hash()}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def ensure(self, name: str, work: Callable[[Path], None]) -> Path:
+        """Do a part, unless it is done.
+
+        Args:
+            name: the part's folder.
+            work: writes the part into the empty folder that it is given.
+
+        Returns:
+            The part's folder.
+        """
+        place = self.folder / name
+        if place.is_dir() and self._ledger().get(name) == self.key:
+            return place
+        partial = self.folder / f"{name}.part"
+        for leftover in (partial, place):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        begun = time.monotonic()
+        work(partial)
+        os.replace(partial, place)
+        self.seconds[name] = time.monotonic() - begun
+        write_whole(self.folder / "parts.json", json.dumps({**self._ledger(), name: self.key}, indent=1))
+        return place
+
+    def _ledger(self) -> dict[str, str]:
+        try:
+            return dict(json.loads((self.folder / "parts.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: the file.
+        text: its content.
+    """
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+@cache
+def source_hash() -> str:
+    """Hash the package's own python files.
+
+    Returns:
+        A sha256 in hex, equal for equal sources.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
