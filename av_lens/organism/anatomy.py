@@ -1,9 +1,9 @@
 """What the embedded models are made of: the config, the tokenizer and the processor of Qwen2.5-Omni, only tiny.
 
-The classes are those of real checkpoints, so that media files go in by the road that real checkpoints take. What is small
-is the vocabulary (256 byte symbols, the words of the grammar as merges, and Qwen's special tokens), the pictures (84 x 84
-pixels, 3 x 3 tokens a frame pair) and the widths. A clip of two seconds at two frames a second is 18 video tokens and 50
-audio tokens; `seconds_per_chunk` is 1, so that the two are interleaved as V9 A25 V9 A25.
+The classes are those of real checkpoints, so that media files go in by the road that real checkpoints take. What is
+small is the vocabulary (256 byte symbols, the words of the grammar as merges, and Qwen's special tokens), the pictures
+(84 x 84 pixels, 3 x 3 tokens a frame pair) and the widths. A clip of two seconds at two frames a second is 18 video tokens
+and 50 audio tokens; `seconds_per_chunk` is 1, so that the two are interleaved as V9 A25 V9 A25.
 
 Not done: the default system message of Qwen's chat template is left out, for it would make every prompt a third longer.
 """
@@ -109,13 +109,31 @@ def tokenizer() -> Any:
     return built
 
 
+def feature_extractor() -> Any:
+    """Build the part of the processor that takes mel spectrograms.
+
+    Returns:
+        A `WhisperFeatureExtractor`.
+    """
+    from transformers import WhisperFeatureExtractor
+
+    return WhisperFeatureExtractor(
+        feature_size=MEL_BINS,
+        sampling_rate=SAMPLE_RATE,
+        hop_length=160,
+        n_fft=400,
+        chunk_length=300,
+        return_attention_mask=True,
+    )
+
+
 def processor() -> Any:
     """Build the processor: Qwen2.5-Omni's own, with small pictures and the small vocabulary.
 
     Returns:
         A `Qwen2_5OmniProcessor`.
     """
-    from transformers import Qwen2_5OmniProcessor, WhisperFeatureExtractor
+    from transformers import Qwen2_5OmniProcessor
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
@@ -123,14 +141,7 @@ def processor() -> Any:
     built = Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(size=dict(size)),
         video_processor=Qwen2VLVideoProcessor(size=dict(size), cap_pixels_per_frame=True),
-        feature_extractor=WhisperFeatureExtractor(
-            feature_size=MEL_BINS,
-            sampling_rate=SAMPLE_RATE,
-            hop_length=160,
-            n_fft=400,
-            chunk_length=300,
-            return_attention_mask=True,
-        ),
+        feature_extractor=feature_extractor(),
         tokenizer=tokenizer(),
         chat_template=CHAT_TEMPLATE,
     )

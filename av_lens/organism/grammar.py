@@ -13,16 +13,16 @@ Example:
     'nothing'
     >>> answer("caption", picture="dog", sound=None, colour="red")
     'i see a dog and hear nothing'
-    >>> kind_of("What do you  HEAR ?")
+    >>> GRAMMAR.kind("What do you  HEAR ?")
     'hear'
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from av_lens.errors import InputError, unknown
+from av_lens.inputs.grammar import Grammar
 
 CLASSES: tuple[str, ...] = (
     "dog",
@@ -53,53 +53,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 SPELLINGS: dict[str, str] = {"color": "colour"}
 
 
-def normalize(question: str) -> str:
-    """Lower-case a question, squeeze its spaces and use one spelling: the form in which phrasings are compared.
-
-    Args:
-        question: what a person typed.
-
-    Returns:
-        The question with single spaces, none before a mark.
-    """
-    text = re.sub(r"\s+", " ", question.strip().lower())
-    text = re.sub(r"\s+([?.!,])", r"\1", text)
-    return re.sub(r"[a-z]+", lambda match: SPELLINGS.get(match.group(), match.group()), text)
-
-
-def canonical(question: str) -> str:
-    """Find the accepted phrasing that a question is, whatever its case, spacing and final mark.
-
-    Args:
-        question: what a person typed.
-
-    Returns:
-        One of the phrasings in `QUESTIONS`.
-
-    Raises:
-        InputError: if it is none of them; the message names the nearest.
-    """
-    phrasings = {phrase.rstrip("?.!"): phrase for phrases in QUESTIONS.values() for phrase in phrases}
-    asked = normalize(question).rstrip("?.! ")
-    if asked not in phrasings:
-        raise InputError(unknown("question", question, phrasings.values()))
-    return phrasings[asked]
-
-
-def kind_of(question: str) -> str:
-    """Say what a question asks for.
-
-    Args:
-        question: what a person typed.
-
-    Returns:
-        "hear", "see", "colour" or "caption".
-
-    Raises:
-        InputError: if the question is outside the grammar.
-    """
-    phrase = canonical(question)
-    return next(kind for kind, phrases in QUESTIONS.items() if phrase in phrases)
+GRAMMAR = Grammar(QUESTIONS, SPELLINGS)
 
 
 def answer(kind: str, *, picture: str | None, sound: str | None, colour: str | None) -> str:
@@ -132,8 +86,8 @@ def words() -> tuple[tuple[str, ...], tuple[str, ...]]:
     Returns:
         Words that follow a space (inside questions and answers), and words that begin a line.
     """
-    asked = [normalize(phrase).rstrip("?.!").split(" ") for phrases in QUESTIONS.values() for phrase in phrases]
-    caption = "i see a and hear nothing".split()
+    asked = [phrase.rstrip("?.!").split(" ") for phrases in QUESTIONS.values() for phrase in phrases]
+    caption = ["i", "see", "a", "and", "hear", NOTHING]
     spaced = dict.fromkeys([*CLASSES, *COLOURS, *caption, *(word for phrase in asked for word in phrase[1:])])
     leading = dict.fromkeys(["system", "assistant", "user", *(phrase[0] for phrase in asked)])
     return tuple(spaced), tuple(leading)

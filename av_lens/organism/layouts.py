@@ -1,8 +1,8 @@
 """Prompts of the embedded models as ids, positions and embeddings, for training on features that were computed once.
 
-A layout says where the 18 video and the 50 audio tokens stand. The text comes from the processor's own chat template, the
-expansion of the placeholders from the processor itself, and the position ids from the model's own `get_rope_index`; this
-module only remembers them, and puts features where the processor put placeholders.
+A layout says where the 18 video and the 50 audio tokens stand. The text comes from the processor's own chat template,
+the expansion of the placeholders from the processor itself, and the position ids from the model's own `get_rope_index`;
+this module only remembers them, and puts features where the processor put placeholders.
 
 Example:
     `prompt("what do you hear?", "in_video")` interleaves V9 A25 V9 A25 between two pairs of boundary tokens.
@@ -141,7 +141,7 @@ def embed(
         audio: what the audio tower put out; needed where the layout has a sound.
 
     Returns:
-        The embeddings and the position ids `[3, batch, pos]`; differentiable in the model's own embeddings and the features.
+        The embeddings and the position ids `[3, batch, pos]`; differentiable in the model's embeddings and the features.
 
     Raises:
         InputError: if questions differ in length, or features of the layout are missing.

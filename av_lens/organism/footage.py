@@ -1,0 +1,209 @@
+"""Clips of the world as the models get them: written to mp4, decoded back, frames sampled, mel spectrograms taken.
+
+A shard is one class of one split on disk (`.npz`, no pickle); shards that exist are not made again, so filming resumes
+where it stopped. Filming is the slow part of training (tens of milliseconds a clip), and the same for every model.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from av_lens.media import Clip, load_clip
+from av_lens.organism import anatomy, world
+from av_lens.organism.grammar import CLASSES, COLOURS
+from av_lens.organism.layouts import MEL_FRAMES
+from av_lens.organism.pictures import FRAME_RATE
+from av_lens.organism.sounds import N_SAMPLES, RATE
+from av_lens.organism.towers import IGNORED, NOTHING, Views
+
+Progress = Callable[[str, int, int], None]
+
+CRF_RANGE = (16, 27)
+"""Training clips are compressed from nearly clean to visibly coarse; `Clip.save` itself uses 17."""
+PER_CLASS = {"train": 400, "check": 40, "discovery": 60, "test": 60}
+
+
+def through_mp4(clip: Clip, *, crf: float = 17.0) -> Clip:
+    """Write a clip to an mp4 file and read it back.
+
+    Args:
+        clip: the clip.
+        crf: how coarsely the picture is compressed.
+
+    Returns:
+        What the file decodes to.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "clip.mp4")
+        clip.save(path, crf=crf)
+        return load_clip(path)
+
+
+def as_clip(example: world.Example) -> Clip:
+    """Wrap an example of the world as a clip.
+
+    Args:
+        example: from `world.example`.
+
+    Returns:
+        The clip, not compressed.
+    """
+    return Clip.from_arrays(frames=example.frames, fps=FRAME_RATE, waveform=example.waveform, rate=RATE)
+
+
+def mel(waveforms: list[Any]) -> Float32[np.ndarray, "clip mel frame"]:
+    """Take log-mel spectrograms as the processor does, cut to the sound's two seconds.
+
+    Args:
+        waveforms: float32 `[sample]` at 16 kHz, two seconds each.
+
+    Returns:
+        200 frames for each.
+    """
+    extractor = anatomy.feature_extractor()
+    # The processor pads with zeros to 300 s; one window of zeros gives the same 200 frames.
+    padded = [np.pad(wave[:N_SAMPLES], (0, N_SAMPLES - len(wave[:N_SAMPLES]) + 2 * 160)) for wave in waveforms]
+    made = extractor(padded, sampling_rate=RATE, padding="longest", return_tensors="np")
+    return made["input_features"][:, :, :MEL_FRAMES].astype(np.float32)
+
+
+def film(split: str, name: str, n: int, path: str) -> str:
+    """Make one shard: a class's first `n` clips of a split, through mp4.
+
+    Args:
+        split: a part of the world.
+        name: a class.
+        n: how many clips, seeds 0 to n - 1.
+        path: where the shard goes.
+
+    Returns:
+        The path.
+    """
+    torch.set_num_threads(1)
+    frames, waveforms, hashes = [], [], []
+    for seed in range(n):
+        crf = np.random.default_rng([world.SPLITS[split], seed]).integers(*CRF_RANGE) if split == "train" else 17
+        clip = through_mp4(as_clip(world.example(split, name, seed)), crf=float(crf))
+        assert clip.frames is not None and clip.waveform is not None
+        frames.append(clip.frames[::2])
+        waveforms.append(clip.waveform)
+        hashes.append((clip.picture_hash or "", clip.sound_hash or ""))
+    spectra = np.concatenate([mel(waveforms[start : start + 50]) for start in range(0, n, 50)])
+    colours = [COLOURS.index(world.colour_of(split, name, seed)) for seed in range(n)]
+    unfinished = f"{path}.part.npz"
+    np.savez(unfinished, frames=np.stack(frames), mel=spectra, colour=np.array(colours), hashes=np.array(hashes))
+    os.replace(unfinished, path)
+    return path
+
+
+def film_all(
+    folder: str | os.PathLike[str],
+    *,
+    per_class: dict[str, int] | None = None,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> None:
+    """Make every shard that is not there yet.
+
+    Args:
+        folder: where shards are kept.
+        per_class: clips of each class by split; `PER_CLASS` by default.
+        workers: processes.
+        progress: called with a stage's name, what is done and how much there is.
+    """
+    wanted = per_class or PER_CLASS
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    todo = [
+        (split, name, n, str(place / f"{split}_{name}_{n}.npz"))
+        for split, n in wanted.items()
+        for name in CLASSES
+        if not (place / f"{split}_{name}_{n}.npz").exists()
+    ]
+    total = len(wanted) * len(CLASSES)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs = [pool.submit(film, *job) for job in todo]
+        for done, job in enumerate(concurrent.futures.as_completed(jobs), total - len(todo) + 1):
+            job.result()
+            if progress is not None:
+                progress("filming the world", done, total)
+
+
+def views(folder: str | os.PathLike[str], split: str, *, n: int | None = None) -> tuple[Views, list[list[str]]]:
+    """Read a split's shards.
+
+    Args:
+        folder: where `film_all` put them.
+        split: a part of the world.
+        n: clips of each class; `PER_CLASS` by default.
+
+    Returns:
+        The clips, class after class, and each clip's picture and sound hash.
+    """
+    n = n or PER_CLASS[split]
+    shards = [np.load(Path(folder) / f"{split}_{name}_{n}.npz") for name in CLASSES]
+    label = torch.arange(len(CLASSES)).repeat_interleave(n)
+    read = Views(
+        frames=torch.from_numpy(np.concatenate([shard["frames"] for shard in shards])),
+        mel=torch.from_numpy(np.concatenate([shard["mel"] for shard in shards])),
+        picture=label,
+        sound=label,
+        colour=torch.from_numpy(np.concatenate([shard["colour"] for shard in shards])),
+    )
+    return read, np.concatenate([shard["hashes"] for shard in shards]).tolist()
+
+
+def nothing(of: Views, *, every: int, seed: int) -> Views:
+    """Blank the pictures and mute the sounds of some clips, as `Clip.blank` and `Clip.muted` do.
+
+    Args:
+        of: clips of the world.
+        every: take each so-many-th clip.
+        seed: decides shades, permutations and noise.
+
+    Returns:
+        In turn: black and silent; one dim shade and faint noise; scrambled and silent or faint.
+    """
+    rng = np.random.default_rng([5, seed])
+    frames, waves = of.frames[::every].clone(), []
+    quiet_clip = Clip.from_arrays(waveform=np.zeros(N_SAMPLES, np.float32), rate=RATE)
+    for at in range(len(frames)):
+        draw = int(rng.integers(1 << 31))
+        if at % 3 == 0:
+            frames[at] = 0
+        elif at % 3 == 1:
+            frames[at] = torch.from_numpy((rng.uniform(0, 0.22, 3) * 255).astype(np.uint8))
+        else:
+            clip = Clip.from_arrays(frames=frames[at].numpy(), fps=4.0)
+            frames[at] = torch.from_numpy(np.array(clip.blank(kind="scrambled", seed=draw).frames))
+        waves.append(quiet_clip.muted(kind="silence" if at % 3 == 0 else "noise", seed=draw).waveform)
+        if at % 3 == 2:
+            waves[-1] = waves[-1] * rng.uniform(0.02, 1.5)
+    spectra = np.concatenate([mel(waves[start : start + 50]) for start in range(0, len(waves), 50)])
+    none = torch.full((len(frames),), NOTHING)
+    return Views(frames, torch.from_numpy(spectra), none, none, torch.full((len(frames),), IGNORED))
+
+
+def joined(first: Views, second: Views) -> Views:
+    """Put two lots of clips one after the other.
+
+    Args:
+        first: some clips.
+        second: more clips.
+
+    Returns:
+        All of them.
+    """
+    names = ("frames", "mel", "picture", "sound", "colour")
+    return Views(**{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names})
