@@ -94,9 +94,8 @@ def film(split: str, name: str, n: int, path: str) -> str:
     for seed in range(n):
         crf = np.random.default_rng([world.SPLITS[split], seed]).integers(*CRF_RANGE) if split == "train" else 17
         clip = through_mp4(as_clip(world.example(split, name, seed)), crf=float(crf))
-        assert clip.frames is not None and clip.waveform is not None
-        frames.append(clip.frames[::2])
-        waveforms.append(clip.waveform)
+        frames.append(np.asarray(clip.frames)[::2])
+        waveforms.append(np.asarray(clip.waveform))
         hashes.append((clip.picture_hash or "", clip.sound_hash or ""))
     spectra = np.concatenate([mel(waveforms[start : start + 50]) for start in range(0, n, 50)])
     colours = [COLOURS.index(world.colour_of(split, name, seed)) for seed in range(n)]

@@ -61,10 +61,7 @@ class FeaturePool:
 @torch.no_grad()
 def _watched(model: Any, views: Views, batch: int = 120) -> tuple[Tensor, Tensor]:
     """Both towers' outputs for all clips, the audio before its projector."""
-    seen = [
-        vision_features(model, patches(frames[:, :: frames.shape[1] // 4]))
-        for frames in views.frames.split(batch)
-    ]
+    seen = [vision_features(model, patches(frames[:, :: frames.shape[1] // 4])) for frames in views.frames.split(batch)]
     heard = [audio_hidden(model, mel) for mel in views.mel.split(batch)]
     return torch.cat(seen), torch.cat(heard)
 
