@@ -273,7 +273,7 @@ def _tapped_edges(component: str, number: int, edges: Tensor, taps: Taps) -> Ten
 
 def _mixed(weights: Tensor, v: Tensor, past: Tensor, n_heads: int) -> Tensor:
     """Mix values by weights: `z`, `[plan, batch, pos, head, d_head]`."""
-    batch, n_kv, plans, rows, n_keys = weights.shape
+    _, n_kv, plans, rows, n_keys = weights.shape
     start = n_keys - v.shape[2]
     own = weights[..., start:].permute(2, 0, 1, 3, 4) @ v.permute(0, 1, 3, 2, 4)
     if start:

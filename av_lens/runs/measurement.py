@@ -1,0 +1,95 @@
+"""Measure a metric on an input, with a plan or without: however many forwards the answer needs.
+
+An answer of one token is read from the prompt's own logits. An answer of several tokens is run after the prompt
+(teacher forcing), once for each option; edits of the plan act on the prompt's positions as always, and on the answer's
+where they name the role `generated`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from av_lens.interventions import Plan
+from av_lens.runs.metrics import Metric, as_metric
+from av_lens.runs.traces import Trace, record
+
+
+def measure(
+    model: Any, x: Any, metric: Metric | Callable[..., Any], *, plan: Plan | None = None
+) -> Float[Tensor, "batch"]:
+    """Measure a metric on every example of an input.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: an `AVInputs`, one example or a stack.
+        metric: `logit_diff(...)` and its like, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
+        plan: edits to be made.
+
+    Returns:
+        One number for each example.
+
+    Raises:
+        InputError: answers that cannot be told apart, or a metric that returns one number for the batch.
+        InterventionError: the plan does not fit, or an edit did not fire.
+    """
+    bound = as_metric(metric, model.tokenizer)
+
+    def logits(inputs: Any, rows: list[int]) -> Tensor:
+        compiled = (plan or Plan()).compile(model.spec, inputs.spans, batch=len(inputs))
+        with torch.no_grad():
+            found = model.run_with_hooks(inputs, fwd_hooks=compiled.fwd_hooks)[:, rows]
+        compiled.verify()
+        return found
+
+    asked = x.spans.generation_position
+    reduced = [
+        bound.reduce(i, logits(_continued(x, tokens), list(range(asked, asked + tokens.shape[1]))))
+        for i, tokens in enumerate(bound.continuations(len(x)))
+    ]
+    return bound.combine(reduced) if reduced else bound(logits(x, [asked]))
+
+
+def measure_plans(
+    trace: Trace, plans: Sequence[Plan], metric: Metric | Callable[..., Any], *, budget_gb: float | int = 1.0
+) -> Float[Tensor, "plan batch"]:
+    """Measure a metric under each of many plans, by replay.
+
+    Args:
+        trace: the recorded run of the input to be edited.
+        plans: the plans, each its own run; an empty plan measures the run itself.
+        metric: as in `measure`.
+        budget_gb: memory for the activations of plans that run together.
+
+    Returns:
+        One number for each plan and example.
+
+    Raises:
+        InputError: as in `measure`.
+        InterventionError: as in `measure`.
+    """
+    model, x = trace.model, trace.x
+    bound = as_metric(metric, model.tokenizer)
+    continuations = bound.continuations(len(x))
+    if not continuations:
+        return trace.score(plans, bound, budget_gb=budget_gb)
+    asked = x.spans.generation_position
+    reduced: list[Tensor] = []
+    for i, tokens in enumerate(continuations):
+        longer = trace if tokens.shape[1] == 1 else record(model, _continued(x, tokens))
+        at = longer.spans.span(range(asked, asked + tokens.shape[1]))
+
+        def score(logits: Tensor, number: int = i) -> Tensor:
+            return bound.reduce(number, logits)
+
+        reduced.append(longer.score(plans, score, logits_at=at, budget_gb=budget_gb))
+    return torch.stack([bound.combine(list(row)) for row in zip(*reduced, strict=True)])
+
+
+def _continued(x: Any, tokens: Tensor) -> Any:
+    """The prompt with all but the last token of an answer after it."""
+    return x if tokens.shape[1] == 1 else x.continued(tokens[:, :-1])

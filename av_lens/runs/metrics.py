@@ -1,0 +1,372 @@
+"""What a run says, as one number for each example: `logit_diff`, `log_prob`, `prob`, `rank`, `kl`.
+
+A metric reads the logits `[batch, asked_pos, d_vocab]`, whose last position is the generation position, and returns
+`[batch]`. Answers are strings, token ids, or lists of either (synonyms); `each([...])` gives every example its own.
+
+    score(answer)     one token: its logit; synonyms: logsumexp of theirs;
+                      several tokens: the teacher-forced summed log-probability, then for both answers
+    logit_diff(a, b)  score(a) - score(b): positive where a is preferred
+    log_prob(a)       log P(a); prob(a) = P(a), in [0, 1]
+    rank(a)           how many tokens are likelier than a, 0 for the top; of several tokens the worst
+    kl(reference)     KL(reference || run) in nats, mean over the asked positions
+
+Where two answers have unequal numbers of tokens, both are scored by the *mean* log-probability per token, and the
+metric's `notes` say so. Refused: answers that share their first token or have unequal numbers of synonyms.
+
+Strings need the model's tokenizer: `measure`, `patch` and their like bind it; elsewhere use `metric.bind(tokenizer)`.
+Any callable of logits to `[batch]` may stand where a metric is taken.
+
+    >>> import torch
+    >>> logit_diff(2, 0)(torch.tensor([[[1.0, 0.0, 4.0]]]))
+    tensor([3.])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from av_lens.errors import InputError
+from av_lens.inputs.answers import Answer, AnswerLike, answer_pair, resolve
+from av_lens.runs.scores import (
+    combined,
+    divergence,
+    filled,
+    padded,
+    per_option,
+    summed_log_prob,
+    unequal_lengths,
+    worst_rank,
+)
+
+Kind = Literal["logit_diff", "log_prob", "prob", "rank", "kl", "custom"]
+UNITS = {"logit_diff": "logit", "log_prob": "nat", "prob": "probability", "rank": "tokens", "kl": "nat", "custom": ""}
+
+
+@dataclass(frozen=True)
+class Each:
+    """One answer for each example, in order. Build it with `each`."""
+
+    answers: tuple[AnswerLike, ...]
+
+
+def each(answers: Sequence[AnswerLike]) -> Each:
+    """Give every example of a stack its own answer.
+
+    Args:
+        answers: the answers in the order of the examples.
+
+    Returns:
+        What `logit_diff`, `log_prob`, `prob` and `rank` take in an answer's place.
+    """
+    return Each(tuple(answers))
+
+
+Asked = str | int | Sequence[str | int] | Each
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A number for each example, read from logits. Build it with `logit_diff`, `log_prob`, ...
+
+    Attributes:
+        kind: which of the module's metrics.
+        asked: the answers as they were given; two for `logit_diff`.
+        reference: the logits that `kl` compares with.
+        function: a callable of the user's own.
+        ids: once bound, the tokens of each answer, `[example or 1, option, token]`, -1 where there is none.
+        texts: once bound, the answers as text.
+        notes: what a reader of the numbers must know.
+    """
+
+    kind: Kind
+    asked: tuple[Asked, ...] = ()
+    reference: Float[Tensor, "..."] | None = None
+    function: Callable[[Tensor], Tensor] | None = None
+    ids: tuple[Int64[Tensor, "example option token"], ...] | None = None
+    texts: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """The metric as one would write it."""
+        if self.kind == "custom":
+            return getattr(self.function, "__name__", type(self.function).__name__)
+        shown = self.texts or tuple(_shown(asked) for asked in self.asked)
+        return f"{self.kind}({', '.join(shown) if self.kind != 'kl' else 'reference'})"
+
+    @property
+    def unit(self) -> str:
+        """The metric's unit."""
+        return UNITS[self.kind]
+
+    def provenance(self) -> dict[str, Any]:
+        """Say what was measured, with the token ids that were chosen.
+
+        Returns:
+            Plain data.
+        """
+        ids = [tokens.tolist() for tokens in self.ids or ()]
+        return {"metric": self.name, "unit": self.unit, "answer_ids": ids, "notes": list(self.notes)}
+
+    def bind(self, tokenizer: Any) -> Metric:
+        """Find the answers' tokens.
+
+        Args:
+            tokenizer: the model's tokenizer; None if all answers are token ids.
+
+        Returns:
+            The metric, ready to be called. Binding again changes nothing.
+
+        Raises:
+            InputError: an answer without tokens, or two that cannot be told apart.
+        """
+        if self.ids is not None or self.kind in ("kl", "custom"):
+            return self
+        sides = [asked.answers if isinstance(asked, Each) else (asked,) for asked in self.asked]
+        n = max(len(side) for side in sides)
+        if any(len(side) not in (1, n) for side in sides):
+            raise InputError(f"each(...) was given {' and '.join(str(len(s)) for s in sides)} answers: they differ.")
+        if self.kind == "logit_diff":
+            pairs = [
+                _pair(tokenizer, side_a, side_b) for side_a, side_b in zip(*(_spread(s, n) for s in sides), strict=True)
+            ]
+            answers = [[pair[0] for pair in pairs], [pair[1] for pair in pairs]]
+        else:
+            answers = [[_resolved(tokenizer, answer) for answer in sides[0]]]
+        texts = tuple(side[0].text if len(side) == 1 else f"{side[0].text}, ... ({len(side)})" for side in answers)
+        notes = _notes(answers)
+        return replace(self, ids=tuple(padded(side) for side in answers), texts=texts, notes=notes)
+
+    @property
+    def teacher_forced(self) -> bool:
+        """Whether an answer has several tokens, so that the answer must be run after the prompt."""
+        return any(int(ids.shape[-1]) > 1 for ids in self._bound())
+
+    def __call__(self, logits: Float[Tensor, "batch asked_pos d_vocab"]) -> Float[Tensor, "batch"]:
+        """Read the metric from logits.
+
+        Args:
+            logits: at the asked positions, of which the last is the generation position.
+
+        Returns:
+            One number for each example.
+
+        Raises:
+            InputError: the answers have several tokens (use `measure`), strings are not bound, or shapes do not fit.
+        """
+        if self.kind == "custom":
+            return _own_result(self, logits)
+        if self.reference is not None:
+            return divergence(self.reference, logits)
+        if self.teacher_forced:
+            raise InputError(
+                f"{self.name}: an answer has several tokens, which one set of logits cannot score. Use "
+                "measure(model, x, metric) or patch(...), which run the answer after the prompt, or one-token answers."
+            )
+        last = logits[:, -1].float()
+        sides = [per_option(ids, last, self.kind) for ids in self._fitting(len(last))]
+        return combined(self.kind, [side.unbind(1) for side in sides])
+
+    def continuations(self, batch: int) -> list[Int64[Tensor, "batch token"]]:
+        """List the token sequences that have to be run after the prompt, for answers of several tokens.
+
+        Args:
+            batch: examples in the run.
+
+        Returns:
+            One for each option of each answer, padded with its own last token; empty for one-token answers.
+        """
+        if not self.teacher_forced:
+            return []
+        return [filled(ids[:, i]).expand(batch, -1) for ids in self._fitting(batch) for i in range(ids.shape[1])]
+
+    def reduce(self, number: int, logits: Float[Tensor, "batch token d_vocab"]) -> Float[Tensor, "batch"]:
+        """Score one continuation.
+
+        Args:
+            number: its place in `continuations`.
+            logits: at the position before each of its tokens.
+
+        Returns:
+            The option's score for each example; minus infinity (rank: infinity) where an example has no such option.
+        """
+        options = [ids[:, i] for ids in self._bound() for i in range(ids.shape[1])]
+        tokens = options[number].to(logits.device).expand(logits.shape[0], -1)
+        if self.kind == "rank":
+            return worst_rank(tokens, logits.float())
+        total, lengths = summed_log_prob(tokens, logits.float())
+        if self.kind != "logit_diff":
+            return total
+        return torch.where(unequal_lengths(self._bound()).to(total.device), total / lengths.clamp(min=1), total)
+
+    def combine(self, reduced: Sequence[Float[Tensor, "batch"]]) -> Float[Tensor, "batch"]:
+        """Put the scores of all continuations together.
+
+        Args:
+            reduced: the result of `reduce` for each, in order.
+
+        Returns:
+            The metric for each example.
+        """
+        sides: list[list[Tensor]] = []
+        rest = list(reduced)
+        for ids in self._bound():
+            sides.append(rest[: ids.shape[1]])
+            rest = rest[ids.shape[1] :]
+        return combined(self.kind, sides)
+
+    def _bound(self) -> tuple[Tensor, ...]:
+        if self.kind in ("kl", "custom"):
+            return ()
+        if self.ids is None:
+            return self.bind(None).ids or ()
+        return self.ids
+
+    def _fitting(self, batch: int) -> tuple[Tensor, ...]:
+        for ids in self._bound():
+            if ids.shape[0] not in (1, batch):
+                raise InputError(
+                    f"{self.name}: each(...) gives {ids.shape[0]} answers, but the run has {batch} examples."
+                )
+        return self._bound()
+
+
+def _shown(asked: Asked) -> str:
+    return f"{len(asked.answers)} answers" if isinstance(asked, Each) else str(asked)
+
+
+def _spread(side: tuple[AnswerLike, ...], n: int) -> tuple[AnswerLike, ...]:
+    return side * n if len(side) == 1 else side
+
+
+def _resolved(tokenizer: Any, answer: AnswerLike) -> Answer:
+    if tokenizer is None:
+        named = [answer] if isinstance(answer, str | int) else list(answer)
+        words = [part for part in named if isinstance(part, str)]
+        if words:
+            raise InputError(f"the answer {words[0]!r} is text: bind the metric first, metric.bind(model.tokenizer).")
+        return Answer(" / ".join(map(str, named)), tuple((int(part),) for part in named))
+    return resolve(tokenizer, answer)
+
+
+def _pair(tokenizer: Any, a: AnswerLike, b: AnswerLike) -> tuple[Answer, Answer]:
+    if tokenizer is None:
+        return answer_pair(_NoWords(), _resolved(None, a), _resolved(None, b))
+    return answer_pair(tokenizer, a, b)
+
+
+class _NoWords:
+    """Stands for a tokenizer where all answers are token ids; it only words a refusal."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return f"token {ids[0]}"
+
+
+def _notes(answers: list[list[Answer]]) -> tuple[str, ...]:
+    flat = [answer for side in answers for answer in side]
+    if all(answer.single for answer in flat):
+        return ()
+    notes = ["an answer has several tokens: scores are teacher-forced log-probabilities"]
+    for row in zip(*answers, strict=True) if len(answers) == 2 else ():
+        lengths = {len(option) for answer in row for option in answer.options}
+        if len(lengths) > 1:
+            texts = " and ".join(repr(answer.text) for answer in row)
+            notes.append(f"{texts} have unequal numbers of tokens: scored by the mean log-probability per token")
+            break
+    return tuple(notes)
+
+
+def _own_result(metric: Metric, logits: Tensor) -> Tensor:
+    assert metric.function is not None
+    found: Any = metric.function(logits)
+    batch = int(logits.shape[0])
+    shape = tuple(getattr(found, "shape", ()))
+    if not isinstance(found, Tensor) or shape != (batch,):
+        what = "one number for the whole batch" if shape == () else f"shape {shape}"
+        raise InputError(
+            f"the metric {metric.name} returned {what}; wanted one number for each of the {batch} examples, shape "
+            f"({batch},). Leave out the mean: `lambda logits: logits[:, -1, a] - logits[:, -1, b]`."
+        )
+    return found
+
+
+def as_metric(metric: Metric | Callable[..., Any], tokenizer: Any) -> Metric:
+    """Make a bound metric of what a caller handed in.
+
+    Args:
+        metric: one of the module's, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        The bound metric.
+    """
+    if isinstance(metric, Metric):
+        return metric.bind(tokenizer)
+    return Metric("custom", function=metric)
+
+
+def logit_diff(a: Asked, b: Asked) -> Metric:
+    """Measure how far one answer is preferred to another: score(a) - score(b), positive for a.
+
+    Args:
+        a: an answer, such as the sound's.
+        b: its rival, such as the picture's.
+
+    Returns:
+        The metric, in logits (differences of log-probabilities for answers of several tokens).
+    """
+    return Metric("logit_diff", (a, b))
+
+
+def log_prob(a: Asked) -> Metric:
+    """Measure an answer's log-probability, in nats.
+
+    Args:
+        a: the answer.
+
+    Returns:
+        The metric.
+    """
+    return Metric("log_prob", (a,))
+
+
+def prob(a: Asked) -> Metric:
+    """Measure an answer's probability.
+
+    Args:
+        a: the answer.
+
+    Returns:
+        The metric, in [0, 1].
+    """
+    return Metric("prob", (a,))
+
+
+def rank(a: Asked) -> Metric:
+    """Count the tokens that are likelier than the answer.
+
+    Args:
+        a: the answer; of synonyms the best counts, of several tokens the worst.
+
+    Returns:
+        The metric; 0 where the answer is the likeliest.
+    """
+    return Metric("rank", (a,))
+
+
+def kl(reference_logits: Float[Tensor, "..."]) -> Metric:
+    """Measure how far a run has moved from a reference: KL(reference || run), in nats.
+
+    Args:
+        reference_logits: `[batch, asked_pos, d_vocab]` or `[batch, d_vocab]` of the reference run.
+
+    Returns:
+        The metric, averaged over the asked positions (compared from the last backwards).
+    """
+    return Metric("kl", reference=reference_logits)
