@@ -1,0 +1,102 @@
+"""Write an embedded model as a checkpoint folder that `load` opens: config, float16 weights, processor and grammar.
+
+What ships with the package lies in `checkpoints/`, listed by `index.json` (short name to folder and a sentence about
+it); `load` reads that file itself, so that opening a model does not import this room.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from av_lens.organism import anatomy, grammar
+
+INDEX = "index.json"
+GRAMMAR = "grammar.json"
+
+
+def shipped() -> Path:
+    """Say where the checkpoints lie that ship with the package.
+
+    Returns:
+        The folder.
+    """
+    return Path(str(resources.files("av_lens.organism") / "checkpoints"))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep HuggingFace's progress bars off the terminal, and leave its setting as it was."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def save_checkpoint(model: Any, folder: str | os.PathLike[str], *, documents: dict[str, Any] | None = None) -> Path:
+    """Write a model as a checkpoint folder.
+
+    Args:
+        model: a thinker as `anatomy.build_model` makes it, never wrapped by a bridge.
+        folder: where to; made if it is not there.
+        documents: more json files to put beside the weights, by file name, such as `{"planted.json": {...}}`.
+
+    Returns:
+        The folder.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    half = copy.deepcopy(model).to(torch.float16)
+    with _quiet():
+        half.save_pretrained(place)
+    anatomy.processor().save_pretrained(place)
+    for name, content in {GRAMMAR: grammar.as_dict(), **(documents or {})}.items():
+        (place / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return place
+
+
+def list_checkpoint(name: str, summary: str, *, folder: str | None = None, root: Path | None = None) -> None:
+    """Enter a checkpoint in the index, so that `load(name)` finds it.
+
+    Args:
+        name: the short name.
+        summary: one sentence about it, shown by `av-lens models`.
+        folder: its folder beside the index; the short name by default.
+        root: where the index is; the package's own checkpoints by default.
+    """
+    place = (root or shipped()) / INDEX
+    listed: dict[str, dict[str, str]] = json.loads(place.read_text("utf-8")) if place.exists() else {}
+    listed[name] = {"folder": folder or name, "summary": summary}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Any:
+    """Read a checkpoint folder as a plain HuggingFace model, for training and comparison.
+
+    Args:
+        folder: from `save_checkpoint`.
+
+    Returns:
+        The thinker in float32, with eager attention, in evaluation mode.
+    """
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+    with _quiet():
+        model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+            os.fspath(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        )
+    return model.eval()
