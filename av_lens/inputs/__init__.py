@@ -1,9 +1,23 @@
 """Clips and questions become model inputs that know what each position is; pairs and conflicts of them."""
 
 from av_lens.inputs.answers import Answer, answer_pair, one_token, resolve
+from av_lens.inputs.conflict import Cells, Conflict
 from av_lens.inputs.encoder import Encoder
 from av_lens.inputs.grammar import Grammar
+from av_lens.inputs.manifest import conflicts
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 
-__all__ = ["AVInputs", "Answer", "Encoder", "Grammar", "Pair", "answer_pair", "one_token", "resolve"]
+__all__ = [
+    "AVInputs",
+    "Answer",
+    "Cells",
+    "Conflict",
+    "Encoder",
+    "Grammar",
+    "Pair",
+    "answer_pair",
+    "conflicts",
+    "one_token",
+    "resolve",
+]

@@ -101,17 +101,18 @@ def one_token(tokenizer: Any, answer: AnswerLike | Answer) -> int:
         InputError: if it has synonyms or several tokens; the message shows the pieces.
     """
     found = resolve(tokenizer, answer)
+    option = found.options[0]
     if len(found.options) > 1:
         raise InputError(
             f"one token is needed here, and {found.text!r} lists {len(found.options)} synonyms; choose one"
         )
     if not found.single:
-        pieces = [tokenizer.decode([token]) for token in found.options[0]]
+        pieces = [tokenizer.decode([token]) for token in option]
         raise InputError(
-            f"the answer {found.text!r} is {len(pieces)} tokens for this model ({' '.join(map(repr, pieces))}), and one "
-            "is needed here: choose a shorter word, give a prefix and its last word, or use a metric that sums tokens"
+            f"the answer {found.text!r} is {len(pieces)} tokens for this model ({' '.join(map(repr, pieces))}), and "
+            "one is needed here: choose a shorter word, give a prefix and its last word, or a metric that sums tokens"
         )
-    return found.options[0][0]
+    return option[0]
 
 
 def answer_pair(tokenizer: Any, a: AnswerLike | Answer, v: AnswerLike | Answer) -> tuple[Answer, Answer]:
@@ -135,8 +136,8 @@ def answer_pair(tokenizer: Any, a: AnswerLike | Answer, v: AnswerLike | Answer) 
     if shared:
         token = tokenizer.decode([min(shared)])
         raise InputError(
-            f"the answers {first.text!r} and {second.text!r} begin with the same token {token!r}, so the asked position "
-            "cannot tell them apart: choose other words, or move the shared part into the prefix"
+            f"the answers {first.text!r} and {second.text!r} begin with the same token {token!r}, so the asked "
+            "position cannot tell them apart: choose other words, or move the shared part into the prefix"
         )
     if len(first.options) != len(second.options):
         raise InputError(

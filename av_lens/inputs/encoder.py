@@ -1,9 +1,9 @@
 """`Encoder`: a clip and a question become the tensors that a model takes, with every position explained.
 
-By the checkpoint's own processor and chat template: frames are sampled here (by their true times) and handed over with
-the right rate, the sound is woven into the video by the processor's own code, and the result is compared with the
-model's own position ids before anything runs on it. `Encoder.encode` returns what one call of the processor would, except
-that the mel is trimmed to the sound.
+By the checkpoint's own processor and chat template: frames are sampled here (by their true times) and handed over
+with the right rate, the sound is woven into the video by the processor's own code, and the result is compared with
+the model's own position ids before anything runs on it. `Encoder.encode` returns what one call of the processor
+would, except that the mel is trimmed to the sound.
 
 Layouts: sound woven into the video ("in_video"), video then audio ("separate"), either alone, an image with or without
 sound, text. Not done: several clips in one prompt, several turns.
@@ -35,10 +35,11 @@ from av_lens.inputs.layout import (
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.prompt import render, tokenize
 from av_lens.media.clip import Clip
+from av_lens.media.files import ClipFile
 
 SOUND = ("auto", "in_video", "separate", None)
 PICTURE = ("auto", "video", "image", None)
-_LAYOUTS = {
+_LAYOUTS: dict[tuple[str | None, str | None], str] = {
     ("video", "in_video"): "in_video",
     ("video", "separate"): "separate",
     ("video", None): "video_only",
@@ -91,8 +92,8 @@ def choose(clip: Clip | None, sound: str | None, picture: str | None) -> Choice:
         raise InputError(f"picture={picture!r} is asked of {_named(clip)}, which has no picture: use picture=None")
     if sound in ("in_video", "separate") and not has_sound:
         raise InputError(
-            f"sound={sound!r} is asked of {_named(clip)}, which has no audio stream: use sound=None, or give it a sound "
-            "with clip.with_sound(other)"
+            f"sound={sound!r} is asked of {_named(clip)}, which has no audio stream: use sound=None, or give it a "
+            "sound with clip.with_sound(other)"
         )
     if picture == "auto":
         picture = ("image" if clip is not None and clip.is_image else "video") if has_picture else None
@@ -143,7 +144,7 @@ class Encoder:
 
     def encode(
         self,
-        clip: Clip | None | Sequence[Clip | None],
+        clip: Clip | ClipFile | Sequence[Clip | ClipFile | None] | None,
         question: str | Sequence[str],
         *,
         sound: str | None = "auto",
@@ -156,7 +157,7 @@ class Encoder:
         """Make the model's input of a clip and a question, or of lists of either.
 
         Args:
-            clip: the clip, None for text alone, or a list of them.
+            clip: the clip (or its file), None for text alone, or a list of them.
             question: the question, or a list of them; one of either is used for all of the other.
             sound: "in_video" (woven into the video), "separate" (after it), None (left out), or "auto".
             picture: "video", "image" (the frame nearest the middle), None (left out), or "auto".
@@ -176,7 +177,8 @@ class Encoder:
         options: dict[str, Any] = {
             "sound": sound, "picture": picture, "fps": fps, "system": system, "prefix": prefix, "answer": answer
         }  # fmt: skip
-        clips = [clip] if clip is None or isinstance(clip, Clip) else list(clip)
+        given = [clip] if clip is None or isinstance(clip, Clip | ClipFile) else list(clip)
+        clips = [each.load() if isinstance(each, ClipFile) else each for each in given]
         questions = [question] if isinstance(question, str) else list(question)
         count = max(len(clips), len(questions))
         if {len(clips), len(questions)} - {1, count} or not clips or not questions:

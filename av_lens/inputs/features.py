@@ -1,13 +1,13 @@
 """Question: what does the processor make of a picture and a sound? Computed once per content, then shared.
 
-Sampling: at `fps`, the targets are 0, 1/fps, 2/fps, ... before the clip's end, and for each the frame whose true time is
-nearest is taken (of two equally near, the earlier). A target in the last half frame before the picture's end is left out.
-A still picture read as a video is shown for its whole duration.
+Sampling: at `fps`, the targets are 0, 1/fps, 2/fps, ... before the picture's end, and for each the frame whose true
+time is nearest is taken (of two equally near, the earlier). A target in the last half frame before the picture's end
+is left out. A still picture read as a video is shown for its whole duration.
 The processor gets the sampled frames, with its own sampling switched off, and repeats the last one where their number
 is not a multiple of the temporal patch (2).
 
 The mel is computed on the sound padded by a few zero frames and trimmed to the sound, instead of padded to the
-processor's 300 s: the same values to the bit, since a mel frame sees 25 ms and the normalisation sees the loudest frame.
+processor's 300 s: the same values to the bit, since a mel frame sees 25 ms and the normalisation the loudest frame.
 
 `cap_pixels_per_frame` is set (True): the reference implementation's share of the total pixel budget, which begins to
 act on long videos only.

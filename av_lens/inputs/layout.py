@@ -4,11 +4,12 @@ Two things are derived from the token ids alone, without asking the model: the c
 and the three streams of position ids that the model should then compute. The second is compared with what the model
 does compute, on every input: a map that the model does not share is refused.
 
-For video token j of a block that starts at id s, on a grid of t x h x w tokens: patch t = j // (h w), row = (j % (h w))
-// w, col = j % w; its ids are s + int(t x seconds_per_grid x ids_per_second) in float32 as the model does it, s + row,
-s + col. Audio token k has s + k in all three streams. So on the model's clock, patch t lasts from its own id to the next
-patch's, and audio token k lasts one id (40 ms). An image is a patch of one second, as the model's own formula has it.
-Text resumes after the largest id of the block's last run. Interleaved blocks share one clock; separate ones do not.
+For video token j of a block that starts at id s, on a grid of t x h x w tokens: patch t = j // (h w), row =
+(j % (h w)) // w, col = j % w; its ids are s + int(t x seconds_per_grid x ids_per_second) in float32 as the model does
+it, s + row, s + col. Audio token k has s + k in all three streams. So on the model's clock, patch t lasts from its own
+id to the next patch's, and audio token k lasts one id (40 ms). An image is a patch of one second, as the model's own
+formula has it. Text resumes after the largest id of the block's last run. Interleaved blocks share one clock;
+separate ones do not.
 """
 
 from __future__ import annotations
@@ -192,9 +193,9 @@ def check_positions(
     at = int(np.flatnonzero((expected != found).any(axis=0))[0]) if expected.shape == found.shape else 0
     raise InputError(
         f"the model and this map disagree about which second and patch the positions stand for: position {at} (token "
-        f"{spans.tokens[at]!r}, role {spans.roles[at]}) should have ids {expected[:, at].tolist()}, and the model gives "
-        f"{found[:, at].tolist()}. With sound in the video this happens at frame rates whose chunk borders the processor "
-        f"and the model round differently (fps={fps:g}): use fps=1, 2, 4 or 5, or sound='separate'."
+        f"{spans.tokens[at]!r}, role {spans.roles[at]}) should have ids {expected[:, at].tolist()}, and the model "
+        f"gives {found[:, at].tolist()}. With sound in the video this happens at frame rates whose chunk borders the "
+        f"processor and the model round differently (fps={fps:g}): use fps=1, 2, 4 or 5, or sound='separate'."
     )
 
 
@@ -212,8 +213,8 @@ def frame_rate_fault(fps: float | int, frames_per_patch: int, known: Ids, *, int
     """
     if not np.isfinite(fps) or fps < 1:
         return (
-            f"fps={fps:g} is below 1: a patch of {frames_per_patch} frames would last longer than the model's chunks, whose "
-            "order then breaks. Use fps=1 or more; for a long video, load a part of it with start= and end="
+            f"fps={fps:g} is below 1: a patch of {frames_per_patch} frames would last longer than the model's chunks, "
+            "whose order then breaks. Use fps=1 or more; for a long video, load a part of it with start= and end="
         )
     if interleaved and frames_per_patch / fps > known.chunk_s:
         return (

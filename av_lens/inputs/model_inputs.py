@@ -1,9 +1,9 @@
 """`AVInputs`: tensors that know what each of their positions is.
 
 `x.tensors` are the keyword arguments of the HuggingFace forward, nothing missing: `hf_model(**x.tensors)` runs. One
-object holds one example or a stack of examples of *one* layout that share its map; different layouts are never padded
-together. In a stack, pixel patches of all examples are concatenated and their grids stacked (HuggingFace's way), and mels
-are padded to one length with their mask.
+object holds one example or a stack of examples of *one* layout that share its map; different layouts are never
+padded together. In a stack, pixel patches of all examples are concatenated and their grids stacked (HuggingFace's
+way), and mels are padded to one length with their mask.
 
 Not done: moving features between dtypes; the model casts what it is given.
 """

@@ -1,8 +1,8 @@
 """`Pair`: clean and corrupt inputs, proved aligned position by position.
 
-A pair exists only if both inputs have the same roles, the same model times and the same patches at every position, and
-the same tensors. Then "the activation at position p" means the same in both. Text tokens may differ (that is what a pair
-of questions is for); `pair.differing` says where.
+A pair exists only if both inputs have the same roles, the same model times and the same patches at every position,
+and the same kinds of tensors. Then "the activation at position p" means the same in both. Text tokens may
+differ (that is what a pair of questions is for); `pair.differing` says where.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Pair:
             fault = f"clean holds {len(self.clean)} examples, corrupt {len(self.corrupt)}"
         if fault:
             raise AlignmentError(
-                f"clean and corrupt are not aligned: {fault}. Cut both clips to one length (clip.trimmed) and one size, and "
-                "ask questions of equally many tokens."
+                f"clean and corrupt are not aligned: {fault}. Cut both clips to one length (clip.trimmed) and size, "
+                "and ask questions of equally many tokens."
             )
 
     @property

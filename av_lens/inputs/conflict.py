@@ -1,0 +1,310 @@
+"""`Conflict`: a sound and a picture that disagree, and the grid of cells that tells their effects apart.
+
+A cell is named picture first, sound second: `va` is the conflict, `aa` and `vv` agree, `av` is the mirrored conflict;
+`w` is a third clip; `muted` a sound that says nothing, `blank` a picture that shows nothing. The sound's source gives
+picture a and sound a, the picture's source picture v and sound v. All cells of a conflict share one token layout: every
+source is cut to the shortest picture or sound among them, and pictures of another size are cropped around their middle
+and scaled to the size of picture v; both are said in each cell's provenance. `audio_only` has no picture and so another
+layout.
+
+Not done: drawing the third clip; whoever deals the halves does it and gives it as `third=`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from av_lens.errors import AlignmentError, InputError, ProtocolError, unknown
+from av_lens.inputs.answers import AnswerLike
+from av_lens.inputs.features import sampled_frames
+from av_lens.inputs.model_inputs import AVInputs, difference
+from av_lens.media.clip import Clip
+from av_lens.media.files import ClipFile
+
+# Cell -> (picture, sound), in the protocol's order.
+CELLS: dict[str, tuple[str | None, str]] = {
+    "va": ("v", "a"),
+    "vv": ("v", "v"),
+    "aa": ("a", "a"),
+    "av": ("a", "v"),
+    "vw": ("v", "w"),
+    "aw": ("a", "w"),
+    "wa": ("w", "a"),
+    "wv": ("w", "v"),
+    "v_muted": ("v", "muted"),
+    "a_muted": ("a", "muted"),
+    "blank_a": ("blank", "a"),
+    "blank_v": ("blank", "v"),
+    "blank_muted": ("blank", "muted"),
+    "audio_only": (None, "a"),
+}
+LAYOUTS = ("in_video", "separate")
+SEE, CONTROL = "What do you see?", "What colour is it?"
+_SAMPLE = 1e-4  # s: lengths that differ by less are equal
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conflict:
+    """A sound, a picture, a question and the two answers.
+
+    Attributes:
+        sound: the clip whose sound is heard (a); its own picture is picture a.
+        picture: the clip whose picture is seen (v); its own sound is sound v.
+        question: what is asked, such as "What do you hear?".
+        answers: the sound's answer, then the picture's; each a word, a token id or a list of synonyms.
+        prefix: text of the assistant before the asked position.
+        third: one more clip (w) whose answer differs from both.
+        see: the question about the picture.
+        control: a question about neither.
+        id: a name for it in reports.
+    """
+
+    sound: Clip | ClipFile
+    picture: Clip | ClipFile
+    question: str
+    answers: tuple[AnswerLike, AnswerLike]
+    prefix: str = ""
+    third: Clip | ClipFile | None = None
+    see: str = SEE
+    control: str = CONTROL
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        fault = answers_fault(self.answers)
+        if fault:
+            raise InputError(f"conflict {self.id or ''}: {fault}".replace(" :", ":"))
+        for name, clip in (("sound", self.sound), ("picture", self.picture), ("third", self.third)):
+            if isinstance(clip, Clip):
+                _require_both(clip, name)
+
+    def cells(
+        self,
+        model: Any,
+        *,
+        question: str | None = None,
+        layout: str = "in_video",
+        fps: float | int = 2.0,
+        system: str | None = None,
+        blank: str = "dark",
+        mute: str = "silence",
+        seed: int = 0,
+    ) -> Cells:
+        """Encode the cells, each when it is first asked for.
+
+        Args:
+            model: whatever has `.encode`: a `HookedAVLLM` or an `Encoder`.
+            question: another question than the conflict's, such as `conflict.see`.
+            layout: "in_video" or "separate".
+            fps: frames per second.
+            system: the system message.
+            blank: "dark" or "scrambled".
+            mute: "silence" or "noise".
+            seed: of the scrambling and the noise.
+
+        Returns:
+            A lazy mapping from the cell's name to its inputs.
+
+        Raises:
+            InputError: for an unknown layout.
+        """
+        if layout not in LAYOUTS:
+            raise InputError(unknown("layout", layout, LAYOUTS))
+        options: dict[str, Any] = {"sound": layout, "fps": fps, "system": system, "prefix": self.prefix}
+        asked = self.question if question is None else question
+        return Cells(self, model, asked, options=options, blank=blank, mute=mute, seed=seed)
+
+
+class Cells(Mapping[str, AVInputs]):
+    """The cells of one conflict under one question, encoded when first asked for and then kept.
+
+    Args:
+        conflict: the conflict.
+        model: whatever has `.encode`.
+        question: what is asked in every cell.
+        options: further arguments of `encode`.
+        blank: the kind of blank picture.
+        mute: the kind of mute.
+        seed: of both.
+    """
+
+    def __init__(
+        self,
+        conflict: Conflict,
+        model: Any,
+        question: str,
+        *,
+        options: dict[str, Any],
+        blank: str,
+        mute: str,
+        seed: int,
+    ) -> None:
+        self.conflict = conflict
+        self.question = question
+        self.cut_to_s: float | None = None
+        self._model, self._options = model, options
+        self._blank, self._mute, self._seed = blank, mute, seed
+        self._sources: dict[str, Clip] = {}
+        self._made: dict[str, AVInputs] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, parts in CELLS.items() if self.conflict.third is not None or "w" not in parts)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in set(self)
+
+    def __repr__(self) -> str:
+        return f"Cells({self.conflict.id or 'conflict'}, {self.question!r}: {' '.join(self)})"
+
+    def __getitem__(self, name: str) -> AVInputs:
+        """One cell; encoded on first use."""
+        if name not in CELLS:
+            raise InputError(unknown("cell", name, CELLS))
+        if name not in self:
+            raise ProtocolError(
+                f"cell {name!r} needs a third clip w and this conflict has none: give Conflict(third=...)"
+            )
+        if name not in self._made:
+            self._made[name] = self._encoded(name)
+        return self._made[name]
+
+    def clip(self, name: str) -> Clip:
+        """The clip of a cell, as it is encoded.
+
+        Args:
+            name: the cell.
+
+        Returns:
+            Its picture and sound, joined.
+        """
+        picture_name, sound_name = CELLS[name]
+        sound = self._source(sound_name)
+        if picture_name is None:
+            return sound
+        picture = self._source(picture_name)
+        joined = picture.with_sound(sound)
+        same = joined.frames is not None and picture.frames is not None and joined.frames.shape == picture.frames.shape
+        if same and np.array_equal(joined.times, picture.times):
+            # The hashes are cached properties: pass them on, so that a long video is not hashed once per cell.
+            joined.__dict__["picture_hash"] = picture.picture_hash
+        return joined
+
+    def _encoded(self, name: str) -> AVInputs:
+        if name == "audio_only":
+            x = self._model.encode(
+                self.clip(name), self.question, **self._options | {"sound": "separate", "picture": None}
+            )
+        else:
+            x = self._model.encode(self.clip(name), self.question, **self._options)
+            known = next((other for other in self._made if other != "audio_only"), None)
+            fault = None if known is None else difference(self._made[known], x, names=(f"cell {known}", f"cell {name}"))
+            if fault:
+                raise AlignmentError(f"the cells of {self.conflict.id or 'this conflict'} are not aligned: {fault}")
+        said = {
+            "conflict": self.conflict.id,
+            "cell": name,
+            "cut_to_s": self.cut_to_s,
+            "blank": self._blank,
+            "mute": self._mute,
+        }
+        return replace(x, provenance=x.provenance | said)
+
+    def _source(self, name: str) -> Clip:
+        if not self._sources:
+            self._sources = self._cut()
+        if name not in self._sources:
+            made = self._sources["v"].blank(kind=self._blank, seed=self._seed) if name == "blank" else None
+            self._sources[name] = made or self._sources["a"].muted(kind=self._mute, seed=self._seed)
+        return self._sources[name]
+
+    def _cut(self) -> dict[str, Clip]:
+        given = {"a": self.conflict.sound, "v": self.conflict.picture, "w": self.conflict.third}
+        clips = {name: _loaded(clip, name) for name, clip in given.items() if clip is not None}
+        ends = [end for clip in clips.values() for end in _ends(clip)]
+        shortest = min(ends)
+        if max(ends) - shortest > _SAMPLE:
+            self.cut_to_s = shortest
+            clips = {name: _cut_to(clip, shortest) for name, clip in clips.items()}
+        counts = {len(sampled_frames(clip, self._options["fps"])) for clip in clips.values()}
+        if len(counts) > 1:
+            self.cut_to_s = min(counts) / float(self._options["fps"])
+            clips = {name: _cut_to(clip, self.cut_to_s) for name, clip in clips.items()}
+        return {name: fitted(clip, clips["v"]) for name, clip in clips.items()}
+
+
+def answers_fault(answers: Sequence[AnswerLike]) -> str | None:
+    """Say what is wrong with two rival answers as far as it shows without a model.
+
+    Args:
+        answers: the sound's answer, then the picture's.
+
+    Returns:
+        The fault, or None.
+    """
+    if len(answers) != 2:
+        return f"answers are two, the sound's and the picture's; found {len(answers)}"
+    synonyms = [[answer] if isinstance(answer, str | int) else list(answer) for answer in answers]
+    words = [{str(word).strip().casefold() for word in group} for group in synonyms]
+    if not all(words) or any("" in group for group in words):
+        return "an answer is empty: give a word such as 'dog'"
+    if words[0] & words[1]:
+        return f"equal answers: both sides hold {min(words[0] & words[1])!r}, so there is no conflict to measure"
+    if len(words[0]) != len(words[1]):
+        return f"{len(words[0])} synonyms against {len(words[1])}: give both answers the same number"
+    return None
+
+
+def _loaded(clip: Clip | ClipFile, name: str) -> Clip:
+    loaded = clip.load() if isinstance(clip, ClipFile) else clip
+    _require_both(loaded, {"a": "sound", "v": "picture", "w": "third"}[name])
+    return loaded
+
+
+def _require_both(clip: Clip, name: str) -> None:
+    missing = "audio stream" if not clip.has_sound else "picture" if not clip.has_picture else None
+    if missing:
+        raise InputError(
+            f"{name}= is {clip!r}, which has no {missing}: each source of a conflict gives its picture and its sound "
+            "to some cell; choose a clip with both"
+        )
+
+
+def _ends(clip: Clip) -> tuple[float, ...]:
+    return (clip.sound_end,) if clip.is_image else (clip.sound_end, clip.picture_end)
+
+
+def _cut_to(clip: Clip, end: float) -> Clip:
+    return clip if max(_ends(clip)) - end <= _SAMPLE else clip.trimmed(0.0, end)
+
+
+def fitted(clip: Clip, model: Clip) -> Clip:
+    """Bring a clip's picture to another's size: cropped around the middle to its aspect, then scaled.
+
+    Args:
+        clip: the clip to change.
+        model: the clip whose frame size is wanted.
+
+    Returns:
+        The clip with frames of that size, its notes saying so; the clip itself where the sizes agree.
+    """
+    if clip.frames is None or model.frames is None or clip.frames.shape[1:] == model.frames.shape[1:]:
+        return clip
+    height, width = clip.frames.shape[1:3]
+    wanted_height, wanted_width = model.frames.shape[1:3]
+    scale = min(height / wanted_height, width / wanted_width)
+    rows, cols = max(1, round(wanted_height * scale)), max(1, round(wanted_width * scale))
+    top, left = (height - rows) // 2, (width - cols) // 2
+    frames = np.empty((len(clip.frames), wanted_height, wanted_width, 3), dtype=np.uint8)
+    for i, frame in enumerate(clip.frames):
+        part = torch.from_numpy(np.array(frame[top : top + rows, left : left + cols])).permute(2, 0, 1)[None].float()
+        scaled = torch.nn.functional.interpolate(part, (wanted_height, wanted_width), mode="bilinear", antialias=True)
+        frames[i] = scaled[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    note = f"picture cropped to {cols}x{rows} of {width}x{height} and scaled to {wanted_width}x{wanted_height}"
+    return replace(clip, frames=frames, notes=(*clip.notes, note))
