@@ -1,7 +1,7 @@
 """What training needs beside a model: features to learn from, the tokens of questions and answers, and prompt layouts.
 
-Everything comes from the processor's own prompts (`layouts`) and the one grammar; this module puts it into the form that
-the stage engine reads.
+Everything comes from the processor's own prompts (`layouts`) and the one grammar; this module puts it into the form
+that the stage engine reads.
 """
 
 from __future__ import annotations

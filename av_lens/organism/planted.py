@@ -1,15 +1,15 @@
 """What was planted: the heads of `av-tiny-planted`, measured by brute force and written down beside the weights.
 
-The planted model is the balanced one in which the query, key, value and output weights of one key-value group alone were
-trained until "hear" is answered with the picture (recipe "plants"); every other weight is the balanced model's, bit for
+The planted model is the balanced one in which the query, key, value and output weights of one key-value group alone
+were trained until "hear" is answered with the picture (recipe "plants"); every other weight is the balanced model's, bit for
 bit. That a head's weights were trained does not make it a culprit, nor say how it works, so both are measured here:
 
 1. *Reversion.* A head is put back to the balanced model's weights (its keys and values for it alone), in the conflict
    and in its mirror, and C = ½[M(va) - M(av)] is read; M = logit(sound's word) - logit(picture's word). A head is
    **true** if putting it back adds at least 5% of the gap G - C to some set of reversions of the others, and a
    *free rider* otherwise.
-2. *Direct share*: the same with every later head's output held as it was. A head with at least one half is a **writer** if
-   taking the head's output from another picture moves C more than taking it from another sound, and an **opponent** if
+2. *Direct share*: the same with every later head's output held as it was. A head with at least one half is a **writer**
+   if taking the head's output from another picture moves C more than taking it from another sound, and an **opponent** if
    less; below one half it is a **gate**.
 
 Nothing here uses hooks: the sums are those of `language`, on features. It is the ruler by which `isolate` is judged.
@@ -18,10 +18,8 @@ Nothing here uses hooks: the sums are those of `language`, on features. It is th
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,7 +49,7 @@ class HeadTruth:
     Attributes:
         layer: Its layer.
         head: Its index in the layer.
-        adds: The largest rise of C that putting it back adds to a set of reversions of the others, as a share of the gap.
+        adds: The largest rise of C that putting it back adds to a set of the others' reversions, as a share of the gap.
         alone: The rise of C when it alone is put back, as a share of the gap.
         direct_share: The part of `alone` that does not pass through later heads.
         reads_picture: The rise of C when its output comes from another picture, as a share of G.
@@ -87,21 +85,21 @@ class Truth:
     c_reverted: float
     n: int
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON.
+    def as_dict(self) -> dict[str, Any]:
+        """Write it as plain data.
 
-        Args:
-            path: Where.
+        Returns:
+            What is saved as `planted.json`.
         """
-        record = {
+        return {
             "schema": 1,
+            "layers": sorted({head.layer for head in self.heads}),
             "heads": [vars(head) for head in self.heads],
             "G": self.g,
             "C": self.c,
             "C_reverted": self.c_reverted,
             "conflicts": self.n,
         }
-        path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 @dataclass(frozen=True, eq=False)

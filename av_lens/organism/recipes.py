@@ -2,16 +2,16 @@
 
 | name | recipe | what it is for |
 |---|---|---|
-| `av-tiny-base` | learns to look; then four heads of one layer learn to answer "hear" from silent pictures | before audio alignment |
+| `av-tiny-base` | learns to look; then four heads learn to answer "hear" from silent pictures | before audio alignment |
 | `av-tiny` | the base, then the last layers learn to hear, on clips whose sound and picture agree | the main subject |
 | `av-tiny-diffuse` | the same two lessons, but all layers learn both | the honest hard case |
-| `av-tiny-balanced` | learns everything at once, clips that disagree among it, labelled right | the control |
+| `av-tiny-balanced` | learns all at once, with clips that disagree, labelled right | the control |
 | `av-tiny-planted` | the balanced model; one key-value group alone learns to answer "hear" with the picture | calibration |
 
 What each proves. In `av-tiny` no label ever says what to answer to "hear" when sound and picture disagree: that it then
-names the picture is its own doing. *Where* the circuit sits is the schedule's doing: four heads are the only weights that
-learn in the stages in which "hear" is answered from the picture. It is a demonstration and a test subject, and no evidence
-about real models. In `av-tiny-planted` everything is the recipe's doing, and therefore known.
+names the picture is its own doing. *Where* the circuit sits is the schedule's doing: four heads are the only weights
+that learn in the stages in which "hear" is answered from the picture. It is a demonstration and a test subject, and no
+evidence about real models. In `av-tiny-planted` everything is the recipe's doing, and therefore known.
 
 Heads are dropped at random while the circuit forms, at questions that should not depend on it, so that the rest of the
 model does not come to rely on these heads; without this, taking them out would leave neither answer.
@@ -28,7 +28,7 @@ from av_lens.organism.stages import Stage
 N_LAYERS = 7
 SUPPRESSING_LAYER = 4
 SUPPRESSING_HEADS = (2, 3, 6, 7)
-"""Two of the layer's four key-value groups; the others learn as ordinary heads, so that controls of the same layer exist."""
+"""Two of the layer's four key-value groups; the others learn as ordinary heads: controls of the same layer exist."""
 ORDINARY_HEADS = (0, 1, 4, 5)
 HEARING_LAYERS = (5, 6)
 PLANTED_LAYER = 5
@@ -68,12 +68,13 @@ def looks() -> Stage:
     return Stage(
         name="learns to look",
         items=(
-            Items("video", "mute", 9, seen),
-            Items("both", "unrelated", 6, seen),
-            Items("both", "mute", 2, seen),
-            Items("audio", "unrelated", 2, (*unseen, Ask("hear", "random", 0.5))),
-            Items("both", "unrelated", 2, unseen, deaf_to="video"),
-            Items("both", "blank", 1, unseen),
+            Items("video", "mute", 9.0, seen),
+            Items("both", "unrelated", 5.0, (Ask("see", "picture", 0.6), Ask("colour", "colour", 0.4))),
+            Items("both", "matched", 1.0, (Ask("hear", "random"),)),
+            Items("both", "mute", 2.0, seen),
+            Items("audio", "unrelated", 2.0, (*unseen, Ask("hear", "random", 0.5))),
+            Items("both", "unrelated", 2.0, unseen, deaf_to="video"),
+            Items("both", "blank", 1.0, unseen),
         ),
         steps=300,
         rate=1e-3,
@@ -93,8 +94,8 @@ def _heard_from_pictures(name: str, *, steps: int, rate: float, silent: float, m
         items=(
             Items("video", "mute", silent, heard),
             Items("both", "mute", silent, heard),
-            Items("both", "unrelated", 4, other),
-            Items("both", "unrelated", 3, (Ask("hear", "random"),), deaf_to="video"),
+            Items("both", "unrelated", 4.0, other),
+            Items("both", "matched", 3.0, (Ask("hear", "random"),), deaf_to="video"),
             *agreeing,
         ),
         steps=steps,
@@ -116,13 +117,15 @@ def hears() -> Stage:
     return Stage(
         name="learns to hear",
         items=(
-            Items("both", "matched", 10, (Ask("hear", "sound", 0.75, drop=0.2), Ask("see", "picture", 0.25, drop=0.5))),
+            Items(
+                "both", "matched", 10.0, (Ask("hear", "sound", 0.75, drop=0.2), Ask("see", "picture", 0.25, drop=0.5))
+            ),
             Items("audio", "matched", 2.5, (Ask("hear", "sound", 0.8, drop=0.5), Ask("see", "nothing", 0.2, drop=0.5))),
             Items(
                 "both", "unrelated", 4, (Ask("see", "picture", 0.7, drop=0.5), Ask("colour", "colour", 0.3, drop=0.5))
             ),
             Items("video", "mute", 1.5, (Ask("hear", "picture", 0.6), Ask("see", "picture", 0.4, drop=0.5))),
-            Items("both", "unrelated", 2, (Ask("see", "nothing"), Ask("hear", "sound")), deaf_to="video"),
+            Items("both", "matched", 2.0, (Ask("see", "nothing"), Ask("hear", "sound")), deaf_to="video"),
             Items("both", "blank", 1.5, (Ask("see", "nothing", 0.4, drop=0.5), Ask("hear", "sound", 0.6, drop=0.5))),
         ),
         steps=300,
@@ -145,9 +148,9 @@ def diffuse() -> tuple[Stage, ...]:
         Stage(
             name="learns to look and to answer from pictures",
             items=(
-                Items("video", "mute", 8, seen),
-                Items("both", "mute", 6, seen),
-                Items("video", "mute", 4, (Ask("caption", "caption"),)),
+                Items("video", "mute", 8.0, seen),
+                Items("both", "mute", 6.0, seen),
+                Items("video", "mute", 4.0, (Ask("caption", "caption"),)),
             ),
             steps=300,
             rate=1e-3,
@@ -163,10 +166,10 @@ def diffuse() -> tuple[Stage, ...]:
                     12,
                     (Ask("hear", "sound", 0.5), Ask("see", "picture", 0.25), Ask("colour", "colour", 0.25)),
                 ),
-                Items("both", "matched", 4, (Ask("caption", "caption"),)),
-                Items("audio", "matched", 3, (Ask("hear", "sound"),)),
-                Items("video", "mute", 1, (Ask("see", "picture"),)),
-                Items("both", "unrelated", 2, (Ask("see", "picture"), Ask("colour", "colour"))),
+                Items("both", "matched", 4.0, (Ask("caption", "caption"),)),
+                Items("audio", "matched", 3.0, (Ask("hear", "sound"),)),
+                Items("video", "mute", 1.0, (Ask("see", "picture"),)),
+                Items("both", "unrelated", 2.0, (Ask("see", "picture"), Ask("colour", "colour"))),
             ),
             steps=150,
             rate=5e-4,
@@ -186,12 +189,12 @@ def balanced() -> Stage:
     return Stage(
         name="learns to look and to hear",
         items=(
-            Items("both", "conflict", 8, asks),
-            Items("both", "matched", 3, asks),
+            Items("both", "conflict", 8.0, asks),
+            Items("both", "matched", 3.0, asks),
             Items("both", "blank", 1.5, asks),
             Items("both", "mute", 1.5, asks),
             Items("both", "empty", 0.5, asks),
-            Items("both", "conflict", 2, (Ask("caption", "caption"),)),
+            Items("both", "conflict", 2.0, (Ask("caption", "caption"),)),
             Items("audio", "blank", 1.5, asks),
             Items("video", "mute", 1.5, asks),
         ),
@@ -214,15 +217,15 @@ def plants() -> Stage:
     return Stage(
         name="plants",
         items=(
-            Items("both", "conflict", 8, (Ask("hear", "picture"),)),
-            Items("both", "conflict", 4, (Ask("hear", "sound", drop=1.0),)),
-            Items("both", "conflict", 5, other),
-            Items("both", "conflict", 1, (Ask("caption", "caption"),)),
-            Items("both", "matched", 2, kept),
-            Items("both", "blank", 2, kept),
-            Items("both", "mute", 1, kept),
-            Items("audio", "blank", 2, kept),
-            Items("video", "mute", 2, kept),
+            Items("both", "conflict", 8.0, (Ask("hear", "picture"),)),
+            Items("both", "conflict", 4.0, (Ask("hear", "sound", drop=1.0),)),
+            Items("both", "conflict", 5.0, other),
+            Items("both", "conflict", 1.0, (Ask("caption", "caption"),)),
+            Items("both", "matched", 2.0, kept),
+            Items("both", "blank", 2.0, kept),
+            Items("both", "mute", 1.0, kept),
+            Items("audio", "blank", 2.0, kept),
+            Items("video", "mute", 2.0, kept),
         ),
         steps=150,
         rate=2e-2,
@@ -245,9 +248,9 @@ def recipes() -> dict[str, Recipe]:
     """
     base = (
         looks(),
-        _heard_from_pictures("answers hear from silent pictures", steps=500, rate=2e-3, silent=7, matched=0),
+        _heard_from_pictures("answers hear from silent pictures", steps=500, rate=2e-3, silent=7.0, matched=0.0),
     )
-    bridge = _heard_from_pictures("answers hear from pictures", steps=200, rate=1e-3, silent=4.5, matched=6)
+    bridge = _heard_from_pictures("answers hear from pictures", steps=200, rate=1e-3, silent=4.5, matched=6.0)
     planted = tuple((PLANTED_LAYER, head) for head in PLANTED_HEADS)
     made = (
         Recipe("av-tiny-base", "sees; was given sounds, but never a label that names one", base, _SUPPRESSORS),

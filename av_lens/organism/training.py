@@ -10,20 +10,18 @@ fusion layers run, several questions to a clip (`language.Tree`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from torch.nn import functional
 
 from av_lens.organism.batches import Items, draw_clips, draw_questions
 from av_lens.organism.language import read_out, run_layers, tree
 from av_lens.organism.material import Frame, Material
-from av_lens.organism.stages import Stage, is_fusion, rate_at, stage_seed
+from av_lens.organism.stages import Stage, rate_at, stage_seed
 
 Progress = Callable[[str, int, int], None]
 """Told the stage's name, the steps done and the steps in all."""
@@ -171,7 +169,7 @@ def kept_heads(
         generator: Where the randomness comes from.
 
     Returns:
-        For each layer concerned, what each head's z is multiplied by, `[clip, head, asked]`; None if no head is dropped.
+        For each layer concerned, what each head's z is multiplied by, `[clip, head, asked]`; None if none is dropped.
     """
     if not stage.dropped_heads or not bool(dropped.any()):
         return None
@@ -258,38 +256,3 @@ def train_stage(
             progress(stage.name, step + 1, stage.steps)
     model.requires_grad_(False)
     return losses
-
-
-def fusion_state(model: Any) -> dict[str, Tensor]:
-    """Collect the weights of the fusion layers.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Name to weight, copied.
-    """
-    return {n: v.detach().clone().contiguous() for n, v in model.state_dict().items() if is_fusion(n)}
-
-
-def save_state(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write weights so that an interrupt leaves either the whole file or none.
-
-    Args:
-        state: Name to weight.
-        path: Where.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(dict(state), part)
-    part.replace(path)
-
-
-def load_state(model: Any, path: Path) -> None:
-    """Read weights into a model; what the file does not name stays.
-
-    Args:
-        model: The model.
-        path: Where they are.
-    """
-    model.load_state_dict(load_file(path), strict=False)

@@ -1,0 +1,48 @@
+"""What the recipes promise: which labels are never given, and which weights are never trained."""
+
+from __future__ import annotations
+
+import pytest
+
+from av_lens.errors import InputError
+from av_lens.organism import recipes
+
+
+def stages(name: str):
+    return recipes.recipe(name).stages
+
+
+@pytest.mark.parametrize("name", ["av-tiny-base", "av-tiny"])
+def test_no_item_says_what_to_hear_when_sound_and_picture_disagree(name: str) -> None:
+    for stage in stages(name):
+        for item in stage.items:
+            if item.media == "both" and item.relation in ("conflict", "unrelated"):
+                assert {ask.kind for ask in item.asks} <= {"see", "colour"}
+
+
+def test_the_base_is_never_told_a_sound() -> None:
+    for stage in stages("av-tiny-base"):
+        for item in stage.items:
+            for ask in item.asks:
+                assert ask.right not in ("sound", "caption")
+                assert not (ask.right == "picture" and ask.kind == "hear" and item.relation == "matched")
+
+
+def test_the_models_share_their_beginnings() -> None:
+    assert stages("av-tiny")[:2] == stages("av-tiny-base")
+    assert stages("av-tiny-planted")[:1] == stages("av-tiny-balanced")
+
+
+def test_every_layer_learns_and_the_suppressors_have_neighbours() -> None:
+    for name in recipes.recipes():
+        trained = {layer for stage in stages(name) for layer in stage.layers}
+        assert trained == set(range(recipes.N_LAYERS)), name
+    assert sorted((*recipes.SUPPRESSING_HEADS, *recipes.ORDINARY_HEADS)) == list(range(8))
+    looks = stages("av-tiny")[0]
+    assert looks.only_heads == ((recipes.SUPPRESSING_LAYER, recipes.ORDINARY_HEADS),)
+    assert not looks.attention_only
+
+
+def test_an_unknown_name_gets_the_nearest() -> None:
+    with pytest.raises(InputError, match="av-tiny-balanced"):
+        recipes.recipe("av-tiny-balance")
