@@ -11,7 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("av_lens", "beartype.beartype")
+install_import_hook("av_lens", "checker.typechecker")
 
 import pytest
 
