@@ -3,6 +3,7 @@
 from av_lens.media.border import MediaBudgetError
 from av_lens.media.clip import Clip
 from av_lens.media.files import ClipFile
-from av_lens.media.source import MediaFacts, load_clip, probe_media
+from av_lens.media.header import MediaFacts, probe_media
+from av_lens.media.source import load_clip
 
 __all__ = ["Clip", "ClipFile", "MediaBudgetError", "MediaFacts", "load_clip", "probe_media"]

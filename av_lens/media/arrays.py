@@ -1,13 +1,12 @@
-"""What a clip's arrays must be, and how they are cut, blanked and muted: NumPy in, NumPy out."""
+"""How a clip's arrays are made ready, cut, blanked and muted: NumPy in, NumPy out."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
 from av_lens.errors import MediaError, unknown
+from av_lens.media.validation import check_picture, check_seconds, check_sound
 
 TOLERANCE = 1e-6
 """Seconds below which two times are the same time."""
@@ -15,135 +14,100 @@ TOLERANCE = 1e-6
 _NOISE_LEVEL = 0.003
 
 
-def check_picture(frames: object, times: object) -> None:
-    """Refuse frames and times that do not make a picture.
+def prepared(
+    frames: object, times: object, fps: float | None, waveform: object, rate: int
+) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
+    """Copy and check the arrays of a new clip.
 
     Args:
-        frames: should be uint8 [time, height, width, 3].
-        times: should be float64 [time], seconds, increasing from 0 or later.
-
-    Raises:
-        MediaError: they are not; the message says what was found and how to mend it.
-    """
-    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
-        raise MediaError(
-            f"frames must be a uint8 NumPy array [time, height, width, 3] of 0..255, found {_what(frames)}."
-        )
-    if frames.ndim != 4 or frames.shape[3] != 3:
-        hint = ": add the time axis with frames[None]" if frames.ndim == 3 else ""
-        raise MediaError(f"frames must have the axes [time, height, width, 3], found shape {frames.shape}{hint}.")
-    if 0 in frames.shape:
-        raise MediaError(f"frames are empty, found shape {frames.shape}: leave them out (frames=None) for sound alone.")
-    if not isinstance(times, np.ndarray) or times.dtype != np.float64 or times.ndim != 1:
-        raise MediaError(f"times must be a float64 NumPy array [time] in seconds, found {_what(times)}.")
-    if len(times) != len(frames):
-        raise MediaError(f"each frame needs one time, found {len(frames)} frames and {len(times)} times.")
-    if not np.isfinite(times).all():
-        raise MediaError(
-            f"times must be finite, found {times[~np.isfinite(times)][0]} at frame {_first(~np.isfinite(times))}."
-        )
-    if times[0] < 0:
-        raise MediaError(
-            f"times count from the clip's start and cannot be negative, found {times[0]:g} s: subtract it."
-        )
-    steps = np.diff(times)
-    if (steps <= 0).any():
-        k = _first(steps <= 0)
-        raise MediaError(
-            f"times must increase, found {times[k]:g} s then {times[k + 1]:g} s at frames {k} and {k + 1}: sort them."
-        )
-
-
-def check_sound(waveform: object, rate: object) -> None:
-    """Refuse a waveform that is not sound.
-
-    Args:
-        waveform: should be float32 [sample] in [-1, 1].
-        rate: should be a positive whole number of Hz.
-
-    Raises:
-        MediaError: it is not; the message says what was found and how to mend it.
-    """
-    if isinstance(rate, bool) or not isinstance(rate, int) or rate <= 0:
-        raise MediaError(f"the sound's rate must be a positive whole number of Hz, found {rate!r}.")
-    if waveform is None:
-        return
-    if not isinstance(waveform, np.ndarray) or waveform.dtype != np.float32:
-        hint = (
-            " (for int16, divide by 32768)" if isinstance(waveform, np.ndarray) and waveform.dtype.kind in "iu" else ""
-        )
-        raise MediaError(
-            f"the waveform must be a float32 NumPy array [sample] in [-1, 1], found {_what(waveform)}{hint}."
-        )
-    if waveform.ndim != 1:
-        raise MediaError(f"the waveform must be mono [sample], found shape {waveform.shape}: average the channels.")
-    if len(waveform) == 0:
-        raise MediaError("the waveform is empty: leave it out (waveform=None) for pictures alone.")
-    peak = float(np.max(np.abs(waveform)))
-    if not math.isfinite(peak):
-        raise MediaError(
-            f"the waveform must be finite, found NaN or infinity at sample {_first(~np.isfinite(waveform))}."
-        )
-    if peak > 1.0:
-        raise MediaError(
-            f"the waveform must lie in [-1, 1], found a peak of {peak:g}: scale it down, or clip it on purpose."
-        )
-
-
-def _what(found: object) -> str:
-    if isinstance(found, np.ndarray):
-        return f"{found.dtype} of shape {found.shape}"
-    return type(found).__name__
-
-
-def _first(flags: np.ndarray) -> int:
-    return int(np.argmax(flags))
-
-
-def check_seconds(name: str, value: float) -> float:
-    """Refuse a time that is not a finite number.
-
-    Args:
-        name: the argument's name, for the message.
-        value: its value in seconds.
+        frames: uint8 [time, height, width, 3], or None.
+        times: seconds [time], or None.
+        fps: frames per second, or None.
+        waveform: float [sample], or None.
+        rate: its rate in Hz.
 
     Returns:
-        The value as a float.
+        Frames, times and waveform.
 
     Raises:
-        MediaError: it is NaN, infinite or no number.
+        MediaError: one of them is not what it should be.
     """
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError) as error:
-        raise MediaError(f"{name}= must be a number of seconds, found {value!r}.") from error
-    if not math.isfinite(seconds):
-        raise MediaError(f"{name}= must be a finite number of seconds, found {seconds}.")
-    return seconds
+    sound = None if waveform is None else as_sound(np.asarray(waveform))
+    check_sound(sound, rate)
+    if frames is None:
+        if times is not None or fps is not None:
+            raise MediaError("times= and fps= belong to frames, and frames= is missing.")
+        return None, np.zeros(0), sound
+    picture = np.array(frames)
+    stamps = frame_times(picture, times, fps)
+    check_picture(picture, stamps)
+    return picture, stamps, sound
 
 
-def check_window(start: float, end: float | None) -> tuple[float, float | None]:
-    """Refuse a window that runs backwards.
+def as_sound(waveform: np.ndarray) -> np.ndarray:
+    """Copy a waveform, float64 as float32; anything else is left for `check_sound` to refuse.
 
     Args:
-        start: its start in seconds.
-        end: its end in seconds, or None for "to the end".
+        waveform: float [sample].
 
     Returns:
-        Both as floats.
+        A copy.
+    """
+    array = np.asarray(waveform)
+    return array.astype(np.float32) if array.dtype.kind == "f" else array.copy()
+
+
+def frame_times(frames: np.ndarray, times: object, fps: float | None) -> Float64[np.ndarray, "time"]:
+    """Say when each frame is shown, from its times or from an even rate.
+
+    Args:
+        frames: [time, ...].
+        times: seconds [time], or None.
+        fps: frames per second from 0, or None.
+
+    Returns:
+        float64 [time]; 0 for a single frame of which nothing is said.
 
     Raises:
-        MediaError: start < 0 or end <= start.
+        MediaError: both are given, or neither for several frames, or `fps` is not above 0.
     """
-    start = check_seconds("start", start)
-    if start < 0:
-        raise MediaError(f"start= counts from the beginning and cannot be negative, found {start:g} s.")
-    if end is None:
-        return start, None
-    end = check_seconds("end", end)
-    if end <= start:
-        raise MediaError(f"end= must come after start=, found start={start:g} s and end={end:g} s.")
-    return start, end
+    if fps is not None and (times is not None or check_seconds("fps", fps) <= 0):
+        both = " together with times=" if times is not None else ""
+        raise MediaError(f"frames need times= or a fps= above 0, found fps={fps:g}{both}.")
+    if times is not None:
+        return np.array(times, dtype=np.float64)
+    count = len(frames) if frames.ndim == 4 else 1
+    if fps is None and count > 1:
+        raise MediaError(f"{count} frames need their times: give times= (seconds, one each) or fps=.")
+    return np.arange(count) / (fps or 1.0)
+
+
+def typical_step(times: Float64[np.ndarray, "time"], alone: float) -> float:
+    """Give the median time between frames.
+
+    Args:
+        times: seconds [time].
+        alone: what to say of a single frame.
+
+    Returns:
+        Seconds.
+    """
+    return float(np.median(np.diff(times))) if len(times) > 1 else alone
+
+
+def natural_end(times: Float64[np.ndarray, "time"], fps: float | None, sound_end: float) -> float:
+    """Say when a clip ends of which nothing is said.
+
+    Args:
+        times: seconds [time], maybe none.
+        fps: frames per second, for a single frame.
+        sound_end: when the sound ends, in seconds.
+
+    Returns:
+        The later of the sound's end and the picture's, whose last frame lasts a typical step.
+    """
+    alone = 1 / fps if fps is not None else 0.0
+    return max(float(times[-1]) + typical_step(times, alone) if len(times) else 0.0, sound_end)
 
 
 def window_of_frames(times: Float64[np.ndarray, "time"], start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
@@ -193,6 +157,28 @@ def scrambled(
     dealt = cells.reshape(t, rows, cols, patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
     out[:, : rows * patch, : cols * patch] = dealt.reshape(t, rows * patch, cols * patch, 3)
     return out
+
+
+def blanked(kind: str, frames: UInt8[np.ndarray, "time height width 3"], *, seed: int, patch: int) -> np.ndarray:
+    """Make a picture that shows nothing.
+
+    Args:
+        kind: "dark" (black) or "scrambled" (see `scrambled`).
+        frames: uint8 [time, height, width, 3].
+        seed: of the permutation.
+        patch: the patch's side in pixels.
+
+    Returns:
+        Frames of the same shape.
+
+    Raises:
+        MediaError: the kind is unknown, or no two patches fit.
+    """
+    if kind == "dark":
+        return np.zeros_like(frames)
+    if kind == "scrambled":
+        return scrambled(frames, seed=seed, patch=patch)
+    raise MediaError(unknown("kind of blank", kind, ("dark", "scrambled")))
 
 
 def quiet(kind: str, n_samples: int, *, seed: int) -> Float32[np.ndarray, "sample"]:

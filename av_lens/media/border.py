@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,10 @@ MAX_PIXELS = 1 << 27
 
 # Demuxers that read other files, draw text as pictures, or need a caller to say what the bytes mean.
 _NOT_MEDIA = frozenset(
-    ["tty", "concat", "hls", "dash", "sdp", "rtsp", "rtp", "lavfi", "ffmetadata", "bin", "xbin", "adf", "idf", "data", "rawvideo", "imf", "vobsub", "webvtt", "srt"]
+    {
+        *("tty", "xbin", "bin", "adf", "idf", "webvtt", "srt", "vobsub", "ffmetadata", "data", "rawvideo"),
+        *("concat", "hls", "dash", "imf", "sdp", "rtsp", "rtp", "lavfi"),
+    }
 )
 _IMAGE_FORMATS = frozenset({"image2", "image2pipe"})
 
@@ -60,17 +63,18 @@ class Budget:
         if self.used + n_bytes > self.max_bytes:
             raise MediaBudgetError(
                 f"{self.path}: {what} would take {(self.used + n_bytes) / 2**30:.2f} GiB decoded, over the budget of "
-                f"{self.max_bytes / 2**30:.2f} GiB. Read less of it (start=, end=), thin the frames (fps=), or raise max_bytes=."
+                f"{self.max_bytes / 2**30:.2f} GiB. Read less of it (start=, end=), thin the frames (fps=), "
+                "or raise max_bytes=."
             )
         self.used += int(n_bytes)
 
 
 def foreign_errors() -> tuple[type[BaseException], ...]:
-    """Everything that reading or writing foreign media may raise: PyAV's tree, the system's, and numbers out of range."""
-    import av
+    """List what reading or writing foreign media may raise: PyAV's tree, the system's, and numbers out of range."""
+    from av.error import FFmpegError
 
     return (
-        av.error.FFmpegError,
+        FFmpegError,
         OSError,
         ValueError,
         ArithmeticError,
@@ -82,7 +86,7 @@ def foreign_errors() -> tuple[type[BaseException], ...]:
 
 
 @contextmanager
-def border(path: str, doing: str) -> Iterator[None]:
+def border(path: str, doing: str) -> Generator[None]:
     """Let only `AvLensError` out.
 
     Args:
@@ -132,9 +136,7 @@ def regular_file(path: str | os.PathLike[str]) -> tuple[str, int]:
         MediaError: nothing is there, or a directory, a device, or an empty file is.
     """
     try:
-        text = os.fspath(path)
-        if not isinstance(text, str):
-            raise MediaError(f"a media path must be text or a Path, found {type(text).__name__}: decode it first.")
+        text = os.fsdecode(path)
         found = os.stat(text)
     except FileNotFoundError as error:
         near = os.path.dirname(os.path.abspath(os.fspath(path)))
@@ -152,7 +154,7 @@ def regular_file(path: str | os.PathLike[str]) -> tuple[str, int]:
 
 
 @contextmanager
-def opened(path: str) -> Iterator[Any]:
+def opened(path: str) -> Generator[Any]:
     """Open a media file for reading, silently and with limits.
 
     Args:
@@ -178,7 +180,7 @@ def opened(path: str) -> Iterator[Any]:
         ) from error
     with container:
         name = container.format.name
-        if name in _NOT_MEDIA and name not in _IMAGE_FORMATS:
+        if name in _NOT_MEDIA:
             raise MediaError(
                 f"{path} is not media: FFmpeg would read it as {name!r}. Give an audio, video or image file."
             )

@@ -1,8 +1,8 @@
 """`Clip`: pictures with their true times, a mono sound with its rate, and where both came from.
 
-A clip's clock starts at 0. Frame k is shown from `times[k]` until `times[k + 1]`; sample n sounds at n / rate. The picture
-ends at `picture_end`, the sound at `sound_end`, the clip at `duration`. Nothing is padded at the end: a sound may be
-shorter than its picture. Every change that a clip has undergone stands in its `notes`.
+A clip's clock starts at 0. Frame k is shown from `times[k]` until `times[k + 1]`; sample n sounds at n / rate.
+The picture ends at `picture_end`, the sound at `sound_end`, the clip at `duration`. Nothing is padded at the end: a
+sound may be shorter than its picture. Every change that a clip has undergone stands in its `notes`.
 
 Example:
     >>> import numpy as np
@@ -25,20 +25,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
-from av_lens.errors import MediaError, unknown
+from av_lens.errors import MediaError
 from av_lens.media import encoding, html
-from av_lens.media.arrays import (
-    TOLERANCE,
-    check_picture,
-    check_seconds,
-    check_sound,
-    check_window,
-    quiet,
-    scrambled,
-    window_of_frames,
-)
-
-SUFFIXES = (".mp4", ".wav", ".png")
+from av_lens.media.arrays import TOLERANCE, blanked, natural_end, prepared, quiet, typical_step, window_of_frames
+from av_lens.media.validation import check_picture, check_seconds, check_sound, check_window
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,7 +37,7 @@ class Clip:
 
     Attributes:
         frames: uint8 [time, height, width, 3], or None for a sound alone.
-        times: float64 [time], the presentation time of each frame in seconds from the clip's start; empty without frames.
+        times: float64 [time], when each frame is shown, in seconds from the clip's start; empty without frames.
         waveform: float32 [sample] in [-1, 1], mono, or None for pictures alone.
         rate: the waveform's rate in Hz.
         duration: seconds. Of a file: the window that was asked for where the file fills it, else the later of
@@ -116,33 +106,9 @@ class Clip:
         Raises:
             MediaError: an array has the wrong type, shape or values, or the lengths disagree.
         """
-        if fps is not None and (check_seconds("fps", fps) <= 0 or times is not None):
-            raise MediaError(
-                f"give times= or a fps= above 0, found fps={fps:g}{' and times' if times is not None else ''}."
-            )
-        if frames is None and (times is not None or fps is not None):
-            raise MediaError("times= and fps= belong to frames, and frames= is missing.")
-        if frames is not None and times is None:
-            n = len(frames) if isinstance(frames, np.ndarray) and frames.ndim == 4 else 1
-            if fps is None and n > 1:
-                raise MediaError(f"{n} frames need their times: give times= (seconds, one each) or fps=.")
-            times = np.arange(n) / (fps or 1.0)
-        if isinstance(waveform, np.ndarray) and waveform.dtype.kind == "f":
-            waveform = waveform.astype(np.float32)
-        elif isinstance(waveform, np.ndarray):
-            waveform = waveform.copy()
-        check_sound(waveform, rate)
-        stamps = np.zeros(0) if times is None else np.array(times, dtype=np.float64)
-        if frames is not None:
-            frames = np.array(frames) if isinstance(frames, np.ndarray) else frames
-            check_picture(frames, stamps)
+        frames, stamps, waveform = prepared(frames, times, fps, waveform, rate)
         if duration is None:
-            last = (
-                float(stamps[-1]) + _typical_step(stamps, 1 / fps if fps and len(stamps) == 1 else 0.0)
-                if len(stamps)
-                else 0.0
-            )
-            duration = max(last, len(waveform) / rate if waveform is not None else 0.0)
+            duration = natural_end(stamps, fps, 0.0 if waveform is None else len(waveform) / rate)
         return cls(frames, stamps, waveform, rate, check_seconds("duration", duration))
 
     @property
@@ -162,10 +128,10 @@ class Clip:
 
     @property
     def frame_duration(self) -> float:
-        """Seconds for which a frame is typically shown: the median step; for a still, all that remains; NaN without frames."""
+        """Seconds from frame to frame (the median); for a still, all that remains; NaN without frames."""
         if not len(self.times):
             return float("nan")
-        return _typical_step(self.times, self.duration - float(self.times[0]))
+        return typical_step(self.times, self.duration - float(self.times[0]))
 
     @property
     def sound_end(self) -> float:
@@ -202,7 +168,8 @@ class Clip:
         """
         if self.waveform is None:
             raise MediaError(
-                f"sound is asked of {self._name()}, which has none: give a clip with an audio stream, or add one by with_sound()."
+                f"sound is asked of {self._name()}, which has none: give a clip with an audio stream, "
+                "or add one by with_sound()."
             )
         return self
 
@@ -237,22 +204,19 @@ class Clip:
         """
         self.require_picture()
         other.require_sound()
+        assert self.frames is not None
         assert other.waveform is not None
         end = other.sound_end if self.is_image else min(self.picture_end, other.sound_end)
-        picture = self._picture_until(end)
-        waveform = other.waveform[: max(1, round(end * other.rate))]
-        notes = [f"picture of {self._name()}", f"sound of {other._name()}"]
+        keep = max(1, int(np.searchsorted(self.times, end - TOLERANCE)))
+        sound = other.waveform[: max(1, round(end * other.rate))]
+        notes = [*self.notes, *other.notes, f"picture of {self._name()}", f"sound of {other._name()}"]
         if end < self.picture_end - TOLERANCE and not self.is_image:
             notes.append(f"picture cut from {self.picture_end:.3f} to {end:.3f} s, the sound's length")
         if end < other.sound_end - TOLERANCE:
             notes.append(f"sound cut from {other.sound_end:.3f} to {end:.3f} s, the picture's length")
-        merged = (*self.notes, *(note for note in other.notes if note not in self.notes), *notes)
-        return Clip(*picture, waveform, other.rate, max(end, len(waveform) / other.rate), notes=merged)
-
-    def _picture_until(self, end: float) -> tuple[Any, np.ndarray]:
-        keep = max(1, int(np.searchsorted(self.times, end - TOLERANCE)))
-        frames = None if self.frames is None else self.frames[:keep]
-        return frames, np.minimum(self.times[:keep], end)
+        length = max(end, len(sound) / other.rate)
+        times = np.minimum(self.times[:keep], length)
+        return Clip(self.frames[:keep], times, sound, other.rate, length, notes=tuple(dict.fromkeys(notes)))
 
     def muted(self, *, kind: str = "silence", seed: int = 0) -> Clip:
         """Replace the sound by one that says nothing, of the same length.
@@ -287,13 +251,7 @@ class Clip:
         """
         self.require_picture()
         assert self.frames is not None
-        if kind == "dark":
-            return self._noted("blanked (dark)", frames=np.zeros_like(self.frames))
-        if kind == "scrambled":
-            return self._noted(
-                f"blanked (scrambled, seed {seed})", frames=scrambled(self.frames, seed=seed, patch=patch)
-            )
-        raise MediaError(unknown("kind of blank", kind, ("dark", "scrambled")))
+        return self._noted(f"blanked ({kind})", frames=blanked(kind, self.frames, seed=seed, patch=patch))
 
     def shifted(self, seconds: float) -> Clip:
         """Shift the sound against the picture; what leaves the clip is lost, what is missing is silence.
@@ -315,10 +273,9 @@ class Clip:
                 f"shifted({seconds:g}) would move all {self.sound_end:g} s of sound out of the clip: shift by less."
             )
         waveform = np.zeros_like(self.waveform)
-        if step >= 0:
-            waveform[step:] = self.waveform[: len(waveform) - step]
-        else:
-            waveform[:step] = self.waveform[-step:]
+        waveform[max(step, 0) : len(waveform) + min(step, 0)] = self.waveform[
+            max(-step, 0) : len(waveform) - max(step, 0)
+        ]
         return self._noted(f"sound shifted by {seconds:+g} s, silence in the gap", waveform=waveform)
 
     def trimmed(self, start: float = 0.0, end: float | None = None) -> Clip:
@@ -329,7 +286,7 @@ class Clip:
             end: seconds, or None for the end.
 
         Returns:
-            Frames whose time lies in [start, end) (or, where none begins inside, the one on display) and the samples between.
+            The frames whose time lies in [start, end) (where none begins inside, the one on display) and the samples.
 
         Raises:
             MediaError: the window is empty, runs backwards, or lies past the clip's end.
@@ -340,24 +297,20 @@ class Clip:
                 f"trimmed(start={start:g}) starts past the end of {self._name()}, which lasts {self.duration:g} s."
             )
         stop = self.duration if asked is None else min(asked, self.duration)
-        keep, times = window_of_frames(self.times, start, max(stop, TOLERANCE * 2))
-        frames = None if self.frames is None or not len(keep) else self.frames[keep[0] : keep[-1] + 1]
-        waveform = None
-        if self.waveform is not None:
-            waveform = self.waveform[round(start * self.rate) : round(stop * self.rate)]
-            waveform = waveform if len(waveform) else None
-        if frames is None and waveform is None:
-            raise MediaError(
-                f"trimmed({start:g}, {stop:g}) leaves neither a frame nor a sample of {self._name()}: widen it."
-            )
-        window = None if self.window is None else (self.window[0] + start, self.window[0] + stop)
-        past = asked is not None and asked > self.duration + TOLERANCE
-        note = f"trimmed to {start:g}-{stop:g} s" + (f" (asked to {asked:g} s, past its end)" if past else "")
-        length = max(stop - start, 0.0 if waveform is None else len(waveform) / self.rate)
-        return replace(
-            self, frames=frames, times=times if frames is not None else np.zeros(0), waveform=waveform, duration=length,
-            window=window, notes=(*self.notes, note),
-        )  # fmt: skip
+        keep, times = window_of_frames(self.times, start, max(stop, 2 * TOLERANCE))
+        frames = self.frames[keep[0] : keep[-1] + 1] if self.frames is not None and len(keep) else None
+        sound = None if self.waveform is None else self.waveform[round(start * self.rate) : round(stop * self.rate)]
+        sound = None if sound is None or not len(sound) else sound
+        if frames is None and sound is None:
+            raise MediaError(f"trimmed({start:g}, {stop:g}) leaves nothing of {self._name()}: widen it.")
+        past = (
+            f" (asked to {asked:g} s, past its end)" if asked is not None and asked > self.duration + TOLERANCE else ""
+        )
+        changes: dict[str, Any] = {"frames": frames, "times": times, "waveform": sound}
+        changes["duration"] = max(stop - start, 0.0 if sound is None else len(sound) / self.rate)
+        if self.window is not None:
+            changes["window"] = (self.window[0] + start, self.window[0] + stop)
+        return self._noted(f"trimmed to {start:g}-{stop:g} s{past}", **changes)
 
     def _noted(self, note: str, **changes: Any) -> Clip:
         return replace(self, notes=(*self.notes, note), **changes)
@@ -379,9 +332,8 @@ class Clip:
         if not 0 <= crf <= 51:
             raise MediaError(f"crf= runs from 0 (best) to 51 (worst), found {crf:g}.")
         end = self.picture_end if self.picture_end > 0 else 1.0
-        return encoding.mp4_bytes(
-            self.frames, self.times, self.waveform, rate=self.rate, picture_end=end, crf=crf, max_side=max_side
-        )
+        streams = (self.frames, self.times, self.waveform)
+        return encoding.mp4_bytes(*streams, rate=self.rate, picture_end=end, crf=crf, max_side=max_side)
 
     def save(self, path: str | os.PathLike[str], *, crf: float = 17.0) -> str:
         """Write the clip to a file, whole or not at all; the same clip gives the same bytes.
@@ -399,22 +351,13 @@ class Clip:
         """
         text = os.fspath(path)
         suffix = os.path.splitext(text)[1].lower()
-        if suffix not in SUFFIXES:
-            raise MediaError(f"cannot save a clip as {text!r}: " + unknown("suffix", suffix, SUFFIXES))
-        if suffix == ".mp4":
-            data = self.to_mp4_bytes(crf=crf)
-        elif suffix == ".wav":
-            if self.waveform is None or self.has_picture:
-                raise MediaError(
-                    f"a wav holds a sound alone, and {self._name()} has {self._streams()}: save it as .mp4."
-                )
+        encoding.check_suffix(text, suffix, picture=self.has_picture, sound=self.has_sound, frames=len(self.times))
+        if suffix == ".wav" and self.waveform is not None:
             data = encoding.wav_bytes(self.waveform, rate=self.rate)
-        else:
-            if self.frames is None or not self.is_image or self.has_sound:
-                raise MediaError(
-                    f"a png holds one still frame, and {self._name()} has {self._streams()}: save it as .mp4."
-                )
+        elif suffix == ".png" and self.frames is not None:
             data = encoding.png_bytes(self.frames[0])
+        else:
+            data = self.to_mp4_bytes(crf=crf)
         encoding.write_whole(text, data)
         return text
 
@@ -436,10 +379,6 @@ class Clip:
 
     def _repr_html_(self) -> str:
         return html.player(self)
-
-
-def _typical_step(times: np.ndarray, alone: float) -> float:
-    return float(np.median(np.diff(times))) if len(times) > 1 else alone
 
 
 def _digest(*parts: object) -> str:

@@ -2,10 +2,10 @@
 
 The same arrays give the same bytes: one thread, no dates, no version strings. What makes the round trip exact:
 
-1. Frame times are written in a time base that holds them all exactly (the least common denominator), or in microseconds.
+1. Frame times are written in a time base that holds them all exactly (their least common denominator), or in µs.
 2. AAC's priming samples are marked by the container and skipped by every player; the track's duration is the number
    of samples, so the last packet's padding is cut off again by `load_clip`.
-3. 4:2:0 needs even sizes: an odd edge is repeated once, and the true size stands in the file's comment, for `load_clip`.
+3. 4:2:0 needs even sizes: an odd edge is repeated once, and the file's comment tells `load_clip` the true size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
-from av_lens.errors import MediaError
+from av_lens.errors import MediaError, unknown
 from av_lens.media.border import border, describe
 from av_lens.media.resampling import resample
 
@@ -30,6 +30,7 @@ _AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000
 _FALLBACK_RATE = 48000
 _MICROSECONDS = 1_000_000
 CROP_MARK = "av_lens:crop="
+SUFFIXES = (".mp4", ".wav", ".png")
 
 
 def mp4_bytes(
@@ -94,7 +95,7 @@ def _picture_packets(
     container: Any, frames: np.ndarray, times: np.ndarray, *, picture_end: float, crf: float, max_side: int | None
 ) -> Iterator[tuple[float, list[Any]]]:
     import av
-    from av.video.reformatter import VideoReformatter
+    from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
     height, width = frames.shape[1:3]
     shrink = min(1.0, max_side / max(height, width)) if max_side else 1.0
@@ -115,6 +116,7 @@ def _picture_packets(
     if padded:
         container.metadata["comment"] = f"{CROP_MARK}{width}x{height}"
     reformatter = VideoReformatter()
+    exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
     def packets() -> Iterator[tuple[float, list[Any]]]:
         for k, picture in enumerate(frames):
@@ -126,8 +128,9 @@ def _picture_packets(
                 width=target[1],
                 height=target[0],
                 format="yuv420p",
-                dst_colorspace="itu601",
-                dst_color_range="MPEG",
+                dst_colorspace=Colorspace.ITU601,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=exact,
                 threads=1,
             )
             frame.pts, frame.time_base = ticks[k], base
@@ -215,6 +218,28 @@ def png_bytes(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
     sink = io.BytesIO()
     Image.fromarray(picture).save(sink, format="png")
     return sink.getvalue()
+
+
+def check_suffix(path: str, suffix: str, *, picture: bool, sound: bool, frames: int) -> None:
+    """Refuse a kind of file that we do not write, or that would lose a stream.
+
+    Args:
+        path: where to, for the message.
+        suffix: its suffix, in lower case.
+        picture: whether there are frames.
+        sound: whether there is a sound.
+        frames: how many frames.
+
+    Raises:
+        MediaError: the suffix is unknown, or the clip does not fit.
+    """
+    if suffix not in SUFFIXES:
+        raise MediaError(f"cannot save a clip as {path!r}: " + unknown("suffix", suffix, SUFFIXES))
+    if suffix == ".wav" and (picture or not sound):
+        raise MediaError(f"{path}: a wav holds a sound alone, and this clip has {frames} frames: save it as .mp4.")
+    if suffix == ".png" and (sound or frames != 1):
+        more = "a sound" if sound else f"{frames} frames"
+        raise MediaError(f"{path}: a png holds one still frame alone, and this clip has {more}: save it as .mp4.")
 
 
 def write_whole(path: str, data: bytes) -> None:

@@ -8,10 +8,11 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from av_lens.errors import MediaError
-from av_lens.media.arrays import check_window
 from av_lens.media.border import regular_file
 from av_lens.media.clip import Clip
-from av_lens.media.source import MediaFacts, load_clip, probe_media
+from av_lens.media.header import MediaFacts, probe_media
+from av_lens.media.source import load_clip
+from av_lens.media.validation import check_window
 
 _MOST_CLIPS = 16
 _MOST_BYTES = 1 << 30
@@ -49,9 +50,8 @@ class ClipFile:
         """
         facts = probe_media(self.path)
         if facts.duration <= self.start and self.start > 0:
-            raise MediaError(
-                f"start={self.start:g} s is past the end of {self.path}, which lasts {facts.duration:.3f} s: start earlier."
-            )
+            lasts = f"which lasts {facts.duration:.3f} s"
+            raise MediaError(f"start={self.start:g} s is past the end of {self.path}, {lasts}: start earlier.")
         return facts
 
     def load(self) -> Clip:

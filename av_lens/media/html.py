@@ -25,7 +25,8 @@ def player(clip: Any) -> str:
     if not clip.has_picture:
         element = f'<audio controls src="{_uri("audio/mp4", shown.to_mp4_bytes())}"></audio>'
     elif clip.is_image and not clip.has_sound:
-        element = f'<img alt="one frame" style="max-width:480px" src="{_uri("image/png", encoding.png_bytes(clip.frames[0]))}">'
+        uri = _uri("image/png", encoding.png_bytes(clip.frames[0]))
+        element = f'<img alt="one frame" style="max-width:480px" src="{uri}">'
     else:
         data = shown.to_mp4_bytes(crf=20.0, max_side=_PREVIEW_SIDE)
         width = max(240, min(_PREVIEW_SIDE, clip.frames.shape[2]))

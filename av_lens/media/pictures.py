@@ -17,8 +17,8 @@ _SLACK = Fraction(1, 1_000_000)
 class Pictures:
     """Takes frames in presentation order, keeps the wanted ones, and knows when the window is full.
 
-    With `fps`, the wanted times are start + k / fps; each takes the nearest source frame, which keeps its true time, and
-    no frame is taken twice. So a candidate is converted to RGB only once a later frame proves it nearest.
+    With `fps`, the wanted times are start + k / fps; each takes the nearest source frame, which keeps its
+    true time, and no frame is taken twice. So a candidate is converted to RGB only once it is proved nearest.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Pictures:
             fps: frames per second wanted, or None for all.
             budget: what may be decoded.
         """
-        from av.video.reformatter import VideoReformatter
+        from av.video.reformatter import Interpolation, VideoReformatter
 
         self.zero, self.start, self.budget = zero, Fraction(str(start)), budget
         self.end = None if end is None else Fraction(str(end))
@@ -47,6 +47,9 @@ class Pictures:
         self.notes: list[str] = []
         self.rotation = 0
         self._reformatter = VideoReformatter()
+        # Full chroma, exact rounding: the same colours on every machine.
+        wide = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
+        self._interpolation = wide | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
         self._buffer: np.ndarray | None = None
         self._times: list[float] = []
         self._before: Any = None
@@ -118,15 +121,18 @@ class Pictures:
         if size != (frame.height, frame.width) and not any("changes size" in note for note in self.notes):
             self.notes.append(f"the picture changes size; scaled to its first, {size[1]}x{size[0]}")
         self.budget.take(0 if self._buffer is not None else size[0] * size[1] * 3, f"a frame of {size[1]}x{size[0]}")
-        full = {"src_color_range": "JPEG", "dst_color_range": "JPEG"} if frame.color_range == 2 else {}
-        rgb = self._reformatter.reformat(frame, width=size[1], height=size[0], format="rgb24", threads=1, **full)
+        depth = 2 if frame.color_range == 2 else 0
+        rgb = self._reformatter.reformat(
+            frame, width=size[1], height=size[0], format="rgb24", interpolation=self._interpolation,
+            src_color_range=depth, threads=1,
+        )  # fmt: skip
         return rgb.to_ndarray()
 
     def finish(self) -> tuple[np.ndarray | None, np.ndarray]:
         """Close the window.
 
         Returns:
-            Frames uint8 [time, height, width, 3], or None where there are none, and their times from the window's start.
+            Frames uint8 [time, height, width, 3], or None, and their times from the window's start.
         """
         if self._held is not None and self.step is not None:
             stop = Fraction(self.last_end) if self.end is None else min(self.end, Fraction(self.last_end))

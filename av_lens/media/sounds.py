@@ -21,8 +21,8 @@ _RATES = (1_000, 768_000)
 class Sounds:
     """Takes audio frames in order, places them by their times, and resamples once at the end.
 
-    Time stamps that differ from the running sample count by less than 50 ms are rounding and are ignored; a longer hole is
-    filled with silence, an overlap is cut, both noted. Channels are averaged.
+    Time stamps that differ from the running sample count by less than 50 ms are rounding and are ignored; a longer hole
+    is filled with silence, an overlap is cut, both noted. Channels are averaged.
     """
 
     def __init__(self, path: str, *, zero: Fraction, start: float, end: float | None, budget: Budget):
@@ -38,7 +38,7 @@ class Sounds:
         self.path, self.zero, self.start, self.budget = path, zero, start, budget
         self.end = math.inf if end is None else end
         self.rate = 0
-        self.first_time = 0.0
+        self.first_time: float | None = None
         self.stream_end = math.inf
         self.done = False
         self.notes: list[str] = []
@@ -49,7 +49,11 @@ class Sounds:
     @property
     def last_end(self) -> float:
         """Seconds of the file's clock at which the sound so far ends."""
-        return self.first_time + self._count / self.rate if self._count else 0.0
+        return min(self._reached, self.stream_end)
+
+    @property
+    def _reached(self) -> float:
+        return 0.0 if self.first_time is None else self.first_time + self._count / self.rate
 
     def add(self, frame: Any) -> None:
         """Take the next frame.
@@ -72,23 +76,22 @@ class Sounds:
                 f"{self.path}: the sound's rate changes from {self.rate} to {rate} Hz on the way: convert it to one."
             )
         time = self._time(frame)
-        if time + frame.samples / rate < self.start - 2 * _MARGIN and not self._count:
+        if time + frame.samples / rate < self.start - 2 * _MARGIN and self.first_time is None:
             return
         mono = _mono(frame)
-        if not self._count:
+        if self.first_time is None:
             self.first_time = time
-        else:
-            mono = self._placed(mono, time)
+        mono = self._placed(mono, time)
         self._append(mono)
-        self.done = self.last_end >= min(self.end, self.stream_end) + _MARGIN
+        self.done = self._reached >= self.end + _MARGIN or self._reached >= self.stream_end
 
     def _time(self, frame: Any) -> float:
         if frame.pts is None or not frame.time_base:
-            return self.last_end
+            return self._reached
         return float(frame.pts * Fraction(frame.time_base) - self.zero)
 
     def _placed(self, mono: np.ndarray, time: float) -> np.ndarray:
-        gap = time - self.last_end
+        gap = time - self._reached
         if abs(gap) <= _JITTER:
             return mono
         self._repairs += 1
@@ -96,7 +99,8 @@ class Sounds:
             return mono[round(-gap * self.rate) :]
         if gap > _LONGEST_HOLE:
             raise MediaError(
-                f"{self.path}: the sound has a hole of {gap:.0f} s at {self.last_end:.3f} s: its time stamps are damaged."
+                f"{self.path}: the sound has a hole of {gap:.0f} s at {self.last_end:.3f} s: its time stamps "
+                "are damaged; write it anew."
             )
         self._append(np.zeros(round(gap * self.rate), dtype=np.float32))
         return mono
@@ -118,26 +122,26 @@ class Sounds:
         Raises:
             MediaError: the samples are not finite, or the sound starts over ten minutes late.
         """
-        if not self._count:
+        if self.first_time is None or not self._count:
             return None
         sound = np.concatenate(self._pieces)
         self._pieces.clear()
         if not np.isfinite(sound).all():
             raise MediaError(f"{self.path}: the sound holds NaN or infinity: it is damaged; write it anew.")
         stop = min(self.end, self.stream_end)
-        if self.stream_end < self.last_end:
+        if self.stream_end < self._reached:
             sound = sound[: max(0, round((self.stream_end - self.first_time) * self.rate))]
         if self._repairs:
             self.notes.append(
                 f"{self._repairs} holes or overlaps in the sound's time stamps were filled with silence or cut"
             )
-        return self._cut(sound, stop, sound_rate)
+        return self._cut(sound, self.first_time, stop, sound_rate)
 
-    def _cut(self, sound: np.ndarray, stop: float, sound_rate: int) -> np.ndarray | None:
+    def _cut(self, sound: np.ndarray, first_time: float, stop: float, sound_rate: int) -> np.ndarray | None:
         """Align to `start` in whole blocks that both rates share, so that resampling moves nothing."""
         shared = math.gcd(self.rate, sound_rate)
         block_in, block_out = self.rate // shared, sound_rate // shared
-        lead = round((self.start - self.first_time) * self.rate)
+        lead = round((self.start - first_time) * self.rate)
         skipped = 0
         if lead >= len(sound):
             return None
