@@ -4,8 +4,8 @@ Per conflict, with M = score(sound's answer) - score(picture's answer) in every 
 
 * C = (M(va) - M(av)) / 2, hearing under conflict; G = (M(blank_a) - M(blank_v)) / 2, hearing with nothing to see;
   gap = G - C. Both are free of the words' own priors, because a and v change places.
-* E_A = (M(va) + M(aa) - M(vv) - M(av)) / 2, E_V = (M(aa) + M(av) - M(va) - M(vv)) / 2, I = M(aa) - M(va) - M(av) + M(vv);
-  Shortcut Index = |E_V| / (|E_A| + |E_V|), of the means. C = (E_A - E_V) / 2.
+* E_A = (M(va) + M(aa) - M(vv) - M(av)) / 2, E_V = (M(aa) + M(av) - M(va) - M(vv)) / 2,
+  I = M(aa) - M(va) - M(av) + M(vv); Shortcut Index = |E_V| / (|E_A| + |E_V|), of the means. C = (E_A - E_V) / 2.
 
 Refused: a model that would say neither word (median of P(a) + P(v) in `va` below .1), and one that does not hear (G's
 lower bound at or below 0). Stopped: no gap to explain.
@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from av_lens.isolation.bench import Chunk
+from av_lens.isolation.effects import Progress
 from av_lens.isolation.scoring import Candidates, Reading
 from av_lens.results.statistics import Bootstrap, interval
 
@@ -68,12 +69,12 @@ class Survey:
         return self.candidates.margin(scores, np.arange(len(scores)))
 
     @property
-    def C(self) -> Float[np.ndarray, " example"]:  # noqa: N802
+    def C(self) -> Float[np.ndarray, " example"]:
         """Hearing under conflict."""
         return 0.5 * (self.margin("va") - self.margin("av"))
 
     @property
-    def G(self) -> Float[np.ndarray, " example"]:  # noqa: N802
+    def G(self) -> Float[np.ndarray, " example"]:
         """Hearing with nothing to see."""
         return 0.5 * (self.margin("blank_a") - self.margin("blank_v"))
 
@@ -85,25 +86,28 @@ class Survey:
         return hears & sees
 
 
-def survey(chunks: Sequence[Chunk], n: int) -> Survey:
+def survey(chunks: Sequence[Chunk], n: int, *, progress: Progress | None = None) -> Survey:
     """Read every cell of every conflict.
 
     Args:
         chunks: all conflicts.
         n: how many conflicts there are.
+        progress: called as `progress(stage, done, total)`.
 
     Returns:
         The survey.
     """
     candidates = chunks[0].bench.candidates
     readings = {}
-    for cell, question in RIGHT:
+    for number, (cell, question) in enumerate(RIGHT):
         out = Reading(np.full((n, len(candidates.names)), np.nan), np.full(n, -2, dtype=np.int64), np.full(n, np.nan))
         for chunk in chunks:
             found = chunk.reading(cell, question)
             out.scores[chunk.examples], out.top[chunk.examples] = found.scores, found.top
             out.mass[chunk.examples] = found.mass
         readings[(cell, question)] = out
+        if progress is not None:
+            progress("reading every cell", number + 1, len(RIGHT))
     return Survey(readings, candidates)
 
 
@@ -147,7 +151,9 @@ def quantities(found: Survey, rows: Int[np.ndarray, " row"], boot: Bootstrap) ->
     }
 
 
-def rows_of(found: Survey, rows: Int[np.ndarray, " row"], boot: Bootstrap, half: str, chosen: str) -> list[dict[str, Any]]:
+def rows_of(
+    found: Survey, rows: Int[np.ndarray, " row"], boot: Bootstrap, half: str, chosen: str
+) -> list[dict[str, Any]]:
     """Write one half's rows of the behaviour table.
 
     Args:
@@ -203,8 +209,8 @@ def refusals(found: Survey, rows: Int[np.ndarray, " row"], boot: Bootstrap) -> l
         out.append(
             (
                 "says neither",
-                f"the model would say neither word here: the median of P(sound's answer) + P(picture's) in the conflict is "
-                f"{mass:.3f}, below {LEAST_MASS}. Give a prefix (such as \"I hear a\") or answers that it would say.",
+                "the model would say neither word here: the median of P(sound's answer) + P(picture's) in the conflict "
+                f'is {mass:.3f}, below {LEAST_MASS}. Give a prefix (such as "I hear a") or answers that it would say.',
             )
         )
     value, low, high = interval(boot, found.G[rows])
@@ -212,8 +218,8 @@ def refusals(found: Survey, rows: Int[np.ndarray, " row"], boot: Bootstrap) -> l
         out.append(
             (
                 "does not hear",
-                f"the model does not hear: with nothing to see its hearing G is {value:.2f} logits (95% interval {low:.2f} to "
-                f"{high:.2f}), which is not above 0. There is no hearing to suppress; try sounds that it can name.",
+                f"the model does not hear: with nothing to see its hearing G is {value:.2f} logits (95% interval "
+                f"{low:.2f} to {high:.2f}), which is not above 0. There is no hearing to suppress; try sounds that it can name.",
             )
         )
     return out

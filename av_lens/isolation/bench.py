@@ -150,7 +150,7 @@ class Bench:
 def _layout(inputs: Any) -> Any:
     spans = inputs.spans
     positions = getattr(inputs, "position_ids", None)
-    rotary = None if positions is None else hashlib.sha256(np.ascontiguousarray(positions.cpu().numpy())).hexdigest()
+    rotary = None if positions is None else hashlib.sha256(positions.cpu().numpy().tobytes()).hexdigest()
     return tuple(spans.roles), rotary
 
 

@@ -1,7 +1,8 @@
 """What does each head do to hearing? The exact effects of protocol section 4, per conflict.
 
 Every effect is mirrored: on hearing under conflict, C = (M(va) - M(av)) / 2, an edit's effect is
-(change of M in va - change of M in av) / 2; on hearing with nothing to see, G = (M(blank_a) - M(blank_v)) / 2, likewise.
+(change of M in va - change of M in av) / 2; on hearing with nothing to see, G = (M(blank_a) - M(blank_v)) / 2,
+likewise.
 Positive: the edit lets the model hear more.
 
 A `Request` names a base cell, a donor and whether later heads are frozen; `measure_requests` runs all of a list for all

@@ -139,17 +139,17 @@ class ModelEngine:
         model: the wrapped model.
         how: "trace" (restart recorded runs) or "hooks" (the whole model again, the slow reference).
         layout: how sound and picture are laid out in the prompt.
-        plan_bytes: memory for stacked plans.
+        logit_bytes: memory for the logits of plans that run together.
     """
 
-    def __init__(self, model: Any, *, how: str = "trace", layout: str = "in_video", plan_bytes: float = 2.5e8) -> None:
+    def __init__(self, model: Any, *, how: str = "trace", layout: str = "in_video", logit_bytes: float = 2.5e8) -> None:
         if how not in ("trace", "hooks"):
             raise ProtocolError(unknown("engine", how, ("trace", "hooks")))
         self.model = model
         self.how = how
         self.layout = layout
-        self.plan_bytes = plan_bytes
-        self._w_o: Tensor | None = None
+        self.logit_bytes = logit_bytes
+        self._w_o: Tensor = torch.empty(0)
 
     @property
     def n_layers(self) -> int:
@@ -229,7 +229,7 @@ class ModelEngine:
 
         hooks = [(hook_name("z", layer), keep(layer)) for layer in range(self.n_layers)]
         hooks.append((hook_name("resid_post", self.n_layers - 1), keep_final))
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = self.model.run_with_hooks(inputs, fwd_hooks=hooks)[:, asked].detach().float().clone()
         stacked = torch.stack([z[layer] for layer in range(self.n_layers)])
         return Recording(inputs, positions, window, logits, stacked, final["resid"])
@@ -252,7 +252,8 @@ class ModelEngine:
             first = min(layer for layer, _ in swap.heads)
             own = recording.window.tolist()
             edits += [
-                replace(Site("z", layer, positions=own), recording.z[layer]) for layer in range(first + 1, self.n_layers)
+                replace(Site("z", layer, positions=own), recording.z[layer])
+                for layer in range(first + 1, self.n_layers)
             ]
         return Plan(edits)
 
@@ -270,7 +271,7 @@ class ModelEngine:
         if self.how == "hooks":
             for swap in swaps:
                 compiled = self.plan(recording, swap).compile(self.model.spec, recording.inputs.spans)
-                with torch.inference_mode():
+                with torch.no_grad():
                     logits = self.model.run_with_hooks(recording.inputs, fwd_hooks=compiled.fwd_hooks)[:, asked]
                 compiled.verify()
                 yield logits.float().clone()
@@ -278,18 +279,17 @@ class ModelEngine:
         trace = recording.kept.get("trace")
         if trace is None:
             trace = recording.kept["trace"] = self.model.trace(recording.inputs)
-        batch, n_window = len(recording.logits), len(recording.window)
-        size = self.model.spec.d_model * 4 * 24 * batch * n_window
-        together = int(max(1, min(64, self.plan_bytes // size)))
+        # The trace stacks activations to its own budget; what is bounded here are the logits that it hands back.
+        together = int(max(1, min(256, self.logit_bytes // recording.logits.nbytes)))
         for start in range(0, len(swaps), together):
             plans = [self.plan(recording, swap) for swap in swaps[start : start + together]]
-            with torch.inference_mode():
+            with torch.no_grad():
                 logits = trace.replay(plans, logits_at="generation")
             for one in logits:
-                yield one[:, -1].float().clone()
+                yield one[:, -1].float()
 
     def _output_weights(self) -> Tensor:
-        if self._w_o is None:
+        if not self._w_o.numel():
             self._w_o = self.model.W_O.detach()
         return self._w_o
 

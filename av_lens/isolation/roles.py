@@ -1,10 +1,10 @@
 """Which role does a head play? Protocol section 5, from the effects of section 4, on numbers alone.
 
-The first that holds, top to bottom (a sound carrier may join any):
+The first that holds, top to bottom; a sound carrier may join any:
 
 | role | criterion |
 |---|---|
-| breaks | release passes, but the upper bound of [fall of G - release / 2] is >= 0, or the lower bound of [rise of the heard answer over the candidates that are neither] is <= -delta |
+| breaks | release passes, but the edit is mere damage (below) |
 | picture writer | release passes; direct share >= .5; reads picture > reads sound |
 | sound opponent | release passes; direct share >= .5; reads sound > reads picture |
 | gate | release passes; direct share < .5 |
@@ -12,11 +12,13 @@ The first that holds, top to bottom (a sound carrier may join any):
 | silenced carrier | silenced passes |
 | sound carrier | carries passes |
 
-delta = s x G of the half. *Passes* on discovery: mean > delta and q < .05. p is a one-sided sign flip by component of
-effect - s G; a role's p is the largest of its parts: release; direct - release / 2 (for a gate release / 2 - direct); the
-difference of the reads. q is Benjamini-Hochberg over heads x sites x [3 roles x 3 donors + silenced + carries].
+delta = s x G of the half. *Mere damage*: the upper bound of [fall of G - release / 2] is >= 0, or the lower bound of
+[rise of the heard answer over the candidates that are neither] is <= -delta. *Passes* on discovery: mean > delta and
+q < .05. p is a one-sided sign flip by component of effect - s G; a role's p is the largest of its parts: release;
+direct - release / 2 (for a gate release / 2 - direct); the difference of the reads. q is Benjamini-Hochberg over
+heads x sites x [3 roles x 3 donors + silenced + carries].
 
-Choices where the protocol is silent: that the *release* passes (for breaks and undetermined) is judged by a second
+Choices where the protocol is silent: that the *release* passes (breaks and undetermined need it) is judged by a second
 Benjamini-Hochberg over the same family with each role's p replaced by its release part; a role's max-T p is the largest
 of its parts' max-T p; on confirmation a row is confirmed if its mean is above delta, Holm's p is below .05 over the rows
 that were given a name (breaks and undetermined are not names), and the same cuts give the same role.
@@ -68,8 +70,8 @@ class Evidence:
         cls,
         effects: Mapping[Request, Effect],
         *,
-        G: Float[np.ndarray, " example"],  # noqa: N803
-        C: Float[np.ndarray, " example"],  # noqa: N803
+        G: Float[np.ndarray, " example"],
+        C: Float[np.ndarray, " example"],
         components: Sequence[int],
         boot: Bootstrap,
     ) -> Evidence:

@@ -1,8 +1,9 @@
 """What does a run say: the sound's answer, the picture's, or neither?
 
 The score of an answer at the asked position is its token's logit, or the logsumexp over its synonyms' logits.
-M = score(sound's answer) - score(picture's answer), the two answers held fixed in every cell. "Right among the two" is
-M > 0 for the sound's answer; right in the whole vocabulary means that the most likely token of all belongs to the answer.
+M = score(sound's answer) - score(picture's answer), the two answers held fixed in every cell. "Right among the two"
+is M > 0 for the sound's answer; right in the whole vocabulary means that the most likely token of all belongs to the
+answer.
 
 `Candidates` are all distinct answers of a set of conflicts. Answers of several tokens are refused here: their score is
 a teacher-forced sum over tokens, which needs one more run per answer (give a one-token word, or put the shared part of
@@ -28,8 +29,8 @@ from av_lens.inputs.answers import Answer, answer_pair
 class Reading:
     """What a run of a stack says, per example.
 
-    `scores` are the candidates' scores; `top` is the candidate that holds the most likely token of the whole vocabulary,
-    -1 where none does, -2 where the run has no number; `mass` is P(sound's answer) + P(picture's).
+    `scores` are the candidates' scores; `top` is the candidate that holds the most likely token of the whole
+    vocabulary, -1 where none does, -2 where the run has no number; `mass` is P(sound's answer) + P(picture's).
     """
 
     scores: Float[np.ndarray, "example candidate"]
@@ -158,6 +159,6 @@ class Candidates:
 def _one_token(answer: Answer, name: object) -> None:
     if not answer.single:
         raise ProtocolError(
-            f"conflict {name!r}: the answer {answer.text!r} is {answer.n_tokens} tokens for this model; isolation scores "
-            "answers of one token. Choose a shorter word, or put what comes before its last token into the prefix."
+            f"conflict {name!r}: the answer {answer.text!r} is {answer.n_tokens} tokens for this model; isolation "
+            "scores answers of one token. Choose a shorter word, or put what comes before its last token into the prefix."
         )

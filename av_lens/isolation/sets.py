@@ -8,9 +8,10 @@
 * Random sets, at least 200, matched by layer: for each member a head outside the set within one layer whose mean
   norm of z W_O is within a factor 2 of the member's, else the 3 nearest in norm. Where fewer sets exist all are used;
   p = (1 + number of random sets with at least the set's release) / (1 + number of sets), and its floor is shown.
-* As many top heads for `see`: those whose zeroing most lowers score(picture's answer) - score(sound's) in `va` asked `see`.
-* Ranked heads: where nothing or little is named, the heads with the largest releases are edited together, 1, 2, 4, ... of
-  them, to say over how many heads the suppression is spread.
+* As many top heads for `see`: those whose zeroing most lowers score(picture's answer) - score(sound's) in `va` asked
+  `see`.
+* Ranked heads: the heads with the largest releases are edited together, 1, 2, 4, ... of them, to say over how many heads
+  the suppression is spread.
 """
 
 from __future__ import annotations

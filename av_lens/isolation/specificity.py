@@ -10,8 +10,8 @@
 | silent video | `v_muted`, its own question | none: the rate of any candidate answer must not *rise* |
 | text-only | the bare question | none: KL(edited || unedited) is reported |
 
-One item per conflict. Right means that the most likely token of the whole vocabulary belongs to the answer. Choices where
-the protocol is silent: the donor `blank_muted` is asked the control's own question where the layout is the same (audio
+One item per conflict. Right means that the most likely token of the whole vocabulary belongs to the answer. Choices
+where the protocol is silent: the donor `blank_muted` is asked the control's own question where the layout is the same (audio
 alone and bare text: the conflict's own question, aligned from the end); `mean_other` is the same z everywhere.
 """
 
@@ -96,7 +96,7 @@ def controls(
         for chunk in chunks:
             place = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
             try:
-                with torch.inference_mode():
+                with torch.no_grad():
                     was, now = _edited(chunk, cell, question, heads, donor)
             except AvLensError as refused:
                 reason = str(refused)

@@ -1,0 +1,342 @@
+"""The search on discovery: every head's effects at every site, their tests, and who is named.
+
+One `SiteEvidence` per site set; q runs over all of them together. `Searched` also keeps what confirmation needs from
+discovery alone: the means, the donors, the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from av_lens.isolation.bench import Bench, Chunk, Means
+from av_lens.isolation.effects import Effect, Progress, Request, measure_requests, requests
+from av_lens.isolation.engine import Head
+from av_lens.isolation.roles import (
+    LEVEL,
+    Evidence,
+    Named,
+    Tests,
+    adjust,
+    classify,
+    family_size,
+    head_means,
+    pick_donors,
+    run_tests,
+)
+from av_lens.results.halves import CONFIRMATION, DISCOVERY
+from av_lens.results.statistics import Bootstrap
+from av_lens.results.tables import SUPPRESSORS
+
+PerHead = Float[np.ndarray, "example layer head"]
+
+
+@dataclass(eq=False)
+class Half:
+    """One half's conflicts that are analysed: what their clips share, and hearing per conflict."""
+
+    name: str
+    examples: Int[np.ndarray, " example"]
+    components: list[int]
+    boot: Bootstrap
+    G: Float[np.ndarray, " example"]
+    C: Float[np.ndarray, " example"]
+
+
+@dataclass(eq=False)
+class SiteEvidence:
+    """One half's effects at one site set."""
+
+    site: str
+    chunks: list[Chunk]
+    effects: Mapping[Request, Effect]
+    evidence: Evidence
+    tests: Tests
+    dla: PerHead
+
+    def named_arrays(self) -> Iterator[tuple[str, str, PerHead]]:
+        """List every estimand with its donor and its effects.
+
+        Yields:
+            (estimand, donor, `[example, layer, head]`).
+        """
+        found = self.evidence
+        for donor, values in found.release.items():
+            yield "release", donor, values
+        yield "release", "mean_task", found.mean_task
+        for estimand, by in (("direct", found.direct), ("fall of G", found.fall), ("rise over others", found.rise)):
+            for donor, values in by.items():
+                yield estimand, donor, values
+        yield "reads picture", "wa", found.reads_picture
+        yield "reads sound", "vw", found.reads_sound
+        yield "sufficiency", "va", found.sufficiency
+        yield "silenced", "blank_a - blank_muted", found.silenced
+        yield "carries", "blank_muted", found.carries
+        yield "question's own", "mean_other - mean_task", found.release["mean_other"] - found.mean_task
+        yield "dla", "", self.dla
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Give every effect that was measured, for the record.
+
+        Returns:
+            "site/estimand/donor" -> `[example, layer, head]`.
+        """
+        return {
+            f"{self.site}/{estimand}/{donor}": values
+            for estimand, donor, values in self.named_arrays()
+            if (~np.isnan(values)).any()
+        }
+
+    def rows(self, half: str) -> list[dict[str, Any]]:
+        """Write the rows of the evidence table.
+
+        Args:
+            half: the half's name.
+
+        Returns:
+            One row per estimand, donor and measured head, with intervals in logits and as a share of G.
+        """
+        out: list[dict[str, Any]] = []
+        boot, g = self.evidence.boot, self.evidence.G[:, None, None]
+        for estimand, donor, values in self.named_arrays():
+            known = ~np.isnan(values)
+            heads = np.argwhere(known.any(0))
+            if not len(heads):
+                continue
+            picked = values[:, heads[:, 0], heads[:, 1]]
+            mean, share = boot.mean(picked), boot.ratio(picked, np.broadcast_to(g[:, :, 0], picked.shape))
+            counts = known.sum(0)[heads[:, 0], heads[:, 1]]
+            for i, (layer, head) in enumerate(heads.tolist()):
+                out.append(
+                    {
+                        "half": half,
+                        "site": self.site,
+                        "layer": layer,
+                        "head": head,
+                        "estimand": estimand,
+                        "donor": donor,
+                        "mean": float(mean.value[i]),
+                        "low": float(mean.low[i]),
+                        "high": float(mean.high[i]),
+                        "share": float(share.value[i]),
+                        "share_low": float(share.low[i]),
+                        "share_high": float(share.high[i]),
+                        "n": int(counts[i]),
+                    }
+                )
+        return out
+
+
+@dataclass(eq=False)
+class Searched:
+    """What discovery found."""
+
+    sites: list[SiteEvidence]
+    named: list[Named]
+    release_q: list[dict[str, np.ndarray]]
+    s: float
+    means: dict[str, Means | None]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Give every effect of every site."""
+        return {key: values for site in self.sites for key, values in site.arrays().items()}
+
+    def rows(self, half: str) -> list[dict[str, Any]]:
+        """Write the evidence table's rows.
+
+        Args:
+            half: the half's name.
+
+        Returns:
+            The rows of all sites.
+        """
+        return [row for site in self.sites for row in site.rows(half)]
+
+    def at(self, site: str) -> SiteEvidence:
+        """Find a site's evidence.
+
+        Args:
+            site: its name.
+
+        Returns:
+            The evidence.
+        """
+        return next(one for one in self.sites if one.site == site)
+
+    @property
+    def suppressors(self) -> list[Named]:
+        """The rows that name a picture writer, a sound opponent or a gate, largest release first."""
+        rows = [row for row in self.named if row.role in SUPPRESSORS]
+        return sorted(rows, key=lambda row: (-self.release_of(row), row.layer, row.head))
+
+    def passes(self, row: Named, donor: str) -> bool:
+        """Say whether a head's release with some donor passes on discovery: mean > delta and q < .05.
+
+        Args:
+            row: the head and its site.
+            donor: the donor.
+
+        Returns:
+            True if it does.
+        """
+        number = next(i for i, one in enumerate(self.sites) if one.site == row.site)
+        found = self.sites[number].evidence
+        mean = head_means(found.release[donor])[row.layer, row.head]
+        return bool(mean > self.s * found.G.mean() and self.release_q[number][donor][row.layer, row.head] < LEVEL)
+
+    def release_of(self, row: Named) -> float:
+        """Give a row's mean release on discovery.
+
+        Args:
+            row: a named suppressor.
+
+        Returns:
+            The mean over conflicts.
+        """
+        return float(np.nanmean(self.at(row.site).evidence.release[row.donor][:, row.layer, row.head]))
+
+
+def direct_writes(
+    chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"], n_layers: int, n_heads: int
+) -> PerHead:
+    """Attribute M directly to the heads at the asked position, mirrored: (va - av) / 2.
+
+    Negative: the head writes the picture's answer over the sound's. The difference of two answers needs no centring
+    over the vocabulary: what all answers share cancels.
+
+    Args:
+        chunks: the conflicts, stacked.
+        examples: their order in the result.
+        n_layers: fusion layers.
+        n_heads: heads of a layer.
+
+    Returns:
+        Each head's share of M, at the run's own norm scale.
+    """
+    out = np.zeros((len(examples), n_layers, n_heads))
+    for chunk in chunks:
+        candidates = chunk.bench.candidates
+        first = torch.from_numpy(candidates.ids)
+        flat = first.clamp(min=0).flatten()
+        place = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
+        for sign, cell in ((0.5, "va"), (-0.5, "av")):
+            recording = chunk.run(cell)
+            each = chunk.bench.engine.writes(recording, flat)
+            logits = recording.logits.double()[:, flat].unflatten(-1, first.shape)
+            # Synonyms: each token counts by its share of the answer's own probability.
+            weight = logits.masked_fill((first < 0).to(logits.device), -torch.inf).softmax(-1)
+            scores = (each.double().unflatten(-1, first.shape) * weight).sum(-1).cpu().numpy()
+            out[place] += sign * candidates.margin(scores, chunk.examples).transpose(2, 0, 1)
+    return out
+
+
+def gather(
+    chunks: list[Chunk],
+    half: Half,
+    wanted: Sequence[Request],
+    heads: Sequence[Head],
+    *,
+    site: str,
+    s: float,
+    family: int,
+    seed: int,
+    progress: Progress | None,
+) -> SiteEvidence:
+    """Measure, name and test the effects of some heads at one site on one half.
+
+    Args:
+        chunks: the half's conflicts, stacked.
+        half: the half.
+        wanted: the requests.
+        heads: the heads.
+        site: the site set.
+        s: the threshold, a share of G.
+        family: the size of the whole family of tests.
+        seed: of the flips.
+        progress: called as `progress(stage, done, total)`.
+
+    Returns:
+        The evidence.
+    """
+    stage = f"exact effects of {len(heads)} heads at {site}, {half.name}"
+    effects = measure_requests(chunks, wanted, heads=heads, examples=half.examples, progress=progress, stage=stage)
+    found = Evidence.of(effects, G=half.G, C=half.C, components=half.components, boot=half.boot)
+    tests = run_tests(found, s=s, family=family, seed=seed)
+    engine = chunks[0].bench.engine
+    dla = direct_writes(chunks, half.examples, engine.n_layers, engine.n_heads)
+    return SiteEvidence(site, chunks, effects, found, tests, dla)
+
+
+def search(
+    bench: Bench, halves: Sequence[Half], *, s: float, sites: Sequence[str], seed: int, progress: Progress | None
+) -> Searched:
+    """Search all heads at all sites on discovery.
+
+    Args:
+        bench: the conflicts.
+        halves: discovery and confirmation.
+        s: the threshold, a share of G.
+        sites: the site sets.
+        seed: of the flips.
+        progress: called as `progress(stage, done, total)`.
+
+    Returns:
+        What was found.
+    """
+    half = next(one for one in halves if one.name == DISCOVERY)
+    engine = bench.engine
+    heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
+    family = family_size(len(heads), len(sites))
+    with_third = any(bench.has_third(int(i)) for i in half.examples)
+    found: list[SiteEvidence] = []
+    means: dict[str, Means | None] = {}
+    for site in sites:
+        chunks = bench.chunks(half.examples.tolist(), site)
+        means[site] = None if site == "audio" else Means.over(chunks)
+        for chunk in chunks:
+            chunk.means = means[site]
+        wanted = requests(with_means=means[site] is not None, with_third=with_third)
+        found.append(gather(chunks, half, wanted, heads, site=site, s=s, family=family, seed=seed, progress=progress))
+    q, release_q = adjust([site.tests for site in found])
+    named = [
+        row
+        for i, site in enumerate(found)
+        for row in classify(site.evidence, site.tests, q[i], release_q[i], s=s, site=site.site)
+    ]
+    return Searched(found, named, release_q, s, means)
+
+
+def chunks_of(bench: Bench, searched: Searched, half: Half, site: str) -> list[Chunk]:
+    """Stack confirmation's conflicts with discovery's means.
+
+    Args:
+        bench: the conflicts.
+        searched: what discovery found.
+        half: confirmation.
+        site: the site set.
+
+    Returns:
+        The chunks.
+    """
+    assert half.name == CONFIRMATION
+    chunks = bench.chunks(half.examples.tolist(), site)
+    for chunk in chunks:
+        chunk.means = searched.means[site]
+    return chunks
+
+
+def primary_donor(found: Evidence) -> np.ndarray:
+    """Give each head's primary donor.
+
+    Args:
+        found: discovery's evidence.
+
+    Returns:
+        `[layer, head]` of donor names.
+    """
+    return pick_donors(found)

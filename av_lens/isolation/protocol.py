@@ -1,0 +1,129 @@
+"""What was fixed before the first effect was measured? The contents of `protocol.json`.
+
+Criteria, donors, sites, the family of tests, the threshold s, seeds and who was dealt where are written, with their
+hash, before any head is edited; a finding that does not carry this hash was not made by this protocol.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from av_lens import __version__
+from av_lens.isolation.behaviour import LEAST_GAP, LEAST_MASS
+from av_lens.isolation.bench import PRIMARY_DONORS
+from av_lens.isolation.roles import DIRECT_CUT, LEVEL
+from av_lens.isolation.sets import RANDOM_SETS
+from av_lens.isolation.specificity import MARGIN
+from av_lens.results.halves import FEWEST, FIRM_COMPONENTS, FIRM_CONFLICTS, LARGEST_SHARE, Halves
+from av_lens.results.statistics import DRAWS, FEWEST_CLIPS, FEWEST_ITEMS, MOST_EXACT
+
+S_ORGANISM, S_OTHER = 0.10, 0.03
+
+CHOICES = (
+    "Conflicts are dealt to halves before the choice by competence, so that the halves do not depend on the model; "
+    "sizes are judged on the competent conflicts.",
+    "Competence is M's sign (best of the two answers) in blank_a and blank_v, and under `see` in v_muted and a_muted.",
+    "The refusals 'says neither' and 'does not hear' are judged on all of discovery, before the choice by competence.",
+    "A component above 40% is measured against the conflicts that remain.",
+    "The third clip w is drawn by sha256 of seed, id and candidate, among all conflicts of the same half.",
+    "A donor of other length than the site is aligned from the end; what overhangs keeps the run's own z.",
+    "mean_other and mean_task are means over the competent conflicts of discovery, in both halves.",
+    "That the release itself passes (for `breaks` and `undetermined`) is judged by a second Benjamini-Hochberg over "
+    "the same family, each role's p replaced by its release part.",
+    "A role's max-T p is the largest of its parts' max-T p; T = sum / sqrt(sum of squares) of the component sums.",
+    "Holm runs over the rows that got a name (`breaks` and `undetermined` are not names); a row is confirmed if, "
+    "besides, its mean is above delta and the cuts give the same role on confirmation.",
+    "The set is the named suppressors in the order of their release, one set per donor, the largest whole release "
+    "kept; pair synergy, forward and backward search are not done.",
+    "Specificity has one item per conflict; donors there are asked the control's own question where the layout is "
+    "the same.",
+    "Top heads for `see` are found by zeroing in `va` alone (not mirrored).",
+    "The direct logit attribution is at the asked position, at the run's own norm scale, mirrored: (va - av) / 2.",
+    "Intervals of rates are the same bootstrap as all others, so a rate of 1.0 has the interval 1.0 to 1.0.",
+)
+
+
+def protocol_of(
+    *,
+    s: float,
+    s_rule: str,
+    sites: Sequence[str],
+    seed: int,
+    gate: str,
+    layout: str,
+    halves: Halves,
+    ids: Sequence[str],
+    n_layers: int,
+    n_heads: int,
+    family: int,
+    donors: Sequence[str] = PRIMARY_DONORS,
+) -> dict[str, Any]:
+    """Write the protocol of a run down.
+
+    Args:
+        s: the threshold, a share of G.
+        s_rule: where it comes from.
+        sites: the site sets that are searched.
+        seed: of the deal, the draws and the flips.
+        gate: "stop" or "report".
+        layout: how sound and picture share the prompt.
+        halves: where every conflict was dealt.
+        ids: the conflicts' ids.
+        n_layers: fusion layers.
+        n_heads: heads of a layer.
+        family: how many tests q corrects for.
+        donors: the primary donors.
+
+    Returns:
+        The protocol, with the sha256 of its canonical json under "hash".
+    """
+    out: dict[str, Any] = {
+        "av_lens": __version__,
+        "primary": "release: effect on C = (M(va) - M(av)) / 2",
+        "donors": list(donors),
+        "sites": list(sites),
+        "s": s,
+        "s_rule": s_rule,
+        "also_counted_at": [0.10, 0.03, 0.01],
+        "level": LEVEL,
+        "direct_share_cut": DIRECT_CUT,
+        "family": family,
+        "model": {"n_layers": n_layers, "n_heads": n_heads},
+        "seed": seed,
+        "gate": gate,
+        "layout": layout,
+        "least_mass_on_the_answers": LEAST_MASS,
+        "least_gap_share": LEAST_GAP,
+        "halves": {
+            "largest_component": LARGEST_SHARE,
+            "fewest_conflicts": FEWEST,
+            "firm_conflicts": FIRM_CONFLICTS,
+            "firm_components": FIRM_COMPONENTS,
+            "dealt": dict(zip(ids, halves.half, strict=True)),
+            "lost": halves.n_lost,
+        },
+        "bootstrap": {"draws": DRAWS, "level": 0.95, "fewest_clips": FEWEST_CLIPS},
+        "sign_flips": {"most_exact_components": MOST_EXACT, "least_sampled": "10 x family / .05"},
+        "random_sets": RANDOM_SETS,
+        "non_inferiority": {"margin": MARGIN, "fewest_items": FEWEST_ITEMS},
+        "choices": list(CHOICES),
+    }
+    out["hash"] = hashlib.sha256(json.dumps(out, sort_keys=True).encode()).hexdigest()
+    return out
+
+
+def write_protocol(protocol: Mapping[str, Any], folder: str | Path | None) -> None:
+    """Write `protocol.json`, before the first effect.
+
+    Args:
+        protocol: from `protocol_of`.
+        folder: made if absent; None writes nothing.
+    """
+    if folder is None:
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "protocol.json").write_text(json.dumps(protocol, indent=1))

@@ -1,0 +1,185 @@
+"""A model whose heads are known by hand, behind the isolation's `Engine`: linear, three layers, every head's job written.
+
+Asked what it hears, with K classes and a one-hot vector per class:
+
+* L0H0 carries the sound: 4 x onehot(sound).
+* L0H1 is a gate: its signal is 1 where there is a picture; it writes nothing itself.
+* L1H0 carries the sound too, 3 x onehot(sound), but only where the gate's signal is 0.
+* L2H0 is a picture writer: 6 x onehot(picture).
+* L2H1 is a sound opponent: -2 x onehot(sound), where there is a picture.
+* L1H1 answers `see`: 8 x onehot(picture), asked anything but the sound. All other heads write noise of size .01.
+
+So M(blank_a) = 4 + 3, G = 7; M(va) = 4 + 0 - 6 - 2, C = -4; the gap is 11. Releases by blank_muted: gate 3, writer 6,
+opponent 2. Nothing saturates, so that every figure can be worked out on paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from av_lens.isolation.engine import Recording, Swap
+from av_lens.spans import SpanMap
+
+N_LAYERS, N_HEADS, SITE = 3, 4, 2
+SPANS = SpanMap.of_roles(["video", "audio", "question", "generation"])
+CELLS = {
+    name: (picture, sound)
+    for name, picture, sound in [
+        ("va", "v", "a"), ("vv", "v", "v"), ("aa", "a", "a"), ("av", "a", "v"), ("vw", "v", "w"), ("aw", "a", "w"),
+        ("wa", "w", "a"), ("wv", "w", "v"), ("v_muted", "v", None), ("a_muted", "a", None), ("blank_a", None, "a"),
+        ("blank_v", None, "v"), ("blank_muted", None, None), ("audio_only", None, "a"),
+    ]
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FakeConflict:
+    """A conflict between class numbers; clips are named by their hashes."""
+
+    id: str
+    a: int
+    v: int
+    third: Any = None
+    question: str = "hear"
+    see: str = "see"
+    control: str = "colour"
+    prefix: str = ""
+
+    @property
+    def answers(self) -> tuple[int, int]:
+        return self.a, self.v
+
+    @property
+    def sound(self) -> Any:
+        return SimpleNamespace(sha256=f"{self.id}-sound", window=(0, 1), answer=self.a)
+
+    @property
+    def picture(self) -> Any:
+        return SimpleNamespace(sha256=f"{self.id}-picture", window=(0, 1), answer=self.v)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One input: the class that is seen and heard (None for nothing), and what is asked."""
+
+    picture: int | None
+    sound: int | None
+    question: str
+    noise: int
+    batch: tuple[Shown, ...] = ()
+    spans: SpanMap = SPANS
+
+
+class Tokenizer:
+    """As many tokens as there are classes, and a few more."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(f"<{i}>" for i in ids)
+
+
+class FakeEngine:
+    """The engine of the module's model; `writer`, `gate` ... scale the jobs, so that a test can switch them off."""
+
+    def __init__(
+        self, *, n_classes: int = 6, writer: float = 6.0, gate: float = 1.0, opponent: float = 2.0, noise: float = 0.01
+    ) -> None:
+        self.n_layers, self.n_heads = N_LAYERS, N_HEADS
+        self.n_classes = n_classes
+        self.tokenizer = Tokenizer(n_classes + 2)
+        self.size = {"writer": writer, "gate": gate, "opponent": opponent, "noise": noise}
+        self.runs = 0
+
+    def cells(self, conflict: FakeConflict, question: str | None) -> Mapping[str, Shown]:
+        classes = {"a": conflict.a, "v": conflict.v, None: None}
+        if conflict.third is not None:
+            classes["w"] = conflict.third.answer
+        asked = question or conflict.question
+        seed = int.from_bytes(conflict.id.encode(), "little") % 2**31
+        return {
+            name: Shown(classes[p], classes[s], asked, seed)
+            for name, (p, s) in CELLS.items()
+            if p in classes and s in classes
+        }
+
+    def text_only(self, question: str) -> Shown:
+        return Shown(None, None, question, 0)
+
+    def stack(self, inputs: Sequence[Shown]) -> Shown:
+        return replace(inputs[0], batch=tuple(inputs))
+
+    def _noise(self, one: Shown, layer: int, head: int) -> torch.Tensor:
+        words = (one.noise, layer, head, len(one.question), -1 if one.picture is None else one.picture)
+        rng = np.random.default_rng([w % 2**32 for w in words])
+        return torch.from_numpy(rng.normal(0, self.size["noise"], self.n_classes + 1)).float()
+
+    def _head(self, one: Shown, layer: int, head: int, signal: float) -> torch.Tensor:
+        z = self._noise(one, layer, head)
+        hears, pictured = one.question == "hear", one.picture is not None
+        if (layer, head) == (0, 0) and hears and one.sound is not None:
+            z[one.sound] += 4
+        if (layer, head) == (0, 1):
+            z[-1] = float(hears and pictured and one.sound is not None) * self.size["gate"]
+        if (layer, head) == (1, 0) and hears and one.sound is not None:
+            z[one.sound] += 3 * (1 - signal)
+        if (layer, head) == (1, 1) and not hears and pictured:
+            z[one.picture] += 8
+        if (layer, head) == (2, 0) and hears and pictured and one.sound is not None:
+            z[one.picture] += self.size["writer"]
+        if (layer, head) == (2, 1) and hears and pictured and one.sound is not None:
+            z[one.sound] -= self.size["opponent"]
+        return z
+
+    def _run(self, inputs: Shown, swap: Swap | None, frozen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        self.runs += 1
+        examples = inputs.batch or (inputs,)
+        z = torch.zeros(N_LAYERS, len(examples), SITE, N_HEADS, self.n_classes + 1)
+        edits = {} if swap is None else dict(zip(swap.heads, swap.values, strict=True))
+        first = min((layer for layer, _ in edits), default=N_LAYERS)
+        for layer in range(N_LAYERS):
+            for head in range(N_HEADS):
+                for b, one in enumerate(examples):
+                    z[layer, b, :, head] = self._head(one, layer, head, float(z[0, b, -1, 1, -1]))
+                if frozen is not None and layer > first:
+                    z[layer, :, :, head] = frozen[layer, :, :, head]
+                if (layer, head) in edits:
+                    z[layer, :, :, head] = edits[layer, head]
+        written = z[:, :, -1, :, : self.n_classes].sum((0, 2))
+        prior = torch.linspace(0, 1, self.n_classes)
+        return torch.cat([written + prior, torch.full((len(examples), 2), -9.0)], dim=1), z
+
+    def record(self, inputs: Shown, site: str) -> Recording:
+        logits, z = self._run(inputs, None, None)
+        where = np.array([2, 3]) if site == "suffix" else np.array([3])
+        window = z if site == "suffix" else z[:, :, -1:]
+        return Recording(inputs, where, where, logits, window, logits)
+
+    def edited(self, recording: Recording, swaps: Sequence[Swap]) -> Iterator[torch.Tensor]:
+        for swap in swaps:
+            yield self._run(recording.inputs, swap, recording.z if swap.freeze else None)[0]
+
+    def writes(self, recording: Recording, ids: torch.Tensor) -> torch.Tensor:
+        at_end = recording.z[:, :, -1].permute(0, 2, 1, 3)
+        padded = torch.cat([at_end[..., : self.n_classes], torch.zeros(*at_end.shape[:3], 2)], dim=-1)
+        return padded[..., ids]
+
+    def write_norms(self, recording: Recording) -> np.ndarray:
+        return recording.z[..., : self.n_classes].norm(dim=-1).mean((1, 2)).numpy()
+
+
+def fake_conflicts(n: int = 60, *, n_classes: int = 6, seed: int = 0) -> list[FakeConflict]:
+    """Conflicts that share no clip, classes drawn in turn."""
+    rng = np.random.default_rng(seed)
+    pairs = [rng.permutation(n_classes)[:2].tolist() for _ in range(n)]
+    return [FakeConflict(f"c{i:03d}", a, v) for i, (a, v) in enumerate(pairs)]
