@@ -3,13 +3,13 @@
 TransformerLens's tools take token ids and call the model with them; for an audio-visual prompt the ids are only
 placeholders. `bind` returns a `TransformerBridge` (the same modules and hooks, a shallow copy) whose `forward` adds
 the media that belong to the ids. Which media is decided, never guessed: one input is told by its ids or their
-repetition along the batch; two inputs whose ids are equal are told apart by identity alone, so a tool that copies ids
-is refused instead of served the other's media.
+repetition along the batch; two inputs whose ids are equal are told apart by identity (the tensor itself, or rows of it
+that share its memory), so a tool that copies ids is refused instead of served the other's media.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ SUPPORTED_TOOLS: tuple[str, ...] = (
 """TransformerLens's tools that run unchanged through `HookedAVLLM.bound` and are tested there."""
 
 _GENERATORS = ("generate", "generate_stream", "hf_generate", "diffusion_generate")
+_REWRITERS = ("enable_compatibility_mode", "process_weights")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +55,14 @@ class Bound:
         ids: the id tensors that stand for it, by identity.
         tensors: its keyword arguments of the HuggingFace forward, ids included.
         position_ids: `[stream, batch, pos]`, for restarts from the stream.
+        rows: the keyword arguments of some of its examples, from one number up to another; None with one example.
     """
 
     name: str
     ids: tuple[torch.Tensor, ...]
     tensors: Mapping[str, Any]
     position_ids: torch.Tensor
+    rows: Callable[[int, int], Mapping[str, Any]] | None = None
 
     @property
     def values(self) -> torch.Tensor:
@@ -80,16 +83,25 @@ def bind(bridge: TransformerBridge, inputs: Sequence[Bound]) -> TransformerBridg
     """
     bound = TransformerBridge.__new__(TransformerBridge)
     bound.__dict__.update(bridge.__dict__)
+    storages = [{known.untyped_storage().data_ptr() for known in given.ids} for given in inputs]
+    if len(inputs) == 2 and storages[0] & storages[1]:
+        raise InputError("the two inputs of a pair need id tensors of their own, or nothing tells their media apart.")
     names = ("ids",) if len(inputs) == 1 else ("clean_ids", "corrupt_ids")
     bound.__dict__.update({name: given.ids[0] for name, given in zip(names, inputs, strict=True)})
     bound.__dict__["forward"] = _MediaForward(bridge, bound, tuple(inputs))
     for name in _GENERATORS:
         bound.__dict__[name] = _refuse_generation
+    for name in _REWRITERS:
+        bound.__dict__[name] = _refuse_rewriting
     return bound
 
 
 def _refuse_generation(*args: Any, **kwargs: Any) -> Any:
     raise InputError("a bound bridge runs prompts; to generate with media, call model.generate(x, ...).")
+
+
+def _refuse_rewriting(*args: Any, **kwargs: Any) -> Any:
+    raise InputError("a bound bridge shares its model's weights; rewrite a copy: model.compatible().bound(x).")
 
 
 class _MediaForward:
@@ -114,12 +126,24 @@ class _MediaForward:
 
     def _with_media(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         """The ids and the keyword arguments that go with them."""
-        given = next((one for one in self._inputs if any(ids is known for known in one.ids)), None)
-        times = 1
-        if given is None:
+        found = self._by_memory(ids)
+        if found is None:
             given, times = self._by_value(ids)
-        tensors = {name: repeated(value, times) for name, value in given.tensors.items() if name != "input_ids"}
-        return ids, tensors
+            found = {name: repeated(value, times) for name, value in given.tensors.items()}
+        return ids, {name: value for name, value in found.items() if name != "input_ids"}
+
+    def _by_memory(self, ids: torch.Tensor) -> Mapping[str, Any] | None:
+        """The keyword arguments of an id tensor that was bound, or of rows that share its memory; None for others."""
+        for one in self._inputs:
+            for known in one.ids:
+                if ids is known:
+                    return one.tensors
+                rows = shared_rows(ids, known)
+                if rows == (0, known.shape[0]):
+                    return one.tensors
+                if rows is not None and one.rows is not None:
+                    return one.rows(*rows)
+        return None
 
     def _by_value(self, ids: torch.Tensor) -> tuple[Bound, int]:
         """The one input whose ids these are, and how often they are repeated."""
@@ -156,6 +180,24 @@ class _MediaForward:
             "attention_mask": repeated(given.tensors["attention_mask"], times),
             "position_ids": given.position_ids.repeat(1, times, 1),
         }
+
+
+def shared_rows(ids: torch.Tensor, known: torch.Tensor) -> tuple[int, int] | None:
+    """Which rows of `known` a view of its memory shows.
+
+    Args:
+        ids: `[batch, pos]`.
+        known: `[batch, pos]`, contiguous.
+
+    Returns:
+        First row and the row after the last, or None where `ids` is no such view.
+    """
+    if ids.ndim != 2 or ids.shape[1:] != known.shape[1:] or ids.stride() != known.stride():
+        return None
+    if ids.untyped_storage().data_ptr() != known.untyped_storage().data_ptr():
+        return None
+    first, rest = divmod(int(ids.storage_offset()) - int(known.storage_offset()), known.shape[1])
+    return None if rest else (first, first + ids.shape[0])
 
 
 def repetitions(ids: torch.Tensor, known: torch.Tensor) -> int:

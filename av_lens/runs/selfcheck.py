@@ -4,9 +4,9 @@ A hook that is off the road gives a null result and no error. So: writing an act
 nothing, to the bit; turning it to another *direction* must change the logits (a pure rescale is a bad probe: the next
 norm undoes it); rows of the pattern must sum to one; the stream must be the sum of what was written to it.
 
-Guaranteed after `check_model(model)`: this at every hook of `hook_names.COMPONENTS`, in every layer, on random ids, or on
-the audio-visual input that is given, whose spans must cover it. Not guaranteed: that the weights are good ones, or that
-another input takes the same road through a tower.
+Guaranteed after `check_model(model)`: this at every hook of `hook_names.COMPONENTS`, in every layer, on random ids or
+on the audio-visual input that is given, whose spans must cover it. Not guaranteed: that the weights are good ones, or
+that another input takes the same road through a tower.
 """
 
 from __future__ import annotations

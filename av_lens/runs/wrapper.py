@@ -2,8 +2,8 @@
 
 `HookedAVLLM` *holds* a TransformerLens bridge (`.bridge`), forwards a written list of its attributes
 (`runs.forwarding.FORWARDED`), and satisfies TransformerLens's `TransformerLensModel` and
-`TransformerLensModelWithWeights` protocols. What it adds is media: `encode` makes inputs, and every verb takes them. For
-TransformerLens's own tools, `bound(x)` gives a real bridge.
+`TransformerLensModelWithWeights` protocols. What it adds is media: `encode` makes inputs, and every verb takes them.
+For TransformerLens's own tools, `bound(x)` gives a real bridge.
 
     >>> model = load("av-tiny")                                    # doctest: +SKIP
     >>> x = model.encode(clip, "What do you hear?")                # doctest: +SKIP
@@ -12,7 +12,6 @@ TransformerLens's own tools, `bound(x)` gives a real bridge.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -23,18 +22,18 @@ from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from av_lens.bridge.families import Family, family_of
-from av_lens.errors import InputError, ModelError
-from av_lens.runs.binding import Bound, bind
+from av_lens.errors import InputError
 from av_lens.runs.budget import ModelSpec, require_budget, selected
 from av_lens.runs.decoding import Decoding, generate_with_hooks
 from av_lens.runs.forwarding import ForwardedAttributes
 from av_lens.runs.gates import HookPair, gates_of_filter, gates_of_hooks, only_open, open_gates
+from av_lens.runs.interop import TransformerLensSide
 from av_lens.runs.tokens import TokenHelpers
 
 Filter = str | Sequence[str] | Callable[[str], bool] | None
 
 
-class HookedAVLLM(ForwardedAttributes, TokenHelpers):
+class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
     """An audio-visual language model with every fusion-layer activation readable, writable and differentiable.
 
     Attributes:
@@ -231,7 +230,10 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers):
             itemsize = self.dtype.itemsize
             require_budget(names, self.spec, batch=batch, n_pos=n_pos, itemsize=itemsize, budget_gb=budget_gb)
             accept = list(accept) if isinstance(accept, Sequence) and not isinstance(accept, str) else accept
-            return self.bridge.run_with_cache(ids, names_filter=accept, **tensors, **options)
+            logits, cache = self.bridge.run_with_cache(ids, names_filter=accept, **tensors, **options)
+        if isinstance(cache, ActivationCache):
+            cache.model = self  # its helpers ask the model, and ours refuses what would be wrong
+        return logits, cache
 
     def run_with_hooks(
         self, x: Any, fwd_hooks: Sequence[HookPair] = (), bwd_hooks: Sequence[HookPair] = (), **options: Any
@@ -333,61 +335,3 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers):
         from av_lens.runs.traces import record
 
         return record(self, x, **options)
-
-    # TransformerLens's own tools
-
-    def bound(self, x: Any) -> TransformerBridge:
-        """A real TransformerBridge that adds the media of an input, for TransformerLens's own tools.
-
-        Args:
-            x: `AVInputs`, or a `Pair` of them.
-
-        Returns:
-            A bridge with these modules and hooks. Pass it `bound.ids` (one input), or `bound.clean_ids` and
-            `bound.corrupt_ids` (a pair); other ids are refused.
-        """
-        if hasattr(x, "clean") and hasattr(x, "corrupt"):
-            return bind(self.bridge, [self._bound("clean", x.clean), self._bound("corrupt", x.corrupt)])
-        return bind(self.bridge, [self._bound("ids", x)])
-
-    def _bound(self, name: str, x: Any) -> Bound:
-        tensors = self.tensors_of(x)
-        own = tensors["input_ids"].clone()  # one tensor for each input: a pair's may share theirs
-        return Bound(name, (own,), {**tensors, "input_ids": own}, self.position_ids(tensors))
-
-    def compatible(self) -> HookedAVLLM:
-        """A new model with HookedTransformer's numerics: norms folded, weights centred; log-probs agree to 1e-5.
-
-        Returns:
-            A second model; this one stays as it is. It takes as much memory again.
-        """
-        other = HookedAVLLM(
-            copy.deepcopy(self.bridge),
-            self.processor,
-            name=f"{self.name} (compatible)",
-            grammar=self.grammar,
-            handed_in=False,
-            provenance={**self.provenance, "processing": "HookedTransformer numerics"},
-        )
-        return other.enable_compatibility_mode()
-
-    def enable_compatibility_mode(self, **options: Any) -> HookedAVLLM:
-        """Give *this* model HookedTransformer's numerics, in place; its weights are rewritten.
-
-        Args:
-            **options: as TransformerLens has them (`fold_ln`, `center_unembed`, `no_processing`, ...).
-
-        Returns:
-            This model.
-
-        Raises:
-            ModelError: the caller handed the HuggingFace model in, so its weights are not ours to rewrite.
-        """
-        if self.handed_in:
-            raise ModelError(
-                "this model was handed in, and compatibility mode rewrites its weights in place. "
-                "Use model.compatible(), which makes a new one."
-            )
-        self.bridge.enable_compatibility_mode(**{"disable_warnings": True, **options})
-        self.__dict__.pop("_names", None)
-        return self
