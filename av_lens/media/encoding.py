@@ -63,14 +63,17 @@ def mp4_bytes(
     import av
 
     sink = io.BytesIO()
-    with (
-        border("the clip", "write an mp4 of"),
-        av.open(sink, "w", format="mp4", options={"fflags": "+bitexact"}) as container,
-    ):
+    base = time_base([*times.tolist(), picture_end])
+    # Edit lists count in the movie's time scale: a common multiple keeps late starts and the last sample exact.
+    scale = math.lcm(base.denominator, rate if rate in _AAC_RATES else _FALLBACK_RATE)
+    options = {"fflags": "+bitexact", "movie_timescale": str(scale if scale < 1 << 31 else base.denominator)}
+    with border("the clip", "write an mp4 of"), av.open(sink, "w", format="mp4", options=options) as container:
         streams: list[Iterator[tuple[float, list[Any]]]] = []
         if frames is not None:
             streams.append(
-                _picture_packets(container, frames, times, picture_end=picture_end, crf=crf, max_side=max_side)
+                _picture_packets(
+                    container, frames, times, base=base, picture_end=picture_end, crf=crf, max_side=max_side
+                )
             )
         if waveform is not None:
             streams.append(_sound_packets(container, waveform, rate))
@@ -92,7 +95,14 @@ def _interleaved(streams: list[Iterator[tuple[float, list[Any]]]]) -> Iterator[l
 
 
 def _picture_packets(
-    container: Any, frames: np.ndarray, times: np.ndarray, *, picture_end: float, crf: float, max_side: int | None
+    container: Any,
+    frames: np.ndarray,
+    times: np.ndarray,
+    *,
+    base: Fraction,
+    picture_end: float,
+    crf: float,
+    max_side: int | None,
 ) -> Iterator[tuple[float, list[Any]]]:
     import av
     from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
@@ -100,7 +110,6 @@ def _picture_packets(
     height, width = frames.shape[1:3]
     shrink = min(1.0, max_side / max(height, width)) if max_side else 1.0
     target = (_even(height * shrink), _even(width * shrink))
-    base = time_base([*times.tolist(), picture_end])
     ticks = [round(t / base) for t in times.tolist()] + [round(picture_end / base)]
     spacing = (ticks[-1] - ticks[0]) * base / len(frames)
     speed = Fraction(1 / spacing if spacing > 0 else 25).limit_denominator(1001)
@@ -179,7 +188,7 @@ def time_base(seconds: list[float]) -> Fraction:
     scale = 1
     for t in seconds:
         near = Fraction(t).limit_denominator(90_000)
-        if abs(float(near) - t) > 1e-9:
+        if abs(float(near) - t) > 1e-12 * max(1.0, t):
             return Fraction(1, _MICROSECONDS)
         scale = math.lcm(scale, near.denominator)
         if scale > _MICROSECONDS:
