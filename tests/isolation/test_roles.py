@@ -1,0 +1,179 @@
+"""Roles from numbers written by hand: each criterion decides once, and the order of the table holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from av_lens.isolation.effects import mirrored
+from av_lens.isolation.roles import (
+    Cuts,
+    Evidence,
+    adjust,
+    classify,
+    confirm,
+    family_size,
+    pick_donors,
+    run_tests,
+    suppressor_role,
+)
+from av_lens.results.statistics import Bootstrap, Interval
+
+N, G = 30, 10.0
+DONORS = ("blank_muted", "mean_other", "zero")
+ALL = {"picture writer": True, "sound opponent": True, "gate": True}
+
+
+def cuts(**figures):
+    """Intervals of one head: `share=(low, high)`, ..."""
+    base = dict(
+        release=(3, 4),
+        damage=(-2, -1),
+        rise=(0, 1),
+        share=(0.9, 1),
+        reads=(1, 2),
+        reads_picture=(1, 2),
+        reads_sound=(0, 1),
+    )
+    found = {}
+    for name, (low, high) in (base | figures).items():
+        found[name] = Interval(*(np.array([[v]], dtype=float) for v in ((low + high) / 2, low, high)))
+    return Cuts(**found, delta=1.0)
+
+
+@pytest.mark.parametrize(
+    ("figures", "role"),
+    [
+        ({}, "picture writer"),
+        ({"reads": (-2, -1), "reads_sound": (1, 2), "reads_picture": (-1, 1)}, "sound opponent"),
+        ({"share": (0.1, 0.4)}, "gate"),
+        ({"share": (-0.5, 0.4), "reads": (-1, 1)}, "gate"),  # a gate needs no read
+        ({"share": (0.4, 0.6)}, "undetermined"),  # the cut is inside the interval
+        ({"reads": (-0.1, 2)}, "undetermined"),
+        ({"reads_picture": (-0.1, 2)}, "undetermined"),  # the winning read must itself be above 0
+        ({"damage": (-2, 0.0)}, "breaks"),
+        ({"rise": (-1.0, 1)}, "breaks"),
+        ({"rise": (-0.9, 1)}, "picture writer"),
+        ({"damage": (-2, 0.5), "share": (0.1, 0.2)}, "breaks"),  # breaks stands first
+        ({"share": (0.5, 1)}, "picture writer"),  # at the cut: direct
+        ({"share": (0.2, 0.5)}, "undetermined"),
+        ({"rise": (np.nan, np.nan)}, "picture writer"),  # no third candidate: that criterion is silent
+        ({"share": (np.nan, np.nan)}, "undetermined"),
+    ],
+)
+def test_the_table_of_roles(figures, role):
+    assert suppressor_role(cuts(**figures), 0, 0, ALL) == role
+
+
+def test_a_role_needs_its_own_q():
+    assert suppressor_role(cuts(), 0, 0, ALL | {"picture writer": False}) == "undetermined"
+    assert suppressor_role(cuts(share=(0, 0.1)), 0, 0, ALL | {"gate": False}) == "undetermined"
+
+
+def evidence(heads, seed=0):
+    """One layer of heads, each given as mean effects; noise of .2 between conflicts."""
+    rng = np.random.default_rng(seed)
+
+    def values(name):
+        mean = np.array([head.get(name, 0.0) for head in heads])
+        return (mean + rng.normal(0, 0.2, size=(N, len(heads))))[:, None, :]
+
+    boot = Bootstrap.draw(range(N), [f"s{i}" for i in range(N)], [f"p{i}" for i in range(N)], seed=0)
+    return Evidence(
+        release={d: values(d) for d in DONORS},
+        direct={d: values(f"direct {d}") for d in DONORS},
+        fall={d: values(f"fall {d}") for d in DONORS},
+        rise={d: values(f"rise {d}") for d in DONORS},
+        reads_picture=values("picture"),
+        reads_sound=values("sound"),
+        silenced=values("silenced"),
+        carries=values("carries"),
+        sufficiency=values("sufficiency"),
+        mean_task=values("mean_task"),
+        G=np.full(N, G),
+        C=np.full(N, -2.0),
+        components=list(range(N)),
+        boot=boot,
+    )
+
+
+HEADS = [
+    {"blank_muted": 4, "direct blank_muted": 4, "picture": 3, "sound": 0.5},  # writer
+    {"zero": 3, "direct zero": 0.3, "blank_muted": 0.1},  # gate, always on
+    {"mean_other": 3, "direct mean_other": 2.8, "sound": 3, "picture": 0.2},  # opponent
+    {"silenced": 2, "carries": 2},  # a victim that also carries
+    {"blank_muted": 4, "direct blank_muted": 4, "silenced": 3, "fall blank_muted": 3},  # breaks
+    {"blank_muted": 0.5, "direct blank_muted": 0.5, "picture": 0.5},  # below delta = 1
+    {"carries": 1.5},
+    {},
+]
+
+
+def named(found, s=0.1):
+    tests = run_tests(found, s=s, family=family_size(len(HEADS), 1), seed=0)
+    q, release_q = adjust([tests])
+    return classify(found, tests, q[0], release_q[0], s=s, site="suffix"), tests
+
+
+def test_classify_names_each_head_once_and_for_what_it_is():
+    rows, _ = named(evidence(HEADS))
+    roles = [(row.head, row.role, row.donor) for row in rows]
+    assert roles == [
+        (0, "picture writer", "blank_muted"),
+        (1, "gate", "zero"),
+        (2, "sound opponent", "mean_other"),
+        (3, "silenced carrier", ""),
+        (3, "sound carrier", ""),
+        (4, "breaks", "blank_muted"),
+        (6, "sound carrier", ""),
+    ]
+    assert all(row.q < 0.05 and row.p <= row.q for row in rows)
+
+
+def test_the_donor_is_the_largest_release():
+    assert pick_donors(evidence(HEADS))[0, :3].tolist() == ["blank_muted", "zero", "mean_other"]
+
+
+def test_significance_alone_names_nothing():
+    # Every head releases .5 of G = 10 significantly, and none above delta = 1.
+    rows, _ = named(evidence([{d: 0.5 for d in DONORS} | {f"direct {d}": 0.5 for d in DONORS}] * 8))
+    assert rows == []
+
+
+def test_nothing_is_named_under_the_null():
+    for seed in range(5):
+        rows, _ = named(evidence([{}] * 8, seed=seed))
+        assert rows == []
+
+
+def test_confirmation_needs_size_p_and_the_same_cuts():
+    rows, _ = named(evidence(HEADS))
+    rows = [row for row in rows if row.role != "breaks"]
+    same = evidence(HEADS, seed=9)
+    assert confirm(same, rows, [0.01] * len(rows), s=0.1) == [True] * len(rows)
+    assert confirm(same, rows, [0.06] * len(rows), s=0.1) == [False] * len(rows)
+    turned = [dict(HEADS[0], picture=0.5, sound=3), *HEADS[1:]]  # the writer now reads the sound
+    small = [turned[0], dict(HEADS[1], zero=0.5), *HEADS[2:]]  # and the gate is below delta
+    assert confirm(evidence(small, seed=9), rows, [0.01] * len(rows), s=0.1)[:3] == [False, False, True]
+
+
+def test_the_family_counts_heads_sites_roles_and_donors():
+    assert family_size(64, 1) == 64 * 11
+    assert family_size(64, 2) == 64 * 22
+
+
+def test_unmeasured_donors_are_left_out_of_the_family():
+    found = evidence(HEADS)
+    none = np.full((N, 1, len(HEADS)), np.nan)
+    holes = {d: (none if d == "mean_other" else v) for d, v in found.release.items()}
+    without = Evidence(**(vars(found) | {"release": holes, "direct": found.direct}))
+    rows, tests = named(without)
+    assert np.isnan(tests.p["gate", "mean_other"]).all()
+    assert (2, "sound opponent", "mean_other") not in [(r.head, r.role, r.donor) for r in rows]
+    assert (0, "picture writer") in [(r.head, r.role) for r in rows]
+
+
+def test_mirroring_cancels_what_both_cells_share():
+    # A word's own prior moves M alike in va and av; hearing moves them apart.
+    assert mirrored(np.array([2.0]), np.array([2.0])) == 0
+    assert mirrored(np.array([3.0]), np.array([-3.0])) == 3
