@@ -1,0 +1,323 @@
+"""`Grid`: one number for each example and place, with what it is to be compared with.
+
+    values      the metric of the edited run, `[example, ...places]`
+    effects     values - baseline: what the edit changed; 0 where nothing was changed
+    normalized  effects / (donor - baseline): 0 at the run that was edited, 1 at the donor
+
+`baseline` is the metric of the run that was edited, `donor` that of the run the values came from, both per example. In
+a grid of *shares* (direct attribution) nothing is edited: `effects` are the values themselves, `baseline` is the metric
+that they sum to, and `closure_error` what is missing. Not measured is NaN.
+
+Means are over examples; intervals resample *clusters* of examples that share a clip, and are NaN below 5 clusters.
+A grid is saved as netCDF, without pickle, with its provenance and a schema version.
+
+    >>> import numpy as np
+    >>> grid = Grid.of([[1.0, 3.0]], axes={"layer": [0, 1]}, baseline=[1.0], donor=[5.0], metric="logit_diff")
+    >>> grid.effects.values.tolist(), grid.normalized().values.tolist()
+    ([[0.0, 2.0]], [[0.0, 0.5]])
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from av_lens.errors import InputError, unknown
+from av_lens.results.provenance import as_text
+
+SCHEMA_VERSION = 1
+FEWEST_CLUSTERS = 5
+DRAWS = 5000
+Of = Literal["effects", "values", "normalized"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Grid:
+    """Labelled numbers of an intervention or an attribution; see the module for what each means.
+
+    Attributes:
+        values: `[example, ...places]`, labelled.
+        baseline: the metric of the run that was edited, or that shares sum to, `[example]`.
+        donor: the metric of the run that values were taken from, `[example]`; NaN where there is none.
+        clusters: the cluster of each example.
+        metric: what was measured.
+        unit: its unit.
+        direction: what was put into what, or which sign means what.
+        shares: whether the values are shares of the baseline.
+        provenance: how it was made.
+    """
+
+    values: xr.DataArray
+    baseline: xr.DataArray
+    donor: xr.DataArray
+    clusters: tuple[int, ...]
+    metric: str
+    unit: str = ""
+    direction: str = ""
+    shares: bool = False
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.values.dims or self.values.dims[0] != "example":
+            raise InputError(f"a grid's first axis is example; got {tuple(map(str, self.values.dims))}.")
+        n = self.values.sizes["example"]
+        for name in ("baseline", "donor"):
+            if getattr(self, name).shape != (n,):
+                raise InputError(f"{name} needs one number for each of {n} examples; got {getattr(self, name).shape}.")
+        if len(self.clusters) != n:
+            raise InputError(f"{len(self.clusters)} clusters for {n} examples.")
+
+    @classmethod
+    def of(
+        cls,
+        values: Any,
+        *,
+        axes: Mapping[str, Sequence[Any]],
+        baseline: Any,
+        donor: Any = None,
+        clusters: Sequence[int] | None = None,
+        metric: str = "",
+        **more: Any,
+    ) -> Grid:
+        """Build a grid from plain arrays.
+
+        Args:
+            values: `[example, ...]`.
+            axes: the labels of every axis after example, in order.
+            baseline: `[example]`.
+            donor: `[example]`, or None where there is none.
+            clusters: the cluster of each example; None makes each its own.
+            metric: what was measured.
+            **more: further attributes of the grid.
+
+        Returns:
+            The grid.
+
+        Raises:
+            InputError: the shapes do not fit.
+        """
+        array = np.asarray(values, dtype=np.float64)
+        wanted = tuple(len(labels) for labels in axes.values())
+        if array.ndim < 1 or array.shape[1:] != wanted:
+            raise InputError(
+                f"values have shape {array.shape}; the axes {dict(zip(axes, wanted, strict=True))} follow example."
+            )
+        n = array.shape[0]
+        coords = {"example": np.arange(n)} | {name: np.asarray(labels) for name, labels in axes.items()}
+        lines = [
+            np.full(n, np.nan) if line is None else np.asarray(line, dtype=np.float64) for line in (baseline, donor)
+        ]
+        base, other = (xr.DataArray(line, dims="example", coords={"example": coords["example"]}) for line in lines)
+        return cls(
+            values=xr.DataArray(array, dims=("example", *axes), coords=coords),
+            baseline=base,
+            donor=other,
+            clusters=tuple(range(n)) if clusters is None else tuple(int(c) for c in clusters),
+            metric=metric,
+            **more,
+        )
+
+    @property
+    def effects(self) -> xr.DataArray:
+        """What each edit changed, values - baseline; in a grid of shares the shares."""
+        return self.values.copy() if self.shares else self.values - self.baseline
+
+    @property
+    def closure_error(self) -> xr.DataArray:
+        """How far shares are from summing to their metric, `[example]`; NaN where the grid holds no shares."""
+        if not self.shares:
+            return self.baseline * np.nan
+        return self.baseline - self.values.sum(self._places)
+
+    @property
+    def _places(self) -> tuple[str, ...]:
+        return tuple(str(dim) for dim in self.values.dims[1:])
+
+    def normalized(self) -> xr.DataArray:
+        """Put effects on the scale of the pair: 0 at the run that was edited, 1 at the donor.
+
+        Returns:
+            effects / (donor - baseline), NaN where the two are equal; shares over their metric in a grid of shares.
+        """
+        whole = self.baseline if self.shares else self.donor - self.baseline
+        return self.effects / whole.where(whole != 0)
+
+    def mean(self, of: Of = "effects") -> xr.DataArray:
+        """Average over examples.
+
+        Args:
+            of: "effects", "values", or "normalized" (a ratio of means, not a mean of ratios).
+
+        Returns:
+            The mean of every place; NaN examples are left out.
+
+        Raises:
+            InputError: an unknown `of`.
+        """
+        above, below = self._ratio(of)
+        if below is None:
+            return above.mean("example")
+        return above.mean("example") / below.where(above.notnull()).mean("example")
+
+    def interval(self, level: float | int = 0.95, *, of: Of = "effects", seed: int = 0) -> xr.DataArray:
+        """Bound the mean by resampling clusters of examples (percentile bootstrap, 5,000 draws).
+
+        Args:
+            level: of the two-sided interval.
+            of: "effects", "values" or "normalized".
+            seed: of the resampling.
+
+        Returns:
+            `[..., bound]` with bounds "low" and "high"; NaN below 5 clusters.
+
+        Raises:
+            InputError: an unknown `of`, or a level outside 0 to 1.
+        """
+        if not 0 < level < 1:
+            raise InputError(f"level {level} is not between 0 and 1; 0.95 is usual.")
+        above, below = self._ratio(of)
+        places = above.dims[1:]
+        bounds = np.full((*above.shape[1:], 2), np.nan)
+        names, group = np.unique(np.asarray(self.clusters), return_inverse=True)
+        if len(names) >= FEWEST_CLUSTERS:
+            top = above.values.reshape(len(above), -1)
+            bottom = np.ones_like(top) if below is None else np.broadcast_to(below.values[:, None], top.shape)
+            bounds = _bootstrap(top, bottom, group, level=float(level), seed=seed).reshape(bounds.shape)
+        coords = {name: above.coords[name] for name in places} | {"bound": ["low", "high"]}
+        return xr.DataArray(bounds, dims=(*places, "bound"), coords=coords)
+
+    def _ratio(self, of: str) -> tuple[xr.DataArray, xr.DataArray | None]:
+        if of not in ("effects", "values", "normalized"):
+            raise InputError(unknown("figure", of, ("effects", "values", "normalized")))
+        if of == "values":
+            return self.values, None
+        whole = self.baseline if self.shares else self.donor - self.baseline
+        return self.effects, whole if of == "normalized" else None
+
+    def to_frame(self) -> pd.DataFrame:
+        """Lay the grid out as a tidy frame.
+
+        Returns:
+            One row for each example and place: the axes, `value effect normalized baseline donor cluster`.
+        """
+        columns = {"value": self.values, "effect": self.effects, "normalized": self.normalized()}
+        data = xr.Dataset(columns).to_dataframe()[list(columns)].reset_index()
+        position = data["example"].to_numpy()
+        lookup = {label: i for i, label in enumerate(self.values.coords["example"].values.tolist())}
+        rows = np.array([lookup[label] for label in position.tolist()])
+        data["baseline"] = self.baseline.values[rows]
+        data["donor"] = self.donor.values[rows]
+        data["cluster"] = np.asarray(self.clusters)[rows]
+        return data
+
+    def plot(self, **options: Any) -> Any:
+        """Draw the grid: a map of layers by heads where it has both, else bars.
+
+        Args:
+            **options: passed to `av_lens.plots.heads` or `av_lens.plots.attribution`.
+
+        Returns:
+            A plotly figure.
+        """
+        # Looked up by name: figures are drawn by a later room, which imports this one.
+        plots: Any = importlib.import_module("av_lens.plots")
+        return (
+            plots.heads(self, **options)
+            if {"layer", "head"} <= set(self._places)
+            else plots.attribution(self, **options)
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Save the grid as netCDF.
+
+        Args:
+            path: the file; ".nc" is added where it has no ending.
+
+        Returns:
+            The file that was written.
+        """
+        target = Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
+        words = {name: getattr(self, name) for name in ("metric", "unit", "direction")}
+        attributes = words | {
+            "schema": "av_lens.Grid",
+            "schema_version": SCHEMA_VERSION,
+            "shares": int(self.shares),
+            "provenance": as_text(self.provenance),
+        }
+        clusters = xr.DataArray(np.asarray(self.clusters, dtype=np.int32), dims="example")
+        data = {"values": self.values, "baseline": self.baseline, "donor": self.donor, "clusters": clusters}
+        xr.Dataset(data, attrs=attributes).to_netcdf(target, engine="scipy")
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> Grid:
+        """Open a saved grid.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The grid, equal to the one that was saved.
+
+        Raises:
+            InputError: there is no such file, or it holds no grid of a known version.
+        """
+        if not Path(path).exists():
+            raise InputError(f"no such file: {path}")
+        try:
+            with xr.open_dataset(path, engine="scipy") as opened:
+                data = opened.load()
+        except (TypeError, ValueError, OSError) as error:
+            raise InputError(f"{path} is not a saved grid: {error}") from error
+        kind, version = data.attrs.get("schema"), int(data.attrs.get("schema_version", 0))
+        if kind != "av_lens.Grid" or version > SCHEMA_VERSION:
+            raise InputError(
+                f"{path} holds {kind or 'something else'}, version {version}; this av_lens reads av_lens.Grid up to "
+                f"version {SCHEMA_VERSION}."
+            )
+        return cls(
+            values=data["values"],
+            baseline=data["baseline"],
+            donor=data["donor"],
+            clusters=tuple(int(c) for c in data["clusters"].values),
+            shares=bool(data.attrs["shares"]),
+            provenance=json.loads(data.attrs["provenance"]),
+            **{name: str(data.attrs[name]) for name in ("metric", "unit", "direction")},
+        )
+
+    def __repr__(self) -> str:
+        axes = " x ".join(f"{size} {name}" for name, size in self.values.sizes.items())
+        return f"Grid({self.metric} [{self.unit}], {axes}; {self.direction})"
+
+    def _repr_html_(self) -> str:
+        table = self.mean().to_series().rename("mean effect").to_frame().head(20)
+        return f"<p>{self!r}</p>{table.to_html()}"
+
+
+def _bootstrap(top: np.ndarray, bottom: np.ndarray, group: np.ndarray, *, level: float, seed: int) -> np.ndarray:
+    """Percentile bounds `[place, 2]` of sum(top) / sum(bottom), clusters drawn with replacement."""
+    known = ~(np.isnan(top) | np.isnan(bottom))
+    n = int(group.max()) + 1
+    sums = np.zeros((2, n, top.shape[1]))
+    for number, array in enumerate((top, bottom)):
+        np.add.at(sums[number], group, np.where(known, array, 0.0))
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float64)
+    tail = 100 * (1 - level) / 2
+    found = np.full((top.shape[1], 2), np.nan)
+    for start in range(0, top.shape[1], 256):  # places in turn: draws x places would fill memory
+        part = slice(start, start + 256)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            drawn = (counts @ sums[0][:, part]) / (counts @ sums[1][:, part])
+        drawn[~np.isfinite(drawn)] = np.nan
+        usable = ~np.isnan(drawn).all(0)
+        if usable.any():
+            found[start + np.flatnonzero(usable)] = np.nanpercentile(drawn[:, usable], [tail, 100 - tail], axis=0).T
+    return found

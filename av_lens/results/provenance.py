@@ -1,0 +1,102 @@
+"""Where a result came from: versions, time, and what the caller adds, as plain data.
+
+A result without its provenance cannot be repeated; every saved result carries one, with a schema version.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+PACKAGES = ("av-lens", "torch", "transformers", "transformer-lens", "numpy")
+
+
+def stamp(**more: Any) -> dict[str, Any]:
+    """Note when, by which versions, and under which choices a result was made.
+
+    Args:
+        **more: whatever identifies the result: model, metric, seeds, choices.
+
+    Returns:
+        Plain data, fit for json.
+    """
+    made = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
+    return made | {"versions": versions()} | {name: plain(value) for name, value in more.items()}
+
+
+def versions() -> dict[str, str]:
+    """Find the installed versions of what computes.
+
+    Returns:
+        Package name to version; a package that is not installed is left out.
+    """
+    found: dict[str, str] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Turn a value into plain data: dictionaries, lists, strings, numbers, None.
+
+    Args:
+        value: anything; what has no plain form is written as text.
+
+    Returns:
+        What json can hold. NaN stays a float.
+    """
+    if isinstance(value, str | bool | int | float) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, Sequence | set | frozenset | range):
+        return [plain(item) for item in value]
+    return str(value)
+
+
+def as_text(provenance: Mapping[str, Any]) -> str:
+    """Write provenance as json.
+
+    Args:
+        provenance: plain data.
+
+    Returns:
+        One line of json.
+    """
+    return json.dumps(plain(provenance), sort_keys=True)
+
+
+def linked(groups: Sequence[Iterable[str]]) -> tuple[int, ...]:
+    """Find which examples belong together because they share a source, directly or through others.
+
+    Args:
+        groups: the sources (such as clips' hashes) of each example.
+
+    Returns:
+        The cluster of each example, counted from 0; an example without sources is a cluster of its own.
+    """
+    owner: dict[str, int] = {}
+    parent = list(range(len(groups)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for i, group in enumerate(groups):
+        for source in group:
+            parent[root(i)] = root(owner.setdefault(source, i))
+    names: dict[int, int] = {}
+    return tuple(names.setdefault(root(i), len(names)) for i in range(len(groups)))
