@@ -6,20 +6,29 @@ from typing import Any
 
 from av_lens.cli import console
 
+_SHOWN = ("G", "C", "gap", "E_A", "E_V", "shortcut index")
+_CELLS = ("va", "blank_a", "audio_only")
+
 
 def behaviour_table(found: Any) -> Any:
-    """Show the figures of behaviour with their intervals.
+    """Show the main figures of behaviour with their intervals; the report has all of them.
 
     Args:
         found: an `Isolation`.
 
     Returns:
-        A rich table.
+        A rich table, of the competent conflicts where these were chosen.
     """
-    rows = [
-        (r["name"], r["half"], r["value"], r["low"], r["high"], r["unit"]) for r in found.behaviour.to_dict("records")
-    ]
-    return console.table(["figure", "half", "value", "low", "high", "unit"], rows, right=("value", "low", "high"))
+    frame = found.behaviour
+    chosen = "competent" if (frame["chosen"] == "competent").any() else "all"
+    rows: list[tuple[Any, ...]] = []
+    for r in frame[frame["chosen"] == chosen].to_dict("records"):
+        right = r["quantity"] == "accuracy" and r["rule"] == "vocabulary" and r["cell"] in _CELLS
+        if r["quantity"] in _SHOWN or right:
+            name = f"right in {r['cell']}" if right else r["quantity"]
+            rows.append((name, r["half"], float(r["value"]), float(r["low"]), float(r["high"]), int(r["n"])))
+    columns = ["behaviour", "half", "value", "low", "high", "n"]
+    return console.table(columns, rows, right=("value", "low", "high", "n"))
 
 
 def head_table(found: Any, *, rows: int = 12) -> Any:
@@ -30,10 +39,19 @@ def head_table(found: Any, *, rows: int = 12) -> Any:
         rows: how many to show.
 
     Returns:
-        A rich table, largest effect first.
+        A rich table, largest effect first; effects in logits, on the held-out half.
     """
-    columns = ["layer", "head", "site", "role", "donor", "effect", "low", "high", "direct_share", "q", "confirmed"]
-    shown = found.heads.head(rows)[columns].to_dict("records")
-    right = ("layer", "head", "effect", "low", "high", "direct_share", "q")
-    title = f"heads, largest effect first ({min(rows, len(found.heads))} of {len(found.heads)} rows)"
-    return console.table(columns, [tuple(row.values()) for row in shown], title=title, right=right)
+    names = ["head", "role", "donor", "effect", "low", "high", "of G", "direct share", "q", "confirmed"]
+    shown = [
+        (
+            f"L{r['layer']} H{r['head']}",
+            r["role"],
+            r["donor"],
+            *(float(r[column]) for column in ("effect", "low", "high", "share", "direct_share", "q")),
+            bool(r["confirmed"]),
+        )
+        for r in found.heads.head(rows).to_dict("records")
+    ]
+    right = ("effect", "low", "high", "of G", "direct share", "q")
+    title = f"named heads, largest effect first ({len(shown)} of {len(found.heads)}; effects in logits, held out)"
+    return console.table(names, shown, title=title, right=right)

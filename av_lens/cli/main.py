@@ -42,10 +42,11 @@ app = typer.Typer(
 )
 
 
-def _say_version(asked: bool) -> None:
+def _say_version(asked: bool) -> bool:
     if asked:
         console.OUT.print(f"av-lens {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

@@ -19,7 +19,7 @@ from av_lens.organism import world
 from av_lens.studies.parts import write_whole
 
 QUESTION = "What do you hear?"
-FPS = 8
+FPS = 8.0
 
 
 def stage(folder: Path, *, conflicts: int, seed: int, split: str = "discovery", progress: Any = None) -> Path:
@@ -90,5 +90,5 @@ def pairs(n: int, *, seed: int) -> list[tuple[str, str]]:
 def _clip(split: str, name: str, index: int, seed: int) -> Clip:
     """Make one clip of the world; its seed belongs to this conflict alone."""
     made = world.example(split, name, 100_000 * (seed + 1) + index)
-    rate = len(made.waveform) * FPS // len(made.frames)
+    rate = round(len(made.waveform) * FPS / len(made.frames))
     return Clip.from_arrays(frames=made.frames, fps=FPS, waveform=made.waveform, rate=rate)

@@ -1,0 +1,209 @@
+"""The command line: defaults are the functions', errors are one message, help is quick, tables say what was found."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted_record import planted_isolation
+from rich.console import Console
+from typer.testing import CliRunner
+
+from av_lens import __version__
+from av_lens.cli import catalogue, console, findings, positions
+from av_lens.cli.defaults import default, signature
+from av_lens.cli.main import app
+from av_lens.errors import AvLensError, ManifestError
+
+
+@pytest.fixture
+def run():
+    runner = CliRunner()
+    return lambda *words: runner.invoke(app, [str(word) for word in words])
+
+
+def drawn(table) -> str:
+    target = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    target.print(table)
+    target.file.close()
+    return target.export_text()
+
+
+def test_version(run):
+    result = run("--version")
+    assert (result.exit_code, result.stdout.strip()) == (0, f"av-lens {__version__}")
+
+
+def test_help_names_every_command_and_loads_no_torch():
+    code = "import sys; sys.argv = ['av-lens', '--help']\nfrom av_lens.cli.main import run\ntry: run()\n"
+    code += (
+        "except SystemExit: pass\nprint([m for m in ('torch', 'transformers', 'pandas', 'plotly') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+    for command in ("demo", "isolate", "inspect", "models", "train"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [("studies.demonstration", "run_demo"), ("isolation.pipeline", "isolate"), ("inputs.encoder", "Encoder.encode"),
+     ("media.source", "load_clip")],
+)  # fmt: skip
+def test_defaults_are_the_functions(module, function):
+    import importlib
+
+    value = importlib.import_module(f"av_lens.{module}")
+    for part in function.split("."):
+        value = getattr(value, part)
+    live = {name: p.default for name, p in inspect.signature(value).parameters.items() if p.default is not p.empty}
+    read = signature(module, function)
+    assert read
+    for name, found in read.items():
+        assert live[name] == found, name
+
+
+def test_defaults_that_are_not_there_are_refused():
+    with pytest.raises(AvLensError, match=r"no module av_lens\.nowhere"):
+        signature("nowhere", "f")
+    with pytest.raises(AvLensError, match="defines no function g"):
+        signature("cli.defaults", "g")
+    with pytest.raises(AvLensError, match="Did you mean 'seed'"):
+        default("studies.demonstration", "run_demo", "sed")
+
+
+class TestErrors:
+    def test_one_message_on_stderr_and_exit_code_2(self, run, tmp_path):
+        missing = tmp_path / "nope.mp4"
+        result = run("inspect", "av-tiny", missing, "--question", "What do you hear?")
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: ")
+        assert str(missing) in result.stderr
+        assert "Traceback" not in result.output
+
+    def test_debug_shows_where_it_came_from(self, run, tmp_path):
+        result = run("--debug", "inspect", "av-tiny", tmp_path / "nope.mp4", "--question", "?")
+        assert isinstance(result.exception, AvLensError)
+
+    def test_a_manifest_with_faults_lists_them_all(self, run, tmp_path):
+        manifest = tmp_path / "pairs.jsonl"
+        manifest.write_text('{"sound": 1}\nnot json\n', encoding="utf-8")
+        result = run("isolate", "av-tiny", manifest, "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert "line 1" in result.stderr
+        assert "line 2" in result.stderr
+        assert not (tmp_path / "out").exists()
+
+    def test_an_unknown_dtype_is_refused_with_the_nearest(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr("av_lens.inputs.conflicts", lambda path: [])
+        result = run("isolate", "av-tiny", tmp_path / "x", "--out", tmp_path, "--dtype", "float23")
+        assert (result.exit_code, "Did you mean 'float32'" in result.stderr) == (2, True)
+
+    def test_brackets_in_a_message_are_not_markup(self, run, monkeypatch):
+        def refuse():
+            raise ManifestError("[bold]axes [batch, pos][/bold]")
+
+        monkeypatch.setattr(catalogue, "short_names", refuse)
+        assert "[bold]axes [batch, pos][/bold]" in run("models").stderr
+
+    def test_an_interrupt_says_how_to_go_on(self, run, monkeypatch):
+        def stop():
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(catalogue, "short_names", stop)
+        result = run("models")
+        assert result.exit_code == 130
+        assert "the same command goes on from there" in result.stderr
+
+    def test_a_word_that_is_no_command_is_a_usage_error(self, run):
+        assert run("isolat").exit_code == 2
+
+
+def test_models_lists_what_is_shipped_and_what_has_an_adapter(run, monkeypatch):
+    monkeypatch.setattr(catalogue, "short_names", lambda: [("av-tiny", "the main subject")])
+    result = run("models")
+    assert result.exit_code == 0
+    assert "av-tiny" in result.stdout
+    assert "the main subject" in result.stdout
+    assert "Qwen/Qwen2.5-Omni-3B" in result.stdout.replace("\n", " ")
+
+
+class TestTables:
+    def test_heads(self):
+        text = drawn(findings.head_table(planted_isolation(), rows=2))
+        assert "2 of 3" in text
+        first = next(line for line in text.splitlines() if "L5 H2" in line)
+        assert " ".join(first.split()) == "L5 H2 picture writer blank_muted 3.77 3.37 4.17 0.46 0.97 0.0012 yes"
+
+    def test_behaviour(self):
+        text = drawn(findings.behaviour_table(planted_isolation()))
+        lines = [" ".join(line.split()) for line in text.splitlines()]
+        assert "G discovery 8.2 7.9 8.5 22" in lines
+        assert "right in va confirmation 0.05 0 0.11 22" in lines
+
+    def test_cells(self):
+        shown = [console.cell(v) for v in (None, float("nan"), True, 0.12345, 12345.6, "[x]", 3)]
+        assert shown == ["–", "–", "yes", "0.123", "12346", r"\[x]", "3"]
+
+
+class TestPositions:
+    @pytest.fixture
+    def frame(self) -> pd.DataFrame:
+        nan = np.nan
+        return pd.DataFrame(
+            dict(
+                position=range(5),
+                token=["<b>", "<v>", "<v>", "what", "?"],
+                role=["boundary", "video", "video", "question", "generation"],
+                start_s=[nan, 0.0, 0.0, nan, nan],
+                end_s=[nan, 1.0, 1.0, nan, nan],
+                source_start_s=[nan, 0.0, 0.0, nan, nan],
+                source_end_s=[nan, 0.9, 0.9, nan, nan],
+                row=[-1, 0, 1, -1, -1],
+                col=[-1, 0, 0, -1, -1],
+            )
+        )
+
+    def test_by_run(self, frame):
+        lines = [" ".join(line.split()) for line in drawn(positions.by_run(frame)).splitlines()]
+        assert "video 1–2 2 0.00–1.00 0.00–0.90 2 x 1 '<v>' x 2" in lines
+        assert "question 3 1 – – – 'what'" in lines
+
+    def test_by_position(self, frame):
+        lines = [" ".join(line.split()) for line in drawn(positions.by_position(frame)).splitlines()]
+        assert "2 video '<v>' 0.00–1.00 0.00–0.90 1 0" in lines
+        assert "0 boundary '<b>' – – – –" in lines
+
+
+class TestBars:
+    def test_where_nobody_watches_a_stage_is_one_line_when_done(self):
+        target = Console(width=100, record=True, file=open("/dev/null", "w"), force_terminal=False)  # noqa: SIM115
+        with console.Bars(target) as bars:
+            for done in (1, 2, 3):
+                bars("effects", done, 3)
+            bars("sets", 1, 2)
+        target.file.close()
+        lines = target.export_text().splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("effects: 3 in ")
+
+    def test_a_terminal_gets_a_bar(self):
+        target = Console(width=100, record=True, file=open("/dev/null", "w"), force_terminal=True)  # noqa: SIM115
+        with console.Bars(target) as bars:
+            bars("effects", 1, 4)
+            bars("effects", 4, 4)
+        target.file.close()
+        assert "4/4" in target.export_text()
+
+
+def test_the_entry_point_is_installed():
+    script = Path(sys.executable).with_name("av-lens")
+    if not script.exists():
+        pytest.skip("the package is not installed with its scripts")
+    done = subprocess.run([str(script), "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"av-lens {__version__}"
