@@ -32,13 +32,16 @@ from av_lens.inputs.layout import (
     frame_rate_fault,
     media_roles,
 )
+from av_lens.inputs.memory import Memory
 from av_lens.inputs.model_inputs import AVInputs
-from av_lens.inputs.prompt import render, tokenize
+from av_lens.inputs.prompt import Prompt, render, tokenize
 from av_lens.media.clip import Clip
 from av_lens.media.files import ClipFile
+from av_lens.spans import SpanMap
 
 SOUND = ("auto", "in_video", "separate", None)
 PICTURE = ("auto", "video", "image", None)
+_REMEMBERED = 256  # prompts and layouts
 _LAYOUTS: dict[tuple[str | None, str | None], str] = {
     ("video", "in_video"): "in_video",
     ("video", "separate"): "separate",
@@ -134,6 +137,8 @@ class Encoder:
         self.grammar = grammar if isinstance(grammar, Grammar) or grammar is None else Grammar.from_json(grammar)
         self.features = Features(processor, cache_bytes=cache_bytes)
         self._texts: dict[int, str] = {}
+        self._prompts: Memory[Prompt] = Memory(_REMEMBERED)
+        self._layouts: Memory[Tensor] = Memory(_REMEMBERED)
         for name, found in (("audio", self.known.audio), ("video", self.known.video), ("image", self.known.image)):
             wanted = int(getattr(processor, f"{name}_token_id"))
             if wanted != found:
@@ -210,23 +215,28 @@ class Encoder:
         answers = () if answer is None else resolve(self.processor.tokenizer, answer).options
         if len(answers) > 1:
             raise InputError(f"answer= appends one answer, and {answer!r} lists {len(answers)} synonyms; choose one")
-        prompt = tokenize(
-            self.processor,
-            render(self.processor, choice.media, asked, system=system),
-            expansions=self._expansions(media),
-            prefix=prefix,
-            answer_ids=answers[0] if answers else (),
+        expansions = self._expansions(media)
+        words = (choice.media, asked, system, tuple(expansions.items()), prefix, *answers)
+        prompt = self._prompts.once(
+            words,
+            lambda: tokenize(
+                self.processor,
+                render(self.processor, choice.media, asked, system=system),
+                expansions=expansions,
+                prefix=prefix,
+                answer_ids=answers[0] if answers else (),
+            ),
         )
         ids = np.array(prompt.ids, dtype=np.int64)
-        roles = media_roles(ids, prompt.roles, self.known)
-        spans = build_map(ids, roles, self._decoded(ids), media, self.known)
+        spans = build_map(ids, media_roles(ids, prompt.roles, self.known), self._decoded(ids), media, self.known)
         tensors = _tensors(ids, media)
-        found = self._model_positions(tensors)
-        check_positions(expected_positions(ids, media, self.known), found[:, 0].cpu().numpy(), spans, fps=fps)
+        # Position ids follow from the ids, the grids and the lengths alone: one layout is checked once.
+        layout = (prompt.ids, media.shape)
+        found = self._layouts.once(layout, lambda: self._checked_positions(tensors, ids, media, spans, fps))
         return AVInputs(
             tensors=tensors,
             spans=spans,
-            position_ids=found,
+            position_ids=found.clone(),
             clips=(clip,),
             questions=(asked,),
             layout=choice.layout,
@@ -264,13 +274,17 @@ class Encoder:
             )
         return made
 
-    def _model_positions(self, tensors: Mapping[str, Any]) -> Tensor:
+    def _checked_positions(
+        self, tensors: Mapping[str, Any], ids: np.ndarray, media: Media, spans: SpanMap, fps: float | int
+    ) -> Tensor:
         try:
-            return self.position_ids(tensors)
+            found = self.position_ids(tensors)
         except (IndexError, RuntimeError) as error:
             raise InputError(
                 f"the model cannot compute position ids for this input ({error}): its layout is not one that it knows"
             ) from error
+        check_positions(expected_positions(ids, media, self.known), found[:, 0].cpu().numpy(), spans, fps=fps)
+        return found
 
     def _decoded(self, ids: np.ndarray) -> tuple[str, ...]:
         for token in np.unique(ids).tolist():

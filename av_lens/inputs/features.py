@@ -17,8 +17,6 @@ Not done: the towers' outputs; they are kept by the model's traces.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +26,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from av_lens.errors import InputError
+from av_lens.inputs.memory import Memory
 from av_lens.media.clip import Clip
 from av_lens.media.resampling import resample
 
@@ -140,9 +139,7 @@ class Features:
 
     def __init__(self, processor: Any, *, cache_bytes: int = 512 << 20) -> None:
         self.processor = processor
-        self.cache_bytes = cache_bytes
-        self.hits = 0
-        self._kept: OrderedDict[tuple[Any, ...], Picture | Sound] = OrderedDict()
+        self.memory: Memory[Picture | Sound] = Memory(cache_bytes, lambda made: made.nbytes)
 
     def video(self, clip: Clip, fps: float | int) -> Picture:
         """Sample a clip's frames and cut them into patches.
@@ -154,7 +151,7 @@ class Features:
         Returns:
             The patches, their grid and the true times behind them.
         """
-        return cast(Picture, self._once(("video", clip.picture_hash, fps), lambda: self._video(clip, fps)))
+        return cast(Picture, self.memory.once(("video", clip.picture_hash, fps), lambda: self._video(clip, fps)))
 
     def image(self, clip: Clip) -> Picture:
         """Cut one frame into patches: an image's only one, a video's nearest to its middle.
@@ -165,7 +162,7 @@ class Features:
         Returns:
             The patches, their grid and the frame's true time.
         """
-        return cast(Picture, self._once(("image", clip.picture_hash), lambda: self._image(clip)))
+        return cast(Picture, self.memory.once(("image", clip.picture_hash), lambda: self._image(clip)))
 
     def sound(self, clip: Clip) -> Sound:
         """Compute the mel of a clip's sound, resampled to the processor's rate where it differs.
@@ -179,17 +176,7 @@ class Features:
         Raises:
             InputError: for a sound too short for one token or too long for the processor.
         """
-        return cast(Sound, self._once(("sound", clip.sound_hash), lambda: self._sound(clip)))
-
-    def _once(self, key: tuple[Any, ...], make: Callable[[], Picture | Sound]) -> Picture | Sound:
-        if key in self._kept:
-            self.hits += 1
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        made = self._kept[key] = make()
-        while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self.cache_bytes:
-            self._kept.popitem(last=False)
-        return made
+        return cast(Sound, self.memory.once(("sound", clip.sound_hash), lambda: self._sound(clip)))
 
     def video_options(self) -> dict[str, Any]:
         """Collect what the video processor is told, beside the frames.

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ class Grammar:
         text = re.sub(r"\s+([?.!,])", r"\1", text).rstrip("?.! ")
         return re.sub(r"[a-z]+", lambda word: self.spellings.get(word.group(), word.group()), text)
 
+    @cached_property
+    def _phrasings(self) -> dict[str, str]:
+        return {self.normalize(text): text for texts in self.questions.values() for text in texts}
+
     def match(self, question: str) -> str:
         """Find the phrasing that a question is.
 
@@ -87,10 +92,10 @@ class Grammar:
         Raises:
             InputError: if it is none of them; the message names the nearest.
         """
-        known = {self.normalize(text): text for texts in self.questions.values() for text in texts}
-        found = known.get(self.normalize(question))
+        found = self._phrasings.get(self.normalize(question))
         if found is None:
-            raise InputError(f"this model was not taught that: {unknown('question', question, known.values())}")
+            known = self._phrasings.values()
+            raise InputError(f"this model was not taught that: {unknown('question', question, known)}")
         return found
 
     def kind(self, question: str) -> str:

@@ -69,6 +69,13 @@ class Media:
     seconds_per_grid: float | None = None
     interleaved: bool = False
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """All that position ids depend on, beside the token ids."""
+        grids = (None if picture is None else picture.grid for picture in (self.video, self.image))
+        heard = None if self.sound is None else self.sound.mel.shape[-1]
+        return (*grids, heard, self.seconds_per_grid, self.interleaved)
+
 
 def media_roles(ids: np.ndarray, roles: tuple[str, ...], known: Ids) -> tuple[str, ...]:
     """Give media positions their own role, by their token.
