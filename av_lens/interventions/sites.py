@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -24,6 +24,7 @@ from av_lens.spans import SpanMap
 KV_COMPONENTS = ("k", "v", "rot_k")
 
 
+@runtime_checkable
 class Spec(Protocol):
     """The sizes of a model that a site is checked against (`HookedAVLLM.spec` has them)."""
 
