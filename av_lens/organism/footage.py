@@ -10,7 +10,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,38 +77,44 @@ def mel(waveforms: list[Any]) -> Float32[np.ndarray, "clip mel frame"]:
     return made["input_features"][:, :, :MEL_FRAMES].astype(np.float32)
 
 
-def film(split: str, name: str, n: int, path: str) -> str:
-    """Make one shard: a class's first `n` clips of a split, through mp4.
+def film(split: str, name: str, n: int, path: str, first: int = 0) -> str:
+    """Make one shard: `n` clips of a class and split, through mp4.
 
     Args:
         split: a part of the world.
         name: a class.
-        n: how many clips, seeds 0 to n - 1.
+        n: how many clips.
         path: where the shard goes.
+        first: the first clip's seed; the others follow.
 
     Returns:
         The path.
     """
-    torch.set_num_threads(1)
     frames, waveforms, hashes = [], [], []
-    for seed in range(n):
+    for seed in range(first, first + n):
         crf = np.random.default_rng([world.SPLITS[split], seed]).integers(*CRF_RANGE) if split == "train" else 17
         clip = through_mp4(as_clip(world.example(split, name, seed)), crf=float(crf))
         frames.append(np.asarray(clip.frames)[::2])
         waveforms.append(np.asarray(clip.waveform))
         hashes.append((clip.picture_hash or "", clip.sound_hash or ""))
     spectra = np.concatenate([mel(waveforms[start : start + 50]) for start in range(0, n, 50)])
-    colours = [COLOURS.index(world.colour_of(split, name, seed)) for seed in range(n)]
+    colours = [COLOURS.index(world.colour_of(split, name, seed)) for seed in range(first, first + n)]
     unfinished = f"{path}.part.npz"
     np.savez(unfinished, frames=np.stack(frames), mel=spectra, colour=np.array(colours), hashes=np.array(hashes))
     os.replace(unfinished, path)
     return path
 
 
+def _shard(folder: str | os.PathLike[str], split: str, name: str, n: int, first: int) -> Path:
+    """Where a shard is kept."""
+    return Path(folder) / f"{split}_{name}_{n}{f'_from_{first}' if first else ''}.npz"
+
+
 def film_all(
     folder: str | os.PathLike[str],
     *,
     per_class: dict[str, int] | None = None,
+    first: int = 0,
     workers: int = 2,
     progress: Progress | None = None,
 ) -> None:
@@ -117,41 +123,47 @@ def film_all(
     Args:
         folder: where shards are kept.
         per_class: clips of each class by split; `PER_CLASS` by default.
-        workers: processes.
+        first: the first clip's seed.
+        workers: processes; 1 films in this one.
         progress: called with a stage's name, what is done and how much there is.
     """
     wanted = per_class or PER_CLASS
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    todo = [
-        (split, name, n, str(place / f"{split}_{name}_{n}.npz"))
-        for split, n in wanted.items()
-        for name in CLASSES
-        if not (place / f"{split}_{name}_{n}.npz").exists()
-    ]
-    total = len(wanted) * len(CLASSES)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    jobs = [(split, name, n, _shard(folder, split, name, n, first)) for split, n in wanted.items() for name in CLASSES]
+    todo = [(split, name, n, str(path), first) for split, name, n, path in jobs if not path.exists()]
+    for done, _ in enumerate(_filmed(todo, workers), len(jobs) - len(todo) + 1):
+        if progress is not None:
+            progress("filming the world", done, len(jobs))
+
+
+def _filmed(todo: list[tuple[str, str, int, str, int]], workers: int) -> Iterator[str]:
+    """Shards as they are done, in whatever order."""
+    if workers == 1 or len(todo) < 2:
+        for job in todo:
+            yield film(*job)
+        return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = [pool.submit(film, *job) for job in todo]
-        for done, job in enumerate(concurrent.futures.as_completed(jobs), total - len(todo) + 1):
-            job.result()
-            if progress is not None:
-                progress("filming the world", done, total)
+        for job in concurrent.futures.as_completed([pool.submit(film, *job) for job in todo]):
+            yield job.result()
 
 
-def views(folder: str | os.PathLike[str], split: str, *, n: int | None = None) -> tuple[Views, list[list[str]]]:
+def views(
+    folder: str | os.PathLike[str], split: str, *, n: int | None = None, first: int = 0
+) -> tuple[Views, list[list[str]]]:
     """Read a split's shards.
 
     Args:
         folder: where `film_all` put them.
         split: a part of the world.
         n: clips of each class; `PER_CLASS` by default.
+        first: the first clip's seed.
 
     Returns:
         The clips, class after class, and each clip's picture and sound hash.
     """
     n = n or PER_CLASS[split]
-    shards = [np.load(Path(folder) / f"{split}_{name}_{n}.npz") for name in CLASSES]
+    shards = [np.load(_shard(folder, split, name, n, first)) for name in CLASSES]
     label = torch.arange(len(CLASSES)).repeat_interleave(n)
     read = Views(
         frames=torch.from_numpy(np.concatenate([shard["frames"] for shard in shards])),

@@ -59,8 +59,17 @@ class FeaturePool:
 
 
 @torch.no_grad()
-def _watched(model: Any, views: Views, batch: int = 120) -> tuple[Tensor, Tensor]:
-    """Both towers' outputs for all clips, the audio before its projector."""
+def watch(model: Any, views: Views, *, batch: int = 120) -> tuple[Tensor, Tensor]:
+    """Run both towers over clips.
+
+    Args:
+        model: a thinker, not wrapped.
+        views: the clips.
+        batch: clips at a time.
+
+    Returns:
+        What is put at the video tokens, and the input of the audio tower's projector.
+    """
     seen = [vision_features(model, patches(frames[:, :: frames.shape[1] // 4])) for frames in views.frames.split(batch)]
     heard = [audio_hidden(model, mel) for mel in views.mel.split(batch)]
     return torch.cat(seen), torch.cat(heard)
@@ -83,9 +92,9 @@ def make_pool(
         The pool.
     """
     project = model.model.audio_tower.proj
-    video, hidden = _watched(model, views)
+    video, hidden = watch(model, views)
     empty = nothing(views, every=blank_every, seed=seed)
-    blank, mute = _watched(model, empty)
+    blank, mute = watch(model, empty)
     per_class = int((views.picture == 0).sum())
     kind = torch.arange(len(blank)) % 3
     return FeaturePool(

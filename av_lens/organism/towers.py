@@ -7,7 +7,7 @@ is 36 patches that attend to one another, a sound is one window of 200 mel frame
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -42,6 +42,17 @@ class Views:
     picture: Int64[Tensor, "clip"]
     sound: Int64[Tensor, "clip"]
     colour: Int64[Tensor, "clip"]
+
+    def taken(self, at: Int64[Tensor, "taken"]) -> Views:
+        """Take some of the clips.
+
+        Args:
+            at: their numbers.
+
+        Returns:
+            These clips, in that order.
+        """
+        return Views(*(getattr(self, field.name)[at] for field in fields(self)))
 
 
 def cut(frames: UInt8[Tensor, "clip 4 3 height width"]) -> UInt8[Tensor, "patch pixel"]:

@@ -1,0 +1,222 @@
+"""Where a model keeps the sound on conflict clips, and which heads keep it from being said.
+
+Four looks, each on held-out clips. *Probes*: can the sound (the picture) be read from the stream where the answer
+begins, layer by layer? *Cuts*: what is answered when attention to a medium is cut everywhere? *Heads*: what does
+silencing each head alone do? *Ablation*: what do the few heads found on the discovery half do to clips of the test
+half, together, beside as many random heads of the same layers (or of neighbouring ones, where a layer has too few),
+and is all else as before?
+
+This is the quick self-portrait that ships with each model; the main job (`isolate`) is the instrument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from av_lens.organism.answering import Head, each_head, logits, streams
+from av_lens.organism.behaviour import BOTH, CELLS, ask, behave, truth
+from av_lens.organism.held_out import HeldOut, Media
+from av_lens.organism.layouts import class_ids
+
+MOST_HEADS = 4
+RANDOM_SETS = 6
+CUTS = {"text|audio > video": ("text|audio", "video"), "text > audio": ("text", "audio")}
+_CONFLICT = CELLS["conflict"]
+
+
+def probes(model: Any, fit: tuple[HeldOut, Media], test: tuple[HeldOut, Media]) -> pd.DataFrame:
+    """Read sound and picture from the stream where the answer to "hear" begins, on conflict clips.
+
+    Args:
+        model: from `answering.plain`.
+        fit: clips and media that the probes (logistic regressions) learn from.
+        test: clips and media that they are scored on.
+
+    Returns:
+        `layout layer target accuracy n`; layer 0 is before the first layer, layer l after the l-th.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    rows: list[dict[str, Any]] = []
+    for layout in BOTH:
+        seen = [streams(model, ask(_CONFLICT, layout, *half, kinds=("hear",)))[:, 0] for half in (fit, test)]
+        facts = [truth(_CONFLICT, half[0]) for half in (fit, test)]
+        for layer in range(seen[0].shape[1]):
+            mean, scale = seen[0][:, layer].mean(0), seen[0][:, layer].std(0) + 1e-6
+            x, x_test = (((part[:, layer] - mean) / scale).numpy() for part in seen)
+            for target in ("sound", "picture"):
+                y, y_test = (getattr(fact, target).numpy() for fact in facts)
+                score = LogisticRegression(C=0.1, max_iter=500).fit(x, y).score(x_test, y_test)
+                rows.append({"layout": layout, "layer": layer, "target": target, "accuracy": score, "n": len(y_test)})
+    return pd.DataFrame(rows)
+
+
+def cuts(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
+    """Count answers on conflict clips with attention to a medium cut in all layers.
+
+    Args:
+        model: from `answering.plain`.
+        clips: the held-out clips.
+        media: what the model's towers put out for them.
+
+    Returns:
+        Rows as `behave` gives them, with a column `cut`.
+    """
+    parts = [
+        behave(model, clips, media, cells=("conflict",), kinds=("hear", "see"), cut=edges).assign(cut=name)
+        for name, edges in CUTS.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def margin(said: Tensor, clips: HeldOut) -> Tensor:
+    """Say by how much the sound's answer leads the picture's on conflict clips.
+
+    Args:
+        said: logits `[clip, d_vocab]`.
+        clips: the clips.
+
+    Returns:
+        logit(sound) - logit(picture) of each clip.
+    """
+    what, tokens = truth(_CONFLICT, clips), class_ids()
+    sound, picture = (said.gather(1, tokens[label][:, None])[:, 0] for label in (what.sound, what.picture))
+    return sound - picture
+
+
+def heads(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
+    """Silence every head alone at the text positions of conflict clips that are asked to hear.
+
+    Args:
+        model: from `answering.plain`.
+        clips: the discovery clips.
+        media: what the model's towers put out for them.
+
+    Returns:
+        `layer head effect sound`, largest effect first: by how much the sound's lead over the picture grows (in
+        logits), and how often the sound is then answered; means over both layouts.
+    """
+    found: dict[Head, list[tuple[float, float]]] = {}
+    tokens = class_ids()[truth(_CONFLICT, clips).sound]
+    for layout in BOTH:
+        asked = ask(_CONFLICT, layout, clips, media, ("hear",))
+        before = margin(logits(model, asked)[:, 0, 0], clips)
+        for head, said in each_head(model, asked):
+            effect = (margin(said[:, 0], clips) - before).mean().item()
+            found.setdefault(head, []).append((effect, (said[:, 0].argmax(-1) == tokens).float().mean().item()))
+    rows = [
+        {"layer": layer, "head": head, "effect": np.mean(values, 0)[0], "sound": np.mean(values, 0)[1]}
+        for (layer, head), values in found.items()
+    ]
+    return pd.DataFrame(rows).sort_values("effect", ascending=False, ignore_index=True)
+
+
+def controls(
+    chosen: Sequence[Head], n_layers: int, n_heads: int, *, n_sets: int = RANDOM_SETS, seed: int = 0
+) -> list[tuple[Head, ...]]:
+    """Draw different random sets of heads to hold against a chosen set.
+
+    Args:
+        chosen: the heads that are not to be drawn.
+        n_layers: of the model.
+        n_heads: of each layer.
+        n_sets: how many sets at most.
+        seed: decides them.
+
+    Returns:
+        Sets as large as `chosen`. Half of them, as far as there are different ones, take each head from its
+        counterpart's layer (from the nearest layers where that is used up); the others from the nearest other layers.
+    """
+    rng = np.random.default_rng([11, seed])
+    sets: dict[tuple[Head, ...], None] = {}
+    for attempt in range(8 * n_sets):
+        nearest = 0 if attempt < 4 * n_sets else 1
+        drawn: list[Head] = []
+        for layer, _ in chosen:
+            for distance in range(nearest, n_layers):
+                near = {layer - distance, layer + distance} & set(range(n_layers))
+                free = [(at, head) for at in sorted(near) for head in range(n_heads)]
+                free = [head for head in free if head not in chosen and head not in drawn]
+                if free:
+                    drawn.append(free[int(rng.integers(len(free)))])
+                    break
+        full = len(sets) >= (n_sets // 2 if nearest == 0 else n_sets)
+        if not full and len(drawn) == len(chosen):
+            sets[tuple(sorted(drawn))] = None
+    return list(sets)
+
+
+def ablation(
+    model: Any, ranked: Sequence[Head], test: tuple[HeldOut, Media], *, seed: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Silence the best 1, 2, 3 and 4 heads together on held-out conflict clips, beside random heads.
+
+    Args:
+        model: from `answering.plain`.
+        ranked: heads in order of their effect on the discovery half.
+        test: clips and media of the test half.
+        seed: decides the random heads.
+
+    Returns:
+        Counts on conflict clips asked to hear, with columns `arm` ("chosen" or "random") and `heads`; and counts in all
+        cells with the four silenced.
+    """
+    clips, media = test
+    config = model.config.text_config
+    parts: list[pd.DataFrame] = []
+    for count in range(1, MOST_HEADS + 1):
+        chosen = tuple(ranked[:count])
+        found = behave(model, clips, media, cells=("conflict",), kinds=("hear",), silenced=chosen)
+        parts.append(found.assign(arm="chosen", heads=name_heads(chosen)))
+    best = tuple(ranked[:MOST_HEADS])
+    fewer = few(clips, media, min(clips.per_class, 30))
+    for drawn in controls(best, config.num_hidden_layers, config.num_attention_heads, seed=seed):
+        found = behave(model, *fewer, cells=("conflict",), kinds=("hear",), silenced=drawn)
+        parts.append(found.assign(arm="random", heads=name_heads(drawn)))
+    kept = behave(model, clips, media, kinds=("hear", "see"), silenced=best).assign(heads=name_heads(best))
+    return pd.concat(parts, ignore_index=True), kept
+
+
+def name_heads(chosen: Sequence[Head]) -> str:
+    """Write heads as text.
+
+    Args:
+        chosen: (layer, head) pairs.
+
+    Returns:
+        Such as "L4H2 L4H3".
+    """
+    return " ".join(f"L{layer}H{head}" for layer, head in chosen)
+
+
+def few(clips: HeldOut, media: Media, per_class: int) -> tuple[HeldOut, Media]:
+    """Take the first clips of each class.
+
+    Args:
+        clips: held-out clips.
+        media: what a model's towers put out for them.
+        per_class: how many to take of each class.
+
+    Returns:
+        The smaller set, its conflicts within itself.
+    """
+    n_classes = len(clips.partner) // clips.per_class
+    keep = torch.arange(n_classes)[:, None] * clips.per_class + torch.arange(per_class)
+    at = keep.flatten()
+    label, place = clips.partner[at] // clips.per_class, clips.partner[at] % clips.per_class
+    views = clips.views.taken(at)
+    smaller = HeldOut(
+        clips.split,
+        clips.seed,
+        per_class,
+        views,
+        label * per_class + place,
+        tuple(clips.hashes[int(one)] for one in at),
+    )
+    return smaller, Media(media.video[at], media.audio[at], media.blank, media.mute)

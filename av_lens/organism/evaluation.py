@@ -1,0 +1,232 @@
+"""The fixed evaluation of an embedded model: what it answers, where it keeps the sound, which heads hold it back.
+
+`evaluate` asks at least 500 held-out clips a cell. They are written to mp4 and decoded back, and known by their content
+hashes: the shipped weights reproduce the shipped counts on equal clips. Tower outputs are computed once a clip, and the
+questions hang on one prefix; a sample of the clips also goes the public road (file, `encode`, forward), and evaluation
+is refused if the two roads differ.
+
+Example:
+    ```python
+    result = organism.evaluate(avl.load("av-tiny"), seed=0)
+    result.shares()                     # every cell with its exact interval
+    result.save("evaluation.json")
+    ```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from av_lens.errors import ModelError
+from av_lens.organism import anatomy, behaviour, dissection
+from av_lens.organism.answering import logits, plain
+from av_lens.organism.footage import Progress
+from av_lens.organism.grammar import CLASSES
+from av_lens.organism.held_out import HeldOut, Media, held_out, media
+
+SCHEMA = 1
+ROAD_TOLERANCE = 1e-3
+_TABLES = ("counts", "captions", "probes", "cuts", "heads", "ablation", "kept")
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What an evaluation found; every count is of held-out clips.
+
+    Attributes:
+        counts: answers in every cell, from `behaviour.behave`.
+        captions: the slots of captions.
+        probes: what can be read from the stream, by layer; empty if the model was not dissected.
+        cuts: answers with attention cut; empty likewise.
+        heads: each head silenced alone, on discovery clips; empty likewise.
+        ablation: the best heads and random ones silenced together; empty likewise.
+        kept: all cells with the best heads silenced; empty likewise.
+        about: split, seed, clips a class, the digest of their hashes, how far the two roads differ, versions.
+    """
+
+    counts: pd.DataFrame
+    captions: pd.DataFrame
+    probes: pd.DataFrame = field(default_factory=pd.DataFrame)
+    cuts: pd.DataFrame = field(default_factory=pd.DataFrame)
+    heads: pd.DataFrame = field(default_factory=pd.DataFrame)
+    ablation: pd.DataFrame = field(default_factory=pd.DataFrame)
+    kept: pd.DataFrame = field(default_factory=pd.DataFrame)
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def shares(self, table: str = "counts") -> pd.DataFrame:
+        """Give every share with its exact 95% interval.
+
+        Args:
+            table: "counts" or "captions".
+
+        Returns:
+            `cell layout kind answer count n share low high`.
+        """
+        return behaviour.shares(getattr(self, table))
+
+    def same_counts(self, other: Evaluation) -> bool:
+        """Say whether two evaluations counted the same on the same clips.
+
+        Args:
+            other: the other evaluation.
+
+        Returns:
+            True if clips, counts and captions are equal.
+
+        Raises:
+            ModelError: if the clips differ (another encoder or seed), so that counts cannot be compared.
+        """
+        if self.about["clips"] != other.about["clips"]:
+            raise ModelError(
+                f"the clips differ (digest {self.about['clips'][:12]} against {other.about['clips'][:12]}): another "
+                "seed, number of clips, or build of the mp4 encoder."
+            )
+        return self.counts.equals(other.counts) and self.captions.equals(other.captions)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the evaluation as json.
+
+        Args:
+            path: where to.
+        """
+        tables = {name: json.loads(getattr(self, name).to_json(orient="split", index=False)) for name in _TABLES}
+        content = {"schema": SCHEMA, "about": dict(self.about), **tables}
+        Path(path).write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Evaluation:
+        """Read an evaluation.
+
+        Args:
+            path: a file that `save` wrote.
+
+        Returns:
+            The evaluation.
+
+        Raises:
+            ModelError: if the file has another schema.
+        """
+        content = json.loads(Path(path).read_text("utf-8"))
+        if content.get("schema") != SCHEMA:
+            raise ModelError(f"{os.fspath(path)} is no evaluation of schema {SCHEMA} (found {content.get('schema')}).")
+        tables = {name: pd.DataFrame(content[name]["data"], columns=content[name]["columns"]) for name in _TABLES}
+        return cls(**tables, about=content["about"])
+
+
+@torch.no_grad()
+def road_difference(model: Any, bare: Any, clips: HeldOut, outputs: Media, *, n: int = 6) -> float:
+    """Compare the quick road with the public one, on conflict clips through files.
+
+    Args:
+        model: a `HookedAVLLM`.
+        bare: the same model, from `answering.plain`.
+        clips: the held-out clips.
+        outputs: what its towers put out for them.
+        n: how many clips, in each layout.
+
+    Returns:
+        The largest difference of any logit where the answer begins.
+    """
+    cell, largest = behaviour.CELLS["conflict"], 0.0
+    step = max(len(clips.partner) // n, 1)
+    for layout in behaviour.BOTH:
+        asked = behaviour.ask(cell, layout, clips, outputs)
+        for at in range(0, step * n, step)[:n]:
+            clip = clips.clip(at).with_sound(clips.clip(int(clips.partner[at])))
+            ours = logits(bare, asked.part(at, at + 1))[0, :, 0]
+            for block, question in enumerate(asked.questions[at]):
+                public = model(model.encode(clip, question, sound=layout))[0, -1]
+                largest = max(largest, (public.float().cpu() - ours[block]).abs().max().item())
+    return largest
+
+
+def _versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def evaluate(
+    model: Any,
+    *,
+    seed: int = 0,
+    n: int = 720,
+    dissect: bool = True,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate an embedded model on held-out clips.
+
+    Args:
+        model: a `HookedAVLLM` from `load`, or a thinker that no bridge has wrapped (then nothing is compared with the
+            public road).
+        seed: which set of clips; the shipped tables are of seed 0.
+        n: clips in each cell, rounded up to as many of each class.
+        dissect: also probe, cut and silence, which takes most of the time.
+        folder: where filmed clips are kept for the next time; by default they are not.
+        progress: called with a stage's name, what is done and how much there is.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        ModelError: if the model is no organism, or the quick road and the public road differ.
+    """
+    bare = plain(model)
+    if bare.config.text_config.vocab_size != len(anatomy.vocabulary()):
+        raise ModelError(f"evaluate is for the embedded models; found {bare.config.text_config.vocab_size} tokens.")
+    per_class = -(-n // len(CLASSES))
+    test = held_out(split="test", seed=seed, per_class=per_class, folder=folder, progress=progress)
+    outputs = media(bare, test)
+    about: dict[str, Any] = {"split": "test", "seed": seed, "per_class": per_class, "clips": test.digest}
+    about["versions"] = _versions()
+    if hasattr(model, "encode"):
+        about["road_difference"] = road_difference(model, bare, test, outputs)
+        if about["road_difference"] > ROAD_TOLERANCE:
+            raise ModelError(
+                f"the quick road and encode + forward differ by {about['road_difference']:.2g} in a logit: these "
+                "counts would not be the model's."
+            )
+    counts, captions = behaviour.behave(bare, test, outputs), behaviour.captions(bare, test, outputs)
+    tables: dict[str, pd.DataFrame] = {}
+    if dissect:
+        tables = _dissected(bare, (test, outputs), seed=seed, folder=folder, progress=progress)
+    return Evaluation(counts, captions, **tables, about=about)
+
+
+def _dissected(
+    bare: Any,
+    test: tuple[HeldOut, Media],
+    *,
+    seed: int,
+    folder: str | os.PathLike[str] | None,
+    progress: Progress | None,
+) -> dict[str, pd.DataFrame]:
+    """All tables of `dissection`; heads are chosen on clips of the discovery split."""
+    found = held_out(split="discovery", seed=seed, per_class=test[0].per_class, folder=folder, progress=progress)
+    discovery = (found, media(bare, found))
+    stages = iter(range(1, 5))
+
+    def tell() -> None:
+        if progress is not None:
+            progress("dissecting the model", next(stages), 4)
+
+    probes = dissection.probes(bare, discovery, test)
+    tell()
+    cuts = dissection.cuts(bare, *test)
+    tell()
+    heads = dissection.heads(bare, *dissection.few(*discovery, min(20, found.per_class)))
+    tell()
+    ranked = [(int(layer), int(head)) for layer, head in zip(heads["layer"], heads["head"], strict=True)]
+    ablation, kept = dissection.ablation(bare, ranked, test, seed=seed)
+    tell()
+    return {"probes": probes, "cuts": cuts, "heads": heads, "ablation": ablation, "kept": kept}
