@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from av_lens.organism.answering import Head, each_head, logits, streams
-from av_lens.organism.behaviour import BOTH, CELLS, ask, behave, truth
+from av_lens.organism.behaviour import BOTH, CELLS, Cell, ask, behave, truth
 from av_lens.organism.held_out import HeldOut, Media
 from av_lens.organism.layouts import class_ids
 
@@ -28,6 +28,7 @@ MOST_HEADS = 4
 RANDOM_SETS = 6
 CUTS = {"text|audio > video": ("text|audio", "video"), "text > audio": ("text", "audio")}
 _CONFLICT = CELLS["conflict"]
+_UNSEEN = Cell(BOTH, "blank", "partner")
 
 
 def probes(model: Any, fit: tuple[HeldOut, Media], test: tuple[HeldOut, Media]) -> pd.DataFrame:
@@ -99,20 +100,25 @@ def heads(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
         media: what the model's towers put out for them.
 
     Returns:
-        `layer head effect sound`, largest effect first: by how much the sound's lead over the picture grows (in
-        logits), and how often the sound is then answered; means over both layouts.
+        `layer head effect share sound`, largest effect first: by how much the sound's lead over the picture grows (in
+        logits, and as a share of the gap between a blank picture and the conflict), and how often the sound is then
+        answered; means over both layouts.
     """
-    found: dict[Head, list[tuple[float, float]]] = {}
+    found: dict[Head, list[tuple[float, float, float]]] = {}
     tokens = class_ids()[truth(_CONFLICT, clips).sound]
     for layout in BOTH:
         asked = ask(_CONFLICT, layout, clips, media, ("hear",))
         before = margin(logits(model, asked)[:, 0, 0], clips)
+        unseen = ask(_UNSEEN, layout, clips, media, ("hear",))
+        gap = (margin(logits(model, unseen)[:, 0, 0], clips) - before).mean().item()
         for head, said in each_head(model, asked):
             effect = (margin(said[:, 0], clips) - before).mean().item()
-            found.setdefault(head, []).append((effect, (said[:, 0].argmax(-1) == tokens).float().mean().item()))
+            right = (said[:, 0].argmax(-1) == tokens).float().mean().item()
+            found.setdefault(head, []).append((effect, effect / gap, right))
+    means = {head: np.mean(values, 0).tolist() for head, values in found.items()}
     rows = [
-        {"layer": layer, "head": head, "effect": np.mean(values, 0)[0], "sound": np.mean(values, 0)[1]}
-        for (layer, head), values in found.items()
+        {"layer": layer, "head": head, "effect": effect, "share": share, "sound": right}
+        for (layer, head), (effect, share, right) in means.items()
     ]
     return pd.DataFrame(rows).sort_values("effect", ascending=False, ignore_index=True)
 
@@ -164,7 +170,8 @@ def ablation(
         seed: decides the random heads.
 
     Returns:
-        Counts on conflict clips asked to hear, with columns `arm` ("chosen" or "random") and `heads`; and counts in all
+        Counts on conflict clips asked to hear, with columns `arm` ("chosen" or "random"), `count` and
+        `heads`; and counts in all
         cells with the four silenced.
     """
     clips, media = test
@@ -173,12 +180,12 @@ def ablation(
     for count in range(1, MOST_HEADS + 1):
         chosen = tuple(ranked[:count])
         found = behave(model, clips, media, cells=("conflict",), kinds=("hear",), silenced=chosen)
-        parts.append(found.assign(arm="chosen", heads=name_heads(chosen)))
+        parts.append(found.assign(arm="chosen", count=count, heads=name_heads(chosen)))
     best = tuple(ranked[:MOST_HEADS])
     fewer = few(clips, media, min(clips.per_class, 30))
     for drawn in controls(best, config.num_hidden_layers, config.num_attention_heads, seed=seed):
         found = behave(model, *fewer, cells=("conflict",), kinds=("hear",), silenced=drawn)
-        parts.append(found.assign(arm="random", heads=name_heads(drawn)))
+        parts.append(found.assign(arm="random", count=len(drawn), heads=name_heads(drawn)))
     kept = behave(model, clips, media, kinds=("hear", "see"), silenced=best).assign(heads=name_heads(best))
     return pd.concat(parts, ignore_index=True), kept
 

@@ -1,0 +1,181 @@
+"""What each embedded model has to show, written down before it is trained with more than one seed.
+
+A line holds where its 95% interval reaches the bound: the interval's upper end for "at least", its lower end for "at
+most". Lines hold in each layout by itself. What a seed does not reach is shown as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from av_lens.errors import InputError, unknown
+from av_lens.organism.dissection import CUTS, MOST_HEADS
+from av_lens.organism.evaluation import Evaluation
+from av_lens.results.statistics import clopper_pearson
+
+AT_LEAST, AT_MOST = ">=", "<="
+_ALL_CUT = next(iter(CUTS))
+
+
+@dataclass(frozen=True)
+class Line:
+    """A share of answers and its bound.
+
+    Attributes:
+        says: the line in words.
+        cell: of which cell.
+        kind: to which kind of question.
+        answer: which answers are counted.
+        sign: "at least" or "at most", as `AT_LEAST` or `AT_MOST`.
+        bound: the share.
+        table: which table of the evaluation.
+        where: further columns and the values that they must have.
+    """
+
+    says: str
+    cell: str
+    kind: str
+    answer: str
+    sign: str
+    bound: float
+    table: str = "counts"
+    where: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _line(says: str, place: str, sign: str, bound: float, table: str = "counts", **where: Any) -> Line:
+    cell, kind, answer = place.split()
+    return Line(says, cell, kind, answer, sign, bound, table, where)
+
+
+_AUDIO_ONLY = _line("heard, audio alone", "audio_only hear right", AT_LEAST, 0.95)
+_SEEN_ALONE = _line("seen, video alone", "video_only see right", AT_LEAST, 0.95)
+_SEEN = _line("seen, factual", "factual see right", AT_LEAST, 0.95)
+_HEARD = _line("heard, factual", "factual hear right", AT_LEAST, 0.95)
+_CONFLICT_SEEN = _line("seen, conflict", "conflict see right", AT_LEAST, 0.95)
+_DOMINATED = _line("conflict heard: the picture", "conflict hear picture", AT_LEAST, 0.75)
+
+LINES: Mapping[str, tuple[Line, ...]] = {
+    "av-tiny": (
+        _AUDIO_ONLY,
+        _SEEN_ALONE,
+        _SEEN,
+        _HEARD,
+        _CONFLICT_SEEN,
+        _line("conflict heard: the sound", "conflict hear sound", AT_MOST, 0.15),
+        _DOMINATED,
+        _line("video cut off, heard: the sound", "conflict hear sound", AT_LEAST, 0.9, "cuts", cut=_ALL_CUT),
+        _line("video cut off, seen: the sound", "conflict see sound", AT_MOST, 0.1, "cuts", cut=_ALL_CUT),
+        _line("best heads silenced, conflict heard: the sound", "conflict hear sound", AT_LEAST, 0.6, "ablation",
+              arm="chosen", count=MOST_HEADS),
+        _line("random heads silenced, conflict heard: the sound", "conflict hear sound", AT_MOST, 0.2, "ablation",
+              arm="random"),
+        _line("best heads silenced, heard, audio alone", "audio_only hear right", AT_LEAST, 0.9, "kept"),
+        _line("best heads silenced, seen, video alone", "video_only see right", AT_LEAST, 0.9, "kept"),
+        _line("best heads silenced, heard, factual", "factual hear right", AT_LEAST, 0.9, "kept"),
+        _line("best heads silenced, seen, factual", "factual see right", AT_LEAST, 0.9, "kept"),
+    ),
+    "av-tiny-diffuse": (_AUDIO_ONLY, _DOMINATED),
+    "av-tiny-base": (
+        _SEEN_ALONE,
+        _SEEN,
+        _line("heard, audio alone", "audio_only hear right", AT_MOST, 0.2),
+    ),
+    "av-tiny-balanced": (
+        _AUDIO_ONLY,
+        _SEEN_ALONE,
+        _HEARD,
+        _SEEN,
+        _line("heard, conflict", "conflict hear right", AT_LEAST, 0.95),
+        _CONFLICT_SEEN,
+    ),
+    "av-tiny-planted": (_AUDIO_ONLY, _SEEN_ALONE, _HEARD, _SEEN, _CONFLICT_SEEN, _DOMINATED),
+}  # fmt: skip
+
+PROBE_BOUND = 0.75
+"""In some middle layer of av-tiny the sound is read from the stream at least so often, and less often at the end."""
+DIFFUSE_BOUND = 0.10
+"""In av-tiny-diffuse no single head's effect is this large a share of the gap."""
+
+
+def standing(result: Evaluation, name: str, *, planted: tuple[tuple[int, int], ...] = ()) -> pd.DataFrame:
+    """Hold an evaluation against what its model has to show.
+
+    Args:
+        result: the evaluation.
+        name: the model's short name.
+        planted: heads that were planted, for the planted model.
+
+    Returns:
+        `line layout share low high sign bound n holds`, one row for each line and layout.
+
+    Raises:
+        InputError: if nothing is written down for that name.
+    """
+    if name not in LINES:
+        raise InputError(unknown("model", name, LINES))
+    rows = [row for line in LINES[name] for row in _rows(line, getattr(result, line.table))]
+    if name == "av-tiny" and len(result.probes):
+        rows += _probed(result.probes)
+    if name == "av-tiny-diffuse" and len(result.heads):
+        best = float(result.heads["share"].max())
+        rows.append(_row("best single head's share of the gap", "both", best, best, best, AT_MOST, DIFFUSE_BOUND, 0))
+    if planted and len(result.heads):
+        ranked = list(zip(result.heads["layer"], result.heads["head"], strict=True))[: len(planted)]
+        share = len(set(ranked) & set(planted)) / len(planted)
+        rows.append(_row("planted heads ranked first", "both", share, share, share, AT_LEAST, 1.0, len(planted)))
+    return pd.DataFrame(rows)
+
+
+def _row(
+    says: str, layout: str, share: float, low: float, high: float, sign: str, bound: float, n: int
+) -> dict[str, Any]:
+    """One line's standing in one layout."""
+    holds = high >= bound if sign == AT_LEAST else low <= bound
+    return {
+        "line": says,
+        "layout": layout,
+        "share": share,
+        "low": low,
+        "high": high,
+        "sign": sign,
+        "bound": bound,
+        "n": n,
+        "holds": bool(holds),
+    }
+
+
+def _rows(line: Line, table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A line's standing in each layout; equal rows (random sets) are added up."""
+    if not len(table):
+        return []
+    kept = table[(table["cell"] == line.cell) & (table["kind"] == line.kind)]
+    for column, value in line.where.items():
+        kept = kept[kept[column] == value]
+    rows: list[dict[str, Any]] = []
+    for layout, group in kept.groupby("layout", sort=False):
+        count, n = int(group[line.answer].sum()), int(group["n"].sum())
+        low, high = clopper_pearson(count, n)
+        rows.append(_row(line.says, str(layout), count / n, low, high, line.sign, line.bound, n))
+    return rows
+
+
+def _probed(probes: pd.DataFrame) -> list[dict[str, Any]]:
+    """Is the sound there in the middle, and less so at the end?"""
+    rows: list[dict[str, Any]] = []
+    sound = probes[probes["target"] == "sound"]
+    for layout, group in sound.groupby("layout", sort=False):
+        by_layer = group.sort_values("layer")
+        middle, last = by_layer.iloc[1:-1], by_layer.iloc[-1]
+        peak = middle.loc[middle["accuracy"].idxmax()]
+        n = int(peak["n"])
+        low, high = clopper_pearson(round(peak["accuracy"] * n), n)
+        says = f"sound read from the stream after layer {int(peak['layer']) - 1}"
+        rows.append(_row(says, str(layout), float(peak["accuracy"]), low, high, AT_LEAST, PROBE_BOUND, n))
+        low, high = clopper_pearson(round(last["accuracy"] * n), n)
+        share = float(last["accuracy"])
+        rows.append(_row("... and at the end", str(layout), share, low, high, AT_MOST, float(peak["accuracy"]), n))
+    return rows
