@@ -209,7 +209,7 @@ class Features:
 
     def _image(self, clip: Clip) -> Picture:
         times = np.asarray(clip.times, dtype=np.float64)
-        chosen = int(np.argmin(np.abs(times - (times[0] + times[-1]) / 2)))
+        chosen = int(np.argmin(np.abs(times - (times[0] + times[-1]) / 2).round(6)))
         part = self.processor.image_processor
         frame = torch.from_numpy(np.array(_frames(clip)[chosen])).permute(2, 0, 1)
         made = part(images=[frame], return_tensors="pt")
