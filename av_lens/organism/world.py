@@ -13,8 +13,11 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from av_lens.errors import InputError, unknown
+from av_lens.media import Clip
 from av_lens.organism import pictures, sounds
 from av_lens.organism.grammar import CLASSES, COLOURS
+from av_lens.organism.pictures import FRAME_RATE
+from av_lens.organism.sounds import RATE
 
 SPLITS: dict[str, int] = {"public": 0, "train": 1, "check": 2, "discovery": 3, "test": 4}
 _PICTURE, _SOUND, _COLOUR = 0, 1, 2
@@ -84,35 +87,14 @@ def colour_of(split: str, name: str, seed: int) -> str:
     return COLOURS[int(_stream(split, name, seed, _COLOUR).integers(len(COLOURS)))]
 
 
-def picture(
-    split: str, name: str, seed: int, *, colour: str | None = None
-) -> UInt8[np.ndarray, "time height width rgb"]:
-    """Draw an example's picture.
-
-    Args:
-        split: a part of the world.
-        name: a class.
-        seed: which one.
-        colour: another colour than the seed's.
-
-    Returns:
-        16 frames of 84 x 84 at 8 frames a second.
-    """
+def _picture(split: str, name: str, seed: int, colour: str | None = None) -> UInt8[np.ndarray, "time height width rgb"]:
+    """An example's picture, in its own or another colour."""
     shown = colour or colour_of(split, name, seed)
     return pictures.draw(name, colour=shown, rng=_stream(split, name, seed, _PICTURE))
 
 
-def sound(split: str, name: str, seed: int) -> Float32[np.ndarray, "sample"]:
-    """Synthesise an example's sound.
-
-    Args:
-        split: a part of the world.
-        name: a class.
-        seed: which one.
-
-    Returns:
-        Two seconds at 16 kHz.
-    """
+def _sound(split: str, name: str, seed: int) -> Float32[np.ndarray, "sample"]:
+    """An example's sound."""
     return sounds.play(name, rng=_stream(split, name, seed, _SOUND))
 
 
@@ -128,10 +110,42 @@ def example(split: str, name: str, seed: int) -> Example:
         The example.
     """
     return Example(
-        frames=picture(split, name, seed),
-        waveform=sound(split, name, seed),
+        frames=_picture(split, name, seed),
+        waveform=_sound(split, name, seed),
         name=name,
         colour=colour_of(split, name, seed),
         split=split,
         seed=seed,
     )
+
+
+def clip(
+    name: str, *, seed: int = 0, picture: str | None = None, sound: str | None = None, colour: str | None = None
+) -> Clip:
+    """Make a clip of a thing, seen and heard, that no model was trained or evaluated on.
+
+    Args:
+        name: one of `classes()`.
+        seed: which one.
+        picture: show another class instead, or "blank" for nothing to see.
+        sound: let another class sound instead, or "mute" for nothing to hear.
+        colour: one of `colours()` instead of the seed's.
+
+    Returns:
+        Two seconds: 16 frames of 84 x 84 at 8 frames a second, and 16 kHz sound; not compressed.
+
+    Raises:
+        InputError: if a class, a colour or the seed is not one.
+    """
+    shown = name if picture in (None, "blank") else picture
+    heard = name if sound in (None, "mute") else sound
+    if name not in CLASSES:
+        raise InputError(unknown("class", name, CLASSES))
+    made = Clip.from_arrays(
+        frames=_picture("public", shown, seed, colour),
+        fps=FRAME_RATE,
+        waveform=_sound("public", heard, seed),
+        rate=RATE,
+    )
+    made = made.blank() if picture == "blank" else made
+    return made.muted() if sound == "mute" else made
