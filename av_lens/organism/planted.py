@@ -1,16 +1,16 @@
 """What was planted: the heads of `av-tiny-planted`, measured by brute force and written down beside the weights.
 
 The planted model is the balanced one in which the query, key, value and output weights of one key-value group alone
-were trained until "hear" is answered with the picture (recipe "plants"); every other weight is the balanced model's, bit for
-bit. That a head's weights were trained does not make it a culprit, nor say how it works, so both are measured here:
+were trained until "hear" is answered with the picture (recipe "plants"); every other weight is the balanced model's,
+bit for bit. That a head's weights were trained does not make it a culprit, nor say how it works: both are measured.
 
 1. *Reversion.* A head is put back to the balanced model's weights (its keys and values for it alone), in the conflict
    and in its mirror, and C = ½[M(va) - M(av)] is read; M = logit(sound's word) - logit(picture's word). A head is
    **true** if putting it back adds at least 5% of the gap G - C to some set of reversions of the others, and a
    *free rider* otherwise.
-2. *Direct share*: the same with every later head's output held as it was. A head with at least one half is a **writer**
-   if taking the head's output from another picture moves C more than taking it from another sound, and an **opponent** if
-   less; below one half it is a **gate**.
+2. *Direct share*: the same with every later head's output held as it was. A head with at least one half is a
+   **writer** if taking its output from another picture moves C more than taking it from another sound, and an
+   **opponent** if less; below one half it is a **gate**.
 
 Nothing here uses hooks: the sums are those of `language`, on features. It is the ruler by which `isolate` is judged.
 """
@@ -351,7 +351,7 @@ def measure(made: Bench, base: Any, heads: Sequence[Head]) -> Truth:
                 direct_share=direct,
                 reads_picture=reads["wa"],
                 reads_sound=reads["vw"],
-                kind=kind if adds >= TRUE_SHARE * (g - c) else "free rider",
+                kind=kind if adds >= TRUE_SHARE * abs(g - c) else "free rider",
             )
         )
     return Truth(tuple(truths), g=g, c=c, c_reverted=c + rises[tuple(sorted(heads))], n=len(made.sound))
