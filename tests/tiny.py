@@ -213,3 +213,45 @@ def tiny_tensors(
         batch = dict(processor(**arguments))
     batch.pop("num_audio_tokens", None)
     return batch | {"use_audio_in_video": layout == "in_video"}
+
+
+def tiny_clip(seconds: float = 2.0, *, seed: int = 0, sound_seed: int | None = None) -> Any:
+    """A `Clip` of random frames at 2 per second and random sound; `sound_seed` for the same picture, another sound."""
+    from av_lens.media import Clip
+
+    frames, waveform = tiny_media(seconds, seed=seed)
+    if sound_seed is not None:
+        waveform = tiny_media(seconds, seed=sound_seed)[1]
+    return Clip.from_arrays(frames=frames, times=np.arange(len(frames)) / 2.0, waveform=waveform, rate=16000)
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """A `HookedAVLLM` around a tiny random thinker."""
+    from av_lens.runs import load
+
+    return load(hf_model=tiny_hf_model(seed, dtype, **config), processor=tiny_processor())
+
+
+def untouched(hf_model: Any) -> Any:
+    """A copy to compare with, made before wrapping: HuggingFace's own eager attention, a configuration of its own."""
+    copied = copy.deepcopy(hf_model)
+    copied.set_attn_implementation("eager")
+    return copied.eval()
+
+
+def trimmed(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The same input with its mel cut to the sound, as `encode` does it."""
+    if "input_features" not in tensors:
+        return tensors
+    frames = int(tensors["feature_attention_mask"].sum(-1).max())
+    return tensors | {
+        "input_features": tensors["input_features"][..., :frames],
+        "feature_attention_mask": tensors["feature_attention_mask"][:, :frames],
+    }
+
+
+class Tensors:
+    """The least that a model runs: keyword arguments of the HuggingFace forward."""
+
+    def __init__(self, tensors: dict[str, Any]) -> None:
+        self.tensors = tensors

@@ -33,9 +33,12 @@ def hooked_change(hook: HookPoint, value: torch.Tensor, again: Any) -> tuple[tor
         The hooked and the original value, or None where nothing was changed and no gradient is wanted.
     """
     version = None if value.is_inference() else value._version
-    hooked = hook(value)
+    wanted = torch.is_grad_enabled() and value.requires_grad
+    # Where gradients are wanted the hook sees a node of its own, or the difference would cancel its gradient.
+    shown = value.view_as(value) if wanted else value
+    hooked = hook(shown)
     in_place = version is None or value._version != version
-    if hooked is value and not in_place and not (torch.is_grad_enabled() and value.requires_grad):
+    if hooked is shown and not in_place and not wanted:
         return None
     return hooked, again() if in_place else value
 

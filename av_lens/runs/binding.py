@@ -32,6 +32,7 @@ SUPPORTED_TOOLS: tuple[str, ...] = (
     "patching.get_act_patch_attn_head_out_all_pos",
     "patching.get_act_patch_attn_head_pattern_all_pos",
     "patching.get_act_patch_block_every",
+    "patching.get_act_patch_direct_path",
     "tools.analysis.direct_logit_attribution",
     "tools.analysis.logit_lens",
     "tools.analysis.attribution_patch",

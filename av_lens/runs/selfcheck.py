@@ -137,8 +137,6 @@ def _places(full: bool, n_layers: int) -> Iterator[tuple[Component, int | None]]
         yield from ((COMPONENTS[name], n_layers - 1) for name in DOOR)
         return
     for component in COMPONENTS.values():
-        if component.name == "embed_text":
-            continue  # the media overwrite it; text positions alone read it
         yield from ((component, layer) for layer in (range(n_layers) if component.layered else (None,)))
 
 

@@ -12,17 +12,18 @@ For TransformerLens's own tools, `bound(x)` gives a real bridge.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from av_lens.bridge.families import Family, family_of
-from av_lens.errors import InputError
+from av_lens.errors import InputError, ModelError
 from av_lens.runs.budget import ModelSpec, require_budget, selected
 from av_lens.runs.decoding import Decoding, generate_with_hooks
 from av_lens.runs.forwarding import ForwardedAttributes
@@ -296,7 +297,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         do_sample: bool = False,
         plan: Any = None,
         fwd_hooks: Sequence[HookPair] = (),
-        return_type: Literal["tokens", "text", "result"] = "tokens",
+        return_type: str = "tokens",
         seed: int | None = None,
         **options: Any,
     ) -> Any:
@@ -335,3 +336,41 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         from av_lens.runs.traces import record
 
         return record(self, x, **options)
+
+    # HookedTransformer's numerics
+
+    def compatible(self) -> HookedAVLLM:
+        """A new model with HookedTransformer's numerics: norms folded, weights centred; log-probs agree to 1e-5.
+
+        Returns:
+            A second model; this one stays as it is. It takes as much memory again.
+        """
+        other = copy.copy(self)
+        for derived in ("encoder", "_names"):
+            other.__dict__.pop(derived, None)
+        other.bridge = copy.deepcopy(self.bridge)
+        other.name = f"{self.name} (compatible)"
+        other.handed_in = False
+        other.provenance = {**self.provenance, "processing": "HookedTransformer numerics"}
+        return other.enable_compatibility_mode()
+
+    def enable_compatibility_mode(self, **options: Any) -> HookedAVLLM:
+        """Give *this* model HookedTransformer's numerics, in place; its weights are rewritten.
+
+        Args:
+            **options: as TransformerLens has them (`fold_ln`, `center_unembed`, `no_processing`, ...).
+
+        Returns:
+            This model.
+
+        Raises:
+            ModelError: the caller handed the HuggingFace model in, so its weights are not ours to rewrite.
+        """
+        if self.handed_in:
+            raise ModelError(
+                "this model was handed in, and compatibility mode rewrites its weights in place. "
+                "Use model.compatible(), which makes a new one."
+            )
+        self.bridge.enable_compatibility_mode(**{"disable_warnings": True, **options})
+        self.__dict__.pop("_names", None)
+        return self
