@@ -74,7 +74,7 @@ def isolate(
 
     listed = conflicts(pairs)
     loaded = _load(model, device=device, dtype=dtype)
-    options = {"gate": gate, "layout": layout, "s": s, "seed": seed}
+    options: dict[str, Any] = {"gate": gate, "layout": layout, "s": s, "seed": seed}
     with console.Bars() as bars:
         found, report = isolate_into(out, loaded, listed, name=model, progress=bars, **options)
     _say_found(found)

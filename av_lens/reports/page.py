@@ -121,7 +121,7 @@ def _context(
         "asked": _asked(found),
         "threshold": words.percent(float(found.protocol["s"])) if "s" in found.protocol else "a fixed share",
         "behaviour": _behaviour(found),
-        "other_behaviour": found.behaviour["chosen"].nunique() > 1,
+        "other_behaviour": len(set(found.behaviour["chosen"])) > 1,
         "n_conflicts": len(found.conflicts),
         "heads": heads,
         "roles": [
@@ -144,7 +144,7 @@ def _context(
     }
 
 
-def _stamp(found: Isolation, stamp: str) -> str:
+def _stamp(found: Any, stamp: str) -> str:
     meaning = words.STAMP_MEANINGS.get(stamp, "")
     if stamp == "exploratory" and len(found.conflicts):
         counts = found.conflicts[found.conflicts["competent"]].groupby("half").size()
@@ -152,17 +152,17 @@ def _stamp(found: Isolation, stamp: str) -> str:
     return meaning
 
 
-def _asked(found: Isolation) -> str:
+def _asked(found: Any) -> str:
     question = found.protocol.get("question", found.provenance.get("question"))
     return f"“{question}”." if question else "what it hears."
 
 
-def _power(found: Isolation) -> str:
+def _power(found: Any) -> str:
     power = float(found.summary.get("power", float("nan")))
     return "" if power != power else f"{words.number(power)} logits"
 
 
-def _behaviour(found: Isolation) -> list[dict[str, Any]]:
+def _behaviour(found: Any) -> list[dict[str, Any]]:
     captions = {
         "competent": "Conflicts chosen by competence: each sound is heard and each picture seen on its own",
         "all": "All conflicts, without that choice",
@@ -172,7 +172,8 @@ def _behaviour(found: Isolation) -> list[dict[str, Any]]:
 
 
 def _calibration_rows(calibration: Calibration, *, most: int = 12) -> list[dict[str, Any]]:
-    planted = int(calibration.heads["planted"].sum())
+    heads: Any = calibration.heads
+    planted = int(heads["planted"].sum())
     return [
         {
             "rank": int(row["rank"]),
@@ -183,7 +184,7 @@ def _calibration_rows(calibration: Calibration, *, most: int = 12) -> list[dict[
             "release": words.number(float(row["release"]), sign=True),
             "share": words.percent(float(row["share"])),
         }
-        for row in calibration.heads.head(max(most, planted + 4)).to_dict("records")
+        for row in heads.head(max(most, planted + 4)).to_dict("records")
     ]
 
 
@@ -191,7 +192,7 @@ def _calibration_figures(calibration: Calibration) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), words.number(float(value))) for name, value in calibration.figures.items()]
 
 
-def _conflict_rows(found: Isolation) -> list[dict[str, str]]:
+def _conflict_rows(found: Any) -> list[dict[str, str]]:
     return [
         {
             "id": str(row["id"]),

@@ -39,7 +39,8 @@ def tiles(found: Isolation) -> list[Tile]:
         G, C and the gap; then, where a set was found, its release, what the model says with it, and the random heads.
     """
     made = [_behaviour_tile(found, name, tone) for name, tone in (("G", "sound"), ("C", "picture"), ("gap", ""))]
-    for row in found.sets[found.sets["chosen"]].to_dict("records")[:1]:
+    sets: Any = found.sets
+    for row in sets[sets["chosen"]].to_dict("records")[:1]:
         ends = interval(row["share_low"], row["share_high"], share=True)
         heads = "1 head" if row["k"] == 1 else f"{row['k']} heads"
         made.append(Tile(percent(row["share"]), f"of G released by {heads}, held out", ends, "sound"))
@@ -54,7 +55,7 @@ def tiles(found: Isolation) -> list[Tile]:
 
 
 def _behaviour_tile(found: Isolation, name: str, tone: str) -> Tile:
-    frame = found.behaviour
+    frame: Any = found.behaviour
     frame = frame[(frame["quantity"] == name) & (frame["half"] == "discovery")]
     frame = frame.sort_values("chosen", key=lambda c: c != "competent", kind="stable")
     _, meaning = QUANTITIES[name]
@@ -75,7 +76,8 @@ def behaviour_rows(found: Isolation, chosen: str) -> list[dict[str, str]]:
     Returns:
         One row per quantity: its name, meaning, and for each half "value (interval)" and n.
     """
-    frame = found.behaviour[found.behaviour["chosen"] == chosen]
+    frame: Any = found.behaviour
+    frame = frame[frame["chosen"] == chosen]
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     order = {name: place for place, name in enumerate(QUANTITIES)}
     records = sorted(frame.to_dict("records"), key=lambda r: order.get(r["quantity"], len(order)))
@@ -155,7 +157,8 @@ def set_rows(found: Isolation) -> list[dict[str, Any]]:
     Returns:
         One row per set.
     """
-    frame = found.sets.sort_values("chosen", ascending=False, kind="stable")
+    sets: Any = found.sets
+    frame = sets.sort_values("chosen", ascending=False, kind="stable")
     return [
         {
             "name": row["name"],

@@ -82,7 +82,7 @@ def calibrate(
     Raises:
         InputError: if the isolation measured no release at that site.
     """
-    frame = found.evidence
+    frame: Any = found.evidence
     frame = frame[(frame["estimand"] == "release") & (frame["half"] == "discovery") & (frame["site"] == site)]
     if not len(frame):
         why = " ".join(found.reasons) or found.verdict
@@ -104,7 +104,7 @@ def calibrate(
         }
         for rank, row in enumerate(best.to_dict("records"), start=1)
     ]
-    heads = pd.DataFrame(rows)
+    heads: Any = pd.DataFrame(rows)
     false_names = sorted(key for key, role in named.items() if role in _SUPPRESSING and key not in truth)
     missed = sorted(key for key in truth if named.get(key, "") not in _SUPPRESSING)
     figures = {
@@ -138,7 +138,8 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
 
 
 def _named(found: Isolation, site: str) -> dict[tuple[int, int], str]:
-    rows = found.heads[found.heads["site"] == site].to_dict("records")
+    table: Any = found.heads
+    rows = table[table["site"] == site].to_dict("records")
     named: dict[tuple[int, int], str] = {}
     for row in rows:
         named.setdefault((int(row["layer"]), int(row["head"])), str(row["role"]))

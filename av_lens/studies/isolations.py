@@ -90,11 +90,12 @@ def playable(found: Isolation, conflicts: Sequence[Conflict], *, most: int = 12)
         Conflict id to clip.
     """
     ids = [str(name) for name in found.conflicts["id"]]
-    order = found.conflicts["competent"].reset_index(drop=True).sort_values(ascending=False, kind="stable").index[:most]
+    competent = [bool(flag) for flag in found.conflicts["competent"]]
+    order = sorted(range(len(ids)), key=lambda place: not competent[place])[:most]
     made: dict[str, Clip] = {}
     for place in order:
-        conflict = conflicts[int(place)]
-        made[ids[int(place)]] = _loaded(conflict.picture).with_sound(_loaded(conflict.sound))
+        conflict = conflicts[place]
+        made[ids[place]] = _loaded(conflict.picture).with_sound(_loaded(conflict.sound))
     return made
 
 
