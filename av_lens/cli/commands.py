@@ -15,6 +15,7 @@ _DEMO = signature("studies.demonstration", "run_demo")
 _ISOLATE = signature("isolation.pipeline", "isolate")
 _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
+_TRAIN = signature("organism.courses", "train")
 
 Model = Annotated[str, typer.Argument(help="A short name (`av-lens models` lists them), a hub name or a local folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out: cuda if the model fits, else cpu.")]
@@ -40,7 +41,7 @@ Every = Annotated[bool, typer.Option("--all", help="One row per position instead
 Csv = Annotated[Path | None, typer.Option(help="Also write the table of all positions to this file.")]
 Organism = Annotated[str, typer.Argument(help="Which organism: `av-lens models` lists them.")]
 TrainSeed = Annotated[int, typer.Option(help="Draws the initial weights and the data.")]
-TrainOut = Annotated[Path | None, typer.Option(help="The folder to write; left out: NAME-seedN here.")]
+TrainOut = Annotated[Path | None, typer.Option(help="The checkpoint's folder; left out: in the user's cache.")]
 
 
 def demo(
@@ -49,6 +50,7 @@ def demo(
     """Calibrate on planted heads, then isolate the heads of av-tiny that suppress the sound, and write a report."""
     from av_lens.studies.demonstration import run_demo
 
+    console.quiet_loading()
     with console.Bars() as bars:
         shown = run_demo(out, conflicts=conflicts, seed=seed, progress=bars)
     console.OUT.print()
@@ -120,14 +122,13 @@ def models() -> None:
     console.OUT.print('\nIn Python: avl.load("NAME"); here: av-lens inspect NAME CLIP --question "What do you hear?"')
 
 
-def train(name: Organism, seed: TrainSeed = 0, out: TrainOut = None) -> None:
+def train(name: Organism, seed: TrainSeed = _TRAIN["seed"], out: TrainOut = _TRAIN["out"]) -> None:
     """Train an organism from a seed; interrupted, the same command goes on where it stopped."""
-    from av_lens.organism import train as train_organism
+    from av_lens.organism.courses import train as train_organism
 
-    folder = out or Path(f"{name}-seed{seed}")
     with console.Bars() as bars:
-        train_organism(name, seed=seed, out=folder, progress=bars)
-    _say_path(folder)
+        written = train_organism(name, seed=seed, out=out, progress=bars)
+    _say_path(written)
 
 
 def _absent(choice: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -134,4 +134,8 @@ def waiting(text: str) -> Any:
     return OUT.status(text)
 
 
-Progressed = Callable[[str, int, int], None]
+def quiet_loading() -> None:
+    """Silence the bar that transformers draws while it opens weights, where these are too small to wait for."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
