@@ -219,7 +219,8 @@ def refusals(found: Survey, rows: Int[np.ndarray, " row"], boot: Bootstrap) -> l
             (
                 "does not hear",
                 f"the model does not hear: with nothing to see its hearing G is {value:.2f} logits (95% interval "
-                f"{low:.2f} to {high:.2f}), which is not above 0. There is no hearing to suppress; try sounds that it can name.",
+                f"{low:.2f} to {high:.2f}), which is not above 0. There is no hearing to suppress; "
+                "try sounds that it can name.",
             )
         )
     return out

@@ -55,7 +55,7 @@ def clip_key(source: Any) -> str:
     return f"{sha}:{start}:{end}"
 
 
-def align_end(donor: AllZ, base: AllZ) -> AllZ:
+def align_end(donor: Float[Tensor, "layer batch donor_site head d_head"], base: AllZ) -> AllZ:
     """Lay a donor over a run of another length, the last positions on each other.
 
     Args:
@@ -82,7 +82,6 @@ class Bench:
     conflicts: list[Any]
     candidates: Candidates
     site: str = "suffix"
-    most_together: int = 32
     _cells: dict[tuple[int, str | None], Any] = field(default_factory=dict)
 
     def wording(self, example: int, question: str) -> str | None:
@@ -125,7 +124,7 @@ class Bench:
         return getattr(self.conflicts[example], "third", None) is not None
 
     def chunks(self, examples: Sequence[int], site: str | None = None) -> list[Chunk]:
-        """Group conflicts by layout and wording, at most `most_together` in a stack.
+        """Group conflicts by layout and wording, in stacks that fit into memory.
 
         Args:
             examples: the conflicts.
@@ -139,11 +138,10 @@ class Bench:
             conflict = self.conflicts[example]
             words = tuple(str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix"))
             groups[(_layout(self.inputs(example, "va", "ask")), words)].append(example)
-        parts = [
-            group[start : start + self.most_together]
-            for group in groups.values()
-            for start in range(0, len(group), self.most_together)
-        ]
+        parts: list[list[int]] = []
+        for group in groups.values():
+            size = self.engine.together(self.inputs(group[0], "va", "ask"))
+            parts += [group[start : start + size] for start in range(0, len(group), size)]
         return [Chunk(self, np.array(part, dtype=np.int64), site or self.site) for part in parts]
 
 

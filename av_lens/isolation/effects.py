@@ -193,6 +193,8 @@ def measure_requests(
             one = _changes(chunk, base, edited_scores(chunk, base, these, heads, tick), question, "sound")
             mirror = MIRROR[base]
             two = _changes(chunk, mirror, edited_scores(chunk, mirror, these, heads, tick), question, "picture")
+            for cell in (base, mirror):  # traces are large
+                chunk.run(cell, question).kept.clear()
             margin, rise = mirrored(one[0], two[0]), 0.5 * (one[1] + two[1])
             for r, request in enumerate(these):
                 where = np.ix_(rows, np.arange(len(heads)))

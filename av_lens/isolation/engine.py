@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ class Recording:
         return self.z[:, :, inside]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What the isolation asks of a model."""
 
@@ -92,6 +93,10 @@ class Engine(Protocol):
 
     def stack(self, inputs: Sequence[Any]) -> Any:
         """Join inputs of one layout along the batch."""
+        ...
+
+    def together(self, inputs: Any) -> int:
+        """How many inputs of this length one stack may hold."""
         ...
 
     def record(self, inputs: Any, site: str) -> Recording:
@@ -140,15 +145,25 @@ class ModelEngine:
         how: "trace" (restart recorded runs) or "hooks" (the whole model again, the slow reference).
         layout: how sound and picture are laid out in the prompt.
         logit_bytes: memory for the logits of plans that run together.
+        trace_bytes: memory for the trace of one stack.
     """
 
-    def __init__(self, model: Any, *, how: str = "trace", layout: str = "in_video", logit_bytes: float = 2.5e8) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        how: str = "trace",
+        layout: str = "in_video",
+        logit_bytes: float = 2.5e8,
+        trace_bytes: float = 4e9,
+    ) -> None:
         if how not in ("trace", "hooks"):
             raise ProtocolError(unknown("engine", how, ("trace", "hooks")))
         self.model = model
         self.how = how
         self.layout = layout
         self.logit_bytes = logit_bytes
+        self.trace_bytes = trace_bytes
         self._w_o: Tensor = torch.empty(0)
 
     @property
@@ -199,6 +214,19 @@ class ModelEngine:
             The stack.
         """
         return type(inputs[0]).stack(list(inputs))
+
+    def together(self, inputs: Any) -> int:
+        """Say how many examples fit into one stack: their trace must stay within `trace_bytes`.
+
+        Args:
+            inputs: one example.
+
+        Returns:
+            At least 1, at most 32.
+        """
+        spec = self.model.spec
+        per_position = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) * self.model.dtype.itemsize
+        return int(max(1, min(32, self.trace_bytes // (per_position * len(inputs.spans)))))
 
     def record(self, inputs: Any, site: str) -> Recording:
         """Run a stack unedited, keeping every head's z from the site on.

@@ -29,6 +29,7 @@ from av_lens.isolation.roles import (
     pick_donors,
     run_tests,
 )
+from av_lens.isolation.threshold import null_share
 from av_lens.results.halves import CONFIRMATION, DISCOVERY
 from av_lens.results.statistics import Bootstrap
 from av_lens.results.tables import SUPPRESSORS
@@ -273,7 +274,14 @@ def gather(
 
 
 def search(
-    bench: Bench, halves: Sequence[Half], *, s: float, sites: Sequence[str], seed: int, progress: Progress | None
+    bench: Bench,
+    halves: Sequence[Half],
+    *,
+    s: float,
+    floor: float | None,
+    sites: Sequence[str],
+    seed: int,
+    progress: Progress | None,
 ) -> Searched:
     """Search all heads at all sites on discovery.
 
@@ -281,6 +289,7 @@ def search(
         bench: the conflicts.
         halves: discovery and confirmation.
         s: the threshold, a share of G.
+        floor: where the threshold is to be measured (`threshold.null_share`), the least that it can be; else None.
         sites: the site sets.
         seed: of the flips.
         progress: called as `progress(stage, done, total)`.
@@ -290,6 +299,10 @@ def search(
     """
     half = next(one for one in halves if one.name == DISCOVERY)
     engine = bench.engine
+    if floor is not None:
+        first = bench.chunks(half.examples.tolist(), sites[0])
+        _with_means(first)
+        s = max(floor, null_share(first, half.examples, half.G, progress=progress))
     heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
     family = family_size(len(heads), len(sites))
     with_third = any(bench.has_third(int(i)) for i in half.examples)
@@ -297,9 +310,7 @@ def search(
     means: dict[str, Means | None] = {}
     for site in sites:
         chunks = bench.chunks(half.examples.tolist(), site)
-        means[site] = None if site == "audio" else Means.over(chunks)
-        for chunk in chunks:
-            chunk.means = means[site]
+        means[site] = _with_means(chunks)
         wanted = requests(with_means=means[site] is not None, with_third=with_third)
         found.append(gather(chunks, half, wanted, heads, site=site, s=s, family=family, seed=seed, progress=progress))
     q, release_q = adjust([site.tests for site in found])
@@ -309,6 +320,14 @@ def search(
         for row in classify(site.evidence, site.tests, q[i], release_q[i], s=s, site=site.site)
     ]
     return Searched(found, named, release_q, s, means)
+
+
+def _with_means(chunks: list[Chunk]) -> Means | None:
+    """Collect discovery's means and hand them to its chunks; media positions have none."""
+    means = None if chunks[0].site == "audio" else Means.over(chunks)
+    for chunk in chunks:
+        chunk.means = means
+    return means
 
 
 def chunks_of(bench: Bench, searched: Searched, half: Half, site: str) -> list[Chunk]:

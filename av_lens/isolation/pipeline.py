@@ -36,6 +36,7 @@ from av_lens.isolation.evidence import Half
 from av_lens.isolation.roles import family_size
 from av_lens.isolation.scoring import Candidates
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member, deal, standing, third_sources
+from av_lens.results.provenance import stamp
 from av_lens.results.record import Isolation
 from av_lens.results.statistics import Bootstrap
 from av_lens.results.tables import table
@@ -98,7 +99,8 @@ def isolate(
         model: a `HookedAVLLM`.
         conflicts: `Conflict`s; at least 20 competent ones in each half (below 60 the finding is exploratory).
         sites: site sets to search: "suffix", "generation", "audio".
-        s: a head is named above this share of G; default .10 for organisms and .03 for other models.
+        s: a head is named above this share of G; default .10 for organisms; for other models .03, or more where the
+            same edits do more under the control question.
         gate: "stop" ends where the protocol would (nothing to explain), "report" goes on and stamps every page.
         seed: of the deal, the draws and the flips.
         layout: "in_video" or "separate".
@@ -129,7 +131,11 @@ def isolate(
     else:
         if stop:
             _stamp(run, NOT_INTERPRETABLE, f"the search went on past the gate: {sentence}")
-        searched = evidence.search(run.bench, halves, s=run.s, sites=run.sites, seed=seed, progress=progress)
+        floor = run.s if run.protocol["s_rule"] == protocol.MEASURED else None
+        searched = evidence.search(
+            run.bench, halves, s=run.s, floor=floor, sites=run.sites, seed=seed, progress=progress
+        )
+        run.s = searched.s
         held = confirmation.confirm_all(run.bench, halves, searched, s=run.s, seed=seed, progress=progress)
         kind, sentence = verdicts.verdict(kind, sentence, searched, held, halves, s=run.s, family=_family(run))
         found = _record(run, halves, kind, sentence, searched, held, started)
@@ -168,7 +174,7 @@ def _prepared(
     """Deal the halves, draw the third clips, resolve the answers, write the protocol down."""
     named = [c if c.id is not None else dataclasses.replace(c, id=f"c{i}") for i, c in enumerate(conflicts)]
     organism = getattr(model, "grammar", None) is not None
-    rule = "given" if s is not None else ("organism" if organism else "other model")
+    rule = "given" if s is not None else ("organism" if organism else protocol.MEASURED)
     s = s if s is not None else (protocol.S_ORGANISM if organism else protocol.S_OTHER)
     if len(named) < 2 * protocol.FEWEST:
         raise ProtocolError(
@@ -317,13 +323,15 @@ def _record(
         conflicts=table("conflicts", _conflict_rows(run, halves)),
         arrays=arrays,
         protocol=run.protocol,
-        provenance={
-            "av_lens": protocol.__version__,
-            "model": str(getattr(getattr(engine, "model", None), "name", type(engine).__name__)),
-            "protocol_hash": run.protocol["hash"],
-            "choices": list(protocol.CHOICES),
-            "seconds": round(time.monotonic() - started, 1),
-            "bootstrap_units": [half.boot.unit for half in halves],
-        },
+        provenance=stamp(
+            av_lens=protocol.__version__,
+            model=str(getattr(getattr(engine, "model", None), "name", type(engine).__name__)),
+            weights=getattr(getattr(engine, "model", None), "provenance", {}),
+            question=" / ".join(dict.fromkeys(str(c.question) for c in run.bench.conflicts)),
+            protocol_hash=run.protocol["hash"],
+            choices=list(protocol.CHOICES),
+            seconds=round(time.monotonic() - started, 1),
+            bootstrap_units=[half.boot.unit for half in halves],
+        ),
         **tables,
     )

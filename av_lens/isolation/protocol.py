@@ -22,6 +22,9 @@ from av_lens.results.halves import FEWEST, FIRM_COMPONENTS, FIRM_CONFLICTS, LARG
 from av_lens.results.statistics import DRAWS, FEWEST_CLIPS, FEWEST_ITEMS, MOST_EXACT
 
 S_ORGANISM, S_OTHER = 0.10, 0.03
+MEASURED = (
+    "other model: at least this, or the 99th percentile over heads of the largest release under the control question"
+)
 
 CHOICES = (
     "Conflicts are dealt to halves before the choice by competence, so that the halves do not depend on the model; "

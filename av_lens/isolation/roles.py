@@ -20,8 +20,8 @@ heads x sites x [3 roles x 3 donors + silenced + carries].
 
 Choices where the protocol is silent: that the *release* passes (breaks and undetermined need it) is judged by a second
 Benjamini-Hochberg over the same family with each role's p replaced by its release part; a role's max-T p is the largest
-of its parts' max-T p; on confirmation a row is confirmed if its mean is above delta, Holm's p is below .05 over the rows
-that were given a name (breaks and undetermined are not names), and the same cuts give the same role.
+of its parts' max-T p; on confirmation a row is confirmed if its mean is above delta, Holm's p is below .05 over the
+rows that were given a name (breaks and undetermined are not names), and the same cuts give the same role.
 """
 
 from __future__ import annotations

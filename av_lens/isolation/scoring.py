@@ -160,5 +160,6 @@ def _one_token(answer: Answer, name: object) -> None:
     if not answer.single:
         raise ProtocolError(
             f"conflict {name!r}: the answer {answer.text!r} is {answer.n_tokens} tokens for this model; isolation "
-            "scores answers of one token. Choose a shorter word, or put what comes before its last token into the prefix."
+            "scores answers of one token. Choose a shorter word, or put what comes before its last token into the "
+            "prefix."
         )

@@ -10,8 +10,8 @@
   p = (1 + number of random sets with at least the set's release) / (1 + number of sets), and its floor is shown.
 * As many top heads for `see`: those whose zeroing most lowers score(picture's answer) - score(sound's) in `va` asked
   `see`.
-* Ranked heads: the heads with the largest releases are edited together, 1, 2, 4, ... of them, to say over how many heads
-  the suppression is spread.
+* Ranked heads: the heads with the largest releases are edited together, 1, 2, 4, ... of them, to say over how many
+  heads the suppression is spread.
 """
 
 from __future__ import annotations

@@ -185,7 +185,7 @@ def summary(
     out |= {"G": out["G discovery"], "C": out["C discovery"], "gap": out["gap discovery"]}
     out["delta"] = s * out["G"]
     size, deviation = power(searched, halves, family=family)
-    out |= {"power smallest effect in sd": size, "power sd": deviation}
+    out |= {"power smallest effect in sd": size, "power sd": deviation, "power": out["delta"] + size * deviation}
     if searched is not None and held is not None:
         evidence = searched.sites[0].evidence
         largest = np.nanmax(np.stack([head_means(values) for values in evidence.release.values()]), axis=0)

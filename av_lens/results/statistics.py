@@ -158,7 +158,7 @@ class Bootstrap:
         stacked = stacked[~np.isnan(stacked).any(1)] if np.isnan(stacked).any() else stacked
         if not len(stacked):
             return float("nan"), float("nan"), float("nan")
-        value = float(rule(*stacked.mean(0)))
+        value = float(rule(*stacked.mean(0)[:, None])[0])
         if self.n_clips < FEWEST_CLIPS or len(stacked) != self.weights.shape[1]:
             return value, float("nan"), float("nan")
         with np.errstate(invalid="ignore", divide="ignore"):
