@@ -1,0 +1,43 @@
+"""The documentation says what the code says: the table of hooks, the names of the reference, the links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import av_lens
+from av_lens.bridge.hook_names import COMPONENTS, hook_name
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def component_table() -> str:
+    rows = ["| word | hook | axes | |", "|---|---|---|---|"]
+    for word, found in COMPONENTS.items():
+        name = hook_name(word, None if not found.layered else 0).replace("blocks.0", "blocks.{layer}")
+        notes = [found.note] if found.note else []
+        notes += [f"gated by `{found.gate}`"] if found.gate else []
+        rows.append(f"| `{word}` | `{name}` | {' '.join(found.axes)} | {'; '.join(notes)} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_hooks_is_the_codes():
+    page = (DOCS / "hooks.md").read_text()
+    shown = page.split("<!-- components -->\n")[1].split("<!-- /components -->")[0].strip()
+    assert shown == component_table()
+
+
+def test_the_reference_names_every_public_name():
+    page = (DOCS / "reference.md").read_text()
+    for name, home in av_lens._HOMES.items():
+        if home == "errors":
+            continue
+        assert re.search(rf"^::: av_lens\.{home}\.{name}$", page, re.M), f"{name} is missing from docs/reference.md"
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda p: p.name)
+def test_links_between_pages_lead_somewhere(path: Path):
+    for target in re.findall(r"\]\(([\w/.-]+\.md)\)", path.read_text()):
+        assert (DOCS / target).exists(), f"{path.name} links to {target}"
