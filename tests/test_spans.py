@@ -72,11 +72,11 @@ def test_roles_partition_the_positions(roles: list[str]):
 
 def brute_between(spans: SpanMap, start: float, end: float, clock: str) -> list[int]:
     low, high = (spans.start_s, spans.end_s) if clock == "model" else (spans.source_start_s, spans.source_end_s)
-    kept = []
-    for p in range(len(spans)):
-        if np.isfinite(low[p]) and round(low[p], 6) < round(end, 6) and round(high[p], 6) > round(start, 6):
-            kept.append(p)
-    return kept
+    return [
+        p
+        for p in range(len(spans))
+        if np.isfinite(low[p]) and round(low[p], 6) < round(end, 6) and round(high[p], 6) > round(start, 6)
+    ]
 
 
 @settings(max_examples=60, deadline=None)

@@ -245,7 +245,9 @@ class Features:
         )
         mel = made["input_features"][..., : int(made["attention_mask"].sum())].contiguous()
         if audio_tokens(mel.shape[-1]) < 1:
-            raise InputError(f"the sound lasts {seconds * 1000:.0f} ms: one token needs 30 ms; give a longer clip")
+            raise InputError(
+                f"the sound lasts {seconds * 1000:.0f} ms: one token needs more than 20; give a longer clip"
+            )
         return Sound(mel, len(waveform) / rate, 4 * hop / rate)
 
 

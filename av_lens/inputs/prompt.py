@@ -109,7 +109,8 @@ def refuse_special(tokenizer: Any, name: str, text: str) -> None:
     Raises:
         InputError: if it holds a special token.
     """
-    for token in tokenizer.all_special_tokens:
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    for token in sorted(added | set(tokenizer.all_special_tokens)):
         if token in text:
             raise InputError(
                 f"the {name} holds the special token {token!r}, which would break the prompt; leave it out"

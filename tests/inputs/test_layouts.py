@@ -63,7 +63,9 @@ def ids_from_first_principles(x: Any, hf: Any, fps: float) -> np.ndarray:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("seconds", "fps"), [(3.0, 2), (2.3, 2), (4.5, 1), (4.1, 4.0), (3.1, 5.0), (0.9, 2.0)])
-def test_map_and_model_agree_on_every_layout(encoder: Encoder, hf: Any, make_clip, layout: str, seconds: float, fps: float):
+def test_map_and_model_agree_on_every_layout(
+    encoder: Encoder, hf: Any, make_clip, layout: str, seconds: float, fps: float
+):
     x = encoder.encode(make_clip(seconds), "What do you hear?", fps=fps, **LAYOUTS[layout])
     assert x.layout == layout
     ids = x.position_ids[:, 0].numpy()
@@ -101,7 +103,9 @@ def test_truncation_in_float32_is_followed(encoder: Encoder, hf: Any, make_clip,
 @pytest.mark.parametrize("fps", [2.6, 3.7, 7.4])
 def test_rates_on_which_processor_and_model_round_differently_are_refused(encoder: Encoder, make_clip, fps: float):
     clip = make_clip(31.0, fps=8.0, size=(56, 56))
-    with pytest.raises(InputError, match=r"disagree about which second .*position \d+ .*use fps=1, 2, 4 or 5") as caught:
+    with pytest.raises(
+        InputError, match=r"disagree about which second .*position \d+ .*use fps=1, 2, 4 or 5"
+    ) as caught:
         encoder.encode(clip, "What?", fps=fps)
     assert f"fps={fps}" in str(caught.value)
     assert encoder.encode(clip, "What?", fps=fps, sound="separate").layout == "separate"
@@ -113,7 +117,9 @@ def by_the_processor(processor: Any, clip: Clip, layout: str, question: str) -> 
     media = {"in_video": [video], "separate": [video, audio], "video_only": [video], "audio_only": [audio]}
     media |= {"image_audio": [image, audio], "image": [image], "text": []}
     content = [*media[layout], {"type": "text", "text": question}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
     arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
     assert clip.frames is not None
     if video in media[layout]:
@@ -133,7 +139,9 @@ def by_the_processor(processor: Any, clip: Clip, layout: str, question: str) -> 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_same_tensors_as_one_call_of_the_processor(encoder: Encoder, processor: Any, hf: Any, make_clip, layout: str):
+def test_the_same_tensors_as_one_call_of_the_processor(
+    encoder: Encoder, processor: Any, hf: Any, make_clip, layout: str
+):
     clip = make_clip(3.0)
     mine = encoder.encode(clip, "What is it?", **LAYOUTS[layout]).tensors
     whole = by_the_processor(processor, clip, layout, "What is it?")
