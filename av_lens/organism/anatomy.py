@@ -10,6 +10,7 @@ Not done: the default system message of Qwen's chat template is left out, for it
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -96,8 +97,9 @@ def tokenizer() -> Any:
     """
     from transformers import Qwen2Tokenizer
 
+    make: Any = Qwen2Tokenizer  # its annotations are narrower than what it takes
     named = set(SPECIALS.values())
-    built = Qwen2Tokenizer(
+    built = make(
         vocab={token: index for token, index in vocabulary().items() if token not in named},
         merges=merges(),
         unk_token=None,
@@ -168,11 +170,12 @@ def thinker_config(
     """
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
 
+    make: Any = Qwen2_5OmniThinkerConfig  # takes more fields than it declares
     ids = vocabulary()
     half = d_model // n_heads // 2
     temporal = half // 4
     rows = (half - temporal) // 2
-    return Qwen2_5OmniThinkerConfig(
+    return make(
         text_config={
             "vocab_size": len(ids),
             "hidden_size": d_model,
@@ -240,8 +243,9 @@ def build_model(config: Any = None, *, seed: int) -> Any:
     """
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-    config = thinker_config() if config is None else config
+    config = thinker_config() if config is None else copy.deepcopy(config)
+    config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5OmniThinkerForConditionalGeneration._from_config(config, attn_implementation="eager")
+        model = Qwen2_5OmniThinkerForConditionalGeneration(config)
     return model.float().eval()

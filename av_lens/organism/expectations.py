@@ -121,7 +121,7 @@ def standing(result: Evaluation, name: str, *, planted: tuple[tuple[int, int], .
     if name == "av-tiny" and len(result.probes):
         rows += _probed(result.probes)
     if name == "av-tiny-diffuse" and len(result.heads):
-        best = float(result.heads["share"].max())
+        best = max(float(row["share"]) for row in result.heads.to_dict("records"))
         rows.append(_row("best single head's share of the gap", "both", best, best, best, AT_MOST, DIFFUSE_BOUND, 0))
     if planted and len(result.heads):
         ranked = list(zip(result.heads["layer"], result.heads["head"], strict=True))[: len(planted)]
@@ -152,30 +152,30 @@ def _rows(line: Line, table: pd.DataFrame) -> list[dict[str, Any]]:
     """A line's standing in each layout; equal rows (random sets) are added up."""
     if not len(table):
         return []
-    kept = table[(table["cell"] == line.cell) & (table["kind"] == line.kind)]
-    for column, value in line.where.items():
-        kept = kept[kept[column] == value]
-    rows: list[dict[str, Any]] = []
-    for layout, group in kept.groupby("layout", sort=False):
-        count, n = int(group[line.answer].sum()), int(group["n"].sum())
-        low, high = clopper_pearson(count, n)
-        rows.append(_row(line.says, str(layout), count / n, low, high, line.sign, line.bound, n))
-    return rows
+    wanted = {"cell": line.cell, "kind": line.kind, **line.where}
+    found: dict[str, tuple[int, int]] = {}
+    for row in table.to_dict("records"):
+        if all(row[column] == value for column, value in wanted.items()):
+            count, n = found.get(row["layout"], (0, 0))
+            found[row["layout"]] = (count + int(row[line.answer]), n + int(row["n"]))
+    return [
+        _row(line.says, layout, count / n, *clopper_pearson(count, n), line.sign, line.bound, n)
+        for layout, (count, n) in found.items()
+    ]
 
 
 def _probed(probes: pd.DataFrame) -> list[dict[str, Any]]:
     """Is the sound there in the middle, and less so at the end?"""
     rows: list[dict[str, Any]] = []
-    sound = probes[probes["target"] == "sound"]
-    for layout, group in sound.groupby("layout", sort=False):
-        by_layer = group.sort_values("layer")
-        middle, last = by_layer.iloc[1:-1], by_layer.iloc[-1]
-        peak = middle.loc[middle["accuracy"].idxmax()]
-        n = int(peak["n"])
-        low, high = clopper_pearson(round(peak["accuracy"] * n), n)
-        says = f"sound read from the stream after layer {int(peak['layer']) - 1}"
-        rows.append(_row(says, str(layout), float(peak["accuracy"]), low, high, AT_LEAST, PROBE_BOUND, n))
-        low, high = clopper_pearson(round(last["accuracy"] * n), n)
-        share = float(last["accuracy"])
-        rows.append(_row("... and at the end", str(layout), share, low, high, AT_MOST, float(peak["accuracy"]), n))
+    sound = [row for row in probes.to_dict("records") if row["target"] == "sound"]
+    for layout in dict.fromkeys(row["layout"] for row in sound):
+        by_layer = sorted((row for row in sound if row["layout"] == layout), key=lambda row: row["layer"])
+        peak, last = max(by_layer[1:-1], key=lambda row: row["accuracy"]), by_layer[-1]
+        says = f"sound read from the stream after layer {peak['layer'] - 1}"
+        for row, words, sign, bound in (
+            (peak, says, AT_LEAST, PROBE_BOUND),
+            (last, "... and at the end", AT_MOST, peak["accuracy"]),
+        ):
+            interval = clopper_pearson(round(row["accuracy"] * row["n"]), row["n"])
+            rows.append(_row(words, layout, row["accuracy"], *interval, sign, bound, row["n"]))
     return rows

@@ -55,9 +55,10 @@ class Reader(nn.Module):
         width = model.config.text_config.hidden_size
         generator = torch.Generator().manual_seed(seed)
         sizes = (len(CLASSES) + 1, len(COLOURS)) if kind == "vision" else (len(CLASSES) + 1,)
-        self.heads = nn.ModuleList(nn.Linear(width, size) for size in sizes)
+        heads = [nn.Linear(width, size) for size in sizes]
+        self.heads = nn.ModuleList(heads)
         with torch.no_grad():
-            for head in self.heads:
+            for head in heads:
                 head.weight.normal_(0, 0.1, generator=generator)
                 head.bias.zero_()
 

@@ -98,8 +98,8 @@ def _attend(
     value: Float[Tensor, "group pos d"],
 ) -> Float[Tensor, "group pos d"]:
     """Full attention within each group, for a tower's attention module."""
-    split = [part.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for part in (query, key, value)]
-    return functional.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+    q, k, v = (part.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def vision_features(
@@ -114,10 +114,8 @@ def vision_features(
     Returns:
         What is put at each clip's video tokens.
     """
-    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
-        apply_rotary_pos_emb_vision,
-        get_vision_position_ids,
-    )
+    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import apply_rotary_pos_emb_vision
+    from transformers.vision_utils import get_vision_position_ids
 
     tower = model.model.visual
     grid = torch.tensor([[1, 6, 6]])
