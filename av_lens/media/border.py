@@ -62,11 +62,14 @@ class Budget:
         """
         if self.used + n_bytes > self.max_bytes:
             raise MediaBudgetError(
-                f"{self.path}: {what} would take {(self.used + n_bytes) / 2**30:.2f} GiB decoded, over the budget of "
-                f"{self.max_bytes / 2**30:.2f} GiB. Read less of it (start=, end=), thin the frames (fps=), "
-                "or raise max_bytes=."
+                f"{self.path}: {what} would take {_amount(self.used + n_bytes)} decoded, over the budget of "
+                f"{_amount(self.max_bytes)}. Read less (start=, end=), thin the frames (fps=), or raise max_bytes=."
             )
         self.used += int(n_bytes)
+
+
+def _amount(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**29 else f"{n_bytes / 2**20:.1f} MiB"
 
 
 def foreign_errors() -> tuple[type[BaseException], ...]:

@@ -20,6 +20,7 @@ from av_lens.media.encoding import CROP_MARK
 _LATEST_START = 5
 _ABSOLUTE = frozenset({"mov", "mp4", "matroska", "webm"})
 _ATTACHED_PICTURE = 0x400
+_UNFILLED = 0x7FFFF000
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,29 @@ def read_facts(path: str, container: Any, picture: Any, sound: Any) -> MediaFact
         picture.width if picture is not None else 0, picture.height if picture is not None else 0,
         float(rate) if rate else math.nan, sound.rate if sound is not None else 0, zero,
     )  # fmt: skip
+
+
+def missing_bytes(path: str, name: str) -> int:
+    """Count what a wav's header promises and the file lacks; FFmpeg reads such a file without a word.
+
+    Args:
+        path: the file.
+        name: libav's name of its format.
+
+    Returns:
+        Bytes; 0 for other formats, and where the size was never filled in (a recording that was streamed).
+    """
+    if name != "wav":
+        return 0
+    with open(path, "rb") as source:
+        size = os.fstat(source.fileno()).st_size
+        source.seek(12)
+        while len(head := source.read(8)) == 8:
+            length = int.from_bytes(head[4:], "little")
+            if head[:4] == b"data":
+                return max(0, source.tell() + length - size) if 0 < length < _UNFILLED else 0
+            source.seek(length + length % 2, os.SEEK_CUR)
+    return 0
 
 
 def true_size(container: Any) -> tuple[int, int] | None:

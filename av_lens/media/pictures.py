@@ -12,6 +12,8 @@ from av_lens.media.arrays import TOLERANCE
 from av_lens.media.border import Budget
 
 _SLACK = Fraction(1, 1_000_000)
+_FULL_RANGE = 2
+_GROWTH = 256 << 20
 
 
 class Pictures:
@@ -57,7 +59,7 @@ class Pictures:
         self._wanted = 0
         self._last: Fraction | None = None
         self._odd = 0
-        self._scarce = False
+        self._scarce = self._resized = False
 
     def add(self, frame: Any) -> None:
         """Take the next frame.
@@ -71,6 +73,7 @@ class Pictures:
             return
         self._last = time
         self.first_time = time if self.first_time is None else self.first_time
+        self.last_end = max(self.last_end, float(time if self.end is None else min(time, self.end)))
         if self.end is not None and time >= self.end - _SLACK:
             self.done = True
             return
@@ -104,28 +107,32 @@ class Pictures:
             self._wanted = reached
 
     def _keep(self, time: Fraction, frame: Any) -> None:
-        picture = self._rgb(frame)
+        height, width = (frame.height, frame.width) if self._buffer is None else self._buffer.shape[1:3]
         count = len(self._times)
+        self.budget.take(height * width * 3, f"{count + 1} frames of {width}x{height}")
+        picture = self._rgb(frame, height, width)
         if self._buffer is None:
             self.rotation = _rotation(frame)
             self._buffer = np.empty((1, *picture.shape), dtype=np.uint8)
         if count == len(self._buffer):
-            grown = min(2 * count, count + max(8, (256 << 20) // picture.nbytes))
+            grown = min(2 * count, count + max(8, _GROWTH // picture.nbytes))
             self._buffer.resize((grown, *picture.shape), refcheck=False)
-        self.budget.take(picture.nbytes, f"{count + 1} frames of {picture.shape[1]}x{picture.shape[0]}")
         self._buffer[count] = picture
         self._times.append(max(0.0, float(time - self.start)))
 
-    def _rgb(self, frame: Any) -> np.ndarray:
-        size = (frame.height, frame.width) if self._buffer is None else self._buffer.shape[1:3]
-        if size != (frame.height, frame.width) and not any("changes size" in note for note in self.notes):
-            self.notes.append(f"the picture changes size; scaled to its first, {size[1]}x{size[0]}")
-        self.budget.take(0 if self._buffer is not None else size[0] * size[1] * 3, f"a frame of {size[1]}x{size[0]}")
-        depth = 2 if frame.color_range == 2 else 0
+    def _rgb(self, frame: Any, height: int, width: int) -> np.ndarray:
+        if (height, width) != (frame.height, frame.width) and not self._resized:
+            self._resized = True
+            self.notes.append(f"the picture changes size; scaled to its first, {width}x{height}")
         rgb = self._reformatter.reformat(
-            frame, width=size[1], height=size[0], format="rgb24", interpolation=self._interpolation,
-            src_color_range=depth, threads=1,
-        )  # fmt: skip
+            frame,
+            width=width,
+            height=height,
+            format="rgb24",
+            interpolation=self._interpolation,
+            src_color_range=_FULL_RANGE if frame.color_range == _FULL_RANGE else 0,
+            threads=1,
+        )
         return rgb.to_ndarray()
 
     def finish(self) -> tuple[np.ndarray | None, np.ndarray]:

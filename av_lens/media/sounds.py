@@ -45,6 +45,8 @@ class Sounds:
         self._pieces: list[np.ndarray] = []
         self._count = 0
         self._repairs = 0
+        self._drifts: list[float] = []
+        self._tick = 0.0
 
     @property
     def last_end(self) -> float:
@@ -81,6 +83,9 @@ class Sounds:
         mono = _mono(frame)
         if self.first_time is None:
             self.first_time = time
+        elif frame.time_base and frame.time_base * rate > 1 and not self._repairs:
+            self._tick = float(frame.time_base)
+            self._drifts.append(time - self._reached)
         mono = self._placed(mono, time)
         self._append(mono)
         self.done = self._reached >= self.end + _MARGIN or self._reached >= self.stream_end
@@ -126,6 +131,7 @@ class Sounds:
             return None
         sound = np.concatenate(self._pieces)
         self._pieces.clear()
+        self.first_time += self._first_error()
         if not np.isfinite(sound).all():
             raise MediaError(f"{self.path}: the sound holds NaN or infinity: it is damaged; write it anew.")
         stop = min(self.end, self.stream_end)
@@ -136,6 +142,16 @@ class Sounds:
                 f"{self._repairs} holes or overlaps in the sound's time stamps were filled with silence or cut"
             )
         return self._cut(sound, self.first_time, stop, sound_rate)
+
+    def _first_error(self) -> float:
+        """Where stamps are rounded (mkv: to 1 ms), say how wrong the first is; each bounds it to half a tick.
+
+        The least error on which all stamps agree; after a seek this leaves microseconds of half a millisecond.
+        """
+        if not self._drifts:
+            return 0.0
+        low, high = max(self._drifts) - self._tick / 2, min(self._drifts) + self._tick / 2
+        return min(max(0.0, low), high) if low <= high else 0.0
 
     def _cut(self, sound: np.ndarray, first_time: float, stop: float, sound_rate: int) -> np.ndarray | None:
         """Align to `start` in whole blocks that both rates share, so that resampling moves nothing."""
@@ -180,5 +196,7 @@ def _mono(frame: Any) -> np.ndarray:
         samples = (samples.astype(np.float32) - 128.0) / 128.0
     elif kind.kind == "i":
         samples = samples.astype(np.float32) / np.float32(2.0 ** (8 * kind.itemsize - 1))
-    samples = samples.astype(np.float32, copy=False)
-    return samples[0].copy() if len(samples) == 1 else samples.mean(axis=0)
+    with np.errstate(all="ignore"):
+        # Damaged floats may overflow here; `finish` refuses what is not finite.
+        samples = samples.astype(np.float32, copy=False)
+        return samples[0].copy() if len(samples) == 1 else samples.mean(axis=0)

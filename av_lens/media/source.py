@@ -16,7 +16,7 @@ from av_lens.errors import MediaError
 from av_lens.media.arrays import TOLERANCE
 from av_lens.media.border import DEFAULT_MAX_BYTES, Budget, border, describe, foreign_errors, opened, regular_file
 from av_lens.media.clip import Clip
-from av_lens.media.header import choose_streams, read_facts, true_size
+from av_lens.media.header import choose_streams, missing_bytes, read_facts, true_size
 from av_lens.media.pictures import Pictures
 from av_lens.media.sounds import Sounds
 from av_lens.media.validation import check_rate, check_seconds, check_window
@@ -170,6 +170,9 @@ class _Reading:
                 return True
             taker = self.takers[packet.stream_index]
             time = _seconds(packet, self.facts.zero)
+            if not packet.size and time is not None:
+                # It carries only side data (FLAC's last packet); the true flush has no time.
+                continue
             if taker is self.sounds and time is not None and time < self.request.start - 2 * _PREROLL:
                 continue
             self._take(packet, taker)
@@ -257,6 +260,9 @@ class _Reading:
             spacing = self.pictures.spacing if self.pictures is not None else 0.0
             if min(declared, asked.stop) - found > max(0.25, 2 * spacing):
                 self.faults.append(f"its header promises {declared:.3f} s, its data end at {found:.3f} s (truncated?)")
+        missing = missing_bytes(asked.path, self.facts.format) if self.ended else 0
+        if missing:
+            self.faults.append(f"its header promises {missing} bytes more than it has (truncated?)")
         if empty and not self.faults:
             lasts = f"lasts {found:.3f} s" if found > 0 else "holds no frame and no sample"
             raise MediaError(f"nothing of {asked.path} lies in {asked.start:g}-{asked.stop:g} s: it {lasts}.")

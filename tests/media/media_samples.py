@@ -1,4 +1,4 @@
-"""Small media with known content, made by PyAV itself or by hand, never by the code under test unless a test says so."""
+"""Small media with known content, made by PyAV or by hand, never by the code under test unless a test says so."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ def write_video(
                 video.set_display_rotation(rotation)
         if sound is not None:
             audio = out.add_stream(codecs[1], rate=rate, layout="stereo" if len(sound) == 2 else "mono")
+            audio.codec_context.options = {"aac_pns": "0"} if codecs[1] == "aac" else {}
             block = av.AudioFrame.from_ndarray(np.ascontiguousarray(sound), format="fltp", layout=audio.layout.name)
             block.sample_rate, block.time_base, block.pts = rate, Fraction(1, rate), round(sound_start * rate)
             resampler = av.AudioResampler(format=audio.format.name, layout=audio.layout.name, rate=rate)

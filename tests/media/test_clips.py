@@ -32,19 +32,40 @@ def hundredths(clip: Clip) -> list[int]:
     ("given", "text"),
     [
         ({}, "found neither"),
-        ({"frames": np.zeros((2, 4, 4, 3)), "fps": 2}, r"frames must be a uint8 .* found float64 of shape \(2, 4, 4, 3\)"),
+        (
+            {"frames": np.zeros((2, 4, 4, 3)), "fps": 2},
+            r"frames must be a uint8 .* found float64 of shape \(2, 4, 4, 3\)",
+        ),
         ({"frames": np.zeros((4, 4, 3), np.uint8)}, r"found shape \(4, 4, 3\): add the time axis with frames\[None\]"),
-        ({"frames": np.zeros((2, 4, 4, 4), np.uint8), "fps": 2}, r"\[time, height, width, 3\], found shape \(2, 4, 4, 4\)"),
+        (
+            {"frames": np.zeros((2, 4, 4, 4), np.uint8), "fps": 2},
+            r"\[time, height, width, 3\], found shape \(2, 4, 4, 4\)",
+        ),
         ({"frames": np.zeros((0, 4, 4, 3), np.uint8), "fps": 2}, "frames are empty"),
         ({"frames": np.zeros((2, 4, 4, 3), np.uint8)}, r"2 frames need their times: give times= .* or fps="),
         ({"frames": np.zeros((2, 4, 4, 3), np.uint8), "times": np.zeros(3)}, "found 2 frames and 3 times"),
-        ({"frames": np.zeros((2, 4, 4, 3), np.uint8), "times": np.array([0.0, 0.0])}, r"must increase, found 0 s then 0 s"),
-        ({"frames": np.zeros((2, 4, 4, 3), np.uint8), "times": np.array([1.0, 0.5])}, "found 1 s then 0.5 s at frames 0 and 1"),
-        ({"frames": np.zeros((2, 4, 4, 3), np.uint8), "times": np.array([-1.0, 0.5])}, "cannot be negative, found -1 s"),
+        (
+            {"frames": np.zeros((2, 4, 4, 3), np.uint8), "times": np.array([0.0, 0.0])},
+            r"must increase, found 0 s then 0 s",
+        ),
+        (
+            {"frames": np.zeros((2, 4, 4, 3), np.uint8), "times": np.array([1.0, 0.5])},
+            "found 1 s then 0.5 s at frames 0 and 1",
+        ),
+        (
+            {"frames": np.zeros((2, 4, 4, 3), np.uint8), "times": np.array([-1.0, 0.5])},
+            "cannot be negative, found -1 s",
+        ),
         ({"frames": np.zeros((2, 4, 4, 3), np.uint8), "times": np.array([0, np.nan])}, "finite, found nan at frame 1"),
         ({"frames": np.zeros((2, 4, 4, 3), np.uint8), "fps": 0}, "fps= above 0, found fps=0"),
-        ({"frames": np.zeros((2, 4, 4, 3), np.uint8), "fps": np.nan}, "fps= must be a finite number of seconds, found nan"),
-        ({"frames": np.zeros((1, 4, 4, 3), np.uint8), "fps": 2, "times": np.zeros(1)}, "found fps=2 together with times="),
+        (
+            {"frames": np.zeros((2, 4, 4, 3), np.uint8), "fps": np.nan},
+            "fps= must be a finite number of seconds, found nan",
+        ),
+        (
+            {"frames": np.zeros((1, 4, 4, 3), np.uint8), "fps": 2, "times": np.zeros(1)},
+            "found fps=2 together with times=",
+        ),
         ({"times": np.zeros(1), "waveform": np.zeros(4)}, "belong to frames, and frames= is missing"),
         ({"waveform": np.zeros((2, 4))}, r"must be mono \[sample\], found shape \(2, 4\): average the channels"),
         ({"waveform": np.zeros(4, np.int16)}, r"found int16 of shape \(4,\) \(for int16, divide by 32768\)"),
@@ -53,7 +74,10 @@ def hundredths(clip: Clip) -> list[int]:
         ({"waveform": np.array([0.0, np.nan, 0.0])}, "found NaN or infinity at sample 1"),
         ({"waveform": np.array([0.0, -1.5])}, r"must lie in \[-1, 1\], found a peak of 1\.5: scale it down"),
         ({"waveform": np.zeros(4), "rate": 0}, r"rate= must be a whole number of Hz from 1 .*, found 0"),
-        ({"waveform": np.zeros(16000), "duration": 0.5}, r"must be finite and reach the last frame and sample \(0\.99.* s\), found 0\.5"),
+        (
+            {"waveform": np.zeros(16000), "duration": 0.5},
+            r"must be finite and reach the last frame and sample \(0\.99.* s\), found 0\.5",
+        ),
         ({"waveform": np.zeros(16000), "duration": np.inf}, "duration= must be a finite number of seconds, found inf"),
     ],
 )
@@ -128,7 +152,9 @@ def test_with_sound_holds_a_still_and_keeps_the_other_rate():
 def test_with_sound_needs_both():
     sound = Clip.from_arrays(waveform=np.zeros(8), rate=8)
     silent = Clip.from_arrays(frames=made.picture(4), fps=4)
-    with pytest.raises(MediaError, match=r"sound is asked of a clip of 4 frames of 84x84, which has none: give a clip with"):
+    with pytest.raises(
+        MediaError, match=r"sound is asked of a clip of 4 frames of 84x84, which has none: give a clip with"
+    ):
         small().with_sound(silent)
     with pytest.raises(MediaError, match=r"a picture is asked of a clip of 1\.000 s of sound at 8 Hz, which has none"):
         sound.with_sound(small())
@@ -149,7 +175,9 @@ def test_mutes():
     assert len(silence.waveform) == 32000
     assert not silence.waveform.any()
     assert 20 * np.log10(np.std(noise.waveform)) == pytest.approx(-50.5, abs=0.2)
-    assert noise.sound_hash == clip.muted(kind="noise", seed=3).sound_hash != clip.muted(kind="noise", seed=4).sound_hash
+    assert (
+        noise.sound_hash == clip.muted(kind="noise", seed=3).sound_hash != clip.muted(kind="noise", seed=4).sound_hash
+    )
     assert silence.notes[-1] == "muted (silence)"
     with pytest.raises(MediaError, match=r"unknown kind of mute 'silense'\. Did you mean 'silence'\?"):
         clip.muted(kind="silense")
@@ -165,8 +193,12 @@ def test_blanks():
     assert dark.times.tolist() == clip.times.tolist()
     assert (dealt.frames != clip.frames).any()
     for k in (0, 7):
-        assert np.array_equal(np.sort(dealt.frames[k], axis=None), np.sort(clip.frames[k], axis=None)), "the same pixels"
-    patches = [f.reshape(6, 14, 6, 14, 3).transpose(0, 2, 1, 3, 4).reshape(36, -1) for f in (clip.frames[3], dealt.frames[3])]
+        assert np.array_equal(np.sort(dealt.frames[k], axis=None), np.sort(clip.frames[k], axis=None)), (
+            "the same pixels"
+        )
+    patches = [
+        f.reshape(6, 14, 6, 14, 3).transpose(0, 2, 1, 3, 4).reshape(36, -1) for f in (clip.frames[3], dealt.frames[3])
+    ]
     assert sorted(map(bytes, patches[0])) == sorted(map(bytes, patches[1])), "whole patches move"
     assert dealt.picture_hash != clip.blank(kind="scrambled", seed=2).picture_hash
     with pytest.raises(MediaError, match=r"unknown kind of blank 'drak'\. Did you mean 'dark'\?"):
@@ -191,7 +223,12 @@ def test_shifts_by_hand():
 def test_trims_by_hand():
     clip = small(n=4, fps=4, samples=8, rate=8)
     part = clip.trimmed(0.25, 0.75)
-    assert (levels(part), part.times.tolist(), hundredths(part), part.duration) == ([1, 2], [0.0, 0.25], [2, 3, 4, 5], 0.5)
+    assert (levels(part), part.times.tolist(), hundredths(part), part.duration) == (
+        [1, 2],
+        [0.0, 0.25],
+        [2, 3, 4, 5],
+        0.5,
+    )
     between = clip.trimmed(0.3, 0.4)
     assert (levels(between), between.times.tolist()) == ([1], [0.0]), "the frame on display stands for the window"
     tail = clip.trimmed(0.5)

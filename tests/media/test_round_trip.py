@@ -119,7 +119,9 @@ def test_a_still_with_a_sound_lasts_as_long(tmp_path: Path):
 
 
 def test_colours_survive(tmp_path: Path):
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 255, 255], [0, 0, 0], [90, 40, 200]])
+    colours = np.array(
+        [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 255, 255], [0, 0, 0], [90, 40, 200]]
+    )
     frames = np.broadcast_to(colours[:, None, None, :], (7, 64, 64, 3)).astype(np.uint8)
     back = load_clip(Clip.from_arrays(frames=frames, fps=5).save(tmp_path / "clip.mp4", crf=1))
     assert back.frames is not None
@@ -146,9 +148,11 @@ def test_previews_shrink(tmp_path: Path):
 def test_unknown_suffixes_and_lost_streams_are_refused(tmp_path: Path):
     with pytest.raises(MediaError, match=r"unknown suffix '\.mp5'\. Did you mean '\.mp4'\? Known: \.mp4, \.wav, \.png"):
         made.clip().save(tmp_path / "clip.mp5")
-    with pytest.raises(MediaError, match="a wav holds a sound alone, and this clip has 16 frames: save it as .mp4"):
+    with pytest.raises(MediaError, match=r"a wav holds a sound alone, and this clip has 16 frames: save it as \.mp4"):
         made.clip().save(tmp_path / "clip.wav")
-    with pytest.raises(MediaError, match="a png holds one still frame alone, and this clip has a sound: save it as .mp4"):
+    with pytest.raises(
+        MediaError, match=r"a png holds one still frame alone, and this clip has a sound: save it as \.mp4"
+    ):
         made.clip().save(tmp_path / "clip.png")
     with pytest.raises(MediaError, match=r"cannot write .*nowhere/clip\.mp4: No such file .* must be a folder"):
         made.clip().save(tmp_path / "nowhere" / "clip.mp4")

@@ -1,0 +1,339 @@
+"""`load_clip` against files written by PyAV or by hand: times, windows, thinning, alignment, colours, containers."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import media_samples as made
+import numpy as np
+import pytest
+
+import av_lens.media.source
+from av_lens.media import Clip, ClipFile, load_clip, probe_media
+
+EIGHTH = Fraction(1, 8)
+STEREO = np.array([[1.0], [0.5]], dtype=np.float32)
+
+
+def stereo(rate: int) -> np.ndarray:
+    """A chirp at full and at half level: its mono mean is three quarters."""
+    return np.stack([made.chirp(rate=rate)] * 2) * STEREO
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("reading")
+
+
+@pytest.mark.parametrize(
+    ("name", "codecs", "rate", "tail"),
+    [
+        ("a.mp4", ("libx264", "aac"), 44100, 0),
+        ("a.mov", ("libx264", "aac"), 44100, 0),
+        ("a.mkv", ("libx264", "aac"), 44100, 1024 / 44100),
+        ("a.webm", ("libvpx", "libopus"), 48000, 0),
+        ("b.mkv", ("mpeg4", "flac"), 44100, 0),
+        ("b.avi", ("mjpeg", "pcm_s16le"), 22050, 0),
+    ],
+)
+def test_every_container_gives_the_same_clip(folder: Path, name: str, codecs: tuple[str, str], rate: int, tail: float):
+    pix_fmt = "yuvj420p" if codecs[0] == "mjpeg" else "yuv420p"
+    path = made.write_video(
+        folder / name, made.picture(), list(range(16)), EIGHTH, stereo(rate), rate=rate, codecs=codecs, pix_fmt=pix_fmt
+    )
+    clip = load_clip(path)
+    assert clip.frames is not None
+    assert clip.waveform is not None
+    assert clip.times.tolist() == [k / 8 for k in range(16)]
+    assert made.index_of(clip.frames) == list(range(16))
+    assert abs(len(clip.waveform) - 32000) <= tail * 16000 + 1
+    assert made.lag(clip.waveform, made.chirp()) == 0
+    assert np.corrcoef(clip.waveform[:32000], made.chirp()[: len(clip.waveform)])[0, 1] > 0.99
+    assert np.std(clip.waveform) / np.std(made.chirp()) == pytest.approx(0.75, abs=0.02), "channels are averaged"
+    assert clip.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert clip.path == str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp3", "libmp3lame"), ("a.flac", "flac"), ("a.m4a", "aac"), ("a.ogg", "flac")]
+)
+def test_sound_files(folder: Path, name: str, codec: str):
+    path = made.write_video(folder / name, None, [], EIGHTH, stereo(44100), codecs=("", codec))
+    clip = load_clip(path)
+    assert clip.frames is None
+    assert clip.waveform is not None
+    assert clip.times.shape == (0,)
+    assert len(clip.waveform) == 32000
+    assert clip.duration == 2.0
+    assert made.lag(clip.waveform, made.chirp()) == 0
+    part = load_clip(path, start=0.7, end=1.3)
+    assert part.waveform is not None
+    assert len(part.waveform) == 9600
+    assert made.lag(part.waveform, made.chirp()[11200:20800]) == 0
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "gif"])
+def test_images(folder: Path, suffix: str):
+    from PIL import Image
+
+    picture = made.picture(1, 30, 41)[0]
+    Image.fromarray(picture).save(folder / f"still.{suffix}")
+    clip = load_clip(folder / f"still.{suffix}")
+    assert clip.frames is not None
+    assert clip.is_image
+    assert clip.times.tolist() == [0.0]
+    assert clip.waveform is None
+    assert clip.frames.shape == (1, 30, 41, 3)
+    assert np.abs(clip.frames[0].astype(int) - picture).max() <= (0 if suffix != "gif" else 40)
+    assert clip.duration == 0.0 or suffix == "gif"
+
+
+def test_moving_gif_keeps_its_delays(folder: Path):
+    ticks = [0, 10, 15, 90]
+    path = made.write_video(
+        folder / "moving.gif", made.picture(4), ticks, Fraction(1, 100), codecs=("gif", ""), pix_fmt="rgb8"
+    )
+    clip = load_clip(path)
+    assert clip.times.tolist() == [0.0, 0.1, 0.15, 0.9]
+    assert not clip.is_image
+
+
+def test_wavs_by_hand(folder: Path):
+    values = np.array([[0, 16384, -32768, 32767], [0, 0, -32768, 32767]])
+    cases = {
+        "h": (values, [0, 0.25, -1, 32767 / 32768]),
+        "B": (np.array([[128, 192, 0, 255], [128, 128, 0, 255]]), [0, 0.25, -1, 127 / 128]),
+        "i": (values * 65536, [0, 0.25, -1, 32767 / 32768]),
+        "f": (np.array([[0, 0.5, -1, 1], [0, 0, -1, 1]]), [0, 0.25, -1, 1]),
+    }
+    for kind, (samples, wanted) in cases.items():
+        (folder / f"{kind}.wav").write_bytes(made.wav(samples, 16000, kind))
+        clip = load_clip(folder / f"{kind}.wav")
+        assert clip.waveform is not None
+        np.testing.assert_allclose(clip.waveform, wanted, atol=1e-7, err_msg=kind)
+        assert clip.duration == 4 / 16000
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 44101])
+def test_resampling_keeps_level_and_time(folder: Path, rate: int):
+    t = np.arange(rate) / rate
+    path = folder / f"{rate}.wav"
+    path.write_bytes(made.wav(0.5 * np.sin(2 * np.pi * 1000 * t)[None], rate, "f"))
+    clip = load_clip(path)
+    assert clip.waveform is not None
+    assert len(clip.waveform) == 16000
+    wanted = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000)
+    assert np.abs(clip.waveform - wanted)[400:-400].max() < 1e-3
+
+
+def test_resampling_removes_what_would_alias(folder: Path):
+    t = np.arange(44100) / 44100
+    (folder / "high.wav").write_bytes(made.wav(0.9 * np.sin(2 * np.pi * 9000 * t)[None], 44100, "f"))
+    clip = load_clip(folder / "high.wav")
+    assert clip.waveform is not None
+    assert np.abs(clip.waveform[400:-400]).max() < 1e-3
+
+
+def test_overshoot_is_clamped_and_said(folder: Path):
+    (folder / "loud.wav").write_bytes(made.wav(np.array([[0.0, 1.5, -2.0]]), 16000, "f"))
+    clip = load_clip(folder / "loud.wav")
+    assert clip.waveform is not None
+    assert clip.waveform.tolist() == [0.0, 1.0, -1.0]
+    assert clip.notes == ("the sound peaked at 2.000; clamped to [-1, 1]",)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_a_sound_that_starts_late_stays_late(folder: Path, container: str):
+    path = made.write_video(
+        folder / f"late.{container}", made.picture(), list(range(16)), EIGHTH, stereo(44100)[:, :44100], sound_start=0.4
+    )
+    clip = load_clip(path)
+    assert clip.waveform is not None
+    assert not clip.waveform[: round(0.37 * 16000)].any()
+    assert abs(made.lag(clip.waveform[6400:], 0.75 * made.chirp()[:16000])) <= 16, "within a millisecond"
+    assert any("the sound starts 0.4" in note or "the sound starts 0.3" in note for note in clip.notes)
+    part = load_clip(path, start=1.0)
+    assert part.waveform is not None
+    assert abs(made.lag(part.waveform, 0.75 * made.chirp()[9600:16000])) <= 16
+
+
+def test_a_picture_that_starts_late_keeps_its_times(folder: Path):
+    path = made.write_video(folder / "late_picture.mp4", made.picture(8), list(range(8, 16)), EIGHTH, stereo(44100))
+    clip = load_clip(path)
+    assert clip.times.tolist() == [1 + k / 8 for k in range(8)]
+    assert clip.waveform is not None
+    assert made.lag(clip.waveform, made.chirp()) == 0
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.5, 1.5), (0.3, 1.17), (1.25, None)])
+def test_windows(folder: Path, container: str, start: float, end: float | None):
+    path = folder / f"window.{container}"
+    if not path.exists():
+        options = {"g": "4", "bf": "2"}
+        made.write_video(path, made.picture(), list(range(16)), EIGHTH, stereo(44100), options=options)
+    whole = load_clip(path)
+    part = load_clip(path, start=start, end=end)
+    stop = whole.duration if end is None else end
+    inside = (whole.times >= start - 1e-9) & (whole.times < stop - 1e-9)
+    np.testing.assert_allclose(part.times, whole.times[inside] - start, atol=1e-9)
+    assert part.frames is not None
+    assert whole.frames is not None
+    assert np.array_equal(part.frames, whole.frames[inside]), "a seek must give the same pictures"
+    assert part.waveform is not None
+    assert whole.waveform is not None
+    expected = whole.waveform[round(start * 16000) : round(stop * 16000)]
+    assert abs(len(part.waveform) - len(expected)) <= 1
+    n = min(len(part.waveform), len(expected))
+    assert made.lag(part.waveform, expected) == 0
+    error = np.abs(part.waveform[:n] - expected[:n])[64:-64].max()
+    assert error < 2e-3, "a window sounds like the same seconds of the whole"
+    assert part.window == (start, pytest.approx(start + part.duration))
+    assert end is None or part.duration == pytest.approx(end - start)
+
+
+def test_window_between_two_frames_shows_the_one_on_display(folder: Path):
+    path = made.write_video(folder / "slow.mp4", made.picture(3), [0, 2, 4], Fraction(1, 1))
+    clip = load_clip(path, start=2.5, end=3.5)
+    assert clip.frames is not None
+    assert made.index_of(clip.frames) == [1]
+    assert clip.times.tolist() == [0.0]
+    assert "the one on display at its start is kept" in clip.notes[0]
+
+
+def test_window_that_reaches_past_the_end_says_so(folder: Path):
+    path = Path(made.clip().save(folder / "two.mp4"))
+    clip = load_clip(path, start=1.5, end=9)
+    assert clip.duration == 0.5
+    assert "asked to 9 s; the file ends at 2.000 s" in clip.notes
+
+
+@pytest.mark.parametrize(
+    ("fps", "wanted"), [(2, [0, 4, 8, 12]), (1, [0, 8]), (4, [0, 2, 4, 6, 8, 10, 12, 14]), (3, [0, 3, 5, 8, 11, 13])]
+)
+def test_thinning_takes_the_nearest_frames_with_their_true_times(folder: Path, fps: float, wanted: list[int]):
+    clip = load_clip(made.clip().save(folder / "thin.mp4"), fps=fps)
+    targets = np.arange(2 * fps) / fps
+    nearest = [int(np.argmin(np.abs(np.arange(16) / 8 - t))) for t in targets]
+    assert nearest == wanted, "the expectation, derived twice"
+    assert clip.frames is not None
+    assert made.index_of(clip.frames) == wanted
+    assert clip.times.tolist() == [k / 8 for k in wanted]
+    assert clip.duration == 2.0
+    assert clip.notes == ()
+
+
+def test_thinning_beyond_the_source_takes_each_frame_once(folder: Path):
+    clip = load_clip(made.clip().save(folder / "thick.mp4"), fps=30)
+    assert len(clip.times) == 16
+    assert clip.notes == ("the source has fewer frames than fps= asks for in places; each is taken once",)
+
+
+def test_thinning_counts_from_the_window(folder: Path):
+    clip = load_clip(made.clip().save(folder / "thin_window.mp4"), start=0.5, end=1.75, fps=2)
+    assert clip.frames is not None
+    assert made.index_of(clip.frames) == [4, 8, 12]
+    assert clip.times.tolist() == [0.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotation_is_applied(folder: Path, degrees: int):
+    corner = np.zeros((2, 64, 96, 3), dtype=np.uint8)
+    corner[:, :32, :32] = 255
+    path = made.write_video(folder / f"turned{degrees}.mp4", corner, [0, 1], EIGHTH, rotation=degrees)
+    clip = load_clip(path)
+    turned = np.rot90(corner, k=degrees // 90, axes=(1, 2))
+    assert clip.frames is not None
+    assert clip.frames.shape == turned.shape
+    assert np.abs(clip.frames.astype(int) - turned).mean() < 3
+    assert f"turned by {degrees} degrees, as the file asks" in clip.notes
+
+
+@pytest.mark.parametrize("full_range", [False, True])
+def test_both_ranges_of_colour_are_understood(folder: Path, full_range: bool):
+    grey = np.repeat(np.array([0, 60, 128, 200, 255], np.uint8), 64 * 64 * 3).reshape(5, 64, 64, 3)
+    path = made.write_video(folder / f"range{full_range}.mp4", grey, list(range(5)), EIGHTH, full_range=full_range)
+    clip = load_clip(path)
+    assert clip.frames is not None
+    assert np.abs(clip.frames.astype(int) - grey).max() <= 4
+
+
+def test_a_cover_picture_is_no_video(folder: Path):
+    import av
+
+    path = folder / "cover.mp3"
+    with av.open(str(path), "w") as out:
+        audio = out.add_stream("libmp3lame", rate=44100, layout="mono")
+        cover = out.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = 32
+        cover.pix_fmt = "yuvj420p"
+        cover.disposition = 0x400
+        out.mux(cover.encode(av.VideoFrame.from_ndarray(made.picture(1, 32, 32)[0], format="rgb24")))
+        block = av.AudioFrame.from_ndarray(made.chirp(rate=44100)[None], format="fltp", layout="mono")
+        block.sample_rate = 44100
+        out.mux(audio.encode(block))
+        out.mux(audio.encode(None))
+    clip = load_clip(path)
+    assert not clip.has_picture
+    assert clip.has_sound
+
+
+def test_clip_files_load_once_and_notice_changes(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    path = folder / "lazy.mp4"
+    made.clip().save(path)
+    lazy = ClipFile(str(path), start=0.5, end=1.5)
+    first = lazy.load()
+    assert first.duration == 1.0
+    assert ClipFile(str(path), start=0.5, end=1.5).load() is first
+    assert ClipFile(str(path)).load() is not first
+    made.clip(waveform=made.chirp(1.5)).muted().save(path)
+    changed = lazy.load()
+    assert changed.sound_hash != first.sound_hash
+    monkeypatch.setattr("av_lens.media.files._MOST_BYTES", 0)
+    other = ClipFile(str(path), start=0.25).load()
+    assert ClipFile(str(path), start=0.25).load() is not other, "over the budget nothing is kept"
+
+
+def test_probes_decode_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    path = made.clip(frames=made.picture(16, 40, 60)).save(folder / "probe.mp4")
+    monkeypatch.setattr(av_lens.media.source, "load_clip", None)
+    facts = probe_media(path)
+    assert (facts.duration, facts.width, facts.height, facts.frame_rate, facts.sound_rate) == (2.0, 60, 40, 8.0, 16000)
+    assert facts.has_picture
+    assert facts.has_sound
+    assert not facts.is_image
+    assert ClipFile(path, start=1.0).probe() == facts
+
+
+def test_names_that_look_like_protocols_are_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("http:x.mp4", "pipe:0.mp4", "pattern%03d.mp4", "späce name.mp4"):
+        made.clip().save(name)
+        assert load_clip(name).duration == 2.0
+
+
+def test_the_room_is_light_and_silent():
+    heavy = ("av", "torch", "scipy", "torchaudio", "PIL")
+    code = f"import sys, av_lens.media; print([m for m in {heavy} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert (run.stdout.strip(), run.stderr) == ("[]", "")
+
+
+def test_the_real_clip(real_clip_path: Path):
+    clip = load_clip(real_clip_path)
+    assert clip.frames is not None
+    assert clip.waveform is not None
+    assert clip.frames.shape == (250, 360, 640, 3)
+    np.testing.assert_allclose(clip.times, np.arange(250) / 25, atol=1e-12)
+    assert clip.duration == 10.0
+    assert len(clip.waveform) == 158639, "427 AAC frames of 1024 samples at 44100 Hz; the 428th is priming"
+    part = load_clip(real_clip_path, start=3.3, end=5.1, fps=2)
+    np.testing.assert_allclose(part.times, [0.02, 0.5, 0.98, 1.5], atol=1e-9)
+    assert part.frames is not None
+    assert np.array_equal(part.frames[1], clip.frames[95])
+    back = Clip.from_arrays(frames=clip.frames[:10, :90, :121], times=clip.times[:10], waveform=clip.waveform[:6400])
+    assert len(back.to_mp4_bytes()) > 1000
