@@ -18,7 +18,7 @@ RATE = 16000
 SECONDS = 2.0
 N_SAMPLES = round(RATE * SECONDS)
 
-Wave = Float64[np.ndarray, "sample"]
+Wave = Float64[np.ndarray, "_"]
 
 
 def _tone(pitch: Wave | float, weights: tuple[float, ...], phase: float = 0.0, rate: int = RATE) -> Wave:
@@ -35,7 +35,7 @@ def _onsets(rng: np.random.Generator, per_second: float, *, jitter: float = 0.0)
     return [int(time * RATE) for time in times]
 
 
-def _place(events: list[tuple[int, Wave]]) -> Wave:
+def _place(events: list[tuple[int, np.ndarray]]) -> Wave:
     """Events summed at their onsets, cut at the end."""
     out = np.zeros(N_SAMPLES)
     for start, event in events:
