@@ -15,6 +15,7 @@ import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +95,31 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
     source = _Source.of(name, revision)
     config = source.config()
     family = family_of(_model_type(config, name))
-    n_parameters = _count(family, config)
-    precision = _dtype(dtype) if dtype is not None else _stored_dtype(config)
-    place = torch.device(device) if device is not None else _fitting_device(n_parameters, precision)
-    small = place.type == "cpu" and n_parameters < BILLION
-    if dtype is None and (source.grammar is not None or small):
-        precision = torch.float32
-    hf_model = _weights(family, source, precision).to(place)
+    precision, place = _precision_and_place(family, source, config, dtype, device)
+    with _no_bars(hidden=source.grammar is not None):
+        hf_model = _weights(family, source, precision).to(place)
     processor = processor if processor is not None else _processor(source)
     bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
     provenance = {"source": source.place, "revision": revision, "dtype": str(precision), "device": str(place)}
     return HookedAVLLM(bridge, processor, name=name, grammar=source.grammar, handed_in=False, provenance=provenance)
+
+
+def _precision_and_place(
+    family: Family, source: _Source, config: Mapping[str, Any], dtype: Any, device: Any
+) -> tuple[torch.dtype, torch.device]:
+    """The rule at the top of this module, counting parameters only where it asks for them."""
+    organism = source.grammar is not None
+    precision = torch.float32 if organism else _stored_dtype(config)
+    precision = precision if dtype is None else _dtype(dtype)
+    if device is not None:
+        place = torch.device(device)
+    elif torch.cuda.is_available():
+        place = _fitting_device(_count(family, config), precision)
+    else:
+        place = torch.device("cpu")
+    if dtype is None and not organism and place.type == "cpu" and _count(family, config) < BILLION:
+        precision = torch.float32
+    return precision, place
 
 
 class _Source:
@@ -120,7 +135,7 @@ class _Source:
     def of(cls, name: str, revision: str | None) -> _Source:
         index = _index()
         if name in index:
-            folder = resources.files("av_lens.organism") / "checkpoints" / str(index[name]["folder"])
+            folder = _checkpoints() / str(index[name]["folder"])
             return cls(name, str(folder), None)
         path = Path(name).expanduser()
         if path.is_dir():
@@ -156,8 +171,12 @@ class _Source:
             ) from error
 
 
+def _checkpoints() -> Traversable:
+    return resources.files("av_lens") / "organism" / "checkpoints"  # named from the root: organism is not imported
+
+
 def _index() -> Mapping[str, Any]:
-    found = resources.files("av_lens.organism") / "checkpoints" / "index.json"
+    found = _checkpoints() / "index.json"
     return json.loads(found.read_text()) if found.is_file() else {}
 
 
@@ -201,11 +220,8 @@ def _stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def _fitting_device(n_parameters: int, dtype: torch.dtype) -> torch.device:
-    if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        if n_parameters * dtype.itemsize * ROOM_TO_RUN < free:
-            return torch.device("cuda")
-    return torch.device("cpu")
+    free, _ = torch.cuda.mem_get_info()
+    return torch.device("cuda" if n_parameters * dtype.itemsize * ROOM_TO_RUN < free else "cpu")
 
 
 def _weights(family: Family, source: _Source, dtype: torch.dtype) -> Any:
@@ -228,6 +244,21 @@ def _weights(family: Family, source: _Source, dtype: torch.dtype) -> Any:
             "would be random. The checkpoint is incomplete or belongs to another model."
         )
     return hf_model
+
+
+@contextmanager
+def _no_bars(*, hidden: bool) -> Generator[None, None, None]:
+    """Keep HuggingFace's progress bar off the terminal where there is nothing to wait for."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    if hidden:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden and shown:
+            hf_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -119,6 +119,10 @@ def _checks(model: Any, x: Any, given: bool, full: bool) -> Iterator[tuple[str, 
         names = [hook_name("pattern", last), hook_name("resid_pre", last), hook_name("resid_mid", last)]
         names += [hook_name(part, last) for part in ("attn_out", "mlp_out", "resid_post")]
         _, cache = model.run_with_cache(x, names, budget_gb=float("inf"))
+    silent = [name for name in names if name not in cache.cache_dict]
+    yield f"the hooks of layer {last} fire ({', '.join(silent) or 'all'})", not silent
+    if silent:
+        return
     rows = cache[names[0]].sum(-1, dtype=torch.float32)
     yield f"rows of {names[0]} sum to one", bool((rows - 1).abs().max() < (TOLERANCE if _exact(model) else 0.02))
     total = cache[names[1]] + cache[names[3]]

@@ -86,7 +86,6 @@ def test_an_organisms_folder_keeps_its_sizes_and_is_raised_to_float32(tmp_path, 
     half = untouched(hf_model).to(torch.float16)
     half.save_pretrained(place)
     (place / "grammar.json").write_text("{}")
-    model = load(place, device="cpu") if not _needs_grammar() else None
     model = load(place)
     assert model.dtype == torch.float32
     assert model.processor.videos_kwargs["size"] == {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
@@ -105,7 +104,6 @@ def test_the_rule_for_precision_and_device(monkeypatch):
     assert loading._stored_dtype({"thinker_config": {"torch_dtype": "bfloat16"}}) == torch.bfloat16
     assert loading._stored_dtype({"dtype": "float16"}) == torch.float16
     assert loading._stored_dtype({}) == torch.float32
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * 10**9, 24 * 10**9))
     assert loading._fitting_device(7 * 10**9, torch.bfloat16) == torch.device("cuda")
     assert loading._fitting_device(9 * 10**9, torch.bfloat16) == torch.device("cpu")
@@ -234,10 +232,9 @@ def test_nothing_to_load_is_said():
 
 
 def test_short_names_resolve_through_the_index(monkeypatch, tmp_path, folder):
-    (tmp_path / "checkpoints").mkdir()
-    shutil.copytree(folder, tmp_path / "checkpoints" / "small")
-    index = {"av-small": {"folder": "small", "summary": "a test"}}
-    (tmp_path / "checkpoints" / "index.json").write_text(json.dumps(index))
+    checkpoints = tmp_path / "organism" / "checkpoints"
+    shutil.copytree(folder, checkpoints / "small")
+    (checkpoints / "index.json").write_text(json.dumps({"av-small": {"folder": "small", "summary": "a test"}}))
     monkeypatch.setattr(loading.resources, "files", lambda package: tmp_path)
     assert short_names() == {"av-small": "a test"}
     assert load("av-small").spec.d_model == 64
