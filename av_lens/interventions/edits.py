@@ -79,6 +79,7 @@ class Edit:
         n_prompt = len(spans)
         value = None
         if self.value is not None:
+            positions = _prompt_only(self, positions, spans)
             value = _shaped(self.value, self, spec, positions, n_prompt, batch)
             if positions.everything and value.shape[1] != 1:
                 positions = Positions(positions.index, decode=False, everything=True)
@@ -149,6 +150,18 @@ class BoundEdit:
             inside = [i for i, p in enumerate(self.positions.index) if offset <= p < offset + activation.shape[1]]
             value = value[:, inside]
         return value.to(activation)
+
+
+def _prompt_only(edit: Edit, positions: Positions, spans: SpanMap) -> Positions:
+    """Values recorded on a whole prompt go to that prompt's positions when an answer follows it."""
+    answer = spans["generated"].positions
+    if not positions.everything or edit.value is None or not len(answer):
+        return positions
+    prompt = tuple(sorted(set(positions.index) - set(answer.tolist())))
+    by_head = edit.site.has_heads and (not isinstance(edit.site.head, int) or edit.value.ndim == 4)
+    axis = edit.value.ndim - (3 if by_head else 2)
+    given = edit.value.shape[axis] if axis >= 0 else 1
+    return Positions(prompt) if given == len(prompt) else positions
 
 
 def _index(rows: slice | Tensor, heads: tuple[int, ...] | None) -> tuple[slice | Tensor, ...]:

@@ -34,10 +34,10 @@ class Plan:
 
     edits: tuple[Edit | Cut, ...]
 
-    def __init__(self, edits: Edit | Cut | Iterable[Edit | Cut] = ()) -> None:
+    def __init__(self, edits: Edit | Cut | Iterable[Any] = ()) -> None:
         found = (edits,) if isinstance(edits, Edit | Cut) else tuple(edits)
         for edit in found:
-            if not isinstance(edit, Edit | Cut):  # pyright: ignore[reportUnnecessaryIsInstance]
+            if not isinstance(edit, Edit | Cut):
                 raise InterventionError(
                     f"a plan holds edits and cuts, not {type(edit).__name__}: write Plan([zero(Site('z', 5, head=3))])."
                 )

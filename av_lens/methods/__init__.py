@@ -1,1 +1,6 @@
-"""methods."""
+"""Methods: one technique per file. Each takes a model and inputs and returns labelled numbers."""
+
+from av_lens.methods.activation_patching import patch
+from av_lens.methods.attribution import direct_attribution
+
+__all__ = ["direct_attribution", "patch"]

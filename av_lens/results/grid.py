@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,7 +36,6 @@ from av_lens.results.provenance import as_text
 SCHEMA_VERSION = 1
 FEWEST_CLUSTERS = 5
 DRAWS = 5000
-Of = Literal["effects", "values", "normalized"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -80,10 +79,10 @@ class Grid:
         cls,
         values: Any,
         *,
-        axes: Mapping[str, Sequence[Any]],
+        axes: Mapping[str, Any],
         baseline: Any,
         donor: Any = None,
-        clusters: Sequence[int] | None = None,
+        clusters: Any = None,
         metric: str = "",
         **more: Any,
     ) -> Grid:
@@ -94,7 +93,7 @@ class Grid:
             axes: the labels of every axis after example, in order.
             baseline: `[example]`.
             donor: `[example]`, or None where there is none.
-            clusters: the cluster of each example; None makes each its own.
+            clusters: the number of each example's cluster; None makes each its own.
             metric: what was measured.
             **more: further attributes of the grid.
 
@@ -115,6 +114,9 @@ class Grid:
         lines = [
             np.full(n, np.nan) if line is None else np.asarray(line, dtype=np.float64) for line in (baseline, donor)
         ]
+        for name, line in zip(("baseline", "donor"), lines, strict=True):
+            if line.shape != (n,):
+                raise InputError(f"{name} needs one number for each of {n} examples; got {line.shape}.")
         base, other = (xr.DataArray(line, dims="example", coords={"example": coords["example"]}) for line in lines)
         return cls(
             values=xr.DataArray(array, dims=("example", *axes), coords=coords),
@@ -150,7 +152,7 @@ class Grid:
         whole = self.baseline if self.shares else self.donor - self.baseline
         return self.effects / whole.where(whole != 0)
 
-    def mean(self, of: Of = "effects") -> xr.DataArray:
+    def mean(self, of: str = "effects") -> xr.DataArray:
         """Average over examples.
 
         Args:
@@ -167,7 +169,7 @@ class Grid:
             return above.mean("example")
         return above.mean("example") / below.where(above.notnull()).mean("example")
 
-    def interval(self, level: float | int = 0.95, *, of: Of = "effects", seed: int = 0) -> xr.DataArray:
+    def interval(self, level: float | int = 0.95, *, of: str = "effects", seed: int = 0) -> xr.DataArray:
         """Bound the mean by resampling clusters of examples (percentile bootstrap, 5,000 draws).
 
         Args:

@@ -1,7 +1,8 @@
 """What a run says, as one number for each example: `logit_diff`, `log_prob`, `prob`, `rank`, `kl`.
 
 A metric reads the logits `[batch, asked_pos, d_vocab]`, whose last position is the generation position, and returns
-`[batch]`. Answers are strings, token ids, or lists of either (synonyms); `each([...])` gives every example its own.
+`[batch]`. Answers are strings, token ids, lists of either (synonyms) or resolved `Answer`s; `each([...])` gives every
+example its own.
 
     score(answer)     one token: its logit; synonyms: logsumexp of theirs;
                       several tokens: the teacher-forced summed log-probability, then for both answers
@@ -52,10 +53,10 @@ UNITS = {"logit_diff": "logit", "log_prob": "nat", "prob": "probability", "rank"
 class Each:
     """One answer for each example, in order. Build it with `each`."""
 
-    answers: tuple[AnswerLike, ...]
+    answers: tuple[AnswerLike | Answer, ...]
 
 
-def each(answers: Sequence[AnswerLike]) -> Each:
+def each(answers: Sequence[AnswerLike | Answer]) -> Each:
     """Give every example of a stack its own answer.
 
     Args:
@@ -67,7 +68,7 @@ def each(answers: Sequence[AnswerLike]) -> Each:
     return Each(tuple(answers))
 
 
-Asked = str | int | Sequence[str | int] | Each
+Asked = str | int | Answer | Sequence[str | int] | Each
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ class Metric:
     asked: tuple[Asked, ...] = ()
     reference: Float[Tensor, "..."] | None = None
     function: Callable[[Tensor], Tensor] | None = None
-    ids: tuple[Int64[Tensor, "example option token"], ...] | None = None
+    ids: tuple[Int64[Tensor, "_ _ _"], ...] | None = None
     texts: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
 
@@ -142,6 +143,27 @@ class Metric:
         texts = tuple(side[0].text if len(side) == 1 else f"{side[0].text}, ... ({len(side)})" for side in answers)
         notes = _notes(answers)
         return replace(self, ids=tuple(padded(side) for side in answers), texts=texts, notes=notes)
+
+    @property
+    def n_answers(self) -> int:
+        """For how many examples answers were given: 1 where all share theirs."""
+        return max((int(ids.shape[0]) for ids in self._bound()), default=1)
+
+    def chosen(self, examples: Sequence[int]) -> Metric:
+        """Keep the answers (or reference logits) of some examples.
+
+        Args:
+            examples: which ones, in order.
+
+        Returns:
+            The metric of a stack of these examples.
+        """
+        rows = list(examples)
+        ids = tuple(tokens if tokens.shape[0] == 1 else tokens[rows] for tokens in self._bound())
+        reference = self.reference
+        if reference is not None and reference.shape[0] != 1:
+            reference = reference[rows]
+        return replace(self, ids=ids or None, reference=reference)
 
     @property
     def teacher_forced(self) -> bool:
@@ -238,14 +260,18 @@ class Metric:
 
 
 def _shown(asked: Asked) -> str:
-    return f"{len(asked.answers)} answers" if isinstance(asked, Each) else str(asked)
+    if isinstance(asked, Each):
+        return f"{len(asked.answers)} answers"
+    return asked.text if isinstance(asked, Answer) else str(asked)
 
 
-def _spread(side: tuple[AnswerLike, ...], n: int) -> tuple[AnswerLike, ...]:
+def _spread(side: tuple[AnswerLike | Answer, ...], n: int) -> tuple[AnswerLike | Answer, ...]:
     return side * n if len(side) == 1 else side
 
 
-def _resolved(tokenizer: Any, answer: AnswerLike) -> Answer:
+def _resolved(tokenizer: Any, answer: AnswerLike | Answer) -> Answer:
+    if isinstance(answer, Answer):
+        return answer
     if tokenizer is None:
         named = [answer] if isinstance(answer, str | int) else list(answer)
         words = [part for part in named if isinstance(part, str)]
@@ -255,7 +281,7 @@ def _resolved(tokenizer: Any, answer: AnswerLike) -> Answer:
     return resolve(tokenizer, answer)
 
 
-def _pair(tokenizer: Any, a: AnswerLike, b: AnswerLike) -> tuple[Answer, Answer]:
+def _pair(tokenizer: Any, a: AnswerLike | Answer, b: AnswerLike | Answer) -> tuple[Answer, Answer]:
     if tokenizer is None:
         return answer_pair(_NoWords(), _resolved(None, a), _resolved(None, b))
     return answer_pair(tokenizer, a, b)

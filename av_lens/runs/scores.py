@@ -109,7 +109,7 @@ def worst_rank(
     return ranks.masked_fill(~there.any(-1), torch.inf)
 
 
-def unequal_lengths(answers: Sequence[Int64[Tensor, "_ option token"]]) -> Bool[Tensor, "example"]:
+def unequal_lengths(answers: Sequence[Int64[Tensor, "_ _ _"]]) -> Bool[Tensor, "_"]:
     """Say for which examples the answers' options have unequal numbers of tokens.
 
     Args:

@@ -1,0 +1,163 @@
+"""Patching: nothing into nothing is nothing, everything into everything is everything, and TransformerLens agrees."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from small_av import small_inputs, small_model
+
+import av_lens as avl
+from av_lens.errors import InputError, InterventionError
+from av_lens.inputs.answers import Answer
+from av_lens.interventions import Plan, Site, replace
+from av_lens.methods import patch
+from av_lens.runs import each, logit_diff, measure, run
+
+METRIC = logit_diff("a", "b")
+
+
+def pair(clean=(0, 1), corrupt=(2, 3)):
+    return avl.Pair(clean=small_inputs(clean), corrupt=small_inputs(corrupt))
+
+
+@pytest.mark.parametrize("over", ["head", "layer span"])
+def test_a_run_patched_into_itself_changes_nothing(over):
+    same = avl.Pair(clean=small_inputs(), corrupt=small_inputs())
+    assert float(abs(patch(small_model(), same, over=over, metric=METRIC).effects).max()) < 1e-5
+
+
+def test_the_whole_stream_patched_is_the_donor_and_media_alone_suffice():
+    grid = patch(small_model(), pair(), over="layer", at=small_inputs().spans.all, metric=METRIC)
+    np.testing.assert_allclose(grid.normalized().values, 1.0, atol=1e-4)
+    np.testing.assert_allclose(grid.values.values, np.broadcast_to(grid.donor.values[:, None], (2, 4)), atol=1e-5)
+    media = patch(small_model(), pair(), over="layer", at="media", metric=METRIC)
+    np.testing.assert_allclose(media.normalized().sel(layer=0).values, 1.0, atol=1e-4)  # the texts are equal
+    assert float(abs(media.normalized().sel(layer=3) - 1).min()) > 1e-3
+
+
+def test_signs_and_baselines_of_both_directions():
+    model, both = small_model(), pair()
+    clean, corrupt = (measure(model, x, METRIC).numpy() for x in (both.clean, both.corrupt))
+    denoise = patch(model, both, over="layer", metric=METRIC)
+    noise = patch(model, both, over="layer", metric=METRIC, direction="noise")
+    np.testing.assert_allclose(denoise.baseline.values, corrupt, atol=1e-5)
+    np.testing.assert_allclose(denoise.donor.values, clean, atol=1e-5)
+    np.testing.assert_allclose(noise.baseline.values, clean, atol=1e-5)
+    np.testing.assert_allclose(noise.donor.values, corrupt, atol=1e-5)
+    assert "positive: the place restores" in denoise.direction
+    assert "negative: the place is needed" in noise.direction
+    turned = patch(model, avl.Pair(clean=both.corrupt, corrupt=both.clean), over="layer", metric=METRIC)
+    np.testing.assert_allclose(turned.values.values, noise.values.values, atol=1e-5)
+
+
+def test_transformer_lens_patching_through_bound_agrees():
+    from transformer_lens import patching
+
+    model, both = small_model(), pair((0,), (2,))
+    bridge = model.bound(both)
+    _, clean = bridge.run_with_cache(bridge.clean_ids)
+    a, b = (model.tokenizer(word)["input_ids"][0] for word in "ab")
+    at = both.clean.spans.generation_position
+    rows = pd.DataFrame([(layer, at, head) for layer in (0, 2, 3) for head in (0, 3)], columns=["layer", "pos", "head"])
+    theirs = patching.generic_activation_patch(
+        bridge,
+        bridge.corrupt_ids,
+        clean,
+        lambda logits: logits[0, -1, a] - logits[0, -1, b],
+        patch_setter=patching.layer_pos_head_vector_patch_setter,
+        activation_name="z",
+        index_df=rows,
+    )
+    ours = patch(model, both, over="head", at="generation", metric=logit_diff(a, b)).values[0]
+    wanted = [float(ours.sel(layer=layer, head=head)) for layer, _, head in rows.itertuples(index=False)]
+    np.testing.assert_allclose(theirs.detach().numpy(), wanted, atol=1e-5)
+    assert np.ptp(wanted) > 1e-4
+
+
+@pytest.mark.slow
+def test_transformer_lens_sweeps_of_all_heads_and_positions_agree():
+    from transformer_lens import patching
+
+    model, both = small_model(), pair((0,), (2,))
+    bridge = model.bound(both)
+    _, clean = bridge.run_with_cache(bridge.clean_ids)
+    a, b = (model.tokenizer(word)["input_ids"][0] for word in "ab")
+
+    def metric(logits):
+        return logits[0, -1, a] - logits[0, -1, b]
+
+    theirs = patching.get_act_patch_attn_head_out_by_pos(bridge, bridge.corrupt_ids, clean, metric)
+    ours = patch(model, both, over="head pos", metric=logit_diff(a, b)).values[0].transpose("layer", "pos", "head")
+    np.testing.assert_allclose(theirs.detach().numpy(), ours.values, atol=1e-5)
+
+
+def test_several_pairs_of_several_layouts_keep_their_order_and_their_answers():
+    model = small_model()
+    separate = avl.Pair(clean=small_inputs((0,), sound="separate"), corrupt=small_inputs((1,), sound="separate"))
+    pairs = [pair((0,), (2,)), separate, pair((3,), (4,))]
+    metric = logit_diff(each(["a", "c", "e"]), each(["b", "d", "f"]))
+    grid = patch(model, pairs, over="layer", metric=metric, stack=2)
+    for i, words in enumerate([("a", "b"), ("c", "d"), ("e", "f")]):
+        alone = patch(model, pairs[i], over="layer", metric=logit_diff(*words))
+        np.testing.assert_allclose(grid.values[i].values, alone.values[0].values, atol=1e-5)
+        np.testing.assert_allclose(grid.donor[i].item(), alone.donor[0].item(), atol=1e-5)
+    assert grid.clusters == (0, 0, 1)  # the clips of seeds 0 and 1 are shared by the first two pairs
+
+
+def test_answers_of_several_tokens():
+    model, both = small_model(), pair((0,), (2,))
+    metric = logit_diff(Answer("dog", ((70, 71),)), Answer("cat", ((75, 76),)))
+    grid = patch(model, both, over="layer", at=both.clean.spans.all, metric=metric)
+    np.testing.assert_allclose(grid.donor.values, measure(model, both.clean, metric).numpy(), atol=1e-5)
+    np.testing.assert_allclose(grid.normalized().sel(layer=0).values, 1.0, atol=1e-4)
+    # Later the answer's own first token has read the corrupt media already: what a full forward says, not the donor.
+    with torch.no_grad():
+        donor = run(model, both.clean, capture=[Site("resid_pre", 2)]).cache["resid_pre", 2]
+    whole = measure(model, both.corrupt, metric, plan=Plan(replace(Site("resid_pre", 2), donor)))
+    np.testing.assert_allclose(grid.values.sel(layer=2).values, whole.numpy(), atol=1e-5)
+    assert abs(grid.normalized().sel(layer=2).item() - 1) > 1e-3
+    assert "teacher-forced" in grid.provenance["notes"][0]
+
+
+def test_axes_are_labelled_and_partition_what_they_should():
+    model, both = small_model(), pair((0,), (2,))
+    spans = both.clean.spans
+    grid = patch(model, both, over="layer span", metric=METRIC)
+    assert set(grid.values.coords["span"].values.tolist()) == set(spans.roles)
+    windows = patch(model, both, over="layer window:1.0s", metric=METRIC)
+    assert windows.values.coords["window"].values.tolist() == [0.0, 1.0]
+    assert grid.provenance["component"] == "resid_pre"
+    values = patch(model, both, over="head", component="v", at="audio", metric=METRIC)
+    assert values.values.sizes["head"] == 2  # values are kept for key-value heads
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"over": "haed"}, InputError, "unknown axis 'haed'. Did you mean 'head'"),
+        ({"over": "layer span pos"}, InputError, "at most one of span, pos, window"),
+        ({"over": "span"}, InputError, "name layer or head"),
+        ({"over": "layer window:0s"}, InputError, "write a window's length in seconds"),
+        ({"component": "attn_out"}, InterventionError, "attn_out has no heads to iterate"),
+        ({"component": "pattern"}, InterventionError, "matrix of queries and keys"),
+        ({"direction": "denoize"}, InputError, "Did you mean 'denoise'"),
+        ({"at": "vidoe"}, InputError, "unknown role 'vidoe'"),
+        ({"metric": lambda logits: logits.mean()}, InputError, "Leave out the mean"),
+    ],
+)
+def test_what_cannot_be_patched_is_refused(options, error, text):
+    options = {"metric": METRIC} | options
+    with pytest.raises(error, match=text):
+        patch(small_model(), pair((0,), (2,)), **options)
+
+
+def test_equal_answers_are_refused():
+    with pytest.raises(InputError, match=r"the two answers are equal"):
+        patch(small_model(), pair((0,), (2,)), metric=logit_diff("a", "a"))
+
+
+def test_logits_of_the_wrong_kind_of_tensor_never_pass():
+    with pytest.raises(InputError, match=r"wanted one number for each of the 1 examples"):
+        patch(small_model(), pair((0,), (2,)), metric=lambda logits: torch.zeros(3))
