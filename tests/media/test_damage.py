@@ -322,12 +322,22 @@ def attempt(path: Path, data: bytes, options: dict[str, Any]) -> None:
 
 
 @settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(suffix=st.sampled_from([".mp4", ".wav", ".png", ".gif", ".jpeg", ".mkv", ".mp3", ".flac"]), head=st.booleans(), edits=EDITS,
-       keep=st.floats(0.01, 1) | st.just(1.0), options=OPTIONS)  # fmt: skip
+@given(
+    suffix=st.sampled_from([".mp4", ".wav", ".png", ".gif", ".jpeg", ".mkv", ".mp3", ".flac"]),
+    head=st.booleans(),
+    edits=EDITS,
+    keep=st.floats(0.01, 1) | st.just(1.0),
+    options=OPTIONS,
+)
 def test_mutated_and_truncated_media(
-    victims: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, suffix: str, head: bool, edits: list[Any], keep: float,
+    victims: dict[str, bytes],
+    tmp_path_factory: pytest.TempPathFactory,
+    suffix: str,
+    head: bool,
+    edits: list[Any],
+    keep: float,
     options: dict[str, Any],
-):  # fmt: skip
+):
     data = bytearray(victims[suffix])
     for where, kind, word in edits:
         at = int(where * (min(len(data), 400) if head else len(data)))
