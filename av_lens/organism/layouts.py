@@ -11,6 +11,7 @@ Example:
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,9 @@ def prompt(question: str, layout: str) -> Prompt:
         arguments["audio"] = [np.zeros(2 * anatomy.SAMPLE_RATE, np.float32)]
     if layout == "in_video":
         arguments |= {"audio_from_video_indices": [0], "load_audio_from_video": True}
-    made = processor(**arguments)
+    with warnings.catch_warnings():  # the processor gives NumPy a tensor in a way that NumPy 2 deprecates
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        made = processor(**arguments)
     ids = made["input_ids"]
     with torch.no_grad():
         positions, _ = model.model.get_rope_index(
