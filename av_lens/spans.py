@@ -142,6 +142,14 @@ class Span:
             raise InputError(unknown("clock", clock, CLOCKS))
         if not end_s > start_s:
             raise InputError(f"between({start_s}, {end_s}) is empty: the end must lie after the start, in seconds")
+        if (
+            clock == "source"
+            and (np.isfinite(columns.start_s) & np.isnan(columns.source_start_s))[self.positions].any()
+        ):
+            raise InputError(
+                "the examples of this stack differ in their true times, so the source clock selects other positions in "
+                'each: ask x[i].spans, or use clock="model"'
+            )
         starts = (columns.start_s if clock == "model" else columns.source_start_s)[self.positions]
         ends = (columns.end_s if clock == "model" else columns.source_end_s)[self.positions]
         keep = (starts < end_s - _TOLERANCE) & (ends > start_s + _TOLERANCE)

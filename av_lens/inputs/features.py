@@ -151,7 +151,10 @@ class Features:
         Returns:
             The patches, their grid and the true times behind them.
         """
-        return cast(Picture, self.memory.once(("video", clip.picture_hash, fps), lambda: self._video(clip, fps)))
+        return cast(
+            Picture,
+            self.memory.once(("video", clip.picture_hash, clip.picture_end, fps), lambda: self._video(clip, fps)),
+        )
 
     def image(self, clip: Clip) -> Picture:
         """Cut one frame into patches: an image's only one, a video's nearest to its middle.
@@ -162,7 +165,9 @@ class Features:
         Returns:
             The patches, their grid and the frame's true time.
         """
-        return cast(Picture, self.memory.once(("image", clip.picture_hash), lambda: self._image(clip)))
+        return cast(
+            Picture, self.memory.once(("image", clip.picture_hash, clip.picture_end), lambda: self._image(clip))
+        )
 
     def sound(self, clip: Clip) -> Sound:
         """Compute the mel of a clip's sound, resampled to the processor's rate where it differs.

@@ -76,6 +76,10 @@ def test_a_shared_map_shows_what_differs(encoder: Encoder):
     assert stack.tokens[question[1]] == "e"
     assert np.isnan(stack.spans.source_start_s[stack.spans.video.positions]).all()
     assert stack.spans.start_s[stack.spans.video.positions][0] == 0.0
+    with pytest.raises(InputError, match=r"differ in their true times.*ask x\[i\].spans"):
+        stack.spans.video.between(0, 1, clock="source")
+    assert len(stack.spans.video.between(0, 1)) == 6
+    assert len(stack[0].spans.video.between(0, 1, clock="source")) == 6
     assert stack[1].spans.source_start_s[stack.spans.video.positions][0] == pytest.approx(0.05)
 
 

@@ -185,6 +185,17 @@ def test_frames_are_chosen_by_their_true_times(encoder: Encoder):
     assert x.spans.start_s[video][::6].tolist() == [0.0, 1.0]
 
 
+def test_how_long_the_last_frame_stays_belongs_to_the_picture(encoder: Encoder):
+    frames = np.zeros((4, 56, 84, 3), dtype=np.uint8)
+    short, long = (
+        Clip.from_arrays(frames=frames, times=np.arange(4) / 2, duration=end, waveform=np.zeros(16000, np.float32))
+        for end in (2.0, 3.0)
+    )
+    assert short.picture_hash == long.picture_hash
+    assert encoder.features.video(short, 2).frames == (0, 1, 2, 3)
+    assert encoder.features.video(long, 2).frames == (0, 1, 2, 3, 3, 3)
+
+
 def test_a_source_slower_than_the_rate_shows_frames_again(encoder: Encoder, make_clip):
     clip = make_clip(2.0, fps=2.0)
     assert encoder.features.video(clip, 4).frames == (0, 0, 1, 1, 2, 2, 3, 3)
