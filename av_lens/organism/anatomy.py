@@ -2,8 +2,8 @@
 
 The classes are those of real checkpoints, so that media files go in by the road that real checkpoints take. What is
 small is the vocabulary (256 byte symbols, the words of the grammar as merges, and Qwen's special tokens), the pictures
-(84 x 84 pixels, 3 x 3 tokens a frame pair) and the widths. A clip of two seconds at two frames a second is 18 video tokens
-and 50 audio tokens; `seconds_per_chunk` is 1, so that the two are interleaved as V9 A25 V9 A25.
+(84 x 84 pixels, 3 x 3 tokens a frame pair) and the widths. A clip of two seconds at two frames a second is 18 video
+tokens and 50 audio tokens; `seconds_per_chunk` is 1, so that the two are interleaved as V9 A25 V9 A25.
 
 Not done: the default system message of Qwen's chat template is left out, for it would make every prompt a third longer.
 """

@@ -144,7 +144,7 @@ def embed(
         audio: what the audio tower put out; needed where the layout has a sound.
 
     Returns:
-        The embeddings and the position ids `[3, batch, pos]`; differentiable in the model's embeddings and the features.
+        The embeddings and the position ids `[3, batch, pos]`; differentiable in the embeddings and the features.
 
     Raises:
         InputError: if questions differ in length, or features of the layout are missing.

@@ -1,7 +1,7 @@
 """The sounds of the synthetic world: two seconds of a bark, a bell, rain ..., synthesised.
 
-Each class has a recipe from simple parts (harmonic tones along a pitch curve, decaying partials, bursts of noise); pitch,
-tempo, loudness and the noise floor vary with the generator that is passed in.
+Each class has a recipe from simple parts (harmonic tones along a pitch curve, decaying partials, bursts of noise);
+pitch, tempo, loudness and the noise floor vary with the generator that is passed in.
 """
 
 from __future__ import annotations

