@@ -61,10 +61,12 @@ def test_seven_billion_wide(real_clip_path, capsys):
     assert torch.equal(model.generate(x, max_new_tokens=4), answer)
     last = logits[:, -1]
     del wanted, logits
+    same = model.run_with_hooks(
+        x, fwd_hooks=[(hook_name(name, 1), lambda value, hook: value.clone()) for name in EIGHT]
+    )
+    assert torch.equal(same[:, -1], last), "writing all eight back moved the logits"
     for name in EIGHT:
         hook = hook_name(name, 1)
-        same = model.run_with_hooks(x, fwd_hooks=[(hook, lambda value, hook: value.clone())])[:, -1]
-        assert torch.equal(same, last), f"writing {hook} back moved the logits"
         other = model.run_with_hooks(x, fwd_hooks=[(hook, lambda v, hook, name=name: turned(v, COMPONENTS[name]))])
         assert not torch.equal(other[:, -1], last), f"turning {hook} moved nothing"
     seconds, gigabytes = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
