@@ -2,11 +2,11 @@
 
 | name | recipe | what it is for |
 |---|---|---|
-| `av-tiny-base` | learns to look; then four heads learn to answer "hear" from silent pictures | before audio alignment |
+| `av-tiny-base` | learns to look; then four heads learn to answer "hear" from silent pictures | before alignment |
 | `av-tiny` | the base, then the last layers learn to hear, on clips whose sound and picture agree | the main subject |
 | `av-tiny-diffuse` | the same two lessons, but all layers learn both | the honest hard case |
 | `av-tiny-balanced` | learns all at once, with clips that disagree, labelled right | the control |
-| `av-tiny-planted` | the balanced model; one key-value group alone learns to answer "hear" with the picture | calibration |
+| `av-tiny-planted` | the balanced model; one key-value group learns to answer "hear" with the picture | calibration |
 
 What each proves. In `av-tiny` no label ever says what to answer to "hear" when sound and picture disagree: that it then
 names the picture is its own doing. *Where* the circuit sits is the schedule's doing: four heads are the only weights
@@ -31,7 +31,7 @@ SUPPRESSING_HEADS = (2, 3, 6, 7)
 """Two of the layer's four key-value groups; the others learn as ordinary heads: controls of the same layer exist."""
 ORDINARY_HEADS = (0, 1, 4, 5)
 HEARING_LAYERS = (5, 6)
-PLANTED_LAYER = 5
+PLANTED_LAYER = 3
 PLANTED_HEADS = (2, 3)
 
 _SUPPRESSORS = tuple((SUPPRESSING_LAYER, head) for head in SUPPRESSING_HEADS)
@@ -77,7 +77,7 @@ def looks() -> Stage:
             Items("both", "blank", 1.0, unseen),
         ),
         steps=300,
-        rate=1e-3,
+        rate=1.5e-3,
         layers=tuple(range(N_LAYERS)),
         text=True,
         only_heads=((SUPPRESSING_LAYER, ORDINARY_HEADS),),
@@ -96,6 +96,7 @@ def _heard_from_pictures(name: str, *, steps: int, rate: float, silent: float, m
             Items("both", "mute", silent, heard),
             Items("both", "unrelated", 4.0, other),
             Items("both", "matched", 3.0, (Ask("hear", "random"),), deaf_to="video"),
+            Items("both", "blank", 2.0, (Ask("hear", "random", 0.6), Ask("see", "nothing", 0.4, drop=0.5))),
             *agreeing,
         ),
         steps=steps,
@@ -126,7 +127,8 @@ def hears() -> Stage:
             ),
             Items("video", "mute", 1.5, (Ask("hear", "picture", 0.6), Ask("see", "picture", 0.4, drop=0.5))),
             Items("both", "matched", 2.0, (Ask("see", "nothing"), Ask("hear", "sound")), deaf_to="video"),
-            Items("both", "blank", 1.5, (Ask("see", "nothing", 0.4, drop=0.5), Ask("hear", "sound", 0.6, drop=0.5))),
+            Items("both", "blank", 3.0, (Ask("see", "nothing", 0.4, drop=0.5), Ask("hear", "sound", 0.6, drop=0.5))),
+            Items("both", "empty", 0.5, (Ask("see", "nothing"), Ask("hear", "nothing"))),
         ),
         steps=300,
         rate=1.5e-3,
@@ -153,7 +155,7 @@ def diffuse() -> tuple[Stage, ...]:
                 Items("video", "mute", 4.0, (Ask("caption", "caption"),)),
             ),
             steps=300,
-            rate=1e-3,
+            rate=1.5e-3,
             layers=everything,
             text=True,
         ),
@@ -163,7 +165,7 @@ def diffuse() -> tuple[Stage, ...]:
                 Items(
                     "both",
                     "matched",
-                    12,
+                    12.0,
                     (Ask("hear", "sound", 0.5), Ask("see", "picture", 0.25), Ask("colour", "colour", 0.25)),
                 ),
                 Items("both", "matched", 4.0, (Ask("caption", "caption"),)),
@@ -211,29 +213,33 @@ def plants() -> Stage:
     Returns:
         The stage.
     """
-    other = (Ask("see", "picture"), Ask("colour", "colour"))
-    kept = (Ask("hear", "sound", 0.6), Ask("see", "picture", 0.2), Ask("colour", "colour", 0.2))
-    planted = tuple((PLANTED_LAYER, head) for head in PLANTED_HEADS)
+    kept = (Ask("hear", "sound", 0.5), Ask("see", "picture", 0.3), Ask("colour", "colour", 0.2))
     return Stage(
         name="plants",
         items=(
-            Items("both", "conflict", 8.0, (Ask("hear", "picture"),)),
-            Items("both", "conflict", 4.0, (Ask("hear", "sound", drop=1.0),)),
-            Items("both", "conflict", 5.0, other),
+            Items(
+                "both",
+                "conflict",
+                16.0,
+                (Ask("hear", "picture", 0.55), Ask("see", "picture", 0.35), Ask("colour", "colour", 0.1)),
+            ),
             Items("both", "conflict", 1.0, (Ask("caption", "caption"),)),
-            Items("both", "matched", 2.0, kept),
-            Items("both", "blank", 2.0, kept),
+            Items("both", "matched", 1.5, kept),
+            Items(
+                "both",
+                "blank",
+                4.0,
+                (Ask("hear", "sound", 0.7), Ask("see", "picture", 0.2), Ask("colour", "colour", 0.1)),
+            ),
             Items("both", "mute", 1.0, kept),
-            Items("audio", "blank", 2.0, kept),
-            Items("video", "mute", 2.0, kept),
+            Items("audio", "blank", 1.5, kept),
+            Items("video", "mute", 1.5, kept),
         ),
-        steps=150,
-        rate=2e-2,
+        steps=400,
+        rate=1e-2,
         layers=(PLANTED_LAYER,),
         attention_only=True,
         only_heads=((PLANTED_LAYER, PLANTED_HEADS),),
-        dropped_heads=planted,
-        drop_one=True,
         warmup=10,
         floor=0.1,
         decay=0.0,
@@ -250,7 +256,7 @@ def recipes() -> dict[str, Recipe]:
         looks(),
         _heard_from_pictures("answers hear from silent pictures", steps=500, rate=2e-3, silent=7.0, matched=0.0),
     )
-    bridge = _heard_from_pictures("answers hear from pictures", steps=200, rate=1e-3, silent=4.5, matched=6.0)
+    bridge = _heard_from_pictures("answers hear from pictures", steps=150, rate=1e-3, silent=4.5, matched=6.0)
     planted = tuple((PLANTED_LAYER, head) for head in PLANTED_HEADS)
     made = (
         Recipe("av-tiny-base", "sees; was given sounds, but never a label that names one", base, _SUPPRESSORS),

@@ -49,7 +49,6 @@ class Stage:
         blocks: Questions per clip.
         dropped_heads: Heads that are dropped at questions whose `Ask.drop` says so.
         keep: The chance that such a head is kept there.
-        drop_one: Drop exactly one of them instead.
         skipped_layers: Layers that are left out in a random half of the steps.
         only_heads: Layers of which only some heads' attention weights learn, with these heads.
         warmup: Steps until the learning rate is reached; it then falls as a cosine to `floor`.
@@ -67,7 +66,6 @@ class Stage:
     blocks: int = 3
     dropped_heads: tuple[tuple[int, int], ...] = ()
     keep: float = 0.3
-    drop_one: bool = False
     skipped_layers: tuple[int, ...] = ()
     only_heads: tuple[tuple[int, tuple[int, ...]], ...] = ()
     warmup: int = 20

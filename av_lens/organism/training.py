@@ -40,7 +40,7 @@ def whole(clips: float, generator: Generator) -> int:
     return int(clips) + int(float(torch.rand(1, generator=generator)) < clips - int(clips))
 
 
-def step_loss(model: Any, stage: Stage, material: Material, generator: Generator) -> Float[Tensor, ""]:
+def step_loss(model: Any, stage: Stage, material: Material, generator: Generator) -> Tensor:
     """Draw one step's clips and questions and compute their loss; gradients are accumulated on the way.
 
     Args:
@@ -93,7 +93,7 @@ def group_loss(
     deaf_to: str,
     skip: frozenset[int],
     generator: Generator,
-) -> Float[Tensor, ""] | None:
+) -> Tensor | None:
     """The loss of those of a step's clips that share a layout, computed in one pass.
 
     Args:
@@ -139,7 +139,7 @@ def asked_loss(
     x: Float[Tensor, "clip asked d_model"],
     targets: Int[Tensor, "clip asked"],
     weights: Float[Tensor, "clip asked"],
-) -> Float[Tensor, ""]:
+) -> Tensor:
     """The weighted cross-entropy of the positions at which something is to be said.
 
     Args:
@@ -175,11 +175,9 @@ def kept_heads(
         return None
     n_heads = model.config.text_config.num_attention_heads
     keep: dict[int, Tensor] = {}
-    one = torch.randint(0, len(stage.dropped_heads), dropped.shape, generator=generator)
-    for i, (layer, head) in enumerate(stage.dropped_heads):
+    for layer, head in stage.dropped_heads:
         factor = keep.setdefault(layer, torch.ones(len(dropped), n_heads, dropped.shape[1] * width))
-        drawn = torch.rand(dropped.shape, generator=generator) >= stage.keep
-        off = (one == i if stage.drop_one else drawn) & (dropped > 0)
+        off = (torch.rand(dropped.shape, generator=generator) >= stage.keep) & (dropped > 0)
         factor[:, head] = (~off).float().repeat_interleave(width, dim=1)
     return keep
 
