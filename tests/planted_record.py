@@ -27,6 +27,7 @@ def planted_isolation(seed: int = 0, *, stamps: tuple[str, ...] = ("exploratory"
         n_heads=HEADS,
         verdict_kind="suppression",
         stamps=stamps,
+        reasons=tuple(f"{s}: 22 and 22 competent conflicts in the halves; a verdict needs 60 in each." for s in stamps),
         summary={"G": G, "C": C, "gap": G - C, "delta": 0.1 * G, "power": 0.21},
         heads=table("heads", _heads()),
         evidence=table("evidence", _evidence(rng)),

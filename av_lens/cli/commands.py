@@ -102,9 +102,9 @@ def inspect(
     read = load_clip(clip, start=start, end=end)
     loaded = _load(model, device="cpu", dtype=None)
     x = loaded.encode(read, question, sound=_absent(sound), picture=_absent(picture), fps=fps)
-    console.OUT.print(x.describe(), markup=False, soft_wrap=True)
     frame = x.table()
-    console.OUT.print()
+    console.OUT.print(f"{model}: {len(frame)} positions, layout {x.layout}", markup=False)
+    console.OUT.print(f"{read!r}\n{question!r}\n", markup=False, soft_wrap=True)
     console.OUT.print(by_position(frame) if every else by_run(frame))
     if csv is not None:
         frame.to_csv(csv, index=False)

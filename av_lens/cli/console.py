@@ -20,8 +20,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
-OUT = Console(highlight=False)
-ERR = Console(stderr=True, highlight=False)
+_UNWATCHED = 120  # columns, where the output goes to a file or a pipe
+
+
+def _console(*, stderr: bool) -> Console:
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=_UNWATCHED)
+
+
+OUT, ERR = _console(stderr=False), _console(stderr=True)
 
 
 class Bars:

@@ -66,7 +66,7 @@ def behaviour(found: Any, *, chosen: str = "competent", rule: str = "two", title
     share = len(effects) / max(1, len(effects) + len(cells))
     split = 1 - share * (1 - 80 / height)
     _panel(fig, frame, effects, [MEANINGS[name] for name in effects], axis="", colour=_style.SOUND)
-    labels = [CELLS.get(cell, cell) for cell in cells]
+    labels = [_label(cell) for cell in cells]
     _panel(fig, frame, cells, labels, axis="2", colour=_style.GREEN)
     y = {"automargin": True, "showgrid": False, "ticks": "", "tickmode": "array", "zeroline": False}
     x = {"gridcolor": _style.GRID, "automargin": True, "zeroline": False}
@@ -89,6 +89,10 @@ def behaviour(found: Any, *, chosen: str = "competent", rule: str = "two", title
         },
     )
     return fig
+
+
+def _label(cell: str) -> str:
+    return f"{cell.removesuffix(' (see)')}: asked what is seen" if cell.endswith(" (see)") else CELLS.get(cell, cell)
 
 
 def _places(labels: list[str]) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _context(
         "stamps": [{"name": stamp, "meaning": _stamp(found, stamp)} for stamp in found.stamps],
         "kind": found.verdict_kind,
         "verdict": found.verdict,
-        "reasons": found.reasons,
+        "reasons": [reason for reason in found.reasons if reason.split(": ")[0] not in found.stamps],
         "tiles": sections.tiles(found),
         "asked": _asked(found),
         "threshold": words.percent(float(found.protocol["s"])) if "s" in found.protocol else "a fixed share",
@@ -145,11 +145,9 @@ def _context(
 
 
 def _stamp(found: Any, stamp: str) -> str:
-    meaning = words.STAMP_MEANINGS.get(stamp, "")
-    if stamp == "exploratory" and len(found.conflicts):
-        counts = found.conflicts[found.conflicts["competent"]].groupby("half").size()
-        meaning += " Here: " + ", ".join(f"{int(n)} for {half}" for half, n in counts.items() if half) + "."
-    return meaning
+    """Say what a stamp means: the record's own reason where it gives one, then what follows from it."""
+    own = [reason.removeprefix(f"{stamp}: ") for reason in found.reasons if reason.startswith(f"{stamp}: ")]
+    return " ".join([*own, words.STAMP_MEANINGS.get(stamp, "")]).strip()
 
 
 def _asked(found: Any) -> str:

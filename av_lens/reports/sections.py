@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from av_lens.reports.words import CELLS, DONOR_MEANINGS, QUANTITIES, ROLE_MEANINGS, interval, number, percent, small
+from av_lens.reports.words import (
+    DONOR_MEANINGS,
+    QUANTITIES,
+    ROLE_MEANINGS,
+    cell_meaning,
+    interval,
+    number,
+    percent,
+    small,
+)
 from av_lens.results.record import Isolation
 from av_lens.results.tables import SUPPRESSORS
 
@@ -95,10 +104,10 @@ def behaviour_rows(found: Isolation, chosen: str) -> list[dict[str, str]]:
 def _quantity(quantity: str, cell: str, rule: str) -> tuple[str, str]:
     if quantity in QUANTITIES:
         return QUANTITIES[quantity]
-    names = {"accuracy": "right", "M": "M"}
+    names = {"accuracy": "right"}
     name = f"{names.get(quantity, quantity)} in {cell}" if cell else quantity
     of = {"two": "; best of the two answers", "vocabulary": "; best of all words"}.get(rule, "")
-    return name, CELLS.get(cell, "") + of
+    return name, cell_meaning(cell) + of
 
 
 def head_rows(found: Isolation) -> list[dict[str, Any]]:

@@ -21,10 +21,9 @@ DONOR_MEANINGS = {
     "zero": "switched off",
 }
 STAMP_MEANINGS = {
-    "exploratory": "too few conflicts (below 60 a half) or clips for a verdict on the set: what is named here is a "
-    "lead, to be confirmed on more.",
-    "not interpretable": "the search went on where the protocol would have stopped it: no figure of a head below has a "
-    "meaning of its own.",
+    "exploratory": "What is named on this page is a lead, to be confirmed on more conflicts: no verdict on the set.",
+    "not interpretable": "The search went on where the protocol would have stopped it: no figure of a head here has "
+    "a meaning of its own.",
 }
 QUANTITIES = {
     "G": ("G", "hearing with nothing to see"),
@@ -50,15 +49,29 @@ CELLS = {
     "a_muted": "picture a, nothing to hear",
     "audio_only": "sound a alone, no picture in the prompt",
 }
+_SEE = " (see)"
+
+
+def cell_meaning(cell: str) -> str:
+    """Say what is seen and heard in a cell.
+
+    Args:
+        cell: its name, such as "va", or "va (see)" where the question is what is seen.
+
+    Returns:
+        A few words; empty for an unknown cell.
+    """
+    meaning = CELLS.get(cell.removesuffix(_SEE), "")
+    return f"{meaning}; asked what is seen" if cell.endswith(_SEE) else meaning
 
 
 def number(value: Any, *, sign: bool = False, digits: int = 3) -> str:
-    """Say a number with a few significant figures.
+    """Say a number with a few decimals.
 
     Args:
         value: a number; NaN or None where not measured.
         sign: write a plus before a positive one.
-        digits: significant figures; at most two decimals from 10 up.
+        digits: decimals of a number below 0.1; one fewer up to 10, one from 10 up.
 
     Returns:
         Its text, with a real minus sign.
@@ -76,11 +89,11 @@ def number(value: Any, *, sign: bool = False, digits: int = 3) -> str:
         text = f"{value:.1f}"
     elif size >= 0.1 or size == 0:
         text = f"{value:.{digits - 1}f}"
-    elif size >= 1e-4:
-        text = f"{value:.{digits}f}" if size >= 10**-digits else f"{value:.{digits - 1}g}"
     else:
-        text = f"{value:.0e}"
-    text = "+" + text if sign and value > 0 else text
+        text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        text = text.lstrip("-")
+    text = "+" + text if sign and float(text) > 0 else text
     return text.replace("-", "−")
 
 

@@ -19,8 +19,9 @@ import pandas as pd
 from av_lens.errors import InputError
 from av_lens.reports import Calibration
 from av_lens.results.record import Isolation
+from av_lens.results.tables import SUPPRESSORS
 
-_SUPPRESSING = ("picture writer", "sound opponent", "gate", "undetermined")
+_NAMED = (*SUPPRESSORS, "undetermined")
 
 
 def planted_truth(name: str = "av-tiny-planted") -> dict[tuple[int, int], str]:
@@ -105,8 +106,8 @@ def calibrate(
         for rank, row in enumerate(best.to_dict("records"), start=1)
     ]
     heads: Any = pd.DataFrame(rows)
-    false_names = sorted(key for key, role in named.items() if role in _SUPPRESSING and key not in truth)
-    missed = sorted(key for key in truth if named.get(key, "") not in _SUPPRESSING)
+    false_names = sorted(key for key, role in named.items() if role in _NAMED and key not in truth)
+    missed = sorted(key for key in truth if named.get(key, "") not in _NAMED)
     figures = {
         "auroc": auroc(best["low"].tolist(), heads["planted"].tolist()),
         "precision_at_k": float(heads["planted"].head(len(truth)).mean()),

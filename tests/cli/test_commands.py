@@ -207,3 +207,44 @@ def test_the_entry_point_is_installed():
         pytest.skip("the package is not installed with its scripts")
     done = subprocess.run([str(script), "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"av-lens {__version__}"
+
+
+def test_demo_says_calibration_verdict_heads_and_where_the_report_is(run, tmp_path, monkeypatch):
+    from av_lens.studies import demonstration
+    from av_lens.studies.calibration import calibrate
+
+    def shown(out, *, conflicts, seed, progress):
+        progress("writing conflict clips", conflicts, conflicts)
+        found = planted_isolation(seed)
+        calibration = calibrate(found, {(5, 2): "writer"})
+        return demonstration.Demonstration(found=found, calibration=calibration, report=out / "report.html", seconds={})
+
+    monkeypatch.setattr(demonstration, "run_demo", shown)
+    result = run("demo", "--out", tmp_path, "--conflicts", 50)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
+    assert "writing conflict clips: 50 in " in said
+    assert "calibration The head planted in av-tiny-planted (L5 H2) came out on top" in said
+    assert "verdict (exploratory) Two heads of layer 5 keep the sound from being said" in said
+    assert "L5 H3" in said
+    assert f"written: {tmp_path / 'report.html'}" in said
+
+
+def test_inspect_prints_every_span_with_its_times(run, tmp_path, monkeypatch):
+    from tiny import tiny_clip, tiny_model
+
+    path = tmp_path / "clip.mp4"
+    tiny_clip().save(path)
+    model = tiny_model()
+    monkeypatch.setattr("av_lens.runs.load", lambda name, **options: model)
+    table = tmp_path / "positions.csv"
+    result = run("inspect", "tiny", path, "--question", "What do you hear?", "--csv", table)
+    assert result.exit_code == 0, result.output
+    frame = pd.read_csv(table)
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    for role in ("video", "audio", "generation"):
+        where = frame.index[frame["role"] == role]
+        assert any(line.startswith(f"{role} {where[0]}") for line in lines), role
+    every = run("inspect", "tiny", path, "--question", "What do you hear?", "--all")
+    assert every.exit_code == 0
+    assert len(every.stdout.splitlines()) > len(frame)

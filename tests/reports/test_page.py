@@ -111,8 +111,9 @@ def test_it_says_the_verdict_first_and_stamps_what_is_exploratory(written, found
     words_on_page = page.words
     assert found.verdict in words_on_page
     assert words_on_page.index(found.verdict) < words_on_page.rindex("How to read this")
-    assert "exploratory too few conflicts" in words_on_page
-    assert "Here: 22 for confirmation, 22 for discovery." in words_on_page
+    assert "exploratory 22 and 22 competent conflicts in the halves; a verdict needs 60" in words_on_page
+    assert "What is named on this page is a lead" in words_on_page
+    assert words_on_page.count("22 and 22 competent") == 1
     assert "An organism by construction." in words_on_page
 
 
@@ -241,7 +242,7 @@ class TestWords:
     @pytest.mark.parametrize(
         ("value", "text"),
         [(3.0, "3.00"), (-4.1, "−4.10"), (12.345, "12.3"), (0.0123, "0.012"), (0.0, "0.00"), (math.nan, "–"),
-         (None, "–"), (0.00012, "0.00012"), (7, "7"), (True, "yes")],
+         (None, "–"), (0.00012, "0.000"), (-0.0001, "0.000"), (7, "7"), (True, "yes")],
     )  # fmt: skip
     def test_numbers(self, value, text):
         assert words.number(value) == text

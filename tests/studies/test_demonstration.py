@@ -1,0 +1,91 @@
+"""The demo from end to end, with a stand-in for the search; on the shipped models it is the slow test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from planted_record import planted_isolation
+
+from av_lens.results.record import Isolation
+from av_lens.studies import demonstration
+from av_lens.studies.demonstration import PLANTED, SUBJECT, run_demo
+
+CONFLICTS = 4
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Count the searches instead of doing them."""
+    calls: list[str] = []
+
+    def search(model, conflicts, *, seed, progress):
+        calls.append(model)
+        assert len(conflicts) == CONFLICTS
+        progress("effects", 1, 1)
+        found = planted_isolation(seed)
+        provenance = {**found.provenance, "model": model}
+        return dataclasses.replace(found, conflicts=found.conflicts.head(CONFLICTS), provenance=provenance)
+
+    monkeypatch.setattr(demonstration, "load", lambda name: name)
+    monkeypatch.setattr(demonstration, "isolate", search)
+    monkeypatch.setattr(
+        demonstration, "planted_truth", lambda name: {(5, 2): "writer", (5, 3): "writer", (3, 4): "gate"}
+    )
+    return calls
+
+
+def test_calibrates_first_then_isolates_and_reports(stand_in, tmp_path):
+    told = []
+    shown = run_demo(tmp_path, conflicts=CONFLICTS, seed=0, progress=lambda *call: told.append(call))
+    assert stand_in == [PLANTED, SUBJECT]
+    assert shown.calibration.passed
+    assert shown.report == tmp_path / "report.html"
+    text = shown.report.read_text(encoding="utf-8")
+    assert text.count("data:video/mp4;base64,") == CONFLICTS
+    assert shown.calibration.sentence in text
+    assert "no evidence about real ones" in text
+    assert len(list((tmp_path / "clips").glob("*-conflict.mp4"))) == CONFLICTS
+    assert Isolation.load(tmp_path / "numbers").verdict == shown.found.verdict
+    assert set(json.loads((tmp_path / "seconds.json").read_text())) == {"clips", "calibration", "isolation", "report"}
+    assert (f"{PLANTED}: effects", 1, 1) in told
+    assert told[0][0] == "writing conflict clips"
+
+
+def test_goes_on_where_it_stopped(stand_in, tmp_path, monkeypatch):
+    whole = demonstration.isolate
+
+    def page(found, out, **options):
+        (out / "report.html").write_text("a page")
+        return out / "report.html"
+
+    monkeypatch.setattr(demonstration, "write_bundle", page)
+
+    def stops_at_the_subject(model, conflicts, **options):
+        if model == SUBJECT:
+            raise KeyboardInterrupt
+        return whole(model, conflicts, **options)
+
+    monkeypatch.setattr(demonstration, "isolate", stops_at_the_subject)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, conflicts=CONFLICTS, seed=0)
+    assert stand_in == [PLANTED]
+    assert not (tmp_path / "report.html").exists()
+    monkeypatch.setattr(demonstration, "isolate", whole)
+    run_demo(tmp_path, conflicts=CONFLICTS, seed=0)
+    assert stand_in == [PLANTED, SUBJECT]
+    run_demo(tmp_path, conflicts=CONFLICTS, seed=0)
+    assert stand_in == [PLANTED, SUBJECT]
+    run_demo(tmp_path, conflicts=CONFLICTS, seed=1)
+    assert len(stand_in) == 4
+
+
+@pytest.mark.slow
+def test_on_the_shipped_models(tmp_path):
+    shown = run_demo(tmp_path)
+    assert shown.calibration.passed
+    assert shown.found.verdict_kind == "suppression"
+    assert len(shown.found.conflicts) >= 40
+    assert "exploratory" in shown.found.stamps
+    assert len(shown.found.suppressors) >= 1
