@@ -80,12 +80,38 @@ def run(
     _require_memory(wanted, model, x, budget_gb)
     kept: dict[str, Tensor] = {}
     hooks = [*compiled.fwd_hooks, *((name, _keeper(name, slices, kept)) for name, slices in wanted.items())]
-    logits = model.run_with_hooks(x, fwd_hooks=hooks)[:, rows.to(model.device)]
+    logits = logits_of(model, x, hooks, rows)
     compiled.verify()
     missing = [name for name in wanted if name not in kept]
     if missing:
         raise InterventionError(f"the run never passed through {missing[0]}: this model does not use that hook.")
     return Run(logits, ActivationCache(kept, model.bridge), compiled.fired, tuple(rows.tolist()))
+
+
+def logits_of(model: Any, x: Any, hooks: Sequence[tuple[str, Callable[..., Any]]], rows: Tensor) -> Tensor:
+    """Run the model under hooks and unembed the asked positions only.
+
+    The logits of every position of a real prompt are larger than all its layers' activations together, so the other
+    positions are dropped before the unembedding, unless a hook looks there.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: an `AVInputs`.
+        hooks: forward hooks, as `run_with_hooks` takes them.
+        rows: the asked positions.
+
+    Returns:
+        Logits `[batch, asked_pos, d_vocab]`.
+    """
+    rows = rows.to(model.device)
+    if len(rows) == len(x.spans) or any(name.startswith("unembed") for name, _ in hooks):
+        return model.run_with_hooks(x, fwd_hooks=list(hooks))[:, rows]
+
+    def drop(stream: Tensor, hook: Any = None) -> Tensor:
+        del hook
+        return stream[:, rows]
+
+    return model.run_with_hooks(x, fwd_hooks=[*hooks, ("unembed.hook_in", drop)])
 
 
 @dataclass(frozen=True)

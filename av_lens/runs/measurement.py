@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.interventions import Plan
+from av_lens.runs.execution import logits_of
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.traces import Trace, record
 
@@ -42,7 +43,7 @@ def measure(
     def logits(inputs: Any, rows: list[int]) -> Tensor:
         compiled = (plan or Plan()).compile(model.spec, inputs.spans, batch=len(inputs))
         with torch.no_grad():
-            found = model.run_with_hooks(inputs, fwd_hooks=compiled.fwd_hooks)[:, rows]
+            found = logits_of(model, inputs, compiled.fwd_hooks, torch.tensor(rows))
         compiled.verify()
         return found
 
