@@ -84,6 +84,12 @@ def test_map_and_model_agree_on_every_layout(
         else:
             assert np.array_equal(spans.row[at], ids[1, at] - first)
             assert np.array_equal(spans.col[at], ids[2, at] - first)
+            # A patch lasts until the next one starts; the last as long as the rate says (an image one second).
+            lasting = 2 / fps if name == "video" else 1.0
+            starts = np.unique(spans.start_s[at])
+            ends = np.append(starts[1:], np.float32(len(starts)) * np.float32(lasting))
+            np.testing.assert_allclose(np.unique(spans.end_s[at]), ends, atol=1 / 25)
+            assert np.array_equal(np.unique(spans.end_s[at])[:-1], starts[1:])
     tokens = hf.config.audio_token_id, hf.config.video_token_id, hf.config.image_token_id
     for name, token in zip(("audio", "video", "image"), tokens, strict=True):
         assert np.array_equal(spans[name].positions, np.flatnonzero(x.ids[0].numpy() == token))
