@@ -267,3 +267,24 @@ def test_shipped_weights_reproduce_their_table():
         if again.about["clips"] != about["clips"]:
             pytest.skip("this build of the mp4 encoder makes other clips than the one that the tables were made with")
         assert again.same_counts(stored), name
+
+
+def test_the_table_of_shares_by_hand():
+    from av_lens.organism import portraits
+
+    rows = [
+        counted(cell, layout, kind, 4, right=4, sound=1, picture=3, colour=2)
+        for cell, place in behaviour.CELLS.items()
+        for layout in place.layouts
+        for kind in behaviour.KINDS
+    ]
+    table = portraits.shares_table({"tiny": Evaluation(pd.DataFrame(rows), pd.DataFrame())})
+    assert table["layout"].tolist() == ["in_video", "separate"]
+    first = table.iloc[0]
+    assert (first["heard, audio alone"], first["conflict heard: sound"], first["conflict colour"]) == (1.0, 0.25, 0.5)
+    assert portraits.markdown(table[["model", "conflict seen"]]).splitlines() == [
+        "| model | conflict seen |",
+        "|---|---|",
+        "| tiny | 0.750 |",
+        "| tiny | 0.750 |",
+    ]

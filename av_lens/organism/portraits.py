@@ -1,0 +1,81 @@
+"""The behaviour of the models that ship, as one table: read from the evaluations stored beside their weights.
+
+Documentation shows what `markdown(shares_table())` gives, so that the table cannot drift from the weights.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+
+from av_lens.organism import saving
+from av_lens.organism.evaluation import Evaluation
+
+EVALUATION = "evaluation.json"
+COLUMNS: dict[str, tuple[str, str, str]] = {
+    "heard, audio alone": ("audio_only", "hear", "right"),
+    "seen, video alone": ("video_only", "see", "right"),
+    "heard": ("factual", "hear", "right"),
+    "seen": ("factual", "see", "right"),
+    "conflict heard: sound": ("conflict", "hear", "sound"),
+    "conflict heard: picture": ("conflict", "hear", "picture"),
+    "conflict seen": ("conflict", "see", "picture"),
+    "conflict colour": ("conflict", "colour", "colour"),
+    "heard, blank picture": ("blank_picture", "hear", "sound"),
+}
+
+
+def shipped_evaluations() -> dict[str, Evaluation]:
+    """Read the evaluations that ship with the models.
+
+    Returns:
+        Short name to evaluation, for every listed model that has one.
+    """
+    index = saving.shipped() / saving.INDEX
+    if not index.exists():
+        return {}
+    found: dict[str, Evaluation] = {}
+    for name, entry in json.loads(index.read_text("utf-8")).items():
+        path = saving.shipped() / entry["folder"] / EVALUATION
+        if path.exists():
+            found[name] = Evaluation.load(path)
+    return found
+
+
+def shares_table(evaluations: dict[str, Evaluation] | None = None) -> pd.DataFrame:
+    """Put the main shares of every model into one table.
+
+    Args:
+        evaluations: by name; those that ship by default.
+
+    Returns:
+        One row for each model and layout, a column for each of `COLUMNS`; cells of one layout stand in both rows.
+    """
+    rows: list[dict[str, object]] = []
+    for name, result in (shipped_evaluations() if evaluations is None else evaluations).items():
+        counted = {(row["cell"], row["layout"], row["kind"]): row for row in result.counts.to_dict("records")}
+        for layout in ("in_video", "separate"):
+            row: dict[str, object] = {"model": name, "layout": layout}
+            for column, (cell, kind, answer) in COLUMNS.items():
+                at = next(key for key in ((cell, layout, kind), (cell, cell.split("_")[0], kind)) if key in counted)
+                row[column] = counted[at][answer] / counted[at]["n"]
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Write a table of shares as markdown.
+
+    Args:
+        table: from `shares_table`.
+
+    Returns:
+        The lines of a pipe table; shares with three decimals.
+    """
+    head = [str(column) for column in table.columns]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in table.to_dict("records"):
+        cells = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
