@@ -12,6 +12,8 @@ AXES = MappingProxyType(
     {
         "batch": "examples that run together",
         "pos": "positions of the prompt, as the fusion layers see them",
+        "new_pos": "positions that decoding adds",
+        "one": "a single number, kept as an axis",
         "query_pos": "positions that attend",
         "key_pos": "positions that are attended to",
         "head": "attention heads (query heads where layers share keys and values)",

@@ -94,8 +94,7 @@ def generate_with_hooks(model: Any, x: Any, how: Decoding, *, plan: Any, fwd_hoo
             do_sample=how.do_sample,
             return_dict_in_generate=True,
             output_logits=how.return_type == "result",
-            **_quiet(model, how.do_sample),
-            **how.options,
+            **{**_quiet(model, how.do_sample), **how.options},
         )
     tokens, prompt = out.sequences, tensors["input_ids"].shape[1]
     if compiled is not None:
@@ -109,9 +108,11 @@ def generate_with_hooks(model: Any, x: Any, how: Decoding, *, plan: Any, fwd_hoo
 
 
 def _quiet(model: Any, do_sample: bool) -> dict[str, Any]:
-    """Options that only keep HuggingFace from warning: a pad token, and no sampling settings in greedy runs."""
+    """Options that HuggingFace would warn about or leave out: an end, a pad token, no sampling settings if greedy."""
     settings = model.hf_model.generation_config
     quiet: dict[str, Any] = {}
+    if settings.eos_token_id is None:  # a thinker taken out of a full checkpoint names none, and would never end
+        quiet["eos_token_id"] = model.tokenizer.eos_token_id
     if settings.pad_token_id is None:
         quiet["pad_token_id"] = model.tokenizer.pad_token_id
     if not do_sample:

@@ -133,7 +133,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
 
         return Encoder(self.processor, self.config, self.position_ids, grammar=self.grammar)
 
-    def encode(self, clip: Any, question: Any = None, **options: Any) -> Any:
+    def encode(self, clip: Any, question: Any, **options: Any) -> Any:
         """Make the input of a clip and a question.
 
         Args:

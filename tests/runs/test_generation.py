@@ -134,3 +134,20 @@ def test_refusals(pair, x):
         model.generate(x, max_new_tokens=0)
     with pytest.raises(InterventionError, match="Did you mean"):
         model.generate(x, fwd_hooks=[("blocks.0.attn.hook_zz", lambda value, hook: None)])
+
+
+def test_a_model_that_names_no_end_ends_at_the_tokenizers(pair):
+    """A thinker taken out of a full checkpoint has no end token of its own."""
+    model, reference = pair
+    x = model.encode(tiny_clip(), "What?")
+    end = int(greedy(reference, x, 3)[0, -1])
+    settings, tokenizer = model.hf_model.generation_config, model.tokenizer
+    before, word = settings.eos_token_id, tokenizer.eos_token
+    settings.eos_token_id = None
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    try:
+        tokens = model.generate(x, max_new_tokens=8)
+    finally:
+        settings.eos_token_id, tokenizer.eos_token = before, word
+    assert tokens.shape[1] <= len(x.spans) + 3
+    assert tokens[0, -1] == end
