@@ -1,8 +1,9 @@
 """Does the set do on held-out conflicts what it promised, and do random heads of the same layers not?
 
-The members are edited one after another, in the order fixed on discovery. Above: the release of the first k members, in
-logits, with its interval; the grey marks are random sets of the same size, matched by layer, and the diamond is as many
-top heads for what is seen. Below: how often the model then says the sound's and the picture's answer, among all words.
+The members are edited one after another, in the order fixed on discovery. Above: the release of the first k members,
+in logits, with its interval; the grey marks are random sets of the same size, matched by layer, the diamond is as many
+top heads for what is seen, and the dotted curve the heads of largest single release together (how spread is the
+effect?). Below: how often the model then says the sound's and the picture's answer, among all words.
 """
 
 from __future__ import annotations
@@ -32,39 +33,45 @@ def confirmation(found: Any, *, title: str | None = None) -> Any:
     """
     frame = found.ablation
     arm = frame[frame["arm"] == "set"].sort_values("k")
-    if not len(arm):
+    ranked = frame[frame["arm"] == "ranked heads"].sort_values("k")
+    if not len(arm) and not len(ranked):
         raise InputError(
             "this isolation edited no set on held-out conflicts: none was found, so there is nothing to draw."
         )
     fig = _style.figure(title=title, height=600)
     random = frame[frame["arm"] == "random"]
+    last = int(max([*arm["k"], *random["k"], 1]))
+    if len(arm):
+        ranked = ranked[ranked["k"] <= max(8, 2 * last)]
     _random(fig, random)
-    _set_curve(fig, arm)
+    if len(ranked):
+        _curve(fig, ranked, name="the heads of largest single release", colour=_style.AMBER, dash="dot")
+    if len(arm):
+        _curve(fig, arm, name="the set, in its order", colour=_style.SOUND, dash="solid")
     _see(fig, frame[frame["arm"] == "see heads"])
-    _said(fig, found, arm, random)
+    _said(fig, found, arm if len(arm) else ranked, random, start=bool(len(arm)))
+    _axes(fig, last=int(max([last, *ranked["k"]])), log=not len(arm))
+    return fig
+
+
+def _axes(fig: Any, *, last: int, log: bool) -> None:
+    """Lay the two panels out over one axis of k: logarithmic where only the ranked heads reach far."""
     axis = {"gridcolor": _style.GRID, "zeroline": False, "automargin": True}
-    last = int(max(arm["k"].max(), random["k"].max() if len(random) else 0))
-    ticks = {"tickmode": "linear", "tick0": 0, "dtick": max(1, last // 12), "range": [-0.4, last + 0.6]}
+    ticks: dict[str, Any] = {"tickmode": "linear", "tick0": 0, "dtick": max(1, last // 12), "range": [-0.4, last + 0.6]}
+    if log:
+        powers = [2**i for i in range(int(np.log2(last)) + 1)]
+        ticks = {"type": "log", "tickmode": "array", "tickvals": powers, "ticktext": [str(k) for k in powers]}
+    name = {"text": "heads edited together (k)", "font": {"size": 13}}
+    logits = {"text": "release (logits)", "font": {"size": 13}}
+    rate = {"text": "rate", "font": {"size": 13}}
+    legend = {"orientation": "h", "x": 0, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
     fig.update_layout(
         xaxis={**axis, **ticks, "anchor": "y", "matches": "x2", "showticklabels": False},
-        yaxis={
-            **axis,
-            "domain": [0.53, 1.0],
-            "title": {"font": {"size": 13}, "text": "release (logits)"},
-            **_style.ZERO,
-        },
-        xaxis2={**axis, **ticks, "anchor": "y2", "title": {"font": {"size": 13}, "text": "heads edited together (k)"}},
-        yaxis2={
-            **axis,
-            "domain": [0.0, 0.4],
-            "anchor": "x2",
-            "title": {"font": {"size": 13}, "text": "rate"},
-            "range": [-0.04, 1.04],
-        },
+        yaxis={**axis, "domain": [0.53, 1.0], "title": logits, **_style.ZERO},
+        xaxis2={**axis, **ticks, "anchor": "y2", "title": name},
+        yaxis2={**axis, "domain": [0.0, 0.4], "anchor": "x2", "title": rate, "range": [-0.04, 1.04]},
+        legend2={**legend, "y": 0.4},
     )
-    legend = {"orientation": "h", "x": 0, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
-    fig.update_layout(legend2={**legend, "y": 0.4})
-    return fig
 
 
 def _jitter(n: int, *, width: float = 0.16) -> np.ndarray:
@@ -95,12 +102,12 @@ def _random(fig: Any, random: Any) -> None:
     )
 
 
-def _set_curve(fig: Any, arm: Any) -> None:
+def _curve(fig: Any, arm: Any, *, name: str, colour: str, dash: str) -> None:
     import plotly.graph_objects as go
 
-    values, low, high = (arm[name].astype(float).tolist() for name in ("release", "low", "high"))
+    values, low, high = (arm[column].astype(float).tolist() for column in ("release", "low", "high"))
     text = [
-        f"<b>k = {k}</b>: {m}<br>{v:+.3f} logits ({a:+.3f} to {b:+.3f})<br>{s:.1%} of G"
+        f"<b>k = {k}</b>: {_shortened(str(m))}<br>{v:+.3f} logits ({a:+.3f} to {b:+.3f})<br>{s:.1%} of G"
         for k, m, v, a, b, s in zip(arm["k"], arm["members"], values, low, high, arm["share"], strict=True)
     ]
     fig.add_trace(
@@ -108,14 +115,19 @@ def _set_curve(fig: Any, arm: Any) -> None:
             x=arm["k"],
             y=values,
             mode="lines+markers",
-            name="the set, in its order",
-            line={"color": _style.SOUND, "width": 2.5},
+            name=name,
+            line={"color": colour, "width": 2.5, "dash": dash},
             marker={"size": 9},
-            error_y=_style.intervals(values, low, high, colour=_style.SOUND),
+            error_y=_style.intervals(values, low, high, colour=colour),
             text=text,
             hovertemplate="%{text}<extra></extra>",
         )
     )
+
+
+def _shortened(members: str, *, most: int = 8) -> str:
+    names = members.split()
+    return " ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _see(fig: Any, rows: Any) -> None:
@@ -136,14 +148,14 @@ def _see(fig: Any, rows: Any) -> None:
     )
 
 
-def _said(fig: Any, found: Any, arm: Any, random: Any) -> None:
+def _said(fig: Any, found: Any, arm: Any, random: Any, *, start: bool) -> None:
     """Add the lower panel: what the model says, from no head edited to all of the set."""
     import plotly.graph_objects as go
 
     chosen = found.sets[found.sets["chosen"]]
     for column, name, colour in _SAYS:
         before = float(chosen[f"{column}_before"].iloc[0]) if len(chosen) else float("nan")
-        known = np.isfinite(before)
+        known = start and np.isfinite(before)
         fig.add_trace(
             go.Scatter(
                 x=[0, *arm["k"]] if known else arm["k"],

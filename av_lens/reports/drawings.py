@@ -125,18 +125,17 @@ def _maps(found: Any) -> list[Drawing | None]:
     donor = leading_donor(found)
     named = {(int(a), int(b)) for a, b in zip(found.suppressors["layer"], found.suppressors["head"], strict=True)}
     outlined = " Outlined: confirmed suppressors." if named else ""
-    missing = " Hatched: not measured."
     captions = {
         (
             "release",
             donor,
         ): f"Release of every head by the donor {donor}, discovery half. Blue: editing the head gives hearing "
-        f"back; vermilion: it takes hearing away.{outlined}{missing}",
+        f"back; vermilion: it takes hearing away.{outlined}",
         (
             "dla",
             "",
         ): "What every head writes directly into the answer under conflict, discovery half. Blue: for the sound; "
-        f"vermilion: for the picture.{outlined}{missing}",
+        f"vermilion: for the picture.{outlined}",
     }
     titles = {"release": "Release, head by head", "dla": "Direct attribution, head by head"}
     drawn: list[Drawing | None] = []
@@ -148,6 +147,8 @@ def _maps(found: Any) -> list[Drawing | None]:
         site = str(frame["site"].iloc[0])
         values = found.grid(estimand, by, site=site)
         figure = plots.heads(values, unit="logits", named=named)
+        if not np.isfinite(values).all():
+            caption += " Hatched: not measured."
         rows = tuple(
             (f"L{layer}", *(number(float(v), sign=True) for v in values[layer])) for layer in range(found.n_layers)
         )
@@ -157,14 +158,20 @@ def _maps(found: Any) -> list[Drawing | None]:
 
 
 def _confirmation(found: Any) -> Drawing | None:
-    if not (found.ablation["arm"] == "set").any():
+    if not found.ablation["arm"].isin(["set", "ranked heads"]).any():
         return None
-    caption = (
-        "Held-out conflicts. The heads of the set are edited one after another, in the order fixed on discovery. "
-        "Above: the release of the first k, with its interval, against random heads of the same layers (grey) and "
-        "as many top heads for what is seen (diamond). Below: how often the model says the sound's and the "
-        "picture's answer, among all words; pale rings are the random heads."
-    )
+    arms = set(found.ablation["arm"])
+    said = ["Held-out conflicts; release above, with its interval, and below it how often the model says each answer."]
+    if "set" in arms:
+        said.append("Solid: the heads of the set, edited one after another in the order fixed on discovery.")
+    if "random" in arms:
+        said.append("Grey marks and pale rings: random heads of the same layers.")
+    if "see heads" in arms:
+        said.append("Diamond: as many top heads for what is seen.")
+    if "ranked heads" in arms:
+        said.append("Dotted: the k heads of largest single release together, which shows how spread the effect is.")
+    caption = " ".join(said)
+    title = "The set on held-out conflicts" if "set" in arms else "The largest single releases together, held out"
     rows = tuple(
         (
             str(r["arm"]),
@@ -175,7 +182,7 @@ def _confirmation(found: Any) -> Drawing | None:
         for r in found.ablation[found.ablation["arm"] != "random"].to_dict("records")
     )
     columns = ("arm", "k", "members", "release (logits)", "low", "high", "says the sound", "says the picture")
-    return Drawing("confirmation", "The set on held-out conflicts", caption, plots.confirmation(found), columns, rows)
+    return Drawing("confirmation", title, caption, plots.confirmation(found), columns, rows)
 
 
 def _calibration(calibration: Calibration) -> Drawing:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import plotly.io as pio
@@ -145,6 +147,15 @@ class TestFindings:
         np.testing.assert_array_equal(random.y, found.ablation.query("arm == 'random'")["release"])
         (says,) = traces(fig, "says the sound")
         assert list(says.y) == [0.05, 0.32, 0.61, 0.78]
+
+    def test_without_a_set_the_ranked_heads_are_drawn_over_a_logarithmic_axis(self, found):
+        rows = found.ablation[found.ablation["arm"] == "set"].assign(arm="ranked heads", k=[1, 2, 16])
+        spread = dataclasses.replace(found, ablation=rows, sets=found.sets.head(0))
+        fig = plots.confirmation(spread)
+        (curve,) = traces(fig, "the heads of largest single release")
+        np.testing.assert_allclose(curve.y, [0.44 * G, 0.7 * G, 0.81 * G])
+        assert fig.layout.xaxis2.type == "log"
+        assert list(traces(fig, "says the sound")[0].y) == [0.32, 0.61, 0.78]
 
     def test_attribution_closes_its_sum(self, found):
         fig = plots.attribution(found, top=3)

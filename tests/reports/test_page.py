@@ -177,7 +177,7 @@ def test_a_stopped_search_still_gives_a_page(tmp_path):
     path = write_report(stopped_isolation(), tmp_path / "report.html")
     page = Page(path.read_text(encoding="utf-8"))
     assert "No head is named." in page.words
-    assert "so there is nothing to confirm" in page.words
+    assert "so there is none to confirm" in page.words
     assert "nothing to explain" in page.words
 
 
