@@ -17,7 +17,8 @@ from av_lens.isolation.bench import PRIMARY_DONORS, Bench, Chunk
 from av_lens.isolation.effects import Progress, requests
 from av_lens.isolation.engine import Head
 from av_lens.isolation.evidence import Half, Searched, SiteEvidence, chunks_of, gather, primary_donor
-from av_lens.isolation.roles import Named, confirm, family_size, head_means
+from av_lens.isolation.role_tests import Named, family_size, head_means
+from av_lens.isolation.roles import LEVEL, confirm
 from av_lens.isolation.sets import (
     RANDOM_SETS,
     BuiltSet,
@@ -33,9 +34,9 @@ from av_lens.isolation.sets import (
 from av_lens.isolation.specificity import controls
 from av_lens.results.halves import CONFIRMATION, DISCOVERY
 from av_lens.results.statistics import holm
-from av_lens.results.tables import SUPPRESSORS
+from av_lens.results.tables import RELEASING
 
-NAMES = (*SUPPRESSORS, "silenced carrier", "sound carrier")
+NAMES = (*RELEASING, "silenced carrier", "sound carrier")
 
 
 @dataclass(eq=False)
@@ -124,7 +125,7 @@ def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
     for row in named:
         site = held.at(row.site)
         assert site is not None
-        p.append(site.tests.p[row.role, row.donor][row.layer, row.head])
+        p.append(site.tests.of(row))
     adjusted = holm(np.array(p, dtype=np.float64))
     held.holm_p = {row: float(value) for row, value in zip(named, adjusted, strict=True)}
     for site in held.sites:
@@ -299,9 +300,9 @@ def _head_row(row: Named, searched: Searched, held: Held) -> dict[str, Any]:
     out: dict[str, Any] = {
         "layer": row.layer, "head": row.head, "site": row.site, "role": row.role, "estimand": estimand,
         "donor": row.donor or {"silenced": "blank_a - blank_muted", "carries": "blank_muted"}[estimand],
-        "member_of": "named suppressors" if (row.layer, row.head) in members and row.role in SUPPRESSORS else "",
+        "member_of": "named suppressors" if (row.layer, row.head) in members and row.role in RELEASING else "",
         "q": row.q, "p_maxt": row.p_maxt, "discovery_p": row.p, "p_holm": held.holm_p.get(row, float("nan")),
-        "confirmed": held.confirmed.get(row, False), "flags": _flags(row, searched),
+        "confirmed": held.confirmed.get(row, False), "flags": _flags(row, searched, held),
     }  # fmt: skip
     for evidence, prefix in ((site.evidence, "discovery_"), (again.evidence if again else None, "")):
         if evidence is None:
@@ -342,9 +343,17 @@ def _side_by_side(site: SiteEvidence, at: tuple[slice, int, int]) -> dict[str, A
     return {name: float(np.nanmean(v[at])) if (~np.isnan(v[at])).any() else float("nan") for name, v in columns.items()}
 
 
-def _flags(row: Named, searched: Searched) -> str:
-    """Mark a suppressor that zero alone finds: its output is the same in every cell."""
-    if row.role not in SUPPRESSORS or row.donor != "zero":
+def _flags(row: Named, searched: Searched, held: Held) -> str:
+    """Mark a suppressor that zero alone finds (its output is the same in every cell), and a role that did not hold."""
+    if row.role not in RELEASING:
         return ""
-    others = [donor for donor in PRIMARY_DONORS if donor != "zero"]
-    return "" if any(searched.passes(row, donor) for donor in others) else "always on"
+    flags: list[str] = []
+    if row.donor == "zero" and not any(searched.passes(row, donor) for donor in PRIMARY_DONORS if donor != "zero"):
+        flags.append("always on")
+    site = held.at(row.site)
+    if site is not None and not held.confirmed.get(row, False):
+        p = float(site.tests.release_p[row.donor][row.layer, row.head])
+        mean = head_means(site.evidence.release[row.donor])[row.layer, row.head]
+        if p < LEVEL and mean > searched.s * site.evidence.G.mean():
+            flags.append("the release holds (p uncorrected), the role does not")
+    return "; ".join(flags)

@@ -17,22 +17,21 @@ from jaxtyping import Float, Int
 from av_lens.isolation.bench import Bench, Chunk, Means
 from av_lens.isolation.effects import Effect, Progress, Request, measure_requests, requests
 from av_lens.isolation.engine import Head
-from av_lens.isolation.roles import (
-    LEVEL,
+from av_lens.isolation.role_tests import (
     Evidence,
     Named,
     Tests,
     adjust,
-    classify,
     family_size,
     head_means,
     pick_donors,
     run_tests,
 )
+from av_lens.isolation.roles import LEVEL, classify
 from av_lens.isolation.threshold import null_share
 from av_lens.results.halves import CONFIRMATION, DISCOVERY
 from av_lens.results.statistics import Bootstrap
-from av_lens.results.tables import SUPPRESSORS
+from av_lens.results.tables import RELEASING
 
 PerHead = Float[np.ndarray, "example layer head"]
 
@@ -171,8 +170,8 @@ class Searched:
 
     @property
     def suppressors(self) -> list[Named]:
-        """The rows that name a picture writer, a sound opponent or a gate, largest release first."""
-        rows = [row for row in self.named if row.role in SUPPRESSORS]
+        """The rows of writers, opponents, gates and heads of undetermined kind, largest release first."""
+        rows = [row for row in self.named if row.role in RELEASING]
         return sorted(rows, key=lambda row: (-self.release_of(row), row.layer, row.head))
 
     def passes(self, row: Named, donor: str) -> bool:

@@ -33,7 +33,7 @@ from av_lens.isolation.bench import Bench, clip_key
 from av_lens.isolation.effects import Progress
 from av_lens.isolation.engine import SITES, Engine, ModelEngine
 from av_lens.isolation.evidence import Half
-from av_lens.isolation.roles import family_size
+from av_lens.isolation.role_tests import family_size
 from av_lens.isolation.scoring import Candidates
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member, deal, standing, third_sources
 from av_lens.results.provenance import stamp

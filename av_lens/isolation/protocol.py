@@ -15,7 +15,8 @@ from typing import Any
 from av_lens import __version__
 from av_lens.isolation.behaviour import LEAST_GAP, LEAST_MASS
 from av_lens.isolation.bench import PRIMARY_DONORS
-from av_lens.isolation.roles import DIRECT_CUT, LEVEL
+from av_lens.isolation.role_tests import DIRECT_CUT
+from av_lens.isolation.roles import LEVEL
 from av_lens.isolation.sets import RANDOM_SETS
 from av_lens.isolation.specificity import MARGIN
 from av_lens.results.halves import FEWEST, FIRM_COMPONENTS, FIRM_CONFLICTS, LARGEST_SHARE, Halves
@@ -38,9 +39,11 @@ CHOICES = (
     "That the release itself passes (for `breaks` and `undetermined`) is judged by a second Benjamini-Hochberg over "
     "the same family, each role's p replaced by its release part.",
     "A role's max-T p is the largest of its parts' max-T p; T = sum / sqrt(sum of squares) of the component sums.",
-    "Holm runs over the rows that got a name (`breaks` and `undetermined` are not names); a row is confirmed if, "
-    "besides, its mean is above delta and the cuts give the same role on confirmation.",
-    "The set is the named suppressors in the order of their release, one set per donor, the largest whole release "
+    "Holm runs over the rows that got a name (`breaks` is none); a row is confirmed if, besides, its mean is above "
+    "delta and the cuts give the same role on confirmation.",
+    "A head of undetermined kind is named (its kind is not): it belongs to the set, and is confirmed by its release "
+    "alone, if it does not break.",
+    "The set is the named heads in the order of their release, one set per donor, the largest whole release "
     "kept; pair synergy, forward and backward search are not done.",
     "Specificity has one item per conflict; donors there are asked the control's own question where the layout is "
     "the same.",

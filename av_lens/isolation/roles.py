@@ -21,7 +21,8 @@ heads x sites x [3 roles x 3 donors + silenced + carries].
 Choices where the protocol is silent: that the *release* passes (breaks and undetermined need it) is judged by a second
 Benjamini-Hochberg over the same family with each role's p replaced by its release part; a role's max-T p is the largest
 of its parts' max-T p; on confirmation a row is confirmed if its mean is above delta, Holm's p is below .05 over the
-rows that were given a name (breaks and undetermined are not names), and the same cuts give the same role.
+rows that were given a name (breaks is none), and the same cuts give the same role. An undetermined head is named, its
+kind is not: it is confirmed by its release alone, if it does not break.
 """
 
 from __future__ import annotations
@@ -30,196 +31,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 
 from av_lens.isolation.bench import PRIMARY_DONORS
-from av_lens.isolation.effects import Effect, Request
-from av_lens.results.statistics import Bootstrap, Interval, benjamini_hochberg, sign_flips
-from av_lens.results.tables import SUPPRESSORS
+from av_lens.isolation.role_tests import DIRECT_CUT, Evidence, Named, PerHead, Table, Tests, head_means, pick_donors
+from av_lens.results.statistics import Interval
+from av_lens.results.tables import RELEASING, SUPPRESSORS
 
 LEVEL = 0.05
-DIRECT_CUT = 0.5
-PerHead = Float[np.ndarray, "example layer head"]
-Table = Float[np.ndarray, "layer head"]
-
-
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """A half's effects, per example and head, with what is needed to judge them.
-
-    `release`, `direct`, `fall` (of G) and `rise` are by donor; `G` and `C` are per example.
-    """
-
-    release: Mapping[str, PerHead]
-    direct: Mapping[str, PerHead]
-    fall: Mapping[str, PerHead]
-    rise: Mapping[str, PerHead]
-    reads_picture: PerHead
-    reads_sound: PerHead
-    silenced: PerHead
-    carries: PerHead
-    sufficiency: PerHead
-    mean_task: PerHead
-    G: Float[np.ndarray, " example"]
-    C: Float[np.ndarray, " example"]
-    components: Sequence[int]
-    boot: Bootstrap
-
-    @classmethod
-    def of(
-        cls,
-        effects: Mapping[Request, Effect],
-        *,
-        G: Float[np.ndarray, " example"],
-        C: Float[np.ndarray, " example"],
-        components: Sequence[int],
-        boot: Bootstrap,
-    ) -> Evidence:
-        """Name the effects of `effects.requests`.
-
-        Args:
-            effects: the outcome of every request.
-            G: hearing with nothing to see, per example.
-            C: hearing under conflict, per example.
-            components: the component of each example.
-            boot: the half's weights.
-
-        Returns:
-            The evidence; NaN where a request was not made.
-        """
-        some = next(iter(effects.values())).margin
-        none = np.full_like(some, np.nan)
-
-        def margin(base: str, donor: str, *, freeze: bool = False) -> PerHead:
-            found = effects.get(Request(base, donor, freeze))
-            return none if found is None else found.margin
-
-        donors = PRIMARY_DONORS
-        return cls(
-            release={d: margin("va", d) for d in donors},
-            direct={d: margin("va", d, freeze=True) for d in donors},
-            fall={d: -margin("blank_a", d) for d in donors},
-            rise={d: effects[Request("va", d)].rise if Request("va", d) in effects else none for d in donors},
-            reads_picture=margin("va", "wa"),
-            reads_sound=margin("va", "vw"),
-            silenced=margin("va", "blank_a") - margin("va", "blank_muted"),
-            carries=-margin("blank_a", "blank_muted"),
-            sufficiency=-margin("blank_a", "va"),
-            mean_task=margin("va", "mean_task"),
-            G=G,
-            C=C,
-            components=components,
-            boot=boot,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Tests:
-    """p-values of a half. By (role, donor): `p`, `p_maxt`; `release_p` by donor; donor "" for the carriers."""
-
-    p: Mapping[tuple[str, str], Table]
-    p_maxt: Mapping[tuple[str, str], Table]
-    release_p: Mapping[str, Table]
-
-
-def family_size(n_heads: int, n_sites: int) -> int:
-    """Count the tests that q corrects for: heads x sites x (3 roles x 3 donors + silenced + carries).
-
-    Args:
-        n_heads: heads of all layers.
-        n_sites: site sets searched.
-
-    Returns:
-        The number of tests.
-    """
-    return n_heads * n_sites * (len(SUPPRESSORS) * len(PRIMARY_DONORS) + 2)
-
-
-def run_tests(found: Evidence, *, s: float, family: int, seed: int) -> Tests:
-    """Test every part of every role on one half.
-
-    Args:
-        found: the evidence.
-        s: the threshold, a share of G.
-        family: the size of the whole family, which sets how many flips are sampled.
-        seed: of the sampled flips.
-
-    Returns:
-        The p-values.
-    """
-    delta = (s * found.G)[:, None, None]
-    parts: dict[str, PerHead] = {}
-    for donor in PRIMARY_DONORS:
-        parts[f"release {donor}"] = found.release[donor] - delta
-        parts[f"direct {donor}"] = found.direct[donor] - DIRECT_CUT * found.release[donor]
-        parts[f"indirect {donor}"] = -parts[f"direct {donor}"]
-    parts["picture"] = found.reads_picture - found.reads_sound
-    parts["sound"] = -parts["picture"]
-    parts["silenced"] = found.silenced - delta
-    parts["carries"] = found.carries - delta
-    names = list(parts)
-    flips = sign_flips(np.stack([parts[name] for name in names], axis=-1), found.components, family=family, seed=seed)
-    single = {name: flips.p[..., i] for i, name in enumerate(names)}
-    maxt = {name: flips.p_maxt[..., i] for i, name in enumerate(names)}
-    p: dict[tuple[str, str], Table] = {}
-    p_maxt: dict[tuple[str, str], Table] = {}
-    for donor in PRIMARY_DONORS:
-        needs = {
-            "picture writer": (f"release {donor}", f"direct {donor}", "picture"),
-            "sound opponent": (f"release {donor}", f"direct {donor}", "sound"),
-            "gate": (f"release {donor}", f"indirect {donor}"),
-        }
-        for role, of in needs.items():
-            p[role, donor] = np.max([single[name] for name in of], axis=0)
-            p_maxt[role, donor] = np.max([maxt[name] for name in of], axis=0)
-    for role, name in (("silenced carrier", "silenced"), ("sound carrier", "carries")):
-        p[role, ""], p_maxt[role, ""] = single[name], maxt[name]
-    return Tests(p, p_maxt, {donor: single[f"release {donor}"] for donor in PRIMARY_DONORS})
-
-
-def adjust(tests: Sequence[Tests]) -> tuple[list[dict[tuple[str, str], Table]], list[dict[str, Table]]]:
-    """Correct for the family over all sites: q of every role, and q of the release alone.
-
-    Args:
-        tests: one per site set.
-
-    Returns:
-        Per site: q by (role, donor), and q of the release by donor.
-    """
-    keys = list(tests[0].p)
-    role_p = np.stack([np.stack([test.p[key] for key in keys]) for test in tests])
-    swapped = np.stack([np.stack([test.release_p.get(key[1], test.p[key]) for key in keys]) for test in tests])
-    q, release_q = benjamini_hochberg(role_p), benjamini_hochberg(swapped)
-    by_role = [{key: q[i, k] for k, key in enumerate(keys)} for i in range(len(tests))]
-    gate = {donor: keys.index(("gate", donor)) for donor in PRIMARY_DONORS}
-    return by_role, [{donor: release_q[i, k] for donor, k in gate.items()} for i in range(len(tests))]
-
-
-def pick_donors(found: Evidence) -> np.ndarray:
-    """Choose each head's primary donor: the one with the largest mean release.
-
-    Args:
-        found: discovery's evidence.
-
-    Returns:
-        `[layer, head]` of donor names.
-    """
-    means = np.stack([head_means(found.release[donor]) for donor in PRIMARY_DONORS])
-    return np.array(PRIMARY_DONORS, dtype=object)[np.where(np.isnan(means), -np.inf, means).argmax(0)]
-
-
-def head_means(values: PerHead) -> Table:
-    """Average over the examples where a head was measured.
-
-    Args:
-        values: per example and head.
-
-    Returns:
-        The means, NaN for heads that were not measured.
-    """
-    known = ~np.isnan(values)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(known, values, 0.0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,20 +116,6 @@ def suppressor_role(cuts: Cuts, layer: int, head: int, passes: Mapping[str, bool
     return "undetermined"
 
 
-@dataclass(frozen=True)
-class Named:
-    """A row of the role table: a head at a site with its role, donor and discovery's p, q and max-T p."""
-
-    layer: int
-    head: int
-    site: str
-    role: str
-    donor: str
-    p: float
-    q: float
-    p_maxt: float
-
-
 def classify(
     found: Evidence,
     tests: Tests,
@@ -353,7 +157,7 @@ def classify(
             if (role, by) in tests.p:
                 figures = tests.p[role, by][at], q[role, by][at], tests.p_maxt[role, by][at]
             else:
-                figures = tests.release_p[by][at], release_q[by][at], np.nan
+                figures = tests.release_p[by][at], release_q[by][at], tests.release_p_maxt[by][at]
             out.append(Named(layer, head, site, role, by, *(float(f) for f in figures)))
     return out
 
@@ -380,9 +184,10 @@ def confirm(found: Evidence, rows: Sequence[Named], holm_p: Sequence[float], *, 
         at = (row.layer, row.head)
         if not p < LEVEL:
             out.append(False)
-        elif row.role in SUPPRESSORS:
+        elif row.role in RELEASING:
             again = suppressor_role(cuts, row.layer, row.head, dict.fromkeys(SUPPRESSORS, True))
-            out.append(bool(cuts.release.value[at] > cuts.delta and again == row.role))
+            same = again == row.role or (row.role == "undetermined" and again != "breaks")
+            out.append(bool(cuts.release.value[at] > cuts.delta and same))
         else:
             values = found.silenced if row.role == "silenced carrier" else found.carries
             out.append(bool(head_means(values)[at] > cuts.delta))

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from av_lens.isolation.bench import MIRROR, PRIMARY_DONORS, Chunk
 from av_lens.isolation.effects import Progress, Request, mirrored, set_scores, single_head_swaps
 from av_lens.isolation.engine import Head
-from av_lens.isolation.roles import head_means
+from av_lens.isolation.role_tests import head_means
 
 RANDOM_SETS = 200
 NEAREST = 3

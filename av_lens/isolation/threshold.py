@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from av_lens.isolation.bench import PRIMARY_DONORS, Chunk
 from av_lens.isolation.effects import Progress, Request, measure_requests
-from av_lens.isolation.roles import head_means
+from av_lens.isolation.role_tests import head_means
 
 PERCENTILE = 99
 

@@ -15,10 +15,10 @@ import numpy as np
 from av_lens.isolation.behaviour import Survey
 from av_lens.isolation.confirmation import Held
 from av_lens.isolation.evidence import Half, Searched
-from av_lens.isolation.roles import head_means
+from av_lens.isolation.role_tests import head_means
 from av_lens.isolation.sets import head_names
 from av_lens.results.statistics import smallest_effect
-from av_lens.results.tables import SUPPRESSORS
+from av_lens.results.tables import RELEASING
 
 
 def verdict(
@@ -50,9 +50,9 @@ def verdict(
     lost = len(searched.suppressors) - len(named)
     parts = [gap_sentence]
     if named:
-        by_role = {role: [(row.layer, row.head) for row in named if row.role == role] for role in SUPPRESSORS}
+        by_role = {role: [(row.layer, row.head) for row in named if row.role == role] for role in RELEASING}
         listed = "; ".join(
-            f"{role}{'s' if len(heads) > 1 else ''} {head_names(heads)}" for role, heads in by_role.items() if heads
+            f"{_role_words(role, len(heads))} {head_names(heads)}" for role, heads in by_role.items() if heads
         )
         parts.append(f"Confirmed at {sites}: {listed}.")
     else:
@@ -74,6 +74,12 @@ def verdict(
         return gap_kind, " ".join(parts)
     kind = "named" if named else "spread" if half_sentence else "nothing named"
     return kind, " ".join(parts)
+
+
+def _role_words(role: str, n: int) -> str:
+    if role == "undetermined":
+        return "kind undetermined"
+    return f"{role}s" if n > 1 else role
 
 
 def _set_sentence(row: dict[str, object]) -> str:
@@ -106,8 +112,8 @@ def spread_sentence(held: Held, halves: Sequence[Half]) -> str:
         return ""
     first = enough[0]
     return (
-        f"Edited together ({first['donor']}), the {first['k']} heads of largest single release restore half of the gap "
-        f"or more ({first['release']:.2f} of {gap:.2f} logits; tried: {', '.join(str(row['k']) for row in rows)})."
+        f"Edited together ({first['donor']}), the {first['k']} head(s) of largest single release restore half of the "
+        f"gap or more ({first['release']:.2f} of {gap:.2f} logits; tried: {', '.join(str(row['k']) for row in rows)})."
     )
 
 

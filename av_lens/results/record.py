@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 from av_lens.errors import InputError, unknown
-from av_lens.results.tables import ROLE_NAMES, SUPPRESSORS, TABLES, read_table, table
+from av_lens.results.tables import RELEASING, ROLE_NAMES, TABLES, read_table, table
 
 SCHEMA_VERSION = 1
 
@@ -85,8 +85,8 @@ class Isolation:
 
     @property
     def suppressors(self) -> pd.DataFrame:
-        """The confirmed picture writers, sound opponents and gates."""
-        keep = self.heads["role"].isin(SUPPRESSORS) & self.heads["confirmed"]
+        """The confirmed heads that keep the sound from being said: writers, opponents, gates, kind undetermined."""
+        keep = self.heads["role"].isin(RELEASING) & self.heads["confirmed"]
         return cast(pd.DataFrame, self.heads[keep])
 
     def grid(

@@ -16,6 +16,8 @@ import pandas as pd
 from av_lens.errors import InputError, unknown
 
 SUPPRESSORS = ("picture writer", "sound opponent", "gate")
+# Heads whose release passes and is no mere damage; the mechanism of the last is undetermined.
+RELEASING = (*SUPPRESSORS, "undetermined")
 ROLE_NAMES = (*SUPPRESSORS, "breaks", "undetermined", "silenced carrier", "sound carrier")
 
 TABLES: dict[str, dict[str, str]] = {

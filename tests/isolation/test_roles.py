@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 
 from av_lens.isolation.effects import mirrored
-from av_lens.isolation.roles import (
-    Cuts,
-    Evidence,
-    adjust,
-    classify,
-    confirm,
-    family_size,
-    pick_donors,
-    run_tests,
-    suppressor_role,
-)
+from av_lens.isolation.role_tests import Evidence, adjust, family_size, pick_donors, run_tests
+from av_lens.isolation.roles import Cuts, classify, confirm, suppressor_role
 from av_lens.results.statistics import Bootstrap, Interval
 
 N, G = 30, 10.0
@@ -148,6 +139,7 @@ def test_nothing_is_named_under_the_null():
 
 def test_confirmation_needs_size_p_and_the_same_cuts():
     rows, _ = named(evidence(HEADS))
+    assert [row.role for row in rows].count("breaks") == 1
     rows = [row for row in rows if row.role != "breaks"]
     same = evidence(HEADS, seed=9)
     assert confirm(same, rows, [0.01] * len(rows), s=0.1) == [True] * len(rows)
@@ -177,3 +169,15 @@ def test_mirroring_cancels_what_both_cells_share():
     # A word's own prior moves M alike in va and av; hearing moves them apart.
     assert mirrored(np.array([2.0]), np.array([2.0])) == 0
     assert mirrored(np.array([3.0]), np.array([-3.0])) == 3
+
+
+def test_an_undetermined_head_is_named_by_its_release_and_confirmed_by_it():
+    torn = {"blank_muted": 4, "direct blank_muted": 2, "picture": 3, "sound": 0.5}  # half direct
+    rows, tests = named(evidence([torn, *HEADS[1:]]))
+    first = rows[0]
+    assert (first.head, first.role, first.donor) == (0, "undetermined", "blank_muted")
+    assert tests.of(first) == tests.release_p["blank_muted"][0, 0] == first.p
+    assert confirm(evidence([HEADS[0], *HEADS[1:]], seed=4), [first], [0.01], s=0.1) == [True]
+    assert confirm(evidence([dict(torn, **{"fall blank_muted": 4}), *HEADS[1:]], seed=4), [first], [0.01], s=0.1) == [
+        False
+    ]
