@@ -47,6 +47,9 @@ class Pictures:
         self.first_time: Fraction | None = None
         self.last_end = 0.0
         self.notes: list[str] = []
+        shape = stream.sample_aspect_ratio
+        if shape and shape != 1:
+            self.notes.append(f"its pixels are not square ({shape}); kept as stored")
         self.rotation = 0
         self._reformatter = VideoReformatter()
         # Full chroma, exact rounding: the same colours on every machine.

@@ -7,6 +7,7 @@ import os
 import resource
 import time
 import tracemalloc
+import zlib
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,19 @@ def test_the_budget_holds_where_the_header_is_silent(tmp_path: Path, monkeypatch
     monkeypatch.setattr("av_lens.media.source._Reading._check_request", lambda self: None)
     with pytest.raises(MediaBudgetError, match="4 frames of 320x240 would take"):
         load_clip(path, max_bytes=3 * 240 * 320 * 3 + 220_000)
+
+
+def test_a_header_of_gigapixels_is_refused(tmp_path: Path):
+    path = tmp_path / "bomb.png"
+    Clip.from_arrays(frames=made.picture(1)).save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(bytes(data))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(MediaError, match=r"bomb\.png"):
+        load_clip(path, max_bytes=1 << 40)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
 
 
 @pytest.fixture(scope="module")

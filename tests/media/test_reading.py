@@ -262,6 +262,12 @@ def test_both_ranges_of_colour_are_understood(folder: Path, full_range: bool):
     assert np.abs(clip.frames.astype(int) - grey).max() <= 4
 
 
+def test_pixels_that_are_not_square_are_said(folder: Path):
+    options = {"x264-params": "sar=4/3"}
+    path = made.write_video(folder / "wide.mp4", made.picture(2), [0, 1], EIGHTH, options=options)
+    assert "its pixels are not square (4/3); kept as stored" in load_clip(path).notes
+
+
 def test_a_cover_picture_is_no_video(folder: Path):
     import av
 
