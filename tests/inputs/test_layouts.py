@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -259,3 +260,16 @@ def test_features_are_computed_once_per_content(encoder: Encoder, make_clip):
     other = encoder.encode(picture, "What?")
     assert encoder.features.memory.hits == before + 3
     assert not torch.equal(other.tensors["input_features"], first.tensors["input_features"])
+
+
+def test_the_total_pixel_cap_is_on(processor: Any, hf: Any, make_clip):
+    """The reference implementation shares a total budget among the frames; here it is made so small that it acts."""
+    from conftest import model_positions  # pyright: ignore[reportAttributeAccessIssue]
+
+    small = copy.copy(processor)
+    small.video_processor = copy.deepcopy(processor.video_processor)
+    small.video_processor.max_video_tokens = 8
+    x = Encoder(small, hf.config, model_positions(hf)).encode(make_clip(3.0), "What?")
+    # 8 tokens x 28 x 28 pixels x .9 x 2 / 6 frames is below 1.05 of the least size, so 3,292 pixels: 28 x 56 of 56 x 84.
+    assert x.provenance["grid"] == [3, 1, 2]
+    assert x.provenance["video_options"]["cap_pixels_per_frame"] is True
