@@ -139,6 +139,8 @@ def isolate(
         held = confirmation.confirm_all(run.bench, halves, searched, s=run.s, seed=seed, progress=progress)
         kind, sentence = verdicts.verdict(kind, sentence, searched, held, halves, s=run.s, family=_family(run))
         found = _record(run, halves, kind, sentence, searched, held, started)
+    if EXPLORATORY in run.stamps:
+        found = dataclasses.replace(found, verdict=f"Exploratory, no verdict. {found.verdict}")
     if out is not None:
         found.save(out)
     return found

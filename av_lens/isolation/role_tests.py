@@ -203,7 +203,8 @@ def adjust(tests: Sequence[Tests]) -> tuple[list[dict[tuple[str, str], Table]], 
     keys = list(tests[0].p)
     role_p = np.stack([np.stack([test.p[key] for key in keys]) for test in tests])
     swapped = np.stack([np.stack([test.release_p.get(key[1], test.p[key]) for key in keys]) for test in tests])
-    q, release_q = benjamini_hochberg(role_p), benjamini_hochberg(swapped)
+    # The family is the one that was written down: donors that could not be measured still count.
+    q, release_q = (benjamini_hochberg(p, family=p.size) for p in (role_p, swapped))
     by_role = [{key: q[i, k] for k, key in enumerate(keys)} for i in range(len(tests))]
     gate = {donor: keys.index(("gate", donor)) for donor in PRIMARY_DONORS}
     return by_role, [{donor: release_q[i, k] for donor, k in gate.items()} for i in range(len(tests))]

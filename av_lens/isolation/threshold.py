@@ -43,5 +43,5 @@ def null_share(
     wanted = [Request("va", donor, question="control") for donor in donors]
     stage = "the same edits under the control question"
     found = measure_requests(chunks, wanted, heads=heads, examples=examples, progress=progress, stage=stage)
-    largest = np.stack([head_means(found[request].margin) for request in wanted]).max(0)
+    largest = np.fmax.reduce([head_means(found[request].margin) for request in wanted])
     return float(np.percentile(largest, PERCENTILE) / hearing.mean())

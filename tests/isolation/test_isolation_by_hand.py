@@ -142,7 +142,7 @@ def test_nothing_to_explain_stops_the_search():
     engine = FakeEngine(writer=0.0, gate=0.0, opponent=0.0)
     found = isolate(None, fake_conflicts(48), engine=engine, s=0.1)
     assert found.verdict_kind == "no suppression"
-    assert found.verdict.startswith("No suppression: hearing falls from G = 7.00")
+    assert found.verdict.startswith("Exploratory, no verdict. No suppression: hearing falls from G = 7.00")
     assert found.heads.empty
     assert not any("discovery/suffix" in key for key in found.arrays)
     on = isolate(None, fake_conflicts(48), engine=engine, s=0.1, gate="report")
