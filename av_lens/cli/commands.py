@@ -47,7 +47,10 @@ TrainOut = Annotated[Path | None, typer.Option(help="The checkpoint's folder; le
 def demo(
     out: DemoOut = Path(_DEMO["out"]), conflicts: HowMany = _DEMO["conflicts"], seed: Seed = _DEMO["seed"]
 ) -> None:
-    """Calibrate on planted heads, then isolate the heads of av-tiny that suppress the sound, and write a report."""
+    """Calibrate on planted heads, then isolate the heads of av-tiny that suppress the sound, and write a report.
+
+    Exit code 1 if the calibration fails: then the findings are not to be trusted.
+    """
     from av_lens.studies.demonstration import run_demo
 
     console.quiet_loading()
@@ -57,6 +60,9 @@ def demo(
     console.OUT.print(f"[bold]calibration[/bold]  {console.cell(shown.calibration.sentence)}", soft_wrap=True)
     _say_found(shown.found)
     _say_path(shown.report)
+    if not shown.calibration.passed:
+        console.ERR.print("[bold red]calibration failed[/bold red]: planted heads did not come out on top.")
+        raise typer.Exit(1)
 
 
 def isolate(

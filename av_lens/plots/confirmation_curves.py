@@ -67,7 +67,7 @@ def _axes(fig: Any, *, last: int, log: bool) -> None:
     legend = {"orientation": "h", "x": 0, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
     fig.update_layout(
         xaxis={**axis, **ticks, "anchor": "y", "matches": "x2", "showticklabels": False},
-        yaxis={**axis, "domain": [0.53, 1.0], "title": logits, **_style.ZERO},
+        yaxis={**axis, "domain": [0.53, 1.0], "title": logits, "rangemode": "tozero", **_style.ZERO},
         xaxis2={**axis, **ticks, "anchor": "y2", "title": name},
         yaxis2={**axis, "domain": [0.0, 0.4], "anchor": "x2", "title": rate, "range": [-0.04, 1.04]},
         legend2={**legend, "y": 0.4},

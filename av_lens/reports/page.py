@@ -187,7 +187,7 @@ def _calibration_rows(calibration: Calibration, *, most: int = 12) -> list[dict[
 
 
 def _calibration_figures(calibration: Calibration) -> list[tuple[str, str]]:
-    return [(name.replace("_", " "), words.number(float(value))) for name, value in calibration.figures.items()]
+    return [(name.replace("_", " "), words.number(value)) for name, value in calibration.figures.items()]
 
 
 def _conflict_rows(found: Any) -> list[dict[str, str]]:

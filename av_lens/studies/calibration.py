@@ -22,6 +22,7 @@ from av_lens.results.record import Isolation
 from av_lens.results.tables import SUPPRESSORS
 
 _NAMED = (*SUPPRESSORS, "undetermined")
+_KINDS = {"writer": "picture writer", "opponent": "sound opponent"}
 
 
 def planted_truth(name: str = "av-tiny-planted") -> dict[tuple[int, int], str]:
@@ -58,9 +59,11 @@ def read_truth(content: Mapping[str, Any]) -> dict[tuple[int, int], str]:
     for entry in content.get("heads", []):
         if isinstance(entry, Mapping):
             if not entry.get("free_rider", False):
-                truth[int(entry["layer"]), int(entry["head"])] = str(entry.get("kind", content.get("kind", "")))
+                kind = str(entry.get("kind", content.get("kind", "")))
+                truth[int(entry["layer"]), int(entry["head"])] = _KINDS.get(kind, kind)
         else:
-            truth[int(entry[0]), int(entry[1])] = str(content.get("kind", ""))
+            kind = str(content.get("kind", ""))
+            truth[int(entry[0]), int(entry[1])] = _KINDS.get(kind, kind)
     if not truth:
         raise InputError("the truth file lists no planted head under 'heads'.")
     return truth
@@ -115,6 +118,7 @@ def calibrate(
         "heads_in_all": len(heads),
         "named_but_not_planted": len(false_names),
         "planted_but_not_named": len(missed),
+        "named_with_the_right_kind": sum(named.get(key) == kind for key, kind in truth.items()),
     }
     passed = figures["precision_at_k"] == 1.0
     sentence = _sentence(model, heads, truth, figures, passed=passed)

@@ -209,22 +209,26 @@ def test_the_entry_point_is_installed():
     assert done.stdout.strip() == f"av-lens {__version__}"
 
 
-def test_demo_says_calibration_verdict_heads_and_where_the_report_is(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("planted", [(5, 2), (0, 0)])
+def test_demo_says_calibration_verdict_heads_and_where_the_report_is(run, tmp_path, monkeypatch, planted):
     from av_lens.studies import demonstration
     from av_lens.studies.calibration import calibrate
 
     def shown(out, *, conflicts, seed, progress):
         progress("writing conflict clips", conflicts, conflicts)
         found = planted_isolation(seed)
-        calibration = calibrate(found, {(5, 2): "writer"})
+        calibration = calibrate(found, {planted: "picture writer"})
         return demonstration.Demonstration(found=found, calibration=calibration, report=out / "report.html", seconds={})
 
     monkeypatch.setattr(demonstration, "run_demo", shown)
     result = run("demo", "--out", tmp_path, "--conflicts", 50)
-    assert result.exit_code == 0, result.output
     said = " ".join(result.stdout.split())
+    good = planted == (5, 2)
+    assert result.exit_code == (0 if good else 1), result.output
+    assert ("calibration failed" in result.stderr) == (not good)
+    outcome = "(L5 H2) came out on top" if good else "(L0 H0) did not all come out on top"
     assert "writing conflict clips: 50 in " in said
-    assert "calibration The head planted in av-tiny-planted (L5 H2) came out on top" in said
+    assert f"calibration The head planted in av-tiny-planted {outcome}" in said
     assert "verdict (exploratory) Two heads of layer 5 keep the sound from being said" in said
     assert "L5 H3" in said
     assert f"written: {tmp_path / 'report.html'}" in said

@@ -19,7 +19,7 @@ def test_auroc_by_hand():
 
 def test_planted_heads_on_top_pass():
     found = planted_isolation()
-    truth = {(5, 2): "writer", (5, 3): "writer", (3, 4): "gate"}
+    truth = {(5, 2): "picture writer", (5, 3): "sound opponent", (3, 4): "gate"}
     shown = calibrate(found, truth)
     assert shown.passed
     assert shown.heads["rank"].tolist() == list(range(1, 65))
@@ -31,7 +31,8 @@ def test_planted_heads_on_top_pass():
     assert shown.figures["auroc"] == 1.0
     assert shown.figures["precision_at_k"] == 1.0
     assert shown.figures["named_but_not_planted"] == 0
-    assert shown.heads["kind"].tolist()[:4] == ["writer", "writer", "gate", ""]
+    assert shown.heads["kind"].tolist()[:4] == ["picture writer", "sound opponent", "gate", ""]
+    assert shown.figures["named_with_the_right_kind"] == 2
     assert shown.sentence.startswith("The 3 heads planted in av-tiny-planted (L3 H4, L5 H2, L5 H3) came out on top")
     assert "named all of them and no other" in shown.sentence
     release = found.evidence.query("half == 'discovery' and estimand == 'release' and layer == 5 and head == 2")["mean"]
@@ -56,7 +57,7 @@ def test_a_stopped_search_cannot_be_compared():
 def test_truth_files():
     content = {"kind": "gate", "heads": [{"layer": 1, "head": 2}, {"layer": 1, "head": 3, "kind": "writer"},
                                          {"layer": 4, "head": 0, "free_rider": True}, [2, 5]]}  # fmt: skip
-    assert read_truth(content) == {(1, 2): "gate", (1, 3): "writer", (2, 5): "gate"}
+    assert read_truth(content) == {(1, 2): "gate", (1, 3): "picture writer", (2, 5): "gate"}
     with pytest.raises(InputError, match="no planted head"):
         read_truth({"heads": []})
     with pytest.raises(InputError, match=r"ships no planted\.json"):
