@@ -172,6 +172,7 @@ def diffuse() -> tuple[Stage, ...]:
                 Items("audio", "matched", 3.0, (Ask("hear", "sound"),)),
                 Items("video", "mute", 1.0, (Ask("see", "picture"),)),
                 Items("both", "unrelated", 2.0, (Ask("see", "picture"), Ask("colour", "colour"))),
+                Items("both", "blank", 2.0, (Ask("hear", "sound", 0.7), Ask("see", "nothing", 0.3))),
             ),
             steps=150,
             rate=5e-4,
