@@ -24,6 +24,7 @@ from av_lens.errors import BudgetError, InterventionError, unknown
 from av_lens.interventions import Plan, Site
 from av_lens.interventions.sites import Positions, resolve_positions
 from av_lens.runs.budget import GIGABYTE, ModelSpec, require_budget, selected
+from av_lens.runs.gates import only_open
 from av_lens.runs.traces import asked_positions
 from av_lens.spans import Span, SpanMap
 
@@ -165,7 +166,7 @@ def capture_slices(model: Any, spans: SpanMap, capture: Capture) -> dict[str, Sl
         return {}
     known: tuple[str, ...] = tuple(model.hook_dict)
     if callable(capture):
-        return {name: Slice() for name in selected(capture, known)}
+        return {name: Slice() for name in selected(only_open(model.bridge, capture), known)}
     listed = [capture] if isinstance(capture, str | Site) else list(capture)
     found: dict[str, Slice] = {}
     for item in listed:

@@ -31,6 +31,7 @@ from av_lens.bridge.hook_names import COMPONENTS, hook_name
 from av_lens.errors import BudgetError
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.interventions.sites import resolve_positions
+from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.restart import RESTARTABLE, Layer, Taps, Window, run_layer
 from av_lens.spans import Span, SpanMap
 
@@ -121,7 +122,7 @@ class Trace:
     def score(
         self,
         plans: Plan | CompiledPlan | Sequence[Plan | CompiledPlan],
-        metric: Callable[[Tensor], Tensor],
+        metric: Metric | Callable[[Tensor], Tensor],
         *,
         logits_at: str | Span = "generation",
         budget_gb: float | int = 1.0,
@@ -130,19 +131,25 @@ class Trace:
 
         Args:
             plans: the plans.
-            metric: logits `[batch, asked_pos, d_vocab]` of one plan to `[batch]`.
+            metric: one of `runs.metrics`, or any callable of the logits `[batch, asked_pos, d_vocab]` of one plan to
+                `[batch]`.
             logits_at: "generation", "all", another role, or a `Span`.
             budget_gb: memory for the activations of plans that run together.
 
         Returns:
             The metric of every plan on every example.
+
+        Raises:
+            InputError: the metric returned one number for the batch.
+            InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
         """
+        bound = as_metric(metric, self.model.tokenizer)
         listed = _listed(plans)
         rows = asked_positions(self.spans, logits_at)
         found = torch.full((len(listed), self.batch), torch.nan, device=self.resid[0].device)
         for numbers, logits in self._stacks(listed, rows, budget_gb):
             for number, one in zip(numbers, logits, strict=True):
-                found[number] = metric(one).to(found)
+                found[number] = bound(one).to(found)
         return found
 
     def _stacks(
@@ -269,7 +276,7 @@ def record(model: Any, x: Any, *, budget_gb: float | int = 8.0) -> Trace:
         keys=tuple(heads_first(kept[name], "rot_k") for name in keys),
         values=tuple(heads_first(kept[name], "v") for name in values),
         tables=entered["position_embeddings"],
-        mask=_additive(entered.get("attention_mask"), n, kept[streams[0]].dtype),
+        mask=_additive(entered.get("attention_mask"), kept[streams[0]]),
     )
     return replace(trace, hooked_because=_fault(trace, logits[:, -1]))
 
@@ -303,13 +310,13 @@ def _entering(block: torch.nn.Module) -> Generator[dict[str, Any]]:
         handle.remove()
 
 
-def _additive(mask: Tensor | None, n: int, dtype: torch.dtype) -> Tensor:
+def _additive(mask: Tensor | None, stream: Tensor) -> Tensor:
     """The attention mask as numbers to add, `[batch or 1, 1, pos, pos]`; causal where the model passed none."""
-    lowest = torch.finfo(dtype).min
+    lowest, n = torch.finfo(stream.dtype).min, stream.shape[1]
     if mask is None:
-        return torch.full((1, 1, n, n), lowest, dtype=dtype).triu(1)
+        return torch.full((1, 1, n, n), lowest, dtype=stream.dtype, device=stream.device).triu(1)
     if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, lowest)
+        return torch.zeros_like(mask, dtype=stream.dtype).masked_fill(~mask, lowest)
     return mask
 
 

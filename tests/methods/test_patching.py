@@ -13,7 +13,7 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods import patch
-from av_lens.runs import each, logit_diff, measure, run
+from av_lens.runs import each, logit_diff, measure, run, short_names
 
 METRIC = logit_diff("a", "b")
 
@@ -77,13 +77,24 @@ def test_transformer_lens_patching_through_bound_agrees():
 
 
 @pytest.mark.slow
-def test_transformer_lens_sweeps_of_all_heads_and_positions_agree():
+def test_transformer_lens_sweeps_of_all_heads_and_positions_agree_on_av_tiny():
     from transformer_lens import patching
 
-    model, both = small_model(), pair((0,), (2,))
+    if "av-tiny" not in short_names():
+        pytest.skip("av-tiny is not shipped yet")
+    model = avl.load("av-tiny")
+    clips = [
+        avl.organism.clip(name, seed=0).with_sound(avl.organism.clip("siren", seed=0)) for name in ("siren", "dog")
+    ]
+    both = avl.Pair(
+        **{
+            side: model.encode(clip, "What do you hear?")
+            for side, clip in zip(("clean", "corrupt"), clips, strict=True)
+        }
+    )
     bridge = model.bound(both)
     _, clean = bridge.run_with_cache(bridge.clean_ids)
-    a, b = (model.tokenizer(word)["input_ids"][0] for word in "ab")
+    a, b = (model.to_single_token(word) for word in ("siren", "dog"))
 
     def metric(logits):
         return logits[0, -1, a] - logits[0, -1, b]

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from small_av import small_inputs, small_model
+from tiny import tiny_hf_model, tiny_processor
 
-from av_lens.errors import BudgetError, InterventionError
+import av_lens as avl
+from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.interventions import Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
 from av_lens.runs import logit_diff, run
 
@@ -168,12 +170,29 @@ def test_hooks_left_on_the_model_are_noticed_and_replays_run_hooked():
         torch.testing.assert_close(trace.replay(plan)[0], whole, atol=1e-6, rtol=0)
 
 
+def test_other_numerics_restart_too():
+    """HookedTransformer's numerics (folded norms), and bfloat16 within its own rounding."""
+    plan, x = Plan(zero(Site("z", 1, 2, "suffix"))), small_inputs()
+    folded = small_model().compatible()
+    trace = folded.trace(x)
+    assert trace.hooked_because == ""
+    torch.testing.assert_close(trace.replay(plan)[0], run(folded, x, plan=plan).logits.detach(), atol=1e-5, rtol=0)
+    coarse = avl.load("tiny", hf_model=tiny_hf_model(dtype=torch.bfloat16), processor=tiny_processor())
+    trace = coarse.trace(x)
+    assert trace.hooked_because == ""
+    whole, base = (run(coarse, x, plan=p).logits.detach().float() for p in (plan, None))
+    gap = (trace.replay(plan)[0].float() - whole).abs().max()
+    assert float(gap) < 0.1 * float((whole - base).abs().max())
+
+
 def test_score_keeps_one_number_for_each_plan_and_example():
     trace = recorded()
     plans = list(plans_of(trace.x).values())
     metric = logit_diff("a", "b").bind(trace.model.tokenizer)
     wanted = torch.stack([metric(logits) for logits in trace.replay(plans)])
     torch.testing.assert_close(trace.score(plans, metric, budget_gb=0.001), wanted, atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match=r"Leave out the mean"):
+        trace.score(plans[:1], lambda logits: logits.mean())
 
 
 def test_what_does_not_fit_is_refused_before_running():
