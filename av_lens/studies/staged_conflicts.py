@@ -74,17 +74,17 @@ def pairs(n: int, *, seed: int) -> list[tuple[str, str]]:
 
     Args:
         n: how many.
-        seed: shuffles the classes and the order.
+        seed: shuffles the classes and the order of their shifts.
 
     Returns:
-        (the sound's class, the picture's class) of each conflict.
+        (the sound's class, the picture's class) of each conflict; any run of twelve has each class once on either side,
+        and the first 132 are all ordered pairs, each once.
     """
     rng = np.random.default_rng([seed, 0xC0])
     names = [str(name) for name in rng.permutation(world.classes())]
     size = len(names)
     shifts = 1 + rng.permutation(size - 1)
-    dealt = [(names[i % size], names[(i + int(shifts[i // size % (size - 1)])) % size]) for i in range(n)]
-    return [dealt[i] for i in rng.permutation(n)]
+    return [(names[i % size], names[(i + int(shifts[i // size % (size - 1)])) % size]) for i in range(n)]
 
 
 def _clip(split: str, name: str, index: int, seed: int) -> Clip:

@@ -24,6 +24,7 @@ def test_pairs_are_even_and_their_classes_differ(n):
         assert max(counts.values()) - min([counts.get(name, 0) for name in world.classes()]) <= 1
     if n <= 132:
         assert max(Counter(dealt).values()) == 1
+    assert all(len({pair[side] for pair in dealt[:12]}) == min(n, 12) for side in (0, 1))
 
 
 def test_pairs_follow_the_seed():
