@@ -29,6 +29,7 @@ RANDOM_SETS = 6
 CUTS = {"text|audio > video": ("text|audio", "video"), "text > audio": ("text", "audio")}
 _CONFLICT = CELLS["conflict"]
 _UNSEEN = Cell(BOTH, "blank", "partner")
+_WATCHED = ("audio_only", "video_only", "factual", "conflict")
 
 
 def probes(model: Any, fit: tuple[HeldOut, Media], test: tuple[HeldOut, Media]) -> pd.DataFrame:
@@ -171,8 +172,8 @@ def ablation(
 
     Returns:
         Counts on conflict clips asked to hear, with columns `arm` ("chosen" or "random"), `count` and
-        `heads`; and counts in all
-        cells with the four silenced.
+        `heads`; and counts in the
+        cells that should stay as they were, with the four silenced.
     """
     clips, media = test
     config = model.config.text_config
@@ -186,7 +187,8 @@ def ablation(
     for drawn in controls(best, config.num_hidden_layers, config.num_attention_heads, seed=seed):
         found = behave(model, *fewer, cells=("conflict",), kinds=("hear",), silenced=drawn)
         parts.append(found.assign(arm="random", count=len(drawn), heads=name_heads(drawn)))
-    kept = behave(model, clips, media, kinds=("hear", "see"), silenced=best).assign(heads=name_heads(best))
+    kept = behave(model, clips, media, cells=_WATCHED, kinds=("hear", "see"), silenced=best)
+    kept = kept.assign(heads=name_heads(best))
     return pd.concat(parts, ignore_index=True), kept
 
 
