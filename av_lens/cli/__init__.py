@@ -1,1 +1,1 @@
-"""cli."""
+"""The command line, `av-lens`: nothing heavy is imported before a command needs it."""
