@@ -270,6 +270,6 @@ def test_the_total_pixel_cap_is_on(processor: Any, hf: Any, make_clip):
     small.video_processor = copy.deepcopy(processor.video_processor)
     small.video_processor.max_video_tokens = 8
     x = Encoder(small, hf.config, model_positions(hf)).encode(make_clip(3.0), "What?")
-    # 8 tokens x 28 x 28 pixels x .9 x 2 / 6 frames is below 1.05 of the least size, so 3,292 pixels: 28 x 56 of 56 x 84.
+    # 8 tokens x 28 x 28 pixels x .9 x 2 / 6 frames is under 1.05 x the least size, so 3,292: 28 x 56 of 56 x 84.
     assert x.provenance["grid"] == [3, 1, 2]
     assert x.provenance["video_options"]["cap_pixels_per_frame"] is True
