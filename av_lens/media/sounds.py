@@ -15,6 +15,7 @@ from av_lens.media.resampling import resample
 _JITTER = 0.05
 _LONGEST_HOLE = 600.0
 _MARGIN = 0.05
+_FULL_PLANES = 8
 _RATES = (1_000, 768_000)
 
 
@@ -47,6 +48,7 @@ class Sounds:
         self._repairs = 0
         self._drifts: list[float] = []
         self._tick = 0.0
+        self._packer: Any = None
 
     @property
     def last_end(self) -> float:
@@ -80,7 +82,7 @@ class Sounds:
         time = self._time(frame)
         if time + frame.samples / rate < self.start - 2 * _MARGIN and self.first_time is None:
             return
-        mono = _mono(frame)
+        mono = _mono(self._packed(frame))
         if self.first_time is None:
             self.first_time = time
         elif frame.time_base and frame.time_base * rate > 1 and not self._repairs:
@@ -89,6 +91,21 @@ class Sounds:
         mono = self._placed(mono, time)
         self._append(mono)
         self.done = self._reached >= self.end + _MARGIN or self._reached >= self.stream_end
+
+    def _packed(self, frame: Any) -> Any:
+        """Interleave eight or more planes: PyAV reads past the end of a frame's list of planes where it is full."""
+        if not frame.format.is_planar or frame.layout.nb_channels < _FULL_PLANES:
+            return frame
+        import av
+
+        if self._packer is None:
+            self._packer = av.AudioResampler(format="flt", layout=frame.layout, rate=frame.sample_rate)
+        frames = self._packer.resample(frame)
+        if len(frames) != 1 or frames[0].samples != frame.samples:
+            raise MediaError(
+                f"{self.path}: a sound of {frame.layout.nb_channels} channels does not decode: mix it down."
+            )
+        return frames[0]
 
     def _time(self, frame: Any) -> float:
         if frame.pts is None or not frame.time_base:

@@ -262,6 +262,32 @@ def test_both_ranges_of_colour_are_understood(folder: Path, full_range: bool):
     assert np.abs(clip.frames.astype(int) - grey).max() <= 4
 
 
+@pytest.mark.parametrize(
+    ("layout", "channels", "codec"), [("5.1", 6, "aac"), ("7.1", 8, "aac"), ("hexadecagonal", 16, "pcm_f32le")]
+)
+def test_many_channels_are_averaged(folder: Path, layout: str, channels: int, codec: str):
+    import av
+
+    path = folder / f"{layout}.mkv"
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(48000) / 48000)
+    levels = np.arange(1, channels + 1) / channels
+    levels[3] = 0  # the low-frequency channel cannot carry the tone
+    with av.open(str(path), "w") as out:
+        audio = out.add_stream(codec, rate=48000, layout=layout)
+        audio.bit_rate = 64000 * channels
+        packed = np.ascontiguousarray((tone[:, None] * levels).astype(np.float32).reshape(1, -1))
+        block = av.AudioFrame.from_ndarray(packed, format="flt", layout=layout)
+        block.sample_rate = 48000
+        resampler = av.AudioResampler(format=audio.format.name, layout=layout, rate=48000)
+        for piece in [*resampler.resample(block), *resampler.resample(None)]:
+            out.mux(audio.encode(piece))
+        out.mux(audio.encode(None))
+    clip = load_clip(path)
+    assert clip.waveform is not None
+    wanted = levels.mean() * 0.5 / np.sqrt(2)
+    assert np.std(clip.waveform[2000:14000]) == pytest.approx(wanted, rel=0.05)
+
+
 def test_pixels_that_are_not_square_are_said(folder: Path):
     options = {"x264-params": "sar=4/3"}
     path = made.write_video(folder / "wide.mp4", made.picture(2), [0, 1], EIGHTH, options=options)
