@@ -152,8 +152,6 @@ class Sounds:
         if not np.isfinite(sound).all():
             raise MediaError(f"{self.path}: the sound holds NaN or infinity: it is damaged; write it anew.")
         stop = min(self.end, self.stream_end)
-        if self.stream_end < self._reached:
-            sound = sound[: max(0, round((self.stream_end - self.first_time) * self.rate))]
         if self._repairs:
             self.notes.append(
                 f"{self._repairs} holes or overlaps in the sound's time stamps were filled with silence or cut"
