@@ -141,7 +141,7 @@ class Bench:
         parts: list[list[int]] = []
         for group in groups.values():
             size = self.engine.together(self.inputs(group[0], "va", "ask"))
-            parts += [group[start : start + size] for start in range(0, len(group), size)]
+            parts += [part.tolist() for part in np.array_split(group, -(-len(group) // size))]
         return [Chunk(self, np.array(part, dtype=np.int64), site or self.site) for part in parts]
 
 

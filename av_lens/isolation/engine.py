@@ -222,11 +222,11 @@ class ModelEngine:
             inputs: one example.
 
         Returns:
-            At least 1, at most 32.
+            At least 1, at most 128.
         """
         spec = self.model.spec
         per_position = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) * self.model.dtype.itemsize
-        return int(max(1, min(32, self.trace_bytes // (per_position * len(inputs.spans)))))
+        return int(max(1, min(128, self.trace_bytes // (per_position * len(inputs.spans)))))
 
     def record(self, inputs: Any, site: str) -> Recording:
         """Run a stack unedited, keeping every head's z from the site on.
