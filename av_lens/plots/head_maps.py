@@ -66,7 +66,12 @@ def heads(
             zmin=-top,
             zmax=top,
             colorscale=_style.colourscale(_style.DIVERGING),
-            colorbar={"title": {"text": unit, "side": "right"}, "thickness": 12, "outlinewidth": 0, "nticks": 5},
+            colorbar={
+                "title": {"text": unit, "side": "right", "font": {"size": 13}},
+                "thickness": 12,
+                "outlinewidth": 0,
+                "nticks": 5,
+            },
             xgap=1.5,
             ygap=1.5,
             text=_labels(values, top) if small else None,

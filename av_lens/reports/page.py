@@ -78,7 +78,7 @@ def write_report(
 
 def _render(drawn: Mapping[str, Drawing], context: dict[str, Any]) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-    from markupsafe import Markup
+    from markupsafe import Markup, escape
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
@@ -94,7 +94,11 @@ def _render(drawn: Mapping[str, Drawing], context: dict[str, Any]) -> str:
         return Markup(drawing_template.render(drawing=drawn[name]) if name in drawn else "")
 
     page = environment.get_template("page.html.j2")
-    return page.render(**context, figure=figure, plotly_js=Markup(get_plotlyjs()), themes=json.dumps(THEMES))
+    model = escape(context["model"])
+    headline = Markup(str(escape(context["title"])).replace(str(model), f"<span>{model}</span>"))  # not broken in two
+    return page.render(
+        **context, headline=headline, figure=figure, plotly_js=Markup(get_plotlyjs()), themes=json.dumps(THEMES)
+    )
 
 
 def _context(
@@ -114,7 +118,7 @@ def _context(
         "model": model,
         "when": str(found.provenance.get("when", found.provenance.get("date", f"av_lens {__version__}"))),
         "stamps": [{"name": stamp, "meaning": _stamp(found, stamp)} for stamp in found.stamps],
-        "kind": found.verdict_kind,
+        "kind": words.KINDS.get(found.verdict_kind, found.verdict_kind),
         "verdict": found.verdict,
         "reasons": [reason for reason in found.reasons if reason.split(": ")[0] not in found.stamps],
         "tiles": sections.tiles(found),

@@ -9,6 +9,7 @@ from typing import Any
 
 from av_lens.reports.words import (
     DONOR_MEANINGS,
+    MISSING,
     QUANTITIES,
     ROLE_MEANINGS,
     cell_meaning,
@@ -60,7 +61,7 @@ def tiles(found: Isolation) -> list[Tile]:
         made.append(
             Tile(number(float(row["random_max"])), "released by random heads", f"{count}; p {small(row['p_random'])}")
         )
-    return [tile for tile in made if tile.value != "–"]
+    return [tile for tile in made if tile.value != MISSING]
 
 
 def _behaviour_tile(found: Isolation, name: str, tone: str) -> Tile:
@@ -182,15 +183,20 @@ def set_rows(found: Isolation) -> list[dict[str, Any]]:
             "share": percent(row["share"]),
             "says_sound": f"{percent(row['says_sound_before'])} → {percent(row['says_sound'])}",
             "says_picture": f"{percent(row['says_picture_before'])} → {percent(row['says_picture'])}",
-            "random": f"mean {number(row['random_mean'], sign=True)}, most {number(row['random_max'], sign=True)}"
-            f" of {row['random_n']}",
-            "p": small(row["p_random"]),
-            "floor": small(row["p_floor"]),
+            "random": _random(row),
+            "p": f"{small(row['p_random'])} ({small(row['p_floor'])})" if row["random_n"] > 0 else MISSING,
             "confirmed": bool(row["confirmed"]),
             "flags": row["flags"],
         }
         for row in frame.to_dict("records")
     ]
+
+
+def _random(row: dict[str, Any]) -> str:
+    if row["random_n"] < 1:
+        return MISSING
+    mean, most = number(row["random_mean"], sign=True), number(row["random_max"], sign=True)
+    return f"mean {mean}, most {most} of {row['random_n']}"
 
 
 def specificity_rows(found: Isolation) -> list[dict[str, Any]]:
@@ -200,23 +206,27 @@ def specificity_rows(found: Isolation) -> list[dict[str, Any]]:
         found: the record.
 
     Returns:
-        One row per control, with a tone for its verdict: "good", "bad" or "open".
+        One row per control, with a tone for its verdict: "good", "bad" or "open". One that is only reported
+        (a KL) is no rate, and its figures are numbers.
     """
     tones = {"specific": "good", "not specific": "bad"}
     return [
         {
             "control": row["control"],
             "n": row["n"],
-            "before": percent(row["before"]),
-            "after": percent(row["after"]),
-            "fall": percent(row["fall"]),
-            "bound": percent(row["bound"]),
-            "margin": percent(row["margin"]),
+            **{
+                name: (_exactly if str(row["verdict"]).startswith("reported") else percent)(row[name])
+                for name in ("before", "after", "fall", "bound", "margin")
+            },
             "verdict": row["verdict"],
             "tone": tones.get(str(row["verdict"]), "open"),
         }
         for row in found.specificity.to_dict("records")
     ]
+
+
+def _exactly(value: float) -> str:
+    return MISSING if value != value else f"{value:.2g}".replace("-", "−")
 
 
 def flat(nested: Mapping[str, Any], *, prefix: str = "") -> list[tuple[str, str]]:

@@ -25,6 +25,11 @@ STAMP_MEANINGS = {
     "not interpretable": "The search went on where the protocol would have stopped it: no figure of a head here has "
     "a meaning of its own.",
 }
+KINDS = {
+    "named": "heads that suppress the sound",
+    "spread": "suppression, but no single head to blame",
+    "nothing named": "suppression, and no head found",
+}
 QUANTITIES = {
     "G": ("G", "hearing with nothing to see"),
     "C": ("C", "hearing under conflict"),
