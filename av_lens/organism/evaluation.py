@@ -22,15 +22,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from av_lens.errors import ModelError
-from av_lens.organism import anatomy, behaviour, dissection
-from av_lens.organism.answering import logits, plain
-from av_lens.organism.footage import Progress
+from av_lens.organism import anatomy, behaviour, dissection, grammar
+from av_lens.organism.answering import Asked, logits, plain
+from av_lens.organism.footage import Progress, mel
 from av_lens.organism.grammar import CLASSES
 from av_lens.organism.held_out import HeldOut, Media, held_out, media
+from av_lens.organism.towers import audio_hidden, patches, vision_features
 
 SCHEMA = 1
 ROAD_TOLERANCE = 1e-3
@@ -122,27 +124,27 @@ class Evaluation:
 
 
 @torch.no_grad()
-def road_difference(model: Any, bare: Any, clips: HeldOut, outputs: Media, *, n: int = 6) -> float:
+def road_difference(model: Any, bare: Any, clips: HeldOut, *, n: int = 6) -> float:
     """Compare the quick road with the public one, on conflict clips through files.
 
     Args:
         model: a `HookedAVLLM`.
         bare: the same model, from `answering.plain`.
         clips: the held-out clips.
-        outputs: what its towers put out for them.
         n: how many clips, in each layout.
 
     Returns:
         The largest difference of any logit where the answer begins.
     """
-    cell, largest = behaviour.CELLS["conflict"], 0.0
-    step = max(len(clips.partner) // n, 1)
-    for layout in behaviour.BOTH:
-        asked = behaviour.ask(cell, layout, clips, outputs)
-        for at in range(0, step * n, step)[:n]:
-            clip = clips.clip(at).with_sound(clips.clip(int(clips.partner[at])))
-            ours = logits(bare, asked.part(at, at + 1))[0, :, 0]
-            for block, question in enumerate(asked.questions[at]):
+    largest, step = 0.0, max(len(clips.partner) // n, 1)
+    for at in range(0, step * n, step)[:n]:
+        clip = clips.clip(at).with_sound(clips.clip(int(clips.partner[at])))
+        video = vision_features(bare, patches(torch.from_numpy(np.array(clip.frames)[None, ::4])))
+        audio = bare.model.audio_tower.proj(audio_hidden(bare, torch.from_numpy(mel([np.array(clip.waveform)]))))
+        questions = [grammar.QUESTIONS[kind][at % len(grammar.QUESTIONS[kind])] for kind in behaviour.KINDS]
+        for layout in behaviour.BOTH:
+            ours = logits(bare, Asked(layout, [questions], video, audio))[0, :, 0]
+            for block, question in enumerate(questions):
                 public = model(model.encode(clip, question, sound=layout))[0, -1]
                 largest = max(largest, (public.float().cpu() - ours[block]).abs().max().item())
     return largest
@@ -190,7 +192,7 @@ def evaluate(
     about: dict[str, Any] = {"split": "test", "seed": seed, "per_class": per_class, "clips": test.digest}
     about["versions"] = _versions()
     if hasattr(model, "encode"):
-        about["road_difference"] = road_difference(model, bare, test, outputs)
+        about["road_difference"] = road_difference(model, bare, test)
         if about["road_difference"] > ROAD_TOLERANCE:
             raise ModelError(
                 f"the quick road and encode + forward differ by {about['road_difference']:.2g} in a logit: these "

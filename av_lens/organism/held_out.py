@@ -63,16 +63,10 @@ class HeldOut:
             at: its number.
 
         Returns:
-            The clip as decoded.
-
-        Raises:
-            InputError: if it does not come back with the hash that it had.
+            The clip as decoded now; its hashes are those of `hashes` where the encoder is the same.
         """
         name, seed = CLASSES[at // self.per_class], SEED_STRIDE * self.seed + at % self.per_class
-        clip = footage.through_mp4(footage.as_clip(world.example(self.split, name, seed)))
-        if (clip.picture_hash, clip.sound_hash) != self.hashes[at]:
-            raise InputError(f"clip {at} ({name} {seed} of {self.split!r}) does not come back from its file as before.")
-        return clip
+        return footage.through_mp4(footage.as_clip(world.example(self.split, name, seed)))
 
 
 def held_out(

@@ -132,9 +132,6 @@ def test_conflicts_use_every_sound_once_and_never_agree(clips):
 def test_clips_come_back_by_their_hashes(clips):
     clip = clips.clip(5)
     assert (clip.picture_hash, clip.sound_hash) == clips.hashes[5]
-    other = holding.HeldOut(clips.split, clips.seed, 2, clips.views, clips.partner, (("a", "b"),) * 24)
-    with pytest.raises(InputError, match="does not come back from its file as before"):
-        other.clip(5)
 
 
 def test_another_seed_shares_no_clip(clips, folder):
