@@ -12,7 +12,6 @@ from av_lens.media.arrays import TOLERANCE
 from av_lens.media.border import Budget
 
 _SLACK = Fraction(1, 1_000_000)
-_FULL_RANGE = 2
 _GROWTH = 256 << 20
 
 
@@ -133,7 +132,6 @@ class Pictures:
             height=height,
             format="rgb24",
             interpolation=self._interpolation,
-            src_color_range=_FULL_RANGE if frame.color_range == _FULL_RANGE else 0,
             threads=1,
         )
         return rgb.to_ndarray()
