@@ -226,7 +226,7 @@ def _fitting_device(n_parameters: int, dtype: torch.dtype) -> torch.device:
 
 def _weights(family: Family, source: _Source, dtype: torch.dtype) -> Any:
     config = _hf_config(family, source.config())
-    with source.translated("model.safetensors"), _quiet_about_other_parts():
+    with source.translated("model.safetensors"), _quiet(bar=source.grammar is None):
         hf_model, report = family.model_class().from_pretrained(
             source.place,
             config=config,
@@ -262,15 +262,21 @@ def _no_bars(*, hidden: bool) -> Generator[None, None, None]:
 
 
 @contextmanager
-def _quiet_about_other_parts() -> Generator[None, None, None]:
-    """Keep HuggingFace from listing the talker's and vocoder's weights, which are meant to be left out."""
+def _quiet(*, bar: bool) -> Generator[None, None, None]:
+    """Keep HuggingFace from listing the talker's and vocoder's weights, and from drawing a bar unless asked."""
+    from transformers.utils import logging as hf_logging
+
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
+    level, had_bar = logger.level, hf_logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
+    if not bar:
+        hf_logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if had_bar:
+            hf_logging.enable_progress_bar()
 
 
 def _processor(source: _Source) -> Any:
