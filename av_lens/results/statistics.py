@@ -137,7 +137,6 @@ class Bootstrap:
                 out[1:, start + np.flatnonzero(usable)] = np.nanpercentile(drawn[:, usable], [tail, 100 - tail], axis=0)
         return Interval(*(row.reshape(shape) for row in out))
 
-
     def derived(
         self,
         rule: Callable[..., np.ndarray],
