@@ -152,7 +152,7 @@ def _confirm_set(
     for built in held.sets:
         if built.chosen:
             built.random = random_sets(built.members, _write_norms(site.chunks), seed=seed)
-        _set_rows(built, site, chunks, first, half, held, progress)
+        _set_rows(built, site, chunks, first, half, held, searched.s * float(half.G.mean()), progress)
         if built.chosen:
             held.specificity_rows = controls(chunks, built.members, built.donor, examples=half.examples, boot=half.boot)
 
@@ -201,6 +201,7 @@ def _set_rows(
     first: Half,
     half: Half,
     held: Held,
+    delta: float,
     progress: Progress | None,
 ) -> None:
     """Edit a set cumulatively, and, for the chosen one, random sets and the top heads for `see`."""
@@ -219,7 +220,7 @@ def _set_rows(
             )
     last = len(built.members) - 1
     random = effect.release[len(built.members) + 1 :].mean(1) if built.random else np.array([])
-    held.set_rows.append(_set_row(built, site.site, effect, last, random, chunks, first, half))
+    held.set_rows.append(_set_row(built, site.site, effect, last, random, chunks, first, half, delta))
 
 
 def _set_row(
@@ -231,6 +232,7 @@ def _set_row(
     chunks: list[Chunk],
     first: Half,
     half: Half,
+    delta: float,
 ) -> dict[str, Any]:
     mean, share = half.boot.mean(effect.release[last]), half.boot.ratio(effect.release[last], half.G)
     before = {"sound": 0.0, "picture": 0.0}
@@ -268,7 +270,7 @@ def _set_row(
             "random_max": float(random.max()),
             "p_random": p,
             "p_floor": 1 / (1 + len(random)),
-            "confirmed": bool(float(mean.low) > 0 and p < 0.05),
+            "confirmed": bool(mean.low > delta and mean.value > random.max()),
             "flags": "" if len(random) >= RANDOM_SETS else f"only {len(random)} matched random sets exist",
         }
     elif built.chosen:

@@ -45,6 +45,8 @@ CHOICES = (
     "alone, if it does not break.",
     "The set is the named heads in the order of their release, one set per donor, the largest whole release "
     "kept; pair synergy, forward and backward search are not done.",
+    "The set is confirmed if its release's lower bound is above delta and it releases more than every matched random "
+    "set; p and its floor stand beside, since few matched sets may exist.",
     "Specificity has one item per conflict; donors there are asked the control's own question where the layout is "
     "the same.",
     "Top heads for `see` are found by zeroing in `va` alone (not mirrored).",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -212,3 +213,33 @@ def test_the_whole_run_goes_through_on_random_weights_and_says_so(model):
     )
     assert "not interpretable" in found.stamps
     assert found.verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["av-tiny-planted", "av-tiny-balanced"])
+def test_planted_heads_are_found_first_and_alone_and_a_balanced_model_names_none(name):
+    from importlib.resources import files
+
+    from av_lens import organism
+
+    folder = files("av_lens") / "organism" / "checkpoints" / name
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"{name} is not shipped yet")
+    classes = list(organism.classes())
+    rng = np.random.default_rng(0)
+    listed = []
+    for i in range(48):
+        a, v = (classes[j] for j in rng.permutation(len(classes))[:2])
+        sound, picture = organism.clip(a, seed=1000 + 2 * i), organism.clip(v, seed=1001 + 2 * i)
+        listed.append(Conflict(sound=sound, picture=picture, question="What do you hear?", answers=(a, v)))
+    found = isolate(load(name), listed, gate="report")
+    named = [(row.layer, row.head) for row in found.suppressors.itertuples()]
+    if name == "av-tiny-balanced":
+        assert named == []
+        assert found.verdict_kind == "no suppression"
+        return
+    truth = {(head["layer"], head["head"]) for head in json.loads((folder / "planted.json").read_text())["heads"]}
+    assert set(named) == truth
+    largest = np.max([found.grid("release", donor) for donor in ("blank_muted", "mean_other", "zero")], axis=0)
+    order = np.argsort(-largest.ravel())[: len(truth)]
+    assert {(int(i) // found.n_heads, int(i) % found.n_heads) for i in order} == truth

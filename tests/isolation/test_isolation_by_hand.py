@@ -98,6 +98,7 @@ def test_the_set_restores_the_whole_gap_and_random_sets_do_not(finished):
     assert chosen.release == pytest.approx(11, abs=0.03)
     assert (chosen.says_sound_before, chosen.says_sound) == (0, 1)
     assert abs(chosen.random_mean) < 0.1
+    assert chosen.confirmed
     assert chosen.random_n == len(found.ablation.query("arm == 'random'"))
     assert chosen.p_random == pytest.approx(1 / (1 + chosen.random_n))
     curve = found.ablation.query("arm == 'set'")["release"].to_numpy()
