@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -328,6 +329,18 @@ def test_clip_files_load_once_and_notice_changes(folder: Path, monkeypatch: pyte
     monkeypatch.setattr("av_lens.media.files._MOST_BYTES", 0)
     other = ClipFile(str(path), start=0.25).load()
     assert ClipFile(str(path), start=0.25).load() is not other, "over the budget nothing is kept"
+
+
+def test_clip_files_notice_a_change_of_equal_size(folder: Path):
+    path = folder / "same_size.wav"
+    path.write_bytes(made.wav(np.zeros((1, 100)), 16000))
+    os.utime(path, ns=(10**18, 10**18))
+    before = ClipFile(str(path)).load()
+    path.write_bytes(made.wav(np.ones((1, 100)), 16000))
+    os.utime(path, ns=(10**18, 10**18 + 10**9))
+    after = ClipFile(str(path)).load()
+    assert (after.sound_hash, after.sha256) != (before.sound_hash, before.sha256)
+    assert after.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_probes_decode_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
