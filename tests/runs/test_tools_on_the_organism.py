@@ -25,11 +25,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def pair(model):
-    """A dog seen twice, heard as itself and as a siren."""
+    """A siren heard twice: with nothing to see, and under the picture of a dog."""
     from av_lens.organism import clip
 
     dog, siren = clip("dog", seed=0), clip("siren", seed=0)
-    return Pair(clean=model.encode(dog.with_sound(siren), QUESTION), corrupt=model.encode(dog, QUESTION))
+    return Pair(clean=model.encode(siren.blank(), QUESTION), corrupt=model.encode(dog.with_sound(siren), QUESTION))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_head_patches_agree_with_ours(model, pair, answers):
     ours = patch(model, pair, over="head", at="generation", metric=logit_diff("siren", "dog"))
     wanted = torch.as_tensor(ours.values.to_numpy()[0]).flatten().float()
     torch.testing.assert_close(theirs, wanted, rtol=0, atol=1e-4)
-    assert (theirs - difference(answers)(model(pair.corrupt))).abs().max() > 0.1
+    assert (theirs - difference(answers)(model(pair.corrupt))).max() > 1  # some head keeps the siren from being said
 
 
 @pytest.mark.slow
