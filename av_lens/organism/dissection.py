@@ -171,9 +171,8 @@ def ablation(
         seed: decides the random heads.
 
     Returns:
-        Counts on conflict clips asked to hear, with columns `arm` ("chosen" or "random"), `count` and
-        `heads`; and counts in the
-        cells that should stay as they were, with the four silenced.
+        Counts on conflict clips asked to hear, with columns `arm` ("chosen" or "random"), `count` and `heads`; and
+        counts in the cells that should stay as they were, with the four silenced.
     """
     clips, media = test
     config = model.config.text_config
