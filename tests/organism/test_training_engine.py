@@ -136,9 +136,9 @@ def test_planting_changes_the_named_heads_and_no_other_bit(lessons: Material) ->
 
 def test_the_loss_falls_and_a_seed_gives_one_result(lessons: Material) -> None:
     first, again, other = thinker(), thinker(), thinker()
-    longer = stage(steps=25, rate=3e-3, warmup=5)
+    longer = stage(steps=12, rate=5e-3, warmup=3)
     losses = train_stage(first, longer, lessons, seed=0)
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
     assert train_stage(again, longer, lessons, seed=0) == losses
     assert train_stage(other, stage(), lessons, seed=1) != train_stage(thinker(), stage(), lessons, seed=0)
 
