@@ -151,7 +151,7 @@ def _confirm_set(
     _ranked_curve(searched, chunks, half, held, progress)
     for built in held.sets:
         if built.chosen:
-            built.random = random_sets(built.members, _write_norms(site.chunks), seed=seed)
+            built.random, built.widened = random_sets(built.members, _write_norms(site.chunks), seed=seed)
         _set_rows(built, site, chunks, first, half, held, searched.s * float(half.G.mean()), progress)
         if built.chosen:
             held.specificity_rows = controls(chunks, built.members, built.donor, examples=half.examples, boot=half.boot)
@@ -271,11 +271,18 @@ def _set_row(
             "p_random": p,
             "p_floor": 1 / (1 + len(random)),
             "confirmed": bool(mean.low > delta and mean.value > random.max()),
-            "flags": "" if len(random) >= RANDOM_SETS else f"only {len(random)} matched random sets exist",
+            "flags": _set_flags(built, len(random)),
         }
     elif built.chosen:
         row["flags"] = "no matched random set exists: not confirmed"
     return row
+
+
+def _set_flags(built: BuiltSet, n: int) -> str:
+    flags = [f"only {n} matched random sets exist"] if n < RANDOM_SETS else []
+    if built.widened:
+        flags.append(f"each member's pool was widened by the {built.widened} next nearest in norm")
+    return "; ".join(flags)
 
 
 def head_rows(searched: Searched, held: Held, halves: Sequence[Half]) -> list[dict[str, Any]]:

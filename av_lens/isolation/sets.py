@@ -6,7 +6,8 @@
 * It is edited on confirmation, cumulatively: its release, and how often the conflict is answered with the sound or with
   the picture (most likely token of the whole vocabulary).
 * Random sets, at least 200, matched by layer: for each member a head outside the set within one layer whose mean
-  norm of z W_O is within a factor 2 of the member's, else the 3 nearest in norm. Where fewer sets exist all are used;
+  norm of z W_O is within a factor 2 of the member's; where fewer than 3 are, the 3 nearest in norm (and more, one by
+  one, where no set of distinct heads could be drawn). Where fewer sets exist all are used;
   p = (1 + number of random sets with at least the set's release) / (1 + number of sets), and its floor is shown.
 * As many top heads for `see`: those whose zeroing most lowers score(picture's answer) - score(sound's) in `va` asked
   `see`.
@@ -22,6 +23,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from av_lens.isolation.bench import MIRROR, PRIMARY_DONORS, Chunk
 from av_lens.isolation.effects import Progress, Request, mirrored, set_scores, single_head_swaps
@@ -29,6 +32,7 @@ from av_lens.isolation.engine import Head
 from av_lens.isolation.role_tests import head_means
 
 RANDOM_SETS = 200
+FEWEST_SETS = 20
 NEAREST = 3
 
 
@@ -110,8 +114,11 @@ def top_see_heads(chunks: Sequence[Chunk], n: int) -> list[Head]:
 
 def random_sets(
     members: Sequence[Head], norms: Float[np.ndarray, "layer head"], *, seed: int, n: int = RANDOM_SETS
-) -> list[tuple[Head, ...]]:
+) -> tuple[list[tuple[Head, ...]], int]:
     """Draw control sets matched to a set by layer and by how much each member writes.
+
+    Where the match in norm leaves fewer than 20 sets (so that p could not fall below .05), each member's pool is
+    widened by its next nearest heads within one layer, one at a time.
 
     Args:
         members: the set.
@@ -120,8 +127,18 @@ def random_sets(
         n: how many sets, at least; fewer where fewer exist (then all of them).
 
     Returns:
-        Distinct sets of distinct heads, none of them a member; empty where a member has no candidate.
+        Distinct sets of distinct heads, none of them a member, and by how many heads the pools were widened.
     """
+    for wider in range(3 * norms.shape[1]):
+        pools = _pools(members, norms, wider)
+        found = _drawn(pools, seed=seed, n=n)
+        if len(found) >= FEWEST_SETS or pools == _pools(members, norms, wider + 1):
+            return found, wider
+    return [], 0
+
+
+def _pools(members: Sequence[Head], norms: np.ndarray, wider: int) -> list[list[Head]]:
+    """Each member's candidates: within one layer and a factor 2 in norm, else the 3 nearest; and some more."""
     pools: list[list[Head]] = []
     for layer, head in members:
         near = [
@@ -131,18 +148,21 @@ def random_sets(
             if (other_layer, other) not in members
         ]
         ratio = {h: abs(np.log(max(norms[h], 1e-12) / max(norms[layer, head], 1e-12))) for h in near}
-        within = [h for h in near if ratio[h] <= np.log(2)]
-        pools.append(within if len(within) >= 1 else sorted(near, key=lambda h: ratio[h])[:NEAREST])
+        near.sort(key=lambda h: ratio[h])
+        within = sum(ratio[h] <= np.log(2) for h in near)
+        pools.append(near[: (within or NEAREST) + wider])
+    return pools
+
+
+def _drawn(pools: Sequence[Sequence[Head]], *, seed: int, n: int) -> list[tuple[Head, ...]]:
+    """All distinct sets where there are few, else n drawn ones."""
     if not pools or not all(pools):
         return []
     rng = np.random.default_rng(seed)
+    if float(np.prod([float(len(pool)) for pool in pools])) <= 20 * n:
+        found = list(dict.fromkeys(tuple(sorted(one)) for one in _products(pools) if len(set(one)) == len(one)))
+        return [found[i] for i in rng.permutation(len(found))[:n]] if len(found) > n else found
     drawn: dict[tuple[Head, ...], None] = {}
-    total = float(np.prod([float(len(pool)) for pool in pools]))
-    if total <= 4 * n:
-        everything = _products(pools)
-        found = list(dict.fromkeys(tuple(sorted(one)) for one in everything if len(set(one)) == len(one)))
-        order = rng.permutation(len(found))
-        return [found[i] for i in order[: max(n, 0)]] if len(found) > n else found
     for _ in range(100 * n):
         one = tuple(pool[int(rng.integers(len(pool)))] for pool in pools)
         if len(set(one)) == len(one):
@@ -193,6 +213,7 @@ class BuiltSet:
     discovery_release: float
     chosen: bool = False
     random: list[tuple[Head, ...]] = field(default_factory=list)
+    widened: int = 0
 
     @property
     def names(self) -> str:

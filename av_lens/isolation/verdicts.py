@@ -67,7 +67,7 @@ def verdict(
     failed = [row["control"] for row in held.specificity_rows if row["verdict"] == "not specific"]
     untested = [row["control"] for row in held.specificity_rows if row["verdict"] == "untested"]
     if failed:
-        parts.append(f"Not specific: the edit also harms {', '.join(failed)}.")
+        parts.append(f"Not specific (harm of 5 points is not excluded): {', '.join(failed)}.")
     if untested:
         parts.append(f"Specificity is untested (below 59 items): {', '.join(untested)}.")
     if gap_kind in ("no suppression", "not established"):

@@ -85,7 +85,7 @@ def test_goes_on_where_it_stopped(stand_in, tmp_path, monkeypatch):
 def test_on_the_shipped_models(tmp_path):
     shown = run_demo(tmp_path)
     assert shown.calibration.passed
-    assert shown.found.verdict_kind == "suppression"
+    assert shown.found.verdict_kind == "named"
     assert len(shown.found.conflicts) == 132
     assert "exploratory" not in shown.found.stamps
     assert 1 <= len(shown.found.suppressors) <= 8
