@@ -62,7 +62,50 @@ _HOMES = {
 }
 _ROOMS = ("errors", "organism", "plots", "reports", "studies")
 
-__all__ = ["__version__", *_HOMES, *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
+    "AVInputs",
+    "AvLensError",
+    "Clip",
+    "ClipFile",
+    "Conflict",
+    "Edit",
+    "Grid",
+    "HookedAVLLM",
+    "Isolation",
+    "Pair",
+    "Plan",
+    "Site",
+    "Span",
+    "SpanMap",
+    "__version__",
+    "add",
+    "check_model",
+    "conflicts",
+    "cut",
+    "direct_attribution",
+    "errors",
+    "isolate",
+    "kl",
+    "load",
+    "load_clip",
+    "log_prob",
+    "logit_diff",
+    "mean",
+    "measure",
+    "noise",
+    "organism",
+    "patch",
+    "plots",
+    "prob",
+    "rank",
+    "replace",
+    "reports",
+    "resample",
+    "run",
+    "scale",
+    "studies",
+    "zero",
+]
 
 if TYPE_CHECKING:
     from av_lens import errors, organism, plots, reports, studies

@@ -37,6 +37,15 @@ def test_the_reference_names_every_public_name():
         assert re.search(rf"^::: av_lens\.{home}\.{name}$", page, re.M), f"{name} is missing from docs/reference.md"
 
 
+@pytest.mark.parametrize("region", ["behaviour", "seeds"])
+def test_the_organisms_tables_are_the_stored_evaluations(region: str):
+    from av_lens.organism import portraits
+
+    tables = {"behaviour": portraits.shares_table, "seeds": portraits.standing_table}
+    shown = (DOCS / "organisms.md").read_text().split(f"<!-- {region} -->\n")[1].split(f"\n<!-- /{region} -->")[0]
+    assert shown == portraits.markdown(tables[region]())
+
+
 @pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda p: p.name)
 def test_links_between_pages_lead_somewhere(path: Path):
     for target in re.findall(r"\]\(([\w/.-]+\.md)\)", path.read_text()):

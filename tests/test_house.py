@@ -109,6 +109,7 @@ def test_no_module_carries_a_public_verbs_name():
 
 
 def test_every_submodule_imports_and_every_public_name_is_there():
+    assert set(av_lens.__all__) == {"__version__", *av_lens._HOMES, *av_lens._ROOMS}
     for path in FILES:
         parts = path.relative_to(REPOSITORY).with_suffix("").parts
         importlib.import_module(".".join(part for part in parts if part != "__init__"))

@@ -51,8 +51,6 @@ CHOICES = (
     "set; p and its floor stand beside, since few matched sets may exist.",
     "Specificity has one item per conflict; donors there are asked the control's own question where the layout is "
     "the same.",
-    "Random heads: where fewer than 3 heads are within a factor 2 of a member, the 3 nearest in norm; where no set of "
-    "distinct heads can be drawn from these, the next nearest join one at a time.",
     "Top heads for `see` are found by zeroing in `va` alone (not mirrored).",
     "The direct logit attribution is at the asked position, at the run's own norm scale, mirrored: (va - av) / 2.",
     "Intervals of rates are the same bootstrap as all others, so a rate of 1.0 has the interval 1.0 to 1.0.",

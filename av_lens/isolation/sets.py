@@ -6,8 +6,8 @@
 * It is edited on confirmation, cumulatively: its release, and how often the conflict is answered with the sound or with
   the picture (most likely token of the whole vocabulary).
 * Random sets, at least 200, matched by layer: for each member a head outside the set within one layer whose mean
-  norm of z W_O is within a factor 2 of the member's; where fewer than 3 are, the 3 nearest in norm (and more, one by
-  one, where no set of distinct heads could be drawn). Where fewer sets exist all are used;
+  norm of z W_O is within a factor 2 of the member's, else the 3 nearest in norm; wider pools where fewer than 20 such
+  sets exist (see `random_sets`). Where fewer sets exist all are used;
   p = (1 + number of random sets with at least the set's release) / (1 + number of sets), and its floor is shown.
 * As many top heads for `see`: those whose zeroing most lowers score(picture's answer) - score(sound's) in `va` asked
   `see`.
@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from av_lens.isolation.bench import MIRROR, PRIMARY_DONORS, Chunk
 from av_lens.isolation.effects import Progress, Request, mirrored, set_scores, single_head_swaps

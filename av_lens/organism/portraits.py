@@ -11,6 +11,7 @@ import pandas as pd
 
 from av_lens.organism import saving
 from av_lens.organism.evaluation import Evaluation
+from av_lens.organism.expectations import AT_LEAST, standing
 
 EVALUATION = "evaluation.json"
 COLUMNS: dict[str, tuple[str, str, str]] = {
@@ -41,6 +42,52 @@ def shipped_evaluations() -> dict[str, Evaluation]:
         if path.exists():
             found[name] = Evaluation.load(path)
     return found
+
+
+def every_seed() -> dict[tuple[str, int], Evaluation]:
+    """Read the evaluations of every training seed: of the shipped weights (seed 0) and of those trained beside them.
+
+    Returns:
+        (Short name, training seed) to evaluation, for those that are stored.
+    """
+    found = {(name, 0): result for name, result in shipped_evaluations().items()}
+    for path in sorted(saving.shipped().glob("*/evaluation-seed*.json")):
+        found[path.parent.name, int(path.stem.removeprefix("evaluation-seed"))] = Evaluation.load(path)
+    return dict(sorted(found.items()))
+
+
+def standing_table() -> pd.DataFrame:
+    """Say for every model and training seed which of its written lines hold.
+
+    Returns:
+        `model seed lines hold "does not hold"`, the last with the figure and its interval.
+    """
+    rows: list[dict[str, object]] = []
+    for (name, seed), result in every_seed().items():
+        lines = standing(result, name, planted=_planted(name))
+        short = [
+            f"{row['line']} ({row['layout']}) {row['share']:.3f} [{row['low']:.3f}, {row['high']:.3f}], wanted "
+            f"{'at least' if row['sign'] == AT_LEAST else 'at most'} {row['bound']:.2f}"
+            for row in lines.to_dict("records")
+            if not row["holds"]
+        ]
+        rows.append(
+            {
+                "model": name,
+                "seed": seed,
+                "lines": len(lines),
+                "hold": len(lines) - len(short),
+                "does not hold": "; ".join(short) or "-",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _planted(name: str) -> tuple[tuple[int, int], ...]:
+    path = saving.shipped() / name / "planted.json"
+    if not path.exists():
+        return ()
+    return tuple((head["layer"], head["head"]) for head in json.loads(path.read_text("utf-8"))["heads"])
 
 
 def shares_table(evaluations: dict[str, Evaluation] | None = None) -> pd.DataFrame:
