@@ -97,7 +97,7 @@ def test_the_set_restores_the_whole_gap_and_random_sets_do_not(finished):
     assert chosen.members == "L2H0 L0H1 L2H1"
     assert chosen.release == pytest.approx(11, abs=0.03)
     assert (chosen.says_sound_before, chosen.says_sound) == (0, 1)
-    assert abs(chosen.random_mean) < 0.1
+    assert chosen.random_max < 0.1  # some hold a carrier of the sound, and lower hearing
     assert chosen.confirmed
     assert chosen.random_n == len(found.ablation.query("arm == 'random'"))
     assert chosen.p_random == pytest.approx(1 / (1 + chosen.random_n))

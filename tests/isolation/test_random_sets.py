@@ -10,12 +10,12 @@ from av_lens.isolation.sets import cumulative, doubling, head_names, random_sets
 def test_sets_are_matched_by_layer_and_norm():
     norms = np.ones((6, 8))
     norms[3, 4:] = 5.0  # too large to match
-    members = [(3, 0), (3, 1)]
+    members = [(3, 0), (3, 1), (3, 2)]
     found, widened = random_sets(members, norms, seed=0)
     assert len(found) == 200
     assert widened == 0
     for one in found:
-        assert len(set(one)) == 2
+        assert len(set(one)) == 3
         assert not set(one) & set(members)
         assert all(2 <= layer <= 4 for layer, _ in one)
         assert all(norms[head] == 1.0 for head in one)
