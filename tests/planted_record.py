@@ -14,12 +14,14 @@ N = 22
 G, C = 8.2, -4.1
 GUILTY = {(5, 2): ("picture writer", 0.46, True), (5, 3): ("picture writer", 0.38, True), (3, 4): ("gate", 0.17, False)}
 DONORS = {"blank_muted": 1.0, "mean_other": 0.8, "zero": 0.93}
+HALVES = ("discovery", "confirmation")
 CLASSES = ("dog", "siren", "bell", "drum")
 
 
 def planted_isolation(seed: int = 0, *, stamps: tuple[str, ...] = ("exploratory",)) -> Isolation:
     """Build the record; every number follows from the seed."""
     rng = np.random.default_rng(seed)
+    evidence = _evidence(rng)
     return Isolation(
         verdict="Two heads of layer 5 keep the sound from being said: edited together on held-out conflicts they give "
         "back 81% of G (76% to 87%), and the model says the sound in 78% of conflicts instead of 5%.",
@@ -30,12 +32,13 @@ def planted_isolation(seed: int = 0, *, stamps: tuple[str, ...] = ("exploratory"
         reasons=tuple(f"{s}: 22 and 22 competent conflicts in the halves; a verdict needs 60 in each." for s in stamps),
         summary={"G": G, "C": C, "gap": G - C, "delta": 0.1 * G, "power": 0.21},
         heads=table("heads", _heads()),
-        evidence=table("evidence", _evidence(rng)),
+        evidence=table("evidence", evidence),
         sets=table("sets", [_set()]),
         ablation=table("ablation", _ablation(rng)),
         specificity=table("specificity", _specificity()),
         behaviour=table("behaviour", _behaviour()),
         conflicts=table("conflicts", _conflicts(rng)),
+        arrays=_arrays(evidence, np.random.default_rng(seed + 1)),
         protocol={"s": 0.1, "sites": ["suffix"], "donors": list(DONORS), "seed": 0, "hash": "0f3a" * 16},
         provenance={
             "av_lens": "0.1.0",
@@ -72,7 +75,7 @@ def _evidence(rng: np.random.Generator) -> list[dict[str, Any]]:
         ("sufficiency", "va"),
         ("dla", ""),
     ]
-    for half in ("discovery", "confirmation"):
+    for half in HALVES:
         for estimand, donor in kinds:
             for layer in range(LAYERS):
                 for head in range(HEADS):
@@ -87,6 +90,17 @@ def _evidence(rng: np.random.Generator) -> list[dict[str, Any]]:
                     logits = dict(mean=share * G, low=(share - spread) * G, high=(share + spread) * G)
                     rows.append({**base, **figures, **logits})
     return rows
+
+
+def _arrays(evidence: list[dict[str, Any]], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Spread each mean over the conflicts it would come from."""
+    arrays = {f"{half}/{name}": rng.normal(value, 0.5, N) for half in HALVES for name, value in (("G", G), ("C", C))}
+    for row in evidence:
+        key = "/".join(row[name] for name in ("half", "site", "estimand", "donor"))
+        spread = rng.normal(0, 0.2, N)
+        values = arrays.setdefault(key, np.full((N, LAYERS, HEADS), np.nan))
+        values[:, row["layer"], row["head"]] = row["mean"] + spread - spread.mean()
+    return arrays
 
 
 def _heads() -> list[dict[str, Any]]:

@@ -12,16 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-SPECIALS = {
-    "image_token": "<|IMAGE|>",
-    "audio_token": "<|AUDIO|>",
-    "video_token": "<|VIDEO|>",
-    "vision_bos_token": "<|vision_bos|>",
-    "vision_eos_token": "<|vision_eos|>",
-    "audio_bos_token": "<|audio_bos|>",
-    "audio_eos_token": "<|audio_eos|>",
-}
-ORDINARY = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+from av_lens.organism.anatomy import END_OF_TEXT, SPECIALS, TURN_END, TURN_START, byte_symbols
 
 # Qwen2.5-Omni's own template: a default system message, one placeholder per picture, sound or video, and the header.
 CHAT_TEMPLATE = (
@@ -45,17 +36,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def byte_symbols() -> list[str]:
-    """The 256 printable stand-ins for bytes that byte-level BPE uses, in byte order."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    other = [byte for byte in range(256) if byte not in printable]
-    names = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(other)}
-    return [names[byte] for byte in range(256)]
-
-
 def token_ids() -> dict[str, int]:
     """The id of every byte symbol and every special token."""
-    return {token: i for i, token in enumerate([*byte_symbols(), *ORDINARY, *SPECIALS.values()])}
+    return {
+        token: i for i, token in enumerate([*byte_symbols(), END_OF_TEXT, TURN_START, TURN_END, *SPECIALS.values()])
+    }
 
 
 def tiny_processor() -> Any:
@@ -69,11 +54,11 @@ def tiny_processor() -> Any:
         vocab=vocab,
         merges=[],
         unk_token=None,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
         extra_special_tokens=dict(SPECIALS),
     )
-    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    tokenizer.add_tokens([TURN_START], special_tokens=True)
     size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
     processor = Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(size=dict(size)),
@@ -117,9 +102,9 @@ def tiny_config(*, n_layers: int = 4, d_model: int = 64, n_heads: int = 4, n_kv_
             "mrope_section": [temporal, rows, half - temporal - rows],
         },
         "tie_word_embeddings": False,
-        "pad_token_id": ids["<|endoftext|>"],
+        "pad_token_id": ids[END_OF_TEXT],
         "bos_token_id": None,
-        "eos_token_id": ids["<|im_end|>"],
+        "eos_token_id": ids[TURN_END],
     } | text
     return Qwen2_5OmniThinkerConfig(
         text_config=text_config,
@@ -156,7 +141,7 @@ def tiny_config(*, n_layers: int = 4, d_model: int = 64, n_heads: int = 4, n_kv_
         seconds_per_chunk=2,
         initializer_range=0.1,
         tie_word_embeddings=False,
-        pad_token_id=ids["<|endoftext|>"],
+        pad_token_id=ids[END_OF_TEXT],
     )
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from av_lens.isolation.bench import PRIMARY_DONORS, Bench, Chunk
 from av_lens.isolation.effects import Progress, requests
 from av_lens.isolation.engine import Head
-from av_lens.isolation.evidence import Half, Searched, SiteEvidence, chunks_of, gather, primary_donor
+from av_lens.isolation.evidence import BySite, Half, Searched, SiteEvidence, chunks_of, gather, primary_donor
 from av_lens.isolation.role_tests import Named, family_size, head_means
 from av_lens.isolation.roles import LEVEL, confirm
 from av_lens.isolation.sets import (
@@ -40,42 +40,15 @@ NAMES = (*RELEASING, "silenced carrier", "sound carrier")
 
 
 @dataclass(eq=False)
-class Held:
-    """What confirmation found."""
+class Held(BySite):
+    """What confirmation found; a site is missing where discovery named nothing."""
 
-    sites: list[SiteEvidence] = field(default_factory=list)
     confirmed: dict[Named, bool] = field(default_factory=dict)
     holm_p: dict[Named, float] = field(default_factory=dict)
     sets: list[BuiltSet] = field(default_factory=list)
     set_rows: list[dict[str, Any]] = field(default_factory=list)
     ablation_rows: list[dict[str, Any]] = field(default_factory=list)
     specificity_rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Give every effect of every site."""
-        return {key: values for site in self.sites for key, values in site.arrays().items()}
-
-    def rows(self, half: str) -> list[dict[str, Any]]:
-        """Write the evidence table's rows.
-
-        Args:
-            half: the half's name.
-
-        Returns:
-            The rows of all sites.
-        """
-        return [row for site in self.sites for row in site.rows(half)]
-
-    def at(self, site: str) -> SiteEvidence | None:
-        """Find a site's evidence.
-
-        Args:
-            site: its name.
-
-        Returns:
-            The evidence, or None where nothing was named there.
-        """
-        return next((one for one in self.sites if one.site == site), None)
 
 
 def confirm_all(
@@ -98,38 +71,31 @@ def confirm_all(
     first = next(one for one in halves if one.name == DISCOVERY)
     engine = bench.engine
     family = family_size(engine.n_layers * engine.n_heads, len(searched.sites))
-    held = Held()
+    held = Held(sites={})
     for site in searched.sites:
-        chunks = chunks_of(bench, searched, half, site.site)
-        heads = sorted({(row.layer, row.head) for row in searched.named if row.site == site.site})
+        chunks = chunks_of(bench, searched, half, site)
+        heads = sorted({(row.layer, row.head) for row in searched.named if row.site == site})
         if heads:
             wanted = requests(
                 with_means=chunks[0].means is not None,
                 with_third=any(bench.has_third(int(i)) for i in half.examples),
             )
-            held.sites.append(
-                gather(
-                    chunks, half, wanted, heads, site=site.site, s=s, family=family, seed=seed + 1, progress=progress
-                )
+            held.sites[site] = gather(
+                chunks, half, wanted, heads, site=site, s=s, family=family, seed=seed + 1, progress=progress
             )
     _confirm_rows(searched, held, s)
-    site = searched.sites[0]
-    _confirm_set(bench, first, half, searched, held, chunks_of(bench, searched, half, site.site), seed, progress)
+    chunks = chunks_of(bench, searched, half, searched.first.site)
+    _confirm_set(bench, first, half, searched, held, chunks, seed, progress)
     return held
 
 
 def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
     """Holm over the rows that got a name, then the same cuts."""
     named = [row for row in searched.named if row.role in NAMES]
-    p = []
-    for row in named:
-        site = held.at(row.site)
-        assert site is not None
-        p.append(site.tests.of(row))
-    adjusted = holm(np.array(p, dtype=np.float64))
+    adjusted = holm(np.array([held.sites[row.site].tests.of(row) for row in named], dtype=np.float64))
     held.holm_p = {row: float(value) for row, value in zip(named, adjusted, strict=True)}
-    for site in held.sites:
-        rows = [row for row in named if row.site == site.site]
+    for name, site in held.sites.items():
+        rows = [row for row in named if row.site == name]
         outcome = confirm(site.evidence, rows, [held.holm_p[row] for row in rows], s=s)
         held.confirmed |= dict(zip(rows, outcome, strict=True))
 
@@ -145,7 +111,7 @@ def _confirm_set(
     progress: Progress | None,
 ) -> None:
     """Build the set on discovery's first site, edit it here with its controls, and look at what else breaks."""
-    site = searched.sites[0]
+    site = searched.first
     members = list(dict.fromkeys((row.layer, row.head) for row in searched.suppressors if row.site == site.site))
     held.sets = build_sets(site.chunks, members, dict(site.evidence.release), first.examples)
     _ranked_curve(searched, chunks, half, held, progress)
@@ -176,7 +142,7 @@ def _bounded(row: dict[str, Any], effect: SetEffect, index: int, half: Half) -> 
 
 def _ranked_curve(searched: Searched, chunks: list[Chunk], half: Half, held: Held, progress: Progress | None) -> None:
     """Edit the 1, 2, 4, ... heads of largest release together: over how many is the suppression spread?"""
-    site = searched.sites[0]
+    site = searched.first
     donors = primary_donor(site.evidence)
     best = np.stack([head_means(site.evidence.release[donor]) for donor in PRIMARY_DONORS])
     order = np.argsort(-np.where(np.isnan(best), -np.inf, best).max(0).ravel(), kind="stable")
@@ -285,24 +251,22 @@ def _set_flags(built: BuiltSet, n: int) -> str:
     return "; ".join(flags)
 
 
-def head_rows(searched: Searched, held: Held, halves: Sequence[Half]) -> list[dict[str, Any]]:
+def head_rows(searched: Searched, held: Held) -> list[dict[str, Any]]:
     """Write `found.heads`: one row per (head, site, role), largest effect on confirmation first.
 
     Args:
         searched: what discovery found.
         held: what confirmation found.
-        halves: discovery and confirmation.
 
     Returns:
         The rows.
     """
     rows = [_head_row(row, searched, held) for row in searched.named]
-    del halves
     return sorted(rows, key=lambda row: (-abs(row["effect"]), row["layer"], row["head"], row["role"]))
 
 
 def _head_row(row: Named, searched: Searched, held: Held) -> dict[str, Any]:
-    site, again = searched.at(row.site), held.at(row.site)
+    site, again = searched.sites[row.site], held.sites.get(row.site)
     at = (slice(None), row.layer, row.head)
     members = {head for built in held.sets if built.chosen for head in built.members}
     estimand = {"silenced carrier": "silenced", "sound carrier": "carries"}.get(row.role, "release")
@@ -359,7 +323,7 @@ def _flags(row: Named, searched: Searched, held: Held) -> str:
     flags: list[str] = []
     if row.donor == "zero" and not any(searched.passes(row, donor) for donor in PRIMARY_DONORS if donor != "zero"):
         flags.append("always on")
-    site = held.at(row.site)
+    site = held.sites.get(row.site)
     if site is not None and not held.confirmed.get(row, False):
         p = float(site.tests.release_p[row.donor][row.layer, row.head])
         mean = head_means(site.evidence.release[row.donor])[row.layer, row.head]

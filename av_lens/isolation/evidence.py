@@ -133,18 +133,14 @@ class SiteEvidence:
 
 
 @dataclass(eq=False)
-class Searched:
-    """What discovery found."""
+class BySite:
+    """One half's evidence at every site set, by name; `Searched` and `confirmation.Held` are two of these."""
 
-    sites: list[SiteEvidence]
-    named: list[Named]
-    release_q: list[dict[str, np.ndarray]]
-    s: float
-    means: dict[str, Means | None]
+    sites: dict[str, SiteEvidence]
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Give every effect of every site."""
-        return {key: values for site in self.sites for key, values in site.arrays().items()}
+        return {key: values for site in self.sites.values() for key, values in site.arrays().items()}
 
     def rows(self, half: str) -> list[dict[str, Any]]:
         """Write the evidence table's rows.
@@ -155,18 +151,22 @@ class Searched:
         Returns:
             The rows of all sites.
         """
-        return [row for site in self.sites for row in site.rows(half)]
+        return [row for site in self.sites.values() for row in site.rows(half)]
 
-    def at(self, site: str) -> SiteEvidence:
-        """Find a site's evidence.
 
-        Args:
-            site: its name.
+@dataclass(eq=False)
+class Searched(BySite):
+    """What discovery found."""
 
-        Returns:
-            The evidence.
-        """
-        return next(one for one in self.sites if one.site == site)
+    named: list[Named]
+    release_q: dict[str, dict[str, np.ndarray]]
+    s: float
+    means: dict[str, Means | None]
+
+    @property
+    def first(self) -> SiteEvidence:
+        """The evidence at the first site set that was asked for: the one on which the set is built."""
+        return next(iter(self.sites.values()))
 
     @property
     def suppressors(self) -> list[Named]:
@@ -184,10 +184,9 @@ class Searched:
         Returns:
             True if it does.
         """
-        number = next(i for i, one in enumerate(self.sites) if one.site == row.site)
-        found = self.sites[number].evidence
+        found = self.sites[row.site].evidence
         mean = head_means(found.release[donor])[row.layer, row.head]
-        return bool(mean > self.s * found.G.mean() and self.release_q[number][donor][row.layer, row.head] < LEVEL)
+        return bool(mean > self.s * found.G.mean() and self.release_q[row.site][donor][row.layer, row.head] < LEVEL)
 
     def release_of(self, row: Named) -> float:
         """Give a row's mean release on discovery.
@@ -198,7 +197,7 @@ class Searched:
         Returns:
             The mean over conflicts.
         """
-        return float(np.nanmean(self.at(row.site).evidence.release[row.donor][:, row.layer, row.head]))
+        return float(np.nanmean(self.sites[row.site].evidence.release[row.donor][:, row.layer, row.head]))
 
 
 def direct_writes(
@@ -318,7 +317,13 @@ def search(
         for i, site in enumerate(found)
         for row in classify(site.evidence, site.tests, q[i], release_q[i], s=s, site=site.site)
     ]
-    return Searched(found, named, release_q, s, means)
+    return Searched(
+        sites={site.site: site for site in found},
+        named=named,
+        release_q=dict(zip(sites, release_q, strict=True)),
+        s=s,
+        means=means,
+    )
 
 
 def _with_means(chunks: list[Chunk]) -> Means | None:

@@ -307,7 +307,7 @@ def _record(
         arrays |= {f"{half}/{key}": v for half, found in (("discovery", searched), ("confirmation", held))
                    for key, v in found.arrays().items()}  # fmt: skip
         tables = {
-            "heads": table("heads", confirmation.head_rows(searched, held, halves)),
+            "heads": table("heads", confirmation.head_rows(searched, held)),
             "evidence": table("evidence", [*searched.rows(DISCOVERY), *held.rows(CONFIRMATION)]),
             "sets": table("sets", held.set_rows),
             "ablation": table("ablation", held.ablation_rows),

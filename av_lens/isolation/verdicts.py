@@ -45,7 +45,7 @@ def verdict(
     Returns:
         The kind and the sentences.
     """
-    sites = ", ".join(site.site for site in searched.sites)
+    sites = ", ".join(searched.sites)
     named = [row for row in searched.suppressors if held.confirmed.get(row, False)]
     lost = len(searched.suppressors) - len(named)
     parts = [gap_sentence]
@@ -154,7 +154,7 @@ def power(searched: Searched | None, halves: Sequence[Half], *, family: int) -> 
     size = smallest_effect(len(np.unique(components)), family=family)
     if searched is None:
         return size, float("nan")
-    evidence = searched.sites[0].evidence
+    evidence = searched.first.evidence
     values = evidence.release["blank_muted"]
     means = np.stack([head_means(values[components == c]) for c in np.unique(components)])
     return size, float(np.nanmedian(means.std(0, ddof=1))) if len(means) > 1 else float("nan")
@@ -193,7 +193,7 @@ def summary(
     size, deviation = power(searched, halves, family=family)
     out |= {"power smallest effect in sd": size, "power sd": deviation, "power": out["delta"] + size * deviation}
     if searched is not None and held is not None:
-        evidence = searched.sites[0].evidence
+        evidence = searched.first.evidence
         largest = np.nanmax(np.stack([head_means(values) for values in evidence.release.values()]), axis=0)
         out["largest release share"] = float(np.nanmax(largest) / out["G"])
         for share in (0.10, 0.03, 0.01):

@@ -8,15 +8,21 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from record_example import example_isolation
+from planted_record import planted_isolation
 
 from av_lens.errors import InputError
 from av_lens.results.record import Isolation
 from av_lens.results.tables import TABLES, table
 
 
+def powerless() -> Isolation:
+    """A record with a figure that was not measured."""
+    found = planted_isolation()
+    return replace(found, summary=found.summary | {"power": float("nan")})
+
+
 def test_a_saved_record_opens_equal(tmp_path):
-    found = example_isolation()
+    found = powerless()
     found.save(tmp_path / "out")
     again = Isolation.load(tmp_path / "out")
     for name in TABLES:
@@ -35,7 +41,7 @@ def test_a_saved_record_opens_equal(tmp_path):
 
 
 def test_files_are_plain_data(tmp_path):
-    example_isolation().save(tmp_path)
+    powerless().save(tmp_path)
     head = json.loads((tmp_path / "isolation.json").read_text())
     assert head["version"] == 1
     assert head["summary"]["power"] is None
@@ -55,7 +61,7 @@ def test_an_empty_record_round_trips(tmp_path):
 
 
 def test_grid_lays_effects_out_by_layer_and_head():
-    found = example_isolation()
+    found = planted_isolation()
     grid = found.grid("release", "blank_muted")
     np.testing.assert_allclose(grid, found.arrays["discovery/suffix/release/blank_muted"].mean(0))
     with pytest.raises(InputError, match=r"unknown effect 'releas \(zero\)'. Did you mean 'release \(zero\)'"):
@@ -65,8 +71,8 @@ def test_grid_lays_effects_out_by_layer_and_head():
 
 
 def test_suppressors_are_the_confirmed_ones():
-    found = example_isolation()
-    assert found.suppressors[["layer", "head"]].to_numpy().tolist() == [[1, 2]]
+    found = planted_isolation()
+    assert found.suppressors[["layer", "head"]].to_numpy().tolist() == [[5, 2], [5, 3]]
 
 
 def test_faults_are_refused():
@@ -74,7 +80,7 @@ def test_faults_are_refused():
         table("head", [])
     with pytest.raises(InputError, match=r"table 'heads': unknown column 'layr'. Did you mean 'layer'"):
         table("heads", [{"layr": 1}])
-    found = example_isolation()
+    found = planted_isolation()
     with pytest.raises(InputError, match=r"table 'heads' has columns"):
         replace(found, heads=found.heads.drop(columns="q"))
     with pytest.raises(InputError, match=r"unknown role 'writer'. Did you mean 'picture writer'"):
@@ -84,7 +90,7 @@ def test_faults_are_refused():
 def test_loading_what_is_not_there_says_so(tmp_path):
     with pytest.raises(InputError, match=r"isolation\.json is not there"):
         Isolation.load(tmp_path)
-    example_isolation().save(tmp_path)
+    planted_isolation().save(tmp_path)
     head = json.loads((tmp_path / "isolation.json").read_text())
     (tmp_path / "isolation.json").write_text(json.dumps(head | {"version": 99}))
     with pytest.raises(InputError, match="schema version 99; this av_lens reads version 1"):
