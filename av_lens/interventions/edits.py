@@ -102,6 +102,12 @@ class BoundEdit:
     value: Tensor | None
     n_prompt: int
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether the edit does to each row the same whichever other rows it is shown; a drawn tensor does not."""
+        amount = self.edit.amount
+        return self.edit.kind != "noise" and (not isinstance(amount, Tensor) or amount.numel() == 1)
+
     def apply_(self, activation: Tensor, offset: int) -> bool:
         """Write the edit into an activation.
 

@@ -105,6 +105,7 @@ class Step:
             given the absolute position of the first row; says whether anything was there to write.
         in_prompt: firings expected in the prompt's forward, 0 or 1.
         in_decode: firings expected at each decoding step, 0 or 1.
+        rowwise: whether it does to each row the same whichever other rows it is shown.
         fired: firings so far.
     """
 
@@ -114,6 +115,7 @@ class Step:
     apply_: Callable[[Tensor, int], bool]
     in_prompt: int
     in_decode: int
+    rowwise: bool = True
     fired: int = 0
 
     def __call__(self, activation: Tensor, offset: int) -> None:
@@ -220,7 +222,7 @@ def _steps_of(number: int, edit: Edit | Cut, spec: Spec, spans: SpanMap, batch: 
         bound = edit.bound(spec, spans, batch)
         apply_ = _edge_layout(bound) if edit.site.is_edges else bound.apply_
         prompt, decode = int(len(bound.positions) > 0), int(bound.positions.decode)
-        return [Step(number, edit.site.component, edit.site.layer, apply_, prompt, decode)]
+        return [Step(number, edit.site.component, edit.site.layer, apply_, prompt, decode, bound.rowwise)]
     edges = edit.bound(spec, spans, batch)
     return [step for layer in edges.layers for step in _steps_of_cut(number, edges, layer)]
 

@@ -1,9 +1,10 @@
 """A model in hand: loading, forward runs, caches, generation, traces, metrics."""
 
+from av_lens.runs.asked import each
 from av_lens.runs.execution import Run, run
 from av_lens.runs.loading import load, short_names
 from av_lens.runs.measurement import measure, measure_plans
-from av_lens.runs.metrics import Metric, each, kl, log_prob, logit_diff, prob, rank
+from av_lens.runs.metrics import Metric, kl, log_prob, logit_diff, prob, rank
 from av_lens.runs.selfcheck import CheckReport, check_model
 from av_lens.runs.traces import Trace
 from av_lens.runs.wrapper import HookedAVLLM

@@ -25,7 +25,7 @@ from av_lens.interventions import Plan, Site
 from av_lens.interventions.sites import Positions, resolve_positions
 from av_lens.runs.budget import GIGABYTE, ModelSpec, require_budget, selected
 from av_lens.runs.gates import only_open
-from av_lens.runs.traces import asked_positions
+from av_lens.runs.recording import asked_positions
 from av_lens.spans import Span, SpanMap
 
 Capture = str | Site | Sequence[str | Site] | Callable[[str], bool] | None

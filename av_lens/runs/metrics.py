@@ -33,7 +33,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from av_lens.errors import InputError
-from av_lens.inputs.answers import Answer, AnswerLike, answer_pair, resolve
+from av_lens.runs.asked import Asked, Each, notes_on, paired, resolved, shown, spread
 from av_lens.runs.scores import (
     combined,
     divergence,
@@ -47,28 +47,6 @@ from av_lens.runs.scores import (
 
 Kind = Literal["logit_diff", "log_prob", "prob", "rank", "kl", "custom"]
 UNITS = {"logit_diff": "logit", "log_prob": "nat", "prob": "probability", "rank": "tokens", "kl": "nat", "custom": ""}
-
-
-@dataclass(frozen=True)
-class Each:
-    """One answer for each example, in order. Build it with `each`."""
-
-    answers: tuple[AnswerLike | Answer, ...]
-
-
-def each(answers: Sequence[AnswerLike | Answer]) -> Each:
-    """Give every example of a stack its own answer.
-
-    Args:
-        answers: the answers in the order of the examples.
-
-    Returns:
-        What `logit_diff`, `log_prob`, `prob` and `rank` take in an answer's place.
-    """
-    return Each(tuple(answers))
-
-
-Asked = str | int | Answer | Sequence[str | int] | Each
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +76,8 @@ class Metric:
         """The metric as one would write it."""
         if self.kind == "custom":
             return getattr(self.function, "__name__", type(self.function).__name__)
-        shown = self.texts or tuple(_shown(asked) for asked in self.asked)
-        return f"{self.kind}({', '.join(shown) if self.kind != 'kl' else 'reference'})"
+        words = self.texts or tuple(shown(asked) for asked in self.asked)
+        return f"{self.kind}({', '.join(words) if self.kind != 'kl' else 'reference'})"
 
     @property
     def unit(self) -> str:
@@ -135,13 +113,13 @@ class Metric:
             raise InputError(f"each(...) was given {' and '.join(str(len(s)) for s in sides)} answers: they differ.")
         if self.kind == "logit_diff":
             pairs = [
-                _pair(tokenizer, side_a, side_b) for side_a, side_b in zip(*(_spread(s, n) for s in sides), strict=True)
+                paired(tokenizer, side_a, side_b) for side_a, side_b in zip(*(spread(s, n) for s in sides), strict=True)
             ]
             answers = [[pair[0] for pair in pairs], [pair[1] for pair in pairs]]
         else:
-            answers = [[_resolved(tokenizer, answer) for answer in sides[0]]]
+            answers = [[resolved(tokenizer, answer) for answer in sides[0]]]
         texts = tuple(side[0].text if len(side) == 1 else f"{side[0].text}, ... ({len(side)})" for side in answers)
-        notes = _notes(answers)
+        notes = notes_on(answers)
         return replace(self, ids=tuple(padded(side) for side in answers), texts=texts, notes=notes)
 
     @property
@@ -194,6 +172,18 @@ class Metric:
         last = logits[:, -1].float()
         sides = [per_option(ids, last, self.kind) for ids in self._fitting(len(last))]
         return combined(self.kind, [side.unbind(1) for side in sides])
+
+    def few_tokens(self) -> tuple[Metric, Int64[Tensor, " token"] | None]:
+        """Say which tokens' logits suffice.
+
+        Returns:
+            A metric that reads logits of these tokens alone, and the tokens; this metric and None where it reads all.
+        """
+        if self.kind != "logit_diff" or self.teacher_forced:
+            return self, None
+        tokens = torch.unique(torch.cat([ids.flatten() for ids in self._bound()]).clamp(min=0))
+        places = tuple(torch.searchsorted(tokens, ids).masked_fill(ids < 0, -1) for ids in self._bound())
+        return replace(self, ids=places), tokens
 
     def continuations(self, batch: int) -> list[Int64[Tensor, "batch token"]]:
         """List the token sequences that have to be run after the prompt, for answers of several tokens.
@@ -257,55 +247,6 @@ class Metric:
                     f"{self.name}: each(...) gives {ids.shape[0]} answers, but the run has {batch} examples."
                 )
         return self._bound()
-
-
-def _shown(asked: Asked) -> str:
-    if isinstance(asked, Each):
-        return f"{len(asked.answers)} answers"
-    return asked.text if isinstance(asked, Answer) else str(asked)
-
-
-def _spread(side: tuple[AnswerLike | Answer, ...], n: int) -> tuple[AnswerLike | Answer, ...]:
-    return side * n if len(side) == 1 else side
-
-
-def _resolved(tokenizer: Any, answer: AnswerLike | Answer) -> Answer:
-    if isinstance(answer, Answer):
-        return answer
-    if tokenizer is None:
-        named = [answer] if isinstance(answer, str | int) else list(answer)
-        words = [part for part in named if isinstance(part, str)]
-        if words:
-            raise InputError(f"the answer {words[0]!r} is text: bind the metric first, metric.bind(model.tokenizer).")
-        return Answer(" / ".join(map(str, named)), tuple((int(part),) for part in named))
-    return resolve(tokenizer, answer)
-
-
-def _pair(tokenizer: Any, a: AnswerLike | Answer, b: AnswerLike | Answer) -> tuple[Answer, Answer]:
-    if tokenizer is None:
-        return answer_pair(_NoWords(), _resolved(None, a), _resolved(None, b))
-    return answer_pair(tokenizer, a, b)
-
-
-class _NoWords:
-    """Stands for a tokenizer where all answers are token ids; it only words a refusal."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return f"token {ids[0]}"
-
-
-def _notes(answers: list[list[Answer]]) -> tuple[str, ...]:
-    flat = [answer for side in answers for answer in side]
-    if all(answer.single for answer in flat):
-        return ()
-    notes = ["an answer has several tokens: scores are teacher-forced log-probabilities"]
-    for row in zip(*answers, strict=True) if len(answers) == 2 else ():
-        lengths = {len(option) for answer in row for option in answer.options}
-        if len(lengths) > 1:
-            texts = " and ".join(repr(answer.text) for answer in row)
-            notes.append(f"{texts} have unequal numbers of tokens: scored by the mean log-probability per token")
-            break
-    return tuple(notes)
 
 
 def _own_result(metric: Metric, logits: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+"""What is asked of a metric: answers as strings, token ids, synonyms, one for all examples or one for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from av_lens.errors import InputError
+from av_lens.inputs.answers import Answer, AnswerLike, answer_pair, resolve
+
+
+@dataclass(frozen=True)
+class Each:
+    """One answer for each example, in order. Build it with `each`."""
+
+    answers: tuple[AnswerLike | Answer, ...]
+
+
+def each(answers: Sequence[AnswerLike | Answer]) -> Each:
+    """Give every example of a stack its own answer.
+
+    Args:
+        answers: the answers in the order of the examples.
+
+    Returns:
+        What `logit_diff`, `log_prob`, `prob` and `rank` take in an answer's place.
+    """
+    return Each(tuple(answers))
+
+
+Asked = str | int | Answer | Sequence[str | int] | Each
+
+
+def shown(asked: Asked) -> str:
+    """Write what was asked in a few words.
+
+    Args:
+        asked: an answer, synonyms, or one answer for each example.
+
+    Returns:
+        The text.
+    """
+    if isinstance(asked, Each):
+        return f"{len(asked.answers)} answers"
+    return asked.text if isinstance(asked, Answer) else str(asked)
+
+
+def spread(side: tuple[AnswerLike | Answer, ...], n: int) -> tuple[AnswerLike | Answer, ...]:
+    """Repeat a shared answer for every example.
+
+    Args:
+        side: one answer, or one for each example.
+        n: examples.
+
+    Returns:
+        One answer for each example.
+    """
+    return side * n if len(side) == 1 else side
+
+
+def resolved(tokenizer: Any, answer: AnswerLike | Answer) -> Answer:
+    """Find an answer's tokens.
+
+    Args:
+        tokenizer: the model's; None if all answers are token ids.
+        answer: the answer.
+
+    Returns:
+        The resolved answer.
+
+    Raises:
+        InputError: text without a tokenizer.
+    """
+    if isinstance(answer, Answer):
+        return answer
+    if tokenizer is None:
+        named = [answer] if isinstance(answer, str | int) else list(answer)
+        words = [part for part in named if isinstance(part, str)]
+        if words:
+            raise InputError(f"the answer {words[0]!r} is text: bind the metric first, metric.bind(model.tokenizer).")
+        return Answer(" / ".join(map(str, named)), tuple((int(part),) for part in named))
+    return resolve(tokenizer, answer)
+
+
+def paired(tokenizer: Any, a: AnswerLike | Answer, b: AnswerLike | Answer) -> tuple[Answer, Answer]:
+    """Find the tokens of two answers that are to be told apart.
+
+    Args:
+        tokenizer: the model's; None if all answers are token ids.
+        a: one answer.
+        b: its rival.
+
+    Returns:
+        Both, resolved.
+
+    Raises:
+        InputError: they cannot be told apart.
+    """
+    if tokenizer is None:
+        return answer_pair(_NoWords(), resolved(None, a), resolved(None, b))
+    return answer_pair(tokenizer, a, b)
+
+
+class _NoWords:
+    """Stands for a tokenizer where all answers are token ids; it only words a refusal."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return f"token {ids[0]}"
+
+
+def notes_on(answers: list[list[Answer]]) -> tuple[str, ...]:
+    """Say what a reader of the numbers must know about the answers.
+
+    Args:
+        answers: each side's answers, one for each example.
+
+    Returns:
+        Sentences; none where every answer is one token.
+    """
+    flat = [answer for side in answers for answer in side]
+    if all(answer.single for answer in flat):
+        return ()
+    notes = ["an answer has several tokens: scores are teacher-forced log-probabilities"]
+    for row in zip(*answers, strict=True) if len(answers) == 2 else ():
+        lengths = {len(option) for answer in row for option in answer.options}
+        if len(lengths) > 1:
+            texts = " and ".join(repr(answer.text) for answer in row)
+            notes.append(f"{texts} have unequal numbers of tokens: scored by the mean log-probability per token")
+            break
+    return tuple(notes)

@@ -1,0 +1,234 @@
+"""What one recorded run holds, and how it is recorded.
+
+A record keeps, for every layer, the residual stream that entered it and its rotated keys and values: all that a
+restart needs. It may lie on another device than the model (`device="cpu"`): what a restart reads is brought over layer
+by layer, from the first position that it needs.
+
+Where the mask is plainly causal it is not kept: at 3,000 positions it is larger than a layer's record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from av_lens.bridge.hook_names import COMPONENTS, hook_name
+from av_lens.errors import BudgetError
+from av_lens.interventions.sites import resolve_positions
+from av_lens.runs.cascade import Window, causal_mask
+from av_lens.spans import Span, SpanMap
+
+GB = 1e9
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One recorded run.
+
+    Attributes:
+        model: the model that ran.
+        x: its input.
+        resid: the stream that entered each layer, and the one that left the last, each `[batch, pos, d_model]`.
+        keys: each layer's rotated keys, `[batch, kv_head, pos, d_head]`.
+        values: each layer's values, likewise.
+        tables: cosine and sine of the rotary positions, `[batch, pos, d_head]`.
+        mask: additive attention mask, `[batch or 1, 1, pos, pos]`; None where it is plainly causal.
+        hooked_because: why replays run as full hooked forwards; empty where they restart.
+    """
+
+    model: Any
+    x: Any
+    resid: tuple[Float[Tensor, "batch pos d_model"], ...]
+    keys: tuple[Float[Tensor, "batch kv_head pos d_head"], ...]
+    values: tuple[Float[Tensor, "batch kv_head pos d_head"], ...]
+    tables: tuple[Tensor, Tensor]
+    mask: Float[Tensor, "..."] | None
+    hooked_because: str = ""
+
+    @property
+    def spans(self) -> SpanMap:
+        """What each position of the input is."""
+        return self.x.spans
+
+    @property
+    def batch(self) -> int:
+        """Examples in the recorded run."""
+        return int(self.resid[0].shape[0])
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.keys)
+
+    def stream(self, layer: int, start: int) -> Float[Tensor, "batch pos d_model"]:
+        """The stream that entered a layer, from a position on, where the model is.
+
+        Args:
+            layer: the layer; the number of layers for the stream that left the last.
+            start: the first position.
+
+        Returns:
+            The stream; not to be written to.
+        """
+        return self.resid[layer][:, start:].to(self.model.device)
+
+    def past(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values before a position, where the model is.
+
+        Args:
+            layer: the layer.
+            end: the first position that is left out.
+
+        Returns:
+            Keys and values `[batch, kv_head, past, d_head]`; not to be written to.
+        """
+        device = self.model.device
+        return self.keys[layer][:, :, :end].to(device), self.values[layer][:, :, :end].to(device)
+
+    def window(self, start: int) -> Window:
+        """Rotary tables and masks of a restart, where the model is.
+
+        Args:
+            start: the first position that is computed anew.
+
+        Returns:
+            The window.
+        """
+        device = self.model.device
+        cos, sin = (table.to(device) for table in self.tables)
+        return Window.at(start, (cos, sin), None if self.mask is None else self.mask.to(device))
+
+
+@torch.no_grad()
+def recorded(
+    model: Any, x: Any, device: torch.device | str | None, budget_gb: float | int
+) -> tuple[dict[str, Any], Tensor]:
+    """Run the model once and keep what is needed to restart it.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: an `AVInputs`.
+        device: where the record is kept; None for the model's.
+        budget_gb: memory for the record.
+
+    Returns:
+        The fields of a `Record`, and the run's logits at the last position, `[batch, d_vocab]`.
+
+    Raises:
+        BudgetError: the record would not fit.
+    """
+    spec = model.spec
+    _require_memory(model, x, budget_gb)
+    layers = range(spec.n_layers)
+    streams = [*(hook_name("resid_pre", layer) for layer in layers), hook_name("resid_post", spec.n_layers - 1)]
+    keys, values = ([hook_name(component, layer) for layer in layers] for component in ("rot_k", "v"))
+    kept: dict[str, Tensor] = {}
+
+    def keeper(name: str, component: str) -> Callable[..., None]:
+        def keep(activation: Tensor, hook: Any = None) -> None:
+            del hook
+            found = activation.detach()
+            kept[name] = (found if component == "resid" else heads_first(found, component)).to(device)
+
+        return keep
+
+    def last_only(stream: Tensor, hook: Any = None) -> Tensor:
+        del hook
+        return stream[:, -1:]
+
+    hooks: list[tuple[str, Callable[..., Any]]] = []
+    for names, component in ((streams, "resid"), (keys, "rot_k"), (values, "v")):
+        hooks += [(name, keeper(name, component)) for name in names]
+    with _entering(model.bridge.blocks[0]) as entered:
+        # The logits of all positions would be larger than the record.
+        logits = model.run_with_hooks(x, fwd_hooks=[*hooks, ("unembed.hook_in", last_only)])[:, -1]
+    cos, sin = (table.to(device) for table in entered["position_embeddings"])
+    mask = _additive(entered.get("attention_mask"), kept[streams[0]])
+    fields = {
+        "model": model,
+        "x": x,
+        "resid": tuple(kept[name] for name in streams),
+        "keys": tuple(kept[name] for name in keys),
+        "values": tuple(kept[name] for name in values),
+        "tables": (cos, sin),
+        "mask": mask,
+    }
+    return fields, logits
+
+
+def _require_memory(model: Any, x: Any, budget_gb: float | int) -> None:
+    spec, n = model.spec, len(x.spans)
+    needed = len(x) * n * spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) * model.dtype.itemsize / GB
+    if needed > budget_gb:
+        raise BudgetError(
+            f"a trace of {len(x)} examples x {n} positions x {spec.n_layers} layers needs {needed:.1f} GB, more than "
+            f"budget_gb={budget_gb:g}. Trace fewer examples at a time, or raise budget_gb."
+        )
+
+
+def heads_first(activation: Tensor, component: str) -> Tensor:
+    """Bring per-head activations to `[batch, head, pos, d_head]`.
+
+    Args:
+        activation: as its hook gives it.
+        component: the component's name.
+
+    Returns:
+        The activation, heads before positions, contiguous.
+    """
+    turned = activation if COMPONENTS[component].head_axis == 1 else activation.transpose(1, 2)
+    return turned.contiguous()
+
+
+@contextmanager
+def _entering(block: torch.nn.Module) -> Generator[dict[str, Any]]:
+    """Collect what the decoder hands its first block: rotary tables and the mask."""
+    entered: dict[str, Any] = {}
+
+    def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del module, args
+        entered.update({name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")})
+
+    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        yield entered
+    finally:
+        handle.remove()
+
+
+def _additive(mask: Tensor | None, stream: Tensor) -> Tensor | None:
+    """The attention mask as numbers to add, `[batch or 1, 1, pos, pos]`; None where it is plainly causal."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        lowest = torch.finfo(stream.dtype).min
+        mask = torch.zeros_like(mask, dtype=stream.dtype).masked_fill(~mask, lowest)
+    forbidden = mask < torch.finfo(mask.dtype).min / 2
+    future = causal_mask(mask.shape[-1], mask[:1, :1, :1]) < 0
+    if bool((forbidden == future).all()) and not bool(mask.masked_fill(future, 0.0).any()):
+        return None
+    return mask.to(stream.device)
+
+
+def asked_positions(spans: SpanMap, logits_at: str | Span) -> Tensor:
+    """Resolve the positions at which logits are asked for.
+
+    Args:
+        spans: the input's spans.
+        logits_at: "generation", "all", another role (or several, joined by `|`), or a `Span`.
+
+    Returns:
+        The positions, ascending.
+
+    Raises:
+        InterventionError: a position is outside the input, or there is none.
+        InputError: an unknown role.
+    """
+    asked = None if logits_at == "all" else logits_at
+    return torch.tensor(resolve_positions(asked, spans, what="logits_at").index)

@@ -1,0 +1,134 @@
+"""The edits of many plans, applied to one stack of activations that plans join at their own first layer.
+
+    row 0 .. n-1   plans whose first layer is past, each its own run
+    row n          the recorded run, once, for all plans that join at this layer
+
+What the joining plans share is computed once: their row is *folded* until the first edit among them is met, and then
+*spread*, one row for each. A stack therefore reads every layer's weights once, however many layers its plans start at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from av_lens.interventions import CompiledPlan, Step
+
+
+class Taps:
+    """The edits of several plans by place, and the bookkeeping of a stack's plan axis.
+
+    Args:
+        plans: the compiled plans, first layers ascending, in the order of the plan axis.
+        offset: absolute position of the first row of every activation.
+    """
+
+    def __init__(self, plans: Sequence[CompiledPlan], offset: int) -> None:
+        self.offset = offset
+        self.active = 0
+        self.joining = 0
+        self._firsts = [max(plan.first_layer, 0) for plan in plans]
+        self._places: dict[tuple[str, int | None], list[tuple[int, Step]]] = {}
+        for number, plan in enumerate(plans):
+            for step in plan.steps:
+                self._places.setdefault((step.component, step.layer), []).append((number, step))
+
+    @property
+    def first_layer(self) -> int:
+        """Where the first plan joins."""
+        return self._firsts[0]
+
+    def enter(self, layer: int, stream: Tensor | None, recorded: Tensor) -> Tensor:
+        """Let the plans that start at a layer join.
+
+        Args:
+            layer: the layer.
+            stream: what the plans before them made of it, `[plan, batch, pos, d_model]`; None if there are none.
+            recorded: the recorded stream that enters the layer, `[batch, pos, d_model]`.
+
+        Returns:
+            The stream that enters the layer, owned by the caller, the joining plans folded into its last row.
+        """
+        self.active += self.joining
+        self.joining = self._firsts.count(layer)
+        if not self.joining:
+            assert stream is not None
+            return stream
+        return recorded[None].clone() if stream is None else torch.cat((stream, recorded[None]))
+
+    def has(self, layer: int, components: Sequence[str]) -> bool:
+        """Say whether any plan edits one of these components.
+
+        Args:
+            layer: the layer.
+            components: the components.
+
+        Returns:
+            True if one does.
+        """
+        return any((component, layer) in self._places for component in components)
+
+    def rowwise(self, layer: int, components: Sequence[str]) -> bool:
+        """Say whether these components' edits may see some of their rows alone.
+
+        Args:
+            layer: the layer.
+            components: the components.
+
+        Returns:
+            False if an edit's rule depends on which rows it is shown, as noise does.
+        """
+        return all(step.rowwise for name in components for _, step in self._places.get((name, layer), ()))
+
+    def spread(self, activation: Tensor) -> Tensor:
+        """Give every joining plan its own row.
+
+        Args:
+            activation: `[plan, batch, ...]`, folded or spread.
+
+        Returns:
+            The activation with one row for each plan, owned by the caller.
+        """
+        if self.joining < 2 or activation.shape[0] == self.active + self.joining:
+            return activation
+        joined = activation[self.active :].expand(self.joining, *activation.shape[1:])
+        return torch.cat((activation[: self.active], joined))
+
+    def matched(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring two activations to one plan axis.
+
+        Args:
+            first: folded or spread.
+            second: folded or spread.
+
+        Returns:
+            Both folded, or both spread.
+        """
+        return (first, second) if first.shape[0] == second.shape[0] else (self.spread(first), self.spread(second))
+
+    def __call__(self, component: str, layer: int | None, activation: Tensor, rows: slice | None = None) -> Tensor:
+        """Apply the edits at one place.
+
+        Args:
+            component: the component.
+            layer: its layer.
+            activation: `[plan, batch, ...]`, folded or spread, owned by the caller: it may be written to.
+            rows: which of the restart's rows these are, where the others were not asked for; None for all.
+
+        Returns:
+            The edited activation, spread where a joining plan is edited, or the same tensor where nothing is.
+        """
+        steps = self._places.get((component, layer))
+        if not steps:
+            return activation
+        if steps[-1][0] >= self.active:
+            activation = self.spread(activation)
+        start = self.offset if rows is None else self.offset + rows.start
+        for number, step in steps:
+            fired = step.fired
+            step(activation[number], start)
+            if rows is not None and step.fired == fired:
+                step.fired += step.in_prompt  # its rows change nothing that was asked for, and were not computed
+        return activation
