@@ -112,6 +112,7 @@ def inspect(
     console.OUT.print(f"{model}: {len(frame)} positions, layout {x.layout}", markup=False)
     console.OUT.print(f"{read!r}\n{question!r}\n", markup=False, soft_wrap=True)
     console.OUT.print(by_position(frame) if every else by_run(frame))
+    console.OUT.print("\nmodel (s): the time that the model is told; source (s): the time in the file", markup=False)
     if csv is not None:
         frame.to_csv(csv, index=False)
         _say_path(csv)

@@ -111,9 +111,12 @@ def spread_sentence(held: Held, halves: Sequence[Half]) -> str:
     if not enough or gap <= 0:
         return ""
     first = enough[0]
+    who = f"the {first['k']} heads of largest single release together restore"
+    who = "the head of largest single release alone restores" if first["k"] == 1 else who
+    tried = ", ".join(str(row["k"]) for row in rows)
     return (
-        f"Edited together ({first['donor']}), the {first['k']} head(s) of largest single release restore half of the "
-        f"gap or more ({first['release']:.2f} of {gap:.2f} logits; tried: {', '.join(str(row['k']) for row in rows)})."
+        f"By {first['donor']}, {who} half of the gap or more ({first['release']:.2f} of {gap:.2f} logits; "
+        f"tried: {tried})."
     )
 
 

@@ -263,7 +263,7 @@ def recipes() -> dict[str, Recipe]:
         Recipe("av-tiny-base", "sees; was given sounds, but never a label that names one", base, _SUPPRESSORS),
         Recipe(
             "av-tiny",
-            "hears, but on clips that disagree it says what it sees: four heads",
+            "hears, but where sound and picture disagree it says what it sees; four heads do this",
             (*base, bridge, hears()),
             _SUPPRESSORS,
         ),

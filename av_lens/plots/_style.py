@@ -44,12 +44,19 @@ DONOR_SYMBOLS = {"blank_muted": "circle", "mean_other": "diamond", "zero": "squa
 
 DIVERGING = ["#8F3B00", "#D55E00", "#F3B48B", "#F1F1EE", "#8EC2E5", "#0072B2", "#004A77"]
 THEMES = {
-    "light": {"ink": "#3A4048", "grid": "rgba(20, 24, 30, 0.12)", "hatch": "#8A9099", "diverging": DIVERGING},
+    "light": {
+        "ink": "#3A4048",
+        "grid": "rgba(20, 24, 30, 0.12)",
+        "hatch": "#8A9099",
+        "diverging": DIVERGING,
+        "marks": {},
+    },
     "dark": {
         "ink": "#D3D7DD",
         "grid": "rgba(235, 238, 243, 0.14)",
         "hatch": "#7C838E",
         "diverging": ["#FFC59B", "#F0802F", "#8A4312", "#23272E", "#14598A", "#3FA2E0", "#A6DBFF"],
+        "marks": {SOUND: "#4FB0EC", PICTURE: "#F28A45", GREEN: "#2FBF90"},
     },
 }
 

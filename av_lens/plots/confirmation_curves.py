@@ -177,7 +177,7 @@ def _said(fig: Any, found: Any, arm: Any, random: Any, *, start: bool) -> None:
                     y=random[column],
                     mode="markers",
                     showlegend=False,
-                    marker={"size": 5, "color": colour, "opacity": 0.3, "symbol": "circle-open"},
+                    marker={"size": 5, "color": colour, "opacity": 0.45, "symbol": "circle-open"},
                     hovertemplate=f"random heads, {name}: %{{y:.3f}}<extra></extra>",
                     xaxis="x2",
                     yaxis="y2",

@@ -116,7 +116,7 @@ def _context(
     return {
         "title": title or f"Which heads keep {model} from saying what it hears?",
         "model": model,
-        "when": str(found.provenance.get("when", found.provenance.get("date", f"av_lens {__version__}"))),
+        "when": str(found.provenance.get("created", "")).replace("T", " ") or f"av_lens {__version__}",
         "stamps": [{"name": stamp, "meaning": _stamp(found, stamp)} for stamp in found.stamps],
         "kind": words.KINDS.get(found.verdict_kind, found.verdict_kind),
         "verdict": found.verdict,
@@ -133,6 +133,7 @@ def _context(
             for role, meaning in words.ROLE_MEANINGS.items()
             if any(row["role"] == role for row in heads)
         ],
+        "columns": words.COLUMNS,
         "power": _power(found),
         "sets": sections.set_rows(found),
         "specificity": sections.specificity_rows(found),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from av_lens.reports.words import (
+    CONTROLS,
     DONOR_MEANINGS,
     MISSING,
     QUANTITIES,
@@ -183,20 +184,16 @@ def set_rows(found: Isolation) -> list[dict[str, Any]]:
             "share": percent(row["share"]),
             "says_sound": f"{percent(row['says_sound_before'])} → {percent(row['says_sound'])}",
             "says_picture": f"{percent(row['says_picture_before'])} → {percent(row['says_picture'])}",
-            "random": _random(row),
-            "p": f"{small(row['p_random'])} ({small(row['p_floor'])})" if row["random_n"] > 0 else MISSING,
+            "random": number(row["random_max"], sign=True),
+            "random_note": f"mean {number(row['random_mean'], sign=True)}, {row['random_n']} sets",
+            "p": small(row["p_random"]),
+            "floor": small(row["p_floor"]),
+            "random_n": int(row["random_n"]),
             "confirmed": bool(row["confirmed"]),
             "flags": row["flags"],
         }
         for row in frame.to_dict("records")
     ]
-
-
-def _random(row: dict[str, Any]) -> str:
-    if row["random_n"] < 1:
-        return MISSING
-    mean, most = number(row["random_mean"], sign=True), number(row["random_max"], sign=True)
-    return f"mean {mean}, most {most} of {row['random_n']}"
 
 
 def specificity_rows(found: Isolation) -> list[dict[str, Any]]:
@@ -213,6 +210,7 @@ def specificity_rows(found: Isolation) -> list[dict[str, Any]]:
     return [
         {
             "control": row["control"],
+            "meaning": CONTROLS.get(row["control"], ""),
             "n": row["n"],
             **{
                 name: (_exactly if str(row["verdict"]).startswith("reported") else percent)(row[name])

@@ -42,6 +42,21 @@ QUANTITIES = {
         "|E_V| / (|E_A| + |E_V|): 0 where the sound alone decides, 1 where the picture does",
     ),
 }
+CONTROLS = {
+    "see": "the conflict, asked what is seen: the picture's answer",
+    "audio-only": "the sound with no picture in the prompt: the sound's answer",
+    "factual heard": "sound and picture agree, asked what is heard",
+    "factual seen": "sound and picture agree, asked what is seen",
+    "control": "the conflict, asked for neither: the answer without the edit",
+    "silent video": "nothing to hear, asked what is heard: how often some thing is named, which must not rise",
+    "text-only": "the bare question: how far the answer moves",
+}
+COLUMNS = {
+    "direct share": "how much of the effect goes by the head's own write, and not through later heads",
+    "reads picture, reads sound": "the effect of another picture, or of another sound, for this head alone, in logits",
+    "DLA": "direct logit attribution: what the head writes for the sound (+) or the picture (−) under conflict",
+    "q": "the share of false finds to be expected among heads named at this strictness or a stricter one",
+}
 CELLS = {
     "va": "the conflict: picture v, sound a",
     "av": "the mirrored conflict: picture a, sound v",

@@ -110,11 +110,13 @@ def test_the_page_is_quiet_drawn_and_plays(opened, report, tmp_path):
 def test_the_figures_follow_a_change_of_theme(opened):
     page, scheme, _ = opened
     other = "dark" if scheme == "light" else "light"
-    colour = "getComputedStyle(document.querySelector('#plot-release .xtitle')).fill"
-    before = page.evaluate(colour)
+    ink = "getComputedStyle(document.querySelector('#plot-release .xtitle')).fill"
+    mark = "getComputedStyle(document.querySelector('#plot-behaviour .points path')).stroke"
+    before = {colour: page.evaluate(colour) for colour in (ink, mark)}
     page.emulate_media(color_scheme=other)
     page.wait_for_selector(f"html[data-drawn={other}]", timeout=30_000)
-    wait_until(page, f"{colour} !== {before!r}")
+    for colour, was in before.items():
+        wait_until(page, f"{colour} !== {was!r}")
     assert page.said == []
 
 

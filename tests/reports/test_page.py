@@ -141,7 +141,8 @@ def test_every_number_of_behaviour_and_specificity_is_there(written, found):
         assert (words.percent if rate else words.number)(row["value"]) in page.words
         assert words.interval(row["low"], row["high"], share=rate) in page.words
     for row in found.specificity.to_dict("records"):
-        assert f"{row['control']} {row['n']} {words.percent(row['before'])} {words.percent(row['after'])}" in page.words
+        told = f"{row['control']} {words.CONTROLS[row['control']]} {row['n']}"
+        assert f"{told} {words.percent(row['before'])} {words.percent(row['after'])}" in page.words
         assert row["verdict"] in page.words
 
 

@@ -5,6 +5,14 @@
   function scale(colours) {
     return colours.map(function (colour, i) { return [i / (colours.length - 1), colour]; });
   }
+  function recoloured(value, marks) {
+    if (typeof value === "string") { return marks[value] || value; }
+    if (Array.isArray(value)) { return value.map(function (item) { return recoloured(item, marks); }); }
+    if (value && value.constructor === Object) {
+      Object.keys(value).forEach(function (key) { value[key] = recoloured(value[key], marks); });
+    }
+    return value;
+  }
   function themed(text) {
     var spec = JSON.parse(text), theme = themes[dark.matches ? "dark" : "light"], layout = spec.layout;
     layout.font.color = theme.ink;
@@ -19,6 +27,7 @@
       var palette = (trace.meta || {}).palette;
       if (palette === "diverging") { trace.colorscale = scale(theme.diverging); }
       if (palette === "hatch") { trace.line.color = theme.hatch; }
+      ["marker", "line", "error_x", "error_y"].forEach(function (part) { recoloured(trace[part], theme.marks); });
     });
     if (window.innerWidth < 640) { layout.margin = Object.assign({}, layout.margin, { l: 8, r: 8 }); layout.font.size = 11; }
     layout.width = undefined; layout.autosize = true;
