@@ -53,6 +53,7 @@ _HOMES = {
     "prob": "runs",
     "rank": "runs",
     "run": "runs",
+    "sweep": "runs",
     "direct_attribution": "methods",
     "patch": "methods",
     "Grid": "results",
@@ -104,6 +105,7 @@ __all__ = [
     "run",
     "scale",
     "studies",
+    "sweep",
     "zero",
 ]
 
@@ -116,7 +118,7 @@ if TYPE_CHECKING:
     from av_lens.media import Clip, ClipFile, load_clip
     from av_lens.methods import direct_attribution, patch
     from av_lens.results import Grid, Isolation
-    from av_lens.runs import HookedAVLLM, check_model, kl, load, log_prob, logit_diff, measure, prob, rank, run
+    from av_lens.runs import HookedAVLLM, check_model, kl, load, log_prob, logit_diff, measure, prob, rank, run, sweep
     from av_lens.spans import Span, SpanMap
 
 

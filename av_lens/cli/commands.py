@@ -16,6 +16,7 @@ _ISOLATE = signature("isolation.pipeline", "isolate")
 _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
 _TRAIN = signature("organism.courses", "train")
+_BENCH = signature("studies.replay_benchmark", "run_benchmark")
 
 Model = Annotated[str, typer.Argument(help="A short name (`av-lens models` lists them), a hub name or a local folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out: cuda if the model fits, else cpu.")]
@@ -43,6 +44,15 @@ Organism = Annotated[str, typer.Argument(help="Which organism: `av-lens models` 
 TrainSeed = Annotated[int, typer.Option(help="Draws the initial weights and the data.")]
 TrainOut = Annotated[Path | None, typer.Option(help="The checkpoint's folder; left out: in the user's cache.")]
 
+Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Measure this one only; may be given several times.")]
+Recording = Annotated[Path | None, typer.Option(help="A video with sound, for the shape that needs one.")]
+Threads = Annotated[int, typer.Option(help="Threads of PyTorch.")]
+Samples = Annotated[int, typer.Option(help="Patches of a slow loop that are timed.")]
+Repeats = Annotated[int, typer.Option(help="Rounds of which the median is taken.")]
+Memory = Annotated[bool, typer.Option(help="Measure peak memory too, each in a fresh process.")]
+BenchOut = Annotated[Path | None, typer.Option(help="Also write the record to this file, as json.")]
+Docs = Annotated[Path | None, typer.Option(help="Fill benchmarks.md and benchmarks.json in this folder.")]
+
 
 def demo(
     out: DemoOut = Path(_DEMO["out"]), conflicts: HowMany = _DEMO["conflicts"], seed: Seed = _DEMO["seed"]
@@ -54,7 +64,7 @@ def demo(
     from av_lens.studies.demonstration import run_demo
 
     console.quiet_loading()
-    with console.Bars() as bars:
+    with console.bars() as bars:
         shown = run_demo(out, conflicts=conflicts, seed=seed, progress=bars)
     console.OUT.print()
     console.OUT.print(f"[bold]calibration[/bold]  {console.cell(shown.calibration.sentence)}", soft_wrap=True)
@@ -83,7 +93,7 @@ def isolate(
     listed = conflicts(pairs)
     loaded = _load(model, device=device, dtype=dtype)
     options: dict[str, Any] = {"gate": gate, "layout": layout, "s": s, "seed": seed}
-    with console.Bars() as bars:
+    with console.bars() as bars:
         found, report = isolate_into(out, loaded, listed, name=model, progress=bars, **options)
     _say_found(found)
     _say_path(report)
@@ -133,9 +143,45 @@ def train(name: Organism, seed: TrainSeed = _TRAIN["seed"], out: TrainOut = _TRA
     """Train an organism from a seed; interrupted, the same command goes on where it stopped."""
     from av_lens.organism.courses import train as train_organism
 
-    with console.Bars() as bars:
+    with console.bars() as bars:
         written = train_organism(name, seed=seed, out=out, progress=bars)
     _say_path(written)
+
+
+def bench(
+    shape: Shapes = None,
+    recording: Recording = None,
+    threads: Threads = _BENCH["threads"],
+    samples: Samples = _BENCH["samples"],
+    repeats: Repeats = _BENCH["repeats"],
+    memory: Memory = _BENCH["memory"],
+    out: BenchOut = None,
+    docs: Docs = None,
+) -> None:
+    """Measure replay beside TransformerLens, nnsight and attribution patching: same model, prompt and patches."""
+    import json
+
+    from av_lens.studies import replay_tables
+    from av_lens.studies.replay_benchmark import run_benchmark
+
+    console.quiet_loading()
+    options: dict[str, Any] = {"threads": threads, "samples": samples, "repeats": repeats, "memory": memory}
+    with console.Bars() as bars:
+        record = run_benchmark(shape, recording=recording, progress=bars, **options)
+    for name, found in record.items():
+        console.OUT.print(f"\n[bold]{name}[/bold]")
+        if "skipped" in found:
+            console.OUT.print(f"skipped: {found['skipped']}", markup=False, soft_wrap=True)
+            continue
+        console.OUT.print(replay_tables.header_line(found), markup=False, soft_wrap=True)
+        for headings, rows in replay_tables.tables(found):
+            console.OUT.print()
+            console.OUT.print(console.table(headings, rows, right=headings[1:]))
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        _say_path(out)
+    if docs is not None:
+        _say_path(replay_tables.store(record, docs))
 
 
 def _absent(choice: str) -> str | None:

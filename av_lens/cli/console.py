@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 _UNWATCHED = 120  # columns, where the output goes to a file or a pipe
@@ -31,50 +20,15 @@ def _console(*, stderr: bool) -> Console:
 OUT, ERR = _console(stderr=False), _console(stderr=True)
 
 
-class Bars:
-    """Progress bars for callbacks `(stage, done, total)`: one bar a stage, or one line a stage where nobody watches.
+def bars() -> Any:
+    """Bars for callbacks `(stage, done, total)`, on standard output.
 
-    ```python
-    with Bars() as bars:
-        isolate(model, conflicts, progress=bars)
-    ```
+    Returns:
+        `av_lens.runs.progress.Bars`, loaded only now: help must not wait for torch.
     """
+    from av_lens.runs.progress import Bars
 
-    def __init__(self, console: Console = OUT):
-        self.console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
-        self._begun: dict[str, float] = {}
-
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Move one stage's bar on; a stage that is done prints its time where nobody watches."""
-        self._begun.setdefault(stage, time.monotonic())
-        if self.console.is_terminal:
-            if stage not in self._tasks:
-                self._tasks[stage] = self._progress.add_task(stage, total=total)
-            self._progress.update(self._tasks[stage], completed=done, total=total)
-        elif done >= total:
-            self.console.print(f"{stage}: {total} in {time.monotonic() - self._begun[stage]:.1f} s")
-        if done >= total:
-            self._begun.pop(stage, None)
-            self._tasks.pop(stage, None)
+    return Bars(OUT)
 
 
 def fail(error: BaseException) -> None:

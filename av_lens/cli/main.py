@@ -64,6 +64,7 @@ app.command()(commands.isolate)
 app.command()(commands.inspect)
 app.command()(commands.models)
 app.command()(commands.train)
+app.command()(commands.bench)
 
 
 def run() -> None:

@@ -133,6 +133,11 @@ class Grid:
         return self.values.copy() if self.shares else self.values - self.baseline
 
     @property
+    def partial(self) -> str:
+        """How far an interrupted measurement came, in words; empty where the grid is whole."""
+        return str(self.provenance.get("partial", ""))
+
+    @property
     def closure_error(self) -> xr.DataArray:
         """How far shares are from summing to their metric, `[example]`; NaN where the grid holds no shares."""
         if not self.shares:
@@ -297,7 +302,8 @@ class Grid:
 
     def __repr__(self) -> str:
         axes = " x ".join(f"{size} {name}" for name, size in self.values.sizes.items())
-        return f"Grid({self.metric} [{self.unit}], {axes}; {self.direction})"
+        partial = f"; {self.partial}" if self.partial else ""
+        return f"Grid({self.metric} [{self.unit}], {axes}; {self.direction}{partial})"
 
     def _repr_html_(self) -> str:
         table = self.mean().to_series().rename("mean effect").to_frame().head(20)

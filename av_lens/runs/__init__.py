@@ -6,6 +6,7 @@ from av_lens.runs.loading import load, short_names
 from av_lens.runs.measurement import measure, measure_plans
 from av_lens.runs.metrics import Metric, kl, log_prob, logit_diff, prob, rank
 from av_lens.runs.selfcheck import CheckReport, check_model
+from av_lens.runs.sweeps import sweep
 from av_lens.runs.traces import Trace
 from av_lens.runs.wrapper import HookedAVLLM
 
@@ -27,4 +28,5 @@ __all__ = [
     "rank",
     "run",
     "short_names",
+    "sweep",
 ]

@@ -19,6 +19,8 @@ from av_lens.runs.execution import logits_of
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.traces import Trace, record
 
+BLOCK = 256  # plans that are measured together where an answer has several tokens
+
 
 def measure(
     model: Any, x: Any, metric: Metric | Callable[..., Any], *, plan: Plan | None = None
@@ -56,7 +58,13 @@ def measure(
 
 
 def measure_plans(
-    trace: Trace, plans: Sequence[Plan], metric: Metric | Callable[..., Any], *, budget_gb: float | int = 1.0
+    trace: Trace,
+    plans: Sequence[Plan],
+    metric: Metric | Callable[..., Any],
+    *,
+    budget_gb: float | int = 1.0,
+    finished: Callable[[int], None] | None = None,
+    into: Float[Tensor, "plan batch"] | None = None,
 ) -> Float[Tensor, "plan batch"]:
     """Measure a metric under each of many plans, by replay.
 
@@ -65,6 +73,8 @@ def measure_plans(
         plans: the plans, each its own run; an empty plan measures the run itself.
         metric: as in `measure`.
         budget_gb: memory for the activations of plans that run together.
+        finished: called now and then with the number of plans done.
+        into: a tensor that is filled as plans finish, so that what is done survives an interruption.
 
     Returns:
         One number for each plan and example.
@@ -77,18 +87,26 @@ def measure_plans(
     bound = as_metric(metric, model.tokenizer)
     continuations = bound.continuations(len(x))
     if not continuations:
-        return trace.score(plans, bound, budget_gb=budget_gb)
+        return trace.score(plans, bound, budget_gb=budget_gb, finished=finished, into=into)
+    found = torch.full((len(plans), len(x)), torch.nan) if into is None else into
     asked = x.spans.generation_position
-    reduced: list[Tensor] = []
-    for i, tokens in enumerate(continuations):
-        longer = trace if tokens.shape[1] == 1 else record(model, _continued(x, tokens))
-        at = longer.spans.span(range(asked, asked + tokens.shape[1]))
+    longer = [trace if t.shape[1] == 1 else record(model, _continued(x, t)) for t in continuations]
+    ends = [asked + tokens.shape[1] for tokens in continuations]
+    for start in range(0, len(plans), BLOCK):  # all options of a block's plans, so that it is wholly done or not at all
+        block = plans[start : start + BLOCK]
+        reduced = [
+            one.score(block, _reducing(bound, i), logits_at=one.spans.span(range(asked, end)), budget_gb=budget_gb)
+            for i, (one, end) in enumerate(zip(longer, ends, strict=True))
+        ]
+        for number, row in enumerate(zip(*reduced, strict=True), start):
+            found[number] = bound.combine(list(row)).to(found)
+        if finished is not None:
+            finished(start + len(block))
+    return found
 
-        def score(logits: Tensor, number: int = i) -> Tensor:
-            return bound.reduce(number, logits)
 
-        reduced.append(longer.score(plans, score, logits_at=at, budget_gb=budget_gb))
-    return torch.stack([bound.combine(list(row)) for row in zip(*reduced, strict=True)])
+def _reducing(metric: Metric, number: int) -> Callable[[Tensor], Tensor]:
+    return lambda logits: metric.reduce(number, logits)
 
 
 def _continued(x: Any, tokens: Tensor) -> Any:

@@ -19,6 +19,7 @@ from av_lens.cli import catalogue, console, findings, positions
 from av_lens.cli.defaults import default, signature
 from av_lens.cli.main import app
 from av_lens.errors import AvLensError, ManifestError
+from av_lens.runs.progress import Bars
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ class TestPositions:
 class TestBars:
     def test_where_nobody_watches_a_stage_is_one_line_when_done(self):
         target = Console(width=100, record=True, file=open("/dev/null", "w"), force_terminal=False)  # noqa: SIM115
-        with console.Bars(target) as bars:
+        with Bars(target) as bars:
             for done in (1, 2, 3):
                 bars("effects", done, 3)
             bars("sets", 1, 2)
@@ -194,7 +195,7 @@ class TestBars:
 
     def test_a_terminal_gets_a_bar(self):
         target = Console(width=100, record=True, file=open("/dev/null", "w"), force_terminal=True)  # noqa: SIM115
-        with console.Bars(target) as bars:
+        with Bars(target) as bars:
             bars("effects", 1, 4)
             bars("effects", 4, 4)
         target.file.close()

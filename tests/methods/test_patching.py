@@ -172,3 +172,18 @@ def test_equal_answers_are_refused():
 def test_logits_of_the_wrong_kind_of_tensor_never_pass():
     with pytest.raises(InputError, match=r"wanted one number for each of the 1 examples"):
         patch(small_model(), pair((0,), (2,)), metric=lambda logits: torch.zeros(3))
+
+
+def test_boxes_of_the_picture_cover_it_and_agree_with_a_plan_by_hand():
+    model, both = small_model(), pair()
+    grid = patch(model, both, over="layer box:1x2", metric=METRIC)
+    spans = both.clean.spans
+    labels = grid.values.coords["box"].values.tolist()
+    assert labels == ["rows 0:1 cols 0:2", "rows 0:1 cols 2:3", "rows 1:2 cols 0:2", "rows 1:2 cols 2:3"]
+    box = spans.video.box(slice(0, 1), slice(2, 3))
+    value = run(model, both.clean, capture=[Site("resid_pre", 1, positions=box)]).cache["blocks.1.hook_resid_pre"]
+    by_hand = measure(model, both.corrupt, METRIC, plan=Plan(replace(Site("resid_pre", 1, positions=box), value)))
+    found = grid.values.sel(layer=1, box="rows 0:1 cols 2:3").values
+    np.testing.assert_allclose(found, by_hand.numpy(), atol=1e-5)
+    with pytest.raises(InputError, match=r"rows and columns in picture tokens, such as box:4x4"):
+        patch(model, both, over="layer box:4", metric=METRIC)

@@ -1,0 +1,87 @@
+"""Long work that can be watched: callbacks `(stage, done, total)`, and bars with the time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+
+Progress = Callable[[str, int, int], None]
+"""Called as `progress(stage, done, total)`."""
+
+
+class Bars:
+    """Progress bars for callbacks `(stage, done, total)`: one bar a stage, or one line a stage where nobody watches.
+
+    ```python
+    with Bars() as bars:
+        isolate(model, conflicts, progress=bars)
+    ```
+    """
+
+    def __init__(self, console: Console | None = None):
+        console = self.console = console or Console(stderr=True, highlight=False)
+        self._progress = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._begun: dict[str, float] = {}
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Move one stage's bar on; a stage that is done prints its time where nobody watches."""
+        self._begun.setdefault(stage, time.monotonic())
+        if self.console.is_terminal:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._progress.add_task(stage, total=total)
+            self._progress.update(self._tasks[stage], completed=done, total=total)
+        elif done >= total:
+            self.console.print(f"{stage}: {total} in {time.monotonic() - self._begun[stage]:.1f} s")
+        if done >= total:
+            self._begun.pop(stage, None)
+            self._tasks.pop(stage, None)
+
+
+@contextmanager
+def watched(progress: Progress | bool | None) -> Generator[Progress]:
+    """Turn what a caller passed as `progress` into a callback.
+
+    Args:
+        progress: a callback, True for bars on standard error, or None or False for silence.
+
+    Yields:
+        The callback.
+    """
+    if callable(progress):
+        yield progress
+    elif progress:
+        with Bars() as bars:
+            yield bars
+    else:
+        yield lambda stage, done, total: None
