@@ -94,27 +94,59 @@ def generate_with_hooks(model: Any, x: Any, how: Decoding, *, plan: Any, fwd_hoo
             do_sample=how.do_sample,
             return_dict_in_generate=True,
             output_logits=how.return_type == "result",
-            **{**_quiet(model, how.do_sample), **how.options},
+            **settings_of(model, how),
         )
     tokens, prompt = out.sequences, tensors["input_ids"].shape[1]
     if compiled is not None:
         compiled.verify(decode_steps=tokens.shape[1] - prompt - 1)
-    if how.return_type == "tokens":
-        return tokens
-    text = tuple(model.tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True))
-    if how.return_type == "text":
-        return text[0] if len(text) == 1 else list(text)
-    return Generated(tokens, text, torch.stack(out.logits, dim=1), {} if compiled is None else dict(compiled.fired))
+    return as_asked(model, how, tokens, prompt, out.logits, {} if compiled is None else dict(compiled.fired))
 
 
-def _quiet(model: Any, do_sample: bool) -> dict[str, Any]:
-    """Options that HuggingFace would warn about or leave out: an end, a pad token, no sampling settings if greedy."""
+def settings_of(model: Any, how: Decoding) -> dict[str, Any]:
+    """Collect options that HuggingFace would warn about or leave out: an end, a pad token, no sampling if greedy.
+
+    Args:
+        model: a `HookedAVLLM`.
+        how: how to decode; its own options come last.
+
+    Returns:
+        Options of HuggingFace's `generate`.
+    """
     settings = model.hf_model.generation_config
     quiet: dict[str, Any] = {}
     if settings.eos_token_id is None:  # a thinker taken out of a full checkpoint names none, and would never end
         quiet["eos_token_id"] = model.tokenizer.eos_token_id
     if settings.pad_token_id is None:
         quiet["pad_token_id"] = model.tokenizer.pad_token_id
-    if not do_sample:
+    if not how.do_sample:
         quiet |= {name: None for name in ("temperature", "top_p", "top_k") if getattr(settings, name, None) is not None}
-    return quiet
+    return {**quiet, **how.options}
+
+
+def as_asked(
+    model: Any,
+    how: Decoding,
+    tokens: Int64[torch.Tensor, "batch pos"],
+    prompt: int,
+    logits: Sequence[Float[torch.Tensor, "batch d_vocab"]] | None,
+    fired: Mapping[Any, int],
+) -> Any:
+    """Bring what came out to the form that was asked for.
+
+    Args:
+        model: a `HookedAVLLM`.
+        how: how it was decoded.
+        tokens: prompt and new tokens.
+        prompt: positions of the prompt.
+        logits: the logits behind each new token; needed for a `Generated`.
+        fired: the plan's firing record.
+
+    Returns:
+        The tokens, the new text (one string, or a list for a batch), or a `Generated`.
+    """
+    if how.return_type == "tokens":
+        return tokens
+    text = tuple(model.tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True))
+    if how.return_type == "text":
+        return text[0] if len(text) == 1 else list(text)
+    return Generated(tokens, text, torch.stack(list(logits or ()), dim=1), fired)

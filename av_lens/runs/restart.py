@@ -117,6 +117,8 @@ def run_layer(
     window: Window,
     taps: Taps,
     rows: slice | None = None,
+    earlier: tuple[Float[Tensor, "plan batch old kv_head d_head"], Float[Tensor, "plan batch old kv_head d_head"]]
+    | None = None,
 ) -> Made:
     """Run one decoder layer on the restarted positions of all plans.
 
@@ -128,9 +130,12 @@ def run_layer(
         window: tables and masks of the restart.
         taps: the plans' edits.
         rows: the rows whose output is wanted; None for all. Keys and values are made for all.
+        earlier: the plans' own rotated keys and values between the window's start and this stream's first position,
+            while decoding; the window's own mask covers them too.
 
     Returns:
-        What it made; the stream at all rows or the wanted ones, one row of the plan axis for each plan.
+        What it made; the stream at all rows or the wanted ones, one row of the plan axis for each plan. Keys and values
+        are those of `earlier` and the new ones.
     """
     if number == 0:
         stream = taps("embed", None, stream)
@@ -139,6 +144,8 @@ def run_layer(
     k = taps("rot_k", number, _rotated(taps("k", number, _heads(layer.k, normed, layer)), window.cos, window.sin))
     v = taps("v", number, _heads(layer.v, normed, layer))
     k, v = taps.matched(k, v)
+    if earlier is not None:
+        k, v = torch.cat((earlier[0], k), dim=2), torch.cat((earlier[1], v), dim=2)
     part = rows if taps.rowwise(number, AFTER_KEYS) else None
     cut = part or slice(0, stream.shape[2])
     normed, stream, cos, sin = normed[:, :, cut], stream[:, :, cut], window.cos[:, cut], window.sin[:, cut]

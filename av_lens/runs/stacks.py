@@ -19,7 +19,7 @@ from torch.nn import functional
 from av_lens.errors import BudgetError
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.runs.recording import GB, Record
-from av_lens.runs.restart import EDGES, RESTARTABLE, Layer, Made, run_layer
+from av_lens.runs.restart import EDGES, RESTARTABLE, Layer, run_layer
 from av_lens.runs.taps import Taps
 
 STACK_ROWS = 2000  # positions x examples x plans computed together: beyond it, stacking gains nothing
@@ -172,7 +172,7 @@ def _run_stack(
 
 def restarted(
     record: Record, plans: Sequence[CompiledPlan], start: int, rows: Tensor, *, keep: bool = False
-) -> tuple[Float[Tensor, "plan batch asked d_model"], list[Made]]:
+) -> tuple[Float[Tensor, "plan batch asked d_model"], list[tuple[Tensor, Tensor]]]:
     """Run plans from one position on, each from its own first layer, without hooks.
 
     Args:
@@ -180,15 +180,19 @@ def restarted(
         plans: the plans, first layers ascending.
         start: the first position that is computed anew.
         rows: asked rows, counted from `start`, ascending; may be empty.
-        keep: keep the new keys and values of every layer, from the first plan's first layer on.
+        keep: keep the new keys and values of every layer.
 
     Returns:
-        The stream that leaves the last layer at the asked rows, and what the layers made if asked.
+        The stream that leaves the last layer at the asked rows, and if asked every layer's rotated keys and values from
+        `start` on, each `[plan, batch, pos, kv_head, d_head]`, one row for each plan; else an empty list.
     """
     taps, window = Taps(plans, start), record.window(start)
     wanted = _run_of(rows)
     stream: Tensor | None = None
-    kept: list[Made] = []
+    kept: list[tuple[Tensor, Tensor]] = []
+    for number in range(taps.first_layer if keep else 0):
+        keys, values = _tail(record, number, start)
+        kept.append((keys.expand(len(plans), *keys.shape), values.expand(len(plans), *values.shape)))
     for number in range(taps.first_layer, record.n_layers):
         stream = taps.enter(number, stream, record.stream(number, start))
         last = number == record.n_layers - 1 and wanted is not None
@@ -196,9 +200,17 @@ def restarted(
         made = run_layer(layer, number, stream, record.past(number, start), window, taps, wanted if last else None)
         stream = made.stream
         if keep:
-            kept.append(made)
+            keys, values = _tail(record, number, start)
+            kept.append((taps.complete(made.keys, keys), taps.complete(made.values, values)))
     assert stream is not None
     return (stream if wanted is not None else stream[:, :, rows]), kept
+
+
+def _tail(record: Record, layer: int, start: int) -> tuple[Tensor, Tensor]:
+    """The recorded run's keys and values from a position on, `[batch, pos, kv_head, d_head]`, where the model is."""
+    device = record.model.device
+    keys, values = (part[layer][:, :, start:].transpose(1, 2).to(device) for part in (record.keys, record.values))
+    return keys, values
 
 
 def _run_of(rows: Tensor) -> slice | None:

@@ -23,17 +23,20 @@ class Taps:
     Args:
         plans: the compiled plans, first layers ascending, in the order of the plan axis.
         offset: absolute position of the first row of every activation.
+        decoding: whether the rows are decoded after the prompt: every plan then has its own from the first layer on,
+            in any order, and only edits that act while decoding are met.
     """
 
-    def __init__(self, plans: Sequence[CompiledPlan], offset: int) -> None:
+    def __init__(self, plans: Sequence[CompiledPlan], offset: int, *, decoding: bool = False) -> None:
         self.offset = offset
-        self.active = 0
+        self.active = len(plans) if decoding else 0
         self.joining = 0
-        self._firsts = [max(plan.first_layer, 0) for plan in plans]
+        self._firsts = [0 if decoding else max(plan.first_layer, 0) for plan in plans]
         self._places: dict[tuple[str, int | None], list[tuple[int, Step]]] = {}
         for number, plan in enumerate(plans):
             for step in plan.steps:
-                self._places.setdefault((step.component, step.layer), []).append((number, step))
+                if step.in_decode or not decoding:
+                    self._places.setdefault((step.component, step.layer), []).append((number, step))
 
     @property
     def first_layer(self) -> int:
@@ -107,6 +110,20 @@ class Taps:
             Both folded, or both spread.
         """
         return (first, second) if first.shape[0] == second.shape[0] else (self.spread(first), self.spread(second))
+
+    def complete(self, activation: Tensor, recorded: Tensor) -> Tensor:
+        """Give every plan of the stack its own row, also those that join at a later layer.
+
+        Args:
+            activation: `[plan, batch, ...]`, folded or spread.
+            recorded: what the recorded run has there, `[batch, ...]`; later plans have not changed it yet.
+
+        Returns:
+            The activation with one row for each plan.
+        """
+        spread = self.spread(activation)
+        missing = len(self._firsts) - spread.shape[0]
+        return torch.cat((spread, recorded.expand(missing, *recorded.shape))) if missing else spread
 
     def __call__(self, component: str, layer: int | None, activation: Tensor, rows: slice | None = None) -> Tensor:
         """Apply the edits at one place.

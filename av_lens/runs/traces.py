@@ -18,16 +18,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from av_lens.errors import ModelError
 from av_lens.interventions import CompiledPlan, Plan
+from av_lens.runs.continuation import continued
+from av_lens.runs.decoding import Decoding
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.recording import Record, asked_positions, recorded
 from av_lens.runs.stacks import Schedule, refuse_huge, restarted, run_stacks, scheduled, unembedded
+from av_lens.runs.trace_files import read_trace, write_trace
 from av_lens.spans import Span
 
 Plans = Plan | CompiledPlan | Sequence[Plan | CompiledPlan]
@@ -138,6 +143,80 @@ class Trace(Record):
             if finished is not None:
                 finished(done)
         return found
+
+    def generate(
+        self,
+        plans: Plan | Sequence[Plan],
+        *,
+        max_new_tokens: int = 64,
+        do_sample: bool = False,
+        seed: int | None = None,
+        return_type: str = "result",
+        budget_gb: float | int = 1.0,
+        **options: Any,
+    ) -> tuple[Any, ...]:
+        """Let the model answer under each of several plans, from the recorded prompt on.
+
+        Greedy tokens equal those of `model.generate(x, plan=plan)`; the prompt is never run again. Sampling draws
+        from a generator of each plan's own, so its draws differ from those of `model.generate`.
+
+        Args:
+            plans: the plans; an empty plan is the recorded run's own answer.
+            max_new_tokens: at most so many.
+            do_sample: draw instead of taking the likeliest token.
+            seed: what sampling draws from; needed with `do_sample`.
+            return_type: "tokens" (prompt included), "text" (the new text) or "result" (`.tokens .text .logits .fired`).
+            budget_gb: memory for plans that run together.
+            **options: further settings of HuggingFace's `generate`, such as `eos_token_id`.
+
+        Returns:
+            What `model.generate` returns, for each plan.
+
+        Raises:
+            InputError: an unknown return type, sampling without a seed, or a way of decoding that is neither greedy nor
+                sampling.
+            InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
+        """
+        how = Decoding(max_new_tokens, do_sample, return_type, seed, options)
+        return continued(self, [plans] if isinstance(plans, Plan) else list(plans), how, budget_gb=budget_gb)
+
+    def save(self, path: str | Path) -> Path:
+        """Save the trace as safetensors, with hashes of its model and its input.
+
+        Args:
+            path: the file; ".safetensors" is added where it has no ending.
+
+        Returns:
+            The file that was written.
+
+        Raises:
+            InputError: the folder does not exist.
+        """
+        return write_trace(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Any, x: Any, *, device: torch.device | str | None = None) -> Trace:
+        """Open a saved trace, if it is this model's on this input.
+
+        Args:
+            path: the file.
+            model: the `HookedAVLLM` that recorded it, or one with the same weights.
+            x: the `AVInputs` that it was recorded on, or equal ones.
+            device: where the record is kept; None for the model's device.
+
+        Returns:
+            The trace, equal to the one that was saved bit for bit.
+
+        Raises:
+            InputError: no such file, no whole trace in it, or another input's trace.
+            ModelError: another model's trace; the message says what differs.
+        """
+        trace = cls(**read_trace(path, model, x, device=device))
+        last = unembedded(model, trace.stream(trace.n_layers, len(trace.spans) - 1))[:, 0]
+        fault = "" if trace.hooked_because else _fault(trace, last)
+        if fault:
+            raise ModelError(f"the trace in {path} does not fit this model any more: {fault}. Record it again.")
+        return trace
 
 
 def record(model: Any, x: Any, *, device: torch.device | str | None = None, budget_gb: float | int = 8.0) -> Trace:
