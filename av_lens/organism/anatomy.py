@@ -129,8 +129,11 @@ def feature_extractor() -> Any:
     )
 
 
-def processor() -> Any:
+def processor(*, most_pixels: int = FRAME_SIDE * FRAME_SIDE) -> Any:
     """Build the processor: Qwen2.5-Omni's own, with small pictures and the small vocabulary.
+
+    Args:
+        most_pixels: a picture is scaled down to so many pixels; 28 x 28 of them are one token.
 
     Returns:
         A `Qwen2_5OmniProcessor`.
@@ -139,7 +142,7 @@ def processor() -> Any:
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-    size = {"shortest_edge": 56 * 56, "longest_edge": FRAME_SIDE * FRAME_SIDE}
+    size = {"shortest_edge": 56 * 56, "longest_edge": most_pixels}
     built = Qwen2_5OmniProcessor(
         image_processor=Qwen2VLImageProcessor(size=dict(size)),
         video_processor=Qwen2VLVideoProcessor(size=dict(size), cap_pixels_per_frame=True),
@@ -154,7 +157,7 @@ def processor() -> Any:
 
 
 def thinker_config(
-    *, n_layers: int = 7, n_heads: int = 8, n_kv_heads: int = 4, d_model: int = 128, d_mlp: int = 256
+    *, n_layers: int = 7, n_heads: int = 8, n_kv_heads: int = 4, d_model: int = 128, d_mlp: int = 256, **text: Any
 ) -> Any:
     """Describe a tiny thinker.
 
@@ -164,6 +167,7 @@ def thinker_config(
         n_kv_heads: key-value heads; divides `n_heads`.
         d_model: width of the residual stream; what the towers put out.
         d_mlp: width inside the feed-forward layers.
+        **text: other fields of the text model's config, such as `vocab_size`.
 
     Returns:
         A `Qwen2_5OmniThinkerConfig`.
@@ -194,7 +198,8 @@ def thinker_config(
             "pad_token_id": ids[END_OF_TEXT],
             "bos_token_id": None,
             "eos_token_id": ids[TURN_END],
-        },
+        }
+        | text,
         vision_config={
             "depth": 2,
             "hidden_size": TOWER_WIDTH,
@@ -231,21 +236,27 @@ def thinker_config(
     )
 
 
-def build_model(config: Any = None, *, seed: int) -> Any:
+def build_model(config: Any = None, *, seed: int, dtype: torch.dtype = torch.float32) -> Any:
     """Make a thinker with random weights; the global random state is left as it was.
 
     Args:
         config: from `thinker_config`; by default that one's defaults.
         seed: decides the weights.
+        dtype: the precision that the weights are made in, so that a large model never takes more memory than its own.
 
     Returns:
-        A `Qwen2_5OmniThinkerForConditionalGeneration` in float32, with eager attention, in evaluation mode.
+        A `Qwen2_5OmniThinkerForConditionalGeneration` with eager attention, in evaluation mode.
     """
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     config = thinker_config() if config is None else copy.deepcopy(config)
     config._attn_implementation = "eager"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2_5OmniThinkerForConditionalGeneration(config)
-    return model.float().eval()
+    standard = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = Qwen2_5OmniThinkerForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(standard)
+    return model.eval()
