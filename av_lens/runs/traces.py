@@ -26,12 +26,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.errors import ModelError
-from av_lens.interventions import CompiledPlan, Plan
+from av_lens.interventions import CompiledPlan, Plan, Site
 from av_lens.runs.continuation import continued
 from av_lens.runs.decoding import Decoding
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.recording import Record, asked_positions, recorded
 from av_lens.runs.stacks import Schedule, refuse_huge, restarted, run_stacks, scheduled, unembedded
+from av_lens.runs.suffix_gradients import SuffixGradients, differentiated
 from av_lens.runs.trace_files import read_trace, write_trace
 from av_lens.spans import Span
 
@@ -143,6 +144,35 @@ class Trace(Record):
             if finished is not None:
                 finished(done)
         return found
+
+    def gradients(
+        self,
+        sites: Site | Sequence[Site],
+        metric: Metric | Callable[[Tensor], Tensor],
+        *,
+        plan: Plan | None = None,
+        logits_at: str | Span = "generation",
+        budget_gb: float | int = 8.0,
+    ) -> SuffixGradients:
+        """Differentiate a metric with respect to activations, through the suffix only.
+
+        Args:
+            sites: where, such as `[Site("z", layer, positions="suffix") for layer in range(n_layers)]`.
+            metric: one of `runs.metrics` of one-token answers, or any callable of the logits
+                `[batch, asked_pos, d_vocab]` to `[batch]`.
+            plan: edits under which the gradient is taken.
+            logits_at: "generation", "all", another role, or a `Span`.
+            budget_gb: memory for the activations that the backward pass needs.
+
+        Returns:
+            For each site the gradient and the activation itself, `[batch, pos, (head,) d]`.
+
+        Raises:
+            InputError: a metric of several tokens, or one without a gradient.
+            InterventionError: a site or the plan does not fit, or an edit did not fire.
+            BudgetError: the backward pass would need more memory.
+        """
+        return differentiated(self, sites, metric, plan=plan, logits_at=logits_at, budget_gb=budget_gb)
 
     def generate(
         self,
