@@ -90,11 +90,11 @@ def header_line(found: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
     return (
         f"{head['positions']} positions ({roles['audio']} audio, {roles['video']} video, {roles['question']} "
-        f"question); {sizes['n_layers']} layers, d_model {sizes['d_model']}, {sizes['n_heads']} heads on {sizes['n_kv_heads']} "
-        f"key-value heads of {sizes['d_head']}, MLP {sizes['d_mlp']}, vocabulary {sizes['d_vocab']}, {head['dtype']}. "
-        f"Towers: audio {towers['audio']}, vision {towers['vision']}. CPU, {head['threads']} threads; figures average "
-        f"over all {head['layers_averaged']} layers; medians of {head['rounds']} rounds; {head['samples']} patches of "
-        f"each slow loop. Python {head['python']}, {versions}."
+        f"question); {sizes['n_layers']} layers, d_model {sizes['d_model']}, {sizes['n_heads']} heads on "
+        f"{sizes['n_kv_heads']} key-value heads of {sizes['d_head']}, MLP {sizes['d_mlp']}, vocabulary "
+        f"{sizes['d_vocab']}, {head['dtype']}. Towers: audio {towers['audio']}, vision {towers['vision']}. CPU, "
+        f"{head['threads']} threads; figures average over all {head['layers_averaged']} layers; medians of "
+        f"{head['rounds']} rounds; {head['samples']} patches of each slow loop. Python {head['python']}, {versions}."
     )
 
 

@@ -47,14 +47,14 @@ def test_help_names_every_command_and_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
-    for command in ("demo", "isolate", "inspect", "models", "train"):
+    for command in ("demo", "isolate", "inspect", "models", "train", "bench"):
         assert command in done.stdout
 
 
 @pytest.mark.parametrize(
     ("module", "function"),
     [("studies.demonstration", "run_demo"), ("isolation.pipeline", "isolate"), ("inputs.encoder", "Encoder.encode"),
-     ("media.source", "load_clip"), ("organism.courses", "train")],
+     ("media.source", "load_clip"), ("organism.courses", "train"), ("studies.replay_benchmark", "run_benchmark")],
 )  # fmt: skip
 def test_defaults_are_the_functions(module, function):
     import importlib
