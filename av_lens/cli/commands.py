@@ -166,7 +166,7 @@ def bench(
 
     console.quiet_loading()
     options: dict[str, Any] = {"threads": threads, "samples": samples, "repeats": repeats, "memory": memory}
-    with console.Bars() as bars:
+    with console.bars() as bars:
         record = run_benchmark(shape, recording=recording, progress=bars, **options)
     for name, found in record.items():
         console.OUT.print(f"\n[bold]{name}[/bold]")
