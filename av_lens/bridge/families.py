@@ -12,11 +12,12 @@ import torch
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 
+from av_lens.bridge.traits import ReplayTraits
 from av_lens.errors import ModelError
 
 HOW_TO_ADD = (
     "To add a family: write av_lens/bridge/adapters/<family>.py with a TransformerLens ArchitectureAdapter and "
-    "position_ids(hf_model, tensors), and name it in av_lens.bridge.families.FAMILIES."
+    "position_ids(hf_model, tensors) and replay_traits(config), and name it in av_lens.bridge.families.FAMILIES."
 )
 
 
@@ -60,6 +61,18 @@ class Family:
         """
         derive: Callable[[Any, Mapping[str, Any]], torch.Tensor] = import_module(self.module).position_ids
         return derive(hf_model, tensors)
+
+    def replay_traits(self, config: Any) -> ReplayTraits:
+        """Where the architecture breaks what a restart in the middle of a run assumes.
+
+        Args:
+            config: the model's HuggingFace configuration.
+
+        Returns:
+            What the adapter declares for it.
+        """
+        declare: Callable[[Any], ReplayTraits] = import_module(self.module).replay_traits
+        return declare(config)
 
 
 FAMILIES: tuple[Family, ...] = (

@@ -58,7 +58,7 @@ def continued(record: Record, plans: Sequence[Plan], how: Decoding, *, budget_gb
     choice = Choice.of(record, how)
     found: dict[int, Any] = {}
     schedule = scheduled(record, plans, n_asked=1, budget_gb=budget_gb)
-    goes_on = _goes_on(record)
+    goes_on = _goes_on(record, how.max_new_tokens)
     for stack in schedule.stacks:
         if stack.hooked or not goes_on:
             for number in stack.numbers:
@@ -254,9 +254,9 @@ def _rotary(model: Any, stream: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     return model.hf_model.get_decoder().rotary_emb(stream, ids)
 
 
-def _goes_on(record: Record) -> bool:
+def _goes_on(record: Record, n_new: int) -> bool:
     """Whether what decoding adds is plain: no mask but the causal one, and rotary tables that can be made again."""
-    if record.hooked_because or record.mask is not None:
+    if record.hooked_because or record.mask is not None or record.traits.obstacle(len(record.spans) + n_new):
         return False
     last = record.stream(0, len(record.spans) - 1)
     again = _rotary(record.model, last, _position_ids(record)[..., -1:])

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.bridge.hook_names import COMPONENTS, hook_name
+from av_lens.bridge.traits import ReplayTraits
 from av_lens.errors import BudgetError
 from av_lens.interventions.sites import resolve_positions
 from av_lens.runs.cascade import Window, causal_mask
@@ -65,6 +66,31 @@ class Record:
     def n_layers(self) -> int:
         """Layers of the model."""
         return len(self.keys)
+
+    @property
+    def traits(self) -> ReplayTraits:
+        """What the model's adapter declares about restarts."""
+        return self.model.family.replay_traits(self.model.config)
+
+    def obstacle(self) -> str:
+        """Say what the adapter declares, or leaves undeclared, that a restart of this run would get wrong.
+
+        Returns:
+            The reason in words; empty where there is none.
+        """
+        traits, roles = self.traits, self.spans.roles
+        declared = traits.obstacle(len(roles))
+        if declared or self.mask is None:
+            return declared
+        read = (self.mask > torch.finfo(self.mask.dtype).min / 2).amax(dim=(0, 1))
+        for query, row in enumerate(read):
+            last = int(row.nonzero()[-1]) if bool(row.any()) else 0
+            if last > query and traits.restart(last, roles) > query:
+                return (
+                    f"position {query} ({roles[query]}) reads position {last} ({roles[last]}) after it, which this "
+                    "model's adapter does not declare"
+                )
+        return ""
 
     def stream(self, layer: int, start: int) -> Float[Tensor, "batch pos d_model"]:
         """The stream that entered a layer, from a position on, where the model is.

@@ -85,14 +85,14 @@ def scheduled(
     """
     spec, spans, batch = record.model.spec, record.spans, record.batch
     compiled = tuple(p if isinstance(p, CompiledPlan) else p.compile(spec, spans, batch=batch) for p in plans)
-    n = len(spans)
+    n, traits = len(spans), record.traits
     groups: dict[int, list[int]] = {}
     stacks: list[Stack] = []
     for number, plan in enumerate(compiled):
         if not _restarts(record, plan):
             stacks.append(Stack((number,), 0, hooked=True))
         else:
-            groups.setdefault(plan.first_position if plan.steps else n, []).append(number)
+            groups.setdefault(traits.restart(plan.first_position, spans.roles) if plan.steps else n, []).append(number)
     gigabytes = forwards = 0.0
     for start, numbers in groups.items():
         numbers.sort(key=lambda number: compiled[number].first_layer)

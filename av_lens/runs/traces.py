@@ -242,6 +242,7 @@ class Trace(Record):
             ModelError: another model's trace; the message says what differs.
         """
         trace = cls(**read_trace(path, model, x, device=device))
+        trace = replace(trace, hooked_because=trace.hooked_because or trace.obstacle())
         last = unembedded(model, trace.stream(trace.n_layers, len(trace.spans) - 1))[:, 0]
         fault = "" if trace.hooked_because else _fault(trace, last)
         if fault:
@@ -268,7 +269,7 @@ def record(model: Any, x: Any, *, device: torch.device | str | None = None, budg
     """
     fields, logits = recorded(model, x, device, budget_gb)
     trace = Trace(**fields)
-    return replace(trace, hooked_because=_fault(trace, logits))
+    return replace(trace, hooked_because=trace.obstacle() or _fault(trace, logits))
 
 
 @torch.no_grad()

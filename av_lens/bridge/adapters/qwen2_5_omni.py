@@ -16,6 +16,7 @@ from transformer_lens.model_bridge.generalized_components import EmbeddingBridge
 from av_lens.bridge.attention import RealAttentionBridge
 from av_lens.bridge.blocks import FullBlockBridge, RealRMSNormBridge, TowerBridge
 from av_lens.bridge.stream import install_embed_hook
+from av_lens.bridge.traits import ReplayTraits
 
 ARCHITECTURE = "Qwen2_5OmniThinkerForConditionalGeneration"
 FULL_MODEL_TYPE = "qwen2_5_omni"
@@ -84,6 +85,22 @@ def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
         second_per_grids=_tensor(tensors.get("video_second_per_grid")),
     )
     return ids
+
+
+def replay_traits(config: Any) -> ReplayTraits:
+    """Where this architecture breaks what a restart assumes: in layers with a sliding window, where a config has them.
+
+    Media enter with the embeddings alone, every layer has its own keys and values, and attention is causal throughout.
+
+    Args:
+        config: the thinker's configuration.
+
+    Returns:
+        The declaration.
+    """
+    text = config.get_text_config()
+    sliding = len(set(text.layer_types)) > 1 and "sliding_attention" in text.layer_types
+    return ReplayTraits(sliding_window=text.sliding_window if sliding else None)
 
 
 def _tensor(value: Any) -> torch.Tensor | None:
