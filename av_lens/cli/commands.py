@@ -210,7 +210,7 @@ def _say_found(found: Any) -> None:
     stamped = f" [yellow]({', '.join(found.stamps)})[/yellow]" if found.stamps else ""
     console.OUT.print()
     console.OUT.print(f"[bold]verdict[/bold]{stamped}  {console.cell(found.verdict)}", soft_wrap=True)
-    for reason in found.reasons:
+    for reason in (one for one in found.reasons if one not in found.verdict):
         console.OUT.print(f"  {console.cell(reason)}", soft_wrap=True)
     console.OUT.print()
     console.OUT.print(behaviour_table(found))

@@ -36,6 +36,10 @@ _GENERAL = (
     "Nothing found is not nothing there: heads that stand in for each other hide each other, and the search for sets "
     "finds some of these, not all. Only the sites named in the protocol were searched.",
 )
+_STOPPED = (
+    "No head was edited: the search was not begun. This page says how the model behaves on clips like these, and "
+    "nothing about its heads, other models or other kinds of clip.",
+)
 
 
 def write_report(
@@ -112,7 +116,7 @@ def _context(
     """Gather everything that the template says, as text."""
     model = str(found.provenance.get("model", "the model"))
     provenance = {k: v for k, v in found.provenance.items() if k != "choices"}
-    heads = sections.head_rows(found)
+    heads, searched = sections.head_rows(found), len(found.evidence) > 0
     return {
         "title": title or f"Which heads keep {model} from saying what it hears?",
         "model": model,
@@ -120,7 +124,11 @@ def _context(
         "stamps": [{"name": stamp, "meaning": _stamp(found, stamp)} for stamp in found.stamps],
         "kind": words.KINDS.get(found.verdict_kind, found.verdict_kind),
         "verdict": found.verdict,
-        "reasons": [reason for reason in found.reasons if reason.split(": ")[0] not in found.stamps],
+        "reasons": [
+            reason
+            for reason in found.reasons
+            if reason.split(": ")[0] not in found.stamps and reason not in found.verdict
+        ],
         "tiles": sections.tiles(found),
         "asked": _asked(found),
         "threshold": words.percent(float(found.protocol["s"])) if "s" in found.protocol else "a fixed share",
@@ -140,7 +148,8 @@ def _context(
         "calibration": calibration,
         "calibration_rows": [] if calibration is None else _calibration_rows(calibration),
         "calibration_figures": [] if calibration is None else _calibration_figures(calibration),
-        "caveats": [*caveats, *_GENERAL],
+        "searched": searched,
+        "caveats": [*caveats, *(_GENERAL if searched else _STOPPED)],
         "choices": [str(choice) for choice in found.provenance.get("choices", [])],
         "provenance": sections.flat(provenance),
         "protocol": sections.flat(found.protocol),

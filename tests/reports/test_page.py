@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import re
@@ -177,9 +178,19 @@ def test_calibration_is_told_either_way(found, tmp_path):
 def test_a_stopped_search_still_gives_a_page(tmp_path):
     path = write_report(stopped_isolation(), tmp_path / "report.html")
     page = Page(path.read_text(encoding="utf-8"))
-    assert "No head is named." in page.words
-    assert "so there is none to confirm" in page.words
+    assert "No head is named: the search was not begun" in page.words
+    assert "Nothing was searched for, so there is none to confirm" in page.words
     assert "nothing to explain" in page.words
+    assert "No head was edited" in page.words
+    assert "the heads were edited" not in page.words
+
+
+def test_a_reason_that_the_verdict_already_gives_is_not_given_twice(tmp_path):
+    found = stopped_isolation()
+    told = dataclasses.replace(found, reasons=("The gap is small.", "Another reason."), verdict="So: The gap is small.")
+    page = Page(write_report(told, tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.words.count("The gap is small.") == 1
+    assert page.words.count("Another reason.") == 1
 
 
 def test_words_that_look_like_markup_stay_words(found, tmp_path):
