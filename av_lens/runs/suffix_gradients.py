@@ -55,9 +55,9 @@ class SuffixGradients:
 
     sites: tuple[Site, ...]
     positions: tuple[tuple[int, ...], ...]
-    gradient: tuple[Float[Tensor, "batch pos ..."], ...]
-    value: tuple[Float[Tensor, "batch pos ..."], ...]
-    metric: Float[Tensor, " batch"]
+    gradient: tuple[Float[Tensor, "batch _ ..."], ...]
+    value: tuple[Float[Tensor, "batch _ ..."], ...]
+    metric: Float[Tensor, "batch"]
 
 
 def differentiated(
@@ -96,7 +96,7 @@ def differentiated(
     probes = [_Probe.of(record, site) for site in asked]
     compiled = _with_probes(record, plan or Plan(), probes)
     hooked = bool(record.hooked_because) or any(step.component not in RESTARTABLE for step in compiled.steps)
-    start = 0 if hooked else compiled.first_position
+    start = 0 if hooked else record.traits.restart(compiled.first_position, record.spans.roles)
     _require_memory(record, record.n_layers - (0 if hooked else max(compiled.first_layer, 0)), start, budget_gb)
     with torch.enable_grad(), _frozen(record.model):
         if hooked:
@@ -205,13 +205,15 @@ def _frozen(model: Any) -> Generator[None]:
 
 
 def _require_memory(record: Record, layers: int, start: int, budget_gb: float | int) -> None:
-    """Refuse what would not fit: what each layer keeps of every row, and its scores four times over."""
+    """Refuse what would not fit: what each layer keeps of every row, and one layer's scores on the way back."""
     spec, n = record.model.spec, len(record.spans)
-    each = 12 * spec.d_model + 6 * spec.d_mlp + 8 * spec.n_heads * spec.d_head + 4 * spec.n_heads * n
-    needed = layers * record.batch * (n - start) * each * max(4, record.resid[0].element_size()) / GB
+    scores = spec.n_heads * n
+    kept = 6 * spec.d_model + 4 * spec.d_mlp + 4 * spec.n_heads * spec.d_head + 2 * scores
+    rows = record.batch * (n - start)
+    needed = rows * (layers * kept + 16 * scores) * max(4, record.resid[0].element_size()) / GB
     if needed > budget_gb:
         raise BudgetError(
             f"a backward pass through {layers} layers at {n - start} positions of {record.batch} examples needs about "
-            f"{needed:.1f} GB, more than budget_gb={budget_gb:g}. Trace fewer examples at a time, ask for later sites, "
+            f"{needed:.2g} GB, more than budget_gb={budget_gb:g}. Trace fewer examples at a time, ask for later sites, "
             "or raise budget_gb."
         )
