@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from av_lens.errors import InputError, unknown
+from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 from av_lens.interventions.sites import resolve_positions
 from av_lens.spans import ROLES, Span, SpanMap
@@ -180,12 +181,24 @@ def layout_stacks(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
     Yields:
         Numbers of pairs.
     """
+    yield from input_stacks([pair.clean for pair in pairs], size)
+
+
+def input_stacks(inputs: Sequence[AVInputs], size: int) -> Iterator[list[int]]:
+    """Group inputs of one layout.
+
+    Args:
+        inputs: the inputs, each one example or a stack.
+        size: examples that run together, at most.
+
+    Yields:
+        Numbers of inputs.
+    """
     layouts: list[list[int]] = []
-    for number, pair in enumerate(pairs):
+    for number, x in enumerate(inputs):
         for group in layouts:
-            first = pairs[group[0]].clean
-            same = first.layout == pair.clean.layout and first.spans.layout_difference(pair.clean.spans) is None
-            if same:
+            first = inputs[group[0]]
+            if first.layout == x.layout and first.spans.layout_difference(x.spans) is None:
                 group.append(number)
                 break
         else:
@@ -193,7 +206,7 @@ def layout_stacks(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
     for group in layouts:
         current: list[int] = []
         for number in group:
-            if current and sum(len(pairs[n]) for n in current) + len(pairs[number]) > size:
+            if current and sum(len(inputs[n]) for n in current) + len(inputs[number]) > size:
                 yield current
                 current = []
             current.append(number)
