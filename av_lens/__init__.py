@@ -56,6 +56,9 @@ _HOMES = {
     "sweep": "runs",
     "direct_attribution": "methods",
     "patch": "methods",
+    "mean_difference": "methods",
+    "reweighed": "methods",
+    "steer": "methods",
     "Grid": "results",
     "Isolation": "results",
     "isolate": "isolation",
@@ -92,6 +95,7 @@ __all__ = [
     "log_prob",
     "logit_diff",
     "mean",
+    "mean_difference",
     "measure",
     "noise",
     "organism",
@@ -102,8 +106,10 @@ __all__ = [
     "replace",
     "reports",
     "resample",
+    "reweighed",
     "run",
     "scale",
+    "steer",
     "studies",
     "sweep",
     "zero",
@@ -116,7 +122,7 @@ if TYPE_CHECKING:
     from av_lens.interventions import Edit, Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
     from av_lens.isolation import isolate
     from av_lens.media import Clip, ClipFile, load_clip
-    from av_lens.methods import direct_attribution, patch
+    from av_lens.methods import direct_attribution, mean_difference, patch, reweighed, steer
     from av_lens.results import Grid, Isolation
     from av_lens.runs import HookedAVLLM, check_model, kl, load, log_prob, logit_diff, measure, prob, rank, run, sweep
     from av_lens.spans import Span, SpanMap

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import InterventionError
 from av_lens.interventions.edges import BoundCut, Cut, cut_scores_, silence_
 from av_lens.interventions.edits import BoundEdit, Edit
+from av_lens.interventions.plan_files import read_plan, write_plan
 from av_lens.interventions.sites import Site, Spec
 from av_lens.spans import SpanMap
 
@@ -91,6 +93,41 @@ class Plan:
             first_layer=self.first_layer,
             first_position=self.first_position(spans),
         )
+
+    def save(self, path: str | Path, *, model: Any, note: str = "") -> Path:
+        """Save the plan as json, its tensors beside it as safetensors.
+
+        Args:
+            path: the file; ".json" is added where it has no ending.
+            model: the model that the plan was made for; its sizes stand in the file.
+            note: a sentence for whoever opens the file.
+
+        Returns:
+            The json file that was written.
+
+        Raises:
+            InterventionError: the plan does not fit the model, or names positions by number.
+        """
+        for edit in self.edits:
+            if isinstance(edit, Edit):
+                edit.site.check(model.spec)
+        return write_plan(self.edits, path, model=model, note=note)
+
+    @classmethod
+    def load(cls, path: str | Path, *, model: Any = None) -> Plan:
+        """Open a saved plan.
+
+        Args:
+            path: the json file.
+            model: the model that it is for; one of other sizes is refused. None leaves this to the run.
+
+        Returns:
+            The plan.
+
+        Raises:
+            InterventionError: no plan there, an unknown version or kind, or a model of other sizes.
+        """
+        return cls(read_plan(path, model=model))
 
 
 @dataclass(eq=False)

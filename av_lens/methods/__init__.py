@@ -2,5 +2,6 @@
 
 from av_lens.methods.activation_patching import patch
 from av_lens.methods.attribution import direct_attribution
+from av_lens.methods.steering import mean_difference, reweighed, steer
 
-__all__ = ["direct_attribution", "patch"]
+__all__ = ["direct_attribution", "mean_difference", "patch", "reweighed", "steer"]

@@ -1,0 +1,279 @@
+"""Plans as files: which edits, at which sites, for a model of which sizes.
+
+A plan file is json (what a person reads and edits); tensors, where a plan holds any, lie beside it as safetensors of
+the same name, bound to it by their hash. Nothing is pickled and no code is run. The file names its schema's version and
+the sizes of the model that the plan was made for; an unknown kind, key or version, missing or other tensors, and a
+model of other sizes are refused.
+
+    {"schema": "av_lens.Plan", "version": 1,
+     "model": {"name": "av-tiny", "n_layers": 7, "n_heads": 8, "n_kv_heads": 4, "d_model": 128, "d_head": 16},
+     "edits": [{"kind": "scale", "component": "z", "layer": 4, "head": [2, 3], "positions": "suffix", "amount": 0.0}]}
+
+Positions are role names or all: numbers mean something in one layout only, and a file is applied to any clip.
+
+    >>> plan.save("plan.json", model=model); Plan.load("plan.json", model=model)            # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from av_lens.errors import AvLensError, InterventionError, unknown
+from av_lens.interventions.edges import Cut
+from av_lens.interventions.edits import Edit
+from av_lens.interventions.sites import Site
+from av_lens.spans import GROUPS, ROLES
+
+SCHEMA = "av_lens.Plan"
+VERSION = 1
+SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head")
+KINDS = ("replace", "zero", "resample", "noise", "scale", "add", "cut")
+_EDIT = ("kind", "component", "layer", "head", "positions", "amount", "seed", "value")
+_CUT = ("kind", "query", "key", "layers", "heads", "renormalize", "include_generation")
+_FILE = ("schema", "version", "model", "edits", "tensors", "note")
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "scale": ("amount",), "noise": ("amount",), "replace": ("value",), "resample": ("value",), "add": ("value",)
+}  # fmt: skip
+
+
+def write_plan(edits: tuple[Any, ...], path: str | Path, *, model: Any, note: str = "") -> Path:
+    """Write a plan file, and its tensors beside it.
+
+    Args:
+        edits: the plan's edits and cuts.
+        path: the file; ".json" is added where it has no ending.
+        model: the model that the plan was made for, with `.spec` and `.name`.
+        note: a sentence for whoever opens the file.
+
+    Returns:
+        The json file that was written.
+
+    Raises:
+        InterventionError: positions by number, an ending other than .json, or a folder that is not there.
+    """
+    target = Path(path) if Path(path).suffix else Path(path).with_suffix(".json")
+    if target.suffix != ".json":
+        raise InterventionError(f"a plan is saved as json, with its tensors beside it; {target.name} ends otherwise.")
+    if not target.parent.is_dir():
+        raise InterventionError(f"the folder {str(target.parent)!r} does not exist; make it first.")
+    tensors: dict[str, Tensor] = {}
+    listed = [_written(number, edit, tensors) for number, edit in enumerate(edits)]
+    sizes = {name: int(getattr(model.spec, name)) for name in SIZES}
+    text: dict[str, Any] = {"schema": SCHEMA, "version": VERSION, "model": {"name": str(model.name)} | sizes}
+    text |= {"note": note} if note else {}
+    text["edits"] = listed
+    if tensors:
+        from safetensors.torch import save
+
+        data = save(tensors, metadata={"schema": SCHEMA, "version": str(VERSION)})
+        beside = target.with_suffix(".safetensors")
+        _write_whole(beside, data)
+        text["tensors"] = {"file": beside.name, "sha256": hashlib.sha256(data).hexdigest()}
+    _write_whole(target, (json.dumps(text, indent=1) + "\n").encode())
+    return target
+
+
+def read_plan(path: str | Path, *, model: Any = None) -> tuple[Any, ...]:
+    """Read a plan file.
+
+    Args:
+        path: the json file.
+        model: the model that it is for; its sizes are compared with the file's. None compares nothing.
+
+    Returns:
+        The plan's edits and cuts.
+
+    Raises:
+        InterventionError: no such file, not a plan, an unknown version, kind or key, tensors that are missing or not
+            the plan's own, or a model of other sizes.
+    """
+    source = Path(path)
+    found = _opened(source)
+    sizes = found["model"]
+    if model is not None:
+        for name in SIZES:
+            if sizes[name] != int(getattr(model.spec, name)):
+                raise InterventionError(
+                    f"{source.name} was made for {sizes.get('name', 'a model')} with {name} = {sizes[name]}; "
+                    f"{model.name} has {int(getattr(model.spec, name))}. Make the plan for this model."
+                )
+    tensors = _tensors(source, found.get("tensors"))
+    return tuple(_read(number, edit, tensors, source.name) for number, edit in enumerate(found["edits"]))
+
+
+def _opened(source: Path) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(source.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InterventionError(f"cannot read the plan {source}: {error.strerror or error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InterventionError(f"{source} is not a plan: it is no json ({error}).") from error
+    kind = cast(dict[str, Any], found).get("schema") if isinstance(found, dict) else None
+    if kind != SCHEMA:
+        raise InterventionError(f"{source} is not a plan: its schema is {kind!r}, not {SCHEMA!r}.")
+    whole = cast(dict[str, Any], found)
+    if whole.get("version") != VERSION:
+        raise InterventionError(
+            f"{source} is a plan of version {whole.get('version')}; this av_lens reads version {VERSION}."
+        )
+    _check_keys(whole, _FILE, ("model", "edits"), source.name)
+    sizes: Any = whole["model"]
+    if not isinstance(sizes, dict) or any(type(cast(dict[str, Any], sizes).get(name)) is not int for name in SIZES):
+        raise InterventionError(f"{source.name}: model must name {', '.join(SIZES)} as whole numbers.")
+    if not isinstance(whole["edits"], list):
+        raise InterventionError(f"{source.name}: edits must be a list.")
+    return whole
+
+
+def _check_keys(row: Mapping[str, Any], known: tuple[str, ...], needed: tuple[str, ...], where: str) -> None:
+    for key in row:
+        if key not in known:
+            raise InterventionError(f"{where}: {unknown('key', key, known)}")
+    for key in needed:
+        if key not in row:
+            raise InterventionError(f"{where}: {key!r} is missing.")
+
+
+def _tensors(source: Path, said: Any) -> dict[str, Tensor]:
+    if said is None:
+        return {}
+    _check_keys(said, ("file", "sha256"), ("file", "sha256"), f"{source.name}: tensors")
+    name = str(said["file"])
+    if Path(name).name != name:
+        raise InterventionError(f"{source.name}: its tensors lie beside it, so {name!r} must be a file's bare name.")
+    beside = source.with_name(name)
+    try:
+        data = beside.read_bytes()
+    except OSError as error:
+        raise InterventionError(
+            f"{source.name} needs its tensors in {name}, which cannot be read ({error.strerror or error}). Keep both "
+            "files together."
+        ) from error
+    if hashlib.sha256(data).hexdigest() != said["sha256"]:
+        raise InterventionError(f"{name} does not hold the tensors of {source.name}: its hash is another one.")
+    from safetensors.torch import load
+
+    return load(data)
+
+
+def _written(number: int, edit: Edit | Cut, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    where = f"edit {number}"
+    if isinstance(edit, Cut):
+        row = {"kind": "cut", "query": _roles(edit.query, where), "key": _roles(edit.key, where)}
+        listed = {name: None if (v := getattr(edit, name)) is None else list(v) for name in ("layers", "heads")}
+        return row | listed | {"renormalize": edit.renormalize, "include_generation": edit.include_generation}
+    site = edit.site
+    row: dict[str, Any] = {"kind": edit.kind, "component": site.component}
+    row |= {} if site.layer is None else {"layer": int(site.layer)}
+    row |= {} if site.heads is None else {"head": site.head if isinstance(site.head, int) else list(site.heads)}
+    row["positions"] = _roles(site.positions, where)
+    if edit.kind in ("scale", "noise"):
+        row["amount"] = float(edit.amount) if not isinstance(edit.amount, Tensor) else _kept(edit.amount, tensors)
+    if edit.value is not None:
+        row["value"] = _kept(edit.value, tensors)
+    return row | ({"seed": edit.seed} if edit.kind in ("noise", "resample") else {})
+
+
+def _kept(value: Tensor, tensors: dict[str, Tensor]) -> str:
+    name = f"tensor{len(tensors)}"
+    tensors[name] = value.detach().cpu().contiguous().clone()
+    return name
+
+
+def _roles(positions: Any, where: str) -> str | None:
+    if positions is None or isinstance(positions, str):
+        return positions
+    raise InterventionError(
+        f"{where} names positions by number, which mean something in one layout only; a plan file is applied to any "
+        "clip. Name roles, such as 'suffix', 'generation' or 'video|audio'."
+    )
+
+
+def _read(number: int, row: Any, tensors: Mapping[str, Tensor], name: str) -> Edit | Cut:
+    where = f"{name}: edit {number}"
+    if not isinstance(row, dict):
+        raise InterventionError(f"{where} must be an object with a kind.")
+    edit = cast(dict[str, Any], row)
+    kind = edit.get("kind")
+    if kind not in KINDS:
+        raise InterventionError(f"{where}: {unknown('kind of edit', kind, KINDS)}")
+    try:
+        return _read_cut(edit, where) if kind == "cut" else _read_edit(edit, tensors, where)
+    except AvLensError as error:
+        raise InterventionError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+
+
+def _read_edit(row: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> Edit:
+    kind = row["kind"]
+    _check_keys(row, _EDIT, ("component", "positions", *_NEEDED.get(kind, ())), where)
+    layer = _typed(row, "layer", int)
+    site = Site(str(row["component"]), layer, _heads(row.get("head"), where), _known_roles(row["positions"], where))
+    value = _looked_up(row["value"], tensors, where) if "value" in row else None
+    amount = row.get("amount", 0.0)
+    number = isinstance(amount, int | float) and not isinstance(amount, bool)
+    amount = float(amount) if number else _looked_up(amount, tensors, where)
+    if isinstance(amount, float) and not math.isfinite(amount):
+        raise InterventionError(f"{where}: amount {amount} is not finite.")
+    return Edit(kind, site, value, amount, _typed(row, "seed", int) or 0)
+
+
+def _read_cut(row: dict[str, Any], where: str) -> Cut:
+    _check_keys(row, _CUT, ("query", "key"), where)
+    layers = None if row.get("layers") is None else tuple(_whole(row["layers"], where))
+    heads = None if row.get("heads") is None else tuple(_whole(row["heads"], where))
+    if layers == ():
+        raise InterventionError(f"{where}: no layer is named; leave layers out for all.")
+    query, key = (_known_roles(row[name], where) for name in ("query", "key"))
+    flags = [_typed(row, name, bool) for name in ("renormalize", "include_generation")]
+    return Cut(query, key, layers, heads, *(True if flag is None else flag for flag in flags))
+
+
+def _typed(row: Mapping[str, Any], name: str, kind: Callable[..., Any]) -> Any:
+    found = row.get(name)
+    if found is not None and type(found) is not kind:
+        raise InterventionError(f"{name} is {found!r}; wanted {'a whole number' if kind is int else 'true or false'}.")
+    return found
+
+
+def _heads(found: Any, where: str) -> int | tuple[int, ...] | None:
+    if found is None or type(found) is int:
+        return found
+    return tuple(_whole(found, where))
+
+
+def _whole(found: Any, where: str) -> list[int]:
+    if not isinstance(found, list) or any(type(item) is not int for item in cast(list[Any], found)):
+        raise InterventionError(f"{where}: {found!r} should be a list of whole numbers.")
+    return cast(list[int], found)
+
+
+def _known_roles(found: Any, where: str) -> str | None:
+    if found is None:
+        return None
+    for role in found.split("|") if isinstance(found, str) else [found]:
+        if not isinstance(role, str) or role.strip() not in (*ROLES, *GROUPS):
+            raise InterventionError(f"{where}: {unknown('role', role, (*ROLES, *GROUPS))}")
+    return found
+
+
+def _looked_up(name: Any, tensors: Mapping[str, Tensor], where: str) -> Tensor:
+    if name not in tensors:
+        raise InterventionError(f"{where}: {unknown('tensor', name, tensors)}")
+    found = tensors[name]
+    if not bool(torch.isfinite(found).all()):
+        raise InterventionError(f"{where}: {name} holds numbers that are not finite.")
+    return found
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(data)
+    partial.replace(path)

@@ -1,0 +1,322 @@
+"""Steering and repair: how far does the answer move, as a push on some sites grows, and how far does a random push go?
+
+A *push* is a plan of edits that can be made weaker and stronger: adding a vector, scaling, zeroing. At strength s
+
+    add     activation + s x value                       (0: nothing; 1: the plan as written)
+    scale   activation x [1 + s x (amount - 1)]          (0: nothing; 1: the plan as written; zero is a scale to 0)
+
+    effects[example, arm, strength] = metric(pushed run) - metric(run)
+
+positive where the push raises the metric. The arm "plan" is what was asked; "random 1", "random 2", ... are its
+controls: the same edits on other heads, as many, each drawn from a layer at most one away from its counterpart's; or
+the same added vectors with their direction drawn anew at equal norm. What has neither heads nor a vector (a scale of
+the whole stream), or a factor of its own for each head, has no control, and these arms are NaN.
+
+`reweighed({"L4H2": 0.0})` makes a plan that scales heads; `mean_difference(model, pair, layer=4)` one that adds the
+difference of two runs, averaged over pairs and positions. `Plan.save` writes either as a file that `generate`,
+`caption` and `av-lens generate --plan` apply.
+
+Source: Turner et al. (2023) and Rimsky et al. (2024) for added differences of means; Li et al. (2023) on heads. Not
+done: searching for the heads (`isolate` does), optimised vectors, steering that turns off after some tokens.
+
+    >>> push = reweighed({"L4H2": 0.0, "L4H3": 0.0}, at="suffix")                              # doctest: +SKIP
+    >>> steer(model, x, plan=push, metric=logit_diff("siren", "dog")).mean()                   # doctest: +SKIP
+    >>> push.save("plan.json", model=model)                                                    # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace as changed
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from av_lens.bridge.hook_names import hook_name
+from av_lens.errors import InputError, InterventionError
+from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs.pairs import Pair
+from av_lens.interventions import Edit, Plan, Site, add, scale
+from av_lens.results.grid import Grid
+from av_lens.results.provenance import linked, stamp
+from av_lens.runs.execution import run
+from av_lens.runs.finite import require_numbers
+from av_lens.runs.measurement import measure_plans
+from av_lens.runs.metrics import Metric, as_metric
+from av_lens.runs.progress import Progress, watched
+from av_lens.runs.sweeps import interrupted, sources
+from av_lens.runs.traces import record
+
+SIGN = "metric under the push minus metric without; positive: the push raises the metric"
+_HEAD = re.compile(r"L(\d+)H(\d+)")
+
+
+def steer(
+    model: Any,
+    x: AVInputs | Sequence[AVInputs],
+    *,
+    plan: Plan | str | Path,
+    metric: Metric | Callable[..., Any],
+    strengths: Sequence[float | int] = (0.0, 0.5, 1.0, 2.0),
+    n_random: int = 3,
+    seed: int = 0,
+    budget_gb: float | int = 1.0,
+    progress: Progress | bool | None = None,
+) -> Grid:
+    """Measure a metric as a push grows, beside random pushes of equal size.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: one input, a stack, or several of different layouts.
+        plan: the push, or the file of a saved one: edits that add, scale or zero.
+        metric: `logit_diff(...)` and its like, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
+        strengths: multiples of the push; 0 leaves the run as it is, 1 is the plan as written.
+        n_random: how many random pushes.
+        seed: draws them.
+        budget_gb: memory for the activations of plans that run together.
+        progress: called as `progress(stage, done, total)`; True shows a bar with the time left.
+
+    Returns:
+        A grid over `[example, arm, strength]`, its baseline the run without a push. Interrupted, it holds what is done.
+
+    Raises:
+        InputError: no input, strengths that are not finite numbers, or a metric that is NaN without a push.
+        InterventionError: the plan is empty, holds an edit without a strength, or does not fit.
+    """
+    inputs = [x] if isinstance(x, AVInputs) else list(x)
+    if not inputs or not len(strengths) or not np.isfinite(list(strengths)).all():
+        raise InputError(f"steer needs at least one input and finite strengths; got {len(inputs)} and {strengths!r}.")
+    push = plan if isinstance(plan, Plan) else Plan.load(plan, model=model)
+    arms = {"plan": push} | {f"random {i + 1}": random_push(model, push, seed=seed, draw=i) for i in range(n_random)}
+    plans = [Plan()] + [Plan() if arm is None else strengthened(arm, s) for arm in arms.values() for s in strengths]
+    bound = as_metric(metric, model.tokenizer)
+    starts = np.cumsum([0, *map(len, inputs)])
+    if bound.n_answers not in (1, starts[-1]):
+        raise InputError(f"{bound.name} names {bound.n_answers} answers for {starts[-1]} examples.")
+    for one in inputs:
+        for each in plans:
+            each.compile(model.spec, one.spans, batch=len(one))
+    scores = torch.full((len(plans), int(starts[-1])), torch.nan)
+    partial = ""
+    with watched(progress) as show:
+        try:
+            for number, one in enumerate(inputs):
+                rows = slice(int(starts[number]), int(starts[number + 1]))
+                own = bound.chosen(range(rows.start, rows.stop)) if bound.n_answers > 1 else bound
+                trace = record(model, one)
+                require_numbers(measure_plans(trace, plans[:1], own)[0], bound.name, run="the run without a push")
+                measure_plans(trace, plans, own, budget_gb=budget_gb, into=scores[:, rows])
+                show("steering", number + 1, len(inputs))
+        except KeyboardInterrupt:
+            partial = interrupted(scores)
+    found = scores.double().numpy()
+    values = found[1:].T.reshape(-1, len(arms), len(strengths)).copy()
+    values[:, [i for i, arm in enumerate(arms.values()) if arm is None]] = np.nan
+    return Grid.of(
+        values,
+        axes={"arm": list(arms), "strength": [float(s) for s in strengths]},
+        baseline=found[0],
+        clusters=linked([sources(one, i) for one in inputs for i in range(len(one))]),
+        metric=bound.name,
+        unit=bound.unit,
+        direction=SIGN,
+        provenance=stamp(
+            method="steering",
+            model=model.name,
+            plan=[_said(edit) for edit in push],
+            controls={name: None if arm is None else [_said(edit) for edit in arm] for name, arm in arms.items()},
+            seed=seed,
+            partial=partial,
+            questions=[question for one in inputs for question in one.questions],
+            **bound.provenance(),
+        ),
+    )
+
+
+def reweighed(heads: Mapping[str | tuple[int, int], float | int], *, at: Any = "suffix", component: str = "z") -> Plan:
+    """Make a plan that scales heads.
+
+    Args:
+        heads: factor of each head, named "L4H2" or (4, 2); 0 silences it, 1 leaves it as it is.
+        at: positions: role names joined by `|`, a `Span`, or None for all, decoding included.
+        component: what is scaled, such as "z"; one with a head axis.
+
+    Returns:
+        The plan, heads of one layer and factor in one edit.
+
+    Raises:
+        InputError: no head, or a name that is none.
+    """
+    grouped: dict[tuple[int, float], list[int]] = {}
+    for name, factor in heads.items():
+        layer, head = head_named(name) if isinstance(name, str) else name
+        grouped.setdefault((int(layer), float(factor)), []).append(int(head))
+    if not grouped:
+        raise InputError("reweighed needs at least one head, such as {'L4H2': 0.0}.")
+    return Plan([scale(Site(component, layer, tuple(sorted(found)), at), f) for (layer, f), found in grouped.items()])
+
+
+def head_named(name: str) -> tuple[int, int]:
+    """Read a head's name.
+
+    Args:
+        name: such as "L4H2".
+
+    Returns:
+        Layer and head.
+
+    Raises:
+        InputError: another kind of name.
+    """
+    found = _HEAD.fullmatch(name.strip().replace(" ", ""))
+    if found is None:
+        raise InputError(f"{name!r} names no head; write layer and head, such as 'L4H2'.")
+    return int(found[1]), int(found[2])
+
+
+def mean_difference(
+    model: Any,
+    pair: Pair | Sequence[Pair],
+    *,
+    layer: int,
+    component: str = "resid_pre",
+    at: Any = "generation",
+    head: int | None = None,
+) -> Plan:
+    """Make a plan that adds the mean difference of two runs, clean minus corrupt.
+
+    Args:
+        model: a `HookedAVLLM`.
+        pair: aligned inputs, or several pairs; the difference is averaged over pairs and positions.
+        layer: where it is read and added.
+        component: what is read and written, such as "resid_pre", or "z" with a head.
+        at: positions: role names joined by `|`, or None for all.
+        head: one head of a component that has heads.
+
+    Returns:
+        The plan: one vector, added alike at each of the positions.
+
+    Raises:
+        InputError: no pair.
+        InterventionError: a layer, head or component that the model does not have.
+    """
+    pairs = [pair] if isinstance(pair, Pair) else list(pair)
+    if not pairs:
+        raise InputError("mean_difference needs at least one pair.")
+    site = Site(component, layer, head, at)
+    site.check(model.spec)
+    if site.is_edges or (site.has_heads and head is None):
+        raise InterventionError(f"mean_difference adds one vector; {component} needs a head, or is not one.")
+    found: list[Tensor] = []
+    with torch.no_grad():
+        for one in pairs:
+            kept = (run(model, side, capture=site).cache for side in (one.clean, one.corrupt))
+            clean, corrupt = (cache[hook_name(component, layer)] for cache in kept)
+            found.append((clean - corrupt).double().flatten(1, -2).mean(1))
+    vector = torch.cat(found).mean(0).float()
+    return Plan(add(site, vector[None, None]))
+
+
+def strengthened(plan: Plan, strength: float | int) -> Plan:
+    """Make a push weaker or stronger.
+
+    Args:
+        plan: edits that add, scale or zero.
+        strength: 0 changes nothing, 1 is the plan as written.
+
+    Returns:
+        The plan of that strength.
+
+    Raises:
+        InterventionError: the plan is empty, or holds an edit that has no strength.
+    """
+    return Plan([_strengthened(edit, float(strength)) for edit in _pushes(plan)])
+
+
+def random_push(model: Any, plan: Plan, *, seed: int, draw: int = 0) -> Plan | None:
+    """Draw a push of equal size: other heads of the same or the next layers, or other directions of the same norm.
+
+    Args:
+        model: a `HookedAVLLM`.
+        plan: the push that it is held against.
+        seed: of the drawing.
+        draw: which one.
+
+    Returns:
+        The plan; None where there is no such push: neither heads nor a vector, or no other heads.
+
+    Raises:
+        InterventionError: the plan is no push.
+    """
+    rng = np.random.default_rng([seed, draw])
+    pushes = list(_pushes(plan))
+    taken = {(e.site.component, e.site.layer, h) for e in pushes for h in e.site.heads or ()}
+    found: list[Edit] = []
+    for edit in pushes:
+        alike = not isinstance(edit.amount, Tensor) or edit.amount.numel() == 1
+        if edit.site.heads is not None and edit.kind != "add" and alike:
+            others = _elsewhere(edit, model.spec, taken, rng)
+            if not others:
+                return None
+            found += others
+        elif edit.kind == "add" and edit.value is not None:
+            drawn = torch.from_numpy(rng.standard_normal(tuple(edit.value.shape))).to(edit.value)
+            norm = edit.value.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True)
+            found.append(changed(edit, value=drawn * norm))
+        else:
+            return None
+    return Plan(found)
+
+
+def _pushes(plan: Plan) -> Iterator[Edit]:
+    if not len(plan):
+        raise InterventionError("the plan is empty: it has nothing to make stronger. Name heads to reweigh.")
+    for number, edit in enumerate(plan):
+        kind = edit.kind if isinstance(edit, Edit) else "cut"
+        if not isinstance(edit, Edit) or kind not in ("add", "scale", "zero"):
+            raise InterventionError(
+                f"edit {number} of the plan is a {kind}, which has no strength: a push adds, scales or zeroes. Measure "
+                "this plan as it is with sweep."
+            )
+        yield edit
+
+
+def _strengthened(edit: Edit, strength: float) -> Edit:
+    if edit.kind == "add":
+        assert edit.value is not None
+        return changed(edit, value=strength * edit.value)
+    amount = 0.0 if edit.kind == "zero" else edit.amount
+    return scale(edit.site, 1.0 + strength * (amount - 1.0))
+
+
+def _elsewhere(edit: Edit, spec: Any, taken: set[Any], rng: np.random.Generator) -> list[Edit]:
+    """The same edit on other heads, one for each of its own, drawn from layers at most one away while these last."""
+    site = edit.site
+    assert site.heads is not None
+    assert site.layer is not None
+    drawn: dict[int, list[int]] = {}
+    for _ in site.heads:
+        for distance in range(1, spec.n_layers + 1):
+            layers = range(max(0, site.layer - distance), min(spec.n_layers, site.layer + distance + 1))
+            heads = range(site.n_heads(spec))
+            free = [(at, h) for at in layers for h in heads if (site.component, at, h) not in taken]
+            if free:
+                layer, head = free[int(rng.integers(len(free)))]
+                taken.add((site.component, layer, head))
+                drawn.setdefault(layer, []).append(head)
+                break
+        else:
+            return []
+    return [changed(edit, site=changed(site, layer=at, head=tuple(sorted(h)))) for at, h in sorted(drawn.items())]
+
+
+def _said(edit: Any) -> str:
+    where = f"{edit.site.component} layer {edit.site.layer} head {edit.site.head} at {edit.site.positions}"
+    if edit.kind == "add":
+        return f"add a vector of norm {float(edit.value.norm(dim=-1).mean()):.4g} to {where}"
+    amount = 0.0 if edit.kind == "zero" else edit.amount
+    return f"scale {where} by {amount if isinstance(amount, float) else 'a tensor'}"
