@@ -9,6 +9,10 @@ logit difference is a sum of shares,
 positive where a part writes towards a. The unembedding's bias is a part of its own. `grid.effects` are the shares,
 `grid.baseline` the run's own logit difference, `grid.closure_error` what is missing (rounding only).
 
+`by="head span"` also asks what a head's write was made of: z = sum over source positions of attention x value, so its
+share splits exactly into what it moved from the sound, the picture, the question. `by="neuron"` splits every MLP into
+its hidden units. All hold on folded weights (`model.compatible()`) as well.
+
 Done only for differences of one-token logits: log-probabilities and pooled synonyms are not linear. A share is what a
 part writes *directly*; what later parts make of it counts as theirs.
 
@@ -32,8 +36,12 @@ from av_lens.results.grid import Grid
 from av_lens.results.provenance import linked, stamp
 from av_lens.runs.execution import Run, run
 from av_lens.runs.metrics import Metric, as_metric
+from av_lens.runs.recording import heads_first
+from av_lens.runs.sweeps import sources
+from av_lens.spans import ROLES
 
-BY = ("head", "layer", "component")
+BY = ("head", "layer", "component", "head span", "neuron")
+ELSEWHERE = "no source"
 SIGN = "direct shares of the logit difference at the generation position; positive: towards the first answer"
 
 
@@ -44,11 +52,13 @@ def direct_attribution(model: Any, x: Any, *, metric: Metric, by: str = "head") 
         model: a `HookedAVLLM`.
         x: an `AVInputs`, one example or a stack.
         metric: `logit_diff(a, b)` of one-token answers.
-        by: "head" (every head, every MLP), "layer" (every layer's attention and MLP), or "component" (all attention,
-            all MLPs).
+        by: "head" (every head, every MLP), "layer" (every layer's attention and MLP), "component" (all attention,
+            all MLPs), "head span" (every head's write by the role of the positions it read) or "neuron" (every MLP's
+            units).
 
     Returns:
-        A grid of shares `[example, part]`, whose parts are named "embed", "L3H5", "L3 attn bias", "L3 mlp", "bias".
+        A grid of shares `[example, part]`, whose parts are named "embed", "L3H5", "L3N17", "L3 attn bias", "L3 mlp",
+        "bias". By "head span" it has an axis `source` as well: a role for heads, "no source" for all else.
 
     Raises:
         InputError: a metric that is not linear in the logits, or an unknown `by`.
@@ -57,26 +67,28 @@ def direct_attribution(model: Any, x: Any, *, metric: Metric, by: str = "head") 
         raise InputError(unknown("way of sharing", by, BY))
     bound = as_metric(metric, model.tokenizer)
     first, second = linear_answers(bound, len(x))
-    layers = range(model.spec.n_layers)
-    sites = [Site("embed", positions="generation"), Site("final_scale", positions="generation")]
-    sites += [Site(c, layer, positions="generation") for c in ("z", "attn_out", "mlp_out") for layer in layers]
     with torch.no_grad():
-        out = run(model, x, capture=sites)
-        parts = written_parts(model, out, by)
+        out = run(model, x, capture=_sites(model, by))
+        parts = written_parts(model, out, by.split()[0])
         scale = out.cache[hook_name("final_scale")][:, 0].double()
-        weight = model.ln_final.original_component.weight.double()
         unembedding = model.W_U.double()
         direction = (unembedding[:, first] - unembedding[:, second]).T
-        shares = {name: ((part / scale) * weight * direction).sum(-1) for name, part in parts.items()}
+        reader = model.ln_final.original_component.weight.double() * direction / scale
+        shares = {name: (part * reader).sum(-1) for name, part in parts.items()}
         bias = model.b_U.double()
-        shares["bias"] = bias[first] - bias[second]
+        shares["bias"] = (bias[first] - bias[second]).expand(len(x))
+        if by == "neuron":
+            shares = _by_neuron(model, out, shares, reader)
+        values = torch.stack(list(shares.values()), dim=1)
+        axes: dict[str, Any] = {"part": list(shares)}
+        if by == "head span":
+            values, axes = _by_source(model, x, out, shares, reader)
         total = bound(out.logits).double()
-    values = torch.stack([share.expand(len(x)) for share in shares.values()], dim=1)
     return Grid.of(
         values.cpu().numpy(),
-        axes={"part": list(shares)},
+        axes=axes,
         baseline=total.cpu().numpy(),
-        clusters=linked([_sources(clip) for clip in x.clips]),
+        clusters=linked([sources(x, i) for i in range(len(x))]),
         metric=bound.name,
         unit=bound.unit,
         direction=SIGN,
@@ -85,6 +97,56 @@ def direct_attribution(model: Any, x: Any, *, metric: Metric, by: str = "head") 
             method="direct attribution", model=model.name, by=by, questions=list(x.questions), **bound.provenance()
         ),
     )
+
+
+def _sites(model: Any, by: str) -> list[Site]:
+    layers = range(model.spec.n_layers)
+    sites = [Site("embed", positions="generation"), Site("final_scale", positions="generation")]
+    sites += [Site(c, layer, positions="generation") for c in ("z", "attn_out", "mlp_out") for layer in layers]
+    if by == "neuron":
+        sites += [Site("mlp_post", layer, positions="generation") for layer in layers]
+    if by == "head span":
+        sites += [Site("pattern", layer, positions="generation") for layer in layers]
+        sites += [Site("v", layer) for layer in layers]
+    return sites
+
+
+def _by_neuron(model: Any, out: Run, shares: dict[str, Tensor], reader: Tensor) -> dict[str, Tensor]:
+    """Split every MLP's share into its units'; what is left (a bias, rounding) is a part of its own."""
+    found: dict[str, Tensor] = {}
+    for name, share in shares.items():
+        if not name.endswith(" mlp"):
+            found[name] = share
+            continue
+        layer = int(name.removesuffix(" mlp")[1:])
+        columns = model.bridge.blocks[layer].mlp.out.original_component.weight.double()
+        units = out.cache[hook_name("mlp_post", layer)][:, 0].double() * (reader @ columns)
+        found |= {f"L{layer}N{unit}": units[:, unit] for unit in range(units.shape[1])}
+        found[f"{name} bias"] = share - units.sum(1)
+    return found
+
+
+def _by_source(
+    model: Any, x: Any, out: Run, shares: dict[str, Tensor], reader: Tensor
+) -> tuple[Float[Tensor, "example part source"], dict[str, Any]]:
+    """Split every head's share by the role of the positions that it read; NaN where a part has no such source."""
+    roles = [role for role in ROLES if len(x.spans[role])]
+    names = list(shares)
+    values = torch.full((len(x), len(names), len(roles) + 1), torch.nan, dtype=torch.float64)
+    group = model.spec.n_heads // model.spec.n_kv_heads
+    for layer in range(model.spec.n_layers):
+        pattern = out.cache[hook_name("pattern", layer)][:, :, 0].double()
+        v = heads_first(out.cache[hook_name("v", layer)], "v").double().repeat_interleave(group, dim=1)
+        read = torch.einsum("hdm,bm->bhd", model.W_O[layer].double(), reader)
+        moved = pattern * torch.einsum("bhkd,bhd->bhk", v, read)
+        for number, role in enumerate(roles):
+            there = torch.from_numpy(x.spans[role].positions.copy()).to(moved.device)
+            for head in range(moved.shape[1]):
+                values[:, names.index(f"L{layer}H{head}"), number] = moved[:, head, there].sum(-1).cpu()
+    for number, name in enumerate(names):
+        if bool(values[:, number].isnan().all()):
+            values[:, number, -1] = shares[name].cpu()
+    return values, {"part": names, "source": [*roles, ELSEWHERE]}
 
 
 def linear_answers(metric: Metric, batch: int) -> tuple[Tensor, Tensor]:
@@ -117,7 +179,7 @@ def written_parts(model: Any, out: Run, by: str) -> dict[str, Float[Tensor, "bat
     Args:
         model: the model.
         out: a run that kept embed, z, attn_out and mlp_out at the generation position.
-        by: "head", "layer" or "component".
+        by: "head", "layer", "component" or "neuron".
 
     Returns:
         What each part wrote, in float64; they sum to the stream that enters the final norm.
@@ -140,7 +202,3 @@ def written_parts(model: Any, out: Run, by: str) -> dict[str, Float[Tensor, "bat
     for kind in ("attn", "mlp"):
         whole[kind] = torch.stack([part for name, part in parts.items() if name.endswith(kind)]).sum(0)
     return whole
-
-
-def _sources(clip: Any) -> list[str]:
-    return [] if clip is None else [found for found in (clip.picture_hash, clip.sound_hash) if found is not None]

@@ -8,14 +8,14 @@ import torch
 from small_av import small_inputs, small_model
 
 from av_lens.errors import InputError
-from av_lens.interventions import Plan, Site, add
+from av_lens.interventions import Plan, Site, add, zero
 from av_lens.methods import direct_attribution
 from av_lens.runs import each, log_prob, logit_diff, run
 
 METRIC = logit_diff("a", "b")
 
 
-@pytest.mark.parametrize("by", ["head", "layer", "component"])
+@pytest.mark.parametrize("by", ["head", "layer", "component", "head span", "neuron"])
 def test_shares_sum_to_the_logit_difference(by):
     grid = direct_attribution(small_model(), small_inputs(), metric=METRIC, by=by)
     assert float(abs(grid.closure_error).max()) < 1e-4
@@ -34,6 +34,38 @@ def test_heads_and_layers_are_the_same_sum():
         assert len(parts) == 4
         whole = heads.effects.sel(part=[*parts, f"L{layer} attn bias"]).sum("part")
         np.testing.assert_allclose(whole.values, layers.effects.sel(part=f"L{layer} attn").values, atol=1e-5)
+
+
+def test_what_a_head_moved_from_each_role_sums_to_the_head():
+    model, x = small_model(), small_inputs(sound="separate")
+    heads = direct_attribution(model, x, metric=METRIC, by="head")
+    split = direct_attribution(model, x, metric=METRIC, by="head span")
+    named = [name for name in heads.values.coords["part"].values.tolist() if "H" in name]
+    found = split.effects.sel(part=named)
+    np.testing.assert_allclose(found.sum("source").values, heads.effects.sel(part=named).values, atol=1e-6)
+    assert {"audio", "video", "question", "generation"} <= set(found.coords["source"].values.tolist())
+    assert bool(found.sel(source="no source").isnull().all())
+    # By hand: without the audio positions' values, a head writes its share less what it moved from the audio.
+    cut_off = Plan(zero(Site("v", 3, 1, "audio")))
+    with torch.no_grad():
+        z = run(model, x, plan=cut_off, capture=[Site("z", 3, head=3, positions="generation")]).cache["z", 3][:, 0, 0]
+        kept = run(model, x, capture=[Site("z", 3, head=3, positions="generation")]).cache["z", 3][:, 0, 0]
+        scale = run(model, x, capture=[Site("final_scale", positions="generation")]).cache["ln_final.hook_scale"][:, 0]
+    a, b = (model.tokenizer(word)["input_ids"][0] for word in "ab")
+    read = (model.W_U[:, a] - model.W_U[:, b]) * model.ln_final.original_component.weight / scale
+    by_hand = (((kept - z) @ model.W_O[3, 3]) * read).sum(-1).detach().numpy()
+    np.testing.assert_allclose(found.sel(part="L3H3", source="audio").values, by_hand, atol=1e-5)
+
+
+def test_the_units_of_an_mlp_sum_to_it():
+    layers, units = (
+        direct_attribution(small_model(), small_inputs(), metric=METRIC, by=by) for by in ("layer", "neuron")
+    )
+    names = [name for name in units.values.coords["part"].values.tolist() if name.startswith("L2N")]
+    assert len(names) == small_model().spec.d_mlp
+    np.testing.assert_allclose(
+        units.effects.sel(part=names).sum("part").values, layers.effects.sel(part="L2 mlp").values, atol=1e-6
+    )
 
 
 def test_a_share_is_what_taking_the_write_away_takes_at_a_frozen_norm():
