@@ -48,7 +48,8 @@ Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Measure this 
 Recording = Annotated[Path | None, typer.Option(help="A video with sound, for the shape that needs one.")]
 Threads = Annotated[int, typer.Option(help="Threads of PyTorch.")]
 Samples = Annotated[int, typer.Option(help="Patches of a slow loop that are timed.")]
-Repeats = Annotated[int, typer.Option(help="Rounds of which the median is taken.")]
+Rounds = Annotated[int, typer.Option(help="Quiet rounds of which the median is taken.")]
+Patience = Annotated[float, typer.Option(help="Seconds to wait, for each shape, until nobody else uses the machine.")]
 Memory = Annotated[bool, typer.Option(help="Measure peak memory too, each in a fresh process.")]
 BenchOut = Annotated[Path | None, typer.Option(help="Also write the record to this file, as json.")]
 Docs = Annotated[Path | None, typer.Option(help="Fill benchmarks.md and benchmarks.json in this folder.")]
@@ -153,7 +154,8 @@ def bench(
     recording: Recording = None,
     threads: Threads = _BENCH["threads"],
     samples: Samples = _BENCH["samples"],
-    repeats: Repeats = _BENCH["repeats"],
+    rounds: Rounds = _BENCH["rounds"],
+    patience: Patience = _BENCH["patience"],
     memory: Memory = _BENCH["memory"],
     out: BenchOut = None,
     docs: Docs = None,
@@ -165,9 +167,9 @@ def bench(
     from av_lens.studies.replay_benchmark import run_benchmark
 
     console.quiet_loading()
-    options: dict[str, Any] = {"threads": threads, "samples": samples, "repeats": repeats, "memory": memory}
+    options: dict[str, Any] = {"threads": threads, "samples": samples, "rounds": rounds, "memory": memory}
     with console.bars() as bars:
-        record = run_benchmark(shape, recording=recording, progress=bars, **options)
+        record = run_benchmark(shape, recording=recording, patience=patience, progress=bars, **options)
     for name, found in record.items():
         console.OUT.print(f"\n[bold]{name}[/bold]")
         if "skipped" in found:

@@ -10,16 +10,17 @@ of all ways are compared. What is measured:
     share of the bound  `replay_work`: bare products of the same row counts, over our sweep's replays
     memory              `replay_memory`: peak above what is resident after load, each in a fresh process
 
-Every figure is the median of several rounds; ways that are compared take turns within a round. "shared" means that
-everyone is given the towers' outputs. Times are this machine's; the ratios are what is claimed.
+Every figure is the median of rounds in which the machine did nothing else (`replay_timing`); ways that are compared
+take turns within a round. "shared" means that everyone is given the towers' outputs. Times are this machine's; the
+ratios are what is claimed.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -32,6 +33,7 @@ from av_lens.results.provenance import plain, stamp
 from av_lens.spans import Span
 from av_lens.studies.replay_memory import KINDS, fresh_peak
 from av_lens.studies.replay_peers import (
+    Loop,
     Patches,
     by_attribution,
     by_forward,
@@ -43,11 +45,11 @@ from av_lens.studies.replay_peers import (
     spread,
 )
 from av_lens.studies.replay_shapes import SHAPES, Case, Shape, build_case, shape_named
+from av_lens.studies.replay_timing import Stopwatch
 from av_lens.studies.replay_work import bare_seconds, flops, run_blocks, sweep_blocks, unembedding_flops
 
 Progress = Callable[[str, int, int], None]
 MODES = ("encoders", "shared")
-LONG = 4.0  # seconds: what takes longer is timed once
 
 
 def run_benchmark(
@@ -56,7 +58,8 @@ def run_benchmark(
     recording: str | Path | None = None,
     threads: int = 2,
     samples: int = 8,
-    repeats: int = 5,
+    rounds: int = 5,
+    patience: float = 60.0,
     memory: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -67,7 +70,8 @@ def run_benchmark(
         recording: a video with sound for the shape that needs one; without it, that shape is skipped and says so.
         threads: threads of PyTorch, set for the duration.
         samples: patches of a slow loop.
-        repeats: rounds of which the median is taken.
+        rounds: quiet rounds of which the median is taken.
+        patience: seconds that may be spent, for each shape, on waiting until nobody else uses the machine.
         memory: whether to measure memory too, in fresh processes.
         progress: called with (stage, done, total).
 
@@ -79,8 +83,8 @@ def run_benchmark(
     """
     names = list(SHAPES) if shapes is None else list(shapes)
     chosen = [shape_named(name) for name in names]
-    if samples < 1 or repeats < 1:
-        raise InputError(f"samples={samples} and repeats={repeats}: both must be at least 1.")
+    if samples < 1 or rounds < 1:
+        raise InputError(f"samples={samples} and rounds={rounds}: both must be at least 1.")
     tell = progress or (lambda stage, done, total: None)
     found: dict[str, Any] = {}
     with _threads(threads):
@@ -88,33 +92,29 @@ def run_benchmark(
             if shape.recording and (recording is None or not Path(recording).exists()):
                 found[shape.name] = {"skipped": f"needs a recording; {recording} is not there"}
                 continue
-            record = measure_shape(shape, recording=recording, samples=samples, repeats=repeats, progress=tell)
+            watch = Stopwatch(rounds, patience)
+            record = measure_shape(shape, watch, recording=recording, samples=samples, progress=tell)
             if memory:
-                peaks: dict[str, Any] = {}
-                for done, kind in enumerate(KINDS):
-                    tell(f"{shape.name}: memory", done, len(KINDS))
-                    peaks[kind] = fresh_peak(shape.name, kind, recording=recording, threads=threads)
-                tell(f"{shape.name}: memory", len(KINDS), len(KINDS))
-                record["memory"] = peaks
+                record["memory"] = _peaks(shape, recording, threads, rounds, tell)
             found[shape.name] = record
     return plain(found)
 
 
 def measure_shape(
     shape: Shape,
+    watch: Stopwatch,
     *,
     recording: str | Path | None = None,
     samples: int = 8,
-    repeats: int = 5,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure one shape, in this process and with the threads that are set.
 
     Args:
         shape: the shape.
+        watch: what times.
         recording: the file that a shape with a recording takes its prompt from.
         samples: patches of a slow loop.
-        repeats: rounds of which the median is taken.
         progress: called with (stage, done, total).
 
     Returns:
@@ -124,26 +124,26 @@ def measure_shape(
     case = build_case(shape, recording=recording)
     places = case.places()
     tell(shape.name, 0, len(places) + 1)
-    whole = measure_whole(case, Patches.at(case, places["generation"]), repeats)
+    whole = measure_whole(case, Patches.at(case, places["generation"]), watch)
     trace = case.model.trace(case.x)
     records: list[dict[str, Any]] = []
     for number, (name, place) in enumerate(places.items()):
         tell(shape.name, number + 1, len(places) + 1)
         modes = MODES if shape.thorough or name == "generation" else MODES[1:]
         stride = shape.stride if name.startswith("first") else 1
-        found = measure_place(case, place, trace, modes=modes, stride=stride, samples=samples, repeats=repeats)
+        found = measure_place(case, place, trace, watch, modes=modes, stride=stride, samples=samples)
         records.append({"place": name, **found})
     tell(shape.name, len(places) + 1, len(places) + 1)
-    return {"header": _header(case, samples, repeats), "whole": whole, "places": records}
+    return {"header": _header(case, samples, watch), "whole": whole, "places": records}
 
 
-def measure_whole(case: Case, patches: Patches, repeats: int) -> dict[str, Any]:
+def measure_whole(case: Case, patches: Patches, watch: Stopwatch) -> dict[str, Any]:
     """Time what is paid once: a forward, attribution, our recorded run, and it with all heads after it.
 
     Args:
         case: the model and its prompts.
         patches: of the generation position.
-        repeats: rounds.
+        watch: what times.
 
     Returns:
         For each way seconds with "encoders" and "shared", and the work and bare seconds of the recorded run.
@@ -158,17 +158,17 @@ def measure_whole(case: Case, patches: Patches, repeats: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: {} for name in ways}
     for mode in MODES:
         with _mode(case, mode):
-            for name, seconds in in_turns(ways, repeats).items():
+            for name, seconds in watch.in_turns(ways).items():
                 found[name][mode] = seconds
     spec, n = case.model.spec, len(case.x.spans)
     blocks = run_blocks(n_layers=spec.n_layers, n=n)
     found["run_gflop"] = flops(blocks, spec) / 1e9
-    found["run_bare"] = bare_seconds(blocks, spec, case.model.dtype, repeats=repeats)
+    found["run_bare"] = bare_seconds(blocks, spec, case.model.dtype, watch)
     return found
 
 
 def measure_place(
-    case: Case, place: Span, trace: Any, *, modes: Sequence[str], stride: int, samples: int, repeats: int
+    case: Case, place: Span, trace: Any, watch: Stopwatch, *, modes: Sequence[str], stride: int, samples: int
 ) -> dict[str, Any]:
     """Patch every head at one place, by us and by the peers, and compare results and times.
 
@@ -176,10 +176,10 @@ def measure_place(
         case: the model and its prompts.
         place: the positions that are patched together.
         trace: the recorded run of the prompt.
+        watch: what times.
         modes: whether the peers run their towers ("encoders"), are given their outputs ("shared"), or both.
         stride: every so manyth head is patched by us.
         samples: patches of the peers.
-        repeats: rounds of ours.
 
     Returns:
         Counts, seconds per patch, the largest differences, work and bare seconds.
@@ -188,20 +188,20 @@ def measure_place(
     heads = patches.heads(stride=stride)
     chosen = spread(heads, samples)
     sampled = [heads[number] for number in chosen]
-    seconds, values = repeated(lambda: by_replay(patches, heads, trace), repeats)
-    loops: dict[str, Callable[..., torch.Tensor]] = {"transformer_lens": by_transformer_lens}
+    values = by_replay(patches, heads, trace)
+    seconds = watch.time(lambda: by_replay(patches, heads, trace))
+    loops = {"transformer_lens": by_transformer_lens(patches)}
     if has_nnsight():
-        loops["nnsight"] = by_nnsight
+        loops["nnsight"] = by_nnsight(patches)
     peers: dict[str, dict[str, float]] = {name: {} for name in loops}
     gaps: dict[str, float] = {}
     for mode in modes:
         with _mode(case, mode):
             for name, loop in loops.items():
-                loop(patches, sampled[:1])
-                begun = time.perf_counter()
-                theirs = loop(patches, sampled)
-                peers[name][mode] = (time.perf_counter() - begun) / len(sampled)
-                gap = float((values[chosen].double() - theirs.double()).abs().max())
+                theirs: list[torch.Tensor] = []
+                works = [partial(_kept, loop, head, theirs) for head in sampled]
+                peers[name][mode] = watch.each(works)
+                gap = float((values[chosen].double() - torch.stack(theirs[1:]).double()).abs().max())
                 gaps[name] = max(gap, gaps.get(name, 0.0))
     spec, n = case.model.spec, len(case.x.spans)
     blocks = sweep_blocks(heads, patches.rows, n_layers=spec.n_layers, n=n)
@@ -216,46 +216,23 @@ def measure_place(
         "gaps": gaps,
         "largest_effect": float((values.double() - baseline).abs().max()),
         "gflop": (flops(blocks, spec) + unembedding_flops(len(heads), spec)) / 1e9,
-        "bare": bare_seconds(blocks, spec, case.model.dtype, repeats=repeats),
+        "bare": bare_seconds(blocks, spec, case.model.dtype, watch),
     }
 
 
-def in_turns(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Time several ways, one after another in each round, after one round that is not counted.
-
-    Args:
-        ways: name to what is done.
-        repeats: rounds.
-
-    Returns:
-        Name to the median of its seconds.
-    """
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(repeats + 1):
-        for name, work in ways.items():
-            begun = time.perf_counter()
-            work()
-            if number:
-                found[name].append(time.perf_counter() - begun)
-    return {name: median(seconds) for name, seconds in found.items()}
+def _kept(loop: Loop, head: tuple[int, int], found: list[torch.Tensor]) -> None:
+    found.append(loop([head])[0])
 
 
-def repeated(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """Time one thing several times; what takes long, once.
-
-    Args:
-        work: what is done.
-        repeats: how often, after one time that is not counted.
-
-    Returns:
-        The median of the seconds, and what the work returned.
-    """
-    begun = time.perf_counter()
-    value = work()
-    first = time.perf_counter() - begun
-    if first > LONG:
-        return first, value
-    return in_turns({"work": work}, repeats)["work"], value
+def _peaks(shape: Shape, recording: str | Path | None, threads: int, rounds: int, tell: Progress) -> dict[str, Any]:
+    """Peak memory of each thing: the median of several fresh processes."""
+    found: dict[str, Any] = {}
+    for done, kind in enumerate(KINDS):
+        tell(f"{shape.name}: memory", done, len(KINDS))
+        several = [fresh_peak(shape.name, kind, recording=recording, threads=threads) for _ in range(min(rounds, 3))]
+        found[kind] = {name: median(one[name] for one in several) for name in ("resident", "peak")}
+    tell(f"{shape.name}: memory", len(KINDS), len(KINDS))
+    return found
 
 
 @contextmanager
@@ -272,7 +249,7 @@ def _mode(case: Case, mode: str) -> Any:
     return shared_encoders(case) if mode == "shared" else nullcontext()
 
 
-def _header(case: Case, samples: int, repeats: int) -> dict[str, Any]:
+def _header(case: Case, samples: int, watch: Stopwatch) -> dict[str, Any]:
     """What a reader must know to judge the figures."""
     spec, config, spans = case.model.spec, case.hf_model.config, case.x.spans
     made = stamp(
@@ -288,7 +265,9 @@ def _header(case: Case, samples: int, repeats: int) -> dict[str, Any]:
         threads=torch.get_num_threads(),
         layers_averaged=spec.n_layers,
         samples=samples,
-        rounds=repeats,
+        rounds=watch.rounds,
+        figures=watch.figures,
+        disturbed=watch.disturbed,
     )
     made["versions"]["nnsight"] = metadata.version("nnsight") if has_nnsight() else "not installed"
     return made

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from importlib import import_module, util
 from typing import Any
@@ -31,6 +31,7 @@ from av_lens.runs.metrics import logit_diff
 from av_lens.spans import Span
 from av_lens.studies.replay_shapes import Case
 
+Loop = Callable[[Sequence[tuple[int, int]]], Tensor]
 _FEATURES = ("get_audio_features", "get_video_features")
 
 
@@ -109,21 +110,19 @@ def by_replay(patches: Patches, heads: Sequence[tuple[int, int]], trace: Any) ->
     return trace.score(plans, logit_diff(*patches.case.answers))[:, 0]
 
 
-@torch.no_grad()
-def by_transformer_lens(patches: Patches, heads: Sequence[tuple[int, int]]) -> Float[Tensor, "patch"]:
+def by_transformer_lens(patches: Patches) -> Loop:
     """Patch heads by TransformerLens's own loop.
 
     Args:
         patches: what is written.
-        heads: the heads.
 
     Returns:
-        The metric under each patch.
+        Heads to the metric under each patch.
     """
     import pandas
     from transformer_lens import patching
 
-    loop: Any = patching.generic_activation_patch  # its overloads do not know an `index_df` of one's own
+    sweep: Any = patching.generic_activation_patch  # its overloads do not know an `index_df` of one's own
     bound = patches.case.model.bound(patches.case.x)
     cache: Any = {hook_name("z", layer): value for layer, value in enumerate(patches.given)}
     first, second = patches.case.answers
@@ -132,16 +131,16 @@ def by_transformer_lens(patches: Patches, heads: Sequence[tuple[int, int]]) -> F
         activation[:, patches.rows, index[1]] = given[:, :, index[1]]
         return activation
 
-    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        return loop(
-            bound,
-            bound.ids,
-            cache,
-            lambda logits: (logits[:, -1, first] - logits[:, -1, second])[0],
-            write,
-            "z",
-            index_df=pandas.DataFrame(list(heads), columns=["layer", "head"]),
-        )
+    def metric(logits: Tensor) -> Tensor:
+        return (logits[:, -1, first] - logits[:, -1, second])[0]
+
+    @torch.no_grad()
+    def loop(heads: Sequence[tuple[int, int]]) -> Tensor:
+        listed = pandas.DataFrame(list(heads), columns=["layer", "head"])
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            return sweep(bound, bound.ids, cache, metric, write, "z", index_df=listed)
+
+    return loop
 
 
 def has_nnsight() -> bool:
@@ -153,28 +152,31 @@ def has_nnsight() -> bool:
     return util.find_spec("nnsight") is not None
 
 
-@torch.no_grad()
-def by_nnsight(patches: Patches, heads: Sequence[tuple[int, int]]) -> Float[Tensor, "patch"]:
+def by_nnsight(patches: Patches) -> Loop:
     """Patch heads by nnsight on HuggingFace's model.
 
     Args:
         patches: what is written.
-        heads: the heads.
 
     Returns:
-        The metric under each patch.
+        Heads to the metric under each patch.
     """
     case = patches.case
     wrapped: Any = import_module("nnsight").NNsight(case.hf_model)
     tensors, width, rows = dict(case.x.tensors), case.model.spec.d_head, patches.rows
-    found: list[Tensor] = []
-    for layer, head in heads:
-        given, start, end = patches.given[layer][:, :, head], head * width, (head + 1) * width
-        with wrapped.trace(**tensors):
-            wrapped.model.language_model.layers[layer].self_attn.o_proj.input[:, rows, start:end] = given
-            logits = wrapped.lm_head.output[:, -1].save()
-        found.append(logits[0, case.answers[0]] - logits[0, case.answers[1]])
-    return torch.stack(found)
+
+    @torch.no_grad()
+    def loop(heads: Sequence[tuple[int, int]]) -> Tensor:
+        found: list[Tensor] = []
+        for layer, head in heads:
+            given, start, end = patches.given[layer][:, :, head], head * width, (head + 1) * width
+            with wrapped.trace(**tensors):
+                wrapped.model.language_model.layers[layer].self_attn.o_proj.input[:, rows, start:end] = given
+                logits = wrapped.lm_head.output[:, -1].save()
+            found.append(logits[0, case.answers[0]] - logits[0, case.answers[1]])
+        return torch.stack(found)
+
+    return loop
 
 
 def by_attribution(patches: Patches) -> Float[Tensor, "layer head"]:

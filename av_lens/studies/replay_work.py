@@ -24,14 +24,14 @@ without masks. The share of the bound that a sweep reaches is bare seconds over 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
 from torch.nn import functional
+
+from av_lens.studies.replay_timing import Stopwatch
 
 PIECE = 4096  # rows of a product that is timed; larger ones are made of such pieces
 
@@ -149,19 +149,19 @@ def unembedding_flops(plans: int, spec: Any, *, answers: int = 2) -> int:
     return 2 * plans * answers * spec.d_model
 
 
-def bare_seconds(blocks: Sequence[Block], spec: Any, dtype: torch.dtype, *, repeats: int = 5) -> dict[str, float]:
+def bare_seconds(blocks: Sequence[Block], spec: Any, dtype: torch.dtype, watch: Stopwatch) -> dict[str, float]:
     """Time the bare products of these row counts, one after another, on this machine.
 
     Args:
         blocks: from `sweep_blocks` or `run_blocks`.
         spec: the model's sizes.
         dtype: precision.
-        repeats: runs of which the median is taken.
+        watch: what times them; sizes that it knows are not timed again.
 
     Returns:
         Seconds of "products" and of "attention".
     """
-    timer = _Timer(dtype, repeats)
+    timer = _Timer(dtype, watch)
     queries, keys = spec.n_heads * spec.d_head, spec.n_kv_heads * spec.d_head
     products = attention = 0.0
     for block in blocks:
@@ -176,11 +176,10 @@ def bare_seconds(blocks: Sequence[Block], spec: Any, dtype: torch.dtype, *, repe
 
 
 class _Timer:
-    """Times bare operations, each size once."""
+    """Times bare operations."""
 
-    def __init__(self, dtype: torch.dtype, repeats: int) -> None:
-        self.dtype, self.repeats = dtype, repeats
-        self.known: dict[tuple[Any, ...], float] = {}
+    def __init__(self, dtype: torch.dtype, watch: Stopwatch) -> None:
+        self.dtype, self.watch = dtype, watch
 
     def product(self, rows: int, inner: int, outer: int) -> float:
         """Seconds of `[rows, inner] @ [inner, outer]`, the weight stored as a layer stores it."""
@@ -192,7 +191,7 @@ class _Timer:
             left, weight = self._made(timed, inner), self._made(outer, inner)
             return lambda: functional.linear(left, weight)
 
-        return factor * self._seconds(("product", timed, inner, outer), make)
+        return factor * self.watch.known(("product", timed, inner, outer), make)
 
     def attention(self, block: Block, spec: Any) -> float:
         """Seconds of the attention of a block's plans: on the recorded rows, shared, and on each plan's own."""
@@ -203,10 +202,10 @@ class _Timer:
         best = 0.0
         if block.prefix:
             shape = (1, spec.n_kv_heads, group * plans * block.queries, width, block.prefix)
-            best += min(self._seconds((way, *shape), self._maker(way, shape)) for way in ("fused", "plain"))
+            best += min(self.watch.known((way, *shape), self._maker(way, shape)) for way in ("fused", "plain"))
         shape = (plans, spec.n_kv_heads, group * block.queries, width, block.own)
         ways = ("fused", "plain") if block.queries == 1 else ("fused", "plain", "causal")
-        best += min(self._seconds((way, *shape), self._maker(way, shape, group)) for way in ways)
+        best += min(self.watch.known((way, *shape), self._maker(way, shape, group)) for way in ways)
         return best * block.plans / plans
 
     def _maker(self, way: str, shape: tuple[int, ...], group: int = 1) -> Callable[[], Callable[[], Any]]:
@@ -224,18 +223,6 @@ class _Timer:
             return lambda: torch.softmax(q @ k.transpose(-1, -2), dim=-1) @ v
 
         return make
-
-    def _seconds(self, key: tuple[Any, ...], make: Callable[[], Callable[[], Any]]) -> float:
-        if key not in self.known:
-            work = make()
-            work()
-            found: list[float] = []
-            for _ in range(self.repeats):
-                begun = time.perf_counter()
-                work()
-                found.append(time.perf_counter() - begun)
-            self.known[key] = median(found)
-        return self.known[key]
 
     def _made(self, *shape: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)

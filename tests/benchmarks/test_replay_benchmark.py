@@ -26,6 +26,7 @@ from av_lens.studies.replay_peers import (
     spread,
 )
 from av_lens.studies.replay_shapes import SHAPES, Shape, build_case
+from av_lens.studies.replay_timing import Stopwatch
 from av_lens.studies.replay_work import bare_seconds, flops, run_blocks, sweep_blocks, unembedding_flops
 
 MINI = Shape("mini", grid=(2, 2), question="123", n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_mlp=128)
@@ -40,7 +41,7 @@ def mini_case():
 
 @cache
 def mini_record():
-    return measure_shape(MINI, samples=3, repeats=1)
+    return measure_shape(MINI, Stopwatch(rounds=1, patience=0.0, shortest=0.0), samples=3)
 
 
 def test_every_way_gives_the_same_numbers():
@@ -111,9 +112,11 @@ def test_work_of_the_recorded_run():
 
 def test_bare_seconds_are_those_of_the_blocks():
     blocks = sweep_blocks(ALL, [1], n_layers=2, n=3)
-    found = bare_seconds(blocks, HAND, torch.float32, repeats=1)
+    watch = Stopwatch(rounds=1, patience=0.0, shortest=0.0)
+    found = bare_seconds(blocks, HAND, torch.float32, watch)
     assert found["products"] > 0 < found["attention"]
-    assert bare_seconds([], HAND, torch.float32) == {"products": 0.0, "attention": 0.0}
+    assert bare_seconds(blocks, HAND, torch.float32, watch) == found, "a size that is known is not timed again"
+    assert bare_seconds([], HAND, torch.float32, watch) == {"products": 0.0, "attention": 0.0}
 
 
 def test_slow_loops_are_sampled_over_layers_and_heads():
@@ -175,7 +178,7 @@ def test_the_page_is_filled_from_the_record_and_keeps_other_shapes(tmp_path):
 @pytest.mark.parametrize("name", [*SHAPES])
 def test_on_real_shapes_every_way_gives_the_same_numbers(name, request, capsys):
     recording = request.getfixturevalue("real_clip_path") if SHAPES[name].recording else None
-    found = measure_shape(SHAPES[name], recording=recording, samples=8, repeats=1)
+    found = measure_shape(SHAPES[name], Stopwatch(rounds=1), recording=recording, samples=8)
     rough = found["header"]["dtype"] == "bfloat16"
     with capsys.disabled():
         print(f"\n{replay_tables.page_tables({name: found})}")
