@@ -17,6 +17,7 @@ _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
 _TRAIN = signature("organism.courses", "train")
 _BENCH = signature("studies.replay_benchmark", "run_benchmark")
+_GENERATE = signature("runs.wrapper", "HookedAVLLM.generate")
 
 Model = Annotated[str, typer.Argument(help="A short name (`av-lens models` lists them), a hub name or a local folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out: cuda if the model fits, else cpu.")]
@@ -53,6 +54,12 @@ Patience = Annotated[float, typer.Option(help="Seconds to wait, for each shape, 
 Memory = Annotated[bool, typer.Option(help="Measure peak memory too, each in a fresh process.")]
 BenchOut = Annotated[Path | None, typer.Option(help="Also write the record to this file, as json.")]
 Docs = Annotated[Path | None, typer.Option(help="Fill benchmarks.md and benchmarks.json in this folder.")]
+
+PlanFile = Annotated[Path | None, typer.Option(help="A saved plan of edits to answer under (`plan.save` writes one).")]
+Prefix = Annotated[str, typer.Option(help="Text of the assistant that the answer goes on from.")]
+NewTokens = Annotated[int, typer.Option(help="Answer with at most so many tokens.")]
+Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
+SampleSeed = Annotated[int, typer.Option(help="What sampling draws from.")]
 
 
 def demo(
@@ -127,6 +134,40 @@ def inspect(
     if csv is not None:
         frame.to_csv(csv, index=False)
         _say_path(csv)
+
+
+def generate(
+    model: Model,
+    clip: Media,
+    question: Question,
+    plan: PlanFile = _GENERATE["plan"],
+    max_new_tokens: NewTokens = _GENERATE["max_new_tokens"],
+    sample: Sample = _GENERATE["do_sample"],
+    seed: SampleSeed = 0,
+    prefix: Prefix = _ENCODE["prefix"],
+    sound: Sound = _ENCODE["sound"],
+    picture: Picture = _ENCODE["picture"],
+    fps: Rate = _ENCODE["fps"],
+    start: Start = _LOAD_CLIP["start"],
+    end: End = _LOAD_CLIP["end"],
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Let MODEL answer a question about CLIP; with --plan, once as it is and once under the plan's edits."""
+    from av_lens.interventions import Plan
+    from av_lens.media import load_clip
+
+    loaded = _load(model, device=device, dtype=dtype)
+    edits = None if plan is None else Plan.load(plan, model=loaded)
+    read = load_clip(clip, start=start, end=end)
+    x = loaded.encode(read, question, sound=_absent(sound), picture=_absent(picture), fps=fps, prefix=prefix)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": sample, "seed": seed if sample else None}
+    said = {"as it is": loaded.generate(x, return_type="text", **options)}
+    if edits is not None:
+        said["under the plan"] = loaded.generate(x, plan=edits, return_type="text", **options)
+    console.OUT.print(f"{model}: {x.questions[0]!r}", markup=False, soft_wrap=True)
+    for name, text in said.items():
+        console.OUT.print(f"{name + ':':15} {prefix}{text}".rstrip(), markup=False, soft_wrap=True)
 
 
 def models() -> None:

@@ -1,4 +1,4 @@
-"""The command line: `av-lens demo | isolate | inspect | models | train`.
+"""The command line: `av-lens demo | isolate | inspect | generate | models | train`.
 
 Every default is read from the function that does the work; what av_lens refuses is printed as one message, with exit
 code 2 and no traceback (`--debug` shows it). Nothing heavy is imported before a command needs it.
@@ -62,6 +62,7 @@ def options(
 app.command()(commands.demo)
 app.command()(commands.isolate)
 app.command()(commands.inspect)
+app.command()(commands.generate)
 app.command()(commands.models)
 app.command()(commands.train)
 app.command()(commands.bench)

@@ -38,17 +38,17 @@ from torch import Tensor
 
 from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import InputError, InterventionError
-from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 from av_lens.interventions import Edit, Plan, Site, add, scale
 from av_lens.results.grid import Grid
-from av_lens.results.provenance import linked, stamp
+from av_lens.results.provenance import stamp
+from av_lens.runs.examples import Examples
 from av_lens.runs.execution import run
 from av_lens.runs.finite import require_numbers
 from av_lens.runs.measurement import measure_plans
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.progress import Progress, watched
-from av_lens.runs.sweeps import interrupted, sources
+from av_lens.runs.sweeps import interrupted
 from av_lens.runs.traces import record
 
 SIGN = "metric under the push minus metric without; positive: the push raises the metric"
@@ -57,13 +57,14 @@ _HEAD = re.compile(r"L(\d+)H(\d+)")
 
 def steer(
     model: Any,
-    x: AVInputs | Sequence[AVInputs],
+    x: Any,
     *,
     plan: Plan | str | Path,
     metric: Metric | Callable[..., Any],
     strengths: Sequence[float | int] = (0.0, 0.5, 1.0, 2.0),
     n_random: int = 3,
     seed: int = 0,
+    stack: int = 16,
     budget_gb: float | int = 1.0,
     progress: Progress | bool | None = None,
 ) -> Grid:
@@ -71,12 +72,13 @@ def steer(
 
     Args:
         model: a `HookedAVLLM`.
-        x: one input, a stack, or several of different layouts.
+        x: an `AVInputs` (one example or a stack), a `Conflict` (its cell va), or several of either.
         plan: the push, or the file of a saved one: edits that add, scale or zero.
         metric: `logit_diff(...)` and its like, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
         strengths: multiples of the push; 0 leaves the run as it is, 1 is the plan as written.
         n_random: how many random pushes.
         seed: draws them.
+        stack: examples that run together.
         budget_gb: memory for the activations of plans that run together.
         progress: called as `progress(stage, done, total)`; True shows a bar with the time left.
 
@@ -84,43 +86,44 @@ def steer(
         A grid over `[example, arm, strength]`, its baseline the run without a push. Interrupted, it holds what is done.
 
     Raises:
-        InputError: no input, strengths that are not finite numbers, or a metric that is NaN without a push.
+        InputError: nothing given, strengths that are not finite numbers, or a metric that is NaN without a push.
         InterventionError: the plan is empty, holds an edit without a strength, or does not fit.
     """
-    inputs = [x] if isinstance(x, AVInputs) else list(x)
-    if not inputs or not len(strengths) or not np.isfinite(list(strengths)).all():
-        raise InputError(f"steer needs at least one input and finite strengths; got {len(inputs)} and {strengths!r}.")
+    examples = Examples.of(model, x)
+    if not len(strengths) or not np.isfinite(list(strengths)).all():
+        raise InputError(f"steer needs strengths, finite numbers such as (0, 0.5, 1, 2); got {strengths!r}.")
     push = plan if isinstance(plan, Plan) else Plan.load(plan, model=model)
     arms = {"plan": push} | {f"random {i + 1}": random_push(model, push, seed=seed, draw=i) for i in range(n_random)}
     plans = [Plan()] + [Plan() if arm is None else strengthened(arm, s) for arm in arms.values() for s in strengths]
     bound = as_metric(metric, model.tokenizer)
-    starts = np.cumsum([0, *map(len, inputs)])
-    if bound.n_answers not in (1, starts[-1]):
-        raise InputError(f"{bound.name} names {bound.n_answers} answers for {starts[-1]} examples.")
-    for one in inputs:
+    if bound.n_answers not in (1, len(examples)):
+        raise InputError(f"{bound.name} names {bound.n_answers} answers for {len(examples)} examples.")
+    for one in examples.inputs:
         for each in plans:
             each.compile(model.spec, one.spans, batch=len(one))
-    scores = torch.full((len(plans), int(starts[-1])), torch.nan)
+    scores = torch.full((len(plans), len(examples)), torch.nan)
     partial = ""
     with watched(progress) as show:
         try:
-            for number, one in enumerate(inputs):
-                rows = slice(int(starts[number]), int(starts[number + 1]))
-                own = bound.chosen(range(rows.start, rows.stop)) if bound.n_answers > 1 else bound
-                trace = record(model, one)
+            for rows, one in examples.stacks(stack):
+                trace, own = record(model, one), bound.chosen(rows.tolist()) if bound.n_answers > 1 else bound
                 require_numbers(measure_plans(trace, plans[:1], own)[0], bound.name, run="the run without a push")
-                measure_plans(trace, plans, own, budget_gb=budget_gb, into=scores[:, rows])
-                show("steering", number + 1, len(inputs))
+                found = torch.full((len(plans), len(one)), torch.nan)
+                try:
+                    measure_plans(trace, plans, own, budget_gb=budget_gb, into=found)
+                finally:
+                    scores[:, rows] = found
+                show("steering", int((~scores[-1].isnan()).sum()), len(examples))
         except KeyboardInterrupt:
             partial = interrupted(scores)
-    found = scores.double().numpy()
-    values = found[1:].T.reshape(-1, len(arms), len(strengths)).copy()
+    numbers = scores.double().numpy()
+    values = numbers[1:].T.reshape(-1, len(arms), len(strengths)).copy()
     values[:, [i for i, arm in enumerate(arms.values()) if arm is None]] = np.nan
     return Grid.of(
         values,
         axes={"arm": list(arms), "strength": [float(s) for s in strengths]},
-        baseline=found[0],
-        clusters=linked([sources(one, i) for one in inputs for i in range(len(one))]),
+        baseline=numbers[0],
+        clusters=examples.clusters,
         metric=bound.name,
         unit=bound.unit,
         direction=SIGN,
@@ -131,7 +134,7 @@ def steer(
             controls={name: None if arm is None else [_said(edit) for edit in arm] for name, arm in arms.items()},
             seed=seed,
             partial=partial,
-            questions=[question for one in inputs for question in one.questions],
+            questions=examples.questions,
             **bound.provenance(),
         ),
     )

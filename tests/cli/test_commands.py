@@ -253,3 +253,51 @@ def test_inspect_prints_every_span_with_its_times(run, tmp_path, monkeypatch):
     every = run("inspect", "tiny", path, "--question", "What do you hear?", "--all")
     assert every.exit_code == 0
     assert len(every.stdout.splitlines()) > len(frame)
+
+
+class TestGenerate:
+    """The tiny model's answer to a clip, as it is and under a plan file."""
+
+    @pytest.fixture
+    def asked(self, run, tmp_path, monkeypatch):
+        from tiny import tiny_clip, tiny_model
+
+        model = tiny_model()
+        monkeypatch.setattr("av_lens.runs.load", lambda name, **options: model)
+        tiny_clip().save(tmp_path / "clip.mp4")
+        words = ("generate", "tiny", tmp_path / "clip.mp4", "--question", "What?", "--max-new-tokens", 4)
+        return model, lambda *more: run(*words, *more)
+
+    def test_both_answers_are_those_of_generate(self, asked, tmp_path):
+        import av_lens as avl
+
+        model, ask = asked
+        plan = avl.Plan(avl.zero(avl.Site("mlp_out", 2, positions="suffix")))
+        path = plan.save(tmp_path / "plan.json", model=model)
+        result = ask("--plan", path)
+        assert result.exit_code == 0, result.output
+        x = model.encode(avl.load_clip(tmp_path / "clip.mp4"), "What?")
+        plain, edited = (model.generate(x, max_new_tokens=4, return_type="text", plan=p) for p in (None, plan))
+        assert plain != edited
+        said = result.stdout.split("as it is:", 1)[1]
+        assert [part.strip() for part in said.split("under the plan:")] == [plain.strip(), edited.strip()]
+
+    def test_a_plan_for_another_model_is_refused_before_anything_runs(self, asked, tmp_path):
+        import json
+
+        import av_lens as avl
+
+        model, ask = asked
+        path = avl.Plan(avl.zero(avl.Site("mlp_out", 2))).save(tmp_path / "plan.json", model=model)
+        changed = json.loads(path.read_text())
+        changed["model"]["n_heads"] = 28
+        path.write_text(json.dumps(changed))
+        result = ask("--plan", path)
+        assert result.exit_code == 2
+        assert "was made for external with n_heads = 28" in result.stderr
+        assert "as it is" not in result.stdout
+
+    def test_sampling_draws_from_the_seed(self, asked):
+        _, ask = asked
+        said = [ask("--sample", "--seed", seed).stdout for seed in (1, 1, 2)]
+        assert said[0] == said[1] != said[2]

@@ -105,7 +105,7 @@ def test_refusals():
         steer(model, x, plan=Plan(replace(Site("z", 1), torch.zeros(16))), metric=METRIC)
     with pytest.raises(InterventionError, match="layer 7 is past the end"):
         steer(model, x, plan=reweighed({"L7H0": 0.0}), metric=METRIC)
-    with pytest.raises(InputError, match="finite strengths"):
+    with pytest.raises(InputError, match="steer needs strengths, finite numbers"):
         steer(model, x, plan=reweighed(PUSH), metric=METRIC, strengths=(float("nan"),))
     with pytest.raises(InputError, match=r"metric .*lambda.* is NaN or infinite on the run without a push for 1 of 1"):
         steer(model, x, plan=reweighed(PUSH), metric=lambda logits: logits[:, -1, 0] * torch.nan)
