@@ -48,17 +48,22 @@ _HOMES = {
     "zero": "interventions",
     "kl": "runs",
     "log_prob": "runs",
+    "logit": "runs",
     "logit_diff": "runs",
     "measure": "runs",
     "prob": "runs",
     "rank": "runs",
     "run": "runs",
     "sweep": "runs",
+    "attention_flow": "methods",
+    "find_sinks": "methods",
     "direct_attribution": "methods",
+    "edge_attribution": "methods",
     "patch": "methods",
     "mean_difference": "methods",
     "reweighed": "methods",
     "steer": "methods",
+    "EdgeScores": "results",
     "Grid": "results",
     "Isolation": "results",
     "isolate": "isolation",
@@ -72,6 +77,7 @@ __all__ = [
     "Clip",
     "ClipFile",
     "Conflict",
+    "EdgeScores",
     "Edit",
     "Grid",
     "HookedAVLLM",
@@ -83,16 +89,20 @@ __all__ = [
     "SpanMap",
     "__version__",
     "add",
+    "attention_flow",
     "check_model",
     "conflicts",
     "cut",
     "direct_attribution",
+    "edge_attribution",
     "errors",
+    "find_sinks",
     "isolate",
     "kl",
     "load",
     "load_clip",
     "log_prob",
+    "logit",
     "logit_diff",
     "mean",
     "mean_difference",
@@ -122,9 +132,31 @@ if TYPE_CHECKING:
     from av_lens.interventions import Edit, Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
     from av_lens.isolation import isolate
     from av_lens.media import Clip, ClipFile, load_clip
-    from av_lens.methods import direct_attribution, mean_difference, patch, reweighed, steer
-    from av_lens.results import Grid, Isolation
-    from av_lens.runs import HookedAVLLM, check_model, kl, load, log_prob, logit_diff, measure, prob, rank, run, sweep
+    from av_lens.methods import (
+        attention_flow,
+        direct_attribution,
+        edge_attribution,
+        find_sinks,
+        mean_difference,
+        patch,
+        reweighed,
+        steer,
+    )
+    from av_lens.results import EdgeScores, Grid, Isolation
+    from av_lens.runs import (
+        HookedAVLLM,
+        check_model,
+        kl,
+        load,
+        log_prob,
+        logit,
+        logit_diff,
+        measure,
+        prob,
+        rank,
+        run,
+        sweep,
+    )
     from av_lens.spans import Span, SpanMap
 
 

@@ -1,0 +1,185 @@
+"""Attention flow: which roles does each role read, layer by layer?
+
+    weight="attention"   mass(Q, K) = mean over q in Q of the sum over k in K of p[q, k]          (sums to 1 over roles)
+    weight="value"       mass(Q, K) = mean over q in Q of the sum over k in K of p[q, k] |v_k W_O|
+
+The second weighs each edge by the norm of what it moves: an attention sink has much of the first and little of the
+second. Both are sums over keys: a role with many positions gets much by its size alone, so compare the same role
+between layers, questions or models. Nothing is edited and no sign is involved: the values are the masses, the grid's
+baseline is 0. Each layer's pattern is reduced to role sums inside the run and let go of.
+
+`sinks=True` takes the media positions that the suffix reads over 10 times the mean (protocol section 3) out of their
+roles and shows them as a role of their own. `max_new_tokens=` lets the model answer first; the queries
+`"generation|generated"` are then those that produced the answer's tokens, as in the study.
+
+Source: the study (arXiv 2604.02605) for masses by role; Kobayashi et al. (2020) for the norm. Not done: attention over
+several layers (rollout). Attention is no evidence of use: cut the edges (`knockout`) to see whether they matter.
+
+    >>> flow = attention_flow(model, x, queries=("question", "generation"), by="layer")       # doctest: +SKIP
+    >>> flow.mean().sel(query="generation", key="video"), flow.interval()                     # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from av_lens.checks import require_choice
+from av_lens.errors import InputError
+from av_lens.inputs.model_inputs import AVInputs
+from av_lens.results.grid import Grid
+from av_lens.results.provenance import stamp
+from av_lens.runs.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, incoming_mass, sink_positions
+from av_lens.runs.examples import Examples, as_list
+from av_lens.runs.progress import Progress, watched
+from av_lens.runs.role_words import SINKS, named_span
+from av_lens.runs.sweeps import interrupted
+from av_lens.spans import ROLES, Span, SpanMap
+
+BY = ("layer", "head")
+UNITS = {"attention": "share of attention", "value": "norm of what is moved"}
+
+
+def attention_flow(
+    model: Any,
+    x: Any,
+    *,
+    queries: str | Sequence[str] = "generation",
+    by: str = "layer",
+    weight: str = "attention",
+    sinks: bool | Span = False,
+    max_new_tokens: int = 0,
+    stack: int = 16,
+    budget_gb: float | int = 1.0,
+    progress: Progress | bool | None = None,
+) -> Grid:
+    """Measure how much attention each role pays to each other role.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: an `AVInputs`, conflicts (their cell `va` is taken), or several of either, also of different layouts.
+        queries: who reads: role names joined by `|`, one expression or several.
+        by: "layer" (the mean over heads) or "head" (every head by itself).
+        weight: "attention" or "value" (times the norm of what is moved).
+        sinks: show sinks as a role of their own: True finds them in these inputs, a `Span` names them.
+        max_new_tokens: let the model answer greedily first, with at most so many tokens.
+        stack: examples that run together, at most.
+        budget_gb: memory for the attention of one layer.
+        progress: called as `progress(stage, done, total)`; True shows a bar.
+
+    Returns:
+        A grid over `[example, query, key, layer]` (and `head`); NaN where an example lacks a role.
+
+    Raises:
+        InputError: an unknown role, weight or `by`, or a query that no example has.
+    """
+    require_choice("by", by, BY)
+    require_choice("weight", weight, WEIGHTS)
+    asked = as_list(queries)
+    examples = Examples.of(model, x)
+    if max_new_tokens:
+        examples = _answered(model, examples, max_new_tokens, stack)
+    _require_queries(asked, examples)
+    size = examples.stack_size(model, stack, budget_gb)
+    roles = [role for role in ROLES if any(role in one.spans.roles for one in examples.inputs)]
+    keys = [*roles, SINKS] if sinks is not False else roles
+    spec = model.spec
+    values = np.full((len(examples), len(asked), len(keys), spec.n_layers, spec.n_heads), np.nan)
+    partial, done, found_sinks = "", 0, dict[str, list[int]]()
+    with watched(progress) as show:
+        try:
+            for positions, parts in _by_layout(model, examples, size, sinks):
+                for rows, inputs in parts:
+                    values[rows] = _masses(model, inputs, asked, keys, positions, weight)
+                    done += len(rows)
+                    show("attention flow", done, len(examples))
+                    found_sinks[f"{inputs.layout}, {len(inputs.spans)} positions"] = list(positions)
+        except KeyboardInterrupt:
+            partial = interrupted(torch.from_numpy(values))
+    axes: dict[str, Any] = {"query": asked, "key": keys, "layer": np.arange(spec.n_layers)}
+    return Grid.of(
+        values if by == "head" else values.mean(-1),
+        axes=axes | ({"head": np.arange(spec.n_heads)} if by == "head" else {}),
+        baseline=np.zeros(len(examples)),
+        clusters=examples.clusters,
+        metric=f"attention flow ({weight})",
+        unit=UNITS[weight],
+        direction="what the query reads from the key; no edit, so the effects are the values",
+        provenance=stamp(
+            method="attention flow",
+            model=model.name,
+            weight=weight,
+            by=by,
+            max_new_tokens=max_new_tokens,
+            sinks=found_sinks if sinks is not False else "left in their roles",
+            sink_times=SINK_TIMES,
+            partial=partial,
+            questions=examples.questions,
+        ),
+    )
+
+
+def _require_queries(asked: Sequence[str], examples: Examples) -> None:
+    if not asked:
+        raise InputError("queries names nothing: name at least one role, such as 'generation'.")
+    for words in asked:
+        if not any(len(named_span(words, x.spans)) for x in examples.inputs):
+            hint = " Give max_new_tokens to let the model answer first." if "generated" in words else ""
+            raise InputError(f"queries={words!r}: no input has such a position; look at x.spans.{hint}")
+
+
+def _by_layout(
+    model: Any, examples: Examples, size: int, sinks: bool | Span
+) -> list[tuple[list[int], list[tuple[np.ndarray, AVInputs]]]]:
+    """Group the stacks by layout, each group with its sinks: one set of positions for all examples of a layout."""
+    groups: list[tuple[SpanMap, list[tuple[np.ndarray, AVInputs]]]] = []
+    for rows, inputs in examples.stacks(size):
+        for spans, parts in groups:
+            if spans.layout_difference(inputs.spans) is None:
+                parts.append((rows, inputs))
+                break
+        else:
+            groups.append((inputs.spans, [(rows, inputs)]))
+    found: list[tuple[list[int], list[tuple[np.ndarray, AVInputs]]]] = []
+    for spans, parts in groups:
+        positions: list[int] = []
+        if isinstance(sinks, Span):
+            positions = spans.span(sinks.positions.tolist()).positions.tolist()
+        elif sinks:
+            incoming = np.concatenate([incoming_mass(model, inputs).numpy() for _, inputs in parts])
+            positions = sink_positions(incoming, spans).tolist()
+        found.append((positions, parts))
+    return found
+
+
+def _masses(
+    model: Any, x: AVInputs, asked: Sequence[str], keys: Sequence[str], sinks: Sequence[int], weight: str
+) -> np.ndarray:
+    """One stack's masses `[example, query, key, layer, head]`."""
+    apart = set(sinks)
+    queries = {words: named_span(words, x.spans).positions.tolist() for words in asked}
+    groups = {
+        key: list(sinks) if key == SINKS else [p for p in x.spans[key].positions.tolist() if p not in apart]
+        for key in keys
+    }
+    mass = attention_mass(model, x, queries, keys=groups, weight=weight).numpy().astype(np.float64)
+    counts = np.array([len(positions) or np.nan for positions in queries.values()])
+    present = [np.nan if key != SINKS and key not in x.spans.roles else 1.0 for key in keys]
+    found = mass / counts[:, None] * np.array(present)
+    return np.moveaxis(found, (3, 4), (1, 2))
+
+
+def _answered(model: Any, examples: Examples, n: int, stack: int) -> Examples:
+    """Put the model's own greedy answer after every prompt, up to its end; its last token produced nothing."""
+    answered: dict[int, AVInputs] = {}
+    for rows, inputs in examples.stacks(stack):
+        tokens = model.generate(inputs, max_new_tokens=n)[:, len(inputs.spans) :]
+        ends = set(np.atleast_1d(model.hf_model.generation_config.eos_token_id or []).tolist())
+        for i, row in enumerate(rows.tolist()):
+            length = next((k + 1 for k, token in enumerate(tokens[i].tolist()) if token in ends), n)
+            new = tokens[i : i + 1, : min(length, tokens.shape[1]) - 1]
+            answered[row] = inputs[i].continued(new) if new.shape[1] else inputs[i]
+    return Examples(tuple(answered[row] for row in range(len(examples))))

@@ -1,0 +1,279 @@
+"""Attention sinks: which media positions does the questioner read far more than the others, and who else reads them?
+
+    incoming(k)  = sum over layers, heads and queries q of the suffix of p[q, k] |v_k W_O|
+    k is a sink    where incoming(k), averaged over examples, is over 10 times its mean over media positions
+
+(protocol section 3). For each sink, from the plain attention that later media positions pay to it, over all layers and
+heads, with V the mean over later picture positions and A the mean over later sound positions:
+
+    score(k) = (V - A) / (V + A)      1: read by the picture alone, -1: read by the sound alone
+
+A sink that its own modality reads much more (score of at least 0.5 towards it) is unimodal, another is cross-modal: it
+stands where sound and picture meet. Where no later position of one modality exists (a sound after its whole picture)
+the score is NaN and the sink undetermined; the released code has 0 there. The cut at 0.5 is a convention of ours: the
+paper's was not found.
+
+Dimensions: at a sink the stream is often carried by a few huge coordinates. Layer by layer, dimension d is a sink
+dimension where the mean over sinks of |x_d| / rms(x) is over 10 times its mean over dimensions; none is written down in
+advance, as none would hold for another model. `elsewhere` is the same mean over the other media positions.
+
+The control: cut the same edges with and without the sinks (`knockout(edges="media - sinks -> question")`), and the
+share of examples in which a position passes by itself. Positions mean the same only within one layout.
+
+Source: "Probing Cross-modal Information Hubs" (arXiv 2605.10815) for the score, from its released code; Sun et al.
+(2024) for the dimensions. Not done: that paper's causal tracing (patch the sinks instead).
+
+    >>> found = find_sinks(model, conflicts)                                                   # doctest: +SKIP
+    >>> found.table, found.of("cross-modal"), Plan(cut("question", found.span))               # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from av_lens.bridge.hook_names import hook_name
+from av_lens.checks import require_choice
+from av_lens.errors import InputError
+from av_lens.inputs.model_inputs import AVInputs
+from av_lens.results.grid import Grid
+from av_lens.results.provenance import stamp
+from av_lens.runs.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, incoming_mass, sink_positions
+from av_lens.runs.examples import Examples
+from av_lens.runs.execution import logits_of
+from av_lens.runs.progress import Progress, watched
+from av_lens.spans import Span, SpanMap
+
+KINDS = ("unimodal", "cross-modal", "undetermined")
+READERS = {"picture": "video|image", "sound": "audio"}
+
+
+@dataclass(frozen=True, eq=False)
+class Sinks:
+    """The sinks of one layout.
+
+    Attributes:
+        span: their positions; fit for cuts and sites. `x.spans.media - span` is the rest.
+        table: one row for each: `position token role start_s incoming times examples read_by_picture read_by_sound
+            score kind`; `times` is incoming over its mean, `examples` the share of examples in which it passes alone.
+        dimensions: one row for each layer and sink dimension: `layer dimension at_sinks elsewhere`.
+        incoming: incoming attention, `[example, pos]`.
+        provenance: how they were found.
+    """
+
+    span: Span
+    table: pd.DataFrame
+    dimensions: pd.DataFrame
+    incoming: Grid
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.span)
+
+    def of(self, kind: str) -> Span:
+        """Choose the sinks of one kind.
+
+        Args:
+            kind: "unimodal", "cross-modal" or "undetermined".
+
+        Returns:
+            Their span, possibly empty.
+
+        Raises:
+            InputError: an unknown kind.
+        """
+        require_choice("kind of sink", kind, KINDS)
+        chosen = self.table.loc[self.table["kind"] == kind, "position"]
+        return Span(np.asarray(chosen, dtype=np.int64), self.span.source)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{kind} {(self.table['kind'] == kind).sum()}" for kind in KINDS) if len(self) else "none"
+        return f"Sinks({len(self)} positions: {counts}; {len(self.dimensions)} sink dimensions)"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.table.to_html(index=False)}"
+
+
+def find_sinks(
+    model: Any,
+    x: Any,
+    *,
+    times: float | int = SINK_TIMES,
+    weight: str = "value",
+    unimodal_from: float | int = 0.5,
+    dimension_times: float | int = 10.0,
+    stack: int = 16,
+    budget_gb: float | int = 1.0,
+    progress: Progress | bool | None = None,
+) -> Sinks:
+    """Find the sink positions and sink dimensions of these inputs.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: an `AVInputs`, conflicts (their cell `va` is taken), or several of either, all of one layout.
+        times: how many times the mean over media positions a sink must receive.
+        weight: "value" (the protocol's: the norm of what is moved) or "attention".
+        unimodal_from: from this score towards its own modality on, a sink is unimodal.
+        dimension_times: how many times the mean over dimensions a sink dimension must carry at the sinks.
+        stack: examples that run together, at most.
+        budget_gb: memory for the attention of one layer.
+        progress: called as `progress(stage, done, total)`; True shows a bar.
+
+    Returns:
+        The sinks; none may be found, and then `span` is empty.
+
+    Raises:
+        InputError: inputs without media or of several layouts, or an unknown weight.
+    """
+    require_choice("weight", weight, WEIGHTS)
+    examples = Examples.of(model, x)
+    spans = _one_layout(examples)
+    stacks = list(examples.stacks(examples.stack_size(model, stack, budget_gb)))
+    incoming = np.zeros((len(examples), len(spans)))
+    total = 3 * len(stacks)
+    with watched(progress) as show:
+        for done, (rows, inputs) in enumerate(stacks, 1):
+            incoming[rows] = incoming_mass(model, inputs, weight=weight).numpy()
+            show("sinks", done, total)
+        found = spans.span(sink_positions(incoming, spans, times=times).tolist())
+        table, dimensions = _table(spans, found, incoming, times), _dimensions_frame([])
+        if len(found):
+            show("sinks", 2 * len(stacks), total)
+            scores = _read_by([_later_reading(model, inputs, found) for _, inputs in stacks], len(examples))
+            table = table.assign(**scores)
+            dimensions = _dimensions(model, [inputs for _, inputs in stacks], found, dimension_times)
+        show("sinks", total, total)
+    table["kind"] = [_kind(row["role"], row["score"], unimodal_from) for row in table.to_dict("records")]
+    made = stamp(
+        method="sinks",
+        model=model.name,
+        times=times,
+        weight=weight,
+        unimodal_from=unimodal_from,
+        dimension_times=dimension_times,
+        sinks=found.positions.tolist(),
+        questions=examples.questions,
+    )
+    grid = Grid.of(
+        incoming,
+        axes={"pos": np.arange(len(spans))},
+        baseline=np.zeros(len(examples)),
+        clusters=examples.clusters,
+        metric=f"attention of the suffix ({weight}), all layers and heads",
+        unit="norm of what is moved" if weight == "value" else "attention",
+        direction="what the suffix reads from each position; no edit, so the effects are the values",
+        provenance=made,
+    )
+    return Sinks(found, table, dimensions, grid, made)
+
+
+def _one_layout(examples: Examples) -> SpanMap:
+    first = examples.inputs[0].spans
+    for number, x in enumerate(examples.inputs):
+        at = first.layout_difference(x.spans)
+        if at is not None:
+            raise InputError(
+                f"input {number} has another layout than the first (they differ from position {at} on), and a sink is "
+                "a position: find the sinks of one layout at a time."
+            )
+    for words in ("media", "suffix"):
+        if not len(first[words]):
+            raise InputError(
+                f"these inputs have no {words}; sinks are media positions that the suffix reads: {first!r}."
+            )
+    return first
+
+
+def _table(spans: SpanMap, found: Span, incoming: Float[np.ndarray, "example pos"], times: float | int) -> pd.DataFrame:
+    media, sinks = spans.media.positions, found.positions
+    mean = incoming.mean(0)
+    alone = incoming[:, sinks] > times * incoming[:, media].mean(1, keepdims=True)
+    nothing = np.full(len(sinks), np.nan)
+    columns = {
+        "position": sinks,
+        "token": [spans.tokens[p] for p in sinks],
+        "role": [spans.roles[p] for p in sinks],
+        "start_s": spans.start_s[sinks],
+        "incoming": mean[sinks],
+        "times": mean[sinks] / mean[media].mean(),
+        "examples": alone.mean(0),
+    }
+    return pd.DataFrame(columns | dict.fromkeys(("read_by_picture", "read_by_sound", "score"), nothing))
+
+
+def _later_reading(model: Any, x: AVInputs, found: Span) -> Float[np.ndarray, "reader sink"]:
+    """What later media positions pay to each sink: the mean over readers, heads and layers, summed over examples."""
+    roles = {words: x.spans[words].positions for words in READERS.values()}
+    later = {(words, sink): [p for p in every.tolist() if p > sink] for words, every in roles.items() for sink in found}
+    groups = {f"{words} {sink}": readers for (words, sink), readers in later.items()}
+    mass = attention_mass(model, x, groups, keys={str(sink): [sink] for sink in found})
+    summed = mass.mean((1, 2)).sum(0).double().numpy().reshape(len(READERS), len(found), len(found))
+    counts = np.array([len(readers) or np.nan for readers in later.values()]).reshape(len(READERS), len(found))
+    return np.diagonal(summed, axis1=1, axis2=2) / counts
+
+
+def _read_by(summed: list[Float[np.ndarray, "reader sink"]], n: int) -> dict[str, np.ndarray]:
+    picture, sound = np.sum(summed, axis=0) / n
+    with np.errstate(invalid="ignore"):
+        score = (picture - sound) / (picture + sound)
+    return {"read_by_picture": picture, "read_by_sound": sound, "score": score}
+
+
+def _kind(role: str, score: float, unimodal_from: float | int) -> str:
+    if np.isnan(score):
+        return "undetermined"
+    own = -score if role == "audio" else score
+    return "unimodal" if own >= unimodal_from else "cross-modal"
+
+
+@torch.no_grad()
+def _dimensions(model: Any, stacks: list[AVInputs], found: Span, times: float | int) -> pd.DataFrame:
+    """Compare, layer by layer and dimension by dimension, the stream at the sinks with that at other media."""
+    spans = stacks[0].spans
+    groups = (found.positions, (spans.media - found).positions)
+    layers = range(model.spec.n_layers)
+    sums = torch.zeros(len(layers), 2, model.spec.d_model, dtype=torch.float64)
+
+    def adding(layer: int) -> Callable[..., None]:
+        def add(stream: Tensor, hook: Any = None) -> None:
+            del hook
+            for number, positions in enumerate(groups):
+                if len(positions):
+                    sums[layer, number] += carried(stream[:, positions.copy()]).mean(1).sum(0).double().cpu()
+
+        return add
+
+    for x in stacks:
+        logits_of(model, x, [(hook_name("resid_pre", layer), adding(layer)) for layer in layers], torch.tensor([0]))
+    here, elsewhere = (sums / sum(len(x) for x in stacks)).unbind(1)
+    passes = here > times * here.mean(-1, keepdim=True)
+    rows = [
+        (layer, d, float(here[layer, d]), float(elsewhere[layer, d]) if len(groups[1]) else np.nan)
+        for layer, d in passes.nonzero().tolist()
+    ]
+    return _dimensions_frame(rows)
+
+
+def _dimensions_frame(rows: list[tuple[int, int, float, float]]) -> pd.DataFrame:
+    frame = pd.DataFrame(rows, columns=["layer", "dimension", "at_sinks", "elsewhere"])
+    return frame.astype({"layer": int, "dimension": int, "at_sinks": float, "elsewhere": float})
+
+
+def carried(stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    """Say how much of the stream each dimension carries: |x_d| / rms(x).
+
+    Args:
+        stream: the residual stream.
+
+    Returns:
+        Numbers whose squares average 1 over dimensions.
+    """
+    wide = stream.detach().float()
+    return wide.abs() / wide.pow(2).mean(-1, keepdim=True).sqrt()
