@@ -7,6 +7,7 @@ example its own.
     score(answer)     one token: its logit; synonyms: logsumexp of theirs;
                       several tokens: the teacher-forced summed log-probability, then for both answers
     logit_diff(a, b)  score(a) - score(b): positive where a is preferred
+    logit(a)          score(a) by itself
     log_prob(a)       log P(a); prob(a) = P(a), in [0, 1]
     rank(a)           how many tokens are likelier than a, 0 for the top; of several tokens the worst
     kl(reference)     KL(reference || run) in nats, mean over the asked positions
@@ -45,8 +46,16 @@ from av_lens.runs.scores import (
     worst_rank,
 )
 
-Kind = Literal["logit_diff", "log_prob", "prob", "rank", "kl", "custom"]
-UNITS = {"logit_diff": "logit", "log_prob": "nat", "prob": "probability", "rank": "tokens", "kl": "nat", "custom": ""}
+Kind = Literal["logit_diff", "logit", "log_prob", "prob", "rank", "kl", "custom"]
+UNITS = {
+    "logit_diff": "logit",
+    "logit": "logit",
+    "log_prob": "nat",
+    "prob": "probability",
+    "rank": "tokens",
+    "kl": "nat",
+    "custom": "",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,11 +188,25 @@ class Metric:
         Returns:
             A metric that reads logits of these tokens alone, and the tokens; this metric and None where it reads all.
         """
-        if self.kind != "logit_diff" or self.teacher_forced:
+        if self.kind not in ("logit_diff", "logit") or self.teacher_forced:
             return self, None
         tokens = torch.unique(torch.cat([ids.flatten() for ids in self._bound()]).clamp(min=0))
         places = tuple(torch.searchsorted(tokens, ids).masked_fill(ids < 0, -1) for ids in self._bound())
         return replace(self, ids=places), tokens
+
+    def by_answer(self) -> tuple[Metric, Metric]:
+        """Split a difference into the scores of its two answers.
+
+        Returns:
+            Each answer's score, as a metric of its own.
+
+        Raises:
+            InputError: the metric is no difference of two answers.
+        """
+        if self.kind != "logit_diff":
+            raise InputError(f"{self.name} is not a difference of two answers: use logit_diff(a, b).")
+        first, second = (logit(asked) for asked in self.asked)
+        return first, second
 
     def continuations(self, batch: int) -> list[Int64[Tensor, "batch token"]]:
         """List the token sequences that have to be run after the prompt, for answers of several tokens.
@@ -289,6 +312,18 @@ def logit_diff(a: Asked, b: Asked) -> Metric:
         The metric, in logits (differences of log-probabilities for answers of several tokens).
     """
     return Metric("logit_diff", (a, b))
+
+
+def logit(a: Asked) -> Metric:
+    """Measure one answer's score: its logit, logsumexp over synonyms.
+
+    Args:
+        a: the answer.
+
+    Returns:
+        The metric, in logits (a log-probability for an answer of several tokens).
+    """
+    return Metric("logit", (a,))
 
 
 def log_prob(a: Asked) -> Metric:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from av_lens.errors import InputError, unknown
 from av_lens.inputs.model_inputs import AVInputs
@@ -22,24 +24,36 @@ from av_lens.inputs.pairs import Pair
 from av_lens.interventions.sites import resolve_positions
 from av_lens.spans import ROLES, Span, SpanMap
 
-AXES = ("layer", "head", "span", "pos", "window:SECONDSs", "box:ROWSxCOLS")
+UNITS = ("layer", "head", "group", "layers:WIDTH", "pair", "coalition:ORDERS")
+AXES = (*UNITS, "span", "pos", "window:SECONDSs", "box:ROWSxCOLS")
+
+Head = tuple[int, int]
+Edited = tuple[int, tuple[int, ...] | None]
+"""A layer and the heads of it that are edited, or None for all of it."""
 
 
 @dataclass(frozen=True)
 class Axes:
-    """What is iterated: heads or not, and how positions are cut.
+    """What is iterated: layers, heads or sets of them, and how positions are cut.
 
     Attributes:
-        heads: whether every head is patched by itself.
+        unit: "layer", "head", "group", "layers", "pair" or "coalition".
+        width: layers of a window, or random orders of a coalition.
         places: the name of the axis of positions, or None where all are edited together.
         seconds: the length of a window, for windows.
         box: rows and columns of a box in picture tokens, for boxes.
     """
 
-    heads: bool
+    unit: str
+    width: int = 1
     places: str | None = None
     seconds: float = 0.0
     box: tuple[int, int] = (0, 0)
+
+    @property
+    def heads(self) -> bool:
+        """Whether heads are told apart."""
+        return self.unit not in ("layer", "layers")
 
     @classmethod
     def parsed(cls, over: str) -> Axes:
@@ -54,23 +68,78 @@ class Axes:
         Raises:
             InputError: an unknown axis, or two axes of positions.
         """
-        words = over.split()
         places: list[dict[str, Any]] = []
-        for word in words:
-            if word.startswith("window:"):
+        units: list[dict[str, Any]] = []
+        for word in over.split():
+            name, _, size = word.partition(":")
+            if name == "window" and size:
                 places.append({"places": "window", "seconds": _seconds(word)})
-            elif word.startswith("box:"):
+            elif name == "box" and size:
                 places.append({"places": "box", "box": _box(word)})
             elif word in ("span", "pos"):
                 places.append({"places": word})
-            elif word not in ("layer", "head"):
+            elif word in ("head", "group", "pair"):
+                units.append({"unit": word})
+            elif name in ("layers", "coalition") and size:
+                units.append({"unit": name, "width": _count(word, size)})
+            elif word != "layer":
                 raise InputError(unknown("axis", word, AXES))
-        if not words or len(places) > 1 or not {"layer", "head"} & set(words):
+        if len(places) > 1 or len(units) > 1 or not (units or "layer" in over.split()):
             raise InputError(
-                f"over={over!r}: name layer or head, and at most one of span, pos, window:0.5s, box:4x4; such as "
-                "'layer head' or 'layer span'."
+                f"over={over!r}: name one of layer, head, group, layers:3, pair, coalition:32, and at most one of "
+                "span, pos, window:0.5s, box:4x4; such as 'layer head' or 'layer span'."
             )
-        return cls("head" in words, **(places[0] if places else {}))
+        found: dict[str, Any] = {"unit": "layer"}
+        for given in (*units, *places):
+            found |= given
+        return cls(**found)
+
+    def targets(
+        self, spec: Any, n_heads: int, *, heads: Sequence[Head] | None = None, seed: int = 0
+    ) -> tuple[dict[str, Any], list[tuple[Edited, ...]]]:
+        """List what is edited together, in turn.
+
+        Args:
+            spec: the model's sizes.
+            n_heads: heads of the component that is edited.
+            heads: the heads of which pairs and coalitions are made; None for all.
+            seed: of a coalition's random orders.
+
+        Returns:
+            The labels of each axis, and what is edited for each of their combinations in order; for coalitions the
+            growing sets of every order.
+
+        Raises:
+            InputError: heads that the model has not, too few of them, or a window wider than the model.
+        """
+        layers = range(spec.n_layers)
+        if self.unit == "layer":
+            return {"layer": np.arange(spec.n_layers)}, [((layer, None),) for layer in layers]
+        if self.unit == "layers":
+            if self.width > spec.n_layers:
+                raise InputError(f"layers:{self.width} is wider than the model, which has {spec.n_layers} layers.")
+            windows = [range(first, first + self.width) for first in range(spec.n_layers - self.width + 1)]
+            labels = [f"{window[0]}-{window[-1]}" for window in windows]
+            return {"layers": labels}, [tuple((layer, None) for layer in window) for window in windows]
+        numbered = {"layer": np.arange(spec.n_layers), "head": np.arange(n_heads)}
+        if self.unit == "head":
+            return numbered, [((layer, (head,)),) for layer in layers for head in range(n_heads)]
+        if self.unit == "group":
+            size = n_heads // spec.n_kv_heads
+            groups = [tuple(range(g * size, (g + 1) * size)) for g in range(spec.n_kv_heads)]
+            return {"layer": numbered["layer"], "group": np.arange(spec.n_kv_heads)}, [
+                ((layer, group),) for layer in layers for group in groups
+            ]
+        chosen = _chosen_heads(heads, spec.n_layers, n_heads)
+        if self.unit == "pair":
+            pairs = list(combinations(chosen, 2))
+            return {"pair": ["+".join(f"L{layer}H{head}" for layer, head in pair) for pair in pairs]}, [
+                together(pair) for pair in pairs
+            ]
+        orders = random_orders(chosen, self.width, seed)
+        return numbered | {"figure": ["estimate", "error"]}, [
+            together(order[: i + 1]) for order in orders for i in range(len(order))
+        ]
 
     def cut(self, spans: SpanMap, at: str | Span | None) -> list[tuple[Any, tuple[int, ...]]]:
         """Cut the positions into the places that are patched in turn.
@@ -125,23 +194,81 @@ class Axes:
             raise InputError(f"these inputs have different {self.places}s; take one layout at a time.")
         return places, labels
 
-    def labelled(self, n_heads: int, labels: list[Any], n_layers: int) -> tuple[tuple[int, ...], dict[str, Any]]:
-        """Name the axes after example.
 
-        Args:
-            n_heads: heads of a layer.
-            labels: the places.
-            n_layers: layers.
+def together(heads: Sequence[Head]) -> tuple[Edited, ...]:
+    """Group heads by layer.
 
-        Returns:
-            The shape of the axes, and their labels.
-        """
-        found: dict[str, Any] = {"layer": np.arange(n_layers)}
-        if self.heads:
-            found["head"] = np.arange(n_heads)
-        if self.places is not None:
-            found[self.places] = labels
-        return tuple(len(labels) for labels in found.values()), found
+    Args:
+        heads: (layer, head) pairs.
+
+    Returns:
+        Each layer with its heads.
+    """
+    layers = sorted({layer for layer, _ in heads})
+    return tuple((layer, tuple(sorted(head for at, head in heads if at == layer))) for layer in layers)
+
+
+def random_orders(heads: Sequence[Head], n: int, seed: int) -> list[list[Head]]:
+    """Draw orders of heads, each followed by its reverse: antithetic orders halve much of the error.
+
+    Args:
+        heads: the heads.
+        n: how many orders.
+        seed: of the draw.
+
+    Returns:
+        The orders.
+    """
+    rng = np.random.default_rng(seed)
+    orders: list[list[Head]] = []
+    for _ in range((n + 1) // 2):
+        order = [heads[i] for i in rng.permutation(len(heads))]
+        orders += [order, order[::-1]]
+    return orders[:n]
+
+
+def shapley(
+    gains: Float[np.ndarray, "order step"], orders: Sequence[Sequence[Head]], shape: tuple[int, int]
+) -> Float[np.ndarray, "layer head figure"]:
+    """Average each head's gain over orders.
+
+    Args:
+        gains: what each step of each order added.
+        orders: the heads in the order in which they were added.
+        shape: layers and heads of the model.
+
+    Returns:
+        The estimate and its standard error over orders (an order and its reverse count once); NaN at other heads.
+    """
+    found = np.full((*shape, 2), np.nan)
+    if not len(orders):
+        return found
+    by_head: dict[Head, list[float]] = {}
+    for order, steps in zip(orders, gains, strict=True):
+        for head, gain in zip(order, steps, strict=True):
+            by_head.setdefault(head, []).append(float(gain))
+    for head, seen in by_head.items():
+        pairs = [float(np.mean(seen[i : i + 2])) for i in range(0, len(seen), 2)]
+        error = np.std(pairs, ddof=1) / np.sqrt(len(pairs)) if len(pairs) > 1 else np.nan
+        found[head] = (np.mean(seen), error)
+    return found
+
+
+def _chosen_heads(heads: Sequence[Head] | None, n_layers: int, n_heads: int) -> list[Head]:
+    everything = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    chosen = everything if heads is None else [(int(layer), int(head)) for layer, head in heads]
+    for head in chosen:
+        if head not in everything:
+            raise InputError(f"head {head} is out of range: the model has {n_layers} layers of {n_heads} heads.")
+    if len(set(chosen)) < max(2, len(chosen)):
+        raise InputError(f"sets of heads need at least two different heads; got {chosen}.")
+    return chosen
+
+
+def _count(word: str, size: str) -> int:
+    if not size.isdigit() or int(size) < 1:
+        raise InputError(f"over={word!r}: write a whole number after the colon, such as layers:3 or coalition:32.")
+    return int(size)
 
 
 def _seconds(word: str) -> float:

@@ -11,7 +11,7 @@ from small_av import small_inputs, small_model
 import av_lens as avl
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.answers import Answer
-from av_lens.interventions import Plan, Site, replace
+from av_lens.interventions import Plan, Site, replace, zero
 from av_lens.methods import patch
 from av_lens.runs import each, logit_diff, measure, run, short_names
 
@@ -149,10 +149,17 @@ def test_axes_are_labelled_and_partition_what_they_should():
     [
         ({"over": "haed"}, InputError, "unknown axis 'haed'. Did you mean 'head'"),
         ({"over": "layer span pos"}, InputError, "at most one of span, pos, window"),
-        ({"over": "span"}, InputError, "name layer or head"),
+        ({"over": "span"}, InputError, "name one of layer, head, group"),
         ({"over": "layer window:0s"}, InputError, "write a window's length in seconds"),
         ({"component": "attn_out"}, InterventionError, "attn_out has no heads to iterate"),
-        ({"component": "pattern"}, InterventionError, "matrix of queries and keys"),
+        ({"over": "layers:9"}, InputError, "wider than the model, which has 4 layers"),
+        ({"over": "layers:x"}, InputError, "write a whole number after the colon"),
+        ({"over": "group", "component": "v"}, InterventionError, "each is a group's already"),
+        ({"over": "pair", "heads": [(0, 1), (7, 0)]}, InputError, r"head \(7, 0\) is out of range"),
+        ({"over": "pair", "heads": [(0, 1)]}, InputError, "at least two different heads"),
+        ({"over": "coalition:2 span"}, InputError, "one set of positions"),
+        ({"donor": "zeros"}, InputError, "unknown donor 'zeros'. Did you mean 'zero'"),
+        ({"donor": small_inputs((0,), question="What else?")}, InputError, "the donor's layout is not the pair's"),
         ({"direction": "denoize"}, InputError, "Did you mean 'denoise'"),
         ({"at": "vidoe"}, InputError, "unknown role 'vidoe'"),
         ({"metric": lambda logits: logits.mean()}, InputError, "Leave out the mean"),
@@ -187,3 +194,98 @@ def test_boxes_of_the_picture_cover_it_and_agree_with_a_plan_by_hand():
     np.testing.assert_allclose(found, by_hand.numpy(), atol=1e-5)
     with pytest.raises(InputError, match=r"rows and columns in picture tokens, such as box:4x4"):
         patch(model, both, over="layer box:4", metric=METRIC)
+
+
+def donor_z(x, layer, at="generation"):
+    return run(small_model(), x, capture=[Site("z", layer, positions=at)]).cache["z", layer]
+
+
+def by_plan(x, *edits):
+    return measure(small_model(), x, METRIC, plan=Plan(edits)).numpy()
+
+
+def test_sets_of_heads_agree_with_plans_by_hand():
+    model, both = small_model(), pair()
+    z = {layer: donor_z(both.clean, layer) for layer in range(4)}
+    groups = patch(model, both, over="group", metric=METRIC)
+    assert groups.values.dims == ("example", "layer", "group")
+    wanted = by_plan(both.corrupt, replace(Site("z", 2, (2, 3), "generation"), z[2][:, :, 2:4]))
+    np.testing.assert_allclose(groups.values.sel(layer=2, group=1).values, wanted, atol=1e-5)
+    pairs = patch(model, both, over="pair", heads=[(3, 0), (1, 2), (1, 3)], metric=METRIC)
+    assert pairs.values.coords["pair"].values.tolist() == ["L3H0+L1H2", "L3H0+L1H3", "L1H2+L1H3"]
+    first = replace(Site("z", 1, 2, "generation"), z[1][:, :, 2])
+    second = replace(Site("z", 3, 0, "generation"), z[3][:, :, 0])
+    np.testing.assert_allclose(
+        pairs.values.sel(pair="L3H0+L1H2").values, by_plan(both.corrupt, first, second), atol=1e-5
+    )
+    windows = patch(model, both, over="layers:2", component="attn_out", metric=METRIC)
+    assert windows.values.coords["layers"].values.tolist() == ["0-1", "1-2", "2-3"]
+    outs = [
+        run(model, both.clean, capture=[Site("attn_out", layer, positions="generation")]).cache["attn_out", layer]
+        for layer in (1, 2)
+    ]
+    edits = [
+        replace(Site("attn_out", layer, positions="generation"), out) for layer, out in zip((1, 2), outs, strict=True)
+    ]
+    np.testing.assert_allclose(windows.values.sel(layers="1-2").values, by_plan(both.corrupt, *edits), atol=1e-5)
+
+
+def test_shapley_values_of_two_heads_are_the_closed_form():
+    """phi_a = ½[v(a) - v()] + ½[v(ab) - v(b)]: one order and its reverse are all orders of two heads."""
+    model, both = small_model(), pair()
+    heads = [(1, 2), (3, 0)]
+    grid = patch(model, both, over="coalition:2", heads=heads, metric=METRIC)
+    single = patch(model, both, over="head", metric=METRIC).effects
+    joint = patch(model, both, over="pair", heads=heads, metric=METRIC).effects.sel(pair="L1H2+L3H0").values
+    alone = [single.sel(layer=layer, head=head).values for layer, head in heads]
+    for (layer, head), own, other in zip(heads, alone, alone[::-1], strict=True):
+        found = grid.effects.sel(layer=layer, head=head, figure="estimate").values
+        np.testing.assert_allclose(found, 0.5 * own + 0.5 * (joint - other), atol=1e-5)
+    estimates = grid.effects.sel(figure="estimate")
+    np.testing.assert_allclose(estimates.sum(["layer", "head"]).values, joint, atol=1e-5)
+    assert int(estimates.notnull().sum()) == 2 * len(heads)
+
+
+def test_shapley_values_of_all_heads_sum_to_patching_all_and_have_errors():
+    model, both = small_model(), pair((0,), (2,))
+    grid = patch(model, both, over="coalition:8", metric=METRIC, seed=3)
+    together = by_plan(
+        both.corrupt,
+        *(replace(Site("z", layer, positions="generation"), donor_z(both.clean, layer)) for layer in range(4)),
+    )
+    total = grid.effects.sel(figure="estimate").sum(["layer", "head"]).values
+    np.testing.assert_allclose(total, together - grid.baseline.values, atol=1e-4)
+    errors = grid.effects.sel(figure="error").values
+    assert (errors > 0).all()
+    again = patch(model, both, over="coalition:8", metric=METRIC, seed=3)
+    np.testing.assert_allclose(again.values.values, grid.values.values, atol=1e-6)
+
+
+def test_other_donors():
+    model, both = small_model(), pair()
+    zeroed = patch(model, both, metric=METRIC, donor="zero")
+    np.testing.assert_allclose(
+        zeroed.values.sel(layer=2, head=1).values, by_plan(both.corrupt, zero(Site("z", 2, 1, "generation"))), atol=1e-5
+    )
+    several = small_inputs((4, 5, 6))
+    averaged = patch(model, both, metric=METRIC, donor=several)
+    value = donor_z(several, 2)[:, :, 1].mean(0, keepdim=True)
+    wanted = by_plan(both.corrupt, replace(Site("z", 2, 1, "generation"), value))
+    np.testing.assert_allclose(averaged.values.sel(layer=2, head=1).values, wanted, atol=1e-5)
+    assert averaged.provenance["donor"] == "mean over 3 examples"
+
+
+def test_patterns_are_patched_row_by_row():
+    model, both = small_model(), pair()
+    grid = patch(model, both, component="pattern", metric=METRIC)
+    rows = run(model, both.clean, capture=[Site("pattern", 2, 1, "generation")]).cache["pattern", 2]
+    wanted = by_plan(both.corrupt, replace(Site("pattern", 2, 1, "generation"), rows[:, 0]))
+    np.testing.assert_allclose(grid.values.sel(layer=2, head=1).values, wanted, atol=1e-5)
+    assert float(abs(grid.effects).max()) > 1e-4
+
+
+def test_the_answers_of_a_difference_apart():
+    model, both = small_model(), pair()
+    first, second = (patch(model, both, metric=metric) for metric in METRIC.by_answer())
+    whole = patch(model, both, metric=METRIC)
+    np.testing.assert_allclose((first.effects - second.effects).values, whole.effects.values, atol=1e-5)
