@@ -1,6 +1,7 @@
 """Results: labelled numbers and findings, their statistics and provenance. No torch here."""
 
+from av_lens.results.edge_scores import EdgeScores
 from av_lens.results.grid import Grid
 from av_lens.results.record import Isolation
 
-__all__ = ["Grid", "Isolation"]
+__all__ = ["EdgeScores", "Grid", "Isolation"]

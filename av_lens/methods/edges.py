@@ -1,0 +1,353 @@
+"""Edge attribution patching: which readings of which writes does the answer hang on?
+
+The stream is a sum of what the embedding, every head and every MLP write, and is read by every head's queries, keys and
+values, every MLP and the unembedding. For a sender u and a receiver v that comes after it
+
+    EAP(u to v) = (z_u(donor) - z_u(base)) . dm / d(input of v)       summed over positions
+
+estimates to first order what the metric m does when v alone reads u as in the donor run. z_u is what u writes to the
+stream; the gradient is taken at v's own branch, before its norm, and holds all that v causes. Keys and values are
+ungrouped: "L4H2.k" is the key that query head 2 alone would see.
+
+    variant="eap"             the gradient of the base run
+    variant="ig_inputs"       its mean over runs whose embedding (media and text) lies between base and donor
+    variant="ig_activations"  for each sender group (embedding, a layer's heads, an MLP) its mean over runs in which
+                              what this group writes lies between base and donor
+
+    direction="noise"    base is the clean run, donor the corrupt one (the literature's way)
+    direction="denoise"  base is the corrupt run, donor the clean one
+
+Sign: a positive score raises the metric when the donor's value comes in. The means are midpoint sums over `steps`.
+
+Closure: the edges that leave the embedding sum to m(donor) - m(base) along the integrated path ("ig_inputs",
+"ig_activations"), to first order without it; `scores.closure_error` is what is missing. With "ig_activations" every
+group's edges sum to the exact effect of patching that group. Edges that leave a sender sum, in "eap", to the sender's
+attribution patching (`attribution_patch`).
+
+Source: Syed et al. (2023); EAP-IG: Hanna et al. (2024); the activations variant: Mueller et al. (MIB, 2025). Not done:
+answers of several tokens, and circuits (running the model with edges taken away).
+
+    >>> scores = edge_attribution(model, pair, metric=logit_diff("siren", "dog"))         # doctest: +SKIP
+    >>> scores.top(20), scores.closure_error                                              # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from av_lens.bridge.hook_names import hook_name
+from av_lens.errors import InputError, unknown
+from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs.pairs import Pair
+from av_lens.interventions import Site
+from av_lens.results.edge_scores import EdgeScores
+from av_lens.results.provenance import linked, stamp
+from av_lens.runs.budget import GIGABYTE
+from av_lens.runs.execution import run
+from av_lens.runs.finite import require_numbers
+from av_lens.runs.metrics import Metric, as_metric
+from av_lens.runs.places import Axes, layout_stacks
+from av_lens.runs.progress import Progress, watched
+from av_lens.runs.receivers import Reading, reader_names, readings, require_restart, rerun, written_by_mlp
+from av_lens.runs.restart import Layer
+from av_lens.runs.sweeps import sources
+from av_lens.runs.traces import Trace, record
+from av_lens.spans import Span
+
+VARIANTS = ("eap", "ig_inputs", "ig_activations")
+SIGNS = {
+    "noise": "values of the corrupt run into the clean run; positive: the edge raises the metric when corrupted",
+    "denoise": "values of the clean run into the corrupt run; positive: the edge raises the metric when restored",
+}
+
+
+def edge_attribution(
+    model: Any,
+    pair: Pair | Sequence[Pair],
+    *,
+    metric: Metric | Callable[..., Any],
+    variant: str = "eap",
+    steps: int = 5,
+    over: str = "edge",
+    at: str | Span | None = None,
+    direction: str = "noise",
+    stack: int = 16,
+    budget_gb: float | int = 1.0,
+    progress: Progress | bool | None = None,
+) -> EdgeScores:
+    """Score every edge between two components to first order.
+
+    Args:
+        model: a `HookedAVLLM`.
+        pair: aligned clean and corrupt inputs, or several pairs of one layout or of different ones.
+        metric: `logit_diff(...)` and its like of one-token answers, or any callable of logits
+            `[batch, asked_pos, d_vocab]` to `[batch]` that has a gradient.
+        variant: "eap", "ig_inputs" or "ig_activations".
+        steps: runs along the path of the integrated variants.
+        over: "edge", or "edge span" to tell edges apart by the role of the positions at which they act.
+        at: the positions at which edges act: roles joined by `|`, or a `Span`; None for all.
+        direction: "noise" imagines values of the corrupt run in the clean run, "denoise" the reverse.
+        stack: pairs that run together.
+        budget_gb: memory for what senders write, kept between layers.
+        progress: called as `progress(stage, done, total)`; True shows a bar with the time left.
+
+    Returns:
+        Scores of every example, pairs in the order given.
+
+    Raises:
+        InputError: an unknown variant, axis or direction, a metric without a gradient, one that is NaN, or pairs whose
+            roles differ.
+        InterventionError: positions outside the input.
+        ModelError: a model whose layers cannot be computed by themselves.
+    """
+    for kind, name, known in (("variant", variant, VARIANTS), ("direction", direction, SIGNS)):
+        if name not in known:
+            raise InputError(unknown(kind, name, known))
+    if over not in ("edge", "edge span"):
+        raise InputError(unknown("axis", over, ("edge", "edge span")))
+    if steps < 1:
+        raise InputError(f"steps={steps}: integrated gradients need at least one run; 5 is usual.")
+    pairs = [pair] if isinstance(pair, Pair) else list(pair)
+    bound = as_metric(metric, model.tokenizer)
+    n = sum(map(len, pairs))
+    if not pairs or bound.n_answers not in (1, n):
+        raise InputError(f"edge_attribution got {n} examples, and {bound.name} names {bound.n_answers} answers.")
+    axes = Axes.parsed("layer span" if over == "edge span" else "layer")
+    places, labels = _places(axes, pairs, at)
+    senders, receivers = _senders(model.spec), _receivers(model.spec)
+    scores = np.full((n, len(labels), len(senders), len(receivers)), np.nan)
+    columns = np.full((2, n), np.nan)
+    starts = np.cumsum([0, *map(len, pairs)])
+    stacks = list(layout_stacks(pairs, stack))
+    with watched(progress) as show:
+        for number, members in enumerate(stacks):
+            rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
+            chosen = [pairs[i] for i in members]
+            job = _Job.of(model, chosen, direction, bound.chosen(rows.tolist()), places[members[0]], budget_gb)
+            for done, total in job.run(variant, steps):
+                show(f"edges, {variant}", number * total + done, len(stacks) * total)
+            scores[rows], columns[:, rows] = job.scores.numpy(), job.columns
+    return EdgeScores.of(
+        scores if axes.places else scores[:, 0],
+        senders=senders,
+        receivers=receivers,
+        spans=labels if axes.places else None,
+        baseline=columns[0],
+        donor=columns[1],
+        clusters=linked([[*sources(one.clean, i), *sources(one.corrupt, i)] for one in pairs for i in range(len(one))]),
+        metric=bound.name,
+        unit=bound.unit,
+        direction=f"{direction}: {SIGNS[direction]}",
+        provenance=stamp(
+            method="edge attribution",
+            model=model.name,
+            variant=variant,
+            steps=steps if variant != "eap" else 1,
+            over=over,
+            at="all" if at is None else str(at),
+            positions={str(label): list(positions) for label, positions in places[0]},
+            questions=[question for one in pairs for question in one.corrupt.questions],
+            **bound.provenance(),
+        ),
+    )
+
+
+def _places(axes: Axes, pairs: Sequence[Pair], at: str | Span | None) -> tuple[list[Any], list[Any]]:
+    if axes.places is None and at is None:
+        return [[("all", tuple(range(len(one.clean.spans))))] for one in pairs], ["all"]
+    return axes.cut_alike([one.clean.spans for one in pairs], at)
+
+
+def _senders(spec: Any) -> list[str]:
+    layers = [
+        [*(f"L{layer}H{head}" for head in range(spec.n_heads)), f"L{layer} mlp"] for layer in range(spec.n_layers)
+    ]
+    return ["embed", *(name for layer in layers for name in layer)]
+
+
+def _receivers(spec: Any) -> list[str]:
+    found: list[str] = []
+    for layer in range(spec.n_layers):
+        for kind in ("q", "k", "v"):
+            found += reader_names(kind, layer, spec.n_heads)
+        found += reader_names("mlp", layer, 1)
+    return [*found, *reader_names("logits", spec.n_layers, 1)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Senders that write at one point: the embedding (layer -1), a layer's heads, or its MLP.
+
+    Attributes:
+        part: the component: "embed", "z" or "mlp_out".
+        layer: the layer.
+        change: donor - base at every position: `[batch, pos, head, d_head]` for heads, else `[batch, pos, d_model]`.
+        output: the heads' output weights `[d_model, head * d_head]`, else None.
+        first: the place of the first of them among all senders.
+    """
+
+    part: str
+    layer: int
+    change: Tensor
+    output: Tensor | None
+    first: int
+
+    @property
+    def size(self) -> int:
+        """How many senders these are."""
+        return 1 if self.output is None else self.change.shape[2]
+
+    def precedes(self, reading: Reading) -> bool:
+        """Whether the readers come after these senders."""
+        return reading.layer > self.layer or (
+            reading.kind == "mlp" and self.part == "z" and reading.layer == self.layer
+        )
+
+    def written(self, positions: Sequence[int]) -> Float[Tensor, "batch _ sender d_model"]:
+        """What each sender's write changes by, at some positions."""
+        change = self.change[:, list(positions)]
+        if self.output is None:
+            return change[:, :, None]
+        weight = self.output.unflatten(1, change.shape[2:])
+        return torch.einsum("bphd,mhd->bphm", change, weight)
+
+    def together(self) -> Float[Tensor, "batch pos d_model"]:
+        """What all of them together change in the stream."""
+        return self.change if self.output is None else self.change.flatten(-2) @ self.output.T
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One stack of pairs of one layout."""
+
+    trace: Trace
+    groups: list[_Group]
+    middles: tuple[Tensor, ...]
+    places: list[tuple[Any, tuple[int, ...]]]
+    metric: Metric
+    columns: np.ndarray
+    scores: Tensor
+    budget_gb: float | int
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        pairs: Sequence[Pair],
+        direction: str,
+        metric: Metric,
+        places: list[Any],
+        budget_gb: float | int,
+    ) -> _Job:
+        clean, corrupt = (AVInputs.stack([getattr(one, side) for one in pairs]) for side in ("clean", "corrupt"))
+        base, donor = (clean, corrupt) if direction == "noise" else (corrupt, clean)
+        trace, layers = record(model, base), range(model.spec.n_layers)
+        require_restart(trace, "edge attribution")
+        asked = Site("resid_post", layers[-1], positions="generation")
+        measured = [trace.gradients(asked, metric).metric]  # refuses a metric that has no gradient
+        require_numbers(measured[0], metric.name)
+        sites = [Site("embed"), *(Site(part, layer) for part in ("z", "mlp_out") for layer in layers)]
+        with torch.no_grad():
+            runs = [
+                run(model, base, capture=[*sites, *(Site("resid_mid", layer) for layer in layers)]),
+                run(model, donor, capture=sites),
+            ]
+        measured.append(metric(runs[1].logits))
+        require_numbers(measured[1], metric.name, run="the donor run")
+        columns = torch.stack(measured).double().cpu().numpy()
+        groups: list[_Group] = []
+        for layer, part in [(-1, "embed"), *((layer, part) for layer in layers for part in ("z", "mlp_out"))]:
+            name = hook_name(part, None if layer < 0 else layer)
+            change = runs[1].cache[name] - runs[0].cache[name]
+            output = Layer.of(model.bridge.blocks[layer]).o.weight.detach() if part == "z" else None
+            groups.append(_Group(part, layer, change, output, sum(group.size for group in groups)))
+        middles = tuple(runs[0].cache[hook_name("resid_mid", layer)] for layer in layers)
+        shape = (len(base), len(places), len(_senders(model.spec)), len(_receivers(model.spec)))
+        scores = torch.full(shape, torch.nan, dtype=torch.float64)
+        return cls(trace, groups, middles, places, metric, columns, scores, budget_gb)
+
+    def run(self, variant: str, steps: int) -> Iterator[tuple[int, int]]:
+        """Fill the scores, saying after each pass how many of how many are done."""
+        passes: list[tuple[_Group | None, float]] = [(None, 0.0)]
+        if variant != "eap":
+            groups = self.groups[:1] if variant == "ig_inputs" else self.groups
+            passes = [(group, (step + 0.5) / steps) for group in groups for step in range(steps)]
+        share = 1.0 / (1 if variant == "eap" else steps)
+        written = _Kept(self.budget_gb)
+        for number, (group, way) in enumerate(passes, 1):
+            scored = [group] if variant == "ig_activations" and group is not None else self.groups
+            for reading in self._readings(group, way):
+                self._add([sender for sender in scored if sender.precedes(reading)], reading, share, written)
+            yield number, len(passes)
+
+    @cached_property
+    def _start(self) -> int:
+        return self._whole_block(min(positions[0] for _, positions in self.places))
+
+    @cached_property
+    def _rows(self) -> list[Tensor]:
+        device = self.trace.model.device
+        return [torch.tensor([one - self._start for one in positions], device=device) for _, positions in self.places]
+
+    @cached_property
+    def _column(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(_receivers(self.trace.model.spec))}
+
+    def _whole_block(self, position: int) -> int:
+        return self.trace.traits.restart(position, self.trace.spans.roles)
+
+    def _readings(self, group: _Group | None, way: float) -> Iterator[Reading]:
+        """Gradients in the base run, or in the run in which a group's writes lie some way between base and donor."""
+        if group is None:
+            return readings(self.trace, self.metric, start=self._start)
+        change = way * group.together()
+        moved = torch.nonzero(change.abs().amax((0, 2)))
+        first = self._whole_block(int(moved[0])) if len(moved) else len(self.trace.spans) - 1
+        layer, middle = group.layer, None
+        if group.part == "z":
+            middle = self.middles[layer] + change
+            modules = Layer.of(self.trace.model.bridge.blocks[layer])
+            with torch.no_grad():
+                stream = middle + written_by_mlp(modules, middle)
+            middle = middle[:, self._start :]
+        else:
+            stream = self.trace.stream(layer + 1, 0) + change
+        edited = rerun(self.trace, layer + 1, stream[:, first:], start=first)
+        return readings(edited, self.metric, start=self._start, above=layer, middle=middle)
+
+    def _add(self, senders: Sequence[_Group], reading: Reading, share: float, written: _Kept) -> None:
+        first = self._column[reading.names[0]]
+        columns = slice(first, first + len(reading.names))
+        for number, (_, positions) in enumerate(self.places):
+            gradient = reading.gradient.index_select(1, self._rows[number]).float()
+            for sender in senders:
+                found = torch.einsum("bpsm,bprm->bsr", written.of(sender, number, positions), gradient)
+                block = self.scores[:, number, sender.first : sender.first + sender.size, columns]
+                block.nan_to_num_(0.0).add_(found.double().cpu(), alpha=share)
+
+
+class _Kept:
+    """What senders write at places, kept up to a budget and made anew beyond it."""
+
+    def __init__(self, budget_gb: float | int) -> None:
+        self._left = budget_gb * GIGABYTE
+        self._found: dict[tuple[int, int], Tensor] = {}
+
+    def of(self, sender: _Group, number: int, positions: Sequence[int]) -> Float[Tensor, "batch _ sender d_model"]:
+        key = (sender.first, number)
+        if key in self._found:
+            return self._found[key]
+        made = sender.written(positions).float()
+        size = made.numel() * made.element_size()
+        if size <= self._left:
+            self._left -= size
+            self._found[key] = made
+        return made

@@ -1,0 +1,274 @@
+"""`EdgeScores`: one number for each edge between two components, with what it should sum to.
+
+A *sender* writes to the residual stream ("embed", "L3H5", "L3 mlp"); a *receiver* reads it ("L4H2.q", "L4H2.k",
+"L4H2.v", "L4 mlp", "logits"; keys and values by query head). The score of an edge estimates what the metric does when
+only this receiver reads this sender as it was in the donor run: positive means that the metric rises. Edges that do not
+exist (the receiver does not come after the sender) are NaN.
+
+    node(u)        = sum of the scores of all edges that leave u
+    closure_error  = donor - baseline - node("embed")     whatever changes enters through the embedding
+
+Means are over examples, intervals resample clusters of examples that share a clip. Saved as netCDF, without pickle.
+
+    >>> scores = EdgeScores.of(
+    ...     [[[2.0, -3.0]]], senders=["embed"], receivers=["L0 mlp", "logits"], baseline=[0.0], donor=[-0.5]
+    ... )
+    >>> scores.top(1)["receiver"].item(), float(scores.closure_error[0])
+    ('logits', 0.5)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from av_lens.errors import InputError, unknown
+from av_lens.results.grid import Grid
+from av_lens.results.provenance import as_text
+
+SCHEMA_VERSION = 1
+RANKS = ("magnitude", "positive", "negative")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeScores:
+    """Scores of edges; see the module for names, sign and closure.
+
+    Attributes:
+        values: `[example, sender, receiver]`, or `[example, span, sender, receiver]` where edges are told apart by the
+            positions at which they act.
+        baseline: the metric of the run that an edge's change is imagined in, `[example]`.
+        donor: the metric of the run that the change comes from, `[example]`.
+        clusters: the cluster of each example.
+        metric: what was measured.
+        unit: its unit.
+        direction: what was put into what, and which sign means what.
+        provenance: how it was made.
+    """
+
+    values: xr.DataArray
+    baseline: xr.DataArray
+    donor: xr.DataArray
+    clusters: tuple[int, ...]
+    metric: str
+    unit: str = ""
+    direction: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        dims = tuple(map(str, self.values.dims))
+        if dims not in (("example", "sender", "receiver"), ("example", "span", "sender", "receiver")):
+            raise InputError(f"edge scores have the axes example, span (or none), sender, receiver; got {dims}.")
+        if len(self.clusters) != self.values.sizes["example"]:
+            raise InputError(f"{len(self.clusters)} clusters for {self.values.sizes['example']} examples.")
+
+    @classmethod
+    def of(
+        cls,
+        values: Any,
+        *,
+        senders: Sequence[str],
+        receivers: Sequence[str],
+        baseline: Any,
+        donor: Any,
+        spans: Sequence[str] | None = None,
+        clusters: Any = None,
+        metric: str = "",
+        **more: Any,
+    ) -> EdgeScores:
+        """Build edge scores from plain arrays.
+
+        Args:
+            values: `[example, (span,) sender, receiver]`.
+            senders: names of the senders.
+            receivers: names of the receivers.
+            baseline: `[example]`.
+            donor: `[example]`.
+            spans: names of the spans, where the scores have that axis.
+            clusters: the number of each example's cluster; None makes each its own.
+            metric: what was measured.
+            **more: further attributes.
+
+        Returns:
+            The scores.
+
+        Raises:
+            InputError: the shapes do not fit.
+        """
+        array = np.asarray(values, dtype=np.float64)
+        axes = ({} if spans is None else {"span": list(spans)}) | {"sender": list(senders), "receiver": list(receivers)}
+        if array.shape[1:] != tuple(map(len, axes.values())):
+            sizes = {name: len(labels) for name, labels in axes.items()}
+            raise InputError(f"scores have shape {array.shape}; wanted example and then {sizes}.")
+        n = array.shape[0]
+        coords = {"example": np.arange(n)} | {name: np.asarray(labels) for name, labels in axes.items()}
+        lines: list[xr.DataArray] = []
+        for name, line in (("baseline", baseline), ("donor", donor)):
+            if np.shape(line) != (n,):
+                raise InputError(f"{name} needs one number for each of {n} examples; got {np.shape(line)}.")
+            found = np.asarray(line, dtype=np.float64)
+            lines.append(xr.DataArray(found, dims="example", coords={"example": coords["example"]}))
+        return cls(
+            xr.DataArray(array, dims=("example", *axes), coords=coords),
+            *lines,
+            clusters=tuple(range(n)) if clusters is None else tuple(int(c) for c in clusters),
+            metric=metric,
+            **more,
+        )
+
+    @property
+    def senders(self) -> list[str]:
+        """Names of the senders."""
+        return self.values.coords["sender"].values.tolist()
+
+    @property
+    def receivers(self) -> list[str]:
+        """Names of the receivers."""
+        return self.values.coords["receiver"].values.tolist()
+
+    @property
+    def closure_error(self) -> xr.DataArray:
+        """What the embedding's edges leave unexplained of donor - baseline, `[example]`; NaN without that sender."""
+        if "embed" not in self.senders:
+            return self.baseline * np.nan
+        edges = self.values.sel(sender="embed", drop=True)
+        return self.donor - self.baseline - edges.sum(edges.dims[1:])
+
+    def nodes(self) -> Grid:
+        """Sum the edges that leave each sender: to first order, what patching the sender does.
+
+        Returns:
+            A grid over `sender` (and `span`), `effects` being the sums.
+        """
+        sums = self.values.sum("receiver", min_count=1)
+        axes = {str(name): sums.coords[name].values for name in sums.dims[1:]}
+        return Grid.of(
+            sums.values + self.baseline.values.reshape(-1, *(1 for _ in axes)),
+            axes=axes,
+            baseline=self.baseline.values,
+            donor=self.donor.values,
+            clusters=self.clusters,
+            metric=self.metric,
+            unit=self.unit,
+            direction=self.direction,
+            provenance=self.provenance,
+        )
+
+    def mean(self) -> xr.DataArray:
+        """Average over examples.
+
+        Returns:
+            The mean score of every edge.
+        """
+        return self.values.mean("example")
+
+    def top(self, k: int = 20, *, rank: str = "magnitude", level: float | int = 0.95, seed: int = 0) -> pd.DataFrame:
+        """List the strongest edges.
+
+        Args:
+            k: how many.
+            rank: by "magnitude", or the most "positive" or most "negative" means.
+            level: of the two-sided interval of the mean.
+            seed: of the resampling.
+
+        Returns:
+            One row for each edge: `(span) sender receiver score low high`; bounds are NaN below 5 clusters.
+
+        Raises:
+            InputError: an unknown rank.
+        """
+        if rank not in RANKS:
+            raise InputError(unknown("rank", rank, RANKS))
+        mean = self.mean().values.reshape(-1)
+        key = {"magnitude": -np.abs(mean), "positive": -mean, "negative": mean}[rank]
+        order = np.argsort(key, kind="stable")
+        order = order[~np.isnan(key[order])][: max(int(k), 0)]
+        shape = self.values.shape[1:]
+        places = np.unravel_index(order, shape)
+        names = [str(name) for name in self.values.dims[1:]]
+        columns: dict[str, Any] = {
+            name: self.values.coords[name].values[index] for name, index in zip(names, places, strict=True)
+        }
+        chosen = self.values.values.reshape(len(self.values), -1)[:, order]
+        grid = Grid.of(chosen, axes={"edge": np.arange(len(order))}, baseline=None, clusters=self.clusters, shares=True)
+        bounds = grid.interval(level, seed=seed)
+        columns |= {"score": mean[order], "low": bounds.values[:, 0], "high": bounds.values[:, 1]}
+        return pd.DataFrame(columns)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Lay the scores out as a tidy frame.
+
+        Returns:
+            One row for each example and existing edge: `example (span) sender receiver score`.
+        """
+        frame = self.values.to_dataframe("score")["score"].dropna().reset_index()
+        return pd.DataFrame(frame)
+
+    def save(self, path: str | Path) -> Path:
+        """Save the scores as netCDF.
+
+        Args:
+            path: the file; ".nc" is added where it has no ending.
+
+        Returns:
+            The file that was written.
+        """
+        target = Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
+        attributes = {name: getattr(self, name) for name in ("metric", "unit", "direction")} | {
+            "schema": "av_lens.EdgeScores",
+            "schema_version": SCHEMA_VERSION,
+            "provenance": as_text(self.provenance),
+        }
+        clusters = xr.DataArray(np.asarray(self.clusters, dtype=np.int32), dims="example")
+        data = {"values": self.values, "baseline": self.baseline, "donor": self.donor, "clusters": clusters}
+        xr.Dataset(data, attrs=attributes).to_netcdf(target, engine="scipy")
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> EdgeScores:
+        """Open saved scores.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The scores, equal to those that were saved.
+
+        Raises:
+            InputError: there is no such file, or it holds no edge scores of a known version.
+        """
+        if not Path(path).exists():
+            raise InputError(f"no such file: {path}")
+        try:
+            with xr.open_dataset(path, engine="scipy") as opened:
+                data = opened.load()
+        except (TypeError, ValueError, OSError) as error:
+            raise InputError(f"{path} holds no edge scores: {error}") from error
+        kind, version = data.attrs.get("schema"), int(data.attrs.get("schema_version", 0))
+        if kind != "av_lens.EdgeScores" or version > SCHEMA_VERSION:
+            raise InputError(
+                f"{path} holds {kind or 'something else'}, version {version}; this av_lens reads av_lens.EdgeScores up "
+                f"to version {SCHEMA_VERSION}."
+            )
+        return cls(
+            data["values"],
+            data["baseline"],
+            data["donor"],
+            clusters=tuple(int(c) for c in data["clusters"].values),
+            provenance=json.loads(data.attrs["provenance"]),
+            **{name: str(data.attrs[name]) for name in ("metric", "unit", "direction")},
+        )
+
+    def __repr__(self) -> str:
+        sizes = " x ".join(f"{size} {name}" for name, size in self.values.sizes.items())
+        return f"EdgeScores({self.metric} [{self.unit}], {sizes}; {self.direction})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{self!r}</p>{self.top(20).to_html()}"
