@@ -132,13 +132,20 @@ class BoundEdit:
             return True
         old = activation[where]
         if kind == "scale":
-            activation[where] = old * self.edit.amount
+            activation[where] = self._scaled(old)
         elif kind == "noise":
             step = offset if offset >= self.n_prompt else 0
             activation[where] = old + _noise(old, self.edit, step)
         elif value is not None:
             activation[where] = old + value
         return True
+
+    def _scaled(self, old: Tensor) -> Tensor:
+        """The scaled activation; forbidden edges of scores stay forbidden, whatever their number times the factor."""
+        new = old * _amount(self.edit, old)
+        if self.edit.site.component != "scores":
+            return new
+        return torch.where(old <= torch.finfo(old.dtype).min / 2, old, new)
 
     def _rows_of_value(self, rows: slice | Tensor, offset: int, activation: Tensor) -> Tensor:
         value = self.value
@@ -186,7 +193,12 @@ def _noise(like: Tensor, edit: Edit, step: int) -> Tensor:
     seed = int(np.random.SeedSequence([edit.seed, step]).generate_state(1)[0])
     generator = torch.Generator().manual_seed(seed)
     draw = torch.randn(like.shape, generator=generator, dtype=torch.float32)
-    return draw.to(like) * edit.amount
+    return draw.to(like) * _amount(edit, like)
+
+
+def _amount(edit: Edit, like: Tensor) -> float | Tensor:
+    """The factor or the standard deviation, where the activation is and in its precision."""
+    return edit.amount.to(like) if isinstance(edit.amount, Tensor) else edit.amount
 
 
 def _shaped(value: Tensor, edit: Edit, spec: Spec, positions: Positions, n_prompt: int, batch: int | None) -> Tensor:
@@ -295,7 +307,7 @@ def noise(site: Site, *, scale: float | Float[Tensor, "..."] = 1.0, seed: int = 
 
 
 def scale(site: Site, factor: float | Float[Tensor, "..."]) -> Edit:
-    """Multiply the activation.
+    """Multiply the activation; at scores, edges that the mask forbids stay forbidden.
 
     Args:
         site: where.

@@ -229,7 +229,7 @@ def _sampled(tensors: Iterable[Tensor]) -> str:
     parts: list[Tensor] = []
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        parts.append(flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].double())
+        parts.append(flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].float())
     joined = torch.cat([part.to(parts[0].device) for part in parts]) if parts else torch.zeros(0)
     return hashlib.sha256(joined.cpu().numpy().tobytes()).hexdigest()
 

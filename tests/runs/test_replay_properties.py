@@ -12,21 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from drawn_plans import COMPONENTS, KINDS, POSITION_KINDS, cut_of, edit_of, positions_of, shown, site_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_av import small_inputs, small_model
 
-from av_lens.interventions import Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
-from av_lens.interventions.sites import resolve_positions
+from av_lens.interventions import Plan
 from av_lens.runs import run
-from av_lens.runs.restart import RESTARTABLE
 
 LAYOUTS = ("in_video", "separate")
-KINDS = ("replace", "zero", "mean", "resample", "noise", "scale", "add")
-COMPONENTS = tuple(sorted(RESTARTABLE))
 ASKED = ("generation", "suffix", "all")
-ROLES = ("generation", "question", "suffix", "audio", "video", "question|generation", "system|audio", "boundary")
-KEYS = ("boundary", "system|boundary", "system", "video", "audio", "media", "question|generation")
 TOLERANCE = 1e-5
 
 
@@ -49,70 +44,6 @@ def held(trace: Any) -> list[torch.Tensor]:
     return [*trace.resid, *trace.keys, *trace.values, *trace.tables, *tensors]
 
 
-def drawn(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def positions_of(kind: str, number: int, spans: Any) -> Any:
-    """Positions of one kind; `number` picks among them."""
-    n, pick = len(spans), torch.Generator().manual_seed(number)
-    if kind == "everything":
-        return None
-    if kind == "single":
-        return [number % n]
-    if kind == "role":
-        return ROLES[number % len(ROLES)]
-    if kind == "span":
-        return spans[ROLES[number % len(ROLES)]]
-    if kind == "window":
-        start = 0.25 * (number % 6)
-        return (spans.audio if number % 2 else spans.video).between(start, start + 0.6)
-    if kind == "box":
-        return spans.video.box(row=number % 2, col=None if number % 3 == 0 else number % 2)
-    count = 2 + number % 5
-    return sorted(torch.randperm(n, generator=pick)[:count].tolist())
-
-
-POSITION_KINDS = ("single", "role", "span", "scattered", "window", "box", "everything")
-
-
-def edit_of(kind: str, site: Site, trace: Any, seed: int) -> Any:
-    """An edit of one kind; its value has the site's own shape, or one row for all positions and examples."""
-    spec, n = trace.model.spec, len(trace.spans)
-    rows = site.positions
-    n_pos = n if rows is None else len(trace.spans[rows] if isinstance(rows, str) else rows)
-    width = n if site.is_edges else int(getattr(spec, site.axes[-1]))
-    heads = [] if not site.has_heads else [len(site.heads) if site.heads is not None else site.n_heads(spec)]
-    shared = seed % 3 == 0  # one row for every position
-    tail = (1 if shared else n_pos, *heads, width)
-    value = drawn(seed, trace.batch if seed % 2 else 1, *tail)
-    if kind == "zero":
-        return zero(site)
-    if kind == "replace":
-        return replace(site, value.softmax(-1) if site.component == "pattern" else value)
-    if kind == "mean":
-        return mean(site, drawn(seed, 3, *tail))
-    if kind == "resample":
-        return resample(site, drawn(seed, 4, *tail), seed=seed)
-    if kind == "noise":
-        return noise(site, scale=0.5, seed=seed)
-    if kind == "scale":
-        return scale(site, value if seed % 4 == 0 else (-1.0, 0.5, 2.0)[seed % 3])
-    return add(site, value)
-
-
-def heads_of(component: str, trace: Any, number: int) -> int | tuple[int, ...] | None:
-    if not Site(component, None if component == "embed" else 0).has_heads:
-        return None
-    n = Site(component, 0).n_heads(trace.model.spec)
-    choices: tuple[Any, ...] = (number % n, None, (n - 1, 0), tuple(range(n)), tuple(range(n // 2, n)))
-    return choices[number % len(choices)]
-
-
-def site_of(component: str, trace: Any, layer: int, head: int, positions: Any) -> Site:
-    return Site(component, None if component == "embed" else layer, heads_of(component, trace, head), positions)
-
-
 def check(trace: Any, plans: list[Plan], logits_at: str, sound: str) -> float:
     """Replay all plans together and each alone in full; return the largest change that a plan made."""
     before = [(tensor, tensor.clone()) for tensor in held(trace)]
@@ -128,16 +59,6 @@ def check(trace: Any, plans: list[Plan], logits_at: str, sound: str) -> float:
         largest = max(largest, float((wanted - hooked(sound, trace.batch)[:, list(whole.asked)]).abs().max()))
     assert all(torch.equal(now, copy) for now, copy in before), "a replay wrote into the recorded run"
     return largest
-
-
-def shown(plan: Plan) -> str:
-    return "; ".join(
-        f"{edit.kind} at {edit.site}"
-        if hasattr(edit, "site")
-        else f"cut of {edit.query!r} from {edit.key!r}, "
-        f"layers {edit.layers}, heads {edit.heads}, renormalize={edit.renormalize}"
-        for edit in plan
-    )
 
 
 # Every kind at every component
@@ -176,18 +97,6 @@ def built(trace: Any, places: list[Any], edits: list[Any]) -> Plan:
         else:
             found.append(edit_of(kind, site_of(component, trace, layer, number, positions), trace, seed))
     return Plan(found)
-
-
-def cut_of(trace: Any, positions: Any, layer: int, number: int, seed: int) -> Any:
-    last = max(resolve_positions(positions, trace.spans).index)
-    keys = [key for key in KEYS if trace.spans[key].positions[0] <= last]
-    return cut(
-        range(len(trace.spans)) if positions is None else positions,
-        keys[number % len(keys)],
-        layers=range(layer, 4) if seed % 3 else (layer,),
-        heads=heads_of("z", trace, number),
-        renormalize=seed % 2 == 0,
-    )
 
 
 def check_drawn(sound: str, batch: int, logits_at: str, places: list[Any], plans: list[Any]) -> None:
