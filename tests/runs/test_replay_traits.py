@@ -106,6 +106,18 @@ def test_blocks_that_read_both_ways_undeclared_are_noticed_and_would_be_wrong(bo
     assert min(found[1], found[4]) > 1e-4, "the declaration changes nothing here, so that the tests prove nothing"
 
 
+def test_gradients_through_such_blocks_are_those_of_the_full_forward(monkeypatch, both_ways):
+    declare(monkeypatch, bidirectional=("audio", "video"))
+    trace = small_model().trace(both_ways)
+    site = Site("z", 1, (0, 3), both_ways.spans.video.positions[[5, 9]].tolist())
+    metric = logit_diff("a", "b")
+    ours = trace.gradients(site, metric)
+    full = Trace(**{**vars(trace), "hooked_because": "a full forward, to compare with"}).gradients(site, metric)
+    assert float(full.gradient[0].abs().max()) > 1e-4
+    torch.testing.assert_close(ours.gradient[0], full.gradient[0], atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(ours.value[0], full.value[0], atol=1e-5, rtol=0)
+
+
 def test_another_role_does_not_cover_the_block(monkeypatch, both_ways):
     declare(monkeypatch, bidirectional=("audio",))
     assert "(video) after it" in small_model().trace(both_ways).hooked_because
@@ -168,6 +180,7 @@ def test_a_declared_obstacle_runs_hooked_and_is_named(monkeypatch, tmp_path, tra
         model.generate(x, max_new_tokens=3, plan=plan, return_type="text"),
     )
     metric = logit_diff("a", "b").bind(model.tokenizer)
+    assert float(trace.gradients(Site("z", 1, 2, "suffix"), metric).gradient[0].abs().max()) > 1e-4
     wanted = metric(run(model, x, plan=plan).logits.detach())
     torch.testing.assert_close(trace.score([plan], metric)[0], wanted, atol=1e-5, rtol=0)
 
