@@ -162,9 +162,8 @@ def _run_stack(
     parts: list[Tensor] = []
     if len(early):
         parts.append(unembedded(record.model, record.stream(record.n_layers, 0)[None, :, early], tokens))
-    if any(
-        plan.steps for plan in plans
-    ):  # even where nothing asked for can change: the edits must prove that they fire
+    changed = start < len(record.spans) and any(plan.steps for plan in plans)  # not where edits act while decoding only
+    if changed:  # even where nothing asked for can change: the edits must prove that they fire
         stream, _ = restarted(record, plans, start, late)
         parts.append(unembedded(record.model, stream, tokens))
     return torch.cat([part.expand(len(plans), -1, -1, -1) for part in parts], dim=2)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_av import small_inputs, small_model
 
-from av_lens.interventions import Plan
+from av_lens.interventions import Plan, Site, cut, zero
 from av_lens.runs import run
 
 LAYOUTS = ("in_video", "separate")
@@ -75,6 +75,17 @@ def test_every_kind_of_edit_at_this_component(component: str):
         positions = positions_of(POSITION_KINDS[(i + shift) % 7], i + shift, trace.spans)
         plans.append(Plan(edit_of(kind, site_of(component, trace, i % 4, i + shift, positions), trace, 7 * shift + i)))
     assert check(trace, plans, "all", sound) > 1e-3, "nothing changed, so that the agreement proves nothing"
+
+
+def test_edits_that_act_while_decoding_only_change_nothing_in_the_prompt():
+    """Their first position lies after the prompt: nothing is left to restart."""
+    trace = recorded("in_video", 2)
+    edits = [zero(Site("z", 1, positions="generated")), cut("generated", "video", include_generation=False)]
+    plans = [*(Plan(edit) for edit in edits), Plan(edits), Plan(), Plan([edits[0], zero(Site("z", 2, 1, "question"))])]
+    for logits_at in ASKED:
+        assert check(trace, plans, logits_at, "in_video") > 1e-3
+        alone = trace.replay(plans[:4], logits_at=logits_at)
+        assert torch.equal(alone, trace.logits(logits_at).expand(4, -1, -1, -1))
 
 
 # Plans at random
