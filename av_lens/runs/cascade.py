@@ -124,6 +124,8 @@ def _own_part(
     if k.shape[2] == 1:
         k, v = (part.repeat_interleave(group, dim=3) if group > 1 else part for part in own)
         return v.clone(), (q * k).sum(-1).float() * scaling
+    if n_rows == 1:
+        return _own_part_of_one_row(q, own, window, rows, scaling)
     square = n_rows == k.shape[2]
     keys, values = (
         part.repeat_interleave(group, dim=3).transpose(2, 3).flatten(0, 1)
@@ -139,6 +141,21 @@ def _own_part(
     out, weight = attended(queries, keys, values, scaling, mask=mask, causal=square and window.causal)
     out = out.unflatten(0, (plans, batch)).transpose(2, 3)
     return out, weight.unflatten(0, (plans, batch)).transpose(2, 3)
+
+
+def _own_part_of_one_row(
+    q: Tensor, own: tuple[Tensor, Tensor], window: Window, rows: slice, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The same for a single query: heads that share keys become rows, and no key is repeated."""
+    plans, batch, _, n_heads, _ = q.shape
+    group = n_heads // own[0].shape[3]
+    queries = q[:, :, 0].unflatten(2, (-1, group)).flatten(0, 1)
+    keys, values = (part.transpose(2, 3).flatten(0, 1) for part in own)
+    mask = window.own_mask[:, :, rows].expand(-1, -1, group, -1)
+    mask = mask if mask.shape[0] == 1 else mask.repeat(plans, 1, 1, 1)
+    out, weight = attended(queries, keys, values, scaling, mask=mask)
+    out, weight = (part.flatten(1, 2).unflatten(0, (plans, batch))[:, :, None] for part in (out, weight))
+    return out, weight
 
 
 def attended(
@@ -164,7 +181,8 @@ def attended(
         What is read, and the log-sum-exp in float32.
     """
     kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if q.device.type == "cpu" and not torch.is_grad_enabled() and kernel is not None and k.shape[2] >= FEW_KEYS:
+    plain = torch.is_grad_enabled() or k.shape[2] < FEW_KEYS or not q.shape[2]  # the kernel divides by its rows
+    if q.device.type == "cpu" and kernel is not None and not plain:
         found, weight = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)
         return found, weight.float()
     scores = (q @ k.transpose(-1, -2)).float() * scaling
