@@ -1,0 +1,205 @@
+"""Cuts of attention edges, and the control cuts that remove as much of something else.
+
+What is cut is one set of edges: the same queries and keys in some heads of some layers. Its controls (protocol
+section 8), each drawn by seed:
+
+    equal mass    layer by layer, as much value-weighted attention as the cut removes there on the unedited run, taken
+                  away elsewhere: where only some heads are cut, the same edges in the layer's other heads (whole heads
+                  in random order, of the last as many keys as fit best); where all are, in the same heads other keys
+                  that hold no media and are no queries of the cut
+    equal count   as many other keys in the same heads, where three times as many other keys exist
+    a fraction    some of the cut's own keys; smaller fractions are nested in larger ones
+
+The masses are means over the examples that run together. `ratio` says how much of the cut's mass a control removes; one
+that is not within a quarter of it (`matches`) is no control and is not measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from av_lens.interventions import Cut, Plan, cut
+
+EQUAL_MASS, EQUAL_COUNT = "equal mass", "equal count"
+ENOUGH = 3  # times as many other keys must exist for a control of equal count
+CLOSE = 1.25  # a control's mass is at most so many times the cut's, and at least one such part of it
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeCut:
+    """One set of edges on one layout.
+
+    Attributes:
+        query: the queries as `cut` takes them (roles keep growing while decoding).
+        queries: their positions in the prompt.
+        keys: the keys' positions.
+        heads: the query heads in each layer; all of them where it says None.
+        n_heads: heads of a layer.
+        options: further options of `cut`.
+    """
+
+    query: Any
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    heads: Mapping[int, tuple[int, ...] | None]
+    n_heads: int
+    options: Mapping[str, Any]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to cut: no head, no key, or no query now or while decoding."""
+        decoding = isinstance(self.query, str) and "generated" in self.query
+        return not self.heads or not self.keys or not (self.queries or decoding)
+
+    @property
+    def backwards(self) -> bool:
+        """Whether every key comes after the last query, which cannot read it."""
+        return bool(self.keys and self.queries) and min(self.keys) > max(self.queries)
+
+    def plan(self, keys: Sequence[int] | None = None) -> Plan:
+        """Make the cut.
+
+        Args:
+            keys: other keys than its own.
+
+        Returns:
+            The plan; layers in which the same heads are cut share one edit.
+        """
+        chosen = self.keys if keys is None else tuple(keys)
+        if self.empty or not chosen:
+            return Plan()
+        together: dict[tuple[int, ...] | None, list[int]] = {}
+        for layer, heads in self.heads.items():
+            together.setdefault(heads, []).append(layer)
+        return Plan([self._cut(chosen, layers, heads) for heads, layers in together.items()])
+
+    def fraction(self, share: float, seed: int) -> Plan:
+        """Cut some of the keys only.
+
+        Args:
+            share: of the keys, at least one of them; nested for one seed.
+            seed: orders the keys.
+
+        Returns:
+            The plan.
+        """
+        order = np.random.default_rng([seed, 1]).permutation(len(self.keys))
+        kept = order[: max(1, round(share * len(self.keys)))]
+        return self.plan(sorted(self.keys[i] for i in kept))
+
+    def equal_count(self, n_prompt: int, seed: Sequence[int]) -> Plan | None:
+        """Cut as many other keys.
+
+        Args:
+            n_prompt: positions of the prompt.
+            seed: draws them.
+
+        Returns:
+            The plan, or None where too few other keys exist.
+        """
+        others = sorted(set(range(min(n_prompt, max(self.queries, default=-1) + 1))) - set(self.keys))
+        if not self.keys or len(others) < ENOUGH * len(self.keys):
+            return None
+        drawn = np.random.default_rng([*seed, 2]).choice(others, len(self.keys), replace=False)
+        return self.plan(sorted(drawn.tolist()))
+
+    def equal_mass(
+        self, mass: Float[np.ndarray, "layer head pos"], others: Sequence[int], seed: Sequence[int]
+    ) -> tuple[Plan, float]:
+        """Remove as much value-weighted attention elsewhere, layer by layer.
+
+        Args:
+            mass: what the queries move from every position in the unedited run.
+            others: keys that may be cut where all heads of a layer are.
+            seed: draws the order of heads and keys.
+
+        Returns:
+            The plan, and the mass it removes over the mass that the cut removes.
+        """
+        cuts: list[Cut] = []
+        wanted = removed = 0.0
+        for layer, heads in self.heads.items():
+            rng = np.random.default_rng([*seed, 3, layer])
+            own = range(self.n_heads) if heads is None else heads
+            target = float(mass[layer][list(own)][:, list(self.keys)].sum())
+            if len(own) == self.n_heads:
+                keys, found = prefix(rng.permutation(list(others)), mass[layer][:, list(others)].sum(0), target, others)
+                parts = [(keys, None)]
+            else:
+                parts, found = self._other_heads(
+                    mass[layer], [h for h in range(self.n_heads) if h not in own], target, rng
+                )
+            cuts += [self._cut(keys, [layer], chosen) for keys, chosen in parts if len(keys)]
+            wanted, removed = wanted + target, removed + found
+        return Plan(cuts), removed / wanted if wanted > 0 else float("nan")
+
+    def mass(self, mass: Float[np.ndarray, "layer head pos"]) -> float:
+        """What the cut removes of the mass.
+
+        Args:
+            mass: as in `equal_mass`.
+
+        Returns:
+            Its share of all that the same heads move to these queries.
+        """
+        rows = [mass[layer][slice(None) if heads is None else list(heads)] for layer, heads in self.heads.items()]
+        whole = sum(float(row.sum()) for row in rows)
+        return sum(float(row[:, list(self.keys)].sum()) for row in rows) / whole if whole > 0 else float("nan")
+
+    def _other_heads(
+        self, mass: Float[np.ndarray, "head pos"], heads: Sequence[int], target: float, rng: np.random.Generator
+    ) -> tuple[list[tuple[Sequence[int], tuple[int, ...]]], float]:
+        whole: list[int] = []
+        left = target
+        parts: list[tuple[Sequence[int], tuple[int, ...]]] = []
+        for head in rng.permutation(list(heads)).tolist():
+            of_head = mass[head][list(self.keys)]
+            if of_head.sum() <= left:
+                whole.append(head)
+                left -= float(of_head.sum())
+                continue
+            keys, found = prefix(rng.permutation(list(self.keys)), of_head, left, self.keys)
+            parts.append((keys, (head,)))
+            left -= found
+            break
+        return [(self.keys, tuple(sorted(whole))), *parts] if whole else parts, target - left
+
+    def _cut(self, keys: Sequence[int], layers: Sequence[int], heads: tuple[int, ...] | None) -> Cut:
+        return cut(self.query, tuple(keys), layers=layers, heads=heads, **self.options)
+
+
+def matches(ratio: Any) -> Any:
+    """Whether a control's mass is close enough to the cut's to be called equal.
+
+    Args:
+        ratio: the one over the other, a number or an array.
+
+    Returns:
+        True where it is.
+    """
+    return (ratio >= 1 / CLOSE) & (ratio <= CLOSE)
+
+
+def prefix(
+    order: np.ndarray, masses: Float[np.ndarray, " key"], target: float, keys: Sequence[int]
+) -> tuple[list[int], float]:
+    """Take keys in a given order until their mass comes as close to a target as it can.
+
+    Args:
+        order: the keys in the order they are taken.
+        masses: the mass of each of `keys`.
+        target: the wanted mass.
+        keys: the keys, in the order of `masses`.
+
+    Returns:
+        The keys that are taken, ascending, and their mass.
+    """
+    by_key = dict(zip(keys, masses.tolist(), strict=True))
+    sums = np.cumsum([0.0, *(by_key[key] for key in order.tolist())])
+    n = int(np.abs(sums - target).argmin())
+    return sorted(order[:n].tolist()), float(sums[n])
