@@ -172,9 +172,12 @@ def _heads(projection: torch.nn.Linear, normed: Tensor, layer: Layer) -> Tensor:
 
 
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position on `[plan, batch, pos, head, d_head]`."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotary position on `[plan, batch, pos, head, d_head]`: heads x cos + (-second half, first half) x sin."""
+    half = heads.shape[-1] // 2
+    turned = heads * cos
+    turned[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(heads[..., :half], sin[..., half:])
+    return turned
 
 
 def _explicit(
