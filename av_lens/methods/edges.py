@@ -103,18 +103,11 @@ def edge_attribution(
         Scores of every example, pairs in the order given.
 
     Raises:
-        InputError: an unknown variant, axis or direction, a metric without a gradient, one that is NaN, or pairs whose
-            roles differ.
+        InputError: an unknown variant, axis or direction, a metric that has no gradient or is NaN, or unlike pairs.
         InterventionError: positions outside the input.
         ModelError: a model whose layers cannot be computed by themselves.
     """
-    for kind, name, known in (("variant", variant, VARIANTS), ("direction", direction, SIGNS)):
-        if name not in known:
-            raise InputError(unknown(kind, name, known))
-    if over not in ("edge", "edge span"):
-        raise InputError(unknown("axis", over, ("edge", "edge span")))
-    if steps < 1:
-        raise InputError(f"steps={steps}: integrated gradients need at least one run; 5 is usual.")
+    _check(variant, steps, over, direction)
     pairs = [pair] if isinstance(pair, Pair) else list(pair)
     bound = as_metric(metric, model.tokenizer)
     n = sum(map(len, pairs))
@@ -123,15 +116,12 @@ def edge_attribution(
     axes = Axes.parsed("layer span" if over == "edge span" else "layer")
     places, labels = _places(axes, pairs, at)
     senders, receivers = _senders(model.spec), _receivers(model.spec)
-    scores = np.full((n, len(labels), len(senders), len(receivers)), np.nan)
-    columns = np.full((2, n), np.nan)
-    starts = np.cumsum([0, *map(len, pairs)])
-    stacks = list(layout_stacks(pairs, stack))
+    scores, columns = np.full((n, len(labels), len(senders), len(receivers)), np.nan), np.full((2, n), np.nan)
+    stacks = list(_stacks(pairs, stack))
     with watched(progress) as show:
-        for number, members in enumerate(stacks):
-            rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
+        for number, (members, rows) in enumerate(stacks):
             chosen = [pairs[i] for i in members]
-            job = _Job.of(model, chosen, direction, bound.chosen(rows.tolist()), places[members[0]], budget_gb)
+            job = _Job.of(model, chosen, direction, bound.chosen(rows), places[members[0]], budget_gb)
             for done, total in job.run(variant, steps):
                 show(f"edges, {variant}", number * total + done, len(stacks) * total)
             scores[rows], columns[:, rows] = job.scores.numpy(), job.columns
@@ -158,6 +148,22 @@ def edge_attribution(
             **bound.provenance(),
         ),
     )
+
+
+def _check(variant: str, steps: int, over: str, direction: str) -> None:
+    asked = (("variant", variant, VARIANTS), ("axis", over, ("edge", "edge span")), ("direction", direction, SIGNS))
+    for kind, name, known in asked:
+        if name not in known:
+            raise InputError(unknown(kind, name, known))
+    if steps < 1:
+        raise InputError(f"steps={steps}: integrated gradients need at least one run; 5 is usual.")
+
+
+def _stacks(pairs: Sequence[Pair], size: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Numbers of pairs that run together, and of their examples."""
+    starts = np.cumsum([0, *map(len, pairs)])
+    for members in layout_stacks(pairs, size):
+        yield members, [row for i in members for row in range(int(starts[i]), int(starts[i + 1]))]
 
 
 def _places(axes: Axes, pairs: Sequence[Pair], at: str | Span | None) -> tuple[list[Any], list[Any]]:

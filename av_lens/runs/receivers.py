@@ -221,8 +221,7 @@ def _attention(
     group = projected[0].shape[2] // projected[1].shape[2]
     ungrouped = (projected[0], *(part.repeat_interleave(group, dim=2) for part in projected[1:]))
     q, k, v = (part.detach().requires_grad_() for part in ungrouped)
-    cos, sin = window.cos, window.sin
-    rotated_q, rotated_k = ((part * cos + _turned(part) * sin).transpose(1, 2) for part in (q, k))
+    rotated_q, rotated_k = (rotated(part, window.cos, window.sin).transpose(1, 2) for part in (q, k))
     scores = rotated_q @ rotated_k.transpose(-1, -2) * layer.scaling + window.own_mask
     if window.start:
         before = rotated_q @ past[0].repeat_interleave(group, dim=1).transpose(-1, -2) * layer.scaling
@@ -234,9 +233,21 @@ def _attention(
     return (q, k, v), z.transpose(1, 2)
 
 
-def _turned(heads: Tensor) -> Tensor:
+def rotated(
+    heads: Float[Tensor, "batch _ head d_head"], cos: Float[Tensor, "_ _ 1 d_head"], sin: Float[Tensor, "_ _ 1 d_head"]
+) -> Float[Tensor, "batch _ head d_head"]:
+    """Apply rotary position.
+
+    Args:
+        heads: queries or keys.
+        cos: the table at their positions.
+        sin: the table at their positions.
+
+    Returns:
+        The rotated heads.
+    """
     first, second = heads.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+    return heads * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def _before_norm(layer: Layer, kind: str, stream: Tensor, gradient: Tensor) -> Tensor:
