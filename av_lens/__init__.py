@@ -35,6 +35,7 @@ _HOMES = {
     "HookedAVLLM": "runs",
     "check_model": "runs",
     "load": "runs",
+    "KV": "interventions",
     "Site": "interventions",
     "Edit": "interventions",
     "Plan": "interventions",
@@ -58,6 +59,7 @@ _HOMES = {
     "attention_flow": "methods",
     "find_sinks": "methods",
     "knockout": "methods",
+    "logit_lens": "methods",
     "direct_attribution": "methods",
     "edge_attribution": "methods",
     "attribution_patch": "methods",
@@ -85,6 +87,7 @@ __all__ = [
     "Grid",
     "HookedAVLLM",
     "Isolation",
+    "KV",
     "Pair",
     "Plan",
     "Site",
@@ -109,6 +112,7 @@ __all__ = [
     "log_prob",
     "logit",
     "logit_diff",
+    "logit_lens",
     "mean",
     "mean_difference",
     "measure",
@@ -135,7 +139,7 @@ if TYPE_CHECKING:
     from av_lens import errors, organism, plots, reports, studies
     from av_lens.errors import AvLensError
     from av_lens.inputs import AVInputs, Conflict, Pair, conflicts
-    from av_lens.interventions import Edit, Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
+    from av_lens.interventions import KV, Edit, Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
     from av_lens.isolation import isolate
     from av_lens.media import Clip, ClipFile, load_clip
     from av_lens.methods import (
@@ -145,6 +149,7 @@ if TYPE_CHECKING:
         edge_attribution,
         find_sinks,
         knockout,
+        logit_lens,
         mean_difference,
         patch,
         path_patch,
