@@ -64,6 +64,9 @@ _HOMES = {
     "edge_attribution": "methods",
     "attribution_patch": "methods",
     "patch": "methods",
+    "graft": "methods",
+    "weight_change": "methods",
+    "base_shift": "methods",
     "path_patch": "methods",
     "mean_difference": "methods",
     "reweighed": "methods",
@@ -71,12 +74,14 @@ _HOMES = {
     "EdgeScores": "results",
     "Grid": "results",
     "Isolation": "results",
+    "Tabled": "results",
     "isolate": "isolation",
     "AvLensError": "errors",
 }
 _ROOMS = ("errors", "organism", "plots", "reports", "studies")
 
 __all__ = [
+    "KV",
     "AVInputs",
     "AvLensError",
     "Clip",
@@ -87,16 +92,17 @@ __all__ = [
     "Grid",
     "HookedAVLLM",
     "Isolation",
-    "KV",
     "Pair",
     "Plan",
     "Site",
     "Span",
     "SpanMap",
+    "Tabled",
     "__version__",
     "add",
     "attention_flow",
     "attribution_patch",
+    "base_shift",
     "check_model",
     "conflicts",
     "cut",
@@ -104,6 +110,7 @@ __all__ = [
     "edge_attribution",
     "errors",
     "find_sinks",
+    "graft",
     "isolate",
     "kl",
     "knockout",
@@ -132,6 +139,7 @@ __all__ = [
     "steer",
     "studies",
     "sweep",
+    "weight_change",
     "zero",
 ]
 
@@ -145,9 +153,11 @@ if TYPE_CHECKING:
     from av_lens.methods import (
         attention_flow,
         attribution_patch,
+        base_shift,
         direct_attribution,
         edge_attribution,
         find_sinks,
+        graft,
         knockout,
         logit_lens,
         mean_difference,
@@ -155,8 +165,9 @@ if TYPE_CHECKING:
         path_patch,
         reweighed,
         steer,
+        weight_change,
     )
-    from av_lens.results import EdgeScores, Grid, Isolation
+    from av_lens.results import EdgeScores, Grid, Isolation, Tabled
     from av_lens.runs import (
         HookedAVLLM,
         check_model,

@@ -3,5 +3,6 @@
 from av_lens.results.edge_scores import EdgeScores
 from av_lens.results.grid import Grid
 from av_lens.results.record import Isolation
+from av_lens.results.tabled import Tabled
 
-__all__ = ["EdgeScores", "Grid", "Isolation"]
+__all__ = ["EdgeScores", "Grid", "Isolation", "Tabled"]

@@ -1,0 +1,154 @@
+"""Which events does a text name? A stated lexicon: every event with its words, found as whole words.
+
+A lexicon maps an event to its synonyms ("dog": "dog", "dogs", "puppy", "barking"); the event's own name is one of its
+words. Matching ignores case, takes a word's plain plural ("siren" finds "sirens", "church bell" finds "church bells")
+and nothing else: what is not listed is not found. Of overlapping matches the longest counts, so that "guitar" is not
+found in "bass guitar" where that is an event of its own.
+
+With the events that are truly heard and seen,
+
+    heard          share of the heard events that the text names
+    seen           share of the seen events that the text names
+    hallucinated   share of the events named that are neither heard nor seen; NaN where no event is named
+
+An event both heard and seen counts in both. Not done: negations ("no dog"), and whether the text says that it hears
+what it names.
+
+    >>> lexicon = Lexicon.of({"dog": ["puppy", "barking"], "siren": []})
+    >>> [match.event for match in lexicon.found("A PUPPY, then sirens.")]
+    ['dog', 'siren']
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from av_lens.errors import InputError, unknown
+
+FIGURES = ("heard", "seen", "hallucinated")
+
+
+@dataclass(frozen=True)
+class Match:
+    """One event in a text.
+
+    Attributes:
+        event: the event.
+        start: the first character.
+        stop: the character after the last.
+    """
+
+    event: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """Events and their words. Build it with `Lexicon.of`.
+
+    Attributes:
+        words: (event, its words in lower case), in order.
+    """
+
+    words: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __post_init__(self) -> None:
+        owner: dict[str, str] = {}
+        for event, listed in self.words:
+            for word in listed:
+                if not word:
+                    raise InputError(f"the event {event!r} has an empty word; leave it out.")
+                if owner.setdefault(word, event) != event:
+                    raise InputError(
+                        f"the word {word!r} belongs to both {owner[word]!r} and {event!r}, so a text that has it names "
+                        "either; give it to one of them."
+                    )
+        if not self.words:
+            raise InputError("a lexicon needs at least one event, such as {'dog': ['puppy', 'barking']}.")
+
+    @classmethod
+    def of(cls, events: Mapping[str, Iterable[str]] | Iterable[str]) -> Lexicon:
+        """Build a lexicon.
+
+        Args:
+            events: the synonyms of each event, or the events alone.
+
+        Returns:
+            The lexicon.
+
+        Raises:
+            InputError: no event, an empty word, or a word of two events.
+        """
+        pairs = events.items() if isinstance(events, Mapping) else [(event, ()) for event in events]
+        return cls(tuple((event, tuple(dict.fromkeys(_plain(w) for w in (event, *words)))) for event, words in pairs))
+
+    @property
+    def events(self) -> tuple[str, ...]:
+        """The events, in order."""
+        return tuple(event for event, _ in self.words)
+
+    @cached_property
+    def _owner(self) -> dict[str, str]:
+        return {word: event for event, listed in self.words for word in listed}
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        words = sorted(self._owner, key=lambda word: (-len(word), word))
+        spaced = (re.sub(r"(\\?\s)+", r"\\s+", re.escape(word)) for word in words)
+        return re.compile(r"(?<!\w)(" + "|".join(spaced) + r")(?:(?<=[sxz])es|(?<=[cs]h)es|s)?(?!\w)", re.IGNORECASE)
+
+    def event(self, word: str) -> str:
+        """Find the event of a word.
+
+        Args:
+            word: an event or one of its words.
+
+        Returns:
+            The event.
+
+        Raises:
+            InputError: the lexicon does not have it; the nearest is named.
+        """
+        found = self._owner.get(_plain(word))
+        if found is None:
+            raise InputError(unknown("event", word, self._owner))
+        return found
+
+    def found(self, text: str) -> list[Match]:
+        """Find the events that a text names.
+
+        Args:
+            text: the text.
+
+        Returns:
+            Every mention, from the text's beginning on; an event may come several times.
+        """
+        return [Match(self._owner[_plain(m[1])], *m.span()) for m in self._pattern.finditer(text)]
+
+    def score(self, text: str, *, heard: Sequence[str], seen: Sequence[str]) -> dict[str, float]:
+        """Score what a text names against what is there.
+
+        Args:
+            text: the text.
+            heard: the events that are heard; none where nothing is.
+            seen: the events that are seen.
+
+        Returns:
+            `heard`, `seen` and `hallucinated` as the module says; a share of nothing is NaN.
+
+        Raises:
+            InputError: an event that the lexicon does not have.
+        """
+        named = {match.event for match in self.found(text)}
+        truth = [{self.event(word) for word in side} for side in (heard, seen)]
+        shares = [len(named & side) / len(side) if side else float("nan") for side in truth]
+        extra = named - truth[0] - truth[1]
+        return dict(zip(FIGURES, (*shares, len(extra) / len(named) if named else float("nan")), strict=True))
+
+
+def _plain(word: str) -> str:
+    return " ".join(word.casefold().split())
