@@ -106,13 +106,8 @@ def steer(
     with watched(progress) as show:
         try:
             for rows, one in examples.stacks(stack):
-                trace, own = record(model, one), bound.chosen(rows.tolist()) if bound.n_answers > 1 else bound
-                require_numbers(measure_plans(trace, plans[:1], own)[0], bound.name, run="the run without a push")
-                found = torch.full((len(plans), len(one)), torch.nan)
-                try:
-                    measure_plans(trace, plans, own, budget_gb=budget_gb, into=found)
-                finally:
-                    scores[:, rows] = found
+                own = bound.chosen(rows.tolist()) if bound.n_answers > 1 else bound
+                _measure(model, one, plans, own, rows, scores, budget_gb)
                 show("steering", int((~scores[-1].isnan()).sum()), len(examples))
         except KeyboardInterrupt:
             partial = interrupted(scores)
@@ -138,6 +133,19 @@ def steer(
             **bound.provenance(),
         ),
     )
+
+
+def _measure(
+    model: Any, x: Any, plans: list[Plan], metric: Metric, rows: Any, scores: Tensor, budget_gb: float | int
+) -> None:
+    """Write the metric of every plan on some examples, as far as it comes."""
+    trace = record(model, x)
+    require_numbers(measure_plans(trace, plans[:1], metric)[0], metric.name, run="the run without a push")
+    found = torch.full((len(plans), len(x)), torch.nan)
+    try:
+        measure_plans(trace, plans, metric, budget_gb=budget_gb, into=found)
+    finally:
+        scores[:, rows] = found
 
 
 def reweighed(heads: Mapping[str | tuple[int, int], float | int], *, at: Any = "suffix", component: str = "z") -> Plan:
