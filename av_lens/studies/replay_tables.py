@@ -35,13 +35,14 @@ def store(record: Mapping[str, Any], folder: str | Path) -> Path:
     """
     page, stored = Path(folder) / PAGE, Path(folder) / RECORD
     text = page.read_text("utf-8") if page.exists() else ""
-    if OPEN not in text or CLOSE not in text:
+    head, opened, rest = text.partition(OPEN)
+    _, closed, tail = ("\n" + rest).partition(CLOSE)
+    if not opened or not closed:
         raise InputError(f"{page} is not there or lacks the comments {OPEN.strip()} and {CLOSE.strip()}.")
     before: dict[str, Any] = json.loads(stored.read_text("utf-8")) if stored.exists() else {}
     both = {**before, **{name: plain(found) for name, found in record.items()}}
     stored.write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
-    head, rest = text.split(OPEN, 1)
-    page.write_text(head + OPEN + page_tables(both) + CLOSE + rest.split(CLOSE, 1)[1], encoding="utf-8")
+    page.write_text(head + OPEN + page_tables(both) + CLOSE + tail, encoding="utf-8")
     return page
 
 
