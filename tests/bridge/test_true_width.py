@@ -10,6 +10,7 @@ import torch
 from tiny import tiny_config, tiny_processor
 
 from av_lens.bridge.hook_names import COMPONENTS, hook_name
+from av_lens.organism.anatomy import build_model
 from av_lens.runs import load
 from av_lens.runs.selfcheck import turned
 
@@ -18,22 +19,12 @@ EIGHT = ("resid_pre", "resid_mid", "resid_post", "z", "result", "pattern", "rot_
 
 def wide_model():
     """Two layers of the 7B text model, random, in bfloat16; small towers."""
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
-
     config = tiny_config(
         n_layers=2, d_model=3584, n_heads=28, n_kv_heads=4, intermediate_size=18944, vocab_size=152064,
         initializer_range=0.02,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     )  # fmt: skip
-    config._attn_implementation = "eager"
-    standard = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return Qwen2_5OmniThinkerForConditionalGeneration(config).eval()
-    finally:
-        torch.set_default_dtype(standard)
+    return build_model(config, seed=0, dtype=torch.bfloat16)
 
 
 @pytest.mark.slow
