@@ -14,21 +14,4 @@ from av_lens.methods.sinks import Sinks, find_sinks
 from av_lens.methods.steering import mean_difference, reweighed, steer
 from av_lens.methods.weight_changes import weight_change
 
-__all__ = [
-    "Sinks",
-    "attention_flow",
-    "attribution_patch",
-    "base_shift",
-    "direct_attribution",
-    "edge_attribution",
-    "find_sinks",
-    "graft",
-    "knockout",
-    "logit_lens",
-    "mean_difference",
-    "patch",
-    "path_patch",
-    "reweighed",
-    "steer",
-    "weight_change",
-]
+__all__ = ["Sinks", "attention_flow", "attribution_patch", "base_shift", "direct_attribution", "edge_attribution", "find_sinks", "graft", "knockout", "logit_lens", "mean_difference", "patch", "path_patch", "reweighed", "steer", "weight_change"]

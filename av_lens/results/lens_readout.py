@@ -1,0 +1,269 @@
+"""`LensReadout`: what every layer's stream would say if the model stopped there, and whether the sound's word is in it.
+
+    ranks            how many tokens are likelier than a word, 0 for the top       [example, word, layer, pos]
+    probabilities    the word's probability                                        [example, word, layer, pos]
+    top              the likeliest tokens                                          [example, layer, pos, place]
+
+*Latent understanding* of a word in one example: 1 where its rank is below k at some of the positions and layers that
+were read, else 0. A maximum over hundreds of readings is often high by chance, so the same maximum is taken for other
+sounds' words on the same example ("others", their mean), and the difference is the figure to be reported ("excess").
+"said" is 1 where the first word is the likeliest token of the whole vocabulary at the asked position, at the end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from jaxtyping import Float, Int
+
+from av_lens.checks import require_at_least, require_choice
+from av_lens.errors import InputError
+from av_lens.results.grid import Grid
+from av_lens.results.provenance import as_text
+
+SCHEMA_VERSION = 1
+OTHERS, EXCESS, SAID = "others", "excess", "said"
+_READ, _TOP = ("example", "word", "layer", "pos"), ("example", "layer", "pos", "place")
+_DIMS: dict[str, tuple[str, ...]] = {
+    "ranks": _READ,
+    "probabilities": _READ,
+    "top_ids": _TOP,
+    "top_probabilities": _TOP,
+    "best_others": ("example", "layer", "other"),
+    "said": ("example",),
+    "clusters": ("example",),
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LensReadout:
+    """What a logit lens read.
+
+    Attributes:
+        ranks: ranks of the words, `[example, word, layer, pos]`; NaN where an example has no such position.
+        probabilities: probabilities of the words, likewise.
+        top_ids: the likeliest tokens, `[example, layer, pos, place]`; -1 where an example has no such position.
+        top_probabilities: their probabilities.
+        texts: the text of every token among them.
+        best_others: the best rank over positions of other sounds' words, `[example, layer, other]`; NaN where a word
+            belongs to the example itself.
+        said: whether the first word is the model's answer, `[example]`; NaN without words.
+    """
+
+    ranks: Grid
+    probabilities: Grid
+    top_ids: Int[np.ndarray, "example layer pos place"]
+    top_probabilities: Float[np.ndarray, "example layer pos place"]
+    texts: Mapping[int, str]
+    best_others: Float[np.ndarray, "example layer other"]
+    said: Float[np.ndarray, " example"]
+
+    def __repr__(self) -> str:
+        sizes = self.ranks.values.sizes
+        words = ", ".join(map(str, self.ranks.values.coords["word"].values.tolist())) or "no words"
+        return (
+            f"LensReadout({sizes['example']} examples, {sizes['layer']} layers, {sizes['pos']} positions; {words}; "
+            f"{self.best_others.shape[2]} other words)"
+        )
+
+    def best(self) -> Grid:
+        """Take the best rank over positions.
+
+        Returns:
+            A grid `[example, word, layer]`.
+        """
+        values = self.ranks.values.min("pos")
+        return self._grid(values.values, {name: values.coords[name].values for name in ("word", "layer")}, "best rank")
+
+    def understanding(self, k: int = 5, *, by: str = "all") -> Grid:
+        """Score whether the words are in the top k somewhere, against other sounds' words.
+
+        Args:
+            k: how many of the likeliest tokens count.
+            by: "all" (the maximum over positions and layers) or "layer" (over positions, layer by layer).
+
+        Returns:
+            A grid over `figure`: the words, "others", "excess" (the first word less the others) and "said"; by layer
+            over `layer` as well. Means over examples are fractions of clips.
+
+        Raises:
+            InputError: no words were read, or an unknown `by`.
+        """
+        require_at_least("k", k, 1)
+        require_choice("by", by, ("all", "layer"))
+        words = self.ranks.values.coords["word"].values.tolist()
+        if not words:
+            raise InputError("no words were read: logit_lens(..., words=['dog']), or give it conflicts.")
+        best = self.ranks.values.min("pos").values
+        others = self.best_others
+        if by == "all":
+            best, others = best.min(2, keepdims=True), others.min(1, keepdims=True)
+        hits = np.where(np.isnan(best), np.nan, best < k)
+        known = ~np.isnan(others)
+        counts = known.sum(2)
+        null = np.where(counts > 0, ((others < k) & known).sum(2) / np.maximum(counts, 1), np.nan)
+        said = np.broadcast_to(self.said[:, None], null.shape)
+        found = np.concatenate([hits, np.stack([null, hits[:, 0] - null, said], axis=1)], axis=1)
+        axes: dict[str, Any] = {"figure": [*words, OTHERS, EXCESS, SAID]}
+        if by == "layer":
+            return self._grid(found, axes | {"layer": self.ranks.values.coords["layer"].values}, _named(k, by))
+        return self._grid(found[:, :, 0], axes, _named(k, by))
+
+    def top(self, example: int = 0, *, layer: int | None = None, pos: int | None = None) -> pd.DataFrame:
+        """List the likeliest tokens in words.
+
+        Args:
+            example: which example.
+            layer: one layer, or None for all.
+            pos: one position, or None for all.
+
+        Returns:
+            One row for each layer and position: `layer pos`, and the token at each place.
+        """
+        axes = self.ranks.values.coords
+        rows: list[dict[Any, Any]] = []
+        for i, at_layer in enumerate(axes["layer"].values.tolist()):
+            for j, at in enumerate(axes["pos"].values.tolist()):
+                ids = self.top_ids[example, i, j].tolist()
+                if (layer is None or at_layer == layer) and (pos is None or at == pos) and -1 not in ids:
+                    places: dict[Any, Any] = {n: self.texts[token] for n, token in enumerate(ids, 1)}
+                    rows.append({"layer": at_layer, "pos": at} | places)
+        return pd.DataFrame(rows)
+
+    def plot(self, **options: Any) -> Any:
+        """Draw the words' best ranks over positions, layer by layer.
+
+        Args:
+            **options: passed to `av_lens.plots.layers`.
+
+        Returns:
+            A plotly figure.
+        """
+        plots: Any = importlib.import_module("av_lens.plots")
+        return plots.layers(self.best(), **options)
+
+    def save(self, path: str | Path) -> Path:
+        """Save the readout as netCDF.
+
+        Args:
+            path: the file; ".nc" is added where it has no ending.
+
+        Returns:
+            The file that was written.
+        """
+        target = Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
+        data = {
+            "top_ids": self.top_ids.astype(np.int32),
+            "top_probabilities": self.top_probabilities,
+            "said": self.said,
+            "clusters": np.asarray(self.ranks.clusters, dtype=np.int32),
+            "ranks": self.ranks.values.values,
+            "probabilities": self.probabilities.values.values,
+            "best_others": self.best_others,
+        }
+        axes = {name: self.ranks.values.coords[name].values for name in ("layer", "pos")}
+        attributes = {
+            "schema": "av_lens.LensReadout",
+            "schema_version": SCHEMA_VERSION,
+            "direction": self.ranks.direction,
+            "words": json.dumps(self.ranks.values.coords["word"].values.tolist()),
+            "texts": json.dumps({str(token): text for token, text in self.texts.items()}),
+            "provenance": as_text(self.ranks.provenance),
+        }
+        # netCDF takes an axis without entries for one that grows, so what has none is left out.
+        kept = {name: (_DIMS[name], values) for name, values in data.items() if values.size}
+        xr.Dataset(kept, coords=axes, attrs=attributes).to_netcdf(target, engine="scipy")
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> LensReadout:
+        """Open a saved readout.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The readout, equal to the one that was saved.
+
+        Raises:
+            InputError: there is no such file, or it holds no readout of a known version.
+        """
+        if not Path(path).exists():
+            raise InputError(f"no such file: {path}")
+        with xr.open_dataset(path, engine="scipy", backend_kwargs={"mmap": False}) as opened:
+            data = opened.load()
+        kind, version = data.attrs.get("schema"), int(data.attrs.get("schema_version", 0))
+        if kind != "av_lens.LensReadout" or version > SCHEMA_VERSION:
+            raise InputError(f"{path} holds {kind or 'something else'}, version {version}; wanted av_lens.LensReadout.")
+        made: dict[str, Any] = {
+            "clusters": data["clusters"].values,
+            "provenance": json.loads(data.attrs["provenance"]),
+            "direction": str(data.attrs["direction"]),
+        }
+        axes = {"word": np.array(json.loads(data.attrs["words"]), dtype=str)}
+        axes |= {name: data.coords[name].values for name in ("layer", "pos")}
+        sizes = {"example": len(data["said"])} | {name: len(labels) for name, labels in axes.items()}
+
+        def of(name: str) -> np.ndarray:
+            empty = np.zeros([sizes.get(dim, 0) for dim in _DIMS[name]])
+            return data[name].values if name in data else empty
+
+        grids = [xr.DataArray(of(name), dims=_DIMS[name], coords=axes) for name in ("ranks", "probabilities")]
+        return cls(
+            readings(grids[0], "rank", **made),
+            readings(grids[1], "probability", **made),
+            of("top_ids").astype(np.int64),
+            of("top_probabilities").astype(np.float64),
+            {int(token): text for token, text in json.loads(data.attrs["texts"]).items()},
+            of("best_others").astype(np.float64),
+            of("said"),
+        )
+
+    def _grid(self, values: np.ndarray, axes: Mapping[str, Any], metric: str) -> Grid:
+        return Grid.of(
+            values,
+            axes=axes,
+            baseline=np.zeros(len(values)),
+            clusters=self.ranks.clusters,
+            metric=metric,
+            unit="tokens" if metric == "best rank" else "fraction of clips",
+            direction=self.ranks.direction,
+            provenance=self.ranks.provenance,
+        )
+
+
+def _named(k: int, by: str) -> str:
+    return f"latent understanding: in the top {k} at some position" + ("" if by == "layer" else " and layer")
+
+
+def readings(values: xr.DataArray, what: str, *, clusters: Any, provenance: Mapping[str, Any], direction: str) -> Grid:
+    """Make a grid of a lens's numbers: nothing is edited, so the baseline is 0.
+
+    Args:
+        values: `[example, word, layer, pos]`.
+        what: "rank" or "probability".
+        clusters: the cluster of each example.
+        provenance: how they were made.
+        direction: what the numbers mean.
+
+    Returns:
+        The grid.
+    """
+    return Grid.of(
+        values.values,
+        axes={name: values.coords[name].values for name in ("word", "layer", "pos")},
+        baseline=np.zeros(len(values)),
+        clusters=clusters,
+        metric=f"logit lens, {what}",
+        unit="tokens" if what == "rank" else "probability",
+        direction=direction,
+        provenance=dict(provenance),
+    )
