@@ -51,7 +51,6 @@ from av_lens.interventions.sites import resolve_positions
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import linked, stamp
 from av_lens.runs.finite import require_numbers
-from av_lens.runs.measurement import measure
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.paths import LOGITS, TOTAL, Nodes, PathRuns
 from av_lens.runs.places import layout_stacks
@@ -125,24 +124,12 @@ def path_patch(
     hops = _hops(via, model.spec)
     columns = _columns(receiving, hops, decompose, model.spec)
     _check_order(sending, hops, receiving)
-    jobs = list(
-        _jobs(model, pairs, sending, hops, columns, at, direction, stack, mlps=mlps, norms=norms, budget_gb=budget_gb)
-    )
-    starts = np.cumsum([0, *(len(one) for one in pairs)])
-    values = np.full((starts[-1], len(sending), len(columns)), np.nan)
-    lines = np.full((2, starts[-1]), np.nan)
-    partial = ""
-    with watched(progress) as show:
-        try:
-            for number, (members, job) in enumerate(jobs):
-                rows = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in members])
-                _measured(job, bound.chosen(rows.tolist()), rows, values, lines, _part(show, number, len(jobs)))
-        except KeyboardInterrupt:
-            partial = interrupted(torch.from_numpy(values))
+    how = {"mlps": mlps, "norms": norms, "budget_gb": budget_gb}
+    jobs = list(_jobs(model, pairs, (sending, hops, columns), at, direction, stack, how))
+    values, lines, partial = _all_measured(jobs, bound, pairs, progress)
     if decompose:
         values = _with_remainder(values, lines[0], list(columns))
-    labels = [*columns, "remainder"] if decompose else list(columns)
-    shape, axes = _axes(sender, sending, labels, model.spec)
+    shape, axes = _axes(sender, sending, [*columns, *(["remainder"] if decompose else [])], model.spec)
     return Grid.of(
         values.reshape(len(values), *shape),
         axes=axes,
@@ -157,7 +144,7 @@ def path_patch(
             model=model.name,
             senders=list(sending),
             receivers=list(receiving),
-            via=[" + ".join(node.label for node in hop) for hop in hops],
+            via=[_said(hop) for hop in hops],
             at=str(at) if at is not None else "all",
             positions=[list(job.at) for _, job in jobs],
             mlps=mlps,
@@ -235,34 +222,52 @@ def _said(nodes: Nodes) -> str:
 def _jobs(
     model: Any,
     pairs: list[Pair],
-    sending: Ends,
-    hops: tuple[Nodes, ...],
-    columns: dict[str, Nodes],
+    ends: tuple[Ends, tuple[Nodes, ...], dict[str, Nodes]],
     at: str | Span | None,
     direction: str,
     stack: int,
-    **how: Any,
+    how: dict[str, Any],
 ) -> Iterator[tuple[list[int], PathRuns]]:
     """One job for every stack of pairs of one layout."""
+    sending, hops, columns = ends
     for members in layout_stacks(pairs, stack):
         clean, corrupt = (AVInputs.stack([getattr(pairs[n], side) for n in members]) for side in ("clean", "corrupt"))
         base, donor = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
         positions = resolve_positions(at, base.spans, what="path_patch at").index
-        rows, ends = tuple(sending.values()), tuple(columns.values())
-        yield members, PathRuns(model, base, donor, rows, hops, ends, positions, **how)
+        rows, receiving = tuple(sending.values()), tuple(columns.values())
+        yield members, PathRuns(model, base, donor, rows, hops, receiving, positions, **how)
+
+
+def _all_measured(
+    jobs: list[tuple[list[int], PathRuns]], metric: Metric, pairs: list[Pair], progress: Progress | bool | None
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """The numbers `[example, sender, column]`, baseline and donor, and how far an interrupted measurement came."""
+    starts = np.cumsum([0, *(len(one) for one in pairs)])
+    values = np.full((starts[-1], len(jobs[0][1].senders), len(jobs[0][1].columns)), np.nan)
+    lines = np.full((2, starts[-1]), np.nan)
+    partial = ""
+    with watched(progress) as show:
+        try:
+            for number, (members, job) in enumerate(jobs):
+                rows = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in members])
+                _measured(job, metric.chosen(rows.tolist()), rows, values, lines, _part(show, number, len(jobs)))
+        except KeyboardInterrupt:
+            partial = interrupted(torch.from_numpy(values))
+    return values, lines, partial
 
 
 def _measured(
     job: PathRuns, metric: Metric, rows: np.ndarray, values: np.ndarray, lines: np.ndarray, show: Progress
 ) -> None:
     """Write one stack's numbers as they are done: baseline, donor, and `[example, sender, column]`."""
-    lines[0, rows] = measure(job.model, job.base, metric).double().cpu().numpy()
-    lines[1, rows] = measure(job.model, job.donor, metric).double().cpu().numpy()
-    require_numbers(torch.from_numpy(lines[0, rows]), metric.name)
+    with torch.no_grad():
+        begun = job.begin(metric)
+    require_numbers(begun.baseline, metric.name)
+    lines[0, rows], lines[1, rows] = (part.double().cpu().numpy() for part in (begun.baseline, begun.donor))
     into = torch.full((len(job.senders), len(job.columns), len(rows)), torch.nan, dtype=torch.float64)
     total = len(job.senders) * len(job.columns)
     try:
-        job.measure(metric, lambda done: show("path patching", done, total), into)
+        begun.measure(lambda done: show("path patching", done, total), into)
     finally:
         values[rows] = np.moveaxis(into.numpy(), -1, 0)
 

@@ -7,8 +7,7 @@ position, is added to the stream, and is seen by the MLPs (where they are not he
 
 is computed for many changes at once, without attention and without a run of the model, and is exact. `HeldRun.inputs`
 gives what chosen receivers then read; `outputs` what they make of that input, all else in them as in the base run.
-
-A query head's keys and values can be replaced for that head alone (ungrouped) or for all that share them.
+`replaced` writes the base run in which receivers read it, and everything after them is free, as plans to be replayed.
 """
 
 from __future__ import annotations
@@ -21,8 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from av_lens.interventions import Plan, Site
+from av_lens.interventions import replace as write
 from av_lens.interventions.nodes import Node
 from av_lens.runs.recording import Record
+from av_lens.runs.rereading import record_under, reread
 from av_lens.runs.restart import Layer
 from av_lens.runs.stacks import unembedded
 
@@ -204,83 +206,47 @@ def _projected(layer: Layer, normed: Tensor, node: Node) -> Tensor:
     return torch.nn.functional.linear(normed, linear.weight[part], None if bias is None else bias[part])
 
 
-@torch.no_grad()
-def reread(
-    record: Record, number: int, read: Mapping[Node, Float[Tensor, "row batch pos d_head"]], positions: Sequence[int]
-) -> dict[int, tuple[Float[Tensor, "row batch later d_head"], Float[Tensor, "batch later d_head"]]]:
-    """Attend anew in one layer of a recorded run, with some queries, keys or values replaced.
+def replaced(held: HeldRun, read: Mapping[Node, Float[Tensor, "row batch pos _"]]) -> list[Plan]:
+    """Write the base run with receivers' inputs replaced, all after them free, as plans.
 
     Args:
-        record: the recorded run.
-        number: the layer.
-        read: what is replaced: new queries, keys or values before rotary position, one row for each change.
-        positions: where they are replaced, ascending.
+        held: the base run.
+        read: the receivers' inputs, as `HeldRun.inputs` gives them.
 
     Returns:
-        For every query head that sees any of it, its z from the first position on, and the run's own.
+        One plan for each row.
     """
-    device, start = record.model.device, positions[0]
-    layer = Layer.of(record.model.bridge.blocks[number])
-    cos, sin = (table.to(device) for table in record.tables)
-    at = torch.tensor(list(positions), device=device)
-    keys, values = record.past(number, len(record.spans))
-    group = (layer.q.out_features // layer.d_head) // keys.shape[1]
-    queries = layer.q(layer.ln1(record.stream(number, start))).unflatten(-1, (-1, layer.d_head))
-    mask = _mask(record, start)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    for head in sorted({head for node in read for head in _seen_by(node, group)}):
-        q = turned(queries[:, :, head], cos[:, start:], sin[:, start:])
-        k, v = keys[:, head // group], values[:, head // group]
-        base = _attended(q, k, v, mask, layer.scaling)
-        for node, given in read.items():
-            if head not in _seen_by(node, group):
-                continue
-            if node.input == "v":
-                v = _with(v, at, given)
-            elif node.input == "k":
-                k = _with(k, at, turned(given, cos[:, at], sin[:, at]))
-            else:
-                q = _with(q, at - start, turned(given, cos[:, at], sin[:, at]))
-        found[head] = (_attended(q, k, v, mask, layer.scaling), base)
-    return found
+    first = min(node.reads_at for node in read)
+    known = {node: given for node, given in read.items() if node.kind == "mlp" or node.reads_at == first}
+    made = held.outputs(known)
+    n_rows = len(next(iter(read.values())))
+    later = list(range(held.positions[0], len(held.record.spans)))
+    plans: list[Plan] = []
+    for row in range(n_rows):
+        edits = [
+            write(Site("z", layer, head, later), new[row])
+            if kind == "z"
+            else write(Site("mlp_out", layer, positions=held.positions), new[row])
+            for (kind, layer, head), (new, _) in made.items()
+        ]
+        rest = {node: given[row] for node, given in read.items() if node not in known}
+        plans.append(_with_later(held, Plan(edits), rest))
+    return plans
 
 
-def _seen_by(node: Node, group: int) -> range:
-    index = node.index or 0
-    return range(index * group, (index + 1) * group) if node.kind == "kv" else range(index, index + 1)
-
-
-def _with(base: Tensor, at: Tensor, given: Tensor) -> Tensor:
-    """`[batch, pos, d]` with other values at some positions, one row for each change."""
-    new = base.expand(given.shape[0], *base.shape).clone()
-    new[:, :, at] = given.to(new)
-    return new
-
-
-def _attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    scores = q @ k.transpose(-1, -2) * scaling + mask
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-
-
-def _mask(record: Record, start: int) -> Tensor:
-    """The additive mask of the rows from a position on, `[batch or 1, row, key]`."""
-    if record.mask is not None:
-        return record.mask[:, 0, start:].to(record.model.device)
-    n, like = len(record.spans), record.resid[0]
-    lowest = torch.full((n - start, n), torch.finfo(like.dtype).min, dtype=like.dtype, device=record.model.device)
-    return lowest.triu(1 + start)[None]
-
-
-def turned(heads: Float[Tensor, "*rows batch pos d_head"], cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply rotary position.
-
-    Args:
-        heads: queries or keys of one head.
-        cos: the table, `[batch, pos, d_head]`.
-        sin: the table.
-
-    Returns:
-        The rotated heads.
-    """
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+def _with_later(held: HeldRun, plan: Plan, rest: Mapping[Node, Tensor]) -> Plan:
+    """Add receivers in layers that other receivers have changed already, the earliest first."""
+    record, positions, spec = held.record, held.positions, held.record.model.spec
+    group = spec.n_heads // spec.n_kv_heads
+    for number in sorted({node.layer or 0 for node in rest}):
+        here = {node: given for node, given in rest.items() if node.layer == number}
+        if any(node.kind == "head" and node.input != "q" and group > 1 for node in here):
+            now = record_under(record, plan, number)
+            z = reread(now, number, {node: given[None] for node, given in here.items()}, positions)
+            span = list(range(positions[0], len(record.spans)))
+            plan = plan + Plan(write(Site("z", number, head, span), new[0]) for head, (new, _) in z.items())
+        else:
+            plan = plan + Plan(
+                write(Site(node.input or "q", number, node.index, positions), given) for node, given in here.items()
+            )
+    return plan

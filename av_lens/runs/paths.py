@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import replace as changed
+from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,15 +25,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.bridge.hook_names import hook_name
-from av_lens.errors import ModelError
 from av_lens.interventions import Plan, Site, replace
 from av_lens.interventions.nodes import Node
 from av_lens.interventions.sites import resolve_positions
 from av_lens.runs.budget import GIGABYTE
 from av_lens.runs.execution import run
-from av_lens.runs.held import Change, HeldRun, reread, turned
+from av_lens.runs.held import Change, HeldRun, replaced
+from av_lens.runs.measurement import measure
 from av_lens.runs.metrics import Metric
-from av_lens.runs.recording import Record
+from av_lens.runs.receivers import require_restart
 from av_lens.runs.restart import Layer
 from av_lens.runs.traces import Trace, record
 
@@ -71,25 +72,21 @@ class PathRuns:
     norms: str
     budget_gb: float | int
 
-    def measure(
-        self, metric: Metric, finished: Callable[[int], None], into: Float[Tensor, "sender column batch"]
-    ) -> None:
-        """Measure the metric for every sender and column whose order allows it.
+    def begin(self, metric: Metric) -> Begun:
+        """Run base and donor.
 
         Args:
             metric: bound.
-            finished: called with the number of cells done.
-            into: filled as rows are done; cells whose receivers do not come after the sender stay NaN.
+
+        Returns:
+            Both runs' metric, and what is needed to measure the rows.
         """
         sent = self._sent()
-        longer = metric.continuations(len(self.base))
         asked = int(self.base.spans.generation_position)
+        longer = metric.continuations(len(self.base))
         if not longer:
-            one = _Prompt(self, self.base, sent, range(asked, asked + 1), metric)
-            for rows, values in one.rows(one.together()):
-                into[rows.start : rows.stop] = values.to(into)
-                finished(rows.stop * len(self.columns))
-            return
+            prompts = [_Prompt(self, self.base, sent, range(asked, asked + 1), metric)]
+            return Begun(self, metric, prompts, prompts[0].baseline(), metric(sent.logits))
         prompts = [
             _Prompt(
                 self,
@@ -100,13 +97,8 @@ class PathRuns:
             )
             for number, tokens in enumerate(longer)
         ]
-        size = min(prompt.together() for prompt in prompts)
-        for parts in zip(*(prompt.rows(size) for prompt in prompts), strict=True):
-            rows = parts[0][0]
-            for i, row in enumerate(rows):
-                for column in range(len(self.columns)):
-                    into[row, column] = metric.combine([values[i, column] for _, values in parts]).to(into)
-            finished(rows.stop * len(self.columns))
+        baseline = metric.combine([prompt.baseline() for prompt in prompts])
+        return Begun(self, metric, prompts, baseline, measure(self.model, self.donor, metric))
 
     def in_order(self, sender: Nodes, column: Nodes) -> bool:
         """Say whether the sender's write comes before some input on its way.
@@ -127,51 +119,87 @@ class PathRuns:
         )
 
     def _sent(self) -> _Sent:
-        """Run both inputs once and keep what every sender wrote."""
-        nodes = [node for nodes in self.senders for node in nodes]
-        spans = self.base.spans
+        """Run the donor's inputs once and keep what every sender wrote."""
+        nodes, spans = [node for nodes in self.senders for node in nodes], self.base.spans
         ends = {
             node.label: resolve_positions(node.span, spans, what=f"sender {node.label}").index
             for node in nodes
             if node.kind == "embed"
         }
-        at = set(self.at) if any(node.kind != "embed" for node in nodes) else set[int]()
-        positions = sorted(at.union(*ends.values()))
-        with torch.no_grad():
-            streams = [run(self.model, x, capture=Site("embed")).cache["hook_embed"] for x in (self.donor, self.base)]
-        # Causal: before the first position that differs both runs are one run, and nothing is sent.
-        differs = (streams[0] != streams[1]).any(-1).any(0).tolist()
-        first = differs.index(True) if True in differs else 0
-        positions = [p for p in positions if p >= first] or positions[-1:]
         named = dict.fromkeys((COMPONENTS[node.kind], node.layer) for node in nodes if node.kind != "embed")
-        sites = [Site(component, layer, positions=positions) for component, layer in named]
-        held: list[dict[str, Tensor]] = []
-        for x, stream in zip((self.donor, self.base), streams, strict=True):
-            with torch.no_grad():
-                kept = run(self.model, x, capture=sites).cache.cache_dict if sites else {}
-            held.append(kept | {"hook_embed": stream[:, positions]})
-        return _Sent(tuple(positions), held[0], held[1], ends, tuple(self.at))
+        positions = sorted(set(self.at if named else ()).union(*ends.values()))
+        if not self.via and {node for column in self.columns for node in column} == {LOGITS}:
+            asked = int(spans.generation_position)  # the only position at which logits are read
+            positions = [asked] if asked in positions else positions[-1:]
+        sites = tuple(Site(component, layer, positions=positions) for component, layer in named)
+        with torch.no_grad():
+            found = run(self.model, self.donor, capture=[Site("embed"), *sites])
+        return _Sent(tuple(positions), sites, found.cache.cache_dict, found.logits, ends, frozenset(self.at))
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """Path runs whose base and donor runs are made.
+
+    Attributes:
+        job: the runs.
+        metric: bound.
+        prompts: the base prompt, or one for each answer of several tokens.
+        baseline: the metric of the base run.
+        donor: the metric of the donor run.
+    """
+
+    job: PathRuns
+    metric: Metric
+    prompts: Sequence[_Prompt]
+    baseline: Float[Tensor, "batch"]
+    donor: Float[Tensor, "batch"]
+
+    def measure(self, finished: Callable[[int], None], into: Float[Tensor, "sender column batch"]) -> None:
+        """Measure the metric for every sender and column whose order allows it.
+
+        Args:
+            finished: called with the number of cells done.
+            into: filled as rows are done; cells whose receivers do not come after the sender stay NaN.
+        """
+        size, columns = min(prompt.together() for prompt in self.prompts), len(self.job.columns)
+        for parts in zip(*(prompt.rows(size) for prompt in self.prompts), strict=True):
+            rows = parts[0][0]
+            if not self.metric.teacher_forced:
+                into[rows.start : rows.stop] = parts[0][1].to(into)
+            else:
+                for row, column in product(rows, range(columns)):
+                    scores = [values[row - rows.start, column] for _, values in parts]
+                    into[row, column] = self.metric.combine(scores).to(into)
+            finished(rows.stop * columns)
 
 
 @dataclass(frozen=True, eq=False)
 class _Sent:
-    """What senders wrote in both runs, by hook, at `positions`; where each span and the heads send."""
+    """What senders wrote in the donor run: by hook, at `positions` (the embedding everywhere)."""
 
     positions: tuple[int, ...]
-    given: Mapping[str, Tensor]
-    own: Mapping[str, Tensor]
+    sites: tuple[Site, ...]
+    cache: Mapping[str, Tensor]
+    logits: Tensor
     spans: Mapping[str, tuple[int, ...]]
-    at: tuple[int, ...]
+    at: frozenset[int]
 
-    def where(self, node: Node) -> tuple[list[int], Tensor]:
-        """The rows of `positions` at which a node sends, and the positions themselves."""
-        inside = set(self.spans[node.label] if node.kind == "embed" else self.at)
-        rows = [i for i, p in enumerate(self.positions) if p in inside]
-        return [self.positions[i] for i in rows], torch.tensor(rows)
+    @cached_property
+    def rows(self) -> dict[int, int]:
+        """The row of each position."""
+        return {position: row for row, position in enumerate(self.positions)}
 
-    def values(self, node: Node, values: Mapping[str, Tensor]) -> Tensor:
-        """What one run holds of a node, `[batch, pos, d]`."""
-        found = values[hook_name(COMPONENTS[node.kind], node.layer)]
+    def where(self, node: Node, since: int) -> list[int]:
+        """The positions at which a node sends, from one on."""
+        inside = self.spans[node.label] if node.kind == "embed" else self.at
+        return [p for p in self.positions if p in inside and p >= since]
+
+    def values(self, node: Node, cache: Mapping[str, Tensor], at: Sequence[int]) -> Tensor:
+        """What one run holds of a node at some of the positions, `[batch, pos, d]`."""
+        found = cache[hook_name(COMPONENTS[node.kind], node.layer)]
+        rows = list(at) if node.kind == "embed" else [self.rows[p] for p in at]
+        found = found[:, rows]
         return found[:, :, node.index] if node.kind == "head" else found
 
 
@@ -183,18 +211,23 @@ class _Prompt:
     ) -> None:
         self.job, self.sent, self.score = job, sent, score
         self.trace: Trace = record(job.model, x)
-        if self.trace.hooked_because:
-            raise ModelError(f"path patching computes layers by themselves, and cannot: {self.trace.hooked_because}.")
+        require_restart(self.trace, "path patching")
         self.asked = [p for p in asked if p < len(self.trace.spans)]
-        self.positions = sent.positions
         self.nodes = list(dict.fromkeys(node for column in job.columns for node in column if node != TOTAL))
         self.few: tuple[Callable[[Tensor], Tensor], Tensor | None] = (score, None)
         if isinstance(score, Metric):
             few, tokens = score.few_tokens()
             self.few = (few, None if tokens is None else tokens.to(job.model.device))
-        if not job.via and (TOTAL,) not in job.columns and set(self.nodes) <= {LOGITS}:
-            self.positions = tuple(p for p in sent.positions if p in self.asked) or sent.positions[-1:]
-        self.held = self._whole()
+        # Causal: before the first position that differs both runs are one run, and nothing is sent.
+        streams = sent.cache["hook_embed"], self.trace.stream(0, 0)[:, : sent.cache["hook_embed"].shape[1]]
+        differs = (streams[0] != streams[1]).any(-1).any(0).tolist()
+        first = differs.index(True) if True in differs else 0
+        self.positions = tuple(p for p in sent.positions if p >= first) or sent.positions[-1:]
+        self.held, self.own = self._run()
+
+    def baseline(self) -> Tensor:
+        """The metric of the base run."""
+        return self.score(self.trace.logits(self.trace.spans.span(self.asked)))
 
     def rows(self, together: int) -> Iterator[tuple[range, Tensor]]:
         """Measure a chunk of senders at a time, `[sender, column, batch]`."""
@@ -202,17 +235,17 @@ class _Prompt:
             rows = range(start, min(start + together, len(self.job.senders)))
             yield rows, self._chunk([self.job.senders[row] for row in rows])
 
-    def _whole(self) -> HeldRun:
-        """The base run with its heads held, at the positions where a change may come to be."""
-        job, n = self.job, len(self.trace.spans)
-        reach = positions = self.positions
-        if any(node.input in ("k", "v") for nodes in job.via for node in nodes):
-            reach = tuple(range(positions[0], n))
+    def _run(self) -> tuple[HeldRun, Mapping[str, Tensor]]:
+        """The base run with its heads held, wherever a change may come to be, and what senders wrote in it."""
+        reach = self.positions
+        if any(node.input in ("k", "v") for nodes in self.job.via for node in nodes):
+            reach = tuple(range(reach[0], len(self.trace.spans)))
         sites = [Site("resid_mid", layer, positions=reach) for layer in range(self.trace.n_layers)]
         with torch.no_grad():
-            cache = run(job.model, self.trace.x, capture=sites).cache
+            cache = run(self.job.model, self.trace.x, capture=[*sites, *self.sent.sites]).cache
         middle = tuple(cache["resid_mid", layer] for layer in range(self.trace.n_layers))
-        return HeldRun(self.trace, reach, middle, job.mlps, job.norms)
+        own = {**cache.cache_dict, "hook_embed": self.trace.stream(0, 0)}
+        return HeldRun(self.trace, reach, middle, self.job.mlps, self.job.norms), own
 
     def together(self) -> int:
         """How many senders fit the budget."""
@@ -239,7 +272,7 @@ class _Prompt:
                 found[rows, number] = self._direct(held, read[LOGITS][rows]).to(found)
             elif rows:
                 here = {node: read[node][rows] for node in column}
-                plans |= {(row, number): plan for row, plan in zip(rows, self._replaced(held, here), strict=True)}
+                plans |= {(row, number): plan for row, plan in zip(rows, replaced(held, here), strict=True)}
         if plans:
             scores = self.trace.score(
                 list(plans.values()), self.score, logits_at=self.trace.spans.span(self.asked), budget_gb=job.budget_gb
@@ -251,17 +284,15 @@ class _Prompt:
     def _change(self, nodes: Nodes, positions: Sequence[int]) -> Change:
         """What the stream gains where these nodes write as in the donor run."""
         found: dict[tuple[str, int], Tensor] = {}
+        where = {position: i for i, position in enumerate(positions)}
         for node in nodes:
-            difference = self.sent.values(node, self.sent.given) - self.sent.values(node, self.sent.own)
+            at = [p for p in self.sent.where(node, positions[0]) if p in where]
+            difference = self.sent.values(node, self.sent.cache, at) - self.sent.values(node, self.own, at)
             if node.kind == "head":
                 difference = difference @ self._writing(node.layer or 0, node.index or 0)
-            place = {"head": "heads", "mlp": "mlp", "embed": "embed"}[node.kind], node.layer or 0
-            there = dict(
-                zip(*(part if isinstance(part, list) else part.tolist() for part in self.sent.where(node)), strict=True)
-            )
-            rows = [there[p] for p in positions if p in there]
             spread = difference.new_zeros((difference.shape[0], len(positions), difference.shape[2]))
-            spread[:, [i for i, p in enumerate(positions) if p in there]] = difference[:, rows]
+            spread[:, [where[p] for p in at]] = difference
+            place = {"head": "heads", "mlp": "mlp", "embed": "embed"}[node.kind], node.layer or 0
             found[place] = found[place] + spread if place in found else spread
         return found
 
@@ -308,63 +339,9 @@ class _Prompt:
         """The sender as in the donor run, everything after it free."""
         edits: list[Any] = []
         for node in nodes:
-            positions, rows = self.sent.where(node)
-            if not positions:
-                continue  # both runs are one run there
-            head = node.index if node.kind == "head" else None
-            value = self.sent.values(node, self.sent.given)[:, rows.to(self.job.model.device)]
-            edits.append(replace(Site(COMPONENTS[node.kind], node.layer, head, positions), value))
+            at = self.sent.where(node, self.positions[0])
+            if at:  # else both runs are one run there
+                head = node.index if node.kind == "head" else None
+                site = Site(COMPONENTS[node.kind], node.layer, head, at)
+                edits.append(replace(site, self.sent.values(node, self.sent.cache, at)))
         return Plan(edits)
-
-    def _replaced(self, held: HeldRun, read: Mapping[Node, Tensor]) -> list[Plan]:
-        """The base run with receivers' inputs replaced, one plan for each row."""
-        first = min(node.reads_at for node in read)
-        known = {node: given for node, given in read.items() if node.kind == "mlp" or node.reads_at == first}
-        made = held.outputs(known)
-        n_rows = len(next(iter(read.values())))
-        later = list(range(held.positions[0], len(self.trace.spans)))
-        plans: list[Plan] = []
-        for row in range(n_rows):
-            edits = [
-                replace(Site("z", layer, head, later), new[row])
-                if kind == "z"
-                else replace(Site("mlp_out", layer, positions=held.positions), new[row])
-                for (kind, layer, head), (new, _) in made.items()
-            ]
-            rest = {node: given[row] for node, given in read.items() if node not in known}
-            plans.append(self._later(Plan(edits), rest, held.positions))
-        return plans
-
-    def _later(self, plan: Plan, rest: Mapping[Node, Tensor], positions: Sequence[int]) -> Plan:
-        """Add receivers in layers that other receivers have changed already, the earliest first."""
-        group = self.job.model.spec.n_heads // self.job.model.spec.n_kv_heads
-        for number in sorted({node.layer or 0 for node in rest}):
-            here = {node: given for node, given in rest.items() if node.layer == number}
-            if any(node.kind == "head" and node.input != "q" and group > 1 for node in here):
-                now = self._so_far(plan, number)
-                z = reread(now, number, {node: given[None] for node, given in here.items()}, positions)
-                span = list(range(positions[0], len(self.trace.spans)))
-                plan = plan + Plan(replace(Site("z", number, head, span), new[0]) for head, (new, _) in z.items())
-            else:
-                plan = plan + Plan(
-                    replace(Site(node.input or "q", number, node.index, positions), given)
-                    for node, given in here.items()
-                )
-        return plan
-
-    def _so_far(self, plan: Plan, number: int) -> Record:
-        """The record of the run under a plan, as far as one layer's attention needs it."""
-        with torch.no_grad():
-            stream = run(self.job.model, self.trace.x, plan=plan, capture=[Site("resid_pre", number)]).cache[
-                "resid_pre", number
-            ]
-        layer = Layer.of(self.job.model.bridge.blocks[number])
-        normed = layer.ln1(stream)
-        keys, values = (part(normed).unflatten(-1, (-1, layer.d_head)).transpose(1, 2) for part in (layer.k, layer.v))
-        cos, sin = (table[:, None].to(stream.device) for table in self.trace.tables)
-        records = {"resid": stream, "keys": turned(keys, cos, sin), "values": values}
-        fields = {
-            name: tuple(value if i == number else one for i, one in enumerate(getattr(self.trace, name)))
-            for name, value in records.items()
-        }
-        return changed(self.trace, **fields)
