@@ -50,17 +50,7 @@ def signature(module: str, function: str) -> dict[str, Any]:
     Raises:
         AvLensError: if the file or the function is not there.
     """
-    path = _ROOT.joinpath(*module.split(".")).with_suffix(".py")
-    if not path.exists():
-        raise AvLensError(f"there is no module av_lens.{module} to read the defaults of {function} from.")
-    body: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
-    *owners, last = function.split(".")
-    for owner in owners:
-        body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == owner), [])
-    node = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == last), None)
-    if node is None:
-        raise AvLensError(f"av_lens.{module} defines no function {function}.")
-    arguments = node.args
+    arguments = definition(module, function).args
     positional = [*arguments.posonlyargs, *arguments.args]
     pairs = [
         *zip(positional[len(positional) - len(arguments.defaults) :], arguments.defaults, strict=True),
@@ -73,3 +63,30 @@ def signature(module: str, function: str) -> dict[str, Any]:
         except ValueError:
             continue
     return found
+
+
+@cache
+def definition(module: str, function: str) -> ast.FunctionDef:
+    """Read one of our functions without importing it.
+
+    Args:
+        module: the dotted module below `av_lens`.
+        function: the function's name, or `"Class.method"`.
+
+    Returns:
+        Its syntax tree.
+
+    Raises:
+        AvLensError: if the file or the function is not there.
+    """
+    path = _ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    if not path.exists():
+        raise AvLensError(f"there is no module av_lens.{module} to read the defaults of {function} from.")
+    body: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+    *owners, last = function.split(".")
+    for owner in owners:
+        body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == owner), [])
+    node = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == last), None)
+    if node is None:
+        raise AvLensError(f"av_lens.{module} defines no function {function}.")
+    return node

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from av_lens import __version__
-from av_lens.cli import commands, console
+from av_lens.cli import commands, console, toolbox
 from av_lens.errors import AvLensError
 
 
@@ -66,6 +66,8 @@ app.command()(commands.generate)
 app.command()(commands.models)
 app.command()(commands.train)
 app.command()(commands.bench)
+for method in toolbox.METHODS:
+    app.command(method.command, rich_help_panel="Methods")(toolbox.command_of(method))
 
 
 def run() -> None:

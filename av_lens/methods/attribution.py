@@ -25,19 +25,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import InputError, unknown
+from av_lens.inputs.model_inputs import AVInputs
 from av_lens.interventions import Site
 from av_lens.results.grid import Grid
-from av_lens.results.provenance import linked, stamp
+from av_lens.results.provenance import stamp
+from av_lens.runs.examples import Examples
 from av_lens.runs.execution import Run, run
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.recording import heads_first
-from av_lens.runs.sweeps import sources
 from av_lens.spans import ROLES
 
 BY = ("head", "layer", "component", "head span", "neuron")
@@ -45,16 +47,17 @@ ELSEWHERE = "no source"
 SIGN = "direct shares of the logit difference at the generation position; positive: towards the first answer"
 
 
-def direct_attribution(model: Any, x: Any, *, metric: Metric, by: str = "head") -> Grid:
+def direct_attribution(model: Any, x: Any, *, metric: Metric, by: str = "head", stack: int = 16) -> Grid:
     """Share a logit difference out among the parts that write it.
 
     Args:
         model: a `HookedAVLLM`.
-        x: an `AVInputs`, one example or a stack.
+        x: an `AVInputs`, several of one layout or different ones, or conflicts (their cell `va`).
         metric: `logit_diff(a, b)` of one-token answers.
         by: "head" (every head, every MLP), "layer" (every layer's attention and MLP), "component" (all attention,
             all MLPs), "head span" (every head's write by the role of the positions it read) or "neuron" (every MLP's
             units).
+        stack: examples that run together.
 
     Returns:
         A grid of shares `[example, part]`, whose parts are named "embed", "L3H5", "L3N17", "L3 attn bias", "L3 mlp",
@@ -65,8 +68,38 @@ def direct_attribution(model: Any, x: Any, *, metric: Metric, by: str = "head") 
     """
     if by not in BY:
         raise InputError(unknown("way of sharing", by, BY))
+    examples = Examples.of(model, x)
     bound = as_metric(metric, model.tokenizer)
-    first, second = linear_answers(bound, len(x))
+    linear_answers(bound, len(examples))
+    roles = [role for role in ROLES if any(len(one.spans[role]) for one in examples.inputs)]
+    total = np.full(len(examples), np.nan)
+    found: dict[str, np.ndarray] = {}
+    for rows, stacked in examples.stacks(stack):
+        chosen = bound.chosen(rows.tolist()) if bound.n_answers > 1 else bound
+        shares, total[rows] = _shares(model, stacked, chosen, by, roles)
+        for name, share in shares.items():
+            found.setdefault(name, np.full((len(examples), *share.shape[1:]), np.nan))[rows] = share
+    axes: dict[str, Any] = {"part": list(found)} | ({"source": [*roles, ELSEWHERE]} if by == "head span" else {})
+    return Grid.of(
+        np.stack(list(found.values()), axis=1),
+        axes=axes,
+        baseline=total,
+        clusters=examples.clusters,
+        metric=bound.name,
+        unit=bound.unit,
+        direction=SIGN,
+        shares=True,
+        provenance=stamp(
+            method="direct attribution", model=model.name, by=by, questions=examples.questions, **bound.provenance()
+        ),
+    )
+
+
+def _shares(
+    model: Any, x: AVInputs, metric: Metric, by: str, roles: list[str]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Every part's share in one stack, `[example]` or `[example, source]`, and the metric."""
+    first, second = linear_answers(metric, len(x))
     with torch.no_grad():
         out = run(model, x, capture=_sites(model, by))
         parts = written_parts(model, out, by.split()[0])
@@ -79,24 +112,10 @@ def direct_attribution(model: Any, x: Any, *, metric: Metric, by: str = "head") 
         shares["bias"] = (bias[first] - bias[second]).expand(len(x))
         if by == "neuron":
             shares = _by_neuron(model, out, shares, reader)
-        values = torch.stack(list(shares.values()), dim=1)
-        axes: dict[str, Any] = {"part": list(shares)}
         if by == "head span":
-            values, axes = _by_source(model, x, out, shares, reader)
-        total = bound(out.logits).double()
-    return Grid.of(
-        values.cpu().numpy(),
-        axes=axes,
-        baseline=total.cpu().numpy(),
-        clusters=linked([sources(x, i) for i in range(len(x))]),
-        metric=bound.name,
-        unit=bound.unit,
-        direction=SIGN,
-        shares=True,
-        provenance=stamp(
-            method="direct attribution", model=model.name, by=by, questions=list(x.questions), **bound.provenance()
-        ),
-    )
+            shares = _by_source(model, x, out, shares, reader, roles)
+        total = metric(out.logits).double()
+    return {name: share.cpu().numpy() for name, share in shares.items()}, total.cpu().numpy()
 
 
 def _sites(model: Any, by: str) -> list[Site]:
@@ -127,26 +146,29 @@ def _by_neuron(model: Any, out: Run, shares: dict[str, Tensor], reader: Tensor) 
 
 
 def _by_source(
-    model: Any, x: Any, out: Run, shares: dict[str, Tensor], reader: Tensor
-) -> tuple[Float[Tensor, "example part source"], dict[str, Any]]:
+    model: Any, x: AVInputs, out: Run, shares: dict[str, Tensor], reader: Tensor, roles: list[str]
+) -> dict[str, Float[Tensor, "example source"]]:
     """Split every head's share by the role of the positions that it read; NaN where a part has no such source."""
-    roles = [role for role in ROLES if len(x.spans[role])]
-    names = list(shares)
-    values = torch.full((len(x), len(names), len(roles) + 1), torch.nan, dtype=torch.float64)
+    nothing = torch.full((len(x), len(roles) + 1), torch.nan, dtype=torch.float64, device=reader.device)
+    found: dict[str, Tensor] = {}
     group = model.spec.n_heads // model.spec.n_kv_heads
+    moved: dict[int, Tensor] = {}
     for layer in range(model.spec.n_layers):
         pattern = out.cache[hook_name("pattern", layer)][:, :, 0].double()
         v = heads_first(out.cache[hook_name("v", layer)], "v").double().repeat_interleave(group, dim=1)
         read = torch.einsum("hdm,bm->bhd", model.W_O[layer].double(), reader)
-        moved = pattern * torch.einsum("bhkd,bhd->bhk", v, read)
+        moved[layer] = pattern * torch.einsum("bhkd,bhd->bhk", v, read)
+    for name, share in shares.items():
+        values = found[name] = nothing.clone()
+        if "H" not in name:
+            values[:, -1] = share
+            continue
+        layer, head = (int(number) for number in name[1:].split("H"))
         for number, role in enumerate(roles):
-            there = torch.from_numpy(x.spans[role].positions.copy()).to(moved.device)
-            for head in range(moved.shape[1]):
-                values[:, names.index(f"L{layer}H{head}"), number] = moved[:, head, there].sum(-1).cpu()
-    for number, name in enumerate(names):
-        if bool(values[:, number].isnan().all()):
-            values[:, number, -1] = shares[name].cpu()
-    return values, {"part": names, "source": [*roles, ELSEWHERE]}
+            there = torch.from_numpy(x.spans[role].positions.copy()).to(reader.device)
+            if len(there):
+                values[:, number] = moved[layer][:, head, there].sum(-1)
+    return found
 
 
 def linear_answers(metric: Metric, batch: int) -> tuple[Tensor, Tensor]:

@@ -57,6 +57,17 @@ def test_what_a_head_moved_from_each_role_sums_to_the_head():
     np.testing.assert_allclose(found.sel(part="L3H3", source="audio").values, by_hand, atol=1e-5)
 
 
+def test_inputs_of_several_layouts_keep_their_order_and_answers():
+    model = small_model()
+    inputs = [small_inputs(), small_inputs((2,), sound="separate")]
+    metric = logit_diff(each(["a", "c", "b"]), each(["b", "a", "c"]))
+    together = direct_attribution(model, inputs, metric=metric, by="head span", stack=1)
+    bound = metric.bind(model.tokenizer)
+    alone = direct_attribution(model, inputs[1], metric=bound.chosen([2]), by="head span")
+    np.testing.assert_allclose(together.effects[2].values, alone.effects[0].values, atol=1e-6)
+    assert float(abs(together.closure_error).max()) < 1e-4
+
+
 def test_the_units_of_an_mlp_sum_to_it():
     layers, units = (
         direct_attribution(small_model(), small_inputs(), metric=METRIC, by=by) for by in ("layer", "neuron")

@@ -1,0 +1,290 @@
+"""One command for each method of the toolbox, its flags read from the function's signature and docstring.
+
+    av-lens patch MODEL PAIRS --over "layer head" --at suffix --out DIR
+
+PAIRS is a manifest of conflicts. What a method is handed is said by its *feed*: the conflicts themselves, one cell of
+each (`--cell`, at first `va`), or two cells as an aligned pair (`--clean`, `--corrupt`). The metric is the sound's
+answer against the picture's. A flag that is left out is not passed on, so defaults are the functions' own.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from av_lens.cli import console
+from av_lens.cli.defaults import definition
+from av_lens.errors import InputError
+
+ROWS = 20
+_HANDLED = frozenset(("metric", "progress", "base"))
+_KINDS = {"str": str, "int": int, "float": float, "bool": bool}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method as a command.
+
+    Attributes:
+        command: its name on the command line.
+        module: where the function lives, below `av_lens`.
+        function: the function.
+        feed: "pair", "cell" or "conflicts".
+    """
+
+    command: str
+    module: str
+    function: str
+    feed: str
+
+
+METHODS = (
+    Method("patch", "methods.activation_patching", "patch", "pair"),
+    Method("path-patch", "methods.path_patching", "path_patch", "pair"),
+    Method("direct-attribution", "methods.attribution", "direct_attribution", "cell"),
+    Method("logit-lens", "methods.lens", "logit_lens", "conflicts"),
+    Method("attention-flow", "methods.attention", "attention_flow", "cell"),
+    Method("find-sinks", "methods.sinks", "find_sinks", "cell"),
+    Method("knockout", "methods.knockouts", "knockout", "conflicts"),
+    Method("attribution-patch", "methods.gradients", "attribution_patch", "pair"),
+    Method("edge-attribution", "methods.edges", "edge_attribution", "pair"),
+    Method("base-shift", "methods.inheritance", "base_shift", "cell"),
+    Method("steer", "methods.steering", "steer", "cell"),
+)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One option of a function as a flag.
+
+    Attributes:
+        name: the argument.
+        kind: what it takes.
+        several: whether it may be given several times.
+        default: the function's own default, as written.
+        help: what the docstring says of it.
+    """
+
+    name: str
+    kind: type
+    several: bool
+    default: str
+    help: str
+
+
+def flags_of(method: Method) -> list[Flag]:
+    """Read a function's options from its source.
+
+    Args:
+        method: the method.
+
+    Returns:
+        Its options of plain types, in order.
+    """
+    node = definition(method.module, method.function)
+    said = _said(ast.get_docstring(node) or "")
+    found: list[Flag] = []
+    for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
+        if arg.arg in _HANDLED or arg.annotation is None:
+            continue
+        written = ast.unparse(arg.annotation)
+        several = re.search(r"Sequence\[(str|int|float)\b", written)
+        plain = re.search(r"(?<![\[\w])(bool|float|int|str)\b", re.sub(r"Sequence\[[^\]]*\]", "", written))
+        named = plain or several
+        if named is None and isinstance(default, ast.Constant) and isinstance(default.value, str):
+            named = re.search("(str)", "str")  # takes more than text, but text too
+        if named is None:
+            continue
+        kind = _KINDS["float" if re.search(r"\bfloat\b", named.string) and named[1] == "int" else named[1]]
+        shown = "required" if default is None else ast.unparse(default).strip("'")
+        found.append(Flag(arg.arg, kind, plain is None and several is not None, shown, said.get(arg.arg, "")))
+    return found
+
+
+def _said(docstring: str) -> dict[str, str]:
+    """What the docstring's Args say of each argument."""
+    found: dict[str, str] = {}
+    name = ""
+    _, _, rest = docstring.partition("Args:\n")
+    for line in rest.splitlines():
+        if line and not line.startswith(" "):
+            break
+        start = re.match(r" {4}(\w+): (.*)", line)
+        if start:
+            name = start[1]
+            found[name] = start[2]
+        elif name and line.strip():
+            found[name] += " " + line.strip()
+        elif not line.strip():
+            break
+    return found
+
+
+def command_of(method: Method) -> Callable[..., None]:
+    """Make the command of a method.
+
+    Args:
+        method: the method.
+
+    Returns:
+        A function for typer, with a signature made of the method's.
+    """
+    flags = flags_of(method)
+
+    def command(**given: Any) -> None:
+        shared = {name: given.pop(name) for name in list(given) if name in _shared(method)}
+        options = {name: value for name, value in given.items() if value is not None and value != []}
+        _run(method, options, **shared)
+
+    node = definition(method.module, method.function)
+    command.__doc__ = (ast.get_docstring(node) or "").splitlines()[0]
+    parameters = [*_shared(method).values(), *(_parameter(flag) for flag in flags)]
+    required = [p for p in parameters if p.default is inspect.Parameter.empty]
+    rest = [p for p in parameters if p.default is not inspect.Parameter.empty]
+    command.__signature__ = inspect.Signature([*required, *rest])  # pyright: ignore[reportFunctionMemberAccess]
+    return command
+
+
+def _parameter(flag: Flag) -> inspect.Parameter:
+    kind: Any = list[flag.kind] if flag.several else flag.kind
+    names = [f"--{flag.name.replace('_', '-')}"]
+    if flag.kind is bool and not flag.several:
+        names = [f"{names[0]}/--no-{names[0][2:]}"]
+    shown = flag.default if flag.default not in ("required", "None", "()") else False
+    text = flag.help + (" May be given several times." if flag.several else "")
+    option = typer.Option(*names, help=text, show_default=shown)
+    default, annotation = None, kind | None
+    if flag.default == "required":
+        default, annotation = inspect.Parameter.empty, kind
+    return inspect.Parameter(
+        flag.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
+    )
+
+
+def _shared(method: Method) -> dict[str, inspect.Parameter]:
+    """The arguments that every method's command has."""
+    arguments: dict[str, tuple[Any, Any]] = {
+        "model": (Annotated[str, typer.Argument(help="A short name, a hub name or a local folder.")], ...),
+        "pairs": (Annotated[Path, typer.Argument(help="The manifest: one conflict a line, as jsonl.")], ...),
+        "limit": (Annotated[int | None, typer.Option(help="Only the first so many conflicts.")], None),
+        "layout": (Annotated[str, typer.Option(help="in_video (sound woven into the video) or separate.")], "in_video"),
+        "out": (Annotated[Path | None, typer.Option(help="A folder for the numbers and the figure.")], None),
+        "device": (Annotated[str | None, typer.Option(help="cpu or cuda.")], None),
+        "dtype": (Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")], None),
+    }
+    if method.feed == "cell":
+        arguments["cell"] = (Annotated[str, typer.Option(help="Which cell: picture first, sound second.")], "va")
+    if method.feed == "pair":
+        arguments["clean"] = (Annotated[str, typer.Option(help="The cell of the clean run.")], "blank_a")
+        arguments["corrupt"] = (Annotated[str, typer.Option(help="The cell of the corrupt run.")], "va")
+    if "base" in {arg.arg for arg in definition(method.module, method.function).args.kwonlyargs}:
+        arguments["base"] = (
+            Annotated[str, typer.Option(help="The base model: a short name, hub name or folder.")],
+            ...,
+        )
+    return {
+        name: inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if default is ... else default,
+            annotation=annotation,
+        )
+        for name, (annotation, default) in arguments.items()
+    }
+
+
+def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
+    """Load, feed, run, show and save."""
+    from importlib import import_module
+
+    from av_lens.inputs import conflicts
+    from av_lens.runs import load
+
+    listed = conflicts(shared["pairs"])[: shared["limit"]]
+    if not listed:
+        raise InputError(f"--limit {shared['limit']} leaves no conflict; leave it out for all.")
+    console.quiet_loading()
+    opened = {"device": shared["device"], "dtype": shared["dtype"]}
+    with console.waiting(f"loading {shared['model']}"):
+        model = load(shared["model"], **opened)
+    function = getattr(import_module(f"av_lens.{method.module}"), method.function)
+    if "metric" in inspect.signature(function).parameters and method.feed != "conflicts":
+        options = options | {"metric": _metric(listed)}
+    if "base" in shared:
+        options = options | {"base": load(shared["base"], **opened)}
+    fed = _feed(method.feed, model, listed, shared)
+    with console.bars() as bars:
+        if "progress" in inspect.signature(function).parameters:
+            options = options | {"progress": bars}
+        found = function(model, fed, **options)
+    _show(found)
+    if shared["out"] is not None:
+        _save(found, shared["out"], method.command)
+
+
+def _metric(listed: list[Any]) -> Any:
+    from av_lens.runs import each, logit_diff
+
+    heard, seen = (each([conflict.answers[side] for conflict in listed]) for side in (0, 1))
+    return logit_diff(heard, seen)
+
+
+def _feed(feed: str, model: Any, listed: list[Any], shared: dict[str, Any]) -> Any:
+    from av_lens.inputs import Pair
+
+    if feed == "conflicts":
+        return listed
+    cells = [conflict.cells(model, layout=shared["layout"]) for conflict in listed]
+    if feed == "cell":
+        return [one[shared["cell"]] for one in cells]
+    return [Pair(clean=one[shared["clean"]], corrupt=one[shared["corrupt"]]) for one in cells]
+
+
+def _show(found: Any) -> None:
+    """Print the largest effects, or what the result says of itself."""
+    console.OUT.print(repr(found), markup=False, soft_wrap=True)
+    frame = summary(found)
+    if frame is not None:
+        console.OUT.print(console.table(list(frame.columns), frame.head(ROWS).itertuples(index=False)))
+        if len(frame) > ROWS:
+            console.OUT.print(f"... and {len(frame) - ROWS} more; --out keeps them all")
+
+
+def summary(found: Any) -> Any:
+    """Bring a result to a table, the largest mean effects first.
+
+    Args:
+        found: a `Grid`, or another result.
+
+    Returns:
+        A pandas frame, or None where the result has no table.
+    """
+    from av_lens.results import Grid
+
+    if not isinstance(found, Grid):
+        made = getattr(found, "top", None) or getattr(found, "to_frame", None)
+        return None if made is None else made()
+    frame = found.mean().to_series().rename("mean").reset_index()
+    bounds = found.interval()
+    frame["low"], frame["high"] = (bounds.sel(bound=side).values.reshape(-1) for side in ("low", "high"))
+    frame = frame.sort_values("mean", key=abs, ascending=False, na_position="last")
+    return frame.reset_index(drop=True)
+
+
+def _save(found: Any, out: Path, name: str) -> None:
+    """Save the result, its table, and its figure where it has one."""
+    out.mkdir(parents=True, exist_ok=True)
+    if hasattr(found, "save"):
+        console.OUT.print(f"wrote {found.save(out / name)}", markup=False, soft_wrap=True)
+    frame = summary(found)
+    if frame is not None:
+        frame.to_csv(out / f"{name}.csv", index=False)
+    if hasattr(found, "plot"):
+        found.plot().write_html(out / f"{name}.html", include_plotlyjs=True)
