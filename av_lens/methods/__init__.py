@@ -3,6 +3,7 @@
 from av_lens.methods.activation_patching import patch
 from av_lens.methods.attention import attention_flow
 from av_lens.methods.attribution import direct_attribution
+from av_lens.methods.captions import caption
 from av_lens.methods.edges import edge_attribution
 from av_lens.methods.gradients import attribution_patch
 from av_lens.methods.grafting import graft
@@ -12,6 +13,25 @@ from av_lens.methods.lens import logit_lens
 from av_lens.methods.path_patching import path_patch
 from av_lens.methods.sinks import Sinks, find_sinks
 from av_lens.methods.steering import mean_difference, reweighed, steer
+from av_lens.methods.tracing import causal_trace
 from av_lens.methods.weight_changes import weight_change
 
-__all__ = ["Sinks", "attention_flow", "attribution_patch", "base_shift", "direct_attribution", "edge_attribution", "find_sinks", "graft", "knockout", "logit_lens", "mean_difference", "patch", "path_patch", "reweighed", "steer", "weight_change"]
+__all__ = [
+    "Sinks",
+    "attention_flow",
+    "attribution_patch",
+    "base_shift",
+    "caption",
+    "direct_attribution",
+    "edge_attribution",
+    "find_sinks",
+    "graft",
+    "knockout",
+    "logit_lens",
+    "mean_difference",
+    "patch",
+    "path_patch",
+    "reweighed",
+    "steer",
+    "weight_change",
+]

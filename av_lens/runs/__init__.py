@@ -2,6 +2,7 @@
 
 from av_lens.runs.asked import each
 from av_lens.runs.execution import Run, run
+from av_lens.runs.judging import Judge
 from av_lens.runs.loading import load, short_names
 from av_lens.runs.measurement import measure, measure_plans
 from av_lens.runs.metrics import Metric, kl, log_prob, logit, logit_diff, prob, rank
@@ -13,6 +14,7 @@ from av_lens.runs.wrapper import HookedAVLLM
 __all__ = [
     "CheckReport",
     "HookedAVLLM",
+    "Judge",
     "Metric",
     "Run",
     "Trace",
