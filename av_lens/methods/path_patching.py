@@ -129,29 +129,49 @@ def path_patch(
     values, lines, partial = _all_measured(jobs, bound, pairs, progress)
     if decompose:
         values = _with_remainder(values, lines[0], list(columns))
-    shape, axes = _axes(sender, sending, [*columns, *(["remainder"] if decompose else [])], model.spec)
+    axes = _axes(sender, sending, [*columns, *(["remainder"] if decompose else [])], model.spec)
+    return _gridded(
+        values,
+        lines,
+        axes,
+        pairs,
+        bound,
+        f"{direction}: {SIGNS[direction]}",
+        model=model.name,
+        senders=list(sending),
+        receivers=list(receiving),
+        via=[_said(hop) for hop in hops],
+        at=str(at) if at is not None else "all",
+        positions=[list(job.at) for _, job in jobs],
+        mlps=mlps,
+        norms=norms,
+        partial=partial,
+    )
+
+
+def _gridded(
+    values: np.ndarray,
+    lines: np.ndarray,
+    axes: dict[str, Any],
+    pairs: list[Pair],
+    metric: Metric,
+    direction: str,
+    **said: Any,
+) -> Grid:
     return Grid.of(
-        values.reshape(len(values), *shape),
+        values.reshape(len(values), *(len(one) for one in axes.values())),
         axes=axes,
         baseline=lines[0],
         donor=lines[1],
         clusters=linked([[*sources(one.clean, i), *sources(one.corrupt, i)] for one in pairs for i in range(len(one))]),
-        metric=bound.name,
-        unit=bound.unit,
-        direction=f"{direction}: {SIGNS[direction]}",
+        metric=metric.name,
+        unit=metric.unit,
+        direction=direction,
         provenance=stamp(
             method="path patching",
-            model=model.name,
-            senders=list(sending),
-            receivers=list(receiving),
-            via=[_said(hop) for hop in hops],
-            at=str(at) if at is not None else "all",
-            positions=[list(job.at) for _, job in jobs],
-            mlps=mlps,
-            norms=norms,
-            partial=partial,
             questions=[question for one in pairs for question in one.corrupt.questions],
-            **bound.provenance(),
+            **said,
+            **metric.provenance(),
         ),
     )
 
@@ -285,11 +305,9 @@ def _with_remainder(values: np.ndarray, base: np.ndarray, columns: list[str]) ->
     return np.concatenate((values, (base[:, None] + rest)[:, :, None]), axis=2)
 
 
-def _axes(given: Any, sending: Ends, labels: list[str], spec: Any) -> tuple[tuple[int, ...], dict[str, Any]]:
+def _axes(given: Any, sending: Ends, labels: list[str], spec: Any) -> dict[str, Any]:
     """Name the axes after example."""
     axes: dict[str, Any] = {"sender": list(sending)}
     if given == "heads":
         axes = {"layer": np.arange(spec.n_layers), "head": np.arange(spec.n_heads)}
-    if len(labels) > 1:
-        axes["receiver"] = labels
-    return tuple(len(one) for one in axes.values()), axes
+    return axes | ({"receiver": labels} if len(labels) > 1 else {})
