@@ -95,8 +95,7 @@ def path_patch(
         via: receivers on the way, in order: a list whose items are receivers (or lists of them), or a string such as
             "L3H2.q > L4H1.v".
         metric: `logit_diff(...)` and its like, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
-        at: the positions at which heads and MLPs send: roles joined by `|`, or a `Span`; None for all. Long prompts are
-            quick where it lies late ("suffix", "generation").
+        at: the positions at which heads and MLPs send: roles joined by `|`, or a `Span`; None for all. Late is quick.
         mlps: in run 3 "frozen" or "free".
         norms: in run 3 "recomputed" or "frozen".
         direction: "denoise" edits the corrupt run, "noise" the clean run.
@@ -110,8 +109,7 @@ def path_patch(
         `values`, `effects`, `baseline` (the edited run) and `donor`. Interrupted, it holds what is done.
 
     Raises:
-        InputError: an end that is none, receivers none of which comes after a sender, an unknown option, a metric that
-            is NaN on the base run, or pairs that do not fit the metric.
+        InputError: no such end, nothing that can pass, an unknown option, or a metric that is NaN on the base run.
         InterventionError: a layer, head or position is out of range.
         ModelError: the model's layers cannot be computed by themselves.
     """
