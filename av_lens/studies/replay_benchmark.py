@@ -163,7 +163,7 @@ def measure_whole(case: Case, patches: Patches, watch: Stopwatch) -> dict[str, A
     spec, n = case.model.spec, len(case.x.spans)
     blocks = run_blocks(n_layers=spec.n_layers, n=n)
     found["run_gflop"] = flops(blocks, spec) / 1e9
-    found["run_bare"] = bare_seconds(blocks, spec, case.model.dtype, watch)
+    found["run_bare"] = bare_seconds(blocks, spec, case.model.dtype, watch.brief())
     return found
 
 
@@ -216,7 +216,7 @@ def measure_place(
         "gaps": gaps,
         "largest_effect": float((values.double() - baseline).abs().max()),
         "gflop": (flops(blocks, spec) + unembedding_flops(len(heads), spec)) / 1e9,
-        "bare": bare_seconds(blocks, spec, case.model.dtype, watch),
+        "bare": bare_seconds(blocks, spec, case.model.dtype, watch.brief()),
     }
 
 
@@ -266,8 +266,7 @@ def _header(case: Case, samples: int, watch: Stopwatch) -> dict[str, Any]:
         layers_averaged=spec.n_layers,
         samples=samples,
         rounds=watch.rounds,
-        figures=watch.figures,
-        disturbed=watch.disturbed,
+        **watch.account(),
     )
     made["versions"]["nnsight"] = metadata.version("nnsight") if has_nnsight() else "not installed"
     return made
