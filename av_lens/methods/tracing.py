@@ -1,0 +1,352 @@
+"""Causal tracing: spoil what the model sees or hears, then give single states back. Which of them carry the answer?
+
+    clean      the run as it is
+    corrupted  the embeddings of some media are spoiled as they enter the fusion layers
+    restored   the corrupted run, in which the states of a few layers at one place are those of the clean run
+
+    effects     IE = metric(restored) - metric(corrupted)       positive: the state brings the metric back
+    normalized  IE / (metric(clean) - metric(corrupted))        0 as corrupted, 1 as clean
+
+    corruption="noise"  Gaussian noise of `scale` = 3 standard deviations of each spoiled role's own embeddings, a fresh
+                        draw for each seed; figures are means over seeds, the provenance has their standard error
+    corruption="mean"   every embedding of a role becomes the role's mean; "zero": zero
+    a Pair              its corrupt input is the corrupted run (a picture really blanked, a sound really muted)
+
+Without a metric the probability of an answer is traced: `answer="clean"`, the clean run's own top token (IE_clean =
+P_restored[o_clean] - P_corrupted[o_clean]), or `answer="corrupt"`, that of the corrupted run, whose IE is negative
+where the state drives the wrong answer out.
+
+A window of w layers is restored around each layer (for attn_out and mlp_out, of which one layer seldom suffices). The
+control is `placebo=True`: at each place as many other positions, drawn at random, are restored instead.
+
+Source: Meng et al. (2022, ROME); for audio-visual models "Probing Cross-modal Information Hubs" (2605.10815). Not done:
+severed restorations (holding MLPs or attention corrupted; `path_patch` tells direct from mediated).
+
+    >>> grid = causal_trace(model, x, noised="audio", metric=logit_diff("siren", "dog"))      # doctest: +SKIP
+    >>> grid.normalized().mean("example")                                                     # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from av_lens.bridge.hook_names import component_named, hook_name
+from av_lens.errors import InputError, InterventionError, unknown
+from av_lens.inputs.conflict import Conflict
+from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs.pairs import Pair
+from av_lens.interventions import Plan, Site, add, replace
+from av_lens.interventions.sites import resolve_positions
+from av_lens.results.grid import Grid
+from av_lens.results.provenance import linked, stamp
+from av_lens.runs.asked import each
+from av_lens.runs.examples import Examples
+from av_lens.runs.execution import run
+from av_lens.runs.finite import require_numbers
+from av_lens.runs.measurement import measure_plans
+from av_lens.runs.metrics import Metric, as_metric, prob
+from av_lens.runs.places import Axes, layout_stacks
+from av_lens.runs.progress import Progress, watched
+from av_lens.runs.receivers import rerun
+from av_lens.runs.sweeps import interrupted, sources
+from av_lens.runs.traces import Trace, record
+from av_lens.spans import SpanMap
+
+CORRUPTIONS = ("noise", "mean", "zero")
+SIGN = "states of the clean run into the corrupted run; positive: the state brings the metric back"
+
+
+def causal_trace(
+    model: Any,
+    x: AVInputs | Pair | Conflict | Sequence[AVInputs] | Sequence[Pair] | Sequence[Conflict],
+    *,
+    metric: Metric | Callable[..., Any] | None = None,
+    answer: str = "clean",
+    noised: str = "media",
+    corruption: str = "noise",
+    scale: float | int = 3.0,
+    seeds: int = 10,
+    seed: int = 0,
+    over: str = "layer span",
+    component: str = "resid_post",
+    window: int = 1,
+    placebo: bool = False,
+    stack: int = 16,
+    budget_gb: float | int = 1.0,
+    progress: Progress | bool | None = None,
+) -> Grid:
+    """Spoil media, restore states one place at a time, and measure what comes back.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: inputs, conflicts (their cell `va`) or aligned pairs, one or several.
+        metric: `logit_diff(...)` and its like, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
+        answer: "clean" or "corrupt": whose top token's probability is traced where there is no metric.
+        noised: the roles that are spoiled, joined by `|`; not used for pairs, as corruption and scale.
+        corruption: "noise", "mean" or "zero".
+        scale: standard deviations of the noise, in those of each role's embeddings.
+        seeds: draws of the noise (and of a placebo's positions).
+        seed: of all draws.
+        over: "layer span", "layer pos", "layer window:0.5s" or "layer box:4x4".
+        component: what is restored: resid_post, resid_pre, resid_mid, attn_out, mlp_out, z, ...
+        window: layers that are restored together, around each layer.
+        placebo: restore as many other positions, drawn at random, instead; NaN where too few are left.
+        stack: examples that run together.
+        budget_gb: memory for the activations of restorations that run together.
+        progress: called as `progress(stage, done, total)`; True shows a bar with the time left.
+
+    Returns:
+        A grid `[example, layer, place]`; `baseline` is the corrupted run, `donor` the clean one. Interrupted, it holds
+        the examples that are done; the others are NaN.
+
+    Raises:
+        InputError: an unknown word, a metric that is NaN, or places that differ.
+        InterventionError: a component or role that cannot be restored or spoiled.
+    """
+    axes = Axes.parsed(over)
+    how = _How(component, window, placebo, corruption, float(scale), seeds, seed, answer, budget_gb)
+    how.check(axes, model.spec.n_layers)
+    pairs, paired = _pairs(model, x)
+    n, bound = _bound(model, metric, pairs)
+    places, labels = axes.cut_alike([one.clean.spans for one in pairs], None if axes.places else "generation")
+    spoiled = [{} if paired else _spoiled(one.clean.spans, noised) for one in pairs]
+    values, columns = np.full((n, model.spec.n_layers, len(labels), 2), np.nan), np.full((2, n), np.nan)
+    stacks, partial = list(_numbered(pairs, stack)), ""
+    with watched(progress) as show:
+        try:
+            for number, (members, rows) in enumerate(stacks):
+                job = _Job.of(model, [pairs[i] for i in members], spoiled[members[0]], places[members[0]], rows, how)
+                for found in job.traced(bound, _part(show, number, len(stacks))):
+                    values[rows], columns[:, rows] = found
+        except KeyboardInterrupt:
+            partial = interrupted(torch.from_numpy(values[..., 0])) + ", the last ones perhaps over fewer seeds"
+    return Grid.of(
+        values[..., 0] if axes.places else values[..., 0, 0],
+        axes={"layer": np.arange(model.spec.n_layers)} | ({axes.places: labels} if axes.places else {}),
+        baseline=columns[0],
+        donor=columns[1],
+        clusters=linked([[*sources(one.clean, i), *sources(one.corrupt, i)] for one in pairs for i in range(len(one))]),
+        metric=f"P(top token of the {answer} run)" if bound is None else bound.name,
+        unit="probability" if bound is None else bound.unit,
+        direction=SIGN + (" (placebo positions)" if placebo else ""),
+        provenance=stamp(
+            **how.said(model, pairs, paired, {"over": over, "noised": noised}),
+            standard_error_of_seeds=_largest_error(values[..., 1], how.draws(paired)),
+            positions={str(label): list(positions) for label, positions in places[0]},
+            partial=partial,
+            **({} if bound is None else bound.provenance()),
+        ),
+    )
+
+
+def _bound(model: Any, metric: Any, pairs: Sequence[Pair]) -> tuple[int, Metric | None]:
+    n, found = sum(map(len, pairs)), None if metric is None else as_metric(metric, model.tokenizer)
+    if found is not None and found.n_answers not in (1, n):
+        raise InputError(f"{found.name} names {found.n_answers} answers for {n} examples.")
+    return n, found
+
+
+def _numbered(pairs: Sequence[Pair], size: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Numbers of pairs that run together, and of their examples."""
+    starts = np.cumsum([0, *map(len, pairs)])
+    for members in layout_stacks(pairs, size):
+        yield members, [row for i in members for row in range(int(starts[i]), int(starts[i + 1]))]
+
+
+def _pairs(model: Any, x: Any) -> tuple[list[Pair], bool]:
+    """Clean and corrupt inputs, and whether the corrupt ones were given; else both are the clean one."""
+    items: list[Any] = [x] if isinstance(x, Pair | AVInputs | Conflict) else list(x)
+    if items and all(isinstance(item, Pair) for item in items):
+        return items, True
+    return [Pair(clean=one, corrupt=one) for one in Examples.of(model, items).inputs], False
+
+
+def _spoiled(spans: SpanMap, noised: str) -> dict[str, tuple[int, ...]]:
+    """The positions of each role that is spoiled."""
+    chosen = resolve_positions(noised, spans, what="noise").index
+    found: dict[str, tuple[int, ...]] = {}
+    for position in chosen:
+        found[spans.roles[position]] = (*found.get(spans.roles[position], ()), position)
+    return found
+
+
+def _largest_error(deviations: np.ndarray, draws: int) -> float:
+    """The largest standard error over places of a mean over examples and seeds."""
+    known = deviations[~np.isnan(deviations).any((1, 2))]
+    if draws < 2 or not len(known):
+        return float("nan")
+    return float((np.sqrt((known**2).sum(0)) / len(known)).max() / np.sqrt(draws))
+
+
+def _part(show: Progress, number: int, parts: int) -> Progress:
+    """Progress of one stack as progress of all."""
+    return lambda stage, done, total: show(stage, number * total + done, parts * total)
+
+
+def _shown(show: Progress, before: int, total: int) -> Callable[[int], None]:
+    return lambda done: show("causal tracing", before + done, total)
+
+
+@dataclass(frozen=True)
+class _How:
+    """What is restored, and how the run is corrupted."""
+
+    component: str
+    window: int
+    placebo: bool
+    corruption: str
+    scale: float
+    seeds: int
+    seed: int
+    answer: str
+    budget_gb: float | int
+
+    def check(self, axes: Axes, n_layers: int) -> None:
+        """Refuse what cannot be traced."""
+        if axes.unit != "layer":
+            raise InputError(f"causal_trace restores layers, not {axes.unit}: write over='layer span' or 'layer pos'.")
+        asked = (("corruption", self.corruption, CORRUPTIONS), ("answer", self.answer, ("clean", "corrupt")))
+        for kind, name, known in asked:
+            if name not in known:
+                raise InputError(unknown(kind, name, known))
+        found = component_named(self.component)
+        if not found.layered or found.axes[-1] == "key_pos":
+            raise InterventionError(
+                f"{self.component} cannot be restored by layer and position: name resid_post, attn_out, mlp_out, z, ..."
+            )
+        if not 1 <= self.window <= n_layers:
+            raise InputError(f"window={self.window}: restore 1 to {n_layers} layers together.")
+        if self.seeds < 1 or self.scale <= 0:
+            raise InputError(f"seeds={self.seeds}, scale={self.scale:g}: both must be positive; 10 and 3 are usual.")
+
+    def draws(self, paired: bool) -> int:
+        """How often the corrupted run (or the placebo) is drawn."""
+        return self.seeds if self.placebo or (self.corruption == "noise" and not paired) else 1
+
+    def said(self, model: Any, pairs: Sequence[Pair], paired: bool, where: dict[str, str]) -> dict[str, Any]:
+        """The choices, for the provenance."""
+        names = ("component", "window", "placebo", "seed", *(() if paired else ("corruption", "scale")))
+        chosen = {name: getattr(self, name) for name in names} | {"seeds": self.draws(paired)} | where
+        questions = [question for one in pairs for question in one.corrupt.questions]
+        chosen |= {"noised": "the pair's corrupt input"} if paired else {}
+        return {"method": "causal tracing", "model": model.name, "questions": questions} | chosen
+
+    def layers(self, layer: int, n_layers: int) -> range:
+        """The window around a layer, cut at the model's ends."""
+        first = layer - (self.window - 1) // 2
+        return range(max(first, 0), min(first + self.window, n_layers))
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One stack of examples of one layout."""
+
+    clean: Trace
+    corrupt: Trace | None
+    spoiled: dict[str, tuple[int, ...]]
+    places: list[tuple[Any, tuple[int, ...]]]
+    rows: list[int]
+    how: _How
+
+    @classmethod
+    def of(cls, model: Any, pairs: Sequence[Pair], spoiled: dict[str, tuple[int, ...]], *rest: Any) -> _Job:
+        clean, corrupt = (AVInputs.stack([getattr(one, side) for one in pairs]) for side in ("clean", "corrupt"))
+        trace = record(model, clean)
+        return cls(trace, None if spoiled else record(model, corrupt), spoiled, *rest)
+
+    def traced(self, bound: Metric | None, show: Progress) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """After each draw: means and deviations over draws `[batch, layer, place, 2]`, both metrics `[2, batch]`."""
+        draws = self.how.draws(self.corrupt is not None)
+        given, columns, found = self._given(), [], []
+        too_few = torch.tensor([self._others(positions) is None for _, positions in self.places])
+        for number in range(draws):
+            base, spoiling = self._corrupted(number, whole=bound is not None and bound.teacher_forced)
+            metric = self._own_answer(base, spoiling) if bound is None else bound.chosen(self.rows)
+            plans = [spoiling, *(spoiling + plan for plan in self._restorations(given, number))]
+            finished = _shown(show, number * len(plans), draws * len(plans))
+            scores = measure_plans(base, plans, metric, budget_gb=self.how.budget_gb, finished=finished).double()
+            clean = measure_plans(self.clean, [Plan()], metric)[0].double()
+            for one, run_name in ((clean, "the clean run"), (scores[0], "the corrupted run")):
+                require_numbers(one, metric.name, run=run_name)
+            columns.append(torch.stack([scores[0], clean]))
+            one = scores[1:].T.reshape(len(self.rows), len(given), len(self.places))
+            found.append(one.masked_fill(too_few & self.how.placebo, torch.nan))
+            measured = torch.stack(found)
+            spread = measured.std(0) if number else torch.full_like(measured[0], torch.nan)
+            yield torch.stack([measured.mean(0), spread], dim=-1).numpy(), torch.stack(columns).mean(0).numpy()
+
+    def _given(self) -> list[Tensor]:
+        """The clean run's states in every layer, `[batch, pos, (head,) d]`."""
+        name, layers = self.how.component, range(self.clean.n_layers)
+        with torch.no_grad():
+            cache = run(self.clean.model, self.clean.x, capture=[Site(name, layer) for layer in layers]).cache
+        turned = component_named(name).head_axis == 1
+        found = [cache[hook_name(name, layer)] for layer in layers]
+        return [value.transpose(1, 2) if turned else value for value in found]
+
+    def _corrupted(self, number: int, *, whole: bool) -> tuple[Trace, Plan]:
+        """The corrupted run, or the clean one and the plan that corrupts it, where it must be run as a whole."""
+        if self.corrupt is not None:
+            return self.corrupt, Plan()
+        positions = [position for some in self.spoiled.values() for position in some]
+        change = torch.cat([self._change(some, number) for some in self.spoiled.values()], dim=1)
+        order = sorted(range(len(positions)), key=positions.__getitem__)
+        positions, change = [positions[i] for i in order], change[:, order]
+        if whole or self.clean.hooked_because:
+            return self.clean, Plan(add(Site("embed", positions=positions), change))
+        first = self.clean.traits.restart(positions[0], self.clean.spans.roles)
+        stream = self.clean.stream(0, first).clone()
+        stream[:, [position - first for position in positions]] += change
+        return rerun(self.clean, 0, stream, start=first), Plan()
+
+    def _change(self, positions: Sequence[int], number: int) -> Float[Tensor, "batch _ d_model"]:
+        """What corrupting adds to the embeddings of one role."""
+        held = self.clean.stream(0, 0)[:, list(positions)]
+        if self.how.corruption == "zero":
+            return -held
+        if self.how.corruption == "mean":
+            return held.mean(1, keepdim=True) - held
+        draws: list[Tensor] = []
+        for row in self.rows:  # by example, so that a draw does not depend on which examples run together
+            state = np.random.SeedSequence([self.how.seed, number, row, positions[0]]).generate_state(1)[0]
+            generator = torch.Generator().manual_seed(int(state))
+            draws.append(torch.randn(held.shape[1:], generator=generator))
+        deviation = held.float().std(dim=(1, 2), keepdim=True)
+        return (torch.stack(draws).to(held.device) * self.how.scale * deviation).to(held)
+
+    def _own_answer(self, base: Trace, spoiling: Plan) -> Metric:
+        """The probability of the top token of the clean or the corrupted run."""
+        logits = self.clean.logits() if self.how.answer == "clean" else base.replay([spoiling])[0]
+        return as_metric(prob(each([int(token) for token in logits[:, -1].argmax(-1)])), None)
+
+    def _restorations(self, given: Sequence[Tensor], number: int) -> Iterator[Plan]:
+        generator = np.random.default_rng(np.random.SeedSequence([self.how.seed, number, len(self.clean.spans)]))
+        places = [positions for _, positions in self.places]
+        if self.how.placebo:
+            others = [self._others(positions) for positions in places]
+            drawn = [
+                positions if other is None else generator.choice(other, len(positions), replace=False)
+                for positions, other in zip(places, others, strict=True)
+            ]
+            places = [tuple(sorted(int(position) for position in some)) for some in drawn]
+        for layer in range(len(given)):
+            for positions in places:
+                window = self.how.layers(layer, len(given))
+                yield Plan(
+                    [
+                        replace(Site(self.how.component, one, None, positions), given[one][:, list(positions)])
+                        for one in window
+                    ]
+                )
+
+    def _others(self, positions: Sequence[int]) -> list[int] | None:
+        """The positions outside a place; None where they are fewer than the place has."""
+        found = sorted(set(range(len(self.clean.spans))) - set(positions))
+        return found if len(found) >= len(positions) else None
