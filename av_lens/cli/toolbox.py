@@ -270,7 +270,7 @@ def summary(found: Any) -> Any:
 
     if not isinstance(found, Grid):
         made = getattr(found, "top", None) or getattr(found, "to_frame", None)
-        return None if made is None else made()
+        return None if made is None else made().rename(columns=str)
     frame = found.mean().to_series().rename("mean").reset_index()
     bounds = found.interval()
     frame["low"], frame["high"] = (bounds.sel(bound=side).values.reshape(-1) for side in ("low", "high"))

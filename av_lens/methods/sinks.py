@@ -93,6 +93,14 @@ class Sinks:
         chosen = self.table.loc[self.table["kind"] == kind, "position"]
         return Span(np.asarray(chosen, dtype=np.int64), self.span.source)
 
+    def to_frame(self) -> pd.DataFrame:
+        """Lay the sinks out as a tidy frame.
+
+        Returns:
+            `table`, one row for each sink.
+        """
+        return self.table
+
     def __repr__(self) -> str:
         counts = ", ".join(f"{kind} {(self.table['kind'] == kind).sum()}" for kind in KINDS) if len(self) else "none"
         return f"Sinks({len(self)} positions: {counts}; {len(self.dimensions)} sink dimensions)"

@@ -17,7 +17,6 @@ EXTRA = {
     "base-shift": ["--base", "av-tiny-base", "--max-new-tokens", "4"],
     "path-patch": ["--at", "generation"],
     "knockout": ["--draws", "1"],
-    "edge-attribution": ["--over", "node"],
 }
 
 
@@ -74,8 +73,8 @@ def test_what_a_function_refuses_is_one_message(manifest):
 def test_every_command_runs_on_media_files(method, manifest, tmp_path):
     extra = EXTRA.get(method.command, [])
     if method.command == "steer":
-        avl.Plan(avl.scale(avl.Site("z", 4, 7, "suffix"), 0.0)).save(tmp_path / "plan")
-        extra = ["--plan", next(tmp_path.iterdir())]
+        avl.Plan(avl.scale(avl.Site("z", 4, 7, "suffix"), 0.0)).save(tmp_path / "plan", model=avl.load("av-tiny"))
+        extra = ["--plan", next(tmp_path.glob("plan*"))]
     done = run(method.command, "av-tiny", manifest, "--out", tmp_path / "out", *extra)
     assert done.exit_code == 0, done.output
     assert any((tmp_path / "out").iterdir())
