@@ -124,7 +124,8 @@ class BoundEdit:
         where = _index(rows, self.edit.site.heads if activation.ndim == 4 else None)
         kind = self.edit.kind
         if kind == "zero":
-            activation[where] = 0.0
+            old = activation[where]
+            activation[where] = self._allowed(old, torch.zeros_like(old))
             return True
         value = self._rows_of_value(rows, offset, activation) if self.value is not None else None
         if kind in ("replace", "resample") and value is not None:
@@ -132,7 +133,7 @@ class BoundEdit:
             return True
         old = activation[where]
         if kind == "scale":
-            activation[where] = self._scaled(old)
+            activation[where] = self._allowed(old, old * _amount(self.edit, old))
         elif kind == "noise":
             step = offset if offset >= self.n_prompt else 0
             activation[where] = old + _noise(old, self.edit, step)
@@ -140,9 +141,8 @@ class BoundEdit:
             activation[where] = old + value
         return True
 
-    def _scaled(self, old: Tensor) -> Tensor:
-        """The scaled activation; forbidden edges of scores stay forbidden, whatever their number times the factor."""
-        new = old * _amount(self.edit, old)
+    def _allowed(self, old: Tensor, new: Tensor) -> Tensor:
+        """The new activation; edges of scores that the mask forbids stay forbidden, whatever becomes of their number."""
         if self.edit.site.component != "scores":
             return new
         return torch.where(old <= torch.finfo(old.dtype).min / 2, old, new)

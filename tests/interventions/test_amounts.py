@@ -8,7 +8,7 @@ from small_av import small_inputs, small_model
 from tiny import tiny_hf_model, tiny_processor
 
 import av_lens as avl
-from av_lens.interventions import Plan, Site, noise, scale
+from av_lens.interventions import Plan, Site, noise, scale, zero
 from av_lens.runs import run
 
 
@@ -37,3 +37,11 @@ def test_scaled_scores_leave_forbidden_edges_forbidden(factor: float):
         scores = q[:, :, head] @ k[:, :, head // 2].transpose(-1, -2) / 16**0.5 * factor
         wanted = scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
         torch.testing.assert_close(pattern[:, head], wanted, atol=1e-5, rtol=0)
+
+
+def test_zeroed_scores_read_every_allowed_key_alike():
+    model, x = small_model(), small_inputs()
+    out = run(model, x, plan=Plan(zero(Site("scores", 1, 2))), capture="pattern")
+    pattern, n = out.cache["pattern", 1][:, 2], len(x.spans)
+    wanted = torch.ones(n, n).tril() / torch.arange(1, n + 1)[:, None]
+    torch.testing.assert_close(pattern, wanted.expand_as(pattern), atol=1e-6, rtol=0)
