@@ -142,7 +142,7 @@ class BoundEdit:
         return True
 
     def _allowed(self, old: Tensor, new: Tensor) -> Tensor:
-        """The new activation; edges of scores that the mask forbids stay forbidden, whatever becomes of their number."""
+        """The new activation; edges of scores that the mask forbids stay forbidden, whatever their new number."""
         if self.edit.site.component != "scores":
             return new
         return torch.where(old <= torch.finfo(old.dtype).min / 2, old, new)
