@@ -21,6 +21,7 @@ __all__ = [
     "attention_flow",
     "attribution_patch",
     "base_shift",
+    "causal_trace",
     "caption",
     "direct_attribution",
     "edge_attribution",

@@ -108,7 +108,7 @@ def causal_trace(
 
     Raises:
         InputError: an unknown word, a metric that is NaN, or places that differ.
-        InterventionError: a component or role that cannot be restored or spoiled.
+        InterventionError: what cannot be restored or spoiled.
     """
     axes = Axes.parsed(over)
     how = _How(component, window, placebo, corruption, float(scale), seeds, seed, answer, budget_gb)
@@ -137,9 +137,8 @@ def causal_trace(
         unit="probability" if bound is None else bound.unit,
         direction=SIGN + (" (placebo positions)" if placebo else ""),
         provenance=stamp(
-            **how.said(model, pairs, paired, {"over": over, "noised": noised}),
+            **how.said(model, pairs, paired, {"over": over, "noised": noised, "positions": dict(places[0])}),
             standard_error_of_seeds=_largest_error(values[..., 1], how.draws(paired)),
-            positions={str(label): list(positions) for label, positions in places[0]},
             partial=partial,
             **({} if bound is None else bound.provenance()),
         ),
@@ -230,7 +229,7 @@ class _How:
         """How often the corrupted run (or the placebo) is drawn."""
         return self.seeds if self.placebo or (self.corruption == "noise" and not paired) else 1
 
-    def said(self, model: Any, pairs: Sequence[Pair], paired: bool, where: dict[str, str]) -> dict[str, Any]:
+    def said(self, model: Any, pairs: Sequence[Pair], paired: bool, where: dict[str, Any]) -> dict[str, Any]:
         """The choices, for the provenance."""
         names = ("component", "window", "placebo", "seed", *(() if paired else ("corruption", "scale")))
         chosen = {name: getattr(self, name) for name in names} | {"seeds": self.draws(paired)} | where
