@@ -28,8 +28,8 @@ from av_lens.runs.rereading import record_under, reread
 from av_lens.runs.restart import Layer
 from av_lens.runs.stacks import unembedded
 
-Change = Mapping[tuple[str, int], Float[Tensor, "batch pos d_model"]]
-"""What is added to the stream: by ("embed", 0), ("heads", layer) or ("mlp", layer)."""
+Change = Mapping[tuple[str, int], Float[Tensor, "batch _ d_model"]]
+"""What is added to the stream at some positions: by ("embed", 0), ("heads", layer) or ("mlp", layer)."""
 
 
 @dataclass(frozen=True, eq=False)
