@@ -13,11 +13,11 @@ position, as the study's code does: its first generated token is then never knoc
     over="head"    in every head alone                                          [example, edge, layer, head, condition]
 
 `condition` holds the cut beside its controls (protocol section 8): "equal mass" removes as much value-weighted
-attention elsewhere in the same layers (the same edges in other heads where only some heads are cut, else other keys
-that hold no media; NaN where less than four fifths of the mass can be found there, as for video in most real prompts:
-then name heads), "equal count" as many other keys (NaN unless three times as many exist), and "10% of keys", "30% of
-keys" are nested fractions of the cut. Controls are means over `draws` random ones; how well their mass was matched
-stands in the provenance.
+attention elsewhere (the same edges in other heads at most one layer away; where these move too little, other keys that
+hold no media; NaN where neither comes within a quarter of it: then cut fewer heads or layers), "other heads" the same
+edges in as many heads at most one layer away (NaN where there are too few), "equal count" as many other keys (NaN
+unless three times as many exist), and "10% of keys", "30% of keys" are nested fractions of the cut. Controls are means
+over `draws` random ones; how well their mass was matched stands in the provenance.
 
 Of conflicts, without a metric, C = (M(va) - M(av)) / 2 is measured (protocol section 2), in which the words' own priors
 cancel: a positive effect means that the sound is said again. `max_new_tokens=` lets the model answer under the cuts as
@@ -50,7 +50,7 @@ from av_lens.runs.attention_mass import SINK_TIMES, attention_mass, incoming_mas
 from av_lens.runs.examples import Examples, as_list
 from av_lens.runs.finite import require_numbers
 from av_lens.runs.layer_windows import Windows
-from av_lens.runs.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut, matches
+from av_lens.runs.matched_cuts import EQUAL_COUNT, EQUAL_MASS, OTHER_HEADS, EdgeCut, matches
 from av_lens.runs.measurement import measure_plans
 from av_lens.runs.metrics import Metric, as_metric, logit_diff
 from av_lens.runs.progress import Progress, watched
@@ -183,7 +183,7 @@ class _Job:
 
     @property
     def conditions(self) -> list[str]:
-        controls = [EQUAL_MASS, EQUAL_COUNT, *(f"{share:.0%} of keys" for share in self.fractions)]
+        controls = [EQUAL_MASS, OTHER_HEADS, EQUAL_COUNT, *(f"{share:.0%} of keys" for share in self.fractions)]
         return ["cut", *(controls if self.draws else [])]
 
     def grid(self, examples: Examples, metric: Metric, mirrored: bool, stack: int, show: Progress) -> Grid:
@@ -323,9 +323,10 @@ class _Job:
             removed.append((edge.mass(mass), ratio))
             if matches(ratio):
                 yield *at, self.conditions.index(EQUAL_MASS), plan
-            counted = edge.equal_count(len(spans), seed)
-            if counted is not None:
-                yield *at, self.conditions.index(EQUAL_COUNT), counted
+            heads = edge.other_heads(self.model.spec.n_layers, seed)
+            for name, control in ((OTHER_HEADS, heads), (EQUAL_COUNT, edge.equal_count(len(spans), seed))):
+                if control is not None:
+                    yield *at, self.conditions.index(name), control
         for number, share in enumerate(self.fractions, self.conditions.index(EQUAL_COUNT) + 1):
             yield *at, number, edge.fraction(share, self.seed)
 

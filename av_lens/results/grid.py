@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,28 @@ class Grid:
     def _places(self) -> tuple[str, ...]:
         return tuple(str(dim) for dim in self.values.dims[1:])
 
+    def sel(self, **labels: Any) -> Grid:
+        """Choose some places by their labels.
+
+        Args:
+            **labels: for an axis (`edge="video -> generation"`), one label, which takes the axis out, or a list.
+
+        Returns:
+            The smaller grid, same examples and baselines.
+
+        Raises:
+            InputError: an unknown axis or label.
+        """
+        for axis, wanted in labels.items():
+            if axis not in self._places:
+                raise InputError(unknown("axis", axis, self._places))
+            known = self.values.coords[axis].values.tolist()
+            for label in wanted if isinstance(wanted, list | tuple | np.ndarray) else [wanted]:
+                if label not in known:
+                    raise InputError(unknown(axis, label, known))
+        chosen = {axis: list(wanted) if isinstance(wanted, tuple) else wanted for axis, wanted in labels.items()}
+        return replace(self, values=self.values.sel(chosen).drop_vars(_scalars(labels), errors="ignore"))
+
     def normalized(self) -> xr.DataArray:
         """Put effects on the scale of the pair: 0 at the run that was edited, 1 at the donor.
 
@@ -226,21 +248,22 @@ class Grid:
         return data
 
     def plot(self, **options: Any) -> Any:
-        """Draw the grid: a map of layers by heads where it has both, else bars.
+        """Draw the grid: layers by heads as a map, other axes over layers as curves, conditions as dots, else bars.
 
         Args:
-            **options: passed to `av_lens.plots.heads` or `av_lens.plots.attribution`.
+            **options: passed to `av_lens.plots.heads`, `.layers`, `.conditions` or `.attribution`.
 
         Returns:
             A plotly figure.
         """
         # Looked up by name: figures are drawn by a later room, which imports this one.
         plots: Any = importlib.import_module("av_lens.plots")
-        return (
-            plots.heads(self, **options)
-            if {"layer", "head"} <= set(self._places)
-            else plots.attribution(self, **options)
-        )
+        places = {name for name in self._places if self.values.sizes[name] > 1 or name in ("layer", "head")}
+        if {"layer", "head"} <= places and not {"key", "query", "condition", "edge"} & places:
+            return plots.heads(self, **options)
+        if "layer" in places:
+            return plots.layers(self, **options)
+        return plots.conditions(self, **options) if "condition" in self._places else plots.attribution(self, **options)
 
     def save(self, path: str | Path) -> Path:
         """Save the grid as netCDF.
@@ -308,6 +331,10 @@ class Grid:
     def _repr_html_(self) -> str:
         table = self.mean().to_series().rename("mean effect").to_frame().head(20)
         return f"<p>{self!r}</p>{table.to_html()}"
+
+
+def _scalars(labels: Mapping[str, Any]) -> list[str]:
+    return [axis for axis, wanted in labels.items() if not isinstance(wanted, list | tuple | np.ndarray)]
 
 
 def _bootstrap(top: np.ndarray, bottom: np.ndarray, group: np.ndarray, *, level: float, seed: int) -> np.ndarray:

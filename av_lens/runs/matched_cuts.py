@@ -3,10 +3,11 @@
 What is cut is one set of edges: the same queries and keys in some heads of some layers. Its controls (protocol
 section 8), each drawn by seed:
 
-    equal mass    layer by layer, as much value-weighted attention as the cut removes there on the unedited run, taken
-                  away elsewhere: where only some heads are cut, the same edges in the layer's other heads (whole heads
-                  in random order, of the last as many keys as fit best); where all are, in the same heads other keys
+    equal mass    as much value-weighted attention as the cut removes from the unedited run, taken away elsewhere: the
+                  same edges in other heads of layers at most one away (whole heads in random order, of the last one as
+                  many keys as fit best); where these move too little, layer by layer other keys in the same heads
                   that hold no media and are no queries of the cut
+    other heads   the same edges in as many heads: for each that is cut one outside the set, at most one layer away
     equal count   as many other keys in the same heads, where three times as many other keys exist
     a fraction    some of the cut's own keys; smaller fractions are nested in larger ones
 
@@ -25,7 +26,7 @@ from jaxtyping import Float
 
 from av_lens.interventions import Cut, Plan, cut
 
-EQUAL_MASS, EQUAL_COUNT = "equal mass", "equal count"
+EQUAL_MASS, OTHER_HEADS, EQUAL_COUNT = "equal mass", "other heads", "equal count"
 ENOUGH = 3  # times as many other keys must exist for a control of equal count
 CLOSE = 1.25  # a control's mass is at most so many times the cut's, and at least one such part of it
 
@@ -111,32 +112,48 @@ class EdgeCut:
     def equal_mass(
         self, mass: Float[np.ndarray, "layer head pos"], others: Sequence[int], seed: Sequence[int]
     ) -> tuple[Plan, float]:
-        """Remove as much value-weighted attention elsewhere, layer by layer.
+        """Remove as much value-weighted attention elsewhere.
 
         Args:
             mass: what the queries move from every position in the unedited run.
-            others: keys that may be cut where all heads of a layer are.
+            others: keys that may be cut where other heads move too little.
             seed: draws the order of heads and keys.
 
         Returns:
             The plan, and the mass it removes over the mass that the cut removes.
         """
+        wanted = sum(self._in_layer(mass, layer).sum() for layer in self.heads)
+        if not wanted > 0:
+            return Plan(), float("nan")
+        rng = np.random.default_rng([*seed, 3])
+        cuts, removed = self._other_heads(mass, float(wanted), rng)
+        if not matches(removed / wanted):
+            by_keys, removed_by_keys = self._other_keys(mass, others, rng)
+            if removed_by_keys > removed:
+                cuts, removed = by_keys, removed_by_keys
+        return Plan(cuts), float(removed / wanted)
+
+    def other_heads(self, n_layers: int, seed: Sequence[int]) -> Plan | None:
+        """Cut the same edges in as many other heads.
+
+        Args:
+            n_layers: layers of the model.
+            seed: draws them.
+
+        Returns:
+            The plan, or None where a head has no other left within one layer.
+        """
+        free, rng = set(self._free(n_layers)), np.random.default_rng([*seed, 4])
         cuts: list[Cut] = []
-        wanted = removed = 0.0
-        for layer, heads in self.heads.items():
-            rng = np.random.default_rng([*seed, 3, layer])
-            own = range(self.n_heads) if heads is None else heads
-            target = float(mass[layer][list(own)][:, list(self.keys)].sum())
-            if len(own) == self.n_heads:
-                keys, found = prefix(rng.permutation(list(others)), mass[layer][:, list(others)].sum(0), target, others)
-                parts = [(keys, None)]
-            else:
-                parts, found = self._other_heads(
-                    mass[layer], [h for h in range(self.n_heads) if h not in own], target, rng
-                )
-            cuts += [self._cut(keys, [layer], chosen) for keys, chosen in parts if len(keys)]
-            wanted, removed = wanted + target, removed + found
-        return Plan(cuts), removed / wanted if wanted > 0 else float("nan")
+        for layer in self.heads:
+            for _ in self._rows(layer):
+                near = sorted(pair for pair in free if abs(pair[0] - layer) <= 1)
+                if not near:
+                    return None
+                drawn = near[int(rng.integers(len(near)))]
+                free.remove(drawn)
+                cuts.append(self._cut(self.keys, [drawn[0]], (drawn[1],)))
+        return Plan(cuts)
 
     def mass(self, mass: Float[np.ndarray, "layer head pos"]) -> float:
         """What the cut removes of the mass.
@@ -147,27 +164,50 @@ class EdgeCut:
         Returns:
             Its share of all that the same heads move to these queries.
         """
-        rows = [mass[layer][slice(None) if heads is None else list(heads)] for layer, heads in self.heads.items()]
-        whole = sum(float(row.sum()) for row in rows)
-        return sum(float(row[:, list(self.keys)].sum()) for row in rows) / whole if whole > 0 else float("nan")
+        whole = sum(float(mass[layer][self._rows(layer)].sum()) for layer in self.heads)
+        cut_off = sum(float(self._in_layer(mass, layer).sum()) for layer in self.heads)
+        return cut_off / whole if whole > 0 else float("nan")
 
-    def _other_heads(
-        self, mass: Float[np.ndarray, "head pos"], heads: Sequence[int], target: float, rng: np.random.Generator
-    ) -> tuple[list[tuple[Sequence[int], tuple[int, ...]]], float]:
-        whole: list[int] = []
+    def _rows(self, layer: int) -> list[int]:
+        heads = self.heads[layer]
+        return list(range(self.n_heads)) if heads is None else list(heads)
+
+    def _free(self, n_layers: int) -> list[tuple[int, int]]:
+        """The heads outside the cut in layers at most one away."""
+        near = [layer for layer in range(n_layers) if any(abs(layer - own) <= 1 for own in self.heads)]
+        taken = {(layer, head) for layer in self.heads for head in self._rows(layer)}
+        return [(layer, head) for layer in near for head in range(self.n_heads) if (layer, head) not in taken]
+
+    def _in_layer(self, mass: np.ndarray, layer: int) -> np.ndarray:
+        return mass[layer][self._rows(layer)][:, list(self.keys)]
+
+    def _other_heads(self, mass: np.ndarray, target: float, rng: np.random.Generator) -> tuple[list[Cut], float]:
+        free = self._free(len(mass))
+        cuts: list[Cut] = []
         left = target
-        parts: list[tuple[Sequence[int], tuple[int, ...]]] = []
-        for head in rng.permutation(list(heads)).tolist():
-            of_head = mass[head][list(self.keys)]
-            if of_head.sum() <= left:
-                whole.append(head)
-                left -= float(of_head.sum())
-                continue
-            keys, found = prefix(rng.permutation(list(self.keys)), of_head, left, self.keys)
-            parts.append((keys, (head,)))
+        for layer, head in (free[i] for i in rng.permutation(len(free))):
+            of_head = mass[layer, head][list(self.keys)]
+            keys, found = self.keys, float(of_head.sum())
+            fits = found <= left
+            if not fits:
+                keys, found = prefix(rng.permutation(list(self.keys)), of_head, left, self.keys)
+            if len(keys) and found > 0:
+                cuts.append(self._cut(keys, [layer], (head,)))
             left -= found
-            break
-        return [(self.keys, tuple(sorted(whole))), *parts] if whole else parts, target - left
+            if not fits:
+                break
+        return cuts, target - left
+
+    def _other_keys(self, mass: np.ndarray, others: Sequence[int], rng: np.random.Generator) -> tuple[list[Cut], float]:
+        cuts: list[Cut] = []
+        removed = 0.0
+        for layer in self.heads:
+            target = float(self._in_layer(mass, layer).sum())
+            by_key = mass[layer][self._rows(layer)][:, list(others)].sum(0)
+            keys, found = prefix(rng.permutation(list(others)), by_key, target, others)
+            cuts += [self._cut(keys, [layer], self.heads[layer])] if keys else []
+            removed += found
+        return cuts, removed
 
     def _cut(self, keys: Sequence[int], layers: Sequence[int], heads: tuple[int, ...] | None) -> Cut:
         return cut(self.query, tuple(keys), layers=layers, heads=heads, **self.options)

@@ -137,6 +137,7 @@ def test_equal_mass_takes_whole_heads_and_part_of_one_by_hand():
     mass[0, 2, 1:5] = 0.5  # two of its keys give the last 1
     plan, ratio = edge({0: (0,)}).equal_mass(mass, [], (0, 0))
     taken = {(one.heads, len(one.key)) for one in plan}
+    assert len(plan) == 2
     if ((1,), 4) in taken:  # the order is drawn: 3 and two of .5, or 2 and three of .75
         assert (taken, ratio) == ({((1,), 4), ((2,), 2)}, pytest.approx(1.0))
     else:
@@ -144,7 +145,35 @@ def test_equal_mass_takes_whole_heads_and_part_of_one_by_hand():
     assert edge({0: (0,)}).mass(mass) == pytest.approx(1.0)
     poor, ratio = edge({0: (0,)}).equal_mass(mass * np.array([1, 0.1, 0.1])[:, None], [], (0, 0))
     assert ratio == pytest.approx(0.125 * 1.0)
-    assert {one.heads for one in poor} == {(1, 2)}
+    assert {(one.heads, len(one.key)) for one in poor} == {((1,), 4), ((2,), 4)}
+
+
+def test_equal_mass_looks_for_heads_one_layer_away_by_hand():
+    mass = np.zeros((5, 3, 10))
+    mass[2, 0, 1:5] = 1.0
+    mass[[0, 4], :, 1:5] = 1.0  # two layers away
+    mass[3, 1, 1:5] = 1.0
+    for draw in range(5):
+        plan, ratio = edge({2: (0,)}).equal_mass(mass, [], (0, draw))
+        assert ratio == pytest.approx(1.0)
+        assert [(one.layers, one.heads, len(one.key)) for one in plan] == [((3,), (1,), 4)]
+
+
+def test_other_heads_are_as_many_and_at_most_one_layer_away():
+    seen = set()
+    for draw in range(20):
+        plan = edge({2: (0,), 3: (1, 2)}).other_heads(6, (0, draw))
+        assert plan is not None
+        drawn = [(one.layers[0], one.heads[0]) for one in plan]
+        assert len(set(drawn)) == 3
+        assert not set(drawn) & {(2, 0), (3, 1), (3, 2)}
+        assert abs(drawn[0][0] - 2) <= 1
+        assert all(abs(layer - 3) <= 1 for layer, _ in drawn[1:])
+        assert all(set(one.key) == {1, 2, 3, 4} for one in plan)
+        seen |= set(drawn)
+    assert len(seen) > 6
+    assert edge({0: None}).other_heads(1, (0, 0)) is None
+    assert edge({0: None, 1: None}).other_heads(3, (0, 0)) is None  # three heads are left for six
 
 
 def test_where_all_heads_are_cut_the_mass_comes_from_other_keys_by_hand():
@@ -177,7 +206,13 @@ def test_controls_remove_in_the_model_what_they_say_and_are_means_over_draws():
     model, x = small_model(), small_inputs()
     options = {"edges": "video -> generation", "metric": METRIC, "heads": [(1, 0), (2, 3)], "seed": 3}
     grid = knockout(model, x, **options, draws=2, fractions=(0.5,))
-    assert grid.values.coords["condition"].values.tolist() == ["cut", "equal mass", "equal count", "50% of keys"]
+    assert grid.values.coords["condition"].values.tolist() == [
+        "cut",
+        "equal mass",
+        "other heads",
+        "equal count",
+        "50% of keys",
+    ]
     (matched,) = grid.provenance["matched"]["video -> generation"]
     assert matched["draws"] == matched["draws_matched"] == 2
     assert matched["mass_ratio"] == pytest.approx(1.0, abs=0.2)

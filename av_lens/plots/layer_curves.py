@@ -1,0 +1,188 @@
+"""A number at every layer: curves with their intervals, one for each label of an axis, in panels for another.
+
+Attention by role, words under the lens, cuts in windows of layers. Bands are 95% intervals over clusters of examples
+(absent below five clusters). Roles keep the colours that they have in every figure. Heads are averaged. An axis of more
+than twelve labels (positions, windows of time) is drawn as a map of layers by labels instead.
+
+```python
+fig = plots.layers(attention_flow(model, conflicts, queries=("question", "generation")))
+```
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from av_lens.errors import InputError, unknown
+from av_lens.plots import _style
+
+MOST_CURVES = 12
+LINES = ("key", "word", "figure", "condition", "span", "component")
+CYCLE = (_style.SOUND, _style.PICTURE, _style.GREEN, _style.PURPLE, _style.AMBER, _style.OLIVE, _style.GREY)
+MEANINGS = _style.ROLE_COLOURS | {
+    "sound": _style.SOUND,
+    "picture": _style.PICTURE,
+    "others": _style.GREY,
+    "excess": _style.GREEN,
+    "said": _style.PURPLE,
+    "sinks": _style.AMBER,
+    "cut": _style.PICTURE,
+    "equal mass": _style.SOUND,
+    "other heads": _style.GREEN,
+    "equal count": _style.PURPLE,
+}
+
+
+def layers(
+    grid: Any,
+    *,
+    of: str = "effects",
+    lines: str | None = None,
+    panels: str | None = None,
+    unit: str | None = None,
+    title: str | None = None,
+) -> Any:
+    """Draw a grid over layers.
+
+    Args:
+        grid: a `Grid` with the axis layer and at most two others of more than one label (heads not counted).
+        of: "effects", "values" or "normalized".
+        lines: the axis that gives the curves; None takes roles, words or conditions where there are some.
+        panels: the axis that gives the panels; None takes the other one.
+        unit: what the numbers are in; None takes the grid's own.
+        title: the figure's title.
+
+    Returns:
+        A `plotly.graph_objects.Figure`; curves by name, in each panel, or one heat map in each.
+
+    Raises:
+        InputError: no layers, an unknown axis, or more axes than can be drawn.
+    """
+    from plotly.subplots import make_subplots
+
+    chosen, kept = _reduced(grid)
+    by_line, by_panel = _axes(chosen, lines, panels)
+    unit = unit or str(grid.unit or "effect")
+    labels = [None] if by_panel is None else chosen.values.coords[by_panel].values.tolist()
+    names = [", ".join([*kept, *([] if label is None else [f"{by_panel} {label}"])]) for label in labels]
+    base = _style.figure(title=title, height=360)
+    style = base.layout.xaxis.to_plotly_json()
+    fig = make_subplots(
+        rows=1, cols=len(labels), shared_yaxes=True, subplot_titles=names if any(names) else None, figure=base
+    )
+    fig.update_xaxes(**{name: value for name, value in style.items() if name not in ("anchor", "domain")})
+    fig.update_yaxes(**{name: value for name, value in style.items() if name not in ("anchor", "domain")})
+    fig.update_annotations(font={"size": 13})
+    for column, label in enumerate(labels, 1):
+        part = chosen if by_panel is None else chosen.sel(**{by_panel: label})
+        if by_line is not None and part.values.sizes[by_line] > MOST_CURVES:
+            _map(fig, part, by_line, of, unit, column)
+        else:
+            _curves(fig, part, by_line, of, unit, column)
+    if any(names):
+        fig.update_layout(margin={"t": 96 if title else 70}, legend={"y": 1.1})
+    return fig
+
+
+def _reduced(grid: Any) -> tuple[Any, list[str]]:
+    """Average heads, and take out axes of one label; say which."""
+    values = grid.values
+    if "layer" not in values.dims:
+        raise InputError(
+            f"layers draws grids over layers; this one has the axes {tuple(map(str, values.dims))}. Measure it with "
+            "over='layer', or by='layer'."
+        )
+    if "head" in values.dims:
+        values = values.mean("head")
+    single = [str(dim) for dim in values.dims[1:] if values.sizes[dim] == 1 and dim != "layer"]
+    kept = [f"{dim} {values.coords[dim].values[0]}" for dim in single]
+    fields = {name: getattr(grid, name) for name in ("baseline", "donor", "clusters", "metric", "unit", "shares")}
+    return type(grid)(values.squeeze(single, drop=True), **fields), kept
+
+
+def _axes(grid: Any, lines: str | None, panels: str | None) -> tuple[str | None, str | None]:
+    free = [str(dim) for dim in grid.values.dims[1:] if dim != "layer"]
+    for name in (lines, panels):
+        if name is not None and name not in free:
+            raise InputError(unknown("axis", name, free))
+    if len(free) > 2:
+        raise InputError(f"layers draws at most two axes beside layer; this grid has {free}. Choose: grid.sel(...).")
+    by_line = lines or next((name for name in LINES if name in free and name != panels), None)
+    by_line = by_line or next((name for name in free if name != panels), None)
+    return by_line, panels or next((name for name in free if name != by_line), None)
+
+
+def _curves(fig: Any, grid: Any, by_line: str | None, of: str, unit: str, column: int) -> None:
+    import plotly.graph_objects as go
+
+    mean, bounds = grid.mean(of), grid.interval(of=of)
+    at = mean.coords["layer"].values.tolist()
+    labels = [None] if by_line is None else mean.coords[by_line].values.tolist()
+    for number, label in enumerate(labels):
+        part, ends = (mean, bounds) if label is None else (mean.sel({by_line: label}), bounds.sel({by_line: label}))
+        name = grid.metric if label is None else str(label)
+        colour = MEANINGS.get(name, CYCLE[number % len(CYCLE)])
+        values, low, high = part.values, ends.sel(bound="low").values, ends.sel(bound="high").values
+        if np.isnan(values).all():
+            continue
+        if not np.isnan(low).all():
+            band = {
+                "mode": "lines",
+                "line": {"width": 0},
+                "showlegend": False,
+                "hoverinfo": "skip",
+                "legendgroup": name,
+            }
+            fig.add_trace(go.Scatter(x=at, y=high, **band), row=1, col=column)
+            shade = f"rgba({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:7], 16)}, 0.18)"
+            fig.add_trace(go.Scatter(x=at, y=low, fill="tonexty", fillcolor=shade, **band), row=1, col=column)
+        say = [
+            f"<b>{name}</b>, layer {layer}<br>{v:.3g} {unit}" + (f" ({a:.3g} to {b:.3g})" if np.isfinite(a) else "")
+            for layer, v, a, b in zip(at, values, low, high, strict=True)
+        ]
+        fig.add_trace(
+            go.Scatter(
+                x=at,
+                y=values,
+                mode="lines+markers",
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1 and label is not None,
+                line={"color": colour, "width": 2},
+                marker={"color": colour, "size": 6},
+                text=say,
+                hovertemplate="%{text}<extra></extra>",
+            ),
+            row=1,
+            col=column,
+        )
+    fig.update_xaxes(**_style.layer_axis(int(max(at)) + 1), row=1, col=column)
+    fig.update_yaxes(**_style.ZERO, rangemode="tozero", row=1, col=column)
+    if column == 1:
+        fig.update_yaxes(title={"text": unit}, row=1, col=1)
+
+
+def _map(fig: Any, grid: Any, by_line: str, of: str, unit: str, column: int) -> None:
+    import plotly.graph_objects as go
+
+    mean = grid.mean(of).transpose("layer", by_line)
+    labels = [str(label) for label in mean.coords[by_line].values.tolist()]
+    top = _style.limit(grid.mean(of).values)
+    signed = bool((grid.mean(of).values < 0).any())
+    heat = go.Heatmap(
+        z=mean.values,
+        x=labels,
+        y=mean.coords["layer"].values.tolist(),
+        zmin=-top if signed else 0.0,
+        zmax=top,
+        colorscale=_style.colourscale(_style.DIVERGING if signed else _style.DIVERGING[3:]),
+        colorbar={"title": {"text": unit, "side": "right"}, "thickness": 12, "outlinewidth": 0, "nticks": 5},
+        showscale=column == 1,
+        hovertemplate=f"layer %{{y}}, {by_line} %{{x}}<br>%{{z:.3g}} {unit}<extra></extra>",
+        meta={"palette": "diverging"} if signed else None,
+    )
+    fig.add_trace(heat, row=1, col=column)
+    fig.update_xaxes(title={"text": by_line}, showgrid=False, type="category", nticks=16, row=1, col=column)
+    fig.update_yaxes(**_style.layer_axis(len(mean)), showgrid=False, autorange="reversed", row=1, col=column)
