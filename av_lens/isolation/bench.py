@@ -15,7 +15,6 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,24 +34,6 @@ MEANS = ("mean_task", "mean_other")
 PRIMARY_DONORS = ("blank_muted", "mean_other", "zero")
 
 AllZ = Float[Tensor, "layer batch site head d_head"]
-
-
-def clip_key(source: Any) -> str:
-    """Name a source clip by its file's hash and its time window (by its content where it has no file).
-
-    Args:
-        source: a `Clip` or a `ClipFile`.
-
-    Returns:
-        A key, equal for equal clips.
-    """
-    start, end = getattr(source, "window", None) or (getattr(source, "start", 0.0), getattr(source, "end", None))
-    sha = getattr(source, "sha256", None)
-    if sha is None and hasattr(source, "load") and Path(str(source.path)).exists():
-        sha = hashlib.sha256(Path(str(source.path)).read_bytes()).hexdigest()
-    if sha is None:
-        return f"{getattr(source, 'picture_hash', None)}:{getattr(source, 'sound_hash', None)}"
-    return f"{sha}:{start}:{end}"
 
 
 def align_end(donor: Float[Tensor, "layer batch donor_site head d_head"], base: AllZ) -> AllZ:

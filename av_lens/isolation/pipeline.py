@@ -27,9 +27,10 @@ from typing import Any
 import numpy as np
 
 from av_lens.errors import ProtocolError, unknown
+from av_lens.inputs.sources import clip_key
 from av_lens.isolation import confirmation, evidence, protocol, verdicts
 from av_lens.isolation.behaviour import Survey, gap_verdict, refusals, rows_of, survey
-from av_lens.isolation.bench import Bench, clip_key
+from av_lens.isolation.bench import Bench
 from av_lens.isolation.effects import Progress
 from av_lens.isolation.engine import SITES, Engine, ModelEngine
 from av_lens.isolation.evidence import Half

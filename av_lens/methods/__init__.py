@@ -11,6 +11,7 @@ from av_lens.methods.inheritance import base_shift
 from av_lens.methods.knockouts import knockout
 from av_lens.methods.lens import logit_lens
 from av_lens.methods.path_patching import path_patch
+from av_lens.methods.probes import at_chosen_layer, probe, read_streams
 from av_lens.methods.sinks import Sinks, find_sinks
 from av_lens.methods.steering import mean_difference, reweighed, steer
 from av_lens.methods.tracing import causal_trace
@@ -18,11 +19,12 @@ from av_lens.methods.weight_changes import weight_change
 
 __all__ = [
     "Sinks",
+    "at_chosen_layer",
     "attention_flow",
     "attribution_patch",
     "base_shift",
-    "causal_trace",
     "caption",
+    "causal_trace",
     "direct_attribution",
     "edge_attribution",
     "find_sinks",
@@ -32,6 +34,8 @@ __all__ = [
     "mean_difference",
     "patch",
     "path_patch",
+    "probe",
+    "read_streams",
     "reweighed",
     "steer",
     "weight_change",

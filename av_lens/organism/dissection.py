@@ -23,6 +23,7 @@ from av_lens.organism.answering import Head, each_head, logits, streams
 from av_lens.organism.behaviour import BOTH, CELLS, Cell, ask, behave, truth
 from av_lens.organism.held_out import HeldOut, Media
 from av_lens.organism.layouts import class_ids
+from av_lens.results.linear_probes import LinearProbe
 
 MOST_HEADS = 4
 RANDOM_SETS = 6
@@ -37,24 +38,21 @@ def probes(model: Any, fit: tuple[HeldOut, Media], test: tuple[HeldOut, Media]) 
 
     Args:
         model: from `answering.plain`.
-        fit: clips and media that the probes (logistic regressions) learn from.
+        fit: clips and media that the probes (`results.linear_probes`) learn from.
         test: clips and media that they are scored on.
 
     Returns:
         `layout layer target accuracy n`; layer 0 is before the first layer, layer l after the l-th.
     """
-    from sklearn.linear_model import LogisticRegression
-
     rows: list[dict[str, Any]] = []
     for layout in BOTH:
         seen = [streams(model, ask(_CONFLICT, layout, *half, kinds=("hear",)))[:, 0] for half in (fit, test)]
         facts = [truth(_CONFLICT, half[0]) for half in (fit, test)]
         for layer in range(seen[0].shape[1]):
-            mean, scale = seen[0][:, layer].mean(0), seen[0][:, layer].std(0) + 1e-6
-            x, x_test = (((part[:, layer] - mean) / scale).numpy() for part in seen)
+            x, x_test = (part[:, layer].numpy() for part in seen)
             for target in ("sound", "picture"):
                 y, y_test = (getattr(fact, target).numpy() for fact in facts)
-                score = LogisticRegression(C=0.1, max_iter=500).fit(x, y).score(x_test, y_test)
+                score = float((LinearProbe.fitted(x, y).predicted(x_test) == y_test).mean())
                 rows.append({"layout": layout, "layer": layer, "target": target, "accuracy": score, "n": len(y_test)})
     return pd.DataFrame(rows)
 

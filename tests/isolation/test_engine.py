@@ -13,8 +13,9 @@ from tiny import tiny_hf_model, tiny_media, tiny_processor
 from av_lens.errors import ProtocolError
 from av_lens.inputs import Conflict
 from av_lens.inputs.answers import Answer
+from av_lens.inputs.sources import clip_key
 from av_lens.isolation import isolate
-from av_lens.isolation.bench import Bench, Means, clip_key
+from av_lens.isolation.bench import Bench, Means
 from av_lens.isolation.effects import Request, measure_requests, set_scores
 from av_lens.isolation.engine import ModelEngine, Swap
 from av_lens.isolation.evidence import direct_writes
