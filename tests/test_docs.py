@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -44,6 +45,14 @@ def test_the_organisms_tables_are_the_stored_evaluations(region: str):
     tables = {"behaviour": portraits.shares_table, "seeds": portraits.standing_table}
     shown = (DOCS / "organisms.md").read_text().split(f"<!-- {region} -->\n")[1].split(f"\n<!-- /{region} -->")[0]
     assert shown == portraits.markdown(tables[region]())
+
+
+def test_the_benchmarks_page_is_the_stored_record():
+    from av_lens.studies import replay_tables
+
+    page, record = (DOCS / replay_tables.PAGE).read_text(), json.loads((DOCS / replay_tables.RECORD).read_text())
+    shown = page.split(replay_tables.OPEN)[1].split(replay_tables.CLOSE)[0]
+    assert shown == replay_tables.page_tables(record)
 
 
 @pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda p: p.name)
