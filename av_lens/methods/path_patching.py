@@ -72,7 +72,7 @@ def path_patch(
     *,
     sender: Any = "heads",
     receiver: Any = "logits",
-    via: Any = (),
+    via: Any = "",
     metric: Metric | Callable[..., Any],
     at: str | Span | None = None,
     mlps: str = "frozen",
