@@ -50,8 +50,8 @@ from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.places import Axes, Edited, layout_stacks
 from av_lens.runs.progress import Progress, watched
 from av_lens.runs.receivers import require_restart, rotated
-from av_lens.runs.rereading import reread
 from av_lens.runs.suffix_gradients import SuffixGradients
+from av_lens.runs.swapped_reads import read_with
 from av_lens.runs.sweeps import interrupted, sources
 from av_lens.runs.traces import Trace, record
 from av_lens.spans import Span
@@ -314,14 +314,14 @@ class _Stack:
             gradients = torch.stack([one.gradient[n + layer] for one in found])
             if self.component in QUERIES:
                 here = [row[position] for position in self._union]
-                change = reread(trace, layer, self._union, new) - z[:, here]
+                change = read_with(trace, layer, self._union, new) - z[:, here]
                 by_layer.append(self._by_place((change * gradients[:, :, here]).sum(-1)))
                 continue
             where = {position: number for number, position in enumerate(self._union)}
             places: list[Tensor] = []
             for _, positions in self.places:
                 keys = new[:, [where[position] for position in positions]]
-                change = reread(trace, layer, later, queries, keys=keys, at=positions) - z
+                change = read_with(trace, layer, later, queries, keys=keys, at=positions) - z
                 read = (change * gradients).sum((2, -1))  # [gradient, batch, head]
                 places.append(read.unflatten(-1, (keys.shape[2], -1)).sum(-1))
             by_layer.append(torch.stack(places, dim=-1))

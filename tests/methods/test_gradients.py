@@ -17,7 +17,7 @@ from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods import attribution_patch, edge_attribution, patch
 from av_lens.runs import each, log_prob, logit_diff, measure, rank, run
-from av_lens.runs.rereading import reread
+from av_lens.runs.swapped_reads import read_with
 
 METRIC = logit_diff("a", "b")
 
@@ -248,7 +248,7 @@ def test_rereading_with_the_own_queries_gives_the_recorded_z():
     rows = [5, 40, len(trace.spans) - 1]
     queries = kept_in(trace.x, "rot_q", 1)[:, rows]
     z = kept_in(trace.x, "z", 1)[:, rows]
-    torch.testing.assert_close(reread(trace, 1, rows, queries), z, atol=1e-5, rtol=0)
+    torch.testing.assert_close(read_with(trace, 1, rows, queries), z, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,11 @@ def test_rereading_with_the_own_queries_gives_the_recorded_z():
         ({"top": -1}, InputError, "how many places are patched exactly, 0 for none"),
         ({"at": "vidoe"}, InputError, "unknown role 'vidoe'"),
         ({"metric": rank("a")}, InputError, "a rank has no gradient"),
-        ({"metric": logit_diff(Answer("dog", ((70, 71),)), Answer("cat", ((75, 76),)))}, InputError, "an answer has several tokens"),
+        (
+            {"metric": logit_diff(Answer("dog", ((70, 71),)), Answer("cat", ((75, 76),)))},
+            InputError,
+            "an answer has several tokens",
+        ),
         ({"metric": lambda logits: logits.mean()}, InputError, "Leave out the mean"),
         ({"metric": lambda logits: logits[:, -1, 0] / 0.0}, InputError, "is NaN or infinite on the run without edits"),
         ({"metric": log_prob(each(["a", "c", "d"]))}, InputError, "names 3 answers"),
