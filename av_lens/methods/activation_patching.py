@@ -134,28 +134,39 @@ def patch(
         dims = dims | {axes.places: labels}
     if axes.unit == "coalition":
         values = _shapley_values(values, columns[0], targets, axes.width, (model.spec.n_layers, model.spec.n_heads))
+    said = {
+        "model": model.name,
+        "component": name,
+        "donor": donor if isinstance(donor, str) else f"mean over {len(donor)} examples",
+        "over": over,
+        "seed": seed,
+        "at": str(at) if at is not None else ("generation" if axes.places is None else "all"),
+        "positions": {str(label): list(positions) for label, positions in places[0]},
+        "partial": partial,
+    }
+    return _gridded(values, columns, dims, pairs, bound, f"{direction}: {SIGNS[direction]}", said)
+
+
+def _gridded(
+    values: np.ndarray,
+    columns: np.ndarray,
+    dims: dict[str, Any],
+    pairs: list[Pair],
+    metric: Metric,
+    direction: str,
+    said: dict[str, Any],
+) -> Grid:
+    questions = [question for one in pairs for question in one.corrupt.questions]
     return Grid.of(
         values.reshape(len(values), *map(len, dims.values())),
         axes=dims,
         baseline=columns[0],
         donor=columns[1],
         clusters=linked([_sources(one, i) for one in pairs for i in range(len(one))]),
-        metric=bound.name,
-        unit=bound.unit,
-        direction=f"{direction}: {SIGNS[direction]}",
-        provenance=stamp(
-            method="activation patching",
-            model=model.name,
-            component=name,
-            donor=donor if isinstance(donor, str) else f"mean over {len(donor)} examples",
-            over=over,
-            seed=seed,
-            at=str(at) if at is not None else ("generation" if axes.places is None else "all"),
-            positions={str(label): list(positions) for label, positions in places[0]},
-            partial=partial,
-            questions=[question for one in pairs for question in one.corrupt.questions],
-            **bound.provenance(),
-        ),
+        metric=metric.name,
+        unit=metric.unit,
+        direction=direction,
+        provenance=stamp(method="activation patching", questions=questions, **said, **metric.provenance()),
     )
 
 
