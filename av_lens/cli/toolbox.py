@@ -36,7 +36,7 @@ class Method:
         command: its name on the command line.
         module: where the function lives, below `av_lens`.
         function: the function.
-        feed: "pair", "cell" or "conflicts".
+        feed: "pair", "cell", "conflicts", or "none" for a method that reads the model alone.
     """
 
     command: str
@@ -55,6 +55,11 @@ METHODS = (
     Method("knockout", "methods.knockouts", "knockout", "conflicts"),
     Method("attribution-patch", "methods.gradients", "attribution_patch", "pair"),
     Method("edge-attribution", "methods.edges", "edge_attribution", "pair"),
+    Method("causal-trace", "methods.tracing", "causal_trace", "conflicts"),
+    Method("probe", "methods.probes", "probe", "conflicts"),
+    Method("caption", "methods.captions", "caption", "conflicts"),
+    Method("weight-change", "methods.weight_changes", "weight_change", "none"),
+    Method("graft", "methods.grafting", "graft", "conflicts"),
     Method("base-shift", "methods.inheritance", "base_shift", "cell"),
     Method("steer", "methods.steering", "steer", "cell"),
 )
@@ -139,13 +144,14 @@ def command_of(method: Method) -> Callable[..., None]:
     flags = flags_of(method)
 
     def command(**given: Any) -> None:
-        shared = {name: given.pop(name) for name in list(given) if name in _shared(method)}
-        options = {name: value for name, value in given.items() if value is not None and value != []}
+        shared = {name: given[name] for name in given if name in _shared(method)}
+        own = {flag.name for flag in flags}
+        options = {name: value for name, value in given.items() if name in own and value is not None and value != []}
         _run(method, options, **shared)
 
     node = definition(method.module, method.function)
     command.__doc__ = (ast.get_docstring(node) or "").splitlines()[0]
-    parameters = [*_shared(method).values(), *(_parameter(flag) for flag in flags)]
+    parameters = [*_shared(method).values(), *(_parameter(flag) for flag in flags if flag.name not in _shared(method))]
     required = [p for p in parameters if p.default is inspect.Parameter.empty]
     rest = [p for p in parameters if p.default is not inspect.Parameter.empty]
     command.__signature__ = inspect.Signature([*required, *rest])  # pyright: ignore[reportFunctionMemberAccess]
@@ -179,6 +185,9 @@ def _shared(method: Method) -> dict[str, inspect.Parameter]:
         "device": (Annotated[str | None, typer.Option(help="cpu or cuda.")], None),
         "dtype": (Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")], None),
     }
+    if method.feed == "none":
+        for name in ("pairs", "limit", "layout"):
+            del arguments[name]
     if method.feed == "cell":
         arguments["cell"] = (Annotated[str, typer.Option(help="Which cell: picture first, sound second.")], "va")
     if method.feed == "pair":
@@ -207,23 +216,24 @@ def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
     from av_lens.inputs import conflicts
     from av_lens.runs import load
 
-    listed = conflicts(shared["pairs"])[: shared["limit"]]
-    if not listed:
+    listed = conflicts(shared["pairs"])[: shared["limit"]] if "pairs" in shared else []
+    if "pairs" in shared and not listed:
         raise InputError(f"--limit {shared['limit']} leaves no conflict; leave it out for all.")
     console.quiet_loading()
     opened = {"device": shared["device"], "dtype": shared["dtype"]}
     with console.waiting(f"loading {shared['model']}"):
         model = load(shared["model"], **opened)
     function = getattr(import_module(f"av_lens.{method.module}"), method.function)
-    if "metric" in inspect.signature(function).parameters and method.feed != "conflicts":
+    known = inspect.signature(function).parameters
+    if "metric" in known and (method.feed != "conflicts" or known["metric"].default is inspect.Parameter.empty):
         options = options | {"metric": _metric(listed)}
     if "base" in shared:
         options = options | {"base": load(shared["base"], **opened)}
     fed = _feed(method.feed, model, listed, shared)
     with console.bars() as bars:
-        if "progress" in inspect.signature(function).parameters:
+        if "progress" in known:
             options = options | {"progress": bars}
-        found = function(model, fed, **options)
+        found = function(model, *fed, **options)
     _show(found)
     if shared["out"] is not None:
         _save(found, shared["out"], method.command)
@@ -236,15 +246,17 @@ def _metric(listed: list[Any]) -> Any:
     return logit_diff(heard, seen)
 
 
-def _feed(feed: str, model: Any, listed: list[Any], shared: dict[str, Any]) -> Any:
+def _feed(feed: str, model: Any, listed: list[Any], shared: dict[str, Any]) -> tuple[Any, ...]:
     from av_lens.inputs import Pair
 
+    if feed == "none":
+        return ()
     if feed == "conflicts":
-        return listed
+        return (listed,)
     cells = [conflict.cells(model, layout=shared["layout"]) for conflict in listed]
     if feed == "cell":
-        return [one[shared["cell"]] for one in cells]
-    return [Pair(clean=one[shared["clean"]], corrupt=one[shared["corrupt"]]) for one in cells]
+        return ([one[shared["cell"]] for one in cells],)
+    return ([Pair(clean=one[shared["clean"]], corrupt=one[shared["corrupt"]]) for one in cells],)
 
 
 def _show(found: Any) -> None:

@@ -14,6 +14,10 @@ from av_lens.cli.main import app
 from av_lens.studies.staged_conflicts import stage
 
 EXTRA = {
+    "weight-change": ["--base", "av-tiny-base"],
+    "graft": ["--base", "av-tiny-base"],
+    "caption": ["--max-new-tokens", "4"],
+    "causal-trace": ["--seeds", "2"],
     "base-shift": ["--base", "av-tiny-base", "--max-new-tokens", "4"],
     "path-patch": ["--at", "generation"],
     "knockout": ["--draws", "1"],
@@ -25,6 +29,12 @@ def manifest(tmp_path_factory):
     return stage(tmp_path_factory.mktemp("conflicts"), conflicts=3, seed=0)
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Enough conflicts for halves that share no clip."""
+    return stage(tmp_path_factory.mktemp("many"), conflicts=48, seed=0)
+
+
 def run(*words):
     return CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
 
@@ -33,14 +43,16 @@ def run(*words):
 def test_flags_are_the_function_s_arguments(method):
     live = inspect.signature(getattr(import_module(f"av_lens.{method.module}"), method.function)).parameters
     flags = toolbox.flags_of(method)
-    assert flags
+    assert flags or method.feed == "none"
     for flag in flags:
         assert live[flag.name].kind is inspect.Parameter.KEYWORD_ONLY
         assert flag.help, f"{method.function}'s docstring says nothing of {flag.name}"
         required = live[flag.name].default is inspect.Parameter.empty
         assert (flag.default == "required") == required
     named = {flag.name for flag in flags} | {"metric", "progress", "base"}
-    untold = [name for name, p in live.items() if p.kind is p.KEYWORD_ONLY and name not in named and p.default is p.empty]
+    untold = [
+        name for name, p in live.items() if p.kind is p.KEYWORD_ONLY and name not in named and p.default is p.empty
+    ]
     assert not untold, f"the command can never give {untold}"
 
 
@@ -70,12 +82,13 @@ def test_what_a_function_refuses_is_one_message(manifest):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", toolbox.METHODS, ids=lambda method: method.command)
-def test_every_command_runs_on_media_files(method, manifest, tmp_path):
+def test_every_command_runs_on_media_files(method, manifest, many, tmp_path):
     extra = EXTRA.get(method.command, [])
     if method.command == "steer":
         avl.Plan(avl.scale(avl.Site("z", 4, 7, "suffix"), 0.0)).save(tmp_path / "plan", model=avl.load("av-tiny"))
         extra = ["--plan", next(tmp_path.glob("plan*"))]
-    done = run(method.command, "av-tiny", manifest, "--out", tmp_path / "out", *extra)
+    fed = [] if method.feed == "none" else [many if method.command == "probe" else manifest]
+    done = run(method.command, "av-tiny", *fed, "--out", tmp_path / "out", *extra)
     assert done.exit_code == 0, done.output
     assert any((tmp_path / "out").iterdir())
     print(done.output)
