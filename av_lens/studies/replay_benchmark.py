@@ -1,7 +1,7 @@
 """Is an exact sweep cheaper than what one does today? Replay beside its peers: same model, prompt, patches and machine.
 
 For each shape (`replay_shapes`) and each place (generation position, question, late and early media) the z of every
-head is replaced in turn by its value in a run with another sound, by each way of patching (`replay_peers`). The results
+head is replaced in turn by its value in a run on another clip, by each way of patching (`replay_peers`). The results
 of all ways are compared. What is measured:
 
     seconds per patch   ours: the whole sweep's replays over their number, the recorded run not included (it is named
@@ -129,9 +129,11 @@ def measure_shape(
     records: list[dict[str, Any]] = []
     for number, (name, place) in enumerate(places.items()):
         tell(shape.name, number + 1, len(places) + 1)
-        modes = MODES if shape.thorough or name == "generation" else MODES[1:]
+        modes = MODES if shape.thorough or not records else ()
         stride = shape.stride if name.startswith("first") else 1
         found = measure_place(case, place, trace, watch, modes=modes, stride=stride, samples=samples)
+        if not modes:
+            found["peers"] = records[0]["peers"]
         records.append({"place": name, **found})
     tell(shape.name, len(places) + 1, len(places) + 1)
     return {"header": _header(case, samples, watch), "whole": whole, "places": records}
@@ -177,7 +179,8 @@ def measure_place(
         place: the positions that are patched together.
         trace: the recorded run of the prompt.
         watch: what times.
-        modes: whether the peers run their towers ("encoders"), are given their outputs ("shared"), or both.
+        modes: whether the peers are timed running their towers ("encoders"), given their outputs ("shared"), or both;
+            with none of them two patches are compared, and no peer is timed.
         stride: every so manyth head is patched by us.
         samples: patches of the peers.
 
@@ -186,7 +189,7 @@ def measure_place(
     """
     patches = Patches.at(case, place)
     heads = patches.heads(stride=stride)
-    chosen = spread(heads, samples)
+    chosen = spread(heads, samples if modes else 2)
     sampled = [heads[number] for number in chosen]
     values = by_replay(patches, heads, trace)
     seconds = watch.time(lambda: by_replay(patches, heads, trace))
@@ -195,13 +198,18 @@ def measure_place(
         loops["nnsight"] = by_nnsight(patches)
     peers: dict[str, dict[str, float]] = {name: {} for name in loops}
     gaps: dict[str, float] = {}
-    for mode in modes:
+    for mode in modes or MODES[1:]:
         with _mode(case, mode):
             for name, loop in loops.items():
                 theirs: list[torch.Tensor] = []
                 works = [partial(_kept, loop, head, theirs) for head in sampled]
-                peers[name][mode] = watch.each(works)
-                gap = float((values[chosen].double() - torch.stack(theirs[1:]).double()).abs().max())
+                if modes:
+                    peers[name][mode] = watch.each(works)
+                    theirs = theirs[1:]  # the first patch was made twice, to warm up
+                else:
+                    for work in works:
+                        work()
+                gap = float((values[chosen].double() - torch.stack(theirs).double()).abs().max())
                 gaps[name] = max(gap, gaps.get(name, 0.0))
     spec, n = case.model.spec, len(case.x.spans)
     blocks = sweep_blocks(heads, patches.rows, n_layers=spec.n_layers, n=n)
@@ -265,6 +273,7 @@ def _header(case: Case, samples: int, watch: Stopwatch) -> dict[str, Any]:
         threads=torch.get_num_threads(),
         layers_averaged=spec.n_layers,
         samples=samples,
+        thorough=case.shape.thorough,
         rounds=watch.rounds,
         **watch.account(),
     )

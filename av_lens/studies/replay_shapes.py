@@ -1,7 +1,7 @@
 """The models and prompts that replay is measured on: real classes, random weights, a given number of positions.
 
 A shape says how large the fusion model is and what its prompt holds. A *case* is a shape made real: HuggingFace's own
-eager model, the same weights behind our hooks (no second copy in memory), a prompt and the prompt with another sound.
+eager model, the same weights behind our hooks (no second copy in memory), a prompt, and one of another clip beside it.
 Only the fusion model's sizes are varied; the towers are the embedded models' small ones, so that the peers, which run
 them again for every patch, are not made slower than they must be.
 
@@ -54,7 +54,8 @@ class Shape:
         recording: whether the prompt is made from a file that the caller names.
         organism: a short name, where the model is one that ships.
         stride: of the plans of an early media span every so manyth is run by us too; 1 runs all.
-        thorough: whether the peers run with and without their towers at every place, or only at the first.
+        thorough: whether the peers are timed at every place. A loop's time does not depend on where it patches; so for
+            the large shapes it is timed at the generation position, and elsewhere results alone are compared.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Case:
         hf_model: HuggingFace's model with eager attention, never wrapped.
         model: the same weights behind our hooks.
         x: the prompt whose run is edited.
-        donor: the prompt with another sound, whose values are written.
+        donor: the prompt of another clip, in the same layout, whose values are written.
         answers: two tokens whose logits are compared.
     """
 
@@ -199,19 +200,26 @@ def _config(shape: Shape) -> Any:
 
 
 def _clips(shape: Shape, recording: str | Path | None, seed: int) -> tuple[Clip, Clip]:
-    """One picture with two sounds of one length."""
+    """Two clips of one length that differ in picture and sound."""
     if shape.organism is not None:
-        dog = clip("dog", seed=seed)
-        return dog.with_sound(clip("siren", seed=seed)), dog.with_sound(clip("bell", seed=seed))
+        return clip("dog", seed=seed).with_sound(clip("siren", seed=seed)), clip("bell", seed=seed)
     rng = np.random.default_rng(seed)
     if shape.recording:
         if recording is None or not Path(recording).exists():
             raise InputError(f"shape {shape.name!r} needs a recording; {recording} is not there. Name a video file.")
         shown = load_clip(recording).require_sound()
         noise = rng.normal(0.0, 0.2, round(shown.sound_end * shown.rate)).clip(-1, 1).astype(np.float32)
-        return shown, shown.with_sound(Clip.from_arrays(waveform=noise, rate=shown.rate))
+        backwards = shown.require_picture().frames
+        assert backwards is not None
+        other = Clip.from_arrays(
+            frames=backwards[::-1], times=shown.times, waveform=noise, rate=shown.rate, duration=shown.duration
+        )
+        return shown, other
     side = (shape.grid[0] * TOKEN_SIDE, shape.grid[1] * TOKEN_SIDE, 3)
-    frames = rng.integers(0, 256, (round(shape.seconds * FPS), *side), dtype=np.uint8)
+    pictures = rng.integers(0, 256, (2, round(shape.seconds * FPS), *side), dtype=np.uint8)
     sounds = rng.normal(0.0, 0.2, (2, round(shape.seconds * RATE))).clip(-1, 1).astype(np.float32)
-    first, second = (Clip.from_arrays(frames=frames, fps=FPS, waveform=sound, rate=RATE) for sound in sounds)
+    first, second = (
+        Clip.from_arrays(frames=frames, fps=FPS, waveform=sound, rate=RATE)
+        for frames, sound in zip(pictures, sounds, strict=True)
+    )
     return first, second

@@ -93,14 +93,15 @@ def header_line(found: Mapping[str, Any]) -> str:
     quiet = "nobody else used the machine"
     if disturbed:
         quiet = f"others used the machine during {disturbed} of {figures} figures, which are the least seen"
+    where = "" if head["thorough"] else ", timed at the generation position (2 patches elsewhere, for their results)"
     return (
         f"{head['positions']} positions ({roles['audio']} audio, {roles['video']} video, {roles['question']} "
         f"question); {sizes['n_layers']} layers, d_model {sizes['d_model']}, {sizes['n_heads']} heads on "
         f"{sizes['n_kv_heads']} key-value heads of {sizes['d_head']}, MLP {sizes['d_mlp']}, vocabulary "
         f"{sizes['d_vocab']}, {head['dtype']}. Towers: audio {towers['audio']}, vision {towers['vision']}. CPU, "
         f"{head['threads']} threads; figures average over all {head['layers_averaged']} layers; medians of "
-        f"{head['rounds']} rounds; {head['samples']} patches of each slow loop; {quiet}. Python {head['python']}, "
-        f"{versions}."
+        f"{head['rounds']} rounds; {head['samples']} patches of each slow loop{where}; {quiet}. "
+        f"Python {head['python']}, {versions}."
     )
 
 
