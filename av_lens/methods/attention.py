@@ -32,12 +32,12 @@ from av_lens.errors import InputError
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import stamp
-from av_lens.runs.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, incoming_mass, sink_positions
+from av_lens.runs.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, sinks_by_layout, sinks_of
 from av_lens.runs.examples import Examples, as_list
 from av_lens.runs.progress import Progress, watched
 from av_lens.runs.role_words import SINKS, named_span
 from av_lens.runs.sweeps import interrupted
-from av_lens.spans import ROLES, Span, SpanMap
+from av_lens.spans import ROLES, Span
 
 BY = ("layer", "head")
 UNITS = {"attention": "share of attention", "value": "norm of what is moved"}
@@ -91,12 +91,15 @@ def attention_flow(
     partial, done, found_sinks = "", 0, dict[str, list[int]]()
     with watched(progress) as show:
         try:
-            for positions, parts in _by_layout(model, examples, size, sinks):
-                for rows, inputs in parts:
-                    values[rows] = _masses(model, inputs, asked, keys, positions, weight)
-                    done += len(rows)
-                    show("attention flow", done, len(examples))
-                    found_sinks[f"{inputs.layout}, {len(inputs.spans)} positions"] = list(positions)
+            stacks = list(examples.stacks(size))
+            known = sinks_by_layout(model, [inputs for _, inputs in stacks]) if sinks is True else []
+            for rows, inputs in stacks:
+                span = inputs.spans
+                positions = sinks.positions.tolist() if isinstance(sinks, Span) else sinks_of(span, known)
+                values[rows] = _masses(model, inputs, asked, keys, positions, weight)
+                done += len(rows)
+                show("attention flow", done, len(examples))
+                found_sinks[f"{inputs.layout}, {len(span)} positions"] = positions
         except KeyboardInterrupt:
             partial = interrupted(torch.from_numpy(values))
     axes: dict[str, Any] = {"query": asked, "key": keys, "layer": np.arange(spec.n_layers)}
@@ -131,35 +134,11 @@ def _require_queries(asked: Sequence[str], examples: Examples) -> None:
             raise InputError(f"queries={words!r}: no input has such a position; look at x.spans.{hint}")
 
 
-def _by_layout(
-    model: Any, examples: Examples, size: int, sinks: bool | Span
-) -> list[tuple[list[int], list[tuple[np.ndarray, AVInputs]]]]:
-    """Group the stacks by layout, each group with its sinks: one set of positions for all examples of a layout."""
-    groups: list[tuple[SpanMap, list[tuple[np.ndarray, AVInputs]]]] = []
-    for rows, inputs in examples.stacks(size):
-        for spans, parts in groups:
-            if spans.layout_difference(inputs.spans) is None:
-                parts.append((rows, inputs))
-                break
-        else:
-            groups.append((inputs.spans, [(rows, inputs)]))
-    found: list[tuple[list[int], list[tuple[np.ndarray, AVInputs]]]] = []
-    for spans, parts in groups:
-        positions: list[int] = []
-        if isinstance(sinks, Span):
-            positions = spans.span(sinks.positions.tolist()).positions.tolist()
-        elif sinks:
-            incoming = np.concatenate([incoming_mass(model, inputs).numpy() for _, inputs in parts])
-            positions = sink_positions(incoming, spans).tolist()
-        found.append((positions, parts))
-    return found
-
-
 def _masses(
     model: Any, x: AVInputs, asked: Sequence[str], keys: Sequence[str], sinks: Sequence[int], weight: str
 ) -> np.ndarray:
     """One stack's masses `[example, query, key, layer, head]`."""
-    apart = set(sinks)
+    apart = set(x.spans.span(sinks).positions.tolist())
     queries = {words: named_span(words, x.spans).positions.tolist() for words in asked}
     groups = {
         key: list(sinks) if key == SINKS else [p for p in x.spans[key].positions.tolist() if p not in apart]

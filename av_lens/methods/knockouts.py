@@ -46,7 +46,7 @@ from av_lens.interventions import Plan
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import stamp
 from av_lens.runs.asked import each
-from av_lens.runs.attention_mass import SINK_TIMES, attention_mass, incoming_mass, sink_positions
+from av_lens.runs.attention_mass import SINK_TIMES, attention_mass, sinks_by_layout, sinks_of
 from av_lens.runs.examples import Examples, as_list
 from av_lens.runs.finite import require_numbers
 from av_lens.runs.layer_windows import Windows
@@ -195,10 +195,13 @@ class _Job:
         matched: dict[str, Any] = {}
         texts: dict[int, dict[str, str]] = {}
         partial = ""
-        stacks = list(examples.stacks(examples.stack_size(self.model, stack, self.budget_gb)))
+        size = examples.stack_size(self.model, stack, self.budget_gb)
+        stacks = list(examples.stacks(size))
+        known: list[tuple[SpanMap, list[int]]] = []
         try:
+            known = self._sinks(examples, size)
             for number, (rows, x) in enumerate(stacks):
-                trace, entries = record(self.model, x), list(self._entries(x, matched))
+                trace, entries = record(self.model, x), list(self._entries(x, sinks_of(x.spans, known), matched))
                 part = _part(show, number, len(stacks))
                 self._measure(trace, entries, metric.chosen(rows.tolist()), (rows, baseline, values), part)
                 if self.new_tokens:
@@ -227,6 +230,7 @@ class _Job:
                 seed=self.seed,
                 draws=self.draws,
                 matched=matched,
+                sinks=[positions for _, positions in known],
                 texts=[texts[row] for row in sorted(texts) if row < n],
                 partial=partial,
                 questions=examples.questions[:n],
@@ -290,9 +294,8 @@ class _Job:
         said = [[answer] if isinstance(answer, str) else list(answer) for answer in answers]
         return {row: {name: said[k][i] for k, name in enumerate(named)} for i, row in enumerate(rows.tolist())}
 
-    def _entries(self, x: AVInputs, matched: dict[str, Any]) -> Iterator[Entry]:
+    def _entries(self, x: AVInputs, sinks: list[int], matched: dict[str, Any]) -> Iterator[Entry]:
         """Every plan with the place of its number; several of one place are averaged."""
-        sinks = self._sinks(x)
         mass = self._mass(x, sinks) if self.draws else {}
         for number, flow in enumerate(self.flows):
             if flow.names_sinks and not len(sinks):
@@ -330,13 +333,16 @@ class _Job:
         for number, share in enumerate(self.fractions, self.conditions.index(EQUAL_COUNT) + 1):
             yield *at, number, edge.fraction(share, self.seed)
 
-    def _sinks(self, x: AVInputs) -> tuple[int, ...]:
+    def _sinks(self, examples: Examples, size: int) -> list[tuple[SpanMap, list[int]]]:
+        """The sinks of each layout, found on the inputs themselves (of conflicts, on `va` alone) or given."""
         if not any(flow.names_sinks for flow in self.flows):
-            return ()
+            return []
         if isinstance(self.sinks, Span):
-            return tuple(self.sinks.positions.tolist())
-        found = sink_positions(incoming_mass(self.model, x).double().numpy(), x.spans, times=self.sinks)
-        return tuple(found.tolist())
+            return [
+                (spans, spans.span(self.sinks.positions.tolist()).positions.tolist()) for spans in _layouts(examples)
+            ]
+        own = Examples(examples.inputs[: len(examples.conflicts) or None])
+        return sinks_by_layout(self.model, [x for _, x in own.stacks(size)], times=self.sinks)
 
     def _mass(self, x: AVInputs, sinks: Sequence[int]) -> dict[str, np.ndarray]:
         """What each edge's queries move from every position, `[layer, head, pos]`, the mean over examples."""

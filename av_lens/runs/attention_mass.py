@@ -16,7 +16,7 @@ Source: Kobayashi et al. (2020) for the norm; streaming is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,6 +139,44 @@ def sink_positions(
     media = spans.media.positions
     mean = np.asarray(incoming, dtype=np.float64).mean(0)[media]
     return media[mean > times * mean.mean()] if len(media) else media
+
+
+def sinks_by_layout(
+    model: Any, stacks: Iterable[Any], *, times: float | int = SINK_TIMES
+) -> list[tuple[SpanMap, list[int]]]:
+    """Find one set of sinks for each layout, from all of its examples together.
+
+    Args:
+        model: a `HookedAVLLM`.
+        stacks: inputs, each a stack of one layout.
+        times: as in `sink_positions`.
+
+    Returns:
+        Each layout's map and its sinks; see `sinks_of`.
+    """
+    found: list[tuple[SpanMap, list[np.ndarray]]] = []
+    for x in stacks:
+        incoming = incoming_mass(model, x).double().numpy()
+        for spans, parts in found:
+            if spans.layout_difference(x.spans) is None:
+                parts.append(incoming)
+                break
+        else:
+            found.append((x.spans, [incoming]))
+    return [(spans, sink_positions(np.concatenate(parts), spans, times=times).tolist()) for spans, parts in found]
+
+
+def sinks_of(spans: SpanMap, known: Iterable[tuple[SpanMap, list[int]]]) -> list[int]:
+    """Look the sinks of a layout up.
+
+    Args:
+        spans: an input's spans.
+        known: what `sinks_by_layout` found.
+
+    Returns:
+        Positions; none for a layout that was not looked at.
+    """
+    return next((sinks for of, sinks in known if of.layout_difference(spans) is None), [])
 
 
 def _indicator(groups: Groups, n: int) -> Tensor:

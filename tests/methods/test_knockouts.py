@@ -13,6 +13,7 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.interventions import Plan, cut
 from av_lens.methods import knockout
 from av_lens.runs import logit_diff, measure
+from av_lens.runs.attention_mass import incoming_mass, sink_positions
 from av_lens.runs.matched_cuts import EdgeCut, prefix
 
 METRIC = logit_diff("a", "b")
@@ -265,6 +266,22 @@ def test_sinks_are_named_by_a_span_or_by_the_rule_and_are_nan_where_there_are_no
     assert not np.isnan(none.values.sel(edge="video -> generation").values).any()
     with pytest.raises(InterventionError, match="no media position receives over 1000 times the mean"):
         knockout(model, x, edges="media -> sinks", sinks=1000, **options)
+
+
+def test_conflicts_have_one_set_of_sinks_found_where_sound_and_picture_disagree():
+    model = small_model()
+    conflicts = [
+        avl.Conflict(sound=small_clip(i), picture=small_clip(i + 5), question="What?", answers=("a", "b"))
+        for i in (0, 1)
+    ]
+    grid = knockout(model, conflicts, edges="sinks -> generation", sinks=1, controls=False, stack=1)
+    va = avl.AVInputs.stack([conflict.cells(model)["va"] for conflict in conflicts])
+    wanted = sink_positions(incoming_mass(model, va).numpy(), va.spans, times=1).tolist()
+    assert grid.provenance["sinks"] == [wanted]
+    plan = Plan(cut("generation", wanted))
+    cells = conflicts[1].cells(model)
+    sides = [measure(model, cells[name], METRIC, plan=plan).item() for name in ("va", "av")]
+    np.testing.assert_allclose(grid.values[1].item(), (sides[0] - sides[1]) / 2, atol=1e-5)
 
 
 def test_layouts_are_mixed_and_a_missing_role_is_nan():
