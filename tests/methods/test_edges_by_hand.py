@@ -99,7 +99,7 @@ def test_the_integral_over_activations_gives_each_writer_its_own_patching():
 
 
 def test_a_hard_gate_is_seen_by_no_gradient():
-    """Black for blue: p by 1 (painter 6, mixer 2), the OR's 6 is saturated, and the gate's 4 hides in a hard softmax."""
+    """Black for blue: p by 1 (painter 6, mixer 2), the OR's 6 is saturated, the gate's 4 hides in a hard softmax."""
     found = scores("black", "low")
     edges = {
         ("embed", "L2H0.v"): 6.0,
