@@ -132,25 +132,18 @@ class Record:
 
 
 @torch.no_grad()
-def recorded(
-    model: Any, x: Any, device: torch.device | str | None, budget_gb: float | int
-) -> tuple[dict[str, Any], Tensor]:
+def recorded(model: Any, x: Any, device: torch.device | str | None) -> tuple[dict[str, Any], Tensor]:
     """Run the model once and keep what is needed to restart it.
 
     Args:
         model: a `HookedAVLLM`.
         x: an `AVInputs`.
         device: where the record is kept; None for the model's.
-        budget_gb: memory for the record.
 
     Returns:
         The fields of a `Record`, and the run's logits at the last position, `[batch, d_vocab]`.
-
-    Raises:
-        BudgetError: the record would not fit.
     """
     spec = model.spec
-    _require_memory(model, x, budget_gb)
     layers = range(spec.n_layers)
     streams = [*(hook_name("resid_pre", layer) for layer in layers), hook_name("resid_post", spec.n_layers - 1)]
     keys, values = ([hook_name(component, layer) for layer in layers] for component in ("rot_k", "v"))
@@ -171,11 +164,11 @@ def recorded(
     hooks: list[tuple[str, Callable[..., Any]]] = []
     for names, component in ((streams, "resid"), (keys, "rot_k"), (values, "v")):
         hooks += [(name, keeper(name, component)) for name in names]
-    with _entering(model.bridge.blocks[0]) as entered:
+    with entering(model.bridge.blocks[0]) as entered:
         # The logits of all positions would be larger than the record.
         logits = model.run_with_hooks(x, fwd_hooks=[*hooks, ("unembed.hook_in", last_only)])[:, -1]
     cos, sin = (table.to(device) for table in entered["position_embeddings"])
-    mask = _additive(entered.get("attention_mask"), kept[streams[0]])
+    mask = additive(entered.get("attention_mask"), kept[streams[0]])
     fields = {
         "model": model,
         "x": x,
@@ -188,7 +181,17 @@ def recorded(
     return fields, logits
 
 
-def _require_memory(model: Any, x: Any, budget_gb: float | int) -> None:
+def require_record_memory(model: Any, x: Any, budget_gb: float | int) -> None:
+    """Refuse a record that would not fit.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: an `AVInputs`.
+        budget_gb: memory for the record.
+
+    Raises:
+        BudgetError: it would not.
+    """
     spec, n = model.spec, len(x.spans)
     needed = len(x) * n * spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) * model.dtype.itemsize / GB
     if needed > budget_gb:
@@ -213,13 +216,24 @@ def heads_first(activation: Tensor, component: str) -> Tensor:
 
 
 @contextmanager
-def _entering(block: torch.nn.Module) -> Generator[dict[str, Any]]:
-    """Collect what the decoder hands its first block: rotary tables and the mask."""
+def entering(block: torch.nn.Module, stop: type[Exception] | None = None) -> Generator[dict[str, Any]]:
+    """Collect what the decoder hands its first block: the stream, rotary tables and the mask.
+
+    Args:
+        block: the first block.
+        stop: raised once they are collected, where nothing after is wanted.
+
+    Yields:
+        A dictionary that the run fills.
+    """
     entered: dict[str, Any] = {}
 
     def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del module, args
+        del module
         entered.update({name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")})
+        entered["hidden_states"] = args[0] if args else kwargs.get("hidden_states")
+        if stop is not None:
+            raise stop
 
     handle = block.register_forward_pre_hook(keep, with_kwargs=True)
     try:
@@ -228,8 +242,16 @@ def _entering(block: torch.nn.Module) -> Generator[dict[str, Any]]:
         handle.remove()
 
 
-def _additive(mask: Tensor | None, stream: Tensor) -> Tensor | None:
-    """The attention mask as numbers to add, `[batch or 1, 1, pos, pos]`; None where it is plainly causal."""
+def additive(mask: Tensor | None, stream: Tensor) -> Tensor | None:
+    """Bring an attention mask to numbers to add.
+
+    Args:
+        mask: as the decoder hands it to its blocks.
+        stream: the stream, for its precision and device.
+
+    Returns:
+        `[batch or 1, 1, pos, pos]`; None where it is plainly causal.
+    """
     if mask is None:
         return None
     if mask.dtype == torch.bool:

@@ -29,8 +29,9 @@ from av_lens.errors import ModelError
 from av_lens.interventions import CompiledPlan, Plan, Site
 from av_lens.runs.continuation import continued
 from av_lens.runs.decoding import Decoding
+from av_lens.runs.lean_recording import may_be_lean, proved, recorded_lean
 from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.recording import Record, asked_positions, recorded
+from av_lens.runs.recording import Record, asked_positions, recorded, require_record_memory
 from av_lens.runs.stacks import Schedule, refuse_huge, restarted, run_stacks, scheduled, unembedded
 from av_lens.runs.suffix_gradients import SuffixGradients, differentiated
 from av_lens.runs.trace_files import read_trace, write_trace
@@ -267,9 +268,17 @@ def record(model: Any, x: Any, *, device: torch.device | str | None = None, budg
     Raises:
         BudgetError: the record would not fit.
     """
-    fields, logits = recorded(model, x, device, budget_gb)
+    require_record_memory(model, x, budget_gb)
+    if may_be_lean(model):
+        trace = Trace(**recorded_lean(model, x, device)[0])
+        if not trace.obstacle() and trace.mask is None:
+            return trace
+    fields, logits = recorded(model, x, device)
     trace = Trace(**fields)
-    return replace(trace, hooked_because=trace.obstacle() or _fault(trace, logits))
+    because = trace.obstacle() or _fault(trace, logits)
+    if not because:
+        proved(model)
+    return replace(trace, hooked_because=because)
 
 
 @torch.no_grad()

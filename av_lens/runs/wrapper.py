@@ -346,7 +346,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             A second model; this one stays as it is. It takes as much memory again.
         """
         other = copy.copy(self)
-        for derived in ("encoder", "_names"):
+        for derived in ("encoder", "_names", "_restart_proved"):
             other.__dict__.pop(derived, None)
         other.bridge = copy.deepcopy(self.bridge)
         other.name = f"{self.name} (compatible)"
@@ -372,5 +372,6 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
                 "Use model.compatible(), which makes a new one."
             )
         self.bridge.enable_compatibility_mode(**{"disable_warnings": True, **options})
-        self.__dict__.pop("_names", None)
+        for derived in ("_names", "_restart_proved"):
+            self.__dict__.pop(derived, None)
         return self

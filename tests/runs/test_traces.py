@@ -14,6 +14,7 @@ import av_lens as avl
 from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.interventions import Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
 from av_lens.runs import logit_diff, run
+from av_lens.runs.lean_recording import may_be_lean, recorded_lean
 
 LAYOUTS = ("in_video", "separate")
 
@@ -168,6 +169,29 @@ def test_hooks_left_on_the_model_are_noticed_and_replays_run_hooked():
         assert "does not reproduce the recorded run" in trace.hooked_because
         whole = run(model, x, plan=plan).logits.detach()
         torch.testing.assert_close(trace.replay(plan)[0], whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sound", LAYOUTS)
+def test_records_made_without_hooks_equal_those_made_with_them(sound):
+    model = avl.load("tiny", hf_model=tiny_hf_model(), processor=tiny_processor())
+    x = small_inputs(sound=sound)
+    first = model.trace(x)  # hooked: it proves that a restart reproduces the run
+    assert may_be_lean(model)
+
+    def never(activation, hook):
+        raise AssertionError("a hook fired: this record was not made without them")
+
+    lean, _ = recorded_lean(model, x, None)
+    for name in ("resid", "keys", "values"):
+        for with_hooks, without in zip(getattr(first, name), lean[name], strict=True):
+            torch.testing.assert_close(without, with_hooks, atol=1e-5, rtol=0)
+    assert lean["mask"] is None
+    plan = Plan(zero(Site("z", 1, 2, "suffix")))
+    torch.testing.assert_close(model.trace(x).replay(plan), first.replay(plan), atol=1e-5, rtol=0)
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_z", never)]):
+        assert not may_be_lean(model)
+    assert may_be_lean(model)
+    assert not may_be_lean(model.compatible())  # other numerics are proved anew
 
 
 def test_other_numerics_restart_too():

@@ -1,0 +1,96 @@
+"""Recording without hooks: the layers' own arithmetic, no attention scores stored, for less than a plain forward pass.
+
+The first record of a model is made by a hooked run, and a restart must reproduce it (`traces.record`). From then on the
+same arithmetic that restarts use makes the records: the encoders and the embedding run as always, then every layer from
+position 0. Float32 only: in lower precision another order of operations would move the record itself.
+
+Where hooks were put on the model since, the hooked way is taken again, so that what they do is noticed.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from av_lens.interventions import CompiledPlan
+from av_lens.runs.cascade import Window
+from av_lens.runs.recording import additive, entering
+from av_lens.runs.restart import Layer, run_layer
+from av_lens.runs.stacks import unembedded
+from av_lens.runs.taps import Taps
+
+PROVED = "_restart_proved"  # on the model: how many hooks it carried when a restart reproduced its run
+
+
+class _Entered(Exception):
+    """The first block was reached: nothing of the model after it need run."""
+
+
+def proved(model: Any) -> None:
+    """Note that a restart reproduces this model's runs.
+
+    Args:
+        model: a `HookedAVLLM`.
+    """
+    model.__dict__[PROVED] = _hooks_on(model)
+
+
+def may_be_lean(model: Any) -> bool:
+    """Say whether records of this model may be made without hooks.
+
+    Args:
+        model: a `HookedAVLLM`.
+
+    Returns:
+        True in float32, where a restart was seen to reproduce a run and no hook was put on since.
+    """
+    return model.dtype == torch.float32 and model.__dict__.get(PROVED) == _hooks_on(model)
+
+
+def _hooks_on(model: Any) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.bridge.modules())
+
+
+@torch.no_grad()
+def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tuple[dict[str, Any], Tensor]:
+    """Run encoders and embedding as always and the layers by themselves, keeping what restarts need.
+
+    Args:
+        model: a `HookedAVLLM` of which `may_be_lean` holds.
+        x: an `AVInputs`.
+        device: where the record is kept; None for the model's.
+
+    Returns:
+        The fields of a `Record`, and the run's logits at the last position, `[batch, d_vocab]`.
+    """
+    with entering(model.bridge.blocks[0], _Entered) as entered, suppress(_Entered):
+        model(x)
+    stream: Tensor = entered["hidden_states"]
+    cos, sin = entered["position_embeddings"]
+    mask = additive(entered.get("attention_mask"), stream)
+    n = stream.shape[1]
+    window = Window.at(0, (cos, sin), mask)
+    taps = Taps([CompiledPlan((), n_prompt=n, first_layer=0, first_position=0)], 0)
+    streams, keys, values = [stream], list[Tensor](), list[Tensor]()
+    for number in range(model.spec.n_layers):
+        layer = Layer.of(model.bridge.blocks[number])
+        entered_by = taps.enter(number, None if number == 0 else streams[-1][None], stream)
+        nothing = stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, layer.d_head)
+        made = run_layer(layer, number, entered_by, (nothing, nothing), window, taps)
+        streams.append(made.stream[0])
+        for kept, part in ((keys, made.keys), (values, made.values)):
+            kept.append(part[0].transpose(1, 2).contiguous().to(device))
+    logits = unembedded(model, streams[-1][:, -1])
+    fields = {
+        "model": model,
+        "x": x,
+        "resid": tuple(one.to(device) for one in streams),
+        "keys": tuple(keys),
+        "values": tuple(values),
+        "tables": (cos.to(device), sin.to(device)),
+        "mask": mask,
+    }
+    return fields, logits
