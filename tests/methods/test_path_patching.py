@@ -246,6 +246,9 @@ def test_random_paths_of_two_hops_are_the_brute_force(n_kv_heads, mlps):
         hop = (int(rng.integers(1, 3)), *hop[1:])
         effects.append(check(found, (0, int(rng.integers(N_HEADS))), last, (hop,), mlps=mlps))
     effects.append(check(found, (0, 1), (3, 0, "v"), ([(1, 2, "v"), (1, "mlp")], (2, 4, "v")), mlps=mlps))
+    # A head and its own layer's MLP, sent together or passed through together: the MLP is not recomputed as well.
+    effects.append(check(found, [(1, 2), (1, "mlp")], "logits", mlps=mlps))
+    effects.append(check(found, ("embed", "generation|video"), "logits", ([(1, 2, "v"), (1, "mlp")],), mlps=mlps))
     assert max(effects) > 1e-6, effects
 
 
