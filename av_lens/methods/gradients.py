@@ -88,8 +88,7 @@ def attribution_patch(
     Args:
         model: a `HookedAVLLM`.
         pair: aligned clean and corrupt inputs, or several pairs of one layout or of different ones.
-        metric: `logit_diff(...)` and its like of one-token answers, or any callable of logits
-            `[batch, asked_pos, d_vocab]` to `[batch]` that has a gradient.
+        metric: `logit_diff(...)` and its like of one-token answers, or any callable of logits that has a gradient.
         over: the axes, as in `patch`: "head", "group", "layer", alone or with span, pos, window:0.5s, box:4x4.
         at: the positions that are edited together, as in `patch`.
         component: what is patched; None means z for heads and resid_pre for layers.
@@ -98,8 +97,7 @@ def attribution_patch(
         drop: drop each layer's gradient in turn; without it atp_star is NaN.
         top: how many places are patched exactly.
         stack: pairs that run together.
-        budget_gb: memory for the activations of exact edits that run together; the backward pass may take 8 GB, or this
-            where it is more.
+        budget_gb: memory for exact edits that run together; the backward pass may take this, or 8 GB.
         progress: called as `progress(stage, done, total)`; True shows a bar with the time left.
 
     Returns:
@@ -107,7 +105,7 @@ def attribution_patch(
 
     Raises:
         InputError: unknown axes or direction, a metric that has no gradient or is NaN, or unlike pairs.
-        InterventionError: an unknown component, one without heads where heads are iterated, or positions outside.
+        InterventionError: an unknown component, or positions outside.
     """
     axes = Axes.parsed(over)
     name = component or ("z" if axes.heads else "resid_pre")
@@ -116,15 +114,15 @@ def attribution_patch(
     n = _n_examples(pairs, bound)
     places, labels = axes.cut_alike([one.clean.spans for one in pairs], at)
     dims, targets = axes.targets(model.spec, Site(name, 0).n_heads(model.spec))
-    values, columns = np.full((n, len(targets), len(labels), len(FIGURES)), np.nan), np.full((2, n), np.nan)
+    values, columns = np.full((n, len(targets), len(labels), 5), np.nan), np.full((2, n), np.nan)
     stacks = [
         _Stack(*_ends([pairs[i] for i in members], direction), name, targets, places[members[0]], rows, model, bound)
         for members, rows in _numbered(pairs, stack)
     ]
     with watched(progress) as show:
         for number, one in enumerate(stacks):
-            part = _part(show, number, len(stacks))
-            values[one.rows, :, :, :3], columns[:, one.rows] = one.estimated(fix, drop, budget_gb, part)
+            found = one.estimated(fix, drop, budget_gb, _part(show, number, len(stacks)))
+            values[one.rows, :, :, :3], columns[:, one.rows] = found
         chosen = _largest(values[..., 2 if drop else 1], drop, top)
         partial = _exactly(stacks, chosen, values, budget_gb, show)
     values[..., 4] = values[..., 1] - values[..., 3]
@@ -141,11 +139,9 @@ def attribution_patch(
         provenance=stamp(
             method="attribution patching",
             model=model.name,
-            component=name,
-            over=over,
+            choices={"component": name, "over": over, "fix": fix, "drop": drop, "top": top},
             at=str(at) if at is not None else ("generation" if axes.places is None else "all"),
-            positions={str(label): list(positions) for label, positions in places[0]},
-            choices={"fix": fix, "drop": drop, "top": top},
+            positions=dict(places[0]),
             partial=partial,
             questions=[question for one in pairs for question in one.corrupt.questions],
             **bound.provenance(),

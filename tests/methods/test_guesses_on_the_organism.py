@@ -75,13 +75,11 @@ def rows_of_edges():
 @pytest.mark.slow
 def test_first_guesses_rank_places_as_exact_patching_does():
     guesses, edges = list(rows_of_guesses()), list(rows_of_edges())
-    print(
-        f"\nSpearman's correlation with exact patching, {PAIRS} pairs of av-tiny: mean effects, mean sizes; closure error over the whole"
-    )
+    print(f"\nSpearman's correlation with exact patching, {PAIRS} pairs of av-tiny: mean effects, mean sizes")
     for where, figure, (signed, sizes) in guesses:
-        print(f"{where:28} {figure:10} {signed:6.2f} {sizes:6.2f}")
+        print(f"{where:28} {figure:15} {'-' if figure == 'atp_star' else f'{signed:.2f}':>6} {sizes:6.2f}")
     for variant, (signed, sizes), gap in edges:
-        print(f"{'edges summed to heads':28} {variant:15} {signed:6.2f} {sizes:6.2f}   closure error {gap:.3f}")
+        print(f"{'edges summed to heads':28} {variant:15} {signed:6.2f} {sizes:6.2f}   closure error {gap:.2f} of it")
     found = {(where, figure): agreed for where, figure, agreed in guesses}
     by_variant = {variant: (agreed, gap) for variant, agreed, gap in edges}
     assert found["head, z at suffix", "atp"][0] > 0.8
