@@ -17,7 +17,6 @@ from av_lens.organism.recipes import HEARING_LAYERS, SUPPRESSING_HEADS, SUPPRESS
 from av_lens.runs import short_names
 from av_lens.studies.staged_conflicts import stage
 
-BUDGET_S = 60
 SILENCED = {(SUPPRESSING_LAYER, head): 0.0 for head in SUPPRESSING_HEADS}
 
 pytestmark = pytest.mark.skipif("av-tiny" not in short_names(), reason="av-tiny is not shipped")
@@ -110,7 +109,7 @@ def test_captions_and_steering_give_the_sound_back(model, many):
 
 
 @pytest.mark.slow
-def test_probes_of_100_conflicts_are_in_time_and_lose_the_sound_in_the_suppressing_layer(model, many):
+def test_probes_of_100_conflicts_lose_the_sound_in_the_suppressing_layer(model, many):
     streams = avl.read_streams(model, many)
     start = time.perf_counter()
     sound, picture = (avl.probe(model, streams, target=target) for target in ("sound", "picture"))
@@ -118,21 +117,8 @@ def test_probes_of_100_conflicts_are_in_time_and_lose_the_sound_in_the_suppressi
         say(grid.metric, avl.at_chosen_layer(grid))
     seconds = time.perf_counter() - start
     sys.stdout.write(f"\nboth probes of {len(many)} conflicts, intervals too: {seconds:.1f} s\n")
-    assert seconds < BUDGET_S
     accuracy = sound.mean().sel(span="generation", figure="accuracy")
     sys.stdout.write(f"sound at the generation position by layer: {accuracy.values.round(2).tolist()}\n")
     before, after = (float(accuracy.sel(layer=SUPPRESSING_LAYER + step)) for step in (0, 1))
     assert before > after
     assert float(accuracy.max()) > 0.4
-
-
-def test_one_conflict_takes_little_time(model, base, few):
-    """Base shift, weight change, grafting, captions and steering together, on one conflict."""
-    metric = avl.logit_diff(*few[0].answers)
-    start = time.perf_counter()
-    avl.base_shift(model, few[0], base=base)
-    avl.weight_change(model, base=base)
-    avl.graft(model, few[0], base=base, metric=metric)
-    avl.caption(model, few[0], plans=avl.reweighed(SILENCED))
-    avl.steer(model, few[0], plan=avl.reweighed(SILENCED), metric=metric)
-    assert time.perf_counter() - start < BUDGET_S / 2
