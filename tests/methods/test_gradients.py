@@ -74,8 +74,9 @@ def test_first_order_is_change_times_gradient(component, over):
     assert bool(found.sel(figure=["atp_star", "exact", "error"]).isnull().all())
 
 
-@pytest.mark.parametrize("sound", ["in_video", "separate"])
-@pytest.mark.parametrize("component", ["q", "k", "rot_q", "rot_k"])
+@pytest.mark.parametrize(
+    ("component", "sound"), [("q", "in_video"), ("k", "separate"), ("rot_q", "separate"), ("rot_k", "in_video")]
+)
 def test_the_fix_is_the_change_of_the_pattern_times_its_gradient(component, sound):
     """The paper's definition: the pattern under the donor's queries or keys, less the base's, times dm/dpattern."""
     model, both = small_model(), pair(sound=sound)
@@ -137,17 +138,16 @@ def test_the_drops_are_of_the_fixed_guess():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "direction"),
     [
-        {"over": "head"},
-        {"over": "layer span"},
-        {"over": "group", "at": "suffix"},
-        {"over": "head window:1s", "component": "k"},
-        {"over": "layer box:1x2", "component": "attn_out"},
-        {"over": "layer", "at": "media", "component": "v"},
+        ({"over": "head"}, "denoise"),
+        ({"over": "layer span"}, "noise"),
+        ({"over": "group", "at": "suffix"}, "denoise"),
+        ({"over": "head window:1s", "component": "k"}, "noise"),
+        ({"over": "layer box:1x2", "component": "attn_out"}, "denoise"),
+        ({"over": "layer", "at": "media", "component": "v"}, "noise"),
     ],
 )
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
 def test_the_largest_are_patched_exactly(options, direction):
     model, both = small_model(), pair()
     found = attribution_patch(model, both, metric=METRIC, top=5, direction=direction, **options)

@@ -14,8 +14,9 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, add, noise, replace, zero
 from av_lens.methods import causal_trace
-from av_lens.methods.tracing import _How, _Job
+from av_lens.methods.tracing import _How, _Job, _largest_error
 from av_lens.runs import each, logit_diff, measure, run
+from av_lens.runs.places import Axes
 
 METRIC = logit_diff("a", "b")
 ROLES = ("audio", "video", "question", "generation")
@@ -121,15 +122,22 @@ def test_draws_do_not_depend_on_which_examples_run_together():
 
 def test_the_standard_error_is_that_of_the_mean_over_seeds():
     """Two draws by hand: the largest place's deviation over the root of two, and over two examples."""
-    model, x = small_model(), small_inputs()
-    plans = [spoiling(("audio", "video"), number) for number in range(2)]
-    errors = []
-    for role in ("audio", "video", "question", "header", "generation", "boundary", "system"):
-        for layer in range(4):
-            given = restored("resid_post", [layer], role)
-            draws = torch.stack([measure(model, x, METRIC, plan=plan + given) for plan in plans]).double()
-            errors.append(float((draws.std(0) ** 2).sum().sqrt() / 2 / np.sqrt(2)))
-    assert abs(traced().provenance["standard_error_of_seeds"] - max(errors)) < 1e-5
+    one = job(("audio", "video"))
+    object.__setattr__(one, "places", Axes.parsed("layer pos").cut(small_inputs().spans, "header"))
+    draws = [values[..., 0] for values, _ in one.traced(METRIC.bind(small_model().tokenizer), lambda *_: None)]
+    second = 2 * draws[1] - draws[0]  # what is given is the mean so far
+    deviations = np.std([draws[0], second], axis=0, ddof=1)
+    wanted = (np.sqrt((deviations**2).sum(0)) / 2).max() / np.sqrt(2)
+    found = [
+        deviation
+        for values, deviation in (
+            (v[..., 0], v[..., 1]) for v, _ in one.traced(METRIC.bind(small_model().tokenizer), lambda *_: None)
+        )
+    ]
+    np.testing.assert_allclose(found[1], deviations, atol=1e-6)
+    assert np.isnan(found[0]).all()
+    assert _largest_error(found[1], 2) == pytest.approx(wanted, rel=1e-4)
+    assert np.isnan(_largest_error(found[0], 1))
 
 
 def test_the_answers_own_probabilities():
