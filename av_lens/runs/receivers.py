@@ -88,6 +88,9 @@ def require_restart(record: Record, what: str) -> None:
     """
     if record.hooked_because:
         raise ModelError(f"{what} computes layers by themselves, and cannot here: {record.hooked_because}.")
+    if record.traits.bidirectional:
+        roles = ", ".join(record.traits.bidirectional)
+        raise ModelError(f"{what} needs positions that read only earlier ones; here {roles} read both ways.")
 
 
 @torch.no_grad()

@@ -118,6 +118,14 @@ def test_gradients_through_such_blocks_are_those_of_the_full_forward(monkeypatch
     torch.testing.assert_close(ours.value[0], full.value[0], atol=1e-5, rtol=0)
 
 
+def test_methods_that_compute_layers_by_themselves_refuse_such_blocks(monkeypatch):
+    declare(monkeypatch, bidirectional=("audio",))
+    pair = avl.Pair(clean=small_inputs((0, 1)), corrupt=small_inputs((2, 3)))
+    for method in (avl.path_patch, avl.edge_attribution):
+        with pytest.raises(ModelError, match=r"needs positions that read only earlier ones; here audio read both ways"):
+            method(small_model(), pair, metric=logit_diff("a", "b"))
+
+
 def test_another_role_does_not_cover_the_block(monkeypatch, both_ways):
     declare(monkeypatch, bidirectional=("audio",))
     assert "(video) after it" in small_model().trace(both_ways).hooked_because
