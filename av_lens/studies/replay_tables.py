@@ -145,6 +145,7 @@ def whole_table(found: Mapping[str, Any]) -> Table:
     names = {
         "forward": "one HuggingFace eager forward",
         "attribution": "attribution patching (approximate)",
+        "first_trace": "recorded run alone, a model's first",
         "trace": "recorded run alone",
         "sweep": "recorded run and every head, exactly",
     }
@@ -158,6 +159,7 @@ def whole_table(found: Mapping[str, Any]) -> Table:
             ),
         ]
         for way, name in names.items()
+        if way in whole
     ]
     cells = [
         cell
