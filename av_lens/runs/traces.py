@@ -7,9 +7,10 @@ position on; thousands of media positions before the question are never computed
 position run together, each joining at its own first layer, stacked along the batch up to a memory budget.
 
 Replays equal hooked full forwards to 1e-5 in float32 (tested for every edit kind), and every edit must fire as often
-as in a full forward, or the replay raises. A trace checks on recording that a restart reproduces its own run; where it
+as in a full forward, or the replay raises. A model's first trace checks that a restart reproduces its own run; where it
 does not (hooks put on the model by hand, a layout it does not know), and for edits at components that it cannot
-restart at, it runs full hooked forwards instead and says so in `trace.hooked_because`.
+restart at, it runs full hooked forwards instead and says so in `trace.hooked_because`. Later traces of the model are
+recorded without hooks (`lean_recording`).
 
 A trace holds the model's answer at the moment of recording: record again after the weights changed.
 """
