@@ -54,7 +54,7 @@ from av_lens.runs.execution import run
 from av_lens.runs.measurement import measure, measure_plans
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.places import Axes, Edited, Head, layout_stacks, shapley
-from av_lens.runs.progress import Progress, watched
+from av_lens.runs.progress import Progress, part_of, watched
 from av_lens.runs.sweeps import interrupted, sources
 from av_lens.runs.traces import record
 from av_lens.spans import Span
@@ -126,7 +126,7 @@ def patch(
             for number, members in enumerate(stacks):
                 rows = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in members])
                 job = _Job.of(model, [pairs[n] for n in members], direction, donor, name, targets, places[members[0]])
-                part = _part(show, number, len(stacks))
+                part = part_of(show, number, len(stacks))
                 job.measure(bound.chosen(rows.tolist()), rows, columns, values, part, budget_gb)
         except KeyboardInterrupt:
             partial = interrupted(torch.from_numpy(values))
@@ -201,11 +201,6 @@ def _check_donor(donor: str | AVInputs, pairs: Sequence[Pair]) -> None:
         difference = donor.spans.layout_difference(pair.clean.spans)
         if difference is not None:
             raise InputError(f"the donor's layout is not the pair's: {difference}. Encode it with the same options.")
-
-
-def _part(show: Progress, number: int, parts: int) -> Progress:
-    """Progress of one stack as progress of all."""
-    return lambda stage, done, total: show(stage, number * total + done, parts * total)
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,7 @@ from av_lens.runs.finite import require_numbers
 from av_lens.runs.measurement import measure_plans
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.places import Axes, Edited, layout_stacks
-from av_lens.runs.progress import Progress, watched
+from av_lens.runs.progress import Progress, part_of, watched
 from av_lens.runs.receivers import require_restart, rotated
 from av_lens.runs.suffix_gradients import SuffixGradients
 from av_lens.runs.swapped_reads import read_with
@@ -121,7 +121,7 @@ def attribution_patch(
     ]
     with watched(progress) as show:
         for number, one in enumerate(stacks):
-            found = one.estimated(fix, drop, budget_gb, _part(show, number, len(stacks)))
+            found = one.estimated(fix, drop, budget_gb, part_of(show, number, len(stacks)))
             values[one.rows, :, :, :3], columns[:, one.rows] = found
         chosen = _largest(values[..., 2 if drop else 1], drop, top)
         partial = _exactly(stacks, chosen, values, budget_gb, show)
@@ -190,11 +190,6 @@ def _numbered(pairs: Sequence[Pair], size: int) -> Iterator[tuple[list[int], lis
         yield members, [row for i in members for row in range(int(starts[i]), int(starts[i + 1]))]
 
 
-def _part(show: Progress, number: int, parts: int) -> Progress:
-    """Progress of one stack as progress of all."""
-    return lambda stage, done, total: show(stage, number * total + done, parts * total)
-
-
 def _largest(guesses: np.ndarray, sizes: bool, top: int) -> list[tuple[int, int]]:
     """The (target, place) whose mean guess is largest in size."""
     mean = guesses.mean(0) if sizes else np.abs(guesses.mean(0))
@@ -210,7 +205,7 @@ def _exactly(
     said = ""
     try:
         for number, one in enumerate(stacks if chosen else ()):
-            one.measured(chosen, found, budget_gb, _part(show, number, len(stacks)))
+            one.measured(chosen, found, budget_gb, part_of(show, number, len(stacks)))
     except KeyboardInterrupt:
         said = interrupted(found)
     for number, (target, place) in enumerate(chosen):

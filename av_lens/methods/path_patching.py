@@ -54,7 +54,7 @@ from av_lens.runs.finite import require_numbers
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.paths import LOGITS, TOTAL, Nodes, PathRuns
 from av_lens.runs.places import layout_stacks
-from av_lens.runs.progress import Progress, watched
+from av_lens.runs.progress import Progress, part_of, watched
 from av_lens.runs.sweeps import interrupted, sources
 from av_lens.spans import Span
 
@@ -268,7 +268,7 @@ def _all_measured(
         try:
             for number, (members, job) in enumerate(jobs):
                 rows = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in members])
-                _measured(job, metric.chosen(rows.tolist()), rows, values, lines, _part(show, number, len(jobs)))
+                _measured(job, metric.chosen(rows.tolist()), rows, values, lines, part_of(show, number, len(jobs)))
         except KeyboardInterrupt:
             partial = interrupted(torch.from_numpy(values))
     return values, lines, partial
@@ -288,11 +288,6 @@ def _measured(
         begun.measure(lambda done: show("path patching", done, total), into)
     finally:
         values[rows] = np.moveaxis(into.numpy(), -1, 0)
-
-
-def _part(show: Progress, number: int, parts: int) -> Progress:
-    """Progress of one stack as progress of all."""
-    return lambda stage, done, total: show(stage, number * total + done, parts * total)
 
 
 def _with_remainder(values: np.ndarray, base: np.ndarray, columns: list[str]) -> np.ndarray:

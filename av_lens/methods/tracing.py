@@ -53,7 +53,7 @@ from av_lens.runs.finite import require_numbers
 from av_lens.runs.measurement import measure_plans
 from av_lens.runs.metrics import Metric, as_metric, prob
 from av_lens.runs.places import Axes, layout_stacks
-from av_lens.runs.progress import Progress, watched
+from av_lens.runs.progress import Progress, part_of, watched
 from av_lens.runs.receivers import rerun
 from av_lens.runs.sweeps import interrupted, sources
 from av_lens.runs.traces import Trace, record
@@ -123,7 +123,7 @@ def causal_trace(
         try:
             for number, (members, rows) in enumerate(stacks):
                 job = _Job.of(model, [pairs[i] for i in members], spoiled[members[0]], places[members[0]], rows, how)
-                for found in job.traced(bound, _part(show, number, len(stacks))):
+                for found in job.traced(bound, part_of(show, number, len(stacks))):
                     values[rows], columns[:, rows] = found
         except KeyboardInterrupt:
             partial = interrupted(torch.from_numpy(values[..., 0])) + ", the last ones perhaps over fewer seeds"
@@ -182,11 +182,6 @@ def _largest_error(deviations: np.ndarray, draws: int) -> float:
     if draws < 2 or not len(known):
         return float("nan")
     return float((np.sqrt((known**2).sum(0)) / len(known)).max() / np.sqrt(draws))
-
-
-def _part(show: Progress, number: int, parts: int) -> Progress:
-    """Progress of one stack as progress of all."""
-    return lambda stage, done, total: show(stage, number * total + done, parts * total)
 
 
 def _shown(show: Progress, before: int, total: int) -> Callable[[int], None]:

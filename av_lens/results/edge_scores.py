@@ -31,6 +31,7 @@ import xarray as xr
 
 from av_lens.errors import InputError, unknown
 from av_lens.results.grid import Grid
+from av_lens.results.netcdf import named, opened
 from av_lens.results.provenance import as_text
 
 SCHEMA_VERSION = 1
@@ -220,7 +221,7 @@ class EdgeScores:
         Returns:
             The file that was written.
         """
-        target = Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
+        target = named(path)
         attributes = {name: getattr(self, name) for name in ("metric", "unit", "direction")} | {
             "schema": "av_lens.EdgeScores",
             "schema_version": SCHEMA_VERSION,
@@ -244,19 +245,7 @@ class EdgeScores:
         Raises:
             InputError: there is no such file, or it holds no edge scores of a known version.
         """
-        if not Path(path).exists():
-            raise InputError(f"no such file: {path}")
-        try:
-            with xr.open_dataset(path, engine="scipy") as opened:
-                data = opened.load()
-        except (TypeError, ValueError, OSError) as error:
-            raise InputError(f"{path} holds no edge scores: {error}") from error
-        kind, version = data.attrs.get("schema"), int(data.attrs.get("schema_version", 0))
-        if kind != "av_lens.EdgeScores" or version > SCHEMA_VERSION:
-            raise InputError(
-                f"{path} holds {kind or 'something else'}, version {version}; this av_lens reads av_lens.EdgeScores up "
-                f"to version {SCHEMA_VERSION}."
-            )
+        data = opened(path, "av_lens.EdgeScores", SCHEMA_VERSION, otherwise="holds no edge scores")
         return cls(
             data["values"],
             data["baseline"],

@@ -31,6 +31,7 @@ import pandas as pd
 import xarray as xr
 
 from av_lens.errors import InputError, unknown
+from av_lens.results.netcdf import named, opened
 from av_lens.results.provenance import as_text
 
 SCHEMA_VERSION = 1
@@ -274,7 +275,7 @@ class Grid:
         Returns:
             The file that was written.
         """
-        target = Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
+        target = named(path)
         words = {name: getattr(self, name) for name in ("metric", "unit", "direction")}
         attributes = words | {
             "schema": "av_lens.Grid",
@@ -300,19 +301,7 @@ class Grid:
         Raises:
             InputError: there is no such file, or it holds no grid of a known version.
         """
-        if not Path(path).exists():
-            raise InputError(f"no such file: {path}")
-        try:
-            with xr.open_dataset(path, engine="scipy") as opened:
-                data = opened.load()
-        except (TypeError, ValueError, OSError) as error:
-            raise InputError(f"{path} is not a saved grid: {error}") from error
-        kind, version = data.attrs.get("schema"), int(data.attrs.get("schema_version", 0))
-        if kind != "av_lens.Grid" or version > SCHEMA_VERSION:
-            raise InputError(
-                f"{path} holds {kind or 'something else'}, version {version}; this av_lens reads av_lens.Grid up to "
-                f"version {SCHEMA_VERSION}."
-            )
+        data = opened(path, "av_lens.Grid", SCHEMA_VERSION, otherwise="is not a saved grid")
         return cls(
             values=data["values"],
             baseline=data["baseline"],

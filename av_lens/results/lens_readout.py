@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from av_lens.checks import require_at_least, require_choice
 from av_lens.errors import InputError
 from av_lens.results.grid import Grid
+from av_lens.results.netcdf import named, opened
 from av_lens.results.provenance import as_text
 
 SCHEMA_VERSION = 1
@@ -159,7 +160,7 @@ class LensReadout:
         Returns:
             The file that was written.
         """
-        target = Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
+        target = named(path)
         data = {
             "top_ids": self.top_ids.astype(np.int32),
             "top_probabilities": self.top_probabilities,
@@ -196,13 +197,7 @@ class LensReadout:
         Raises:
             InputError: there is no such file, or it holds no readout of a known version.
         """
-        if not Path(path).exists():
-            raise InputError(f"no such file: {path}")
-        with xr.open_dataset(path, engine="scipy", backend_kwargs={"mmap": False}) as opened:
-            data = opened.load()
-        kind, version = data.attrs.get("schema"), int(data.attrs.get("schema_version", 0))
-        if kind != "av_lens.LensReadout" or version > SCHEMA_VERSION:
-            raise InputError(f"{path} holds {kind or 'something else'}, version {version}; wanted av_lens.LensReadout.")
+        data = opened(path, "av_lens.LensReadout", SCHEMA_VERSION, otherwise="is not a saved readout")
         made: dict[str, Any] = {
             "clusters": data["clusters"].values,
             "provenance": json.loads(data.attrs["provenance"]),

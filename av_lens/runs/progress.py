@@ -68,6 +68,20 @@ class Bars:
             self._tasks.pop(stage, None)
 
 
+def part_of(show: Progress, number: int, parts: int) -> Progress:
+    """Make the progress of one of several equal parts progress of all.
+
+    Args:
+        show: the callback of the whole.
+        number: which part, counted from 0.
+        parts: how many there are.
+
+    Returns:
+        The part's callback.
+    """
+    return lambda stage, done, total: show(stage, number * total + done, parts * total)
+
+
 @contextmanager
 def watched(progress: Progress | bool | None) -> Generator[Progress]:
     """Turn what a caller passed as `progress` into a callback.

@@ -209,3 +209,11 @@ def test_understanding_needs_words_and_a_k():
         made_up(np.zeros((2, 2, 1, 1)), np.zeros((2, 1, 1))).understanding(0)
     with pytest.raises(InputError, match="Did you mean 'layer'"):
         made_up(np.zeros((2, 2, 1, 1)), np.zeros((2, 1, 1))).understanding(5, by="layers")
+
+
+def test_a_file_that_is_no_readout_is_refused(tmp_path):
+    from av_lens.results.lens_readout import LensReadout
+
+    (tmp_path / "text.nc").write_text("no netCDF at all")
+    with pytest.raises(InputError, match=r"is not a saved readout"):
+        LensReadout.load(tmp_path / "text.nc")
