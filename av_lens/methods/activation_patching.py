@@ -51,6 +51,7 @@ from av_lens.interventions import Plan, Site, replace
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import linked, stamp
 from av_lens.runs.execution import run
+from av_lens.runs.finite import require_numbers
 from av_lens.runs.measurement import measure, measure_plans
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.places import Axes, Edited, Head, layout_stacks, shapley
@@ -235,6 +236,8 @@ class _Job:
         columns[1, rows] = measure(self.model, self.other, metric).double().cpu().numpy()
         plans = [Plan(), *self._plans(given, union)]
         trace = record(self.model, self.edited)
+        if not metric.teacher_forced:
+            require_numbers(metric(trace.logits()), metric.name, run="the recorded run")
         stage = str(trace.schedule(plans, budget_gb=budget_gb))
         scores = torch.full((len(plans), len(self.edited)), torch.nan)
 

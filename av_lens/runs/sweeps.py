@@ -24,6 +24,7 @@ from av_lens.errors import InputError
 from av_lens.interventions import Plan
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import linked, stamp
+from av_lens.runs.finite import require_numbers
 from av_lens.runs.measurement import measure_plans
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.progress import Progress, watched
@@ -54,7 +55,7 @@ def sweep(
         A grid over `[example, plan]`, examples in the order of the traces. Interrupted, it holds what is done.
 
     Raises:
-        InputError: no plans, or traces for which a function gave plans of other names.
+        InputError: a metric that is NaN on a recorded run, no plans, or traces for which a function gave plans of other names.
         InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
     """
     traces = [trace] if isinstance(trace, Trace) else list(trace)
@@ -66,22 +67,24 @@ def sweep(
     if bound.n_answers not in (1, examples):
         raise InputError(f"{bound.name} names {bound.n_answers} answers for {examples} examples.")
     labels, listed = _agreeing([_named(plans(one) if callable(plans) else plans) for one in traces])
-    for one, chosen in zip(traces, listed, strict=True):
-        one.schedule(chosen, budget_gb=budget_gb)  # every plan is checked before any runs
+    # Every plan is checked before any runs.
+    stages = [str(one.schedule(chosen, budget_gb=budget_gb)) for one, chosen in zip(traces, listed, strict=True)]
     scores = torch.full((len(labels) + 1, examples), torch.nan)
     total = (len(labels) + 1) * len(traces)
     stopped = ""
     with watched(progress) as show:
         try:
             starts = np.cumsum([0, *(one.batch for one in traces)])
-            for number, (one, chosen) in enumerate(zip(traces, listed, strict=True)):
+            for number, (one, chosen, stage) in enumerate(zip(traces, listed, stages, strict=True)):
                 rows = slice(int(starts[number]), int(starts[number + 1]))
-                stage = str(one.schedule(chosen, budget_gb=budget_gb))
                 before = number * (len(labels) + 1)
+                asked = bound.chosen(range(rows.start, rows.stop)) if bound.n_answers > 1 else bound
+                if not asked.teacher_forced:
+                    require_numbers(asked(one.logits()), asked.name, run="the recorded run")
                 measure_plans(
                     one,
                     [Plan(), *chosen],
-                    bound.chosen(range(rows.start, rows.stop)) if bound.n_answers > 1 else bound,
+                    asked,
                     budget_gb=budget_gb,
                     finished=lambda done, before=before, stage=stage: show(stage, before + done, total),
                     into=scores[:, rows],

@@ -154,3 +154,14 @@ def test_watched_shows_bars_or_nothing(capsys):
     with watched(True) as show:
         show("heads", 2, 2)
     assert "heads: 2 in" in capsys.readouterr().err
+
+
+def test_a_metric_that_is_nan_is_refused_before_any_plan_runs():
+    def nothing(logits):
+        return logits[:, -1, 0] * float("nan")
+
+    with pytest.raises(InputError, match=r"is NaN or infinite on the recorded run for 2 of 2 examples"):
+        sweep(small_model().trace(small_inputs()), [Plan()], nothing)
+    pair = avl.Pair(clean=small_inputs((0,)), corrupt=small_inputs((2,)))
+    with pytest.raises(InputError, match=r"Mend the metric: a log of 0"):
+        avl.patch(small_model(), pair, metric=nothing)
