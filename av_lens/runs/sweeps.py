@@ -55,7 +55,8 @@ def sweep(
         A grid over `[example, plan]`, examples in the order of the traces. Interrupted, it holds what is done.
 
     Raises:
-        InputError: a metric that is NaN on a recorded run, no plans, or traces for which a function gave plans of other names.
+        InputError: a metric that is NaN on a recorded run, no plans, or traces whose plans have
+            other names than the first one's.
         InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
     """
     traces = [trace] if isinstance(trace, Trace) else list(trace)
