@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from av_lens.errors import ProtocolError
 from av_lens.isolation.engine import Engine, Recording
 from av_lens.isolation.scoring import Candidates, Reading
+from av_lens.isolation.store import Arrays, Store
 
 _PAIRS = (("va", "av"), ("vv", "aa"), ("wa", "wv"), ("vw", "aw"), ("blank_a", "blank_v"), ("v_muted", "a_muted"))
 MIRROR = {one: two for pair in _PAIRS for one, two in (pair, pair[::-1])} | {"blank_muted": "blank_muted"}
@@ -63,6 +64,7 @@ class Bench:
     conflicts: list[Any]
     candidates: Candidates
     site: str = "suffix"
+    store: Store = field(default_factory=Store)
     _cells: dict[tuple[int, str | None], Any] = field(default_factory=dict)
 
     def wording(self, example: int, question: str) -> str | None:
@@ -144,6 +146,7 @@ class Means:
     z: dict[str, Tensor]
     sound: Int[np.ndarray, " example"]
     picture: Int[np.ndarray, " example"]
+    ids: tuple[str, ...] = ()
 
     @classmethod
     def over(cls, chunks: Sequence[Chunk]) -> Means:
@@ -167,7 +170,8 @@ class Means:
             z[name] = torch.cat(parts, dim=1)
         examples = np.concatenate([chunk.examples for chunk in chunks])
         candidates = chunks[0].bench.candidates
-        return cls(z, candidates.sound[examples], candidates.picture[examples])
+        ids = tuple(str(chunks[0].bench.conflicts[int(i)].id) for i in examples)
+        return cls(z, candidates.sound[examples], candidates.picture[examples], ids)
 
     def donor(self, name: str, sound: Int[np.ndarray, " batch"], picture: Int[np.ndarray, " batch"]) -> AllZ:
         """Average over the conflicts that share no answer with each edited one.
@@ -304,6 +308,23 @@ class Chunk:
         out = torch.full((found.shape[0], len(self.examples), *found.shape[2:]), torch.nan).to(found)
         out[:, np.flatnonzero(np.isin(self.examples, self._present(cell))).tolist()] = found
         return out
+
+    def remember(self, name: str, depends: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
+        """Measure something on these conflicts, or give the stored measurement (see `store`).
+
+        Everything that runs the model for the isolation goes through here, so that a killed run loses little.
+
+        Args:
+            name: what is measured, as words.
+            depends: what it depends on beside these conflicts, this site and the means, as plain values.
+            compute: measures it; its arrays' rows are these conflicts.
+
+        Returns:
+            The arrays by name.
+        """
+        ids = [str(self.bench.conflicts[int(i)].id) for i in self.examples]
+        means = None if self.means is None else self.means.ids
+        return self.bench.store.recall(name, {**depends, "ids": ids, "site": self.site, "means": means}, compute)
 
     def forget(self) -> None:
         """Drop runs and donors; readings are kept."""

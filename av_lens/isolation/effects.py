@@ -152,6 +152,19 @@ def _changes(
     return margin, above - candidates.above_others(before, chunk.examples, of=heard)
 
 
+def _chunk_effects(
+    chunk: Chunk, wanted: Sequence[Request], heads: Sequence[Head], tick: Callable[[int], None]
+) -> dict[str, np.ndarray]:
+    """Run all requests on one base cell and its mirror: `[request, head, batch]` of each figure."""
+    base, question = wanted[0].base, wanted[0].question
+    mirror = MIRROR[base]
+    one = _changes(chunk, base, edited_scores(chunk, base, wanted, heads, tick), question, "sound")
+    two = _changes(chunk, mirror, edited_scores(chunk, mirror, wanted, heads, tick), question, "picture")
+    for cell in (base, mirror):  # traces are large
+        chunk.run(cell, question).kept.clear()
+    return {"margin": mirrored(one[0], two[0]), "rise": 0.5 * (one[1] + two[1])}
+
+
 def measure_requests(
     chunks: Sequence[Chunk],
     wanted: Sequence[Request],
@@ -183,22 +196,24 @@ def measure_requests(
     def tick(n: int) -> None:
         nonlocal done
         done += n
-        if progress is not None and (done % 64 == 0 or done == total):
+        if progress is not None and (n > 1 or done % 64 == 0 or done == total):
             progress(stage, done, total)
 
     for chunk in chunks:
         rows = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
         for base, question in dict.fromkeys((request.base, request.question) for request in wanted):
             these = [request for request in wanted if (request.base, request.question) == (base, question)]
-            one = _changes(chunk, base, edited_scores(chunk, base, these, heads, tick), question, "sound")
-            mirror = MIRROR[base]
-            two = _changes(chunk, mirror, edited_scores(chunk, mirror, these, heads, tick), question, "picture")
-            for cell in (base, mirror):  # traces are large
-                chunk.run(cell, question).kept.clear()
-            margin, rise = mirrored(one[0], two[0]), 0.5 * (one[1] + two[1])
+            depends = {"base": base, "question": question, "heads": heads, "requests": [vars(one) for one in these]}
+            before = done
+            found = chunk.remember("head effects", depends, lambda: _chunk_effects(chunk, these, heads, tick))
+            if done == before:
+                tick(2 * len(these) * len(heads))
             for r, request in enumerate(these):
                 where = np.ix_(rows, np.arange(len(heads)))
-                for target, values in ((out[request].margin, margin[r]), (out[request].rise, rise[r])):
+                for target, values in (
+                    (out[request].margin, found["margin"][r]),
+                    (out[request].rise, found["rise"][r]),
+                ):
                     flat = target[:, layers, columns]
                     flat[where] = values.T
                     target[:, layers, columns] = flat

@@ -67,22 +67,30 @@ def release_of_sets(
     """
     shape = (len(sets), len(examples))
     out = SetEffect(np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan))
-    total = 2 * len(chunks)
     for number, chunk in enumerate(chunks):
-        candidates = chunk.bench.candidates
         rows = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
-        changes: list[np.ndarray] = []
-        for step, base in enumerate(("va", MIRROR["va"])):
-            scores, top = set_scores(chunk, base, sets, donors)
-            before = candidates.margin(chunk.reading(base).scores, chunk.examples)
-            changes.append(candidates.margin(scores, chunk.examples) - before)
-            if base == "va":
-                out.says_sound[:, rows] = top == candidates.sound[chunk.examples]
-                out.says_picture[:, rows] = top == candidates.picture[chunk.examples]
-            if progress is not None:
-                progress(stage, 2 * number + step + 1, total)
-        out.release[:, rows] = mirrored(changes[0], changes[1])
+        depends = {"sets": [list(one) for one in sets], "donors": list(donors)}
+        found = chunk.remember("sets", depends, lambda: _chunk_release(chunk, sets, donors))
+        out.release[:, rows] = found["release"]
+        out.says_sound[:, rows], out.says_picture[:, rows] = found["says_sound"], found["says_picture"]
+        if progress is not None:
+            progress(stage, number + 1, len(chunks))
     return out
+
+
+def _chunk_release(chunk: Chunk, sets: Sequence[Sequence[Head]], donors: Sequence[str]) -> dict[str, np.ndarray]:
+    """Edit the sets in `va` and `av` of one stack: `[set, batch]` of each figure."""
+    candidates = chunk.bench.candidates
+    changes: list[np.ndarray] = []
+    says: dict[str, np.ndarray] = {}
+    for base in ("va", MIRROR["va"]):
+        scores, top = set_scores(chunk, base, sets, donors)
+        before = candidates.margin(chunk.reading(base).scores, chunk.examples)
+        changes.append(candidates.margin(scores, chunk.examples) - before)
+        if base == "va":
+            says["says_sound"] = (top == candidates.sound[chunk.examples]).astype(np.float64)
+            says["says_picture"] = (top == candidates.picture[chunk.examples]).astype(np.float64)
+    return {"release": mirrored(changes[0], changes[1]), **says}
 
 
 def top_see_heads(chunks: Sequence[Chunk], n: int) -> list[Head]:
