@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -205,7 +206,7 @@ def measure_requests(
             these = [request for request in wanted if (request.base, request.question) == (base, question)]
             depends = {"base": base, "question": question, "heads": heads, "requests": [vars(one) for one in these]}
             before = done
-            found = chunk.remember("head effects", depends, lambda: _chunk_effects(chunk, these, heads, tick))
+            found = chunk.remember("head effects", depends, partial(_chunk_effects, chunk, these, heads, tick))
             if done == before:
                 tick(2 * len(these) * len(heads))
             for r, request in enumerate(these):

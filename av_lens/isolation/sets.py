@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ def release_of_sets(
     for number, chunk in enumerate(chunks):
         rows = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
         depends = {"sets": [list(one) for one in sets], "donors": list(donors)}
-        found = chunk.remember("sets", depends, lambda: _chunk_release(chunk, sets, donors))
+        found = chunk.remember("sets", depends, partial(_chunk_release, chunk, sets, donors))
         out.release[:, rows] = found["release"]
         out.says_sound[:, rows], out.says_picture[:, rows] = found["says_sound"], found["says_picture"]
         if progress is not None:
