@@ -34,7 +34,7 @@ import pandas as pd
 from av_lens.errors import InputError, unknown
 from av_lens.results.tables import RELEASING, ROLE_NAMES, TABLES, read_table, table
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def _empty(name: str) -> Callable[[], pd.DataFrame]:
@@ -63,7 +63,16 @@ class Isolation:
     summary: Mapping[str, float]
     heads: pd.DataFrame = field(default_factory=_empty("heads"))
     evidence: pd.DataFrame = field(default_factory=_empty("evidence"))
+    units: pd.DataFrame = field(default_factory=_empty("units"))
     sets: pd.DataFrame = field(default_factory=_empty("sets"))
+    members: pd.DataFrame = field(default_factory=_empty("members"))
+    steps: pd.DataFrame = field(default_factory=_empty("steps"))
+    synergies: pd.DataFrame = field(default_factory=_empty("synergies"))
+    cards: pd.DataFrame = field(default_factory=_empty("cards"))
+    cuts: pd.DataFrame = field(default_factory=_empty("cuts"))
+    knowledge: pd.DataFrame = field(default_factory=_empty("knowledge"))
+    routes: pd.DataFrame = field(default_factory=_empty("routes"))
+    robustness: pd.DataFrame = field(default_factory=_empty("robustness"))
     ablation: pd.DataFrame = field(default_factory=_empty("ablation"))
     specificity: pd.DataFrame = field(default_factory=_empty("specificity"))
     behaviour: pd.DataFrame = field(default_factory=_empty("behaviour"))

@@ -43,7 +43,7 @@ def test_a_saved_record_opens_equal(tmp_path):
 def test_files_are_plain_data(tmp_path):
     powerless().save(tmp_path)
     head = json.loads((tmp_path / "isolation.json").read_text())
-    assert head["version"] == 1
+    assert head["version"] == 2
     assert head["summary"]["power"] is None
     assert "NaN" not in (tmp_path / "isolation.json").read_text()
     with np.load(tmp_path / "arrays.npz", allow_pickle=False) as data:
