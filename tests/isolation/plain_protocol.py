@@ -1,0 +1,284 @@
+"""The figures of the protocol's sections 2 and 4, written a second time from its text: plain, slow, means only.
+
+One conflict is a `PlainCase`: the tensors of its cells, and of its cells under the question about the picture. Everything
+is a loop over conflicts and forwards. M = score(a) - score(v), the answers held fixed in every cell; an effect on C is
+half of [change of M in va - change of M in av], the donor of `av` being the mirror; an effect on G the same in
+`blank_a` and `blank_v`.
+
+Read out of the protocol's text where it leaves a choice: competence is judged between the two answers; a mean's donor
+is aligned from the end, and where it is shorter than the site the overhang keeps the base's own z; the means of "all
+distinct answers" are over the answers of every conflict given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from plain_forward import PlainEdit, PlainModel, PlainRun
+
+MIRROR = {
+    "va": "av",
+    "vv": "aa",
+    "aa": "vv",
+    "vw": "aw",
+    "wa": "wv",
+    "v_muted": "a_muted",
+    "blank_a": "blank_v",
+    "blank_muted": "blank_muted",
+}
+MIRROR |= {after: before for before, after in MIRROR.items()}
+RELEASES = ("blank_muted", "mean_other", "zero")
+Head = tuple[int, int]
+
+
+@dataclass
+class PlainCase:
+    """One conflict as tensors.
+
+    Attributes:
+        id: its name.
+        words: the sound's answer, the picture's answer.
+        cells: cell -> keyword arguments of HuggingFace's forward.
+        see: the same under the question about the picture.
+        site: site set -> positions, in `cells`.
+        see_site: site set -> positions, in `see`.
+        runs: unedited runs, filled as they are asked for.
+    """
+
+    id: str
+    words: tuple[str, str]
+    cells: Mapping[str, dict[str, Any]]
+    see: Mapping[str, dict[str, Any]]
+    site: dict[str, list[int]]
+    see_site: dict[str, list[int]]
+    runs: dict[tuple[str, str], PlainRun] = field(default_factory=dict)
+
+
+class Plain:
+    """The protocol's figures of some conflicts.
+
+    Args:
+        model: the plain model.
+        cases: every conflict, of both halves.
+        tokens: answer -> its one token.
+    """
+
+    def __init__(self, model: PlainModel, cases: Sequence[PlainCase], tokens: dict[str, int]) -> None:
+        self.model, self.cases, self.tokens = model, list(cases), tokens
+        self.answers = sorted({word for case in cases for word in case.words})
+
+    def run(self, case: PlainCase, cell: str, question: str = "asked") -> PlainRun:
+        """The unedited run of a cell."""
+        key = (question, cell)
+        if key not in case.runs:
+            tensors = case.cells[cell] if question == "asked" else case.see[cell]
+            case.runs[key] = self.model.run(tensors)
+        return case.runs[key]
+
+    # Section 1: scores.
+
+    def margin(self, case: PlainCase, logits: torch.Tensor) -> float:
+        """M = score(a) - score(v)."""
+        a, v = (float(logits[self.tokens[word]].double()) for word in case.words)
+        return a - v
+
+    def centred(self, logits: torch.Tensor, word: str) -> float:
+        """An answer's score over the mean of all distinct answers'."""
+        scores = {other: float(logits[self.tokens[other]].double()) for other in self.answers}
+        return scores[word] - sum(scores.values()) / len(scores)
+
+    # Section 2: behaviour.
+
+    def m(self, case: PlainCase, cell: str) -> float:
+        """M in an unedited cell."""
+        return self.margin(case, self.run(case, cell).logits)
+
+    def best_of_two(self, case: PlainCase, cell: str, question: str = "asked") -> str:
+        """Which of the two answers scores higher."""
+        return case.words[0 if self.margin(case, self.run(case, cell, question).logits) > 0 else 1]
+
+    def best_of_all(self, case: PlainCase, cell: str, question: str = "asked") -> int:
+        """Which token of the whole vocabulary scores highest."""
+        return int(self.run(case, cell, question).logits.argmax())
+
+    def competent(self, case: PlainCase) -> bool:
+        """Hears a in `blank_a` and v in `blank_v`; sees v in `v_muted` and a in `a_muted`."""
+        a, v = case.words
+        heard = self.best_of_two(case, "blank_a") == a and self.best_of_two(case, "blank_v") == v
+        return heard and self.best_of_two(case, "v_muted", "see") == v and self.best_of_two(case, "a_muted", "see") == a
+
+    def behaviour(self, cases: Sequence[PlainCase]) -> dict[str, float]:
+        """Every mean of section 2 over some conflicts."""
+        m = {cell: mean(self.m(case, cell) for case in cases) for cell in ("va", "aa", "vv", "av")}
+        c, g = mean(self.c(case) for case in cases), mean(self.g(case) for case in cases)
+        e_a = 0.5 * (m["va"] + m["aa"] - m["vv"] - m["av"])
+        e_v = 0.5 * (m["aa"] + m["av"] - m["va"] - m["vv"])
+        found = {
+            "E_A": e_a,
+            "E_V": e_v,
+            "I": m["aa"] - m["va"] - m["av"] + m["vv"],
+            "shortcut index": abs(e_v) / (abs(e_a) + abs(e_v)),
+            "C": c,
+            "G": g,
+            "gap": g - c,
+            "median mass": float(np.median([self.mass(case) for case in cases])),
+        }
+        for cell in ("va", "vv", "aa", "av", "wa", "wv", "blank_a", "blank_v"):
+            heard = [case.words[0 if cell[-1] == "a" else 1] for case in cases]
+            found[f"two answers, {cell}"] = mean(
+                self.best_of_two(case, cell) == word for case, word in zip(cases, heard, strict=True)
+            )
+            found[f"vocabulary, {cell}"] = mean(
+                self.best_of_all(case, cell) == self.tokens[word] for case, word in zip(cases, heard, strict=True)
+            )
+        for cell in ("v_muted", "a_muted", "blank_muted"):
+            for name, which in (("a", 0), ("v", 1)):
+                found[f"two answers say {name}, {cell}"] = mean(
+                    self.best_of_two(case, cell) == case.words[which] for case in cases
+                )
+                found[f"vocabulary says {name}, {cell}"] = mean(
+                    self.best_of_all(case, cell) == self.tokens[case.words[which]] for case in cases
+                )
+        return found
+
+    def c(self, case: PlainCase) -> float:
+        """Hearing under conflict."""
+        return 0.5 * (self.m(case, "va") - self.m(case, "av"))
+
+    def g(self, case: PlainCase) -> float:
+        """Hearing with nothing to see."""
+        return 0.5 * (self.m(case, "blank_a") - self.m(case, "blank_v"))
+
+    def mass(self, case: PlainCase) -> float:
+        """P(a) + P(v) in `va`."""
+        p = self.run(case, "va").logits.double().softmax(0)
+        return float(sum(p[self.tokens[word]] for word in case.words))
+
+    # Section 3: edits.
+
+    def donor_z(
+        self, case: PlainCase, cell: str, donor: str, head: Head, site: str, pool: Sequence[PlainCase]
+    ) -> tuple[list[int], torch.Tensor]:
+        """The z [pos, d_head] that a donor gives, and where it goes.
+
+        Args:
+            case: the conflict.
+            cell: the cell that is edited.
+            donor: "zero", "mean_task", "mean_other" or a cell, already mirrored where `cell` is.
+            head: which.
+            site: the site set.
+            pool: discovery's conflicts, for the means.
+        """
+        layer, number = head
+        positions = case.site[site]
+        if donor == "zero":
+            return positions, torch.zeros_like(self.run(case, cell).z[layer, positions, number])
+        if not donor.startswith("mean"):
+            return positions, self.run(case, donor).z[layer, positions, number]
+        question, mean_cell = ("see", "va") if donor == "mean_other" else ("asked", "va" if cell == "va" else "av")
+        others = [other for other in pool if not set(other.words) & set(case.words)]
+        sites = [other.see_site[site] if question == "see" else other.site[site] for other in others]
+        n = min([len(positions), *(len(where) for where in sites)])
+        given = [
+            self.run(other, mean_cell, question).z[layer, where[len(where) - n :], number].double()
+            for other, where in zip(others, sites, strict=True)
+        ]
+        return positions[len(positions) - n :], torch.stack(given).mean(0).float()
+
+    def change(
+        self,
+        case: PlainCase,
+        cell: str,
+        donor: str,
+        head: Head,
+        site: str,
+        pool: Sequence[PlainCase],
+        *,
+        direct: bool = False,
+        hold_norm: bool = False,
+    ) -> dict[str, float]:
+        """What an edit changes in a cell: M, and the two centred scores."""
+        base = self.run(case, cell)
+        positions, z = self.donor_z(case, cell, donor, head, site, pool)
+        edit = PlainEdit({head: (positions, z)}, hold_after=head[0] if direct else None, hold_norm=hold_norm)
+        logits = self.model.edited(base, edit)
+        change = {"M": self.margin(case, logits) - self.margin(case, base.logits)}
+        for name, word in zip("av", case.words, strict=True):
+            change[name] = self.centred(logits, word) - self.centred(base.logits, word)
+        return change
+
+    def effect(
+        self,
+        case: PlainCase,
+        donor: str,
+        head: Head,
+        site: str,
+        pool: Sequence[PlainCase],
+        *,
+        cells: tuple[str, str] = ("va", "av"),
+        direct: bool = False,
+        hold_norm: bool = False,
+    ) -> dict[str, float]:
+        """The mirrored effect of a donor on C (or, in the blank cells, on G), and its parts on the sound and picture."""
+        here, there = cells
+        mirrored = MIRROR.get(donor, donor)
+        how = {"direct": direct, "hold_norm": hold_norm}
+        first = self.change(case, here, donor, head, site, pool, **how)
+        second = self.change(case, there, mirrored, head, site, pool, **how)
+        return {
+            "M": 0.5 * (first["M"] - second["M"]),
+            "sound": 0.5 * (first["a"] + second["v"]),
+            "picture": 0.5 * (first["v"] + second["a"]),
+        }
+
+    # Section 4: the effects of a head, in one conflict.
+
+    def head_effects(
+        self, case: PlainCase, head: Head, site: str, pool: Sequence[PlainCase], *, hold_norm: bool = False
+    ) -> dict[str, float]:
+        """Every row of section 4 for a head in a conflict, "estimand/donor" -> value.
+
+        Args:
+            case: the conflict.
+            head: which.
+            site: the site set.
+            pool: discovery's conflicts, for the means.
+            hold_norm: with the final norm's scale frozen at the cell's unedited run.
+        """
+
+        def on_c(donor: str, direct: bool = False) -> dict[str, float]:
+            return self.effect(case, donor, head, site, pool, direct=direct, hold_norm=hold_norm)
+
+        def fall_of_g(donor: str) -> float:
+            cells = ("blank_a", "blank_v")
+            return -self.effect(case, donor, head, site, pool, cells=cells, hold_norm=hold_norm)["M"]
+
+        found: dict[str, float] = {}
+        for donor in RELEASES:
+            total, direct = on_c(donor), on_c(donor, direct=True)
+            found |= {
+                f"release/{donor}": total["M"],
+                f"release on sound/{donor}": total["sound"],
+                f"release on picture/{donor}": total["picture"],
+                f"direct/{donor}": direct["M"],
+                f"direct on sound/{donor}": direct["sound"],
+                f"direct on picture/{donor}": direct["picture"],
+                f"repair/{donor}": direct["M"] - total["M"],
+            }
+        found["release/mean_task"] = on_c("mean_task")["M"]
+        found["reads picture/wa"] = on_c("wa")["M"]
+        found["reads sound/vw"] = on_c("vw")["M"]
+        found["silenced/blank_a"] = on_c("blank_a")["M"] - found["release/blank_muted"]
+        found["sufficiency/va"] = fall_of_g("va")
+        found["carries/blank_muted"] = fall_of_g("blank_muted")
+        return found
+
+
+def mean(values: Iterable[float]) -> float:
+    """The plain mean."""
+    listed = list(values)
+    return sum(listed) / len(listed)
