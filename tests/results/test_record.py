@@ -93,7 +93,7 @@ def test_loading_what_is_not_there_says_so(tmp_path):
     planted_isolation().save(tmp_path)
     head = json.loads((tmp_path / "isolation.json").read_text())
     (tmp_path / "isolation.json").write_text(json.dumps(head | {"version": 99}))
-    with pytest.raises(InputError, match="schema version 99; this av_lens reads version 1"):
+    with pytest.raises(InputError, match="schema version 99; this av_lens reads version 2"):
         Isolation.load(tmp_path)
 
 
