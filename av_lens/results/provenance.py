@@ -5,16 +5,20 @@ A result without its provenance cannot be repeated; every saved result carries o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 PACKAGES = ("av-lens", "torch", "transformers", "transformer-lens", "numpy")
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def stamp(**more: Any) -> dict[str, Any]:
@@ -43,6 +47,20 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def source_hash() -> str:
+    """Hash the package's own python files, so that a changed program never passes off an earlier one's numbers.
+
+    Returns:
+        A sha256 in hex, equal for equal sources.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def plain(value: Any) -> Any:

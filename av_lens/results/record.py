@@ -22,6 +22,7 @@ Example:
 from __future__ import annotations
 
 import importlib
+import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -33,8 +34,10 @@ import pandas as pd
 
 from av_lens.errors import InputError, unknown
 from av_lens.results.tables import RELEASING, ROLE_NAMES, TABLES, read_table, table
+from av_lens.results.whole_files import write_whole
 
 SCHEMA_VERSION = 2
+RECORD = "numbers"  # where a run keeps its record, below its own folder
 
 
 def _empty(name: str) -> Callable[[], pd.DataFrame]:
@@ -158,8 +161,10 @@ class Isolation:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in TABLES:
-            getattr(self, name).to_csv(folder / f"{name}.csv", index=False)
-        np.savez_compressed(folder / "arrays.npz", allow_pickle=False, **cast(Any, dict(self.arrays)))
+            write_whole(folder / f"{name}.csv", getattr(self, name).to_csv(index=False))
+        held = io.BytesIO()
+        np.savez_compressed(held, allow_pickle=False, **cast(Any, dict(self.arrays)))
+        write_whole(folder / "arrays.npz", held.getvalue())
         head = {
             "schema": "av_lens.isolation",
             "version": SCHEMA_VERSION,
@@ -174,10 +179,8 @@ class Isolation:
             "provenance": self.provenance,
             "tables": TABLES,
         }
-        text = json.dumps(head, indent=1, allow_nan=False, default=_plain)
-        partial = folder / "isolation.json.part"
-        partial.write_text(text)
-        partial.replace(folder / "isolation.json")
+        # Written last: its presence means that all is there.
+        write_whole(folder / "isolation.json", json.dumps(head, indent=1, allow_nan=False, default=_plain))
         return folder
 
     @classmethod
@@ -185,7 +188,7 @@ class Isolation:
         """Open a saved record.
 
         Args:
-            folder: what `save` wrote.
+            folder: what `save` wrote, or the folder of a run that keeps it in `numbers`.
 
         Returns:
             The record, equal table by table and array by array to the one that was saved.
@@ -194,6 +197,8 @@ class Isolation:
             InputError: no record there, or one of another schema version.
         """
         folder = Path(folder)
+        if (folder / RECORD / "isolation.json").exists():
+            folder = folder / RECORD
         if not (folder / "isolation.json").exists():
             raise InputError(
                 f"no isolation is saved in {folder}: isolation.json is not there. Give the folder that `save` wrote."

@@ -14,11 +14,11 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+from av_lens.results.provenance import source_hash
+from av_lens.results.whole_files import write_whole
 
 
 @dataclass(eq=False)
@@ -70,29 +70,3 @@ class Parts:
             return dict(json.loads((self.folder / "parts.json").read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return {}
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        path: the file.
-        text: its content.
-    """
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-@cache
-def source_hash() -> str:
-    """Hash the package's own python files.
-
-    Returns:
-        A sha256 in hex, equal for equal sources.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        digest.update(path.relative_to(_PACKAGE).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from av_lens.studies.parts import Parts, source_hash, write_whole
+from av_lens.results.provenance import source_hash
+from av_lens.results.whole_files import write_whole
+from av_lens.studies.parts import Parts
 
 
 @pytest.fixture
