@@ -92,6 +92,7 @@ class Conflict:
         system: str | None = None,
         blank: str = "dark",
         mute: str = "silence",
+        loudness: float | None = None,
         seed: int = 0,
     ) -> Cells:
         """Encode the cells, each when it is first asked for.
@@ -104,19 +105,22 @@ class Conflict:
             system: the system message.
             blank: "dark" or "scrambled".
             mute: "silence" or "noise".
+            loudness: the root mean square (full scale is 1) that every source's sound is scaled to; None leaves them.
             seed: of the scrambling and the noise.
 
         Returns:
             A lazy mapping from the cell's name to its inputs.
 
         Raises:
-            InputError: for an unknown layout.
+            InputError: for an unknown layout, or a loudness that is none.
         """
         if layout not in LAYOUTS:
             raise InputError(unknown("layout", layout, LAYOUTS))
+        if loudness is not None and not 0 < loudness < 1:
+            raise InputError(f"loudness={loudness} is no root mean square between 0 and 1: try 0.05, or None.")
         options: dict[str, Any] = {"sound": layout, "fps": fps, "system": system, "prefix": self.prefix}
         asked = self.question if question is None else question
-        return Cells(self, model, asked, options=options, blank=blank, mute=mute, seed=seed)
+        return Cells(self, model, asked, options=options, blank=blank, mute=mute, loudness=loudness, seed=seed)
 
 
 class Cells(Mapping[str, AVInputs]):
@@ -129,7 +133,8 @@ class Cells(Mapping[str, AVInputs]):
         options: further arguments of `encode`.
         blank: the kind of blank picture.
         mute: the kind of mute.
-        seed: of both.
+        loudness: of every source's sound, or None.
+        seed: of blank and mute.
     """
 
     def __init__(
@@ -141,13 +146,14 @@ class Cells(Mapping[str, AVInputs]):
         options: dict[str, Any],
         blank: str,
         mute: str,
+        loudness: float | None,
         seed: int,
     ) -> None:
         self.conflict = conflict
         self.question = question
         self.cut_to_s: float | None = None
         self._model, self._options = model, options
-        self._blank, self._mute, self._seed = blank, mute, seed
+        self._blank, self._mute, self._loudness, self._seed = blank, mute, loudness, seed
         self._sources: dict[str, Clip] = {}
         self._made: dict[str, AVInputs] = {}
 
@@ -213,6 +219,7 @@ class Cells(Mapping[str, AVInputs]):
             "cut_to_s": self.cut_to_s,
             "blank": self._blank,
             "mute": self._mute,
+            "loudness": self._loudness,
         }
         return replace(x, provenance=x.provenance | said)
 
@@ -236,7 +243,10 @@ class Cells(Mapping[str, AVInputs]):
         if len(counts) > 1:
             self.cut_to_s = min(counts) / float(self._options["fps"])
             clips = {name: _cut_to(clip, self.cut_to_s) for name, clip in clips.items()}
-        return {name: fitted(clip, clips["v"]) for name, clip in clips.items()}
+        clips = {name: fitted(clip, clips["v"]) for name, clip in clips.items()}
+        if self._loudness is None:
+            return clips
+        return {name: at_loudness(clip, self._loudness) for name, clip in clips.items()}
 
 
 def answers_fault(answers: Sequence[AnswerLike]) -> str | None:
@@ -282,6 +292,24 @@ def _ends(clip: Clip) -> tuple[float, ...]:
 
 def _cut_to(clip: Clip, end: float) -> Clip:
     return clip if max(_ends(clip)) - end <= _SAMPLE else clip.trimmed(0.0, end)
+
+
+def at_loudness(clip: Clip, loudness: float) -> Clip:
+    """Scale a clip's sound to a loudness, less where a peak would be cut.
+
+    Args:
+        clip: the clip; a silent one stays as it is.
+        loudness: the root mean square wanted, full scale being 1.
+
+    Returns:
+        The clip with the scaled waveform, its notes saying by how much.
+    """
+    if clip.waveform is None or not np.any(clip.waveform):
+        return clip
+    now = float(np.sqrt(np.mean(np.square(clip.waveform, dtype=np.float64))))
+    scale = min(loudness / now, 1.0 / float(np.abs(clip.waveform).max()))
+    scaled = (clip.waveform * np.float32(scale)).astype(np.float32)
+    return replace(clip, waveform=scaled, notes=(*clip.notes, f"sound scaled by {scale:.3f}"))
 
 
 def fitted(clip: Clip, model: Clip) -> Clip:
