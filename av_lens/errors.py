@@ -42,6 +42,10 @@ class ProtocolError(AvLensError):
     """An isolation that must not go on: no gap to explain, too few conflicts, an undefined donor."""
 
 
+class UnfinishedError(AvLensError):
+    """Long work that stopped where it was told to; what was finished is kept, and the same call goes on from there."""
+
+
 def unknown(kind: str, name: object, known: Iterable[object]) -> str:
     """Say that `name` is not a known `kind`, with the nearest match and all that is known.
 

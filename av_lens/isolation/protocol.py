@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from av_lens import __version__
@@ -19,10 +19,12 @@ from av_lens.isolation.role_tests import DIRECT_CUT
 from av_lens.isolation.roles import LEVEL
 from av_lens.isolation.sets import RANDOM_SETS
 from av_lens.isolation.specificity import MARGIN
-from av_lens.results.halves import FEWEST, FIRM_COMPONENTS, FIRM_CONFLICTS, LARGEST_SHARE, Halves
-from av_lens.results.statistics import DRAWS, FEWEST_CLIPS, FEWEST_ITEMS, MOST_EXACT
+from av_lens.results.halves import DISCOVERY, FEWEST, FIRM_COMPONENTS, FIRM_CONFLICTS, LARGEST_SHARE, Halves
+from av_lens.results.provenance import plain
+from av_lens.results.statistics import DRAWS, FEWEST_CLIPS, FEWEST_ITEMS, MOST_EXACT, smallest_effect
 
 S_ORGANISM, S_OTHER = 0.10, 0.03
+LEFT_OUT_QUICK = ("robustness", "pairs")
 MEASURED = (
     "other model: at least this, or the 99th percentile over heads of the largest release under the control question"
 )
@@ -59,53 +61,45 @@ CHOICES = (
 
 def protocol_of(
     *,
-    s: float,
-    s_rule: str,
-    sites: Sequence[str],
-    seed: int,
-    gate: str,
-    layout: str,
+    options: Mapping[str, Any],
     halves: Halves,
     ids: Sequence[str],
-    n_layers: int,
-    n_heads: int,
+    model: Mapping[str, Any],
+    conflicts: str,
     family: int,
-    donors: Sequence[str] = PRIMARY_DONORS,
 ) -> dict[str, Any]:
     """Write the protocol of a run down.
 
     Args:
-        s: the threshold, a share of G.
-        s_rule: where it comes from.
-        sites: the site sets that are searched.
-        seed: of the deal, the draws and the flips.
-        gate: "stop" or "report".
-        layout: how sound and picture share the prompt.
+        options: `sites`, `s` and its rule, `gate`, `seed`, `layout`, `quick`.
         halves: where every conflict was dealt.
         ids: the conflicts' ids.
-        n_layers: fusion layers.
-        n_heads: heads of a layer.
+        model: the model's sizes, a hash of its weights, how it computes.
+        conflicts: a hash of the conflicts' clips and words.
         family: how many tests q corrects for.
-        donors: the primary donors.
 
     Returns:
         The protocol, with the sha256 of its canonical json under "hash".
     """
+    components = len({halves.component[i] for i in halves.members(DISCOVERY)})
+    size = smallest_effect(components, family=family)
     out: dict[str, Any] = {
         "av_lens": __version__,
         "primary": "release: effect on C = (M(va) - M(av)) / 2",
-        "donors": list(donors),
-        "sites": list(sites),
-        "s": s,
-        "s_rule": s_rule,
+        "donors": list(PRIMARY_DONORS),
+        **plain(options),
+        "left_out": list(LEFT_OUT_QUICK) if options["quick"] else [],
         "also_counted_at": [0.10, 0.03, 0.01],
         "level": LEVEL,
         "direct_share_cut": DIRECT_CUT,
         "family": family,
-        "model": {"n_layers": n_layers, "n_heads": n_heads},
-        "seed": seed,
-        "gate": gate,
-        "layout": layout,
+        "power": {
+            "discovery_components": components,
+            # The smallest release above s x G that is found in 4 of 5 runs, in standard deviations between components.
+            "smallest_effect_in_sd": size if math.isfinite(size) else None,
+        },
+        "model": dict(model),
+        "conflicts": conflicts,
         "least_mass_on_the_answers": LEAST_MASS,
         "least_gap_share": LEAST_GAP,
         "halves": {
@@ -126,14 +120,51 @@ def protocol_of(
     return out
 
 
-def write_protocol(protocol: Mapping[str, Any], folder: str | Path | None) -> None:
-    """Write `protocol.json`, before the first effect.
+def power_sentence(protocol: Mapping[str, Any]) -> str:
+    """Say before a run how small an effect it will be able to find.
 
     Args:
         protocol: from `protocol_of`.
-        folder: made if absent; None writes nothing.
+
+    Returns:
+        The sentence.
     """
-    if folder is None:
-        return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "protocol.json").write_text(json.dumps(protocol, indent=1))
+    power, tests = protocol["power"], f"{protocol['family']} tests"
+    if power["smallest_effect_in_sd"] is None:
+        return (
+            f"Power: {power['discovery_components']} components on discovery are too few for {tests}: no effect, "
+            "however large, could pass them."
+        )
+    return (
+        f"Power: {power['discovery_components']} components on discovery and {tests} find, four times in five, a "
+        f"release that exceeds {protocol['s']:g} of G by {power['smallest_effect_in_sd']:.2f} standard deviations "
+        "between components."
+    )
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Say in what two protocols differ.
+
+    Args:
+        there: the one that was found.
+        here: the one of this run.
+
+    Returns:
+        One phrase for each entry that differs.
+    """
+    out: list[str] = []
+    for name in dict.fromkeys([*here, *there]):
+        one, two = there.get(name), here.get(name)
+        if one == two or name in ("hash", "power", "family"):
+            continue
+        if name == "halves":
+            dealt = [len((side or {}).get("dealt", {})) for side in (one, two)]
+            out.append(f"conflicts or halves ({dealt[0]} conflicts there, {dealt[1]} here)")
+        elif isinstance(one, Mapping) and isinstance(two, Mapping):
+            inner = [key for key in dict.fromkeys([*two, *one]) if one.get(key) != two.get(key)]
+            out.append(f"{name} ({', '.join(str(key) for key in inner)})")
+        elif len(f"{one}{two}") > 60:
+            out.append(str(name))
+        else:
+            out.append(f"{name} ({one} there, {two} here)")
+    return out

@@ -4,14 +4,16 @@ Only what costs runs of the model is stored; everything that is computed from it
 again, so that a resumed run gives the same numbers as one that was never interrupted. A measurement is known by a name
 and by everything that it depends on: the run's own key (protocol, weights, clips, program) and what its caller adds,
 such as which conflicts, which heads, which donor. Each is a file of arrays, written beside its place and moved there
-when it is whole; a file that is broken is measured again.
+when it is whole; a file that is broken is measured again. How long a measurement took is kept with it, and is no part
+of what it depends on.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,10 +22,30 @@ from typing import Any, cast
 
 import numpy as np
 
+from av_lens.errors import ProtocolError
 from av_lens.results.provenance import plain
+from av_lens.results.whole_files import write_whole
 
 Arrays = dict[str, np.ndarray]
 FOLDER = "measured"
+SECONDS = "seconds taken"
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One measurement, as those who watch a store are told of it.
+
+    Attributes:
+        name: what was measured.
+        depends: what it depends on, the conflicts' ids among it where it is tied to some.
+        seconds: how long it took when it was made.
+        new: made just now, and not found on disk.
+    """
+
+    name: str
+    depends: Mapping[str, Any]
+    seconds: float
+    new: bool
 
 
 @dataclass(eq=False)
@@ -35,13 +57,28 @@ class Store:
         key: what the whole run depends on; measurements of another key are not seen.
         recalled: how many measurements were found.
         made: how many were made.
+        before: called before each measurement that is not on disk; may raise to stop the run there.
+        told: called after each measurement, found or made.
     """
 
     folder: Path | None = None
     key: str = ""
     recalled: int = 0
     made: int = 0
-    on_made: list[Callable[[str], None]] = field(default_factory=list)
+    before: list[Callable[[str], None]] = field(default_factory=list)
+    told: list[Callable[[Measured], None]] = field(default_factory=list)
+    _within: list[float] = field(default_factory=list)
+
+    def under(self, variant: str) -> Store:
+        """Give a store of measurements made under another condition, in the same folder, watched by the same.
+
+        Args:
+            variant: names the condition.
+
+        Returns:
+            The store.
+        """
+        return Store(self.folder, f"{self.key}/{variant}", before=self.before, told=self.told)
 
     def recall(self, name: str, depends: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
         """Give a measurement: the stored one, or a new one, which is then stored.
@@ -53,26 +90,43 @@ class Store:
 
         Returns:
             The arrays by name.
+
+        Raises:
+            ProtocolError: the folder cannot be written to.
         """
-        if self.folder is None:
-            return compute()
-        place = self.folder / FOLDER / f"{_slug(name)}-{self.digest(name, depends)}.npz"
-        found = _opened(place)
+        place = (
+            None if self.folder is None else self.folder / FOLDER / f"{_slug(name)}-{self.digest(name, depends)}.npz"
+        )
+        found = None if place is None else _opened(place)
         if found is not None:
             self.recalled += 1
+            seconds = float(found.pop(SECONDS, np.zeros(())))
+            self._tell(Measured(name, depends, seconds, new=False))
             return found
-        made = compute()
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_name(f".{place.name}.part")
-        with partial.open("wb") as file:
-            np.savez(file, allow_pickle=False, **cast(Any, made))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, place)
-        self.made += 1
-        for told in self.on_made:
+        for told in self.before:
             told(name)
+        made, seconds = self._timed(compute)
+        if place is not None:
+            _keep(place, made, seconds)
+        self.made += 1
+        self._tell(Measured(name, depends, seconds, new=True))
         return made
+
+    def _timed(self, compute: Callable[[], Arrays]) -> tuple[Arrays, float]:
+        """Measure, and take the time, less that of the measurements that were made on the way."""
+        self._within.append(0.0)
+        begun = time.monotonic()
+        try:
+            made = compute()
+        finally:
+            taken, inner = time.monotonic() - begun, self._within.pop()
+            if self._within:
+                self._within[-1] += taken
+        return made, taken - inner
+
+    def _tell(self, measured: Measured) -> None:
+        for told in self.told:
+            told(measured)
 
     def digest(self, name: str, depends: Mapping[str, Any]) -> str:
         """Hash what a measurement depends on.
@@ -90,6 +144,19 @@ class Store:
 
 def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)[:40].strip("-")
+
+
+def _keep(place: Path, made: Arrays, seconds: float) -> None:
+    held = io.BytesIO()
+    np.savez(held, allow_pickle=False, **cast(Any, {**made, SECONDS: np.array(seconds)}))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(place, held.getvalue(), sync=True)
+    except OSError as error:
+        raise ProtocolError(
+            f"cannot keep a measurement in {place.parent}: {error}. What was kept before is whole; make room or give "
+            "the folder back, and the same command goes on from there."
+        ) from error
 
 
 def _opened(place: Path) -> Arrays | None:

@@ -1,0 +1,269 @@
+"""A run's folder: one protocol, one writer, everything that was measured, a line for every conflict.
+
+    DIR/protocol.json     written before the first effect; a folder that holds another protocol is refused
+    DIR/measured/         the measurements (`store`)
+    DIR/conflicts.jsonl   a line for each conflict: its half, which parts are done, how long they took
+    DIR/estimate.json     what the run was expected to cost, made once (`cost`)
+    DIR/numbers/          the finished record
+
+A run that is killed at any moment loses the measurement that it was making; the same command goes on from there, and
+its numbers are those of a run that was never stopped. `conflicts.jsonl` is made from the measurements alone, so that it
+is right again as soon as a run goes on. The seconds in it are no part of a run's identity.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from av_lens.errors import ProtocolError, UnfinishedError
+from av_lens.isolation.protocol import differences
+from av_lens.isolation.store import FOLDER, Measured, Store
+from av_lens.results.provenance import source_hash
+from av_lens.results.whole_files import sweep_partials, write_whole
+
+PROTOCOL, LEDGER, LOCK, PROGRAM = "protocol.json", "conflicts.jsonl", ".lock", "program.txt"
+EFFECTS = "head effects"
+Told = Callable[[str], None]
+
+
+@contextmanager
+def claimed(folder: Path, protocol: Mapping[str, Any], *, told: Told | None = None) -> Generator[None]:
+    """Hold a folder for one run, and write the protocol into it if it is new.
+
+    Args:
+        folder: made if absent.
+        protocol: this run's.
+        told: called with sentences worth reading.
+
+    Yields:
+        Nothing, while the folder is held.
+
+    Raises:
+        ProtocolError: the folder holds another protocol, or another process is writing in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        for place in (folder, folder / FOLDER):
+            sweep_partials(place)
+        if (folder / PROTOCOL).exists():
+            _same(folder, protocol)
+        else:
+            write_whole(folder / PROTOCOL, json.dumps(protocol, indent=1), sync=True)
+        program = folder / PROGRAM
+        if program.exists() and program.read_text() != source_hash() and told is not None:
+            told(f"av_lens was changed since {folder} was begun: what it holds is measured again.")
+        write_whole(program, source_hash())
+        yield
+
+
+def _same(folder: Path, protocol: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds another protocol, saying in what they differ."""
+    mend = "Give another folder (--out), or the options and conflicts of that run."
+    try:
+        there = dict(json.loads((folder / PROTOCOL).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ProtocolError(f"{folder / PROTOCOL} cannot be read as a protocol: {error}. {mend}") from error
+    if there.get("hash") != protocol["hash"]:
+        raise ProtocolError(
+            f"{folder} holds a run under another protocol; they differ in "
+            f"{'; '.join(differences(there, protocol)) or 'their hash'}. {mend}"
+        )
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[None]:
+    """Keep other processes out of the folder; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ProtocolError(
+                f"another process is writing in {folder}. Wait until it is done, or give another folder."
+            ) from error
+        yield
+
+
+class Deadline:
+    """Stops a run before its next measurement once its minutes are spent; each run makes at least one.
+
+    Args:
+        minutes: how long the run may take.
+        store: what it measures into.
+        said: gives the end of the sentence that the run stops with.
+    """
+
+    def __init__(self, minutes: float, store: Store, said: Callable[[], str]) -> None:
+        if store.folder is None:
+            raise ProtocolError(
+                "a run with a budget needs a folder (out=DIR): without one nothing would be kept when it stops."
+            )
+        if not minutes > 0:
+            raise ProtocolError(f"the budget is {minutes:g} minutes; give a number above 0, or none.")
+        self.minutes = minutes
+        self.store = store
+        self.said = said
+        self.end = time.monotonic() + 60 * minutes
+
+    def __call__(self, name: str) -> None:
+        """Stop the run if its time is up.
+
+        Args:
+            name: the measurement that would be made next.
+
+        Raises:
+            UnfinishedError: the time is up.
+        """
+        if self.store.made and time.monotonic() > self.end:
+            raise UnfinishedError(
+                f"stopped at the budget of {self.minutes:g} minutes, before: {name}. {self.said()} "
+                f"Everything is kept in {self.store.folder}; the same command goes on from there."
+            )
+
+
+class Ledger:
+    """What has been done for each conflict: told line by line, kept in `conflicts.jsonl`.
+
+    Args:
+        folder: the run's folder; None keeps no file.
+        halves: each conflict's half, by id, in the order of the conflicts.
+        told: called with a line for each conflict whose heads' effects are measured.
+    """
+
+    def __init__(self, folder: Path | None, halves: Mapping[str, str], told: Told | None = None) -> None:
+        self.path = None if folder is None else folder / LEDGER
+        self.halves = halves
+        self.told = told
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.done: dict[str, dict[str, float]] = {name: {} for name in halves}
+        self.kept, self.kept_seconds, self.seconds = 0, 0.0, 0.0
+        self._open: tuple[str, tuple[str, ...]] | None = None
+        self._resumed = False
+
+    def __call__(self, measured: Measured) -> None:
+        """Note a measurement.
+
+        Args:
+            measured: what was measured, just now or by an earlier run.
+        """
+        ids = [str(one) for one in measured.depends.get("ids", ())]
+        part = f"{measured.name} at {measured.depends['site']}" if "site" in measured.depends else measured.name
+        self.seconds += measured.seconds
+        if not measured.new:
+            self.kept, self.kept_seconds = self.kept + 1, self.kept_seconds + measured.seconds
+        elif self.kept and not self._resumed:
+            self._resumed = True
+            self._tell(f"resumed: {self.kept} measurements of an earlier run are kept ({self.kept_seconds:.0f} s).")
+        if self._open is not None and self._open != (part, tuple(ids)):
+            self.close()
+        for name in ids:
+            if name in self.done:
+                self.done[name][part] = self.done[name].get(part, 0.0) + measured.seconds / len(ids)
+        if measured.new and measured.name == EFFECTS and ids:
+            self._open = (part, tuple(ids))
+        if measured.new:
+            self.write()
+
+    def close(self) -> None:
+        """Tell the lines of the conflicts whose effects were being measured."""
+        if self._open is None:
+            return
+        part, ids = self._open
+        self._open = None
+        for name in ids:
+            self._tell(self.line(name, part))
+
+    def line(self, name: str, part: str) -> str:
+        """Say what was found out about a conflict.
+
+        Args:
+            name: its id.
+            part: the part that is done.
+
+        Returns:
+            One line.
+        """
+        figures = "".join(f"  {key} {value:.2f}" for key, value in self.figures.get(name, {}).items())
+        return f"{name}  {self.halves[name]}{figures}  {part}: {self.done[name][part]:.1f} s"
+
+    @property
+    def finished(self) -> int:
+        """Of how many conflicts the heads' effects are measured."""
+        return sum(any(part.startswith(EFFECTS) for part in parts) for parts in self.done.values())
+
+    def write(self) -> None:
+        """Write the file anew, whole."""
+        if self.path is None:
+            return
+        rows = [
+            {
+                "id": name,
+                "half": half,
+                **self.figures.get(name, {}),
+                "done": {part: round(seconds, 3) for part, seconds in self.done[name].items()},
+                "seconds": round(sum(self.done[name].values()), 3),
+            }
+            for name, half in self.halves.items()
+            if self.done[name]
+        ]
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def _tell(self, line: str) -> None:
+        if self.told is not None:
+            self.told(line)
+
+
+@contextmanager
+def watched_run(
+    store: Store,
+    folder: Path | None,
+    *,
+    key: str,
+    protocol: Mapping[str, Any],
+    ids: Sequence[str],
+    halves: Sequence[str],
+    budget: float | None,
+    told: Told | None,
+) -> Generator[Ledger]:
+    """Hold a run's folder while it goes on, with its ledger and its deadline.
+
+    Args:
+        store: what the run measures into; it is given the folder and the key.
+        folder: the run's folder; None keeps nothing.
+        key: the hash of all that the run depends on.
+        protocol: this run's.
+        ids: the conflicts.
+        halves: where each was dealt.
+        budget: minutes after which the run stops; None never stops it.
+        told: called with the lines that a reader should see.
+
+    Yields:
+        The ledger.
+
+    Raises:
+        ProtocolError: another protocol in the folder, another writer, or a budget without a folder.
+    """
+    store.folder, store.key = folder, key
+    ledger = Ledger(folder, dict(zip(ids, halves, strict=True)), told)
+    if budget is not None:
+        said = lambda: f"The effects of {ledger.finished} of {len(ids)} conflicts are measured."  # noqa: E731
+        store.before.append(Deadline(budget, store, said))
+    store.told.append(ledger)
+    if folder is None:
+        yield ledger
+        return
+    with claimed(folder, protocol, told=told):
+        try:
+            yield ledger
+        finally:
+            with suppress(OSError):
+                ledger.write()

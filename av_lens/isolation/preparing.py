@@ -1,0 +1,227 @@
+"""What a run is, before the model is asked anything: who is dealt where, what is asked, and which protocol this is.
+
+Deal the conflicts to two halves, draw the third clips, resolve the answers, write the protocol down. Whatever can be
+refused without running the model is refused here.
+
+A run is the same run as another if criteria, seeds, model (weights and configuration), conflicts (files, windows,
+words) and program are the same; `Run.key` is the hash of all that, and measurements on disk are known by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from av_lens.errors import ProtocolError, unknown
+from av_lens.inputs.sources import clip_key
+from av_lens.isolation import protocol
+from av_lens.isolation.behaviour import Survey
+from av_lens.isolation.bench import Bench
+from av_lens.isolation.effects import Progress
+from av_lens.isolation.engine import SITES, Engine, ModelEngine
+from av_lens.isolation.evidence import Half
+from av_lens.isolation.role_tests import family_size
+from av_lens.isolation.scoring import Candidates
+from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member, deal, third_sources
+from av_lens.results.provenance import plain, source_hash, versions
+from av_lens.results.statistics import Bootstrap
+from av_lens.runs.trace_files import weight_hashes
+
+GATES = ("stop", "report")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller of `isolate` chose; see there."""
+
+    sites: tuple[str, ...]
+    s: float | None
+    gate: str
+    seed: int
+    layout: str
+    quick: bool
+
+    def __post_init__(self) -> None:
+        if self.gate not in GATES:
+            raise ProtocolError(unknown("gate", self.gate, GATES))
+        if not self.sites:
+            raise ProtocolError(f"no site was given to search; give at least one of: {', '.join(SITES)}.")
+        for site in self.sites:
+            if site not in SITES:
+                raise ProtocolError(unknown("site", site, SITES))
+
+
+@dataclass(eq=False)
+class Run:
+    """Everything a run knows while it goes on; `s` may be raised when it is measured."""
+
+    bench: Bench
+    members: list[Member]
+    halves: Halves
+    protocol: dict[str, Any]
+    options: Options
+    s: float
+    progress: Progress | None
+    survey: Survey | None = None
+    stamps: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def key(self) -> str:
+        """The hash of all that the run's measurements depend on: protocol, weights, conflicts, program, versions."""
+        parts = [self.protocol["hash"], source_hash(), versions()]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def family(self) -> int:
+        """How many tests q corrects for."""
+        return int(self.protocol["family"])
+
+    @property
+    def read(self) -> Survey:
+        """What the unedited model says in every cell."""
+        assert self.survey is not None
+        return self.survey
+
+    def half(self, name: str, examples: Sequence[int]) -> Half:
+        """Collect some conflicts of a half.
+
+        Args:
+            name: the half.
+            examples: its conflicts.
+
+        Returns:
+            The half, with its bootstrap weights.
+        """
+        found = np.array(examples, dtype=np.int64)
+        components = [self.halves.component[i] for i in found]
+        sound = [self.members[i].sound_clip for i in found]
+        picture = [self.members[i].picture_clip for i in found]
+        boot = Bootstrap.draw(components, sound, picture, seed=self.options.seed + (name == CONFIRMATION))
+        return Half(name, found, components, boot, self.read.G[found], self.read.C[found])
+
+    def stamp(self, stamp: str, reason: str) -> None:
+        """Mark every page, and say why.
+
+        Args:
+            stamp: such as "exploratory".
+            reason: a sentence.
+        """
+        if stamp not in self.stamps:
+            self.stamps.append(stamp)
+        self.reasons.append(reason)
+
+
+def prepared(
+    model: Any, conflicts: Sequence[Any], options: Options, *, engine: Engine | None, progress: Progress | None
+) -> Run:
+    """Deal the halves, draw the third clips, resolve the answers, write the protocol down.
+
+    Args:
+        model: a `HookedAVLLM`.
+        conflicts: the conflicts.
+        options: what the caller chose.
+        engine: what runs the model, instead of `ModelEngine(model)`.
+        progress: called as `progress(stage, done, total)`.
+
+    Returns:
+        The run, before its first measurement.
+
+    Raises:
+        ProtocolError: too few conflicts, or answers that isolation cannot score.
+    """
+    named = [c if c.id is not None else dataclasses.replace(c, id=f"c{i}") for i, c in enumerate(conflicts)]
+    if len(named) < 2 * protocol.FEWEST:
+        raise ProtocolError(
+            f"{len(named)} conflicts were given; isolation needs at least {protocol.FEWEST} competent ones in each "
+            f"half ({2 * protocol.FEWEST} in all, 120 for a verdict). Add conflicts."
+        )
+    organism = getattr(model, "grammar", None) is not None
+    rule = "given" if options.s is not None else ("organism" if organism else protocol.MEASURED)
+    s = options.s if options.s is not None else (protocol.S_ORGANISM if organism else protocol.S_OTHER)
+    engine = ModelEngine(model, layout=options.layout) if engine is None else engine
+    candidates = Candidates.of(named, engine.tokenizer)
+    keys = _ClipKeys()
+    members = [
+        Member(c.id, keys.of(c.sound), keys.of(c.picture), candidates.names[candidates.sound[i]])
+        for i, c in enumerate(named)
+    ]
+    halves = deal(members, seed=options.seed)
+    named = _with_thirds(named, candidates, halves, options.seed)
+    family = family_size(engine.n_layers * engine.n_heads, len(options.sites))
+    written = protocol.protocol_of(
+        options=dataclasses.asdict(options) | {"s": s, "s_rule": rule},
+        halves=halves,
+        ids=[m.id for m in members],
+        model=_model_identity(engine),
+        conflicts=_conflicts_hash(named, members, keys),
+        family=family,
+    )
+    return Run(Bench(engine, named, candidates, site=options.sites[0]), members, halves, written, options, s, progress)
+
+
+def _model_identity(engine: Engine) -> dict[str, Any]:
+    """Name the model by its sizes, its weights and how it computes."""
+    model = getattr(engine, "model", None)
+    found: dict[str, Any] = {"n_layers": engine.n_layers, "n_heads": engine.n_heads}
+    if model is None:
+        return found | {"engine": type(engine).__name__, "weights": str(getattr(engine, "identity", ""))}
+    text = json.dumps(weight_hashes(model), sort_keys=True)
+    return found | {
+        "engine": str(getattr(engine, "how", type(engine).__name__)),
+        "weights": hashlib.sha256(text.encode()).hexdigest(),
+        "dtype": str(model.dtype),
+        "device": str(model.device.type),
+    }
+
+
+class _ClipKeys:
+    """Clips' keys; a file is hashed once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, Any, Any], str] = {}
+
+    def of(self, clip: Any) -> str:
+        path = getattr(clip, "path", None) if hasattr(clip, "load") else None
+        if path is None:
+            return clip_key(clip)
+        place = (str(path), getattr(clip, "start", None), getattr(clip, "end", None))
+        if place not in self._known:
+            self._known[place] = clip_key(clip)
+        return self._known[place]
+
+
+def _conflicts_hash(named: Sequence[Any], members: Sequence[Member], keys: _ClipKeys) -> str:
+    """Hash what the conflicts are made of: their clips by content and window, and their words."""
+    rows = [
+        [
+            member.id,
+            member.sound_clip,
+            member.picture_clip,
+            None if conflict.third is None else keys.of(conflict.third),
+            plain(conflict.answers),
+            *(str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix")),
+        ]
+        for conflict, member in zip(named, members, strict=True)
+    ]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _with_thirds(named: Sequence[Any], candidates: Candidates, halves: Halves, seed: int) -> list[Any]:
+    """Draw w for the conflicts that bring none of their own: another conflict's sound source of the same half."""
+    out = list(named)
+    for half in (DISCOVERY, CONFIRMATION):
+        rows = halves.members(half)
+        sound = [candidates.names[candidates.sound[i]] for i in rows]
+        picture = [candidates.names[candidates.picture[i]] for i in rows]
+        drawn = third_sources(sound, picture, ids=[named[i].id for i in rows], seed=seed)
+        for i, j in zip(rows, drawn, strict=True):
+            if j >= 0 and named[i].third is None:
+                out[i] = dataclasses.replace(named[i], third=named[rows[int(j)]].sound)
+    return out
