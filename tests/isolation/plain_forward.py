@@ -51,20 +51,24 @@ class PlainEdit:
 
 
 class PlainModel:
-    """HuggingFace's thinker in float32 with eager attention.
+    """HuggingFace's thinker.
 
     Args:
-        folder: the checkpoint.
+        hf: the model, in evaluation mode, with eager attention.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, hf: Any) -> None:
+        self.hf = hf
+        self.text = hf.model.language_model
+        self.n_heads = hf.config.text_config.num_attention_heads
+
+    @classmethod
+    def opened(cls, folder: str) -> PlainModel:
+        """Open a checkpoint in float32, by HuggingFace alone."""
         from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-        self.hf = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        self.text = self.hf.model.language_model
-        self.n_heads = self.hf.config.text_config.num_attention_heads
+        how = {"dtype": torch.float32, "attn_implementation": "eager"}
+        return cls(Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, **how).eval())
 
     @torch.no_grad()
     def run(self, tensors: dict[str, Any]) -> PlainRun:
@@ -76,8 +80,8 @@ class PlainModel:
             self.text.register_forward_pre_hook(lambda _, __, kwargs: given.update(kwargs), with_kwargs=True),
             self.text.norm.register_forward_pre_hook(lambda _, args: last.append(args[0][0, -1])),
         ]
-        for layer in self.text.layers:
-            hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: z.append(args[0][0])))
+        inside = [layer.self_attn.o_proj for layer in self.text.layers]
+        hooks += [o.register_forward_pre_hook(lambda _, args: z.append(args[0][0])) for o in inside]
         with removed(hooks):
             logits = self.hf(**tensors, use_cache=False).logits[0, -1]
         heads = torch.stack(z).unflatten(-1, (self.n_heads, -1))
@@ -88,9 +92,9 @@ class PlainModel:
     @torch.no_grad()
     def edited(self, base: PlainRun, edit: PlainEdit, *, whole: bool = False) -> torch.Tensor:
         """Logits [d_vocab] at the last position of an input under an edit."""
-        hooks = [self.text.norm.register_forward_hook(_norm_hook(base, edit))]
-        for i, layer in enumerate(self.text.layers):
-            hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(self._z_hook(i, base, edit)))
+        inside = enumerate(layer.self_attn.o_proj for layer in self.text.layers)
+        hooks = [o.register_forward_pre_hook(self._z_hook(layer, base, edit)) for layer, o in inside]
+        hooks.append(self.text.norm.register_forward_hook(_norm_hook(base, edit)))
         with removed(hooks):
             if whole:
                 return self.hf(**base.tensors, use_cache=False).logits[0, -1]

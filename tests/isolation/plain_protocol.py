@@ -1,9 +1,9 @@
 """The figures of the protocol's sections 2 and 4, written a second time from its text: plain, slow, means only.
 
-One conflict is a `PlainCase`: the tensors of its cells, and of its cells under the question about the picture. Everything
-is a loop over conflicts and forwards. M = score(a) - score(v), the answers held fixed in every cell; an effect on C is
-half of [change of M in va - change of M in av], the donor of `av` being the mirror; an effect on G the same in
-`blank_a` and `blank_v`.
+One conflict is a `PlainCase`: the tensors of its cells, and of its cells under the question about the picture. All of
+it is loops over conflicts and forwards. M = score(a) - score(v), the answers held fixed in every cell; an effect on C
+is half of [change of M in va - change of M in av], the donor of `av` being the mirror; an effect on G the same in
+`blank_a` and `blank_v`. A conflict without a third clip has NaN where one is needed.
 
 Read out of the protocol's text where it leaves a choice: competence is judged between the two answers; a mean's donor
 is aligned from the end, and where it is shorter than the site the overhang keeps the base's own z; the means of "all
@@ -12,7 +12,8 @@ distinct answers" are over the answers of every conflict given.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,8 +52,8 @@ class PlainCase:
 
     id: str
     words: tuple[str, str]
-    cells: Mapping[str, dict[str, Any]]
-    see: Mapping[str, dict[str, Any]]
+    cells: dict[str, dict[str, Any]]
+    see: dict[str, dict[str, Any]]
     site: dict[str, list[int]]
     see_site: dict[str, list[int]]
     runs: dict[tuple[str, str], PlainRun] = field(default_factory=dict)
@@ -91,6 +92,11 @@ class Plain:
         scores = {other: float(logits[self.tokens[other]].double()) for other in self.answers}
         return scores[word] - sum(scores.values()) / len(scores)
 
+    def over_others(self, case: PlainCase, logits: torch.Tensor, word: str) -> float:
+        """An answer's score over the mean of the answers that are neither a nor v (section 5, "breaks")."""
+        others = [float(logits[self.tokens[one]].double()) for one in self.answers if one not in case.words]
+        return float(logits[self.tokens[word]].double()) - sum(others) / len(others)
+
     # Section 2: behaviour.
 
     def m(self, case: PlainCase, cell: str) -> float:
@@ -112,12 +118,12 @@ class Plain:
         return heard and self.best_of_two(case, "v_muted", "see") == v and self.best_of_two(case, "a_muted", "see") == a
 
     def behaviour(self, cases: Sequence[PlainCase]) -> dict[str, float]:
-        """Every mean of section 2 over some conflicts."""
+        """The means of section 2 over some conflicts; the rates are `says`."""
         m = {cell: mean(self.m(case, cell) for case in cases) for cell in ("va", "aa", "vv", "av")}
         c, g = mean(self.c(case) for case in cases), mean(self.g(case) for case in cases)
         e_a = 0.5 * (m["va"] + m["aa"] - m["vv"] - m["av"])
         e_v = 0.5 * (m["aa"] + m["av"] - m["va"] - m["vv"])
-        found = {
+        return {
             "E_A": e_a,
             "E_V": e_v,
             "I": m["aa"] - m["va"] - m["av"] + m["vv"],
@@ -125,25 +131,16 @@ class Plain:
             "C": c,
             "G": g,
             "gap": g - c,
-            "median mass": float(np.median([self.mass(case) for case in cases])),
+            "median P(a) + P(v)": float(np.median([self.mass(case) for case in cases])),
         }
-        for cell in ("va", "vv", "aa", "av", "wa", "wv", "blank_a", "blank_v"):
-            heard = [case.words[0 if cell[-1] == "a" else 1] for case in cases]
-            found[f"two answers, {cell}"] = mean(
-                self.best_of_two(case, cell) == word for case, word in zip(cases, heard, strict=True)
-            )
-            found[f"vocabulary, {cell}"] = mean(
-                self.best_of_all(case, cell) == self.tokens[word] for case, word in zip(cases, heard, strict=True)
-            )
-        for cell in ("v_muted", "a_muted", "blank_muted"):
-            for name, which in (("a", 0), ("v", 1)):
-                found[f"two answers say {name}, {cell}"] = mean(
-                    self.best_of_two(case, cell) == case.words[which] for case in cases
-                )
-                found[f"vocabulary says {name}, {cell}"] = mean(
-                    self.best_of_all(case, cell) == self.tokens[case.words[which]] for case in cases
-                )
-        return found
+
+    def says(
+        self, cases: Sequence[PlainCase], cell: str, whose: int, *, question: str = "asked"
+    ) -> tuple[float, float]:
+        """How often a cell says the sound's answer (`whose` 0) or the picture's (1): best of the two, best of all."""
+        two = mean(self.best_of_two(case, cell, question) == case.words[whose] for case in cases)
+        vocabulary = mean(self.best_of_all(case, cell, question) == self.tokens[case.words[whose]] for case in cases)
+        return two, vocabulary
 
     def c(self, case: PlainCase) -> float:
         """Hearing under conflict."""
@@ -201,12 +198,14 @@ class Plain:
         direct: bool = False,
         hold_norm: bool = False,
     ) -> dict[str, float]:
-        """What an edit changes in a cell: M, and the two centred scores."""
+        """What an edit changes in a cell: M, the two centred scores, and the heard answer's rise over the others."""
         base = self.run(case, cell)
         positions, z = self.donor_z(case, cell, donor, head, site, pool)
         edit = PlainEdit({head: (positions, z)}, hold_after=head[0] if direct else None, hold_norm=hold_norm)
         logits = self.model.edited(base, edit)
         change = {"M": self.margin(case, logits) - self.margin(case, base.logits)}
+        heard = case.words[0 if cell in ("va", "blank_a") else 1]
+        change["rise"] = self.over_others(case, logits, heard) - self.over_others(case, base.logits, heard)
         for name, word in zip("av", case.words, strict=True):
             change[name] = self.centred(logits, word) - self.centred(base.logits, word)
         return change
@@ -223,7 +222,9 @@ class Plain:
         direct: bool = False,
         hold_norm: bool = False,
     ) -> dict[str, float]:
-        """The mirrored effect of a donor on C (or, in the blank cells, on G), and its parts on the sound and picture."""
+        """The mirrored effect of a donor on C (in the blank cells: on G), and its parts on the sound and picture."""
+        if "w" in donor and donor not in case.cells:
+            return dict.fromkeys(("M", "sound", "picture", "rise"), math.nan)
         here, there = cells
         mirrored = MIRROR.get(donor, donor)
         how = {"direct": direct, "hold_norm": hold_norm}
@@ -233,13 +234,12 @@ class Plain:
             "M": 0.5 * (first["M"] - second["M"]),
             "sound": 0.5 * (first["a"] + second["v"]),
             "picture": 0.5 * (first["v"] + second["a"]),
+            "rise": 0.5 * (first["rise"] + second["rise"]),
         }
 
     # Section 4: the effects of a head, in one conflict.
 
-    def head_effects(
-        self, case: PlainCase, head: Head, site: str, pool: Sequence[PlainCase], *, hold_norm: bool = False
-    ) -> dict[str, float]:
+    def head_effects(self, case: PlainCase, head: Head, site: str, pool: Sequence[PlainCase]) -> dict[str, float]:
         """Every row of section 4 for a head in a conflict, "estimand/donor" -> value.
 
         Args:
@@ -247,15 +247,13 @@ class Plain:
             head: which.
             site: the site set.
             pool: discovery's conflicts, for the means.
-            hold_norm: with the final norm's scale frozen at the cell's unedited run.
         """
 
-        def on_c(donor: str, direct: bool = False) -> dict[str, float]:
-            return self.effect(case, donor, head, site, pool, direct=direct, hold_norm=hold_norm)
+        def on_c(donor: str, **how: bool) -> dict[str, float]:
+            return self.effect(case, donor, head, site, pool, **how)
 
         def fall_of_g(donor: str) -> float:
-            cells = ("blank_a", "blank_v")
-            return -self.effect(case, donor, head, site, pool, cells=cells, hold_norm=hold_norm)["M"]
+            return -self.effect(case, donor, head, site, pool, cells=("blank_a", "blank_v"))["M"]
 
         found: dict[str, float] = {}
         for donor in RELEASES:
@@ -264,17 +262,19 @@ class Plain:
                 f"release/{donor}": total["M"],
                 f"release on sound/{donor}": total["sound"],
                 f"release on picture/{donor}": total["picture"],
+                f"release (norm frozen)/{donor}": on_c(donor, hold_norm=True)["M"],
+                f"rise over others/{donor}": total["rise"],
                 f"direct/{donor}": direct["M"],
-                f"direct on sound/{donor}": direct["sound"],
-                f"direct on picture/{donor}": direct["picture"],
                 f"repair/{donor}": direct["M"] - total["M"],
+                f"fall of G/{donor}": fall_of_g(donor),
             }
         found["release/mean_task"] = on_c("mean_task")["M"]
+        found["question's own/mean_other - mean_task"] = found["release/mean_other"] - found["release/mean_task"]
         found["reads picture/wa"] = on_c("wa")["M"]
         found["reads sound/vw"] = on_c("vw")["M"]
-        found["silenced/blank_a"] = on_c("blank_a")["M"] - found["release/blank_muted"]
+        found["silenced/blank_a - blank_muted"] = on_c("blank_a")["M"] - found["release/blank_muted"]
         found["sufficiency/va"] = fall_of_g("va")
-        found["carries/blank_muted"] = fall_of_g("blank_muted")
+        found["carries/blank_muted"] = found["fall of G/blank_muted"]
         return found
 
 
