@@ -5,8 +5,8 @@ A `Chunk` is a stack of conflicts of one layout and one wording; it runs a cell 
 *donor* is what a head's z becomes: another cell of the same conflict, zero, or a mean over discovery (`Means`). In the
 mirrored cells (`av`, `blank_v`) a donor cell is mirrored too (a and v change places).
 
-Choices where the protocol is silent: a donor of other length than the site is aligned from the end, and what overhangs
-keeps the run's own z; conflicts without a third clip have NaN donors there, so that only their own figures are NaN.
+Choice where the protocol is silent: conflicts without a third clip have NaN donors there, so that only their own
+figures are NaN.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,48 +24,37 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from av_lens.errors import ProtocolError
-from av_lens.isolation.engine import Engine, Recording
+from av_lens.isolation.donors import (
+    MEANS,
+    MIRROR,
+    MIRRORED_BASES,
+    OTHER_LAYOUT,
+    PRIMARY_DONORS,
+    W_CELLS,
+    AllZ,
+    Means,
+    align_end,
+    equal_ending,
+)
 from av_lens.isolation.scoring import Candidates, Reading
+from av_lens.isolation.seam import MEDIA_SITES, Engine, Recording, site_positions
 from av_lens.isolation.store import Arrays, Store
+from av_lens.runs.attention_mass import sink_positions, sinks_of
+from av_lens.spans import SpanMap
 
-_PAIRS = (("va", "av"), ("vv", "aa"), ("wa", "wv"), ("vw", "aw"), ("blank_a", "blank_v"), ("v_muted", "a_muted"))
-MIRROR = {one: two for pair in _PAIRS for one, two in (pair, pair[::-1])} | {"blank_muted": "blank_muted"}
-MIRRORED_BASES = ("av", "blank_v")
-W_CELLS = ("wa", "wv", "vw", "aw")
-MEANS = ("mean_task", "mean_other")
-PRIMARY_DONORS = ("blank_muted", "mean_other", "zero")
-
-AllZ = Float[Tensor, "layer batch site head d_head"]
-
-
-def align_end(donor: Float[Tensor, "layer batch donor_site head d_head"], base: AllZ) -> AllZ:
-    """Lay a donor over a run of another length, the last positions on each other.
-
-    Args:
-        donor: the donor's z at its site.
-        base: the run's own z at its site; kept where the donor does not reach.
-
-    Returns:
-        z of the base's shape.
-    """
-    have, want = donor.shape[2], base.shape[2]
-    if have == want:
-        return donor
-    out = base.clone()
-    k = min(have, want)
-    out[:, :, want - k :] = donor[:, :, have - k :]
-    return out
+__all__ = ["MIRROR", "PRIMARY_DONORS", "Bench", "Chunk", "Means", "align_end"]
 
 
 @dataclass(eq=False)
 class Bench:
-    """The conflicts of a run, their answers and the engine; `third[i]` says whether conflict i has a clip w."""
+    """The conflicts of a run, their answers and the engine; `sinks` are those of each layout, found on discovery."""
 
     engine: Engine
     conflicts: list[Any]
     candidates: Candidates
     site: str = "suffix"
     store: Store = field(default_factory=Store)
+    sinks: list[tuple[SpanMap, list[int]]] = field(default_factory=list)
     _cells: dict[tuple[int, str | None], Any] = field(default_factory=dict)
 
     def wording(self, example: int, question: str) -> str | None:
@@ -106,6 +96,40 @@ class Bench:
         """
         return getattr(self.conflicts[example], "third", None) is not None
 
+    def find_sinks(self, examples: Sequence[int]) -> None:
+        """Find every layout's sinks: media positions with over 10 times the mean incoming value-weighted attention.
+
+        Args:
+            examples: discovery's conflicts, in whose `va` they are found; other layouts have none.
+        """
+        found: list[tuple[SpanMap, list[np.ndarray]]] = []
+        for chunk in self.chunks(examples, "suffix"):
+            stack = chunk.inputs("va")
+            measure = partial(self.engine.incoming, stack)
+            depends = {"ids": chunk.ids}
+            mass = self.store.recall("incoming attention", depends, lambda measure=measure: {"mass": measure()})["mass"]
+            parts = next((parts for of, parts in found if of.layout_difference(stack.spans) is None), None)
+            if parts is None:
+                found.append((stack.spans, [mass]))
+            else:
+                parts.append(mass)
+        self.sinks = [(spans, sink_positions(np.concatenate(parts), spans).tolist()) for spans, parts in found]
+
+    def positions(self, inputs: Any, site: str) -> Int[np.ndarray, " site"]:
+        """Find a site's positions in some inputs.
+
+        Args:
+            inputs: one example or a stack.
+            site: the site set.
+
+        Returns:
+            The positions, increasing.
+
+        Raises:
+            ProtocolError: an unknown site, or one that these inputs do not have.
+        """
+        return site_positions(inputs.spans, site, sinks_of(inputs.spans, self.sinks) if site == "sinks" else ())
+
     def chunks(self, examples: Sequence[int], site: str | None = None) -> list[Chunk]:
         """Group conflicts by layout and wording, in stacks that fit into memory.
 
@@ -114,7 +138,10 @@ class Bench:
             site: another site than the bench's.
 
         Returns:
-            The chunks.
+            The chunks; at the sinks those of layouts that have some.
+
+        Raises:
+            ProtocolError: no layout has sinks.
         """
         groups: dict[Any, list[int]] = defaultdict(list)
         for example in examples:
@@ -122,10 +149,15 @@ class Bench:
             words = tuple(str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix"))
             groups[(_layout(self.inputs(example, "va", "ask")), words)].append(example)
         parts: list[list[int]] = []
+        site = site or self.site
         for group in groups.values():
+            if site == "sinks" and not sinks_of(self.inputs(group[0], "va", "ask").spans, self.sinks):
+                continue
             size = self.engine.together(self.inputs(group[0], "va", "ask"))
             parts += [part.tolist() for part in np.array_split(group, -(-len(group) // size))]
-        return [Chunk(self, np.array(part, dtype=np.int64), site or self.site) for part in parts]
+        if not parts:
+            site_positions(self.inputs(int(examples[0]), "va", "ask").spans, site)
+        return [Chunk(self, np.array(part, dtype=np.int64), site) for part in parts]
 
 
 def _layout(inputs: Any) -> Any:
@@ -133,64 +165,6 @@ def _layout(inputs: Any) -> Any:
     positions = getattr(inputs, "position_ids", None)
     rotary = None if positions is None else hashlib.sha256(positions.cpu().numpy().tobytes()).hexdigest()
     return tuple(spans.roles), rotary
-
-
-@dataclass(eq=False)
-class Means:
-    """Every head's z at the site over discovery, for the two mean donors.
-
-    `z[name]` is `[layer, example, site, head, d_head]` on the CPU, name being "va", "av" (asked their own question) or
-    "see" (`va` asked `see`); `sound` and `picture` are the examples' answers.
-    """
-
-    z: dict[str, Tensor]
-    sound: Int[np.ndarray, " example"]
-    picture: Int[np.ndarray, " example"]
-    ids: tuple[str, ...] = ()
-
-    @classmethod
-    def over(cls, chunks: Sequence[Chunk]) -> Means:
-        """Collect a half.
-
-        Args:
-            chunks: discovery's conflicts.
-
-        Returns:
-            The means' ingredients.
-
-        Raises:
-            ProtocolError: sites of different lengths under one question (conflicts asked in different words).
-        """
-        z: dict[str, Tensor] = {}
-        for name, cell, question in (("va", "va", "ask"), ("av", "av", "ask"), ("see", "va", "see")):
-            parts = [chunk.run(cell, question).site_z.cpu() for chunk in chunks]
-            if len({part.shape[2] for part in parts}) > 1:
-                shortest = min(part.shape[2] for part in parts)
-                parts = [part[:, :, -shortest:] for part in parts]
-            z[name] = torch.cat(parts, dim=1)
-        examples = np.concatenate([chunk.examples for chunk in chunks])
-        candidates = chunks[0].bench.candidates
-        ids = tuple(str(chunks[0].bench.conflicts[int(i)].id) for i in examples)
-        return cls(z, candidates.sound[examples], candidates.picture[examples], ids)
-
-    def donor(self, name: str, sound: Int[np.ndarray, " batch"], picture: Int[np.ndarray, " batch"]) -> AllZ:
-        """Average over the conflicts that share no answer with each edited one.
-
-        Args:
-            name: "va", "av" or "see".
-            sound: the edited conflicts' sound answers.
-            picture: and their picture's.
-
-        Returns:
-            The leave-out mean of each edited conflict; NaN where all share an answer with it.
-        """
-        apart = np.ones((len(sound), len(self.sound)), dtype=bool)
-        for mine in (sound, picture):
-            for theirs in (self.sound, self.picture):
-                apart &= mine[:, None] != theirs[None]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            weights = apart / apart.sum(1, keepdims=True)
-        return torch.einsum("bn,lnshd->lbshd", torch.from_numpy(weights).to(self.z[name]), self.z[name])
 
 
 @dataclass(eq=False)
@@ -217,14 +191,30 @@ class Chunk:
         """
         key = (cell, question)
         if key not in self._runs:
-            engine = self.bench.engine
-            if cell == "text_only":
-                bare = engine.text_only(str(self.bench.conflicts[int(self.examples[0])].question))
-                stack = engine.stack([bare] * len(self.examples))
-            else:
-                stack = engine.stack([self.bench.inputs(int(i), cell, question) for i in self._present(cell)])
-            self._runs[key] = engine.record(stack, self.site)
+            stack = self.inputs(cell, question)
+            self._runs[key] = self.bench.engine.record(stack, self.bench.positions(stack, self.site))
         return self._runs[key]
+
+    @property
+    def ids(self) -> list[str]:
+        """The conflicts' names."""
+        return [str(self.bench.conflicts[int(i)].id) for i in self.examples]
+
+    def inputs(self, cell: str, question: str = "ask") -> Any:
+        """Stack a cell's inputs.
+
+        Args:
+            cell: the cell; "text_only" is the bare question.
+            question: "ask", "see" or "control".
+
+        Returns:
+            The stack; of a w cell only the conflicts that have it.
+        """
+        engine = self.bench.engine
+        if cell == "text_only":
+            bare = engine.text_only(str(self.bench.conflicts[int(self.examples[0])].question))
+            return engine.stack([bare] * len(self.examples))
+        return engine.stack([self.bench.inputs(int(i), cell, question) for i in self._present(cell)])
 
     def _present(self, cell: str) -> list[int]:
         if cell not in W_CELLS:
@@ -249,16 +239,21 @@ class Chunk:
         """
         key = (cell, question)
         if key not in self._readings:
-            candidates = self.bench.candidates
-            present = self._present(cell) if cell not in W_CELLS or self._has_w() else []
-            n, k = len(self.examples), len(candidates.names)
-            out = Reading(np.full((n, k), np.nan), np.full(n, -2, dtype=np.int64), np.full(n, np.nan))
-            if present:
-                found = candidates.read(self.run(cell, question).logits, np.array(present))
-                rows = np.flatnonzero(np.isin(self.examples, present))
-                out.scores[rows], out.top[rows], out.mass[rows] = found.scores, found.top, found.mass
-            self._readings[key] = out
+            depends = {"cell": cell, "question": question, "ids": self.ids}
+            found = self.bench.store.recall("reading", depends, lambda: self._read(cell, question))
+            self._readings[key] = Reading(found["scores"], found["top"], found["mass"])
         return self._readings[key]
+
+    def _read(self, cell: str, question: str) -> Arrays:
+        candidates = self.bench.candidates
+        present = self._present(cell) if cell not in W_CELLS or self._has_w() else []
+        n, k = len(self.examples), len(candidates.names)
+        out = Reading(np.full((n, k), np.nan), np.full(n, -2, dtype=np.int64), np.full(n, np.nan))
+        if present:
+            found = candidates.read(self.run(cell, question).logits, np.array(present))
+            rows = np.flatnonzero(np.isin(self.examples, present))
+            out.scores[rows], out.top[rows], out.mass[rows] = found.scores, found.top, found.mass
+        return vars(out)
 
     def _has_w(self) -> bool:
         return any(self.bench.has_third(int(i)) for i in self.examples)
@@ -286,27 +281,57 @@ class Chunk:
         elif name in MEANS:
             z = align_end(self._mean(base, name).to(own), own)
         else:
-            z = align_end(self._cell_z(base, name, question), own)
+            z = self._cell_z(base, name, question)
         self._donors[key] = z
         return z
 
     def _mean(self, base: str, name: str) -> Tensor:
         if self.means is None:
             raise ProtocolError(f"the donor {name!r} needs discovery's means, which have not been collected.")
-        if self.site == "audio":
+        if self.site in MEDIA_SITES:
             raise ProtocolError(f"the donor {name!r} is undefined at media positions: the question comes after them.")
         candidates = self.bench.candidates
         which = "see" if name == "mean_other" else ("av" if base in MIRRORED_BASES else "va")
         return self.means.donor(which, candidates.sound[self.examples], candidates.picture[self.examples])
 
     def _cell_z(self, base: str, name: str, question: str) -> Tensor:
-        cell = MIRROR.get(name, name) if base in MIRRORED_BASES else name
+        cell = self.donor_cell(base, name)
         # Audio alone and bare text have another layout: the donor is asked the conflict's own question there.
-        found = self.run(cell, "ask" if base in ("audio_only", "text_only") else question).site_z
+        asked = "ask" if base in ("audio_only", "text_only") else question
+        found, own = self.run(cell, asked), self.run(base, question)
         if cell not in W_CELLS:
-            return found
-        out = torch.full((found.shape[0], len(self.examples), *found.shape[2:]), torch.nan).to(found)
-        out[:, np.flatnonzero(np.isin(self.examples, self._present(cell))).tolist()] = found
+            return align_end(found.site_z, own.site_z, most=equal_ending(found.inputs, own.inputs))
+        return self.spread(found.site_z, cell)
+
+    def donor_cell(self, base: str, name: str) -> str:
+        """Name the cell that gives a donor.
+
+        Args:
+            base: the cell that is edited.
+            name: the donor, a cell as it is named for `va` and `blank_a`.
+
+        Returns:
+            The cell, mirrored where the base is.
+
+        Raises:
+            ProtocolError: `audio_only` at media positions: it has another layout.
+        """
+        if name in OTHER_LAYOUT and self.site in MEDIA_SITES:
+            raise ProtocolError(f"the donor {name!r} is undefined at media positions: it has another layout.")
+        return MIRROR.get(name, name) if base in MIRRORED_BASES else name
+
+    def spread(self, values: Float[Tensor, "layer present ..."], cell: str) -> Float[Tensor, "layer batch ..."]:
+        """Lay values of a w cell out over all conflicts.
+
+        Args:
+            values: of the conflicts that have the cell.
+            cell: the cell.
+
+        Returns:
+            The same, NaN for the others.
+        """
+        out = torch.full((values.shape[0], len(self.examples), *values.shape[2:]), torch.nan).to(values)
+        out[:, np.flatnonzero(np.isin(self.examples, self._present(cell))).tolist()] = values
         return out
 
     def remember(self, name: str, depends: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
@@ -322,9 +347,8 @@ class Chunk:
         Returns:
             The arrays by name.
         """
-        ids = [str(self.bench.conflicts[int(i)].id) for i in self.examples]
         means = None if self.means is None else self.means.ids
-        return self.bench.store.recall(name, {**depends, "ids": ids, "site": self.site, "means": means}, compute)
+        return self.bench.store.recall(name, {**depends, "ids": self.ids, "site": self.site, "means": means}, compute)
 
     def forget(self) -> None:
         """Drop runs and donors; readings are kept."""

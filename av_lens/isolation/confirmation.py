@@ -19,6 +19,7 @@ from av_lens.isolation.engine import Head
 from av_lens.isolation.evidence import BySite, Half, Searched, SiteEvidence, chunks_of, gather, primary_donor
 from av_lens.isolation.role_tests import Named, family_size, head_means
 from av_lens.isolation.roles import LEVEL, confirm
+from av_lens.isolation.seam import MEDIA_SITES
 from av_lens.isolation.sets import (
     RANDOM_SETS,
     BuiltSet,
@@ -79,6 +80,7 @@ def confirm_all(
             wanted = requests(
                 with_means=chunks[0].means is not None,
                 with_third=any(bench.has_third(int(i)) for i in half.examples),
+                with_audio_only=site not in MEDIA_SITES,
             )
             held.sites[site] = gather(
                 chunks, half, wanted, heads, site=site, s=s, family=family, seed=seed + 1, progress=progress
@@ -299,10 +301,10 @@ def _head_row(row: Named, searched: Searched, held: Held) -> dict[str, Any]:
             out |= {"share_low": float(share.low), "share_high": float(share.high)}
         if estimand == "release":
             out[f"{prefix}direct_share"] = float(boot.ratio(evidence.direct[row.donor][at], effect[at]).value)
-    return out | _side_by_side(again or site, at)
+    return out | _side_by_side(again or site, at, row.donor)
 
 
-def _side_by_side(site: SiteEvidence, at: tuple[slice, int, int]) -> dict[str, Any]:
+def _side_by_side(site: SiteEvidence, at: tuple[slice, int, int], donor: str) -> dict[str, Any]:
     found = site.evidence
     columns = {f"release_{donor}": found.release[donor] for donor in PRIMARY_DONORS} | {
         "question_share": found.release["mean_other"] - found.mean_task,
@@ -311,6 +313,10 @@ def _side_by_side(site: SiteEvidence, at: tuple[slice, int, int]) -> dict[str, A
         "sufficiency": found.sufficiency,
         "silenced": found.silenced,
         "carries": found.carries,
+        "repair": site.figure("repair", donor),
+        "release_on_sound": site.figure("release on sound", donor),
+        "release_on_picture": site.figure("release on picture", donor),
+        "release_norm_frozen": site.figure("release (norm frozen)", donor),
         "dla": site.dla,
     }
     return {name: float(np.nanmean(v[at])) if (~np.isnan(v[at])).any() else float("nan") for name, v in columns.items()}

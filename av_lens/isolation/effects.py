@@ -6,8 +6,9 @@ likewise.
 Positive: the edit lets the model hear more.
 
 A `Request` names a base cell, a donor and whether later heads are frozen; `measure_requests` runs all of a list for all
-heads and returns, per request and conflict, the effect, and the rise of the heard sound's answer over the candidates
-that are neither answer (damage shows there).
+heads and returns, per request and conflict, an `Effect`: the change of M, its parts on the two answers, the same with
+the final norm frozen, and the rise of the heard sound's answer over the candidates that are neither answer (damage
+shows there). `estimands` names them all.
 
 | estimand | request |
 |---|---|
@@ -22,7 +23,7 @@ that are neither answer (damage shows there).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 import numpy as np
@@ -50,20 +51,36 @@ class Request:
 class Effect:
     """A request's outcome per example, layer and head; NaN where not measured.
 
-    `margin`: the mirrored change of M. `rise`: the mirrored change of the heard sound's answer against the candidates
-    that are neither answer.
+    Attributes:
+        margin: the mirrored change of M, (change in the cell - change in its mirror) / 2.
+        rise: the mirrored change of the heard sound's answer against the candidates that are neither answer.
+        on_sound: the part of `margin` that is on the heard sound's answer (in the mirror the other one), its score
+            centred over all distinct answers of the set.
+        on_picture: the change of the seen picture's answer, likewise; margin = on_sound - on_picture.
+        margin_frozen: `margin`, the final norm dividing by what it divided by in the cell's unedited run.
+        on_sound_frozen: `on_sound`, likewise.
+        on_picture_frozen: `on_picture`, likewise.
     """
 
     margin: PerHead
     rise: PerHead
+    on_sound: PerHead
+    on_picture: PerHead
+    margin_frozen: PerHead
+    on_sound_frozen: PerHead
+    on_picture_frozen: PerHead
 
 
-def requests(*, with_means: bool = True, with_third: bool = True) -> list[Request]:
+FIGURES = tuple(field.name for field in fields(Effect))
+
+
+def requests(*, with_means: bool = True, with_third: bool = True, with_audio_only: bool = True) -> list[Request]:
     """List what the roles need.
 
     Args:
         with_means: whether the mean donors are defined at the site.
         with_third: whether any conflict has a third clip.
+        with_audio_only: whether audio alone can be a donor at the site.
 
     Returns:
         The requests, without repetition.
@@ -72,6 +89,7 @@ def requests(*, with_means: bool = True, with_third: bool = True) -> list[Reques
     found = [Request("va", donor) for donor in donors]
     found += [Request("va", donor, freeze=True) for donor in donors]
     found += [Request("va", "mean_task")] if with_means else []
+    found += [Request("va", "audio_only")] if with_audio_only else []
     found += [Request("va", "wa"), Request("va", "vw")] if with_third else []
     found += [Request("va", "blank_a"), Request("blank_a", "va")]
     found += [Request("blank_a", donor) for donor in donors]
@@ -118,9 +136,25 @@ def single_head_swaps(
     return swaps, owners
 
 
+def unedited_scores(chunk: Chunk, base: str, question: str) -> Float[np.ndarray, "scale batch candidate"]:
+    """Score the candidates in an unedited cell.
+
+    Args:
+        chunk: the conflicts.
+        base: the cell.
+        question: what it is asked.
+
+    Returns:
+        The scores as the model gives them, and as `Engine.linear_logits` reads them out.
+    """
+    candidates, recording = chunk.bench.candidates, chunk.run(base, question)
+    linear = chunk.bench.engine.linear_logits(recording, recording.final, candidates.tokens)
+    return np.stack([chunk.reading(base, question).scores, candidates.pooled(linear)])
+
+
 def edited_scores(
     chunk: Chunk, base: str, wanted: Sequence[Request], heads: Sequence[Head], tick: Callable[[int], None]
-) -> Float[np.ndarray, "request head batch candidate"]:
+) -> Float[np.ndarray, "scale request head batch candidate"]:
     """Run all requests on one base cell.
 
     Args:
@@ -131,26 +165,49 @@ def edited_scores(
         tick: called with the number of runs just made.
 
     Returns:
-        The candidates' scores under every edit.
+        The candidates' scores under every edit, as the model gives them and with the final norm frozen.
     """
-    candidates = chunk.bench.candidates
-    recording = chunk.run(base, wanted[0].question)
+    candidates, engine = chunk.bench.candidates, chunk.bench.engine
+    recording, tokens = chunk.run(base, wanted[0].question), chunk.bench.candidates.tokens
     swaps, owners = single_head_swaps(chunk, base, wanted, heads)
-    out = np.full((len(wanted), len(heads), len(chunk.examples), len(candidates.names)), np.nan)
-    for (r, j), logits in zip(owners, chunk.bench.engine.edited(recording, swaps), strict=True):
-        out[r, j] = candidates.scores(logits)
+    out = np.full((2, len(wanted), len(heads), len(chunk.examples), len(candidates.names)), np.nan)
+    for (r, j), one in zip(owners, engine.changed(recording, swaps), strict=True):
+        out[0, r, j] = candidates.scores(one.logits)
+        out[1, r, j] = candidates.pooled(engine.linear_logits(recording, one.final, tokens))
         tick(1)
     return out
 
 
-def _changes(
-    chunk: Chunk, base: str, scores: Float[np.ndarray, "request head batch candidate"], question: str, heard: str
-) -> tuple[Float[np.ndarray, "request head batch"], Float[np.ndarray, "request head batch"]]:
-    candidates: Candidates = chunk.bench.candidates
-    before = chunk.reading(base, question).scores
-    margin = candidates.margin(scores, chunk.examples) - candidates.margin(before, chunk.examples)
-    above = candidates.above_others(scores, chunk.examples, of=heard)
-    return margin, above - candidates.above_others(before, chunk.examples, of=heard)
+def effect_figures(
+    candidates: Candidates,
+    examples: Int[np.ndarray, " batch"],
+    base: tuple[Float[np.ndarray, "scale batch candidate"], Float[np.ndarray, "scale *more batch candidate"]],
+    mirror: tuple[Float[np.ndarray, "scale batch candidate"], Float[np.ndarray, "scale *more batch candidate"]],
+) -> dict[str, Float[np.ndarray, "*more batch"]]:
+    """Compute every figure of an `Effect` from scores before and after an edit.
+
+    Args:
+        candidates: the answers.
+        examples: which conflicts these are.
+        base: scores in `va` or `blank_a`, unedited and edited; the first axis is the final norm free, then frozen.
+        mirror: the same in `av` or `blank_v`.
+
+    Returns:
+        The figures by name.
+    """
+    out: dict[str, np.ndarray] = {}
+    for scale, ending in enumerate(("", "_frozen")):
+        here, there = ((before[scale], after[scale]) for before, after in (base, mirror))
+        margins = [candidates.margin(after, examples) - candidates.margin(before, examples)
+                   for before, after in (here, there)]  # fmt: skip
+        out[f"margin{ending}"] = mirrored(margins[0], margins[1])
+        for name, of, exchanged in (("on_sound", "sound", "picture"), ("on_picture", "picture", "sound")):
+            parts = [candidates.centred(after, examples, of=whose) - candidates.centred(before, examples, of=whose)
+                     for (before, after), whose in ((here, of), (there, exchanged))]  # fmt: skip
+            out[f"{name}{ending}"] = 0.5 * (parts[0] + parts[1])
+    rises = [candidates.above_others(after[0], examples, of=of) - candidates.above_others(before[0], examples, of=of)
+             for (before, after), of in ((base, "sound"), (mirror, "picture"))]  # fmt: skip
+    return out | {"rise": 0.5 * (rises[0] + rises[1])}
 
 
 def _chunk_effects(
@@ -158,12 +215,12 @@ def _chunk_effects(
 ) -> dict[str, np.ndarray]:
     """Run all requests on one base cell and its mirror: `[request, head, batch]` of each figure."""
     base, question = wanted[0].base, wanted[0].question
-    mirror = MIRROR[base]
-    one = _changes(chunk, base, edited_scores(chunk, base, wanted, heads, tick), question, "sound")
-    two = _changes(chunk, mirror, edited_scores(chunk, mirror, wanted, heads, tick), question, "picture")
-    for cell in (base, mirror):  # traces are large
-        chunk.run(cell, question).kept.clear()
-    return {"margin": mirrored(one[0], two[0]), "rise": 0.5 * (one[1] + two[1])}
+    both: list[tuple[np.ndarray, np.ndarray]] = []
+    for cell in (base, MIRROR[base]):
+        after = edited_scores(chunk, cell, wanted, heads, tick)
+        both.append((unedited_scores(chunk, cell, question), after))
+        chunk.run(cell, question).kept.clear()  # traces are large
+    return effect_figures(chunk.bench.candidates, chunk.examples, both[0], both[1])
 
 
 def measure_requests(
@@ -190,7 +247,7 @@ def measure_requests(
     """
     engine = chunks[0].bench.engine
     shape = (len(examples), engine.n_layers, engine.n_heads)
-    out = {request: Effect(np.full(shape, np.nan), np.full(shape, np.nan)) for request in wanted}
+    out = {request: Effect(*(np.full(shape, np.nan) for _ in FIGURES)) for request in wanted}
     layers, columns = [h[0] for h in heads], [h[1] for h in heads]
     total, done = 2 * len(wanted) * len(heads) * len(chunks), 0
 
@@ -209,15 +266,10 @@ def measure_requests(
             found = chunk.remember("head effects", depends, partial(_chunk_effects, chunk, these, heads, tick))
             if done == before:
                 tick(2 * len(these) * len(heads))
+            where = (rows[:, None], np.array(layers), np.array(columns))
             for r, request in enumerate(these):
-                where = np.ix_(rows, np.arange(len(heads)))
-                for target, values in (
-                    (out[request].margin, found["margin"][r]),
-                    (out[request].rise, found["rise"][r]),
-                ):
-                    flat = target[:, layers, columns]
-                    flat[where] = values.T
-                    target[:, layers, columns] = flat
+                for figure in FIGURES:
+                    getattr(out[request], figure)[where] = found[figure][r].T
     return out
 
 

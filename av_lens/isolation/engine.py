@@ -1,140 +1,33 @@
-"""What does the model say when some heads' outputs at the site are replaced?
+"""What does a model say when some heads' outputs at the site are replaced? The engine of a `HookedAVLLM`.
 
-This is the one seam between the isolation and the model. Everything else here works on `Recording`s (an unedited run of
-a stack of one-layout inputs: its logits at the asked position, every head's z at the site) and `Swap`s (which heads,
-what z instead), and asks an `Engine` for the edited logits.
+It runs in two ways that must agree (a test holds them together): `how="trace"` restarts the recorded run at the first
+edited layer and position; `how="hooks"` runs the whole model again for every swap, with plain hooks, as the slow
+reference. What the isolation asks of it is `seam.Engine`.
 
-`ModelEngine` runs on a `HookedAVLLM` in two ways that must agree (a test holds them together): `how="trace"` restarts
-the recorded run at the first edited layer and position; `how="hooks"` runs the whole model again for every swap, with
-plain hooks, as the slow reference.
-
-A swap replaces z at the *site*'s positions only. `freeze=True` also holds every later layer's z, from the site's first
-position on, at the recording's own: what is left is the head's own write, through MLPs and norms that are recomputed
-(the *direct* effect).
+A frozen swap needs the asked position alone: every later head's output there is the recording's own, whatever happened
+at other positions. The restart therefore begins at it; the slow reference edits and freezes the whole site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace as replaced
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import ProtocolError, unknown
-from av_lens.interventions import Plan, Site, replace
+from av_lens.interventions import Edit, Plan, Site, replace
+from av_lens.isolation.seam import SITES, Edited, Engine, Head, Recording, Swap, site_positions
+from av_lens.runs.attention_mass import incoming_mass
+from av_lens.runs.stacks import run_streams, scheduled, unembedded
 
-Head = tuple[int, int]
-SITES = ("suffix", "generation", "audio")
-
-
-@dataclass(frozen=True, eq=False)
-class Swap:
-    """Heads `(layer, head)` and what their z becomes at the site: one `[batch or 1, pos, d_head]` each."""
-
-    heads: tuple[Head, ...]
-    values: tuple[Float[Tensor, "one_or_batch site d_head"], ...]
-    freeze: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Recording:
-    """An unedited run of a stack of inputs.
-
-    `window` are the positions from the site's first on, `site` the site's own; `z` covers the window. `final` is the
-    residual stream that enters the final norm at the asked position.
-    """
-
-    inputs: Any
-    site: Int[np.ndarray, " site"]
-    window: Int[np.ndarray, " window"]
-    logits: Float[Tensor, "batch d_vocab"]
-    z: Float[Tensor, "layer batch window head d_head"]
-    final: Float[Tensor, "batch d_model"]
-    kept: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def site_z(self) -> Float[Tensor, "layer batch site head d_head"]:
-        """Every head's z at the site."""
-        inside = torch.from_numpy(np.searchsorted(self.window, self.site))
-        return self.z[:, :, inside]
-
-
-@runtime_checkable
-class Engine(Protocol):
-    """What the isolation asks of a model."""
-
-    @property
-    def n_layers(self) -> int:
-        """Fusion layers."""
-        ...
-
-    @property
-    def n_heads(self) -> int:
-        """Query heads of a layer."""
-        ...
-
-    @property
-    def tokenizer(self) -> Any:
-        """Resolves answers to token ids."""
-        ...
-
-    def cells(self, conflict: Any, question: str | None) -> Any:
-        """The conflict's cells, asked its own question (None) or another."""
-        ...
-
-    def text_only(self, question: str) -> Any:
-        """The bare question, without any media."""
-        ...
-
-    def stack(self, inputs: Sequence[Any]) -> Any:
-        """Join inputs of one layout along the batch."""
-        ...
-
-    def together(self, inputs: Any) -> int:
-        """How many inputs of this length one stack may hold."""
-        ...
-
-    def record(self, inputs: Any, site: str) -> Recording:
-        """Run a stack unedited."""
-        ...
-
-    def edited(self, recording: Recording, swaps: Sequence[Swap]) -> Iterator[Float[Tensor, "batch d_vocab"]]:
-        """The logits at the asked position under each swap, in order."""
-        ...
-
-    def writes(self, recording: Recording, ids: Int[Tensor, " token"]) -> Float[Tensor, "layer head batch token"]:
-        """What each head writes directly to the tokens' logits at the asked position, at the run's own norm scale."""
-        ...
-
-    def write_norms(self, recording: Recording) -> Float[np.ndarray, "layer head"]:
-        """The mean over examples and site positions of the norm of z W_O."""
-        ...
-
-
-def site_positions(spans: Any, site: str) -> Int[np.ndarray, " site"]:
-    """Find a site's positions in a prompt.
-
-    Args:
-        spans: the prompt's `SpanMap`.
-        site: "suffix" (question, header and generation position), "generation" or "audio".
-
-    Returns:
-        The positions, increasing.
-
-    Raises:
-        ProtocolError: an unknown site, or one that this prompt does not have.
-    """
-    if site not in SITES:
-        raise ProtocolError(unknown("site", site, SITES))
-    found = np.asarray(spans[site].positions, dtype=np.int64)
-    if not len(found):
-        raise ProtocolError(f"the site {site!r} names no position of this prompt; it has {spans!r}.")
-    return found
+__all__ = ["SITES", "Edited", "Engine", "Head", "ModelEngine", "Recording", "Swap", "site_positions"]
 
 
 class ModelEngine:
@@ -144,6 +37,7 @@ class ModelEngine:
         model: the wrapped model.
         how: "trace" (restart recorded runs) or "hooks" (the whole model again, the slow reference).
         layout: how sound and picture are laid out in the prompt.
+        cells: further options of `Conflict.cells`, such as another kind of blank.
         logit_bytes: memory for the logits of plans that run together.
         trace_bytes: memory for the trace of one stack.
     """
@@ -154,6 +48,7 @@ class ModelEngine:
         *,
         how: str = "trace",
         layout: str = "in_video",
+        cells: Mapping[str, Any] | None = None,
         logit_bytes: float = 2.5e8,
         trace_bytes: float = 4e9,
     ) -> None:
@@ -162,6 +57,7 @@ class ModelEngine:
         self.model = model
         self.how = how
         self.layout = layout
+        self.cell_options = dict(cells or {})
         self.logit_bytes = logit_bytes
         self.trace_bytes = trace_bytes
         self._w_o: Tensor = torch.empty(0)
@@ -177,6 +73,11 @@ class ModelEngine:
         return int(self.model.spec.n_heads)
 
     @property
+    def n_kv_heads(self) -> int:
+        """Key-value heads of a layer."""
+        return int(self.model.spec.n_kv_heads)
+
+    @property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
         return self.model.tokenizer
@@ -189,9 +90,10 @@ class ModelEngine:
             question: another question than its own, or None.
 
         Returns:
-            A lazy mapping from cell to inputs.
+            A lazy mapping from cell to inputs; beside the conflict's own cells `audio_only_v`, the picture's sound.
         """
-        return conflict.cells(self.model, question=question, layout=self.layout)
+        options = {"question": question, "layout": self.layout, **self.cell_options}
+        return _Cells(self.model, conflict, options)
 
     def text_only(self, question: str) -> Any:
         """Encode a question without media.
@@ -228,59 +130,87 @@ class ModelEngine:
         per_position = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) * self.model.dtype.itemsize
         return int(max(1, min(128, self.trace_bytes // (per_position * len(inputs.spans)))))
 
-    def record(self, inputs: Any, site: str) -> Recording:
+    def record(self, inputs: Any, positions: Int[np.ndarray, " site"]) -> Recording:
         """Run a stack unedited, keeping every head's z from the site on.
 
         Args:
             inputs: the stack.
-            site: the site's name.
+            positions: the site's, increasing.
 
         Returns:
             The recording.
         """
-        positions = site_positions(inputs.spans, site)
         asked = int(inputs.spans.generation_position)
         window = np.arange(positions[0], asked + 1)
-        z: dict[int, Tensor] = {}
-        final: dict[str, Tensor] = {}
-
-        def keep(layer: int) -> Any:
-            def fn(activation: Tensor, hook: Any = None) -> None:
-                del hook
-                z[layer] = activation[:, window[0] : asked + 1].detach().clone()
-
-            return fn
-
-        def keep_final(activation: Tensor, hook: Any = None) -> None:
-            del hook
-            final["resid"] = activation[:, asked].detach().clone()
-
-        hooks = [(hook_name("z", layer), keep(layer)) for layer in range(self.n_layers)]
-        hooks.append((hook_name("resid_post", self.n_layers - 1), keep_final))
+        layers = range(self.n_layers)
+        z, final = _Kept(slice(window[0], asked + 1)), _Kept(asked)
+        hooks = [(hook_name("z", layer), z.at(layer)) for layer in layers]
+        hooks.append((hook_name("resid_post", self.n_layers - 1), final.at(0)))
         with torch.no_grad():
             logits = self.model.run_with_hooks(inputs, fwd_hooks=hooks)[:, asked].detach().float().clone()
-        stacked = torch.stack([z[layer] for layer in range(self.n_layers)])
-        return Recording(inputs, positions, window, logits, stacked, final["resid"])
+        return Recording(inputs, positions, window, logits, torch.stack([z[layer] for layer in layers]), final[0])
 
-    def plan(self, recording: Recording, swap: Swap) -> Plan:
+    def capture(
+        self, inputs: Any, positions: Int[np.ndarray, " site"], components: Sequence[str]
+    ) -> Mapping[str, Float[Tensor, "layer batch site ..."]]:
+        """Run a stack unedited and keep other outputs at the site.
+
+        Args:
+            inputs: the stack.
+            positions: the site's.
+            components: such as "mlp_out", "k" (before rotary position), "v".
+
+        Returns:
+            Each component's activations, layers first.
+        """
+        layers = range(self.n_layers)
+        kept = {component: _Kept(torch.from_numpy(positions)) for component in components}
+        hooks = [(hook_name(name, layer), kept[name].at(layer)) for name in components for layer in layers]
+        with torch.no_grad():
+            self.model.run_with_hooks(inputs, fwd_hooks=hooks)
+        return {name: torch.stack([kept[name][layer] for layer in layers]) for name in components}
+
+    def incoming(self, inputs: Any) -> Float[np.ndarray, "batch pos"]:
+        """Sum the value-weighted attention that each position gets from the suffix.
+
+        Args:
+            inputs: the stack.
+
+        Returns:
+            The sums over all layers and heads.
+        """
+        return incoming_mass(self.model, inputs).double().numpy()
+
+    def plan(self, recording: Recording, swap: Swap, *, whole: bool = True) -> Plan:
         """Write a swap as a plan.
 
         Args:
             recording: the run that is edited.
             swap: the heads and their new z.
+            whole: write a frozen swap over the whole site; else at the asked position, which says the same there.
 
         Returns:
             The plan.
         """
-        edits = [
-            replace(Site("z", layer, head=head, positions=recording.site.tolist()), value)
+        site, own, keep = recording.site.tolist(), recording.window.tolist(), slice(None)
+        if swap.freeze and not whole:
+            own, keep = own[-1:], slice(-1, None)
+            if site[-1] != own[-1]:
+                return Plan([])  # no head's own write at another position reaches the asked one
+            site = site[-1:]
+        edits: list[Edit] = [
+            replace(Site("z", layer, head=head, positions=site), value[:, keep] if value.shape[1] > 1 else value)
             for (layer, head), value in zip(swap.heads, swap.values, strict=True)
         ]
+        edits += [
+            replace(Site(part.component, part.layer, head=part.head, positions=site), part.value) for part in swap.parts
+        ]
         if swap.freeze:
+            if swap.parts:
+                raise ProtocolError("a frozen swap edits heads' z alone; leave its parts out.")
             first = min(layer for layer, _ in swap.heads)
-            own = recording.window.tolist()
             edits += [
-                replace(Site("z", layer, positions=own), recording.z[layer])
+                replace(Site("z", layer, positions=own), recording.z[layer][:, keep])
                 for layer in range(first + 1, self.n_layers)
             ]
         return Plan(edits)
@@ -295,26 +225,73 @@ class ModelEngine:
         Yields:
             The logits at the asked position, in the order of the swaps.
         """
-        asked = int(recording.inputs.spans.generation_position)
-        if self.how == "hooks":
+        for one in self.changed(recording, swaps):
+            yield one.logits
+
+    def changed(self, recording: Recording, swaps: Sequence[Swap]) -> Iterator[Edited]:
+        """Run a recording's inputs again under each swap.
+
+        Args:
+            recording: the unedited run.
+            swaps: the edits, each its own run.
+
+        Yields:
+            The edited runs at the asked position, in the order of the swaps.
+        """
+        trace = None
+        if self.how == "trace":
+            trace = recording.kept.get("trace")
+            if trace is None:
+                trace = recording.kept["trace"] = self.model.trace(recording.inputs)
+        if trace is None or trace.hooked_because:
             for swap in swaps:
-                compiled = self.plan(recording, swap).compile(self.model.spec, recording.inputs.spans)
-                with torch.no_grad():
-                    logits = self.model.run_with_hooks(recording.inputs, fwd_hooks=compiled.fwd_hooks)[:, asked]
-                compiled.verify()
-                yield logits.float().clone()
+                yield self._hooked(recording, swap)
             return
-        trace = recording.kept.get("trace")
-        if trace is None:
-            trace = recording.kept["trace"] = self.model.trace(recording.inputs)
-        # The trace stacks activations to its own budget; what is bounded here are the logits that it hands back.
-        together = int(max(1, min(256, self.logit_bytes // recording.logits.nbytes)))
+        asked = torch.tensor([int(recording.inputs.spans.generation_position)])
+        # A stack's activations keep to their own budget; what is bounded here are the streams that are handed back.
+        together = int(max(1, min(512, self.logit_bytes // recording.final.nbytes)))
         for start in range(0, len(swaps), together):
-            plans = [self.plan(recording, swap) for swap in swaps[start : start + together]]
+            plans = [self.plan(recording, swap, whole=False) for swap in swaps[start : start + together]]
+            finals = recording.final.new_empty(len(plans), *recording.final.shape)
             with torch.no_grad():
-                logits = trace.replay(plans, logits_at="generation")
-            for one in logits:
-                yield one[:, -1].float()
+                schedule = scheduled(trace, plans, n_asked=1, budget_gb=1.0)
+                for numbers, stream in run_streams(trace, schedule, asked):
+                    finals[list(numbers)] = stream[:, :, 0]
+                for final in finals:
+                    yield Edited(unembedded(self.model, final).float(), final)
+
+    def _hooked(self, recording: Recording, swap: Swap) -> Edited:
+        asked = int(recording.inputs.spans.generation_position)
+        compiled = self.plan(recording, swap).compile(self.model.spec, recording.inputs.spans)
+        final = _Kept(asked)
+        last = (hook_name("resid_post", self.n_layers - 1), final.at(0))
+        with torch.no_grad():
+            logits = self.model.run_with_hooks(recording.inputs, fwd_hooks=[*compiled.fwd_hooks, last])[:, asked]
+        compiled.verify()
+        return Edited(logits.float().clone(), final[0])
+
+    def linear_logits(
+        self, recording: Recording, final: Float[Tensor, "batch d_model"], ids: Int[Tensor, " token"]
+    ) -> Float[Tensor, "batch token"]:
+        """Read tokens' logits from a stream, the final norm dividing by what it divided by in the recording.
+
+        Args:
+            recording: the unedited run.
+            final: a stream that enters the final norm at the asked position.
+            ids: token ids.
+
+        Returns:
+            Their logits; linear in `final`.
+        """
+        norm, head = self.model.ln_final.original_component, self.model.bridge.unembed.original_component
+        with torch.no_grad():
+            ratio = self._divisor(final) / self._divisor(recording.final)
+            bias = None if head.bias is None else head.bias[ids].float()
+            return functional.linear(norm(final).float() * ratio, head.weight[ids].float(), bias)
+
+    def _divisor(self, stream: Tensor) -> Float[Tensor, "batch 1"]:
+        norm = self.model.ln_final.original_component
+        return (stream.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
 
     def _output_weights(self) -> Tensor:
         if not self._w_o.numel():
@@ -333,11 +310,9 @@ class ModelEngine:
         """
         at_end = recording.z[:, :, -1].float()
         written = torch.einsum("lbhd,lhdm->lhbm", at_end, self._output_weights().float())
-        resid = recording.final.float()
         norm = self.model.ln_final.original_component
-        scale = (resid.pow(2).mean(-1) + norm.variance_epsilon).sqrt()
         columns = self.model.W_U.detach().float()[:, ids.to(self.model.W_U.device)]
-        return (written / scale[:, None] * norm.weight.detach().float()) @ columns
+        return (written / self._divisor(recording.final) * norm.weight.detach().float()) @ columns
 
     def write_norms(self, recording: Recording) -> Float[np.ndarray, "layer head"]:
         """Measure how much each head writes at the site.
@@ -355,3 +330,44 @@ class ModelEngine:
             )
             out[layer] = written.norm(dim=-1).mean((0, 1)).cpu().numpy()
         return out
+
+
+class _Kept(dict[int, Tensor]):
+    """What hooks have kept, by layer: the activations at some positions (a number keeps no axis for them)."""
+
+    def __init__(self, positions: int | slice | Tensor) -> None:
+        super().__init__()
+        self.positions = positions
+
+    def at(self, layer: int) -> Any:
+        """A hook that keeps the layer's activation."""
+
+        def fn(activation: Tensor, hook: Any = None) -> None:
+            del hook
+            self[layer] = activation[:, self.positions].detach().clone()
+
+        return fn
+
+
+class _Cells(Mapping[str, Any]):
+    """A conflict's cells and `audio_only_v`, which is `audio_only` with sound and picture exchanged."""
+
+    def __init__(self, model: Any, conflict: Any, options: dict[str, Any]) -> None:
+        self._model, self._conflict, self._options = model, conflict, options
+        self._own = conflict.cells(model, **options)
+        self._mirror: Any = None
+
+    def __getitem__(self, name: str) -> Any:
+        if name != "audio_only_v":
+            return self._own[name]
+        if self._mirror is None:
+            one = self._conflict
+            turned = replaced(one, sound=one.picture, picture=one.sound, answers=one.answers[::-1])
+            self._mirror = turned.cells(self._model, **self._options)
+        return self._mirror["audio_only"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)

@@ -7,16 +7,18 @@ discovery alone: the means, the donors, the rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from av_lens.errors import ProtocolError
 from av_lens.isolation.bench import Bench, Chunk, Means
 from av_lens.isolation.effects import Effect, Progress, Request, measure_requests, requests
-from av_lens.isolation.engine import Head
+from av_lens.isolation.estimands import estimands
 from av_lens.isolation.role_tests import (
     Evidence,
     Named,
@@ -28,6 +30,7 @@ from av_lens.isolation.role_tests import (
     run_tests,
 )
 from av_lens.isolation.roles import LEVEL, classify
+from av_lens.isolation.seam import MEDIA_SITES, Head
 from av_lens.isolation.threshold import null_share
 from av_lens.results.halves import CONFIRMATION, DISCOVERY
 from av_lens.results.statistics import Bootstrap
@@ -65,20 +68,23 @@ class SiteEvidence:
         Yields:
             (estimand, donor, `[example, layer, head]`).
         """
-        found = self.evidence
-        for donor, values in found.release.items():
-            yield "release", donor, values
-        yield "release", "mean_task", found.mean_task
-        for estimand, by in (("direct", found.direct), ("fall of G", found.fall), ("rise over others", found.rise)):
-            for donor, values in by.items():
-                yield estimand, donor, values
-        yield "reads picture", "wa", found.reads_picture
-        yield "reads sound", "vw", found.reads_sound
-        yield "sufficiency", "va", found.sufficiency
-        yield "silenced", "blank_a - blank_muted", found.silenced
-        yield "carries", "blank_muted", found.carries
-        yield "question's own", "mean_other - mean_task", found.release["mean_other"] - found.mean_task
+        yield from estimands(self.effects)
         yield "dla", "", self.dla
+
+    def figure(self, estimand: str, donor: str) -> PerHead:
+        """Find one estimand's effects.
+
+        Args:
+            estimand: such as "repair"; see `estimands`.
+            donor: its donor.
+
+        Returns:
+            `[example, layer, head]`, NaN where it was not measured.
+        """
+        for name, by, values in self.named_arrays():
+            if (name, by) == (estimand, donor):
+                return values
+        return np.full_like(self.dla, np.nan)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Give every effect that was measured, for the record.
@@ -156,12 +162,13 @@ class BySite:
 
 @dataclass(eq=False)
 class Searched(BySite):
-    """What discovery found."""
+    """What discovery found; `notes` say which sites could not be searched, and why."""
 
     named: list[Named]
     release_q: dict[str, dict[str, np.ndarray]]
     s: float
     means: dict[str, Means | None]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def first(self) -> SiteEvidence:
@@ -217,21 +224,27 @@ def direct_writes(
     Returns:
         Each head's share of M, at the run's own norm scale.
     """
-    out = np.zeros((len(examples), n_layers, n_heads))
+    out = np.full((len(examples), n_layers, n_heads), np.nan)
     for chunk in chunks:
-        candidates = chunk.bench.candidates
-        first = torch.from_numpy(candidates.ids)
-        flat = first.clamp(min=0).flatten()
         place = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
-        for sign, cell in ((0.5, "va"), (-0.5, "av")):
-            recording = chunk.run(cell)
-            each = chunk.bench.engine.writes(recording, flat)
-            logits = recording.logits.double()[:, flat].unflatten(-1, first.shape)
-            # Synonyms: each token counts by its share of the answer's own probability.
-            weight = logits.masked_fill((first < 0).to(logits.device), -torch.inf).softmax(-1)
-            scores = (each.double().unflatten(-1, first.shape) * weight).sum(-1).cpu().numpy()
-            out[place] += sign * candidates.margin(scores, chunk.examples).transpose(2, 0, 1)
+        out[place] = chunk.remember("direct writes", {}, partial(_chunk_writes, chunk))["margin"].transpose(2, 0, 1)
     return out
+
+
+def _chunk_writes(chunk: Chunk) -> dict[str, np.ndarray]:
+    """Every head's direct share of M in one stack, mirrored: `[layer, head, batch]`."""
+    candidates = chunk.bench.candidates
+    ids, tokens = torch.from_numpy(candidates.ids), candidates.tokens
+    sides: list[np.ndarray] = []
+    for cell in ("va", "av"):
+        recording = chunk.run(cell)
+        each = chunk.bench.engine.writes(recording, tokens)
+        logits = recording.logits.double()[:, tokens].unflatten(-1, ids.shape)
+        # Synonyms: each token counts by its share of the answer's own probability.
+        weight = logits.masked_fill((ids < 0).to(logits.device), -torch.inf).softmax(-1)
+        scores = (each.double().unflatten(-1, ids.shape) * weight).sum(-1).cpu().numpy()
+        sides.append(candidates.margin(scores, chunk.examples))
+    return {"margin": 0.5 * (sides[0] - sides[1])}
 
 
 def gather(
@@ -294,24 +307,31 @@ def search(
 
     Returns:
         What was found.
+
+    Raises:
+        ProtocolError: only the sinks were asked for, and there are none.
     """
     half = next(one for one in halves if one.name == DISCOVERY)
     engine = bench.engine
-    if floor is not None:
-        first = bench.chunks(half.examples.tolist(), sites[0])
-        _with_means(first)
-        s = max(floor, null_share(first, half.examples, half.G, progress=progress))
     heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
     family = family_size(len(heads), len(sites))
-    with_third = any(bench.has_third(int(i)) for i in half.examples)
+    searched, notes = _searchable(bench, half, sites)
+    chunks = {site: bench.chunks(half.examples.tolist(), site) for site in searched}
+    means = {site: _with_means(chunks[site]) for site in searched}
+    if floor is not None:
+        nulls = [null_share(chunks[site], half.examples, half.G, progress=progress) for site in searched]
+        s = max(floor, *nulls)
     found: list[SiteEvidence] = []
-    means: dict[str, Means | None] = {}
-    for site in sites:
-        chunks = bench.chunks(half.examples.tolist(), site)
-        means[site] = _with_means(chunks)
-        wanted = requests(with_means=means[site] is not None, with_third=with_third)
-        found.append(gather(chunks, half, wanted, heads, site=site, s=s, family=family, seed=seed, progress=progress))
-    q, release_q = adjust([site.tests for site in found])
+    for site in searched:
+        wanted = requests(
+            with_means=means[site] is not None,
+            with_third=any(bench.has_third(int(i)) for i in half.examples),
+            with_audio_only=site not in MEDIA_SITES,
+        )
+        found.append(
+            gather(chunks[site], half, wanted, heads, site=site, s=s, family=family, seed=seed, progress=progress)
+        )
+    q, release_q = adjust([site.tests for site in found], n_sites=len(sites))
     named = [
         row
         for i, site in enumerate(found)
@@ -320,15 +340,33 @@ def search(
     return Searched(
         sites={site.site: site for site in found},
         named=named,
-        release_q=dict(zip(sites, release_q, strict=True)),
+        release_q=dict(zip(searched, release_q, strict=True)),
         s=s,
         means=means,
+        notes=notes,
     )
+
+
+def _searchable(bench: Bench, half: Half, sites: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Find the sinks where they were asked for; the sites that exist, and a sentence on one that does not."""
+    if "sinks" not in sites:
+        return list(sites), []
+    bench.find_sinks(half.examples.tolist())
+    if any(positions for _, positions in bench.sinks):
+        return list(sites), []
+    why = (
+        "the site 'sinks' was not searched: no media position gets 10 times the mean value-weighted attention from the "
+        "suffix in discovery's conflicts"
+    )
+    found = [site for site in sites if site != "sinks"]
+    if not found:
+        raise ProtocolError(f"{why}, and no other site was asked for. Search the suffix.")
+    return found, [f"{why}."]
 
 
 def _with_means(chunks: list[Chunk]) -> Means | None:
     """Collect discovery's means and hand them to its chunks; media positions have none."""
-    means = None if chunks[0].site == "audio" else Means.over(chunks)
+    means = None if chunks[0].site in MEDIA_SITES else Means.over(chunks)
     for chunk in chunks:
         chunk.means = means
     return means

@@ -191,11 +191,14 @@ def run_tests(found: Evidence, *, s: float, family: int, seed: int) -> Tests:
     )
 
 
-def adjust(tests: Sequence[Tests]) -> tuple[list[dict[tuple[str, str], Table]], list[dict[str, Table]]]:
+def adjust(
+    tests: Sequence[Tests], *, n_sites: int | None = None
+) -> tuple[list[dict[tuple[str, str], Table]], list[dict[str, Table]]]:
     """Correct for the family over all sites: q of every role, and q of the release alone.
 
     Args:
         tests: one per site set.
+        n_sites: how many sites were asked for, where not all of them exist; None for as many as there are tests.
 
     Returns:
         Per site: q by (role, donor), and q of the release by donor.
@@ -203,8 +206,9 @@ def adjust(tests: Sequence[Tests]) -> tuple[list[dict[tuple[str, str], Table]], 
     keys = list(tests[0].p)
     role_p = np.stack([np.stack([test.p[key] for key in keys]) for test in tests])
     swapped = np.stack([np.stack([test.release_p.get(key[1], test.p[key]) for key in keys]) for test in tests])
-    # The family is the one that was written down: donors that could not be measured still count.
-    q, release_q = (benjamini_hochberg(p, family=p.size) for p in (role_p, swapped))
+    # The family is the one that was written down: donors and sites that could not be measured still count.
+    family = role_p[0].size * (n_sites or len(tests))
+    q, release_q = (benjamini_hochberg(p, family=family) for p in (role_p, swapped))
     by_role = [{key: q[i, k] for k, key in enumerate(keys)} for i in range(len(tests))]
     gate = {donor: keys.index(("gate", donor)) for donor in PRIMARY_DONORS}
     return by_role, [{donor: release_q[i, k] for donor, k in gate.items()} for i in range(len(tests))]

@@ -94,8 +94,24 @@ class Candidates:
         Returns:
             Logits of one-token answers, logsumexp over synonyms.
         """
-        ids = torch.from_numpy(self.ids).to(logits.device)
-        picked = logits.double()[:, ids.clamp(min=0)].masked_fill(ids < 0, -torch.inf)
+        return self.pooled(logits[:, self.tokens.to(logits.device)])
+
+    @property
+    def tokens(self) -> Int[Tensor, " token"]:
+        """The tokens that are scored, candidate by candidate; a place without a synonym holds token 0."""
+        return torch.from_numpy(self.ids).clamp(min=0).flatten()
+
+    def pooled(self, logits: Float[Tensor, "batch token"]) -> Float[np.ndarray, "batch candidate"]:
+        """Score every candidate from the logits of its own tokens.
+
+        Args:
+            logits: of `tokens`, in their order.
+
+        Returns:
+            Logits of one-token answers, logsumexp over synonyms.
+        """
+        absent = torch.from_numpy(self.ids < 0).to(logits.device)
+        picked = logits.double().unflatten(-1, tuple(self.ids.shape)).masked_fill(absent, -torch.inf)
         return picked.logsumexp(-1).cpu().numpy()
 
     def read(self, logits: Float[Tensor, "batch d_vocab"], examples: Int[np.ndarray, " batch"]) -> Reading:
@@ -154,6 +170,22 @@ class Candidates:
             return np.full(scores.shape[:-1], np.nan)
         pair = scores[..., rows, self.sound[examples]] + scores[..., rows, self.picture[examples]]
         return scores[..., rows, mine] - (scores.sum(-1) - pair) / n_others
+
+    def centred(
+        self, scores: Float[np.ndarray, "*more batch candidate"], examples: Int[np.ndarray, " batch"], *, of: str
+    ) -> Float[np.ndarray, "*more batch"]:
+        """Compare one answer's score with the mean of all distinct answers of the set.
+
+        Args:
+            scores: of all candidates.
+            examples: which conflicts these are.
+            of: "sound" or "picture": whose answer.
+
+        Returns:
+            score minus the mean.
+        """
+        mine = self.sound[examples] if of == "sound" else self.picture[examples]
+        return scores[..., np.arange(len(examples)), mine] - scores.mean(-1)
 
 
 def _one_token(answer: Answer, name: object) -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import BudgetError
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.runs.recording import GB, Record
@@ -167,6 +168,50 @@ def _run_stack(
         stream, _ = restarted(record, plans, start, late)
         parts.append(unembedded(record.model, stream, tokens))
     return torch.cat([part.expand(len(plans), -1, -1, -1) for part in parts], dim=2)
+
+
+def run_streams(
+    record: Record, schedule: Schedule, rows: Tensor
+) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "plan batch asked d_model"]]]:
+    """Run a schedule, stack by stack, and give the stream that leaves the last layer instead of the logits.
+
+    Args:
+        record: the recorded run.
+        schedule: its plans.
+        rows: asked positions, ascending.
+
+    Yields:
+        The numbers of a stack's plans, and their streams.
+
+    Raises:
+        InterventionError: an edit did not fire as often as it should have.
+    """
+    for stack in schedule.stacks:
+        plans = [schedule.plans[number] for number in stack.numbers]
+        if stack.hooked:
+            stream = _hooked_stream(record, plans[0], rows)[None]
+        else:
+            early, late = rows[rows < stack.start], rows[rows >= stack.start] - stack.start
+            parts = [record.stream(record.n_layers, 0)[None, :, early].expand(len(plans), -1, -1, -1)]
+            if stack.start < len(record.spans) and any(plan.steps for plan in plans):
+                parts.append(restarted(record, plans, stack.start, late)[0])
+            stream = torch.cat(parts, dim=2)
+        for plan in plans:
+            plan.verify()
+        yield stack.numbers, stream
+
+
+def _hooked_stream(record: Record, plan: CompiledPlan, rows: Tensor) -> Tensor:
+    """The stream that leaves the last layer in a full hooked forward."""
+    kept: list[Tensor] = []
+
+    def keep(stream: Tensor, hook: Any = None) -> None:
+        del hook
+        kept.append(stream[:, rows].detach())
+
+    last = (hook_name("resid_post", record.n_layers - 1), keep)
+    record.model.run_with_hooks(record.x, fwd_hooks=[*plan.fwd_hooks, last])
+    return kept[0]
 
 
 def restarted(

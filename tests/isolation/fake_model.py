@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from av_lens.isolation.engine import Recording, Swap
+from av_lens.isolation.seam import Edited, Recording, Swap
 from av_lens.spans import SpanMap
 
 N_LAYERS, N_HEADS, SITE = 3, 4, 2
@@ -33,7 +33,7 @@ CELLS = {
     for name, picture, sound in [
         ("va", "v", "a"), ("vv", "v", "v"), ("aa", "a", "a"), ("av", "a", "v"), ("vw", "v", "w"), ("aw", "a", "w"),
         ("wa", "w", "a"), ("wv", "w", "v"), ("v_muted", "v", None), ("a_muted", "a", None), ("blank_a", None, "a"),
-        ("blank_v", None, "v"), ("blank_muted", None, None), ("audio_only", None, "a"),
+        ("blank_v", None, "v"), ("blank_muted", None, None), ("audio_only", None, "a"), ("audio_only_v", None, "v"),
     ]
 }  # fmt: skip
 
@@ -95,7 +95,7 @@ class FakeEngine:
     def __init__(
         self, *, n_classes: int = 6, writer: float = 6.0, gate: float = 1.0, opponent: float = 2.0, noise: float = 0.01
     ) -> None:
-        self.n_layers, self.n_heads = N_LAYERS, N_HEADS
+        self.n_layers, self.n_heads, self.n_kv_heads = N_LAYERS, N_HEADS, 2
         self.n_classes = n_classes
         self.tokenizer = Tokenizer(n_classes + 2)
         self.size = {"writer": writer, "gate": gate, "opponent": opponent, "noise": noise}
@@ -166,15 +166,28 @@ class FakeEngine:
         prior = torch.linspace(0, 1, self.n_classes)
         return torch.cat([written + prior, torch.full((len(examples), 2), -9.0)], dim=1), z
 
-    def record(self, inputs: Shown, site: str) -> Recording:
+    def record(self, inputs: Shown, positions: np.ndarray) -> Recording:
         logits, z = self._run(inputs, None, None)
-        where = np.array([2, 3]) if site == "suffix" else np.array([3])
-        window = z if site == "suffix" else z[:, :, -1:]
-        return Recording(inputs, where, where, logits, window, logits)
+        window = np.arange(positions[0], len(SPANS))
+        return Recording(inputs, positions, window, logits, z[:, :, len(SPANS) - SITE - len(window) :], logits)
+
+    def capture(self, inputs: Shown, positions: np.ndarray, components: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {}
+
+    def incoming(self, inputs: Shown) -> np.ndarray:
+        return np.ones((len(inputs.batch), len(SPANS)))
+
+    def changed(self, recording: Recording, swaps: Sequence[Swap]) -> Iterator[Edited]:
+        for swap in swaps:
+            logits = self._run(recording.inputs, swap, recording.z if swap.freeze else None)[0]
+            yield Edited(logits, logits)
 
     def edited(self, recording: Recording, swaps: Sequence[Swap]) -> Iterator[torch.Tensor]:
-        for swap in swaps:
-            yield self._run(recording.inputs, swap, recording.z if swap.freeze else None)[0]
+        for one in self.changed(recording, swaps):
+            yield one.logits
+
+    def linear_logits(self, recording: Recording, final: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return final[:, ids]
 
     def writes(self, recording: Recording, ids: torch.Tensor) -> torch.Tensor:
         at_end = recording.z[:, :, -1].permute(0, 2, 1, 3)

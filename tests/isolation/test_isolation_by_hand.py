@@ -131,7 +131,7 @@ def test_the_protocol_is_written_first_and_the_record_opens_equal(finished):
 
 def test_protocol_stands_before_the_first_effect(tmp_path):
     class Stops(FakeEngine):
-        def edited(self, recording, swaps):
+        def changed(self, recording, swaps):
             assert (tmp_path / "protocol.json").exists()
             raise RuntimeError("first effect")
 
