@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 
 from av_lens.errors import ProtocolError
 from av_lens.isolation.bench import Bench, Chunk, Means
 from av_lens.isolation.effects import Effect, Progress, Request, measure_requests, requests
 from av_lens.isolation.estimands import estimands
+from av_lens.isolation.logit_writes import direct_writes
 from av_lens.isolation.role_tests import (
     Evidence,
     Named,
@@ -205,46 +204,6 @@ class Searched(BySite):
             The mean over conflicts.
         """
         return float(np.nanmean(self.sites[row.site].evidence.release[row.donor][:, row.layer, row.head]))
-
-
-def direct_writes(
-    chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"], n_layers: int, n_heads: int
-) -> PerHead:
-    """Attribute M directly to the heads at the asked position, mirrored: (va - av) / 2.
-
-    Negative: the head writes the picture's answer over the sound's. The difference of two answers needs no centring
-    over the vocabulary: what all answers share cancels.
-
-    Args:
-        chunks: the conflicts, stacked.
-        examples: their order in the result.
-        n_layers: fusion layers.
-        n_heads: heads of a layer.
-
-    Returns:
-        Each head's share of M, at the run's own norm scale.
-    """
-    out = np.full((len(examples), n_layers, n_heads), np.nan)
-    for chunk in chunks:
-        place = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
-        out[place] = chunk.remember("direct writes", {}, partial(_chunk_writes, chunk))["margin"].transpose(2, 0, 1)
-    return out
-
-
-def _chunk_writes(chunk: Chunk) -> dict[str, np.ndarray]:
-    """Every head's direct share of M in one stack, mirrored: `[layer, head, batch]`."""
-    candidates = chunk.bench.candidates
-    ids, tokens = torch.from_numpy(candidates.ids), candidates.tokens
-    sides: list[np.ndarray] = []
-    for cell in ("va", "av"):
-        recording = chunk.run(cell)
-        each = chunk.bench.engine.writes(recording, tokens)
-        logits = recording.logits.double()[:, tokens].unflatten(-1, ids.shape)
-        # Synonyms: each token counts by its share of the answer's own probability.
-        weight = logits.masked_fill((ids < 0).to(logits.device), -torch.inf).softmax(-1)
-        scores = (each.double().unflatten(-1, ids.shape) * weight).sum(-1).cpu().numpy()
-        sides.append(candidates.margin(scores, chunk.examples))
-    return {"margin": 0.5 * (sides[0] - sides[1])}
 
 
 def gather(
