@@ -175,6 +175,7 @@ class Chunk:
     examples: Int[np.ndarray, " batch"]
     site: str
     means: Means | None = None
+    constants: dict[str, Callable[[Recording], Tensor]] = field(default_factory=dict)
     _runs: dict[tuple[str, str], Recording] = field(default_factory=dict)
     _readings: dict[tuple[str, str], Reading] = field(default_factory=dict)
     _donors: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
@@ -263,7 +264,7 @@ class Chunk:
 
         Args:
             base: the cell that is edited.
-            name: "zero", "mean_task", "mean_other", or a cell as it is named for `va` and `blank_a`.
+            name: "zero", "mean_task", "mean_other", one of `constants`, or a cell as it is named for `va`, `blank_a`.
             question: what the base is asked.
 
         Returns:
@@ -280,6 +281,8 @@ class Chunk:
             z = torch.zeros_like(own[:, :1])
         elif name in MEANS:
             z = align_end(self._mean(base, name).to(own), own)
+        elif name in self.constants:
+            z = self.constants[name](self.run(base, question))
         else:
             z = self._cell_z(base, name, question)
         self._donors[key] = z

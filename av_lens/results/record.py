@@ -75,6 +75,7 @@ class Isolation:
     cuts: pd.DataFrame = field(default_factory=_empty("cuts"))
     knowledge: pd.DataFrame = field(default_factory=_empty("knowledge"))
     routes: pd.DataFrame = field(default_factory=_empty("routes"))
+    repair: pd.DataFrame = field(default_factory=_empty("repair"))
     robustness: pd.DataFrame = field(default_factory=_empty("robustness"))
     ablation: pd.DataFrame = field(default_factory=_empty("ablation"))
     specificity: pd.DataFrame = field(default_factory=_empty("specificity"))
@@ -148,6 +149,17 @@ class Isolation:
         # Looked up by name: pages are written by a later room, which imports this one.
         written: Any = importlib.import_module("av_lens.reports").write_report(self, path, **options)
         return Path(written) if written is not None else Path(path)
+
+    def plan(self) -> Any:
+        """Write the chosen set's edit as a plan that fits any clip and question (`model.generate(x, plan=...)`).
+
+        Returns:
+            An `av_lens.interventions.Plan`; what it mends and breaks stands in `repair`.
+
+        Raises:
+            InputError: the finding has no set to edit.
+        """
+        return importlib.import_module("av_lens.isolation.repair").plan_of(self)
 
     def save(self, folder: str | Path) -> Path:
         """Write the record: `isolation.json`, one csv per table, `arrays.npz`.

@@ -239,6 +239,18 @@ TABLES: dict[str, dict[str, str]] = {
         "mass": "float",
         "note": "text",
     },
+    # What the repair plan (`found.plan()`) changes on confirmation: C, what is said, and the controls of `specificity`.
+    "repair": {
+        "quantity": "text",
+        "n": "int",
+        "before": "float",
+        "after": "float",
+        "change": "float",
+        "low": "float",
+        "high": "float",
+        "bound": "float",
+        "verdict": "text",
+    },
     # Does it hang on a choice? The search under each variant: who is named, and how that agrees with the main search.
     "robustness": {
         "variant": "text",
