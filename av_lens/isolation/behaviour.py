@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from av_lens.results.statistics import Bootstrap, interval
 
 LEAST_MASS = 0.1
 LEAST_GAP = 0.25
-READINGS = "readings"
 # (cell, question) -> whose answer is right; muted cells have none, and both rates are shown.
 RIGHT: dict[tuple[str, str], str | None] = {
     ("va", "ask"): "sound",
@@ -106,23 +104,15 @@ def survey(chunks: Sequence[Chunk], n: int, *, progress: Progress | None = None)
     }
     total, done = len(RIGHT) * n, 0
     for chunk in chunks:
-        ids = [str(chunk.bench.conflicts[int(i)].id) for i in chunk.examples]
         for cell, question in RIGHT:
-            depends = {"ids": ids, "cell": cell, "question": question}
-            found = chunk.bench.store.recall(READINGS, depends, partial(_read, chunk, cell, question))
-            out = readings[(cell, question)]
-            out.scores[chunk.examples], out.top[chunk.examples] = found["scores"], found["top"]
-            out.mass[chunk.examples] = found["mass"]
-            done += len(ids)
+            found, out = chunk.reading(cell, question), readings[(cell, question)]
+            out.scores[chunk.examples], out.top[chunk.examples] = found.scores, found.top
+            out.mass[chunk.examples] = found.mass
+            done += len(chunk.examples)
             if progress is not None:
                 progress("reading every cell", done, total)
         chunk.forget()
     return Survey(readings, candidates)
-
-
-def _read(chunk: Chunk, cell: str, question: str) -> dict[str, np.ndarray]:
-    found = chunk.reading(cell, question)
-    return {"scores": found.scores, "top": found.top, "mass": found.mass}
 
 
 def shortcut_index(e_a: np.ndarray, e_v: np.ndarray) -> np.ndarray:

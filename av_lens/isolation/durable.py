@@ -24,6 +24,7 @@ from av_lens.errors import ProtocolError, UnfinishedError
 from av_lens.isolation.protocol import differences
 from av_lens.isolation.store import FOLDER, Measured, Store
 from av_lens.results.provenance import source_hash
+from av_lens.results.record import RECORD
 from av_lens.results.whole_files import sweep_partials, write_whole
 
 PROTOCOL, LEDGER, LOCK, PROGRAM = "protocol.json", "conflicts.jsonl", ".lock", "program.txt"
@@ -48,7 +49,7 @@ def claimed(folder: Path, protocol: Mapping[str, Any], *, told: Told | None = No
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        for place in (folder, folder / FOLDER):
+        for place in (folder, folder / FOLDER, folder / RECORD):
             sweep_partials(place)
         if (folder / PROTOCOL).exists():
             _same(folder, protocol)
@@ -147,6 +148,7 @@ class Ledger:
         self.done: dict[str, dict[str, float]] = {name: {} for name in halves}
         self.kept, self.kept_seconds, self.seconds = 0, 0.0, 0.0
         self._open: tuple[str, tuple[str, ...]] | None = None
+        self._said: set[tuple[str, str]] = set()
         self._resumed = False
 
     def __call__(self, measured: Measured) -> None:
@@ -163,12 +165,13 @@ class Ledger:
         elif self.kept and not self._resumed:
             self._resumed = True
             self._tell(f"resumed: {self.kept} measurements of an earlier run are kept ({self.kept_seconds:.0f} s).")
-        if self._open is not None and self._open != (part, tuple(ids)):
+        effects = measured.name == EFFECTS and bool(ids)
+        if effects and self._open is not None and self._open != (part, tuple(ids)):
             self.close()
         for name in ids:
             if name in self.done:
                 self.done[name][part] = self.done[name].get(part, 0.0) + measured.seconds / len(ids)
-        if measured.new and measured.name == EFFECTS and ids:
+        if measured.new and effects:
             self._open = (part, tuple(ids))
         if measured.new:
             self.write()
@@ -180,7 +183,9 @@ class Ledger:
         part, ids = self._open
         self._open = None
         for name in ids:
-            self._tell(self.line(name, part))
+            if (name, part) not in self._said:
+                self._said.add((name, part))
+                self._tell(self.line(name, part))
 
     def line(self, name: str, part: str) -> str:
         """Say what was found out about a conflict.

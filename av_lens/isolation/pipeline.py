@@ -135,6 +135,7 @@ def _searched(run: Run, halves: tuple[Half, Half], ledger: Ledger) -> tuple[evid
     )
     ledger.close()
     run.s = searched.s
+    run.reasons += searched.notes
     held = confirmation.confirm_all(run.bench, halves, searched, s=run.s, seed=seed, progress=progress)
     ledger.close()
     return searched, held

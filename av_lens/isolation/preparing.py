@@ -171,7 +171,7 @@ def _model_identity(engine: Engine) -> dict[str, Any]:
     model = getattr(engine, "model", None)
     found: dict[str, Any] = {"n_layers": engine.n_layers, "n_heads": engine.n_heads}
     if model is None:
-        return found | {"engine": type(engine).__name__, "weights": str(getattr(engine, "identity", ""))}
+        return found | {"weights": str(getattr(engine, "identity", type(engine).__name__))}
     text = json.dumps(weight_hashes(model), sort_keys=True)
     return found | {
         "engine": str(getattr(engine, "how", type(engine).__name__)),

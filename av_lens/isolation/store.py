@@ -162,7 +162,7 @@ def _keep(place: Path, made: Arrays, seconds: float) -> None:
 def _opened(place: Path) -> Arrays | None:
     """Read a stored measurement; None where there is none that is whole."""
     try:
-        with np.load(place, allow_pickle=False) as data:
+        with place.open("rb") as file, np.load(file, allow_pickle=False) as data:
             return {key: data[key] for key in data.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
         return None

@@ -1,0 +1,344 @@
+"""A run that is killed, interrupted or stopped goes on where it was, with the numbers of one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+import warnings
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+from fake_model import FakeEngine, fake_conflicts
+
+from av_lens.errors import ProtocolError, UnfinishedError
+from av_lens.isolation import durable, isolate
+from av_lens.isolation.durable import Deadline
+from av_lens.isolation.store import Store
+from av_lens.results import whole_files
+from av_lens.results.record import Isolation
+from av_lens.results.statistics import Bootstrap
+from av_lens.results.tables import TABLES
+
+N = 44
+TIMES = ("created", "seconds")
+
+
+class Killed(BaseException):
+    """Nothing that is caught on the way."""
+
+
+def run(out=None, *, engine=None, n=N, **options):
+    options = {"s": 0.1, "seed": 0} | options
+    return isolate(None, fake_conflicts(n), engine=engine or FakeEngine(), out=out, **options)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_draws():
+    """Fewer draws of the bootstrap everywhere: they are not what is tested, and most of the time."""
+    draw = Bootstrap.draw
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Bootstrap, "draw", lambda *conflicts, **more: draw(*conflicts, **({"draws": 100} | more)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(few_draws):
+    return run()
+
+
+def assert_same(found, expected):
+    """Equal bit for bit, but for when and how long."""
+    for name in TABLES:
+        pd.testing.assert_frame_equal(getattr(found, name), getattr(expected, name), check_exact=True, obj=name)
+    assert found.arrays.keys() == expected.arrays.keys()
+    for name, values in expected.arrays.items():
+        assert np.array_equal(found.arrays[name], values, equal_nan=True), name
+    for name in ("verdict", "verdict_kind", "stamps", "reasons", "protocol"):
+        assert getattr(found, name) == getattr(expected, name), name
+    assert {k: repr(v) for k, v in found.summary.items()} == {k: repr(v) for k, v in expected.summary.items()}
+    plain = [{k: v for k, v in one.provenance.items() if k not in TIMES} for one in (found, expected)]
+    assert plain[0] == plain[1]
+
+
+def killed_after(seconds, work):
+    """Do the work in a child process and kill -9 it; True if it was still at it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # python 3.12 warns of forks beside threads
+        child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+class Slow(FakeEngine):
+    """The fake model, a millisecond an edit, so that there is a middle to be killed in."""
+
+    identity = "FakeEngine"
+
+    def _run(self, *parts):
+        time.sleep(1e-3)
+        return super()._run(*parts)
+
+
+def kills(work, *, times, seconds, seed=0):
+    """Kill -9 at random moments of what would take so many seconds; how often the run was still going."""
+    moments = random.Random(seed)
+    return sum(killed_after(moments.uniform(0.05, 1.0) * seconds, work) for _ in range(times))
+
+
+def test_killed_twice_and_resumed_it_has_the_same_numbers(whole, tmp_path):
+    assert kills(partial(run, tmp_path, engine=Slow()), times=2, seconds=1.5) == 2
+    lines = []
+    found = run(tmp_path, told=lines.append)
+    assert_same(found, whole)
+    assert_same(Isolation.load(tmp_path), whole)
+    assert any(line.startswith("resumed: ") for line in lines)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_on_av_tiny(tmp_path):
+    import av_lens as avl
+    from av_lens.studies.staged_conflicts import stage
+
+    model = avl.load("av-tiny")
+    (tmp_path / "clips").mkdir()
+    listed = avl.conflicts(stage(tmp_path / "clips", conflicts=44, seed=3))
+    begun = time.monotonic()
+    expected = isolate(model, listed, gate="report")
+    taken = time.monotonic() - begun
+    work = partial(isolate, model, listed, gate="report", out=tmp_path / "run")
+    assert kills(work, times=10, seconds=taken / 4) >= 4  # later runs have less left to do, some finish
+    assert_same(work(), expected)
+
+
+MODES = ("half written", "not moved", "moved", "ledger")
+
+
+class Fault:
+    """`os.replace` that dies at one file, and from then on."""
+
+    def __init__(self, target=None, mode=""):
+        self.target, self.mode = target, mode
+        self.seen: list[str] = []
+        self.passed = self.dead = False
+        self.real = os.replace
+
+    def __call__(self, source, place):
+        name = os.path.basename(place)
+        self.seen.append(name)
+        aimed = name == self.target and self.mode != "ledger"
+        hit = aimed or (self.passed and name == durable.LEDGER)
+        if self.dead or (hit and self.mode != "moved"):
+            if self.mode == "half written" and not self.dead:
+                os.truncate(source, os.path.getsize(source) // 2)
+            self.dead = True
+            raise Killed
+        self.real(source, place)
+        self.passed |= name == self.target and self.mode == "ledger"
+        if hit:
+            self.dead = True
+            raise Killed
+
+
+def write_points(monkeypatch, tmp_path):
+    """Every file that a run writes, in order; the ledger goes with the others."""
+    fault = Fault()
+    with monkeypatch.context() as patched:
+        patched.setattr(whole_files.os, "replace", fault)
+        run(tmp_path / "counted")
+    return [name for name in dict.fromkeys(fault.seen) if name != durable.LEDGER]
+
+
+def die_at_each(points, whole, monkeypatch, folder):
+    """One folder, a run that dies at each write in turn, each going on from the one before."""
+    for target, mode in points:
+        fault = Fault(target, mode)
+        with monkeypatch.context() as patched:
+            patched.setattr(whole_files.os, "replace", fault)
+            try:
+                run(folder)
+            except Killed:
+                assert fault.dead
+            else:  # after a record's last file no ledger is written
+                assert mode == "ledger", (target, mode)
+    assert_same(run(folder), whole)
+    assert_same(Isolation.load(folder), whole)
+    assert not list(folder.rglob("*.part"))
+
+
+def test_dying_at_a_write_loses_nothing(whole, monkeypatch, tmp_path):
+    points = write_points(monkeypatch, tmp_path)
+    assert {"protocol.json", "isolation.json", "arrays.npz"} < set(points)
+    assert sum(name.startswith("head-effects-") for name in points) == 4
+    chosen = [(name, MODES[place % 4]) for place, name in enumerate(points)][::7]
+    assert {mode for _, mode in chosen} == set(MODES)
+    die_at_each(chosen, whole, monkeypatch, tmp_path / "died")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_dying_at_every_write_loses_nothing(mode, whole, monkeypatch, tmp_path):
+    points = [(name, mode) for name in write_points(monkeypatch, tmp_path)]
+    die_at_each(points, whole, monkeypatch, tmp_path / "died")
+
+
+def test_a_finished_run_measures_nothing_again(whole, tmp_path):
+    run(tmp_path)
+    stores = []
+    with pytest.MonkeyPatch.context() as patched:
+        told = Store._tell
+        patched.setattr(Store, "_tell", lambda self, one: (stores.append(one), told(self, one)))
+        assert_same(run(tmp_path), whole)
+    assert stores
+    assert not [one.name for one in stores if one.new]
+
+
+def test_a_broken_measurement_is_made_again(whole, tmp_path):
+    run(tmp_path)
+    files = sorted((tmp_path / "measured").iterdir())
+    files[0].write_bytes(files[0].read_bytes()[:40])
+    files[-1].write_bytes(b"")
+    assert_same(run(tmp_path), whole)
+
+
+def test_another_protocol_is_refused_with_what_differs_and_the_mend(tmp_path):
+    run(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ProtocolError, match=r"under another protocol; they differ in .*seed \(0 there, 1 here\)") as no:
+        run(tmp_path, seed=1)
+    assert "Give another folder (--out), or the options and conflicts of that run." in str(no.value)
+    with pytest.raises(ProtocolError, match=r"conflicts or halves \(44 conflicts there, 46 here\)"):
+        run(tmp_path, n=46)
+    with pytest.raises(ProtocolError, match=r"they differ in quick \(False there, True here\); left_out"):
+        run(tmp_path, quick=True)
+    other = FakeEngine()
+    other.identity = "other weights"
+    with pytest.raises(ProtocolError, match=r"they differ in model \(weights\)"):
+        run(tmp_path, engine=other)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "protocol.json").write_text("[")
+    with pytest.raises(ProtocolError, match=r"protocol\.json cannot be read as a protocol"):
+        run(tmp_path)
+
+
+def test_a_changed_program_measures_again_and_says_so(whole, tmp_path, monkeypatch):
+    run(tmp_path)
+    stored = len(list((tmp_path / "measured").iterdir()))
+    for module in ("durable", "preparing"):
+        monkeypatch.setattr(f"av_lens.isolation.{module}.source_hash", lambda: "another program")
+    lines = []
+    assert_same(run(tmp_path, told=lines.append), whole)
+    assert any("av_lens was changed since" in line for line in lines)
+    assert len(list((tmp_path / "measured").iterdir())) == 2 * stored
+
+
+def test_two_runs_cannot_write_in_one_folder(tmp_path):
+    class Nested(FakeEngine):
+        def _run(self, *parts):
+            run(tmp_path)
+            return super()._run(*parts)
+
+    with pytest.raises(ProtocolError, match="another process is writing in"):
+        run(tmp_path, engine=Nested())
+
+
+def test_an_interrupt_keeps_what_was_finished(whole, tmp_path):
+    class Interrupted(FakeEngine):
+        left = 300
+        identity = "FakeEngine"
+
+        def _run(self, *parts):
+            self.left -= 1
+            if not self.left:
+                raise KeyboardInterrupt
+            return super()._run(*parts)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, engine=Interrupted())
+    rows = [json.loads(line) for line in (tmp_path / "conflicts.jsonl").read_text().splitlines()]
+    assert len(rows) == N
+    assert all("reading" in row["done"] for row in rows)
+    assert_same(run(tmp_path), whole)
+
+
+def test_a_budget_stops_before_a_measurement_and_the_same_call_goes_on(whole, tmp_path, monkeypatch):
+    clock = [0.0]
+
+    class Clock:
+        @staticmethod
+        def monotonic():
+            clock[0] += 1.0  # every look costs a second
+            return clock[0]
+
+    monkeypatch.setattr(durable, "time", Clock)
+    said = []
+    for _ in range(20):
+        try:
+            found = run(tmp_path, budget=0.25)
+        except UnfinishedError as stopped:
+            said.append(str(stopped))
+            continue
+        break
+    assert_same(found, whole)
+    assert 2 <= len(said) < 20
+    for text in said:
+        assert text.startswith("stopped at the budget of 0.25 minutes, before: ")
+        assert text.endswith(f"Everything is kept in {tmp_path}; the same command goes on from there.")
+    assert "The effects of 0 of 44 conflicts are measured." in said[0]
+
+
+def test_budgets_that_make_no_sense_are_refused(tmp_path):
+    with pytest.raises(ProtocolError, match="a run with a budget needs a folder"):
+        run(budget=1)
+    with pytest.raises(ProtocolError, match="the budget is 0 minutes; give a number above 0"):
+        run(tmp_path, budget=0)
+
+
+def test_each_run_makes_at_least_one_measurement(tmp_path):
+    store = Store(tmp_path, "key")
+    deadline = Deadline(1e-9, store, lambda: "")
+    store.before.append(deadline)
+    store.recall("a", {}, lambda: {"x": np.zeros(1)})
+    with pytest.raises(UnfinishedError, match=r"stopped at the budget of 1e-09 minutes, before: b\."):
+        store.recall("b", {}, lambda: {"x": np.zeros(1)})
+
+
+def test_a_line_for_each_conflict(tmp_path):
+    lines = []
+    run(tmp_path, told=lines.append)
+    rows = {row["id"]: row for row in map(json.loads, (tmp_path / "conflicts.jsonl").read_text().splitlines())}
+    assert list(rows) == [conflict.id for conflict in fake_conflicts(N)]
+    dealt = json.loads((tmp_path / "protocol.json").read_text())["halves"]["dealt"]
+    assert {name: row["half"] for name, row in rows.items()} == dealt
+    for row in rows.values():
+        assert {"reading", "head effects at suffix", "sets at suffix"} <= set(row["done"])
+        assert row["seconds"] == pytest.approx(sum(row["done"].values()), abs=0.01)
+        assert row["G"] == pytest.approx(7, abs=0.1)
+    told = [line.split()[0] for line in lines if "head effects at suffix" in line]
+    assert sorted(told) == sorted(rows)
+
+
+def test_nested_measurements_count_their_seconds_once(tmp_path):
+    store, seen = Store(tmp_path, "key"), []
+    store.told.append(seen.append)
+
+    def inner():
+        time.sleep(0.05)
+        return {"x": np.ones(2)}
+
+    def outer():
+        return {"y": 2 * store.recall("inner", {}, inner)["x"]}
+
+    assert store.recall("outer", {}, outer)["y"].tolist() == [2, 2]
+    assert [(one.name, one.new) for one in seen] == [("inner", True), ("outer", True)]
+    assert seen[0].seconds >= 0.05 > seen[1].seconds
