@@ -202,3 +202,26 @@ def _conflicts(rng: np.random.Generator) -> list[dict[str, Any]]:
         )
         rows.append({**who, "says": picture if i % 11 else sound, **logits})
     return rows
+
+
+def full_isolation(seed: int = 0) -> Isolation:
+    """The same record with two made-up rows in every further table; every word and number is told apart."""
+    from dataclasses import replace
+
+    from av_lens.results.tables import TABLES
+
+    rng = np.random.default_rng(seed + 7)
+    makers = {
+        "text": lambda column: f"{column} {rng.integers(1000)}",
+        "int": lambda _: int(rng.integers(8)),
+        "float": lambda _: float(rng.normal(0, 3)),
+        "flag": lambda _: True,
+    }
+    further = (
+        "units", "members", "steps", "synergies", "cards", "cuts", "knowledge", "routes", "repair", "robustness",
+    )  # fmt: skip
+    rows = {
+        name: [{column: makers[kind](column) for column, kind in TABLES[name].items()} for _ in range(2)]
+        for name in further
+    }
+    return replace(planted_isolation(seed), **{name: table(name, made) for name, made in rows.items()})

@@ -23,6 +23,7 @@ from av_lens import __version__
 from av_lens.media import Clip
 from av_lens.plots import THEMES
 from av_lens.reports import sections, words
+from av_lens.reports.blocks import blocks
 from av_lens.reports.drawings import Drawing, drawings
 from av_lens.reports.material import Calibration, gallery
 from av_lens.results.record import Isolation
@@ -145,6 +146,7 @@ def _context(
         "power": _power(found),
         "sets": sections.set_rows(found),
         "specificity": sections.specificity_rows(found),
+        "blocks": blocks(found),
         "calibration": calibration,
         "calibration_rows": [] if calibration is None else _calibration_rows(calibration),
         "calibration_figures": [] if calibration is None else _calibration_figures(calibration),

@@ -1,0 +1,294 @@
+"""What the search found beside the heads, as sections of plain tables: sets, mechanisms, roads, robustness, repair.
+
+A section is left out where the record holds nothing for it. Long tables come folded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from av_lens.reports.words import MISSING, interval, number, percent
+from av_lens.results.record import Isolation
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One table.
+
+    Attributes:
+        caption: what it shows.
+        columns: its headings, and whether each is a number.
+        rows: its cells as text; the first heads the row.
+        folded: whether it is shown only when asked for.
+    """
+
+    caption: str
+    columns: tuple[tuple[str, bool], ...]
+    rows: tuple[tuple[str, ...], ...]
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """One section of the page.
+
+    Attributes:
+        name: its id on the page.
+        link: its name in the page's menu.
+        title: its heading.
+        text: how to read it, a paragraph each.
+        sheets: its tables; those without rows are left out.
+        figure: the name of a drawing to show first, or "".
+        code: a few lines of code to end with, or "".
+    """
+
+    name: str
+    link: str
+    title: str
+    text: tuple[str, ...]
+    sheets: tuple[Sheet, ...]
+    figure: str = ""
+    code: str = ""
+
+
+def blocks(found: Isolation) -> list[Block]:
+    """Write every section that the record has numbers for.
+
+    Args:
+        found: the record.
+
+    Returns:
+        The sections in the page's order.
+    """
+    made = [_sets(found), _mechanisms(found), _knowledge(found), _routes(found), _robustness(found), _repair(found)]
+    kept = [_filled(block) for block in made]
+    return [block for block in kept if block.sheets]
+
+
+def _filled(block: Block) -> Block:
+    sheets = tuple(sheet for sheet in block.sheets if sheet.rows)
+    return Block(block.name, block.link, block.title, block.text, sheets, block.figure, block.code)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """How a row's cell is written, and whether it is a number."""
+
+    write: Callable[[Row], str]
+    numeric: bool = False
+
+
+def _sheet(frame: Any, caption: str, columns: Mapping[str, _Column], *, folded: bool = False) -> Sheet:
+    """Make a table of a frame; columns that say nothing are left out."""
+    cells = [[column.write(row) for column in columns.values()] for row in frame.to_dict("records")]
+    used = [i for i in range(len(columns)) if any(row[i] != MISSING for row in cells)]
+    named = [(name, column.numeric) for name, column in columns.items()]
+    return Sheet(caption, tuple(named[i] for i in used), tuple(tuple(row[i] for i in used) for row in cells), folded)
+
+
+def _text(name: str) -> _Column:
+    return _Column(lambda row: str(row[name]) or MISSING)
+
+
+def _number(name: str) -> _Column:
+    return _Column(lambda row: number(row[name], sign=True), numeric=True)
+
+
+def _bounded(name: str, low: str = "low", high: str = "high") -> _Column:
+    def write(row: Row) -> str:
+        ends = interval(row[low], row[high], sign=True)
+        return number(row[name], sign=True) + ("" if ends == MISSING else f" ({ends})")
+
+    return _Column(write, numeric=True)
+
+
+def _percent(name: str) -> _Column:
+    return _Column(lambda row: percent(row[name]), numeric=True)
+
+
+def _named(row: Row) -> str:
+    return f"L{row['layer']} H{row['head']}"
+
+
+_HEAD = _Column(_named)
+
+
+def _sets(found: Any) -> Block:
+    text = (
+        "Heads that stand in for each other hide each other: edited one at a time, none does much. So sets were built "
+        "on discovery: from the best head and from the pairs that do more together than apart, always adding the head "
+        "that gains most, going on through small gains, then taking out what is not needed.",
+        "What a member does is measured with the other members edited: “without it” is what the set loses when this "
+        "one member is left as it was.",
+    )
+    members = found.members[found.members["chosen"]]
+    columns = {
+        "head": _HEAD,
+        "found by": _text("screen"),
+        "kind, in the set": _text("role"),
+        "alone (discovery)": _number("single"),
+        "gain": _number("gain"),
+        "without it (discovery)": _bounded("without", "without_low", "without_high"),
+        "without it (held out)": _bounded("effect"),
+        "direct share": _number("direct_share"),
+        "reads picture": _number("reads_picture"),
+        "reads sound": _number("reads_sound"),
+    }
+    steps = {
+        "start": _text("start"),
+        "donor": _text("donor"),
+        "action": _text("action"),
+        "head": _HEAD,
+        "release": _number("release"),
+        "gain": _number("gain"),
+    }
+    pairs = {
+        "pair": _Column(lambda row: f"{_named(row)} + L{row['layer2']} H{row['head2']}"),
+        "donor": _text("donor"),
+        "release": _number("release"),
+        "synergy": _number("synergy"),
+        "share of G": _percent("share"),
+    }
+    sheets = (
+        _sheet(members, "The members of the chosen set", columns),
+        _sheet(found.synergies.head(24), "Pairs that do most together beyond what each does", pairs, folded=True),
+        _sheet(found.steps, "Every step of the search", steps, folded=True),
+    )
+    return Block("sets", "Sets", "Which heads hide each other", text, sheets)
+
+
+def _mechanisms(found: Any) -> Block:
+    text = (
+        "One card per named head: where it looks (attention from the generation position, by role), what it writes for "
+        "the two answers, whether its pattern is driven by its queries or its keys, and where its release goes: to the "
+        "logits, or through other heads' queries, keys and values.",
+    )
+    cards = {
+        "head": _HEAD,
+        "part": _text("part"),
+        "in": _text("cell"),
+        "what": _text("what"),
+        "value": _bounded("value"),
+        "unit": _text("unit"),
+        "note": _text("note"),
+    }
+    cuts = {
+        "heads": _text("heads"),
+        "edges": _Column(lambda row: f"{row['edges']}{', renormalised' if row['renormalised'] else ''}"),
+        "arm": _text("arm"),
+        "release": _bounded("release"),
+        "of G": _percent("share"),
+        "mass cut": _number("mass"),
+        "note": _text("note"),
+    }
+    units = {
+        "unit": _Column(
+            lambda row: f"{row['unit']} L{row['layer']}" + (f" · {row['index']}" if row["index"] >= 0 else "")
+        ),
+        "estimand": _text("estimand"),
+        "donor": _text("donor"),
+        "effect": _bounded("mean"),
+        "of G": _percent("share"),
+    }
+    largest = found.units.sort_values("share", ascending=False, key=abs, kind="stable").head(30)
+    sheets = (
+        _sheet(found.cards, "Mechanism cards", cards),
+        _sheet(found.cuts, "Edges of these heads cut, beside controls", cuts),
+        _sheet(largest, "Whole groups, MLPs and layers: the 30 largest effects", units, folded=True),
+    )
+    return Block("mechanisms", "Mechanisms", "How each head does it", text, sheets)
+
+
+def _knowledge(found: Any) -> Block:
+    text = (
+        "The sound may be known inside and still not be said. The logit lens reads words off the stream at every "
+        "position and layer; a probe is trained to tell the sound's class on one half of the conflicts and tested "
+        "on the other. Excess is what is left above the null: the same search for other sounds' words, or labels "
+        "that were shuffled.",
+    )
+    columns = {
+        "method": _text("method"),
+        "word": _text("word"),
+        "in": _text("cell"),
+        "at": _text("span"),
+        "layer": _Column(lambda row: str(row["layer"]) if row["layer"] >= 0 else MISSING, numeric=True),
+        "value": _bounded("value"),
+        "null": _number("null"),
+        "excess": _bounded("excess", "excess_low", "excess_high"),
+        "note": _text("note"),
+    }
+    frame = found.knowledge
+    chosen = frame[frame["chosen"]]
+    sheets = (
+        _sheet(chosen, "At the layers that discovery chose", columns),
+        _sheet(frame, "Every layer", columns, folded=True),
+    )
+    return Block("knowledge", "Is it known?", "Is the sound in there?", text, sheets, figure="knowledge")
+
+
+def _routes(found: Any) -> Block:
+    text = (
+        "By which road does the picture win? The edges of one road at a time are cut in all heads: from the picture to "
+        "the question (relay), from the picture to the position where the answer is read (generation), and through "
+        "sink positions (sink). Beside each stand cuts of equal size elsewhere. Positive: the cut lets the model hear.",
+    )
+    columns = {
+        "route": _text("route"),
+        "edges": _text("edges"),
+        "arm": _text("arm"),
+        "effect": _bounded("effect"),
+        "of G": _percent("share"),
+        "says the sound": _percent("says_sound"),
+        "mass cut": _number("mass"),
+        "note": _text("note"),
+    }
+    return Block("routes", "Routes", "By which road?", text, (_sheet(found.routes, "Routes", columns),))
+
+
+def _robustness(found: Any) -> Block:
+    text = (
+        "The search for single heads was made again with another blank, another mute, other words, another layout, "
+        "equal loudness, another precision, and on clips drawn again. Jaccard: heads named both times over heads named "
+        "either time.",
+    )
+    columns = {
+        "variant": _text("variant"),
+        "Jaccard": _bounded("jaccard"),
+        "rank correlation": _number("rank_correlation"),
+        "kept": _text("kept"),
+        "lost": _text("lost"),
+        "gained": _text("gained"),
+        "turned": _text("turned"),
+        "note": _text("note"),
+    }
+    sheet = _sheet(found.robustness, "The same search under other choices", columns)
+    return Block("robustness", "Robustness", "Does it hang on a choice?", text, (sheet,))
+
+
+def _repair(found: Any) -> Block:
+    text = (
+        "The set's edit as a plan that fits any clip: each member's output is replaced by a constant. Measured on the "
+        "held-out half, with what else it changes.",
+    )
+    columns = {
+        "quantity": _text("quantity"),
+        "n": _Column(lambda row: str(row["n"]), numeric=True),
+        **{name: _Column(partial(_changed, name=name), numeric=True) for name in ("before", "after", "change")},
+        "bound of harm": _percent("bound"),
+        "verdict": _text("verdict"),
+    }
+    code = 'plan = av_lens.Isolation.load("numbers").plan()\nmodel.generate(x, plan=plan, return_type="text")'
+    return Block(
+        "repair", "Repair", "What the edit mends", text, (_sheet(found.repair, "The repair plan", columns),), code=code
+    )
+
+
+def _changed(row: Row, *, name: str) -> str:
+    """C is in logits, a divergence in nats, all else are rates."""
+    plain = row["quantity"] == "C" or str(row["verdict"]).startswith("reported")
+    return number(row[name], sign=row["quantity"] == "C") if plain else percent(row[name])
