@@ -58,6 +58,7 @@ _HOMES = {
     "run": "runs",
     "sweep": "runs",
     "attention_flow": "methods",
+    "find_circuit": "methods",
     "find_sinks": "methods",
     "knockout": "methods",
     "logit_lens": "methods",
@@ -77,6 +78,7 @@ _HOMES = {
     "mean_difference": "methods",
     "reweighed": "methods",
     "steer": "methods",
+    "Circuit": "results",
     "EdgeScores": "results",
     "Grid": "results",
     "Isolation": "results",
@@ -90,6 +92,7 @@ __all__ = [
     "KV",
     "AVInputs",
     "AvLensError",
+    "Circuit",
     "Clip",
     "ClipFile",
     "Conflict",
@@ -119,6 +122,7 @@ __all__ = [
     "direct_attribution",
     "edge_attribution",
     "errors",
+    "find_circuit",
     "find_sinks",
     "graft",
     "isolate",
@@ -171,6 +175,7 @@ if TYPE_CHECKING:
         causal_trace,
         direct_attribution,
         edge_attribution,
+        find_circuit,
         find_sinks,
         graft,
         knockout,
@@ -184,7 +189,7 @@ if TYPE_CHECKING:
         steer,
         weight_change,
     )
-    from av_lens.results import EdgeScores, Grid, Isolation, Tabled
+    from av_lens.results import Circuit, EdgeScores, Grid, Isolation, Tabled
     from av_lens.runs import (
         HookedAVLLM,
         Judge,

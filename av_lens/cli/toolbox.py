@@ -55,6 +55,7 @@ METHODS = (
     Method("knockout", "methods.knockouts", "knockout", "conflicts"),
     Method("attribution-patch", "methods.gradients", "attribution_patch", "pair"),
     Method("edge-attribution", "methods.edges", "edge_attribution", "pair"),
+    Method("find-circuit", "methods.circuits", "find_circuit", "conflicts"),
     Method("causal-trace", "methods.tracing", "causal_trace", "conflicts"),
     Method("probe", "methods.probes", "probe", "conflicts"),
     Method("caption", "methods.captions", "caption", "conflicts"),

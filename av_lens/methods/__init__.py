@@ -4,6 +4,7 @@ from av_lens.methods.activation_patching import patch
 from av_lens.methods.attention import attention_flow
 from av_lens.methods.attribution import direct_attribution
 from av_lens.methods.captions import caption
+from av_lens.methods.circuits import find_circuit
 from av_lens.methods.edges import edge_attribution
 from av_lens.methods.gradients import attribution_patch
 from av_lens.methods.grafting import graft
@@ -27,6 +28,7 @@ __all__ = [
     "causal_trace",
     "direct_attribution",
     "edge_attribution",
+    "find_circuit",
     "find_sinks",
     "graft",
     "knockout",

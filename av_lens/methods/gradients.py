@@ -45,6 +45,7 @@ from av_lens.results.grid import Grid
 from av_lens.results.provenance import linked, stamp
 from av_lens.runs.execution import run
 from av_lens.runs.finite import require_numbers
+from av_lens.runs.gradient_drops import held_layers
 from av_lens.runs.measurement import measure_plans
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.places import Axes, Edited, layout_stacks
@@ -260,7 +261,7 @@ class _Stack:
             require_restart(trace, "recomputing the softmax")
             sites += [Site(part, layer, positions=later) for part in ("z", "rot_q") for layer in layers]
         found: list[SuffixGradients] = []
-        plans: list[Plan | None] = [None, *(self._dropped(later) if drop else ())]
+        plans: list[Plan | None] = [None, *(held_layers(self.model, self.base, later) if drop else ())]
         for plan in plans:
             found.append(trace.gradients(sites, self.metric, plan=plan, budget_gb=max(GRADIENT_GB, budget_gb)))
             require_numbers(found[0].metric, self.metric.name)
@@ -271,17 +272,6 @@ class _Stack:
         stars = self._without_own(best[1:].abs()) if drop else torch.full_like(plain[0], torch.nan)
         guesses = torch.stack([plain[0], best[0], stars], dim=-1)
         return guesses.cpu().numpy(), torch.stack([found[0].metric, other]).double().cpu().numpy()
-
-    def _dropped(self, later: list[int]) -> list[Plan]:
-        """For each layer the plan that holds its writes at the base run's: nothing changes but the gradient."""
-        parts = ("attn_out", "mlp_out")
-        sites = {(part, layer): Site(part, layer, positions=later) for layer in self._layers for part in parts}
-        with torch.no_grad():
-            cache = run(self.model, self.base, capture=list(sites.values())).cache
-        return [
-            Plan([replace(sites[part, layer], cache[hook_name(part, layer)]) for part in parts])
-            for layer in self._layers
-        ]
 
     def _first_order(self, given: list[Tensor], found: Sequence[SuffixGradients]) -> Tensor:
         """Change times gradient, `[gradient, batch, layer, head, place]`; one head where there are none."""

@@ -1,13 +1,14 @@
 """Results as figures: plotly, no model, no global template.
 
-`heads`, `layers`, `spans`, `behaviour`, `release`, `confirmation`, `attribution` and `conditions` return plotly figures
-that carry the numbers they draw; `attention_patterns` returns a circuitsvis view that works offline. Not measured is
-hatched or left out, never zero.
+`heads`, `layers`, `spans`, `behaviour`, `release`, `confirmation`, `attribution`, `circuit` and `conditions` return
+plotly figures that carry the numbers they draw; `attention_patterns` returns a circuitsvis view that works offline. Not
+measured is hatched or left out, never zero.
 """
 
 from av_lens.plots._style import THEMES as THEMES
 from av_lens.plots.attribution_bars import attribution as attribution
 from av_lens.plots.behaviour_bars import behaviour as behaviour
+from av_lens.plots.circuit_graph import circuit as circuit
 from av_lens.plots.condition_dots import conditions as conditions
 from av_lens.plots.confirmation_curves import confirmation as confirmation
 from av_lens.plots.head_maps import heads as heads

@@ -1,0 +1,196 @@
+"""A circuit as a graph: which nodes, in which layers, how strong, and which of them act through one another.
+
+Every node stands at its layer; members are discs whose area grows with the size of their score, the rest are small grey
+points. Blue members raise m, vermilion ones lower it; with roles, colours and rows are the roles'. A line joins two
+members that act together: solid where they need each other, dotted where they stand in for each other, its width by the
+size of the interaction. Lines whose interval holds 0 are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from av_lens.errors import InputError
+from av_lens.plots import _style
+
+ROLES = {
+    "picture writer": _style.PICTURE,
+    "sound opponent": _style.AMBER,
+    "gate": _style.PURPLE,
+    "silenced carrier": _style.GREEN,
+    "sound carrier": _style.SOUND,
+}
+RAISES, LOWERS, NO_ROLE, MLP = "raises m", "lowers m", "no role", "MLP"
+SMALLEST, LARGEST = 10.0, 34.0
+FEWEST = 0.02
+
+
+def circuit(
+    found: Any, *, roles: Mapping[Any, str] | Any = None, least: float | int = FEWEST, title: str | None = None
+) -> Any:
+    """Draw a circuit by layer, and by head or role.
+
+    Args:
+        found: a `Circuit`.
+        roles: the role of each head, by (layer, head) or by name such as "L3H5"; or an `Isolation`, whose first role
+            of a head counts. None colours by sign.
+        least: the smallest interaction that is drawn, as a share of m(whole) - m(empty).
+        title: the figure's title.
+
+    Returns:
+        A `plotly.graph_objects.Figure`.
+
+    Raises:
+        InputError: a role of a node that the circuit does not know.
+    """
+    import plotly.graph_objects as go
+
+    nodes = found.nodes
+    named = _named(roles, set(nodes["node"]))
+    kinds = [_kind(row, named, roles is not None, found.figure("span")[0]) for row in nodes.to_dict("records")]
+    lanes, rows = _lanes(nodes, kinds, roles is not None)
+    n_layers = int(nodes["layer"].max()) + 1
+    fig = _style.figure(title=title, height=150 + 34 * len(lanes))
+    x, y = nodes["layer"].to_numpy(dtype=float), np.array(rows, dtype=float)
+    if roles is not None:
+        x = _spread(x, y, nodes["member"].to_numpy(dtype=bool))
+    _draw_links(fig, found, dict(zip(nodes["node"], zip(x, y, strict=True), strict=True)), float(least))
+    members = nodes["member"].to_numpy(dtype=bool)
+    rest = np.flatnonzero(~members)
+    texts = _texts(found)
+    fig.add_trace(
+        go.Scatter(
+            x=x[rest],
+            y=y[rest],
+            mode="markers",
+            name="not in the circuit",
+            marker={"size": 5, "color": _style.GREY, "opacity": 0.5},
+            text=[texts[i] for i in rest],
+            hovertemplate="%{text}<extra></extra>",
+        )
+    )
+    largest = _style.limit(nodes["score"].to_numpy())
+    for kind in dict.fromkeys(kind for kind, member in zip(kinds, members, strict=True) if member):
+        chosen = [i for i in np.flatnonzero(members) if kinds[i] == kind]
+        share = np.sqrt(np.abs(nodes["score"].to_numpy(dtype=float)[chosen]) / largest)
+        fig.add_trace(
+            go.Scatter(
+                x=x[chosen],
+                y=y[chosen],
+                mode="markers+text",
+                name=kind,
+                marker={
+                    "size": SMALLEST + (LARGEST - SMALLEST) * np.nan_to_num(share),
+                    "color": _colour(kind),
+                    "line": {"width": 1, "color": _style.INK},
+                },
+                text=[nodes["node"].iloc[i] for i in chosen],
+                textposition="top center",
+                textfont={"size": 10},
+                customdata=[texts[i] for i in chosen],
+                hovertemplate="%{customdata}<extra></extra>",
+            )
+        )
+    fig.update_xaxes(**_style.layer_axis(n_layers), range=[-0.6, n_layers - 0.4])
+    ticks = {"tickmode": "array", "tickvals": list(range(len(lanes))), "ticktext": lanes}
+    fig.update_yaxes(**ticks, range=[-0.6, len(lanes) - 0.2], ticks="", title={"text": "role" if named else "head"})
+    return fig
+
+
+def _named(roles: Any, known: set[str]) -> dict[str, str]:
+    """The role of each node by its name."""
+    if roles is None:
+        return {}
+    if not isinstance(roles, Mapping):
+        frame = roles.heads
+        listed = [((int(row["layer"]), int(row["head"])), str(row["role"])) for row in frame.to_dict("records")]
+    else:
+        listed = [(place, str(role)) for place, role in roles.items()]
+    found: dict[str, str] = {}
+    for place, role in listed:
+        name = place if isinstance(place, str) else f"L{place[0]}H{place[1]}"
+        if name not in known:
+            raise InputError(f"a role is given to {name}, which is no node of this circuit: {sorted(known)[:6]}, ...")
+        found.setdefault(name, role)
+    return found
+
+
+def _kind(row: Mapping[str, Any], roles: dict[str, str], by_role: bool, span: float) -> str:
+    if by_role:
+        return roles.get(str(row["node"]), MLP if int(row["head"]) < 0 else NO_ROLE)
+    return RAISES if float(row["score"]) * span > 0 else LOWERS
+
+
+def _colour(kind: str) -> str:
+    known = {RAISES: _style.SOUND, LOWERS: _style.PICTURE, NO_ROLE: _style.GREY, MLP: _style.OLIVE}
+    return (known | ROLES).get(kind, _style.OLIVE)
+
+
+def _lanes(nodes: Any, kinds: list[str], by_role: bool) -> tuple[list[str], list[int]]:
+    """The rows of the figure from below, and each node's row."""
+    if by_role:
+        order = [*(role for role in reversed(ROLES) if role in kinds)]
+        lanes = [*(kind for kind in dict.fromkeys(kinds) if kind not in order), *order]
+        return lanes, [lanes.index(kind) for kind in kinds]
+    heads = [int(head) for head in nodes["head"]]
+    last = max(heads)
+    lanes = [f"H{head}" for head in range(last + 1)] + (["MLP"] if min(heads) < 0 else [])
+    return lanes, [last + 1 if head < 0 else head for head in heads]
+
+
+def _spread(x: np.ndarray, y: np.ndarray, members: np.ndarray) -> np.ndarray:
+    """Set nodes of one layer and one row beside each other, members first."""
+    moved = x.copy()
+    for layer, row in {(a, b) for a, b in zip(x, y, strict=True)}:
+        here = np.flatnonzero((x == layer) & (y == row))
+        here = here[np.argsort(~members[here], kind="stable")]
+        if len(here) > 1:
+            moved[here] = layer + np.linspace(-0.32, 0.32, len(here))
+    return moved
+
+
+def _draw_links(fig: Any, found: Any, at: dict[str, tuple[float, float]], least: float) -> None:
+    import plotly.graph_objects as go
+
+    rows = [row for row in found.links.to_dict("records") if abs(row["interaction"]) >= least]
+    rows = [row for row in rows if not row["low"] <= 0 <= row["high"]]
+    largest = _style.limit([row["interaction"] for row in rows])
+    for row in rows:
+        needs = row["interaction"] > 0
+        ends = at[row["first"]], at[row["second"]]
+        words = "needs" if needs else "stands in for"
+        fig.add_trace(
+            go.Scatter(
+                x=[ends[0][0], ends[1][0]],
+                y=[ends[0][1], ends[1][1]],
+                mode="lines",
+                line={
+                    "width": 1 + 5 * abs(row["interaction"]) / largest,
+                    "color": _style.BAND,
+                    "dash": "solid" if needs else "dot",
+                },
+                text=f"{row['first']} {words} {row['second']}: {row['interaction']:+.2f}",
+                hovertemplate="%{text}<extra></extra>",
+                showlegend=False,
+                name=f"{row['first']} {words} {row['second']}",
+            )
+        )
+
+
+def _texts(found: Any) -> list[str]:
+    """What a node says under the pointer."""
+    needed = {str(row["node"]): row for row in found.minimality.to_dict("records")}
+    texts: list[str] = []
+    for row in found.nodes.to_dict("records"):
+        bounds = f" ({row['low']:+.3f} to {row['high']:+.3f})" if np.isfinite(row["low"]) else ""
+        text = f"<b>{row['node']}</b>, place {row['place']}<br>score {row['score']:+.3f}{bounds} {found.unit}"
+        if np.isfinite(row["kept"]):
+            text += f"<br>chosen in {row['kept']:.0%} of bootstraps"
+        if str(row["node"]) in needed:
+            adds = needed[str(row["node"])]
+            text += f"<br>adds {adds['adds']:+.2f} to f without {adds['removed']}"
+        texts.append(text)
+    return texts
