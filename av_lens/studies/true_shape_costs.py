@@ -1,0 +1,143 @@
+"""What would an isolation cost at full depth on a GPU? Worked out from a run at true shapes, not measured.
+
+A stage that edits every head grows with the number of heads and with the mean number of layers after one; a stage that
+edits a bounded number of sets with the latter alone; a stage of whole runs with the number of layers; all with the
+number of conflicts, and with the weights of a layer. Each stage's operations are divided by the card's dense bfloat16
+peak times the share of this machine's own peak (one large product, measured in the same process) that the stage reached
+here. Memory is that of the weights, and of the recorded run of one conflict. What the processor does on the CPU is not
+in it.
+
+Sources of the peaks: the vendors' data sheets (dense, without sparsity).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from av_lens.studies.parts import write_whole
+from av_lens.studies.true_shapes import SIZES, Sizes
+
+# How a stage's operations grow with depth: by its name's beginning, else like "sets".
+GROWTH = {"reading every cell": "runs", "exact effects": "heads", "incoming": "runs"}
+RECORD, PAGE = "true_shapes.json", "true_shapes.md"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU: its name, its memory in GB, and its dense bfloat16 peak in TFLOP/s as its vendor states it."""
+
+    name: str
+    memory_gb: float
+    peak_tflops: float
+
+
+CARDS = (Card("24 GB (RTX 4090)", 24, 165.2), Card("80 GB (A100)", 80, 312.0))
+
+
+def worked_out(record: Mapping[str, Any], card: Card, sizes: Sizes, *, conflicts: int = 120) -> dict[str, float]:
+    """Work out what a search would cost at full depth on a card.
+
+    Args:
+        record: from `run_at_true_shapes`.
+        card: the card.
+        sizes: the checkpoint.
+        conflicts: how many conflicts the search would have.
+
+    Returns:
+        Minutes of the search, its PFLOP, GB of the weights, GB of one conflict's recorded run, and GB that are left.
+    """
+    measured = SIZES[record["size"]]
+    few, all_layers = record["layers"]["fusion"], sizes.n_layers
+    width = sizes.layer_weights / measured.layer_weights
+    later = (all_layers + 1) / (few + 1)
+    heads = (sizes.n_layers * sizes.n_heads) / (few * measured.n_heads)
+    growth = {"runs": all_layers / few, "heads": later * heads, "sets": later}
+    share_of_conflicts = conflicts / record["conflicts"]
+    seconds = pflop = 0.0
+    for stage, row in record["stages"].items():
+        kind = next((kind for begins, kind in GROWTH.items() if stage.startswith(begins)), "sets")
+        gflop = row["gflop"] * width * growth[kind] * share_of_conflicts
+        reached = row["gflop"] / row["seconds"] / record["product_gflops"] if row["seconds"] > 0 else 0.0
+        pflop += gflop / 1e6
+        if reached > 0:
+            seconds += gflop / (card.peak_tflops * 1e3 * min(1.0, reached))
+    positions = sum(record["roles"].values())
+    per_position = sizes.n_layers * (sizes.d_model + 2 * sizes.n_kv_heads * (sizes.d_model // sizes.n_heads)) * 2
+    weights_gb, trace_gb = 2 * sizes.weights / 1e9, positions * per_position / 1e9
+    return {
+        "minutes": seconds / 60,
+        "pflop": pflop,
+        "weights_gb": weights_gb,
+        "trace_gb": trace_gb,
+        "left_gb": card.memory_gb - weights_gb,
+    }
+
+
+def page(record: Mapping[str, Any]) -> str:
+    """Write the docs page of a run.
+
+    Args:
+        record: from `run_at_true_shapes`.
+
+    Returns:
+        Markdown.
+    """
+    layers, seconds = record["layers"], record["seconds"]
+    lines = [
+        "# At true shapes",
+        "",
+        "`av-lens true-shapes CLIP --out DIR --docs docs` writes this page and `true_shapes.json` beside it.",
+        "",
+        f"A thinker of the {record['size']}'s true widths with random weights, {layers['fusion']} fusion layers and "
+        f"{layers['towers']} layers of each tower, bfloat16, {record['threads']} threads, was searched whole "
+        f'(`gate="report"`, `quick=True`) on {record["conflicts"]} conflicts cut from disjoint windows of a recording, '
+        f"with synthesised sounds; prompts of {sum(record['roles'].values())} positions "
+        f"({record['roles'].get('video', 0)} video, {record['roles'].get('audio', 0)} audio). Random weights do not "
+        f"hear; the record is stamped {', '.join(record['stamps'])}.",
+        "",
+        f"Search: {seconds['search']:.0f} s, peak memory {record['peak_gb']:.1f} GB. Towers at full depth, one clip: "
+        f"audio {seconds['towers']['audio']:.2f} s, vision {seconds['towers']['vision']:.2f} s.",
+        "",
+        "| stage | seconds | TFLOP | share of this machine's peak |",
+        "|---|---:|---:|---:|",
+    ]
+    peak = record["product_gflops"]
+    for stage, row in record["stages"].items():
+        reached = row["gflop"] / row["seconds"] / peak if row["seconds"] > 0 else 0.0
+        lines.append(f"| {stage} | {row['seconds']:.0f} | {row['gflop'] / 1e3:.1f} | {reached:.2f} |")
+    lines += [
+        "",
+        "## Worked out for whole checkpoints, 120 conflicts, `--quick`",
+        "",
+        "Not measured: every stage's operations, grown to full depth, at the share of the peak that it reached here.",
+        "",
+        "| checkpoint | card | PFLOP | minutes | weights (GB) | one recorded run (GB) | left (GB) |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for sizes in SIZES.values():
+        for card in CARDS:
+            cost = worked_out(record, card, sizes)
+            lines.append(
+                f"| {sizes.name} | {card.name} | {cost['pflop']:.0f} | {cost['minutes']:.0f} | "
+                f"{cost['weights_gb']:.1f} | {cost['trace_gb']:.2f} | {cost['left_gb']:.1f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def store(record: Mapping[str, Any], folder: str | Path) -> Path:
+    """Write the page and its record.
+
+    Args:
+        record: from `run_at_true_shapes`.
+        folder: the docs' folder.
+
+    Returns:
+        The page's path.
+    """
+    write_whole(Path(folder) / RECORD, json.dumps(record, indent=1) + "\n")
+    write_whole(Path(folder) / PAGE, page(record))
+    return Path(folder) / PAGE
