@@ -13,6 +13,7 @@ from av_lens.errors import InputError, unknown
 
 _DEMO = signature("studies.demonstration", "run_demo")
 _ISOLATE = signature("isolation.pipeline", "isolate")
+_ISOLATE_INTO = signature("studies.isolations", "isolate_into")
 _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
 _TRAIN = signature("organism.courses", "train")
@@ -31,6 +32,12 @@ Gate = Annotated[
     str, typer.Option(help="stop: end where there is nothing to explain; report: go on, stamp every page.")
 ]
 Layout = Annotated[str, typer.Option(help="in_video (sound woven into the video) or separate.")]
+Sites = Annotated[
+    str, typer.Option(help="Where heads are edited: suffix, generation, audio, sinks; several by commas.")
+]
+Limit = Annotated[int | None, typer.Option(help="Use only the first so many conflicts of the manifest.")]
+Budget = Annotated[float | None, typer.Option(help="Stop after so many minutes; the same command goes on from there.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Leave out robustness and pairs of heads; the report says so.")]
 Share = Annotated[float | None, typer.Option(help="Name heads above this share of G; left out: the protocol's.")]
 Media = Annotated[Path, typer.Argument(help="Any video, sound or image.")]
 Question = Annotated[str, typer.Option(help="What the model is asked.")]
@@ -87,6 +94,10 @@ def isolate(
     model: Model,
     pairs: Pairs,
     out: Out,
+    limit: Limit = _ISOLATE_INTO["limit"],
+    budget: Budget = _ISOLATE["budget"],
+    quick: Quick = _ISOLATE["quick"],
+    sites: Sites = ",".join(_ISOLATE["sites"]),
     gate: Gate = _ISOLATE["gate"],
     layout: Layout = _ISOLATE["layout"],
     s: Share = _ISOLATE["s"],
@@ -94,15 +105,22 @@ def isolate(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Find the heads of MODEL that keep the sound of the conflicts in PAIRS from being said."""
+    """Find the heads of MODEL that keep the sound of the conflicts in PAIRS from being said.
+
+    What is finished is kept in the folder: a command that was killed, interrupted or stopped at its budget (exit code
+    3) goes on from there when it is given again.
+    """
     from av_lens.inputs import conflicts
     from av_lens.studies.isolations import isolate_into
 
     listed = conflicts(pairs)
     loaded = _load(model, device=device, dtype=dtype)
-    options: dict[str, Any] = {"gate": gate, "layout": layout, "s": s, "seed": seed}
+    named = tuple(one.strip() for one in sites.split(",") if one.strip())
+    options: dict[str, Any] = {"gate": gate, "layout": layout, "s": s, "seed": seed, "sites": named, "quick": quick}
     with console.bars() as bars:
-        found, report = isolate_into(out, loaded, listed, name=model, progress=bars, **options)
+        found, report = isolate_into(
+            out, loaded, listed, name=model, limit=limit, budget=budget, progress=bars, told=console.say, **options
+        )
     _say_found(found)
     _say_path(report)
 

@@ -31,6 +31,15 @@ def bars() -> Any:
     return Bars(OUT)
 
 
+def say(line: str) -> None:
+    """Print one line on standard output, as it is; bars that are shown move below it.
+
+    Args:
+        line: the line.
+    """
+    OUT.print(line, markup=False, soft_wrap=True)
+
+
 def fail(error: BaseException) -> None:
     """Print one error as one message on standard error.
 

@@ -1,7 +1,8 @@
 """The command line: `av-lens demo | isolate | inspect | generate | models | train`.
 
 Every default is read from the function that does the work; what av_lens refuses is printed as one message, with exit
-code 2 and no traceback (`--debug` shows it). Nothing heavy is imported before a command needs it.
+code 2 and no traceback (`--debug` shows it). Work that stopped at its budget exits with 3, an interrupt with 130; the
+same command goes on from what was finished. Nothing heavy is imported before a command needs it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typer.core import TyperGroup
 
 from av_lens import __version__
 from av_lens.cli import commands, console, toolbox
-from av_lens.errors import AvLensError
+from av_lens.errors import AvLensError, UnfinishedError
 
 
 class _Group(TyperGroup):
@@ -22,6 +23,9 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
+        except UnfinishedError as stopped:
+            console.ERR.print(str(stopped), markup=False, soft_wrap=True)
+            ctx.exit(3)
         except AvLensError as error:
             if ctx.params.get("debug"):
                 raise

@@ -149,7 +149,7 @@ class Ledger:
         self.kept, self.kept_seconds, self.seconds = 0, 0.0, 0.0
         self._open: tuple[str, tuple[str, ...]] | None = None
         self._said: set[tuple[str, str]] = set()
-        self._resumed = False
+        self._begun = False
 
     def __call__(self, measured: Measured) -> None:
         """Note a measurement.
@@ -160,11 +160,12 @@ class Ledger:
         ids = [str(one) for one in measured.depends.get("ids", ())]
         part = f"{measured.name} at {measured.depends['site']}" if "site" in measured.depends else measured.name
         self.seconds += measured.seconds
-        if not measured.new:
+        if not measured.new and not self._begun:
             self.kept, self.kept_seconds = self.kept + 1, self.kept_seconds + measured.seconds
-        elif self.kept and not self._resumed:
-            self._resumed = True
-            self._tell(f"resumed: {self.kept} measurements of an earlier run are kept ({self.kept_seconds:.0f} s).")
+        elif measured.new and not self._begun:
+            self._begun = True
+            if self.kept:
+                self._tell(f"resumed: {self.kept} measurements of an earlier run are kept ({self.kept_seconds:.0f} s).")
         effects = measured.name == EFFECTS and bool(ids)
         if effects and self._open is not None and self._open != (part, tuple(ids)):
             self.close()

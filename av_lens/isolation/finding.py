@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from av_lens.isolation import confirmation, evidence, protocol, verdicts
 from av_lens.isolation.behaviour import rows_of
 from av_lens.isolation.evidence import Half
 from av_lens.isolation.preparing import Run
+from av_lens.isolation.stages import Further
 from av_lens.results.halves import CONFIRMATION, DISCOVERY
 from av_lens.results.provenance import stamp
 from av_lens.results.record import Isolation
 from av_lens.results.tables import table
-
-Rows = Sequence[dict[str, Any]]
 
 
 def finding(
@@ -25,7 +23,7 @@ def finding(
     *,
     searched: evidence.Searched | None = None,
     held: confirmation.Held | None = None,
-    rows: Mapping[str, Rows] | None = None,
+    more: Further | None = None,
     seconds: float,
 ) -> Isolation:
     """Write down what a run found, as far as it went.
@@ -37,7 +35,7 @@ def finding(
         sentence: the verdict.
         searched: what discovery found, if the search was made.
         held: what confirmation found, likewise.
-        rows: the rows of further tables, by their names.
+        more: the rows of further tables, and further arrays.
         seconds: how long the run took.
 
     Returns:
@@ -46,7 +44,9 @@ def finding(
     engine = run.bench.engine
     arrays = {f"{half.name}/{name}": getattr(half, name) for half in halves for name in ("G", "C")}
     summary = verdicts.summary(run.read, halves, searched, held, s=run.s, family=run.family)
-    tables: dict[str, Any] = {name: table(name, found) for name, found in (rows or {}).items()}
+    more = more or Further()
+    arrays |= more.arrays
+    tables: dict[str, Any] = {name: table(name, found) for name, found in more.rows.items()}
     if searched is not None and held is not None:
         arrays |= {f"{half}/{key}": v for half, found in (("discovery", searched), ("confirmation", held))
                    for key, v in found.arrays().items()}  # fmt: skip

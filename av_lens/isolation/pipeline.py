@@ -2,7 +2,7 @@
 
 In order: deal the conflicts to two halves; write `protocol.json`; read behaviour and stop where there is nothing to
 explain; every head's exact effects on discovery; roles; the set; confirmation, controls and specificity on
-the other half; a verdict in words.
+the other half; a verdict in words; what follows (`stages`): mechanisms, repair, robustness.
 
 With `out=` everything that costs runs of the model is kept as it is measured: a run that was killed, interrupted or
 stopped at its budget goes on from there when the same call is made again, with the same numbers.
@@ -34,6 +34,7 @@ from av_lens.isolation.engine import Engine
 from av_lens.isolation.evidence import Half
 from av_lens.isolation.finding import finding
 from av_lens.isolation.preparing import Options, Run, prepared
+from av_lens.isolation.stages import further
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, standing
 from av_lens.results.record import RECORD, Isolation
 
@@ -116,14 +117,11 @@ def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:
             run.reasons.append(sentence)
             return finding(run, halves, kind, sentence, seconds=time.monotonic() - started)
         run.stamp(NOT_INTERPRETABLE, f"the search went on past the gate: {sentence}")
-    if run.options.quick:
-        run.reasons.append("Left out, as asked (quick): robustness, and pairs of heads in the search for sets.")
     searched, held = _searched(run, halves, ledger)
     kind, sentence = verdicts.verdict(kind, sentence, searched, held, halves, s=run.s, family=run.family)
-    rows = {}
-    return finding(
-        run, halves, kind, sentence, searched=searched, held=held, rows=rows, seconds=time.monotonic() - started
-    )
+    more = further(run, halves, searched, held)
+    seconds = time.monotonic() - started
+    return finding(run, halves, kind, sentence, searched=searched, held=held, more=more, seconds=seconds)
 
 
 def _searched(run: Run, halves: tuple[Half, Half], ledger: Ledger) -> tuple[evidence.Searched, confirmation.Held]:

@@ -134,7 +134,9 @@ class Bootstrap:
             drawn[~np.isfinite(drawn)] = np.nan  # a draw that left nothing below the line is no draw
             usable = ~np.isnan(drawn).all(0) & known[:, part].any(0)
             if usable.any():
-                out[1:, start + np.flatnonzero(usable)] = np.nanpercentile(drawn[:, usable], [tail, 100 - tail], axis=0)
+                picked = drawn[:, usable]
+                percentile = np.nanpercentile if np.isnan(picked).any() else np.percentile  # equal, and much faster
+                out[1:, start + np.flatnonzero(usable)] = percentile(picked, [tail, 100 - tail], axis=0)
         return Interval(*(row.reshape(shape) for row in out))
 
     def derived(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from av_lens.errors import InputError
 from av_lens.inputs import Conflict
 from av_lens.isolation import isolate
 from av_lens.media import Clip
@@ -43,6 +44,7 @@ def isolate_into(
     conflicts: Sequence[Conflict],
     *,
     name: str = "",
+    limit: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     most_clips: int = 12,
     **options: Any,
@@ -50,18 +52,25 @@ def isolate_into(
     """Isolate, and write the page, the figures and the numbers.
 
     Args:
-        out: the folder to write.
+        out: the folder to write; a run that was stopped goes on from what it holds.
         model: a `HookedAVLLM`.
         conflicts: what it is tested on.
         name: the model's name, for the caveats of an organism.
+        limit: use only the first so many conflicts; None uses all.
         progress: called as `progress(stage, done, total)`.
         most_clips: how many conflicts the page plays.
-        **options: passed to `isolate`, such as `seed=` and `gate=`.
+        **options: passed to `isolate`, such as `seed=`, `gate=` and `budget=`.
 
     Returns:
         The record, and the page's path.
+
+    Raises:
+        InputError: a limit below 1.
     """
-    found = isolate(model, conflicts, progress=progress, **options)
+    if limit is not None and limit < 1:
+        raise InputError(f"the limit is {limit} conflicts; give at least 1 (40 for an isolation), or none.")
+    conflicts = conflicts[:limit]
+    found = isolate(model, conflicts, progress=progress, out=out, **options)
     clips = playable(found, conflicts, most=most_clips)
     return found, write_bundle(found, out, clips=clips, caveats=organism_caveats(name), most_clips=most_clips)
 

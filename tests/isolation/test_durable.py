@@ -33,7 +33,7 @@ class Killed(BaseException):
 
 
 def run(out=None, *, engine=None, n=N, **options):
-    options = {"s": 0.1, "seed": 0} | options
+    options = {"s": 0.1, "seed": 0, "quick": True} | options
     return isolate(None, fake_conflicts(n), engine=engine or FakeEngine(), out=out, **options)
 
 
@@ -96,10 +96,11 @@ def kills(work, *, times, seconds, seed=0):
     return sum(killed_after(moments.uniform(0.05, 1.0) * seconds, work) for _ in range(times))
 
 
-def test_killed_twice_and_resumed_it_has_the_same_numbers(whole, tmp_path):
-    assert kills(partial(run, tmp_path, engine=Slow()), times=2, seconds=1.5) == 2
+def test_killed_twice_and_resumed_it_has_the_same_numbers(tmp_path):
+    whole = run(quick=False)
+    assert kills(partial(run, tmp_path, engine=Slow(), quick=False), times=2, seconds=1.5) == 2
     lines = []
-    found = run(tmp_path, told=lines.append)
+    found = run(tmp_path, quick=False, told=lines.append)
     assert_same(found, whole)
     assert_same(Isolation.load(tmp_path), whole)
     assert any(line.startswith("resumed: ") for line in lines)
@@ -219,8 +220,8 @@ def test_another_protocol_is_refused_with_what_differs_and_the_mend(tmp_path):
     assert "Give another folder (--out), or the options and conflicts of that run." in str(no.value)
     with pytest.raises(ProtocolError, match=r"conflicts or halves \(44 conflicts there, 46 here\)"):
         run(tmp_path, n=46)
-    with pytest.raises(ProtocolError, match=r"they differ in quick \(False there, True here\); left_out"):
-        run(tmp_path, quick=True)
+    with pytest.raises(ProtocolError, match=r"they differ in quick \(True there, False here\); left_out"):
+        run(tmp_path, quick=False)
     other = FakeEngine()
     other.identity = "other weights"
     with pytest.raises(ProtocolError, match=r"they differ in model \(weights\)"):

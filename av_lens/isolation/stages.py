@@ -1,0 +1,63 @@
+"""What follows once heads are named and confirmed, part by part in the protocol's order.
+
+Each part gives the rows of one table of the record (the plan of repair also arrays). A part that fails stops the run: a
+gap in a record would look like a finding. What is not measured for a reason says so in its rows or in `run.reasons`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from av_lens.isolation.confirmation import Held
+from av_lens.isolation.evidence import Half, Searched, chunks_of
+from av_lens.isolation.preparing import Run
+from av_lens.isolation.repair import repair_rows, repair_values
+from av_lens.isolation.robustness import robustness_rows
+
+QUICK = "Left out, as asked (quick): robustness, and pairs of heads in the search for sets."
+
+
+@dataclass(eq=False)
+class Further:
+    """The rows of further tables by name, and further arrays of the record."""
+
+    rows: dict[str, Sequence[dict[str, Any]]] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def further(run: Run, halves: tuple[Half, Half], searched: Searched, held: Held) -> Further:
+    """Measure what follows the search and its confirmation.
+
+    Args:
+        run: the run.
+        halves: discovery and confirmation.
+        searched: what discovery found.
+        held: what confirmation found.
+
+    Returns:
+        Rows and arrays for the record.
+    """
+    out = Further()
+    _repair(run, halves, searched, held, out)
+    if run.options.quick:
+        run.reasons.append(QUICK)
+    else:
+        out.rows["robustness"] = robustness_rows(
+            run.bench, halves, searched, seed=run.options.seed, progress=run.progress
+        )
+    return out
+
+
+def _repair(run: Run, halves: tuple[Half, Half], searched: Searched, held: Held, out: Further) -> None:
+    """The chosen set's edit as constants from discovery, measured on confirmation."""
+    chosen = next((built for built in held.sets if built.chosen), None)
+    if chosen is None:
+        return
+    values = repair_values(searched.first.chunks, chosen.members, chosen.donor)
+    chunks = chunks_of(run.bench, searched, halves[1], searched.first.site)
+    out.arrays |= values
+    out.rows["repair"] = repair_rows(chunks, halves[1], chosen.members, values, progress=run.progress)
