@@ -114,6 +114,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The outputs beside z that a swap may replace: "mlp_out", "k", "v"."""
+        ...
+
+    @property
     def tokenizer(self) -> Any:
         """Resolves answers to token ids."""
         ...
@@ -141,7 +146,7 @@ class Engine(Protocol):
     def capture(
         self, inputs: Any, positions: Int[np.ndarray, " site"], components: Sequence[str]
     ) -> Mapping[str, Float[Tensor, "layer batch site ..."]]:
-        """Run a stack unedited and keep other outputs at the site; a component that the model has not is left out."""
+        """Run a stack unedited and keep some of `parts` at the site."""
         ...
 
     def incoming(self, inputs: Any) -> Float[np.ndarray, "batch pos"]:
@@ -154,6 +159,10 @@ class Engine(Protocol):
 
     def changed(self, recording: Recording, swaps: Sequence[Swap]) -> Iterator[Edited]:
         """The edited run under each swap, in order."""
+        ...
+
+    def record_edited(self, recording: Recording, swap: Swap) -> Recording:
+        """Run a recording's inputs under a swap, to be edited further (`edited_runs.further`)."""
         ...
 
     def linear_logits(

@@ -213,11 +213,12 @@ def doubling(n: int) -> list[int]:
 
 @dataclass(eq=False)
 class BuiltSet:
-    """A set built on discovery: its members in order, its donor, its release there (mean over conflicts)."""
+    """A set built on discovery: members in the order of the search, donor, release there, the start that led to it."""
 
     members: tuple[Head, ...]
     donor: str
     discovery_release: float
+    screen: str = ""
     chosen: bool = False
     random: list[tuple[Head, ...]] = field(default_factory=list)
     widened: int = 0

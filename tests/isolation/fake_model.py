@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from av_lens.isolation.edited_runs import UNDER, joined
 from av_lens.isolation.seam import Edited, Recording, Swap
 from av_lens.spans import SpanMap
 
@@ -97,6 +98,7 @@ class FakeEngine:
     ) -> None:
         self.n_layers, self.n_heads, self.n_kv_heads = N_LAYERS, N_HEADS, 2
         self.n_classes = n_classes
+        self.parts = ()
         self.tokenizer = Tokenizer(n_classes + 2)
         self.size = {"writer": writer, "gate": gate, "opponent": opponent, "noise": noise}
         self.runs = 0
@@ -181,6 +183,12 @@ class FakeEngine:
         for swap in swaps:
             logits = self._run(recording.inputs, swap, recording.z if swap.freeze else None)[0]
             yield Edited(logits, logits)
+
+    def record_edited(self, recording: Recording, swap: Swap) -> Recording:
+        whole = joined(recording, swap)
+        logits, z = self._run(recording.inputs, whole, None)
+        window = z[:, :, SITE - len(recording.window) :]
+        return Recording(recording.inputs, recording.site, recording.window, logits, window, logits, {UNDER: whole})
 
     def edited(self, recording: Recording, swaps: Sequence[Swap]) -> Iterator[torch.Tensor]:
         for one in self.changed(recording, swaps):
