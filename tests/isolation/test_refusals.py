@@ -1,0 +1,238 @@
+"""Each refusal of the protocol's sections 1, 2 and 7: the sentence, with its figure and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fake_model import FakeConflict, FakeEngine, Tokenizer, fake_conflicts
+
+from av_lens.errors import InputError, ProtocolError
+from av_lens.isolation import isolate
+from av_lens.isolation.bench import Bench, Means
+from av_lens.isolation.scoring import Candidates
+from av_lens.results.record import Isolation
+
+
+def run(engine=None, conflicts=None, **options):
+    options = {"s": 0.1, "quick": True} | options
+    conflicts = fake_conflicts(44) if conflicts is None else conflicts
+    return isolate(None, conflicts, engine=engine or FakeEngine(), **options)
+
+
+class Muttering(FakeEngine):
+    """Always says a word that is no answer."""
+
+    def _run(self, *parts):
+        logits, z = super()._run(*parts)
+        logits[:, -1] = 30.0
+        return logits, z
+
+
+class Deaf(FakeEngine):
+    """Hears nothing, or nothing of some conflicts."""
+
+    def _heads(self, one):
+        z = super()._heads(one).clone()
+        if self.misses(one):
+            z[0, 0], z[1, 0] = 0, 0
+        return z
+
+    @staticmethod
+    def misses(one):
+        return one.sound is not None
+
+
+class HardOfHearing(Deaf):
+    """Misses the sound of every other conflict when it is alone: G is still above 0."""
+
+    @staticmethod
+    def misses(one):
+        return one.picture is None and one.noise // 2**24 % 2 == 1
+
+
+class Worded(FakeConflict):
+    """A conflict whose answers are given, not worked out from its classes."""
+
+    given = ((0, 1), (2,))
+
+    @property
+    def answers(self):
+        return tuple(list(one) if isinstance(one, tuple) else one for one in self.given)
+
+
+def worded(*answers):
+    """Enough conflicts, all with these answers."""
+    kind = type("Given", (Worded,), {"given": answers})
+    return [kind(**{f.name: getattr(one, f.name) for f in dataclasses.fields(one)}) for one in fake_conflicts(44)]
+
+
+class FewSounds(FakeConflict):
+    """A conflict that shares its sound's clip with every fourth."""
+
+    @property
+    def sound(self):
+        return SimpleNamespace(sha256=f"s{int(self.id[1:]) % 4}", window=(0, 1), answer=self.a)
+
+
+class Spelling(Tokenizer):
+    """Spells every word that it is asked for, one token a letter."""
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [ord(letter) % self.n for letter in text.strip()]}
+
+
+class TestSection1:
+    def test_unequal_numbers_of_synonyms(self):
+        with pytest.raises(
+            InputError, match=r"has 2 synonyms and .* has 1: more synonyms win by number alone, so give"
+        ):
+            run(conflicts=worded((0, 1), (2,)))
+
+    def test_a_shared_first_token(self):
+        text = r"begin with the same token '<1>', .* choose other words, or move the shared part into the prefix"
+        with pytest.raises(InputError, match=text):
+            run(conflicts=worded((0, 1), (1, 2)))
+
+    def test_equal_answers(self):
+        with pytest.raises(InputError, match="the two answers are equal"):
+            run(conflicts=worded((1,), (1,)))
+
+    def test_several_tokens(self):
+        engine = FakeEngine()
+        engine.tokenizer = Spelling(engine.n_classes + 2)
+        text = r"conflict 'c000': the answer 'dog' is 3 tokens for this model; .* Choose a shorter word, or put what"
+        with pytest.raises(ProtocolError, match=text):
+            run(engine, conflicts=worded("dog", "cat"))
+
+    def test_w_cells_without_a_third_clip(self):
+        conflicts = fake_conflicts(4)
+        engine = FakeEngine()
+        chunk = Bench(engine, conflicts, Candidates.of(conflicts, engine.tokenizer)).chunks(range(4))[0]
+        text = "the cell 'wa' needs a third clip and none of these conflicts has one: give `third=`, or more conflicts"
+        with pytest.raises(ProtocolError, match=text):
+            chunk.run("wa")
+        assert np.isnan(chunk.reading("wa").scores).all()  # what needs it is NaN
+
+    def test_without_third_clips_what_reads_them_is_nan(self):
+        two_classes = [FakeConflict(f"c{i:03d}", i % 2, 1 - i % 2) for i in range(44)]
+        found = run(conflicts=two_classes)
+        writer = found.heads.query("layer == 2 and head == 0 and role != 'sound carrier'").iloc[0]
+        assert writer.effect == pytest.approx(6, abs=0.05)
+        assert np.isnan(writer.reads_picture)
+        assert writer.role == "undetermined"  # its kind cannot be told without a third clip
+
+
+class TestSection2:
+    def test_a_model_that_would_say_neither_word(self, tmp_path):
+        text = (
+            r"^refused: the model would say neither word here: the median of P\(sound's answer\) \+ P\(picture's\) in "
+            r"the conflict is 0\.000, below 0\.1\. Give a prefix \(such as \"I hear a\"\) or answers that it would "
+            rf"say\. Its behaviour is saved in {tmp_path}\.$"
+        )
+        with pytest.raises(ProtocolError, match=text):
+            run(Muttering(), out=tmp_path)
+        assert Isolation.load(tmp_path).verdict_kind == "says neither"
+
+    def test_a_model_that_does_not_hear(self, tmp_path):
+        engine = Deaf(gate=0.0, opponent=0.0, noise=1e-3)
+        text = (
+            r"^refused: the model does not hear: with nothing to see its hearing G is -?0\.0\d logits \(95% interval "
+            r"-?0\.0\d to -?0\.0\d\), which is not above 0\. There is no hearing to suppress; try sounds that it"
+        )
+        with pytest.raises(ProtocolError, match=text):
+            run(engine, out=tmp_path)
+        assert Isolation.load(tmp_path).verdict_kind == "does not hear"
+
+    def test_a_set_on_which_it_fails_with_the_sound_alone(self):
+        text = (
+            r"^refused: \d+ of 22 conflicts in discovery and \d+ of 22 in confirmation are competent \(the sound is "
+            r"heard with nothing to see, the picture is seen with nothing to hear\); isolation needs at least 20 in "
+            r"each half\. Add conflicts, or clips that the model knows\.$"
+        )
+        with pytest.raises(ProtocolError, match=text):
+            run(HardOfHearing(noise=1.0))
+
+    def test_no_gap_to_explain(self):
+        found = run(FakeEngine(writer=0.0, gate=0.0, opponent=0.0))
+        assert found.verdict_kind == "no suppression"
+        assert "No suppression: hearing falls from G = 7.00" in found.verdict
+        assert "which is below a quarter of G" in found.verdict
+        assert not len(found.heads)
+
+    def test_a_gap_that_may_be_too_small(self):
+        # M(va) = 4 + 3 - w: the gap is w, a quarter of G is 1.75.
+        found = run(FakeEngine(writer=1.75, gate=0.0, opponent=0.0, noise=0.5))
+        assert found.verdict_kind == "not established"
+        assert "Suppression is not established: hearing falls from G = " in found.verdict
+        assert "gap - G/4 is " in found.verdict
+        assert not len(found.heads)
+
+    def test_past_the_gate_every_page_is_stamped(self):
+        found = run(Muttering(), gate="report")
+        assert "not interpretable" in found.stamps
+        assert any("would say neither word here" in reason for reason in found.reasons)
+        found = run(FakeEngine(writer=0.0, gate=0.0, opponent=0.0), gate="report")
+        assert any("the search went on past the gate: No suppression" in reason for reason in found.reasons)
+
+
+class TestSection3:
+    @pytest.mark.parametrize(
+        ("donor", "why"), [("audio_only", "it has another layout"), ("mean_other", "the question comes after them")]
+    )
+    def test_donors_that_media_positions_cannot_have(self, donor, why):
+        conflicts = fake_conflicts(4)
+        engine = FakeEngine()
+        bench = Bench(engine, conflicts, Candidates.of(conflicts, engine.tokenizer))
+        chunk = bench.chunks(range(4))[0]
+        chunk.run("va")  # the fake model has no site in its media: its run is taken for one
+        chunk.site, chunk.means = "audio", Means.over([chunk])
+        with pytest.raises(ProtocolError, match=rf"the donor '{donor}' is undefined at media positions: {why}\."):
+            chunk.donor("va", donor)
+
+
+@pytest.fixture(scope="module")
+def found_and_told():
+    lines = []
+    return run(told=lines.append), lines
+
+
+class TestSection7:
+    def test_fewer_than_40_conflicts(self):
+        text = (
+            r"30 conflicts were given; isolation needs at least 20 competent ones in each half \(40 in all, 120 for a "
+            r"verdict\)\. Add conflicts\."
+        )
+        with pytest.raises(ProtocolError, match=text):
+            run(conflicts=fake_conflicts(30))
+
+    def test_fewer_than_60_a_half_are_exploratory(self, found_and_told):
+        found, _ = found_and_told
+        assert "exploratory" in found.stamps
+        assert found.verdict.startswith("Exploratory, no verdict. ")
+        sentence = (
+            "exploratory: 22 and 22 competent conflicts in the halves; a verdict needs 60 conflicts and 20 components "
+            "in each."
+        )
+        assert sentence in found.reasons
+
+    def test_what_quick_leaves_out_is_said(self, found_and_told):
+        found, _ = found_and_told
+        assert any(reason.startswith("Left out, as asked (quick): robustness") for reason in found.reasons)
+        assert found.protocol["left_out"] == ["robustness", "pairs"]
+
+    def test_the_power_is_said_before_and_written_down(self, found_and_told):
+        found, lines = found_and_told
+        power = found.protocol["power"]
+        assert power["discovery_components"] == 22
+        # (z(1 - .05 / 132) + z(.8)) / sqrt(22) = (3.37 + 0.84) / 4.69
+        assert power["smallest_effect_in_sd"] == pytest.approx(0.90, abs=0.005)
+        assert lines[0].startswith("Power: 22 components on discovery and 132 tests find, four times in five, a rel")
+
+    def test_no_power_is_said_too(self):
+        few = [FewSounds(one.id, one.a, one.v) for one in fake_conflicts(44)]
+        lines = []
+        run(conflicts=few, told=lines.append)
+        assert lines[0].startswith("Power: 2 components on discovery are too few for 132 tests: no effect, however")
