@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -43,6 +43,7 @@ SYNERGIES, SHOWN_SYNERGIES = 5, 20
 MOST_MEMBERS, PATIENCE = 12, 3
 
 
+@runtime_checkable
 class Releases(Protocol):
     """What the search asks: the mean release of a set, and of a set with each of several further heads."""
 
