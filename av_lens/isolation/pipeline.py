@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from av_lens.errors import ProtocolError
-from av_lens.isolation import confirmation, evidence, protocol, verdicts
+from av_lens.isolation import confirmation, cost, evidence, protocol, verdicts
 from av_lens.isolation.behaviour import gap_verdict, refusals, survey
 from av_lens.isolation.durable import Ledger, watched_run
 from av_lens.isolation.effects import Progress
@@ -51,6 +51,7 @@ def isolate(
     seed: int = 0,
     layout: str = "in_video",
     quick: bool = False,
+    named_only: bool = False,
     budget: float | int | None = None,
     progress: Progress | None = None,
     told: Callable[[str], None] | None = None,
@@ -69,6 +70,8 @@ def isolate(
         seed: of the deal, the draws and the flips.
         layout: "in_video" or "separate".
         quick: leave out robustness and pairs of heads, and say so.
+        named_only: end once heads and sets are named and confirmed: none of what explains them (mechanisms, routes,
+            robustness, repair), and say so.
         budget: stop after so many minutes, with everything kept in `out`; the same call goes on from there.
         progress: called as `progress(stage, done, total)`.
         told: called with lines worth reading: power, what the run will cost, each conflict that is finished.
@@ -83,7 +86,7 @@ def isolate(
             a folder that holds another protocol.
         UnfinishedError: the budget is spent.
     """
-    options = Options(tuple(sites), s, gate, seed, layout, quick)
+    options = Options(tuple(sites), s, gate, seed, layout, quick, named_only)
     run = prepared(model, conflicts, options, engine=engine, progress=progress)
     folder = None if out is None else Path(out)
     watched = watched_run(
@@ -134,7 +137,9 @@ def _searched(run: Run, halves: tuple[Half, Half], ledger: Ledger) -> tuple[evid
     ledger.close()
     run.s = searched.s
     run.reasons += searched.notes
-    held = confirmation.confirm_all(run.bench, halves, searched, s=run.s, seed=seed, progress=progress)
+    held = confirmation.confirm_all(
+        run.bench, halves, searched, s=run.s, seed=seed, quick=run.options.quick, progress=progress
+    )
     ledger.close()
     return searched, held
 
@@ -143,7 +148,10 @@ def _behave(run: Run, ledger: Ledger, folder: Path | None) -> tuple[Half, Half]:
     """Read every cell, refuse what must be refused, choose the competent."""
     bench, gate = run.bench, run.options.gate
     everyone = list(range(len(bench.conflicts)))
-    run.survey = survey(bench.chunks(everyone), len(everyone), progress=run.progress)
+    chunks = bench.chunks(everyone)
+    if ledger.told is not None or folder is not None:
+        ledger.expect(cost.estimated(chunks, _size(run), folder=folder, key=run.key))
+    run.survey = survey(chunks, len(everyone), progress=run.progress)
     ledger.figures = {
         member.id: {"C": round(float(run.read.C[i]), 4), "G": round(float(run.read.G[i]), 4)}
         for i, member in enumerate(run.members)
@@ -159,6 +167,19 @@ def _behave(run: Run, ledger: Ledger, folder: Path | None) -> tuple[Half, Half]:
         run.stamp(NOT_INTERPRETABLE, sentence)
     competent = _competent(run, dealt)
     return run.half(DISCOVERY, competent[DISCOVERY]), run.half(CONFIRMATION, competent[CONFIRMATION])
+
+
+def _size(run: Run) -> cost.Size:
+    engine = run.bench.engine
+    return cost.Size(
+        conflicts=len(run.members),
+        discovery=len(run.halves.members(DISCOVERY)),
+        confirmation=len(run.halves.members(CONFIRMATION)),
+        heads=engine.n_layers * engine.n_heads,
+        layers=engine.n_layers,
+        sites=len(run.options.sites),
+        quick=run.options.quick,
+    )
 
 
 def _competent(run: Run, dealt: dict[str, list[int]]) -> dict[str, list[int]]:

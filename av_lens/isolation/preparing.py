@@ -46,6 +46,7 @@ class Options:
     seed: int
     layout: str
     quick: bool
+    named_only: bool = False
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:

@@ -18,6 +18,7 @@ from av_lens.isolation.preparing import Run
 from av_lens.isolation.repair import repair_rows, repair_values
 from av_lens.isolation.robustness import robustness_rows
 
+NAMED_ONLY = "Left out, as asked (named_only): all that explains the named heads and tests the finding's robustness."
 QUICK = "Left out, as asked (quick): robustness, and pairs of heads in the search for sets."
 
 
@@ -42,6 +43,9 @@ def further(run: Run, halves: tuple[Half, Half], searched: Searched, held: Held)
         Rows and arrays for the record.
     """
     out = Further()
+    if run.options.named_only:
+        run.reasons.append(NAMED_ONLY)
+        return out
     _repair(run, halves, searched, held, out)
     if run.options.quick:
         run.reasons.append(QUICK)
