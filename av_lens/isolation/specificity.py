@@ -18,6 +18,7 @@ where the protocol is silent: the donor `blank_muted` is asked the control's own
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from av_lens.errors import AvLensError
 from av_lens.isolation.bench import Chunk
-from av_lens.isolation.engine import Head, Swap
+from av_lens.isolation.seam import Head, Swap
 from av_lens.results.statistics import Bootstrap, non_inferiority
 
 MARGIN = 0.05
@@ -69,6 +70,16 @@ def _items(
     return (tops[0] == answer).astype(np.float64), (tops[1] == answer).astype(np.float64)
 
 
+def _measured(
+    chunk: Chunk, control: tuple[str, str, str], heads: Sequence[Head], donor: str
+) -> dict[str, Float[np.ndarray, " batch"]]:
+    cell, question, right = control
+    with torch.no_grad():
+        was, now = _edited(chunk, cell, question, heads, donor)
+    before, after = _items(chunk, was, now, right)
+    return {"before": before, "after": after}
+
+
 def controls(
     chunks: Sequence[Chunk],
     heads: Sequence[Head],
@@ -95,13 +106,18 @@ def controls(
         reason = ""
         for chunk in chunks:
             place = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
+            depends = {
+                "control": [name, cell, question, right],
+                "heads": [list(head) for head in heads],
+                "donor": donor,
+            }
+            measure = partial(_measured, chunk, (cell, question, right), heads, donor)
             try:
-                with torch.no_grad():
-                    was, now = _edited(chunk, cell, question, heads, donor)
+                found = chunk.remember("a control", depends, measure)
             except AvLensError as refused:
                 reason = str(refused)
                 break
-            before[place], after[place] = _items(chunk, was, now, right)
+            before[place], after[place] = found["before"], found["after"]
         rows.append(_row(name, right, before, after, boot, reason))
     return rows
 

@@ -41,7 +41,7 @@ def null_share(
     heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
     donors = [donor for donor in PRIMARY_DONORS if donor != "mean_other" or chunks[0].means is not None]
     wanted = [Request("va", donor, question="control") for donor in donors]
-    stage = "the same edits under the control question"
+    stage = f"the same edits under the control question, {chunks[0].site}"
     found = measure_requests(chunks, wanted, heads=heads, examples=examples, progress=progress, stage=stage)
     largest = np.fmax.reduce([head_means(found[request].margin) for request in wanted])
     return float(np.percentile(largest, PERCENTILE) / hearing.mean())

@@ -1,0 +1,246 @@
+"""Section 4's further figures on the model that is worked out on paper: parts, frozen norm, repair, audio alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from fake_model import N_HEADS, N_LAYERS, FakeEngine, fake_conflicts
+
+from av_lens.errors import ProtocolError
+from av_lens.isolation.behaviour import survey
+from av_lens.isolation.bench import Bench, Means
+from av_lens.isolation.effects import measure_requests, requests
+from av_lens.isolation.estimands import estimands
+from av_lens.isolation.evidence import Half, search
+from av_lens.isolation.logit_writes import direct_writes
+from av_lens.isolation.role_tests import adjust
+from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.seam import Edited
+from av_lens.isolation.specificity import CONTROLS, controls
+from av_lens.isolation.store import Store
+from av_lens.isolation.threshold import null_share
+from av_lens.results.halves import CONFIRMATION, DISCOVERY
+from av_lens.results.statistics import Bootstrap
+
+N = 24
+HEADS = [(layer, head) for layer in range(N_LAYERS) for head in range(N_HEADS)]
+GATE, WRITER, OPPONENT = (0, 1), (2, 0), (2, 1)
+
+
+class Normed(FakeEngine):
+    """The same model with a final norm: logits are the stream over its root mean square, times 10."""
+
+    def _run(self, inputs, swap, frozen):
+        stream, z = super()._run(inputs, swap, frozen)
+        self.stream = stream
+        return 10 * stream / rms(stream), z
+
+    def record(self, inputs, positions):
+        return replace(super().record(inputs, positions), final=self.stream)
+
+    def changed(self, recording, swaps):
+        for swap in swaps:
+            logits = self._run(recording.inputs, swap, recording.z if swap.freeze else None)[0]
+            yield Edited(logits, self.stream)
+
+    def linear_logits(self, recording, final, ids):
+        return (10 * final / rms(recording.final))[:, ids]
+
+    def writes(self, recording, ids):
+        return 10 * super().writes(recording, ids) / rms(recording.final)
+
+
+def rms(stream):
+    return stream.pow(2).mean(-1, keepdim=True).sqrt()
+
+
+def benched(engine, folder=None):
+    listed = fake_conflicts(N)
+    listed = [
+        one if i == 0 else replace(one, third=next(o.sound for o in listed if o.a not in one.answers))
+        for i, one in enumerate(listed)
+    ]
+    store = Store() if folder is None else Store(folder, "a run")
+    return Bench(engine, listed, Candidates.of(listed, engine.tokenizer), store=store)
+
+
+def found_of(engine):
+    bench = benched(engine)
+    chunks = bench.chunks(range(N))
+    means = Means.over(chunks)
+    for chunk in chunks:
+        chunk.means = means
+    effects = measure_requests(chunks, requests(), heads=HEADS, examples=np.arange(N))
+    return chunks, {(name, donor): values for name, donor, values in estimands(effects)}
+
+
+@pytest.fixture(scope="module")
+def linear():
+    return found_of(FakeEngine(noise=0.0))[1]
+
+
+@pytest.fixture(scope="module")
+def normed():
+    return found_of(Normed(noise=0.0))
+
+
+def at(figures, estimand, donor, head):
+    values = figures[estimand, donor][:, head[0], head[1]]
+    np.testing.assert_allclose(values, values[-1], atol=1e-4)
+    return values[-1]
+
+
+def test_parts_on_the_two_answers(linear):
+    # Six answers: what is taken off one of them, 6, lowers the mean of all by 1.
+    assert at(linear, "release on sound", "blank_muted", WRITER) == pytest.approx(1, abs=1e-4)
+    assert at(linear, "release on picture", "blank_muted", WRITER) == pytest.approx(-5, abs=1e-4)
+    assert at(linear, "release on sound", "zero", OPPONENT) == pytest.approx(2 - 2 / 6, abs=1e-4)
+    assert at(linear, "release on picture", "zero", OPPONENT) == pytest.approx(-2 / 6, abs=1e-4)
+    for donor in ("blank_muted", "mean_other", "zero"):
+        for name in ("release", "direct"):
+            parts = [linear[f"{name} on {answer}", donor] for answer in ("sound", "picture")]
+            np.testing.assert_allclose(parts[0] - parts[1], linear[name, donor], atol=1e-5)
+
+
+def test_repair_is_direct_minus_total(linear):
+    assert at(linear, "direct", "blank_muted", GATE) == pytest.approx(0, abs=1e-4)
+    assert at(linear, "repair", "blank_muted", GATE) == pytest.approx(-3, abs=1e-4)
+    assert at(linear, "repair", "blank_muted", WRITER) == pytest.approx(0, abs=1e-4)
+
+
+def test_audio_alone_is_a_donor_without_a_picture(linear):
+    assert at(linear, "release", "audio_only", WRITER) == pytest.approx(6, abs=1e-4)
+    assert at(linear, "release", "audio_only", GATE) == pytest.approx(3, abs=1e-4)
+    # It heard the same sound: a carrier's output stays. In the mirror it is the other sound's.
+    assert at(linear, "release", "audio_only", (0, 0)) == pytest.approx(0, abs=1e-4)
+
+
+def test_a_linear_read_out_has_nothing_to_freeze(linear):
+    for name, donor in linear:
+        if (f"{name} (norm frozen)", donor) in linear:
+            np.testing.assert_allclose(linear[f"{name} (norm frozen)", donor], linear[name, donor], atol=1e-5)
+
+
+def test_with_the_norm_frozen_zeroing_takes_away_exactly_what_was_written(normed):
+    chunks, figures = normed
+    shares = direct_writes(chunks, np.arange(N), N_LAYERS, N_HEADS)
+    # Only the gate acts on later heads; L1H0 is silenced here and writes nothing.
+    for head in (WRITER, OPPONENT, (0, 0)):
+        where = (slice(None), *head)
+        np.testing.assert_allclose(figures["release (norm frozen)", "zero"][where], -shares[where], atol=1e-4)
+        assert np.abs(figures["release", "zero"][where] + shares[where]).min() > 0.05
+    direct = figures["direct (norm frozen)", "blank_muted"]
+    np.testing.assert_allclose(
+        figures["repair (norm frozen)", "blank_muted"], direct - figures["release (norm frozen)", "blank_muted"]
+    )
+
+
+def test_with_the_norm_frozen_effects_add_up(normed):
+    chunks, _ = normed
+    chunk = chunks[0]
+    recording = chunk.run("va")
+    engine, tokens = chunk.bench.engine, chunk.bench.candidates.tokens
+    base = engine.linear_logits(recording, recording.final, tokens)
+    torch.testing.assert_close(base, recording.logits[:, tokens])
+    one, two = torch.randn(2, *recording.final.shape, generator=torch.Generator().manual_seed(0))
+    changes = [engine.linear_logits(recording, recording.final + d, tokens) - base for d in (one, two, one + two)]
+    torch.testing.assert_close(changes[0] + changes[1], changes[2])
+
+
+# What is measured once is not run again.
+
+
+def half_of(name, n=N):
+    boot = Bootstrap.draw(range(n), [f"s{i}" for i in range(n)], [f"p{i}" for i in range(n)], seed=0, draws=200)
+    return Half(name, np.arange(n), list(range(n)), boot, np.full(n, 7.0), np.full(n, -4.0))
+
+
+def searched(engine, folder, sites=("suffix",), floor=None):
+    bench = benched(engine, folder)
+    survey(bench.chunks(range(N)), N)
+    halves = [half_of(DISCOVERY), half_of(CONFIRMATION)]
+    found = search(bench, halves, s=0.1, floor=floor, sites=sites, seed=0, progress=None)
+    rows = controls(bench.chunks(range(N)), [WRITER], "zero", examples=np.arange(N), boot=halves[0].boot)
+    return found, rows
+
+
+def test_a_second_search_over_the_same_store_runs_nothing(tmp_path):
+    first, again = FakeEngine(), FakeEngine()
+    one, rows = searched(first, tmp_path, floor=0.03)
+    two, same = searched(again, tmp_path, floor=0.03)
+    assert first.runs > 100
+    assert again.runs == 0
+    assert rows == same
+    assert len(rows) == len(CONTROLS)
+    assert one.named == two.named
+    assert one.s == two.s
+    for key, values in one.arrays().items():
+        np.testing.assert_array_equal(values, two.arrays()[key])
+
+
+# The threshold of other models: protocol section 5.
+
+
+def test_the_null_is_the_99th_percentile_over_heads_of_the_largest_release_under_control():
+    class Distracted(FakeEngine):
+        """Asked for the colour, head L1H2 says the picture's answer, from the picture and always on: 5."""
+
+        def _heads(self, one):
+            z = super()._heads(one)
+            if one.question == "colour" and one.picture is not None:
+                z = z.clone()
+                z[1, 2, one.picture] += 5
+            return z
+
+    bench = benched(Distracted(noise=0.0))
+    chunks = bench.chunks(range(N))
+    for chunk in chunks:
+        chunk.means = Means.over(chunks)
+    found = null_share(chunks, np.arange(N), np.full(N, 7.0))
+    # Under control L1H1 writes 8 and L1H2 5 to the picture's answer, all other heads nothing.
+    largest = np.array([0.0] * 10 + [5.0, 8.0])
+    assert found == pytest.approx(np.percentile(largest, 99) / 7, abs=1e-4)
+    assert null_share(benched(FakeEngine(noise=0.0)).chunks(range(N)), np.arange(N), np.full(N, 7.0)) > 1
+
+
+# The family of tests: protocol section 7.
+
+
+def test_q_counts_every_site_that_was_asked_for(tmp_path):
+    found, _ = searched(FakeEngine(), None)
+    tests = [found.first.tests]
+    one, release_one = adjust(tests)
+    twice, release_twice = adjust(tests * 2)
+    asked, _ = adjust(tests, n_sites=2)
+    role = ("picture writer", "zero")
+    # The same tests at two sites: every rank and the family double. One of two sites missing: only the family does.
+    np.testing.assert_allclose(twice[0][role], one[0][role])
+    np.testing.assert_allclose(release_twice[1]["zero"], release_one[0]["zero"])
+    np.testing.assert_allclose(asked[0][role], np.minimum(2 * one[0][role], 1), atol=0.05)
+    at_writer = asked[0][role][2, 0] / one[0][role][2, 0]
+    assert at_writer == pytest.approx(2)
+
+
+# Sinks.
+
+
+class Sinking(FakeEngine):
+    """Position 0, the video, gets a share of the suffix's attention that the test chooses."""
+
+    share = 1.0
+
+    def incoming(self, inputs):
+        mass = np.ones((len(inputs.batch), 4))
+        mass[:, 0] = self.share
+        return mass
+
+
+def test_without_sinks_the_site_is_left_out_and_said(tmp_path):
+    found, _ = searched(Sinking(), None, sites=("suffix", "sinks"))
+    assert list(found.sites) == ["suffix"]
+    assert found.notes[0].startswith("the site 'sinks' was not searched: no media position gets 10 times")
+    with pytest.raises(ProtocolError, match=r"the site 'sinks' was not searched.*no other site was asked for"):
+        searched(Sinking(), None, sites=("sinks",))
