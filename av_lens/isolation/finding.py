@@ -7,6 +7,7 @@ from typing import Any
 from av_lens.isolation import confirmation, evidence, protocol, verdicts
 from av_lens.isolation.behaviour import rows_of
 from av_lens.isolation.evidence import Half
+from av_lens.isolation.head_table import head_rows
 from av_lens.isolation.preparing import Run
 from av_lens.isolation.stages import Further
 from av_lens.results.halves import CONFIRMATION, DISCOVERY
@@ -51,9 +52,12 @@ def finding(
         arrays |= {f"{half}/{key}": v for half, found in (("discovery", searched), ("confirmation", held))
                    for key, v in found.arrays().items()}  # fmt: skip
         tables |= {
-            "heads": table("heads", confirmation.head_rows(searched, held)),
+            "heads": table("heads", head_rows(searched, held)),
             "evidence": table("evidence", [*searched.rows(DISCOVERY), *held.rows(CONFIRMATION)]),
             "sets": table("sets", held.set_rows),
+            "members": table("members", held.member_rows),
+            "steps": table("steps", held.searched.steps),
+            "synergies": table("synergies", held.searched.synergies),
             "ablation": table("ablation", held.ablation_rows),
             "specificity": table("specificity", held.specificity_rows),
         }

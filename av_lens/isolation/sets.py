@@ -1,18 +1,12 @@
-"""Does the set of named heads hold on conflicts it was not found on, and do random heads do the same?
+"""Sets of heads edited together, and the sets that they are compared with.
 
-* The *set* is built on discovery: the named suppressors in the order of their release, cumulatively, once per primary
-  donor; the donor with the largest release of the whole set is kept. Forward search over pairs and backward elimination
-  are not done here.
-* It is edited on confirmation, cumulatively: its release, and how often the conflict is answered with the sound or with
-  the picture (most likely token of the whole vocabulary).
-* Random sets, at least 200, matched by layer: for each member a head outside the set within one layer whose mean
-  norm of z W_O is within a factor 2 of the member's, else the 3 nearest in norm; wider pools where fewer than 20 such
-  sets exist (see `random_sets`). Where fewer sets exist all are used;
-  p = (1 + number of random sets with at least the set's release) / (1 + number of sets), and its floor is shown.
+* Random sets, at least 200, matched by layer: for each member a head outside the set within one layer whose mean norm
+  of z W_O is within a factor 2 of the member's, else the 3 nearest in norm. Where fewer sets exist all are used.
 * As many top heads for `see`: those whose zeroing most lowers score(picture's answer) - score(sound's) in `va` asked
   `see`.
-* Ranked heads: the heads with the largest releases are edited together, 1, 2, 4, ... of them, to say over how many
-  heads the suppression is spread.
+* Cumulative edits: the first member, the first two, ... in the order in which the search took them in.
+
+How sets are found is `set_search`; how they are confirmed, `set_confirmation`.
 """
 
 from __future__ import annotations
@@ -25,13 +19,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from av_lens.isolation.bench import MIRROR, PRIMARY_DONORS, Chunk
+from av_lens.isolation.bench import MIRROR, Chunk
 from av_lens.isolation.effects import Progress, Request, mirrored, set_scores, single_head_swaps
-from av_lens.isolation.engine import Head
-from av_lens.isolation.role_tests import head_means
+from av_lens.isolation.seam import Head
 
 RANDOM_SETS = 200
-FEWEST_SETS = 20
 NEAREST = 3
 
 
@@ -106,26 +98,28 @@ def top_see_heads(chunks: Sequence[Chunk], n: int) -> list[Head]:
     """
     engine = chunks[0].bench.engine
     heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
-    falls: list[np.ndarray] = []
-    for chunk in chunks:
-        candidates = chunk.bench.candidates
-        swaps, owners = single_head_swaps(chunk, "va", [Request("va", "zero", question="see")], heads)
-        before = candidates.margin(chunk.reading("va", "see").scores, chunk.examples)
-        rise = np.zeros((len(heads), len(chunk.examples)))
-        for (_, j), logits in zip(owners, engine.edited(chunk.run("va", "see"), swaps), strict=True):
-            rise[j] = candidates.margin(candidates.scores(logits), chunk.examples) - before
-        falls.append(rise)
-    mean = np.concatenate(falls, axis=1).mean(1)
+    parts = [chunk.remember("heads that see needs", {}, partial(_chunk_see, chunk, heads))["rise"] for chunk in chunks]
+    mean = np.concatenate(parts, axis=1).mean(1)
     return [heads[j] for j in np.argsort(-mean, kind="stable")[:n]]
+
+
+def _chunk_see(chunk: Chunk, heads: Sequence[Head]) -> dict[str, np.ndarray]:
+    """How far zeroing each head moves M in `va` asked `see`: `[head, batch]`."""
+    candidates = chunk.bench.candidates
+    swaps, owners = single_head_swaps(chunk, "va", [Request("va", "zero", question="see")], heads)
+    before = candidates.margin(chunk.reading("va", "see").scores, chunk.examples)
+    rise = np.zeros((len(heads), len(chunk.examples)))
+    run = chunk.run("va", "see")
+    for (_, j), logits in zip(owners, chunk.bench.engine.edited(run, swaps), strict=True):
+        rise[j] = candidates.margin(candidates.scores(logits), chunk.examples) - before
+    run.kept.clear()
+    return {"rise": rise}
 
 
 def random_sets(
     members: Sequence[Head], norms: Float[np.ndarray, "layer head"], *, seed: int, n: int = RANDOM_SETS
-) -> tuple[list[tuple[Head, ...]], int]:
+) -> list[tuple[Head, ...]]:
     """Draw control sets matched to a set by layer and by how much each member writes.
-
-    Where the match in norm leaves fewer than 20 sets (so that p could not fall below .05), each member's pool is
-    widened by its next nearest heads within one layer, one at a time.
 
     Args:
         members: the set.
@@ -134,18 +128,13 @@ def random_sets(
         n: how many sets, at least; fewer where fewer exist (then all of them).
 
     Returns:
-        Distinct sets of distinct heads, none of them a member, and by how many heads the pools were widened.
+        Distinct sets of distinct heads, none of them a member.
     """
-    for wider in range(3 * norms.shape[1]):
-        pools = _pools(members, norms, wider)
-        found = _drawn(pools, seed=seed, n=n)
-        if len(found) >= FEWEST_SETS or pools == _pools(members, norms, wider + 1):
-            return found, wider
-    return [], 0
+    return _drawn(_pools(members, norms), seed=seed, n=n)
 
 
-def _pools(members: Sequence[Head], norms: np.ndarray, wider: int) -> list[list[Head]]:
-    """Each member's candidates: within one layer and a factor 2 in norm, else the 3 nearest; and some more."""
+def _pools(members: Sequence[Head], norms: np.ndarray) -> list[list[Head]]:
+    """Each member's candidates: within one layer and a factor 2 in norm, else the 3 nearest."""
     pools: list[list[Head]] = []
     for layer, head in members:
         near = [
@@ -157,7 +146,7 @@ def _pools(members: Sequence[Head], norms: np.ndarray, wider: int) -> list[list[
         ratio = {h: abs(np.log(max(norms[h], 1e-12) / max(norms[layer, head], 1e-12))) for h in near}
         near.sort(key=lambda h: ratio[h])
         within = sum(ratio[h] <= np.log(2) for h in near)
-        pools.append(near[: (within or NEAREST) + wider])
+        pools.append(near[: within or NEAREST])
     return pools
 
 
@@ -221,7 +210,11 @@ class BuiltSet:
     screen: str = ""
     chosen: bool = False
     random: list[tuple[Head, ...]] = field(default_factory=list)
-    widened: int = 0
+
+    @property
+    def name(self) -> str:
+        """What the set is called in the tables."""
+        return f"searched set ({self.donor})"
 
     @property
     def names(self) -> str:
@@ -239,37 +232,6 @@ def head_names(heads: Sequence[Head]) -> str:
         Such as "L5H0 L5H3".
     """
     return " ".join(f"L{layer}H{head}" for layer, head in heads)
-
-
-def build_sets(
-    chunks: Sequence[Chunk],
-    named: Sequence[Head],
-    releases: dict[str, Float[np.ndarray, "example layer head"]],
-    examples: Int[np.ndarray, " example"],
-) -> list[BuiltSet]:
-    """Order the named heads by release for each donor, and keep the donor whose whole set releases most.
-
-    Args:
-        chunks: discovery's conflicts.
-        named: the named suppressors.
-        releases: each donor's single releases on discovery.
-        examples: discovery's conflicts.
-
-    Returns:
-        One set per donor that was measured, the best one chosen; empty where nothing is named.
-    """
-    if not named:
-        return []
-    out: list[BuiltSet] = []
-    for donor in PRIMARY_DONORS:
-        means = head_means(releases[donor])
-        if np.isnan(means).all():
-            continue
-        ordered = tuple(sorted(named, key=lambda head: (-means[head], head)))
-        found = release_of_sets(chunks, [ordered], [donor], examples)
-        out.append(BuiltSet(ordered, donor, float(np.nanmean(found.release[0]))))
-    max(out, key=lambda one: one.discovery_release).chosen = True
-    return out
 
 
 def curve_row(arm: str, members: Sequence[Head], donor: str, effect: SetEffect, row: int, draw: int) -> dict[str, Any]:
