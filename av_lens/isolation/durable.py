@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from av_lens.errors import ProtocolError, UnfinishedError
+from av_lens.isolation.cost import Estimate
 from av_lens.isolation.protocol import differences
 from av_lens.isolation.store import FOLDER, Measured, Store
 from av_lens.results.provenance import source_hash
@@ -144,6 +145,7 @@ class Ledger:
         self.path = None if folder is None else folder / LEDGER
         self.halves = halves
         self.told = told
+        self.estimate: Estimate | None = None
         self.figures: dict[str, dict[str, Any]] = {}
         self.done: dict[str, dict[str, float]] = {name: {} for name in halves}
         self.kept, self.kept_seconds, self.seconds = 0, 0.0, 0.0
@@ -176,6 +178,26 @@ class Ledger:
             self._open = (part, tuple(ids))
         if measured.new:
             self.write()
+
+    def expect(self, estimate: Estimate) -> None:
+        """Tell what the run will cost.
+
+        Args:
+            estimate: made before the long work.
+        """
+        self.estimate = estimate
+        self._tell(str(estimate))
+
+    def standing(self) -> str:
+        """Say how far the run is.
+
+        Returns:
+            A sentence.
+        """
+        spent = (
+            "" if self.estimate is None else f" {self.seconds:.0f} s of about {self.estimate.seconds:.0f} s are done."
+        )
+        return f"The effects of {self.finished} of {len(self.halves)} conflicts are measured.{spent}"
 
     def close(self) -> None:
         """Tell the lines of the conflicts whose effects were being measured."""
@@ -261,8 +283,7 @@ def watched_run(
     store.folder, store.key = folder, key
     ledger = Ledger(folder, dict(zip(ids, halves, strict=True)), told)
     if budget is not None:
-        said = lambda: f"The effects of {ledger.finished} of {len(ids)} conflicts are measured."  # noqa: E731
-        store.before.append(Deadline(budget, store, said))
+        store.before.append(Deadline(budget, store, ledger.standing))
     store.told.append(ledger)
     if folder is None:
         yield ledger

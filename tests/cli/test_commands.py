@@ -53,7 +53,8 @@ def test_help_names_every_command_and_loads_no_torch():
 
 @pytest.mark.parametrize(
     ("module", "function"),
-    [("studies.demonstration", "run_demo"), ("isolation.pipeline", "isolate"), ("inputs.encoder", "Encoder.encode"),
+    [("studies.demonstration", "run_demo"), ("isolation.pipeline", "isolate"), ("studies.isolations", "isolate_into"),
+     ("inputs.encoder", "Encoder.encode"),
      ("media.source", "load_clip"), ("organism.courses", "train"), ("studies.replay_benchmark", "run_benchmark")],
 )  # fmt: skip
 def test_defaults_are_the_functions(module, function):

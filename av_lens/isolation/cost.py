@@ -1,0 +1,268 @@
+"""What will a run cost? Time and memory, said before the long work, from a short probe of this model on its conflicts.
+
+The probe reads all cells of the first stack (the run needs them anyway and keeps them) and edits some heads of one cell
+alone. That gives two prices, per conflict: a *cell* (encode, run, read) and an *edit* (one head, replayed from the
+site on). The work of a run is counted in these two (`PARTS`):
+
+    seconds = cells x price of a cell + edits x price of an edit + figures x price of a figure
+
+A *figure* is the bootstrap interval of one column, which costs no run of the model. How many edits a part takes is the
+protocol's own count where that is fixed (every request, every head, cell and mirror). Where it depends on what is found
+(the search for sets, the cards of the named heads), it is what av-tiny took, on which a slow test holds the estimate to
+30%. A model in which more or fewer heads are named takes longer or less.
+
+Memory is the peak so far, which the probe's stack sets, and what the encoded cells of the other conflicts will add.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from av_lens.isolation.behaviour import RIGHT
+from av_lens.isolation.bench import Chunk
+from av_lens.isolation.effects import Request, edited_scores, requests
+from av_lens.isolation.store import Measured
+from av_lens.results.statistics import Bootstrap
+from av_lens.results.whole_files import write_whole
+
+ESTIMATE = "estimate.json"
+MOST_PROBED = 64
+NAMED = 6
+"""Heads that a part is counted for where it looks at the named ones."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much there is to do.
+
+    Attributes:
+        conflicts: all conflicts.
+        discovery: those of discovery.
+        confirmation: those of confirmation.
+        heads: heads of the model.
+        layers: its layers.
+        sites: site sets that are searched.
+        quick: without robustness and pairs.
+    """
+
+    conflicts: int
+    discovery: int
+    confirmation: int
+    heads: int
+    layers: int
+    sites: int = 1
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Seconds for one cell and for one edit of one conflict, and for the interval of one column."""
+
+    cell: float
+    edit: float
+    figure: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a part takes: cells and edits, each times conflicts, and figures."""
+
+    cells: float = 0.0
+    edits: float = 0.0
+    figures: float = 0.0
+
+    def seconds(self, prices: Prices) -> float:
+        """Price the work.
+
+        Args:
+            prices: of this model on this machine.
+
+        Returns:
+            Seconds.
+        """
+        return self.cells * prices.cell + self.edits * prices.edit + self.figures * prices.figure
+
+
+def _behaviour(size: Size) -> Work:
+    return Work(cells=len(RIGHT) * size.conflicts, figures=4 * 40)
+
+
+def _effects(size: Size) -> Work:
+    asked = 2 * len(requests())
+    columns = 2 * len(requests()) * size.heads
+    return Work(
+        cells=16 * (size.discovery + size.confirmation),
+        edits=size.sites * asked * (size.heads * size.discovery + NAMED * size.confirmation),
+        figures=size.sites * 3 * columns,
+    )
+
+
+def _sets(size: Size) -> Work:
+    return Work(edits=0.0)
+
+
+PARTS: dict[str, Callable[[Size], Work]] = {
+    "behaviour": _behaviour,
+    "effects": _effects,
+    "sets": _sets,
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run is expected to cost.
+
+    Attributes:
+        parts: seconds by part.
+        gigabytes: memory.
+    """
+
+    parts: dict[str, float]
+    gigabytes: float
+
+    @property
+    def seconds(self) -> float:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        """The estimate as a line."""
+        shares = ", ".join(f"{name} {_time(seconds)}" for name, seconds in self.parts.items())
+        memory = "" if np.isnan(self.gigabytes) else f", and {self.gigabytes:.1f} GB of memory"
+        return f"Estimate: about {_time(self.seconds)} ({shares}){memory}, if there is something to search for."
+
+
+def expected(prices: Prices, size: Size, *, gigabytes: float = float("nan")) -> Estimate:
+    """Price a run.
+
+    Args:
+        prices: from `probe`.
+        size: how much there is to do.
+        gigabytes: memory, as far as it is known.
+
+    Returns:
+        The estimate.
+    """
+    return Estimate({name: work(size).seconds(prices) for name, work in PARTS.items()}, gigabytes)
+
+
+def probe(chunk: Chunk) -> Prices:
+    """Time the cells of one stack, and edits of some heads.
+
+    Args:
+        chunk: the stack; its readings are kept for the run.
+
+    Returns:
+        The prices.
+    """
+    n = len(chunk.examples)
+    heard: list[Measured] = []
+    store = chunk.bench.store
+    store.told.append(heard.append)
+    for cell, question in RIGHT:
+        chunk.reading(cell, question)
+    store.told.remove(heard.append)
+    engine = chunk.bench.engine
+    heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
+    chosen = [heads[i] for i in np.unique(np.linspace(0, len(heads) - 1, MOST_PROBED).round().astype(int))]
+    request = Request("va", "zero")
+    edited_scores(chunk, "va", [request], chosen[-1:], lambda _: None)  # records the run that edits start from
+    begun = time.monotonic()
+    edited_scores(chunk, "va", [request], chosen, lambda _: None)
+    edit = (time.monotonic() - begun) / (len(chosen) * n)
+    return Prices(sum(one.seconds for one in heard) / (len(RIGHT) * n), edit, _figure(n))
+
+
+def _figure(n: int) -> float:
+    columns = 64
+    clips = [str(i) for i in range(n)]
+    boot = Bootstrap.draw(list(range(n)), clips, clips, seed=0)
+    values = np.random.default_rng(0).normal(size=(n, columns))
+    begun = time.monotonic()
+    boot.mean(values)
+    return (time.monotonic() - begun) / columns
+
+
+def memory(chunk: Chunk, conflicts: int) -> float:
+    """Estimate the peak of memory: what has been used, and what the other conflicts' encoded cells will add.
+
+    Args:
+        chunk: the stack that has been run.
+        conflicts: all conflicts.
+
+    Returns:
+        GB (1e9 bytes), of the accelerator where the model is on one; NaN where the system does not say.
+    """
+    held: dict[int, int] = {}
+    for cell, question in RIGHT:
+        for example in chunk.examples.tolist():
+            tensors = getattr(chunk.bench.inputs(example, cell, question), "tensors", {})
+            for value in tensors.values():
+                if isinstance(value, torch.Tensor):
+                    held[value.data_ptr()] = value.nbytes
+    n = len(chunk.examples)
+    return _peak() + sum(held.values()) / n * (conflicts - n) / 1e9
+
+
+def _peak() -> float:
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def estimated(chunks: Sequence[Chunk], size: Size, *, folder: Path | None, key: str) -> Estimate:
+    """Estimate a run, or give the estimate that was made when its folder was begun.
+
+    Args:
+        chunks: all conflicts, stacked.
+        size: how much there is to do.
+        folder: the run's folder.
+        key: the hash of all that the run depends on.
+
+    Returns:
+        The estimate.
+    """
+    place = None if folder is None else folder / ESTIMATE
+    kept = _kept(place, key)
+    if kept is not None:
+        return kept
+    prices = probe(chunks[0])
+    made = expected(prices, size, gigabytes=memory(chunks[0], size.conflicts))
+    if place is not None:
+        text: dict[str, Any] = {"key": key, "prices": asdict(prices), "size": asdict(size), "seconds": made.seconds}
+        gigabytes = None if np.isnan(made.gigabytes) else made.gigabytes
+        write_whole(place, json.dumps(text | {"parts": made.parts, "gigabytes": gigabytes}, indent=1))
+    return made
+
+
+def _kept(place: Path | None, key: str) -> Estimate | None:
+    if place is None:
+        return None
+    try:
+        found: dict[str, Any] = json.loads(place.read_text())
+        if found["key"] != key:
+            return None
+        gigabytes = float("nan") if found["gigabytes"] is None else float(found["gigabytes"])
+        return Estimate(dict(found["parts"]), gigabytes)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
