@@ -99,13 +99,14 @@ class Means:
 
     `z[name]` is `[layer, example, site, head, d_head]` on the CPU, name being "va", "av" (asked their own question) or
     "see" (`va` asked `see`), run when first asked for; `sound` and `picture` are the examples' answers, `ids` names
-    the conflicts.
+    the conflicts. `kept` holds what else was measured on them.
     """
 
     chunks: tuple[Chunk, ...]
     sound: Int[np.ndarray, " example"]
     picture: Int[np.ndarray, " example"]
     ids: tuple[str, ...]
+    kept: dict[str, Tensor] = field(default_factory=dict)
     _z: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod

@@ -25,8 +25,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import islice
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 
 from av_lens.isolation.bench import MIRROR, PRIMARY_DONORS, Chunk
@@ -71,6 +73,7 @@ class Effect:
     on_picture_frozen: PerHead
 
 
+TOGETHER = 64  # edited runs whose scores are read at once
 FIGURES = tuple(field.name for field in fields(Effect))
 
 
@@ -168,13 +171,17 @@ def edited_scores(
         The candidates' scores under every edit, as the model gives them and with the final norm frozen.
     """
     candidates, engine = chunk.bench.candidates, chunk.bench.engine
-    recording, tokens = chunk.run(base, wanted[0].question), chunk.bench.candidates.tokens
+    recording, tokens = chunk.run(base, wanted[0].question), candidates.tokens
     swaps, owners = single_head_swaps(chunk, base, wanted, heads)
     out = np.full((2, len(wanted), len(heads), len(chunk.examples), len(candidates.names)), np.nan)
-    for (r, j), one in zip(owners, engine.changed(recording, swaps), strict=True):
-        out[0, r, j] = candidates.scores(one.logits)
-        out[1, r, j] = candidates.pooled(engine.linear_logits(recording, one.final, tokens))
-        tick(1)
+    runs = engine.changed(recording, swaps)
+    for start in range(0, len(swaps), TOGETHER):
+        some = [(one.logits[:, tokens], one.final) for one in islice(runs, TOGETHER)]
+        logits, finals = (torch.stack(column) for column in zip(*some, strict=True))
+        where = tuple(np.array(owners[start : start + TOGETHER]).T)
+        out[0][where] = candidates.pooled(logits)
+        out[1][where] = candidates.pooled(engine.linear_logits(recording, finals, tokens))
+        tick(len(some))
     return out
 
 

@@ -289,13 +289,13 @@ class ModelEngine:
         return Edited(logits.float().clone(), final[0])
 
     def linear_logits(
-        self, recording: Recording, final: Float[Tensor, "batch d_model"], ids: Int[Tensor, " token"]
-    ) -> Float[Tensor, "batch token"]:
+        self, recording: Recording, final: Float[Tensor, "*more batch d_model"], ids: Int[Tensor, " token"]
+    ) -> Float[Tensor, "*more batch token"]:
         """Read tokens' logits from a stream, the final norm dividing by what it divided by in the recording.
 
         Args:
             recording: the unedited run.
-            final: a stream that enters the final norm at the asked position.
+            final: a stream that enters the final norm at the asked position, or several.
             ids: token ids.
 
         Returns:
@@ -307,7 +307,7 @@ class ModelEngine:
             bias = None if head.bias is None else head.bias[ids].float()
             return functional.linear(norm(final).float() * ratio, head.weight[ids].float(), bias)
 
-    def _divisor(self, stream: Tensor) -> Float[Tensor, "batch 1"]:
+    def _divisor(self, stream: Tensor) -> Float[Tensor, "*more batch 1"]:
         norm = self.model.ln_final.original_component
         return (stream.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
 

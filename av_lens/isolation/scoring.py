@@ -101,7 +101,7 @@ class Candidates:
         """The tokens that are scored, candidate by candidate; a place without a synonym holds token 0."""
         return torch.from_numpy(self.ids).clamp(min=0).flatten()
 
-    def pooled(self, logits: Float[Tensor, "batch token"]) -> Float[np.ndarray, "batch candidate"]:
+    def pooled(self, logits: Float[Tensor, "*more batch token"]) -> Float[np.ndarray, "*more batch candidate"]:
         """Score every candidate from the logits of its own tokens.
 
         Args:

@@ -166,8 +166,8 @@ class Engine(Protocol):
         ...
 
     def linear_logits(
-        self, recording: Recording, final: Float[Tensor, "batch d_model"], ids: Int[Tensor, " token"]
-    ) -> Float[Tensor, "batch token"]:
+        self, recording: Recording, final: Float[Tensor, "*more batch d_model"], ids: Int[Tensor, " token"]
+    ) -> Float[Tensor, "*more batch token"]:
         """The tokens' logits of a stream, the final norm dividing by what it divided by in the recording."""
         ...
 

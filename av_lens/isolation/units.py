@@ -163,7 +163,10 @@ class PartDonors:
     def _mean_other(self, part: str) -> Tensor:
         means, candidates = self.chunk.means, self.chunk.bench.candidates
         assert means is not None
-        z = joined([self.own("va", "see", other)[part].cpu() for other in means.chunks])
+        if part not in means.kept:
+            found = [self.own("va", "see", other) for other in means.chunks]
+            means.kept |= {name: joined([one[name].cpu() for one in found]) for name in found[0]}
+        z = means.kept[part]
         weights = means.weights(candidates.sound[self.chunk.examples], candidates.picture[self.chunk.examples])
         return torch.einsum("bn,ln...->lb...", torch.from_numpy(weights).to(z), z)
 

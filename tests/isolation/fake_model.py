@@ -195,7 +195,7 @@ class FakeEngine:
             yield one.logits
 
     def linear_logits(self, recording: Recording, final: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return final[:, ids]
+        return final[..., ids]
 
     def writes(self, recording: Recording, ids: torch.Tensor) -> torch.Tensor:
         at_end = recording.z[:, :, -1].permute(0, 2, 1, 3)

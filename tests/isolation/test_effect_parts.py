@@ -47,7 +47,7 @@ class Normed(FakeEngine):
             yield Edited(logits, self.stream)
 
     def linear_logits(self, recording, final, ids):
-        return (10 * final / rms(recording.final))[:, ids]
+        return (10 * final / rms(recording.final))[..., ids]
 
     def writes(self, recording, ids):
         return 10 * super().writes(recording, ids) / rms(recording.final)
