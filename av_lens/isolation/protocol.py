@@ -53,6 +53,15 @@ CHOICES = (
     "set; p and its floor stand beside, since few matched sets may exist.",
     "Specificity has one item per conflict; donors there are asked the control's own question where the layout is "
     "the same.",
+    "audio_only is a secondary donor of the release alone, laid on from the end as far as the token ids are equal; its "
+    "mirror is the picture's sound alone.",
+    "An effect's parts are centred over the distinct answers of all conflicts given; with the norm frozen both the "
+    "edited and the unedited run are read out with what the final norm divided by in the unedited one.",
+    "Sinks are found per layout, from the mean over discovery's analysed conflicts of that layout; a layout that "
+    "discovery lacks has none, and its figures there are NaN.",
+    "The null under `control` is the largest over the sites searched; mean_other stays the mean under `see` there.",
+    "The unit `layer` is the layer's attention and MLP together (what it adds to the stream); keys of a group are "
+    "replaced before rotary position.",
     "Top heads for `see` are found by zeroing in `va` alone (not mirrored).",
     "The direct logit attribution is at the asked position, at the run's own norm scale, mirrored: (va - av) / 2.",
     "Intervals of rates are the same bootstrap as all others, so a rate of 1.0 has the interval 1.0 to 1.0.",
