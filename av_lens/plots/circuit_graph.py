@@ -159,9 +159,9 @@ def _draw_links(fig: Any, found: Any, at: dict[str, tuple[float, float]], least:
     rows = [row for row in rows if not row["low"] <= 0 <= row["high"]]
     largest = _style.limit([row["interaction"] for row in rows])
     for row in rows:
-        needs = row["interaction"] > 0
+        needs = str(row["how"]).startswith("need")
         ends = at[row["first"]], at[row["second"]]
-        words = "needs" if needs else "stands in for"
+        words = f"{row['first']} and {row['second']} {row['how']}"
         fig.add_trace(
             go.Scatter(
                 x=[ends[0][0], ends[1][0]],
@@ -172,10 +172,10 @@ def _draw_links(fig: Any, found: Any, at: dict[str, tuple[float, float]], least:
                     "color": _style.BAND,
                     "dash": "solid" if needs else "dot",
                 },
-                text=f"{row['first']} {words} {row['second']}: {row['interaction']:+.2f}",
+                text=f"{words}: {row['interaction']:+.2f}",
                 hovertemplate="%{text}<extra></extra>",
                 showlegend=False,
-                name=f"{row['first']} {words} {row['second']}",
+                name=words,
             )
         )
 
