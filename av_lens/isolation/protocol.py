@@ -45,10 +45,13 @@ CHOICES = (
     "delta and the cuts give the same role on confirmation.",
     "A head of undetermined kind is named (its kind is not): it belongs to the set, and is confirmed by its release "
     "alone, if it does not break.",
-    "The set is the named heads in the order of their release, one set per donor, the largest whole release "
-    "kept; pair synergy, forward and backward search are not done.",
-    "Where fewer than 20 random sets match (p could not fall below .05), each member's pool is widened by its next "
-    "nearest heads in norm within one layer, one at a time, and the set is flagged.",
+    "Sets: a climb that stops at 12 heads leaves its last small gains to the backward steps; three small gains stop "
+    "it where they come in a row; a set whose last head releases less than delta is taken apart to nothing. Above 64 "
+    "heads the screen by release ranks a head by its largest release over the donors.",
+    "Members of the chosen set are measured with the other members edited: release, direct share, reads, damage. Their "
+    "roles follow from the same cuts (they have no q); a member that no single release named stands in the table of "
+    "heads with these figures.",
+    "Holm runs over single heads' rows and the chosen set's members together.",
     "The set is confirmed if its release's lower bound is above delta and it releases more than every matched random "
     "set; p and its floor stand beside, since few matched sets may exist.",
     "Specificity has one item per conflict; donors there are asked the control's own question where the layout is "

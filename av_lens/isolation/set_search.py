@@ -34,7 +34,7 @@ from av_lens.isolation.effects import Progress
 from av_lens.isolation.evidence import Half, SiteEvidence
 from av_lens.isolation.role_tests import Evidence, head_means
 from av_lens.isolation.seam import Head
-from av_lens.isolation.set_releases import Members, SetReleases
+from av_lens.isolation.set_releases import Members, SetReleases, Tick
 from av_lens.isolation.sets import BuiltSet, head_names
 from av_lens.runs.attention_mass import attention_mass
 
@@ -260,13 +260,20 @@ def search_sets(
         if np.isnan(found.release[donor]).all():
             continue
         stage = f"sets of heads by {donor}"
-        releases = SetReleases(site.chunks, half.examples, donor, _ticker(progress, stage, len(candidates), quick))
+        releases = SetReleases(
+            site.chunks,
+            half.examples,
+            donor,
+            _ticker(progress, stage, len(candidates) * (1 if quick else len(candidates) - 1) * len(site.chunks)),
+        )
         releases.learn({head: found.release[donor][:, head[0], head[1]] for head in candidates})
         synergies: list[Synergy] = []
         if not quick:
             releases.pairs(candidates)
             synergies = pair_synergies(releases, candidates)
         winner, paths = search(releases, candidates, synergies, delta=delta)
+        if progress is not None:
+            progress(stage, 1, 1)
         out.releases[donor] = releases
         if winner.members:
             out.sets.append(BuiltSet(winner.members, donor, winner.release, screen=winner.start))
@@ -303,15 +310,15 @@ def _chunk_attention(chunk: Chunk) -> dict[str, np.ndarray]:
     return {"mass": mass[..., 0, 0].double().numpy()}
 
 
-def _ticker(progress: Progress | None, stage: str, n: int, quick: bool) -> Any:
-    """Count measured sets; how many a search needs is not known before, so the total is that of the pairs."""
-    done, total = 0, 1 if quick else n * (n - 1)
+def _ticker(progress: Progress | None, stage: str, expected: int) -> Tick:
+    """Count measured sets; how many a climb needs is not known before, so the total stays open at the end."""
+    done = 0
 
     def tick(more: int) -> None:
         nonlocal done
         done += more
         if progress is not None:
-            progress(stage, min(done, total), total)
+            progress(stage, done, max(expected, done + 1))
 
     return tick
 

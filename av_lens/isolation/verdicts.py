@@ -1,22 +1,32 @@
 """What was found, in words with its numbers.
 
-A verdict names the sites that were searched. Kinds beside those of the gap ("no suppression", "not established"):
-"named" (suppressors confirmed), "spread" (none is, but the largest releases together restore half of the gap),
-"nothing named".
+A verdict names the sites that were searched. Its kinds, beside those of the gap ("no suppression", "not established";
+interference and dominance are told apart in the first sentence) and of the refusals ("does not hear", ...):
+
+* *named*: suppressors are confirmed, single or as members of a set, and the set restores half of the gap or more (or
+  the heads of largest single release do, and they are twelve or fewer, as many as a set can hold);
+* *spread*: not so, but the heads of largest single release together restore half of the gap, and it takes so many;
+* *nothing named*: nobody is confirmed, and no number of heads restores half of the gap.
+
+The gap is G - C on confirmation, where everything that a verdict says was measured.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from av_lens.isolation.behaviour import Survey
 from av_lens.isolation.confirmation import Held
 from av_lens.isolation.evidence import Half, Searched
-from av_lens.isolation.role_tests import head_means
+from av_lens.isolation.role_tests import Named, head_means
+from av_lens.isolation.set_confirmation import ranked_heads
+from av_lens.isolation.set_search import MOST_MEMBERS
 from av_lens.isolation.sets import head_names
+from av_lens.results.halves import CONFIRMATION
 from av_lens.results.statistics import smallest_effect
 from av_lens.results.tables import RELEASING
 
@@ -46,34 +56,61 @@ def verdict(
         The kind and the sentences.
     """
     sites = ", ".join(searched.sites)
-    named = [row for row in searched.suppressors if held.confirmed.get(row, False)]
-    lost = len(searched.suppressors) - len(named)
+    claimed = _claimed(searched, held)
+    named = [row for row in claimed if held.confirmed.get(row, False)]
+    gap = _gap(halves)
     parts = [gap_sentence]
     if named:
-        by_role = {role: [(row.layer, row.head) for row in named if row.role == role] for role in RELEASING}
-        listed = "; ".join(
-            f"{_role_words(role, len(heads))} {head_names(heads)}" for role, heads in by_role.items() if heads
-        )
-        parts.append(f"Confirmed at {sites}: {listed}.")
+        parts.append(f"Confirmed at {sites}: {_by_role(named)}.")
     else:
-        parts.append(f"No head at {sites} is confirmed as a suppressor above {s:.2f} of G.")
+        parts.append(
+            f"No head at {sites} is confirmed as a suppressor above {s:.2f} of G. {_largest(searched, halves)}"
+        )
         parts.append(power_sentence(searched, halves, s=s, family=family))
-    if lost:
-        parts.append(f"{lost} more named on discovery did not hold on confirmation.")
-    parts += [_set_sentence(row) for row in held.set_rows if row["chosen"]]
+    if len(claimed) > len(named):
+        parts.append(f"{len(claimed) - len(named)} more named on discovery did not hold on confirmation.")
+    chosen = [row for row in held.set_rows if row["chosen"]]
+    parts += [_set_sentence(row, gap) for row in chosen]
+    parts += [hidden_sentence(held.member_rows, delta=s * float(halves[0].G.mean()))]
+    if not chosen:
+        parts.append("No set of heads was found either: taken apart head by head, none kept a release above delta.")
+    if held.searched.quick:
+        parts.append("Pairs of heads were left out of the search for sets.")
     half_sentence = spread_sentence(held, halves)
-    if half_sentence:
-        parts.append(half_sentence)
-    failed = [row["control"] for row in held.specificity_rows if row["verdict"] == "not specific"]
-    untested = [row["control"] for row in held.specificity_rows if row["verdict"] == "untested"]
-    if failed:
-        parts.append(f"Not specific (harm of 5 points is not excluded): {', '.join(failed)}.")
-    if untested:
-        parts.append(f"Specificity is untested (below 59 items): {', '.join(untested)}.")
+    parts.append(half_sentence)
+    for words, outcome in (
+        ("Not specific (harm of 5 points is not excluded)", "not specific"),
+        ("Specificity is untested (below 59 items)", "untested"),
+    ):
+        controls = [row["control"] for row in held.specificity_rows if row["verdict"] == outcome]
+        parts += [f"{words}: {', '.join(controls)}."] if controls else []
+    sentences = " ".join(part for part in parts if part)
     if gap_kind in ("no suppression", "not established"):
-        return gap_kind, " ".join(parts)
-    kind = "named" if named else "spread" if half_sentence else "nothing named"
-    return kind, " ".join(parts)
+        return gap_kind, sentences
+    number = heads_for_half(held, halves)
+    enough = any(row["release"] >= 0.5 * gap for row in chosen) or (number is not None and number <= MOST_MEMBERS)
+    if named and (enough or number is None):
+        return "named", sentences
+    return ("nothing named" if number is None else "spread"), sentences
+
+
+def _claimed(searched: Searched, held: Held) -> list[Named]:
+    """All suppressors that discovery named: by their own release, or as members of the chosen set."""
+    return [*searched.suppressors, *(row for row in held.named_members if row.role in RELEASING)]
+
+
+def _by_role(rows: Sequence[Named]) -> str:
+    listed: list[str] = []
+    for role in RELEASING:
+        heads = list(dict.fromkeys((row.layer, row.head) for row in rows if row.role == role))
+        if heads:
+            listed.append(f"{_role_words(role, len(heads))} {head_names(heads)}")
+    return "; ".join(listed)
+
+
+def _gap(halves: Sequence[Half]) -> float:
+    half = next(one for one in halves if one.name == CONFIRMATION)
+    return float((half.G - half.C).mean())
 
 
 def _role_words(role: str, n: int) -> str:
@@ -82,16 +119,65 @@ def _role_words(role: str, n: int) -> str:
     return f"{role}s" if n > 1 else role
 
 
-def _set_sentence(row: dict[str, object]) -> str:
+def _largest(searched: Searched, halves: Sequence[Half]) -> str:
+    """Say how large the largest single release is."""
+    heads, _ = ranked_heads(searched.first)
+    release = searched.first.evidence.release
+    figures = {donor: float(head_means(values)[heads[0]]) for donor, values in release.items()}
+    donor = max(figures, key=lambda name: -math.inf if math.isnan(figures[name]) else figures[name])
+    share = figures[donor] / float(halves[0].G.mean())
+    return f"The largest single release on discovery is {head_names(heads[:1])}'s ({donor}), {share:.2f} of G."
+
+
+def _set_sentence(row: dict[str, Any], gap: float) -> str:
     text = (
         f"Editing {row['members']} together ({row['donor']}) restores {row['release']:.2f} logits "
-        f"[{row['low']:.2f}, {row['high']:.2f}], {row['share']:.2f} of G, on held-out conflicts; the sound is said in "
-        f"{row['says_sound']:.2f} of them, {row['says_sound_before']:.2f} before"
+        f"[{row['low']:.2f}, {row['high']:.2f}], {row['share']:.2f} of G and {row['release'] / gap:.2f} of the gap, on "
+        f"held-out conflicts; the sound is said in {row['says_sound']:.2f} of them, {row['says_sound_before']:.2f} "
+        "before"
     )
     if row.get("random_n"):
         text += f"; {row['random_n']} matched random sets restore {row['random_mean']:.2f} (p = {row['p_random']:.3f}"
         text += f", floor {row['p_floor']:.3f})"
-    return text + "."
+    return f"{text}. The set is {'confirmed' if row.get('confirmed') else 'not confirmed'}."
+
+
+def hidden_sentence(rows: Sequence[dict[str, Any]], *, delta: float) -> str:
+    """Say which members of the chosen set hide behind each other: next to nothing alone, and much with the others.
+
+    Args:
+        rows: of the table of members.
+        delta: the least release that counts, on discovery.
+
+    Returns:
+        The sentence; empty where every member shows alone.
+    """
+    hidden = [row for row in rows if row["chosen"] and row["single"] <= delta < row["without"]]
+    if not hidden:
+        return ""
+    names = head_names([(row["layer"], row["head"]) for row in hidden])
+    alone = ", ".join(f"{row['single']:.2f}" for row in hidden)
+    among = ", ".join(f"{row['without']:.2f}" for row in hidden)
+    verb = "releases" if len(hidden) == 1 else "release"
+    return (
+        f"Redundant: {names} {verb} next to nothing alone ({alone} logits; delta is {delta:.2f}) and {among} with the "
+        "other members edited, because the members stand in for each other."
+    )
+
+
+def heads_for_half(held: Held, halves: Sequence[Half]) -> int | None:
+    """Count the heads of largest release that together restore half of the gap.
+
+    Args:
+        held: what confirmation found.
+        halves: discovery and confirmation.
+
+    Returns:
+        The number; None where no number of them does.
+    """
+    goal = 0.5 * _gap(halves)
+    rows = [row for row in held.ablation_rows if row["arm"] == "ranked heads" and row["release"] >= goal]
+    return min((int(row["k"]) for row in rows), default=None) if goal > 0 else None
 
 
 def spread_sentence(held: Held, halves: Sequence[Half]) -> str:
@@ -104,19 +190,16 @@ def spread_sentence(held: Held, halves: Sequence[Half]) -> str:
     Returns:
         The sentence; empty where no number of them does.
     """
-    half = next(one for one in halves if one.name == "confirmation")
-    gap = float((half.G - half.C).mean())
-    rows = [row for row in held.ablation_rows if row["arm"] == "ranked heads"]
-    enough = [row for row in rows if row["release"] >= 0.5 * gap]
-    if not enough or gap <= 0:
+    number = heads_for_half(held, halves)
+    if number is None:
         return ""
-    first = enough[0]
-    who = f"the {first['k']} heads of largest single release together restore"
-    who = "the head of largest single release alone restores" if first["k"] == 1 else who
-    tried = ", ".join(str(row["k"]) for row in rows)
+    row = next(row for row in held.ablation_rows if row["arm"] == "ranked heads" and row["k"] == number)
+    who = f"the {number} heads of largest single release together restore"
+    who = "the head of largest single release alone restores" if number == 1 else who
+    opening = "The suppression is spread over many heads: by" if number > MOST_MEMBERS else "By"
+    fewer = "" if number == 1 else "; one fewer restores less"
     return (
-        f"By {first['donor']}, {who} half of the gap or more ({first['release']:.2f} of {gap:.2f} logits; "
-        f"tried: {tried})."
+        f"{opening} {row['donor']}, {who} half of the gap ({row['release']:.2f} of {_gap(halves):.2f} logits{fewer})."
     )
 
 
@@ -201,6 +284,9 @@ def summary(
         out["largest release share"] = float(np.nanmax(largest) / out["G"])
         for share in (0.10, 0.03, 0.01):
             out[f"heads above {share:.2f}"] = float((largest > share * out["G"]).sum())
-        out["named suppressors"] = float(len(searched.suppressors))
-        out["confirmed suppressors"] = float(sum(held.confirmed.get(row, False) for row in searched.suppressors))
+        claimed = _claimed(searched, held)
+        out["named suppressors"] = float(len(claimed))
+        out["confirmed suppressors"] = float(sum(held.confirmed.get(row, False) for row in claimed))
+        number = heads_for_half(held, halves)
+        out["heads for half of the gap"] = math.nan if number is None else float(number)
     return out
