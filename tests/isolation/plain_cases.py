@@ -31,10 +31,13 @@ def staged(folder: Path, *, conflicts: int, seed: int) -> list[Any]:
 def case(model: Any, conflict: Any) -> PlainCase:
     """Encode every cell of one conflict."""
     asked, see = conflict.cells(model), conflict.cells(model, question=conflict.see)
+    exchanged = replace(conflict, sound=conflict.picture, picture=conflict.sound, answers=conflict.answers[::-1])
+    alone = {"audio_only": asked["audio_only"], "audio_only_v": exchanged.cells(model)["audio_only"]}
     return PlainCase(
         id=conflict.id,
         words=conflict.answers,
-        cells={cell: asked[cell].tensors for cell in CELLS if cell in asked},
+        cells={cell: asked[cell].tensors for cell in CELLS if cell in asked}
+        | {cell: x.tensors for cell, x in alone.items()},
         see={cell: see[cell].tensors for cell in SEE_CELLS},
         site=_sites(asked["va"]),
         see_site=_sites(see["va"]),

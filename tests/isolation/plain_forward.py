@@ -37,17 +37,15 @@ class PlainRun:
 
 @dataclass(frozen=True)
 class PlainEdit:
-    """New z of some heads at some positions; what comes later left free or held.
+    """New z of some heads at some positions; later heads left free or held.
 
     Attributes:
         heads: (layer, head) -> (positions, new z [pos, d_head]).
         hold_after: every head of every layer after this one keeps the unedited run's z, at all positions.
-        hold_norm: the final norm divides by what it divided by in the unedited run.
     """
 
     heads: dict[tuple[int, int], tuple[Sequence[int], torch.Tensor]] = field(default_factory=dict)
     hold_after: int | None = None
-    hold_norm: bool = False
 
 
 class PlainModel:
@@ -90,15 +88,21 @@ class PlainModel:
         return PlainRun(logits, heads, scale, inputs, tensors)
 
     @torch.no_grad()
-    def edited(self, base: PlainRun, edit: PlainEdit, *, whole: bool = False) -> torch.Tensor:
-        """Logits [d_vocab] at the last position of an input under an edit."""
+    def edited(self, base: PlainRun, edit: PlainEdit, *, whole: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [d_vocab] at the last position of an input under an edit: with the final norm as it is, and frozen.
+
+        Frozen, the norm divides by what it divided by in the unedited run.
+        """
+        last: list[torch.Tensor] = []
         inside = enumerate(layer.self_attn.o_proj for layer in self.text.layers)
         hooks = [o.register_forward_pre_hook(self._z_hook(layer, base, edit)) for layer, o in inside]
-        hooks.append(self.text.norm.register_forward_hook(_norm_hook(base, edit)))
+        hooks.append(self.text.norm.register_forward_pre_hook(lambda _, args: last.append(args[0][0, -1])))
         with removed(hooks):
             if whole:
-                return self.hf(**base.tensors, use_cache=False).logits[0, -1]
-            return self.hf.lm_head(self.text(**base.inputs, use_cache=False).last_hidden_state[0, -1])
+                logits = self.hf(**base.tensors, use_cache=False).logits[0, -1]
+            else:
+                logits = self.hf.lm_head(self.text(**base.inputs, use_cache=False).last_hidden_state[0, -1])
+        return logits, self.hf.lm_head(self.text.norm.weight * last[0] / base.scale)
 
     def _z_hook(self, layer: int, base: PlainRun, edit: PlainEdit) -> Any:
         def hook(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -111,17 +115,6 @@ class PlainModel:
             return (z.flatten(-2),)
 
         return hook
-
-
-def _norm_hook(base: PlainRun, edit: PlainEdit) -> Any:
-    def hook(module: Any, args: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        if not edit.hold_norm:
-            return out
-        out = out.clone()
-        out[0, -1] = module.weight * args[0][0, -1] / base.scale
-        return out
-
-    return hook
 
 
 @contextmanager

@@ -30,8 +30,10 @@ MIRROR = {
     "v_muted": "a_muted",
     "blank_a": "blank_v",
     "blank_muted": "blank_muted",
+    "audio_only": "audio_only_v",
 }
 MIRROR |= {after: before for before, after in MIRROR.items()}
+FROZEN = " (norm frozen)"
 RELEASES = ("blank_muted", "mean_other", "zero")
 Head = tuple[int, int]
 
@@ -174,6 +176,15 @@ class Plain:
         positions = case.site[site]
         if donor == "zero":
             return positions, torch.zeros_like(self.run(case, cell).z[layer, positions, number])
+        if donor.startswith("audio_only"):
+            # Another layout: aligned from the end, as far as the tokens are equal.
+            mine, theirs = (self.run(case, name).tensors["input_ids"][0].tolist() for name in (cell, donor))
+            n = 0
+            while n < min(len(mine), len(theirs)) and mine[-1 - n] == theirs[-1 - n]:
+                n += 1
+            reached = [position for position in positions if position >= len(mine) - n]
+            there = [position - len(mine) + len(theirs) for position in reached]
+            return reached, self.run(case, donor).z[layer, there, number]
         if not donor.startswith("mean"):
             return positions, self.run(case, donor).z[layer, positions, number]
         question, mean_cell = ("see", "va") if donor == "mean_other" else ("asked", "va" if cell == "va" else "av")
@@ -186,61 +197,61 @@ class Plain:
         ]
         return positions[len(positions) - n :], torch.stack(given).mean(0).float()
 
-    def change(
+    def changes(
         self,
         case: PlainCase,
         cell: str,
         donor: str,
-        head: Head,
+        heads: Sequence[Head],
         site: str,
         pool: Sequence[PlainCase],
-        *,
-        direct: bool = False,
-        hold_norm: bool = False,
-    ) -> dict[str, float]:
-        """What an edit changes in a cell: M, the two centred scores, and the heard answer's rise over the others."""
+        direct: bool,
+    ) -> list[dict[str, float]]:
+        """What an edit changes in a cell, the final norm free, then frozen: M, both centred scores, and the rise."""
         base = self.run(case, cell)
-        positions, z = self.donor_z(case, cell, donor, head, site, pool)
-        edit = PlainEdit({head: (positions, z)}, hold_after=head[0] if direct else None, hold_norm=hold_norm)
-        logits = self.model.edited(base, edit)
-        change = {"M": self.margin(case, logits) - self.margin(case, base.logits)}
+        edit = PlainEdit(
+            {head: self.donor_z(case, cell, donor, head, site, pool) for head in heads},
+            hold_after=max(layer for layer, _ in heads) if direct else None,
+        )
         heard = case.words[0 if cell in ("va", "blank_a") else 1]
-        change["rise"] = self.over_others(case, logits, heard) - self.over_others(case, base.logits, heard)
-        for name, word in zip("av", case.words, strict=True):
-            change[name] = self.centred(logits, word) - self.centred(base.logits, word)
-        return change
+        found: list[dict[str, float]] = []
+        for logits in self.model.edited(base, edit):
+            change = {"M": self.margin(case, logits) - self.margin(case, base.logits)}
+            change["rise"] = self.over_others(case, logits, heard) - self.over_others(case, base.logits, heard)
+            for name, word in zip("av", case.words, strict=True):
+                change[name] = self.centred(logits, word) - self.centred(base.logits, word)
+            found.append(change)
+        return found
 
     def effect(
         self,
         case: PlainCase,
         donor: str,
-        head: Head,
+        heads: Sequence[Head],
         site: str,
         pool: Sequence[PlainCase],
         *,
         cells: tuple[str, str] = ("va", "av"),
         direct: bool = False,
-        hold_norm: bool = False,
     ) -> dict[str, float]:
-        """The mirrored effect of a donor on C (in the blank cells: on G), and its parts on the sound and picture."""
+        """The mirrored effect on C (in the blank cells: on G), and its parts; "... (norm frozen)" beside each."""
+        names = ("M", "sound", "picture", "rise")
         if "w" in donor and donor not in case.cells:
-            return dict.fromkeys(("M", "sound", "picture", "rise"), math.nan)
-        here, there = cells
-        mirrored = MIRROR.get(donor, donor)
-        how = {"direct": direct, "hold_norm": hold_norm}
-        first = self.change(case, here, donor, head, site, pool, **how)
-        second = self.change(case, there, mirrored, head, site, pool, **how)
-        return {
-            "M": 0.5 * (first["M"] - second["M"]),
-            "sound": 0.5 * (first["a"] + second["v"]),
-            "picture": 0.5 * (first["v"] + second["a"]),
-            "rise": 0.5 * (first["rise"] + second["rise"]),
-        }
+            return {f"{name}{ending}": math.nan for name in names for ending in ("", FROZEN)}
+        one = self.changes(case, cells[0], donor, heads, site, pool, direct)
+        two = self.changes(case, cells[1], MIRROR.get(donor, donor), heads, site, pool, direct)
+        found: dict[str, float] = {}
+        for ending, here, there in zip(("", FROZEN), one, two, strict=True):
+            found[f"M{ending}"] = 0.5 * (here["M"] - there["M"])
+            found[f"sound{ending}"] = 0.5 * (here["a"] + there["v"])
+            found[f"picture{ending}"] = 0.5 * (here["v"] + there["a"])
+            found[f"rise{ending}"] = 0.5 * (here["rise"] + there["rise"])
+        return found
 
     # Section 4: the effects of a head, in one conflict.
 
     def head_effects(self, case: PlainCase, head: Head, site: str, pool: Sequence[PlainCase]) -> dict[str, float]:
-        """Every row of section 4 for a head in a conflict, "estimand/donor" -> value.
+        """Every row of section 4 for a head in a conflict, "estimand/donor" -> value, the norm free and frozen.
 
         Args:
             case: the conflict.
@@ -248,33 +259,32 @@ class Plain:
             site: the site set.
             pool: discovery's conflicts, for the means.
         """
-
-        def on_c(donor: str, **how: bool) -> dict[str, float]:
-            return self.effect(case, donor, head, site, pool, **how)
-
-        def fall_of_g(donor: str) -> float:
-            return -self.effect(case, donor, head, site, pool, cells=("blank_a", "blank_v"))["M"]
-
-        found: dict[str, float] = {}
-        for donor in RELEASES:
-            total, direct = on_c(donor), on_c(donor, direct=True)
+        releases = (*RELEASES, "mean_task", "audio_only")
+        on_c = {donor: self.effect(case, donor, [head], site, pool) for donor in (*releases, "wa", "vw", "blank_a")}
+        direct = {donor: self.effect(case, donor, [head], site, pool, direct=True) for donor in RELEASES}
+        blank = ("blank_a", "blank_v")
+        on_g = {donor: self.effect(case, donor, [head], site, pool, cells=blank) for donor in (*RELEASES, "va")}
+        found = {f"rise over others/{donor}": on_c[donor]["rise"] for donor in RELEASES}
+        for end in ("", FROZEN):
+            m = f"M{end}"
+            found |= {f"release{end}/{donor}": on_c[donor][m] for donor in releases}
+            for donor in RELEASES:
+                found |= {
+                    f"direct{end}/{donor}": direct[donor][m],
+                    f"repair{end}/{donor}": direct[donor][m] - on_c[donor][m],
+                    f"fall of G{end}/{donor}": -on_g[donor][m],
+                }
+                for part in ("sound", "picture"):
+                    found[f"release on {part}{end}/{donor}"] = on_c[donor][f"{part}{end}"]
+                    found[f"direct on {part}{end}/{donor}"] = direct[donor][f"{part}{end}"]
             found |= {
-                f"release/{donor}": total["M"],
-                f"release on sound/{donor}": total["sound"],
-                f"release on picture/{donor}": total["picture"],
-                f"release (norm frozen)/{donor}": on_c(donor, hold_norm=True)["M"],
-                f"rise over others/{donor}": total["rise"],
-                f"direct/{donor}": direct["M"],
-                f"repair/{donor}": direct["M"] - total["M"],
-                f"fall of G/{donor}": fall_of_g(donor),
+                f"question's own{end}/mean_other - mean_task": on_c["mean_other"][m] - on_c["mean_task"][m],
+                f"reads picture{end}/wa": on_c["wa"][m],
+                f"reads sound{end}/vw": on_c["vw"][m],
+                f"silenced{end}/blank_a - blank_muted": on_c["blank_a"][m] - on_c["blank_muted"][m],
+                f"sufficiency{end}/va": -on_g["va"][m],
+                f"carries{end}/blank_muted": -on_g["blank_muted"][m],
             }
-        found["release/mean_task"] = on_c("mean_task")["M"]
-        found["question's own/mean_other - mean_task"] = found["release/mean_other"] - found["release/mean_task"]
-        found["reads picture/wa"] = on_c("wa")["M"]
-        found["reads sound/vw"] = on_c("vw")["M"]
-        found["silenced/blank_a - blank_muted"] = on_c("blank_a")["M"] - found["release/blank_muted"]
-        found["sufficiency/va"] = fall_of_g("va")
-        found["carries/blank_muted"] = found["fall of G/blank_muted"]
         return found
 
 

@@ -24,6 +24,7 @@ from av_lens.isolation.effects import Request, measure_requests, requests
 from av_lens.isolation.engine import ModelEngine
 from av_lens.isolation.evidence import Half, gather
 from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.sets import release_of_sets
 from av_lens.results.halves import CONFIRMATION, DISCOVERY
 from av_lens.results.statistics import Bootstrap
 from av_lens.runs import load
@@ -112,6 +113,9 @@ def plain_effects(plain, cases, pool, heads, site):
 
 
 def assert_same_effects(ours, arrays, prefix):
+    """Every estimand of the record but the logit attribution, which is no effect of an edit."""
+    recorded = {key.removeprefix(prefix) for key in arrays if key.startswith(prefix)}
+    assert recorded - {"dla/"} == set(ours)
     for key, by_head in ours.items():
         for (layer, head), values in by_head.items():
             theirs = arrays[prefix + key][:, layer, head]
@@ -123,11 +127,13 @@ def test_an_edit_from_the_embeddings_is_an_edit_from_the_pixels(small):
     one = small.cases[1]
     base = small.plain.run(one, "va")
     there = small.plain.donor_z(one, "va", "blank_muted", (4, 7), "suffix", small.cases)
-    for edit in (PlainEdit({(4, 7): there}), PlainEdit({(4, 7): there}, hold_after=4, hold_norm=True)):
-        quick, whole = (small.plain.model.edited(base, edit, whole=how) for how in (False, True))
-        assert float((quick - whole).abs().max()) < 1e-5
-        assert float((quick - base.logits).abs().max()) > 0.01
-    assert float((small.plain.model.edited(base, PlainEdit()) - base.logits).abs().max()) < 1e-5
+    for edit in (PlainEdit({(4, 7): there}), PlainEdit({(4, 7): there}, hold_after=4)):
+        pairs = zip(*(small.plain.model.edited(base, edit, whole=how) for how in (False, True)), strict=True)
+        for quick, whole in pairs:
+            assert float((quick - whole).abs().max()) < 1e-5
+            assert float((quick - base.logits).abs().max()) > 0.01
+    for unedited in small.plain.model.edited(base, PlainEdit()):
+        assert float((unedited - base.logits).abs().max()) < 1e-5
 
 
 def test_section_2_on_five_conflicts(small):
@@ -148,6 +154,16 @@ def test_section_4_on_a_few_heads(small, site):
     ours = plain_effects(small.plain, small.cases, small.cases, HEADS[site], site)
     assert_same_effects(ours, found.arrays(), f"{site}/")
     assert np.isnan(ours["reads picture/wa"][HEADS[site][0]]).tolist() == [True, False, False, False, False]
+
+
+def test_a_joint_edit_of_a_group_and_of_a_set(small):
+    sets = [((4, 6), (4, 7)), ((2, 5), (4, 3), (5, 0))]
+    chunks = chunks_with_means(small, "suffix")
+    for donor in RELEASES:
+        found = release_of_sets(chunks, sets, [donor] * len(sets), small.rows)
+        for heads, theirs in zip(sets, found.release, strict=True):
+            ours = [small.plain.effect(one, donor, heads, "suffix", small.cases)["M"] for one in small.cases]
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("see", ["?", "Who is it there?"])
@@ -176,7 +192,7 @@ def test_a_question_of_another_length_is_aligned_from_the_end(see):
     found = measure_requests(chunks_with_means(one, "suffix"), wanted, heads=heads, examples=one.rows)
     for request in wanted:
         for layer, head in heads:
-            ours = [one.plain.effect(x, request.donor, (layer, head), "suffix", one.cases)["M"] for x in one.cases]
+            ours = [one.plain.effect(x, request.donor, [(layer, head)], "suffix", one.cases)["M"] for x in one.cases]
             np.testing.assert_allclose(ours, found[request].margin[:, layer, head], rtol=0, atol=ATOL)
 
 
