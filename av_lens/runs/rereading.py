@@ -1,13 +1,14 @@
 """Attention anew in one layer of a recorded run: what does a head make of another query, key or value?
 
 A query head's keys and values can be replaced for that head alone (ungrouped) or for all that share them. All else that
-the heads read is the recorded run's.
+the heads read is the recorded run's. `HeadRead` is one head's reading by itself, to be mixed with another run's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +19,77 @@ from av_lens.interventions.nodes import Node
 from av_lens.runs.execution import run
 from av_lens.runs.recording import Record
 from av_lens.runs.restart import Layer
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRead:
+    """What one query head reads at some rows of a recorded run.
+
+    Attributes:
+        q: its queries, rotated.
+        k: its keys, rotated, at all positions.
+        v: its values at all positions.
+        mask: what is added to the scores.
+        scaling: factor of the scores.
+    """
+
+    q: Float[Tensor, "batch row d_head"]
+    k: Float[Tensor, "batch pos d_head"]
+    v: Float[Tensor, "batch pos d_head"]
+    mask: Float[Tensor, "_ row pos"]
+    scaling: float
+
+    @classmethod
+    def of(cls, record: Record, layer: int, head: int, rows: Sequence[int]) -> HeadRead:
+        """Read a head of a recorded run.
+
+        Args:
+            record: the recorded run.
+            layer: the head's layer.
+            head: the query head.
+            rows: the positions that read, ascending.
+
+        Returns:
+            Its queries there, and all keys and values.
+        """
+        parts, device = Layer.of(record.model.bridge.blocks[layer]), record.model.device
+        inside = torch.tensor([row - rows[0] for row in rows], device=device)
+        cos, sin = (table.to(device)[:, rows[0] :][:, inside] for table in record.tables)
+        own = slice(head * parts.d_head, (head + 1) * parts.d_head)
+        normed = parts.ln1(record.stream(layer, rows[0])[:, inside])
+        bias: Any = parts.q.bias  # a projection may have none
+        q = torch.nn.functional.linear(normed, parts.q.weight[own], None if bias is None else bias[own])
+        keys, values = record.past(layer, len(record.spans))
+        group = (parts.q.out_features // parts.d_head) // keys.shape[1]
+        mask = _mask(record, rows[0])[:, inside]
+        return cls(turned(q, cos, sin), keys[:, head // group], values[:, head // group], mask, parts.scaling)
+
+    @property
+    def pattern(self) -> Float[Tensor, "batch row pos"]:
+        """Its attention pattern."""
+        scores = self.q @ self.k.transpose(-1, -2) * self.scaling + self.mask
+        return scores.softmax(-1, dtype=torch.float32).to(self.v.dtype)
+
+    @property
+    def z(self) -> Float[Tensor, "batch row d_head"]:
+        """What it makes of that."""
+        return self.pattern @ self.v
+
+    def taking(self, other: HeadRead, *, q: bool = False, k: Sequence[int] = (), v: Sequence[int] = ()) -> HeadRead:
+        """Take some of another run's reading; both runs have one layout, so that rotary positions agree.
+
+        Args:
+            other: the same head and rows in the other run.
+            q: whether to take its queries.
+            k: the positions whose keys are taken.
+            v: the positions whose values are taken.
+
+        Returns:
+            The mixture.
+        """
+        keys, values = self.k.clone(), self.v.clone()
+        keys[:, list(k)], values[:, list(v)] = other.k[:, list(k)], other.v[:, list(v)]
+        return replace(self, q=other.q if q else self.q, k=keys, v=values)
 
 
 @torch.no_grad()
