@@ -42,8 +42,12 @@ class ProtocolError(AvLensError):
     """An isolation that must not go on: no gap to explain, too few conflicts, an undefined donor."""
 
 
-class UnfinishedError(AvLensError):
-    """Long work that stopped where it was told to; what was finished is kept, and the same call goes on from there."""
+class UnfinishedError(Exception):
+    """Long work that stopped before its end; what was finished is kept, and the same call goes on from there.
+
+    No refusal, and so no `AvLensError`: whoever notes a refusal as the reason why something was not measured must not
+    take a run that was stopped for one.
+    """
 
 
 def unknown(kind: str, name: object, known: Iterable[object]) -> str:

@@ -17,6 +17,7 @@ from av_lens.isolation.evidence import Half, Searched, chunks_of
 from av_lens.isolation.preparing import Run
 from av_lens.isolation.repair import repair_rows, repair_values
 from av_lens.isolation.robustness import robustness_rows
+from av_lens.isolation.units import unit_rows
 
 NAMED_ONLY = "Left out, as asked (named_only): all that explains the named heads and tests the finding's robustness."
 QUICK = "Left out, as asked (quick): robustness, and pairs of heads in the search for sets."
@@ -43,13 +44,18 @@ def further(run: Run, halves: tuple[Half, Half], searched: Searched, held: Held)
         Rows and arrays for the record.
     """
     out = Further()
+    if run.options.quick:
+        run.reasons.append(QUICK)
     if run.options.named_only:
         run.reasons.append(NAMED_ONLY)
         return out
+    out.rows["units"] = [
+        row
+        for name, site in searched.sites.items()
+        for row in unit_rows(site.chunks, halves[0], site=name, progress=run.progress)
+    ]
     _repair(run, halves, searched, held, out)
-    if run.options.quick:
-        run.reasons.append(QUICK)
-    else:
+    if not run.options.quick:
         out.rows["robustness"] = robustness_rows(
             run.bench, halves, searched, seed=run.options.seed, progress=run.progress
         )

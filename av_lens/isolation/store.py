@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from av_lens.errors import ProtocolError
+from av_lens.errors import UnfinishedError
 from av_lens.results.provenance import plain
 from av_lens.results.whole_files import write_whole
 
@@ -92,7 +92,7 @@ class Store:
             The arrays by name.
 
         Raises:
-            ProtocolError: the folder cannot be written to.
+            UnfinishedError: the folder cannot be written to.
         """
         place = (
             None if self.folder is None else self.folder / FOLDER / f"{_slug(name)}-{self.digest(name, depends)}.npz"
@@ -153,7 +153,7 @@ def _keep(place: Path, made: Arrays, seconds: float) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_whole(place, held.getvalue(), sync=True)
     except OSError as error:
-        raise ProtocolError(
+        raise UnfinishedError(
             f"cannot keep a measurement in {place.parent}: {error}. What was kept before is whole; make room or give "
             "the folder back, and the same command goes on from there."
         ) from error

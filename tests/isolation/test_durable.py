@@ -305,6 +305,22 @@ def test_budgets_that_make_no_sense_are_refused(tmp_path):
         run(tmp_path, budget=0)
 
 
+def test_a_full_disk_stops_the_run_and_is_no_reason_in_the_record(whole, tmp_path, monkeypatch):
+    left, real = [40], os.fsync
+
+    def full(file):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(whole_files.os, "fsync", full)
+        with pytest.raises(UnfinishedError, match=r"cannot keep a measurement in .*No space left on device\. What was"):
+            run(tmp_path)
+    assert_same(run(tmp_path), whole)
+
+
 def test_each_run_makes_at_least_one_measurement(tmp_path):
     store = Store(tmp_path, "key")
     deadline = Deadline(1e-9, store, lambda: "")
@@ -322,7 +338,8 @@ def test_a_line_for_each_conflict(tmp_path):
     dealt = json.loads((tmp_path / "protocol.json").read_text())["halves"]["dealt"]
     assert {name: row["half"] for name, row in rows.items()} == dealt
     for row in rows.values():
-        assert {"reading", "head effects at suffix", "sets at suffix"} <= set(row["done"])
+        own = {"discovery": "unit effects at suffix", "confirmation": "sets at suffix"}[row["half"]]
+        assert {"reading", "head effects at suffix", own} <= set(row["done"])
         assert row["seconds"] == pytest.approx(sum(row["done"].values()), abs=0.01)
         assert row["G"] == pytest.approx(7, abs=0.1)
     told = [line.split()[0] for line in lines if "head effects at suffix" in line]
