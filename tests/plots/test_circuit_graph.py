@@ -1,4 +1,4 @@
-"""The graph of a circuit: members at their layers, sized by score, coloured by sign or role, and how they are joined."""
+"""The graph of a circuit: members at their layers, sized by score, coloured by sign or role, and how they join."""
 
 from __future__ import annotations
 
