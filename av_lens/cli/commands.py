@@ -18,6 +18,7 @@ _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
 _TRAIN = signature("organism.courses", "train")
 _BENCH = signature("studies.replay_benchmark", "run_benchmark")
+_PLANTS = signature("studies.plantbench", "run_plantbench")
 _GENERATE = signature("runs.wrapper", "HookedAVLLM.generate")
 
 Model = Annotated[str, typer.Argument(help="A short name (`av-lens models` lists them), a hub name or a local folder.")]
@@ -62,6 +63,15 @@ Memory = Annotated[bool, typer.Option(help="Measure peak memory too, each in a f
 BenchOut = Annotated[Path | None, typer.Option(help="Also write the record to this file, as json.")]
 Docs = Annotated[Path | None, typer.Option(help="Fill benchmarks.md and benchmarks.json in this folder.")]
 
+Planted = Annotated[
+    list[str] | None,
+    typer.Argument(help="Folders or short names; left out: all that are shipped, and the balanced one."),
+]
+PlantsOut = Annotated[Path, typer.Option(help="The folder to write; models that are scored in it are kept.")]
+Make = Annotated[int, typer.Option(help="Plant so many fresh models first, kind after kind.")]
+PlantsNumber = Annotated[int, typer.Option(help="How many conflicts every model is tested on; at least 40.")]
+PlantsLimit = Annotated[int | None, typer.Option(help="Score at most so many models now; the same command goes on.")]
+PlantsDocs = Annotated[Path | None, typer.Option(help="Fill plantbench.md, .json and .svg in this folder.")]
 PlanFile = Annotated[Path | None, typer.Option(help="A saved plan of edits to answer under (`plan.save` writes one).")]
 Prefix = Annotated[str, typer.Option(help="Text of the assistant that the answer goes on from.")]
 NewTokens = Annotated[int, typer.Option(help="Answer with at most so many tokens.")]
@@ -243,6 +253,34 @@ def bench(
         _say_path(out)
     if docs is not None:
         _say_path(replay_tables.store(record, docs))
+
+
+def plantbench(
+    models: Planted = None,
+    out: PlantsOut = Path(_PLANTS["out"]),
+    make: Make = _PLANTS["make"],
+    conflicts: PlantsNumber = _PLANTS["conflicts"],
+    seed: Seed = _PLANTS["seed"],
+    limit: PlantsLimit = _PLANTS["limit"],
+    docs: PlantsDocs = None,
+) -> None:
+    """Let every method look for heads that were planted, and for heads where nothing is to be found."""
+    from av_lens.studies import plantbench_tables
+    from av_lens.studies.plantbench import run_plantbench
+
+    console.quiet_loading()
+    options: dict[str, Any] = {"make": make, "conflicts": conflicts, "seed": seed, "limit": limit}
+    with console.bars() as bars:
+        bench = run_plantbench(models or None, out=out, progress=bars, **options)
+    record = plantbench_tables.record_of(bench)
+    for title, (headings, rows) in plantbench_tables.tables(record["models"]):
+        console.OUT.print()
+        console.OUT.print(console.table(headings, rows, title=title, right=headings[1:]))
+    if bench.missing:
+        console.OUT.print(f"\nleft for later: {', '.join(bench.missing)}; the same command goes on.", markup=False)
+    if docs is not None:
+        _say_path(plantbench_tables.store(record, docs))
+    _say_path(bench.folder)
 
 
 def _absent(choice: str) -> str | None:

@@ -17,12 +17,14 @@ import numpy as np
 import pandas as pd
 
 from av_lens.errors import InputError
+from av_lens.isolation.donors import PRIMARY_DONORS
 from av_lens.reports import Calibration
 from av_lens.results.record import Isolation
 from av_lens.results.tables import SUPPRESSORS
 
 _NAMED = (*SUPPRESSORS, "undetermined")
-_KINDS = {"writer": "picture writer", "opponent": "sound opponent"}
+# A truth file's words for kinds, in the words of roles.
+KINDS = {"writer": "picture writer", "opponent": "sound opponent"}
 
 
 def planted_truth(name: str = "av-tiny-planted") -> dict[tuple[int, int], str]:
@@ -58,12 +60,12 @@ def read_truth(content: Mapping[str, Any]) -> dict[tuple[int, int], str]:
     truth: dict[tuple[int, int], str] = {}
     for entry in content.get("heads", []):
         if isinstance(entry, Mapping):
-            if not entry.get("free_rider", False):
-                kind = str(entry.get("kind", content.get("kind", "")))
-                truth[int(entry["layer"]), int(entry["head"])] = _KINDS.get(kind, kind)
+            kind = str(entry.get("kind", content.get("kind", "")))
+            if not entry.get("free_rider", kind == "free rider"):
+                truth[int(entry["layer"]), int(entry["head"])] = KINDS.get(kind, kind)
         else:
             kind = str(content.get("kind", ""))
-            truth[int(entry[0]), int(entry[1])] = _KINDS.get(kind, kind)
+            truth[int(entry[0]), int(entry[1])] = KINDS.get(kind, kind)
     if not truth:
         raise InputError("the truth file lists no planted head under 'heads'.")
     return truth
@@ -88,6 +90,7 @@ def calibrate(
     """
     frame: Any = found.evidence
     frame = frame[(frame["estimand"] == "release") & (frame["half"] == "discovery") & (frame["site"] == site)]
+    frame = frame[frame["donor"].isin(PRIMARY_DONORS)]
     if not len(frame):
         why = " ".join(found.reasons) or found.verdict
         raise InputError(f"{model}: no release was measured at the site {site!r}, so nothing can be compared. {why}")
