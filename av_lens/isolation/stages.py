@@ -6,7 +6,7 @@ gap in a record would look like a finding. What is not measured for a reason say
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,8 @@ import numpy as np
 
 from av_lens.isolation.confirmation import Held
 from av_lens.isolation.evidence import Half, Searched, chunks_of
+from av_lens.isolation.mechanisms import cards
+from av_lens.isolation.plan_effects import model_of
 from av_lens.isolation.preparing import Run
 from av_lens.isolation.repair import repair_rows, repair_values
 from av_lens.isolation.robustness import robustness_rows
@@ -21,6 +23,9 @@ from av_lens.isolation.units import unit_rows
 
 NAMED_ONLY = "Left out, as asked (named_only): all that explains the named heads and tests the finding's robustness."
 QUICK = "Left out, as asked (quick): robustness, and pairs of heads in the search for sets."
+
+NO_MODEL = "Not measured: mechanisms, cuts and routes need a model behind the engine, and this engine has none."
+EXPLAINED: dict[str, Callable[..., list[dict[str, Any]]]] = {"cards": cards}
 
 
 @dataclass(eq=False)
@@ -54,6 +59,10 @@ def further(run: Run, halves: tuple[Half, Half], searched: Searched, held: Held)
         for name, site in searched.sites.items()
         for row in unit_rows(site.chunks, halves[0], site=name, progress=run.progress)
     ]
+    if model_of(run.bench) is None:
+        run.reasons.append(NO_MODEL)
+    for name, rows_of in EXPLAINED.items():
+        out.rows[name] = rows_of(run.bench, halves, searched, held, seed=run.options.seed, progress=run.progress)
     _repair(run, halves, searched, held, out)
     if not run.options.quick:
         out.rows["robustness"] = robustness_rows(
