@@ -39,16 +39,16 @@ class EditedTrace(Trace):
         start: the first position that was computed anew.
         first: the layer of the first edit; the stream that enters it is the base's.
         streams: the stream that entered each layer after `first`, and the one that left the last, from `start` on.
-        new_keys: the rotated keys of the layers from `first` on, `[batch, kv_head, pos, d_head]`, likewise.
+        new_keys: the rotated keys of the layers from `first` on, `[batch, kv_head, new_pos, d_head]`.
         new_values: the values, likewise.
     """
 
     base: Trace | None = None
     start: int = 0
     first: int = 0
-    streams: tuple[Float[Tensor, "batch pos d_model"], ...] = field(default=())
-    new_keys: tuple[Float[Tensor, "batch kv_head pos d_head"], ...] = field(default=())
-    new_values: tuple[Float[Tensor, "batch kv_head pos d_head"], ...] = field(default=())
+    streams: tuple[Float[Tensor, "batch new_pos d_model"], ...] = field(default=())
+    new_keys: tuple[Float[Tensor, "batch kv_head new_pos d_head"], ...] = field(default=())
+    new_values: tuple[Float[Tensor, "batch kv_head new_pos d_head"], ...] = field(default=())
 
     def stream(self, layer: int, start: int) -> Float[Tensor, "batch pos d_model"]:
         """The edited run's stream that entered a layer, from a position on.
@@ -215,7 +215,8 @@ def joined(recording: Recording, swap: Swap, *, from_layer: int = 0) -> Swap:
     values = {} if under is None else dict(zip(under.heads, under.values, strict=True))
     values = {head: value for head, value in values.items() if head[0] >= from_layer}
     values |= dict(zip(swap.heads, swap.values, strict=True))
-    return Swap(tuple(values), tuple(values.values()), freeze=swap.freeze)
+    batch = recording.z.shape[1]  # a value that all conflicts share (zero) stands beside one for each
+    return Swap(tuple(values), tuple(z.expand(batch, -1, -1) for z in values.values()), freeze=swap.freeze)
 
 
 def _thawed(recording: Recording, swap: Swap) -> Swap:
@@ -223,7 +224,8 @@ def _thawed(recording: Recording, swap: Swap) -> Swap:
     first = min(layer for layer, _ in swap.heads)
     own, (n_layers, n_heads) = recording.site_z, (recording.z.shape[0], recording.z.shape[3])
     values = {(layer, head): own[layer, :, :, head] for layer in range(first + 1, n_layers) for head in range(n_heads)}
-    return Swap((*swap.heads, *values), (*swap.values, *values.values()))
+    shared = tuple(z.expand(recording.z.shape[1], -1, -1) for z in swap.values)
+    return Swap((*swap.heads, *values), (*shared, *values.values()))
 
 
 def further(engine: Engine, recording: Recording, swaps: Sequence[Swap]) -> Iterator[Float[Tensor, "batch d_vocab"]]:

@@ -8,7 +8,8 @@ primary donor:
 2. *Pair synergy* = release({h, k}) - max(0, release h) - max(0, release k), for all pairs of candidates.
 3. *Forward*, from the best head and from the five pairs of largest synergy: add the head of largest gain; stop after 3
    gains in a row below delta (and drop these), or at 12 heads.
-4. *Backward*: take out the head that costs least while that is less than delta, measuring again after each.
+4. *Backward*: take out the head that costs least (of equals the last) while that is less than delta, measuring again
+   after each.
 5. The set of largest release wins (ties by layer and head). Of the donors' sets the one of largest release is *chosen*.
 
 delta = s G of discovery. Everything is a mean over discovery's conflicts. `quick=True` leaves the pairs out, and with
@@ -159,7 +160,7 @@ def thin(releases: Releases, members: Members, *, delta: float) -> tuple[Members
         smaller = [tuple(other for other in members if other != head) for head in members]
         releases.measure(smaller)
         costs = [release - releases.mean(one) for one in smaller]
-        least = min(range(len(members)), key=lambda i: (costs[i], members[i]))
+        least = min(range(len(members)), key=lambda i: (costs[i], -members[i][0], -members[i][1]))
         if not costs[least] < delta:
             break
         steps.append(Step("take out", members[least], release - costs[least], -costs[least]))

@@ -1,0 +1,156 @@
+"""Runs that start from an edited run equal runs of the whole set, by restarts and by plain hooks."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_hf_model, tiny_media, tiny_processor
+
+from av_lens.inputs import Conflict
+from av_lens.isolation.bench import Bench, Means
+from av_lens.isolation.edited_runs import EditedTrace, further
+from av_lens.isolation.engine import ModelEngine
+from av_lens.isolation.evidence import Half
+from av_lens.isolation.members import in_context
+from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.seam import Swap
+from av_lens.isolation.set_releases import SetReleases
+from av_lens.isolation.set_search import _video_attention
+from av_lens.isolation.sets import BuiltSet, release_of_sets
+from av_lens.media import Clip
+from av_lens.results.statistics import Bootstrap
+from av_lens.runs import load
+from av_lens.runs.attention_mass import attention_mass
+
+ANSWERS = ["a", "b", "c", "d"]
+N = 3
+
+
+def clip(seed):
+    frames, waveform = tiny_media(2.0, seed=seed)
+    return Clip.from_arrays(frames=frames, times=np.arange(len(frames)) / 2.0, waveform=waveform, rate=16000)
+
+
+@pytest.fixture(scope="module")
+def chunks():
+    model = load(hf_model=tiny_hf_model(seed=1), processor=tiny_processor())
+    conflicts = [
+        Conflict(
+            sound=clip(2 * i),
+            picture=clip(2 * i + 1),
+            question="What?",
+            answers=(ANSWERS[i], ANSWERS[i + 1]),
+            third=clip(100 + i),
+            see="Who is it?",
+            id=f"c{i}",
+        )
+        for i in range(N)
+    ]
+    found = {}
+    for how in ("trace", "hooks"):
+        bench = Bench(ModelEngine(model, how=how), conflicts, Candidates.of(conflicts, model.tokenizer))
+        (found[how],) = bench.chunks(range(N))
+        found[how].means = Means.over([found[how]])
+    return found
+
+
+def swap(chunk, heads, donor="blank_muted", *, freeze=False, cell="va"):
+    z = chunk.donor(cell, donor)
+    return Swap(tuple(heads), tuple(z[layer, :, :, head] for layer, head in heads), freeze=freeze)
+
+
+UNDER = [(0, 1), (2, 0)]
+LATER = [(0, 3), (1, 1), (2, 1), (3, 3)]
+
+
+@pytest.mark.parametrize("how", ["trace", "hooks"])
+def test_a_further_edit_equals_the_edit_of_all(chunks, how):
+    chunk = chunks[how]
+    engine, run = chunk.bench.engine, chunk.run("va")
+    edited = engine.record_edited(run, swap(chunk, UNDER))
+    assert isinstance(edited.kept.get("trace"), EditedTrace) is (how == "trace")
+    whole = list(engine.edited(run, [swap(chunk, UNDER), *(swap(chunk, [*UNDER, head]) for head in LATER)]))
+    torch.testing.assert_close(edited.logits, whole[0], atol=1e-5, rtol=0)
+    for one, two in zip(further(engine, edited, [swap(chunk, [head]) for head in LATER]), whole[1:], strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+        assert (one - edited.logits).abs().max() > 1e-3
+
+
+def test_restarts_and_hooks_agree_on_runs_edited_twice_and_frozen(chunks):
+    """A head edited over two further layers of edits; frozen means: at the edited run's own."""
+    found = {}
+    for how, chunk in chunks.items():
+        engine = chunk.bench.engine
+        once = engine.record_edited(chunk.run("va"), swap(chunk, UNDER))
+        twice = engine.record_edited(once, swap(chunk, [(1, 2)], "zero"))
+        frozen = list(further(engine, once, [swap(chunk, [head], freeze=True) for head in LATER]))
+        again = list(further(engine, twice, [swap(chunk, [(2, 3)]), swap(chunk, [(1, 3)], freeze=True)]))
+        found[how] = [once.z, once.final, twice.z, twice.logits, *frozen, *again]
+    for one, two in zip(found["trace"], found["hooks"], strict=True):
+        torch.testing.assert_close(one, two, atol=2e-5, rtol=0)
+    by_head = dict(zip(LATER, found["trace"][4:8], strict=True))
+    free = list(further(engine, once, [swap(chunk, [head]) for head in LATER]))
+    assert (by_head[0, 3] - free[0]).abs().max() > 1e-4  # an early head also acts through later ones
+    torch.testing.assert_close(by_head[3, 3], free[3], atol=2e-5, rtol=0)  # the last layer's head does not
+
+
+def test_a_head_named_again_takes_the_new_value(chunks):
+    chunk = chunks["trace"]
+    engine, run = chunk.bench.engine, chunk.run("va")
+    edited = engine.record_edited(run, swap(chunk, UNDER))
+    (one,) = further(engine, edited, [swap(chunk, [(2, 0)], "zero")])
+    both = Swap(tuple(UNDER), (*swap(chunk, UNDER[:1]).values, torch.zeros_like(swap(chunk, UNDER).values[1])))
+    (two,) = engine.edited(run, [both])
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("donor", ["blank_muted", "zero"])
+def test_releases_of_sets_are_those_of_whole_edits(chunks, donor):
+    chunk, heads = chunks["trace"], [(0, 1), (1, 0), (1, 2), (3, 3)]
+    releases = SetReleases([chunk], np.arange(N), donor)
+    releases.pairs(heads)
+    releases.added(heads[:2], [(1, 2), (0, 0)])
+    sets = [*itertools.combinations(heads, 2), (*heads[:2], (1, 2)), (*heads[:2], (0, 0)), tuple(heads)]
+    whole = release_of_sets([chunks["hooks"]], sets, [donor] * len(sets), np.arange(N)).release
+    np.testing.assert_allclose([releases.each(one) for one in sets], whole, atol=2e-5)
+    assert np.abs(whole).max() > 1e-2
+    assert (releases.each(()) == 0).all()
+
+
+def test_the_last_measurement_is_not_made_again(chunks):
+    counted = []
+    releases = SetReleases([chunks["trace"]], np.arange(N), "zero", counted.append)
+    releases.added((), [(0, 0), (0, 1)])
+    releases.added((), [(0, 1), (0, 0)])
+    releases.measure([((0, 0),)])
+    assert counted == [2, 2]  # va and av
+
+
+def test_a_member_in_context_loses_what_the_set_loses_without_it(chunks):
+    members = ((1, 0), (0, 1), (3, 3))
+    boot = Bootstrap.draw(range(N), list("abc"), list("def"), seed=0)
+    half = Half("discovery", np.arange(N), list(range(N)), boot, np.ones(N), np.zeros(N))
+    for donor in ("blank_muted", "zero"):
+        built = BuiltSet(members, donor, 0.0)
+        found = in_context([chunks["trace"]], half, built, s=0.1, family=10, seed=0).evidence
+        sets = [members, *(tuple(other for other in members if other != head) for head in members)]
+        whole = release_of_sets([chunks["hooks"]], sets, [donor] * 4, np.arange(N)).release
+        for number, (layer, head) in enumerate(members):
+            loss = whole[0] - whole[1 + number]
+            np.testing.assert_allclose(found.release[donor][:, layer, head], loss, atol=2e-5)
+        np.testing.assert_allclose(found.direct[donor][:, 3, 3], found.release[donor][:, 3, 3], atol=2e-5)
+        for values in (found.reads_picture, found.reads_sound, found.fall[donor], found.rise[donor]):
+            assert not np.isnan(values[:, 1, 0]).any()
+            assert np.isnan(values[:, 2, 2]).all()
+
+
+def test_the_screen_by_attention_is_the_generation_positions_own(chunks):
+    chunk = chunks["trace"]
+    found = _video_attention([chunk])
+    model, inputs = chunk.bench.engine.model, chunk.run("va").inputs
+    mass = attention_mass(model, inputs, {"g": [len(inputs.spans) - 1]})[:, :, :, 0]
+    video = mass[..., inputs.spans["video"].positions.tolist()].sum(-1).mean(0)
+    np.testing.assert_allclose(found, video.numpy(), atol=1e-6)
