@@ -67,6 +67,7 @@ CHOICES = (
     "replaced before rotary position.",
     "Top heads for `see` are found by zeroing in `va` alone (not mirrored).",
     "The direct logit attribution is at the asked position, at the run's own norm scale, mirrored: (va - av) / 2.",
+    "The power before a run is that of discovery's components as dealt, before the choice by competence.",
     "Intervals of rates are the same bootstrap as all others, so a rate of 1.0 has the interval 1.0 to 1.0.",
 )
 
