@@ -1,0 +1,152 @@
+"""Redundant heads through the whole of `isolate`: found as a set, named as members, their kinds measured in context."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fake_model import FakeEngine, fake_conflicts
+
+from av_lens.isolation import isolate
+
+N = 44
+
+
+class Redundant(FakeEngine):
+    """Two picture writers of which each is enough (L2H0, L2H2), and two gates of which each is enough (L0H1, L0H2).
+
+    The picture's answer is written as strongly as the stronger writer has it, and the sound of L1H0 is shut out as far
+    as the stronger gate says: G = 7, C = 4 + 0 - 6 = -2, and no single head releases anything.
+    """
+
+    def __init__(self):
+        super().__init__(opponent=0.0, noise=1e-3)
+
+    def _heads(self, one):
+        if one not in self.known:
+            z = super()._heads(one)
+            if one.question == "hear" and one.sound is not None and one.picture is not None:
+                z[2, 2, one.picture] += 6
+                z[0, 2, -1] = 1.0
+        return self.known[one]
+
+    def _run(self, inputs, swap, frozen):
+        logits, z = super()._run(inputs, swap, frozen)
+        k, examples = self.n_classes, inputs.batch or (inputs,)
+        logits[:, :k] -= torch.minimum(z[2, :, -1, 0, :k], z[2, :, -1, 2, :k])  # the sum becomes the maximum
+        edits = {} if swap is None else dict(zip(swap.heads, swap.values, strict=True))
+        if (1, 0) not in edits and (frozen is None or min(layer for layer, _ in edits) >= 1):
+            second = torch.clamp(z[0, :, -1, 2, -1] - z[0, :, -1, 1, -1], min=0)
+            for b, one in enumerate(examples):  # L0H1's part was taken off already
+                if one.question == "hear" and one.sound is not None:
+                    z[1, b, :, 0, one.sound] -= 3 * second[b]
+                    logits[b, one.sound] -= 3 * second[b]
+        return logits, z
+
+
+@pytest.fixture(scope="module")
+def finished():
+    return isolate(None, fake_conflicts(N), engine=Redundant(), s=0.1)
+
+
+def test_no_single_release_shows_anything(finished):
+    for donor in ("blank_muted", "mean_other", "zero"):
+        assert finished.grid("release", donor).max() < 0.05
+    assert finished.summary["largest release share"] < 0.01
+
+
+def test_the_pairs_have_the_whole_synergy(finished):
+    top = finished.synergies.query("donor == 'blank_muted'").iloc[:3]
+    assert [(r.layer, r.head, r.layer2, r.head2) for r in top.itertuples()][:2] == [(2, 0, 2, 2), (0, 1, 0, 2)]
+    assert top["synergy"].to_numpy() == pytest.approx([6, 3, 0], abs=0.05)
+    assert top["share"].iloc[0] == pytest.approx(6 / 7, abs=0.01)
+
+
+def test_the_set_is_both_pairs_and_restores_the_gap(finished):
+    (chosen,) = finished.sets.query("chosen").itertuples()
+    assert set(chosen.members.split()) == {"L2H0", "L2H2", "L0H1", "L0H2"}
+    assert chosen.screen in ("synergy L2H0 L2H2", "synergy L0H1 L0H2")
+    assert chosen.release == pytest.approx(9, abs=0.05)
+    assert chosen.confirmed
+    assert finished.verdict_kind == "named"
+
+
+def test_members_have_their_kinds_with_the_others_edited(finished):
+    rows = finished.members.query("chosen").set_index(["layer", "head"])
+    assert rows.loc[[(2, 0), (2, 2)], "role"].tolist() == ["picture writer"] * 2
+    assert rows.loc[[(0, 1), (0, 2)], "role"].tolist() == ["gate"] * 2
+    assert rows["confirmed"].all()
+    assert rows.loc[[(2, 0), (2, 2)], "effect"].to_numpy() == pytest.approx([6, 6], abs=0.05)
+    assert rows.loc[[(0, 1), (0, 2)], "effect"].to_numpy() == pytest.approx([3, 3], abs=0.05)
+    assert rows["single"].abs().max() < 0.05
+    assert rows.loc[[(2, 0), (0, 1)], "direct_share"].to_numpy() == pytest.approx([1, 0], abs=0.02)
+    assert rows.loc[(2, 0), "reads_picture"] == pytest.approx(6, abs=0.05)
+    assert rows.loc[(2, 0), "reads_sound"] == pytest.approx(0, abs=0.05)
+    assert rows["gain"].sum() == pytest.approx(9, abs=0.05)
+    assert rows["without"].to_numpy() == pytest.approx(rows["effect"].to_numpy(), abs=0.05)
+    assert set(rows["screen"]) == {"all heads"}
+
+
+def test_members_stand_among_the_named_heads_with_their_single_figures_beside(finished):
+    rows = finished.heads.query("estimand == 'release in the set'")
+    assert {(r.layer, r.head, r.role) for r in rows.itertuples()} == {
+        (2, 0, "picture writer"), (2, 2, "picture writer"), (0, 1, "gate"), (0, 2, "gate")
+    }  # fmt: skip
+    (name,) = set(rows["member_of"])
+    assert name in set(finished.sets["name"])
+    assert rows["release_blank_muted"].abs().max() < 0.05
+    assert rows["confirmed"].all()
+    assert len(finished.suppressors) == 4
+    assert finished.summary["confirmed suppressors"] == 4
+
+
+def test_redundancy_is_said_in_words(finished):
+    assert "Confirmed at suffix: picture writers L2H0 L2H2; gates L0H1 L0H2." in finished.verdict
+    assert "Redundant: " in finished.verdict
+    assert "release next to nothing alone" in finished.verdict
+    assert "because the members stand in for each other" in finished.verdict
+
+
+def test_without_pairs_the_verdict_says_what_was_left_out():
+    found = isolate(None, fake_conflicts(N), engine=Redundant(), s=0.1, quick=True)
+    assert found.synergies.empty
+    assert set(found.steps["start"].str.split().str[0]) == {"best"}
+    assert "Pairs of heads were left out of the search for sets." in found.verdict
+
+
+def test_where_nothing_is_found_the_verdict_says_above_what_and_with_what_power():
+    engine = FakeEngine(writer=0.0, gate=0.0, opponent=0.0)
+    found = isolate(None, fake_conflicts(N), engine=engine, s=0.1, quick=True, gate="report")
+    assert found.sets.empty
+    assert found.members.empty
+    assert not len(found.suppressors)
+    assert "No head at suffix is confirmed as a suppressor above 0.10 of G. The largest single release" in found.verdict
+    assert "find with 80% power" in found.verdict
+    assert "No set of heads was found either" in found.verdict
+
+
+class Spread(FakeEngine):
+    """Nine heads of layers 0 to 2 write a little of the picture's answer each: 1.0, below delta = 2.1."""
+
+    WRITERS = ((0, 2), (0, 3), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3))
+
+    def __init__(self):
+        super().__init__(gate=0.0, writer=0.0, opponent=0.0)
+
+    def _heads(self, one):
+        if one not in self.known:
+            z = super()._heads(one)
+            if one.question == "hear" and one.sound is not None and one.picture is not None:
+                for layer, head in self.WRITERS:
+                    z[layer, head, one.picture] += 1.0
+        return self.known[one]
+
+
+def test_suppression_spread_over_many_heads_is_told_with_their_number():
+    found = isolate(None, fake_conflicts(N), engine=Spread(), s=0.3, quick=True)
+    assert found.verdict_kind == "spread"
+    assert found.summary["heads for half of the gap"] == 5  # 5 of 9 x 1.0 is the first above half of 9
+    assert "the 5 heads of largest single release together restore half of the gap (5.0" in found.verdict
+    assert "; one fewer restores less)" in found.verdict
+    ranked = found.ablation.query("arm == 'ranked heads'")
+    assert {4, 5} <= set(ranked["k"])
+    assert ranked["k"].is_monotonic_increasing
