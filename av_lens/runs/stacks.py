@@ -192,7 +192,9 @@ def run_streams(
             stream = _hooked_stream(record, plans[0], rows)[None]
         else:
             early, late = rows[rows < stack.start], rows[rows >= stack.start] - stack.start
-            parts = [record.stream(record.n_layers, 0)[None, :, early].expand(len(plans), -1, -1, -1)]
+            parts: list[Tensor] = []
+            if len(early):
+                parts.append(record.stream(record.n_layers, 0)[None, :, early].expand(len(plans), -1, -1, -1))
             if stack.start < len(record.spans) and any(plan.steps for plan in plans):
                 parts.append(restarted(record, plans, stack.start, late)[0])
             stream = torch.cat(parts, dim=2)
