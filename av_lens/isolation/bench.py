@@ -351,7 +351,10 @@ class Chunk:
             The arrays by name.
         """
         means = None if self.means is None else self.means.ids
-        return self.bench.store.recall(name, {**depends, "ids": self.ids, "site": self.site, "means": means}, compute)
+        of: dict[str, Any] = {"ids": self.ids, "site": self.site, "means": means}
+        if self.site == "sinks":
+            of["positions"] = [positions for _, positions in self.bench.sinks]
+        return self.bench.store.recall(name, {**depends, **of}, compute)
 
     def forget(self) -> None:
         """Drop runs and donors; readings are kept."""
