@@ -88,7 +88,7 @@ def circuit(
                     "line": {"width": 1, "color": _style.INK},
                 },
                 text=[nodes["node"].iloc[i] for i in chosen],
-                textposition="top center",
+                textposition="middle right",
                 textfont={"size": 10},
                 customdata=[texts[i] for i in chosen],
                 hovertemplate="%{customdata}<extra></extra>",
@@ -96,7 +96,7 @@ def circuit(
         )
     fig.update_xaxes(**_style.layer_axis(n_layers), range=[-0.6, n_layers - 0.4])
     ticks = {"tickmode": "array", "tickvals": list(range(len(lanes))), "ticktext": lanes}
-    fig.update_yaxes(**ticks, range=[-0.6, len(lanes) - 0.2], ticks="", title={"text": "role" if named else "head"})
+    fig.update_yaxes(**ticks, range=[-0.6, len(lanes) - 0.4], ticks="", title={"text": "role" if named else "head"})
     return fig
 
 

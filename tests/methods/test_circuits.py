@@ -44,6 +44,7 @@ from av_lens.results.statistics import Bootstrap
 from av_lens.runs.circuit_checks import shuffled_orders
 from av_lens.runs.circuit_runs import CircuitRuns
 from av_lens.runs.circuit_terms import Measured, Nodes
+from av_lens.runs.node_scores import eliminated
 
 CLOSE = 1e-4
 QUICK = {"random": 0, "subsets": 2}
@@ -140,6 +141,13 @@ def test_a_search_keeps_one_of_two_redundant_writers():
     assert circuit.faithfulness()[0] == pytest.approx(1, abs=CLOSE)
     gone = circuit.values["scores"].sel(empty="blank_muted").sum("node")
     assert float(gone[0]) == pytest.approx(10, abs=CLOSE)  # contributions sum to the whole span
+
+
+def test_redundant_nodes_do_not_go_in_one_round():
+    """Ten may go at once: L0H1 goes, the other writer would then cost 6, more than the cheapest that stays (4)."""
+    search = eliminated(runs(), "blank_muted", signed=False, drop=0.9, show=lambda *_: None)
+    assert {runs().nodes.names[node] for node in search.order[:2]} == {name(PAINTER), name(WRITERS[1])}
+    assert search.scores.sum() == pytest.approx(-10, abs=CLOSE)
 
 
 def test_gradients_miss_the_gate_and_the_integral_finds_the_writers():
