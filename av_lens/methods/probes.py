@@ -115,6 +115,7 @@ def probe(
     c: float | int = 0.1,
     draws: int = 2,
     seed: int = 0,
+    halves: Halves | None = None,
     stack: int = 16,
     progress: Progress | bool | None = None,
 ) -> Grid:
@@ -130,6 +131,7 @@ def probe(
         c: the inverse of the probes' L2 penalty.
         draws: how many times control labels are drawn.
         seed: deals the halves and draws control labels.
+        halves: halves that have been dealt already, in the conflicts' order.
         stack: examples that run together.
         progress: called as `progress(stage, done, total)`; True shows a bar with the time left.
 
@@ -150,7 +152,7 @@ def probe(
             streams = conflicts
         else:
             streams = read_streams(model, conflicts, at=at, cells=cells, layout=layout, stack=stack, progress=show)
-        halves = deal(streams.members, seed=seed)
+        halves = deal(streams.members, seed=seed) if halves is None else halves
         sides = _Sides.of(streams, halves, target)
         n_spans, n_layers = len(streams.at), streams.vectors.shape[2]
         values = np.full((len(sides.tested), n_spans, n_layers, len(FIGURES)), np.nan)

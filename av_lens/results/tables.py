@@ -208,7 +208,8 @@ TABLES: dict[str, dict[str, str]] = {
         "mass": "float",
         "note": "text",
     },
-    # Where the audio is known: the lens and probes by layer and span, with their nulls.
+    # Where the audio is known: the lens and probes by layer and span, with their nulls. `layer` counts the layers that
+    # the stream has passed (0: before the first; -1: the maximum over layers).
     "knowledge": {
         "method": "text",
         "word": "text",
