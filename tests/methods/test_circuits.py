@@ -41,7 +41,7 @@ from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import InputError
 from av_lens.results.faithfulness import Scale, sizes
 from av_lens.results.statistics import Bootstrap
-from av_lens.runs.circuit_checks import shuffled_orders
+from av_lens.runs.circuit_checks import shuffled_orders, stability
 from av_lens.runs.circuit_runs import CircuitRuns
 from av_lens.runs.circuit_terms import Measured, Nodes
 from av_lens.runs.node_scores import eliminated
@@ -289,6 +289,16 @@ def test_nothing_to_share_is_nan():
     curve = np.stack([0.5 * (spread + 3), spread + 3])
     assert firm.area(curve, [1, 4], 4, distance=False) == pytest.approx((0.5625,) * 3)
     assert firm.area(curve, [1, 4], 4, distance=True) == pytest.approx((0.1875,) * 3)
+
+
+def test_stability_is_the_overlap_with_resampled_orders():
+    """The first node is the second one's of all examples; a draw of the first example twice puts the other first."""
+    boot = Bootstrap(np.array([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]]), "component", 4)
+    table, kept = stability(np.array([[1.0, 0.0], [0.0, 2.0]]), boot, "signed", [1, 2])
+    assert table["jaccard"].tolist() == pytest.approx([2 / 3, 1])
+    np.testing.assert_allclose(kept, [[1 / 3, 2 / 3], [1, 1]])
+    unknown, _ = stability(np.array([[1.0, 2.0]]), boot, "signed", [1])
+    assert np.isnan(unknown["jaccard"]).all()
 
 
 def test_sizes():
