@@ -100,8 +100,8 @@ def find_circuit(
     Args:
         model: a `HookedAVLLM`.
         x: conflicts or aligned pairs, on which nodes are scored.
-        scores: "exact", "atp", "atp_star", "eap_ig" or "greedy"; or contributions `[node]` or `[example, node]`, in the
-            order of the nodes; or a `Grid` over layer and head, or `EdgeScores`, made on these examples.
+        scores: "exact", "atp", "atp_star", "eap_ig" or "greedy"; or an array of contributions over nodes, or over
+            examples and nodes; or a `Grid` over layer and head, or `EdgeScores`, made on these examples.
         test: further conflicts or pairs, on which circuits are measured; None for the same.
         metric: of one run; for conflicts None means the sound's answer against the picture's.
         of: "C" or "G", for conflicts.
