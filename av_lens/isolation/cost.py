@@ -29,7 +29,10 @@ import torch
 
 from av_lens.isolation.behaviour import RIGHT
 from av_lens.isolation.bench import Chunk
+from av_lens.isolation.donors import PRIMARY_DONORS
 from av_lens.isolation.effects import Request, edited_scores, requests
+from av_lens.isolation.set_search import ALL_HEADS, SCREENED
+from av_lens.isolation.sets import RANDOM_SETS
 from av_lens.isolation.store import Measured
 from av_lens.results.statistics import Bootstrap
 from av_lens.results.whole_files import write_whole
@@ -38,6 +41,15 @@ ESTIMATE = "estimate.json"
 MOST_PROBED = 64
 NAMED = 6
 """Heads that a part is counted for where it looks at the named ones."""
+AGAIN = 12
+"""Cells that a half is run in again, for its effects."""
+PAIR, STEPS, CLIMBS = 0.5, 6, 4
+"""A pair's price in edits; steps of a climb; climbs a donor, less what they share."""
+UNITS, CARDS = 60, 20
+"""Edits a layer for the larger units; cells a conflict for cards, cuts and routes."""
+VARIANTS, VARIED, BOOTSTRAPS = 6, 0.75, 50
+"""Robustness: variants that are searched again, the share of the requests that they need, draws of clips."""
+COLUMNS = 40
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,7 @@ class Size:
         layers: its layers.
         sites: site sets that are searched.
         quick: without robustness and pairs.
+        named_only: without all that follows the confirmation.
     """
 
     conflicts: int
@@ -61,6 +74,7 @@ class Size:
     layers: int
     sites: int = 1
     quick: bool = False
+    named_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,27 +107,55 @@ class Work:
 
 
 def _behaviour(size: Size) -> Work:
-    return Work(cells=len(RIGHT) * size.conflicts, figures=4 * 40)
+    return Work(cells=len(RIGHT) * size.conflicts, figures=4 * COLUMNS)
 
 
 def _effects(size: Size) -> Work:
     asked = 2 * len(requests())
-    columns = 2 * len(requests()) * size.heads
+    heads = size.heads * size.discovery + min(NAMED, size.heads) * size.confirmation
     return Work(
-        cells=16 * (size.discovery + size.confirmation),
-        edits=size.sites * asked * (size.heads * size.discovery + NAMED * size.confirmation),
-        figures=size.sites * 3 * columns,
+        cells=AGAIN * (size.discovery + size.confirmation),
+        edits=size.sites * asked * heads,
+        figures=size.sites * 2 * 2 * len(requests()) * size.heads,
     )
 
 
 def _sets(size: Size) -> Work:
-    return Work(edits=0.0)
+    candidates = size.heads if size.heads <= ALL_HEADS else SCREENED
+    pairs = 0 if size.quick else PAIR * candidates * (candidates - 1) / 2
+    climbs = STEPS * candidates * (1 if size.quick else CLIMBS)
+    return Work(edits=len(PRIMARY_DONORS) * 2 * size.discovery * (pairs + climbs))
+
+
+def _confirmation(size: Size) -> Work:
+    return Work(cells=AGAIN * size.confirmation, edits=2 * RANDOM_SETS * size.confirmation)
+
+
+def _units(size: Size) -> Work:
+    return Work(edits=2 * UNITS * size.layers * size.discovery)
+
+
+def _mechanisms(size: Size) -> Work:
+    return Work(cells=CARDS * size.confirmation)
+
+
+def _robustness(size: Size) -> Work:
+    asked = 2 * len(requests()) * VARIED
+    return Work(
+        cells=VARIANTS * AGAIN * size.discovery,
+        edits=VARIANTS * asked * size.heads * size.discovery,
+        figures=BOOTSTRAPS * size.heads,
+    )
 
 
 PARTS: dict[str, Callable[[Size], Work]] = {
     "behaviour": _behaviour,
     "effects": _effects,
     "sets": _sets,
+    "confirmation": _confirmation,
+    "units": _units,
+    "mechanisms": _mechanisms,
+    "robustness": _robustness,
 }
 
 
@@ -152,7 +194,10 @@ def expected(prices: Prices, size: Size, *, gigabytes: float = float("nan")) -> 
     Returns:
         The estimate.
     """
-    return Estimate({name: work(size).seconds(prices) for name, work in PARTS.items()}, gigabytes)
+    left_out = {"robustness"} if size.quick else set[str]()
+    left_out |= {"units", "mechanisms", "robustness"} if size.named_only else set()
+    parts = {name: work(size).seconds(prices) for name, work in PARTS.items() if name not in left_out}
+    return Estimate(parts, gigabytes)
 
 
 def probe(chunk: Chunk) -> Prices:

@@ -179,6 +179,7 @@ def _size(run: Run) -> cost.Size:
         layers=engine.n_layers,
         sites=len(run.options.sites),
         quick=run.options.quick,
+        named_only=run.options.named_only,
     )
 
 

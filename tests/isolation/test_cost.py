@@ -1,0 +1,114 @@
+"""What a run will cost, said beforehand: the arithmetic by hand, the prices from a probe, 30% on av-tiny."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+from fake_model import FakeEngine, fake_conflicts
+
+from av_lens.isolation import cost, isolate
+from av_lens.isolation.bench import Bench
+from av_lens.isolation.cost import PARTS, Estimate, Prices, Size, expected, probe
+from av_lens.isolation.scoring import Candidates
+
+SIZE = Size(conflicts=10, discovery=5, confirmation=5, heads=4, layers=2)
+
+
+class Timed(FakeEngine):
+    """The fake model, 40 ms a cell of a stack and 20 ms an edit of a stack."""
+
+    def _run(self, inputs, swap, frozen):
+        time.sleep(0.04 if swap is None else 0.02)
+        return super()._run(inputs, swap, frozen)
+
+
+def bench(engine, n=8):
+    conflicts = fake_conflicts(n)
+    return Bench(engine, conflicts, Candidates.of(conflicts, engine.tokenizer))
+
+
+def test_behaviour_is_thirteen_cells_a_conflict():
+    assert PARTS["behaviour"](SIZE).cells == 13 * 10
+    assert expected(Prices(cell=2, edit=0, figure=0), SIZE).parts["behaviour"] == 260
+
+
+def test_effects_are_every_request_of_every_head_in_a_cell_and_its_mirror():
+    work = PARTS["effects"](SIZE)
+    # On discovery all 4 heads, on confirmation the named ones: as many as av-tiny names, and no more than there are.
+    assert work.edits == 2 * len(cost.requests()) * (4 * 5 + 4 * 5)
+    many = Size(conflicts=10, discovery=5, confirmation=5, heads=100, layers=2)
+    assert PARTS["effects"](many).edits == 2 * len(cost.requests()) * (100 * 5 + cost.NAMED * 5)
+    two = Size(conflicts=10, discovery=5, confirmation=5, heads=4, layers=2, sites=2)
+    assert PARTS["effects"](two).edits == 2 * work.edits
+
+
+def test_quick_leaves_pairs_and_robustness_out_of_the_price():
+    prices = Prices(cell=0.01, edit=0.001, figure=0.001)
+    many = dict(conflicts=120, discovery=60, confirmation=60, heads=64, layers=8)
+    whole, quick = expected(prices, Size(**many)), expected(prices, Size(**many, quick=True))
+    assert "robustness" in whole.parts
+    assert "robustness" not in quick.parts
+    # 64 x 63 / 2 pairs, three donors, a cell and its mirror, 60 conflicts
+    assert PARTS["sets"](Size(**many)).edits - PARTS["sets"](Size(**many, quick=True)).edits >= 2016 * 3 * 2 * 60 / 2
+    assert quick.seconds < whole.seconds
+
+
+def test_a_line_with_time_and_memory():
+    line = str(Estimate({"behaviour": 20.0, "sets": 400.0}, 1.25))
+    assert line == (
+        "Estimate: about 7.0 min (behaviour 20 s, sets 6.7 min), and 1.2 GB of memory, if there is something to search "
+        "for."
+    )
+    assert "memory" not in str(Estimate({"behaviour": 20.0}, float("nan")))
+    assert str(Estimate({"sets": 7200.0}, float("nan"))).startswith("Estimate: about 2.0 h (sets 2.0 h)")
+
+
+def test_a_probe_prices_cells_and_edits_by_the_conflict():
+    chunk = bench(Timed()).chunks(range(8))[0]
+    prices = probe(chunk)
+    assert 0.04 / 8 <= prices.cell < 0.08 / 8
+    assert 0.02 / 8 <= prices.edit < 0.04 / 8
+    assert prices.figure > 0
+
+
+def test_the_estimate_is_made_once_for_a_folder(tmp_path):
+    made = cost.estimated(bench(Timed()).chunks(range(8)), SIZE, folder=tmp_path, key="a")
+    again = cost.estimated(bench(FakeEngine()).chunks(range(8)), SIZE, folder=tmp_path, key="a")
+    assert again == made
+    other = cost.estimated(bench(FakeEngine()).chunks(range(8)), SIZE, folder=tmp_path, key="b")
+    assert other.seconds < made.seconds
+    assert json.loads((tmp_path / "estimate.json").read_text())["key"] == "b"
+    assert made.gigabytes > 0.1
+
+
+def test_the_probe_changes_no_number():
+    conflicts = fake_conflicts(44)
+    options = {"s": 0.1, "quick": True}
+    engine = FakeEngine(writer=0.0, gate=0.0, opponent=0.0)
+    lines: list[str] = []
+    told = isolate(None, conflicts, engine=engine, told=lines.append, **options)
+    assert any(line.startswith("Estimate: about") for line in lines)
+    untold = isolate(None, conflicts, engine=engine, **options)
+    assert told.behaviour.equals(untold.behaviour)
+    assert np.array_equal(told.arrays["discovery/G"], untold.arrays["discovery/G"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quick", [True, False])
+def test_within_30_percent_on_120_conflicts_of_av_tiny(quick, tmp_path):
+    import av_lens as avl
+    from av_lens.studies.staged_conflicts import stage
+
+    model = avl.load("av-tiny")
+    (tmp_path / "clips").mkdir()
+    listed = avl.conflicts(stage(tmp_path / "clips", conflicts=120, seed=1))
+    begun = time.monotonic()
+    isolate(model, listed, quick=quick, out=tmp_path / "run")
+    taken = time.monotonic() - begun
+    said = json.loads((tmp_path / "run" / "estimate.json").read_text())
+    print(f"quick={quick}: {taken:.0f} s, estimated {said['seconds']:.0f} s, by part {said['parts']}")
+    assert 0.7 < said["seconds"] / taken < 1.3
+    assert taken < (180 if quick else 600)
