@@ -13,19 +13,27 @@ from typing import Any
 import numpy as np
 
 from av_lens.isolation.confirmation import Held
+from av_lens.isolation.edge_cuts import cut_rows
 from av_lens.isolation.evidence import Half, Searched, chunks_of
+from av_lens.isolation.knowledge import knowledge_rows
 from av_lens.isolation.mechanisms import cards
 from av_lens.isolation.plan_effects import model_of
 from av_lens.isolation.preparing import Run
 from av_lens.isolation.repair import repair_rows, repair_values
 from av_lens.isolation.robustness import robustness_rows
+from av_lens.isolation.routes import route_rows
 from av_lens.isolation.units import unit_rows
 
 NAMED_ONLY = "Left out, as asked (named_only): all that explains the named heads and tests the finding's robustness."
 QUICK = "Left out, as asked (quick): robustness, and pairs of heads in the search for sets."
 
 NO_MODEL = "Not measured: mechanisms, cuts and routes need a model behind the engine, and this engine has none."
-EXPLAINED: dict[str, Callable[..., list[dict[str, Any]]]] = {"cards": cards}
+EXPLAINED: dict[str, Callable[..., list[dict[str, Any]]]] = {
+    "cards": cards,
+    "cuts": cut_rows,
+    "routes": route_rows,
+    "knowledge": knowledge_rows,
+}
 
 
 @dataclass(eq=False)
