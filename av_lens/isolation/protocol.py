@@ -45,6 +45,7 @@ CHOICES = (
     "delta and the cuts give the same role on confirmation.",
     "A head of undetermined kind is named (its kind is not): it belongs to the set, and is confirmed by its release "
     "alone, if it does not break.",
+    "Sets are searched at the first site set that was asked for.",
     "Sets: a climb that stops at 12 heads leaves its last small gains to the backward steps; three small gains stop "
     "it where they come in a row; a set whose last head releases less than delta is taken apart to nothing. Above 64 "
     "heads the screen by release ranks a head by its largest release over the donors.",

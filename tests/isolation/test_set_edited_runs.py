@@ -57,6 +57,22 @@ def chunks():
     return found
 
 
+@pytest.mark.parametrize("how", ["trace", "hooks"])
+def test_at_media_positions_nothing_is_direct(chunks, how):
+    """No head's write at the audio reaches the asked position but through later heads."""
+    bench = chunks[how].bench
+    (chunk,) = Bench(bench.engine, bench.conflicts, bench.candidates, site="audio").chunks(range(N))
+    boot = Bootstrap.draw(range(N), list("abc"), list("def"), seed=0)
+    half = Half("discovery", np.arange(N), list(range(N)), boot, np.ones(N), np.zeros(N))
+    built = BuiltSet(((0, 1), (1, 2)), "blank_muted", 0.0)
+    found = in_context([chunk], half, built, s=0.1, family=10, seed=0).evidence
+    np.testing.assert_allclose(found.direct["blank_muted"][:, [0, 1], [1, 2]], 0, atol=2e-5)
+    assert np.abs(found.release["blank_muted"][:, [0, 1], [1, 2]]).max() > 1e-4
+    sets = [built.members, built.members[1:]]
+    whole = release_of_sets([chunk], sets, ["blank_muted"] * 2, np.arange(N)).release
+    np.testing.assert_allclose(found.release["blank_muted"][:, 0, 1], whole[0] - whole[1], atol=2e-5)
+
+
 def swap(chunk, heads, donor="blank_muted", *, freeze=False, cell="va"):
     z = chunk.donor(cell, donor)
     return Swap(tuple(heads), tuple(z[layer, :, :, head] for layer, head in heads), freeze=freeze)
