@@ -20,8 +20,9 @@ other one at the site by its empty donor; m is what is measured:
 5. Check it (`runs.circuit_checks`): completeness, minimality, how every two members act together, stability over
    bootstraps of the conflicts.
 
-Steps 3 to 5 are measured on the scoring examples, or on `test`, which should share no clip with them; the choice of
-the smallest faithful circuit flatters the former. Every figure is a replay of the model, none a sum of scores.
+Steps 1, 2 and 4 (and stability) use the scoring examples alone; what steps 3 and 5 report is measured on `test`, which
+should share no clip with them, or on the same examples, which flatters the circuit. Every figure is a replay of the
+model, none a sum of scores.
 
 Source: Wang et al. (2022); Mueller et al. (2025). Not done: circuits of edges (edge scores are summed to their
 senders: every reader of a node that is left out sees the empty donor).
@@ -139,8 +140,10 @@ def find_circuit(
             for one in asked
         ]
         ranked = how.ranked(runs[0], asked[0], show)
-        found = _Evidence(runs[-1], _scales(runs[-1], asked[-1], seed, show), ranked, how, show)
-        return found.circuit(asked[0], how.said(model, where, asked[0], runs))
+        learned, tested = (
+            _Evidence(runs[i], _scales(runs[i], asked[i], seed, show), ranked, how, show) for i in (0, -1)
+        )
+        return tested.circuit(learned.members(), asked[0], how.said(model, where, asked[0], runs))
 
 
 def _scales(runs: CircuitRuns, measured: Measured, seed: int, show: Progress) -> dict[str, Scale]:
@@ -214,12 +217,22 @@ class _Evidence:
     how: _How
     show: Progress
 
-    def circuit(self, measured: Measured, provenance: dict[str, Any]) -> Circuit:
-        """Measure everything and put it together; the circuit is cut with the first empty donor."""
+    def members(self) -> list[int]:
+        """The circuit, cut with the first empty donor: as large as asked, or the smallest that is faithful, or all."""
+        primary = next(iter(self.scales))
+        best, size = self.ranked[primary].orders[self.how.order], self.how.size
+        if size is None:
+            curve = self._curve(primary, self.how.order)
+            f = self.scales[primary].share(np.array(list(curve.values()))).value
+            near = [k for k, one in zip(curve, f, strict=True) if abs(1 - one) <= 1 - self.how.faithful]
+            size = near[0] if near else len(best)
+        return best[:size]
+
+    def circuit(self, members: list[int], measured: Measured, provenance: dict[str, Any]) -> Circuit:
+        """Measure everything and put it together."""
         primary, nodes, how = next(iter(self.scales)), self.runs.nodes, self.how
         scale, ranking = self.scales[primary], self.ranked[primary]
         curves = {(empty, order): self._curve(empty, order) for empty in self.scales for order in ORDERS}
-        members = self._cut(primary, curves[primary, how.order])
         subsets = drawn_subsets(members, how.subsets, how.seed) if scale.usable else []
         at = sorted({*self._sizes(how.order), len(members)})
         stable, kept = stability(ranking.resampled, ranking.boot, how.order, at)
@@ -254,15 +267,6 @@ class _Evidence:
         best, at = self.ranked[empty].orders[order], self._sizes(order)
         found = self._measure(empty, [best[:k] for k in at], f"{order} curve, {empty}")
         return dict(zip(at, found, strict=True))
-
-    def _cut(self, empty: str, curve: dict[int, np.ndarray]) -> list[int]:
-        """The circuit: as large as asked, or the smallest that is faithful; all nodes where none is."""
-        best, size = self.ranked[empty].orders[self.how.order], self.how.size
-        if size is None:
-            f = self.scales[empty].share(np.array(list(curve.values()))).value
-            near = [k for k, one in zip(curve, f, strict=True) if abs(1 - one) <= 1 - self.how.faithful]
-            size = near[0] if near else len(best)
-        return best[:size]
 
     def _rows(self, empty: str, order: str, curve: dict[int, np.ndarray]) -> pd.DataFrame:
         f = self.scales[empty].share(np.array(list(curve.values())))

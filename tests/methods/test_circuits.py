@@ -316,6 +316,16 @@ def test_random_orders_take_as_many_nodes_of_every_layer():
     assert shuffled_orders(nodes, order, 5, seed=0) == shuffled_orders(nodes, order, 5, seed=0)
 
 
+def test_what_is_tested_elsewhere_is_chosen_here():
+    """Scores and size come from the conflict asked H; circuits are measured on it asked S, where the echo is silent."""
+    circuit = avl.find_circuit(micro_model(), micro_conflict(), test=micro_conflict("S"), **QUICK)
+    assert circuit.members == found().members
+    np.testing.assert_allclose(circuit.values["scores"], found().values["scores"], atol=CLOSE)
+    assert circuit.figure("span")[0] == pytest.approx(-12, abs=CLOSE)
+    assert circuit.faithfulness()[0] == pytest.approx(1, abs=CLOSE)  # painter and booster 6, a writer 6
+    assert circuit.provenance["examples"] == {"scored": 1, "tested": 1, "held_out": True}
+
+
 def test_saved_and_opened_it_is_the_same(tmp_path):
     circuit = found()
     again = avl.Circuit.load(circuit.save(tmp_path / "circuit"))
