@@ -55,6 +55,8 @@ CHOICES = (
     "Holm runs over single heads' rows and the chosen set's members together.",
     "The set is confirmed if its release's lower bound is above delta and it releases more than every matched random "
     "set; p and its floor stand beside, since few matched sets may exist.",
+    "Where members share so few matching heads that no random set of distinct heads exists, each member's pool is "
+    "widened by its next nearest heads within one layer, one at a time, until there are 20 sets; the set is flagged.",
     "Specificity has one item per conflict; donors there are asked the control's own question where the layout is "
     "the same.",
     "audio_only is a secondary donor of the release alone, laid on from the end as far as the token ids are equal; its "

@@ -137,7 +137,7 @@ def confirmed_sets(
     for built in sets:
         arms: list[tuple[str, tuple[Head, ...], int]] = [("set", one, -1) for one in cumulative(built.members)]
         if built.chosen:
-            built.random = random_sets(built.members, _write_norms(site.chunks), seed=seed)
+            built.random, built.widened = random_sets(built.members, _write_norms(site.chunks), seed=seed)
             arms += [("see heads", tuple(top_see_heads(site.chunks, len(built.members))), -1)]
             arms += [("random", one, number) for number, one in enumerate(built.random)]
         heads = [one for _, one, _ in arms]
@@ -206,6 +206,13 @@ def _set_row(built: BuiltSet, effect: SetEffect, chunks: Sequence[Chunk], first:
     }
 
 
+def _random_flags(built: BuiltSet, n: int) -> str:
+    flags = [f"only {n} matched random sets exist"] if n < RANDOM_SETS else []
+    if built.widened:
+        flags.append(f"no set matched in norm: each member's pool was widened by the {built.widened} next nearest")
+    return "; ".join(flags)
+
+
 def _against_random(built: BuiltSet, row: Row, effect: SetEffect, delta: float) -> Row:
     """The chosen set's own verdict: its p among matched random sets, and whether it is confirmed."""
     if not built.random:
@@ -218,5 +225,5 @@ def _against_random(built: BuiltSet, row: Row, effect: SetEffect, delta: float) 
         "p_random": (1 + int((random >= row["release"] - 1e-9).sum())) / (1 + n),
         "p_floor": 1 / (1 + n),
         "confirmed": bool(row["low"] > delta and row["release"] > random.max()),
-        "flags": f"only {n} matched random sets exist" if n < RANDOM_SETS else "",
+        "flags": _random_flags(built, n),
     }

@@ -25,6 +25,7 @@ from av_lens.isolation.seam import Head
 
 RANDOM_SETS = 200
 NEAREST = 3
+FEWEST_SETS = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,8 +119,12 @@ def _chunk_see(chunk: Chunk, heads: Sequence[Head]) -> dict[str, np.ndarray]:
 
 def random_sets(
     members: Sequence[Head], norms: Float[np.ndarray, "layer head"], *, seed: int, n: int = RANDOM_SETS
-) -> list[tuple[Head, ...]]:
+) -> tuple[list[tuple[Head, ...]], int]:
     """Draw control sets matched to a set by layer and by how much each member writes.
+
+    Where members share so few matching heads that no set of distinct heads can be drawn, each member's pool is widened
+    by its next nearest heads within one layer, one at a time, until there are 20 sets (so that p can fall below .05) or
+    no more heads.
 
     Args:
         members: the set.
@@ -128,13 +133,18 @@ def random_sets(
         n: how many sets, at least; fewer where fewer exist (then all of them).
 
     Returns:
-        Distinct sets of distinct heads, none of them a member.
+        Distinct sets of distinct heads, none of them a member, and by how many heads the pools were widened.
     """
-    return _drawn(_pools(members, norms), seed=seed, n=n)
+    found = _drawn(_pools(members, norms, 0), seed=seed, n=n)
+    wider, most = 0, 3 * norms.shape[1]
+    while wider < most and (not found if not wider else len(found) < FEWEST_SETS):
+        wider += 1
+        found = _drawn(_pools(members, norms, wider), seed=seed, n=n)
+    return found, wider if found else 0
 
 
-def _pools(members: Sequence[Head], norms: np.ndarray) -> list[list[Head]]:
-    """Each member's candidates: within one layer and a factor 2 in norm, else the 3 nearest."""
+def _pools(members: Sequence[Head], norms: np.ndarray, wider: int) -> list[list[Head]]:
+    """Each member's candidates: within one layer and a factor 2 in norm, else the 3 nearest; and some more."""
     pools: list[list[Head]] = []
     for layer, head in members:
         near = [
@@ -146,7 +156,7 @@ def _pools(members: Sequence[Head], norms: np.ndarray) -> list[list[Head]]:
         ratio = {h: abs(np.log(max(norms[h], 1e-12) / max(norms[layer, head], 1e-12))) for h in near}
         near.sort(key=lambda h: ratio[h])
         within = sum(ratio[h] <= np.log(2) for h in near)
-        pools.append(near[: within or NEAREST])
+        pools.append(near[: (within or NEAREST) + wider])
     return pools
 
 
@@ -210,6 +220,7 @@ class BuiltSet:
     screen: str = ""
     chosen: bool = False
     random: list[tuple[Head, ...]] = field(default_factory=list)
+    widened: int = 0
 
     @property
     def name(self) -> str:

@@ -11,33 +11,42 @@ def test_sets_are_matched_by_layer_and_norm():
     norms = np.ones((6, 8))
     norms[3, 4:] = 5.0  # too large to match
     members = [(3, 0), (3, 1), (3, 2)]
-    found = random_sets(members, norms, seed=0)
-    assert len(found) == 200
+    found, widened = random_sets(members, norms, seed=0)
+    assert (len(found), widened) == (200, 0)
     for one in found:
         assert len(set(one)) == 3
         assert not set(one) & set(members)
         assert all(2 <= layer <= 4 for layer, _ in one)
         assert all(norms[head] == 1.0 for head in one)
     assert len(set(found)) == 200
-    assert random_sets(members, norms, seed=0) == found
-    assert random_sets(members, norms, seed=1) != found
+    assert random_sets(members, norms, seed=0)[0] == found
+    assert random_sets(members, norms, seed=1)[0] != found
 
 
 def test_where_few_exist_all_are_used():
     norms = np.full((1, 9), 1.0)
     norms[0, 0] = 1.5
-    found = random_sets([(0, 0), (0, 1)], norms, seed=0)
-    assert len(found) == 21  # 7 heads, two at a time
+    found, widened = random_sets([(0, 0), (0, 1)], norms, seed=0)
+    assert (len(found), widened) == (21, 0)  # 7 heads, two at a time
 
 
 def test_where_no_norm_matches_the_three_nearest_stand_in():
     norms = np.array([[10.0, 11.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4]])
-    found = random_sets([(0, 0), (0, 1)], norms, seed=0)
+    found, widened = random_sets([(0, 0), (0, 1)], norms, seed=0)
+    assert widened == 0
     assert sorted(found) == [((0, 2), (0, 3)), ((0, 2), (0, 4)), ((0, 3), (0, 4))]  # three sets, and no more are made
 
 
 def test_nothing_outside_the_set_gives_no_control():
-    assert random_sets([(0, 0), (0, 1)], np.ones((1, 2)), seed=0) == []
+    assert random_sets([(0, 0), (0, 1)], np.ones((1, 2)), seed=0) == ([], 0)
+
+
+def test_where_members_share_their_only_match_the_pools_grow_until_p_can_fall_below_5_percent():
+    norms = np.array([[10.0, 11.0, 6.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5]])  # one head matches, and it matches both
+    found, widened = random_sets([(0, 0), (0, 1)], norms, seed=0)
+    assert widened == 6
+    assert len(found) == 21  # all pairs of the 7 others; after 5 more there were 15
+    assert all(not set(one) & {(0, 0), (0, 1)} for one in found)
 
 
 def test_small_helpers():
