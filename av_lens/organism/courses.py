@@ -24,7 +24,8 @@ from torch import Tensor
 
 from av_lens.organism.anatomy import build_model, thinker_config
 from av_lens.organism.material import Material, make_frame, make_words, material
-from av_lens.organism.planted import bench, changed_elsewhere, measure
+from av_lens.organism.planted import changed_elsewhere, measure
+from av_lens.organism.planted_runs import bench
 from av_lens.organism.pools import FeaturePool, load_pool
 from av_lens.organism.preparation import load_towers, prepare
 from av_lens.organism.recipes import N_LAYERS, Recipe, recipe
@@ -160,8 +161,9 @@ def planted_truth(model: Any, course: Recipe, *, seed: int, folder: Path, pool: 
     before = copy.deepcopy(model)
     load_state(before, stage_files(course, seed, folder)[-2])
     rounded(before)
-    conflicts = bench(model, pool, make_words(), make_frame("separate"), n=TRUTH_CONFLICTS, seed=seed)
-    truth = measure(conflicts, before, course.planted_heads)
+    frame = make_frame("separate")
+    conflicts = bench(model, before, course.planted_heads, pool, make_words(), frame, n=TRUTH_CONFLICTS, seed=seed)
+    truth = measure(conflicts)
     return {**truth.as_dict(), "changed_elsewhere": changed_elsewhere(model, before, course.planted_heads)}
 
 

@@ -1,8 +1,9 @@
 """From a name or a folder to a model whose every hook is real.
 
 A short name ("av-tiny") is an organism that ships with the package; anything else is a local folder or a name on the
-HuggingFace hub. Only the fusion model is loaded: of a full Qwen2.5-Omni checkpoint the thinker, never the talker or the
-vocoder. Weights come from safetensors, and no code from a checkpoint is run.
+HuggingFace hub. A folder may hold a mere difference over another checkpoint (`differences`). Only the fusion model is
+loaded: of a full Qwen2.5-Omni checkpoint the thinker, never the talker or the vocoder. Weights come from safetensors,
+and no code from a checkpoint is run.
 
 Precision: float32 for organisms and, on a CPU, for anything below a billion parameters; else the checkpoint's own.
 Device: cuda where the model fits, else the CPU.
@@ -23,6 +24,7 @@ import torch
 
 from av_lens.bridge.families import HOW_TO_ADD, Family, build_bridge, family_of
 from av_lens.errors import ModelError, unknown
+from av_lens.runs.differences import Difference, read_difference
 from av_lens.runs.selfcheck import check_model
 from av_lens.runs.wrapper import HookedAVLLM
 
@@ -97,10 +99,15 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
     family = family_of(_model_type(config, name))
     precision, place = _precision_and_place(family, source, config, dtype, device)
     with _no_bars(hidden=source.grammar is not None):
-        hf_model = _weights(family, source, precision).to(place)
+        hf_model = _weights(family, source, precision)
+        if source.difference is not None:
+            source.difference.put_into(hf_model)
+        hf_model = hf_model.to(place)
     processor = processor if processor is not None else _processor(source)
     bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
     provenance = {"source": source.place, "revision": revision, "dtype": str(precision), "device": str(place)}
+    if source.difference is not None:
+        provenance |= {"source": str(source.difference.folder), "base": source.difference.base}
     return HookedAVLLM(bridge, processor, name=name, grammar=source.grammar, handed_in=False, provenance=provenance)
 
 
@@ -123,9 +130,13 @@ def _precision_and_place(
 
 
 class _Source:
-    """Where a checkpoint lies: a folder, or a name on the hub."""
+    """Where a checkpoint lies: a folder, or a name on the hub. Of a difference it is the base's, which is checked."""
 
     def __init__(self, asked: str, place: str, revision: str | None) -> None:
+        self.difference: Difference | None = read_difference(place) if Path(place).is_dir() else None
+        if self.difference is not None:
+            place = _base_of(self.difference)
+            self.difference.check_base(place)
         self.asked, self.place, self.revision = asked, place, revision
         self.folder = Path(place) if Path(place).is_dir() else None
         found = None if self.folder is None else self.folder / GRAMMAR_FILE
@@ -169,6 +180,25 @@ class _Source:
                 f"cannot get {what} of {self.asked!r} from the HuggingFace hub: {first} Check the name and the "
                 f"network, or download the folder elsewhere and pass its path. {_known_names()}"
             ) from error
+
+
+def _base_of(difference: Difference) -> str:
+    """The folder of a difference's base: a short name's, or one named from the root or from the difference's folder."""
+    index = _index()
+    if difference.base in index:
+        found = _checkpoints() / str(index[difference.base]["folder"])
+    else:
+        found = difference.folder / Path(difference.base).expanduser()
+    if not Path(str(found)).is_dir():
+        raise ModelError(
+            f"{str(difference.folder)!r} is a difference over {difference.base!r}, which is neither a short name nor a "
+            f"folder. Bring that folder back, or write its new place into difference.json. {_known_names()}"
+        )
+    if read_difference(str(found)) is not None:
+        raise ModelError(
+            f"the base of {str(difference.folder)!r} is a difference itself; only one may stand on another."
+        )
+    return str(found)
 
 
 def _checkpoints() -> Traversable:
