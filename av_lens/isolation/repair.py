@@ -168,12 +168,12 @@ def repair_rows(
     out.append(_change("says the sound under conflict", half, before["sound"], effect.says_sound[0]))
     out.append(_change("says the picture under conflict", half, before["picture"], effect.says_picture[0]))
     for row in controls(chunks, members, DONOR, examples=half.examples, boot=half.boot):
-        fall = row.get("fall", float("nan"))
+        told = row["verdict"].startswith(("not measured", "reported"))
         out.append(
             {
                 "quantity": row["control"],
                 **{name: row[name] for name in ("n", "before", "after", "bound", "verdict") if name in row},
-                "change": -fall,
+                "change": float("nan") if told else row["after"] - row["before"],
             }
         )
     return out

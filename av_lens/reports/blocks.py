@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from av_lens.reports.head_cards import COLUMNS, card_lines
 from av_lens.reports.words import MISSING, interval, number, percent
 from av_lens.results.record import Isolation
 
 Row = Mapping[str, Any]
+MAIN_ARMS = ("cut", "cut - equal mass")
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def _mechanisms(found: Any) -> Block:
         "the two answers, whether its pattern is driven by its queries or its keys, and where its release goes: to the "
         "logits, or through other heads' queries, keys and values.",
     )
-    cards = {
+    every = {
         "head": _HEAD,
         "part": _text("part"),
         "in": _text("cell"),
@@ -197,8 +199,10 @@ def _mechanisms(found: Any) -> Block:
     }
     largest = found.units.sort_values("share", ascending=False, key=abs, kind="stable").head(30)
     sheets = (
-        _sheet(found.cards, "Mechanism cards", cards),
-        _sheet(found.cuts, "Edges of these heads cut, beside controls", cuts),
+        Sheet("Mechanism cards, in short", COLUMNS, card_lines(found.cards)),
+        _sheet(found.cuts[found.cuts["arm"].isin(MAIN_ARMS)], "Edges of these heads cut", cuts),
+        _sheet(found.cuts, "Every cut, beside its controls", cuts, folded=True),
+        _sheet(found.cards, "Everything on the cards", every, folded=True),
         _sheet(largest, "Whole groups, MLPs and layers: the 30 largest effects", units, folded=True),
     )
     return Block("mechanisms", "Mechanisms", "How each head does it", text, sheets)
@@ -247,7 +251,16 @@ def _routes(found: Any) -> Block:
         "mass cut": _number("mass"),
         "note": _text("note"),
     }
-    return Block("routes", "Routes", "By which road?", text, (_sheet(found.routes, "Routes", columns),))
+    whole = found.routes[~found.routes["edges"].str.contains("(", regex=False) | _all_layers(found.routes)]
+    sheets = (
+        _sheet(whole, "Cut in all layers", columns),
+        _sheet(found.routes, "In windows of layers too", columns, folded=True),
+    )
+    return Block("routes", "Routes", "By which road?", text, sheets)
+
+
+def _all_layers(frame: Any) -> Any:
+    return frame["edges"].str.contains("all layers", regex=False)
 
 
 def _robustness(found: Any) -> Block:

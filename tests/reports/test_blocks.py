@@ -9,6 +9,7 @@ from planted_record import full_isolation, planted_isolation
 
 from av_lens.reports import words, write_report
 from av_lens.reports.blocks import blocks
+from av_lens.reports.head_cards import card_lines
 from av_lens.results.tables import table
 
 NAMES = ["sets", "mechanisms", "knowledge", "routes", "robustness", "repair"]
@@ -61,3 +62,24 @@ def test_the_page_shows_them(tmp_path):
         assert f'<section id="{name}"' in text
         assert f'<a href="#{name}">' in text
     assert "model.generate(x, plan=plan" in text
+
+
+def test_a_card_in_short_is_read_off_the_cards():
+    head = {"layer": 4, "head": 7, "site": "suffix", "cell": "va"}
+    looks = [("va", "video", 0.98), ("va", "audio", 0.01), ("blank_a", "audio", 0.8), ("blank_a", "header", 0.09)]
+    paths = {"direct": 0.29, "queries": 0.61, "L5H0.q": 0.04, "L6H3.q": 0.07, "L6H3.k": 0.001, "L6H2.q": -0.2}
+    rows = [
+        *({**head, "cell": cell, "part": "attention", "what": f"generation -> {role}", "value": value}
+          for cell, role, value in looks),
+        {**head, "part": "ov", "what": "its write, on the sound's - picture's", "value": -0.29},
+        {**head, "part": "pattern", "what": "driven by the queries (blank_muted)", "value": 0.02},
+        *({**head, "part": "path", "what": what, "value": value, "unit": "share of total"}
+          for what, value in paths.items()),
+        {**head, "part": "path", "what": "direct", "value": 1.18, "unit": "logit"},
+    ]  # fmt: skip
+    assert card_lines(table("cards", rows)) == (
+        (
+            "L4 H7", "video 98%", "audio 80%, header 9%", "−0.29", "2%", "29%", "61%", "–", "–",
+            "L6H2.q −20%, L6H3.q 7%, L5H0.q 4%",
+        ),
+    )  # fmt: skip
