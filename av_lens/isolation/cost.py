@@ -11,7 +11,7 @@ protocol's own count where that is fixed (every request, every head, cell and mi
 (the search for sets, the cards of the named heads), it is what av-tiny took, on which a slow test holds the estimate to
 30%. A model in which more or fewer heads are named takes longer or less.
 
-Memory is the peak so far, which the probe's stack sets, and what the encoded cells of the other conflicts will add.
+Memory is the peak so far, which the probe's stack sets, and what is kept of the other conflicts.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from av_lens.isolation.behaviour import RIGHT
 from av_lens.isolation.bench import Chunk
 from av_lens.isolation.donors import PRIMARY_DONORS
 from av_lens.isolation.effects import Request, edited_scores, requests
+from av_lens.isolation.set_releases import TRACE_BYTES
 from av_lens.isolation.set_search import ALL_HEADS, SCREENED
 from av_lens.isolation.sets import RANDOM_SETS
 from av_lens.isolation.store import Measured
@@ -50,6 +51,7 @@ UNITS, CARDS = 60, 20
 VARIANTS, VARIED, BOOTSTRAPS = 6, 0.75, 50
 """Robustness: variants that are searched again, the share of the requests that they need, draws of clips."""
 COLUMNS = 40
+_TRACED = ("resid", "keys", "values")
 
 
 @dataclass(frozen=True)
@@ -237,25 +239,31 @@ def _figure(n: int) -> float:
     return (time.monotonic() - begun) / columns
 
 
-def memory(chunk: Chunk, conflicts: int) -> float:
-    """Estimate the peak of memory: what has been used, and what the other conflicts' encoded cells will add.
+def memory(chunk: Chunk, size: Size) -> float:
+    """Estimate the peak of memory: what has been used, and what a run keeps of the other conflicts.
+
+    Kept are the encoded cells, every head's z in the cells of both halves, and, while sets are searched, the traces of
+    discovery's conflicts where they fit.
 
     Args:
-        chunk: the stack that has been run.
-        conflicts: all conflicts.
+        chunk: the stack that has been probed.
+        size: how much there is to do.
 
     Returns:
         GB (1e9 bytes), of the accelerator where the model is on one; NaN where the system does not say.
     """
+    n, run = len(chunk.examples), chunk.run("va")
     held: dict[int, int] = {}
     for cell, question in RIGHT:
         for example in chunk.examples.tolist():
             tensors = getattr(chunk.bench.inputs(example, cell, question), "tensors", {})
-            for value in tensors.values():
-                if isinstance(value, torch.Tensor):
-                    held[value.data_ptr()] = value.nbytes
-    n = len(chunk.examples)
-    return _peak() + sum(held.values()) / n * (conflicts - n) / 1e9
+            held |= {value.data_ptr(): value.nbytes for value in tensors.values() if isinstance(value, torch.Tensor)}
+    inputs = sum(held.values()) * (size.conflicts / n - 1)
+    z = AGAIN * run.z.nbytes * (size.discovery + size.confirmation) / n
+    trace = run.kept.get("trace")
+    one = 0 if trace is None else sum(part.nbytes for kind in _TRACED for part in getattr(trace, kind))
+    traces = 2 * one * size.discovery / n
+    return _peak() + (inputs + z + (traces if traces <= TRACE_BYTES else one)) / 1e9
 
 
 def _peak() -> float:
@@ -286,7 +294,7 @@ def estimated(chunks: Sequence[Chunk], size: Size, *, folder: Path | None, key: 
     if kept is not None:
         return kept
     prices = probe(chunks[0])
-    made = expected(prices, size, gigabytes=memory(chunks[0], size.conflicts))
+    made = expected(prices, size, gigabytes=memory(chunks[0], size))
     if place is not None:
         text: dict[str, Any] = {"key": key, "prices": asdict(prices), "size": asdict(size), "seconds": made.seconds}
         gigabytes = None if np.isnan(made.gigabytes) else made.gigabytes

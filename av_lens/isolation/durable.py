@@ -7,8 +7,9 @@
     DIR/numbers/          the finished record
 
 A run that is killed at any moment loses the measurement that it was making; the same command goes on from there, and
-its numbers are those of a run that was never stopped. `conflicts.jsonl` is made from the measurements alone, so that it
-is right again as soon as a run goes on. The seconds in it are no part of a run's identity.
+its numbers are those of a run that was never stopped (on the same machine, with as many threads). `conflicts.jsonl` is
+made from the measurements alone, so that it is right again as soon as a run goes on. The seconds in it are no part of a
+run's identity.
 """
 
 from __future__ import annotations
