@@ -164,7 +164,8 @@ def criteria(*, conflicts: int, seed: int) -> dict[str, Any]:
         "named": "isolate: heads of a releasing role and members of the chosen set that do not break, on discovery; "
         f"other methods in logits ({'; '.join(IN_LOGITS)}): mean above delta",
         "truth": "true: reversion adds 5% of the gap to some set of the others' reversions; free riders count neither "
-        "way; decoys are innocent; kinds are counted over all true heads, undetermined and unnamed are wrong",
+        "way; decoys are innocent; a head's kind is its own, or where that is undetermined its kind as a member; "
+        "kinds are counted over all true heads, undetermined and unnamed are wrong",
         "exchanges": EXCHANGES,
         "must": {"auroc": 0.98, "precision at k": 0.95, "kind right": 0.9, "nulls with a name": "1 of 20"},
     }

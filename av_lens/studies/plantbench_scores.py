@@ -2,8 +2,9 @@
 
 * `isolate`'s score of a head: the lower 95% bound of its release (by the primary donor of largest mean on discovery),
   or of [release of its set minus release of the set without it] if that is larger, over delta.
-* Named by `isolate`: heads of a releasing role, and members of the chosen set that do not break, at the site. *Kind
-  right* is counted over all true heads: unnamed and undetermined heads are wrong.
+* Named by `isolate`: heads of a releasing role, and members of the chosen set that do not break, at the site. A head's
+  kind is its own, or, where that is undetermined, its kind as a member, with the other members edited. *Kind right* is
+  counted over all true heads: unnamed and undetermined heads are wrong.
 * Named by another method whose score is an effect on C: its mean is above delta. Others name nobody (NaN).
 * Free riders count neither way; decoys are innocent.
 * *Exchanged labels*: in half of the conflicts, drawn at random, the two answers change places, which turns the sign of
@@ -27,7 +28,7 @@ from av_lens.studies.calibration import auroc
 from av_lens.studies.plantbench_truth import Head, PlantTruth
 
 SITE = "suffix"
-LEVEL = 0.05
+LEVEL, UNDETERMINED = 0.05, "undetermined"
 Table = Float[np.ndarray, "layer head"]
 Mask = Bool[np.ndarray, "layer head"]
 
@@ -62,7 +63,8 @@ def named_heads(found: Isolation) -> list[dict[str, Any]]:
         found: the record.
 
     Returns:
-        `layer head role confirmed donor flags single member`, a head's own row before its row as a member.
+        `layer head role confirmed donor flags single member`: a head's own row before its row as a member, whose role
+        stands where its own is undetermined.
     """
     out: dict[Head, dict[str, Any]] = {}
     heads: Any = found.heads
@@ -73,6 +75,8 @@ def named_heads(found: Isolation) -> list[dict[str, Any]]:
         at = int(row["layer"]), int(row["head"])
         if at in out:
             out[at]["member"] = True
+            if out[at]["role"] == UNDETERMINED and row["role"] in SUPPRESSORS:
+                out[at]["role"] = str(row["role"])
         elif row["role"] != "breaks":
             out[at] = {**_entry(row), "single": False, "member": True}
     return [out[at] for at in sorted(out)]

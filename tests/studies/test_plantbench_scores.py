@@ -96,6 +96,9 @@ def test_a_member_is_named_unless_it_breaks():
     assert len(named_heads(with_a_member(found, role="breaks"))) == 3
     both = next(row for row in named_heads(with_a_member(found, layer=5, head=2)) if row["head"] == 2)
     assert (both["role"], both["single"], both["member"]) == ("picture writer", True, True)
+    unclear = dataclasses.replace(found, heads=found.heads.assign(role="undetermined"))
+    both = next(row for row in named_heads(with_a_member(unclear, layer=5, head=2)) if row["head"] == 2)
+    assert (both["role"], both["single"], both["member"]) == ("gate", True, True)
 
 
 def test_exchanged_labels_name_nobody_where_the_right_labels_name_three():
