@@ -47,7 +47,7 @@ def test_help_names_every_command_and_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
-    for command in ("demo", "isolate", "inspect", "models", "train", "bench"):
+    for command in ("demo", "isolate", "inspect", "models", "train", "bench", "plantbench"):
         assert command in done.stdout
 
 
@@ -55,7 +55,8 @@ def test_help_names_every_command_and_loads_no_torch():
     ("module", "function"),
     [("studies.demonstration", "run_demo"), ("isolation.pipeline", "isolate"), ("studies.isolations", "isolate_into"),
      ("inputs.encoder", "Encoder.encode"),
-     ("media.source", "load_clip"), ("organism.courses", "train"), ("studies.replay_benchmark", "run_benchmark")],
+     ("media.source", "load_clip"), ("organism.courses", "train"), ("studies.replay_benchmark", "run_benchmark"),
+     ("studies.plantbench", "run_plantbench")],
 )  # fmt: skip
 def test_defaults_are_the_functions(module, function):
     import importlib

@@ -45,9 +45,11 @@ def test_what_is_known_of_shipped_models():
         read_plant("av-tiny-plantd")
 
 
-def entry(name: str, truth: PlantTruth, found: tuple[tuple[int, int], ...], *, blind: bool = False) -> dict[str, Any]:
-    """A scored model of 2 layers of 4 heads, in which `found` scores highest; blank-picture patching may be blind."""
-    strong = np.full((2, 4), 0.01)
+def entry(
+    name: str, truth: PlantTruth, found: tuple[tuple[int, int], ...], *, blind: bool = False, layers: int = 2
+) -> dict[str, Any]:
+    """A scored model of layers of 4 heads, in which `found` scores highest; blank-picture patching may be blind."""
+    strong = np.full((layers, 4), 0.01)
     for head in found:
         strong[head] = 3.0
     weak = strong[::-1, ::-1] if blind else strong
@@ -58,7 +60,7 @@ def entry(name: str, truth: PlantTruth, found: tuple[tuple[int, int], ...], *, b
         for head in found
     ]  # fmt: skip
     return {
-        "model": name, "truth": truth.as_dict(), "n_layers": 2, "n_heads": 4,
+        "model": name, "truth": truth.as_dict(), "n_layers": layers, "n_heads": 4,
         "summary": {"G": 10.0, "C": -4.0, "gap": 14.0, "delta": 1.0, "n discovery": 30.0},
         "verdict_kind": "suppression", "verdict": "", "stamps": [], "named": named, "exchanged": [0, 1],
         "scores": {method: plantbench.plain_table(values) for method, values in scores.items()},
@@ -147,7 +149,7 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def scored(name: str, *_: Any) -> dict[str, Any]:
         done.append(name)
-        return entry(Path(name).name, read_plant(name), ((0, 1),))
+        return entry(Path(name).name, read_plant(name), ((3, 2),), layers=7)
 
     monkeypatch.setattr(plantbench, "_scored", scored)
     monkeypatch.setattr(plantbench, "_staged", lambda folder, *_: (folder / "pairs.jsonl").write_text(""))
@@ -190,3 +192,19 @@ def test_what_cannot_be_benched_is_refused(tmp_path: Path):
     empty = plantbench.run_plantbench(["av-tiny-balanced"], out=tmp_path, limit=0)
     with pytest.raises(InputError, match="no scored model yet"):
         plantbench_tables.record_of(empty)
+
+
+@pytest.mark.usefixtures("staged")
+def test_the_command_shows_tables_fills_the_page_and_says_what_is_left(tmp_path: Path):
+    from typer.testing import CliRunner
+
+    from av_lens.cli.main import app
+
+    (tmp_path / "plantbench.md").write_text(f"{plantbench_tables.OPEN}{plantbench_tables.CLOSE}")
+    folder, names = str(tmp_path / "out"), ["av-tiny-planted", "av-tiny-balanced"]
+    said = CliRunner().invoke(app, ["plantbench", *names, "--out", folder, "--limit", "1", "--docs", str(tmp_path)])
+    assert said.exit_code == 0, said.output
+    assert "Every method on the planted models" in said.output
+    assert "left for later: av-tiny-balanced; the same command goes on." in said.output
+    page = (tmp_path / "plantbench.md").read_text()
+    assert "| av-tiny-planted | planted | -0.400 | L3H2 gate, L3H3 sound opponent | L3H2 gate |" in page
