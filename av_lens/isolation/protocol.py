@@ -35,7 +35,14 @@ CHOICES = (
     "Competence is M's sign (best of the two answers) in blank_a and blank_v, and under `see` in v_muted and a_muted.",
     "The refusals 'says neither' and 'does not hear' are judged on all of discovery, before the choice by competence.",
     "A component above 40% is measured against the conflicts that remain.",
-    "The third clip w is drawn by sha256 of seed, id and candidate, among all conflicts of the same half.",
+    "Ties of the deal go by sha256 of 'seed:id'. The third clip w is the one of smallest sha256 of "
+    "'seed:id:w:candidate' (the candidate conflict's id), among all conflicts of the same half.",
+    "Accuracy is shown for the cells that have both answers' own clips; cells with w serve as donors.",
+    "Bootstrap draws are seeded by the seed on discovery and by seed + 1 on confirmation.",
+    "With gate='report' and too few competent conflicts all conflicts are used, competent or not, and every page is "
+    "stamped; for other models the threshold s is at least .03, and what the control question shows is measured first "
+    "and written into the finding.",
+    "A run below 60 conflicts or 20 components a half is stamped exploratory; what it saw is told after these words.",
     "A donor of other length than the site is aligned from the end; what overhangs keeps the run's own z.",
     "mean_other and mean_task are means over the competent conflicts of discovery, in both halves.",
     "That the release itself passes (for `breaks` and `undetermined`) is judged by a second Benjamini-Hochberg over "
@@ -63,12 +70,13 @@ CHOICES = (
     "mirror is the picture's sound alone.",
     "An effect's parts are centred over the distinct answers of all conflicts given; with the norm frozen both the "
     "edited and the unedited run are read out with what the final norm divided by in the unedited one.",
+    "A sink receives over 10 times the mean over the media positions, summed over layers and heads. Norms that random "
+    "sets are matched by are those in `va`.",
     "Sinks are found per layout, from the mean over discovery's analysed conflicts of that layout; a layout that "
     "discovery lacks has none, and its figures there are NaN.",
     "The null under `control` is the largest over the sites searched; mean_other stays the mean under `see` there.",
     "The unit `layer` is the layer's attention and MLP together (what it adds to the stream); keys of a group are "
     "replaced before rotary position.",
-    "Top heads for `see` are found by zeroing in `va` alone (not mirrored).",
     "The direct logit attribution is at the asked position, at the run's own norm scale, mirrored: (va - av) / 2.",
     "The power before a run is that of discovery's components as dealt, before the choice by competence.",
     "Intervals of rates are the same bootstrap as all others, so a rate of 1.0 has the interval 1.0 to 1.0.",

@@ -2,8 +2,8 @@
 
 * Random sets, at least 200, matched by layer: for each member a head outside the set within one layer whose mean norm
   of z W_O is within a factor 2 of the member's, else the 3 nearest in norm. Where fewer sets exist all are used.
-* As many top heads for `see`: those whose zeroing most lowers score(picture's answer) - score(sound's) in `va` asked
-  `see`.
+* As many top heads for `see`: those whose zeroing most lowers score(picture's answer) - score(sound's) under `see`,
+  mirrored like every effect.
 * Cumulative edits: the first member, the first two, ... in the order in which the search took them in.
 
 How sets are found is `set_search`; how they are confirmed, `set_confirmation`.
@@ -20,7 +20,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from av_lens.isolation.bench import MIRROR, Chunk
-from av_lens.isolation.effects import Progress, Request, mirrored, set_scores, single_head_swaps
+from av_lens.isolation.effects import Progress, Request, measure_requests, mirrored, set_scores
+from av_lens.isolation.role_tests import head_means
 from av_lens.isolation.seam import Head
 
 RANDOM_SETS = 200
@@ -95,26 +96,15 @@ def top_see_heads(chunks: Sequence[Chunk], n: int) -> list[Head]:
         n: how many heads.
 
     Returns:
-        The heads whose zeroing most lowers score(picture's answer) - score(sound's) in `va` asked `see`.
+        The heads whose zeroing most lowers score(picture's answer) - score(sound's) under `see`.
     """
     engine = chunks[0].bench.engine
     heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
-    parts = [chunk.remember("heads that see needs", {}, partial(_chunk_see, chunk, heads))["rise"] for chunk in chunks]
-    mean = np.concatenate(parts, axis=1).mean(1)
+    zeroed = Request("va", "zero", question="see")
+    examples = np.concatenate([chunk.examples for chunk in chunks])
+    found = measure_requests(chunks, [zeroed], heads=heads, examples=examples, stage="heads that see needs")
+    mean = head_means(found[zeroed].margin).ravel()
     return [heads[j] for j in np.argsort(-mean, kind="stable")[:n]]
-
-
-def _chunk_see(chunk: Chunk, heads: Sequence[Head]) -> dict[str, np.ndarray]:
-    """How far zeroing each head moves M in `va` asked `see`: `[head, batch]`."""
-    candidates = chunk.bench.candidates
-    swaps, owners = single_head_swaps(chunk, "va", [Request("va", "zero", question="see")], heads)
-    before = candidates.margin(chunk.reading("va", "see").scores, chunk.examples)
-    rise = np.zeros((len(heads), len(chunk.examples)))
-    run = chunk.run("va", "see")
-    for (_, j), logits in zip(owners, chunk.bench.engine.edited(run, swaps), strict=True):
-        rise[j] = candidates.margin(candidates.scores(logits), chunk.examples) - before
-    run.kept.clear()
-    return {"rise": rise}
 
 
 def random_sets(
