@@ -78,6 +78,16 @@ CHOICES = (
     "The unit `layer` is the layer's attention and MLP together (what it adds to the stream); keys of a group are "
     "replaced before rotary position.",
     "The direct logit attribution is at the asked position, at the run's own norm scale, mirrored: (va - av) / 2.",
+    "Cards: paths go to the heads after the first that releases, named or not, 24 at most (the named, then the largest "
+    "on discovery), keys and values for that query head alone; run 3 recomputes MLPs and norms. A pattern is called "
+    "driven by its queries (keys) where the interval of their part of the moved attention to the picture is above "
+    "(below) one half.",
+    "Edge cuts: masses are those of `va`; equal mass is taken from other heads at most one layer away that do not "
+    "release themselves, within a quarter, the mean of 3 draws, beside the renormalised cut.",
+    "Routes are cut in all heads, renormalised, in windows at the depths of the studies; equal mass may there be other "
+    "keys that hold no media.",
+    "The lens counts a word among the top 5, at no more than 64 evenly spaced positions of a span; probes read the "
+    "stream averaged over a span.",
     "The power before a run is that of discovery's components as dealt, before the choice by competence.",
     "Intervals of rates are the same bootstrap as all others, so a rate of 1.0 has the interval 1.0 to 1.0.",
 )
