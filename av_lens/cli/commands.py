@@ -17,6 +17,7 @@ _ISOLATE_INTO = signature("studies.isolations", "isolate_into")
 _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
 _TRAIN = signature("organism.courses", "train")
+_PLANT = signature("organism.planting", "plant")
 _BENCH = signature("studies.replay_benchmark", "run_benchmark")
 _PLANTS = signature("studies.plantbench", "run_plantbench")
 _GENERATE = signature("runs.wrapper", "HookedAVLLM.generate")
@@ -51,6 +52,11 @@ Every = Annotated[bool, typer.Option("--all", help="One row per position instead
 Csv = Annotated[Path | None, typer.Option(help="Also write the table of all positions to this file.")]
 Organism = Annotated[str, typer.Argument(help="Which organism: `av-lens models` lists them.")]
 TrainSeed = Annotated[int, typer.Option(help="Draws the initial weights and the data.")]
+PlantKind = Annotated[str, typer.Argument(help="What to plant, such as writers, gates or decoy (see the docs).")]
+PlantSeed = Annotated[int, typer.Option(help="Draws the heads, and every clip and question.")]
+PlantBase = Annotated[str, typer.Option(help="The balanced model to plant in: a short name or a folder from `train`.")]
+PlantLayer = Annotated[int | None, typer.Option(help="The layer; left out: where the kind was developed.")]
+PlantOut = Annotated[Path | None, typer.Option(help="The model's folder; left out: in the user's cache.")]
 TrainOut = Annotated[Path | None, typer.Option(help="The checkpoint's folder; left out: in the user's cache.")]
 
 Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Measure this one only; may be given several times.")]
@@ -216,6 +222,41 @@ def train(name: Organism, seed: TrainSeed = _TRAIN["seed"], out: TrainOut = _TRA
     with console.bars() as bars:
         written = train_organism(name, seed=seed, out=out, progress=bars)
     _say_path(written)
+
+
+def plant(
+    kind: PlantKind,
+    seed: PlantSeed = _PLANT["seed"],
+    base: PlantBase = _PLANT["base"],
+    layer: PlantLayer = _PLANT["layer"],
+    out: PlantOut = _PLANT["out"],
+) -> None:
+    """Plant heads that silence the sound (or decoys) in a balanced model, and measure by brute force what they became.
+
+    Exit code 1 if the best try is not what was asked for: planted.json in the folder says what it is.
+    """
+    import json
+
+    from av_lens.organism.planting import TRUTH
+    from av_lens.organism.planting import plant as plant_heads
+
+    with console.bars() as bars:
+        written = plant_heads(kind, seed=seed, base=base, layer=layer, out=out, progress=bars)
+    truth = json.loads((written / TRUTH).read_text(encoding="utf-8"))
+    figures = ("adds", "direct_share", "reads_picture", "reads_sound")
+    headings = ["layer", "head", "kind", "adds", "direct share", "reads picture", "reads sound"]
+    rows = [
+        (head["layer"], head["head"], head["kind"], *(f"{head[name]:.2f}" for name in figures))
+        for head in truth["heads"]
+    ]
+    rows += [(str(decoy["layer"]), str(decoy["head"]), "decoy", *4 * ("",)) for decoy in truth["decoys"]]
+    console.OUT.print(console.table(headings, rows, right=headings[3:]))
+    console.OUT.print(f"what is new: {truth['shown']:.3f}; the rest, at the least: {truth['kept']:.3f}", markup=False)
+    _say_path(written)
+    if truth["missing"] or not truth["success"]:
+        said = truth["missing"] or ["it answers worse than it should: 0.75 of the new and 0.95 of the rest"]
+        console.ERR.print(f"not what was asked for: {'; '.join(said)}", soft_wrap=True, markup=False)
+        raise typer.Exit(1)
 
 
 def bench(

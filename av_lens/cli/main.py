@@ -1,4 +1,4 @@
-"""The command line: `av-lens demo | isolate | inspect | generate | models | train`.
+"""The command line: `av-lens demo | isolate | inspect | generate | models | train | plant`.
 
 Every default is read from the function that does the work; what av_lens refuses is printed as one message, with exit
 code 2 and no traceback (`--debug` shows it). Work that stopped at its budget exits with 3, an interrupt with 130; the
@@ -69,6 +69,7 @@ app.command()(commands.inspect)
 app.command()(commands.generate)
 app.command()(commands.models)
 app.command()(commands.train)
+app.command()(commands.plant)
 app.command()(commands.bench)
 app.command()(commands.plantbench)
 for method in toolbox.METHODS:

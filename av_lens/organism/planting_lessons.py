@@ -24,13 +24,13 @@ from av_lens.organism.material import Material
 from av_lens.organism.planting_sheets import SHEETS, Sheet, draw_sheet
 
 COUNTS: Mapping[str, int] = {
-    "conflict": 900,
-    "matched": 120,
-    "blank": 160,
+    "conflict": 760,
+    "matched": 200,
+    "blank": 240,
     "scrambled": 60,
-    "mute": 120,
-    "audio alone": 96,
-    "video alone": 96,
+    "mute": 300,
+    "audio alone": 160,
+    "video alone": 160,
 }
 """Clips of each sheet; those that come in two layouts have half of them in each."""
 HELD_BACK = 0.2
@@ -63,10 +63,10 @@ class Lesson:
     shown: Int[Tensor, "clip question"]
     h: Float[Tensor, "clip pos d_model"]
     rest: Float[Tensor, "clip asked d_model"]
-    before: Float[Tensor, "head clip pos d_model"]
+    before: Float[Tensor, "planted clip pos d_model"]
     written: tuple[Float[Tensor, "clip question d_model"], ...]
-    keys: tuple[Float[Tensor, "clip head prefix d_head"], ...]
-    values: tuple[Float[Tensor, "clip head prefix d_head"], ...]
+    keys: tuple[Float[Tensor, "clip kv_head prefix d_head"], ...]
+    values: tuple[Float[Tensor, "clip kv_head prefix d_head"], ...]
     media: Mapping[str, Int[Tensor, "media_pos"]]
 
     def rows(self, name: str, *, held_back: bool) -> range:

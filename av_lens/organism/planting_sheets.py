@@ -206,10 +206,11 @@ def blanks_of(pool: FeaturePool, kinds: Sequence[int]) -> FeaturePool:
         kinds: Indices into `pools.BLANK_KINDS`.
 
     Returns:
-        The same clips with these blanks alone.
+        The same clips with these blanks alone, repeated to as many as there were.
     """
-    keep = torch.isin(pool.blank_kind, torch.tensor(kinds))
-    return dataclasses.replace(pool, blank_video=pool.blank_video[keep], blank_kind=pool.blank_kind[keep])
+    kept = torch.isin(pool.blank_kind, torch.tensor(kinds)).nonzero().flatten()
+    kept = kept[torch.arange(len(pool.blank_kind)) % len(kept)]
+    return dataclasses.replace(pool, blank_video=pool.blank_video[kept], blank_kind=pool.blank_kind[kept])
 
 
 @torch.no_grad()

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from av_lens.organism import anatomy, grammar
+from av_lens.runs.differences import read_difference
+from av_lens.runs.loading import base_of
 
 INDEX = "index.json"
 GRAMMAR = "grammar.json"
@@ -88,15 +90,20 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Any:
     """Read a checkpoint folder as a plain HuggingFace model, for training and comparison.
 
     Args:
-        folder: from `save_checkpoint`.
+        folder: from `save_checkpoint`, or of a difference over such a one.
 
     Returns:
         The thinker in float32, with eager attention, in evaluation mode.
     """
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
+    difference = read_difference(folder)
+    place = folder if difference is None else base_of(difference)
     with _quiet():
         model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            os.fspath(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            os.fspath(place), dtype=torch.float32, attn_implementation="eager", local_files_only=True
         )
+    if difference is not None:
+        difference.check_base(place)
+        difference.put_into(model)
     return model.eval()

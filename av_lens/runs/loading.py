@@ -135,7 +135,7 @@ class _Source:
     def __init__(self, asked: str, place: str, revision: str | None) -> None:
         self.difference: Difference | None = read_difference(place) if Path(place).is_dir() else None
         if self.difference is not None:
-            place = _base_of(self.difference)
+            place = base_of(self.difference)
             self.difference.check_base(place)
         self.asked, self.place, self.revision = asked, place, revision
         self.folder = Path(place) if Path(place).is_dir() else None
@@ -182,8 +182,18 @@ class _Source:
             ) from error
 
 
-def _base_of(difference: Difference) -> str:
-    """The folder of a difference's base: a short name's, or one named from the root or from the difference's folder."""
+def base_of(difference: Difference) -> str:
+    """Find the folder of a difference's base: a short name's, or one named from the root or the difference's folder.
+
+    Args:
+        difference: the difference.
+
+    Returns:
+        The base's folder.
+
+    Raises:
+        ModelError: it is not there, or a difference itself.
+    """
     index = _index()
     if difference.base in index:
         found = _checkpoints() / str(index[difference.base]["folder"])

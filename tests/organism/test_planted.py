@@ -68,7 +68,7 @@ def test_putting_all_planted_heads_back_gives_the_base_model(models: tuple[Any, 
 
 @torch.no_grad()
 def test_a_head_is_put_back_alone_though_its_neighbour_shares_its_keys(models: tuple[Any, Any]) -> None:
-    """By hand: copy the group's weights to a group of their own, so that one head's keys change and the other's stay."""
+    """Its keys and values become the base's; its neighbour keeps the planted ones."""
     base, model = models
     bench = made(model, base)
     one = planted_runs.whole(bench, "va", [(1, 2)])
