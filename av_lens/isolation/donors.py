@@ -63,7 +63,7 @@ def align_end(
     return out
 
 
-def joined(parts: Sequence[Float[Tensor, "layer batch part_site ..."]]) -> Float[Tensor, "layer example site ..."]:
+def joined(parts: Sequence[Float[Tensor, "layer _batch _site ..."]]) -> Float[Tensor, "layer example site ..."]:
     """Join what several stacks have at a site, all cut from the end to the shortest site.
 
     Args:

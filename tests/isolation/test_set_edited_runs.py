@@ -11,6 +11,7 @@ from tiny import tiny_hf_model, tiny_media, tiny_processor
 
 from av_lens.inputs import Conflict
 from av_lens.isolation.bench import Bench, Means
+from av_lens.isolation.donors import joined
 from av_lens.isolation.edited_runs import EditedTrace, further
 from av_lens.isolation.engine import ModelEngine
 from av_lens.isolation.evidence import Half
@@ -170,3 +171,8 @@ def test_the_screen_by_attention_is_the_generation_positions_own(chunks):
     mass = attention_mass(model, inputs, {"g": [len(inputs.spans) - 1]})[:, :, :, 0]
     video = mass[..., inputs.spans["video"].positions.tolist()].sum(-1).mean(0)
     np.testing.assert_allclose(found, video.numpy(), atol=1e-6)
+
+
+def test_stacks_of_different_sizes_are_joined_from_the_end():
+    parts = [torch.zeros(1, 3, 5, 2, 2), torch.ones(1, 2, 4, 2, 2)]
+    assert joined(parts).shape == (1, 5, 4, 2, 2)
