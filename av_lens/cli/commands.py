@@ -28,6 +28,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; l
 Seed = Annotated[int, typer.Option(help="Draws the clips, deals the halves, draws the bootstrap and the random sets.")]
 DemoOut = Annotated[Path, typer.Option(help="The folder to write; finished parts of an earlier run are kept.")]
 HowMany = Annotated[int, typer.Option(help="How many conflicts; below 120 the report is stamped exploratory.")]
+DemoQuick = Annotated[bool, typer.Option("--quick/--whole", help="Leave out robustness and pairs, or nothing.")]
 Pairs = Annotated[Path, typer.Argument(help="The manifest: one conflict a line, as jsonl.")]
 Out = Annotated[Path, typer.Option(help="The folder for the report, the figures and the numbers.")]
 Gate = Annotated[
@@ -86,7 +87,10 @@ SampleSeed = Annotated[int, typer.Option(help="What sampling draws from.")]
 
 
 def demo(
-    out: DemoOut = Path(_DEMO["out"]), conflicts: HowMany = _DEMO["conflicts"], seed: Seed = _DEMO["seed"]
+    out: DemoOut = Path(_DEMO["out"]),
+    conflicts: HowMany = _DEMO["conflicts"],
+    seed: Seed = _DEMO["seed"],
+    quick: DemoQuick = _DEMO["quick"],
 ) -> None:
     """Calibrate on planted heads, then isolate the heads of av-tiny that suppress the sound, and write a report.
 
@@ -96,7 +100,7 @@ def demo(
 
     console.quiet_loading()
     with console.bars() as bars:
-        shown = run_demo(out, conflicts=conflicts, seed=seed, progress=bars)
+        shown = run_demo(out, conflicts=conflicts, seed=seed, quick=quick, progress=bars)
     console.OUT.print()
     console.OUT.print(f"[bold]calibration[/bold]  {console.cell(shown.calibration.sentence)}", soft_wrap=True)
     _say_found(shown.found)

@@ -58,6 +58,7 @@ def run_demo(
     conflicts: int = 132,
     seed: int = 0,
     calibrate_on: int = 48,
+    quick: bool = True,
     progress: Progress | None = None,
 ) -> Demonstration:
     """Calibrate on planted heads, isolate the suppressors of av-tiny, and write the report.
@@ -68,18 +69,24 @@ def run_demo(
             isolation needs 40, and 120 for a verdict, of those whose sound is heard and whose picture is seen alone.
         seed: draws the clips, deals the halves, draws the bootstrap and the random sets.
         calibrate_on: how many of them, the first, the planted model is tested on: fewer, for time.
+        quick: leave out robustness and pairs of heads (the report says so); False runs the whole protocol.
         progress: called as `progress(stage, done, total)`.
 
     Returns:
         The findings and the report's path.
     """
     out = Path(out)
-    settings = {"conflicts": conflicts, "calibrate_on": calibrate_on, "seed": seed}
+    settings = {"conflicts": conflicts, "calibrate_on": calibrate_on, "seed": seed, "quick": quick}
     parts = Parts(out, {**settings, "version": __version__, "weights": _weights()})
     few = min(calibrate_on, conflicts)
     clips = parts.ensure("clips", lambda folder: _staged(folder, conflicts, seed, progress))
-    calibrated = parts.ensure("calibration", lambda folder: _isolated(folder, PLANTED, clips, few, seed, progress))
-    isolated = parts.ensure("isolation", lambda folder: _isolated(folder, SUBJECT, clips, conflicts, seed, progress))
+    calibrated = parts.ensure(
+        "calibration",
+        lambda folder: _isolated(folder, PLANTED, clips, few, progress, seed=seed, quick=True, named_only=True),
+    )
+    isolated = parts.ensure(
+        "isolation", lambda folder: _isolated(folder, SUBJECT, clips, conflicts, progress, seed=seed, quick=quick)
+    )
     found = Isolation.load(isolated)
     calibration = calibrate(Isolation.load(calibrated), planted_truth(PLANTED), model=PLANTED)
     playable = {str(name): clips / conflict_file(str(name)) for name in found.conflicts["id"]}
@@ -94,7 +101,7 @@ def _staged(folder: Path, conflicts: int, seed: int, progress: Progress | None) 
     stage(folder, conflicts=conflicts, seed=seed, progress=progress)
 
 
-def _isolated(folder: Path, name: str, clips: Path, first: int, seed: int, progress: Progress | None) -> None:
+def _isolated(folder: Path, name: str, clips: Path, first: int, progress: Progress | None, **options: Any) -> None:
     model: Any = load(name)
     listed = read_conflicts(clips / "pairs.jsonl")[:first]
 
@@ -102,7 +109,7 @@ def _isolated(folder: Path, name: str, clips: Path, first: int, seed: int, progr
         if progress is not None:
             progress(f"{name}: {stage}", done, total)
 
-    isolate(model, listed, seed=seed, progress=named).save(folder)
+    isolate(model, listed, progress=named, **options).save(folder)
 
 
 def _weights() -> dict[str, str]:

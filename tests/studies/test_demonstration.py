@@ -20,7 +20,7 @@ def stand_in(monkeypatch):
     """Count the searches instead of doing them."""
     calls: list[str] = []
 
-    def search(model, conflicts, *, seed, progress):
+    def search(model, conflicts, *, seed, progress, quick, named_only=False):
         calls.append(model)
         assert len(conflicts) == (FEW if model == PLANTED else CONFLICTS)
         progress("effects", 1, 1)
