@@ -217,7 +217,7 @@ def test_demo_says_calibration_verdict_heads_and_where_the_report_is(run, tmp_pa
     from av_lens.studies import demonstration
     from av_lens.studies.calibration import calibrate
 
-    def shown(out, *, conflicts, seed, progress):
+    def shown(out, *, conflicts, seed, quick, progress):
         progress("writing conflict clips", conflicts, conflicts)
         found = planted_isolation(seed)
         calibration = calibrate(found, {planted: "picture writer"})
