@@ -13,8 +13,8 @@ from av_lens.isolation.engine import ModelEngine
 from av_lens.isolation.evidence import Half
 from av_lens.isolation.knowledge import LENS_CELLS, MOST_POSITIONS, SPANS, knowledge_rows, lens_readings, spaced
 from av_lens.isolation.scoring import Candidates
-from av_lens.methods.probes import Streams
-from av_lens.results.halves import CONFIRMATION, DISCOVERY, Member
+from av_lens.methods.probes import Streams, probe
+from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member
 from av_lens.results.statistics import Bootstrap
 from av_lens.results.tables import table
 from av_lens.spans import SpanMap
@@ -88,6 +88,19 @@ def test_probes_find_the_layer_on_discovery_and_test_it_on_confirmation(probed):
     assert (sound.drop(index=LAYER)["value"] < 0.8).all()
     assert sound.loc[LAYER, "note"].startswith("1.00 where it was chosen")
     assert probed.groupby(["word", "span"])["chosen"].sum().eq(1).all()
+
+
+def test_probes_learn_and_are_tested_on_the_halves_that_they_are_given():
+    halves = halves_of(N)
+    order = [int(i) for half in halves for i in half.examples]
+    rng = np.random.default_rng(1)
+    labels = tuple((str(i % 3), str((i + 1) % 3)) for i in order)
+    members = tuple(Member(f"c{i}", f"s{i}", f"p{i}", str(i % 3)) for i in order)
+    streams = Streams(rng.normal(size=(N, 2, 2, 1, 4)), ("audio",), ("va", "av"), members, labels, "streams")
+    given = Halves(tuple(half.name for half in halves for _ in half.examples), tuple(order), 0)
+    for halved in (given, None):
+        said = probe(None, streams, halves=halved, draws=1).provenance
+        assert (said["conflicts"] == [f"c{i}" for i in halves[1].examples]) == (halved is given)
 
 
 def test_too_few_conflicts_are_said_and_not_measured(monkeypatch):

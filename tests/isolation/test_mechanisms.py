@@ -188,6 +188,21 @@ def tiny():
     return chunk_of(model, conflicts)
 
 
+def test_queries_keys_and_values_are_taken_one_at_a_time(tiny):
+    own, made = card._mixtures(tiny, "va", (1, 2), "blank_muted")
+    spans = tiny.inputs("va").spans
+    media, text = spans.media.positions.tolist(), spans.suffix.positions.tolist()
+    theirs = HeadRead.of(tiny.bench.engine.model.trace(tiny.inputs("blank_muted")), 1, 2, text)
+    assert not torch.allclose(own.k[:, media], theirs.k[:, media])
+    for name, read in made.items():
+        torch.testing.assert_close(read.q, theirs.q if "Q" in name else own.q)
+        torch.testing.assert_close(read.k[:, media], (theirs if "K" in name else own).k[:, media])
+        torch.testing.assert_close(read.v[:, media], (theirs if "V" in name else own).v[:, media])
+        torch.testing.assert_close(read.k[:, text], own.k[:, text])
+        torch.testing.assert_close(read.v[:, text], own.v[:, text])
+    torch.testing.assert_close(own.z, tiny.run("va").site_z[1, :, :, 2])
+
+
 def test_paths_equal_path_patch_in_both_cells(tiny):
     model, sender, heads = tiny.bench.engine.model, (0, 1), [(2, 1), (2, 3), (3, 0)]
     found = paths(tiny, "va", [(sender, "blank_muted")], heads)["effect"][:, 0]
