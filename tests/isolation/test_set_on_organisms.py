@@ -32,7 +32,6 @@ def test_av_tiny_has_a_small_set_that_restores_most_of_the_gap(conflicts):
     assert chosen.k <= 6
     assert chosen.confirmed
     assert chosen.release > 0.6 * found.summary["gap confirmation"]
-    assert chosen.release > 2 * chosen.random_max
     members = found.members.query("chosen")
     assert members["confirmed"].mean() >= 0.5
     # What the members lose is what the set loses without them, on held-out conflicts too.
