@@ -244,7 +244,7 @@ def rates(
                 x = run_layers(model, sheet.embed(model, targets)[rows], geometry)
                 at = sheet.asked_at[rows][..., None].expand(-1, -1, x.shape[-1])
                 said.append(read_out(model, x.gather(1, at)).argmax(-1))
-            right = (torch.cat(said) == targets).float().mean(0).tolist()
+            right = (torch.cat(said) == targets).double().mean(0).tolist()
             for kind, share in zip(ASKED, right, strict=True):
                 key = f"{name} {kind}"
                 found[key] = min(share, found.get(key, 1.0))

@@ -311,7 +311,7 @@ def learn(
     course: Course,
     *,
     generator: Generator,
-    enough: tuple[float, float] = (0.87, 0.97),
+    enough: tuple[float, float] = (0.84, 0.97),
     progress: Progress | None = None,
 ) -> Learned:
     """Let the planted heads learn, in one host or in several at once.

@@ -12,6 +12,7 @@ import pandas as pd
 from av_lens.organism import saving
 from av_lens.organism.evaluation import Evaluation
 from av_lens.organism.expectations import AT_LEAST, standing
+from av_lens.organism.planted import FREE_RIDER
 
 EVALUATION = "evaluation.json"
 COLUMNS: dict[str, tuple[str, str, str]] = {
@@ -109,6 +110,32 @@ def shares_table(evaluations: dict[str, Evaluation] | None = None) -> pd.DataFra
                 row[column] = counted[at][answer] / counted[at]["n"]
             rows.append(row)
     return pd.DataFrame(rows)
+
+
+def planted_table() -> pd.DataFrame:
+    """Say of every planted model that ships what its heads were measured to be.
+
+    Returns:
+        `model head kind adds alone "direct share" "reads picture" "reads sound"`, a row for each planted head or decoy.
+    """
+    rows: list[dict[str, object]] = []
+    for path in sorted(saving.shipped().glob("*/planted.json")):
+        found = json.loads(path.read_text("utf-8"))
+        for head in found["heads"]:
+            figures = {name: float(head[name]) for name in ("adds", "alone", "direct_share")}
+            figures |= {name: float(head[name]) for name in ("reads_picture", "reads_sound")}
+            named = {name.replace("_", " "): value for name, value in figures.items()}
+            if head["kind"] == FREE_RIDER:  # shares of next to nothing say nothing
+                named["direct share"] = float("nan")
+            rows.append({"model": path.parent.name, "head": _place(head), "kind": head["kind"], **named})
+        rows += [
+            {"model": path.parent.name, "head": _place(decoy), "kind": "decoy"} for decoy in found.get("decoys", [])
+        ]
+    return pd.DataFrame(rows).fillna("-")
+
+
+def _place(head: dict[str, int]) -> str:
+    return f"L{head['layer']}H{head['head']}"
 
 
 def markdown(table: pd.DataFrame) -> str:

@@ -258,7 +258,11 @@ def test_shipped_weights_reproduce_their_table():
     if not index.exists():
         pytest.skip("no checkpoints are shipped")
     for name, entry in json.loads(index.read_text()).items():
-        stored = Evaluation.load(saving.shipped() / entry["folder"] / "evaluation.json")
+        path = saving.shipped() / entry["folder"] / "evaluation.json"
+        if not path.exists():  # planted differences carry their own figures, in planted.json
+            assert (path.with_name("planted.json")).exists(), name
+            continue
+        stored = Evaluation.load(path)
         about = stored.about
         again = evaluation.evaluate(load(name), seed=about["seed"], n=12 * about["per_class"], dissect=False)
         if again.about["clips"] != about["clips"]:
