@@ -71,7 +71,7 @@ class Kind:
 _WRITE = Course(SILENCE, direct=0.2)
 _WRITERS = Plant(2, Start(picture=1.0), _WRITE)
 _GATES = Plant(2, Start(gate=True), Course(SILENCE, direct=-0.2))
-_OPPONENTS = Plant(2, Start(picture=0.6, sound=1.0, logits=14.0), Course(SILENCE, against=0.3, steps=320))
+_OPPONENTS = Plant(2, Start(picture=0.6, sound=1.0, logits=14.0), Course(SILENCE, against=0.3, steps=320, keep=1.5))
 _DECOY = Plant(2, Start(sound=-1.0, asked=1, logits=10.0), Course(SEE_THE_SOUND, keep=2.0, steps=160))
 _NO_COLOURS = Plant(2, None, Course(OTHER_COLOURS))
 

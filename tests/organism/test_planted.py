@@ -104,6 +104,7 @@ def test_the_cells_hold_the_media_their_names_say(models: tuple[Any, Any]) -> No
     assert not torch.equal(first["va"][:, frame.audio], first["vw"][:, frame.audio])
 
 
+@torch.no_grad()
 def test_in_the_last_layer_all_of_an_effect_is_direct() -> None:
     base, model = thinker(), thinker()
     weight = model.model.language_model.layers[2].self_attn.o_proj.weight
