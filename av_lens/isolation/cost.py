@@ -40,17 +40,19 @@ from av_lens.results.whole_files import write_whole
 
 ESTIMATE = "estimate.json"
 MOST_PROBED = 64
+# What depends on what is found, and what is no edit or cell of its own, in the prices of these: as av-tiny took it.
 NAMED = 6
-"""Heads that a part is counted for where it looks at the named ones."""
-AGAIN = 12
-"""Cells that a half is run in again, for its effects."""
-PAIR, STEPS, CLIMBS = 0.5, 6, 4
-"""A pair's price in edits; steps of a climb; climbs a donor, less what they share."""
-UNITS, CARDS = 60, 20
-"""Edits a layer for the larger units; cells a conflict for cards, cuts and routes."""
-VARIANTS, VARIED, BOOTSTRAPS = 6, 0.75, 50
-"""Robustness: variants that are searched again, the share of the requests that they need, draws of clips."""
-COLUMNS = 40
+"""Heads that are measured on confirmation."""
+AGAIN, VARIED_CELLS = 12, 8
+"""Cells that a half is run in again for its effects; in a variant of robustness."""
+PAIR, STEPS, CLIMBS = 0.7, 6, 2
+"""A pair's price in edits; steps of a climb; climbs a donor where there are pairs, less what they share."""
+UNITS, EXPLAINED = 60, 74
+"""Edits a layer for the larger units; cells a conflict for cards, cuts, routes, what is known, and the repair."""
+VARIANTS, VARIED, BOOTSTRAPS = 6, 0.6, 1600
+"""Robustness: variants that are searched again, the share of the effects that they need, figures a head of 50 draws."""
+TESTS, COLUMNS = 1000, 160
+"""Figures a head for its intervals and tests; for behaviour."""
 _TRACED = ("resid", "keys", "values")
 
 
@@ -109,7 +111,7 @@ class Work:
 
 
 def _behaviour(size: Size) -> Work:
-    return Work(cells=len(RIGHT) * size.conflicts, figures=4 * COLUMNS)
+    return Work(cells=len(RIGHT) * size.conflicts, figures=COLUMNS)
 
 
 def _effects(size: Size) -> Work:
@@ -118,7 +120,7 @@ def _effects(size: Size) -> Work:
     return Work(
         cells=AGAIN * (size.discovery + size.confirmation),
         edits=size.sites * asked * heads,
-        figures=size.sites * 2 * 2 * len(requests()) * size.heads,
+        figures=size.sites * TESTS * size.heads,
     )
 
 
@@ -137,14 +139,14 @@ def _units(size: Size) -> Work:
     return Work(edits=2 * UNITS * size.layers * size.discovery)
 
 
-def _mechanisms(size: Size) -> Work:
-    return Work(cells=CARDS * size.confirmation)
+def _explained(size: Size) -> Work:
+    return Work(cells=EXPLAINED * size.confirmation)
 
 
 def _robustness(size: Size) -> Work:
     asked = 2 * len(requests()) * VARIED
     return Work(
-        cells=VARIANTS * AGAIN * size.discovery,
+        cells=VARIANTS * VARIED_CELLS * size.discovery,
         edits=VARIANTS * asked * size.heads * size.discovery,
         figures=BOOTSTRAPS * size.heads,
     )
@@ -156,7 +158,7 @@ PARTS: dict[str, Callable[[Size], Work]] = {
     "sets": _sets,
     "confirmation": _confirmation,
     "units": _units,
-    "mechanisms": _mechanisms,
+    "mechanisms": _explained,
     "robustness": _robustness,
 }
 
@@ -242,8 +244,8 @@ def _figure(n: int) -> float:
 def memory(chunk: Chunk, size: Size) -> float:
     """Estimate the peak of memory: what has been used, and what a run keeps of the other conflicts.
 
-    Kept are the encoded cells, every head's z in the cells of both halves, and, while sets are searched, the traces of
-    discovery's conflicts where they fit.
+    Kept are the encoded cells, their stacks with every head's z for both halves, and, while sets are searched, the
+    traces of discovery's conflicts where they fit.
 
     Args:
         chunk: the stack that has been probed.
@@ -253,17 +255,18 @@ def memory(chunk: Chunk, size: Size) -> float:
         GB (1e9 bytes), of the accelerator where the model is on one; NaN where the system does not say.
     """
     n, run = len(chunk.examples), chunk.run("va")
+    stacked = sum(one.nbytes for one in getattr(run.inputs, "tensors", {}).values() if isinstance(one, torch.Tensor))
     held: dict[int, int] = {}
     for cell, question in RIGHT:
         for example in chunk.examples.tolist():
             tensors = getattr(chunk.bench.inputs(example, cell, question), "tensors", {})
             held |= {value.data_ptr(): value.nbytes for value in tensors.values() if isinstance(value, torch.Tensor)}
     inputs = sum(held.values()) * (size.conflicts / n - 1)
-    z = AGAIN * run.z.nbytes * (size.discovery + size.confirmation) / n
+    kept = AGAIN * (run.z.nbytes + stacked) * (size.discovery + size.confirmation) / n
     trace = run.kept.get("trace")
     one = 0 if trace is None else sum(part.nbytes for kind in _TRACED for part in getattr(trace, kind))
     traces = 2 * one * size.discovery / n
-    return _peak() + (inputs + z + (traces if traces <= TRACE_BYTES else one)) / 1e9
+    return _peak() + (inputs + kept + (traces if traces <= TRACE_BYTES else one)) / 1e9
 
 
 def _peak() -> float:
