@@ -20,6 +20,7 @@ _TRAIN = signature("organism.courses", "train")
 _PLANT = signature("organism.planting", "plant")
 _BENCH = signature("studies.replay_benchmark", "run_benchmark")
 _PLANTS = signature("studies.plantbench", "run_plantbench")
+_SHAPES = signature("studies.true_shapes", "run_at_true_shapes")
 _GENERATE = signature("runs.wrapper", "HookedAVLLM.generate")
 
 Model = Annotated[str, typer.Argument(help="A short name (`av-lens models` lists them), a hub name or a local folder.")]
@@ -68,6 +69,8 @@ Rounds = Annotated[int, typer.Option(help="Quiet rounds of which the median is t
 Patience = Annotated[float, typer.Option(help="Seconds to wait, for each shape, until nobody else uses the machine.")]
 Memory = Annotated[bool, typer.Option(help="Measure peak memory too, each in a fresh process.")]
 BenchOut = Annotated[Path | None, typer.Option(help="Also write the record to this file, as json.")]
+Size = Annotated[str, typer.Option(help="3B or 7B.")]
+Fewest = Annotated[int, typer.Option(help="How many conflicts are cut from the recording; 40 at least.")]
 Docs = Annotated[Path | None, typer.Option(help="Fill benchmarks.md and benchmarks.json in this folder.")]
 
 Planted = Annotated[
@@ -326,6 +329,20 @@ def plantbench(
     if docs is not None:
         _say_path(plantbench_tables.store(record, docs))
     _say_path(bench.folder)
+
+
+def true_shapes(
+    recording: Media, out: Out, size: Size = _SHAPES["size"], conflicts: Fewest = _SHAPES["n"], docs: Docs = None
+) -> None:
+    """Search a model of a checkpoint's true shapes, with random weights, on windows of a recording: seconds, memory."""
+    from av_lens.studies import true_shape_costs
+    from av_lens.studies.true_shapes import run_at_true_shapes
+
+    with console.bars() as bars:
+        record = run_at_true_shapes(recording, out, size=size, n=conflicts, progress=bars)
+    console.OUT.print(true_shape_costs.page(record), markup=False)
+    if docs is not None:
+        _say_path(true_shape_costs.store(record, docs))
 
 
 def _absent(choice: str) -> str | None:

@@ -71,6 +71,7 @@ app.command()(commands.models)
 app.command()(commands.train)
 app.command()(commands.plant)
 app.command()(commands.bench)
+app.command()(commands.true_shapes)
 app.command()(commands.plantbench)
 for method in toolbox.METHODS:
     app.command(method.command, rich_help_panel="Methods")(toolbox.command_of(method))

@@ -303,3 +303,23 @@ class TestGenerate:
         _, ask = asked
         said = [ask("--sample", "--seed", seed).stdout for seed in (1, 1, 2)]
         assert said[0] == said[1] != said[2]
+
+
+def test_true_shapes_prints_the_page_and_fills_the_docs(run, tmp_path, monkeypatch):
+    from av_lens.studies import true_shapes
+
+    def made(recording, out, *, size, n, progress):
+        progress("reading every cell", n, n)
+        return {
+            "size": size, "layers": {"fusion": 4, "towers": 2}, "conflicts": n, "threads": 2, "product_gflops": 100.0,
+            "roles": {"video": 300, "audio": 25}, "stamps": ["not interpretable"], "peak_gb": 5.0,
+            "seconds": {"search": 30.0, "towers": {"audio": 1.0, "vision": 2.0}},
+            "stages": {"reading every cell": {"seconds": 10.0, "gflop": 500.0}},
+        }  # fmt: skip
+
+    monkeypatch.setattr(true_shapes, "run_at_true_shapes", made)
+    result = run("true-shapes", tmp_path / "x.mp4", "--out", tmp_path, "--conflicts", 44, "--docs", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "on 44 conflicts cut from disjoint windows" in " ".join(result.stdout.split())
+    assert (tmp_path / "true_shapes.json").is_file()
+    assert "| 7B |" in (tmp_path / "true_shapes.md").read_text(encoding="utf-8")
