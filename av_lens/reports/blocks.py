@@ -5,7 +5,7 @@ A section is left out where the record holds nothing for it. Long tables come fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,8 +88,14 @@ class _Column:
 def _sheet(frame: Any, caption: str, columns: Mapping[str, _Column], *, folded: bool = False) -> Sheet:
     """Make a table of a frame; columns that say nothing are left out."""
     cells = [[column.write(row) for column in columns.values()] for row in frame.to_dict("records")]
-    used = [i for i in range(len(columns)) if any(row[i] != MISSING for row in cells)]
-    named = [(name, column.numeric) for name, column in columns.items()]
+    return _trimmed(caption, [(name, column.numeric) for name, column in columns.items()], cells, folded=folded)
+
+
+def _trimmed(
+    caption: str, named: Sequence[tuple[str, bool]], cells: Sequence[Sequence[str]], *, folded: bool = False
+) -> Sheet:
+    """Leave out columns that say nothing."""
+    used = [i for i in range(len(named)) if any(row[i] != MISSING for row in cells)]
     return Sheet(caption, tuple(named[i] for i in used), tuple(tuple(row[i] for i in used) for row in cells), folded)
 
 
@@ -199,7 +205,7 @@ def _mechanisms(found: Any) -> Block:
     }
     largest = found.units.sort_values("share", ascending=False, key=abs, kind="stable").head(30)
     sheets = (
-        Sheet("Mechanism cards, in short", COLUMNS, card_lines(found.cards)),
+        _trimmed("Mechanism cards, in short", COLUMNS, card_lines(found.cards)),
         _sheet(found.cuts[found.cuts["arm"].isin(MAIN_ARMS)], "Edges of these heads cut", cuts),
         _sheet(found.cuts, "Every cut, beside its controls", cuts, folded=True),
         _sheet(found.cards, "Everything on the cards", every, folded=True),

@@ -129,7 +129,7 @@ def percent(value: Any) -> str:
     if value is None or math.isnan(value):
         return MISSING
     text = f"{value:.0%}" if abs(value) >= 0.0995 or value == 0 else f"{value:.1%}".replace(".0%", "%")
-    return text.replace("-", "−")
+    return "0%" if text == "-0%" else text.replace("-", "−")
 
 
 def interval(low: Any, high: Any, *, share: bool = False, sign: bool = False) -> str:

@@ -264,6 +264,7 @@ class TestWords:
         assert words.percent(0.05) == "5%"
         assert words.percent(0.049) == "4.9%"
         assert words.percent(-0.123) == "−12%"
+        assert words.percent(-0.0004) == "0%"
         assert words.interval(0.7, 0.8, share=True) == "70% to 80%"
         assert words.interval(math.nan, 1.0) == "–"
         assert words.small(0.0004) == "< 0.001"
