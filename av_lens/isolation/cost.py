@@ -49,10 +49,12 @@ PAIR, STEPS, CLIMBS = 0.7, 6, 2
 """A pair's price in edits; steps of a climb; climbs a donor where there are pairs, less what they share."""
 UNITS, EXPLAINED = 60, 74
 """Edits a layer for the larger units; cells a conflict for cards, cuts, routes, what is known, and the repair."""
-VARIANTS, VARIED, BOOTSTRAPS = 6, 0.6, 1600
+VARIANTS, VARIED, BOOTSTRAPS = 6, 0.75, 1600
 """Robustness: variants that are searched again, the share of the effects that they need, figures a head of 50 draws."""
 TESTS, COLUMNS = 1000, 160
 """Figures a head for its intervals and tests; for behaviour."""
+HELD = 24
+"""Cells of a conflict whose stacks are held at the same time."""
 _TRACED = ("resid", "keys", "values")
 
 
@@ -244,8 +246,8 @@ def _figure(n: int) -> float:
 def memory(chunk: Chunk, size: Size) -> float:
     """Estimate the peak of memory: what has been used, and what a run keeps of the other conflicts.
 
-    Kept are the encoded cells, their stacks with every head's z for both halves, and, while sets are searched, the
-    traces of discovery's conflicts where they fit.
+    Kept are the encoded cells (those of the variants of robustness too), their stacks with every head's z for both
+    halves, and, while sets are searched, the traces of discovery's conflicts where they fit.
 
     Args:
         chunk: the stack that has been probed.
@@ -261,8 +263,9 @@ def memory(chunk: Chunk, size: Size) -> float:
         for example in chunk.examples.tolist():
             tensors = getattr(chunk.bench.inputs(example, cell, question), "tensors", {})
             held |= {value.data_ptr(): value.nbytes for value in tensors.values() if isinstance(value, torch.Tensor)}
-    inputs = sum(held.values()) * (size.conflicts / n - 1)
-    kept = AGAIN * (run.z.nbytes + stacked) * (size.discovery + size.confirmation) / n
+    searches = 1 if size.quick or size.named_only else 1 + VARIANTS
+    inputs = sum(held.values()) * (searches * size.conflicts / n - 1)
+    kept = HELD * (run.z.nbytes + stacked) * (size.discovery + size.confirmation) / n
     trace = run.kept.get("trace")
     one = 0 if trace is None else sum(part.nbytes for kind in _TRACED for part in getattr(trace, kind))
     traces = 2 * one * size.discovery / n
