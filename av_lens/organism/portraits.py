@@ -128,8 +128,8 @@ def planted_table() -> pd.DataFrame:
             if head["kind"] == FREE_RIDER:  # shares of next to nothing say nothing
                 named["direct share"] = float("nan")
             rows.append({"model": path.parent.name, "head": _place(head), "kind": head["kind"], **named})
-        for decoy in found.get("decoys", []):
-            rows.append({"model": path.parent.name, "head": _place(decoy), "kind": "decoy"})
+        name, decoys = path.parent.name, found.get("decoys", [])
+        rows.extend({"model": name, "head": _place(decoy), "kind": "decoy"} for decoy in decoys)
     return pd.DataFrame(rows).fillna("-")
 
 
