@@ -105,10 +105,12 @@ def test_within_30_percent_on_120_conflicts_of_av_tiny(quick, tmp_path):
     model = avl.load("av-tiny")
     (tmp_path / "clips").mkdir()
     listed = avl.conflicts(stage(tmp_path / "clips", conflicts=120, seed=1))
-    begun = time.monotonic()
+    begun, busy = time.monotonic(), time.process_time()
     isolate(model, listed, quick=quick, out=tmp_path / "run")
-    taken = time.monotonic() - begun
+    taken, busy = time.monotonic() - begun, time.process_time() - busy
     said = json.loads((tmp_path / "run" / "estimate.json").read_text())
-    print(f"quick={quick}: {taken:.0f} s, estimated {said['seconds']:.0f} s, by part {said['parts']}")
+    print(
+        f"quick={quick}: {taken:.0f} s ({busy:.0f} s busy), estimated {said['seconds']:.0f} s, by part {said['parts']}"
+    )
     assert 0.7 < said["seconds"] / taken < 1.3
-    assert taken < (180 if quick else 600)
+    assert busy < (180 if quick else 600)  # seconds of one core: others may be using this machine
