@@ -307,6 +307,18 @@ def test_a_budget_stops_before_a_measurement_and_the_same_call_goes_on(brief, tm
     assert "The effects of 0 of 44 conflicts are measured." in said[0]
 
 
+def test_a_run_that_stops_in_a_control_has_no_gap_in_its_record(tmp_path, monkeypatch):
+    # What a control is refused for is noted in its row; a stop is no refusal and must come through.
+    def stops(self, name):
+        if name == "a control":
+            raise UnfinishedError("stopped in a control")
+
+    monkeypatch.setattr(Deadline, "__call__", stops)
+    with pytest.raises(UnfinishedError, match="stopped in a control"):
+        run(tmp_path, budget=1)
+    assert not (tmp_path / "numbers").exists()
+
+
 def test_budgets_that_make_no_sense_are_refused(tmp_path):
     with pytest.raises(ProtocolError, match="a run with a budget needs a folder"):
         run(budget=1)
