@@ -184,9 +184,9 @@ class Estimate:
 
     def __str__(self) -> str:
         """The estimate as a line."""
-        shares = ", ".join(f"{name} {_time(seconds)}" for name, seconds in self.parts.items())
+        shares = ", ".join(f"{name} {duration(seconds)}" for name, seconds in self.parts.items())
         memory = "" if np.isnan(self.gigabytes) else f", and {self.gigabytes:.1f} GB of memory"
-        return f"Estimate: about {_time(self.seconds)} ({shares}){memory}, if there is something to search for."
+        return f"Estimate: about {duration(self.seconds)} ({shares}){memory}, if there is something to search for."
 
 
 def expected(prices: Prices, size: Size, *, gigabytes: float = float("nan")) -> Estimate:
@@ -321,7 +321,15 @@ def _kept(place: Path | None, key: str) -> Estimate | None:
         return None
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Say how long something takes.
+
+    Args:
+        seconds: how long.
+
+    Returns:
+        Such as "40 s", "7.5 min" or "2.0 h".
+    """
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
