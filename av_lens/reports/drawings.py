@@ -54,7 +54,13 @@ def drawings(found: Isolation, calibration: Calibration | None = None) -> dict[s
         Name to drawing; what was not measured is absent.
     """
     tables: Any = found
-    made: list[Drawing | None] = [_behaviour(found), _release(found), *_maps(found), _confirmation(found)]
+    made: list[Drawing | None] = [
+        _behaviour(found),
+        _release(found),
+        *_maps(found),
+        _confirmation(found),
+        _knowledge(found),
+    ]
     if (tables.evidence["estimand"] == "dla").any():
         caption = "Each head's direct share of the logit difference at the asked position, the largest first."
         made.append(Drawing("attribution", "Direct attribution", caption, plots.attribution(found)))
@@ -183,6 +189,17 @@ def _confirmation(found: Any) -> Drawing | None:
     )
     columns = ("arm", "k", "members", "release (logits)", "low", "high", "says the sound", "says the picture")
     return Drawing("confirmation", title, caption, plots.confirmation(found), columns, rows)
+
+
+def _knowledge(found: Any) -> Drawing | None:
+    if not found.knowledge["method"].isin(["lens", "probe"]).any():
+        return None
+    caption = (
+        "Above: the share of conflicts in which the logit lens has the word among the likeliest at some position of "
+        "the span. Below: how often a linear probe of the span's mean stream tells the class. Bands: 95% intervals; "
+        "dotted: the null (other sounds' words, shuffled labels)."
+    )
+    return Drawing("knowledge", "The two words, layer by layer", caption, plots.knowledge(found))
 
 
 def _calibration(calibration: Calibration) -> Drawing:

@@ -15,6 +15,7 @@ from av_lens import plots
 from av_lens.errors import InputError
 from av_lens.plots import _style
 from av_lens.plots.span_strips import runs_of
+from av_lens.results.tables import table
 from av_lens.spans import SpanMap
 
 
@@ -157,6 +158,24 @@ class TestFindings:
         assert fig.layout.xaxis2.type == "log"
         assert list(traces(fig, "says the sound")[0].y) == [0.32, 0.61, 0.78]
 
+    def test_knowledge_draws_both_words_over_the_layers_of_every_span(self, found):
+        kinds = [("lens", "va", 1), ("probe", "va, av", 0), ("lens", "blank_a", 1)]
+        rows: list[dict[str, object]] = [
+            {"method": method, "word": word, "cell": cell, "span": span, "layer": layer, "value": 0.1 * layer + at,
+             "low": 0.0, "high": 1.0, "null": 0.05, "chosen": False, "n": 30, "note": ""}
+            for method, cell, first in kinds
+            for at, (span, word) in enumerate([("audio", "sound"), ("audio", "picture"), ("generation", "sound")])
+            for layer in (-1, *range(first, 4))
+        ]  # fmt: skip
+        fig = plots.knowledge(dataclasses.replace(found, knowledge=table("knowledge", rows)))
+        assert [note.text for note in fig.layout.annotations] == ["audio", "generation"]
+        curves = [trace for trace in fig.data if trace.name == "sound"]
+        assert len(curves) == 4  # two spans, lens and probe; what the other cell holds is not drawn
+        assert list(curves[0].x) == [1, 2, 3]
+        np.testing.assert_allclose(curves[1].y, [2.1, 2.2, 2.3])  # lens at generation
+        np.testing.assert_allclose(curves[2].y, [0.0, 0.1, 0.2, 0.3])
+        assert {trace.y[0] for trace in fig.data if trace.name == "sound, null"} == {0.05}
+
     def test_attribution_closes_its_sum(self, found):
         fig = plots.attribution(found, top=3)
         rows = found.evidence.query("half == 'discovery' and estimand == 'dla'")
@@ -181,6 +200,8 @@ class TestFindings:
             plots.release(stopped)
         with pytest.raises(InputError, match="none was found"):
             plots.confirmation(stopped)
+        with pytest.raises(InputError, match="no lens and no probes"):
+            plots.knowledge(stopped)
         with pytest.raises(InputError, match="no direct attribution"):
             plots.attribution(stopped)
 
