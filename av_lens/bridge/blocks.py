@@ -10,6 +10,8 @@ order, so the same hook carries the stream itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,12 +100,14 @@ class RealRMSNormBridge(RMSNormalizationBridge):
 class TowerBridge(GeneralizedComponent):
     """An encoder as one piece: `hook_in` on its features, `hook_out` on the embeddings that the fusion stack receives.
 
-    TransformerLens hooks `last_hidden_state`; a vision tower's merged tokens are its `pooler_output`.
+    TransformerLens hooks `last_hidden_state`; a vision tower's merged tokens are its `pooler_output`. Where a
+    `memory` is set, it may answer in the encoder's place: `memory(encode, args, kwargs)`.
     """
 
     def __init__(self, name: str, *, field: str) -> None:
         super().__init__(name)
-        self._field = field
+        self.field = field
+        self.memory: Callable[..., Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Encode.
@@ -116,6 +120,8 @@ class TowerBridge(GeneralizedComponent):
             The tower's own output, with the hooked embeddings in it.
         """
         tower: Any = self.original_component
-        output = tower(self.hook_in(args[0]), *args[1:], **kwargs)
-        output[self._field] = self.hook_out(output[self._field])
+        args = (self.hook_in(args[0]), *args[1:])
+        encode = partial(tower, *args, **kwargs)
+        output = encode() if self.memory is None else self.memory(encode, args, kwargs)
+        output[self.field] = self.hook_out(output[self.field])
         return output

@@ -22,6 +22,7 @@ from torch import Tensor
 from av_lens.bridge.hook_names import hook_name
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.isolation.seam import Engine, Recording, Swap
+from av_lens.runs.execution import logits_of
 from av_lens.runs.restart import Layer, run_layer
 from av_lens.runs.stacks import unembedded
 from av_lens.runs.taps import Taps
@@ -193,7 +194,7 @@ def _hooked(engine: Any, recording: Recording, whole: Swap) -> Recording:
     hooks = [*compiled.fwd_hooks, *((hook_name("z", layer), keep(layer)) for layer in layers)]
     hooks.append((hook_name("resid_post", model.spec.n_layers - 1), keep_final))
     with torch.no_grad():
-        logits = model.run_with_hooks(recording.inputs, fwd_hooks=hooks)[:, asked].float().clone()
+        logits = logits_of(model, recording.inputs, hooks, torch.tensor([asked]))[:, 0].float().clone()
     compiled.verify()
     stacked = torch.stack([z[layer] for layer in layers])
     kept = {name: value for name, value in recording.kept.items() if name == "trace"} | {UNDER: whole}

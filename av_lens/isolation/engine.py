@@ -26,6 +26,7 @@ from av_lens.interventions import Edit, Plan, Site, replace
 from av_lens.isolation.edited_runs import record_edited
 from av_lens.isolation.seam import SITES, Edited, Engine, Head, Recording, Swap, site_positions
 from av_lens.runs.attention_mass import incoming_mass
+from av_lens.runs.execution import logits_of
 from av_lens.runs.stacks import run_streams, scheduled, unembedded
 
 __all__ = ["SITES", "Edited", "Engine", "Head", "ModelEngine", "Recording", "Swap", "site_positions"]
@@ -153,7 +154,7 @@ class ModelEngine:
         hooks = [(hook_name("z", layer), z.at(layer)) for layer in layers]
         hooks.append((hook_name("resid_post", self.n_layers - 1), final.at(0)))
         with torch.no_grad():
-            logits = self.model.run_with_hooks(inputs, fwd_hooks=hooks)[:, asked].detach().float().clone()
+            logits = logits_of(self.model, inputs, hooks, torch.tensor([asked]))[:, 0].detach().float().clone()
         return Recording(inputs, positions, window, logits, torch.stack([z[layer] for layer in layers]), final[0])
 
     def capture(
@@ -173,7 +174,7 @@ class ModelEngine:
         kept = {component: _Kept(torch.from_numpy(positions)) for component in components}
         hooks = [(hook_name(name, layer), kept[name].at(layer)) for name in components for layer in layers]
         with torch.no_grad():
-            self.model.run_with_hooks(inputs, fwd_hooks=hooks)
+            logits_of(self.model, inputs, hooks, torch.tensor([len(inputs.spans) - 1]))
         return {name: torch.stack([kept[name][layer] for layer in layers]) for name in components}
 
     def incoming(self, inputs: Any) -> Float[np.ndarray, "batch pos"]:
@@ -284,7 +285,8 @@ class ModelEngine:
         final = _Kept(asked)
         last = (hook_name("resid_post", self.n_layers - 1), final.at(0))
         with torch.no_grad():
-            logits = self.model.run_with_hooks(recording.inputs, fwd_hooks=[*compiled.fwd_hooks, last])[:, asked]
+            hooks = [*compiled.fwd_hooks, last]
+            logits = logits_of(self.model, recording.inputs, hooks, torch.tensor([asked]))[:, 0]
         compiled.verify()
         return Edited(logits.float().clone(), final[0])
 

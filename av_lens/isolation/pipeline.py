@@ -33,10 +33,12 @@ from av_lens.isolation.effects import Progress
 from av_lens.isolation.engine import Engine
 from av_lens.isolation.evidence import Half
 from av_lens.isolation.finding import finding
+from av_lens.isolation.plan_effects import model_of
 from av_lens.isolation.preparing import Options, Run, prepared
 from av_lens.isolation.stages import further
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, standing
 from av_lens.results.record import RECORD, Isolation
+from av_lens.runs.remembered_towers import remembered_towers
 
 NOT_INTERPRETABLE, EXPLORATORY = "not interpretable", "exploratory"
 
@@ -99,7 +101,7 @@ def isolate(
         budget=budget,
         told=told,
     )
-    with watched as ledger:
+    with watched as ledger, remembered_towers(model_of(run.bench)):
         if told is not None:
             told(protocol.power_sentence(run.protocol))
         found = _carried_out(run, ledger, folder)
