@@ -332,14 +332,19 @@ def plantbench(
 
 
 def true_shapes(
-    recording: Media, out: Out, size: Size = _SHAPES["size"], conflicts: Fewest = _SHAPES["n"], docs: Docs = None
+    recording: Media,
+    out: Out,
+    size: Size = _SHAPES["size"],
+    conflicts: Fewest = _SHAPES["n"],
+    quick: Quick = _SHAPES["quick"],
+    docs: Docs = None,
 ) -> None:
     """Search a model of a checkpoint's true shapes, with random weights, on windows of a recording: seconds, memory."""
     from av_lens.studies import true_shape_costs
     from av_lens.studies.true_shapes import run_at_true_shapes
 
     with console.bars() as bars:
-        record = run_at_true_shapes(recording, out, size=size, n=conflicts, progress=bars)
+        record = run_at_true_shapes(recording, out, size=size, n=conflicts, quick=quick, progress=bars)
     console.OUT.print(true_shape_costs.page(record), markup=False)
     if docs is not None:
         _say_path(true_shape_costs.store(record, docs))

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from av_lens.studies.parts import write_whole
-from av_lens.studies.true_shapes import SIZES, Sizes
+from av_lens.studies.true_shapes import RECORD, SIZES, Sizes
 
 # How a stage's operations grow with depth: by its name's beginning, else like "sets".
 GROWTH = {"reading every cell": "runs", "exact effects": "heads", "incoming": "runs"}
-RECORD, PAGE = "true_shapes.json", "true_shapes.md"
+PAGE = "true_shapes.md"
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,15 @@ def page(record: Mapping[str, Any]) -> str:
         Markdown.
     """
     layers, seconds = record["layers"], record["seconds"]
+    searched = "without robustness and pairs" if record["quick"] else "the whole protocol"
     lines = [
         "# At true shapes",
         "",
         "`av-lens true-shapes CLIP --out DIR --docs docs` writes this page and `true_shapes.json` beside it.",
         "",
         f"A thinker of the {record['size']}'s true widths with random weights, {layers['fusion']} fusion layers and "
-        f"{layers['towers']} layers of each tower, bfloat16, {record['threads']} threads, was searched whole "
-        f'(`gate="report"`, `quick=True`) on {record["conflicts"]} conflicts cut from disjoint windows of a recording, '
+        f"{layers['towers']} layers of each tower, bfloat16, {record['threads']} threads, was searched "
+        f'(`gate="report"`, {searched}) on {record["conflicts"]} conflicts cut from disjoint windows of a recording, '
         f"with synthesised sounds; prompts of {sum(record['roles'].values())} positions "
         f"({record['roles'].get('video', 0)} video, {record['roles'].get('audio', 0)} audio). Random weights do not "
         f"hear; the record is stamped {', '.join(record['stamps'])}.",
@@ -111,7 +112,7 @@ def page(record: Mapping[str, Any]) -> str:
         lines.append(f"| {stage} | {row['seconds']:.0f} | {row['gflop'] / 1e3:.1f} | {reached:.2f} |")
     lines += [
         "",
-        "## Worked out for whole checkpoints, 120 conflicts, `--quick`",
+        f"## Worked out for whole checkpoints, 120 conflicts, {searched}",
         "",
         "Not measured: every stage's operations, grown to full depth, at the share of the peak that it reached here.",
         "",

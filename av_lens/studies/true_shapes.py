@@ -35,6 +35,7 @@ from av_lens.studies.parts import write_whole
 
 QUESTION = "What do you hear?"
 MEL_BINS = 128
+RECORD = "true_shapes.json"
 Progress = Callable[[str, int, int], None]
 
 
@@ -215,6 +216,7 @@ def run_at_true_shapes(
     n: int = 40,
     n_layers: int = 4,
     tower_layers: int = 2,
+    quick: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -222,11 +224,12 @@ def run_at_true_shapes(
 
     Args:
         recording: a video.
-        out: the folder for the clips and the finding.
+        out: the folder for the clips, the finding and the record (`true_shapes.json`).
         size: "3B" or "7B".
         n: how many conflicts; 40 are the least that can be dealt.
         n_layers: fusion layers.
         tower_layers: layers of each tower.
+        quick: leave out robustness and pairs of heads.
         seed: decides weights, windows and sounds.
         progress: called as `progress(stage, done, total)`.
 
@@ -251,15 +254,16 @@ def run_at_true_shapes(
     counted = _Counted(progress)
     began = time.perf_counter()
     with counted:
-        found = isolate(model, listed, gate="report", quick=True, seed=seed, progress=counted)
+        found = isolate(model, listed, gate="report", quick=quick, seed=seed, progress=counted)
     searched_s = time.perf_counter() - began
     peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     found.save(Path(out) / "numbers")
     del model
-    return stamp(
+    record = stamp(
         size=size,
         layers={"fusion": n_layers, "towers": tower_layers},
         conflicts=n,
+        quick=quick,
         threads=torch.get_num_threads(),
         roles=roles,
         seconds={"weights": built_s, "search": searched_s, "towers": tower_seconds(sizes, listed[0], seed=seed)},
@@ -269,6 +273,8 @@ def run_at_true_shapes(
         stamps=list(found.stamps),
         verdict=found.verdict,
     )
+    write_whole(Path(out) / RECORD, json.dumps(record, indent=1) + "\n")
+    return record
 
 
 class _Counted:

@@ -45,7 +45,8 @@ def test_windows_are_disjoint_and_sounds_differ(real_clip_path, tmp_path):
 
 def made_record():
     return {
-        "size": "3B", "layers": {"fusion": 4, "towers": 2}, "conflicts": 40, "threads": 2, "product_gflops": 100.0,
+        "size": "3B", "layers": {"fusion": 4, "towers": 2}, "conflicts": 40, "quick": False, "threads": 2,
+        "product_gflops": 100.0,
         "roles": {"video": 300, "audio": 25, "question": 8}, "stamps": ["not interpretable"], "peak_gb": 5.0,
         "seconds": {"search": 30.0, "towers": {"audio": 1.0, "vision": 2.0}},
         "stages": {
