@@ -18,9 +18,6 @@ _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
 _TRAIN = signature("organism.courses", "train")
 _PLANT = signature("organism.planting", "plant")
-_BENCH = signature("studies.replay_benchmark", "run_benchmark")
-_PLANTS = signature("studies.plantbench", "run_plantbench")
-_SHAPES = signature("studies.true_shapes", "run_at_true_shapes")
 _GENERATE = signature("runs.wrapper", "HookedAVLLM.generate")
 
 Model = Annotated[str, typer.Argument(help="A short name (`av-lens models` lists them), a hub name or a local folder.")]
@@ -61,27 +58,7 @@ PlantLayer = Annotated[int | None, typer.Option(help="The layer; left out: where
 PlantOut = Annotated[Path | None, typer.Option(help="The model's folder; left out: in the user's cache.")]
 TrainOut = Annotated[Path | None, typer.Option(help="The checkpoint's folder; left out: in the user's cache.")]
 
-Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Measure this one only; may be given several times.")]
-Recording = Annotated[Path | None, typer.Option(help="A video with sound, for the shape that needs one.")]
-Threads = Annotated[int, typer.Option(help="Threads of PyTorch.")]
-Samples = Annotated[int, typer.Option(help="Patches of a slow loop that are timed.")]
-Rounds = Annotated[int, typer.Option(help="Quiet rounds of which the median is taken.")]
-Patience = Annotated[float, typer.Option(help="Seconds to wait, for each shape, until nobody else uses the machine.")]
-Memory = Annotated[bool, typer.Option(help="Measure peak memory too, each in a fresh process.")]
-BenchOut = Annotated[Path | None, typer.Option(help="Also write the record to this file, as json.")]
-Size = Annotated[str, typer.Option(help="3B or 7B.")]
-Fewest = Annotated[int, typer.Option(help="How many conflicts are cut from the recording; 40 at least.")]
-Docs = Annotated[Path | None, typer.Option(help="Fill benchmarks.md and benchmarks.json in this folder.")]
 
-Planted = Annotated[
-    list[str] | None,
-    typer.Argument(help="Folders or short names; left out: all that are shipped, and the balanced one."),
-]
-PlantsOut = Annotated[Path, typer.Option(help="The folder to write; models that are scored in it are kept.")]
-Make = Annotated[int, typer.Option(help="Plant so many fresh models first, kind after kind.")]
-PlantsNumber = Annotated[int, typer.Option(help="How many conflicts every model is tested on; at least 40.")]
-PlantsLimit = Annotated[int | None, typer.Option(help="Score at most so many models now; the same command goes on.")]
-PlantsDocs = Annotated[Path | None, typer.Option(help="Fill plantbench.md, .json and .svg in this folder.")]
 PlanFile = Annotated[Path | None, typer.Option(help="A saved plan of edits to answer under (`plan.save` writes one).")]
 Prefix = Annotated[str, typer.Option(help="Text of the assistant that the answer goes on from.")]
 NewTokens = Annotated[int, typer.Option(help="Answer with at most so many tokens.")]
@@ -107,7 +84,7 @@ def demo(
     console.OUT.print()
     console.OUT.print(f"[bold]calibration[/bold]  {console.cell(shown.calibration.sentence)}", soft_wrap=True)
     _say_found(shown.found)
-    _say_path(shown.report)
+    console.say_path(shown.report)
     if not shown.calibration.passed:
         console.ERR.print("[bold red]calibration failed[/bold red]: planted heads did not come out on top.")
         raise typer.Exit(1)
@@ -145,7 +122,7 @@ def isolate(
             out, loaded, listed, name=model, limit=limit, budget=budget, progress=bars, told=console.say, **options
         )
     _say_found(found)
-    _say_path(report)
+    console.say_path(report)
 
 
 def inspect(
@@ -174,7 +151,7 @@ def inspect(
     console.OUT.print("\nmodel (s): the time that the model is told; source (s): the time in the file", markup=False)
     if csv is not None:
         frame.to_csv(csv, index=False)
-        _say_path(csv)
+        console.say_path(csv)
 
 
 def generate(
@@ -228,7 +205,7 @@ def train(name: Organism, seed: TrainSeed = _TRAIN["seed"], out: TrainOut = _TRA
 
     with console.bars() as bars:
         written = train_organism(name, seed=seed, out=out, progress=bars)
-    _say_path(written)
+    console.say_path(written)
 
 
 def plant(
@@ -259,95 +236,11 @@ def plant(
     rows += [(str(decoy["layer"]), str(decoy["head"]), "decoy", *4 * ("",)) for decoy in truth["decoys"]]
     console.OUT.print(console.table(headings, rows, right=headings[3:]))
     console.OUT.print(f"what is new: {truth['shown']:.3f}; the rest, at the least: {truth['kept']:.3f}", markup=False)
-    _say_path(written)
+    console.say_path(written)
     if truth["missing"] or not truth["success"]:
         said = truth["missing"] or ["it answers worse than it should: 0.75 of the new and 0.95 of the rest"]
         console.ERR.print(f"not what was asked for: {'; '.join(said)}", soft_wrap=True, markup=False)
         raise typer.Exit(1)
-
-
-def bench(
-    shape: Shapes = None,
-    recording: Recording = None,
-    threads: Threads = _BENCH["threads"],
-    samples: Samples = _BENCH["samples"],
-    rounds: Rounds = _BENCH["rounds"],
-    patience: Patience = _BENCH["patience"],
-    memory: Memory = _BENCH["memory"],
-    out: BenchOut = None,
-    docs: Docs = None,
-) -> None:
-    """Measure replay beside TransformerLens, nnsight and attribution patching: same model, prompt and patches."""
-    import json
-
-    from av_lens.studies import replay_tables
-    from av_lens.studies.replay_benchmark import run_benchmark
-
-    console.quiet_loading()
-    options: dict[str, Any] = {"threads": threads, "samples": samples, "rounds": rounds, "memory": memory}
-    with console.bars() as bars:
-        record = run_benchmark(shape, recording=recording, patience=patience, progress=bars, **options)
-    for name, found in record.items():
-        console.OUT.print(f"\n[bold]{name}[/bold]")
-        if "skipped" in found:
-            console.OUT.print(f"skipped: {found['skipped']}", markup=False, soft_wrap=True)
-            continue
-        console.OUT.print(replay_tables.header_line(found), markup=False, soft_wrap=True)
-        for headings, rows in replay_tables.tables(found):
-            console.OUT.print()
-            console.OUT.print(console.table(headings, rows, right=headings[1:]))
-    if out is not None:
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        _say_path(out)
-    if docs is not None:
-        _say_path(replay_tables.store(record, docs))
-
-
-def plantbench(
-    models: Planted = None,
-    out: PlantsOut = Path(_PLANTS["out"]),
-    make: Make = _PLANTS["make"],
-    conflicts: PlantsNumber = _PLANTS["conflicts"],
-    seed: Seed = _PLANTS["seed"],
-    limit: PlantsLimit = _PLANTS["limit"],
-    docs: PlantsDocs = None,
-) -> None:
-    """Let every method look for heads that were planted, and for heads where nothing is to be found."""
-    from av_lens.studies import plantbench_tables
-    from av_lens.studies.plantbench import run_plantbench
-
-    console.quiet_loading()
-    options: dict[str, Any] = {"make": make, "conflicts": conflicts, "seed": seed, "limit": limit}
-    with console.bars() as bars:
-        bench = run_plantbench(models or None, out=out, progress=bars, **options)
-    record = plantbench_tables.record_of(bench)
-    for title, (headings, rows) in plantbench_tables.tables(record["models"]):
-        console.OUT.print()
-        console.OUT.print(console.table(headings, rows, title=title, right=headings[1:]))
-    if bench.missing:
-        console.OUT.print(f"\nleft for later: {', '.join(bench.missing)}; the same command goes on.", markup=False)
-    if docs is not None:
-        _say_path(plantbench_tables.store(record, docs))
-    _say_path(bench.folder)
-
-
-def true_shapes(
-    recording: Media,
-    out: Out,
-    size: Size = _SHAPES["size"],
-    conflicts: Fewest = _SHAPES["n"],
-    quick: Quick = _SHAPES["quick"],
-    docs: Docs = None,
-) -> None:
-    """Search a model of a checkpoint's true shapes, with random weights, on windows of a recording: seconds, memory."""
-    from av_lens.studies import true_shape_costs
-    from av_lens.studies.true_shapes import run_at_true_shapes
-
-    with console.bars() as bars:
-        record = run_at_true_shapes(recording, out, size=size, n=conflicts, quick=quick, progress=bars)
-    console.OUT.print(true_shape_costs.page(record), markup=False)
-    if docs is not None:
-        _say_path(true_shape_costs.store(record, docs))
 
 
 def _absent(choice: str) -> str | None:
@@ -364,10 +257,6 @@ def _load(model: str, *, device: str | None, dtype: str | None) -> Any:
         from av_lens.runs import load
 
         return load(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
-
-
-def _say_path(path: Path) -> None:
-    console.OUT.print(f"\nwritten: {Path(path).resolve()}", soft_wrap=True, markup=False)
 
 
 def _say_found(found: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -109,3 +110,12 @@ def quiet_loading() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def say_path(path: str | Path) -> None:
+    """Say where something was written.
+
+    Args:
+        path: the file or folder.
+    """
+    OUT.print(f"\nwritten: {Path(path).resolve()}", soft_wrap=True, markup=False)

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from av_lens import __version__
-from av_lens.cli import commands, console, toolbox
+from av_lens.cli import commands, console, studies, toolbox
 from av_lens.errors import AvLensError, UnfinishedError
 
 
@@ -70,9 +70,8 @@ app.command()(commands.generate)
 app.command()(commands.models)
 app.command()(commands.train)
 app.command()(commands.plant)
-app.command()(commands.bench)
-app.command()(commands.true_shapes)
-app.command()(commands.plantbench)
+for study in (studies.bench, studies.plantbench, studies.seeds, studies.true_shapes):
+    app.command()(study)
 for method in toolbox.METHODS:
     app.command(method.command, rich_help_panel="Methods")(toolbox.command_of(method))
 

@@ -47,7 +47,7 @@ def test_help_names_every_command_and_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
-    for command in ("demo", "isolate", "inspect", "models", "train", "bench", "plantbench"):
+    for command in ("demo", "isolate", "inspect", "models", "train", "bench", "plantbench", "seeds", "true-shapes"):
         assert command in done.stdout
 
 
@@ -56,7 +56,8 @@ def test_help_names_every_command_and_loads_no_torch():
     [("studies.demonstration", "run_demo"), ("isolation.pipeline", "isolate"), ("studies.isolations", "isolate_into"),
      ("inputs.encoder", "Encoder.encode"),
      ("media.source", "load_clip"), ("organism.courses", "train"), ("studies.replay_benchmark", "run_benchmark"),
-     ("studies.plantbench", "run_plantbench")],
+     ("studies.plantbench", "run_plantbench"), ("studies.seeds", "run_seeds"),
+     ("studies.true_shapes", "run_at_true_shapes")],
 )  # fmt: skip
 def test_defaults_are_the_functions(module, function):
     import importlib
@@ -308,10 +309,11 @@ class TestGenerate:
 def test_true_shapes_prints_the_page_and_fills_the_docs(run, tmp_path, monkeypatch):
     from av_lens.studies import true_shapes
 
-    def made(recording, out, *, size, n, progress):
+    def made(recording, out, *, size, n, quick, progress):
         progress("reading every cell", n, n)
         return {
-            "size": size, "layers": {"fusion": 4, "towers": 2}, "conflicts": n, "threads": 2, "product_gflops": 100.0,
+            "size": size, "layers": {"fusion": 4, "towers": 2}, "conflicts": n, "quick": quick, "threads": 2,
+            "product_gflops": 100.0,
             "roles": {"video": 300, "audio": 25}, "stamps": ["not interpretable"], "peak_gb": 5.0,
             "seconds": {"search": 30.0, "towers": {"audio": 1.0, "vision": 2.0}},
             "stages": {"reading every cell": {"seconds": 10.0, "gflop": 500.0}},
@@ -320,6 +322,6 @@ def test_true_shapes_prints_the_page_and_fills_the_docs(run, tmp_path, monkeypat
     monkeypatch.setattr(true_shapes, "run_at_true_shapes", made)
     result = run("true-shapes", tmp_path / "x.mp4", "--out", tmp_path, "--conflicts", 44, "--docs", tmp_path)
     assert result.exit_code == 0, result.output
-    assert "on 44 conflicts cut from disjoint windows" in " ".join(result.stdout.split())
+    assert "the whole protocol) on 44 conflicts cut from disjoint windows" in " ".join(result.stdout.split())
     assert (tmp_path / "true_shapes.json").is_file()
     assert "| 7B |" in (tmp_path / "true_shapes.md").read_text(encoding="utf-8")

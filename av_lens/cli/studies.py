@@ -1,0 +1,148 @@
+"""The commands of the studies: measurements of the program itself, which fill pages of the documentation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from av_lens.cli import console
+from av_lens.cli.commands import Media, Out, Quick, Seed
+from av_lens.cli.defaults import signature
+
+_BENCH = signature("studies.replay_benchmark", "run_benchmark")
+_PLANTS = signature("studies.plantbench", "run_plantbench")
+_SHAPES = signature("studies.true_shapes", "run_at_true_shapes")
+_SEEDS = signature("studies.seeds", "run_seeds")
+
+Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Measure this one only; may be given several times.")]
+Recording = Annotated[Path | None, typer.Option(help="A video with sound, for the shape that needs one.")]
+Threads = Annotated[int, typer.Option(help="Threads of PyTorch.")]
+Samples = Annotated[int, typer.Option(help="Patches of a slow loop that are timed.")]
+Rounds = Annotated[int, typer.Option(help="Quiet rounds of which the median is taken.")]
+Patience = Annotated[float, typer.Option(help="Seconds to wait, for each shape, until nobody else uses the machine.")]
+Memory = Annotated[bool, typer.Option(help="Measure peak memory too, each in a fresh process.")]
+BenchOut = Annotated[Path | None, typer.Option(help="Also write the record to this file, as json.")]
+Size = Annotated[str, typer.Option(help="3B or 7B.")]
+Fewest = Annotated[int, typer.Option(help="How many conflicts are cut from the recording; 40 at least.")]
+Docs = Annotated[Path | None, typer.Option(help="Fill benchmarks.md and benchmarks.json in this folder.")]
+Planted = Annotated[
+    list[str] | None,
+    typer.Argument(help="Folders or short names; left out: all that are shipped, and the balanced one."),
+]
+PlantsOut = Annotated[Path, typer.Option(help="The folder to write; models that are scored in it are kept.")]
+Make = Annotated[int, typer.Option(help="Plant so many fresh models first, kind after kind.")]
+PlantsNumber = Annotated[int, typer.Option(help="How many conflicts every model is tested on; at least 40.")]
+PlantsLimit = Annotated[int | None, typer.Option(help="Score at most so many models now; the same command goes on.")]
+PlantsDocs = Annotated[Path | None, typer.Option(help="Fill plantbench.md, .json and .svg in this folder.")]
+ShapesDocs = Annotated[Path | None, typer.Option(help="Write true_shapes.md and true_shapes.json in this folder.")]
+SeedModels = Annotated[list[str] | None, typer.Argument(help="Short names or folders; left out: av-tiny.")]
+SeedsOut = Annotated[Path, typer.Option(help="The folder to write; what it holds is not measured again.")]
+SeedsNumber = Annotated[int, typer.Option(help="How many conflicts in each of the two sets; 120 for a verdict.")]
+SeedsDocs = Annotated[Path | None, typer.Option(help="Fill isolation.md and write seeds.json in this folder.")]
+
+
+def bench(
+    shape: Shapes = None,
+    recording: Recording = None,
+    threads: Threads = _BENCH["threads"],
+    samples: Samples = _BENCH["samples"],
+    rounds: Rounds = _BENCH["rounds"],
+    patience: Patience = _BENCH["patience"],
+    memory: Memory = _BENCH["memory"],
+    out: BenchOut = None,
+    docs: Docs = None,
+) -> None:
+    """Measure replay beside TransformerLens, nnsight and attribution patching: same model, prompt and patches."""
+    import json
+
+    from av_lens.studies import replay_tables
+    from av_lens.studies.replay_benchmark import run_benchmark
+
+    console.quiet_loading()
+    options: dict[str, Any] = {"threads": threads, "samples": samples, "rounds": rounds, "memory": memory}
+    with console.bars() as bars:
+        record = run_benchmark(shape, recording=recording, patience=patience, progress=bars, **options)
+    for name, found in record.items():
+        console.OUT.print(f"\n[bold]{name}[/bold]")
+        if "skipped" in found:
+            console.OUT.print(f"skipped: {found['skipped']}", markup=False, soft_wrap=True)
+            continue
+        console.OUT.print(replay_tables.header_line(found), markup=False, soft_wrap=True)
+        for headings, rows in replay_tables.tables(found):
+            console.OUT.print()
+            console.OUT.print(console.table(headings, rows, right=headings[1:]))
+    if out is not None:
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        console.say_path(out)
+    if docs is not None:
+        console.say_path(replay_tables.store(record, docs))
+
+
+def plantbench(
+    models: Planted = None,
+    out: PlantsOut = Path(_PLANTS["out"]),
+    make: Make = _PLANTS["make"],
+    conflicts: PlantsNumber = _PLANTS["conflicts"],
+    seed: Seed = _PLANTS["seed"],
+    limit: PlantsLimit = _PLANTS["limit"],
+    docs: PlantsDocs = None,
+) -> None:
+    """Let every method look for heads that were planted, and for heads where nothing is to be found."""
+    from av_lens.studies import plantbench_tables
+    from av_lens.studies.plantbench import run_plantbench
+
+    console.quiet_loading()
+    options: dict[str, Any] = {"make": make, "conflicts": conflicts, "seed": seed, "limit": limit}
+    with console.bars() as bars:
+        bench = run_plantbench(models or None, out=out, progress=bars, **options)
+    record = plantbench_tables.record_of(bench)
+    for title, (headings, rows) in plantbench_tables.tables(record["models"]):
+        console.OUT.print()
+        console.OUT.print(console.table(headings, rows, title=title, right=headings[1:]))
+    if bench.missing:
+        console.OUT.print(f"\nleft for later: {', '.join(bench.missing)}; the same command goes on.", markup=False)
+    if docs is not None:
+        console.say_path(plantbench_tables.store(record, docs))
+    console.say_path(bench.folder)
+
+
+def true_shapes(
+    recording: Media,
+    out: Out,
+    size: Size = _SHAPES["size"],
+    conflicts: Fewest = _SHAPES["n"],
+    quick: Quick = _SHAPES["quick"],
+    docs: ShapesDocs = None,
+) -> None:
+    """Search a model of a checkpoint's true shapes, with random weights, on windows of a recording: seconds, memory."""
+    from av_lens.studies import true_shape_costs
+    from av_lens.studies.true_shapes import run_at_true_shapes
+
+    with console.bars() as bars:
+        record = run_at_true_shapes(recording, out, size=size, n=conflicts, quick=quick, progress=bars)
+    console.OUT.print(true_shape_costs.page(record), markup=False)
+    if docs is not None:
+        console.say_path(true_shape_costs.store(record, docs))
+
+
+def seeds(
+    models: SeedModels = None,
+    out: SeedsOut = Path(_SEEDS["out"]),
+    conflicts: SeedsNumber = _SEEDS["conflicts"],
+    seed: Seed = _SEEDS["seed"],
+    docs: SeedsDocs = None,
+) -> None:
+    """Is the same found again? Isolate models of other training seeds, each on two sets of conflicts."""
+    from av_lens.studies import seeds as study
+
+    console.quiet_loading()
+    with console.bars() as bars:
+        record = study.run_seeds(models or ["av-tiny"], out=out, conflicts=conflicts, seed=seed, progress=bars)
+    for headings, rows in study.tables(record):
+        console.OUT.print()
+        console.OUT.print(console.table(headings, rows, right=headings[1:]))
+    if docs is not None:
+        console.say_path(study.store(record, docs))
+    console.say_path(out)

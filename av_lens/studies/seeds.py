@@ -1,0 +1,255 @@
+"""Is the same found again: in models trained from other seeds, and on other clips?
+
+Every model is isolated twice, on two sets of conflicts that share no clip: the whole protocol on the first, up to
+named and confirmed heads on the second. Beside the set's effect on held-out conflicts stand its controls; beside the
+heads that are named on one discovery half those of the other, their overlap (Jaccard) and the rank correlation over all
+heads of the release (the largest of the three primary donors' means, as on each discovery half).
+
+Both isolations keep what they measure in their folders, so that a run that was stopped goes on where it was.
+
+Example:
+    ```python
+    from av_lens.studies import run_seeds
+
+    record = run_seeds(["av-tiny"], out="seeds")
+    ```
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from av_lens.errors import InputError
+from av_lens.inputs import conflicts as read_conflicts
+from av_lens.isolation import isolate
+from av_lens.isolation.donors import PRIMARY_DONORS
+from av_lens.results.provenance import stamp
+from av_lens.results.record import Isolation
+from av_lens.results.whole_files import write_whole
+from av_lens.runs import load
+from av_lens.studies.parts import Parts
+from av_lens.studies.plantbench_methods import SITE
+from av_lens.studies.plantbench_scores import named_heads
+from av_lens.studies.replay_tables import Table, markdown
+from av_lens.studies.staged_conflicts import stage
+
+Progress = Callable[[str, int, int], None]
+RECORD, PAGE = "seeds.json", "isolation.md"
+OPEN, CLOSE = "<!-- seeds -->\n", "\n<!-- /seeds -->"
+SPREAD = 0.5
+
+
+def run_seeds(
+    models: Sequence[str] = ("av-tiny",),
+    *,
+    out: str | Path = "av-lens-seeds",
+    conflicts: int = 132,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Isolate every model on two sets of conflicts that share no clip.
+
+    Args:
+        models: short names, or folders of models trained from other seeds.
+        out: the folder to write; what it holds is not measured again.
+        conflicts: how many in each of the two sets; 120 for a verdict.
+        seed: draws the first set and deals its halves; the second set is the next seed's.
+        progress: called as `progress(stage, done, total)`.
+
+    Returns:
+        The settings and an entry for each model, in the order asked for.
+
+    Raises:
+        InputError: no model, or two of one name.
+    """
+    labels = [Path(name).name for name in models]
+    if not labels or len(set(labels)) < len(labels):
+        raise InputError(f"models are {', '.join(labels) or 'none'}: name at least one, and none twice.")
+    out = Path(out)
+    listed: list[list[Any]] = []
+    for number in (seed, seed + 1):
+        parts = Parts(out / f"clips-{number}", {"conflicts": conflicts, "seed": number})
+        made = parts.ensure("staged", _staging(conflicts, number, progress))
+        listed.append(read_conflicts(made / "pairs.jsonl"))
+    entries: list[dict[str, Any]] = []
+    for name, label in zip(models, labels, strict=True):
+        model, place = load(name), out / label
+        found = isolate(model, listed[0], gate="report", seed=seed, progress=progress, out=place / "first")
+        again = isolate(
+            model, listed[1], gate="report", seed=seed + 1, named_only=True, progress=progress, out=place / "second"
+        )
+        entries.append({"model": label, **entry_of(found, again)})
+    record = stamp(conflicts=conflicts, seed=seed, models=entries)
+    write_whole(out / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return record
+
+
+def _staging(conflicts: int, seed: int, progress: Progress | None) -> Callable[[Path], None]:
+    def work(folder: Path) -> None:
+        stage(folder, conflicts=conflicts, seed=seed, progress=progress)
+
+    return work
+
+
+def entry_of(found: Isolation, again: Isolation) -> dict[str, Any]:
+    """Put the figures of one model together.
+
+    Args:
+        found: the first set's finding.
+        again: the second set's.
+
+    Returns:
+        Plain data: behaviour, the chosen set beside its controls, what was named on both discovery halves.
+    """
+    tables: Any = found
+    chosen = tables.sets[tables.sets["chosen"]].to_dict("records")
+    first, second = _named(found), _named(again)
+    either = {*first, *second}
+    return {
+        "verdict_kind": found.verdict_kind,
+        "verdict": found.verdict,
+        "stamps": list(found.stamps),
+        "summary": {name: _plain(found.summary[name]) for name in ("G", "C", "gap")},
+        "set": {name: _plain(value) for name, value in chosen[0].items()} if chosen else None,
+        "half of the gap": _half_of_the_gap(found),
+        "specificity": [
+            {"control": str(row["control"]), "verdict": str(row["verdict"]), "fall": _plain(row["fall"])}
+            for row in tables.specificity.to_dict("records")
+        ],
+        "named": first,
+        "named again": second,
+        "jaccard": len({*first} & {*second}) / len(either) if either else None,
+        "rank correlation": _plain(rank_correlation(found, again)),
+    }
+
+
+def rank_correlation(found: Isolation, again: Isolation) -> float:
+    """Compare two findings' releases over all heads.
+
+    Args:
+        found: one finding.
+        again: another of the same model.
+
+    Returns:
+        Spearman's rank correlation of each head's largest mean release on discovery.
+    """
+    one, other = _releases(found).ravel(), _releases(again).ravel()
+    return float(stats.spearmanr(one, other).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _releases(found: Isolation) -> np.ndarray:
+    each = [found.arrays[f"discovery/{SITE}/release/{donor}"].mean(0) for donor in PRIMARY_DONORS]
+    return np.max(each, axis=0)
+
+
+def _named(found: Isolation) -> dict[str, str]:
+    """Head to role, of those named on discovery."""
+    return {f"L{row['layer']}H{row['head']}": str(row["role"]) for row in named_heads(found)}
+
+
+def _half_of_the_gap(found: Any) -> int | None:
+    """How many heads of largest single release, edited together, release half of the gap on confirmation."""
+    ranked = found.ablation[found.ablation["arm"] == "ranked heads"].sort_values("k")
+    enough = ranked[ranked["release"] >= SPREAD * float(found.summary["gap"])]
+    return int(enough["k"].iloc[0]) if len(enough) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | bool | np.bool_):
+        return bool(value) if isinstance(value, np.bool_) else value
+    number = float(value)
+    return None if math.isnan(number) else number
+
+
+def tables(record: dict[str, Any]) -> list[Table]:
+    """Tabulate the study.
+
+    Args:
+        record: from `run_seeds`.
+
+    Returns:
+        The sets beside their controls; what was named on the two discovery halves.
+    """
+    sets = [
+        "model", "verdict", "G", "C", "heads", "release, held out", "of the gap", "sound said", "random sets",
+        "p (floor)", "heads for half", "not held to 5 points",
+    ]  # fmt: skip
+    halves = ["model", "named", "named on other clips", "Jaccard", "rank correlation"]
+    return [
+        (sets, [_set_row(entry) for entry in record["models"]]),
+        (halves, [_halves_row(entry) for entry in record["models"]]),
+    ]
+
+
+def _set_row(entry: dict[str, Any]) -> list[str]:
+    summary, found = entry["summary"], entry["set"]
+    start = [entry["model"], entry["verdict_kind"], _figure(summary["G"]), _figure(summary["C"])]
+    failed = [row["control"] for row in entry["specificity"] if row["verdict"] != "specific"]
+    half = str(entry["half of the gap"] or "–")
+    if found is None:
+        return [*start, *6 * ["–"], half, ", ".join(failed) or "–"]
+    return [
+        *start,
+        f"{int(found['k'])}: {found['members']}",
+        f"{_figure(found['release'])} [{_figure(found['low'])}, {_figure(found['high'])}]",
+        _figure(found["release"] / summary["gap"]),
+        f"{_figure(found['says_sound_before'])} → {_figure(found['says_sound'])}",
+        f"{int(found['random_n'])}: {_figure(found['random_mean'])}",
+        f"{_figure(found['p_random'], 3)} ({_figure(found['p_floor'], 3)})",
+        half,
+        ", ".join(failed) or "none",
+    ]
+
+
+def _halves_row(entry: dict[str, Any]) -> list[str]:
+    both = [
+        ", ".join(f"{head} {role}" for head, role in entry[key].items()) or "none" for key in ("named", "named again")
+    ]
+    return [entry["model"], *both, _figure(entry["jaccard"]), _figure(entry["rank correlation"])]
+
+
+def _figure(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def page_tables(record: dict[str, Any]) -> str:
+    """Write the tables as markdown.
+
+    Args:
+        record: from `run_seeds`.
+
+    Returns:
+        Two pipe tables.
+    """
+    return "\n\n".join(markdown(table) for table in tables(record))
+
+
+def store(record: dict[str, Any], folder: str | Path) -> Path:
+    """Write the record, and fill the page beside it.
+
+    Args:
+        record: from `run_seeds`.
+        folder: where `isolation.md` stands, with its two comments.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: the folder has no such page.
+    """
+    page = Path(folder) / PAGE
+    text = page.read_text("utf-8") if page.exists() else ""
+    head, opened, rest = text.partition(OPEN)
+    _, closed, tail = ("\n" + rest).partition(CLOSE)
+    if not opened or not closed:
+        raise InputError(f"{page} is not there or lacks the comments {OPEN.strip()} and {CLOSE.strip()}.")
+    write_whole(Path(folder) / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_whole(page, head + OPEN + page_tables(record) + CLOSE + tail)
+    return page
