@@ -1,9 +1,9 @@
 """Is the same found again: in models trained from other seeds, and on other clips?
 
-Every model is isolated twice, on two sets of conflicts that share no clip: the whole protocol on the first, up to
-named and confirmed heads on the second. Beside the set's effect on held-out conflicts stand its controls; beside the
-heads that are named on one discovery half those of the other, their overlap (Jaccard) and the rank correlation over all
-heads of the release (the largest of the three primary donors' means, as on each discovery half).
+Every model is isolated twice, up to named and confirmed heads and sets, on two sets of conflicts that share no clip.
+Beside the set's effect on the first's held-out conflicts stand its controls; beside the heads that are named on one
+discovery half those of the other, their overlap (Jaccard) and the rank correlation over all heads of the release (the
+largest of the three primary donors' means, as on each discovery half).
 
 Both isolations keep what they measure in their folders, so that a run that was stopped goes on where it was.
 
@@ -81,9 +81,9 @@ def run_seeds(
     entries: list[dict[str, Any]] = []
     for name, label in zip(models, labels, strict=True):
         model, place = load(name), out / label
-        found = isolate(model, listed[0], gate="report", seed=seed, progress=progress, out=place / "first")
-        again = isolate(
-            model, listed[1], gate="report", seed=seed + 1, named_only=True, progress=progress, out=place / "second"
+        found, again = (
+            isolate(model, one, gate="report", seed=number, named_only=True, progress=progress, out=place / f"{number}")
+            for number, one in zip((seed, seed + 1), listed, strict=True)
         )
         entries.append({"model": label, **entry_of(found, again)})
     record = stamp(conflicts=conflicts, seed=seed, models=entries)
