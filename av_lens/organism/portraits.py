@@ -6,6 +6,8 @@ Documentation shows what `markdown(shares_table())` gives, so that the table can
 from __future__ import annotations
 
 import json
+import math
+from typing import Any
 
 import pandas as pd
 
@@ -116,7 +118,8 @@ def planted_table() -> pd.DataFrame:
     """Say of every planted model that ships what its heads were measured to be.
 
     Returns:
-        `model head kind adds alone "direct share" "reads picture" "reads sound"`, a row for each planted head or decoy.
+        `model head kind adds alone "direct share" "reads picture" "reads sound"`, a row for each planted head or decoy;
+        NaN where there is no figure.
     """
     rows: list[dict[str, object]] = []
     for path in sorted(saving.shipped().glob("*/planted.json")):
@@ -130,10 +133,10 @@ def planted_table() -> pd.DataFrame:
             rows.append({"model": path.parent.name, "head": _place(head), "kind": head["kind"], **named})
         name, decoys = path.parent.name, found.get("decoys", [])
         rows.extend({"model": name, "head": _place(decoy), "kind": "decoy"} for decoy in decoys)
-    return pd.DataFrame(rows).fillna("-")
+    return pd.DataFrame(rows)
 
 
-def _place(head: dict[str, int]) -> str:
+def _place(head: dict[str, Any]) -> str:
     return f"L{head['layer']}H{head['head']}"
 
 
@@ -144,11 +147,15 @@ def markdown(table: pd.DataFrame) -> str:
         table: from `shares_table`.
 
     Returns:
-        The lines of a pipe table; shares with three decimals.
+        The lines of a pipe table; shares with three decimals, a dash for NaN.
     """
     head = [str(column) for column in table.columns]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in table.to_dict("records"):
-        cells = [f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["| " + " | ".join(map(_cell, row.values())) + " |" for row in table.to_dict("records")]
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return "-" if math.isnan(value) else f"{value:.3f}"

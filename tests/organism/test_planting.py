@@ -354,6 +354,39 @@ def test_the_command_says_what_was_planted(tmp_path: Path, monkeypatch: pytest.M
     assert "not what was asked for: a planted head rides for free" in failed.output
 
 
+def shipped() -> list[str]:
+    listed: dict[str, dict[str, str]] = json.loads((saving.shipped() / saving.INDEX).read_text())
+    return [name for name, entry in listed.items() if (saving.shipped() / entry["folder"] / RECORD).exists()]
+
+
+def test_at_least_eight_kinds_ship_and_the_page_shows_what_they_are() -> None:
+    from av_lens.organism import portraits
+
+    assert set(shipped()) == {f"av-tiny-planted-{kind}" for kind in planting_kinds.kinds()}
+    assert len(shipped()) >= 8
+    page = (Path(__file__).parents[2] / "docs" / "organisms.md").read_text()
+    shown = page.split("<!-- planted -->\n")[1].split("\n<!-- /planted -->")[0]
+    assert shown == portraits.markdown(portraits.planted_table())
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_plant_differs_from_its_base_in_the_named_slices_alone(name: str) -> None:
+    folder = saving.shipped() / name
+    record = json.loads((folder / planting.TRUTH).read_text())
+    base = saving.open_checkpoint(saving.shipped() / record["base"])
+    planted = [(layer, head) for plant in record["plants"] for layer, head in plant["heads"]]
+    told = [(entry["layer"], entry["head"]) for entry in (*record["heads"], *record["decoys"])]
+    assert sorted(told) == sorted(planting_record.sharers(base, planted))
+    assert changed_elsewhere(saving.open_checkpoint(folder), base, told) == 0
+    assert record["changed_elsewhere"] == 0
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000
+    kinds = [entry["kind"] for entry in sorted(record["heads"], key=lambda entry: -entry["adds"])]
+    wanted = planting_kinds.kind_named(record["asked_for"]).wanted
+    assert record["success"] == (record["shown"] >= planting.SHOWN and record["kept"] >= planting.KEPT)
+    if wanted and not record["missing"]:
+        assert kinds[0] == wanted
+
+
 @pytest.mark.slow
 def test_gates_are_planted_in_the_balanced_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planting, "PER_CLASS", {"train": 40, "discovery": 12})
