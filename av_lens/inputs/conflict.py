@@ -23,6 +23,7 @@ from av_lens.errors import AlignmentError, InputError, ProtocolError, unknown
 from av_lens.inputs.answers import AnswerLike
 from av_lens.inputs.features import sampled_frames
 from av_lens.inputs.model_inputs import AVInputs, difference
+from av_lens.inputs.shared_tensors import shared
 from av_lens.media.clip import Clip
 from av_lens.media.files import ClipFile
 
@@ -221,7 +222,7 @@ class Cells(Mapping[str, AVInputs]):
             "mute": self._mute,
             "loudness": self._loudness,
         }
-        return replace(x, provenance=x.provenance | said)
+        return shared(replace(x, provenance=x.provenance | said))
 
     def _source(self, name: str) -> Clip:
         if not self._sources:

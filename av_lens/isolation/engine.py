@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import ProtocolError, unknown
+from av_lens.inputs.shared_tensors import shared
 from av_lens.interventions import Edit, Plan, Site, replace
 from av_lens.isolation.edited_runs import record_edited
 from av_lens.isolation.seam import SITES, Edited, Engine, Head, Recording, Swap, site_positions
@@ -122,7 +123,7 @@ class ModelEngine:
         Returns:
             The stack.
         """
-        return type(inputs[0]).stack(list(inputs))
+        return shared(type(inputs[0]).stack(list(inputs)))
 
     def together(self, inputs: Any) -> int:
         """Say how many examples fit into one stack: their trace must stay within `trace_bytes`.
