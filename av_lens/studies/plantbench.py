@@ -41,7 +41,7 @@ from av_lens.results.whole_files import write_whole
 from av_lens.runs import load
 from av_lens.studies.parts import Parts
 from av_lens.studies.plantbench_methods import IN_LOGITS, METHODS, SITE, SharedEngine, Subject, all_scores
-from av_lens.studies.plantbench_scores import exchanged, isolate_score, named_heads
+from av_lens.studies.plantbench_scores import DAMAGE_LAST, damage_last, exchanged, isolate_score, named_heads
 from av_lens.studies.plantbench_truth import TRUTH, read_plant, weights_key
 from av_lens.studies.staged_conflicts import stage
 
@@ -75,7 +75,7 @@ def run_plantbench(
     *,
     out: str | Path = "av-lens-plantbench",
     make: int = 0,
-    conflicts: int = 64,
+    conflicts: int = 120,
     seed: int = 7,
     limit: int | None = None,
     progress: Progress | None = None,
@@ -86,7 +86,7 @@ def run_plantbench(
         models: folders or short names; None for every shipped planted model and the balanced one.
         out: the folder to write; models that it holds, scored by the same program, are not scored again.
         make: plant so many fresh models first, kind after kind, each with a seed of its own.
-        conflicts: how many conflicts; an isolation needs 40.
+        conflicts: how many conflicts; an isolation needs 40, its verdict 120.
         seed: draws the clips, deals the halves, draws flips and bootstraps.
         limit: score at most so many models now.
         progress: called as `progress(stage, done, total)`.
@@ -158,7 +158,8 @@ def criteria(*, conflicts: int, seed: int) -> dict[str, Any]:
         "site": SITE,
         "gate": "report",
         "score": "isolate: lower 95% bound of the release (primary donor of largest mean on discovery), or of the "
-        "chosen set's release minus the set's without the head if larger, over delta; others: the mean",
+        "chosen set's release minus the set's without the head if larger, over delta; beside it the same with heads "
+        "whose role is 'breaks' last; others: the mean",
         "primary_donors": list(PRIMARY_DONORS),
         "methods": list(METHODS),
         "named": "isolate: heads of a releasing role and members of the chosen set that do not break, on discovery; "
@@ -248,7 +249,8 @@ def _scored(
     begun = time.monotonic()
     found = isolate(model, listed, gate="report", named_only=True, seed=seed, progress=progress, engine=engine)
     seconds = {"isolate": time.monotonic() - begun}
-    scores = {"isolate": isolate_score(found)}
+    scores = {"isolate": isolate_score(found), DAMAGE_LAST: damage_last(found)}
+    seconds[DAMAGE_LAST] = seconds["isolate"]
     for method, score in all_scores(Subject(model, engine, found)).items():
         scores[method], seconds[method] = score.table, score.seconds
     return {

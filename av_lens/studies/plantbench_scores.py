@@ -1,7 +1,8 @@
 """How good is a ranking, a naming, a kind? One model's scores against its truth (protocol section 9).
 
 * `isolate`'s score of a head: the lower 95% bound of its release (by the primary donor of largest mean on discovery),
-  or of [release of its set minus release of the set without it] if that is larger, over delta.
+  or of [release of its set minus release of the set without it] if that is larger, over delta. *Damage last* is the
+  same with heads that it says break (their edit is mere damage) behind all others.
 * Named by `isolate`: heads of a releasing role, and members of the chosen set that do not break, at the site. A head's
   kind is its own, or, where that is undetermined, its kind as a member, with the other members edited. *Kind right* is
   counted over all true heads: unnamed and undetermined heads are wrong.
@@ -29,6 +30,7 @@ from av_lens.studies.plantbench_truth import Head, PlantTruth
 
 SITE = "suffix"
 LEVEL, UNDETERMINED = 0.05, "undetermined"
+DAMAGE_LAST = "isolate, damage last"
 Table = Float[np.ndarray, "layer head"]
 Mask = Bool[np.ndarray, "layer head"]
 
@@ -54,6 +56,24 @@ def isolate_score(found: Isolation) -> Table:
         at = int(row["layer"]), int(row["head"])
         out[at] = np.fmax(out[at], float(row["without_low"]))
     return out / found.summary["delta"]
+
+
+def damage_last(found: Isolation) -> Table:
+    """Score every head as `isolate_score` does, but for those whose role is that their edit breaks.
+
+    Args:
+        found: the record.
+
+    Returns:
+        Lower bounds over delta, NaN where no release was measured and for heads that break.
+    """
+    out = isolate_score(found)
+    named = {(row["layer"], row["head"]) for row in named_heads(found)}
+    heads: Any = found.heads
+    for row in heads[(heads["site"] == SITE) & (heads["role"] == "breaks")].to_dict("records"):
+        if (row["layer"], row["head"]) not in named:
+            out[int(row["layer"]), int(row["head"])] = np.nan
+    return out
 
 
 def named_heads(found: Isolation) -> list[dict[str, Any]]:

@@ -21,13 +21,14 @@ from av_lens.results.whole_files import write_whole
 from av_lens.studies.plantbench import Scored
 from av_lens.studies.plantbench_donors import DONORS
 from av_lens.studies.plantbench_methods import IN_LOGITS, METHODS
+from av_lens.studies.plantbench_scores import DAMAGE_LAST
 from av_lens.studies.plantbench_summary import GROUPS, Summary, chosen, mean_over, nulls, summary_of
 from av_lens.studies.plantbench_truth import SUBJECT, PlantTruth
 from av_lens.studies.replay_tables import Table, markdown
 
 RECORD, PAGE, FIGURE = "plantbench.json", "plantbench.md", "plantbench.svg"
 OPEN, CLOSE = "<!-- plantbench -->\n", "\n<!-- /plantbench -->"
-ALL = ("isolate", *METHODS)
+ALL = ("isolate", DAMAGE_LAST, *METHODS)
 
 
 def record_of(bench: Scored) -> dict[str, Any]:

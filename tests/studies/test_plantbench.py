@@ -16,6 +16,7 @@ from av_lens.plots.plant_bench import plant_bench_svg
 from av_lens.studies import plantbench, plantbench_tables
 from av_lens.studies.plantbench_donors import DONORS
 from av_lens.studies.plantbench_methods import METHODS
+from av_lens.studies.plantbench_scores import DAMAGE_LAST
 from av_lens.studies.plantbench_summary import chosen, mean_over, nulls
 from av_lens.studies.plantbench_truth import PlantTruth, read_plant, truth_of
 
@@ -53,7 +54,9 @@ def entry(
     for head in found:
         strong[head] = 3.0
     weak = strong[::-1, ::-1] if blind else strong
-    scores = {"isolate": strong} | {method: weak if "blank picture" in method else strong for method in METHODS}
+    scores = {"isolate": strong, DAMAGE_LAST: strong} | {
+        method: weak if "blank picture" in method else strong for method in METHODS
+    }
     named = [
         {"layer": head[0], "head": head[1], "role": truth.kinds.get(head, "undetermined"), "confirmed": True,
          "donor": "zero", "flags": "always on", "single": True, "member": False}

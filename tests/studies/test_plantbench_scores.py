@@ -14,6 +14,7 @@ from av_lens.results.tables import table
 from av_lens.studies.plantbench_donors import agreement, seen_by
 from av_lens.studies.plantbench_scores import (
     average_precision,
+    damage_last,
     exchanged,
     isolate_score,
     kinds_right,
@@ -121,3 +122,16 @@ def test_agreement_of_donors_by_hand():
     still = agreement({"zero": one, "constant": np.zeros((2, 2))}, g=10.0, delta=9.0)["zero, constant"]
     assert math.isnan(still["rank correlation"])
     assert math.isnan(still["overlap"])
+
+
+def test_heads_that_break_come_last_unless_they_are_members():
+    found = planted_isolation()
+    broken = found.heads.assign(role="breaks")
+    one = (int(broken["layer"].iloc[0]), int(broken["head"].iloc[0]))
+    damaged = dataclasses.replace(found, heads=broken.head(1))
+    assert math.isnan(damage_last(damaged)[one])
+    assert not math.isnan(isolate_score(damaged)[one])
+    others = ~np.isnan(damage_last(damaged))
+    np.testing.assert_array_equal(damage_last(damaged)[others], isolate_score(damaged)[others])
+    saved = with_a_member(damaged, layer=one[0], head=one[1], without_low=3.0)
+    assert damage_last(saved)[one] == isolate_score(saved)[one]
