@@ -55,6 +55,15 @@ def test_the_benchmarks_page_is_the_stored_record():
     assert shown == replay_tables.page_tables(record)
 
 
+def test_the_page_of_true_shapes_is_the_stored_record():
+    from av_lens.studies import true_shape_costs
+
+    record = json.loads((DOCS / true_shape_costs.RECORD).read_text())
+    assert (DOCS / true_shape_costs.PAGE).read_text() == true_shape_costs.page(record)
+    assert record["peak_gb"] < 20 * 1.024**3  # GiB
+    assert "not interpretable" in record["stamps"]
+
+
 @pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda p: p.name)
 def test_links_between_pages_lead_somewhere(path: Path):
     for target in re.findall(r"\]\(([\w/.-]+\.md)\)", path.read_text()):

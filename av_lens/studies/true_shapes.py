@@ -256,7 +256,7 @@ def run_at_true_shapes(
     with counted:
         found = isolate(model, listed, gate="report", quick=quick, seed=seed, progress=counted)
     searched_s = time.perf_counter() - began
-    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     found.save(Path(out) / "numbers")
     del model
     record = stamp(
