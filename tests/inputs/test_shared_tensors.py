@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
 from av_lens.inputs import AVInputs, Conflict, Encoder
-from av_lens.inputs.shared_tensors import _KNOWN, SMALLEST, shared
+from av_lens.inputs.shared_tensors import SMALLEST, shared
 
 PIXELS = "pixel_values_videos"
 
@@ -58,7 +59,7 @@ def test_equal_bytes_of_another_shape_or_kind_are_not_shared_and_nothing_is_kept
     assert first.tensors["one"] is again.tensors["one"]
     assert first.tensors["two"].shape == (2, SMALLEST // 2)
     assert first.tensors["three"].dtype == torch.int8
-    held = len(_KNOWN)
+    held = [weakref.ref(first.tensors[name]) for name in ("one", "two", "three")]
     del first, again, flat
     gc.collect()
-    assert len(_KNOWN) == held - 3
+    assert [one() for one in held] == [None] * 3
