@@ -36,7 +36,19 @@ def shared(x: AVInputs) -> AVInputs:
 def _shared(value: Any) -> Any:
     if not isinstance(value, Tensor) or value.nbytes < SMALLEST or value.device.type != "cpu":
         return value
-    flat = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.blake2b(flat.data, digest_size=16, person=b"inputs")
+    return _KNOWN.setdefault(content_hash(value), value)
+
+
+def content_hash(value: Tensor) -> bytes:
+    """Hash a tensor's kind, shape and content.
+
+    Args:
+        value: the tensor, on any device.
+
+    Returns:
+        16 bytes.
+    """
+    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest = hashlib.blake2b(flat.data, digest_size=16)
     digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
-    return _KNOWN.setdefault(digest.digest(), value)
+    return digest.digest()

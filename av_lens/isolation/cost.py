@@ -269,10 +269,15 @@ def memory(chunk: Chunk, size: Size) -> float:
     trace = run.kept.get("trace")
     one = 0 if trace is None else sum(part.nbytes for kind in _TRACED for part in getattr(trace, kind))
     traces = 2 * one * size.discovery / n
-    return _peak() + (inputs + kept + (traces if traces <= TRACE_BYTES else one)) / 1e9
+    return peak_memory() + (inputs + kept + (traces if traces <= TRACE_BYTES else one)) / 1e9
 
 
-def _peak() -> float:
+def peak_memory() -> float:
+    """Ask for the most memory that was held: the GPU's where one was used, else the process's.
+
+    Returns:
+        GB; NaN where the system does not say.
+    """
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
     try:

@@ -215,3 +215,23 @@ def intervals(values: Sequence[float], low: Sequence[float], high: Sequence[floa
     above = [b - v for v, b in zip(values, high, strict=True)]
     below = [v - a for v, a in zip(values, low, strict=True)]
     return {"type": "data", "array": above, "arrayminus": below, "color": colour, "thickness": 1.5, "width": 0}
+
+
+def band(at: Any, low: Any, high: Any, colour: str, group: str) -> list[Any]:
+    """Draw an interval along a curve.
+
+    Args:
+        at: where, along the horizontal axis.
+        low: its lower end there.
+        high: its upper end.
+        colour: the curve's, as #rrggbb.
+        group: the legend entry that it appears and disappears with.
+
+    Returns:
+        Two traces: an invisible upper edge, and a lower one filled up to it.
+    """
+    import plotly.graph_objects as go
+
+    edge = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", "legendgroup": group}
+    shade = f"rgba({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:7], 16)}, 0.18)"
+    return [go.Scatter(x=at, y=high, **edge), go.Scatter(x=at, y=low, fill="tonexty", fillcolor=shade, **edge)]

@@ -32,8 +32,7 @@ def knowledge(found: Any, *, title: str | None = None) -> Any:
     """
     from plotly.subplots import make_subplots
 
-    frame = found.knowledge
-    frame = frame[frame["method"].isin([method for method, *_ in _ROWS]) & (frame["layer"] >= 0)]
+    frame = drawn(found)
     if not len(frame):
         raise InputError("this isolation holds no lens and no probes, so there is nothing to draw.")
     spans = list(dict.fromkeys(frame["span"]))
@@ -59,13 +58,24 @@ def knowledge(found: Any, *, title: str | None = None) -> Any:
     return fig
 
 
+def drawn(found: Any) -> Any:
+    """Choose the rows that `knowledge` draws.
+
+    Args:
+        found: an `Isolation`.
+
+    Returns:
+        Those of lens and probes at single layers; none where neither was measured.
+    """
+    frame = found.knowledge
+    return frame[frame["method"].isin([method for method, *_ in _ROWS]) & (frame["layer"] >= 0)]
+
+
 def _curve(fig: Any, part: Any, word: str, colour: str, *, row: int, col: int) -> None:
     """One word's values with their band, and its null."""
     import plotly.graph_objects as go
 
     at, first = part["layer"], row == 1 and col == 1
-    edge = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", "legendgroup": word}
-    shade = f"rgba({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:7], 16)}, 0.18)"
     said = [
         f"<b>{word}</b>, {layers} layers passed<br>{value:.2f} ({low:.2f} to {high:.2f})<br>null {null:.2f}"
         for layers, value, low, high, null in zip(
@@ -73,8 +83,7 @@ def _curve(fig: Any, part: Any, word: str, colour: str, *, row: int, col: int) -
         )
     ]
     traces = [
-        go.Scatter(x=at, y=part["high"], **edge),
-        go.Scatter(x=at, y=part["low"], fill="tonexty", fillcolor=shade, **edge),
+        *_style.band(at, part["low"], part["high"], colour, word),
         go.Scatter(
             x=at, y=part["null"], mode="lines", name=f"{word}, null", line={"color": colour, "dash": "dot", "width": 1},
             legendgroup=word, showlegend=first, hoverinfo="skip",

@@ -128,16 +128,8 @@ def _curves(fig: Any, grid: Any, by_line: str | None, of: str, unit: str, column
         if np.isnan(values).all():
             continue
         if not np.isnan(low).all():
-            band = {
-                "mode": "lines",
-                "line": {"width": 0},
-                "showlegend": False,
-                "hoverinfo": "skip",
-                "legendgroup": name,
-            }
-            fig.add_trace(go.Scatter(x=at, y=high, **band), row=1, col=column)
-            shade = f"rgba({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:7], 16)}, 0.18)"
-            fig.add_trace(go.Scatter(x=at, y=low, fill="tonexty", fillcolor=shade, **band), row=1, col=column)
+            for edge in _style.band(at, low, high, colour, name):
+                fig.add_trace(edge, row=1, col=column)
         say = [
             f"<b>{name}</b>, layer {layer}<br>{v:.3g} {unit}" + (f" ({a:.3g} to {b:.3g})" if np.isfinite(a) else "")
             for layer, v, a, b in zip(at, values, low, high, strict=True)

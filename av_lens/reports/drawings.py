@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from av_lens import plots
+from av_lens.plots import knowledge_curves
 from av_lens.reports.material import Calibration
 from av_lens.reports.words import number
 from av_lens.results.record import Isolation
@@ -192,7 +193,7 @@ def _confirmation(found: Any) -> Drawing | None:
 
 
 def _knowledge(found: Any) -> Drawing | None:
-    if not found.knowledge["method"].isin(["lens", "probe"]).any():
+    if not len(knowledge_curves.drawn(found)):
         return None
     caption = (
         "Above: the share of conflicts in which the logit lens has the word among the likeliest at some position of "

@@ -9,7 +9,6 @@ With gradients on, nothing is kept and nothing is taken from it.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +17,8 @@ import torch
 from torch import Tensor
 
 from av_lens.bridge.blocks import TowerBridge
+from av_lens.inputs.memory import Memory
+from av_lens.inputs.shared_tensors import content_hash
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -32,8 +33,7 @@ class TowerMemory:
 
     def __init__(self, field: str, most: float) -> None:
         self._field = field
-        self._most = most
-        self._kept: OrderedDict[bytes, tuple[type, Tensor]] = OrderedDict()
+        self._kept: Memory[tuple[type, Tensor]] = Memory(int(most), lambda made: made[1].nbytes)
 
     def __call__(self, encode: Callable[[], Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Encode, or give what the same input gave before.
@@ -44,20 +44,16 @@ class TowerMemory:
             kwargs: its inputs by name.
 
         Returns:
-            Its output; of one that was kept, only the embeddings.
+            Its output; without gradients only the embeddings of it.
         """
         key = None if torch.is_grad_enabled() else key_of(args, kwargs)
         if key is None:
             return encode()
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            kind, embeddings = self._kept[key]
-            return kind(**{self._field: embeddings})
-        output = encode()
-        self._kept[key] = (type(output), output[self._field].detach())
-        while len(self._kept) > 1 and sum(value.nbytes for _, value in self._kept.values()) > self._most:
-            self._kept.popitem(last=False)
-        return output
+        kind, embeddings = self._kept.once(key, lambda: self._made(encode()))
+        return kind(**{self._field: embeddings})
+
+    def _made(self, output: Any) -> tuple[type, Tensor]:
+        return type(output), output[self._field].detach()
 
 
 def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
@@ -73,8 +69,7 @@ def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
     digest = hashlib.blake2b(digest_size=16)
     for name, value in [*enumerate(args), *sorted(kwargs.items())]:
         if isinstance(value, Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)} {value.device};".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(f"{name} {value.device};".encode() + content_hash(value))
         elif isinstance(value, _PLAIN):
             digest.update(f"{name} {value!r};".encode())
         else:

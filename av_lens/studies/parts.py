@@ -41,7 +41,7 @@ class Parts:
         text = json.dumps({**self.settings, "source": source_hash()}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def ensure(self, name: str, work: Callable[[Path], None]) -> Path:
+    def ensure(self, name: str, work: Callable[[Path], object]) -> Path:
         """Do a part, unless it is done.
 
         Args:

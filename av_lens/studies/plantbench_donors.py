@@ -49,7 +49,7 @@ def agreement(tables: Mapping[str, Table], *, g: float, delta: float) -> dict[st
         large, also = first > delta, second > delta
         either = int((large | also).sum())
         out[f"{one}, {other}"] = {
-            "rank correlation": _rank_correlation(first, second),
+            "rank correlation": rank_correlation(first, second),
             "equal signs": float((np.sign(first) == np.sign(second))[matters].mean()) if matters.any() else math.nan,
             "overlap": float((large & also).sum() / either) if either else math.nan,
         }
@@ -70,7 +70,16 @@ def seen_by(tables: Mapping[str, Table], head: tuple[int, int], *, delta: float)
     return [name for name, table in tables.items() if table[head] > delta]
 
 
-def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Compare two rankings of the same heads.
+
+    Args:
+        first: a figure of each head.
+        second: another.
+
+    Returns:
+        Spearman's correlation; NaN below three heads, or where all are equal.
+    """
     if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return math.nan
     return float(stats.spearmanr(first, second).statistic)  # pyright: ignore[reportAttributeAccessIssue]

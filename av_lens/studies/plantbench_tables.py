@@ -18,6 +18,7 @@ import numpy as np
 from av_lens.errors import InputError
 from av_lens.plots.plant_bench import plant_bench_svg
 from av_lens.results.whole_files import write_whole
+from av_lens.studies.pages import fill, parts_of
 from av_lens.studies.plantbench import Scored
 from av_lens.studies.plantbench_donors import DONORS
 from av_lens.studies.plantbench_methods import IN_LOGITS, METHODS
@@ -64,15 +65,10 @@ def store(record: Mapping[str, Any], folder: str | Path) -> Path:
         InputError: the folder has no such page.
     """
     page = Path(folder) / PAGE
-    text = page.read_text("utf-8") if page.exists() else ""
-    head, opened, rest = text.partition(OPEN)
-    _, closed, tail = ("\n" + rest).partition(CLOSE)
-    if not opened or not closed:
-        raise InputError(f"{page} is not there or lacks the comments {OPEN.strip()} and {CLOSE.strip()}.")
+    parts_of(page, OPEN, CLOSE)  # before anything is written
     write_whole(Path(folder) / RECORD, json.dumps(record, indent=None, separators=(",", ":"), allow_nan=False) + "\n")
     write_whole(Path(folder) / FIGURE, figure(record))
-    write_whole(page, head + OPEN + page_tables(record) + CLOSE + tail)
-    return page
+    return fill(page, OPEN, CLOSE, page_tables(record))
 
 
 def figure(record: Mapping[str, Any]) -> str:

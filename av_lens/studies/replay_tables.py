@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from av_lens.errors import InputError
 from av_lens.results.provenance import plain
+from av_lens.studies.pages import fill, parts_of
 
 RECORD, PAGE = "benchmarks.json", "benchmarks.md"
 OPEN, CLOSE = "<!-- replay -->\n", "\n<!-- /replay -->"
@@ -34,16 +34,11 @@ def store(record: Mapping[str, Any], folder: str | Path) -> Path:
         InputError: the folder has no such page.
     """
     page, stored = Path(folder) / PAGE, Path(folder) / RECORD
-    text = page.read_text("utf-8") if page.exists() else ""
-    head, opened, rest = text.partition(OPEN)
-    _, closed, tail = ("\n" + rest).partition(CLOSE)
-    if not opened or not closed:
-        raise InputError(f"{page} is not there or lacks the comments {OPEN.strip()} and {CLOSE.strip()}.")
+    parts_of(page, OPEN, CLOSE)  # before anything is written
     before: dict[str, Any] = json.loads(stored.read_text("utf-8")) if stored.exists() else {}
     both = {**before, **{name: plain(found) for name, found in record.items()}}
     stored.write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
-    page.write_text(head + OPEN + page_tables(both) + CLOSE + tail, encoding="utf-8")
-    return page
+    return fill(page, OPEN, CLOSE, page_tables(both))
 
 
 def page_tables(record: Mapping[str, Any]) -> str:

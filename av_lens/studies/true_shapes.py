@@ -14,7 +14,6 @@ Sources of the sizes: the configuration files of Qwen2.5-Omni-3B and -7B.
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import torch
 from av_lens.errors import InputError, unknown
 from av_lens.inputs import conflicts
 from av_lens.isolation import isolate
+from av_lens.isolation.cost import peak_memory
 from av_lens.media import Clip, load_clip
 from av_lens.organism import anatomy, world
 from av_lens.results.provenance import stamp
@@ -256,7 +256,7 @@ def run_at_true_shapes(
     with counted:
         found = isolate(model, listed, gate="report", quick=quick, seed=seed, progress=counted)
     searched_s = time.perf_counter() - began
-    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    peak_gb = peak_memory()
     found.save(Path(out) / "numbers")
     del model
     record = stamp(
