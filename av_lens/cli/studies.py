@@ -60,6 +60,7 @@ def bench(
     from av_lens.studies import replay_tables
     from av_lens.studies.replay_benchmark import run_benchmark
 
+    _can_be_filled(docs, replay_tables)
     console.quiet_loading()
     options: dict[str, Any] = {"threads": threads, "samples": samples, "rounds": rounds, "memory": memory}
     with console.bars() as bars:
@@ -93,6 +94,7 @@ def plantbench(
     from av_lens.studies import plantbench_tables
     from av_lens.studies.plantbench import run_plantbench
 
+    _can_be_filled(docs, plantbench_tables)
     console.quiet_loading()
     options: dict[str, Any] = {"make": make, "conflicts": conflicts, "seed": seed, "limit": limit}
     with console.bars() as bars:
@@ -137,6 +139,7 @@ def seeds(
     """Is the same found again? Isolate models of other training seeds, each on two sets of conflicts."""
     from av_lens.studies import seeds as study
 
+    _can_be_filled(docs, study)
     console.quiet_loading()
     with console.bars() as bars:
         record = study.run_seeds(models or ["av-tiny"], out=out, conflicts=conflicts, seed=seed, progress=bars)
@@ -146,3 +149,11 @@ def seeds(
     if docs is not None:
         console.say_path(study.store(record, docs))
     console.say_path(out)
+
+
+def _can_be_filled(docs: Path | None, study: Any) -> None:
+    """Refuse a folder whose page cannot be filled before the long work, not after it."""
+    from av_lens.studies.pages import parts_of
+
+    if docs is not None:
+        parts_of(docs / study.PAGE, study.OPEN, study.CLOSE)

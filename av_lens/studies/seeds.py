@@ -20,21 +20,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from av_lens.errors import InputError
 from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
 from av_lens.isolation.donors import PRIMARY_DONORS
-from av_lens.results.provenance import stamp
+from av_lens.results.provenance import plain, stamp
 from av_lens.results.record import Isolation
 from av_lens.results.whole_files import write_whole
 from av_lens.runs import load
+from av_lens.studies.pages import fill, parts_of
 from av_lens.studies.parts import Parts
+from av_lens.studies.plantbench_donors import rank_correlation
 from av_lens.studies.plantbench_methods import SITE
 from av_lens.studies.plantbench_scores import named_heads
 from av_lens.studies.replay_tables import Table, markdown
@@ -43,7 +45,6 @@ from av_lens.studies.staged_conflicts import stage
 Progress = Callable[[str, int, int], None]
 RECORD, PAGE = "seeds.json", "isolation.md"
 OPEN, CLOSE = "<!-- seeds -->\n", "\n<!-- /seeds -->"
-SPREAD = 0.5
 
 
 def run_seeds(
@@ -76,7 +77,7 @@ def run_seeds(
     listed: list[list[Any]] = []
     for number in (seed, seed + 1):
         parts = Parts(out / f"clips-{number}", {"conflicts": conflicts, "seed": number})
-        made = parts.ensure("staged", _staging(conflicts, number, progress))
+        made = parts.ensure("staged", partial(stage, conflicts=conflicts, seed=number, progress=progress))
         listed.append(read_conflicts(made / "pairs.jsonl"))
     entries: list[dict[str, Any]] = []
     for name, label in zip(models, labels, strict=True):
@@ -89,13 +90,6 @@ def run_seeds(
     record = stamp(conflicts=conflicts, seed=seed, models=entries)
     write_whole(out / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record
-
-
-def _staging(conflicts: int, seed: int, progress: Progress | None) -> Callable[[Path], None]:
-    def work(folder: Path) -> None:
-        stage(folder, conflicts=conflicts, seed=seed, progress=progress)
-
-    return work
 
 
 def entry_of(found: Isolation, again: Isolation) -> dict[str, Any]:
@@ -116,9 +110,9 @@ def entry_of(found: Isolation, again: Isolation) -> dict[str, Any]:
         "verdict_kind": found.verdict_kind,
         "verdict": found.verdict,
         "stamps": list(found.stamps),
-        "summary": {name: _plain(found.summary[name]) for name in ("G", "C", "gap")},
+        "summary": {name: _plain(found.summary[name]) for name in ("G", "C", "gap", "gap confirmation")},
         "set": {name: _plain(value) for name, value in chosen[0].items()} if chosen else None,
-        "half of the gap": _half_of_the_gap(found),
+        "half of the gap": _plain(found.summary.get("heads for half of the gap", math.nan)),
         "specificity": [
             {"control": str(row["control"]), "verdict": str(row["verdict"]), "fall": _plain(row["fall"])}
             for row in tables.specificity.to_dict("records")
@@ -126,27 +120,13 @@ def entry_of(found: Isolation, again: Isolation) -> dict[str, Any]:
         "named": first,
         "named again": second,
         "jaccard": len({*first} & {*second}) / len(either) if either else None,
-        "rank correlation": _plain(rank_correlation(found, again)),
+        "rank correlation": _plain(rank_correlation(_releases(found), _releases(again))),
     }
 
 
-def rank_correlation(found: Isolation, again: Isolation) -> float:
-    """Compare two findings' releases over all heads.
-
-    Args:
-        found: one finding.
-        again: another of the same model.
-
-    Returns:
-        Spearman's rank correlation of each head's largest mean release on discovery.
-    """
-    one, other = _releases(found).ravel(), _releases(again).ravel()
-    return float(stats.spearmanr(one, other).statistic)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _releases(found: Isolation) -> np.ndarray:
-    each = [found.arrays[f"discovery/{SITE}/release/{donor}"].mean(0) for donor in PRIMARY_DONORS]
-    return np.max(each, axis=0)
+    each_donor = [found.arrays[f"discovery/{SITE}/release/{donor}"].mean(0) for donor in PRIMARY_DONORS]
+    return np.max(each_donor, axis=0).ravel()
 
 
 def _named(found: Isolation) -> dict[str, str]:
@@ -154,18 +134,9 @@ def _named(found: Isolation) -> dict[str, str]:
     return {f"L{row['layer']}H{row['head']}": str(row["role"]) for row in named_heads(found)}
 
 
-def _half_of_the_gap(found: Any) -> int | None:
-    """How many heads of largest single release, edited together, release half of the gap on confirmation."""
-    ranked = found.ablation[found.ablation["arm"] == "ranked heads"].sort_values("k")
-    enough = ranked[ranked["release"] >= SPREAD * float(found.summary["gap"])]
-    return int(enough["k"].iloc[0]) if len(enough) else None
-
-
 def _plain(value: Any) -> Any:
-    if isinstance(value, str | bool | np.bool_):
-        return bool(value) if isinstance(value, np.bool_) else value
-    number = float(value)
-    return None if math.isnan(number) else number
+    made = plain(value)
+    return None if isinstance(made, float) and math.isnan(made) else made
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
@@ -192,14 +163,14 @@ def _set_row(entry: dict[str, Any]) -> list[str]:
     summary, found = entry["summary"], entry["set"]
     start = [entry["model"], entry["verdict_kind"], _figure(summary["G"]), _figure(summary["C"])]
     failed = [row["control"] for row in entry["specificity"] if row["verdict"] != "specific"]
-    half = str(entry["half of the gap"] or "–")
+    half = _figure(entry["half of the gap"], 0)
     if found is None:
         return [*start, *6 * ["–"], half, ", ".join(failed) or "–"]
     return [
         *start,
         f"{int(found['k'])}: {found['members']}",
         f"{_figure(found['release'])} [{_figure(found['low'])}, {_figure(found['high'])}]",
-        _figure(found["release"] / summary["gap"]),
+        _figure(found["release"] / summary["gap confirmation"]),
         f"{_figure(found['says_sound_before'])} → {_figure(found['says_sound'])}",
         f"{int(found['random_n'])}: {_figure(found['random_mean'])}",
         f"{_figure(found['p_random'], 3)} ({_figure(found['p_floor'], 3)})",
@@ -245,11 +216,6 @@ def store(record: dict[str, Any], folder: str | Path) -> Path:
         InputError: the folder has no such page.
     """
     page = Path(folder) / PAGE
-    text = page.read_text("utf-8") if page.exists() else ""
-    head, opened, rest = text.partition(OPEN)
-    _, closed, tail = ("\n" + rest).partition(CLOSE)
-    if not opened or not closed:
-        raise InputError(f"{page} is not there or lacks the comments {OPEN.strip()} and {CLOSE.strip()}.")
+    parts_of(page, OPEN, CLOSE)  # before anything is written
     write_whole(Path(folder) / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
-    write_whole(page, head + OPEN + page_tables(record) + CLOSE + tail)
-    return page
+    return fill(page, OPEN, CLOSE, page_tables(record))

@@ -325,3 +325,25 @@ def test_true_shapes_prints_the_page_and_fills_the_docs(run, tmp_path, monkeypat
     assert "the whole protocol) on 44 conflicts cut from disjoint windows" in " ".join(result.stdout.split())
     assert (tmp_path / "true_shapes.json").is_file()
     assert "| 7B |" in (tmp_path / "true_shapes.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "module", "function", "page"),
+    [
+        ("bench", "replay_benchmark", "run_benchmark", "benchmarks.md"),
+        ("plantbench", "plantbench", "run_plantbench", "plantbench.md"),
+        ("seeds", "seeds", "run_seeds", "isolation.md"),
+    ],
+)
+def test_a_page_that_cannot_be_filled_is_refused_before_the_work(
+    run, tmp_path, monkeypatch, command, module, function, page
+):
+    import importlib
+
+    def never(*_, **__):
+        raise AssertionError("the work was begun")
+
+    monkeypatch.setattr(importlib.import_module(f"av_lens.studies.{module}"), function, never)
+    refused = run(command, "--docs", tmp_path)
+    assert refused.exit_code == 2
+    assert f"{page} is not there or lacks the comments" in " ".join(refused.stderr.split())

@@ -16,7 +16,8 @@ from av_lens.studies import seeds
 def with_releases(found, values):
     arrays = {f"discovery/suffix/release/{donor}": np.full((3, *values.shape), -9e3) for donor in seeds.PRIMARY_DONORS}
     arrays["discovery/suffix/release/zero"] = np.stack([values - 1, values, values + 1])
-    return dataclasses.replace(found, arrays=arrays)
+    held_out = {"gap confirmation": 11.0, "heads for half of the gap": 2.0}
+    return dataclasses.replace(found, arrays=arrays, summary=found.summary | held_out)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,11 @@ def test_an_entry_holds_the_findings_own_figures(entry):
     chosen = found.sets[found.sets["chosen"]].iloc[0]
     assert made["set"]["release"] == chosen["release"]
     assert made["set"]["members"] == chosen["members"]
-    assert made["summary"] == {name: found.summary[name] for name in ("G", "C", "gap")}
+    assert made["summary"] == {name: found.summary[name] for name in ("G", "C", "gap")} | {"gap confirmation": 11.0}
+    headings, (row,) = seeds.tables({"models": [{"model": "x", **made}]})[0]
+    said = dict(zip(headings, row, strict=True))
+    assert said["of the gap"] == f"{chosen['release'] / 11.0:.2f}"  # held out over held out, as the verdict says it
+    assert said["heads for half"] == "2"
     both = [
         {f"L{row.layer}H{row.head}" for row in one.heads.itertuples() if row.role in seeds_roles()}
         for one in (found, again)
