@@ -198,7 +198,13 @@ def _conflicts(rng: np.random.Generator) -> list[dict[str, Any]]:
         half = "discovery" if i % 2 else "confirmation"
         logits = dict(M_va=-4.0 + rng.normal(), M_av=4.1 + rng.normal(), M_blank_a=8.0, M_blank_v=-8.3, C=C, G=G)
         who = dict(
-            id=f"{i:04d}", half=half, component=i, competent=i < 2 * N, sound_answer=sound, picture_answer=picture
+            id=f"{i:04d}",
+            half=half,
+            component=i,
+            competent=i < 2 * N,
+            analysed=i < 2 * N,
+            sound_answer=sound,
+            picture_answer=picture,
         )
         rows.append({**who, "says": picture if i % 11 else sound, **logits})
     return rows

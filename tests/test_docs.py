@@ -55,6 +55,25 @@ def test_the_benchmarks_page_is_the_stored_record():
     assert shown == replay_tables.page_tables(record)
 
 
+def test_the_plantbench_page_is_the_stored_record():
+    from av_lens.studies import plantbench_pages
+
+    page, record = (
+        (DOCS / plantbench_pages.PAGE).read_text(),
+        json.loads((DOCS / plantbench_pages.RECORD).read_text()),
+    )
+    shown = page.split(plantbench_pages.OPEN)[1].split(plantbench_pages.CLOSE)[0]
+    assert shown == plantbench_pages.page_tables(record)
+    assert (DOCS / plantbench_pages.FIGURE).read_text() == plantbench_pages.figure(record)
+
+
+def test_what_was_found_again_is_the_stored_record():
+    from av_lens.studies import seeds
+
+    page, record = (DOCS / seeds.PAGE).read_text(), json.loads((DOCS / seeds.RECORD).read_text())
+    assert page.split(seeds.OPEN)[1].split(seeds.CLOSE)[0] == seeds.page_tables(record)
+
+
 def test_the_page_of_true_shapes_is_the_stored_record():
     from av_lens.studies import true_shape_costs
 

@@ -91,22 +91,22 @@ def plantbench(
     docs: PlantsDocs = None,
 ) -> None:
     """Let every method look for heads that were planted, and for heads where nothing is to be found."""
-    from av_lens.studies import plantbench_tables
+    from av_lens.studies import plantbench_pages, plantbench_tables
     from av_lens.studies.plantbench import run_plantbench
 
-    _can_be_filled(docs, plantbench_tables)
+    _can_be_filled(docs, plantbench_pages)
     console.quiet_loading()
     options: dict[str, Any] = {"make": make, "conflicts": conflicts, "seed": seed, "limit": limit}
     with console.bars() as bars:
         bench = run_plantbench(models or None, out=out, progress=bars, **options)
-    record = plantbench_tables.record_of(bench)
-    for title, (headings, rows) in plantbench_tables.tables(record["models"]):
+    record = plantbench_pages.record_of(bench)
+    for title, (headings, rows) in plantbench_tables.tables(record["models"], record["criteria"]["must"]):
         console.OUT.print()
         console.OUT.print(console.table(headings, rows, title=title, right=headings[1:]))
     if bench.missing:
         console.OUT.print(f"\nleft for later: {', '.join(bench.missing)}; the same command goes on.", markup=False)
     if docs is not None:
-        console.say_path(plantbench_tables.store(record, docs))
+        console.say_path(plantbench_pages.store(record, docs))
     console.say_path(bench.folder)
 
 

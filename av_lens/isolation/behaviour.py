@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 
 from av_lens.isolation.bench import Chunk
 from av_lens.isolation.effects import Progress
-from av_lens.isolation.scoring import Candidates, Reading
+from av_lens.isolation.scoring import UNREAD, Candidates, Reading
 from av_lens.results.statistics import Bootstrap, interval
 
 LEAST_MASS = 0.1
@@ -100,7 +100,7 @@ def survey(chunks: Sequence[Chunk], n: int, *, progress: Progress | None = None)
     candidates = chunks[0].bench.candidates
     shape = (n, len(candidates.names))
     readings = {
-        key: Reading(np.full(shape, np.nan), np.full(n, -2, dtype=np.int64), np.full(n, np.nan)) for key in RIGHT
+        key: Reading(np.full(shape, np.nan), np.full(n, UNREAD, dtype=np.int64), np.full(n, np.nan)) for key in RIGHT
     }
     total, done = len(RIGHT) * n, 0
     for chunk in chunks:

@@ -36,7 +36,7 @@ from av_lens.isolation.donors import (
     align_end,
     equal_ending,
 )
-from av_lens.isolation.scoring import Candidates, Reading
+from av_lens.isolation.scoring import UNREAD, Candidates, Reading
 from av_lens.isolation.seam import MEDIA_SITES, Engine, Recording, site_positions
 from av_lens.isolation.store import Arrays, Store
 from av_lens.runs.attention_mass import sink_positions, sinks_of
@@ -249,7 +249,7 @@ class Chunk:
         candidates = self.bench.candidates
         present = self._present(cell) if cell not in W_CELLS or self._has_w() else []
         n, k = len(self.examples), len(candidates.names)
-        out = Reading(np.full((n, k), np.nan), np.full(n, -2, dtype=np.int64), np.full(n, np.nan))
+        out = Reading(np.full((n, k), np.nan), np.full(n, UNREAD, dtype=np.int64), np.full(n, np.nan))
         if present:
             found = candidates.read(self.run(cell, question).logits, np.array(present))
             rows = np.flatnonzero(np.isin(self.examples, present))
@@ -299,6 +299,8 @@ class Chunk:
 
     def _cell_z(self, base: str, name: str, question: str) -> Tensor:
         cell = self.donor_cell(base, name)
+        if cell in W_CELLS and not self._has_w():  # other stacks of the half may have third clips
+            return torch.full_like(self.run(base, question).site_z, torch.nan)
         # Audio alone and bare text have another layout: the donor is asked the conflict's own question there.
         asked = "ask" if base in ("audio_only", "text_only") else question
         found, own = self.run(cell, asked), self.run(base, question)

@@ -133,7 +133,7 @@ def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
     members = [row for row in held.roles if row.role in NAMES]
     p = [held.sites[row.site].tests.of(row) for row in single]
     p += [held.in_context[CONFIRMATION].tests.of(row) for row in members]
-    adjusted = holm(np.array(p, dtype=np.float64))
+    adjusted = holm(np.array(p, dtype=np.float64), family=len(p))
     held.holm_p = {row: float(value) for row, value in zip((*single, *members), adjusted, strict=True)}
     groups = [(site.evidence, [row for row in single if row.site == name]) for name, site in held.sites.items()]
     if members:

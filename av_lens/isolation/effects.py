@@ -33,7 +33,7 @@ from jaxtyping import Float, Int
 
 from av_lens.isolation.bench import MIRROR, PRIMARY_DONORS, Chunk
 from av_lens.isolation.engine import Head, Swap
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.scoring import UNREAD, Candidates
 
 Progress = Callable[[str, int, int], None]
 PerHead = Float[np.ndarray, "example layer head"]
@@ -301,7 +301,7 @@ def set_scores(
         donor = chunk.donor(base, name, question)
         swaps.append(Swap(tuple(heads), tuple(donor[layer, :, :, head] for layer, head in heads)))
     scores = np.full((len(sets), len(chunk.examples), len(candidates.names)), np.nan)
-    top = np.full((len(sets), len(chunk.examples)), -2, dtype=np.int64)
+    top = np.full((len(sets), len(chunk.examples)), UNREAD, dtype=np.int64)
     for k, logits in enumerate(chunk.bench.engine.edited(chunk.run(base, question), swaps)):
         found = candidates.read(logits, chunk.examples)
         scores[k], top[k] = found.scores, found.top

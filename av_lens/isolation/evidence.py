@@ -27,6 +27,7 @@ from av_lens.isolation.role_tests import (
     head_means,
     pick_donors,
     run_tests,
+    run_tests_together,
 )
 from av_lens.isolation.roles import LEVEL, classify
 from av_lens.isolation.seam import MEDIA_SITES, Head
@@ -40,7 +41,16 @@ PerHead = Float[np.ndarray, "example layer head"]
 
 @dataclass(eq=False)
 class Half:
-    """One half's conflicts that are analysed: what their clips share, and hearing per conflict."""
+    """One half's conflicts that are analysed: what their clips share, and hearing per conflict.
+
+    Attributes:
+        name: "discovery" or "confirmation".
+        examples: the conflicts.
+        components: each one's component.
+        boot: their bootstrap weights.
+        G: hearing with nothing to see.
+        C: hearing under conflict.
+    """
 
     name: str
     examples: Int[np.ndarray, " example"]
@@ -161,12 +171,22 @@ class BySite:
 
 @dataclass(eq=False)
 class Searched(BySite):
-    """What discovery found; `notes` say which sites could not be searched, and why."""
+    """What discovery found.
+
+    Attributes:
+        named: a row for each (head, site, role).
+        release_q: by site and donor.
+        s: the threshold, a share of G.
+        means: by site.
+        n_sites: how many sites were asked for: the family counts them all.
+        notes: which sites could not be searched, and why.
+    """
 
     named: list[Named]
     release_q: dict[str, dict[str, np.ndarray]]
     s: float
     means: dict[str, Means | None]
+    n_sites: int
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -290,6 +310,10 @@ def search(
         found.append(
             gather(chunks[site], half, wanted, heads, site=site, s=s, family=family, seed=seed, progress=progress)
         )
+    if len(found) > 1:  # the largest T of a flip is that of all sites
+        together = run_tests_together([site.evidence for site in found], s=s, family=family, seed=seed)
+        for site, tests in zip(found, together, strict=True):
+            site.tests = tests
     q, release_q = adjust([site.tests for site in found], n_sites=len(sites))
     named = [
         row
@@ -302,6 +326,7 @@ def search(
         release_q=dict(zip(searched, release_q, strict=True)),
         s=s,
         means=means,
+        n_sites=len(sites),
         notes=notes,
     )
 

@@ -9,6 +9,7 @@ from av_lens.isolation.behaviour import rows_of
 from av_lens.isolation.evidence import Half
 from av_lens.isolation.head_table import head_rows
 from av_lens.isolation.preparing import Run
+from av_lens.isolation.scoring import NEITHER, UNREAD
 from av_lens.isolation.stages import Further
 from av_lens.results.halves import CONFIRMATION, DISCOVERY
 from av_lens.results.provenance import stamp
@@ -99,9 +100,12 @@ def behaviour_rows(run: Run, halves: tuple[Half, Half]) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for half in halves:
-        rows += rows_of(run.read, half.examples, half.boot, half.name, "competent")
-        whole = run.half(half.name, run.halves.members(half.name))
-        rows += rows_of(run.read, whole.examples, whole.boot, half.name, "all")
+        dealt = run.halves.members(half.name)
+        # Not the half's own conflicts: after a refusal, and past one, all of them are analysed.
+        for chosen, rows_there in (("competent", [i for i in dealt if run.read.competent[i]]), ("all", dealt)):
+            if rows_there:
+                part = run.half(half.name, rows_there)
+                rows += rows_of(run.read, part.examples, part.boot, half.name, chosen)
     return rows
 
 
@@ -118,14 +122,15 @@ def conflict_rows(run: Run, halves: tuple[Half, Half]) -> list[dict[str, Any]]:
     found, candidates = run.read, run.bench.candidates
     used = {int(i) for half in halves for i in half.examples}
     tops = found.readings[("va", "ask")].top
-    names = {-1: "neither", -2: ""}
+    names = {NEITHER: "neither", UNREAD: ""}
     margins = {cell: found.margin(cell) for cell in ("va", "av", "blank_a", "blank_v")}
     return [
         {
             "id": run.members[i].id,
             "half": run.halves.half[i],
             "component": run.halves.component[i],
-            "competent": i in used,
+            "competent": bool(found.competent[i]),
+            "analysed": i in used,
             "sound_answer": candidates.names[candidates.sound[i]],
             "picture_answer": candidates.names[candidates.picture[i]],
             "says": names.get(int(tops[i])) or candidates.names[int(tops[i])],

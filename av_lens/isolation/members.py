@@ -9,12 +9,13 @@ the heard answer, in the same context. The cuts are those of single heads (95% i
 Discovery gives the roles; confirmation confirms them: the same role by the same cuts, mean above delta, Holm's p below
 .05 over all rows named on discovery, single heads and members together.
 
-Choice where the protocol is silent: a member has no q (it was found by a search, not by a test), so its role on
-discovery is that of the cuts alone.
+Choice where the protocol is silent: a member has no q and no max-T p (it was found by a search, not by a test), so its
+role on discovery is that of the cuts alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -154,15 +155,14 @@ def member_roles(found: InContext, built: BuiltSet, *, site: str) -> list[Named]
         site: the site set.
 
     Returns:
-        One row per member, in the set's order; q is NaN.
+        One row per member, in the set's order; q and the max-T p are NaN.
     """
     rows: list[Named] = []
     for layer, head in built.members:
         role = suppressor_role(found.cuts, layer, head, dict.fromkeys(SUPPRESSORS, True))
         table = found.tests.p.get((role, built.donor), found.tests.release_p[built.donor])
-        maxt = found.tests.p_maxt.get((role, built.donor), found.tests.release_p_maxt[built.donor])
-        p, p_maxt = float(table[layer, head]), float(maxt[layer, head])
-        rows.append(Named(layer, head, site, role, built.donor, p, float("nan"), p_maxt))
+        # Only the members were measured in this context, so that no p here is one of the family of all heads.
+        rows.append(Named(layer, head, site, role, built.donor, float(table[layer, head]), math.nan, math.nan))
     return rows
 
 

@@ -150,7 +150,7 @@ def _behave(run: Run, ledger: Ledger, folder: Path | None) -> tuple[Half, Half]:
     """Read every cell, refuse what must be refused, choose the competent."""
     bench, gate = run.bench, run.options.gate
     everyone = list(range(len(bench.conflicts)))
-    chunks = bench.chunks(everyone)
+    chunks = bench.chunks(everyone, "suffix")  # readings do not depend on the site; sinks are found later
     if ledger.told is not None or folder is not None:
         ledger.expect(cost.estimated(chunks, _size(run), folder=folder, key=run.key))
     run.survey = survey(chunks, len(everyone), progress=run.progress)
@@ -200,6 +200,7 @@ def _competent(run: Run, dealt: dict[str, list[int]]) -> dict[str, list[int]]:
         if run.options.gate == "stop":
             raise ProtocolError(f"refused: {sentence} Add conflicts, or clips that the model knows.")
         run.stamp(NOT_INTERPRETABLE, f"{sentence} All conflicts are used, competent or not.")
+        run.stamp(EXPLORATORY, f"exploratory: fewer than {protocol.FIRM_CONFLICTS} competent conflicts in a half.")
         return dealt
     if size == "exploratory":
         run.stamp(

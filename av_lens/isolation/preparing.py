@@ -28,7 +28,7 @@ from av_lens.isolation.engine import SITES, Engine, ModelEngine
 from av_lens.isolation.evidence import Half
 from av_lens.isolation.role_tests import family_size
 from av_lens.isolation.scoring import Candidates
-from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member, deal, third_sources
+from av_lens.results.halves import CONFIRMATION, DISCOVERY, LOST, Halves, Member, deal, third_sources
 from av_lens.results.provenance import plain, source_hash, versions
 from av_lens.results.statistics import Bootstrap
 from av_lens.runs.trace_files import weight_hashes
@@ -154,6 +154,7 @@ def prepared(
         for i, c in enumerate(named)
     ]
     halves = deal(members, seed=options.seed)
+    _refuse_strays(named, members, halves, keys)
     named = _with_thirds(named, candidates, halves, options.seed)
     family = family_size(engine.n_layers * engine.n_heads, len(options.sites))
     written = protocol.protocol_of(
@@ -212,6 +213,23 @@ def _conflicts_hash(named: Sequence[Any], members: Sequence[Member], keys: _Clip
         for conflict, member in zip(named, members, strict=True)
     ]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _refuse_strays(named: Sequence[Any], members: Sequence[Member], halves: Halves, keys: _ClipKeys) -> None:
+    """Refuse a given third clip on which the other half's conflicts are built: the halves share no clip."""
+    built_on = {
+        clip: half
+        for member, half in zip(members, halves.half, strict=True)
+        for clip in (member.sound_clip, member.picture_clip)
+    }
+    for conflict, half in zip(named, halves.half, strict=True):
+        other = half if conflict.third is None else built_on.get(keys.of(conflict.third), half)
+        if LOST not in (half, other) and half != other:
+            raise ProtocolError(
+                f"conflict {conflict.id!r} was dealt to {half}, and its third clip is a source clip of {other}: the "
+                "halves must share no clip. Give a third clip that no conflict is made of, or leave third= out (one is "
+                "drawn)."
+            )
 
 
 def _with_thirds(named: Sequence[Any], candidates: Candidates, halves: Halves, seed: int) -> list[Any]:

@@ -15,15 +15,20 @@ from typing import Any
 from av_lens import __version__
 from av_lens.isolation.behaviour import LEAST_GAP, LEAST_MASS
 from av_lens.isolation.bench import PRIMARY_DONORS
-from av_lens.isolation.role_tests import DIRECT_CUT
+from av_lens.isolation.role_tests import DAMAGE_CUT, DIRECT_CUT
 from av_lens.isolation.roles import LEVEL
-from av_lens.isolation.sets import RANDOM_SETS
+from av_lens.isolation.set_search import ALL_HEADS, MOST_MEMBERS, PATIENCE, SCREENED, SYNERGIES
+from av_lens.isolation.sets import FEWEST_SETS, NEAREST, NORM_FACTOR, RANDOM_SETS
 from av_lens.isolation.specificity import MARGIN
+from av_lens.isolation.threshold import PERCENTILE
 from av_lens.results.halves import DISCOVERY, FEWEST, FIRM_COMPONENTS, FIRM_CONFLICTS, LARGEST_SHARE, Halves
 from av_lens.results.provenance import plain
-from av_lens.results.statistics import DRAWS, FEWEST_CLIPS, FEWEST_ITEMS, MOST_EXACT, smallest_effect
+from av_lens.results.statistics import DRAWS, FEWEST_CLIPS, FEWEST_COMPONENTS, FEWEST_ITEMS, MOST_EXACT, smallest_effect
+from av_lens.runs.attention_mass import SINK_TIMES
 
 S_ORGANISM, S_OTHER = 0.10, 0.03
+ALSO_COUNTED_AT = (0.10, 0.03, 0.01)
+"""Shares of G at which the verdict counts heads, whatever s is."""
 LEFT_OUT_QUICK = ("robustness", "pairs")
 MEASURED = (
     "other model: at least this, or the 99th percentile over heads of the largest release under the control question"
@@ -49,16 +54,22 @@ CHOICES = (
     "the same family, each role's p replaced by its release part.",
     "A role's max-T p is the largest of its parts' max-T p; T = sum / sqrt(sum of squares) of the component sums.",
     "Holm runs over the rows that got a name (`breaks` is none); a row is confirmed if, besides, its mean is above "
-    "delta and the cuts give the same role on confirmation.",
+    "delta and, for a releasing role, the cuts give the same role on confirmation.",
     "A head of undetermined kind is named (its kind is not): it belongs to the set, and is confirmed by its release "
     "alone, if it does not break.",
     "Sets are searched at the first site set that was asked for.",
     "Sets: a climb that stops at 12 heads leaves its last small gains to the backward steps; three small gains stop "
     "it where they come in a row; a set whose last head releases less than delta is taken apart to nothing. Above 64 "
     "heads the screen by release ranks a head by its largest release over the donors.",
+    "Undetermined (the release passes, no kind's cut holds) comes before silenced carrier: a head whose release passes "
+    "is never called a victim.",
+    "A verdict is 'named' if the confirmed set, or at most 12 heads of largest single release together, restore half "
+    "of the gap, 'spread' if it takes more; the order of these heads and their donor come from discovery, how many "
+    "reach half is read off the curve on confirmation and chooses nothing.",
+    "Where two backward steps cost alike the member taken in last is taken out.",
     "Members of the chosen set are measured with the other members edited: release, direct share, reads, damage. Their "
-    "roles follow from the same cuts (they have no q); a member that no single release named stands in the table of "
-    "heads with these figures.",
+    "roles follow from the same cuts (they have no q and no max-T p); a member that no single release named stands in "
+    "the table of heads with these figures.",
     "Holm runs over single heads' rows and the chosen set's members together.",
     "The set is confirmed if its release's lower bound is above delta and it releases more than every matched random "
     "set; p and its floor stand beside, since few matched sets may exist.",
@@ -66,8 +77,9 @@ CHOICES = (
     "widened by its next nearest heads within one layer, one at a time, until there are 20 sets; the set is flagged.",
     "Specificity has one item per conflict; donors there are asked the control's own question where the layout is "
     "the same.",
-    "audio_only is a secondary donor of the release alone, laid on from the end as far as the token ids are equal; its "
+    "audio_only is a secondary donor of the release alone, at suffix and generation, laid on from the end as far as the token ids are equal; its "
     "mirror is the picture's sound alone.",
+    "The text-only prompt is the bare question, without a conflict's prefix.",
     "An effect's parts are centred over the distinct answers of all conflicts given; with the norm frozen both the "
     "edited and the unedited run are read out with what the final norm divided by in the unedited one.",
     "A sink receives over 10 times the mean over the media positions, summed over layers and heads. Norms that random "
@@ -88,6 +100,9 @@ CHOICES = (
     "keys that hold no media.",
     "The lens counts a word among the top 5, at no more than 64 evenly spaced positions of a span; probes read the "
     "stream averaged over a span.",
+    "Power counts in the 90th percentile over heads of the standard deviation of release - s G between components.",
+    "Robustness keeps the main search's choice by competence; its sampled flips resolve half of the first step of the "
+    "ladder at one site, its bootstraps of clips have intervals of 1,000 draws.",
     "The power before a run is that of discovery's components as dealt, before the choice by competence.",
     "Intervals of rates are the same bootstrap as all others, so a rate of 1.0 has the interval 1.0 to 1.0.",
 )
@@ -123,7 +138,7 @@ def protocol_of(
         "donors": list(PRIMARY_DONORS),
         **plain(options),
         "left_out": list(LEFT_OUT_QUICK) if options["quick"] else [],
-        "also_counted_at": [0.10, 0.03, 0.01],
+        "also_counted_at": list(ALSO_COUNTED_AT),
         "level": LEVEL,
         "direct_share_cut": DIRECT_CUT,
         "family": family,
@@ -144,9 +159,27 @@ def protocol_of(
             "dealt": dict(zip(ids, halves.half, strict=True)),
             "lost": halves.n_lost,
         },
-        "bootstrap": {"draws": DRAWS, "level": 0.95, "fewest_clips": FEWEST_CLIPS},
+        "bootstrap": {
+            "draws": DRAWS,
+            "level": 0.95,
+            "fewest_clips": FEWEST_CLIPS,
+            "fewest_components": FEWEST_COMPONENTS,
+        },
         "sign_flips": {"most_exact_components": MOST_EXACT, "least_sampled": "10 x family / .05"},
         "random_sets": RANDOM_SETS,
+        "damage": {"fall_of_G_over_release": DAMAGE_CUT, "heard_answer_over_delta": -1},
+        "null_percentile_under_control": PERCENTILE,
+        "sinks_times_the_mean": SINK_TIMES,
+        "sets": {
+            "all_heads_up_to": ALL_HEADS,
+            "screened": SCREENED,
+            "synergies": SYNERGIES,
+            "most_members": MOST_MEMBERS,
+            "small_gains_in_a_row": PATIENCE,
+            "random_norm_factor": NORM_FACTOR,
+            "random_nearest": NEAREST,
+            "random_fewest": FEWEST_SETS,
+        },
         "non_inferiority": {"margin": MARGIN, "fewest_items": FEWEST_ITEMS},
         "choices": list(CHOICES),
     }

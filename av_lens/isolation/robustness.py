@@ -16,7 +16,7 @@ releases, who was lost and gained, and whose role *turned* (named both times, by
 
 Choices where the protocol is silent: the conflicts are the main search's (its choice by competence is not made again);
 effects that no suppressor's role needs are not measured again; the threshold delta is s times the variant's own G;
-sampled sign flips are as many as resolve a fortieth of the first step of the false discovery rate's ladder.
+sampled sign flips are as many as resolve half of the first step of the false discovery rate's ladder at one site.
 """
 
 from __future__ import annotations
@@ -138,19 +138,20 @@ def robustness_rows(
     site = searched.first
     main = named_roles(searched.named, site.site)
     releases = best_release(site.evidence)
+    n_sites = searched.n_sites
     rows: list[dict[str, Any]] = []
     if isinstance(bench.engine, ModelEngine):
         questions = [str(conflict.question) for conflict in bench.conflicts]
         for variant in variants(bench.engine, questions, phrasing=phrasing):
             try:
-                again, found = _searched_again(bench, half, variant, site.site, searched.s, seed, progress)
+                again, found = _searched_again(bench, half, variant, site.site, searched.s, seed, n_sites, progress)
             except AvLensError as refused:
                 rows.append({"variant": variant.name, "note": f"not measured: {refused}"})
                 continue
             rho = rank_correlation(releases, best_release(found))
             note = f"asked {variant.question!r}" if variant.question else ""
             rows.append(compared(variant.name, main, again) | {"rank_correlation": rho, "note": note})
-    rows.append(_bootstrapped(half, site.evidence, main, site.site, searched.s, seed, draws, progress))
+    rows.append(_bootstrapped(half, site.evidence, main, site.site, searched.s, seed, n_sites, draws, progress))
     return rows
 
 
@@ -233,7 +234,7 @@ def compared(name: str, main: Mapping[Head, str], again: Mapping[Head, str]) -> 
 
 
 def _searched_again(
-    bench: Bench, half: Half, variant: Variant, site: str, s: float, seed: int, progress: Progress | None
+    bench: Bench, half: Half, variant: Variant, site: str, s: float, seed: int, n_sites: int, progress: Progress | None
 ) -> tuple[dict[Head, str], Evidence]:
     """Measure what the suppressors' roles need under a variant, and name them."""
     other = _varied(bench, variant)
@@ -250,7 +251,7 @@ def _searched_again(
     for chunk in chunks:
         chunk.forget()
     found = Evidence.of(effects, G=hearing, C=conflict, components=half.components, boot=half.boot)
-    return _named_again(found, site, s, seed), found
+    return _named_again(found, site, s, seed, n_sites), found
 
 
 def _varied(bench: Bench, variant: Variant) -> Bench:
@@ -312,11 +313,11 @@ def _behaviour(
     return 0.5 * (m["blank_a"] - m["blank_v"]), 0.5 * (m["va"] - m["av"])
 
 
-def _named_again(found: Evidence, site: str, s: float, seed: int) -> dict[Head, str]:
-    # Enough sampled flips to see a p of a fortieth of the first step of the ladder; more would not change who passes.
+def _named_again(found: Evidence, site: str, s: float, seed: int, n_sites: int) -> dict[Head, str]:
+    # 440 sampled flips a head see a p of half of the first step of the ladder at one site (.05 / 11 a head).
     n_heads = found.silenced.shape[1] * found.silenced.shape[2]
     tests = run_tests(found, s=s, family=math.ceil(n_heads * 11 / 5), seed=seed)
-    (q,), (release_q,) = adjust([tests])
+    (q,), (release_q,) = adjust([tests], n_sites=n_sites)
     return named_roles(classify(found, tests, q, release_q, s=s, site=site), site)
 
 
@@ -327,6 +328,7 @@ def _bootstrapped(
     site: str,
     s: float,
     seed: int,
+    n_sites: int,
     draws: int,
     progress: Progress | None,
 ) -> dict[str, Any]:
@@ -340,9 +342,10 @@ def _bootstrapped(
         drawn = [np.flatnonzero(components == group) for group in rng.choice(groups, size=len(groups))]
         rows = np.concatenate(drawn)
         renamed = [number for number, part in enumerate(drawn) for _ in part]
-        clips = [f"clip{number}" for number in renamed]
-        boot = Bootstrap.draw(renamed, clips, clips, seed=seed + draw, draws=1000)
-        again = _named_again(_taken(found, rows, renamed, boot), site, s, seed + draw)
+        assert half.boot.clips is not None
+        clips = [[f"{number}:{of[i]}" for number, i in zip(renamed, rows, strict=True)] for of in half.boot.clips]
+        boot = Bootstrap.draw(renamed, *clips, seed=seed + draw, draws=1000)
+        again = _named_again(_taken(found, rows, renamed, boot), site, s, seed + draw, n_sites)
         values.append(jaccard(main, again))
         for head in main:
             kept[head] += head in again

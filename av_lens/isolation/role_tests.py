@@ -19,7 +19,7 @@ from av_lens.isolation.effects import Effect, Request
 from av_lens.results.statistics import Bootstrap, benjamini_hochberg, sign_flips
 from av_lens.results.tables import SUPPRESSORS
 
-DIRECT_CUT = 0.5
+DIRECT_CUT = DAMAGE_CUT = 0.5
 PerHead = Float[np.ndarray, "example layer head"]
 Table = Float[np.ndarray, "layer head"]
 
@@ -155,6 +155,30 @@ def run_tests(found: Evidence, *, s: float, family: int, seed: int) -> Tests:
     Returns:
         The p-values.
     """
+    return run_tests_together([found], s=s, family=family, seed=seed)[0]
+
+
+def run_tests_together(found: Sequence[Evidence], *, s: float, family: int, seed: int) -> list[Tests]:
+    """Test several sites of one half in the same flips, so that max-T is over all of them.
+
+    Args:
+        found: the evidence of each site.
+        s: the threshold, a share of G.
+        family: the size of the whole family, which sets how many flips are sampled.
+        seed: of the sampled flips.
+
+    Returns:
+        Each site's p-values.
+    """
+    parts = [_parts(one, s) for one in found]
+    names = list(parts[0])
+    stacked = np.stack([np.stack([part[name] for name in names], axis=-1) for part in parts], axis=-1)
+    flips = sign_flips(stacked, found[0].components, family=family, seed=seed)
+    return [_by_role(names, flips.p[..., i], flips.p_maxt[..., i]) for i in range(len(found))]
+
+
+def _parts(found: Evidence, s: float) -> dict[str, PerHead]:
+    """What must be above 0 for each part of a role."""
     delta = (s * found.G)[:, None, None]
     parts: dict[str, PerHead] = {}
     for donor in PRIMARY_DONORS:
@@ -165,10 +189,13 @@ def run_tests(found: Evidence, *, s: float, family: int, seed: int) -> Tests:
     parts["sound"] = -parts["picture"]
     parts["silenced"] = found.silenced - delta
     parts["carries"] = found.carries - delta
-    names = list(parts)
-    flips = sign_flips(np.stack([parts[name] for name in names], axis=-1), found.components, family=family, seed=seed)
-    single = {name: flips.p[..., i] for i, name in enumerate(names)}
-    maxt = {name: flips.p_maxt[..., i] for i, name in enumerate(names)}
+    return parts
+
+
+def _by_role(names: Sequence[str], of_parts: np.ndarray, maxt_of_parts: np.ndarray) -> Tests:
+    """A role's p is the largest of its parts'."""
+    single = {name: of_parts[..., i] for i, name in enumerate(names)}
+    maxt = {name: maxt_of_parts[..., i] for i, name in enumerate(names)}
     p: dict[tuple[str, str], Table] = {}
     p_maxt: dict[tuple[str, str], Table] = {}
     for donor in PRIMARY_DONORS:

@@ -33,7 +33,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from av_lens.isolation.bench import PRIMARY_DONORS
-from av_lens.isolation.role_tests import DIRECT_CUT, Evidence, Named, PerHead, Table, Tests, head_means, pick_donors
+from av_lens.isolation.role_tests import (
+    DAMAGE_CUT,
+    DIRECT_CUT,
+    Evidence,
+    Named,
+    PerHead,
+    Table,
+    Tests,
+    head_means,
+    pick_donors,
+)
 from av_lens.results.statistics import Interval
 from av_lens.results.tables import RELEASING, SUPPRESSORS
 
@@ -79,7 +89,7 @@ class Cuts:
         boot, release = found.boot, chosen(found.release)
         return cls(
             release=boot.mean(release),
-            damage=boot.mean(chosen(found.fall) - 0.5 * release),
+            damage=boot.mean(chosen(found.fall) - DAMAGE_CUT * release),
             rise=boot.mean(chosen(found.rise)),
             share=boot.ratio(chosen(found.direct), release),
             reads=boot.mean(found.reads_picture - found.reads_sound),

@@ -12,7 +12,7 @@ the answers into `prefix`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from torch import Tensor
 
 from av_lens.errors import ProtocolError
 from av_lens.inputs.answers import Answer, answer_pair
+
+NEITHER, UNREAD = -1, -2
+"""What stands in `top` for an answer that is no candidate's, and for a run without numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +82,7 @@ class Candidates:
                     names.append(answer.text)
                 indices.append(known[key])
             pairs.append((indices[0], indices[1]))
+        _apart(known, names)
         width = max(len(key) for key in known)
         ids = np.full((len(known), width), -1, dtype=np.int64)
         for key, index in known.items():
@@ -127,8 +131,8 @@ class Candidates:
         scores = self.scores(logits)
         best = logits.argmax(-1).cpu().numpy()
         owner = {int(token): index for index, row in enumerate(self.ids) for token in row if token >= 0}
-        top = np.array([owner.get(int(token), -1) for token in best], dtype=np.int64)
-        top[np.isnan(scores).any(1)] = -2
+        top = np.array([owner.get(int(token), NEITHER) for token in best], dtype=np.int64)
+        top[np.isnan(scores).any(1)] = UNREAD
         log_total = logits.double().logsumexp(-1).cpu().numpy()
         probability = np.exp(scores - log_total[:, None])
         rows = np.arange(len(examples))
@@ -186,6 +190,18 @@ class Candidates:
         """
         mine = self.sound[examples] if of == "sound" else self.picture[examples]
         return scores[..., np.arange(len(examples)), mine] - scores.mean(-1)
+
+
+def _apart(known: Mapping[frozenset[tuple[int, ...]], int], names: Sequence[str]) -> None:
+    """Refuse answers that overlap: a word must belong to one answer, whichever conflict it is said in."""
+    owner: dict[tuple[int, ...], int] = {}
+    for options, index in known.items():
+        for option in options:
+            if (other := owner.setdefault(option, index)) != index:
+                raise ProtocolError(
+                    f"the answers {names[other]!r} and {names[index]!r} of different conflicts share a word (their "
+                    "synonyms overlap): give one list of synonyms for each answer, the same in every conflict."
+                )
 
 
 def _one_token(answer: Answer, name: object) -> None:

@@ -217,7 +217,7 @@ def _against_random(built: BuiltSet, row: Row, effect: SetEffect, delta: float) 
     """The chosen set's own verdict: its p among matched random sets, and whether it is confirmed."""
     if not built.random:
         return {"flags": "no matched random set exists: not confirmed"} if built.chosen else {}
-    random, n = effect.release[len(built.members) + 1 :].mean(1), len(built.random)
+    random, n = np.nanmean(effect.release[len(built.members) + 1 :], axis=1), len(built.random)
     return {
         "random_mean": float(random.mean()),
         "random_high": float(np.percentile(random, 97.5)),

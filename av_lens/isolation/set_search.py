@@ -306,7 +306,7 @@ def _video_attention(chunks: Sequence[Chunk]) -> Float[np.ndarray, "layer head"]
 def _chunk_attention(chunk: Chunk) -> dict[str, np.ndarray]:
     inputs, model = chunk.run("va").inputs, getattr(chunk.bench.engine, "model")  # noqa: B009
     spans = inputs.spans
-    asked, video = [int(spans.generation_position)], [int(i) for i in spans["video"].positions]
+    asked, video = [int(spans.generation_position)], [int(i) for i in spans["video|image"].positions]
     mass = attention_mass(model, inputs, {"generation": asked}, keys={"video": video})
     return {"mass": mass[..., 0, 0].double().numpy()}
 

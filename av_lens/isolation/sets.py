@@ -11,22 +11,29 @@ How sets are found is `set_search`; how they are confirmed, `set_confirmation`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from av_lens.isolation.bench import MIRROR, Chunk
 from av_lens.isolation.effects import Progress, Request, measure_requests, mirrored, set_scores
 from av_lens.isolation.role_tests import head_means
+from av_lens.isolation.scoring import UNREAD
 from av_lens.isolation.seam import Head
 
 RANDOM_SETS = 200
-NEAREST = 3
+NORM_FACTOR, NEAREST = 2.0, 3
 FEWEST_SETS = 20
+MOST_LISTED = 20_000
+"""Sets of as many heads as the members' pools hold are listed one by one up to so many, else drawn."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +90,9 @@ def _chunk_release(chunk: Chunk, sets: Sequence[Sequence[Head]], donors: Sequenc
         before = candidates.margin(chunk.reading(base).scores, chunk.examples)
         changes.append(candidates.margin(scores, chunk.examples) - before)
         if base == "va":
-            says["says_sound"] = (top == candidates.sound[chunk.examples]).astype(np.float64)
-            says["says_picture"] = (top == candidates.picture[chunk.examples]).astype(np.float64)
+            for name, answer in (("says_sound", candidates.sound), ("says_picture", candidates.picture)):
+                # An edit that this conflict lacks (a mean that leaves every other conflict out) says nothing.
+                says[name] = np.where(top == UNREAD, np.nan, top == answer[chunk.examples])
     return {"release": mirrored(changes[0], changes[1]), **says}
 
 
@@ -145,7 +153,7 @@ def _pools(members: Sequence[Head], norms: np.ndarray, wider: int) -> list[list[
         ]
         ratio = {h: abs(np.log(max(norms[h], 1e-12) / max(norms[layer, head], 1e-12))) for h in near}
         near.sort(key=lambda h: ratio[h])
-        within = sum(ratio[h] <= np.log(2) for h in near)
+        within = sum(ratio[h] <= np.log(NORM_FACTOR) for h in near)
         pools.append(near[: (within or NEAREST) + wider])
     return pools
 
@@ -155,8 +163,9 @@ def _drawn(pools: Sequence[Sequence[Head]], *, seed: int, n: int) -> list[tuple[
     if not pools or not all(pools):
         return []
     rng = np.random.default_rng(seed)
-    if float(np.prod([float(len(pool)) for pool in pools])) <= 20 * n:
-        found = list(dict.fromkeys(tuple(sorted(one)) for one in _products(pools) if len(set(one)) == len(one)))
+    heads = sorted({head for pool in pools for head in pool})
+    if math.comb(len(heads), len(pools)) <= MOST_LISTED:
+        found = [one for one in combinations(heads, len(pools)) if _matched(one, pools)]
         return [found[i] for i in rng.permutation(len(found))[:n]] if len(found) > n else found
     drawn: dict[tuple[Head, ...], None] = {}
     for _ in range(100 * n):
@@ -168,11 +177,10 @@ def _drawn(pools: Sequence[Sequence[Head]], *, seed: int, n: int) -> list[tuple[
     return list(drawn)
 
 
-def _products(pools: Sequence[Sequence[Head]]) -> list[tuple[Head, ...]]:
-    out: list[tuple[Head, ...]] = [()]
-    for pool in pools:
-        out = [(*one, head) for one in out for head in pool]
-    return out
+def _matched(heads: Sequence[Head], pools: Sequence[Sequence[Head]]) -> bool:
+    """Whether every member can have one of these heads from its own pool."""
+    allowed = csr_matrix(np.array([[head in pool for pool in pools] for head in heads], dtype=np.int8))
+    return bool((maximum_bipartite_matching(allowed, perm_type="column") >= 0).all())
 
 
 def cumulative(members: Sequence[Head]) -> list[tuple[Head, ...]]:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from av_lens.errors import AvLensError
 from av_lens.isolation.bench import Chunk
+from av_lens.isolation.scoring import UNREAD
 from av_lens.isolation.seam import Head, Swap
 from av_lens.results.statistics import Bootstrap, non_inferiority
 
@@ -60,14 +61,17 @@ def _items(
         log_p, log_q = after.double().log_softmax(-1), before.double().log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).cpu().numpy()
         return np.zeros(len(examples)), divergence
-    if right == "own":
-        return np.ones(len(examples)), (before.argmax(-1) == after.argmax(-1)).double().cpu().numpy()
     tops = [candidates.read(logits, examples).top for logits in (before, after)]
-    if right == "none":
+    missing = tops[1] == UNREAD  # this conflict has no such edit (a mean that leaves every other conflict out)
+    if right == "own":
+        was, now = np.ones(len(examples)), (before.argmax(-1) == after.argmax(-1)).cpu().numpy()
+    elif right == "none":
         # The rate that must not rise, turned round so that a rise of it is a fall here.
-        return (tops[0] < 0).astype(np.float64), (tops[1] < 0).astype(np.float64)
-    answer = candidates.sound[examples] if right == "sound" else candidates.picture[examples]
-    return (tops[0] == answer).astype(np.float64), (tops[1] == answer).astype(np.float64)
+        was, now = (top < 0 for top in tops)
+    else:
+        answer = candidates.sound[examples] if right == "sound" else candidates.picture[examples]
+        was, now = (top == answer for top in tops)
+    return was.astype(np.float64), np.where(missing, np.nan, now)
 
 
 def _measured(

@@ -22,6 +22,7 @@ import numpy as np
 from av_lens.isolation.behaviour import Survey
 from av_lens.isolation.confirmation import Held
 from av_lens.isolation.evidence import Half, Searched
+from av_lens.isolation.protocol import ALSO_COUNTED_AT
 from av_lens.isolation.role_tests import Named, head_means
 from av_lens.isolation.set_confirmation import ranked_heads
 from av_lens.isolation.set_search import MOST_MEMBERS
@@ -69,6 +70,7 @@ def verdict(
         parts.append(power_sentence(searched, halves, s=s, family=family))
     if len(claimed) > len(named):
         parts.append(f"{len(claimed) - len(named)} more named on discovery did not hold on confirmation.")
+    parts.append(counts_sentence(searched, halves))
     chosen = [row for row in held.set_rows if row["chosen"]]
     parts += [_set_sentence(row, gap) for row in chosen]
     parts += [hidden_sentence(held.member_rows, delta=s * float(halves[0].G.mean()))]
@@ -127,6 +129,37 @@ def _largest(searched: Searched, halves: Sequence[Half]) -> str:
     donor = max(figures, key=lambda name: -math.inf if math.isnan(figures[name]) else figures[name])
     share = figures[donor] / float(halves[0].G.mean())
     return f"The largest single release on discovery is {head_names(heads[:1])}'s ({donor}), {share:.2f} of G."
+
+
+def counts_above(searched: Searched, halves: Sequence[Half]) -> dict[float, int]:
+    """Count the heads whose largest single release on discovery is above some shares of G, at the first site.
+
+    Args:
+        searched: what discovery found.
+        halves: discovery and confirmation.
+
+    Returns:
+        Share -> heads.
+    """
+    releases = [head_means(values) for values in searched.first.evidence.release.values()]
+    shares = np.fmax.reduce(releases) / float(halves[0].G.mean())
+    return {share: int((shares > share).sum()) for share in ALSO_COUNTED_AT}
+
+
+def counts_sentence(searched: Searched, halves: Sequence[Half]) -> str:
+    """Say how many heads would be large enough at other thresholds; the protocol wants these counts always shown.
+
+    Args:
+        searched: what discovery found.
+        halves: discovery and confirmation.
+
+    Returns:
+        The sentence.
+    """
+    counts = counts_above(searched, halves)
+    shares = ", ".join(f"{share:.2f}" for share in counts)
+    heads = ", ".join(str(n) for n in counts.values())
+    return f"Heads whose largest single release on discovery is above {shares} of G: {heads}."
 
 
 def _set_sentence(row: dict[str, Any], gap: float) -> str:
@@ -234,16 +267,17 @@ def power(searched: Searched | None, halves: Sequence[Half], *, family: int) -> 
         family: how many tests q corrects for.
 
     Returns:
-        The effect in standard deviations between components, and their median over heads (NaN before the search).
+        The effect in standard deviations between components, and their 90th percentile over heads, of what is tested:
+        release - s G (NaN before the search).
     """
     components = np.asarray(halves[0].components)
     size = smallest_effect(len(np.unique(components)), family=family)
     if searched is None:
         return size, float("nan")
     evidence = searched.first.evidence
-    values = evidence.release["blank_muted"]
+    values = evidence.release["blank_muted"] - (searched.s * evidence.G)[:, None, None]
     means = np.stack([head_means(values[components == c]) for c in np.unique(components)])
-    return size, float(np.nanmedian(means.std(0, ddof=1))) if len(means) > 1 else float("nan")
+    return size, float(np.nanpercentile(means.std(0, ddof=1), 90)) if len(means) > 1 else float("nan")
 
 
 def summary(
@@ -279,11 +313,9 @@ def summary(
     size, deviation = power(searched, halves, family=family)
     out |= {"power smallest effect in sd": size, "power sd": deviation, "power": out["delta"] + size * deviation}
     if searched is not None and held is not None:
-        evidence = searched.first.evidence
-        largest = np.nanmax(np.stack([head_means(values) for values in evidence.release.values()]), axis=0)
+        largest = np.fmax.reduce([head_means(values) for values in searched.first.evidence.release.values()])
         out["largest release share"] = float(np.nanmax(largest) / out["G"])
-        for share in (0.10, 0.03, 0.01):
-            out[f"heads above {share:.2f}"] = float((largest > share * out["G"]).sum())
+        out |= {f"heads above {share:.2f}": float(n) for share, n in counts_above(searched, halves).items()}
         claimed = _claimed(searched, held)
         out["named suppressors"] = float(len(claimed))
         out["confirmed suppressors"] = float(sum(held.confirmed.get(row, False) for row in claimed))

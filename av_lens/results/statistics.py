@@ -28,11 +28,11 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 from av_lens.errors import InputError
@@ -55,11 +55,19 @@ class Interval:
 
 @dataclass(frozen=True, eq=False)
 class Bootstrap:
-    """Resampling weights, drawn once and shared by every figure of a half."""
+    """Resampling weights, drawn once and shared by every figure of a half.
+
+    Attributes:
+        weights: of every conflict in every draw.
+        unit: "component" or "clip".
+        n_clips: how many source clips there are.
+        clips: those of each conflict's sound and picture, as numbers, where they are known.
+    """
 
     weights: Float[np.ndarray, "draw example"]
     unit: str
     n_clips: int
+    clips: Int[np.ndarray, "2 example"] | None = None
 
     @classmethod
     def draw(
@@ -85,13 +93,13 @@ class Bootstrap:
         """
         rng = np.random.default_rng(seed)
         clips, position = np.unique([*sound_clips, *picture_clips], return_inverse=True)
+        both = position.reshape(2, -1)
         groups, group = np.unique(np.asarray(components), return_inverse=True)
-        n = len(components)
         if len(groups) >= FEWEST_COMPONENTS:
             counts = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=draws)
-            return cls(counts[:, group].astype(np.float64), "component", len(clips))
+            return cls(counts[:, group].astype(np.float64), "component", len(clips), both)
         counts = rng.multinomial(len(clips), np.full(len(clips), 1 / len(clips)), size=draws).astype(np.float64)
-        return cls(counts[:, position[:n]] * counts[:, position[n:]], "clip", len(clips))
+        return cls(counts[:, both[0]] * counts[:, both[1]], "clip", len(clips), both)
 
     def mean(self, values: np.ndarray, *, level: float = 0.95) -> Interval:
         """Bound a mean over examples.
@@ -127,17 +135,25 @@ class Bootstrap:
             out[0] = np.where(known.any(0), top.sum(0) / bottom.sum(0), np.nan)
         tail = 100 * (1 - level) / 2
         step = max(1, _CHUNK // len(self.weights))
-        for start in range(0, top.shape[1] if self.n_clips >= FEWEST_CLIPS else 0, step):
+        enough = self._enough(known)
+        for start in range(0, top.shape[1] if enough.any() else 0, step):
             part = slice(start, start + step)
             with np.errstate(invalid="ignore", divide="ignore"):
                 drawn = (self.weights @ top[:, part]) / (self.weights @ bottom[:, part])
             drawn[~np.isfinite(drawn)] = np.nan  # a draw that left nothing below the line is no draw
-            usable = ~np.isnan(drawn).all(0) & known[:, part].any(0)
+            usable = ~np.isnan(drawn).all(0) & enough[part]
             if usable.any():
                 picked = drawn[:, usable]
                 percentile = np.nanpercentile if np.isnan(picked).any() else np.percentile  # equal, and much faster
                 out[1:, start + np.flatnonzero(usable)] = percentile(picked, [tail, 100 - tail], axis=0)
         return Interval(*(row.reshape(shape) for row in out))
+
+    def _enough(self, known: Bool[np.ndarray, "example column"]) -> Bool[np.ndarray, " column"]:
+        """Whether a column's own conflicts come from enough clips to be resampled."""
+        if self.clips is None or known.all():
+            return np.full(known.shape[1], self.n_clips >= FEWEST_CLIPS)
+        clips = self.clips
+        return np.array([len(np.unique(clips[:, column])) >= FEWEST_CLIPS for column in known.T], dtype=bool)
 
     def derived(
         self,
@@ -193,12 +209,14 @@ class Flips:
     exact: bool
 
 
-def _signs(n: int, flips: int, seed: int) -> tuple[np.ndarray, bool]:
-    if n <= MOST_EXACT:
-        codes = np.arange(2**n)[:, None] >> np.arange(n)
-        return 1.0 - 2.0 * (codes & 1), True
+def _signs(n: int, flips: int, seed: int, step: int) -> Iterator[np.ndarray]:
+    """All flips of n signs, or so many sampled ones, `step` of them at a time."""
     rng = np.random.default_rng(seed)
-    return 1.0 - 2.0 * rng.integers(0, 2, size=(flips, n)).astype(np.float64), False
+    exact = n <= MOST_EXACT
+    for start in range(0, flips, step):
+        rows = min(step, flips - start)
+        drawn = np.arange(start, start + rows)[:, None] >> np.arange(n) if exact else rng.integers(0, 2, size=(rows, n))
+        yield 1.0 - 2.0 * (drawn & 1)
 
 
 def sign_flips(values: np.ndarray, components: Sequence[int], *, family: int | None = None, seed: int = 0) -> Flips:
@@ -222,22 +240,22 @@ def sign_flips(values: np.ndarray, components: Sequence[int], *, family: int | N
     scale = np.sqrt((sums**2).sum(0))
     sums = sums / np.where(scale > 0, scale, 1.0)
     seen = sums.sum(0)
-    flips = max(9999, math.ceil(10 * (family or flat.shape[1]) / 0.05))
-    signs, exact = _signs(len(groups), flips, seed)
+    exact = len(groups) <= MOST_EXACT
+    flips = 2 ** len(groups) if exact else max(9999, math.ceil(10 * (family or flat.shape[1]) / 0.05))
     count, count_max = np.zeros(flat.shape[1]), np.zeros(flat.shape[1])
     step = max(1, _CHUNK // max(1, flat.shape[1]))
     near = seen - 1e-9
-    for start in range(0, len(signs), step):
-        drawn = signs[start : start + step] @ sums
+    for signs in _signs(len(groups), flips, seed, step):
+        drawn = signs @ sums
         count += (drawn >= near).sum(0)
         if measured.any():
             largest = np.sort(drawn[:, measured].max(1))
             count_max += len(largest) - np.searchsorted(largest, near, side="left")
     extra = 0 if exact else 1
-    p = (count + extra) / (len(signs) + extra)
-    p_maxt = (count_max + extra) / (len(signs) + extra)
+    p = (count + extra) / (flips + extra)
+    p_maxt = (count_max + extra) / (flips + extra)
     p[~measured] = p_maxt[~measured] = np.nan
-    return Flips(p.reshape(shape), p_maxt.reshape(shape), len(signs), exact)
+    return Flips(p.reshape(shape), p_maxt.reshape(shape), flips, exact)
 
 
 def benjamini_hochberg(p: np.ndarray, *, family: int | None = None) -> np.ndarray:
@@ -337,7 +355,7 @@ def non_inferiority(
 
     Returns:
         The fall with its bound; the verdict is "specific" (bound < margin), "not specific", or "untested" (below 59
-        items).
+        items, or below 5 clips).
     """
     known = ~(np.isnan(before) | np.isnan(after))
     n = int(known.sum())
@@ -347,8 +365,10 @@ def non_inferiority(
     fall = float(was.mean() - now.mean())
     resampled = float(boot.mean(before - after, level=0.90).high)
     exact = clopper_pearson(int(((was > 0.5) & (now <= 0.5)).sum()), n, side="upper")[1]
-    bound = exact if math.isnan(resampled) else max(resampled, exact)
-    verdict = "untested" if n < FEWEST_ITEMS else "specific" if bound < margin else "not specific"
+    # Below 5 clips there is no interval, and without it nothing is excluded, however many items these clips made.
+    bound = max(resampled, exact) if math.isfinite(resampled) else math.nan
+    tested = n >= FEWEST_ITEMS and math.isfinite(bound)
+    verdict = "untested" if not tested else "specific" if bound < margin else "not specific"
     return Harm(n, float(was.mean()), float(now.mean()), fall, bound, verdict)
 
 

@@ -311,6 +311,7 @@ TABLES: dict[str, dict[str, str]] = {
         "half": "text",
         "component": "int",
         "competent": "flag",
+        "analysed": "flag",
         "sound_answer": "text",
         "picture_answer": "text",
         "says": "text",

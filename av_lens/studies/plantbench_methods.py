@@ -88,7 +88,7 @@ class SharedEngine(ModelEngine):
         self.encoded = encoded
         self.used: dict[str, Any] = {}
         self._alike = not encoded
-        self.plans, self.plan_seconds = 0, 0.0
+        self.rows, self.row_seconds = 0, 0.0
 
     def cells(self, conflict: Any, question: str | None) -> Any:
         """Find a conflict's cells, encoded at most once.
@@ -133,8 +133,8 @@ class SharedEngine(ModelEngine):
         begun = time.monotonic()
         for one in super().changed(recording, swaps):
             if alone:
-                self.plans += 1
-                self.plan_seconds += time.monotonic() - begun
+                self.rows += len(one.logits)
+                self.row_seconds += time.monotonic() - begun
             yield one
             begun = time.monotonic()
 
@@ -148,7 +148,7 @@ def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """One model on the bench, with discovery's competent conflicts as its isolation saw them."""
+    """One model on the bench, with discovery's analysed conflicts as its isolation saw them."""
 
     model: Any
     engine: SharedEngine
@@ -156,9 +156,9 @@ class Subject:
 
     @property
     def conflicts(self) -> list[Any]:
-        """Discovery's competent conflicts, in the record's order."""
+        """Discovery's analysed conflicts, in the record's order."""
         frame: Any = self.found.conflicts
-        chosen = frame[(frame["half"] == "discovery") & frame["competent"]]
+        chosen = frame[(frame["half"] == "discovery") & frame["analysed"]]
         return [self.engine.used[str(name)] for name in chosen["id"]]
 
     def inputs(self, cell: str) -> list[Any]:
@@ -231,8 +231,8 @@ def _recorded(subject: Subject) -> dict[str, Score]:
     """The figures that the isolation has measured already."""
     engine = subject.engine
     size = engine.n_layers * engine.n_heads
-    each_run = engine.plan_seconds / max(1, engine.plans)
-    seconds = 2 * size * each_run
+    each = engine.row_seconds / max(1, engine.rows)  # of one conflict in one cell with one head edited
+    seconds = 2 * size * len(subject.conflicts) * each
     found = {name: Score(subject.effect(*key).mean(0), seconds) for name, key in EXACT.items()}
     blank = subject.effect("silenced", "blank_a - blank_muted") + subject.effect("release", "blank_muted")
     found[BLANK_PICTURE] = Score(blank.mean(0), seconds)

@@ -252,4 +252,4 @@ def exchanged(found: Isolation, *, draws: int, seed: int) -> list[int]:
 
 def _components(found: Isolation) -> list[int]:
     frame: Any = found.conflicts
-    return [int(one) for one in frame[(frame["half"] == "discovery") & frame["competent"]]["component"]]
+    return [int(one) for one in frame[(frame["half"] == "discovery") & frame["analysed"]]["component"]]

@@ -53,6 +53,7 @@ def summary_of(entry: Mapping[str, Any]) -> Summary:
     shown = sorted({*truth.kinds, *(_place(row) for row in named)})
     return {
         "model": entry["model"],
+        "n heads": shape[0] * shape[1],
         "truth": entry["truth"],
         "summary": entry["summary"],
         "verdict_kind": entry["verdict_kind"],

@@ -1,114 +1,29 @@
-"""The bench as tables: what a page and a terminal show is computed here from the stored record.
-
-`store` writes the record (`plantbench.json`: every model's judged figures), the figure (`plantbench.svg`) and fills
-the page beside them (`plantbench.md`) between two comments, so that no figure on the page is typed by hand; a test
-compares.
-"""
+"""The bench as tables: what a page and a terminal show is computed here from the judged models."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from av_lens.errors import InputError
-from av_lens.plots.plant_bench import plant_bench_svg
-from av_lens.results.whole_files import write_whole
-from av_lens.studies.pages import fill, parts_of
-from av_lens.studies.plantbench import Scored
 from av_lens.studies.plantbench_donors import DONORS
 from av_lens.studies.plantbench_methods import IN_LOGITS, METHODS
 from av_lens.studies.plantbench_scores import DAMAGE_LAST
-from av_lens.studies.plantbench_summary import GROUPS, Summary, chosen, mean_over, nulls, summary_of
+from av_lens.studies.plantbench_summary import GROUPS, Summary, chosen, mean_over, nulls
 from av_lens.studies.plantbench_truth import SUBJECT, PlantTruth
-from av_lens.studies.replay_tables import Table, markdown
+from av_lens.studies.replay_tables import Table
 
-RECORD, PAGE, FIGURE = "plantbench.json", "plantbench.md", "plantbench.svg"
-OPEN, CLOSE = "<!-- plantbench -->\n", "\n<!-- /plantbench -->"
 ALL = ("isolate", DAMAGE_LAST, *METHODS)
 
 
-def record_of(bench: Scored) -> dict[str, Any]:
-    """Judge a bench's models and put its record together.
-
-    Args:
-        bench: from `run_plantbench`.
-
-    Returns:
-        Plain data.
-
-    Raises:
-        InputError: no model was scored.
-    """
-    if not bench.models:
-        raise InputError(f"{bench.folder} holds no scored model yet: give limit= at least 1.")
-    created = max(str(one["provenance"]["created"]) for one in bench.models)
-    models = [summary_of(one) for one in bench.models]
-    return {"schema": "av_lens.plantbench", "created": created, "criteria": dict(bench.criteria), "models": models}
-
-
-def store(record: Mapping[str, Any], folder: str | Path) -> Path:
-    """Write the record and the figure, and fill the page beside them.
-
-    Args:
-        record: from `record_of`.
-        folder: where `plantbench.md` stands, with its two comments.
-
-    Returns:
-        The page.
-
-    Raises:
-        InputError: the folder has no such page.
-    """
-    page = Path(folder) / PAGE
-    parts_of(page, OPEN, CLOSE)  # before anything is written
-    write_whole(Path(folder) / RECORD, json.dumps(record, indent=None, separators=(",", ":"), allow_nan=False) + "\n")
-    write_whole(Path(folder) / FIGURE, figure(record))
-    return fill(page, OPEN, CLOSE, page_tables(record))
-
-
-def figure(record: Mapping[str, Any]) -> str:
-    """Draw every method's AUROC by group of planted models.
-
-    Args:
-        record: the bench's record.
-
-    Returns:
-        An svg.
-    """
-    groups = [group for group in GROUPS if chosen(record["models"], group)]
-    rows = {
-        method: {group: mean_over(chosen(record["models"], group), method, "auroc") for group in groups}
-        for method in ALL
-    }
-    return plant_bench_svg(rows, label="AUROC")
-
-
-def page_tables(record: Mapping[str, Any]) -> str:
-    """Write the whole record as markdown.
-
-    Args:
-        record: the bench's record.
-
-    Returns:
-        Headings, sentences and tables.
-    """
-    models = record["models"]
-    parts = [header_line(record)]
-    for title, table in tables(models):
-        parts += [f"### {title}", markdown(table)]
-    return "\n\n".join(parts)
-
-
-def tables(models: Sequence[Summary]) -> list[tuple[str, Table]]:
+def tables(models: Sequence[Summary], must: Mapping[str, Any]) -> list[tuple[str, Table]]:
     """Tabulate a bench, the parts that these models allow.
 
     Args:
         models: summaries.
+        must: what the criteria ask of `isolate`.
 
     Returns:
         Title and table.
@@ -116,6 +31,7 @@ def tables(models: Sequence[Summary]) -> list[tuple[str, Table]]:
     found: list[tuple[str, Table]] = []
     if chosen(models, "planted"):
         found += [
+            ("What was asked for", asked_table(models, must)),
             ("Every method on the planted models", methods_table(models)),
             ("AUROC by what was planted", groups_table(models, "auroc")),
             ("Precision at k by what was planted", groups_table(models, "precision at k")),
@@ -132,27 +48,28 @@ def tables(models: Sequence[Summary]) -> list[tuple[str, Table]]:
     return [(title, table) for title, table in found if table[1]]
 
 
-def header_line(record: Mapping[str, Any]) -> str:
-    """Say what was measured.
+def asked_table(models: Sequence[Summary], must: Mapping[str, Any]) -> Table:
+    """Hold what the criteria ask of `isolate` against what came out.
 
     Args:
-        record: the bench's record.
+        models: summaries.
+        must: from the criteria.
 
     Returns:
-        A paragraph.
+        Headings and rows.
     """
-    models, said = record["models"], record["criteria"]
-    planted = chosen(models, "planted")
-    counts = ", ".join(f"{len(chosen(models, group))} {_said(group)}" for group in GROUPS[1:])
-    used = sorted({int(one["summary"]["n discovery"]) for one in models})
-    n = f"{used[0]}" if len(used) == 1 else f"{used[0]} to {used[-1]}"
-    return (
-        f"{len(models)} models: {len(planted)} with planted suppressors ({counts}; a model may be of several), "
-        f"{len(nulls(models))} with nothing to be found. {said['conflicts']} conflicts from the world's part "
-        f"`{said['split']}`, which trained no model; scores are of discovery's competent ones ({n}). Criteria "
-        f"`{said['hash'][:12]}`, written before the first model was scored; {record['created']}, av-lens "
-        f"{said['av_lens']}."
-    )
+    planted, empty = chosen(models, "planted"), nulls(models)
+    rows: list[list[str]] = []
+    for figure in ("auroc", "precision at k", "kind right"):
+        found = mean_over(planted, "isolate", figure)
+        rows.append([figure.replace("auroc", "AUROC"), f"at least {must[figure]}", _bounded(found)])
+        rows[-1].append("yes" if found[0] >= must[figure] else "no")
+    named = sum(_number(one["methods"]["isolate"].get("false")) > 0 for one in empty)
+    most, of = (int(number) for number in str(must["nulls with a name"]).split(" of "))
+    held = "yes" if empty and named * of <= most * len(empty) else "no"
+    rows.append(["models with nothing to be found, and a name", f"at most {most} of {of}", f"{named} of {len(empty)}"])
+    rows[-1].append(held if len(empty) >= of else f"{held}, of fewer than {of}")
+    return ["`isolate`", "asked", "found", "held"], rows
 
 
 def methods_table(models: Sequence[Summary]) -> Table:
@@ -187,7 +104,7 @@ def groups_table(models: Sequence[Summary], column: str) -> Table:
     groups = {group: chosen(models, group) for group in GROUPS}
     groups = {group: members for group, members in groups.items() if members}
     rows = [[method, *(_bounded(mean_over(members, method, column)) for members in groups.values())] for method in ALL]
-    return ["method", *(f"{_said(group)} ({len(members)})" for group, members in groups.items())], rows
+    return ["method", *(f"{said_of(group)} ({len(members)})" for group, members in groups.items())], rows
 
 
 def isolate_table(models: Sequence[Summary]) -> Table:
@@ -205,7 +122,7 @@ def isolate_table(models: Sequence[Summary]) -> Table:
         "precision, confirmed": "confirmed precision", "recall, confirmed": "confirmed recall",
     }  # fmt: skip
     rows = [
-        [f"{_said(group)} ({len(members)})", *(_bounded(mean_over(members, "isolate", c)) for c in columns.values())]
+        [f"{said_of(group)} ({len(members)})", *(_bounded(mean_over(members, "isolate", c)) for c in columns.values())]
         for group in GROUPS
         if (members := chosen(models, group))
     ]
@@ -223,22 +140,30 @@ def nulls_table(models: Sequence[Summary]) -> Table:
     """
     empty, planted = nulls(models), chosen(models, "planted")
     decoyed = [one for one in models if one["truth"]["decoys"]]
-    rows: list[list[str]] = []
-    for method in ("isolate", *IN_LOGITS):
-        by_null = [_number(one["methods"][method].get("false")) for one in empty]
-        row = [method, f"{sum(n > 0 for n in by_null)} of {len(empty)}", _figure(float(np.mean(by_null)))]
-        row.append(f"{sum(_number(one['methods'][method].get('false decoys')) for one in decoyed):.0f}")
-        row.append(_figure(float(np.mean([_number(one["methods"][method].get("false")) for one in planted or empty]))))
-        rows.append(row)
-    held = [_number(one["methods"]["isolate"].get("confirmed false")) for one in empty]
-    rows.insert(1, ["isolate, confirmed", f"{sum(n > 0 for n in held)} of {len(held)}", _figure(float(np.mean(held)))])
-    rows[1] += ["–", _bounded(mean_over(planted, "isolate", "confirmed false"))] if planted else ["–", "–"]
+    heads = sum(one["n heads"] for one in empty)
+
+    def row(said: str, method: str, figure: str) -> list[str]:
+        by_null = [_number(one["methods"][method].get(figure)) for one in empty]
+        on_decoys = sum(_number(one["methods"][method].get("false decoys")) for one in decoyed)
+        return [
+            said,
+            f"{sum(n > 0 for n in by_null)} of {len(empty)}",
+            _figure(float(np.mean(by_null))),
+            f"{sum(by_null) / heads:.4f}",
+            f"{on_decoys:.0f}" if figure == "false" else "–",
+            _bounded(mean_over(planted, method, figure)) if planted else "–",
+        ]
+
+    rows = [row("isolate", "isolate", "false"), row("isolate, confirmed", "isolate", "confirmed false")]
+    rows += [row(method, method, "false") for method in IN_LOGITS]
     draws = [count for one in models for count in one["exchanged"]]
     label = f"isolate, labels exchanged ({len(draws)} draws, all models)"
-    rows.append([label, f"{sum(n > 0 for n in draws)} of {len(draws)} draws", _figure(float(np.mean(draws))), "–", "–"])
+    drawn = sum(draws) / sum(one["n heads"] * len(one["exchanged"]) for one in models)
+    shown = [f"{sum(n > 0 for n in draws)} of {len(draws)} draws", _figure(float(np.mean(draws))), f"{drawn:.4f}"]
+    rows.append([label, *shown, "–", "–"])
     decoys = sum(len(one["truth"]["decoys"]) for one in decoyed)
     return [
-        "named by", "models with a name", "false names a model", f"of {decoys} decoys",
+        "named by", "models with a name", "false names a model", "false names a head", f"of {decoys} decoys",
         "false names a planted model",
     ], rows  # fmt: skip
 
@@ -291,7 +216,7 @@ def finds_table(models: Sequence[Summary]) -> Table:
         for donor, method in DONORS.items()
         if groups
     ]
-    return ["donor", *(f"AUROC, {_said(group)} ({len(members)})" for group, members in groups.items())], rows
+    return ["donor", *(f"AUROC, {said_of(group)} ({len(members)})" for group, members in groups.items())], rows
 
 
 def disagreements_table(models: Sequence[Summary]) -> Table:
@@ -345,7 +270,15 @@ def models_table(models: Sequence[Summary]) -> Table:
     return heads, rows
 
 
-def _said(group: str) -> str:
+def said_of(group: str) -> str:
+    """Say a group in words.
+
+    Args:
+        group: one of `GROUPS`.
+
+    Returns:
+        The words.
+    """
     words = {"planted": "all planted", "picture writer": "with a writer", "sound opponent": "with an opponent"}
     return words.get(group, {"gate": "with a gate"}.get(group, group))
 

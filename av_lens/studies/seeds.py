@@ -162,10 +162,11 @@ def tables(record: dict[str, Any]) -> list[Table]:
 def _set_row(entry: dict[str, Any]) -> list[str]:
     summary, found = entry["summary"], entry["set"]
     start = [entry["model"], entry["verdict_kind"], _figure(summary["G"]), _figure(summary["C"])]
-    failed = [row["control"] for row in entry["specificity"] if row["verdict"] != "specific"]
+    words = {"not specific": "", "untested": " (untested)"}
+    failed = [f"{row['control']}{words[row['verdict']]}" for row in entry["specificity"] if row["verdict"] in words]
     half = _figure(entry["half of the gap"], 0)
     if found is None:
-        return [*start, *6 * ["–"], half, ", ".join(failed) or "–"]
+        return [*start, *6 * ["–"], half, "–"]
     return [
         *start,
         f"{int(found['k'])}: {found['members']}",

@@ -10,15 +10,17 @@ import torch
 from fake_model import N_HEADS, N_LAYERS, FakeEngine, fake_conflicts
 
 from av_lens.errors import ProtocolError
+from av_lens.isolation import isolate
 from av_lens.isolation.behaviour import survey
 from av_lens.isolation.bench import Bench, Means
 from av_lens.isolation.effects import measure_requests, requests
 from av_lens.isolation.estimands import estimands
 from av_lens.isolation.evidence import Half, search
 from av_lens.isolation.logit_writes import direct_writes
-from av_lens.isolation.role_tests import adjust
+from av_lens.isolation.role_tests import adjust, run_tests, run_tests_together
 from av_lens.isolation.scoring import Candidates
 from av_lens.isolation.seam import Edited
+from av_lens.isolation.sets import release_of_sets
 from av_lens.isolation.specificity import CONTROLS, controls
 from av_lens.isolation.store import Store
 from av_lens.isolation.threshold import null_share
@@ -224,6 +226,20 @@ def test_q_counts_every_site_that_was_asked_for(tmp_path):
     assert at_writer == pytest.approx(2)
 
 
+def test_max_t_is_over_all_sites_that_were_searched():
+    found, _ = searched(FakeEngine(), None)
+    rng = np.random.default_rng(0)
+    sites = [
+        replace(one, release={donor: rng.normal(1, 2, values.shape) for donor, values in one.release.items()})
+        for one in 2 * [found.first.evidence]
+    ]
+    alone = run_tests(sites[0], s=0.1, family=200, seed=0)
+    both, _ = run_tests_together(sites, s=0.1, family=200, seed=0)
+    np.testing.assert_array_equal(both.release_p["zero"], alone.release_p["zero"])
+    assert (both.release_p_maxt["zero"] >= alone.release_p_maxt["zero"]).all()
+    assert (both.release_p_maxt["zero"] > alone.release_p_maxt["zero"]).any()
+
+
 # Sinks.
 
 
@@ -244,3 +260,48 @@ def test_without_sinks_the_site_is_left_out_and_said(tmp_path):
     assert found.notes[0].startswith("the site 'sinks' was not searched: no media position gets 10 times")
     with pytest.raises(ProtocolError, match=r"the site 'sinks' was not searched.*no other site was asked for"):
         searched(Sinking(), None, sites=("sinks",))
+
+
+def test_a_run_of_the_sinks_alone_looks_for_them_before_it_is_refused():
+    engine = Sinking()
+    engine.share = 1.0
+    with pytest.raises(ProtocolError, match=r"the site 'sinks' was not searched.*no other site was asked for"):
+        isolate(None, fake_conflicts(48), engine=engine, s=0.1, sites=("sinks",))
+
+
+# A conflict that lacks an edit.
+
+
+def test_a_stack_without_third_clips_has_no_effect_of_a_w_cell():
+    bench = benched(FakeEngine())
+    lone = bench.chunks([0])[0]  # the one conflict without a third clip
+    assert torch.isnan(lone.donor("va", "wa")).all()
+    assert not torch.isnan(lone.donor("va", "vv")).any()
+
+
+def test_an_edit_that_a_conflict_lacks_is_no_answer_and_no_harm():
+    class Lacking(FakeEngine):
+        def edited(self, recording, swaps):
+            for logits in super().edited(recording, swaps):
+                logits = logits.clone()
+                logits[0] = torch.nan  # as where a mean leaves every other conflict out
+                yield logits
+
+    chunks = benched(Lacking()).chunks(range(N))
+    effect = release_of_sets(chunks, [[WRITER]], ["zero"], np.arange(N))
+    first = [int(chunk.examples[0]) for chunk in chunks]
+    assert np.isnan(effect.says_sound[0, first]).all()
+    assert int(np.isnan(effect.says_sound).sum()) == len(first)
+    boot = half_of(DISCOVERY).boot
+    for row in controls(chunks, [WRITER], "zero", examples=np.arange(N), boot=boot):
+        assert row["n"] == N - len(first), row["control"]
+
+
+def test_the_mean_of_many_bfloat16_outputs_is_their_mean():
+    bench = benched(FakeEngine())
+    means = Means.over(bench.chunks(range(N)))
+    exact = means.donor("va", means.sound[:1], means.picture[:1])
+    means._z.update({name: z.bfloat16() for name, z in means.z.items()})
+    rounded = means.donor("va", means.sound[:1], means.picture[:1])
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=2**-8, atol=1e-3)

@@ -236,3 +236,34 @@ class TestSection7:
         lines = []
         run(conflicts=few, told=lines.append)
         assert lines[0].startswith("Power: 2 components on discovery are too few for 132 tests: no effect, however")
+
+
+def test_answers_whose_synonyms_overlap_are_refused():
+    kinds = [type("Given", (Worded,), {"given": (sound, (2, 3))}) for sound in ((0, 1), (0, 4))]
+    conflicts = [
+        kinds[i % 2](**{f.name: getattr(one, f.name) for f in dataclasses.fields(one)})
+        for i, one in enumerate(fake_conflicts(44))
+    ]
+    with pytest.raises(ProtocolError, match=r"share a word \(their synonyms overlap\): give one list of synonyms"):
+        run(conflicts=conflicts)
+
+
+def test_a_third_clip_from_the_other_half_is_refused():
+    conflicts = fake_conflicts(44)
+    half = isolate(None, conflicts, engine=FakeEngine(), s=0.1, quick=True).conflicts["half"].tolist()
+    other = next(i for i in range(44) if half[i] != half[0])
+    conflicts[0] = dataclasses.replace(conflicts[0], third=conflicts[other].sound)
+    with pytest.raises(ProtocolError, match=rf"conflict 'c000' was dealt to {half[0]}.*source clip of {half[other]}"):
+        run(conflicts=conflicts)
+    conflicts[0] = dataclasses.replace(conflicts[0], third=SimpleNamespace(sha256="apart", window=(0, 1), answer=5))
+    run(conflicts=conflicts)  # a clip of no conflict's is nobody's
+
+
+def test_past_the_gate_competence_and_what_is_analysed_are_told_apart():
+    found = run(engine=HardOfHearing(), gate="report")
+    assert {"not interpretable", "exploratory"} <= set(found.stamps)
+    frame = found.conflicts
+    assert frame["analysed"].all()
+    assert 0 < frame["competent"].sum() < len(frame)
+    chosen = found.behaviour[found.behaviour["chosen"] == "competent"]
+    assert chosen["n"].max() < found.behaviour[found.behaviour["chosen"] == "all"]["n"].max()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 
 from av_lens.isolation.sets import cumulative, doubling, head_names, random_sets
@@ -28,6 +30,15 @@ def test_where_few_exist_all_are_used():
     norms[0, 0] = 1.5
     found, widened = random_sets([(0, 0), (0, 1)], norms, seed=0)
     assert (len(found), widened) == (21, 0)  # 7 heads, two at a time
+
+
+def test_where_few_exist_for_many_members_all_are_used_too():
+    # 11 members share 13 candidates: 78 sets, though 13^11 draws would hardly ever be of distinct heads.
+    members = [(0, head) for head in range(11)]
+    found, widened = random_sets(members, np.ones((1, 24)), seed=0)
+    assert (len(found), widened) == (78, 0)
+    outside = [(0, head) for head in range(11, 24)]
+    assert set(found) == {tuple(h for h in outside if h not in left) for left in combinations(outside, 2)}
 
 
 def test_where_no_norm_matches_the_three_nearest_stand_in():

@@ -218,6 +218,23 @@ def test_59_items_are_the_fewest_that_can_show_no_harm():
     assert non_inferiority(ones[:58], ones[:58], separate(58)).verdict == "untested"
 
 
+def test_many_items_of_four_clips_show_no_harm_either():
+    ones, clips = np.ones(70), [["a", "b"][i % 2] for i in range(70)]
+    few = Bootstrap.draw(range(70), clips, ["c", "d"] * 35, seed=0)
+    found = non_inferiority(ones, ones, few)
+    assert found.verdict == "untested"
+    assert np.isnan(found.bound)
+
+
+def test_a_figure_known_on_few_clips_has_no_interval():
+    values = np.ones((30, 2)) * np.arange(30)[:, None]
+    values[2:, 1] = np.nan
+    found = separate(30).mean(values)
+    assert np.isfinite(found.low[0])
+    assert found.value[1] == 0.5
+    assert np.isnan(found.low[1])
+
+
 def test_harm_takes_the_larger_bound():
     before = np.ones(100)
     after = before.copy()

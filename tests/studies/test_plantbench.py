@@ -13,7 +13,7 @@ import pytest
 
 from av_lens.errors import InputError
 from av_lens.plots.plant_bench import plant_bench_svg
-from av_lens.studies import plantbench, plantbench_tables
+from av_lens.studies import plantbench, plantbench_pages, plantbench_tables
 from av_lens.studies.plantbench_donors import DONORS
 from av_lens.studies.plantbench_methods import METHODS
 from av_lens.studies.plantbench_scores import DAMAGE_LAST
@@ -84,7 +84,7 @@ def bench(folder: Path) -> plantbench.Scored:
 
 
 def test_the_record_judges_every_method(tmp_path: Path):
-    record = plantbench_tables.record_of(bench(tmp_path))
+    record = plantbench_pages.record_of(bench(tmp_path))
     models = record["models"]
     assert [len(chosen(models, group)) for group in ("planted", "gate", "picture writer", "beside a decoy")] == [
         2,
@@ -117,16 +117,20 @@ def test_means_over_models_have_an_interval_from_five_on():
 
 
 def test_the_page_is_filled_from_the_record(tmp_path: Path):
-    record = plantbench_tables.record_of(bench(tmp_path))
+    record = plantbench_pages.record_of(bench(tmp_path))
     with pytest.raises(InputError, match=r"plantbench\.md is not there or lacks"):
-        plantbench_tables.store(record, tmp_path)
-    (tmp_path / "plantbench.md").write_text(f"# Bench\n\n{plantbench_tables.OPEN}{plantbench_tables.CLOSE}\nEnd\n")
-    page = plantbench_tables.store(record, tmp_path).read_text()
+        plantbench_pages.store(record, tmp_path)
+    (tmp_path / "plantbench.md").write_text(f"# Bench\n\n{plantbench_pages.OPEN}{plantbench_pages.CLOSE}\nEnd\n")
+    page = plantbench_pages.store(record, tmp_path).read_text()
     assert page.startswith("# Bench")
     assert page.endswith("End\n")
     stored = json.loads((tmp_path / "plantbench.json").read_text())
-    assert plantbench_tables.page_tables(stored) in page
-    assert "| isolate | 0 of 1 | 0.000 | 1 |" in page  # no null is named, one decoy is
+    assert plantbench_pages.page_tables(stored) in page
+    assert "| isolate | 0 of 1 | 0.000 | 0.0000 | 1 |" in page  # no null is named, one decoy is
+    # A named decoy ranks as high as the true head beside it (AUROC 6.5 of 7), and a decoy is no null.
+    assert "| AUROC | at least 0.98 | 0.964 | no |" in page
+    assert "| kind right | at least 0.9 | 1.000 | yes |" in page
+    assert "| models with nothing to be found, and a name | at most 1 of 20 | 0 of 1 | yes, of fewer than 20 |" in page
     assert "| av-tiny | L1H0 | – | " not in page  # all three primary donors show it
     svg = ElementTree.fromstring((tmp_path / "plantbench.svg").read_text())
     assert len(svg.findall(".//{*}title")) == 4 * len(plantbench_tables.ALL)  # planted, writer, gate, beside a decoy
@@ -194,7 +198,7 @@ def test_what_cannot_be_benched_is_refused(tmp_path: Path):
         plantbench.run_plantbench([], out=tmp_path)
     empty = plantbench.run_plantbench(["av-tiny-balanced"], out=tmp_path, limit=0)
     with pytest.raises(InputError, match="no scored model yet"):
-        plantbench_tables.record_of(empty)
+        plantbench_pages.record_of(empty)
 
 
 @pytest.mark.usefixtures("staged")
@@ -203,7 +207,7 @@ def test_the_command_shows_tables_fills_the_page_and_says_what_is_left(tmp_path:
 
     from av_lens.cli.main import app
 
-    (tmp_path / "plantbench.md").write_text(f"{plantbench_tables.OPEN}{plantbench_tables.CLOSE}")
+    (tmp_path / "plantbench.md").write_text(f"{plantbench_pages.OPEN}{plantbench_pages.CLOSE}")
     folder, names = str(tmp_path / "out"), ["av-tiny-planted", "av-tiny-balanced"]
     said = CliRunner().invoke(app, ["plantbench", *names, "--out", folder, "--limit", "1", "--docs", str(tmp_path)])
     assert said.exit_code == 0, said.output

@@ -47,6 +47,8 @@ def test_an_entry_holds_the_findings_own_figures(entry):
     assert 0 < made["jaccard"] == len(both[0] & both[1]) / len(both[0] | both[1]) < 1
     assert made["rank correlation"] == pytest.approx(1.0)  # squares of rising numbers rise
     assert [row["control"] for row in made["specificity"]] == list(found.specificity["control"])
+    assert said["not held to 5 points"] == "factual heard, audio-only (untested)"
+    assert "text-only" not in said["not held to 5 points"]  # its divergence is reported, and held to nothing
 
 
 def seeds_roles():
