@@ -77,8 +77,8 @@ CHOICES = (
     "widened by its next nearest heads within one layer, one at a time, until there are 20 sets; the set is flagged.",
     "Specificity has one item per conflict; donors there are asked the control's own question where the layout is "
     "the same.",
-    "audio_only is a secondary donor of the release alone, at suffix and generation, laid on from the end as far as the token ids are equal; its "
-    "mirror is the picture's sound alone.",
+    "audio_only is a secondary donor of the release alone, at suffix and generation, laid on from the end as far "
+    "as the token ids are equal; its mirror is the picture's sound alone.",
     "The text-only prompt is the bare question, without a conflict's prefix.",
     "An effect's parts are centred over the distinct answers of all conflicts given; with the norm frozen both the "
     "edited and the unedited run are read out with what the final norm divided by in the unedited one.",

@@ -13,8 +13,8 @@
 
 Each in all heads of a window of layers: all of them, and the depths at which the studies cut, as shares of the model's
 own depth (`WINDOWS`), and around every layer with a width of 7 of 36 layers ("From Senses to Decisions"). All cuts are
-renormalised. Beside the cuts in `WINDOWS` stand controls (`runs.matched_cuts`), the mean of `DRAWS` draws (how often the sound
-is said is that of the first draw):
+renormalised. Beside the cuts in `WINDOWS` stand controls (`runs.matched_cuts`), the mean of `DRAWS` draws (how
+often the sound is said is that of the first draw):
 
     equal mass   as much value-weighted attention of the same queries removed elsewhere: the same edges in other heads
                  at most one layer outside the window, else other keys that hold no media (within a quarter)
