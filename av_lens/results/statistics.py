@@ -57,11 +57,7 @@ class Interval:
 class Bootstrap:
     """Resampling weights, drawn once and shared by every figure of a half.
 
-    Attributes:
-        weights: of every conflict in every draw.
-        unit: "component" or "clip".
-        n_clips: how many source clips there are.
-        clips: those of each conflict's sound and picture, as numbers, where they are known.
+    `unit` is "component" or "clip"; `clips` numbers the source clips of each conflict's sound and picture, if known.
     """
 
     weights: Float[np.ndarray, "draw example"]
@@ -150,9 +146,8 @@ class Bootstrap:
 
     def _enough(self, known: Bool[np.ndarray, "example column"]) -> Bool[np.ndarray, " column"]:
         """Whether a column's own conflicts come from enough clips to be resampled."""
-        if self.clips is None or known.all():
+        if (clips := self.clips) is None or known.all():
             return np.full(known.shape[1], self.n_clips >= FEWEST_CLIPS)
-        clips = self.clips
         return np.array([len(np.unique(clips[:, column])) >= FEWEST_CLIPS for column in known.T], dtype=bool)
 
     def derived(
@@ -211,8 +206,7 @@ class Flips:
 
 def _signs(n: int, flips: int, seed: int, step: int) -> Iterator[np.ndarray]:
     """All flips of n signs, or so many sampled ones, `step` of them at a time."""
-    rng = np.random.default_rng(seed)
-    exact = n <= MOST_EXACT
+    rng, exact = np.random.default_rng(seed), n <= MOST_EXACT
     for start in range(0, flips, step):
         rows = min(step, flips - start)
         drawn = np.arange(start, start + rows)[:, None] >> np.arange(n) if exact else rng.integers(0, 2, size=(rows, n))

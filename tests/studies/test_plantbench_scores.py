@@ -105,7 +105,7 @@ def test_a_member_is_named_unless_it_breaks():
 def test_exchanged_labels_name_nobody_where_the_right_labels_name_three():
     found = planted_isolation()
     summary = {**found.summary, "s": 0.1, "family": 64 * 11.0}
-    rows = [{"id": f"{i}", "half": "discovery", "component": i, "competent": True} for i in range(N)]
+    rows = [{"id": f"{i}", "half": "discovery", "component": i, "analysed": True} for i in range(N)]
     found = dataclasses.replace(found, summary=summary, conflicts=table("conflicts", rows))
     assert exchanged(found, draws=8, seed=1) == [0] * 8
     right = np.stack([found.arrays[f"discovery/suffix/release/{donor}"].mean(0) for donor in DONORS]).max(0)
