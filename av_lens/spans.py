@@ -42,7 +42,7 @@ _TOLERANCE = 1e-6  # s: interval ends that touch do not overlap
 Selection = int | slice | range | None
 
 
-def _runs(positions: Int64[np.ndarray, "pos"]) -> tuple[tuple[int, int], ...]:
+def _runs(positions: Int64[np.ndarray, " pos"]) -> tuple[tuple[int, int], ...]:
     if not len(positions):
         return ()
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
@@ -64,7 +64,7 @@ class Span:
         source: the map they were selected from (None for positions given by hand); `between` and `box` need it.
     """
 
-    positions: Int64[np.ndarray, "pos"]
+    positions: Int64[np.ndarray, " pos"]
     source: SpanMap | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -227,12 +227,12 @@ class SpanMap:
 
     roles: tuple[str, ...]
     tokens: tuple[str, ...]
-    start_s: Float64[np.ndarray, "pos"]
-    end_s: Float64[np.ndarray, "pos"]
-    source_start_s: Float64[np.ndarray, "pos"]
-    source_end_s: Float64[np.ndarray, "pos"]
-    row: Int64[np.ndarray, "pos"]
-    col: Int64[np.ndarray, "pos"]
+    start_s: Float64[np.ndarray, " pos"]
+    end_s: Float64[np.ndarray, " pos"]
+    source_start_s: Float64[np.ndarray, " pos"]
+    source_end_s: Float64[np.ndarray, " pos"]
+    row: Int64[np.ndarray, " pos"]
+    col: Int64[np.ndarray, " pos"]
 
     def __post_init__(self) -> None:
         for role in dict.fromkeys(self.roles):

@@ -106,7 +106,7 @@ def audio_tokens(mel_frames: int) -> int:
     return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
 
 
-def sampled_frames(clip: Clip, fps: float | int) -> Int64[np.ndarray, "frame"]:
+def sampled_frames(clip: Clip, fps: float | int) -> Int64[np.ndarray, " frame"]:
     """Choose the frames of a clip at a rate, by their true times.
 
     Args:

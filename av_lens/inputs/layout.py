@@ -92,7 +92,7 @@ def media_roles(ids: np.ndarray, roles: tuple[str, ...], known: Ids) -> tuple[st
     return tuple(by_id.get(int(token), role) for token, role in zip(ids, roles, strict=True))
 
 
-def _patch_ids(n: int, seconds_per_grid: float, per_second: float) -> Int64[np.ndarray, "patch_t"]:
+def _patch_ids(n: int, seconds_per_grid: float, per_second: float) -> Int64[np.ndarray, " patch_t"]:
     steps = np.arange(n).astype(np.float32) * np.float32(seconds_per_grid) * np.float32(per_second)
     return steps.astype(np.int64)
 

@@ -58,7 +58,7 @@ def _silent(model: Any, x: AVInputs) -> AVInputs:
 
 def shared_positions(
     x: AVInputs, other: AVInputs, config: Any
-) -> tuple[Int64[np.ndarray, "shared"], Int64[np.ndarray, "shared"]]:
+) -> tuple[Int64[np.ndarray, " shared"], Int64[np.ndarray, " shared"]]:
     """Match the positions of two prompts that differ in sound alone.
 
     Args:

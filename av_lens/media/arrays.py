@@ -57,7 +57,7 @@ def as_sound(waveform: np.ndarray) -> np.ndarray:
     return array.astype(np.float32) if array.dtype.kind == "f" else array.copy()
 
 
-def frame_times(frames: np.ndarray, times: object, fps: float | None) -> Float64[np.ndarray, "time"]:
+def frame_times(frames: np.ndarray, times: object, fps: float | None) -> Float64[np.ndarray, " time"]:
     """Say when each frame is shown, from its times or from an even rate.
 
     Args:
@@ -82,7 +82,7 @@ def frame_times(frames: np.ndarray, times: object, fps: float | None) -> Float64
     return np.arange(count) / (fps or 1.0)
 
 
-def typical_step(times: Float64[np.ndarray, "time"], alone: float) -> float:
+def typical_step(times: Float64[np.ndarray, " time"], alone: float) -> float:
     """Give the median time between frames.
 
     Args:
@@ -95,7 +95,7 @@ def typical_step(times: Float64[np.ndarray, "time"], alone: float) -> float:
     return float(np.median(np.diff(times))) if len(times) > 1 else alone
 
 
-def natural_end(times: Float64[np.ndarray, "time"], fps: float | None, sound_end: float) -> float:
+def natural_end(times: Float64[np.ndarray, " time"], fps: float | None, sound_end: float) -> float:
     """Say when a clip ends of which nothing is said.
 
     Args:
@@ -110,7 +110,7 @@ def natural_end(times: Float64[np.ndarray, "time"], fps: float | None, sound_end
     return max(float(times[-1]) + typical_step(times, alone) if len(times) else 0.0, sound_end)
 
 
-def window_of_frames(times: Float64[np.ndarray, "time"], start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
+def window_of_frames(times: Float64[np.ndarray, " time"], start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
     """Find the frames whose time lies in [start, end).
 
     Where no frame begins inside, the frame that is on display at `start` stands for the window, at time 0.
@@ -181,7 +181,7 @@ def blanked(kind: str, frames: UInt8[np.ndarray, "time height width 3"], *, seed
     raise MediaError(unknown("kind of blank", kind, ("dark", "scrambled")))
 
 
-def quiet(kind: str, n_samples: int, *, seed: int) -> Float32[np.ndarray, "sample"]:
+def quiet(kind: str, n_samples: int, *, seed: int) -> Float32[np.ndarray, " sample"]:
     """Make a sound that says nothing.
 
     Args:

@@ -49,8 +49,8 @@ class Clip:
     """
 
     frames: UInt8[np.ndarray, "time height width 3"] | None
-    times: Float64[np.ndarray, "time"]
-    waveform: Float32[np.ndarray, "sample"] | None
+    times: Float64[np.ndarray, " time"]
+    waveform: Float32[np.ndarray, " sample"] | None
     rate: int
     duration: float
     path: str | None = None

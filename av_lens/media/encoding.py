@@ -35,8 +35,8 @@ SUFFIXES = (".mp4", ".wav", ".png")
 
 def mp4_bytes(
     frames: UInt8[np.ndarray, "time height width 3"] | None,
-    times: Float64[np.ndarray, "time"],
-    waveform: Float32[np.ndarray, "sample"] | None,
+    times: Float64[np.ndarray, " time"],
+    waveform: Float32[np.ndarray, " sample"] | None,
     *,
     rate: int,
     picture_end: float,
@@ -198,7 +198,7 @@ def time_base(seconds: list[float]) -> Fraction:
     return Fraction(1, scale)
 
 
-def wav_bytes(waveform: Float32[np.ndarray, "sample"], *, rate: int) -> bytes:
+def wav_bytes(waveform: Float32[np.ndarray, " sample"], *, rate: int) -> bytes:
     """Encode a sound as a float32 wav, which loses nothing.
 
     Args:

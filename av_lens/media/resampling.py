@@ -17,7 +17,7 @@ _BETA = 14.769656459379492
 _MAX_TAPS = 1 << 22
 
 
-def resample(waveform: Float32[np.ndarray, "sample"], orig: int, new: int) -> Float32[np.ndarray, "resampled"]:
+def resample(waveform: Float32[np.ndarray, " sample"], orig: int, new: int) -> Float32[np.ndarray, " resampled"]:
     """Resample so that sample 0 keeps its time.
 
     Args:

@@ -339,7 +339,7 @@ def _end_tokens(model: Any) -> set[int]:
     return {int(t) for t in (named if isinstance(named, Sequence) else [named]) if t is not None}
 
 
-def _others(x: AVInputs) -> Int64[np.ndarray, "example"]:
+def _others(x: AVInputs) -> Int64[np.ndarray, " example"]:
     """For each example the next one with the same text and another picture, -1 where there is none."""
     pictures = [None if clip is None else clip.picture_hash for clip in x.clips]
     found = np.full(len(x), -1, dtype=np.int64)

@@ -88,12 +88,12 @@ class Clips:
 
     video: Float[Tensor, "clip video_pos d_model"]
     audio: Float[Tensor, "clip audio_pos d_model"]
-    picture: Int[Tensor, "clip"]
-    sound: Int[Tensor, "clip"]
-    colour: Int[Tensor, "clip"]
+    picture: Int[Tensor, " clip"]
+    sound: Int[Tensor, " clip"]
+    colour: Int[Tensor, " clip"]
 
 
-def of_class(pool: FeaturePool, classes: Int[Tensor, "n"], generator: Generator) -> Int[Tensor, "n"]:
+def of_class(pool: FeaturePool, classes: Int[Tensor, " n"], generator: Generator) -> Int[Tensor, " n"]:
     """Draw one clip of each class asked for.
 
     Args:

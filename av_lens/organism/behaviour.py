@@ -61,9 +61,9 @@ class Truth:
         colour: colour of the picture.
     """
 
-    picture: Int64[Tensor, "clip"]
-    sound: Int64[Tensor, "clip"]
-    colour: Int64[Tensor, "clip"]
+    picture: Int64[Tensor, " clip"]
+    sound: Int64[Tensor, " clip"]
+    colour: Int64[Tensor, " clip"]
 
 
 def truth(cell: Cell, clips: HeldOut) -> Truth:
@@ -112,7 +112,7 @@ def _vocabulary() -> tuple[Tensor, Tensor, int]:
     return layouts.class_ids(), colours, layouts.answer_ids(grammar.NOTHING)[0]
 
 
-def tally(answers: Int64[Tensor, "clip"], kind: str, what: Truth) -> dict[str, int]:
+def tally(answers: Int64[Tensor, " clip"], kind: str, what: Truth) -> dict[str, int]:
     """Count what answers name.
 
     Args:

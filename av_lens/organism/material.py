@@ -35,8 +35,8 @@ class Words:
     """
 
     questions: Mapping[str, tuple[tuple[int, ...], ...]]
-    classes: Int[Tensor, "n_classes"]
-    colours: Int[Tensor, "n_colours"]
+    classes: Int[Tensor, " n_classes"]
+    colours: Int[Tensor, " n_colours"]
     nothing: int
     stop: int
     caption: tuple[int, ...]
@@ -54,10 +54,10 @@ class Frame:
         audio: Where the sound's features go.
     """
 
-    ids: Int[Tensor, "prefix"]
+    ids: Int[Tensor, " prefix"]
     positions: Int[Tensor, "3 prefix"]
-    video: Int[Tensor, "video_pos"]
-    audio: Int[Tensor, "audio_pos"]
+    video: Int[Tensor, " video_pos"]
+    audio: Int[Tensor, " audio_pos"]
 
     def embed(
         self,

@@ -172,7 +172,7 @@ def _stamp(name: str, radius: float) -> Float64[np.ndarray, "mask height width"]
 
 
 def _placed(
-    masks: Float64[np.ndarray, "mask height width"], place: Float64[np.ndarray, "xy"]
+    masks: Float64[np.ndarray, "mask height width"], place: Float64[np.ndarray, " xy"]
 ) -> Float64[np.ndarray, "mask side side 1"]:
     """How much of each pixel the masks cover when the figure stands at `place` (to half a pixel)."""
     size = masks.shape[1]

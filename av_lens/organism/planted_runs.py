@@ -63,15 +63,15 @@ class Bench:
     heads: tuple[Head, ...]
     geometry: Tree
     first: Mapping[str, Float[Tensor, "clip pos d_model"]]
-    sound: Int[Tensor, "clip"]
-    picture: Int[Tensor, "clip"]
+    sound: Int[Tensor, " clip"]
+    picture: Int[Tensor, " clip"]
 
     @property
     def layers(self) -> tuple[int, ...]:
         """The planted layers, in order."""
         return tuple(sorted({layer for layer, _ in self.heads}))
 
-    def m(self, logits: Float[Tensor, "clip d_vocab"]) -> Float[Tensor, "clip"]:
+    def m(self, logits: Float[Tensor, "clip d_vocab"]) -> Float[Tensor, " clip"]:
         """The logit of the sound's word minus that of the picture's.
 
         Args:

@@ -67,7 +67,7 @@ class Lesson:
     written: tuple[Float[Tensor, "clip question d_model"], ...]
     keys: tuple[Float[Tensor, "clip kv_head prefix d_head"], ...]
     values: tuple[Float[Tensor, "clip kv_head prefix d_head"], ...]
-    media: Mapping[str, Int[Tensor, "media_pos"]]
+    media: Mapping[str, Int[Tensor, " media_pos"]]
 
     def rows(self, name: str, *, held_back: bool) -> range:
         """The rows of a sheet that are learned from, or those that are held back.
@@ -254,7 +254,7 @@ def projected(attention: Any, h: Float[Tensor, "clip pos d_model"], geometry: Tr
 
 
 def at_the_questions(
-    host: Any, lesson: Lesson, rows: Int[Tensor, "clip"], x: Float[Tensor, "clip asked d_model"], layer: int
+    host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], x: Float[Tensor, "clip asked d_model"], layer: int
 ) -> Float[Tensor, "clip asked d_model"]:
     """Run the layers after the planted one at the questions, with the media as they are in the host.
 

@@ -55,7 +55,7 @@ class Start:
 
 def ridge(
     x: Float[Tensor, "row d_model"], y: Float[Tensor, "row out"], strength: float
-) -> tuple[Float[Tensor, "out d_model"], Float[Tensor, "out"]]:
+) -> tuple[Float[Tensor, "out d_model"], Float[Tensor, " out"]]:
     """Fit a linear layer.
 
     Args:
@@ -73,7 +73,7 @@ def ridge(
     return weight, mean_y - weight @ mean_x
 
 
-def class_of(tokens: Int[Tensor, "clip"], classes: Int[Tensor, "n_classes"]) -> Float[Tensor, "clip n_classes"]:
+def class_of(tokens: Int[Tensor, " clip"], classes: Int[Tensor, " n_classes"]) -> Float[Tensor, "clip n_classes"]:
     """Turn words into centred one-hot rows.
 
     Args:
@@ -88,8 +88,8 @@ def class_of(tokens: Int[Tensor, "clip"], classes: Int[Tensor, "n_classes"]) -> 
 
 
 def values(
-    lessons: Sequence[Lesson], start: Start, classes: Int[Tensor, "n_classes"]
-) -> tuple[Float[Tensor, "out d_model"], Float[Tensor, "out"]]:
+    lessons: Sequence[Lesson], start: Start, classes: Int[Tensor, " n_classes"]
+) -> tuple[Float[Tensor, "out d_model"], Float[Tensor, " out"]]:
     """Fit the values, on the streams' means over what is looked at: that is what an even attention reads.
 
     Args:
@@ -152,7 +152,7 @@ def looks(lessons: Sequence[Lesson], start: Start) -> tuple[tuple[Tensor, Tensor
     return ridge(x[rows], asked[rows], VALUE_RIDGE), key_fit
 
 
-def asked_rows(lessons: Sequence[Lesson]) -> Int[Tensor, "row"]:
+def asked_rows(lessons: Sequence[Lesson]) -> Int[Tensor, " row"]:
     """Choose the rows that queries are fitted on: all positions that answer, and one in forty of the others.
 
     Args:
@@ -173,7 +173,7 @@ def asked_rows(lessons: Sequence[Lesson]) -> Int[Tensor, "row"]:
 
 @torch.no_grad()
 def directions(
-    host: Any, lessons: Sequence[Lesson], layer: int, start: Start, classes: Int[Tensor, "n_classes"]
+    host: Any, lessons: Sequence[Lesson], layer: int, start: Start, classes: Int[Tensor, " n_classes"]
 ) -> Float[Tensor, "d_model out"]:
     """What each value dimension writes.
 
@@ -206,7 +206,7 @@ def begin(
     lessons: Sequence[Lesson],
     layer: int,
     start: Start,
-    classes: Int[Tensor, "n_classes"],
+    classes: Int[Tensor, " n_classes"],
     generator: Generator,
 ) -> None:
     """Write the starting weights into the planted heads' slices.

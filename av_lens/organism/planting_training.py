@@ -95,7 +95,7 @@ def at_answers(x: Float[Tensor, "clip asked d_model"], at: Int[Tensor, "clip que
 
 
 def finish(
-    host: Any, lesson: Lesson, rows: Int[Tensor, "clip"], own: Float[Tensor, "clip pos d_model"], layer: int
+    host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], own: Float[Tensor, "clip pos d_model"], layer: int
 ) -> Float[Tensor, "clip question said d_vocab"]:
     """Go on from what the planted heads write.
 
@@ -117,7 +117,7 @@ def finish(
 
 
 def direct_only(
-    host: Any, lesson: Lesson, rows: Int[Tensor, "clip"], own: Float[Tensor, "clip pos d_model"], layer: int
+    host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], own: Float[Tensor, "clip pos d_model"], layer: int
 ) -> Float[Tensor, "clip question d_vocab"]:
     """Go on from what the planted heads write, with what all later heads write held at the host's.
 
@@ -143,7 +143,7 @@ def direct_only(
 def batch_loss(
     host: Any,
     lesson: Lesson,
-    rows: Int[Tensor, "clip"],
+    rows: Int[Tensor, " clip"],
     n_conflict: int,
     slices: Slices,
     layer: int,

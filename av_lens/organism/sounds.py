@@ -186,7 +186,7 @@ _PLAYED: dict[str, Callable[[np.random.Generator], Wave]] = {
 }
 
 
-def play(name: str, *, rng: np.random.Generator) -> Float32[np.ndarray, "sample"]:
+def play(name: str, *, rng: np.random.Generator) -> Float32[np.ndarray, " sample"]:
     """Synthesise two seconds of a class's sound.
 
     Args:

@@ -39,9 +39,9 @@ class Views:
 
     frames: UInt8[Tensor, "clip time height width rgb"]
     mel: Float32[Tensor, "clip mel frame"]
-    picture: Int64[Tensor, "clip"]
-    sound: Int64[Tensor, "clip"]
-    colour: Int64[Tensor, "clip"]
+    picture: Int64[Tensor, " clip"]
+    sound: Int64[Tensor, " clip"]
+    colour: Int64[Tensor, " clip"]
 
     def taken(self, at: Int64[Tensor, "taken"]) -> Views:
         """Take some of the clips.

@@ -37,7 +37,7 @@ class Example:
     """
 
     frames: UInt8[np.ndarray, "time height width rgb"]
-    waveform: Float32[np.ndarray, "sample"]
+    waveform: Float32[np.ndarray, " sample"]
     name: str
     colour: str
     split: str
@@ -93,7 +93,7 @@ def _picture(split: str, name: str, seed: int, colour: str | None = None) -> UIn
     return pictures.draw(name, colour=shown, rng=_stream(split, name, seed, _PICTURE))
 
 
-def _sound(split: str, name: str, seed: int) -> Float32[np.ndarray, "sample"]:
+def _sound(split: str, name: str, seed: int) -> Float32[np.ndarray, " sample"]:
     """An example's sound."""
     return sounds.play(name, rng=_stream(split, name, seed, _SOUND))
 

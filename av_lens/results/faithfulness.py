@@ -53,8 +53,8 @@ class Scale:
     """
 
     boot: Bootstrap
-    whole: Float[np.ndarray, "example"]
-    bare: Float[np.ndarray, "example"]
+    whole: Float[np.ndarray, " example"]
+    bare: Float[np.ndarray, " example"]
 
     @cached_property
     def span(self) -> tuple[float, float, float]:
@@ -124,7 +124,7 @@ class Scale:
 
 def _area(
     weights: np.ndarray, m: np.ndarray, scale: Scale, at: Sequence[int], n: int, distance: bool
-) -> Float[np.ndarray, "draw"]:
+) -> Float[np.ndarray, " draw"]:
     with np.errstate(invalid="ignore", divide="ignore"):
         f = (weights @ (m - scale.bare).T) / (weights @ (scale.whole - scale.bare))[:, None]
     f[~np.isfinite(f)] = np.nan  # a draw that left nothing below the line is no draw

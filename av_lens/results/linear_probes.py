@@ -38,8 +38,8 @@ class LinearProbe:
         regression: scikit-learn's.
     """
 
-    mean: Float[np.ndarray, "feature"]
-    scale: Float[np.ndarray, "feature"]
+    mean: Float[np.ndarray, " feature"]
+    scale: Float[np.ndarray, " feature"]
     basis: Float[np.ndarray, "feature direction"] | None
     regression: Any
 

@@ -237,7 +237,7 @@ def _overlaps(sizes: Sequence[int], overlap: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({"k": list(sizes), "jaccard": overlap[:, 0], "low": overlap[:, 1], "high": overlap[:, 2]})
 
 
-def places(mean: Float[np.ndarray, "node"], order: str) -> Float[np.ndarray, "node"]:
+def places(mean: Float[np.ndarray, " node"], order: str) -> Float[np.ndarray, " node"]:
     """Rank nodes.
 
     Args:

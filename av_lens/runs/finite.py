@@ -8,7 +8,7 @@ from torch import Tensor
 from av_lens.errors import InputError
 
 
-def require_numbers(found: Float[Tensor, "batch"], name: str, *, run: str = "the run without edits") -> None:
+def require_numbers(found: Float[Tensor, " batch"], name: str, *, run: str = "the run without edits") -> None:
     """Refuse a metric that gives no number.
 
     Args:

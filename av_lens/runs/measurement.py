@@ -24,7 +24,7 @@ BLOCK = 256  # plans that are measured together where an answer has several toke
 
 def measure(
     model: Any, x: Any, metric: Metric | Callable[..., Any], *, plan: Plan | None = None
-) -> Float[Tensor, "batch"]:
+) -> Float[Tensor, " batch"]:
     """Measure a metric on every example of an input.
 
     Args:

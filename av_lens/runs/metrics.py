@@ -157,7 +157,7 @@ class Metric:
         """Whether an answer has several tokens, so that the answer must be run after the prompt."""
         return any(int(ids.shape[-1]) > 1 for ids in self._bound())
 
-    def __call__(self, logits: Float[Tensor, "batch asked_pos d_vocab"]) -> Float[Tensor, "batch"]:
+    def __call__(self, logits: Float[Tensor, "batch asked_pos d_vocab"]) -> Float[Tensor, " batch"]:
         """Read the metric from logits.
 
         Args:
@@ -221,7 +221,7 @@ class Metric:
             return []
         return [filled(ids[:, i]).expand(batch, -1) for ids in self._fitting(batch) for i in range(ids.shape[1])]
 
-    def reduce(self, number: int, logits: Float[Tensor, "batch token d_vocab"]) -> Float[Tensor, "batch"]:
+    def reduce(self, number: int, logits: Float[Tensor, "batch token d_vocab"]) -> Float[Tensor, " batch"]:
         """Score one continuation.
 
         Args:
@@ -240,7 +240,7 @@ class Metric:
             return total
         return torch.where(unequal_lengths(self._bound()).to(total.device), total / lengths.clamp(min=1), total)
 
-    def combine(self, reduced: Sequence[Float[Tensor, "batch"]]) -> Float[Tensor, "batch"]:
+    def combine(self, reduced: Sequence[Float[Tensor, " batch"]]) -> Float[Tensor, " batch"]:
         """Put the scores of all continuations together.
 
         Args:

@@ -152,8 +152,8 @@ class Begun:
     job: PathRuns
     metric: Metric
     prompts: Sequence[_Prompt]
-    baseline: Float[Tensor, "batch"]
-    donor: Float[Tensor, "batch"]
+    baseline: Float[Tensor, " batch"]
+    donor: Float[Tensor, " batch"]
 
     def measure(self, finished: Callable[[int], None], into: Float[Tensor, "sender column batch"]) -> None:
         """Measure the metric for every sender and column whose order allows it.

@@ -90,7 +90,7 @@ def deaf_plan(x: AVInputs, audio: str) -> Plan:
 
 def matched(
     x: AVInputs, other: AVInputs, config: Any
-) -> tuple[Int64[np.ndarray, "shared"], Int64[np.ndarray, "shared"]]:
+) -> tuple[Int64[np.ndarray, " shared"], Int64[np.ndarray, " shared"]]:
     """Match positions of the model's prompt and the base's.
 
     Args:

@@ -75,7 +75,7 @@ def per_option(
 
 def summed_log_prob(
     tokens: Int64[Tensor, "batch token"], logits: Float[Tensor, "batch token d_vocab"]
-) -> tuple[Float[Tensor, "batch"], Int64[Tensor, "batch"]]:
+) -> tuple[Float[Tensor, " batch"], Int64[Tensor, " batch"]]:
     """Score one option of several tokens by teacher forcing.
 
     Args:
@@ -93,7 +93,7 @@ def summed_log_prob(
 
 def worst_rank(
     tokens: Int64[Tensor, "batch token"], logits: Float[Tensor, "batch token d_vocab"]
-) -> Float[Tensor, "batch"]:
+) -> Float[Tensor, " batch"]:
     """Rank one option of several tokens: the worst rank along it.
 
     Args:
@@ -109,7 +109,7 @@ def worst_rank(
     return ranks.masked_fill(~there.any(-1), torch.inf)
 
 
-def unequal_lengths(answers: Sequence[Int64[Tensor, "_ _ _"]]) -> Bool[Tensor, "_"]:
+def unequal_lengths(answers: Sequence[Int64[Tensor, "_ _ _"]]) -> Bool[Tensor, " _"]:
     """Say for which examples the answers' options have unequal numbers of tokens.
 
     Args:
@@ -124,7 +124,7 @@ def unequal_lengths(answers: Sequence[Int64[Tensor, "_ _ _"]]) -> Bool[Tensor, "
     return longest != shortest
 
 
-def combined(kind: str, sides: Sequence[Sequence[Float[Tensor, "batch"]]]) -> Float[Tensor, "batch"]:
+def combined(kind: str, sides: Sequence[Sequence[Float[Tensor, " batch"]]]) -> Float[Tensor, " batch"]:
     """Pool each answer's options, and take the difference of two answers.
 
     Args:
@@ -144,7 +144,7 @@ def combined(kind: str, sides: Sequence[Sequence[Float[Tensor, "batch"]]]) -> Fl
 
 def divergence(
     reference: Float[Tensor, "..."], logits: Float[Tensor, "batch asked_pos d_vocab"]
-) -> Float[Tensor, "batch"]:
+) -> Float[Tensor, " batch"]:
     """KL(reference || run) in nats, averaged over the asked positions that both have, from the last backwards.
 
     Args:

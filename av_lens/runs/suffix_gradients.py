@@ -57,7 +57,7 @@ class SuffixGradients:
     positions: tuple[tuple[int, ...], ...]
     gradient: tuple[Float[Tensor, "batch _ ..."], ...]
     value: tuple[Float[Tensor, "batch _ ..."], ...]
-    metric: Float[Tensor, "batch"]
+    metric: Float[Tensor, " batch"]
 
 
 def differentiated(

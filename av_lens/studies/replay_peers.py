@@ -93,7 +93,7 @@ def spread(heads: Sequence[tuple[int, int]], samples: int) -> list[int]:
     return [round(i * (len(heads) - 1) / max(count - 1, 1)) for i in range(count)]
 
 
-def by_replay(patches: Patches, heads: Sequence[tuple[int, int]], trace: Any) -> Float[Tensor, "patch"]:
+def by_replay(patches: Patches, heads: Sequence[tuple[int, int]], trace: Any) -> Float[Tensor, " patch"]:
     """Patch heads by replay.
 
     Args:
