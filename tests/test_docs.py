@@ -67,6 +67,13 @@ def test_the_plantbench_page_is_the_stored_record():
     assert (DOCS / plantbench_pages.FIGURE).read_text() == plantbench_pages.figure(record)
 
 
+def test_what_was_found_again_is_the_stored_record():
+    from av_lens.studies import seeds
+
+    page, record = (DOCS / seeds.PAGE).read_text(), json.loads((DOCS / seeds.RECORD).read_text())
+    assert page.split(seeds.OPEN)[1].split(seeds.CLOSE)[0] == seeds.page_tables(record)
+
+
 def test_the_page_of_true_shapes_is_the_stored_record():
     from av_lens.studies import true_shape_costs
 
