@@ -38,7 +38,7 @@ from av_lens.isolation.bench import PRIMARY_DONORS, Bench, Chunk, Means
 from av_lens.isolation.effects import Progress, Request, measure_requests
 from av_lens.isolation.engine import Head, ModelEngine
 from av_lens.isolation.evidence import Half, Searched
-from av_lens.isolation.role_tests import Evidence, Named, adjust, head_means, run_tests
+from av_lens.isolation.role_tests import Evidence, Named, adjust, largest_release, run_tests
 from av_lens.isolation.roles import classify
 from av_lens.isolation.sets import head_names
 from av_lens.results.halves import DISCOVERY
@@ -137,7 +137,7 @@ def robustness_rows(
     half = next(one for one in halves if one.name == DISCOVERY)
     site = searched.first
     main = named_roles(searched.named, site.site)
-    releases = best_release(site.evidence)
+    releases = largest_release(site.evidence)
     n_sites = searched.n_sites
     rows: list[dict[str, Any]] = []
     if isinstance(bench.engine, ModelEngine):
@@ -148,7 +148,7 @@ def robustness_rows(
             except AvLensError as refused:
                 rows.append({"variant": variant.name, "note": f"not measured: {refused}"})
                 continue
-            rho = rank_correlation(releases, best_release(found))
+            rho = rank_correlation(releases, largest_release(found))
             note = f"asked {variant.question!r}" if variant.question else ""
             rows.append(compared(variant.name, main, again) | {"rank_correlation": rho, "note": note})
     rows.append(_bootstrapped(half, site.evidence, main, site.site, searched.s, seed, n_sites, draws, progress))
@@ -168,19 +168,7 @@ def named_roles(named: Sequence[Named], site: str) -> dict[Head, str]:
     return {(row.layer, row.head): row.role for row in named if row.site == site and row.role in RELEASING}
 
 
-def best_release(found: Evidence) -> Float[np.ndarray, "layer head"]:
-    """Take each head's largest mean release over the donors.
-
-    Args:
-        found: the evidence.
-
-    Returns:
-        `[layer, head]`, NaN where none was measured.
-    """
-    return np.fmax.reduce([head_means(found.release[donor]) for donor in PRIMARY_DONORS])
-
-
-def rank_correlation(one: Float[np.ndarray, "layer head"], other: Float[np.ndarray, "layer head"]) -> float:
+def rank_correlation(one: Float[np.ndarray, "*head"], other: Float[np.ndarray, "*head"]) -> float:
     """Compare the order of all heads by Spearman's rank correlation.
 
     Args:
@@ -188,14 +176,17 @@ def rank_correlation(one: Float[np.ndarray, "layer head"], other: Float[np.ndarr
         other: another one.
 
     Returns:
-        Between -1 and 1, over the heads that both measured.
+        Between -1 and 1, over the heads that both measured; NaN below three of them, or where all are equal.
     """
     known = ~(np.isnan(one) | np.isnan(other))
-    found: Any = stats.spearmanr(one[known], other[known])
+    first, second = one[known], other[known]
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
+    found: Any = stats.spearmanr(first, second)
     return float(found.statistic)
 
 
-def jaccard(one: Mapping[Head, str], other: Mapping[Head, str]) -> float:
+def jaccard(one: Mapping[Any, str], other: Mapping[Any, str]) -> float:
     """Compare two sets of heads.
 
     Args:

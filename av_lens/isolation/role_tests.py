@@ -254,6 +254,18 @@ def pick_donors(found: Evidence) -> np.ndarray:
     return np.array(PRIMARY_DONORS, dtype=object)[np.where(np.isnan(means), -np.inf, means).argmax(0)]
 
 
+def largest_release(found: Evidence) -> Table:
+    """Take each head's largest mean release over the primary donors.
+
+    Args:
+        found: the evidence.
+
+    Returns:
+        `[layer, head]`, NaN where none was measured.
+    """
+    return np.fmax.reduce([head_means(found.release[donor]) for donor in PRIMARY_DONORS])
+
+
 def head_means(values: PerHead) -> Table:
     """Average over the examples where a head was measured.
 

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from av_lens.isolation.bench import PRIMARY_DONORS, Chunk
 from av_lens.isolation.effects import Progress
 from av_lens.isolation.evidence import Half, Searched, SiteEvidence
-from av_lens.isolation.role_tests import head_means
+from av_lens.isolation.role_tests import head_means, largest_release
 from av_lens.isolation.seam import Head
 from av_lens.isolation.sets import (
     RANDOM_SETS,
@@ -81,9 +81,9 @@ def ranked_heads(site: SiteEvidence) -> tuple[list[Head], str]:
         The heads, and the donor whose positive single releases have the largest sum.
     """
     release = site.evidence.release
-    best = np.stack([head_means(release[donor]) for donor in PRIMARY_DONORS])
-    order = np.argsort(-np.where(np.isnan(best), -np.inf, best).max(0).ravel(), kind="stable")
-    n_heads = best.shape[2]
+    best = largest_release(site.evidence)
+    order = np.argsort(-np.where(np.isnan(best), -np.inf, best).ravel(), kind="stable")
+    n_heads = best.shape[1]
     donor = max(PRIMARY_DONORS, key=lambda name: float(np.nansum(np.clip(head_means(release[name]), 0, None))))
     return [(int(i) // n_heads, int(i) % n_heads) for i in order], donor
 

@@ -33,7 +33,7 @@ from jaxtyping import Float
 from av_lens.isolation.bench import PRIMARY_DONORS, Chunk
 from av_lens.isolation.effects import Progress
 from av_lens.isolation.evidence import Half, SiteEvidence
-from av_lens.isolation.role_tests import Evidence, head_means
+from av_lens.isolation.role_tests import Evidence, head_means, largest_release
 from av_lens.isolation.seam import Head
 from av_lens.isolation.set_releases import Members, SetReleases, Tick
 from av_lens.isolation.sets import BuiltSet, head_names
@@ -289,7 +289,7 @@ def search_sets(
 
 
 def _screens(site: SiteEvidence, found: Evidence) -> dict[str, Float[np.ndarray, "layer head"]]:
-    largest = np.fmax.reduce([head_means(found.release[donor]) for donor in PRIMARY_DONORS])
+    largest = largest_release(found)
     screens = {"release": largest, "sufficiency": head_means(found.sufficiency)}
     if largest.size > ALL_HEADS:
         screens["attention to the video"] = _video_attention(site.chunks)

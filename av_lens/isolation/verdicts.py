@@ -23,7 +23,7 @@ from av_lens.isolation.behaviour import Survey
 from av_lens.isolation.confirmation import Held
 from av_lens.isolation.evidence import Half, Searched
 from av_lens.isolation.protocol import ALSO_COUNTED_AT
-from av_lens.isolation.role_tests import Named, head_means
+from av_lens.isolation.role_tests import Named, head_means, largest_release
 from av_lens.isolation.set_confirmation import ranked_heads
 from av_lens.isolation.set_search import MOST_MEMBERS
 from av_lens.isolation.sets import head_names
@@ -141,8 +141,7 @@ def counts_above(searched: Searched, halves: Sequence[Half]) -> dict[float, int]
     Returns:
         Share -> heads.
     """
-    releases = [head_means(values) for values in searched.first.evidence.release.values()]
-    shares = np.fmax.reduce(releases) / float(halves[0].G.mean())
+    shares = largest_release(searched.first.evidence) / float(halves[0].G.mean())
     return {share: int((shares > share).sum()) for share in ALSO_COUNTED_AT}
 
 
@@ -313,8 +312,7 @@ def summary(
     size, deviation = power(searched, halves, family=family)
     out |= {"power smallest effect in sd": size, "power sd": deviation, "power": out["delta"] + size * deviation}
     if searched is not None and held is not None:
-        largest = np.fmax.reduce([head_means(values) for values in searched.first.evidence.release.values()])
-        out["largest release share"] = float(np.nanmax(largest) / out["G"])
+        out["largest release share"] = float(np.nanmax(largest_release(searched.first.evidence)) / out["G"])
         out |= {f"heads above {share:.2f}": float(n) for share, n in counts_above(searched, halves).items()}
         claimed = _claimed(searched, held)
         out["named suppressors"] = float(len(claimed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from av_lens.errors import InputError
@@ -30,14 +31,15 @@ def parts_of(page: Path, opened: str, closed: str) -> tuple[str, str]:
     return head, tail
 
 
-def fill(page: Path, opened: str, closed: str, text: str) -> Path:
-    """Fill the part of a page between its comments.
+def fill(page: Path, opened: str, closed: str, text: str, *, beside: Mapping[str, str]) -> Path:
+    """Fill the part of a page between its comments, and write the files beside it that it is made from.
 
     Args:
         page: the page.
         opened: the comment before the part, with its end of line.
         closed: the comment after it, with the end of line before.
         text: what is to stand there.
+        beside: name to text of each file beside the page; none is written where the page cannot be filled.
 
     Returns:
         The page.
@@ -46,5 +48,7 @@ def fill(page: Path, opened: str, closed: str, text: str) -> Path:
         InputError: no such page, or one without the comments.
     """
     head, tail = parts_of(page, opened, closed)
+    for name, content in beside.items():
+        write_whole(page.parent / name, content)
     write_whole(page, head + opened + text + closed + tail)
     return page

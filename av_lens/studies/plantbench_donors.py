@@ -13,8 +13,8 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from scipy import stats
 
+from av_lens.isolation.robustness import rank_correlation
 from av_lens.studies.plantbench_scores import Table
 
 DONORS: Mapping[str, str] = {
@@ -68,18 +68,3 @@ def seen_by(tables: Mapping[str, Table], head: tuple[int, int], *, delta: float)
         Their names.
     """
     return [name for name, table in tables.items() if table[head] > delta]
-
-
-def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Compare two rankings of the same heads.
-
-    Args:
-        first: a figure of each head.
-        second: another.
-
-    Returns:
-        Spearman's correlation; NaN below three heads, or where all are equal.
-    """
-    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return math.nan
-    return float(stats.spearmanr(first, second).statistic)  # pyright: ignore[reportAttributeAccessIssue]

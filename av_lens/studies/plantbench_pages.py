@@ -13,8 +13,7 @@ from typing import Any
 
 from av_lens.errors import InputError
 from av_lens.plots.plant_bench import plant_bench_svg
-from av_lens.results.whole_files import write_whole
-from av_lens.studies.pages import fill, parts_of
+from av_lens.studies.pages import fill
 from av_lens.studies.plantbench import Scored
 from av_lens.studies.plantbench_summary import GROUPS, chosen, mean_over, nulls, summary_of
 from av_lens.studies.plantbench_tables import ALL, said_of, tables
@@ -56,11 +55,9 @@ def store(record: Mapping[str, Any], folder: str | Path) -> Path:
     Raises:
         InputError: the folder has no such page.
     """
-    page = Path(folder) / PAGE
-    parts_of(page, OPEN, CLOSE)  # before anything is written
-    write_whole(Path(folder) / RECORD, json.dumps(record, indent=None, separators=(",", ":"), allow_nan=False) + "\n")
-    write_whole(Path(folder) / FIGURE, figure(record))
-    return fill(page, OPEN, CLOSE, page_tables(record))
+    stored = json.dumps(record, indent=None, separators=(",", ":"), allow_nan=False) + "\n"
+    beside = {RECORD: stored, FIGURE: figure(record)}
+    return fill(Path(folder) / PAGE, OPEN, CLOSE, page_tables(record), beside=beside)
 
 
 def figure(record: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from av_lens.studies.plantbench_donors import DONORS
 from av_lens.studies.plantbench_methods import IN_LOGITS, METHODS
 from av_lens.studies.plantbench_scores import DAMAGE_LAST
-from av_lens.studies.plantbench_summary import GROUPS, Summary, chosen, mean_over, nulls
+from av_lens.studies.plantbench_summary import GROUPS, KINDS, Summary, chosen, mean_over, nulls
 from av_lens.studies.plantbench_truth import SUBJECT, PlantTruth
 from av_lens.studies.replay_tables import Table
 
@@ -279,8 +279,10 @@ def said_of(group: str) -> str:
     Returns:
         The words.
     """
-    words = {"planted": "all planted", "picture writer": "with a writer", "sound opponent": "with an opponent"}
-    return words.get(group, {"gate": "with a gate"}.get(group, group))
+    words = {"planted": "all planted"} | dict(
+        zip(KINDS, ("with a writer", "with an opponent", "with a gate"), strict=True)
+    )
+    return words.get(group, group)
 
 
 def _seconds(models: Sequence[Summary], method: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from av_lens.results.provenance import plain
-from av_lens.studies.pages import fill, parts_of
+from av_lens.studies.pages import fill
 
 RECORD, PAGE = "benchmarks.json", "benchmarks.md"
 OPEN, CLOSE = "<!-- replay -->\n", "\n<!-- /replay -->"
@@ -34,11 +34,9 @@ def store(record: Mapping[str, Any], folder: str | Path) -> Path:
         InputError: the folder has no such page.
     """
     page, stored = Path(folder) / PAGE, Path(folder) / RECORD
-    parts_of(page, OPEN, CLOSE)  # before anything is written
     before: dict[str, Any] = json.loads(stored.read_text("utf-8")) if stored.exists() else {}
     both = {**before, **{name: plain(found) for name, found in record.items()}}
-    stored.write_text(json.dumps(both, indent=1) + "\n", encoding="utf-8")
-    return fill(page, OPEN, CLOSE, page_tables(both))
+    return fill(page, OPEN, CLOSE, page_tables(both), beside={RECORD: json.dumps(both, indent=1) + "\n"})
 
 
 def page_tables(record: Mapping[str, Any]) -> str:

@@ -30,13 +30,13 @@ from av_lens.errors import InputError
 from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
 from av_lens.isolation.donors import PRIMARY_DONORS
+from av_lens.isolation.robustness import jaccard, rank_correlation
 from av_lens.results.provenance import plain, stamp
 from av_lens.results.record import Isolation
 from av_lens.results.whole_files import write_whole
 from av_lens.runs import load
-from av_lens.studies.pages import fill, parts_of
+from av_lens.studies.pages import fill
 from av_lens.studies.parts import Parts
-from av_lens.studies.plantbench_donors import rank_correlation
 from av_lens.studies.plantbench_methods import SITE
 from av_lens.studies.plantbench_scores import named_heads
 from av_lens.studies.replay_tables import Table, markdown
@@ -105,7 +105,6 @@ def entry_of(found: Isolation, again: Isolation) -> dict[str, Any]:
     tables: Any = found
     chosen = tables.sets[tables.sets["chosen"]].to_dict("records")
     first, second = _named(found), _named(again)
-    either = {*first, *second}
     return {
         "verdict_kind": found.verdict_kind,
         "verdict": found.verdict,
@@ -119,7 +118,7 @@ def entry_of(found: Isolation, again: Isolation) -> dict[str, Any]:
         ],
         "named": first,
         "named again": second,
-        "jaccard": len({*first} & {*second}) / len(either) if either else None,
+        "jaccard": _plain(jaccard(first, second)),
         "rank correlation": _plain(rank_correlation(_releases(found), _releases(again))),
     }
 
@@ -216,7 +215,5 @@ def store(record: dict[str, Any], folder: str | Path) -> Path:
     Raises:
         InputError: the folder has no such page.
     """
-    page = Path(folder) / PAGE
-    parts_of(page, OPEN, CLOSE)  # before anything is written
-    write_whole(Path(folder) / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
-    return fill(page, OPEN, CLOSE, page_tables(record))
+    stored = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    return fill(Path(folder) / PAGE, OPEN, CLOSE, page_tables(record), beside={RECORD: stored})
