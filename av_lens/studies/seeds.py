@@ -145,17 +145,16 @@ def tables(record: dict[str, Any]) -> list[Table]:
         record: from `run_seeds`.
 
     Returns:
-        The sets beside their controls; what was named on the two discovery halves.
+        The sets with their controls, a column for each model; what was named on the two discovery halves.
     """
-    sets = [
+    figures = [
         "model", "verdict", "G", "C", "heads", "release, held out", "of the gap", "sound said", "random sets",
         "p (floor)", "heads for half", "not held to 5 points",
     ]  # fmt: skip
+    models = [_set_row(entry) for entry in record["models"]]
+    names, *sets = ([figure, *row] for figure, *row in zip(figures, *models, strict=True))
     halves = ["model", "named", "named on other clips", "Jaccard", "rank correlation"]
-    return [
-        (sets, [_set_row(entry) for entry in record["models"]]),
-        (halves, [_halves_row(entry) for entry in record["models"]]),
-    ]
+    return [(names, sets), (halves, [_halves_row(entry) for entry in record["models"]])]
 
 
 def _set_row(entry: dict[str, Any]) -> list[str]:

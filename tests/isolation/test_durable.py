@@ -11,9 +11,9 @@ import warnings
 from functools import partial
 
 import numpy as np
-import pandas as pd
 import pytest
 from fake_model import FakeEngine, fake_conflicts
+from same_isolation import assert_same
 
 from av_lens.errors import ProtocolError, UnfinishedError
 from av_lens.isolation import durable, isolate
@@ -22,10 +22,8 @@ from av_lens.isolation.store import Store
 from av_lens.results import whole_files
 from av_lens.results.record import Isolation
 from av_lens.results.statistics import Bootstrap
-from av_lens.results.tables import TABLES
 
 N = 44
-TIMES = ("created", "seconds")
 
 
 class Killed(BaseException):
@@ -59,20 +57,6 @@ def short(out=None, **options):
 @pytest.fixture(scope="module")
 def brief(few_draws):
     return short()
-
-
-def assert_same(found, expected):
-    """Equal bit for bit, but for when and how long."""
-    for name in TABLES:
-        pd.testing.assert_frame_equal(getattr(found, name), getattr(expected, name), check_exact=True, obj=name)
-    assert found.arrays.keys() == expected.arrays.keys()
-    for name, values in expected.arrays.items():
-        assert np.array_equal(found.arrays[name], values, equal_nan=True), name
-    for name in ("verdict", "verdict_kind", "stamps", "reasons", "protocol"):
-        assert getattr(found, name) == getattr(expected, name), name
-    assert {k: repr(v) for k, v in found.summary.items()} == {k: repr(v) for k, v in expected.summary.items()}
-    plain = [{k: v for k, v in one.provenance.items() if k not in TIMES} for one in (found, expected)]
-    assert plain[0] == plain[1]
 
 
 def killed_after(seconds, work):
@@ -113,22 +97,6 @@ def test_killed_twice_and_resumed_it_has_the_same_numbers(whole, tmp_path):
     assert_same(found, whole)
     assert_same(Isolation.load(tmp_path), whole)
     assert any(line.startswith("resumed: ") for line in lines)
-
-
-@pytest.mark.slow
-def test_killed_ten_times_on_av_tiny(tmp_path):
-    import av_lens as avl
-    from av_lens.studies.staged_conflicts import stage
-
-    model = avl.load("av-tiny")
-    (tmp_path / "clips").mkdir()
-    listed = avl.conflicts(stage(tmp_path / "clips", conflicts=44, seed=3))
-    begun = time.monotonic()
-    expected = isolate(model, listed, gate="report", quick=True)
-    taken = time.monotonic() - begun
-    work = partial(isolate, model, listed, gate="report", quick=True, out=tmp_path / "run")
-    assert kills(work, times=10, seconds=taken / 5) >= 6  # later runs have less left to do, some finish
-    assert_same(work(), expected)
 
 
 MODES = ("half written", "not moved", "moved", "ledger")
