@@ -22,6 +22,7 @@ import torch
 from av_lens.errors import AlignmentError, InputError, ProtocolError, unknown
 from av_lens.inputs.answers import AnswerLike
 from av_lens.inputs.features import sampled_frames
+from av_lens.inputs.memory import Memory
 from av_lens.inputs.model_inputs import AVInputs, difference
 from av_lens.inputs.shared_tensors import shared
 from av_lens.media.clip import Clip
@@ -155,7 +156,7 @@ class Cells(Mapping[str, AVInputs]):
         self.cut_to_s: float | None = None
         self._model, self._options = model, options
         self._blank, self._mute, self._loudness, self._seed = blank, mute, loudness, seed
-        self._sources: dict[str, Clip] = {}
+        self._token = object()  # by which `_SOURCES` knows this conflict's; an id would be given again
         self._made: dict[str, AVInputs] = {}
 
     def __iter__(self) -> Iterator[str]:
@@ -225,12 +226,7 @@ class Cells(Mapping[str, AVInputs]):
         return shared(replace(x, provenance=x.provenance | said))
 
     def _source(self, name: str) -> Clip:
-        if not self._sources:
-            self._sources = self._cut()
-        if name not in self._sources:
-            made = self._sources["v"].blank(kind=self._blank, seed=self._seed) if name == "blank" else None
-            self._sources[name] = made or self._sources["a"].muted(kind=self._mute, seed=self._seed)
-        return self._sources[name]
+        return _SOURCES.once(self._token, self._cut)[name]
 
     def _cut(self) -> dict[str, Clip]:
         given = {"a": self.conflict.sound, "v": self.conflict.picture, "w": self.conflict.third}
@@ -245,9 +241,21 @@ class Cells(Mapping[str, AVInputs]):
             self.cut_to_s = min(counts) / float(self._options["fps"])
             clips = {name: _cut_to(clip, self.cut_to_s) for name, clip in clips.items()}
         clips = {name: fitted(clip, clips["v"]) for name, clip in clips.items()}
-        if self._loudness is None:
-            return clips
-        return {name: at_loudness(clip, self._loudness) for name, clip in clips.items()}
+        if self._loudness is not None:
+            clips = {name: at_loudness(clip, self._loudness) for name, clip in clips.items()}
+        clips["blank"] = clips["v"].blank(kind=self._blank, seed=self._seed)
+        clips["muted"] = clips["a"].muted(kind=self._mute, seed=self._seed)
+        return clips
+
+
+def _nbytes(sources: Mapping[str, Clip]) -> int:
+    frames = {id(clip.frames): clip.frames.nbytes for clip in sources.values() if clip.frames is not None}
+    return sum(frames.values())
+
+
+# A second of video is some 20 MB: only the conflicts encoded last keep their decoded frames (at most 1 GiB), others are
+# decoded again where a further cell of theirs is asked for.
+_SOURCES: Memory[dict[str, Clip]] = Memory(1 << 30, _nbytes)
 
 
 def answers_fault(answers: Sequence[AnswerLike]) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from av_lens.errors import AlignmentError, InputError, ProtocolError
 from av_lens.inputs import AVInputs, Conflict, Encoder, Pair
 from av_lens.inputs.conflict import fitted
+from av_lens.inputs.memory import Memory
 from av_lens.media import Clip, ClipFile
 
 NAMES = [
@@ -117,6 +118,20 @@ def test_cells_are_lazy_and_share_their_features(processor: Any, hf: Any, make_c
     other = conflict(make_clip).cells(encoder, question="See?")
     _ = other["va"]
     assert len(encoder.features.memory) == 8
+
+
+def test_decoded_sources_are_held_for_few_conflicts_and_made_again_for_the_others(encoder, make_clip, monkeypatch):
+    held: Memory[Any] = Memory(1)
+    monkeypatch.setattr("av_lens.inputs.conflict._SOURCES", held)
+    alone = conflict(make_clip, id="x")
+    whole = dict(alone.cells(encoder).items())
+    taking_turns = alone.cells(encoder), conflict(make_clip, sound=make_clip(2.0, seed=9), id="y").cells(encoder)
+    for name, wanted in whole.items():
+        found, _ = (cells[name] for cells in taking_turns)
+        for key, value in wanted.tensors.items():
+            assert torch.equal(torch.as_tensor(found.tensors[key]), torch.as_tensor(value)), key
+        assert found.provenance == wanted.provenance
+        assert len(held) == 1
 
 
 def test_without_a_third_clip_the_w_cells_are_refused_by_name(encoder: Encoder, make_clip):

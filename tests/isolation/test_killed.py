@@ -34,7 +34,8 @@ def test_the_command_killed_at_ten_moments_on_av_tiny(tmp_path):
     subprocess.run([*words, str(tmp_path / "whole")], check=True, capture_output=True)
     written = measurements(tmp_path / "whole")
     ended = time.time()
-    moments = sorted(random.Random(0).uniform(begun, written[-1]) for _ in range(10))
+    drawn = random.Random(0)
+    moments = sorted(drawn.uniform(begun, written[-1]) for _ in range(10))
     kept = []
     for moment in moments:
         until = sum(when <= moment for when in written)

@@ -18,7 +18,7 @@ def conflicts():
     classes = list(organism.classes())
     rng = np.random.default_rng(0)
     found = []
-    for i in range(48):
+    for i in range(120):  # a verdict needs 60 in each half; with fewer, members are not confirmed
         a, v = (classes[j] for j in rng.permutation(len(classes))[:2])
         sound, picture = organism.clip(a, seed=1000 + 2 * i), organism.clip(v, seed=1001 + 2 * i)
         found.append(Conflict(sound=sound, picture=picture, question="What do you hear?", answers=(a, v), id=f"c{i}"))
