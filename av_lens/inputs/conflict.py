@@ -96,6 +96,7 @@ class Conflict:
         mute: str = "silence",
         loudness: float | None = None,
         seed: int = 0,
+        keep_clips: bool = True,
     ) -> Cells:
         """Encode the cells, each when it is first asked for.
 
@@ -109,6 +110,7 @@ class Conflict:
             mute: "silence" or "noise".
             loudness: the root mean square (full scale is 1) that every source's sound is scaled to; None leaves them.
             seed: of the scrambling and the noise.
+            keep_clips: let each cell's inputs hold its decoded clip (some 20 MB for a second of video).
 
         Returns:
             A lazy mapping from the cell's name to its inputs.
@@ -122,7 +124,8 @@ class Conflict:
             raise InputError(f"loudness={loudness} is no root mean square between 0 and 1: try 0.05, or None.")
         options: dict[str, Any] = {"sound": layout, "fps": fps, "system": system, "prefix": self.prefix}
         asked = self.question if question is None else question
-        return Cells(self, model, asked, options=options, blank=blank, mute=mute, loudness=loudness, seed=seed)
+        made = {"blank": blank, "mute": mute, "loudness": loudness, "seed": seed, "keep_clips": keep_clips}
+        return Cells(self, model, asked, options=options, **made)
 
 
 class Cells(Mapping[str, AVInputs]):
@@ -137,6 +140,7 @@ class Cells(Mapping[str, AVInputs]):
         mute: the kind of mute.
         loudness: of every source's sound, or None.
         seed: of blank and mute.
+        keep_clips: let inputs hold their clips.
     """
 
     def __init__(
@@ -150,12 +154,14 @@ class Cells(Mapping[str, AVInputs]):
         mute: str,
         loudness: float | None,
         seed: int,
+        keep_clips: bool = True,
     ) -> None:
         self.conflict = conflict
         self.question = question
         self.cut_to_s: float | None = None
         self._model, self._options = model, options
         self._blank, self._mute, self._loudness, self._seed = blank, mute, loudness, seed
+        self._keep_clips = keep_clips
         self._token = object()  # by which `_SOURCES` knows this conflict's; an id would be given again
         self._made: dict[str, AVInputs] = {}
 
@@ -223,7 +229,8 @@ class Cells(Mapping[str, AVInputs]):
             "mute": self._mute,
             "loudness": self._loudness,
         }
-        return shared(replace(x, provenance=x.provenance | said))
+        clips = x.clips if self._keep_clips else (None,) * len(x.clips)
+        return shared(replace(x, clips=clips, provenance=x.provenance | said))
 
     def _source(self, name: str) -> Clip:
         return _SOURCES.once(self._token, self._cut)[name]

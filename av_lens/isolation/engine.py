@@ -100,7 +100,7 @@ class ModelEngine:
         Returns:
             A lazy mapping from cell to inputs; beside the conflict's own cells `audio_only_v`, the picture's sound.
         """
-        options = {"question": question, "layout": self.layout, **self.cell_options}
+        options = {"question": question, "layout": self.layout, "keep_clips": False, **self.cell_options}
         return _Cells(self.model, conflict, options)
 
     def text_only(self, question: str) -> Any:

@@ -1,8 +1,9 @@
 """Recording without hooks: the layers' own arithmetic, no attention scores stored, for less than a plain forward pass.
 
-The first record of a model is made by a hooked run, and a restart must reproduce it (`traces.record`). From then on the
-same arithmetic that restarts use makes the records: the encoders and the embedding run as always, then every layer from
-position 0. Float32 only: in lower precision another order of operations would move the record itself.
+A model is first run with hooks, and a restart must reproduce it (`traces.record`). Then the same arithmetic that
+restarts use makes the records, that first one too, so that no number depends on what was recorded before: the encoders
+and the embedding run as always, then every layer from position 0. Float32 only: in lower precision another order of
+operations would move the record itself.
 
 Where hooks were put on the model since, the hooked way is taken again, so that what they do is noticed.
 """

@@ -132,6 +132,9 @@ def test_decoded_sources_are_held_for_few_conflicts_and_made_again_for_the_other
             assert torch.equal(torch.as_tensor(found.tensors[key]), torch.as_tensor(value)), key
         assert found.provenance == wanted.provenance
         assert len(held) == 1
+    bare = alone.cells(encoder, keep_clips=False)["va"]
+    assert (whole["va"].clips[0] is None, bare.clips) == (False, (None,))
+    assert bare.provenance == whole["va"].provenance
 
 
 def test_without_a_third_clip_the_w_cells_are_refused_by_name(encoder: Encoder, make_clip):
