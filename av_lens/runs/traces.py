@@ -270,24 +270,19 @@ def record(model: Any, x: Any, *, device: torch.device | str | None = None, budg
         BudgetError: the record would not fit.
     """
     require_record_memory(model, x, budget_gb)
-    lean = _lean(model, x, device)
-    if lean is not None:
-        return lean
+    if may_be_lean(model):
+        trace = Trace(**recorded_lean(model, x, device)[0])
+        if not trace.obstacle() and trace.mask is None:
+            return trace
     fields, logits = recorded(model, x, device)
     trace = Trace(**fields)
     because = trace.obstacle() or _fault(trace, logits)
     if not because:
         proved(model)
-        lean = _lean(model, x, device)  # bit for bit what it is for every later run: which was first must not show
-    return lean or replace(trace, hooked_because=because)
-
-
-def _lean(model: Any, x: Any, device: torch.device | str | None) -> Trace | None:
-    """Record without hooks, where that is proved for the model and these inputs need no mask."""
-    if not may_be_lean(model):
-        return None
-    trace = Trace(**recorded_lean(model, x, device)[0])
-    return None if trace.obstacle() or trace.mask is not None else trace
+        if trace.mask is None and may_be_lean(model):  # bit for bit like every later one: which was first must not show
+            del fields, trace
+            return Trace(**recorded_lean(model, x, device)[0])
+    return replace(trace, hooked_because=because)
 
 
 @torch.no_grad()
