@@ -124,8 +124,10 @@ class Conflict:
             raise InputError(f"loudness={loudness} is no root mean square between 0 and 1: try 0.05, or None.")
         options: dict[str, Any] = {"sound": layout, "fps": fps, "system": system, "prefix": self.prefix}
         asked = self.question if question is None else question
-        made = {"blank": blank, "mute": mute, "loudness": loudness, "seed": seed, "keep_clips": keep_clips}
-        return Cells(self, model, asked, options=options, **made)
+        return Cells(
+            self, model, asked, options=options, blank=blank, mute=mute, loudness=loudness, seed=seed,
+            keep_clips=keep_clips,
+        )  # fmt: skip
 
 
 class Cells(Mapping[str, AVInputs]):
