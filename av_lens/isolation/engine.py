@@ -332,7 +332,8 @@ class ModelEngine:
         at_end = recording.z[:, :, -1].float()
         written = torch.einsum("lbhd,lhdm->lhbm", at_end, self._output_weights().float())
         norm = self.model.ln_final.original_component
-        columns = self.model.W_U.detach().float()[:, ids.to(self.model.W_U.device)]
+        unembedding = self.model.W_U.detach()
+        columns = unembedding[:, ids.to(unembedding.device)].float()
         return (written / self._divisor(recording.final) * norm.weight.detach().float()) @ columns
 
     def write_norms(self, recording: Recording) -> Float[np.ndarray, "layer head"]:

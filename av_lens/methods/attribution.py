@@ -104,8 +104,8 @@ def _shares(
         out = run(model, x, capture=_sites(model, by))
         parts = written_parts(model, out, by.split()[0])
         scale = out.cache[hook_name("final_scale")][:, 0].double()
-        unembedding = model.W_U.double()
-        direction = (unembedding[:, first] - unembedding[:, second]).T
+        unembedding = model.W_U  # its columns are picked before they are widened: whole, it is 4 GB in float64 (7B)
+        direction = (unembedding[:, first].double() - unembedding[:, second].double()).T
         reader = model.ln_final.original_component.weight.double() * direction / scale
         shares = {name: (part * reader).sum(-1) for name, part in parts.items()}
         bias = model.b_U.double()
