@@ -25,6 +25,7 @@ from av_lens.errors import InputError
 
 PENALTY_C = 0.1
 _TINY = 1e-6
+_ITERATIONS = 20_000  # a bound, not a cost: at a checkpoint's width, few dominant directions, a fit can need thousands
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class LinearProbe:
         if standard.shape[1] > standard.shape[0]:
             basis = np.linalg.svd(standard, full_matrices=False)[2].T
             standard = standard @ basis
-        regression = LogisticRegression(C=c, max_iter=500).fit(standard, np.asarray(labels))
+        regression = LogisticRegression(C=c, max_iter=_ITERATIONS).fit(standard, np.asarray(labels))
         return cls(mean, scale, basis, regression)
 
     def predicted(self, vectors: Float[np.ndarray, "example feature"]) -> np.ndarray:

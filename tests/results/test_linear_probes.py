@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -40,6 +42,20 @@ def test_the_row_space_leaves_the_probe_as_it_is():
         probe.regression.predict_proba(standard @ probe.basis), plain.predict_proba(standard), atol=2e-3
     )
     assert probe.predicted(x_test).tolist() == plain.predict(standard).tolist()
+
+
+def test_a_fit_at_the_width_of_a_checkpoint_runs_to_its_end():
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    few = rng.normal(size=(40, 5)) @ rng.normal(size=(5, 2048))  # a few directions carry nearly everything
+    x, y = few + 0.05 * rng.normal(size=(40, 2048)), [str(i % 20) for i in range(40)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        probe = LinearProbe.fitted(x, y)
+    standard = (x - probe.mean) / probe.scale @ probe.basis
+    exact = LogisticRegression(C=0.1, solver="newton-cholesky", tol=1e-8).fit(standard, y)
+    np.testing.assert_allclose(probe.regression.predict_proba(standard), exact.predict_proba(standard), atol=2e-3)
 
 
 def test_control_labels_go_with_the_source_and_keep_their_frequencies():
