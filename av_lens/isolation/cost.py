@@ -32,7 +32,7 @@ from av_lens.isolation.bench import Chunk
 from av_lens.isolation.donors import PRIMARY_DONORS
 from av_lens.isolation.effects import Request, edited_scores, requests
 from av_lens.isolation.set_releases import TRACE_BYTES
-from av_lens.isolation.set_search import ALL_HEADS, SCREENED
+from av_lens.isolation.set_search import n_candidates
 from av_lens.isolation.sets import RANDOM_SETS
 from av_lens.isolation.store import Measured
 from av_lens.results.statistics import Bootstrap
@@ -127,7 +127,7 @@ def _effects(size: Size) -> Work:
 
 
 def _sets(size: Size) -> Work:
-    candidates = size.heads if size.heads <= ALL_HEADS else SCREENED
+    candidates = n_candidates(size.heads)
     pairs = 0 if size.quick else PAIR * candidates * (candidates - 1) / 2
     climbs = STEPS * candidates * (1 if size.quick else CLIMBS)
     return Work(edits=len(PRIMARY_DONORS) * 2 * size.discovery * (pairs + climbs))

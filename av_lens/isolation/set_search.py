@@ -44,6 +44,18 @@ SYNERGIES, SHOWN_SYNERGIES = 5, 20
 MOST_MEMBERS, PATIENCE = 12, 3
 
 
+def n_candidates(heads: int) -> int:
+    """Say how many heads the search for sets tries.
+
+    Args:
+        heads: of the model.
+
+    Returns:
+        All where there are at most 64, else the 40 that screens choose.
+    """
+    return heads if heads <= ALL_HEADS else SCREENED
+
+
 @runtime_checkable
 class Releases(Protocol):
     """What the search asks: the mean release of a set, and of a set with each of several further heads."""

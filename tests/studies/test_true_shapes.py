@@ -52,18 +52,26 @@ def made_record():
         "stages": {
             "reading every cell": {"seconds": 10.0, "gflop": 500.0},
             "exact effects of 64 heads at suffix, discovery": {"seconds": 10.0, "gflop": 250.0},
-            "sets of heads": {"seconds": 10.0, "gflop": 100.0},
+            "exact effects of 3 heads at suffix, confirmation": {"seconds": 10.0, "gflop": 20.0},
+            "sets of heads by zero": {"seconds": 10.0, "gflop": 100.0},
+            "groups, MLPs, attentions and layers at suffix": {"seconds": 10.0, "gflop": 100.0},
+            "robustness: noise mute": {"seconds": 10.0, "gflop": 200.0},
+            "robustness: bootstraps of clips": {"seconds": 10.0, "gflop": 0.0},
+            "paths": {"seconds": 10.0, "gflop": 100.0},
         },
     }  # fmt: skip
 
 
 def test_what_a_search_would_cost_is_the_sum_on_paper():
     cost = worked_out(made_record(), Card("x", 24, 100.0), SIZES["3B"], conflicts=80)
-    # Twice the conflicts; 36 layers for 4: runs x 9, sets x 37/5, heads x 37/5 x 9.
-    gflop = [2 * 500 * 9, 2 * 250 * (37 / 5) * 9, 2 * 100 * 37 / 5]
-    assert cost["pflop"] == pytest.approx(sum(gflop) / 1e6)
-    # The stages reached .5, .25 and .1 of the peak.
-    seconds = sum(work / (100e3 * share) for work, share in zip(gflop, (0.5, 0.25, 0.1), strict=True))
+    # Twice the conflicts; 36 layers for 4, of which 37/5 as many come after; 576 heads for 64; 40 candidates for 64.
+    after = 2 * 37 / 5
+    grown = [
+        (500 * 2 * 9, 0.5), (250 * after * 9, 0.25), (20 * after, 0.02), (100 * after * 40 / 64, 0.1),
+        (100 * after * 9, 0.1), (200 * after * 9, 0.2), (100 * after, 0.1),
+    ]  # fmt: skip
+    assert cost["pflop"] == pytest.approx(sum(gflop for gflop, _ in grown) / 1e6)
+    seconds = sum(gflop / (100e3 * share) for gflop, share in grown)  # at the share of the peak that each reached
     assert cost["minutes"] == pytest.approx(seconds / 60)
     assert cost["trace_gb"] == pytest.approx(333 * 36 * (2048 + 2 * 2 * 128) * 2 / 1e9)
 
@@ -73,7 +81,9 @@ def test_the_page_is_written_from_the_record(tmp_path):
     path = true_shape_costs.store(record, tmp_path)
     text = path.read_text(encoding="utf-8")
     assert json.loads((tmp_path / "true_shapes.json").read_text()) == record
-    assert "| reading every cell | 10 | 0.5 | 0.50 |" in text
+    assert "| reading every cell | 10 | 0.5 | 0.50 | layers |" in text
+    assert "| exact effects of 3 heads at suffix, confirmation | 10 | 0.0 | 0.02 | layers after |" in text
+    assert "| robustness: bootstraps of clips | 10 | 0.0 | 0.00 | none: the processor's work |" in text
     assert text.count("| 7B |") == 2
 
 
