@@ -31,12 +31,14 @@ from av_lens.isolation.behaviour import RIGHT
 from av_lens.isolation.bench import Chunk
 from av_lens.isolation.donors import PRIMARY_DONORS
 from av_lens.isolation.effects import Request, edited_scores, requests
+from av_lens.isolation.plan_effects import model_of
 from av_lens.isolation.set_releases import TRACE_BYTES
 from av_lens.isolation.set_search import n_candidates
 from av_lens.isolation.sets import RANDOM_SETS
 from av_lens.isolation.store import Measured
 from av_lens.results.statistics import Bootstrap
 from av_lens.results.whole_files import write_whole
+from av_lens.runs.copies import other_precision, weights_bytes
 
 ESTIMATE = "estimate.json"
 MOST_PROBED = 64
@@ -247,7 +249,8 @@ def memory(chunk: Chunk, size: Size) -> float:
     """Estimate the peak of memory: what has been used, and what a run keeps of the other conflicts.
 
     Kept are the encoded cells (those of the variants of robustness too), their stacks with every head's z for both
-    halves, and, while sets are searched, the traces of discovery's conflicts where they fit.
+    halves, while sets are searched the traces of discovery's conflicts where they fit, and in robustness the weights in
+    the other precision.
 
     Args:
         chunk: the stack that has been probed.
@@ -269,7 +272,9 @@ def memory(chunk: Chunk, size: Size) -> float:
     trace = run.kept.get("trace")
     one = 0 if trace is None else sum(part.nbytes for kind in _TRACED for part in getattr(trace, kind))
     traces = 2 * one * size.discovery / n
-    return peak_memory() + (inputs + kept + (traces if traces <= TRACE_BYTES else one)) / 1e9
+    model = model_of(chunk.bench)
+    weights = 0 if searches == 1 or model is None else weights_bytes(model, other_precision(model.dtype))
+    return peak_memory() + (inputs + kept + (traces if traces <= TRACE_BYTES else one) + weights) / 1e9
 
 
 def peak_memory() -> float:

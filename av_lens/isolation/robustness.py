@@ -21,7 +21,6 @@ sampled sign flips are as many as resolve half of the first step of the false di
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -44,6 +43,7 @@ from av_lens.isolation.sets import head_names
 from av_lens.results.halves import DISCOVERY
 from av_lens.results.statistics import Bootstrap
 from av_lens.results.tables import RELEASING
+from av_lens.runs.copies import in_precision, other_precision
 
 LOUDNESS = 0.05
 """Root mean square that every sound is scaled to (full scale is 1)."""
@@ -81,7 +81,7 @@ def variants(engine: ModelEngine, questions: Sequence[str], *, phrasing: str | N
     Returns:
         The variants, in order.
     """
-    dtype = torch.bfloat16 if engine.model.dtype == torch.float32 else torch.float32
+    dtype = other_precision(engine.model.dtype)
     return [
         Variant("scrambled blank", {"blank": "scrambled"}),
         Variant("noise mute", {"mute": "noise"}),
@@ -262,26 +262,6 @@ def _varied(bench: Bench, variant: Variant) -> Bench:
         conflicts = [dataclasses.replace(conflict, question=variant.question) for conflict in conflicts]
     store = bench.store.under(str(variant))
     return Bench(made, list(conflicts), bench.candidates, site=bench.site, store=store)
-
-
-def in_precision(model: Any, dtype: torch.dtype) -> Any:
-    """Make a second model with the same weights in another precision.
-
-    Args:
-        model: a `HookedAVLLM`.
-        dtype: the precision.
-
-    Returns:
-        The second model; the first stays as it is.
-    """
-    other = copy.copy(model)
-    for derived in ("encoder", "_names", "_restart_proved"):
-        other.__dict__.pop(derived, None)
-    other.bridge = copy.deepcopy(model.bridge)
-    other.hf_model.to(dtype)  # not the bridge's own `to`, which prints
-    other.bridge.cfg.dtype = dtype
-    other.name = f"{model.name} ({str(dtype).removeprefix('torch.')})"
-    return other
 
 
 def _wanted(*, with_means: bool, with_third: bool) -> list[Request]:

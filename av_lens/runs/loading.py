@@ -24,6 +24,7 @@ import torch
 
 from av_lens.bridge.families import HOW_TO_ADD, Family, build_bridge, family_of
 from av_lens.errors import ModelError, unknown
+from av_lens.runs.copies import free_bytes
 from av_lens.runs.differences import Difference, read_difference
 from av_lens.runs.selfcheck import check_model
 from av_lens.runs.wrapper import HookedAVLLM
@@ -260,8 +261,8 @@ def _stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def _fitting_device(n_parameters: int, dtype: torch.dtype) -> torch.device:
-    free, _ = torch.cuda.mem_get_info()
-    return torch.device("cuda" if n_parameters * dtype.itemsize * ROOM_TO_RUN < free else "cpu")
+    cuda = torch.device("cuda")
+    return cuda if n_parameters * dtype.itemsize * ROOM_TO_RUN < free_bytes(cuda) else torch.device("cpu")
 
 
 def _weights(family: Family, source: _Source, dtype: torch.dtype) -> Any:

@@ -32,7 +32,7 @@ class TowerMemory:
     """
 
     def __init__(self, field: str, most: float) -> None:
-        self._field = field
+        self._field, self._most = field, most
         self._kept: Memory[tuple[type, Tensor]] = Memory(int(most), lambda made: made[1].nbytes)
 
     def __call__(self, encode: Callable[[], Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -51,6 +51,10 @@ class TowerMemory:
             return encode()
         kind, embeddings = self._kept.once(key, lambda: self._made(encode()))
         return kind(**{self._field: embeddings})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TowerMemory:
+        """A copied encoder begins with an empty memory: its weights may be changed (`copies.in_precision`)."""
+        return TowerMemory(self._field, self._most)
 
     def _made(self, output: Any) -> tuple[type, Tensor]:
         return type(output), output[self._field].detach()

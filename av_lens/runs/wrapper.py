@@ -12,7 +12,6 @@ For TransformerLens's own tools, `bound(x)` gives a real bridge.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -25,6 +24,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from av_lens.bridge.families import Family, family_of
 from av_lens.errors import InputError, ModelError
 from av_lens.runs.budget import ModelSpec, require_budget, selected
+from av_lens.runs.copies import OF_WEIGHTS, copied
 from av_lens.runs.decoding import Decoding, generate_with_hooks
 from av_lens.runs.forwarding import ForwardedAttributes
 from av_lens.runs.gates import HookPair, gates_of_filter, gates_of_hooks, only_open, open_gates
@@ -345,11 +345,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         Returns:
             A second model; this one stays as it is. It takes as much memory again.
         """
-        other = copy.copy(self)
-        for derived in ("encoder", "_names", "_restart_proved"):
-            other.__dict__.pop(derived, None)
-        other.bridge = copy.deepcopy(self.bridge)
-        other.name = f"{self.name} (compatible)"
+        other = copied(self, "compatible")
         other.handed_in = False
         other.provenance = {**self.provenance, "processing": "HookedTransformer numerics"}
         return other.enable_compatibility_mode()
@@ -372,6 +368,6 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
                 "Use model.compatible(), which makes a new one."
             )
         self.bridge.enable_compatibility_mode(**{"disable_warnings": True, **options})
-        for derived in ("_names", "_restart_proved"):
+        for derived in OF_WEIGHTS:
             self.__dict__.pop(derived, None)
         return self

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from fake_model import FakeEngine, fake_conflicts
 from small_av import small_clip, small_model
 
@@ -16,7 +15,7 @@ from av_lens.errors import InputError
 from av_lens.isolation import evidence, robustness
 from av_lens.isolation.bench import Bench
 from av_lens.isolation.evidence import Half
-from av_lens.isolation.robustness import Variant, compared, in_precision, jaccard, other_words
+from av_lens.isolation.robustness import Variant, compared, jaccard, other_words
 from av_lens.isolation.scoring import Candidates
 from av_lens.results.statistics import Bootstrap
 
@@ -88,15 +87,3 @@ def test_equal_loudness_scales_every_source_and_nothing_else():
     assert cells["va"].provenance["loudness"] == 0.02
     with pytest.raises(InputError, match="loudness=2 is no root mean square between 0 and 1"):
         conflict.cells(small_model(), loudness=2)
-
-
-def test_another_precision_is_another_model():
-    model = small_model()
-    other = in_precision(model, torch.bfloat16)
-    x = model.encode(small_clip(0), "What?")
-    y = other.encode(small_clip(0), "What?")
-    assert (model.dtype, other.dtype) == (torch.float32, torch.bfloat16)
-    with torch.no_grad():
-        exact, rounded = model(x)[:, -1], other(y)[:, -1]
-    assert rounded.dtype == torch.bfloat16
-    assert 0 < float((exact - rounded.float()).abs().max()) < 0.1 * float(exact.abs().max())

@@ -104,7 +104,7 @@ def test_the_rule_for_precision_and_device(monkeypatch):
     assert loading._stored_dtype({"thinker_config": {"torch_dtype": "bfloat16"}}) == torch.bfloat16
     assert loading._stored_dtype({"dtype": "float16"}) == torch.float16
     assert loading._stored_dtype({}) == torch.float32
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * 10**9, 24 * 10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 10**9, 24 * 10**9))
     assert loading._fitting_device(7 * 10**9, torch.bfloat16) == torch.device("cuda")
     assert loading._fitting_device(9 * 10**9, torch.bfloat16) == torch.device("cpu")
 

@@ -1,0 +1,98 @@
+"""A second model with the same weights, beside the first: a plain copy, or one in another precision."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import psutil
+import torch
+
+from av_lens.errors import ModelError
+
+OF_WEIGHTS = ("_names", "_restart_proved")
+"""What a model derives from its bridge and weights, anew where they were rewritten."""
+DERIVED = ("encoder", *OF_WEIGHTS)
+"""What a copy must derive anew."""
+
+
+def copied(model: Any, note: str) -> Any:
+    """Copy a model.
+
+    Args:
+        model: a `HookedAVLLM`; it stays as it is.
+        note: what the copy's name says of it.
+
+    Returns:
+        A second `HookedAVLLM` with weights of its own.
+    """
+    other = copy.copy(model)
+    for derived in DERIVED:
+        other.__dict__.pop(derived, None)
+    other.bridge = copy.deepcopy(model.bridge)
+    other.name = f"{model.name} ({note})"
+    return other
+
+
+def other_precision(dtype: torch.dtype) -> torch.dtype:
+    """Choose the precision that a model is compared with.
+
+    Args:
+        dtype: the model's own.
+
+    Returns:
+        bfloat16 for float32; float32 for any other.
+    """
+    return torch.bfloat16 if dtype == torch.float32 else torch.float32
+
+
+def in_precision(model: Any, dtype: torch.dtype) -> Any:
+    """Make a second model with the same weights in another precision.
+
+    Args:
+        model: a `HookedAVLLM`; it stays as it is.
+        dtype: the precision.
+
+    Returns:
+        The second model.
+
+    Raises:
+        ModelError: its weights do not fit into the free memory.
+    """
+    precision = str(dtype).removeprefix("torch.")
+    device = next(model.hf_model.parameters()).device
+    taken, free = weights_bytes(model, dtype), free_bytes(device)
+    if taken > free:
+        raise ModelError(
+            f"the weights of {model.name} in {precision} take {taken / 1e9:.1f} GB and {free / 1e9:.1f} GB of "
+            f"{device.type} memory are free: use a machine with more."
+        )
+    other = copied(model, precision)
+    other.hf_model.to(dtype)  # not the bridge's own `to`, which prints
+    other.bridge.cfg.dtype = dtype
+    return other
+
+
+def weights_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Say how much memory a model's weights take in a precision.
+
+    Args:
+        model: a `HookedAVLLM`.
+        dtype: the precision.
+
+    Returns:
+        Bytes, of the copy of the weights as they are while it is made, where that is more.
+    """
+    return sum(p.numel() * max(dtype.itemsize, p.dtype.itemsize) for p in model.hf_model.parameters())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Ask for the memory that is free.
+
+    Args:
+        device: where.
+
+    Returns:
+        Bytes.
+    """
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
