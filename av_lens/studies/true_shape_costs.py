@@ -42,6 +42,7 @@ GROWTH = {
 a bounded number of sets and grows with the layers after them alone. Pairs of candidates grow with their number's square
 and are counted by the number: fewer are tried at full depth (40) than in a shallow model (all), so this errs upwards.
 """
+OTHER_PRECISION = "robustness: precision float32"
 PAGE = "true_shapes.md"
 
 
@@ -67,7 +68,9 @@ def worked_out(record: Mapping[str, Any], card: Card, sizes: Sizes, *, conflicts
         conflicts: how many conflicts the search would have.
 
     Returns:
-        Minutes of the search, its PFLOP, GB of the weights, GB of one conflict's recorded run, and GB that are left.
+        Minutes of the search, those of robustness among them, its PFLOP; GB of the weights, of one conflict's recorded
+        run, and what is left beside the weights. Where a second copy of the weights, in float32, does not fit, the
+        other precision is not tried and not counted.
     """
     measured = SIZES[record["size"]]
     few, all_layers = record["layers"]["fusion"], sizes.n_layers
@@ -82,22 +85,28 @@ def worked_out(record: Mapping[str, Any], card: Card, sizes: Sizes, *, conflicts
         CANDIDATES: later * n_candidates(heads) / n_candidates(heads_here),
     }
     share_of_conflicts = conflicts / record["conflicts"]
-    seconds = pflop = 0.0
+    weights_gb = 2 * sizes.weights / 1e9
+    left_gb = card.memory_gb - weights_gb
+    seconds = robustness = pflop = 0.0
     for stage, row in record["stages"].items():
+        if stage == OTHER_PRECISION and 2 * weights_gb > left_gb:
+            continue
         gflop = row["gflop"] * width * growth[grows_with(stage, heads_here)] * share_of_conflicts
         reached = row["gflop"] / row["seconds"] / record["product_gflops"] if row["seconds"] > 0 else 0.0
         pflop += gflop / 1e6
         if reached > 0:
-            seconds += gflop / (card.peak_tflops * 1e3 * min(1.0, reached))
+            here = gflop / (card.peak_tflops * 1e3 * min(1.0, reached))
+            seconds += here
+            robustness += here * stage.startswith("robustness")
     positions = sum(record["roles"].values())
     per_position = sizes.n_layers * (sizes.d_model + 2 * sizes.n_kv_heads * (sizes.d_model // sizes.n_heads)) * 2
-    weights_gb, trace_gb = 2 * sizes.weights / 1e9, positions * per_position / 1e9
     return {
         "minutes": seconds / 60,
+        "minutes_of_robustness": robustness / 60,
         "pflop": pflop,
         "weights_gb": weights_gb,
-        "trace_gb": trace_gb,
-        "left_gb": card.memory_gb - weights_gb,
+        "trace_gb": positions * per_position / 1e9,
+        "left_gb": left_gb,
     }
 
 
@@ -149,23 +158,26 @@ def page(record: Mapping[str, Any]) -> str:
     peak, heads = record["product_gflops"], layers["fusion"] * SIZES[record["size"]].n_heads
     for stage, row in record["stages"].items():
         reached = row["gflop"] / row["seconds"] / peak if row["seconds"] > 0 else 0.0
-        grows = grows_with(stage, heads) if row["gflop"] else "none: the processor's work"
+        grows = grows_with(stage, heads) if round(reached, 2) else "no operations to speak of"
         lines.append(f"| {stage} | {row['seconds']:.0f} | {row['gflop'] / 1e3:.1f} | {reached:.2f} | {grows} |")
     lines += [
         "",
         f"## Worked out for whole checkpoints, 120 conflicts, {searched}",
         "",
-        "Not measured: every stage's operations, grown to full depth, at the share of the peak that it reached here.",
+        "Not measured: every stage's operations, grown to full depth, at the share of the peak that it reached here. "
+        "Where a second copy of the weights does not fit, the other precision is not tried, and is not counted.",
         "",
-        "| checkpoint | card | PFLOP | minutes | weights (GB) | one recorded run (GB) | left (GB) |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| checkpoint | card | PFLOP | minutes | of them robustness | weights (GB) | left beside them (GB) | "
+        "their copy in float32 (GB) | one recorded run (GB) |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for sizes in SIZES.values():
         for card in CARDS:
             cost = worked_out(record, card, sizes)
             lines.append(
                 f"| {sizes.name} | {card.name} | {cost['pflop']:.0f} | {cost['minutes']:.0f} | "
-                f"{cost['weights_gb']:.1f} | {cost['trace_gb']:.2f} | {cost['left_gb']:.1f} |"
+                f"{cost['minutes_of_robustness']:.0f} | {cost['weights_gb']:.1f} | {cost['left_gb']:.1f} | "
+                f"{2 * cost['weights_gb']:.1f} | {cost['trace_gb']:.2f} |"
             )
     return "\n".join(lines) + "\n"
 

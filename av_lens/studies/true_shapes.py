@@ -309,8 +309,8 @@ class _Counted:
         self._last = now
 
 
-def product_rate(*, side: int = 2048, rounds: int = 5) -> float:
-    """Measure this machine's own peak: one large bfloat16 product, the best of a few rounds.
+def product_rate(*, side: int = 2048, rounds: int = 20) -> float:
+    """Measure this machine's own peak: one large bfloat16 product, the best of some rounds (others may be at work).
 
     Args:
         side: rows and columns of both factors.

@@ -73,7 +73,18 @@ def test_what_a_search_would_cost_is_the_sum_on_paper():
     assert cost["pflop"] == pytest.approx(sum(gflop for gflop, _ in grown) / 1e6)
     seconds = sum(gflop / (100e3 * share) for gflop, share in grown)  # at the share of the peak that each reached
     assert cost["minutes"] == pytest.approx(seconds / 60)
+    assert cost["minutes_of_robustness"] == pytest.approx(200 * after * 9 / (100e3 * 0.2) / 60)
     assert cost["trace_gb"] == pytest.approx(333 * 36 * (2048 + 2 * 2 * 128) * 2 / 1e9)
+
+
+def test_the_other_precision_counts_where_a_second_copy_of_the_weights_fits():
+    record = made_record()
+    record["stages"][true_shape_costs.OTHER_PRECISION] = {"seconds": 20.0, "gflop": 100.0}
+    for gigabytes, counted in ((24, 0.0), (80, 1.0)):  # 9.4 GB of weights, 18.7 in float32
+        cost, without = (
+            worked_out(made, Card("x", gigabytes, 100.0), SIZES["3B"], conflicts=40) for made in (record, made_record())
+        )
+        assert cost["pflop"] - without["pflop"] == pytest.approx(counted * 100 * 9 * 37 / 5 / 1e6)
 
 
 def test_the_page_is_written_from_the_record(tmp_path):
@@ -83,7 +94,7 @@ def test_the_page_is_written_from_the_record(tmp_path):
     assert json.loads((tmp_path / "true_shapes.json").read_text()) == record
     assert "| reading every cell | 10 | 0.5 | 0.50 | layers |" in text
     assert "| exact effects of 3 heads at suffix, confirmation | 10 | 0.0 | 0.02 | layers after |" in text
-    assert "| robustness: bootstraps of clips | 10 | 0.0 | 0.00 | none: the processor's work |" in text
+    assert "| robustness: bootstraps of clips | 10 | 0.0 | 0.00 | no operations to speak of |" in text
     assert text.count("| 7B |") == 2
 
 
