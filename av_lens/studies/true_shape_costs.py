@@ -44,6 +44,16 @@ and are counted by the number: fewer are tried at full depth (40) than in a shal
 """
 OTHER_PRECISION = "robustness: precision float32"
 PAGE = "true_shapes.md"
+FIGURES = {
+    "pflop": ("PFLOP", 0),
+    "minutes": ("minutes", 0),
+    "minutes_of_robustness": ("of them robustness", 0),
+    "weights_gb": ("weights (GB)", 1),
+    "left_gb": ("left beside them (GB)", 1),
+    "copy_gb": ("their copy in float32 (GB)", 1),
+    "trace_gb": ("one recorded run (GB)", 2),
+}
+"""What `worked_out` gives, as the page calls it, with its decimal places."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +78,7 @@ def worked_out(record: Mapping[str, Any], card: Card, sizes: Sizes, *, conflicts
         conflicts: how many conflicts the search would have.
 
     Returns:
-        Minutes of the search, those of robustness among them, its PFLOP; GB of the weights, of one conflict's recorded
-        run, and what is left beside the weights. Where a second copy of the weights, in float32, does not fit, the
+        The figures of `FIGURES`, by name. Where a second copy of the weights, in float32, does not fit, the
         other precision is not tried and not counted.
     """
     measured = SIZES[record["size"]]
@@ -107,6 +116,7 @@ def worked_out(record: Mapping[str, Any], card: Card, sizes: Sizes, *, conflicts
         "weights_gb": weights_gb,
         "trace_gb": positions * per_position / 1e9,
         "left_gb": left_gb,
+        "copy_gb": 2 * weights_gb,
     }
 
 
@@ -137,6 +147,8 @@ def page(record: Mapping[str, Any]) -> str:
     """
     layers, seconds = record["layers"], record["seconds"]
     searched = "without robustness and pairs" if record["quick"] else "the whole protocol"
+    heads = layers["fusion"] * SIZES[record["size"]].n_heads
+    deep = SIZES[record["size"]].n_layers * SIZES[record["size"]].n_heads
     lines = [
         "# At true shapes",
         "",
@@ -152,10 +164,14 @@ def page(record: Mapping[str, Any]) -> str:
         f"Search: {seconds['search']:.0f} s, peak memory {record['peak_gb']:.1f} GB. Towers at full depth, one clip: "
         f"audio {seconds['towers']['audio']:.2f} s, vision {seconds['towers']['vision']:.2f} s.",
         "",
+        "*Grows with*: what a stage's operations are multiplied by for a whole checkpoint. *Layers after* are those that "
+        "come after an edit, on average; *candidates* the heads that the search for sets tries, "
+        f"{n_candidates(heads)} here and {n_candidates(deep)} at full depth.",
+        "",
         "| stage | seconds | TFLOP | share of this machine's peak | grows with |",
         "|---|---:|---:|---:|---|",
     ]
-    peak, heads = record["product_gflops"], layers["fusion"] * SIZES[record["size"]].n_heads
+    peak = record["product_gflops"]
     for stage, row in record["stages"].items():
         reached = row["gflop"] / row["seconds"] / peak if row["seconds"] > 0 else 0.0
         grows = grows_with(stage, heads) if round(reached, 2) else "no operations to speak of"
@@ -167,18 +183,13 @@ def page(record: Mapping[str, Any]) -> str:
         "Not measured: every stage's operations, grown to full depth, at the share of the peak that it reached here. "
         "Where a second copy of the weights does not fit, the other precision is not tried, and is not counted.",
         "",
-        "| checkpoint | card | PFLOP | minutes | of them robustness | weights (GB) | left beside them (GB) | "
-        "their copy in float32 (GB) | one recorded run (GB) |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for sizes in SIZES.values():
-        for card in CARDS:
-            cost = worked_out(record, card, sizes)
-            lines.append(
-                f"| {sizes.name} | {card.name} | {cost['pflop']:.0f} | {cost['minutes']:.0f} | "
-                f"{cost['minutes_of_robustness']:.0f} | {cost['weights_gb']:.1f} | {cost['left_gb']:.1f} | "
-                f"{2 * cost['weights_gb']:.1f} | {cost['trace_gb']:.2f} |"
-            )
+    both = [(sizes, card) for sizes in SIZES.values() for card in CARDS]
+    costs = [worked_out(record, card, sizes) for sizes, card in both]
+    lines.append("| | " + " | ".join(f"{sizes.name}, {card.name}" for sizes, card in both) + " |")
+    lines.append("|---|" + "---:|" * len(both))
+    for figure, (said, digits) in FIGURES.items():
+        lines.append(f"| {said} | " + " | ".join(f"{cost[figure]:.{digits}f}" for cost in costs) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -95,7 +95,8 @@ def test_the_page_is_written_from_the_record(tmp_path):
     assert "| reading every cell | 10 | 0.5 | 0.50 | layers |" in text
     assert "| exact effects of 3 heads at suffix, confirmation | 10 | 0.0 | 0.02 | layers after |" in text
     assert "| robustness: bootstraps of clips | 10 | 0.0 | 0.00 | no operations to speak of |" in text
-    assert text.count("| 7B |") == 2
+    assert "| | 3B, 24 GB (RTX 4090) | 3B, 80 GB (A100) | 7B, 24 GB (RTX 4090) | 7B, 80 GB (A100) |" in text
+    assert "| their copy in float32 (GB) | 18.6 | 18.6 | 35.5 | 35.5 |" in text
 
 
 @pytest.mark.slow
