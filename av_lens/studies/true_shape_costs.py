@@ -164,8 +164,8 @@ def page(record: Mapping[str, Any]) -> str:
         f"Search: {seconds['search']:.0f} s, peak memory {record['peak_gb']:.1f} GB. Towers at full depth, one clip: "
         f"audio {seconds['towers']['audio']:.2f} s, vision {seconds['towers']['vision']:.2f} s.",
         "",
-        "*Grows with*: what a stage's operations are multiplied by for a whole checkpoint. *Layers after* are those that "
-        "come after an edit, on average; *candidates* the heads that the search for sets tries, "
+        "*Grows with*: what a stage's operations are multiplied by for a whole checkpoint. *Layers after* are those "
+        "that come after an edit, on average; *candidates* the heads that the search for sets tries, "
         f"{n_candidates(heads)} here and {n_candidates(deep)} at full depth.",
         "",
         "| stage | seconds | TFLOP | share of this machine's peak | grows with |",
