@@ -324,7 +324,7 @@ def test_true_shapes_prints_the_page_and_fills_the_docs(run, tmp_path, monkeypat
     assert result.exit_code == 0, result.output
     assert "the whole protocol) on 44 conflicts cut from disjoint windows" in " ".join(result.stdout.split())
     assert (tmp_path / "true_shapes.json").is_file()
-    assert "| 7B |" in (tmp_path / "true_shapes.md").read_text(encoding="utf-8")
+    assert "7B, 24 GB (" in (tmp_path / "true_shapes.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
