@@ -62,6 +62,7 @@ class LinearProbe:
             InputError: fewer than two labels, or vectors that are not finite.
         """
         from sklearn.linear_model import LogisticRegression
+        from threadpoolctl import threadpool_limits
 
         if not np.isfinite(vectors).all():
             raise InputError("a probe was given vectors that are NaN or infinite; the model's own run is broken.")
@@ -70,10 +71,11 @@ class LinearProbe:
         whole = np.asarray(vectors, dtype=np.float64)
         mean, scale = whole.mean(0), whole.std(0, ddof=1) + _TINY
         standard, basis = (whole - mean) / scale, None
-        if standard.shape[1] > standard.shape[0]:
-            basis = np.linalg.svd(standard, full_matrices=False)[2].T
-            standard = standard @ basis
-        regression = LogisticRegression(C=c, max_iter=_ITERATIONS).fit(standard, np.asarray(labels))
+        with threadpool_limits(1, user_api="blas"):  # vectors this small: more threads wait three times as long
+            if standard.shape[1] > standard.shape[0]:
+                basis = np.linalg.svd(standard, full_matrices=False)[2].T
+                standard = standard @ basis
+            regression = LogisticRegression(C=c, max_iter=_ITERATIONS).fit(standard, np.asarray(labels))
         return cls(mean, scale, basis, regression)
 
     def predicted(self, vectors: Float[np.ndarray, "example feature"]) -> np.ndarray:
