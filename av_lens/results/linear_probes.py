@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,6 @@ class LinearProbe:
             InputError: fewer than two labels, or vectors that are not finite.
         """
         from sklearn.linear_model import LogisticRegression
-        from threadpoolctl import threadpool_limits
 
         if not np.isfinite(vectors).all():
             raise InputError("a probe was given vectors that are NaN or infinite; the model's own run is broken.")
@@ -71,7 +71,7 @@ class LinearProbe:
         whole = np.asarray(vectors, dtype=np.float64)
         mean, scale = whole.mean(0), whole.std(0, ddof=1) + _TINY
         standard, basis = (whole - mean) / scale, None
-        with threadpool_limits(1, user_api="blas"):  # vectors this small: more threads wait three times as long
+        with _blas().limit(limits=1, user_api="blas"):  # on matrices this small, threads mostly wait for each other
             if standard.shape[1] > standard.shape[0]:
                 basis = np.linalg.svd(standard, full_matrices=False)[2].T
                 standard = standard @ basis
@@ -89,6 +89,14 @@ class LinearProbe:
         """
         standard = (np.asarray(vectors, dtype=np.float64) - self.mean) / self.scale
         return self.regression.predict(standard if self.basis is None else standard @ self.basis)
+
+
+@cache
+def _blas() -> Any:
+    """Find the process's BLAS libraries, once: looking takes milliseconds, and scikit-learn has loaded them by now."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def control_labels(labels: Sequence[Any], sources: Sequence[str], *, seed: int) -> list[Any]:
