@@ -168,7 +168,7 @@ class _Reading:
             if packet is None:
                 self.ended = True
                 return True
-            taker = self.takers[packet.stream_index]
+            taker = self.takers[packet.stream.index]
             time = _seconds(packet, self.facts.zero)
             if not packet.size and time is not None:
                 # It carries only side data (FLAC's last packet); the true flush has no time.
