@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
@@ -20,7 +22,7 @@ def prepared(
     """Copy and check the arrays of a new clip.
 
     Args:
-        frames: uint8 [time, height, width, 3], or None.
+        frames: uint8 [time, height, width, 3], or None; an array, a tensor or a list, as the others.
         times: seconds [time], or None.
         fps: frames per second, or None.
         waveform: float [sample], or None.
@@ -32,16 +34,42 @@ def prepared(
     Raises:
         MediaError: one of them is not what it should be.
     """
-    sound = None if waveform is None else as_sound(np.asarray(waveform))
+    sound = None if waveform is None else as_sound(as_array("waveform", waveform))
     check_sound(sound, rate)
     if frames is None:
         if times is not None or fps is not None:
             raise MediaError("times= and fps= belong to frames, and frames= is missing.")
         return None, np.zeros(0), sound
-    picture = np.array(frames)
+    picture = as_array("frames", frames).copy()
     stamps = frame_times(picture, times, fps)
     check_picture(picture, stamps)
     return picture, stamps, sound
+
+
+def as_array(name: str, values: object) -> np.ndarray:
+    """Make an array of what was given; a tensor may need gradients, live on another device or be in bfloat16.
+
+    Args:
+        name: the argument's name, for the message.
+        values: an array, a tensor, or nested lists.
+
+    Returns:
+        An array.
+
+    Raises:
+        MediaError: NumPy can make none of it.
+    """
+    tensor: Any = values
+    try:
+        if hasattr(values, "detach"):
+            tensor = tensor.detach().cpu()
+            tensor = tensor.float() if tensor.is_floating_point() else tensor
+        return np.asarray(tensor)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(values).__name__
+        raise MediaError(
+            f"{name}= cannot be made an array of numbers, found {kind}: {str(error).rstrip('.')}."
+        ) from error
 
 
 def as_sound(waveform: np.ndarray) -> np.ndarray:
@@ -69,13 +97,16 @@ def frame_times(frames: np.ndarray, times: object, fps: float | None) -> Float64
         float64 [time]; 0 for a single frame of which nothing is said.
 
     Raises:
-        MediaError: both are given, or neither for several frames, or `fps` is not above 0.
+        MediaError: both are given, or neither for several frames, or `fps` is not above 0, or times are no numbers.
     """
     if fps is not None and (times is not None or check_seconds("fps", fps) <= 0):
         both = " together with times=" if times is not None else ""
         raise MediaError(f"frames need times= or a fps= above 0, found fps={fps:g}{both}.")
     if times is not None:
-        return np.array(times, dtype=np.float64)
+        stamps = as_array("times", times)
+        if stamps.dtype.kind not in "iuf":
+            raise MediaError(f"times must be numbers of seconds, found {stamps.dtype}.")
+        return stamps.astype(np.float64)
     count = len(frames) if frames.ndim == 4 else 1
     if fps is None and count > 1:
         raise MediaError(f"{count} frames need their times: give times= (seconds, one each) or fps=.")

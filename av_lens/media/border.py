@@ -138,10 +138,16 @@ def regular_file(path: str | os.PathLike[str]) -> tuple[str, int]:
     Raises:
         MediaError: nothing is there, or a directory, a device, or an empty file is.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise MediaError(_no_path(path))
     try:
         text = os.fsdecode(path)
         found = os.stat(text)
     except FileNotFoundError as error:
+        if "://" in os.fsdecode(path):
+            raise MediaError(
+                f"{os.fsdecode(path)} is an address, not a file: download it first, then give its path."
+            ) from error
         near = os.path.dirname(os.path.abspath(os.fspath(path)))
         hint = "check its spelling" if os.path.isdir(near) else f"the folder {near} does not exist either"
         raise MediaError(f"no media file at {os.fspath(path)}: {hint}.") from error
@@ -154,6 +160,20 @@ def regular_file(path: str | os.PathLike[str]) -> tuple[str, int]:
     if found.st_size == 0:
         raise MediaError(f"{text} is empty (0 bytes): it was never written, or its download failed.")
     return text, found.st_size
+
+
+def _no_path(given: object) -> str:
+    """Say what to do with bytes, file objects, arrays and whatever else is no path."""
+    kind = type(given).__name__
+    if isinstance(given, bytes | bytearray | memoryview):
+        found, mend = f"{len(given)} {kind}", "write them to a file first"
+    elif hasattr(given, "read"):
+        found, mend = f"an open {kind}", "give its path, or write it to a file first"
+    elif hasattr(given, "shape"):
+        found, mend = kind, "make a clip of arrays by Clip.from_arrays()"
+    else:
+        found, mend = kind, "give a string or a pathlib.Path"
+    return f"a medium is named by the path of its file, found {found}: {mend}."
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from jaxtyping import Float32, Float64, UInt8
 from av_lens.errors import MediaError
 from av_lens.media import encoding, html
 from av_lens.media.arrays import TOLERANCE, blanked, natural_end, prepared, quiet, typical_step, window_of_frames
-from av_lens.media.validation import check_picture, check_seconds, check_sound, check_window
+from av_lens.media.validation import check_picture, check_rate, check_seconds, check_sound, check_window
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -61,6 +61,7 @@ class Clip:
     def __post_init__(self) -> None:
         if self.frames is None and self.waveform is None:
             raise MediaError("a clip needs frames, a waveform, or both; found neither.")
+        object.__setattr__(self, "rate", check_rate("rate", self.rate))
         check_sound(self.waveform, self.rate)
         if self.frames is not None:
             check_picture(self.frames, self.times)
@@ -89,7 +90,7 @@ class Clip:
         fps: float | None = None,
         duration: float | None = None,
     ) -> Clip:
-        """Build a clip from arrays, which are copied.
+        """Build a clip from arrays, tensors or lists, which are copied.
 
         Args:
             frames: uint8 [time, height, width, 3], or None.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from av_lens.errors import MediaError
 from av_lens.media.border import regular_file
 from av_lens.media.clip import Clip
 from av_lens.media.header import MediaFacts, probe_media
 from av_lens.media.source import load_clip
-from av_lens.media.validation import check_window
+from av_lens.media.validation import check_rate, check_stream, check_window
 
 _MOST_CLIPS = 16
 _MOST_BYTES = 1 << 30
@@ -28,6 +28,7 @@ class ClipFile:
         end: seconds of the file's clock, or None for its end.
         fps: keep the nearest source frames at this rate, or None for all (as `load_clip`).
         sound_rate: Hz of the waveform.
+        stream: which of several streams to read, or None (as `load_clip`).
     """
 
     path: str
@@ -35,9 +36,12 @@ class ClipFile:
     end: float | None = None
     fps: float | None = None
     sound_rate: int = 16000
+    stream: Mapping[str, int] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         check_window(self.start, self.end)
+        check_rate("sound_rate", self.sound_rate, low=1_000)
+        object.__setattr__(self, "stream", check_stream(self.stream) or None)
 
     def probe(self) -> MediaFacts:
         """Check that the window can be read, from the header alone.
@@ -48,10 +52,8 @@ class ClipFile:
         Raises:
             MediaError: the file is missing, empty or no medium, or the window starts past its end.
         """
-        facts = probe_media(self.path)
-        if facts.duration <= self.start and self.start > 0:
-            lasts = f"which lasts {facts.duration:.3f} s"
-            raise MediaError(f"start={self.start:g} s is past the end of {self.path}, {lasts}: start earlier.")
+        facts = probe_media(self.path, stream=self.stream)
+        facts.check_start(self.start)
         return facts
 
     def load(self) -> Clip:
@@ -64,10 +66,13 @@ class ClipFile:
             MediaError: as `load_clip`.
         """
         path, size = regular_file(self.path)
-        key = (os.path.abspath(path), size, os.stat(path).st_mtime_ns, self.start, self.end, self.fps, self.sound_rate)
+        file = (os.path.abspath(path), size, os.stat(path).st_mtime_ns)
+        asked = (self.start, self.end, self.fps, self.sound_rate)
+        key = (*file, *asked, *sorted((self.stream or {}).items()))
         clip = _CACHE.get(key)
         if clip is None:
-            clip = load_clip(path, start=self.start, end=self.end, fps=self.fps, sound_rate=self.sound_rate)
+            start, end, fps, rate = asked
+            clip = load_clip(path, start=start, end=end, fps=fps, sound_rate=rate, stream=self.stream)
             _CACHE.put(key, clip)
         return clip
 

@@ -1,4 +1,4 @@
-"""What a file's header says before anything is decoded: streams, sizes, and where its clock starts.
+"""What a file's header says before anything is decoded: streams, which are taken, sizes, and where its clock starts.
 
 The file's clock starts at 0 as its container says (mp4, mkv and their kin), or at its earliest stream where
 containers count from anywhere (transport streams, mp3), or where the first picture or sound comes over five seconds
@@ -9,18 +9,36 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from av_lens.errors import MediaError
+from av_lens.media import promises
 from av_lens.media.border import border, is_image_format, opened, regular_file
 from av_lens.media.encoding import CROP_MARK
 
 _LATEST_START = 5
 _ABSOLUTE = frozenset({"mov", "mp4", "matroska", "webm"})
+# Their durations count from the container's 0, whenever the first stream begins.
+_FROM_ZERO = frozenset({"matroska", "webm", "asf", "nut"})
+# FFmpeg guesses their durations from a bit rate, or from the last time stamps that it comes across.
+_GUESSED = frozenset({"aac", "ac3", "eac3", "dts", "loas"})
+_ESTIMATED = frozenset({"mpeg", "mpegts"})
+_ESTIMATED_TO = 1.0
+_BY_BYTES = frozenset({"matroska", "webm", "asf", "avi"}) | _ESTIMATED
+# Bare pictures, one after the other: nothing in them says when each is shown, and FFmpeg would assume 25 a second.
+_UNDATED = frozenset(
+    {
+        *("h264", "hevc", "vvc", "evc", "obu", "m4v", "mpegvideo", "mjpeg", "h261", "h263"),
+        *("vc1", "dirac", "dnxhd", "cavsvideo", "avs2", "avs3"),
+    }
+)
+_STILL_BRANDS = frozenset({"avif", "heic", "heix", "heim", "heis", "mif1", "mif2"})
 _ATTACHED_PICTURE = 0x400
-_UNFILLED = 0x7FFFF000
+_MOST_NAMED = 8
+_KINDS = {"video": "picture", "audio": "sound"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,8 @@ class MediaFacts:
         frame_rate: frames per second on average, or NaN.
         sound_rate: Hz, or 0 without sound.
         zero: the container time that the file's clock calls 0, in seconds.
+        is_image: whether the file holds a still image.
+        is_chained: whether it is several recordings one after the other, each with a clock of its own (Ogg).
     """
 
     path: str
@@ -46,6 +66,8 @@ class MediaFacts:
     frame_rate: float
     sound_rate: int
     zero: Fraction
+    is_image: bool = False
+    is_chained: bool = False
 
     @property
     def has_picture(self) -> bool:
@@ -57,17 +79,27 @@ class MediaFacts:
         """Whether there is an audio stream."""
         return self.sound_rate > 0
 
-    @property
-    def is_image(self) -> bool:
-        """Whether the file holds a still image."""
-        return is_image_format(self.format)
+    def check_start(self, start: float) -> None:
+        """Refuse a window that starts past the end.
+
+        Args:
+            start: the window's start in seconds of the file's clock.
+
+        Raises:
+            MediaError: it does.
+        """
+        more = _ESTIMATED_TO if self.format in _ESTIMATED else 0.0
+        if self.duration + more <= start and start > 0:
+            lasts = f"which lasts {self.duration:.3f} s"
+            raise MediaError(f"start={start:g} s is past the end of {self.path}, {lasts}: start earlier.")
 
 
-def probe_media(path: str | os.PathLike[str]) -> MediaFacts:
+def probe_media(path: str | os.PathLike[str], *, stream: Mapping[str, int] | None = None) -> MediaFacts:
     """Read a file's header.
 
     Args:
         path: the file.
+        stream: as in `load_clip`.
 
     Returns:
         Its facts.
@@ -77,32 +109,77 @@ def probe_media(path: str | os.PathLike[str]) -> MediaFacts:
     """
     text, _ = regular_file(path)
     with border(text, "read the header of"), opened(text) as container:
-        return read_facts(text, container, *choose_streams(text, container))
+        check_readable(text, container.format.name)
+        return read_facts(text, container, *choose_streams(text, container, stream))
 
 
-def choose_streams(path: str, container: Any) -> tuple[Any, Any]:
-    """Choose the best video stream that is no cover picture, and the best audio stream.
+def choose_streams(path: str, container: Any, wanted: Mapping[str, int] | None = None) -> tuple[Any, Any]:
+    """Choose the best video stream that is no cover picture, and the best audio stream, or those that are asked for.
 
     Args:
         path: the file, for the message.
         container: PyAV's input container.
+        wanted: the indices of the "picture" or the "sound" to take, as ffprobe numbers the file's streams.
 
     Returns:
         The video stream or None, the audio stream or None.
 
     Raises:
-        MediaError: there is neither.
+        MediaError: there is neither, or not the one that is asked for.
     """
-    pictures = [s for s in container.streams.video if not int(s.disposition) & _ATTACHED_PICTURE]
-    pictures = [s for s in pictures if s.codec_context is not None]
+    pictures = [s for s in container.streams.video if s.codec_context is not None]
     sounds = [s for s in container.streams.audio if s.codec_context is not None]
+    moving = [s for s in pictures if not _is_cover(s)]
     best = (container.streams.best("video"), container.streams.best("audio"))
-    picture = best[0] if best[0] in pictures else next(iter(pictures), None)
+    picture = best[0] if best[0] in moving else next(iter(moving), None)
     sound = best[1] if best[1] in sounds else next(iter(sounds), None)
+    if wanted and "picture" in wanted:
+        picture = _asked(path, "picture", pictures, wanted["picture"])
+    if wanted and "sound" in wanted:
+        sound = _asked(path, "sound", sounds, wanted["sound"])
     if picture is None and sound is None:
-        kinds = sorted({s.type for s in container.streams}) or ["nothing"]
-        raise MediaError(f"{path} has neither a picture nor a sound that can be decoded (found: {', '.join(kinds)}).")
+        kinds = ", ".join(map(_named, container.streams)) or "nothing"
+        raise MediaError(f"{path} has neither a picture nor a sound that can be decoded (found: {kinds}).")
     return picture, sound
+
+
+def _asked(path: str, kind: str, streams: list[Any], index: int) -> Any:
+    for stream in streams:
+        if stream.index == index:
+            return stream
+    there = ", ".join(map(_named, streams)) or "none"
+    raise MediaError(f"stream={{{kind!r}: {index}}} is no {kind} of {path} that can be decoded; there: {there}.")
+
+
+def _is_cover(stream: Any) -> bool:
+    return stream.type == "video" and bool(int(stream.disposition) & _ATTACHED_PICTURE)
+
+
+def _named(stream: Any) -> str:
+    """Name a stream by its kind, its index and what is known of it."""
+    codec = stream.codec_context.name if stream.codec_context is not None else "no decoder"
+    words = [codec, "cover" if _is_cover(stream) else "", stream.metadata.get("language", "")]
+    return f"{_KINDS.get(stream.type, stream.type)} {stream.index} ({', '.join(w for w in words if w)})"
+
+
+def streams_left_out(container: Any, *taken: Any) -> list[str]:
+    """Say which streams of a file are not read.
+
+    Args:
+        container: PyAV's input container.
+        *taken: the streams that are, or None.
+
+    Returns:
+        A clause for the clip's notes, or nothing.
+    """
+    left = [s for s in container.streams if s not in taken]
+    if not left:
+        return []
+    names = ", ".join(map(_named, left[:_MOST_NAMED]))
+    more = f" and {len(left) - _MOST_NAMED} more" if len(left) > _MOST_NAMED else ""
+    other = next((s for s in left if s.type in _KINDS and s.codec_context is not None), None)
+    hint = "" if other is None else f"; stream={{'{_KINDS[other.type]}': {other.index}}} takes it"
+    return [f"left out: {names}{more}{hint}"]
 
 
 def read_facts(path: str, container: Any, picture: Any, sound: Any) -> MediaFacts:
@@ -116,49 +193,79 @@ def read_facts(path: str, container: Any, picture: Any, sound: Any) -> MediaFact
 
     Returns:
         Its facts.
+
+    Raises:
+        MediaError: it is a film in several recordings, one after the other.
     """
+    name = container.format.name
+    chained = name == "ogg" and promises.is_chained(path)
+    if chained and picture is not None:
+        raise MediaError(f"{path} is several films one after the other (a chained Ogg): cut them apart.")
     starts = [
         s.start_time * s.time_base
         for s in (picture, sound)
         if s is not None and s.start_time is not None and s.time_base
     ]
-    earliest = min(starts, default=Fraction(0))
-    anchored = not _ABSOLUTE.isdisjoint(container.format.name.split(","))
-    zero = Fraction(0) if anchored and earliest <= _LATEST_START else earliest
+    earliest, kinds = min(starts, default=Fraction(0)), _kinds(name)
+    zero = Fraction(0) if kinds & _ABSOLUTE and earliest <= _LATEST_START else earliest
     if picture is not None and picture.start_time is not None and picture.time_base:
         zero = min(zero, picture.start_time * picture.time_base)
+    still = is_image_format(name) or container.metadata.get("major_brand") in _STILL_BRANDS
     seconds = math.nan
-    if container.duration is not None and not is_image_format(container.format.name):
-        seconds = float(Fraction(container.duration + (container.start_time or 0), 1_000_000) - zero)
+    guessed = chained or name in _GUESSED or (name == "mp3" and not promises.counts_its_frames(path))
+    if container.duration is not None and not still and not guessed:
+        begins = 0 if kinds & _FROM_ZERO else container.start_time or 0
+        seconds = float(Fraction(container.duration + begins, 1_000_000) - zero)
     rate = (picture.average_rate or picture.guessed_rate) if picture is not None else None
     return MediaFacts(
-        path, container.format.name, seconds if seconds > 0 else math.nan,
+        path, name, seconds if seconds > 0 else math.nan,
         picture.width if picture is not None else 0, picture.height if picture is not None else 0,
-        float(rate) if rate else math.nan, sound.rate if sound is not None else 0, zero,
+        float(rate) if rate else math.nan, sound.rate if sound is not None else 0, zero, still, chained,
     )  # fmt: skip
 
 
-def missing_bytes(path: str, name: str) -> int:
-    """Count what a wav's header promises and the file lacks; FFmpeg reads such a file without a word.
+def promised_end(facts: MediaFacts, taken: list[Any]) -> float:
+    """Say when the header promises that the streams end which are read.
+
+    Args:
+        facts: the file's.
+        taken: the streams.
+
+    Returns:
+        Seconds of the file's clock; NaN where the file's bytes are the better witness: there the duration is that of
+        streams which are not read (subtitles), or counts what is not there (AVI, ASF), or is estimated from the data.
+    """
+    kinds = _kinds(facts.format)
+    if kinds & _ABSOLUTE and not kinds & _FROM_ZERO:
+        ends = [((s.start_time or 0) + s.duration) * s.time_base for s in taken if s.duration]
+        return float(max(ends) - facts.zero) if len(ends) == len(taken) else facts.duration
+    return math.nan if kinds & _BY_BYTES else facts.duration
+
+
+def _kinds(name: str) -> frozenset[str]:
+    return frozenset(name.split(","))
+
+
+def check_readable(path: str, name: str) -> None:
+    """Refuse what FFmpeg opens and cannot rightly decode.
 
     Args:
         path: the file.
         name: libav's name of its format.
 
-    Returns:
-        Bytes; 0 for other formats, and where the size was never filled in (a recording that was streamed).
+    Raises:
+        MediaError: bare pictures without time stamps, or a WebP that moves.
     """
-    if name != "wav":
-        return 0
-    with open(path, "rb") as source:
-        size = os.fstat(source.fileno()).st_size
-        source.seek(12)
-        while len(head := source.read(8)) == 8:
-            length = int.from_bytes(head[4:], "little")
-            if head[:4] == b"data":
-                return max(0, source.tell() + length - size) if 0 < length < _UNFILLED else 0
-            source.seek(length + length % 2, os.SEEK_CUR)
-    return 0
+    if name in _UNDATED:
+        raise MediaError(
+            f"{path} is a bare {name} stream: nothing in it says when its frames are shown. Put it into a container "
+            "at its own rate (`ffmpeg -r RATE -i IN -c copy OUT.mkv`)."
+        )
+    if name == "webp_pipe" and promises.is_animated_webp(path):
+        raise MediaError(
+            f"{path} is an animated WebP, which FFmpeg does not decode: make it a moving PNG first "
+            '(`from PIL import Image; Image.open(IN).save("OUT.png", save_all=True)`).'
+        )
 
 
 def true_size(container: Any) -> tuple[int, int] | None:

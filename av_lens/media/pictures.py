@@ -8,11 +8,24 @@ from typing import Any
 
 import numpy as np
 
+from av_lens.errors import MediaError
 from av_lens.media.arrays import TOLERANCE
 from av_lens.media.border import Budget
+from av_lens.media.header import MediaFacts
 
 _SLACK = Fraction(1, 1_000_000)
 _GROWTH = 256 << 20
+_RESTART = 1
+_HDR = {16: "PQ", 18: "HLG"}
+_ORIENTATIONS = {
+    (False, True, True): "turned by 180 degrees",
+    (True, False, True): "turned by 90 degrees",
+    (True, True, False): "turned by 270 degrees",
+    (False, True, False): "mirrored left to right",
+    (False, False, True): "mirrored top to bottom",
+    (True, False, False): "mirrored along the diagonal from the top left",
+    (True, True, True): "mirrored along the diagonal from the top right",
+}
 
 
 class Pictures:
@@ -23,13 +36,13 @@ class Pictures:
     """
 
     def __init__(
-        self, stream: Any, *, zero: Fraction, start: float, end: float | None, fps: float | None, budget: Budget
+        self, stream: Any, *, facts: MediaFacts, start: float, end: float | None, fps: float | None, budget: Budget
     ):
         """Prepare for a stream.
 
         Args:
             stream: PyAV's video stream.
-            zero: the container time, in seconds, that the file's clock calls 0.
+            facts: what the file's header says.
             start: the window's start in seconds of the file's clock.
             end: its end, or None.
             fps: frames per second wanted, or None for all.
@@ -37,7 +50,7 @@ class Pictures:
         """
         from av.video.reformatter import Interpolation, VideoReformatter
 
-        self.zero, self.start, self.budget = zero, Fraction(str(start)), budget
+        self.facts, self.start, self.budget = facts, Fraction(str(start)), budget
         self.end = None if end is None else Fraction(str(end))
         self.step = None if fps is None else 1 / Fraction(str(fps))
         rate = stream.average_rate or stream.guessed_rate
@@ -49,7 +62,8 @@ class Pictures:
         shape = stream.sample_aspect_ratio
         if shape and shape != 1:
             self.notes.append(f"its pixels are not square ({shape}); kept as stored")
-        self.rotation = 0
+        self.orientation = (False, False, False)
+        self.restart = ""
         self._reformatter = VideoReformatter()
         # Full chroma, exact rounding: the same colours on every machine.
         wide = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
@@ -61,7 +75,8 @@ class Pictures:
         self._wanted = 0
         self._last: Fraction | None = None
         self._odd = 0
-        self._scarce = self._resized = False
+        self._scarce = False
+        self._transparent = any(part.is_alpha for part in stream.format.components) or stream.format.has_palette
 
     def add(self, frame: Any) -> None:
         """Take the next frame.
@@ -70,7 +85,10 @@ class Pictures:
             frame: PyAV's frame.
         """
         time = self._time(frame)
-        if time is None or (self._last is not None and time <= self._last):
+        if self._last is not None and time <= self._last:
+            if time < self._last - _RESTART and not self.restart:
+                back = f"jump back from {float(self._last):.3f} to {float(time):.3f} s"
+                self.restart = f"the picture's time stamps {back}, as where recordings are joined"
             self._odd += 1
             return
         self._last = time
@@ -86,11 +104,18 @@ class Pictures:
             return
         self._choose(time, frame)
 
-    def _time(self, frame: Any) -> Fraction | None:
+    def _time(self, frame: Any) -> Fraction:
         stamp = frame.pts if frame.pts is not None else frame.dts
-        if stamp is None or not frame.time_base:
-            return None if self._last is None else self._last + Fraction(self.spacing)
-        return stamp * Fraction(frame.time_base) - self.zero
+        if stamp is not None and frame.time_base:
+            return stamp * Fraction(frame.time_base) - self.facts.zero
+        if self._last is not None:
+            return self._last + Fraction(self.spacing)
+        if self.facts.is_image:
+            return Fraction(0)
+        raise MediaError(
+            f"{self.facts.path}: nothing says when its frames are shown: the picture has no time stamps. Write it anew "
+            "at its own rate (`ffmpeg -r RATE -i IN OUT.mp4`)."
+        )
 
     def _choose(self, time: Fraction, frame: Any) -> None:
         if self.step is None:
@@ -114,7 +139,7 @@ class Pictures:
         self.budget.take(height * width * 3, f"{count + 1} frames of {width}x{height}")
         picture = self._rgb(frame, height, width)
         if self._buffer is None:
-            self.rotation = _rotation(frame)
+            self._look(frame)
             self._buffer = np.empty((1, *picture.shape), dtype=np.uint8)
         if count == len(self._buffer):
             grown = min(2 * count, count + max(8, _GROWTH // picture.nbytes))
@@ -123,18 +148,46 @@ class Pictures:
         self._times.append(max(0.0, float(time - self.start)))
 
     def _rgb(self, frame: Any, height: int, width: int) -> np.ndarray:
-        if (height, width) != (frame.height, frame.width) and not self._resized:
-            self._resized = True
-            self.notes.append(f"the picture changes size; scaled to its first, {width}x{height}")
-        rgb = self._reformatter.reformat(
+        if (height, width) != (frame.height, frame.width):
+            self._note(f"the picture changes size; scaled to its first, {width}x{height}")
+        rgba = self._reformatter.reformat(
             frame,
             width=width,
             height=height,
-            format="rgb24",
+            format="rgba" if self._transparent else "rgb24",
             interpolation=self._interpolation,
             threads=1,
         )
-        return rgb.to_ndarray()
+        picture = rgba.to_ndarray()
+        if self._transparent and picture[..., 3].min() < 255:
+            self._note("its transparency is left out; the colours below it are shown")
+        return picture[..., :3]
+
+    def _look(self, frame: Any) -> None:
+        """Note what the first kept frame says of all."""
+        self.orientation = self._orientation(frame)
+        depth = max(part.bits for part in frame.format.components)
+        if depth > 8 and not frame.format.has_palette:
+            self._note(f"its {depth} bits a colour are rounded to 8")
+        if frame.color_trc in _HDR:
+            self._note(f"its colours are HDR ({_HDR[frame.color_trc]}); kept without tone mapping")
+        if frame.interlaced_frame:
+            self._note("it is interlaced; both fields are kept, woven")
+
+    def _orientation(self, frame: Any) -> tuple[bool, bool, bool]:
+        """Read from the display matrix whether rows become columns, and then which axes are mirrored: (x, y)."""
+        matrix = _display_matrix(frame)
+        if matrix is None:
+            return False, False, False
+        (a, b), (c, d) = matrix[:2, :2].tolist()
+        straight, across = abs(a) + abs(d), abs(b) + abs(c)
+        if min(straight, across) > 0.01 * max(straight, across):
+            self._note(f"it asks to be turned by {frame.rotation} degrees; kept at the nearest right angle")
+        return (False, a < 0, d < 0) if straight >= across else (True, c < 0, b < 0)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def finish(self) -> tuple[np.ndarray | None, np.ndarray]:
         """Close the window.
@@ -159,11 +212,28 @@ class Pictures:
         if len(self._buffer) != len(self._times):
             self._buffer.resize((len(self._times), *self._buffer.shape[1:]), refcheck=False)
         frames = self._buffer
-        if self.rotation:
-            self.notes.append(f"turned by {self.rotation} degrees, as the file asks")
-            frames = np.ascontiguousarray(np.rot90(frames, k=self.rotation // 90, axes=(1, 2)))
+        if any(self.orientation):
+            across, by_x, by_y = self.orientation
+            self.notes.append(f"{_ORIENTATIONS[self.orientation]}, as the file asks")
+            frames = frames.swapaxes(1, 2) if across else frames
+            frames = np.ascontiguousarray(frames[:, :: -1 if by_y else 1, :: -1 if by_x else 1])
         return frames, np.array(self._times, dtype=np.float64)
 
 
-def _rotation(frame: Any) -> int:
-    return round(frame.rotation / 90) * 90 % 360
+def _display_matrix(frame: Any) -> np.ndarray | None:
+    """Read a frame's display matrix; PyAV trips over kinds of side data that it does not know, so those go first."""
+    from av.filter import Graph
+
+    while True:
+        try:
+            side = frame.side_data.get("DISPLAYMATRIX")
+            return None if side is None else np.frombuffer(bytes(side), dtype=np.int32).reshape(3, 3)
+        except ValueError as error:
+            kind = int(str(error).split()[0])  # "31 is not a valid Type": EXIF
+        graph = Graph()
+        source = graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format.name, time_base=frame.time_base or Fraction(1)
+        )
+        graph.link_nodes(source, graph.add("sidedata", f"mode=delete:type={kind}"), graph.add("buffersink")).configure()
+        graph.push(frame)
+        frame = graph.vpull()

@@ -10,9 +10,11 @@ import numpy as np
 
 from av_lens.errors import MediaError
 from av_lens.media.border import Budget
+from av_lens.media.header import MediaFacts
 from av_lens.media.resampling import resample
 
 _JITTER = 0.05
+_RESTART = 1.0
 _LONGEST_HOLE = 600.0
 _MARGIN = 0.05
 _FULL_PLANES = 8
@@ -23,28 +25,30 @@ class Sounds:
     """Takes audio frames in order, places them by their times, and resamples once at the end.
 
     Time stamps that differ from the running sample count by less than 50 ms are rounding and are ignored; a longer hole
-    is filled with silence, an overlap is cut, both noted. Channels are averaged.
+    is filled with silence, an overlap is cut, both noted. Of a chained file, whose stamps start anew with each part,
+    the parts follow each other. Channels are averaged.
     """
 
-    def __init__(self, path: str, *, zero: Fraction, start: float, end: float | None, budget: Budget):
+    def __init__(self, facts: MediaFacts, *, start: float, end: float | None, budget: Budget):
         """Prepare for a stream.
 
         Args:
-            path: the file, for messages.
-            zero: the container time, in seconds, that the file's clock calls 0.
+            facts: what the file's header says.
             start: the window's start in seconds of the file's clock.
             end: its end, or None.
             budget: what may be decoded.
         """
-        self.path, self.zero, self.start, self.budget = path, zero, start, budget
+        self.path, self.facts, self.start, self.budget = facts.path, facts, start, budget
         self.end = math.inf if end is None else end
         self.rate = 0
         self.first_time: float | None = None
         self.stream_end = math.inf
         self.done = False
-        self.notes: list[str] = []
+        self.restart = ""
+        self.notes = ["several recordings one after the other; they are joined"] if facts.is_chained else []
         self._pieces: list[np.ndarray] = []
         self._count = 0
+        self._channels: set[int] = set()
         self._repairs = 0
         self._drifts: list[float] = []
         self._tick = 0.0
@@ -82,6 +86,7 @@ class Sounds:
         time = self._time(frame)
         if time + frame.samples / rate < self.start - 2 * _MARGIN and self.first_time is None:
             return
+        self._channels.add(frame.layout.nb_channels)
         mono = _mono(self._packed(frame))
         if self.first_time is None:
             self.first_time = time
@@ -108,15 +113,18 @@ class Sounds:
         return frames[0]
 
     def _time(self, frame: Any) -> float:
-        if frame.pts is None or not frame.time_base:
+        if frame.pts is None or not frame.time_base or (self.facts.is_chained and self.first_time is not None):
             return self._reached
-        return float(frame.pts * Fraction(frame.time_base) - self.zero)
+        return float(frame.pts * Fraction(frame.time_base) - self.facts.zero)
 
     def _placed(self, mono: np.ndarray, time: float) -> np.ndarray:
         gap = time - self._reached
         if abs(gap) <= _JITTER:
             return mono
         self._repairs += 1
+        if gap < -_RESTART and not self.restart:
+            back = f"jump back from {self._reached:.3f} to {time:.3f} s"
+            self.restart = f"the sound's time stamps {back}, as where recordings are joined"
         if gap < 0:
             return mono[round(-gap * self.rate) :]
         if gap > _LONGEST_HOLE:
@@ -156,6 +164,13 @@ class Sounds:
             self.notes.append(
                 f"{self._repairs} holes or overlaps in the sound's time stamps were filled with silence or cut"
             )
+        most = max(self._channels)
+        if most > 1:
+            self.notes.append(f"{most} channels of sound are averaged into one")
+        if self.rate != sound_rate:
+            self.notes.append(f"sound resampled from {self.rate} to {sound_rate} Hz")
+        if self.start == 0 and self.first_time < -1e-3:
+            self.notes.append(f"the sound starts {-self.first_time:.3f} s before the file's 0; that much is left out")
         return self._cut(sound, self.first_time, stop, sound_rate)
 
     def _first_error(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -16,15 +17,24 @@ from av_lens.errors import MediaError
 from av_lens.media.arrays import TOLERANCE
 from av_lens.media.border import DEFAULT_MAX_BYTES, Budget, border, describe, foreign_errors, opened, regular_file
 from av_lens.media.clip import Clip
-from av_lens.media.header import choose_streams, missing_bytes, read_facts, true_size
+from av_lens.media.header import (
+    check_readable,
+    choose_streams,
+    promised_end,
+    read_facts,
+    streams_left_out,
+    true_size,
+)
 from av_lens.media.pictures import Pictures
+from av_lens.media.promises import left_behind, shortfall
 from av_lens.media.sounds import Sounds
-from av_lens.media.validation import check_rate, check_seconds, check_window
+from av_lens.media.validation import check_rate, check_seconds, check_stream, check_window
 
 _PREROLL = 0.5
 _INTERLEAVE = 30.0
 _STEPS_BACK = (0.0, 2.0, 10.0, math.inf)
 _SMALL_PICTURE = 1 << 16
+_THREADS = 0  # of the decoder of larger pictures; 0: one a core
 _SHOWN_FAULTS = 8
 
 
@@ -37,12 +47,13 @@ def load_clip(
     sound_rate: int = 16000,
     max_bytes: int = DEFAULT_MAX_BYTES,
     damaged: str = "refuse",
+    stream: Mapping[str, int] | None = None,
 ) -> Clip:
     """Read a medium, or a window of it, into a clip.
 
     Any container or codec that PyAV's FFmpeg knows: video with or without sound, sound alone, an image. Decoding starts
     at the key frame before `start` and stops at `end`; what lies outside is never held. The whole file is read once
-    more for its hash.
+    more for its hash. Whatever is chosen, mixed, changed or left out on the way stands in the clip's notes.
 
     Args:
         path: the file.
@@ -52,21 +63,23 @@ def load_clip(
         sound_rate: Hz of the waveform, resampled by a windowed sinc.
         max_bytes: refuse a clip whose decoded frames and samples would take more.
         damaged: "refuse" a file that ends early or does not decode cleanly, or "keep" what decodes, noted.
+        stream: which of several streams to read, such as `{"sound": 2}` or `{"picture": 0, "sound": 3}`, numbered as in
+            the clip's notes and by ffprobe; by default the best picture that is no cover, and the best sound.
 
     Returns:
         The clip. Its sound is mono, its sample 0 at the clip's 0: silence is put before a sound that starts late.
 
     Raises:
-        MediaError: the file is missing, empty, no medium, damaged or too large, or the window is not in it.
+        MediaError: the file is missing, empty, no medium, damaged or too large, or the window or stream is not in it.
     """
     start, end = check_window(start, end)
     if fps is not None and not 0 < check_seconds("fps", fps) <= 1e6:
         raise MediaError(f"fps= must be above 0 (or None for every frame), found {fps:g}.")
-    check_rate("sound_rate", sound_rate, low=1_000)
+    sound_rate = check_rate("sound_rate", sound_rate, low=1_000)
     if damaged not in ("refuse", "keep"):
         raise MediaError(f'damaged= is "refuse" or "keep", found {damaged!r}.')
     text, size = regular_file(path)
-    request = _Request(text, start, end, fps, max_bytes, damaged)
+    request = _Request(text, start, end, fps, max_bytes, damaged, check_stream(stream))
     with border(text, "decode"):
         return _read(request).clip(sound_rate, _file_hash(os.path.abspath(text), size, os.stat(text).st_mtime_ns))
 
@@ -101,6 +114,7 @@ class _Request:
     fps: float | None
     max_bytes: int
     damaged: str
+    stream: Mapping[str, int]
 
     @property
     def stop(self) -> float:
@@ -115,36 +129,42 @@ class _Reading:
         self.request, self.container = request, container
         self.faults: list[str] = []
         self.ended = False
-        picture, sound = choose_streams(request.path, container)
+        check_readable(request.path, container.format.name)
+        picture, sound = choose_streams(request.path, container, request.stream)
         self.facts = read_facts(request.path, container, picture, sound)
         self.crop = true_size(container)
         self._check_request()
-        budget, zero = Budget(request.path, request.max_bytes), self.facts.zero
         self.streams = [stream for stream in (picture, sound) if stream is not None]
+        self.left_out = streams_left_out(container, *self.streams)
+        self.promised = promised_end(self.facts, self.streams)
         self.takers: dict[int, Pictures | Sounds] = {}
-        self.pictures: Pictures | None = None
-        self.sounds: Sounds | None = None
-        if picture is not None:
-            self.pictures = Pictures(
-                picture, zero=zero, start=request.start, end=request.end, fps=request.fps, budget=budget
-            )
-            self.takers[picture.index] = self.pictures
-            # Threads cost more than they give on small pictures.
-            picture.codec_context.thread_count = 1 if picture.width * picture.height <= _SMALL_PICTURE else 0
-            picture.codec_context.thread_type = "AUTO"
-        if sound is not None:
-            self.sounds = Sounds(request.path, zero=zero, start=request.start, end=request.end, budget=budget)
-            self.takers[sound.index] = self.sounds
-            if sound.duration and "mp4" in self.facts.format:
-                # The last AAC packet is padded; the track's duration says where the sound truly ends.
-                self.sounds.stream_end = float(((sound.start_time or 0) + sound.duration) * sound.time_base - zero)
+        self.pictures = None if picture is None else self._pictures(picture)
+        self.sounds = None if sound is None else self._sounds(sound)
+
+    def _pictures(self, stream: Any) -> Pictures:
+        asked = self.request
+        budget = Budget(asked.path, asked.max_bytes)
+        taker = Pictures(stream, facts=self.facts, start=asked.start, end=asked.end, fps=asked.fps, budget=budget)
+        # Threads cost more than they give on small pictures.
+        stream.codec_context.thread_count = 1 if stream.width * stream.height <= _SMALL_PICTURE else _THREADS
+        stream.codec_context.thread_type = "AUTO"
+        self.takers[stream.index] = taker
+        return taker
+
+    def _sounds(self, stream: Any) -> Sounds:
+        asked, facts = self.request, self.facts
+        budget = Budget(asked.path, asked.max_bytes) if self.pictures is None else self.pictures.budget
+        taker = Sounds(facts, start=asked.start, end=asked.end, budget=budget)
+        if stream.duration and "mp4" in facts.format:
+            # The last AAC packet is padded; the track's duration says where the sound truly ends.
+            taker.stream_end = float(((stream.start_time or 0) + stream.duration) * stream.time_base - facts.zero)
+        self.takers[stream.index] = taker
+        return taker
 
     def _check_request(self) -> None:
         """Refuse, by the header alone, a window past the end and a clip past the budget."""
         asked, facts = self.request, self.facts
-        if facts.duration <= asked.start and asked.start > 0:
-            lasts = f"which lasts {facts.duration:.3f} s"
-            raise MediaError(f"start={asked.start:g} s is past the end of {asked.path}, {lasts}: start earlier.")
+        facts.check_start(asked.start)
         seconds = min(facts.duration, asked.stop) - asked.start
         rate = facts.frame_rate if asked.fps is None else min(asked.fps, facts.frame_rate)
         n_bytes = facts.width * facts.height * 3 * max(1.0, rate * seconds)
@@ -185,7 +205,7 @@ class _Reading:
 
     def _seek(self, back: float) -> bool:
         target = self.request.start - _PREROLL - back
-        if target <= 0:
+        if target <= 0 or self.facts.is_chained:
             return False
         stream = self.streams[0]
         ticks = math.floor((Fraction(target) + self.facts.zero) / stream.time_base)
@@ -240,7 +260,11 @@ class _Reading:
         still = self.facts.is_image and len(times) == 1
         length = 0.0 if still else max(min(asked.stop, found) - asked.start, heard, shown)
         spacing = self.pictures.spacing if self.pictures is not None else 0.0
-        notes = list(self.faults[:_SHOWN_FAULTS])
+        notes = [
+            *self.faults[:_SHOWN_FAULTS],
+            *self.left_out,
+            *(left_behind(asked.path, self.facts.format) if self.ended else []),
+        ]
         if asked.end is not None and found < asked.end - max(TOLERANCE, spacing) and not still:
             notes.append(f"asked to {asked.end:g} s; the file ends at {found:.3f} s")
         for name, taker, taken in (("picture", self.pictures, frames), ("sound", self.sounds, waveform)):
@@ -254,18 +278,24 @@ class _Reading:
         return Clip(frames, times, waveform, sound_rate, length, asked.path, sha256, window, tuple(notes))
 
     def _check_damage(self, found: float, *, empty: bool) -> None:
-        asked, declared = self.request, self.facts.duration
-        # An mp3's duration may be a guess from its bit rate.
-        if self.ended and math.isfinite(declared) and "mp3" not in self.facts.format and not self.facts.is_image:
+        asked = self.request
+        if self.ended:
             spacing = self.pictures.spacing if self.pictures is not None else 0.0
-            if min(declared, asked.stop) - found > max(0.25, 2 * spacing):
-                self.faults.append(f"its header promises {declared:.3f} s, its data end at {found:.3f} s (truncated?)")
-        missing = missing_bytes(asked.path, self.facts.format) if self.ended else 0
-        if missing:
-            self.faults.append(f"its header promises {missing} bytes more than it has (truncated?)")
+            if min(self.promised, asked.stop) - found > max(0.25, 2 * spacing):
+                ends = f"its header promises {self.promised:.3f} s, its data end at {found:.3f} s"
+                self.faults.append(f"{ends} (truncated?)")
+            self.faults += filter(None, [shortfall(asked.path, self.facts.format)])
+        joined = [taker.restart for taker in self.takers.values() if taker.restart]
+        if joined and asked.damaged == "refuse":
+            raise MediaError(
+                f"{asked.path}: {joined[0]}. Cut it apart, or write it as one (`ffmpeg -i IN -c copy OUT.mkv`), or "
+                'keep what comes first with damaged="keep".'
+            )
+        self.faults += joined
         if empty and not self.faults:
-            lasts = f"lasts {found:.3f} s" if found > 0 else "holds no frame and no sample"
-            raise MediaError(f"nothing of {asked.path} lies in {asked.start:g}-{asked.stop:g} s: it {lasts}.")
+            nothing = "its data end before that" if asked.start > 0 else "it holds no frame and no sample"
+            lasts = f"it lasts {found:.3f} s" if found > 0 else nothing
+            raise MediaError(f"nothing of {asked.path} lies in {asked.start:g}-{asked.stop:g} s: {lasts}.")
         if self.faults and (empty or asked.damaged == "refuse"):
             more = f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
             keep = "" if empty else ', or keep what decodes with damaged="keep"'

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from numbers import Integral
 
 import numpy as np
 
-from av_lens.errors import MediaError
+from av_lens.errors import MediaError, unknown
 
 
 def check_picture(frames: object, times: object) -> None:
@@ -98,9 +100,35 @@ def check_rate(name: str, rate: object, *, low: int = 1, high: int = 768_000) ->
     Raises:
         MediaError: it is no whole number, or out of range.
     """
-    if isinstance(rate, bool) or not isinstance(rate, int) or not low <= rate <= high:
+    if isinstance(rate, bool) or not isinstance(rate, Integral) or not low <= int(rate) <= high:
         raise MediaError(f"{name}= must be a whole number of Hz from {low} to {high}, found {rate!r}.")
-    return rate
+    return int(rate)
+
+
+def check_stream(stream: object) -> dict[str, int]:
+    """Refuse a choice of streams that is none.
+
+    Args:
+        stream: should be None, or the index of the "picture", of the "sound", or both.
+
+    Returns:
+        The choice; empty for None.
+
+    Raises:
+        MediaError: it is something else.
+    """
+    if stream is None:
+        return {}
+    if not isinstance(stream, Mapping):
+        raise MediaError(f'stream= must say what is chosen, such as {{"sound": 2}}, found {stream!r}.')
+    chosen: dict[str, int] = {}
+    for kind, index in stream.items():  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+        if kind not in ("picture", "sound"):
+            raise MediaError("stream=: " + unknown("kind of stream", str(kind), ("picture", "sound")))
+        if isinstance(index, bool) or not isinstance(index, Integral):
+            raise MediaError(f"stream={{{kind!r}: ...}} takes a stream's number, found {index!r}.")
+        chosen[kind] = int(index)
+    return chosen
 
 
 def _what(found: object) -> str:
