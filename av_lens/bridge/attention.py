@@ -8,17 +8,94 @@
 TransformerLens's own reimplementation recomputes the output as a sum over heads once `hook_result` is asked for, and
 q, k, v head by head once their input forks are: in bfloat16 at true width that moves logits by up to 0.08. Here both
 are *differences*: the exact output, plus what an edit changed. Nothing edited means nothing moved, in any precision.
+
+Scores grow with the square of the prompt. Where a layer's would pass the budget, and no hook looks at its scores or
+pattern, the queries are taken in blocks: each row of the softmax is its own, so only the matrix products' order of
+summation can differ (float32: to the bit or 1e-6; measured in the tests). Gradients then recompute each block instead
+of keeping its pattern. Where a hook asks for all scores, the run is refused.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
 
-from av_lens.errors import ModelError
+from av_lens.errors import BudgetError, ModelError
+
+BUDGET_GB = 8.0
+"""GB (1e9 bytes) that a run may take for scores, logits or kept activations where the caller names no other budget."""
+
+_WORKING = 8  # bytes of each score at the dearest moment: two copies in float32, or one with the wide softmax in half
+_BLOCK = 1 << 28  # bytes of scores computed together, and the fewest rows: fewer go through slower, other kernels
+_ROWS = 16
+_budget_gb: ContextVar[float] = ContextVar("budget_gb", default=BUDGET_GB)
+
+
+@contextmanager
+def score_budget(budget_gb: float | int) -> Generator[None, None, None]:
+    """Bound what attention scores may take, for runs inside the block.
+
+    Args:
+        budget_gb: GB (1e9 bytes).
+
+    Yields:
+        Nothing.
+    """
+    token = _budget_gb.set(float(budget_gb))
+    try:
+        yield
+    finally:
+        _budget_gb.reset(token)
+
+
+def score_gigabytes(scores: int, *, itemsize: int, kept_layers: int = 0) -> float:
+    """Estimate what whole attention scores take.
+
+    Args:
+        scores: numbers in one layer's scores, `batch x head x query_pos x key_pos`.
+        itemsize: bytes of one number in the model's dtype.
+        kept_layers: layers whose pattern is kept for gradients.
+
+    Returns:
+        GB: one layer's copies while it runs, and what is kept.
+    """
+    return scores * (_WORKING + kept_layers * (4 if itemsize == 4 else 4 + itemsize)) / 1e9
+
+
+def refuse_scores(names: list[str], gigabytes: float, *, shape: tuple[int, int, int], graph: bool) -> None:
+    """Refuse hooks on scores or pattern whose whole scores pass the budget.
+
+    Args:
+        names: the hooks.
+        gigabytes: the estimate.
+        shape: examples, queries and keys.
+        graph: whether gradients keep them.
+
+    Raises:
+        BudgetError: they do.
+    """
+    budget = _budget_gb.get()
+    if not names or gigabytes <= budget:
+        return
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    fits = int(shape[2] * (budget / gigabytes) ** 0.5)
+    without = "run under torch.no_grad(), " if graph else ""
+    raise BudgetError(
+        f"whole attention scores of {shape[0]} x {shape[1]} positions would take about {gigabytes:.3g} GB, beyond "
+        f"budget_gb={budget:g}, and {shown} ask{'s' if len(names) == 1 else ''} for them; without such hooks they are "
+        f"computed in blocks. Hook z, q, k or v instead, {without}hook fewer layers, give at most {fits} positions, or "
+        f"raise budget_gb."
+    )
+
+
+_HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def hooked_change(hook: HookPoint, value: torch.Tensor, again: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -64,7 +141,7 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         object.__setattr__(self, "_stream", stream)
         object.__setattr__(self, "_norm", norm)
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend.
 
         Args:
@@ -72,9 +149,11 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
             **kwargs: what the decoder layer passes on: `position_embeddings`, `attention_mask`, `past_key_values`.
 
         Returns:
-            What attention writes to the stream `[batch, pos, d_model]`, and the pattern.
+            What attention writes to the stream `[batch, pos, d_model]`, and the pattern; None where it was computed in
+            blocks.
 
         Raises:
+            BudgetError: hooks ask for whole scores beyond the budget.
             ModelError: the layer passed no rotary tables.
         """
         attention: Any = self.original_component
@@ -87,18 +166,83 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         cos, sin = self._apply_position_embedding_hooks(tables)
         query, key = self.hook_rot_q(_rotated(query, cos, sin)), self.hook_rot_k(_rotated(key, cos, sin))
         key, value = self._update_kv_cache(key, value, **kwargs)
-        groups = attention.num_key_value_groups
-        scores = torch.matmul(query, _repeated(key, groups).transpose(2, 3)) * attention.scaling
+        key, value = (_repeated(part, attention.num_key_value_groups) for part in (key, value))
+        rows = self._block_rows(query, key)
+        if rows is None:
+            z, pattern = self._attended(query, key, value, mask)
+        else:
+            z, pattern = self._attended_in_blocks(query, key, value, mask, rows), None
+        return self.hook_out(self._written(z.transpose(1, 2).contiguous().flatten(-2))), pattern
+
+    def score_hooks(self) -> list[str]:
+        """Name the hooks that look at whole scores or the whole pattern.
+
+        Returns:
+            Names of hook points that carry a hook, forward or backward.
+        """
+        points = [self.hook_attn_scores, self.hook_pattern]
+        return [str(p.name) for p in points if any(getattr(p, kind) for kind in _HOOK_KINDS)]
+
+    def _block_rows(self, query: torch.Tensor, key: torch.Tensor) -> int | None:
+        """How many queries to take together; None for all, where they fit the budget or are a single one."""
+        config: Any = self.config
+        batch, n_heads, n, _ = query.shape
+        row, budget = batch * n_heads * key.shape[2], _budget_gb.get()
+        graph, itemsize = torch.is_grad_enabled() and query.requires_grad, query.element_size()
+        whole = score_gigabytes(n * row, itemsize=itemsize, kept_layers=config.n_layers if graph else 0)
+        if whole <= budget or n == 1:
+            return None
+        names = self.score_hooks()
+        if names:
+            alone = score_gigabytes(n * row, itemsize=itemsize, kept_layers=1 if graph else 0)
+            refuse_scores(names, alone, shape=(batch, n, key.shape[2]), graph=graph)
+            return None
+        return max(_ROWS, int(min(_BLOCK, budget * 1e9)) // (row * _WORKING))
+
+    def _attended(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        hooked: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries read `[batch, head, pos, d_head]`, and their pattern; hooks fire unless it is a block."""
+        attention: Any = self.original_component
+        scores = torch.matmul(query, key.transpose(2, 3)) * attention.scaling
         scores = self._apply_reconstruct_attention_mask(
             attn_scores=scores, attention_mask=mask, seq_len=key.shape[2], q_seq_len=query.shape[2]
         )
-        scores = self.hook_attn_scores(scores)
+        scores = self.hook_attn_scores(scores) if hooked else scores
         pattern = self._masked_softmax(scores, dtype=torch.float32).to(query.dtype)
         pattern = self._scrub_compatibility_pattern_nans(pattern)
         dropout = attention.attention_dropout if self.training else 0.0
-        pattern = self.hook_pattern(torch.nn.functional.dropout(pattern, p=dropout, training=self.training))
-        z = torch.matmul(pattern, _repeated(value, groups)).transpose(1, 2).contiguous()
-        return self.hook_out(self._written(z.flatten(-2))), pattern
+        pattern = torch.nn.functional.dropout(pattern, p=dropout, training=self.training)
+        pattern = self.hook_pattern(pattern) if hooked else pattern
+        return torch.matmul(pattern, value), pattern
+
+    def _attended_in_blocks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rows: int
+    ) -> torch.Tensor:
+        """The same without hooks, some queries at a time; for gradients each block is computed again."""
+        n, n_keys = query.shape[2], key.shape[2]
+        square = mask is not None and mask.ndim >= 3  # a mask with rows of its own
+        if mask is not None and square:
+            mask = mask[..., -n:, :].expand(*mask.shape[:-2], n, -1)
+        # Without a whole mask the queries are the last positions, and a block must end with its own last key.
+        cut_keys = mask is None or mask.ndim < 4
+
+        def block(start: int, end: int) -> torch.Tensor:
+            shown = mask[..., start:end, :] if mask is not None and square else mask
+            seen = n_keys - n + end if cut_keys else n_keys
+            return self._attended(query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], shown, hooked=False)[0]
+
+        count = -(-n // rows)
+        edges = [n * i // count for i in range(count + 1)]  # even blocks: a short last one would take another kernel
+        if not torch.is_grad_enabled():
+            return torch.cat([block(*ends) for ends in zip(edges, edges[1:], strict=False)], dim=2)
+        parts = [checkpoint(block, *ends, use_reentrant=False) for ends in zip(edges, edges[1:], strict=False)]
+        return torch.cat(parts, dim=2)
 
     def _projected(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values `[batch, head, pos, d_head]`, each with what its input fork changed."""

@@ -57,7 +57,7 @@ class FullBlockBridge(BlockBridge):
         attention: Any = self.attn
         attention.set_stream(stream, self.ln1.original_component)
         try:
-            attended, _ = attention(hidden_states=self.ln1(stream), **kwargs)
+            attended = attention(hidden_states=self.ln1(stream), **kwargs)[0]
         finally:
             attention.set_stream(None, None)
         stream = self.hook_resid_mid(stream + attended)

@@ -1,15 +1,21 @@
-"""What a cache will cost before it is paid for, and a filter that fits when it is too much.
+"""What a run will cost before it is paid for, and what fits when it is too much.
 
 TransformerLens stores each hook's tensor under every one of its names; tensors that several hooks share are stored
-once. So the cost is the number of *distinct* tensors: at 7B width and 1,000 positions about 0.5 GB a layer in bfloat16.
+once. So a cache costs the number of *distinct* tensors: at 7B width and 1,000 positions about 0.5 GB a layer in
+bfloat16. A run without a cache is bounded too: its attention scores are computed in blocks beyond the budget (see
+`bridge.attention`), and what cannot be (hooks on whole scores, logits of all positions) is refused before it begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from av_lens.bridge.attention import refuse_scores, score_budget, score_gigabytes
 from av_lens.bridge.hook_names import layer_names
 from av_lens.errors import BudgetError
 
@@ -41,6 +47,7 @@ class ModelSpec:
 
 # Hooks of a layer that show one and the same tensor, by the end of their name, and that tensor's shape.
 _STREAM, _UNITS = ("d_model",), ("d_mlp",)
+_WHOLE_SCORES = (".hook_attn_scores", ".hook_pattern")
 _TENSORS: tuple[tuple[tuple[str, ...], tuple[str, ...], bool], ...] = (
     ((".ln1.hook_normalized",), _STREAM, True),
     ((".ln2.hook_normalized",), _STREAM, True),
@@ -117,10 +124,54 @@ def _place(name: str) -> tuple[str, int, tuple[str, ...], bool]:
     return name, -1, _STREAM, False
 
 
+@contextmanager
+def bounded(model: Any, ids: torch.Tensor, budget_gb: float | int, *, logits: int = 1) -> Generator[None, None, None]:
+    """Hold a run to a budget, under the hooks that are on the model now.
+
+    Args:
+        model: a `HookedAVLLM`.
+        ids: the prompt, `[batch, pos]`.
+        budget_gb: GB (1e9 bytes) for attention scores, and for logits.
+        logits: copies of the logits of all positions that the run makes; a hook before the unembedding may drop
+            positions, and is trusted to.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        BudgetError: logits of all positions, or whole scores that hooks ask for, would take more.
+    """
+    spec, (batch, n_pos), itemsize = model.spec, ids.shape, model.dtype.itemsize
+    taken = batch * n_pos * spec.d_vocab * itemsize * logits / GIGABYTE
+    if taken > budget_gb and not model.bridge.unembed.hook_in.has_hooks():
+        raise BudgetError(
+            f"the logits of {batch} x {n_pos} positions and {spec.d_vocab} tokens would take about {taken:.3g} GB, "
+            f"beyond budget_gb={budget_gb:g}. Ask for those of a few positions, with "
+            'avl.run(model, x, logits_at="generation").logits, or raise budget_gb.'
+        )
+    asking = [names for block in model.bridge.blocks if (names := block.attn.score_hooks())]
+    with score_budget(budget_gb):
+        if asking:
+            graph = torch.is_grad_enabled() and any(p.requires_grad for p in model.hf_model.parameters())
+            scores = batch * spec.n_heads * n_pos * n_pos
+            need = score_gigabytes(scores, itemsize=itemsize, kept_layers=len(asking) if graph else 0)
+            refuse_scores([n for names in asking for n in names], need, shape=(batch, n_pos, n_pos), graph=graph)
+        yield
+
+
 def require_budget(
-    names: Iterable[str], spec: ModelSpec, *, batch: int, n_pos: int, itemsize: int, budget_gb: float | int
+    names: Iterable[str],
+    spec: ModelSpec,
+    *,
+    batch: int,
+    n_pos: int,
+    itemsize: int,
+    budget_gb: float | int,
+    beside_gb: float = 0.0,
 ) -> None:
     """Refuse a cache beyond the budget, naming a filter that fits.
+
+    A cache of scores or patterns needs a layer's whole scores while it runs, which count too.
 
     Args:
         names: the hooks that would be cached.
@@ -129,12 +180,20 @@ def require_budget(
         n_pos: positions of the prompt.
         itemsize: bytes of one number in the model's dtype.
         budget_gb: the most that the cache may take, in GB (1e9 bytes).
+        beside_gb: what the run takes beside it.
 
     Raises:
         BudgetError: the estimate exceeds the budget.
     """
-    size: dict[str, Any] = {"batch": batch, "n_pos": n_pos, "itemsize": itemsize}
-    need = cache_bytes(names, spec, **size) / GIGABYTE
+    working = score_gigabytes(batch * spec.n_heads * n_pos * n_pos, itemsize=itemsize)
+
+    def taken(cached: Iterable[str]) -> float:
+        cached = tuple(cached)
+        whole = any(name.endswith(_WHOLE_SCORES) for name in cached)
+        stored = cache_bytes(cached, spec, batch=batch, n_pos=n_pos, itemsize=itemsize) / GIGABYTE
+        return stored + beside_gb + (working if whole else 0.0)
+
+    need = taken(names)
     if need <= budget_gb:
         return
     text = (
@@ -142,7 +201,7 @@ def require_budget(
         f"beyond budget_gb={budget_gb:g}."
     )
     for shown, filtered in _suggestions(spec):
-        fits = cache_bytes(filtered, spec, **size) / GIGABYTE
+        fits = taken(filtered)
         if fits <= budget_gb:
             raise BudgetError(f"{text} This filter fits, with about {fits:.3g} GB: names_filter={shown}.")
     raise BudgetError(f"{text} Name single hooks in names_filter, stack fewer examples, or raise budget_gb.")

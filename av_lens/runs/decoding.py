@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 
+from av_lens.bridge.attention import BUDGET_GB
 from av_lens.checks import require_at_least, require_choice
 from av_lens.errors import InputError
+from av_lens.runs.budget import GIGABYTE, bounded
 from av_lens.runs.gates import HookPair
 
 RETURN_TYPES = ("tokens", "text", "result")
@@ -64,7 +67,15 @@ class Decoding:
             raise InputError("sampling draws from the seed you give, never from the global generator: pass seed=0.")
 
 
-def generate_with_hooks(model: Any, x: Any, how: Decoding, *, plan: Any, fwd_hooks: Sequence[HookPair]) -> Any:
+def generate_with_hooks(
+    model: Any,
+    x: Any,
+    how: Decoding,
+    *,
+    plan: Any,
+    fwd_hooks: Sequence[HookPair],
+    budget_gb: float | int = BUDGET_GB,
+) -> Any:
     """Generate from an audio-visual prompt under hooks and a plan.
 
     Args:
@@ -73,19 +84,24 @@ def generate_with_hooks(model: Any, x: Any, how: Decoding, *, plan: Any, fwd_hoo
         how: how to decode, and what to return.
         plan: a `Plan`, or None.
         fwd_hooks: `(name, function)` pairs, after the plan's.
+        budget_gb: GB (1e9 bytes) for attention scores, and for the prompt's logits.
 
     Returns:
         The tokens, the new text (one string, or a list for a batch), or a `Generated`.
 
     Raises:
+        BudgetError: a hook asks for whole scores beyond the budget.
         InterventionError: an edit of the plan did not fire as it should have.
     """
     tensors = model.tensors_of(x)
     compiled = None if plan is None else plan.compile(model.spec, x.spans, batch=tensors["input_ids"].shape[0])
+    ids = tensors["input_ids"]
     hooks = [*(compiled.fwd_hooks if compiled else ()), *fwd_hooks]
+    if ids.numel() * model.spec.d_vocab * model.dtype.itemsize > budget_gb * GIGABYTE:
+        hooks.append(("unembed.hook_in", partial(_last_of_prompt, n_prompt=ids.shape[1])))
     devices = [model.device] if model.device.type == "cuda" else []
     drawing = torch.random.fork_rng(devices) if how.do_sample else nullcontext()
-    with model.hooks(fwd_hooks=hooks), drawing, torch.no_grad():
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks), bounded(model, ids, budget_gb), drawing:
         if how.seed is not None and how.do_sample:
             torch.manual_seed(how.seed)
         out = model.hf_model.generate(
@@ -96,10 +112,16 @@ def generate_with_hooks(model: Any, x: Any, how: Decoding, *, plan: Any, fwd_hoo
             output_logits=how.return_type == "result",
             **settings_of(model, how),
         )
-    tokens, prompt = out.sequences, tensors["input_ids"].shape[1]
+    tokens, prompt = out.sequences, ids.shape[1]
     if compiled is not None:
         compiled.verify(decode_steps=tokens.shape[1] - prompt - 1)
     return as_asked(model, how, tokens, prompt, out.logits, {} if compiled is None else dict(compiled.fired))
+
+
+def _last_of_prompt(stream: torch.Tensor, hook: Any = None, *, n_prompt: int) -> torch.Tensor:
+    """Drop a long prompt's positions before the unembedding, but for the one that is decoded from."""
+    del hook
+    return stream[:, -1:] if stream.shape[1] == n_prompt else stream
 
 
 def settings_of(model: Any, how: Decoding) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+from av_lens.bridge.attention import BUDGET_GB
 from av_lens.bridge.hook_names import COMPONENTS, hook_name, layer_names
 from av_lens.errors import BudgetError, InterventionError, unknown
 from av_lens.interventions import Plan, Site
@@ -55,7 +56,7 @@ def run(
     plan: Plan | None = None,
     capture: Capture = None,
     logits_at: str | Span = "generation",
-    budget_gb: float | int = 8.0,
+    budget_gb: float | int = BUDGET_GB,
 ) -> Run:
     """Run the model once.
 
@@ -65,14 +66,15 @@ def run(
         plan: edits and cuts to be made.
         capture: what to keep: components, sites, hook names, several of them, or a function of a hook's name.
         logits_at: "generation", "all", another role, or a `Span`.
-        budget_gb: memory for what is kept (GB, 1e9 bytes).
+        budget_gb: memory for what is kept, and for a layer's attention scores (GB, 1e9 bytes).
 
     Returns:
         The run. Gradients flow as the caller's grad mode says.
 
     Raises:
         InterventionError: the plan or a site does not fit, an unknown hook, or an edit that did not fire.
-        BudgetError: what is to be kept needs more memory than the budget; the message says how much.
+        BudgetError: what is to be kept, or whole scores that it needs, take more memory than the budget; the message
+            says how much.
     """
     spec: ModelSpec = model.spec
     compiled = (plan or Plan()).compile(spec, x.spans, batch=len(x))
@@ -81,7 +83,7 @@ def run(
     _require_memory(wanted, model, x, budget_gb)
     kept: dict[str, Tensor] = {}
     hooks = [*compiled.fwd_hooks, *((name, _keeper(name, slices, kept)) for name, slices in wanted.items())]
-    logits = logits_of(model, x, hooks, rows)
+    logits = logits_of(model, x, hooks, rows, budget_gb=budget_gb)
     compiled.verify()
     missing = [name for name in wanted if name not in kept]
     if missing:
@@ -89,7 +91,14 @@ def run(
     return Run(logits, ActivationCache(kept, model.bridge), compiled.fired, tuple(rows.tolist()))
 
 
-def logits_of(model: Any, x: Any, hooks: Sequence[tuple[str, Callable[..., Any]]], rows: Tensor) -> Tensor:
+def logits_of(
+    model: Any,
+    x: Any,
+    hooks: Sequence[tuple[str, Callable[..., Any]]],
+    rows: Tensor,
+    *,
+    budget_gb: float | int = BUDGET_GB,
+) -> Tensor:
     """Run the model under hooks and unembed the asked positions only.
 
     The logits of every position of a real prompt are larger than all its layers' activations together, so the other
@@ -100,19 +109,23 @@ def logits_of(model: Any, x: Any, hooks: Sequence[tuple[str, Callable[..., Any]]
         x: an `AVInputs`.
         hooks: forward hooks, as `run_with_hooks` takes them.
         rows: the asked positions.
+        budget_gb: GB (1e9 bytes) for attention scores, and for the logits.
 
     Returns:
         Logits `[batch, asked_pos, d_vocab]`.
+
+    Raises:
+        BudgetError: a hook asks for whole scores beyond the budget, or the logits are.
     """
     rows = rows.to(model.device)
     if len(rows) == len(x.spans) or any(name.startswith("unembed") for name, _ in hooks):
-        return model.run_with_hooks(x, fwd_hooks=list(hooks))[:, rows]
+        return model.run_with_hooks(x, fwd_hooks=list(hooks), budget_gb=budget_gb)[:, rows]
 
     def drop(stream: Tensor, hook: Any = None) -> Tensor:
         del hook
         return stream[:, rows]
 
-    return model.run_with_hooks(x, fwd_hooks=[*hooks, ("unembed.hook_in", drop)])
+    return model.run_with_hooks(x, fwd_hooks=[*hooks, ("unembed.hook_in", drop)], budget_gb=budget_gb)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ import torch
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
+from av_lens.bridge.attention import BUDGET_GB
 from av_lens.bridge.families import Family, family_of
 from av_lens.errors import InputError, ModelError
-from av_lens.runs.budget import ModelSpec, require_budget, selected
+from av_lens.runs.budget import ModelSpec, bounded, require_budget, selected
 from av_lens.runs.copies import OF_WEIGHTS, copied
 from av_lens.runs.decoding import Decoding, generate_with_hooks
 from av_lens.runs.forwarding import ForwardedAttributes
@@ -185,31 +186,40 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
 
     # Runs
 
-    def __call__(self, x: Any, *, return_type: str | None = "logits", **options: Any) -> Any:
-        """Run the model.
+    def __call__(
+        self, x: Any, *, return_type: str | None = "logits", budget_gb: float | int = BUDGET_GB, **options: Any
+    ) -> Any:
+        """Run the model; attention scores that would pass the budget are computed in blocks of queries.
 
         Args:
             x: `AVInputs`, ids or text.
             return_type: "logits", "loss", "both" or None, as TransformerLens has it.
+            budget_gb: the most that a layer's attention scores, and the logits, may take (GB, 1e9 bytes).
             **options: further options of the bridge's forward, such as `stop_at_layer`.
 
         Returns:
             Logits `[batch, pos, d_vocab]`, equal to HuggingFace's, unless `return_type` says otherwise.
+
+        Raises:
+            BudgetError: the logits of all positions would be too big, or a hook asks for whole scores that are.
         """
         tensors = self.tensors_of(x)
-        return self.bridge(tensors.pop("input_ids"), return_type=return_type, **tensors, **options)
+        ids = tensors.pop("input_ids")
+        with bounded(self, ids, budget_gb, logits=_logits(return_type, options)):
+            return self.bridge(ids, return_type=return_type, **tensors, **options)
 
     forward = __call__
 
     def run_with_cache(
-        self, x: Any, names_filter: Filter = None, *, budget_gb: float | int = 8.0, **options: Any
+        self, x: Any, names_filter: Filter = None, *, budget_gb: float | int = BUDGET_GB, **options: Any
     ) -> tuple[Any, ActivationCache]:
         """Run the model and keep activations.
 
         Args:
             x: `AVInputs`, ids or text.
             names_filter: a hook name, several, a function of a name, or None for every hook that is not gated.
-            budget_gb: refuse, before running, a cache estimated to take more (GB, 1e9 bytes).
+            budget_gb: refuse, before running, what is estimated to take more (GB, 1e9 bytes): the cache, the logits
+                and a layer's scores where scores or patterns are kept.
             **options: further options of the bridge's `run_with_cache`.
 
         Returns:
@@ -229,15 +239,23 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             names = selected(accept, self._known)
             batch, n_pos = ids.shape
             itemsize = self.dtype.itemsize
-            require_budget(names, self.spec, batch=batch, n_pos=n_pos, itemsize=itemsize, budget_gb=budget_gb)
+            size = {"batch": batch, "n_pos": n_pos, "itemsize": itemsize}
+            require_budget(names, self.spec, **size, budget_gb=budget_gb)
             accept = list(accept) if isinstance(accept, Sequence) and not isinstance(accept, str) else accept
-            logits, cache = self.bridge.run_with_cache(ids, names_filter=accept, **tensors, **options)
+            with bounded(self, ids, budget_gb, logits=_logits(options.get("return_type"), options)):
+                logits, cache = self.bridge.run_with_cache(ids, names_filter=accept, **tensors, **options)
         if isinstance(cache, ActivationCache):
             cache.model = self  # its helpers ask the model, and ours refuses what would be wrong
         return logits, cache
 
     def run_with_hooks(
-        self, x: Any, fwd_hooks: Sequence[HookPair] = (), bwd_hooks: Sequence[HookPair] = (), **options: Any
+        self,
+        x: Any,
+        fwd_hooks: Sequence[HookPair] = (),
+        bwd_hooks: Sequence[HookPair] = (),
+        *,
+        budget_gb: float | int = BUDGET_GB,
+        **options: Any,
     ) -> Any:
         """Run the model with hooks attached for this run.
 
@@ -245,17 +263,23 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             x: `AVInputs`, ids or text.
             fwd_hooks: `(name or function of a name, function(activation, hook) -> new activation or None)` pairs.
             bwd_hooks: likewise, for gradients.
+            budget_gb: the most that a layer's attention scores, and the logits, may take (GB, 1e9 bytes).
             **options: further options of the bridge's forward, such as `return_type`.
 
         Returns:
             Logits `[batch, pos, d_vocab]`, unless `return_type` says otherwise.
 
         Raises:
+            BudgetError: a hook asks for whole scores that would be too big, or the logits would.
             InterventionError: a name is no hook of the model.
         """
         tensors = self.tensors_of(x)
-        with self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
-            return self.bridge(tensors.pop("input_ids"), **tensors, **options)
+        ids, logits = tensors.pop("input_ids"), _logits(options.get("return_type"), options)
+        with (
+            self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks),
+            bounded(self, ids, budget_gb, logits=logits),
+        ):
+            return self.bridge(ids, **tensors, **options)
 
     @contextmanager
     def hooks(
@@ -299,6 +323,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         fwd_hooks: Sequence[HookPair] = (),
         return_type: str = "tokens",
         seed: int | None = None,
+        budget_gb: float | int = BUDGET_GB,
         **options: Any,
     ) -> Any:
         """Let the model answer, under hooks and a plan if asked; without them greedy tokens are HuggingFace's.
@@ -311,17 +336,20 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             fwd_hooks: `(name, function)` pairs; while decoding an activation holds one position.
             return_type: "tokens" (prompt included), "text" (the new text) or "result" (`.tokens .text .logits .fired`).
             seed: what sampling draws from; needed with `do_sample`.
+            budget_gb: the most that a layer's attention scores may take (GB, 1e9 bytes); beyond it they are computed
+                in blocks, and beyond it only the prompt's last logits are made.
             **options: further options of HuggingFace's `generate`.
 
         Returns:
             As `return_type` says.
 
         Raises:
+            BudgetError: a hook asks for whole scores that would be too big.
             InputError: an unknown return type, or sampling without a seed.
             InterventionError: an unknown hook, or an edit that did not fire as it should have.
         """
         settings = Decoding(max_new_tokens, do_sample, return_type, seed, options)
-        return generate_with_hooks(self, x, settings, plan=plan, fwd_hooks=fwd_hooks)
+        return generate_with_hooks(self, x, settings, plan=plan, fwd_hooks=fwd_hooks, budget_gb=budget_gb)
 
     def trace(self, x: Any, **options: Any) -> Any:
         """Record a base run once, to restart it anywhere.
@@ -371,3 +399,10 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         for derived in OF_WEIGHTS:
             self.__dict__.pop(derived, None)
         return self
+
+
+def _logits(return_type: str | None, options: Mapping[str, Any]) -> int:
+    """Copies of all logits that a forward makes: the loss takes their log-probabilities too."""
+    if options.get("stop_at_layer") is not None:
+        return 0
+    return 3 if return_type in ("loss", "both") else 1
