@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from av_lens.results.provenance import source_hash
-from av_lens.results.whole_files import write_whole
+from av_lens.whole_files import write_whole
 
 
 @dataclass(eq=False)

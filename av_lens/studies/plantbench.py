@@ -37,13 +37,13 @@ from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
 from av_lens.isolation.donors import PRIMARY_DONORS
 from av_lens.results.provenance import source_hash, stamp
-from av_lens.results.whole_files import write_whole
 from av_lens.runs import load
 from av_lens.studies.parts import Parts
 from av_lens.studies.plantbench_methods import IN_LOGITS, METHODS, SITE, SharedEngine, Subject, all_scores
 from av_lens.studies.plantbench_scores import DAMAGE_LAST, damage_last, exchanged, isolate_score, named_heads
 from av_lens.studies.plantbench_truth import TRUTH, read_plant, weights_key
 from av_lens.studies.staged_conflicts import stage
+from av_lens.whole_files import write_whole
 
 Progress = Callable[[str, int, int], None]
 SPLIT = "test"

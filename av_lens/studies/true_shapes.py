@@ -31,7 +31,7 @@ from av_lens.media import Clip, load_clip
 from av_lens.organism import anatomy, world
 from av_lens.results.provenance import stamp
 from av_lens.runs import load
-from av_lens.studies.parts import write_whole
+from av_lens.whole_files import write_whole
 
 QUESTION = "What do you hear?"
 MEL_BINS = 128

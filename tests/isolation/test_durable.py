@@ -15,11 +15,11 @@ import pytest
 from fake_model import FakeEngine, fake_conflicts
 from same_isolation import assert_same
 
+from av_lens import whole_files
 from av_lens.errors import ProtocolError, UnfinishedError
 from av_lens.isolation import durable, isolate
 from av_lens.isolation.durable import Deadline
 from av_lens.isolation.store import Store
-from av_lens.results import whole_files
 from av_lens.results.record import Isolation
 from av_lens.results.statistics import Bootstrap
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from av_lens.results.provenance import source_hash
-from av_lens.results.whole_files import write_whole
 from av_lens.studies.parts import Parts
+from av_lens.whole_files import write_whole
 
 
 @pytest.fixture
