@@ -42,12 +42,12 @@ def write_whole(path: Path, content: str | bytes, *, error: type[Exception] = Fi
     Raises:
         FileError: (or `error`) it cannot be written; what was there is still there.
     """
-    with whole(path, error=error, mend=mend) as partial, partial.open("wb") as file:
+    with whole_file(path, error=error, mend=mend) as partial, partial.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def whole(path: Path, *, error: type[Exception] = FileError, mend: str = MEND) -> Generator[Path]:
+def whole_file(path: Path, *, error: type[Exception] = FileError, mend: str = MEND) -> Generator[Path]:
     """Let a library write a file that takes its place only when it is whole and on the disk.
 
     Args:
@@ -167,7 +167,9 @@ def writing(path: Path, error: type[Exception] = FileError, mend: str = MEND) ->
     try:
         yield
     except (OSError, SafetensorError) as raised:
-        raise error(f"cannot write {path}: {describe(raised)}. {mend}") from raised
+        other = str(getattr(raised, "filename", None) or path)
+        where = "" if PARTIAL in other or other == str(path) else f" ({other})"
+        raise error(f"cannot write {path}: {describe(raised)}{where}. {mend}") from raised
 
 
 @contextmanager
