@@ -68,8 +68,7 @@ def whole_file(path: Path, *, error: type[Exception] = FileError, mend: str = ME
         try:
             yield partial
             if plain:
-                with partial.open("rb+") as file:
-                    os.fsync(file.fileno())
+                _sync(partial)
                 os.replace(partial, target)
         finally:
             if plain:
@@ -96,6 +95,9 @@ def whole_folder(folder: Path) -> Generator[Path]:
     with writing(folder, FileError, MEND):
         try:
             yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    _sync(file)
             if not target.exists():
                 os.replace(partial, target)
                 return
@@ -260,5 +262,11 @@ def sweep_partials(folder: Path) -> int:
     return len(found)
 
 
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def _beside(target: Path) -> Path:
-    return target.with_name(f".{target.name[:40]}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+    name = target.name.encode(errors="replace")[:200].decode(errors="ignore")  # names end at 255 bytes
+    return target.with_name(f".{name}.{uuid.uuid4().hex[:12]}{PARTIAL}")

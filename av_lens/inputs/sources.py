@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from av_lens.errors import InputError, UnfinishedError
-from av_lens.media.border import describe
+from av_lens.whole_files import describe
 
 ROLES = ("sound", "picture", "third")
 

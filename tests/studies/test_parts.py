@@ -30,7 +30,7 @@ def test_a_finished_part_is_not_done_again(tmp_path, counted):
     assert set(first.seconds) == {"a"}
     second = Parts(tmp_path, {"seed": 0})
     assert second.ensure("a", work) == place
-    assert calls == ["a.part"]
+    assert len(calls) == 1
     assert second.seconds == {}
 
 
