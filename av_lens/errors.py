@@ -38,6 +38,10 @@ class BudgetError(AvLensError):
     """A request that would need more memory or time than its budget."""
 
 
+class FileError(AvLensError):
+    """A file or folder that cannot be written, or read back as what was written there."""
+
+
 class ProtocolError(AvLensError):
     """An isolation that must not go on: no gap to explain, too few conflicts, an undefined donor."""
 

@@ -10,6 +10,7 @@ import typer
 from av_lens.cli import console
 from av_lens.cli.defaults import signature
 from av_lens.errors import InputError, unknown
+from av_lens.whole_files import write_whole
 
 _DEMO = signature("studies.demonstration", "run_demo")
 _ISOLATE = signature("isolation.pipeline", "isolate")
@@ -150,7 +151,7 @@ def inspect(
     console.OUT.print(by_position(frame) if every else by_run(frame))
     console.OUT.print("\nmodel (s): the time that the model is told; source (s): the time in the file", markup=False)
     if csv is not None:
-        frame.to_csv(csv, index=False)
+        write_whole(csv, frame.to_csv(index=False))
         console.say_path(csv)
 
 

@@ -1,12 +1,18 @@
 """The command line: `av-lens demo | isolate | inspect | generate | models | train | plant`.
 
 Every default is read from the function that does the work; what av_lens refuses is printed as one message, with exit
-code 2 and no traceback (`--debug` shows it). Work that stopped at its budget exits with 3, an interrupt with 130; the
-same command goes on from what was finished. Nothing heavy is imported before a command needs it.
+code 2 and no traceback (`--debug` shows it), and so is what the system refuses, such as a log on a full disk. Work that
+stopped at its budget, at a full disk or at a clip that is gone exits with 3. SIGTERM and a closed terminal are what
+Ctrl-C is: every file is whole or as it was, one sentence, exit code 128 and the signal's number (130 for Ctrl-C, 143
+for SIGTERM); the same command goes on from what was finished. Nothing heavy is imported before a command needs it.
 """
 
 from __future__ import annotations
 
+import errno
+import signal
+import threading
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -16,24 +22,66 @@ from av_lens import __version__
 from av_lens.cli import commands, console, studies, toolbox
 from av_lens.errors import AvLensError, UnfinishedError
 
+KEEPING = ("demo", "isolate", "train", "plant", "plantbench", "seeds")
+"""Commands that go on from what an interrupted one had finished."""
+
+
+class _Stops:
+    """Makes SIGTERM and a closed terminal what Ctrl-C is, while a command runs; a signal that is ignored stays so."""
+
+    def __init__(self) -> None:
+        self.code = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stops:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                    self._before[number] = signal.signal(number, self._stop)
+        return self
+
+    def _stop(self, number: int, frame: object) -> None:
+        del frame
+        self.code = 128 + number
+        raise KeyboardInterrupt
+
+    def __exit__(self, *caught: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
 
 class _Group(TyperGroup):
-    """The group of commands, which turns what av_lens refuses into one message."""
+    """The group of commands, which turns what av_lens or the system refuses into one message."""
 
     def invoke(self, ctx: Any) -> Any:
+        stops = _Stops()
         try:
-            return super().invoke(ctx)
+            with stops:
+                found = super().invoke(ctx)
         except UnfinishedError as stopped:
-            console.ERR.print(str(stopped), markup=False, soft_wrap=True)
-            ctx.exit(3)
-        except AvLensError as error:
-            if ctx.params.get("debug"):
+            _end(ctx, str(stopped), 3)
+        except (AvLensError, OSError) as error:
+            if ctx.params.get("debug") or getattr(error, "errno", None) == errno.EPIPE:  # click ends these quietly
                 raise
-            console.fail(error)
+            with suppress(OSError):
+                console.fail(error)
             ctx.exit(2)
         except KeyboardInterrupt:
-            console.ERR.print("stopped; what was finished is kept, the same command goes on from there.")
-            ctx.exit(130)
+            kept = "what was finished is kept, the same command goes on from there."
+            if ctx.invoked_subcommand not in KEEPING:
+                kept = "nothing of it is kept, the same command begins anew."
+            _end(ctx, f"stopped; {kept}", stops.code or 130)
+        else:
+            if stops.code:  # a method that was stopped shows what it had done
+                _end(ctx, "stopped; what is shown holds what was done until then.", stops.code)
+            return found
+
+
+def _end(ctx: Any, said: str, code: int) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        console.ERR.print(said, markup=False, soft_wrap=True)
+    ctx.exit(code)
 
 
 app = typer.Typer(

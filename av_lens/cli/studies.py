@@ -10,6 +10,7 @@ import typer
 from av_lens.cli import console
 from av_lens.cli.commands import Media, Out, Quick, Seed
 from av_lens.cli.defaults import signature
+from av_lens.whole_files import write_whole
 
 _BENCH = signature("studies.replay_benchmark", "run_benchmark")
 _PLANTS = signature("studies.plantbench", "run_plantbench")
@@ -75,7 +76,7 @@ def bench(
             console.OUT.print()
             console.OUT.print(console.table(headings, rows, right=headings[1:]))
     if out is not None:
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(out, json.dumps(record, indent=1) + "\n")
         console.say_path(out)
     if docs is not None:
         console.say_path(replay_tables.store(record, docs))

@@ -22,6 +22,7 @@ import typer
 from av_lens.cli import console
 from av_lens.cli.defaults import definition
 from av_lens.errors import InputError
+from av_lens.whole_files import make_folder, write_whole
 
 ROWS = 20
 _HANDLED = frozenset(("metric", "progress", "base"))
@@ -293,11 +294,11 @@ def summary(found: Any) -> Any:
 
 def _save(found: Any, out: Path, name: str) -> None:
     """Save the result, its table, and its figure where it has one."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if hasattr(found, "save"):
         console.OUT.print(f"wrote {found.save(out / name)}", markup=False, soft_wrap=True)
     frame = summary(found)
     if frame is not None:
-        frame.to_csv(out / f"{name}.csv", index=False)
+        write_whole(out / f"{name}.csv", frame.to_csv(index=False))
     if hasattr(found, "plot"):
-        found.plot().write_html(out / f"{name}.html", include_plotlyjs=True)
+        write_whole(out / f"{name}.html", found.plot().to_html(include_plotlyjs=True))

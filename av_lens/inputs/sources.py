@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+import os
 from typing import Any
+
+from av_lens.errors import InputError, UnfinishedError
+from av_lens.whole_files import describe
+
+ROLES = ("sound", "picture", "third")
 
 
 def clip_key(source: Any) -> str:
@@ -15,11 +20,100 @@ def clip_key(source: Any) -> str:
 
     Returns:
         A key, equal for equal clips.
+
+    Raises:
+        InputError: the file cannot be read.
     """
-    start, end = getattr(source, "window", None) or (getattr(source, "start", 0.0), getattr(source, "end", None))
+    path = _file(source)
     sha = getattr(source, "sha256", None)
-    if sha is None and hasattr(source, "load") and Path(str(source.path)).exists():
-        sha = hashlib.sha256(Path(str(source.path)).read_bytes()).hexdigest()
+    if sha is None and path is not None:
+        try:
+            sha = _hashed(path)
+        except OSError as error:
+            raise InputError(f"cannot read the clip {path}: {describe(error)}. Put it back.") from error
     if sha is None:
         return f"{getattr(source, 'picture_hash', None)}:{getattr(source, 'sound_hash', None)}"
+    return _key(source, sha)
+
+
+class ClipKeys:
+    """The keys of a run's clips: a file is hashed once, and known to be the same while it is used."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, tuple[tuple[int, int], str]] = {}
+
+    def of(self, conflict: Any, role: str) -> str:
+        """Name a conflict's clip.
+
+        Args:
+            conflict: the conflict.
+            role: "sound", "picture" or "third".
+
+        Returns:
+            Its `clip_key`.
+
+        Raises:
+            InputError: its file is gone.
+        """
+        clip = getattr(conflict, role)
+        path = _file(clip)
+        if path is None:
+            return clip_key(clip)
+        if path not in self._files:
+            try:
+                self._files[path] = _looks(path), _hashed(path)
+            except OSError as error:
+                raise InputError(
+                    f"{_said(conflict, role, path)} is gone since the conflicts were listed ({describe(error)}). Put "
+                    "the file back, or take the conflict out."
+                ) from error
+        return _key(clip, self._files[path][1])
+
+    def check(self, conflict: Any) -> None:
+        """See that a conflict's files are what they were when they were named.
+
+        Args:
+            conflict: the conflict.
+
+        Raises:
+            UnfinishedError: one is gone, or holds something else.
+        """
+        for role in ROLES:
+            path = _file(getattr(conflict, role, None))
+            if path is None or path not in self._files:
+                continue
+            looked, sha = self._files[path]
+            try:
+                same = _looks(path) == looked or _hashed(path) == sha
+                why = "was changed"
+            except OSError as error:
+                same, why = False, f"is gone ({describe(error)})"
+            if not same:
+                raise UnfinishedError(
+                    f"{_said(conflict, role, path)} {why} since the run began. Put the file back as it was, and the "
+                    "same command goes on from what was measured; or begin anew without it, in another folder."
+                )
+
+
+def _file(source: Any) -> str | None:
+    path = getattr(source, "path", None) if hasattr(source, "load") else None
+    return None if path is None else str(path)
+
+
+def _key(source: Any, sha: str) -> str:
+    start, end = getattr(source, "window", None) or (getattr(source, "start", 0.0), getattr(source, "end", None))
     return f"{sha}:{start}:{end}"
+
+
+def _hashed(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _looks(path: str) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+def _said(conflict: Any, role: str, path: str) -> str:
+    return f"the clip {path}, the {role} of conflict {conflict.id!r},"

@@ -31,6 +31,7 @@ from av_lens.interventions.edges import Cut
 from av_lens.interventions.edits import Edit
 from av_lens.interventions.sites import Site
 from av_lens.spans import GROUPS, ROLES
+from av_lens.whole_files import write_whole
 
 SCHEMA = "av_lens.Plan"
 VERSION = 1
@@ -75,9 +76,9 @@ def write_plan(edits: tuple[Any, ...], path: str | Path, *, model: Any, note: st
 
         data = save(tensors, metadata={"schema": SCHEMA, "version": str(VERSION)})
         beside = target.with_suffix(".safetensors")
-        _write_whole(beside, data)
+        write_whole(beside, data, error=InterventionError)
         text["tensors"] = {"file": beside.name, "sha256": hashlib.sha256(data).hexdigest()}
-    _write_whole(target, (json.dumps(text, indent=1) + "\n").encode())
+    write_whole(target, json.dumps(text, indent=1) + "\n", error=InterventionError)
     return target
 
 
@@ -271,9 +272,3 @@ def _looked_up(name: Any, tensors: Mapping[str, Tensor], where: str) -> Tensor:
     if not bool(torch.isfinite(found).all()):
         raise InterventionError(f"{where}: {name} holds numbers that are not finite.")
     return found
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(data)
-    partial.replace(path)

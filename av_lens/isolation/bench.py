@@ -24,6 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from av_lens.errors import ProtocolError
+from av_lens.inputs.sources import ClipKeys
 from av_lens.isolation.donors import (
     MEANS,
     MIRROR,
@@ -47,7 +48,10 @@ __all__ = ["MIRROR", "PRIMARY_DONORS", "Bench", "Chunk", "Means", "align_end"]
 
 @dataclass(eq=False)
 class Bench:
-    """The conflicts of a run, their answers and the engine; `sinks` are those of each layout, found on discovery."""
+    """The conflicts of a run, their answers and the engine.
+
+    `sinks` are those of each layout, found on discovery; `keys` knows the conflicts' files again.
+    """
 
     engine: Engine
     conflicts: list[Any]
@@ -55,6 +59,7 @@ class Bench:
     site: str = "suffix"
     store: Store = field(default_factory=Store)
     sinks: list[tuple[SpanMap, list[int]]] = field(default_factory=list)
+    keys: ClipKeys = field(default_factory=ClipKeys)
     _cells: dict[tuple[int, str | None], Any] = field(default_factory=dict)
 
     def wording(self, example: int, question: str) -> str | None:
@@ -79,7 +84,11 @@ class Bench:
 
         Returns:
             The inputs.
+
+        Raises:
+            UnfinishedError: a file of the conflict is gone or was changed since the run began.
         """
+        self.keys.check(self.conflicts[example])
         key = (example, self.wording(example, question))
         if key not in self._cells:
             self._cells[key] = self.engine.cells(self.conflicts[example], key[1])

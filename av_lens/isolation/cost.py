@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from av_lens.errors import UnfinishedError
 from av_lens.isolation.behaviour import RIGHT
 from av_lens.isolation.bench import Chunk
 from av_lens.isolation.donors import PRIMARY_DONORS
@@ -35,10 +36,10 @@ from av_lens.isolation.plan_effects import model_of
 from av_lens.isolation.set_releases import TRACE_BYTES
 from av_lens.isolation.set_search import n_candidates
 from av_lens.isolation.sets import RANDOM_SETS
-from av_lens.isolation.store import Measured
+from av_lens.isolation.store import GO_ON, Measured
 from av_lens.results.statistics import Bootstrap
-from av_lens.results.whole_files import write_whole
 from av_lens.runs.copies import other_precision, weights_bytes
+from av_lens.whole_files import stored, write_whole
 
 ESTIMATE = "estimate.json"
 MOST_PROBED = 64
@@ -304,9 +305,12 @@ def estimated(chunks: Sequence[Chunk], size: Size, *, folder: Path | None, key: 
 
     Returns:
         The estimate.
+
+    Raises:
+        UnfinishedError: the folder cannot be written.
     """
     place = None if folder is None else folder / ESTIMATE
-    kept = _kept(place, key)
+    kept = None if place is None else stored(place, lambda found: _estimate(found, key))
     if kept is not None:
         return kept
     prices = probe(chunks[0])
@@ -314,21 +318,20 @@ def estimated(chunks: Sequence[Chunk], size: Size, *, folder: Path | None, key: 
     if place is not None:
         text: dict[str, Any] = {"key": key, "prices": asdict(prices), "size": asdict(size), "seconds": made.seconds}
         gigabytes = None if np.isnan(made.gigabytes) else made.gigabytes
-        write_whole(place, json.dumps(text | {"parts": made.parts, "gigabytes": gigabytes}, indent=1))
+        write_whole(
+            place,
+            json.dumps(text | {"parts": made.parts, "gigabytes": gigabytes}, indent=1),
+            error=UnfinishedError,
+            mend=GO_ON,
+        )
     return made
 
 
-def _kept(place: Path | None, key: str) -> Estimate | None:
-    if place is None:
+def _estimate(found: dict[str, Any], key: str) -> Estimate | None:
+    if found["key"] != key:
         return None
-    try:
-        found: dict[str, Any] = json.loads(place.read_text())
-        if found["key"] != key:
-            return None
-        gigabytes = float("nan") if found["gigabytes"] is None else float(found["gigabytes"])
-        return Estimate(dict(found["parts"]), gigabytes)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    gigabytes = float("nan") if found["gigabytes"] is None else float(found["gigabytes"])
+    return Estimate({str(part): float(seconds) for part, seconds in found["parts"].items()}, gigabytes)
 
 
 def duration(seconds: float) -> str:

@@ -8,12 +8,15 @@
 
 A run that is killed at any moment loses the measurement that it was making; the same command goes on from there, and
 its numbers are those of a run that was never stopped (on the same machine, with as many threads). `conflicts.jsonl` is
-made from the measurements alone, so that it is right again as soon as a run goes on. The seconds in it are no part of a
-run's identity.
+made from the measurements alone. While a run goes on it only grows, by `{"done": part, "seconds": s, "ids": [...]}` for
+each measurement, after what was known when it began or went on. It is written anew, a line for each conflict, when the
+run stops, and when it goes on after a kill, which may have torn its last line. The seconds in it are no part of a run's
+identity.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -22,77 +25,127 @@ from pathlib import Path
 from typing import Any
 
 from av_lens.errors import ProtocolError, UnfinishedError
-from av_lens.isolation.cost import Estimate
-from av_lens.isolation.protocol import differences
-from av_lens.isolation.store import FOLDER, Measured, Store
+from av_lens.isolation.cost import ESTIMATE, Estimate
+from av_lens.isolation.protocol import differences, hash_of
+from av_lens.isolation.store import FOLDER, GO_ON, Measured, Store
 from av_lens.results.provenance import source_hash
 from av_lens.results.record import RECORD
-from av_lens.results.whole_files import sweep_partials, write_whole
+from av_lens.whole_files import append_line, describe, make_folder, read_object, sweep_partials, write_whole, writing
 
 PROTOCOL, LEDGER, LOCK, PROGRAM = "protocol.json", "conflicts.jsonl", ".lock", "program.txt"
 EFFECTS = "head effects"
+OTHER_FOLDER = "Give another folder (--out)"
 Told = Callable[[str], None]
+Clips = Mapping[tuple[str, str], str]
 
 
 @contextmanager
-def claimed(folder: Path, protocol: Mapping[str, Any], *, told: Told | None = None) -> Generator[None]:
+def claimed(
+    folder: Path, protocol: Mapping[str, Any], *, clips: Clips | None = None, told: Told | None = None
+) -> Generator[None]:
     """Hold a folder for one run, and write the protocol into it if it is new.
 
     Args:
         folder: made if absent.
         protocol: this run's.
+        clips: the conflicts' files, by conflict and role, to name those that changed.
         told: called with sentences worth reading.
 
     Yields:
         Nothing, while the folder is held.
 
     Raises:
-        ProtocolError: the folder holds another protocol, or another process is writing in it.
+        FileError: the folder cannot be made or written, or what it holds cannot be read.
+        ProtocolError: the folder holds another protocol or no run's files, or another process is writing in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    make_folder(folder)
+    with _alone(folder, told):
+        if (folder / PROTOCOL).exists():
+            _same(folder, protocol, clips or {})
+        else:
+            _refuse_foreign(folder)
+            write_whole(folder / PROTOCOL, json.dumps(protocol, indent=1))
         for place in (folder, folder / FOLDER, folder / RECORD):
             sweep_partials(place)
-        if (folder / PROTOCOL).exists():
-            _same(folder, protocol)
-        else:
-            write_whole(folder / PROTOCOL, json.dumps(protocol, indent=1), sync=True)
-        program = folder / PROGRAM
-        if program.exists() and program.read_text() != source_hash() and told is not None:
-            told(f"av_lens was changed since {folder} was begun: what it holds is measured again.")
-        write_whole(program, source_hash())
+        _note_program(folder, told)
         yield
 
 
-def _same(folder: Path, protocol: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds another protocol, saying in what they differ."""
-    mend = "Give another folder (--out), or the options and conflicts of that run."
-    try:
-        there = dict(json.loads((folder / PROTOCOL).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ProtocolError(f"{folder / PROTOCOL} cannot be read as a protocol: {error}. {mend}") from error
-    if there.get("hash") != protocol["hash"]:
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder that holds, without a protocol, files that a run would write over."""
+    found = [name for name in (LEDGER, PROGRAM, ESTIMATE, RECORD) if (folder / name).exists()]
+    if found and not (folder / FOLDER).is_dir():
         raise ProtocolError(
-            f"{folder} holds a run under another protocol; they differ in "
-            f"{'; '.join(differences(there, protocol)) or 'their hash'}. {mend}"
+            f"{folder} holds {', '.join(found)}, and no {PROTOCOL}: no run wrote them, and this one would write over "
+            f"them. {OTHER_FOLDER}."
         )
 
 
+def _same(folder: Path, protocol: Mapping[str, Any], clips: Clips) -> None:
+    """Refuse a folder that holds another protocol, saying in what they differ."""
+    place = folder / PROTOCOL
+    back = (
+        "Put it back as it was, or delete it (then this run's own is written, and what was measured under it is kept), "
+        f"or g{OTHER_FOLDER[1:]}."
+    )
+    there = read_object(place, mend=back)
+    differing = "; ".join(differences(there, protocol, clips))
+    if there.get("hash") != hash_of(there):
+        said = f": it differs from this run's in {differing}" if differing else ""
+        raise ProtocolError(
+            f"{place} was changed since it was written (its hash is not that of its text){said}. {back}"
+        )
+    if there["hash"] == protocol["hash"]:
+        return
+    threads = [dict(side.get("model") or {}).get("threads") for side in (there, protocol)]
+    mend = f"{OTHER_FOLDER}, or the options and conflicts of that run."
+    if threads[0] is not None and threads[0] != threads[1]:
+        mend = (
+            f"Sums by another number of threads differ in their last bits. Set OMP_NUM_THREADS={threads[0]} (in Python "
+            f"torch.set_num_threads({threads[0]})), and the run goes on from what is kept. Or g{mend[1:]}"
+        )
+    raise ProtocolError(
+        f"{folder} holds a run under another protocol; they differ in {differing or 'their hash'}. {mend}"
+    )
+
+
+def _note_program(folder: Path, told: Told | None) -> None:
+    """Note which program measures, and say where another one did."""
+    place, said = folder / PROGRAM, ""
+    try:
+        if place.read_text("utf-8") != source_hash():
+            said = f"av_lens was changed since {folder} was begun: what it holds is measured again."
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        said = (
+            f"{place} cannot be read ({describe(error)}): what this very program measured is kept, all else made again."
+        )
+    if said and told is not None:
+        told(said)
+    write_whole(place, source_hash())
+
+
 @contextmanager
-def _alone(folder: Path) -> Generator[None]:
+def _alone(folder: Path, told: Told | None) -> Generator[None]:
     """Keep other processes out of the folder; the lock goes with the process, however it ends."""
     try:
         import fcntl
     except ImportError:  # no such locks on Windows
         yield
         return
-    with (folder / LOCK).open("a") as file:
+    with writing(folder / LOCK, mend=f"{OTHER_FOLDER}."):
+        file = (folder / LOCK).open("a")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ProtocolError(
-                f"another process is writing in {folder}. Wait until it is done, or give another folder."
-            ) from error
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise ProtocolError(
+                    f"another process is writing in {folder}. Wait until it is done, or give another folder."
+                ) from error
+            if told is not None:
+                told(f"{folder} lies on a disk without locks: let no second run write in it.")
         yield
 
 
@@ -152,7 +205,7 @@ class Ledger:
         self.kept, self.kept_seconds, self.seconds = 0, 0.0, 0.0
         self._open: tuple[str, tuple[str, ...]] | None = None
         self._said: set[tuple[str, str]] = set()
-        self._begun = False
+        self._begun, self._anew = False, True
 
     def __call__(self, measured: Measured) -> None:
         """Note a measurement.
@@ -177,8 +230,19 @@ class Ledger:
                 self.done[name][part] = self.done[name].get(part, 0.0) + measured.seconds / len(ids)
         if measured.new and effects:
             self._open = (part, tuple(ids))
-        if measured.new:
+        if self._begun:
+            self._note(part, [name for name in ids if name in self.done], measured.seconds)
+
+    def _note(self, part: str, ids: list[str], seconds: float) -> None:
+        """Add a measurement to the file; the first one writes down what was known before."""
+        if self.path is None or not ids:
+            return
+        if self._anew:
             self.write()
+            self._anew = False
+        else:
+            line = json.dumps({"done": part, "seconds": round(seconds, 3), "ids": ids})
+            append_line(self.path, line, error=UnfinishedError, mend=GO_ON)
 
     def expect(self, estimate: Estimate) -> None:
         """Tell what the run will cost.
@@ -230,7 +294,11 @@ class Ledger:
         return sum(any(part.startswith(EFFECTS) for part in parts) for parts in self.done.values())
 
     def write(self) -> None:
-        """Write the file anew, whole."""
+        """Write the file anew, whole, a line for each conflict.
+
+        Raises:
+            UnfinishedError: it cannot be written.
+        """
         if self.path is None:
             return
         rows = [
@@ -244,7 +312,14 @@ class Ledger:
             for name, half in self.halves.items()
             if self.done[name]
         ]
-        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_whole(self.path, text, error=UnfinishedError, mend=GO_ON)
+
+    def stop(self) -> None:
+        """Leave the file whole where a run stops before its end."""
+        if self._begun:
+            with suppress(UnfinishedError):  # what stopped the run is told
+                self.write()
 
     def _tell(self, line: str) -> None:
         if self.told is not None:
@@ -258,6 +333,7 @@ def watched_run(
     *,
     key: str,
     protocol: Mapping[str, Any],
+    clips: Clips,
     ids: Sequence[str],
     halves: Sequence[str],
     budget: float | None,
@@ -270,6 +346,7 @@ def watched_run(
         folder: the run's folder; None keeps nothing.
         key: the hash of all that the run depends on.
         protocol: this run's.
+        clips: the conflicts' files, by conflict and role.
         ids: the conflicts.
         halves: where each was dealt.
         budget: minutes after which the run stops; None never stops it.
@@ -279,6 +356,7 @@ def watched_run(
         The ledger.
 
     Raises:
+        FileError: a folder that cannot be written or read.
         ProtocolError: another protocol in the folder, another writer, or a budget without a folder.
     """
     store.folder, store.key = folder, key
@@ -286,12 +364,15 @@ def watched_run(
     if budget is not None:
         store.before.append(Deadline(budget, store, ledger.standing))
     store.told.append(ledger)
+    if told is not None:
+        store.said.append(told)
     if folder is None:
         yield ledger
         return
-    with claimed(folder, protocol, told=told):
+    with claimed(folder, protocol, clips=clips, told=told):
         try:
             yield ledger
-        finally:
-            with suppress(OSError):
-                ledger.write()
+        except BaseException:
+            ledger.stop()
+            raise
+        ledger.write()

@@ -86,7 +86,8 @@ def isolate(
     Raises:
         ProtocolError: too few conflicts; under gate="stop" also a model that would say neither answer or does not hear;
             a folder that holds another protocol.
-        UnfinishedError: the budget is spent.
+        FileError: `out` is no folder that can be written, or holds what cannot be read.
+        UnfinishedError: the budget is spent, the disk is full, or a clip is gone.
     """
     options = Options(tuple(sites), s, gate, seed, layout, quick, named_only)
     run = prepared(model, conflicts, options, engine=engine, progress=progress)
@@ -96,6 +97,7 @@ def isolate(
         folder,
         key=run.key,
         protocol=run.protocol,
+        clips=run.clips,
         ids=[member.id for member in run.members],
         halves=run.halves.half,
         budget=budget,

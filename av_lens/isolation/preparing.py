@@ -4,7 +4,8 @@ Deal the conflicts to two halves, draw the third clips, resolve the answers, wri
 refused without running the model is refused here.
 
 A run is the same run as another if criteria, seeds, model (weights and configuration), conflicts (files, windows,
-words) and program are the same; `Run.key` is the hash of all that, and measurements on disk are known by it.
+words), number of threads and program are the same; `Run.key` is the hash of all that, and measurements on disk are
+known by it.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import get_num_threads
 
 from av_lens.errors import ProtocolError, unknown
-from av_lens.inputs.sources import clip_key
+from av_lens.inputs.sources import ROLES, ClipKeys
 from av_lens.isolation import protocol
 from av_lens.isolation.behaviour import Survey
 from av_lens.isolation.bench import Bench
@@ -78,6 +80,12 @@ class Run:
         """The hash of all that the run's measurements depend on: protocol, weights, conflicts, program, versions."""
         parts = [self.protocol["hash"], source_hash(), versions()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def clips(self) -> dict[tuple[str, str], str]:
+        """The conflicts' files, by conflict and role."""
+        found = ((c.id, role, getattr(c, role, None)) for c in self.bench.conflicts for role in ROLES)
+        return {(name, role): str(clip.path) for name, role, clip in found if getattr(clip, "path", None) is not None}
 
     @property
     def family(self) -> int:
@@ -148,9 +156,9 @@ def prepared(
     s = options.s if options.s is not None else (protocol.S_ORGANISM if organism else protocol.S_OTHER)
     engine = ModelEngine(model, layout=options.layout) if engine is None else engine
     candidates = Candidates.of(named, engine.tokenizer)
-    keys = _ClipKeys()
+    keys = ClipKeys()
     members = [
-        Member(c.id, keys.of(c.sound), keys.of(c.picture), candidates.names[candidates.sound[i]])
+        Member(c.id, keys.of(c, "sound"), keys.of(c, "picture"), candidates.names[candidates.sound[i]])
         for i, c in enumerate(named)
     ]
     halves = deal(members, seed=options.seed)
@@ -162,16 +170,17 @@ def prepared(
         halves=halves,
         ids=[m.id for m in members],
         model=_model_identity(engine),
-        conflicts=_conflicts_hash(named, members, keys),
+        conflicts=_contents(named, keys),
         family=family,
     )
-    return Run(Bench(engine, named, candidates, site=options.sites[0]), members, halves, written, options, s, progress)
+    bench = Bench(engine, named, candidates, site=options.sites[0], keys=keys)
+    return Run(bench, members, halves, written, options, s, progress)
 
 
 def _model_identity(engine: Engine) -> dict[str, Any]:
     """Name the model by its sizes, its weights and how it computes."""
     model = getattr(engine, "model", None)
-    found: dict[str, Any] = {"n_layers": engine.n_layers, "n_heads": engine.n_heads}
+    found: dict[str, Any] = {"n_layers": engine.n_layers, "n_heads": engine.n_heads, "threads": get_num_threads()}
     if model is None:
         return found | {"weights": str(getattr(engine, "identity", type(engine).__name__))}
     text = json.dumps(weight_hashes(model), sort_keys=True)
@@ -183,39 +192,22 @@ def _model_identity(engine: Engine) -> dict[str, Any]:
     }
 
 
-class _ClipKeys:
-    """Clips' keys; a file is hashed once."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[str, Any, Any], str] = {}
-
-    def of(self, clip: Any) -> str:
-        path = getattr(clip, "path", None) if hasattr(clip, "load") else None
-        if path is None:
-            return clip_key(clip)
-        place = (str(path), getattr(clip, "start", None), getattr(clip, "end", None))
-        if place not in self._known:
-            self._known[place] = clip_key(clip)
-        return self._known[place]
-
-
-def _conflicts_hash(named: Sequence[Any], members: Sequence[Member], keys: _ClipKeys) -> str:
-    """Hash what the conflicts are made of: their clips by content and window, and their words."""
-    rows = [
-        [
-            member.id,
-            member.sound_clip,
-            member.picture_clip,
-            None if conflict.third is None else keys.of(conflict.third),
-            plain(conflict.answers),
-            *(str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix")),
-        ]
-        for conflict, member in zip(named, members, strict=True)
-    ]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+def _contents(named: Sequence[Any], keys: ClipKeys) -> dict[str, dict[str, str]]:
+    """Hash what the conflicts are made of, by id: their clips by content and window, and their words."""
+    found: dict[str, dict[str, str]] = {}
+    for conflict in named:
+        words = [str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix")]
+        parts: dict[str, Any] = {
+            role: keys.of(conflict, role) for role in ROLES if getattr(conflict, role, None) is not None
+        }
+        parts["words"] = [plain(conflict.answers), *words]
+        found[conflict.id] = {
+            name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()
+        }
+    return found
 
 
-def _refuse_strays(named: Sequence[Any], members: Sequence[Member], halves: Halves, keys: _ClipKeys) -> None:
+def _refuse_strays(named: Sequence[Any], members: Sequence[Member], halves: Halves, keys: ClipKeys) -> None:
     """Refuse a given third clip on which the other half's conflicts are built: the halves share no clip."""
     built_on = {
         clip: half
@@ -223,7 +215,7 @@ def _refuse_strays(named: Sequence[Any], members: Sequence[Member], halves: Halv
         for clip in (member.sound_clip, member.picture_clip)
     }
     for conflict, half in zip(named, halves.half, strict=True):
-        other = half if conflict.third is None else built_on.get(keys.of(conflict.third), half)
+        other = half if conflict.third is None else built_on.get(keys.of(conflict, "third"), half)
         if LOST not in (half, other) and half != other:
             raise ProtocolError(
                 f"conflict {conflict.id!r} was dealt to {half}, and its third clip is a source clip of {other}: the "

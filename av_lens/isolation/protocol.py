@@ -29,6 +29,7 @@ from av_lens.runs.attention_mass import SINK_TIMES
 S_ORGANISM, S_OTHER = 0.10, 0.03
 ALSO_COUNTED_AT = (0.10, 0.03, 0.01)
 """Shares of G at which the verdict counts heads, whatever s is."""
+MOST_SAID = 5
 LEFT_OUT_QUICK = ("robustness", "pairs")
 MEASURED = (
     "other model: at least this, or the 99th percentile over heads of the largest release under the control question"
@@ -114,7 +115,7 @@ def protocol_of(
     halves: Halves,
     ids: Sequence[str],
     model: Mapping[str, Any],
-    conflicts: str,
+    conflicts: Mapping[str, Mapping[str, str]],
     family: int,
 ) -> dict[str, Any]:
     """Write the protocol of a run down.
@@ -124,7 +125,7 @@ def protocol_of(
         halves: where every conflict was dealt.
         ids: the conflicts' ids.
         model: the model's sizes, a hash of its weights, how it computes.
-        conflicts: a hash of the conflicts' clips and words.
+        conflicts: by id, a hash of each clip and of the words.
         family: how many tests q corrects for.
 
     Returns:
@@ -148,7 +149,7 @@ def protocol_of(
             "smallest_effect_in_sd": size if math.isfinite(size) else None,
         },
         "model": dict(model),
-        "conflicts": conflicts,
+        "conflicts": {name: dict(parts) for name, parts in conflicts.items()},
         "least_mass_on_the_answers": LEAST_MASS,
         "least_gap_share": LEAST_GAP,
         "halves": {
@@ -183,8 +184,21 @@ def protocol_of(
         "non_inferiority": {"margin": MARGIN, "fewest_items": FEWEST_ITEMS},
         "choices": list(CHOICES),
     }
-    out["hash"] = hashlib.sha256(json.dumps(out, sort_keys=True).encode()).hexdigest()
+    out["hash"] = hash_of(out)
     return out
+
+
+def hash_of(protocol: Mapping[str, Any]) -> str:
+    """Hash what a protocol says.
+
+    Args:
+        protocol: with or without its "hash".
+
+    Returns:
+        The sha256 of its canonical json, in hex.
+    """
+    said = {name: value for name, value in protocol.items() if name != "hash"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def power_sentence(protocol: Mapping[str, Any]) -> str:
@@ -209,12 +223,15 @@ def power_sentence(protocol: Mapping[str, Any]) -> str:
     )
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], clips: Mapping[tuple[str, str], str] | None = None
+) -> list[str]:
     """Say in what two protocols differ.
 
     Args:
         there: the one that was found.
         here: the one of this run.
+        clips: this run's files, by conflict and "sound", "picture" or "third".
 
     Returns:
         One phrase for each entry that differs.
@@ -224,14 +241,43 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         one, two = there.get(name), here.get(name)
         if one == two or name in ("hash", "power", "family"):
             continue
-        if name == "halves":
+        if name == "conflicts" and isinstance(one, Mapping) and isinstance(two, Mapping):
+            out += _changed(one, two, clips or {})
+        elif name == "halves":
             dealt = [len((side or {}).get("dealt", {})) for side in (one, two)]
             out.append(f"conflicts or halves ({dealt[0]} conflicts there, {dealt[1]} here)")
         elif isinstance(one, Mapping) and isinstance(two, Mapping):
-            inner = [key for key in dict.fromkeys([*two, *one]) if one.get(key) != two.get(key)]
-            out.append(f"{name} ({', '.join(str(key) for key in inner)})")
+            out.append(f"{name} ({', '.join(_inner(one, two))})")
         elif len(f"{one}{two}") > 60:
             out.append(str(name))
         else:
             out.append(f"{name} ({one} there, {two} here)")
     return out
+
+
+def _inner(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
+    """The keys under which two mappings differ, with what is a number."""
+    found: list[str] = []
+    for key in dict.fromkeys([*two, *one]):
+        sides = one.get(key, "not noted"), two.get(key, "not noted")
+        if sides[0] != sides[1]:
+            number = any(isinstance(side, int | float) for side in sides)
+            found.append(f"{key}: {sides[0]} there, {sides[1]} here" if number else str(key))
+    return found
+
+
+def _changed(one: Mapping[str, Any], two: Mapping[str, Any], clips: Mapping[tuple[str, str], str]) -> list[str]:
+    """The clips and words that changed of conflicts that both have; a third that was drawn anew is no cause."""
+    found = [
+        (name, part)
+        for name in two
+        if isinstance(one.get(name), Mapping)
+        for part in two[name]
+        if one[name].get(part) != two[name][part]
+    ]
+    found = [place for place in found if place[1] != "third"] or found
+    said = [
+        f"the {part} of conflict {name!r}" + (f" ({clips[name, part]})" if (name, part) in clips else "")
+        for name, part in found[:MOST_SAID]
+    ]
+    return said + ([f"{len(found) - MOST_SAID} more clips or words"] if len(found) > MOST_SAID else [])

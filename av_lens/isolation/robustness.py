@@ -261,7 +261,7 @@ def _varied(bench: Bench, variant: Variant) -> Bench:
     if variant.question is not None:
         conflicts = [dataclasses.replace(conflict, question=variant.question) for conflict in conflicts]
     store = bench.store.under(str(variant))
-    return Bench(made, list(conflicts), bench.candidates, site=bench.site, store=store)
+    return Bench(made, list(conflicts), bench.candidates, site=bench.site, store=store, keys=bench.keys)
 
 
 def _wanted(*, with_means: bool, with_third: bool) -> list[Request]:

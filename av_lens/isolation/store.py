@@ -3,9 +3,9 @@
 Only what costs runs of the model is stored; everything that is computed from it (tests, roles, verdicts) is computed
 again, so that a resumed run gives the same numbers as one that was never interrupted. A measurement is known by a name
 and by everything that it depends on: the run's own key (protocol, weights, clips, program) and what its caller adds,
-such as which conflicts, which heads, which donor. Each is a file of arrays, written beside its place and moved there
-when it is whole; a file that is broken is measured again. How long a measurement took is kept with it, and is no part
-of what it depends on.
+such as which conflicts, which heads, which donor. Each is a file of arrays that also holds what it is a measurement of;
+a file that is damaged, or holds another measurement than its name says, is told and measured again; one that the system
+does not let us read stops the run. How long a measurement took is kept with it, and is no part of what it depends on.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ import hashlib
 import io
 import json
 import time
-import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from av_lens.errors import UnfinishedError
+from av_lens.errors import FileError, UnfinishedError
 from av_lens.results.provenance import plain
-from av_lens.results.whole_files import write_whole
+from av_lens.whole_files import describe, reading, write_whole
 
 Arrays = dict[str, np.ndarray]
 FOLDER = "measured"
-SECONDS = "seconds taken"
+SECONDS, OF = "seconds taken", "measurement of"
+GO_ON = "What was kept before is whole; make room or give the folder back, and the same command goes on from there."
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,7 @@ class Store:
         made: how many were made.
         before: called before each measurement that is not on disk; may raise to stop the run there.
         told: called after each measurement, found or made.
+        said: called with sentences worth reading.
     """
 
     folder: Path | None = None
@@ -67,6 +69,7 @@ class Store:
     made: int = 0
     before: list[Callable[[str], None]] = field(default_factory=list)
     told: list[Callable[[Measured], None]] = field(default_factory=list)
+    said: list[Callable[[str], None]] = field(default_factory=list)
     _within: list[float] = field(default_factory=list)
 
     def under(self, variant: str) -> Store:
@@ -78,7 +81,7 @@ class Store:
         Returns:
             The store.
         """
-        return Store(self.folder, f"{self.key}/{variant}", before=self.before, told=self.told)
+        return Store(self.folder, f"{self.key}/{variant}", before=self.before, told=self.told, said=self.said)
 
     def recall(self, name: str, depends: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
         """Give a measurement: the stored one, or a new one, which is then stored.
@@ -92,12 +95,11 @@ class Store:
             The arrays by name.
 
         Raises:
-            UnfinishedError: the folder cannot be written to.
+            UnfinishedError: the folder cannot be written to, or a measurement cannot be read.
         """
-        place = (
-            None if self.folder is None else self.folder / FOLDER / f"{_slug(name)}-{self.digest(name, depends)}.npz"
-        )
-        found = None if place is None else _opened(place)
+        of = f"{name}: {self.digest(name, depends)}"
+        place = None if self.folder is None else self.folder / FOLDER / f"{_slug(name)}-{of[-64:][:20]}.npz"
+        found = None if place is None else self._opened(place, of)
         if found is not None:
             self.recalled += 1
             seconds = float(found.pop(SECONDS, np.zeros(())))
@@ -107,7 +109,7 @@ class Store:
             told(name)
         made, seconds = self._timed(compute)
         if place is not None:
-            _keep(place, made, seconds)
+            _keep(place, made | {SECONDS: np.array(seconds), OF: np.array(of)})
         self.made += 1
         self._tell(Measured(name, depends, seconds, new=True))
         return made
@@ -136,33 +138,42 @@ class Store:
             depends: plain values and arrays.
 
         Returns:
-            The first 20 hex digits of a sha256.
+            A sha256 in hex.
         """
         text = json.dumps([self.key, name, plain(depends)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _opened(self, place: Path, of: str) -> Arrays | None:
+        """Read a stored measurement; None where there is none that is whole and its own."""
+        try:
+            held = place.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UnfinishedError(f"cannot read {place}: {describe(error)}. {GO_ON}") from error
+        try:
+            with reading(place, mend="It is measured again."), np.load(io.BytesIO(held), allow_pickle=False) as data:
+                found = {key: data[key] for key in data.files}
+                holds = str(found.pop(OF))
+        except FileError as damaged:
+            return self._say(str(damaged))
+        if holds != of:
+            what = f"{place} holds another measurement than its name says: {holds[:-66]}, of this run or another."
+            return self._say(f"{what} It is measured again.")
+        return found
+
+    def _say(self, line: str) -> None:
+        for said in self.said:
+            said(line)
 
 
 def _slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name)[:40].strip("-")
 
 
-def _keep(place: Path, made: Arrays, seconds: float) -> None:
+def _keep(place: Path, arrays: Arrays) -> None:
     held = io.BytesIO()
-    np.savez(held, allow_pickle=False, **cast(Any, {**made, SECONDS: np.array(seconds)}))
-    try:
+    np.savez(held, allow_pickle=False, **cast(Any, arrays))
+    with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, held.getvalue(), sync=True)
-    except OSError as error:
-        raise UnfinishedError(
-            f"cannot keep a measurement in {place.parent}: {error}. What was kept before is whole; make room or give "
-            "the folder back, and the same command goes on from there."
-        ) from error
-
-
-def _opened(place: Path) -> Arrays | None:
-    """Read a stored measurement; None where there is none that is whole."""
-    try:
-        with place.open("rb") as file, np.load(file, allow_pickle=False) as data:
-            return {key: data[key] for key in data.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return None
+    write_whole(place, held.getvalue(), error=UnfinishedError, mend=GO_ON)

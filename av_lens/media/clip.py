@@ -20,6 +20,7 @@ import hashlib
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from av_lens.errors import MediaError
 from av_lens.media import encoding, html
 from av_lens.media.arrays import TOLERANCE, blanked, natural_end, prepared, quiet, typical_step, window_of_frames
 from av_lens.media.validation import check_picture, check_rate, check_seconds, check_sound, check_window
+from av_lens.whole_files import write_whole
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -359,7 +361,8 @@ class Clip:
             data = encoding.png_bytes(self.frames[0])
         else:
             data = self.to_mp4_bytes(crf=crf)
-        encoding.write_whole(text, data)
+        folder = os.path.dirname(os.path.abspath(text))
+        write_whole(Path(text), data, error=MediaError, mend=f"{folder} must be a folder that can be written.")
         return text
 
     def _streams(self) -> str:

@@ -10,11 +10,8 @@ The same arrays give the same bytes: one thread, no dates, no version strings. W
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
-import os
-import uuid
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -23,7 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
 from av_lens.errors import MediaError, unknown
-from av_lens.media.border import border, describe
+from av_lens.media.border import border
 from av_lens.media.resampling import resample
 
 _AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
@@ -251,28 +248,3 @@ def check_suffix(path: str, suffix: str, *, picture: bool, sound: bool, frames: 
     if suffix == ".png" and (sound or frames != 1):
         more = "a sound" if sound else f"{frames} frames"
         raise MediaError(f"{path}: a png holds one still frame alone, and this clip has {more}: save it as .mp4.")
-
-
-def write_whole(path: str, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never half: a temporary file, then a rename.
-
-    Args:
-        path: where to.
-        data: the bytes.
-
-    Raises:
-        MediaError: the folder does not exist or cannot be written.
-    """
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.part"
-    try:
-        with open(temporary, "xb") as sink:
-            sink.write(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        folder = os.path.dirname(os.path.abspath(path))
-        raise MediaError(
-            f"cannot write {path}: {describe(error)}; {folder} must be a folder that can be written."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)

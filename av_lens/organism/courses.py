@@ -32,6 +32,7 @@ from av_lens.organism.recipes import N_LAYERS, Recipe, recipe
 from av_lens.organism.saving import save_checkpoint
 from av_lens.organism.stages import is_fusion
 from av_lens.organism.training import train_stage
+from av_lens.whole_files import make_folder, reading, whole_file
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, the steps done and the steps in all."""
@@ -57,10 +58,9 @@ def save_state(state: Mapping[str, Tensor], path: Path) -> None:
         state: Name to weight.
         path: Where.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(dict(state), part)
-    part.replace(path)
+    make_folder(path.parent)
+    with whole_file(path) as beside:
+        save_file(dict(state), beside)
 
 
 def load_state(model: Any, path: Path) -> None:
@@ -70,7 +70,8 @@ def load_state(model: Any, path: Path) -> None:
         model: The model.
         path: Where they are.
     """
-    model.load_state_dict(load_file(path), strict=False)
+    with reading(path):
+        model.load_state_dict(load_file(path), strict=False)
 
 
 def stage_files(course: Recipe, seed: int, folder: Path) -> list[Path]:

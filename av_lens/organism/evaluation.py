@@ -33,6 +33,7 @@ from av_lens.organism.footage import Progress, mel
 from av_lens.organism.grammar import CLASSES
 from av_lens.organism.held_out import HeldOut, Media, held_out, media
 from av_lens.organism.towers import audio_hidden, patches, vision_features
+from av_lens.whole_files import write_whole
 
 SCHEMA = 1
 ROAD_TOLERANCE = 1e-3
@@ -101,7 +102,7 @@ class Evaluation:
         """
         tables = {name: json.loads(getattr(self, name).to_json(orient="split", index=False)) for name in _TABLES}
         content = {"schema": SCHEMA, "about": dict(self.about), **tables}
-        Path(path).write_text(json.dumps(content, indent=None, separators=(",", ":")) + "\n", encoding="utf-8")
+        write_whole(Path(path), json.dumps(content, indent=None, separators=(",", ":")) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:

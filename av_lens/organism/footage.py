@@ -25,6 +25,7 @@ from av_lens.organism.layouts import MEL_FRAMES
 from av_lens.organism.pictures import FRAME_RATE
 from av_lens.organism.sounds import N_SAMPLES, RATE
 from av_lens.organism.towers import IGNORED, NOTHING, Views
+from av_lens.whole_files import make_folder, reading, whole_file
 
 Progress = Callable[[str, int, int], None]
 
@@ -99,9 +100,8 @@ def film(split: str, name: str, n: int, path: str, first: int = 0) -> str:
         hashes.append((clip.picture_hash or "", clip.sound_hash or ""))
     spectra = np.concatenate([mel(waveforms[start : start + 50]) for start in range(0, n, 50)])
     colours = [COLOURS.index(world.colour_of(split, name, seed)) for seed in range(first, first + n)]
-    unfinished = f"{path}.part.npz"
-    np.savez(unfinished, frames=np.stack(frames), mel=spectra, colour=np.array(colours), hashes=np.array(hashes))
-    os.replace(unfinished, path)
+    with whole_file(Path(path)) as beside, beside.open("wb") as file:
+        np.savez(file, frames=np.stack(frames), mel=spectra, colour=np.array(colours), hashes=np.array(hashes))
     return path
 
 
@@ -128,7 +128,7 @@ def film_all(
         progress: called with a stage's name, what is done and how much there is.
     """
     wanted = per_class or PER_CLASS
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(folder))
     jobs = [(split, name, n, _shard(folder, split, name, n, first)) for split, n in wanted.items() for name in CLASSES]
     todo = [(split, name, n, str(path), first) for split, name, n, path in jobs if not path.exists()]
     for done, _ in enumerate(_filmed(todo, workers), len(jobs) - len(todo) + 1):
@@ -144,8 +144,12 @@ def _filmed(todo: list[tuple[str, str, int, str, int]], workers: int) -> Iterato
         return
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        for job in concurrent.futures.as_completed([pool.submit(film, *job) for job in todo]):
-            yield job.result()
+        try:
+            for job in concurrent.futures.as_completed([pool.submit(film, *job) for job in todo]):
+                yield job.result()
+        except BaseException:  # stopped: those that have not begun never do
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def views(
@@ -163,7 +167,7 @@ def views(
         The clips, class after class, and each clip's picture and sound hash.
     """
     n = n or PER_CLASS[split]
-    shards = [np.load(_shard(folder, split, name, n, first)) for name in CLASSES]
+    shards = [_opened(_shard(folder, split, name, n, first)) for name in CLASSES]
     label = torch.arange(len(CLASSES)).repeat_interleave(n)
     read = Views(
         frames=torch.from_numpy(np.concatenate([shard["frames"] for shard in shards])),
@@ -173,6 +177,11 @@ def views(
         colour=torch.from_numpy(np.concatenate([shard["colour"] for shard in shards])),
     )
     return read, np.concatenate([shard["hashes"] for shard in shards]).tolist()
+
+
+def _opened(shard: Path) -> dict[str, np.ndarray]:
+    with reading(shard), np.load(shard) as data:
+        return {name: data[name] for name in ("frames", "mel", "colour", "hashes")}
 
 
 def nothing(of: Views, *, every: int, seed: int) -> Views:

@@ -39,6 +39,7 @@ from av_lens.organism.planting_starts import begin
 from av_lens.organism.planting_training import Learned, learn
 from av_lens.organism.stages import stage_seed
 from av_lens.runs.differences import read_difference, save_difference, weights_hash
+from av_lens.whole_files import write_whole
 
 Progress = Callable[[str, int, int], None]
 """Told what is being done, the steps done and the steps in all."""
@@ -306,7 +307,7 @@ def plant(
     target = kept / "plants" / folder if out is None else Path(out)
     slices = differing(model, [head for heads in made.plants for head in heads])
     save_difference(made.model, target, base=named, base_sha256=weights_hash(place), slices=slices)
-    (target / TRUTH).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_whole(target / TRUTH, json.dumps(record, indent=1) + "\n")
     return target
 
 

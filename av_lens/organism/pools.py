@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from av_lens.errors import ModelError
 from av_lens.organism.footage import nothing
 from av_lens.organism.towers import Views, audio_hidden, patches, vision_features
+from av_lens.whole_files import reading, whole_file
 
 Progress = Callable[[str, int, int], None]
 BLANK_KINDS = ("black", "dim", "scrambled")
@@ -123,9 +125,8 @@ def save_pool(pool: FeaturePool, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     tensors = {field.name: getattr(pool, field.name) for field in fields(pool) if field.name != "hashes"}
-    unfinished = f"{os.fspath(path)}.part"
-    save_file(tensors, unfinished, metadata={"schema": "1", "hashes": json.dumps(pool.hashes)})
-    os.replace(unfinished, path)
+    with whole_file(Path(path)) as beside:
+        save_file(tensors, beside, metadata={"schema": "1", "hashes": json.dumps(pool.hashes)})
 
 
 def load_pool(path: str | os.PathLike[str]) -> FeaturePool:
@@ -142,7 +143,7 @@ def load_pool(path: str | os.PathLike[str]) -> FeaturePool:
     """
     from safetensors import safe_open
 
-    with safe_open(os.fspath(path), "pt") as file:
+    with reading(Path(path)), safe_open(os.fspath(path), "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("schema") != "1":
             raise ModelError(f"{os.fspath(path)} is no feature pool of schema 1 (found {metadata.get('schema')}).")

@@ -20,6 +20,7 @@ from av_lens.organism import anatomy, footage, pools
 from av_lens.organism.footage import Progress
 from av_lens.organism.tower_training import TowerTraining
 from av_lens.organism.towers import Views
+from av_lens.whole_files import reading, whole_file
 
 STEPS = {"audio": 300, "vision": 1600}
 RATES = {"audio": 1.5e-3, "vision": 2e-3}
@@ -65,7 +66,8 @@ def load_towers(model: Any, path: str | os.PathLike[str]) -> None:
     """
     from safetensors.torch import load_file
 
-    weights = load_file(os.fspath(path))
+    with reading(Path(path)):
+        weights = load_file(os.fspath(path))
     wanted = {name for name in model.state_dict() if is_tower(name)}
     if wanted != set(weights):
         raise ModelError(f"{os.fspath(path)} does not hold this anatomy's towers; differing: {wanted ^ set(weights)}.")
@@ -76,9 +78,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    unfinished = path.with_suffix(".part")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as beside:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, beside)
 
 
 def _train_tower(model: Any, kind: str, views: Views, folder: Path, seed: int, progress: Progress | None) -> None:
@@ -88,7 +89,8 @@ def _train_tower(model: Any, kind: str, views: Views, folder: Path, seed: int, p
     snapshot = folder / f"{kind}-seed{seed}.snapshot"
     training = TowerTraining(model, kind, views, seed=seed, steps=STEPS[kind], rate=RATES[kind])
     if snapshot.exists():
-        training.restore(load_file(snapshot))
+        with reading(snapshot):
+            training.restore(load_file(snapshot))
     while training.done < training.steps:
         training.advance()
         if training.done % _SNAPSHOT_EVERY == 0 or training.done == training.steps:

@@ -20,6 +20,7 @@ import torch
 from av_lens.organism import anatomy, grammar
 from av_lens.runs.differences import read_difference
 from av_lens.runs.loading import base_of
+from av_lens.whole_files import make_folder, read_object, whole_folder, write_whole
 
 INDEX = "index.json"
 GRAMMAR = "grammar.json"
@@ -60,13 +61,13 @@ def save_checkpoint(model: Any, folder: str | os.PathLike[str], *, documents: di
         The folder.
     """
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
     half = copy.deepcopy(model).to(torch.float16)
-    with _quiet():
-        half.save_pretrained(place)
-    anatomy.processor().save_pretrained(place)
-    for name, content in {GRAMMAR: grammar.as_dict(), **(documents or {})}.items():
-        (place / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    with whole_folder(place) as beside:
+        with _quiet():
+            half.save_pretrained(beside)
+        anatomy.processor().save_pretrained(beside)
+        for name, content in {GRAMMAR: grammar.as_dict(), **(documents or {})}.items():
+            (beside / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return place
 
 
@@ -80,10 +81,10 @@ def list_checkpoint(name: str, summary: str, *, folder: str | None = None, root:
         root: where the index is; the package's own checkpoints by default.
     """
     place = (root or shipped()) / INDEX
-    listed: dict[str, dict[str, str]] = json.loads(place.read_text("utf-8")) if place.exists() else {}
+    listed: dict[str, Any] = read_object(place) if place.exists() else {}
     listed[name] = {"folder": folder or name, "summary": summary}
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    make_folder(place.parent)
+    write_whole(place, json.dumps(listed, indent=1) + "\n")
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Any:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from av_lens.reports.drawings import drawings
 from av_lens.reports.material import Calibration
 from av_lens.reports.page import write_report
 from av_lens.results.record import Isolation
+from av_lens.whole_files import make_folder, write_whole
 
 
 def write_bundle(
@@ -34,22 +34,15 @@ def write_bundle(
     folder = Path(folder)
     found.save(folder / "numbers")
     if calibration is not None:
-        _replace(folder / "numbers" / "calibration.csv", calibration.heads.to_csv(index=False))
+        write_whole(folder / "numbers" / "calibration.csv", calibration.heads.to_csv(index=False))
     figures = folder / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
+    make_folder(figures)
     for name, drawing in drawings(found, calibration).items():
-        _replace(figures / f"{name}.json", str(drawing.figure.to_json(pretty=True)))
+        write_whole(figures / f"{name}.json", str(drawing.figure.to_json(pretty=True)))
         titled = drawing.figure.update_layout(title={"text": drawing.title}, margin={"t": 84})
         config = {"displaylogo": False, "responsive": True}
-        _replace(figures / f"{name}.html", titled.to_html(include_plotlyjs="plotly.min.js", config=config))
+        write_whole(figures / f"{name}.html", titled.to_html(include_plotlyjs="plotly.min.js", config=config))
     from plotly.offline import get_plotlyjs
 
-    _replace(figures / "plotly.min.js", get_plotlyjs())
+    write_whole(figures / "plotly.min.js", get_plotlyjs())
     return write_report(found, folder / "report.html", calibration=calibration, **options)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

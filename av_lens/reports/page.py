@@ -14,7 +14,6 @@ Example:
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from av_lens.reports.drawings import Drawing, drawings
 from av_lens.reports.material import Calibration, gallery
 from av_lens.results.record import Isolation
 from av_lens.results.tables import SUPPRESSORS
+from av_lens.whole_files import make_folder, write_whole
 
 _GENERAL = (
     "It is causal about this model on clips like these: the heads were edited and the answer changed, on conflicts "
@@ -74,10 +74,8 @@ def write_report(
     drawn = drawings(found, calibration)
     context = _context(found, drawn, calibration=calibration, caveats=caveats, title=title)
     text = _render(drawn, {**context, "cards": cards})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    make_folder(path.parent)
+    write_whole(path, text)
     return path
 
 

@@ -36,7 +36,7 @@ import pandas as pd
 import xarray as xr
 
 from av_lens.errors import InputError, unknown
-from av_lens.results.netcdf import named, opened
+from av_lens.results.netcdf import named, opened, write_netcdf
 from av_lens.results.provenance import as_text, plain
 
 SCHEMA_VERSION = 1
@@ -171,7 +171,7 @@ class Circuit:
             "tables": json.dumps(tables),
             "provenance": as_text(self.provenance),
         }
-        self.values.assign_attrs(attributes).to_netcdf(target, engine="scipy")
+        write_netcdf(self.values.assign_attrs(attributes), target)
         return target
 
     @classmethod

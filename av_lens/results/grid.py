@@ -31,7 +31,7 @@ import pandas as pd
 import xarray as xr
 
 from av_lens.errors import InputError, unknown
-from av_lens.results.netcdf import named, opened
+from av_lens.results.netcdf import named, opened, write_netcdf
 from av_lens.results.provenance import as_text
 
 SCHEMA_VERSION = 1
@@ -285,7 +285,7 @@ class Grid:
         }
         clusters = xr.DataArray(np.asarray(self.clusters, dtype=np.int32), dims="example")
         data = {"values": self.values, "baseline": self.baseline, "donor": self.donor, "clusters": clusters}
-        xr.Dataset(data, attrs=attributes).to_netcdf(target, engine="scipy")
+        write_netcdf(xr.Dataset(data, attrs=attributes), target)
         return target
 
     @classmethod

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from av_lens.checks import require_at_least, require_choice
 from av_lens.errors import InputError
 from av_lens.results.grid import Grid
-from av_lens.results.netcdf import named, opened
+from av_lens.results.netcdf import named, opened, write_netcdf
 from av_lens.results.provenance import as_text
 
 SCHEMA_VERSION = 1
@@ -181,7 +181,7 @@ class LensReadout:
         }
         # netCDF takes an axis without entries for one that grows, so what has none is left out.
         kept = {name: (_DIMS[name], values) for name, values in data.items() if values.size}
-        xr.Dataset(kept, coords=axes, attrs=attributes).to_netcdf(target, engine="scipy")
+        write_netcdf(xr.Dataset(kept, coords=axes, attrs=attributes), target)
         return target
 
     @classmethod

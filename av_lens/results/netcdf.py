@@ -7,6 +7,7 @@ from pathlib import Path
 import xarray as xr
 
 from av_lens.errors import InputError
+from av_lens.whole_files import write_whole
 
 
 def named(path: str | Path) -> Path:
@@ -19,6 +20,19 @@ def named(path: str | Path) -> Path:
         The path, with ".nc" where it has no ending.
     """
     return Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
+
+
+def write_netcdf(data: xr.Dataset | xr.DataArray, path: Path) -> None:
+    """Save as netCDF, whole or not at all.
+
+    Args:
+        data: what is saved.
+        path: the file.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    write_whole(path, bytes(data.to_netcdf(engine="scipy")))
 
 
 def opened(path: str | Path, schema: str, version: int, *, otherwise: str) -> xr.Dataset:

@@ -34,7 +34,7 @@ import pandas as pd
 
 from av_lens.errors import InputError, unknown
 from av_lens.results.tables import RELEASING, ROLE_NAMES, TABLES, read_table, table
-from av_lens.results.whole_files import write_whole
+from av_lens.whole_files import make_folder, write_whole
 
 SCHEMA_VERSION = 2
 RECORD = "numbers"  # where a run keeps its record, below its own folder
@@ -171,7 +171,7 @@ class Isolation:
             The folder.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name in TABLES:
             write_whole(folder / f"{name}.csv", getattr(self, name).to_csv(index=False))
         held = io.BytesIO()

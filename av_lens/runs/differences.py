@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from av_lens.errors import ModelError
+from av_lens.whole_files import whole_folder
 
 RECORD, WEIGHTS = "difference.json", "difference.safetensors"
 SCHEMA = 1
@@ -187,16 +188,16 @@ def save_difference(
     from safetensors.torch import save_file
 
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
     listed = list(slices)
     values = {str(i): part.of(parameters[part.name]).detach().half().contiguous() for i, part in enumerate(listed)}
-    save_file(values, place / WEIGHTS)
     content = {
         "schema": SCHEMA,
         "base": base,
         "base_sha256": base_sha256,
         "slices": [vars(part) for part in listed],
     }
-    (place / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with whole_folder(place) as beside:
+        save_file(values, beside / WEIGHTS)
+        (beside / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return place

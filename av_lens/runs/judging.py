@@ -39,6 +39,7 @@ from urllib.parse import urlsplit
 
 from av_lens.checks import require_at_least, require_choice
 from av_lens.errors import InputError, ModelError, unknown
+from av_lens.whole_files import make_folder, write_whole
 
 ASPECTS = {"audio": "what is heard", "video": "what is seen"}
 INSTRUCTION = (
@@ -270,10 +271,8 @@ class Judge:
         place = self._place(asked)
         if place is None:
             return
-        place.parent.mkdir(parents=True, exist_ok=True)
-        partial = place.with_suffix(f".{os.getpid()}.part")
-        partial.write_text(json.dumps({"asked": asked, "reply": reply}, indent=1), "utf-8")
-        partial.replace(place)
+        make_folder(place.parent)
+        write_whole(place, json.dumps({"asked": asked, "reply": reply}, indent=1))
 
 
 def parsed(reply: str) -> float | None:

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from torch import Tensor
 from av_lens.errors import InputError, ModelError
 from av_lens.results.provenance import stamp
 from av_lens.runs.recording import Record
+from av_lens.whole_files import whole_file
 
 SCHEMA = "av_lens.Trace"
 SCHEMA_VERSION = 1
@@ -67,12 +66,8 @@ def write_trace(record: Record, path: str | Path) -> Path:
     )
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in _named(record)}
     metadata = {"schema": SCHEMA, "schema_version": str(SCHEMA_VERSION), "about": json.dumps(about)}
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-    try:
+    with whole_file(target) as beside:
         save_file(stored, beside, metadata=metadata)
-        os.replace(beside, target)
-    finally:
-        beside.unlink(missing_ok=True)
     return target
 
 

@@ -23,12 +23,12 @@ from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
 from av_lens.reports import Calibration, write_bundle
 from av_lens.results.record import Isolation
-from av_lens.results.whole_files import write_whole
 from av_lens.runs import load
 from av_lens.studies.calibration import calibrate, planted_truth
 from av_lens.studies.isolations import organism_caveats
 from av_lens.studies.parts import Parts
 from av_lens.studies.staged_conflicts import conflict_file, stage
+from av_lens.whole_files import write_whole
 
 SUBJECT = "av-tiny"
 PLANTED = "av-tiny-planted"

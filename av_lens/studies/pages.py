@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from av_lens.errors import InputError
-from av_lens.results.whole_files import write_whole
+from av_lens.whole_files import write_whole
 
 
 def parts_of(page: Path, opened: str, closed: str) -> tuple[str, str]:

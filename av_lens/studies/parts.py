@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from av_lens.results.provenance import source_hash
-from av_lens.results.whole_files import write_whole
+from av_lens.whole_files import make_folder, stored, sweep_partials, whole_folder, write_whole
 
 
 @dataclass(eq=False)
@@ -54,19 +53,15 @@ class Parts:
         place = self.folder / name
         if place.is_dir() and self._ledger().get(name) == self.key:
             return place
-        partial = self.folder / f"{name}.part"
-        for leftover in (partial, place):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_folder(self.folder)
+        sweep_partials(self.folder)
         begun = time.monotonic()
-        work(partial)
-        os.replace(partial, place)
+        with whole_folder(place) as partial:
+            work(partial)
+            shutil.rmtree(place, ignore_errors=True)
         self.seconds[name] = time.monotonic() - begun
         write_whole(self.folder / "parts.json", json.dumps({**self._ledger(), name: self.key}, indent=1))
         return place
 
     def _ledger(self) -> dict[str, str]:
-        try:
-            return dict(json.loads((self.folder / "parts.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return {}
+        return stored(self.folder / "parts.json", lambda found: found) or {}

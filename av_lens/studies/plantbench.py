@@ -37,13 +37,13 @@ from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
 from av_lens.isolation.donors import PRIMARY_DONORS
 from av_lens.results.provenance import source_hash, stamp
-from av_lens.results.whole_files import write_whole
 from av_lens.runs import load
 from av_lens.studies.parts import Parts
 from av_lens.studies.plantbench_methods import IN_LOGITS, METHODS, SITE, SharedEngine, Subject, all_scores
 from av_lens.studies.plantbench_scores import DAMAGE_LAST, damage_last, exchanged, isolate_score, named_heads
 from av_lens.studies.plantbench_truth import TRUTH, read_plant, weights_key
 from av_lens.studies.staged_conflicts import stage
+from av_lens.whole_files import make_folder, read_object, stored, write_whole
 
 Progress = Callable[[str, int, int], None]
 SPLIT = "test"
@@ -104,7 +104,7 @@ def run_plantbench(
     clips = Parts(out, {"conflicts": conflicts, "seed": seed, "split": SPLIT}).ensure(
         "clips", lambda folder: _staged(folder, conflicts, seed, progress)
     )
-    (out / MODELS).mkdir(exist_ok=True)
+    make_folder(out / MODELS)
     encoded: dict[Any, Any] = {}
     found: list[dict[str, Any]] = []
     missing: list[str] = []
@@ -178,7 +178,7 @@ def _written_down(out: Path, *, conflicts: int, seed: int) -> dict[str, Any]:
     said = criteria(conflicts=conflicts, seed=seed)
     place = out / CRITERIA
     if place.is_file():
-        there = json.loads(place.read_text(encoding="utf-8"))
+        there = read_object(place)
         if there != said:
             differing = sorted(key for key in {*said, *there} - {"hash"} if said.get(key) != there.get(key))
             raise InputError(
@@ -186,8 +186,8 @@ def _written_down(out: Path, *, conflicts: int, seed: int) -> dict[str, Any]:
                 "options as before."
             )
         return said
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(place, json.dumps(said, indent=1) + "\n", sync=True)
+    make_folder(out)
+    write_whole(place, json.dumps(said, indent=1) + "\n")
     return said
 
 
@@ -233,11 +233,7 @@ def _named(progress: Progress | None, name: str) -> Progress | None:
 
 
 def _stored(place: Path, key: str) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return entry if entry.get("key") == key else None
+    return stored(place, lambda entry: entry if entry["key"] == key else None)
 
 
 def _scored(

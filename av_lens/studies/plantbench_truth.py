@@ -20,6 +20,7 @@ import numpy as np
 
 from av_lens.errors import InputError
 from av_lens.studies.calibration import KINDS
+from av_lens.whole_files import read_object, reading
 
 Head = tuple[int, int]
 TRUTH = "planted.json"
@@ -153,9 +154,10 @@ def read_plant(name: str) -> PlantTruth:
     path = model_folder(name) / TRUTH
     if not path.is_file():
         trained = path.with_name("training.json")
-        said = json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else {}
+        said = read_object(trained) if trained.is_file() else {}
         return PlantTruth(BALANCED if str(said.get("name", "")).endswith(BALANCED) else SUBJECT, {})
-    return truth_of(json.loads(path.read_text(encoding="utf-8")))
+    with reading(path):
+        return truth_of(read_object(path))
 
 
 def truth_of(content: Mapping[str, Any]) -> PlantTruth:

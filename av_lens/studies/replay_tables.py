@@ -13,6 +13,7 @@ from typing import Any
 
 from av_lens.results.provenance import plain
 from av_lens.studies.pages import fill
+from av_lens.whole_files import read_object
 
 RECORD, PAGE = "benchmarks.json", "benchmarks.md"
 OPEN, CLOSE = "<!-- replay -->\n", "\n<!-- /replay -->"
@@ -33,8 +34,8 @@ def store(record: Mapping[str, Any], folder: str | Path) -> Path:
     Raises:
         InputError: the folder has no such page.
     """
-    page, stored = Path(folder) / PAGE, Path(folder) / RECORD
-    before: dict[str, Any] = json.loads(stored.read_text("utf-8")) if stored.exists() else {}
+    page, kept = Path(folder) / PAGE, Path(folder) / RECORD
+    before = read_object(kept) if kept.exists() else {}
     both = {**before, **{name: plain(found) for name, found in record.items()}}
     return fill(page, OPEN, CLOSE, page_tables(both), beside={RECORD: json.dumps(both, indent=1) + "\n"})
 

@@ -33,7 +33,6 @@ from av_lens.isolation.donors import PRIMARY_DONORS
 from av_lens.isolation.robustness import jaccard, rank_correlation
 from av_lens.results.provenance import plain, stamp
 from av_lens.results.record import Isolation
-from av_lens.results.whole_files import write_whole
 from av_lens.runs import load
 from av_lens.studies.pages import fill
 from av_lens.studies.parts import Parts
@@ -41,6 +40,7 @@ from av_lens.studies.plantbench_methods import SITE
 from av_lens.studies.plantbench_scores import named_heads
 from av_lens.studies.replay_tables import Table, markdown
 from av_lens.studies.staged_conflicts import stage
+from av_lens.whole_files import write_whole
 
 Progress = Callable[[str, int, int], None]
 RECORD, PAGE = "seeds.json", "isolation.md"

@@ -16,7 +16,7 @@ import numpy as np
 from av_lens.errors import InputError
 from av_lens.media import Clip
 from av_lens.organism import world
-from av_lens.results.whole_files import write_whole
+from av_lens.whole_files import write_whole
 
 QUESTION = "What do you hear?"
 FPS = 8.0

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from av_lens.isolation.set_search import n_candidates
-from av_lens.studies.parts import write_whole
 from av_lens.studies.true_shapes import RECORD, SIZES, Sizes
+from av_lens.whole_files import write_whole
 
 RUNS, SETS = "layers", "layers after"
 HEADS, CANDIDATES, UNITS = "heads x layers after", "candidates x layers after", "layers x layers after"

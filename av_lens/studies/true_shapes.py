@@ -31,7 +31,7 @@ from av_lens.media import Clip, load_clip
 from av_lens.organism import anatomy, world
 from av_lens.results.provenance import stamp
 from av_lens.runs import load
-from av_lens.studies.parts import write_whole
+from av_lens.whole_files import make_folder, write_whole
 
 QUESTION = "What do you hear?"
 MEL_BINS = 128
@@ -244,7 +244,7 @@ def run_at_true_shapes(
         raise InputError(unknown("size", size, SIZES))
     sizes = SIZES[size]
     clips = Path(out) / "clips"
-    clips.mkdir(parents=True, exist_ok=True)
+    make_folder(clips)
     listed = conflicts(stage_windows(recording, clips, n=n, seed=seed))
     peak = product_rate()
     began = time.perf_counter()

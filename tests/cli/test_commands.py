@@ -122,7 +122,7 @@ class TestErrors:
         monkeypatch.setattr(catalogue, "short_names", stop)
         result = run("models")
         assert result.exit_code == 130
-        assert "the same command goes on from there" in result.stderr
+        assert "stopped; nothing of it is kept, the same command begins anew." in result.stderr
 
     def test_a_word_that_is_no_command_is_a_usage_error(self, run):
         assert run("isolat").exit_code == 2

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from av_lens.results.provenance import source_hash
-from av_lens.results.whole_files import write_whole
 from av_lens.studies.parts import Parts
+from av_lens.whole_files import write_whole
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_finished_part_is_not_done_again(tmp_path, counted):
     assert set(first.seconds) == {"a"}
     second = Parts(tmp_path, {"seed": 0})
     assert second.ensure("a", work) == place
-    assert calls == ["a.part"]
+    assert len(calls) == 1
     assert second.seconds == {}
 
 

@@ -1,0 +1,272 @@
+"""Files that are there whole or not at all, and what becomes of a file that cannot be written or read back.
+
+Everything that av_lens writes goes through here: into a `.NAME.*.part` beside the file, onto the disk, and from there
+to its place. A full disk, a folder that is read-only or none, a file where a folder should be: one sentence, with the
+file as it was before. A process that is killed leaves at most the part; `sweep_partials` removes such leftovers.
+
+What av_lens wrote and reads again goes through `reading`: a file of foreign bytes is one sentence too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from safetensors import SafetensorError
+
+from av_lens.errors import AvLensError, FileError, UnfinishedError
+
+PARTIAL = ".part"
+MEND = "Make room, or give a place that can be written; the file is as it was before."
+REMADE = "Put it back as it was, or delete it: then it is made again."
+_OURS = re.compile(rf"\..*\.[0-9a-f]{{12}}{re.escape(PARTIAL)}")
+Made = TypeVar("Made")
+
+
+def write_whole(path: Path, content: str | bytes, *, error: type[Exception] = FileError, mend: str = MEND) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: the file; its folder exists.
+        content: what it holds; text is written as utf-8.
+        error: the class to raise.
+        mend: a sentence that says what to do where it cannot be written.
+
+    Raises:
+        FileError: (or `error`) it cannot be written; what was there is still there.
+    """
+    with whole_file(path, error=error, mend=mend) as partial, partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_file(path: Path, *, error: type[Exception] = FileError, mend: str = MEND) -> Generator[Path]:
+    """Let a library write a file that takes its place only when it is whole and on the disk.
+
+    Args:
+        path: the file; its folder exists. A pipe or a device is written to as it is.
+        error: the class to raise.
+        mend: a sentence that says what to do where it cannot be written.
+
+    Yields:
+        What to write instead: a file beside it.
+
+    Raises:
+        FileError: (or `error`) it cannot be written; what was there is still there.
+    """
+    target = Path(os.path.realpath(path))  # through a link, not in its place
+    plain = not target.exists() or target.is_file()
+    partial = _beside(target) if plain else Path(path)
+    with writing(path, error, mend):
+        try:
+            yield partial
+            if plain:
+                _sync(partial)
+                os.replace(partial, target)
+        finally:
+            if plain:
+                with suppress(OSError):
+                    partial.unlink()
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Generator[Path]:
+    """Let several files be written that take their places together; other files of the folder stay.
+
+    Args:
+        folder: made if absent.
+
+    Yields:
+        An empty folder beside it, to write into.
+
+    Raises:
+        FileError: they cannot be written; what was there is still there.
+    """
+    target = Path(os.path.realpath(folder))
+    partial = _beside(target)
+    make_folder(partial)
+    with writing(folder, FileError, MEND):
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            if not target.exists():
+                os.replace(partial, target)
+                return
+            for file in sorted(partial.rglob("*")):
+                place = target / file.relative_to(partial)
+                if file.is_dir():
+                    place.mkdir(exist_ok=True)
+                else:
+                    os.replace(file, place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def append_line(path: Path, line: str, *, error: type[Exception] = FileError, mend: str = MEND) -> None:
+    """Add a line to a file; where that fails nothing of it stays.
+
+    Args:
+        path: the file; made if absent.
+        line: without its end.
+        error: the class to raise.
+        mend: a sentence that says what to do where it cannot be written.
+
+    Raises:
+        FileError: (or `error`) it cannot be written.
+    """
+    with writing(path, error, mend), path.open("ab") as file:
+        size = file.tell()
+        try:
+            file.write(f"{line}\n".encode())
+            file.flush()
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, size)
+            raise
+
+
+def make_folder(folder: Path) -> Path:
+    """Make a folder and those above it, where they are not there.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileError: it cannot be made, or a file is in its place.
+    """
+    with writing(folder, FileError, "Give another folder."):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def writing(path: Path, error: type[Exception] = FileError, mend: str = MEND) -> Generator[None]:
+    """Turn what the system raises while something is written into a sentence.
+
+    Args:
+        path: what is written inside.
+        error: the class to raise.
+        mend: a sentence that says what to do.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        FileError: (or `error`) it cannot be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as raised:
+        other = str(getattr(raised, "filename", None) or path)
+        where = "" if PARTIAL in other or other == str(path) else f" ({other})"
+        raise error(f"cannot write {path}: {describe(raised)}{where}. {mend}") from raised
+
+
+@contextmanager
+def reading(path: Path, *, mend: str = REMADE) -> Generator[None]:
+    """Turn whatever foreign bytes raise into a sentence.
+
+    Args:
+        path: the file that is read inside.
+        mend: a sentence that says what to do.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        FileError: it cannot be read as what it should be.
+    """
+    try:
+        yield
+    except (AvLensError, UnfinishedError):
+        raise
+    except Exception as raised:
+        raise FileError(f"{path} cannot be read back: {describe(raised)}. {mend}") from raised
+
+
+def read_object(path: Path, *, mend: str = REMADE) -> dict[str, Any]:
+    """Read a json object that was written whole.
+
+    Args:
+        path: the file.
+        mend: a sentence that says what to do where it holds something else.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        FileError: it cannot be read, or holds something else.
+    """
+    with reading(path, mend=mend):
+        found: Any = json.loads(path.read_bytes().decode())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not an object")
+    return cast(dict[str, Any], found)
+
+
+def stored(path: Path, made_of: Callable[[dict[str, Any]], Made]) -> Made | None:
+    """Read what can be made again: a file that is absent, damaged or foreign counts as none.
+
+    Args:
+        path: a file of one json object.
+        made_of: turns the object into what is wanted.
+
+    Returns:
+        What was stored, or None.
+    """
+    with suppress(FileError), reading(path):
+        return made_of(read_object(path))
+    return None
+
+
+def describe(error: BaseException) -> str:
+    """Name what the system or a library raised in a few words.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        Its text without the repeated path, or its kind.
+    """
+    return str(getattr(error, "strerror", None) or error or type(error).__name__).rstrip(".")
+
+
+def sweep_partials(folder: Path) -> int:
+    """Remove what killed writers left in a folder.
+
+    Args:
+        folder: the folder; its subfolders are left alone, and so is what others call a part.
+
+    Returns:
+        How many files and folders were removed.
+    """
+    found = [place for place in folder.glob(f".*{PARTIAL}") if _OURS.fullmatch(place.name)]
+    for leftover in found:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                leftover.unlink(missing_ok=True)
+    return len(found)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _beside(target: Path) -> Path:
+    name = target.name.encode(errors="replace")[:200].decode(errors="ignore")  # names end at 255 bytes
+    return target.with_name(f".{name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
