@@ -160,6 +160,7 @@ def test_lines_end_with_a_line_feed_and_nothing_else(folder: Path, end: str, mar
         ('{"start": ' + "9" * 5000 + "}", "not json: Exceeds the limit"),
         ("{}\r{}", "not json: Extra data at column 4"),
     ],
+    ids=lambda value: value[:40],
 )
 def test_what_is_almost_json_is_refused_with_its_line(folder: Path, line: str, fault: str):
     with pytest.raises(ManifestError) as caught:

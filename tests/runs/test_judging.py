@@ -76,6 +76,7 @@ def test_a_right_answer_and_what_was_sent():
         ("I would say that it is good.", None),
         ("", None),
     ],
+    ids=lambda value: str(value)[:60],
 )
 def test_reading_a_reply(reply, score):
     assert parsed(reply) == score
