@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from av_lens.errors import AvLensError, InputError, unknown
 
@@ -119,6 +119,24 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     return found
+
+
+def whole_object(found: Any, name: str) -> dict[str, Any]:
+    """Refuse json that is no object.
+
+    Args:
+        found: what `parse_json` gave.
+        name: what it is.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} should be a json object, found {type(found).__name__}")
+    return cast(dict[str, Any], found)
 
 
 def half_character(text: str) -> str:

@@ -252,7 +252,7 @@ def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
     return family.model_class().config_class.from_dict(_plain(config[inner] if inner else config))
 
 
-def _plain(level: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(level: Mapping[Any, Any]) -> dict[Any, Any]:
     """A configuration without what would have other code or files opened (an attention kernel from the hub, ...)."""
     return {
         name: _plain(value) if isinstance(value, Mapping) else value
