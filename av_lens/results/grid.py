@@ -333,7 +333,7 @@ def require_numbers(values: xr.DataArray, what: str) -> None:
     Raises:
         InputError: one of them.
     """
-    bare = [str(name) for name in values.dims if name not in values.coords]
+    bare = [str(name) for name in values.dims if name not in values.coords or values.coords[name].dtype.kind == "S"]
     if values.dtype.kind not in "biuf" or bare:
         raise InputError(f"{what} holds numbers on labelled axes; got {values.dtype}, without labels: {bare}.")
 
