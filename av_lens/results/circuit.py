@@ -26,6 +26,7 @@ f, CPR and CMD are defined in `av_lens.results.faithfulness`. Saved as netCDF, w
 
 from __future__ import annotations
 
+import html
 import importlib
 import json
 from dataclasses import dataclass, field
@@ -203,4 +204,4 @@ class Circuit:
         return f"Circuit({len(self.members)} of {len(self.nodes)} nodes: {shown}; f = {f:.2f}{bounds}; {self.what})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.nodes.head(20).to_html(index=False)}"
+        return f"<p>{html.escape(repr(self))}</p>{self.nodes.head(20).to_html(index=False)}"

@@ -19,6 +19,7 @@ Means are over examples, intervals resample clusters of examples that share a cl
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -265,4 +266,4 @@ class EdgeScores:
         return f"EdgeScores({self.metric} [{self.unit}], {sizes}; {self.direction})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.top(20).to_html()}"
+        return f"<p>{html.escape(repr(self))}</p>{self.top(20).to_html()}"

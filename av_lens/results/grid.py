@@ -19,6 +19,7 @@ A grid is saved as netCDF, without pickle, with its provenance and a schema vers
 
 from __future__ import annotations
 
+import html
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -320,7 +321,7 @@ class Grid:
 
     def _repr_html_(self) -> str:
         table = self.mean().to_series().rename("mean effect").to_frame().head(20)
-        return f"<p>{self!r}</p>{table.to_html()}"
+        return f"<p>{html.escape(repr(self))}</p>{table.to_html()}"
 
 
 def require_numbers(values: xr.DataArray, what: str) -> None:

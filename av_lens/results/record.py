@@ -101,9 +101,10 @@ class Isolation:
             for column, most in (("layer", self.n_layers), ("head", self.n_heads)):
                 if column in frame and not frame[column].between(-1, most - 1).all():
                     raise InputError(f"table {name!r} names a {column} beyond the {most} that the model has.")
-        wrong = [key for key, value in self.summary.items() if not isinstance(value, int | float | np.number)]
+        figures = {**self.summary, **{key: self.protocol[key] for key in ("s",) if self.protocol.get(key) is not None}}
+        wrong = [key for key, value in figures.items() if not isinstance(value, int | float | np.number)]
         if wrong:
-            raise InputError(f"summary[{wrong[0]!r}] is no number: {self.summary[wrong[0]]!r}.")
+            raise InputError(f"{wrong[0]} is no number: {figures[wrong[0]]!r}.")
         strange = sorted(set(self.heads["role"]) - set(ROLE_NAMES))
         if strange:
             raise InputError(unknown("role", strange[0], ROLE_NAMES))

@@ -13,6 +13,7 @@ Both are saved in one netCDF file, without pickle.
 from __future__ import annotations
 
 import dataclasses
+import html
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,4 +122,4 @@ class Tabled:
         return f"{self.grid!r} with {len(self.rows)} rows ({', '.join(map(str, self.rows.columns))})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.rows.head(20).to_html()}"
+        return f"<p>{html.escape(repr(self))}</p>{self.rows.head(20).to_html()}"
