@@ -334,7 +334,9 @@ def require_numbers(values: xr.DataArray, what: str) -> None:
     Raises:
         InputError: one of them.
     """
-    bare = [str(name) for name in values.dims if name not in values.coords or values.coords[name].dtype.kind == "S"]
+    labels = {name: values.coords[name] for name in values.dims if name in values.coords}
+    good = {name for name, found in labels.items() if found.dims == (name,) and found.dtype.kind != "S"}
+    bare = [str(name) for name in values.dims if name not in good]
     if values.dtype.kind not in "biuf" or bare:
         raise InputError(f"{what} holds numbers on labelled axes; got {values.dtype}, without labels: {bare}.")
 

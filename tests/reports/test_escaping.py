@@ -64,7 +64,7 @@ def circuit(word: str) -> Circuit:
     ones = [1.0, 1.0]
     areas = pd.DataFrame({"empty": "zero", "figure": ["f", "span"], "value": ones, "low": ones, "high": ones})
     values = xr.Dataset(coords={"node": [word], "empty": ["zero"]})
-    rest = pd.DataFrame({"node": [word], "adds": [0.5], "removed": [word]})
+    rest = pd.DataFrame({"node": [word], "adds": [0.5], "low": [0.4], "high": [0.6], "removed": [word]})
     links = pd.DataFrame({"first": [word], "second": [word], "interaction": [1.0], "low": [0.5], "high": [2.0]})
     links["how"] = word
     return Circuit(values, nodes, rest, areas, rest, rest, links, rest, rest, what=word, unit=word)
