@@ -1,13 +1,26 @@
-"""Small checks of arguments, so that refusals read alike everywhere.
+"""Small checks of arguments, and the border for files: refusals read alike everywhere.
 
-Each says what was asked, what would have been accepted, and raises the error class that its caller names.
+Each says what was asked, what would have been accepted, and raises the error class that its caller names. A file from
+elsewhere is foreign matter: `parse_json` takes what json allows and no more, `foreign_file` turns whatever a parser of
+files raises into one sentence about that file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
-from av_lens.errors import AvLensError, InputError, unknown
+from av_lens.errors import AvLensError, InputError, UnfinishedError, unknown
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def require_choice(kind: str, value: object, known: Iterable[object], error: type[AvLensError] = InputError) -> None:
@@ -41,3 +54,158 @@ def require_at_least(kind: str, value: float | int, least: float | int, error: t
     """
     if not value >= least:
         raise error(f"{kind} must be at least {least}, not {value}.")
+
+
+def near_file(path: str | os.PathLike[str]) -> str:
+    """Suggest a file or folder where the one that was named is not there.
+
+    Args:
+        path: what was named.
+
+    Returns:
+        Words for the end of a message: the near name, or that the folder is not there either.
+    """
+    wanted = Path(path).expanduser()
+    folder = wanted.parent
+    if not folder.is_dir():
+        return f"The folder {str(folder)!r} does not exist either."
+    try:
+        beside = sorted(entry.name for entry in folder.iterdir())
+    except OSError:
+        return "Check its spelling."
+    near = difflib.get_close_matches(wanted.name, beside, n=1, cutoff=0.6)
+    return f"Did you mean {str(folder / near[0])!r}?" if near else "Check its spelling."
+
+
+def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
+    """Read json from elsewhere, strictly: each key once, whole characters, real numbers.
+
+    Args:
+        text: the json; bytes are UTF-8, with or without a byte order mark.
+        finite: refuse NaN and Infinity, which are no json, and numbers too large for a float.
+
+    Returns:
+        What it says.
+
+    Raises:
+        ValueError: it is no such json; the message is one plain phrase.
+    """
+
+    def number(written: str) -> float:
+        found = float(written)
+        if finite and not math.isfinite(found):
+            raise ValueError(f"{written} is no finite number")
+        return found
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands there twice")
+        return found
+
+    try:
+        whole = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        if half := half_character(whole):
+            raise ValueError(half)
+        found = json.loads(whole, parse_float=number, parse_constant=number, object_pairs_hook=once)
+        if "\\u" in whole and (half := half_character(json.dumps(found, ensure_ascii=False))):
+            raise ValueError(half)
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise ValueError(f"{error.msg} at {place}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte {error.start} is no UTF-8") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return found
+
+
+def whole_object(found: Any, name: str) -> dict[str, Any]:
+    """Refuse json that is no object.
+
+    Args:
+        found: what `parse_json` gave.
+        name: what it is.
+
+    Returns:
+        The object.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} should be a json object, found {type(found).__name__}")
+    return cast(dict[str, Any], found)
+
+
+def half_character(text: str) -> str:
+    """Find a lone surrogate, half of a character, which no file can hold as text.
+
+    Args:
+        text: any text.
+
+    Returns:
+        What is wrong, or "" where nothing is.
+    """
+    found = _HALF_CHARACTER.search(text)
+    return (
+        f"half of a character (\\u{ord(found[0]):04x}, a lone surrogate), which no text file can hold" if found else ""
+    )
+
+
+@contextmanager
+def foreign_file(
+    path: str | os.PathLike[str], what: str, *, mend: str = "", error: type[AvLensError] = InputError
+) -> Generator[None, None, None]:
+    """Turn whatever is raised while a file from elsewhere is read into one sentence about that file.
+
+    Numbers that do not fit their type are errors here, not warnings: the result would be another one.
+
+    Args:
+        path: the file.
+        what: what it should be, such as "a saved grid".
+        mend: what to do about it; empty for "Copy it again, or make it again.".
+        error: the class to raise.
+
+    Yields:
+        Nothing, while the file is read.
+
+    Raises:
+        AvLensError: the file is not there, or anything was raised.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            yield
+    except (AvLensError, UnfinishedError):
+        raise
+    except FileNotFoundError as missing:
+        raise error(f"no such file: {path}. {near_file(path)}") from missing
+    except Exception as found:  # what parsers raise on foreign bytes has no common class
+        first = next(iter(str(found).strip().splitlines()), "")[:200]
+        refuse(path, what, f"{type(found).__name__}: {first}" if first else type(found).__name__, mend, error, found)
+
+
+def refuse(
+    path: str | os.PathLike[str],
+    what: str,
+    why: str,
+    mend: str = "",
+    error: type[AvLensError] = InputError,
+    cause: BaseException | None = None,
+) -> NoReturn:
+    """Say that a file is not what it should be.
+
+    Args:
+        path: the file.
+        what: what it should be.
+        why: what is wrong with it.
+        mend: what to do about it.
+        error: the class to raise.
+        cause: what was raised before.
+
+    Raises:
+        AvLensError: always.
+    """
+    raise error(f"{path} is not {what}, or damaged ({why}). {mend or 'Copy it again, or make it again.'}") from cause

@@ -9,25 +9,32 @@ What av_lens wrote and reads again goes through `reading`: a file of foreign byt
 
 from __future__ import annotations
 
-import json
+import io
+import math
 import os
 import re
 import shutil
 import uuid
+import zipfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
+import numpy as np
 from safetensors import SafetensorError
 
-from av_lens.errors import AvLensError, FileError, UnfinishedError
+from av_lens.checks import foreign_file, parse_json, whole_object
+from av_lens.errors import FileError
 
 PARTIAL = ".part"
 MEND = "Make room, or give a place that can be written; the file is as it was before."
 REMADE = "Put it back as it was, or delete it: then it is made again."
 _OURS = re.compile(rf"\..*\.[0-9a-f]{{12}}{re.escape(PARTIAL)}")
 Made = TypeVar("Made")
+MOST_BYTES, TIMES = 1 << 30, 8
+"""A saved result may take this much memory, and so many times its size on disk; a file that would take more is refused
+before it is unpacked."""
 
 
 def write_whole(path: Path, content: str | bytes, *, error: type[Exception] = FileError, mend: str = MEND) -> None:
@@ -188,12 +195,8 @@ def reading(path: Path, *, mend: str = REMADE) -> Generator[None]:
     Raises:
         FileError: it cannot be read as what it should be.
     """
-    try:
+    with foreign_file(path, "what av_lens wrote there", mend=mend, error=FileError):
         yield
-    except (AvLensError, UnfinishedError):
-        raise
-    except Exception as raised:
-        raise FileError(f"{path} cannot be read back: {describe(raised)}. {mend}") from raised
 
 
 def read_object(path: Path, *, mend: str = REMADE) -> dict[str, Any]:
@@ -210,10 +213,7 @@ def read_object(path: Path, *, mend: str = REMADE) -> dict[str, Any]:
         FileError: it cannot be read, or holds something else.
     """
     with reading(path, mend=mend):
-        found: Any = json.loads(path.read_bytes().decode())
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}, not an object")
-    return cast(dict[str, Any], found)
+        return whole_object(parse_json(path.read_bytes(), finite=False), "it")
 
 
 def stored(path: Path, made_of: Callable[[dict[str, Any]], Made]) -> Made | None:
@@ -229,6 +229,38 @@ def stored(path: Path, made_of: Callable[[dict[str, Any]], Made]) -> Made | None
     with suppress(FileError), reading(path):
         return made_of(read_object(path))
     return None
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Open an npz file of numbers, whose arrays must be what their headers and the archive's list say.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The arrays by name.
+
+    Raises:
+        ValueError: it would unpack to more than `MOST_BYTES` and `TIMES` its size, is damaged, or holds no numbers.
+    """
+    found: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(path) as archive:
+        total, most = sum(entry.file_size for entry in archive.infolist()), MOST_BYTES + TIMES * path.stat().st_size
+        if total > most:
+            raise ValueError(f"it would unpack to {total / 2**30:.1f} GiB, and at most {most / 2**30:.1f} are taken")
+        for entry in archive.infolist():
+            name = entry.filename.removesuffix(".npy")
+            with archive.open(entry) as packed:
+                content = io.BytesIO(packed.read(entry.file_size))
+            major = np.lib.format.read_magic(content)[0]
+            header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+            shape, by_column, dtype = header(content)
+            length = math.prod(shape) * dtype.itemsize
+            if dtype.kind not in "biuf" or length != entry.file_size - content.tell():
+                raise ValueError(f"{name} holds no numbers, or others than its header says")
+            flat = np.frombuffer(content.getbuffer(), dtype=dtype, offset=content.tell())
+            found[name] = flat.reshape(shape, order="F" if by_column else "C").copy()
+    return found
 
 
 def describe(error: BaseException) -> str:

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from av_lens.cli import console
+from av_lens.cli import console, faults
 from av_lens.cli.defaults import signature
-from av_lens.errors import InputError, unknown
 from av_lens.whole_files import write_whole
 
 _DEMO = signature("studies.demonstration", "run_demo")
@@ -111,12 +110,17 @@ def isolate(
     What is finished is kept in the folder: a command that was killed, interrupted or stopped at its budget (exit code
     3) goes on from there when it is given again.
     """
-    from av_lens.inputs import conflicts
+    named = tuple(one.strip() for one in sites.split(",") if one.strip())
+    lines, *_ = faults.all_told(
+        lambda: faults.manifest(pairs, limit),
+        lambda: faults.model(model),
+        lambda: faults.words(dtype=dtype, gate=[gate], layout=[layout], site=named),
+    )
+    from av_lens.inputs.manifest import conflicts_of
     from av_lens.studies.isolations import isolate_into
 
-    listed = conflicts(pairs)
+    listed = conflicts_of(lines)
     loaded = _load(model, device=device, dtype=dtype)
-    named = tuple(one.strip() for one in sites.split(",") if one.strip())
     options: dict[str, Any] = {"gate": gate, "layout": layout, "s": s, "seed": seed, "sites": named, "quick": quick}
     with console.bars() as bars:
         found, report = isolate_into(
@@ -139,6 +143,7 @@ def inspect(
     csv: Csv = None,
 ) -> None:
     """Show what each position of the input is: its role, its token, its seconds and its patch."""
+    faults.all_told(lambda: faults.clip(clip, start, end), lambda: faults.model(model))
     from av_lens.cli.positions import by_position, by_run
     from av_lens.media import load_clip
 
@@ -173,6 +178,12 @@ def generate(
     dtype: Dtype = None,
 ) -> None:
     """Let MODEL answer a question about CLIP; with --plan, once as it is and once under the plan's edits."""
+    faults.all_told(
+        lambda: faults.clip(clip, start, end),
+        lambda: faults.file(plan, "plan"),
+        lambda: faults.model(model),
+        lambda: faults.words(dtype=dtype),
+    )
     from av_lens.interventions import Plan
     from av_lens.media import load_clip
 
@@ -249,9 +260,6 @@ def _absent(choice: str) -> str | None:
 
 
 def _load(model: str, *, device: str | None, dtype: str | None) -> Any:
-    kinds = ("float32", "bfloat16", "float16")
-    if dtype is not None and dtype not in kinds:
-        raise InputError(unknown("dtype", dtype, kinds))
     with console.waiting(f"loading {model} ..."):
         import torch
 

@@ -66,6 +66,31 @@ def signature(module: str, function: str) -> dict[str, Any]:
 
 
 @cache
+def constant(module: str, name: str) -> tuple[str, ...]:
+    """Read the words of a constant of one of our modules, without importing it.
+
+    Args:
+        module: the dotted module below `av_lens`.
+        name: the constant: a tuple of words, or a dictionary by word.
+
+    Returns:
+        The words.
+
+    Raises:
+        AvLensError: if there is no such constant, or it is not written out.
+    """
+    tree = ast.parse(_ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            value: Any = getattr(node, "value", None)
+            return tuple(ast.literal_eval(value))
+    raise AvLensError(f"av_lens.{module} defines no constant {name}.")
+
+
+@cache
 def definition(module: str, function: str) -> ast.FunctionDef:
     """Read one of our functions without importing it.
 

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from av_lens.cli import console
+from av_lens.cli import console, faults
 from av_lens.cli.defaults import definition
 from av_lens.errors import InputError
 from av_lens.whole_files import make_folder, write_whole
@@ -212,15 +212,22 @@ def _shared(method: Method) -> dict[str, inspect.Parameter]:
 
 
 def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
-    """Load, feed, run, show and save."""
+    """Check what is cheap, load, feed, run, show and save."""
+    lines, *_ = faults.all_told(
+        lambda: faults.manifest(shared["pairs"], shared["limit"]) if "pairs" in shared else [],
+        *(lambda name=shared[name]: faults.model(name) for name in ("model", "base") if name in shared),
+        lambda: faults.words(
+            dtype=shared["dtype"],
+            layout=[shared["layout"]] if "layout" in shared else [],
+            cell=[shared[name] for name in ("cell", "clean", "corrupt") if name in shared],
+        ),
+    )
     from importlib import import_module
 
-    from av_lens.inputs import conflicts
+    from av_lens.inputs.manifest import conflicts_of
     from av_lens.runs import load
 
-    listed = conflicts(shared["pairs"])[: shared["limit"]] if "pairs" in shared else []
-    if "pairs" in shared and not listed:
-        raise InputError(f"--limit {shared['limit']} leaves no conflict; leave it out for all.")
+    listed = conflicts_of(lines)
     console.quiet_loading()
     opened = {"device": shared["device"], "dtype": shared["dtype"]}
     with console.waiting(f"loading {shared['model']}"):
@@ -228,7 +235,7 @@ def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
     function = getattr(import_module(f"av_lens.{method.module}"), method.function)
     known = inspect.signature(function).parameters
     if "metric" in known and (method.feed != "conflicts" or known["metric"].default is inspect.Parameter.empty):
-        options = options | {"metric": _metric(listed)}
+        options = options | {"metric": _metric(listed, model.tokenizer)}
     if "base" in shared:
         options = options | {"base": load(shared["base"], **opened)}
     fed = _feed(method.feed, model, listed, shared)
@@ -241,9 +248,21 @@ def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
         _save(found, shared["out"], method.command)
 
 
-def _metric(listed: list[Any]) -> Any:
+def _metric(listed: list[Any], tokenizer: Any) -> Any:
+    """The sound's answer against the picture's; what is wrong with any conflict's answers is told of all at once."""
+    from av_lens.inputs.answers import answer_pair
     from av_lens.runs import each, logit_diff
 
+    wrong: list[str] = []
+    for conflict in listed:
+        try:
+            answer_pair(tokenizer, *conflict.answers)
+        except InputError as fault:
+            wrong.append(f"{conflict.id}: {fault}")
+    if wrong:
+        raise InputError(
+            f"the answers of {len(wrong)} of {len(listed)} conflicts cannot be scored:\n  " + "\n  ".join(wrong)
+        )
     heard, seen = (each([conflict.answers[side] for conflict in listed]) for side in (0, 1))
     return logit_diff(heard, seen)
 

@@ -12,13 +12,14 @@ Not done: drawing the third clip; whoever deals the halves does it and gives it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from av_lens.checks import half_character
 from av_lens.errors import AlignmentError, InputError, ProtocolError, unknown
 from av_lens.inputs.answers import AnswerLike
 from av_lens.inputs.features import sampled_frames
@@ -27,6 +28,7 @@ from av_lens.inputs.model_inputs import AVInputs, difference
 from av_lens.inputs.shared_tensors import shared
 from av_lens.media.clip import Clip
 from av_lens.media.files import ClipFile
+from av_lens.media.manifest import CONTROL, SEE, answers_fault
 
 # Cell -> (picture, sound), in the protocol's order.
 CELLS: dict[str, tuple[str | None, str]] = {
@@ -46,7 +48,6 @@ CELLS: dict[str, tuple[str | None, str]] = {
     "audio_only": (None, "a"),
 }
 LAYOUTS = ("in_video", "separate")
-SEE, CONTROL = "What do you see?", "What colour is it?"
 _SAMPLE = 1e-4  # s: lengths that differ by less are equal
 
 
@@ -80,6 +81,11 @@ class Conflict:
         fault = answers_fault(self.answers)
         if fault:
             raise InputError(f"conflict {self.id or ''}: {fault}".replace(" :", ":"))
+        words = [word for answer in self.answers for word in ([answer] if isinstance(answer, str | int) else answer)]
+        if half := half_character(
+            "".join(map(str, (self.id, self.question, self.prefix, self.see, self.control, *words)))
+        ):
+            raise InputError(f"conflict {self.id!r}: its texts hold {half}; take it out.")
         for name, clip in (("sound", self.sound), ("picture", self.picture), ("third", self.third)):
             if isinstance(clip, Clip):
                 _require_both(clip, name)
@@ -265,28 +271,6 @@ def _nbytes(sources: Mapping[str, Clip]) -> int:
 # A second of video is some 20 MB: only the conflicts encoded last keep their decoded frames (at most 1 GiB), others are
 # decoded again where a further cell of theirs is asked for.
 _SOURCES: Memory[dict[str, Clip]] = Memory(1 << 30, _nbytes)
-
-
-def answers_fault(answers: Sequence[AnswerLike]) -> str | None:
-    """Say what is wrong with two rival answers as far as it shows without a model.
-
-    Args:
-        answers: the sound's answer, then the picture's.
-
-    Returns:
-        The fault, or None.
-    """
-    if len(answers) != 2:
-        return f"answers are two, the sound's and the picture's; found {len(answers)}"
-    synonyms = [[answer] if isinstance(answer, str | int) else list(answer) for answer in answers]
-    words = [{str(word).strip().casefold() for word in group} for group in synonyms]
-    if not all(words) or any("" in group for group in words):
-        return "an answer is empty: give a word such as 'dog'"
-    if words[0] & words[1]:
-        return f"equal answers: both sides hold {min(words[0] & words[1])!r}, so there is no conflict to measure"
-    if len(words[0]) != len(words[1]):
-        return f"{len(words[0])} synonyms against {len(words[1])}: give both answers the same number"
-    return None
 
 
 def _loaded(clip: Clip | ClipFile, name: str) -> Clip:

@@ -14,7 +14,6 @@ Example:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from av_lens.checks import foreign_file, parse_json
 from av_lens.errors import InputError, unknown
 
 
@@ -54,14 +54,20 @@ class Grammar:
         Raises:
             InputError: if there is no "questions" mapping of lists.
         """
-        read: Any = json.loads(Path(data).read_text("utf-8")) if isinstance(data, str | Path) else data
+        read: Any = data
+        if isinstance(data, str | Path):
+            with foreign_file(data, "a grammar"):
+                read = parse_json(Path(data).read_bytes())
         questions = read.get("questions") if isinstance(read, Mapping) else None
         if not isinstance(questions, Mapping) or not all(
             isinstance(value, list | tuple) for value in questions.values()
         ):
             raise InputError("a grammar is a mapping with 'questions': {kind: [phrasing, ...]}")
         phrasings = {str(kind): tuple(str(text) for text in texts) for kind, texts in questions.items()}
-        return cls(phrasings, {str(a): str(b) for a, b in dict(read.get("spellings", {})).items()})
+        spellings = read.get("spellings", {})
+        if not isinstance(spellings, Mapping):
+            raise InputError(f"a grammar's 'spellings' are a mapping of words, found {type(spellings).__name__}")
+        return cls(phrasings, {str(a): str(b) for a, b in spellings.items()})
 
     def normalize(self, question: str) -> str:
         """Bring a question to the form in which phrasings are compared.

@@ -69,7 +69,10 @@ def render(
     conversation: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
         conversation.insert(0, {"role": "system", "content": [{"type": "text", "text": _SYSTEM_MARK}]})
-    text: str = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    try:
+        text: str = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    except Exception as error:  # a template is a small program from the checkpoint, run in transformers' sandbox
+        raise ModelError(f"this checkpoint's chat template fails ({error}); mend chat_template.jinja.") from error
     if text.count(_QUESTION_MARK) != 1 or text.count(_SYSTEM_MARK) != (system is not None):
         raise ModelError("this checkpoint's chat template does not show each message exactly once; av_lens needs that")
     before, after = text.split(_QUESTION_MARK)

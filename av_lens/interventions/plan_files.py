@@ -26,6 +26,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from av_lens.checks import foreign_file, near_file, parse_json
 from av_lens.errors import AvLensError, InterventionError, unknown
 from av_lens.interventions.edges import Cut
 from av_lens.interventions.edits import Edit
@@ -106,16 +107,19 @@ def read_plan(path: str | Path, *, model: Any = None) -> tuple[Any, ...]:
                     f"{source.name} was made for {sizes.get('name', 'a model')} with {name} = {sizes[name]}; "
                     f"{model.name} has {int(getattr(model.spec, name))}. Make the plan for this model."
                 )
-    tensors = _tensors(source, found.get("tensors"))
-    return tuple(_read(number, edit, tensors, source.name) for number, edit in enumerate(found["edits"]))
+    with foreign_file(source, "a plan", error=InterventionError):
+        tensors = _tensors(source, found.get("tensors"))
+        return tuple(_read(number, edit, tensors, source.name) for number, edit in enumerate(found["edits"]))
 
 
 def _opened(source: Path) -> dict[str, Any]:
     try:
-        found: Any = json.loads(source.read_text(encoding="utf-8"))
+        found: Any = parse_json(source.read_bytes(), finite=False)
+    except FileNotFoundError as error:
+        raise InterventionError(f"cannot read the plan {source}: no such file. {near_file(source)}") from error
     except OSError as error:
         raise InterventionError(f"cannot read the plan {source}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InterventionError(f"{source} is not a plan: it is no json ({error}).") from error
     kind = cast(dict[str, Any], found).get("schema") if isinstance(found, dict) else None
     if kind != SCHEMA:

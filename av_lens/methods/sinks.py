@@ -29,6 +29,7 @@ Source: "Probing Cross-modal Information Hubs" (arXiv 2605.10815) for the score,
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +107,7 @@ class Sinks:
         return f"Sinks({len(self)} positions: {counts}; {len(self.dimensions)} sink dimensions)"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.table.to_html(index=False)}"
+        return f"<p>{html.escape(repr(self))}</p>{self.table.to_html(index=False)}"
 
 
 def find_sinks(

@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from av_lens.checks import foreign_file, parse_json, whole_object
 from av_lens.errors import ModelError
 from av_lens.organism import anatomy, behaviour, dissection, grammar
 from av_lens.organism.answering import Asked, logits, plain
@@ -115,13 +116,14 @@ class Evaluation:
             The evaluation.
 
         Raises:
-            ModelError: if the file has another schema.
+            ModelError: there is no such file, it is damaged, or has another schema.
         """
-        content = json.loads(Path(path).read_text("utf-8"))
-        if content.get("schema") != SCHEMA:
-            raise ModelError(f"{os.fspath(path)} is no evaluation of schema {SCHEMA} (found {content.get('schema')}).")
-        tables = {name: pd.DataFrame(content[name]["data"], columns=content[name]["columns"]) for name in _TABLES}
-        return cls(**tables, about=content["about"])
+        with foreign_file(path, "an evaluation", error=ModelError):
+            content = whole_object(parse_json(Path(path).read_bytes(), finite=False), "it")
+            if content.get("schema") != SCHEMA:
+                raise ModelError(f"{path} is no evaluation of schema {SCHEMA} (found {content.get('schema')}).")
+            tables = {name: pd.DataFrame(content[name]["data"], columns=content[name]["columns"]) for name in _TABLES}
+            return cls(**tables, about=whole_object(content["about"], "about"))
 
 
 @torch.no_grad()

@@ -5,16 +5,21 @@ blue is the sound, vermilion is the picture, in spans, in bars and in the two ar
 are transparent and the ink is a grey that reads on white and on near-black; a page that knows its theme sharpens both
 (`THEMES`, applied by the report's script to traces and shapes that say in `meta` what they are).
 
+Labels come from files and people: but for a few tags of ours, what looks like markup in them is shown, not obeyed.
+
 Not measured is never drawn as zero: `hatch` covers such cells with diagonal lines and a legend entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+_TAG = re.compile(r"<(?!/?(?:b|i|br|sub|sup|extra)>)")
 SOUND = "#0072B2"
 PICTURE = "#D55E00"
 GREEN = "#009E73"
@@ -127,7 +132,41 @@ def figure(*, title: str | None = None, height: int = 360, width: int | None = N
     )
     if title:
         layout.update({"title": {"text": title, "x": 0, "xref": "paper", "font": {"size": 15}}})
-    return go.Figure(layout=layout)
+    return _figure_class()(layout=layout)
+
+
+@cache
+def _figure_class() -> Any:
+    import plotly.graph_objects as go
+
+    class Figure(go.Figure):
+        """A figure whose texts show as they are: whatever is drawn or written passes through `to_dict`."""
+
+        def to_dict(self) -> Any:
+            return shown_plainly(super().to_dict())
+
+        def __reduce__(self) -> Any:  # a copy that travels is plotly's own, its texts escaped
+            return go.Figure, super().__reduce__()[1]
+
+    return Figure
+
+
+def shown_plainly(value: Any) -> Any:
+    """Escape every tag but those that figures set text with: plotly makes links, and more, of what a label says.
+
+    Args:
+        value: a figure as plain data, or a part of one.
+
+    Returns:
+        The same, its texts escaped.
+    """
+    if isinstance(value, str):
+        return _TAG.sub("&lt;", value)
+    if isinstance(value, Mapping):
+        return {name: shown_plainly(part) for name, part in value.items()}
+    if isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.dtype.kind in "OU"):
+        return [shown_plainly(part) for part in value]
+    return value
 
 
 def layer_axis(n_layers: int, *, title: str = "layer") -> dict[str, Any]:

@@ -14,6 +14,8 @@ import numpy as np
 
 from av_lens.errors import InputError
 
+_LESS = "lessThanSignOfAToken"  # circuitsvis writes tokens into a script as they are; "</script>" would end it
+
 
 @dataclass(frozen=True)
 class PatternView:
@@ -59,11 +61,11 @@ def attention_patterns(
         raise InputError(f"{len(names)} names were given for {len(weights)} heads.")
     view = attention_heads(
         attention=weights.round(4),
-        tokens=[f"{token}" for token in tokens],
-        attention_head_names=list(names) if names is not None else None,
+        tokens=[f"{token}".replace("<", _LESS) for token in tokens],
+        attention_head_names=[name.replace("<", _LESS) for name in names] if names is not None else None,
         min_value=0.0,
         max_value=float(bound if bound is not None else weights.max()),
         negative_color="#D55E00",
         positive_color="#0072B2",
     )
-    return PatternView(html=str(view.local_src))
+    return PatternView(html=str(view.local_src).replace(_LESS, "\\u003c"))

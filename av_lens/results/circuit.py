@@ -26,6 +26,7 @@ f, CPR and CMD are defined in `av_lens.results.faithfulness`. Saved as netCDF, w
 
 from __future__ import annotations
 
+import html
 import importlib
 import json
 from dataclasses import dataclass, field
@@ -36,8 +37,8 @@ import pandas as pd
 import xarray as xr
 
 from av_lens.errors import InputError, unknown
-from av_lens.results.netcdf import named, opened, write_netcdf
-from av_lens.results.provenance import as_text, plain
+from av_lens.results.netcdf import named, opened, plain_json, read_frame, words, write_netcdf, written_frame
+from av_lens.results.provenance import as_text
 
 SCHEMA_VERSION = 1
 TABLES = ("nodes", "curve", "areas", "completeness", "minimality", "links", "stability", "random")
@@ -162,7 +163,7 @@ class Circuit:
             The file that was written.
         """
         target = named(path)
-        tables = {name: _written(getattr(self, name)) for name in TABLES}
+        tables = {name: written_frame(getattr(self, name)) for name in TABLES}
         attributes = {
             "schema": "av_lens.Circuit",
             "schema_version": SCHEMA_VERSION,
@@ -187,11 +188,14 @@ class Circuit:
         Raises:
             InputError: there is no such file, or it holds no circuit of a known version.
         """
-        data = opened(path, "av_lens.Circuit", SCHEMA_VERSION, otherwise="holds no circuit")
-        kept = json.loads(data.attrs["tables"])
-        what, unit, provenance = str(data.attrs["what"]), str(data.attrs["unit"]), json.loads(data.attrs["provenance"])
-        frames = {name: _read(kept[name]) for name in TABLES}
-        return cls(data.drop_attrs(), **frames, what=what, unit=unit, provenance=provenance)
+        with opened(path, "av_lens.Circuit", SCHEMA_VERSION, what="a saved circuit") as data:
+            kept = plain_json(data, "tables")
+            frames = {name: read_frame(kept[name]) for name in TABLES}
+            made = cls(
+                data.drop_attrs(), **frames, **words(data, "what", "unit"), provenance=plain_json(data, "provenance")
+            )
+            repr(made)  # what it says of itself needs every part
+            return made
 
     def __repr__(self) -> str:
         f, low, high = self.faithfulness()
@@ -200,12 +204,4 @@ class Circuit:
         return f"Circuit({len(self.members)} of {len(self.nodes)} nodes: {shown}; f = {f:.2f}{bounds}; {self.what})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.nodes.head(20).to_html(index=False)}"
-
-
-def _written(frame: pd.DataFrame) -> list[list[Any]]:
-    return [[str(name), str(frame[name].dtype), plain(frame[name].tolist())] for name in frame.columns]
-
-
-def _read(columns: list[list[Any]]) -> pd.DataFrame:
-    return pd.DataFrame({name: pd.Series(values, dtype=kind) for name, kind, values in columns})
+        return f"<p>{html.escape(repr(self))}</p>{self.nodes.head(20).to_html(index=False)}"

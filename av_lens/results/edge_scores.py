@@ -19,7 +19,7 @@ Means are over examples, intervals resample clusters of examples that share a cl
 
 from __future__ import annotations
 
-import json
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,8 +30,8 @@ import pandas as pd
 import xarray as xr
 
 from av_lens.errors import InputError, unknown
-from av_lens.results.grid import Grid
-from av_lens.results.netcdf import named, opened, write_netcdf
+from av_lens.results.grid import Grid, require_numbers
+from av_lens.results.netcdf import named, opened, plain_json, words, write_netcdf
 from av_lens.results.provenance import as_text
 
 SCHEMA_VERSION = 1
@@ -67,8 +67,14 @@ class EdgeScores:
         dims = tuple(map(str, self.values.dims))
         if dims not in (("example", "sender", "receiver"), ("example", "span", "sender", "receiver")):
             raise InputError(f"edge scores have the axes example, span (or none), sender, receiver; got {dims}.")
-        if len(self.clusters) != self.values.sizes["example"]:
-            raise InputError(f"{len(self.clusters)} clusters for {self.values.sizes['example']} examples.")
+        require_numbers(self.values, "a table of edge scores")
+        if not all(isinstance(name, str) for name in (*self.senders, *self.receivers)):
+            raise InputError(f"senders and receivers are names; got {self.senders[:2]} and {self.receivers[:2]}.")
+        if {len(self.clusters), *self.baseline.shape, *self.donor.shape} != {self.values.sizes["example"]}:
+            raise InputError(
+                f"{len(self.clusters)} clusters, a baseline of shape {self.baseline.shape} and a donor of shape "
+                f"{self.donor.shape} for {self.values.sizes['example']} examples."
+            )
 
     @classmethod
     def of(
@@ -245,19 +251,19 @@ class EdgeScores:
         Raises:
             InputError: there is no such file, or it holds no edge scores of a known version.
         """
-        data = opened(path, "av_lens.EdgeScores", SCHEMA_VERSION, otherwise="holds no edge scores")
-        return cls(
-            data["values"],
-            data["baseline"],
-            data["donor"],
-            clusters=tuple(int(c) for c in data["clusters"].values),
-            provenance=json.loads(data.attrs["provenance"]),
-            **{name: str(data.attrs[name]) for name in ("metric", "unit", "direction")},
-        )
+        with opened(path, "av_lens.EdgeScores", SCHEMA_VERSION, what="a file of edge scores") as data:
+            return cls(
+                data["values"],
+                data["baseline"],
+                data["donor"],
+                clusters=tuple(int(c) for c in data["clusters"].values),
+                provenance=plain_json(data, "provenance"),
+                **words(data, "metric", "unit", "direction"),
+            )
 
     def __repr__(self) -> str:
         sizes = " x ".join(f"{size} {name}" for name, size in self.values.sizes.items())
         return f"EdgeScores({self.metric} [{self.unit}], {sizes}; {self.direction})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.top(20).to_html()}"
+        return f"<p>{html.escape(repr(self))}</p>{self.top(20).to_html()}"

@@ -19,8 +19,8 @@ A grid is saved as netCDF, without pickle, with its provenance and a schema vers
 
 from __future__ import annotations
 
+import html
 import importlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ import pandas as pd
 import xarray as xr
 
 from av_lens.errors import InputError, unknown
-from av_lens.results.netcdf import named, opened, write_netcdf
+from av_lens.results.netcdf import named, opened, plain_json, words, write_netcdf
 from av_lens.results.provenance import as_text
 
 SCHEMA_VERSION = 1
@@ -69,9 +69,11 @@ class Grid:
         if not self.values.dims or self.values.dims[0] != "example":
             raise InputError(f"a grid's first axis is example; got {tuple(map(str, self.values.dims))}.")
         n = self.values.sizes["example"]
+        require_numbers(self.values, "a grid")
         for name in ("baseline", "donor"):
-            if getattr(self, name).shape != (n,):
-                raise InputError(f"{name} needs one number for each of {n} examples; got {getattr(self, name).shape}.")
+            line = getattr(self, name)
+            if line.shape != (n,) or line.dtype.kind not in "biuf":
+                raise InputError(f"{name} needs one number for each of {n} examples; got {line.dtype} {line.shape}.")
         if len(self.clusters) != n:
             raise InputError(f"{len(self.clusters)} clusters for {n} examples.")
 
@@ -276,8 +278,8 @@ class Grid:
             The file that was written.
         """
         target = named(path)
-        words = {name: getattr(self, name) for name in ("metric", "unit", "direction")}
-        attributes = words | {
+        said = {name: getattr(self, name) for name in ("metric", "unit", "direction")}
+        attributes = said | {
             "schema": "av_lens.Grid",
             "schema_version": SCHEMA_VERSION,
             "shares": int(self.shares),
@@ -301,16 +303,16 @@ class Grid:
         Raises:
             InputError: there is no such file, or it holds no grid of a known version.
         """
-        data = opened(path, "av_lens.Grid", SCHEMA_VERSION, otherwise="is not a saved grid")
-        return cls(
-            values=data["values"],
-            baseline=data["baseline"],
-            donor=data["donor"],
-            clusters=tuple(int(c) for c in data["clusters"].values),
-            shares=bool(data.attrs["shares"]),
-            provenance=json.loads(data.attrs["provenance"]),
-            **{name: str(data.attrs[name]) for name in ("metric", "unit", "direction")},
-        )
+        with opened(path, "av_lens.Grid", SCHEMA_VERSION, what="a saved grid") as data:
+            return cls(
+                values=data["values"],
+                baseline=data["baseline"],
+                donor=data["donor"],
+                clusters=tuple(int(c) for c in data["clusters"].values),
+                shares=bool(data.attrs["shares"]),
+                provenance=plain_json(data, "provenance"),
+                **words(data, "metric", "unit", "direction"),
+            )
 
     def __repr__(self) -> str:
         axes = " x ".join(f"{size} {name}" for name, size in self.values.sizes.items())
@@ -319,7 +321,24 @@ class Grid:
 
     def _repr_html_(self) -> str:
         table = self.mean().to_series().rename("mean effect").to_frame().head(20)
-        return f"<p>{self!r}</p>{table.to_html()}"
+        return f"<p>{html.escape(repr(self))}</p>{table.to_html()}"
+
+
+def require_numbers(values: xr.DataArray, what: str) -> None:
+    """Refuse values that are no numbers, or that lie on an axis without labels.
+
+    Args:
+        values: the values.
+        what: what they are of, such as "a grid".
+
+    Raises:
+        InputError: one of them.
+    """
+    labels = {name: values.coords[name] for name in values.dims if name in values.coords}
+    good = {name for name, found in labels.items() if found.dims == (name,) and found.dtype.kind != "S"}
+    bare = [str(name) for name in values.dims if name not in good]
+    if values.dtype.kind not in "biuf" or bare:
+        raise InputError(f"{what} holds numbers on labelled axes; got {values.dtype}, without labels: {bare}.")
 
 
 def _scalars(labels: Mapping[str, Any]) -> list[str]:

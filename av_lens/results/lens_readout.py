@@ -24,10 +24,10 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
-from av_lens.checks import require_at_least, require_choice
+from av_lens.checks import parse_json, require_at_least, require_choice
 from av_lens.errors import InputError
 from av_lens.results.grid import Grid
-from av_lens.results.netcdf import named, opened, write_netcdf
+from av_lens.results.netcdf import named, opened, plain_json, words, write_netcdf
 from av_lens.results.provenance import as_text
 
 SCHEMA_VERSION = 1
@@ -197,29 +197,43 @@ class LensReadout:
         Raises:
             InputError: there is no such file, or it holds no readout of a known version.
         """
-        data = opened(path, "av_lens.LensReadout", SCHEMA_VERSION, otherwise="is not a saved readout")
+        with opened(path, "av_lens.LensReadout", SCHEMA_VERSION, what="a saved readout") as data:
+            return cls._made_of(data)
+
+    @classmethod
+    def _made_of(cls, data: xr.Dataset) -> LensReadout:
         made: dict[str, Any] = {
             "clusters": data["clusters"].values,
-            "provenance": json.loads(data.attrs["provenance"]),
-            "direction": str(data.attrs["direction"]),
+            "provenance": plain_json(data, "provenance"),
+            **words(data, "direction"),
         }
-        axes = {"word": np.array(json.loads(data.attrs["words"]), dtype=str)}
+        axes = {"word": np.array(parse_json(str(data.attrs["words"])), dtype=str)}
         axes |= {name: data.coords[name].values for name in ("layer", "pos")}
         sizes = {"example": len(data["said"])} | {name: len(labels) for name, labels in axes.items()}
 
         def of(name: str) -> np.ndarray:
-            empty = np.zeros([sizes.get(dim, 0) for dim in _DIMS[name]])
-            return data[name].values if name in data else empty
+            if name not in data and all(sizes.get(dim, 0) for dim in _DIMS[name]):
+                raise ValueError(f"its {name} are missing")
+            found = data[name].values if name in data else np.zeros([sizes.get(dim, 0) for dim in _DIMS[name]])
+            if found.ndim != len(_DIMS[name]) or found.dtype.kind not in "biuf":
+                raise ValueError(f"its {name} have the axes {data[name].dims} and the type {found.dtype}")
+            return found
 
         grids = [xr.DataArray(of(name), dims=_DIMS[name], coords=axes) for name in ("ranks", "probabilities")]
+        texts = plain_json(data, "texts")
+        top, best = of("top_ids").astype(np.int64), of("best_others").astype(np.float64)
+        if top.shape[:3] != grids[0].shape[:1] + grids[0].shape[2:] or best.shape[:2] != top.shape[:2]:
+            raise ValueError(f"its tokens have the shape {top.shape}, its ranks {grids[0].shape}")
+        if not {str(token) for token in np.unique(top[top >= 0])} <= set(texts):
+            raise ValueError("some of its tokens have no text")
         return cls(
             readings(grids[0], "rank", **made),
             readings(grids[1], "probability", **made),
-            of("top_ids").astype(np.int64),
+            top,
             of("top_probabilities").astype(np.float64),
-            {int(token): text for token, text in json.loads(data.attrs["texts"]).items()},
-            of("best_others").astype(np.float64),
-            of("said"),
+            {int(token): str(text) for token, text in texts.items()},
+            best,
+            of("said").astype(np.float64),
         )
 
     def _grid(self, values: np.ndarray, axes: Mapping[str, Any], metric: str) -> Grid:

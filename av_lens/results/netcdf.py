@@ -1,13 +1,21 @@
-"""Opening what results save as netCDF: one door, which refuses what is not there, not ours, or too new."""
+"""Opening what results save as netCDF: one door, which refuses what is not there, damaged, not ours, or too new."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import xarray as xr
 
+from av_lens.checks import foreign_file, parse_json, whole_object
 from av_lens.errors import InputError
-from av_lens.whole_files import write_whole
+from av_lens.results.provenance import plain
+from av_lens.whole_files import MOST_BYTES, TIMES, write_whole
+
+_KINDS = ("object", "str", "string", "bool", "int64", "int32", "float64", "float32")
 
 
 def named(path: str | Path) -> Path:
@@ -35,32 +43,100 @@ def write_netcdf(data: xr.Dataset | xr.DataArray, path: Path) -> None:
     write_whole(path, bytes(data.to_netcdf(engine="scipy")))
 
 
-def opened(path: str | Path, schema: str, version: int, *, otherwise: str) -> xr.Dataset:
-    """Read a saved result whole.
+@contextmanager
+def opened(path: str | Path, schema: str, version: int, *, what: str) -> Generator[xr.Dataset, None, None]:
+    """Read a saved result whole; whatever fails while it is read, or while a result is made of it, is said of the file.
+
+    Memory: a file is not compressed, so what it holds takes at most `TIMES` its size.
 
     Args:
         path: the file.
         schema: what it must hold, such as "av_lens.Grid".
         version: the newest version of it that is known.
-        otherwise: what to say of a file that is no netCDF, after its name.
+        what: what it should be in words, such as "a saved grid".
 
-    Returns:
-        Its contents, the file closed again.
+    Yields:
+        Its contents, the file closed again. Numbers stay numbers: nothing is read as a date.
 
     Raises:
-        InputError: there is no such file, or it holds something else or a newer version.
+        InputError: there is no such file, it is damaged, or holds something else or a newer version.
     """
-    if not Path(path).exists():
-        raise InputError(f"no such file: {path}")
-    try:
-        with xr.open_dataset(path, engine="scipy", backend_kwargs={"mmap": False}) as found:
-            data = found.load()
-    except (TypeError, ValueError, OSError) as error:
-        raise InputError(f"{path} {otherwise}: {error}") from error
-    kind, found_version = data.attrs.get("schema"), int(data.attrs.get("schema_version", 0))
-    if kind != schema or found_version > version:
-        raise InputError(
-            f"{path} holds {kind or 'something else'}, version {found_version}; this av_lens reads {schema} up to "
-            f"version {version}."
-        )
-    return data
+    with foreign_file(path, what):
+        # No mmap: the file may be written again, or removed, while the result is in use.
+        options: dict[str, Any] = {"backend_kwargs": {"mmap": False}, "decode_times": False, "decode_timedelta": False}
+        with Path(path).open("rb") as file:
+            if file.read(3) != b"CDF":
+                raise ValueError("it does not begin as one")
+            file.seek(0)
+            with xr.open_dataset(file, engine="scipy", **options) as found:
+                data = found.load()
+        if data.nbytes > MOST_BYTES + TIMES * Path(path).stat().st_size:
+            raise ValueError(f"it says that it holds {data.nbytes} bytes")
+        kind, found_version = data.attrs.get("schema"), int(data.attrs.get("schema_version", 0))
+        if kind != schema or found_version > version:
+            raise InputError(
+                f"{path} holds {kind or 'something else'}, version {found_version}; this av_lens reads {schema} up to "
+                f"version {version}."
+            )
+        yield data
+
+
+def words(data: xr.Dataset, *names: str) -> dict[str, str]:
+    """Take texts from a saved result.
+
+    Args:
+        data: its contents.
+        *names: the attributes.
+
+    Returns:
+        The text of each.
+    """
+    return {name: str(data.attrs[name]) for name in names}
+
+
+def plain_json(data: xr.Dataset, name: str) -> dict[str, Any]:
+    """Take what was saved as json from a saved result.
+
+    Args:
+        data: its contents.
+        name: the attribute.
+
+    Returns:
+        The json object.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    return whole_object(parse_json(str(data.attrs[name]), finite=False), name)
+
+
+def written_frame(frame: pd.DataFrame) -> list[list[Any]]:
+    """Write a table as plain data.
+
+    Args:
+        frame: the table.
+
+    Returns:
+        Name, type and values of each column.
+    """
+    return [[str(name), str(frame[name].dtype), plain(frame[name].tolist())] for name in frame.columns]
+
+
+def read_frame(columns: Any) -> pd.DataFrame:
+    """Read a table from plain data.
+
+    Args:
+        columns: as `written_frame` gives them.
+
+    Returns:
+        The table.
+
+    Raises:
+        ValueError: a type that no table has, or columns of unequal length.
+    """
+    for _, kind, _ in columns:
+        if kind not in _KINDS:
+            raise ValueError(f"a column of type {str(kind)[:40]!r}")
+    if len({len(values) for _, _, values in columns}) > 1:
+        raise ValueError("columns of unequal length")
+    return pd.DataFrame({str(name): pd.Series(list(values), dtype=kind) for name, kind, values in columns})

@@ -32,11 +32,13 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
+from av_lens.checks import foreign_file, parse_json, whole_object
 from av_lens.errors import InputError, unknown
 from av_lens.results.tables import RELEASING, ROLE_NAMES, TABLES, read_table, table
-from av_lens.whole_files import make_folder, write_whole
+from av_lens.whole_files import make_folder, read_arrays, write_whole
 
 SCHEMA_VERSION = 2
+MOST = 10_000  # layers, or heads of one: no model has so many
 RECORD = "numbers"  # where a run keeps its record, below its own folder
 
 
@@ -92,6 +94,17 @@ class Isolation:
                 raise InputError(
                     f"table {name!r} has columns {found}; the record needs {list(columns)} (build it with `table`)."
                 )
+        for name, most in (("n_layers", self.n_layers), ("n_heads", self.n_heads)):
+            if not 0 < most <= MOST:
+                raise InputError(f"{name} = {most} is no size of a model; 1 to {MOST} are.")
+        for name, frame in ((name, getattr(self, name)) for name in TABLES):
+            for column, most in (("layer", self.n_layers), ("head", self.n_heads)):
+                if column in frame and not frame[column].between(-1, most - 1).all():
+                    raise InputError(f"table {name!r} names a {column} beyond the {most} that the model has.")
+        figures = {**self.summary, **{key: self.protocol[key] for key in ("s",) if self.protocol.get(key) is not None}}
+        wrong = [key for key, value in figures.items() if not isinstance(value, int | float | np.number)]
+        if wrong:
+            raise InputError(f"{wrong[0]} is no number: {figures[wrong[0]]!r}.")
         strange = sorted(set(self.heads["role"]) - set(ROLE_NAMES))
         if strange:
             raise InputError(unknown("role", strange[0], ROLE_NAMES))
@@ -206,7 +219,7 @@ class Isolation:
             The record, equal table by table and array by array to the one that was saved.
 
         Raises:
-            InputError: no record there, or one of another schema version.
+            InputError: no record there, one of another schema version, or a damaged one; the message names the file.
         """
         folder = Path(folder)
         if (folder / RECORD / "isolation.json").exists():
@@ -215,28 +228,37 @@ class Isolation:
             raise InputError(
                 f"no isolation is saved in {folder}: isolation.json is not there. Give the folder that `save` wrote."
             )
-        head = json.loads((folder / "isolation.json").read_text())
+        with foreign_file(folder / "isolation.json", "the head of a saved isolation"):
+            head = whole_object(parse_json((folder / "isolation.json").read_bytes()), "it")
         if head.get("version") != SCHEMA_VERSION:
             raise InputError(
                 f"{folder} holds an isolation of schema version {head.get('version')}; this av_lens reads version "
                 f"{SCHEMA_VERSION}. Open it with the av_lens that wrote it "
-                f"({head.get('provenance', {}).get('av_lens', 'version unknown')})."
+                f"({dict(head.get('provenance') or {}).get('av_lens', 'version unknown')})."
             )
-        with np.load(folder / "arrays.npz", allow_pickle=False) as data:
-            arrays = {key: data[key] for key in data.files}
-        return cls(
-            verdict=head["verdict"],
-            n_layers=head["n_layers"],
-            n_heads=head["n_heads"],
-            verdict_kind=head["verdict_kind"],
-            stamps=tuple(head["stamps"]),
-            reasons=tuple(head["reasons"]),
-            summary={key: float("nan") if value is None else value for key, value in head["summary"].items()},
-            arrays=arrays,
-            protocol=head["protocol"],
-            provenance=head["provenance"],
-            **{name: read_table(folder / f"{name}.csv", name) for name in TABLES},
-        )
+        with foreign_file(folder / "arrays.npz", "the arrays of a saved isolation"):
+            arrays = read_arrays(folder / "arrays.npz")
+        tables = {name: read_table(folder / f"{name}.csv", name) for name in TABLES}
+        with foreign_file(folder / "isolation.json", "the head of a saved isolation"):
+            return cls(
+                verdict=_typed(head, "verdict", str),
+                n_layers=_typed(head, "n_layers", int),
+                n_heads=_typed(head, "n_heads", int),
+                verdict_kind=_typed(head, "verdict_kind", str),
+                stamps=tuple(map(str, _typed(head, "stamps", list))),
+                reasons=tuple(map(str, _typed(head, "reasons", list))),
+                summary={k: float("nan") if v is None else v for k, v in _typed(head, "summary", dict).items()},
+                arrays=arrays,
+                protocol=_typed(head, "protocol", dict),
+                provenance=_typed(head, "provenance", dict),
+                **tables,
+            )
+
+
+def _typed(head: Mapping[str, Any], name: str, kind: type) -> Any:
+    if type(head[name]) is not kind:
+        raise ValueError(f"{name} should be a {kind.__name__}, found {type(head[name]).__name__}")
+    return head[name]
 
 
 def _finite(value: float) -> float | None:

@@ -13,15 +13,17 @@ Both are saved in one netCDF file, without pickle.
 from __future__ import annotations
 
 import dataclasses
+import html
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 
+from av_lens.checks import foreign_file
 from av_lens.errors import InputError
 from av_lens.results.grid import Grid
-from av_lens.results.provenance import plain
+from av_lens.results.netcdf import read_frame, written_frame
 
 _KEY = "rows"
 
@@ -93,8 +95,7 @@ class Tabled:
         Returns:
             The file that was written.
         """
-        kept = [[str(name), str(self.rows[name].dtype), plain(self.rows[name].tolist())] for name in self.rows.columns]
-        whole = self.grid.provenance | {_KEY: kept}
+        whole = self.grid.provenance | {_KEY: written_frame(self.rows)}
         return dataclasses.replace(self.grid, provenance=whole).save(path)
 
     @classmethod
@@ -113,13 +114,12 @@ class Tabled:
         grid = Grid.load(path)
         if _KEY not in grid.provenance:
             raise InputError(f"{path} holds a grid without rows; open it with Grid.load.")
-        kept = cast(list[tuple[str, str, list[Any]]], grid.provenance[_KEY])
         rest = {name: value for name, value in grid.provenance.items() if name != _KEY}
-        rows = pd.DataFrame({name: pd.Series(values, dtype=cast(Any, kind)) for name, kind, values in kept})
-        return cls(dataclasses.replace(grid, provenance=rest), rows)
+        with foreign_file(path, "a grid with its rows"):
+            return cls(dataclasses.replace(grid, provenance=rest), read_frame(grid.provenance[_KEY]))
 
     def __repr__(self) -> str:
         return f"{self.grid!r} with {len(self.rows)} rows ({', '.join(map(str, self.rows.columns))})"
 
     def _repr_html_(self) -> str:
-        return f"<p>{self!r}</p>{self.rows.head(20).to_html()}"
+        return f"<p>{html.escape(repr(self))}</p>{self.rows.head(20).to_html()}"

@@ -7,12 +7,14 @@ pandas wrote. Signs and units are the record's (`av_lens.results.record`).
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
 
+from av_lens.checks import foreign_file
 from av_lens.errors import InputError, unknown
 
 SUPPRESSORS = ("picture writer", "sound opponent", "gate")
@@ -363,12 +365,27 @@ def read_table(path: Path, name: str) -> pd.DataFrame:
 
     Returns:
         The frame, equal to the saved one (floats are written with every digit).
+
+    Raises:
+        InputError: there is no such file, or it does not have this table's columns in every row.
     """
-    raw = pd.read_csv(path, dtype=str, keep_default_na=False)
-    rows = [
-        {column: _parsed(row[column], kind) for column, kind in TABLES[name].items()} for row in raw.to_dict("records")
-    ]
-    return table(name, rows)
+    columns = TABLES[name]
+    with foreign_file(path, f"the table {name!r} of a saved isolation"):
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = csv.reader(file, strict=True)
+            found = next(lines, [])
+            if found != list(columns):
+                raise ValueError(f"its columns should be {','.join(columns)}")
+            # A row has every column, so that memory is bounded by the file's size (some 30 times).
+            cells = list(zip(*lines, strict=True)) or [()] * len(columns)
+        if len(cells) != len(columns):
+            raise ValueError(f"its rows have {len(cells)} columns, not {len(columns)}")
+        return pd.DataFrame(
+            {
+                column: pd.Series([_parsed(cell, kind) for cell in made], dtype=cast(Any, _TO_DTYPE[kind]))
+                for (column, kind), made in zip(columns.items(), cells, strict=True)
+            }
+        )
 
 
 def _parsed(text: str, kind: str) -> Any:
@@ -377,5 +394,5 @@ def _parsed(text: str, kind: str) -> Any:
     if kind == "int":
         return int(text)
     if kind == "flag":
-        return text == "True"
+        return {"True": True, "False": False}[text]
     return float(text) if text else float("nan")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from av_lens.checks import foreign_file, parse_json, whole_object
 from av_lens.errors import ModelError
 from av_lens.whole_files import whole_folder
 
@@ -46,6 +47,21 @@ class Slice:
     axis: int
     start: int
     stop: int
+
+    def fits(self, parameter: Tensor) -> bool:
+        """Say whether a parameter has such a slice.
+
+        Args:
+            parameter: The parameter.
+
+        Returns:
+            True if it has.
+        """
+        return (
+            all(type(n) is int for n in (self.axis, self.start, self.stop))
+            and 0 <= self.axis < parameter.ndim
+            and 0 <= self.start < self.stop <= parameter.shape[self.axis]
+        )
 
     def of(self, parameter: Tensor) -> Tensor:
         """Take the slice of a parameter.
@@ -77,7 +93,7 @@ def weights_hash(folder: str | os.PathLike[str]) -> str:
     if not path.is_file():
         raise ModelError(f"{os.fspath(folder)!r} holds no {BASE_WEIGHTS}, so it cannot be the base of a difference.")
     digest = hashlib.sha256()
-    with safe_open(os.fspath(path), "pt") as file:
+    with foreign_file(path, "a file of weights", error=ModelError), safe_open(os.fspath(path), "pt") as file:
         for name in sorted(file.keys()):
             value: Tensor = file.get_tensor(name).contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -132,12 +148,13 @@ class Difference:
         path = self.folder / WEIGHTS
         if not path.is_file():
             raise ModelError(f"{os.fspath(self.folder)!r} has a {RECORD} and no {WEIGHTS}: copy the whole folder.")
-        stored = load_file(path)
+        with foreign_file(path, "a file of weights", error=ModelError):
+            stored = load_file(path)
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for i, part in enumerate(self.slices):
                 held, value = parameters.get(part.name), stored.get(str(i))
-                if held is None or value is None or part.of(held).shape != value.shape:
+                if held is None or value is None or not part.fits(held) or part.of(held).shape != value.shape:
                     raise ModelError(
                         f"slice {i} of {os.fspath(self.folder)!r} ({part.name}, {part.start} to {part.stop}) does not "
                         f"fit the base {self.base!r}: {RECORD} and {WEIGHTS} do not belong together."
@@ -160,14 +177,12 @@ def read_difference(folder: str | os.PathLike[str]) -> Difference | None:
     path = Path(folder) / RECORD
     if not path.is_file():
         return None
-    try:
-        content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    with foreign_file(path, "the record of a difference", error=ModelError):
+        content = whole_object(parse_json(path.read_bytes()), "it")
         if content.get("schema") != SCHEMA:
             raise ModelError(f"{path} has schema {content.get('schema')!r}; this version reads {SCHEMA}.")
         slices = tuple(Slice(**entry) for entry in content["slices"])
         return Difference(Path(folder), str(content["base"]), str(content["base_sha256"]), slices)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} is no record of a difference ({type(error).__name__}: {error}).") from error
 
 
 def save_difference(

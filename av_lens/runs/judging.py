@@ -5,7 +5,7 @@ the instruction below, by `POST server/chat/completions`; never media. A key is 
 the caller names, when a request is made, and stands in no result, cache or message.
 
     score      the number in the reply's json {"score": ...}, from 0 to 1
-    failed     "parse" where the reply holds no such number: the score is NaN, counted, never 0;
+    failed     "unreadable" where the reply is no such json, alone or in one fence: the score is NaN, counted, never 0;
                "server" where no reply came after all retries; "not asked" after three such in a row
 
 Server errors (429, 5xx), timeouts and broken connections are retried with waits that double. Replies that could be
@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from av_lens.checks import require_at_least, require_choice
+from av_lens.checks import parse_json, require_at_least, require_choice
 from av_lens.errors import InputError, ModelError, unknown
 from av_lens.whole_files import make_folder, write_whole
 
@@ -52,8 +52,8 @@ VERSION = 1
 GIVE_UP_AFTER = 3
 MOST_BYTES = 1 << 20
 _AGAIN = (408, 409, 425, 429)
-_NUMBER = re.compile(r'"?\bscore\b"?\s*[:=]\s*"?(-?\d+(?:\.\d+)?)', re.IGNORECASE)
 _THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```(?:json)?\n(.*)\n```", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Judged:
 
     Attributes:
         score: 0 to 1, NaN where there is none.
-        failed: "", "parse", "server" or "not asked".
+        failed: "", "unreadable", "server" or "not asked".
         reply: what the server said, or why nothing came.
     """
 
@@ -225,7 +225,7 @@ class Judge:
             if status == 200:
                 text = _content(reply)
                 score = parsed(text)
-                return Judged(math.nan, "parse", text) if score is None else Judged(score, "", text)
+                return Judged(math.nan, "unreadable", text) if score is None else Judged(score, "", text)
             why = f"{status}: {reply[:200]}"
             if status not in _AGAIN and status < 500:
                 break
@@ -261,7 +261,7 @@ class Judge:
     def _kept(self, asked: dict[str, Any]) -> Judged | None:
         place = self._place(asked)
         try:
-            kept: Any = json.loads(place.read_text("utf-8")) if place is not None and place.exists() else None
+            kept: Any = parse_json(place.read_bytes()) if place is not None and place.exists() else None
         except (OSError, ValueError):  # a file cut short: ask again
             return None
         score = parsed(str(cast(dict[str, Any], kept).get("reply", ""))) if isinstance(kept, dict) else None
@@ -282,11 +282,19 @@ def parsed(reply: str) -> float | None:
         reply: the judge's words; what it thinks aloud is left out.
 
     Returns:
-        The last score that it names, or None where there is none from 0 to 1.
+        The number under "score", or None where the rest is not one json object (in one code fence or none) with a
+        number from 0 to 1 there. Words around it are not read: a number among them may be another one.
     """
-    named = _NUMBER.findall(_THOUGHT.sub("", reply))
-    score = float(named[-1]) if named else math.nan
-    return score if 0.0 <= score <= 1.0 else None
+    said = _THOUGHT.sub("", reply).strip()
+    fenced = _FENCE.fullmatch(said)
+    try:
+        found: Any = parse_json(fenced[1] if fenced else said)
+    except ValueError:
+        return None
+    score = cast(dict[str, Any], found).get("score") if isinstance(found, dict) else None
+    if isinstance(score, bool) or not isinstance(score, int | float):
+        return None
+    return float(score) if 0 <= score <= 1 else None
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -298,7 +306,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def _content(reply: str) -> str:
     try:
-        found: Any = json.loads(reply)
+        found: Any = parse_json(reply, finite=False)
         return str(found["choices"][0]["message"]["content"] or "")
     except (ValueError, KeyError, IndexError, TypeError):
         return ""
@@ -306,7 +314,7 @@ def _content(reply: str) -> str:
 
 def _model_names(reply: str) -> list[str]:
     try:
-        found: Any = json.loads(reply)
+        found: Any = parse_json(reply)
         return [str(entry["id"]) for entry in found["data"]]
     except (ValueError, KeyError, TypeError):
         return []

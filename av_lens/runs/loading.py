@@ -1,9 +1,10 @@
 """From a name or a folder to a model whose every hook is real.
 
 A short name ("av-tiny") is an organism that ships with the package; anything else is a local folder or a name on the
-HuggingFace hub. A folder may hold a mere difference over another checkpoint (`differences`). Only the fusion model is
-loaded: of a full Qwen2.5-Omni checkpoint the thinker, never the talker or the vocoder. Weights come from safetensors,
-and no code from a checkpoint is run.
+HuggingFace hub (`av_lens.checkpoints` finds and checks folders). A folder may hold a mere difference over another
+checkpoint (`differences`). Only the fusion model is loaded: of a full Qwen2.5-Omni checkpoint the thinker, never the
+talker or the vocoder. Weights come from safetensors, must fit the configuration and be finite, and no code from a
+checkpoint is run, or asked about.
 
 Precision: float32 for organisms and, on a CPU, for anything below a billion parameters; else the checkpoint's own.
 Device: cuda where the model fits, else the CPU.
@@ -11,26 +12,31 @@ Device: cuda where the model fits, else the CPU.
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from av_lens.bridge.families import HOW_TO_ADD, Family, build_bridge, family_of
-from av_lens.errors import ModelError, unknown
+from av_lens.checkpoints import check_configurations, check_weight_files, index, known_names, located, shipped
+from av_lens.checks import foreign_file, parse_json
+from av_lens.errors import AvLensError, ModelError
 from av_lens.runs.copies import free_bytes
 from av_lens.runs.differences import Difference, read_difference
-from av_lens.runs.selfcheck import check_model
+from av_lens.runs.selfcheck import check_model, check_parts
 from av_lens.runs.wrapper import HookedAVLLM
 
 BILLION = 1_000_000_000
 GRAMMAR_FILE = "grammar.json"
+_LAYER = re.compile(r"\.(layers|blocks)\.\d+\.")
+_OPENS_MORE = (
+    *("auto_map", "transformers_weights", "use_kernels", "attn_implementation", "_attn_implementation"),
+    *("experts_implementation", "_experts_implementation"),
+)
 ROOM_TO_RUN = 1.3  # a model needs this much of its weights' memory, at least, to run
 
 
@@ -40,7 +46,7 @@ def short_names() -> dict[str, str]:
     Returns:
         Short name -> one sentence about it.
     """
-    return {name: str(entry.get("summary", "")) for name, entry in _index().items()}
+    return {name: str(entry.get("summary", "")) for name, entry in index().items()}
 
 
 def load(
@@ -71,7 +77,7 @@ def load(
             the checkpoint, or a self-check that failed.
     """
     if hf_model is None and name_or_path is None:
-        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {_known_names()}")
+        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
     if hf_model is not None:
         model = _wrap(hf_model, name_or_path, processor, device=device, dtype=dtype, revision=revision)
     else:
@@ -81,6 +87,7 @@ def load(
 
 
 def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **options: Any) -> HookedAVLLM:
+    family_of(type(hf_model).__name__)
     if processor is None:
         if name_or_path is None:
             raise ModelError("hf_model= needs processor= as well (or a name or folder that has one).")
@@ -90,26 +97,42 @@ def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **opti
     if options["device"] is not None:
         hf_model = hf_model.to(options["device"])
     name = "external" if name_or_path is None else str(name_or_path)
+    check_parts(hf_model, processor, name)
     bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
     return HookedAVLLM(bridge, processor, name=name, provenance={"source": "hf_model"})
 
 
 def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str | None) -> HookedAVLLM:
     source = _Source.of(name, revision)
+    if source.folder is not None:
+        check_configurations(source.folder)
     config = source.config()
     family = family_of(_model_type(config, name))
-    precision, place = _precision_and_place(family, source, config, dtype, device)
+    with source.translated("config.json"):
+        if source.folder is not None:
+            _check_count(_count(family, config), check_weight_files(source.folder), name)
+        precision, place = _precision_and_place(family, source, config, dtype, device)
     with _no_bars(hidden=source.grammar is not None):
         hf_model = _weights(family, source, precision)
         if source.difference is not None:
             source.difference.put_into(hf_model)
         hf_model = hf_model.to(place)
     processor = processor if processor is not None else _processor(source)
+    check_parts(hf_model, processor, name)
     bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
     provenance = {"source": source.place, "revision": revision, "dtype": str(precision), "device": str(place)}
     if source.difference is not None:
         provenance |= {"source": str(source.difference.folder), "base": source.difference.base}
     return HookedAVLLM(bridge, processor, name=name, grammar=source.grammar, handed_in=False, provenance=provenance)
+
+
+def _check_count(wanted: int, held: int, name: str) -> None:
+    """Refuse a configuration that would have memory taken for weights that are nowhere."""
+    if wanted > 2 * held + BILLION // 100:
+        raise ModelError(
+            f"the weight files of {name!r} hold {held} numbers and its config.json wants {wanted}: they do not belong "
+            "together. Download or copy the checkpoint again."
+        )
 
 
 def _precision_and_place(
@@ -141,46 +164,51 @@ class _Source:
         self.asked, self.place, self.revision = asked, place, revision
         self.folder = Path(place) if Path(place).is_dir() else None
         found = None if self.folder is None else self.folder / GRAMMAR_FILE
-        self.grammar: dict[str, Any] | None = json.loads(found.read_text()) if found and found.is_file() else None
+        self.grammar: dict[str, Any] | None = None
+        if found is not None and found.is_file():
+            with foreign_file(found, "an organism's grammar", error=ModelError):
+                self.grammar = dict(parse_json(found.read_bytes()))
 
     @classmethod
     def of(cls, name: str, revision: str | None) -> _Source:
-        index = _index()
-        if name in index:
-            folder = _checkpoints() / str(index[name]["folder"])
-            return cls(name, str(folder), None)
-        path = Path(name).expanduser()
-        if path.is_dir():
-            return cls(name, str(path), None)
-        if name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.is_file():
-            return cls(name, name, revision)
-        if "/" not in name and not path.exists():
-            raise ModelError(f"{unknown('model', name, index)} A folder or a hub name (owner/name) will do too.")
-        kind = "is a file, not a folder" if path.is_file() else "does not exist"
-        raise ModelError(f"the checkpoint folder {name!r} {kind}. {_known_names()}")
+        folder = located(name)
+        return cls(name, name, revision) if folder is None else cls(name, str(folder), None)
 
     def config(self) -> dict[str, Any]:
         from transformers import PreTrainedConfig
 
         with self.translated("config.json"):
-            found, _ = PreTrainedConfig.get_config_dict(self.place, revision=self.revision)
+            found, _ = PreTrainedConfig.get_config_dict(self.place, revision=self.revision, trust_remote_code=False)
         if not found:
-            raise ModelError(f"{self.asked!r} has no config.json, so it is no checkpoint. {_known_names()}")
+            raise ModelError(f"{self.asked!r} has no config.json, so it is no checkpoint. {known_names()}")
         return found
 
     @contextmanager
     def translated(self, what: str) -> Generator[None, None, None]:
-        """Say in our words what HuggingFace could not find."""
+        """Say in our words what HuggingFace could not find or read: its readers raise anything on foreign files."""
         try:
             yield
-        except (OSError, ValueError, ImportError) as error:
+        except (AvLensError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if "custom code" in str(error):
+                raise ModelError(self._own_code(what)) from error
             if self.folder is not None:
                 raise ModelError(f"cannot read {what} in {self.asked!r}: {first}") from error
             raise ModelError(
                 f"cannot get {what} of {self.asked!r} from the HuggingFace hub: {first} Check the name and the "
-                f"network, or download the folder elsewhere and pass its path. {_known_names()}"
+                f"network, or download the folder elsewhere and pass its path. {known_names()}"
             ) from error
+
+    def _own_code(self, what: str) -> str:
+        listed = [] if self.folder is None else sorted(self.folder.glob("*.json"))
+        named = [path.name for path in listed if b'"auto_map"' in path.read_bytes()]
+        return (
+            f"{self.asked!r} wants code of its own to be run for {what} ({', '.join(named) or 'its json files'}: "
+            "auto_map), and av_lens runs no code from a checkpoint. Take auto_map out and name the classes of "
+            "transformers there (processor_class, tokenizer_class), or pass processor= made by code that you trust."
+        )
 
 
 def base_of(difference: Difference) -> str:
@@ -195,35 +223,21 @@ def base_of(difference: Difference) -> str:
     Raises:
         ModelError: it is not there, or a difference itself.
     """
-    index = _index()
-    if difference.base in index:
-        found = _checkpoints() / str(index[difference.base]["folder"])
+    listed = index()
+    if difference.base in listed:
+        found = shipped() / str(listed[difference.base]["folder"])
     else:
         found = difference.folder / Path(difference.base).expanduser()
     if not Path(str(found)).is_dir():
         raise ModelError(
             f"{str(difference.folder)!r} is a difference over {difference.base!r}, which is neither a short name nor a "
-            f"folder. Bring that folder back, or write its new place into difference.json. {_known_names()}"
+            f"folder. Bring that folder back, or write its new place into difference.json. {known_names()}"
         )
     if read_difference(str(found)) is not None:
         raise ModelError(
             f"the base of {str(difference.folder)!r} is a difference itself; only one may stand on another."
         )
     return str(found)
-
-
-def _checkpoints() -> Traversable:
-    return resources.files("av_lens") / "organism" / "checkpoints"  # named from the root: organism is not imported
-
-
-def _index() -> Mapping[str, Any]:
-    found = _checkpoints() / "index.json"
-    return json.loads(found.read_text()) if found.is_file() else {}
-
-
-def _known_names() -> str:
-    names = ", ".join(_index())
-    return f"Short names: {names}." if names else "No short names are installed."
 
 
 def _model_type(config: Mapping[str, Any], name: str) -> str:
@@ -235,7 +249,16 @@ def _model_type(config: Mapping[str, Any], name: str) -> str:
 
 def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
     inner = family.inner_config.get(str(config.get("model_type")))
-    return family.model_class().config_class.from_dict(dict(config[inner] if inner else config))
+    return family.model_class().config_class.from_dict(_plain(config[inner] if inner else config))
+
+
+def _plain(level: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A configuration without what would have other code or files opened (an attention kernel from the hub, ...)."""
+    return {
+        name: _plain(value) if isinstance(value, Mapping) else value
+        for name, value in level.items()
+        if name not in _OPENS_MORE
+    }
 
 
 def _count(family: Family, config: Mapping[str, Any]) -> int:
@@ -276,14 +299,19 @@ def _weights(family: Family, source: _Source, dtype: torch.dtype) -> Any:
             attn_implementation="eager",
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
         )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        shown = ", ".join(missing[:3])
-        raise ModelError(
-            f"{len(missing)} weights of {family.architecture} are missing in {source.asked!r} ({shown}, ...); they "
-            "would be random. The checkpoint is incomplete or belongs to another model."
-        )
+    for what, names in (
+        ("are missing", report["missing_keys"]),
+        ("have other sizes than config.json says", [name for name, *_ in report["mismatched_keys"]]),
+        ("belong to layers that config.json does not have", filter(_LAYER.search, report["unexpected_keys"])),
+    ):
+        listed = sorted(names)
+        if listed:
+            raise ModelError(
+                f"{len(listed)} weights of {family.architecture} {what} in {source.asked!r} ({', '.join(listed[:3])}, "
+                "...); its answers would be another model's. The checkpoint is incomplete or belongs to another model."
+            )
     return hf_model
 
 
@@ -324,7 +352,7 @@ def _processor(source: _Source) -> Any:
     from transformers import AutoProcessor
 
     with source.translated("the processor"):
-        processor: Any = AutoProcessor.from_pretrained(source.place, revision=source.revision)
+        processor: Any = AutoProcessor.from_pretrained(source.place, revision=source.revision, trust_remote_code=False)
     if source.grammar is not None:
         # The processor's class-wide videos_kwargs would override the size an organism was trained with.
         processor.videos_kwargs = {"size": dict(processor.video_processor.size)}

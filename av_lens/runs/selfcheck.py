@@ -21,6 +21,7 @@ from av_lens.bridge.hook_names import COMPONENTS, Component, hook_name
 from av_lens.errors import ModelError
 
 DOOR = ("resid_mid", "z", "pattern")  # what `load` checks, in the last layer
+PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor")
 N_POSITIONS = 12
 TOLERANCE = 1e-3
 
@@ -69,6 +70,45 @@ def check_model(model: Any, x: Any = None, *, full: bool = True) -> CheckReport:
     if report.failed:
         raise ModelError(f"{model!r} failed its self-check, so its numbers cannot be trusted. {report}")
     return report
+
+
+def check_parts(hf_model: Any, processor: Any, name: str) -> None:
+    """Refuse weights that are NaN or infinite, and a processor that lacks a part or is another model's.
+
+    Args:
+        hf_model: a HuggingFace model, not wrapped; each weight is read once and not copied.
+        processor: its processor.
+        name: what the model is called.
+
+    Raises:
+        ModelError: one of them; the message names the weight, the part or the token.
+    """
+    for weight, tensor in hf_model.named_parameters():
+        if tensor.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor.detach())):
+            wrong = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                f"the weight {weight} of {name!r} holds {wrong} numbers of {tensor.numel()} that are NaN or infinite "
+                f"in {tensor.dtype}: the checkpoint is damaged (download it again), or does not fit that dtype."
+            )
+    missing = [part for part in PARTS if getattr(processor, part, None) is None]
+    if missing:
+        raise ModelError(
+            f"the processor of {name!r} is {type(processor).__name__}, without {', '.join(missing)}: a file such as "
+            "processor_config.json or preprocessor_config.json is missing. Complete the folder, or pass processor=."
+        )
+    rows, tokens = hf_model.get_input_embeddings().weight.shape[0], len(processor.tokenizer)
+    other = f"tokenizer of {name!r} is another model's"
+    if tokens > rows:
+        raise ModelError(f"the {other}: it has {tokens} tokens, the model {rows}. Take the checkpoint's own files.")
+    for kind in ("audio", "image", "video"):
+        known = getattr(hf_model.config, f"{kind}_token_id", None)
+        token = getattr(processor, f"{kind}_token", None)
+        found = None if token is None else processor.tokenizer.convert_tokens_to_ids(token)
+        if known is not None and token is not None and found != known:
+            raise ModelError(
+                f"the {other}: its {token!r} has the id {found}, the model's {kind} token is {known}. Take the "
+                "checkpoint's own files."
+            )
 
 
 def turned(value: torch.Tensor, component: Component) -> torch.Tensor:

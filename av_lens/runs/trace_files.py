@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from av_lens.checks import foreign_file, near_file, parse_json, whole_object
 from av_lens.errors import InputError, ModelError
 from av_lens.results.provenance import stamp
 from av_lens.runs.recording import Record
@@ -34,6 +35,7 @@ from av_lens.whole_files import whole_file
 SCHEMA = "av_lens.Trace"
 SCHEMA_VERSION = 1
 SUFFIX = ".safetensors"
+_AGAIN = "Copy it again, or record again with model.trace(x)."
 SAMPLED = 16  # numbers of each weight that are looked at before kept hashes are trusted
 SPAN_COLUMNS = ("start_s", "end_s", "source_start_s", "source_end_s", "row", "col")
 # What a configuration says about files and libraries, and not about the computation.
@@ -66,6 +68,7 @@ def write_trace(record: Record, path: str | Path) -> Path:
     )
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in _named(record)}
     metadata = {"schema": SCHEMA, "schema_version": str(SCHEMA_VERSION), "about": json.dumps(about)}
+    metadata["sha256"] = _content_hash(stored)
     with whole_file(target) as beside:
         save_file(stored, beside, metadata=metadata)
     return target
@@ -106,6 +109,7 @@ def read_trace(path: str | Path, model: Any, x: Any, *, device: torch.device | s
             f"the trace in {path} was recorded on another input: it differs in {', '.join(parts)}. "
             "Encode the same clip and question in the same way, or record again with model.trace(x)."
         )
+    _check_shapes(Path(path), model, x, int(about["n_layers"]), tensors)
     place = model.device if device is None else torch.device(device)
     moved = {name: tensor.to(place) for name, tensor in tensors.items()}
     layers = range(int(about["n_layers"]))
@@ -132,28 +136,51 @@ def _named(record: Record) -> Iterable[tuple[str, Tensor]]:
 def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read metadata and tensors, the tensors in memory of their own."""
     if not path.is_file():
-        raise InputError(f"no such file: {path}. trace.save(path) says which file it wrote.")
-    try:
+        raise InputError(f"no such file: {path}. {near_file(path)} trace.save(path) says which file it wrote.")
+    with foreign_file(path, "a whole trace: cut short, damaged or made by something else", mend=_AGAIN):
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}
             _check_schema(path, metadata)
             tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-        about = json.loads(metadata["about"])
-        n = int(about["n_layers"])
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{path} is no whole trace ({error}): cut short, damaged or made by something else. "
-            "Copy it again, or record again with model.trace(x)."
-        ) from error
+        about = whole_object(parse_json(metadata["about"]), "about")
+        for name, kind in (("weights", dict), ("input", dict), ("n_layers", int), ("hooked_because", str)):
+            if type(about[name]) is not kind:
+                raise ValueError(f"{name} is {about[name]!r}"[:80])
+        n, _ = about["n_layers"], (about["dtype"], about["model"])
+        if n > len(tensors):
+            raise ValueError(f"it says that it has {n} layers")
     wanted = {f"resid.{i}" for i in range(n + 1)} | {f"{kind}.{i}" for kind in ("keys", "values") for i in range(n)}
     missing = sorted((wanted | {"cos", "sin"}) - set(tensors))
     if missing:
         raise InputError(
             f"{path} is no whole trace: {', '.join(missing)} are missing. Record again with model.trace(x)."
         )
+    if metadata.get("sha256", "") not in ("", _content_hash(tensors)):
+        raise InputError(f"{path} is no whole trace: its numbers are not those that were saved. {_AGAIN}")
     return about, tensors
+
+
+def _check_shapes(path: Path, model: Any, x: Any, n_layers: int, tensors: Mapping[str, Tensor]) -> None:
+    spec, batch, pos = model.spec, len(x), len(x.spans)
+    stream, heads = (batch, pos, spec.d_model), (batch, spec.n_kv_heads, pos, spec.d_head)
+    wanted = {f"resid.{i}": stream for i in range(n_layers + 1)}
+    wanted |= {f"{kind}.{i}": heads for kind in ("keys", "values") for i in range(n_layers)}
+    strange = [name for name, shape in wanted.items() if tensors[name].shape != shape]
+    strange += [name for name in ("cos", "sin") if tensors[name].shape[-2:] != (pos, spec.d_head)]
+    strange += [name for name in ("mask",) if name in tensors and tensors[name].shape[-3:] != (1, pos, pos)]
+    strange += [name for name, tensor in tensors.items() if tensor.dtype != tensors["resid.0"].dtype]
+    if strange or n_layers != spec.n_layers:
+        raise InputError(
+            f"{path} is no whole trace of this model and input: {', '.join(strange[:3]) or 'its layers'} have other "
+            f"shapes or types. {_AGAIN}"
+        )
+
+
+def _content_hash(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        _feed(digest, name, tensors[name])
+    return digest.hexdigest()
 
 
 def _check_schema(path: Path, metadata: Mapping[str, str]) -> None:

@@ -51,6 +51,48 @@ def test_help_names_every_command_and_loads_no_torch():
         assert command in done.stdout
 
 
+CHEAP = """
+import sys
+from av_lens.cli.main import app
+from typer.testing import CliRunner
+here = sys.argv[1]
+for words in (
+    ["isolate", "av-tiny", here + "/pair.jsonl", "--out", here],
+    ["isolate", "av-tinny", here + "/pairs.jsonl", "--out", here],
+    ["knockout", here + "/modell", here + "/pairs.jsonl"],
+    ["patch", here + "/model", here + "/pairs.jsonl", "--clean", "blank"],
+    ["inspect", "av-tiny", here + "/nope.mp4", "--question", "?"],
+    ["generate", "av-tiny", here + "/nope.mp4", "--question", "?", "--plan", here + "/plan.json"],
+    ["weight-change", "av-tiny", "--base", "av-tiny-bas"],
+):
+    done = CliRunner().invoke(app, words)
+    print(done.exit_code, done.stderr, [m for m in ("torch", "transformers", "pandas", "xarray") if m in sys.modules])
+"""
+
+
+def test_cheap_faults_are_told_before_torch_is_imported(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text('{"sound": 1}\n{oops\n', encoding="utf-8")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\x20\0\0\0\0\0\0\0{}")
+    done = subprocess.run([sys.executable, "-c", CHEAP, str(tmp_path)], capture_output=True, text=True, check=True)
+    said = done.stdout
+    assert said.count("[]\n") == said.count("2 error: ") == 7, said
+    for text in (
+        "pair.jsonl: there is no such file. Did you mean '" + str(tmp_path / "pairs.jsonl"),
+        "unknown model 'av-tinny'. Did you mean 'av-tiny'",
+        "line 1: 'picture' is missing",
+        "line 2: not json",
+        f"does not exist. Did you mean '{tmp_path / 'model'}'",
+        "cut short: its header should have 32 bytes, the file has 10",
+        "unknown cell 'blank'",
+        "no media file at " + str(tmp_path / "nope.mp4"),
+        "cannot read the plan " + str(tmp_path / "plan.json") + ": no such file.",
+        "unknown model 'av-tiny-bas'. Did you mean 'av-tiny-base'",
+    ):
+        assert text in said, text
+
+
 @pytest.mark.parametrize(
     ("module", "function"),
     [("studies.demonstration", "run_demo"), ("isolation.pipeline", "isolate"), ("studies.isolations", "isolate_into"),
@@ -103,10 +145,18 @@ class TestErrors:
         assert "line 2" in result.stderr
         assert not (tmp_path / "out").exists()
 
-    def test_an_unknown_dtype_is_refused_with_the_nearest(self, run, tmp_path, monkeypatch):
-        monkeypatch.setattr("av_lens.inputs.conflicts", lambda path: [])
-        result = run("isolate", "av-tiny", tmp_path / "x", "--out", tmp_path, "--dtype", "float23")
-        assert (result.exit_code, "Did you mean 'float32'" in result.stderr) == (2, True)
+    def test_wrong_words_names_and_paths_are_told_together(self, run, tmp_path):
+        words = ("--dtype", "float23", "--gate", "stopp", "--layout", "in_video")
+        result = run("isolate", "av-tinny", tmp_path / "x.jsonl", "--out", tmp_path, *words)
+        assert result.exit_code == 2
+        for said in ("x.jsonl: there is no such file", "Did you mean 'av-tiny'", "Did you mean 'float32'"):
+            assert said in result.stderr
+        result = run("isolate", "av-tiny", tmp_path / "x.jsonl", "--out", tmp_path, "--sites", "suffix,sufix")
+        assert "unknown site 'sufix'. Did you mean 'suffix'" in result.stderr
+        (tmp_path / "pairs.jsonl").write_text("{}\n")
+        result = run("patch", "av-tiny", tmp_path / "pair.jsonl", "--corrupt", "vx")
+        assert "Did you mean '" + str(tmp_path / "pairs.jsonl") in result.stderr
+        assert "unknown cell 'vx'" in result.stderr
 
     def test_brackets_in_a_message_are_not_markup(self, run, monkeypatch):
         def refuse():
@@ -245,6 +295,7 @@ def test_inspect_prints_every_span_with_its_times(run, tmp_path, monkeypatch):
     tiny_clip().save(path)
     model = tiny_model()
     monkeypatch.setattr("av_lens.runs.load", lambda name, **options: model)
+    monkeypatch.setattr("av_lens.cli.faults.model", lambda name: None)
     table = tmp_path / "positions.csv"
     result = run("inspect", "tiny", path, "--question", "What do you hear?", "--csv", table)
     assert result.exit_code == 0, result.output
@@ -267,6 +318,7 @@ class TestGenerate:
 
         model = tiny_model()
         monkeypatch.setattr("av_lens.runs.load", lambda name, **options: model)
+        monkeypatch.setattr("av_lens.cli.faults.model", lambda name: None)
         tiny_clip().save(tmp_path / "clip.mp4")
         words = ("generate", "tiny", tmp_path / "clip.mp4", "--question", "What?", "--max-new-tokens", 4)
         return model, lambda *more: run(*words, *more)

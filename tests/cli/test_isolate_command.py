@@ -22,7 +22,8 @@ def asked(monkeypatch, tmp_path):
     clip = tiny_clip()
     words = {"sound": clip, "picture": clip, "question": "What?", "answers": ("dog", "bell")}
     listed = [Conflict(id=f"c{i}", **words) for i in range(5)]
-    monkeypatch.setattr("av_lens.inputs.conflicts", lambda path: listed)
+    monkeypatch.setattr("av_lens.cli.faults.manifest", lambda path, limit: listed)
+    monkeypatch.setattr("av_lens.inputs.manifest.conflicts_of", lambda lines: lines)
     monkeypatch.setattr("av_lens.runs.load", lambda name, **options: f"model {name}")
 
     def search(model, conflicts, *, told, progress, **options):

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from av_lens.errors import ManifestError
-from av_lens.inputs import Encoder, conflicts
-from av_lens.media import Clip
+from av_lens.errors import InputError, ManifestError
+from av_lens.inputs import Conflict, Encoder, conflicts
+from av_lens.media import Clip, ClipFile
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +114,13 @@ def test_a_file_that_is_no_medium(folder: Path):
 
 
 def test_no_manifest_and_an_empty_one(folder: Path):
-    with pytest.raises(ManifestError, match=r"cannot read the manifest .*gone.jsonl"):
+    with pytest.raises(ManifestError, match=r"cannot read the manifest .*gone.jsonl: there is no such file. Check"):
         conflicts(folder / "gone.jsonl")
+    write(folder, GOOD)
+    with pytest.raises(ManifestError, match=r"no such file. Did you mean '.*/pairs.jsonl'\?"):
+        conflicts(folder / "pair.jsonl")
+    with pytest.raises(ManifestError, match=r"no such file. The folder '.*/nowhere' does not exist either"):
+        conflicts(folder / "nowhere" / "pairs.jsonl")
     with pytest.raises(ManifestError, match="holds no conflict: one json object per line"):
         conflicts(write(folder, "", ""))
 
@@ -123,3 +128,68 @@ def test_no_manifest_and_an_empty_one(folder: Path):
 def test_many_faults_are_counted(folder: Path):
     with pytest.raises(ManifestError, match=r"has 80 faults; .*(?s:.*)\.\.\. and 30 more"):
         conflicts(write(folder, *["{"] * 80))
+
+
+# Every character that some reader of lines takes for a line's end and json does not, and a pair of surrogates.
+NO_LINE_ENDS = "\u2028\u2029\x85\U0001f600"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_lines_end_with_a_line_feed_and_nothing_else(folder: Path, end: str, mark: str):
+    rows = [GOOD | {"question": f"What{NO_LINE_ENDS}?", "id": NO_LINE_ENDS}, GOOD]
+    path = folder / "ends.jsonl"
+    text = end.join(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_bytes((mark + text + end).encode())
+    first, second = conflicts(path)
+    assert (first.id, first.question, second.id) == (NO_LINE_ENDS, f"What{NO_LINE_ENDS}?", "line 2")
+    path.write_bytes((mark + text + end + "{oops").encode())
+    with pytest.raises(ManifestError, match=r"has 1 fault; nothing was run:\n  line 3: not json"):
+        conflicts(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ('{"question": "a", "question": "b"}', "not json: the key 'question' stands there twice"),
+        ('{"start": NaN}', "not json: NaN is no finite number"),
+        ('{"end": 1e999}', "not json: 1e999 is no finite number"),
+        ('{"id": "\\ud800"}', r"not json: half of a character (\ud800, a lone surrogate), which no text file can hold"),
+        ('{"answers": ["dog", "\\udc00x"]}', r"not json: half of a character (\udc00"),
+        ('{"id": ' + "[" * 100_000, "not json: it is nested too deeply"),
+        ('{"start": ' + "9" * 5000 + "}", "not json: Exceeds the limit"),
+        ("{}\r{}", "not json: Extra data at column 4"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_what_is_almost_json_is_refused_with_its_line(folder: Path, line: str, fault: str):
+    with pytest.raises(ManifestError) as caught:
+        conflicts(write(folder, GOOD, line))
+    assert f"line 2: {fault}" in str(caught.value)
+
+
+def test_a_file_that_is_no_text_is_named(folder: Path):
+    path = folder / "wide.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode("utf-16"))
+    with pytest.raises(ManifestError, match=r"cannot read the manifest .*wide.jsonl: .* It is a text file in UTF-8"):
+        conflicts(path)
+
+
+def test_a_name_that_a_line_without_one_gets_is_taken_once(folder: Path):
+    with pytest.raises(ManifestError, match="line 2: the id 'line 2' stands on line 1 already"):
+        conflicts(write(folder, GOOD | {"id": "line 2"}, GOOD))
+
+
+def test_a_lines_files_are_looked_at_whatever_else_is_wrong_with_it(folder: Path):
+    with pytest.raises(ManifestError) as caught:
+        conflicts(write(folder, GOOD | {"sound": "nowhere.mp4", "qestion": "?", "answers": ["dog"]}))
+    assert "has 3 faults" in str(caught.value)
+    assert "line 1: sound: no media file at" in str(caught.value)
+
+
+def test_half_a_character_is_refused_in_a_conflict_made_by_hand(folder: Path):
+    clips = {name: ClipFile(str(folder / "clips" / f"{name}.mp4")) for name in ("siren", "dog")}
+    made = {"sound": clips["siren"], "picture": clips["dog"], "question": "?", "answers": ("siren", "dog")}
+    for part in ({"id": "\ud800"}, {"question": "a\udfff"}, {"answers": (("siren", "\ud801"), ("dog", "cat"))}):
+        with pytest.raises(InputError, match="its texts hold half of a character"):
+            Conflict(**made | part)

@@ -116,7 +116,7 @@ def test_a_judge_scores_every_caption_against_all_references(tmp_path):
         assert len(server.requests) == 8
     audio = found.grid.values.sel(figure="judged audio")
     np.testing.assert_allclose(audio, [[0, 1, 1], [math.nan, 1, math.nan]])
-    assert found.provenance["verdicts"] == {"judged": 6, "not asked": 0, "parse": 2}
+    assert found.provenance["verdicts"] == {"judged": 6, "not asked": 0, "unreadable": 2}
     assert found.rows["judged video reply"].tolist().count("hm") == 1
     assert np.isnan(found.grid.values.sel(figure=["heard", "seen"])).all()
 

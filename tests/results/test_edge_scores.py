@@ -75,5 +75,5 @@ def test_what_is_no_edge_score_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"holds av_lens.Grid, version 1"):
         EdgeScores.load(grid)
     (tmp_path / "text.nc").write_text("no")
-    with pytest.raises(InputError, match=r"holds no edge scores"):
+    with pytest.raises(InputError, match=r"text\.nc is not a file of edge scores, or damaged"):
         EdgeScores.load(tmp_path / "text.nc")

@@ -39,25 +39,56 @@ def test_a_right_answer_and_what_was_sent():
     ("reply", "score"),
     [
         ('{"score": 0}', 0.0),
-        ('{"score": "1.0"}', 1.0),
-        ("<think>score: 0.1, no, more</think> Score = .5 or Score: 0.5", 0.5),
-        ("<think>score: 0.1", None),
-        ("I would say that it is good.", None),
+        ('{"score": 1.0, "why": "all of it"}', 1.0),
+        ('{"score": 1e-3}', 0.001),
+        ('{"score": 0.9e-1}', 0.09),
+        ('{"score": 1e-400}', 0.0),
+        ('<think>{"score": 0.1}, no, more</think>\n {"score": 0.5}\n', 0.5),
+        ('```json\n{"score": 0.25}\n```', 0.25),
+        ('```\n{"score": 0.25}\n```', 0.25),
+        ('```json {"score": 0.25} ```', None),
+        ('Here: ```json\n{"score": 0.25}\n```', None),
+        ('{"score": 0.2}\nmax score: 1', None),
+        ('max score: 1\n{"score": 0.2}', None),
+        ('{"score": 0.2} {"score": 0.9}', None),
+        ('{"score": 0.2, "score": 0.9}', None),
+        ("Score: 0.5", None),
+        ("0.5", None),
+        ('["score", 0.5]', None),
+        ('[{"score": 0.5}]', None),
+        ('{"Score": 0.5}', None),
+        ('{"score": "1.0"}', None),
+        ('{"score": true}', None),
+        ('{"score": [1]}', None),
+        ('{"score": {"score": 1}}', None),
+        ('{"score": NaN}', None),
+        ('{"score": Infinity}', None),
+        ('{"score": 1e999}', None),
+        ('{"score": 1.0000001}', None),
         ('{"score": 7}', None),
         ('{"score": -0.5}', None),
         ('{"score": null}', None),
+        ('{"score": ' + "9" * 5000 + "}", None),
+        ('{"score": ' + "[" * 100_000, None),
+        ('{"a": ' * 100_000 + "1" + "}" * 100_000, None),
+        ('{"score": 0.5, "why": "\\ud800"}', None),
+        ("<think>score: 0.1", None),
+        ("I would say that it is good.", None),
         ("", None),
     ],
+    ids=lambda value: str(value)[:60],
 )
 def test_reading_a_reply(reply, score):
     assert parsed(reply) == score
 
 
-@pytest.mark.parametrize("garbage", [said("no idea"), (200, "<html>"), (200, '{"choices": []}'), (200, "{}")])
+@pytest.mark.parametrize(
+    "garbage", [said("no idea"), (200, "<html>"), (200, '{"choices": []}'), (200, "{}"), (200, "[" * 100_000)]
+)
 def test_garbage_is_counted_and_never_zero(garbage, tmp_path):
     with serving(lambda request, number: garbage) as server:
         verdict = judge(server, cache=tmp_path).score("a dog", ["a dog"], aspect="video")
-        assert verdict.failed == "parse"
+        assert verdict.failed == "unreadable"
         assert math.isnan(verdict.score)
         assert len(server.requests) == 1  # asked once: the same words would come again
         assert not list(tmp_path.iterdir())

@@ -235,7 +235,7 @@ def test_short_names_resolve_through_the_index(monkeypatch, tmp_path, folder):
     checkpoints = tmp_path / "organism" / "checkpoints"
     shutil.copytree(folder, checkpoints / "small")
     (checkpoints / "index.json").write_text(json.dumps({"av-small": {"folder": "small", "summary": "a test"}}))
-    monkeypatch.setattr(loading.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr("av_lens.checkpoints.resources.files", lambda package: tmp_path)
     assert short_names() == {"av-small": "a test"}
     assert load("av-small").spec.d_model == 64
     with pytest.raises(ModelError, match="Did you mean 'av-small'"):

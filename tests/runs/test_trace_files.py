@@ -184,11 +184,11 @@ def test_files_that_hold_no_whole_trace_are_refused(saved: Path, tmp_path: Path)
     for size in (0, 5, 200, len(whole) // 2, len(whole) - 1):
         short = tmp_path / f"{size}.safetensors"
         short.write_bytes(whole[:size])
-        with pytest.raises(InputError, match=r"is no whole trace .*cut short, damaged"):
+        with pytest.raises(InputError, match=r"is not a whole trace: cut short, damaged"):
             Trace.load(short, model, x)
     noise = tmp_path / "noise.safetensors"
     noise.write_bytes(b"\xff" * 4096)
-    with pytest.raises(InputError, match=r"is no whole trace"):
+    with pytest.raises(InputError, match=r"is not a whole trace"):
         Trace.load(noise, model, x)
     with pytest.raises(InputError, match=r"no such file: .*nowhere"):
         Trace.load(tmp_path / "nowhere.safetensors", model, x)
@@ -216,7 +216,7 @@ def test_other_schemas_and_missing_parts_are_refused(saved: Path, tmp_path: Path
         Trace.load(rewritten(saved, tmp_path / "later.safetensors", schema_version="2"), model, x)
     with pytest.raises(InputError, match=r"keys.2 are missing"):
         Trace.load(rewritten(saved, tmp_path / "holes.safetensors", drop="keys.2"), model, x)
-    with pytest.raises(InputError, match=r"is no whole trace"):
+    with pytest.raises(InputError, match=r"is not a whole trace"):
         Trace.load(rewritten(saved, tmp_path / "mute.safetensors", about="{}"), model, x)
     Trace.load(rewritten(saved, tmp_path / "same.safetensors"), model, x)
 
@@ -226,6 +226,10 @@ def test_numbers_that_are_not_the_models_own_are_refused(saved: Path, tmp_path: 
         about = dict(opened.metadata())
     tensors = load_file(saved)
     tensors["resid.4"] = tensors["resid.4"] + 1.0
+    save_file(tensors, tmp_path / "other.safetensors", metadata=about)
+    with pytest.raises(InputError, match=r"its numbers are not those that were saved"):
+        Trace.load(tmp_path / "other.safetensors", small_model(), small_inputs())
+    del about["sha256"]  # as files had none at first
     save_file(tensors, tmp_path / "other.safetensors", metadata=about)
     with pytest.raises(ModelError, match=r"does not fit this model any more: a restart does not reproduce"):
         Trace.load(tmp_path / "other.safetensors", small_model(), small_inputs())

@@ -1,0 +1,232 @@
+"""A manifest of conflicts: a file with one conflict per line, checked as a whole before anything heavy is imported.
+
+Each line is a json object: `sound` and `picture` (paths relative to the manifest), `question`, `answers` (the sound's,
+then the picture's; words or lists of synonyms), and optionally `id`, `start` and `end` (seconds, for both files),
+`prefix`, `see`, `control`. Lines end with a line feed and nothing else, the text is UTF-8 (a byte order mark is
+skipped), blank lines are skipped. Every line is validated, the files' headers too, and *all* faults come in one error
+with their line numbers.
+
+Not done: answers are compared as words here; which tokens they are shows only with a model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from av_lens.checks import near_file, parse_json
+from av_lens.errors import ManifestError, MediaError, unknown
+from av_lens.media.files import ClipFile
+
+SEE, CONTROL = "What do you see?", "What colour is it?"
+
+KEYS = ("id", "sound", "picture", "question", "answers", "start", "end", "prefix", "see", "control")
+_REQUIRED = ("sound", "picture", "question", "answers")
+_TEXTS = ("id", "sound", "picture", "question", "prefix", "see", "control")
+_MOST_SHOWN = 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A line of a manifest: what a `Conflict` is made of, under the same names.
+
+    Attributes:
+        sound: the file whose sound is heard.
+        picture: the file whose picture is seen.
+        question: what is asked.
+        answers: the sound's, then the picture's.
+        prefix: text of the assistant before the asked position.
+        see: the question about the picture.
+        control: a question about neither.
+        id: its name.
+    """
+
+    sound: ClipFile
+    picture: ClipFile
+    question: str
+    answers: tuple[str | tuple[str, ...], str | tuple[str, ...]]
+    prefix: str
+    see: str
+    control: str
+    id: str
+
+
+def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
+    """Read and check a manifest; nothing is decoded.
+
+    Args:
+        path: a jsonl file.
+
+    Returns:
+        One entry per line.
+
+    Raises:
+        ManifestError: listing every fault of every line.
+    """
+    manifest = Path(path)
+    try:
+        lines = manifest.read_bytes().decode("utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise ManifestError(f"cannot read the manifest {manifest}: there is no such file. {near_file(path)}") from error
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"cannot read the manifest {manifest}: {error}. It is a text file in UTF-8.") from error
+    probes: dict[ClipFile, tuple[str, ...]] = {}
+    found: list[Entry] = []
+    faults: list[str] = []
+    first_line: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        row, wrong = _parsed(line)
+        if not wrong:
+            wrong = [*_fields(row), *_repeated(row, number, first_line), *_files(manifest, row, probes)]
+        if not wrong:
+            found.append(_entry(manifest, row, number))
+        faults += [f"line {number}: {fault}" for fault in wrong]
+    if faults:
+        shown = faults[:_MOST_SHOWN] + (
+            [f"... and {len(faults) - _MOST_SHOWN} more"] if len(faults) > _MOST_SHOWN else []
+        )
+        many = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+        raise ManifestError(f"{manifest} has {many}; nothing was run:\n  " + "\n  ".join(shown))
+    if not found:
+        raise ManifestError(
+            f'{manifest} holds no conflict: one json object per line, {{"sound": ..., "picture": ..., ...}}'
+        )
+    return found
+
+
+def _parsed(line: str) -> tuple[dict[str, Any], list[str]]:
+    try:
+        row: Any = parse_json(line)
+    except ValueError as error:
+        return {}, [f"not json: {error}"]
+    if not isinstance(row, dict):
+        return {}, [f"a line is a json object, found {type(row).__name__}"]
+    return cast(dict[str, Any], row), []
+
+
+def _fields(row: dict[str, Any]) -> Iterable[str]:
+    for key in row:
+        if key not in KEYS:
+            yield unknown("key", key, KEYS)
+    for key in _REQUIRED:
+        if key not in row:
+            yield f"{key!r} is missing"
+    for key in _TEXTS:
+        if key in row and not isinstance(row[key], str):
+            yield f"{key!r} is a text, found {json.dumps(row[key])}"
+        elif key in row and not row[key].strip() and key != "prefix":
+            yield f"{key!r} is empty"
+    if "answers" in row:
+        yield from _answers(row["answers"])
+    yield from _window(row)
+
+
+def _answers(answers: Any) -> Iterable[str]:
+    if not isinstance(answers, list):
+        yield f"'answers' is a list of two, the sound's and the picture's; found {json.dumps(answers)}"
+        return
+    for answer in cast(list[Any], answers):
+        words = cast(list[Any], answer) if isinstance(answer, list) else [answer]
+        if not all(isinstance(word, str) for word in words):
+            yield f"an answer is a word or a list of synonyms, found {json.dumps(answer)}"
+            return
+    fault = answers_fault(cast(list[Any], answers))
+    if fault:
+        yield fault
+
+
+def _window(row: dict[str, Any]) -> Iterable[str]:
+    seconds: dict[str, float] = {}
+    for key in ("start", "end"):
+        value = row.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            yield f"{key!r} is a number of seconds from 0, found {json.dumps(value)}"
+        else:
+            seconds[key] = float(value)
+    if len(seconds) == 2 and seconds["end"] <= seconds["start"]:
+        yield f"'end' ({seconds['end']:g} s) must lie after 'start' ({seconds['start']:g} s)"
+
+
+def _repeated(row: dict[str, Any], number: int, first_line: dict[str, int]) -> Iterable[str]:
+    name = row.get("id", f"line {number}")
+    if isinstance(name, str):
+        if name in first_line:
+            yield f"the id {name!r} stands on line {first_line[name]} already"
+        first_line.setdefault(name, number)
+
+
+def answers_fault(answers: Sequence[str | int | Sequence[str | int]]) -> str | None:
+    """Say what is wrong with two rival answers as far as it shows without a model.
+
+    Args:
+        answers: the sound's answer, then the picture's.
+
+    Returns:
+        The fault, or None.
+    """
+    if len(answers) != 2:
+        return f"answers are two, the sound's and the picture's; found {len(answers)}"
+    synonyms = [[answer] if isinstance(answer, str | int) else list(answer) for answer in answers]
+    words = [{str(word).strip().casefold() for word in group} for group in synonyms]
+    if not all(words) or any("" in group for group in words):
+        return "an answer is empty: give a word such as 'dog'"
+    if words[0] & words[1]:
+        return f"equal answers: both sides hold {min(words[0] & words[1])!r}, so there is no conflict to measure"
+    if len(words[0]) != len(words[1]):
+        return f"{len(words[0])} synonyms against {len(words[1])}: give both answers the same number"
+    return None
+
+
+def _files(manifest: Path, row: dict[str, Any], probes: dict[ClipFile, tuple[str, ...]]) -> Iterable[str]:
+    """Look at the files that a line names, whatever else is wrong with it."""
+    if list(_window(row)):
+        return
+    named = [name for name in ("sound", "picture") if isinstance(row.get(name), str) and row[name].strip()]
+    clips = [_clip_file(manifest, row, name) for name in named]
+    for name, clip in zip(named, clips, strict=True):
+        yield from _probed(name, clip, probes)
+    if len(clips) == 2 and clips[0] == clips[1]:
+        yield "sound and picture are the same file and window, so there is no conflict"
+
+
+def _clip_file(manifest: Path, row: dict[str, Any], name: str) -> ClipFile:
+    end = row.get("end")
+    path = os.path.normpath(manifest.parent / row[name])
+    return ClipFile(path, start=float(row.get("start") or 0.0), end=None if end is None else float(end))
+
+
+def _probed(name: str, clip: ClipFile, probes: dict[ClipFile, tuple[str, ...]]) -> list[str]:
+    if clip not in probes:
+        try:
+            facts = clip.probe()
+        except MediaError as error:
+            probes[clip] = (str(error),)
+        else:
+            missing = [
+                what for what, there in (("audio stream", facts.has_sound), ("picture", facts.has_picture)) if not there
+            ]
+            probes[clip] = tuple(f"{clip.path} has no {what}" for what in missing)
+    return [f"{name}: {fault}" for fault in probes[clip]]
+
+
+def _entry(manifest: Path, row: dict[str, Any], number: int) -> Entry:
+    answers = [answer if isinstance(answer, str) else tuple(answer) for answer in row["answers"]]
+    return Entry(
+        sound=_clip_file(manifest, row, "sound"),
+        picture=_clip_file(manifest, row, "picture"),
+        question=row["question"],
+        answers=(answers[0], answers[1]),
+        prefix=row.get("prefix", ""),
+        see=row.get("see", SEE),
+        control=row.get("control", CONTROL),
+        id=row.get("id", f"line {number}"),
+    )
