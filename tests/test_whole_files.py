@@ -141,17 +141,17 @@ def test_leftovers_of_killed_writers_are_swept_and_no_others(tmp_path):
     ("content", "why"),
     [
         (b"", "Expecting value"),
-        (b"\xff\xfe", "can't decode"),
-        (b"[1]", "it holds a list, not an object"),
+        (b"\xff\xfe", "is no UTF-8"),
+        (b"[1]", "it should be a json object, found list"),
         (b'{"a": ', "Expecting value"),
-        (b"[" * 100_000, "recursion"),
+        (b"[" * 100_000, "nested too deeply"),
         (b"1" * 5000, "digits"),
     ],
 )
 def test_foreign_bytes_are_a_sentence_or_count_as_none(content, why, tmp_path):
     place = tmp_path / "x.json"
     place.write_bytes(content)
-    with pytest.raises(FileError, match=rf"x\.json cannot be read back: .*{why}.*\. Put it back as it was, or"):
+    with pytest.raises(FileError, match=rf"x\.json is not what av_lens wrote there, or damaged \(.*{why}.*\)\. Put it back as it was, or"):
         read_object(place)
     assert stored(place, lambda found: found) is None
 

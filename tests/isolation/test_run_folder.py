@@ -147,7 +147,7 @@ def test_a_damaged_measurement_is_named_and_made_again(damage, tmp_path):
     lines = []
     assert small(tmp_path, lines.append) == (WHOLE, 1)
     (said,) = [line for line in lines if "measured again" in line]
-    assert said.startswith(f"{place} cannot be read back: ")
+    assert said.startswith(f"{place} is not what av_lens wrote there, or damaged (")
     lines = []
     assert small(tmp_path, lines.append) == (WHOLE, 0)
     assert not [line for line in lines if "again" in line]
@@ -191,7 +191,7 @@ def test_a_damaged_protocol_is_refused_and_once_deleted_nothing_is_lost(content,
     small(tmp_path)
     (tmp_path / "protocol.json").write_bytes(content)
     before = contents(tmp_path)
-    with pytest.raises(FileError, match=r"protocol\.json cannot be read back: .*or delete it \(then this run's own"):
+    with pytest.raises(FileError, match=r"protocol\.json is not what av_lens wrote there.*or delete it \(then this run's own"):
         small(tmp_path)
     assert contents(tmp_path) == before
     (tmp_path / "protocol.json").unlink()
