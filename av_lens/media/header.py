@@ -170,8 +170,8 @@ def _is_cover(stream: Any) -> bool:
 def _named(stream: Any) -> str:
     """Name a stream by its kind, its index and what is known of it."""
     codec = stream.codec_context.name if stream.codec_context is not None else "no decoder"
-    words = [codec, "cover" if _is_cover(stream) else "", stream.metadata.get("language", "")]
-    return f"{stream_kind(stream)} {stream.index} ({', '.join(w for w in words if w)})"
+    words = [codec, "cover" if _is_cover(stream) else "", stream.metadata.get("language", "und")]
+    return f"{stream_kind(stream)} {stream.index} ({', '.join(w for w in words if w not in ('', 'und'))})"
 
 
 def streams_left_out(container: Any, *taken: Any) -> list[str]:
@@ -275,8 +275,9 @@ def check_readable(path: str, name: str) -> None:
         )
     if name == "webp_pipe" and promises.is_animated_webp(path):
         raise MediaError(
-            f"{path} is an animated WebP, which FFmpeg does not decode: make it a moving PNG first "
-            '(`from PIL import Image; Image.open(IN).save("OUT.png", save_all=True)`).'
+            f"{path} is an animated WebP, which FFmpeg does not decode: make it a GIF first "
+            '(`from PIL import Image; Image.open(IN).save("OUT.gif", save_all=True)`), or a clip of its frames by '
+            "Clip.from_arrays()."
         )
 
 

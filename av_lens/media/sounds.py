@@ -85,7 +85,8 @@ class Sounds:
                 f"{self.path}: the sound's rate changes from {self.rate} to {rate} Hz on the way: convert it to one."
             )
         time = self._time(frame)
-        if time + frame.samples / rate < self.start - 2 * _MARGIN and self.first_time is None:
+        early = time + frame.samples / rate < self.start - 2 * _MARGIN
+        if early and self.first_time is None and not self.facts.is_chained:
             return
         self._channels.add(frame.layout.nb_channels)
         mono = _mono(self._packed(frame))

@@ -194,7 +194,8 @@ class _Reading:
             if not packet.size and time is not None:
                 # It carries only side data (FLAC's last packet); the true flush has no time.
                 continue
-            if taker is self.sounds and time is not None and time < self.request.start - 2 * _PREROLL:
+            early = time is not None and time < self.request.start - 2 * _PREROLL
+            if early and taker is self.sounds and not self.facts.is_chained:
                 continue
             self._take(packet, taker)
             if sought and self._landed_late(back):
