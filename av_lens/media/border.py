@@ -29,7 +29,7 @@ _NOT_MEDIA = frozenset(
         *("concat", "hls", "dash", "imf", "sdp", "rtsp", "rtp", "lavfi"),
     }
 )
-_IMAGE_FORMATS = frozenset({"image2", "image2pipe"})
+_IMAGE_FORMATS = frozenset({"image2", "image2pipe", "ico"})
 
 
 class MediaBudgetError(MediaError, BudgetError):

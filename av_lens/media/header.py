@@ -27,7 +27,7 @@ _FROM_ZERO = frozenset({"matroska", "webm", "asf", "nut"})
 _GUESSED = frozenset({"aac", "ac3", "eac3", "dts", "loas"})
 _ESTIMATED = frozenset({"mpeg", "mpegts"})
 _ESTIMATED_TO = 1.0
-_BY_BYTES = frozenset({"matroska", "webm", "asf", "avi"}) | _ESTIMATED
+_BY_BYTES = frozenset({"matroska", "webm", "asf", "avi", "caf", "w64"}) | _ESTIMATED
 # Bare pictures, one after the other: nothing in them says when each is shown, and FFmpeg would assume 25 a second.
 _UNDATED = frozenset(
     {
@@ -151,6 +151,18 @@ def _asked(path: str, kind: str, streams: list[Any], index: int) -> Any:
     raise MediaError(f"stream={{{kind!r}: {index}}} is no {kind} of {path} that can be decoded; there: {there}.")
 
 
+def stream_kind(stream: Any) -> str:
+    """Name a stream's kind as `stream=` does.
+
+    Args:
+        stream: PyAV's stream.
+
+    Returns:
+        "picture", "sound", or PyAV's word for another kind.
+    """
+    return _KINDS.get(stream.type, stream.type)
+
+
 def _is_cover(stream: Any) -> bool:
     return stream.type == "video" and bool(int(stream.disposition) & _ATTACHED_PICTURE)
 
@@ -158,8 +170,8 @@ def _is_cover(stream: Any) -> bool:
 def _named(stream: Any) -> str:
     """Name a stream by its kind, its index and what is known of it."""
     codec = stream.codec_context.name if stream.codec_context is not None else "no decoder"
-    words = [codec, "cover" if _is_cover(stream) else "", stream.metadata.get("language", "")]
-    return f"{_KINDS.get(stream.type, stream.type)} {stream.index} ({', '.join(w for w in words if w)})"
+    words = [codec, "cover" if _is_cover(stream) else "", stream.metadata.get("language", "und")]
+    return f"{stream_kind(stream)} {stream.index} ({', '.join(w for w in words if w not in ('', 'und'))})"
 
 
 def streams_left_out(container: Any, *taken: Any) -> list[str]:
@@ -233,7 +245,7 @@ def promised_end(facts: MediaFacts, taken: list[Any]) -> float:
 
     Returns:
         Seconds of the file's clock; NaN where the file's bytes are the better witness: there the duration is that of
-        streams which are not read (subtitles), or counts what is not there (AVI, ASF), or is estimated from the data.
+        streams which are not read (subtitles), or counts what is not there (AVI, ASF), or is worked out from the data.
     """
     kinds = _kinds(facts.format)
     if kinds & _ABSOLUTE and not kinds & _FROM_ZERO:
@@ -263,8 +275,9 @@ def check_readable(path: str, name: str) -> None:
         )
     if name == "webp_pipe" and promises.is_animated_webp(path):
         raise MediaError(
-            f"{path} is an animated WebP, which FFmpeg does not decode: make it a moving PNG first "
-            '(`from PIL import Image; Image.open(IN).save("OUT.png", save_all=True)`).'
+            f"{path} is an animated WebP, which FFmpeg does not decode: make it a GIF first "
+            '(`from PIL import Image; Image.open(IN).save("OUT.gif", save_all=True)`), or a clip of its frames by '
+            "Clip.from_arrays()."
         )
 
 

@@ -15,7 +15,6 @@ from av_lens.media.header import MediaFacts
 
 _SLACK = Fraction(1, 1_000_000)
 _GROWTH = 256 << 20
-_RESTART = 1
 _HDR = {16: "PQ", 18: "HLG"}
 _ORIENTATIONS = {
     (False, True, True): "turned by 180 degrees",
@@ -75,8 +74,7 @@ class Pictures:
         self._wanted = 0
         self._last: Fraction | None = None
         self._odd = 0
-        self._scarce = False
-        self._transparent = any(part.is_alpha for part in stream.format.components) or stream.format.has_palette
+        self._scarce = self._transparent = False
 
     def add(self, frame: Any) -> None:
         """Take the next frame.
@@ -86,9 +84,11 @@ class Pictures:
         """
         time = self._time(frame)
         if self._last is not None and time <= self._last:
-            if time < self._last - _RESTART and not self.restart:
-                back = f"jump back from {float(self._last):.3f} to {float(time):.3f} s"
-                self.restart = f"the picture's time stamps {back}, as where recordings are joined"
+            if time < self._last and not self.restart:
+                self.restart = (
+                    f"the picture's time stamps run back from {float(self._last):.3f} to {float(time):.3f} s "
+                    "(recordings joined, or frames that are not in the order of display)"
+                )
             self._odd += 1
             return
         self._last = time
@@ -137,9 +137,10 @@ class Pictures:
         height, width = (frame.height, frame.width) if self._buffer is None else self._buffer.shape[1:3]
         count = len(self._times)
         self.budget.take(height * width * 3, f"{count + 1} frames of {width}x{height}")
-        picture = self._rgb(frame, height, width)
         if self._buffer is None:
             self._look(frame)
+        picture = self._rgb(frame, height, width)
+        if self._buffer is None:
             self._buffer = np.empty((1, *picture.shape), dtype=np.uint8)
         if count == len(self._buffer):
             grown = min(2 * count, count + max(8, _GROWTH // picture.nbytes))
@@ -166,6 +167,7 @@ class Pictures:
     def _look(self, frame: Any) -> None:
         """Note what the first kept frame says of all."""
         self.orientation = self._orientation(frame)
+        self._transparent = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
         depth = max(part.bits for part in frame.format.components)
         if depth > 8 and not frame.format.has_palette:
             self._note(f"its {depth} bits a colour are rounded to 8")

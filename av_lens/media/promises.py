@@ -20,6 +20,7 @@ _BOXES = frozenset(
 )
 _ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 _SEGMENT = bytes.fromhex("18538067")
+_READ_ON = frozenset({b".snd", b"GIF8"})  # FFmpeg decodes what is joined to such files
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
 _TAGS_AT_END = 1 << 16
 
@@ -57,10 +58,10 @@ def left_behind(path: str, name: str) -> list[str]:
             notes.append("no page of it is marked as its last: its end may be missing (truncated?)")
         end, magic = _end(source, name), _read(source, 0, 12)
         kind = slice(4, 8) if magic[4:8] == b"ftyp" else slice(0, 4)
-        if 0 < end < math.inf and _read(source, int(end), 12)[kind] == magic[kind]:
-            notes.append(f"left out: another file that is joined to it, from byte {int(end)} on")
         if _has_more_pictures(source, magic):
             notes.append("left out: further pictures of the file; the first is taken")
+        elif 0 < end < math.inf and magic[:4] not in _READ_ON and _read(source, int(end), 12)[kind] == magic[kind]:
+            notes.append(f"left out: another file that is joined to it, from byte {int(end)} on")
     return notes
 
 
@@ -212,6 +213,14 @@ def _element(source: BinaryIO, at: int) -> tuple[int, int]:
     return at + width, 0 if size == (1 << 7 * width) - 1 else size
 
 
+def _mxf(source: BinaryIO) -> float:
+    at = 0
+    while len(head := _read(source, at, 25)) > 16 and head[:4] == b"\x06\x0e\x2b\x34":
+        width = head[16] & 0x7F if head[16] & 0x80 else 0
+        at += 17 + width + (int.from_bytes(head[17 : 17 + width], "big") if width else head[16])
+    return at
+
+
 def _flv(source: BinaryIO) -> float:
     head = _read(source, 0, _TAGS_AT_END)
     at = head.find(b"\x00\x08filesize\x00")
@@ -295,6 +304,7 @@ _CHECKS: tuple[tuple[int, bytes, Callable[[BinaryIO], float]], ...] = (
     (0, b"\x30\x26\xb2\x75", _asf),
     (4, b"ftyp", _boxes),
     (0, b"\x1aE\xdf\xa3", _matroska),
+    (0, b"\x06\x0e\x2b\x34", _mxf),
     (0, b"FLV", _flv),
     (0, b"OggS", _ogg),
     (0, b"\xff\xd8\xff", _jpeg),

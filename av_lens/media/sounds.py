@@ -14,7 +14,8 @@ from av_lens.media.header import MediaFacts
 from av_lens.media.resampling import resample
 
 _JITTER = 0.05
-_RESTART = 1.0
+_LONGEST_OVERLAP = 1.0
+_MOST_OVERLAPS = 3
 _LONGEST_HOLE = 600.0
 _MARGIN = 0.05
 _FULL_PLANES = 8
@@ -49,7 +50,7 @@ class Sounds:
         self._pieces: list[np.ndarray] = []
         self._count = 0
         self._channels: set[int] = set()
-        self._repairs = 0
+        self._repairs = self._in_a_row = 0
         self._drifts: list[float] = []
         self._tick = 0.0
         self._packer: Any = None
@@ -84,7 +85,8 @@ class Sounds:
                 f"{self.path}: the sound's rate changes from {self.rate} to {rate} Hz on the way: convert it to one."
             )
         time = self._time(frame)
-        if time + frame.samples / rate < self.start - 2 * _MARGIN and self.first_time is None:
+        early = time + frame.samples / rate < self.start - 2 * _MARGIN
+        if early and self.first_time is None and not self.facts.is_chained:
             return
         self._channels.add(frame.layout.nb_channels)
         mono = _mono(self._packed(frame))
@@ -120,12 +122,14 @@ class Sounds:
     def _placed(self, mono: np.ndarray, time: float) -> np.ndarray:
         gap = time - self._reached
         if abs(gap) <= _JITTER:
+            self._in_a_row = 0
             return mono
         self._repairs += 1
-        if gap < -_RESTART and not self.restart:
-            back = f"jump back from {self._reached:.3f} to {time:.3f} s"
-            self.restart = f"the sound's time stamps {back}, as where recordings are joined"
         if gap < 0:
+            self._in_a_row += 1
+            if (-gap > _LONGEST_OVERLAP or self._in_a_row == _MOST_OVERLAPS) and not self.restart:
+                back = f"run back from {self._reached:.3f} to {time:.3f} s"
+                self.restart = f"the sound's time stamps {back} (recordings joined?)"
             return mono[round(-gap * self.rate) :]
         if gap > _LONGEST_HOLE:
             raise MediaError(

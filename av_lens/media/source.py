@@ -22,6 +22,7 @@ from av_lens.media.header import (
     choose_streams,
     promised_end,
     read_facts,
+    stream_kind,
     streams_left_out,
     true_size,
 )
@@ -193,7 +194,8 @@ class _Reading:
             if not packet.size and time is not None:
                 # It carries only side data (FLAC's last packet); the true flush has no time.
                 continue
-            if taker is self.sounds and time is not None and time < self.request.start - 2 * _PREROLL:
+            early = time is not None and time < self.request.start - 2 * _PREROLL
+            if early and taker is self.sounds and not self.facts.is_chained:
                 continue
             self._take(packet, taker)
             if sought and self._landed_late(back):
@@ -226,7 +228,9 @@ class _Reading:
             # Before the window, a decoder that lacks what came before the seek may complain.
             if time is None or time >= self.request.start - TOLERANCE:
                 where = "" if time is None else f" at {time:.3f} s"
-                self.faults.append(f"a {packet.stream.type} packet{where} does not decode: {describe(error)}")
+                self.faults.append(
+                    f"a packet of the {stream_kind(packet.stream)}{where} does not decode: {describe(error)}"
+                )
             return
         for frame in frames:
             if not taker.done:
@@ -260,11 +264,9 @@ class _Reading:
         still = self.facts.is_image and len(times) == 1
         length = 0.0 if still else max(min(asked.stop, found) - asked.start, heard, shown)
         spacing = self.pictures.spacing if self.pictures is not None else 0.0
-        notes = [
-            *self.faults[:_SHOWN_FAULTS],
-            *self.left_out,
-            *(left_behind(asked.path, self.facts.format) if self.ended else []),
-        ]
+        notes = [*self.faults[:_SHOWN_FAULTS], *self.left_out]
+        if self.ended or asked.end is None:
+            notes += left_behind(asked.path, self.facts.format)
         if asked.end is not None and found < asked.end - max(TOLERANCE, spacing) and not still:
             notes.append(f"asked to {asked.end:g} s; the file ends at {found:.3f} s")
         for name, taker, taken in (("picture", self.pictures, frames), ("sound", self.sounds, waveform)):
@@ -288,8 +290,8 @@ class _Reading:
         joined = [taker.restart for taker in self.takers.values() if taker.restart]
         if joined and asked.damaged == "refuse":
             raise MediaError(
-                f"{asked.path}: {joined[0]}. Cut it apart, or write it as one (`ffmpeg -i IN -c copy OUT.mkv`), or "
-                'keep what comes first with damaged="keep".'
+                f"{asked.path}: {joined[0]}. Write it anew, each recording by itself, or keep what comes in order with "
+                'damaged="keep".'
             )
         self.faults += joined
         if empty and not self.faults:
