@@ -33,7 +33,7 @@ BUDGET_GB = 8.0
 """GB (1e9 bytes) that a run may take for scores, logits or kept activations where the caller names no other budget."""
 
 _WORKING = 8  # bytes of each score at the dearest moment: two copies in float32, or one with the wide softmax in half
-_BLOCK = 1 << 28  # bytes of scores computed together, and the fewest rows: fewer go through slower, other kernels
+_BLOCK = 1 << 29  # bytes of scores computed together, and the fewest rows: fewer go through slower, other kernels
 _ROWS = 16
 _budget_gb: ContextVar[float] = ContextVar("budget_gb", default=BUDGET_GB)
 

@@ -12,7 +12,7 @@ sound, text. Not done: several clips in one prompt, several turns.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from av_lens.inputs.layout import (
 from av_lens.inputs.memory import Memory
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.prompt import Prompt, render, tokenize
+from av_lens.media.border import MediaBudgetError
 from av_lens.media.clip import Clip
 from av_lens.media.files import ClipFile
 from av_lens.spans import SpanMap
@@ -107,6 +108,18 @@ def choose(clip: Clip | None, sound: str | None, picture: str | None) -> Choice:
     return Choice(picture, sound)
 
 
+def _opened(file: ClipFile, fps: float | int, picture: str | None) -> Clip:
+    """Decode a file; where all its frames would be too many, only those nearest to the asked rate, and say so."""
+    try:
+        return file.load()
+    except MediaBudgetError:
+        if picture == "image" or file.fps is not None:
+            raise
+        clip = replace(file, fps=float(fps)).load()
+        note = f"all frames would pass the budget of a clip: read at {fps:g} frames a second, as asked"
+        return replace(clip, notes=(*clip.notes, note))
+
+
 def _named(clip: Clip | None) -> str:
     return "no clip" if clip is None else repr(clip)
 
@@ -162,7 +175,8 @@ class Encoder:
         """Make the model's input of a clip and a question, or of lists of either.
 
         Args:
-            clip: the clip (or its file), None for text alone, or a list of them.
+            clip: the clip (or its file), None for text alone, or a list of them. Of a file whose frames together pass
+                the budget of a clip only those at `fps` are decoded, which its notes say.
             question: the question, or a list of them; one of either is used for all of the other.
             sound: "in_video" (woven into the video), "separate" (after it), None (left out), or "auto".
             picture: "video", "image" (the frame nearest the middle), None (left out), or "auto".
@@ -183,7 +197,7 @@ class Encoder:
             "sound": sound, "picture": picture, "fps": fps, "system": system, "prefix": prefix, "answer": answer
         }  # fmt: skip
         given = [clip] if clip is None or isinstance(clip, Clip | ClipFile) else list(clip)
-        clips = [each.load() if isinstance(each, ClipFile) else each for each in given]
+        clips = [_opened(each, fps, picture) if isinstance(each, ClipFile) else each for each in given]
         questions = [question] if isinstance(question, str) else list(question)
         count = max(len(clips), len(questions))
         if {len(clips), len(questions)} - {1, count} or not clips or not questions:

@@ -4,7 +4,8 @@ Sampling: at `fps`, the targets are 0, 1/fps, 2/fps, ... before the picture's en
 time is nearest is taken (of two equally near, the earlier). A target in the last half frame before the picture's end
 is left out. A still picture read as a video is shown for its whole duration.
 The processor gets the sampled frames, with its own sampling switched off, and repeats the last one where their number
-is not a multiple of the temporal patch (2).
+is not a multiple of the temporal patch (2). Many or large frames go to it some at a time, at the size that it chooses
+for all of them together: the same pixels to the bit, without copies of the whole video.
 
 The mel is computed on the sound padded by a few zero frames and trimmed to the sound, instead of padded to the
 processor's 300 s: the same values to the bit, since a mel frame sees 25 ms and the normalisation the loudest frame.
@@ -31,6 +32,7 @@ from av_lens.media.clip import Clip
 from av_lens.media.resampling import resample
 
 _TIE = 1e-6  # s: two frames whose distances differ by less are equally near
+_TOGETHER = 64 << 20  # bytes of frames that the processor gets at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,19 +200,49 @@ class Features:
     def _video(self, clip: Clip, fps: float | int) -> Picture:
         chosen = sampled_frames(clip, fps)
         part = self.processor.video_processor
-        frames = torch.from_numpy(np.array(_frames(clip)[chosen])).permute(0, 3, 1, 2)
-        made = part(videos=[frames], return_tensors="pt", **self.video_options())
-        grid = tuple(int(n) for n in made["video_grid_thw"][0])
+        pixels, grid = self._patches(_frames(clip), chosen)
         padded = np.minimum(np.arange(grid[0] * part.temporal_patch_size), len(chosen) - 1)
         starts, ends = (edges[chosen][padded].reshape(grid[0], -1) for edges in _on_screen(clip))
         return Picture(
-            pixels=made["pixel_values_videos"],
-            grid=(grid[0], grid[1], grid[2]),
+            pixels=pixels,
+            grid=grid,
             merge=int(part.merge_size),
             frame_start_s=starts,
             frame_end_s=ends,
             frames=tuple(chosen.tolist()),
         )
+
+    def _patches(self, frames: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, tuple[int, int, int]]:
+        """The processor's patches of the chosen frames, and their grid; a part of the frames at a time."""
+        from transformers.image_utils import SizeDict
+        from transformers.video_processing_utils import BaseVideoProcessor
+
+        part, options = self.processor.video_processor, self.video_options()
+        step = int(part.temporal_patch_size)
+        step *= max(1, _TOGETHER // (frames[0].nbytes * step))
+
+        def taken(some: np.ndarray, **more: Any) -> tuple[Tensor, tuple[int, int, int]]:
+            shown = torch.from_numpy(frames[some]).permute(0, 3, 1, 2)
+            if size is not None:
+                shown = BaseVideoProcessor.resize(part, shown, SizeDict(height=size[0], width=size[1]), part.resample)
+            made = part(videos=[shown], return_tensors="pt", **options, **more)
+            return made["pixel_values_videos"], _grid(made)
+
+        size: tuple[int, int] | None = None
+        if len(chosen) <= step:
+            return taken(chosen)
+        # Without memory: what grid the processor makes of all frames.
+        every = torch.empty((len(chosen), 3, *frames.shape[1:3]), dtype=torch.uint8, device="meta")
+        grid = _grid(part(videos=[every], return_tensors="pt", **options))
+        size = (grid[1] * int(part.patch_size), grid[2] * int(part.patch_size))
+        pixels: Tensor | None = None
+        for start in range(0, len(chosen), step):
+            some, (deep, *_) = taken(chosen[start : start + step], do_resize=False)
+            pixels = some.new_empty(int(np.prod(grid)), some.shape[1]) if pixels is None else pixels
+            first = start // int(part.temporal_patch_size) * grid[1] * grid[2]
+            pixels[first : first + deep * grid[1] * grid[2]] = some
+        assert pixels is not None
+        return pixels, grid
 
     def _image(self, clip: Clip) -> Picture:
         times = np.asarray(clip.times, dtype=np.float64)
@@ -254,6 +286,11 @@ class Features:
                 f"the sound lasts {seconds * 1000:.0f} ms: one token needs more than 20; give a longer clip"
             )
         return Sound(mel, len(waveform) / rate, 4 * hop / rate)
+
+
+def _grid(made: Any) -> tuple[int, int, int]:
+    deep, high, wide = (int(n) for n in made["video_grid_thw"][0])
+    return deep, high, wide
 
 
 def _on_screen(clip: Clip) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ Where hooks were put on the model since, the hooked way is taken again, so that 
 from __future__ import annotations
 
 from contextlib import suppress
+from math import inf
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tupl
         The fields of a `Record`, and the run's logits at the last position, `[batch, d_vocab]`.
     """
     with entering(model.bridge.blocks[0], _Entered) as entered, suppress(_Entered):
-        model(x)
+        model(x, budget_gb=inf)  # it stops before scores and logits
     stream: Tensor = entered["hidden_states"]
     cos, sin = entered["position_embeddings"]
     mask = additive(entered.get("attention_mask"), stream)
