@@ -57,7 +57,7 @@ def test_the_command_killed_at_ten_moments_on_av_tiny(tmp_path):
 
 @pytest.mark.slow
 def test_sigterm_and_a_closed_terminal_end_the_command_and_it_goes_on_to_the_same_bits(tmp_path):
-    """Five moments of a run, by SIGTERM and SIGHUP in turn; each ends with one sentence, and no file is half written."""
+    """Five moments of a run, by SIGTERM and SIGHUP in turn; each ends with one sentence, no file is half written."""
     (tmp_path / "clips").mkdir()
     words = [sys.executable, "-c", "from av_lens.cli.main import run; run()", "isolate", "av-tiny"]
     words += [str(stage(tmp_path / "clips", conflicts=44, seed=3)), "--quick", "--gate", "report", "--out"]
