@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from av_lens.errors import ProtocolError, UnfinishedError
+from av_lens.errors import FileError, ProtocolError, UnfinishedError
 from av_lens.isolation.cost import ESTIMATE, Estimate
 from av_lens.isolation.protocol import differences, hash_of
 from av_lens.isolation.store import FOLDER, GO_ON, Measured, Store
@@ -372,6 +372,9 @@ def watched_run(
     with claimed(folder, protocol, clips=clips, told=told):
         try:
             yield ledger
+        except FileError as error:  # of the record
+            ledger.stop()
+            raise UnfinishedError(f"{error} Every measurement is kept; the same command goes on from there.") from error
         except BaseException:
             ledger.stop()
             raise

@@ -84,8 +84,10 @@ class Run:
     @property
     def clips(self) -> dict[tuple[str, str], str]:
         """The conflicts' files, by conflict and role."""
-        found = ((c.id, role, getattr(c, role, None)) for c in self.bench.conflicts for role in ROLES)
-        return {(name, role): str(clip.path) for name, role, clip in found if getattr(clip, "path", None) is not None}
+        found = {
+            (c.id, role): getattr(getattr(c, role, None), "path", None) for c in self.bench.conflicts for role in ROLES
+        }
+        return {place: str(path) for place, path in found.items() if path is not None}
 
     @property
     def family(self) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 
 import pytest
 from planted_record import planted_isolation
@@ -31,6 +34,9 @@ def asked(monkeypatch, tmp_path):
         told("Power: enough.")
         told("Estimate: about 3 s.")
         told("c0  discovery  [effects]")
+        if "signal" in seen:
+            os.kill(os.getpid(), seen["signal"])
+            time.sleep(5)
         if "fails" in seen:
             raise seen["fails"]
         return planted_isolation(0)
@@ -81,6 +87,52 @@ def test_each_way_to_end_has_its_code_and_its_sentence(asked, fails, code, said)
     assert result.exit_code == code
     assert said in result.stderr
     assert ("error:" in result.stderr) == (code == 2)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_is_an_interrupt(asked, number, code):
+    run, seen = asked
+    seen["signal"], before = number, signal.getsignal(number)
+    result = run()
+    assert result.exit_code == code
+    assert result.stderr == "stopped; what was finished is kept, the same command goes on from there.\n"
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(asked, monkeypatch):
+    run, seen = asked
+    seen["signal"] = signal.SIGHUP  # as under nohup
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run().exit_code == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_method_that_kept_what_it_had_done_ends_with_the_signals_code(asked, monkeypatch):
+    run, seen = asked
+    seen["signal"] = signal.SIGTERM
+    stopped = isolations.isolate
+
+    def partial(*given, **options):
+        try:
+            return stopped(*given, **options)
+        except KeyboardInterrupt:
+            return planted_isolation(0)
+
+    monkeypatch.setattr(isolations, "isolate", partial)
+    result = run()
+    assert (result.exit_code, "verdict" in result.stdout) == (143, True)
+    assert result.stderr == "stopped; what is shown holds what was done until then.\n"
+
+
+def test_what_the_system_refuses_is_a_sentence(asked):
+    run, seen = asked
+    seen["fails"] = OSError(28, "No space left on device", "the log")
+    result = run()
+    assert result.exit_code == 2
+    assert result.stderr == "error: [Errno 28] No space left on device: 'the log'\n"
 
 
 def test_a_limit_of_none_is_refused(asked):

@@ -53,3 +53,38 @@ def test_the_command_killed_at_ten_moments_on_av_tiny(tmp_path):
     done = subprocess.run([*words, str(tmp_path / "killed")], check=True, capture_output=True, text=True)
     assert "resumed: " in done.stdout
     assert_same(Isolation.load(tmp_path / "killed"), Isolation.load(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_sigterm_and_a_closed_terminal_end_the_command_and_it_goes_on_to_the_same_bits(tmp_path):
+    """Five moments of a run, by SIGTERM and SIGHUP in turn; each ends with one sentence, no file is half written."""
+    (tmp_path / "clips").mkdir()
+    words = [sys.executable, "-c", "from av_lens.cli.main import run; run()", "isolate", "av-tiny"]
+    words += [str(stage(tmp_path / "clips", conflicts=44, seed=3)), "--quick", "--gate", "report", "--out"]
+    begun = time.time()
+    subprocess.run([*words, str(tmp_path / "whole")], check=True, capture_output=True)
+    files = measurements(tmp_path / "whole")
+    drawn, kept = random.Random(0), []
+    for place in range(5):
+        number = (signal.SIGTERM, signal.SIGHUP)[place % 2]
+        until = int((place + drawn.random()) * len(files) / 5)
+        child = subprocess.Popen([*words, str(tmp_path / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while (
+            len(list((tmp_path / "out" / "measured").glob("[!.]*"))) < until
+            or not (tmp_path / "out" / ".lock").exists()
+        ):
+            assert child.poll() is None
+            assert time.time() - begun < 3600
+            time.sleep(1e-3)
+        time.sleep(drawn.random() * 0.2)
+        child.send_signal(number)
+        said = child.communicate()[1].decode()
+        assert child.returncode == 128 + number, said
+        assert said.strip() == "stopped; what was finished is kept, the same command goes on from there."
+        assert not list((tmp_path / "out").rglob("*.part"))
+        kept.append(len(measurements(tmp_path / "out")))
+    assert kept == sorted(kept)
+    assert 0 < kept[-1] < len(files)
+    done = subprocess.run([*words, str(tmp_path / "out")], check=True, capture_output=True, text=True)
+    assert "resumed: " in done.stdout
+    assert_same(Isolation.load(tmp_path / "out"), Isolation.load(tmp_path / "whole"))
