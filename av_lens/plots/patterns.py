@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from av_lens.errors import InputError
+from av_lens.plots import _style
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def attention_patterns(
         attention_head_names=list(names) if names is not None else None,
         min_value=0.0,
         max_value=float(bound if bound is not None else weights.max()),
-        negative_color="#D55E00",
-        positive_color="#0072B2",
+        negative_color=_style.PICTURE,
+        positive_color=_style.SOUND,
     )
     return PatternView(html=str(view.local_src))
