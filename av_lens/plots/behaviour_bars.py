@@ -66,9 +66,9 @@ def behaviour(found: Any, *, chosen: str = "competent", rule: str = "two", title
     fig = _style.figure(title=title, height=height)
     share = len(effects) / max(1, len(effects) + len(cells))
     split = 1 - share * (1 - 80 / height)
-    _panel(fig, frame, effects, [MEANINGS[name] for name in effects], axis="")
+    _panel(fig, frame, effects, [MEANINGS[name] for name in effects], axis="", legend=not cells)
     labels = [_label(cell) for cell in cells]
-    _panel(fig, frame, cells, labels, axis="2")
+    _panel(fig, frame, cells, labels, axis="2", legend=True)
     y = {"automargin": True, "showgrid": False, "ticks": "", "tickmode": "array", "zeroline": False}
     x = {"gridcolor": _style.GRID, "automargin": True, "zeroline": False}
     named = [MEANINGS[name] for name in effects]
@@ -100,7 +100,7 @@ def _places(labels: list[str]) -> dict[str, Any]:
     return {"tickvals": list(range(len(labels))), "ticktext": labels, "range": [len(labels) - 0.5, -0.5]}
 
 
-def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, axis: str) -> None:
+def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, axis: str, legend: bool) -> None:
     """Add one panel: a mark and an interval per quantity and half."""
     import plotly.graph_objects as go
 
@@ -130,7 +130,7 @@ def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, ax
                 error_x=_style.intervals(values, low, high, colour=_style.INK),
                 name=half,
                 legendgroup=half,
-                showlegend=axis == "",
+                showlegend=legend,
                 text=text,
                 hovertemplate="%{text}<extra></extra>",
                 xaxis=f"x{axis}",
