@@ -128,7 +128,7 @@ def _require_plain(hf_model: Any) -> None:
             "one device. Load it without device_map, on a device that holds all of it, or in bfloat16."
         )
     quantizer = getattr(hf_model, "hf_quantizer", None)
-    _require_unquantised(getattr(hf_model.config, "quantization_config", None))
+    _require_unquantised(getattr(getattr(hf_model, "config", None), "quantization_config", None))
     _require_unquantised(getattr(quantizer, "quantization_config", quantizer))
     _require_unquantised(next((str(one.dtype) for one in parameters if one.dtype.itemsize < 2), None))
 
