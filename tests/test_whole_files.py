@@ -151,7 +151,8 @@ def test_leftovers_of_killed_writers_are_swept_and_no_others(tmp_path):
 def test_foreign_bytes_are_a_sentence_or_count_as_none(content, why, tmp_path):
     place = tmp_path / "x.json"
     place.write_bytes(content)
-    with pytest.raises(FileError, match=rf"x\.json is not what av_lens wrote there, or damaged \(.*{why}.*\)\. Put it back as it was, or"):
+    said = rf"x\.json is not what av_lens wrote there, or damaged \(.*{why}.*\)\. Put it back as it was, or"
+    with pytest.raises(FileError, match=said):
         read_object(place)
     assert stored(place, lambda found: found) is None
 

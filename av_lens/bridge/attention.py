@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -240,8 +241,8 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         count = -(-n // rows)
         edges = [n * i // count for i in range(count + 1)]  # even blocks: a short last one would take another kernel
         if not torch.is_grad_enabled():
-            return torch.cat([block(*ends) for ends in zip(edges, edges[1:], strict=False)], dim=2)
-        parts = [checkpoint(block, *ends, use_reentrant=False) for ends in zip(edges, edges[1:], strict=False)]
+            return torch.cat([block(*ends) for ends in pairwise(edges)], dim=2)
+        parts = [checkpoint(block, *ends, use_reentrant=False) for ends in pairwise(edges)]
         return torch.cat(parts, dim=2)
 
     def _projected(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -13,22 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from av_lens.colours import ROLE_COLOURS
 from av_lens.spans import ROLES, SpanMap
 
 if TYPE_CHECKING:
     from av_lens.inputs.model_inputs import AVInputs
 
-COLOURS = {
-    "system": "#8c8c8c",
-    "audio": "#e08214",
-    "video": "#2b7bba",
-    "image": "#41a6a6",
-    "boundary": "#bdbdbd",
-    "question": "#5aae61",
-    "header": "#9970ab",
-    "generation": "#d6336c",
-    "generated": "#c2a83e",
-}
 _WIDTH, _HEIGHT = 760.0, 26.0
 _MOST_RUNS = 22
 
@@ -111,11 +101,11 @@ def strip(x: AVInputs) -> str:
         title = f"{role} {start}-{stop - 1} ({stop - start}) {seconds} {_what(spans, start, stop)}".strip()
         bars.append(
             f'<rect x="{start * scale:.2f}" y="0" width="{max((stop - start) * scale, 0.6):.2f}" height="{_HEIGHT:g}" '
-            f'fill="{COLOURS[role]}"><title>{html.escape(title)}</title></rect>'
+            f'fill="{ROLE_COLOURS[role]}"><title>{html.escape(title)}</title></rect>'
         )
     legend = " ".join(
         f'<span style="white-space:nowrap;margin-right:1em"><span style="display:inline-block;width:.8em;height:.8em;'
-        f'background:{COLOURS[role]};margin-right:.3em"></span>{role} {spans.roles.count(role)}</span>'
+        f'background:{ROLE_COLOURS[role]};margin-right:.3em"></span>{role} {spans.roles.count(role)}</span>'
         for role in ROLES
         if role in spans.roles
     )

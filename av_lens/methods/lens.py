@@ -12,9 +12,9 @@ top k at some audio position and layer, beside the null of protocol section 8: t
 layers for other sounds' words on the same clip. The excess is what is to be reported. Of an answer of several tokens
 the first is read; of synonyms the best rank, and the sum of probabilities.
 
-`norm=False` leaves the final norm out, as the study's code does (arXiv 2604.02605), at every layer but the last, whose
-stream HuggingFace hands out normed. Ranks then depend on what the norm's weights would have turned down; it is there to
-reproduce, not to be used. The study's own rule for its 61.4% was not found.
+`norm=False` leaves the final norm out at every layer, as the study's code does (arXiv 2604.02605), which reads what
+each decoder layer hands on. Ranks then depend on what the norm's weights would have turned down, and the last layer's
+are not the model's own; it is there to reproduce, not to be used. The study's own rule for its 61.4% was not found.
 
 Source: nostalgebraist (2020). Not done: tuned lenses (a translator fitted to each layer).
 
@@ -77,7 +77,7 @@ def logit_lens(
         others: words for the null; None takes the sounds' answers of all conflicts. An example's own words are left
             out of its null.
         top: how many of the likeliest tokens are kept in words.
-        norm: apply the final norm; False reproduces the study's code.
+        norm: apply the final norm; False leaves it out at every layer, as the study's code does.
         seed: draws 32 of the other words where there are more.
         stack: examples that run together, at most.
         budget_gb: memory for logits, and for the attention of one layer.
@@ -108,7 +108,7 @@ def logit_lens(
         method="logit lens",
         model=model.name,
         at=str(at),
-        norm="final norm" if norm else "left out, but at the last layer",
+        norm="final norm" if norm else "left out",
         words=wanted.labels,
         others=wanted.other_labels,
         notes=wanted.notes,
@@ -243,17 +243,15 @@ class _Lens:
             step = max(1, int(self.budget_gb * 1e9 / each))
             for start in range(0, len(self.positions), step):
                 part = slice(start, start + step)
-                logits = self._logits(layer, stream[:, list(self.positions[part])]).float()
+                logits = self._logits(stream[:, list(self.positions[part])]).float()
                 self._likeliest(layer, logits, self.columns[part])
                 self._words(layer, logits, self.columns[part])
                 self._others(layer, logits)
 
         return hook
 
-    def _logits(self, layer: int, stream: Tensor) -> Tensor:
-        if self.norm or layer == self.model.spec.n_layers - 1:
-            return unembedded(self.model, stream)
-        return self.model.bridge.unembed.original_component(stream)
+    def _logits(self, stream: Tensor) -> Tensor:
+        return unembedded(self.model, stream) if self.norm else self.model.bridge.unembed.original_component(stream)
 
     def _likeliest(self, layer: int, logits: Tensor, columns: np.ndarray) -> None:
         found = logits.topk(self.into.top_ids.shape[-1], dim=-1)

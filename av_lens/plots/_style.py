@@ -1,9 +1,9 @@
 """The one look of every figure: colours by meaning, readable in light and dark, no global template touched.
 
-Colours are those of Okabe and Ito, which stay apart under every common colour blindness, and carry one meaning each:
-blue is the sound, vermilion is the picture, in spans, in bars and in the two arms of the diverging scale. Backgrounds
-are transparent and the ink is a grey that reads on white and on near-black; a page that knows its theme sharpens both
-(`THEMES`, applied by the report's script to traces and shapes that say in `meta` what they are).
+Colours carry one meaning each (`av_lens.colours`): blue is the sound, vermilion is the picture, in spans, in bars and
+in the two arms of the diverging scale. Backgrounds are transparent and the ink is a grey that reads on white and on
+near-black; a page that knows its theme sharpens both (`THEMES`, applied by the report's script to traces and shapes
+that say in `meta` what they are).
 
 Labels come from files and people: but for a few tags of ours, what looks like markup in them is shown, not obeyed.
 
@@ -19,51 +19,31 @@ from typing import Any
 
 import numpy as np
 
+from av_lens.colours import (  # noqa: F401 - figures find their whole look here
+    AMBER,
+    BAND,
+    CLEAR,
+    CONDITION_COLOURS,
+    DIVERGING,
+    DONOR_COLOURS,
+    FREE,
+    GREEN,
+    GREY,
+    GRID,
+    HEAD_COLOURS,
+    INK,
+    OLIVE,
+    PICTURE,
+    PURPLE,
+    ROLE_COLOURS,
+    SOUND,
+    THEMES,
+)
+
 _TAG = re.compile(r"<(?!/?(?:b|i|br|sub|sup|extra)>)")
-SOUND = "#0072B2"
-PICTURE = "#D55E00"
-GREEN = "#009E73"
-PURPLE = "#CC79A7"
-AMBER = "#E69F00"
-OLIVE = "#A89200"
-GREY = "#8A9099"
-INK = "#757B84"
-GRID = "rgba(128, 134, 145, 0.25)"
-BAND = "rgba(128, 134, 145, 0.28)"
 ZERO = {"zeroline": True, "zerolinecolor": INK, "zerolinewidth": 1}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-
-ROLE_COLOURS = {
-    "system": "#5F6670",
-    "audio": SOUND,
-    "video": PICTURE,
-    "image": AMBER,
-    "boundary": "#B9BEC6",
-    "question": GREEN,
-    "header": GREY,
-    "generation": PURPLE,
-    "generated": OLIVE,
-}
-DONOR_COLOURS = {"blank_muted": GREEN, "mean_other": PURPLE, "zero": AMBER}
 DONOR_SYMBOLS = {"blank_muted": "circle", "mean_other": "diamond", "zero": "square"}
-
-DIVERGING = ["#8F3B00", "#D55E00", "#F3B48B", "#F1F1EE", "#8EC2E5", "#0072B2", "#004A77"]
-THEMES = {
-    "light": {
-        "ink": "#3A4048",
-        "grid": "rgba(20, 24, 30, 0.12)",
-        "hatch": "#8A9099",
-        "diverging": DIVERGING,
-        "marks": {},
-    },
-    "dark": {
-        "ink": "#D3D7DD",
-        "grid": "rgba(235, 238, 243, 0.14)",
-        "hatch": "#7C838E",
-        "diverging": ["#FFC59B", "#F0802F", "#8A4312", "#23272E", "#14598A", "#3FA2E0", "#A6DBFF"],
-        "marks": {SOUND: "#4FB0EC", PICTURE: "#F28A45", GREEN: "#2FBF90"},
-    },
-}
 
 
 def colourscale(colours: Sequence[str]) -> list[list[Any]]:
@@ -120,14 +100,14 @@ def figure(*, title: str | None = None, height: int = 360, width: int | None = N
     layout = go.Layout(
         template=go.layout.Template(),
         font={"family": FONT, "size": 13, "color": INK},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
+        paper_bgcolor=CLEAR,
+        plot_bgcolor=CLEAR,
         margin={"l": 64, "r": 24, "t": 48 if title else 16, "b": 52},
         height=height,
         width=width,
         xaxis=axis,
         yaxis=axis,
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": CLEAR},
         hoverlabel={"font": {"family": FONT, "size": 13}},
     )
     if title:

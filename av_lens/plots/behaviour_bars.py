@@ -21,6 +21,7 @@ MEANINGS = {
     "C": "C: hearing under conflict",
     "gap": "gap: G − C",
 }
+COLOURS = {"E_A": _style.SOUND, "E_V": _style.PICTURE}
 CELLS = {
     "aa": "aa: both show the sound's",
     "vv": "vv: both show the picture's",
@@ -65,9 +66,9 @@ def behaviour(found: Any, *, chosen: str = "competent", rule: str = "two", title
     fig = _style.figure(title=title, height=height)
     share = len(effects) / max(1, len(effects) + len(cells))
     split = 1 - share * (1 - 80 / height)
-    _panel(fig, frame, effects, [MEANINGS[name] for name in effects], axis="", colour=_style.SOUND)
+    _panel(fig, frame, effects, [MEANINGS[name] for name in effects], axis="", legend=not cells)
     labels = [_label(cell) for cell in cells]
-    _panel(fig, frame, cells, labels, axis="2", colour=_style.GREEN)
+    _panel(fig, frame, cells, labels, axis="2", legend=True)
     y = {"automargin": True, "showgrid": False, "ticks": "", "tickmode": "array", "zeroline": False}
     x = {"gridcolor": _style.GRID, "automargin": True, "zeroline": False}
     named = [MEANINGS[name] for name in effects]
@@ -99,7 +100,7 @@ def _places(labels: list[str]) -> dict[str, Any]:
     return {"tickvals": list(range(len(labels))), "ticktext": labels, "range": [len(labels) - 0.5, -0.5]}
 
 
-def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, axis: str, colour: str) -> None:
+def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, axis: str, legend: bool) -> None:
     """Add one panel: a mark and an interval per quantity and half."""
     import plotly.graph_objects as go
 
@@ -115,6 +116,7 @@ def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, ax
         values = [float(rows.loc[name, "value"]) for name, _, _ in kept]
         low = [float(rows.loc[name, "low"]) for name, _, _ in kept]
         high = [float(rows.loc[name, "high"]) for name, _, _ in kept]
+        colours = [COLOURS.get(name, _style.GREEN if axis else _style.INK) for name, _, _ in kept]
         text = [
             f"<b>{label}</b><br>{half}: {v:.3f} ({a:.3f} to {b:.3f})"
             for (_, label, _), v, a, b in zip(kept, values, low, high, strict=True)
@@ -124,11 +126,11 @@ def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, ax
                 x=values,
                 y=[place + offset for _, _, place in kept],
                 mode="markers",
-                marker={"symbol": symbol, "size": 9, "color": colour, "line": {"width": 2, "color": colour}},
-                error_x=_style.intervals(values, low, high, colour=colour),
+                marker={"symbol": symbol, "size": 9, "color": colours, "line": {"width": 2, "color": colours}},
+                error_x=_style.intervals(values, low, high, colour=_style.INK),
                 name=half,
                 legendgroup=half,
-                showlegend=axis == "",
+                showlegend=legend,
                 text=text,
                 hovertemplate="%{text}<extra></extra>",
                 xaxis=f"x{axis}",

@@ -16,13 +16,6 @@ import numpy as np
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
-ROLES = {
-    "picture writer": _style.PICTURE,
-    "sound opponent": _style.AMBER,
-    "gate": _style.PURPLE,
-    "silenced carrier": _style.GREEN,
-    "sound carrier": _style.SOUND,
-}
 RAISES, LOWERS, NO_ROLE, MLP = "raises m", "lowers m", "no role", "MLP"
 SMALLEST, LARGEST = 10.0, 34.0
 FEWEST = 0.02
@@ -126,13 +119,13 @@ def _kind(row: Mapping[str, Any], roles: dict[str, str], by_role: bool, span: fl
 
 def _colour(kind: str) -> str:
     known = {RAISES: _style.SOUND, LOWERS: _style.PICTURE, NO_ROLE: _style.GREY, MLP: _style.OLIVE}
-    return (known | ROLES).get(kind, _style.OLIVE)
+    return (known | _style.HEAD_COLOURS).get(kind, _style.OLIVE)
 
 
 def _lanes(nodes: Any, kinds: list[str], by_role: bool) -> tuple[list[str], list[int]]:
     """The rows of the figure from below, and each node's row."""
     if by_role:
-        order = [*(role for role in reversed(ROLES) if role in kinds)]
+        order = [*(role for role in reversed(_style.HEAD_COLOURS) if role in kinds)]
         lanes = [*(kind for kind in dict.fromkeys(kinds) if kind not in order), *order]
         return lanes, [lanes.index(kind) for kind in kinds]
     heads = [int(head) for head in nodes["head"]]

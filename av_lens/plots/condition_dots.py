@@ -13,7 +13,6 @@ import numpy as np
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
-COLOURS = (_style.PICTURE, _style.SOUND, _style.GREEN, _style.GREY, _style.AMBER, _style.PURPLE, _style.OLIVE)
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "triangle-down", "cross", "x")
 
 
@@ -49,7 +48,7 @@ def conditions(grid: Any, *, of: str = "effects", unit: str | None = None, title
         ends = bounds.sel(condition=name)
         low, high = (np.atleast_1d(ends.sel(bound=bound).values) for bound in ("low", "high"))
         kept = np.flatnonzero(np.isfinite(values))
-        colour = COLOURS[number % len(COLOURS)]
+        colour = _style.CONDITION_COLOURS.get(str(name), _style.FREE[number % len(_style.FREE)])
         text = [
             f"<b>{edges[i]}</b><br>{name}<br>{values[i]:+.3f} {unit}"
             + (f"<br>95% interval {low[i]:+.3f} to {high[i]:+.3f}" if np.isfinite(low[i]) else "")

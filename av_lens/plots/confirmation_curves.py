@@ -64,7 +64,7 @@ def _axes(fig: Any, *, last: int, log: bool) -> None:
     name = {"text": "heads edited together (k)", "font": {"size": 13}}
     logits = {"text": "release (logits)", "font": {"size": 13}}
     rate = {"text": "rate", "font": {"size": 13}}
-    legend = {"orientation": "h", "x": 0, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"}
+    legend = {"orientation": "h", "x": 0, "yanchor": "bottom", "bgcolor": _style.CLEAR}
     fig.update_layout(
         xaxis={**axis, **ticks, "anchor": "y", "matches": "x2", "showticklabels": False},
         yaxis={**axis, "domain": [0.53, 1.0], "title": logits, "rangemode": "tozero", **_style.ZERO},

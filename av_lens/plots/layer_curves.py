@@ -20,18 +20,15 @@ from av_lens.plots import _style
 
 MOST_CURVES = 12
 LINES = ("key", "word", "figure", "condition", "span", "component")
-CYCLE = (_style.SOUND, _style.PICTURE, _style.GREEN, _style.PURPLE, _style.AMBER, _style.OLIVE, _style.GREY)
-MEANINGS = _style.ROLE_COLOURS | {
+MEANINGS = {
+    **_style.ROLE_COLOURS,
+    **_style.CONDITION_COLOURS,
     "sound": _style.SOUND,
     "picture": _style.PICTURE,
     "others": _style.GREY,
     "excess": _style.GREEN,
     "said": _style.PURPLE,
     "sinks": _style.AMBER,
-    "cut": _style.PICTURE,
-    "equal mass": _style.SOUND,
-    "other heads": _style.GREEN,
-    "equal count": _style.PURPLE,
 }
 
 
@@ -123,7 +120,7 @@ def _curves(fig: Any, grid: Any, by_line: str | None, of: str, unit: str, column
     for number, label in enumerate(labels):
         part, ends = (mean, bounds) if label is None else (mean.sel({by_line: label}), bounds.sel({by_line: label}))
         name = grid.metric if label is None else str(label)
-        colour = MEANINGS.get(name, CYCLE[number % len(CYCLE)])
+        colour = MEANINGS.get(name, _style.FREE[number % len(_style.FREE)])
         values, low, high = part.values, ends.sel(bound="low").values, ends.sel(bound="high").values
         if np.isnan(values).all():
             continue

@@ -6,15 +6,15 @@ and marks are the house's, readable on white and near-black. No figure for a gro
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
 Bounded = tuple[float, float, float]
-COLOURS = (_style.INK, _style.PICTURE, _style.SOUND, _style.GREEN, _style.PURPLE, _style.AMBER, _style.OLIVE)
 ABSENT: Bounded = (math.nan, math.nan, math.nan)
 ROW, LEFT, RIGHT, TOP, WIDTH = 26, 210, 20, 46, 780
 
@@ -39,6 +39,7 @@ def plant_bench_svg(
     if not rows:
         raise InputError("plant_bench_svg needs at least one method to draw.")
     groups = list(dict.fromkeys(group for found in rows.values() for group in found))
+    colours = _colours(groups)
     height = TOP + ROW * len(rows) + 44
     scale = (WIDTH - LEFT - RIGHT) / (high - low)
 
@@ -59,8 +60,8 @@ def plant_bench_svg(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{bottom + 34}" text-anchor="middle">{escape(label)}</text>'
     )
     place = float(LEFT)
-    for number, group in enumerate(groups):
-        parts.append(f'<circle cx="{place:.1f}" cy="18" r="4" fill="{COLOURS[number % len(COLOURS)]}"/>')
+    for group in groups:
+        parts.append(f'<circle cx="{place:.1f}" cy="18" r="4" fill="{colours[group]}"/>')
         parts.append(f'<text x="{place + 8:.1f}" y="22">{escape(group)}</text>')
         place += 24 + 6.6 * len(group)
     for row, (method, found) in enumerate(rows.items()):
@@ -69,8 +70,15 @@ def plant_bench_svg(
         parts.append(f'<text x="{LEFT - 10}" y="{middle + 4:.1f}" text-anchor="end"{weight}>{escape(method)}</text>')
         for number, group in enumerate(groups):
             y = middle + (number - (len(groups) - 1) / 2) * (ROW - 8) / max(1, len(groups) - 1)
-            parts += _mark(found.get(group, ABSENT), x, y, COLOURS[number % len(COLOURS)], f"{method}, {group}")
+            parts += _mark(found.get(group, ABSENT), x, y, colours[group], f"{method}, {group}")
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _colours(groups: Sequence[str]) -> dict[str, str]:
+    """A role's own colour where a group is named by one; the others take what is left, ink first."""
+    own = {group: _style.HEAD_COLOURS[group] for group in groups if group in _style.HEAD_COLOURS}
+    free = itertools.cycle([_style.INK, *(colour for colour in _style.FREE if colour not in own.values())])
+    return {group: own.get(group) or next(free) for group in groups}
 
 
 def _mark(found: Bounded, x: Callable[[float], float], y: float, colour: str, words: str) -> list[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from av_lens import __version__
+from av_lens.colours import PAGES
 from av_lens.media import Clip
 from av_lens.plots import THEMES
 from av_lens.reports import sections, words
@@ -100,7 +101,12 @@ def _render(drawn: Mapping[str, Drawing], context: dict[str, Any]) -> str:
     model = escape(context["model"])
     headline = Markup(str(escape(context["title"])).replace(str(model), f"<span>{model}</span>"))  # not broken in two
     return page.render(
-        **context, headline=headline, figure=figure, plotly_js=Markup(get_plotlyjs()), themes=json.dumps(THEMES)
+        **context,
+        headline=headline,
+        figure=figure,
+        plotly_js=Markup(get_plotlyjs()),
+        themes=json.dumps(THEMES),
+        colours=PAGES,
     )
 
 

@@ -74,7 +74,7 @@ def load(
 
     Raises:
         ModelError: nothing there, no adapter for that family (the message says how to add one), weights missing from
-            the checkpoint, or a self-check that failed.
+            the checkpoint, quantised or split over several devices, or a self-check that failed.
     """
     if hf_model is None and name_or_path is None:
         raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
@@ -88,6 +88,7 @@ def load(
 
 def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **options: Any) -> HookedAVLLM:
     family_of(type(hf_model).__name__)
+    _require_plain(hf_model)
     if processor is None:
         if name_or_path is None:
             raise ModelError("hf_model= needs processor= as well (or a name or folder that has one).")
@@ -108,6 +109,8 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
         check_configurations(source.folder)
     config = source.config()
     family = family_of(_model_type(config, name))
+    for level in _levels(config, family.inner_config.get(str(config.get("model_type")))):
+        _require_unquantised(level.get("quantization_config"))
     with source.translated("config.json"):
         if source.folder is not None:
             _check_count(_count(family, config), check_weight_files(source.folder), name)
@@ -132,6 +135,42 @@ def _check_count(wanted: int, held: int, name: str) -> None:
         raise ModelError(
             f"the weight files of {name!r} hold {held} numbers and its config.json wants {wanted}: they do not belong "
             "together. Download or copy the checkpoint again."
+        )
+
+
+def _require_plain(hf_model: Any) -> None:
+    """Refuse a model that is not plain weights in one place, whether it was loaded so or its layers were changed."""
+    parameters = list(hf_model.parameters())
+    mapped: Mapping[str, Any] = getattr(hf_model, "hf_device_map", None) or {}
+    places = {str(one.device) for one in parameters} | (
+        {str(one) for one in mapped.values()} if len(mapped) > 1 else set()
+    )
+    if len(places) > 1 or places & {"meta", "disk"}:
+        raise ModelError(
+            f"this model is split over several places ({', '.join(sorted(places))}); av_lens runs models that lie on "
+            "one device. Load it without device_map, on a device that holds all of it, or in bfloat16."
+        )
+    quantizer = getattr(hf_model, "hf_quantizer", None)
+    _require_unquantised(getattr(getattr(hf_model, "config", None), "quantization_config", None))
+    _require_unquantised(getattr(quantizer, "quantization_config", quantizer))
+    _require_unquantised(next((str(one.dtype) for one in parameters if one.dtype.itemsize < 2), None))
+
+
+def _levels(config: Mapping[str, Any], inner: str | None = None) -> Generator[Mapping[str, Any], None, None]:
+    """A configuration and those within it; of a larger one the fusion model's alone."""
+    yield config
+    for name, value in config.items():
+        if isinstance(value, Mapping) and inner in (None, name):
+            yield from _levels(value)
+
+
+def _require_unquantised(way: Any) -> None:
+    """Refuse quantised weights; None where they are not."""
+    if way is not None:
+        method = way.get("quant_method", way) if isinstance(way, Mapping) else getattr(way, "quant_method", way)
+        raise ModelError(
+            f"these weights are quantised ({getattr(method, 'value', method)}), and traces, gradients and edges read "
+            "plain numbers. Load the checkpoint that they were made from, in bfloat16 or float32."
         )
 
 

@@ -59,6 +59,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         self.bridge = bridge
+        self.bridge.processor = processor  # TransformerLens's own multimodal tools look for it there
         self.processor = processor
         self.tokenizer: Any = processor.tokenizer
         self.name = name

@@ -191,7 +191,9 @@ def test_a_damaged_protocol_is_refused_and_once_deleted_nothing_is_lost(content,
     small(tmp_path)
     (tmp_path / "protocol.json").write_bytes(content)
     before = contents(tmp_path)
-    with pytest.raises(FileError, match=r"protocol\.json is not what av_lens wrote there.*or delete it \(then this run's own"):
+    with pytest.raises(
+        FileError, match=r"protocol\.json is not what av_lens wrote.*or delete it \(then this run's own"
+    ):
         small(tmp_path)
     assert contents(tmp_path) == before
     (tmp_path / "protocol.json").unlink()

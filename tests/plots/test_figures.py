@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,12 +13,13 @@ import pytest
 import xarray as xr
 from planted_record import C, G, planted_isolation, stopped_isolation
 
-from av_lens import plots
+import av_lens
+from av_lens import colours, plots
 from av_lens.errors import InputError
 from av_lens.plots import _style
 from av_lens.plots.span_strips import runs_of
 from av_lens.results.tables import table
-from av_lens.spans import SpanMap
+from av_lens.spans import ROLES, SpanMap
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +232,40 @@ class TestColours:
             assert self.contrast(_style.INK, background) >= 3.9
         assert self.contrast(plots.THEMES["light"]["ink"], "#ffffff") >= 7
         assert self.contrast(plots.THEMES["dark"]["ink"], "#14171c") >= 7
+
+    def test_small_letters_of_the_page_read_on_it(self):
+        for page in colours.PAGES.values():
+            for name in ("ink", "soft", "sound", "picture-text", "good", "bad", "open"):
+                assert min(self.contrast(page[name], page[ground]) for ground in ("bg", "panel")) >= 4.5, name
+            assert self.contrast(page["stamp-ink"], page["stamp-bg"]) >= 4.5
+
+    def test_sound_and_picture_keep_their_colours_to_themselves(self):
+        """One blue and one vermilion, in the strip of an input, in figures, on the page; given to nothing else."""
+        assert (colours.ROLE_COLOURS["audio"], colours.ROLE_COLOURS["video"]) == (colours.SOUND, colours.PICTURE)
+        assert set(colours.ROLE_COLOURS) == set(ROLES)
+        for theme, page in colours.PAGES.items():
+            marks = plots.THEMES[theme]["marks"]
+            assert page["sound"] == marks.get(colours.SOUND, colours.SOUND)
+            assert page["picture"] == marks.get(colours.PICTURE, colours.PICTURE)
+        taken = {colours.SOUND, colours.PICTURE}
+        others = [*colours.FREE, *colours.DONOR_COLOURS.values(), *colours.CONDITION_COLOURS.values()]
+        assert not taken & set(others)
+        assert {name for name, colour in colours.ROLE_COLOURS.items() if colour in taken} == {"audio", "video"}
+        named = {name for name, colour in colours.HEAD_COLOURS.items() if colour in taken}
+        assert named == {"sound carrier", "picture writer"}
+
+    def test_no_other_file_names_a_colour(self):
+        package = Path(av_lens.__file__).parent
+        files = [path for kind in ("py", "css", "js", "j2") for path in package.rglob(f"*.{kind}")]
+        assert len(files) > 200
+        literal = re.compile(r"#(?:[0-9a-f]{8}|[0-9a-f]{6}|[0-9a-f]{3,4})\b|(?:rgb|hsl)a?\(\s*\d", re.I)
+        found = {
+            f"{path.relative_to(package)}: {match.group()}"
+            for path in files
+            if path.name != "colours.py"
+            for match in literal.finditer(path.read_text())
+        }
+        assert not found, "write these in av_lens/colours.py, with what they mean"
 
     def test_marks_stand_out_on_both(self):
         for colour in (_style.SOUND, _style.PICTURE, _style.GREEN):

@@ -30,12 +30,14 @@ def test_it_is_a_bridge_with_the_same_modules_that_adds_the_media(model, pair):
     bound = model.bound(pair.clean)
     assert type(bound) is TransformerBridge
     assert bound.blocks is model.bridge.blocks
+    assert bound.processor is model.processor
     wanted = model(pair.clean)
     assert torch.equal(bound(bound.ids), wanted)
     assert torch.equal(bound(pair.clean.ids), wanted)
     assert torch.equal(bound(bound.ids.clone()), wanted)
     assert torch.equal(bound(bound.ids[0]), wanted)
-    assert not torch.equal(model.bridge(pair.clean.ids), wanted)
+    with pytest.raises(InputError, match="did not come with them"):
+        model.bridge(pair.clean.ids)
 
 
 @torch.no_grad()

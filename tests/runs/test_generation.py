@@ -151,3 +151,68 @@ def test_a_model_that_names_no_end_ends_at_the_tokenizers(pair):
         settings.eos_token_id, tokenizer.eos_token = before, word
     assert tokens.shape[1] <= len(x.spans) + 3
     assert tokens[0, -1] == end
+
+
+# TransformerLens's own generation, on the bridge.
+
+OWN = {"do_sample": False, "verbose": False, "return_type": "tokens"}
+
+
+def text_tensors(model, texts):
+    return dict(model.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left"))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("texts", ["what is it ?", ["what is it ?", "dog"]])
+def test_the_bridges_own_generation_is_huggingfaces_on_text(pair, texts, cached):
+    model, reference = pair
+    wanted = reference.generate(**text_tensors(model, texts), max_new_tokens=8, do_sample=False, **OPTIONS)
+    out = model.bridge.generate(texts, max_new_tokens=8, stop_at_eos=False, use_past_kv_cache=cached, **OWN)
+    assert torch.equal(out, wanted)
+
+
+def test_the_bridges_own_generation_is_huggingfaces_on_media(pair, x):
+    model, reference = pair
+    wanted, n = greedy(reference, x, 8), len(x.spans)
+    for given in (dict(x.tensors), {k: v for k, v in x.tensors.items() if k != "attention_mask"}):
+        out = model.bridge.generate(given.pop("input_ids"), max_new_tokens=8, stop_at_eos=False, **OWN, **given)
+        assert torch.equal(out, wanted)
+    tensors = dict(x.tensors)
+    out = model.bridge.generate(
+        tensors.pop("input_ids"), max_new_tokens=8, eos_token_id=int(wanted[0, n + 2]), **OWN, **tensors
+    )
+    first = wanted[0, n:].tolist().index(int(wanted[0, n + 2])) + 1
+    assert torch.equal(out, wanted[:, : n + first])
+    text = model.bridge.generate("dog", max_new_tokens=4, stop_at_eos=False, **OWN)  # the media's shift is forgotten
+    assert torch.equal(
+        text, reference.generate(**text_tensors(model, "dog"), max_new_tokens=4, do_sample=False, **OPTIONS)
+    )
+
+
+@torch.no_grad()
+def test_a_cache_is_continued_at_its_own_positions(pair, x):
+    """A prompt of text in between, which nothing shifts; steps of two, without positions or a mask."""
+    model, _ = pair
+    longer = torch.cat([x.ids, x.ids[:, :4]], dim=1)
+    tensors = dict(x.tensors) | {"input_ids": longer, "attention_mask": torch.ones_like(longer)}
+    wanted = model.hf_model(**tensors).logits[:, -4:]
+    cache = model.hf_model(**x.tensors, use_cache=True).past_key_values
+    model.bridge(model.to_tokens("a dog"))
+    steps = [
+        model.hf_model(input_ids=longer[:, a : a + 2], past_key_values=cache).logits for a in (-4, -2 + len(longer[0]))
+    ]
+    torch.testing.assert_close(torch.cat(steps, dim=1), wanted, rtol=0, atol=1e-4)
+
+
+def test_the_bridge_refuses_placeholders_without_their_media(pair, x):
+    model, _ = pair
+    with pytest.raises(InputError, match=r"placeholders of audio, but input_features did not come with them"):
+        model.bridge(x.ids)
+    heard = {name: x.tensors[name] for name in ("input_features", "feature_attention_mask")}
+    with pytest.raises(InputError, match=r"placeholders of video, but pixel_values_videos did not"):
+        model.bridge(x.ids, **heard)
+    tensors = dict(x.tensors)  # without a cache TransformerLens hands the media to the first step alone
+    with pytest.raises(InputError, match="leave use_past_kv_cache on"):
+        model.bridge.generate(
+            tensors.pop("input_ids"), max_new_tokens=2, stop_at_eos=False, use_past_kv_cache=False, **OWN, **tensors
+        )

@@ -240,3 +240,85 @@ def test_short_names_resolve_through_the_index(monkeypatch, tmp_path, folder):
     assert load("av-small").spec.d_model == 64
     with pytest.raises(ModelError, match="Did you mean 'av-small'"):
         load("av-smal")
+
+
+def meta(hf_model):
+    hf_model.lm_head.to("meta")
+
+
+def mapped(hf_model):
+    hf_model.hf_device_map = {"model": 0, "lm_head": 1}
+
+
+def offloaded(hf_model):
+    from accelerate import cpu_offload
+
+    cpu_offload(hf_model.lm_head, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("split", "where"), [(meta, "cpu, meta"), (mapped, "0, 1, cpu"), (offloaded, "cpu, meta")], ids=lambda one: str(one)
+)
+def test_a_model_in_several_places_is_refused(split, where):
+    hf_model = tiny_hf_model(n_layers=1)
+    split(hf_model)
+    with pytest.raises(ModelError, match=rf"split over several places \({where}\).* Load it without device_map"):
+        load(hf_model=hf_model, processor=tiny_processor())
+
+
+def test_a_device_map_of_one_place_is_none():
+    hf_model = tiny_hf_model(n_layers=1)
+    hf_model.hf_device_map = {"": "cpu"}
+    assert load(hf_model=hf_model, processor=tiny_processor()).spec.n_layers == 1
+
+
+def in_four_bits(hf_model):
+    from transformers import BitsAndBytesConfig
+
+    hf_model.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+
+
+def by_gptq(hf_model):
+    hf_model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+
+
+def by_its_quantizer(hf_model):
+    hf_model.hf_quantizer = type("Quantizer", (), {"quantization_config": {"quant_method": "awq"}})()
+
+
+def by_hand(hf_model):
+    weight = hf_model.lm_head.weight.detach().to(torch.int8)
+    hf_model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def in_eight_bit_floats(hf_model):
+    hf_model.lm_head.to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("quantise", "way"),
+    [
+        (in_four_bits, "bitsandbytes"),
+        (by_gptq, "gptq"),
+        (by_its_quantizer, "awq"),
+        (by_hand, "torch.int8"),
+        (in_eight_bit_floats, "torch.float8_e4m3fn"),
+    ],
+)
+def test_quantised_models_are_refused(quantise, way):
+    hf_model = tiny_hf_model(n_layers=1)
+    quantise(hf_model)
+    with pytest.raises(ModelError, match=rf"these weights are quantised \({way}\).* in bfloat16 or float32"):
+        load(hf_model=hf_model, processor=tiny_processor(), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("levels", ["", "text_config", "thinker_config", "thinker_config text_config"])
+def test_quantised_folders_are_refused_before_a_weight_is_read(tmp_path, levels):
+    config = full_config(tiny_config()).to_dict() if "thinker" in levels else tiny_config().to_dict()
+    level = config
+    for name in levels.split():
+        level = level[name]
+    level["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"these weights are quantised \(awq\)"):
+        load(tmp_path)

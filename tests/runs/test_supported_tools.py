@@ -10,13 +10,23 @@ import einops
 import pytest
 import torch
 import transformer_lens
-from tiny import tiny_clip, tiny_model
+from tiny import tiny_clip, tiny_hf_model, tiny_model, tiny_processor
 from transformer_lens import patching
+from transformer_lens.benchmarks import main_benchmark
+from transformer_lens.factories.architecture_adapter_factory import (
+    SUPPORTED_ARCHITECTURES,
+    ArchitectureAdapterFactory,
+)
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.tools.analysis import attribution_patch, direct_logit_attribution, logit_lens
 
+from av_lens.bridge.adapters.qwen2_5_omni import ARCHITECTURE, Qwen2_5OmniThinkerAdapter
+from av_lens.bridge.families import family_of
 from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import InputError
 from av_lens.inputs import Pair
+from av_lens.runs import load, loading
 from av_lens.runs.binding import SUPPORTED_TOOLS
 
 RIGHT, WRONG = 5, 7
@@ -259,3 +269,41 @@ def test_tools_on_the_wrapper_are_refused_for_ids_that_stand_for_media(model, co
             direct_logit_attribution(who, pair.clean.ids, RIGHT)
         with pytest.raises(InputError, match="no media"):
             logit_lens(who, pair.clean.ids)
+
+
+# TransformerLens opens the model itself.
+
+
+@torch.no_grad()
+def test_the_entry_point_lets_transformer_lens_build_the_bridge(model, monkeypatch):
+    """Nothing is registered by hand: the installed package's entry point is all that TransformerLens is told."""
+    monkeypatch.setattr(ArchitectureAdapterFactory, "_adapters", dict(SUPPORTED_ARCHITECTURES))
+    monkeypatch.setattr(ArchitectureAdapterFactory, "_entry_points_discovered", False)
+    thinker = tiny_hf_model(n_layers=2)
+    bridge = build_bridge_from_module(
+        thinker, ARCHITECTURE, hf_config=thinker.config, tokenizer=tiny_processor().tokenizer
+    )
+    assert type(bridge.adapter) is Qwen2_5OmniThinkerAdapter
+    assert torch.equal(bridge("a cat"), model("a cat"))
+
+
+def test_transformer_lens_cannot_open_the_folder_itself():
+    """Should this ever work, docs/hooks.md has to say so."""
+    with pytest.raises(ValueError, match="Could not determine supported architecture"):
+        TransformerBridge.boot_transformers(str(loading._checkpoints() / "av-tiny"))
+
+
+@pytest.mark.slow
+def test_transformer_lens_own_suite_passes_whole(monkeypatch, capsys):
+    """Every one of its benchmarks for a multimodal decoder; what it would load by name is `load`'s bridge."""
+    folder = str(loading._checkpoints() / "av-tiny")
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", lambda name, **options: load(name).bridge)
+    monkeypatch.setattr(
+        main_benchmark, "get_auto_model_class", lambda name, **options: family_of(ARCHITECTURE).model_class()
+    )
+    results = main_benchmark.run_benchmark_suite(folder, phases=[1, 2, 3, 7, 8], verbose=False)
+    failed = {f"{one.phase} {one.name}": one.message for one in results if not one.passed}
+    assert failed == {}
+    assert len(results) == 41
+    assert not [one.name for one in results if one.severity.name in ("SKIPPED", "DANGER", "ERROR")]
+    assert {one.phase for one in results} == {1, 2, 3, 7, 8}

@@ -17,6 +17,7 @@ from av_lens.bridge.attention import RealAttentionBridge
 from av_lens.bridge.blocks import FullBlockBridge, RealRMSNormBridge, TowerBridge
 from av_lens.bridge.stream import install_embed_hook
 from av_lens.bridge.traits import ReplayTraits
+from av_lens.errors import InputError
 
 ARCHITECTURE = "Qwen2_5OmniThinkerForConditionalGeneration"
 FULL_MODEL_TYPE = "qwen2_5_omni"
@@ -54,6 +55,16 @@ class Qwen2_5OmniThinkerAdapter(ArchitectureAdapter):
             "ln_final": RealRMSNormBridge(name="model.language_model.norm", config=self.cfg),
             "unembed": UnembeddingBridge(name="lm_head", config=self.cfg),
         }
+
+    def prepare_model(self, hf_model: Any) -> None:
+        """Let the thinker run as TransformerLens calls it: without positions, without a mask, never without its media.
+
+        Args:
+            hf_model: the thinker, before its layers are wrapped.
+        """
+        super().prepare_model(hf_model)
+        hf_model.model.register_forward_pre_hook(_with_positions, with_kwargs=True)
+        hf_model.model.register_forward_hook(_with_its_deltas)
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
         """Give the bridge its `hook_embed`: the stream after the media are scattered in.
@@ -101,6 +112,50 @@ def replay_traits(config: Any) -> ReplayTraits:
     text = config.get_text_config()
     sliding = len(set(text.layer_types)) > 1 and "sliding_attention" in text.layer_types
     return ReplayTraits(sliding_window=text.sliding_window if sliding else None)
+
+
+def _with_positions(thinker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Positions for a step that continues a cache; HuggingFace's own are those of the whole mask, not of the step.
+
+    A prompt that came without a mask is whole: without one HuggingFace counts its media as text.
+    """
+    ids, embeds, cache = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
+    new = ids if ids is not None else embeds
+    if new is None or kwargs.get("position_ids") is not None:
+        return args, kwargs
+    past, mask = 0 if cache is None else cache.get_seq_length(), kwargs.get("attention_mask")
+    if not past:
+        if ids is None:
+            return args, kwargs
+        _require_media(thinker.config, ids, kwargs)
+        return args, {**kwargs, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+    if mask is None:
+        mask = new.new_ones(new.shape[0], past + new.shape[1], dtype=torch.long)
+    positions = (mask.long().cumsum(-1) - 1)[:, -new.shape[1] :]
+    deltas = getattr(cache, "rope_deltas", None)
+    if deltas is not None:
+        positions = positions + deltas.repeat_interleave(len(positions) // len(deltas), 0).to(positions.device)
+    return args, {**kwargs, "position_ids": positions.expand(3, -1, -1)}
+
+
+def _require_media(config: Any, ids: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
+    """Refuse placeholders whose media did not come along: a run that reads them bare is about nothing."""
+    media = {"audio": "input_features", "image": "pixel_values", "video": "pixel_values_videos"}
+    for kind, tensor in media.items():
+        missing = kwargs.get(tensor) is None and kwargs.get("mm_encoder_outputs") is None
+        if missing and bool((ids == getattr(config, f"{kind}_token_id")).any()):
+            raise InputError(
+                f"these ids hold placeholders of {kind}, but {tensor} did not come with them: the model would read "
+                "bare placeholders. Use model(x), model.generate(x), or model.bound(x) for tools that take ids. "
+                "(TransformerLens's generate hands media on with the cache alone: leave use_past_kv_cache on.)"
+            )
+
+
+def _with_its_deltas(thinker: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Keep with a prompt's cache how far its media moved the positions; the thinker knows the last prompt's alone."""
+    cache = output.past_key_values
+    if cache is not None and not hasattr(cache, "rope_deltas"):
+        cache.rope_deltas = thinker.rope_deltas
 
 
 def _tensor(value: Any) -> torch.Tensor | None:
