@@ -26,6 +26,7 @@ from av_lens.interventions.sites import Positions, resolve_positions
 from av_lens.runs.budget import GIGABYTE, ModelSpec, require_budget, selected
 from av_lens.runs.gates import only_open
 from av_lens.runs.recording import asked_positions
+from av_lens.runs.standing_hooks import standing_hooks
 from av_lens.spans import Span, SpanMap
 
 Capture = str | Site | Sequence[str | Site] | Callable[[str], bool] | None
@@ -93,7 +94,8 @@ def logits_of(model: Any, x: Any, hooks: Sequence[tuple[str, Callable[..., Any]]
     """Run the model under hooks and unembed the asked positions only.
 
     The logits of every position of a real prompt are larger than all its layers' activations together, so the other
-    positions are dropped before the unembedding, unless a hook looks there.
+    positions are dropped before the unembedding, unless a hook looks there: one of these, or one that stands on the
+    model.
 
     Args:
         model: a `HookedAVLLM`.
@@ -105,7 +107,7 @@ def logits_of(model: Any, x: Any, hooks: Sequence[tuple[str, Callable[..., Any]]
         Logits `[batch, asked_pos, d_vocab]`.
     """
     rows = rows.to(model.device)
-    if len(rows) == len(x.spans) or any(name.startswith("unembed") for name, _ in hooks):
+    if len(rows) == len(x.spans) or any(name.startswith("unembed") for name, _ in hooks) or _shown_logits(model):
         return model.run_with_hooks(x, fwd_hooks=list(hooks))[:, rows]
 
     def drop(stream: Tensor, hook: Any = None) -> Tensor:
@@ -113,6 +115,12 @@ def logits_of(model: Any, x: Any, hooks: Sequence[tuple[str, Callable[..., Any]]
         return stream[:, rows]
 
     return model.run_with_hooks(x, fwd_hooks=[*hooks, ("unembed.hook_in", drop)])
+
+
+def _shown_logits(model: Any) -> bool:
+    """Whether a function of the caller's stands where it is shown logits, so that it must see all positions."""
+    shown = {id(module) for module in (model.hf_model, model.bridge, *model.bridge.unembed.modules())}
+    return any(hook.module is None or id(hook.module) in shown for hook in standing_hooks(model))
 
 
 @dataclass(frozen=True)

@@ -82,8 +82,10 @@ def scheduled(
         The schedule.
 
     Raises:
-        InterventionError: a plan does not fit the model or the input.
+        InterventionError: a plan does not fit the model or the input, or other hooks stand on the model than when it
+            was recorded.
     """
+    record.require_standing()
     spec, spans, batch = record.model.spec, record.spans, record.batch
     compiled = tuple(p if isinstance(p, CompiledPlan) else p.compile(spec, spans, batch=batch) for p in plans)
     n, traits = len(spans), record.traits
@@ -108,7 +110,7 @@ def scheduled(
 
 
 def _restarts(record: Record, plan: CompiledPlan) -> bool:
-    return not plan.steps or (not record.hooked_because and all(step.component in RESTARTABLE for step in plan.steps))
+    return not record.hooked_because and all(step.component in RESTARTABLE for step in plan.steps)
 
 
 def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_asked: int) -> float:
@@ -116,9 +118,11 @@ def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_
     spec, n = record.model.spec, len(record.spans)
     rows = record.batch * (n - start)
     edges = any(step.component in EDGES for plan in plans for step in plan.steps)
-    flash = record.model.device.type == "cpu" and not edges
+    coarse = record.resid[0].dtype != torch.float32  # then scores are always written out, and the values put together
+    flash = record.model.device.type == "cpu" and not edges and not coarse
     width = max(4 * spec.d_mlp, 6 * spec.d_model) + 3 * spec.d_model + (0 if flash else 3 * spec.n_heads * n)
-    return (rows * width + record.batch * n_asked * spec.d_vocab) * record.resid[0].element_size()
+    values = record.batch * n * spec.n_kv_heads * spec.d_head if coarse else 0
+    return (rows * width + values + record.batch * n_asked * spec.d_vocab) * record.resid[0].element_size()
 
 
 def _together(record: Record, start: int, bytes_each: float, budget_gb: float | int) -> int:

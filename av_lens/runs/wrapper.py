@@ -30,6 +30,7 @@ from av_lens.runs.forwarding import ForwardedAttributes
 from av_lens.runs.gates import HookPair, gates_of_filter, gates_of_hooks, only_open, open_gates
 from av_lens.runs.interop import TransformerLensSide
 from av_lens.runs.tokens import TokenHelpers
+from av_lens.runs.turns import in_turn, turn_of
 
 Filter = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -185,6 +186,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
 
     # Runs
 
+    @in_turn
     def __call__(self, x: Any, *, return_type: str | None = "logits", **options: Any) -> Any:
         """Run the model.
 
@@ -201,6 +203,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
 
     forward = __call__
 
+    @in_turn
     def run_with_cache(
         self, x: Any, names_filter: Filter = None, *, budget_gb: float | int = 8.0, **options: Any
     ) -> tuple[Any, ActivationCache]:
@@ -254,14 +257,14 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             InterventionError: a name is no hook of the model.
         """
         tensors = self.tensors_of(x)
-        with self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):
+        with self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks):  # which holds the model's turn
             return self.bridge(tensors.pop("input_ids"), **tensors, **options)
 
     @contextmanager
     def hooks(
         self, fwd_hooks: Sequence[HookPair] = (), bwd_hooks: Sequence[HookPair] = (), **options: Any
     ) -> Generator[HookedAVLLM, None, None]:
-        """Attach hooks for a while; gated ones are switched on and off with them.
+        """Attach hooks for a while; gated ones are switched on and off with them, and other threads wait (`turns`).
 
         Args:
             fwd_hooks: as in `run_with_hooks`.
@@ -275,7 +278,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             InterventionError: a name is no hook of the model.
         """
         gates = gates_of_hooks([*fwd_hooks, *bwd_hooks], self._known)
-        with open_gates(self.bridge, gates):
+        with turn_of(self.bridge), open_gates(self.bridge, gates):
             both = [
                 [(only_open(self.bridge, name) if callable(name) else name, fn) for name, fn in hooks]
                 for hooks in (fwd_hooks, bwd_hooks)
