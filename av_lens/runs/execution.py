@@ -110,11 +110,14 @@ def logits_of(model: Any, x: Any, hooks: Sequence[tuple[str, Callable[..., Any]]
     if len(rows) == len(x.spans) or any(name.startswith("unembed") for name, _ in hooks) or _shown_logits(model):
         return model.run_with_hooks(x, fwd_hooks=list(hooks))[:, rows]
 
+    # Never one row alone, which lower precisions multiply by another kernel and round otherwise.
+    kept = rows if len(rows) > 1 or len(x) > 1 else torch.cat((rows, rows))
+
     def drop(stream: Tensor, hook: Any = None) -> Tensor:
         del hook
-        return stream[:, rows]
+        return stream[:, kept]
 
-    return model.run_with_hooks(x, fwd_hooks=[*hooks, ("unembed.hook_in", drop)])
+    return model.run_with_hooks(x, fwd_hooks=[*hooks, ("unembed.hook_in", drop)])[:, : len(rows)]
 
 
 def _shown_logits(model: Any) -> bool:

@@ -151,7 +151,9 @@ def run_layer(
         k, v = torch.cat((earlier[0], k), dim=2), torch.cat((earlier[1], v), dim=2)
     part = rows if taps.rowwise(number, AFTER_KEYS) else None
     cut = part or slice(0, stream.shape[2])
-    normed, stream, cos, sin = normed[:, :, cut], stream[:, :, cut], window.cos[:, cut], window.sin[:, cut]
+    # Contiguous: a projection of strided rows would round its bias apart.
+    normed, stream = normed[:, :, cut].contiguous(), stream[:, :, cut]
+    cos, sin = window.cos[:, cut], window.sin[:, cut]
     q = taps("rot_q", number, _rotated(taps("q", number, _heads(layer.q, normed, layer), part), cos, sin), part)
     if taps.has(number, EDGES):
         q, k, v = (taps.spread(part) for part in (q, k, v))

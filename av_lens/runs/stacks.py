@@ -95,7 +95,10 @@ def scheduled(
         if not _restarts(record, plan):
             stacks.append(Stack((number,), 0, hooked=True))
         else:
-            groups.setdefault(traits.restart(plan.first_position, spans.roles) if plan.steps else n, []).append(number)
+            start = traits.restart(plan.first_position, spans.roles) if plan.steps else n
+            if start == n - 1 and record.resid[0].dtype != torch.float32:
+                start = max(n - 2, 0)  # a row alone would be multiplied by another kernel, and rounded otherwise
+            groups.setdefault(start, []).append(number)
     gigabytes = forwards = 0.0
     for start, numbers in groups.items():
         numbers.sort(key=lambda number: compiled[number].first_layer)
@@ -238,6 +241,8 @@ def restarted(
     """
     taps, window = Taps(plans, start), record.window(start)
     wanted = _run_of(rows)
+    if record.resid[0].dtype != torch.float32 and len(plans) * record.batch * len(rows) == 1:
+        wanted = None  # never one row alone
     stream: Tensor | None = None
     kept: list[tuple[Tensor, Tensor]] = []
     for number in range(taps.first_layer if keep else 0):
@@ -283,6 +288,10 @@ def unembedded(model: Any, stream: Tensor, tokens: Tensor | None = None) -> Floa
     """
     bridge = model.bridge
     normed, head = bridge.ln_final.original_component(stream), bridge.unembed.original_component
+    if normed.dtype != torch.float32:  # as the hooked run does it: all tokens, and never of one row alone
+        rows = normed.flatten(0, -2)
+        logits = head(rows if len(rows) > 1 else rows.expand(2, -1))[: len(rows)].unflatten(0, normed.shape[:-1])
+        return logits if tokens is None else logits[..., tokens]
     if tokens is None:
         return head(normed)
     return functional.linear(normed, head.weight[tokens], None if head.bias is None else head.bias[tokens])
