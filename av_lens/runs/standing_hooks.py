@@ -98,6 +98,18 @@ def _standing_on(module: Module, in_tower: bool) -> Iterator[StandingHook]:
         yield StandingHook(module, "forward", module.__dict__["forward"], in_tower)
 
 
+def hook_numbers(root: Module) -> tuple[int, ...]:
+    """Torch's own numbers of all hooks on a module and below it; no number is ever given again.
+
+    Args:
+        root: the module.
+
+    Returns:
+        The numbers, always in the same order.
+    """
+    return tuple(number for part in root.modules() for table in _OF_A_MODULE for number in part.__dict__[table])
+
+
 def same_hooks(first: Standing, second: Standing) -> bool:
     """Say whether the same functions stand in the same places.
 

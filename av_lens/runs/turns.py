@@ -10,22 +10,13 @@ import functools
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from av_lens.errors import ModelError
 
 WAIT_S = 600.0
-
-
-class HasBridge(Protocol):
-    """What runs by a bridge."""
-
-    bridge: Any
-
-
 P = ParamSpec("P")
 Given = TypeVar("Given")
-Holder = TypeVar("Holder", bound=HasBridge)
 
 
 class Turn:
@@ -87,7 +78,7 @@ def waiting(turn: Turn, function: Callable[P, Given]) -> Callable[P, Given]:
     return held
 
 
-def in_turn(method: Callable[Concatenate[Holder, P], Given]) -> Callable[Concatenate[Holder, P], Given]:
+def in_turn(method: Callable[Concatenate[Any, P], Given]) -> Callable[Concatenate[Any, P], Given]:
     """Let a model's method hold its turn while it runs.
 
     Args:
@@ -98,7 +89,7 @@ def in_turn(method: Callable[Concatenate[Holder, P], Given]) -> Callable[Concate
     """
 
     @functools.wraps(method)
-    def waiting(self: Holder, *args: P.args, **kwargs: P.kwargs) -> Given:
+    def waiting(self: Any, *args: P.args, **kwargs: P.kwargs) -> Given:
         with turn_of(self.bridge):
             return method(self, *args, **kwargs)
 
