@@ -11,7 +11,6 @@ order, so the same hook carries the stream itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -101,7 +100,7 @@ class TowerBridge(GeneralizedComponent):
     """An encoder as one piece: `hook_in` on its features, `hook_out` on the embeddings that the fusion stack receives.
 
     TransformerLens hooks `last_hidden_state`; a vision tower's merged tokens are its `pooler_output`. Where a
-    `memory` is set, it may answer in the encoder's place: `memory(encode, args, kwargs)`.
+    `memory` is set, it may answer in the encoder's place: `memory(encoder, args, kwargs)`.
     """
 
     def __init__(self, name: str, *, field: str) -> None:
@@ -121,7 +120,6 @@ class TowerBridge(GeneralizedComponent):
         """
         tower: Any = self.original_component
         args = (self.hook_in(args[0]), *args[1:])
-        encode = partial(tower, *args, **kwargs)
-        output = encode() if self.memory is None else self.memory(encode, args, kwargs)
+        output = tower(*args, **kwargs) if self.memory is None else self.memory(tower, args, kwargs)
         output[self.field] = self.hook_out(output[self.field])
         return output

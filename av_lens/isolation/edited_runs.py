@@ -118,6 +118,7 @@ class _Keeping(Taps):
 @torch.no_grad()
 def _rerun(trace: Trace, plan: Plan) -> tuple[EditedTrace, dict[int, Float[Tensor, "batch pos head d_head"]]]:
     """Run a plan on a recorded input: the trace of the edited run, and every recomputed layer's z."""
+    trace.require_standing()
     compiled = plan.compile(trace.model.spec, trace.spans, batch=trace.batch)
     start = trace.traits.restart(compiled.first_position, trace.spans.roles)
     taps, window = _Keeping(compiled, start), trace.window(start)
@@ -135,7 +136,7 @@ def _rerun(trace: Trace, plan: Plan) -> tuple[EditedTrace, dict[int, Float[Tenso
     edited = EditedTrace(
         model=trace.model, x=trace.x, resid=trace.resid, keys=trace.keys, values=trace.values, tables=trace.tables,
         mask=trace.mask, base=trace, start=start, first=taps.first_layer, streams=tuple(streams),
-        new_keys=tuple(keys), new_values=tuple(values),
+        new_keys=tuple(keys), new_values=tuple(values), standing=trace.standing,
     )  # fmt: skip
     return edited, taps.z
 

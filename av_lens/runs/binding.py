@@ -9,7 +9,9 @@ that share its memory), so a tool that copies ids is refused instead of served t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from av_lens.errors import InputError
+from av_lens.runs.turns import Turn, turn_of, waiting
 
 SUPPORTED_TOOLS: tuple[str, ...] = (
     "patching.generic_activation_patch",
@@ -44,6 +47,7 @@ SUPPORTED_TOOLS: tuple[str, ...] = (
 """TransformerLens's tools that run unchanged through `HookedAVLLM.bound` and are tested there."""
 
 _GENERATORS = ("generate", "generate_stream", "hf_generate", "diffusion_generate")
+_RUNNERS = ("run_with_hooks", "run_with_cache", "add_hook", "reset_hooks")  # they wait for other threads' runs
 _REWRITERS = ("enable_compatibility_mode", "process_weights")
 
 
@@ -89,12 +93,22 @@ def bind(bridge: TransformerBridge, inputs: Sequence[Bound]) -> TransformerBridg
         raise InputError("the two inputs of a pair need id tensors of their own, or nothing tells their media apart.")
     names = ("ids",) if len(inputs) == 1 else ("clean_ids", "corrupt_ids")
     bound.__dict__.update({name: given.ids[0] for name, given in zip(names, inputs, strict=True)})
+    turn = turn_of(bridge)
     bound.__dict__["forward"] = _MediaForward(bridge, bound, tuple(inputs))
+    for name in _RUNNERS:
+        bound.__dict__[name] = waiting(turn, getattr(TransformerBridge, name).__get__(bound))
+    bound.__dict__["hooks"] = functools.partial(_hooks_in_turn, turn, bound)
     for name in _GENERATORS:
         bound.__dict__[name] = _refuse_generation
     for name in _REWRITERS:
         bound.__dict__[name] = _refuse_rewriting
     return bound
+
+
+@contextmanager
+def _hooks_in_turn(turn: Turn, bound: TransformerBridge, *args: Any, **kwargs: Any) -> Generator[Any]:
+    with turn, TransformerBridge.hooks(bound, *args, **kwargs) as hooked:
+        yield hooked
 
 
 def _refuse_generation(*args: Any, **kwargs: Any) -> Any:
@@ -120,7 +134,8 @@ class _MediaForward:
             extra = self._restart(input)
         else:
             input, extra = self._with_media(input)
-        return TransformerBridge.forward(self._bound, input, *args, **{**extra, **kwargs})
+        with turn_of(self._bridge):
+            return TransformerBridge.forward(self._bound, input, *args, **{**extra, **kwargs})
 
     def _shown(self) -> str:
         return "bound.ids" if len(self._inputs) == 1 else "bound.clean_ids or bound.corrupt_ids"

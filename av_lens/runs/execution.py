@@ -27,6 +27,7 @@ from av_lens.interventions.sites import Positions, resolve_positions
 from av_lens.runs.budget import GIGABYTE, ModelSpec, require_budget, selected
 from av_lens.runs.gates import only_open
 from av_lens.runs.recording import asked_positions
+from av_lens.runs.standing_hooks import standing_hooks
 from av_lens.spans import Span, SpanMap
 
 Capture = str | Site | Sequence[str | Site] | Callable[[str], bool] | None
@@ -102,7 +103,8 @@ def logits_of(
     """Run the model under hooks and unembed the asked positions only.
 
     The logits of every position of a real prompt are larger than all its layers' activations together, so the other
-    positions are dropped before the unembedding, unless a hook looks there.
+    positions are dropped before the unembedding, unless a hook looks there: one of these, or one that stands on the
+    model.
 
     Args:
         model: a `HookedAVLLM`.
@@ -118,14 +120,24 @@ def logits_of(
         BudgetError: a hook asks for whole scores beyond the budget, or the logits are.
     """
     rows = rows.to(model.device)
-    if len(rows) == len(x.spans) or any(name.startswith("unembed") for name, _ in hooks):
+    if len(rows) == len(x.spans) or any(name.startswith("unembed") for name, _ in hooks) or _shown_logits(model):
         return model.run_with_hooks(x, fwd_hooks=list(hooks), budget_gb=budget_gb)[:, rows]
+
+    # Never one row alone, which lower precisions multiply by another kernel and round otherwise.
+    kept = rows if len(rows) > 1 or len(x) > 1 else torch.cat((rows, rows))
 
     def drop(stream: Tensor, hook: Any = None) -> Tensor:
         del hook
-        return stream[:, rows]
+        return stream[:, kept]
 
-    return model.run_with_hooks(x, fwd_hooks=[*hooks, ("unembed.hook_in", drop)], budget_gb=budget_gb)
+    kept_hooks = [*hooks, ("unembed.hook_in", drop)]
+    return model.run_with_hooks(x, fwd_hooks=kept_hooks, budget_gb=budget_gb)[:, : len(rows)]
+
+
+def _shown_logits(model: Any) -> bool:
+    """Whether a function of the caller's stands where it is shown logits, so that it must see all positions."""
+    shown = {id(module) for module in (model.hf_model, model.bridge, *model.bridge.unembed.modules())}
+    return any(hook.module is None or id(hook.module) in shown for hook in standing_hooks(model))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from av_lens.runs.turns import turn_of, waiting
+
 
 class Forwarded:
     """An attribute that lives on the bridge."""
@@ -21,6 +23,14 @@ class Forwarded:
 
     def __get__(self, instance: Any, owner: type) -> Any:
         return self if instance is None else getattr(instance.bridge, self._name)
+
+
+class ForwardedInTurn(Forwarded):
+    """A method that lives on the bridge and changes what runs read: it waits for other threads' runs (`turns`)."""
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        found = super().__get__(instance, owner)
+        return found if instance is None else waiting(turn_of(instance.bridge), found)
 
 
 class ForwardedAttributes:
@@ -61,12 +71,12 @@ class ForwardedAttributes:
     parameters: Any = Forwarded("The weights.")
     named_parameters: Any = Forwarded("The weights by name.")
     state_dict: Any = Forwarded("The weights as a dictionary.")
-    add_hook: Any = Forwarded("Attach a hook until `reset_hooks`.")
-    reset_hooks: Any = Forwarded("Detach hooks.")
-    set_use_attn_result: Any = Forwarded("Leave `hook_result` switched on.")
-    set_use_split_qkv_input: Any = Forwarded("Leave the forked inputs of q, k and v switched on.")
-    set_use_attn_in: Any = Forwarded("Leave the forked attention input switched on.")
-    set_use_hook_mlp_in: Any = Forwarded("Leave `hook_mlp_in` switched on.")
+    add_hook: Any = ForwardedInTurn("Attach a hook until `reset_hooks`.")
+    reset_hooks: Any = ForwardedInTurn("Detach hooks.")
+    set_use_attn_result: Any = ForwardedInTurn("Leave `hook_result` switched on.")
+    set_use_split_qkv_input: Any = ForwardedInTurn("Leave the forked inputs of q, k and v switched on.")
+    set_use_attn_in: Any = ForwardedInTurn("Leave the forked attention input switched on.")
+    set_use_hook_mlp_in: Any = ForwardedInTurn("Leave `hook_mlp_in` switched on.")
     training: Any = Forwarded("Whether the model is in training mode.")
 
 

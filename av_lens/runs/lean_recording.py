@@ -2,10 +2,10 @@
 
 A model is first run with hooks, and a restart must reproduce it (`traces.record`). Then the same arithmetic that
 restarts use makes the records, that first one too, so that no number depends on what was recorded before: the encoders
-and the embedding run as always, then every layer from position 0. Float32 only: in lower precision another order of
-operations would move the record itself.
+and the embedding run as always, then every layer from position 0. Float32 only: in lower precision a restart keeps to
+the hooked run's own order of operations, scores written out, so that nothing is gained.
 
-Where hooks were put on the model since, the hooked way is taken again, so that what they do is noticed.
+Where functions of the caller's stand on the fusion stack (`standing_hooks`), the hooked way is taken: they fire.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from av_lens.runs.restart import Layer, run_layer
 from av_lens.runs.stacks import unembedded
 from av_lens.runs.taps import Taps
 
-PROVED = "_restart_proved"  # on the model: how many hooks it carried when a restart reproduced its run
+PROVED = "_restart_proved"  # on the model: a restart reproduced its run at every position
 
 
 class _Entered(Exception):
@@ -37,23 +37,31 @@ def proved(model: Any) -> None:
     Args:
         model: a `HookedAVLLM`.
     """
-    model.__dict__[PROVED] = _hooks_on(model)
+    model.__dict__[PROVED] = True
 
 
-def may_be_lean(model: Any) -> bool:
-    """Say whether records of this model may be made without hooks.
+def is_proved(model: Any) -> bool:
+    """Say whether a restart was seen to reproduce a run of this model.
 
     Args:
         model: a `HookedAVLLM`.
 
     Returns:
-        True in float32, where a restart was seen to reproduce a run and no hook was put on since.
+        True if it was.
     """
-    return model.dtype == torch.float32 and model.__dict__.get(PROVED) == _hooks_on(model)
+    return bool(model.__dict__.get(PROVED))
 
 
-def _hooks_on(model: Any) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.bridge.modules())
+def may_be_lean(model: Any) -> bool:
+    """Say whether records of this model may be made without hooks, where none stands on its fusion stack.
+
+    Args:
+        model: a `HookedAVLLM`.
+
+    Returns:
+        True in float32, where a restart was seen to reproduce a run.
+    """
+    return model.dtype == torch.float32 and is_proved(model)
 
 
 @torch.no_grad()

@@ -85,7 +85,9 @@ def require_restart(record: Record, what: str) -> None:
 
     Raises:
         ModelError: it is not.
+        InterventionError: other hooks stand on the model than when it was recorded.
     """
+    record.require_standing()
     if record.hooked_because:
         raise ModelError(f"{what} computes layers by themselves, and cannot here: {record.hooked_because}.")
     if record.traits.bidirectional:

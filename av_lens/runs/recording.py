@@ -20,9 +20,11 @@ from torch import Tensor
 
 from av_lens.bridge.hook_names import COMPONENTS, hook_name
 from av_lens.bridge.traits import ReplayTraits
-from av_lens.errors import BudgetError
+from av_lens.errors import BudgetError, InterventionError
 from av_lens.interventions.sites import resolve_positions
 from av_lens.runs.cascade import Window, causal_mask
+from av_lens.runs.standing_hooks import Standing, places, same_hooks, standing_hooks
+from av_lens.runs.turns import turn_of
 from av_lens.spans import Span, SpanMap
 
 GB = 1e9
@@ -41,6 +43,9 @@ class Record:
         tables: cosine and sine of the rotary positions, `[batch, pos, d_head]`.
         mask: additive attention mask, `[batch or 1, 1, pos, pos]`; None where it is plainly causal.
         hooked_because: why replays run as full hooked forwards; empty where they restart.
+        standing: the caller's functions that stood on the model when it ran (`standing_hooks`).
+        own_logits: the run's logits at all positions, kept where such functions stood on the fusion stack; else None,
+            and they are read from the last stream.
     """
 
     model: Any
@@ -51,6 +56,8 @@ class Record:
     tables: tuple[Tensor, Tensor]
     mask: Float[Tensor, "..."] | None
     hooked_because: str = ""
+    standing: Standing = ()
+    own_logits: Float[Tensor, "batch pos d_vocab"] | None = None
 
     @property
     def spans(self) -> SpanMap:
@@ -71,6 +78,22 @@ class Record:
     def traits(self) -> ReplayTraits:
         """What the model's adapter declares about restarts."""
         return self.model.family.replay_traits(self.model.config)
+
+    def require_standing(self) -> None:
+        """Refuse to go on where other functions stand on the model than when it was recorded.
+
+        Raises:
+            InterventionError: they do: a number would be neither of the recorded model nor of the one in hand.
+        """
+        with turn_of(self.model.bridge):
+            now = standing_hooks(self.model)
+            if same_hooks(now, self.standing):
+                return
+            raise InterventionError(
+                f"this trace was recorded with hooks at {places(self.model, self.standing)}, and the model now has "
+                f"hooks at {places(self.model, now)}: a number would be true of neither. Record again with "
+                "model.trace(x), or put the hooks back as they were (the same functions in the same places)."
+            )
 
     def obstacle(self) -> str:
         """Say what the adapter declares, or leaves undeclared, that a restart of this run would get wrong.
@@ -132,13 +155,16 @@ class Record:
 
 
 @torch.no_grad()
-def recorded(model: Any, x: Any, device: torch.device | str | None) -> tuple[dict[str, Any], Tensor]:
+def recorded(
+    model: Any, x: Any, device: torch.device | str | None, *, keep_logits: bool = False
+) -> tuple[dict[str, Any], Tensor]:
     """Run the model once and keep what is needed to restart it.
 
     Args:
         model: a `HookedAVLLM`.
         x: an `AVInputs`.
         device: where the record is kept; None for the model's.
+        keep_logits: keep the logits of every position, which hooks of the caller's may have changed.
 
     Returns:
         The fields of a `Record`, and the run's logits at the last position, `[batch, d_vocab]`.
@@ -164,9 +190,10 @@ def recorded(model: Any, x: Any, device: torch.device | str | None) -> tuple[dic
     hooks: list[tuple[str, Callable[..., Any]]] = []
     for names, component in ((streams, "resid"), (keys, "rot_k"), (values, "v")):
         hooks += [(name, keeper(name, component)) for name in names]
+    if not keep_logits:  # the logits of all positions would be larger than the record
+        hooks.append(("unembed.hook_in", last_only))
     with entering(model.bridge.blocks[0]) as entered:
-        # The logits of all positions would be larger than the record.
-        logits = model.run_with_hooks(x, fwd_hooks=[*hooks, ("unembed.hook_in", last_only)])[:, -1]
+        logits: Tensor = model.run_with_hooks(x, fwd_hooks=hooks)
     cos, sin = (table.to(device) for table in entered["position_embeddings"])
     mask = additive(entered.get("attention_mask"), kept[streams[0]])
     fields = {
@@ -177,27 +204,31 @@ def recorded(model: Any, x: Any, device: torch.device | str | None) -> tuple[dic
         "values": tuple(kept[name] for name in values),
         "tables": (cos, sin),
         "mask": mask,
+        "own_logits": logits.to(device) if keep_logits else None,
     }
-    return fields, logits
+    return fields, logits[:, -1]
 
 
-def require_record_memory(model: Any, x: Any, budget_gb: float | int) -> None:
+def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits: bool = False) -> None:
     """Refuse a record that would not fit.
 
     Args:
         model: a `HookedAVLLM`.
         x: an `AVInputs`.
         budget_gb: memory for the record.
+        logits: the logits of all positions are kept too.
 
     Raises:
         BudgetError: it would not.
     """
     spec, n = model.spec, len(x.spans)
-    needed = len(x) * n * spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) * model.dtype.itemsize / GB
+    width = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) + (spec.d_vocab if logits else 0)
+    needed = len(x) * n * width * model.dtype.itemsize / GB
     if needed > budget_gb:
+        beside = " and all logits, which standing hooks may change," if logits else ""
         raise BudgetError(
-            f"a trace of {len(x)} examples x {n} positions x {spec.n_layers} layers needs {needed:.1f} GB, more than "
-            f"budget_gb={budget_gb:g}. Trace fewer examples at a time, or raise budget_gb."
+            f"a trace of {len(x)} examples x {n} positions x {spec.n_layers} layers{beside} needs {needed:.1f} GB, "
+            f"more than budget_gb={budget_gb:g}. Trace fewer examples at a time, or raise budget_gb."
         )
 
 

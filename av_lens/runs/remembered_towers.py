@@ -2,23 +2,26 @@
 
 At a real checkpoint's sizes the encoders cost as much as the fusion layers, and an isolation reads each clip in a dozen
 cells. What an encoder was given decides what it gives, so its output is kept under a hash of all its inputs, and is the
-same to the bit. Hooks on the encoders fire as ever: `hook_in` before the memory is asked, `hook_out` on what it gives.
-With gradients on, nothing is kept and nothing is taken from it.
+same to the bit. Hooks on the encoders fire as ever: `hook_in` before the memory is asked, `hook_out` on a copy of what
+it gives. Hooks inside an encoder are part of the key: what was kept under others is not given. With gradients on,
+nothing is kept and nothing is taken from it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from av_lens.bridge.blocks import TowerBridge
 from av_lens.inputs.memory import Memory
 from av_lens.inputs.shared_tensors import content_hash
+from av_lens.runs.standing_hooks import hook_numbers
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -35,11 +38,11 @@ class TowerMemory:
         self._field, self._most = field, most
         self._kept: Memory[tuple[type, Tensor]] = Memory(int(most), lambda made: made[1].nbytes)
 
-    def __call__(self, encode: Callable[[], Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def __call__(self, tower: Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Encode, or give what the same input gave before.
 
         Args:
-            encode: runs the encoder.
+            tower: the encoder.
             args: its inputs.
             kwargs: its inputs by name.
 
@@ -48,9 +51,9 @@ class TowerMemory:
         """
         key = None if torch.is_grad_enabled() else key_of(args, kwargs)
         if key is None:
-            return encode()
-        kind, embeddings = self._kept.once(key, lambda: self._made(encode()))
-        return kind(**{self._field: embeddings})
+            return tower(*args, **kwargs)
+        kind, embeddings = self._kept.once((key, hook_numbers(tower)), lambda: self._made(tower(*args, **kwargs)))
+        return kind(**{self._field: embeddings.clone()})  # a hook may write into it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TowerMemory:
         """A copied encoder begins with an empty memory: its weights may be changed (`copies.in_precision`)."""

@@ -7,7 +7,10 @@ the same code in both (`interventions.Step`), and tests hold the two ways togeth
 
 Tensors carry a leading plan axis, `[plan, batch, pos, ...]`, whose bookkeeping `taps` keeps: plans join the stack at
 their own first layer, and what they share until their first edit is computed once. Attention goes through `cascade`;
-where scores or pattern are edited, all scores are written out, as `[plan, batch, head, query_pos, key_pos]`.
+where scores or pattern are edited, and in every precision below float32, all scores are written out, as
+`[plan, batch, head, query_pos, key_pos]`. There every operation is the hooked run's own, in its order: rounding is the
+same, so that an edit which changes nothing changes nothing (to the bit wherever the device's products do not depend on
+how many rows are multiplied together, as in bfloat16 on CPUs).
 
 Known layout: pre-norm blocks, rotary grouped-query attention, gated MLP. A trace proves on recording that a restart
 reproduces its own run, and falls back to hooked runs where it does not.
@@ -148,14 +151,17 @@ def run_layer(
         k, v = torch.cat((earlier[0], k), dim=2), torch.cat((earlier[1], v), dim=2)
     part = rows if taps.rowwise(number, AFTER_KEYS) else None
     cut = part or slice(0, stream.shape[2])
-    normed, stream, cos, sin = normed[:, :, cut], stream[:, :, cut], window.cos[:, cut], window.sin[:, cut]
+    # Contiguous: a projection of strided rows would round its bias apart.
+    normed, stream = normed[:, :, cut].contiguous(), stream[:, :, cut]
+    cos, sin = window.cos[:, cut], window.sin[:, cut]
     q = taps("rot_q", number, _rotated(taps("q", number, _heads(layer.q, normed, layer), part), cos, sin), part)
     if taps.has(number, EDGES):
         q, k, v = (taps.spread(part) for part in (q, k, v))
+    q, k = taps.matched(q, k)
+    q, v = taps.matched(q, v)
+    if taps.has(number, EDGES) or q.dtype != torch.float32:
         z = _explicit(q, (k, v), past, window, part, layer.scaling, taps, number)
     else:
-        q, k = taps.matched(q, k)
-        q, v = taps.matched(q, v)
         z = cascade(q, (k, v), past, window, cut, layer.scaling)
     attended = taps("attn_out", number, _written(layer, number, taps("z", number, z, part), taps, part), part)
     stream, attended = taps.matched(stream, attended)
@@ -174,6 +180,8 @@ def _heads(projection: torch.nn.Linear, normed: Tensor, layer: Layer) -> Tensor:
 def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position on `[plan, batch, pos, head, d_head]`: heads x cos + (-second half, first half) x sin."""
     half = heads.shape[-1] // 2
+    if heads.dtype != torch.float32:  # each product rounded, as in the hooked run
+        return heads * cos + torch.cat((-heads[..., half:], heads[..., :half]), dim=-1) * sin
     turned = heads * cos
     turned[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
     turned[..., half:].addcmul_(heads[..., :half], sin[..., half:])
@@ -191,13 +199,11 @@ def _explicit(
     number: int,
 ) -> Tensor:
     """Attention with scores and pattern written out and shown to the plans; `z` `[plan, batch, row, head, d_head]`."""
-    group = q.shape[3] // own[0].shape[3]
-    queries, shown = q.transpose(2, 3) * scaling, rows or slice(None)
-    k, v = (part.transpose(2, 3).repeat_interleave(group, dim=2) for part in own)
-    old_k, old_v = (part.repeat_interleave(group, dim=1) for part in past)
-    scores = queries @ k.transpose(-1, -2) + window.own_mask[:, :, shown]
+    shown = rows or slice(None)
+    queries, k, v = (part.transpose(2, 3) for part in (q, *own))
+    scores = _on_own(queries, k.transpose(-1, -2)) * scaling + window.own_mask[:, :, shown]
     if window.start:
-        before = queries @ old_k.transpose(-1, -2)
+        before = _on_past(queries, past[0].transpose(-1, -2)) * scaling
         if window.prefix_mask is not None:
             before = before + window.prefix_mask[:, :, shown]
         scores = torch.cat((before, scores), dim=-1)
@@ -206,10 +212,26 @@ def _explicit(
     if torch.is_grad_enabled():
         pattern = pattern.clone()  # softmax keeps its result for the gradient: edits write elsewhere
     pattern = taps("pattern", number, pattern, rows)
-    z = pattern[..., window.start :] @ v
-    if window.start:
-        z = z + pattern[..., : window.start] @ old_v
+    if q.dtype != torch.float32:  # one sum over all keys, rounded once
+        z = _on_own(pattern, torch.cat((past[1].expand(len(v), *past[1].shape), v), dim=3))
+    else:
+        z = _on_own(pattern[..., window.start :], v)
+        if window.start:
+            z = z + _on_past(pattern[..., : window.start], past[1])
     return z.transpose(2, 3).contiguous()
+
+
+def _on_own(left: Tensor, own: Tensor) -> Tensor:
+    """The product of each head's `[plan, batch, head, row, _]` with its plan's `[plan, batch, kv_head, _, _]`."""
+    grouped = left.unflatten(2, (own.shape[2], -1))
+    return (grouped.flatten(3, 4) @ own).unflatten(3, grouped.shape[3:5]).flatten(2, 3)
+
+
+def _on_past(left: Tensor, past: Tensor) -> Tensor:
+    """The same with what all plans share, `[batch, kv_head, _, _]`: plans become rows, and nothing is copied."""
+    grouped = left.unflatten(2, (past.shape[1], -1)).movedim(0, 2)
+    found = grouped.flatten(2, 4) @ past
+    return found.unflatten(2, grouped.shape[2:5]).movedim(2, 0).flatten(2, 3)
 
 
 def _written(layer: Layer, number: int, z: Tensor, taps: Taps, rows: slice | None) -> Tensor:
@@ -220,7 +242,7 @@ def _written(layer: Layer, number: int, z: Tensor, taps: Taps, rows: slice | Non
         before = torch.einsum("nbphd,mhd->nbphm", z, weight)
         after = taps("result", number, before.clone(), rows)
         after, before = taps.matched(after, before)
-        change = (after - before).sum(3)
+        change = (after - before).sum(3, dtype=torch.float32).to(written.dtype)
         written, change = taps.matched(written, change)
         written = written + change
     return written

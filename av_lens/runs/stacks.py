@@ -82,8 +82,10 @@ def scheduled(
         The schedule.
 
     Raises:
-        InterventionError: a plan does not fit the model or the input.
+        InterventionError: a plan does not fit the model or the input, or other hooks stand on the model than when it
+            was recorded.
     """
+    record.require_standing()
     spec, spans, batch = record.model.spec, record.spans, record.batch
     compiled = tuple(p if isinstance(p, CompiledPlan) else p.compile(spec, spans, batch=batch) for p in plans)
     n, traits = len(spans), record.traits
@@ -93,7 +95,10 @@ def scheduled(
         if not _restarts(record, plan):
             stacks.append(Stack((number,), 0, hooked=True))
         else:
-            groups.setdefault(traits.restart(plan.first_position, spans.roles) if plan.steps else n, []).append(number)
+            start = traits.restart(plan.first_position, spans.roles) if plan.steps else n
+            if start == n - 1 and record.resid[0].dtype != torch.float32:
+                start = max(n - 2, 0)  # a row alone would be multiplied by another kernel, and rounded otherwise
+            groups.setdefault(start, []).append(number)
     gigabytes = forwards = 0.0
     for start, numbers in groups.items():
         numbers.sort(key=lambda number: compiled[number].first_layer)
@@ -108,7 +113,7 @@ def scheduled(
 
 
 def _restarts(record: Record, plan: CompiledPlan) -> bool:
-    return not plan.steps or (not record.hooked_because and all(step.component in RESTARTABLE for step in plan.steps))
+    return not record.hooked_because and all(step.component in RESTARTABLE for step in plan.steps)
 
 
 def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_asked: int) -> float:
@@ -116,9 +121,11 @@ def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_
     spec, n = record.model.spec, len(record.spans)
     rows = record.batch * (n - start)
     edges = any(step.component in EDGES for plan in plans for step in plan.steps)
-    flash = record.model.device.type == "cpu" and not edges
+    coarse = record.resid[0].dtype != torch.float32  # then scores are always written out, and the values put together
+    flash = record.model.device.type == "cpu" and not edges and not coarse
     width = max(4 * spec.d_mlp, 6 * spec.d_model) + 3 * spec.d_model + (0 if flash else 3 * spec.n_heads * n)
-    return (rows * width + record.batch * n_asked * spec.d_vocab) * record.resid[0].element_size()
+    values = record.batch * n * spec.n_kv_heads * spec.d_head if coarse else 0
+    return (rows * width + values + record.batch * n_asked * spec.d_vocab) * record.resid[0].element_size()
 
 
 def _together(record: Record, start: int, bytes_each: float, budget_gb: float | int) -> int:
@@ -234,6 +241,8 @@ def restarted(
     """
     taps, window = Taps(plans, start), record.window(start)
     wanted = _run_of(rows)
+    if record.resid[0].dtype != torch.float32 and len(plans) * record.batch * len(rows) == 1:
+        wanted = None  # never one row alone
     stream: Tensor | None = None
     kept: list[tuple[Tensor, Tensor]] = []
     for number in range(taps.first_layer if keep else 0):
@@ -279,6 +288,10 @@ def unembedded(model: Any, stream: Tensor, tokens: Tensor | None = None) -> Floa
     """
     bridge = model.bridge
     normed, head = bridge.ln_final.original_component(stream), bridge.unembed.original_component
+    if normed.dtype != torch.float32:  # as the hooked run does it: all tokens, and never of one row alone
+        rows = normed.flatten(0, -2)
+        logits = head(rows if len(rows) > 1 else rows.expand(2, -1))[: len(rows)].unflatten(0, normed.shape[:-1])
+        return logits if tokens is None else logits[..., tokens]
     if tokens is None:
         return head(normed)
     return functional.linear(normed, head.weight[tokens], None if head.bias is None else head.bias[tokens])

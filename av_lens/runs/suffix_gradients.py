@@ -87,9 +87,11 @@ def differentiated(
 
     Raises:
         InputError: a metric of several tokens, or one without a gradient.
-        InterventionError: a site or the plan does not fit, or an edit did not fire.
+        InterventionError: a site or the plan does not fit, an edit did not fire, or other hooks stand on the model than
+            when it was recorded.
         BudgetError: the backward pass would need more memory.
     """
+    record.require_standing()
     asked = (sites,) if isinstance(sites, Site) else tuple(sites)
     bound, tokens = _differentiable(metric, record.model.tokenizer).few_tokens()
     rows = asked_positions(record.spans, logits_at)

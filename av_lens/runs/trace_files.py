@@ -8,7 +8,8 @@ Hashing reads every weight once (seconds for a model of billions). A model's has
 weight's tensor, version counter or sampled numbers changed; a change of single numbers through `.data`, which torch
 does not count, may go unnoticed.
 
-Not done: the model itself is not stored, and hooks left on it by hand are not part of the hash.
+Not done: the model itself is not stored. Neither are hooks, which are functions: a trace that was recorded under some
+is not saved, and none is opened while some stand on the model.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from av_lens.checks import foreign_file, near_file, parse_json, whole_object
-from av_lens.errors import InputError, ModelError
+from av_lens.errors import InputError, InterventionError, ModelError
 from av_lens.results.provenance import stamp
 from av_lens.runs.recording import Record
+from av_lens.runs.standing_hooks import places, standing_hooks
+from av_lens.runs.turns import turn_of
 from av_lens.whole_files import whole_file
 
 SCHEMA = "av_lens.Trace"
@@ -54,7 +57,14 @@ def write_trace(record: Record, path: str | Path) -> Path:
 
     Raises:
         InputError: the folder does not exist.
+        InterventionError: it was recorded under hooks.
     """
+    if record.standing:
+        raise InterventionError(
+            f"this trace was recorded with hooks at {places(record.model, record.standing)}, and functions cannot be "
+            "saved: a session that opened it would not know what they did. Record without them, and write what they "
+            "do as a Plan."
+        )
     target = Path(path) if Path(path).suffix else Path(path).with_suffix(SUFFIX)
     if not target.parent.is_dir():
         raise InputError(f"cannot save a trace to {target}: there is no folder {target.parent}. Make it first.")
@@ -89,7 +99,15 @@ def read_trace(path: str | Path, model: Any, x: Any, *, device: torch.device | s
     Raises:
         InputError: no such file, a file that is broken or holds no trace of a known schema, or another input's trace.
         ModelError: another model's trace, or one in another precision; the message says which parts differ.
+        InterventionError: hooks stand on the model; the trace was recorded without.
     """
+    with turn_of(model.bridge):
+        standing = standing_hooks(model)
+    if standing:
+        raise InterventionError(
+            f"the trace in {path} was recorded without hooks, and the model has hooks at {places(model, standing)}. "
+            "Take them off, or record under them with model.trace(x)."
+        )
     about, tensors = _opened(Path(path))
     precision = str(model.dtype)
     if about["dtype"] != precision:

@@ -31,6 +31,7 @@ from av_lens.runs.forwarding import ForwardedAttributes
 from av_lens.runs.gates import HookPair, gates_of_filter, gates_of_hooks, only_open, open_gates
 from av_lens.runs.interop import TransformerLensSide
 from av_lens.runs.tokens import TokenHelpers
+from av_lens.runs.turns import in_turn, turn_of
 
 Filter = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -187,6 +188,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
 
     # Runs
 
+    @in_turn
     def __call__(
         self, x: Any, *, return_type: str | None = "logits", budget_gb: float | int = BUDGET_GB, **options: Any
     ) -> Any:
@@ -211,6 +213,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
 
     forward = __call__
 
+    @in_turn
     def run_with_cache(
         self, x: Any, names_filter: Filter = None, *, budget_gb: float | int = BUDGET_GB, **options: Any
     ) -> tuple[Any, ActivationCache]:
@@ -277,7 +280,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         tensors = self.tensors_of(x)
         ids, logits = tensors.pop("input_ids"), _logits(options.get("return_type"), options)
         with (
-            self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks),
+            self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks),  # which holds the model's turn
             bounded(self, ids, budget_gb, logits=logits),
         ):
             return self.bridge(ids, **tensors, **options)
@@ -286,7 +289,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
     def hooks(
         self, fwd_hooks: Sequence[HookPair] = (), bwd_hooks: Sequence[HookPair] = (), **options: Any
     ) -> Generator[HookedAVLLM, None, None]:
-        """Attach hooks for a while; gated ones are switched on and off with them.
+        """Attach hooks for a while; gated ones are switched on and off with them, and other threads wait (`turns`).
 
         Args:
             fwd_hooks: as in `run_with_hooks`.
@@ -300,7 +303,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             InterventionError: a name is no hook of the model.
         """
         gates = gates_of_hooks([*fwd_hooks, *bwd_hooks], self._known)
-        with open_gates(self.bridge, gates):
+        with turn_of(self.bridge), open_gates(self.bridge, gates):
             both = [
                 [(only_open(self.bridge, name) if callable(name) else name, fn) for name, fn in hooks]
                 for hooks in (fwd_hooks, bwd_hooks)

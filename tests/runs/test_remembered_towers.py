@@ -93,12 +93,13 @@ def test_with_gradients_on_nothing_is_remembered_and_an_error_leaves_nothing_beh
 def test_the_longest_unused_goes_first_and_what_cannot_be_hashed_is_not_kept():
     runs = []
 
-    def ask(memory, number, **more):
-        def encode():
-            runs.append(number)
-            return {"out": torch.full((10,), float(number))}
+    class Tower(torch.nn.Module):
+        def forward(self, number, **more):
+            runs.append(int(number))
+            return {"out": number.float().repeat(10)}
 
-        return memory(encode, (torch.tensor([number]),), more)["out"][0].item()
+    def ask(memory, number, **more):
+        return memory(Tower(), (torch.tensor([number]),), more)["out"][0].item()
 
     memory = TowerMemory("out", most=80)  # two outputs of 40 bytes
     assert [ask(memory, n) for n in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
