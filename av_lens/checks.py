@@ -5,7 +5,8 @@ Each says what was asked, what would have been accepted, and raises the error cl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 
 from av_lens.errors import AvLensError, InputError, unknown
 
@@ -41,3 +42,37 @@ def require_at_least(kind: str, value: float | int, least: float | int, error: t
     """
     if not value >= least:
         raise error(f"{kind} must be at least {least}, not {value}.")
+
+
+def require_keywords(
+    verb: str,
+    given: Iterable[str],
+    *takers: Callable[..., object],
+    own: Iterable[str] = (),
+    more: Iterable[str] = (),
+    refused: Mapping[str, str] | None = None,
+    error: type[AvLensError] = InputError,
+) -> None:
+    """Refuse keywords that none of the functions they are handed on to names.
+
+    Args:
+        verb: whose keywords they are.
+        given: the keywords.
+        *takers: where they go; what these name in their signatures is accepted.
+        own: parameters of the takers that the verb fills in itself.
+        more: accepted keywords that stand in no signature.
+        refused: keywords that are not taken though a taker names them, each with the reason and the mend.
+        error: the class to raise.
+
+    Raises:
+        AvLensError: a keyword is not known (the nearest is named), or not taken.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {p.name for taker in takers for p in inspect.signature(taker).parameters.values() if p.kind in kinds}
+    reasons = refused or {}
+    known = sorted((named | set(more)) - set(own) - set(reasons))
+    for name in given:
+        if name in reasons:
+            raise error(f"{verb} takes no {name}=: {reasons[name]}.")
+        if name not in known:
+            raise error(unknown(f"keyword of {verb}", name, known))
