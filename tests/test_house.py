@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Lowest first: a room may import from itself and from every room before it.
 ORDER = [
-    {"errors", "axes", "checks", "spans"},
+    {"errors", "axes", "brief", "checks", "spans"},
     {"media", "results"},
     {"inputs"},
     {"bridge"},
@@ -33,7 +33,7 @@ ORDER = [
     {"studies"},
     {"cli"},
 ]
-BESIDE = {"plots": {"errors", "axes", "checks", "results", "spans", "media"}}
+BESIDE = {"plots": {"errors", "axes", "brief", "checks", "results", "spans", "media"}}
 BESIDE["reports"] = BESIDE["plots"] | {"plots"}
 ALSO = {"isolation": {"reports"}, "organism": set(), "studies": {"plots", "reports"}, "cli": {"plots", "reports"}}
 

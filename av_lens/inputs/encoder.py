@@ -11,6 +11,7 @@ sound, text. Not done: several clips in one prompt, several turns.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,23 @@ _LAYOUTS: dict[tuple[str | None, str | None], str] = {
     (None, "separate"): "audio_only",
     (None, None): "text",
 }
+
+
+Medium = Clip | ClipFile | str | os.PathLike[str] | None
+
+
+def _clip(medium: Any) -> Clip | None:
+    """The clip of what was handed in."""
+    if medium is None or isinstance(medium, Clip):
+        return medium
+    if isinstance(medium, str | os.PathLike):
+        medium = ClipFile(os.fspath(medium))
+    if not isinstance(medium, ClipFile):
+        raise InputError(
+            f"encode(clip, question) takes a Clip, the path of a file, or None for text alone, not "
+            f"{type(medium).__name__}. Frames and samples become a clip by avl.Clip.from_arrays."
+        )
+    return medium.load()
 
 
 @dataclass(frozen=True)
@@ -149,7 +167,7 @@ class Encoder:
 
     def encode(
         self,
-        clip: Clip | ClipFile | Sequence[Clip | ClipFile | None] | None,
+        clip: Medium | Sequence[Medium],
         question: str | Sequence[str],
         *,
         sound: str | None = "auto",
@@ -162,7 +180,7 @@ class Encoder:
         """Make the model's input of a clip and a question, or of lists of either.
 
         Args:
-            clip: the clip (or its file), None for text alone, or a list of them.
+            clip: the clip (or its file, or the file's path), None for text alone, or a list of them.
             question: the question, or a list of them; one of either is used for all of the other.
             sound: "in_video" (woven into the video), "separate" (after it), None (left out), or "auto".
             picture: "video", "image" (the frame nearest the middle), None (left out), or "auto".
@@ -182,8 +200,13 @@ class Encoder:
         options: dict[str, Any] = {
             "sound": sound, "picture": picture, "fps": fps, "system": system, "prefix": prefix, "answer": answer
         }  # fmt: skip
-        given = [clip] if clip is None or isinstance(clip, Clip | ClipFile) else list(clip)
-        clips = [each.load() if isinstance(each, ClipFile) else each for each in given]
+        if not (
+            isinstance(question, str)
+            or (isinstance(question, list | tuple) and all(isinstance(each, str) for each in question))
+        ):
+            raise InputError(f"encode(clip, question) asks a text, or a list of them, not {type(question).__name__}.")
+        given = list(clip) if isinstance(clip, list | tuple) else [clip]
+        clips = [_clip(each) for each in given]
         questions = [question] if isinstance(question, str) else list(question)
         count = max(len(clips), len(questions))
         if {len(clips), len(questions)} - {1, count} or not clips or not questions:

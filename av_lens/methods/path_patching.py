@@ -53,7 +53,7 @@ from av_lens.results.provenance import linked, stamp
 from av_lens.runs.finite import require_numbers
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.paths import LOGITS, TOTAL, Nodes, PathRuns
-from av_lens.runs.places import layout_stacks
+from av_lens.runs.places import layout_stacks, pairs_of
 from av_lens.runs.progress import Progress, part_of, watched
 from av_lens.runs.sweeps import interrupted, sources
 from av_lens.spans import Span
@@ -73,7 +73,7 @@ def path_patch(
     sender: Any = "heads",
     receiver: Any = "logits",
     via: Any = "",
-    metric: Metric | Callable[..., Any],
+    metric: Metric | Callable[..., Any] | None = None,
     at: str | Span | None = None,
     mlps: str = "frozen",
     norms: str = "recomputed",
@@ -175,9 +175,7 @@ def _gridded(
 
 
 def _checked(pair: Pair | Sequence[Pair], metric: Metric) -> tuple[list[Pair], Metric]:
-    pairs = [pair] if isinstance(pair, Pair) else list(pair)
-    if not pairs:
-        raise InputError("path_patch needs at least one pair.")
+    pairs = pairs_of("path_patch", pair)
     if metric.n_answers > 1 and metric.n_answers != sum(len(one) for one in pairs):
         raise InputError(f"{metric.name} names {metric.n_answers} answers for {sum(map(len, pairs))} examples.")
     return pairs, metric

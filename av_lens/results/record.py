@@ -32,6 +32,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
+from av_lens.brief import Brief
 from av_lens.errors import InputError, unknown
 from av_lens.results.tables import RELEASING, ROLE_NAMES, TABLES, read_table, table
 from av_lens.results.whole_files import write_whole
@@ -44,8 +45,8 @@ def _empty(name: str) -> Callable[[], pd.DataFrame]:
     return lambda: table(name, [])
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Isolation:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Isolation(Brief):
     """A finished isolation; see the module for signs and units, `TABLES` for the columns.
 
     `verdict` is the finding in words with its numbers, `verdict_kind` its kind ("suppression", "interference",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 
+from av_lens.brief import Brief
 from av_lens.checks import require_at_least, require_choice, require_keywords
 from av_lens.errors import InputError
 from av_lens.runs.gates import HookPair, counted
@@ -40,8 +41,8 @@ REFUSED = {
 """Keywords of HuggingFace's or TransformerLens's generation that are not taken, with the reason or the mend."""
 
 
-@dataclass(frozen=True, eq=False)
-class Generated:
+@dataclass(frozen=True, eq=False, repr=False)
+class Generated(Brief):
     """What came out.
 
     Attributes:
@@ -81,7 +82,9 @@ class Decoding:
         if self.do_sample and self.seed is None:
             raise InputError("sampling draws from the seed you give, never from the global generator: pass seed=0.")
         if self.seed is not None and not self.do_sample:
-            raise InputError("seed= is what sampling draws from, and nothing is drawn: pass do_sample=True, or no seed.")
+            raise InputError(
+                "seed= is what sampling draws from, and nothing is drawn: pass do_sample=True, or no seed."
+            )
         self._require_heeded()
 
     def _require_heeded(self) -> None:
@@ -93,7 +96,9 @@ class Decoding:
         require_keywords("generate", self.options, GenerationMixin.generate, own=own, more=known, refused=REFUSED)
         asked = {name: value for name, value in self.options.items() if name in known}
         try:
-            GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=self.do_sample, **asked).validate(strict=True)
+            GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=self.do_sample, **asked).validate(
+                strict=True
+            )
         except ValueError as error:
             raise InputError(f"these options of generate do not go together: {error}") from error
 
@@ -125,13 +130,13 @@ def generate_with_hooks(
         InterventionError: an edit of the plan did not fire as it should have, or a hook never did.
     """
     tensors = left_padded(model.tensors_of(x, **(reading or {})))
-    if not bool(tensors["attention_mask"].all()):  # HuggingFace's own count is off by one after a prompt of one token
-        tensors["position_ids"] = model.position_ids(tensors)
     compiled = None
     if plan is not None:
         require_inputs("generate(plan=)", x)
         if any((how.options.get(name) or 1) > 1 for name in ("num_beams", "num_return_sequences")):
-            raise InputError("a plan edits one sequence of each example: leave num_beams and num_return_sequences at 1.")
+            raise InputError(
+                "a plan edits one sequence of each example: leave num_beams and num_return_sequences at 1."
+            )
         compiled = plan.compile(model.spec, x.spans, batch=tensors["input_ids"].shape[0])
     counting, require_fired = counted(fwd_hooks)
     hooks = [*(compiled.fwd_hooks if compiled else ()), *counting]

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from av_lens.bridge.hook_names import COMPONENTS, hook_name, layer_names
+from av_lens.brief import Brief
 from av_lens.errors import BudgetError, InterventionError, unknown
 from av_lens.interventions import Plan, Site
 from av_lens.interventions.sites import Positions, resolve_positions
@@ -33,8 +34,8 @@ from av_lens.spans import Span, SpanMap
 Capture = str | Site | Sequence[str | Site] | Callable[[str], bool] | None
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
+@dataclass(frozen=True, eq=False, repr=False)
+class Run(Brief):
     """What one run gave.
 
     Attributes:

@@ -132,9 +132,7 @@ class TokenHelpers:
         _refuse_text_options(text, "ids are tokens already")
         if not isinstance(x, torch.Tensor) or x.is_floating_point() or x.dtype == torch.bool or x.ndim not in (1, 2):
             shown = f"a tensor {tuple(x.shape)} of {x.dtype}" if isinstance(x, torch.Tensor) else type(x).__name__
-            raise InputError(
-                f"a model runs AVInputs (model.encode makes them), ids [batch, pos] or text, not {shown}."
-            )
+            raise InputError(f"a model runs AVInputs (model.encode makes them), ids [batch, pos] or text, not {shown}.")
         return self._read((x if x.ndim == 2 else x[None]).to(self.device), attention_mask)
 
     def _padded(self, prompts: list[str], options: Mapping[str, Any]) -> Int64[Tensor, "batch pos"]:

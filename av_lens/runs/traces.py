@@ -32,6 +32,7 @@ from av_lens.runs.continuation import continued
 from av_lens.runs.decoding import Decoding
 from av_lens.runs.lean_recording import may_be_lean, proved, recorded_lean
 from av_lens.runs.metrics import Metric, as_metric
+from av_lens.runs.modes import require_evaluation
 from av_lens.runs.recording import Record, asked_positions, recorded, require_record_memory
 from av_lens.runs.stacks import Schedule, refuse_huge, restarted, run_stacks, scheduled, unembedded
 from av_lens.runs.suffix_gradients import SuffixGradients, differentiated
@@ -41,7 +42,7 @@ from av_lens.spans import Span
 Plans = Plan | CompiledPlan | Sequence[Plan | CompiledPlan]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trace(Record):
     """One recorded run and what is needed to restart it. Build it with `model.trace(x)`."""
 
@@ -268,7 +269,9 @@ def record(model: Any, x: Any, *, device: torch.device | str | None = None, budg
 
     Raises:
         BudgetError: the record would not fit.
+        ModelError: the model is in training mode.
     """
+    require_evaluation(model)
     require_record_memory(model, x, budget_gb)
     if may_be_lean(model):
         trace = Trace(**recorded_lean(model, x, device)[0])

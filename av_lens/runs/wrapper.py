@@ -31,14 +31,15 @@ from av_lens.runs.decoding import Decoding, generate_with_hooks
 from av_lens.runs.forwarding import ForwardedAttributes
 from av_lens.runs.gates import HookPair, counted, gates_of_filter, gates_of_hooks, only_open, open_gates
 from av_lens.runs.interop import TransformerLensSide
-from av_lens.runs.keywords import TEXT, parted, require_run_keywords
 from av_lens.runs.kept import kept_for, require_kept
+from av_lens.runs.keywords import TEXT, parted, require_run_keywords
+from av_lens.runs.modes import TorchModes
 from av_lens.runs.tokens import TokenHelpers, require_inputs
 
 Filter = str | Sequence[str] | Callable[[str], bool] | None
 
 
-class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
+class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLensSide):
     """An audio-visual language model with every fusion-layer activation readable, writable and differentiable.
 
     Attributes:

@@ -53,7 +53,7 @@ def agree(model, reference, prompts: list[str]) -> None:
     alone = [model.run_with_cache(prompt, list(NAMES)) for prompt in prompts]
     hooked = [model.run_with_hooks(prompt, fwd_hooks=EDIT) for prompt in prompts]
     losses = [float(model(prompt, return_type="loss")) for prompt in prompts]
-    said = [model.generate(prompt, **OPTIONS)[0, -NEW:].tolist() for prompt in prompts]
+    said = [model.generate(prompt, return_type="result", **OPTIONS) for prompt in prompts]
     edited = [model.generate(prompt, fwd_hooks=EDIT, **OPTIONS)[0, -NEW:].tolist() for prompt in prompts]
     for side in ("left", "right"):
         padded = model.tokenizer(prompts, padding=True, padding_side=side, return_tensors="pt")
@@ -78,9 +78,10 @@ def agree(model, reference, prompts: list[str]) -> None:
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, 1:] = labels[:, 1:].masked_fill(mask[:, :-1] == 0, -100)  # a pad foretells nothing
         torch.testing.assert_close(loss, reference(**padded, labels=labels).loss, **NEAR)
-        tokens = model.generate(prompts, padding_side=side, **OPTIONS)
-        assert tokens[:, -NEW:].tolist() == said
-        assert torch.equal(tokens, model.generate(ids, attention_mask=mask, **OPTIONS))
+        out = model.generate(prompts, padding_side=side, return_type="result", **OPTIONS)
+        assert out.tokens[:, -NEW:].tolist() == [one.tokens[0, -NEW:].tolist() for one in said]
+        torch.testing.assert_close(out.logits, torch.cat([one.logits for one in said]), **NEAR)
+        assert torch.equal(out.tokens, model.generate(ids, attention_mask=mask, **OPTIONS))
         tokens = model.generate(prompts, fwd_hooks=EDIT, padding_side=side, **OPTIONS)
         assert tokens[:, -NEW:].tolist() == edited
 
