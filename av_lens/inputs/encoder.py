@@ -200,14 +200,11 @@ class Encoder:
         options: dict[str, Any] = {
             "sound": sound, "picture": picture, "fps": fps, "system": system, "prefix": prefix, "answer": answer
         }  # fmt: skip
-        if not (
-            isinstance(question, str)
-            or (isinstance(question, list | tuple) and all(isinstance(each, str) for each in question))
-        ):
-            raise InputError(f"encode(clip, question) asks a text, or a list of them, not {type(question).__name__}.")
-        given = list(clip) if isinstance(clip, list | tuple) else [clip]
-        clips = [_clip(each) for each in given]
-        questions = [question] if isinstance(question, str) else list(question)
+        clips = [_clip(each) for each in (clip if isinstance(clip, list | tuple) else [clip])]
+        questions = list(question) if isinstance(question, list | tuple) else [question]
+        strange = [type(each).__name__ for each in questions if not isinstance(each, str)]
+        if strange:
+            raise InputError(f"encode(clip, question) asks a text, or a list of them, not {strange[0]}.")
         count = max(len(clips), len(questions))
         if {len(clips), len(questions)} - {1, count} or not clips or not questions:
             raise InputError(

@@ -106,8 +106,8 @@ class Nodes:
         for node, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True)):
             if node not in kept:
                 gone.setdefault(layer, []).append(head)
-        for layer, listed in gone.items():
-            yield layer, tuple(head for head in listed if head is not None), None in listed
+        for layer, members in gone.items():
+            yield layer, tuple(head for head in members if head is not None), None in members
 
 
 @dataclass(frozen=True, eq=False)

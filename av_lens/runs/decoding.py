@@ -81,10 +81,6 @@ class Decoding:
         require_at_least("max_new_tokens", self.max_new_tokens, 1)
         if self.do_sample and self.seed is None:
             raise InputError("sampling draws from the seed you give, never from the global generator: pass seed=0.")
-        if self.seed is not None and not self.do_sample:
-            raise InputError(
-                "seed= is what sampling draws from, and nothing is drawn: pass do_sample=True, or no seed."
-            )
         self._require_heeded()
 
     def _require_heeded(self) -> None:
@@ -134,9 +130,7 @@ def generate_with_hooks(
     if plan is not None:
         require_inputs("generate(plan=)", x)
         if any((how.options.get(name) or 1) > 1 for name in ("num_beams", "num_return_sequences")):
-            raise InputError(
-                "a plan edits one sequence of each example: leave num_beams and num_return_sequences at 1."
-            )
+            raise InputError("a plan edits one sequence of each example: leave out num_beams and num_return_sequences.")
         compiled = plan.compile(model.spec, x.spans, batch=tensors["input_ids"].shape[0])
     counting, require_fired = counted(fwd_hooks)
     hooks = [*(compiled.fwd_hooks if compiled else ()), *counting]

@@ -1,4 +1,4 @@
-"""TransformerLens's `ActivationCache`, which says what to write where something is not in it, and shows itself briefly."""
+"""TransformerLens's `ActivationCache`, which says what to write where something is not in it."""
 
 from __future__ import annotations
 

@@ -22,8 +22,7 @@ _DECODING = "keys and values are kept from step to step by model.generate and tr
 _MEDIA = "media go in by model.encode(clip, question)"
 _KEPT = "run_with_cache keeps activations"
 REFUSED = {
-    "start_at_layer": "a stream that enters in the middle needs its mask and positions; use model.bound(x), which knows "
-    "them, or trace.replay",
+    "start_at_layer": "a stream that enters in the middle needs its mask and positions; model.bound(x) knows them",
     "past_key_values": _DECODING,
     "past_kv_cache": _DECODING,
     "use_past_kv_cache": _DECODING,
