@@ -201,7 +201,7 @@ class Encoder:
             "sound": sound, "picture": picture, "fps": fps, "system": system, "prefix": prefix, "answer": answer
         }  # fmt: skip
         clips = [_clip(each) for each in (clip if isinstance(clip, list | tuple) else [clip])]
-        questions = list(question) if isinstance(question, list | tuple) else [question]
+        questions: list[Any] = list(question) if isinstance(question, list | tuple) else [question]
         strange = [type(each).__name__ for each in questions if not isinstance(each, str)]
         if strange:
             raise InputError(f"encode(clip, question) asks a text, or a list of them, not {strange[0]}.")

@@ -89,7 +89,8 @@ class Decoding:
 
         known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
         own = ("self", "inputs", "max_new_tokens", "do_sample", "transformers_version")
-        require_keywords("generate", self.options, GenerationMixin.generate, own=own, more=known, refused=REFUSED)
+        generate: Any = vars(GenerationMixin)["generate"]
+        require_keywords("generate", self.options, generate, own=own, more=known, refused=REFUSED)
         asked = {name: value for name, value in self.options.items() if name in known}
         try:
             GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=self.do_sample, **asked).validate(

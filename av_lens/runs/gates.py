@@ -100,7 +100,7 @@ def require_some(accepted: Sequence[object], known: Sequence[str]) -> None:
         )
 
 
-def gates_of_hooks(hooks: Iterable[HookPair], known: Iterable[str]) -> frozenset[str]:
+def gates_of_hooks(hooks: Iterable[Any], known: Iterable[str]) -> frozenset[str]:
     """The switches that a list of hooks asks for.
 
     Args:
@@ -114,6 +114,7 @@ def gates_of_hooks(hooks: Iterable[HookPair], known: Iterable[str]) -> frozenset
         InterventionError: a name is no hook of the model, a function accepts none, or something else than such pairs.
     """
     known, hooks = tuple(known), list(hooks)
+    pair: Any
     for pair in hooks:
         if not (isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[1])) or pair[0] is None:
             raise InterventionError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.utilities import get_act_name
+from transformer_lens.utilities.components_utils import get_act_name
 
 from av_lens.bridge.hook_names import gates_named
 from av_lens.errors import InterventionError, NotKeptError, unknown

@@ -7,12 +7,14 @@ was derived from them is derived anew, and traces that were recorded before are 
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 
 from av_lens.errors import InputError, ModelError
 from av_lens.runs.copies import OF_WEIGHTS, cast
+
+M = TypeVar("M", bound="TorchModes")
 
 
 class TorchModes:
@@ -23,7 +25,7 @@ class TorchModes:
     handed_in: Any
     compatibility_mode: Any
 
-    def eval(self) -> Self:
+    def eval(self: M) -> M:
         """Switch to evaluation mode, in which models are loaded.
 
         Returns:
@@ -31,7 +33,7 @@ class TorchModes:
         """
         return self.train(False)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self: M, mode: bool = True) -> M:
         """Switch to training mode: dropout acts, where the configuration has any; hooks fire as ever.
 
         Args:
@@ -43,7 +45,7 @@ class TorchModes:
         self.bridge.train(mode)
         return self
 
-    def requires_grad_(self, requires_grad: bool = True) -> Self:
+    def requires_grad_(self: M, requires_grad: bool = True) -> M:
         """Choose whether gradients reach the weights.
 
         Args:
@@ -56,11 +58,11 @@ class TorchModes:
         return self
 
     def to(
-        self,
+        self: M,
         *places: str | torch.device | torch.dtype,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Self:
+    ) -> M:
         """Move this model, or change its precision, in place.
 
         Args:
@@ -104,7 +106,7 @@ class TorchModes:
             self.__dict__.pop(derived, None)
         return self
 
-    def cpu(self) -> Self:
+    def cpu(self: M) -> M:
         """Move this model to the CPU.
 
         Returns:
@@ -112,7 +114,7 @@ class TorchModes:
         """
         return self.to("cpu")
 
-    def cuda(self, device: int | str | torch.device | None = None) -> Self:
+    def cuda(self: M, device: int | str | torch.device | None = None) -> M:
         """Move this model to a GPU.
 
         Args:
@@ -123,7 +125,7 @@ class TorchModes:
         """
         return self.to(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
 
-    def half(self) -> Self:
+    def half(self: M) -> M:
         """Change the weights to float16.
 
         Returns:
@@ -131,7 +133,7 @@ class TorchModes:
         """
         return self.to(torch.float16)
 
-    def bfloat16(self) -> Self:
+    def bfloat16(self: M) -> M:
         """Change the weights to bfloat16.
 
         Returns:
@@ -139,7 +141,7 @@ class TorchModes:
         """
         return self.to(torch.bfloat16)
 
-    def float(self) -> Self:
+    def float(self: M) -> M:
         """Change the weights to float32.
 
         Returns:
@@ -147,7 +149,7 @@ class TorchModes:
         """
         return self.to(torch.float32)
 
-    def double(self) -> Self:
+    def double(self: M) -> M:
         """Change the weights to float64.
 
         Returns:

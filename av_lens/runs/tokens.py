@@ -147,7 +147,7 @@ class TokenHelpers:
             raise InputError(f"this text has {ids.shape[1]} tokens, and the model {most} positions: shorten it.")
         return ids.to(self.device)
 
-    def _read(self, ids: Int64[Tensor, "batch pos"], mask: Tensor | None) -> dict[str, Any]:
+    def _read(self, ids: Int64[Tensor, "batch pos"], mask: Any) -> dict[str, Any]:
         """Ids with the mask of those that are read."""
         if any(bool((ids == placeholder).any()) for placeholder in self.placeholders):
             raise InputError(
