@@ -101,7 +101,7 @@ def test_every_keyword_of_the_bridges_forward_works_or_is_refused_in_words(model
 def test_keywords_that_transformer_lens_knows_do_what_they_say(model, x):
     _, cache = model.run_with_cache(x, [Z])
     logits, small = model.run_with_cache(x, [Z], remove_batch_dim=True, device="cpu", pos_slice=-1)
-    assert torch.equal(small[Z], cache[Z][0, -1])
+    assert torch.equal(small[Z], cache[Z][0, -1:])
     assert logits.ndim == 3
     plain = model.run_with_cache(x, [Z], return_cache_object=False)[1]
     assert type(plain) is dict

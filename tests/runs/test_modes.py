@@ -57,7 +57,6 @@ def test_modules_and_hook_points_are_the_bridges(model):
 def test_another_precision_is_the_one_that_a_checkpoint_is_loaded_in(tmp_path):
     tiny_hf_model().save_pretrained(tmp_path)
     tiny_processor().save_pretrained(tmp_path)
-    (tmp_path / "grammar.json").write_text("{}")
     wanted, model = load(tmp_path, dtype=torch.bfloat16), load(tmp_path)
     x = model.encode(tiny_clip(), "What?")
     model.trace(x)
