@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from av_lens.errors import AvLensError, InputError, unknown
 
@@ -76,3 +77,22 @@ def require_keywords(
             raise error(f"{verb} takes no {name}=: {reasons[name]}.")
         if name not in known:
             raise error(unknown(f"keyword of {verb}", name, known))
+
+
+def called(verb: str, function: Callable[..., Any], *given: object, **options: object) -> Any:
+    """Hand keywords on to a function that may not know them.
+
+    Args:
+        verb: whose keywords they are.
+        function: where they go.
+        *given: its first arguments.
+        **options: the keywords.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        InputError: a keyword that the function does not name; the nearest is named.
+    """
+    require_keywords(verb, options, function, own=tuple(inspect.signature(function).parameters)[: len(given)])
+    return function(*given, **options)

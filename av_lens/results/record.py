@@ -33,6 +33,7 @@ import numpy as np
 import pandas as pd
 
 from av_lens.brief import Brief
+from av_lens.checks import called
 from av_lens.errors import InputError, unknown
 from av_lens.results.tables import RELEASING, ROLE_NAMES, TABLES, read_table, table
 from av_lens.results.whole_files import write_whole
@@ -146,9 +147,13 @@ class Isolation(Brief):
 
         Returns:
             The path that was written.
+
+        Raises:
+            InputError: an unknown keyword.
         """
         # Looked up by name: pages are written by a later room, which imports this one.
-        written: Any = importlib.import_module("av_lens.reports").write_report(self, path, **options)
+        write: Any = importlib.import_module("av_lens.reports").write_report
+        written: Any = called("report", write, self, path, **options)
         return Path(written) if written is not None else Path(path)
 
     def plan(self) -> Any:
