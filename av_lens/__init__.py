@@ -55,6 +55,7 @@ _HOMES = {
     "measure": "runs",
     "prob": "runs",
     "rank": "runs",
+    "Trace": "runs",
     "run": "runs",
     "sweep": "runs",
     "attention_flow": "methods",
@@ -108,6 +109,7 @@ __all__ = [
     "Span",
     "SpanMap",
     "Tabled",
+    "Trace",
     "__version__",
     "add",
     "at_chosen_layer",
@@ -193,6 +195,7 @@ if TYPE_CHECKING:
     from av_lens.runs import (
         HookedAVLLM,
         Judge,
+        Trace,
         check_model,
         kl,
         load,

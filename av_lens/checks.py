@@ -8,12 +8,13 @@ files raises into one sentence about that file.
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 import os
 import re
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -209,3 +210,56 @@ def refuse(
         AvLensError: always.
     """
     raise error(f"{path} is not {what}, or damaged ({why}). {mend or 'Copy it again, or make it again.'}") from cause
+
+
+def require_keywords(
+    verb: str,
+    given: Iterable[str],
+    *takers: Callable[..., object],
+    own: Iterable[str] = (),
+    more: Iterable[str] = (),
+    refused: Mapping[str, str] | None = None,
+    error: type[AvLensError] = InputError,
+) -> None:
+    """Refuse keywords that none of the functions they are handed on to names.
+
+    Args:
+        verb: whose keywords they are.
+        given: the keywords.
+        *takers: where they go; what these name in their signatures is accepted.
+        own: parameters of the takers that the verb fills in itself.
+        more: accepted keywords that stand in no signature.
+        refused: keywords that are not taken though a taker names them, each with the reason and the mend.
+        error: the class to raise.
+
+    Raises:
+        AvLensError: a keyword is not known (the nearest is named), or not taken.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {p.name for taker in takers for p in inspect.signature(taker).parameters.values() if p.kind in kinds}
+    reasons = refused or {}
+    known = sorted((named | set(more)) - set(own) - set(reasons))
+    for name in given:
+        if name in reasons:
+            raise error(f"{verb} takes no {name}=: {reasons[name]}.")
+        if name not in known:
+            raise error(unknown(f"keyword of {verb}", name, known))
+
+
+def called(verb: str, function: Callable[..., Any], *given: object, **options: object) -> Any:
+    """Hand keywords on to a function that may not know them.
+
+    Args:
+        verb: whose keywords they are.
+        function: where they go.
+        *given: its first arguments.
+        **options: the keywords.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        InputError: a keyword that the function does not name; the nearest is named.
+    """
+    require_keywords(verb, options, function, own=tuple(inspect.signature(function).parameters)[: len(given)])
+    return function(*given, **options)

@@ -34,6 +34,12 @@ class InterventionError(AvLensError):
     """A site, edit or plan that cannot be applied, or that did not fire as it should have."""
 
 
+class NotKeptError(InterventionError, KeyError):
+    """An activation that a run did not keep."""
+
+    __str__ = Exception.__str__  # a KeyError would show its message in quotes
+
+
 class BudgetError(AvLensError):
     """A request that would need more memory or time than its budget."""
 

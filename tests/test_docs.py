@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -12,6 +14,14 @@ import av_lens
 from av_lens.bridge.hook_names import COMPONENTS, hook_name
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+README = DOCS.parent / "README.md"
+PAGES = [README, *sorted(DOCS.glob("*.md"))]
+NOT_RUN, GOES_ON = "# not run: ", "# goes on from README.md"
+
+
+def python_blocks(page: Path) -> list[str]:
+    """A page's Python; blocks that cannot run in a test say so to the reader in their first line."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
 
 
 def component_table() -> str:
@@ -87,3 +97,32 @@ def test_the_page_of_true_shapes_is_the_stored_record():
 def test_links_between_pages_lead_somewhere(path: Path):
     for target in re.findall(r"\]\(([\w/.-]+\.md)\)", path.read_text()):
         assert (DOCS / target).exists(), f"{path.name} links to {target}"
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.name)
+def test_typed_names_are_there(path: Path):
+    for name in set(re.findall(r"\bavl\.(\w+)", path.read_text())):
+        assert name in av_lens.__all__, f"{path.name} writes avl.{name}"
+    for block in python_blocks(path):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("av_lens"):
+                home = importlib.import_module(node.module or "")
+                assert all(alias.name == "*" or hasattr(home, alias.name) for alias in node.names), block
+
+
+def run_blocks(blocks: list[str], page: str) -> None:
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        if not block.startswith(NOT_RUN):
+            exec(compile(block, f"{page}, block {number}", "exec"), names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [p for p in PAGES if python_blocks(p)], ids=lambda p: p.name)
+def test_what_a_page_shows_runs(path: Path, tmp_path: Path, monkeypatch):
+    """Each page's blocks in order, in one namespace, in an empty folder; what goes on from README runs after it."""
+    monkeypatch.chdir(tmp_path)
+    blocks = [block for block in python_blocks(path) if not block.startswith(GOES_ON)]
+    if path == README:
+        blocks += [block for page in PAGES for block in python_blocks(page) if block.startswith(GOES_ON)]
+    run_blocks(blocks, path.name)

@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Lowest first: a room may import from itself and from every room before it.
 ORDER = [
-    {"errors", "axes", "checks", "colours", "spans", "whole_files"},
+    {"errors", "axes", "brief", "checks", "colours", "spans", "whole_files"},
     {"media", "results"},
     {"inputs"},
     {"bridge"},
@@ -33,7 +33,7 @@ ORDER = [
     {"studies"},
     {"cli"},
 ]
-BESIDE = {"plots": {"errors", "axes", "checks", "colours", "results", "spans", "media", "whole_files"}}
+BESIDE = {"plots": {"errors", "axes", "brief", "checks", "colours", "results", "spans", "media", "whole_files"}}
 BESIDE["reports"] = BESIDE["plots"] | {"plots"}
 ALSO = {"isolation": {"reports"}, "organism": set(), "studies": {"plots", "reports"}, "cli": {"plots", "reports"}}
 

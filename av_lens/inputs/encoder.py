@@ -11,6 +11,7 @@ sound, text. Not done: several clips in one prompt, several turns.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -52,6 +53,23 @@ _LAYOUTS: dict[tuple[str | None, str | None], str] = {
     (None, "separate"): "audio_only",
     (None, None): "text",
 }
+
+
+Medium = Clip | ClipFile | str | os.PathLike[str] | None
+
+
+def _clip(medium: Any, fps: float | int, picture: str | None) -> Clip | None:
+    """The clip of what was handed in."""
+    if medium is None or isinstance(medium, Clip):
+        return medium
+    if isinstance(medium, str | os.PathLike):
+        medium = ClipFile(os.fspath(medium))
+    if not isinstance(medium, ClipFile):
+        raise InputError(
+            f"encode(clip, question) takes a Clip, the path of a file, or None for text alone, not "
+            f"{type(medium).__name__}. Frames and samples become a clip by avl.Clip.from_arrays."
+        )
+    return _opened(medium, fps, picture)
 
 
 @dataclass(frozen=True)
@@ -162,7 +180,7 @@ class Encoder:
 
     def encode(
         self,
-        clip: Clip | ClipFile | Sequence[Clip | ClipFile | None] | None,
+        clip: Medium | Sequence[Medium],
         question: str | Sequence[str],
         *,
         sound: str | None = "auto",
@@ -175,8 +193,8 @@ class Encoder:
         """Make the model's input of a clip and a question, or of lists of either.
 
         Args:
-            clip: the clip (or its file), None for text alone, or a list of them. Of a file whose frames together pass
-                the budget of a clip only those at `fps` are decoded, which its notes say.
+            clip: the clip (or its file, or the file's path), None for text alone, or a list of them. Of a file whose
+                frames together pass the budget of a clip only those at `fps` are decoded, which its notes say.
             question: the question, or a list of them; one of either is used for all of the other.
             sound: "in_video" (woven into the video), "separate" (after it), None (left out), or "auto".
             picture: "video", "image" (the frame nearest the middle), None (left out), or "auto".
@@ -196,9 +214,11 @@ class Encoder:
         options: dict[str, Any] = {
             "sound": sound, "picture": picture, "fps": fps, "system": system, "prefix": prefix, "answer": answer
         }  # fmt: skip
-        given = [clip] if clip is None or isinstance(clip, Clip | ClipFile) else list(clip)
-        clips = [_opened(each, fps, picture) if isinstance(each, ClipFile) else each for each in given]
-        questions = [question] if isinstance(question, str) else list(question)
+        clips = [_clip(each, fps, picture) for each in (clip if isinstance(clip, list | tuple) else [clip])]
+        questions: list[Any] = list(question) if isinstance(question, list | tuple) else [question]
+        strange = [type(each).__name__ for each in questions if not isinstance(each, str)]
+        if strange:
+            raise InputError(f"encode(clip, question) asks a text, or a list of them, not {strange[0]}.")
         count = max(len(clips), len(questions))
         if {len(clips), len(questions)} - {1, count} or not clips or not questions:
             raise InputError(

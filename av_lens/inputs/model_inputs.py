@@ -10,17 +10,17 @@ Not done: moving features between dtypes; the model casts what it is given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, KeysView, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from av_lens.errors import AlignmentError, InputError
+from av_lens.errors import AlignmentError, InputError, unknown
 from av_lens.inputs import display
 from av_lens.media.clip import Clip
 from av_lens.spans import SpanMap
@@ -79,14 +79,48 @@ class AVInputs:
         """Every position's token as text; in a stack, both where examples differ."""
         return self.spans.tokens
 
+    @property
+    def input_ids(self) -> Int64[Tensor, "batch pos"]:
+        """Token ids, by HuggingFace's name."""
+        return self.ids
+
+    @property
+    def attention_mask(self) -> Int64[Tensor, "batch pos"]:
+        """1 at every position: layouts are never padded together."""
+        return self.tensors["attention_mask"]
+
+    def keys(self) -> KeysView[str]:
+        """List the names of the tensors, so that `hf_model(**x)` and `dict(x)` are its keyword arguments.
+
+        Returns:
+            The names.
+        """
+        return self.tensors.keys()
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.tensors if isinstance(item, str) else any(item is one for one in self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are made of the fields; the mapping of tensors is read-only and cannot be pickled."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return AVInputs, tuple((values | {"tensors": dict(self.tensors)}).values())
+
     def __len__(self) -> int:
         return int(self.ids.shape[0])
 
     def __iter__(self) -> Iterator[AVInputs]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, item: int | slice) -> AVInputs:
-        """One example, or a shorter stack."""
+    @overload
+    def __getitem__(self, item: int | slice) -> AVInputs: ...
+    @overload
+    def __getitem__(self, item: str) -> Any: ...
+    def __getitem__(self, item: int | slice | str) -> Any:
+        """One example, or a shorter stack; or a tensor by its name."""
+        if isinstance(item, str):
+            if item not in self.tensors:
+                raise InputError(unknown("tensor", item, self.tensors))
+            return self.tensors[item]
         if isinstance(item, slice):
             chosen = [self[i] for i in range(len(self))[item]]
             if not chosen:

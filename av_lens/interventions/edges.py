@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from av_lens.brief import Brief
 from av_lens.errors import InterventionError
 from av_lens.interventions.sites import Positions, Spec, check_heads, check_layers, resolve_positions
 from av_lens.spans import SpanMap
@@ -98,8 +99,8 @@ class Cut:
         return BoundCut(self, layers, queries, keys, len(spans))
 
 
-@dataclass(frozen=True, eq=False)
-class BoundCut:
+@dataclass(frozen=True, eq=False, repr=False)
+class BoundCut(Brief):
     """A cut on one model and one prompt.
 
     Attributes:

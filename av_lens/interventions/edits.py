@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from av_lens.brief import Brief
 from av_lens.errors import InterventionError
 from av_lens.interventions.sites import Positions, Site, Spec, resolve_positions
 from av_lens.spans import SpanMap
@@ -25,8 +26,8 @@ from av_lens.spans import SpanMap
 Kind = Literal["replace", "zero", "resample", "noise", "scale", "add"]
 
 
-@dataclass(frozen=True, eq=False)
-class Edit:
+@dataclass(frozen=True, eq=False, repr=False)
+class Edit(Brief):
     """A site and what happens to the activation there. Build it with `replace`, `zero`, `mean`, ...
 
     Attributes:
@@ -86,8 +87,8 @@ class Edit:
         return BoundEdit(self, positions, value, n_prompt)
 
 
-@dataclass(frozen=True, eq=False)
-class BoundEdit:
+@dataclass(frozen=True, eq=False, repr=False)
+class BoundEdit(Brief):
     """An edit on one model and one prompt: `apply_` writes it into an activation in place.
 
     Attributes:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from av_lens.bridge.hook_names import hook_name
+from av_lens.brief import Brief
 from av_lens.errors import InterventionError
 from av_lens.interventions.edges import BoundCut, Cut, cut_scores_, silence_
 from av_lens.interventions.edits import BoundEdit, Edit
@@ -26,8 +27,8 @@ from av_lens.interventions.sites import Site, Spec
 from av_lens.spans import SpanMap
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
+@dataclass(frozen=True, eq=False, repr=False)
+class Plan(Brief):
     """Edits and cuts to be made in one run.
 
     Attributes:
@@ -130,8 +131,8 @@ class Plan:
         return cls(read_plan(path, model=model))
 
 
-@dataclass(eq=False)
-class Step:
+@dataclass(eq=False, repr=False)
+class Step(Brief):
     """One edit at one hook.
 
     Attributes:
@@ -165,8 +166,8 @@ class Step:
         self.fired += int(self.apply_(activation, offset))
 
 
-@dataclass(eq=False)
-class CompiledPlan:
+@dataclass(eq=False, repr=False)
+class CompiledPlan(Brief):
     """A plan on one model and one prompt, for one run.
 
     Attributes:

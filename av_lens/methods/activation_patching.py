@@ -54,7 +54,7 @@ from av_lens.runs.execution import run
 from av_lens.runs.finite import require_numbers
 from av_lens.runs.measurement import measure, measure_plans
 from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.places import Axes, Edited, Head, layout_stacks, shapley
+from av_lens.runs.places import Axes, Edited, Head, layout_stacks, pairs_of, shapley
 from av_lens.runs.progress import Progress, part_of, watched
 from av_lens.runs.sweeps import interrupted, sources
 from av_lens.runs.traces import record
@@ -72,7 +72,7 @@ def patch(
     *,
     over: str = "head",
     at: str | Span | None = None,
-    metric: Metric | Callable[..., Any],
+    metric: Metric | Callable[..., Any] | None = None,
     direction: str = "denoise",
     component: str | None = None,
     donor: str | AVInputs = "run",
@@ -108,12 +108,12 @@ def patch(
         InputError: an unknown axis or direction, or pairs whose positions cannot share an axis.
         InterventionError: an unknown component, one without heads where heads are iterated, or positions outside.
     """
-    axes = Axes.parsed(over)
+    pairs, axes = pairs_of("patch", pair), Axes.parsed(over)
     if direction not in SIGNS:
         raise InputError(unknown("direction", direction, SIGNS))
     name = component or ("z" if axes.heads else "resid_pre")
     _check_component(name, axes, model.spec)
-    pairs, bound = _checked(pair, as_metric(metric, model.tokenizer))
+    pairs, bound = _checked(pairs, as_metric(metric, model.tokenizer))
     _check_donor(donor, pairs)
     places, labels = axes.cut_alike([one.clean.spans for one in pairs], at)
     dims, targets = axes.targets(model.spec, Site(name, 0).n_heads(model.spec), heads=heads, seed=seed)
@@ -171,10 +171,7 @@ def _gridded(
     )
 
 
-def _checked(pair: Pair | Sequence[Pair], metric: Metric) -> tuple[list[Pair], Metric]:
-    pairs = [pair] if isinstance(pair, Pair) else list(pair)
-    if not pairs:
-        raise InputError("patch needs at least one pair.")
+def _checked(pairs: list[Pair], metric: Metric) -> tuple[list[Pair], Metric]:
     if metric.n_answers > 1 and metric.n_answers != sum(len(one) for one in pairs):
         raise InputError(f"{metric.name} names {metric.n_answers} answers for {sum(map(len, pairs))} examples.")
     return pairs, metric

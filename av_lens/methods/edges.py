@@ -54,7 +54,7 @@ from av_lens.runs.budget import GIGABYTE
 from av_lens.runs.execution import run
 from av_lens.runs.finite import require_numbers
 from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.places import Axes, layout_stacks
+from av_lens.runs.places import Axes, layout_stacks, pairs_of
 from av_lens.runs.progress import Progress, watched
 from av_lens.runs.receivers import Reading, reader_names, readings, require_restart, rerun, written_by_mlp
 from av_lens.runs.restart import Layer
@@ -73,7 +73,7 @@ def edge_attribution(
     model: Any,
     pair: Pair | Sequence[Pair],
     *,
-    metric: Metric | Callable[..., Any],
+    metric: Metric | Callable[..., Any] | None = None,
     variant: str = "eap",
     steps: int = 5,
     over: str = "edge",
@@ -108,10 +108,10 @@ def edge_attribution(
         ModelError: a model whose layers cannot be computed by themselves.
     """
     _check(variant, steps, over, direction)
-    pairs = [pair] if isinstance(pair, Pair) else list(pair)
+    pairs = pairs_of("edge_attribution", pair)
     bound = as_metric(metric, model.tokenizer)
     n = sum(map(len, pairs))
-    if not pairs or bound.n_answers not in (1, n):
+    if bound.n_answers not in (1, n):
         raise InputError(f"edge_attribution got {n} examples, and {bound.name} names {bound.n_answers} answers.")
     axes = Axes.parsed("layer span" if over == "edge span" else "layer")
     places, labels = _places(axes, pairs, at)

@@ -48,7 +48,7 @@ from av_lens.runs.finite import require_numbers
 from av_lens.runs.gradient_drops import held_layers
 from av_lens.runs.measurement import measure_plans
 from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.places import Axes, Edited, layout_stacks
+from av_lens.runs.places import Axes, Edited, layout_stacks, pairs_of
 from av_lens.runs.progress import Progress, part_of, watched
 from av_lens.runs.receivers import require_restart, rotated
 from av_lens.runs.suffix_gradients import SuffixGradients
@@ -72,7 +72,7 @@ def attribution_patch(
     model: Any,
     pair: Pair | Sequence[Pair],
     *,
-    metric: Metric | Callable[..., Any],
+    metric: Metric | Callable[..., Any] | None = None,
     over: str = "head",
     at: str | Span | None = None,
     component: str | None = None,
@@ -111,7 +111,7 @@ def attribution_patch(
     axes = Axes.parsed(over)
     name = component or ("z" if axes.heads else "resid_pre")
     _check(axes, name, direction, top, model.spec)
-    pairs, bound = [pair] if isinstance(pair, Pair) else list(pair), as_metric(metric, model.tokenizer)
+    pairs, bound = pairs_of("attribution_patch", pair), as_metric(metric, model.tokenizer)
     n = _n_examples(pairs, bound)
     places, labels = axes.cut_alike([one.clean.spans for one in pairs], at)
     dims, targets = axes.targets(model.spec, Site(name, 0).n_heads(model.spec))

@@ -53,7 +53,7 @@ from av_lens.results.provenance import linked, stamp
 from av_lens.runs.finite import require_numbers
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.paths import LOGITS, TOTAL, Nodes, PathRuns
-from av_lens.runs.places import layout_stacks
+from av_lens.runs.places import layout_stacks, pairs_of
 from av_lens.runs.progress import Progress, part_of, watched
 from av_lens.runs.sweeps import interrupted, sources
 from av_lens.spans import Span
@@ -73,7 +73,7 @@ def path_patch(
     sender: Any = "heads",
     receiver: Any = "logits",
     via: Any = "",
-    metric: Metric | Callable[..., Any],
+    metric: Metric | Callable[..., Any] | None = None,
     at: str | Span | None = None,
     mlps: str = "frozen",
     norms: str = "recomputed",
@@ -116,7 +116,7 @@ def path_patch(
     for kind, word, known in (("direction", direction, SIGNS), ("mlps=", mlps, MLPS), ("norms=", norms, NORMS)):
         if word not in known:
             raise InputError(unknown(kind, word, known))
-    pairs, bound = _checked(pair, as_metric(metric, model.tokenizer))
+    pairs, bound = _checked(pairs_of("path_patch", pair), as_metric(metric, model.tokenizer))
     roles = [role for role in pairs[0].clean.spans.roles if role != "generated"]
     sending, receiving = senders(sender, model.spec, roles), receivers(receiver, model.spec)
     hops = _hops(via, model.spec)
@@ -174,10 +174,7 @@ def _gridded(
     )
 
 
-def _checked(pair: Pair | Sequence[Pair], metric: Metric) -> tuple[list[Pair], Metric]:
-    pairs = [pair] if isinstance(pair, Pair) else list(pair)
-    if not pairs:
-        raise InputError("path_patch needs at least one pair.")
+def _checked(pairs: list[Pair], metric: Metric) -> tuple[list[Pair], Metric]:
     if metric.n_answers > 1 and metric.n_answers != sum(len(one) for one in pairs):
         raise InputError(f"{metric.name} names {metric.n_answers} answers for {sum(map(len, pairs))} examples.")
     return pairs, metric

@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from av_lens.brief import Brief
 from av_lens.checks import require_at_least, require_choice
 from av_lens.errors import InputError
 from av_lens.inputs.conflict import CELLS, Conflict
@@ -56,8 +57,8 @@ FOLDS = 5
 FEWEST = 8  # conflicts of a half
 
 
-@dataclass(frozen=True, eq=False)
-class Streams:
+@dataclass(frozen=True, eq=False, repr=False)
+class Streams(Brief):
     """What probes read: pooled streams of conflict cells, kept so that statistics can be made again without the model.
 
     Attributes:

@@ -47,6 +47,7 @@ from av_lens.runs.execution import run
 from av_lens.runs.finite import require_numbers
 from av_lens.runs.measurement import measure_plans
 from av_lens.runs.metrics import Metric, as_metric
+from av_lens.runs.places import pairs_of
 from av_lens.runs.progress import Progress, watched
 from av_lens.runs.sweeps import interrupted
 from av_lens.runs.traces import record
@@ -215,9 +216,7 @@ def mean_difference(
         InputError: no pair.
         InterventionError: a layer, head or component that the model does not have.
     """
-    pairs = [pair] if isinstance(pair, Pair) else list(pair)
-    if not pairs:
-        raise InputError("mean_difference needs at least one pair.")
+    pairs = pairs_of("mean_difference", pair)
     site = Site(component, layer, head, at)
     site.check(model.spec)
     if site.is_edges or (site.has_heads and head is None):

@@ -52,7 +52,7 @@ from av_lens.runs.execution import run
 from av_lens.runs.finite import require_numbers
 from av_lens.runs.measurement import measure_plans
 from av_lens.runs.metrics import Metric, as_metric, prob
-from av_lens.runs.places import Axes, layout_stacks
+from av_lens.runs.places import Axes, layout_stacks, listed
 from av_lens.runs.progress import Progress, part_of, watched
 from av_lens.runs.receivers import rerun
 from av_lens.runs.sweeps import interrupted, sources
@@ -161,7 +161,7 @@ def _numbered(pairs: Sequence[Pair], size: int) -> Iterator[tuple[list[int], lis
 
 def _pairs(model: Any, x: Any) -> tuple[list[Pair], bool]:
     """Clean and corrupt inputs, and whether the corrupt ones were given; else both are the clean one."""
-    items: list[Any] = [x] if isinstance(x, Pair | AVInputs | Conflict) else list(x)
+    items = listed(x)
     if items and all(isinstance(item, Pair) for item in items):
         return items, True
     return [Pair(clean=one, corrupt=one) for one in Examples.of(model, items).inputs], False

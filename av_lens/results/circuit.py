@@ -36,6 +36,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
+from av_lens.checks import called
 from av_lens.errors import InputError, unknown
 from av_lens.results.netcdf import named, opened, plain_json, read_frame, words, write_netcdf, written_frame
 from av_lens.results.provenance import as_text
@@ -148,10 +149,13 @@ class Circuit:
 
         Returns:
             A plotly figure.
+
+        Raises:
+            InputError: an unknown keyword.
         """
         # Looked up by name: figures are drawn by a later room, which imports this one.
         plots: Any = importlib.import_module("av_lens.plots")
-        return plots.circuit(self, **options)
+        return called("plot", plots.circuit, self, **options)
 
     def save(self, path: str | Path) -> Path:
         """Save the circuit as netCDF.

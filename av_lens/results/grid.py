@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from av_lens.checks import called
 from av_lens.errors import InputError, unknown
 from av_lens.results.netcdf import named, opened, plain_json, words, write_netcdf
 from av_lens.results.provenance import as_text
@@ -258,15 +259,20 @@ class Grid:
 
         Returns:
             A plotly figure.
+
+        Raises:
+            InputError: an unknown keyword.
         """
         # Looked up by name: figures are drawn by a later room, which imports this one.
         plots: Any = importlib.import_module("av_lens.plots")
         places = {name for name in self._places if self.values.sizes[name] > 1 or name in ("layer", "head")}
         if {"layer", "head"} <= places and not {"key", "query", "condition", "edge"} & places:
-            return plots.heads(self, **options)
-        if "layer" in places:
-            return plots.layers(self, **options)
-        return plots.conditions(self, **options) if "condition" in self._places else plots.attribution(self, **options)
+            draw = plots.heads
+        elif "layer" in places:
+            draw = plots.layers
+        else:
+            draw = plots.conditions if "condition" in self._places else plots.attribution
+        return called("plot", draw, self, **options)
 
     def save(self, path: str | Path) -> Path:
         """Save the grid as netCDF.

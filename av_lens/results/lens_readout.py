@@ -24,7 +24,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
-from av_lens.checks import parse_json, require_at_least, require_choice
+from av_lens.checks import called, parse_json, require_at_least, require_choice
 from av_lens.errors import InputError
 from av_lens.results.grid import Grid
 from av_lens.results.netcdf import named, opened, plain_json, words, write_netcdf
@@ -147,9 +147,12 @@ class LensReadout:
 
         Returns:
             A plotly figure.
+
+        Raises:
+            InputError: an unknown keyword.
         """
         plots: Any = importlib.import_module("av_lens.plots")
-        return plots.layers(self.best(), **options)
+        return called("plot", plots.layers, self.best(), **options)
 
     def save(self, path: str | Path) -> Path:
         """Save the readout as netCDF.

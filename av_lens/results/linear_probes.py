@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from av_lens.brief import Brief
 from av_lens.errors import InputError
 
 PENALTY_C = 0.1
@@ -29,8 +30,8 @@ _TINY = 1e-6
 _ITERATIONS = 20_000  # a bound, not a cost: at a checkpoint's width, few dominant directions, a fit can need thousands
 
 
-@dataclass(frozen=True, eq=False)
-class LinearProbe:
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearProbe(Brief):
     """A fitted probe.
 
     Attributes:

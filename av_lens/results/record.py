@@ -32,7 +32,8 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from av_lens.checks import foreign_file, parse_json, whole_object
+from av_lens.brief import Brief
+from av_lens.checks import called, foreign_file, parse_json, whole_object
 from av_lens.errors import InputError, unknown
 from av_lens.results.tables import RELEASING, ROLE_NAMES, TABLES, read_table, table
 from av_lens.whole_files import make_folder, read_arrays, write_whole
@@ -46,8 +47,8 @@ def _empty(name: str) -> Callable[[], pd.DataFrame]:
     return lambda: table(name, [])
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Isolation:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Isolation(Brief):
     """A finished isolation; see the module for signs and units, `TABLES` for the columns.
 
     `verdict` is the finding in words with its numbers, `verdict_kind` its kind ("suppression", "interference",
@@ -158,9 +159,13 @@ class Isolation:
 
         Returns:
             The path that was written.
+
+        Raises:
+            InputError: an unknown keyword.
         """
         # Looked up by name: pages are written by a later room, which imports this one.
-        written: Any = importlib.import_module("av_lens.reports").write_report(self, path, **options)
+        write: Any = importlib.import_module("av_lens.reports").write_report
+        written: Any = called("report", write, self, path, **options)
         return Path(written) if written is not None else Path(path)
 
     def plan(self) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from av_lens.checks import require_keywords
 from av_lens.errors import InputError
 from av_lens.runs.turns import Turn, turn_of, waiting
 
@@ -124,10 +125,12 @@ class _MediaForward:
 
     def __init__(self, bridge: TransformerBridge, bound: TransformerBridge, inputs: tuple[Bound, ...]) -> None:
         self._bridge, self._bound, self._inputs = bridge, bound, inputs
+        self._hf_forward = bridge.original_model.forward
 
     def __call__(self, input: Any, *args: Any, **kwargs: Any) -> Any:  # the name is TransformerLens's
         if self._bound.compatibility_mode != self._bridge.compatibility_mode:
             raise InputError("the model changed to compatibility mode after this was bound; call model.bound again.")
+        require_keywords("a bound bridge", kwargs, TransformerBridge.forward, self._hf_forward, own=("self", "input"))
         if not isinstance(input, torch.Tensor):
             raise InputError(f"a bound bridge runs its own ids, not {type(input).__name__}; pass {self._shown()}.")
         if input.is_floating_point():

@@ -26,6 +26,7 @@ from av_lens.results.provenance import linked
 from av_lens.results.statistics import DRAWS, Bootstrap
 from av_lens.runs.asked import each
 from av_lens.runs.metrics import Metric, as_metric, logit_diff
+from av_lens.runs.places import listed
 from av_lens.runs.sweeps import sources
 
 ZERO = "zero"
@@ -105,8 +106,8 @@ class Nodes:
         for node, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True)):
             if node not in kept:
                 gone.setdefault(layer, []).append(head)
-        for layer, listed in gone.items():
-            yield layer, tuple(head for head in listed if head is not None), None in listed
+        for layer, members in gone.items():
+            yield layer, tuple(head for head in members if head is not None), None in members
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +147,7 @@ class Measured:
         Raises:
             InputError: nothing, or something else; pairs without a metric; answers that do not fit.
         """
-        items: list[Any] = [given] if isinstance(given, Conflict | Pair) else list(given)
+        items = listed(given)
         if of not in MIRRORED:
             raise InputError(unknown("measure, of=", of, MIRRORED))
         if items and all(isinstance(item, Conflict) for item in items):

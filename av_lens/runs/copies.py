@@ -68,9 +68,30 @@ def in_precision(model: Any, dtype: torch.dtype) -> Any:
             f"{device.type} memory are free: use a machine with more."
         )
     other = copied(model, precision)
-    other.hf_model.to(dtype)  # not the bridge's own `to`, which prints
+    cast(other.hf_model, dtype)  # not the bridge's own `to`, which prints
     other.bridge.cfg.dtype = dtype
     return other
+
+
+def cast(hf_model: Any, dtype: torch.dtype) -> None:
+    """Change the precision of a model's weights, in place.
+
+    Rotary tables and other constants that no checkpoint holds keep theirs, as when the checkpoint is loaded in that
+    precision: in bfloat16 a rotary table alone moves logits by a tenth.
+
+    Args:
+        hf_model: the HuggingFace model, wrapped or not.
+        dtype: the precision.
+    """
+    tables = [
+        (module, name, module._buffers[name])
+        for module in hf_model.modules()
+        for name in module._non_persistent_buffers_set
+        if module._buffers[name] is not None
+    ]
+    hf_model.to(dtype)
+    for module, name, table in tables:
+        module._buffers[name] = table
 
 
 def weights_bytes(model: Any, dtype: torch.dtype) -> int:

@@ -17,16 +17,35 @@ import torch
 from jaxtyping import Float, Int64
 
 from av_lens.bridge.attention import BUDGET_GB
-from av_lens.checks import require_at_least, require_choice
+from av_lens.brief import Brief
+from av_lens.checks import require_at_least, require_choice, require_keywords
 from av_lens.errors import InputError
 from av_lens.runs.budget import GIGABYTE, bounded
-from av_lens.runs.gates import HookPair
+from av_lens.runs.gates import HookPair, counted
+from av_lens.runs.tokens import left_padded, require_inputs
 
 RETURN_TYPES = ("tokens", "text", "result")
+_RESULT = 'return_type="result" gives tokens, text, logits and the firing record'
+REFUSED = {
+    "max_length": "max_new_tokens= says how many",
+    "return_dict_in_generate": _RESULT,
+    "output_logits": _RESULT,
+    "output_scores": _RESULT,
+    "output_attentions": "fwd_hooks=[(name, function)] see patterns at every step",
+    "output_hidden_states": "fwd_hooks=[(name, function)] see the stream at every step",
+    "return_cache": "run model.run_with_cache(x.continued(new_tokens))",
+    "names_filter": "run model.run_with_cache(x.continued(new_tokens), names_filter)",
+    "custom_generate": "no code from a hub is run",
+    "stop_at_eos": "eos_token_id=None goes on past the end",
+    "freq_penalty": "HuggingFace has repetition_penalty=",
+    "use_past_kv_cache": "HuggingFace calls it use_cache=",
+    "verbose": "nothing is printed",
+}
+"""Keywords of HuggingFace's or TransformerLens's generation that are not taken, with the reason or the mend."""
 
 
-@dataclass(frozen=True, eq=False)
-class Generated:
+@dataclass(frozen=True, eq=False, repr=False)
+class Generated(Brief):
     """What came out.
 
     Attributes:
@@ -65,6 +84,23 @@ class Decoding:
         require_at_least("max_new_tokens", self.max_new_tokens, 1)
         if self.do_sample and self.seed is None:
             raise InputError("sampling draws from the seed you give, never from the global generator: pass seed=0.")
+        self._require_heeded()
+
+    def _require_heeded(self) -> None:
+        """Refuse options that HuggingFace's `generate` does not know, or would leave out with a warning."""
+        from transformers import GenerationConfig, GenerationMixin
+
+        known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+        own = ("self", "inputs", "max_new_tokens", "do_sample", "transformers_version")
+        generate: Any = vars(GenerationMixin)["generate"]
+        require_keywords("generate", self.options, generate, own=own, more=known, refused=REFUSED)
+        asked = {name: value for name, value in self.options.items() if name in known}
+        try:
+            GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=self.do_sample, **asked).validate(
+                strict=True
+            )
+        except ValueError as error:
+            raise InputError(f"these options of generate do not go together: {error}") from error
 
 
 def generate_with_hooks(
@@ -74,16 +110,18 @@ def generate_with_hooks(
     *,
     plan: Any,
     fwd_hooks: Sequence[HookPair],
+    reading: Mapping[str, Any] | None = None,
     budget_gb: float | int = BUDGET_GB,
 ) -> Any:
     """Generate from an audio-visual prompt under hooks and a plan.
 
     Args:
         model: a `HookedAVLLM`.
-        x: `AVInputs`.
+        x: `AVInputs`, ids or text.
         how: how to decode, and what to return.
-        plan: a `Plan`, or None.
+        plan: a `Plan`, or None; with `AVInputs` only.
         fwd_hooks: `(name, function)` pairs, after the plan's.
+        reading: options of `model.tensors_of` for ids or text.
         budget_gb: GB (1e9 bytes) for attention scores, and for the prompt's logits.
 
     Returns:
@@ -91,12 +129,19 @@ def generate_with_hooks(
 
     Raises:
         BudgetError: a hook asks for whole scores beyond the budget.
-        InterventionError: an edit of the plan did not fire as it should have.
+        InputError: a plan for text, or for several sequences of one example.
+        InterventionError: an edit of the plan did not fire as it should have, or a hook never did.
     """
-    tensors = model.tensors_of(x)
-    compiled = None if plan is None else plan.compile(model.spec, x.spans, batch=tensors["input_ids"].shape[0])
+    tensors = left_padded(model.tensors_of(x, **(reading or {})))
+    compiled = None
+    if plan is not None:
+        require_inputs("generate(plan=)", x)
+        if any((how.options.get(name) or 1) > 1 for name in ("num_beams", "num_return_sequences")):
+            raise InputError("a plan edits one sequence of each example: leave out num_beams and num_return_sequences.")
+        compiled = plan.compile(model.spec, x.spans, batch=tensors["input_ids"].shape[0])
     ids = tensors["input_ids"]
-    hooks = [*(compiled.fwd_hooks if compiled else ()), *fwd_hooks]
+    counting, require_fired = counted(fwd_hooks)
+    hooks = [*(compiled.fwd_hooks if compiled else ()), *counting]
     if ids.numel() * model.spec.d_vocab * model.dtype.itemsize > budget_gb * GIGABYTE:
         hooks.append(("unembed.hook_in", partial(_last_of_prompt, n_prompt=ids.shape[1])))
     devices = [model.device] if model.device.type == "cuda" else []
@@ -112,6 +157,7 @@ def generate_with_hooks(
             output_logits=how.return_type == "result",
             **settings_of(model, how),
         )
+    require_fired()
     tokens, prompt = out.sequences, ids.shape[1]
     if compiled is not None:
         compiled.verify(decode_steps=tokens.shape[1] - prompt - 1)

@@ -18,7 +18,7 @@ from av_lens.errors import InputError
 from av_lens.inputs.conflict import Conflict
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.results.provenance import linked
-from av_lens.runs.places import input_stacks
+from av_lens.runs.places import input_stacks, listed
 from av_lens.runs.sweeps import sources
 
 
@@ -49,7 +49,7 @@ class Examples:
         Raises:
             InputError: nothing was given, or something else.
         """
-        items: list[Any] = [given] if isinstance(given, AVInputs | Conflict) else list(given)
+        items = listed(given)
         if not items:
             raise InputError("no inputs were given: pass what model.encode returns, or conflicts.")
         if all(isinstance(item, AVInputs) for item in items):

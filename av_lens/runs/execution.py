@@ -21,20 +21,23 @@ from transformer_lens import ActivationCache
 
 from av_lens.bridge.attention import BUDGET_GB
 from av_lens.bridge.hook_names import COMPONENTS, hook_name, layer_names
+from av_lens.brief import Brief
 from av_lens.errors import BudgetError, InterventionError, unknown
 from av_lens.interventions import Plan, Site
 from av_lens.interventions.sites import Positions, resolve_positions
 from av_lens.runs.budget import GIGABYTE, ModelSpec, require_budget, selected
-from av_lens.runs.gates import only_open
+from av_lens.runs.gates import only_open, require_some
+from av_lens.runs.kept import Kept
 from av_lens.runs.recording import asked_positions
 from av_lens.runs.standing_hooks import standing_hooks
+from av_lens.runs.tokens import require_inputs
 from av_lens.spans import Span, SpanMap
 
 Capture = str | Site | Sequence[str | Site] | Callable[[str], bool] | None
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
+@dataclass(frozen=True, eq=False, repr=False)
+class Run(Brief):
     """What one run gave.
 
     Attributes:
@@ -77,6 +80,7 @@ def run(
         BudgetError: what is to be kept, or whole scores that it needs, take more memory than the budget; the message
             says how much.
     """
+    require_inputs("run", x)
     spec: ModelSpec = model.spec
     compiled = (plan or Plan()).compile(spec, x.spans, batch=len(x))
     rows = asked_positions(x.spans, logits_at)
@@ -89,7 +93,7 @@ def run(
     missing = [name for name in wanted if name not in kept]
     if missing:
         raise InterventionError(f"the run never passed through {missing[0]}: this model does not use that hook.")
-    return Run(logits, ActivationCache(kept, model.bridge), compiled.fired, tuple(rows.tolist()))
+    return Run(logits, Kept(kept, model.bridge), compiled.fired, tuple(rows.tolist()))
 
 
 def logits_of(
@@ -191,8 +195,12 @@ def capture_slices(model: Any, spans: SpanMap, capture: Capture) -> dict[str, Sl
         return {}
     known: tuple[str, ...] = tuple(model.hook_dict)
     if callable(capture):
-        return {name: Slice() for name in selected(only_open(model.bridge, capture), known)}
+        names = selected(capture, known)
+        require_some(names, known)
+        every = len(names) == len(known)  # a sweep, not a wish for gated hooks
+        return {name: Slice() for name in (selected(only_open(model.bridge, capture), known) if every else names)}
     listed = [capture] if isinstance(capture, str | Site) else list(capture)
+    require_some(listed, known)
     found: dict[str, Slice] = {}
     for item in listed:
         if isinstance(item, Site):

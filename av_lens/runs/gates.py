@@ -70,18 +70,37 @@ def gates_of_filter(
         A subset of `GATES`.
 
     Raises:
-        InterventionError: a name is no hook of the model.
+        InterventionError: a name is no hook of the model, or the filter selects none.
     """
     known = tuple(known)
     if names_filter is None:
         return frozenset()
-    if callable(names_filter):
-        accepted = [name for name in known if names_filter(name)]
-        return frozenset() if len(accepted) == len(known) else gates_named(accepted, known)
-    return gates_named([names_filter] if isinstance(names_filter, str) else names_filter, known)
+    if isinstance(names_filter, str):
+        return gates_named([names_filter], known)
+    accepted = [name for name in known if names_filter(name)] if callable(names_filter) else list(names_filter)
+    require_some(accepted, known)
+    return frozenset() if callable(names_filter) and len(accepted) == len(known) else gates_named(accepted, known)
 
 
-def gates_of_hooks(hooks: Iterable[HookPair], known: Iterable[str]) -> frozenset[str]:
+def require_some(accepted: Sequence[object], known: Sequence[str]) -> None:
+    """Refuse a filter that selects nothing: what was asked for would not be done, in silence.
+
+    Args:
+        accepted: what it selects.
+        known: every hook name of the model.
+
+    Raises:
+        InterventionError: nothing; names are shown.
+    """
+    if not accepted:
+        shown = ", ".join([*known[:2], *known[len(known) // 2 :][:3]])
+        raise InterventionError(
+            f"this filter selects none of the model's {len(known)} hooks. They have names such as {shown}; "
+            "list(model.hook_dict) shows all, and docs/hooks.md what they hold."
+        )
+
+
+def gates_of_hooks(hooks: Iterable[Any], known: Iterable[str]) -> frozenset[str]:
     """The switches that a list of hooks asks for.
 
     Args:
@@ -92,10 +111,51 @@ def gates_of_hooks(hooks: Iterable[HookPair], known: Iterable[str]) -> frozenset
         A subset of `GATES`.
 
     Raises:
-        InterventionError: a name is no hook of the model.
+        InterventionError: a name is no hook of the model, a function accepts none, or something else than such pairs.
     """
-    known = tuple(known)
+    known, hooks = tuple(known), list(hooks)
+    pair: Any
+    for pair in hooks:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[1])) or pair[0] is None:
+            raise InterventionError(
+                f"hooks are a list of (name or function of a name, function(activation, hook)) pairs, not {pair!r}."
+            )
     return frozenset[str]().union(*(gates_of_filter(name, known) for name, _ in hooks))
+
+
+def counted(hooks: Iterable[HookPair], *, batch_dim: bool = True) -> tuple[list[HookPair], Callable[[], None]]:
+    """Count how often hooks fire, so that one which never does is told.
+
+    Args:
+        hooks: the pairs.
+        batch_dim: False to show a hook activations of one example without their batch axis, as TransformerLens does.
+
+    Returns:
+        The pairs, counting; and a check that each fired, to be called after the run.
+    """
+    hooks = list(hooks)
+    fired = [0] * len(hooks)
+
+    def counting(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        def hook_function(value: Any, hook: Any) -> Any:
+            fired[number] += 1
+            if batch_dim or value.shape[0] != 1:
+                return function(value, hook=hook)
+            made = function(value.squeeze(0), hook=hook)
+            return made.unsqueeze(0) if made is not None and made.ndim == value.ndim - 1 else made
+
+        return hook_function
+
+    def check() -> None:
+        for (name, _), times in zip(hooks, fired, strict=True):
+            if not times:
+                shown = repr(name) if isinstance(name, str) else "those that a function selects"
+                raise InterventionError(
+                    f"the hook at {shown} never fired: this run did not pass there (a layer behind stop_at_layer=, or "
+                    "an encoder of media that the input does not have)."
+                )
+
+    return [(name, counting(number, function)) for number, (name, function) in enumerate(hooks)], check
 
 
 def only_open(bridge: Any, accept: Callable[[str], bool]) -> Callable[[str], bool]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from av_lens.errors import InputError
+from av_lens.checks import require_choice
+from av_lens.errors import InputError, InterventionError
 from av_lens.runs.binding import Bound, bind
+from av_lens.runs.gates import gates_of_hooks, only_open
+from av_lens.runs.turns import in_turn
 
 
 class TransformerLensSide:
@@ -44,6 +48,37 @@ class TransformerLensSide:
             self.position_ids(tensors),
             (lambda a, b: self.tensors_of(x.stack([x[i] for i in range(a, b)]))) if several else None,
         )
+
+    @in_turn
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook_fn: Callable[..., Any],
+        dir: str = "fwd",
+        is_permanent: bool = False,
+    ) -> None:
+        """Attach a hook until `reset_hooks`; traces that are recorded meanwhile run under it.
+
+        Args:
+            name: a hook's name, or a function of a name.
+            hook_fn: function(activation, hook) -> new activation or None.
+            dir: "fwd", or "bwd" for gradients.
+            is_permanent: whether it survives `reset_hooks`.
+
+        Raises:
+            InputError: another direction.
+            InterventionError: no hook of the model, a function that accepts none, or a gated hook that is switched off.
+        """
+        require_choice("dir", dir, ("fwd", "bwd"))
+        known = tuple(self.bridge.hook_dict)
+        shut = [gate for gate in gates_of_hooks([(name, hook_fn)], known) if not getattr(self.bridge.cfg, gate)]
+        if shut:
+            raise InterventionError(
+                f"this hook fires only while {shut[0]} is on: call model.set_{shut[0]}(True) first, or use "
+                "model.hooks or run_with_hooks, which switch it on for their run."
+            )
+        accept = only_open(self.bridge, name) if callable(name) else name
+        self.bridge.add_hook(accept, hook_fn, dir=dir, is_permanent=is_permanent)
 
     def tokens_to_residual_directions(self, tokens: Any) -> torch.Tensor:
         """Unembedding directions of tokens, for products with the normed stream.

@@ -25,7 +25,7 @@ from av_lens.bridge.families import HOW_TO_ADD, Family, build_bridge, family_of
 from av_lens.checkpoints import check_configurations, check_weight_files, index, known_names, located, shipped
 from av_lens.checks import foreign_file, parse_json
 from av_lens.errors import AvLensError, ModelError
-from av_lens.runs.copies import free_bytes
+from av_lens.runs.copies import cast, free_bytes
 from av_lens.runs.differences import Difference, read_difference
 from av_lens.runs.selfcheck import check_model, check_parts
 from av_lens.runs.wrapper import HookedAVLLM
@@ -94,7 +94,7 @@ def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **opti
             raise ModelError("hf_model= needs processor= as well (or a name or folder that has one).")
         processor = _processor(_Source.of(str(name_or_path), options["revision"]))
     if options["dtype"] is not None:
-        hf_model = hf_model.to(_dtype(options["dtype"]))
+        cast(hf_model, _dtype(options["dtype"]))
     if options["device"] is not None:
         hf_model = hf_model.to(options["device"])
     name = "external" if name_or_path is None else str(name_or_path)

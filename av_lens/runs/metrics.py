@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from av_lens.brief import Brief
 from av_lens.errors import InputError
 from av_lens.runs.asked import Asked, Each, notes_on, paired, resolved, shown, spread
 from av_lens.runs.scores import (
@@ -58,8 +59,8 @@ UNITS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Metric:
+@dataclass(frozen=True, eq=False, repr=False)
+class Metric(Brief):
     """A number for each example, read from logits. Build it with `logit_diff`, `log_prob`, ...
 
     Attributes:
@@ -286,7 +287,7 @@ def _own_result(metric: Metric, logits: Tensor) -> Tensor:
     return found
 
 
-def as_metric(metric: Metric | Callable[..., Any], tokenizer: Any) -> Metric:
+def as_metric(metric: Metric | Callable[..., Any] | None, tokenizer: Any) -> Metric:
     """Make a bound metric of what a caller handed in.
 
     Args:
@@ -295,9 +296,17 @@ def as_metric(metric: Metric | Callable[..., Any], tokenizer: Any) -> Metric:
 
     Returns:
         The bound metric.
+
+    Raises:
+        InputError: neither.
     """
     if isinstance(metric, Metric):
         return metric.bind(tokenizer)
+    if not callable(metric):
+        raise InputError(
+            "metric= says what is measured: avl.logit_diff('siren', 'dog'), avl.log_prob('siren'), or a function of "
+            f"logits [batch, asked_pos, d_vocab] to [batch]; not {metric!r}."
+        )
     return Metric("custom", function=metric)
 
 

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -296,6 +296,43 @@ def _boxes(spans: SpanMap, size: tuple[int, int]) -> Iterator[tuple[str, Span]]:
         for left in range(0, cols, size[1]):
             bottom, right = min(top + size[0], rows), min(left + size[1], cols)
             yield f"rows {top}:{bottom} cols {left}:{right}", spans.media.box(slice(top, bottom), slice(left, right))
+
+
+def listed(given: Any) -> list[Any]:
+    """Take one thing, or several; a stack of inputs and a text are one.
+
+    Args:
+        given: what the caller handed in.
+
+    Returns:
+        A list.
+    """
+    one = isinstance(given, str | AVInputs) or not isinstance(given, Iterable)
+    return [given] if one else list(given)
+
+
+def pairs_of(verb: str, given: Any) -> list[Pair]:
+    """Read one pair, or several.
+
+    Args:
+        verb: whose argument it is.
+        given: what the caller handed in.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        InputError: none, or something else; the message says what to write.
+    """
+    pairs = listed(given)
+    others = [type(one).__name__ for one in pairs if not isinstance(one, Pair)]
+    if others or not pairs:
+        raise InputError(
+            f"{verb} compares two aligned inputs, and got {others[0] if others else 'nothing'}: pass "
+            "avl.Pair(clean=x, corrupt=y), such as the same sound with and without its picture "
+            "(model.encode(clip.blank(), question) and model.encode(clip, question)), or a list of them."
+        )
+    return pairs
 
 
 def layout_stacks(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from av_lens.bridge.hook_names import COMPONENTS, hook_name
 from av_lens.bridge.traits import ReplayTraits
+from av_lens.brief import Brief
 from av_lens.errors import BudgetError, InterventionError
 from av_lens.interventions.sites import resolve_positions
 from av_lens.runs.cascade import Window, causal_mask
@@ -30,8 +31,8 @@ from av_lens.spans import Span, SpanMap
 GB = 1e9
 
 
-@dataclass(frozen=True, eq=False)
-class Record:
+@dataclass(frozen=True, eq=False, repr=False)
+class Record(Brief):
     """One recorded run.
 
     Attributes:

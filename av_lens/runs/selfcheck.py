@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from av_lens.bridge.hook_names import COMPONENTS, Component, hook_name
-from av_lens.errors import ModelError
+from av_lens.errors import InterventionError, ModelError
 
 DOOR = ("resid_mid", "z", "pattern")  # what `load` checks, in the last layer
 PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor")
@@ -158,11 +158,13 @@ def _checks(model: Any, x: Any, given: bool, full: bool) -> Iterator[tuple[str, 
                 yield f"turning {name} changes the logits", not torch.equal(other, logits)
         names = [hook_name("pattern", last), hook_name("resid_pre", last), hook_name("resid_mid", last)]
         names += [hook_name(part, last) for part in ("attn_out", "mlp_out", "resid_post")]
-        _, cache = model.run_with_cache(x, names, budget_gb=float("inf"))
-    silent = [name for name in names if name not in cache.cache_dict]
-    yield f"the hooks of layer {last} fire ({', '.join(silent) or 'all'})", not silent
-    if silent:
-        return
+        fires = f"the hooks of layer {last} fire"
+        try:
+            _, cache = model.run_with_cache(x, names, budget_gb=float("inf"))
+        except InterventionError as error:
+            yield f"{fires} ({error})", False
+            return
+    yield fires, True
     rows = cache[names[0]].sum(-1, dtype=torch.float32)
     yield f"rows of {names[0]} sum to one", bool((rows - 1).abs().max() < (TOLERANCE if _exact(model) else 0.02))
     total = cache[names[1]] + cache[names[3]]
@@ -185,4 +187,5 @@ def _places(full: bool, n_layers: int) -> Iterator[tuple[Component, int | None]]
 
 
 def _edited(model: Any, x: Any, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    return model.run_with_hooks(x, fwd_hooks=[(name, lambda value, hook: edit(value))])
+    with model.hooks(fwd_hooks=[(name, lambda value, hook: edit(value))]):  # one that never fires is for the report
+        return model(x)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from av_lens.bridge.hook_names import hook_name
+from av_lens.brief import Brief
 from av_lens.errors import BudgetError
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.runs.recording import GB, Record
@@ -41,8 +42,8 @@ class Stack:
     hooked: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Schedule:
+@dataclass(frozen=True, eq=False, repr=False)
+class Schedule(Brief):
     """All plans of a sweep, compiled and stacked, and what that will cost.
 
     Attributes:

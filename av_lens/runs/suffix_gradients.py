@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from av_lens.brief import Brief
 from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.interventions import CompiledPlan, Plan, Site, Step, add
 from av_lens.interventions.sites import Positions, resolve_positions
@@ -40,8 +41,8 @@ from av_lens.runs.stacks import restarted, unembedded
 from av_lens.spans import Span
 
 
-@dataclass(frozen=True, eq=False)
-class SuffixGradients:
+@dataclass(frozen=True, eq=False, repr=False)
+class SuffixGradients(Brief):
     """Gradients of one metric at several sites.
 
     Attributes:

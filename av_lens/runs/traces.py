@@ -33,6 +33,7 @@ from av_lens.runs.continuation import continued
 from av_lens.runs.decoding import Decoding
 from av_lens.runs.lean_recording import is_proved, may_be_lean, proved, recorded_lean
 from av_lens.runs.metrics import Metric, as_metric
+from av_lens.runs.modes import require_evaluation
 from av_lens.runs.recording import Record, asked_positions, recorded, require_record_memory
 from av_lens.runs.stacks import Schedule, refuse_huge, restarted, run_stacks, scheduled, unembedded
 from av_lens.runs.standing_hooks import places, standing_hooks
@@ -45,7 +46,7 @@ PROOF_ROWS = 512  # positions that a model's first trace restarts together, to s
 Plans = Plan | CompiledPlan | Sequence[Plan | CompiledPlan]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Trace(Record):
     """One recorded run and what is needed to restart it. Build it with `model.trace(x)`."""
 
@@ -277,7 +278,9 @@ def record(model: Any, x: Any, *, device: torch.device | str | None = None, budg
 
     Raises:
         BudgetError: the record would not fit.
+        ModelError: the model is in training mode.
     """
+    require_evaluation(model)
     with turn_of(model.bridge):
         standing = standing_hooks(model)
         on_stack = tuple(hook for hook in standing if not hook.in_tower)

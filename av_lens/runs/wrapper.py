@@ -18,25 +18,30 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from av_lens.bridge.attention import BUDGET_GB
 from av_lens.bridge.families import Family, family_of
-from av_lens.errors import InputError, ModelError
+from av_lens.checks import require_keywords
+from av_lens.errors import InterventionError, ModelError
 from av_lens.runs.budget import ModelSpec, bounded, require_budget, selected
 from av_lens.runs.copies import OF_WEIGHTS, copied
 from av_lens.runs.decoding import Decoding, generate_with_hooks
 from av_lens.runs.forwarding import ForwardedAttributes
-from av_lens.runs.gates import HookPair, gates_of_filter, gates_of_hooks, only_open, open_gates
+from av_lens.runs.gates import HookPair, counted, gates_of_filter, gates_of_hooks, only_open, open_gates
 from av_lens.runs.interop import TransformerLensSide
-from av_lens.runs.tokens import TokenHelpers
+from av_lens.runs.kept import kept_for, require_kept
+from av_lens.runs.keywords import TEXT, parted, require_run_keywords
+from av_lens.runs.modes import TorchModes
+from av_lens.runs.tokens import TokenHelpers, require_inputs
 from av_lens.runs.turns import in_turn, turn_of
 
 Filter = str | Sequence[str] | Callable[[str], bool] | None
 
 
-class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
+class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLensSide):
     """An audio-visual language model with every fusion-layer activation readable, writable and differentiable.
 
     Attributes:
@@ -63,6 +68,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         self.bridge.processor = processor  # TransformerLens's own multimodal tools look for it there
         self.processor = processor
         self.tokenizer: Any = processor.tokenizer
+        self.tokenizer.padding_side = "left"  # as Qwen's processor pads: position -1 is every prompt's last
         self.name = name
         self.grammar = grammar
         self.handed_in = handed_in
@@ -146,7 +152,11 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
 
         Returns:
             `AVInputs` on the model's device.
+
+        Raises:
+            InputError: an unknown keyword, or what `Encoder.encode` refuses.
         """
+        require_keywords("encode", options, self.encoder.encode, own=("clip", "question"))
         return self.encoder.encode(clip, question, **options).to(self.device)
 
     def position_ids(self, tensors: Mapping[str, Any]) -> torch.Tensor:
@@ -160,32 +170,6 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         """
         return self.family.position_ids(self.hf_model, tensors)
 
-    def tensors_of(self, x: Any) -> dict[str, Any]:
-        """The keyword arguments of the HuggingFace forward, on the model's device.
-
-        Args:
-            x: `AVInputs`, or ids `[batch, pos]` or text without media.
-
-        Returns:
-            A fresh dictionary, `input_ids` and `attention_mask` among it.
-
-        Raises:
-            InputError: ids that hold placeholders of media which are not there, or something else altogether.
-        """
-        if hasattr(x, "tensors"):
-            return {name: v.to(self.device) if isinstance(v, torch.Tensor) else v for name, v in x.tensors.items()}
-        if isinstance(x, str) or (isinstance(x, list) and x and all(isinstance(part, str) for part in x)):
-            x = self.bridge.to_tokens(x)
-        if not isinstance(x, torch.Tensor) or x.is_floating_point():
-            raise InputError(f"a model runs AVInputs (model.encode makes them), ids or text, not {type(x).__name__}.")
-        ids = (x if x.ndim == 2 else x[None]).to(self.device)
-        if any(bool((ids == placeholder).any()) for placeholder in self.placeholders):
-            raise InputError(
-                "these ids hold placeholders of media, but no media: the model would read bare placeholders. "
-                "Pass the AVInputs that they come from, or use model.bound(x) for tools that take ids."
-            )
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
     # Runs
 
     @in_turn
@@ -195,23 +179,31 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         """Run the model; attention scores that would pass the budget are computed in blocks of queries.
 
         Args:
-            x: `AVInputs`, ids or text.
-            return_type: "logits", "loss", "both" or None, as TransformerLens has it.
+            x: `AVInputs`, ids or text; a list of prompts is padded (`tensors_of`).
+            return_type: "logits", "loss" (pads left out), "both" or None, as TransformerLens has it.
             budget_gb: the most that a layer's attention scores, and the logits, may take (GB, 1e9 bytes).
-            **options: further options of the bridge's forward, such as `stop_at_layer`.
+            **options: `attention_mask` (with ids), `padding_side` and `prepend_bos` (with text), and further options of
+                the bridge's forward, such as `stop_at_layer`.
 
         Returns:
             Logits `[batch, pos, d_vocab]`, equal to HuggingFace's, unless `return_type` says otherwise.
 
         Raises:
             BudgetError: the logits of all positions would be too big, or a hook asks for whole scores that are.
+            InputError: an unknown keyword, or one without effect here.
         """
-        tensors = self.tensors_of(x)
-        ids = tensors.pop("input_ids")
-        with bounded(self, ids, budget_gb, logits=_logits(return_type, options)):
-            return self.bridge(ids, return_type=return_type, **tensors, **options)
+        ids, options = self._asked("model(x)", x, {"return_type": return_type, **options})
+        with bounded(self, ids, budget_gb, logits=_logits(options)):
+            return self.bridge(ids, **options)
 
     forward = __call__
+
+    def _asked(self, verb: str, x: Any, options: dict[str, Any], *takers: Any) -> tuple[Tensor, dict[str, Any]]:
+        """The ids, and every other keyword argument of the bridge's forward, checked."""
+        require_run_keywords(self, verb, options, *takers)
+        text, options = parted(options, TEXT)
+        tensors = self.tensors_of(x, **text)
+        return tensors.pop("input_ids"), {**tensors, **options}
 
     @in_turn
     def run_with_cache(
@@ -224,18 +216,19 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             names_filter: a hook name, several, a function of a name, or None for every hook that is not gated.
             budget_gb: refuse, before running, what is estimated to take more (GB, 1e9 bytes): the cache, the logits
                 and a layer's scores where scores or patterns are kept.
-            **options: further options of the bridge's `run_with_cache`.
+            **options: as for `model(x)`, and those of the bridge's `run_with_cache`, such as `device`.
 
         Returns:
             Logits and a TransformerLens `ActivationCache`.
 
         Raises:
             BudgetError: the cache would be too big; the message names a filter that fits.
-            InterventionError: a name is no hook of the model.
+            InputError: an unknown keyword, or one without effect here.
+            InterventionError: a name is no hook of the model, the filter selects none, or the run did not pass there.
         """
+        takers = (self.bridge.run_with_cache, self.bridge.get_caching_hooks)  # the second one names `device`
+        ids, options = self._asked("run_with_cache", x, options, *takers)
         gates = gates_of_filter(names_filter, self._known)
-        tensors = self.tensors_of(x)
-        ids = tensors.pop("input_ids")
         with open_gates(self.bridge, gates):
             accept = names_filter
             if names_filter is None or callable(names_filter):
@@ -246,11 +239,11 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             size = {"batch": batch, "n_pos": n_pos, "itemsize": itemsize}
             require_budget(names, self.spec, **size, budget_gb=budget_gb)
             accept = list(accept) if isinstance(accept, Sequence) and not isinstance(accept, str) else accept
-            with bounded(self, ids, budget_gb, logits=_logits(options.get("return_type"), options)):
-                logits, cache = self.bridge.run_with_cache(ids, names_filter=accept, **tensors, **options)
-        if isinstance(cache, ActivationCache):
-            cache.model = self  # its helpers ask the model, and ours refuses what would be wrong
-        return logits, cache
+            with bounded(self, ids, budget_gb, logits=_logits(options)):
+                logits, cache = self.bridge.run_with_cache(ids, names_filter=accept, **options)
+        if names_filter is not None:
+            require_kept(names, cache, every=not callable(names_filter))
+        return logits, kept_for(self, cache)
 
     def run_with_hooks(
         self,
@@ -261,29 +254,40 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         budget_gb: float | int = BUDGET_GB,
         **options: Any,
     ) -> Any:
-        """Run the model with hooks attached for this run.
+        """Run the model with hooks attached for this run; every forward hook must fire.
 
         Args:
             x: `AVInputs`, ids or text.
             fwd_hooks: `(name or function of a name, function(activation, hook) -> new activation or None)` pairs.
-            bwd_hooks: likewise, for gradients.
+            bwd_hooks: likewise, for gradients; they need `reset_hooks_end=False`, as the backward pass comes later.
             budget_gb: the most that a layer's attention scores, and the logits, may take (GB, 1e9 bytes).
-            **options: further options of the bridge's forward, such as `return_type`.
+            **options: as for `model(x)`, and those of the bridge's `run_with_hooks`.
 
         Returns:
             Logits `[batch, pos, d_vocab]`, unless `return_type` says otherwise.
 
         Raises:
             BudgetError: a hook asks for whole scores that would be too big, or the logits would.
-            InterventionError: a name is no hook of the model.
+            InputError: an unknown keyword, or one without effect here.
+            InterventionError: a name is no hook of the model, a function selects none, or a hook did not fire.
         """
-        tensors = self.tensors_of(x)
-        ids, logits = tensors.pop("input_ids"), _logits(options.get("return_type"), options)
+        ids, options = self._asked("run_with_hooks", x, options, self.bridge.run_with_hooks)
+        attaching, options = parted(options, ("reset_hooks_end", "clear_contexts"))
+        if bwd_hooks and attaching.get("reset_hooks_end", True):
+            raise InterventionError(
+                "run_with_hooks takes its hooks off again before a backward pass can reach bwd_hooks. Use "
+                "`with model.hooks(bwd_hooks=...):` around the run and loss.backward(), or reset_hooks_end=False."
+            )
+        fwd_hooks = list(fwd_hooks)
+        gates_of_hooks([*fwd_hooks, *bwd_hooks], self._known)  # refused by the caller's own names
+        counting, require_fired = counted(fwd_hooks, batch_dim=not options.pop("remove_batch_dim", False))
         with (
-            self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks),  # which holds the model's turn
-            bounded(self, ids, budget_gb, logits=logits),
+            self.hooks(fwd_hooks=counting, bwd_hooks=bwd_hooks, **attaching),  # which holds the model's turn
+            bounded(self, ids, budget_gb, logits=_logits(options)),
         ):
-            return self.bridge(ids, **tensors, **options)
+            made = self.bridge(ids, **options)
+        require_fired()
+        return made
 
     @contextmanager
     def hooks(
@@ -300,9 +304,16 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             This model.
 
         Raises:
-            InterventionError: a name is no hook of the model.
+            InputError: an unknown keyword.
+            InterventionError: a name is no hook of the model, or a function selects none.
         """
+        require_keywords("hooks", options, self.bridge.hooks)
         gates = gates_of_hooks([*fwd_hooks, *bwd_hooks], self._known)
+        if not options.get("reset_hooks_end", True) and (shut := [g for g in gates if not getattr(self.cfg, g)]):
+            raise InterventionError(
+                f"reset_hooks_end=False leaves these hooks on, but they fire only while {shut[0]} is on: call "
+                f"model.set_{shut[0]}(True) first."
+            )
         with turn_of(self.bridge), open_gates(self.bridge, gates):
             both = [
                 [(only_open(self.bridge, name) if callable(name) else name, fn) for name, fn in hooks]
@@ -333,7 +344,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         """Let the model answer, under hooks and a plan if asked; without them greedy tokens are HuggingFace's.
 
         Args:
-            x: `AVInputs`, ids or text.
+            x: `AVInputs`, ids or text; prompts of unequal length are padded on the left.
             max_new_tokens: at most so many.
             do_sample: draw instead of taking the likeliest token.
             plan: a `Plan`; its edits act on the prompt and, where they say so, at every decoding step.
@@ -342,18 +353,22 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             seed: what sampling draws from; needed with `do_sample`.
             budget_gb: the most that a layer's attention scores may take (GB, 1e9 bytes); beyond it they are computed
                 in blocks, and beyond it only the prompt's last logits are made.
-            **options: further options of HuggingFace's `generate`.
+            **options: further options of HuggingFace's `generate`; `attention_mask`, `prepend_bos` as in `tensors_of`.
 
         Returns:
             As `return_type` says.
 
         Raises:
             BudgetError: a hook asks for whole scores that would be too big.
-            InputError: an unknown return type, or sampling without a seed.
-            InterventionError: an unknown hook, or an edit that did not fire as it should have.
+            InputError: an unknown return type, sampling without a seed, or an option that is unknown or without effect.
+            InterventionError: an unknown hook, one that never fired, or an edit that did not fire as it should have.
         """
+        reading, options = parted(options, TEXT)
         settings = Decoding(max_new_tokens, do_sample, return_type, seed, options)
-        return generate_with_hooks(self, x, settings, plan=plan, fwd_hooks=fwd_hooks, budget_gb=budget_gb)
+        gates_of_hooks(fwd_hooks, self._known)
+        return generate_with_hooks(
+            self, x, settings, plan=plan, fwd_hooks=fwd_hooks, reading=reading, budget_gb=budget_gb
+        )
 
     def trace(self, x: Any, **options: Any) -> Any:
         """Record a base run once, to restart it anywhere.
@@ -364,9 +379,14 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
 
         Returns:
             A `Trace`.
+
+        Raises:
+            InputError: an unknown keyword, or no `AVInputs`.
         """
         from av_lens.runs.traces import record
 
+        require_keywords("trace", options, record, own=("model", "x"))
+        require_inputs("trace", x)
         return record(self, x, **options)
 
     # HookedTransformer's numerics
@@ -392,8 +412,10 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             This model.
 
         Raises:
+            InputError: an unknown keyword.
             ModelError: the caller handed the HuggingFace model in, so its weights are not ours to rewrite.
         """
+        require_keywords("enable_compatibility_mode", options, self.bridge.enable_compatibility_mode)
         if self.handed_in:
             raise ModelError(
                 "this model was handed in, and compatibility mode rewrites its weights in place. "
@@ -405,8 +427,8 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         return self
 
 
-def _logits(return_type: str | None, options: Mapping[str, Any]) -> int:
+def _logits(options: Mapping[str, Any]) -> int:
     """Copies of all logits that a forward makes: the loss takes their log-probabilities too."""
     if options.get("stop_at_layer") is not None:
         return 0
-    return 3 if return_type in ("loss", "both") else 1
+    return 3 if options.get("return_type") in ("loss", "both") else 1

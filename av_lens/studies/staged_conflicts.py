@@ -22,11 +22,11 @@ QUESTION = "What do you hear?"
 FPS = 8.0
 
 
-def stage(folder: Path, *, conflicts: int, seed: int, split: str = "discovery", progress: Any = None) -> Path:
+def stage(folder: str | Path, *, conflicts: int, seed: int, split: str = "discovery", progress: Any = None) -> Path:
     """Write the clips of some conflicts, and the manifest that names them.
 
     Args:
-        folder: where to; it exists.
+        folder: where to; made if it is not there.
         conflicts: how many.
         seed: draws the pairs of classes and the clips.
         split: the part of the world.
@@ -40,6 +40,8 @@ def stage(folder: Path, *, conflicts: int, seed: int, split: str = "discovery", 
     """
     if conflicts < 1:
         raise InputError(f"{conflicts} conflicts were asked for; at least 1 is needed, and 40 for an isolation.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     for index, (heard, seen) in enumerate(pairs(conflicts, seed=seed)):
         name = f"{index:04d}"

@@ -116,3 +116,8 @@ def test_a_stamp_is_plain_data():
     assert json.loads(json.dumps(made)) == made
     assert made["versions"]["torch"]
     assert plain(np.arange(2)) == [0, 1]
+
+
+def test_a_keyword_that_no_figure_takes_is_refused_with_the_near_word():
+    with pytest.raises(InputError, match=r"unknown keyword of plot 'titel'\. Did you mean 'title'"):
+        example().plot(titel="a")

@@ -1,4 +1,4 @@
-"""Memory of a run: attention in blocks of queries beyond the budget, equal to the whole; what must be whole is refused."""
+"""Memory of a run: beyond the budget attention goes in blocks of queries, equal to the whole, or is refused."""
 
 from __future__ import annotations
 
