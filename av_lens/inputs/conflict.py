@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from av_lens.errors import AlignmentError, InputError, ProtocolError, unknown
-from av_lens.inputs.answers import AnswerLike
+from av_lens.inputs.answers import Answer, AnswerLike, synonyms_of
 from av_lens.inputs.features import sampled_frames
 from av_lens.inputs.memory import Memory
 from av_lens.inputs.model_inputs import AVInputs, difference
@@ -69,7 +69,7 @@ class Conflict:
     sound: Clip | ClipFile
     picture: Clip | ClipFile
     question: str
-    answers: tuple[AnswerLike, AnswerLike]
+    answers: tuple[AnswerLike | Answer, AnswerLike | Answer]
     prefix: str = ""
     third: Clip | ClipFile | None = None
     see: str = SEE
@@ -267,7 +267,7 @@ def _nbytes(sources: Mapping[str, Clip]) -> int:
 _SOURCES: Memory[dict[str, Clip]] = Memory(1 << 30, _nbytes)
 
 
-def answers_fault(answers: Sequence[AnswerLike]) -> str | None:
+def answers_fault(answers: Sequence[AnswerLike | Answer]) -> str | None:
     """Say what is wrong with two rival answers as far as it shows without a model.
 
     Args:
@@ -278,8 +278,7 @@ def answers_fault(answers: Sequence[AnswerLike]) -> str | None:
     """
     if len(answers) != 2:
         return f"answers are two, the sound's and the picture's; found {len(answers)}"
-    synonyms = [[answer] if isinstance(answer, str | int) else list(answer) for answer in answers]
-    words = [{str(word).strip().casefold() for word in group} for group in synonyms]
+    words = [{str(word).strip().casefold() for word in synonyms_of(answer)} for answer in answers]
     if not all(words) or any("" in group for group in words):
         return "an answer is empty: give a word such as 'dog'"
     if words[0] & words[1]:
