@@ -97,7 +97,7 @@ def answered(engine: Engine, conflicts: Sequence[Any]) -> Answered:
         except InputError as error:
             left_out.setdefault(one.id, str(error))
         if one.id not in left_out:
-            usable.append(one if pair == one.answers else dataclasses.replace(one, answers=pair))
+            usable.append(dataclasses.replace(one, answers=pair) if any(map(words_of, one.answers)) else one)
     return Answered(usable, {one.id: left_out[one.id] for one in conflicts if one.id in left_out}, forms)
 
 

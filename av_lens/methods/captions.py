@@ -38,13 +38,13 @@ import pandas as pd
 
 from av_lens.checks import require_at_least
 from av_lens.errors import InputError
+from av_lens.inputs.answers import words_of
 from av_lens.interventions import Plan
 from av_lens.results.events import FIGURES as MATCHED
 from av_lens.results.events import Lexicon
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import stamp
 from av_lens.results.tabled import Tabled
-from av_lens.inputs.answers import words_of
 from av_lens.runs.examples import Examples
 from av_lens.runs.judging import Judge, Judged
 from av_lens.runs.progress import Progress, watched

@@ -4,8 +4,8 @@
 
 with the final norm's scale computed anew for each stream; at the last layer these are the model's own logits. Read at
 any span, by default at the sound's positions: the likeliest tokens in words, and ranks (0 is the top) and probabilities
-of chosen words, in the form that the model says (`runs.forms`). Of conflicts, the words are the sound's and the picture's answers, and the words of the other
-conflicts' sounds are the null.
+of chosen words, in the form that the model says (`runs.forms`). Of conflicts, the words are the sound's and the
+picture's answers, and the words of the other conflicts' sounds, in the same form, are the null.
 
 *Latent audio understanding* (`readout.understanding(k)`) is the fraction of clips in which the sound's word is in the
 top k at some audio position and layer, beside the null of protocol section 8: the same maximum over positions and
