@@ -59,7 +59,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tiny import tiny_config, tiny_processor, token_ids
+from tiny import letter, tiny_config, tiny_processor, token_ids
 
 import av_lens as avl
 
@@ -112,7 +112,7 @@ def micro_conflict(question: str = "H") -> Any:
         picture=micro_clip("blue", "high"),
         third=micro_clip("green", "middle"),
         question=question,
-        answers=("a", "v"),
+        answers=(letter("a"), letter("v")),
         see="S",
         control="S",
         id="micro",

@@ -43,6 +43,13 @@ def token_ids() -> dict[str, int]:
     }
 
 
+def letter(name: str) -> Any:
+    """A letter as an answer to be taken literally: a random model may say it in another form."""
+    from av_lens.inputs import Answer
+
+    return Answer(name, ((token_ids()[name],),))
+
+
 def tiny_processor() -> Any:
     """A real `Qwen2_5OmniProcessor` over bytes: 28 x 28 pixels per token as always, at most 16 tokens a picture."""
     from transformers import Qwen2_5OmniProcessor, Qwen2Tokenizer, WhisperFeatureExtractor

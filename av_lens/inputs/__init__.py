@@ -1,6 +1,6 @@
 """Clips and questions become model inputs that know what each position is; pairs and conflicts of them."""
 
-from av_lens.inputs.answers import Answer, answer_pair, one_token, resolve
+from av_lens.inputs.answers import Answer, answer_pair, resolve
 from av_lens.inputs.conflict import Cells, Conflict
 from av_lens.inputs.encoder import Encoder
 from av_lens.inputs.grammar import Grammar
@@ -18,6 +18,5 @@ __all__ = [
     "Pair",
     "answer_pair",
     "conflicts",
-    "one_token",
     "resolve",
 ]

@@ -1,8 +1,9 @@
 """Question: which tokens are an answer? One policy for every metric and every conflict.
 
-An answer is a string, a token id, or a list of either (synonyms, pooled by logsumexp). A string is tried with a leading
-space, then without: the first form that is a single token counts; where neither is, the answer is the several tokens of
-the form with the space. The ids that were chosen stand in the result.
+An answer is a word, a token id, or a list of either (synonyms, pooled by logsumexp). A word (any text) can be said in
+four forms: with a leading space or without, capital or not. A tokenizer has other tokens for each, and a model says one
+of them at a given position: which one, only the model knows (`runs.forms` asks it), so `resolve` is told the form.
+Spaces around a word as it was given do not count. Token ids, and an `Answer`, are taken literally.
 
 Not done: answers that differ only in case are not pooled by themselves; give them as synonyms.
 
@@ -10,6 +11,8 @@ Example:
     >>> answer = Answer(text="dog", options=((7,),))
     >>> answer.single, answer.n_tokens
     (True, 1)
+    >>> [in_form("dog", form) for form in FORMS]
+    [' dog', 'dog', ' Dog', 'Dog']
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from av_lens.errors import InputError
+from av_lens.errors import InputError, unknown
 
 AnswerLike = str | int | Sequence[str | int]
+FORMS = (" word", "word", " Word", "Word")
+"""The forms of a word, each written as it would write "word"; where the model likes two alike, the first counts."""
 
 
 @dataclass(frozen=True)
@@ -55,73 +60,156 @@ class Answer:
         return tuple(option[0] for option in self.options)
 
 
-def resolve(tokenizer: Any, answer: AnswerLike | Answer) -> Answer:
+def synonyms_of(answer: AnswerLike | Answer) -> list[Any]:
+    """List what an answer pools.
+
+    Args:
+        answer: the answer.
+
+    Returns:
+        Words and token ids; the tokens of each option of an `Answer`.
+    """
+    if isinstance(answer, Answer):
+        return list(answer.options)
+    return [answer] if isinstance(answer, str | int) else list(answer)
+
+
+def words_of(answer: AnswerLike | Answer) -> list[str]:
+    """List the words of an answer, which have to be read in some form; ids have not.
+
+    Args:
+        answer: the answer.
+
+    Returns:
+        The words.
+    """
+    return [synonym for synonym in synonyms_of(answer) if isinstance(synonym, str)]
+
+
+def in_form(word: str, form: str) -> str:
+    """Write a word in one of the four forms.
+
+    Args:
+        word: the word; one with a capital after its first letter ("TV") has no small form.
+        form: one of `FORMS`.
+
+    Returns:
+        The text.
+
+    Raises:
+        InputError: for an empty word.
+    """
+    bare = word.strip()
+    if not bare:
+        raise InputError("an answer is empty: give a word such as 'dog'")
+    small = bare if bare[1:] != bare[1:].lower() else bare[0].lower() + bare[1:]
+    written = bare[0].upper() + bare[1:] if "W" in form else small
+    return f" {written}" if form.startswith(" ") else written
+
+
+def forms_of(tokenizer: Any, word: str) -> dict[str, tuple[int, ...]]:
+    """Find the tokens of each form of a word.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        word: the word.
+
+    Returns:
+        Form -> token ids, without the forms that this tokenizer cannot write.
+
+    Raises:
+        InputError: for an empty word, or one that the tokenizer cannot write in any form.
+    """
+    missing = getattr(tokenizer, "unk_token_id", None)
+    written = {form: tuple(tokenizer(in_form(word, form), add_special_tokens=False)["input_ids"]) for form in FORMS}
+    found = {form: ids for form, ids in written.items() if ids and missing not in ids}
+    if not found:
+        bare = word.strip()
+        raise InputError(
+            f"this model's tokenizer has no tokens for {bare!r}: it becomes {tokenizer.decode([missing])!r}, whatever "
+            f"the word. {unknown('word', bare, known_words(tokenizer))}"
+        )
+    return found
+
+
+def known_words(tokenizer: Any) -> list[str]:
+    """List the words that are one token.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+
+    Returns:
+        The words, without spaces around them.
+    """
+    return sorted({text for i in range(len(tokenizer)) if (text := tokenizer.decode([i]).strip()).isalpha()})
+
+
+def resolve(tokenizer: Any, answer: AnswerLike | Answer, form: str | None = None) -> Answer:
     """Find the tokens of an answer.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
-        answer: a string, a token id, or a list of either.
+        answer: a word, a token id, or a list of either.
+        form: the form in which words are read, one of `FORMS`.
 
     Returns:
         The answer with its ids; one that is resolved already is returned as it is.
 
     Raises:
-        InputError: for an empty answer or an id outside the vocabulary.
+        InputError: for an empty answer, an id outside the vocabulary, a word that the tokenizer does not know in this
+            form, or one without a form.
     """
     if isinstance(answer, Answer):
         return answer
-    synonyms = [answer] if isinstance(answer, str | int) else list(answer)
-    options = tuple(dict.fromkeys(_ids(tokenizer, synonym) for synonym in synonyms))
+    synonyms = synonyms_of(answer)
+    options = tuple(dict.fromkeys(_ids(tokenizer, synonym, form) for synonym in synonyms))
     return Answer(" / ".join(str(synonym) for synonym in synonyms), options)
 
 
-def _ids(tokenizer: Any, synonym: str | int) -> tuple[int, ...]:
+def _ids(tokenizer: Any, synonym: str | int, form: str | None) -> tuple[int, ...]:
     if isinstance(synonym, int):
         if not 0 <= synonym < len(tokenizer):
             raise InputError(f"token id {synonym} is outside the vocabulary of {len(tokenizer)} tokens")
         return (synonym,)
-    bare = synonym.strip()
-    if not bare:
-        raise InputError("an answer is empty: give a word such as 'dog'")
-    spaced, plain = (tuple(tokenizer(form, add_special_tokens=False)["input_ids"]) for form in (f" {bare}", bare))
-    return plain if len(plain) == 1 and len(spaced) > 1 else spaced
+    known = forms_of(tokenizer, synonym)
+    if form is None:
+        raise InputError(
+            f"the answer {synonym!r} is text, and in which form it is said (leading space, capital) only a model "
+            "knows: use metric.bind(model, x) or model.encode(..., answer=), or give token ids."
+        )
+    if form not in known:
+        raise InputError(
+            f"this model's tokenizer cannot write {in_form(synonym, form)!r}, the form in which the other words of "
+            f"this call are said; it has {', '.join(repr(in_form(synonym, one)) for one in known)}. Give token ids."
+        )
+    return known[form]
 
 
-def one_token(tokenizer: Any, answer: AnswerLike | Answer) -> int:
-    """Find the token of an answer where exactly one is needed.
+def spelled(tokenizer: Any, option: Sequence[int]) -> str:
+    """Write the tokens of an option, piece by piece.
 
     Args:
-        tokenizer: the checkpoint's tokenizer.
-        answer: the answer.
+        tokenizer: the checkpoint's tokenizer; None where there is none.
+        option: its token ids.
 
     Returns:
-        Its token id.
-
-    Raises:
-        InputError: if it has synonyms or several tokens; the message shows the pieces.
+        Such as "' siren' (282), 'x' (120)".
     """
-    found = resolve(tokenizer, answer)
-    option = found.options[0]
-    if len(found.options) > 1:
-        raise InputError(
-            f"one token is needed here, and {found.text!r} lists {len(found.options)} synonyms; choose one"
-        )
-    if not found.single:
-        pieces = [tokenizer.decode([token]) for token in option]
-        raise InputError(
-            f"the answer {found.text!r} is {len(pieces)} tokens for this model ({' '.join(map(repr, pieces))}), and "
-            "one is needed here: choose a shorter word, give a prefix and its last word, or a metric that sums tokens"
-        )
-    return option[0]
+    if tokenizer is None:
+        return f"ids {', '.join(map(str, option))}"
+    return ", ".join(f"{tokenizer.decode([token])!r} ({token})" for token in option)
 
 
-def answer_pair(tokenizer: Any, a: AnswerLike | Answer, v: AnswerLike | Answer) -> tuple[Answer, Answer]:
+def answer_pair(
+    tokenizer: Any, a: AnswerLike | Answer, v: AnswerLike | Answer, form: str | None = None
+) -> tuple[Answer, Answer]:
     """Find the tokens of two rival answers and refuse rivals that cannot be told apart.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
         a: the sound's answer.
         v: the picture's answer.
+        form: the form in which words are read, one of `FORMS`.
 
     Returns:
         Both answers.
@@ -129,7 +217,7 @@ def answer_pair(tokenizer: Any, a: AnswerLike | Answer, v: AnswerLike | Answer) 
     Raises:
         InputError: for equal answers, a shared first token, or unequal numbers of synonyms.
     """
-    first, second = resolve(tokenizer, a), resolve(tokenizer, v)
+    first, second = resolve(tokenizer, a, form), resolve(tokenizer, v, form)
     if set(first.options) == set(second.options):
         raise InputError(f"the two answers are equal: {first.text!r} and {second.text!r} are the same tokens")
     shared = set(first.first_tokens) & set(second.first_tokens)

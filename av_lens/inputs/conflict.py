@@ -21,7 +21,7 @@ import torch
 
 from av_lens.checks import half_character
 from av_lens.errors import AlignmentError, InputError, ProtocolError, unknown
-from av_lens.inputs.answers import AnswerLike
+from av_lens.inputs.answers import Answer, AnswerLike, synonyms_of
 from av_lens.inputs.features import sampled_frames
 from av_lens.inputs.memory import Memory
 from av_lens.inputs.model_inputs import AVInputs, difference
@@ -70,7 +70,7 @@ class Conflict:
     sound: Clip | ClipFile
     picture: Clip | ClipFile
     question: str
-    answers: tuple[AnswerLike, AnswerLike]
+    answers: tuple[AnswerLike | Answer, AnswerLike | Answer]
     prefix: str = ""
     third: Clip | ClipFile | None = None
     see: str = SEE
@@ -78,10 +78,11 @@ class Conflict:
     id: str | None = None
 
     def __post_init__(self) -> None:
-        fault = answers_fault(self.answers)
+        synonyms = [synonyms_of(answer) for answer in self.answers]
+        fault = answers_fault(synonyms)
         if fault:
             raise InputError(f"conflict {self.id or ''}: {fault}".replace(" :", ":"))
-        words = [word for answer in self.answers for word in ([answer] if isinstance(answer, str | int) else answer)]
+        words = [word for group in synonyms for word in group]
         if half := half_character(
             "".join(map(str, (self.id, self.question, self.prefix, self.see, self.control, *words)))
         ):

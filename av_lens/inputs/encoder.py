@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from av_lens.errors import InputError, ModelError, unknown
-from av_lens.inputs.answers import AnswerLike, resolve
+from av_lens.inputs.answers import Answer, AnswerLike, resolve
 from av_lens.inputs.features import Features
 from av_lens.inputs.grammar import Grammar
 from av_lens.inputs.layout import (
@@ -188,7 +188,7 @@ class Encoder:
         fps: float | int = 2.0,
         system: str | None = None,
         prefix: str = "",
-        answer: AnswerLike | None = None,
+        answer: AnswerLike | Answer | None = None,
     ) -> AVInputs:
         """Make the model's input of a clip and a question, or of lists of either.
 
@@ -201,7 +201,8 @@ class Encoder:
             fps: frames per second to sample, at least 1.
             system: the system message; the template's own when None.
             prefix: text of the assistant before the asked position, such as "I hear a".
-            answer: an answer to append after the prompt, as `generated` positions.
+            answer: an answer to append after the prompt, as `generated` positions: token ids, an `Answer`, or a word
+                (`model.encode` reads it in the form that the model says).
 
         Returns:
             One example, or a stack of examples of one layout.
@@ -237,7 +238,7 @@ class Encoder:
         fps: float | int,
         system: str | None,
         prefix: str,
-        answer: AnswerLike | None,
+        answer: AnswerLike | Answer | None,
     ) -> AVInputs:
         choice = choose(clip, sound, picture)
         frames_per_patch = int(self.processor.video_processor.temporal_patch_size)

@@ -80,6 +80,7 @@ def finding(
             weights=getattr(getattr(engine, "model", None), "provenance", {}),
             question=" / ".join(dict.fromkeys(str(c.question) for c in run.bench.conflicts)),
             protocol_hash=run.protocol["hash"],
+            answers=run.answers,
             choices=list(protocol.CHOICES),
             seconds=round(seconds, 1),
             bootstrap_units=[half.boot.unit for half in halves],

@@ -81,7 +81,7 @@ def margin_metric(chunk: Chunk) -> Metric:
     """
     answers = [chunk.bench.conflicts[int(i)].answers for i in chunk.examples]
     sides = (each([pair[side] for pair in answers]) for side in (0, 1))
-    return as_metric(logit_diff(*sides), chunk.bench.engine.tokenizer)
+    return as_metric(logit_diff(*sides), model_of(chunk.bench))
 
 
 def effects_of_plans(

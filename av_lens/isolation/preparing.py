@@ -23,6 +23,7 @@ from torch import get_num_threads
 from av_lens.errors import ProtocolError, unknown
 from av_lens.inputs.sources import ROLES, ClipKeys
 from av_lens.isolation import protocol
+from av_lens.isolation.answer_forms import answered
 from av_lens.isolation.behaviour import Survey
 from av_lens.isolation.bench import Bench
 from av_lens.isolation.effects import Progress
@@ -33,6 +34,7 @@ from av_lens.isolation.scoring import Candidates
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, LOST, Halves, Member, deal, third_sources
 from av_lens.results.provenance import plain, source_hash, versions
 from av_lens.results.statistics import Bootstrap
+from av_lens.runs.remembered_towers import remembered_towers
 from av_lens.runs.trace_files import weight_hashes
 
 GATES = ("stop", "report")
@@ -62,7 +64,10 @@ class Options:
 
 @dataclass(eq=False)
 class Run:
-    """Everything a run knows while it goes on; `s` may be raised when it is measured."""
+    """Everything a run knows while it goes on; `s` may be raised when it is measured.
+
+    `answers` says how words are read, and which conflicts are left out for theirs.
+    """
 
     bench: Bench
     members: list[Member]
@@ -72,6 +77,7 @@ class Run:
     s: float
     progress: Progress | None
     survey: Survey | None = None
+    answers: dict[str, Any] = field(default_factory=dict)
     stamps: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
 
@@ -145,18 +151,18 @@ def prepared(
         The run, before its first measurement.
 
     Raises:
-        ProtocolError: too few conflicts, or answers that isolation cannot score.
+        ProtocolError: too few conflicts, or too few whose answers isolation can score.
     """
     named = [c if c.id is not None else dataclasses.replace(c, id=f"c{i}") for i, c in enumerate(conflicts)]
-    if len(named) < 2 * protocol.FEWEST:
-        raise ProtocolError(
-            f"{len(named)} conflicts were given; isolation needs at least {protocol.FEWEST} competent ones in each "
-            f"half ({2 * protocol.FEWEST} in all, 120 for a verdict). Add conflicts."
-        )
+    _require_enough(named, f"{len(named)} conflicts were given")
     organism = getattr(model, "grammar", None) is not None
     rule = "given" if options.s is not None else ("organism" if organism else protocol.MEASURED)
     s = options.s if options.s is not None else (protocol.S_ORGANISM if organism else protocol.S_OTHER)
     engine = ModelEngine(model, layout=options.layout) if engine is None else engine
+    with remembered_towers(getattr(engine, "model", None)):
+        read = answered(engine, named)
+    named = list(read.conflicts)
+    _require_enough(named, f"{len(named)} conflicts can be used. {read.sentence()} Beside them")
     candidates = Candidates.of(named, engine.tokenizer)
     keys = ClipKeys()
     members = [
@@ -176,7 +182,17 @@ def prepared(
         family=family,
     )
     bench = Bench(engine, named, candidates, site=options.sites[0], keys=keys)
-    return Run(bench, members, halves, written, options, s, progress)
+    run = Run(bench, members, halves, written, options, s, progress, answers=read.provenance())
+    run.reasons += [read.sentence()] if read.left_out else []
+    return run
+
+
+def _require_enough(named: Sequence[Any], found: str) -> None:
+    if len(named) < 2 * protocol.FEWEST:
+        raise ProtocolError(
+            f"{found}; isolation needs at least {protocol.FEWEST} competent ones in each half "
+            f"({2 * protocol.FEWEST} in all, 120 for a verdict). Add conflicts."
+        )
 
 
 def _model_identity(engine: Engine) -> dict[str, Any]:

@@ -5,9 +5,8 @@ M = score(sound's answer) - score(picture's answer), the two answers held fixed 
 is M > 0 for the sound's answer; right in the whole vocabulary means that the most likely token of all belongs to the
 answer.
 
-`Candidates` are all distinct answers of a set of conflicts. Answers of several tokens are refused here: their score is
-a teacher-forced sum over tokens, which needs one more run per answer (give a one-token word, or put the shared part of
-the answers into `prefix`).
+`Candidates` are all distinct answers of a set of conflicts, whose words have been read (`answer_forms`). Answers of
+several tokens are refused here: their score is a teacher-forced sum over tokens, which needs one more run per answer.
 """
 
 from __future__ import annotations

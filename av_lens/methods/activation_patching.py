@@ -113,7 +113,7 @@ def patch(
         raise InputError(unknown("direction", direction, SIGNS))
     name = component or ("z" if axes.heads else "resid_pre")
     _check_component(name, axes, model.spec)
-    pairs, bound = _checked(pairs, as_metric(metric, model.tokenizer))
+    pairs, bound = _checked(model, pairs, metric)
     _check_donor(donor, pairs)
     places, labels = axes.cut_alike([one.clean.spans for one in pairs], at)
     dims, targets = axes.targets(model.spec, Site(name, 0).n_heads(model.spec), heads=heads, seed=seed)
@@ -171,10 +171,11 @@ def _gridded(
     )
 
 
-def _checked(pairs: list[Pair], metric: Metric) -> tuple[list[Pair], Metric]:
-    if metric.n_answers > 1 and metric.n_answers != sum(len(one) for one in pairs):
-        raise InputError(f"{metric.name} names {metric.n_answers} answers for {sum(map(len, pairs))} examples.")
-    return pairs, metric
+def _checked(model: Any, pairs: list[Pair], metric: Metric | Callable[..., Any]) -> tuple[list[Pair], Metric]:
+    bound = as_metric(metric, model, pairs)
+    if bound.n_answers > 1 and bound.n_answers != sum(len(one) for one in pairs):
+        raise InputError(f"{bound.name} names {bound.n_answers} answers for {sum(map(len, pairs))} examples.")
+    return pairs, bound
 
 
 def _check_component(name: str, axes: Axes, spec: Any) -> None:

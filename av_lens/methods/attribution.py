@@ -69,7 +69,7 @@ def direct_attribution(model: Any, x: Any, *, metric: Metric, by: str = "head", 
     if by not in BY:
         raise InputError(unknown("way of sharing", by, BY))
     examples = Examples.of(model, x)
-    bound = as_metric(metric, model.tokenizer)
+    bound = as_metric(metric, model, examples.inputs)
     linear_answers(bound, len(examples))
     roles = [role for role in ROLES if any(len(one.spans[role]) for one in examples.inputs)]
     total = np.full(len(examples), np.nan)

@@ -38,6 +38,7 @@ import pandas as pd
 
 from av_lens.checks import require_at_least
 from av_lens.errors import InputError
+from av_lens.inputs.answers import words_of
 from av_lens.interventions import Plan
 from av_lens.results.events import FIGURES as MATCHED
 from av_lens.results.events import Lexicon
@@ -241,14 +242,9 @@ def _spread(given: Any, n: int, what: str) -> list[tuple[str, ...]]:
     return [tuple(item) for item in given] or [()] * n
 
 
-def _answers(answer: Any) -> list[str]:
-    words = [answer] if isinstance(answer, str | int) else list(answer)
-    return [word for word in words if isinstance(word, str)]
-
-
 def _truth(examples: Examples, given: Any, side: int) -> list[tuple[str, ...]]:
     if not len(given) and examples.conflicts:
-        return [tuple(_answers(conflict.answers[side])[:1]) for conflict in examples.conflicts]
+        return [tuple(words_of(conflict.answers[side])[:1]) for conflict in examples.conflicts]
     return _spread(given, len(examples), f"{('heard', 'seen')[side]} events")
 
 
@@ -257,7 +253,7 @@ def _lexicon(given: Any, truth: list[list[tuple[str, ...]]], examples: Examples)
     events = {event: [] for side in truth for listed in side for event in listed}
     if not isinstance(given, Lexicon) and not len(given):
         for conflict in examples.conflicts:
-            for first, *others in filter(None, map(_answers, conflict.answers)):
+            for first, *others in filter(None, map(words_of, conflict.answers)):
                 events.setdefault(first, []).extend(others)
         return Lexicon.of(events) if events else None
     found = given if isinstance(given, Lexicon) else Lexicon.of(given)

@@ -109,7 +109,7 @@ def edge_attribution(
     """
     _check(variant, steps, over, direction)
     pairs = pairs_of("edge_attribution", pair)
-    bound = as_metric(metric, model.tokenizer)
+    bound = as_metric(metric, model, pairs)
     n = sum(map(len, pairs))
     if bound.n_answers not in (1, n):
         raise InputError(f"edge_attribution got {n} examples, and {bound.name} names {bound.n_answers} answers.")

@@ -102,7 +102,7 @@ def graft(
     axes, examples, related = Axes.parsed(over), Examples.of(model, x), opened(base, model)
     name = component or ("z" if axes.heads else "resid_pre")
     _check(axes, name, model, related)
-    bound = as_metric(metric, model.tokenizer)
+    bound = as_metric(metric, model, examples.inputs)
     if bound.n_answers not in (1, len(examples)):
         raise InputError(f"{bound.name} names {bound.n_answers} answers for {len(examples)} examples.")
     dims, targets = axes.targets(model.spec, Site(name, 0).n_heads(model.spec))

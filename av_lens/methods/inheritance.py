@@ -42,7 +42,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from av_lens.errors import InputError
-from av_lens.inputs.answers import AnswerLike, resolve
+from av_lens.inputs.answers import Answer, AnswerLike, words_of
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.results.events import Lexicon
 from av_lens.results.grid import Grid
@@ -50,6 +50,7 @@ from av_lens.results.provenance import stamp
 from av_lens.results.tabled import Tabled
 from av_lens.runs.examples import Examples
 from av_lens.runs.execution import run
+from av_lens.runs.forms import said_answer
 from av_lens.runs.progress import Progress, watched
 from av_lens.runs.related import deaf_plan, opened, prompt_for
 from av_lens.runs.scores import padded
@@ -98,6 +99,7 @@ def base_shift(
     """
     examples, related = Examples.of(model, x), opened(base, model)
     words = _words(examples, heard, seen)
+    given = None if answer is None else said_answer(model, examples.inputs, answer)
     stacks = list(examples.stacks(stack))
     prompts = [prompt_for(related, one, audio) for _, one in stacks]  # all prompts are compared before anything runs
     values = np.full((len(examples), len(PROMPTS), len(CLASSES), len(FIGURES)), np.nan)
@@ -106,7 +108,7 @@ def base_shift(
     with watched(progress) as show, torch.no_grad():
         try:
             for number, ((numbers, one), prompt) in enumerate(zip(stacks, prompts, strict=True)):
-                said = Said.own(model, one, max_new_tokens) if answer is None else Said.given(model, one, answer)
+                said = Said.own(model, one, max_new_tokens) if given is None else Said.given(model, one, given)
                 compared = {"own": Compared.of(said, _teacher_forced(related, prompt, said.tokens, audio))}
                 others = _others(prompt)
                 if (others >= 0).any():
@@ -177,7 +179,7 @@ class Said:
         return cls(tokens, lengths, tuple(at >= 0 for at in first), out.logits)
 
     @classmethod
-    def given(cls, model: Any, x: AVInputs, answer: AnswerLike) -> Said:
+    def given(cls, model: Any, x: AVInputs, answer: Answer) -> Said:
         """Run a given answer through the model.
 
         Args:
@@ -191,12 +193,11 @@ class Said:
         Raises:
             InputError: the answer has synonyms.
         """
-        found = resolve(model.tokenizer, answer)
-        if len(found.options) > 1:
+        if len(answer.options) > 1:
             raise InputError(
-                f"answer= runs one answer, and {answer!r} lists {len(found.options)} synonyms; choose one."
+                f"answer= runs one answer, and {answer.text!r} lists {len(answer.options)} synonyms; choose one."
             )
-        tokens = padded([found])[0].to(model.device).expand(len(x), -1)
+        tokens = padded([answer])[0].to(model.device).expand(len(x), -1)
         logits = _teacher_forced(model, x, tokens, "kept")
         return cls(tokens, (int(tokens.shape[1]),) * len(x), (False,) * len(x), logits)
 
@@ -367,9 +368,7 @@ def _words(examples: Examples, heard: Any, seen: Any) -> list[dict[str, tuple[st
 def _spread(examples: Examples, given: Any, side: int) -> Iterator[tuple[str, ...]]:
     if not len(given) and examples.conflicts:
         for conflict in examples.conflicts:
-            answer = conflict.answers[side]
-            words = [answer] if isinstance(answer, str | int) else list(answer)
-            yield tuple(word for word in words if isinstance(word, str))
+            yield tuple(words_of(conflict.answers[side]))
         return
     if isinstance(given, str) or any(isinstance(item, str) for item in given):
         for _ in range(len(examples)):

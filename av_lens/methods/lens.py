@@ -4,8 +4,8 @@
 
 with the final norm's scale computed anew for each stream; at the last layer these are the model's own logits. Read at
 any span, by default at the sound's positions: the likeliest tokens in words, and ranks (0 is the top) and probabilities
-of chosen words. Of conflicts, the words are the sound's and the picture's answers, and the words of the other
-conflicts' sounds are the null.
+of chosen words, in the form that the model says (`runs.forms`). Of conflicts, the words are the sound's and the
+picture's answers, and the words of the other conflicts' sounds, in the same form, are the null.
 
 *Latent audio understanding* (`readout.understanding(k)`) is the fraction of clips in which the sound's word is in the
 top k at some audio position and layer, beside the null of protocol section 8: the same maximum over positions and
@@ -37,13 +37,15 @@ from torch import Tensor
 from av_lens.bridge.hook_names import hook_name
 from av_lens.checks import require_at_least
 from av_lens.errors import InputError
+from av_lens.inputs.answers import spelled
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.interventions.sites import resolve_positions
 from av_lens.results.lens_readout import LensReadout, readings
 from av_lens.results.provenance import stamp
-from av_lens.runs.asked import Each, resolved, shown
+from av_lens.runs.asked import Each, asked_words, resolved, shown
 from av_lens.runs.examples import Examples
 from av_lens.runs.execution import logits_of
+from av_lens.runs.forms import Forms, read_forms
 from av_lens.runs.progress import Progress, watched
 from av_lens.runs.stacks import unembedded
 from av_lens.spans import Span
@@ -112,6 +114,7 @@ def logit_lens(
         words=wanted.labels,
         others=wanted.other_labels,
         notes=wanted.notes,
+        **({} if wanted.forms is None else wanted.forms.provenance()),
         seed=seed,
         questions=examples.questions,
     )
@@ -127,6 +130,7 @@ class _Wanted:
     other_labels: list[str]
     other_ids: list[Ids]
     notes: list[str] = field(default_factory=list)
+    forms: Forms | None = None
 
     @classmethod
     def of(cls, model: Any, examples: Examples, words: Any, others: Any, seed: int) -> _Wanted:
@@ -143,17 +147,21 @@ class _Wanted:
         pool = [*others] if others is not None else [conflict.answers[0] for conflict in conflicts]
         several: list[str] = []
 
-        def first_tokens(answer: Any) -> Ids:
-            found = resolved(model.tokenizer, answer)
-            several.extend([found.text] if any(len(option) > 1 for option in found.options) else [])
-            return tuple(dict.fromkeys(option[0] for option in found.options))
-
-        ids: list[list[Ids]] = []
-        for word in listed:
-            answers = word.answers if isinstance(word, Each) else (word,) * n
+        asked = [word.answers if isinstance(word, Each) else (word,) * n for word in listed]
+        for answers in asked:
             if len(answers) != n:
                 raise InputError(f"each(...) gives {len(answers)} words for {n} examples.")
-            ids.append([first_tokens(answer) for answer in answers])
+        spoken = asked_words(asked, n)
+        spoken = spoken if any(spoken) else asked_words([(one,) for one in pool], n)
+        forms = read_forms(model, examples.inputs, spoken)
+        form = None if forms is None else forms.chosen
+
+        def first_tokens(answer: Any) -> Ids:
+            found = resolved(model.tokenizer, answer, form)
+            several.extend(f"{found.text!r}: {spelled(model.tokenizer, ids)}" for ids in found.options if len(ids) > 1)
+            return tuple(dict.fromkeys(option[0] for option in found.options))
+
+        ids = [[first_tokens(answer) for answer in answers] for answers in asked]
         null = dict[Ids, str]()
         for answer in pool:
             null.setdefault(first_tokens(answer), shown(answer))
@@ -161,8 +169,8 @@ class _Wanted:
         if len(chosen) > MOST_OTHERS:
             kept = np.random.default_rng(seed).choice(len(chosen), MOST_OTHERS, replace=False)
             chosen = [chosen[i] for i in sorted(kept.tolist())]
-        notes = [f"read by their first token: {', '.join(sorted(set(several)))}"] if several else []
-        return cls(labels, ids, [null[one] for one in chosen], chosen, notes)
+        notes = [f"read by their first token: {'; '.join(sorted(set(several)))}"] if several else []
+        return cls(labels, ids, [null[one] for one in chosen], chosen, notes, forms)
 
     def own(self, example: int) -> set[int]:
         """All tokens of an example's own words."""

@@ -39,6 +39,7 @@ from jaxtyping import Float
 from av_lens.brief import Brief
 from av_lens.checks import require_at_least, require_choice
 from av_lens.errors import InputError
+from av_lens.inputs.answers import Answer, synonyms_of
 from av_lens.inputs.conflict import CELLS, Conflict
 from av_lens.inputs.sources import clip_key
 from av_lens.results.grid import Grid
@@ -387,5 +388,5 @@ class _Reading:
 
 def _class(answer: Any) -> str:
     """The class that an answer names: its first synonym."""
-    first = answer if isinstance(answer, str | int) else answer[0]
+    first = answer.text if isinstance(answer, Answer) else synonyms_of(answer)[0]
     return str(first).strip().casefold()

@@ -3,7 +3,9 @@
     incoming(k)  = sum over layers, heads and queries q of the suffix of p[q, k] |v_k W_O|
     k is a sink    where incoming(k), averaged over examples, is over 10 times its mean over media positions
 
-(protocol section 3). For each sink, from the plain attention that later media positions pay to it, over all layers and
+(protocol section 3: a sink is a media position). Text before the suffix is held to the same bar, and what passes stands
+in `elsewhere`: the first position of a pretrained model often does. The suffix itself is not judged, it reads itself.
+For each sink, from the plain attention that later media positions pay to it, over all layers and
 heads, with V the mean over later picture positions and A the mean over later sound positions:
 
     score(k) = (V - A) / (V + A)      1: read by the picture alone, -1: read by the sound alone
@@ -53,6 +55,7 @@ from av_lens.runs.progress import Progress, watched
 from av_lens.spans import Span, SpanMap
 
 KINDS = ("unimodal", "cross-modal", "undetermined")
+READ_BY = ("read_by_picture", "read_by_sound", "score")
 READERS = {"picture": "video|image", "sound": "audio"}
 
 
@@ -66,6 +69,8 @@ class Sinks:
             score kind`; `times` is incoming over its mean, `examples` the share of examples in which it passes alone.
         dimensions: one row for each layer and sink dimension: `layer dimension at_sinks elsewhere`.
         incoming: incoming attention, `[example, pos]`.
+        elsewhere: one row for each position that passes the same bar and is no media position, nor in the suffix:
+            `position token role start_s incoming times examples`.
         provenance: how they were found.
     """
 
@@ -73,6 +78,7 @@ class Sinks:
     table: pd.DataFrame
     dimensions: pd.DataFrame
     incoming: Grid
+    elsewhere: pd.DataFrame
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -104,7 +110,14 @@ class Sinks:
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{kind} {(self.table['kind'] == kind).sum()}" for kind in KINDS) if len(self) else "none"
-        return f"Sinks({len(self)} positions: {counts}; {len(self.dimensions)} sink dimensions)"
+        outside = ", ".join(
+            f"{row['position']} {row['token']!r} ({row['times']:.3g} times the mean)"
+            for row in self.elsewhere.nlargest(3, "times").to_dict("records")
+        )
+        return (
+            f"Sinks({len(self)} media positions: {counts}; {len(self.dimensions)} sink dimensions; "
+            f"{len(self.elsewhere)} in the text before the suffix{': ' * bool(outside)}{outside})"
+        )
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>{self.table.to_html(index=False)}"
@@ -136,7 +149,7 @@ def find_sinks(
         progress: called as `progress(stage, done, total)`; True shows a bar.
 
     Returns:
-        The sinks; none may be found, and then `span` is empty.
+        The sinks; none may be found, and then `span` is empty. What passes among the text stands in `elsewhere`.
 
     Raises:
         InputError: inputs without media or of several layouts, or an unknown weight.
@@ -153,13 +166,15 @@ def find_sinks(
             show("sinks", done, total)
         found = spans.span(sink_positions(incoming, spans, times=times).tolist())
         table, dimensions = _table(spans, found, incoming, times), _dimensions_frame([])
+        read = dict.fromkeys(READ_BY, np.nan)
         if len(found):
             show("sinks", 2 * len(stacks), total)
-            scores = _read_by([_later_reading(model, inputs, found) for _, inputs in stacks], len(examples))
-            table = table.assign(**scores)
+            read = _read_by([_later_reading(model, inputs, found) for _, inputs in stacks], len(examples))
             dimensions = _dimensions(model, [inputs for _, inputs in stacks], found, dimension_times)
         show("sinks", total, total)
+    table = table.assign(**read)
     table["kind"] = [_kind(row["role"], row["score"], unimodal_from) for row in table.to_dict("records")]
+    elsewhere = _table(spans, _among_text(spans, incoming, times), incoming, times)
     made = stamp(
         method="sinks",
         model=model.name,
@@ -168,6 +183,8 @@ def find_sinks(
         unimodal_from=unimodal_from,
         dimension_times=dimension_times,
         sinks=found.positions.tolist(),
+        judged="media positions are sinks; text before the suffix is held to the same bar; the suffix is not judged",
+        elsewhere=elsewhere["position"].tolist(),
         questions=examples.questions,
     )
     grid = Grid.of(
@@ -180,7 +197,7 @@ def find_sinks(
         direction="what the suffix reads from each position; no edit, so the effects are the values",
         provenance=made,
     )
-    return Sinks(found, table, dimensions, grid, made)
+    return Sinks(found, table, dimensions, grid, elsewhere, made)
 
 
 def _one_layout(examples: Examples) -> SpanMap:
@@ -200,11 +217,16 @@ def _one_layout(examples: Examples) -> SpanMap:
     return first
 
 
+def _among_text(spans: SpanMap, incoming: Float[np.ndarray, "example pos"], times: float | int) -> Span:
+    """The positions of the text before the suffix that pass the bar of the media."""
+    text, mean = (spans.system | spans.boundary).positions, incoming.mean(0)
+    return spans.span(text[mean[text] > times * mean[spans.media.positions].mean()].tolist())
+
+
 def _table(spans: SpanMap, found: Span, incoming: Float[np.ndarray, "example pos"], times: float | int) -> pd.DataFrame:
     media, sinks = spans.media.positions, found.positions
     mean = incoming.mean(0)
     alone = incoming[:, sinks] > times * incoming[:, media].mean(1, keepdims=True)
-    nothing = np.full(len(sinks), np.nan)
     columns = {
         "position": sinks,
         "token": [spans.tokens[p] for p in sinks],
@@ -214,7 +236,7 @@ def _table(spans: SpanMap, found: Span, incoming: Float[np.ndarray, "example pos
         "times": mean[sinks] / mean[media].mean(),
         "examples": alone.mean(0),
     }
-    return pd.DataFrame(columns | dict.fromkeys(("read_by_picture", "read_by_sound", "score"), nothing))
+    return pd.DataFrame(columns)
 
 
 def _later_reading(model: Any, x: AVInputs, found: Span) -> Float[np.ndarray, "reader sink"]:
@@ -232,7 +254,7 @@ def _read_by(summed: list[Float[np.ndarray, "reader sink"]], n: int) -> dict[str
     picture, sound = np.sum(summed, axis=0) / n
     with np.errstate(invalid="ignore"):
         score = (picture - sound) / (picture + sound)
-    return {"read_by_picture": picture, "read_by_sound": sound, "score": score}
+    return dict(zip(READ_BY, (picture, sound, score), strict=True))
 
 
 def _kind(role: str, score: float, unimodal_from: float | int) -> str:

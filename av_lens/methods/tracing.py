@@ -146,7 +146,7 @@ def causal_trace(
 
 
 def _bound(model: Any, metric: Any, pairs: Sequence[Pair]) -> tuple[int, Metric | None]:
-    n, found = sum(map(len, pairs)), None if metric is None else as_metric(metric, model.tokenizer)
+    n, found = sum(map(len, pairs)), None if metric is None else as_metric(metric, model, pairs)
     if found is not None and found.n_answers not in (1, n):
         raise InputError(f"{found.name} names {found.n_answers} answers for {n} examples.")
     return n, found
@@ -318,7 +318,7 @@ class _Job:
     def _own_answer(self, base: Trace, spoiling: Plan) -> Metric:
         """The probability of the top token of the clean or the corrupted run."""
         logits = self.clean.logits() if self.how.answer == "clean" else base.replay([spoiling])[0]
-        return as_metric(prob(each([int(token) for token in logits[:, -1].argmax(-1)])), None)
+        return as_metric(prob(each([int(token) for token in logits[:, -1].argmax(-1)])))
 
     def _restorations(self, given: Sequence[Tensor], number: int) -> Iterator[Plan]:
         generator = np.random.default_rng(np.random.SeedSequence([self.how.seed, number, len(self.clean.spans)]))

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from av_lens.errors import InputError
-from av_lens.inputs.answers import Answer, AnswerLike, answer_pair, resolve
+from av_lens.inputs.answers import Answer, AnswerLike, answer_pair, resolve, spelled, synonyms_of, words_of
+
+SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,13 @@ def spread(side: tuple[AnswerLike | Answer, ...], n: int) -> tuple[AnswerLike | 
     return side * n if len(side) == 1 else side
 
 
-def resolved(tokenizer: Any, answer: AnswerLike | Answer) -> Answer:
+def resolved(tokenizer: Any, answer: AnswerLike | Answer, form: str | None = None) -> Answer:
     """Find an answer's tokens.
 
     Args:
         tokenizer: the model's; None if all answers are token ids.
         answer: the answer.
+        form: the form in which words are read.
 
     Returns:
         The resolved answer.
@@ -72,24 +75,24 @@ def resolved(tokenizer: Any, answer: AnswerLike | Answer) -> Answer:
     Raises:
         InputError: text without a tokenizer.
     """
-    if isinstance(answer, Answer):
-        return answer
-    if tokenizer is None:
-        named = [answer] if isinstance(answer, str | int) else list(answer)
-        words = [part for part in named if isinstance(part, str)]
-        if words:
-            raise InputError(f"the answer {words[0]!r} is text: bind the metric first, metric.bind(model.tokenizer).")
-        return Answer(" / ".join(map(str, named)), tuple((int(part),) for part in named))
-    return resolve(tokenizer, answer)
+    if isinstance(answer, Answer) or tokenizer is not None:
+        return resolve(tokenizer, answer, form)
+    named, words = synonyms_of(answer), words_of(answer)
+    if words:
+        raise InputError(f"the answer {words[0]!r} is text: bind the metric first, metric.bind(model, x).")
+    return Answer(" / ".join(map(str, named)), tuple((int(part),) for part in named))
 
 
-def paired(tokenizer: Any, a: AnswerLike | Answer, b: AnswerLike | Answer) -> tuple[Answer, Answer]:
+def paired(
+    tokenizer: Any, a: AnswerLike | Answer, b: AnswerLike | Answer, form: str | None = None
+) -> tuple[Answer, Answer]:
     """Find the tokens of two answers that are to be told apart.
 
     Args:
         tokenizer: the model's; None if all answers are token ids.
         a: one answer.
         b: its rival.
+        form: the form in which words are read.
 
     Returns:
         Both, resolved.
@@ -99,7 +102,7 @@ def paired(tokenizer: Any, a: AnswerLike | Answer, b: AnswerLike | Answer) -> tu
     """
     if tokenizer is None:
         return answer_pair(_NoWords(), resolved(None, a), resolved(None, b))
-    return answer_pair(tokenizer, a, b)
+    return answer_pair(tokenizer, a, b, form)
 
 
 class _NoWords:
@@ -109,11 +112,26 @@ class _NoWords:
         return f"token {ids[0]}"
 
 
-def notes_on(answers: list[list[Answer]]) -> tuple[str, ...]:
+def asked_words(sides: Sequence[Sequence[AnswerLike | Answer]], n: int) -> list[list[str]]:
+    """List the words that are asked of each example.
+
+    Args:
+        sides: answers, one for all examples or one for each.
+        n: examples.
+
+    Returns:
+        The words.
+    """
+    spread_out = [spread(tuple(side), n) for side in sides]
+    return [[word for side in spread_out for word in words_of(side[i])] for i in range(n)]
+
+
+def notes_on(answers: list[list[Answer]], tokenizer: Any = None) -> tuple[str, ...]:
     """Say what a reader of the numbers must know about the answers.
 
     Args:
         answers: each side's answers, one for each example.
+        tokenizer: the model's, which knows the pieces of a word.
 
     Returns:
         Sentences; none where every answer is one token.
@@ -122,6 +140,9 @@ def notes_on(answers: list[list[Answer]]) -> tuple[str, ...]:
     if all(answer.single for answer in flat):
         return ()
     notes = ["an answer has several tokens: scores are teacher-forced log-probabilities"]
+    broken = {option: answer.text for answer in flat for option in answer.options if len(option) > 1}
+    notes += [f"{text!r} is {len(ids)} tokens: {spelled(tokenizer, ids)}" for ids, text in list(broken.items())[:SHOWN]]
+    notes += [f"... and {len(broken) - SHOWN} more such answers"] if len(broken) > SHOWN else []
     for row in zip(*answers, strict=True) if len(answers) == 2 else ():
         lengths = {len(option) for answer in row for option in answer.options}
         if len(lengths) > 1:

@@ -152,11 +152,11 @@ class Measured:
             raise InputError(unknown("measure, of=", of, MIRRORED))
         if items and all(isinstance(item, Conflict) for item in items):
             asked = metric or logit_diff(*(each([one.answers[side] for one in items]) for side in (0, 1)))
-            found = cls._of_conflicts(model, items, as_metric(asked, model.tokenizer), of, layout)
+            found = cls._of_conflicts(model, items, asked, of, layout)
         elif items and all(isinstance(item, Pair) for item in items):
             if metric is None:
                 raise InputError("a circuit of pairs needs a metric, such as metric=logit_diff('siren', 'dog').")
-            found = cls._of_pairs(items, as_metric(metric, model.tokenizer))
+            found = cls._of_pairs(items, as_metric(metric, model, items))
         else:
             kinds = sorted({type(item).__name__ for item in items}) or ["nothing"]
             raise InputError(f"a circuit is found on conflicts or on aligned pairs, not on {' and '.join(kinds)}.")
@@ -166,10 +166,11 @@ class Measured:
         return found
 
     @classmethod
-    def _of_conflicts(cls, model: Any, items: list[Conflict], metric: Metric, of: str, layout: str) -> Measured:
+    def _of_conflicts(cls, model: Any, items: list[Conflict], asked: Any, of: str, layout: str) -> Measured:
         cells = [one.cells(model, layout=layout) for one in items]
         empty = tuple(one["blank_muted"] for one in cells)
         base, mirror = MIRRORED[of]
+        metric = as_metric(asked, model, [one[base] for one in cells])
         terms = tuple((w, tuple(one[cell] for one in cells), empty) for w, cell in ((0.5, base), (-0.5, mirror)))
         clips = tuple(clip_key(one.sound) for one in items), tuple(clip_key(one.picture) for one in items)
         groups = np.zeros(len(items), dtype=int)

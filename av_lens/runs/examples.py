@@ -18,7 +18,7 @@ from av_lens.errors import InputError
 from av_lens.inputs.conflict import Conflict
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.results.provenance import linked
-from av_lens.runs.places import input_stacks, listed
+from av_lens.runs.places import input_stacks, listed, that_fit
 from av_lens.runs.sweeps import sources
 
 
@@ -97,9 +97,7 @@ class Examples:
         Returns:
             At least 1.
         """
-        longest = max(len(x.spans) for x in self.inputs)
-        each = 4.0 * model.spec.n_heads * longest * longest * max(4, model.dtype.itemsize)  # mask, scores, softmax, sum
-        return max(1, min(stack, int(budget_gb * 1e9 / each)))
+        return that_fit(model, max(len(x.spans) for x in self.inputs), stack, budget_gb)
 
 
 def as_list(given: Any) -> Sequence[Any]:

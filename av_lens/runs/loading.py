@@ -6,6 +6,8 @@ checkpoint (`differences`). Only the fusion model is loaded: of a full Qwen2.5-O
 talker or the vocoder. Weights come from safetensors, must fit the configuration and be finite, and no code from a
 checkpoint is run, or asked about.
 
+The sizes at which frames are shown are the checkpoint's own, where it states any for videos.
+
 Precision: float32 for organisms and, on a CPU, for anything below a billion parameters; else the checkpoint's own.
 Device: cuda where the model fits, else the CPU.
 """
@@ -392,7 +394,10 @@ def _processor(source: _Source) -> Any:
 
     with source.translated("the processor"):
         processor: Any = AutoProcessor.from_pretrained(source.place, revision=source.revision, trust_remote_code=False)
-    if source.grammar is not None:
-        # The processor's class-wide videos_kwargs would override the size an organism was trained with.
-        processor.videos_kwargs = {"size": dict(processor.video_processor.size)}
+    # The processor class's common size would override the checkpoint's own in silence. A size above it that is the
+    # images' too comes from a file for all pictures alike: it speaks of images, and HuggingFace keeps videos smaller.
+    common = dict(processor.videos_kwargs)
+    own, images = dict(processor.video_processor.size), dict(processor.image_processor.size)
+    if own != images or own["longest_edge"] <= common["size"]["longest_edge"]:
+        processor.videos_kwargs = common | {"size": own}
     return processor

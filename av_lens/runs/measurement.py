@@ -16,6 +16,7 @@ from torch import Tensor
 
 from av_lens.interventions import Plan
 from av_lens.runs.execution import logits_of
+from av_lens.runs.forms import followed
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.traces import Trace, record
 
@@ -40,7 +41,7 @@ def measure(
         InputError: answers that cannot be told apart, or a metric that returns one number for the batch.
         InterventionError: the plan does not fit, or an edit did not fire.
     """
-    bound = as_metric(metric, model.tokenizer)
+    bound = as_metric(metric, model, x)
 
     def logits(inputs: Any, rows: list[int]) -> Tensor:
         compiled = (plan or Plan()).compile(model.spec, inputs.spans, batch=len(inputs))
@@ -51,7 +52,7 @@ def measure(
 
     asked = x.spans.generation_position
     reduced = [
-        bound.reduce(i, logits(_continued(x, tokens), list(range(asked, asked + tokens.shape[1]))))
+        bound.reduce(i, logits(followed(x, tokens), list(range(asked, asked + tokens.shape[1]))))
         for i, tokens in enumerate(bound.continuations(len(x)))
     ]
     return bound.combine(reduced) if reduced else bound(logits(x, [asked]))
@@ -84,13 +85,13 @@ def measure_plans(
         InterventionError: as in `measure`.
     """
     model, x = trace.model, trace.x
-    bound = as_metric(metric, model.tokenizer)
+    bound = as_metric(metric, model, trace)
     continuations = bound.continuations(len(x))
     if not continuations:
         return trace.score(plans, bound, budget_gb=budget_gb, finished=finished, into=into)
     found = torch.full((len(plans), len(x)), torch.nan) if into is None else into
     asked = x.spans.generation_position
-    longer = [trace if t.shape[1] == 1 else record(model, _continued(x, t)) for t in continuations]
+    longer = [trace if t.shape[1] == 1 else record(model, followed(x, t)) for t in continuations]
     ends = [asked + tokens.shape[1] for tokens in continuations]
     for start in range(0, len(plans), BLOCK):  # all options of a block's plans, so that it is wholly done or not at all
         block = plans[start : start + BLOCK]
@@ -107,8 +108,3 @@ def measure_plans(
 
 def _reducing(metric: Metric, number: int) -> Callable[[Tensor], Tensor]:
     return lambda logits: metric.reduce(number, logits)
-
-
-def _continued(x: Any, tokens: Tensor) -> Any:
-    """The prompt with all but the last token of an answer after it."""
-    return x if tokens.shape[1] == 1 else x.continued(tokens[:, :-1])

@@ -15,7 +15,9 @@ example its own.
 Where two answers have unequal numbers of tokens, both are scored by the *mean* log-probability per token, and the
 metric's `notes` say so. Refused: answers that share their first token or have unequal numbers of synonyms.
 
-Strings need the model's tokenizer: `measure`, `patch` and their like bind it; elsewhere use `metric.bind(tokenizer)`.
+A word is read in the form that the model says (`forms`): leading space or not, capital or not. `measure`, `patch` and
+their like look that up on their unedited inputs; elsewhere use `metric.bind(model, x)`. Form and probability stand
+in the result. Token ids, and `Answer(text, ((id, id),))` for several, are taken literally.
 Any callable of logits to `[batch]` may stand where a metric is taken.
 
     >>> import torch
@@ -35,7 +37,11 @@ from torch import Tensor
 
 from av_lens.brief import Brief
 from av_lens.errors import InputError
-from av_lens.runs.asked import Asked, Each, notes_on, paired, resolved, shown, spread
+from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs.pairs import Pair
+from av_lens.runs.asked import Asked, Each, asked_words, notes_on, paired, resolved, shown, spread
+from av_lens.runs.forms import Forms, n_examples, read_forms
+from av_lens.runs.recording import Record
 from av_lens.runs.scores import (
     combined,
     divergence,
@@ -71,6 +77,7 @@ class Metric(Brief):
         ids: once bound, the tokens of each answer, `[example or 1, option, token]`, -1 where there is none.
         texts: once bound, the answers as text.
         notes: what a reader of the numbers must know.
+        forms: once bound, in which form words are read, and how likely each form is; None where no word is asked.
     """
 
     kind: Kind
@@ -80,6 +87,7 @@ class Metric(Brief):
     ids: tuple[Int64[Tensor, "_ _ _"], ...] | None = None
     texts: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
+    forms: Forms | None = None
 
     @property
     def name(self) -> str:
@@ -101,19 +109,24 @@ class Metric(Brief):
             Plain data.
         """
         ids = [tokens.tolist() for tokens in self.ids or ()]
-        return {"metric": self.name, "unit": self.unit, "answer_ids": ids, "notes": list(self.notes)}
+        forms = {} if self.forms is None else self.forms.provenance()
+        return {"metric": self.name, "unit": self.unit, "answer_ids": ids, **forms, "notes": list(self.notes)}
 
-    def bind(self, tokenizer: Any) -> Metric:
+    def bind(self, model: Any = None, x: Any = ()) -> Metric:
         """Find the answers' tokens.
 
         Args:
-            tokenizer: the model's tokenizer; None if all answers are token ids.
+            model: the `HookedAVLLM`; None if all answers are token ids.
+            x: the unedited input by which words are read, or its recorded run, or several of either; of a pair the
+                clean one.
 
         Returns:
-            The metric, ready to be called. Binding again changes nothing.
+            The metric, ready to be called; `print(metric.forms)` says how words are read. Binding again changes
+            nothing.
 
         Raises:
-            InputError: an answer without tokens, or two that cannot be told apart.
+            InputError: an answer without tokens, two that cannot be told apart, a word that is not known, or one that
+                is said in another form than the others.
         """
         if self.ids is not None or self.kind in ("kl", "custom"):
             return self
@@ -121,16 +134,28 @@ class Metric(Brief):
         n = max(len(side) for side in sides)
         if any(len(side) not in (1, n) for side in sides):
             raise InputError(f"each(...) was given {' and '.join(str(len(s)) for s in sides)} answers: they differ.")
+        tokenizer, forms = getattr(model, "tokenizer", None), self._read(model, x, sides, n)
+        form = None if forms is None else forms.chosen
         if self.kind == "logit_diff":
-            pairs = [
-                paired(tokenizer, side_a, side_b) for side_a, side_b in zip(*(spread(s, n) for s in sides), strict=True)
-            ]
+            rivals = zip(*(spread(side, n) for side in sides), strict=True)
+            pairs = [paired(tokenizer, side_a, side_b, form) for side_a, side_b in rivals]
             answers = [[pair[0] for pair in pairs], [pair[1] for pair in pairs]]
         else:
-            answers = [[resolved(tokenizer, answer) for answer in sides[0]]]
+            answers = [[resolved(tokenizer, answer, form) for answer in sides[0]]]
         texts = tuple(side[0].text if len(side) == 1 else f"{side[0].text}, ... ({len(side)})" for side in answers)
-        notes = notes_on(answers)
-        return replace(self, ids=tuple(padded(side) for side in answers), texts=texts, notes=notes)
+        notes = notes_on(answers, tokenizer)
+        return replace(self, ids=tuple(padded(side) for side in answers), texts=texts, notes=notes, forms=forms)
+
+    def _read(self, model: Any, x: Any, sides: Sequence[Sequence[Any]], n: int) -> Forms | None:
+        """Choose the form of the words, if there are any."""
+        if model is None or not any(asked_words(sides, n)):
+            return None
+        items = [x] if isinstance(x, AVInputs | Record | Pair) else list(x)
+        given = [one.clean if isinstance(one, Pair) else one for one in items]
+        examples = sum(map(n_examples, given))
+        if n not in (1, examples):
+            raise InputError(f"{self.name} names {n} answers for {examples} examples.")
+        return read_forms(model, given, asked_words(sides, examples)) if given else None
 
     @property
     def n_answers(self) -> int:
@@ -199,15 +224,20 @@ class Metric(Brief):
         """Split a difference into the scores of its two answers.
 
         Returns:
-            Each answer's score, as a metric of its own.
+            Each answer's score, as a metric of its own; of a bound difference, in the form that was chosen for both.
 
         Raises:
             InputError: the metric is no difference of two answers.
         """
         if self.kind != "logit_diff":
             raise InputError(f"{self.name} is not a difference of two answers: use logit_diff(a, b).")
-        first, second = (logit(asked) for asked in self.asked)
-        return first, second
+        if self.ids is None:
+            return logit(self.asked[0]), logit(self.asked[1])
+        one, other = (
+            replace(self, kind="logit", asked=(self.asked[i],), ids=(self.ids[i],), texts=(self.texts[i],))
+            for i in (0, 1)
+        )
+        return one, other
 
     def continuations(self, batch: int) -> list[Int64[Tensor, "batch token"]]:
         """List the token sequences that have to be run after the prompt, for answers of several tokens.
@@ -287,12 +317,13 @@ def _own_result(metric: Metric, logits: Tensor) -> Tensor:
     return found
 
 
-def as_metric(metric: Metric | Callable[..., Any] | None, tokenizer: Any) -> Metric:
+def as_metric(metric: Metric | Callable[..., Any] | None, model: Any = None, x: Any = ()) -> Metric:
     """Make a bound metric of what a caller handed in.
 
     Args:
         metric: one of the module's, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
-        tokenizer: the model's tokenizer.
+        model: as in `Metric.bind`.
+        x: as in `Metric.bind`.
 
     Returns:
         The bound metric.
@@ -301,7 +332,7 @@ def as_metric(metric: Metric | Callable[..., Any] | None, tokenizer: Any) -> Met
         InputError: neither.
     """
     if isinstance(metric, Metric):
-        return metric.bind(tokenizer)
+        return metric.bind(model, x)
     if not callable(metric):
         raise InputError(
             "metric= says what is measured: avl.logit_diff('siren', 'dog'), avl.log_prob('siren'), or a function of "

@@ -348,6 +348,22 @@ def layout_stacks(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
     yield from input_stacks([pair.clean for pair in pairs], size)
 
 
+def that_fit(model: Any, longest: int, stack: int, budget_gb: float | int) -> int:
+    """Say how many examples may run together, so that one layer's scores and pattern fit a budget.
+
+    Args:
+        model: a `HookedAVLLM`.
+        longest: positions of the longest.
+        stack: at most so many.
+        budget_gb: memory for the attention of one layer.
+
+    Returns:
+        At least 1.
+    """
+    each = 4.0 * model.spec.n_heads * longest * longest * max(4, model.dtype.itemsize)  # mask, scores, softmax, sum
+    return max(1, min(stack, int(budget_gb * 1e9 / each)))
+
+
 def input_stacks(inputs: Sequence[AVInputs], size: int) -> Iterator[list[int]]:
     """Group inputs of one layout.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Record(Brief):
     tables: tuple[Tensor, Tensor]
     mask: Float[Tensor, "..."] | None
     hooked_because: str = ""
-    standing: Standing = ()
+    standing: Standing = field(default=(), repr=False)
     own_logits: Float[Tensor, "batch pos d_vocab"] | None = None
 
     @property

@@ -94,7 +94,7 @@ def differentiated(
     """
     record.require_standing()
     asked = (sites,) if isinstance(sites, Site) else tuple(sites)
-    bound, tokens = _differentiable(metric, record.model.tokenizer).few_tokens()
+    bound, tokens = _differentiable(metric, record).few_tokens()
     rows = asked_positions(record.spans, logits_at)
     probes = [_Probe.of(record, site) for site in asked]
     compiled = _with_probes(record, plan or Plan(), probes)
@@ -119,8 +119,8 @@ def differentiated(
     )
 
 
-def _differentiable(metric: Metric | Callable[[Tensor], Tensor], tokenizer: Any) -> Metric:
-    bound = as_metric(metric, tokenizer)
+def _differentiable(metric: Metric | Callable[[Tensor], Tensor], record: Record) -> Metric:
+    bound = as_metric(metric, record.model, record)
     if bound.teacher_forced:
         raise InputError(
             f"{bound.name}: an answer has several tokens, and a gradient is taken of one run of the prompt alone. Use "

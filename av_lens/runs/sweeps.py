@@ -63,7 +63,7 @@ def sweep(
     if not traces:
         raise InputError("sweep needs at least one trace: model.trace(x) records one.")
     model = traces[0].model
-    bound = as_metric(metric, model.tokenizer)
+    bound = as_metric(metric, model, traces)
     examples = sum(one.batch for one in traces)
     if bound.n_answers not in (1, examples):
         raise InputError(f"{bound.name} names {bound.n_answers} answers for {examples} examples.")

@@ -140,7 +140,7 @@ class Trace(Record):
             InputError: the metric returned one number for the batch.
             InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
         """
-        bound, tokens = as_metric(metric, self.model.tokenizer).few_tokens()
+        bound, tokens = as_metric(metric, self.model, self).few_tokens()
         listed = _listed(plans)
         rows = asked_positions(self.spans, logits_at)
         found = torch.full((len(listed), self.batch), torch.nan) if into is None else into

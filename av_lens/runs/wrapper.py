@@ -26,9 +26,11 @@ from av_lens.bridge.attention import BUDGET_GB
 from av_lens.bridge.families import Family, family_of
 from av_lens.checks import require_keywords
 from av_lens.errors import InterventionError, ModelError
+from av_lens.inputs.answers import words_of
 from av_lens.runs.budget import ModelSpec, bounded, require_budget, selected
 from av_lens.runs.copies import OF_WEIGHTS, copied
 from av_lens.runs.decoding import Decoding, generate_with_hooks
+from av_lens.runs.forms import said_answer
 from av_lens.runs.forwarding import ForwardedAttributes
 from av_lens.runs.gates import HookPair, counted, gates_of_filter, gates_of_hooks, only_open, open_gates
 from av_lens.runs.interop import TransformerLensSide
@@ -157,6 +159,9 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
             InputError: an unknown keyword, or what `Encoder.encode` refuses.
         """
         require_keywords("encode", options, self.encoder.encode, own=("clip", "question"))
+        if words_of(options.get("answer") or ()):  # which tokens they are depends on what the model says there
+            prompt = self.encoder.encode(clip, question, **{**options, "answer": None})
+            options["answer"] = said_answer(self, [prompt], options["answer"])
         return self.encoder.encode(clip, question, **options).to(self.device)
 
     def position_ids(self, tensors: Mapping[str, Any]) -> torch.Tensor:

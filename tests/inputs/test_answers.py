@@ -1,4 +1,4 @@
-"""Which tokens an answer is: a leading space first, then without; rivals that cannot be told apart are refused."""
+"""Which tokens an answer is: one form of four for its words; rivals that cannot be told apart are refused."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 
 from av_lens.errors import InputError
-from av_lens.inputs import Answer, Grammar, answer_pair, one_token, resolve
+from av_lens.inputs import Answer, Grammar, answer_pair, resolve
+from av_lens.inputs.answers import FORMS, forms_of, in_form, spelled, words_of
 from av_lens.organism import anatomy
+
+SPACED = FORMS[0]
 
 
 @pytest.fixture(scope="module")
@@ -20,59 +23,89 @@ def ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def test_a_word_takes_its_leading_space(tokenizer: Any):
-    dog = resolve(tokenizer, "dog")
-    assert dog.options == (ids(tokenizer, " dog"),)
-    assert dog.single
-    assert dog.n_tokens == 1
-    assert resolve(tokenizer, " dog ").options == dog.options
+@pytest.mark.parametrize(
+    ("word", "forms"),
+    [
+        ("dog", [" dog", "dog", " Dog", "Dog"]),
+        (" Dog ", [" dog", "dog", " Dog", "Dog"]),
+        ("a dog", [" a dog", "a dog", " A dog", "A dog"]),
+        ("TV", [" TV", "TV", " TV", "TV"]),  # no word is said "tV"
+        ("7", [" 7", "7", " 7", "7"]),
+    ],
+)
+def test_a_word_has_four_forms(word: str, forms: list[str]):
+    assert [in_form(word, form) for form in FORMS] == forms
+
+
+def test_a_word_takes_the_form_it_is_read_in(tokenizer: Any):
+    for form, text in zip(FORMS, [" dog", "dog", " Dog", "Dog"], strict=True):
+        assert resolve(tokenizer, "dog", form).options == (ids(tokenizer, text),)
+    dog = resolve(tokenizer, "dog", SPACED)
+    assert (dog.single, dog.n_tokens) == (True, 1)
+    assert resolve(tokenizer, " dog ", SPACED).options == dog.options
     assert resolve(tokenizer, dog) is dog
-
-
-def test_without_the_space_where_only_that_is_one_token(tokenizer: Any):
-    # "describe" only ever begins a line in this vocabulary, so it is whole only without a space.
-    assert len(ids(tokenizer, " describe")) > 1
-    assert resolve(tokenizer, "describe").options == (ids(tokenizer, "describe"),)
-
-
-def test_several_tokens_keep_the_space(tokenizer: Any):
-    found = resolve(tokenizer, "zebra")
-    assert found.options == (ids(tokenizer, " zebra"),)
-    assert not found.single
-    assert found.n_tokens == len(" zebra")
+    zebra = resolve(tokenizer, "zebra", SPACED)
+    assert (zebra.single, zebra.n_tokens) == (False, len(" zebra"))
 
 
 def test_ids_and_synonyms(tokenizer: Any):
     dog, cat = ids(tokenizer, " dog")[0], ids(tokenizer, " cat")[0]
     assert resolve(tokenizer, dog).options == ((dog,),)
-    assert resolve(tokenizer, ["dog", cat]).options == ((dog,), (cat,))
-    assert resolve(tokenizer, ["dog", dog]).options == ((dog,),)
-    assert resolve(tokenizer, ["dog", "cat"]).text == "dog / cat"
+    assert resolve(tokenizer, ["dog", cat], SPACED).options == ((dog,), (cat,))
+    assert resolve(tokenizer, ["dog", dog], SPACED).options == ((dog,),)
+    assert resolve(tokenizer, ["dog", "cat"], SPACED).text == "dog / cat"
+    assert [words_of(answer) for answer in ("dog", dog, ["dog", cat], resolve(tokenizer, dog))] == [
+        ["dog"],
+        [],
+        ["dog"],
+        [],
+    ]
 
 
-def test_one_token_gives_the_id(tokenizer: Any):
-    assert one_token(tokenizer, "dog") == ids(tokenizer, " dog")[0]
+def test_a_broken_word_is_spelled(tokenizer: Any):
+    siren = ids(tokenizer, " siren")[0]
+    assert spelled(tokenizer, ids(tokenizer, " sirenx")) == f"' siren' ({siren}), 'x' ({ord('x')})"
+
+
+class Few:
+    """A tokenizer of four tokens; what it does not know is token 0."""
+
+    unk_token_id = 0
+    vocabulary = ("<unk>", " dog", "cat", " cat")
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        return {"input_ids": [self.vocabulary.index(text) if text in self.vocabulary else 0]}
+
+    def decode(self, tokens: Any) -> str:
+        return self.vocabulary[int(tokens[0])]
+
+
+def test_what_becomes_the_unknown_token_is_no_form():
+    assert forms_of(Few(), "cat") == {" word": (3,), "word": (2,)}
+    with pytest.raises(InputError, match=r"no tokens for 'dot': it becomes '<unk>', .*Did you mean 'dog'\?"):
+        forms_of(Few(), "dot")
+    with pytest.raises(InputError, match=r"cannot write 'dog', the form .* said; it has ' dog'\. Give token ids"):
+        resolve(Few(), "dog", "word")
 
 
 @pytest.mark.parametrize(
     ("ask", "text"),
     [
-        (
-            lambda t: one_token(t, "zebra"),
-            r"'zebra' is 6 tokens for this model \(' ' 'z' 'e' 'b' 'r' 'a'\), and one is needed",
-        ),
-        (lambda t: one_token(t, ["dog", "cat"]), "lists 2 synonyms; choose one"),
-        (lambda t: resolve(t, ""), "an answer is empty"),
+        (lambda t: resolve(t, "dog"), r"the answer 'dog' is text, .* only a model knows: use metric.bind\(model, x\)"),
+        (lambda t: resolve(t, "", SPACED), "an answer is empty"),
         (lambda t: resolve(t, []), "has no tokens"),
         (lambda t: resolve(t, 10**6), "token id 1000000 is outside the vocabulary"),
-        (lambda t: answer_pair(t, "dog", " dog"), "the two answers are equal: 'dog' and ' dog'"),
-        (lambda t: answer_pair(t, ["dog", "cat"], ["cat", "dog"]), "the two answers are equal"),
+        (lambda t: answer_pair(t, "dog", " dog", SPACED), "the two answers are equal: 'dog' and ' dog'"),
+        (lambda t: answer_pair(t, ["dog", "cat"], ["cat", "dog"], SPACED), "the two answers are equal"),
         (
-            lambda t: answer_pair(t, "zebra", "zoo"),
+            lambda t: answer_pair(t, "zebra", "zoo", SPACED),
             r"begin with the same token ' ', .*move the shared part into the prefix",
         ),
-        (lambda t: answer_pair(t, ["dog", "bell"], "cat"), "'dog / bell' has 2 synonyms and 'cat' has 1"),
-        (lambda t: answer_pair(t, ["dog", "cat"], ["cat", "bell"]), "begin with the same token ' cat'"),
+        (lambda t: answer_pair(t, ["dog", "bell"], "cat", SPACED), "'dog / bell' has 2 synonyms and 'cat' has 1"),
+        (lambda t: answer_pair(t, ["dog", "cat"], ["cat", "bell"], SPACED), "begin with the same token ' cat'"),
         (lambda t: Answer("x", ()), "has no tokens"),
     ],
 )
@@ -82,7 +115,7 @@ def test_what_is_refused_says_why(tokenizer: Any, ask, text: str):
 
 
 def test_a_pair_of_answers(tokenizer: Any):
-    a, v = answer_pair(tokenizer, "siren", "dog")
+    a, v = answer_pair(tokenizer, "siren", "dog", SPACED)
     assert (a.first_tokens, v.first_tokens) == (ids(tokenizer, " siren"), ids(tokenizer, " dog"))
 
 

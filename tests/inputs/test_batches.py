@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from av_lens.errors import AlignmentError, InputError
-from av_lens.inputs import AVInputs, Encoder
+from av_lens.inputs import Answer, AVInputs, Encoder
 from av_lens.media import Clip
 
 
@@ -98,7 +98,7 @@ def test_layouts_are_never_padded_together(encoder: Encoder, make_clip):
 
 def test_continued_is_what_encoding_the_answer_gives(encoder: Encoder, hf: Any, make_clip):
     prompt = encoder.encode(make_clip(2.0), "What?")
-    answered = encoder.encode(make_clip(2.0), "What?", answer="dog")
+    answered = encoder.encode(make_clip(2.0), "What?", answer=Answer("dog", (tuple(ord(c) for c in "dog"),)))
     new = answered.ids[:, len(prompt.spans) :]
     longer = prompt.continued(new, tokens=answered.tokens[len(prompt.spans) :])
     assert torch.equal(longer.ids, answered.ids)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from av_lens.errors import InputError
-from av_lens.inputs import Encoder
+from av_lens.inputs import Answer, Encoder
 from av_lens.media import Clip
 
 LAYOUTS = {
@@ -227,7 +227,9 @@ def test_a_waveform_at_another_rate_is_resampled_and_said(encoder: Encoder):
 
 
 def test_roles_of_the_chat_template(encoder: Encoder, make_clip):
-    x = encoder.encode(make_clip(1.0), "Hear?", system="Be brief.", prefix="I hear a", answer="dog")
+    x = encoder.encode(
+        make_clip(1.0), "Hear?", system="Be brief.", prefix="I hear a", answer=Answer("dog", ((32, *map(ord, "dog")),))
+    )
     joined = {role: "".join(np.array(x.tokens)[x.spans[role].positions]) for role in set(x.spans.roles)}
     assert joined["system"] == "Be brief."
     assert joined["question"] == "Hear?"

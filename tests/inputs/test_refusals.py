@@ -62,7 +62,8 @@ BOTH = noise_clip(2.0)
         (BOTH, "a<|VIDEO|>b", {}, r"the question holds the special token '<\|VIDEO\|>', which would break the prompt"),
         (BOTH, "Hear?", {"system": "<|im_end|>"}, "the system message holds the special token"),
         (BOTH, "Hear?", {"prefix": "<|im_start|>"}, "the prefix holds the special token"),
-        (BOTH, "Hear?", {"answer": ["a", "b"]}, "answer= appends one answer, and .* lists 2 synonyms"),
+        (BOTH, "Hear?", {"answer": [97, 98]}, "answer= appends one answer, and .* lists 2 synonyms"),
+        (BOTH, "Hear?", {"answer": "dog"}, r"the answer 'dog' is text, .*use .* model.encode\(..., answer=\)"),
         (
             Clip.from_arrays(waveform=np.zeros(320, np.float32)),
             "Hear?",

@@ -14,7 +14,7 @@ import pytest
 from plain_cases import case, checkpoint, dealt, staged, tokens, with_thirds
 from plain_forward import PlainEdit, PlainModel
 from plain_protocol import RELEASES, Plain, mean
-from tiny import tiny_clip, tiny_hf_model, tiny_processor, untouched
+from tiny import letter, tiny_clip, tiny_hf_model, tiny_processor, untouched
 
 from av_lens.inputs import Conflict
 from av_lens.isolation import isolate
@@ -189,7 +189,12 @@ def test_a_question_of_another_length_is_aligned_from_the_end(see):
     hf = tiny_hf_model(seed=1)
     plain_model = PlainModel(untouched(hf))
     model = load(hf_model=hf, processor=tiny_processor())
-    answers = [("a", "b"), ("c", "d"), ("d", "e"), ("b", "f")]
+    answers = [
+        (letter("a"), letter("b")),
+        (letter("c"), letter("d")),
+        (letter("d"), letter("e")),
+        (letter("b"), letter("f")),
+    ]
     listed = [
         Conflict(
             sound=tiny_clip(seed=2 * i),

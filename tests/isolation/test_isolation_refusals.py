@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_model import FakeConflict, FakeEngine, Tokenizer, fake_conflicts
+from fake_model import FakeConflict, FakeEngine, fake_conflicts
 
-from av_lens.errors import InputError, ProtocolError
+from av_lens.errors import ProtocolError
+from av_lens.inputs import Answer
 from av_lens.isolation import isolate
 from av_lens.isolation.bench import Bench, Means
 from av_lens.isolation.scoring import Candidates
@@ -77,35 +78,33 @@ class FewSounds(FakeConflict):
         return SimpleNamespace(sha256=f"s{int(self.id[1:]) % 4}", window=(0, 1), answer=self.a)
 
 
-class Spelling(Tokenizer):
-    """Spells every word that it is asked for, one token a letter."""
-
-    def __call__(self, text, add_special_tokens=False):
-        return {"input_ids": [ord(letter) % self.n for letter in text.strip()]}
-
-
 class TestSection1:
-    def test_unequal_numbers_of_synonyms(self):
-        with pytest.raises(
-            InputError, match=r"has 2 synonyms and .* has 1: more synonyms win by number alone, so give"
-        ):
-            run(conflicts=worded((0, 1), (2,)))
+    @pytest.mark.parametrize(
+        ("answers", "text"),
+        [
+            (((0, 1), (2,)), "has 2 synonyms and .* has 1: more synonyms win by number alone, so give"),
+            (((0, 1), (1, 2)), "begin with the same token '<1>', .* or move the shared part into the prefix"),
+            (((1,), (1,)), "the two answers are equal"),
+            ((Answer("dog", ((1, 2, 3),)), 4), r"'dog' is 3 tokens for this model \('<1>' '<2>' '<3>'\); .* choose a"),
+        ],
+    )
+    def test_answers_that_cannot_be_used(self, answers, text):
+        with pytest.raises(ProtocolError, match=rf"^0 conflicts can be used. 44 of 44 .* answers: c000 \(.*{text}"):
+            run(conflicts=worded(*answers))
 
-    def test_a_shared_first_token(self):
-        text = r"begin with the same token '<1>', .* choose other words, or move the shared part into the prefix"
-        with pytest.raises(InputError, match=text):
-            run(conflicts=worded((0, 1), (1, 2)))
+    def test_one_conflict_that_cannot_be_used_is_left_out_by_name(self):
+        conflicts = fake_conflicts(44)
+        found = run(conflicts=[*conflicts[:5], dataclasses.replace(worded(1, 1)[0], id="twin"), *conflicts[5:]])
+        assert found.reasons[0].startswith("1 of 45 conflicts are left out for their answers: twin (the two answers")
+        assert list(found.provenance["answers"]["left_out"]) == ["twin"]
+        assert "twin" not in set(found.conflicts["id"])
+        plain = run(conflicts=conflicts)
+        np.testing.assert_array_equal(found.heads["effect"], plain.heads["effect"])
+        assert found.verdict == plain.verdict
 
-    def test_equal_answers(self):
-        with pytest.raises(InputError, match="the two answers are equal"):
-            run(conflicts=worded((1,), (1,)))
-
-    def test_several_tokens(self):
-        engine = FakeEngine()
-        engine.tokenizer = Spelling(engine.n_classes + 2)
-        text = r"conflict 'c000': the answer 'dog' is 3 tokens for this model; .* Choose a shorter word, or put what"
-        with pytest.raises(ProtocolError, match=text):
-            run(engine, conflicts=worded("dog", "cat"))
+    def test_words_need_a_model(self):
+        with pytest.raises(ProtocolError, match="this engine has no model to read them by: give token ids"):
+            run(conflicts=worded("dog", "cat"))
 
     def test_w_cells_without_a_third_clip(self):
         conflicts = fake_conflicts(4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from micro import BYSTANDER, CARRIER, GATE_HEAD, MIXER, PAINTER, micro_conflict, micro_model
-from tiny import tiny_hf_model, tiny_media, tiny_processor
+from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
 import av_lens as avl
 from av_lens.inputs import Conflict
@@ -209,7 +209,7 @@ def test_paths_equal_path_patch_in_both_cells(tiny):
     sides = []
     for cell in ("va", "av"):
         pair = avl.Pair(clean=tiny.inputs("blank_muted"), corrupt=tiny.inputs(cell))
-        metric = logit_diff(each(["a", "c"]), each(["b", "d"]))
+        metric = logit_diff(each([letter("a"), letter("c")]), each([letter("b"), letter("d")]))
         inputs = [(layer, head, name) for layer, head in heads for name in "qkv"]
         receiver = {f"L{layer}H{head}.{name}": [(layer, head, name)] for layer, head, name in inputs}
         grid = avl.path_patch(

@@ -10,7 +10,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import torch
-from tiny import tiny_clip, tiny_hf_model, tiny_processor
+from tiny import letter, tiny_clip, tiny_hf_model, tiny_processor
 
 import av_lens as avl
 from av_lens.bridge.hook_names import hook_name
@@ -18,7 +18,7 @@ from av_lens.interventions.nodes import KV, Node, receivers
 from av_lens.runs import logit_diff
 
 N_LAYERS, N_HEADS = 4, 8
-METRIC = logit_diff("a", "b")
+METRIC = logit_diff(letter("a"), letter("b"))
 LOGITS = Node("logits")
 
 
@@ -173,7 +173,7 @@ class Brute:
 
 
 def of(metric, model, logits):
-    return metric.bind(model.tokenizer)(logits[:, None]).numpy()
+    return metric.bind()(logits[:, None]).numpy()
 
 
 def ends(text, spec):

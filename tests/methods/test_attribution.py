@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from small_av import small_inputs, small_model
+from tiny import letter
 
 from av_lens.errors import InputError
 from av_lens.interventions import Plan, Site, add, zero
 from av_lens.methods import direct_attribution
 from av_lens.runs import each, log_prob, logit_diff, run
 
-METRIC = logit_diff("a", "b")
+METRIC = logit_diff(letter("a"), letter("b"))
 
 
 @pytest.mark.parametrize("by", ["head", "layer", "component", "head span", "neuron"])
@@ -60,9 +61,9 @@ def test_what_a_head_moved_from_each_role_sums_to_the_head():
 def test_inputs_of_several_layouts_keep_their_order_and_answers():
     model = small_model()
     inputs = [small_inputs(), small_inputs((2,), sound="separate")]
-    metric = logit_diff(each(["a", "c", "b"]), each(["b", "a", "c"]))
+    metric = logit_diff(each([letter("a"), letter("c"), letter("b")]), each([letter("b"), letter("a"), letter("c")]))
     together = direct_attribution(model, inputs, metric=metric, by="head span", stack=1)
-    bound = metric.bind(model.tokenizer)
+    bound = metric.bind()
     alone = direct_attribution(model, inputs[1], metric=bound.chosen([2]), by="head span")
     np.testing.assert_allclose(together.effects[2].values, alone.effects[0].values, atol=1e-6)
     assert float(abs(together.closure_error).max()) < 1e-4
@@ -89,7 +90,7 @@ def test_a_share_is_what_taking_the_write_away_takes_at_a_frozen_norm():
     write = z @ model.W_O[2, 1].detach()
     more = add(Site("final", positions="generation"), write / scale)
     with torch.no_grad():
-        after = METRIC.bind(model.tokenizer)(run(model, x, plan=Plan(more)).logits)
+        after = METRIC.bind()(run(model, x, plan=Plan(more)).logits)
     np.testing.assert_allclose(after.numpy() - grid.baseline.values, grid.effects.sel(part="L2H1").values, atol=1e-4)
 
 
@@ -108,15 +109,17 @@ def test_transformer_lens_attribution_through_bound_agrees():
 
 
 def test_every_example_is_attributed_to_its_own_answers():
-    grid = direct_attribution(small_model(), small_inputs(), metric=logit_diff(each(["a", "c"]), "b"))
+    grid = direct_attribution(
+        small_model(), small_inputs(), metric=logit_diff(each([letter("a"), letter("c")]), letter("b"))
+    )
     for i, word in enumerate("ac"):
-        alone = direct_attribution(small_model(), small_inputs(), metric=logit_diff(word, "b"))
+        alone = direct_attribution(small_model(), small_inputs(), metric=logit_diff(letter(word), letter("b")))
         np.testing.assert_allclose(grid.effects[i].values, alone.effects[i].values, atol=1e-6)
 
 
 def test_metrics_that_are_not_linear_are_refused():
     with pytest.raises(InputError, match=r"is not linear in the logits"):
-        direct_attribution(small_model(), small_inputs(), metric=log_prob("a"))
+        direct_attribution(small_model(), small_inputs(), metric=log_prob(letter("a")))
     with pytest.raises(InputError, match=r"without synonyms"):
         direct_attribution(small_model(), small_inputs(), metric=logit_diff([5, 6], [7, 8]))
     with pytest.raises(InputError, match=r"unknown way of sharing 'heads'. Did you mean 'head'"):

@@ -30,6 +30,7 @@ from micro import (
     micro_input,
     micro_model,
 )
+from tiny import letter
 
 import av_lens as avl
 from av_lens.interventions import KV, Plan, Site, add, cut, zero
@@ -40,7 +41,7 @@ from av_lens.isolation.scoring import Candidates
 from av_lens.isolation.sets import release_of_sets
 from av_lens.runs import logit_diff, measure
 
-M = logit_diff("a", "v")
+M = logit_diff(letter("a"), letter("v"))
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]
 ONE, TWO = WRITERS
 

@@ -35,6 +35,7 @@ from micro import (
     micro_model,
 )
 from small_av import small_clip, small_model
+from tiny import letter
 
 import av_lens as avl
 from av_lens.bridge.hook_names import hook_name
@@ -188,7 +189,7 @@ def test_hearing_with_nothing_to_see():
 
 def test_pairs_take_the_corrupt_run_as_empty_and_given_scores_their_own_sign():
     pair = avl.Pair(clean=micro_input("blue", "low"), corrupt=micro_input("black", "silence"))
-    metric = avl.logit_diff("a", "v")
+    metric = avl.logit_diff(letter("a"), letter("v"))
     circuit = avl.find_circuit(micro_model(), pair, metric=metric, **QUICK)
     assert circuit.figure("span")[0] == pytest.approx(-10, abs=CLOSE)
     own = circuit.values["scores"].sel(empty="corrupt")[0].values
@@ -246,7 +247,7 @@ def test_replay_equals_full_hooked_forwards_on_grouped_heads(over):
     rng = np.random.default_rng(0)
     circuits = [frozenset(np.flatnonzero(rng.random(len(nodes)) < 0.5).tolist()) for _ in range(4)]
     m = replayed.measure("corrupt", [*circuits, frozenset()], show=lambda *_: None, stage="")
-    bound = metric.bind(model.tokenizer)
+    bound = metric.bind()
     for kept, row in zip([*circuits, frozenset()], m, strict=True):
         slow = [brute_force(model, one, two, nodes, kept, bound)[0] for one, two in zip(clean, corrupt, strict=True)]
         np.testing.assert_allclose(row, slow, atol=1e-5)

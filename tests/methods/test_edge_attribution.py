@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from small_av import small_clip, small_inputs, small_model
-from tiny import tiny_hf_model, tiny_processor
+from tiny import letter, tiny_hf_model, tiny_processor
 
 import av_lens as avl
 from av_lens.bridge.hook_names import hook_name
@@ -19,7 +19,7 @@ from av_lens.results import EdgeScores
 from av_lens.runs import each, logit_diff, measure, rank, run
 from av_lens.spans import Span
 
-METRIC = logit_diff("a", "b")
+METRIC = logit_diff(letter("a"), letter("b"))
 
 
 @cache
@@ -60,7 +60,7 @@ def gradients_of(model, x):
     names = [hook_name(fork, layer) for fork in forks for layer in layers] + [hook_name("resid_post", layers[-1])]
     with torch.enable_grad():
         logits = model.run_with_hooks(x, fwd_hooks=[(name, keep(name)) for name in names])
-        measured = METRIC.bind(model.tokenizer)(logits[:, -1:])
+        measured = METRIC.bind()(logits[:, -1:])
         grads = dict(zip(names, torch.autograd.grad(measured.sum(), [kept[name] for name in names]), strict=True))
     found = {"logits": grads[names[-1]]}
     for layer in layers:
@@ -163,7 +163,7 @@ def naive_integral(base, donor, steps, site, sender, receiver):
         with torch.enable_grad():
             hooks = [*plan.fwd_hooks, (hook, lambda activation, hook, kept=kept: kept.append(activation))]
             logits = model.run_with_hooks(base, fwd_hooks=hooks)
-            measured = METRIC.bind(model.tokenizer)(logits[:, -1:]).sum()
+            measured = METRIC.bind()(logits[:, -1:]).sum()
             total = total + torch.autograd.grad(measured, kept[0])[0] / steps
     change = writes_of(model, donor)[sender] - writes_of(model, base)[sender]
     return (change * total).sum((1, 2)).numpy()
@@ -240,7 +240,7 @@ def test_several_pairs_of_several_layouts_keep_their_order_their_answers_and_a_s
     found = edge_attribution(
         model,
         pairs,
-        metric=logit_diff(each(["a", "c", "e"]), "b"),
+        metric=logit_diff(each([letter("a"), letter("c"), letter("e")]), letter("b")),
         budget_gb=1e-6,
         stack=1,
         progress=lambda stage, number, total: done.append((number, total)),
@@ -248,7 +248,7 @@ def test_several_pairs_of_several_layouts_keep_their_order_their_answers_and_a_s
     assert done[-1] == (3, 3)
     assert found.clusters == (0, 0, 1)
     for i, word in enumerate("ace"):
-        alone = edge_attribution(model, pairs[i], metric=logit_diff(word, "b"))
+        alone = edge_attribution(model, pairs[i], metric=logit_diff(letter(word), letter("b")))
         np.testing.assert_allclose(found.values[i].values, alone.values[0].values, atol=1e-6)
 
 
@@ -269,14 +269,18 @@ def test_a_run_against_itself_has_no_edges():
         ({"steps": 0, "variant": "ig_inputs"}, InputError, "at least one run; 5 is usual"),
         ({"at": "vidoe"}, InputError, "unknown role 'vidoe'"),
         ({"at": Span(np.array([500]))}, InterventionError, "names position 500, but the input has"),
-        ({"metric": rank("a")}, InputError, "a rank has no gradient"),
+        ({"metric": rank(letter("a"))}, InputError, "a rank has no gradient"),
         ({"metric": lambda logits: logits.mean()}, InputError, "Leave out the mean"),
         (
             {"metric": lambda logits: logits[:, -1, 0] * torch.nan},
             InputError,
             "is NaN or infinite on the run without edits",
         ),
-        ({"metric": logit_diff(each(["a", "c", "d"]), "b")}, InputError, "names 3 answers"),
+        (
+            {"metric": logit_diff(each([letter("a"), letter("c"), letter("d")]), letter("b"))},
+            InputError,
+            "names 3 answers",
+        ),
     ],
 )
 def test_what_cannot_be_attributed_is_refused(options, error, text):

@@ -15,6 +15,7 @@ from functools import cache
 import numpy as np
 import pytest
 from micro import margin, micro_input, micro_model
+from tiny import letter
 
 import av_lens as avl
 
@@ -24,7 +25,9 @@ CLOSE = 2e-3
 @cache
 def scores(colour, tone, variant="eap", steps=4):
     pair = avl.Pair(clean=micro_input("blue", "low"), corrupt=micro_input(colour, tone))
-    return avl.edge_attribution(micro_model(), pair, metric=avl.logit_diff("a", "v"), variant=variant, steps=steps)
+    return avl.edge_attribution(
+        micro_model(), pair, metric=avl.logit_diff(letter("a"), letter("v")), variant=variant, steps=steps
+    )
 
 
 def check(found, edges, total):
@@ -89,7 +92,7 @@ def test_the_integral_over_activations_gives_each_writer_its_own_patching():
     for writer in ("L0H1", "L1H2"):
         assert float(found.sel(sender=writer, receiver="L1 mlp")) == pytest.approx(6.0, abs=CLOSE)
     pair = avl.Pair(clean=micro_input("blue", "low"), corrupt=micro_input("red", "low"))
-    options = {"metric": avl.logit_diff("a", "v"), "direction": "noise", "at": micro_input().spans.all}
+    options = {"metric": avl.logit_diff(letter("a"), letter("v")), "direction": "noise", "at": micro_input().spans.all}
     exact = avl.patch(micro_model(), pair, over="head", **options).effects[0]
     for (layer, head), by_hand in {(0, 1): 6.0, (1, 2): 6.0, (2, 0): 12.0, (2, 1): 4.0}.items():
         wanted = float(exact.sel(layer=layer, head=head))
@@ -114,7 +117,7 @@ def test_a_hard_gate_is_seen_by_no_gradient():
     check(found, edges, margin("black", "low") - margin("blue", "low"))
     assert float(found.closure_error[0]) == pytest.approx(6.0 + 4.0, abs=CLOSE)
     pair = avl.Pair(clean=micro_input("blue", "low"), corrupt=micro_input("black", "low"))
-    options = {"metric": avl.logit_diff("a", "v"), "direction": "noise", "at": micro_input().spans.all}
+    options = {"metric": avl.logit_diff(letter("a"), letter("v")), "direction": "noise", "at": micro_input().spans.all}
     guess = avl.attribution_patch(micro_model(), pair, over="head", top=3, **options).effects[0].sel(layer=0, head=0)
     assert [float(guess.sel(figure=figure)) for figure in ("atp", "atp_star")] == pytest.approx([0, 0], abs=CLOSE)
     exact = avl.patch(micro_model(), pair, over="head", **options).effects[0].sel(layer=0, head=0)
@@ -125,7 +128,7 @@ def test_the_softmax_fix_sees_the_gated_query():
     """The carrier's query of black's run, in which the gate is silent, makes it read the question: 4; atp sees 0."""
     pair = avl.Pair(clean=micro_input("blue", "low"), corrupt=micro_input("black", "low"))
     found = avl.attribution_patch(
-        micro_model(), pair, metric=avl.logit_diff("a", "v"), direction="noise", component="q", top=1
+        micro_model(), pair, metric=avl.logit_diff(letter("a"), letter("v")), direction="noise", component="q", top=1
     )
     carrier = found.effects[0].sel(layer=1, head=0)
     assert float(carrier.sel(figure="atp")) == pytest.approx(0.0, abs=CLOSE)

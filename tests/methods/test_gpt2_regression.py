@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from tiny import tiny_hf_model, tiny_processor, untouched
+from tiny import letter, tiny_hf_model, tiny_processor, untouched
 from transformer_lens import patching
 from transformer_lens.tools.analysis import direct_logit_attribution
 
@@ -36,7 +36,7 @@ from av_lens.spans import SpanMap
 
 N_LAYERS, N_HEADS, D_MODEL = 3, 12, 96
 CLEAN, CORRUPT = "Ann and Bob met. Bob gave Ann", "Bob and Ann met. Ann gave Bob"
-METRIC = logit_diff("A", "B")
+METRIC = logit_diff(letter("A"), letter("B"))
 
 
 @cache

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from small_av import small_inputs, small_model
-from tiny import tiny_model
+from tiny import letter, tiny_model
 
 import av_lens as avl
 from av_lens.bridge.hook_names import hook_name
@@ -19,7 +19,7 @@ from av_lens.methods import attribution_patch, edge_attribution, patch
 from av_lens.runs import each, log_prob, logit_diff, measure, rank, run
 from av_lens.runs.swapped_reads import read_with
 
-METRIC = logit_diff("a", "b")
+METRIC = logit_diff(letter("a"), letter("b"))
 
 
 def pair(clean=(0, 1), corrupt=(2, 3), **options):
@@ -44,7 +44,7 @@ def gradient_of(x, name, dropped=None):
         held = [hook_name(part, dropped) for part in ("attn_out", "mlp_out")]
         hooks += [(one, lambda activation, hook: activation.detach()) for one in held]
     with torch.enable_grad():
-        measured = METRIC.bind(model.tokenizer)(model.run_with_hooks(x, fwd_hooks=hooks)[:, -1:])
+        measured = METRIC.bind()(model.run_with_hooks(x, fwd_hooks=hooks)[:, -1:])
         found = torch.autograd.grad(measured.sum(), kept[0], allow_unused=True)[0]
     return torch.zeros_like(kept[0]) if found is None else found
 
@@ -210,14 +210,14 @@ def test_several_pairs_of_several_layouts_keep_their_order_and_their_answers():
     found = attribution_patch(
         model,
         pairs,
-        metric=logit_diff(each(["a", "c", "e"]), "b"),
+        metric=logit_diff(each([letter("a"), letter("c"), letter("e")]), letter("b")),
         progress=lambda stage, done, total: seen.append((stage, done, total)),
         **options,
     )
     assert seen[-1] == ("gradients", 10, 10)  # two stacks, each a plain gradient and four drops
     assert found.clusters == (0, 0, 1)
     for i, word in enumerate("ace"):
-        alone = attribution_patch(model, pairs[i], metric=logit_diff(word, "b"), **options)
+        alone = attribution_patch(model, pairs[i], metric=logit_diff(letter(word), letter("b")), **options)
         np.testing.assert_allclose(found.values[i].values, alone.values[0].values, atol=1e-5)
 
 
@@ -264,7 +264,7 @@ def test_rereading_with_the_own_queries_gives_the_recorded_z():
         ({"direction": "denoize"}, InputError, "Did you mean 'denoise'"),
         ({"top": -1}, InputError, "how many places are patched exactly, 0 for none"),
         ({"at": "vidoe"}, InputError, "unknown role 'vidoe'"),
-        ({"metric": rank("a")}, InputError, "a rank has no gradient"),
+        ({"metric": rank(letter("a"))}, InputError, "a rank has no gradient"),
         (
             {"metric": logit_diff(Answer("dog", ((70, 71),)), Answer("cat", ((75, 76),)))},
             InputError,
@@ -272,7 +272,7 @@ def test_rereading_with_the_own_queries_gives_the_recorded_z():
         ),
         ({"metric": lambda logits: logits.mean()}, InputError, "Leave out the mean"),
         ({"metric": lambda logits: logits[:, -1, 0] / 0.0}, InputError, "is NaN or infinite on the run without edits"),
-        ({"metric": log_prob(each(["a", "c", "d"]))}, InputError, "names 3 answers"),
+        ({"metric": log_prob(each([letter("a"), letter("c"), letter("d")]))}, InputError, "names 3 answers"),
     ],
 )
 def test_what_cannot_be_guessed_is_refused(options, error, text):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from small_av import small_clip, small_inputs, small_model
-from tiny import tiny_hf_model, tiny_model, tiny_processor
+from tiny import letter, tiny_hf_model, tiny_model, tiny_processor
 
 import av_lens as avl
 from av_lens.errors import InputError, InterventionError, ModelError
@@ -22,7 +22,7 @@ from av_lens.runs.decoding import Generated
 from av_lens.runs.related import prompt_for
 from av_lens.runs.traces import Trace
 
-METRIC = logit_diff("a", "b")
+METRIC = logit_diff(letter("a"), letter("b"))
 
 
 def moved_hf_model():
@@ -237,7 +237,7 @@ def test_grafts_are_full_hooked_forwards(direction, audio):
     grid = graft(model, x, base=base, metric=METRIC, direction=direction, audio=audio, at="question|generation")
     one, two = ((model, x, Plan()), (base, prompt, deaf))
     (receiver, edited, own), (giver, other, its) = (one, two) if direction == "into model" else (two, one)
-    bound = METRIC.bind(model.tokenizer)
+    bound = METRIC.bind()
     with torch.no_grad():
         before = bound(run(receiver, edited, plan=own).logits)
         np.testing.assert_allclose(grid.baseline, before, atol=1e-5)

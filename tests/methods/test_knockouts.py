@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small_av import small_clip, small_inputs, small_model
+from tiny import letter
 
 import av_lens as avl
 from av_lens.bridge.hook_names import hook_name
@@ -16,7 +17,7 @@ from av_lens.runs import logit_diff, measure
 from av_lens.runs.attention_mass import incoming_mass, sink_positions
 from av_lens.runs.matched_cuts import EdgeCut, prefix
 
-METRIC = logit_diff("a", "b")
+METRIC = logit_diff(letter("a"), letter("b"))
 
 
 def masked_by_hand(model, x, queries, keys, layers, heads=range(4), renormalize=True):
@@ -33,7 +34,7 @@ def masked_by_hand(model, x, queries, keys, layers, heads=range(4), renormalize=
     hooked = [(hook_name("scores" if renormalize else "pattern", layer), mask) for layer in layers]
     with torch.no_grad():
         logits = model.run_with_hooks(x, fwd_hooks=hooked)
-    return METRIC.bind(model.tokenizer)(logits).numpy()
+    return METRIC.bind()(logits).numpy()
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
@@ -102,7 +103,13 @@ def test_the_studys_variant_never_touches_the_first_token_and_ours_does():
 def test_conflicts_are_measured_as_hearing_under_conflict():
     model = small_model()
     conflicts = [
-        avl.Conflict(sound=small_clip(i), picture=small_clip(i + 5), question="What?", answers=("a", "b"), id=str(i))
+        avl.Conflict(
+            sound=small_clip(i),
+            picture=small_clip(i + 5),
+            question="What?",
+            answers=(letter("a"), letter("b")),
+            id=str(i),
+        )
         for i in range(2)
     ]
     grid = knockout(model, conflicts, edges="video -> generation", controls=False)
@@ -271,7 +278,9 @@ def test_sinks_are_named_by_a_span_or_by_the_rule_and_are_nan_where_there_are_no
 def test_conflicts_have_one_set_of_sinks_found_where_sound_and_picture_disagree():
     model = small_model()
     conflicts = [
-        avl.Conflict(sound=small_clip(i), picture=small_clip(i + 5), question="What?", answers=("a", "b"))
+        avl.Conflict(
+            sound=small_clip(i), picture=small_clip(i + 5), question="What?", answers=(letter("a"), letter("b"))
+        )
         for i in (0, 1)
     ]
     grid = knockout(model, conflicts, edges="sinks -> generation", sinks=1, controls=False, stack=1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small_av import small_clip, small_inputs, small_model
-from tiny import tiny_hf_model, untouched
+from tiny import letter, tiny_hf_model, untouched
 from transformer_lens.tools.analysis import logit_lens as their_lens
 
 import av_lens as avl
@@ -26,7 +26,7 @@ def test_transformer_lens_reads_the_same_through_bound(sound):
     model, x = small_model(), small_inputs((0,), sound=sound)
     bridge = model.bound(x)
     theirs = their_lens(bridge, bridge.ids, positions=None, targets=[token("a"), token("b")], return_type="probs")
-    ours = logit_lens(model, x, at="audio|question", words=["a", "b"])
+    ours = logit_lens(model, x, at="audio|question", words=[letter("a"), letter("b")])
     positions = ours.ranks.values.coords["pos"].values.copy()
     assert positions.tolist() == x.spans["audio|question"].positions.tolist()
     for layer in range(4):  # their entry 0 is the embedding
@@ -42,7 +42,7 @@ def test_transformer_lens_reads_the_same_through_bound(sound):
 def test_the_last_layer_is_the_model_itself():
     model, x = small_model(), small_inputs()
     logits = model(x).detach()
-    read = logit_lens(model, x, at="suffix", words=["a"], top=3)
+    read = logit_lens(model, x, at="suffix", words=[letter("a")], top=3)
     positions = x.spans.suffix.positions.copy()
     last = read.probabilities.values.sel(word="a", layer=3).values
     np.testing.assert_allclose(last, logits.softmax(-1)[:, positions, token("a")].numpy(), atol=1e-6)
@@ -61,7 +61,7 @@ def test_it_is_a_lens_written_by_hand_on_huggingfaces_layers(norm):
         read_by = hf_model.model.language_model.norm if norm else torch.nn.Identity()
         lens = torch.stack([hf_model.lm_head(read_by(stream)) for stream in streams], dim=1)
     at = x.spans.audio.positions.copy()
-    read = logit_lens(model, x, words=["a", "b"], norm=norm)
+    read = logit_lens(model, x, words=[letter("a"), letter("b")], norm=norm)
     for word in "ab":
         wanted = lens.softmax(-1)[:, :, at, token(word)].numpy()
         np.testing.assert_allclose(read.probabilities.values.sel(word=word).values, wanted, atol=1e-6)
@@ -70,7 +70,7 @@ def test_it_is_a_lens_written_by_hand_on_huggingfaces_layers(norm):
 
 
 def test_synonyms_take_the_best_rank_and_the_sum_of_probabilities():
-    read = logit_lens(small_model(), small_inputs(), words=[["a", "b"], "a", "b"])
+    read = logit_lens(small_model(), small_inputs(), words=[[letter("a"), letter("b")], letter("a"), letter("b")])
     ranks, chances = read.ranks.values, read.probabilities.values
     names = ranks.coords["word"].values.tolist()
     np.testing.assert_array_equal(
@@ -82,8 +82,10 @@ def test_synonyms_take_the_best_rank_and_the_sum_of_probabilities():
 
 
 def test_small_budgets_read_the_same():
-    whole = logit_lens(small_model(), small_inputs(), words=["a"], others=["c", "d"])
-    chunks = logit_lens(small_model(), small_inputs(), words=["a"], others=["c", "d"], budget_gb=4e-5)
+    whole = logit_lens(small_model(), small_inputs(), words=[letter("a")], others=[letter("c"), letter("d")])
+    chunks = logit_lens(
+        small_model(), small_inputs(), words=[letter("a")], others=[letter("c"), letter("d")], budget_gb=4e-5
+    )
     np.testing.assert_array_equal(whole.ranks.values.values, chunks.ranks.values.values)
     np.testing.assert_array_equal(whole.best_others, chunks.best_others)
     np.testing.assert_array_equal(whole.top_ids, chunks.top_ids)
@@ -116,14 +118,16 @@ def test_understanding_is_a_maximum_less_that_of_other_words_by_hand():
 
 def test_conflicts_bring_their_words_and_their_null():
     model = small_model()
-    words = [("a", "b"), ("c", "d"), ("a", "d")]
+    words = [(letter("a"), letter("b")), (letter("c"), letter("d")), (letter("a"), letter("d"))]
     conflicts = [
         avl.Conflict(sound=small_clip(i), picture=small_clip(i + 5), question="What?", answers=pair)
         for i, pair in enumerate(words)
     ]
     read = logit_lens(model, conflicts)
     x = avl.AVInputs.stack([conflict.cells(model)["va"] for conflict in conflicts])
-    plain = logit_lens(model, x, words=["a", "b", "c", "d"], others=["a", "c"])
+    plain = logit_lens(
+        model, x, words=[letter("a"), letter("b"), letter("c"), letter("d")], others=[letter("a"), letter("c")]
+    )
     for i, (sound, picture) in enumerate(words):
         for name, word in (("sound", sound), ("picture", picture)):
             expected = plain.ranks.values[i].sel(word=word).values
@@ -142,17 +146,17 @@ def test_conflicts_bring_their_words_and_their_null():
 def test_what_is_said_is_the_first_words_answer():
     model, x = small_model(), small_inputs()
     answers = model(x)[:, -1].argmax(-1).tolist()
-    read = logit_lens(model, x, words=[each([answers[0], token("a")])])
+    read = logit_lens(model, x, words=[each([answers[0], token(letter("a"))])])
     assert read.said.tolist() == [1.0, float(answers[1] == token("a"))]
 
 
 def test_layouts_are_mixed_and_positions_that_are_missing_are_nan():
     model = small_model()
     inputs = [small_inputs((0,), sound="separate"), small_inputs((1,))]
-    read = logit_lens(model, inputs, words=["a"])
+    read = logit_lens(model, inputs, words=[letter("a")])
     for i, x in enumerate(inputs):
         held = set(x.spans.audio.positions.tolist())
-        alone = logit_lens(model, x, words=["a"])
+        alone = logit_lens(model, x, words=[letter("a")])
         for position in read.ranks.values.coords["pos"].values.tolist():
             found = read.ranks.values[i].sel(pos=position).values
             if position in held:
@@ -171,7 +175,9 @@ def test_tokens_are_listed_in_words():
 
 
 def test_a_saved_readout_opens_as_it_was(tmp_path):
-    read = logit_lens(small_model(), small_inputs(), words=["a", "b"], others=["a", "c"])
+    read = logit_lens(
+        small_model(), small_inputs(), words=[letter("a"), letter("b")], others=[letter("a"), letter("c")]
+    )
     again = LensReadout.load(read.save(tmp_path / "lens"))
     np.testing.assert_array_equal(again.ranks.values.values, read.ranks.values.values)
     np.testing.assert_array_equal(again.top_ids, read.top_ids)

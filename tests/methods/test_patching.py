@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from small_av import small_inputs, small_model
+from tiny import letter
 
 import av_lens as avl
 from av_lens.errors import InputError, InterventionError
@@ -15,7 +16,7 @@ from av_lens.interventions import Plan, Site, replace, zero
 from av_lens.methods import patch
 from av_lens.runs import each, logit_diff, measure, run, short_names
 
-METRIC = logit_diff("a", "b")
+METRIC = logit_diff(letter("a"), letter("b"))
 
 
 def pair(clean=(0, 1), corrupt=(2, 3)):
@@ -108,9 +109,9 @@ def test_several_pairs_of_several_layouts_keep_their_order_and_their_answers():
     model = small_model()
     separate = avl.Pair(clean=small_inputs((0,), sound="separate"), corrupt=small_inputs((1,), sound="separate"))
     pairs = [pair((0,), (2,)), separate, pair((3,), (4,))]
-    metric = logit_diff(each(["a", "c", "e"]), each(["b", "d", "f"]))
+    metric = logit_diff(each([letter("a"), letter("c"), letter("e")]), each([letter("b"), letter("d"), letter("f")]))
     grid = patch(model, pairs, over="layer", metric=metric, stack=2)
-    for i, words in enumerate([("a", "b"), ("c", "d"), ("e", "f")]):
+    for i, words in enumerate([(letter("a"), letter("b")), (letter("c"), letter("d")), (letter("e"), letter("f"))]):
         alone = patch(model, pairs[i], over="layer", metric=logit_diff(*words))
         np.testing.assert_allclose(grid.values[i].values, alone.values[0].values, atol=1e-5)
         np.testing.assert_allclose(grid.donor[i].item(), alone.donor[0].item(), atol=1e-5)
@@ -173,7 +174,7 @@ def test_what_cannot_be_patched_is_refused(options, error, text):
 
 def test_equal_answers_are_refused():
     with pytest.raises(InputError, match=r"the two answers are equal"):
-        patch(small_model(), pair((0,), (2,)), metric=logit_diff("a", "a"))
+        patch(small_model(), pair((0,), (2,)), metric=logit_diff(letter("a"), letter("a")))
 
 
 def test_logits_of_the_wrong_kind_of_tensor_never_pass():

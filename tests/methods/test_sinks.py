@@ -70,6 +70,24 @@ def test_readers_are_means_over_later_positions_of_a_role_without_the_sink_itsel
     assert checked > 10
 
 
+def test_a_sink_in_the_text_is_told_and_is_no_media_sink():
+    model, x = small_model(), small_inputs((0, 1, 2))
+    suffix, system = x.spans.suffix.positions.tolist(), int(x.spans.system.positions[2])
+    with planted(model, [suffix, suffix], [0, system]):
+        found = find_sinks(model, x, times=4)
+    assert not len(found.span)
+    assert found.elsewhere["position"].tolist() == [0, system]
+    assert found.elsewhere["role"].tolist() == ["boundary", "system"]
+    media = found.incoming.values.values.mean(0)[x.spans.media.positions].mean()
+    np.testing.assert_allclose(
+        found.elsewhere["times"], found.incoming.values.values.mean(0)[[0, system]] / media, rtol=1e-6
+    )
+    assert repr(found).startswith("Sinks(0 media positions: none; 0 sink dimensions; 2 in the text before the suffix: ")
+    assert "0 '<|im_start|>' (" in repr(found)
+    assert found.provenance["elsewhere"] == [0, system]
+    assert "the suffix is not judged" in found.provenance["judged"]
+
+
 def test_a_sound_after_its_whole_picture_is_undetermined():
     found = find_sinks(small_model(), small_inputs(sound="separate"), times=0.5)
     audio = found.table[found.table["role"] == "audio"]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small_av import small_clip, small_inputs, small_model
+from tiny import letter
 
 import av_lens as avl
 from av_lens.errors import InputError, InterventionError
@@ -13,13 +14,13 @@ from av_lens.interventions import Plan, Site, add, replace, scale, zero
 from av_lens.methods.steering import head_named, mean_difference, random_push, reweighed, steer, strengthened
 from av_lens.runs import logit_diff, run
 
-METRIC = logit_diff("a", "b")
+METRIC = logit_diff(letter("a"), letter("b"))
 PUSH = {"L1H0": 0.0, (2, 3): 3.0}
 
 
 def by_hand(plan: Plan) -> np.ndarray:
     with torch.no_grad():
-        return METRIC.bind(small_model().tokenizer)(run(small_model(), small_inputs(), plan=plan).logits).numpy()
+        return METRIC.bind()(run(small_model(), small_inputs(), plan=plan).logits).numpy()
 
 
 def test_effects_are_those_of_full_forwards_at_every_strength():

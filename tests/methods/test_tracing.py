@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from small_av import small_clip, small_inputs, small_model
+from tiny import letter
 
 import av_lens as avl
 from av_lens.errors import InputError, InterventionError
@@ -18,7 +19,7 @@ from av_lens.methods.tracing import _How, _Job, _largest_error
 from av_lens.runs import each, logit_diff, measure, run
 from av_lens.runs.places import Axes
 
-METRIC = logit_diff("a", "b")
+METRIC = logit_diff(letter("a"), letter("b"))
 ROLES = ("audio", "video", "question", "generation")
 
 
@@ -124,15 +125,13 @@ def test_the_standard_error_is_that_of_the_mean_over_seeds():
     """Two draws by hand: the largest place's deviation over the root of two, and over two examples."""
     one = job(("audio", "video"))
     object.__setattr__(one, "places", Axes.parsed("layer pos").cut(small_inputs().spans, "header"))
-    draws = [values[..., 0] for values, _ in one.traced(METRIC.bind(small_model().tokenizer), lambda *_: None)]
+    draws = [values[..., 0] for values, _ in one.traced(METRIC.bind(), lambda *_: None)]
     second = 2 * draws[1] - draws[0]  # what is given is the mean so far
     deviations = np.std([draws[0], second], axis=0, ddof=1)
     wanted = (np.sqrt((deviations**2).sum(0)) / 2).max() / np.sqrt(2)
     found = [
         deviation
-        for values, deviation in (
-            (v[..., 0], v[..., 1]) for v, _ in one.traced(METRIC.bind(small_model().tokenizer), lambda *_: None)
-        )
+        for values, deviation in ((v[..., 0], v[..., 1]) for v, _ in one.traced(METRIC.bind(), lambda *_: None))
     ]
     np.testing.assert_allclose(found[1], deviations, atol=1e-6)
     assert np.isnan(found[0]).all()
@@ -175,7 +174,9 @@ def test_a_pairs_corrupt_input_is_the_corrupted_run():
 
 def test_a_conflict_is_traced_in_its_own_cell():
     model = small_model()
-    conflict = avl.Conflict(sound=small_clip(0), picture=small_clip(1), question="What?", answers=("a", "b"))
+    conflict = avl.Conflict(
+        sound=small_clip(0), picture=small_clip(1), question="What?", answers=(letter("a"), letter("b"))
+    )
     found = causal_trace(model, [conflict], metric=METRIC, seeds=1, noised="audio")
     alone = causal_trace(model, conflict.cells(model)["va"], metric=METRIC, seeds=1, noised="audio")
     np.testing.assert_allclose(found.values.values, alone.values.values, atol=1e-6)
@@ -254,9 +255,9 @@ def test_progress_and_what_is_done_when_interrupted():
 
 
 def test_each_example_has_its_own_answer():
-    found = traced(metric=logit_diff(each(["a", "c"]), "b"), seeds=1)
+    found = traced(metric=logit_diff(each([letter("a"), letter("c")]), letter("b")), seeds=1)
     for i, word in enumerate("ac"):
-        alone = traced(metric=logit_diff(word, "b"), seeds=1)
+        alone = traced(metric=logit_diff(letter(word), letter("b")), seeds=1)
         np.testing.assert_allclose(found.values[i].values, alone.values[i].values, atol=1e-6)
 
 
@@ -273,7 +274,11 @@ def test_each_example_has_its_own_answer():
         ({"seeds": 0}, InputError, "both must be positive; 10 and 3 are usual"),
         ({"noised": "vidoe"}, InputError, "unknown role 'vidoe'"),
         ({"noised": "image"}, InterventionError, r"the noise names no position \('image'\)"),
-        ({"metric": logit_diff(each(["a", "c", "d"]), "b")}, InputError, "names 3 answers"),
+        (
+            {"metric": logit_diff(each([letter("a"), letter("c"), letter("d")]), letter("b"))},
+            InputError,
+            "names 3 answers",
+        ),
         ({"metric": lambda logits: logits[:, -1, 0] * torch.nan}, InputError, "is NaN or infinite on the clean run"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small_av import small_inputs, small_model
+from tiny import letter
 
 from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.inputs.answers import Answer
@@ -89,7 +90,7 @@ def test_plans_measured_by_replay_equal_plans_measured_by_full_forwards():
     model, x = small_model(), small_inputs()
     plans = [Plan(), Plan(zero(Site("z", 1, 2, "suffix"))), Plan(zero(Site("mlp_out", 2)))]
     trace = model.trace(x)
-    for metric in (logit_diff("a", "b"), logit_diff(DOG, SIREN), log_prob([70, 75])):
+    for metric in (logit_diff(letter("a"), letter("b")), logit_diff(DOG, SIREN), log_prob([70, 75])):
         found = measure_plans(trace, plans, metric)
         wanted = torch.stack([measure(model, x, metric, plan=plan) for plan in plans])
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)

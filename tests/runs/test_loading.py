@@ -66,9 +66,9 @@ def test_a_folder_of_the_fusion_model(folder, hf_model):
     assert not model.bridge.training
     processor = model.processor
     assert processor.tokenizer is model.tokenizer is model.bridge.tokenizer
-    # without a grammar file the processor keeps its class-wide sizes, 128 tokens a picture at least
     x = model.encode(tiny_clip(), "What?")
-    assert len(x.spans["video"]) > 200
+    # frames of 56 x 84 pixels are within the folder's own size: 2 x 3 tokens, for each pair of the four
+    assert len(x.spans["video"]) == 2 * 2 * 3
     with torch.no_grad():
         assert torch.equal(model(x), untouched(hf_model)(**x.tensors).logits)
 
@@ -91,6 +91,29 @@ def test_an_organisms_folder_keeps_its_sizes_and_is_raised_to_float32(tmp_path, 
     assert model.processor.videos_kwargs["size"] == {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
     weight = model.hf_model.lm_head.weight
     assert torch.equal(weight, half.lm_head.weight.float())
+
+
+@pytest.mark.parametrize(
+    ("video", "image", "tokens"),
+    [
+        ((56, 56), None, 2 * 1 * 2),  # a size for videos alone: 1 x 2 tokens
+        ((56, 56), (56, 56), 2 * 1 * 2),  # the old file for all pictures, which allows less than the class
+        ((560, 1120), (112, 112), 2 * 17 * 25),  # more than the class has, for videos: at least 400 tokens
+        ((112, 3584), (112, 3584), 2 * 10 * 14),  # the real checkpoints' old file: images'; the class's least is 128
+    ],
+)
+def test_the_sizes_of_pictures_are_the_folders_own(tmp_path, folder, video, image, tokens):
+    place = tmp_path / "sized"
+    shutil.copytree(folder, place)
+    stated = json.loads((place / "processor_config.json").read_text())
+    for name, edges in (("video_processor", video), ("image_processor", image)):
+        if edges is not None:
+            stated[name].pop("size", None)
+            stated[name] |= {"min_pixels": edges[0] ** 2, "max_pixels": edges[1] ** 2}
+    (place / "processor_config.json").write_text(json.dumps(stated))
+    model = load(place)
+    x = model.encode(tiny_clip(), "What?")
+    assert len(x.spans["video"]) == tokens, model.processor.videos_kwargs
 
 
 def test_precision_can_be_chosen(folder):

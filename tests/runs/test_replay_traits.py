@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from small_av import small_inputs, small_model
-from tiny import tiny_hf_model, tiny_processor
+from tiny import letter, tiny_hf_model, tiny_processor
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
 
 import av_lens as avl
@@ -110,7 +110,7 @@ def test_gradients_through_such_blocks_are_those_of_the_full_forward(monkeypatch
     declare(monkeypatch, bidirectional=("audio", "video"))
     trace = small_model().trace(both_ways)
     site = Site("z", 1, (0, 3), both_ways.spans.video.positions[[5, 9]].tolist())
-    metric = logit_diff("a", "b")
+    metric = logit_diff(letter("a"), letter("b"))
     ours = trace.gradients(site, metric)
     full = Trace(**{**vars(trace), "hooked_because": "a full forward, to compare with"}).gradients(site, metric)
     assert float(full.gradient[0].abs().max()) > 1e-4
@@ -123,7 +123,7 @@ def test_methods_that_compute_layers_by_themselves_refuse_such_blocks(monkeypatc
     pair = avl.Pair(clean=small_inputs((0, 1)), corrupt=small_inputs((2, 3)))
     for method in (avl.path_patch, avl.edge_attribution):
         with pytest.raises(ModelError, match=r"needs positions that read only earlier ones; here audio read both ways"):
-            method(small_model(), pair, metric=logit_diff("a", "b"))
+            method(small_model(), pair, metric=logit_diff(letter("a"), letter("b")))
 
 
 def test_another_role_does_not_cover_the_block(monkeypatch, both_ways):
@@ -187,7 +187,7 @@ def test_a_declared_obstacle_runs_hooked_and_is_named(monkeypatch, tmp_path, tra
     assert trace.generate([plan], max_new_tokens=3, return_type="text") == (
         model.generate(x, max_new_tokens=3, plan=plan, return_type="text"),
     )
-    metric = logit_diff("a", "b").bind(model.tokenizer)
+    metric = logit_diff(letter("a"), letter("b")).bind()
     assert float(trace.gradients(Site("z", 1, 2, "suffix"), metric).gradient[0].abs().max()) > 1e-4
     wanted = metric(run(model, x, plan=plan).logits.detach())
     torch.testing.assert_close(trace.score([plan], metric)[0], wanted, atol=1e-5, rtol=0)

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from small_av import small_inputs, small_model
+from tiny import letter
 
 from av_lens.bridge.hook_names import COMPONENTS, hook_name
 from av_lens.errors import BudgetError, InputError, InterventionError
@@ -15,7 +16,7 @@ from av_lens.runs import kl, log_prob, logit_diff, rank
 from av_lens.runs.restart import RESTARTABLE
 
 LAYOUTS = ("in_video", "separate")
-METRIC = logit_diff("a", "b")
+METRIC = logit_diff(letter("a"), letter("b"))
 RESTARTED = tuple(sorted(RESTARTABLE))
 
 
@@ -40,7 +41,7 @@ def of_full_forward(trace, sites, plan=None, rows=slice(-1, None)):
     hooks = plan.compile(model.spec, x.spans, batch=len(x)).fwd_hooks if plan else []
     with torch.enable_grad():
         logits = model.run_with_hooks(x, fwd_hooks=[*hooks, *((name, keep(name)) for name in dict.fromkeys(names))])
-        metric = METRIC.bind(model.tokenizer)(logits[:, rows])
+        metric = METRIC.bind()(logits[:, rows])
         grads = torch.autograd.grad(metric.sum(), [kept[name] for name in names])
     return [
         (part(site, trace, grad), part(site, trace, kept[name].detach()))
@@ -149,14 +150,14 @@ def test_other_metrics_and_asked_positions():
     def spread(logits):
         return logits.std((1, 2))
 
-    for metric in (log_prob("a"), kl(reference), spread):
+    for metric in (log_prob(letter("a")), kl(reference), spread):
         found = trace.gradients(site, metric, logits_at="suffix")
         leaf = found.value[0].clone().requires_grad_()
         plan = Plan(replace(site, leaf)).compile(trace.model.spec, trace.spans, batch=2)
         with torch.enable_grad():
             logits = trace.model.run_with_hooks(trace.x, fwd_hooks=plan.fwd_hooks)
             asked = logits[:, trace.spans.suffix.positions.tolist()]
-            measured = metric(asked) if metric is spread else metric.bind(trace.model.tokenizer)(asked)
+            measured = metric(asked) if metric is spread else metric.bind()(asked)
             wanted = torch.autograd.grad(measured.sum(), leaf)[0]
         assert float(wanted.abs().max()) > 1e-5
         torch.testing.assert_close(found.gradient[0], wanted, atol=1e-5, rtol=1e-4)
@@ -212,7 +213,7 @@ def test_what_has_no_gradient_is_refused():
     with pytest.raises(InputError, match=r"several tokens.*Use answers of one token"):
         trace.gradients(site, log_prob("abc"))
     with pytest.raises(InputError, match=r"a rank has no gradient. Use logit_diff"):
-        trace.gradients(site, rank("a"))
+        trace.gradients(site, rank(letter("a")))
     with pytest.raises(InputError, match="has no gradient: it was taken of detached logits"):
         trace.gradients(site, lambda logits: logits.detach()[:, -1, 0])
     with pytest.raises(InputError, match="Leave out the mean"):

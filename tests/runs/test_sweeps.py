@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small_av import small_inputs, small_model
+from tiny import letter
 
 import av_lens as avl
 from av_lens.errors import InputError, InterventionError
@@ -14,7 +15,7 @@ from av_lens.interventions import Plan, Site, cut, zero
 from av_lens.runs import each, log_prob, logit_diff, measure, sweep
 from av_lens.runs.progress import watched
 
-METRIC = logit_diff("a", "b")
+METRIC = logit_diff(letter("a"), letter("b"))
 DOG, CAT = Answer("dog", ((70, 71),)), Answer("cat", ((75, 76),))
 
 
@@ -43,13 +44,13 @@ def test_every_plan_and_example_is_where_its_own_full_run_says():
 def test_prompts_of_several_layouts_run_in_turn_with_their_own_answers():
     model = small_model()
     both = [small_inputs(), small_inputs(seeds=(2,), sound="separate")]
-    metric = logit_diff(each(["a", "b", "c"]), each(["b", "c", "a"]))
+    metric = logit_diff(each([letter("a"), letter("b"), letter("c")]), each([letter("b"), letter("c"), letter("a")]))
 
     def plans(trace):
         return {"late": Plan(zero(Site("z", 3, 1, trace.spans.suffix))), "media": Plan(cut("suffix", "audio"))}
 
     grid = sweep([model.trace(x) for x in both], plans, metric)
-    bound = metric.bind(model.tokenizer)
+    bound = metric.bind()
     for name, layer_plan in plans(model.trace(both[0])).items():
         wanted = [
             *measure(model, both[0], bound.chosen([0, 1]), plan=layer_plan).tolist(),
@@ -58,7 +59,9 @@ def test_prompts_of_several_layouts_run_in_turn_with_their_own_answers():
         np.testing.assert_allclose(grid.values.sel(plan=name).values, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("metric", [METRIC, logit_diff(DOG, CAT), log_prob("a")], ids=["token", "tokens", "all"])
+@pytest.mark.parametrize(
+    "metric", [METRIC, logit_diff(DOG, CAT), log_prob(letter("a"))], ids=["token", "tokens", "all"]
+)
 def test_an_interrupted_sweep_keeps_what_is_done(metric, monkeypatch):
     from av_lens.runs import measurement, stacks
 
@@ -128,12 +131,12 @@ def test_stacks_of_any_size_agree(monkeypatch):
 
 def test_only_asked_tokens_are_unembedded():
     trace = small_model().trace(small_inputs())
-    bound, tokens = logit_diff(["a", "c"], ["b", "d"]).bind(trace.model.tokenizer).few_tokens()
+    bound, tokens = logit_diff([letter("a"), letter("c")], [letter("b"), letter("d")]).bind().few_tokens()
     logits = trace.logits()
-    wanted = logit_diff(["a", "c"], ["b", "d"]).bind(trace.model.tokenizer)(logits)
+    wanted = logit_diff([letter("a"), letter("c")], [letter("b"), letter("d")]).bind()(logits)
     torch.testing.assert_close(bound(logits[..., tokens]), wanted)
     assert len(tokens) == 4
-    assert log_prob("a").bind(trace.model.tokenizer).few_tokens()[1] is None
+    assert log_prob(letter("a")).bind().few_tokens()[1] is None
 
 
 def test_bad_sweeps_are_refused_before_running():
@@ -143,7 +146,7 @@ def test_bad_sweeps_are_refused_before_running():
     with pytest.raises(InterventionError, match="layer 9 is past the end"):
         sweep(trace, [Plan(zero(Site("z", 1))), Plan(zero(Site("z", 9)))], METRIC)
     with pytest.raises(InputError, match=r"2 answers for|names 3 answers for 2 examples"):
-        sweep(trace, [Plan()], logit_diff(each(["a", "b", "c"]), "d"))
+        sweep(trace, [Plan()], logit_diff(each([letter("a"), letter("b"), letter("c")]), letter("d")))
     with pytest.raises(InputError, match="at least one trace"):
         sweep([], [Plan()], METRIC)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from small_av import small_inputs, small_model
-from tiny import tiny_hf_model, tiny_processor
+from tiny import letter, tiny_hf_model, tiny_processor
 
 import av_lens as avl
 from av_lens.bridge.blocks import TowerBridge
@@ -204,7 +204,7 @@ def test_other_numerics_restart_too():
 def test_score_keeps_one_number_for_each_plan_and_example():
     trace = recorded()
     plans = list(plans_of(trace.x).values())
-    metric = logit_diff("a", "b").bind(trace.model.tokenizer)
+    metric = logit_diff(letter("a"), letter("b")).bind()
     wanted = torch.stack([metric(logits) for logits in trace.replay(plans)])
     torch.testing.assert_close(trace.score(plans, metric, budget_gb=0.001), wanted, atol=1e-5, rtol=0)
     with pytest.raises(InputError, match=r"Leave out the mean"):
