@@ -16,6 +16,7 @@ import pytest
 import av_lens.media.source
 from av_lens.errors import MediaError
 from av_lens.media import Clip, ClipFile, load_clip, probe_media
+from av_lens.media.validation import check_stream
 
 EIGHTH = Fraction(1, 8)
 STEREO = np.array([[1.0], [0.5]], dtype=np.float32)
@@ -365,15 +366,21 @@ def test_of_several_streams_another_can_be_taken(two_sounds: Path):
         ({"sound": 1}, r"stream={'sound': 1} is no sound of .*; there: sound 0 \(flac\), sound 2 \(flac, fre\)"),
         ({"picture": 7}, r"stream={'picture': 7} is no picture of .*; there: picture 1 \(h264\)\."),
         ({"sond": 2}, r"unknown kind of stream 'sond'\. Did you mean 'sound'\?"),
-        ({"sound": "fre"}, r"stream={'sound': \.\.\.} takes a stream's number, found 'fre'"),
-        (2, r'stream= must say what is chosen, such as {"sound": 2}, found 2'),
     ],
 )
-def test_streams_that_are_not_there(two_sounds: Path, stream: object, text: str):
+def test_streams_that_are_not_there(two_sounds: Path, stream: dict[str, int], text: str):
     with pytest.raises(MediaError, match=text):
-        load_clip(two_sounds, stream=stream)  # type: ignore[arg-type]
+        load_clip(two_sounds, stream=stream)
     with pytest.raises(MediaError, match=text):
-        ClipFile(str(two_sounds), stream=stream).load()  # type: ignore[arg-type]
+        ClipFile(str(two_sounds), stream=stream).probe()
+
+
+def test_a_choice_of_streams_that_is_none():
+    with pytest.raises(MediaError, match=r"stream={'sound': \.\.\.} takes a stream's number, found 'fre'"):
+        check_stream({"sound": "fre"})
+    with pytest.raises(MediaError, match=r'stream= must say what is chosen, such as {"sound": 2}, found 2'):
+        check_stream(2)
+    assert check_stream({"sound": np.int64(2)}) == {"sound": 2}
 
 
 def test_a_cover_is_a_picture_where_it_is_asked_for(folder: Path):
