@@ -25,6 +25,8 @@ _ABSOLUTE = frozenset({"mov", "mp4", "matroska", "webm"})
 _FROM_ZERO = frozenset({"matroska", "webm", "asf", "nut"})
 # FFmpeg guesses their durations from a bit rate, or from the last time stamps that it comes across.
 _GUESSED = frozenset({"aac", "ac3", "eac3", "dts", "loas"})
+# Their time stamps are rounded frame by frame, so that the error grows; the count of samples is exact.
+_DRIFTING = frozenset({"ac3", "eac3", "dts", "truehd", "mlp", "loas"})
 _ESTIMATED = frozenset({"mpeg", "mpegts"})
 _ESTIMATED_TO = 1.0
 _BY_BYTES = frozenset({"matroska", "webm", "asf", "avi", "caf", "w64"}) | _ESTIMATED
@@ -78,6 +80,11 @@ class MediaFacts:
     def has_sound(self) -> bool:
         """Whether there is an audio stream."""
         return self.sound_rate > 0
+
+    @property
+    def is_timed_by_count(self) -> bool:
+        """Whether its samples must be counted from the first, because its time stamps start anew or drift."""
+        return self.is_chained or self.format in _DRIFTING
 
     def check_start(self, start: float) -> None:
         """Refuse a window that starts past the end.

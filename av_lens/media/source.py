@@ -195,7 +195,7 @@ class _Reading:
                 # It carries only side data (FLAC's last packet); the true flush has no time.
                 continue
             early = time is not None and time < self.request.start - 2 * _PREROLL
-            if early and taker is self.sounds and not self.facts.is_chained:
+            if early and taker is self.sounds and not self.facts.is_timed_by_count:
                 continue
             self._take(packet, taker)
             if sought and self._landed_late(back):
@@ -207,7 +207,7 @@ class _Reading:
 
     def _seek(self, back: float) -> bool:
         target = self.request.start - _PREROLL - back
-        if target <= 0 or self.facts.is_chained:
+        if target <= 0 or self.facts.is_timed_by_count:
             return False
         stream = self.streams[0]
         ticks = math.floor((Fraction(target) + self.facts.zero) / stream.time_base)
