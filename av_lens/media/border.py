@@ -138,7 +138,7 @@ def regular_file(path: str | os.PathLike[str]) -> tuple[str, int]:
     Raises:
         MediaError: nothing is there, or a directory, a device, or an empty file is.
     """
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise MediaError(_no_path(path))
     try:
         text = os.fsdecode(path)

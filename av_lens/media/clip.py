@@ -21,7 +21,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float32, Float64, UInt8
@@ -85,10 +85,10 @@ class Clip:
     def from_arrays(
         cls,
         *,
-        frames: np.ndarray | None = None,
-        times: np.ndarray | None = None,
-        waveform: np.ndarray | None = None,
-        rate: int = 16000,
+        frames: object = None,
+        times: object = None,
+        waveform: object = None,
+        rate: SupportsIndex = 16000,
         fps: float | None = None,
         duration: float | None = None,
     ) -> Clip:
@@ -109,10 +109,11 @@ class Clip:
         Raises:
             MediaError: an array has the wrong type, shape or values, or the lengths disagree.
         """
-        frames, stamps, waveform = prepared(frames, times, fps, waveform, rate)
+        hertz = check_rate("rate", rate)
+        picture, stamps, sound = prepared(frames, times, fps, waveform, hertz)
         if duration is None:
-            duration = natural_end(stamps, fps, 0.0 if waveform is None else len(waveform) / rate)
-        return cls(frames, stamps, waveform, rate, check_seconds("duration", duration))
+            duration = natural_end(stamps, fps, 0.0 if sound is None else len(sound) / hertz)
+        return cls(picture, stamps, sound, hertz, check_seconds("duration", duration))
 
     @property
     def has_picture(self) -> bool:

@@ -25,6 +25,8 @@ _ABSOLUTE = frozenset({"mov", "mp4", "matroska", "webm"})
 _FROM_ZERO = frozenset({"matroska", "webm", "asf", "nut"})
 # FFmpeg guesses their durations from a bit rate, or from the last time stamps that it comes across.
 _GUESSED = frozenset({"aac", "ac3", "eac3", "dts", "loas"})
+# Their time stamps are rounded frame by frame, so that the error grows; the count of samples is exact.
+_DRIFTING = frozenset({"ac3", "eac3", "dts", "truehd", "mlp", "loas"})
 _ESTIMATED = frozenset({"mpeg", "mpegts"})
 _ESTIMATED_TO = 1.0
 _BY_BYTES = frozenset({"matroska", "webm", "asf", "avi", "caf", "w64"}) | _ESTIMATED
@@ -79,6 +81,11 @@ class MediaFacts:
         """Whether there is an audio stream."""
         return self.sound_rate > 0
 
+    @property
+    def is_timed_by_count(self) -> bool:
+        """Whether its samples must be counted from the first, because its time stamps start anew or drift."""
+        return self.is_chained or self.format in _DRIFTING
+
     def check_start(self, start: float) -> None:
         """Refuse a window that starts past the end.
 
@@ -129,7 +136,7 @@ def choose_streams(path: str, container: Any, wanted: Mapping[str, int] | None =
     """
     pictures = [s for s in container.streams.video if s.codec_context is not None]
     sounds = [s for s in container.streams.audio if s.codec_context is not None]
-    moving = [s for s in pictures if not _is_cover(s)]
+    moving = [s for s in pictures if not is_cover(s)]
     best = (container.streams.best("video"), container.streams.best("audio"))
     picture = best[0] if best[0] in moving else next(iter(moving), None)
     sound = best[1] if best[1] in sounds else next(iter(sounds), None)
@@ -160,17 +167,25 @@ def stream_kind(stream: Any) -> str:
     Returns:
         "picture", "sound", or PyAV's word for another kind.
     """
-    return _KINDS.get(stream.type, stream.type)
+    return _KINDS.get(stream.type, str(stream.type))
 
 
-def _is_cover(stream: Any) -> bool:
+def is_cover(stream: Any) -> bool:
+    """Whether a stream is a picture attached to a sound or a film, such as an album's cover.
+
+    Args:
+        stream: PyAV's stream.
+
+    Returns:
+        True for a cover, which has no time of its own.
+    """
     return stream.type == "video" and bool(int(stream.disposition) & _ATTACHED_PICTURE)
 
 
 def _named(stream: Any) -> str:
     """Name a stream by its kind, its index and what is known of it."""
     codec = stream.codec_context.name if stream.codec_context is not None else "no decoder"
-    words = [codec, "cover" if _is_cover(stream) else "", stream.metadata.get("language", "und")]
+    words = [codec, "cover" if is_cover(stream) else "", stream.metadata.get("language", "und")]
     return f"{stream_kind(stream)} {stream.index} ({', '.join(w for w in words if w not in ('', 'und'))})"
 
 

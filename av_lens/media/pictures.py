@@ -11,7 +11,7 @@ import numpy as np
 from av_lens.errors import MediaError
 from av_lens.media.arrays import TOLERANCE
 from av_lens.media.border import Budget
-from av_lens.media.header import MediaFacts
+from av_lens.media.header import MediaFacts, is_cover
 
 _SLACK = Fraction(1, 1_000_000)
 _GROWTH = 256 << 20
@@ -50,6 +50,7 @@ class Pictures:
         from av.video.reformatter import Interpolation, VideoReformatter
 
         self.facts, self.start, self.budget = facts, Fraction(str(start)), budget
+        self._still = facts.is_image or is_cover(stream)
         self.end = None if end is None else Fraction(str(end))
         self.step = None if fps is None else 1 / Fraction(str(fps))
         rate = stream.average_rate or stream.guessed_rate
@@ -110,7 +111,7 @@ class Pictures:
             return stamp * Fraction(frame.time_base) - self.facts.zero
         if self._last is not None:
             return self._last + Fraction(self.spacing)
-        if self.facts.is_image:
+        if self._still:
             return Fraction(0)
         raise MediaError(
             f"{self.facts.path}: nothing says when its frames are shown: the picture has no time stamps. Write it anew "

@@ -26,8 +26,8 @@ class Sounds:
     """Takes audio frames in order, places them by their times, and resamples once at the end.
 
     Time stamps that differ from the running sample count by less than 50 ms are rounding and are ignored; a longer hole
-    is filled with silence, an overlap is cut, both noted. Of a chained file, whose stamps start anew with each part,
-    the parts follow each other. Channels are averaged.
+    is filled with silence, an overlap is cut, both noted. Where the stamps start anew with each part (chained
+    files) or drift (bare AC-3), the samples are counted. Channels are averaged.
     """
 
     def __init__(self, facts: MediaFacts, *, start: float, end: float | None, budget: Budget):
@@ -86,7 +86,7 @@ class Sounds:
             )
         time = self._time(frame)
         early = time + frame.samples / rate < self.start - 2 * _MARGIN
-        if early and self.first_time is None and not self.facts.is_chained:
+        if early and self.first_time is None and not self.facts.is_timed_by_count:
             return
         self._channels.add(frame.layout.nb_channels)
         mono = _mono(self._packed(frame))
@@ -115,7 +115,7 @@ class Sounds:
         return frames[0]
 
     def _time(self, frame: Any) -> float:
-        if frame.pts is None or not frame.time_base or (self.facts.is_chained and self.first_time is not None):
+        if frame.pts is None or not frame.time_base or (self.facts.is_timed_by_count and self.first_time is not None):
             return self._reached
         return float(frame.pts * Fraction(frame.time_base) - self.facts.zero)
 

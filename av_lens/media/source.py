@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -45,7 +45,7 @@ def load_clip(
     start: float = 0.0,
     end: float | None = None,
     fps: float | None = None,
-    sound_rate: int = 16000,
+    sound_rate: SupportsIndex = 16000,
     max_bytes: int = DEFAULT_MAX_BYTES,
     damaged: str = "refuse",
     stream: Mapping[str, int] | None = None,
@@ -76,13 +76,13 @@ def load_clip(
     start, end = check_window(start, end)
     if fps is not None and not 0 < check_seconds("fps", fps) <= 1e6:
         raise MediaError(f"fps= must be above 0 (or None for every frame), found {fps:g}.")
-    sound_rate = check_rate("sound_rate", sound_rate, low=1_000)
+    rate = check_rate("sound_rate", sound_rate, low=1_000)
     if damaged not in ("refuse", "keep"):
         raise MediaError(f'damaged= is "refuse" or "keep", found {damaged!r}.')
     text, size = regular_file(path)
     request = _Request(text, start, end, fps, max_bytes, damaged, check_stream(stream))
     with border(text, "decode"):
-        return _read(request).clip(sound_rate, _file_hash(os.path.abspath(text), size, os.stat(text).st_mtime_ns))
+        return _read(request).clip(rate, _file_hash(os.path.abspath(text), size, os.stat(text).st_mtime_ns))
 
 
 def _read(request: _Request) -> _Reading:
@@ -195,7 +195,7 @@ class _Reading:
                 # It carries only side data (FLAC's last packet); the true flush has no time.
                 continue
             early = time is not None and time < self.request.start - 2 * _PREROLL
-            if early and taker is self.sounds and not self.facts.is_chained:
+            if early and taker is self.sounds and not self.facts.is_timed_by_count:
                 continue
             self._take(packet, taker)
             if sought and self._landed_late(back):
@@ -207,7 +207,7 @@ class _Reading:
 
     def _seek(self, back: float) -> bool:
         target = self.request.start - _PREROLL - back
-        if target <= 0 or self.facts.is_chained:
+        if target <= 0 or self.facts.is_timed_by_count:
             return False
         stream = self.streams[0]
         ticks = math.floor((Fraction(target) + self.facts.zero) / stream.time_base)

@@ -122,7 +122,7 @@ def check_stream(stream: object) -> dict[str, int]:
     if not isinstance(stream, Mapping):
         raise MediaError(f'stream= must say what is chosen, such as {{"sound": 2}}, found {stream!r}.')
     chosen: dict[str, int] = {}
-    for kind, index in stream.items():  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+    for kind, index in stream.items():
         if kind not in ("picture", "sound"):
             raise MediaError("stream=: " + unknown("kind of stream", str(kind), ("picture", "sound")))
         if isinstance(index, bool) or not isinstance(index, Integral):

@@ -86,6 +86,51 @@ def test_arrays_that_are_no_clip_are_refused(given: dict[str, Any], text: str):
         Clip.from_arrays(**given)
 
 
+def test_tensors_lists_and_numpy_integers_are_taken():
+    import torch
+
+    wanted = np.array([0.0, 0.5, -0.25], dtype=np.float32)
+    kinds = [
+        torch.tensor(wanted, requires_grad=True),
+        torch.tensor(wanted).bfloat16(),
+        wanted.tolist(),
+        wanted.astype("f2"),
+    ]
+    for given in kinds:
+        clip = Clip.from_arrays(waveform=given, rate=np.int64(8000))
+        assert clip.waveform is not None
+        assert clip.waveform.tolist() == wanted.tolist()
+        assert type(clip.rate) is int
+    frames = torch.zeros((2, 4, 4, 3), dtype=torch.uint8)
+    timed = Clip.from_arrays(frames=frames, times=torch.tensor([0.0, 0.5], requires_grad=True))
+    assert timed.times.tolist() == [0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"waveform": [[0.1], [0.1, 0.2]]}, "waveform= cannot be made an array of numbers, found list: setting an"),
+        ({"waveform": np.zeros(4, np.float32), "rate": True}, r"rate= must be a whole number of Hz .* found True"),
+        (
+            {"frames": np.zeros((2, 4, 4, 3), np.uint8), "times": ["a", "b"]},
+            "times must be numbers of seconds, found <U1",
+        ),
+    ],
+)
+def test_what_is_no_array_is_refused_in_words(given: dict[str, Any], text: str):
+    with pytest.raises(MediaError, match=text):
+        Clip.from_arrays(**given)
+
+
+def test_a_tensor_without_data_is_refused_in_words():
+    import torch
+
+    with pytest.raises(
+        MediaError, match="waveform= cannot be made an array of numbers, found Tensor: Cannot copy out of"
+    ):
+        Clip.from_arrays(waveform=torch.zeros(3, device="meta"))
+
+
 def test_from_arrays_copies_and_clips_cannot_be_changed():
     sound = made.chirp()
     clip = Clip.from_arrays(waveform=sound)

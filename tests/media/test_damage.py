@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import resource
+import subprocess
+import sys
 import time
 import tracemalloc
 import zlib
@@ -60,6 +63,40 @@ def test_what_is_not_a_medium(tmp_path: Path, reader: Any):
         reader(tmp_path / "pipe")
     with pytest.raises(MediaError, match="cannot look at the media path"):
         reader("nul\0byte.mp4")
+
+
+def test_what_is_no_path_is_told_what_to_do(tmp_path: Path):
+    path = Path(made.clip().save(tmp_path / "clip.mp4"))
+    program = """
+import io, json, sys
+import numpy as np
+from av_lens.media import load_clip, probe_media
+from av_lens.errors import MediaError
+path = sys.argv[1]
+data = open(path, "rb").read()
+given = [data, io.BytesIO(), open(path, "rb"), np.zeros(3), {"bytes": data}, None, "https://a.org/a.mp4", "s3://a/a.mp4"]
+said = []
+for reader in (load_clip, probe_media):
+    for each in given:
+        try:
+            said.append(repr(reader(each)))
+        except MediaError as error:
+            said.append(str(error))
+print(json.dumps(said))
+"""
+    run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    path_of = "a medium is named by the path of its file, found "
+    wanted = [
+        f"{path_of}{path.stat().st_size} bytes: write them to a file first.",
+        f"{path_of}an open BytesIO: give its path, or write it to a file first.",
+        f"{path_of}an open BufferedReader: give its path, or write it to a file first.",
+        f"{path_of}ndarray: make a clip of arrays by Clip.from_arrays().",
+        f"{path_of}dict: give a string or a pathlib.Path.",
+        f"{path_of}NoneType: give a string or a pathlib.Path.",
+        "https://a.org/a.mp4 is an address, not a file: download it first, then give its path.",
+        "s3://a/a.mp4 is an address, not a file: download it first, then give its path.",
+    ]
+    assert json.loads(run.stdout) == wanted * 2
 
 
 def test_a_play_list_does_not_reach_other_files(tmp_path: Path):

@@ -21,6 +21,8 @@ from PIL import Image, ImageOps
 import av_lens.media.source
 from av_lens.errors import MediaError
 from av_lens.media import load_clip, probe_media
+from av_lens.media.border import Budget
+from av_lens.media.sounds import Sounds
 
 CODECS = {
     "mp4": ("libx264", "aac", 44100),
@@ -38,7 +40,7 @@ CODECS = {
 }
 SOUNDS = {
     "mp3": "libmp3lame", "flac": "flac", "opus": "libopus", "m4a": "aac", "aac": "aac", "wav": "pcm_s16le",
-    "aiff": "pcm_s16be", "au": "pcm_s16be", "caf": "pcm_s16be", "w64": "pcm_s16le", "wma": "wmav2",
+    "ac3": "ac3", "aiff": "pcm_s16be", "au": "pcm_s16be", "caf": "pcm_s16be", "w64": "pcm_s16le", "wma": "wmav2",
 }  # fmt: skip
 FLIPS: dict[str, tuple[tuple[int, int, int, int], Callable[[np.ndarray], np.ndarray]]] = {
     "left-right": ((-1, 0, 0, 1), lambda x: x[:, :, ::-1]),
@@ -431,3 +433,26 @@ def test_images_with_several_pictures_say_that_the_first_is_taken(tmp_path: Path
     assert clip.is_image
     assert clip.duration == 0.0
     assert any(note.startswith("left out: ") for note in clip.notes)
+
+
+def test_a_window_of_a_bare_ac3_is_where_its_samples_are(tmp_path: Path):
+    path = tmp_path / "sound.ac3"
+    film(path, "a")
+    whole, part = load_clip(path, sound_rate=44100), load_clip(path, start=1.5, end=1.75, sound_rate=44100)
+    assert whole.waveform is not None
+    assert part.waveform is not None
+    np.testing.assert_allclose(part.waveform, whole.waveform[66150:77175], atol=1e-6)
+
+
+def test_a_sound_that_begins_before_the_clock_says_what_is_left_out(tmp_path: Path):
+    import av
+
+    path = film(tmp_path / "sound.wav", "a")
+    sounds = Sounds(probe_media(path), start=0.0, end=None, budget=Budget(str(path), 1 << 20))
+    block = av.AudioFrame.from_ndarray(made.chirp()[None], format="fltp", layout="mono")
+    block.sample_rate, block.time_base, block.pts = 16000, Fraction(1, 16000), -8000
+    sounds.add(block)
+    waveform = sounds.finish(16000)
+    assert waveform is not None
+    assert np.array_equal(waveform, made.chirp()[8000:])
+    assert "the sound starts 0.500 s before the file's 0; that much is left out" in sounds.notes

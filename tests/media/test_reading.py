@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 import av_lens.media.source
+from av_lens.errors import MediaError
 from av_lens.media import Clip, ClipFile, load_clip, probe_media
+from av_lens.media.validation import check_stream
 
 EIGHTH = Fraction(1, 8)
 STEREO = np.array([[1.0], [0.5]], dtype=np.float32)
@@ -313,6 +315,109 @@ def test_a_cover_picture_is_no_video(folder: Path):
     clip = load_clip(path)
     assert not clip.has_picture
     assert clip.has_sound
+
+
+@pytest.fixture(scope="module")
+def two_sounds(folder: Path) -> Path:
+    """A film with a picture (stream 1) between two sounds, the later of them at half level and in French."""
+    import av
+
+    path = folder / "two_sounds.mkv"
+    with av.open(str(path), "w") as out:
+        first = out.add_stream("flac", rate=16000, layout="mono")
+        video = out.add_stream("libx264", rate=8)
+        video.height, video.width, video.pix_fmt = 84, 84, "yuv420p"
+        second = out.add_stream("flac", rate=16000, layout="mono")
+        second.metadata["language"] = "fre"
+        out.start_encoding()
+        for k, frame in enumerate(made.picture()):
+            image = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            image.pts, image.time_base = k, EIGHTH
+            out.mux(video.encode(image))
+        out.mux(video.encode(None))
+        for stream, level in ((first, 1.0), (second, 0.5)):
+            tone = np.ascontiguousarray(made.chirp()[None] * np.float32(level) * 32767).astype(np.int16)
+            block = av.AudioFrame.from_ndarray(tone, format="s16", layout="mono")
+            block.sample_rate, block.pts, block.time_base = 16000, 0, Fraction(1, 16000)
+            out.mux(stream.encode(block))
+            out.mux(stream.encode(None))
+    return path
+
+
+def test_of_several_streams_another_can_be_taken(two_sounds: Path):
+    usual, other = load_clip(two_sounds), load_clip(two_sounds, stream={"sound": 2})
+    assert usual.waveform is not None
+    assert other.waveform is not None
+    np.testing.assert_allclose(usual.waveform, made.chirp(), atol=1e-4)
+    np.testing.assert_allclose(other.waveform, made.chirp() / 2, atol=1e-4)
+    assert usual.picture_hash == other.picture_hash
+    assert usual.notes == ("left out: sound 2 (flac, fre); stream={'sound': 2} takes it",)
+    assert other.notes == ("left out: sound 0 (flac); stream={'sound': 0} takes it",)
+    lazy = ClipFile(str(two_sounds), stream={"sound": 2})
+    assert lazy.load().sound_hash == other.sound_hash
+    assert ClipFile(str(two_sounds)).load().sound_hash == usual.sound_hash
+    assert lazy.probe() == probe_media(two_sounds, stream={"sound": 2})
+    assert len({lazy, ClipFile(str(two_sounds)), ClipFile(str(two_sounds), stream={"sound": 2})}) == 2
+
+
+@pytest.mark.parametrize(
+    ("stream", "text"),
+    [
+        ({"sound": 1}, r"stream={'sound': 1} is no sound of .*; there: sound 0 \(flac\), sound 2 \(flac, fre\)"),
+        ({"picture": 7}, r"stream={'picture': 7} is no picture of .*; there: picture 1 \(h264\)\."),
+        ({"sond": 2}, r"unknown kind of stream 'sond'\. Did you mean 'sound'\?"),
+    ],
+)
+def test_streams_that_are_not_there(two_sounds: Path, stream: dict[str, int], text: str):
+    with pytest.raises(MediaError, match=text):
+        load_clip(two_sounds, stream=stream)
+    with pytest.raises(MediaError, match=text):
+        ClipFile(str(two_sounds), stream=stream).probe()
+
+
+def test_a_choice_of_streams_that_is_none():
+    with pytest.raises(MediaError, match=r"stream={'sound': \.\.\.} takes a stream's number, found 'fre'"):
+        check_stream({"sound": "fre"})
+    with pytest.raises(MediaError, match=r'stream= must say what is chosen, such as {"sound": 2}, found 2'):
+        check_stream(2)
+    assert check_stream({"sound": np.int64(2)}) == {"sound": 2}
+
+
+def test_a_cover_is_a_picture_where_it_is_asked_for(folder: Path):
+    import av
+
+    path = folder / "cover.m4a"
+    with av.open(str(path), "w", format="mp4") as out:
+        audio, cover = out.add_stream("aac", rate=44100, layout="mono"), out.add_stream("mjpeg", rate=1)
+        cover.width = cover.height = 32
+        cover.pix_fmt, cover.disposition = "yuvj420p", 0x400
+        out.mux(cover.encode(av.VideoFrame.from_ndarray(made.picture(1, 32, 32)[0], format="rgb24")))
+        block = av.AudioFrame.from_ndarray(made.chirp(rate=44100)[None], format="fltp", layout="mono")
+        block.sample_rate = 44100
+        out.mux(audio.encode(block))
+        out.mux(audio.encode(None))
+    clip = load_clip(path, stream={"picture": 1})
+    assert (clip.is_image, clip.has_sound, clip.duration) == (True, True, load_clip(path).duration)
+    assert "left out: picture 1 (mjpeg, cover); stream={'picture': 1} takes it" in load_clip(path).notes
+
+
+def test_what_is_mixed_rounded_or_left_out_is_said(folder: Path):
+    from PIL import Image
+
+    said = load_clip(made.write_video(folder / "mixed.wav", None, [], EIGHTH, stereo(44100), codecs=("", "pcm_s16le")))
+    assert said.notes == ("2 channels of sound are averaged into one", "sound resampled from 44100 to 16000 Hz")
+    clear = made.picture(1, 30, 41)[0]
+    Image.fromarray(np.dstack([clear, np.full((30, 41), 9, np.uint8)])).save(folder / "clear.png")
+    clip = load_clip(folder / "clear.png")
+    assert clip.frames is not None
+    assert np.array_equal(clip.frames[0], clear)
+    assert clip.notes == ("its transparency is left out; the colours below it are shown",)
+    Image.fromarray(np.dstack([clear, np.full((30, 41), 255, np.uint8)])).save(folder / "opaque.png")
+    assert load_clip(folder / "opaque.png").notes == ()
+    deep = made.write_video(
+        folder / "deep.mkv", made.picture(2), [0, 1], EIGHTH, codecs=("ffv1", ""), pix_fmt="yuv420p10le"
+    )
+    assert load_clip(deep).notes == ("its 10 bits a colour are rounded to 8",)
 
 
 def test_clip_files_load_once_and_notice_changes(folder: Path, monkeypatch: pytest.MonkeyPatch):
