@@ -1,4 +1,4 @@
-"""Memory of a run: attention in blocks of queries beyond the budget, equal to the whole; what must be whole is refused."""
+"""Memory of a run: attention in blocks beyond the budget, equal to the whole; what must be whole is refused."""
 
 from __future__ import annotations
 
