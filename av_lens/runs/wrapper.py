@@ -205,8 +205,9 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         """
         tensors = self.tensors_of(x)
         ids = tensors.pop("input_ids")
-        with bounded(self, ids, budget_gb, logits=_logits(return_type, options)):
-            return self.bridge(ids, return_type=return_type, **tensors, **options)
+        options = {"return_type": return_type, **options}
+        with bounded(self, ids, budget_gb, options):
+            return self.bridge(ids, **tensors, **options)
 
     forward = __call__
 
@@ -218,8 +219,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         Args:
             x: `AVInputs`, ids or text.
             names_filter: a hook name, several, a function of a name, or None for every hook that is not gated.
-            budget_gb: refuse, before running, what is estimated to take more (GB, 1e9 bytes): the cache, the logits
-                and a layer's scores where scores or patterns are kept.
+            budget_gb: refuse, before running, a cache that with a layer's scores would take more (GB, 1e9 bytes).
             **options: further options of the bridge's `run_with_cache`.
 
         Returns:
@@ -237,12 +237,10 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             if names_filter is None or callable(names_filter):
                 accept = only_open(self.bridge, names_filter or (lambda name: True))
             names = selected(accept, self._known)
-            batch, n_pos = ids.shape
-            itemsize = self.dtype.itemsize
-            size = {"batch": batch, "n_pos": n_pos, "itemsize": itemsize}
+            size = {"batch": ids.shape[0], "n_pos": ids.shape[1], "itemsize": self.dtype.itemsize}
             require_budget(names, self.spec, **size, budget_gb=budget_gb)
             accept = list(accept) if isinstance(accept, Sequence) and not isinstance(accept, str) else accept
-            with bounded(self, ids, budget_gb, logits=_logits(options.get("return_type"), options)):
+            with bounded(self, ids, budget_gb, options):
                 logits, cache = self.bridge.run_with_cache(ids, names_filter=accept, **tensors, **options)
         if isinstance(cache, ActivationCache):
             cache.model = self  # its helpers ask the model, and ours refuses what would be wrong
@@ -274,11 +272,8 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             InterventionError: a name is no hook of the model.
         """
         tensors = self.tensors_of(x)
-        ids, logits = tensors.pop("input_ids"), _logits(options.get("return_type"), options)
-        with (
-            self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks),
-            bounded(self, ids, budget_gb, logits=logits),
-        ):
+        ids = tensors.pop("input_ids")
+        with self.hooks(fwd_hooks=fwd_hooks, bwd_hooks=bwd_hooks), bounded(self, ids, budget_gb, options):
             return self.bridge(ids, **tensors, **options)
 
     @contextmanager
@@ -336,8 +331,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
             fwd_hooks: `(name, function)` pairs; while decoding an activation holds one position.
             return_type: "tokens" (prompt included), "text" (the new text) or "result" (`.tokens .text .logits .fired`).
             seed: what sampling draws from; needed with `do_sample`.
-            budget_gb: the most that a layer's attention scores may take (GB, 1e9 bytes); beyond it they are computed
-                in blocks, and beyond it only the prompt's last logits are made.
+            budget_gb: GB (1e9 bytes) beyond which attention is computed in blocks, and the prompt's last logits alone.
             **options: further options of HuggingFace's `generate`.
 
         Returns:
@@ -399,10 +393,3 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         for derived in OF_WEIGHTS:
             self.__dict__.pop(derived, None)
         return self
-
-
-def _logits(return_type: str | None, options: Mapping[str, Any]) -> int:
-    """Copies of all logits that a forward makes: the loss takes their log-probabilities too."""
-    if options.get("stop_at_layer") is not None:
-        return 0
-    return 3 if return_type in ("loss", "both") else 1
