@@ -33,9 +33,9 @@ from av_lens.errors import BudgetError, ModelError
 BUDGET_GB = 8.0
 """GB (1e9 bytes) that a run may take for scores, logits or kept activations where the caller names no other budget."""
 
-_WORKING = 8  # bytes of each score at the dearest moment: two copies in float32, or one with the wide softmax in half
-_BLOCK = 1 << 29  # bytes of scores computed together, and the fewest rows: fewer go through slower, other kernels
-_ROWS = 16
+_WORKING = 8  # bytes of a score at the dearest moment: two copies in float32; in half precision one, and softmax's
+_BLOCK = 1 << 29  # bytes of scores computed together
+_ROWS = 16  # the fewest queries of a block: fewer go through slower kernels, which sum in another order
 _budget_gb: ContextVar[float] = ContextVar("budget_gb", default=BUDGET_GB)
 
 
@@ -240,9 +240,10 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
 
         count = -(-n // rows)
         edges = [n * i // count for i in range(count + 1)]  # even blocks: a short last one would take another kernel
-        if not torch.is_grad_enabled():
-            return torch.cat([block(*ends) for ends in pairwise(edges)], dim=2)
-        parts = [checkpoint(block, *ends, use_reentrant=False) for ends in pairwise(edges)]
+        if torch.is_grad_enabled():
+            parts = [checkpoint(block, *ends, use_reentrant=False) for ends in pairwise(edges)]
+        else:
+            parts = [block(*ends) for ends in pairwise(edges)]
         return torch.cat(parts, dim=2)
 
     def _projected(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -8,9 +8,10 @@ bfloat16. A run without a cache is bounded too: its attention scores are compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -125,15 +126,17 @@ def _place(name: str) -> tuple[str, int, tuple[str, ...], bool]:
 
 
 @contextmanager
-def bounded(model: Any, ids: torch.Tensor, budget_gb: float | int, *, logits: int = 1) -> Generator[None, None, None]:
+def bounded(
+    model: Any, ids: torch.Tensor, budget_gb: float | int, options: Mapping[str, Any] = MappingProxyType({})
+) -> Generator[None, None, None]:
     """Hold a run to a budget, under the hooks that are on the model now.
 
     Args:
         model: a `HookedAVLLM`.
         ids: the prompt, `[batch, pos]`.
         budget_gb: GB (1e9 bytes) for attention scores, and for logits.
-        logits: copies of the logits of all positions that the run makes; a hook before the unembedding may drop
-            positions, and is trusted to.
+        options: of the bridge's forward: a loss takes log-probabilities of all logits too, `stop_at_layer` takes none.
+            A hook before the unembedding may drop positions, and is trusted to.
 
     Yields:
         Nothing.
@@ -141,9 +144,11 @@ def bounded(model: Any, ids: torch.Tensor, budget_gb: float | int, *, logits: in
     Raises:
         BudgetError: logits of all positions, or whole scores that hooks ask for, would take more.
     """
+    copies = 3 if options.get("return_type") in ("loss", "both") else 1
     spec, (batch, n_pos), itemsize = model.spec, ids.shape, model.dtype.itemsize
-    taken = batch * n_pos * spec.d_vocab * itemsize * logits / GIGABYTE
-    if taken > budget_gb and not model.bridge.unembed.hook_in.has_hooks():
+    taken = batch * n_pos * spec.d_vocab * itemsize * copies / GIGABYTE
+    partial = options.get("stop_at_layer") is not None or model.bridge.unembed.hook_in.has_hooks()
+    if taken > budget_gb and not partial:
         raise BudgetError(
             f"the logits of {batch} x {n_pos} positions and {spec.d_vocab} tokens would take about {taken:.3g} GB, "
             f"beyond budget_gb={budget_gb:g}. Ask for those of a few positions, with "
@@ -167,7 +172,6 @@ def require_budget(
     n_pos: int,
     itemsize: int,
     budget_gb: float | int,
-    beside_gb: float = 0.0,
 ) -> None:
     """Refuse a cache beyond the budget, naming a filter that fits.
 
@@ -180,7 +184,6 @@ def require_budget(
         n_pos: positions of the prompt.
         itemsize: bytes of one number in the model's dtype.
         budget_gb: the most that the cache may take, in GB (1e9 bytes).
-        beside_gb: what the run takes beside it.
 
     Raises:
         BudgetError: the estimate exceeds the budget.
@@ -191,7 +194,7 @@ def require_budget(
         cached = tuple(cached)
         whole = any(name.endswith(_WHOLE_SCORES) for name in cached)
         stored = cache_bytes(cached, spec, batch=batch, n_pos=n_pos, itemsize=itemsize) / GIGABYTE
-        return stored + beside_gb + (working if whole else 0.0)
+        return stored + (working if whole else 0.0)
 
     need = taken(names)
     if need <= budget_gb:

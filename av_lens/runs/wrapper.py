@@ -198,7 +198,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
             InputError: an unknown keyword, or one without effect here.
         """
         ids, options = self._asked("model(x)", x, {"return_type": return_type, **options})
-        with bounded(self, ids, budget_gb, logits=_logits(options)):
+        with bounded(self, ids, budget_gb, options):
             return self.bridge(ids, **options)
 
     forward = __call__
@@ -219,8 +219,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         Args:
             x: `AVInputs`, ids or text.
             names_filter: a hook name, several, a function of a name, or None for every hook that is not gated.
-            budget_gb: refuse, before running, what is estimated to take more (GB, 1e9 bytes): the cache, the logits
-                and a layer's scores where scores or patterns are kept.
+            budget_gb: refuse, before running, a cache that with a layer's scores would take more (GB, 1e9 bytes).
             **options: as for `model(x)`, and those of the bridge's `run_with_cache`, such as `device`.
 
         Returns:
@@ -239,12 +238,10 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
             if names_filter is None or callable(names_filter):
                 accept = only_open(self.bridge, names_filter or (lambda name: True))
             names = selected(accept, self._known)
-            batch, n_pos = ids.shape
-            itemsize = self.dtype.itemsize
-            size = {"batch": batch, "n_pos": n_pos, "itemsize": itemsize}
+            size = {"batch": ids.shape[0], "n_pos": ids.shape[1], "itemsize": self.dtype.itemsize}
             require_budget(names, self.spec, **size, budget_gb=budget_gb)
             accept = list(accept) if isinstance(accept, Sequence) and not isinstance(accept, str) else accept
-            with bounded(self, ids, budget_gb, logits=_logits(options)):
+            with bounded(self, ids, budget_gb, options):
                 logits, cache = self.bridge.run_with_cache(ids, names_filter=accept, **options)
         if names_filter is not None:
             require_kept(names, cache, every=not callable(names_filter))
@@ -288,7 +285,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         counting, require_fired = counted(fwd_hooks, batch_dim=not options.pop("remove_batch_dim", False))
         with (
             self.hooks(fwd_hooks=counting, bwd_hooks=bwd_hooks, **attaching),  # which holds the model's turn
-            bounded(self, ids, budget_gb, logits=_logits(options)),
+            bounded(self, ids, budget_gb, options),
         ):
             made = self.bridge(ids, **options)
         require_fired()
@@ -356,8 +353,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
             fwd_hooks: `(name, function)` pairs; while decoding an activation holds one position.
             return_type: "tokens" (prompt included), "text" (the new text) or "result" (`.tokens .text .logits .fired`).
             seed: what sampling draws from; needed with `do_sample`.
-            budget_gb: the most that a layer's attention scores may take (GB, 1e9 bytes); beyond it they are computed
-                in blocks, and beyond it only the prompt's last logits are made.
+            budget_gb: GB (1e9 bytes) beyond which attention is computed in blocks, and the prompt's last logits alone.
             **options: further options of HuggingFace's `generate`; `attention_mask`, `prepend_bos` as in `tensors_of`.
 
         Returns:
@@ -430,10 +426,3 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         for derived in OF_WEIGHTS:
             self.__dict__.pop(derived, None)
         return self
-
-
-def _logits(options: Mapping[str, Any]) -> int:
-    """Copies of all logits that a forward makes: the loss takes their log-probabilities too."""
-    if options.get("stop_at_layer") is not None:
-        return 0
-    return 3 if options.get("return_type") in ("loss", "both") else 1

@@ -1,4 +1,4 @@
-"""Memory of a run: beyond the budget attention goes in blocks of queries, equal to the whole, or is refused."""
+"""Memory of a run: attention in blocks beyond the budget, equal to the whole; what must be whole is refused."""
 
 from __future__ import annotations
 
