@@ -20,7 +20,9 @@ from av_lens.isolation import cost, durable
 from av_lens.isolation.durable import LEDGER, LOCK, watched_run
 from av_lens.isolation.protocol import differences, hash_of
 from av_lens.isolation.store import Store
+from av_lens.results.record import RECORD
 from av_lens.results.statistics import Bootstrap
+from av_lens.whole_files import make_folder, write_whole
 
 IDS = ["c0", "c1", "c2"]
 
@@ -41,6 +43,7 @@ def small(folder, told=None, *, names=("reading", "head effects"), protocol=None
             for one in IDS
         }
         ledger.figures = {one: {"G": 7.0} for one in IDS}
+        write_whole(make_folder(folder / RECORD) / "isolation.json", "{}")
     return found, store.made
 
 
@@ -63,7 +66,7 @@ def test_a_fault_at_any_file_is_a_sentence_and_the_next_run_goes_on(tmp_path):
     with failing(None) as seen:
         small(tmp_path / "counted")
     points = list(dict.fromkeys(seen))
-    assert {LOCK, "protocol.json", "program.txt", LEDGER} < set(points)
+    assert {LOCK, "protocol.json", "program.txt", LEDGER, "isolation.json"} < set(points)
     assert sum(name.startswith(("reading-", "head-effects-")) for name in points) == 6
     for target in points:
         for kind in kinds_at(target, LOCK):
@@ -186,7 +189,7 @@ def test_a_measurement_that_cannot_be_read_stops_the_run(tmp_path):
         small(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[]", b"{", b"x" * 64])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[]", b"{", b'{"halves": [1]}', b'{"model": 3}'])
 def test_a_damaged_protocol_is_refused_and_once_deleted_nothing_is_lost(content, tmp_path):
     small(tmp_path)
     (tmp_path / "protocol.json").write_bytes(content)
