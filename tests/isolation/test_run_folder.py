@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from disk_faults import failing, kinds_at
-from fake_model import FakeEngine, fake_conflicts
+from fake_model import FakeConflict, FakeEngine, fake_conflicts
 from same_isolation import assert_same
 
 from av_lens import isolate
@@ -274,16 +276,23 @@ def run(out=None, conflicts=None, engine=None):
         return isolate(None, listed, engine=engine, out=out, s=0.1, quick=True)
 
 
-class OnDisk:
+@dataclass(frozen=True)
+class OnDisk(FakeConflict):
     """A fake conflict whose clips are files."""
 
-    def __init__(self, conflict, folder):
-        self.__dict__.update(vars(conflict))
-        for role, answer in (("sound", conflict.a), ("picture", conflict.v)):
-            path = folder / f"{conflict.id}-{role}.mp4"
-            path.write_text(f"{conflict.id} {role}")
-            setattr(self, role, SimpleNamespace(path=str(path), start=0.0, end=1.0, answer=answer, load=None))
-        self.answers = conflict.answers
+    folder: str = ""
+
+    def clip(self, role, answer):
+        path = f"{self.folder}/{self.id}-{role}.mp4"
+        return SimpleNamespace(path=path, start=0.0, end=1.0, answer=answer, load=None)
+
+    @property
+    def sound(self):
+        return self.clip("sound", self.a)
+
+    @property
+    def picture(self):
+        return self.clip("picture", self.v)
 
 
 def test_clips_are_known_by_content_and_window(tmp_path):
@@ -328,7 +337,10 @@ def test_protocols_name_the_clips_that_changed():
 @pytest.mark.slow
 def test_a_clip_that_vanishes_or_changes_stops_the_run_by_name(tmp_path):
     (tmp_path / "clips").mkdir()
-    listed = [OnDisk(one, tmp_path / "clips") for one in fake_conflicts(44)]
+    listed = [OnDisk(**vars(one), folder=str(tmp_path / "clips")) for one in fake_conflicts(44)]
+    for one in listed:
+        for clip in (one.sound, one.picture):
+            Path(clip.path).write_text(clip.path)
     whole = run(conflicts=listed)
     gone = tmp_path / "clips" / f"{listed[40].id}-sound.mp4"
     held = gone.read_bytes()
@@ -354,10 +366,18 @@ def test_a_clip_that_vanishes_or_changes_stops_the_run_by_name(tmp_path):
 # The ledger
 
 
-def test_the_ledger_is_appended_and_in_the_end_a_line_for_each_conflict(tmp_path):
+def test_the_ledger_is_appended_and_in_the_end_a_line_for_each_conflict(tmp_path, monkeypatch):
+    known, append = [], durable.append_line
+
+    def growing(path, line, **more):
+        known.append(path.read_bytes())
+        append(path, line, **more)
+        assert path.read_bytes() == known[-1] + f"{line}\n".encode()
+
+    monkeypatch.setattr(durable, "append_line", growing)
     with failing(None) as seen:
         small(tmp_path)
-    assert seen.count(LEDGER) == 1 + 5 + 1  # anew at the first measurement, a line for each other, anew at the end
+    assert (len(known), seen.count(LEDGER)) == (5, 1 + 5 + 1)  # anew at the first measurement and at the end
     assert rows_of(tmp_path, times=False) == [
         {"id": one, "half": half, "G": 7.0, "done": ["reading", "head effects"], "seconds": 0}
         for one, half in zip(IDS, ("discovery", "discovery", "confirmation"), strict=True)
