@@ -275,16 +275,17 @@ def describe(error: BaseException) -> str:
     return str(getattr(error, "strerror", None) or error or type(error).__name__).rstrip(".")
 
 
-def sweep_partials(folder: Path) -> int:
+def sweep_partials(folder: Path, *, of: str = "*") -> int:
     """Remove what killed writers left in a folder.
 
     Args:
-        folder: the folder; its subfolders are left alone, and so is what others call a part.
+        folder: the folder, in which nobody else writes; what others call a part is left alone.
+        of: whose leftovers: a file's name, or any.
 
     Returns:
         How many files and folders were removed.
     """
-    found = [place for place in folder.glob(f".*{PARTIAL}") if _OURS.fullmatch(place.name)]
+    found = [place for place in folder.glob(f".{of}.*{PARTIAL}") if _OURS.fullmatch(place.name)]
     for leftover in found:
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

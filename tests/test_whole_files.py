@@ -133,7 +133,8 @@ def test_leftovers_of_killed_writers_are_swept_and_no_others(tmp_path):
     others = [".download.part", "a.part", ".a.0123456789zz.part", "a"]
     for name in others:
         (tmp_path / name).write_text("theirs")
-    assert sweep_partials(tmp_path) == 2
+    assert sweep_partials(tmp_path, of="b") == 1
+    assert sweep_partials(tmp_path) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 

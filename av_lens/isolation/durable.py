@@ -30,7 +30,16 @@ from av_lens.isolation.protocol import differences, hash_of
 from av_lens.isolation.store import FOLDER, GO_ON, Measured, Store
 from av_lens.results.provenance import source_hash
 from av_lens.results.record import RECORD
-from av_lens.whole_files import append_line, describe, make_folder, read_object, sweep_partials, write_whole, writing
+from av_lens.whole_files import (
+    append_line,
+    describe,
+    make_folder,
+    read_object,
+    reading,
+    sweep_partials,
+    write_whole,
+    writing,
+)
 
 PROTOCOL, LEDGER, LOCK, PROGRAM = "protocol.json", "conflicts.jsonl", ".lock", "program.txt"
 EFFECTS = "head effects"
@@ -76,8 +85,8 @@ def _refuse_foreign(folder: Path) -> None:
     found = [name for name in (LEDGER, PROGRAM, ESTIMATE, RECORD) if (folder / name).exists()]
     if found and not (folder / FOLDER).is_dir():
         raise ProtocolError(
-            f"{folder} holds {', '.join(found)}, and no {PROTOCOL}: no run wrote them, and this one would write over "
-            f"them. {OTHER_FOLDER}."
+            f"{folder} holds {', '.join(found)}, and no {PROTOCOL}: no run can go on there, and a new one would write "
+            f"over them. {OTHER_FOLDER}."
         )
 
 
@@ -89,7 +98,9 @@ def _same(folder: Path, protocol: Mapping[str, Any], clips: Clips) -> None:
         f"or g{OTHER_FOLDER[1:]}."
     )
     there = read_object(place, mend=back)
-    differing = "; ".join(differences(there, protocol, clips))
+    with reading(place, mend=back):
+        differing = "; ".join(differences(there, protocol, clips))
+        threads = [dict(side.get("model") or {}).get("threads") for side in (there, protocol)]
     if there.get("hash") != hash_of(there):
         said = f": it differs from this run's in {differing}" if differing else ""
         raise ProtocolError(
@@ -97,7 +108,6 @@ def _same(folder: Path, protocol: Mapping[str, Any], clips: Clips) -> None:
         )
     if there["hash"] == protocol["hash"]:
         return
-    threads = [dict(side.get("model") or {}).get("threads") for side in (there, protocol)]
     mend = f"{OTHER_FOLDER}, or the options and conflicts of that run."
     if threads[0] is not None and threads[0] != threads[1]:
         mend = (

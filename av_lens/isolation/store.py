@@ -29,7 +29,7 @@ from av_lens.whole_files import describe, reading, write_whole
 Arrays = dict[str, np.ndarray]
 FOLDER = "measured"
 SECONDS, OF = "seconds taken", "measurement of"
-GO_ON = "What was kept before is whole; make room or give the folder back, and the same command goes on from there."
+GO_ON = "What was kept before is whole; make room or put the folder right, and the same command goes on from there."
 
 
 @dataclass(frozen=True, eq=False)

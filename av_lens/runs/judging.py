@@ -34,12 +34,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import urlsplit
 
 from av_lens.checks import parse_json, require_at_least, require_choice
 from av_lens.errors import InputError, ModelError, unknown
-from av_lens.whole_files import make_folder, write_whole
+from av_lens.whole_files import make_folder, stored, write_whole
 
 ASPECTS = {"audio": "what is heard", "video": "what is seen"}
 INSTRUCTION = (
@@ -260,12 +260,10 @@ class Judge:
 
     def _kept(self, asked: dict[str, Any]) -> Judged | None:
         place = self._place(asked)
-        try:
-            kept: Any = parse_json(place.read_bytes()) if place is not None and place.exists() else None
-        except (OSError, ValueError):  # a file cut short: ask again
-            return None
-        score = parsed(str(cast(dict[str, Any], kept).get("reply", ""))) if isinstance(kept, dict) else None
-        return None if score is None else Judged(score, "", str(kept["reply"]))
+        # A file that was cut short, or that answers another question, is asked again.
+        kept = None if place is None else stored(place, lambda found: found if found["asked"] == asked else None)
+        score = None if kept is None else parsed(str(kept.get("reply", "")))
+        return None if kept is None or score is None else Judged(score, "", str(kept["reply"]))
 
     def _keep(self, asked: dict[str, Any], reply: str) -> None:
         place = self._place(asked)

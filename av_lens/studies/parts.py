@@ -54,7 +54,7 @@ class Parts:
         if place.is_dir() and self._ledger().get(name) == self.key:
             return place
         make_folder(self.folder)
-        sweep_partials(self.folder)
+        sweep_partials(self.folder, of=name)
         begun = time.monotonic()
         with whole_folder(place) as partial:
             work(partial)

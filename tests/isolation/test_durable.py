@@ -65,8 +65,8 @@ def brief(few_draws):
     return short()
 
 
-def killed_after(seconds, work):
-    """Do the work in a child process and kill -9 it; True if it was still at it."""
+def ended_after(seconds, work, number):
+    """Do the work in a child process and send it a signal; how it ended."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # python 3.12 warns of forks beside threads
         child = os.fork()
@@ -76,8 +76,8 @@ def killed_after(seconds, work):
         finally:
             os._exit(0)
     time.sleep(seconds)
-    os.kill(child, signal.SIGKILL)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    os.kill(child, number)
+    return os.waitpid(child, 0)[1]
 
 
 class Slow(FakeEngine):
@@ -93,7 +93,8 @@ class Slow(FakeEngine):
 def kills(work, *, times, seconds, seed=0):
     """Kill -9 at random moments of what would take so many seconds; how often the run was still going."""
     moments = random.Random(seed)
-    return sum(killed_after(moments.uniform(0.05, 1.0) * seconds, work) for _ in range(times))
+    ends = [ended_after(moments.uniform(0.05, 1.0) * seconds, work, signal.SIGKILL) for _ in range(times)]
+    return sum(os.WIFSIGNALED(status) for status in ends)
 
 
 def test_killed_twice_and_resumed_it_has_the_same_numbers(whole, tmp_path):
@@ -103,6 +104,32 @@ def test_killed_twice_and_resumed_it_has_the_same_numbers(whole, tmp_path):
     assert_same(found, whole)
     assert_same(Isolation.load(tmp_path), whole)
     assert any(line.startswith("resumed: ") for line in lines)
+
+
+@pytest.mark.slow
+def test_sigterm_at_any_moment_leaves_every_file_whole(whole, tmp_path):
+    """Twelve moments all over a run, each going on from the one before; the command's own handler is at work."""
+    from av_lens.cli.main import _Stops
+
+    def work():
+        with _Stops() as stops:
+            try:
+                run(tmp_path / "out", engine=Slow())
+            except KeyboardInterrupt:
+                os._exit(stops.code)
+
+    moments, stopped = random.Random(1), 0
+    for _ in range(12):
+        status = ended_after(moments.uniform(0.05, 1.5), work, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(status) in (0, 143)
+        stopped += os.waitstatus_to_exitcode(status) == 143
+        assert not list((tmp_path / "out").rglob("*.part"))
+        for path in (tmp_path / "out" / "measured").glob("*"):
+            np.load(path).close()
+        ledger = tmp_path / "out" / durable.LEDGER
+        assert all(json.loads(line) for line in (ledger.read_text() if ledger.exists() else "").splitlines())
+    assert stopped >= 4
+    assert_same(run(tmp_path / "out"), whole)
 
 
 MODES = ("half written", "not moved", "moved", "ledger")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from disk_faults import failing, kinds_at
-from fake_model import FakeEngine, fake_conflicts
+from fake_model import FakeConflict, FakeEngine, fake_conflicts
 from same_isolation import assert_same
 
 from av_lens import isolate
@@ -20,7 +22,9 @@ from av_lens.isolation import cost, durable
 from av_lens.isolation.durable import LEDGER, LOCK, watched_run
 from av_lens.isolation.protocol import differences, hash_of
 from av_lens.isolation.store import Store
+from av_lens.results.record import RECORD
 from av_lens.results.statistics import Bootstrap
+from av_lens.whole_files import make_folder, write_whole
 
 IDS = ["c0", "c1", "c2"]
 
@@ -41,6 +45,7 @@ def small(folder, told=None, *, names=("reading", "head effects"), protocol=None
             for one in IDS
         }
         ledger.figures = {one: {"G": 7.0} for one in IDS}
+        write_whole(make_folder(folder / RECORD) / "isolation.json", "{}")
     return found, store.made
 
 
@@ -63,7 +68,7 @@ def test_a_fault_at_any_file_is_a_sentence_and_the_next_run_goes_on(tmp_path):
     with failing(None) as seen:
         small(tmp_path / "counted")
     points = list(dict.fromkeys(seen))
-    assert {LOCK, "protocol.json", "program.txt", LEDGER} < set(points)
+    assert {LOCK, "protocol.json", "program.txt", LEDGER, "isolation.json"} < set(points)
     assert sum(name.startswith(("reading-", "head-effects-")) for name in points) == 6
     for target in points:
         for kind in kinds_at(target, LOCK):
@@ -186,7 +191,7 @@ def test_a_measurement_that_cannot_be_read_stops_the_run(tmp_path):
         small(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[]", b"{", b"x" * 64])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"", b"[]", b"{", b'{"halves": [1]}', b'{"model": 3}'])
 def test_a_damaged_protocol_is_refused_and_once_deleted_nothing_is_lost(content, tmp_path):
     small(tmp_path)
     (tmp_path / "protocol.json").write_bytes(content)
@@ -273,16 +278,23 @@ def run(out=None, conflicts=None, engine=None):
         return isolate(None, listed, engine=engine, out=out, s=0.1, quick=True)
 
 
-class OnDisk:
+@dataclass(frozen=True)
+class OnDisk(FakeConflict):
     """A fake conflict whose clips are files."""
 
-    def __init__(self, conflict, folder):
-        self.__dict__.update(vars(conflict))
-        for role, answer in (("sound", conflict.a), ("picture", conflict.v)):
-            path = folder / f"{conflict.id}-{role}.mp4"
-            path.write_text(f"{conflict.id} {role}")
-            setattr(self, role, SimpleNamespace(path=str(path), start=0.0, end=1.0, answer=answer, load=None))
-        self.answers = conflict.answers
+    folder: str = ""
+
+    def clip(self, role, answer):
+        path = f"{self.folder}/{self.id}-{role}.mp4"
+        return SimpleNamespace(path=path, start=0.0, end=1.0, answer=answer, load=None)
+
+    @property
+    def sound(self):
+        return self.clip("sound", self.a)
+
+    @property
+    def picture(self):
+        return self.clip("picture", self.v)
 
 
 def test_clips_are_known_by_content_and_window(tmp_path):
@@ -327,7 +339,10 @@ def test_protocols_name_the_clips_that_changed():
 @pytest.mark.slow
 def test_a_clip_that_vanishes_or_changes_stops_the_run_by_name(tmp_path):
     (tmp_path / "clips").mkdir()
-    listed = [OnDisk(one, tmp_path / "clips") for one in fake_conflicts(44)]
+    listed = [OnDisk(**vars(one), folder=str(tmp_path / "clips")) for one in fake_conflicts(44)]
+    for one in listed:
+        for clip in (one.sound, one.picture):
+            Path(clip.path).write_text(clip.path)
     whole = run(conflicts=listed)
     gone = tmp_path / "clips" / f"{listed[40].id}-sound.mp4"
     held = gone.read_bytes()
@@ -353,10 +368,18 @@ def test_a_clip_that_vanishes_or_changes_stops_the_run_by_name(tmp_path):
 # The ledger
 
 
-def test_the_ledger_is_appended_and_in_the_end_a_line_for_each_conflict(tmp_path):
+def test_the_ledger_is_appended_and_in_the_end_a_line_for_each_conflict(tmp_path, monkeypatch):
+    known, append = [], durable.append_line
+
+    def growing(path, line, **more):
+        known.append(path.read_bytes())
+        append(path, line, **more)
+        assert path.read_bytes() == known[-1] + f"{line}\n".encode()
+
+    monkeypatch.setattr(durable, "append_line", growing)
     with failing(None) as seen:
         small(tmp_path)
-    assert seen.count(LEDGER) == 1 + 5 + 1  # anew at the first measurement, a line for each other, anew at the end
+    assert (len(known), seen.count(LEDGER)) == (5, 1 + 5 + 1)  # anew at the first measurement and at the end
     assert rows_of(tmp_path, times=False) == [
         {"id": one, "half": half, "G": 7.0, "done": ["reading", "head effects"], "seconds": 0}
         for one, half in zip(IDS, ("discovery", "discovery", "confirmation"), strict=True)

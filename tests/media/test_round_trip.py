@@ -167,7 +167,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("av_lens.media.encoding.os.replace", full)
+    monkeypatch.setattr("av_lens.whole_files.os.replace", full)
     with pytest.raises(MediaError, match="No space left on device"):
         made.clip(waveform=-made.chirp()).save(path)
     assert path.read_bytes() == old

@@ -247,7 +247,7 @@ def test_the_bundle_holds_figures_and_numbers_that_open_again(found, tmp_path):
     assert "cdn.plot" not in html
     assert (tmp_path / "out" / "figures" / "plotly.min.js").exists()
     assert len(pd.read_csv(tmp_path / "out" / "numbers" / "calibration.csv")) == 4
-    assert not list((tmp_path / "out").rglob("*.part"))
+    assert not list((tmp_path / "out").rglob(".*.part"))
 
 
 class TestWords:

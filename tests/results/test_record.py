@@ -48,7 +48,7 @@ def test_files_are_plain_data(tmp_path):
     assert "NaN" not in (tmp_path / "isolation.json").read_text()
     with np.load(tmp_path / "arrays.npz", allow_pickle=False) as data:
         assert all(data[key].dtype == np.float64 for key in data.files)
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_an_empty_record_round_trips(tmp_path):

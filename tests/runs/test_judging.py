@@ -137,6 +137,13 @@ def test_replies_are_kept_by_content(tmp_path):
         one.score_all(items)
         judge(server, cache=tmp_path, model="judge-2").score("a", ["x"], aspect="audio")
         assert len(server.requests) == 6
+        one, two = sorted(tmp_path.iterdir())[1:3]
+        held = one.read_text()
+        one.write_text(two.read_text())  # exchanged: both asked again
+        two.write_text(held)
+        judge(server, cache=tmp_path).score_all(items)
+        judge(server, cache=tmp_path, model="judge-2").score("a", ["x"], aspect="audio")
+        assert len(server.requests) == 8
 
 
 def test_the_key_is_sent_and_stands_nowhere_else(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from small_av import small_inputs, small_model
 from tiny import tiny_hf_model, tiny_processor
 
 import av_lens as avl
-from av_lens.errors import AvLensError, InputError, ModelError
+from av_lens.errors import AvLensError, FileError, InputError, ModelError
 from av_lens.interventions import Plan, Site, add, cut, zero
 from av_lens.runs import Trace
 from av_lens.runs import trace_files as files
@@ -245,7 +245,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path,
         raise OSError("no space left on device")
 
     monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(FileError, match=r"cannot write .*run\.safetensors: no space left on device\. Make room"):
         trace.save(path)
     assert path.read_bytes() == before
     assert [found.name for found in tmp_path.iterdir()] == ["run.safetensors"]
