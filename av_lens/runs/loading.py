@@ -191,7 +191,8 @@ class _Source:
         except (AvLensError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
             if "custom code" in str(error):
                 raise ModelError(self._own_code(what)) from error
             if self.folder is not None:
