@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import resource
+import struct
+import subprocess
+import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
