@@ -299,6 +299,7 @@ def _weights(family: Family, source: _Source, dtype: torch.dtype) -> Any:
             dtype=dtype,
             attn_implementation="eager",
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
         )

@@ -198,24 +198,36 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no header": (lambda f: write(f, "model.safetensors", "x"), "cut short: its header should have"),
     "NaN": (no_number, r"the weight .*lm_head.weight of .* holds 2 numbers of \d+ that are NaN or infinite"),
     "whole numbers": (as_whole_numbers, "is stored as I32; weights are floating-point numbers"),
-    "config cut": (lambda f: write(f, "config.json", '{"model_type": '), "config.json is not a configuration, or damaged"),
+    "config cut": (
+        lambda f: write(f, "config.json", '{"model_type": '),
+        "config.json is not a configuration, or damaged",
+    ),
     "config a list": (lambda f: write(f, "config.json", "[1]"), "config.json is not a configuration"),
     "config without end": (lambda f: text(f, num_hidden_layers=10**9), "which is no size of a model"),
     "config too large": (lambda f: text(f, hidden_size=2**16), r"config.json wants \d+: they do not belong together"),
     "wider": (lambda f: text(f, intermediate_size=130), "weights of .* have other sizes than config.json says"),
     "deeper": (lambda f: text(f, num_hidden_layers=5, layer_types=["full_attention"] * 5), "weights of .* are missing"),
-    "shallower": (lambda f: text(f, num_hidden_layers=3, layer_types=["full_attention"] * 3), "belong to layers that config.json does not have"),
-    "a word for a number": (lambda f: text(f, hidden_size="64"), "cannot read config.json|cannot read model.safetensors"),
+    "shallower": (
+        lambda f: text(f, num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        "belong to layers that config.json does not have",
+    ),
+    "a word for a number": (
+        lambda f: text(f, hidden_size="64"),
+        "cannot read config.json|cannot read model.safetensors",
+    ),
     "missing shard": (sharded, "names the weight file 'model-00002-of-00002.safetensors', which is not in the folder"),
     "shard outside": (outside, "names the weight file '../../etc/passwd', which is not in the folder"),
     "pickle alone": (pickled, "it has pytorch_model.bin: pickled weights can run code when they are opened"),
     "an adapter": (lambda f: write(f, "adapter_config.json", "{}"), "merge it into its base"),
     "more tokens": (other_tokens, "is another model's: it has 306 tokens, the model 266"),
-    "no processor": (lambda f: (f / "processor_config.json").unlink(), "cannot read the processor|without feature_extractor"),
+    "no processor": (
+        lambda f: (f / "processor_config.json").unlink(),
+        "cannot read the processor|without feature_extractor",
+    ),
     "processor cut": (lambda f: write(f, "processor_config.json", "{"), "processor_config.json is not a configuration"),
     "tokenizer cut": (lambda f: write(f, "tokenizer.json", "{"), "cannot read the processor"),
     "own template": (lambda f: write(f, "chat_template.jinja", "{{ ''.__class__.__mro__ }}"), "chat template fails"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
@@ -231,7 +243,7 @@ def test_what_headers_tell_is_told_without_opening_the_model(folder: Path):
     cut_short(folder)
     with pytest.raises(ModelError, match="cut short or overwritten"):
         check_checkpoint(str(folder))
-    with pytest.raises(ModelError, match="'.*/copi' does not exist. Did you mean '.*/copy'"):
+    with pytest.raises(ModelError, match=r"'.*/copi' does not exist\. Did you mean '.*/copy'"):
         check_checkpoint(str(folder.with_name("copi")))
 
 
@@ -249,8 +261,11 @@ SAVED: dict[str, tuple[Callable[[Path], Any], Callable[[Path], Any]]] = {
         lambda path: Trace.load(path, small_model(), small_inputs()),
     ),
     "Plan": (lambda place: plan().save(place / "a.json", model=small_model()), Plan.load),
-    "Evaluation": (lambda place: Evaluation(FRAME, FRAME, about={"clips": "ab"}).save(place / "a.json"), Evaluation.load),
-}  # fmt: skip
+    "Evaluation": (
+        lambda place: Evaluation(FRAME, FRAME, about={"clips": "ab"}).save(place / "a.json"),
+        Evaluation.load,
+    ),
+}
 
 
 def survive(kind: str, place: Path, seeds: range) -> Counter[str]:
