@@ -9,7 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,11 @@ OWN_CODE: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+def parted(kinds: Iterable[str], *slow: str) -> list[Any]:
+    """Kinds as parameters, those that open a model once more among the slow tests."""
+    return [pytest.param(kind, marks=pytest.mark.slow if kind in slow else ()) for kind in kinds]
+
+
 def armed(folder: Path) -> Path:
     """Code beside the weights that leaves a mark when it is run."""
     mark = folder / "it_ran"
@@ -107,7 +112,7 @@ def armed(folder: Path) -> Path:
     return mark
 
 
-@pytest.mark.parametrize("kind", OWN_CODE)
+@pytest.mark.parametrize("kind", parted(OWN_CODE, "parts", "kernel"))
 def test_no_code_from_a_checkpoint_runs_or_is_asked_about(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch):
     change, named = OWN_CODE[kind]
     change(folder)
@@ -229,8 +234,18 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "own template": (lambda f: write(f, "chat_template.jinja", "{{ ''.__class__.__mro__ }}"), "chat template fails"),
 }
 
+OPENED = (
+    "config too large",
+    "deeper",
+    "a word for a number",
+    "more tokens",
+    "no processor",
+    "tokenizer cut",
+    "own template",
+)
 
-@pytest.mark.parametrize("kind", DAMAGED)
+
+@pytest.mark.parametrize("kind", parted(DAMAGED, *OPENED))
 def test_a_damaged_or_mismatched_checkpoint_is_refused_in_words(kind: str, folder: Path):
     change, said = DAMAGED[kind]
     change(folder)
