@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Lowest first: a room may import from itself and from every room before it.
 ORDER = [
-    {"errors", "axes", "brief", "checks", "colours", "spans", "whole_files"},
+    {"errors", "axes", "brief", "checks", "checkpoints", "colours", "spans", "whole_files"},
     {"media", "results"},
     {"inputs"},
     {"bridge"},

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import entry_points
-from importlib.resources import files
+
+from av_lens.checkpoints import index
 
 _HUB_NAMES = {"Qwen2_5OmniThinkerForConditionalGeneration": "Qwen/Qwen2.5-Omni-3B, Qwen/Qwen2.5-Omni-7B (thinker only)"}
 
@@ -15,11 +15,7 @@ def short_names() -> list[tuple[str, str]]:
     Returns:
         (name, one-line summary) of each, in the index's order; empty where none are installed.
     """
-    index = files("av_lens") / "organism" / "checkpoints" / "index.json"
-    if not index.is_file():
-        return []
-    listed = json.loads(index.read_text(encoding="utf-8"))
-    return [(name, str(entry.get("summary", ""))) for name, entry in listed.items()]
+    return [(name, str(entry.get("summary", ""))) for name, entry in index().items()]
 
 
 def families() -> list[tuple[str, str]]:

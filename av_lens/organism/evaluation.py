@@ -122,7 +122,8 @@ class Evaluation:
             content = whole_object(parse_json(Path(path).read_bytes(), finite=False), "it")
             if content.get("schema") != SCHEMA:
                 raise ModelError(f"{path} is no evaluation of schema {SCHEMA} (found {content.get('schema')}).")
-            tables = {name: pd.DataFrame(content[name]["data"], columns=content[name]["columns"]) for name in _TABLES}
+            columns = {name: [str(column) for column in content[name]["columns"]] for name in _TABLES}
+            tables = {name: pd.DataFrame(content[name]["data"], columns=columns[name]) for name in _TABLES}
             return cls(**tables, about=whole_object(content["about"], "about"))
 
 

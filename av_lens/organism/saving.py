@@ -102,7 +102,12 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Any:
     place = folder if difference is None else base_of(difference)
     with _quiet():
         model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-            os.fspath(place), dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            os.fspath(place),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
     if difference is not None:
         difference.check_base(place)

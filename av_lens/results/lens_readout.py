@@ -227,7 +227,7 @@ class LensReadout:
         top, best = of("top_ids").astype(np.int64), of("best_others").astype(np.float64)
         if top.shape[:3] != grids[0].shape[:1] + grids[0].shape[2:] or best.shape[:2] != top.shape[:2]:
             raise ValueError(f"its tokens have the shape {top.shape}, its ranks {grids[0].shape}")
-        if not {str(token) for token in np.unique(top[top >= 0])} <= set(texts):
+        if not {str(token) for token in np.unique(top[top != -1])} <= set(texts):
             raise ValueError("some of its tokens have no text")
         return cls(
             readings(grids[0], "rank", **made),

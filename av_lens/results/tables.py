@@ -377,7 +377,7 @@ def read_table(path: Path, name: str) -> pd.DataFrame:
             if found != list(columns):
                 raise ValueError(f"its columns should be {','.join(columns)}")
             # A row has every column, so that memory is bounded by the file's size (some 30 times).
-            cells = list(zip(*lines, strict=True)) or [()] * len(columns)
+            cells: list[Any] = list(zip(*lines, strict=True)) or [()] * len(columns)
         if len(cells) != len(columns):
             raise ValueError(f"its rows have {len(cells)} columns, not {len(columns)}")
         return pd.DataFrame(

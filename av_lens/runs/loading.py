@@ -232,7 +232,8 @@ class _Source:
         except (AvLensError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
             if "custom code" in str(error):
                 raise ModelError(self._own_code(what)) from error
             if self.folder is not None:
@@ -339,6 +340,7 @@ def _weights(family: Family, source: _Source, dtype: torch.dtype) -> Any:
             dtype=dtype,
             attn_implementation="eager",
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
         )

@@ -61,6 +61,7 @@ def edges(word: str) -> EdgeScores:
 
 def circuit(word: str) -> Circuit:
     nodes = pd.DataFrame({"node": [word], "layer": [0], "head": [0], "score": [1.0], "member": [True], "how": [word]})
+    nodes = nodes.assign(low=[0.5], high=[2.0], place=[1], kept=[1.0])
     ones = [1.0, 1.0]
     areas = pd.DataFrame({"empty": "zero", "figure": ["f", "span"], "value": ones, "low": ones, "high": ones})
     values = xr.Dataset(coords={"node": [word], "empty": ["zero"]})
