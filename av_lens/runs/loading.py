@@ -143,10 +143,8 @@ def _check_count(wanted: int, held: int, name: str) -> None:
 def _require_plain(hf_model: Any) -> None:
     """Refuse a model that is not plain weights in one place, whether it was loaded so or its layers were changed."""
     parameters = list(hf_model.parameters())
-    mapped: Mapping[str, Any] = getattr(hf_model, "hf_device_map", None) or {}
-    places = {str(one.device) for one in parameters} | (
-        {str(one) for one in mapped.values()} if len(mapped) > 1 else set()
-    )
+    mapped = {str(one) for one in (getattr(hf_model, "hf_device_map", None) or {}).values()}
+    places = {str(one.device) for one in parameters} | (mapped if len(mapped) > 1 else set[str]())
     if len(places) > 1 or places & {"meta", "disk"}:
         raise ModelError(
             f"this model is split over several places ({', '.join(sorted(places))}); av_lens runs models that lie on "

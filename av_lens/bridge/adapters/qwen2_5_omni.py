@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, UnembeddingBridge
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerModel
 
 from av_lens.bridge.attention import RealAttentionBridge
 from av_lens.bridge.blocks import FullBlockBridge, RealRMSNormBridge, TowerBridge
@@ -63,8 +64,7 @@ class Qwen2_5OmniThinkerAdapter(ArchitectureAdapter):
             hf_model: the thinker, before its layers are wrapped.
         """
         super().prepare_model(hf_model)
-        hf_model.model.register_forward_pre_hook(_with_positions, with_kwargs=True)
-        hf_model.model.register_forward_hook(_with_its_deltas)
+        hf_model.model.__class__ = ContinuedThinker  # a torch hook would stand among the caller's
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
         """Give the bridge its `hook_embed`: the stream after the media are scattered in.
@@ -114,28 +114,45 @@ def replay_traits(config: Any) -> ReplayTraits:
     return ReplayTraits(sliding_window=text.sliding_window if sliding else None)
 
 
-def _with_positions(thinker: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Positions for a step that continues a cache; HuggingFace's own are those of the whole mask, not of the step.
+class ContinuedThinker(Qwen2_5OmniThinkerModel):
+    """HuggingFace's own, which also continues a cache without being told positions.
 
-    A prompt that came without a mask is whole: without one HuggingFace counts its media as text.
+    HuggingFace's positions of such a step are those of the whole mask, and how far media moved them is remembered of
+    the last prompt alone. A prompt that comes without a mask is whole: HuggingFace would count its media as text.
     """
-    ids, embeds, cache = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
-    new = ids if ids is not None else embeds
-    if new is None or kwargs.get("position_ids") is not None:
-        return args, kwargs
-    past, mask = 0 if cache is None else cache.get_seq_length(), kwargs.get("attention_mask")
-    if not past:
-        if ids is None:
-            return args, kwargs
-        _require_media(thinker.config, ids, kwargs)
-        return args, {**kwargs, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+
+    def forward(self, **kwargs: Any) -> Any:
+        """Run the thinker.
+
+        Args:
+            **kwargs: as HuggingFace's thinker takes them.
+
+        Returns:
+            HuggingFace's output.
+        """
+        ids, embeds, cache = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
+        past = 0 if cache is None else cache.get_seq_length()
+        if kwargs.get("position_ids") is None and past:
+            kwargs["position_ids"] = _continued(ids if ids is not None else embeds, cache, kwargs.get("attention_mask"))
+        elif kwargs.get("position_ids") is None and ids is not None:
+            _require_media(self.config, ids, kwargs)
+            if kwargs.get("attention_mask") is None:
+                kwargs["attention_mask"] = torch.ones_like(ids)
+        output = super().forward(**kwargs)
+        if output.past_key_values is not None and not past:
+            output.past_key_values.rope_deltas = self.rope_deltas
+        return output
+
+
+def _continued(new: Any, cache: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions `[3, batch, pos]` of tokens that continue a cache."""
     if mask is None:
-        mask = new.new_ones(new.shape[0], past + new.shape[1], dtype=torch.long)
+        mask = torch.ones(new.shape[0], cache.get_seq_length() + new.shape[1], dtype=torch.long, device=new.device)
     positions = (mask.long().cumsum(-1) - 1)[:, -new.shape[1] :]
     deltas = getattr(cache, "rope_deltas", None)
     if deltas is not None:
         positions = positions + deltas.repeat_interleave(len(positions) // len(deltas), 0).to(positions.device)
-    return args, {**kwargs, "position_ids": positions.expand(3, -1, -1)}
+    return positions.expand(3, -1, -1)
 
 
 def _require_media(config: Any, ids: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
@@ -149,13 +166,6 @@ def _require_media(config: Any, ids: torch.Tensor, kwargs: Mapping[str, Any]) ->
                 "bare placeholders. Use model(x), model.generate(x), or model.bound(x) for tools that take ids. "
                 "(TransformerLens's generate hands media on with the cache alone: leave use_past_kv_cache on.)"
             )
-
-
-def _with_its_deltas(thinker: Any, args: tuple[Any, ...], output: Any) -> None:
-    """Keep with a prompt's cache how far its media moved the positions; the thinker knows the last prompt's alone."""
-    cache = output.past_key_values
-    if cache is not None and not hasattr(cache, "rope_deltas"):
-        cache.rope_deltas = thinker.rope_deltas
 
 
 def _tensor(value: Any) -> torch.Tensor | None:
