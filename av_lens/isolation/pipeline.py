@@ -39,6 +39,7 @@ from av_lens.isolation.stages import further
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, standing
 from av_lens.results.record import RECORD, Isolation
 from av_lens.runs.remembered_towers import remembered_towers
+from av_lens.runs.standing_hooks import places, standing_hooks
 
 NOT_INTERPRETABLE, EXPLORATORY = "not interpretable", "exploratory"
 
@@ -85,11 +86,13 @@ def isolate(
 
     Raises:
         ProtocolError: too few conflicts; under gate="stop" also a model that would say neither answer or does not hear;
-            a folder that holds another protocol.
+            a folder that holds another protocol, or is to be written while hooks stand on the model.
         FileError: `out` is no folder that can be written, or holds what cannot be read.
         UnfinishedError: the budget is spent, the disk is full, or a clip is gone.
     """
     options = Options(tuple(sites), s, gate, seed, layout, quick, named_only)
+    if out is not None:
+        _refuse_hooks(model)
     run = prepared(model, conflicts, options, engine=engine, progress=progress)
     folder = None if out is None else Path(out)
     watched = watched_run(
@@ -112,6 +115,16 @@ def isolate(
         if folder is not None:
             found.save(folder / RECORD)
     return found
+
+
+def _refuse_hooks(model: Any) -> None:
+    """Refuse to keep what is measured under hooks: a later session would go on without them and mix the two."""
+    standing = standing_hooks(model) if hasattr(model, "bridge") else ()
+    if standing:
+        raise ProtocolError(
+            f"`out` keeps measurements from which a later session goes on, and hooks stand on the model at "
+            f"{places(model, standing)}: functions cannot be kept with them. Take the hooks off, or leave `out` out."
+        )
 
 
 def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:

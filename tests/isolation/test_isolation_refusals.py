@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_model import FakeConflict, FakeEngine, fake_conflicts
+from small_av import small_model
 
 from av_lens.errors import ProtocolError
 from av_lens.inputs import Answer
@@ -266,3 +267,14 @@ def test_past_the_gate_competence_and_what_is_analysed_are_told_apart():
     assert 0 < frame["competent"].sum() < len(frame)
     chosen = found.behaviour[found.behaviour["chosen"] == "competent"]
     assert chosen["n"].max() < found.behaviour[found.behaviour["chosen"] == "all"]["n"].max()
+
+
+def test_what_is_measured_under_hooks_is_not_kept(tmp_path):
+    model = small_model()
+    look = ("blocks.1.attn.hook_z", lambda z, hook: None)
+    with (
+        model.hooks(fwd_hooks=[look]),
+        pytest.raises(ProtocolError, match=r"`out` keeps .* at blocks.1.attn.o.hook_in:"),
+    ):
+        isolate(model, fake_conflicts(44), engine=FakeEngine(), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

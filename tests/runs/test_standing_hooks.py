@@ -14,8 +14,8 @@ from small_av import small_inputs, small_model
 from torch.nn.modules.module import register_module_forward_hook
 
 import av_lens as avl
-from av_lens.errors import BudgetError, InterventionError
-from av_lens.interventions import Plan, Site, cut, zero
+from av_lens.errors import BudgetError, InterventionError, ModelError
+from av_lens.interventions import Plan, Site, cut, replace, zero
 from av_lens.runs import logit_diff, run, sweep
 from av_lens.runs.remembered_towers import remembered_towers
 from av_lens.runs.standing_hooks import standing_hooks
@@ -200,6 +200,20 @@ def test_backward_hooks_act_on_gradients():
     with model.hooks(bwd_hooks=[("blocks.2.hook_resid_pre", lambda grad, hook: grad * 2.0)]):
         doubled = model.trace(x).gradients(site, logit_diff("a", "b")).gradient[0]
     torch.testing.assert_close(doubled, 2.0 * unhooked, atol=1e-6, rtol=1e-4)
+
+
+def test_patching_is_of_the_hooked_model_and_what_computes_layers_by_itself_says_that_it_cannot():
+    model, (clean, corrupt) = small_model(), (small_inputs((seed,)) for seed in (0, 1))
+    pair, metric = avl.Pair(clean=clean, corrupt=corrupt), logit_diff("a", "b")
+    with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: z * 0.3)]):
+        grid = avl.patch(model, pair, at="generation", metric=metric)
+        z = run(model, clean, capture=[Site("z", 2, positions="generation")]).cache["z", 2].detach()
+        plan = Plan(replace(Site("z", 2, 1, "generation"), z[:, :, [1]]))
+        wanted = metric.bind(model.tokenizer)(run(model, corrupt, plan=plan).logits.detach())
+        assert float(grid.values.values[0, 2, 1]) == pytest.approx(float(wanted), abs=1e-5)
+        for verb, what in ((avl.path_patch, "path patching"), (avl.edge_attribution, "edge attribution")):
+            with pytest.raises(ModelError, match=rf"{what} .* cannot here: hooks stand at blocks.0.attn"):
+                verb(model, pair, metric=metric)
 
 
 # Other hooks than at the recording
