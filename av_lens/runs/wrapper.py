@@ -215,8 +215,8 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
             InputError: an unknown keyword, or one without effect here.
             InterventionError: a name is no hook of the model, the filter selects none, or the run did not pass there.
         """
-        takers = (self.bridge.run_with_cache, self.bridge.get_caching_hooks)  # the second one names `device`
-        ids, options = self._asked("run_with_cache", x, options, *takers)
+        own, theirs = self.run_with_cache, self.bridge.run_with_cache
+        ids, options = self._asked("run_with_cache", x, options, own, theirs, self.bridge.get_caching_hooks)
         gates = gates_of_filter(names_filter, self._known)
         with open_gates(self.bridge, gates):
             accept = names_filter
@@ -250,7 +250,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
             InputError: an unknown keyword, or one without effect here.
             InterventionError: a name is no hook of the model, a function selects none, or a hook did not fire.
         """
-        ids, options = self._asked("run_with_hooks", x, options, self.bridge.run_with_hooks)
+        ids, options = self._asked("run_with_hooks", x, options, self.run_with_hooks, self.bridge.run_with_hooks)
         attaching, options = parted(options, ("reset_hooks_end", "clear_contexts"))
         if bwd_hooks and attaching.get("reset_hooks_end", True):
             raise InterventionError(
