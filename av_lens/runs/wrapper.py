@@ -24,9 +24,8 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from av_lens.bridge.families import Family, family_of
 from av_lens.checks import require_keywords
-from av_lens.errors import InterventionError, ModelError
+from av_lens.errors import InterventionError
 from av_lens.runs.budget import ModelSpec, require_budget, selected
-from av_lens.runs.copies import OF_WEIGHTS, copied
 from av_lens.runs.decoding import Decoding, generate_with_hooks
 from av_lens.runs.forwarding import ForwardedAttributes
 from av_lens.runs.gates import HookPair, counted, gates_of_filter, gates_of_hooks, only_open, open_gates
@@ -358,40 +357,3 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         require_keywords("trace", options, record, own=("model", "x"))
         require_inputs("trace", x)
         return record(self, x, **options)
-
-    # HookedTransformer's numerics
-
-    def compatible(self) -> HookedAVLLM:
-        """A new model with HookedTransformer's numerics: norms folded, weights centred; log-probs agree to 1e-5.
-
-        Returns:
-            A second model; this one stays as it is. It takes as much memory again.
-        """
-        other = copied(self, "compatible")
-        other.handed_in = False
-        other.provenance = {**self.provenance, "processing": "HookedTransformer numerics"}
-        return other.enable_compatibility_mode()
-
-    def enable_compatibility_mode(self, **options: Any) -> HookedAVLLM:
-        """Give *this* model HookedTransformer's numerics, in place; its weights are rewritten.
-
-        Args:
-            **options: as TransformerLens has them (`fold_ln`, `center_unembed`, `no_processing`, ...).
-
-        Returns:
-            This model.
-
-        Raises:
-            InputError: an unknown keyword.
-            ModelError: the caller handed the HuggingFace model in, so its weights are not ours to rewrite.
-        """
-        require_keywords("enable_compatibility_mode", options, self.bridge.enable_compatibility_mode)
-        if self.handed_in:
-            raise ModelError(
-                "this model was handed in, and compatibility mode rewrites its weights in place. "
-                "Use model.compatible(), which makes a new one."
-            )
-        self.bridge.enable_compatibility_mode(**{"disable_warnings": True, **options})
-        for derived in OF_WEIGHTS:
-            self.__dict__.pop(derived, None)
-        return self
