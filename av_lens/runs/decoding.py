@@ -91,9 +91,10 @@ class Decoding:
         from transformers import GenerationConfig, GenerationMixin
 
         known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-        own = ("self", "inputs", "max_new_tokens", "do_sample", "transformers_version")
-        generate: Any = vars(GenerationMixin)["generate"]
-        require_keywords("generate", self.options, generate, own=own, more=known, refused=REFUSED)
+        theirs: Any = vars(GenerationMixin)["generate"]
+        own = ("self", "inputs", "model", "x", "how", "options", "reading", "transformers_version")
+        takers = (theirs, generate_with_hooks, Decoding)
+        require_keywords("generate", self.options, *takers, own=own, more=known, refused=REFUSED)
         asked = {name: value for name, value in self.options.items() if name in known}
         try:
             GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=self.do_sample, **asked).validate(

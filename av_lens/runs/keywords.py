@@ -53,7 +53,7 @@ def require_run_keywords(model: Any, verb: str, options: dict[str, Any], *takers
     media = _names(forward) - _names(text) - _names(model.bridge.forward)
     refused = {name: _MEDIA for name in media} | REFUSED
     bridge: Callable[..., Any] = model.bridge.forward
-    own = ("input", "input_ids", "names_filter", "fwd_hooks", "bwd_hooks", "cache")
+    own = ("x", "input", "input_ids", "cache")
     require_keywords(verb, options, bridge, forward, *takers, own=own, refused=refused)
     require_choice("return_type", options.get("return_type", "logits"), RETURN_TYPES)
     _require_stop(model, options)

@@ -1,4 +1,4 @@
-"""What torch's users call on a model: modes, precision and place; each returns the model.
+"""What changes a model that is there: modes, precision, place and numerics; each returns the model, as in torch.
 
 Training mode lets dropout act, where the configuration has any, and is what TransformerLens's training tools ask for;
 a trace is of evaluation mode and is refused in the other. Precision and place change the weights that are there: what
@@ -11,19 +11,21 @@ from typing import Any, TypeVar
 
 import torch
 
+from av_lens.checks import require_keywords
 from av_lens.errors import InputError, ModelError
-from av_lens.runs.copies import OF_WEIGHTS, cast
+from av_lens.runs.copies import OF_WEIGHTS, cast, copied
 
 M = TypeVar("M", bound="TorchModes")
 
 
 class TorchModes:
-    """`eval`, `train`, `to` and their kin."""
+    """`eval`, `train`, `to` and their kin, and HookedTransformer's numerics."""
 
     bridge: Any
     hf_model: Any
     handed_in: Any
     compatibility_mode: Any
+    provenance: Any
 
     def eval(self: M) -> M:
         """Switch to evaluation mode, in which models are loaded.
@@ -156,6 +158,41 @@ class TorchModes:
             This model.
         """
         return self.to(torch.float64)
+
+    def compatible(self: M) -> M:
+        """A new model with HookedTransformer's numerics: norms folded, weights centred; log-probs agree to 1e-5.
+
+        Returns:
+            A second model; this one stays as it is. It takes as much memory again.
+        """
+        other = copied(self, "compatible")
+        other.handed_in = False
+        other.provenance = {**self.provenance, "processing": "HookedTransformer numerics"}
+        return other.enable_compatibility_mode()
+
+    def enable_compatibility_mode(self: M, **options: Any) -> M:
+        """Give *this* model HookedTransformer's numerics, in place; its weights are rewritten.
+
+        Args:
+            **options: as TransformerLens has them (`fold_ln`, `center_unembed`, `no_processing`, ...).
+
+        Returns:
+            This model.
+
+        Raises:
+            InputError: an unknown keyword.
+            ModelError: the caller handed the HuggingFace model in, so its weights are not ours to rewrite.
+        """
+        require_keywords("enable_compatibility_mode", options, self.bridge.enable_compatibility_mode)
+        if self.handed_in:
+            raise ModelError(
+                "this model was handed in, and compatibility mode rewrites its weights in place. "
+                "Use model.compatible(), which makes a new one."
+            )
+        self.bridge.enable_compatibility_mode(**{"disable_warnings": True, **options})
+        for derived in OF_WEIGHTS:
+            self.__dict__.pop(derived, None)
+        return self
 
 
 def require_evaluation(model: Any) -> None:

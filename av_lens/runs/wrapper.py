@@ -25,10 +25,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from av_lens.bridge.attention import BUDGET_GB
 from av_lens.bridge.families import Family, family_of
 from av_lens.checks import require_keywords
-from av_lens.errors import InterventionError, ModelError
+from av_lens.errors import InterventionError
 from av_lens.inputs.answers import words_of
 from av_lens.runs.budget import ModelSpec, bounded, require_budget, selected
-from av_lens.runs.copies import OF_WEIGHTS, copied
 from av_lens.runs.decoding import Decoding, generate_with_hooks
 from av_lens.runs.forms import said_answer
 from av_lens.runs.forwarding import ForwardedAttributes
@@ -230,8 +229,8 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
             InputError: an unknown keyword, or one without effect here.
             InterventionError: a name is no hook of the model, the filter selects none, or the run did not pass there.
         """
-        takers = (self.bridge.run_with_cache, self.bridge.get_caching_hooks)  # the second one names `device`
-        ids, options = self._asked("run_with_cache", x, options, *takers)
+        own, theirs = self.run_with_cache, self.bridge.run_with_cache
+        ids, options = self._asked("run_with_cache", x, options, own, theirs, self.bridge.get_caching_hooks)
         gates = gates_of_filter(names_filter, self._known)
         with open_gates(self.bridge, gates):
             accept = names_filter
@@ -273,7 +272,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
             InputError: an unknown keyword, or one without effect here.
             InterventionError: a name is no hook of the model, a function selects none, or a hook did not fire.
         """
-        ids, options = self._asked("run_with_hooks", x, options, self.bridge.run_with_hooks)
+        ids, options = self._asked("run_with_hooks", x, options, self.run_with_hooks, self.bridge.run_with_hooks)
         attaching, options = parted(options, ("reset_hooks_end", "clear_contexts"))
         if bwd_hooks and attaching.get("reset_hooks_end", True):
             raise InterventionError(
@@ -389,40 +388,3 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         require_keywords("trace", options, record, own=("model", "x"))
         require_inputs("trace", x)
         return record(self, x, **options)
-
-    # HookedTransformer's numerics
-
-    def compatible(self) -> HookedAVLLM:
-        """A new model with HookedTransformer's numerics: norms folded, weights centred; log-probs agree to 1e-5.
-
-        Returns:
-            A second model; this one stays as it is. It takes as much memory again.
-        """
-        other = copied(self, "compatible")
-        other.handed_in = False
-        other.provenance = {**self.provenance, "processing": "HookedTransformer numerics"}
-        return other.enable_compatibility_mode()
-
-    def enable_compatibility_mode(self, **options: Any) -> HookedAVLLM:
-        """Give *this* model HookedTransformer's numerics, in place; its weights are rewritten.
-
-        Args:
-            **options: as TransformerLens has them (`fold_ln`, `center_unembed`, `no_processing`, ...).
-
-        Returns:
-            This model.
-
-        Raises:
-            InputError: an unknown keyword.
-            ModelError: the caller handed the HuggingFace model in, so its weights are not ours to rewrite.
-        """
-        require_keywords("enable_compatibility_mode", options, self.bridge.enable_compatibility_mode)
-        if self.handed_in:
-            raise ModelError(
-                "this model was handed in, and compatibility mode rewrites its weights in place. "
-                "Use model.compatible(), which makes a new one."
-            )
-        self.bridge.enable_compatibility_mode(**{"disable_warnings": True, **options})
-        for derived in OF_WEIGHTS:
-            self.__dict__.pop(derived, None)
-        return self
