@@ -262,7 +262,7 @@ def read_forms(model: Any, given: Sequence[Given], asked: Sequence[Iterable[str]
     return forms
 
 
-def said_answer(model: Any, given: Sequence[Given], answer: AnswerLike | Answer) -> Answer:
+def said_answer(model: Any, given: Sequence[Given], answer: AnswerLike | Answer) -> tuple[Answer, Forms | None]:
     """Find the tokens of one answer, read as the model says it after these inputs.
 
     Args:
@@ -271,13 +271,13 @@ def said_answer(model: Any, given: Sequence[Given], answer: AnswerLike | Answer)
         answer: the answer.
 
     Returns:
-        The answer with its ids.
+        The answer with its ids, and how its words are read.
 
     Raises:
         InputError: as `read_forms`.
     """
     forms = read_forms(model, given, [words_of(answer)] * sum(map(n_examples, given)))
-    return resolve(model.tokenizer, answer, None if forms is None else forms.chosen)
+    return resolve(model.tokenizer, answer, None if forms is None else forms.chosen), forms
 
 
 def require_known(model: Any, word: str) -> None:

@@ -156,6 +156,12 @@ class Metric:
             raise InputError(f"{self.name} names {n} answers for {examples} examples.")
         return read_forms(model, given, asked_words(sides, examples)) if given else None
 
+    def reading(self) -> str:
+        """Say which tokens the answers are, and in which form words are read."""
+        options = {text: ids[0].tolist() for text, ids in zip(self.texts, self.ids or (), strict=True)}
+        said = "; ".join(f"{text!r}: ids {ids}" for text, ids in options.items())
+        return "; ".join(filter(None, (said, *self.notes, "" if self.forms is None else str(self.forms))))
+
     @property
     def n_answers(self) -> int:
         """For how many examples answers were given: 1 where all share theirs."""

@@ -148,7 +148,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TransformerLensSide):
         """
         if words_of(options.get("answer") or ()):  # which tokens they are depends on what the model says there
             prompt = self.encoder.encode(clip, question, **{**options, "answer": None})
-            options["answer"] = said_answer(self, [prompt], options["answer"])
+            options["answer"], _ = said_answer(self, [prompt], options["answer"])
         return self.encoder.encode(clip, question, **options).to(self.device)
 
     def position_ids(self, tensors: Mapping[str, Any]) -> torch.Tensor:
