@@ -157,7 +157,7 @@ class Reading:
             best = int(medians.argmax())
             if exact[:, best].all():
                 break
-            self._run(np.flatnonzero(~exact[:, best]), FORMS[best])
+            self._run(np.flatnonzero(~exact[:, best]).tolist(), FORMS[best])
         at_most = tuple(form for form, whole in zip(FORMS, exact.all(0), strict=True) if not whole)
         return Forms(FORMS[best], dict(zip(FORMS, medians.tolist(), strict=True)), at_most)
 
@@ -181,7 +181,7 @@ class Reading:
             if exact[:, other].all():
                 word = self.rows[rows[0]][1]
                 return Doubt(word, FORMS[own], FORMS[other], (float(medians[own]), float(medians[other])))
-            self._run(np.asarray(rows)[~exact[:, other]], FORMS[other])
+            self._run([n for n, whole in zip(rows, exact[:, other], strict=True) if not whole], FORMS[other])
 
     def by_word(self) -> list[list[int]]:
         """Group the rows by word.
@@ -215,7 +215,7 @@ class Reading:
     @torch.no_grad()
     def _run(self, rows: Iterable[int], form: str) -> None:
         """Run a form of several tokens to its end, wherever these rows ask for it."""
-        wanted = {(self.places[self.rows[n][0]][0], self.ids[self.rows[n][1]][form]) for n in map(int, rows)}
+        wanted = {(self.places[self.rows[n][0]][0], self.ids[self.rows[n][1]][form]) for n in rows}
         for number, ids in sorted(wanted - self._known.keys()):
             x = self._input(number)
             tokens = torch.tensor([ids]).expand(len(x), -1)

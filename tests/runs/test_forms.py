@@ -61,7 +61,7 @@ def conflict(seed, answers=WORDS, **options):
 
 
 def token_ids(provenance):
-    return [side[0][0] for side in provenance["answer_ids"]]
+    return [side[0][0][0] for side in provenance["answer_ids"]]
 
 
 METRIC = logit_diff(*WORDS)
@@ -85,7 +85,7 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("form", ["word", " word", "Word"])
+@pytest.mark.parametrize("form", ["word", " word"])
 def test_every_metric_reads_the_form_that_is_said(form):
     model = speaking(form)
     x, y = encoded(model, 0), encoded(model, 1)
@@ -94,7 +94,7 @@ def test_every_metric_reads_the_form_that_is_said(form):
     assert token_ids(bound.provenance()) == wanted
     assert bound.forms is not None
     assert bound.forms.chosen == form
-    chances = model(x)[0, -1].softmax(-1)
+    chances = model(x)[0, -1].softmax(-1).detach()
     for one in FORMS:
         median = np.median([float(chances[ids(model, word, one)[0]]) for word in WORDS])
         np.testing.assert_allclose(bound.forms.median[one], median, rtol=1e-4)
@@ -141,7 +141,7 @@ def test_a_manifest_is_read_in_one_form_by_what_is_heard_and_seen_alone():
     assert read.forms is not None
     cells = [conflict(seed).cells(model) for seed in (0, 1)]
     said = [
-        float(model(cell[name])[0, -1].softmax(-1)[token])
+        float(model(cell[name])[0, -1].softmax(-1)[token].detach())
         for cell, pair in zip(cells, (wanted, wanted[::-1]), strict=True)
         for name, (token,) in zip(("aa", "vv"), pair, strict=True)
     ]
@@ -176,7 +176,7 @@ def test_a_long_word_is_as_likely_as_all_its_tokens():
     for form in FORMS:
         tokens = torch.tensor([ids(model, "ab", form)])
         logits = model(x.continued(tokens[:, :-1]))[0, x.spans.generation_position :].log_softmax(-1)
-        by_hand[form] = float(logits.gather(-1, tokens[0][:, None]).sum().exp())
+        by_hand[form] = float(logits.gather(-1, tokens[0][:, None]).sum().exp().detach())
     assert bound.forms.chosen == max(by_hand, key=by_hand.__getitem__)
     for form, chance in by_hand.items():
         if form in bound.forms.at_most:
@@ -216,20 +216,19 @@ def test_a_recorded_run_is_read_without_another(monkeypatch):
         np.testing.assert_allclose(found.forms.median[form], expected.forms.median[form], rtol=1e-4)
 
 
-@pytest.mark.parametrize("word", ["sirenx", "zebra", "a dog and a zebra"])
-def test_a_word_that_an_organism_was_never_taught_is_refused(word):
+def test_a_word_that_an_organism_was_never_taught_is_refused():
     model = avl.load("av-tiny")
     x = model.encode(avl.organism.clip("siren", seed=0), "What do you hear?")
-    broken = word.split()[-1]
     with pytest.raises(
-        InputError, match=rf"never taught the word '{broken}': its tokenizer breaks it into "
-    ) as refused:
-        measure(model, x, logit_diff(word, "dog"))
-    assert ("' siren' (" in str(refused.value) and "Did you mean 'siren'?" in str(refused.value)) == (word == "sirenx")
+        InputError, match=r"'sirenx': its tokenizer breaks it into ' siren' \(\d+\), 'x' .*mean 'siren'\?"
+    ):
+        measure(model, x, logit_diff("sirenx", "dog"))
+    with pytest.raises(
+        InputError, match="never taught the word 'zebra': its tokenizer breaks it into ' ' .*Known: dog, "
+    ):
+        avl.logit_lens(model, x, words=["a dog and a zebra"])
     with pytest.raises(InputError, match="never taught"):
-        avl.logit_lens(model, x, words=[word])
-    with pytest.raises(InputError, match="never taught"):
-        model.encode(avl.organism.clip("siren", seed=0), "What do you hear?", answer=word)
+        model.encode(None, "What do you hear?", answer="zebra")
 
 
 @pytest.mark.slow
