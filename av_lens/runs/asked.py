@@ -146,7 +146,9 @@ def notes_on(answers: list[list[Answer]], tokenizer: Any = None) -> tuple[str, .
             texts = " and ".join(repr(answer.text) for answer in row)
             notes.append(f"{texts} have unequal numbers of tokens: scored by the mean log-probability per token")
             break
-    broken = {option: answer.text for answer in flat for option in answer.options if len(option) > 1 and tokenizer}
+    if tokenizer is None:
+        return tuple(notes)
+    broken = {option: answer.text for answer in flat for option in answer.options if len(option) > 1}
     notes += [f"{text!r} is {len(ids)} tokens: {spelled(tokenizer, ids)}" for ids, text in list(broken.items())[:SHOWN]]
     notes += [f"... and {len(broken) - SHOWN} more such answers"] if len(broken) > SHOWN else []
     return tuple(notes)

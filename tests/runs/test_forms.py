@@ -223,9 +223,7 @@ def test_a_word_that_an_organism_was_never_taught_is_refused():
         InputError, match=r"'sirenx': its tokenizer breaks it into ' siren' \(\d+\), 'x' .*mean 'siren'\?"
     ):
         measure(model, x, logit_diff("sirenx", "dog"))
-    with pytest.raises(
-        InputError, match="never taught the word 'zebra': its tokenizer breaks it into ' ' .*Known: dog, "
-    ):
+    with pytest.raises(InputError, match=r"never taught the word 'zebra': its .*Known: dog, "):
         avl.logit_lens(model, x, words=["a dog and a zebra"])
     with pytest.raises(InputError, match="never taught"):
         model.encode(None, "What do you hear?", answer="zebra")
