@@ -30,6 +30,8 @@ from torch import Tensor
 from av_lens.errors import InputError, unknown
 from av_lens.inputs.answers import FORMS, Answer, AnswerLike, forms_of, in_form, resolve, spelled, words_of
 from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs.pairs import Pair
+from av_lens.runs.asked import asked_words
 from av_lens.runs.execution import logits_of
 from av_lens.runs.places import input_stacks, that_fit
 from av_lens.runs.recording import Record
@@ -260,6 +262,32 @@ def read_forms(model: Any, given: Sequence[Given], asked: Sequence[Iterable[str]
         if doubt is not None:
             raise InputError(doubt.sentence(model.tokenizer))
     return forms
+
+
+def read_sides(model: Any, x: Any, sides: Sequence[Sequence[Any]], *, name: str) -> Forms | None:
+    """Choose the form of a metric's words.
+
+    Args:
+        model: a `HookedAVLLM`, or None.
+        x: an input, a recorded run, a pair (whose clean input is read), or several.
+        sides: the metric's answers, one for all examples or one for each.
+        name: what errors call the metric.
+
+    Returns:
+        The choice; None where no word is asked, or nothing is there to read it by.
+
+    Raises:
+        InputError: as `read_forms`, or answers for another number of examples.
+    """
+    n = max(len(side) for side in sides)
+    items = [x] if isinstance(x, AVInputs | Record | Pair) else list(x)
+    given = [one.clean if isinstance(one, Pair) else one for one in items]
+    if model is None or not given or not any(asked_words(sides, n)):
+        return None
+    examples = sum(map(n_examples, given))
+    if n not in (1, examples):
+        raise InputError(f"{name} names {n} answers for {examples} examples.")
+    return read_forms(model, given, asked_words(sides, examples))
 
 
 def said_answer(model: Any, given: Sequence[Given], answer: AnswerLike | Answer) -> tuple[Answer, Forms | None]:
