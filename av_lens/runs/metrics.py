@@ -121,8 +121,7 @@ class Metric:
             nothing.
 
         Raises:
-            InputError: an answer without tokens, two that cannot be told apart, a word that is not known, or one that
-                is said in another form than the others.
+            InputError: an answer without tokens, two that cannot be told apart, or a word that is unknown or doubtful.
         """
         if self.ids is not None or self.kind in ("kl", "custom"):
             return self
@@ -139,8 +138,8 @@ class Metric:
         else:
             answers = [[resolved(tokenizer, answer, form) for answer in sides[0]]]
         texts = tuple(side[0].text if len(side) == 1 else f"{side[0].text}, ... ({len(side)})" for side in answers)
-        notes = notes_on(answers, tokenizer)
-        return replace(self, ids=tuple(padded(side) for side in answers), texts=texts, notes=notes, forms=forms)
+        ids, notes = tuple(padded(side) for side in answers), notes_on(answers, tokenizer)
+        return replace(self, ids=ids, texts=texts, notes=notes, forms=forms)
 
     def reading(self) -> str:
         """Say which tokens the answers are, and in which form words are read.
