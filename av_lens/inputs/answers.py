@@ -189,14 +189,12 @@ def spelled(tokenizer: Any, option: Sequence[int]) -> str:
     """Write the tokens of an option, piece by piece.
 
     Args:
-        tokenizer: the checkpoint's tokenizer; None where there is none.
+        tokenizer: the checkpoint's tokenizer.
         option: its token ids.
 
     Returns:
         Such as "' siren' (282), 'x' (120)".
     """
-    if tokenizer is None:
-        return f"ids {', '.join(map(str, option))}"
     return ", ".join(f"{tokenizer.decode([token])!r} ({token})" for token in option)
 
 

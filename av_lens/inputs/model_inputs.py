@@ -256,13 +256,17 @@ class AVInputs:
         }
         return pandas.DataFrame(columns | {name: getattr(self.spans, name) for name in _COLUMNS})
 
-    def describe(self) -> str:
+    def describe(self, metric: Any = None) -> str:
         """Summarise the input on one screen.
+
+        Args:
+            metric: a metric that is bound here, `logit_diff("siren", "dog").bind(model, x)`: adds in which form its
+                words are read, how likely each form is, and the tokens.
 
         Returns:
             Lines of text: layout, question, tensors, and the runs of positions with their times.
         """
-        return display.summary(self)
+        return display.summary(self) + ("" if metric is None else f"\n  answers: {metric.reading()}")
 
     def __repr__(self) -> str:
         many = f"{len(self)} examples of " if len(self) > 1 else ""

@@ -68,7 +68,7 @@ def base_shift(
     *,
     base: Any,
     audio: str = "out",
-    answer: AnswerLike | None = None,
+    answer: AnswerLike | Answer | None = None,
     heard: Sequence[str] | Sequence[Sequence[str]] = (),
     seen: Sequence[str] | Sequence[Sequence[str]] = (),
     max_new_tokens: int = 64,
@@ -82,7 +82,7 @@ def base_shift(
         x: an `AVInputs` (one example or a stack), a `Conflict` (its cell va), or several of either.
         base: the model that it was made from, or its name or folder.
         audio: what becomes of the sound in the base's prompt: "out" (taken out), "masked" (read by nothing) or "kept".
-        answer: a text to run through both instead of the model's own greedy answer.
+        answer: a text to run through both instead of the model's own greedy answer, in the form that the model says.
         heard: words for what is heard, for all examples alike or a list for each; a conflict's are its sound's answers.
         seen: words for what is seen, likewise; a conflict's are its picture's answers.
         max_new_tokens: the model's own answer has at most so many tokens.
@@ -99,7 +99,7 @@ def base_shift(
     """
     examples, related = Examples.of(model, x), opened(base, model)
     words = _words(examples, heard, seen)
-    given = None if answer is None else said_answer(model, examples.inputs, answer)
+    given, forms = (None, None) if answer is None else said_answer(model, examples.inputs, answer)
     stacks = list(examples.stacks(stack))
     prompts = [prompt_for(related, one, audio) for _, one in stacks]  # all prompts are compared before anything runs
     values = np.full((len(examples), len(PROMPTS), len(CLASSES), len(FIGURES)), np.nan)
@@ -135,7 +135,8 @@ def base_shift(
         unit="share of tokens, or nat",
         direction=SIGN,
         provenance=stamp(
-            method="base shift", model=model.name, base=related.name, audio=audio, answer=answer,
+            method="base shift", model=model.name, base=related.name, audio=audio,
+            answer=None if given is None else given.text, **({} if forms is None else forms.provenance()),
             words=[{side: list(listed) for side, listed in each.items()} for each in words],
             max_new_tokens=max_new_tokens, questions=examples.questions, partial=partial,
         ),

@@ -140,13 +140,15 @@ def notes_on(answers: list[list[Answer]], tokenizer: Any = None) -> tuple[str, .
     if all(answer.single for answer in flat):
         return ()
     notes = ["an answer has several tokens: scores are teacher-forced log-probabilities"]
-    broken = {option: answer.text for answer in flat for option in answer.options if len(option) > 1}
-    notes += [f"{text!r} is {len(ids)} tokens: {spelled(tokenizer, ids)}" for ids, text in list(broken.items())[:SHOWN]]
-    notes += [f"... and {len(broken) - SHOWN} more such answers"] if len(broken) > SHOWN else []
     for row in zip(*answers, strict=True) if len(answers) == 2 else ():
         lengths = {len(option) for answer in row for option in answer.options}
         if len(lengths) > 1:
             texts = " and ".join(repr(answer.text) for answer in row)
             notes.append(f"{texts} have unequal numbers of tokens: scored by the mean log-probability per token")
             break
+    if tokenizer is None:
+        return tuple(notes)
+    broken = {option: answer.text for answer in flat for option in answer.options if len(option) > 1}
+    notes += [f"{text!r} is {len(ids)} tokens: {spelled(tokenizer, ids)}" for ids, text in list(broken.items())[:SHOWN]]
+    notes += [f"... and {len(broken) - SHOWN} more such answers"] if len(broken) > SHOWN else []
     return tuple(notes)

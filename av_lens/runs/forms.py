@@ -30,6 +30,8 @@ from torch import Tensor
 from av_lens.errors import InputError, unknown
 from av_lens.inputs.answers import FORMS, Answer, AnswerLike, forms_of, in_form, resolve, spelled, words_of
 from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs.pairs import Pair
+from av_lens.runs.asked import asked_words
 from av_lens.runs.execution import logits_of
 from av_lens.runs.places import input_stacks, that_fit
 from av_lens.runs.recording import Record
@@ -157,7 +159,7 @@ class Reading:
             best = int(medians.argmax())
             if exact[:, best].all():
                 break
-            self._run(np.flatnonzero(~exact[:, best]), FORMS[best])
+            self._run(np.flatnonzero(~exact[:, best]).tolist(), FORMS[best])
         at_most = tuple(form for form, whole in zip(FORMS, exact.all(0), strict=True) if not whole)
         return Forms(FORMS[best], dict(zip(FORMS, medians.tolist(), strict=True)), at_most)
 
@@ -181,7 +183,7 @@ class Reading:
             if exact[:, other].all():
                 word = self.rows[rows[0]][1]
                 return Doubt(word, FORMS[own], FORMS[other], (float(medians[own]), float(medians[other])))
-            self._run(np.asarray(rows)[~exact[:, other]], FORMS[other])
+            self._run([n for n, whole in zip(rows, exact[:, other], strict=True) if not whole], FORMS[other])
 
     def by_word(self) -> list[list[int]]:
         """Group the rows by word.
@@ -215,7 +217,7 @@ class Reading:
     @torch.no_grad()
     def _run(self, rows: Iterable[int], form: str) -> None:
         """Run a form of several tokens to its end, wherever these rows ask for it."""
-        wanted = {(self.places[self.rows[n][0]][0], self.ids[self.rows[n][1]][form]) for n in map(int, rows)}
+        wanted = {(self.places[self.rows[n][0]][0], self.ids[self.rows[n][1]][form]) for n in rows}
         for number, ids in sorted(wanted - self._known.keys()):
             x = self._input(number)
             tokens = torch.tensor([ids]).expand(len(x), -1)
@@ -262,7 +264,33 @@ def read_forms(model: Any, given: Sequence[Given], asked: Sequence[Iterable[str]
     return forms
 
 
-def said_answer(model: Any, given: Sequence[Given], answer: AnswerLike | Answer) -> Answer:
+def read_sides(model: Any, x: Any, sides: Sequence[Sequence[Any]], *, name: str) -> Forms | None:
+    """Choose the form of a metric's words.
+
+    Args:
+        model: a `HookedAVLLM`, or None.
+        x: an input, a recorded run, a pair (whose clean input is read), or several.
+        sides: the metric's answers, one for all examples or one for each.
+        name: what errors call the metric.
+
+    Returns:
+        The choice; None where no word is asked, or nothing is there to read it by.
+
+    Raises:
+        InputError: as `read_forms`, or answers for another number of examples.
+    """
+    n = max(len(side) for side in sides)
+    items = [x] if isinstance(x, AVInputs | Record | Pair) else list(x)
+    given = [one.clean if isinstance(one, Pair) else one for one in items]
+    if model is None or not given or not any(asked_words(sides, n)):
+        return None
+    examples = sum(map(n_examples, given))
+    if n not in (1, examples):
+        raise InputError(f"{name} names {n} answers for {examples} examples.")
+    return read_forms(model, given, asked_words(sides, examples))
+
+
+def said_answer(model: Any, given: Sequence[Given], answer: AnswerLike | Answer) -> tuple[Answer, Forms | None]:
     """Find the tokens of one answer, read as the model says it after these inputs.
 
     Args:
@@ -271,13 +299,13 @@ def said_answer(model: Any, given: Sequence[Given], answer: AnswerLike | Answer)
         answer: the answer.
 
     Returns:
-        The answer with its ids.
+        The answer with its ids, and how its words are read.
 
     Raises:
         InputError: as `read_forms`.
     """
     forms = read_forms(model, given, [words_of(answer)] * sum(map(n_examples, given)))
-    return resolve(model.tokenizer, answer, None if forms is None else forms.chosen)
+    return resolve(model.tokenizer, answer, None if forms is None else forms.chosen), forms
 
 
 def require_known(model: Any, word: str) -> None:

@@ -37,11 +37,8 @@ from torch import Tensor
 
 from av_lens.brief import Brief
 from av_lens.errors import InputError
-from av_lens.inputs.model_inputs import AVInputs
-from av_lens.inputs.pairs import Pair
-from av_lens.runs.asked import Asked, Each, asked_words, notes_on, paired, resolved, shown, spread
-from av_lens.runs.forms import Forms, n_examples, read_forms
-from av_lens.runs.recording import Record
+from av_lens.runs.asked import Asked, Each, notes_on, paired, resolved, shown, spread
+from av_lens.runs.forms import Forms, read_sides
 from av_lens.runs.scores import (
     combined,
     divergence,
@@ -125,8 +122,7 @@ class Metric(Brief):
             nothing.
 
         Raises:
-            InputError: an answer without tokens, two that cannot be told apart, a word that is not known, or one that
-                is said in another form than the others.
+            InputError: an answer without tokens, two that cannot be told apart, or a word that is unknown or doubtful.
         """
         if self.ids is not None or self.kind in ("kl", "custom"):
             return self
@@ -134,7 +130,7 @@ class Metric(Brief):
         n = max(len(side) for side in sides)
         if any(len(side) not in (1, n) for side in sides):
             raise InputError(f"each(...) was given {' and '.join(str(len(s)) for s in sides)} answers: they differ.")
-        tokenizer, forms = getattr(model, "tokenizer", None), self._read(model, x, sides, n)
+        tokenizer, forms = getattr(model, "tokenizer", None), read_sides(model, x, sides, name=self.name)
         form = None if forms is None else forms.chosen
         if self.kind == "logit_diff":
             rivals = zip(*(spread(side, n) for side in sides), strict=True)
@@ -143,19 +139,18 @@ class Metric(Brief):
         else:
             answers = [[resolved(tokenizer, answer, form) for answer in sides[0]]]
         texts = tuple(side[0].text if len(side) == 1 else f"{side[0].text}, ... ({len(side)})" for side in answers)
-        notes = notes_on(answers, tokenizer)
-        return replace(self, ids=tuple(padded(side) for side in answers), texts=texts, notes=notes, forms=forms)
+        ids, notes = tuple(padded(side) for side in answers), notes_on(answers, tokenizer)
+        return replace(self, ids=ids, texts=texts, notes=notes, forms=forms)
 
-    def _read(self, model: Any, x: Any, sides: Sequence[Sequence[Any]], n: int) -> Forms | None:
-        """Choose the form of the words, if there are any."""
-        if model is None or not any(asked_words(sides, n)):
-            return None
-        items = [x] if isinstance(x, AVInputs | Record | Pair) else list(x)
-        given = [one.clean if isinstance(one, Pair) else one for one in items]
-        examples = sum(map(n_examples, given))
-        if n not in (1, examples):
-            raise InputError(f"{self.name} names {n} answers for {examples} examples.")
-        return read_forms(model, given, asked_words(sides, examples)) if given else None
+    def reading(self) -> str:
+        """Say which tokens the answers are, and in which form words are read.
+
+        Returns:
+            One line.
+        """
+        options = {text: ids[0].tolist() for text, ids in zip(self.texts, self.ids or (), strict=True)}
+        said = "; ".join(f"{text!r}: ids {ids}" for text, ids in options.items())
+        return "; ".join(filter(None, (said, *self.notes, "" if self.forms is None else str(self.forms))))
 
     @property
     def n_answers(self) -> int:

@@ -160,7 +160,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         require_keywords("encode", options, self.encoder.encode, own=("clip", "question"))
         if words_of(options.get("answer") or ()):  # which tokens they are depends on what the model says there
             prompt = self.encoder.encode(clip, question, **{**options, "answer": None})
-            options["answer"] = said_answer(self, [prompt], options["answer"])
+            options["answer"], _ = said_answer(self, [prompt], options["answer"])
         return self.encoder.encode(clip, question, **options).to(self.device)
 
     def position_ids(self, tensors: Mapping[str, Any]) -> torch.Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import av_lens as avl
+from av_lens.isolation.answer_forms import answered
 from av_lens.isolation.bench import Bench, Means
 from av_lens.isolation.effects import Request, measure_requests
 from av_lens.isolation.engine import ModelEngine
@@ -18,12 +19,14 @@ from av_lens.studies.staged_conflicts import stage
 @pytest.mark.slow
 def test_exact_effects_by_trace_and_by_hooks(tmp_path):
     model = avl.load("av-tiny")
-    conflicts = avl.conflicts(stage(tmp_path, conflicts=24, seed=0))
+    conflicts = answered(ModelEngine(model), avl.conflicts(stage(tmp_path, conflicts=24, seed=0))).conflicts
     wanted = [Request("va", "blank_muted"), Request("va", "zero")]
     heads = [(layer, head) for layer in range(model.spec.n_layers) for head in range(model.spec.n_heads)]
     found, seconds = {}, {}
     for how in ("hooks", "trace"):
-        bench = Bench(ModelEngine(model, how=how), conflicts, Candidates.of(conflicts, model.tokenizer), site="suffix")
+        bench = Bench(
+            ModelEngine(model, how=how), list(conflicts), Candidates.of(conflicts, model.tokenizer), site="suffix"
+        )
         chunks = bench.chunks(range(len(conflicts)))
         for chunk in chunks:
             chunk.means = Means.over(chunks)

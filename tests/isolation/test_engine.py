@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_hf_model, tiny_media, tiny_processor
+from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
 from av_lens.errors import ProtocolError
 from av_lens.inputs import Conflict
@@ -23,7 +23,7 @@ from av_lens.isolation.scoring import Candidates
 from av_lens.media import Clip
 from av_lens.runs import load
 
-ANSWERS = ["a", "b", "c", "d"]
+ANSWERS = [letter(name) for name in "abcd"]
 
 
 def clip(seed):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from fake_model import FakeEngine, fake_conflicts
 from micro import micro_conflict, micro_model
+from tiny import letter
 
 from av_lens.isolation import knowledge
 from av_lens.isolation.bench import Bench
@@ -26,7 +27,7 @@ def test_the_lens_reads_the_answer_that_the_model_gives():
     conflict, model = micro_conflict(), micro_model()
     bench = Bench(ModelEngine(model), [conflict], Candidates.of([conflict], model.tokenizer))
     (chunk,) = bench.chunks([0], "suffix")
-    found = lens_readings(chunk, ["a", "b", "v"], 0)
+    found = lens_readings(chunk, [letter(name) for name in "abv"], 0)
     assert set(found) == {f"{cell} {span}{end}" for cell in LENS_CELLS for span in SPANS for end in ("", " null")}
     # After the last layer OUT = -5 in va: "v" is the top and "a" the last of all tokens; in blank_a OUT = 4.
     assert found["va generation"][0, :, -1].tolist() == [0, 1]

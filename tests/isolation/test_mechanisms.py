@@ -183,7 +183,7 @@ def tiny():
     model = load(hf_model=tiny_hf_model(seed=1), processor=tiny_processor())
     conflicts = [
         Conflict(sound=clip(2 * i), picture=clip(2 * i + 1), question="What?", answers=pair, id=f"c{i}")
-        for i, pair in enumerate((("a", "b"), ("c", "d")))
+        for i, pair in enumerate(((letter("a"), letter("b")), (letter("c"), letter("d"))))
     ]
     return chunk_of(model, conflicts)
 

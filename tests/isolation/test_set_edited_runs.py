@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_hf_model, tiny_media, tiny_processor
+from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
 from av_lens.inputs import Conflict
 from av_lens.isolation.bench import Bench, Means
@@ -26,7 +26,7 @@ from av_lens.results.statistics import Bootstrap
 from av_lens.runs import load
 from av_lens.runs.attention_mass import attention_mass
 
-ANSWERS = ["a", "b", "c", "d"]
+ANSWERS = [letter(name) for name in "abcd"]
 N = 3
 
 

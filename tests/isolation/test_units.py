@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from fake_model import FakeEngine, fake_conflicts
-from tiny import tiny_hf_model, tiny_media, tiny_processor
+from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
 from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import ProtocolError
@@ -24,7 +24,7 @@ from av_lens.results.tables import table
 from av_lens.runs import load
 
 N = 12
-WORDS = ["a", "b", "c", "d"]
+WORDS = [letter(name) for name in "abcd"]
 
 
 def half_of(n, g):

@@ -12,6 +12,7 @@ from tiny import letter, tiny_hf_model, tiny_model, tiny_processor
 
 import av_lens as avl
 from av_lens.errors import InputError, InterventionError, ModelError
+from av_lens.inputs import Answer
 from av_lens.inputs.soundless import without_sound
 from av_lens.interventions import Plan, Site, cut, replace
 from av_lens.methods.grafting import graft
@@ -23,6 +24,11 @@ from av_lens.runs.related import prompt_for
 from av_lens.runs.traces import Trace
 
 METRIC = logit_diff(letter("a"), letter("b"))
+
+
+def literal(text):
+    """A text as it stands, whatever form the random model would say."""
+    return Answer(text, (tuple(small_model().tokenizer(text)["input_ids"]),))
 
 
 def moved_hf_model():
@@ -132,7 +138,7 @@ def test_masked_sound_is_read_by_nothing():
     muted = avl.AVInputs.stack([model.encode(small_clip(0).muted(kind="noise", seed=3), "What?", sound="separate")])
     kl = []
     for prompt in (x, muted):
-        shift = base_shift(model, prompt, base=other_model(), audio="masked", answer="abc")
+        shift = base_shift(model, prompt, base=other_model(), audio="masked", answer=literal(" abc"))
         kl.append(shift.rows["log_prob_base"].to_numpy())
     np.testing.assert_allclose(*kl, atol=1e-6)
     tokens = torch.tensor([[int(t) for t in shift.rows["token_id"]]])
@@ -147,7 +153,12 @@ def test_masked_sound_is_read_by_nothing():
 def test_words_are_classed_where_they_stand():
     """The tiny tokenizer knows bytes: each letter of a word is a token of the word's class."""
     shift = base_shift(
-        small_model(), small_inputs((0,)), base=other_model(), answer="a dog, cats", heard=["dog"], seen=[["cat"]][0]
+        small_model(),
+        small_inputs((0,)),
+        base=other_model(),
+        answer=literal(" a dog, cats"),
+        heard=["dog"],
+        seen=[["cat"]][0],
     )
     assert shift.rows["word_class"].tolist() == [*["other"] * 3, *["heard"] * 3, *["other"] * 2, *["seen"] * 4]
     classed = shift.rows.groupby("word_class")["js"].mean()
@@ -155,7 +166,7 @@ def test_words_are_classed_where_they_stand():
         found = shift.grid.effects.sel(prompt="own", word_class=name, figure="js")
         np.testing.assert_allclose(found, classed[name], atol=1e-12)
     with_list = base_shift(
-        small_model(), small_inputs((0, 1)), base=other_model(), answer="a dog", heard=[["dog"], ["a"]]
+        small_model(), small_inputs((0, 1)), base=other_model(), answer=literal(" a dog"), heard=[["dog"], ["a"]]
     )
     assert with_list.rows["word_class"].tolist() == [*["other"] * 3, *["heard"] * 3, "other", "heard", *["other"] * 4]
 
@@ -164,7 +175,7 @@ def test_conflicts_bring_their_words():
     conflict = avl.Conflict(
         sound=small_clip(0), picture=small_clip(1), question="What?", answers=(["dog", "puppy"], ["cat", "kitten"])
     )
-    shift = base_shift(small_model(), conflict, base=other_model(), answer="kitten, dog")
+    shift = base_shift(small_model(), conflict, base=other_model(), answer=literal(" kitten, dog"))
     kinds = shift.rows["word_class"].tolist()
     assert [kinds.count(name) for name in ("seen", "other", "heard")] == [6, 3, 3]
 

@@ -70,7 +70,7 @@ def test_it_is_a_lens_written_by_hand_on_huggingfaces_layers(norm):
 
 
 def test_synonyms_take_the_best_rank_and_the_sum_of_probabilities():
-    read = logit_lens(small_model(), small_inputs(), words=[[letter("a"), letter("b")], letter("a"), letter("b")])
+    read = logit_lens(small_model(), small_inputs(), words=[[token("a"), token("b")], letter("a"), letter("b")])
     ranks, chances = read.ranks.values, read.probabilities.values
     names = ranks.coords["word"].values.tolist()
     np.testing.assert_array_equal(
@@ -118,9 +118,9 @@ def test_understanding_is_a_maximum_less_that_of_other_words_by_hand():
 
 def test_conflicts_bring_their_words_and_their_null():
     model = small_model()
-    words = [(letter("a"), letter("b")), (letter("c"), letter("d")), (letter("a"), letter("d"))]
+    words = [("a", "b"), ("c", "d"), ("a", "d")]
     conflicts = [
-        avl.Conflict(sound=small_clip(i), picture=small_clip(i + 5), question="What?", answers=pair)
+        avl.Conflict(sound=small_clip(i), picture=small_clip(i + 5), question="What?", answers=tuple(map(letter, pair)))
         for i, pair in enumerate(words)
     ]
     read = logit_lens(model, conflicts)
@@ -146,7 +146,7 @@ def test_conflicts_bring_their_words_and_their_null():
 def test_what_is_said_is_the_first_words_answer():
     model, x = small_model(), small_inputs()
     answers = model(x)[:, -1].argmax(-1).tolist()
-    read = logit_lens(model, x, words=[each([answers[0], token(letter("a"))])])
+    read = logit_lens(model, x, words=[each([answers[0], token("a")])])
     assert read.said.tolist() == [1.0, float(answers[1] == token("a"))]
 
 
