@@ -24,7 +24,7 @@ _READ_ON = frozenset({b".snd", b"GIF8"})  # FFmpeg decodes what is joined to suc
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
 _TAGS_AT_END = 1 << 16
 _LARGEST_IMAGE = 1 << 28
-_FARTHEST = 1 << 48
+_FARTHEST = 1 << 42
 
 
 def shortfall(path: str, name: str) -> str:
