@@ -23,6 +23,8 @@ _SEGMENT = bytes.fromhex("18538067")
 _READ_ON = frozenset({b".snd", b"GIF8"})  # FFmpeg decodes what is joined to such files
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
 _TAGS_AT_END = 1 << 16
+_LARGEST_IMAGE = 1 << 28
+_FARTHEST = 1 << 42
 
 
 def shortfall(path: str, name: str) -> str:
@@ -123,7 +125,7 @@ def _end(source: BinaryIO, name: str) -> float:
 
 
 def _read(source: BinaryIO, at: int, count: int) -> bytes:
-    source.seek(at)
+    source.seek(min(at, _FARTHEST))  # a damaged size may point anywhere
     return source.read(count)
 
 
@@ -141,7 +143,7 @@ def _riff(source: BinaryIO) -> float:
 
 def _wav(source: BinaryIO) -> float:
     at, wide = 12, 0
-    while len(head := _read(source, at, 8)) == 8:
+    while len(head := _read(source, at, 8)) == 8 and any(head[:4]):
         size = int.from_bytes(head[4:], "little")
         if head[:4] == b"ds64":
             wide = int.from_bytes(_read(source, at + 16, 8), "little")
@@ -163,7 +165,7 @@ def _au(source: BinaryIO) -> float:
 
 def _caf(source: BinaryIO) -> float:
     at = 8
-    while len(head := _read(source, at, 12)) == 12:
+    while len(head := _read(source, at, 12)) == 12 and any(head[:4]):
         size = int.from_bytes(head[4:], "big", signed=True)
         if size < 0:
             return 0
@@ -224,7 +226,8 @@ def _mxf(source: BinaryIO) -> float:
 def _flv(source: BinaryIO) -> float:
     head = _read(source, 0, _TAGS_AT_END)
     at = head.find(b"\x00\x08filesize\x00")
-    return struct.unpack(">d", head[at + 11 : at + 19])[0] if 0 <= at <= len(head) - 19 else 0
+    size = struct.unpack(">d", head[at + 11 : at + 19])[0] if 0 <= at <= len(head) - 19 else 0
+    return size if 0 < size < 1 << 50 else 0
 
 
 def _ogg(source: BinaryIO) -> float:
@@ -241,17 +244,17 @@ def _pages(source: BinaryIO) -> Iterator[tuple[int, int, int]]:
 
 def _jpeg(source: BinaryIO) -> float:
     """Go from marker to marker; scans are searched for the next one."""
-    data, at = _read(source, 0, -1), 2
+    data, at = _read(source, 0, _LARGEST_IMAGE), 2
     while (found := _MARKER.search(data, at)) is not None:
         if found[1] == b"\xd9":
             return found.end()
         at = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-    return math.inf
+    return math.inf if len(data) < _LARGEST_IMAGE else 0
 
 
 def _gif(source: BinaryIO) -> float:
     """Go from block to block."""
-    data = _read(source, 0, -1)
+    data = _read(source, 0, _LARGEST_IMAGE)
     try:
         at = 13 + (3 << (data[10] & 7) + 1 if data[10] & 0x80 else 0)
         while data[at] in (0x21, 0x2C):
@@ -262,7 +265,7 @@ def _gif(source: BinaryIO) -> float:
             at += 1
         return at + 1 if data[at] == 0x3B else 0
     except IndexError:
-        return math.inf
+        return math.inf if len(data) < _LARGEST_IMAGE else 0
 
 
 def _mp3_count(source: BinaryIO) -> tuple[bool, int]:
@@ -285,13 +288,11 @@ def _has_more_pictures(source: BinaryIO, magic: bytes) -> bool:
     """Whether a TIFF has a second page, or a JPEG is the first of several (MPO)."""
     if magic[:3] == b"\xff\xd8\xff":
         return b"MPF\x00" in _read(source, 0, _TAGS_AT_END)
-    order = {b"II*\x00": "<", b"MM\x00*": ">"}.get(magic[:4])
-    if order is None:
+    if magic[:4] not in (b"II*\x00", b"MM\x00*"):
         return False
-    (first,) = struct.unpack(order + "I", magic[4:8])
-    count = _read(source, first, 2)
-    following = _read(source, first + 2 + 12 * struct.unpack(order + "H", count)[0], 4) if len(count) == 2 else b""
-    return any(following)
+    order = "little" if magic[:2] == b"II" else "big"
+    at = int.from_bytes(magic[4:8], order)
+    return any(_read(source, at + 2 + 12 * int.from_bytes(_read(source, at, 2), order), 4))
 
 
 _CHECKS: tuple[tuple[int, bytes, Callable[[BinaryIO], float]], ...] = (
