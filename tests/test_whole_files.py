@@ -49,7 +49,8 @@ def test_what_fails_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_device_is_written_to_and_never_replaced(tmp_path):
+def test_a_device_is_written_to_and_never_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr("av_lens.whole_files.os.replace", lambda *given: pytest.fail("a device was replaced"))
     with pytest.raises(MediaError, match=r"cannot write /dev/full: No space left on device\. Mend it\."):
         write_whole(Path("/dev/full"), "x" * 10, error=MediaError, mend="Mend it.")
     with pytest.raises(FileError, match="cannot write /dev/full: No space left on device"):
