@@ -212,7 +212,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
     @in_turn
     def run_with_cache(
         self, x: Any, names_filter: Filter = None, *, budget_gb: float | int = BUDGET_GB, **options: Any
-    ) -> tuple[Any, ActivationCache]:
+    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
         """Run the model and keep activations.
 
         Args:
@@ -222,7 +222,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
             **options: as for `model(x)`, and those of the bridge's `run_with_cache`, such as `device`.
 
         Returns:
-            Logits and a TransformerLens `ActivationCache`.
+            Logits and a TransformerLens `ActivationCache` (a dictionary with `return_cache_object=False`).
 
         Raises:
             BudgetError: the cache would be too big; the message names a filter that fits.
