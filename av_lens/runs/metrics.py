@@ -147,8 +147,8 @@ class Metric:
         Returns:
             One line.
         """
-        options = {text: ids[0].tolist() for text, ids in zip(self.texts, self.ids or (), strict=True)}
-        said = "; ".join(f"{text!r}: ids {ids}" for text, ids in options.items())
+        bound = zip(self.texts, self.bind().ids or (), strict=False)
+        said = "; ".join(f"{text!r}: ids {ids[0].tolist()}" for text, ids in bound)
         return "; ".join(filter(None, (said, *self.notes, "" if self.forms is None else str(self.forms))))
 
     @property
