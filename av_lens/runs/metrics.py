@@ -147,8 +147,8 @@ class Metric:
         Returns:
             One line.
         """
-        bound = zip(self.texts, self.bind().ids or (), strict=False)
-        said = "; ".join(f"{text!r}: ids {ids[0].tolist()}" for text, ids in bound)
+        one = self.bind()
+        said = "; ".join(f"{text!r}: ids {ids[0].tolist()}" for text, ids in zip(one.texts, one.ids or (), strict=True))
         return "; ".join(filter(None, (said, *self.notes, "" if self.forms is None else str(self.forms))))
 
     @property
