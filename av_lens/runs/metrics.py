@@ -148,8 +148,8 @@ class Metric(Brief):
         Returns:
             One line.
         """
-        options = {text: ids[0].tolist() for text, ids in zip(self.texts, self.ids or (), strict=True)}
-        said = "; ".join(f"{text!r}: ids {ids}" for text, ids in options.items())
+        one = self.bind()
+        said = "; ".join(f"{text!r}: ids {ids[0].tolist()}" for text, ids in zip(one.texts, one.ids or (), strict=True))
         return "; ".join(filter(None, (said, *self.notes, "" if self.forms is None else str(self.forms))))
 
     @property
