@@ -109,6 +109,9 @@ CHOICES = (
 )
 
 
+_FEWEST_TO_DRAW = {"fewest_clips": FEWEST_CLIPS, "fewest_components": FEWEST_COMPONENTS}
+
+
 def protocol_of(
     *,
     options: Mapping[str, Any],
@@ -160,12 +163,7 @@ def protocol_of(
             "dealt": dict(zip(ids, halves.half, strict=True)),
             "lost": halves.n_lost,
         },
-        "bootstrap": {
-            "draws": DRAWS,
-            "level": 0.95,
-            "fewest_clips": FEWEST_CLIPS,
-            "fewest_components": FEWEST_COMPONENTS,
-        },
+        "bootstrap": {"draws": DRAWS, "level": 0.95} | _FEWEST_TO_DRAW,
         "sign_flips": {"most_exact_components": MOST_EXACT, "least_sampled": "10 x family / .05"},
         "random_sets": RANDOM_SETS,
         "damage": {"fall_of_G_over_release": DAMAGE_CUT, "heard_answer_over_delta": -1},

@@ -177,16 +177,14 @@ def thinker_config(
     make: Any = Qwen2_5OmniThinkerConfig  # takes more fields than it declares
     ids = vocabulary()
     half = d_model // n_heads // 2
-    temporal = half // 4
-    rows = (half - temporal) // 2
+    temporal, rows = half // 4, (half - half // 4) // 2  # of the rotary angles; columns take the rest
     return make(
         text_config={
             "vocab_size": len(ids),
             "hidden_size": d_model,
             "intermediate_size": d_mlp,
             "num_hidden_layers": n_layers,
-            "num_attention_heads": n_heads,
-            "num_key_value_heads": n_kv_heads,
+            **{"num_attention_heads": n_heads, "num_key_value_heads": n_kv_heads},
             "max_position_embeddings": 4096,
             "initializer_range": 0.02,
             "rope_parameters": {
@@ -220,9 +218,7 @@ def thinker_config(
             "output_dim": d_model,
             "max_source_positions": 1500,
         },
-        audio_token_index=ids[SPECIALS["audio_token"]],
-        image_token_index=ids[SPECIALS["image_token"]],
-        video_token_index=ids[SPECIALS["video_token"]],
+        **{f"{medium}_token_index": ids[SPECIALS[f"{medium}_token"]] for medium in ("audio", "image", "video")},
         audio_start_token_id=ids[SPECIALS["audio_bos_token"]],
         audio_end_token_id=ids[SPECIALS["audio_eos_token"]],
         vision_start_token_id=ids[SPECIALS["vision_bos_token"]],

@@ -26,7 +26,6 @@ from av_lens.bridge.blocks import TowerBridge
 
 KINDS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 _OF_A_MODULE = tuple(f"_{kind}" for kind in KINDS)
-_WIRING = (component_setup.__name__, "av_lens.bridge.")  # what TransformerLens and our adapters put there
 _OF_ALL = tuple(f"_global_{kind}" for kind in KINDS)
 
 
@@ -58,7 +57,7 @@ Standing = tuple[StandingHook, ...]
 
 
 def standing_hooks(model: Any) -> Standing:
-    """Find every function that stands on a model, TransformerLens's wiring and our adapters' apart.
+    """Find every function that stands on a model, TransformerLens's own wiring apart.
 
     Args:
         model: a `HookedAVLLM`.
@@ -93,7 +92,7 @@ def _standing_on(module: Module, in_tower: bool) -> Iterator[StandingHook]:
     for kind, table in zip(KINDS, _OF_A_MODULE, strict=True):
         for number, function in getattr(module, table).items():
             function = callers.get(number, function)  # TransformerLens wraps what it is given
-            if not str(getattr(function, "__module__", "")).startswith(_WIRING):
+            if getattr(function, "__module__", "") != component_setup.__name__:
                 yield StandingHook(module, kind, function, in_tower)
     if "forward" in module.__dict__:
         yield StandingHook(module, "forward", module.__dict__["forward"], in_tower)
