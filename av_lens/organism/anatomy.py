@@ -184,7 +184,8 @@ def thinker_config(
             "hidden_size": d_model,
             "intermediate_size": d_mlp,
             "num_hidden_layers": n_layers,
-            **{"num_attention_heads": n_heads, "num_key_value_heads": n_kv_heads},
+            "num_attention_heads": n_heads,
+            "num_key_value_heads": n_kv_heads,
             "max_position_embeddings": 4096,
             "initializer_range": 0.02,
             "rope_parameters": {
