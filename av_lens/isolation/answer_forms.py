@@ -90,12 +90,14 @@ def answered(engine: Engine, conflicts: Sequence[Any]) -> Answered:
     forms = _forms(engine, kept, left_out)
     usable: list[Any] = []
     for one in kept:
+        heard, seen = one.answers
         try:
-            pair = answer_pair(engine.tokenizer, *one.answers, None if forms is None else forms.chosen)
+            pair = answer_pair(engine.tokenizer, heard, seen, None if forms is None else forms.chosen)
             for answer in pair:
                 _require_one_token(answer, engine.tokenizer)
         except InputError as error:
             left_out.setdefault(one.id, str(error))
+            continue
         if one.id not in left_out:
             usable.append(dataclasses.replace(one, answers=pair) if any(map(words_of, one.answers)) else one)
     return Answered(usable, {one.id: left_out[one.id] for one in conflicts if one.id in left_out}, forms)

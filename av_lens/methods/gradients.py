@@ -171,7 +171,7 @@ def _check(axes: Axes, name: str, direction: str, top: int, spec: Any) -> None:
         raise InterventionError(f"{name} has key-value heads: write over='head', each is a group's already.")
 
 
-def _bound(model: Any, pairs: Sequence[Pair], metric: Metric | Callable[..., Any]) -> tuple[int, Metric]:
+def _bound(model: Any, pairs: Sequence[Pair], metric: Metric | Callable[..., Any] | None) -> tuple[int, Metric]:
     n, bound = sum(map(len, pairs)), as_metric(metric, model, pairs)
     if not pairs or bound.n_answers not in (1, n):
         raise InputError(f"attribution_patch got {n} examples, and {bound.name} names {bound.n_answers} answers.")

@@ -174,7 +174,7 @@ def _gridded(
     )
 
 
-def _checked(model: Any, pairs: list[Pair], metric: Metric | Callable[..., Any]) -> tuple[list[Pair], Metric]:
+def _checked(model: Any, pairs: list[Pair], metric: Metric | Callable[..., Any] | None) -> tuple[list[Pair], Metric]:
     bound = as_metric(metric, model, pairs)
     if bound.n_answers > 1 and bound.n_answers != sum(len(one) for one in pairs):
         raise InputError(f"{bound.name} names {bound.n_answers} answers for {sum(map(len, pairs))} examples.")

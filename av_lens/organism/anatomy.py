@@ -175,8 +175,7 @@ def thinker_config(
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
 
     make: Any = Qwen2_5OmniThinkerConfig  # takes more fields than it declares
-    ids = vocabulary()
-    half = d_model // n_heads // 2
+    ids, half = vocabulary(), d_model // n_heads // 2
     temporal, rows = half // 4, (half - half // 4) // 2  # of the rotary angles; columns take the rest
     return make(
         text_config={

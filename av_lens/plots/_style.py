@@ -10,6 +10,8 @@ Labels come from files and people: but for a few tags of ours, what looks like m
 Not measured is never drawn as zero: `hatch` covers such cells with diagonal lines and a legend entry.
 """
 
+# pyright: reportUnusedImport=false
+
 from __future__ import annotations
 
 import re

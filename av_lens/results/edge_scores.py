@@ -68,7 +68,10 @@ class EdgeScores:
         if dims not in (("example", "sender", "receiver"), ("example", "span", "sender", "receiver")):
             raise InputError(f"edge scores have the axes example, span (or none), sender, receiver; got {dims}.")
         require_numbers(self.values, "a table of edge scores")
-        if not all(isinstance(name, str) for name in (*self.senders, *self.receivers)):
+        if not all(
+            isinstance(name, str)
+            for name in [*np.ravel(self.values.coords["sender"]), *np.ravel(self.values.coords["receiver"])]
+        ):
             raise InputError(f"senders and receivers are names; got {self.senders[:2]} and {self.receivers[:2]}.")
         if {len(self.clusters), *self.baseline.shape, *self.donor.shape} != {self.values.sizes["example"]}:
             raise InputError(

@@ -121,7 +121,7 @@ class ContinuedThinker(Qwen2_5OmniThinkerModel):
     the last prompt alone. A prompt that comes without a mask is whole: HuggingFace would count its media as text.
     """
 
-    def forward(self, **kwargs: Any) -> Any:
+    def forward(self, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run the thinker.
 
         Args:
@@ -138,7 +138,7 @@ class ContinuedThinker(Qwen2_5OmniThinkerModel):
             _require_media(self.config, ids, kwargs)
             if kwargs.get("attention_mask") is None:
                 kwargs["attention_mask"] = torch.ones_like(ids)
-        output = super().forward(**kwargs)
+        output: Any = super().forward(**kwargs)
         if output.past_key_values is not None and not past:
             output.past_key_values.rope_deltas = self.rope_deltas
         return output
