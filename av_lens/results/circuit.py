@@ -194,10 +194,9 @@ class Circuit:
         """
         with opened(path, "av_lens.Circuit", SCHEMA_VERSION, what="a saved circuit") as data:
             kept = plain_json(data, "tables")
-            frames: dict[str, Any] = {name: read_frame(kept[name]) for name in TABLES}
-            made = cls(
-                data.drop_attrs(), provenance=plain_json(data, "provenance"), **frames | words(data, "what", "unit")
-            )
+            parts: dict[str, Any] = {name: read_frame(kept[name]) for name in TABLES}
+            parts |= words(data, "what", "unit") | {"provenance": plain_json(data, "provenance")}
+            made = cls(data.drop_attrs(), **parts)
             repr(made)  # what it says of itself needs every part
             return made
 

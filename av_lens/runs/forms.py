@@ -160,7 +160,7 @@ class Reading:
             if exact[:, best].all():
                 break
             self._run(np.flatnonzero(~exact[:, best]).tolist(), FORMS[best])
-        at_most = tuple(form for form, whole in zip(FORMS, exact.all(0).tolist(), strict=True) if not whole)
+        at_most = tuple(form for i, form in enumerate(FORMS) if not exact[:, i].all())
         return Forms(FORMS[best], dict(zip(FORMS, medians.tolist(), strict=True)), at_most)
 
     def doubt(self, rows: Sequence[int], forms: Forms) -> Doubt | None:
