@@ -280,7 +280,9 @@ def offloaded(hf_model):
 
 
 @pytest.mark.parametrize(
-    ("split", "where"), [(meta, "cpu, meta"), (mapped, "0, 1, cpu"), (offloaded, "cpu, meta")], ids=lambda one: str(one)
+    ("split", "where"),
+    [(meta, "cpu, meta"), (mapped, "0, 1, cpu"), (offloaded, "cpu, meta")],
+    ids=("meta", "mapped", "offloaded"),
 )
 def test_a_model_in_several_places_is_refused(split, where):
     hf_model = tiny_hf_model(n_layers=1)

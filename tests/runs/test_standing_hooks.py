@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_av import small_inputs, small_model
+from tiny import letter
 from torch.nn.modules.module import register_module_forward_hook
 
 import av_lens as avl
@@ -53,8 +54,8 @@ def check_trace(model: Any, x: Any, *, hooked: bool, swept: bool = False) -> Any
     for one, found in zip(wanted, trace.replay(PLANS, logits_at="all"), strict=True):
         close(found, one)
     if swept:
-        metric = logit_diff("a", "b")
-        grid, read = sweep(trace, PLANS, metric), metric.bind(model.tokenizer)
+        metric = logit_diff(letter("a"), letter("b"))
+        grid, read = sweep(trace, PLANS, metric), metric.bind()
         values = [grid.baseline.values, *grid.values.values.T]
         for one, found in zip([truth, *wanted], values, strict=True):
             close(torch.from_numpy(found), read(one[:, -1:]).double(), among=one)
@@ -196,20 +197,20 @@ def test_hooks_on_the_towers_are_recorded_and_replays_still_restart():
 
 def test_backward_hooks_act_on_gradients():
     model, x, site = small_model(), small_inputs((0,)), Site("resid_pre", 1, positions="suffix")
-    unhooked = model.trace(x).gradients(site, logit_diff("a", "b")).gradient[0]
+    unhooked = model.trace(x).gradients(site, logit_diff(letter("a"), letter("b"))).gradient[0]
     with model.hooks(bwd_hooks=[("blocks.2.hook_resid_pre", lambda grad, hook: grad * 2.0)]):
-        doubled = model.trace(x).gradients(site, logit_diff("a", "b")).gradient[0]
+        doubled = model.trace(x).gradients(site, logit_diff(letter("a"), letter("b"))).gradient[0]
     torch.testing.assert_close(doubled, 2.0 * unhooked, atol=1e-6, rtol=1e-4)
 
 
 def test_patching_is_of_the_hooked_model_and_what_computes_layers_by_itself_says_that_it_cannot():
     model, (clean, corrupt) = small_model(), (small_inputs((seed,)) for seed in (0, 1))
-    pair, metric = avl.Pair(clean=clean, corrupt=corrupt), logit_diff("a", "b")
+    pair, metric = avl.Pair(clean=clean, corrupt=corrupt), logit_diff(letter("a"), letter("b"))
     with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", lambda z, hook: z * 0.3)]):
         grid = avl.patch(model, pair, at="generation", metric=metric)
         z = run(model, clean, capture=[Site("z", 2, positions="generation")]).cache["z", 2].detach()
         plan = Plan(replace(Site("z", 2, 1, "generation"), z[:, :, [1]]))
-        wanted = metric.bind(model.tokenizer)(run(model, corrupt, plan=plan).logits.detach())
+        wanted = metric.bind()(run(model, corrupt, plan=plan).logits.detach())
         assert float(grid.values.values[0, 2, 1]) == pytest.approx(float(wanted), abs=1e-5)
         for verb, what in ((avl.path_patch, "path patching"), (avl.edge_attribution, "edge attribution")):
             with pytest.raises(ModelError, match=rf"{what} .* cannot here: hooks stand at blocks.0.attn"):
@@ -225,7 +226,7 @@ def test_a_trace_is_of_the_model_as_it_was_hooked():
     with model.hooks(fwd_hooks=[(Z, ablate)]):
         hooked, hooked_truth = model.trace(x), logits_of(model, x)
         replayed = hooked.replay(PLANS)
-        metric = logit_diff("a", "b")
+        metric = logit_diff(letter("a"), letter("b"))
         for verb in (
             lambda: clean.replay(PLANS),
             lambda: clean.score(PLANS, metric),

@@ -24,9 +24,10 @@ from transformer_lens.tools.analysis import attribution_patch, direct_logit_attr
 from av_lens.bridge.adapters.qwen2_5_omni import ARCHITECTURE, Qwen2_5OmniThinkerAdapter
 from av_lens.bridge.families import family_of
 from av_lens.bridge.hook_names import hook_name
+from av_lens.checkpoints import shipped
 from av_lens.errors import InputError
 from av_lens.inputs import Pair
-from av_lens.runs import load, loading
+from av_lens.runs import load
 from av_lens.runs.binding import SUPPORTED_TOOLS
 
 RIGHT, WRONG = 5, 7
@@ -290,13 +291,13 @@ def test_the_entry_point_lets_transformer_lens_build_the_bridge(model, monkeypat
 def test_transformer_lens_cannot_open_the_folder_itself():
     """Should this ever work, docs/hooks.md has to say so."""
     with pytest.raises(ValueError, match="Could not determine supported architecture"):
-        TransformerBridge.boot_transformers(str(loading._checkpoints() / "av-tiny"))
+        TransformerBridge.boot_transformers(str(shipped() / "av-tiny"))
 
 
 @pytest.mark.slow
 def test_transformer_lens_own_suite_passes_whole(monkeypatch, capsys):
     """Every one of its benchmarks for a multimodal decoder; what it would load by name is `load`'s bridge."""
-    folder = str(loading._checkpoints() / "av-tiny")
+    folder = str(shipped() / "av-tiny")
     monkeypatch.setattr(TransformerBridge, "boot_transformers", lambda name, **options: load(name).bridge)
     monkeypatch.setattr(
         main_benchmark, "get_auto_model_class", lambda name, **options: family_of(ARCHITECTURE).model_class()
