@@ -235,7 +235,7 @@ def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
     function = getattr(import_module(f"av_lens.{method.module}"), method.function)
     known = inspect.signature(function).parameters
     if "metric" in known and (method.feed != "conflicts" or known["metric"].default is inspect.Parameter.empty):
-        options = options | {"metric": _metric(listed, model.tokenizer)}
+        options = options | {"metric": _metric(listed, model)}
     if "base" in shared:
         options = options | {"base": load(shared["base"], **opened)}
     fed = _feed(method.feed, model, listed, shared)
@@ -248,15 +248,18 @@ def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
         _save(found, shared["out"], method.command)
 
 
-def _metric(listed: list[Any], tokenizer: Any) -> Any:
-    """The sound's answer against the picture's; what is wrong with any conflict's answers is told of all at once."""
-    from av_lens.inputs.answers import answer_pair
+def _metric(listed: list[Any], model: Any) -> Any:
+    """The sound's answer against the picture's; words that it does not know are told of all conflicts at once."""
+    from av_lens.inputs.answers import forms_of, words_of
     from av_lens.runs import each, logit_diff
+    from av_lens.runs.forms import require_known
 
     wrong: list[str] = []
     for conflict in listed:
         try:
-            answer_pair(tokenizer, *conflict.answers)
+            for word in [word for answer in conflict.answers for word in words_of(answer)]:
+                forms_of(model.tokenizer, word)
+                require_known(model, word)
         except InputError as fault:
             wrong.append(f"{conflict.id}: {fault}")
     if wrong:

@@ -164,7 +164,7 @@ def _repeated(row: dict[str, Any], number: int, first_line: dict[str, int]) -> I
         first_line.setdefault(name, number)
 
 
-def answers_fault(answers: Sequence[str | int | Sequence[str | int]]) -> str | None:
+def answers_fault(answers: Sequence[str | int | Sequence[Any]]) -> str | None:
     """Say what is wrong with two rival answers as far as it shows without a model.
 
     Args:

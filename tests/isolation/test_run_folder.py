@@ -223,7 +223,7 @@ def test_a_folder_in_a_files_place_is_a_sentence(tmp_path):
         small(folder)
         (folder / name).unlink()
         (folder / name).mkdir()
-        with pytest.raises((AvLensError, UnfinishedError), match=rf"{name}.*: Is a directory"):
+        with pytest.raises((AvLensError, UnfinishedError), match=rf"{name}.* Is a directory"):
             small(folder)
 
 

@@ -281,6 +281,6 @@ def test_what_cannot_be_guessed_is_refused(options, error, text):
 
 
 def test_no_pair_is_refused():
-    with pytest.raises(InputError, match=r"got 0 examples"):
+    with pytest.raises(InputError, match="compares two aligned inputs, and got nothing"):
         attribution_patch(small_model(), [], metric=METRIC)
     assert measure(small_model(), small_inputs(), METRIC).shape == (2,)

@@ -288,7 +288,7 @@ def test_a_base_that_is_gone_or_no_base_is_refused(folders: tuple[Path, Path, An
     with pytest.raises(ModelError, match="schema 9; this version reads 1"):
         load(folder)
     (folder / RECORD).write_text("{}x")
-    with pytest.raises(ModelError, match="is no record of a difference"):
+    with pytest.raises(ModelError, match="is not the record of a difference"):
         load(folder)
     (folder / RECORD).write_text(json.dumps(record))
     with pytest.raises(ModelError, match="is planted already"):

@@ -72,8 +72,8 @@ def circuit(word: str) -> Circuit:
 
 
 def sinks(word: str) -> Sinks:
-    table = pd.DataFrame({"position": [0], "token": [word], "kind": ["unimodal"]})
-    return Sinks(Span(np.array([0])), table, table, grid(word))
+    table = pd.DataFrame({"position": [0], "token": [word], "kind": ["unimodal"], "times": [21.0]})
+    return Sinks(Span(np.array([0])), table, table, grid(word), table)
 
 
 def readout(word: str) -> LensReadout:

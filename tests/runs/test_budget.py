@@ -167,8 +167,8 @@ def test_hooks_that_need_whole_scores_are_refused_before_the_run(model, x, compo
     name, runs = hook_name(component, 2), []
     hooks = {kind: [(name, lambda value, hook: None)]}
     first = (hook_name("resid_pre", 0), lambda value, hook: runs.append(1))
-    with pytest.raises(BudgetError) as error, model.hooks(fwd_hooks=[first]):
-        model.run_with_hooks(x, budget_gb=SMALL, **hooks)
+    with pytest.raises(BudgetError) as error, model.hooks(fwd_hooks=[first]), model.hooks(**hooks):
+        model(x, budget_gb=SMALL)
     text = str(error.value)
     assert f"whole attention scores of 1 x {len(x.spans)} positions would take about" in text
     assert f"beyond budget_gb=0.004, and {name} asks for them" in text

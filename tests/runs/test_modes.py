@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import tiny_clip, tiny_hf_model, tiny_model, tiny_processor
+from tiny import letter, tiny_clip, tiny_hf_model, tiny_model, tiny_processor
 
 import av_lens as avl
 from av_lens.errors import AvLensError, InputError, ModelError
@@ -157,14 +157,14 @@ def test_methods_say_what_they_compare(model, x):
 def test_reprs_fit_a_screen(model, x):
     z = avl.Site("z", 1, positions="suffix")
     plan = avl.Plan([avl.zero(avl.Site("z", layer, head)) for layer in range(4) for head in range(4)])
-    trace, clip = model.trace(x), tiny_clip()
+    trace, clip, metric = model.trace(x), tiny_clip(), avl.logit(letter("a"))
     conflict = avl.Conflict(sound=clip, picture=clip, question="What?", answers=("a", "b"))
     nouns = [
         x, x.spans, x.spans.audio, x.clips[0], avl.Pair(clean=x, corrupt=x), conflict, conflict.cells(model), model,
         plan, plan.edits[0], avl.Plan(avl.replace(z, torch.zeros(1, 12, 4, 16))), plan.compile(model.spec, x.spans),
-        trace, trace.schedule([plan] * 9), trace.gradients(z, avl.logit("a")), avl.sweep(trace, [plan], avl.logit("a")),
+        trace, trace.schedule([plan] * 9), trace.gradients(z, metric), avl.sweep(trace, [plan], metric),
         avl.run(model, x, capture=["z", "pattern"]), model.generate(x, max_new_tokens=3, return_type="result"),
-        avl.logit_diff("a", "b"), avl.kl(torch.zeros(1, 300)), avl.logit_diff("a", "b").bind(model.tokenizer),
+        avl.logit_diff("a", "b"), avl.kl(torch.zeros(1, 300)), avl.logit_diff(letter("a"), letter("b")).bind(),
         avl.check_model(model, full=False), avl.Judge(server="http://localhost:1", model="m", cache="c"),
     ]  # fmt: skip
     for noun in nouns:
