@@ -14,9 +14,9 @@ import pytest
 from plain_cases import case, checkpoint, dealt, staged, tokens, with_thirds
 from plain_forward import PlainEdit, PlainModel
 from plain_protocol import RELEASES, Plain, mean
-from tiny import letter, tiny_clip, tiny_hf_model, tiny_processor, untouched
+from tiny import tiny_clip, tiny_hf_model, tiny_processor, untouched
 
-from av_lens.inputs import Conflict
+from av_lens.inputs import Answer, Conflict
 from av_lens.isolation import isolate
 from av_lens.isolation.behaviour import rows_of, survey
 from av_lens.isolation.bench import Bench, Means
@@ -70,10 +70,12 @@ def both_hands(model, listed, plain_model=None):
     n = len(listed)
     cases = [case(model, one) for one in listed]
     boot = Bootstrap.draw(range(n), [f"s{i}" for i in range(n)], [f"p{i}" for i in range(n)], seed=0, draws=50)
+    ids = tokens(model, listed)
+    read = [replace(one, answers=tuple(Answer(word, ((ids[word],),)) for word in one.answers)) for one in listed]
     return SimpleNamespace(
         cases=cases,
-        plain=Plain(plain_model or PlainModel.opened(checkpoint("av-tiny")), cases, tokens(model, listed)),
-        bench=Bench(ModelEngine(model), listed, Candidates.of(listed, model.tokenizer)),
+        plain=Plain(plain_model or PlainModel.opened(checkpoint("av-tiny")), cases, ids),
+        bench=Bench(ModelEngine(model), read, Candidates.of(read, model.tokenizer)),
         boot=boot,
         rows=np.arange(n),
     )
@@ -189,12 +191,7 @@ def test_a_question_of_another_length_is_aligned_from_the_end(see):
     hf = tiny_hf_model(seed=1)
     plain_model = PlainModel(untouched(hf))
     model = load(hf_model=hf, processor=tiny_processor())
-    answers = [
-        (letter("a"), letter("b")),
-        (letter("c"), letter("d")),
-        (letter("d"), letter("e")),
-        (letter("b"), letter("f")),
-    ]
+    answers = [("a", "b"), ("c", "d"), ("d", "e"), ("b", "f")]
     listed = [
         Conflict(
             sound=tiny_clip(seed=2 * i),
