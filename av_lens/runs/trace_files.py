@@ -211,7 +211,7 @@ def _check_schema(path: Path, metadata: Mapping[str, str]) -> None:
         )
 
 
-def _differing(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+def _differing(recorded: Mapping[str, object], found: Mapping[str, str]) -> list[str]:
     names = dict.fromkeys((*recorded, *found))
     return [name for name in names if recorded.get(name) != found.get(name)]
 
