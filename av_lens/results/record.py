@@ -100,7 +100,8 @@ class Isolation(Brief):
                 raise InputError(f"{name} = {most} is no size of a model; 1 to {MOST} are.")
         for name, frame in ((name, getattr(self, name)) for name in TABLES):
             for column, most in (("layer", self.n_layers), ("head", self.n_heads)):
-                if column in frame and not frame[column].between(-1, most - 1).all():
+                last = most if (name, column) == ("knowledge", "layer") else most - 1  # that table counts layers passed
+                if column in frame and not frame[column].between(-1, last).all():
                     raise InputError(f"table {name!r} names a {column} beyond the {most} that the model has.")
         figures = {**self.summary, **{key: self.protocol[key] for key in ("s",) if self.protocol.get(key) is not None}}
         wrong = [key for key, value in figures.items() if not isinstance(value, int | float | np.number)]

@@ -102,3 +102,13 @@ def test_missing_is_nan_never_zero():
     assert np.isnan(frame.loc[0, "effect"])
     assert frame.loc[0, "flags"] == ""
     assert not frame.loc[0, "confirmed"]
+
+
+def test_layers_are_those_of_the_model_and_knowledge_counts_the_ones_passed():
+    found = planted_isolation()
+    row = table("knowledge", [{"layer": found.n_layers}])
+    assert replace(found, knowledge=row).knowledge["layer"].tolist() == [found.n_layers]
+    beyond = {"knowledge": row.assign(layer=found.n_layers + 1), "heads": found.heads.assign(layer=found.n_layers)}
+    for name, rows in beyond.items():
+        with pytest.raises(InputError, match=rf"table '{name}' names a layer beyond the {found.n_layers} that"):
+            replace(found, **{name: rows})

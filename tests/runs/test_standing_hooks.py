@@ -15,7 +15,7 @@ from tiny import letter
 from torch.nn.modules.module import register_module_forward_hook
 
 import av_lens as avl
-from av_lens.errors import BudgetError, InterventionError, ModelError
+from av_lens.errors import BudgetError, InputError, InterventionError, ModelError
 from av_lens.interventions import Plan, Site, cut, replace, zero
 from av_lens.runs import logit_diff, run, sweep
 from av_lens.runs.remembered_towers import remembered_towers
@@ -55,7 +55,12 @@ def check_trace(model: Any, x: Any, *, hooked: bool, swept: bool = False) -> Any
         close(found, one)
     if swept:
         metric = logit_diff(letter("a"), letter("b"))
-        grid, read = sweep(trace, PLANS, metric), metric.bind()
+        read = metric.bind()
+        if not bool(read(truth[:, -1:]).isfinite().all()):
+            with pytest.raises(InputError, match="is NaN or infinite on the recorded run"):
+                sweep(trace, PLANS, metric)
+            return trace
+        grid = sweep(trace, PLANS, metric)
         values = [grid.baseline.values, *grid.values.values.T]
         for one, found in zip([truth, *wanted], values, strict=True):
             close(torch.from_numpy(found), read(one[:, -1:]).double(), among=one)
