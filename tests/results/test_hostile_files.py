@@ -26,7 +26,7 @@ from av_lens.errors import AvLensError, InputError
 from av_lens.results import Circuit, EdgeScores, Grid, Isolation, Tabled
 from av_lens.results.lens_readout import LensReadout
 
-FEW, MANY = 24, 2000
+FEW, MANY = 12, 2000
 ROWS = pd.DataFrame({"example": [0, 1], "text": ["a", None], "n": [1, 2]})
 
 

@@ -85,7 +85,7 @@ VERBS = {
 }
 
 
-@pytest.mark.parametrize("form", ["word", " word"])
+@pytest.mark.parametrize("form", ["word", pytest.param(" word", marks=pytest.mark.slow)])
 def test_every_metric_reads_the_form_that_is_said(form):
     model = speaking(form)
     x, y = encoded(model, 0), encoded(model, 1)

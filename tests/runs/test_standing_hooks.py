@@ -364,7 +364,7 @@ def check_states(states: list[list[Any]]) -> None:
 repeatable = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=4, **repeatable)
+@settings(max_examples=2, **repeatable)
 @given(drawn_states)
 def test_hooks_at_random_are_in_force(states):
     check_states(states)
