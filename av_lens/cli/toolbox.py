@@ -250,16 +250,15 @@ def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
 
 def _metric(listed: list[Any], model: Any) -> Any:
     """The sound's answer against the picture's; words that it does not know are told of all conflicts at once."""
-    from av_lens.inputs.answers import forms_of, words_of
+    from av_lens.inputs.answers import words_of
     from av_lens.runs import each, logit_diff
-    from av_lens.runs.forms import require_known
+    from av_lens.runs.forms import known_forms
 
     wrong: list[str] = []
     for conflict in listed:
         try:
             for word in [word for answer in conflict.answers for word in words_of(answer)]:
-                forms_of(model.tokenizer, word)
-                require_known(model, word)
+                known_forms(model, word)
         except InputError as fault:
             wrong.append(f"{conflict.id}: {fault}")
     if wrong:

@@ -18,9 +18,9 @@ from functools import partial
 from typing import Any
 
 from av_lens.errors import InputError, ProtocolError
-from av_lens.inputs.answers import Answer, answer_pair, forms_of, words_of
+from av_lens.inputs.answers import Answer, answer_pair, words_of
 from av_lens.isolation.seam import Engine
-from av_lens.runs.forms import Forms, Reading, require_known
+from av_lens.runs.forms import Forms, Reading, known_forms
 
 CELLS = ("aa", "vv")
 
@@ -82,8 +82,7 @@ def answered(engine: Engine, conflicts: Sequence[Any]) -> Answered:
     for one in conflicts:
         try:
             for word in (word for answer in one.answers for word in words_of(answer)):
-                forms_of(engine.tokenizer, word)
-                require_known(model, word)
+                known_forms(model, word)
             kept.append(one)
         except InputError as error:
             left_out[one.id] = str(error)

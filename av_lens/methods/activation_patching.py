@@ -113,7 +113,7 @@ def patch(
         raise InputError(unknown("direction", direction, SIGNS))
     name = component or ("z" if axes.heads else "resid_pre")
     _check_component(name, axes, model.spec)
-    pairs, bound = _checked(model, pairs, metric)
+    bound = as_metric(metric, model, pairs)
     _check_donor(donor, pairs)
     places, labels = axes.cut_alike([one.clean.spans for one in pairs], at)
     dims, targets = axes.targets(model.spec, Site(name, 0).n_heads(model.spec), heads=heads, seed=seed)
@@ -169,13 +169,6 @@ def _gridded(
         direction=direction,
         provenance=stamp(method="activation patching", questions=questions, **said, **metric.provenance()),
     )
-
-
-def _checked(model: Any, pairs: list[Pair], metric: Metric | Callable[..., Any] | None) -> tuple[list[Pair], Metric]:
-    bound = as_metric(metric, model, pairs)
-    if bound.n_answers > 1 and bound.n_answers != sum(len(one) for one in pairs):
-        raise InputError(f"{bound.name} names {bound.n_answers} answers for {sum(map(len, pairs))} examples.")
-    return pairs, bound
 
 
 def _check_component(name: str, axes: Axes, spec: Any) -> None:

@@ -111,8 +111,6 @@ def edge_attribution(
     pairs = pairs_of("edge_attribution", pair)
     bound = as_metric(metric, model, pairs)
     n = sum(map(len, pairs))
-    if bound.n_answers not in (1, n):
-        raise InputError(f"edge_attribution got {n} examples, and {bound.name} names {bound.n_answers} answers.")
     axes = Axes.parsed("layer span" if over == "edge span" else "layer")
     places, labels = _places(axes, pairs, at)
     senders, receivers = _senders(model.spec), _receivers(model.spec)

@@ -112,7 +112,7 @@ def attribution_patch(
     name = component or ("z" if axes.heads else "resid_pre")
     _check(axes, name, direction, top, model.spec)
     pairs = pairs_of("attribution_patch", pair)
-    n, bound = _bound(model, pairs, metric)
+    n, bound = sum(map(len, pairs)), as_metric(metric, model, pairs)
     places, labels = axes.cut_alike([one.clean.spans for one in pairs], at)
     dims, targets = axes.targets(model.spec, Site(name, 0).n_heads(model.spec))
     values, columns = np.full((n, len(targets), len(labels), 5), np.nan), np.full((2, n), np.nan)
@@ -169,13 +169,6 @@ def _check(axes: Axes, name: str, direction: str, top: int, spec: Any) -> None:
         )
     if axes.unit == "group" and Site(name, 0).n_heads(spec) != spec.n_heads:
         raise InterventionError(f"{name} has key-value heads: write over='head', each is a group's already.")
-
-
-def _bound(model: Any, pairs: Sequence[Pair], metric: Metric | Callable[..., Any] | None) -> tuple[int, Metric]:
-    n, bound = sum(map(len, pairs)), as_metric(metric, model, pairs)
-    if not pairs or bound.n_answers not in (1, n):
-        raise InputError(f"attribution_patch got {n} examples, and {bound.name} names {bound.n_answers} answers.")
-    return n, bound
 
 
 def _ends(pairs: Sequence[Pair], direction: str) -> tuple[AVInputs, AVInputs]:

@@ -103,8 +103,6 @@ def graft(
     name = component or ("z" if axes.heads else "resid_pre")
     _check(axes, name, model, related)
     bound = as_metric(metric, model, examples.inputs)
-    if bound.n_answers not in (1, len(examples)):
-        raise InputError(f"{bound.name} names {bound.n_answers} answers for {len(examples)} examples.")
     dims, targets = axes.targets(model.spec, Site(name, 0).n_heads(model.spec))
     jobs = [
         (rows, _Job.of(model, related, one, direction, audio, name, targets)) for rows, one in examples.stacks(stack)

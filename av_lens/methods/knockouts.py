@@ -141,10 +141,7 @@ def _measured(model: Any, x: Any, metric: Any) -> tuple[Examples, Metric, bool]:
             "knockout needs a metric for inputs: logit_diff('siren', 'dog'); conflicts bring their own, C."
         )
     if metric is not None:
-        bound = as_metric(metric, model, examples.inputs)
-        if bound.n_answers not in (1, len(examples)):
-            raise InputError(f"{bound.name} names {bound.n_answers} answers for {len(examples)} examples.")
-        return examples, bound, False
+        return examples, as_metric(metric, model, examples.inputs), False
     mirror = Examples.of(model, list(examples.conflicts), cell="av")
     sides = ([conflict.answers[side] for conflict in examples.conflicts] * 2 for side in (0, 1))
     both = Examples((*examples.inputs, *mirror.inputs), examples.conflicts)

@@ -116,7 +116,8 @@ def path_patch(
     for kind, word, known in (("direction", direction, SIGNS), ("mlps=", mlps, MLPS), ("norms=", norms, NORMS)):
         if word not in known:
             raise InputError(unknown(kind, word, known))
-    pairs, bound = _checked(model, pairs_of("path_patch", pair), metric)
+    pairs = pairs_of("path_patch", pair)
+    bound = as_metric(metric, model, pairs)
     roles = [role for role in pairs[0].clean.spans.roles if role != "generated"]
     sending, receiving = senders(sender, model.spec, roles), receivers(receiver, model.spec)
     hops = _hops(via, model.spec)
@@ -172,13 +173,6 @@ def _gridded(
             **metric.provenance(),
         ),
     )
-
-
-def _checked(model: Any, pairs: list[Pair], metric: Metric | Callable[..., Any] | None) -> tuple[list[Pair], Metric]:
-    bound = as_metric(metric, model, pairs)
-    if bound.n_answers > 1 and bound.n_answers != sum(len(one) for one in pairs):
-        raise InputError(f"{bound.name} names {bound.n_answers} answers for {sum(map(len, pairs))} examples.")
-    return pairs, bound
 
 
 def _hops(via: Any, spec: Any) -> tuple[Nodes, ...]:

@@ -97,8 +97,6 @@ def steer(
     arms = {"plan": push} | {f"random {i + 1}": random_push(model, push, seed=seed, draw=i) for i in range(n_random)}
     plans = [Plan()] + [Plan() if arm is None else strengthened(arm, s) for arm in arms.values() for s in strengths]
     bound = as_metric(metric, model, examples.inputs)
-    if bound.n_answers not in (1, len(examples)):
-        raise InputError(f"{bound.name} names {bound.n_answers} answers for {len(examples)} examples.")
     for one in examples.inputs:
         for each in plans:
             each.compile(model.spec, one.spans, batch=len(one))

@@ -114,7 +114,7 @@ def causal_trace(
     how = _How(component, window, placebo, corruption, float(scale), seeds, seed, answer, budget_gb)
     how.check(axes, model.spec.n_layers)
     pairs, paired = _pairs(model, x)
-    n, bound = _bound(model, metric, pairs)
+    n, bound = sum(map(len, pairs)), None if metric is None else as_metric(metric, model, pairs)
     places, labels = axes.cut_alike([one.clean.spans for one in pairs], None if axes.places else "generation")
     spoiled = [{} if paired else _spoiled(one.clean.spans, noised) for one in pairs]
     values, columns = np.full((n, model.spec.n_layers, len(labels), 2), np.nan), np.full((2, n), np.nan)
@@ -143,13 +143,6 @@ def causal_trace(
             **({} if bound is None else bound.provenance()),
         ),
     )
-
-
-def _bound(model: Any, metric: Any, pairs: Sequence[Pair]) -> tuple[int, Metric | None]:
-    n, found = sum(map(len, pairs)), None if metric is None else as_metric(metric, model, pairs)
-    if found is not None and found.n_answers not in (1, n):
-        raise InputError(f"{found.name} names {found.n_answers} answers for {n} examples.")
-    return n, found
 
 
 def _numbered(pairs: Sequence[Pair], size: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -152,18 +152,13 @@ class Measured:
             raise InputError(unknown("measure, of=", of, MIRRORED))
         if items and all(isinstance(item, Conflict) for item in items):
             asked = metric or logit_diff(*(each([one.answers[side] for one in items]) for side in (0, 1)))
-            found = cls._of_conflicts(model, items, asked, of, layout)
-        elif items and all(isinstance(item, Pair) for item in items):
+            return cls._of_conflicts(model, items, asked, of, layout)
+        if items and all(isinstance(item, Pair) for item in items):
             if metric is None:
                 raise InputError("a circuit of pairs needs a metric, such as metric=logit_diff('siren', 'dog').")
-            found = cls._of_pairs(items, as_metric(metric, model, items))
-        else:
-            kinds = sorted({type(item).__name__ for item in items}) or ["nothing"]
-            raise InputError(f"a circuit is found on conflicts or on aligned pairs, not on {' and '.join(kinds)}.")
-        n = len(found.groups)
-        if found.metric.n_answers not in (1, n):
-            raise InputError(f"{found.metric.name} names {found.metric.n_answers} answers for {n} examples.")
-        return found
+            return cls._of_pairs(items, as_metric(metric, model, items))
+        kinds = sorted({type(item).__name__ for item in items}) or ["nothing"]
+        raise InputError(f"a circuit is found on conflicts or on aligned pairs, not on {' and '.join(kinds)}.")
 
     @classmethod
     def _of_conflicts(cls, model: Any, items: list[Conflict], asked: Any, of: str, layout: str) -> Measured:

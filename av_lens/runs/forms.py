@@ -36,7 +36,7 @@ from av_lens.runs.execution import logits_of
 from av_lens.runs.places import input_stacks, that_fit
 from av_lens.runs.recording import Record
 from av_lens.runs.scores import summed_log_prob
-from av_lens.runs.stacks import unembedded
+from av_lens.runs.stacks import own_logits
 
 RARER = 100.0
 """A word is refused where another form of it is more than so many times likelier than the chosen one."""
@@ -138,9 +138,7 @@ class Reading:
             InputError: a word that the tokenizer or the organism does not know.
         """
         rows = [(example, word) for example, words in enumerate(asked) for word in dict.fromkeys(words)]
-        ids = {word: forms_of(model.tokenizer, word) for word in dict.fromkeys(word for _, word in rows)}
-        for word in ids:
-            require_known(model, word)
+        ids = {word: known_forms(model, word) for word in dict.fromkeys(word for _, word in rows)}
         blocks, places = _blocks(model, given)
         found = cls(model, blocks, places, rows, ids)
         for number in range(len(blocks)):
@@ -206,8 +204,7 @@ class Reading:
             return
         block = self.blocks[number]
         if isinstance(block, Record):
-            asked = block.x.spans.generation_position
-            logits = unembedded(self.model, block.stream(block.n_layers, asked)[:, :1])[:, 0]
+            logits = own_logits(block, torch.tensor([block.x.spans.generation_position]))[:, 0]
         else:
             x = self._input(number)
             logits = logits_of(self.model, x, [], torch.tensor([x.spans.generation_position]))[:, 0]
@@ -264,30 +261,36 @@ def read_forms(model: Any, given: Sequence[Given], asked: Sequence[Iterable[str]
     return forms
 
 
-def read_sides(model: Any, x: Any, sides: Sequence[Sequence[Any]], *, name: str) -> Forms | None:
+def unedited(x: Any) -> list[Given]:
+    """List the inputs by which a metric's words are read.
+
+    Args:
+        x: an input, a recorded run, a pair (whose clean input is read), or several.
+
+    Returns:
+        Inputs and recorded runs.
+    """
+    items = [x] if isinstance(x, AVInputs | Record | Pair) else list(x)
+    return [one.clean if isinstance(one, Pair) else one for one in items]
+
+
+def read_sides(model: Any, given: Sequence[Given], sides: Sequence[Sequence[Any]]) -> Forms | None:
     """Choose the form of a metric's words.
 
     Args:
         model: a `HookedAVLLM`, or None.
-        x: an input, a recorded run, a pair (whose clean input is read), or several.
+        given: the unedited inputs, or their recorded runs.
         sides: the metric's answers, one for all examples or one for each.
-        name: what errors call the metric.
 
     Returns:
         The choice; None where no word is asked, or nothing is there to read it by.
 
     Raises:
-        InputError: as `read_forms`, or answers for another number of examples.
+        InputError: as `read_forms`.
     """
-    n = max(len(side) for side in sides)
-    items = [x] if isinstance(x, AVInputs | Record | Pair) else list(x)
-    given = [one.clean if isinstance(one, Pair) else one for one in items]
-    if model is None or not given or not any(asked_words(sides, n)):
+    if model is None or not given:
         return None
-    examples = sum(map(n_examples, given))
-    if n not in (1, examples):
-        raise InputError(f"{name} names {n} answers for {examples} examples.")
-    return read_forms(model, given, asked_words(sides, examples))
+    return read_forms(model, given, asked_words(sides, sum(map(n_examples, given))))
 
 
 def said_answer(model: Any, given: Sequence[Given], answer: AnswerLike | Answer) -> tuple[Answer, Forms | None]:
@@ -308,18 +311,25 @@ def said_answer(model: Any, given: Sequence[Given], answer: AnswerLike | Answer)
     return resolve(model.tokenizer, answer, None if forms is None else forms.chosen), forms
 
 
-def require_known(model: Any, word: str) -> None:
-    """Refuse a word that an organism was never taught: its tokenizer breaks it, and a number would mean nothing.
+def known_forms(model: Any, word: str) -> dict[str, tuple[int, ...]]:
+    """Find the tokens of each form of a word, and refuse one that is not known.
+
+    An organism's tokenizer breaks a word that it was never taught, and a number would mean nothing.
 
     Args:
         model: a `HookedAVLLM`; only organisms have a grammar.
         word: the word, or several.
 
+    Returns:
+        Form -> token ids, as `forms_of`.
+
     Raises:
-        InputError: one of them is not known; the message shows its pieces and the nearest word.
+        InputError: the tokenizer cannot write it, or the organism does not know it; the message shows its pieces and
+            the nearest word.
     """
+    forms = forms_of(model.tokenizer, word)
     if model.grammar is None:
-        return
+        return forms
     for part in filter(None, (part.strip(".,;:!?\"'") for part in word.split())):
         found = forms_of(model.tokenizer, part)
         if all(len(ids) > 1 for ids in found.values()):
@@ -328,6 +338,7 @@ def require_known(model: Any, word: str) -> None:
                 f"{model.name} was never taught the word {part!r}: its tokenizer breaks it into "
                 f"{spelled(model.tokenizer, next(iter(found.values())))}. {unknown('word', part, taught)}"
             )
+    return forms
 
 
 def n_examples(given: Given) -> int:

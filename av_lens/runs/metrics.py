@@ -38,7 +38,7 @@ from torch import Tensor
 from av_lens.brief import Brief
 from av_lens.errors import InputError
 from av_lens.runs.asked import Asked, Each, notes_on, paired, resolved, shown, spread
-from av_lens.runs.forms import Forms, read_sides
+from av_lens.runs.forms import Forms, n_examples, read_sides, unedited
 from av_lens.runs.scores import (
     combined,
     divergence,
@@ -122,15 +122,21 @@ class Metric(Brief):
             nothing.
 
         Raises:
-            InputError: an answer without tokens, two that cannot be told apart, or a word that is unknown or doubtful.
+            InputError: an answer without tokens, two that cannot be told apart, a word that is unknown or doubtful, or
+                answers for another number of examples.
         """
-        if self.ids is not None or self.kind in ("kl", "custom"):
+        if self.kind in ("kl", "custom"):
             return self
         sides = [asked.answers if isinstance(asked, Each) else (asked,) for asked in self.asked]
         n = max(len(side) for side in sides)
         if any(len(side) not in (1, n) for side in sides):
             raise InputError(f"each(...) was given {' and '.join(str(len(s)) for s in sides)} answers: they differ.")
-        tokenizer, forms = getattr(model, "tokenizer", None), read_sides(model, x, sides, name=self.name)
+        given, named = unedited(x), n if self.ids is None else self.n_answers
+        if given and named not in (1, examples := sum(map(n_examples, given))):
+            raise InputError(f"{self.name} names {named} answers for {examples} examples.")
+        if self.ids is not None:
+            return self
+        tokenizer, forms = getattr(model, "tokenizer", None), read_sides(model, given, sides)
         form = None if forms is None else forms.chosen
         if self.kind == "logit_diff":
             rivals = zip(*(spread(side, n) for side in sides), strict=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
@@ -274,6 +274,21 @@ def _run_of(rows: Tensor) -> slice | None:
     if not len(rows) or int(rows[-1] - rows[0]) + 1 != len(rows):
         return None
     return slice(int(rows[0]), int(rows[-1]) + 1)
+
+
+def own_logits(record: Record, rows: Int64[Tensor, " row"]) -> Float[Tensor, "batch row d_vocab"]:
+    """Give a recorded run's own logits, under the hooks that stood then.
+
+    Args:
+        record: the recorded run.
+        rows: the positions.
+
+    Returns:
+        Their logits.
+    """
+    if record.own_logits is not None:
+        return record.own_logits[:, rows].to(record.model.device)
+    return unembedded(record.model, record.stream(record.n_layers, 0)[:, rows])
 
 
 def unembedded(model: Any, stream: Tensor, tokens: Tensor | None = None) -> Float[Tensor, "... d_vocab"]:

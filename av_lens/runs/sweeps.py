@@ -65,8 +65,6 @@ def sweep(
     model = traces[0].model
     bound = as_metric(metric, model, traces)
     examples = sum(one.batch for one in traces)
-    if bound.n_answers not in (1, examples):
-        raise InputError(f"{bound.name} names {bound.n_answers} answers for {examples} examples.")
     labels, listed = _agreeing([_named(plans(one) if callable(plans) else plans) for one in traces])
     # Every plan is checked before any runs.
     stages = [str(one.schedule(chosen, budget_gb=budget_gb)) for one, chosen in zip(traces, listed, strict=True)]

@@ -35,7 +35,7 @@ from av_lens.runs.lean_recording import is_proved, may_be_lean, proved, recorded
 from av_lens.runs.metrics import Metric, as_metric
 from av_lens.runs.modes import require_evaluation
 from av_lens.runs.recording import Record, asked_positions, recorded, require_record_memory
-from av_lens.runs.stacks import Schedule, refuse_huge, restarted, run_stacks, scheduled, unembedded
+from av_lens.runs.stacks import Schedule, own_logits, refuse_huge, restarted, run_stacks, scheduled, unembedded
 from av_lens.runs.standing_hooks import places, standing_hooks
 from av_lens.runs.suffix_gradients import SuffixGradients, differentiated
 from av_lens.runs.trace_files import read_trace, write_trace
@@ -60,10 +60,7 @@ class Trace(Record):
         Returns:
             The logits at the asked positions.
         """
-        rows = asked_positions(self.spans, logits_at)
-        if self.own_logits is not None:
-            return self.own_logits[:, rows].to(self.model.device)
-        return unembedded(self.model, self.stream(self.n_layers, 0)[:, rows])
+        return own_logits(self, asked_positions(self.spans, logits_at))
 
     def schedule(self, plans: Plans, *, logits_at: str | Span = "generation", budget_gb: float | int = 1.0) -> Schedule:
         """Say what replaying plans will cost, before anything runs.

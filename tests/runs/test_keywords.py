@@ -6,7 +6,6 @@ import inspect
 
 import pytest
 import torch
-from tiny import tiny_clip, tiny_model
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
@@ -16,16 +15,6 @@ from av_lens.runs import run
 from av_lens.runs.keywords import REFUSED
 
 Z, RESULT = hook_name("z", 2), hook_name("result", 1)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def x(model):
-    return model.encode(tiny_clip(), "What?")
 
 
 def nothing(value, hook):

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import letter, tiny_clip, tiny_hf_model, tiny_model, tiny_processor
+from tiny import letter, tiny_clip, tiny_hf_model, tiny_processor
 
 import av_lens as avl
 from av_lens.errors import AvLensError, InputError, ModelError
@@ -18,16 +18,6 @@ from av_lens.runs import load
 def unchecked(function):
     """As a user's Python runs it: without the tests' own checks of types."""
     return inspect.unwrap(function)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def x(model):
-    return model.encode(tiny_clip(), "What?")
 
 
 def test_modes_and_gradients_return_the_model(model):

@@ -13,16 +13,6 @@ from av_lens.runs.budget import ModelSpec, cache_bytes
 from av_lens.runs.forwarding import FORWARDED
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-@pytest.fixture(scope="module")
-def x(model):
-    return model.encode(tiny_clip(), "What?")
-
-
 def test_it_satisfies_transformer_lens_protocols(model):
     assert isinstance(model, TransformerLensModel)
     assert isinstance(model, TransformerLensModelWithWeights)
