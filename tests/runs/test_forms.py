@@ -216,6 +216,19 @@ def test_a_recorded_run_is_read_without_another(monkeypatch):
         np.testing.assert_allclose(found.forms.median[form], expected.forms.median[form], rtol=1e-4)
 
 
+def test_a_run_recorded_under_hooks_is_read_as_it_spoke():
+    model = speaking("word")
+    capitals = [ids(model, word, "Word")[0] for word in WORDS]
+
+    def louder(logits, hook):
+        return logits.index_fill(-1, torch.tensor(capitals), 30.0)
+
+    with model.hooks(fwd_hooks=[("unembed.hook_out", louder)]):
+        trace = model.trace(encoded(model, 0))
+    assert trace.hooked_because
+    assert METRIC.bind(model, trace).forms.chosen == "Word"
+
+
 def test_a_word_that_an_organism_was_never_taught_is_refused():
     model = avl.load("av-tiny")
     x = model.encode(avl.organism.clip("siren", seed=0), "What do you hear?")
