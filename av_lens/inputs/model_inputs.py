@@ -265,7 +265,12 @@ class AVInputs:
 
         Returns:
             Lines of text: layout, question, tensors, and the runs of positions with their times.
+
+        Raises:
+            InputError: something else than a metric.
         """
+        if metric is not None and not hasattr(metric, "reading"):
+            raise InputError(f"describe takes a bound metric, logit_diff(...).bind(model, x), not {metric!r}.")
         return display.summary(self) + ("" if metric is None else f"\n  answers: {metric.reading()}")
 
     def __repr__(self) -> str:

@@ -33,7 +33,7 @@ from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 from av_lens.runs.asked import asked_words
 from av_lens.runs.execution import logits_of
-from av_lens.runs.places import input_stacks, that_fit
+from av_lens.runs.places import input_stacks, listed, that_fit
 from av_lens.runs.recording import Record
 from av_lens.runs.scores import summed_log_prob
 from av_lens.runs.stacks import own_logits
@@ -269,9 +269,18 @@ def unedited(x: Any) -> list[Given]:
 
     Returns:
         Inputs and recorded runs.
+
+    Raises:
+        InputError: something else.
     """
-    items = [x] if isinstance(x, AVInputs | Record | Pair) else list(x)
-    return [one.clean if isinstance(one, Pair) else one for one in items]
+    found = [one.clean if isinstance(one, Pair) else one for one in listed(x)]
+    for one in found:
+        if not isinstance(one, AVInputs | Record):
+            raise InputError(
+                f"words are read by what the model says on AVInputs, a recorded run or a Pair, not on "
+                f"{type(one).__name__}: write metric.bind(model, x) with what model.encode or model.trace gave."
+            )
+    return found
 
 
 def read_sides(model: Any, given: Sequence[Given], sides: Sequence[Sequence[Any]]) -> Forms | None:

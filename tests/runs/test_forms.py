@@ -216,6 +216,16 @@ def test_a_recorded_run_is_read_without_another(monkeypatch):
         np.testing.assert_allclose(found.forms.median[form], expected.forms.median[form], rtol=1e-4)
 
 
+def test_what_words_cannot_be_read_by_is_told():
+    model = speaking("word")
+    x = encoded(model, 0)
+    for other in (None, "x", [x, 5]):
+        with pytest.raises(InputError, match=r"read by what the model says on AVInputs.*write metric.bind\(model, x\)"):
+            METRIC.bind(model, other)
+    with pytest.raises(InputError, match=r"describe takes a bound metric, .* not 'siren'"):
+        x.describe("siren")
+
+
 def test_a_run_recorded_under_hooks_is_read_as_it_spoke():
     model = speaking("word")
     capitals = [ids(model, word, "Word")[0] for word in WORDS]
