@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from typing import Any
 
 from av_lens.errors import InputError, UnfinishedError
+from av_lens.media.border import file_hash
 from av_lens.whole_files import describe
 
 ROLES = ("sound", "picture", "third")
@@ -28,7 +27,7 @@ def clip_key(source: Any) -> str:
     sha = getattr(source, "sha256", None)
     if sha is None and path is not None:
         try:
-            sha = _hashed(path)
+            sha = file_hash(path)
         except OSError as error:
             raise InputError(f"cannot read the clip {path}: {describe(error)}. Put it back.") from error
     if sha is None:
@@ -40,7 +39,7 @@ class ClipKeys:
     """The keys of a run's clips: a file is hashed once, and known to be the same while it is used."""
 
     def __init__(self) -> None:
-        self._files: dict[str, tuple[tuple[int, int], str]] = {}
+        self._files: dict[str, str] = {}
 
     def of(self, conflict: Any, role: str) -> str:
         """Name a conflict's clip.
@@ -61,13 +60,13 @@ class ClipKeys:
             return clip_key(clip)
         if path not in self._files:
             try:
-                self._files[path] = _looks(path), _hashed(path)
+                self._files[path] = file_hash(path)
             except OSError as error:
                 raise InputError(
                     f"{_said(conflict, role, path)} is gone since the conflicts were listed ({describe(error)}). Put "
                     "the file back, or take the conflict out."
                 ) from error
-        return _key(clip, self._files[path][1])
+        return _key(clip, self._files[path])
 
     def check(self, conflict: Any) -> None:
         """See that a conflict's files are what they were when they were named.
@@ -82,9 +81,8 @@ class ClipKeys:
             path = _file(getattr(conflict, role, None))
             if path is None or path not in self._files:
                 continue
-            looked, sha = self._files[path]
             try:
-                same = _looks(path) == looked or _hashed(path) == sha
+                same = file_hash(path) == self._files[path]
                 why = "was changed"
             except OSError as error:
                 same, why = False, f"is gone ({describe(error)})"
@@ -103,16 +101,6 @@ def _file(source: Any) -> str | None:
 def _key(source: Any, sha: str) -> str:
     start, end = getattr(source, "window", None) or (getattr(source, "start", 0.0), getattr(source, "end", None))
     return f"{sha}:{start}:{end}"
-
-
-def _hashed(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _looks(path: str) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
 
 
 def _said(conflict: Any, role: str, path: str) -> str:

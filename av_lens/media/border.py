@@ -7,11 +7,13 @@ whatever PyAV, NumPy or the system raise on the way is turned into one kind of e
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from av_lens.errors import AvLensError, BudgetError, MediaError
@@ -174,6 +176,29 @@ def _no_path(given: object) -> str:
     else:
         found, mend = kind, "give a string or a pathlib.Path"
     return f"a medium is named by the path of its file, found {found}: {mend}."
+
+
+def file_hash(path: str | os.PathLike[str]) -> str:
+    """Hash what a file holds; a file of the same size and time as when it was hashed is not read again.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The sha256 in hex.
+
+    Raises:
+        OSError: it is gone, or cannot be read.
+    """
+    found = os.stat(path)
+    return _hashed(os.path.abspath(path), found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 16)
+def _hashed(path: str, size: int, modified_ns: int) -> str:
+    del size, modified_ns  # part of the cache's key
+    with open(path, "rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
 
 
 @contextmanager

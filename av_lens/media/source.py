@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from av_lens.errors import MediaError
 from av_lens.media.arrays import TOLERANCE
-from av_lens.media.border import DEFAULT_MAX_BYTES, Budget, border, describe, foreign_errors, opened, regular_file
+from av_lens.media.border import (
+    DEFAULT_MAX_BYTES,
+    Budget,
+    border,
+    describe,
+    file_hash,
+    foreign_errors,
+    opened,
+    regular_file,
+)
 from av_lens.media.clip import Clip
 from av_lens.media.header import (
     check_readable,
@@ -79,10 +86,10 @@ def load_clip(
     rate = check_rate("sound_rate", sound_rate, low=1_000)
     if damaged not in ("refuse", "keep"):
         raise MediaError(f'damaged= is "refuse" or "keep", found {damaged!r}.')
-    text, size = regular_file(path)
+    text, _ = regular_file(path)
     request = _Request(text, start, end, fps, max_bytes, damaged, check_stream(stream))
     with border(text, "decode"):
-        return _read(request).clip(rate, _file_hash(os.path.abspath(text), size, os.stat(text).st_mtime_ns))
+        return _read(request).clip(rate, file_hash(text))
 
 
 def _read(request: _Request) -> _Reading:
@@ -96,13 +103,6 @@ def _read(request: _Request) -> _Reading:
         reading = _Reading(request, container)
         reading.run(_STEPS_BACK[-1])
         return reading
-
-
-@lru_cache(maxsize=1024)
-def _file_hash(path: str, size: int, modified_ns: int) -> str:
-    del size, modified_ns  # part of the cache's key: a file that changed is read again
-    with open(path, "rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
