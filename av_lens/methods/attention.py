@@ -33,7 +33,8 @@ from av_lens.inputs.model_inputs import AVInputs
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import stamp
 from av_lens.runs.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, sinks_by_layout, sinks_of
-from av_lens.runs.examples import Examples, as_list
+from av_lens.runs.examples import Examples
+from av_lens.runs.places import listed
 from av_lens.runs.progress import Progress, watched
 from av_lens.runs.role_words import SINKS, named_span
 from av_lens.runs.sweeps import interrupted
@@ -78,7 +79,7 @@ def attention_flow(
     """
     require_choice("by", by, BY)
     require_choice("weight", weight, WEIGHTS)
-    asked = as_list(queries)
+    asked = listed(queries)
     examples = Examples.of(model, x)
     if max_new_tokens:
         examples = _answered(model, examples, max_new_tokens, stack)

@@ -47,12 +47,13 @@ from av_lens.results.grid import Grid
 from av_lens.results.provenance import stamp
 from av_lens.runs.asked import each
 from av_lens.runs.attention_mass import SINK_TIMES, attention_mass, sinks_by_layout, sinks_of
-from av_lens.runs.examples import Examples, as_list
+from av_lens.runs.examples import Examples
 from av_lens.runs.finite import require_numbers
 from av_lens.runs.layer_windows import Windows
 from av_lens.runs.matched_cuts import EQUAL_COUNT, EQUAL_MASS, OTHER_HEADS, EdgeCut, matches
 from av_lens.runs.measurement import measure_plans
 from av_lens.runs.metrics import Metric, as_metric, logit_diff
+from av_lens.runs.places import listed
 from av_lens.runs.progress import Progress, watched
 from av_lens.runs.role_words import Flow, is_plain, named_span
 from av_lens.runs.sweeps import interrupted
@@ -119,7 +120,7 @@ def knockout(
         raise InputError("max_new_tokens lets the model answer under each cut: it needs over='all'.")
     job = _Job(
         model,
-        flows=[Flow.parsed(text) for text in as_list(edges)],
+        flows=[Flow.parsed(text) for text in listed(edges)],
         windows=Windows.of(model.spec, over, width=width, layers=layers, heads=heads),
         options={"renormalize": renormalize, "include_generation": include_generation},
         sinks=sinks,

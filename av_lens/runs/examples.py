@@ -7,7 +7,7 @@ conflicts the two answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,15 +98,3 @@ class Examples:
             At least 1.
         """
         return that_fit(model, max(len(x.spans) for x in self.inputs), stack, budget_gb)
-
-
-def as_list(given: Any) -> Sequence[Any]:
-    """Take one word, or several.
-
-    Args:
-        given: a string, or a sequence.
-
-    Returns:
-        A sequence.
-    """
-    return [given] if isinstance(given, str) else list(given)
