@@ -266,7 +266,7 @@ def test_features_are_computed_once_per_content(encoder: Encoder, make_clip):
 
 def test_the_total_pixel_cap_is_on(processor: Any, hf: Any, make_clip):
     """The reference implementation shares a total budget among the frames; here it is made so small that it acts."""
-    from conftest import model_positions  # pyright: ignore[reportAttributeAccessIssue]
+    from noise import model_positions
 
     small = copy.copy(processor)
     small.video_processor = copy.deepcopy(processor.video_processor)

@@ -16,7 +16,7 @@ from av_lens.media import Clip, ClipFile
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import noise_clip  # pyright: ignore[reportAttributeAccessIssue]
+    from noise import noise_clip
 
     home = tmp_path_factory.mktemp("manifest")
     (home / "clips").mkdir()

@@ -106,7 +106,7 @@ def test_each_cell_holds_what_its_name_says(encoder: Encoder, make_clip, layout:
 
 
 def test_cells_are_lazy_and_share_their_features(processor: Any, hf: Any, make_clip):
-    from conftest import model_positions  # pyright: ignore[reportAttributeAccessIssue]
+    from noise import model_positions
 
     encoder = Encoder(processor, hf.config, model_positions(hf))
     cells = conflict(make_clip).cells(encoder)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from conftest import model_positions  # pyright: ignore[reportAttributeAccessIssue]
+from noise import model_positions
 
 from av_lens.inputs import AVInputs, Encoder
 from av_lens.media import Clip, load_clip

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import model_positions, noise_clip  # pyright: ignore[reportAttributeAccessIssue]
+from noise import model_positions, noise_clip
 
 from av_lens.errors import InputError, ModelError
 from av_lens.inputs import Encoder
