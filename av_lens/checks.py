@@ -235,6 +235,9 @@ def require_keywords(
     Raises:
         AvLensError: a keyword is not known (the nearest is named), or not taken.
     """
+    given = tuple(given)
+    if not given:  # most calls: no signature is read
+        return
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named = {p.name for taker in takers for p in inspect.signature(taker).parameters.values() if p.kind in kinds}
     reasons = refused or {}

@@ -49,6 +49,8 @@ def require_run_keywords(model: Any, verb: str, options: dict[str, Any], *takers
     Raises:
         InputError: an unknown keyword, one that is not taken, or two that exclude each other.
     """
+    if not options:
+        return
     forward, text = model.hf_model.forward, model.hf_model.get_decoder().forward
     media = _names(forward) - _names(text) - _names(model.bridge.forward)
     refused = {name: _MEDIA for name in media} | REFUSED
