@@ -19,6 +19,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from av_lens import upstairs
+
 __version__ = "0.1.0"
 
 # Public name -> the module it lives in. The one list of what av_lens offers.
@@ -32,10 +34,10 @@ _HOMES = {
     "Conflict": "inputs",
     "Pair": "inputs",
     "conflicts": "inputs",
-    "HookedAVLLM": "runs",
-    "Judge": "runs",
-    "check_model": "runs",
-    "load": "runs",
+    "HookedAVLLM": "model",
+    "Judge": "methods",
+    "check_model": "model",
+    "load": "model",
     "KV": "interventions",
     "Site": "interventions",
     "Edit": "interventions",
@@ -48,16 +50,16 @@ _HOMES = {
     "resample": "interventions",
     "scale": "interventions",
     "zero": "interventions",
-    "kl": "runs",
-    "log_prob": "runs",
-    "logit": "runs",
-    "logit_diff": "runs",
-    "measure": "runs",
-    "prob": "runs",
-    "rank": "runs",
-    "Trace": "runs",
-    "run": "runs",
-    "sweep": "runs",
+    "kl": "metrics",
+    "log_prob": "metrics",
+    "logit": "metrics",
+    "logit_diff": "metrics",
+    "measure": "replay",
+    "prob": "metrics",
+    "rank": "metrics",
+    "Trace": "replay",
+    "run": "core",
+    "sweep": "replay",
     "attention_flow": "methods",
     "find_circuit": "methods",
     "find_sinks": "methods",
@@ -87,7 +89,7 @@ _HOMES = {
     "isolate": "isolation",
     "AvLensError": "errors",
 }
-_ROOMS = ("errors", "organism", "plots", "reports", "studies")
+_ROOMS = ("errors", "lab", "organism", "plots", "reports")
 
 __all__ = [
     "KV",
@@ -130,6 +132,7 @@ __all__ = [
     "isolate",
     "kl",
     "knockout",
+    "lab",
     "load",
     "load_clip",
     "log_prob",
@@ -155,20 +158,21 @@ __all__ = [
     "run",
     "scale",
     "steer",
-    "studies",
     "sweep",
     "weight_change",
     "zero",
 ]
 
 if TYPE_CHECKING:
-    from av_lens import errors, organism, plots, reports, studies
+    from av_lens import errors, lab, organism, plots, reports
+    from av_lens.core import run
     from av_lens.errors import AvLensError
     from av_lens.inputs import AVInputs, Conflict, Pair, conflicts
     from av_lens.interventions import KV, Edit, Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
     from av_lens.isolation import isolate
     from av_lens.media import Clip, ClipFile, load_clip
     from av_lens.methods import (
+        Judge,
         at_chosen_layer,
         attention_flow,
         attribution_patch,
@@ -191,31 +195,25 @@ if TYPE_CHECKING:
         steer,
         weight_change,
     )
+    from av_lens.metrics import kl, log_prob, logit, logit_diff, prob, rank
+    from av_lens.model import HookedAVLLM, check_model, load
+    from av_lens.replay import Trace, measure, sweep
     from av_lens.results import Circuit, EdgeScores, Grid, Isolation, Tabled
-    from av_lens.runs import (
-        HookedAVLLM,
-        Judge,
-        Trace,
-        check_model,
-        kl,
-        load,
-        log_prob,
-        logit,
-        logit_diff,
-        measure,
-        prob,
-        rank,
-        run,
-        sweep,
-    )
     from av_lens.spans import Span, SpanMap
+
+
+def _room(name: str) -> Any:
+    return importlib.import_module(f"av_lens.{name}")
+
+
+upstairs.install(_room)
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
-        return importlib.import_module(f"av_lens.{name}")
+        return _room(name)
     if name in _HOMES:
-        value = getattr(importlib.import_module(f"av_lens.{_HOMES[name]}"), name)
+        value = getattr(_room(_HOMES[name]), name)
         globals()[name] = value
         return value
     from av_lens.errors import unknown

@@ -55,7 +55,7 @@ def test_the_reference_names_every_public_name_once():
 
 @pytest.mark.parametrize("region", ["behaviour", "seeds"])
 def test_the_organisms_tables_are_the_stored_evaluations(region: str):
-    from av_lens.organism import portraits
+    from av_lens.lab.training import portraits
 
     tables = {"behaviour": portraits.shares_table, "seeds": portraits.standing_table}
     shown = (DOCS / "organisms.md").read_text().split(f"<!-- {region} -->\n")[1].split(f"\n<!-- /{region} -->")[0]
@@ -63,7 +63,7 @@ def test_the_organisms_tables_are_the_stored_evaluations(region: str):
 
 
 def test_the_benchmarks_page_is_the_stored_record():
-    from av_lens.studies import replay_tables
+    from av_lens.lab.replay_benchmark import tables as replay_tables
 
     page, record = (DOCS / replay_tables.PAGE).read_text(), json.loads((DOCS / replay_tables.RECORD).read_text())
     shown = page.split(replay_tables.OPEN)[1].split(replay_tables.CLOSE)[0]
@@ -71,7 +71,7 @@ def test_the_benchmarks_page_is_the_stored_record():
 
 
 def test_the_plantbench_page_is_the_stored_record():
-    from av_lens.studies import plantbench_pages
+    from av_lens.lab.plantbench import pages as plantbench_pages
 
     page, record = (
         (DOCS / plantbench_pages.PAGE).read_text(),
@@ -83,14 +83,14 @@ def test_the_plantbench_page_is_the_stored_record():
 
 
 def test_what_was_found_again_is_the_stored_record():
-    from av_lens.studies import seeds
+    from av_lens.lab import seeds
 
     page, record = (DOCS / seeds.PAGE).read_text(), json.loads((DOCS / seeds.RECORD).read_text())
     assert page.split(seeds.OPEN)[1].split(seeds.CLOSE)[0] == seeds.page_tables(record)
 
 
 def test_the_page_of_true_shapes_is_the_stored_record():
-    from av_lens.studies import true_shape_costs
+    from av_lens.lab import true_shape_costs
 
     record = json.loads((DOCS / true_shape_costs.RECORD).read_text())
     assert (DOCS / true_shape_costs.PAGE).read_text() == true_shape_costs.page(record)

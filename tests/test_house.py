@@ -23,21 +23,28 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # Lowest first: a room may import from itself and from every room before it.
 ORDER = [
-    {"errors", "axes", "brief", "checks", "checkpoints", "colours", "spans", "whole_files"},
+    {"errors", "axes", "brief", "checks", "checkpoints", "colours", "spans", "upstairs", "whole_files"},
     {"media", "results"},
     {"inputs"},
     {"bridge"},
     {"interventions"},
-    {"runs"},
+    {"core"},
+    {"metrics"},
+    {"replay"},
+    {"model"},
     {"methods"},
     {"isolation"},
     {"organism"},
-    {"studies"},
+    {"lab"},
     {"cli"},
 ]
-BESIDE = {"plots": {"errors", "axes", "brief", "checks", "colours", "results", "spans", "media", "whole_files"}}
+BESIDE = {"plots": {*ORDER[0], "results", "media"} - {"checkpoints"}}
 BESIDE["reports"] = BESIDE["plots"] | {"plots"}
-ALSO = {"isolation": {"reports"}, "organism": set(), "studies": {"plots", "reports"}, "cli": {"plots", "reports"}}
+ALSO = {"isolation": {"reports"}, "lab": {"plots", "reports"}, "cli": {"plots", "reports"}}
+# The floors of a room, lowest first: its folders may import from their own and those before.
+FLOORS = {"isolation": ["measuring", "naming", "sets", "explaining", "running"]}
+# Where modules are looked up by a name that is data: a family's own file, a command's function.
+BY_NAME = {"__init__.py", "bridge/families.py", "cli/toolbox.py"}
 
 
 def room(path: Path) -> str:
@@ -58,7 +65,8 @@ def allowed(name: str) -> set[str]:
     raise AssertionError(f"av_lens/{name} is not a room of the house: add it to ORDER or move the file")
 
 
-def imported_rooms(path: Path) -> set[str]:
+def imported(path: Path) -> set[str]:
+    """Every dotted name of the package that a file imports, or looks up by `import_module` or `upstairs`."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names: list[str] = []
@@ -67,30 +75,50 @@ def imported_rooms(path: Path) -> set[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] != "av_lens" or len(parts) == 1:
-                continue
-            if (ROOT / parts[1]).exists() or (ROOT / f"{parts[1]}.py").exists():
-                found.add(parts[1])
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            known = isinstance(node.args[0], ast.Constant)
+            assert known or str(path.relative_to(ROOT)) in BY_NAME, f"{path}: say which module is imported"
+            names = [str(ast.literal_eval(node.args[0]))] if known else []
+        found |= {name for name in names if name.split(".")[0] == "av_lens" and "." in name}
     return found
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path):
-    extra = imported_rooms(path) - allowed(room(path))
-    assert not extra, f"{path.relative_to(ROOT)} imports {sorted(extra)}, which come after its room"
+    own = path.relative_to(ROOT).with_suffix("").parts
+    for name in imported(path):
+        parts = name.split(".")[1:]
+        if not (ROOT / parts[0]).exists() and not (ROOT / f"{parts[0]}.py").exists():
+            continue
+        assert parts[0] in allowed(room(path)), f"{path.relative_to(ROOT)} imports {name}, which comes after its room"
+        private = [part for part in parts if part.startswith("_") and not part.startswith("__")]
+        assert parts[0] == own[0] or not private, (
+            f"{path.relative_to(ROOT)} imports {name}: another room's own business"
+        )
+        floors = FLOORS.get(own[0], [])
+        if parts[0] == own[0] and len(own) > 2 and parts[1] in floors:
+            assert floors.index(parts[1]) <= floors.index(own[1]), (
+                f"{path.relative_to(ROOT)} imports {name}: a floor up"
+            )
 
 
 @pytest.mark.parametrize("package", ["methods", "plots"])
 def test_siblings_never_import_each_other(package: str):
-    for path in (ROOT / package).glob("*.py"):
-        if path.stem == "__init__" or path.stem.startswith("_"):
+    for path in (ROOT / package).rglob("*.py"):
+        own = path.relative_to(ROOT / package).with_suffix("").parts
+        if own[0] == "__init__" or own[0].startswith("_"):
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(f"av_lens.{package}."):
-                sibling = node.module.split(".")[2]
-                assert sibling.startswith("_"), f"{path.name} imports its sibling {sibling}"
+        for name in imported(path):
+            parts = name.split(".")[1:]
+            if parts[0] == package and len(parts) > 1:
+                shared = parts[1] == own[0] or parts[1] == "shared" or parts[1].startswith("_")
+                assert shared, f"{path.name} imports its sibling {name}"
+
+
+def test_no_room_is_crowded():
+    for folder in {path.parent for path in FILES}:
+        files = [path for path in folder.glob("*.py") if path.stem != "__init__"]
+        assert len(files) <= 20, f"{folder.relative_to(ROOT)} holds {len(files)} files: make rooms of it"
 
 
 def code_lines(text: str, tree: ast.Module) -> set[int]:

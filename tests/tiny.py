@@ -219,7 +219,7 @@ def tiny_clip(seconds: float = 2.0, *, seed: int = 0, sound_seed: int | None = N
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
     """A `HookedAVLLM` around a tiny random thinker."""
-    from av_lens.runs import load
+    from av_lens.model import load
 
     return load(hf_model=tiny_hf_model(seed, dtype, **config), processor=tiny_processor())
 

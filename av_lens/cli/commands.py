@@ -11,14 +11,14 @@ from av_lens.cli import console, faults
 from av_lens.cli.defaults import signature
 from av_lens.whole_files import write_whole
 
-_DEMO = signature("studies.demonstration", "run_demo")
-_ISOLATE = signature("isolation.pipeline", "isolate")
-_ISOLATE_INTO = signature("studies.isolations", "isolate_into")
+_DEMO = signature("lab.demonstration", "run_demo")
+_ISOLATE = signature("isolation.running.pipeline", "isolate")
+_ISOLATE_INTO = signature("lab.isolations", "isolate_into")
 _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
-_TRAIN = signature("organism.courses", "train")
-_PLANT = signature("organism.planting", "plant")
-_GENERATE = signature("runs.wrapper", "HookedAVLLM.generate")
+_TRAIN = signature("lab.training.courses", "train")
+_PLANT = signature("lab.planting.planting", "plant")
+_GENERATE = signature("model.wrapper", "HookedAVLLM.generate")
 
 Model = Annotated[str, typer.Argument(help="A short name (`av-lens models` lists them), a hub name or a local folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out: cuda if the model fits, else cpu.")]
@@ -76,7 +76,7 @@ def demo(
 
     Exit code 1 if the calibration fails: then the findings are not to be trusted.
     """
-    from av_lens.studies.demonstration import run_demo
+    from av_lens.lab.demonstration import run_demo
 
     console.quiet_loading()
     with console.bars() as bars:
@@ -117,7 +117,7 @@ def isolate(
         lambda: faults.words(dtype=dtype, gate=[gate], layout=[layout], site=named),
     )
     from av_lens.inputs.manifest import conflicts_of
-    from av_lens.studies.isolations import isolate_into
+    from av_lens.lab.isolations import isolate_into
 
     listed = conflicts_of(lines)
     loaded = _load(model, device=device, dtype=dtype)
@@ -213,7 +213,7 @@ def models() -> None:
 
 def train(name: Organism, seed: TrainSeed = _TRAIN["seed"], out: TrainOut = _TRAIN["out"]) -> None:
     """Train an organism from a seed; interrupted, the same command goes on where it stopped."""
-    from av_lens.organism.courses import train as train_organism
+    from av_lens.lab.training.courses import train as train_organism
 
     with console.bars() as bars:
         written = train_organism(name, seed=seed, out=out, progress=bars)
@@ -233,8 +233,8 @@ def plant(
     """
     import json
 
-    from av_lens.organism.planting import TRUTH
-    from av_lens.organism.planting import plant as plant_heads
+    from av_lens.lab.planting.planting import TRUTH
+    from av_lens.lab.planting.planting import plant as plant_heads
 
     with console.bars() as bars:
         written = plant_heads(kind, seed=seed, base=base, layer=layer, out=out, progress=bars)
@@ -263,7 +263,7 @@ def _load(model: str, *, device: str | None, dtype: str | None) -> Any:
     with console.waiting(f"loading {model} ..."):
         import torch
 
-        from av_lens.runs import load
+        from av_lens.model import load
 
         return load(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
 

@@ -25,9 +25,9 @@ def bars() -> Any:
     """Bars for callbacks `(stage, done, total)`, on standard output.
 
     Returns:
-        `av_lens.runs.progress.Bars`, loaded only now: help must not wait for torch.
+        `av_lens.core.progress.Bars`, loaded only now: help must not wait for torch.
     """
-    from av_lens.runs.progress import Bars
+    from av_lens.core.progress import Bars
 
     return Bars(OUT)
 

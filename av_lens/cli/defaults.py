@@ -20,7 +20,7 @@ def default(module: str, function: str, name: str) -> Any:
     """Read the default of one argument of one of our functions, without importing it.
 
     Args:
-        module: the dotted module below `av_lens`, such as `"studies.demonstration"`.
+        module: the dotted module below `av_lens`, such as `"lab.demonstration"`.
         function: the function's name, or `"Class.method"`.
         name: the argument's name.
 

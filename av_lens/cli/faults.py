@@ -19,8 +19,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, str]] = {
     "layout": ("inputs.conflict", "LAYOUTS"),
     "cell": ("inputs.conflict", "CELLS"),
-    "gate": ("isolation.preparing", "GATES"),
-    "site": ("isolation.seam", "SITES"),
+    "gate": ("isolation.running.preparing", "GATES"),
+    "site": ("isolation.measuring.seam", "SITES"),
 }
 
 

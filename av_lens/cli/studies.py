@@ -12,10 +12,10 @@ from av_lens.cli.commands import Media, Out, Quick, Seed
 from av_lens.cli.defaults import signature
 from av_lens.whole_files import write_whole
 
-_BENCH = signature("studies.replay_benchmark", "run_benchmark")
-_PLANTS = signature("studies.plantbench", "run_plantbench")
-_SHAPES = signature("studies.true_shapes", "run_at_true_shapes")
-_SEEDS = signature("studies.seeds", "run_seeds")
+_BENCH = signature("lab.replay_benchmark.benchmark", "run_benchmark")
+_PLANTS = signature("lab.plantbench.bench", "run_plantbench")
+_SHAPES = signature("lab.true_shapes", "run_at_true_shapes")
+_SEEDS = signature("lab.seeds", "run_seeds")
 
 Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Measure this one only; may be given several times.")]
 Recording = Annotated[Path | None, typer.Option(help="A video with sound, for the shape that needs one.")]
@@ -58,8 +58,8 @@ def bench(
     """Measure replay beside TransformerLens, nnsight and attribution patching: same model, prompt and patches."""
     import json
 
-    from av_lens.studies import replay_tables
-    from av_lens.studies.replay_benchmark import run_benchmark
+    from av_lens.lab.replay_benchmark import tables as replay_tables
+    from av_lens.lab.replay_benchmark.benchmark import run_benchmark
 
     _can_be_filled(docs, replay_tables)
     console.quiet_loading()
@@ -92,8 +92,9 @@ def plantbench(
     docs: PlantsDocs = None,
 ) -> None:
     """Let every method look for heads that were planted, and for heads where nothing is to be found."""
-    from av_lens.studies import plantbench_pages, plantbench_tables
-    from av_lens.studies.plantbench import run_plantbench
+    from av_lens.lab.plantbench import pages as plantbench_pages
+    from av_lens.lab.plantbench import tables as plantbench_tables
+    from av_lens.lab.plantbench.bench import run_plantbench
 
     _can_be_filled(docs, plantbench_pages)
     console.quiet_loading()
@@ -120,8 +121,8 @@ def true_shapes(
     docs: ShapesDocs = None,
 ) -> None:
     """Search a model of a checkpoint's true shapes, with random weights, on windows of a recording: seconds, memory."""
-    from av_lens.studies import true_shape_costs
-    from av_lens.studies.true_shapes import run_at_true_shapes
+    from av_lens.lab import true_shape_costs
+    from av_lens.lab.true_shapes import run_at_true_shapes
 
     with console.bars() as bars:
         record = run_at_true_shapes(recording, out, size=size, n=conflicts, quick=quick, progress=bars)
@@ -138,7 +139,7 @@ def seeds(
     docs: SeedsDocs = None,
 ) -> None:
     """Is the same found again? Isolate models of other training seeds, each on two sets of conflicts."""
-    from av_lens.studies import seeds as study
+    from av_lens.lab import seeds as study
 
     _can_be_filled(docs, study)
     console.quiet_loading()
@@ -154,7 +155,7 @@ def seeds(
 
 def _can_be_filled(docs: Path | None, study: Any) -> None:
     """Refuse a folder whose page cannot be filled before the long work, not after it."""
-    from av_lens.studies.pages import parts_of
+    from av_lens.lab.pages import parts_of
 
     if docs is not None:
         parts_of(docs / study.PAGE, study.OPEN, study.CLOSE)

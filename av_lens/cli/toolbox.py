@@ -48,21 +48,21 @@ class Method:
 
 METHODS = (
     Method("patch", "methods.activation_patching", "patch", "pair"),
-    Method("path-patch", "methods.path_patching", "path_patch", "pair"),
+    Method("path-patch", "methods.path_patching.patching", "path_patch", "pair"),
     Method("direct-attribution", "methods.attribution", "direct_attribution", "cell"),
     Method("logit-lens", "methods.lens", "logit_lens", "conflicts"),
     Method("attention-flow", "methods.attention", "attention_flow", "cell"),
     Method("find-sinks", "methods.sinks", "find_sinks", "cell"),
-    Method("knockout", "methods.knockouts", "knockout", "conflicts"),
+    Method("knockout", "methods.knockouts.cutting", "knockout", "conflicts"),
     Method("attribution-patch", "methods.gradients", "attribution_patch", "pair"),
     Method("edge-attribution", "methods.edges", "edge_attribution", "pair"),
-    Method("find-circuit", "methods.circuits", "find_circuit", "conflicts"),
+    Method("find-circuit", "methods.circuits.finding", "find_circuit", "conflicts"),
     Method("causal-trace", "methods.tracing", "causal_trace", "conflicts"),
     Method("probe", "methods.probes", "probe", "conflicts"),
-    Method("caption", "methods.captions", "caption", "conflicts"),
-    Method("weight-change", "methods.weight_changes", "weight_change", "none"),
-    Method("graft", "methods.grafting", "graft", "conflicts"),
-    Method("base-shift", "methods.inheritance", "base_shift", "cell"),
+    Method("caption", "methods.captions.captioning", "caption", "conflicts"),
+    Method("weight-change", "methods.base_model.weight_changes", "weight_change", "none"),
+    Method("graft", "methods.base_model.grafting", "graft", "conflicts"),
+    Method("base-shift", "methods.base_model.inheritance", "base_shift", "cell"),
     Method("steer", "methods.steering", "steer", "cell"),
 )
 
@@ -225,7 +225,7 @@ def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
     from importlib import import_module
 
     from av_lens.inputs.manifest import conflicts_of
-    from av_lens.runs import load
+    from av_lens.model import load
 
     listed = conflicts_of(lines)
     console.quiet_loading()
@@ -251,8 +251,8 @@ def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
 def _metric(listed: list[Any], model: Any) -> Any:
     """The sound's answer against the picture's; words that it does not know are told of all conflicts at once."""
     from av_lens.inputs.answers import words_of
-    from av_lens.runs import each, logit_diff
-    from av_lens.runs.forms import known_forms
+    from av_lens.metrics import each, logit_diff
+    from av_lens.metrics.forms import known_forms
 
     wrong: list[str] = []
     for conflict in listed:

@@ -44,20 +44,21 @@ import torch
 from torch import Tensor
 
 from av_lens.bridge.hook_names import COMPONENTS, component_named, hook_name
+from av_lens.core.execution import run
+from av_lens.core.layouts import layout_stacks, pairs_of
+from av_lens.core.progress import Progress, part_of, watched
 from av_lens.errors import InputError, InterventionError, unknown
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 from av_lens.interventions import Plan, Site, replace
+from av_lens.methods.shared.places import Axes, Edited, Head, shapley
+from av_lens.metrics.finite import require_numbers
+from av_lens.metrics.metric import Metric, as_metric
+from av_lens.replay.measurement import measure, measure_plans
+from av_lens.replay.sweeps import interrupted, sources
+from av_lens.replay.traces import record
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import linked, stamp
-from av_lens.runs.execution import run
-from av_lens.runs.finite import require_numbers
-from av_lens.runs.measurement import measure, measure_plans
-from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.places import Axes, Edited, Head, layout_stacks, pairs_of, shapley
-from av_lens.runs.progress import Progress, part_of, watched
-from av_lens.runs.sweeps import interrupted, sources
-from av_lens.runs.traces import record
 from av_lens.spans import Span
 
 SIGNS = {

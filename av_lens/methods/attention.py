@@ -28,16 +28,16 @@ import numpy as np
 import torch
 
 from av_lens.checks import require_choice
+from av_lens.core.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, sinks_by_layout, sinks_of
+from av_lens.core.layouts import listed
+from av_lens.core.progress import Progress, watched
 from av_lens.errors import InputError
 from av_lens.inputs.model_inputs import AVInputs
+from av_lens.methods.shared.examples import Examples
+from av_lens.methods.shared.role_words import SINKS, named_span
+from av_lens.replay.sweeps import interrupted
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import stamp
-from av_lens.runs.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, sinks_by_layout, sinks_of
-from av_lens.runs.examples import Examples
-from av_lens.runs.places import listed
-from av_lens.runs.progress import Progress, watched
-from av_lens.runs.role_words import SINKS, named_span
-from av_lens.runs.sweeps import interrupted
 from av_lens.spans import ROLES, Span
 
 BY = ("layer", "head")

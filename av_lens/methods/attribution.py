@@ -31,15 +31,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.bridge.hook_names import hook_name
+from av_lens.core.activations import heads_first
+from av_lens.core.execution import Run, run
 from av_lens.errors import InputError, unknown
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.interventions import Site
+from av_lens.methods.shared.examples import Examples
+from av_lens.metrics.metric import Metric, as_metric
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import stamp
-from av_lens.runs.examples import Examples
-from av_lens.runs.execution import Run, run
-from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.recording import heads_first
 from av_lens.spans import ROLES
 
 BY = ("head", "layer", "component", "head span", "neuron")

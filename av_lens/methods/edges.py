@@ -44,22 +44,23 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.bridge.hook_names import hook_name
+from av_lens.core.budget import GIGABYTE
+from av_lens.core.execution import run
+from av_lens.core.layouts import layout_stacks, pairs_of
+from av_lens.core.progress import Progress, watched
 from av_lens.errors import InputError, unknown
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 from av_lens.interventions import Site
+from av_lens.methods.shared.places import Axes
+from av_lens.metrics.finite import require_numbers
+from av_lens.metrics.metric import Metric, as_metric
+from av_lens.replay.receivers import Reading, reader_names, readings, require_restart, rerun, written_by_mlp
+from av_lens.replay.restart import Layer
+from av_lens.replay.sweeps import sources
+from av_lens.replay.traces import Trace, record
 from av_lens.results.edge_scores import EdgeScores
 from av_lens.results.provenance import linked, stamp
-from av_lens.runs.budget import GIGABYTE
-from av_lens.runs.execution import run
-from av_lens.runs.finite import require_numbers
-from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.places import Axes, layout_stacks, pairs_of
-from av_lens.runs.progress import Progress, watched
-from av_lens.runs.receivers import Reading, reader_names, readings, require_restart, rerun, written_by_mlp
-from av_lens.runs.restart import Layer
-from av_lens.runs.sweeps import sources
-from av_lens.runs.traces import Trace, record
 from av_lens.spans import Span
 
 VARIANTS = ("eap", "ig_inputs", "ig_activations")

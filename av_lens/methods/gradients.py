@@ -37,24 +37,25 @@ import torch
 from torch import Tensor
 
 from av_lens.bridge.hook_names import component_named, hook_name
+from av_lens.core.execution import run
+from av_lens.core.layouts import layout_stacks, pairs_of
+from av_lens.core.progress import Progress, part_of, watched
 from av_lens.errors import InputError, InterventionError, unknown
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 from av_lens.interventions import Plan, Site, replace
+from av_lens.methods.shared.gradient_drops import held_layers
+from av_lens.methods.shared.places import Axes, Edited
+from av_lens.metrics.finite import require_numbers
+from av_lens.metrics.metric import Metric, as_metric
+from av_lens.replay.measurement import measure_plans
+from av_lens.replay.receivers import require_restart, rotated
+from av_lens.replay.suffix_gradients import SuffixGradients
+from av_lens.replay.swapped_reads import read_with
+from av_lens.replay.sweeps import interrupted, sources
+from av_lens.replay.traces import Trace, record
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import linked, stamp
-from av_lens.runs.execution import run
-from av_lens.runs.finite import require_numbers
-from av_lens.runs.gradient_drops import held_layers
-from av_lens.runs.measurement import measure_plans
-from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.places import Axes, Edited, layout_stacks, pairs_of
-from av_lens.runs.progress import Progress, part_of, watched
-from av_lens.runs.receivers import require_restart, rotated
-from av_lens.runs.suffix_gradients import SuffixGradients
-from av_lens.runs.swapped_reads import read_with
-from av_lens.runs.sweeps import interrupted, sources
-from av_lens.runs.traces import Trace, record
 from av_lens.spans import Span
 
 FIGURES = ("atp", "atp_fixed", "atp_star", "exact", "error")

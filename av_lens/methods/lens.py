@@ -36,18 +36,18 @@ from torch import Tensor
 
 from av_lens.bridge.hook_names import hook_name
 from av_lens.checks import require_at_least
+from av_lens.core.execution import logits_of
+from av_lens.core.progress import Progress, watched
+from av_lens.core.unembedding import unembedded
 from av_lens.errors import InputError
 from av_lens.inputs.answers import spelled
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.interventions.sites import resolve_positions
+from av_lens.methods.shared.examples import Examples
+from av_lens.metrics.asked import Each, asked_words, resolved, shown
+from av_lens.metrics.forms import Forms, read_forms
 from av_lens.results.lens_readout import LensReadout, readings
 from av_lens.results.provenance import stamp
-from av_lens.runs.asked import Each, asked_words, resolved, shown
-from av_lens.runs.examples import Examples
-from av_lens.runs.execution import logits_of
-from av_lens.runs.forms import Forms, read_forms
-from av_lens.runs.progress import Progress, watched
-from av_lens.runs.stacks import unembedded
 from av_lens.spans import Span
 
 MOST_OTHERS = 32

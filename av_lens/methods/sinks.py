@@ -44,14 +44,14 @@ from torch import Tensor
 
 from av_lens.bridge.hook_names import hook_name
 from av_lens.checks import require_choice
+from av_lens.core.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, incoming_mass, sink_positions
+from av_lens.core.execution import logits_of
+from av_lens.core.progress import Progress, watched
 from av_lens.errors import InputError
 from av_lens.inputs.model_inputs import AVInputs
+from av_lens.methods.shared.examples import Examples
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import stamp
-from av_lens.runs.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, incoming_mass, sink_positions
-from av_lens.runs.examples import Examples
-from av_lens.runs.execution import logits_of
-from av_lens.runs.progress import Progress, watched
 from av_lens.spans import Span, SpanMap
 
 KINDS = ("unimodal", "cross-modal", "undetermined")

@@ -37,20 +37,20 @@ import torch
 from torch import Tensor
 
 from av_lens.bridge.hook_names import hook_name
+from av_lens.core.execution import run
+from av_lens.core.layouts import pairs_of
+from av_lens.core.progress import Progress, watched
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.pairs import Pair
 from av_lens.interventions import Edit, Plan, Site, add, scale
+from av_lens.methods.shared.examples import Examples
+from av_lens.metrics.finite import require_numbers
+from av_lens.metrics.metric import Metric, as_metric
+from av_lens.replay.measurement import measure_plans
+from av_lens.replay.sweeps import interrupted
+from av_lens.replay.traces import record
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import stamp
-from av_lens.runs.examples import Examples
-from av_lens.runs.execution import run
-from av_lens.runs.finite import require_numbers
-from av_lens.runs.measurement import measure_plans
-from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.places import pairs_of
-from av_lens.runs.progress import Progress, watched
-from av_lens.runs.sweeps import interrupted
-from av_lens.runs.traces import record
 
 SIGN = "metric under the push minus metric without; positive: the push raises the metric"
 _HEAD = re.compile(r"L(\d+)H(\d+)")

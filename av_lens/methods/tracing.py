@@ -38,25 +38,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.bridge.hook_names import component_named, hook_name
+from av_lens.core.execution import run
+from av_lens.core.layouts import layout_stacks, listed
+from av_lens.core.progress import Progress, part_of, watched
 from av_lens.errors import InputError, InterventionError, unknown
 from av_lens.inputs.conflict import Conflict
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 from av_lens.interventions import Plan, Site, add, replace
 from av_lens.interventions.sites import resolve_positions
+from av_lens.methods.shared.examples import Examples
+from av_lens.methods.shared.places import Axes
+from av_lens.metrics.asked import each
+from av_lens.metrics.finite import require_numbers
+from av_lens.metrics.metric import Metric, as_metric, prob
+from av_lens.replay.measurement import measure_plans
+from av_lens.replay.receivers import rerun
+from av_lens.replay.sweeps import interrupted, sources
+from av_lens.replay.traces import Trace, record
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import linked, stamp
-from av_lens.runs.asked import each
-from av_lens.runs.examples import Examples
-from av_lens.runs.execution import run
-from av_lens.runs.finite import require_numbers
-from av_lens.runs.measurement import measure_plans
-from av_lens.runs.metrics import Metric, as_metric, prob
-from av_lens.runs.places import Axes, layout_stacks, listed
-from av_lens.runs.progress import Progress, part_of, watched
-from av_lens.runs.receivers import rerun
-from av_lens.runs.sweeps import interrupted, sources
-from av_lens.runs.traces import Trace, record
 from av_lens.spans import SpanMap
 
 CORRUPTIONS = ("noise", "mean", "zero")

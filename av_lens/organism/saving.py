@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from av_lens.model.differences import read_difference
+from av_lens.model.loading import base_of
 from av_lens.organism import anatomy, grammar
-from av_lens.runs.differences import read_difference
-from av_lens.runs.loading import base_of
 from av_lens.whole_files import make_folder, read_object, whole_folder, write_whole
 
 INDEX = "index.json"

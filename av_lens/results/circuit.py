@@ -27,7 +27,6 @@ f, CPR and CMD are defined in `av_lens.results.faithfulness`. Saved as netCDF, w
 from __future__ import annotations
 
 import html
-import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +39,7 @@ from av_lens.checks import called
 from av_lens.errors import InputError, unknown
 from av_lens.results.netcdf import named, opened, plain_json, read_frame, words, write_netcdf, written_frame
 from av_lens.results.provenance import as_text
+from av_lens.upstairs import upstairs
 
 SCHEMA_VERSION = 1
 TABLES = ("nodes", "curve", "areas", "completeness", "minimality", "links", "stability", "random")
@@ -153,8 +153,7 @@ class Circuit:
         Raises:
             InputError: an unknown keyword.
         """
-        # Looked up by name: figures are drawn by a later room, which imports this one.
-        plots: Any = importlib.import_module("av_lens.plots")
+        plots: Any = upstairs("plots")
         return called("plot", plots.circuit, self, **options)
 
     def save(self, path: str | Path) -> Path:

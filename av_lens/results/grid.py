@@ -20,7 +20,6 @@ A grid is saved as netCDF, without pickle, with its provenance and a schema vers
 from __future__ import annotations
 
 import html
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from av_lens.checks import called
 from av_lens.errors import InputError, unknown
 from av_lens.results.netcdf import named, opened, plain_json, words, write_netcdf
 from av_lens.results.provenance import as_text
+from av_lens.upstairs import upstairs
 
 SCHEMA_VERSION = 1
 FEWEST_CLUSTERS = 5
@@ -263,8 +263,7 @@ class Grid:
         Raises:
             InputError: an unknown keyword.
         """
-        # Looked up by name: figures are drawn by a later room, which imports this one.
-        plots: Any = importlib.import_module("av_lens.plots")
+        plots: Any = upstairs("plots")
         places = {name for name in self._places if self.values.sizes[name] > 1 or name in ("layer", "head")}
         if {"layer", "head"} <= places and not {"key", "query", "condition", "edge"} & places:
             draw = plots.heads

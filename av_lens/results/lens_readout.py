@@ -12,7 +12,6 @@ sounds' words on the same example ("others", their mean), and the difference is 
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from av_lens.errors import InputError
 from av_lens.results.grid import Grid
 from av_lens.results.netcdf import named, opened, plain_json, words, write_netcdf
 from av_lens.results.provenance import as_text
+from av_lens.upstairs import upstairs
 
 SCHEMA_VERSION = 1
 OTHERS, EXCESS, SAID = "others", "excess", "said"
@@ -151,7 +151,7 @@ class LensReadout:
         Raises:
             InputError: an unknown keyword.
         """
-        plots: Any = importlib.import_module("av_lens.plots")
+        plots: Any = upstairs("plots")
         return called("plot", plots.layers, self.best(), **options)
 
     def save(self, path: str | Path) -> Path:

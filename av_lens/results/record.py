@@ -21,7 +21,6 @@ Example:
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -36,6 +35,7 @@ from av_lens.brief import Brief
 from av_lens.checks import called, foreign_file, parse_json, whole_object
 from av_lens.errors import InputError, unknown
 from av_lens.results.tables import RELEASING, ROLE_NAMES, TABLES, read_table, table
+from av_lens.upstairs import upstairs
 from av_lens.whole_files import make_folder, read_arrays, write_whole
 
 SCHEMA_VERSION = 2
@@ -164,8 +164,7 @@ class Isolation(Brief):
         Raises:
             InputError: an unknown keyword.
         """
-        # Looked up by name: pages are written by a later room, which imports this one.
-        write: Any = importlib.import_module("av_lens.reports").write_report
+        write: Any = upstairs("reports").write_report
         written: Any = called("report", write, self, path, **options)
         return Path(written) if written is not None else Path(path)
 
@@ -178,7 +177,7 @@ class Isolation(Brief):
         Raises:
             InputError: the finding has no set to edit.
         """
-        return importlib.import_module("av_lens.isolation.repair").plan_of(self)
+        return upstairs("isolation.explaining.repair").plan_of(self)
 
     def save(self, folder: str | Path) -> Path:
         """Write the record: `isolation.json`, one csv per table, `arrays.npz`.

@@ -10,9 +10,9 @@ import torch
 from tiny import tiny_config, tiny_processor
 
 from av_lens.bridge.hook_names import COMPONENTS, hook_name
+from av_lens.model import load
+from av_lens.model.selfcheck import turned
 from av_lens.organism.anatomy import build_model
-from av_lens.runs import load
-from av_lens.runs.selfcheck import turned
 
 EIGHT = ("resid_pre", "resid_mid", "resid_post", "z", "result", "pattern", "rot_q", "mlp_post")
 

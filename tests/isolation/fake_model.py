@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from av_lens.isolation.edited_runs import UNDER, joined
-from av_lens.isolation.seam import Edited, Recording, Swap
+from av_lens.isolation.measuring.edited_runs import UNDER, joined
+from av_lens.isolation.measuring.seam import Edited, Recording, Swap
 from av_lens.spans import SpanMap
 
 N_LAYERS, N_HEADS, SITE = 3, 4, 2

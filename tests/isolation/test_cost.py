@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from fake_model import FakeEngine, fake_conflicts
 
-from av_lens.isolation import cost, isolate
-from av_lens.isolation.bench import Bench
-from av_lens.isolation.cost import PARTS, Estimate, Prices, Size, expected, probe
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation import isolate
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.running import cost
+from av_lens.isolation.running.cost import PARTS, Estimate, Prices, Size, expected, probe
 from av_lens.results.record import Isolation
 
 SIZE = Size(conflicts=10, discovery=5, confirmation=5, heads=4, layers=2)
@@ -107,7 +108,7 @@ def test_within_30_percent_on_120_conflicts_of_av_tiny(quick, tmp_path):
 
     Its time is the wall's, imports and page included: the machine must have nothing else to do.
     """
-    from av_lens.studies.staged_conflicts import stage
+    from av_lens.lab.staged_conflicts import stage
 
     (tmp_path / "clips").mkdir()
     manifest = stage(tmp_path / "clips", conflicts=120, seed=1)

@@ -22,10 +22,11 @@ from same_isolation import assert_same
 
 from av_lens import whole_files
 from av_lens.errors import AvLensError, ProtocolError, UnfinishedError
-from av_lens.isolation import durable, isolate
-from av_lens.isolation.durable import Deadline
-from av_lens.isolation.protocol import hash_of
-from av_lens.isolation.store import Store
+from av_lens.isolation import isolate
+from av_lens.isolation.measuring.store import Store
+from av_lens.isolation.running import durable
+from av_lens.isolation.running.durable import Deadline
+from av_lens.isolation.running.protocol import hash_of
 from av_lens.results.record import Isolation
 from av_lens.results.statistics import Bootstrap
 

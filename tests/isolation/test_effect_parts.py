@@ -11,19 +11,20 @@ from fake_model import N_HEADS, N_LAYERS, FakeEngine, fake_conflicts
 
 from av_lens.errors import ProtocolError
 from av_lens.isolation import isolate
-from av_lens.isolation.behaviour import survey
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.effects import measure_requests, requests
-from av_lens.isolation.estimands import estimands
-from av_lens.isolation.evidence import Half, search
-from av_lens.isolation.logit_writes import direct_writes
-from av_lens.isolation.role_tests import adjust, run_tests, run_tests_together
-from av_lens.isolation.scoring import Candidates
-from av_lens.isolation.seam import Edited
-from av_lens.isolation.sets import release_of_sets
-from av_lens.isolation.specificity import CONTROLS, controls
-from av_lens.isolation.store import Store
-from av_lens.isolation.threshold import null_share
+from av_lens.isolation.measuring.behaviour import survey
+from av_lens.isolation.measuring.bench import Bench, Means
+from av_lens.isolation.measuring.effects import measure_requests, requests
+from av_lens.isolation.measuring.estimands import estimands
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.logit_writes import direct_writes
+from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.measuring.seam import Edited
+from av_lens.isolation.measuring.store import Store
+from av_lens.isolation.naming.evidence import search
+from av_lens.isolation.naming.role_tests import adjust, run_tests, run_tests_together
+from av_lens.isolation.naming.threshold import null_share
+from av_lens.isolation.sets.sets import release_of_sets
+from av_lens.isolation.sets.specificity import CONTROLS, controls
 from av_lens.results.halves import CONFIRMATION, DISCOVERY
 from av_lens.results.statistics import Bootstrap
 

@@ -15,13 +15,13 @@ from av_lens.inputs import Conflict
 from av_lens.inputs.answers import Answer
 from av_lens.inputs.sources import clip_key
 from av_lens.isolation import isolate
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.effects import Request, measure_requests, set_scores
-from av_lens.isolation.engine import ModelEngine, Swap
-from av_lens.isolation.evidence import direct_writes
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.measuring.bench import Bench, Means
+from av_lens.isolation.measuring.effects import Request, measure_requests, set_scores
+from av_lens.isolation.measuring.engine import ModelEngine, Swap
+from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.naming.evidence import direct_writes
 from av_lens.media import Clip
-from av_lens.runs import load
+from av_lens.model import load
 
 ANSWERS = [letter(name) for name in "abcd"]
 

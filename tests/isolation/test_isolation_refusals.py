@@ -13,8 +13,8 @@ from small_av import small_model
 from av_lens.errors import ProtocolError
 from av_lens.inputs import Answer
 from av_lens.isolation import isolate
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.measuring.bench import Bench, Means
+from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.results.record import Isolation
 
 

@@ -8,12 +8,19 @@ from fake_model import FakeEngine, fake_conflicts
 from micro import micro_conflict, micro_model
 from tiny import letter
 
-from av_lens.isolation import knowledge
-from av_lens.isolation.bench import Bench
-from av_lens.isolation.engine import ModelEngine
-from av_lens.isolation.evidence import Half
-from av_lens.isolation.knowledge import LENS_CELLS, MOST_POSITIONS, SPANS, knowledge_rows, lens_readings, spaced
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.explaining import knowledge
+from av_lens.isolation.explaining.knowledge import (
+    LENS_CELLS,
+    MOST_POSITIONS,
+    SPANS,
+    knowledge_rows,
+    lens_readings,
+    spaced,
+)
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.methods.probes import Streams, probe
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member
 from av_lens.results.statistics import Bootstrap

@@ -9,10 +9,10 @@ from fake_model import FakeEngine, fake_conflicts
 from small_av import small_clip, small_model
 
 from av_lens.errors import InputError
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.evidence import Half
-from av_lens.isolation.repair import plan_of, repair_rows, repair_values
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.explaining.repair import plan_of, repair_rows, repair_values
+from av_lens.isolation.measuring.bench import Bench, Means
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.results.record import Isolation
 from av_lens.results.statistics import Bootstrap
 from av_lens.results.tables import table

@@ -12,11 +12,12 @@ from small_av import small_clip, small_model
 
 import av_lens as avl
 from av_lens.errors import InputError
-from av_lens.isolation import evidence, robustness
-from av_lens.isolation.bench import Bench
-from av_lens.isolation.evidence import Half
-from av_lens.isolation.robustness import Variant, compared, jaccard, other_words
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.explaining import robustness
+from av_lens.isolation.explaining.robustness import Variant, compared, jaccard, other_words
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.naming import evidence
 from av_lens.results.statistics import Bootstrap
 
 GATE, WRITER, OPPONENT = (0, 1), (2, 0), (2, 1)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from av_lens.isolation.effects import mirrored
-from av_lens.isolation.role_tests import Evidence, adjust, family_size, pick_donors, run_tests
-from av_lens.isolation.roles import Cuts, classify, confirm, suppressor_role
+from av_lens.isolation.measuring.effects import mirrored
+from av_lens.isolation.naming.role_tests import Evidence, adjust, family_size, pick_donors, run_tests
+from av_lens.isolation.naming.roles import Cuts, classify, confirm, suppressor_role
 from av_lens.results.statistics import Bootstrap, Interval
 
 N, G = 30, 10.0

@@ -9,22 +9,22 @@ import pytest
 import torch
 from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
+from av_lens.core.attention_mass import attention_mass
 from av_lens.inputs import Conflict
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.donors import joined
-from av_lens.isolation.edited_runs import EditedTrace, further
-from av_lens.isolation.engine import ModelEngine
-from av_lens.isolation.evidence import Half
-from av_lens.isolation.members import in_context
-from av_lens.isolation.scoring import Candidates
-from av_lens.isolation.seam import Swap
-from av_lens.isolation.set_releases import SetReleases
-from av_lens.isolation.set_search import _video_attention
-from av_lens.isolation.sets import BuiltSet, release_of_sets
+from av_lens.isolation.measuring.bench import Bench, Means
+from av_lens.isolation.measuring.donors import joined
+from av_lens.isolation.measuring.edited_runs import EditedTrace, further
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.measuring.seam import Swap
+from av_lens.isolation.sets.members import in_context
+from av_lens.isolation.sets.releases import SetReleases
+from av_lens.isolation.sets.search import _video_attention
+from av_lens.isolation.sets.sets import BuiltSet, release_of_sets
 from av_lens.media import Clip
+from av_lens.model import load
 from av_lens.results.statistics import Bootstrap
-from av_lens.runs import load
-from av_lens.runs.attention_mass import attention_mass
 
 ANSWERS = [letter(name) for name in "abcd"]
 N = 3

@@ -11,17 +11,17 @@ from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import ProtocolError
 from av_lens.inputs import Conflict
-from av_lens.isolation import units as units_file
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.effects import FIGURES, Request, measure_requests, set_scores
-from av_lens.isolation.engine import ModelEngine
-from av_lens.isolation.evidence import Half
-from av_lens.isolation.scoring import Candidates
-from av_lens.isolation.units import K_AND_V, Asked, unit_rows, units_of
+from av_lens.isolation.explaining import units as units_file
+from av_lens.isolation.explaining.units import K_AND_V, Asked, unit_rows, units_of
+from av_lens.isolation.measuring.bench import Bench, Means
+from av_lens.isolation.measuring.effects import FIGURES, Request, measure_requests, set_scores
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
+from av_lens.model import load
 from av_lens.results.statistics import Bootstrap
 from av_lens.results.tables import table
-from av_lens.runs import load
 
 N = 12
 WORDS = [letter(name) for name in "abcd"]

@@ -15,7 +15,7 @@ from tiny import letter, tiny_clip, tiny_hf_model, tiny_processor
 import av_lens as avl
 from av_lens.bridge.hook_names import hook_name
 from av_lens.interventions.nodes import KV, Node, receivers
-from av_lens.runs import logit_diff
+from av_lens.metrics import logit_diff
 
 N_LAYERS, N_HEADS = 4, 8
 METRIC = logit_diff(letter("a"), letter("b"))

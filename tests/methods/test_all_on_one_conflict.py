@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import av_lens as avl
-from av_lens.studies.staged_conflicts import stage
+from av_lens.lab.staged_conflicts import stage
 
 
 @pytest.mark.slow

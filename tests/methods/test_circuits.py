@@ -40,12 +40,12 @@ from tiny import letter
 import av_lens as avl
 from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import InputError
+from av_lens.methods.circuits.checks import shuffled_orders, stability
+from av_lens.methods.circuits.runs import CircuitRuns
+from av_lens.methods.circuits.scores import eliminated
+from av_lens.methods.circuits.terms import Measured, Nodes
 from av_lens.results.faithfulness import Scale, sizes
 from av_lens.results.statistics import Bootstrap
-from av_lens.runs.circuit_checks import shuffled_orders, stability
-from av_lens.runs.circuit_runs import CircuitRuns
-from av_lens.runs.circuit_terms import Measured, Nodes
-from av_lens.runs.node_scores import eliminated
 
 CLOSE = 1e-4
 QUICK = {"random": 0, "subsets": 2}

@@ -12,11 +12,13 @@ from tiny import letter, tiny_hf_model, tiny_processor
 
 import av_lens as avl
 from av_lens.bridge.hook_names import hook_name
+from av_lens.core import run
 from av_lens.errors import InputError, InterventionError, ModelError
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods import edge_attribution
+from av_lens.metrics import each, logit_diff, rank
+from av_lens.replay import measure
 from av_lens.results import EdgeScores
-from av_lens.runs import each, logit_diff, measure, rank, run
 from av_lens.spans import Span
 
 METRIC = logit_diff(letter("a"), letter("b"))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import av_lens as avl
-from av_lens.organism.recipes import HEARING_LAYERS, SUPPRESSING_HEADS, SUPPRESSING_LAYER
-from av_lens.runs import short_names
-from av_lens.studies.staged_conflicts import stage
+from av_lens.lab.staged_conflicts import stage
+from av_lens.lab.training.recipes import HEARING_LAYERS, SUPPRESSING_HEADS, SUPPRESSING_LAYER
+from av_lens.model import short_names
 
 SILENCED = {(SUPPRESSING_LAYER, head): 0.0 for head in SUPPRESSING_HEADS}
 
@@ -100,7 +100,7 @@ def test_captions_and_steering_give_the_sound_back(model, many):
     )  # fmt: skip
     say("caption", said.grid)
     assert float(said.interval().sel(plan="repaired - none", figure="heard", bound="low")) > 0.3
-    pair = avl.runs.each([c.answers[0] for c in many]), avl.runs.each([c.answers[1] for c in many])
+    pair = avl.metrics.each([c.answers[0] for c in many]), avl.metrics.each([c.answers[1] for c in many])
     steered = avl.steer(model, many, plan=repaired, metric=avl.logit_diff(*pair))
     say("steer", steered)
     low = steered.interval().sel(arm="plan", strength=1.0, bound="low")

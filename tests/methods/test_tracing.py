@@ -11,13 +11,15 @@ from small_av import small_clip, small_inputs, small_model
 from tiny import letter
 
 import av_lens as avl
+from av_lens.core import run
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, add, noise, replace, zero
 from av_lens.methods import causal_trace
+from av_lens.methods.shared.places import Axes
 from av_lens.methods.tracing import _How, _Job, _largest_error
-from av_lens.runs import each, logit_diff, measure, run
-from av_lens.runs.places import Axes
+from av_lens.metrics import each, logit_diff
+from av_lens.replay import measure
 
 METRIC = logit_diff(letter("a"), letter("b"))
 ROLES = ("audio", "video", "question", "generation")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from av_lens.errors import InputError, ModelError
-from av_lens.organism import anatomy, footage, grammar, layouts, pools, preparation, saving, towers, world
-from av_lens.organism.tower_training import TowerTraining
+from av_lens.lab.training import preparation
+from av_lens.lab.training.tower_training import TowerTraining
+from av_lens.organism import anatomy, footage, grammar, layouts, pools, saving, towers, world
 
 TWO_LAYERS = {"n_layers": 2}
 
@@ -246,7 +247,7 @@ def test_towers_of_another_anatomy_are_refused(model, tmp_path):
 
 
 def test_a_checkpoint_folder_comes_back_and_opens(model, tmp_path):
-    from av_lens.runs import load
+    from av_lens.model import load
 
     folder = saving.save_checkpoint(model, tmp_path / "tiny", documents={"planted.json": {"heads": [[0, 1]]}})
     assert json.loads((folder / "planted.json").read_text()) == {"heads": [[0, 1]]}

@@ -15,12 +15,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from imagined import imagined_pool
 
-from av_lens.organism import planted, planted_runs
+from av_lens.lab.planting import planted
+from av_lens.lab.planting import runs as planted_runs
+from av_lens.lab.training.engine import train_stage
+from av_lens.lab.training.material import make_frame, make_words, material
+from av_lens.lab.training.recipes import plants
 from av_lens.organism.anatomy import build_model, thinker_config
 from av_lens.organism.language import read_out, run_layers
-from av_lens.organism.material import make_frame, make_words, material
-from av_lens.organism.recipes import plants
-from av_lens.organism.training import train_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 HEADS = ((1, 2), (1, 3))

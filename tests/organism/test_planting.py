@@ -17,15 +17,30 @@ sys.path.insert(0, str(Path(__file__).parent))
 from imagined import imagined_pool
 
 from av_lens.errors import InputError, ModelError
-from av_lens.organism import planting, planting_kinds, planting_record, planting_sheets, planting_starts, saving
+from av_lens.lab.planting import (
+    kinds as planting_kinds,
+)
+from av_lens.lab.planting import (
+    planting,
+)
+from av_lens.lab.planting import (
+    record as planting_record,
+)
+from av_lens.lab.planting import (
+    sheets as planting_sheets,
+)
+from av_lens.lab.planting import (
+    starts as planting_starts,
+)
+from av_lens.lab.planting.lessons import COUNTS, Slices, draw_lessons
+from av_lens.lab.planting.planted import HeadTruth, Truth, changed_elsewhere
+from av_lens.lab.planting.training import CHECK_EVERY, Course, at_answers, batch_loss, finish, held_back, learn
+from av_lens.lab.training.material import Material, material
+from av_lens.model import load
+from av_lens.model.differences import RECORD, WEIGHTS, save_difference, weights_hash
+from av_lens.organism import saving
 from av_lens.organism.anatomy import build_model, thinker_config
 from av_lens.organism.language import read_out, run_layers
-from av_lens.organism.material import Material, material
-from av_lens.organism.planted import HeadTruth, Truth, changed_elsewhere
-from av_lens.organism.planting_lessons import COUNTS, Slices, draw_lessons
-from av_lens.organism.planting_training import CHECK_EVERY, Course, at_answers, batch_loss, finish, held_back, learn
-from av_lens.runs import load
-from av_lens.runs.differences import RECORD, WEIGHTS, save_difference, weights_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 FEW = {name: 20 if name == "conflict" else 10 for name in COUNTS}
@@ -329,7 +344,7 @@ def test_the_command_says_what_was_planted(tmp_path: Path, monkeypatch: pytest.M
     from av_lens.cli.main import app
 
     live = inspect.signature(planting.plant).parameters
-    assert all(live[name].default == value for name, value in signature("organism.planting", "plant").items())
+    assert all(live[name].default == value for name, value in signature("lab.planting.planting", "plant").items())
     refused = CliRunner().invoke(app, ["plant", "gate"])
     assert refused.exit_code == 2
     assert "Did you mean 'gates'" in refused.output
@@ -360,7 +375,7 @@ def shipped() -> list[str]:
 
 
 def test_at_least_eight_kinds_ship_and_the_page_shows_what_they_are() -> None:
-    from av_lens.organism import portraits
+    from av_lens.lab.training import portraits
 
     assert set(shipped()) == {f"av-tiny-planted-{kind}" for kind in planting_kinds.kinds()}
     assert len(shipped()) >= 8

@@ -13,16 +13,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from imagined import imagined_pool
 
+from av_lens.lab.planting.planted import changed_elsewhere
+from av_lens.lab.training.batches import Ask, Items, draw_clips, draw_questions
+from av_lens.lab.training.courses import fusion_state, run_stages, stage_files
+from av_lens.lab.training.engine import head_masks, train_stage
+from av_lens.lab.training.material import Material, material
+from av_lens.lab.training.recipes import Recipe
+from av_lens.lab.training.stages import Stage
 from av_lens.organism import layouts
 from av_lens.organism.anatomy import build_model, thinker_config
-from av_lens.organism.batches import Ask, Items, draw_clips, draw_questions
-from av_lens.organism.courses import fusion_state, run_stages, stage_files
 from av_lens.organism.language import read_out, run_layers, tree
-from av_lens.organism.material import Material, material
-from av_lens.organism.planted import changed_elsewhere
-from av_lens.organism.recipes import Recipe
-from av_lens.organism.stages import Stage
-from av_lens.organism.training import head_masks, train_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 

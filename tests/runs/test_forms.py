@@ -11,14 +11,16 @@ from small_av import small_clip
 from tiny import tiny_hf_model, tiny_processor
 
 import av_lens as avl
+from av_lens.core import run
 from av_lens.errors import InputError
 from av_lens.inputs import Answer
 from av_lens.inputs.answers import FORMS, in_form
 from av_lens.interventions import Plan, Site, zero
-from av_lens.isolation.answer_forms import answered
-from av_lens.isolation.engine import ModelEngine
-from av_lens.methods.grafting import graft
-from av_lens.runs import each, log_prob, logit_diff, measure, prob, run, sweep
+from av_lens.isolation.measuring.answer_forms import answered
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.methods.base_model.grafting import graft
+from av_lens.metrics import each, log_prob, logit_diff, prob
+from av_lens.replay import measure, sweep
 
 WORDS = ("siren", "dog")
 

@@ -11,7 +11,7 @@ from tiny import tiny_clip, tiny_config, tiny_hf_model, tiny_processor, untouche
 
 from av_lens.bridge.families import FAMILIES, build_bridge, family_of
 from av_lens.errors import ModelError
-from av_lens.runs import load, loading, short_names
+from av_lens.model import load, loading, short_names
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from tiny import letter, tiny_clip, tiny_hf_model, tiny_processor
 
 import av_lens as avl
 from av_lens.errors import AvLensError, InputError, ModelError
-from av_lens.runs import load
+from av_lens.model import load
 
 
 def unchecked(function):

@@ -16,9 +16,11 @@ from small_av import small_inputs
 from tiny import tiny_hf_model, tiny_processor
 
 import av_lens as avl
+from av_lens.core import run
 from av_lens.interventions import Plan, Site, cut, replace, scale, zero
-from av_lens.isolation.engine import ModelEngine, Swap
-from av_lens.runs import logit_diff, run, sweep
+from av_lens.isolation.measuring.engine import ModelEngine, Swap
+from av_lens.metrics import logit_diff
+from av_lens.replay import sweep
 
 COARSE = (torch.bfloat16, torch.float16)
 WHERE = ("suffix", "generation", "audio")

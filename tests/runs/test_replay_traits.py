@@ -13,9 +13,11 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
 import av_lens as avl
 from av_lens.bridge.adapters import qwen2_5_omni as adapter
 from av_lens.bridge.traits import ReplayTraits
+from av_lens.core import run
 from av_lens.errors import ModelError
 from av_lens.interventions import Plan, Site, add, cut, scale, zero
-from av_lens.runs import Trace, logit_diff, run
+from av_lens.metrics import logit_diff
+from av_lens.replay import Trace
 
 
 def declare(monkeypatch: pytest.MonkeyPatch, **traits: Any) -> None:

@@ -9,7 +9,7 @@ from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 from av_lens.bridge.hook_names import COMPONENTS, hook_name
 from av_lens.errors import ModelError
-from av_lens.runs import check_model, load
+from av_lens.model import check_model, load
 
 
 def test_a_sound_model_passes_in_full_with_media():

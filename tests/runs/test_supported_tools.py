@@ -27,8 +27,8 @@ from av_lens.bridge.hook_names import hook_name
 from av_lens.checkpoints import shipped
 from av_lens.errors import InputError
 from av_lens.inputs import Pair
-from av_lens.runs import load
-from av_lens.runs.binding import SUPPORTED_TOOLS
+from av_lens.model import load
+from av_lens.model.binding import SUPPORTED_TOOLS
 
 RIGHT, WRONG = 5, 7
 SWEEPS = [

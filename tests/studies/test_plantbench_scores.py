@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from planted_record import DONORS, G, N, planted_isolation
 
-from av_lens.results.record import Isolation
-from av_lens.results.tables import table
-from av_lens.studies.plantbench_donors import agreement, seen_by
-from av_lens.studies.plantbench_scores import (
+from av_lens.lab.plantbench.donors import agreement, seen_by
+from av_lens.lab.plantbench.scores import (
     average_precision,
     damage_last,
     exchanged,
@@ -24,7 +22,9 @@ from av_lens.studies.plantbench_scores import (
     precision_at,
     ranking,
 )
-from av_lens.studies.plantbench_truth import PlantTruth
+from av_lens.lab.plantbench.truth import PlantTruth
+from av_lens.results.record import Isolation
+from av_lens.results.tables import table
 
 TRUTH = PlantTruth("writers", {(0, 0): "picture writer", (1, 1): "gate"}, free_riders=((0, 1),), decoys=((1, 0),))
 

@@ -10,7 +10,7 @@ import pytest
 from planted_record import full_isolation, planted_isolation
 
 from av_lens.errors import InputError
-from av_lens.studies import seeds
+from av_lens.lab import seeds
 
 
 def with_releases(found, values):

@@ -1,0 +1,44 @@
+"""How activations lie, and at which positions logits are asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from av_lens.bridge.hook_names import COMPONENTS
+from av_lens.interventions.sites import resolve_positions
+from av_lens.spans import Span, SpanMap
+
+GB = 1e9
+
+
+def heads_first(activation: Tensor, component: str) -> Tensor:
+    """Bring per-head activations to `[batch, head, pos, d_head]`.
+
+    Args:
+        activation: as its hook gives it.
+        component: the component's name.
+
+    Returns:
+        The activation, heads before positions, contiguous.
+    """
+    turned = activation if COMPONENTS[component].head_axis == 1 else activation.transpose(1, 2)
+    return turned.contiguous()
+
+
+def asked_positions(spans: SpanMap, logits_at: str | Span) -> Tensor:
+    """Resolve the positions at which logits are asked for.
+
+    Args:
+        spans: the input's spans.
+        logits_at: "generation", "all", another role (or several, joined by `|`), or a `Span`.
+
+    Returns:
+        The positions, ascending.
+
+    Raises:
+        InterventionError: a position is outside the input, or there is none.
+        InputError: an unknown role.
+    """
+    asked = None if logits_at == "all" else logits_at
+    return torch.tensor(resolve_positions(asked, spans, what="logits_at").index)

@@ -1,0 +1,195 @@
+"""How much attention goes where, reduced while the model runs: no pattern is ever kept.
+
+    attention   mass(Q, K) = sum over q in Q, k in K of p[q, k]
+    value       mass(Q, K) = sum over q in Q, k in K of p[q, k] |v_k W_O|     (the norm of what is moved)
+
+p is one head's pattern, v_k that head's value at position k (shared by the heads of a group), W_O its output matrix,
+|.| the Euclidean norm. A hook reduces each layer's pattern to sums as it passes and lets go of it, so the memory is
+that of one layer's forward. |v W_O| = |v R^T| with the triangular factor R of W_O's QR decomposition: exact, and as
+cheap as the head is narrow.
+
+Sinks (protocol section 3): media positions whose incoming value-weighted attention from the suffix, over all layers
+and heads, is more than 10 times the mean over media positions.
+
+Source: Kobayashi et al. (2020) for the norm; streaming is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from av_lens.bridge.hook_names import hook_name
+from av_lens.core.activations import heads_first
+from av_lens.core.execution import logits_of
+from av_lens.errors import InputError, unknown
+from av_lens.spans import SpanMap
+
+WEIGHTS = ("attention", "value")
+SINK_TIMES = 10.0
+Groups = Mapping[str, Sequence[int]]
+
+
+@torch.no_grad()
+def attention_mass(
+    model: Any, x: Any, queries: Groups, *, keys: Groups | None = None, weight: str = "attention"
+) -> Float[Tensor, "batch layer head query key"]:
+    """Sum attention over groups of queries and of keys, in one run.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: an `AVInputs`, one example or a stack.
+        queries: groups of positions that attend, by name; they may overlap.
+        keys: groups of positions that are attended to, by name; None keeps every position by itself.
+        weight: "attention" (the pattern's own weights) or "value" (times the norm of what each key moves).
+
+    Returns:
+        The sums in float32 on the CPU; the query and key axes follow the order of the groups.
+
+    Raises:
+        InputError: an unknown weight.
+    """
+    if weight not in WEIGHTS:
+        raise InputError(unknown("weight", weight, WEIGHTS))
+    n, spec = len(x.spans), model.spec
+    rows = _indicator(queries, n).to(model.device)
+    columns = None if keys is None else _indicator(keys, n).to(model.device)
+    found = torch.zeros(len(x), spec.n_layers, spec.n_heads, len(queries), n if keys is None else len(keys))
+    norms: dict[int, Tensor] = {}
+
+    def values(layer: int) -> Callable[..., None]:
+        def keep(activation: Tensor, hook: Any = None) -> None:
+            del hook
+            norms[layer] = moved_norms(model, layer, heads_first(activation, "v"))
+
+        return keep
+
+    def reduce(layer: int) -> Callable[..., None]:
+        def sum_up(pattern: Tensor, hook: Any = None) -> None:
+            del hook
+            mass = _summed(pattern, rows)
+            if weight == "value":
+                mass = mass * norms.pop(layer)[:, :, None]
+            found[:, layer] = (mass if columns is None else mass @ columns.T).cpu()
+
+        return sum_up
+
+    layers = range(spec.n_layers)
+    hooks = [(hook_name("pattern", layer), reduce(layer)) for layer in layers]
+    if weight == "value":
+        hooks += [(hook_name("v", layer), values(layer)) for layer in layers]
+    logits_of(model, x, hooks, torch.tensor([n - 1]))
+    return found
+
+
+def moved_norms(
+    model: Any, layer: int, values: Float[Tensor, "batch kv_head pos d_head"]
+) -> Float[Tensor, "batch head pos"]:
+    """Measure what one unit of attention to each position would move: |v W_O|, head by head.
+
+    Args:
+        model: a `HookedAVLLM`.
+        layer: the layer.
+        values: its values.
+
+    Returns:
+        The norms, in float32; query heads of one group share their values but not their W_O.
+    """
+    weight = model.bridge.blocks[layer].attn.W_O.detach().float()
+    triangle = torch.linalg.qr(weight.transpose(-1, -2), mode="r").R
+    group = weight.shape[0] // values.shape[1]
+    spread = values.detach().float().repeat_interleave(group, dim=1)
+    return torch.einsum("bhkd,hed->bhke", spread, triangle).norm(dim=-1)
+
+
+def incoming_mass(model: Any, x: Any, *, weight: str = "value") -> Float[Tensor, "batch pos"]:
+    """Sum what the suffix reads from each position, over its positions, all layers and all heads.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: an `AVInputs`, one example or a stack.
+        weight: as in `attention_mass`.
+
+    Returns:
+        The sums.
+    """
+    return attention_mass(model, x, {"suffix": x.spans.suffix.positions.tolist()}, weight=weight)[:, :, :, 0].sum(
+        (1, 2)
+    )
+
+
+def sink_positions(
+    incoming: Float[np.ndarray, "example pos"], spans: SpanMap, *, times: float | int = SINK_TIMES
+) -> Int[np.ndarray, " position"]:
+    """Apply the protocol's rule to incoming attention.
+
+    Args:
+        incoming: of each example, all of one layout; their mean is judged.
+        spans: their spans.
+        times: how many times the mean over media positions a sink must receive.
+
+    Returns:
+        The sinks, ascending; empty where there are none, or no media.
+    """
+    media = spans.media.positions
+    mean = np.asarray(incoming, dtype=np.float64).mean(0)[media]
+    return media[mean > times * mean.mean()] if len(media) else media
+
+
+def sinks_by_layout(
+    model: Any, stacks: Iterable[Any], *, times: float | int = SINK_TIMES
+) -> list[tuple[SpanMap, list[int]]]:
+    """Find one set of sinks for each layout, from all of its examples together.
+
+    Args:
+        model: a `HookedAVLLM`.
+        stacks: inputs, each a stack of one layout.
+        times: as in `sink_positions`.
+
+    Returns:
+        Each layout's map and its sinks; see `sinks_of`.
+    """
+    found: list[tuple[SpanMap, list[np.ndarray]]] = []
+    for x in stacks:
+        incoming = incoming_mass(model, x).double().numpy()
+        for spans, parts in found:
+            if spans.layout_difference(x.spans) is None:
+                parts.append(incoming)
+                break
+        else:
+            found.append((x.spans, [incoming]))
+    return [(spans, sink_positions(np.concatenate(parts), spans, times=times).tolist()) for spans, parts in found]
+
+
+def sinks_of(spans: SpanMap, known: Iterable[tuple[SpanMap, list[int]]]) -> list[int]:
+    """Look the sinks of a layout up.
+
+    Args:
+        spans: an input's spans.
+        known: what `sinks_by_layout` found.
+
+    Returns:
+        Positions; none for a layout that was not looked at.
+    """
+    return next((sinks for of, sinks in known if of.layout_difference(spans) is None), [])
+
+
+def _indicator(groups: Groups, n: int) -> Tensor:
+    """One row for each group, 1 where a position belongs to it."""
+    rows = torch.zeros(len(groups), n)
+    for number, positions in enumerate(groups.values()):
+        rows[number, list(positions)] = 1.0
+    return rows
+
+
+def _summed(pattern: Tensor, rows: Tensor) -> Tensor:
+    """Sum queries in float32, head by head where the pattern is kept in less: `[batch, head, group, key_pos]`."""
+    if pattern.dtype == torch.float32:
+        return rows @ pattern.detach()
+    heads = [rows @ pattern[:, head].detach().float() for head in range(pattern.shape[1])]
+    return torch.stack(heads, dim=1)

@@ -1,0 +1,289 @@
+"""Every named head's mechanism card: what it reads, what it writes, what drives its pattern, where its release goes.
+
+One row of `cards` per figure, on confirmation, with its interval. `part` is "attention", "ov", "pattern" (`cards`) or
+"path" (`head_paths`). Cards are made of every head that was given a role and of every member of the chosen set; a
+member without a role of its own has the set's donor.
+
+Choices where the protocol is silent: receivers are the heads after the first that releases, named or not, since what
+a gate turns away may be carried by many heads of which none is large: the named ones, then those of the largest effect
+on discovery (carries, silenced, any release), `MOST_RECEIVERS` in all. A head that both releases and carries is treated
+as one that releases. Where the model's layers cannot be computed by themselves (`runs.restart`), only attention
+is measured, and the other parts are one NaN row that says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from av_lens.isolation.explaining import cards as card
+from av_lens.isolation.explaining import head_paths
+from av_lens.isolation.measuring.bench import Bench, Chunk
+from av_lens.isolation.measuring.effects import Progress
+from av_lens.isolation.measuring.engine import Head
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.plan_effects import Arrays, Measured, drop_traces, measured, model_of, trace_of
+from av_lens.isolation.naming.evidence import Searched, chunks_of
+from av_lens.isolation.naming.role_tests import head_means
+from av_lens.isolation.sets.confirmation import NAMES, Held
+from av_lens.results.halves import CONFIRMATION, DISCOVERY
+from av_lens.results.tables import RELEASING
+
+MOST_RECEIVERS = 24
+CARRIERS = ("silenced carrier", "sound carrier")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A head that gets a card at a site: whether it releases (else it carries), and its donor."""
+
+    layer: int
+    head: int
+    releases: bool
+    donor: str
+
+    @property
+    def at(self) -> Head:
+        """Layer and head."""
+        return self.layer, self.head
+
+
+def subjects(searched: Searched, held: Held, site: str) -> list[Subject]:
+    """List the heads that get a card: named at the site, or in the chosen set.
+
+    Args:
+        searched: what discovery found.
+        held: what confirmation found.
+        site: the site set.
+
+    Returns:
+        Heads that release first, each in the order of layers.
+    """
+    found: dict[Head, Subject] = {}
+    for row in searched.named:
+        head = (row.layer, row.head)
+        if row.site == site and row.role in RELEASING:
+            found[head] = Subject(*head, True, row.donor)
+    for built in held.sets:
+        if built.chosen and site == searched.first.site:
+            for head in built.members:
+                found.setdefault(head, Subject(*head, True, built.donor))
+    for row in searched.named:
+        if row.site == site and row.role in NAMES:
+            found.setdefault((row.layer, row.head), Subject(row.layer, row.head, False, "blank_muted"))
+    return sorted(found.values(), key=lambda one: (not one.releases, one.at))
+
+
+def receivers(searched: Searched, found: Sequence[Subject], site: str) -> list[Head]:
+    """Choose the heads whose inputs may receive what a sender releases.
+
+    Args:
+        searched: what discovery found.
+        found: the heads with a card.
+        site: the site set.
+
+    Returns:
+        At most `MOST_RECEIVERS` heads after the first that releases, in the order of layers.
+    """
+    evidence, named = searched.sites[site].evidence, {one.at for one in found}
+    jobs = [evidence.carries, evidence.silenced, *evidence.release.values()]
+    size = np.max([np.nan_to_num(head_means(values)) for values in jobs], axis=0)
+    first = min((one.layer for one in found if one.releases), default=len(size))
+    later = [(layer, head) for layer, head in np.ndindex(*size.shape) if layer > first]
+    chosen = sorted(later, key=lambda head: (head not in named, -size[head], head))[:MOST_RECEIVERS]
+    return sorted(chosen)
+
+
+def cards(
+    bench: Bench,
+    halves: Sequence[Half],
+    searched: Searched | None,
+    held: Held | None,
+    *,
+    seed: int,
+    progress: Progress | None,
+) -> list[Row]:
+    """Make the cards of every named head and every member of the chosen set.
+
+    Args:
+        bench: the conflicts and their engine.
+        halves: discovery and confirmation.
+        searched: what discovery found.
+        held: what confirmation found.
+        seed: not used; every entry function takes it.
+        progress: called as `progress(stage, done, total)`.
+
+    Returns:
+        Rows of the table `cards`; none without a search, named heads, or a model behind the engine.
+    """
+    del seed
+    if searched is None or held is None or model_of(bench) is None:
+        return []
+    half = next(one for one in halves if one.name == CONFIRMATION)
+    if not bench.sinks:
+        bench.find_sinks(next(one for one in halves if one.name == DISCOVERY).examples.tolist())
+    rows: list[Row] = []
+    for site in searched.sites:
+        found = subjects(searched, held, site)
+        if found:
+            again = held.sites.get(site)
+            chunks = again.chunks if again is not None else chunks_of(bench, searched, half, site)
+            measure = partial(measured, chunks, half, progress=progress)
+            rows += [row | {"site": site} for row in _site_rows(chunks, half, searched, found, site, measure)]
+    return rows
+
+
+def _site_rows(
+    chunks: Sequence[Chunk], half: Half, searched: Searched, found: Sequence[Subject], site: str, measure: Any
+) -> Iterator[Row]:
+    sinks = [positions for _, positions in chunks[0].bench.sinks]
+    yield from _attention_rows(measure("attention by role", {"sinks": sinks}, card.attention), found)
+    because = obstacle(chunks[0])
+    if because:
+        for one in found:
+            for part in ("ov", "pattern", "path"):
+                yield _row(one, part, "", "not measured", np.full(3, np.nan), "", because)
+        return
+    heads = [one.at for one in found]
+    depends = {"heads": heads}
+    yield from _write_rows(measure("what heads write", depends, lambda chunk: card.writes(chunk, heads)), found)
+    for releases, donors in ((True, ("blank_muted", "wa")), (False, ("blank_a",))):
+        mine = [one for one in found if one.releases is releases]
+        for donor in donors if mine else ():
+            heads = [one.at for one in mine]
+            compute = partial(_driven, heads=heads, donor=donor)
+            made = measure(f"queries and keys from {donor}", {"heads": heads, "donor": donor}, compute)
+            yield from _pattern_rows(made, mine, donor)
+    received = receivers(searched, found, site)
+    for releases, base in ((True, "va"), (False, "blank_a")):
+        mine = [one for one in found if one.releases is releases]
+        if mine:
+            senders, ends = [(one.at, one.donor) for one in mine], received if releases else []
+            compute = partial(head_paths.paths, base=base, senders=senders, heads=ends)
+            depends = {"base": base, "senders": senders, "heads": ends}
+            made = measure("paths" if releases else "paths of carriers", depends, compute)
+            yield from _path_rows(made, mine, base, ends)
+
+
+def obstacle(chunk: Chunk) -> str:
+    """Say why this model's layers cannot be computed by themselves.
+
+    Args:
+        chunk: some conflicts.
+
+    Returns:
+        The reason; empty where they can.
+    """
+    trace = trace_of(chunk, "va")
+    if trace.hooked_because:
+        return f"not measured: {trace.hooked_because}"
+    roles = ", ".join(trace.traits.bidirectional)
+    return f"not measured: {roles} read both ways" if roles else ""
+
+
+def _driven(chunk: Chunk, heads: Sequence[Head], donor: str) -> Arrays:
+    if not card.has_donor(chunk, donor):
+        shape, n = (len(chunk.examples), len(heads), 1 + len(card.DRIVES)), len(card.LOOKS)
+        return {"effect": np.full(shape, np.nan), "looks": np.full((*shape, n), np.nan)}
+    found = card.drives(chunk, heads, donor)
+    drop_traces(chunk, *card.donor_cells(donor))
+    return found
+
+
+def _row(one: Subject, part: str, cell: str, what: str, bounds: np.ndarray, unit: str, note: str = "") -> Row:
+    value, low, high = (float(bound) for bound in bounds)
+    return {
+        "layer": one.layer, "head": one.head, "part": part, "cell": cell, "what": what,
+        "value": value, "low": low, "high": high, "unit": unit, "note": note,
+    }  # fmt: skip
+
+
+def _attention_rows(made: Measured, found: Sequence[Subject]) -> Iterator[Row]:
+    for cell, question in card.CELLS:
+        name = f"{cell} {question}"
+        bounds = made.bounds(name)
+        present = np.nansum(made.arrays[name], axis=(0, 1, 2, 3)) > 0
+        for one in found:
+            for query, asking in enumerate(("generation", "site")):
+                for key in np.flatnonzero(present):
+                    what = f"{asking} -> {card.KEYS[key]}"
+                    at = bounds[:, one.layer, one.head, query, key]
+                    words = cell if question == "ask" else f"{cell} ({question})"
+                    yield _row(one, "attention", words, what, at, "share of attention")
+
+
+def _write_rows(made: Measured, found: Sequence[Subject]) -> Iterator[Row]:
+    values = made.arrays["writes"]
+    whole = values[:, :, :3].sum(2, keepdims=True)
+    made = Measured(made.half, {"writes": np.concatenate([whole, values], axis=2)})
+    bounds = made.bounds("writes")
+    for number, one in enumerate(found):
+        for place, write in enumerate(("its write", *card.WRITES)):
+            unit = "logit" if "evenly" not in write else "logit per unit of attention"
+            for side, answer in enumerate(card.ANSWERS):
+                yield _row(one, "ov", "va", f"{write}, on the {answer}", bounds[:, number, place, side], unit)
+
+
+def _pattern_rows(made: Measured, found: Sequence[Subject], donor: str) -> Iterator[Row]:
+    effects, looks = made.bounds("effect"), made.bounds("looks")
+    whole = made.arrays["effect"][:, :, [-1]]
+    shares = made.shares("effect", np.broadcast_to(whole, made.arrays["effect"].shape))
+    seen = made.arrays["looks"][..., 0]
+    moved = Measured(made.half, {"queries": seen[:, :, 0] - seen[:, :, 1], "both": seen[:, :, 0] - seen[:, :, 3]})
+    driven, size = moved.shares("queries", moved.arrays["both"]), moved.bounds("both")
+    for number, one in enumerate(found):
+        for place, drive in enumerate((*card.DRIVES, card.ALL)):
+            what = f"{drive} from {donor}: effect on C"
+            yield _row(one, "pattern", "va", what, effects[:, number, place], "logit")
+            if drive != card.ALL:
+                moves = effects[1, number, -1] > 0 or effects[2, number, -1] < 0
+                share = shares[:, number, place] if moves else np.full(3, np.nan)
+                note = "" if moves else "z from there does nothing, so there is no share"
+                yield _row(one, "pattern", "va", what, share, f"share of z from {donor}", note)
+        for place, drive in enumerate(("as it is", *card.DRIVES[:3])):
+            what = drive if not place else f"{drive} from {donor}"
+            for look, role in enumerate(("picture", "sound")):
+                at = looks[:, number, place, look]
+                yield _row(one, "pattern", "va", f"{what}: attention to the {role}", at, "share of attention")
+        said = drive_in_words(driven[:, number], size[:, number])
+        what = f"driven by the queries ({donor})"
+        yield _row(one, "pattern", "va", what, driven[:, number], "share of the moved attention to the picture", said)
+
+
+def drive_in_words(share: np.ndarray, moved: np.ndarray) -> str:
+    """Say what drives a pattern.
+
+    Args:
+        share: of the attention to the picture that queries and keys together move, the part that queries alone move;
+            value, lower and upper bound.
+        moved: that attention, likewise.
+
+    Returns:
+        "queries", "keys", "undetermined", or that the pattern does not move.
+    """
+    if not (moved[1] > 0 or moved[2] < 0):
+        return "its attention to the picture does not move"
+    if share[1] > 0.5:
+        return "queries"
+    return "keys" if share[2] < 0.5 else "undetermined"
+
+
+def _path_rows(made: Measured, found: Sequence[Subject], base: str, heads: Sequence[Head]) -> Iterator[Row]:
+    names = head_paths.columns(heads)
+    values = made.arrays["effect"]
+    joint = np.nan_to_num(values[:, :, names.index(head_paths.JOINT)]) if heads else 0.0
+    rest = values[:, :, 0] - values[:, :, 1] - joint
+    made = Measured(made.half, {"effect": np.concatenate([values, rest[:, :, None]], axis=2)})
+    total = np.broadcast_to(values[:, :, [0]], made.arrays["effect"].shape)
+    bounds, shares = made.bounds("effect"), made.shares("effect", total)
+    for number, one in enumerate(found):
+        note = f"donor {one.donor}; effect on {'C' if base == 'va' else 'G'}"
+        for place, what in enumerate((*names, head_paths.REMAINDER)):
+            yield _row(one, "path", base, what, bounds[:, number, place], "logit", note)
+            if what != head_paths.TOTAL:
+                yield _row(one, "path", base, what, shares[:, number, place], "share of total", note)

@@ -1,0 +1,192 @@
+"""Can the finding be used? A plan that edits the named set on any clip, and what it mends and breaks.
+
+The set's members get constant outputs: zero, or the mean over discovery of what their donor gave them (`blank_muted`:
+what they write having neither seen nor heard; `mean_other`: what they write when asked something else), one vector for
+each role of the site's positions, so that the plan fits any clip, question and length. What decoding adds is edited
+like the generation position. The constants are not the set's own donors (those are each conflict's own), so the plan is
+measured anew on confirmation: its release, how often the sound is said, and every control of `specificity`.
+
+    plan = found.plan()
+    model.generate(x, plan=plan, return_type="text")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from av_lens.errors import InputError
+from av_lens.interventions import Plan, Site, replace, zero
+from av_lens.isolation.measuring.bench import Chunk
+from av_lens.isolation.measuring.effects import Progress
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.seam import Head, Recording
+from av_lens.isolation.sets.sets import release_of_sets
+from av_lens.isolation.sets.specificity import controls
+from av_lens.results.record import Isolation
+
+DONOR = "repair"
+_KEY = "repair"
+
+
+def repair_values(chunks: Sequence[Chunk], members: Sequence[Head], donor: str) -> dict[str, np.ndarray]:
+    """Average what a donor gives to the members, by role.
+
+    Args:
+        chunks: discovery's conflicts, with their means.
+        members: the set.
+        donor: its donor, one of the three that are the same in a cell and its mirror.
+
+    Returns:
+        "repair/donor/layer.head/role" -> `[d_head]`.
+    """
+    sums: dict[str, np.ndarray] = {}
+    counts: dict[str, int] = {}
+    for chunk in chunks:
+        found = chunk.remember(
+            "repair values", {"members": list(members), "donor": donor}, partial(_by_role, chunk, members, donor)
+        )
+        for key, value in found.items():
+            sums[key] = sums.get(key, 0.0) + value.sum(0)
+            counts[key] = counts.get(key, 0) + len(value)
+    return {f"{_KEY}/{donor}/{key}": (total / counts[key]).astype(np.float32) for key, total in sums.items()}
+
+
+def _by_role(chunk: Chunk, members: Sequence[Head], donor: str) -> dict[str, np.ndarray]:
+    """The members' donor z per conflict, averaged over the positions of each role."""
+    recording = chunk.run("va")
+    z = chunk.donor("va", donor).expand(-1, len(chunk.examples), -1, -1, -1)
+    out: dict[str, np.ndarray] = {}
+    for role, places in roles_at(recording).items():
+        for layer, head in members:
+            values = z[layer, :, places, head].double().mean(1).cpu().numpy()
+            out[f"{layer}.{head}/{role}"] = values[~np.isnan(values).any(1)]
+    return out
+
+
+def roles_at(recording: Recording) -> dict[str, list[int]]:
+    """Find which of a site's positions have which role.
+
+    Args:
+        recording: a run.
+
+    Returns:
+        Role to indices into the site, in the order of the positions.
+    """
+    roles = recording.inputs.spans.roles
+    found: dict[str, list[int]] = {}
+    for place, position in enumerate(recording.site.tolist()):
+        found.setdefault(str(roles[position]), []).append(place)
+    return found
+
+
+def constants(values: dict[str, np.ndarray], like: Recording) -> Float[Tensor, "layer one site head d_head"]:
+    """Lay the members' constants out as a donor for one run; other heads are NaN, so that no one reads them.
+
+    Args:
+        values: from `repair_values`.
+        like: the run that is edited.
+
+    Returns:
+        z at the run's site.
+    """
+    out = torch.full_like(like.site_z[:, :1], torch.nan)
+    where = roles_at(like)
+    for key, value in values.items():
+        _, _, head, role = key.split("/")
+        layer, index = (int(part) for part in head.split("."))
+        out[layer, 0, where.get(role, []), index] = torch.from_numpy(value).to(out)
+    return out
+
+
+def plan_of(found: Isolation) -> Plan:
+    """Write the chosen set's edit as a plan that fits any clip and question.
+
+    Args:
+        found: the finding.
+
+    Returns:
+        The plan.
+
+    Raises:
+        InputError: the finding has no set to edit.
+    """
+    keys = sorted(key for key in found.arrays if key.startswith(f"{_KEY}/"))
+    if not keys:
+        raise InputError(
+            f"this finding has no set of heads to edit, so there is no repair plan. Its verdict: {found.verdict}"
+        )
+    edits: list[Any] = []
+    for key in keys:
+        _, donor, head, role = key.split("/")
+        layer, index = (int(part) for part in head.split("."))
+        positions = "generation|generated" if role == "generation" else role
+        site = Site("z", layer, head=index, positions=positions)
+        edits.append(zero(site) if donor == "zero" else replace(site, torch.from_numpy(found.arrays[key])[None]))
+    return Plan(edits)
+
+
+def repair_rows(
+    chunks: Sequence[Chunk],
+    half: Half,
+    members: Sequence[Head],
+    values: dict[str, np.ndarray],
+    *,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Measure the plan on confirmation: what it mends, and what else it changes.
+
+    Args:
+        chunks: confirmation's conflicts.
+        half: confirmation.
+        members: the set.
+        values: from `repair_values`, on discovery.
+        progress: called as `progress(stage, done, total)`.
+
+    Returns:
+        Rows for `table("repair", ...)`.
+    """
+    given: Callable[[Recording], Tensor] = partial(constants, values)
+    for chunk in chunks:
+        chunk.constants[DONOR] = given
+    effect = release_of_sets(
+        chunks, [tuple(members)], [DONOR], half.examples, progress=progress, stage="the repair plan"
+    )
+    before = {"sound": np.zeros(len(half.examples)), "picture": np.zeros(len(half.examples))}
+    for chunk in chunks:
+        rows = np.array([int(np.flatnonzero(half.examples == i)[0]) for i in chunk.examples])
+        top, candidates = chunk.reading("va").top, chunk.bench.candidates
+        before["sound"][rows] = top == candidates.sound[chunk.examples]
+        before["picture"][rows] = top == candidates.picture[chunk.examples]
+    out = [_change("C", half, half.C, half.C + effect.release[0])]
+    out.append(_change("says the sound under conflict", half, before["sound"], effect.says_sound[0]))
+    out.append(_change("says the picture under conflict", half, before["picture"], effect.says_picture[0]))
+    for row in controls(chunks, members, DONOR, examples=half.examples, boot=half.boot):
+        told = row["verdict"].startswith(("not measured", "reported"))
+        out.append(
+            {
+                "quantity": row["control"],
+                **{name: row[name] for name in ("n", "before", "after", "bound", "verdict") if name in row},
+                "change": float("nan") if told else row["after"] - row["before"],
+            }
+        )
+    return out
+
+
+def _change(name: str, half: Half, before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    mean = half.boot.mean(after - before)
+    return {
+        "quantity": name,
+        "n": int((~np.isnan(after)).sum()),
+        "before": float(np.nanmean(before)),
+        "after": float(np.nanmean(after)),
+        "change": float(mean.value),
+        "low": float(mean.low),
+        "high": float(mean.high),
+    }

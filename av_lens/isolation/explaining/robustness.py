@@ -1,0 +1,348 @@
+"""Does the finding hang on a choice that could have been made otherwise? Protocol section 8, last point.
+
+The search for single heads on discovery is made again under each variant, and its named suppressors are compared with
+the main search's: Jaccard = |both| / |either| (NaN where neither names any), the rank correlation of all heads' largest
+releases, who was lost and gained, and whose role *turned* (named both times, by another role).
+
+| variant | what is other |
+|---|---|
+| scrambled blank | the blank picture is the picture's own patches, scrambled, not dark |
+| noise mute | the mute is low noise, not silence |
+| other phrasing | the conflict's question in other words |
+| other layout | sound and picture apart, or woven, whichever the main search had not |
+| equal loudness | every sound scaled to one loudness |
+| other precision | bfloat16 for float32, and the other way round |
+| bootstraps of clips | discovery's components drawn again with replacement, tests and roles computed anew |
+
+Choices where the protocol is silent: the conflicts are the main search's (its choice by competence is not made again);
+effects that no suppressor's role needs are not measured again; the threshold delta is s times the variant's own G;
+sampled sign flips are as many as resolve half of the first step of the false discovery rate's ladder at one site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+
+from av_lens.core.copies import in_precision, other_precision
+from av_lens.errors import AvLensError
+from av_lens.isolation.measuring.bench import PRIMARY_DONORS, Bench, Chunk, Means
+from av_lens.isolation.measuring.effects import Progress, Request, measure_requests
+from av_lens.isolation.measuring.engine import Head, ModelEngine
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.naming.evidence import Searched
+from av_lens.isolation.naming.role_tests import Evidence, Named, adjust, largest_release, run_tests
+from av_lens.isolation.naming.roles import classify
+from av_lens.isolation.sets.sets import head_names
+from av_lens.results.halves import DISCOVERY
+from av_lens.results.statistics import Bootstrap
+from av_lens.results.tables import RELEASING
+
+LOUDNESS = 0.05
+"""Root mean square that every sound is scaled to (full scale is 1)."""
+DRAWS = 50
+OTHER_PHRASING = "What can you hear?"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One other choice.
+
+    Attributes:
+        name: what is other.
+        cells: further options of `Conflict.cells`.
+        layout: another layout, or None.
+        question: another question, or None.
+        dtype: another precision, or None.
+    """
+
+    name: str
+    cells: Mapping[str, Any] = field(default_factory=dict)
+    layout: str | None = None
+    question: str | None = None
+    dtype: torch.dtype | None = None
+
+
+def variants(engine: ModelEngine, questions: Sequence[str], *, phrasing: str | None = None) -> list[Variant]:
+    """List the variants of a run.
+
+    Args:
+        engine: the main search's.
+        questions: the conflicts' questions.
+        phrasing: the question in other words; None for an organism's own second wording, else "What can you hear?".
+
+    Returns:
+        The variants, in order.
+    """
+    dtype = other_precision(engine.model.dtype)
+    return [
+        Variant("scrambled blank", {"blank": "scrambled"}),
+        Variant("noise mute", {"mute": "noise"}),
+        Variant("other phrasing", question=phrasing or other_words(engine.model, questions)),
+        Variant("other layout", layout="separate" if engine.layout == "in_video" else "in_video"),
+        Variant("equal loudness", {"loudness": LOUDNESS}),
+        Variant(f"precision {str(dtype).removeprefix('torch.')}", dtype=dtype),
+    ]
+
+
+def other_words(model: Any, questions: Sequence[str]) -> str:
+    """Find another wording of the question.
+
+    Args:
+        model: an organism lists the wordings that it was taught.
+        questions: the conflicts' own.
+
+    Returns:
+        A question that none of the conflicts asks in these words.
+    """
+    asked = {question.strip().casefold() for question in questions}
+    taught = ((getattr(model, "grammar", None) or {}).get("questions") or {}).get("hear") or ()
+    for words in (*taught, OTHER_PHRASING, "Which sound is there?"):
+        if words.strip().casefold() not in asked:
+            return str(words)
+    return OTHER_PHRASING
+
+
+def robustness_rows(
+    bench: Bench,
+    halves: Sequence[Half],
+    searched: Searched,
+    *,
+    seed: int,
+    phrasing: str | None = None,
+    draws: int = DRAWS,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Search again under every variant and compare who is named.
+
+    Args:
+        bench: the conflicts.
+        halves: discovery and confirmation; the search is made on discovery.
+        searched: what the main search found.
+        seed: of the flips and the draws.
+        phrasing: the question in other words.
+        draws: how many bootstraps of clips.
+        progress: called as `progress(stage, done, total)`.
+
+    Returns:
+        Rows for `table("robustness", ...)`.
+    """
+    half = next(one for one in halves if one.name == DISCOVERY)
+    site = searched.first
+    main = named_roles(searched.named, site.site)
+    releases = largest_release(site.evidence)
+    n_sites = searched.n_sites
+    rows: list[dict[str, Any]] = []
+    if isinstance(bench.engine, ModelEngine):
+        questions = [str(conflict.question) for conflict in bench.conflicts]
+        for variant in variants(bench.engine, questions, phrasing=phrasing):
+            try:
+                again, found = _searched_again(bench, half, variant, site.site, searched.s, seed, n_sites, progress)
+            except AvLensError as refused:
+                rows.append({"variant": variant.name, "note": f"not measured: {refused}"})
+                continue
+            rho = rank_correlation(releases, largest_release(found))
+            note = f"asked {variant.question!r}" if variant.question else ""
+            rows.append(compared(variant.name, main, again) | {"rank_correlation": rho, "note": note})
+    rows.append(_bootstrapped(half, site.evidence, main, site.site, searched.s, seed, n_sites, draws, progress))
+    return rows
+
+
+def named_roles(named: Sequence[Named], site: str) -> dict[Head, str]:
+    """Collect the suppressors that a search named at a site.
+
+    Args:
+        named: the search's rows.
+        site: the site set.
+
+    Returns:
+        Head to role.
+    """
+    return {(row.layer, row.head): row.role for row in named if row.site == site and row.role in RELEASING}
+
+
+def rank_correlation(one: Float[np.ndarray, "*head"], other: Float[np.ndarray, "*head"]) -> float:
+    """Compare the order of all heads by Spearman's rank correlation.
+
+    Args:
+        one: a figure per head.
+        other: another one.
+
+    Returns:
+        Between -1 and 1, over the heads that both measured; NaN below three of them, or where all are equal.
+    """
+    known = ~(np.isnan(one) | np.isnan(other))
+    first, second = one[known], other[known]
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
+    found: Any = stats.spearmanr(first, second)
+    return float(found.statistic)
+
+
+def jaccard(one: Mapping[Any, str], other: Mapping[Any, str]) -> float:
+    """Compare two sets of heads.
+
+    Args:
+        one: heads.
+        other: heads.
+
+    Returns:
+        |both| / |either|; NaN where both are empty.
+    """
+    either = one.keys() | other.keys()
+    return len(one.keys() & other.keys()) / len(either) if either else float("nan")
+
+
+def compared(name: str, main: Mapping[Head, str], again: Mapping[Head, str]) -> dict[str, Any]:
+    """Write one variant's row.
+
+    Args:
+        name: the variant.
+        main: who the main search named, and as what.
+        again: who this one names.
+
+    Returns:
+        The row, without the rank correlation.
+    """
+    both = sorted(main.keys() & again.keys())
+    turned = [f"L{h[0]}H{h[1]}: {main[h]} -> {again[h]}" for h in both if main[h] != again[h]]
+    return {
+        "variant": name,
+        "named": head_names(sorted(again)),
+        "jaccard": jaccard(main, again),
+        "kept": head_names(both),
+        "lost": head_names(sorted(main.keys() - again.keys())),
+        "gained": head_names(sorted(again.keys() - main.keys())),
+        "turned": "; ".join(turned),
+    }
+
+
+def _searched_again(
+    bench: Bench, half: Half, variant: Variant, site: str, s: float, seed: int, n_sites: int, progress: Progress | None
+) -> tuple[dict[Head, str], Evidence]:
+    """Measure what the suppressors' roles need under a variant, and name them."""
+    other = _varied(bench, variant)
+    chunks = other.chunks(half.examples.tolist(), site)
+    means = Means.over(chunks) if site in ("suffix", "generation") else None
+    for chunk in chunks:
+        chunk.means = means
+    hearing, conflict = _behaviour(chunks, half.examples)
+    engine = other.engine
+    heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
+    wanted = _wanted(with_means=means is not None, with_third=any(bench.has_third(int(i)) for i in half.examples))
+    stage = f"robustness: {variant.name}"
+    effects = measure_requests(chunks, wanted, heads=heads, examples=half.examples, progress=progress, stage=stage)
+    for chunk in chunks:
+        chunk.forget()
+    found = Evidence.of(effects, G=hearing, C=conflict, components=half.components, boot=half.boot)
+    return _named_again(found, site, s, seed, n_sites), found
+
+
+def _varied(bench: Bench, variant: Variant) -> Bench:
+    engine = bench.engine
+    assert isinstance(engine, ModelEngine)
+    model = engine.model if variant.dtype is None else in_precision(engine.model, variant.dtype)
+    made = ModelEngine(
+        model,
+        how=engine.how,
+        layout=variant.layout or engine.layout,
+        cells=variant.cells,
+        logit_bytes=engine.logit_bytes,
+        trace_bytes=engine.trace_bytes,
+    )
+    conflicts = bench.conflicts
+    if variant.question is not None:
+        conflicts = [dataclasses.replace(conflict, question=variant.question) for conflict in conflicts]
+    store = bench.store.under(str(variant))
+    return Bench(made, list(conflicts), bench.candidates, site=bench.site, store=store, keys=bench.keys)
+
+
+def _wanted(*, with_means: bool, with_third: bool) -> list[Request]:
+    donors = [donor for donor in PRIMARY_DONORS if with_means or donor != "mean_other"]
+    found = [Request("va", donor) for donor in donors]
+    found += [Request("va", donor, freeze=True) for donor in donors]
+    found += [Request("va", "wa"), Request("va", "vw")] if with_third else []
+    return found + [Request("blank_a", donor) for donor in donors]
+
+
+def _behaviour(
+    chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]
+) -> tuple[Float[np.ndarray, " example"], Float[np.ndarray, " example"]]:
+    """G and C of every conflict under the variant."""
+    m = {cell: np.full(len(examples), np.nan) for cell in ("va", "av", "blank_a", "blank_v")}
+    for chunk in chunks:
+        rows = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
+        for cell, values in m.items():
+            values[rows] = chunk.bench.candidates.margin(chunk.reading(cell).scores, chunk.examples)
+    return 0.5 * (m["blank_a"] - m["blank_v"]), 0.5 * (m["va"] - m["av"])
+
+
+def _named_again(found: Evidence, site: str, s: float, seed: int, n_sites: int) -> dict[Head, str]:
+    # 440 sampled flips a head see a p of half of the first step of the ladder at one site (.05 / 11 a head).
+    n_heads = found.silenced.shape[1] * found.silenced.shape[2]
+    tests = run_tests(found, s=s, family=math.ceil(n_heads * 11 / 5), seed=seed)
+    (q,), (release_q,) = adjust([tests], n_sites=n_sites)
+    return named_roles(classify(found, tests, q, release_q, s=s, site=site), site)
+
+
+def _bootstrapped(
+    half: Half,
+    found: Evidence,
+    main: Mapping[Head, str],
+    site: str,
+    s: float,
+    seed: int,
+    n_sites: int,
+    draws: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Draw discovery's components again, name again, and average the Jaccard."""
+    components = np.asarray(half.components)
+    groups = np.unique(components)
+    values: list[float] = []
+    kept = dict.fromkeys(main, 0)
+    for draw in range(draws):
+        rng = np.random.default_rng([seed, 0xB0, draw])
+        drawn = [np.flatnonzero(components == group) for group in rng.choice(groups, size=len(groups))]
+        rows = np.concatenate(drawn)
+        renamed = [number for number, part in enumerate(drawn) for _ in part]
+        assert half.boot.clips is not None
+        clips = [[f"{number}:{of[i]}" for number, i in zip(renamed, rows, strict=True)] for of in half.boot.clips]
+        boot = Bootstrap.draw(renamed, *clips, seed=seed + draw, draws=1000)
+        again = _named_again(_taken(found, rows, renamed, boot), site, s, seed + draw, n_sites)
+        values.append(jaccard(main, again))
+        for head in main:
+            kept[head] += head in again
+        if progress is not None:
+            progress("robustness: bootstraps of clips", draw + 1, draws)
+    known = [value for value in values if not math.isnan(value)]
+    low, high = np.percentile(known, [2.5, 97.5]) if known else (float("nan"), float("nan"))
+    often = ", ".join(f"L{layer}H{head} {n / draws:.2f}" for (layer, head), n in sorted(kept.items()))
+    return {
+        "variant": f"bootstraps of clips ({draws})",
+        "jaccard": float(np.mean(known)) if known else float("nan"),
+        "low": float(low),
+        "high": float(high),
+        "kept": often,
+        "note": "kept: how often each head is named again",
+    }
+
+
+def _taken(found: Evidence, rows: np.ndarray, components: Sequence[int], boot: Bootstrap) -> Evidence:
+    """The evidence of some conflicts, repeated as drawn."""
+    changed: dict[str, Any] = {"components": components, "boot": boot}
+    for one in dataclasses.fields(found):
+        value = getattr(found, one.name)
+        if isinstance(value, np.ndarray):
+            changed[one.name] = value[rows]
+        elif isinstance(value, Mapping):
+            changed[one.name] = {name: array[rows] for name, array in value.items()}
+    return dataclasses.replace(found, **changed)

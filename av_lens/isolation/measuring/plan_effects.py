@@ -1,0 +1,214 @@
+"""What does an edit of a recorded run do to hearing? Any plan, measured by replay, mirrored, conflict by conflict.
+
+    effect on C  = (change of M in va - change of M in av) / 2           base "va"
+    effect on G  = (change of M in blank_a - change of M in blank_v) / 2  base "blank_a"
+
+Positive: the model hears more. Plans are of any kind (heads' outputs, attention edges), unlike the `Swap`s of the
+engine, so this part needs the model itself; an engine without one has no mechanisms to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from av_lens.interventions import Plan
+from av_lens.isolation.measuring.bench import MIRROR, Bench, Chunk
+from av_lens.isolation.measuring.effects import Progress, mirrored
+from av_lens.isolation.measuring.halves import Half
+from av_lens.metrics.asked import each
+from av_lens.metrics.metric import Metric, as_metric, logit_diff
+from av_lens.replay.measurement import measure_plans
+from av_lens.replay.traces import Trace
+
+Arrays = dict[str, np.ndarray]
+
+
+def model_of(bench: Bench) -> Any:
+    """Give the model behind the engine.
+
+    Args:
+        bench: the conflicts and their engine.
+
+    Returns:
+        A `HookedAVLLM`; None where the engine has none.
+    """
+    return getattr(bench.engine, "model", None)
+
+
+def trace_of(chunk: Chunk, cell: str, question: str = "ask") -> Trace:
+    """Give a cell's recorded run, kept with its recording.
+
+    Args:
+        chunk: the conflicts.
+        cell: the cell.
+        question: "ask", "see" or "control".
+
+    Returns:
+        The trace.
+    """
+    recording = chunk.run(cell, question)
+    if "trace" not in recording.kept:
+        recording.kept["trace"] = model_of(chunk.bench).trace(recording.inputs)
+    return recording.kept["trace"]
+
+
+def drop_traces(chunk: Chunk, *cells: str) -> None:
+    """Let go of cells' recorded runs, which are large.
+
+    Args:
+        chunk: the conflicts.
+        *cells: the cells, asked their own question.
+    """
+    for cell in cells:
+        chunk.run(cell).kept.clear()
+
+
+def margin_metric(chunk: Chunk) -> Metric:
+    """Write M as a metric of a stack: score(sound's answer) - score(picture's), each conflict's own.
+
+    Args:
+        chunk: the conflicts.
+
+    Returns:
+        The bound metric.
+    """
+    answers = [chunk.bench.conflicts[int(i)].answers for i in chunk.examples]
+    sides = (each([pair[side] for pair in answers]) for side in (0, 1))
+    return as_metric(logit_diff(*sides), model_of(chunk.bench))
+
+
+def effects_of_plans(
+    chunk: Chunk, base: str, plans: Callable[[str], Sequence[Plan | None]]
+) -> Float[np.ndarray, "batch plan"]:
+    """Measure plans in a cell and in its mirror.
+
+    Args:
+        chunk: the conflicts.
+        base: "va" (effects on C) or "blank_a" (effects on G).
+        plans: gives the plans for a cell, as many for either; None where one cannot be made.
+
+    Returns:
+        The effects; NaN for None.
+    """
+    metric, sides = margin_metric(chunk), list[np.ndarray]()
+    for cell in (base, MIRROR[base]):
+        listed = plans(cell)
+        found = np.full((len(listed), len(chunk.examples)), np.nan)
+        made = [number for number, plan in enumerate(listed) if plan is not None]
+        given = [Plan(), *(plan for plan in listed if plan is not None)]
+        scores = measure_plans(trace_of(chunk, cell), given, metric).double().numpy()
+        found[made] = scores[1:] - scores[0]
+        sides.append(found)
+    return mirrored(sides[0], sides[1]).T
+
+
+def says_sound(chunk: Chunk, plans: Sequence[Plan | None]) -> Float[np.ndarray, "batch plan"]:
+    """Say under which plans the likeliest token of the whole vocabulary begins the sound's answer, in `va`.
+
+    Args:
+        chunk: the conflicts.
+        plans: the plans; None where one cannot be made.
+
+    Returns:
+        1 or 0; NaN for None.
+    """
+    found = np.full((len(plans), len(chunk.examples)), np.nan)
+    made = [number for number, plan in enumerate(plans) if plan is not None]
+    if made:
+        owner = first_owner(chunk)
+
+        def right(logits: torch.Tensor) -> torch.Tensor:
+            top = logits[:, -1].argmax(-1).tolist()
+            said = [float(token in mine) for token, mine in zip(top, owner, strict=True)]
+            return torch.tensor(said, device=logits.device)
+
+        found[made] = trace_of(chunk, "va").score([plans[n] or Plan() for n in made], right).double().numpy()
+    return found.T
+
+
+def first_owner(chunk: Chunk) -> list[set[int]]:
+    """Find the first tokens of each conflict's sound answer.
+
+    Args:
+        chunk: the conflicts.
+
+    Returns:
+        A set for each conflict.
+    """
+    (ids, _) = margin_metric(chunk).ids or ((), ())
+    return [{int(token) for token in row[:, 0] if token >= 0} for row in ids]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Arrays `[example, ...]` of one half, by name, with what bounds their means."""
+
+    half: Half
+    arrays: Arrays
+
+    def bounds(self, name: str) -> Float[np.ndarray, "3 ..."]:
+        """Bound the means of an array.
+
+        Args:
+            name: which.
+
+        Returns:
+            Means, lower and upper bounds.
+        """
+        found = self.half.boot.mean(self.arrays[name])
+        return np.stack([found.value, found.low, found.high])
+
+    def shares(self, name: str, of: Float[np.ndarray, "example ..."]) -> Float[np.ndarray, "3 ..."]:
+        """Bound the ratios of an array's means to others.
+
+        Args:
+            name: which.
+            of: what they are shares of, `[example]` or of the array's shape.
+
+        Returns:
+            Ratios, lower and upper bounds.
+        """
+        values = self.arrays[name]
+        wide = of.reshape(of.shape + (1,) * (values.ndim - of.ndim))
+        found = self.half.boot.ratio(values, np.broadcast_to(wide, values.shape))
+        return np.stack([found.value, found.low, found.high])
+
+
+def measured(
+    chunks: Sequence[Chunk],
+    half: Half,
+    name: str,
+    depends: Mapping[str, Any],
+    compute: Callable[[Chunk], Arrays],
+    progress: Progress | None = None,
+) -> Measured:
+    """Measure every stack, or open what was stored, and put the conflicts in the half's order.
+
+    Args:
+        chunks: the half's conflicts, stacked.
+        half: the half.
+        name: what is measured, as words.
+        depends: what it depends on beside the conflicts.
+        compute: measures one stack: arrays whose first axis is its conflicts.
+        progress: called as `progress(stage, done, total)`.
+
+    Returns:
+        The arrays.
+    """
+    out: Arrays = {}
+    for number, chunk in enumerate(chunks):
+        rows = [int(np.flatnonzero(half.examples == i)[0]) for i in chunk.examples]
+        for key, values in chunk.remember(name, depends, partial(compute, chunk)).items():
+            if key not in out:
+                out[key] = np.full((len(half.examples), *values.shape[1:]), np.nan)
+            out[key][rows] = values
+        if progress is not None:
+            progress(name, number + 1, len(chunks))
+    return Measured(half, out)

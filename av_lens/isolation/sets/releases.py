@@ -1,0 +1,187 @@
+"""How much does a set of heads release? Measured once per set and donor, remembered, many sets at a time.
+
+Sets that the search asks for nearly always share all members but one. `SetReleases.added` measures a set with each of
+several further heads: the shared members are edited once, and each further head restarts at its own layer
+(`edited_runs`). Values are releases, [change of M in va - change of M in av] / 2, per conflict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from av_lens.isolation.measuring.bench import MIRROR, Chunk
+from av_lens.isolation.measuring.edited_runs import further
+from av_lens.isolation.measuring.effects import mirrored
+from av_lens.isolation.measuring.seam import Head, Swap
+
+Members = tuple[Head, ...]
+Tick = Callable[[int], None]
+TRACE_BYTES = 4e9
+"""Traces of all conflicts are kept between measurements where they take no more; else they are made again."""
+
+
+@dataclass(eq=False)
+class SetReleases:
+    """Releases of sets by one donor on one half, each measured when first asked for.
+
+    Attributes:
+        chunks: the conflicts, stacked.
+        examples: their order in the results.
+        donor: the donor.
+        tick: called with the number of sets just measured.
+    """
+
+    chunks: Sequence[Chunk]
+    examples: Int[np.ndarray, " example"]
+    donor: str
+    tick: Tick | None = None
+    _known: dict[frozenset[Head], Float[np.ndarray, " example"]] = field(default_factory=dict)
+
+    def learn(self, singles: Mapping[Head, Float[np.ndarray, " example"]]) -> None:
+        """Take over what was measured elsewhere.
+
+        Args:
+            singles: releases of single heads.
+        """
+        self._known |= {frozenset((head,)): np.asarray(values) for head, values in singles.items()}
+
+    def each(self, members: Sequence[Head]) -> Float[np.ndarray, " example"]:
+        """Give a set's release on every conflict.
+
+        Args:
+            members: the set; the empty set releases nothing.
+
+        Returns:
+            Per conflict, NaN where the donor is not defined.
+        """
+        self.measure([tuple(members)])
+        return self._known[frozenset(members)] if members else np.zeros(len(self.examples))
+
+    def mean(self, members: Sequence[Head]) -> float:
+        """Give a set's mean release.
+
+        Args:
+            members: the set.
+
+        Returns:
+            The mean over the conflicts where the donor is defined.
+        """
+        values = self.each(members)
+        return float(np.nanmean(values)) if (~np.isnan(values)).any() else float("nan")
+
+    def added(self, members: Sequence[Head], heads: Sequence[Head]) -> list[float]:
+        """Give the mean release of a set with one more head, for each of several.
+
+        Args:
+            members: the set.
+            heads: the further heads, none of them a member.
+
+        Returns:
+            One mean per further head.
+        """
+        unknown = [head for head in heads if frozenset((*members, head)) not in self._known]
+        if unknown:
+            depends = {"donor": self.donor, "members": sorted(members), "heads": unknown}
+            found = self._over_chunks("set and one more head", depends, partial(self._add, members, unknown))
+            self._known |= {frozenset((*members, h)): values for h, values in zip(unknown, found, strict=True)}
+        return [self.mean((*members, head)) for head in heads]
+
+    def measure(self, sets: Sequence[Members]) -> None:
+        """Measure sets that may share nothing.
+
+        Args:
+            sets: the sets; those that are known already cost nothing.
+        """
+        unknown = list(dict.fromkeys(tuple(sorted(one)) for one in sets if one and frozenset(one) not in self._known))
+        if unknown:
+            depends = {"donor": self.donor, "sets": unknown}
+            found = self._over_chunks("releases of sets", depends, partial(self._apart, unknown))
+            self._known |= {frozenset(one): values for one, values in zip(unknown, found, strict=True)}
+
+    def pairs(self, heads: Sequence[Head]) -> None:
+        """Measure all pairs of some heads.
+
+        Args:
+            heads: the heads.
+        """
+        ordered = sorted(heads)
+        wanted = [(one, two) for i, one in enumerate(ordered) for two in ordered[i + 1 :]]
+        if all(frozenset(pair) in self._known for pair in wanted):
+            return
+        found = self._over_chunks(
+            "pairs of heads", {"donor": self.donor, "heads": ordered}, partial(self._pairs, ordered)
+        )
+        self._known |= {frozenset(pair): values for pair, values in zip(wanted, found, strict=True)}
+
+    def _over_chunks(
+        self, name: str, depends: Mapping[str, object], compute: Callable[[Chunk, str], Float[np.ndarray, "set batch"]]
+    ) -> Float[np.ndarray, "set example"]:
+        """Measure on every chunk, in both cells, and lay the conflicts out in their order."""
+        parts = [
+            chunk.remember(name, depends, partial(self._mirrored, chunk, compute))["release"] for chunk in self.chunks
+        ]
+        out = np.full((len(parts[0]), len(self.examples)), np.nan)
+        for chunk, part in zip(self.chunks, parts, strict=True):
+            out[:, [int(np.flatnonzero(self.examples == i)[0]) for i in chunk.examples]] = part
+        return out
+
+    def _mirrored(
+        self, chunk: Chunk, compute: Callable[[Chunk, str], Float[np.ndarray, "set batch"]]
+    ) -> dict[str, np.ndarray]:
+        candidates = chunk.bench.candidates
+        changes: list[np.ndarray] = []
+        for cell in ("va", MIRROR["va"]):
+            before = candidates.margin(chunk.reading(cell).scores, chunk.examples)
+            changes.append(compute(chunk, cell) - before)
+            self._let_go(chunk, cell)
+        return {"release": mirrored(changes[0], changes[1])}
+
+    def _let_go(self, chunk: Chunk, cell: str) -> None:
+        trace = chunk.run(cell).kept.get("trace")
+        if trace is not None:
+            one = sum(part.nbytes for parts in (trace.resid, trace.keys, trace.values) for part in parts)
+            if 2 * len(self.chunks) * one > TRACE_BYTES:
+                chunk.run(cell).kept.clear()
+
+    def _swap(self, chunk: Chunk, cell: str, members: Sequence[Head]) -> Swap:
+        donor = chunk.donor(cell, self.donor)
+        return Swap(tuple(members), tuple(donor[layer, :, :, head] for layer, head in members))
+
+    def _margins(
+        self, chunk: Chunk, cell: str, under: Sequence[Head], sets: Sequence[Sequence[Head]]
+    ) -> Float[np.ndarray, "set batch"]:
+        """M in a cell with some heads edited, and each of several sets edited on top."""
+        engine, candidates = chunk.bench.engine, chunk.bench.candidates
+        run = chunk.run(cell)
+        if under:
+            run = engine.record_edited(run, self._swap(chunk, cell, under))
+        out = np.full((len(sets), len(chunk.examples)), np.nan)
+        order = sorted(range(len(sets)), key=lambda i: min(sets[i]))
+        swaps = [self._swap(chunk, cell, sets[i]) for i in order]
+        for i, logits in zip(order, further(engine, run, swaps), strict=True):
+            out[i] = candidates.margin(candidates.scores(logits), chunk.examples)
+        if self.tick is not None:
+            self.tick(len(sets))
+        return out
+
+    def _add(
+        self, members: Sequence[Head], heads: Sequence[Head], chunk: Chunk, cell: str
+    ) -> Float[np.ndarray, "set batch"]:
+        return self._margins(chunk, cell, sorted(members), [(head,) for head in heads])
+
+    def _apart(self, sets: Sequence[Members], chunk: Chunk, cell: str) -> Float[np.ndarray, "set batch"]:
+        return self._margins(chunk, cell, (), sets)
+
+    def _pairs(self, heads: Sequence[Head], chunk: Chunk, cell: str) -> Float[np.ndarray, "set batch"]:
+        """All pairs: each head edited once, and every later one on top of it."""
+        rows = [
+            self._margins(chunk, cell, (one,), [(two,) for two in heads[i + 1 :]])
+            for i, one in enumerate(heads)
+            if i + 1 < len(heads)
+        ]
+        return np.concatenate(rows)

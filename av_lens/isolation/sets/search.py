@@ -1,0 +1,369 @@
+"""Which heads belong together? The search for sets of protocol section 6, on discovery.
+
+Heads hide each other: where each of two pairs of heads suffices, no single release shows any of them. Once for each
+primary donor:
+
+1. *Candidates*: all heads where there are at most 64; else the 40 of best rank on any of three screens: the largest
+   release, sufficiency, attention of the generation position to the video (mean over `va`).
+2. *Pair synergy* = release({h, k}) - max(0, release h) - max(0, release k), for all pairs of candidates.
+3. *Forward*, from the best head and from the five pairs of largest synergy: add the head of largest gain; stop after 3
+   gains in a row below delta (and drop these), or at 12 heads.
+4. *Backward*: take out the head that costs least (of equals the last) while that is less than delta, measuring again
+   after each.
+5. The set of largest release wins (ties by layer and head). Of the donors' sets the one of largest release is *chosen*.
+
+delta = s G of discovery. Everything is a mean over discovery's conflicts. `quick=True` leaves the pairs out, and with
+them the five starts.
+
+Choices where the protocol is silent: small gains at the end of a climb that stopped at 12 heads are left to the
+backward steps; a set whose last head releases less than delta is taken apart to nothing, and then that donor has no
+set; a head's rank by release is that of its largest release over the donors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from av_lens.core.attention_mass import attention_mass
+from av_lens.isolation.measuring.bench import PRIMARY_DONORS, Chunk
+from av_lens.isolation.measuring.effects import Progress
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.seam import Head
+from av_lens.isolation.naming.evidence import SiteEvidence
+from av_lens.isolation.naming.role_tests import Evidence, head_means, largest_release
+from av_lens.isolation.sets.releases import Members, SetReleases, Tick
+from av_lens.isolation.sets.sets import BuiltSet, head_names
+
+ALL_HEADS, SCREENED = 64, 40
+SYNERGIES, SHOWN_SYNERGIES = 5, 20
+MOST_MEMBERS, PATIENCE = 12, 3
+
+
+def n_candidates(heads: int) -> int:
+    """Say how many heads the search for sets tries.
+
+    Args:
+        heads: of the model.
+
+    Returns:
+        All where there are at most 64, else the 40 that screens choose.
+    """
+    return heads if heads <= ALL_HEADS else SCREENED
+
+
+@runtime_checkable
+class Releases(Protocol):
+    """What the search asks: the mean release of a set, and of a set with each of several further heads."""
+
+    def mean(self, members: Sequence[Head]) -> float:
+        """The mean release of a set; 0 for the empty one."""
+        ...
+
+    def added(self, members: Sequence[Head], heads: Sequence[Head]) -> list[float]:
+        """The mean release of a set with one more head, for each of several."""
+        ...
+
+    def measure(self, sets: Sequence[Members]) -> None:
+        """Get several sets ready together."""
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the search: action is "start", "add", "drop" or "take out"; `release` is the set's after it."""
+
+    action: str
+    head: Head
+    release: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class Path:
+    """A start, the steps from it, and the set that it leads to, in the order in which its members were taken in."""
+
+    start: str
+    members: Members
+    release: float
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Synergy:
+    """A pair's release and what of it neither head has alone."""
+
+    pair: tuple[Head, Head]
+    release: float
+    synergy: float
+
+
+@dataclass(eq=False)
+class SearchedSets:
+    """What the search found on discovery: a set per primary donor (`chosen` marks one), its paths and the synergies."""
+
+    sets: list[BuiltSet] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    synergies: list[dict[str, Any]] = field(default_factory=list)
+    releases: dict[str, SetReleases] = field(default_factory=dict)
+    screens: dict[Head, str] = field(default_factory=dict)
+    quick: bool = False
+
+    @property
+    def chosen(self) -> BuiltSet | None:
+        """The donors' set of largest release, if any donor has one."""
+        return next((one for one in self.sets if one.chosen), None)
+
+
+def climb(
+    releases: Releases, candidates: Sequence[Head], start: Members, *, delta: float
+) -> tuple[Members, list[Step]]:
+    """Add the head of largest gain until three gains in a row are below delta, or twelve heads are in.
+
+    Args:
+        releases: gives the release of any set.
+        candidates: the heads that may be added.
+        start: the first members.
+        delta: the least gain that counts.
+
+    Returns:
+        The members in the order in which they were taken in, and the steps; the last small gains are dropped where
+        three of them stopped the climb.
+    """
+    members, release = list(start), releases.mean(start)
+    steps = [Step("start", head, release, release) for head in start]
+    small, kept, kept_release = 0, len(start), release
+    while len(members) < MOST_MEMBERS and small < PATIENCE:
+        rest = sorted(head for head in candidates if head not in members)
+        if not rest:
+            break
+        values = releases.added(members, rest)
+        best = int(np.nanargmax(values))
+        gain, release = values[best] - release, values[best]
+        members.append(rest[best])
+        steps.append(Step("add", rest[best], release, gain))
+        small = small + 1 if gain < delta else 0
+        if not small:
+            kept, kept_release = len(members), release
+    if small == PATIENCE:
+        steps += [Step("drop", head, kept_release, float("nan")) for head in reversed(members[kept:])]
+        members = members[:kept]
+    return tuple(members), steps
+
+
+def thin(releases: Releases, members: Members, *, delta: float) -> tuple[Members, list[Step]]:
+    """Take out the head that costs least, while that is less than delta.
+
+    Args:
+        releases: gives the release of any set.
+        members: the set.
+        delta: the least cost at which a head stays.
+
+    Returns:
+        The members that stay, in their order, and the steps.
+    """
+    steps: list[Step] = []
+    while members:
+        release = releases.mean(members)
+        smaller = [tuple(other for other in members if other != head) for head in members]
+        releases.measure(smaller)
+        costs = [release - releases.mean(one) for one in smaller]
+        least = min(range(len(members)), key=lambda i: (costs[i], -members[i][0], -members[i][1]))
+        if not costs[least] < delta:
+            break
+        steps.append(Step("take out", members[least], release - costs[least], -costs[least]))
+        members = smaller[least]
+    return members, steps
+
+
+def search(
+    releases: Releases, candidates: Sequence[Head], synergies: Sequence[Synergy], *, delta: float
+) -> tuple[Path, list[Path]]:
+    """Climb and thin from the best head and from the best synergies; the set of largest release wins.
+
+    Args:
+        releases: gives the release of any set.
+        candidates: the heads.
+        synergies: all pairs, largest synergy first; empty where pairs are left out.
+        delta: the least gain that counts.
+
+    Returns:
+        The winner, and all paths.
+    """
+    ordered = sorted(candidates)
+    best = ordered[int(np.nanargmax(releases.added((), ordered)))]
+    starts = [(f"best head {head_names([best])}", (best,))]
+    starts += [(f"synergy {head_names(one.pair)}", one.pair) for one in synergies[:SYNERGIES]]
+    paths: list[Path] = []
+    for name, start in starts:
+        climbed, up = climb(releases, ordered, start, delta=delta)
+        members, down = thin(releases, climbed, delta=delta)
+        paths.append(Path(name, members, releases.mean(members), (*up, *down)))
+    return min(paths, key=lambda path: (-path.release, sorted(path.members))), paths
+
+
+def pair_synergies(releases: Releases, candidates: Sequence[Head]) -> list[Synergy]:
+    """Compute the synergy of every pair of candidates.
+
+    Args:
+        releases: gives the release of any set.
+        candidates: the heads.
+
+    Returns:
+        The pairs, largest synergy first (ties by layer and head).
+    """
+    ordered = sorted(candidates)
+    alone = {head: max(0.0, releases.mean((head,))) for head in ordered}
+    found: list[Synergy] = []
+    for i, one in enumerate(ordered):
+        for two in ordered[i + 1 :]:
+            release = releases.mean((one, two))
+            found.append(Synergy((one, two), release, release - alone[one] - alone[two]))
+    return sorted(found, key=lambda pair: (-pair.synergy, pair.pair))
+
+
+def screened(screens: dict[str, Float[np.ndarray, "layer head"]]) -> dict[Head, str]:
+    """Choose the candidates.
+
+    Args:
+        screens: by name, a figure for every head: the larger, the better.
+
+    Returns:
+        Candidate -> the screen that found it: "all heads" where there are at most 64; else the 40 of best rank on any
+        screen (ties by layer and head), each with the screen on which it ranks best and its rank there, from 1.
+    """
+    shape = next(iter(screens.values())).shape
+    heads = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
+    if len(heads) <= ALL_HEADS:
+        return dict.fromkeys(heads, "all heads")
+    best: dict[Head, tuple[int, str]] = {}
+    for name, figures in screens.items():
+        order = sorted(heads, key=lambda head: (-np.nan_to_num(figures[head], nan=-np.inf), head))
+        for rank, head in enumerate(order):
+            if head not in best or rank < best[head][0]:
+                best[head] = (rank, name)
+    chosen = sorted(heads, key=lambda head: (best[head][0], head))[:SCREENED]
+    return {head: f"{best[head][1]} (rank {best[head][0] + 1})" for head in sorted(chosen)}
+
+
+def search_sets(
+    site: SiteEvidence, half: Half, *, s: float, quick: bool = False, progress: Progress | None = None
+) -> SearchedSets:
+    """Search sets of heads on discovery, once per primary donor.
+
+    Args:
+        site: discovery's evidence at the site.
+        half: discovery.
+        s: the threshold, a share of G.
+        quick: leave the pairs out.
+        progress: called as `progress(stage, done, total)`.
+
+    Returns:
+        The sets, the search's paths, the largest synergies.
+    """
+    found, delta, g = site.evidence, s * float(half.G.mean()), float(half.G.mean())
+    screens = _screens(site, found)
+    candidates = sorted(screened(screens))
+    out = SearchedSets(screens=screened(screens), quick=quick)
+    for donor in PRIMARY_DONORS:
+        if np.isnan(found.release[donor]).all():
+            continue
+        stage = f"sets of heads by {donor}"
+        releases = SetReleases(
+            site.chunks,
+            half.examples,
+            donor,
+            _ticker(progress, stage, len(candidates) * (1 if quick else len(candidates) - 1) * len(site.chunks)),
+        )
+        releases.learn({head: found.release[donor][:, head[0], head[1]] for head in candidates})
+        synergies: list[Synergy] = []
+        if not quick:
+            releases.pairs(candidates)
+            synergies = pair_synergies(releases, candidates)
+        winner, paths = search(releases, candidates, synergies, delta=delta)
+        if progress is not None:
+            progress(stage, 1, 1)
+        out.releases[donor] = releases
+        if winner.members:
+            out.sets.append(BuiltSet(winner.members, donor, winner.release, screen=winner.start))
+        out.steps += [row for path in paths for row in _step_rows(path, site.site, donor)]
+        out.synergies += [_synergy_row(one, site.site, donor, g) for one in synergies[:SHOWN_SYNERGIES]]
+    if out.sets:
+        min(out.sets, key=lambda one: (-one.discovery_release, PRIMARY_DONORS.index(one.donor))).chosen = True
+    for chunk in site.chunks:
+        for cell in ("va", "av"):
+            chunk.run(cell).kept.clear()
+    return out
+
+
+def _screens(site: SiteEvidence, found: Evidence) -> dict[str, Float[np.ndarray, "layer head"]]:
+    largest = largest_release(found)
+    screens = {"release": largest, "sufficiency": head_means(found.sufficiency)}
+    if largest.size > ALL_HEADS:
+        screens["attention to the video"] = _video_attention(site.chunks)
+    return screens
+
+
+def _video_attention(chunks: Sequence[Chunk]) -> Float[np.ndarray, "layer head"]:
+    """The mean attention of the generation position to the video, in `va`."""
+    weights = [len(chunk.examples) for chunk in chunks]
+    parts = [chunk.remember("attention to the video", {}, partial(_chunk_attention, chunk))["mass"] for chunk in chunks]
+    return np.average(np.stack([part.mean(0) for part in parts]), axis=0, weights=weights)
+
+
+def _chunk_attention(chunk: Chunk) -> dict[str, np.ndarray]:
+    inputs, model = chunk.run("va").inputs, getattr(chunk.bench.engine, "model")  # noqa: B009
+    spans = inputs.spans
+    asked, video = [int(spans.generation_position)], [int(i) for i in spans["video|image"].positions]
+    mass = attention_mass(model, inputs, {"generation": asked}, keys={"video": video})
+    return {"mass": mass[..., 0, 0].double().numpy()}
+
+
+def _ticker(progress: Progress | None, stage: str, expected: int) -> Tick:
+    """Count measured sets; how many a climb needs is not known before, so the total stays open at the end."""
+    done = 0
+
+    def tick(more: int) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(stage, done, max(expected, done + 1))
+
+    return tick
+
+
+def _step_rows(path: Path, site: str, donor: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "site": site,
+            "donor": donor,
+            "start": path.start,
+            "step": number,
+            "action": step.action,
+            "layer": step.head[0],
+            "head": step.head[1],
+            "release": step.release,
+            "gain": step.gain,
+        }
+        for number, step in enumerate(path.steps)
+    ]
+
+
+def _synergy_row(one: Synergy, site: str, donor: str, g: float) -> dict[str, Any]:
+    (layer, head), (layer2, head2) = one.pair
+    return {
+        "site": site,
+        "donor": donor,
+        "layer": layer,
+        "head": head,
+        "layer2": layer2,
+        "head2": head2,
+        "release": one.release,
+        "synergy": one.synergy,
+        "share": one.synergy / g,
+    }

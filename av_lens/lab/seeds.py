@@ -1,0 +1,218 @@
+"""Is the same found again: in models trained from other seeds, and on other clips?
+
+Every model is isolated twice, up to named and confirmed heads and sets, on two sets of conflicts that share no clip.
+Beside the set's effect on the first's held-out conflicts stand its controls; beside the heads that are named on one
+discovery half those of the other, their overlap (Jaccard) and the rank correlation over all heads of the release (the
+largest of the three primary donors' means, as on each discovery half).
+
+Both isolations keep what they measure in their folders, so that a run that was stopped goes on where it was.
+
+Example:
+    ```python
+    from av_lens.lab import run_seeds
+
+    record = run_seeds(["av-tiny"], out="seeds")
+    ```
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from av_lens.errors import InputError
+from av_lens.inputs import conflicts as read_conflicts
+from av_lens.isolation import isolate
+from av_lens.isolation.explaining.robustness import jaccard, rank_correlation
+from av_lens.isolation.measuring.donors import PRIMARY_DONORS
+from av_lens.lab.pages import fill
+from av_lens.lab.parts import Parts
+from av_lens.lab.plantbench.methods import SITE
+from av_lens.lab.plantbench.scores import named_heads
+from av_lens.lab.replay_benchmark.tables import Table, markdown
+from av_lens.lab.staged_conflicts import stage
+from av_lens.model import load
+from av_lens.results.provenance import plain, stamp
+from av_lens.results.record import Isolation
+from av_lens.whole_files import write_whole
+
+Progress = Callable[[str, int, int], None]
+RECORD, PAGE = "seeds.json", "isolation.md"
+OPEN, CLOSE = "<!-- seeds -->\n", "\n<!-- /seeds -->"
+
+
+def run_seeds(
+    models: Sequence[str] = ("av-tiny",),
+    *,
+    out: str | Path = "av-lens-seeds",
+    conflicts: int = 132,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Isolate every model on two sets of conflicts that share no clip.
+
+    Args:
+        models: short names, or folders of models trained from other seeds.
+        out: the folder to write; what it holds is not measured again.
+        conflicts: how many in each of the two sets; 120 for a verdict.
+        seed: draws the first set and deals its halves; the second set is the next seed's.
+        progress: called as `progress(stage, done, total)`.
+
+    Returns:
+        The settings and an entry for each model, in the order asked for.
+
+    Raises:
+        InputError: no model, or two of one name.
+    """
+    labels = [Path(name).name for name in models]
+    if not labels or len(set(labels)) < len(labels):
+        raise InputError(f"models are {', '.join(labels) or 'none'}: name at least one, and none twice.")
+    out = Path(out)
+    listed: list[list[Any]] = []
+    for number in (seed, seed + 1):
+        parts = Parts(out / f"clips-{number}", {"conflicts": conflicts, "seed": number})
+        made = parts.ensure("staged", partial(stage, conflicts=conflicts, seed=number, progress=progress))
+        listed.append(read_conflicts(made / "pairs.jsonl"))
+    entries: list[dict[str, Any]] = []
+    for name, label in zip(models, labels, strict=True):
+        model, place = load(name), out / label
+        found, again = (
+            isolate(model, one, gate="report", seed=number, named_only=True, progress=progress, out=place / f"{number}")
+            for number, one in zip((seed, seed + 1), listed, strict=True)
+        )
+        entries.append({"model": label, **entry_of(found, again)})
+    record = stamp(conflicts=conflicts, seed=seed, models=entries)
+    write_whole(out / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return record
+
+
+def entry_of(found: Isolation, again: Isolation) -> dict[str, Any]:
+    """Put the figures of one model together.
+
+    Args:
+        found: the first set's finding.
+        again: the second set's.
+
+    Returns:
+        Plain data: behaviour, the chosen set beside its controls, what was named on both discovery halves.
+    """
+    tables: Any = found
+    chosen = tables.sets[tables.sets["chosen"]].to_dict("records")
+    first, second = _named(found), _named(again)
+    return {
+        "verdict_kind": found.verdict_kind,
+        "verdict": found.verdict,
+        "stamps": list(found.stamps),
+        "summary": {name: _plain(found.summary[name]) for name in ("G", "C", "gap", "gap confirmation")},
+        "set": {name: _plain(value) for name, value in chosen[0].items()} if chosen else None,
+        "half of the gap": _plain(found.summary.get("heads for half of the gap", math.nan)),
+        "specificity": [
+            {"control": str(row["control"]), "verdict": str(row["verdict"]), "fall": _plain(row["fall"])}
+            for row in tables.specificity.to_dict("records")
+        ],
+        "named": first,
+        "named again": second,
+        "jaccard": _plain(jaccard(first, second)),
+        "rank correlation": _plain(rank_correlation(_releases(found), _releases(again))),
+    }
+
+
+def _releases(found: Isolation) -> np.ndarray:
+    each_donor = [found.arrays[f"discovery/{SITE}/release/{donor}"].mean(0) for donor in PRIMARY_DONORS]
+    return np.max(each_donor, axis=0).ravel()
+
+
+def _named(found: Isolation) -> dict[str, str]:
+    """Head to role, of those named on discovery."""
+    return {f"L{row['layer']}H{row['head']}": str(row["role"]) for row in named_heads(found)}
+
+
+def _plain(value: Any) -> Any:
+    made = plain(value)
+    return None if isinstance(made, float) and math.isnan(made) else made
+
+
+def tables(record: dict[str, Any]) -> list[Table]:
+    """Tabulate the study.
+
+    Args:
+        record: from `run_seeds`.
+
+    Returns:
+        The sets with their controls, a column for each model; what was named on the two discovery halves.
+    """
+    figures = [
+        "model", "verdict", "G", "C", "heads", "release, held out", "of the gap", "sound said", "random sets",
+        "p (floor)", "heads for half", "not held to 5 points",
+    ]  # fmt: skip
+    models = [_set_row(entry) for entry in record["models"]]
+    names, *sets = ([figure, *row] for figure, *row in zip(figures, *models, strict=True))
+    halves = ["model", "named", "named on other clips", "Jaccard", "rank correlation"]
+    return [(names, sets), (halves, [_halves_row(entry) for entry in record["models"]])]
+
+
+def _set_row(entry: dict[str, Any]) -> list[str]:
+    summary, found = entry["summary"], entry["set"]
+    start = [entry["model"], entry["verdict_kind"], _figure(summary["G"]), _figure(summary["C"])]
+    words = {"not specific": "", "untested": " (untested)"}
+    failed = [f"{row['control']}{words[row['verdict']]}" for row in entry["specificity"] if row["verdict"] in words]
+    half = _figure(entry["half of the gap"], 0)
+    if found is None:
+        return [*start, *6 * ["–"], half, "–"]
+    return [
+        *start,
+        f"{int(found['k'])}: {found['members']}",
+        f"{_figure(found['release'])} [{_figure(found['low'])}, {_figure(found['high'])}]",
+        _figure(found["release"] / summary["gap confirmation"]),
+        f"{_figure(found['says_sound_before'])} → {_figure(found['says_sound'])}",
+        f"{int(found['random_n'])}: {_figure(found['random_mean'])}",
+        f"{_figure(found['p_random'], 3)} ({_figure(found['p_floor'], 3)})",
+        half,
+        ", ".join(failed) or "none",
+    ]
+
+
+def _halves_row(entry: dict[str, Any]) -> list[str]:
+    both = [
+        ", ".join(f"{head} {role}" for head, role in entry[key].items()) or "none" for key in ("named", "named again")
+    ]
+    return [entry["model"], *both, _figure(entry["jaccard"]), _figure(entry["rank correlation"])]
+
+
+def _figure(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def page_tables(record: dict[str, Any]) -> str:
+    """Write the tables as markdown.
+
+    Args:
+        record: from `run_seeds`.
+
+    Returns:
+        Two pipe tables.
+    """
+    return "\n\n".join(markdown(table) for table in tables(record))
+
+
+def store(record: dict[str, Any], folder: str | Path) -> Path:
+    """Write the record, and fill the page beside it.
+
+    Args:
+        record: from `run_seeds`.
+        folder: where `isolation.md` stands, with its two comments.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: the folder has no such page.
+    """
+    stored = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    return fill(Path(folder) / PAGE, OPEN, CLOSE, page_tables(record), beside={RECORD: stored})

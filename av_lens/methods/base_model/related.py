@@ -1,0 +1,107 @@
+"""Two models of one descent: an audio-visual model and the vision-language model that it was made from.
+
+The base is given the model's prompt in one of three ways:
+
+    "out"      the sound's positions taken out: the prompt made anew of picture and question (`inputs.soundless`)
+    "masked"   the model's own prompt, in which nothing reads the sound's positions: distances stay as they are
+    "kept"     the model's own prompt, sound and all, for a base that takes sound
+
+Refused: vocabularies of different sizes, and prompts that differ in more than the sound.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from av_lens.checks import require_choice
+from av_lens.errors import ModelError
+from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs.soundless import shared_positions, without_sound
+from av_lens.interventions import Plan, cut
+from av_lens.model.loading import load
+from av_lens.spans import ROLES
+
+AUDIO = ("out", "masked", "kept")
+_READERS = "|".join(role for role in ROLES if role != "audio")
+
+
+def opened(base: Any, model: Any) -> Any:
+    """Open the base and refuse one whose answers cannot be compared with the model's.
+
+    Args:
+        base: a `HookedAVLLM`, or what `load` takes.
+        model: the model that came of it.
+
+    Returns:
+        The base.
+
+    Raises:
+        ModelError: the vocabularies differ in size.
+    """
+    found = load(base, device=model.device, dtype=model.dtype) if isinstance(base, str | Path) else base
+    sizes = int(model.spec.d_vocab), int(found.spec.d_vocab)
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"{model.name} has {sizes[0]} tokens and {found.name} {sizes[1]}, so their distributions cannot be "
+            "compared. Give the model that this one was made from."
+        )
+    return found
+
+
+def prompt_for(base: Any, x: AVInputs, audio: str) -> AVInputs:
+    """Make the base's prompt.
+
+    Args:
+        base: the base model.
+        x: the model's prompt, one example or a stack.
+        audio: "out", "masked" or "kept".
+
+    Returns:
+        The base's prompt.
+
+    Raises:
+        InputError: an unknown way.
+        AlignmentError: the base's prompt differs in more than the sound.
+    """
+    require_choice("way with the sound, audio=", audio, AUDIO)
+    if audio != "out":
+        return x
+    silent = without_sound(base, x)
+    shared_positions(x, silent, base.config)
+    return silent
+
+
+def deaf_plan(x: AVInputs, audio: str) -> Plan:
+    """Make the plan under which the base runs.
+
+    Args:
+        x: the base's prompt.
+        audio: "masked" cuts every reading of the sound in all layers; else the plan is empty.
+
+    Returns:
+        The plan.
+    """
+    return Plan(cut(_READERS, "audio")) if audio == "masked" and len(x.spans.audio) else Plan()
+
+
+def matched(
+    x: AVInputs, other: AVInputs, config: Any
+) -> tuple[Int64[np.ndarray, " shared"], Int64[np.ndarray, " shared"]]:
+    """Match positions of the model's prompt and the base's.
+
+    Args:
+        x: the model's prompt.
+        other: the base's.
+        config: a config that names the sound's border tokens.
+
+    Returns:
+        The shared positions in each; all of them where the layouts are equal.
+    """
+    if x.layout == other.layout and x.spans.layout_difference(other.spans) is None:
+        everything = np.arange(len(x.spans), dtype=np.int64)
+        return everything, everything
+    return shared_positions(x, other, config)

@@ -1,0 +1,91 @@
+"""The bridge's attributes that the wrapper hands on: a written list, each tested.
+
+TransformerLens's protocols and tools read weights and components off the model. What is not listed here is not part of
+the wrapper; `model.bridge` has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from av_lens.core.turns import turn_of, waiting
+
+
+class Forwarded:
+    """An attribute that lives on the bridge."""
+
+    def __init__(self, doc: str) -> None:
+        self.__doc__ = doc
+        self._name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return self if instance is None else getattr(instance.bridge, self._name)
+
+
+class ForwardedInTurn(Forwarded):
+    """A method that lives on the bridge and changes what runs read: it waits for other threads' runs (`turns`)."""
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        found = super().__get__(instance, owner)
+        return found if instance is None else waiting(turn_of(instance.bridge), found)
+
+
+class ForwardedAttributes:
+    """Attributes that live on `.bridge`."""
+
+    bridge: Any
+
+    blocks: Any = Forwarded("The fusion layers, as bridge components.")
+    embed: Any = Forwarded("The text embedding.")
+    unembed: Any = Forwarded("The unembedding.")
+    ln_final: Any = Forwarded("The norm before the unembedding.")
+    hook_dict: Any = Forwarded("Every hook point by every one of its names.")
+    mod_dict: Any = Forwarded("Every module and hook point by name.")
+    adapter: Any = Forwarded("TransformerLens's architecture adapter.")
+    W_E: Any = Forwarded("Text embedding `[d_vocab, d_model]`.")
+    W_U: Any = Forwarded("Unembedding `[d_model, d_vocab]`.")
+    b_U: Any = Forwarded("Bias of the unembedding `[d_vocab]`.")
+    W_Q: Any = Forwarded("Query weights `[layer, head, d_model, d_head]`.")
+    W_K: Any = Forwarded("Key weights, key-value heads repeated for the query heads that share them.")
+    W_V: Any = Forwarded("Value weights, repeated likewise.")
+    W_O: Any = Forwarded("Output weights `[layer, head, d_head, d_model]`.")
+    b_Q: Any = Forwarded("Query biases.")
+    b_K: Any = Forwarded("Key biases.")
+    b_V: Any = Forwarded("Value biases.")
+    W_gate: Any = Forwarded("The MLPs' gate weights.")
+    W_in: Any = Forwarded("The MLPs' input weights.")
+    W_out: Any = Forwarded("The MLPs' output weights.")
+    QK: Any = Forwarded("Each head's query-key circuit, factored.")
+    OV: Any = Forwarded("Each head's output-value circuit, factored.")
+    accumulated_bias: Any = Forwarded("The sum of the biases written to the stream up to a layer.")
+    layer_types: Any = Forwarded("What kind each layer is.")
+    original_model: Any = Forwarded("The wrapped HuggingFace model, as TransformerLens names it.")
+    compatibility_mode: Any = Forwarded("Whether the weights were processed to HookedTransformer's numerics.")
+    all_head_labels: Any = Forwarded("L0H0, L0H1, ...")
+    to_string: Any = Forwarded("Text of token ids.")
+    to_single_str_token: Any = Forwarded("Text of one token id.")
+    get_token_position: Any = Forwarded("Where a token stands in ids.")
+    parameters: Any = Forwarded("The weights.")
+    named_parameters: Any = Forwarded("The weights by name.")
+    state_dict: Any = Forwarded("The weights as a dictionary.")
+    named_modules: Any = Forwarded("The bridge's modules by name.")
+    modules: Any = Forwarded("The bridge's modules.")
+    named_children: Any = Forwarded("The bridge's outermost modules by name.")
+    children: Any = Forwarded("The bridge's outermost modules.")
+    hook_points: Any = Forwarded("Every hook point.")
+    zero_grad: Any = Forwarded("Forget the gradients of the weights.")
+    reset_hooks: Any = ForwardedInTurn("Detach hooks.")
+    set_use_attn_result: Any = ForwardedInTurn("Leave `hook_result` switched on.")
+    set_use_split_qkv_input: Any = ForwardedInTurn("Leave the forked inputs of q, k and v switched on.")
+    set_use_attn_in: Any = ForwardedInTurn("Leave the forked attention input switched on.")
+    set_use_hook_mlp_in: Any = ForwardedInTurn("Leave `hook_mlp_in` switched on.")
+    training: Any = Forwarded("Whether the model is in training mode.")
+
+
+FORWARDED: tuple[str, ...] = tuple(
+    name for name, value in vars(ForwardedAttributes).items() if isinstance(value, Forwarded)
+)
+"""Their names."""

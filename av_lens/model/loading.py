@@ -1,0 +1,403 @@
+"""From a name or a folder to a model whose every hook is real.
+
+A short name ("av-tiny") is an organism that ships with the package; anything else is a local folder or a name on the
+HuggingFace hub (`av_lens.checkpoints` finds and checks folders). A folder may hold a mere difference over another
+checkpoint (`differences`). Only the fusion model is loaded: of a full Qwen2.5-Omni checkpoint the thinker, never the
+talker or the vocoder. Weights come from safetensors, must fit the configuration and be finite, and no code from a
+checkpoint is run, or asked about.
+
+The sizes at which frames are shown are the checkpoint's own, where it states any for videos.
+
+Precision: float32 for organisms and, on a CPU, for anything below a billion parameters; else the checkpoint's own.
+Device: cuda where the model fits, else the CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from av_lens.bridge.families import HOW_TO_ADD, Family, build_bridge, family_of
+from av_lens.checkpoints import check_configurations, check_weight_files, index, known_names, located, shipped
+from av_lens.checks import foreign_file, parse_json
+from av_lens.core.copies import cast, free_bytes
+from av_lens.errors import AvLensError, ModelError
+from av_lens.model.differences import Difference, read_difference
+from av_lens.model.selfcheck import check_model, check_parts
+from av_lens.model.wrapper import HookedAVLLM
+
+BILLION = 1_000_000_000
+GRAMMAR_FILE = "grammar.json"
+_LAYER = re.compile(r"\.(layers|blocks)\.\d+\.")
+_OPENS_MORE = (
+    *("auto_map", "transformers_weights", "use_kernels", "attn_implementation", "_attn_implementation"),
+    *("experts_implementation", "_experts_implementation"),
+)
+ROOM_TO_RUN = 1.3  # a model needs this much of its weights' memory, at least, to run
+
+
+def short_names() -> dict[str, str]:
+    """The models that ship with the package.
+
+    Returns:
+        Short name -> one sentence about it.
+    """
+    return {name: str(entry.get("summary", "")) for name, entry in index().items()}
+
+
+def load(
+    name_or_path: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    hf_model: Any = None,
+    processor: Any = None,
+) -> HookedAVLLM:
+    """Open an audio-visual language model.
+
+    Args:
+        name_or_path: a short name (`av-lens models` lists them), a local folder (of the fusion model or of a full
+            checkpoint), or a hub name such as "Qwen/Qwen2.5-Omni-7B".
+        device: such as "cuda" or "cpu"; None for cuda where the model fits, else the CPU.
+        dtype: such as torch.bfloat16 or "bfloat16"; None for the rule above.
+        revision: of a hub name: a branch, tag or commit.
+        hf_model: a HuggingFace model that is already there. It is wrapped in place: keep no other use for it.
+        processor: its processor; needed with `hf_model` unless `name_or_path` has one.
+
+    Returns:
+        The model, in evaluation mode, after the cheap part of `check_model`.
+
+    Raises:
+        ModelError: nothing there, no adapter for that family (the message says how to add one), weights missing from
+            the checkpoint, quantised or split over several devices, or a self-check that failed.
+    """
+    if hf_model is None and name_or_path is None:
+        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
+    if hf_model is not None:
+        model = _wrap(hf_model, name_or_path, processor, device=device, dtype=dtype, revision=revision)
+    else:
+        model = _open(str(name_or_path), processor, device=device, dtype=dtype, revision=revision)
+    check_model(model, full=False)
+    return model
+
+
+def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **options: Any) -> HookedAVLLM:
+    family_of(type(hf_model).__name__)
+    _require_plain(hf_model)
+    if processor is None:
+        if name_or_path is None:
+            raise ModelError("hf_model= needs processor= as well (or a name or folder that has one).")
+        processor = _processor(_Source.of(str(name_or_path), options["revision"]))
+    if options["dtype"] is not None:
+        cast(hf_model, _dtype(options["dtype"]))
+    if options["device"] is not None:
+        hf_model = hf_model.to(options["device"])
+    name = "external" if name_or_path is None else str(name_or_path)
+    check_parts(hf_model, processor, name)
+    bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
+    return HookedAVLLM(bridge, processor, name=name, provenance={"source": "hf_model"})
+
+
+def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str | None) -> HookedAVLLM:
+    source = _Source.of(name, revision)
+    if source.folder is not None:
+        check_configurations(source.folder)
+    config = source.config()
+    family = family_of(_model_type(config, name))
+    for level in _levels(config, family.inner_config.get(str(config.get("model_type")))):
+        _require_unquantised(level.get("quantization_config"))
+    with source.translated("config.json"):
+        if source.folder is not None:
+            _check_count(_count(family, config), check_weight_files(source.folder), name)
+        precision, place = _precision_and_place(family, source, config, dtype, device)
+    with _no_bars(hidden=source.grammar is not None):
+        hf_model = _weights(family, source, precision)
+        if source.difference is not None:
+            source.difference.put_into(hf_model)
+        hf_model = hf_model.to(place)
+    processor = processor if processor is not None else _processor(source)
+    check_parts(hf_model, processor, name)
+    bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
+    provenance = {"source": source.place, "revision": revision, "dtype": str(precision), "device": str(place)}
+    if source.difference is not None:
+        provenance |= {"source": str(source.difference.folder), "base": source.difference.base}
+    return HookedAVLLM(bridge, processor, name=name, grammar=source.grammar, handed_in=False, provenance=provenance)
+
+
+def _check_count(wanted: int, held: int, name: str) -> None:
+    """Refuse a configuration that would have memory taken for weights that are nowhere."""
+    if wanted > 2 * held + BILLION // 100:
+        raise ModelError(
+            f"the weight files of {name!r} hold {held} numbers and its config.json wants {wanted}: they do not belong "
+            "together. Download or copy the checkpoint again."
+        )
+
+
+def _require_plain(hf_model: Any) -> None:
+    """Refuse a model that is not plain weights in one place, whether it was loaded so or its layers were changed."""
+    parameters = list(hf_model.parameters())
+    mapped = {str(one) for one in (getattr(hf_model, "hf_device_map", None) or {}).values()}
+    places = {str(one.device) for one in parameters} | (mapped if len(mapped) > 1 else set[str]())
+    if len(places) > 1 or places & {"meta", "disk"}:
+        raise ModelError(
+            f"this model is split over several places ({', '.join(sorted(places))}); av_lens runs models that lie on "
+            "one device. Load it without device_map, on a device that holds all of it, or in bfloat16."
+        )
+    quantizer = getattr(hf_model, "hf_quantizer", None)
+    _require_unquantised(getattr(getattr(hf_model, "config", None), "quantization_config", None))
+    _require_unquantised(getattr(quantizer, "quantization_config", quantizer))
+    _require_unquantised(next((str(one.dtype) for one in parameters if one.dtype.itemsize < 2), None))
+
+
+def _levels(config: Mapping[str, Any], inner: str | None = None) -> Generator[Mapping[str, Any], None, None]:
+    """A configuration and those within it; of a larger one the fusion model's alone."""
+    yield config
+    for name, value in config.items():
+        if isinstance(value, Mapping) and inner in (None, name):
+            yield from _levels(value)
+
+
+def _require_unquantised(way: Any) -> None:
+    """Refuse quantised weights; None where they are not."""
+    if way is not None:
+        method = way.get("quant_method", way) if isinstance(way, Mapping) else getattr(way, "quant_method", way)
+        raise ModelError(
+            f"these weights are quantised ({getattr(method, 'value', method)}), and traces, gradients and edges read "
+            "plain numbers. Load the checkpoint that they were made from, in bfloat16 or float32."
+        )
+
+
+def _precision_and_place(
+    family: Family, source: _Source, config: Mapping[str, Any], dtype: Any, device: Any
+) -> tuple[torch.dtype, torch.device]:
+    """The rule at the top of this module, counting parameters only where it asks for them."""
+    organism = source.grammar is not None
+    precision = torch.float32 if organism else _stored_dtype(config)
+    precision = precision if dtype is None else _dtype(dtype)
+    if device is not None:
+        place = torch.device(device)
+    elif torch.cuda.is_available():
+        place = _fitting_device(_count(family, config), precision)
+    else:
+        place = torch.device("cpu")
+    if dtype is None and not organism and place.type == "cpu" and _count(family, config) < BILLION:
+        precision = torch.float32
+    return precision, place
+
+
+class _Source:
+    """Where a checkpoint lies: a folder, or a name on the hub. Of a difference it is the base's, which is checked."""
+
+    def __init__(self, asked: str, place: str, revision: str | None) -> None:
+        self.difference: Difference | None = read_difference(place) if Path(place).is_dir() else None
+        if self.difference is not None:
+            place = base_of(self.difference)
+            self.difference.check_base(place)
+        self.asked, self.place, self.revision = asked, place, revision
+        self.folder = Path(place) if Path(place).is_dir() else None
+        found = None if self.folder is None else self.folder / GRAMMAR_FILE
+        self.grammar: dict[str, Any] | None = None
+        if found is not None and found.is_file():
+            with foreign_file(found, "an organism's grammar", error=ModelError):
+                self.grammar = dict(parse_json(found.read_bytes()))
+
+    @classmethod
+    def of(cls, name: str, revision: str | None) -> _Source:
+        folder = located(name)
+        return cls(name, name, revision) if folder is None else cls(name, str(folder), None)
+
+    def config(self) -> dict[str, Any]:
+        from transformers import PreTrainedConfig
+
+        with self.translated("config.json"):
+            found, _ = PreTrainedConfig.get_config_dict(self.place, revision=self.revision, trust_remote_code=False)
+        if not found:
+            raise ModelError(f"{self.asked!r} has no config.json, so it is no checkpoint. {known_names()}")
+        return found
+
+    @contextmanager
+    def translated(self, what: str) -> Generator[None, None, None]:
+        """Say in our words what HuggingFace could not find or read: its readers raise anything on foreign files."""
+        try:
+            yield
+        except (AvLensError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+            if "custom code" in str(error):
+                raise ModelError(self._own_code(what)) from error
+            if self.folder is not None:
+                raise ModelError(f"cannot read {what} in {self.asked!r}: {first}") from error
+            raise ModelError(
+                f"cannot get {what} of {self.asked!r} from the HuggingFace hub: {first} Check the name and the "
+                f"network, or download the folder elsewhere and pass its path. {known_names()}"
+            ) from error
+
+    def _own_code(self, what: str) -> str:
+        listed = [] if self.folder is None else sorted(self.folder.glob("*.json"))
+        named = [path.name for path in listed if b'"auto_map"' in path.read_bytes()]
+        return (
+            f"{self.asked!r} wants code of its own to be run for {what} ({', '.join(named) or 'its json files'}: "
+            "auto_map), and av_lens runs no code from a checkpoint. Take auto_map out and name the classes of "
+            "transformers there (processor_class, tokenizer_class), or pass processor= made by code that you trust."
+        )
+
+
+def base_of(difference: Difference) -> str:
+    """Find the folder of a difference's base: a short name's, or one named from the root or the difference's folder.
+
+    Args:
+        difference: the difference.
+
+    Returns:
+        The base's folder.
+
+    Raises:
+        ModelError: it is not there, or a difference itself.
+    """
+    listed = index()
+    if difference.base in listed:
+        found = shipped() / str(listed[difference.base]["folder"])
+    else:
+        found = difference.folder / Path(difference.base).expanduser()
+    if not Path(str(found)).is_dir():
+        raise ModelError(
+            f"{str(difference.folder)!r} is a difference over {difference.base!r}, which is neither a short name nor a "
+            f"folder. Bring that folder back, or write its new place into difference.json. {known_names()}"
+        )
+    if read_difference(str(found)) is not None:
+        raise ModelError(
+            f"the base of {str(difference.folder)!r} is a difference itself; only one may stand on another."
+        )
+    return str(found)
+
+
+def _model_type(config: Mapping[str, Any], name: str) -> str:
+    found = config.get("model_type") or next(iter(config.get("architectures") or []), None)
+    if not found:
+        raise ModelError(f"the config.json of {name!r} names no model_type. {HOW_TO_ADD}")
+    return str(found)
+
+
+def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
+    inner = family.inner_config.get(str(config.get("model_type")))
+    return family.model_class().config_class.from_dict(_plain(config[inner] if inner else config))
+
+
+def _plain(level: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A configuration without what would have other code or files opened (an attention kernel from the hub, ...)."""
+    return {
+        name: _plain(value) if isinstance(value, Mapping) else value
+        for name, value in level.items()
+        if name not in _OPENS_MORE
+    }
+
+
+def _count(family: Family, config: Mapping[str, Any]) -> int:
+    """How many parameters the fusion model has; nothing is allocated."""
+    with torch.device("meta"):
+        model = family.model_class()(_hf_config(family, config))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"{dtype!r} is no floating-point dtype; pass torch.float32, torch.bfloat16 or torch.float16.")
+    return found
+
+
+def _stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    for level in (config, config.get("thinker_config") or {}, config.get("text_config") or {}):
+        stored = level.get("dtype") or level.get("torch_dtype")
+        if stored:
+            return _dtype(stored)
+    return torch.float32
+
+
+def _fitting_device(n_parameters: int, dtype: torch.dtype) -> torch.device:
+    cuda = torch.device("cuda")
+    return cuda if n_parameters * dtype.itemsize * ROOM_TO_RUN < free_bytes(cuda) else torch.device("cpu")
+
+
+def _weights(family: Family, source: _Source, dtype: torch.dtype) -> Any:
+    config = _hf_config(family, source.config())
+    with source.translated("model.safetensors"), _quiet(bar=source.grammar is None):
+        hf_model, report = family.model_class().from_pretrained(
+            source.place,
+            config=config,
+            revision=source.revision,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+        )
+    for what, names in (
+        ("are missing", report["missing_keys"]),
+        ("have other sizes than config.json says", [name for name, *_ in report["mismatched_keys"]]),
+        ("belong to layers that config.json does not have", filter(_LAYER.search, report["unexpected_keys"])),
+    ):
+        listed = sorted(names)
+        if listed:
+            raise ModelError(
+                f"{len(listed)} weights of {family.architecture} {what} in {source.asked!r} ({', '.join(listed[:3])}, "
+                "...); its answers would be another model's. The checkpoint is incomplete or belongs to another model."
+            )
+    return hf_model
+
+
+@contextmanager
+def _no_bars(*, hidden: bool) -> Generator[None, None, None]:
+    """Keep HuggingFace's progress bar off the terminal where there is nothing to wait for."""
+    from transformers.utils import logging as hf_logging
+
+    shown = hf_logging.is_progress_bar_enabled()
+    if hidden:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden and shown:
+            hf_logging.enable_progress_bar()
+
+
+@contextmanager
+def _quiet(*, bar: bool) -> Generator[None, None, None]:
+    """Keep HuggingFace from listing the talker's and vocoder's weights, and from drawing a bar unless asked."""
+    from transformers.utils import logging as hf_logging
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    level, had_bar = logger.level, hf_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    if not bar:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if had_bar:
+            hf_logging.enable_progress_bar()
+
+
+def _processor(source: _Source) -> Any:
+    from transformers import AutoProcessor
+
+    with source.translated("the processor"):
+        processor: Any = AutoProcessor.from_pretrained(source.place, revision=source.revision, trust_remote_code=False)
+    # The processor class's common size would override the checkpoint's own in silence. A size above it that is the
+    # images' too comes from a file for all pictures alike: it speaks of images, and HuggingFace keeps videos smaller.
+    common = dict(processor.videos_kwargs)
+    own, images = dict(processor.video_processor.size), dict(processor.image_processor.size)
+    if own != images or own["longest_edge"] <= common["size"]["longest_edge"]:
+        processor.videos_kwargs = common | {"size": own}
+    return processor

@@ -1,0 +1,106 @@
+"""Recording without hooks: the layers' own arithmetic, no attention scores stored, for less than a plain forward pass.
+
+A model is first run with hooks, and a restart must reproduce it (`traces.record`). Then the same arithmetic that
+restarts use makes the records, that first one too, so that no number depends on what was recorded before: the encoders
+and the embedding run as always, then every layer from position 0. Float32 only: in lower precision a restart keeps to
+the hooked run's own order of operations, scores written out, so that nothing is gained.
+
+Where functions of the caller's stand on the fusion stack (`standing_hooks`), the hooked way is taken: they fire.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from av_lens.core.unembedding import unembedded
+from av_lens.interventions import CompiledPlan
+from av_lens.replay.cascade import Window
+from av_lens.replay.recording import additive, entering
+from av_lens.replay.restart import Layer, run_layer
+from av_lens.replay.taps import Taps
+
+PROVED = "_restart_proved"  # on the model: a restart reproduced its run at every position
+
+
+class _Entered(Exception):
+    """The first block was reached: nothing of the model after it need run."""
+
+
+def proved(model: Any) -> None:
+    """Note that a restart reproduces this model's runs.
+
+    Args:
+        model: a `HookedAVLLM`.
+    """
+    model.__dict__[PROVED] = True
+
+
+def is_proved(model: Any) -> bool:
+    """Say whether a restart was seen to reproduce a run of this model.
+
+    Args:
+        model: a `HookedAVLLM`.
+
+    Returns:
+        True if it was.
+    """
+    return bool(model.__dict__.get(PROVED))
+
+
+def may_be_lean(model: Any) -> bool:
+    """Say whether records of this model may be made without hooks, where none stands on its fusion stack.
+
+    Args:
+        model: a `HookedAVLLM`.
+
+    Returns:
+        True in float32, where a restart was seen to reproduce a run.
+    """
+    return model.dtype == torch.float32 and is_proved(model)
+
+
+@torch.no_grad()
+def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tuple[dict[str, Any], Tensor]:
+    """Run encoders and embedding as always and the layers by themselves, keeping what restarts need.
+
+    Args:
+        model: a `HookedAVLLM` of which `may_be_lean` holds.
+        x: an `AVInputs`.
+        device: where the record is kept; None for the model's.
+
+    Returns:
+        The fields of a `Record`, and the run's logits at the last position, `[batch, d_vocab]`.
+    """
+    with entering(model.bridge.blocks[0], _Entered) as entered, suppress(_Entered):
+        model(x, budget_gb=inf)  # it stops before scores and logits
+    stream: Tensor = entered["hidden_states"]
+    cos, sin = entered["position_embeddings"]
+    mask = additive(entered.get("attention_mask"), stream)
+    n = stream.shape[1]
+    window = Window.at(0, (cos, sin), mask)
+    taps = Taps([CompiledPlan((), n_prompt=n, first_layer=0, first_position=0)], 0)
+    streams, keys, values = [stream], list[Tensor](), list[Tensor]()
+    for number in range(model.spec.n_layers):
+        layer = Layer.of(model.bridge.blocks[number])
+        entered_by = taps.enter(number, None if number == 0 else streams[-1][None], stream)
+        nothing = stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, layer.d_head)
+        made = run_layer(layer, number, entered_by, (nothing, nothing), window, taps)
+        streams.append(made.stream[0])
+        for kept, part in ((keys, made.keys), (values, made.values)):
+            kept.append(part[0].transpose(1, 2).contiguous().to(device))
+    logits = unembedded(model, streams[-1][:, -1])
+    fields = {
+        "model": model,
+        "x": x,
+        "resid": tuple(one.to(device) for one in streams),
+        "keys": tuple(keys),
+        "values": tuple(values),
+        "tables": (cos.to(device), sin.to(device)),
+        "mask": mask,
+    }
+    return fields, logits

@@ -1,0 +1,265 @@
+"""What would the metric do if only one reader of the stream read something else? Gradients at every reader's own input.
+
+The residual stream is read by the queries, keys and values of every head, by every MLP and by the unembedding. Each
+reading is a branch of its own (the layer's norm included), and
+
+    G[v] = d metric / d (the stream that v reads)                                             total: all that v causes
+    d metric / d stream before a layer = d metric / d stream after it + sum of G over the layer's readers
+
+Keys and values are *ungrouped*: a head's branch is the copy of the key that this query head alone reads; the sum over
+the heads that share a key-value head is the gradient of the shared copy.
+
+The gradients are made from the last layer down, one layer at a time, from the streams of a recorded run; no graph of
+the whole run is kept, so that prompts of thousands of positions fit. `rerun` gives the record of the run in which
+another stream enters a layer.
+
+Source: the forks are those of edge attribution (Syed et al., 2023); ungrouped keys and values as in "Same Task,
+Different Circuits" (2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from av_lens.core.unembedding import unembedded
+from av_lens.errors import InputError, ModelError
+from av_lens.interventions import CompiledPlan
+from av_lens.metrics.metric import Metric
+from av_lens.replay.cascade import Window
+from av_lens.replay.recording import Record
+from av_lens.replay.restart import Layer, run_layer
+from av_lens.replay.taps import Taps
+
+R = TypeVar("R", bound=Record)
+KINDS = ("logits", "mlp", "q", "k", "v")
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The readers of one kind in one layer, and the metric's gradient at their inputs.
+
+    Attributes:
+        kind: "q", "k" or "v" (one reader for each query head), "mlp" or "logits".
+        layer: the layer; the number of layers for the logits.
+        gradient: `[batch, pos, reader, d_model]`, at the positions from the asked start on.
+    """
+
+    kind: str
+    layer: int
+    gradient: Float[Tensor, "batch _ reader d_model"]
+
+    @property
+    def names(self) -> list[str]:
+        """The readers' names: "L3H5.q", "L3 mlp", "logits"."""
+        return reader_names(self.kind, self.layer, self.gradient.shape[2])
+
+
+def reader_names(kind: str, layer: int, n_readers: int) -> list[str]:
+    """Name readers.
+
+    Args:
+        kind: one of `KINDS`.
+        layer: their layer.
+        n_readers: how many there are.
+
+    Returns:
+        Their names.
+    """
+    if kind in ("logits", "mlp"):
+        return ["logits" if kind == "logits" else f"L{layer} mlp"]
+    return [f"L{layer}H{head}.{kind}" for head in range(n_readers)]
+
+
+def require_restart(record: Record, what: str) -> None:
+    """Refuse a run whose layers are not of the layout that is known here.
+
+    Args:
+        record: the recorded run.
+        what: what was asked for, for the error's text.
+
+    Raises:
+        ModelError: it is not.
+        InterventionError: other hooks stand on the model than when it was recorded.
+    """
+    record.require_standing()
+    if record.hooked_because:
+        raise ModelError(f"{what} computes layers by themselves, and cannot here: {record.hooked_because}.")
+    if record.traits.bidirectional:
+        roles = ", ".join(record.traits.bidirectional)
+        raise ModelError(f"{what} needs positions that read only earlier ones; here {roles} read both ways.")
+
+
+@torch.no_grad()
+def rerun(record: R, layer: int, stream: Float[Tensor, "batch _ d_model"], *, start: int = 0) -> R:
+    """Record the run in which another stream enters a layer.
+
+    Args:
+        record: the recorded run.
+        layer: the layer; the number of layers for the stream that leaves the last.
+        stream: what enters it, from `start` on.
+        start: the first position that differs from the recorded run.
+
+    Returns:
+        The record of that run; its streams before the layer are the recorded ones.
+    """
+    model, n = record.model, len(record.spans)
+    resid, keys, values = list(record.resid), list(record.keys), list(record.values)
+    taps = Taps([CompiledPlan((), n_prompt=n, first_layer=layer, first_position=start)], start)
+    window = record.window(start)
+    current: Tensor | None = None
+    for number in range(layer, record.n_layers):
+        current = taps.enter(number, current, stream)
+        resid[number] = _behind(record.resid[number], start, current[0])
+        made = run_layer(
+            Layer.of(model.bridge.blocks[number]), number, current, record.past(number, start), window, taps
+        )
+        current = made.stream
+        keys[number] = _behind(record.keys[number], start, made.keys[0].transpose(1, 2), axis=2)
+        values[number] = _behind(record.values[number], start, made.values[0].transpose(1, 2), axis=2)
+    left = stream if current is None else current[0]
+    resid[record.n_layers] = _behind(record.resid[record.n_layers], start, left)
+    return replace(record, resid=tuple(resid), keys=tuple(keys), values=tuple(values))
+
+
+def _behind(recorded: Tensor, start: int, new: Tensor, axis: int = 1) -> Tensor:
+    """The recorded positions before `start`, and the new ones."""
+    return torch.cat((recorded.narrow(axis, 0, start), new.to(recorded.device)), dim=axis)
+
+
+def readings(
+    record: Record,
+    metric: Metric,
+    *,
+    start: int = 0,
+    above: int = -1,
+    middle: Float[Tensor, "batch _ d_model"] | None = None,
+) -> Iterator[Reading]:
+    """Give the metric's gradient at every reader's input, from the logits down.
+
+    Args:
+        record: the recorded run, or one of `rerun`.
+        metric: a bound metric of one-token answers at the generation position.
+        start: the first position at which gradients are wanted.
+        above: only layers after this one.
+        middle: the stream (`resid_mid`, from `start` on) that the MLP of layer `above` reads: this reader is then given
+            too, last.
+
+    Yields:
+        Readings: logits, and then for each layer MLP, q, k, v.
+
+    Raises:
+        InputError: the metric has no gradient.
+        ModelError: the model's layers are not of the known layout.
+    """
+    require_restart(record, "a gradient at each reader's input")
+    gradient = _at_logits(record, metric, start)
+    yield Reading("logits", record.n_layers, gradient[:, :, None])
+    window = record.window(start)
+    for number in reversed(range(above + 1, record.n_layers)):
+        layer = Layer.of(record.model.bridge.blocks[number])
+        stream = record.stream(number, start)
+        with torch.enable_grad():
+            leaves, z = _attention(layer, stream, record.past(number, start), window)
+        reached = stream + layer.o(z.detach().flatten(-2)).detach()
+        entering = _through_mlp(layer, reached, gradient)
+        yield Reading("mlp", number, entering[:, :, None])
+        gradient = gradient + entering
+        read = (gradient.detach() @ layer.o.weight.detach()).unflatten(-1, z.shape[2:])
+        for kind, reader in zip("qkv", torch.autograd.grad(z, leaves, read), strict=True):
+            branches = _before_norm(layer, kind, stream, reader)
+            yield Reading(kind, number, branches)
+            gradient = gradient + branches.sum(2)
+    if middle is not None:
+        entering = _through_mlp(Layer.of(record.model.bridge.blocks[above]), middle, gradient)
+        yield Reading("mlp", above, entering[:, :, None])
+
+
+def _at_logits(record: Record, metric: Metric, start: int) -> Tensor:
+    """The gradient at the stream that leaves the last layer, zero but at the generation position."""
+    asked = record.spans.generation_position
+    left = record.stream(record.n_layers, start)
+    bound, tokens = metric.few_tokens()
+    with torch.enable_grad():
+        leaf = left[:, [asked - start]].detach().requires_grad_()
+        measured = bound(unembedded(record.model, leaf, None if tokens is None else tokens.to(leaf.device)))
+        if not measured.requires_grad:
+            raise InputError(f"the metric {metric.name} has no gradient: it counts, compares or reads detached logits.")
+        found = torch.autograd.grad(measured.sum(), leaf)[0]
+    gradient = torch.zeros_like(left)
+    gradient[:, [asked - start]] = found
+    return gradient
+
+
+def _through_mlp(layer: Layer, middle: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient at the MLP's own input."""
+    with torch.enable_grad():
+        leaf = middle.detach().requires_grad_()
+        return torch.autograd.grad(written_by_mlp(layer, leaf), leaf, gradient)[0]
+
+
+def written_by_mlp(layer: Layer, middle: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
+    """Run a layer's MLP, its norm included.
+
+    Args:
+        layer: the layer.
+        middle: the stream that it reads.
+
+    Returns:
+        What it writes.
+    """
+    normed = layer.ln2(middle)
+    return layer.down(layer.act(layer.gate(normed)) * layer.up(normed))
+
+
+def _attention(
+    layer: Layer, stream: Tensor, past: tuple[Tensor, Tensor], window: Window
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Leaves q, k, v `[batch, pos, head, d_head]` before rotary position, one copy for each query head, and `z`."""
+    normed = layer.ln1(stream)
+    projected = [part(normed).unflatten(-1, (-1, layer.d_head)) for part in (layer.q, layer.k, layer.v)]
+    group = projected[0].shape[2] // projected[1].shape[2]
+    ungrouped = (projected[0], *(part.repeat_interleave(group, dim=2) for part in projected[1:]))
+    q, k, v = (part.detach().requires_grad_() for part in ungrouped)
+    rotated_q, rotated_k = (rotated(part, window.cos, window.sin).transpose(1, 2) for part in (q, k))
+    scores = rotated_q @ rotated_k.transpose(-1, -2) * layer.scaling + window.own_mask
+    if window.start:
+        before = rotated_q @ past[0].repeat_interleave(group, dim=1).transpose(-1, -2) * layer.scaling
+        scores = torch.cat((before if window.prefix_mask is None else before + window.prefix_mask, scores), dim=-1)
+    pattern = scores.softmax(-1, dtype=torch.float32).to(stream.dtype)
+    z = pattern[..., window.start :] @ v.transpose(1, 2)
+    if window.start:
+        z = z + pattern[..., : window.start] @ past[1].repeat_interleave(group, dim=1)
+    return (q, k, v), z.transpose(1, 2)
+
+
+def rotated(
+    heads: Float[Tensor, "batch _ head d_head"], cos: Float[Tensor, "_ _ 1 d_head"], sin: Float[Tensor, "_ _ 1 d_head"]
+) -> Float[Tensor, "batch _ head d_head"]:
+    """Apply rotary position.
+
+    Args:
+        heads: queries or keys.
+        cos: the table at their positions.
+        sin: the table at their positions.
+
+    Returns:
+        The rotated heads.
+    """
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _before_norm(layer: Layer, kind: str, stream: Tensor, gradient: Tensor) -> Tensor:
+    """Bring gradients at heads `[batch, pos, head, d_head]` to each head's own copy of the stream, before the norm."""
+    weight = {"q": layer.q, "k": layer.k, "v": layer.v}[kind].weight.detach().unflatten(0, (-1, layer.d_head))
+    weight = weight.repeat_interleave(gradient.shape[2] // weight.shape[0], dim=0)
+    normed = torch.einsum("bphd,hdm->bphm", gradient, weight)
+    with torch.enable_grad():
+        forks = stream[:, :, None].expand_as(normed).detach().requires_grad_()
+        return torch.autograd.grad(layer.ln1(forks), forks, normed)[0]

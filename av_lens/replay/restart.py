@@ -1,0 +1,257 @@
+"""Restart a decoder in the middle: layers >= l at positions >= p, for many plans at once.
+
+An edit at (layer l, position p) cannot change what lies before either, so a replay needs the recorded stream entering
+layer l from p on, and every later layer's recorded keys and values before p. The layers are computed here directly
+from the wrapped model's own weights, without hooks: hooks would cost more than the arithmetic. What an edit does is
+the same code in both (`interventions.Step`), and tests hold the two ways together to 1e-5.
+
+Tensors carry a leading plan axis, `[plan, batch, pos, ...]`, whose bookkeeping `taps` keeps: plans join the stack at
+their own first layer, and what they share until their first edit is computed once. Attention goes through `cascade`;
+where scores or pattern are edited, and in every precision below float32, all scores are written out, as
+`[plan, batch, head, query_pos, key_pos]`. There every operation is the hooked run's own, in its order: rounding is the
+same, so that an edit which changes nothing changes nothing (to the bit wherever the device's products do not depend on
+how many rows are multiplied together, as in bfloat16 on CPUs).
+
+Known layout: pre-norm blocks, rotary grouped-query attention, gated MLP. A trace proves on recording that a restart
+reproduces its own run, and falls back to hooked runs where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from av_lens.replay.cascade import Window, cascade
+from av_lens.replay.taps import Taps
+
+EDGES = ("scores", "pattern")
+IN_MLP = ("mlp_in", "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out", "resid_post")
+AFTER_KEYS = ("q", "rot_q", *EDGES, "z", "result", "attn_out", "resid_mid", *IN_MLP)
+RESTARTABLE = frozenset(("embed", "resid_pre", "k", "v", "rot_k", *AFTER_KEYS))
+"""The components at which a restart can apply edits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One decoder layer's own modules, found through the bridge.
+
+    Attributes:
+        ln1: norm before attention.
+        ln2: norm before the MLP.
+        q: query projection.
+        k: key projection.
+        v: value projection.
+        o: output projection.
+        gate: the MLP's gate.
+        up: the MLP's other input projection.
+        down: the MLP's output projection.
+        act: the MLP's non-linearity.
+        d_head: width of one head.
+        scaling: factor of the scores.
+    """
+
+    ln1: Callable[[Tensor], Tensor]
+    ln2: Callable[[Tensor], Tensor]
+    q: torch.nn.Linear
+    k: torch.nn.Linear
+    v: torch.nn.Linear
+    o: torch.nn.Linear
+    gate: torch.nn.Linear
+    up: torch.nn.Linear
+    down: torch.nn.Linear
+    act: Callable[[Tensor], Tensor]
+    d_head: int
+    scaling: float
+
+    @classmethod
+    def of(cls, block: Any) -> Layer:
+        """Find a block's modules.
+
+        Args:
+            block: a block of the bridge.
+
+        Returns:
+            The layer.
+        """
+        attention, mlp = block.attn, block.mlp
+        inner = attention.original_component
+        return cls(
+            ln1=block.ln1.original_component,
+            ln2=block.ln2.original_component,
+            q=attention.q.original_component,
+            k=attention.k.original_component,
+            v=attention.v.original_component,
+            o=attention.o.original_component,
+            gate=mlp.gate.original_component,
+            up=getattr(mlp, "in").original_component,
+            down=mlp.out.original_component,
+            act=mlp.original_component.act_fn,
+            d_head=inner.head_dim,
+            scaling=inner.scaling,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What one layer made.
+
+    Attributes:
+        stream: the stream after it, `[plan, batch, row, d_model]`.
+        keys: the rotated keys of every new position, `[plan, batch, pos, kv_head, d_head]`.
+        values: the values, likewise.
+    """
+
+    stream: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def run_layer(
+    layer: Layer,
+    number: int,
+    stream: Float[Tensor, "plan batch pos d_model"],
+    past: tuple[Float[Tensor, "batch kv_head past d_head"], Float[Tensor, "batch kv_head past d_head"]],
+    window: Window,
+    taps: Taps,
+    rows: slice | None = None,
+    earlier: tuple[Float[Tensor, "plan batch old kv_head d_head"], Float[Tensor, "plan batch old kv_head d_head"]]
+    | None = None,
+) -> Made:
+    """Run one decoder layer on the restarted positions of all plans.
+
+    Args:
+        layer: its modules.
+        number: its place, counted from 0.
+        stream: the residual stream that enters it, owned by the caller.
+        past: recorded rotated keys and values of the positions before.
+        window: tables and masks of the restart.
+        taps: the plans' edits.
+        rows: the rows whose output is wanted; None for all. Keys and values are made for all.
+        earlier: the plans' own rotated keys and values between the window's start and this stream's first position,
+            while decoding; the window's own mask covers them too.
+
+    Returns:
+        What it made; the stream at all rows or the wanted ones, one row of the plan axis for each plan. Keys and values
+        are those of `earlier` and the new ones.
+    """
+    if number == 0:
+        stream = taps("embed", None, stream)
+    stream = taps("resid_pre", number, stream)
+    normed = layer.ln1(stream)
+    k = taps("rot_k", number, _rotated(taps("k", number, _heads(layer.k, normed, layer)), window.cos, window.sin))
+    v = taps("v", number, _heads(layer.v, normed, layer))
+    k, v = taps.matched(k, v)
+    if earlier is not None:
+        k, v = torch.cat((earlier[0], k), dim=2), torch.cat((earlier[1], v), dim=2)
+    part = rows if taps.rowwise(number, AFTER_KEYS) else None
+    cut = part or slice(0, stream.shape[2])
+    # Contiguous: a projection of strided rows would round its bias apart.
+    normed, stream = normed[:, :, cut].contiguous(), stream[:, :, cut]
+    cos, sin = window.cos[:, cut], window.sin[:, cut]
+    q = taps("rot_q", number, _rotated(taps("q", number, _heads(layer.q, normed, layer), part), cos, sin), part)
+    if taps.has(number, EDGES):
+        q, k, v = (taps.spread(part) for part in (q, k, v))
+    q, k = taps.matched(q, k)
+    q, v = taps.matched(q, v)
+    if taps.has(number, EDGES) or q.dtype != torch.float32:
+        z = _explicit(q, (k, v), past, window, part, layer.scaling, taps, number)
+    else:
+        z = cascade(q, (k, v), past, window, cut, layer.scaling)
+    attended = taps("attn_out", number, _written(layer, number, taps("z", number, z, part), taps, part), part)
+    stream, attended = taps.matched(stream, attended)
+    stream = taps("resid_mid", number, stream + attended, part)
+    stream, added = taps.matched(stream, _mlp(layer, number, stream, taps, part))
+    stream = taps.spread(taps("resid_post", number, stream + added, part))
+    if rows is not None and part is None:
+        stream = stream[:, :, rows]
+    return Made(stream, k, v)
+
+
+def _heads(projection: torch.nn.Linear, normed: Tensor, layer: Layer) -> Tensor:
+    return projection(normed).unflatten(-1, (-1, layer.d_head))
+
+
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position on `[plan, batch, pos, head, d_head]`: heads x cos + (-second half, first half) x sin."""
+    half = heads.shape[-1] // 2
+    if heads.dtype != torch.float32:  # each product rounded, as in the hooked run
+        return heads * cos + torch.cat((-heads[..., half:], heads[..., :half]), dim=-1) * sin
+    turned = heads * cos
+    turned[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(heads[..., :half], sin[..., half:])
+    return turned
+
+
+def _explicit(
+    q: Tensor,
+    own: tuple[Tensor, Tensor],
+    past: tuple[Tensor, Tensor],
+    window: Window,
+    rows: slice | None,
+    scaling: float,
+    taps: Taps,
+    number: int,
+) -> Tensor:
+    """Attention with scores and pattern written out and shown to the plans; `z` `[plan, batch, row, head, d_head]`."""
+    shown = rows or slice(None)
+    queries, k, v = (part.transpose(2, 3) for part in (q, *own))
+    scores = _on_own(queries, k.transpose(-1, -2)) * scaling + window.own_mask[:, :, shown]
+    if window.start:
+        before = _on_past(queries, past[0].transpose(-1, -2)) * scaling
+        if window.prefix_mask is not None:
+            before = before + window.prefix_mask[:, :, shown]
+        scores = torch.cat((before, scores), dim=-1)
+    scores = taps("scores", number, scores, rows)
+    pattern = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    if torch.is_grad_enabled():
+        pattern = pattern.clone()  # softmax keeps its result for the gradient: edits write elsewhere
+    pattern = taps("pattern", number, pattern, rows)
+    if q.dtype != torch.float32:  # one sum over all keys, rounded once
+        z = _on_own(pattern, torch.cat((past[1].expand(len(v), *past[1].shape), v), dim=3))
+    else:
+        z = _on_own(pattern[..., window.start :], v)
+        if window.start:
+            z = z + _on_past(pattern[..., : window.start], past[1])
+    return z.transpose(2, 3).contiguous()
+
+
+def _on_own(left: Tensor, own: Tensor) -> Tensor:
+    """The product of each head's `[plan, batch, head, row, _]` with its plan's `[plan, batch, kv_head, _, _]`."""
+    grouped = left.unflatten(2, (own.shape[2], -1))
+    return (grouped.flatten(3, 4) @ own).unflatten(3, grouped.shape[3:5]).flatten(2, 3)
+
+
+def _on_past(left: Tensor, past: Tensor) -> Tensor:
+    """The same with what all plans share, `[batch, kv_head, _, _]`: plans become rows, and nothing is copied."""
+    grouped = left.unflatten(2, (past.shape[1], -1)).movedim(0, 2)
+    found = grouped.flatten(2, 4) @ past
+    return found.unflatten(2, grouped.shape[2:5]).movedim(2, 0).flatten(2, 3)
+
+
+def _written(layer: Layer, number: int, z: Tensor, taps: Taps, rows: slice | None) -> Tensor:
+    """Project heads back to the stream; `result` is edited as a difference, as the hooked attention does."""
+    written = layer.o(z.flatten(-2))
+    if taps.has(number, ("result",)):
+        weight = layer.o.weight.view(layer.o.weight.shape[0], z.shape[3], z.shape[4])
+        before = torch.einsum("nbphd,mhd->nbphm", z, weight)
+        after = taps("result", number, before.clone(), rows)
+        after, before = taps.matched(after, before)
+        change = (after - before).sum(3, dtype=torch.float32).to(written.dtype)
+        written, change = taps.matched(written, change)
+        written = written + change
+    return written
+
+
+def _mlp(layer: Layer, number: int, stream: Tensor, taps: Taps, rows: slice | None) -> Tensor:
+    entering = taps("mlp_in", number, stream.clone(), rows) if taps.has(number, ("mlp_in",)) else stream
+    normed = layer.ln2(entering)
+    gate = taps("mlp_pre", number, layer.gate(normed), rows)
+    up = taps("mlp_pre_linear", number, layer.up(normed), rows)
+    gate, up = taps.matched(gate, up)
+    return taps("mlp_out", number, layer.down(taps("mlp_post", number, layer.act(gate) * up, rows)), rows)
