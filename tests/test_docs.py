@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import av_lens
-from av_lens.bridge.hook_names import COMPONENTS, hook_name
+from av_lens.families.hook_names import COMPONENTS, hook_name
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 README = DOCS.parent / "README.md"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from av_lens.bridge.hook_names import COMPONENTS
+from av_lens.families.hook_names import COMPONENTS
 from av_lens.interventions.sites import resolve_positions
 from av_lens.spans import Span, SpanMap
 

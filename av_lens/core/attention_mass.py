@@ -24,10 +24,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core.activations import heads_first
 from av_lens.core.execution import logits_of
 from av_lens.errors import InputError, unknown
+from av_lens.families.hook_names import hook_name
 from av_lens.spans import SpanMap
 
 WEIGHTS = ("attention", "value")

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from av_lens.bridge.attention import refuse_scores, score_budget, score_gigabytes
-from av_lens.bridge.hook_names import layer_names
 from av_lens.errors import BudgetError
+from av_lens.families.attention import refuse_scores, score_budget, score_gigabytes
+from av_lens.families.hook_names import layer_names
 
 GIGABYTE = 1e9
 

@@ -19,8 +19,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from av_lens.bridge.attention import BUDGET_GB
-from av_lens.bridge.hook_names import COMPONENTS, hook_name, layer_names
 from av_lens.brief import Brief
 from av_lens.core.activations import asked_positions
 from av_lens.core.budget import GIGABYTE, ModelSpec, require_budget, selected
@@ -29,6 +27,8 @@ from av_lens.core.kept import Kept
 from av_lens.core.standing_hooks import standing_hooks
 from av_lens.core.tokens import require_inputs
 from av_lens.errors import BudgetError, InterventionError, unknown
+from av_lens.families.attention import BUDGET_GB
+from av_lens.families.hook_names import COMPONENTS, hook_name, layer_names
 from av_lens.interventions import Plan, Site
 from av_lens.interventions.sites import Positions, resolve_positions
 from av_lens.spans import Span, SpanMap

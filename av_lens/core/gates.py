@@ -11,8 +11,8 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from av_lens.bridge.hook_names import GATES, gates_named
 from av_lens.errors import InterventionError
+from av_lens.families.hook_names import GATES, gates_named
 
 _FORKS = ("use_attn_in", "use_split_qkv_input")
 HookPair = tuple[str | Callable[[str], bool], Callable[..., Any]]

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.components_utils import get_act_name
 
-from av_lens.bridge.hook_names import gates_named
 from av_lens.errors import InterventionError, NotKeptError, unknown
+from av_lens.families.hook_names import gates_named
 
 
 class Kept(ActivationCache):

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core.execution import logits_of
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions.sites import resolve_positions
 
 

@@ -22,7 +22,7 @@ from torch.nn.modules import module as torch_modules
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import component_setup
 
-from av_lens.bridge.blocks import TowerBridge
+from av_lens.families.blocks import TowerBridge
 
 KINDS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 _OF_A_MODULE = tuple(f"_{kind}" for kind in KINDS)

@@ -17,8 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from av_lens.bridge.hook_names import COMPONENTS
 from av_lens.errors import InterventionError, unknown
+from av_lens.families.hook_names import COMPONENTS
 from av_lens.spans import SpanMap
 
 KV_COMPONENTS = ("k", "v", "rot_k")

@@ -43,11 +43,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from av_lens.bridge.hook_names import COMPONENTS, component_named, hook_name
 from av_lens.core.execution import run
 from av_lens.core.layouts import layout_stacks, pairs_of
 from av_lens.core.progress import Progress, part_of, watched
 from av_lens.errors import InputError, InterventionError, unknown
+from av_lens.families.hook_names import COMPONENTS, component_named, hook_name
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 from av_lens.interventions import Plan, Site, replace

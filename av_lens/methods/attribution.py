@@ -30,10 +30,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core.activations import heads_first
 from av_lens.core.execution import Run, run
 from av_lens.errors import InputError, unknown
+from av_lens.families.hook_names import hook_name
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.interventions import Site
 from av_lens.methods.shared.examples import Examples

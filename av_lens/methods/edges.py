@@ -43,12 +43,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core.budget import GIGABYTE
 from av_lens.core.execution import run
 from av_lens.core.layouts import layout_stacks, pairs_of
 from av_lens.core.progress import Progress, watched
 from av_lens.errors import InputError, unknown
+from av_lens.families.hook_names import hook_name
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 from av_lens.interventions import Site

@@ -34,12 +34,12 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.checks import require_at_least
 from av_lens.core.execution import logits_of
 from av_lens.core.progress import Progress, watched
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import InputError
+from av_lens.families.hook_names import hook_name
 from av_lens.inputs.answers import spelled
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.interventions.sites import resolve_positions

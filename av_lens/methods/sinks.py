@@ -42,12 +42,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.checks import require_choice
 from av_lens.core.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, incoming_mass, sink_positions
 from av_lens.core.execution import logits_of
 from av_lens.core.progress import Progress, watched
 from av_lens.errors import InputError
+from av_lens.families.hook_names import hook_name
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.methods.shared.examples import Examples
 from av_lens.results.grid import Grid

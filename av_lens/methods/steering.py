@@ -36,11 +36,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core.execution import run
 from av_lens.core.layouts import pairs_of
 from av_lens.core.progress import Progress, watched
 from av_lens.errors import InputError, InterventionError
+from av_lens.families.hook_names import hook_name
 from av_lens.inputs.pairs import Pair
 from av_lens.interventions import Edit, Plan, Site, add, scale
 from av_lens.methods.shared.examples import Examples

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from av_lens.bridge.blocks import TowerBridge
 from av_lens.core.standing_hooks import hook_numbers
+from av_lens.families.blocks import TowerBridge
 from av_lens.inputs.memory import Memory
 from av_lens.inputs.shared_tensors import content_hash
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from av_lens.bridge.hook_names import COMPONENTS, Component, hook_name
 from av_lens.errors import InterventionError, ModelError
+from av_lens.families.hook_names import COMPONENTS, Component, hook_name
 
 DOOR = ("resid_mid", "z", "pattern")  # what `load` checks, in the last layer
 PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor")

@@ -22,8 +22,6 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from av_lens.bridge.attention import BUDGET_GB
-from av_lens.bridge.families import Family, family_of
 from av_lens.checks import require_keywords
 from av_lens.core.budget import ModelSpec, bounded, require_budget, selected
 from av_lens.core.decoding import Decoding, generate_with_hooks
@@ -34,10 +32,13 @@ from av_lens.core.modes import TorchModes
 from av_lens.core.tokens import TokenHelpers, require_inputs
 from av_lens.core.turns import in_turn, turn_of
 from av_lens.errors import InterventionError
+from av_lens.families.attention import BUDGET_GB
+from av_lens.families.registry import Family, family_of
 from av_lens.inputs.answers import words_of
 from av_lens.metrics.forms import said_answer
 from av_lens.model.forwarding import ForwardedAttributes
 from av_lens.model.interop import TransformerLensSide
+from av_lens.replay.traces import record
 
 Filter = str | Sequence[str] | Callable[[str], bool] | None
 
@@ -383,8 +384,6 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         Raises:
             InputError: an unknown keyword, or no `AVInputs`.
         """
-        from av_lens.replay.traces import record
-
         require_keywords("trace", options, record, own=("model", "x"))
         require_inputs("trace", x)
         return record(self, x, **options)

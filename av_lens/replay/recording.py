@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
-from av_lens.bridge.traits import ReplayTraits
 from av_lens.brief import Brief
 from av_lens.core.activations import GB, heads_first
 from av_lens.core.standing_hooks import Standing, places, same_hooks, standing_hooks
 from av_lens.core.turns import turn_of
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import BudgetError, InterventionError
+from av_lens.families.hook_names import hook_name
+from av_lens.families.traits import ReplayTraits
 from av_lens.replay.cascade import Window, causal_mask
 from av_lens.spans import SpanMap
 

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.brief import Brief
 from av_lens.core.activations import GB
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import BudgetError
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.replay.recording import Record
 from av_lens.replay.restart import EDGES, RESTARTABLE, Layer, run_layer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_processor
 
-from av_lens.bridge.hook_names import COMPONENTS, hook_name
+from av_lens.families.hook_names import COMPONENTS, hook_name
 from av_lens.model import load
 from av_lens.model.selfcheck import turned
 from av_lens.organism.anatomy import build_model
@@ -30,7 +30,7 @@ def wide_model():
 @pytest.mark.slow
 @torch.no_grad()
 def test_seven_billion_wide(real_clip_path, capsys):
-    from av_lens.bridge.families import family_of
+    from av_lens.families.registry import family_of
     from av_lens.inputs.encoder import Encoder
     from av_lens.media import load_clip
 

@@ -97,7 +97,8 @@ def test_cheap_faults_are_told_before_torch_is_imported(tmp_path):
     ("module", "function"),
     [("lab.demonstration", "run_demo"), ("isolation.running.pipeline", "isolate"), ("lab.isolations", "isolate_into"),
      ("inputs.encoder", "Encoder.encode"),
-     ("media.source", "load_clip"), ("lab.training.courses", "train"), ("lab.replay_benchmark.benchmark", "run_benchmark"),
+     ("media.source", "load_clip"), ("lab.training.courses", "train"),
+      ("lab.replay_benchmark.benchmark", "run_benchmark"),
      ("lab.plantbench.bench", "run_plantbench"), ("lab.seeds", "run_seeds"),
      ("lab.true_shapes", "run_at_true_shapes")],
 )  # fmt: skip

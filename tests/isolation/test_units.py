@@ -8,8 +8,8 @@ import torch
 from fake_model import FakeEngine, fake_conflicts
 from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import ProtocolError
+from av_lens.families.hook_names import hook_name
 from av_lens.inputs import Conflict
 from av_lens.isolation.explaining import units as units_file
 from av_lens.isolation.explaining.units import K_AND_V, Asked, unit_rows, units_of

@@ -13,7 +13,7 @@ import torch
 from tiny import letter, tiny_clip, tiny_hf_model, tiny_processor
 
 import av_lens as avl
-from av_lens.bridge.hook_names import hook_name
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions.nodes import KV, Node, receivers
 from av_lens.metrics import logit_diff
 

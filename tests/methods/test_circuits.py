@@ -38,8 +38,8 @@ from small_av import small_clip, small_model
 from tiny import letter
 
 import av_lens as avl
-from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import InputError
+from av_lens.families.hook_names import hook_name
 from av_lens.methods.circuits.checks import shuffled_orders, stability
 from av_lens.methods.circuits.runs import CircuitRuns
 from av_lens.methods.circuits.scores import eliminated

@@ -11,9 +11,9 @@ from small_av import small_inputs, small_model
 from tiny import letter, tiny_model
 
 import av_lens as avl
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core import run
 from av_lens.errors import InputError, InterventionError
+from av_lens.families.hook_names import hook_name
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods import attribution_patch, edge_attribution, patch

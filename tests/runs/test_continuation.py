@@ -11,11 +11,11 @@ from small_av import small_inputs, small_model
 from test_traces import LAYOUTS, draws, plans_of, recorded
 
 import av_lens as avl
-from av_lens.bridge.blocks import TowerBridge
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core import run
 from av_lens.core.activations import heads_first
 from av_lens.errors import InputError, InterventionError
+from av_lens.families.blocks import TowerBridge
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions import Plan, Site, add, cut, noise, scale, zero
 from av_lens.replay import continuation
 from av_lens.replay.stacks import restarted

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny import tiny_clip, tiny_config, tiny_hf_model, tiny_processor, untouched
 
-from av_lens.bridge.families import FAMILIES, build_bridge, family_of
 from av_lens.errors import ModelError
+from av_lens.families.registry import FAMILIES, build_bridge, family_of
 from av_lens.model import load, loading, short_names
 
 
@@ -203,7 +203,7 @@ def test_a_model_with_no_adapter_is_refused_with_the_way_to_add_one(tmp_path):
     text = str(error.value)
     assert "no adapter for 'llama'" in text
     assert "Qwen2_5OmniThinkerForConditionalGeneration" in text
-    assert "av_lens/bridge/adapters/<family>.py" in text
+    assert "av_lens/families/<family>.py" in text
     with pytest.raises(ModelError, match="no adapter for 'Linear'"):
         load(hf_model=torch.nn.Linear(2, 2), processor=tiny_processor())
 

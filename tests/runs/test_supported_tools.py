@@ -21,11 +21,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.tools.analysis import attribution_patch, direct_logit_attribution, logit_lens
 
-from av_lens.bridge.adapters.qwen2_5_omni import ARCHITECTURE, Qwen2_5OmniThinkerAdapter
-from av_lens.bridge.families import family_of
-from av_lens.bridge.hook_names import hook_name
 from av_lens.checkpoints import shipped
 from av_lens.errors import InputError
+from av_lens.families.hook_names import hook_name
+from av_lens.families.qwen2_5_omni import ARCHITECTURE, Qwen2_5OmniThinkerAdapter
+from av_lens.families.registry import family_of
 from av_lens.inputs import Pair
 from av_lens.model import load
 from av_lens.model.binding import SUPPORTED_TOOLS

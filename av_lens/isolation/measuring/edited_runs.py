@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core.execution import logits_of
 from av_lens.core.unembedding import unembedded
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.isolation.measuring.seam import Engine, Recording, Swap
 from av_lens.replay.restart import Layer, run_layer

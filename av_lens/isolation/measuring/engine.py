@@ -20,11 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core.attention_mass import incoming_mass
 from av_lens.core.execution import logits_of
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import ProtocolError, unknown
+from av_lens.families.hook_names import hook_name
 from av_lens.inputs.shared_tensors import shared
 from av_lens.interventions import Edit, Plan, Site, replace
 from av_lens.isolation.measuring.edited_runs import record_edited

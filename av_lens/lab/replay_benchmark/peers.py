@@ -24,8 +24,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core.execution import run
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions import Plan, Site, replace
 from av_lens.lab.replay_benchmark.shapes import Case
 from av_lens.metrics.metric import logit_diff

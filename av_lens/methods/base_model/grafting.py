@@ -31,11 +31,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import component_named, hook_name
 from av_lens.checks import require_choice
 from av_lens.core.execution import run
 from av_lens.core.progress import Progress, watched
 from av_lens.errors import InputError, InterventionError, ModelError
+from av_lens.families.hook_names import component_named, hook_name
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods.base_model.related import deaf_plan, matched, opened, prompt_for

@@ -19,11 +19,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core.execution import run
 from av_lens.core.layouts import input_stacks
 from av_lens.core.progress import Progress
 from av_lens.errors import InputError
+from av_lens.families.hook_names import hook_name
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.interventions import Plan, Site, replace
 from av_lens.interventions.sites import resolve_positions

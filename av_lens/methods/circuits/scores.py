@@ -28,9 +28,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core.execution import run
 from av_lens.core.progress import Progress
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods.circuits.runs import CircuitRuns, TermRun
 from av_lens.methods.circuits.terms import Nodes

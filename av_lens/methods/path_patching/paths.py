@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.core.budget import GIGABYTE
 from av_lens.core.execution import run
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions import Plan, Site, replace
 from av_lens.interventions.nodes import Node
 from av_lens.interventions.sites import resolve_positions

@@ -12,12 +12,12 @@ import torch
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 
-from av_lens.bridge.traits import ReplayTraits
 from av_lens.errors import ModelError
+from av_lens.families.traits import ReplayTraits
 
 HOW_TO_ADD = (
-    "To add a family: write av_lens/bridge/adapters/<family>.py with a TransformerLens ArchitectureAdapter and "
-    "position_ids(hf_model, tensors) and replay_traits(config), and name it in av_lens.bridge.families.FAMILIES."
+    "To add a family: write av_lens/families/<family>.py with a TransformerLens ArchitectureAdapter and "
+    "position_ids(hf_model, tensors) and replay_traits(config), and name it in av_lens.families.registry.FAMILIES."
 )
 
 
@@ -78,7 +78,7 @@ class Family:
 FAMILIES: tuple[Family, ...] = (
     Family(
         architecture="Qwen2_5OmniThinkerForConditionalGeneration",
-        module="av_lens.bridge.adapters.qwen2_5_omni",
+        module="av_lens.families.qwen2_5_omni",
         adapter="Qwen2_5OmniThinkerAdapter",
         model_types=("qwen2_5_omni_thinker", "qwen2_5_omni"),
         inner_config={"qwen2_5_omni": "thinker_config"},

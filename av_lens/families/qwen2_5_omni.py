@@ -14,11 +14,11 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, UnembeddingBridge
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerModel
 
-from av_lens.bridge.attention import RealAttentionBridge
-from av_lens.bridge.blocks import FullBlockBridge, RealRMSNormBridge, TowerBridge
-from av_lens.bridge.stream import install_embed_hook
-from av_lens.bridge.traits import ReplayTraits
 from av_lens.errors import InputError
+from av_lens.families.attention import RealAttentionBridge
+from av_lens.families.blocks import FullBlockBridge, RealRMSNormBridge, TowerBridge
+from av_lens.families.stream import install_embed_hook
+from av_lens.families.traits import ReplayTraits
 
 ARCHITECTURE = "Qwen2_5OmniThinkerForConditionalGeneration"
 FULL_MODEL_TYPE = "qwen2_5_omni"
