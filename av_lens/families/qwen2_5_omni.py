@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.generalized_components import EmbeddingBridge, UnembeddingBridge
-from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerModel
+from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
+    Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2_5OmniThinkerModel,
+)
 
 from av_lens.errors import InputError
 from av_lens.families.attention import RealAttentionBridge
 from av_lens.families.blocks import FullBlockBridge, RealRMSNormBridge, TowerBridge
+from av_lens.families.qwen_media import QwenMedia
+from av_lens.families.registry import Family
 from av_lens.families.stream import install_embed_hook
 from av_lens.families.traits import ReplayTraits
-
-ARCHITECTURE = "Qwen2_5OmniThinkerForConditionalGeneration"
-FULL_MODEL_TYPE = "qwen2_5_omni"
-THINKER_MODEL_TYPE = "qwen2_5_omni_thinker"
 
 
 class Qwen2_5OmniThinkerAdapter(ArchitectureAdapter):
@@ -64,7 +65,9 @@ class Qwen2_5OmniThinkerAdapter(ArchitectureAdapter):
             hf_model: the thinker, before its layers are wrapped.
         """
         super().prepare_model(hf_model)
-        hf_model.model.__class__ = ContinuedThinker  # a torch hook would stand among the caller's
+        own = type(hf_model.model)  # a torch hook would stand among the caller's
+        plain = own is Qwen2_5OmniThinkerModel
+        hf_model.model.__class__ = ContinuedThinker if plain else type(own.__name__, (ContinuedThinker, own), {})
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
         """Give the bridge its `hook_embed`: the stream after the media are scattered in.
@@ -170,3 +173,14 @@ def _require_media(config: Any, ids: torch.Tensor, kwargs: Mapping[str, Any]) ->
 
 def _tensor(value: Any) -> torch.Tensor | None:
     return None if value is None else torch.as_tensor(value)
+
+
+FAMILY = Family(
+    model_class=Qwen2_5OmniThinkerForConditionalGeneration,
+    adapter=Qwen2_5OmniThinkerAdapter,
+    media=QwenMedia,
+    position_ids=position_ids,
+    replay_traits=replay_traits,
+    model_types=("qwen2_5_omni_thinker", "qwen2_5_omni"),
+    inner_config={"qwen2_5_omni": "thinker_config"},
+)

@@ -1,110 +1,149 @@
-"""Which model families av_lens can open, and the few facts about each that other rooms need."""
+"""Which model families av_lens can open: those of this folder, those of other packages, those that are registered.
+
+A file of this folder that holds a `FAMILY` is one; so is what another package names in its entry points, group
+`av_lens.families` (each by the name of its class), and what is given to `register_family`. A model's family is that of
+its class, or of the nearest class that it is derived from.
+"""
 
 from __future__ import annotations
 
 import copy
+import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from av_lens.errors import ModelError
+from av_lens.families.media_layout import MediaLayout
 from av_lens.families.traits import ReplayTraits
 
+GROUP = "av_lens.families"
 HOW_TO_ADD = (
-    "To add a family: write av_lens/families/<family>.py with a TransformerLens ArchitectureAdapter and "
-    "position_ids(hf_model, tensors) and replay_traits(config), and name it in av_lens.families.registry.FAMILIES."
+    "To add a family: write av_lens/families/<family>.py with FAMILY = Family(...): its class, its TransformerLens "
+    "ArchitectureAdapter, its MediaLayout, position_ids(hf_model, tensors) and replay_traits(config). From outside, "
+    f"give the Family to av_lens.register_family, or name it among your package's entry points, group {GROUP!r}."
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """One model family.
+    """One model family: the facts about a HuggingFace class and the classes derived from it.
 
     Attributes:
-        architecture: the HuggingFace class that is wrapped, and the name TransformerLens knows it by.
-        module: where its adapter lives.
-        adapter: the adapter's class in that module.
+        model_class: the HuggingFace class that is wrapped.
+        adapter: how TransformerLens's components map onto it.
+        media: how media stand in its prompts.
+        position_ids: of a model, wrapped or not, and the keyword arguments of its forward: its own `[stream, batch,
+            pos]`.
+        replay_traits: of a configuration: where it breaks what a restart in the middle of a run assumes.
         model_types: the `model_type`s of configurations that hold such a model, itself or inside a larger one.
         inner_config: the attribute of a larger configuration that holds this model's, by `model_type`.
-        weight_prefixes: what its weights' names may begin with in a checkpoint.
     """
 
-    architecture: str
-    module: str
-    adapter: str
-    model_types: tuple[str, ...]
-    inner_config: Mapping[str, str]
-    weight_prefixes: tuple[str, ...]
+    model_class: type[Any]
+    adapter: type[ArchitectureAdapter]
+    media: type[MediaLayout]
+    position_ids: Callable[[Any, Mapping[str, Any]], torch.Tensor]
+    replay_traits: Callable[[Any], ReplayTraits]
+    model_types: tuple[str, ...] = ()
+    inner_config: Mapping[str, str] = field(default_factory=dict[str, str])
 
-    def adapter_class(self) -> Any:
-        """The adapter, imported on first use."""
-        return getattr(import_module(self.module), self.adapter)
-
-    def model_class(self) -> Any:
-        """The HuggingFace class, imported on first use."""
-        return getattr(import_module("transformers"), self.architecture)
-
-    def position_ids(self, hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
-        """The model's own position ids for an input.
-
-        Args:
-            hf_model: the wrapped or unwrapped HuggingFace model.
-            tensors: keyword arguments of its forward.
-
-        Returns:
-            int64 `[stream, batch, pos]`.
-        """
-        derive: Callable[[Any, Mapping[str, Any]], torch.Tensor] = import_module(self.module).position_ids
-        return derive(hf_model, tensors)
-
-    def replay_traits(self, config: Any) -> ReplayTraits:
-        """Where the architecture breaks what a restart in the middle of a run assumes.
-
-        Args:
-            config: the model's HuggingFace configuration.
-
-        Returns:
-            What the adapter declares for it.
-        """
-        declare: Callable[[Any], ReplayTraits] = import_module(self.module).replay_traits
-        return declare(config)
+    @property
+    def architecture(self) -> str:
+        """The class's name, by which checkpoints and TransformerLens know it."""
+        return self.model_class.__name__
 
 
-FAMILIES: tuple[Family, ...] = (
-    Family(
-        architecture="Qwen2_5OmniThinkerForConditionalGeneration",
-        module="av_lens.families.qwen2_5_omni",
-        adapter="Qwen2_5OmniThinkerAdapter",
-        model_types=("qwen2_5_omni_thinker", "qwen2_5_omni"),
-        inner_config={"qwen2_5_omni": "thinker_config"},
-        weight_prefixes=("thinker.", "model.", "lm_head."),
-    ),
-)
-"""Every family with an adapter."""
+_KNOWN: dict[str, Family] = {}  # by every name that a family is found by
 
 
-def family_of(name: str) -> Family:
-    """The family of a HuggingFace class or `model_type`.
+def register_family(family: Family) -> None:
+    """Let av_lens open one more model family, until the session ends.
 
     Args:
-        name: such as `Qwen2_5OmniThinkerForConditionalGeneration` or `qwen2_5_omni`.
-
-    Returns:
-        Its family.
+        family: its facts; to give the same family again changes nothing.
 
     Raises:
-        ModelError: none has an adapter; the message says how to add one.
+        ModelError: one of its names is another family's already.
     """
-    for family in FAMILIES:
-        if name == family.architecture or name in family.model_types:
-            return family
-    known = ", ".join(family.architecture for family in FAMILIES)
-    raise ModelError(f"no adapter for {name!r}. Families with one: {known}. {HOW_TO_ADD}")
+    families()
+    _add(family)
+
+
+def _add(family: Family) -> None:
+    names = dict.fromkeys((family.architecture, *family.model_types), family)
+    for name, other in _KNOWN.items():
+        if names.get(name, other) is not other:
+            raise ModelError(
+                f"the family of {family.architecture} cannot be added: its name {name!r} is that of the family of "
+                f"{other.architecture} already. Give it names of its own, or leave one of the two out."
+            )
+    _KNOWN.update(names)
+
+
+@cache
+def _discover() -> None:
+    """Find the families of this folder, and those that other packages name."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        found = getattr(import_module(f"av_lens.families.{module.name}"), "FAMILY", None)
+        if found is not None:
+            _add(found)
+    for entry in entry_points(group=GROUP):
+        try:
+            family = entry.load()
+        except Exception as error:
+            raise ModelError(
+                f"the model family {entry.name!r} of another package ({entry.value}) cannot be loaded: {error}. Mend "
+                "or remove that package."
+            ) from error
+        if not isinstance(family, Family):
+            raise ModelError(f"{entry.value}, which a package names as a model family, is no Family. {HOW_TO_ADD}")
+        _add(family)
+
+
+def families() -> tuple[Family, ...]:
+    """Every family that can be opened.
+
+    Returns:
+        The families, av_lens's own first.
+
+    Raises:
+        ModelError: what another package names as a family cannot be loaded, is none, or has a taken name.
+    """
+    _discover()
+    return tuple(dict.fromkeys(_KNOWN.values()))
+
+
+def family_of(*names: str | type[Any]) -> Family:
+    """The family of a model.
+
+    Args:
+        *names: its HuggingFace class, or names of classes or `model_type`s in the order of preference, such as
+            `qwen2_5_omni`.
+
+    Returns:
+        The first that is known; of a class, that of the nearest class that it is derived from.
+
+    Raises:
+        ModelError: there is none; the message says how to add one.
+    """
+    known = families()
+    said = [one.__name__ if isinstance(one, type) else one for one in names]
+    for one in names:
+        for name in [cls.__name__ for cls in one.__mro__] if isinstance(one, type) else [one]:
+            if name in _KNOWN:
+                return _KNOWN[name]
+    listed = ", ".join(family.architecture for family in known)
+    raise ModelError(f"no adapter for {said[-1]!r}. Families with one: {listed}. {HOW_TO_ADD}")
 
 
 def build_bridge(hf_model: Any, *, tokenizer: Any = None, name: str = "external") -> TransformerBridge:
@@ -126,7 +165,7 @@ def build_bridge(hf_model: Any, *, tokenizer: Any = None, name: str = "external"
     """
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module, detect_tokenizer_bos_eos
 
-    family = family_of(type(hf_model).__name__)
+    family = family_of(type(hf_model))
     if any(
         isinstance(module, TransformerBridge) or hasattr(module, "original_component") for module in hf_model.modules()
     ):
@@ -137,7 +176,7 @@ def build_bridge(hf_model: Any, *, tokenizer: Any = None, name: str = "external"
     _own_configs(hf_model)
     # Entry points first: found later, they would warn that they override what is registered here.
     ArchitectureAdapterFactory.discover_entry_points()
-    ArchitectureAdapterFactory.register_adapter(family.architecture, family.adapter_class())
+    ArchitectureAdapterFactory.register_adapter(family.architecture, family.adapter)
     hf_model.eval()
     bridge = build_bridge_from_module(hf_model, family.architecture, hf_config=hf_model.config, model_name=name)
     if tokenizer is not None:

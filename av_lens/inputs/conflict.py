@@ -21,14 +21,14 @@ import torch
 
 from av_lens.checks import half_character
 from av_lens.errors import AlignmentError, InputError, ProtocolError, unknown
+from av_lens.families.features import sampled_frames
 from av_lens.inputs.answers import Answer, AnswerLike, synonyms_of
-from av_lens.inputs.features import sampled_frames
-from av_lens.inputs.memory import Memory
 from av_lens.inputs.model_inputs import AVInputs, difference
 from av_lens.inputs.shared_tensors import shared
 from av_lens.media.clip import Clip
 from av_lens.media.files import ClipFile
 from av_lens.media.manifest import CONTROL, SEE, answers_fault
+from av_lens.memory import Memory
 
 # Cell -> (picture, sound), in the protocol's order.
 CELLS: dict[str, tuple[str | None, str]] = {

@@ -89,7 +89,7 @@ def load(
 
 
 def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **options: Any) -> HookedAVLLM:
-    family_of(type(hf_model).__name__)
+    family_of(type(hf_model))
     _require_plain(hf_model)
     if processor is None:
         if name_or_path is None:
@@ -289,7 +289,7 @@ def _model_type(config: Mapping[str, Any], name: str) -> str:
 
 def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
     inner = family.inner_config.get(str(config.get("model_type")))
-    return family.model_class().config_class.from_dict(_plain(config[inner] if inner else config))
+    return family.model_class.config_class.from_dict(_plain(config[inner] if inner else config))
 
 
 def _plain(level: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -304,7 +304,7 @@ def _plain(level: Mapping[Any, Any]) -> dict[Any, Any]:
 def _count(family: Family, config: Mapping[str, Any]) -> int:
     """How many parameters the fusion model has; nothing is allocated."""
     with torch.device("meta"):
-        model = family.model_class()(_hf_config(family, config))
+        model = family.model_class(_hf_config(family, config))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -331,7 +331,7 @@ def _fitting_device(n_parameters: int, dtype: torch.dtype) -> torch.device:
 def _weights(family: Family, source: _Source, dtype: torch.dtype) -> Any:
     config = _hf_config(family, source.config())
     with source.translated("model.safetensors"), _quiet(bar=source.grammar is None):
-        hf_model, report = family.model_class().from_pretrained(
+        hf_model, report = family.model_class.from_pretrained(
             source.place,
             config=config,
             revision=source.revision,

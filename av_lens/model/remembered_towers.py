@@ -20,8 +20,8 @@ from torch.nn import Module
 
 from av_lens.core.standing_hooks import hook_numbers
 from av_lens.families.blocks import TowerBridge
-from av_lens.inputs.memory import Memory
 from av_lens.inputs.shared_tensors import content_hash
+from av_lens.memory import Memory
 
 _PLAIN = (bool, int, float, str, type(None))
 

@@ -103,7 +103,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
     @property
     def family(self) -> Family:
         """The model family's facts."""
-        return family_of(type(self.hf_model).__name__)
+        return family_of(type(self.hf_model))
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +133,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
     @cached_property
     def placeholders(self) -> tuple[int, ...]:
         """Ids that stand for media in a prompt."""
-        return (self.config.audio_token_id, self.config.image_token_id, self.config.video_token_id)
+        return tuple(self.family.media.placeholders(self.config).values())
 
     # Inputs
 
@@ -142,7 +142,8 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         """What makes inputs of clips and questions, by the checkpoint's own processor and template."""
         from av_lens.inputs.encoder import Encoder
 
-        return Encoder(self.processor, self.config, self.position_ids, grammar=self.grammar)
+        media = self.family.media
+        return Encoder(self.processor, self.config, self.position_ids, grammar=self.grammar, media=media)
 
     def encode(self, clip: Any, question: Any, **options: Any) -> Any:
         """Make the input of a clip and a question.

@@ -37,7 +37,7 @@ def test_seven_billion_wide(real_clip_path, capsys):
     began = time.perf_counter()
     hf_model, processor = wide_model(), tiny_processor()
     processor.videos_kwargs = {"size": {"shortest_edge": 32 * 28 * 28, "longest_edge": 64 * 28 * 28}}
-    family = family_of(type(hf_model).__name__)
+    family = family_of(type(hf_model))
     encoder = Encoder(processor, hf_model.config, lambda tensors: family.position_ids(hf_model, tensors))
     x = encoder.encode(load_clip(real_clip_path), "What do you hear in this clip? " * 3, sound="in_video")
     n = len(x.spans)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from av_lens.inputs import features
-from av_lens.inputs.features import Features
-from av_lens.inputs.memory import Memory
+from av_lens.families import features
+from av_lens.families.features import Features
 from av_lens.media import ClipFile, MediaBudgetError, files, load_clip
+from av_lens.memory import Memory
 
 
 def test_the_least_recently_used_goes_first():

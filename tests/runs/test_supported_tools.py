@@ -24,8 +24,7 @@ from transformer_lens.tools.analysis import attribution_patch, direct_logit_attr
 from av_lens.checkpoints import shipped
 from av_lens.errors import InputError
 from av_lens.families.hook_names import hook_name
-from av_lens.families.qwen2_5_omni import ARCHITECTURE, Qwen2_5OmniThinkerAdapter
-from av_lens.families.registry import family_of
+from av_lens.families.qwen2_5_omni import FAMILY, Qwen2_5OmniThinkerAdapter
 from av_lens.inputs import Pair
 from av_lens.model import load
 from av_lens.model.binding import SUPPORTED_TOOLS
@@ -282,7 +281,7 @@ def test_the_entry_point_lets_transformer_lens_build_the_bridge(model, monkeypat
     monkeypatch.setattr(ArchitectureAdapterFactory, "_entry_points_discovered", False)
     thinker = tiny_hf_model(n_layers=2)
     bridge = build_bridge_from_module(
-        thinker, ARCHITECTURE, hf_config=thinker.config, tokenizer=tiny_processor().tokenizer
+        thinker, FAMILY.architecture, hf_config=thinker.config, tokenizer=tiny_processor().tokenizer
     )
     assert type(bridge.adapter) is Qwen2_5OmniThinkerAdapter
     assert torch.equal(bridge("a cat"), model("a cat"))
@@ -299,9 +298,7 @@ def test_transformer_lens_own_suite_passes_whole(monkeypatch, capsys):
     """Every one of its benchmarks for a multimodal decoder; what it would load by name is `load`'s bridge."""
     folder = str(shipped() / "av-tiny")
     monkeypatch.setattr(TransformerBridge, "boot_transformers", lambda name, **options: load(name).bridge)
-    monkeypatch.setattr(
-        main_benchmark, "get_auto_model_class", lambda name, **options: family_of(ARCHITECTURE).model_class()
-    )
+    monkeypatch.setattr(main_benchmark, "get_auto_model_class", lambda name, **options: FAMILY.model_class)
     results = main_benchmark.run_benchmark_suite(folder, phases=[1, 2, 3, 7, 8], verbose=False)
     failed = {f"{one.phase} {one.name}": one.message for one in results if not one.passed}
     assert failed == {}

@@ -19,7 +19,7 @@ Not done: the towers' outputs; they are kept by the model's traces.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from av_lens.errors import InputError
-from av_lens.inputs.memory import Memory
 from av_lens.media.clip import Clip
 from av_lens.media.resampling import resample
+from av_lens.memory import Memory
 
 _TIE = 1e-6  # s: two frames whose distances differ by less are equally near
 _TOGETHER = 64 << 20  # bytes of frames that the processor gets at once
@@ -40,17 +40,21 @@ class Picture:
     """What the processor made of a video or an image.
 
     Attributes:
+        kind: "video" or "image".
         pixels: flattened patches, `[patch, patch_width]`, in the order of the tokens.
         grid: patches in time, height and width.
         merge: patches per token along height and width.
+        step_s: how long a temporal patch lasts at the asked rate; an image, one second.
         frame_start_s: true time of each frame behind the temporal patches, after repeating, `[patch_t, frame]`.
         frame_end_s: when each of them leaves the screen, `[patch_t, frame]`.
         frames: the indices of the sampled frames in the clip.
     """
 
+    kind: str
     pixels: Float[Tensor, "patch patch_width"]
     grid: tuple[int, int, int]
     merge: int
+    step_s: float
     frame_start_s: np.ndarray
     frame_end_s: np.ndarray
     frames: tuple[int, ...]
@@ -78,17 +82,17 @@ class Sound:
     Attributes:
         mel: log-mel spectrogram trimmed to the sound, `[1, mel_bin, mel_frame]`.
         duration_s: length of the sound.
-        token_s: seconds of sound behind one token.
+        frame_s: seconds from one mel frame to the next.
     """
 
     mel: Float[Tensor, "1 mel_bin mel_frame"]
     duration_s: float
-    token_s: float
+    frame_s: float
 
     @property
-    def n_tokens(self) -> int:
-        """How many tokens the sound takes."""
-        return audio_tokens(self.mel.shape[-1])
+    def n_frames(self) -> int:
+        """Mel frames of the sound."""
+        return self.mel.shape[-1]
 
     @property
     def nbytes(self) -> int:
@@ -96,28 +100,8 @@ class Sound:
         return self.mel.nbytes
 
 
-def audio_tokens(mel_frames: int) -> int:
-    """Count the tokens of a sound: a convolution of stride 2, then pairs are pooled.
-
-    Args:
-        mel_frames: mel frames of the sound, 10 ms each.
-
-    Returns:
-        The number of tokens, 40 ms each.
-    """
-    return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
-
-
 def sampled_frames(clip: Clip, fps: float | int) -> Int64[np.ndarray, " frame"]:
-    """Choose the frames of a clip at a rate, by their true times.
-
-    Args:
-        clip: a clip with a picture.
-        fps: frames per second.
-
-    Returns:
-        Indices into the clip's frames; a frame may come twice where the clip has fewer frames than asked.
-    """
+    """Choose the frames of a clip at a rate, by their true times; one may come twice where there are too few."""
     times = np.asarray(clip.times, dtype=np.float64)
     if len(times) > 1:
         count = int(np.floor((clip.picture_end - clip.frame_duration / 2) * fps + _TIE)) + 1
@@ -132,85 +116,63 @@ def sampled_frames(clip: Clip, fps: float | int) -> Int64[np.ndarray, " frame"]:
 
 
 class Features:
-    """Runs the processor's parts and remembers what they made, up to a memory budget.
-
-    Args:
-        processor: the checkpoint's processor.
-        cache_bytes: memory for remembered features; the least recently used go first.
-    """
+    """Runs a processor's parts (of Qwen2-VL's and Whisper's kind) and remembers what they made, up to a budget."""
 
     def __init__(self, processor: Any, *, cache_bytes: int = 512 << 20) -> None:
         self.processor = processor
-        self.memory: Memory[Picture | Sound] = Memory(cache_bytes, lambda made: made.nbytes)
+        self.memory: Memory[Any] = Memory(cache_bytes, lambda made: made.nbytes)
 
     def video(self, clip: Clip, fps: float | int) -> Picture:
-        """Sample a clip's frames and cut them into patches.
-
-        Args:
-            clip: a clip with a picture.
-            fps: frames per second.
-
-        Returns:
-            The patches, their grid and the true times behind them.
-        """
-        return cast(
-            Picture,
-            self.memory.once(("video", clip.picture_hash, clip.picture_end, fps), lambda: self._video(clip, fps)),
-        )
+        """Sample a clip's frames and cut them into patches."""
+        key = ("video", clip.picture_hash, clip.picture_end, fps)
+        return self.memory.once(key, lambda: self._video(clip, fps))
 
     def image(self, clip: Clip) -> Picture:
-        """Cut one frame into patches: an image's only one, a video's nearest to its middle.
-
-        Args:
-            clip: a clip with a picture.
-
-        Returns:
-            The patches, their grid and the frame's true time.
-        """
-        return cast(
-            Picture, self.memory.once(("image", clip.picture_hash, clip.picture_end), lambda: self._image(clip))
-        )
+        """Cut one frame into patches: an image's only one, a video's nearest to its middle."""
+        return self.memory.once(("image", clip.picture_hash, clip.picture_end), lambda: self._image(clip))
 
     def sound(self, clip: Clip) -> Sound:
-        """Compute the mel of a clip's sound, resampled to the processor's rate where it differs.
-
-        Args:
-            clip: a clip with sound.
-
-        Returns:
-            The mel, trimmed to the sound.
-
-        Raises:
-            InputError: for a sound too short for one token or too long for the processor.
-        """
-        return cast(Sound, self.memory.once(("sound", clip.sound_hash), lambda: self._sound(clip)))
+        """Compute the mel of a clip's sound, resampled to the processor's rate; one too long for it is refused."""
+        return self.memory.once(("sound", clip.sound_hash), lambda: self._sound(clip))
 
     def video_options(self) -> dict[str, Any]:
-        """Collect what the video processor is told, beside the frames.
-
-        Returns:
-            Keyword arguments: the sizes of the processor, no sampling, the pixel cap.
-        """
-        part = self.processor.video_processor
+        """Collect what the video processor is told beside the frames: its sizes, no sampling, the pixel cap."""
         options = dict(getattr(self.processor, "videos_kwargs", {}) or {}) | {"do_sample_frames": False}
-        if "cap_pixels_per_frame" in getattr(part.valid_kwargs, "__annotations__", {}):
+        if "cap_pixels_per_frame" in getattr(self.processor.video_processor.valid_kwargs, "__annotations__", {}):
             options["cap_pixels_per_frame"] = True
         return options
 
     def _video(self, clip: Clip, fps: float | int) -> Picture:
         chosen = sampled_frames(clip, fps)
-        part = self.processor.video_processor
+        deep = int(self.processor.video_processor.temporal_patch_size)
         pixels, grid = self._patches(_frames(clip), chosen)
-        padded = np.minimum(np.arange(grid[0] * part.temporal_patch_size), len(chosen) - 1)
-        starts, ends = (edges[chosen][padded].reshape(grid[0], -1) for edges in _on_screen(clip))
-        return Picture(
-            pixels=pixels,
-            grid=grid,
-            merge=int(part.merge_size),
-            frame_start_s=starts,
-            frame_end_s=ends,
-            frames=tuple(chosen.tolist()),
-        )
+        shown = chosen[np.minimum(np.arange(grid[0] * deep), len(chosen) - 1)]
+        return self._picture("video", clip, shown, pixels, grid, deep / fps, tuple(chosen.tolist()))
+
+    def _image(self, clip: Clip) -> Picture:
+        times = np.asarray(clip.times, dtype=np.float64)
+        chosen = int(np.argmin(np.abs(times - (times[0] + times[-1]) / 2).round(6)))
+        frame = torch.from_numpy(np.array(_frames(clip)[chosen])).permute(2, 0, 1)
+        made = self.processor.image_processor(images=[frame], return_tensors="pt")
+        grid = _grid(made["image_grid_thw"])
+        return self._picture("image", clip, np.array([chosen]), made["pixel_values"], grid, 1.0, (chosen,))
+
+    def _picture(
+        self,
+        kind: str,
+        clip: Clip,
+        shown: np.ndarray,
+        pixels: Tensor,
+        grid: tuple[int, int, int],
+        step_s: float,
+        frames: tuple[int, ...],
+    ) -> Picture:
+        """A picture whose patches show these frames, in order."""
+        times = np.asarray(clip.times, dtype=np.float64)
+        gone = np.append(times[1:], max(clip.picture_end, times[-1]))
+        starts, ends = (edges[shown].reshape(grid[0], -1) for edges in (times, gone))
+        merge = int(getattr(self.processor, f"{kind}_processor").merge_size)
+        return Picture(kind, pixels, grid, merge, step_s, starts, ends, frames)
 
     def _patches(self, frames: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, tuple[int, int, int]]:
         """The processor's patches of the chosen frames, and their grid; a part of the frames at a time."""
@@ -226,14 +188,14 @@ class Features:
             if size is not None:
                 shown = BaseVideoProcessor.resize(part, shown, SizeDict(height=size[0], width=size[1]), part.resample)
             made = part(videos=[shown], return_tensors="pt", **options, **more)
-            return made["pixel_values_videos"], _grid(made)
+            return made["pixel_values_videos"], _grid(made["video_grid_thw"])
 
         size: tuple[int, int] | None = None
         if len(chosen) <= step:
             return taken(chosen)
         # Without memory: what grid the processor makes of all frames.
         every = torch.empty((len(chosen), 3, *frames.shape[1:3]), dtype=torch.uint8, device="meta")
-        grid = _grid(part(videos=[every], return_tensors="pt", **options))
+        grid = _grid(part(videos=[every], return_tensors="pt", **options)["video_grid_thw"])
         size = (grid[1] * int(part.patch_size), grid[2] * int(part.patch_size))
         pixels: Tensor | None = None
         for start in range(0, len(chosen), step):
@@ -244,67 +206,37 @@ class Features:
         assert pixels is not None
         return pixels, grid
 
-    def _image(self, clip: Clip) -> Picture:
-        times = np.asarray(clip.times, dtype=np.float64)
-        chosen = int(np.argmin(np.abs(times - (times[0] + times[-1]) / 2).round(6)))
-        part = self.processor.image_processor
-        frame = torch.from_numpy(np.array(_frames(clip)[chosen])).permute(2, 0, 1)
-        made = part(images=[frame], return_tensors="pt")
-        grid = tuple(int(n) for n in made["image_grid_thw"][0])
-        starts, ends = (edges[[chosen]].reshape(1, 1) for edges in _on_screen(clip))
-        return Picture(
-            pixels=made["pixel_values"],
-            grid=(grid[0], grid[1], grid[2]),
-            merge=int(part.merge_size),
-            frame_start_s=starts,
-            frame_end_s=ends,
-            frames=(chosen,),
-        )
-
     def _sound(self, clip: Clip) -> Sound:
+        if clip.waveform is None:
+            raise InputError("this clip has no audio stream: use sound=None, or clip.with_sound(other)")
         part = self.processor.feature_extractor
-        rate, hop = int(part.sampling_rate), int(part.hop_length)
-        waveform = resample(_waveform(clip), clip.rate, rate) if clip.rate != rate else _waveform(clip)
+        rate, hop, most = int(part.sampling_rate), int(part.hop_length), int(part.n_samples)
+        waveform = resample(clip.waveform, clip.rate, rate) if clip.rate != rate else clip.waveform
         seconds = len(waveform) / rate
-        if len(waveform) > part.n_samples:
+        if len(waveform) > most:
             raise InputError(
-                f"the sound lasts {seconds:.1f} s and this processor hears at most {part.n_samples / rate:.0f} s: "
-                f"cut the clip first, e.g. clip.trimmed(0, {part.n_samples / rate:.0f})"
+                f"the sound lasts {seconds:.1f} s and this processor hears at most {most / rate:.0f} s: cut the clip "
+                f"first, e.g. clip.trimmed(0, {most / rate:.0f})"
             )
         padded = -(-len(waveform) // hop) * hop + -(-int(part.n_fft) // hop) * hop
         made = part(
             [waveform],
             sampling_rate=rate,
             padding="max_length",
-            max_length=min(padded, int(part.n_samples)),
+            max_length=min(padded, most),
             return_attention_mask=True,
             return_tensors="pt",
         )
         mel = made["input_features"][..., : int(made["attention_mask"].sum())].contiguous()
-        if audio_tokens(mel.shape[-1]) < 1:
-            raise InputError(
-                f"the sound lasts {seconds * 1000:.0f} ms: one token needs more than 20; give a longer clip"
-            )
-        return Sound(mel, len(waveform) / rate, 4 * hop / rate)
+        return Sound(mel, seconds, hop / rate)
 
 
-def _grid(made: Any) -> tuple[int, int, int]:
-    deep, high, wide = (int(n) for n in made["video_grid_thw"][0])
+def _grid(stated: Tensor) -> tuple[int, int, int]:
+    deep, high, wide = (int(n) for n in stated[0])
     return deep, high, wide
-
-
-def _on_screen(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
-    times = np.asarray(clip.times, dtype=np.float64)
-    return times, np.append(times[1:], max(clip.picture_end, times[-1]))
 
 
 def _frames(clip: Clip) -> np.ndarray:
     if clip.frames is None:
         raise InputError("this clip has no picture: use picture=None, or load a file with a video stream")
     return clip.frames
-
-
-def _waveform(clip: Clip) -> np.ndarray:
-    if clip.waveform is None:
-        raise InputError("this clip has no audio stream: use sound=None, or clip.with_sound(other)")
-    return clip.waveform

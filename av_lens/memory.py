@@ -10,41 +10,26 @@ Value = TypeVar("Value")
 
 
 class Memory(Generic[Value]):
-    """Remembers values by key, up to a budget.
+    """Values by key, up to a budget; at least one is always kept. A value costs 1 unless `cost` says otherwise."""
 
-    Args:
-        budget: how much is kept; at least one value always is.
-        cost: what a value takes of it; 1 when left out, so that the budget is a count.
-    """
-
-    def __init__(self, budget: int, cost: Callable[[Any], int] | None = None) -> None:
+    def __init__(self, budget: int, cost: Callable[[Any], int] = lambda value: 1) -> None:
         self.budget = budget
         self.hits = 0
-        self._cost = cost or (lambda value: 1)
+        self._cost = cost
         self._kept: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
         self._total = 0
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
-        """Recall a value, or make and remember it.
-
-        Args:
-            key: what it depends on, all of it.
-            make: computes it.
-
-        Returns:
-            The value.
-        """
+        """Recall a value, or make and remember it; the key is all that it depends on."""
         if key in self._kept:
             self.hits += 1
             self._kept.move_to_end(key)
             return self._kept[key][0]
         value = make()
-        cost = self._cost(value)
-        self._kept[key] = (value, cost)
-        self._total += cost
+        self._kept[key] = value, self._cost(value)
+        self._total += self._kept[key][1]
         while len(self._kept) > 1 and self._total > self.budget:
-            _, (_, freed) = self._kept.popitem(last=False)
-            self._total -= freed
+            self._total -= self._kept.popitem(last=False)[1][1]
         return value
 
     def __len__(self) -> int:
