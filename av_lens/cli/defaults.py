@@ -111,7 +111,7 @@ def definition(module: str, function: str) -> ast.FunctionDef:
     *owners, last = function.split(".")
     for owner in owners:
         body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == owner), [])
-    node = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == last), None)
+    node = next((node for node in reversed(body) if isinstance(node, ast.FunctionDef) and node.name == last), None)
     if node is None:
         raise AvLensError(f"av_lens.{module} defines no function {function}.")
     return node

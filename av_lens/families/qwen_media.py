@@ -28,7 +28,7 @@ from av_lens.families.media_layout import Media, MediaLayout, TensorAxes
 from av_lens.media.clip import Clip
 from av_lens.spans import SpanMap
 
-_KINDS = ("audio", "video", "image")
+_KINDS: tuple[str, ...] = ("audio", "video", "image")
 _PIXELS = {"video": ("pixel_values_videos", "video_grid_thw"), "image": ("pixel_values", "image_grid_thw")}
 
 

@@ -47,9 +47,15 @@ SUPPORTED_TOOLS: tuple[str, ...] = (
 )
 """TransformerLens's tools that run unchanged through `HookedAVLLM.bound` and are tested there."""
 
-_GENERATORS = ("generate", "generate_stream", "hf_generate", "diffusion_generate")
 _RUNNERS = ("run_with_hooks", "run_with_cache", "add_hook", "reset_hooks")  # they wait for other threads' runs
-_REWRITERS = ("enable_compatibility_mode", "process_weights")
+_REFUSED = {
+    ("generate", "generate_stream", "hf_generate", "diffusion_generate"): (
+        "a bound bridge runs prompts; to generate with media, call model.generate(x, ...)."
+    ),
+    ("enable_compatibility_mode", "process_weights"): (
+        "a bound bridge shares its model's weights; rewrite a copy: model.compatible().bound(x)."
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,51 +64,42 @@ class Bound:
 
     Attributes:
         name: how errors call it.
-        ids: the id tensors that stand for it, by identity.
+        ids: the id tensor that stands for it, by identity.
         tensors: its keyword arguments of the HuggingFace forward, ids included.
         position_ids: `[stream, batch, pos]`, for restarts from the stream.
         rows: the keyword arguments of some of its examples, from one number up to another; None with one example.
     """
 
     name: str
-    ids: tuple[torch.Tensor, ...]
+    ids: torch.Tensor
     tensors: Mapping[str, Any]
     position_ids: torch.Tensor
-    rows: Callable[[int, int], Mapping[str, Any]] | None = None
+    rows: Callable[[int, int], Mapping[str, Any]] | None
 
-    @property
-    def values(self) -> torch.Tensor:
-        """The ids themselves, `[batch, pos]`."""
-        return self.tensors["input_ids"]
+    @classmethod
+    def of(cls, name: str, model: Any, x: Any) -> Bound:
+        """An input of a `HookedAVLLM`, with an id tensor of its own: a pair's may share theirs."""
+        tensors = model.tensors_of(x)
+        tensors["input_ids"] = tensors["input_ids"].clone()
+        several = tensors["input_ids"].shape[0] > 1 and hasattr(x, "stack")
+        rows = (lambda a, b: model.tensors_of(x[a:b])) if several else None
+        return cls(name, tensors["input_ids"], tensors, model.position_ids(tensors), rows)
 
 
 def bind(bridge: TransformerBridge, inputs: Sequence[Bound]) -> TransformerBridge:
-    """Copy a bridge so that its forward adds the media of these inputs.
+    """Copy a bridge so that its forward adds the media of one input (`bound.ids`), or of a pair's two.
 
-    Args:
-        bridge: the bridge; its modules and hooks are shared, not copied.
-        inputs: one input, or two of a pair.
-
-    Returns:
-        A `TransformerBridge`. With one input its ids are `bound.ids`; with two, `bound.clean_ids` and
-        `bound.corrupt_ids`.
+    Modules and hooks are shared, not copied. A pair's ids are `bound.clean_ids` and `bound.corrupt_ids`.
     """
-    bound = TransformerBridge.__new__(TransformerBridge)
-    bound.__dict__.update(bridge.__dict__)
-    storages = [{known.untyped_storage().data_ptr() for known in given.ids} for given in inputs]
-    if len(inputs) == 2 and storages[0] & storages[1]:
+    if len({one.ids.untyped_storage().data_ptr() for one in inputs}) < len(inputs):
         raise InputError("the two inputs of a pair need id tensors of their own, or nothing tells their media apart.")
+    bound, turn = TransformerBridge.__new__(TransformerBridge), turn_of(bridge)
     names = ("ids",) if len(inputs) == 1 else ("clean_ids", "corrupt_ids")
-    bound.__dict__.update({name: given.ids[0] for name, given in zip(names, inputs, strict=True)})
-    turn = turn_of(bridge)
-    bound.__dict__["forward"] = _MediaForward(bridge, bound, tuple(inputs))
-    for name in _RUNNERS:
-        bound.__dict__[name] = waiting(turn, getattr(TransformerBridge, name).__get__(bound))
+    bound.__dict__.update(bridge.__dict__ | dict(zip(names, (one.ids for one in inputs), strict=True)))
+    bound.__dict__ |= {name: waiting(turn, getattr(TransformerBridge, name).__get__(bound)) for name in _RUNNERS}
+    bound.__dict__ |= {name: _refusing(why) for names, why in _REFUSED.items() for name in names}
     bound.__dict__["hooks"] = functools.partial(_hooks_in_turn, turn, bound)
-    for name in _GENERATORS:
-        bound.__dict__[name] = _refuse_generation
-    for name in _REWRITERS:
-        bound.__dict__[name] = _refuse_rewriting
+    bound.__dict__["forward"] = _MediaForward(bridge, bound, tuple(inputs))
     return bound
 
 
@@ -112,12 +109,11 @@ def _hooks_in_turn(turn: Turn, bound: TransformerBridge, *args: Any, **kwargs: A
         yield hooked
 
 
-def _refuse_generation(*args: Any, **kwargs: Any) -> Any:
-    raise InputError("a bound bridge runs prompts; to generate with media, call model.generate(x, ...).")
+def _refusing(why: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise InputError(why)
 
-
-def _refuse_rewriting(*args: Any, **kwargs: Any) -> Any:
-    raise InputError("a bound bridge shares its model's weights; rewrite a copy: model.compatible().bound(x).")
+    return refuse
 
 
 class _MediaForward:
@@ -133,41 +129,35 @@ class _MediaForward:
         require_keywords("a bound bridge", kwargs, TransformerBridge.forward, self._hf_forward, own=("self", "input"))
         if not isinstance(input, torch.Tensor):
             raise InputError(f"a bound bridge runs its own ids, not {type(input).__name__}; pass {self._shown()}.")
-        if input.is_floating_point():
-            extra = self._restart(input)
-        else:
-            input, extra = self._with_media(input)
+        extra = self._restart(input) if input.is_floating_point() else self._media(input)
         with turn_of(self._bridge):
             return TransformerBridge.forward(self._bound, input, *args, **{**extra, **kwargs})
 
     def _shown(self) -> str:
         return "bound.ids" if len(self._inputs) == 1 else "bound.clean_ids or bound.corrupt_ids"
 
-    def _with_media(self, ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-        """The ids and the keyword arguments that go with them."""
+    def _media(self, ids: torch.Tensor) -> dict[str, Any]:
+        """The keyword arguments that go with these ids."""
         found = self._by_memory(ids)
         if found is None:
             given, times = self._by_value(ids)
             found = {name: repeated(value, times) for name, value in given.tensors.items()}
-        return ids, {name: value for name, value in found.items() if name != "input_ids"}
+        return {name: value for name, value in found.items() if name != "input_ids"}
 
     def _by_memory(self, ids: torch.Tensor) -> Mapping[str, Any] | None:
         """The keyword arguments of an id tensor that was bound, or of rows that share its memory; None for others."""
         for one in self._inputs:
-            for known in one.ids:
-                if ids is known:
-                    return one.tensors
-                rows = shared_rows(ids, known)
-                if rows == (0, known.shape[0]):
-                    return one.tensors
-                if rows is not None and one.rows is not None:
-                    return one.rows(*rows)
+            rows = shared_rows(ids, one.ids)
+            if rows == (0, len(one.ids)):
+                return one.tensors
+            if rows is not None and one.rows is not None:
+                return one.rows(*rows)
         return None
 
     def _by_value(self, ids: torch.Tensor) -> tuple[Bound, int]:
         """The one input whose ids these are, and how often they are repeated."""
         rows = ids if ids.ndim == 2 else ids[None]
-        found = [(one, repetitions(rows, one.values)) for one in self._inputs]
+        found = [(one, repetitions(rows, one.ids)) for one in self._inputs]
         matches = [(one, times) for one, times in found if times]
         if len(matches) == 2:
             raise InputError(
@@ -175,7 +165,7 @@ class _MediaForward:
                 f"could be either. Pass {self._shown()} themselves; a tool that copies ids cannot be served."
             )
         if not matches:
-            shapes = ", ".join(f"{one.name} {tuple(one.values.shape)}" for one in self._inputs)
+            shapes = ", ".join(f"{one.name} {tuple(one.ids.shape)}" for one in self._inputs)
             raise InputError(
                 f"these ids {tuple(ids.shape)} belong to no input that was bound ({shapes}); their media are unknown. "
                 f"Pass {self._shown()}, or bind the input that they come from."
@@ -185,16 +175,16 @@ class _MediaForward:
     def _restart(self, stream: torch.Tensor) -> dict[str, Any]:
         """Mask and positions for a stream that re-enters at a later layer; the media are in it already."""
         pos = stream.shape[-2]
-        fitting = [one for one in self._inputs if one.values.shape[1] == pos]
+        fitting = [one for one in self._inputs if one.ids.shape[1] == pos]
         if not fitting or any(not torch.equal(fitting[0].position_ids, one.position_ids) for one in fitting[1:]):
             raise InputError(
                 f"a stream of {pos} positions fits {len(fitting)} of the inputs that were bound, so its positions are "
                 "unknown; bind the one input that it belongs to."
             )
         given, batch = fitting[0], 1 if stream.ndim == 2 else stream.shape[0]
-        times, rest = divmod(batch, given.values.shape[0])
+        times, rest = divmod(batch, given.ids.shape[0])
         if rest:
-            raise InputError(f"a stream of {batch} examples is no repetition of the bound {given.values.shape[0]}.")
+            raise InputError(f"a stream of {batch} examples is no repetition of the bound {given.ids.shape[0]}.")
         return {
             "attention_mask": repeated(given.tensors["attention_mask"], times),
             "position_ids": given.position_ids.repeat(1, times, 1),
@@ -202,15 +192,7 @@ class _MediaForward:
 
 
 def shared_rows(ids: torch.Tensor, known: torch.Tensor) -> tuple[int, int] | None:
-    """Which rows of `known` a view of its memory shows.
-
-    Args:
-        ids: `[batch, pos]`.
-        known: `[batch, pos]`, contiguous.
-
-    Returns:
-        First row and the row after the last, or None where `ids` is no such view.
-    """
+    """First and last (excluded) row of contiguous `known` of which `ids` is a view; None where it is none."""
     if ids.ndim != 2 or ids.shape[1:] != known.shape[1:] or ids.stride() != known.stride():
         return None
     if ids.untyped_storage().data_ptr() != known.untyped_storage().data_ptr():
@@ -220,15 +202,7 @@ def shared_rows(ids: torch.Tensor, known: torch.Tensor) -> tuple[int, int] | Non
 
 
 def repetitions(ids: torch.Tensor, known: torch.Tensor) -> int:
-    """How often `known` stands in `ids` one after the other along the batch; 0 where it is something else.
-
-    Args:
-        ids: `[batch, pos]`.
-        known: `[batch, pos]`.
-
-    Returns:
-        A whole number.
-    """
+    """How often `known` stands in `ids` one after the other along the batch; 0 where it is something else."""
     times, rest = divmod(ids.shape[0], known.shape[0])
     if rest or ids.shape[1:] != known.shape[1:]:
         return 0
@@ -236,15 +210,7 @@ def repetitions(ids: torch.Tensor, known: torch.Tensor) -> int:
 
 
 def repeated(value: Any, times: int) -> Any:
-    """A keyword argument of the forward for a batch repeated `times` times.
-
-    Args:
-        value: a tensor or list whose first axis runs through the examples in order, or a flag.
-        times: repetitions.
-
-    Returns:
-        The longer value; flags and single use as they are.
-    """
+    """A keyword argument of the forward for a batch repeated `times` times; flags and single use as they are."""
     if times == 1 or isinstance(value, bool | int | float | str | None):
         return value
     if isinstance(value, torch.Tensor):

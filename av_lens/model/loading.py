@@ -14,10 +14,12 @@ Device: cuda where the model fits, else the CPU.
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +102,13 @@ def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **opti
     if options["device"] is not None:
         hf_model = hf_model.to(options["device"])
     name = "external" if name_or_path is None else str(name_or_path)
+    return _hooked(hf_model, processor, name, provenance={"source": "hf_model"})
+
+
+def _hooked(hf_model: Any, processor: Any, name: str, **more: Any) -> HookedAVLLM:
     check_parts(hf_model, processor, name)
     bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
-    return HookedAVLLM(bridge, processor, name=name, provenance={"source": "hf_model"})
+    return HookedAVLLM(bridge, processor, name=name, **more)
 
 
 def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str | None) -> HookedAVLLM:
@@ -110,25 +116,34 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
     if source.folder is not None:
         check_configurations(source.folder)
     config = source.config()
-    family = family_of(_model_type(config, name))
-    for level in _levels(config, family.inner_config.get(str(config.get("model_type")))):
+    family = _family(config, name)
+    inner = family.inner_config.get(str(config.get("model_type")))
+    for level in _levels(config, inner):
         _require_unquantised(level.get("quantization_config"))
     with source.translated("config.json"):
+        hf_config = family.model_class.config_class.from_dict(_plain(config[inner] if inner else config))
+        count = cache(partial(_count, family, hf_config))
         if source.folder is not None:
-            _check_count(_count(family, config), check_weight_files(source.folder), name)
-        precision, place = _precision_and_place(family, source, config, dtype, device)
-    with _no_bars(hidden=source.grammar is not None):
-        hf_model = _weights(family, source, precision)
+            _check_count(count(), check_weight_files(source.folder), name)
+        organism = source.grammar is not None
+        precision = torch.float32 if organism else _stored_dtype(config, inner)
+        precision = precision if dtype is None else _dtype(dtype)
+        if device is not None:
+            place = torch.device(device)
+        else:
+            place = _fitting_device(count(), precision) if torch.cuda.is_available() else torch.device("cpu")
+        if dtype is None and not organism and place.type == "cpu" and count() < BILLION:
+            precision = torch.float32
+    with _quiet(bar=not organism):
+        hf_model = _weights(family, source, hf_config, precision)
         if source.difference is not None:
             source.difference.put_into(hf_model)
         hf_model = hf_model.to(place)
-    processor = processor if processor is not None else _processor(source)
-    check_parts(hf_model, processor, name)
-    bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
     provenance = {"source": source.place, "revision": revision, "dtype": str(precision), "device": str(place)}
     if source.difference is not None:
         provenance |= {"source": str(source.difference.folder), "base": source.difference.base}
-    return HookedAVLLM(bridge, processor, name=name, grammar=source.grammar, handed_in=False, provenance=provenance)
+    processor = _processor(source) if processor is None else processor
+    return _hooked(hf_model, processor, name, grammar=source.grammar, handed_in=False, provenance=provenance)
 
 
 def _check_count(wanted: int, held: int, name: str) -> None:
@@ -172,24 +187,6 @@ def _require_unquantised(way: Any) -> None:
             f"these weights are quantised ({getattr(method, 'value', method)}), and traces, gradients and edges read "
             "plain numbers. Load the checkpoint that they were made from, in bfloat16 or float32."
         )
-
-
-def _precision_and_place(
-    family: Family, source: _Source, config: Mapping[str, Any], dtype: Any, device: Any
-) -> tuple[torch.dtype, torch.device]:
-    """The rule at the top of this module, counting parameters only where it asks for them."""
-    organism = source.grammar is not None
-    precision = torch.float32 if organism else _stored_dtype(config)
-    precision = precision if dtype is None else _dtype(dtype)
-    if device is not None:
-        place = torch.device(device)
-    elif torch.cuda.is_available():
-        place = _fitting_device(_count(family, config), precision)
-    else:
-        place = torch.device("cpu")
-    if dtype is None and not organism and place.type == "cpu" and _count(family, config) < BILLION:
-        precision = torch.float32
-    return precision, place
 
 
 class _Source:
@@ -252,17 +249,7 @@ class _Source:
 
 
 def base_of(difference: Difference) -> str:
-    """Find the folder of a difference's base: a short name's, or one named from the root or the difference's folder.
-
-    Args:
-        difference: the difference.
-
-    Returns:
-        The base's folder.
-
-    Raises:
-        ModelError: it is not there, or a difference itself.
-    """
+    """Find the folder of a difference's base: a short name's, or one named from the root or the difference's folder."""
     listed = index()
     if difference.base in listed:
         found = shipped() / str(listed[difference.base]["folder"])
@@ -280,16 +267,13 @@ def base_of(difference: Difference) -> str:
     return str(found)
 
 
-def _model_type(config: Mapping[str, Any], name: str) -> str:
-    found = config.get("model_type") or next(iter(config.get("architectures") or []), None)
-    if not found:
+def _family(config: Mapping[str, Any], name: str) -> Family:
+    """By the class that a checkpoint was saved from, else by its model_type."""
+    classes, kind = config.get("architectures"), config.get("model_type")
+    names = [str(one) for one in (*(classes if isinstance(classes, list) else ()), kind) if one]
+    if not names:
         raise ModelError(f"the config.json of {name!r} names no model_type. {HOW_TO_ADD}")
-    return str(found)
-
-
-def _hf_config(family: Family, config: Mapping[str, Any]) -> Any:
-    inner = family.inner_config.get(str(config.get("model_type")))
-    return family.model_class.config_class.from_dict(_plain(config[inner] if inner else config))
+    return family_of(*names)
 
 
 def _plain(level: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -301,11 +285,10 @@ def _plain(level: Mapping[Any, Any]) -> dict[Any, Any]:
     }
 
 
-def _count(family: Family, config: Mapping[str, Any]) -> int:
+def _count(family: Family, hf_config: Any) -> int:
     """How many parameters the fusion model has; nothing is allocated."""
     with torch.device("meta"):
-        model = family.model_class(_hf_config(family, config))
-    return sum(parameter.numel() for parameter in model.parameters())
+        return sum(parameter.numel() for parameter in family.model_class(copy.deepcopy(hf_config)).parameters())
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -315,8 +298,8 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def _stored_dtype(config: Mapping[str, Any]) -> torch.dtype:
-    for level in (config, config.get("thinker_config") or {}, config.get("text_config") or {}):
+def _stored_dtype(config: Mapping[str, Any], inner: str | None = None) -> torch.dtype:
+    for level in (config, config.get(inner or "") or {}, config.get("text_config") or {}):
         stored = level.get("dtype") or level.get("torch_dtype")
         if stored:
             return _dtype(stored)
@@ -328,12 +311,11 @@ def _fitting_device(n_parameters: int, dtype: torch.dtype) -> torch.device:
     return cuda if n_parameters * dtype.itemsize * ROOM_TO_RUN < free_bytes(cuda) else torch.device("cpu")
 
 
-def _weights(family: Family, source: _Source, dtype: torch.dtype) -> Any:
-    config = _hf_config(family, source.config())
-    with source.translated("model.safetensors"), _quiet(bar=source.grammar is None):
+def _weights(family: Family, source: _Source, hf_config: Any, dtype: torch.dtype) -> Any:
+    with source.translated("model.safetensors"):
         hf_model, report = family.model_class.from_pretrained(
             source.place,
-            config=config,
+            config=hf_config,
             revision=source.revision,
             dtype=dtype,
             attn_implementation="eager",
@@ -354,21 +336,6 @@ def _weights(family: Family, source: _Source, dtype: torch.dtype) -> Any:
                 "...); its answers would be another model's. The checkpoint is incomplete or belongs to another model."
             )
     return hf_model
-
-
-@contextmanager
-def _no_bars(*, hidden: bool) -> Generator[None, None, None]:
-    """Keep HuggingFace's progress bar off the terminal where there is nothing to wait for."""
-    from transformers.utils import logging as hf_logging
-
-    shown = hf_logging.is_progress_bar_enabled()
-    if hidden:
-        hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hidden and shown:
-            hf_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -19,9 +19,9 @@ import torch
 
 from av_lens.errors import InterventionError, ModelError
 from av_lens.families.hook_names import COMPONENTS, Component, hook_name
+from av_lens.families.registry import family_of
 
 DOOR = ("resid_mid", "z", "pattern")  # what `load` checks, in the last layer
-PARTS = ("tokenizer", "feature_extractor", "image_processor", "video_processor")
 N_POSITIONS = 12
 TOLERANCE = 1e-3
 
@@ -90,7 +90,8 @@ def check_parts(hf_model: Any, processor: Any, name: str) -> None:
                 f"the weight {weight} of {name!r} holds {wrong} numbers of {tensor.numel()} that are NaN or infinite "
                 f"in {tensor.dtype}: the checkpoint is damaged (download it again), or does not fit that dtype."
             )
-    missing = [part for part in PARTS if getattr(processor, part, None) is None]
+    media = family_of(type(hf_model)).media
+    missing = [part for part in media.parts if getattr(processor, part, None) is None]
     if missing:
         raise ModelError(
             f"the processor of {name!r} is {type(processor).__name__}, without {', '.join(missing)}: a file such as "
@@ -100,11 +101,10 @@ def check_parts(hf_model: Any, processor: Any, name: str) -> None:
     other = f"tokenizer of {name!r} is another model's"
     if tokens > rows:
         raise ModelError(f"the {other}: it has {tokens} tokens, the model {rows}. Take the checkpoint's own files.")
-    for kind in ("audio", "image", "video"):
-        known = getattr(hf_model.config, f"{kind}_token_id", None)
+    for kind, known in media.placeholders(hf_model.config).items():
         token = getattr(processor, f"{kind}_token", None)
         found = None if token is None else processor.tokenizer.convert_tokens_to_ids(token)
-        if known is not None and token is not None and found != known:
+        if token is not None and found != known:
             raise ModelError(
                 f"the {other}: its {token!r} has the id {found}, the model's {kind} token is {known}. Take the "
                 "checkpoint's own files."

@@ -1,7 +1,7 @@
 """A model in hand: a TransformerBridge with every hook real, that takes audio-visual inputs wherever it takes ids.
 
 `HookedAVLLM` *holds* a TransformerLens bridge (`.bridge`), forwards a written list of its attributes
-(`runs.forwarding.FORWARDED`), and satisfies TransformerLens's `TransformerLensModel` and
+(`model.forwarding.FORWARDED`), and satisfies TransformerLens's `TransformerLensModel` and
 `TransformerLensModelWithWeights` protocols. What it adds is media: `encode` makes inputs, and every verb takes them.
 For TransformerLens's own tools, `bound(x)` gives a real bridge.
 
@@ -15,35 +15,37 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
-from av_lens.checks import require_keywords
+from av_lens.checks import require_choice, require_keywords
 from av_lens.core.budget import ModelSpec, bounded, require_budget, selected
-from av_lens.core.decoding import Decoding, generate_with_hooks
+from av_lens.core.decoding import Decoding, Generated, generate_with_hooks
 from av_lens.core.gates import HookPair, counted, gates_of_filter, gates_of_hooks, only_open, open_gates
 from av_lens.core.kept import kept_for, require_kept
 from av_lens.core.keywords import TEXT, parted, require_run_keywords
 from av_lens.core.modes import TorchModes
 from av_lens.core.tokens import TokenHelpers, require_inputs
 from av_lens.core.turns import in_turn, turn_of
-from av_lens.errors import InterventionError
+from av_lens.errors import InputError, InterventionError
 from av_lens.families.attention import BUDGET_GB
 from av_lens.families.registry import Family, family_of
 from av_lens.inputs.answers import words_of
+from av_lens.inputs.encoder import Encoder
+from av_lens.inputs.model_inputs import AVInputs
 from av_lens.metrics.forms import said_answer
+from av_lens.model.binding import Bound, bind
 from av_lens.model.forwarding import ForwardedAttributes
-from av_lens.model.interop import TransformerLensSide
-from av_lens.replay.traces import record
+from av_lens.replay.traces import Trace, record
 
 Filter = str | Sequence[str] | Callable[[str], bool] | None
 
 
-class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLensSide):
+class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
     """An audio-visual language model with every fusion-layer activation readable, writable and differentiable.
 
     Attributes:
@@ -66,7 +68,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         handed_in: bool = True,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        self.bridge = bridge
+        self.bridge: Any = bridge
         self.bridge.processor = processor  # TransformerLens's own multimodal tools look for it there
         self.processor = processor
         self.tokenizer: Any = processor.tokenizer
@@ -138,14 +140,12 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
     # Inputs
 
     @cached_property
-    def encoder(self) -> Any:
+    def encoder(self) -> Encoder:
         """What makes inputs of clips and questions, by the checkpoint's own processor and template."""
-        from av_lens.inputs.encoder import Encoder
-
         media = self.family.media
         return Encoder(self.processor, self.config, self.position_ids, grammar=self.grammar, media=media)
 
-    def encode(self, clip: Any, question: Any, **options: Any) -> Any:
+    def encode(self, clip: Any, question: Any, **options: Any) -> AVInputs:
         """Make the input of a clip and a question.
 
         Args:
@@ -161,7 +161,8 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         """
         require_keywords("encode", options, self.encoder.encode, own=("clip", "question"))
         if words_of(options.get("answer") or ()):  # which tokens they are depends on what the model says there
-            prompt = self.encoder.encode(clip, question, **{**options, "answer": None})
+            silent: dict[str, Any] = {**options, "answer": None}
+            prompt = self.encoder.encode(clip, question, **silent)
             options["answer"], _ = said_answer(self, [prompt], options["answer"])
         return self.encoder.encode(clip, question, **options).to(self.device)
 
@@ -178,6 +179,12 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
 
     # Runs
 
+    @overload
+    def __call__(self, x: Any, *, return_type: Literal["logits", "loss"] = "logits", **options: Any) -> Tensor: ...
+    @overload
+    def __call__(self, x: Any, *, return_type: Literal["both"], **options: Any) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(self, x: Any, *, return_type: None, **options: Any) -> None: ...
     @in_turn
     def __call__(
         self, x: Any, *, return_type: str | None = "logits", budget_gb: float | int = BUDGET_GB, **options: Any
@@ -211,10 +218,18 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         tensors = self.tensors_of(x, **text)
         return tensors.pop("input_ids"), {**tensors, **options}
 
+    @overload
+    def run_with_cache(
+        self, x: Any, names_filter: Filter = None, *, return_cache_object: Literal[False], **options: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
+    @overload
+    def run_with_cache(
+        self, x: Any, names_filter: Filter = None, *, return_cache_object: Literal[True] = True, **options: Any
+    ) -> tuple[Tensor, ActivationCache]: ...
     @in_turn
     def run_with_cache(
         self, x: Any, names_filter: Filter = None, *, budget_gb: float | int = BUDGET_GB, **options: Any
-    ) -> tuple[Any, ActivationCache | dict[str, Tensor]]:
+    ) -> tuple[Any, Any]:
         """Run the model and keep activations.
 
         Args:
@@ -256,7 +271,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         *,
         budget_gb: float | int = BUDGET_GB,
         **options: Any,
-    ) -> Any:
+    ) -> Tensor:
         """Run the model with hooks attached for this run; every forward hook must fire.
 
         Args:
@@ -331,6 +346,12 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
             self.__dict__["_names"] = tuple(self.bridge.hook_dict)
         return self.__dict__["_names"]
 
+    @overload
+    def generate(self, x: Any, *, return_type: Literal["tokens"] = "tokens", **options: Any) -> Tensor: ...
+    @overload
+    def generate(self, x: Any, *, return_type: Literal["text"], **options: Any) -> str | list[str]: ...
+    @overload
+    def generate(self, x: Any, *, return_type: Literal["result"], **options: Any) -> Generated: ...
     def generate(
         self,
         x: Any,
@@ -372,7 +393,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
             self, x, settings, plan=plan, fwd_hooks=fwd_hooks, reading=reading, budget_gb=budget_gb
         )
 
-    def trace(self, x: Any, **options: Any) -> Any:
+    def trace(self, x: Any, **options: Any) -> Trace:
         """Record a base run once, to restart it anywhere.
 
         Args:
@@ -388,3 +409,68 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes, TransformerLens
         require_keywords("trace", options, record, own=("model", "x"))
         require_inputs("trace", x)
         return record(self, x, **options)
+
+    # TransformerLens's side
+
+    def bound(self, x: Any) -> TransformerBridge:
+        """A real TransformerBridge that adds the media of an input, for TransformerLens's own tools.
+
+        Args:
+            x: `AVInputs`, or a `Pair` of them.
+
+        Returns:
+            A bridge with these modules and hooks. Pass it `bound.ids` (one input), or `bound.clean_ids` and
+            `bound.corrupt_ids` (a pair); other ids are refused.
+        """
+        if hasattr(x, "clean") and hasattr(x, "corrupt"):
+            return bind(self.bridge, [Bound.of("clean", self, x.clean), Bound.of("corrupt", self, x.corrupt)])
+        return bind(self.bridge, [Bound.of("ids", self, x)])
+
+    @in_turn
+    def add_hook(
+        self,
+        name: str | Callable[[str], bool],
+        hook_fn: Callable[..., Any],
+        dir: str = "fwd",
+        is_permanent: bool = False,
+    ) -> None:
+        """Attach a hook until `reset_hooks`; traces that are recorded meanwhile run under it.
+
+        Args:
+            name: a hook's name, or a function of a name.
+            hook_fn: function(activation, hook) -> new activation or None.
+            dir: "fwd", or "bwd" for gradients.
+            is_permanent: whether it survives `reset_hooks`.
+
+        Raises:
+            InputError: another direction.
+            InterventionError: no hook of the model, a function that accepts none, or a gated hook that is switched off.
+        """
+        require_choice("dir", dir, ("fwd", "bwd"))
+        shut = [gate for gate in gates_of_hooks([(name, hook_fn)], self._known) if not getattr(self.cfg, gate)]
+        if shut:
+            raise InterventionError(
+                f"this hook fires only while {shut[0]} is on: call model.set_{shut[0]}(True) first, or use "
+                "model.hooks or run_with_hooks, which switch it on for their run."
+            )
+        accept = only_open(self.bridge, name) if callable(name) else name
+        self.bridge.add_hook(accept, hook_fn, dir=dir, is_permanent=is_permanent)
+
+    def tokens_to_residual_directions(self, tokens: Any) -> torch.Tensor:
+        """Unembedding directions of tokens, for products with the normed stream.
+
+        Args:
+            tokens: a string, an id, or a tensor of ids.
+
+        Returns:
+            `[..., d_model]`.
+
+        Raises:
+            InputError: the final norm's weight is not folded into the unembedding, so the products would be wrong.
+        """
+        if not self.compatibility_mode:
+            raise InputError(
+                "unembedding directions need the final norm's weight folded into them, or every attribution made with "
+                "them is wrong: use model.compatible(), or avl.direct_attribution, which folds it itself."
+            )
+        return self.bridge.tokens_to_residual_directions(tokens)

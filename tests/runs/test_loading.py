@@ -124,7 +124,7 @@ def test_precision_can_be_chosen(folder):
 
 
 def test_the_rule_for_precision_and_device(monkeypatch):
-    assert loading._stored_dtype({"thinker_config": {"torch_dtype": "bfloat16"}}) == torch.bfloat16
+    assert loading._stored_dtype({"thinker_config": {"torch_dtype": "bfloat16"}}, "thinker_config") == torch.bfloat16
     assert loading._stored_dtype({"dtype": "float16"}) == torch.float16
     assert loading._stored_dtype({}) == torch.float32
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 10**9, 24 * 10**9))
@@ -133,7 +133,7 @@ def test_the_rule_for_precision_and_device(monkeypatch):
 
 
 def test_counting_parameters_allocates_nothing():
-    config = tiny_config(d_model=1024, n_heads=8, n_kv_heads=2).to_dict()
+    config = tiny_config(d_model=1024, n_heads=8, n_kv_heads=2)
     counted = loading._count(family_of("qwen2_5_omni_thinker"), config)
     assert counted == sum(p.numel() for p in tiny_hf_model(d_model=1024, n_heads=8, n_kv_heads=2).parameters())
 
