@@ -34,6 +34,8 @@ _HOMES = {
     "Conflict": "inputs",
     "Pair": "inputs",
     "conflicts": "inputs",
+    "Family": "families.registry",
+    "register_family": "families.registry",
     "HookedAVLLM": "model",
     "Judge": "methods",
     "check_model": "model",
@@ -101,6 +103,7 @@ __all__ = [
     "Conflict",
     "EdgeScores",
     "Edit",
+    "Family",
     "Grid",
     "HookedAVLLM",
     "Isolation",
@@ -151,6 +154,7 @@ __all__ = [
     "probe",
     "rank",
     "read_streams",
+    "register_family",
     "replace",
     "reports",
     "resample",
@@ -167,6 +171,7 @@ if TYPE_CHECKING:
     from av_lens import errors, lab, organism, plots, reports
     from av_lens.core import run
     from av_lens.errors import AvLensError
+    from av_lens.families.registry import Family, register_family
     from av_lens.inputs import AVInputs, Conflict, Pair, conflicts
     from av_lens.interventions import KV, Edit, Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
     from av_lens.isolation import isolate

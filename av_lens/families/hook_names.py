@@ -107,35 +107,14 @@ COMPONENTS: dict[str, Component] = {component.name: component for component in _
 
 
 def component_named(name: str) -> Component:
-    """The component of that word.
-
-    Args:
-        name: a key of `COMPONENTS`.
-
-    Returns:
-        Its description.
-
-    Raises:
-        InterventionError: there is none; the nearest is named.
-    """
+    """The component of that word; others are refused with the nearest."""
     if name not in COMPONENTS:
         raise InterventionError(unknown("component", name, COMPONENTS))
     return COMPONENTS[name]
 
 
 def hook_name(component: str, layer: int | None = None) -> str:
-    """The TransformerLens name of a component's hook.
-
-    Args:
-        component: a key of `COMPONENTS`.
-        layer: the fusion layer, counted from 0; None for hooks outside the layers.
-
-    Returns:
-        The name, such as `blocks.3.attn.hook_z`.
-
-    Raises:
-        InterventionError: unknown component, a layer missing, or one given where there is none.
-    """
+    """The TransformerLens name of a component's hook, such as `blocks.3.attn.hook_z`; None outside the layers."""
     found = component_named(component)
     if not found.layered:
         if layer is not None:
@@ -151,31 +130,12 @@ def hook_name(component: str, layer: int | None = None) -> str:
 
 
 def layer_names(component: str, n_layers: int) -> tuple[str, ...]:
-    """The hook's name in every layer, in order.
-
-    Args:
-        component: a key of `COMPONENTS` that each layer has.
-        n_layers: how many fusion layers the model has.
-
-    Returns:
-        `n_layers` names.
-    """
+    """The hook's name in every layer, in order."""
     return tuple(hook_name(component, layer) for layer in range(n_layers))
 
 
 def gates_named(names: Iterable[str], known: Iterable[str]) -> frozenset[str]:
-    """The switches that a run naming these hooks needs.
-
-    Args:
-        names: hook names as the caller wrote them, aliases included.
-        known: every hook name of the model.
-
-    Returns:
-        A subset of `GATES`.
-
-    Raises:
-        InterventionError: a name is no hook of the model; the nearest is named.
-    """
+    """The switches that a run needs which names these hooks, aliases included; no hook is refused with the nearest."""
     known = frozenset(known)
     gates: set[str] = set()
     for name in names:

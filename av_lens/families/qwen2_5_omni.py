@@ -59,35 +59,19 @@ class Qwen2_5OmniThinkerAdapter(ArchitectureAdapter):
         }
 
     def prepare_model(self, hf_model: Any) -> None:
-        """Let the thinker run as TransformerLens calls it: without positions, without a mask, never without its media.
-
-        Args:
-            hf_model: the thinker, before its layers are wrapped.
-        """
+        """Let the thinker run as TransformerLens calls it: without positions or mask, never without its media."""
         super().prepare_model(hf_model)
         own = type(hf_model.model)  # a torch hook would stand among the caller's
         plain = own is Qwen2_5OmniThinkerModel
         hf_model.model.__class__ = ContinuedThinker if plain else type(own.__name__, (ContinuedThinker, own), {})
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
-        """Give the bridge its `hook_embed`: the stream after the media are scattered in.
-
-        Args:
-            bridge: the TransformerBridge that is being built.
-        """
+        """Give the bridge its `hook_embed`: the stream after the media are scattered in."""
         install_embed_hook(bridge)
 
 
 def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
-    """The model's own three position streams for an input.
-
-    Args:
-        hf_model: the thinker, wrapped or not.
-        tensors: keyword arguments of its forward.
-
-    Returns:
-        int64 `[3, batch, pos]`: time, row, column.
-    """
+    """The model's own three position streams for an input, int64 `[3, batch, pos]`: time, row, column."""
     mask = tensors.get("feature_attention_mask")
     ids, _ = hf_model.model.get_rope_index(
         tensors["input_ids"],
@@ -102,15 +86,9 @@ def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
 
 
 def replay_traits(config: Any) -> ReplayTraits:
-    """Where this architecture breaks what a restart assumes: in layers with a sliding window, where a config has them.
+    """Restarts are exact but for layers with a sliding window, where a config has them.
 
     Media enter with the embeddings alone, every layer has its own keys and values, and attention is causal throughout.
-
-    Args:
-        config: the thinker's configuration.
-
-    Returns:
-        The declaration.
     """
     text = config.get_text_config()
     sliding = len(set(text.layer_types)) > 1 and "sliding_attention" in text.layer_types
@@ -125,14 +103,7 @@ class ContinuedThinker(Qwen2_5OmniThinkerModel):
     """
 
     def forward(self, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Run the thinker.
-
-        Args:
-            **kwargs: as HuggingFace's thinker takes them.
-
-        Returns:
-            HuggingFace's output.
-        """
+        """Run the thinker."""
         ids, embeds, cache = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
         past = 0 if cache is None else cache.get_seq_length()
         if kwargs.get("position_ids") is None and past:

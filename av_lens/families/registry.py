@@ -124,14 +124,13 @@ def families() -> tuple[Family, ...]:
 
 
 def family_of(*names: str | type[Any]) -> Family:
-    """The family of a model.
+    """The family of a class, or of the nearest that it is derived from, or of the first name that is known.
 
     Args:
-        *names: its HuggingFace class, or names of classes or `model_type`s in the order of preference, such as
-            `qwen2_5_omni`.
+        *names: HuggingFace classes, names of classes, or `model_type`s such as `qwen2_5_omni`.
 
     Returns:
-        The first that is known; of a class, that of the nearest class that it is derived from.
+        The family.
 
     Raises:
         ModelError: there is none; the message says how to add one.

@@ -13,11 +13,7 @@ from transformer_lens.hook_points import HookPoint
 
 
 def install_embed_hook(bridge: Any) -> None:
-    """Put a real `hook_embed` at the entry of the first block, in place of the alias of the text embedding.
-
-    Args:
-        bridge: a TransformerBridge whose blocks are `FullBlockBridge`s; calling it again changes nothing.
-    """
+    """Put a real `hook_embed` at the entry of the first block, in place of the alias; again changes nothing."""
     bridge.hook_aliases = {name: path for name, path in bridge.hook_aliases.items() if name != "hook_embed"}
     bridge._hook_alias_registry.pop("hook_embed", None)
     if "hook_embed" not in bridge._modules:

@@ -56,14 +56,7 @@ class ReplayTraits:
             raise ModelError(f"a sliding window holds at least one position, not {self.sliding_window}.")
 
     def obstacle(self, n_pos: int) -> str:
-        """Say why a run of so many positions cannot be restarted.
-
-        Args:
-            n_pos: positions of the run, decoded ones too.
-
-        Returns:
-            The reason in words; empty where a restart is exact.
-        """
+        """Say in words why a run of so many positions cannot be restarted; empty where a restart is exact."""
         reasons = [reason for name, reason in _HOOKED.items() if getattr(self, name)]
         if self.sliding_window is not None and n_pos > self.sliding_window:
             reasons.append(
@@ -72,15 +65,7 @@ class ReplayTraits:
         return f"this architecture cannot be restarted: {'; '.join(reasons)}" if reasons else ""
 
     def restart(self, position: int, roles: Sequence[str]) -> int:
-        """Find where a restart must begin for a change at a position.
-
-        Args:
-            position: the first position that is changed; the prompt's length where none is.
-            roles: the role of every position of the prompt.
-
-        Returns:
-            The position itself, or the first one of its block where the block reads both ways.
-        """
+        """Find where a restart must begin for a change at a position: at the start of a block that reads both ways."""
         if position >= len(roles) or roles[position] not in self.bidirectional:
             return position
         while position and roles[position - 1] in self.bidirectional:

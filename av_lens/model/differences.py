@@ -49,14 +49,7 @@ class Slice:
     stop: int
 
     def fits(self, parameter: Tensor) -> bool:
-        """Say whether a parameter has such a slice.
-
-        Args:
-            parameter: The parameter.
-
-        Returns:
-            True if it has.
-        """
+        """Say whether a parameter has such a slice."""
         return (
             all(type(n) is int for n in (self.axis, self.start, self.stop))
             and 0 <= self.axis < parameter.ndim
@@ -64,29 +57,12 @@ class Slice:
         )
 
     def of(self, parameter: Tensor) -> Tensor:
-        """Take the slice of a parameter.
-
-        Args:
-            parameter: The parameter.
-
-        Returns:
-            A view of it.
-        """
+        """Take the slice of a parameter, a view of it."""
         return parameter.narrow(self.axis, self.start, self.stop - self.start)
 
 
 def weights_hash(folder: str | os.PathLike[str]) -> str:
-    """Hash the weights of a checkpoint folder by name, precision, shape and content.
-
-    Args:
-        folder: With a `model.safetensors`.
-
-    Returns:
-        A sha256 in hex.
-
-    Raises:
-        ModelError: There is no such file.
-    """
+    """Hash the weights of a checkpoint folder by name, precision, shape and content, in hex."""
     from safetensors import safe_open
 
     path = Path(folder) / BASE_WEIGHTS
@@ -118,14 +94,7 @@ class Difference:
     slices: tuple[Slice, ...]
 
     def check_base(self, place: str | os.PathLike[str]) -> None:
-        """Refuse a base with other weights than those the difference was made over.
-
-        Args:
-            place: The base's folder.
-
-        Raises:
-            ModelError: The weights are others.
-        """
+        """Refuse a base with other weights than those the difference was made over."""
         found = weights_hash(place)
         if found != self.base_sha256:
             raise ModelError(
@@ -135,14 +104,7 @@ class Difference:
             )
 
     def put_into(self, model: Any) -> None:
-        """Write the slices into a model.
-
-        Args:
-            model: The base, as HuggingFace opens it; changed in place.
-
-        Raises:
-            ModelError: A slice is missing, has another shape, or names a parameter that the model has not.
-        """
+        """Write the slices into the base, as HuggingFace opens it; refuse those that do not fit."""
         from safetensors.torch import load_file
 
         path = self.folder / WEIGHTS
@@ -163,17 +125,7 @@ class Difference:
 
 
 def read_difference(folder: str | os.PathLike[str]) -> Difference | None:
-    """Read what a folder says, if it holds a difference.
-
-    Args:
-        folder: Any folder.
-
-    Returns:
-        The difference, or None where there is no `difference.json`.
-
-    Raises:
-        ModelError: The file is of another schema or not readable.
-    """
+    """Read what a folder says, if it holds a difference; None where there is no `difference.json`."""
     path = Path(folder) / RECORD
     if not path.is_file():
         return None
@@ -188,18 +140,7 @@ def read_difference(folder: str | os.PathLike[str]) -> Difference | None:
 def save_difference(
     model: Any, folder: str | os.PathLike[str], *, base: str, base_sha256: str, slices: Iterable[Slice]
 ) -> Path:
-    """Write the slices of a model that differ from its base's.
-
-    Args:
-        model: The changed model; its weights are rounded to float16, as organisms are stored.
-        folder: Where to; made if it is not there.
-        base: The base's short name or folder.
-        base_sha256: From `weights_hash`.
-        slices: What differs.
-
-    Returns:
-        The folder.
-    """
+    """Write the slices of a model that differ from its base's, rounded to float16, as organisms are stored."""
     from safetensors.torch import save_file
 
     place = Path(folder)

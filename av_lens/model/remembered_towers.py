@@ -27,28 +27,14 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 class TowerMemory:
-    """One encoder's outputs by what it was given; the longest unused go first.
-
-    Args:
-        field: which of its outputs the fusion stack receives; the others are not kept.
-        most: bytes that may be kept.
-    """
+    """One encoder's outputs (of them what the fusion stack receives) by what it was given, up to so many bytes."""
 
     def __init__(self, field: str, most: float) -> None:
         self._field, self._most = field, most
         self._kept: Memory[tuple[type, Tensor]] = Memory(int(most), lambda made: made[1].nbytes)
 
     def __call__(self, tower: Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Encode, or give what the same input gave before.
-
-        Args:
-            tower: the encoder.
-            args: its inputs.
-            kwargs: its inputs by name.
-
-        Returns:
-            Its output; without gradients only the embeddings of it.
-        """
+        """Encode, or give what the same input gave before: without gradients only the embeddings of it."""
         key = None if torch.is_grad_enabled() else key_of(args, kwargs)
         if key is None:
             return tower(*args, **kwargs)
@@ -64,15 +50,7 @@ class TowerMemory:
 
 
 def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
-    """Hash an encoder's inputs.
-
-    Args:
-        args: tensors and plain values.
-        kwargs: the same by name.
-
-    Returns:
-        The hash; None where something is neither a tensor nor a plain value.
-    """
+    """Hash an encoder's inputs; None where one is neither a tensor nor a plain value."""
     digest = hashlib.blake2b(digest_size=16)
     for name, value in [*enumerate(args), *sorted(kwargs.items())]:
         if isinstance(value, Tensor):
@@ -86,14 +64,9 @@ def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
 
 @contextmanager
 def remembered_towers(model: Any, *, gb: float = 1.0) -> Generator[None, None, None]:
-    """Let a model's encoders remember for a while.
+    """Let a model's encoders, whose weights must not change meanwhile, remember so many GB each, then forget.
 
-    Args:
-        model: a `HookedAVLLM`, whose weights must not change meanwhile; without a bridge (or None) nothing is done.
-        gb: how much each encoder may keep.
-
-    Yields:
-        Nothing; afterwards all is forgotten.
+    Where there is no model (or no bridge in it), nothing is done.
     """
     modules = model.bridge.modules() if hasattr(model, "bridge") else ()
     towers = [module for module in modules if isinstance(module, TowerBridge) and module.memory is None]

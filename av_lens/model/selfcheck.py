@@ -73,16 +73,7 @@ def check_model(model: Any, x: Any = None, *, full: bool = True) -> CheckReport:
 
 
 def check_parts(hf_model: Any, processor: Any, name: str) -> None:
-    """Refuse weights that are NaN or infinite, and a processor that lacks a part or is another model's.
-
-    Args:
-        hf_model: a HuggingFace model, not wrapped; each weight is read once and not copied.
-        processor: its processor.
-        name: what the model is called.
-
-    Raises:
-        ModelError: one of them; the message names the weight, the part or the token.
-    """
+    """Refuse weights that are NaN or infinite, and a processor that lacks a part or is another model's."""
     for weight, tensor in hf_model.named_parameters():
         if tensor.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor.detach())):
             wrong = int((~torch.isfinite(tensor)).sum())
@@ -114,13 +105,7 @@ def check_parts(hf_model: Any, processor: Any, name: str) -> None:
 def turned(value: torch.Tensor, component: Component) -> torch.Tensor:
     """Another direction for an activation: not a rescale, and legal for its kind.
 
-    Args:
-        value: the activation.
-        component: what it is.
-
-    Returns:
-        A new tensor of its shape: patterns look at key 0 alone, scores favour key 0, scales vary by position, all
-        else is mixed with its own last axis, rolled.
+    Patterns look at key 0 alone, scores favour it, scales vary by position, all else is mixed with itself, rolled.
     """
     new = value.clone()
     if component.name == "pattern":
