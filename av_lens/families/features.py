@@ -143,36 +143,21 @@ class Features:
         return options
 
     def _video(self, clip: Clip, fps: float | int) -> Picture:
-        chosen = sampled_frames(clip, fps)
-        deep = int(self.processor.video_processor.temporal_patch_size)
+        part, chosen = self.processor.video_processor, sampled_frames(clip, fps)
+        deep = int(part.temporal_patch_size)
         pixels, grid = self._patches(_frames(clip), chosen)
-        shown = chosen[np.minimum(np.arange(grid[0] * deep), len(chosen) - 1)]
-        return self._picture("video", clip, shown, pixels, grid, deep / fps, tuple(chosen.tolist()))
+        shown = chosen[np.minimum(np.arange(grid[0] * deep), len(chosen) - 1)].reshape(grid[0], deep)
+        edges = _on_screen(clip, shown)
+        return Picture("video", pixels, grid, int(part.merge_size), deep / fps, *edges, frames=tuple(chosen.tolist()))
 
     def _image(self, clip: Clip) -> Picture:
         times = np.asarray(clip.times, dtype=np.float64)
         chosen = int(np.argmin(np.abs(times - (times[0] + times[-1]) / 2).round(6)))
         frame = torch.from_numpy(np.array(_frames(clip)[chosen])).permute(2, 0, 1)
-        made = self.processor.image_processor(images=[frame], return_tensors="pt")
-        grid = _grid(made["image_grid_thw"])
-        return self._picture("image", clip, np.array([chosen]), made["pixel_values"], grid, 1.0, (chosen,))
-
-    def _picture(
-        self,
-        kind: str,
-        clip: Clip,
-        shown: np.ndarray,
-        pixels: Tensor,
-        grid: tuple[int, int, int],
-        step_s: float,
-        frames: tuple[int, ...],
-    ) -> Picture:
-        """A picture whose patches show these frames, in order."""
-        times = np.asarray(clip.times, dtype=np.float64)
-        gone = np.append(times[1:], max(clip.picture_end, times[-1]))
-        starts, ends = (edges[shown].reshape(grid[0], -1) for edges in (times, gone))
-        merge = int(getattr(self.processor, f"{kind}_processor").merge_size)
-        return Picture(kind, pixels, grid, merge, step_s, starts, ends, frames)
+        part = self.processor.image_processor
+        made = part(images=[frame], return_tensors="pt")
+        grid, edges = _grid(made["image_grid_thw"]), _on_screen(clip, np.array([[chosen]]))
+        return Picture("image", made["pixel_values"], grid, int(part.merge_size), 1.0, *edges, frames=(chosen,))
 
     def _patches(self, frames: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, tuple[int, int, int]]:
         """The processor's patches of the chosen frames, and their grid; a part of the frames at a time."""
@@ -234,6 +219,12 @@ class Features:
 def _grid(stated: Tensor) -> tuple[int, int, int]:
     deep, high, wide = (int(n) for n in stated[0])
     return deep, high, wide
+
+
+def _on_screen(clip: Clip, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """When the frames of these numbers come and go."""
+    times = np.asarray(clip.times, dtype=np.float64)
+    return times[shown], np.append(times[1:], max(clip.picture_end, times[-1]))[shown]
 
 
 def _frames(clip: Clip) -> np.ndarray:

@@ -122,8 +122,8 @@ class MediaLayout(ABC):
         """The token ids that open and close a sound, which a prompt without it does not have."""
 
     @abstractmethod
-    def frame_rate_fault(self, fps: float | int, *, interleaved: bool) -> str | None:
-        """Say what is wrong with a frame rate before anything is computed, with its mend."""
+    def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
+        """Refuse a frame rate that the model cannot take, before anything is computed."""
 
     @abstractmethod
     def media(self, clip: Clip, *, picture: str | None, sound: str | None, fps: float | int) -> Media:

@@ -83,20 +83,19 @@ class QwenMedia(MediaLayout):
         """Count the tokens of a sound: a convolution of stride 2, then pairs are pooled; 40 ms each."""
         return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
 
-    def frame_rate_fault(self, fps: float | int, *, interleaved: bool) -> str | None:
+    def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
         """A temporal patch must not last longer than a chunk of the weave."""
         deep, chunk_s = self.frames_per_patch, self.chunk_s
         if not np.isfinite(fps) or fps < 1:
-            return (
+            raise InputError(
                 f"fps={fps:g} is below 1: a patch of {deep} frames would last longer than the model's chunks, whose "
                 "order then breaks. Use fps=1 or more; for a long video, load a part of it with start= and end="
             )
         if interleaved and deep / fps > chunk_s:
-            return (
+            raise InputError(
                 f"fps={fps:g} makes a patch of {deep / fps:g} s, longer than this model's chunks of {chunk_s:g} s: use "
                 f"fps={deep / chunk_s:g} or more, or sound='separate'"
             )
-        return None
 
     def media(self, clip: Clip, *, picture: str | None, sound: str | None, fps: float | int) -> Media:
         """By the processor's parts; a sound that is too short for one token is refused."""

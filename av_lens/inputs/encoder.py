@@ -190,9 +190,7 @@ class Encoder:
     def _one(self, clip: Clip | None, question: str, how: Asked) -> AVInputs:
         layout, tokenizer = self.layout, self.processor.tokenizer
         sound, picture = choose(clip, how.sound, how.picture)
-        fault = layout.frame_rate_fault(how.fps, interleaved=sound == "in_video")
-        if fault:
-            raise InputError(fault)
+        layout.require_frame_rate(how.fps, interleaved=sound == "in_video")
         asked = question if self.grammar is None else self.grammar.match(question)
         media = Media() if clip is None else layout.media(clip, picture=picture, sound=sound, fps=how.fps)
         answers = () if how.answer is None else resolve(tokenizer, how.answer).options

@@ -12,25 +12,20 @@ from av_lens.core.turns import turn_of, waiting
 
 
 class Forwarded:
-    """An attribute that lives on the bridge."""
+    """An attribute that lives on the bridge; a method that changes what runs read waits for other threads' runs."""
 
-    def __init__(self, doc: str) -> None:
+    def __init__(self, doc: str, *, in_turn: bool = False) -> None:
         self.__doc__ = doc
-        self._name = ""
+        self._in_turn = in_turn
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def __get__(self, instance: Any, owner: type) -> Any:
-        return self if instance is None else getattr(instance.bridge, self._name)
-
-
-class ForwardedInTurn(Forwarded):
-    """A method that lives on the bridge and changes what runs read: it waits for other threads' runs (`turns`)."""
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        found = super().__get__(instance, owner)
-        return found if instance is None else waiting(turn_of(instance.bridge), found)
+        if instance is None:
+            return self
+        found = getattr(instance.bridge, self._name)
+        return waiting(turn_of(instance.bridge), found) if self._in_turn else found
 
 
 class ForwardedAttributes:
@@ -77,11 +72,11 @@ class ForwardedAttributes:
     children: Any = Forwarded("The bridge's outermost modules.")
     hook_points: Any = Forwarded("Every hook point.")
     zero_grad: Any = Forwarded("Forget the gradients of the weights.")
-    reset_hooks: Any = ForwardedInTurn("Detach hooks.")
-    set_use_attn_result: Any = ForwardedInTurn("Leave `hook_result` switched on.")
-    set_use_split_qkv_input: Any = ForwardedInTurn("Leave the forked inputs of q, k and v switched on.")
-    set_use_attn_in: Any = ForwardedInTurn("Leave the forked attention input switched on.")
-    set_use_hook_mlp_in: Any = ForwardedInTurn("Leave `hook_mlp_in` switched on.")
+    reset_hooks: Any = Forwarded("Detach hooks.", in_turn=True)
+    set_use_attn_result: Any = Forwarded("Leave `hook_result` switched on.", in_turn=True)
+    set_use_split_qkv_input: Any = Forwarded("Leave the forked inputs of q, k and v switched on.", in_turn=True)
+    set_use_attn_in: Any = Forwarded("Leave the forked attention input switched on.", in_turn=True)
+    set_use_hook_mlp_in: Any = Forwarded("Leave `hook_mlp_in` switched on.", in_turn=True)
     training: Any = Forwarded("Whether the model is in training mode.")
 
 

@@ -20,6 +20,7 @@ import torch
 from av_lens.errors import InterventionError, ModelError
 from av_lens.families.hook_names import COMPONENTS, Component, hook_name
 from av_lens.families.registry import family_of
+from av_lens.model.wrapper import HookedAVLLM
 
 DOOR = ("resid_mid", "z", "pattern")  # what `load` checks, in the last layer
 N_POSITIONS = 12
@@ -48,11 +49,11 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def check_model(model: Any, x: Any = None, *, full: bool = True) -> CheckReport:
+def check_model(model: HookedAVLLM, x: Any = None, *, full: bool = True) -> CheckReport:
     """Prove that this model's hooks are on the road.
 
     Args:
-        model: a `HookedAVLLM`.
+        model: the model.
         x: an input to check on, for its media too; None for random ids of text.
         full: every hook of every layer; else a few of the last one, as `load` does.
 
@@ -63,10 +64,8 @@ def check_model(model: Any, x: Any = None, *, full: bool = True) -> CheckReport:
         ModelError: a check failed; the message lists them all.
     """
     found = list(_checks(model, _random_ids(model) if x is None else x, x is not None, full))
-    report = CheckReport(
-        tuple(line for line, held in found if held),
-        tuple(line for line, held in found if not held),
-    )
+    passed, failed = (tuple(line for line, held in found if held is wanted) for wanted in (True, False))
+    report = CheckReport(passed, failed)
     if report.failed:
         raise ModelError(f"{model!r} failed its self-check, so its numbers cannot be trusted. {report}")
     return report
@@ -120,7 +119,7 @@ def turned(value: torch.Tensor, component: Component) -> torch.Tensor:
     return new
 
 
-def _random_ids(model: Any) -> torch.Tensor:
+def _random_ids(model: HookedAVLLM) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.spec.d_vocab, (1, N_POSITIONS), generator=generator)
     safe = next(i for i in range(model.spec.d_vocab) if i not in model.placeholders)
@@ -129,12 +128,15 @@ def _random_ids(model: Any) -> torch.Tensor:
     return ids
 
 
-def _checks(model: Any, x: Any, given: bool, full: bool) -> Iterator[tuple[str, bool]]:
-    last = model.spec.n_layers - 1
+def _checks(model: HookedAVLLM, x: Any, given: bool, full: bool) -> Iterator[tuple[str, bool]]:
+    n_layers = model.spec.n_layers
+    last = n_layers - 1
+    layers = {True: range(n_layers), False: (None,)}
+    everywhere = ((one, layer) for one in COMPONENTS.values() for layer in layers[one.layered])
     with torch.no_grad():
         logits = model(x)
         yield "logits are finite", bool(torch.isfinite(logits).all())
-        for component, layer in _places(full, model.spec.n_layers):
+        for component, layer in everywhere if full else ((COMPONENTS[name], last) for name in DOOR):
             name = hook_name(component.name, layer)
             same = _edited(model, x, name, torch.clone)
             yield f"writing {name} back changes nothing", torch.equal(same, logits)
@@ -151,7 +153,8 @@ def _checks(model: Any, x: Any, given: bool, full: bool) -> Iterator[tuple[str, 
             return
     yield fires, True
     rows = cache[names[0]].sum(-1, dtype=torch.float32)
-    yield f"rows of {names[0]} sum to one", bool((rows - 1).abs().max() < (TOLERANCE if _exact(model) else 0.02))
+    tolerance = TOLERANCE if model.dtype in (torch.float32, torch.float64) else 0.02
+    yield f"rows of {names[0]} sum to one", bool((rows - 1).abs().max() < tolerance)
     total = cache[names[1]] + cache[names[3]]
     yield f"{names[2]} is the stream plus attention's write", torch.equal(total, cache[names[2]])
     yield f"{names[5]} is that plus the MLP's", torch.equal(total + cache[names[4]], cache[names[5]])
@@ -159,18 +162,6 @@ def _checks(model: Any, x: Any, given: bool, full: bool) -> Iterator[tuple[str, 
         yield "the spans cover the input", len(x.spans) == x.tensors["input_ids"].shape[1]
 
 
-def _exact(model: Any) -> bool:
-    return model.dtype in (torch.float32, torch.float64)
-
-
-def _places(full: bool, n_layers: int) -> Iterator[tuple[Component, int | None]]:
-    if not full:
-        yield from ((COMPONENTS[name], n_layers - 1) for name in DOOR)
-        return
-    for component in COMPONENTS.values():
-        yield from ((component, layer) for layer in (range(n_layers) if component.layered else (None,)))
-
-
-def _edited(model: Any, x: Any, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def _edited(model: HookedAVLLM, x: Any, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     with model.hooks(fwd_hooks=[(name, lambda value, hook: edit(value))]):  # one that never fires is for the report
         return model(x)

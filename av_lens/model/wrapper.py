@@ -248,12 +248,12 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
         """
         own, theirs = self.run_with_cache, self.bridge.run_with_cache
         ids, options = self._asked("run_with_cache", x, options, own, theirs, self.bridge.get_caching_hooks)
-        gates = gates_of_filter(names_filter, self._known)
+        gates = gates_of_filter(names_filter, self._names)
         with open_gates(self.bridge, gates):
             accept = names_filter
             if names_filter is None or callable(names_filter):
                 accept = only_open(self.bridge, names_filter or (lambda name: True))
-            names = selected(accept, self._known)
+            names = selected(accept, self._names)
             size = {"batch": ids.shape[0], "n_pos": ids.shape[1], "itemsize": self.dtype.itemsize}
             require_budget(names, self.spec, **size, budget_gb=budget_gb)
             accept = list(accept) if isinstance(accept, Sequence) and not isinstance(accept, str) else accept
@@ -297,7 +297,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
                 "`with model.hooks(bwd_hooks=...):` around the run and loss.backward(), or reset_hooks_end=False."
             )
         fwd_hooks = list(fwd_hooks)
-        gates_of_hooks([*fwd_hooks, *bwd_hooks], self._known)  # refused by the caller's own names
+        gates_of_hooks([*fwd_hooks, *bwd_hooks], self._names)  # refused by the caller's own names
         counting, require_fired = counted(fwd_hooks, batch_dim=not options.pop("remove_batch_dim", False))
         with (
             self.hooks(fwd_hooks=counting, bwd_hooks=bwd_hooks, **attaching),  # which holds the model's turn
@@ -326,7 +326,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
             InterventionError: a name is no hook of the model, or a function selects none.
         """
         require_keywords("hooks", options, self.bridge.hooks)
-        gates = gates_of_hooks([*fwd_hooks, *bwd_hooks], self._known)
+        gates = gates_of_hooks([*fwd_hooks, *bwd_hooks], self._names)
         if not options.get("reset_hooks_end", True) and (shut := [g for g in gates if not getattr(self.cfg, g)]):
             raise InterventionError(
                 f"reset_hooks_end=False leaves these hooks on, but they fire only while {shut[0]} is on: call "
@@ -340,11 +340,9 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
             with self.bridge.hooks(fwd_hooks=both[0], bwd_hooks=both[1], **options):
                 yield self
 
-    @property
-    def _known(self) -> tuple[str, ...]:
-        if "_names" not in self.__dict__:
-            self.__dict__["_names"] = tuple(self.bridge.hook_dict)
-        return self.__dict__["_names"]
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(self.bridge.hook_dict)
 
     @overload
     def generate(self, x: Any, *, return_type: Literal["tokens"] = "tokens", **options: Any) -> Tensor: ...
@@ -388,7 +386,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
         """
         reading, options = parted(options, TEXT)
         settings = Decoding(max_new_tokens, do_sample, return_type, seed, options)
-        gates_of_hooks(fwd_hooks, self._known)
+        gates_of_hooks(fwd_hooks, self._names)
         return generate_with_hooks(
             self, x, settings, plan=plan, fwd_hooks=fwd_hooks, reading=reading, budget_gb=budget_gb
         )
@@ -447,7 +445,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
             InterventionError: no hook of the model, a function that accepts none, or a gated hook that is switched off.
         """
         require_choice("dir", dir, ("fwd", "bwd"))
-        shut = [gate for gate in gates_of_hooks([(name, hook_fn)], self._known) if not getattr(self.cfg, gate)]
+        shut = [gate for gate in gates_of_hooks([(name, hook_fn)], self._names) if not getattr(self.cfg, gate)]
         if shut:
             raise InterventionError(
                 f"this hook fires only while {shut[0]} is on: call model.set_{shut[0]}(True) first, or use "
