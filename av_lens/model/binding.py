@@ -82,8 +82,11 @@ class Bound:
         tensors = model.tensors_of(x)
         tensors["input_ids"] = tensors["input_ids"].clone()
         several = tensors["input_ids"].shape[0] > 1 and hasattr(x, "stack")
-        rows = (lambda a, b: model.tensors_of(x[a:b])) if several else None
-        return cls(name, tensors["input_ids"], tensors, model.position_ids(tensors), rows)
+
+        def rows(start: int, stop: int) -> Mapping[str, Any]:
+            return model.tensors_of(x[start:stop])
+
+        return cls(name, tensors["input_ids"], tensors, model.position_ids(tensors), rows if several else None)
 
 
 def bind(bridge: TransformerBridge, inputs: Sequence[Bound]) -> TransformerBridge:

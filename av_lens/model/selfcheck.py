@@ -163,5 +163,8 @@ def _checks(model: HookedAVLLM, x: Any, given: bool, full: bool) -> Iterator[tup
 
 
 def _edited(model: HookedAVLLM, x: Any, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    with model.hooks(fwd_hooks=[(name, lambda value, hook: edit(value))]):  # one that never fires is for the report
+    def hooked(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        return edit(value)
+
+    with model.hooks(fwd_hooks=[(name, hooked)]):  # one that never fires is for the report
         return model(x)
