@@ -19,7 +19,7 @@ def short_names() -> list[tuple[str, str]]:
 
 
 def families() -> list[tuple[str, str]]:
-    """List the architectures that have an adapter of ours.
+    """List the architectures that can be opened: those with an adapter of ours, and other packages' families.
 
     Returns:
         (architecture, hub names that are known to fit) of each.
@@ -27,4 +27,5 @@ def families() -> list[tuple[str, str]]:
     ours = [
         point for point in entry_points(group="transformer_lens.architectures") if point.value.startswith("av_lens.")
     ]
+    ours += entry_points(group="av_lens.families")
     return [(point.name, _HUB_NAMES.get(point.name, "any checkpoint of this class")) for point in sorted(ours)]

@@ -42,11 +42,6 @@ class Component:
     note: str = ""
 
     @property
-    def gated(self) -> bool:
-        """Whether the hook needs a switch to fire."""
-        return self.gate is not None
-
-    @property
     def pos_axis(self) -> int:
         """Which axis counts positions (the query's, for scores and patterns)."""
         return self.axes.index("query_pos" if "query_pos" in self.axes else "pos")

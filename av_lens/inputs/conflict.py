@@ -13,7 +13,7 @@ Not done: drawing the third clip; whoever deals the halves does it and gives it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -131,41 +131,27 @@ class Conflict:
             raise InputError(f"loudness={loudness} is no root mean square between 0 and 1: try 0.05, or None.")
         options: dict[str, Any] = {"sound": layout, "fps": fps, "system": system, "prefix": self.prefix}
         made = {"blank": blank, "mute": mute, "loudness": loudness}
-        return Cells(
-            self,
-            model,
-            self.question if question is None else question,
-            options,
-            made=made,
-            seed=seed,
-            keep_clips=keep_clips,
-        )
+        asked = self.question if question is None else question
+        return Cells(self, model, asked, options, made, seed, keep_clips)
 
 
+@dataclass(eq=False, repr=False)
 class Cells(Mapping[str, AVInputs]):
     """The cells of one conflict under one question, encoded when first asked for and then kept (`Conflict.cells`).
 
-    `options` are further arguments of `model.encode`; `made` says the kinds of blank and mute and the loudness.
+    `options` are further arguments of `model.encode`; `how` says the kinds of blank and mute and the loudness.
     """
 
-    def __init__(
-        self,
-        conflict: Conflict,
-        model: Any,
-        question: str,
-        options: Mapping[str, Any],
-        *,
-        made: Mapping[str, Any],
-        seed: int,
-        keep_clips: bool,
-    ) -> None:
-        self.conflict = conflict
-        self.question = question
-        self.cut_to_s: float | None = None
-        self._model, self._options, self._how, self._seed = model, options, made, seed
-        self._keep_clips = keep_clips
-        self._token = object()  # by which `_SOURCES` knows this conflict's; an id would be given again
-        self._made: dict[str, AVInputs] = {}
+    conflict: Conflict
+    model: Any
+    question: str
+    options: Mapping[str, Any]
+    how: Mapping[str, Any]
+    seed: int
+    keep_clips: bool
+    cut_to_s: float | None = None
+    _token: object = field(default_factory=object)  # by which `_SOURCES` knows this conflict's; an id would come again
+    _made: dict[str, AVInputs] = field(default_factory=dict[str, AVInputs])
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, parts in CELLS.items() if self.conflict.third is not None or "w" not in parts)
@@ -207,13 +193,13 @@ class Cells(Mapping[str, AVInputs]):
 
     def _encoded(self, name: str) -> AVInputs:
         alone: dict[str, Any] = {"sound": "separate", "picture": None} if name == "audio_only" else {}
-        x: AVInputs = self._model.encode(self.clip(name), self.question, **{**self._options, **alone})
+        x: AVInputs = self.model.encode(self.clip(name), self.question, **{**self.options, **alone})
         known = next((other for other in self._made if other != "audio_only" and not alone), None)
         fault = None if known is None else difference(self._made[known], x, names=(f"cell {known}", f"cell {name}"))
         if fault:
             raise AlignmentError(f"the cells of {self.conflict.id or 'this conflict'} are not aligned: {fault}")
-        said = {"conflict": self.conflict.id, "cell": name, "cut_to_s": self.cut_to_s, **self._how}
-        clips = x.clips if self._keep_clips else (None,) * len(x.clips)
+        said = {"conflict": self.conflict.id, "cell": name, "cut_to_s": self.cut_to_s, **self.how}
+        clips = x.clips if self.keep_clips else (None,) * len(x.clips)
         return shared(replace(x, clips=clips, provenance=x.provenance | said))
 
     def _source(self, name: str) -> Clip:
@@ -222,7 +208,7 @@ class Cells(Mapping[str, AVInputs]):
     def _cut(self) -> dict[str, Clip]:
         given = {"a": self.conflict.sound, "v": self.conflict.picture, "w": self.conflict.third}
         clips = {name: _loaded(clip, name) for name, clip in given.items() if clip is not None}
-        fps, loudness = self._options["fps"], self._how["loudness"]
+        fps, loudness = self.options["fps"], self.how["loudness"]
         ends = [end for clip in clips.values() for end in _ends(clip)]
         if max(ends) - min(ends) > _SAMPLE:
             self.cut_to_s = min(ends)
@@ -232,8 +218,8 @@ class Cells(Mapping[str, AVInputs]):
             self.cut_to_s = min(counts) / float(fps)
             clips = {name: _cut_to(clip, self.cut_to_s) for name, clip in clips.items()}
         clips = {name: at_loudness(fitted(clip, clips["v"]), loudness) for name, clip in clips.items()}
-        clips["blank"] = clips["v"].blank(kind=self._how["blank"], seed=self._seed)
-        clips["muted"] = clips["a"].muted(kind=self._how["mute"], seed=self._seed)
+        clips["blank"] = clips["v"].blank(kind=self.how["blank"], seed=self.seed)
+        clips["muted"] = clips["a"].muted(kind=self.how["mute"], seed=self.seed)
         return clips
 
 

@@ -22,31 +22,6 @@ from av_lens.checks import require_keywords
 from av_lens.core.turns import Turn, turn_of, waiting
 from av_lens.errors import InputError
 
-SUPPORTED_TOOLS: tuple[str, ...] = (
-    "patching.generic_activation_patch",
-    "patching.get_act_patch_resid_pre",
-    "patching.get_act_patch_resid_mid",
-    "patching.get_act_patch_attn_out",
-    "patching.get_act_patch_mlp_out",
-    "patching.get_act_patch_attn_head_out_by_pos",
-    "patching.get_act_patch_attn_head_q_by_pos",
-    "patching.get_act_patch_attn_head_k_by_pos",
-    "patching.get_act_patch_attn_head_v_by_pos",
-    "patching.get_act_patch_attn_head_pattern_by_pos",
-    "patching.get_act_patch_attn_head_out_all_pos",
-    "patching.get_act_patch_attn_head_pattern_all_pos",
-    "patching.get_act_patch_block_every",
-    "patching.get_act_patch_direct_path",
-    "tools.analysis.direct_logit_attribution",
-    "tools.analysis.logit_lens",
-    "tools.analysis.attribution_patch",
-    "ActivationCache.decompose_resid",
-    "ActivationCache.accumulated_resid",
-    "ActivationCache.stack_head_results",
-    "ActivationCache.logit_attrs",
-)
-"""TransformerLens's tools that run unchanged through `HookedAVLLM.bound` and are tested there."""
-
 _RUNNERS = ("run_with_hooks", "run_with_cache", "add_hook", "reset_hooks")  # they wait for other threads' runs
 _REFUSED = {
     ("generate", "generate_stream", "hf_generate", "diffusion_generate"): (

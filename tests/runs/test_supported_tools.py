@@ -27,9 +27,33 @@ from av_lens.families.hook_names import hook_name
 from av_lens.families.qwen2_5_omni import FAMILY, Qwen2_5OmniThinkerAdapter
 from av_lens.inputs import Pair
 from av_lens.model import load
-from av_lens.model.binding import SUPPORTED_TOOLS
 
 RIGHT, WRONG = 5, 7
+SUPPORTED_TOOLS: tuple[str, ...] = (
+    "patching.generic_activation_patch",
+    "patching.get_act_patch_resid_pre",
+    "patching.get_act_patch_resid_mid",
+    "patching.get_act_patch_attn_out",
+    "patching.get_act_patch_mlp_out",
+    "patching.get_act_patch_attn_head_out_by_pos",
+    "patching.get_act_patch_attn_head_q_by_pos",
+    "patching.get_act_patch_attn_head_k_by_pos",
+    "patching.get_act_patch_attn_head_v_by_pos",
+    "patching.get_act_patch_attn_head_pattern_by_pos",
+    "patching.get_act_patch_attn_head_out_all_pos",
+    "patching.get_act_patch_attn_head_pattern_all_pos",
+    "patching.get_act_patch_block_every",
+    "patching.get_act_patch_direct_path",
+    "tools.analysis.direct_logit_attribution",
+    "tools.analysis.logit_lens",
+    "tools.analysis.attribution_patch",
+    "ActivationCache.decompose_resid",
+    "ActivationCache.accumulated_resid",
+    "ActivationCache.stack_head_results",
+    "ActivationCache.logit_attrs",
+)
+"""TransformerLens's tools that run unchanged through `HookedAVLLM.bound`."""
+
 SWEEPS = [
     name.partition(".")[2]
     for name in SUPPORTED_TOOLS
