@@ -7,11 +7,13 @@ import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import av_lens
 from av_lens.families.hook_names import COMPONENTS, hook_name
+from av_lens.lab.pages import FilledPage
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 README = DOCS.parent / "README.md"
@@ -22,6 +24,11 @@ NOT_RUN, GOES_ON = "# not run: ", "# goes on from README.md"
 def python_blocks(page: Path) -> list[str]:
     """A page's Python; blocks that cannot run in a test say so to the reader in their first line."""
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+def stored(page: FilledPage) -> dict[str, Any]:
+    """The record that a page is made from."""
+    return json.loads((DOCS / page.record).read_text())
 
 
 def component_table() -> str:
@@ -65,28 +72,21 @@ def test_the_organisms_tables_are_the_stored_evaluations(region: str):
 def test_the_benchmarks_page_is_the_stored_record():
     from av_lens.lab.replay_benchmark import tables as replay_tables
 
-    page, record = (DOCS / replay_tables.PAGE).read_text(), json.loads((DOCS / replay_tables.RECORD).read_text())
-    shown = page.split(replay_tables.OPEN)[1].split(replay_tables.CLOSE)[0]
-    assert shown == replay_tables.page_tables(record)
+    assert replay_tables.PAGE.around(DOCS)[1] == replay_tables.page_tables(stored(replay_tables.PAGE))
 
 
 def test_the_plantbench_page_is_the_stored_record():
     from av_lens.lab.plantbench import pages as plantbench_pages
 
-    page, record = (
-        (DOCS / plantbench_pages.PAGE).read_text(),
-        json.loads((DOCS / plantbench_pages.RECORD).read_text()),
-    )
-    shown = page.split(plantbench_pages.OPEN)[1].split(plantbench_pages.CLOSE)[0]
-    assert shown == plantbench_pages.page_tables(record)
+    record = stored(plantbench_pages.PAGE)
+    assert plantbench_pages.PAGE.around(DOCS)[1] == plantbench_pages.page_tables(record)
     assert (DOCS / plantbench_pages.FIGURE).read_text() == plantbench_pages.figure(record)
 
 
 def test_what_was_found_again_is_the_stored_record():
     from av_lens.lab import seeds
 
-    page, record = (DOCS / seeds.PAGE).read_text(), json.loads((DOCS / seeds.RECORD).read_text())
-    assert page.split(seeds.OPEN)[1].split(seeds.CLOSE)[0] == seeds.page_tables(record)
+    assert seeds.PAGE.around(DOCS)[1] == seeds.page_tables(stored(seeds.PAGE))
 
 
 def test_the_page_of_true_shapes_is_the_stored_record():

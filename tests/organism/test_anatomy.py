@@ -215,7 +215,9 @@ def test_a_tower_learns():
     while training.done < training.steps:
         last = training.advance()
     assert last < 0.5 * first
-    assert training.accuracy(views) == {"class": 1.0, "colour": 1.0}
+    frames = views.frames[:, ::2].permute(0, 1, 4, 2, 3).contiguous()
+    for logits in training.reader(frames):
+        assert torch.equal(logits.argmax(1), views.picture)
 
 
 def test_pools_come_back_from_disk(model, tmp_path):
