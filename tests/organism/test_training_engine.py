@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import prompted
 import pytest
 import torch
 from imagined import imagined_pool
@@ -41,7 +42,7 @@ def thinker(seed: int = 0, n_layers: int = 3):
 
 
 def plain(model, lessons: Material, layout: str, question: str, clips) -> torch.Tensor:
-    embeddings, positions = layouts.embed(
+    embeddings, positions = prompted.embed(
         model, layout, [question] * len(clips.picture), video=clips.video, audio=clips.audio
     )
     out = model.model.language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)

@@ -36,11 +36,12 @@ from av_lens.lab.planting.runs import Head
 from av_lens.lab.planting.sheets import ASKED, SHEETS, UNJUDGED, answered, rates
 from av_lens.lab.planting.starts import begin
 from av_lens.lab.planting.training import Learned, learn
+from av_lens.lab.training import pools
 from av_lens.lab.training.head_slices import head_slices
 from av_lens.lab.training.material import Material, material
 from av_lens.lab.training.stages import stage_seed
 from av_lens.model.differences import read_difference, save_difference, weights_hash
-from av_lens.organism import footage, pools, saving
+from av_lens.organism import footage, saving
 from av_lens.whole_files import read_object, write_whole
 
 SHOWN, KEPT = 0.75, 0.95

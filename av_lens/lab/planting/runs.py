@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from av_lens.lab.training.batches import draw_clips, of_class
 from av_lens.lab.training.material import Frame, Words
+from av_lens.lab.training.pools import FeaturePool
 from av_lens.organism.grammar import CLASSES
 from av_lens.organism.language import (
     Tree,
@@ -30,7 +31,6 @@ from av_lens.organism.language import (
     run_layers,
     tree,
 )
-from av_lens.organism.pools import FeaturePool
 
 Head = tuple[int, int]
 CELLS = ("va", "av", "wa", "wv", "vw", "aw", "blank_a", "blank_v")

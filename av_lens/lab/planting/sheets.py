@@ -20,8 +20,8 @@ from torch import Generator, Tensor
 
 from av_lens.lab.training.batches import Ask, Clips, answer, draw_clips
 from av_lens.lab.training.material import Frame, Material, Words
+from av_lens.lab.training.pools import FeaturePool
 from av_lens.organism.language import Tree, read_out, run_layers, tree
-from av_lens.organism.pools import FeaturePool
 
 PLAIN, SCRAMBLED = (0, 1), (2,)
 """Blank pictures that are black or dim, and those whose patches are scrambled: indices into `pools.BLANK_KINDS`."""

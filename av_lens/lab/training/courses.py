@@ -27,11 +27,11 @@ from av_lens.lab.planting.runs import bench
 from av_lens.lab.training.engine import train_stage
 from av_lens.lab.training.head_slices import head_slices
 from av_lens.lab.training.material import Material, make_frame, make_words, material
+from av_lens.lab.training.pools import FeaturePool, load_pool
 from av_lens.lab.training.preparation import load_towers, prepare
 from av_lens.lab.training.recipes import N_LAYERS, Recipe, recipe
 from av_lens.lab.training.stages import is_fusion
 from av_lens.organism.anatomy import build_model, thinker_config
-from av_lens.organism.pools import FeaturePool, load_pool
 from av_lens.organism.saving import save_checkpoint
 from av_lens.whole_files import make_folder, reading, whole_file
 
