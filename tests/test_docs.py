@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -18,6 +19,7 @@ from av_lens.lab.pages import FilledPage
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 README = DOCS.parent / "README.md"
 PAGES = [README, *sorted(DOCS.glob("*.md"))]
+NOT_YET = ("families/decoder.py", "replay/rerun.py")
 NOT_RUN, GOES_ON = "# not run: ", "# goes on from README.md"
 
 
@@ -96,6 +98,32 @@ def test_the_page_of_true_shapes_is_the_stored_record():
     assert (DOCS / true_shape_costs.PAGE).read_text() == true_shape_costs.page(record)
     assert record["peak_gb"] < 20 * 1.024**3  # GiB
     assert "not interpretable" in record["stamps"]
+
+
+def rooms() -> Any:
+    """The command that draws the rooms."""
+    spec = importlib.util.spec_from_file_location("rooms", DOCS.parent / ".ci" / "rooms.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    assert spec.loader is not None
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_of_the_rooms_is_the_imports():
+    drawn = rooms()
+    assert drawn.PICTURE.read_text() == drawn.picture(), "run `python .ci/rooms.py`"
+    levels = drawn.levels(drawn.imports())
+    assert levels[-1] == [drawn.GROUND]
+    assert sum(map(len, levels)) == len(drawn.imports())
+
+
+def test_the_page_on_the_package_names_files_that_are_there():
+    text, later = (DOCS / "architecture.md").read_text(), set(NOT_YET)
+    named = {name for name in re.findall(r"`([\w/.]+\.py)`", text) if "<" not in name}
+    places = (DOCS.parent / "av_lens", DOCS.parent)
+    missing = {name for name in named if not any((place / name).is_file() for place in places)}
+    assert missing <= later, missing - later
 
 
 @pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda p: p.name)
