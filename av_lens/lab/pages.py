@@ -17,7 +17,8 @@ def markdown(table: Table, *, left: Collection[int] = (0,)) -> str:
     """Write a pipe table; the columns named are aligned left, the others right."""
     head, rows = table
     rule = "|".join("---" if column in left else "---:" for column in range(len(head)))
-    return "\n".join(["| " + " | ".join(head) + " |", f"|{rule}|", *("| " + " | ".join(row) + " |" for row in rows)])
+    first, *others = ("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in (head, *rows))
+    return "\n".join([first, f"|{rule}|", *others])
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,7 @@ from av_lens.lab.training.batches import draw_clips, of_class
 from av_lens.lab.training.material import Frame, Words
 from av_lens.lab.training.pools import FeaturePool
 from av_lens.organism.grammar import CLASSES
-from av_lens.organism.language import (
-    Tree,
-    attend,
-    fed,
-    layers_of,
-    normalise,
-    projected,
-    read_out,
-    run_layers,
-    tree,
-)
+from av_lens.organism.language import Tree, attend, fed, layers_of, normalise, projected, read_out, run_layers, tree
 
 Head = tuple[int, int]
 CELLS = ("va", "av", "wa", "wv", "vw", "aw", "blank_a", "blank_v")

@@ -46,6 +46,7 @@ class Recipe:
     Attributes:
         name: The model's short name.
         summary: What it is, in a line.
+        caveat: What a finding about it does not show.
         stages: Its stages in order; models whose first stages are equal share them.
         silent_heads: Heads whose output weights are zero until a stage trains them.
         planted_heads: Heads that were planted, for the truth that is saved beside the weights.
@@ -56,6 +57,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     silent_heads: tuple[tuple[int, int], ...] = ()
     planted_heads: tuple[tuple[int, int], ...] = ()
+    caveat: str = ""
 
 
 @cache

@@ -100,15 +100,7 @@ class TowerTraining:
     """
 
     def __init__(
-        self,
-        model: Any,
-        kind: str,
-        views: Views,
-        *,
-        seed: int,
-        steps: int,
-        rate: float,
-        batch: int = 48,
+        self, model: Any, kind: str, views: Views, *, seed: int, steps: int, rate: float, batch: int = 48
     ) -> None:
         """Begin.
 
