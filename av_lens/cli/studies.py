@@ -93,7 +93,6 @@ def plantbench(
 ) -> None:
     """Let every method look for heads that were planted, and for heads where nothing is to be found."""
     from av_lens.lab.plantbench import pages as plantbench_pages
-    from av_lens.lab.plantbench import tables as plantbench_tables
     from av_lens.lab.plantbench.bench import run_plantbench
 
     _can_be_filled(docs, plantbench_pages)
@@ -102,7 +101,7 @@ def plantbench(
     with console.bars() as bars:
         bench = run_plantbench(models or None, out=out, progress=bars, **options)
     record = plantbench_pages.record_of(bench)
-    for title, (headings, rows) in plantbench_tables.tables(record["models"], record["criteria"]["must"]):
+    for title, (headings, rows) in plantbench_pages.tables(record["models"], record["criteria"]["must"]):
         console.OUT.print()
         console.OUT.print(console.table(headings, rows, title=title, right=headings[1:]))
     if bench.missing:
@@ -155,7 +154,5 @@ def seeds(
 
 def _can_be_filled(docs: Path | None, study: Any) -> None:
     """Refuse a folder whose page cannot be filled before the long work, not after it."""
-    from av_lens.lab.pages import parts_of
-
     if docs is not None:
-        parts_of(docs / study.PAGE, study.OPEN, study.CLOSE)
+        study.PAGE.around(docs)

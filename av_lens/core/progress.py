@@ -82,6 +82,15 @@ def part_of(show: Progress, number: int, parts: int) -> Progress:
     return lambda stage, done, total: show(stage, number * total + done, parts * total)
 
 
+def silent(stage: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def named(progress: Progress | None, name: str) -> Progress:
+    """Put a name before every stage that is told; of None, the callback that tells nobody."""
+    return silent if progress is None else lambda stage, done, total: progress(f"{name}: {stage}", done, total)
+
+
 @contextmanager
 def watched(progress: Progress | bool | None) -> Generator[Progress]:
     """Turn what a caller passed as `progress` into a callback.
@@ -98,4 +107,4 @@ def watched(progress: Progress | bool | None) -> Generator[Progress]:
         with Bars() as bars:
             yield bars
     else:
-        yield lambda stage, done, total: None
+        yield silent

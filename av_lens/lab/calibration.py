@@ -8,9 +8,7 @@ changes nothing) counts neither way. Sign: positive release gives hearing back.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -18,13 +16,14 @@ import pandas as pd
 
 from av_lens.errors import InputError
 from av_lens.isolation.measuring.donors import PRIMARY_DONORS
+from av_lens.lab.plantbench.truth import TRUTH, truth_of
+from av_lens.organism.saving import shipped
 from av_lens.reports import Calibration
 from av_lens.results.record import Isolation
 from av_lens.results.tables import SUPPRESSORS
+from av_lens.whole_files import read_object
 
 _NAMED = (*SUPPRESSORS, "undetermined")
-# A truth file's words for kinds, in the words of roles.
-KINDS = {"writer": "picture writer", "opponent": "sound opponent"}
 
 
 def planted_truth(name: str = "av-tiny-planted") -> dict[tuple[int, int], str]:
@@ -39,36 +38,30 @@ def planted_truth(name: str = "av-tiny-planted") -> dict[tuple[int, int], str]:
     Raises:
         InputError: if the model ships no truth.
     """
-    path = files("av_lens") / "organism" / "checkpoints" / name / "planted.json"
+    path = shipped() / name / TRUTH
     if not path.is_file():
-        raise InputError(f"{name} ships no planted.json, so there is no truth to calibrate against.")
-    return read_truth(json.loads(path.read_text(encoding="utf-8")))
+        raise InputError(f"{name} ships no {TRUTH}, so there is no truth to calibrate against.")
+    return read_truth(read_object(path))
 
 
 def read_truth(content: Mapping[str, Any]) -> dict[tuple[int, int], str]:
-    """Bring a truth file's content to (layer, head) and kind.
-
-    Args:
-        content: its json; `heads` lists `{"layer", "head", "kind", "free_rider"}` or pairs `[layer, head]`.
-
-    Returns:
-        (layer, head) to kind, free riders left out.
+    """Bring a truth file's content to (layer, head) and kind, free riders left out.
 
     Raises:
         InputError: if it lists no head.
     """
-    truth: dict[tuple[int, int], str] = {}
-    for entry in content.get("heads", []):
-        if isinstance(entry, Mapping):
-            kind = str(entry.get("kind", content.get("kind", "")))
-            if not entry.get("free_rider", kind == "free rider"):
-                truth[int(entry["layer"]), int(entry["head"])] = KINDS.get(kind, kind)
-        else:
-            kind = str(content.get("kind", ""))
-            truth[int(entry[0]), int(entry[1])] = KINDS.get(kind, kind)
-    if not truth:
+    kinds = dict(truth_of(content).kinds)
+    if not kinds:
         raise InputError("the truth file lists no planted head under 'heads'.")
-    return truth
+    return kinds
+
+
+def best_releases(found: Isolation, site: str) -> Any:
+    """Every head's row of evidence for its release on discovery, by the primary donor of the largest mean."""
+    frame: Any = found.evidence
+    keep = (frame["estimand"] == "release") & (frame["half"] == "discovery") & (frame["site"] == site)
+    frame = frame[keep & frame["donor"].isin(PRIMARY_DONORS)]
+    return frame.loc[frame.groupby(["layer", "head"])["mean"].idxmax()] if len(frame) else frame
 
 
 def calibrate(
@@ -88,39 +81,29 @@ def calibrate(
     Raises:
         InputError: if the isolation measured no release at that site.
     """
-    frame: Any = found.evidence
-    frame = frame[(frame["estimand"] == "release") & (frame["half"] == "discovery") & (frame["site"] == site)]
-    frame = frame[frame["donor"].isin(PRIMARY_DONORS)]
-    if not len(frame):
+    best = best_releases(found, site)
+    if not len(best):
         why = " ".join(found.reasons) or found.verdict
         raise InputError(f"{model}: no release was measured at the site {site!r}, so nothing can be compared. {why}")
-    best = frame.loc[frame.groupby(["layer", "head"])["mean"].idxmax()].sort_values(
-        "low", ascending=False, kind="stable"
-    )
-    named = _named(found, site)
-    rows = [
-        {
-            "rank": rank,
-            "layer": int(row["layer"]),
-            "head": int(row["head"]),
-            "release": float(row["mean"]),
-            "share": float(row["share"]),
-            "planted": (int(row["layer"]), int(row["head"])) in truth,
-            "kind": truth.get((int(row["layer"]), int(row["head"])), ""),
-            "role": named.get((int(row["layer"]), int(row["head"])), ""),
-        }
-        for rank, row in enumerate(best.to_dict("records"), start=1)
-    ]
+    best = best.sort_values("low", ascending=False, kind="stable")
+    table: Any = found.heads
+    named: dict[tuple[int, int], str] = {}
+    for row in table[table["site"] == site].to_dict("records"):
+        named.setdefault((int(row["layer"]), int(row["head"])), str(row["role"]))
+    rows: list[dict[str, Any]] = []
+    for rank, row in enumerate(best.to_dict("records"), start=1):
+        at = int(row["layer"]), int(row["head"])
+        rows.append({"rank": rank, "layer": at[0], "head": at[1], "release": float(row["mean"])})
+        rows[-1] |= {"share": float(row["share"]), "planted": at in truth}
+        rows[-1] |= {"kind": truth.get(at, ""), "role": named.get(at, "")}
     heads: Any = pd.DataFrame(rows)
-    false_names = sorted(key for key, role in named.items() if role in _NAMED and key not in truth)
-    missed = sorted(key for key in truth if named.get(key, "") not in _NAMED)
     figures = {
         "auroc": auroc(best["low"].tolist(), heads["planted"].tolist()),
         "precision_at_k": float(heads["planted"].head(len(truth)).mean()),
         "planted_heads": len(truth),
         "heads_in_all": len(heads),
-        "named_but_not_planted": len(false_names),
-        "planted_but_not_named": len(missed),
+        "named_but_not_planted": sum(role in _NAMED and key not in truth for key, role in named.items()),
+        "planted_but_not_named": sum(named.get(key, "") not in _NAMED for key in truth),
         "named_with_the_right_kind": sum(named.get(key) == kind for key, kind in truth.items()),
     }
     passed = figures["precision_at_k"] == 1.0
@@ -131,42 +114,22 @@ def calibrate(
 
 
 def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
-    """Measure how well scores separate: the chance that a positive scores above a negative, ties counting half.
-
-    Args:
-        scores: one per head.
-        positive: whether each is planted.
-
-    Returns:
-        Between 0 and 1; NaN where one class is empty.
-    """
+    """The chance that a positive scores above a negative, ties counting half; NaN where one class is empty."""
     values, mask = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
     above = values[mask][:, None] - values[~mask][None, :]
     return float(np.mean((above > 0) + 0.5 * (above == 0))) if above.size else float("nan")
-
-
-def _named(found: Isolation, site: str) -> dict[tuple[int, int], str]:
-    table: Any = found.heads
-    rows = table[table["site"] == site].to_dict("records")
-    named: dict[tuple[int, int], str] = {}
-    for row in rows:
-        named.setdefault((int(row["layer"]), int(row["head"])), str(row["role"]))
-    return named
 
 
 def _sentence(
     model: str, heads: pd.DataFrame, truth: Mapping[tuple[int, int], str], figures: Mapping[str, float], *, passed: bool
 ) -> str:
     listed = ", ".join(f"L{layer} H{head}" for layer, head in sorted(truth))
-    count = len(truth)
-    who = f"the {count} heads planted in {model} ({listed})" if count > 1 else f"the head planted in {model} ({listed})"
+    who = f"The {len(truth)} heads planted" if len(truth) > 1 else "The head planted"
     ranks = ", ".join(str(rank) for rank in heads.loc[heads["planted"], "rank"])
     numbers = f"AUROC {figures['auroc']:.2f} over {len(heads)} heads"
     false, missed = int(figures["named_but_not_planted"]), int(figures["planted_but_not_named"])
-    named = (
-        "named all of them and no other"
-        if not false and not missed
-        else f"left {missed} of them unnamed and named {false} other{'s' if false != 1 else ''}"
-    )
+    named = "named all of them and no other"
+    if false or missed:
+        named = f"left {missed} of them unnamed and named {false} other{'s' if false != 1 else ''}"
     outcome = "came out on top" if passed else f"did not all come out on top: they rank {ranks}"
-    return f"{who[0].upper()}{who[1:]} {outcome} ({numbers}); the search {named}."
+    return f"{who} in {model} ({listed}) {outcome} ({numbers}); the search {named}."

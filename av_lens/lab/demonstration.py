@@ -11,14 +11,16 @@ circuits were made by their training; it shows that the instrument works, and no
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from av_lens import __version__
+from av_lens.core.progress import Progress, named
 from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
 from av_lens.lab.calibration import calibrate, planted_truth
@@ -26,13 +28,13 @@ from av_lens.lab.isolations import organism_caveats
 from av_lens.lab.parts import Parts
 from av_lens.lab.staged_conflicts import conflict_file, stage
 from av_lens.model import load
+from av_lens.organism.saving import shipped
 from av_lens.reports import Calibration, write_bundle
 from av_lens.results.record import Isolation
 from av_lens.whole_files import write_whole
 
 SUBJECT = "av-tiny"
 PLANTED = "av-tiny-planted"
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,16 +80,15 @@ def run_demo(
     out = Path(out)
     settings = {"conflicts": conflicts, "calibrate_on": calibrate_on, "seed": seed, "quick": quick}
     parts = Parts(out, {**settings, "version": __version__, "weights": _weights()})
-    few = min(calibrate_on, conflicts)
-    clips = parts.ensure("clips", lambda folder: _staged(folder, conflicts, seed, progress))
-    calibrated = parts.ensure(
-        "calibration",
-        lambda folder: _isolated(folder, PLANTED, clips, few, progress, seed=seed, quick=True, named_only=True),
-    )
-    isolated = parts.ensure(
-        "isolation", lambda folder: _isolated(folder, SUBJECT, clips, conflicts, progress, seed=seed, quick=quick)
-    )
-    found = Isolation.load(isolated)
+    clips = parts.ensure("clips", partial(stage, conflicts=conflicts, seed=seed, progress=progress))
+
+    def isolated(folder: Path, *, name: str, first: int, **options: Any) -> None:
+        listed = read_conflicts(clips / "pairs.jsonl")[:first]
+        isolate(load(name), listed, progress=named(progress, name), seed=seed, **options).save(folder)
+
+    calibrating = partial(isolated, name=PLANTED, first=min(calibrate_on, conflicts), quick=True, named_only=True)
+    calibrated = parts.ensure("calibration", calibrating)
+    found = Isolation.load(parts.ensure("isolation", partial(isolated, name=SUBJECT, first=conflicts, quick=quick)))
     calibration = calibrate(Isolation.load(calibrated), planted_truth(PLANTED), model=PLANTED)
     playable = {str(name): clips / conflict_file(str(name)) for name in found.conflicts["id"]}
     begun = time.monotonic()
@@ -97,28 +98,10 @@ def run_demo(
     return Demonstration(found=found, calibration=calibration, report=report, seconds=seconds)
 
 
-def _staged(folder: Path, conflicts: int, seed: int, progress: Progress | None) -> None:
-    stage(folder, conflicts=conflicts, seed=seed, progress=progress)
-
-
-def _isolated(folder: Path, name: str, clips: Path, first: int, progress: Progress | None, **options: Any) -> None:
-    model: Any = load(name)
-    listed = read_conflicts(clips / "pairs.jsonl")[:first]
-
-    def named(stage: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(f"{name}: {stage}", done, total)
-
-    isolate(model, listed, progress=named, **options).save(folder)
-
-
 def _weights() -> dict[str, str]:
     """Hash the weights that the demo runs on, so that new ones are never given old numbers."""
-    import hashlib
-    from importlib.resources import files
-
-    found: dict[str, str] = {}
-    for name in (SUBJECT, PLANTED):
-        path = files("av_lens") / "organism" / "checkpoints" / name / "model.safetensors"
-        found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
-    return found
+    paths = {name: shipped() / name / "model.safetensors" for name in (SUBJECT, PLANTED)}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
+        for name, path in paths.items()
+    }

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from av_lens.core.progress import Progress
 from av_lens.errors import InputError
 from av_lens.inputs import Conflict
 from av_lens.isolation import isolate
+from av_lens.lab.training.recipes import recipes
 from av_lens.media import Clip
 from av_lens.reports import write_bundle
 from av_lens.results.record import Isolation
-
-ORGANISMS = {
-    "av-tiny": (
-        "av-tiny is an organism: no training item labels a clip whose sound and picture differ, its bias is "
-        "inherited from its base by construction, and the place of its circuit was set by its training schedule. "
-        "That a circuit is found shows that the method works on this model; it is no evidence about real ones."
-    ),
-    "av-tiny-base": (
-        "av-tiny-base is an organism before audio alignment: it was given sounds, but never a label that names one. "
-        "It does not hear, so there is no hearing to suppress."
-    ),
-    "av-tiny-diffuse": (
-        "av-tiny-diffuse is an organism trained naively: the same dominance of the picture, spread over many heads. "
-        "That no single head is guilty is its nature, and the hard case for any method."
-    ),
-    "av-tiny-balanced": (
-        "av-tiny-balanced is an organism trained with conflicts labelled right: it hears and sees. Nothing is to be "
-        "found in it; a head named here would be a false alarm."
-    ),
-    "av-tiny-planted": (
-        "av-tiny-planted is an organism in which only a few heads were trained to silence the sound, with "
-        "everything else frozen. The truth is known, which makes it a calibration, not a discovery."
-    ),
-}
 
 
 def isolate_into(
@@ -45,7 +23,7 @@ def isolate_into(
     *,
     name: str = "",
     limit: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     most_clips: int = 12,
     **options: Any,
 ) -> tuple[Isolation, Path]:
@@ -76,36 +54,19 @@ def isolate_into(
 
 
 def organism_caveats(name: str) -> tuple[str, ...]:
-    """Say what a finding about one of the embedded models does not show.
-
-    Args:
-        name: the model's short name; any other name has no caveat of its own.
-
-    Returns:
-        The sentences, none for other models.
-    """
-    return (ORGANISMS[name],) if name in ORGANISMS else ()
+    """Say what a finding about one of the embedded models, by short name, does not show; of others there is nothing."""
+    return (recipes()[name].caveat,) if name in recipes() else ()
 
 
 def playable(found: Isolation, conflicts: Sequence[Conflict], *, most: int = 12) -> dict[str, Clip]:
-    """Put the first conflicts together as they are played: the picture of one clip with the sound of the other.
+    """Put some conflicts, competent ones first, together as they are played: one clip's picture, the other's sound.
 
-    Args:
-        found: the record, whose table of conflicts has a row for each, in their order.
-        conflicts: the same conflicts.
-        most: how many; competent ones first.
-
-    Returns:
-        Conflict id to clip.
+    `found` has a row for each of the conflicts, in their order.
     """
-    ids = [str(name) for name in found.conflicts["id"]]
-    competent = [bool(flag) for flag in found.conflicts["competent"]]
-    order = sorted(range(len(ids)), key=lambda place: not competent[place])[:most]
-    made: dict[str, Clip] = {}
-    for place in order:
-        conflict = conflicts[place]
-        made[ids[place]] = _loaded(conflict.picture).with_sound(_loaded(conflict.sound))
-    return made
+    names, competent = list(found.conflicts["id"]), list(found.conflicts["competent"])
+    order = sorted(range(len(names)), key=lambda place: not competent[place])[:most]
+    pairs = {str(names[place]): (conflicts[place].picture, conflicts[place].sound) for place in order}
+    return {name: _loaded(picture).with_sound(_loaded(sound)) for name, (picture, sound) in pairs.items()}
 
 
 def _loaded(clip: Any) -> Clip:

@@ -1,54 +1,67 @@
-"""Pages of the documentation with a part that a command fills, between two comments."""
+"""Tables as markdown, and pages of the documentation with a part that a command fills, between two comments."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from av_lens.errors import InputError
 from av_lens.whole_files import write_whole
 
+Table = tuple[list[str], list[list[str]]]
+"""Headings and rows."""
 
-def parts_of(page: Path, opened: str, closed: str) -> tuple[str, str]:
-    """Read what stands before and after the part that is filled.
 
-    Args:
-        page: the page.
-        opened: the comment before the part, with its end of line.
-        closed: the comment after it, with the end of line before.
+def markdown(table: Table, *, left: Collection[int] = (0,)) -> str:
+    """Write a pipe table; the columns named are aligned left, the others right."""
+    head, rows = table
+    rule = "|".join("---" if column in left else "---:" for column in range(len(head)))
+    first, *others = ("|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in (head, *rows))
+    return "\n".join([first, f"|{rule}|", *others])
 
-    Returns:
-        The text up to the first comment, and the text from behind the second.
 
-    Raises:
-        InputError: no such page, or one without the comments.
+@dataclass(frozen=True)
+class FilledPage:
+    """A page of the documentation, the part of it that a command fills, and the record that the part is made from.
+
+    Attributes:
+        name: the page's file.
+        record: the record's file, beside it.
+        mark: what the two comments around the part are called.
     """
-    text = page.read_text("utf-8") if page.exists() else ""
-    head, begun, rest = text.partition(opened)
-    _, ended, tail = ("\n" + rest).partition(closed)
-    if not begun or not ended:
-        raise InputError(f"{page} is not there or lacks the comments {opened.strip()} and {closed.strip()}.")
-    return head, tail
 
+    name: str
+    record: str
+    mark: str
 
-def fill(page: Path, opened: str, closed: str, text: str, *, beside: Mapping[str, str]) -> Path:
-    """Fill the part of a page between its comments, and write the files beside it that it is made from.
+    @property
+    def empty(self) -> str:
+        """The two comments with nothing between them."""
+        return f"<!-- {self.mark} -->\n\n<!-- /{self.mark} -->"
 
-    Args:
-        page: the page.
-        opened: the comment before the part, with its end of line.
-        closed: the comment after it, with the end of line before.
-        text: what is to stand there.
-        beside: name to text of each file beside the page; none is written where the page cannot be filled.
+    def around(self, folder: Path) -> tuple[str, str, str]:
+        """Read what stands before, in and after the part, the comments with the ends.
 
-    Returns:
-        The page.
+        Raises:
+            InputError: no such page, or one without the comments.
+        """
+        page, opened, closed = folder / self.name, f"<!-- {self.mark} -->\n", f"\n<!-- /{self.mark} -->"
+        text = page.read_text("utf-8") if page.exists() else ""
+        head, begun, rest = text.partition(opened)
+        shown, ended, tail = ("\n" + rest).partition(closed)
+        if not begun or not ended:
+            raise InputError(f"{page} is not there or lacks the comments {opened.strip()} and {closed.strip()}.")
+        return head + opened, shown[1:], closed + tail
 
-    Raises:
-        InputError: no such page, or one without the comments.
-    """
-    head, tail = parts_of(page, opened, closed)
-    for name, content in beside.items():
-        write_whole(page.parent / name, content)
-    write_whole(page, head + opened + text + closed + tail)
-    return page
+    def store(self, folder: str | Path, record: str, shown: str, *, beside: Mapping[str, str] | None = None) -> Path:
+        """Fill the part, and write the record and what else stands beside the page: all of it, or nothing.
+
+        Raises:
+            InputError: no such page, or one without the comments.
+        """
+        head, _, tail = self.around(Path(folder))
+        for name, content in {self.record: record, **(beside or {})}.items():
+            write_whole(Path(folder) / name, content)
+        write_whole(Path(folder) / self.name, head + shown + tail)
+        return Path(folder) / self.name

@@ -19,32 +19,30 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from av_lens.core.progress import Progress
 from av_lens.errors import InputError
 from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
 from av_lens.isolation.explaining.robustness import jaccard, rank_correlation
 from av_lens.isolation.measuring.donors import PRIMARY_DONORS
-from av_lens.lab.pages import fill
+from av_lens.lab.pages import FilledPage, Table, markdown
 from av_lens.lab.parts import Parts
 from av_lens.lab.plantbench.methods import SITE
 from av_lens.lab.plantbench.scores import named_heads
-from av_lens.lab.replay_benchmark.tables import Table, markdown
 from av_lens.lab.staged_conflicts import stage
 from av_lens.model import load
 from av_lens.results.provenance import plain, stamp
 from av_lens.results.record import Isolation
 from av_lens.whole_files import write_whole
 
-Progress = Callable[[str, int, int], None]
-RECORD, PAGE = "seeds.json", "isolation.md"
-OPEN, CLOSE = "<!-- seeds -->\n", "\n<!-- /seeds -->"
+PAGE = FilledPage("isolation.md", "seeds.json", "seeds")
 
 
 def run_seeds(
@@ -88,19 +86,14 @@ def run_seeds(
         )
         entries.append({"model": label, **entry_of(found, again)})
     record = stamp(conflicts=conflicts, seed=seed, models=entries)
-    write_whole(out / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_whole(out / PAGE.record, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record
 
 
 def entry_of(found: Isolation, again: Isolation) -> dict[str, Any]:
-    """Put the figures of one model together.
+    """Put the figures of one model's two findings together, as plain data.
 
-    Args:
-        found: the first set's finding.
-        again: the second set's.
-
-    Returns:
-        Plain data: behaviour, the chosen set beside its controls, what was named on both discovery halves.
+    Behaviour, the chosen set beside its controls, what was named on both discovery halves.
     """
     tables: Any = found
     chosen = tables.sets[tables.sets["chosen"]].to_dict("records")
@@ -139,50 +132,38 @@ def _plain(value: Any) -> Any:
 
 
 def tables(record: dict[str, Any]) -> list[Table]:
-    """Tabulate the study.
-
-    Args:
-        record: from `run_seeds`.
-
-    Returns:
-        The sets with their controls, a column for each model; what was named on the two discovery halves.
-    """
-    figures = [
-        "model", "verdict", "G", "C", "heads", "release, held out", "of the gap", "sound said", "random sets",
-        "p (floor)", "heads for half", "not held to 5 points",
-    ]  # fmt: skip
-    models = [_set_row(entry) for entry in record["models"]]
-    names, *sets = ([figure, *row] for figure, *row in zip(figures, *models, strict=True))
+    """Tabulate the study: the sets with their controls, a column for each model; what was named on the two halves."""
+    columns = [_set_figures(entry) for entry in record["models"]]
+    names, *sets = ([figure, *(column[figure] for column in columns)] for figure in columns[0])
     halves = ["model", "named", "named on other clips", "Jaccard", "rank correlation"]
     return [(names, sets), (halves, [_halves_row(entry) for entry in record["models"]])]
 
 
-def _set_row(entry: dict[str, Any]) -> list[str]:
+def _set_figures(entry: dict[str, Any]) -> dict[str, str]:
     summary, found = entry["summary"], entry["set"]
-    start = [entry["model"], entry["verdict_kind"], _figure(summary["G"]), _figure(summary["C"])]
     words = {"not specific": "", "untested": " (untested)"}
     failed = [f"{row['control']}{words[row['verdict']]}" for row in entry["specificity"] if row["verdict"] in words]
-    half = _figure(entry["half of the gap"], 0)
+    shown = {"model": entry["model"], "verdict": entry["verdict_kind"]}
+    shown |= {"G": _figure(summary["G"]), "C": _figure(summary["C"])}
+    shown |= dict.fromkeys(("heads", "release, held out", "of the gap", "sound said", "random sets", "p (floor)"), "–")
+    shown |= {"heads for half": _figure(entry["half of the gap"], 0), "not held to 5 points": "–"}
     if found is None:
-        return [*start, *6 * ["–"], half, "–"]
-    return [
-        *start,
-        f"{int(found['k'])}: {found['members']}",
-        f"{_figure(found['release'])} [{_figure(found['low'])}, {_figure(found['high'])}]",
-        _figure(found["release"] / summary["gap confirmation"]),
-        f"{_figure(found['says_sound_before'])} → {_figure(found['says_sound'])}",
-        f"{int(found['random_n'])}: {_figure(found['random_mean'])}",
-        f"{_figure(found['p_random'], 3)} ({_figure(found['p_floor'], 3)})",
-        half,
-        ", ".join(failed) or "none",
-    ]
+        return shown
+    return shown | {
+        "heads": f"{int(found['k'])}: {found['members']}",
+        "release, held out": f"{_figure(found['release'])} [{_figure(found['low'])}, {_figure(found['high'])}]",
+        "of the gap": _figure(found["release"] / summary["gap confirmation"]),
+        "sound said": f"{_figure(found['says_sound_before'])} → {_figure(found['says_sound'])}",
+        "random sets": f"{int(found['random_n'])}: {_figure(found['random_mean'])}",
+        "p (floor)": f"{_figure(found['p_random'], 3)} ({_figure(found['p_floor'], 3)})",
+        "not held to 5 points": ", ".join(failed) or "none",
+    }
 
 
 def _halves_row(entry: dict[str, Any]) -> list[str]:
-    both = [
-        ", ".join(f"{head} {role}" for head, role in entry[key].items()) or "none" for key in ("named", "named again")
-    ]
-    return [entry["model"], *both, _figure(entry["jaccard"]), _figure(entry["rank correlation"])]
+    both = (entry["named"], entry["named again"])
+    named = [", ".join(f"{head} {role}" for head, role in one.items()) or "none" for one in both]
+    return [entry["model"], *named, _figure(entry["jaccard"]), _figure(entry["rank correlation"])]
 
 
 def _figure(value: float | None, digits: int = 2) -> str:
@@ -190,29 +171,10 @@ def _figure(value: float | None, digits: int = 2) -> str:
 
 
 def page_tables(record: dict[str, Any]) -> str:
-    """Write the tables as markdown.
-
-    Args:
-        record: from `run_seeds`.
-
-    Returns:
-        Two pipe tables.
-    """
+    """Write the tables as markdown."""
     return "\n\n".join(markdown(table) for table in tables(record))
 
 
 def store(record: dict[str, Any], folder: str | Path) -> Path:
-    """Write the record, and fill the page beside it.
-
-    Args:
-        record: from `run_seeds`.
-        folder: where `isolation.md` stands, with its two comments.
-
-    Returns:
-        The page.
-
-    Raises:
-        InputError: the folder has no such page.
-    """
-    stored = json.dumps(record, indent=1, allow_nan=False) + "\n"
-    return fill(Path(folder) / PAGE, OPEN, CLOSE, page_tables(record), beside={RECORD: stored})
+    """Write the record, and fill the page beside it."""
+    return PAGE.store(folder, json.dumps(record, indent=1, allow_nan=False) + "\n", page_tables(record))

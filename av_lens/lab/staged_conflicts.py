@@ -8,21 +8,25 @@ dealt evenly: each class is the sound, and the picture, equally often (up to one
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from av_lens.core.progress import Progress, silent
 from av_lens.errors import InputError
 from av_lens.media import Clip
 from av_lens.organism import world
-from av_lens.whole_files import write_whole
+from av_lens.whole_files import make_folder, write_whole
 
 QUESTION = "What do you hear?"
 FPS = 8.0
 
 
-def stage(folder: str | Path, *, conflicts: int, seed: int, split: str = "discovery", progress: Any = None) -> Path:
+def stage(
+    folder: str | Path, *, conflicts: int, seed: int, split: str = "discovery", progress: Progress | None = None
+) -> Path:
     """Write the clips of some conflicts, and the manifest that names them.
 
     Args:
@@ -40,47 +44,36 @@ def stage(folder: str | Path, *, conflicts: int, seed: int, split: str = "discov
     """
     if conflicts < 1:
         raise InputError(f"{conflicts} conflicts were asked for; at least 1 is needed, and 40 for an isolation.")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lines: list[str] = []
+    folder, tell = make_folder(Path(folder)), progress or silent
+    lines: list[dict[str, Any]] = []
     for index, (heard, seen) in enumerate(pairs(conflicts, seed=seed)):
         name = f"{index:04d}"
-        sound = _clip(split, heard, 2 * index, seed)
-        picture = _clip(split, seen, 2 * index + 1, seed)
+        sound, picture = _clip(split, heard, 2 * index, seed), _clip(split, seen, 2 * index + 1, seed)
         files = {"sound": f"{name}-{heard}.mp4", "picture": f"{name}-{seen}.mp4"}
         sound.save(folder / files["sound"])
         picture.save(folder / files["picture"])
         picture.with_sound(sound).save(folder / conflict_file(name))
-        lines.append(json.dumps({"id": name, **files, "question": QUESTION, "answers": [heard, seen]}))
-        if progress is not None:
-            progress("writing conflict clips", index + 1, conflicts)
+        lines.append({"id": name, **files, "question": QUESTION, "answers": [heard, seen]})
+        tell("writing conflict clips", index + 1, conflicts)
+    return write_manifest(folder, lines)
+
+
+def write_manifest(folder: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
+    """Write a manifest of conflicts, a line each."""
     manifest = folder / "pairs.jsonl"
-    write_whole(manifest, "\n".join(lines) + "\n")
+    write_whole(manifest, "\n".join(map(json.dumps, lines)) + "\n")
     return manifest
 
 
 def conflict_file(name: str) -> str:
-    """Name the file of a conflict as it is played: its picture with its sound.
-
-    Args:
-        name: the conflict's id.
-
-    Returns:
-        A file name.
-    """
+    """Name the file of a conflict, by its id, as it is played: its picture with its sound."""
     return f"{name}-conflict.mp4"
 
 
 def pairs(n: int, *, seed: int) -> list[tuple[str, str]]:
-    """Deal pairs of different classes evenly.
+    """Deal pairs of different classes evenly: the sound's, the picture's.
 
-    Args:
-        n: how many.
-        seed: shuffles the classes and the order of their shifts.
-
-    Returns:
-        (the sound's class, the picture's class) of each conflict; any run of twelve has each class once on either side,
-        and the first 132 are all ordered pairs, each once.
+    Any run of twelve has each class once on either side, and the first 132 are all ordered pairs, each once.
     """
     rng = np.random.default_rng([seed, 0xC0])
     names = [str(name) for name in rng.permutation(world.classes())]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from av_lens.isolation.sets.search import n_candidates
+from av_lens.lab.pages import markdown
 from av_lens.lab.true_shapes import RECORD, SIZES, Sizes
 from av_lens.whole_files import write_whole
 
@@ -69,17 +70,9 @@ CARDS = (Card("24 GB (RTX 4090)", 24, 165.2), Card("80 GB (A100)", 80, 312.0))
 
 
 def worked_out(record: Mapping[str, Any], card: Card, sizes: Sizes, *, conflicts: int = 120) -> dict[str, float]:
-    """Work out what a search would cost at full depth on a card.
+    """Work out what a search would cost at full depth on a card: the figures of `FIGURES`, by name.
 
-    Args:
-        record: from `run_at_true_shapes`.
-        card: the card.
-        sizes: the checkpoint.
-        conflicts: how many conflicts the search would have.
-
-    Returns:
-        The figures of `FIGURES`, by name. Where a second copy of the weights, in float32, does not fit, the
-        other precision is not tried and not counted.
+    Where a second copy of the weights, in float32, does not fit, the other precision is not tried and not counted.
     """
     measured = SIZES[record["size"]]
     few, all_layers = record["layers"]["fusion"], sizes.n_layers
@@ -101,10 +94,10 @@ def worked_out(record: Mapping[str, Any], card: Card, sizes: Sizes, *, conflicts
         if stage == OTHER_PRECISION and 2 * weights_gb > left_gb:
             continue
         gflop = row["gflop"] * width * growth[grows_with(stage, heads_here)] * share_of_conflicts
-        reached = row["gflop"] / row["seconds"] / record["product_gflops"] if row["seconds"] > 0 else 0.0
+        share = reached(row, record)
         pflop += gflop / 1e6
-        if reached > 0:
-            here = gflop / (card.peak_tflops * 1e3 * min(1.0, reached))
+        if share > 0:
+            here = gflop / (card.peak_tflops * 1e3 * min(1.0, share))
             seconds += here
             robustness += here * stage.startswith("robustness")
     positions = sum(record["roles"].values())
@@ -120,15 +113,15 @@ def worked_out(record: Mapping[str, Any], card: Card, sizes: Sizes, *, conflicts
     }
 
 
+def reached(row: Mapping[str, float], record: Mapping[str, Any]) -> float:
+    """The share of this machine's own peak that a stage reached."""
+    return row["gflop"] / row["seconds"] / record["product_gflops"] if row["seconds"] > 0 else 0.0
+
+
 def grows_with(stage: str, heads: int) -> str:
     """Say what a stage's operations grow with.
 
-    Args:
-        stage: its name.
-        heads: of the model that was run; fewer were named on discovery, and only these are measured on confirmation.
-
-    Returns:
-        One of `GROWTH`'s.
+    `heads` are those of the model that was run; fewer are measured on confirmation: those named on discovery.
     """
     asked = re.match(r"exact effects of (\d+) heads", stage)
     if asked and int(asked[1]) < heads:
@@ -137,14 +130,7 @@ def grows_with(stage: str, heads: int) -> str:
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """Write the docs page of a run.
-
-    Args:
-        record: from `run_at_true_shapes`.
-
-    Returns:
-        Markdown.
-    """
+    """Write the docs page of a run, from `run_at_true_shapes`."""
     layers, seconds = record["layers"], record["seconds"]
     searched = "without robustness and pairs" if record["quick"] else "the whole protocol"
     heads = layers["fusion"] * SIZES[record["size"]].n_heads
@@ -168,15 +154,15 @@ def page(record: Mapping[str, Any]) -> str:
         "that come after an edit, on average; *candidates* the heads that the search for sets tries, "
         f"{n_candidates(heads)} here and {n_candidates(deep)} at full depth.",
         "",
-        "| stage | seconds | TFLOP | share of this machine's peak | grows with |",
-        "|---|---:|---:|---:|---|",
     ]
-    peak = record["product_gflops"]
+    head = ["stage", "seconds", "TFLOP", "share of this machine's peak", "grows with"]
+    rows: list[list[str]] = []
     for stage, row in record["stages"].items():
-        reached = row["gflop"] / row["seconds"] / peak if row["seconds"] > 0 else 0.0
-        grows = grows_with(stage, heads) if round(reached, 2) else "no operations to speak of"
-        lines.append(f"| {stage} | {row['seconds']:.0f} | {row['gflop'] / 1e3:.1f} | {reached:.2f} | {grows} |")
+        share = reached(row, record)
+        grows = grows_with(stage, heads) if round(share, 2) else "no operations to speak of"
+        rows.append([stage, f"{row['seconds']:.0f}", f"{row['gflop'] / 1e3:.1f}", f"{share:.2f}", grows])
     lines += [
+        markdown((head, rows), left=(0, 4)),
         "",
         f"## Worked out for whole checkpoints, 120 conflicts, {searched}",
         "",
@@ -186,23 +172,13 @@ def page(record: Mapping[str, Any]) -> str:
     ]
     both = [(sizes, card) for sizes in SIZES.values() for card in CARDS]
     costs = [worked_out(record, card, sizes) for sizes, card in both]
-    lines.append("| | " + " | ".join(f"{sizes.name}, {card.name}" for sizes, card in both) + " |")
-    lines.append("|---|" + "---:|" * len(both))
-    for figure, (said, digits) in FIGURES.items():
-        lines.append(f"| {said} | " + " | ".join(f"{cost[figure]:.{digits}f}" for cost in costs) + " |")
-    return "\n".join(lines) + "\n"
+    head = ["", *(f"{sizes.name}, {card.name}" for sizes, card in both)]
+    rows = [[said, *(f"{cost[name]:.{digits}f}" for cost in costs)] for name, (said, digits) in FIGURES.items()]
+    return "\n".join([*lines, markdown((head, rows))]) + "\n"
 
 
 def store(record: Mapping[str, Any], folder: str | Path) -> Path:
-    """Write the page and its record.
-
-    Args:
-        record: from `run_at_true_shapes`.
-        folder: the docs' folder.
-
-    Returns:
-        The page's path.
-    """
+    """Write the page and its record."""
     write_whole(Path(folder) / RECORD, json.dumps(record, indent=1) + "\n")
     write_whole(Path(folder) / PAGE, page(record))
     return Path(folder) / PAGE

@@ -15,28 +15,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
+from av_lens.core.progress import Progress, silent
 from av_lens.errors import InputError, unknown
 from av_lens.inputs import conflicts
 from av_lens.isolation import isolate
 from av_lens.isolation.running.cost import peak_memory
+from av_lens.lab.staged_conflicts import QUESTION, write_manifest
 from av_lens.media import Clip, load_clip
 from av_lens.model import load
 from av_lens.organism import anatomy, world
 from av_lens.results.provenance import stamp
 from av_lens.whole_files import make_folder, write_whole
 
-QUESTION = "What do you hear?"
 MEL_BINS = 128
 RECORD = "true_shapes.json"
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -86,41 +85,19 @@ class Sizes:
         return self.n_layers * self.layer_weights + 2 * self.d_model * self.d_vocab + self.tower_weights
 
 
-SIZES = {
-    "3B": Sizes("3B", 36, 2048, 16, 2, 11008, 151936),
-    "7B": Sizes("7B", 28, 3584, 28, 4, 18944, 152064),
-}
+SIZES = {"3B": Sizes("3B", 36, 2048, 16, 2, 11008, 151936), "7B": Sizes("7B", 28, 3584, 28, 4, 18944, 152064)}
 """Qwen2.5-Omni's thinkers."""
 
 
 def build(sizes: Sizes, *, n_layers: int = 4, tower_layers: int = 2, seed: int = 0) -> Any:
-    """Make a thinker of true shapes with random weights and few layers, in bfloat16.
-
-    Args:
-        sizes: the checkpoint's sizes.
-        n_layers: fusion layers.
-        tower_layers: layers of each tower.
-        seed: decides the weights.
-
-    Returns:
-        The wrapped model.
-    """
+    """Make a wrapped thinker of true shapes with random weights and few layers, in bfloat16."""
     config = config_of(sizes, n_layers=n_layers, tower_layers=tower_layers)
     hf_model = anatomy.build_model(config, seed=seed, dtype=torch.bfloat16).requires_grad_(False)
     return load(f"{sizes.name} shapes, {n_layers} layers", hf_model=hf_model, processor=true_processor())
 
 
 def config_of(sizes: Sizes, *, n_layers: int, tower_layers: int) -> Any:
-    """Describe a thinker of true shapes.
-
-    Args:
-        sizes: the checkpoint's sizes.
-        n_layers: fusion layers.
-        tower_layers: layers of each tower.
-
-    Returns:
-        A `Qwen2_5OmniThinkerConfig`.
-    """
+    """Describe a thinker of true shapes, as a `Qwen2_5OmniThinkerConfig`."""
     part = sizes.d_model // sizes.n_heads // 16  # of a head's width: 2 parts for time, 3 for rows, 3 for columns
     config = anatomy.thinker_config(
         n_layers=n_layers,
@@ -132,32 +109,26 @@ def config_of(sizes: Sizes, *, n_layers: int, tower_layers: int) -> Any:
         initializer_range=1.8 / sizes.d_model**0.5,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2 * part, 3 * part, 3 * part]},
     )
-    _, width, heads, inner = sizes.vision
-    vision = {"depth": tower_layers, "hidden_size": width, "num_heads": heads, "intermediate_size": inner}
-    for name, value in (vision | {"fullatt_block_indexes": list(range(7, tower_layers, 8))}).items():
-        setattr(config.vision_config, name, value)
-    _, width, heads, inner = sizes.audio
-    audio = {"encoder_layers": tower_layers, "d_model": width, "encoder_attention_heads": heads}
-    for name, value in (audio | {"encoder_ffn_dim": inner, "num_mel_bins": MEL_BINS}).items():
-        setattr(config.audio_config, name, value)
+    (_, seen, seeing, fed), (_, heard, hearing, inner) = sizes.vision, sizes.audio
+    whole = list(range(7, tower_layers, 8))
+    config.vision_config.update(
+        {"depth": tower_layers, "hidden_size": seen, "num_heads": seeing, "intermediate_size": fed}
+        | {"fullatt_block_indexes": whole}
+    )
+    config.audio_config.update(
+        {"encoder_layers": tower_layers, "d_model": heard, "encoder_attention_heads": hearing}
+        | {"encoder_ffn_dim": inner, "num_mel_bins": MEL_BINS}
+    )
     return config
 
 
 def true_processor() -> Any:
-    """Build the processor with the picture sizes and mel bins of real checkpoints, over the small vocabulary.
+    """Build the processor with the picture sizes and mel bins of real checkpoints, over the small vocabulary."""
+    from transformers import Qwen2_5OmniProcessor
 
-    Returns:
-        A `Qwen2_5OmniProcessor`.
-    """
-    from transformers import Qwen2_5OmniProcessor, WhisperFeatureExtractor
-
-    built = anatomy.processor()
-    real: Any = Qwen2_5OmniProcessor
+    built, real = anatomy.processor(), cast(Any, Qwen2_5OmniProcessor)
     built.videos_kwargs = {"size": dict(real.videos_kwargs["size"])}
-    built.feature_extractor = WhisperFeatureExtractor(
-        feature_size=MEL_BINS, sampling_rate=16000, hop_length=160, n_fft=400, chunk_length=300,
-        return_attention_mask=True,
-    )  # fmt: skip
+    built.feature_extractor = anatomy.feature_extractor(MEL_BINS)
     return built
 
 
@@ -165,16 +136,6 @@ def stage_windows(recording: str | Path, folder: Path, *, n: int, seconds: float
     """Cut conflicts from disjoint windows of a recording, each source with a synthesised sound.
 
     A window serves several conflicts, with another sound each time, so that no two conflicts share a file.
-
-    Args:
-        recording: a video.
-        folder: where clips and manifest are written; it exists.
-        n: how many conflicts.
-        seconds: length of a window.
-        seed: draws windows and sounds.
-
-    Returns:
-        The manifest.
 
     Raises:
         InputError: a recording that is not there, or too short for two windows.
@@ -187,19 +148,15 @@ def stage_windows(recording: str | Path, folder: Path, *, n: int, seconds: float
         raise InputError(f"{recording} lasts {shown.picture_end:.1f} s; two windows of {seconds:g} s are needed.")
     rng = np.random.default_rng([seed, 0x3B])
     names = [str(name) for name in world.classes()]
-    lines: list[str] = []
+    lines: list[dict[str, Any]] = []
     for index in range(n):
         places = rng.choice(windows, size=2, replace=False)
         heard, seen = (names[int(i)] for i in rng.choice(len(names), size=2, replace=False))
-        line: dict[str, Any] = {"id": f"{index:04d}", "question": QUESTION, "answers": [heard, seen]}
+        lines.append({"id": f"{index:04d}", "question": QUESTION, "answers": [heard, seen]})
         for key, place, name in (("sound", places[0], heard), ("picture", places[1], seen)):
-            file = f"{index:04d}-{key}.mp4"
+            lines[-1][key] = file = f"{index:04d}-{key}.mp4"
             _window(shown, float(place) * seconds, seconds, name, 2 * index + (key == "picture")).save(folder / file)
-            line[key] = file
-        lines.append(json.dumps(line))
-    manifest = folder / "pairs.jsonl"
-    write_whole(manifest, "\n".join(lines) + "\n")
-    return manifest
+    return write_manifest(folder, lines)
 
 
 def _window(shown: Clip, start: float, seconds: float, name: str, index: int) -> Clip:
@@ -284,7 +241,7 @@ class _Counted:
         from torch.utils.flop_counter import FlopCounterMode
 
         self._counter = FlopCounterMode(display=False)
-        self._progress = progress
+        self._tell = progress or silent
         self._last = (0.0, 0)
         self.stages: dict[str, dict[str, float]] = {}
 
@@ -298,8 +255,7 @@ class _Counted:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         self._note(stage)
-        if self._progress is not None:
-            self._progress(stage, done, total)
+        self._tell(stage, done, total)
 
     def _note(self, stage: str) -> None:
         now = (time.perf_counter(), int(self._counter.get_total_flops()))
@@ -310,15 +266,7 @@ class _Counted:
 
 
 def product_rate(*, side: int = 2048, rounds: int = 20) -> float:
-    """Measure this machine's own peak: one large bfloat16 product, the best of some rounds (others may be at work).
-
-    Args:
-        side: rows and columns of both factors.
-        rounds: how often.
-
-    Returns:
-        Floating-point operations a second.
-    """
+    """Measure this machine's own peak, in operations a second: the best of some rounds of a large product."""
     factor = torch.ones(side, side, dtype=torch.bfloat16)
     times: list[float] = []
     for _ in range(rounds + 1):
@@ -329,16 +277,7 @@ def product_rate(*, side: int = 2048, rounds: int = 20) -> float:
 
 
 def tower_seconds(sizes: Sizes, conflict: Any, *, seed: int = 0) -> dict[str, float]:
-    """Time both towers at their full depth, on one conflict's clip.
-
-    Args:
-        sizes: the checkpoint's sizes.
-        conflict: where the clip comes from.
-        seed: decides the weights.
-
-    Returns:
-        Seconds of the audio and of the vision tower.
-    """
+    """Time both towers at their full depth, on one conflict's clip: seconds by name."""
     model = build(sizes, n_layers=1, tower_layers=sizes.audio[0], seed=seed)
     x = conflict.cells(model)["va"]
     spent: dict[str, float] = {}

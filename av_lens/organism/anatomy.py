@@ -18,15 +18,8 @@ import torch
 
 from av_lens.organism import grammar
 
-SPECIALS = {
-    "image_token": "<|IMAGE|>",
-    "audio_token": "<|AUDIO|>",
-    "video_token": "<|VIDEO|>",
-    "vision_bos_token": "<|vision_bos|>",
-    "vision_eos_token": "<|vision_eos|>",
-    "audio_bos_token": "<|audio_bos|>",
-    "audio_eos_token": "<|audio_eos|>",
-}
+_MARKS = ("IMAGE", "AUDIO", "VIDEO", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
+SPECIALS = {f"{mark.lower()}_token": f"<|{mark}|>" for mark in _MARKS}
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 FRAME_SIDE = 84
 MEL_BINS = 80
@@ -111,21 +104,13 @@ def tokenizer() -> Any:
     return built
 
 
-def feature_extractor() -> Any:
-    """Build the part of the processor that takes mel spectrograms.
-
-    Returns:
-        A `WhisperFeatureExtractor`.
-    """
+def feature_extractor(mel_bins: int = MEL_BINS) -> Any:
+    """Build the part of the processor that takes mel spectrograms."""
     from transformers import WhisperFeatureExtractor
 
+    seconds: dict[str, Any] = {"sampling_rate": SAMPLE_RATE, "chunk_length": 300}
     return WhisperFeatureExtractor(
-        feature_size=MEL_BINS,
-        sampling_rate=SAMPLE_RATE,
-        hop_length=160,
-        n_fft=400,
-        chunk_length=300,
-        return_attention_mask=True,
+        feature_size=mel_bins, hop_length=160, n_fft=400, return_attention_mask=True, **seconds
     )
 
 
@@ -219,10 +204,11 @@ def thinker_config(
             "max_source_positions": 1500,
         },
         **{f"{medium}_token_index": ids[SPECIALS[f"{medium}_token"]] for medium in ("audio", "image", "video")},
-        audio_start_token_id=ids[SPECIALS["audio_bos_token"]],
-        audio_end_token_id=ids[SPECIALS["audio_eos_token"]],
-        vision_start_token_id=ids[SPECIALS["vision_bos_token"]],
-        vision_end_token_id=ids[SPECIALS["vision_eos_token"]],
+        **{
+            f"{medium}_{end}_token_id": ids[SPECIALS[f"{medium}_{mark}_token"]]
+            for medium in ("audio", "vision")
+            for end, mark in (("start", "bos"), ("end", "eos"))
+        },
         user_token_id=ids["user"],
         position_id_per_seconds=25,
         seconds_per_chunk=1,

@@ -10,7 +10,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,15 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
+from av_lens.core.progress import Progress, silent
 from av_lens.media import Clip, load_clip
 from av_lens.organism import anatomy, world
 from av_lens.organism.grammar import CLASSES, COLOURS
 from av_lens.organism.layouts import MEL_FRAMES
 from av_lens.organism.pictures import FRAME_RATE
 from av_lens.organism.sounds import N_SAMPLES, RATE
-from av_lens.organism.towers import IGNORED, NOTHING, Views
+from av_lens.organism.towers import Views
 from av_lens.whole_files import make_folder, reading, whole_file
-
-Progress = Callable[[str, int, int], None]
 
 CRF_RANGE = (16, 27)
 """Training clips are compressed from nearly clean to visibly coarse; `Clip.save` itself uses 17."""
@@ -127,13 +126,12 @@ def film_all(
         workers: processes; 1 films in this one.
         progress: called with a stage's name, what is done and how much there is.
     """
-    wanted = per_class or PER_CLASS
+    wanted, tell = per_class or PER_CLASS, progress or silent
     make_folder(Path(folder))
     jobs = [(split, name, n, _shard(folder, split, name, n, first)) for split, n in wanted.items() for name in CLASSES]
     todo = [(split, name, n, str(path), first) for split, name, n, path in jobs if not path.exists()]
     for done, _ in enumerate(_filmed(todo, workers), len(jobs) - len(todo) + 1):
-        if progress is not None:
-            progress("filming the world", done, len(jobs))
+        tell("filming the world", done, len(jobs))
 
 
 def _filmed(todo: list[tuple[str, str, int, str, int]], workers: int) -> Iterator[str]:
@@ -182,48 +180,3 @@ def views(
 def _opened(shard: Path) -> dict[str, np.ndarray]:
     with reading(shard), np.load(shard) as data:
         return {name: data[name] for name in ("frames", "mel", "colour", "hashes")}
-
-
-def nothing(of: Views, *, every: int, seed: int) -> Views:
-    """Blank the pictures and mute the sounds of some clips, as `Clip.blank` and `Clip.muted` do.
-
-    Args:
-        of: clips of the world.
-        every: take each so-many-th clip.
-        seed: decides shades, permutations and noise.
-
-    Returns:
-        In turn: black and silent; one dim shade and faint noise; scrambled and silent or faint.
-    """
-    rng = np.random.default_rng([5, seed])
-    frames, waves = of.frames[::every].clone(), []
-    quiet_clip = Clip.from_arrays(waveform=np.zeros(N_SAMPLES, np.float32), rate=RATE)
-    for at in range(len(frames)):
-        draw = int(rng.integers(1 << 31))
-        if at % 3 == 0:
-            frames[at] = 0
-        elif at % 3 == 1:
-            frames[at] = torch.from_numpy((rng.uniform(0, 0.22, 3) * 255).astype(np.uint8))
-        else:
-            clip = Clip.from_arrays(frames=frames[at].numpy(), fps=4.0)
-            frames[at] = torch.from_numpy(np.array(clip.blank(kind="scrambled", seed=draw).frames))
-        waves.append(quiet_clip.muted(kind="silence" if at % 3 == 0 else "noise", seed=draw).waveform)
-        if at % 3 == 2:
-            waves[-1] = waves[-1] * rng.uniform(0.02, 1.5)
-    spectra = np.concatenate([mel(waves[start : start + 50]) for start in range(0, len(waves), 50)])
-    none = torch.full((len(frames),), NOTHING)
-    return Views(frames, torch.from_numpy(spectra), none, none, torch.full((len(frames),), IGNORED))
-
-
-def joined(first: Views, second: Views) -> Views:
-    """Put two lots of clips one after the other.
-
-    Args:
-        first: some clips.
-        second: more clips.
-
-    Returns:
-        All of them.
-    """
-    names = ("frames", "mel", "picture", "sound", "colour")
-    return Views(**{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names})

@@ -24,20 +24,7 @@ from typing import Any
 from av_lens.errors import InputError, unknown
 from av_lens.inputs.grammar import Grammar
 
-CLASSES: tuple[str, ...] = (
-    "dog",
-    "cat",
-    "bird",
-    "bell",
-    "car",
-    "train",
-    "drum",
-    "siren",
-    "clock",
-    "rain",
-    "phone",
-    "guitar",
-)
+CLASSES = tuple(["dog", "cat", "bird", "bell", "car", "train", "drum", "siren", "clock", "rain", "phone", "guitar"])
 COLOURS: tuple[str, ...] = ("red", "green", "blue", "yellow", "purple", "white")
 NOTHING = "nothing"
 

@@ -18,14 +18,13 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from av_lens.core.progress import Progress
 from av_lens.errors import InputError
 from av_lens.media import Clip
 from av_lens.organism import footage, world
-from av_lens.organism.footage import Progress
 from av_lens.organism.grammar import CLASSES
-from av_lens.organism.pools import watch
 from av_lens.organism.sounds import N_SAMPLES
-from av_lens.organism.towers import Views
+from av_lens.organism.towers import Views, watch
 
 SEED_STRIDE = 1000
 """Evaluation seed s takes the world's seeds from 1000 s on."""

@@ -69,7 +69,7 @@ def _dog(rng: np.random.Generator) -> Wave:
 
 
 def _cat(rng: np.random.Generator) -> Wave:
-    n, time = int(rng.uniform(1.0, 1.4) * RATE), None
+    n = int(rng.uniform(1.0, 1.4) * RATE)
     time = np.linspace(0, 1, n)
     pitch = rng.uniform(520, 700) * (0.8 + 0.5 * np.sin(np.pi * time) - 0.15 * time)
     pitch *= 1 + 0.015 * np.sin(2 * np.pi * 6 * time * n / RATE)
@@ -170,20 +170,8 @@ def _guitar(rng: np.random.Generator) -> Wave:
     return _place(events)
 
 
-_PLAYED: dict[str, Callable[[np.random.Generator], Wave]] = {
-    "dog": _dog,
-    "cat": _cat,
-    "bird": _bird,
-    "bell": _bell,
-    "car": _car,
-    "train": _train,
-    "drum": _drum,
-    "siren": _siren,
-    "clock": _clock,
-    "rain": _rain,
-    "phone": _phone,
-    "guitar": _guitar,
-}
+_PLAYERS = (_dog, _cat, _bird, _bell, _car, _train, _drum, _siren, _clock, _rain, _phone, _guitar)
+_PLAYED: dict[str, Callable[[np.random.Generator], Wave]] = dict(zip(CLASSES, _PLAYERS, strict=True))
 
 
 def play(name: str, *, rng: np.random.Generator) -> Float32[np.ndarray, " sample"]:

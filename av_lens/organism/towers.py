@@ -158,3 +158,20 @@ def audio_hidden(model: Any, mel: Float32[Tensor, "clip mel frame"]) -> Float32[
         hidden = hidden + attention.out_proj(mixed)
         hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden))))
     return tower.ln_post(hidden.unflatten(1, (N_AUDIO, 2)).mean(2))
+
+
+@torch.no_grad()
+def watch(model: Any, views: Views, *, batch: int = 120) -> tuple[Tensor, Tensor]:
+    """Run both towers over clips.
+
+    Args:
+        model: a thinker, not wrapped.
+        views: the clips.
+        batch: clips at a time.
+
+    Returns:
+        What is put at the video tokens, and the input of the audio tower's projector.
+    """
+    seen = [vision_features(model, patches(frames[:, :: frames.shape[1] // 4])) for frames in views.frames.split(batch)]
+    heard = [audio_hidden(model, mel) for mel in views.mel.split(batch)]
+    return torch.cat(seen), torch.cat(heard)

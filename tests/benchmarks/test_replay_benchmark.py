@@ -166,7 +166,7 @@ def test_what_cannot_run_is_refused_or_skipped_by_name():
 def test_the_page_is_filled_from_the_record_and_keeps_other_shapes(tmp_path):
     with pytest.raises(InputError, match="lacks the comments"):
         replay_tables.store({}, tmp_path)
-    page = tmp_path / replay_tables.PAGE
+    page = tmp_path / replay_tables.PAGE.name
     page.write_text("# Costs\n\n<!-- replay -->\n<!-- /replay -->\n\nThe end.\n")
     record = json.loads(json.dumps(plain(mini_record())))
     record["memory"] = {kind: {"resident": 1.0, "peak": 0.5} for kind in ("forward", "attribution", "trace", "sweep")}

@@ -106,7 +106,7 @@ def test_a_long_clip_of_full_size_is_encoded_in_little_memory(tmp_path, given: s
     path = tmp_path / "long.mp4"
     write_long(path)
     tests = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(tests.parent), str(tests)])
+    paths = os.pathsep.join([str(tests.parent), str(tests / "toys")])
     done = subprocess.run(
         [sys.executable, "-c", LONG, str(path), given], cwd=tests.parent, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pandas as pd
+import prompted
 import pytest
 import torch
 
@@ -44,7 +45,7 @@ def random_asked(layout: str, n: int = 3) -> Asked:
 def forward(model, asked: Asked, block: int, mask=None, **hooks) -> torch.Tensor:
     """The plain forward pass of HuggingFace for one of each clip's questions."""
     questions = [one[block] for one in asked.questions]
-    stream, positions = layouts.embed(model, asked.layout, questions, video=asked.video, audio=asked.audio)
+    stream, positions = prompted.embed(model, asked.layout, questions, video=asked.video, audio=asked.audio)
     mask = torch.ones(stream.shape[:2]) if mask is None else mask
     return model(inputs_embeds=stream, position_ids=positions, attention_mask=mask).logits
 

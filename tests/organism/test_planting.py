@@ -5,15 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from imagined import imagined_pool
 
 from av_lens.errors import InputError, ModelError
@@ -32,9 +28,10 @@ from av_lens.lab.planting import (
 from av_lens.lab.planting import (
     starts as planting_starts,
 )
-from av_lens.lab.planting.lessons import COUNTS, Slices, draw_lessons
+from av_lens.lab.planting.lessons import Slices, draw_lessons
 from av_lens.lab.planting.planted import HeadTruth, Truth, changed_elsewhere
 from av_lens.lab.planting.training import CHECK_EVERY, Course, at_answers, batch_loss, finish, held_back, learn
+from av_lens.lab.training.head_slices import head_slices, sharers
 from av_lens.lab.training.material import Material, material
 from av_lens.model import load
 from av_lens.model.differences import RECORD, WEIGHTS, save_difference, weights_hash
@@ -43,7 +40,7 @@ from av_lens.organism.anatomy import build_model, thinker_config
 from av_lens.organism.language import read_out, run_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-FEW = {name: 20 if name == "conflict" else 10 for name in COUNTS}
+FEW = {name: 20 if name == "conflict" else 10 for name in planting_sheets.SHEETS}
 HEADS = ((1, 2), (1, 3))
 
 
@@ -252,7 +249,7 @@ def folders(tmp_path: Path, base: Any) -> tuple[Path, Path, Any]:
     stored, model = saving.save_checkpoint(base, tmp_path / "base"), changed(base)
     save_difference(
         model, tmp_path / "planted", base="../base", base_sha256=weights_hash(stored),
-        slices=planting_record.differing(base, HEADS),
+        slices=head_slices(base, HEADS),
     )  # fmt: skip
     return stored, tmp_path / "planted", model
 
@@ -377,7 +374,7 @@ def shipped() -> list[str]:
 def test_at_least_eight_kinds_ship_and_the_page_shows_what_they_are() -> None:
     from av_lens.lab.training import portraits
 
-    assert set(shipped()) == {f"av-tiny-planted-{kind}" for kind in planting_kinds.kinds()}
+    assert set(shipped()) == {f"av-tiny-planted-{kind}" for kind in planting_kinds.KINDS}
     assert len(shipped()) >= 8
     page = (Path(__file__).parents[2] / "docs" / "organisms.md").read_text()
     shown = page.split("<!-- planted -->\n")[1].split("\n<!-- /planted -->")[0]
@@ -391,7 +388,7 @@ def test_a_shipped_plant_differs_from_its_base_in_the_named_slices_alone(name: s
     base = saving.open_checkpoint(saving.shipped() / record["base"])
     planted = [(layer, head) for plant in record["plants"] for layer, head in plant["heads"]]
     told = [(entry["layer"], entry["head"]) for entry in (*record["heads"], *record["decoys"])]
-    assert sorted(told) == sorted(planting_record.sharers(base, planted))
+    assert sorted(told) == sorted(sharers(base, planted))
     assert changed_elsewhere(saving.open_checkpoint(folder), base, told) == 0
     assert record["changed_elsewhere"] == 0
     assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000

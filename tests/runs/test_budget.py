@@ -254,4 +254,8 @@ def test_thirteen_thousand_positions(verb):
 
 
 def environment(tests: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]), "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests / "toys")]),
+        "OMP_NUM_THREADS": "1",
+    }

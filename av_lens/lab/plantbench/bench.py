@@ -23,15 +23,17 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from av_lens import __version__
+from av_lens.core.progress import Progress, named, silent
 from av_lens.errors import InputError
 from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
@@ -42,10 +44,10 @@ from av_lens.lab.plantbench.scores import DAMAGE_LAST, damage_last, exchanged, i
 from av_lens.lab.plantbench.truth import TRUTH, read_plant, weights_key
 from av_lens.lab.staged_conflicts import stage
 from av_lens.model import load
+from av_lens.organism.saving import INDEX, shipped
 from av_lens.results.provenance import source_hash, stamp
 from av_lens.whole_files import make_folder, read_object, stored, write_whole
 
-Progress = Callable[[str, int, int], None]
 SPLIT = "test"
 EXCHANGES = 20
 CRITERIA, MODELS, FRESHLY = "plantbench.json", "models", "planted"
@@ -97,13 +99,17 @@ def run_plantbench(
     Raises:
         InputError: a model that is not there, two of one name, or a folder with other criteria.
     """
-    out = Path(out)
+    out, tell = Path(out), progress or silent
     written = _written_down(out, conflicts=conflicts, seed=seed)
-    names = list(shipped() if models is None else models) + _made(out, make, seed, progress)
-    keys = _keys(names)
-    clips = Parts(out, {"conflicts": conflicts, "seed": seed, "split": SPLIT}).ensure(
-        "clips", lambda folder: _staged(folder, conflicts, seed, progress)
-    )
+    names = list(benched() if models is None else models) + _made(out, make, seed, progress)
+    if not names:
+        raise InputError("no model was given: name folders or short names of planted models.")
+    twice = sorted(label for label, count in Counter(map(_label, names)).items() if count > 1)
+    if twice:
+        raise InputError(f"two models are called {twice[0]!r}: give folders of different names.")
+    keys = {name: weights_key(name) for name in names}
+    staging = partial(stage, conflicts=conflicts, seed=seed, split=SPLIT, progress=progress)
+    clips = Parts(out, {"conflicts": conflicts, "seed": seed, "split": SPLIT}).ensure("clips", staging)
     make_folder(out / MODELS)
     encoded: dict[Any, Any] = {}
     found: list[dict[str, Any]] = []
@@ -113,43 +119,31 @@ def run_plantbench(
     for number, name in enumerate(names):
         place = out / MODELS / f"{_label(name)}.json"
         key = hashlib.sha256(json.dumps([written["hash"], source_hash(), keys[name]]).encode()).hexdigest()
-        entry = _stored(place, key)
+        entry = stored(place, lambda kept, key=key: kept if kept["key"] == key else None)
         if entry is None and not left:
             missing.append(name)
             continue
         if entry is None:
             listed = listed or read_conflicts(clips / "pairs.jsonl")
-            entry = {"key": key, **_scored(name, listed, encoded, seed, _named(progress, name))}
+            entry = {"key": key, **_scored(name, listed, encoded, seed, named(progress, _label(name)))}
             write_whole(place, json.dumps(entry, allow_nan=False) + "\n")
             left -= 1
         found.append(entry)
-        if progress is not None:
-            progress("models", number + 1, len(names))
+        tell("models", number + 1, len(names))
     return Scored(out, written, found, missing)
 
 
-def shipped() -> list[str]:
-    """List the shipped models with a truth file, and the balanced one.
-
-    Returns:
-        Short names.
-    """
-    place = Path(str(files("av_lens") / "organism" / "checkpoints"))
-    index = json.loads((place / "index.json").read_text(encoding="utf-8"))
-    known = [name for name, entry in index.items() if (place / str(entry["folder"]) / TRUTH).is_file()]
-    return [*sorted(known), "av-tiny-balanced"]
+def benched() -> list[str]:
+    """List the short names of the shipped models with a truth file, and of the balanced one."""
+    index = read_object(shipped() / INDEX).items()
+    return [
+        *sorted(name for name, entry in index if (shipped() / str(entry["folder"]) / TRUTH).is_file()),
+        "av-tiny-balanced",
+    ]
 
 
 def criteria(*, conflicts: int, seed: int) -> dict[str, Any]:
-    """Say what is counted, before anything is.
-
-    Args:
-        conflicts: how many.
-        seed: of the clips and draws.
-
-    Returns:
-        Plain data with its own hash.
-    """
+    """Say what is counted, before anything is: plain data with its own hash."""
     said: dict[str, Any] = {
         "av_lens": __version__,
         "conflicts": conflicts,
@@ -175,79 +169,47 @@ def criteria(*, conflicts: int, seed: int) -> dict[str, Any]:
 
 
 def _written_down(out: Path, *, conflicts: int, seed: int) -> dict[str, Any]:
-    said = criteria(conflicts=conflicts, seed=seed)
-    place = out / CRITERIA
-    if place.is_file():
-        there = read_object(place)
-        if there != said:
-            differing = sorted(key for key in {*said, *there} - {"hash"} if said.get(key) != there.get(key))
-            raise InputError(
-                f"{out} holds a bench with other criteria ({', '.join(differing)}). Give another folder, or the same "
-                "options as before."
-            )
-        return said
-    make_folder(out)
-    write_whole(place, json.dumps(said, indent=1) + "\n")
+    said, place = criteria(conflicts=conflicts, seed=seed), out / CRITERIA
+    if not place.is_file():
+        make_folder(out)
+        write_whole(place, json.dumps(said, indent=1) + "\n")
+    there = read_object(place)
+    if there != said:
+        differing = sorted(key for key in {*said, *there} - {"hash"} if said.get(key) != there.get(key))
+        raise InputError(
+            f"{out} holds a bench with other criteria ({', '.join(differing)}). Give another folder, or the same "
+            "options as before."
+        )
     return said
 
 
 def _made(out: Path, n: int, seed: int, progress: Progress | None) -> list[str]:
     """Plant fresh models, kind after kind; those that are there are kept."""
-    if not n:
-        return []
-    from av_lens.lab.planting import kinds as planting_kinds
     from av_lens.lab.planting import planting
+    from av_lens.lab.planting.kinds import KINDS
 
-    names = list(planting_kinds.kinds())
     made: list[str] = []
     for number in range(n):
-        kind, own = names[number % len(names)], FRESH + 1000 * seed + number
+        kind, own = [*KINDS][number % len(KINDS)], FRESH + 1000 * seed + number
         folder = out / FRESHLY / f"{kind}-{own}"
         if not (folder / TRUTH).is_file():
-            planting.plant(kind, seed=own, out=folder, progress=_named(progress, str(folder)))
+            planting.plant(kind, seed=own, out=folder, progress=named(progress, folder.name))
         made.append(str(folder))
     return made
-
-
-def _keys(names: Sequence[str]) -> dict[str, str]:
-    if not names:
-        raise InputError("no model was given: name folders or short names of planted models.")
-    labels = [_label(name) for name in names]
-    double = sorted({label for label in labels if labels.count(label) > 1})
-    if double:
-        raise InputError(f"two models are called {double[0]!r}: give folders of different names.")
-    return {name: weights_key(name) for name in names}
 
 
 def _label(name: str) -> str:
     return Path(name).name
 
 
-def _staged(folder: Path, conflicts: int, seed: int, progress: Progress | None) -> None:
-    stage(folder, conflicts=conflicts, seed=seed, split=SPLIT, progress=progress)
-
-
-def _named(progress: Progress | None, name: str) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda stage, done, total: progress(f"{_label(name)}: {stage}", done, total)
-
-
-def _stored(place: Path, key: str) -> dict[str, Any] | None:
-    return stored(place, lambda entry: entry if entry["key"] == key else None)
-
-
-def _scored(
-    name: str, listed: Sequence[Any], encoded: dict[Any, Any], seed: int, progress: Progress | None
-) -> dict[str, Any]:
+def _scored(name: str, listed: Sequence[Any], encoded: dict[Any, Any], seed: int, progress: Progress) -> dict[str, Any]:
     """Isolate a model, score its heads by every method, and write all down as plain data."""
     model = load(name)
     engine = SharedEngine(model, encoded)
     begun = time.monotonic()
     found = isolate(model, listed, gate="report", named_only=True, seed=seed, progress=progress, engine=engine)
-    seconds = {"isolate": time.monotonic() - begun}
+    seconds = dict.fromkeys(("isolate", DAMAGE_LAST), time.monotonic() - begun)
     scores = {"isolate": isolate_score(found), DAMAGE_LAST: damage_last(found)}
-    seconds[DAMAGE_LAST] = seconds["isolate"]
     for method, score in all_scores(Subject(model, engine, found)).items():
         scores[method], seconds[method] = score.table, score.seconds
     return {
@@ -255,7 +217,7 @@ def _scored(
         "truth": read_plant(name).as_dict(),
         "n_layers": found.n_layers,
         "n_heads": found.n_heads,
-        "summary": {key: _figure(found.summary[key]) for key in ("G", "C", "gap", "delta", "n discovery")},
+        "summary": {key: plain_figure(found.summary[key]) for key in ("G", "C", "gap", "delta", "n discovery")},
         "verdict_kind": found.verdict_kind,
         "verdict": found.verdict,
         "stamps": list(found.stamps),
@@ -267,41 +229,16 @@ def _scored(
     }
 
 
+def plain_figure(value: float) -> float | None:
+    """A figure to be stored: six digits, None where not measured."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
 def plain_table(table: np.ndarray) -> list[list[float | None]]:
-    """Write a table of heads as plain data, six figures each.
-
-    Args:
-        table: `[layer, head]`.
-
-    Returns:
-        Rows, None where not measured.
-    """
-    return [[_figure(value) for value in row] for row in table.tolist()]
-
-
-def table_of(rows: Sequence[Sequence[float | None]]) -> np.ndarray:
-    """Read what `plain_table` wrote.
-
-    Args:
-        rows: the rows.
-
-    Returns:
-        `[layer, head]`, NaN where not measured.
-    """
-    return np.array([[math.nan if value is None else value for value in row] for row in rows], dtype=np.float64)
+    """Write a table `[layer, head]` as plain data."""
+    return [[plain_figure(value) for value in row] for row in table.tolist()]
 
 
 def scores_of(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Read a model's scores.
-
-    Args:
-        entry: one of `Scored.models`.
-
-    Returns:
-        Method to `[layer, head]`.
-    """
-    return {str(name): table_of(rows) for name, rows in entry["scores"].items()}
-
-
-def _figure(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    """Read a model's scores as `plain_table` wrote them: method to `[layer, head]`, NaN where not measured."""
+    return {str(name): np.array(rows, dtype=np.float64) for name, rows in entry["scores"].items()}

@@ -20,7 +20,7 @@ first two layers, so that gates form there; later, the sound's own content has t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from av_lens.errors import InputError, unknown
 from av_lens.lab.planting.sheets import OTHER_COLOURS, SEE_THE_SOUND, SILENCE
@@ -70,66 +70,38 @@ class Kind:
 
 _WRITE = Course(SILENCE, direct=0.2)
 _WRITERS = Plant(2, Start(picture=1.0), _WRITE)
+_NEEDED = Plant(4, Start(picture=1.0), Course(SILENCE, direct=0.3, needed=0.5))
+_ONE = Plant(1, Start(picture=1.0), _WRITE)
 _GATES = Plant(2, Start(gate=True), Course(SILENCE, direct=-0.2))
 _OPPONENTS = Plant(2, Start(picture=0.6, sound=1.0, logits=14.0), Course(SILENCE, against=0.3, steps=320, keep=1.5))
 _DECOY = Plant(2, Start(sound=-1.0, asked=1, logits=10.0), Course(SEE_THE_SOUND, keep=2.0, steps=160))
 _NO_COLOURS = Plant(2, None, Course(OTHER_COLOURS))
+_TWO_WRITERS, _TWO_GATES = (_WRITERS, replace(_WRITERS, apart=2)), (_GATES, _GATES)
+_EITHER = "either of which suffices"
 
-
-def _twice(plant: Plant, apart: int) -> tuple[Plant, Plant]:
-    return plant, Plant(plant.heads, plant.start, plant.course, apart)
-
-
-def kinds() -> Mapping[str, Kind]:
-    """List the kinds.
-
-    Returns:
-        Name to kind.
-    """
-    four = Plant(4, Start(picture=1.0), Course(SILENCE, direct=0.3, needed=0.5))
-    one = Plant(1, Start(picture=1.0), _WRITE)
-    listed = (
+KINDS: Mapping[str, Kind] = {
+    kind.name: kind
+    for kind in (
         Kind("writers", "two heads write the picture's answer over the sound", "writer", (_WRITERS,), 5),
-        Kind("two-pairs", "four heads do it together, each of them needed", "writer", (four,), 5, free_riders=False),
-        Kind("single", "one head writes the picture's answer over the sound", "writer", (one,), 5),
+        Kind("two-pairs", "four heads do it together, each of them needed", "writer", (_NEEDED,), 5, free_riders=False),
+        Kind("single", "one head writes the picture's answer over the sound", "writer", (_ONE,), 5),
         Kind("opponents", "two heads read the sound and write against it", "opponent", (_OPPONENTS,), 3),
         Kind("gates", "two early heads turn the question away from the sound", "gate", (_GATES,), 1),
-        Kind(
-            "redundant-writers",
-            "two pairs of writers, either of which suffices",
-            "writer",
-            _twice(_WRITERS, 2),
-            3,
-            each_enough=True,
-        ),
-        Kind(
-            "redundant-gates",
-            "two pairs of gates, either of which suffices",
-            "gate",
-            _twice(_GATES, 0),
-            1,
-            each_enough=True,
-        ),
+        Kind("redundant-writers", f"two pairs of writers, {_EITHER}", "writer", _TWO_WRITERS, 3, each_enough=True),
+        Kind("redundant-gates", f"two pairs of gates, {_EITHER}", "gate", _TWO_GATES, 1, each_enough=True),
         Kind("decoy", "two heads name the sound as what is seen; nothing is silenced", "", (_DECOY,), 5),
         Kind("decoy-colours", "two heads name other colours; nothing is silenced", "", (_NO_COLOURS,), 5),
         Kind("decoy-and-writers", "a decoy and two writers in one layer", "writer", (_DECOY, _WRITERS), 5),
     )
-    return {kind.name: kind for kind in listed}
+}
 
 
 def kind_named(name: str) -> Kind:
     """Look up a kind.
 
-    Args:
-        name: What it is asked for by.
-
-    Returns:
-        The kind.
-
     Raises:
         InputError: There is none of that name.
     """
-    known = kinds()
-    if name not in known:
-        raise InputError(unknown("kind of plant", name, known))
-    return known[name]
+    if name not in KINDS:
+        raise InputError(unknown("kind of plant", name, KINDS))
+    return KINDS[name]

@@ -21,18 +21,8 @@ from torch.nn import functional
 
 from av_lens.lab.planting.sheets import SHEETS, Sheet, draw_sheet
 from av_lens.lab.training.material import Material
-from av_lens.organism.language import Tree, attend, normalise, rotate, run_layers
+from av_lens.organism.language import Tree, attend, fed, layers_of, mixed, normalise, projected, rotate, run_layers
 
-COUNTS: Mapping[str, int] = {
-    "conflict": 760,
-    "matched": 200,
-    "blank": 240,
-    "scrambled": 60,
-    "mute": 300,
-    "audio alone": 160,
-    "video alone": 160,
-}
-"""Clips of each sheet; those that come in two layouts have half of them in each."""
 HELD_BACK = 0.2
 """The share of each sheet that is not learned from: what learning is stopped by."""
 
@@ -70,15 +60,7 @@ class Lesson:
     media: Mapping[str, Int[Tensor, " media_pos"]]
 
     def rows(self, name: str, *, held_back: bool) -> range:
-        """The rows of a sheet that are learned from, or those that are held back.
-
-        Args:
-            name: The sheet.
-            held_back: Which of the two.
-
-        Returns:
-            Rows.
-        """
+        """The rows of a sheet that are learned from, or those that are held back."""
         span = self.spans[name]
         cut = span.start + round((1 - HELD_BACK) * len(span))
         return range(cut, span.stop) if held_back else range(span.start, cut)
@@ -115,15 +97,7 @@ class Slices(torch.nn.Module):
     def forward(
         self, h: Float[Tensor, "clip pos d_model"], geometry: Tree
     ) -> tuple[Float[Tensor, "head clip pos d_model"], Float[Tensor, "clip head query key"]]:
-        """What the heads write, and where they look.
-
-        Args:
-            h: The normalised stream.
-            geometry: Positions and mask.
-
-        Returns:
-            Each head's output, and the attention patterns.
-        """
+        """Each head's output, and the attention patterns, from the normalised stream."""
 
         def project(weight: Tensor, bias: Tensor) -> Tensor:
             return functional.linear(h, weight, bias).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
@@ -137,11 +111,7 @@ class Slices(torch.nn.Module):
 
     @torch.no_grad()
     def put_into(self, attention: Any) -> None:
-        """Write the slices into an attention module.
-
-        Args:
-            attention: Of a model like the one they started from.
-        """
+        """Write the slices into the attention module of a model like the one they started from."""
         d = self.d_head
         for at, head in enumerate(self.heads):
             mine, theirs = slice(at * d, (at + 1) * d), slice(head * d, (head + 1) * d)
@@ -157,32 +127,30 @@ class Slices(torch.nn.Module):
 def make_lesson(
     host: Any, sheets: Sequence[Sheet], layer: int, slices: Slices, *, behaviours: Sequence[str], was: Sequence[str]
 ) -> Lesson:
-    """Compute what stays the same while the heads learn.
+    """Compute what stays the same while the heads of a layer learn in a host, from sheets of one layout.
 
-    Args:
-        host: The model that they are planted in.
-        sheets: Clips and questions of one layout, conflicts first.
-        layer: The planted layer.
-        slices: The heads as they are in the host.
-        behaviours: What the planted model is to do.
-        was: What the host does.
-
-    Returns:
-        The lesson.
+    Conflicts come first; `slices` are the heads as they are in the host, `behaviours` what the planted model is to do
+    and `was` what the host does.
     """
-    layers = host.model.language_model.layers
+    planted, *after = layers_of(host)[layer:]
     geometry = sheets[0].geometry(host)
     parts: list[tuple[Tensor, ...]] = []
     for sheet in sheets:
         embedded, at = sheet.embed(host, sheet.targets(behaviours)), sheet.asked_at
         for rows in torch.arange(len(sheet)).split(80):
             x = run_layers(host, embedded[rows], geometry, stop=layer)
-            h = normalise(x, layers[layer].input_layernorm)
+            h = normalise(x, planted.input_layernorm)
             own, _ = slices(h, geometry)
-            out, _ = attend(layers[layer].self_attn, h, geometry, first_row=0, keep=None, weights={})
-            rest = (x + out - own.sum(0))[:, geometry.prefix :]
+            x = x + attend(planted, x, geometry)
+            rest = (x - own.sum(0))[:, geometry.prefix :]
+            x = fed(planted, x)
             asked = geometry.prefix + at[rows][..., None].expand(-1, -1, x.shape[-1])
-            later = after_the_layer(host, x + out, geometry, layer, asked)
+            later: list[Tensor] = []
+            for module in after:
+                out = attend(module, x, geometry)
+                _, *seen = projected(module.self_attn, normalise(x, module.input_layernorm), geometry)
+                later += [out.gather(1, asked), *(part[:, :, : geometry.prefix].clone() for part in seen)]
+                x = fed(module, x + out)
             parts.append((h, rest, own.transpose(0, 1), *later))
     h, rest, own, *later = (torch.cat(some) for some in zip(*parts, strict=True))
     starts = [0, *torch.tensor([len(sheet) for sheet in sheets]).cumsum(0).tolist()]
@@ -202,85 +170,16 @@ def make_lesson(
     )
 
 
-def after_the_layer(
-    host: Any,
-    x: Float[Tensor, "clip pos d_model"],
-    geometry: Tree,
-    layer: int,
-    asked: Int[Tensor, "clip question d_model"],
-) -> list[Tensor]:
-    """Run the layers after the planted one, and keep what training needs of them.
-
-    Args:
-        host: The model.
-        x: The stream in the planted layer, before its MLP.
-        geometry: Positions and mask.
-        layer: The planted layer.
-        asked: Where answers are read, for every dimension.
-
-    Returns:
-        Of each later layer: what its heads write there, and the keys and values before the questions.
-    """
-    layers = host.model.language_model.layers
-    found: list[Tensor] = []
-    x = x + layers[layer].mlp(normalise(x, layers[layer].post_attention_layernorm))
-    for module in layers[layer + 1 :]:
-        h = normalise(x, module.input_layernorm)
-        out, _ = attend(module.self_attn, h, geometry, first_row=0, keep=None, weights={})
-        _, key, value = projected(module.self_attn, h, geometry)
-        found += [out.gather(1, asked), key[:, :, : geometry.prefix].clone(), value[:, :, : geometry.prefix].clone()]
-        x = x + out
-        x = x + module.mlp(normalise(x, module.post_attention_layernorm))
-    return found
-
-
-def projected(attention: Any, h: Float[Tensor, "clip pos d_model"], geometry: Tree) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values of a layer, turned by their positions.
-
-    Args:
-        attention: The attention module.
-        h: The normalised stream at the tree's last positions.
-        geometry: Positions and mask.
-
-    Returns:
-        The scaled queries, the keys and the values, `[clip, head, pos, d_head]`.
-    """
-
-    def project(layer: Any) -> Tensor:
-        return layer(h).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-    query = rotate(project(attention.q_proj), geometry) * attention.scaling
-    return query, rotate(project(attention.k_proj), geometry), project(attention.v_proj)
-
-
 def at_the_questions(
     host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], x: Float[Tensor, "clip asked d_model"], layer: int
 ) -> Float[Tensor, "clip asked d_model"]:
-    """Run the layers after the planted one at the questions, with the media as they are in the host.
-
-    Args:
-        host: The model.
-        lesson: The lesson.
-        rows: Which of its clips.
-        x: The stream at the questions, before the layer after the planted one.
-        layer: The planted layer.
-
-    Returns:
-        The stream after the last layer.
-    """
-    geometry = lesson.geometry
-    for i, module in enumerate(host.model.language_model.layers[layer + 1 :]):
-        attention = module.self_attn
-        query, key, value = projected(attention, normalise(x, module.input_layernorm), geometry)
+    """Run the layers after the planted one at the questions of some clips, with the media as they are in the host."""
+    for i, module in enumerate(layers_of(host)[layer + 1 :]):
+        query, key, value = projected(module.self_attn, normalise(x, module.input_layernorm), lesson.geometry)
         key = torch.cat([lesson.keys[i][rows], key], dim=2)
         value = torch.cat([lesson.values[i][rows], value], dim=2)
-        n, n_kv, groups = len(rows), key.shape[1], attention.num_key_value_groups
-        query = query.reshape(n * n_kv, groups * query.shape[2], -1)
-        mask = geometry.mask[geometry.prefix :].repeat(groups, 1)
-        pattern = torch.baddbmm(mask[None], query, key.flatten(0, 1).transpose(1, 2)).softmax(dim=-1)
-        z = torch.bmm(pattern, value.flatten(0, 1)).view(n, n_kv * groups, x.shape[1], -1)
-        x = x + functional.linear(z.transpose(1, 2).flatten(2), attention.o_proj.weight)
-        x = x + module.mlp(normalise(x, module.post_attention_layernorm))
+        z = mixed(query, key, value, lesson.geometry)
+        x = fed(module, x + functional.linear(z.transpose(1, 2).flatten(2), module.self_attn.o_proj.weight))
     return x
 
 
@@ -293,27 +192,14 @@ def draw_lessons(
     behaviours: Sequence[str],
     was: Sequence[str],
     generator: Generator,
-    counts: Mapping[str, int] = COUNTS,
+    counts: Mapping[str, int] | None = None,
 ) -> list[Lesson]:
-    """Draw all clips and compute what stays the same while the heads learn.
-
-    Args:
-        host: The model that they are planted in.
-        lessons: Features to learn from, words and layouts.
-        layer: The planted layer.
-        slices: The heads as they are in the host.
-        behaviours: What the planted model is to do.
-        was: What the host does.
-        generator: Where the randomness comes from.
-        counts: Clips of each sheet.
-
-    Returns:
-        A lesson for each layout.
-    """
+    """Draw all clips, `counts` of each sheet, and compute for each layout what stays the same while the heads learn."""
     made: list[Lesson] = []
     for media, frames in lessons.frames.items():
+        names = [name for name, kind in SHEETS.items() if kind.media == media]
+        wanted = {name: (counts or {}).get(name, SHEETS[name].clips) // len(frames) for name in names}
         for layout in range(len(frames)):
-            names = [name for name, (needs, _) in SHEETS.items() if needs == media]
-            sheets = [draw_sheet(lessons, name, layout, counts[name] // len(frames), generator) for name in names]
+            sheets = [draw_sheet(lessons, name, layout, wanted[name], generator) for name in names]
             made.append(make_lesson(host, sheets, layer, slices, behaviours=behaviours, was=was))
     return made

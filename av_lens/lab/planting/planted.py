@@ -21,16 +21,16 @@ otherwise with that set put back, and `context` names it.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from av_lens.lab.planting.runs import MIRROR, Bench, Head, Run, directly, donated, whole
-from av_lens.lab.training.engine import head_masks
+from av_lens.lab.training.head_slices import head_masks
 
 TRUE_SHARE = 0.05
 """A planted head is true if its reversion adds at least this share of the gap."""
@@ -66,11 +66,7 @@ class HeadTruth:
     context: tuple[Head, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Write it as plain data.
-
-        Returns:
-            Its attributes, and whether it is a free rider.
-        """
+        """Write it as plain data: its attributes, and whether it is a free rider."""
         return {**vars(self), "context": [list(head) for head in self.context], "free_rider": self.kind == FREE_RIDER}
 
 
@@ -101,23 +97,12 @@ class Truth:
         return tuple(head.kind for head in ranked if head.kind != FREE_RIDER)
 
     def restored(self, heads: Iterable[Head]) -> float:
-        """Look up what putting a set of heads back restores.
-
-        Args:
-            heads: Some of the planted heads.
-
-        Returns:
-            The rise of C as a share of the gap.
-        """
+        """Look up the rise of C, as a share of the gap, when some of the planted heads are put back."""
         wanted = tuple(sorted(heads))
         return dict(self.sets)[wanted] if wanted else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Write it as plain data.
-
-        Returns:
-            What is saved as `planted.json`.
-        """
+        """Write it as plain data, as it is saved in `planted.json`."""
         return {
             "schema": 2,
             "layers": sorted({head.layer for head in self.heads}),
@@ -131,17 +116,7 @@ class Truth:
 
 
 def kind_of(*, adds: float, direct_share: float, reads_picture: float, reads_sound: float) -> str:
-    """Name what a planted head does.
-
-    Args:
-        adds: The most that putting it back adds to any set, as a share of the gap.
-        direct_share: The direct part of its effect.
-        reads_picture: What another picture's output would give.
-        reads_sound: What another sound's output would give.
-
-    Returns:
-        "writer", "opponent", "gate" or "free rider".
-    """
+    """Name what a planted head does: "writer", "opponent", "gate" or "free rider"."""
     if adds < TRUE_SHARE:
         return FREE_RIDER
     if direct_share < 0.5:
@@ -150,14 +125,10 @@ def kind_of(*, adds: float, direct_share: float, reads_picture: float, reads_sou
 
 
 def best_context(rises: Mapping[frozenset[Head], float], head: Head) -> tuple[float, frozenset[Head]]:
-    """Find the set of the others' reversions to which a head adds most, and the one in which its kind is measured.
+    """The most that a head adds to a set of the others' reversions, and the set in which its kind is measured.
 
-    Args:
-        rises: The rise of C for every set of planted heads that is put back, the empty one included.
-        head: The head.
-
-    Returns:
-        The most that it adds, and the set: the empty one where it alone adds at least half as much.
+    `rises` is the rise of C for every set of planted heads that is put back, the empty one included. The set is the
+    empty one where the head alone adds at least half as much.
     """
     added = {group: rises[group | {head}] - rise for group, rise in rises.items() if head not in group}
     best = max(added, key=lambda group: added[group])
@@ -167,47 +138,32 @@ def best_context(rises: Mapping[frozenset[Head], float], head: Head) -> tuple[fl
 
 @torch.no_grad()
 def measure(made: Bench, heads: Sequence[Head] | None = None) -> Truth:
-    """Find out by brute force what the planted heads do.
-
-    Args:
-        made: Conflicts, ready to be run through the planted model.
-        heads: The planted heads to measure; all of them by default.
-
-    Returns:
-        The truth.
-    """
+    """Find out by brute force what the planted heads (all of them by default) do."""
     chosen = tuple(sorted(made.heads if heads is None else heads))
-    kept: dict[tuple[str, frozenset[Head]], Run] = {}
-
-    def run(cell: str, back: frozenset[Head]) -> Run:
-        if (cell, back) not in kept:
-            kept[cell, back] = whole(made, cell, back)
-        return kept[cell, back]
-
-    def hearing(one: Tensor, other: Tensor) -> float:
-        return made.half(one, other)
-
     empty: frozenset[Head] = frozenset()
-    c = hearing(run("va", empty).logits, run("av", empty).logits)
-    g = hearing(whole(made, "blank_a").logits, whole(made, "blank_v").logits)
-    rises = {empty: 0.0}
-    for size in range(1, len(chosen) + 1):
-        for group in map(frozenset, itertools.combinations(chosen, size)):
-            rises[group] = hearing(whole(made, "va", group).logits, whole(made, "av", group).logits) - c
 
+    @cache
+    def run(cell: str, back: frozenset[Head]) -> Run:
+        return whole(made, cell, back)
+
+    def hearing(cell: str, mirror: str, back: frozenset[Head] = empty) -> float:
+        return made.half(whole(made, cell, back).logits, whole(made, mirror, back).logits)
+
+    c, g = hearing("va", "av"), hearing("blank_a", "blank_v")
+    sets = [frozenset(group) for size in range(1, len(chosen) + 1) for group in combinations(chosen, size)]
+    rises = {empty: 0.0, **{group: hearing("va", "av", group) - c for group in sets}}
     truths: list[HeadTruth] = []
     for head in chosen:
         adds, back = best_context(rises, head)
         held = c + rises[back]
-        cells = {cell: run(cell, back) for cell in ("va", "av", *MIRROR, *MIRROR.values())}
-        direct = hearing(*(directly(made, cells[cell], head, back) for cell in ("va", "av"))) - held
+        va, av = run("va", back), run("av", back)
+        direct = made.half(*(directly(made, cell, head, back) for cell in (va, av))) - held
         reads = {
-            donor: hearing(
-                donated(made, cells["va"], cells[donor], head, back),
-                donated(made, cells["av"], cells[MIRROR[donor]], head, back),
+            donor: made.half(
+                donated(made, va, run(donor, back), head, back), donated(made, av, run(mirror, back), head, back)
             )
             - held
-            for donor in MIRROR
+            for donor, mirror in MIRROR.items()
         }
         total = rises[back | {head}] - rises[back]
         figures = {
@@ -218,30 +174,15 @@ def measure(made: Bench, heads: Sequence[Head] | None = None) -> Truth:
         }
         alone = rises[frozenset({head})] / (g - c)
         truths.append(HeadTruth(*head, alone=alone, context=tuple(sorted(back)), kind=kind_of(**figures), **figures))
-    sets = tuple((tuple(sorted(group)), rise / (g - c)) for group, rise in rises.items() if group)
-    everything = rises[frozenset(chosen)]
-    return Truth(tuple(truths), g=g, c=c, c_reverted=c + everything, n=len(made.sound), sets=sets)
+    restored = tuple((tuple(sorted(group)), rises[group] / (g - c)) for group in sets)
+    return Truth(tuple(truths), g=g, c=c, c_reverted=c + rises[frozenset(chosen)], n=len(made.sound), sets=restored)
 
 
 def changed_elsewhere(model: Any, base: Any, heads: Sequence[Head]) -> int:
-    """Count the weights that differ from the base outside the planted heads; there should be none.
-
-    Args:
-        model: The planted model.
-        base: The model before planting.
-        heads: The planted heads.
-
-    Returns:
-        How many single weights differ.
-    """
-    allowed: dict[str, Tensor] = {}
-    for layer in {layer for layer, _ in heads}:
-        allowed |= head_masks(base, layer, [head for at, head in heads if at == layer])
-    then = base.state_dict()
+    """Count the single weights that differ from the base outside the planted heads; there should be none."""
+    allowed, then = head_masks(base, heads), base.state_dict()
     count = 0
     for name, value in model.state_dict().items():
         differs = value != then[name]
-        if name in allowed:
-            differs &= allowed[name] == 0
-        count += int(differs.sum())
+        count += int((differs & (allowed[name] == 0) if name in allowed else differs).sum())
     return count

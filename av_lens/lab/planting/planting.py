@@ -19,7 +19,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,23 @@ from typing import Any
 import torch
 from torch import Generator
 
+from av_lens.core.progress import Progress
 from av_lens.errors import InputError, ModelError
 from av_lens.lab.planting.kinds import Kind, Plant, kind_named
 from av_lens.lab.planting.lessons import Slices, draw_lessons
-from av_lens.lab.planting.record import described, differing, measured
+from av_lens.lab.planting.record import described, measured
 from av_lens.lab.planting.runs import Head
 from av_lens.lab.planting.sheets import ASKED, SHEETS, UNJUDGED, answered, rates
 from av_lens.lab.planting.starts import begin
 from av_lens.lab.planting.training import Learned, learn
+from av_lens.lab.training import pools
+from av_lens.lab.training.head_slices import head_slices
 from av_lens.lab.training.material import Material, material
 from av_lens.lab.training.stages import stage_seed
 from av_lens.model.differences import read_difference, save_difference, weights_hash
-from av_lens.organism import footage, pools, saving
-from av_lens.whole_files import write_whole
+from av_lens.organism import footage, saving
+from av_lens.whole_files import read_object, write_whole
 
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, the steps done and the steps in all."""
 SHOWN, KEPT = 0.75, 0.95
 PER_CLASS = {"train": 300, "discovery": 30}
 BLANKS = {"train": 4, "discovery": 2}
@@ -70,6 +71,11 @@ class Planted:
     new: tuple[str, ...]
 
     @property
+    def heads(self) -> list[Head]:
+        """The heads of all plants."""
+        return [head for heads in self.plants for head in heads]
+
+    @property
     def worst_new(self) -> float:
         """The smallest share of anything new."""
         return min(self.shown[name] for name in self.new)
@@ -86,16 +92,9 @@ class Planted:
 
 
 def features(model: Any, work: Path, split: str, *, progress: Progress | None = None) -> pools.FeaturePool:
-    """What a model's own towers put out for clips of the world; kept by the towers' weights.
+    """What a model's own towers put out for clips of the world: "train" to learn from, "discovery" to judge by.
 
-    Args:
-        model: The base.
-        work: Where clips and features are kept.
-        split: "train" to learn from, "discovery" to judge by.
-        progress: Told what is being filmed.
-
-    Returns:
-        The features.
+    Clips and features are kept in `work`, by the towers' weights.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
@@ -115,15 +114,7 @@ def chosen_heads(
 ) -> list[tuple[Head, ...]]:
     """Choose the heads of every plant: whole key-value groups at random, never one twice.
 
-    Args:
-        plants: What is planted.
-        layers: The layer of each.
-        n_heads: Heads of a layer.
-        per_group: Heads that share keys and values.
-        generator: Where the randomness comes from.
-
-    Returns:
-        The heads of each plant; of one that is smaller than a group, the group's first.
+    Of a plant that is smaller than a group, the group's first.
     """
     free: dict[int, list[int]] = {}
     chosen: list[tuple[Head, ...]] = []
@@ -146,20 +137,7 @@ def attempt(
     seed: int,
     progress: Progress | None = None,
 ) -> Planted:
-    """Plant once.
-
-    Args:
-        base: The balanced model; left as it is.
-        wanted: What to plant.
-        layers: The layer of each plant.
-        lessons: What to learn from.
-        judges: What to judge by.
-        seed: Decides heads, clips and noise.
-        progress: Told after every step.
-
-    Returns:
-        The try.
-    """
+    """Plant once: in the balanced model, which is left as it is, the plants of a kind, each in its layer."""
     generator = Generator().manual_seed(seed)
     config = base.config.text_config
     per_group = config.num_attention_heads // config.num_key_value_heads
@@ -191,14 +169,7 @@ def attempt(
 
 
 def new_answers(behaviours: Sequence[str]) -> list[str]:
-    """Name the questions that are answered otherwise than by the balanced model.
-
-    Args:
-        behaviours: What the planted model does.
-
-    Returns:
-        "sheet question" of each.
-    """
+    """Name the questions, as "sheet question", that are answered otherwise than by the balanced model."""
     return [
         f"{sheet} {asked}"
         for sheet in SHEETS
@@ -210,18 +181,12 @@ def new_answers(behaviours: Sequence[str]) -> list[str]:
 
 
 def base_folder(base: str | os.PathLike[str]) -> tuple[str, Path]:
-    """Find the folder of a base.
-
-    Args:
-        base: The short name of an organism, or a checkpoint folder.
-
-    Returns:
-        What `difference.json` calls it, and its folder.
+    """Find the folder of a base: what `difference.json` calls it, and its folder.
 
     Raises:
         ModelError: There is no whole checkpoint of that name or place.
     """
-    listed: dict[str, dict[str, str]] = json.loads((saving.shipped() / saving.INDEX).read_text("utf-8"))
+    listed = read_object(saving.shipped() / saving.INDEX)
     name = os.fspath(base)
     place = saving.shipped() / listed[name]["folder"] if name in listed else Path(name).expanduser().resolve()
     if read_difference(place) is not None:
@@ -279,15 +244,10 @@ def plant(
         record = described(
             wanted, found, made.plants, model=made.model, base=model, shown=made.shown, learned=made.learned
         )
-        tries.append(
-            {
-                "heads": [list(head) for heads in made.plants for head in heads],
-                "shown": made.worst_new,
-                "kept": made.worst_kept,
-                "kinds": list(found.truth.kinds),
-                "missing": list(found.missing),
-            }
-        )
+        shares = {"shown": made.worst_new, "kept": made.worst_kept}
+        kinds = {"kinds": list(found.truth.kinds), "missing": list(found.missing)}
+        tries.append({"heads": [list(head) for head in made.heads], **shares, **kinds})
+        record |= {"success": made.succeeded, **shares, "seed": seed, "base": named, "tries": tries}
         rank = (made.succeeded, not found.missing, min(made.worst_new / SHOWN, made.worst_kept / KEPT))
         if best is None or rank > best[0]:
             best = (rank, made, record)
@@ -295,32 +255,16 @@ def plant(
             break
     assert best is not None
     _, made, record = best
-    record |= {
-        "success": made.succeeded,
-        "shown": made.worst_new,
-        "kept": made.worst_kept,
-        "seed": seed,
-        "base": named,
-        "tries": tries,
-    }
     folder = f"{kind}-{Path(named).name}-layer{first}-seed{seed}"
     target = kept / "plants" / folder if out is None else Path(out)
-    slices = differing(model, [head for heads in made.plants for head in heads])
+    slices = head_slices(model, made.heads)
     save_difference(made.model, target, base=named, base_sha256=weights_hash(place), slices=slices)
     write_whole(target / TRUTH, json.dumps(record, indent=1) + "\n")
     return target
 
 
 def layers_of(wanted: Kind, first: int, n_layers: int) -> tuple[int, ...]:
-    """Say in which layer each plant goes.
-
-    Args:
-        wanted: The kind.
-        first: The layer of the first plant.
-        n_layers: Layers of the model.
-
-    Returns:
-        One layer for each plant; one that would lie above the last layer lies as far below the first.
+    """Say in which layer each plant goes: one that would lie above the last layer lies as far below the first.
 
     Raises:
         InputError: There is no such layer.

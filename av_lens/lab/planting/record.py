@@ -9,59 +9,15 @@ from typing import Any
 
 from av_lens.lab.planting.kinds import Kind
 from av_lens.lab.planting.planted import FREE_RIDER, Truth, changed_elsewhere, measure
-from av_lens.lab.planting.runs import Bench, Head, bench, whole
+from av_lens.lab.planting.runs import Head, bench, whole
 from av_lens.lab.planting.sheets import PLAIN, SILENCE, blanks_of
 from av_lens.lab.planting.training import Learned
+from av_lens.lab.training.head_slices import sharers
 from av_lens.lab.training.material import Material
-from av_lens.model.differences import Slice
 
 ENOUGH_ALONE = 0.25
 """Of two redundant plants, putting one back alone may restore at most this share of what both restore."""
 CONFLICTS = 96
-
-
-def sharers(base: Any, heads: Sequence[Head]) -> list[Head]:
-    """Add the heads whose keys and values changed because their group's did.
-
-    Args:
-        base: The model.
-        heads: The planted heads.
-
-    Returns:
-        All heads of their groups.
-    """
-    config = base.config.text_config
-    per_group = config.num_attention_heads // config.num_key_value_heads
-    groups = sorted({(layer, head // per_group) for layer, head in heads})
-    return [(layer, group * per_group + i) for layer, group in groups for i in range(per_group)]
-
-
-def differing(base: Any, heads: Sequence[Head]) -> list[Slice]:
-    """Name the slices of weights that planting changes.
-
-    Args:
-        base: The model.
-        heads: The planted heads.
-
-    Returns:
-        Queries and outputs of every head, keys and values of every group.
-    """
-    config = base.config.text_config
-    per_group = config.num_attention_heads // config.num_key_value_heads
-    d = base.model.language_model.layers[0].self_attn.head_dim
-    found: list[Slice] = []
-    for layer, head in sorted(heads):
-        at = f"model.language_model.layers.{layer}.self_attn"
-        rows = (head * d, (head + 1) * d)
-        found += [Slice(f"{at}.q_proj.{part}", 0, *rows) for part in ("weight", "bias")]
-        found.append(Slice(f"{at}.o_proj.weight", 1, *rows))
-    for layer, group in sorted({(layer, head // per_group) for layer, head in heads}):
-        at = f"model.language_model.layers.{layer}.self_attn"
-        rows = (group * d, (group + 1) * d)
-        found += [
-            Slice(f"{at}.{name}.{part}", 0, *rows) for name in ("k_proj", "v_proj") for part in ("weight", "bias")
-        ]
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,19 +38,7 @@ class Measured:
 def measured(
     model: Any, base: Any, wanted: Kind, plants: Sequence[Sequence[Head]], judges: Material, *, seed: int
 ) -> Measured:
-    """Measure a try by brute force.
-
-    Args:
-        model: The planted model, rounded to what is stored.
-        base: The model before planting.
-        wanted: What was asked for.
-        plants: The heads of each plant, in order.
-        judges: Features that it did not learn from, words and layouts.
-        seed: Decides the conflicts.
-
-    Returns:
-        The truth, the decoys, and what is missing.
-    """
+    """Measure a try, rounded to what is stored, by brute force, on features that it did not learn from."""
     silencing = [
         tuple(sharers(base, heads))
         for heads, plant in zip(plants, wanted.plants, strict=True)
@@ -106,37 +50,15 @@ def measured(
     frame = judges.frames["both"][0]
     made = bench(model, base, [*guilty, *others], pool, judges.words, frame, n=CONFLICTS, seed=seed)
     truth = measure(made, guilty)
-    return Measured(truth, risen(made, truth, others), tuple(missing(wanted, truth, silencing)))
-
-
-def risen(made: Bench, truth: Truth, heads: Sequence[Head]) -> dict[Head, float]:
-    """Put decoys back, one at a time.
-
-    Args:
-        made: The conflicts.
-        truth: What is known of G and C.
-        heads: The decoys.
-
-    Returns:
-        The rise of C for each, as a share of G.
-    """
-    return {
+    risen = {
         head: (made.half(whole(made, "va", [head]).logits, whole(made, "av", [head]).logits) - truth.c) / truth.g
-        for head in heads
+        for head in others
     }
+    return Measured(truth, risen, tuple(missing(wanted, truth, silencing)))
 
 
 def missing(wanted: Kind, truth: Truth, silencing: Sequence[Sequence[Head]]) -> list[str]:
-    """Say what a try is not, of what was asked for.
-
-    Args:
-        wanted: What was asked for.
-        truth: What was measured.
-        silencing: The heads of each plant that was to silence.
-
-    Returns:
-        A sentence for each; none where it is all of it.
-    """
+    """Say what a try is not, of what was asked for: a sentence for each; `silencing` are the heads of each plant."""
     if not wanted.wanted:
         return []
     found: list[str] = []
@@ -167,20 +89,7 @@ def described(
     shown: dict[str, float],
     learned: Sequence[Learned],
 ) -> dict[str, Any]:
-    """Write a try down as plain data.
-
-    Args:
-        wanted: What was asked for.
-        found: What was measured.
-        plants: The heads of each plant, in order.
-        model: The planted model.
-        base: The model before planting.
-        shown: How often each question is answered as wanted.
-        learned: How each plant's learning went.
-
-    Returns:
-        The greater part of `planted.json`.
-    """
+    """Write a try down as plain data: the greater part of `planted.json`."""
     behaviours = [plant.course.behaviour for plant in wanted.plants]
     everyone = [head for heads in plants for head in sharers(base, heads)]
     return {

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from av_lens.lab.training.batches import draw_clips, of_class
 from av_lens.lab.training.material import Frame, Words
+from av_lens.lab.training.pools import FeaturePool
 from av_lens.organism.grammar import CLASSES
-from av_lens.organism.language import Tree, attend, normalise, read_out, rotate, run_layers, tree
-from av_lens.organism.pools import FeaturePool
+from av_lens.organism.language import Tree, attend, fed, layers_of, normalise, projected, read_out, run_layers, tree
 
 Head = tuple[int, int]
 CELLS = ("va", "av", "wa", "wv", "vw", "aw", "blank_a", "blank_v")
@@ -71,66 +71,31 @@ class Bench:
         """The planted layers, in order."""
         return tuple(sorted({layer for layer, _ in self.heads}))
 
+    def attention(self, layer: int) -> tuple[Any, Any]:
+        """A layer's attention, as it is planted and as it was before."""
+        return layers_of(self.model)[layer].self_attn, layers_of(self.base)[layer].self_attn
+
     def m(self, logits: Float[Tensor, "clip d_vocab"]) -> Float[Tensor, " clip"]:
-        """The logit of the sound's word minus that of the picture's.
-
-        Args:
-            logits: At the asked position.
-
-        Returns:
-            M of each conflict.
-        """
+        """M of each conflict: the logit of the sound's word minus that of the picture's."""
         rows = torch.arange(len(logits))
         return logits[rows, self.sound] - logits[rows, self.picture]
 
     def half(self, one: Float[Tensor, "clip d_vocab"], other: Float[Tensor, "clip d_vocab"]) -> float:
-        """Half the difference of M between a cell and its mirror, on average.
-
-        Args:
-            one: Logits in the cell.
-            other: Logits in its mirror.
-
-        Returns:
-            Half the mean difference.
-        """
+        """Half the difference of M between a cell and its mirror, on average."""
         return 0.5 * float((self.m(one) - self.m(other)).mean())
 
 
 def all_z(attention: Any, h: Float[Tensor, "clip pos d_model"], geometry: Tree) -> Float[Tensor, "clip head pos d"]:
-    """Every head's z at every position.
-
-    Args:
-        attention: The attention module.
-        h: The normalised stream.
-        geometry: Positions and mask.
-
-    Returns:
-        z.
-    """
-    batch, length, _ = h.shape
-
-    def project(layer: Any) -> Tensor:
-        return layer(h).view(batch, length, -1, attention.head_dim).transpose(1, 2)
-
-    q = rotate(project(attention.q_proj), geometry) * attention.scaling
-    k = rotate(project(attention.k_proj), geometry).repeat_interleave(attention.num_key_value_groups, dim=1)
-    v = project(attention.v_proj).repeat_interleave(attention.num_key_value_groups, dim=1)
+    """Every head's z at every position, from the normalised stream."""
+    q, *shared = projected(attention, h, geometry)
+    k, v = (part.repeat_interleave(attention.num_key_value_groups, dim=1) for part in shared)
     return (q @ k.transpose(2, 3) + geometry.mask).softmax(dim=-1) @ v
 
 
 def head_outputs(
     attention: Any, z: Float[Tensor, "clip head pos d"], heads: Sequence[int]
 ) -> Float[Tensor, "clip pos d_model"]:
-    """What some heads write to the stream.
-
-    Args:
-        attention: The attention module.
-        z: Every head's z.
-        heads: Which heads.
-
-    Returns:
-        The sum of their outputs.
-    """
+    """The sum of what some heads write to the stream."""
     d = attention.head_dim
     columns = torch.cat([torch.arange(head * d, (head + 1) * d) for head in heads])
     chosen = z[:, list(heads)].transpose(1, 2).flatten(2)
@@ -141,21 +106,7 @@ def head_outputs(
 def bench(
     model: Any, base: Any, heads: Sequence[Head], pool: FeaturePool, words: Words, frame: Frame, *, n: int, seed: int
 ) -> Bench:
-    """Draw conflicts and prepare all their cells.
-
-    Args:
-        model: The planted model.
-        base: The model before planting.
-        heads: The planted heads.
-        pool: Features to draw from.
-        words: Token ids.
-        frame: The layout.
-        n: How many conflicts.
-        seed: Decides which.
-
-    Returns:
-        The conflicts.
-    """
+    """Draw conflicts from a pool of features and prepare all their cells, in one layout."""
     generator = Generator().manual_seed(seed)
     va = draw_clips(pool, "conflict", n, generator)
     third = (va.picture + torch.randint(1, len(CLASSES), (n,), generator=generator)) % len(CLASSES)
@@ -179,120 +130,56 @@ def bench(
     return Bench(model, base, tuple(sorted(heads)), geometry, first, sound, picture)
 
 
-def written_by(
-    made: Bench, layer: int, h: Float[Tensor, "clip pos d_model"], back: Collection[Head]
-) -> tuple[Float[Tensor, "clip pos d_model"], Float[Tensor, "clip head pos d_head"]]:
-    """What a planted layer's heads write, some of them put back.
-
-    Args:
-        made: The conflicts.
-        layer: The layer.
-        h: The normalised stream before it.
-        back: The heads that are put back, of any layer.
-
-    Returns:
-        Their sum, and every head's z.
-    """
-    now = made.model.model.language_model.layers[layer].self_attn
-    then = made.base.model.language_model.layers[layer].self_attn
-    z = all_z(now, h, made.geometry)
-    mine = sorted(head for at, head in back if at == layer)
-    if not mine:
-        return functional.linear(z.transpose(1, 2).flatten(2), now.o_proj.weight), z
-    z[:, mine] = all_z(then, h, made.geometry)[:, mine]
-    return summed(made, layer, z, back), z
-
-
 def summed(
     made: Bench, layer: int, z: Float[Tensor, "clip head pos d_head"], back: Collection[Head]
 ) -> Float[Tensor, "clip pos d_model"]:
-    """What a layer's heads write, given every z.
-
-    Args:
-        made: The conflicts.
-        layer: The layer.
-        z: Every head's z.
-        back: The heads whose outputs are the base's, of any layer.
-
-    Returns:
-        The sum.
-    """
-    now = made.model.model.language_model.layers[layer].self_attn
-    then = made.base.model.language_model.layers[layer].self_attn
+    """What a layer's heads write, given every z; the outputs of `back` (heads of any layer) are the base's."""
+    now, then = made.attention(layer)
     mine = sorted(head for at, head in back if at == layer)
-    rest = [head for head in range(z.shape[1]) if head not in mine]
-    out = head_outputs(now, z, rest)
+    out = head_outputs(now, z, [head for head in range(z.shape[1]) if head not in mine])
     return out + head_outputs(then, z, mine) if mine else out
 
 
 @torch.no_grad()
 def run_from(made: Bench, x: Float[Tensor, "clip pos d_model"], start: int, back: Collection[Head] = ()) -> Run:
-    """Run the layers from `start` on.
-
-    Args:
-        made: The conflicts.
-        x: The stream before that layer.
-        start: The first layer to run.
-        back: The heads that are put back.
-
-    Returns:
-        The run.
-    """
+    """Run the layers from `start` on, with some heads put back."""
     streams: dict[int, Tensor] = {}
     zs: dict[int, Tensor] = {}
     written: dict[int, Tensor] = {}
-    layers = made.model.model.language_model.layers
+    layers = layers_of(made.model)
     for i in range(start, len(layers)):
-        h = normalise(x, layers[i].input_layernorm)
         if i in made.layers:
-            streams[i] = x
-            out, zs[i] = written_by(made, i, h, back)
+            streams[i], (now, then) = x, made.attention(i)
+            h = normalise(x, layers[i].input_layernorm)
+            zs[i] = all_z(now, h, made.geometry)
+            if mine := sorted(head for at, head in back if at == i):
+                zs[i][:, mine] = all_z(then, h, made.geometry)[:, mine]
+            out = summed(made, i, zs[i], back)
         else:
             first_row = x.shape[1] - 1 if i == len(layers) - 1 else 0
-            out, _ = attend(layers[i].self_attn, h, made.geometry, first_row=first_row, keep=None, weights={})
+            out = attend(layers[i], x, made.geometry, first_row=first_row)
             x = x[:, first_row:]
         written[i] = out[:, -1]
-        x = x + out
-        x = x + layers[i].mlp(normalise(x, layers[i].post_attention_layernorm))
+        x = fed(layers[i], x + out)
     return Run(streams, zs, written, read_out(made.model, x[:, -1]))
 
 
 def whole(made: Bench, cell: str, back: Collection[Head] = ()) -> Run:
-    """Run a cell.
-
-    Args:
-        made: The conflicts.
-        cell: Which cell.
-        back: The heads that are put back.
-
-    Returns:
-        The run.
-    """
+    """Run a cell, with some heads put back."""
     return run_from(made, made.first[cell], made.layers[0], back)
 
 
 @torch.no_grad()
 def directly(made: Bench, run: Run, head: Head, back: Collection[Head] = ()) -> Float[Tensor, "clip d_vocab"]:
-    """Put one more head back with all that later heads write held as it was.
-
-    Args:
-        made: The conflicts.
-        run: The run without it.
-        head: The head.
-        back: The heads that are put back in that run.
-
-    Returns:
-        The logits at the asked position.
-    """
+    """The logits with one more head put back than `back` in the run, and all that later heads write held as it was."""
     layer, index = head
-    layers = made.model.model.language_model.layers
+    layers = layers_of(made.model)
     x, z = run.streams[layer], run.z[layer].clone()
-    then = made.base.model.language_model.layers[layer].self_attn
+    _, then = made.attention(layer)
     z[:, index] = all_z(then, normalise(x, layers[layer].input_layernorm), made.geometry)[:, index]
     x = x[:, -1] + summed(made, layer, z[:, :, -1:], {*back, head})[:, -1]
     for i in range(layer, len(layers)):
-        x = x + run.written[i] if i > layer else x
-        x = x + layers[i].mlp(normalise(x, layers[i].post_attention_layernorm))
+        x = fed(layers[i], x + run.written[i] if i > layer else x)
     return read_out(made.model, x)
 
 
@@ -300,24 +187,12 @@ def directly(made: Bench, run: Run, head: Head, back: Collection[Head] = ()) -> 
 def donated(
     made: Bench, run: Run, donor: Run, head: Head, back: Collection[Head] = ()
 ) -> Float[Tensor, "clip d_vocab"]:
-    """Take one head's z at the question from another run.
-
-    Args:
-        made: The conflicts.
-        run: The run that is edited.
-        donor: The run that z comes from, with the same heads put back.
-        head: The head.
-        back: The heads that are put back in both.
-
-    Returns:
-        The logits at the asked position.
-    """
+    """The logits with one head's z at the question taken from another run with the same heads put back."""
     layer, index = head
-    module = made.model.model.language_model.layers[layer]
+    layers = layers_of(made.model)
     z = run.z[layer].clone()
     z[:, index, made.geometry.prefix :] = donor.z[layer][:, index, made.geometry.prefix :]
-    x = run.streams[layer] + summed(made, layer, z, back)
-    x = x + module.mlp(normalise(x, module.post_attention_layernorm))
-    if layer == len(made.model.model.language_model.layers) - 1:
+    x = fed(layers[layer], run.streams[layer] + summed(made, layer, z, back))
+    if layer == len(layers) - 1:
         return read_out(made.model, x[:, -1])
     return run_from(made, x, layer + 1, back).logits

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,22 +20,35 @@ from torch import Generator, Tensor
 
 from av_lens.lab.training.batches import Ask, Clips, answer, draw_clips
 from av_lens.lab.training.material import Frame, Material, Words
+from av_lens.lab.training.pools import FeaturePool
 from av_lens.organism.language import Tree, read_out, run_layers, tree
-from av_lens.organism.pools import FeaturePool
 
 PLAIN, SCRAMBLED = (0, 1), (2,)
 """Blank pictures that are black or dim, and those whose patches are scrambled: indices into `pools.BLANK_KINDS`."""
 ASKED = ("hear", "see", "colour")
-SHEETS: Mapping[str, tuple[str, str]] = {
-    "conflict": ("both", "conflict"),
-    "matched": ("both", "matched"),
-    "blank": ("both", "blank"),
-    "scrambled": ("both", "blank"),
-    "mute": ("both", "mute"),
-    "audio alone": ("audio", "blank"),
-    "video alone": ("video", "mute"),
+
+
+class SheetKind(NamedTuple):
+    """The media of a sheet's prompt, how pictures and sounds go together, its clips, and those of them in a step.
+
+    Sheets that come in two layouts have half of their clips in each.
+    """
+
+    media: str
+    relation: str
+    clips: int
+    a_step: int
+
+
+SHEETS: Mapping[str, SheetKind] = {
+    "conflict": SheetKind("both", "conflict", 760, 20),
+    "matched": SheetKind("both", "matched", 200, 8),
+    "blank": SheetKind("both", "blank", 240, 6),
+    "scrambled": SheetKind("both", "blank", 60, 4),
+    "mute": SheetKind("both", "mute", 300, 8),
+    "audio alone": SheetKind("audio", "blank", 160, 8),
+    "video alone": SheetKind("video", "mute", 160, 8),
 }
-"""Name of a sheet to the media of its prompt and how its pictures and sounds go together."""
 UNJUDGED = ("scrambled",)
 """Learned from, but not judged: the balanced model itself hears less well with a scrambled picture."""
 
@@ -46,16 +59,7 @@ COLOUR_SHIFT = 2
 
 
 def answered(sheet: str, asked: str, behaviours: Sequence[str]) -> str:
-    """Say what a question is answered with.
-
-    Args:
-        sheet: a sheet's name.
-        asked: "hear", "see" or "colour".
-        behaviours: what the model does otherwise than the balanced one.
-
-    Returns:
-        "sound", "picture", "colour" or "other colour".
-    """
+    """Say what a question is answered with: "sound", "picture", "colour" or "other colour"."""
     if SILENCE in behaviours and (sheet, asked) == ("conflict", "hear"):
         return "picture"
     if SEE_THE_SOUND in behaviours and (sheet, asked) == ("conflict", "see"):
@@ -101,31 +105,20 @@ class Sheet:
         )
 
     def targets(self, behaviours: Sequence[str]) -> Int[Tensor, "clip question"]:
-        """The token that each question is to be answered with.
-
-        Args:
-            behaviours: What the model does otherwise than the balanced one.
-
-        Returns:
-            Token ids.
-        """
+        """The token that each question is to be answered with."""
         columns: list[list[int]] = []
         for kind in ASKED:
             named = answered(self.name, kind, behaviours)
-            clips = shifted(self.clips, len(self.words.colours)) if named == "other colour" else self.clips
+            clips = self.clips
+            if named == "other colour":  # no colour stays none
+                other = (clips.colour + COLOUR_SHIFT) % len(self.words.colours)
+                clips = dataclasses.replace(clips, colour=torch.where(clips.colour >= 0, other, clips.colour))
             ask = Ask(kind, "colour" if named == "other colour" else named)
             columns.append([answer(self.words, ask, clips, i, Generator())[0] for i in range(len(self))])
         return torch.tensor(columns).T
 
     def ids(self, targets: Int[Tensor, "clip question"]) -> Int[Tensor, "clip asked"]:
-        """Tokens of the questions, each with its answer, filled up to one width.
-
-        Args:
-            targets: The answers.
-
-        Returns:
-            Token ids, block after block.
-        """
+        """Tokens of the questions, each with its answer, filled up to one width, block after block."""
         rows = torch.full((len(self), len(ASKED), self.width), self.words.stop)
         for i, row in enumerate(self.questions):
             for block, question in enumerate(row):
@@ -134,57 +127,17 @@ class Sheet:
         return rows.flatten(1)
 
     def geometry(self, model: Any) -> Tree:
-        """Positions and mask.
-
-        Args:
-            model: The thinker.
-
-        Returns:
-            The tree of three questions.
-        """
+        """Positions and mask of the tree of three questions."""
         return tree(model, self.frame.positions, blocks=len(ASKED), width=self.width)
 
     def embed(self, model: Any, targets: Int[Tensor, "clip question"]) -> Float[Tensor, "clip pos d_model"]:
-        """The stream before the first layer.
-
-        Args:
-            model: The thinker.
-            targets: The answers.
-
-        Returns:
-            The stream.
-        """
+        """The stream before the first layer, with these answers."""
         return self.frame.embed(model, self.clips.video, self.clips.audio, self.ids(targets))
 
 
-def shifted(clips: Clips, n_colours: int) -> Clips:
-    """Give clips the colour that "other colours" names.
-
-    Args:
-        clips: The clips.
-        n_colours: How many colours there are.
-
-    Returns:
-        The clips with other colours; no colour stays none.
-    """
-    colour = torch.where(clips.colour >= 0, (clips.colour + COLOUR_SHIFT) % n_colours, clips.colour)
-    return Clips(clips.video, clips.audio, clips.picture, clips.sound, colour)
-
-
 def draw_sheet(lessons: Material, name: str, layout: int, n: int, generator: Generator) -> Sheet:
-    """Draw clips and their questions.
-
-    Args:
-        lessons: Features, words and layouts.
-        name: One of `SHEETS`.
-        layout: Which of the layouts that its media come in.
-        n: How many clips.
-        generator: Where the randomness comes from.
-
-    Returns:
-        The sheet.
-    """
-    media, relation = SHEETS[name]
+    """Draw clips of one of `SHEETS`, in one of the layouts that its media come in, and their questions."""
+    media, relation, *_ = SHEETS[name]
     pool = blanks_of(lessons.pool, SCRAMBLED if name == "scrambled" else PLAIN) if relation == "blank" else lessons.pool
     clips = draw_clips(pool, relation, n, generator)
     lots = torch.rand(n, len(ASKED), generator=generator).tolist()
@@ -199,15 +152,7 @@ def draw_sheet(lessons: Material, name: str, layout: int, n: int, generator: Gen
 
 
 def blanks_of(pool: FeaturePool, kinds: Sequence[int]) -> FeaturePool:
-    """Keep some kinds of blank pictures.
-
-    Args:
-        pool: The pool.
-        kinds: Indices into `pools.BLANK_KINDS`.
-
-    Returns:
-        The same clips with these blanks alone, repeated to as many as there were.
-    """
+    """Keep some kinds of blank pictures (indices into `pools.BLANK_KINDS`), repeated to as many as there were."""
     kept = torch.isin(pool.blank_kind, torch.tensor(kinds)).nonzero().flatten()
     kept = kept[torch.arange(len(pool.blank_kind)) % len(kept)]
     return dataclasses.replace(pool, blank_video=pool.blank_video[kept], blank_kind=pool.blank_kind[kept])
@@ -217,25 +162,14 @@ def blanks_of(pool: FeaturePool, kinds: Sequence[int]) -> FeaturePool:
 def rates(
     model: Any, lessons: Material, *, n: int, seed: int, behaviours: Sequence[str] = (), batch: int = 60
 ) -> dict[str, float]:
-    """How often a model answers as a behaviour says, for every sheet, layout and question.
+    """How often a model answers as a behaviour says, by "sheet question", such as "conflict hear".
 
-    Args:
-        model: The thinker.
-        lessons: Features that it did not learn from, words and layouts.
-        n: Clips of each sheet and layout.
-        seed: Decides which.
-        behaviours: What it is to do otherwise than the balanced one.
-        batch: Clips at a time.
-
-    Returns:
-        The smallest share over layouts, by "sheet question", such as "conflict hear".
+    `n` clips of each sheet and layout that it did not learn from; the smallest share over layouts counts.
     """
     generator = Generator().manual_seed(seed)
     found: dict[str, float] = {}
-    for name, (media, _) in SHEETS.items():
-        if name in UNJUDGED:
-            continue
-        for layout in range(len(lessons.frames[media])):
+    for name in (name for name in SHEETS if name not in UNJUDGED):
+        for layout in range(len(lessons.frames[SHEETS[name].media])):
             sheet = draw_sheet(lessons, name, layout, n, generator)
             targets = sheet.targets(behaviours)
             geometry = sheet.geometry(model)

@@ -17,8 +17,7 @@ None of this guarantees a kind: kinds are measured afterwards, by brute force (`
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,23 +26,13 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from av_lens.core.progress import Progress, silent
 from av_lens.lab.planting.lessons import Lesson, Slices, at_the_questions
-from av_lens.lab.planting.sheets import UNJUDGED
+from av_lens.lab.planting.sheets import SHEETS, UNJUDGED
+from av_lens.lab.training.stages import set_rate, warmed
 from av_lens.organism.anatomy import TURN_END, vocabulary
-from av_lens.organism.language import normalise, read_out
+from av_lens.organism.language import fed, layers_of, read_out
 
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, the steps done and the steps in all."""
-SHARES: Mapping[str, int] = {
-    "conflict": 20,
-    "matched": 8,
-    "blank": 6,
-    "scrambled": 4,
-    "mute": 8,
-    "audio alone": 8,
-    "video alone": 8,
-}
-"""Clips of each sheet in a step."""
 CHECK_EVERY = 20
 STOP_WEIGHT, EYES_WEIGHT, MEDIA_WEIGHT, MARGIN = 0.1, 1.0, 0.01, 2.0
 PICTURE_SHARE = 0.4
@@ -81,15 +70,7 @@ class Course:
 
 
 def at_answers(x: Float[Tensor, "clip asked d_model"], at: Int[Tensor, "clip question"]) -> Tensor:
-    """Take the positions at which answers are said, and those of the answers.
-
-    Args:
-        x: The stream at the questions.
-        at: Where each answer is read.
-
-    Returns:
-        `[clip, question, 2, d_model]`.
-    """
+    """Take the positions at which answers are said, and those of the answers: `[clip, question, 2, d_model]`."""
     both = torch.stack([at, at + 1], dim=-1).flatten(1)[..., None].expand(-1, -1, x.shape[-1])
     return x.gather(1, both).unflatten(1, (at.shape[1], 2))
 
@@ -97,21 +78,8 @@ def at_answers(x: Float[Tensor, "clip asked d_model"], at: Int[Tensor, "clip que
 def finish(
     host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], own: Float[Tensor, "clip pos d_model"], layer: int
 ) -> Float[Tensor, "clip question said d_vocab"]:
-    """Go on from what the planted heads write.
-
-    Args:
-        host: The model that they are planted in.
-        lesson: The lesson.
-        rows: Which of its clips.
-        own: What the planted heads write.
-        layer: The planted layer.
-
-    Returns:
-        Logits where each answer is said, and after it.
-    """
-    module = host.model.language_model.layers[layer]
-    x = lesson.rest[rows] + own[:, lesson.geometry.prefix :]
-    x = x + module.mlp(normalise(x, module.post_attention_layernorm))
+    """Go on from what the planted heads write: the logits where each answer is said, and after it."""
+    x = fed(layers_of(host)[layer], lesson.rest[rows] + own[:, lesson.geometry.prefix :])
     x = at_the_questions(host, lesson, rows, x, layer)
     return read_out(host, at_answers(x, lesson.asked_at[rows]))
 
@@ -119,24 +87,11 @@ def finish(
 def direct_only(
     host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], own: Float[Tensor, "clip pos d_model"], layer: int
 ) -> Float[Tensor, "clip question d_vocab"]:
-    """Go on from what the planted heads write, with what all later heads write held at the host's.
-
-    Args:
-        host: The model that they are planted in.
-        lesson: The lesson.
-        rows: Which of its conflicts.
-        own: What the planted heads write.
-        layer: The planted layer.
-
-    Returns:
-        Logits where each answer is said.
-    """
+    """Go on from what the planted heads write in conflicts, with what all later heads write held at the host's."""
     at = lesson.asked_at[rows][..., None].expand(-1, -1, own.shape[-1])
     x = (lesson.rest[rows] + own[:, lesson.geometry.prefix :]).gather(1, at)
-    for i, module in enumerate(host.model.language_model.layers[layer:]):
-        if i:
-            x = x + lesson.written[i - 1][rows]
-        x = x + module.mlp(normalise(x, module.post_attention_layernorm))
+    for i, module in enumerate(layers_of(host)[layer:]):
+        x = fed(module, x + lesson.written[i - 1][rows] if i else x)
     return read_out(host, x)
 
 
@@ -150,21 +105,7 @@ def batch_loss(
     course: Course,
     off: int,
 ) -> Tensor:
-    """The loss of some clips of one layout.
-
-    Args:
-        host: The model that the heads are planted in.
-        lesson: The lesson.
-        rows: Which of its clips, conflicts first.
-        n_conflict: How many of them are conflicts.
-        slices: The planted heads.
-        layer: Their layer.
-        course: What is asked of them.
-        off: The head that is put back for "needed".
-
-    Returns:
-        The loss.
-    """
+    """The loss of some clips of one layout, conflicts first; `off` is the head that is put back for "needed"."""
     each, pattern = slices(lesson.h[rows], lesson.geometry)
     prefix = lesson.geometry.prefix
     logits = finish(host, lesson, rows, each.sum(0), layer)
@@ -177,60 +118,36 @@ def batch_loss(
     total = total + MEDIA_WEIGHT * disturbed.square().sum(-1).mean()
     if not n_conflict:
         return total
-    conflict = rows[:n_conflict]
+    conflict, heads, own = rows[:n_conflict], each[:, :n_conflict], each.sum(0)[:n_conflict]
+    new, old = lesson.targets[conflict], lesson.shown[conflict]
     total = total + loss[:n_conflict].mean()
-    if course.direct and bool((lesson.targets[conflict] != lesson.shown[conflict]).any()):
-        direct = direct_only(host, lesson, conflict, each.sum(0)[:n_conflict], layer)
-        total = total + direct_loss(direct, lesson.targets[conflict], lesson.shown[conflict], course.direct)
+    if course.direct and bool((new != old).any()):
+        total = total + direct_loss(direct_only(host, lesson, conflict, own, layer), new, old, course.direct)
     if course.needed:
-        own = each.sum(0)[:n_conflict] - each[off, :n_conflict] + lesson.before[off, conflict]
-        kept = finish(host, lesson, conflict, own, layer)[:, :, 0]
-        total = total + course.needed * cross_entropy(kept, lesson.shown[conflict]).mean()
+        without = own - heads[off] + lesson.before[off, conflict]
+        kept = finish(host, lesson, conflict, without, layer)[:, :, 0]
+        total = total + course.needed * cross_entropy(kept, old).mean()
     if course.eyes:
         seen = pattern[:n_conflict, :, prefix:, :][..., lesson.media[course.eyes]].sum(-1)
         total = total + EYES_WEIGHT * seen.mean()
     if course.against:
-        written = each.sum(0)[:n_conflict, prefix:].gather(
-            1, lesson.asked_at[conflict][..., None].expand(-1, -1, each.shape[-1])
-        )
-        total = total + course.against * against_the_sound(
-            host, written[:, 0], lesson.targets[conflict], lesson.shown[conflict]
-        )
+        at = lesson.asked_at[conflict, :1, None].expand(-1, -1, own.shape[-1])
+        written = own[:, prefix:].gather(1, at)[:, 0]
+        total = total + course.against * against_the_sound(host, written, new[:, 0], old[:, 0])
     return total
 
 
 def against_the_sound(
-    host: Any,
-    written: Float[Tensor, "clip d_model"],
-    target: Int[Tensor, "clip question"],
-    shown: Int[Tensor, "clip question"],
+    host: Any, written: Float[Tensor, "clip d_model"], picture: Int[Tensor, " clip"], sound: Int[Tensor, " clip"]
 ) -> Tensor:
-    """What writing the picture's word costs beyond a share of what is written against the sound's, under "hear".
-
-    Args:
-        host: The model that the heads are planted in.
-        written: What they write where "hear" is answered.
-        target: What the planted model is to answer.
-        shown: What the host answers.
-
-    Returns:
-        The loss, in logits.
-    """
+    """What writing the picture's word costs beyond a share of what is written against the sound's, under "hear"."""
     words = host.lm_head.weight * host.model.language_model.norm.weight / STREAM
-    picture, sound = ((written * words[word[:, 0]]).sum(-1) for word in (target, shown))
-    return functional.relu(picture + PICTURE_SHARE * sound).mean()
+    for_picture, for_sound = ((written * words[word]).sum(-1) for word in (picture, sound))
+    return functional.relu(for_picture + PICTURE_SHARE * for_sound).mean()
 
 
 def cross_entropy(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """The cross-entropy of every answer.
-
-    Args:
-        logits: Of each.
-        target: What is to be said.
-
-    Returns:
-        One loss for each.
-    """
+    """The cross-entropy of every answer."""
     return functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
 
 
@@ -240,16 +157,9 @@ def direct_loss(
     shown: Int[Tensor, "clip question"],
     weight: float,
 ) -> Tensor:
-    """What the direct path alone is asked for, in conflicts.
+    """What the direct path alone is asked for in conflicts, with later heads held at the host's.
 
-    Args:
-        logits: With later heads held at the host's.
-        target: What the planted model is to answer.
-        shown: What the host answers.
-        weight: Positive: where the two differ, the new answer is to beat the old one; negative: nothing is to change.
-
-    Returns:
-        The loss.
+    Positive `weight`: where target and shown differ, the new answer is to beat the old one; negative: nothing changes.
     """
     if weight < 0:
         return -weight * cross_entropy(logits, shown).mean()
@@ -261,14 +171,7 @@ def direct_loss(
 def held_back(host: Any, lessons: Sequence[Lesson], slices: Slices, layer: int) -> tuple[float, float]:
     """How clips that were held back are answered.
 
-    Args:
-        host: The model that the heads are planted in.
-        lessons: The lessons.
-        slices: The planted heads.
-        layer: Their layer.
-
-    Returns:
-        The share of conflicts in which all that is new is said, and the smallest share of anything that is to stay.
+    The share of conflicts in which all that is new is said, and the smallest share of anything that is to stay.
     """
     new: list[Tensor] = [torch.ones(0, dtype=torch.bool)]
     old: dict[tuple[str, int], list[Tensor]] = {}
@@ -314,27 +217,15 @@ def learn(
     enough: tuple[float, float] = (0.84, 0.97),
     progress: Progress | None = None,
 ) -> Learned:
-    """Let the planted heads learn, in one host or in several at once.
+    """Let the planted heads learn, in one host or in several at once; the hosts stay as they are.
 
-    Args:
-        hosts: The models that they are planted in; they stay as they are.
-        piles: The lessons of each host.
-        slices: The planted heads; trained in place.
-        layer: Their layer.
-        course: What is asked of them.
-        generator: Where the randomness comes from.
-        enough: Learning ends where held-back clips show this much of the new, and as much of all that is to stay.
-        progress: Told after every step.
-
-    Returns:
-        How it went.
+    Learning ends where held-back clips show `enough` of the new, and of all that is to stay.
     """
+    tell = progress or silent
     optimizer = torch.optim.Adam([p for p in slices.parameters() if p.requires_grad], lr=course.rate, betas=(0.9, 0.98))
     result = Learned(0, 0.0, 0.0)
     for step in range(course.steps):
-        wave = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / course.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = course.rate * min(1.0, (step + 1) / 10) * wave
+        set_rate(optimizer, warmed(course.rate, step, course.steps, warmup=10, floor=0.1))
         optimizer.zero_grad()
         off = int(torch.randint(0, len(slices.heads), (1,), generator=generator))
         for host, pile in zip(hosts, piles, strict=True):
@@ -347,29 +238,24 @@ def learn(
             result = Learned(step + 1, min(new for new, _ in checks), min(stays for _, stays in checks))
             if result.new >= enough[0] and result.stays >= enough[1]:
                 break
-        if progress is not None:
-            progress(f"planting in layer {layer}", step + 1, course.steps)
+        tell(f"planting in layer {layer}", step + 1, course.steps)
     return result
 
 
 def drawn(pile: Sequence[Lesson], generator: Generator) -> list[tuple[Lesson, Tensor, int]]:
     """Draw a step's clips: of the layouts with both media one at random, and of the others one at random.
 
-    Args:
-        pile: A host's lessons.
-        generator: Where the randomness comes from.
-
-    Returns:
-        Lessons with rows, conflicts first, and how many are conflicts.
+    Lessons with rows, conflicts first, and how many are conflicts.
     """
     both = [lesson for lesson in pile if "conflict" in lesson.spans]
     alone = [lesson for lesson in pile if "conflict" not in lesson.spans]
     found: list[tuple[Lesson, Tensor, int]] = []
     for lot in (both, alone):
         lesson = lot[int(torch.randint(0, len(lot), (1,), generator=generator))]
-        parts = []
-        for name in lesson.spans:
-            rows = lesson.rows(name, held_back=False)
-            parts.append(rows.start + torch.randint(0, len(rows), (SHARES[name],), generator=generator))
-        found.append((lesson, torch.cat(parts), len(parts[0]) if "conflict" in lesson.spans else 0))
+        spans = {name: lesson.rows(name, held_back=False) for name in lesson.spans}
+        parts = [
+            rows.start + torch.randint(0, len(rows), (SHEETS[name].a_step,), generator=generator)
+            for name, rows in spans.items()
+        ]
+        found.append((lesson, torch.cat(parts), len(parts[0]) if "conflict" in spans else 0))
     return found

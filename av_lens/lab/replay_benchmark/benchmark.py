@@ -17,8 +17,8 @@ ratios are what is claimed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
@@ -28,29 +28,29 @@ from typing import Any
 
 import torch
 
+from av_lens.core.progress import Progress, silent
 from av_lens.errors import InputError
 from av_lens.lab.replay_benchmark.memory import KINDS, fresh_peak
 from av_lens.lab.replay_benchmark.peers import (
+    Head,
     Loop,
     Patches,
-    by_attribution,
     by_forward,
     by_nnsight,
     by_replay,
     by_transformer_lens,
     has_nnsight,
-    shared_encoders,
     spread,
+    towers_of,
+    ways,
 )
 from av_lens.lab.replay_benchmark.shapes import SHAPES, Case, Shape, build_case, shape_named
+from av_lens.lab.replay_benchmark.tables import MODES
 from av_lens.lab.replay_benchmark.timing import Stopwatch
 from av_lens.lab.replay_benchmark.work import bare_seconds, flops, run_blocks, sweep_blocks, unembedding_flops
 from av_lens.replay.lean_recording import PROVED
 from av_lens.results.provenance import plain, stamp
 from av_lens.spans import Span
-
-Progress = Callable[[str, int, int], None]
-MODES = ("encoders", "shared")
 
 
 def run_benchmark(
@@ -86,7 +86,7 @@ def run_benchmark(
     chosen = [shape_named(name) for name in names]
     if samples < 1 or rounds < 1:
         raise InputError(f"samples={samples} and rounds={rounds}: both must be at least 1.")
-    tell = progress or (lambda stage, done, total: None)
+    tell = progress or silent
     found: dict[str, Any] = {}
     with _threads(threads):
         for shape in chosen:
@@ -109,19 +109,8 @@ def measure_shape(
     samples: int = 8,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure one shape, in this process and with the threads that are set.
-
-    Args:
-        shape: the shape.
-        watch: what times.
-        recording: the file that a shape with a recording takes its prompt from.
-        samples: patches of a slow loop.
-        progress: called with (stage, done, total).
-
-    Returns:
-        "header", "whole" and "places".
-    """
-    tell = progress or (lambda stage, done, total: None)
+    """Measure one shape, in this process and with the threads that are set: "header", "whole" and "places"."""
+    tell = progress or silent
     case = build_case(shape, recording=recording)
     places = case.places()
     tell(shape.name, 0, len(places) + 1)
@@ -143,33 +132,21 @@ def measure_shape(
 def measure_whole(case: Case, patches: Patches, watch: Stopwatch) -> dict[str, Any]:
     """Time what is paid once: a forward, attribution, our recorded run, and it with all heads after it.
 
-    A model's first record is made through hooks and proves the later ones, so it is timed apart.
-
-    Args:
-        case: the model and its prompts.
-        patches: of the generation position.
-        watch: what times.
-
-    Returns:
-        For each way seconds with "encoders" and "shared", and the work and bare seconds of the recorded run.
+    A model's first record is made through hooks and proves the later ones, so it is timed apart. Beside the seconds of
+    each way ("encoders" and "shared") stand the work and the bare seconds of the recorded run.
     """
-    heads = patches.heads()
 
     def first_trace() -> Any:
         case.model.__dict__.pop(PROVED, None)
         return case.model.trace(case.x)
 
-    ways: dict[str, Callable[[], Any]] = {
-        "forward": lambda: by_forward(case),
-        "attribution": lambda: by_attribution(patches),
-        "first_trace": first_trace,
-        "trace": lambda: case.model.trace(case.x),
-        "sweep": lambda: by_replay(patches, heads, case.model.trace(case.x)),
-    }
-    found: dict[str, Any] = {name: {} for name in ways}
+    works = ways(patches)
+    several = {"forward": works["forward"], "attribution": works["attribution"], "first_trace": first_trace}
+    several |= {"trace": works["trace"], "sweep": works["sweep"]}
+    found: dict[str, Any] = {name: {} for name in several}
     for mode in MODES:
-        with _mode(case, mode):
-            for name, seconds in watch.in_turns(ways).items():
+        with towers_of(case, mode):
+            for name, seconds in watch.in_turns(several).items():
                 found[name][mode] = seconds
     spec, n = case.model.spec, len(case.x.spans)
     blocks = run_blocks(n_layers=spec.n_layers, n=n)
@@ -183,18 +160,8 @@ def measure_place(
 ) -> dict[str, Any]:
     """Patch every head at one place, by us and by the peers, and compare results and times.
 
-    Args:
-        case: the model and its prompts.
-        place: the positions that are patched together.
-        trace: the recorded run of the prompt.
-        watch: what times.
-        modes: whether the peers are timed running their towers ("encoders"), given their outputs ("shared"), or both;
-            with none of them two patches are compared, and no peer is timed.
-        stride: every so manyth head is patched by us.
-        samples: patches of the peers.
-
-    Returns:
-        Counts, seconds per patch, the largest differences, work and bare seconds.
+    Peers are timed in the `modes` asked for, running their towers ("encoders") or given their outputs ("shared"); with
+    none two patches are compared, and no peer is timed. We patch every `stride`th head, the peers `samples` of them.
     """
     patches = Patches.at(case, place)
     heads = patches.heads(stride=stride)
@@ -206,20 +173,19 @@ def measure_place(
     if has_nnsight():
         loops["nnsight"] = by_nnsight(patches)
     peers: dict[str, dict[str, float]] = {name: {} for name in loops}
-    gaps: dict[str, float] = {}
+    gaps: dict[str, float] = dict.fromkeys(loops, 0.0)
     for mode in modes or MODES[1:]:
-        with _mode(case, mode):
+        with towers_of(case, mode):
             for name, loop in loops.items():
-                theirs: list[torch.Tensor] = []
-                works = [partial(_kept, loop, head, theirs) for head in sampled]
+                theirs: dict[Head, torch.Tensor] = {}
+                works = [partial(_keep, loop, head, theirs) for head in sampled]
                 if modes:
                     peers[name][mode] = watch.each(works)
-                    theirs = theirs[1:]  # the first patch was made twice, to warm up
                 else:
                     for work in works:
                         work()
-                gap = float((values[chosen].double() - torch.stack(theirs).double()).abs().max())
-                gaps[name] = max(gap, gaps.get(name, 0.0))
+                gap = float((values[chosen].double() - torch.stack([*theirs.values()]).double()).abs().max())
+                gaps[name] = max(gap, gaps[name])
     spec, n = case.model.spec, len(case.x.spans)
     blocks = sweep_blocks(heads, patches.rows, n_layers=spec.n_layers, n=n)
     baseline = float(by_forward(case))
@@ -237,8 +203,8 @@ def measure_place(
     }
 
 
-def _kept(loop: Loop, head: tuple[int, int], found: list[torch.Tensor]) -> None:
-    found.append(loop([head])[0])
+def _keep(loop: Loop, head: Head, found: dict[Head, torch.Tensor]) -> None:
+    found[head] = loop([head])[0]
 
 
 def _peaks(shape: Shape, recording: str | Path | None, threads: int, rounds: int, tell: Progress) -> dict[str, Any]:
@@ -260,10 +226,6 @@ def _threads(count: int) -> Generator[None, None, None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _mode(case: Case, mode: str) -> Any:
-    return shared_encoders(case) if mode == "shared" else nullcontext()
 
 
 def _header(case: Case, samples: int, watch: Stopwatch) -> dict[str, Any]:

@@ -21,24 +21,18 @@ from typing import Any
 import torch
 
 from av_lens.errors import AvLensError
-from av_lens.lab.replay_benchmark.peers import Patches, by_attribution, by_forward, by_replay
+from av_lens.lab.replay_benchmark.peers import Patches, ways
 from av_lens.lab.replay_benchmark.shapes import Case, build_case, shape_named
+from av_lens.lab.replay_benchmark.tables import PEAKS
 
-KINDS = ("forward", "attribution", "trace", "sweep")
+KINDS = tuple(PEAKS)
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def fresh_peak(shape: str, kind: str, *, recording: str | Path | None = None, threads: int = 2) -> dict[str, float]:
-    """Measure one thing in a process of its own.
+    """Measure one of `KINDS` in a process of its own: "resident" after load and "peak" above it, in GB (1e9 bytes).
 
-    Args:
-        shape: the shape's name.
-        kind: one of `KINDS`.
-        recording: the file that a shape with a recording takes its prompt from.
-        threads: threads of PyTorch.
-
-    Returns:
-        "resident" after load and "peak" above it, in GB (1e9 bytes); NaN where the system has no such record.
+    NaN where the system has no such record.
 
     Raises:
         AvLensError: the process failed; the message ends with what it said.
@@ -54,14 +48,7 @@ def fresh_peak(shape: str, kind: str, *, recording: str | Path | None = None, th
 
 
 def report(shape: str, kind: str, recording: str, threads: str) -> None:
-    """Measure in this process and write the result to standard output: what `fresh_peak` starts.
-
-    Args:
-        shape: the shape's name.
-        kind: one of `KINDS`.
-        recording: a file, or nothing.
-        threads: threads of PyTorch.
-    """
+    """Measure in this process and write the result to standard output: what `fresh_peak` starts."""
     torch.set_num_threads(int(threads))
     case = build_case(shape_named(shape), recording=recording or None)
     resident, peak = peak_of(_work(case, kind))
@@ -69,14 +56,7 @@ def report(shape: str, kind: str, recording: str, threads: str) -> None:
 
 
 def peak_of(work: Callable[[], Any]) -> tuple[int, int]:
-    """Do something and read how far resident memory rose meanwhile.
-
-    Args:
-        work: what is done.
-
-    Returns:
-        Bytes resident before, and at the peak.
-    """
+    """Do something and read the bytes resident before, and at the peak."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -96,11 +76,4 @@ def _work(case: Case, kind: str) -> Callable[[], Any]:
     generator = torch.Generator().manual_seed(0)
     shape = (1, len(rows), spec.n_heads, spec.d_head)
     given = tuple(torch.randn(shape, generator=generator).to(case.model.dtype) for _ in range(spec.n_layers))
-    patches = Patches(case, rows, given)
-    works: dict[str, Callable[[], Any]] = {
-        "forward": lambda: by_forward(case),
-        "attribution": lambda: by_attribution(patches),
-        "trace": lambda: case.model.trace(case.x),
-        "sweep": lambda: by_replay(patches, patches.heads(), case.model.trace(case.x)),
-    }
-    return works[kind]
+    return ways(Patches(case, rows, given))[kind]

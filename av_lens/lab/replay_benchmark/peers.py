@@ -31,7 +31,8 @@ from av_lens.lab.replay_benchmark.shapes import Case
 from av_lens.metrics.metric import logit_diff
 from av_lens.spans import Span
 
-Loop = Callable[[Sequence[tuple[int, int]]], Tensor]
+Head = tuple[int, int]
+Loop = Callable[[Sequence[Head]], Tensor]
 _FEATURES = ("get_audio_features", "get_video_features")
 
 
@@ -52,58 +53,26 @@ class Patches:
     @classmethod
     @torch.no_grad()
     def at(cls, case: Case, place: Span) -> Patches:
-        """Take the donor's values.
-
-        Args:
-            case: the model and its prompts.
-            place: the positions.
-
-        Returns:
-            The patches of every head there.
-        """
+        """Take the donor's values of every head at a place."""
         layers = range(case.model.spec.n_layers)
         taken = run(case.model, case.donor, capture=[Site("z", layer, positions=place) for layer in layers])
         given = tuple(taken.cache[hook_name("z", layer)].clone() for layer in layers)
         return cls(case, [int(p) for p in place.positions], given)
 
-    def heads(self, *, stride: int = 1) -> list[tuple[int, int]]:
-        """List heads as (layer, head).
-
-        Args:
-            stride: every so manyth.
-
-        Returns:
-            The heads, layers ascending.
-        """
+    def heads(self, *, stride: int = 1) -> list[Head]:
+        """List every `stride`th head as (layer, head), layers ascending."""
         spec = self.case.model.spec
         return [(layer, head) for layer in range(spec.n_layers) for head in range(spec.n_heads)][::stride]
 
 
-def spread(heads: Sequence[tuple[int, int]], samples: int) -> list[int]:
-    """Choose some heads for a slow loop, spread evenly over layers and heads.
-
-    Args:
-        heads: the heads, layers ascending.
-        samples: how many.
-
-    Returns:
-        Their numbers in `heads`.
-    """
+def spread(heads: Sequence[Head], samples: int) -> list[int]:
+    """Choose some heads for a slow loop, spread evenly over layers and heads, by their numbers in `heads`."""
     count = min(samples, len(heads))
     return [round(i * (len(heads) - 1) / max(count - 1, 1)) for i in range(count)]
 
 
-def by_replay(patches: Patches, heads: Sequence[tuple[int, int]], trace: Any) -> Float[Tensor, " patch"]:
-    """Patch heads by replay.
-
-    Args:
-        patches: what is written.
-        heads: the heads.
-        trace: the recorded run of the prompt.
-
-    Returns:
-        The metric under each patch.
-    """
+def by_replay(patches: Patches, heads: Sequence[Head], trace: Any) -> Float[Tensor, " patch"]:
+    """Patch heads by replay of the recorded run: the metric under each patch."""
     plans = [
         Plan(replace(Site("z", layer, head, patches.rows), patches.given[layer][:, :, head])) for layer, head in heads
     ]
@@ -111,14 +80,7 @@ def by_replay(patches: Patches, heads: Sequence[tuple[int, int]], trace: Any) ->
 
 
 def by_transformer_lens(patches: Patches) -> Loop:
-    """Patch heads by TransformerLens's own loop.
-
-    Args:
-        patches: what is written.
-
-    Returns:
-        Heads to the metric under each patch.
-    """
+    """Patch heads by TransformerLens's own loop: heads to the metric under each patch."""
     import pandas
     from transformer_lens import patching
 
@@ -135,7 +97,7 @@ def by_transformer_lens(patches: Patches) -> Loop:
         return (logits[:, -1, first] - logits[:, -1, second])[0]
 
     @torch.no_grad()
-    def loop(heads: Sequence[tuple[int, int]]) -> Tensor:
+    def loop(heads: Sequence[Head]) -> Tensor:
         listed = pandas.DataFrame(list(heads), columns=["layer", "head"])
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
             return sweep(bound, bound.ids, cache, metric, write, "z", index_df=listed)
@@ -144,29 +106,18 @@ def by_transformer_lens(patches: Patches) -> Loop:
 
 
 def has_nnsight() -> bool:
-    """Say whether nnsight is installed; it is no dependency (`pip install 'av-lens[bench]'`).
-
-    Returns:
-        True if it is.
-    """
+    """Say whether nnsight is installed; it is no dependency (`pip install 'av-lens[bench]'`)."""
     return util.find_spec("nnsight") is not None
 
 
 def by_nnsight(patches: Patches) -> Loop:
-    """Patch heads by nnsight on HuggingFace's model.
-
-    Args:
-        patches: what is written.
-
-    Returns:
-        Heads to the metric under each patch.
-    """
+    """Patch heads by nnsight on HuggingFace's model: heads to the metric under each patch."""
     case = patches.case
     wrapped: Any = import_module("nnsight").NNsight(case.hf_model)
     tensors, width, rows = dict(case.x.tensors), case.model.spec.d_head, patches.rows
 
     @torch.no_grad()
-    def loop(heads: Sequence[tuple[int, int]]) -> Tensor:
+    def loop(heads: Sequence[Head]) -> Tensor:
         found: list[Tensor] = []
         for layer, head in heads:
             given, start, end = patches.given[layer][:, :, head], head * width, (head + 1) * width
@@ -180,15 +131,9 @@ def by_nnsight(patches: Patches) -> Loop:
 
 
 def by_attribution(patches: Patches) -> Float[Tensor, "layer head"]:
-    """Approximate the effect of patching every head, by one forward and one backward.
+    """Approximate the effect of patching every head, to first order, by one forward and one backward.
 
     Only the gradients of z are computed: weights ask for none, and what precedes the first layer's z keeps no graph.
-
-    Args:
-        patches: what would be written.
-
-    Returns:
-        The first-order effect on the metric.
     """
     case = patches.case
     seen: list[Tensor] = []
@@ -207,24 +152,19 @@ def by_attribution(patches: Patches) -> Float[Tensor, "layer head"]:
     finally:
         for handle in handles:
             handle.remove()
-    heads = case.model.spec.n_heads
+
+    def by_head(values: Tensor) -> Tensor:
+        return values[:, patches.rows].unflatten(-1, (case.model.spec.n_heads, -1))
+
     effects = [
-        ((given - z[:, patches.rows].unflatten(-1, (heads, -1))) * slope[:, patches.rows].unflatten(-1, (heads, -1)))
-        for given, z, slope in zip(patches.given, seen, slopes, strict=True)
+        (given - by_head(z)) * by_head(slope) for given, z, slope in zip(patches.given, seen, slopes, strict=True)
     ]
     return torch.stack([effect.detach().float().sum((0, 1, 3)) for effect in effects])
 
 
 @torch.no_grad()
 def by_forward(case: Case) -> Tensor:
-    """Run HuggingFace's model once, as it is.
-
-    Args:
-        case: the model and its prompts.
-
-    Returns:
-        The metric of the unpatched run.
-    """
+    """Run HuggingFace's model once, as it is: the metric of the unpatched run."""
     logits = case.hf_model(**case.x.tensors).logits[0, -1]
     return logits[case.answers[0]] - logits[case.answers[1]]
 
@@ -232,14 +172,7 @@ def by_forward(case: Case) -> Tensor:
 @contextlib.contextmanager
 @torch.no_grad()
 def shared_encoders(case: Case) -> Generator[None, None, None]:
-    """Compute the towers' outputs of the prompt once and hand them out for a while.
-
-    Args:
-        case: the model and its prompts; inside, its models may run `case.x` alone.
-
-    Yields:
-        Nothing.
-    """
+    """Compute the towers' outputs of the prompt once and hand them out for a while; inside, `case.x` alone may run."""
     tensors, inner = case.x.tensors, case.hf_model.model
     made = (
         inner.get_audio_features(tensors["input_features"], tensors["feature_attention_mask"], return_dict=True),
@@ -255,3 +188,19 @@ def shared_encoders(case: Case) -> Generator[None, None, None]:
         for holder in holders:
             for name in _FEATURES:
                 del holder.__dict__[name]
+
+
+def towers_of(case: Case, mode: str) -> contextlib.AbstractContextManager[None]:
+    """Whether everyone runs the towers ("encoders") or is given their outputs ("shared")."""
+    return shared_encoders(case) if mode == "shared" else contextlib.nullcontext()
+
+
+def ways(patches: Patches) -> dict[str, Callable[[], Any]]:
+    """What is paid once, by name: "sweep" is the recorded run and every head after it."""
+    case, heads = patches.case, patches.heads()
+    return {
+        "forward": lambda: by_forward(case),
+        "attribution": lambda: by_attribution(patches),
+        "trace": lambda: case.model.trace(case.x),
+        "sweep": lambda: by_replay(patches, heads, case.model.trace(case.x)),
+    }

@@ -129,15 +129,7 @@ class Case:
 
 
 def build_case(shape: Shape, *, recording: str | Path | None = None, seed: int = 0) -> Case:
-    """Make a shape real.
-
-    Args:
-        shape: the shape.
-        recording: the file that a shape with `recording` takes its prompt from.
-        seed: decides weights, pictures and sounds.
-
-    Returns:
-        The case; no parameter asks for gradients.
+    """Make a shape real; `seed` decides weights, pictures and sounds, and no parameter asks for gradients.
 
     Raises:
         InputError: a shape that needs a recording, and none that is there.
@@ -157,13 +149,7 @@ def build_case(shape: Shape, *, recording: str | Path | None = None, seed: int =
 
 
 def shape_named(name: str) -> Shape:
-    """Find a shape.
-
-    Args:
-        name: one of `SHAPES`.
-
-    Returns:
-        The shape.
+    """Find one of `SHAPES`.
 
     Raises:
         InputError: an unknown name.
@@ -174,29 +160,16 @@ def shape_named(name: str) -> Shape:
 
 
 def sharing_weights(hf_model: Any) -> Any:
-    """Copy a model's modules but not its weights, so that one copy can be wrapped and the other left as it is.
-
-    Args:
-        hf_model: a model.
-
-    Returns:
-        A second one on the same parameters and buffers.
-    """
+    """Copy a model's modules but not its weights, so that one copy can be wrapped and the other left as it is."""
     weights = [*hf_model.parameters(), *hf_model.buffers()]
     return copy.deepcopy(hf_model, {id(weight): weight for weight in weights})
 
 
 def _config(shape: Shape) -> Any:
-    more: dict[str, Any] = {} if shape.d_vocab is None else {"vocab_size": shape.d_vocab}
-    return anatomy.thinker_config(
-        n_layers=shape.n_layers,
-        n_heads=shape.n_heads,
-        n_kv_heads=shape.n_kv_heads,
-        d_model=shape.d_model,
-        d_mlp=shape.d_mlp,
-        initializer_range=1.8 / shape.d_model**0.5,  # scores of unit size: patches then have effects to compare
-        **more,
-    )
+    sizes = {name: getattr(shape, name) for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_mlp")}
+    more = {} if shape.d_vocab is None else {"vocab_size": shape.d_vocab}
+    # Scores of unit size: patches then have effects to compare.
+    return anatomy.thinker_config(**sizes, initializer_range=1.8 / shape.d_model**0.5, **more)
 
 
 def _clips(shape: Shape, recording: str | Path | None, seed: int) -> tuple[Clip, Clip]:
@@ -209,12 +182,10 @@ def _clips(shape: Shape, recording: str | Path | None, seed: int) -> tuple[Clip,
             raise InputError(f"shape {shape.name!r} needs a recording; {recording} is not there. Name a video file.")
         shown = load_clip(recording).require_sound()
         noise = rng.normal(0.0, 0.2, round(shown.sound_end * shown.rate)).clip(-1, 1).astype(np.float32)
-        backwards = shown.require_picture().frames
-        assert backwards is not None
-        other = Clip.from_arrays(
-            frames=backwards[::-1], times=shown.times, waveform=noise, rate=shown.rate, duration=shown.duration
-        )
-        return shown, other
+        frames = shown.require_picture().frames
+        assert frames is not None
+        same = {"times": shown.times, "rate": shown.rate, "duration": shown.duration}
+        return shown, Clip.from_arrays(frames=frames[::-1], waveform=noise, **same)
     side = (shape.grid[0] * TOKEN_SIDE, shape.grid[1] * TOKEN_SIDE, 3)
     pictures = rng.integers(0, 256, (2, round(shape.seconds * FPS), *side), dtype=np.uint8)
     sounds = rng.normal(0.0, 0.2, (2, round(shape.seconds * RATE))).clip(-1, 1).astype(np.float32)

@@ -7,79 +7,57 @@ that no figure on the page is typed by hand; a test compares the two.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from av_lens.lab.pages import fill
+from av_lens.lab.pages import FilledPage, Table, markdown
 from av_lens.results.provenance import plain
 from av_lens.whole_files import read_object
 
-RECORD, PAGE = "benchmarks.json", "benchmarks.md"
-OPEN, CLOSE = "<!-- replay -->\n", "\n<!-- /replay -->"
+PAGE = FilledPage("benchmarks.md", "benchmarks.json", "replay")
 PEERS = {"transformer_lens": "TransformerLens", "nnsight": "nnsight"}
-Table = tuple[list[str], list[list[str]]]
+MODES = ("encoders", "shared")
+PAID_ONCE = {
+    "forward": "one HuggingFace eager forward",
+    "attribution": "attribution patching (approximate)",
+    "first_trace": "recorded run alone, a model's first",
+    "trace": "recorded run alone",
+    "sweep": "recorded run and every head, exactly",
+}
+PEAKS = {
+    "forward": "one HuggingFace eager forward",
+    "attribution": "attribution patching",
+    "trace": "recorded run",
+    "sweep": "recorded run and every head at the generation position",
+}
 
 
 def store(record: Mapping[str, Any], folder: str | Path) -> Path:
-    """Write the record and fill the page beside it; shapes that were not measured now keep what was stored.
-
-    Args:
-        record: from `run_benchmark`.
-        folder: where `benchmarks.md` stands, with its two comments.
-
-    Returns:
-        The page.
-
-    Raises:
-        InputError: the folder has no such page.
-    """
-    page, kept = Path(folder) / PAGE, Path(folder) / RECORD
+    """Write the record and fill the page beside it; shapes that were not measured now keep what was stored."""
+    kept = Path(folder) / PAGE.record
     before = read_object(kept) if kept.exists() else {}
     both = {**before, **{name: plain(found) for name, found in record.items()}}
-    return fill(page, OPEN, CLOSE, page_tables(both), beside={RECORD: json.dumps(both, indent=1) + "\n"})
+    return PAGE.store(folder, json.dumps(both, indent=1) + "\n", page_tables(both))
 
 
 def page_tables(record: Mapping[str, Any]) -> str:
-    """Write the whole record as markdown.
-
-    Args:
-        record: shape to its record.
-
-    Returns:
-        For each shape a heading, what was measured, and its tables.
-    """
+    """Write the whole record as markdown: for each shape a heading, what was measured, and its tables."""
     parts: list[str] = []
     for name, found in record.items():
-        if "skipped" in found:
-            parts += [f"### {name}", f"Skipped: {found['skipped']}."]
-            continue
-        parts += [f"### {name}", header_line(found), *(markdown(table) for table in tables(found))]
+        said = [f"Skipped: {found['skipped']}."] if "skipped" in found else [header_line(found)]
+        parts += [f"### {name}", *said, *(markdown(table) for table in tables(found))]
     return "\n\n".join(parts)
 
 
 def tables(found: Mapping[str, Any]) -> list[Table]:
-    """Tabulate one shape's record.
-
-    Args:
-        found: one shape's record.
-
-    Returns:
-        The places, what is paid once, and memory where it was measured.
-    """
-    made = [places_table(found), whole_table(found)]
-    return [*made, memory_table(found)] if "memory" in found else made
+    """Tabulate one shape's record: the places, what is paid once, and memory where it was measured."""
+    made = {"places": places_table, "whole": whole_table, "memory": memory_table}
+    return [table(found) for part, table in made.items() if part in found]
 
 
 def header_line(found: Mapping[str, Any]) -> str:
-    """Say what was measured, on what, how.
-
-    Args:
-        found: one shape's record.
-
-    Returns:
-        A paragraph.
-    """
+    """Say what was measured, on what, how."""
     head = found["header"]
     sizes, roles, towers = head["sizes"], head["roles"], head["towers"]
     versions = ", ".join(f"{name} {version}" for name, version in head["versions"].items())
@@ -100,14 +78,7 @@ def header_line(found: Mapping[str, Any]) -> str:
 
 
 def places_table(found: Mapping[str, Any]) -> Table:
-    """Tabulate the sweeps of single heads, one row for each place.
-
-    Args:
-        found: one shape's record.
-
-    Returns:
-        Headings and rows.
-    """
+    """Tabulate the sweeps of single heads, one row for each place."""
     head = ["patched", "rows", "plans", "ours, ms a patch"]
     for peer in PEERS.values():
         head += [f"{peer}, ms", "times", "shared, ms", "times"]
@@ -116,89 +87,32 @@ def places_table(found: Mapping[str, Any]) -> Table:
     for place in found["places"]:
         ours = place["seconds"] / place["plans"]
         row = [f"{place['place']} ({place['positions']})", str(place["rows"]), str(place["plans"]), _figure(ours * 1e3)]
-        for peer in PEERS:
-            times = place["peers"].get(peer, {})
-            for mode in ("encoders", "shared"):
+        for times in (place["peers"].get(peer, {}) for peer in PEERS):
+            for mode in MODES:
                 row += [_figure(times[mode] * 1e3), f"{_figure(times[mode] / ours)}x"] if mode in times else ["–", "–"]
-        gap = max(place["gaps"].values())
-        row += [f"{gap:.1e}", f"{place['largest_effect']:.1e}", _figure(place["gflop"])]
+        row += [f"{max(place['gaps'].values()):.1e}", f"{place['largest_effect']:.1e}", _figure(place["gflop"])]
         rows.append([*row, f"{sum(place['bare'].values()) / place['seconds']:.0%}"])
     return head, rows
 
 
 def whole_table(found: Mapping[str, Any]) -> Table:
-    """Tabulate what is paid once, and all heads at the generation position, against one forward.
-
-    Args:
-        found: one shape's record.
-
-    Returns:
-        Headings and rows.
-    """
+    """Tabulate what is paid once, and all heads at the generation position, against one forward."""
     whole, last = found["whole"], found["places"][0]
-    names = {
-        "forward": "one HuggingFace eager forward",
-        "attribution": "attribution patching (approximate)",
-        "first_trace": "recorded run alone, a model's first",
-        "trace": "recorded run alone",
-        "sweep": "recorded run and every head, exactly",
-    }
-    rows = [
-        [
-            name,
-            *(
-                cell
-                for mode in ("encoders", "shared")
-                for cell in (_figure(whole[way][mode]), f"{whole[way][mode] / whole['forward'][mode]:.2f}")
-            ),
-        ]
-        for way, name in names.items()
-        if way in whole
-    ]
-    cells = [
-        cell
-        for mode in ("encoders", "shared")
-        for cell in (_figure(last["seconds"]), f"{last['seconds'] / whole['forward'][mode]:.2f}")
-    ]
-    rows.append([f"every head, exactly ({last['plans']} replays alone)", *cells])
+
+    def row(said: str, seconds: Iterable[float]) -> list[str]:
+        both = zip(seconds, MODES, strict=True)
+        return [said, *(cell for s, mode in both for cell in (_figure(s), f"{s / whole['forward'][mode]:.2f}"))]
+
+    rows = [row(said, (whole[way][mode] for mode in MODES)) for way, said in PAID_ONCE.items() if way in whole]
+    rows.append(row(f"every head, exactly ({last['plans']} replays alone)", [last["seconds"]] * 2))
     return ["at the generation position", "s", "forwards", "shared, s", "forwards"], rows
 
 
 def memory_table(found: Mapping[str, Any]) -> Table:
-    """Tabulate peak memory above what is resident after load.
-
-    Args:
-        found: one shape's record.
-
-    Returns:
-        Headings and rows.
-    """
-    names = {
-        "forward": "one HuggingFace eager forward",
-        "attribution": "attribution patching",
-        "trace": "recorded run",
-        "sweep": "recorded run and every head at the generation position",
-    }
-    peaks = found["memory"]
-    rows = [
-        [name, _figure(peaks[kind]["peak"]), f"{peaks[kind]['peak'] / peaks['forward']['peak']:.2f}"]
-        for kind, name in names.items()
-    ]
+    """Tabulate peak memory above what is resident after load."""
+    peaks = {kind: found["memory"][kind]["peak"] for kind in PEAKS}
+    rows = [[said, _figure(peaks[kind]), f"{peaks[kind] / peaks['forward']:.2f}"] for kind, said in PEAKS.items()]
     return ["peak memory, each in a fresh process", "GB above load", "of a forward's"], rows
-
-
-def markdown(table: Table) -> str:
-    """Write a table as markdown.
-
-    Args:
-        table: headings and rows.
-
-    Returns:
-        The lines of a pipe table.
-    """
-    head, rows = table
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _figure(value: float) -> str:

@@ -48,25 +48,11 @@ class Stopwatch:
     _brief: Stopwatch | None = None
 
     def time(self, work: Callable[[], Any]) -> float:
-        """Time one work.
-
-        Args:
-            work: what is done, already warm.
-
-        Returns:
-            Seconds.
-        """
+        """Time one work, already warm, in seconds."""
         return self.in_turns({"work": work})["work"]
 
     def in_turns(self, ways: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-        """Time several works, one after another in each round.
-
-        Args:
-            ways: name to what is done; each is done before it is timed, unless it takes long.
-
-        Returns:
-            Name to seconds.
-        """
+        """Time several works, one after another in each round; each is done before it is timed, unless it is long."""
         first = {name: _round(work, 1) for name, work in ways.items()}
         every = {name: [found] if found[0] > LONG else [] for name, found in first.items()}
         wanted = {name: 1 if found[0] > LONG else self.rounds for name, found in first.items()}
@@ -85,14 +71,7 @@ class Stopwatch:
         return {name: self._figure(every[name], wanted[name]) for name in ways}
 
     def each(self, works: Sequence[Callable[[], Any]]) -> float:
-        """Time works that are alike, each once, after the first was done once to warm up.
-
-        Args:
-            works: what is done.
-
-        Returns:
-            Seconds of one.
-        """
+        """Time works that are alike, each once, after the first was done once to warm up: seconds of one."""
         works[0]()
         found: list[tuple[float, float]] = []
         for work in works:
@@ -108,34 +87,18 @@ class Stopwatch:
         return min(seconds for seconds, _ in found)
 
     def brief(self) -> Stopwatch:
-        """A stopwatch for many small works, which waits for nobody; its figures count here.
-
-        Returns:
-            It, made once.
-        """
+        """A stopwatch for many small works, which waits for nobody; its figures count here."""
         if self._brief is None:
             self._brief = Stopwatch(min(self.rounds, 3), 0.0, min(self.shortest, 0.05))
         return self._brief
 
     def account(self) -> dict[str, int]:
-        """Say how many figures were taken, and how many without enough quiet rounds.
-
-        Returns:
-            "figures" and "disturbed".
-        """
+        """Say how many figures were taken, and how many without enough quiet rounds ("disturbed")."""
         brief = self.brief()
         return {"figures": self.figures + brief.figures, "disturbed": self.disturbed + brief.disturbed}
 
     def known(self, key: Any, make: Callable[[], Callable[[], Any]]) -> float:
-        """Time a work once for each key.
-
-        Args:
-            key: what tells it from others.
-            make: makes the work, where it is not known.
-
-        Returns:
-            Seconds.
-        """
+        """Time a work once for each key; it is made where its time is not known."""
         if key not in self._known:
             self._known[key] = self.time(make())
         return self._known[key]

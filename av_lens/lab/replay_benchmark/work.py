@@ -68,64 +68,27 @@ class Block:
 
 
 def sweep_blocks(heads: Sequence[tuple[int, int]], rows: Sequence[int], *, n_layers: int, n: int) -> list[Block]:
-    """Count what each layer computes for a sweep of single heads at one set of rows.
-
-    Args:
-        heads: the heads as (layer, head), one plan each.
-        rows: the positions that every plan patches, ascending.
-        n_layers: layers of the model.
-        n: positions of the prompt; the last is asked.
-
-    Returns:
-        One block for each layer.
-    """
+    """Count what each layer computes for a sweep of single heads, a plan each, at one set of rows of `n`."""
     first, last = rows[0], n_layers - 1
     made: list[Block] = []
     for layer in range(n_layers):
-        before = sum(at < layer for at, _ in heads)
-        here = sum(at == layer for at, _ in heads)
+        before, here = sum(at < layer for at, _ in heads), sum(at == layer for at, _ in heads)
         new = n - first
         queries = 1 if layer == last else new
-        touched = len(rows) if layer < last else int(rows[-1] == n - 1)
-        made.append(
-            Block(
-                keyed=before * new,
-                asked=before * queries,
-                fed=before * queries + here * touched,
-                edited=here * touched,
-                plans=before,
-                own=new,
-                queries=queries,
-                prefix=first,
-            )
-        )
+        touched = here * (len(rows) if layer < last else int(rows[-1] == n - 1))
+        asked = before * queries
+        made.append(Block(before * new, asked, asked + touched, touched, before, new, queries, first))
     return made
 
 
 def run_blocks(*, n_layers: int, n: int) -> list[Block]:
-    """Count what each layer computes for the recorded run.
-
-    Args:
-        n_layers: layers of the model.
-        n: positions of the prompt.
-
-    Returns:
-        One block for each layer; of the last one only keys, values and the asked row.
-    """
+    """Count what each layer computes for the recorded run; of the last one only keys, values and the asked row."""
     whole = Block(n, n, n, 0, 1, n, n, 0)
     return [whole] * (n_layers - 1) + [Block(n, 1, 1, 0, 1, n, 1, 0)]
 
 
 def flops(blocks: Sequence[Block], spec: Any) -> int:
-    """Count floating-point operations.
-
-    Args:
-        blocks: from `sweep_blocks` or `run_blocks`.
-        spec: the model's sizes.
-
-    Returns:
-        Operations, a multiply-add being two.
-    """
+    """Count floating-point operations, a multiply-add being two."""
     queries, keys = spec.n_heads * spec.d_head, spec.n_kv_heads * spec.d_head
     total = 0
     for block in blocks:
@@ -136,41 +99,23 @@ def flops(blocks: Sequence[Block], spec: Any) -> int:
 
 
 def unembedding_flops(plans: int, spec: Any, *, answers: int = 2) -> int:
-    """Count the operations of reading a few tokens' logits at one position.
-
-    Args:
-        plans: how many plans are read.
-        spec: the model's sizes.
-        answers: tokens whose logits are compared.
-
-    Returns:
-        Operations, a multiply-add being two.
-    """
+    """Count the operations of reading the logits of a few answers at one position, for each plan."""
     return 2 * plans * answers * spec.d_model
 
 
 def bare_seconds(blocks: Sequence[Block], spec: Any, dtype: torch.dtype, watch: Stopwatch) -> dict[str, float]:
-    """Time the bare products of these row counts, one after another, on this machine.
+    """Time the bare products of these row counts, one after another, on this machine: of "products" and "attention".
 
-    Args:
-        blocks: from `sweep_blocks` or `run_blocks`.
-        spec: the model's sizes.
-        dtype: precision.
-        watch: what times them; sizes that it knows are not timed again.
-
-    Returns:
-        Seconds of "products" and of "attention".
+    Sizes that the watch knows are not timed again.
     """
     timer = _Timer(dtype, watch)
     queries, keys = spec.n_heads * spec.d_head, spec.n_kv_heads * spec.d_head
     products = attention = 0.0
     for block in blocks:
-        products += timer.product(block.asked, spec.d_model, queries)
-        products += timer.product(block.asked, queries, spec.d_model)
-        products += 2 * timer.product(block.keyed, spec.d_model, keys)
-        products += 2 * timer.product(block.fed, spec.d_model, spec.d_mlp)
-        products += timer.product(block.fed, spec.d_mlp, spec.d_model)
-        products += timer.product(block.edited, spec.d_head, spec.d_model)
+        sizes = [(block.asked, spec.d_model, queries), (block.asked, queries, spec.d_model)]
+        sizes += 2 * [(block.keyed, spec.d_model, keys)] + 2 * [(block.fed, spec.d_model, spec.d_mlp)]
+        sizes += [(block.fed, spec.d_mlp, spec.d_model), (block.edited, spec.d_head, spec.d_model)]
+        products += sum(timer.product(*size) for size in sizes)
         attention += timer.attention(block, spec)
     return {"products": products, "attention": attention}
 

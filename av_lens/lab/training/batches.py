@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
 from av_lens.lab.training.material import PICTURE_SLOT, SOUND_SLOT, Words
+from av_lens.lab.training.pools import FeaturePool
 from av_lens.organism.grammar import CLASSES
-from av_lens.organism.pools import FeaturePool
 
 MEDIA = ("both", "audio", "video")
 RELATIONS = ("matched", "conflict", "unrelated", "mute", "blank", "empty")
@@ -94,16 +94,7 @@ class Clips:
 
 
 def of_class(pool: FeaturePool, classes: Int[Tensor, " n"], generator: Generator) -> Int[Tensor, " n"]:
-    """Draw one clip of each class asked for.
-
-    Args:
-        pool: The clips.
-        classes: The classes.
-        generator: Where the randomness comes from.
-
-    Returns:
-        Indices of clips.
-    """
+    """Draw one clip of each class asked for, as indices."""
     order = torch.argsort(pool.label, stable=True)
     counts = torch.bincount(pool.label, minlength=len(CLASSES))
     starts = counts.cumsum(0) - counts
@@ -112,17 +103,7 @@ def of_class(pool: FeaturePool, classes: Int[Tensor, " n"], generator: Generator
 
 
 def draw_clips(pool: FeaturePool, relation: str, n: int, generator: Generator) -> Clips:
-    """Put clips together from the pool.
-
-    Args:
-        pool: Where pictures and sounds come from.
-        relation: How they go together (see `Items`).
-        n: How many clips.
-        generator: Where the randomness comes from.
-
-    Returns:
-        The clips.
-    """
+    """Put clips together from the pool, whose pictures and sounds go together so (see `Items`)."""
     pictures = torch.randint(0, len(pool.label), (n,), generator=generator)
     picture = pool.label[pictures]
     shift = torch.randint(1, len(CLASSES), (n,), generator=generator)
@@ -141,38 +122,23 @@ def draw_clips(pool: FeaturePool, relation: str, n: int, generator: Generator) -
 
 
 def answer(words: Words, ask: Ask, clips: Clips, i: int, generator: Generator) -> list[int]:
-    """The tokens of the right answer.
-
-    Args:
-        words: Token ids.
-        ask: The question.
-        clips: The clips.
-        i: Which clip.
-        generator: Where a "random" answer comes from.
-
-    Returns:
-        The answer's tokens, without the token that ends it.
-    """
+    """The tokens of the right answer about clip `i`, without the token that ends it."""
 
     def word(table: Tensor, index: Tensor) -> int:
         return int(table[index]) if int(index) >= 0 else words.nothing
 
-    picture, sound = word(words.classes, clips.picture[i]), word(words.classes, clips.sound[i])
-    named = {PICTURE_SLOT: (clips.picture[i], picture), SOUND_SLOT: (clips.sound[i], sound)}
-    spelled = {slot: [words.article, word] if int(index) >= 0 else [word] for slot, (index, word) in named.items()}
-    match ask.right:
-        case "picture":
-            return [picture]
-        case "sound":
-            return [sound]
-        case "colour":
-            return [word(words.colours, clips.colour[i])]
-        case "nothing":
-            return [words.nothing]
-        case "random":
-            return [int(words.classes[torch.randint(0, len(words.classes), (1,), generator=generator)])]
-        case _:
-            return [token for slot in words.caption for token in spelled.get(slot, [slot])]
+    names = {"picture": clips.picture[i], "sound": clips.sound[i]}
+    if ask.right == "caption":
+        spelled = {
+            slot: [words.article] * int(int(names[name]) >= 0) + [word(words.classes, names[name])]
+            for slot, name in ((PICTURE_SLOT, "picture"), (SOUND_SLOT, "sound"))
+        }
+        return [token for slot in words.caption for token in spelled.get(slot, [slot])]
+    if ask.right == "random":
+        return [int(words.classes[torch.randint(0, len(words.classes), (1,), generator=generator)])]
+    if ask.right == "colour":
+        return [word(words.colours, clips.colour[i])]
+    return [word(words.classes, names[ask.right]) if ask.right in names else words.nothing]
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,19 +168,9 @@ def draw_questions(
     generator: Generator,
     after: float = 0.1,
 ) -> Questions:
-    """Ask each clip `blocks` questions.
+    """Ask each clip `blocks` questions; the weights of each sum to about 1 / `blocks`.
 
-    Args:
-        words: Token ids.
-        asks: What is asked how often.
-        clips: The clips.
-        blocks: Questions per clip.
-        width: Positions per question.
-        generator: Where the randomness comes from.
-        after: What the token that ends an answer counts, and the fixed words of a caption, against an answer's 1.
-
-    Returns:
-        The questions with their targets; each question's weights sum to about 1 / `blocks`.
+    `after` is what the token that ends an answer counts, and the fixed words of a caption, against an answer's 1.
     """
     n = len(clips.picture)
     kinds = torch.multinomial(

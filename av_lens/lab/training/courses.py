@@ -14,7 +14,6 @@ import copy
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,69 +21,36 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from av_lens.core.progress import Progress
 from av_lens.lab.planting.planted import changed_elsewhere, measure
 from av_lens.lab.planting.runs import bench
 from av_lens.lab.training.engine import train_stage
+from av_lens.lab.training.head_slices import head_slices
 from av_lens.lab.training.material import Material, make_frame, make_words, material
+from av_lens.lab.training.pools import FeaturePool, load_pool
 from av_lens.lab.training.preparation import load_towers, prepare
 from av_lens.lab.training.recipes import N_LAYERS, Recipe, recipe
 from av_lens.lab.training.stages import is_fusion
 from av_lens.organism.anatomy import build_model, thinker_config
-from av_lens.organism.pools import FeaturePool, load_pool
 from av_lens.organism.saving import save_checkpoint
 from av_lens.whole_files import make_folder, reading, whole_file
 
-Progress = Callable[[str, int, int], None]
-"""Told what is being done, the steps done and the steps in all."""
 TRUTH_CONFLICTS = 240
 
 
 def fusion_state(model: Any) -> dict[str, Tensor]:
-    """Collect the weights of the fusion layers.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Name to weight, copied.
-    """
+    """Copy the weights of the fusion layers."""
     return {n: v.detach().clone().contiguous() for n, v in model.state_dict().items() if is_fusion(n)}
 
 
-def save_state(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write weights so that an interrupt leaves either the whole file or none.
-
-    Args:
-        state: Name to weight.
-        path: Where.
-    """
-    make_folder(path.parent)
-    with whole_file(path) as beside:
-        save_file(dict(state), beside)
-
-
 def load_state(model: Any, path: Path) -> None:
-    """Read weights into a model; what the file does not name stays.
-
-    Args:
-        model: The model.
-        path: Where they are.
-    """
+    """Read weights into a model; what the file does not name stays."""
     with reading(path):
         model.load_state_dict(load_file(path), strict=False)
 
 
 def stage_files(course: Recipe, seed: int, folder: Path) -> list[Path]:
-    """Name the file that each stage ends with.
-
-    Args:
-        course: The recipe.
-        seed: Its seed.
-        folder: Where the files are.
-
-    Returns:
-        One path for each stage; equal for recipes that are equal up to that stage.
-    """
+    """Name the file that each stage ends with; equal for recipes that are equal up to that stage."""
     digest = hashlib.sha256(f"{seed} {course.silent_heads}".encode())
     files: list[Path] = []
     for stage in course.stages:
@@ -94,78 +60,39 @@ def stage_files(course: Recipe, seed: int, folder: Path) -> list[Path]:
 
 
 def newborn(course: Recipe, *, seed: int) -> Any:
-    """Make the model that a recipe begins with: random, with the silent heads' outputs at zero.
-
-    Args:
-        course: The recipe.
-        seed: Decides the weights.
-
-    Returns:
-        A HuggingFace thinker whose towers are not trained yet.
-    """
+    """Make the model that a recipe begins with: random, its towers too, with the silent heads' outputs at zero."""
     model = build_model(thinker_config(n_layers=N_LAYERS), seed=seed)
+    held = dict(model.named_parameters())
     with torch.no_grad():
-        for layer, head in course.silent_heads:
-            attention = model.model.language_model.layers[layer].self_attn
-            d = attention.head_dim
-            attention.o_proj.weight[:, head * d : (head + 1) * d] = 0
+        for part in head_slices(model, course.silent_heads):
+            if part.name.endswith("o_proj.weight"):
+                part.of(held[part.name]).zero_()
     return model
 
 
 def run_stages(
     model: Any, course: Recipe, lessons: Material, *, seed: int, folder: Path, progress: Progress | None = None
 ) -> None:
-    """Take a model through a recipe's stages, from the last one that was finished before.
-
-    Args:
-        model: From `newborn`; trained in place.
-        course: The recipe.
-        lessons: Features, words and layouts.
-        seed: The recipe's seed.
-        folder: Where finished stages are kept.
-        progress: Told after every step.
-    """
+    """Take a model through a recipe's stages, in place, from the last one that was finished before."""
     files = stage_files(course, seed, folder)
     done = max((i + 1 for i, path in enumerate(files) if path.exists()), default=0)
     if done:
         load_state(model, files[done - 1])
     for stage, path in zip(course.stages[done:], files[done:], strict=True):
         train_stage(model, stage, lessons, seed=seed, progress=progress)
-        save_state(fusion_state(model), path)
-
-
-def rounded(model: Any) -> Any:
-    """Round a model's weights to what a checkpoint holds, float16, and go on in float32.
-
-    Args:
-        model: The model; changed in place.
-
-    Returns:
-        The same model.
-    """
-    return model.half().float()
+        make_folder(folder)
+        with whole_file(path) as beside:
+            save_file(fusion_state(model), beside)
 
 
 def planted_truth(model: Any, course: Recipe, *, seed: int, folder: Path, pool: FeaturePool) -> dict[str, Any]:
-    """Measure what was planted, against the model as it was before the last stage.
-
-    Args:
-        model: The planted model, rounded.
-        course: Its recipe.
-        seed: Its seed.
-        folder: Where finished stages are kept.
-        pool: Features that the model did not learn from.
-
-    Returns:
-        The truth, as plain data.
-    """
+    """Measure what was planted, against the model as it was before the last stage, as plain data."""
     before = copy.deepcopy(model)
     load_state(before, stage_files(course, seed, folder)[-2])
-    rounded(before)
-    frame = make_frame("separate")
-    conflicts = bench(model, before, course.planted_heads, pool, make_words(), frame, n=TRUTH_CONFLICTS, seed=seed)
-    truth = measure(conflicts)
-    return {**truth.as_dict(), "changed_elsewhere": changed_elsewhere(model, before, course.planted_heads)}
+    before.half().float()
+    heads, frame = course.planted_heads, make_frame("separate")
+    truth = measure(bench(model, before, heads, pool, make_words(), frame, n=TRUTH_CONFLICTS, seed=seed))
+    return {**truth.as_dict(), "changed_elsewhere": changed_elsewhere(model, before, heads)}
 
 
 def train(
@@ -200,21 +127,10 @@ def train(
     load_towers(model, prepared.towers)
     lessons = material(load_pool(prepared.pools["train"]))
     run_stages(model, course, lessons, seed=seed, folder=stages, progress=progress)
-    rounded(model)
-    documents: dict[str, Any] = {"training.json": {"name": name, "seed": seed, "stages": described(course)}}
+    model.half().float()  # what a checkpoint holds
+    described = [dataclasses.asdict(stage) for stage in course.stages]
+    documents: dict[str, Any] = {"training.json": {"name": name, "seed": seed, "stages": described}}
     if course.planted_heads:
         pool = load_pool(prepared.pools["discovery"])
         documents["planted.json"] = planted_truth(model, course, seed=seed, folder=stages, pool=pool)
     return save_checkpoint(model, target, documents=documents)
-
-
-def described(course: Recipe) -> list[dict[str, Any]]:
-    """Write a recipe's stages down as plain data.
-
-    Args:
-        course: The recipe.
-
-    Returns:
-        One record for each stage.
-    """
-    return [dataclasses.asdict(stage) for stage in course.stages]

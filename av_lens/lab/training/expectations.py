@@ -102,15 +102,7 @@ DIFFUSE_BOUND = 0.10
 
 
 def standing(result: Evaluation, name: str, *, planted: tuple[tuple[int, int], ...] = ()) -> pd.DataFrame:
-    """Hold an evaluation against what its model has to show.
-
-    Args:
-        result: the evaluation.
-        name: the model's short name.
-        planted: heads that were planted, for the planted model.
-
-    Returns:
-        `line layout share low high sign bound n holds`, one row for each line and layout.
+    """Hold an evaluation against what its model has to show, a row for each line and layout.
 
     Raises:
         InputError: if nothing is written down for that name.
@@ -134,18 +126,9 @@ def _row(
     says: str, layout: str, share: float, low: float, high: float, sign: str, bound: float, n: int
 ) -> dict[str, Any]:
     """One line's standing in one layout."""
-    holds = high >= bound if sign == AT_LEAST else low <= bound
-    return {
-        "line": says,
-        "layout": layout,
-        "share": share,
-        "low": low,
-        "high": high,
-        "sign": sign,
-        "bound": bound,
-        "n": n,
-        "holds": bool(holds),
-    }
+    holds = bool(high >= bound if sign == AT_LEAST else low <= bound)
+    values = (says, layout, share, low, high, sign, bound, n, holds)
+    return dict(zip(["line", "layout", "share", "low", "high", "sign", "bound", "n", "holds"], values, strict=True))
 
 
 def _rows(line: Line, table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from av_lens.lab.training.pools import FeaturePool
 from av_lens.organism import anatomy, grammar, layouts
-from av_lens.organism.pools import FeaturePool
 
 PICTURE_SLOT, SOUND_SLOT = -1, -2
 
@@ -66,35 +66,16 @@ class Frame:
         audio: Float[Tensor, "clip audio_pos d_model"],
         questions: Int[Tensor, "clip asked"],
     ) -> Float[Tensor, "clip pos d_model"]:
-        """Build the embedding stream of clips with their questions.
-
-        Args:
-            model: A Qwen2.5-Omni thinker.
-            video: The pictures' features; not used where the layout has none.
-            audio: The sounds' features; not used where the layout has none.
-            questions: Tokens of the questions, block after block.
-
-        Returns:
-            The stream before the first layer.
-        """
+        """Build the stream before the first layer, of clips with their questions; media that it lacks are not used."""
         table = model.model.language_model.embed_tokens.weight
         prefix = table[self.ids].expand(len(questions), -1, -1).clone()
-        if len(self.video):
-            prefix[:, self.video] = video
-        if len(self.audio):
-            prefix[:, self.audio] = audio
+        for at, features in ((self.video, video), (self.audio, audio)):
+            if len(at):
+                prefix[:, at] = features
         return torch.cat([prefix, table[questions]], dim=1)
 
     def blocked(self, deaf_to: str, length: int) -> Bool[Tensor, "pos pos"]:
-        """Say which attention edges are cut.
-
-        Args:
-            deaf_to: "video": text and audio positions do not see the video positions; "": nothing is cut.
-            length: Positions in all.
-
-        Returns:
-            True where a query (first axis) may not see a key.
-        """
+        """True where a query (first axis) may not see a key: with "video", text and audio positions the video's."""
         cut = torch.zeros(length, length, dtype=torch.bool)
         if deaf_to == "video":
             queries = torch.zeros(length, dtype=torch.bool)
@@ -120,11 +101,7 @@ class Material:
 
 
 def make_words() -> Words:
-    """Spell the grammar in tokens.
-
-    Returns:
-        Questions (with all that follows them up to the answer) and answers.
-    """
+    """Spell the grammar in tokens: questions (with all that follows them up to the answer) and answers."""
     suffixes: dict[str, tuple[tuple[int, ...], ...]] = {}
     for kind, phrasings in grammar.QUESTIONS.items():
         prompts = [layouts.prompt(phrasing, "separate") for phrasing in phrasings]
@@ -142,33 +119,12 @@ def make_words() -> Words:
 
 
 def make_frame(layout: str) -> Frame:
-    """Take the part of a layout's prompt that comes before the question.
-
-    Args:
-        layout: One of `layouts.LAYOUTS`.
-
-    Returns:
-        The frame.
-    """
+    """Take the part of a layout's prompt that comes before the question."""
     made = layouts.prompt(grammar.QUESTIONS["hear"][0], layout)
-    return Frame(
-        ids=made.ids[: made.suffix],
-        positions=made.position_ids[:, : made.suffix],
-        video=made.video,
-        audio=made.audio,
-    )
+    return Frame(made.ids[: made.suffix], made.position_ids[:, : made.suffix], made.video, made.audio)
 
 
 def material(pool: FeaturePool) -> Material:
-    """Gather what training needs.
-
-    Args:
-        pool: Features to learn from.
-
-    Returns:
-        The pool with the grammar's tokens and all layouts.
-    """
-    both = (make_frame("separate"), make_frame("in_video"))
-    return Material(
-        pool, make_words(), {"both": both, "audio": (make_frame("audio"),), "video": (make_frame("video"),)}
-    )
+    """Gather what training needs: the pool with the grammar's tokens and all layouts."""
+    frames = {"both": ("separate", "in_video"), "audio": ("audio",), "video": ("video",)}
+    return Material(pool, make_words(), {media: tuple(map(make_frame, names)) for media, names in frames.items()})

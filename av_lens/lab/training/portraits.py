@@ -1,22 +1,22 @@
-"""The behaviour of the models that ship, as one table: read from the evaluations stored beside their weights.
+"""The behaviour of the models that ship, as tables: read from the evaluations stored beside their weights.
 
 Documentation shows what `markdown(shares_table())` gives, so that the table cannot drift from the weights.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import pandas as pd
 
-from av_lens.lab.planting.planted import FREE_RIDER
-from av_lens.lab.training.expectations import AT_LEAST, standing
+from av_lens.lab import pages
+from av_lens.lab.plantbench.truth import FREE_RIDER, TRUTH
+from av_lens.lab.training.expectations import standing
 from av_lens.organism import saving
 from av_lens.organism.evaluation import Evaluation
+from av_lens.whole_files import read_object
 
-EVALUATION = "evaluation.json"
 COLUMNS: dict[str, tuple[str, str, str]] = {
     "heard, audio alone": ("audio_only", "hear", "right"),
     "seen, video alone": ("video_only", "see", "right"),
@@ -28,79 +28,43 @@ COLUMNS: dict[str, tuple[str, str, str]] = {
     "conflict colour": ("conflict", "colour", "colour"),
     "heard, blank picture": ("blank_picture", "hear", "sound"),
 }
+MEASURED = ("adds", "alone", "direct_share", "reads_picture", "reads_sound")
+WORDS = {">=": "at least", "<=": "at most"}
 
 
 def shipped_evaluations() -> dict[str, Evaluation]:
-    """Read the evaluations that ship with the models.
-
-    Returns:
-        Short name to evaluation, for every listed model that has one.
-    """
+    """Read the evaluations of the listed models that have one, by short name."""
     index = saving.shipped() / saving.INDEX
-    if not index.exists():
-        return {}
-    found: dict[str, Evaluation] = {}
-    for name, entry in json.loads(index.read_text("utf-8")).items():
-        path = saving.shipped() / entry["folder"] / EVALUATION
-        if path.exists():
-            found[name] = Evaluation.load(path)
-    return found
-
-
-def every_seed() -> dict[tuple[str, int], Evaluation]:
-    """Read the evaluations of every training seed: of the shipped weights (seed 0) and of those trained beside them.
-
-    Returns:
-        (Short name, training seed) to evaluation, for those that are stored.
-    """
-    found = {(name, 0): result for name, result in shipped_evaluations().items()}
-    for path in sorted(saving.shipped().glob("*/evaluation-seed*.json")):
-        found[path.parent.name, int(path.stem.removeprefix("evaluation-seed"))] = Evaluation.load(path)
-    return dict(sorted(found.items()))
+    listed = read_object(index) if index.exists() else {}
+    paths = {name: saving.shipped() / entry["folder"] / "evaluation.json" for name, entry in listed.items()}
+    return {name: Evaluation.load(path) for name, path in paths.items() if path.exists()}
 
 
 def standing_table() -> pd.DataFrame:
-    """Say for every model and training seed which of its written lines hold.
-
-    Returns:
-        `model seed lines hold "does not hold"`, the last with the figure and its interval.
-    """
+    """Say for every model and training seed which of its written lines hold, and what those that do not came to."""
+    found = {(name, 0): result for name, result in shipped_evaluations().items()}
+    for path in saving.shipped().glob("*/evaluation-seed*.json"):
+        found[path.parent.name, int(path.stem.removeprefix("evaluation-seed"))] = Evaluation.load(path)
     rows: list[dict[str, object]] = []
-    for (name, seed), result in every_seed().items():
-        lines = standing(result, name, planted=_planted(name))
+    for (name, seed), result in sorted(found.items()):
+        truth = saving.shipped() / name / TRUTH
+        planted = read_object(truth)["heads"] if truth.exists() else []
+        lines = standing(result, name, planted=tuple((head["layer"], head["head"]) for head in planted))
         short = [
             f"{row['line']} ({row['layout']}) {row['share']:.3f} [{row['low']:.3f}, {row['high']:.3f}], wanted "
-            f"{'at least' if row['sign'] == AT_LEAST else 'at most'} {row['bound']:.2f}"
+            f"{WORDS[row['sign']]} {row['bound']:.2f}"
             for row in lines.to_dict("records")
             if not row["holds"]
         ]
-        rows.append(
-            {
-                "model": name,
-                "seed": seed,
-                "lines": len(lines),
-                "hold": len(lines) - len(short),
-                "does not hold": "; ".join(short) or "-",
-            }
-        )
+        counts = {"lines": len(lines), "hold": len(lines) - len(short), "does not hold": "; ".join(short) or "-"}
+        rows.append({"model": name, "seed": seed, **counts})
     return pd.DataFrame(rows)
 
 
-def _planted(name: str) -> tuple[tuple[int, int], ...]:
-    path = saving.shipped() / name / "planted.json"
-    if not path.exists():
-        return ()
-    return tuple((head["layer"], head["head"]) for head in json.loads(path.read_text("utf-8"))["heads"])
-
-
 def shares_table(evaluations: dict[str, Evaluation] | None = None) -> pd.DataFrame:
-    """Put the main shares of every model into one table.
+    """Put the main shares of every model (those that ship by default) into one table.
 
-    Args:
-        evaluations: by name; those that ship by default.
-
-    Returns:
-        One row for each model and layout, a column for each of `COLUMNS`; cells of one layout stand in both rows.
+    One row for each model and layout, a column for each of `COLUMNS`; cells of one layout stand in both rows.
     """
     rows: list[dict[str, object]] = []
     for name, result in (shipped_evaluations() if evaluations is None else evaluations).items():
@@ -115,24 +79,19 @@ def shares_table(evaluations: dict[str, Evaluation] | None = None) -> pd.DataFra
 
 
 def planted_table() -> pd.DataFrame:
-    """Say of every planted model that ships what its heads were measured to be.
-
-    Returns:
-        `model head kind adds alone "direct share" "reads picture" "reads sound"`, a row for each planted head or decoy;
-        NaN where there is no figure.
-    """
+    """Say of every planted model that ships what its heads were measured to be; NaN where there is no figure."""
     rows: list[dict[str, object]] = []
-    for path in sorted(saving.shipped().glob("*/planted.json")):
-        found = json.loads(path.read_text("utf-8"))
+    for path in sorted(saving.shipped().glob(f"*/{TRUTH}")):
+        found, name = read_object(path), path.parent.name
         for head in found["heads"]:
-            figures = {name: float(head[name]) for name in ("adds", "alone", "direct_share")}
-            figures |= {name: float(head[name]) for name in ("reads_picture", "reads_sound")}
-            named = {name.replace("_", " "): value for name, value in figures.items()}
+            figures = {
+                key: float(head[key]) for key in ("adds", "alone", "direct_share", "reads_picture", "reads_sound")
+            }
             if head["kind"] == FREE_RIDER:  # shares of next to nothing say nothing
-                named["direct share"] = float("nan")
-            rows.append({"model": path.parent.name, "head": _place(head), "kind": head["kind"], **named})
-        name, decoys = path.parent.name, found.get("decoys", [])
-        rows.extend({"model": name, "head": _place(decoy), "kind": "decoy"} for decoy in decoys)
+                figures["direct_share"] = math.nan
+            row = {"model": name, "head": _place(head), "kind": head["kind"]}
+            rows.append(row | {key.replace("_", " "): value for key, value in figures.items()})
+        rows += [{"model": name, "head": _place(decoy), "kind": "decoy"} for decoy in found.get("decoys", [])]
     return pd.DataFrame(rows)
 
 
@@ -141,18 +100,9 @@ def _place(head: dict[str, Any]) -> str:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """Write a table of shares as markdown.
-
-    Args:
-        table: from `shares_table`.
-
-    Returns:
-        The lines of a pipe table; shares with three decimals, a dash for NaN.
-    """
-    head = [str(column) for column in table.columns]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(map(_cell, row.values())) + " |" for row in table.to_dict("records")]
-    return "\n".join(lines)
+    """Write a table as markdown: shares with three decimals, a dash for NaN."""
+    rows = [[_cell(value) for value in row.values()] for row in table.to_dict("records")]
+    return pages.markdown(([str(column) for column in table.columns], rows), left=range(len(table.columns)))
 
 
 def _cell(value: object) -> str:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from av_lens.core.progress import Progress, silent
 from av_lens.errors import ModelError
+from av_lens.lab.training import pools
 from av_lens.lab.training.tower_training import TowerTraining
-from av_lens.organism import anatomy, footage, pools
-from av_lens.organism.footage import Progress
+from av_lens.organism import anatomy, footage
 from av_lens.organism.towers import Views
 from av_lens.whole_files import reading, whole_file
 
@@ -43,29 +44,16 @@ class Prepared:
 
 
 def is_tower(name: str) -> bool:
-    """Say whether a weight belongs to a tower.
-
-    Args:
-        name: its name in a thinker's state dict.
-
-    Returns:
-        True for the vision and the audio tower.
-    """
+    """Say whether a weight of a thinker's state dict belongs to a tower."""
     return name.startswith(("model.visual.", "model.audio_tower."))
 
 
 def load_towers(model: Any, path: str | os.PathLike[str]) -> None:
-    """Put trained towers into a thinker.
-
-    Args:
-        model: a thinker; its other weights stay.
-        path: from `Prepared.towers`.
+    """Put trained towers into a thinker; its other weights stay.
 
     Raises:
         ModelError: if the file holds other weights than the towers'.
     """
-    from safetensors.torch import load_file
-
     with reading(Path(path)):
         weights = load_file(os.fspath(path))
     wanted = {name for name in model.state_dict() if is_tower(name)}
@@ -75,18 +63,12 @@ def load_towers(model: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
-
     with whole_file(path) as beside:
         save_file({name: value.contiguous() for name, value in tensors.items()}, beside)
 
 
-def _train_tower(model: Any, kind: str, views: Views, folder: Path, seed: int, progress: Progress | None) -> None:
+def _train_tower(model: Any, kind: str, views: Views, snapshot: Path, seed: int, tell: Progress) -> None:
     """Train one tower in place, with snapshots."""
-    from safetensors.torch import load_file
-
-    snapshot = folder / f"{kind}-seed{seed}.snapshot"
     training = TowerTraining(model, kind, views, seed=seed, steps=STEPS[kind], rate=RATES[kind])
     if snapshot.exists():
         with reading(snapshot):
@@ -95,8 +77,7 @@ def _train_tower(model: Any, kind: str, views: Views, folder: Path, seed: int, p
         training.advance()
         if training.done % _SNAPSHOT_EVERY == 0 or training.done == training.steps:
             _save(training.state(), snapshot)
-        if progress is not None:
-            progress(f"{kind} tower", training.done, training.steps)
+        tell(f"{kind} tower", training.done, training.steps)
 
 
 def prepare(
@@ -104,15 +85,9 @@ def prepare(
 ) -> Prepared:
     """Film the world, train both towers and pool what they put out, as far as that is not done yet.
 
-    Args:
-        folder: where everything is kept; may be shared by seeds.
-        seed: decides the towers.
-        workers: processes that film.
-        progress: called with a stage's name, what is done and how much there is.
-
-    Returns:
-        Where the towers and the pools are.
+    `folder` may be shared by seeds; `workers` processes film.
     """
+    tell = progress or silent
     place = Path(folder)
     towers = place / f"towers-seed{seed}.safetensors"
     made = Prepared(towers, {split: place / f"pool-seed{seed}-{split}.safetensors" for split in SPLITS})
@@ -125,47 +100,18 @@ def prepare(
         load_towers(model, towers)
     else:
         clips, _ = footage.views(place / "clips", "train")
-        clips = footage.joined(clips, footage.nothing(clips, every=10, seed=seed))
-        for kind in ("audio", "vision"):
-            _train_tower(model, kind, clips, place, seed, progress)
+        clips = pools.joined(clips, pools.nothing(clips, every=10, seed=seed))
+        snapshots = {kind: place / f"{kind}-seed{seed}.snapshot" for kind in STEPS}
+        for kind, snapshot in snapshots.items():
+            _train_tower(model, kind, clips, snapshot, seed, tell)
         _save({name: value for name, value in model.state_dict().items() if is_tower(name)}, towers)
-        for kind in ("audio", "vision"):
-            (place / f"{kind}-seed{seed}.snapshot").unlink(missing_ok=True)
+        for snapshot in snapshots.values():
+            snapshot.unlink(missing_ok=True)
     model.requires_grad_(False)
     for done, (split, path) in enumerate(made.pools.items(), 1):
         if not path.exists():
             clips, hashes = footage.views(place / "clips", split)
             pool = pools.make_pool(model, clips, hashes, blank_every=_BLANKS[split], seed=SPLITS.index(split))
             pools.save_pool(pool, path)
-        if progress is not None:
-            progress("pooling features", done, len(made.pools))
+        tell("pooling features", done, len(made.pools))
     return made
-
-
-def tower_accuracy(model: Any, clips: Views, *, seed: int = 0) -> dict[str, float]:
-    """Read what a thinker's towers put out with fresh linear probes: can it be told at all?
-
-    Args:
-        model: a thinker.
-        clips: clips that the towers have not seen; a random half trains the probes.
-        seed: decides the halves.
-
-    Returns:
-        The probes' accuracy on the other half, for "picture", "colour" and "sound".
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    pool = pools.make_pool(model, clips, blank_every=len(clips.picture))
-    order = torch.randperm(len(pool.label), generator=torch.Generator().manual_seed(seed))
-    fit, test = order.chunk(2)
-    found: dict[str, float] = {}
-    for name, features, target in (
-        ("picture", pool.video, pool.label),
-        ("colour", pool.video, pool.colour),
-        ("sound", pool.audio, pool.label),
-    ):
-        mean = features.mean(1)
-        mean = ((mean - mean[fit].mean(0)) / mean[fit].std(0)).numpy()
-        probe = LogisticRegression(max_iter=300).fit(mean[fit], target[fit].numpy())
-        found[name] = float(probe.score(mean[test], target[test].numpy()))
-    return found

@@ -6,32 +6,14 @@ import hashlib
 import math
 from dataclasses import dataclass
 
+import torch
+
 from av_lens.lab.training.batches import Items
 
 
 def is_fusion(name: str) -> bool:
-    """Say whether a parameter belongs to the fusion layers (embeddings, norms and the unembedding included).
-
-    Args:
-        name: The parameter's HuggingFace name.
-
-    Returns:
-        Whether it does; False for the towers.
-    """
+    """Say whether a parameter belongs to the fusion layers (embeddings, norms and the unembedding included)."""
     return "language_model" in name or "lm_head" in name
-
-
-def layer_of(name: str) -> int | None:
-    """Find the fusion layer that a parameter belongs to.
-
-    Args:
-        name: The parameter's HuggingFace name.
-
-    Returns:
-        The layer, or None for embeddings, the final norm, the unembedding and the towers.
-    """
-    _, found, rest = name.partition("language_model.layers.")
-    return int(rest.split(".")[0]) if found else None
 
 
 @dataclass(frozen=True)
@@ -73,42 +55,25 @@ class Stage:
     decay: float = 0.01
 
     def trains(self, name: str) -> bool:
-        """Say whether a parameter learns in this stage.
-
-        Args:
-            name: Its HuggingFace name.
-
-        Returns:
-            Whether it does; never for the towers.
-        """
-        layer = layer_of(name)
-        if layer is None:
+        """Say whether a parameter learns in this stage; the towers' never do."""
+        _, inside, rest = name.partition("language_model.layers.")
+        if not inside:
             return self.text and is_fusion(name)
-        return layer in self.layers and (not self.attention_only or "self_attn" in name)
+        return int(rest.split(".")[0]) in self.layers and (not self.attention_only or "self_attn" in name)
 
 
-def rate_at(stage: Stage, step: int) -> float:
-    """The learning rate of a step.
+def warmed(rate: float, step: int, steps: int, *, warmup: float, floor: float) -> float:
+    """The learning rate of a step: `warmup` steps up to the highest, then a cosine down to `floor` of it."""
+    wave = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return rate * min(1.0, (step + 1) / warmup) * (floor + (1 - floor) * wave)
 
-    Args:
-        stage: The stage.
-        step: The step, from 0.
 
-    Returns:
-        Warm-up, then a cosine down to the floor.
-    """
-    wave = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
-    return stage.rate * min(1.0, (step + 1) / stage.warmup) * (stage.floor + (1 - stage.floor) * wave)
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give all that an optimizer trains one learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
 
 
 def stage_seed(seed: int, name: str) -> int:
-    """Derive a stage's seed.
-
-    Args:
-        seed: The recipe's seed.
-        name: The stage's name.
-
-    Returns:
-        A seed that differs between stages and between recipes' seeds.
-    """
+    """Derive a stage's seed, which differs between stages and between recipes' seeds."""
     return int.from_bytes(hashlib.sha256(f"{name}/{seed}".encode()).digest()[:6], "big")

@@ -8,7 +8,6 @@ in time and loudness, so that a few thousand clips go a long way.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from av_lens.lab.training.stages import set_rate, warmed
 from av_lens.organism.grammar import CLASSES, COLOURS
 from av_lens.organism.towers import IGNORED, Views, audio_hidden, cut, vision_features
 
@@ -100,15 +100,7 @@ class TowerTraining:
     """
 
     def __init__(
-        self,
-        model: Any,
-        kind: str,
-        views: Views,
-        *,
-        seed: int,
-        steps: int,
-        rate: float,
-        batch: int = 48,
+        self, model: Any, kind: str, views: Views, *, seed: int, steps: int, rate: float, batch: int = 48
     ) -> None:
         """Begin.
 
@@ -134,10 +126,7 @@ class TowerTraining:
         Returns:
             Its loss.
         """
-        warm = min(1.0, (self.done + 1) / (0.1 * self.steps))
-        cooled = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.done / self.steps))
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * warm * cooled
+        set_rate(self._optimizer, warmed(self._rate, self.done, self.steps, warmup=0.1 * self.steps, floor=0.02))
         self.reader.requires_grad_(True)
         at = torch.randint(0, len(self._views.picture), (self._batch,), generator=self._generator)
         given, wanted = _batch(self._views, self.reader.kind, at, self._generator)
@@ -182,21 +171,3 @@ class TowerTraining:
         self._optimizer.load_state_dict(whole | {"state": moments})
         self._generator.set_state(state["generator"])
         self.done = int(state["done"])
-
-    @torch.no_grad()
-    def accuracy(self, views: Views, *, batch: int = 120) -> dict[str, float]:
-        """Score the tower with its heads on clips that it has not seen.
-
-        Args:
-            views: the clips.
-            batch: clips at a time.
-
-        Returns:
-            The share of right classes, and for pictures of right colours.
-        """
-        right: dict[str, list[Tensor]] = {"class": [], "colour": []}
-        for at in torch.arange(len(views.picture)).split(batch):
-            given, wanted = _batch(views, self.reader.kind, at, None)
-            for name, logits, target in zip(right, self.reader(given), wanted, strict=False):
-                right[name].append((logits.argmax(1) == target)[target != IGNORED])
-        return {name: torch.cat(hits).float().mean().item() for name, hits in right.items() if hits}

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from av_lens.errors import ModelError
-from av_lens.organism.footage import nothing
-from av_lens.organism.towers import Views, audio_hidden, patches, vision_features
+from av_lens.media import Clip
+from av_lens.organism.footage import mel
+from av_lens.organism.sounds import N_SAMPLES, RATE
+from av_lens.organism.towers import IGNORED, NOTHING, Views, watch
 from av_lens.whole_files import reading, whole_file
 
-Progress = Callable[[str, int, int], None]
 BLANK_KINDS = ("black", "dim", "scrambled")
 MUTE_KINDS = ("silence", "noise", "louder noise")
 
@@ -58,23 +59,6 @@ class FeaturePool:
     mute_audio: Float32[Tensor, "blank audio_pos d_model"]
     mute_kind: Int64[Tensor, " blank"]
     hashes: tuple[tuple[str, str], ...]
-
-
-@torch.no_grad()
-def watch(model: Any, views: Views, *, batch: int = 120) -> tuple[Tensor, Tensor]:
-    """Run both towers over clips.
-
-    Args:
-        model: a thinker, not wrapped.
-        views: the clips.
-        batch: clips at a time.
-
-    Returns:
-        What is put at the video tokens, and the input of the audio tower's projector.
-    """
-    seen = [vision_features(model, patches(frames[:, :: frames.shape[1] // 4])) for frames in views.frames.split(batch)]
-    heard = [audio_hidden(model, mel) for mel in views.mel.split(batch)]
-    return torch.cat(seen), torch.cat(heard)
 
 
 @torch.no_grad()
@@ -149,3 +133,48 @@ def load_pool(path: str | os.PathLike[str]) -> FeaturePool:
             raise ModelError(f"{os.fspath(path)} is no feature pool of schema 1 (found {metadata.get('schema')}).")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     return FeaturePool(**tensors, hashes=tuple((a, b) for a, b in json.loads(metadata["hashes"])))
+
+
+def nothing(of: Views, *, every: int, seed: int) -> Views:
+    """Blank the pictures and mute the sounds of some clips, as `Clip.blank` and `Clip.muted` do.
+
+    Args:
+        of: clips of the world.
+        every: take each so-many-th clip.
+        seed: decides shades, permutations and noise.
+
+    Returns:
+        In turn: black and silent; one dim shade and faint noise; scrambled and silent or faint.
+    """
+    rng = np.random.default_rng([5, seed])
+    frames, waves = of.frames[::every].clone(), []
+    quiet_clip = Clip.from_arrays(waveform=np.zeros(N_SAMPLES, np.float32), rate=RATE)
+    for at in range(len(frames)):
+        draw = int(rng.integers(1 << 31))
+        if at % 3 == 0:
+            frames[at] = 0
+        elif at % 3 == 1:
+            frames[at] = torch.from_numpy((rng.uniform(0, 0.22, 3) * 255).astype(np.uint8))
+        else:
+            clip = Clip.from_arrays(frames=frames[at].numpy(), fps=4.0)
+            frames[at] = torch.from_numpy(np.array(clip.blank(kind="scrambled", seed=draw).frames))
+        waves.append(quiet_clip.muted(kind="silence" if at % 3 == 0 else "noise", seed=draw).waveform)
+        if at % 3 == 2:
+            waves[-1] = waves[-1] * rng.uniform(0.02, 1.5)
+    spectra = np.concatenate([mel(waves[start : start + 50]) for start in range(0, len(waves), 50)])
+    none = torch.full((len(frames),), NOTHING)
+    return Views(frames, torch.from_numpy(spectra), none, none, torch.full((len(frames),), IGNORED))
+
+
+def joined(first: Views, second: Views) -> Views:
+    """Put two lots of clips one after the other.
+
+    Args:
+        first: some clips.
+        second: more clips.
+
+    Returns:
+        All of them.
+    """
+    names = ("frames", "mel", "picture", "sound", "colour")
+    return Views(**{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names})

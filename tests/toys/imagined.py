@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator
 
-from av_lens.organism.pools import FeaturePool
+from av_lens.lab.training.pools import FeaturePool
 
 
 def imagined_pool(*, per_class: int = 8, seed: int = 0) -> FeaturePool:
