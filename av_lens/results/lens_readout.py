@@ -15,8 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -26,11 +25,9 @@ from jaxtyping import Float, Int
 from av_lens.checks import called, parse_json, require_at_least, require_choice
 from av_lens.errors import InputError
 from av_lens.results.grid import Grid
-from av_lens.results.netcdf import named, opened, plain_json, words, write_netcdf
-from av_lens.results.provenance import as_text
+from av_lens.results.netcdf import Saved, plain_json, words
 from av_lens.upstairs import upstairs
 
-SCHEMA_VERSION = 1
 OTHERS, EXCESS, SAID = "others", "excess", "said"
 _READ, _TOP = ("example", "word", "layer", "pos"), ("example", "layer", "pos", "place")
 _DIMS: dict[str, tuple[str, ...]] = {
@@ -45,7 +42,7 @@ _DIMS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LensReadout:
+class LensReadout(Saved):
     """What a logit lens read.
 
     Attributes:
@@ -59,6 +56,7 @@ class LensReadout:
         said: whether the first word is the model's answer, `[example]`; NaN without words.
     """
 
+    kind: ClassVar[str] = "a saved readout"
     ranks: Grid
     probabilities: Grid
     top_ids: Int[np.ndarray, "example layer pos place"]
@@ -154,16 +152,12 @@ class LensReadout:
         plots: Any = upstairs("plots")
         return called("plot", plots.layers, self.best(), **options)
 
-    def save(self, path: str | Path) -> Path:
-        """Save the readout as netCDF.
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How it was made."""
+        return self.ranks.provenance
 
-        Args:
-            path: the file; ".nc" is added where it has no ending.
-
-        Returns:
-            The file that was written.
-        """
-        target = named(path)
+    def _data(self) -> xr.Dataset:
         data = {
             "top_ids": self.top_ids.astype(np.int32),
             "top_probabilities": self.top_probabilities,
@@ -175,36 +169,16 @@ class LensReadout:
         }
         axes = {name: self.ranks.values.coords[name].values for name in ("layer", "pos")}
         attributes = {
-            "schema": "av_lens.LensReadout",
-            "schema_version": SCHEMA_VERSION,
             "direction": self.ranks.direction,
             "words": json.dumps(self.ranks.values.coords["word"].values.tolist()),
             "texts": json.dumps({str(token): text for token, text in self.texts.items()}),
-            "provenance": as_text(self.ranks.provenance),
         }
         # netCDF takes an axis without entries for one that grows, so what has none is left out.
         kept = {name: (_DIMS[name], values) for name, values in data.items() if values.size}
-        write_netcdf(xr.Dataset(kept, coords=axes, attrs=attributes), target)
-        return target
+        return xr.Dataset(kept, coords=axes, attrs=attributes)
 
     @classmethod
-    def load(cls, path: str | Path) -> LensReadout:
-        """Open a saved readout.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The readout, equal to the one that was saved.
-
-        Raises:
-            InputError: there is no such file, or it holds no readout of a known version.
-        """
-        with opened(path, "av_lens.LensReadout", SCHEMA_VERSION, what="a saved readout") as data:
-            return cls._made_of(data)
-
-    @classmethod
-    def _made_of(cls, data: xr.Dataset) -> LensReadout:
+    def _of_data(cls, data: xr.Dataset) -> LensReadout:
         made: dict[str, Any] = {
             "clusters": data["clusters"].values,
             "provenance": plain_json(data, "provenance"),
