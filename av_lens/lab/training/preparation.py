@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from av_lens.errors import ModelError
@@ -140,32 +139,3 @@ def prepare(
         if progress is not None:
             progress("pooling features", done, len(made.pools))
     return made
-
-
-def tower_accuracy(model: Any, clips: Views, *, seed: int = 0) -> dict[str, float]:
-    """Read what a thinker's towers put out with fresh linear probes: can it be told at all?
-
-    Args:
-        model: a thinker.
-        clips: clips that the towers have not seen; a random half trains the probes.
-        seed: decides the halves.
-
-    Returns:
-        The probes' accuracy on the other half, for "picture", "colour" and "sound".
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    pool = pools.make_pool(model, clips, blank_every=len(clips.picture))
-    order = torch.randperm(len(pool.label), generator=torch.Generator().manual_seed(seed))
-    fit, test = order.chunk(2)
-    found: dict[str, float] = {}
-    for name, features, target in (
-        ("picture", pool.video, pool.label),
-        ("colour", pool.video, pool.colour),
-        ("sound", pool.audio, pool.label),
-    ):
-        mean = features.mean(1)
-        mean = ((mean - mean[fit].mean(0)) / mean[fit].std(0)).numpy()
-        probe = LogisticRegression(max_iter=300).fit(mean[fit], target[fit].numpy())
-        found[name] = float(probe.score(mean[test], target[test].numpy()))
-    return found
