@@ -221,6 +221,41 @@ def reference_line(
         fig.add_hline(y=y, line=line, name="ink", **note)
 
 
+def marks(fig: Any, x: Any, y: Any, said: Any, *, mode: str = "markers", **look: Any) -> None:
+    """Add a trace of marks that say something under the pointer; whatever else a plotly scatter takes is its look."""
+    fig.add_scatter(x=x, y=y, mode=mode, text=said, hovertemplate="%{text}<extra></extra>", **look)
+
+
+def rows(labels: Sequence[str]) -> dict[str, Any]:
+    """Name the rows of a figure, the first on top: keywords for a vertical axis."""
+    ticks = {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": labels, "ticks": ""}
+    return ticks | {"range": [len(labels) - 0.5, -0.5], "showgrid": False}
+
+
+def apart(n: int, width: float) -> np.ndarray:
+    """Spread n marks of one row evenly, `width` to either side."""
+    return np.linspace(-width, width, n) if n > 1 else np.zeros(1)
+
+
+def panel(title: str = "", **more: Any) -> dict[str, Any]:
+    """Give an axis of a figure with several panels."""
+    named = {"title": {"text": title, "font": {"size": 13}}} if title else {}
+    return {"gridcolor": GRID, "zeroline": False, "automargin": True} | named | more
+
+
+def heat(top: float, unit: str, *, signed: bool = True, **words: Any) -> dict[str, Any]:
+    """Give a heat map its scale, which is symmetric about 0 where numbers have both signs, and its colour bar."""
+    bar = {"title": {"text": unit, "side": "right", **words}, "thickness": 12, "outlinewidth": 0, "nticks": 5}
+    colours = colourscale(DIVERGING if signed else DIVERGING[3:])
+    scale = {"zmin": -top if signed else 0.0, "zmax": top, "colorscale": colours, "colorbar": bar}
+    return scale | ({"meta": {"palette": "diverging"}} if signed else {})
+
+
+def copied(fig: Any) -> dict[str, Any]:
+    """Take a figure's look of an axis, for the axes of panels that are added to it."""
+    return {k: v for k, v in fig.layout.xaxis.to_plotly_json().items() if k not in ("anchor", "domain")}
+
+
 def intervals(values: Sequence[float], low: Sequence[float], high: Sequence[float], *, colour: str) -> dict[str, Any]:
     """Give the error bars of a trace from the ends of its intervals.
 
@@ -238,21 +273,25 @@ def intervals(values: Sequence[float], low: Sequence[float], high: Sequence[floa
     return {"type": "data", "array": above, "arrayminus": below, "color": colour, "thickness": 1.5, "width": 0}
 
 
-def band(at: Any, low: Any, high: Any, colour: str, group: str) -> list[Any]:
+def band(fig: Any, at: Any, low: Any, high: Any, colour: str, group: str, **place: int) -> None:
     """Draw an interval along a curve.
 
     Args:
+        fig: the figure; two traces are added, an invisible upper edge and a lower one filled up to it.
         at: where, along the horizontal axis.
         low: its lower end there.
         high: its upper end.
         colour: the curve's, as #rrggbb.
         group: the legend entry that it appears and disappears with.
-
-    Returns:
-        Two traces: an invisible upper edge, and a lower one filled up to it.
+        **place: the row and the column of its panel.
     """
-    import plotly.graph_objects as go
-
-    edge = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", "legendgroup": group}
+    edge: dict[str, Any] = {
+        "mode": "lines",
+        "line": {"width": 0},
+        "showlegend": False,
+        "hoverinfo": "skip",
+        "legendgroup": group,
+    }
     shade = f"rgba({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:7], 16)}, 0.18)"
-    return [go.Scatter(x=at, y=high, **edge), go.Scatter(x=at, y=low, fill="tonexty", fillcolor=shade, **edge)]
+    fig.add_scatter(x=at, y=high, **edge, **place)
+    fig.add_scatter(x=at, y=low, fill="tonexty", fillcolor=shade, **edge, **place)
