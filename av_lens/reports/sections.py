@@ -22,6 +22,8 @@ from av_lens.reports.words import (
 from av_lens.results.record import Isolation
 from av_lens.results.tables import SUPPRESSORS
 
+_SIGNED = ("effect", "reads_picture", "reads_sound", "sufficiency", "silenced", "carries", "dla")
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -55,13 +57,10 @@ def tiles(found: Isolation) -> list[Tile]:
         ends = interval(row["share_low"], row["share_high"], share=True)
         heads = "1 head" if row["k"] == 1 else f"{row['k']} heads"
         made.append(Tile(percent(row["share"]), f"of G released by {heads}, held out", ends, "sound"))
-        said = f"{percent(row['says_sound_before'])} → {percent(row['says_sound'])}"
-        picture = f"the picture: {percent(row['says_picture_before'])} → {percent(row['says_picture'])}"
-        made.append(Tile(said, "says the sound, before → after", picture, "sound"))
-        count = f"the most of {row['random_n']} sets, logits"
-        made.append(
-            Tile(number(float(row["random_max"])), "released by random heads", f"{count}; p {small(row['p_random'])}")
-        )
+        picture = f"the picture: {_change(row, 'says_picture')}"
+        made.append(Tile(_change(row, "says_sound"), "says the sound, before → after", picture, "sound"))
+        count = f"the most of {row['random_n']} sets, logits; p {small(row['p_random'])}"
+        made.append(Tile(number(float(row["random_max"])), "released by random heads", count))
     return [tile for tile in made if tile.value != MISSING]
 
 
@@ -70,11 +69,10 @@ def _behaviour_tile(found: Isolation, name: str, tone: str) -> Tile:
     frame = frame[(frame["quantity"] == name) & (frame["half"] == "discovery")]
     frame = frame.sort_values("chosen", key=lambda c: c != "competent", kind="stable")
     _, meaning = QUANTITIES[name]
+    value, note = float(found.summary.get(name, float("nan"))), "logits"
     for row in frame.to_dict("records")[:1]:
-        ends = interval(row["low"], row["high"])
-        return Tile(number(row["value"], sign=True), f"{name}: {meaning}", f"logits, {ends}", tone)
-    value = float(found.summary.get(name, float("nan")))
-    return Tile(number(value, sign=True), f"{name}: {meaning}", "logits", tone)
+        value, note = row["value"], f"logits, {interval(row['low'], row['high'])}"
+    return Tile(number(value, sign=True), f"{name}: {meaning}", note, tone)
 
 
 def behaviour_rows(found: Isolation, chosen: str) -> list[dict[str, str]]:
@@ -125,35 +123,20 @@ def head_rows(found: Isolation) -> list[dict[str, Any]]:
         {
             "rank": place,
             "head": f"L{row['layer']} H{row['head']}",
-            "site": row["site"],
-            "role": row["role"],
             "meaning": ROLE_MEANINGS.get(row["role"], ""),
             "suppressor": row["role"] in SUPPRESSORS,
-            "estimand": row["estimand"],
-            "donor": row["donor"],
             "donor_meaning": DONOR_MEANINGS.get(row["donor"], ""),
-            "effect": number(row["effect"], sign=True),
             "interval": interval(row["low"], row["high"], sign=True),
             "share": percent(row["share"]),
             "share_interval": interval(row["share_low"], row["share_high"], share=True),
             "discovery": number(row["discovery_effect"], sign=True),
             "discovery_interval": interval(row["discovery_low"], row["discovery_high"], sign=True),
             "direct_share": number(row["direct_share"]),
-            "blank_muted": number(row["release_blank_muted"], sign=True),
-            "mean_other": number(row["release_mean_other"], sign=True),
-            "zero": number(row["release_zero"], sign=True),
-            "reads_picture": number(row["reads_picture"], sign=True),
-            "reads_sound": number(row["reads_sound"], sign=True),
-            "sufficiency": number(row["sufficiency"], sign=True),
-            "silenced": number(row["silenced"], sign=True),
-            "carries": number(row["carries"], sign=True),
-            "dla": number(row["dla"], sign=True),
-            "q": small(row["q"]),
-            "p_maxt": small(row["p_maxt"]),
-            "p_holm": small(row["p_holm"]),
+            **{donor: number(row[f"release_{donor}"], sign=True) for donor in DONOR_MEANINGS},
+            **{name: number(row[name], sign=True) for name in _SIGNED},
+            **{name: small(row[name]) for name in ("q", "p_maxt", "p_holm")},
             "confirmed": bool(row["confirmed"]),
-            "member_of": row["member_of"],
-            "flags": row["flags"],
+            **{name: row[name] for name in ("site", "role", "estimand", "donor", "member_of", "flags")},
         }
         for place, row in enumerate(found.heads.to_dict("records"), start=1)
     ]
@@ -172,28 +155,28 @@ def set_rows(found: Isolation) -> list[dict[str, Any]]:
     frame = sets.sort_values("chosen", ascending=False, kind="stable")
     return [
         {
-            "name": row["name"],
+            **{name: row[name] for name in ("name", "k", "donor", "screen", "flags")},
             "members": str(row["members"]),
-            "k": row["k"],
-            "donor": row["donor"],
-            "screen": row["screen"],
             "chosen": bool(row["chosen"]),
             "discovery": number(row["discovery_release"], sign=True),
             "release": number(row["release"], sign=True),
             "interval": interval(row["low"], row["high"], sign=True),
             "share": percent(row["share"]),
-            "says_sound": f"{percent(row['says_sound_before'])} → {percent(row['says_sound'])}",
-            "says_picture": f"{percent(row['says_picture_before'])} → {percent(row['says_picture'])}",
+            "says_sound": _change(row, "says_sound"),
+            "says_picture": _change(row, "says_picture"),
             "random": number(row["random_max"], sign=True),
             "random_note": f"mean {number(row['random_mean'], sign=True)}, {row['random_n']} sets",
             "p": small(row["p_random"]),
             "floor": small(row["p_floor"]),
             "random_n": int(row["random_n"]),
             "confirmed": bool(row["confirmed"]),
-            "flags": row["flags"],
         }
         for row in frame.to_dict("records")
     ]
+
+
+def _change(row: Mapping[Any, Any], rate: str) -> str:
+    return f"{percent(row[f'{rate}_before'])} → {percent(row[rate])}"
 
 
 def specificity_rows(found: Isolation) -> list[dict[str, Any]]:
