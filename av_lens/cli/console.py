@@ -73,6 +73,12 @@ def table(
     return made
 
 
+def show(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
+    """Print a blank line and a table whose first column is names and whose others are numbers."""
+    OUT.print()
+    OUT.print(table(columns, rows, title=title, right=columns[1:]))
+
+
 def cell(value: Any) -> str:
     """Say a value in a table's cell: three figures for a float, a dash for what was not measured.
 
