@@ -45,13 +45,7 @@ CONDITION_COLOURS = {"cut": PURPLE, "equal mass": AMBER, "other heads": GREEN, "
 DIVERGING = ["#8F3B00", PICTURE, "#F3B48B", "#F1F1EE", "#8EC2E5", SOUND, "#004A77"]
 _SOUND_ON_DARK, _PICTURE_ON_DARK = "#4FB0EC", "#F28A45"
 THEMES = {
-    "light": {
-        "ink": "#3A4048",
-        "grid": "rgba(20, 24, 30, 0.12)",
-        "hatch": GREY,
-        "diverging": DIVERGING,
-        "marks": {},
-    },
+    "light": {"ink": "#3A4048", "grid": "rgba(20, 24, 30, 0.12)", "hatch": GREY, "diverging": DIVERGING, "marks": {}},
     "dark": {
         "ink": "#D3D7DD",
         "grid": "rgba(235, 238, 243, 0.14)",

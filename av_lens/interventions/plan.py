@@ -89,10 +89,7 @@ class Plan(Brief):
         for number, edit in enumerate(self.edits):
             steps.extend(_steps_of(number, edit, spec, spans, batch))
         return CompiledPlan(
-            tuple(steps),
-            n_prompt=len(spans),
-            first_layer=self.first_layer,
-            first_position=self.first_position(spans),
+            tuple(steps), n_prompt=len(spans), first_layer=self.first_layer, first_position=self.first_position(spans)
         )
 
     def save(self, path: str | Path, *, model: Any, note: str = "") -> Path:

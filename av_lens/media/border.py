@@ -78,16 +78,7 @@ def foreign_errors() -> tuple[type[BaseException], ...]:
     """List what reading or writing foreign media may raise: PyAV's tree, the system's, and numbers out of range."""
     from av.error import FFmpegError
 
-    return (
-        FFmpegError,
-        OSError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        MemoryError,
-        TypeError,
-        RuntimeError,
-    )
+    return (FFmpegError, OSError, ValueError, ArithmeticError, LookupError, MemoryError, TypeError, RuntimeError)
 
 
 @contextmanager

@@ -160,10 +160,7 @@ class Bootstrap:
         return np.array([len(np.unique(clips[:, column])) >= FEWEST_CLIPS for column in known.T], dtype=bool)
 
     def derived(
-        self,
-        rule: Callable[..., np.ndarray],
-        *columns: np.ndarray,
-        level: float = 0.95,
+        self, rule: Callable[..., np.ndarray], *columns: np.ndarray, level: float = 0.95
     ) -> tuple[float, float, float]:
         """Bound a figure that is computed from several means, such as |E_V| / (|E_A| + |E_V|).
 
