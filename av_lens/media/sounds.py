@@ -95,8 +95,7 @@ class Sounds:
         elif frame.time_base and frame.time_base * rate > 1 and not self._repairs:
             self._tick = float(frame.time_base)
             self._drifts.append(time - self._reached)
-        mono = self._placed(mono, time)
-        self._append(mono)
+        self._append(self._placed(mono, time))
         self.done = self._reached >= self.end + _MARGIN or self._reached >= self.stream_end
 
     def _packed(self, frame: Any) -> Any:
@@ -165,9 +164,8 @@ class Sounds:
             raise MediaError(f"{self.path}: the sound holds NaN or infinity: it is damaged; write it anew.")
         stop = min(self.end, self.stream_end)
         if self._repairs:
-            self.notes.append(
-                f"{self._repairs} holes or overlaps in the sound's time stamps were filled with silence or cut"
-            )
+            repaired = "holes or overlaps in the sound's time stamps were filled with silence or cut"
+            self.notes.append(f"{self._repairs} {repaired}")
         most = max(self._channels)
         if most > 1:
             self.notes.append(f"{most} channels of sound are averaged into one")
