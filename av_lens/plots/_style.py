@@ -76,13 +76,12 @@ def limit(values: Any) -> float:
     return top if top > 0 else 1.0
 
 
-def figure(*, title: str | None = None, height: int = 360, width: int | None = None) -> Any:
+def figure(*, title: str | None = None, height: int = 360) -> Any:
     """Make an empty figure in the house look; plotly's global template is neither read nor changed.
 
     Args:
         title: the figure's title, or None where the page gives one.
         height: in pixels.
-        width: in pixels; None follows the page.
 
     Returns:
         A `plotly.graph_objects.Figure`.
@@ -106,7 +105,6 @@ def figure(*, title: str | None = None, height: int = 360, width: int | None = N
         plot_bgcolor=CLEAR,
         margin={"l": 64, "r": 24, "t": 48 if title else 16, "b": 52},
         height=height,
-        width=width,
         xaxis=axis,
         yaxis=axis,
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": CLEAR},
@@ -151,17 +149,9 @@ def shown_plainly(value: Any) -> Any:
     return value
 
 
-def layer_axis(n_layers: int, *, title: str = "layer") -> dict[str, Any]:
-    """Give the axis over layers that heat maps and lens curves share: a tick at every layer that fits.
-
-    Args:
-        n_layers: how many layers there are.
-        title: the axis's name.
-
-    Returns:
-        Keywords for `update_xaxes` or `update_yaxes`.
-    """
-    return {"title": {"text": title}, "tickmode": "linear", "tick0": 0, "dtick": max(1, -(-n_layers // 16))}
+def layer_axis(n_layers: int) -> dict[str, Any]:
+    """Give the axis over layers that heat maps and lens curves share: a tick at every layer that fits."""
+    return {"title": {"text": "layer"}, "tickmode": "linear", "tick0": 0, "dtick": max(1, -(-n_layers // 16))}
 
 
 def head_label(layer: int, head: int | None) -> str:
@@ -177,48 +167,29 @@ def head_label(layer: int, head: int | None) -> str:
     return f"L{layer}" if head is None else f"L{layer} H{head}"
 
 
-def hatch(cells: Sequence[tuple[float, float]], *, strokes: int = 3) -> tuple[list[float | None], list[float | None]]:
+def hatch(cells: Sequence[tuple[float, float]]) -> tuple[list[float | None], list[float | None]]:
     """Draw diagonal strokes over unit cells, for a line trace that marks what was not measured.
 
     Args:
-        cells: the centre (x, y) of each cell.
-        strokes: how many strokes a cell gets.
+        cells: the centre (x, y) of each cell, which gets three strokes.
 
     Returns:
         The x and y of one line trace, a None between strokes.
     """
     xs: list[float | None] = []
     ys: list[float | None] = []
-    offsets = [(2 * (index + 1) / (strokes + 1)) - 1 for index in range(strokes)]
     for x, y in cells:
-        for offset in offsets:
+        for offset in (-0.5, 0.0, 0.5):
             low, high = max(-0.5, -0.5 + offset), min(0.5, 0.5 + offset)
             xs += [x + low, x + high, None]
             ys += [y + low - offset, y + high - offset, None]
     return xs, ys
 
 
-def reference_line(
-    fig: Any, *, x: float | int | None = None, y: float | int | None = None, text: str = "", dash: str = "dot"
-) -> None:
-    """Draw a thin labelled line at a value, such as zero or a threshold.
-
-    Args:
-        fig: the figure, changed in place.
-        x: where a vertical line stands.
-        y: where a horizontal line stands.
-        text: a few words beside it.
-        dash: plotly's dash style.
-    """
-    note: dict[str, Any] = {}
-    if text:
-        place = "top" if x is not None else "top right"
-        note = {"annotation": {"text": text, "font": {"size": 11}, "yshift": 2}, "annotation_position": place}
-    line = {"color": INK, "width": 1, "dash": dash}
-    if x is not None:
-        fig.add_vline(x=x, line=line, name="ink", **note)
-    if y is not None:
-        fig.add_hline(y=y, line=line, name="ink", **note)
+def reference_line(fig: Any, *, x: float, text: str) -> None:
+    """Draw a thin vertical line at a value, such as a threshold, with a few words above it."""
+    note = {"annotation": {"text": text, "font": {"size": 11}, "yshift": 2}, "annotation_position": "top"}
+    fig.add_vline(x=x, line={"color": INK, "width": 1, "dash": "dot"}, name="ink", **note)
 
 
 def marks(fig: Any, x: Any, y: Any, said: Any, *, mode: str = "markers", **look: Any) -> None:

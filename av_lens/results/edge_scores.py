@@ -57,10 +57,8 @@ class EdgeScores(Measured):
         if dims not in (("example", "sender", "receiver"), ("example", "span", "sender", "receiver")):
             raise InputError(f"edge scores have the axes example, span (or none), sender, receiver; got {dims}.")
         require_numbers(self.values, "a table of edge scores")
-        if not all(
-            isinstance(name, str)
-            for name in [*np.ravel(self.values.coords["sender"]), *np.ravel(self.values.coords["receiver"])]
-        ):
+        named = [name for axis in ("sender", "receiver") for name in np.ravel(self.values.coords[axis])]
+        if not all(isinstance(name, str) for name in named):
             raise InputError(f"senders and receivers are names; got {self.senders[:2]} and {self.receivers[:2]}.")
         if {len(self.clusters), *self.baseline.shape, *self.donor.shape} != {self.values.sizes["example"]}:
             raise InputError(
@@ -178,9 +176,8 @@ class EdgeScores(Measured):
         shape = self.values.shape[1:]
         places = np.unravel_index(order, shape)
         names = [str(name) for name in self.values.dims[1:]]
-        columns: dict[str, Any] = {
-            name: self.values.coords[name].values[index] for name, index in zip(names, places, strict=True)
-        }
+        axes = zip(names, places, strict=True)
+        columns: dict[str, Any] = {name: self.values.coords[name].values[index] for name, index in axes}
         chosen = self.values.values.reshape(len(self.values), -1)[:, order]
         grid = Grid.of(chosen, axes={"edge": np.arange(len(order))}, baseline=None, clusters=self.clusters, shares=True)
         bounds = grid.interval(level, seed=seed)

@@ -179,11 +179,8 @@ class LensReadout(Saved):
 
     @classmethod
     def _of_data(cls, data: xr.Dataset) -> LensReadout:
-        made: dict[str, Any] = {
-            "clusters": data["clusters"].values,
-            "provenance": plain_json(data, "provenance"),
-            **words(data, "direction"),
-        }
+        made: dict[str, Any] = {"clusters": data["clusters"].values, "provenance": plain_json(data, "provenance")}
+        made |= words(data, "direction")
         axes = {"word": np.array(parse_json(str(data.attrs["words"])), dtype=str)}
         axes |= {name: data.coords[name].values for name in ("layer", "pos")}
         sizes = {"example": len(data["said"])} | {name: len(labels) for name, labels in axes.items()}
@@ -203,27 +200,16 @@ class LensReadout(Saved):
             raise ValueError(f"its tokens have the shape {top.shape}, its ranks {grids[0].shape}")
         if not {str(token) for token in np.unique(top[top != -1])} <= set(texts):
             raise ValueError("some of its tokens have no text")
+        shares, said = (of(name).astype(np.float64) for name in ("top_probabilities", "said"))
+        ranks, probabilities = readings(grids[0], "rank", **made), readings(grids[1], "probability", **made)
         return cls(
-            readings(grids[0], "rank", **made),
-            readings(grids[1], "probability", **made),
-            top,
-            of("top_probabilities").astype(np.float64),
-            {int(token): str(text) for token, text in texts.items()},
-            best,
-            of("said").astype(np.float64),
+            ranks, probabilities, top, shares, {int(token): str(text) for token, text in texts.items()}, best, said
         )
 
     def _grid(self, values: np.ndarray, axes: Mapping[str, Any], metric: str) -> Grid:
-        return Grid.of(
-            values,
-            axes=axes,
-            baseline=np.zeros(len(values)),
-            clusters=self.ranks.clusters,
-            metric=metric,
-            unit="tokens" if metric == "best rank" else "fraction of clips",
-            direction=self.ranks.direction,
-            provenance=self.ranks.provenance,
-        )
+        unit = "tokens" if metric == "best rank" else "fraction of clips"
+        made = {name: getattr(self.ranks, name) for name in ("clusters", "direction", "provenance")}
+        return Grid.of(values, axes=axes, baseline=np.zeros(len(values)), metric=metric, unit=unit, **made)
 
 
 def _named(k: int, by: str) -> str:
@@ -243,13 +229,7 @@ def readings(values: xr.DataArray, what: str, *, clusters: Any, provenance: Mapp
     Returns:
         The grid.
     """
-    return Grid.of(
-        values.values,
-        axes={name: values.coords[name].values for name in ("word", "layer", "pos")},
-        baseline=np.zeros(len(values)),
-        clusters=clusters,
-        metric=f"logit lens, {what}",
-        unit="tokens" if what == "rank" else "probability",
-        direction=direction,
-        provenance=dict(provenance),
-    )
+    axes = {name: values.coords[name].values for name in ("word", "layer", "pos")}
+    said = {"metric": f"logit lens, {what}", "unit": "tokens" if what == "rank" else "probability"}
+    made: dict[str, Any] = {"clusters": clusters, "direction": direction, "provenance": dict(provenance)}
+    return Grid.of(values.values, axes=axes, baseline=np.zeros(len(values)), **said, **made)

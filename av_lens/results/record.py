@@ -102,11 +102,9 @@ class Isolation(Brief):
 
     def __post_init__(self) -> None:
         for name, columns in TABLES.items():
-            found = list(getattr(self, name).columns)
-            if found != list(columns):
-                raise InputError(
-                    f"table {name!r} has columns {found}; the record needs {list(columns)} (build it with `table`)."
-                )
+            if (found := list(getattr(self, name).columns)) != list(columns):
+                needs = f"the record needs {list(columns)} (build it with `table`)."
+                raise InputError(f"table {name!r} has columns {found}; {needs}")
         for name, most in (("n_layers", self.n_layers), ("n_heads", self.n_heads)):
             if not 0 < most <= MOST:
                 raise InputError(f"{name} = {most} is no size of a model; 1 to {MOST} are.")
@@ -116,11 +114,9 @@ class Isolation(Brief):
                 if column in frame and not frame[column].between(-1, last).all():
                     raise InputError(f"table {name!r} names a {column} beyond the {most} that the model has.")
         figures = {**self.summary, **{key: self.protocol[key] for key in ("s",) if self.protocol.get(key) is not None}}
-        wrong = [key for key, value in figures.items() if not isinstance(value, int | float | np.number)]
-        if wrong:
+        if wrong := [key for key, value in figures.items() if not isinstance(value, int | float | np.number)]:
             raise InputError(f"{wrong[0]} is no number: {figures[wrong[0]]!r}.")
-        strange = sorted(set(self.heads["role"]) - set(ROLE_NAMES))
-        if strange:
+        if strange := sorted(set(self.heads["role"]) - set(ROLE_NAMES)):
             raise InputError(unknown("role", strange[0], ROLE_NAMES))
 
     @property
@@ -154,9 +150,8 @@ class Isolation(Brief):
         if donor:
             keep &= frame["donor"] == donor
         if not keep.any():
-            known = sorted(
-                {f"{e} ({d})" if d else str(e) for e, d in zip(frame["estimand"], frame["donor"], strict=True)}
-            )
+            pairs = zip(frame["estimand"], frame["donor"], strict=True)
+            known = sorted({f"{e} ({d})" if d else str(e) for e, d in pairs})
             raise InputError(unknown("effect", f"{estimand} ({donor})" if donor else estimand, known))
         out = np.full((self.n_layers, self.n_heads), np.nan)
         rows = frame[keep]

@@ -8,9 +8,9 @@ pandas wrote. Signs and units are the record's (`av_lens.results.record`).
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 
@@ -133,8 +133,13 @@ TABLES: dict[str, dict[str, str]] = {
     ),
 }
 
-_TO_DTYPE = {"text": "object", "int": "int64", "float": "float64", "flag": "bool"}
-_MISSING: dict[str, Any] = {"text": "", "int": -1, "float": float("nan"), "flag": False}
+_KINDS: dict[str, tuple[Any, Any, Callable[[str], Any]]] = {
+    "text": ("object", "", str),
+    "int": ("int64", -1, int),
+    "float": ("float64", float("nan"), lambda text: float(text or "nan")),
+    "flag": ("bool", False, {"True": True, "False": False}.__getitem__),
+}
+"""Of each kind the type in the frame, what is missing, and how a cell of a csv is read."""
 
 
 def table(name: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -157,11 +162,14 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         for key in row:
             if key not in columns:
                 raise InputError(f"table {name!r}: {unknown('column', key, columns)}")
-    data = {
-        column: pd.Series([row.get(column, _MISSING[kind]) for row in rows], dtype=cast(Any, _TO_DTYPE[kind]))
-        for column, kind in columns.items()
-    }
-    return pd.DataFrame(data)
+    return _frame(
+        {column: [row.get(column, _KINDS[kind][1]) for row in rows] for column, kind in columns.items()}, name
+    )
+
+
+def _frame(cells: dict[str, list[Any]], name: str) -> pd.DataFrame:
+    kinds = TABLES[name]
+    return pd.DataFrame({column: pd.Series(held, dtype=_KINDS[kinds[column]][0]) for column, held in cells.items()})
 
 
 def read_table(path: Path, name: str) -> pd.DataFrame:
@@ -188,19 +196,5 @@ def read_table(path: Path, name: str) -> pd.DataFrame:
             cells: list[Any] = list(zip(*lines, strict=True)) or [()] * len(columns)
         if len(cells) != len(columns):
             raise ValueError(f"its rows have {len(cells)} columns, not {len(columns)}")
-        return pd.DataFrame(
-            {
-                column: pd.Series([_parsed(cell, kind) for cell in made], dtype=cast(Any, _TO_DTYPE[kind]))
-                for (column, kind), made in zip(columns.items(), cells, strict=True)
-            }
-        )
-
-
-def _parsed(text: str, kind: str) -> Any:
-    if kind == "text":
-        return text
-    if kind == "int":
-        return int(text)
-    if kind == "flag":
-        return {"True": True, "False": False}[text]
-    return float(text) if text else float("nan")
+        read = [[_KINDS[kind][2](cell) for cell in made] for kind, made in zip(columns.values(), cells, strict=True)]
+        return _frame(dict(zip(columns, read, strict=True)), name)
