@@ -156,6 +156,9 @@ def test_no_module_carries_a_public_verbs_name():
 
 def test_every_submodule_imports_and_every_public_name_is_there():
     assert set(av_lens.__all__) == {"__version__", *av_lens._HOMES, *av_lens._ROOMS}
+    imports = [n for n in ast.walk(ast.parse((ROOT / "__init__.py").read_text())) if isinstance(n, ast.ImportFrom)]
+    told = {alias.asname for node in imports for alias in node.names}
+    assert told - {None} == {*av_lens._HOMES, *av_lens._ROOMS}, "type checkers are told of other names"
     for path in FILES:
         parts = path.relative_to(REPOSITORY).with_suffix("").parts
         importlib.import_module(".".join(part for part in parts if part != "__init__"))

@@ -255,7 +255,7 @@ def _absent(choice: str) -> str | None:
 
 
 def _load(model: str, *, device: str | None, dtype: str | None) -> Any:
-    with console.waiting(f"loading {model} ..."):
+    with console.OUT.status(f"loading {model} ..."):
         import torch
 
         from av_lens.model import load

@@ -99,18 +99,6 @@ def cell(value: Any) -> str:
     return escape(str(value))
 
 
-def waiting(text: str) -> Any:
-    """Show a spinner with a few words while something without a bar runs.
-
-    Args:
-        text: what is being waited for.
-
-    Returns:
-        A context manager.
-    """
-    return OUT.status(text)
-
-
 def quiet_loading() -> None:
     """Silence the bar that transformers draws while it opens weights, where these are too small to wait for."""
     from transformers.utils import logging

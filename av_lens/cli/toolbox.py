@@ -211,7 +211,7 @@ def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
     listed = conflicts_of(lines)
     console.quiet_loading()
     opened = {"device": shared["device"], "dtype": shared["dtype"]}
-    with console.waiting(f"loading {shared['model']}"):
+    with console.OUT.status(f"loading {shared['model']}"):
         model = load(shared["model"], **opened)
     function = getattr(import_module(f"av_lens.{method.module}"), method.function)
     known = inspect.signature(function).parameters

@@ -73,15 +73,10 @@ def mp4_bytes(
         if waveform is not None:
             streams.append(_sound_packets(container, waveform, rate))
         container.start_encoding()
-        for packets in _interleaved(streams):
+        # From the stream that lags, so that a reader of any second finds both near.
+        for _, packets in heapq.merge(*streams, key=lambda timed: timed[0]):
             container.mux(packets)
     return sink.getvalue()
-
-
-def _interleaved(streams: list[Iterator[tuple[float, list[Any]]]]) -> Iterator[list[Any]]:
-    """Take from the stream that lags, so that a reader of any second finds both near."""
-    for _, packets in heapq.merge(*streams, key=lambda timed: timed[0]):
-        yield packets
 
 
 def _picture_packets(

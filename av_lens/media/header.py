@@ -243,11 +243,9 @@ def read_facts(path: str, container: Any, picture: Any, sound: Any) -> MediaFact
         begins = 0 if kinds & _FROM_ZERO else container.start_time or 0
         seconds = float(Fraction(container.duration + begins, 1_000_000) - zero)
     rate = (picture.average_rate or picture.guessed_rate) if picture is not None else None
-    return MediaFacts(
-        path, name, seconds if seconds > 0 else math.nan,
-        picture.width if picture is not None else 0, picture.height if picture is not None else 0,
-        float(rate) if rate else math.nan, sound.rate if sound is not None else 0, zero, still, chained,
-    )  # fmt: skip
+    size = (0, 0) if picture is None else (picture.width, picture.height)
+    rates = (float(rate) if rate else math.nan, sound.rate if sound is not None else 0)
+    return MediaFacts(path, name, seconds if seconds > 0 else math.nan, *size, *rates, zero, still, chained)
 
 
 def promised_end(facts: MediaFacts, taken: list[Any]) -> float:

@@ -94,9 +94,8 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
         told = "\n  ".join(faults[:_MOST_SHOWN] + more)
         raise ManifestError(f"{manifest} has {many}; nothing was run:\n  {told}")
     if not found:
-        raise ManifestError(
-            f'{manifest} holds no conflict: one json object per line, {{"sound": ..., "picture": ..., ...}}'
-        )
+        form = '{"sound": ..., "picture": ..., ...}'
+        raise ManifestError(f"{manifest} holds no conflict: one json object per line, {form}")
     return found
 
 

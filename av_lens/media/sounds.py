@@ -76,14 +76,12 @@ class Sounds:
         rate = frame.sample_rate
         if not self.rate:
             if not _RATES[0] <= rate <= _RATES[1]:
-                raise MediaError(
-                    f"{self.path}: a sound of {rate} samples a second is damage, not sound: write it anew."
-                )
+                absurd = f"a sound of {rate} samples a second is damage, not sound"
+                raise MediaError(f"{self.path}: {absurd}: write it anew.")
             self.rate = rate
         if rate != self.rate:
-            raise MediaError(
-                f"{self.path}: the sound's rate changes from {self.rate} to {rate} Hz on the way: convert it to one."
-            )
+            changes = f"the sound's rate changes from {self.rate} to {rate} Hz on the way"
+            raise MediaError(f"{self.path}: {changes}: convert it to one.")
         time = self._time(frame)
         early = time + frame.samples / rate < self.start - 2 * _MARGIN
         if early and self.first_time is None and not self.facts.is_timed_by_count:

@@ -48,19 +48,6 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 DONOR_SYMBOLS = {"blank_muted": "circle", "mean_other": "diamond", "zero": "square"}
 
 
-def colourscale(colours: Sequence[str]) -> list[list[Any]]:
-    """Spread colours evenly over a plotly colour scale.
-
-    Args:
-        colours: at least two colours, low to high.
-
-    Returns:
-        `[[0.0, first], ..., [1.0, last]]`.
-    """
-    last = len(colours) - 1
-    return [[index / last, colour] for index, colour in enumerate(colours)]
-
-
 def limit(values: Any) -> float:
     """Find the symmetric limit of a diverging scale: the largest finite magnitude, 1 where there is none.
 
@@ -217,8 +204,9 @@ def panel(title: str = "", **more: Any) -> dict[str, Any]:
 def heat(top: float, unit: str, *, signed: bool = True, **words: Any) -> dict[str, Any]:
     """Give a heat map its scale, which is symmetric about 0 where numbers have both signs, and its colour bar."""
     bar = {"title": {"text": unit, "side": "right", **words}, "thickness": 12, "outlinewidth": 0, "nticks": 5}
-    colours = colourscale(DIVERGING if signed else DIVERGING[3:])
-    scale = {"zmin": -top if signed else 0.0, "zmax": top, "colorscale": colours, "colorbar": bar}
+    colours = DIVERGING if signed else DIVERGING[3:]
+    spread = [[index / (len(colours) - 1), colour] for index, colour in enumerate(colours)]
+    scale = {"zmin": -top if signed else 0.0, "zmax": top, "colorscale": spread, "colorbar": bar}
     return scale | ({"meta": {"palette": "diverging"}} if signed else {})
 
 

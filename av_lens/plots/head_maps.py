@@ -62,9 +62,8 @@ def heads(
     hover: dict[str, Any] = {"customdata": _hover(values, bounds, unit), "hoverongaps": False}
     hover["hovertemplate"] = "%{customdata}<extra></extra>"
     look = _style.heat(top, unit, font={"size": 13})
-    fig.add_heatmap(
-        z=values, x=list(range(n_heads)), y=list(range(n_layers)), xgap=1.5, ygap=1.5, **look, **text, **hover
-    )
+    axes = {"x": list(range(n_heads)), "y": list(range(n_layers)), "xgap": 1.5, "ygap": 1.5}
+    fig.add_heatmap(z=values, **axes, **look, **text, **hover)
     _mark_missing(fig, values)
     for layer, head in sorted(named):
         box = {"x0": head - 0.48, "x1": head + 0.48, "y0": layer - 0.48, "y1": layer + 0.48}
@@ -95,19 +94,13 @@ def _matrix(x: Any, *, value: str, low: str, high: str) -> tuple[np.ndarray, Bou
 
 
 def _from_frame(frame: Any, *, value: str, low: str, high: str) -> tuple[np.ndarray, Bounds]:
-    missing = [name for name in ("layer", "head", value) if name not in frame.columns]
-    if missing:
-        raise InputError(
-            f"heads needs the columns layer, head and {value!r}; missing: {missing}. Found: {list(frame.columns)}."
-        )
+    if missing := [name for name in ("layer", "head", value) if name not in frame.columns]:
+        needs = f"heads needs the columns layer, head and {value!r}"
+        raise InputError(f"{needs}; missing: {missing}. Found: {list(frame.columns)}.")
     rows = frame[frame["head"].notna()]
-    doubled = rows[rows.duplicated(["layer", "head"])]
-    if len(doubled):
-        first = doubled.iloc[0]
-        raise InputError(
-            f"the frame has more than one row for layer {int(first['layer'])} head {int(first['head'])}; "
-            "choose one site and role first."
-        )
+    for first in rows[rows.duplicated(["layer", "head"])].to_dict("records")[:1]:
+        place = f"layer {int(first['layer'])} head {int(first['head'])}"
+        raise InputError(f"the frame has more than one row for {place}; choose one site and role first.")
     shape = (int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1) if len(rows) else (1, 1)
     values = np.full(shape, np.nan)
     bounds: Bounds = {}

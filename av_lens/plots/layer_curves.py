@@ -66,9 +66,8 @@ def layers(
     names = [", ".join([*kept, *([] if label is None else [f"{by_panel} {label}"])]) for label in labels]
     base = _style.figure(title=title, height=360)
     look = _style.copied(base)
-    fig = make_subplots(
-        rows=1, cols=len(labels), shared_yaxes=True, subplot_titles=names if any(names) else None, figure=base
-    )
+    titles = names if any(names) else None
+    fig = make_subplots(rows=1, cols=len(labels), shared_yaxes=True, subplot_titles=titles, figure=base)
     fig.update_xaxes(**look)
     fig.update_yaxes(**look)
     fig.update_annotations(font={"size": 13})

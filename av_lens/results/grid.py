@@ -97,9 +97,8 @@ class Grid(Measured):
         array = np.asarray(values, dtype=np.float64)
         wanted = tuple(len(labels) for labels in axes.values())
         if array.ndim < 1 or array.shape[1:] != wanted:
-            raise InputError(
-                f"values have shape {array.shape}; the axes {dict(zip(axes, wanted, strict=True))} follow example."
-            )
+            sizes = dict(zip(axes, wanted, strict=True))
+            raise InputError(f"values have shape {array.shape}; the axes {sizes} follow example.")
         lines = [np.full(len(array), np.nan) if line is None else line for line in (baseline, donor)]
         return cls._labelled(array, axes, lines, clusters=clusters, metric=metric, **more)
 
@@ -138,8 +137,9 @@ class Grid(Measured):
             for label in wanted if isinstance(wanted, list | tuple | np.ndarray) else [wanted]:
                 if label not in known:
                     raise InputError(unknown(axis, label, known))
+        single = [axis for axis, wanted in labels.items() if not isinstance(wanted, list | tuple | np.ndarray)]
         chosen = {axis: list(wanted) if isinstance(wanted, tuple) else wanted for axis, wanted in labels.items()}
-        return replace(self, values=self.values.sel(chosen).drop_vars(_scalars(labels), errors="ignore"))
+        return replace(self, values=self.values.sel(chosen).drop_vars(single, errors="ignore"))
 
     def normalized(self) -> xr.DataArray:
         """Put effects on the scale of the pair: 0 at the run that was edited, 1 at the donor.
@@ -251,7 +251,3 @@ class Grid(Measured):
 
     def _shown(self) -> pd.DataFrame:
         return self.mean().to_series().rename("mean effect").to_frame().head(20)
-
-
-def _scalars(labels: Mapping[str, Any]) -> list[str]:
-    return [axis for axis, wanted in labels.items() if not isinstance(wanted, list | tuple | np.ndarray)]
