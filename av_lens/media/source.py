@@ -12,27 +12,9 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from av_lens.errors import MediaError
+from av_lens.media import border, header
 from av_lens.media.arrays import TOLERANCE
-from av_lens.media.border import (
-    DEFAULT_MAX_BYTES,
-    Budget,
-    border,
-    describe,
-    file_hash,
-    foreign_errors,
-    opened,
-    regular_file,
-)
 from av_lens.media.clip import Clip
-from av_lens.media.header import (
-    check_readable,
-    choose_streams,
-    promised_end,
-    read_facts,
-    stream_kind,
-    streams_left_out,
-    true_size,
-)
 from av_lens.media.pictures import Pictures
 from av_lens.media.promises import left_behind, shortfall
 from av_lens.media.sounds import Sounds
@@ -53,7 +35,7 @@ def load_clip(
     end: float | None = None,
     fps: float | None = None,
     sound_rate: SupportsIndex = 16000,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: int = border.DEFAULT_MAX_BYTES,
     damaged: str = "refuse",
     stream: Mapping[str, int] | None = None,
 ) -> Clip:
@@ -86,16 +68,16 @@ def load_clip(
     rate = check_rate("sound_rate", sound_rate, low=1_000)
     if damaged not in ("refuse", "keep"):
         raise MediaError(f'damaged= is "refuse" or "keep", found {damaged!r}.')
-    text, _ = regular_file(path)
+    text, _ = border.regular_file(path)
     request = _Request(text, start, end, fps, max_bytes, damaged, check_stream(stream))
-    with border(text, "decode"):
-        return _read(request).clip(rate, file_hash(text))
+    with border.border(text, "decode"):
+        return _read(request).clip(rate, border.file_hash(text))
 
 
 def _read(request: _Request) -> _Reading:
     """Decode the window; where a seek lands inside it, go further back, at last to the beginning."""
     for back in _STEPS_BACK:
-        with opened(request.path) as container:
+        with border.opened(request.path) as container:
             reading = _Reading(request, container)
             if reading.run(back) or back == _STEPS_BACK[-1]:
                 return reading
@@ -127,16 +109,16 @@ class _Reading:
         self.request, self.container = request, container
         self.faults: list[str] = []
         self.ended = False
-        check_readable(request.path, container.format.name)
-        picture, sound = choose_streams(request.path, container, request.stream)
-        self.facts = read_facts(request.path, container, picture, sound)
-        self.crop = true_size(container)
+        header.check_readable(request.path, container.format.name)
+        picture, sound = header.choose_streams(request.path, container, request.stream)
+        self.facts = header.read_facts(request.path, container, picture, sound)
+        self.crop = header.true_size(container)
         self._check_request()
         self.streams = [stream for stream in (picture, sound) if stream is not None]
-        self.left_out = streams_left_out(container, *self.streams)
-        self.promised = promised_end(self.facts, self.streams)
+        self.left_out = header.streams_left_out(container, *self.streams)
+        self.promised = header.promised_end(self.facts, self.streams)
         self.takers: dict[int, Pictures | Sounds] = {}
-        self.budget = Budget(request.path, request.max_bytes)
+        self.budget = border.Budget(request.path, request.max_bytes)
         self.pictures = None if picture is None else self._pictures(picture)
         self.sounds = None if sound is None else self._sounds(sound)
 
@@ -167,7 +149,7 @@ class _Reading:
         n_bytes = facts.width * facts.height * 3 * max(1.0, rate * seconds)
         if math.isfinite(n_bytes):
             size = f"{seconds:.1f} s of {facts.width}x{facts.height} at {rate:.3g} frames a second"
-            Budget(asked.path, asked.max_bytes).take(n_bytes, size)
+            border.Budget(asked.path, asked.max_bytes).take(n_bytes, size)
 
     def run(self, back: float) -> bool:
         """Decode the window, from a key frame at least `back` seconds before it.
@@ -179,8 +161,8 @@ class _Reading:
         while True:
             try:
                 packet = next(packets, None)
-            except foreign_errors() as error:
-                self.faults.append(f"reading stopped: {describe(error)}")
+            except border.foreign_errors() as error:
+                self.faults.append(f"reading stopped: {border.describe(error)}")
                 packet = None
             if packet is None:
                 self.ended = True
@@ -209,7 +191,7 @@ class _Reading:
         ticks = math.floor((Fraction(target) + self.facts.zero) / stream.time_base)
         try:
             self.container.seek(ticks, stream=stream, backward=True)
-        except foreign_errors():
+        except border.foreign_errors():
             # No index: decode from the beginning, holding nothing before the window.
             return False
         return True
@@ -219,12 +201,12 @@ class _Reading:
             return
         try:
             frames = packet.decode()
-        except foreign_errors() as error:
+        except border.foreign_errors() as error:
             time = _seconds(packet, self.facts.zero)
             # Before the window, a decoder that lacks what came before the seek may complain.
             if time is None or time >= self.request.start - TOLERANCE:
-                where = stream_kind(packet.stream) + ("" if time is None else f" at {time:.3f} s")
-                self.faults.append(f"a packet of the {where} does not decode: {describe(error)}")
+                where = header.stream_kind(packet.stream) + ("" if time is None else f" at {time:.3f} s")
+                self.faults.append(f"a packet of the {where} does not decode: {border.describe(error)}")
             return
         for frame in frames:
             if not taker.done:

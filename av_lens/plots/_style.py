@@ -10,8 +10,6 @@ Labels come from files and people: but for a few tags of ours, what looks like m
 Not measured is never drawn as zero: `hatch` covers such cells with diagonal lines and a legend entry.
 """
 
-# pyright: reportUnusedImport=false
-
 from __future__ import annotations
 
 import re
@@ -21,26 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from av_lens.colours import (  # noqa: F401 - figures find their whole look here
-    AMBER,
-    BAND,
-    CLEAR,
-    CONDITION_COLOURS,
-    DIVERGING,
-    DONOR_COLOURS,
-    FREE,
-    GREEN,
-    GREY,
-    GRID,
-    HEAD_COLOURS,
-    INK,
-    OLIVE,
-    PICTURE,
-    PURPLE,
-    ROLE_COLOURS,
-    SOUND,
-    THEMES,
-)
+from av_lens.colours import CLEAR, DIVERGING, GRID, INK
 
 _TAG = re.compile(r"<(?!/?(?:b|i|br|sub|sup|extra)>)")
 ZERO = {"zeroline": True, "zerolinecolor": INK, "zerolinewidth": 1}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
@@ -46,10 +47,10 @@ def attribution(
         for column, one in ((numbers, np.nansum(values[rest])), (lows, np.nan), (highs, np.nan)):
             column.append(float(one))
     fig = _style.figure(title=title, height=110 + 24 * len(labels))
-    colours = [_style.SOUND if v >= 0 else _style.PICTURE for v in numbers]
-    bars = _style.intervals(numbers, lows, highs, colour=_style.INK)
+    shades = [colours.SOUND if v >= 0 else colours.PICTURE for v in numbers]
+    bars = _style.intervals(numbers, lows, highs, colour=colours.INK)
     says = "%{y}: %{x:+.3f} " + unit + "<extra></extra>"
-    look: dict[str, Any] = {"orientation": "h", "marker": {"color": colours}, "showlegend": False}
+    look: dict[str, Any] = {"orientation": "h", "marker": {"color": shades}, "showlegend": False}
     fig.add_bar(x=numbers, y=labels, error_x=bars, hovertemplate=says, **look)
     fig.update_yaxes(autorange="reversed", showgrid=False, ticks="", type="category")
     axis = f"direct share of the logit difference ({unit}); towards the sound +"

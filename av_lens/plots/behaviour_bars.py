@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
@@ -21,7 +22,7 @@ MEANINGS = {
     "C": "C: hearing under conflict",
     "gap": "gap: G − C",
 }
-COLOURS = {"E_A": _style.SOUND, "E_V": _style.PICTURE}
+COLOURS = {"E_A": colours.SOUND, "E_V": colours.PICTURE}
 CELLS = {
     "aa": "aa: both show the sound's",
     "vv": "vv: both show the picture's",
@@ -97,13 +98,13 @@ def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, ax
             continue
         chosen = rows.loc[[name for name, _, _ in kept]]
         values, low, high = (chosen[column].astype(float).tolist() for column in ("value", "low", "high"))
-        colours = [COLOURS.get(name, _style.GREEN if axis else _style.INK) for name, _, _ in kept]
+        shades = [COLOURS.get(name, colours.GREEN if axis else colours.INK) for name, _, _ in kept]
         text = [
             f"<b>{label}</b><br>{half}: {v:.3f} ({a:.3f} to {b:.3f})"
             for (_, label, _), v, a, b in zip(kept, values, low, high, strict=True)
         ]
-        look = {"symbol": symbol, "size": 9, "color": colours, "line": {"width": 2, "color": colours}}
-        bars = _style.intervals(values, low, high, colour=_style.INK)
+        look = {"symbol": symbol, "size": 9, "color": shades, "line": {"width": 2, "color": shades}}
+        bars = _style.intervals(values, low, high, colour=colours.INK)
         shown: dict[str, Any] = {"name": half, "legendgroup": half, "showlegend": legend}
         shown |= {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
         _style.marks(fig, values, [place + offset for *_, place in kept], text, marker=look, error_x=bars, **shown)

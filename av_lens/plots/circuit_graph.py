@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
@@ -52,14 +53,14 @@ def circuit(
     members = nodes["member"].to_numpy(dtype=bool)
     rest = np.flatnonzero(~members)
     texts = _texts(found)
-    small = {"size": 5, "color": _style.GREY, "opacity": 0.5}
+    small = {"size": 5, "color": colours.GREY, "opacity": 0.5}
     _style.marks(fig, x[rest], y[rest], [texts[i] for i in rest], name="not in the circuit", marker=small)
     largest = _style.limit(nodes["score"].to_numpy())
     for kind in dict.fromkeys(kind for kind, member in zip(kinds, members, strict=True) if member):
         chosen = [i for i in np.flatnonzero(members) if kinds[i] == kind]
         share = np.sqrt(np.abs(nodes["score"].to_numpy(dtype=float)[chosen]) / largest)
         size = SMALLEST + (LARGEST - SMALLEST) * np.nan_to_num(share)
-        look = {"size": size, "color": _colour(kind), "line": {"width": 1, "color": _style.INK}}
+        look = {"size": size, "color": _colour(kind), "line": {"width": 1, "color": colours.INK}}
         names = [nodes["node"].iloc[i] for i in chosen]
         written: dict[str, Any] = {"text": names, "textposition": "middle right", "textfont": {"size": 10}}
         says: dict[str, Any] = {"customdata": [texts[i] for i in chosen]}
@@ -94,14 +95,14 @@ def _kind(row: Mapping[str, Any], roles: dict[str, str], by_role: bool, span: fl
 
 
 def _colour(kind: str) -> str:
-    known = {RAISES: _style.SOUND, LOWERS: _style.PICTURE, NO_ROLE: _style.GREY, MLP: _style.OLIVE}
-    return (known | _style.HEAD_COLOURS).get(kind, _style.OLIVE)
+    known = {RAISES: colours.SOUND, LOWERS: colours.PICTURE, NO_ROLE: colours.GREY, MLP: colours.OLIVE}
+    return (known | colours.HEAD_COLOURS).get(kind, colours.OLIVE)
 
 
 def _lanes(nodes: Any, kinds: list[str], by_role: bool) -> tuple[list[str], list[int]]:
     """The rows of the figure from below, and each node's row."""
     if by_role:
-        order = [*(role for role in reversed(_style.HEAD_COLOURS) if role in kinds)]
+        order = [*(role for role in reversed(colours.HEAD_COLOURS) if role in kinds)]
         lanes = [*(kind for kind in dict.fromkeys(kinds) if kind not in order), *order]
         return lanes, [lanes.index(kind) for kind in kinds]
     heads = [int(head) for head in nodes["head"]]
@@ -129,7 +130,7 @@ def _draw_links(fig: Any, found: Any, at: dict[str, tuple[float, float]], least:
         needs = str(row["how"]).startswith("need")
         x, y = zip(at[row["first"]], at[row["second"]], strict=True)
         words = f"{row['first']} and {row['second']} {row['how']}"
-        line = {"width": 1 + 5 * abs(row["interaction"]) / largest, "color": _style.BAND}
+        line = {"width": 1 + 5 * abs(row["interaction"]) / largest, "color": colours.BAND}
         line["dash"] = "solid" if needs else "dot"
         text = f"{words}: {row['interaction']:+.2f}"
         _style.marks(fig, x, y, text, mode="lines", line=line, showlegend=False, name=words)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
@@ -46,7 +47,7 @@ def conditions(grid: Any, *, of: str = "effects", unit: str | None = None, title
         ends = bounds.sel(condition=name)
         low, high = (np.atleast_1d(ends.sel(bound=bound).values) for bound in ("low", "high"))
         kept = np.flatnonzero(np.isfinite(values))
-        colour = _style.CONDITION_COLOURS.get(str(name), _style.FREE[number % len(_style.FREE)])
+        colour = colours.CONDITION_COLOURS.get(str(name), colours.FREE[number % len(colours.FREE)])
         text = [
             f"<b>{edges[i]}</b><br>{name}<br>{values[i]:+.3f} {unit}"
             + (f"<br>95% interval {low[i]:+.3f} to {high[i]:+.3f}" if np.isfinite(low[i]) else "")

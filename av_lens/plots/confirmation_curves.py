@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
-_SAYS = (("says_sound", "says the sound", _style.SOUND), ("says_picture", "says the picture", _style.PICTURE))
+_SAYS = (("says_sound", "says the sound", colours.SOUND), ("says_picture", "says the picture", colours.PICTURE))
 
 
 def confirmation(found: Any, *, title: str | None = None) -> Any:
@@ -45,9 +46,9 @@ def confirmation(found: Any, *, title: str | None = None) -> Any:
         ranked = ranked[ranked["k"] <= max(8, 2 * last)]
     _random(fig, random)
     if len(ranked):
-        _curve(fig, ranked, name="the heads of largest single release", colour=_style.AMBER, dash="dot")
+        _curve(fig, ranked, name="the heads of largest single release", colour=colours.AMBER, dash="dot")
     if len(arm):
-        _curve(fig, arm, name="the set, in its order", colour=_style.SOUND, dash="solid")
+        _curve(fig, arm, name="the set, in its order", colour=colours.SOUND, dash="solid")
     _see(fig, frame[frame["arm"] == "see heads"])
     _said(fig, found, arm if len(arm) else ranked, random, start=bool(len(arm)))
     _axes(fig, last=int(max([last, *ranked["k"]])), log=not len(arm))
@@ -65,7 +66,7 @@ def _axes(fig: Any, *, last: int, log: bool) -> None:
         yaxis=_style.panel("release (logits)", domain=[0.53, 1.0], rangemode="tozero", **_style.ZERO),
         xaxis2=_style.panel("heads edited together (k)", anchor="y2", **ticks),
         yaxis2=_style.panel("rate", domain=[0.0, 0.4], anchor="x2", range=[-0.04, 1.04]),
-        legend2={"orientation": "h", "x": 0, "y": 0.4, "yanchor": "bottom", "bgcolor": _style.CLEAR},
+        legend2={"orientation": "h", "x": 0, "y": 0.4, "yanchor": "bottom", "bgcolor": colours.CLEAR},
     )
 
 
@@ -82,7 +83,7 @@ def _random(fig: Any, random: Any) -> None:
         f"random heads {m}<br>k = {k}: {r:+.3f} logits"
         for m, k, r in zip(random["members"], random["k"], random["release"], strict=True)
     ]
-    look = {"size": 6, "color": _style.GREY, "opacity": 0.55}
+    look = {"size": 6, "color": colours.GREY, "opacity": 0.55}
     name = f"random heads of the same layers ({len(ks)} sets)"
     _style.marks(fig, ks + _jitter(len(ks)), random["release"], text, name=name, marker=look)
 
@@ -107,7 +108,7 @@ def _see(fig: Any, rows: Any) -> None:
     if not len(rows):
         return
     text = [f"{m}: {r:+.3f} logits" for m, r in zip(rows["members"], rows["release"], strict=True)]
-    look = {"symbol": "diamond", "size": 11, "color": _style.PICTURE}
+    look = {"symbol": "diamond", "size": 11, "color": colours.PICTURE}
     _style.marks(fig, rows["k"], rows["release"], text, name="as many heads for what is seen", marker=look)
 
 

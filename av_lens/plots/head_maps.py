@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
@@ -67,7 +68,7 @@ def heads(
     _mark_missing(fig, values)
     for layer, head in sorted(named):
         box = {"x0": head - 0.48, "x1": head + 0.48, "y0": layer - 0.48, "y1": layer + 0.48}
-        fig.add_shape(type="rect", line={"color": _style.INK, "width": 2.5}, name="ink", **box)
+        fig.add_shape(type="rect", line={"color": colours.INK, "width": 2.5}, name="ink", **box)
     ticks = {"tickmode": "linear", "dtick": max(1, n_heads // 16), "range": [-0.5, n_heads - 0.5]}
     fig.update_xaxes(title={"text": "head"}, showgrid=False, **ticks)
     fig.update_yaxes(**_style.layer_axis(n_layers), showgrid=False, range=[n_layers - 0.5, -0.5])
@@ -134,7 +135,7 @@ def _mark_missing(fig: Any, values: np.ndarray) -> None:
     if not missing:
         return
     xs, ys = _style.hatch(missing)
-    line = {"color": _style.GREY, "width": 1}
+    line = {"color": colours.GREY, "width": 1}
     mark: dict[str, Any] = {"mode": "lines", "line": line, "hoverinfo": "skip", "meta": {"palette": "hatch"}}
     fig.add_scatter(x=xs, y=ys, name="not measured", **mark)
     text = [f"<b>{_style.head_label(int(y), int(x))}</b><br>not measured" for x, y in missing]

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
 _ROWS = (("lens", "va", "word in the lens"), ("probe", "va, av", "class told by a probe"))
-_WORDS = (("sound", _style.SOUND), ("picture", _style.PICTURE))
+_WORDS = (("sound", colours.SOUND), ("picture", colours.PICTURE))
 
 
 def knowledge(found: Any, *, title: str | None = None) -> Any:

@@ -15,20 +15,21 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError, unknown
 from av_lens.plots import _style
 
 MOST_CURVES = 12
 LINES = ("key", "word", "figure", "condition", "span", "component")
 MEANINGS = {
-    **_style.ROLE_COLOURS,
-    **_style.CONDITION_COLOURS,
-    "sound": _style.SOUND,
-    "picture": _style.PICTURE,
-    "others": _style.GREY,
-    "excess": _style.GREEN,
-    "said": _style.PURPLE,
-    "sinks": _style.AMBER,
+    **colours.ROLE_COLOURS,
+    **colours.CONDITION_COLOURS,
+    "sound": colours.SOUND,
+    "picture": colours.PICTURE,
+    "others": colours.GREY,
+    "excess": colours.GREEN,
+    "said": colours.PURPLE,
+    "sinks": colours.AMBER,
 }
 
 
@@ -118,7 +119,7 @@ def _curves(fig: Any, grid: Any, by_line: str | None, of: str, unit: str, column
     for number, label in enumerate(labels):
         part, ends = (mean, bounds) if label is None else (mean.sel({by_line: label}), bounds.sel({by_line: label}))
         name = grid.metric if label is None else str(label)
-        colour = MEANINGS.get(name, _style.FREE[number % len(_style.FREE)])
+        colour = MEANINGS.get(name, colours.FREE[number % len(colours.FREE)])
         values, low, high = part.values, ends.sel(bound="low").values, ends.sel(bound="high").values
         if np.isnan(values).all():
             continue

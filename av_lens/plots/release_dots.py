@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
@@ -46,7 +47,7 @@ def release(
     roles = _roles(found, site)
     names = {key: _style.head_label(*key) + (f"  {roles[key]}" if key in roles else "") for key in shown}
     fig = _style.figure(title=title, height=120 + 40 * len(shown))
-    donors = [d for d in _style.DONOR_COLOURS if (frame["donor"] == d).any()]
+    donors = [d for d in colours.DONOR_COLOURS if (frame["donor"] == d).any()]
     for donor, offset in zip(donors, _style.apart(len(donors), 0.24), strict=False):
         rows = frame[(frame["donor"] == donor) & (frame["half"] == half)].set_index(["layer", "head"])
         kept = [(place, key) for place, key in enumerate(shown) if key in rows.index]
@@ -57,7 +58,7 @@ def release(
             f"<b>{names[key]}</b><br>{donor}, {half}<br>{v:.1%} of G ({a:.1%} to {b:.1%})<br>{m:+.3f} logits"
             for (_, key), v, a, b, m in zip(kept, values, low, high, logits, strict=True)
         ]
-        colour = _style.DONOR_COLOURS[donor]
+        colour = colours.DONOR_COLOURS[donor]
         look = {"symbol": _style.DONOR_SYMBOLS[donor], "size": 9, "color": colour}
         bars = _style.intervals(values, low, high, colour=colour)
         _style.marks(fig, values, [place + offset for place, _ in kept], text, name=donor, marker=look, error_x=bars)

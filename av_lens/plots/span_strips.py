@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 from av_lens.spans import SpanMap
@@ -40,7 +41,7 @@ def spans(x: Any, *, title: str | None = None) -> Any:
     seen: set[str] = set()
     for role, start, stop in runs_of(roles):
         bar: dict[str, Any] = {"x": [stop - start], "base": [start - 0.5], "y": ["role"], "orientation": "h"}
-        look = {"color": _style.ROLE_COLOURS.get(role, _style.GREY), "line": {"width": 0}}
+        look = {"color": colours.ROLE_COLOURS.get(role, colours.GREY), "line": {"width": 0}}
         shown: dict[str, Any] = {"name": role, "legendgroup": role, "showlegend": role not in seen}
         says = _say_run(found, role, start, stop) + "<extra></extra>"
         fig.add_bar(**bar, marker=look, hovertemplate=says, yaxis="y", **shown)
@@ -90,7 +91,7 @@ def _add_clocks(fig: Any, found: SpanMap, roles: list[str]) -> None:
                     xs += [i, i, None]
                     ys += [float(starts[i]), float(ends[i]), None]
             if xs:
-                line = {"color": _style.ROLE_COLOURS[role], "width": width, "dash": dash}
+                line = {"color": colours.ROLE_COLOURS[role], "width": width, "dash": dash}
                 name = f"{role}, {clock}"
                 fig.add_scatter(x=xs, y=ys, mode="lines", line=line, name=name, yaxis="y2", showlegend=False)
     time = _style.panel("time (s)", domain=[0.0, 0.62], anchor="x", rangemode="tozero")
