@@ -21,12 +21,8 @@ from typing import Any, cast
 from av_lens.checks import foreign_file, near_file, parse_json
 from av_lens.errors import ModelError, unknown
 
-WEIGHTS, SHARDS, CONFIG, DIFFERENCE = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "difference.json",
-)
+WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
+CONFIG, DIFFERENCE = "config.json", "difference.json"
 LARGEST, MOST_LAYERS = 10**8, 1000
 """A whole number in `config.json`, or a number of layers, above which it is no size of a model."""
 _LAYERS = ("num_hidden_layers", "depth", "encoder_layers")
@@ -145,9 +141,8 @@ def _check_sizes(path: Path, level: Mapping[str, Any], where: str) -> None:
             _check_sizes(path, cast(dict[str, Any], value), f"{where}{name}.")
         most = MOST_LAYERS if name in _LAYERS else LARGEST
         if isinstance(value, int) and not -LARGEST <= value <= most:
-            raise ModelError(
-                f"{path} says {where}{name} = {value}, which is no size of a model (at most {most}). {_AGAIN}"
-            )
+            said = f"{path} says {where}{name} = {value}"
+            raise ModelError(f"{said}, which is no size of a model (at most {most}). {_AGAIN}")
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:
@@ -156,13 +151,12 @@ def _weight_files(folder: Path) -> Iterator[Path]:
         yield folder / WEIGHTS
         return
     if not (folder / SHARDS).is_file():
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
-        found = (
-            f"it has {pickled[0]}: pickled weights can run code when they are opened, and are never opened here. "
-            "Ask for the checkpoint as safetensors, or convert it where you trust it (save_pretrained writes them)."
-            if pickled
-            else f"the weights are missing. {_AGAIN}"
-        )
+        found = f"the weights are missing. {_AGAIN}"
+        if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED):
+            found = (
+                f"it has {pickled[0]}: pickled weights can run code when they are opened, and are never opened here. "
+                "Ask for the checkpoint as safetensors, or convert it where you trust it (save_pretrained writes them)."
+            )
         raise ModelError(f"cannot read {WEIGHTS} in {str(folder)!r}: there is no such file, and {found}")
     with _foreign(folder / SHARDS, "the list of a checkpoint's weight files"):
         listed = sorted({str(name) for name in parse_json((folder / SHARDS).read_bytes())["weight_map"].values()})

@@ -24,37 +24,35 @@ from av_lens.errors import AvLensError, InputError, UnfinishedError, unknown
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
-def require_choice(kind: str, value: object, known: Iterable[object], error: type[AvLensError] = InputError) -> None:
+def require_choice(kind: str, value: object, known: Iterable[object]) -> None:
     """Refuse a value that is not among the known ones.
 
     Args:
         kind: what the value is, such as "return_type".
         value: what was given.
         known: everything accepted.
-        error: the class to raise.
 
     Raises:
-        AvLensError: the value is not known; the nearest is named.
+        InputError: the value is not known; the nearest is named.
     """
     options = list(known)
     if value not in options:
-        raise error(unknown(kind, value, options))
+        raise InputError(unknown(kind, value, options))
 
 
-def require_at_least(kind: str, value: float | int, least: float | int, error: type[AvLensError] = InputError) -> None:
+def require_at_least(kind: str, value: float | int, least: float | int) -> None:
     """Refuse a number that is too small.
 
     Args:
         kind: what the number is, such as "max_new_tokens".
         value: what was given.
         least: the smallest accepted.
-        error: the class to raise.
 
     Raises:
-        AvLensError: the value is below `least` or not a number.
+        InputError: the value is below `least` or not a number.
     """
     if not value >= least:
-        raise error(f"{kind} must be at least {least}, not {value}.")
+        raise InputError(f"{kind} must be at least {least}, not {value}.")
 
 
 def near_file(path: str | os.PathLike[str]) -> str:
@@ -150,9 +148,8 @@ def half_character(text: str) -> str:
         What is wrong, or "" where nothing is.
     """
     found = _HALF_CHARACTER.search(text)
-    return (
-        f"half of a character (\\u{ord(found[0]):04x}, a lone surrogate), which no text file can hold" if found else ""
-    )
+    half = f"half of a character (\\u{ord(found[0]):04x}, a lone surrogate)" if found else ""
+    return f"{half}, which no text file can hold" if half else ""
 
 
 @contextmanager
@@ -219,7 +216,6 @@ def require_keywords(
     own: Iterable[str] = (),
     more: Iterable[str] = (),
     refused: Mapping[str, str] | None = None,
-    error: type[AvLensError] = InputError,
 ) -> None:
     """Refuse keywords that none of the functions they are handed on to names.
 
@@ -230,10 +226,9 @@ def require_keywords(
         own: parameters of the takers that the verb fills in itself.
         more: accepted keywords that stand in no signature.
         refused: keywords that are not taken though a taker names them, each with the reason and the mend.
-        error: the class to raise.
 
     Raises:
-        AvLensError: a keyword is not known (the nearest is named), or not taken.
+        InputError: a keyword is not known (the nearest is named), or not taken.
     """
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     named = {p.name for taker in takers for p in inspect.signature(taker).parameters.values() if p.kind in kinds}
@@ -241,9 +236,9 @@ def require_keywords(
     known = sorted((named | set(more)) - set(own) - set(reasons))
     for name in given:
         if name in reasons:
-            raise error(f"{verb} takes no {name}=: {reasons[name]}.")
+            raise InputError(f"{verb} takes no {name}=: {reasons[name]}.")
         if name not in known:
-            raise error(unknown(f"keyword of {verb}", name, known))
+            raise InputError(unknown(f"keyword of {verb}", name, known))
 
 
 def called(verb: str, function: Callable[..., Any], *given: object, **options: object) -> Any:

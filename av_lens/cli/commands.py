@@ -29,13 +29,11 @@ HowMany = Annotated[int, typer.Option(help="How many conflicts; below 120 the re
 DemoQuick = Annotated[bool, typer.Option("--quick/--whole", help="Leave out robustness and pairs, or nothing.")]
 Pairs = Annotated[Path, typer.Argument(help="The manifest: one conflict a line, as jsonl.")]
 Out = Annotated[Path, typer.Option(help="The folder for the report, the figures and the numbers.")]
-Gate = Annotated[
-    str, typer.Option(help="stop: end where there is nothing to explain; report: go on, stamp every page.")
-]
+_GATE = typer.Option(help="stop: end where there is nothing to explain; report: go on, stamp every page.")
+Gate = Annotated[str, _GATE]
 Layout = Annotated[str, typer.Option(help="in_video (sound woven into the video) or separate.")]
-Sites = Annotated[
-    str, typer.Option(help="Where heads are edited: suffix, generation, audio, sinks; several by commas.")
-]
+_SITES = typer.Option(help="Where heads are edited: suffix, generation, audio, sinks; several by commas.")
+Sites = Annotated[str, _SITES]
 Limit = Annotated[int | None, typer.Option(help="Use only the first so many conflicts of the manifest.")]
 Budget = Annotated[float | None, typer.Option(help="Stop after so many minutes; the same command goes on from there.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Leave out robustness and pairs of heads; the report says so.")]
@@ -241,10 +239,7 @@ def plant(
     truth = json.loads((written / TRUTH).read_text(encoding="utf-8"))
     figures = ("adds", "direct_share", "reads_picture", "reads_sound")
     headings = ["layer", "head", "kind", "adds", "direct share", "reads picture", "reads sound"]
-    rows = [
-        (head["layer"], head["head"], head["kind"], *(f"{head[name]:.2f}" for name in figures))
-        for head in truth["heads"]
-    ]
+    rows = [(h["layer"], h["head"], h["kind"], *(f"{h[name]:.2f}" for name in figures)) for h in truth["heads"]]
     rows += [(str(decoy["layer"]), str(decoy["head"]), "decoy", *4 * ("",)) for decoy in truth["decoys"]]
     console.OUT.print(console.table(headings, rows, right=headings[3:]))
     console.OUT.print(f"what is new: {truth['shown']:.3f}; the rest, at the least: {truth['kept']:.3f}", markup=False)
@@ -260,7 +255,7 @@ def _absent(choice: str) -> str | None:
 
 
 def _load(model: str, *, device: str | None, dtype: str | None) -> Any:
-    with console.waiting(f"loading {model} ..."):
+    with console.OUT.status(f"loading {model} ..."):
         import torch
 
         from av_lens.model import load

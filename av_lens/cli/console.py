@@ -73,6 +73,12 @@ def table(
     return made
 
 
+def show(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
+    """Print a blank line and a table whose first column is names and whose others are numbers."""
+    OUT.print()
+    OUT.print(table(columns, rows, title=title, right=columns[1:]))
+
+
 def cell(value: Any) -> str:
     """Say a value in a table's cell: three figures for a float, a dash for what was not measured.
 
@@ -91,18 +97,6 @@ def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return escape(str(value))
-
-
-def waiting(text: str) -> Any:
-    """Show a spinner with a few words while something without a bar runs.
-
-    Args:
-        text: what is being waited for.
-
-    Returns:
-        A context manager.
-    """
-    return OUT.status(text)
 
 
 def quiet_loading() -> None:

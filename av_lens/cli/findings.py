@@ -41,17 +41,12 @@ def head_table(found: Any, *, rows: int = 12) -> Any:
     Returns:
         A rich table, largest effect first; effects in logits, on the held-out half.
     """
-    names = ["head", "role", "donor", "effect", "low", "high", "of G", "direct share", "q", "confirmed"]
+    right = ("effect", "low", "high", "of G", "direct share", "q")
+    names = ["head", "role", "donor", *right, "confirmed"]
+    columns = ("effect", "low", "high", "share", "direct_share", "q")
     shown = [
-        (
-            f"L{r['layer']} H{r['head']}",
-            r["role"],
-            r["donor"],
-            *(float(r[column]) for column in ("effect", "low", "high", "share", "direct_share", "q")),
-            bool(r["confirmed"]),
-        )
+        (f"L{r['layer']} H{r['head']}", r["role"], r["donor"], *(float(r[c]) for c in columns), bool(r["confirmed"]))
         for r in found.heads.head(rows).to_dict("records")
     ]
-    right = ("effect", "low", "high", "of G", "direct share", "q")
     title = f"named heads, largest effect first ({len(shown)} of {len(found.heads)}; effects in logits, held out)"
     return console.table(names, shown, title=title, right=right)

@@ -28,10 +28,8 @@ BenchOut = Annotated[Path | None, typer.Option(help="Also write the record to th
 Size = Annotated[str, typer.Option(help="3B or 7B.")]
 Fewest = Annotated[int, typer.Option(help="How many conflicts are cut from the recording; 40 at least.")]
 Docs = Annotated[Path | None, typer.Option(help="Fill benchmarks.md and benchmarks.json in this folder.")]
-Planted = Annotated[
-    list[str] | None,
-    typer.Argument(help="Folders or short names; left out: all that are shipped, and the balanced one."),
-]
+_PLANTED = typer.Argument(help="Folders or short names; left out: all that are shipped, and the balanced one.")
+Planted = Annotated[list[str] | None, _PLANTED]
 PlantsOut = Annotated[Path, typer.Option(help="The folder to write; models that are scored in it are kept.")]
 Make = Annotated[int, typer.Option(help="Plant so many fresh models first, kind after kind.")]
 PlantsNumber = Annotated[int, typer.Option(help="How many conflicts every model is tested on; at least 40.")]
@@ -73,8 +71,7 @@ def bench(
             continue
         console.OUT.print(replay_tables.header_line(found), markup=False, soft_wrap=True)
         for headings, rows in replay_tables.tables(found):
-            console.OUT.print()
-            console.OUT.print(console.table(headings, rows, right=headings[1:]))
+            console.show(headings, rows)
     if out is not None:
         write_whole(out, json.dumps(record, indent=1) + "\n")
         console.say_path(out)
@@ -102,8 +99,7 @@ def plantbench(
         bench = run_plantbench(models or None, out=out, progress=bars, **options)
     record = plantbench_pages.record_of(bench)
     for title, (headings, rows) in plantbench_pages.tables(record["models"], record["criteria"]["must"]):
-        console.OUT.print()
-        console.OUT.print(console.table(headings, rows, title=title, right=headings[1:]))
+        console.show(headings, rows, title=title)
     if bench.missing:
         console.OUT.print(f"\nleft for later: {', '.join(bench.missing)}; the same command goes on.", markup=False)
     if docs is not None:
@@ -145,8 +141,7 @@ def seeds(
     with console.bars() as bars:
         record = study.run_seeds(models or ["av-tiny"], out=out, conflicts=conflicts, seed=seed, progress=bars)
     for headings, rows in study.tables(record):
-        console.OUT.print()
-        console.OUT.print(console.table(headings, rows, right=headings[1:]))
+        console.show(headings, rows)
     if docs is not None:
         console.say_path(study.store(record, docs))
     console.say_path(out)

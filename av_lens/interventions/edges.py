@@ -134,13 +134,11 @@ class BoundCut(Brief):
         rows = self.queries.local(offset, n_query, self.n_prompt)
         if rows is None:
             return None
-        keys = torch.zeros(n_key, dtype=torch.bool)
+        heads, queries, keys = (torch.zeros(n, dtype=torch.bool) for n in (n_heads, n_query, n_key))
         keys[list(self.keys.index)] = True
         if self.keys.decode:
             keys[self.n_prompt :] = True
-        heads = torch.zeros(n_heads, dtype=torch.bool)
         heads[slice(None) if self.edit.heads is None else list(self.edit.heads)] = True
-        queries = torch.zeros(n_query, dtype=torch.bool)
         queries[rows] = True
         return heads[:, None, None] & queries[None, :, None] & keys[None, None, :]
 

@@ -62,12 +62,9 @@ class Node:
     @property
     def label(self) -> str:
         """The end as one would write it."""
-        if self.kind in ("logits", "total"):
-            return self.kind
-        if self.kind == "embed":
-            return f"embed {self.span_name}"
-        if self.kind == "mlp":
-            return f"L{self.layer} mlp"
+        plain = {"logits": "logits", "total": "total", "embed": f"embed {self.span_name}", "mlp": f"L{self.layer} mlp"}
+        if self.kind in plain:
+            return plain[self.kind]
         name = f"L{self.layer}{'KV' if self.kind == 'kv' else 'H'}{self.index}"
         return f"{name}.{self.input}" if self.input else name
 
@@ -223,10 +220,8 @@ def _node(given: tuple[Any, ...], what: str, forms: str) -> Node:
     match given:
         case (int(layer), "mlp"):
             return Node("mlp", layer)
-        case ("embed", str(role)):
-            return Node("embed", span=role, span_name=role)
         case ("embed", span):
-            return Node("embed", span=span, span_name="span")
+            return Node("embed", span=span, span_name=span if isinstance(span, str) else "span")
         case (int(layer), int(head)):
             return Node("head", layer, head)
         case (int(layer), int(head), str(name)) if name in INPUTS:
@@ -241,8 +236,7 @@ def _written(word: str, what: str, forms: str, every: Mapping[str, Sequence[Node
     if word == "logits":
         return Node("logits")
     if word.startswith("embed "):
-        role = word.removeprefix("embed ").strip()
-        return Node("embed", span=role, span_name=role)
+        return _node(("embed", word.removeprefix("embed ").strip()), what, forms)
     if found := _MLP.fullmatch(word):
         return Node("mlp", int(found[1]))
     if found := _HEAD.fullmatch(word):

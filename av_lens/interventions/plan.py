@@ -85,15 +85,9 @@ class Plan(Brief):
         Raises:
             InterventionError: an edit does not fit the model or the input.
         """
-        steps: list[Step] = []
-        for number, edit in enumerate(self.edits):
-            steps.extend(_steps_of(number, edit, spec, spans, batch))
-        return CompiledPlan(
-            tuple(steps),
-            n_prompt=len(spans),
-            first_layer=self.first_layer,
-            first_position=self.first_position(spans),
-        )
+        made = (_steps_of(number, edit, spec, spans, batch) for number, edit in enumerate(self.edits))
+        steps = tuple(step for steps in made for step in steps)
+        return CompiledPlan(steps, len(spans), self.first_layer, self.first_position(spans))
 
     def save(self, path: str | Path, *, model: Any, note: str = "") -> Path:
         """Save the plan as json, its tensors beside it as safetensors.
@@ -205,9 +199,9 @@ class CompiledPlan(Brief):
             del hook
             new = activation.clone()
             view = new.transpose(1, 2) if site.heads_first and not edges else new
-            offset = self._offset(name, activation.shape[2] if edges else view.shape[1])
+            offset = self._offset(name, view.shape[2 if edges else 1])
             if edges:
-                offset = activation.shape[3] - activation.shape[2]
+                offset = view.shape[3] - view.shape[2]
             for step in steps:
                 step(view, offset)
             return new
@@ -295,9 +289,5 @@ def _steps_of_cut(number: int, bound: BoundCut, layer: int) -> list[Step]:
             pattern.masked_fill_(mask.to(pattern.device)[None], 0.0)
         return mask is not None
 
-    if bound.edit.renormalize:
-        return [
-            Step(number, "scores", layer, before, prompt, decode),
-            Step(number, "pattern", layer, after, prompt, decode),
-        ]
-    return [Step(number, "pattern", layer, weights, prompt, decode)]
+    acts = {"scores": before, "pattern": after} if bound.edit.renormalize else {"pattern": weights}
+    return [Step(number, component, layer, act, prompt, decode) for component, act in acts.items()]

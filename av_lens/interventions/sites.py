@@ -84,16 +84,10 @@ class Positions:
         """
         if offset >= n_prompt:
             return slice(0, length) if self.decode else None
-        if not self.index or self.index[0] < offset or self.index[-1] >= offset + length:
-            inside = [p - offset for p in self.index if offset <= p < offset + length]
-            return _as_rows(inside) if inside else None
-        return _as_rows([p - offset for p in self.index])
-
-
-def _as_rows(rows: list[int]) -> slice | torch.Tensor:
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows)
+        rows = [p - offset for p in self.index if offset <= p < offset + length]
+        if not rows:
+            return None
+        return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else torch.tensor(rows)
 
 
 def resolve_positions(positions: Any, spans: SpanMap, *, what: str = "site") -> Positions:
@@ -114,17 +108,10 @@ def resolve_positions(positions: Any, spans: SpanMap, *, what: str = "site") -> 
     n = len(spans)
     if positions is None:
         return Positions(tuple(range(n)), decode=True, everything=True)
-    decode = False
-    if isinstance(positions, str):
-        found: set[int] = set()
-        for role in positions.split("|"):
-            role = role.strip()
-            decode = decode or role == "generated"
-            found.update(int(p) for p in spans[role].positions)
-        index = tuple(sorted(found))
-    else:
-        raw = getattr(positions, "positions", positions)
-        index = tuple(sorted({int(p) for p in raw}))
+    named = positions.split("|") if isinstance(positions, str) else []
+    decode = "generated" in map(str.strip, named)
+    raw = spans[positions] if isinstance(positions, str) else positions
+    index = tuple(sorted({int(p) for p in getattr(raw, "positions", raw)}))
     if not index and not decode:
         raise InterventionError(
             f"the {what} names no position ({positions!r}): this input has none there. "

@@ -34,7 +34,9 @@ def prepared(
     Raises:
         MediaError: one of them is not what it should be.
     """
-    sound = None if waveform is None else as_sound(as_array("waveform", waveform))
+    sound = None if waveform is None else as_array("waveform", waveform)
+    if sound is not None:  # a copy, float64 as float32; anything else is left for the check to refuse
+        sound = sound.astype(np.float32) if sound.dtype.kind == "f" else sound.copy()
     check_sound(sound, rate)
     if frames is None:
         if times is not None or fps is not None:
@@ -70,19 +72,6 @@ def as_array(name: str, values: object) -> np.ndarray:
         raise MediaError(
             f"{name}= cannot be made an array of numbers, found {kind}: {str(error).rstrip('.')}."
         ) from error
-
-
-def as_sound(waveform: np.ndarray) -> np.ndarray:
-    """Copy a waveform, float64 as float32; anything else is left for `check_sound` to refuse.
-
-    Args:
-        waveform: float [sample].
-
-    Returns:
-        A copy.
-    """
-    array = np.asarray(waveform)
-    return array.astype(np.float32) if array.dtype.kind == "f" else array.copy()
 
 
 def frame_times(frames: np.ndarray, times: object, fps: float | None) -> Float64[np.ndarray, " time"]:

@@ -78,16 +78,7 @@ def foreign_errors() -> tuple[type[BaseException], ...]:
     """List what reading or writing foreign media may raise: PyAV's tree, the system's, and numbers out of range."""
     from av.error import FFmpegError
 
-    return (
-        FFmpegError,
-        OSError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        MemoryError,
-        TypeError,
-        RuntimeError,
-    )
+    return (FFmpegError, OSError, ValueError, ArithmeticError, LookupError, MemoryError, TypeError, RuntimeError)
 
 
 @contextmanager
@@ -146,10 +137,8 @@ def regular_file(path: str | os.PathLike[str]) -> tuple[str, int]:
         text = os.fsdecode(path)
         found = os.stat(text)
     except FileNotFoundError as error:
-        if "://" in os.fsdecode(path):
-            raise MediaError(
-                f"{os.fsdecode(path)} is an address, not a file: download it first, then give its path."
-            ) from error
+        if "://" in (given := os.fsdecode(path)):
+            raise MediaError(f"{given} is an address, not a file: download it first, then give its path.") from error
         near = os.path.dirname(os.path.abspath(os.fspath(path)))
         hint = "check its spelling" if os.path.isdir(near) else f"the folder {near} does not exist either"
         raise MediaError(f"no media file at {os.fspath(path)}: {hint}.") from error
@@ -166,16 +155,14 @@ def regular_file(path: str | os.PathLike[str]) -> tuple[str, int]:
 
 def _no_path(given: object) -> str:
     """Say what to do with bytes, file objects, arrays and whatever else is no path."""
-    kind = type(given).__name__
+    kind, mend = type(given).__name__, "give a string or a pathlib.Path"
     if isinstance(given, bytes | bytearray | memoryview):
-        found, mend = f"{len(given)} {kind}", "write them to a file first"
+        kind, mend = f"{len(given)} {kind}", "write them to a file first"
     elif hasattr(given, "read"):
-        found, mend = f"an open {kind}", "give its path, or write it to a file first"
+        kind, mend = f"an open {kind}", "give its path, or write it to a file first"
     elif hasattr(given, "shape"):
-        found, mend = kind, "make a clip of arrays by Clip.from_arrays()"
-    else:
-        found, mend = kind, "give a string or a pathlib.Path"
-    return f"a medium is named by the path of its file, found {found}: {mend}."
+        mend = "make a clip of arrays by Clip.from_arrays()"
+    return f"a medium is named by the path of its file, found {kind}: {mend}."
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -151,9 +152,8 @@ def choose_streams(path: str, container: Any, wanted: Mapping[str, int] | None =
 
 
 def _asked(path: str, kind: str, streams: list[Any], index: int) -> Any:
-    for stream in streams:
-        if stream.index == index:
-            return stream
+    if found := [stream for stream in streams if stream.index == index]:
+        return found[0]
     there = ", ".join(map(_named, streams)) or "none"
     raise MediaError(f"stream={{{kind!r}: {index}}} is no {kind} of {path} that can be decoded; there: {there}.")
 
@@ -228,15 +228,14 @@ def read_facts(path: str, container: Any, picture: Any, sound: Any) -> MediaFact
     chained = name == "ogg" and promises.is_chained(path)
     if chained and picture is not None:
         raise MediaError(f"{path} is several films one after the other (a chained Ogg): cut them apart.")
-    starts = [
-        s.start_time * s.time_base
+    starts = {
+        s.type: s.start_time * s.time_base
         for s in (picture, sound)
         if s is not None and s.start_time is not None and s.time_base
-    ]
-    earliest, kinds = min(starts, default=Fraction(0)), _kinds(name)
+    }
+    earliest, kinds = min(starts.values(), default=Fraction(0)), _kinds(name)
     zero = Fraction(0) if kinds & _ABSOLUTE and earliest <= _LATEST_START else earliest
-    if picture is not None and picture.start_time is not None and picture.time_base:
-        zero = min(zero, picture.start_time * picture.time_base)
+    zero = min(zero, starts.get("video", zero))
     still = is_image_format(name) or container.metadata.get("major_brand") in _STILL_BRANDS
     seconds = math.nan
     guessed = chained or name in _GUESSED or (name == "mp3" and not promises.counts_its_frames(path))
@@ -244,11 +243,9 @@ def read_facts(path: str, container: Any, picture: Any, sound: Any) -> MediaFact
         begins = 0 if kinds & _FROM_ZERO else container.start_time or 0
         seconds = float(Fraction(container.duration + begins, 1_000_000) - zero)
     rate = (picture.average_rate or picture.guessed_rate) if picture is not None else None
-    return MediaFacts(
-        path, name, seconds if seconds > 0 else math.nan,
-        picture.width if picture is not None else 0, picture.height if picture is not None else 0,
-        float(rate) if rate else math.nan, sound.rate if sound is not None else 0, zero, still, chained,
-    )  # fmt: skip
+    size = (0, 0) if picture is None else (picture.width, picture.height)
+    rates = (float(rate) if rate else math.nan, sound.rate if sound is not None else 0)
+    return MediaFacts(path, name, seconds if seconds > 0 else math.nan, *size, *rates, zero, still, chained)
 
 
 def promised_end(facts: MediaFacts, taken: list[Any]) -> float:
@@ -305,10 +302,6 @@ def true_size(container: Any) -> tuple[int, int] | None:
     Returns:
         Width and height in pixels, or None.
     """
-    comment = container.metadata.get("comment", "")
-    if not comment.startswith(CROP_MARK):
-        return None
-    width, _, height = comment.removeprefix(CROP_MARK).partition("x")
-    return (
-        (int(width), int(height)) if width.isdecimal() and height.isdecimal() and int(width) and int(height) else None
-    )
+    found = re.fullmatch(rf"{CROP_MARK}(\d+)x(\d+)", container.metadata.get("comment", ""))
+    size = (int(found[1]), int(found[2])) if found else (0, 0)
+    return size if all(size) else None

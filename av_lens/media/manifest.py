@@ -89,15 +89,13 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
             found.append(_entry(manifest, row, number))
         faults += [f"line {number}: {fault}" for fault in wrong]
     if faults:
-        shown = faults[:_MOST_SHOWN] + (
-            [f"... and {len(faults) - _MOST_SHOWN} more"] if len(faults) > _MOST_SHOWN else []
-        )
+        more = [f"... and {len(faults) - _MOST_SHOWN} more"] if len(faults) > _MOST_SHOWN else []
         many = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
-        raise ManifestError(f"{manifest} has {many}; nothing was run:\n  " + "\n  ".join(shown))
+        told = "\n  ".join(faults[:_MOST_SHOWN] + more)
+        raise ManifestError(f"{manifest} has {many}; nothing was run:\n  {told}")
     if not found:
-        raise ManifestError(
-            f'{manifest} holds no conflict: one json object per line, {{"sound": ..., "picture": ..., ...}}'
-        )
+        form = '{"sound": ..., "picture": ..., ...}'
+        raise ManifestError(f"{manifest} holds no conflict: one json object per line, {form}")
     return found
 
 
@@ -211,10 +209,8 @@ def _probed(name: str, clip: ClipFile, probes: dict[ClipFile, tuple[str, ...]]) 
         except MediaError as error:
             probes[clip] = (str(error),)
         else:
-            missing = [
-                what for what, there in (("audio stream", facts.has_sound), ("picture", facts.has_picture)) if not there
-            ]
-            probes[clip] = tuple(f"{clip.path} has no {what}" for what in missing)
+            there = {"audio stream": facts.has_sound, "picture": facts.has_picture}
+            probes[clip] = tuple(f"{clip.path} has no {what}" for what in there if not there[what])
     return [f"{name}: {fault}" for fault in probes[clip]]
 
 

@@ -124,8 +124,7 @@ class Pictures:
             return
         if self._held is not None:
             # Wanted times up to the middle between the held frame and this one are nearest to the held one.
-            reached = ((self._held[0] + time) / 2 - self.start) // self.step + 1
-            self._settle(reached)
+            self._settle(((self._held[0] + time) / 2 - self.start) // self.step + 1)
         self._held = (time, frame)
 
     def _settle(self, reached: int) -> None:
@@ -152,15 +151,9 @@ class Pictures:
     def _rgb(self, frame: Any, height: int, width: int) -> np.ndarray:
         if (height, width) != (frame.height, frame.width):
             self._note(f"the picture changes size; scaled to its first, {width}x{height}")
-        rgba = self._reformatter.reformat(
-            frame,
-            width=width,
-            height=height,
-            format="rgba" if self._transparent else "rgb24",
-            interpolation=self._interpolation,
-            threads=1,
-        )
-        picture = rgba.to_ndarray()
+        look: dict[str, Any] = {"format": "rgba" if self._transparent else "rgb24", "threads": 1}
+        look |= {"width": width, "height": height, "interpolation": self._interpolation}
+        picture = self._reformatter.reformat(frame, **look).to_ndarray()
         if self._transparent and picture[..., 3].min() < 255:
             self._note("its transparency is left out; the colours below it are shown")
         return picture[..., :3]

@@ -76,14 +76,12 @@ class Sounds:
         rate = frame.sample_rate
         if not self.rate:
             if not _RATES[0] <= rate <= _RATES[1]:
-                raise MediaError(
-                    f"{self.path}: a sound of {rate} samples a second is damage, not sound: write it anew."
-                )
+                absurd = f"a sound of {rate} samples a second is damage, not sound"
+                raise MediaError(f"{self.path}: {absurd}: write it anew.")
             self.rate = rate
         if rate != self.rate:
-            raise MediaError(
-                f"{self.path}: the sound's rate changes from {self.rate} to {rate} Hz on the way: convert it to one."
-            )
+            changes = f"the sound's rate changes from {self.rate} to {rate} Hz on the way"
+            raise MediaError(f"{self.path}: {changes}: convert it to one.")
         time = self._time(frame)
         early = time + frame.samples / rate < self.start - 2 * _MARGIN
         if early and self.first_time is None and not self.facts.is_timed_by_count:
@@ -95,8 +93,7 @@ class Sounds:
         elif frame.time_base and frame.time_base * rate > 1 and not self._repairs:
             self._tick = float(frame.time_base)
             self._drifts.append(time - self._reached)
-        mono = self._placed(mono, time)
-        self._append(mono)
+        self._append(self._placed(mono, time))
         self.done = self._reached >= self.end + _MARGIN or self._reached >= self.stream_end
 
     def _packed(self, frame: Any) -> Any:
@@ -165,9 +162,8 @@ class Sounds:
             raise MediaError(f"{self.path}: the sound holds NaN or infinity: it is damaged; write it anew.")
         stop = min(self.end, self.stream_end)
         if self._repairs:
-            self.notes.append(
-                f"{self._repairs} holes or overlaps in the sound's time stamps were filled with silence or cut"
-            )
+            repaired = "holes or overlaps in the sound's time stamps were filled with silence or cut"
+            self.notes.append(f"{self._repairs} {repaired}")
         most = max(self._channels)
         if most > 1:
             self.notes.append(f"{most} channels of sound are averaged into one")

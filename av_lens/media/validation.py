@@ -35,9 +35,8 @@ def check_picture(frames: object, times: object) -> None:
     if len(times) != len(frames):
         raise MediaError(f"each frame needs one time, found {len(frames)} frames and {len(times)} times.")
     if not np.isfinite(times).all():
-        raise MediaError(
-            f"times must be finite, found {times[~np.isfinite(times)][0]} at frame {_first(~np.isfinite(times))}."
-        )
+        k = _first(~np.isfinite(times))
+        raise MediaError(f"times must be finite, found {times[k]} at frame {k}.")
     if times[0] < 0:
         raise MediaError(
             f"times count from the clip's start and cannot be negative, found {times[0]:g} s: subtract it."
@@ -64,9 +63,8 @@ def check_sound(waveform: object, rate: object) -> None:
     if waveform is None:
         return
     if not isinstance(waveform, np.ndarray) or waveform.dtype != np.float32:
-        hint = (
-            " (for int16, divide by 32768)" if isinstance(waveform, np.ndarray) and waveform.dtype.kind in "iu" else ""
-        )
+        whole = isinstance(waveform, np.ndarray) and waveform.dtype.kind in "iu"
+        hint = " (for int16, divide by 32768)" if whole else ""
         raise MediaError(
             f"the waveform must be a float32 NumPy array [sample] in [-1, 1], found {_what(waveform)}{hint}."
         )
@@ -76,9 +74,8 @@ def check_sound(waveform: object, rate: object) -> None:
         raise MediaError("the waveform is empty: leave it out (waveform=None) for pictures alone.")
     peak = float(np.max(np.abs(waveform)))
     if not math.isfinite(peak):
-        raise MediaError(
-            f"the waveform must be finite, found NaN or infinity at sample {_first(~np.isfinite(waveform))}."
-        )
+        k = _first(~np.isfinite(waveform))
+        raise MediaError(f"the waveform must be finite, found NaN or infinity at sample {k}.")
     if peak > 1.0:
         raise MediaError(
             f"the waveform must lie in [-1, 1], found a peak of {peak:g}: scale it down, or clip it on purpose."

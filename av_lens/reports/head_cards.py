@@ -7,16 +7,10 @@ from typing import Any
 from av_lens.reports.words import MISSING, number, percent
 
 LEAST_SHARE, LEAST_PATH, MOST_RECEIVERS = 0.05, 0.01, 3
+_FIGURES = ("writes, sound's - picture's", "pattern driven by queries", "directly")
 COLUMNS = (
-    ("head", False),
-    ("looks at, in va", False),
-    ("with nothing to see", False),
-    ("writes, sound's - picture's", True),
-    ("pattern driven by queries", True),
-    ("directly", True),
-    ("through queries", True),
-    ("through keys", True),
-    ("through values", True),
+    *((name, False) for name in ("head", "looks at, in va", "with nothing to see")),
+    *((name, True) for name in (*_FIGURES, "through queries", "through keys", "through values")),
     ("most through", False),
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import pandas as pd
 
 from av_lens.errors import InputError
 from av_lens.media import Clip, load_clip
+from av_lens.media.html import data_uri
 
 MEBIBYTE = 1 << 20
 
@@ -106,12 +106,8 @@ def gallery(
         if spent > budget_mb:
             break
         words = (str(row[name]) for name in ("id", "sound_answer", "picture_answer", "says", "half"))
-        cards.append(Card(*words, source=_uri("video/mp4", data), poster=_poster(clip), size=len(data)))
+        cards.append(Card(*words, source=data_uri("video/mp4", data), poster=_poster(clip), size=len(data)))
     return tuple(cards)
-
-
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64," + base64.b64encode(data).decode("ascii")
 
 
 def _poster(clip: Clip, *, side: int = 360) -> str:
@@ -124,4 +120,4 @@ def _poster(clip: Clip, *, side: int = 360) -> str:
     frame.thumbnail((side, side))
     kept = io.BytesIO()
     frame.save(kept, format="JPEG", quality=88)
-    return _uri("image/jpeg", kept.getvalue())
+    return data_uri("image/jpeg", kept.getvalue())

@@ -85,13 +85,12 @@ def cell_meaning(cell: str) -> str:
     return f"{meaning}; asked what is seen" if cell.endswith(_SEE) else meaning
 
 
-def number(value: Any, *, sign: bool = False, digits: int = 3) -> str:
-    """Say a number with a few decimals.
+def number(value: Any, *, sign: bool = False) -> str:
+    """Say a number with three decimals below 0.1, two up to 10, one from 10 up.
 
     Args:
         value: a number; NaN or None where not measured.
         sign: write a plus before a positive one.
-        digits: decimals of a number below 0.1; one fewer up to 10, one from 10 up.
 
     Returns:
         Its text, with a real minus sign.
@@ -103,14 +102,9 @@ def number(value: Any, *, sign: bool = False, digits: int = 3) -> str:
     if math.isnan(value):
         return MISSING
     if isinstance(value, int):
-        return f"{value:+d}".replace("-", "−") if sign else f"{value:d}".replace("-", "−")
+        return f"{value:{'+' if sign else ''}d}".replace("-", "−")
     size = abs(value)
-    if size >= 10:
-        text = f"{value:.1f}"
-    elif size >= 0.1 or size == 0:
-        text = f"{value:.{digits - 1}f}"
-    else:
-        text = f"{value:.{digits}f}"
+    text = f"{value:.{1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 3}f}"
     if float(text) == 0:
         text = text.lstrip("-")
     text = "+" + text if sign and float(text) > 0 else text

@@ -24,7 +24,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float
 
-from av_lens.results.statistics import FEWEST_CLIPS, Bootstrap, Interval
+from av_lens.results.statistics import FEWEST_CLIPS, Bootstrap, Interval, interval
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _TAILS = (2.5, 97.5)
@@ -59,8 +59,7 @@ class Scale:
     @cached_property
     def span(self) -> tuple[float, float, float]:
         """m(whole) - m(empty), and its interval."""
-        found = self.boot.mean(self.whole - self.bare)
-        return float(found.value), float(found.low), float(found.high)
+        return interval(self.boot, self.whole - self.bare)
 
     @property
     def usable(self) -> bool:

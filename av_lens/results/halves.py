@@ -25,10 +25,12 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from av_lens.errors import InputError
+from av_lens.results.provenance import linked
 
 DISCOVERY, CONFIRMATION, LOST = "discovery", "confirmation", "lost"
 LARGEST_SHARE = 0.4
@@ -92,25 +94,14 @@ def components(edges: Mapping[int, tuple[str, str]]) -> list[list[int]]:
     Returns:
         The edge numbers of each component, in order of each one's first edge.
     """
-    parent: dict[str, str] = {}
-
-    def root(node: str) -> str:
-        parent.setdefault(node, node)
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for one, two in edges.values():
-        parent[root(one)] = root(two)
-    groups: dict[str, list[int]] = defaultdict(list)
-    for number, (one, _) in edges.items():
-        groups[root(one)].append(number)
+    groups: dict[int, list[int]] = defaultdict(list)
+    for number, group in zip(edges, linked(list(edges.values())), strict=True):
+        groups[group].append(number)
     return list(groups.values())
 
 
 def bridges(edges: Mapping[int, tuple[str, str]]) -> set[int]:
-    """Find the edges whose removal parts a connected component (Tarjan's low-link, iterative; parallel edges are none).
+    """Find the edges whose removal parts a connected component (parallel edges and loops are none).
 
     Args:
         edges: edge number -> the two nodes that it joins.
@@ -118,36 +109,11 @@ def bridges(edges: Mapping[int, tuple[str, str]]) -> set[int]:
     Returns:
         The numbers of the bridges.
     """
-    beside: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    for number, (one, two) in edges.items():
-        beside[one].append((two, number))
-        beside[two].append((one, number))
-    seen: dict[str, int] = {}
-    low: dict[str, int] = {}
-    found: set[int] = set()
-    for start in beside:
-        if start in seen:
-            continue
-        seen[start] = low[start] = len(seen)
-        stack = [(start, -1, iter(beside[start]))]
-        while stack:
-            node, came_by, rest = stack[-1]
-            step = next(rest, None)
-            if step is None:
-                stack.pop()
-                if stack:
-                    above = stack[-1][0]
-                    low[above] = min(low[above], low[node])
-                    if low[node] > seen[above]:
-                        found.add(came_by)
-            elif step[1] != came_by:
-                there, number = step
-                if there in seen:
-                    low[node] = min(low[node], seen[there])
-                else:
-                    seen[there] = low[there] = len(seen)
-                    stack.append((there, number, iter(beside[there])))
-    return found
+    import networkx
+
+    graph: Any = networkx.MultiGraph()
+    graph.add_edges_from((one, two, number) for number, (one, two) in edges.items())
+    return {number for one, two in networkx.bridges(graph) if one != two for number in graph[one][two]}
 
 
 def _part_large_ones(edges: dict[int, tuple[str, str]], order: Mapping[int, str]) -> list[list[int]]:

@@ -15,8 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -26,11 +25,9 @@ from jaxtyping import Float, Int
 from av_lens.checks import called, parse_json, require_at_least, require_choice
 from av_lens.errors import InputError
 from av_lens.results.grid import Grid
-from av_lens.results.netcdf import named, opened, plain_json, words, write_netcdf
-from av_lens.results.provenance import as_text
+from av_lens.results.netcdf import Saved, plain_json, words
 from av_lens.upstairs import upstairs
 
-SCHEMA_VERSION = 1
 OTHERS, EXCESS, SAID = "others", "excess", "said"
 _READ, _TOP = ("example", "word", "layer", "pos"), ("example", "layer", "pos", "place")
 _DIMS: dict[str, tuple[str, ...]] = {
@@ -45,7 +42,7 @@ _DIMS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LensReadout:
+class LensReadout(Saved):
     """What a logit lens read.
 
     Attributes:
@@ -59,6 +56,7 @@ class LensReadout:
         said: whether the first word is the model's answer, `[example]`; NaN without words.
     """
 
+    kind: ClassVar[str] = "a saved readout"
     ranks: Grid
     probabilities: Grid
     top_ids: Int[np.ndarray, "example layer pos place"]
@@ -154,16 +152,12 @@ class LensReadout:
         plots: Any = upstairs("plots")
         return called("plot", plots.layers, self.best(), **options)
 
-    def save(self, path: str | Path) -> Path:
-        """Save the readout as netCDF.
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How it was made."""
+        return self.ranks.provenance
 
-        Args:
-            path: the file; ".nc" is added where it has no ending.
-
-        Returns:
-            The file that was written.
-        """
-        target = named(path)
+    def _data(self) -> xr.Dataset:
         data = {
             "top_ids": self.top_ids.astype(np.int32),
             "top_probabilities": self.top_probabilities,
@@ -175,41 +169,18 @@ class LensReadout:
         }
         axes = {name: self.ranks.values.coords[name].values for name in ("layer", "pos")}
         attributes = {
-            "schema": "av_lens.LensReadout",
-            "schema_version": SCHEMA_VERSION,
             "direction": self.ranks.direction,
             "words": json.dumps(self.ranks.values.coords["word"].values.tolist()),
             "texts": json.dumps({str(token): text for token, text in self.texts.items()}),
-            "provenance": as_text(self.ranks.provenance),
         }
         # netCDF takes an axis without entries for one that grows, so what has none is left out.
         kept = {name: (_DIMS[name], values) for name, values in data.items() if values.size}
-        write_netcdf(xr.Dataset(kept, coords=axes, attrs=attributes), target)
-        return target
+        return xr.Dataset(kept, coords=axes, attrs=attributes)
 
     @classmethod
-    def load(cls, path: str | Path) -> LensReadout:
-        """Open a saved readout.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The readout, equal to the one that was saved.
-
-        Raises:
-            InputError: there is no such file, or it holds no readout of a known version.
-        """
-        with opened(path, "av_lens.LensReadout", SCHEMA_VERSION, what="a saved readout") as data:
-            return cls._made_of(data)
-
-    @classmethod
-    def _made_of(cls, data: xr.Dataset) -> LensReadout:
-        made: dict[str, Any] = {
-            "clusters": data["clusters"].values,
-            "provenance": plain_json(data, "provenance"),
-            **words(data, "direction"),
-        }
+    def _of_data(cls, data: xr.Dataset) -> LensReadout:
+        made: dict[str, Any] = {"clusters": data["clusters"].values, "provenance": plain_json(data, "provenance")}
+        made |= words(data, "direction")
         axes = {"word": np.array(parse_json(str(data.attrs["words"])), dtype=str)}
         axes |= {name: data.coords[name].values for name in ("layer", "pos")}
         sizes = {"example": len(data["said"])} | {name: len(labels) for name, labels in axes.items()}
@@ -229,27 +200,16 @@ class LensReadout:
             raise ValueError(f"its tokens have the shape {top.shape}, its ranks {grids[0].shape}")
         if not {str(token) for token in np.unique(top[top != -1])} <= set(texts):
             raise ValueError("some of its tokens have no text")
+        shares, said = (of(name).astype(np.float64) for name in ("top_probabilities", "said"))
+        ranks, probabilities = readings(grids[0], "rank", **made), readings(grids[1], "probability", **made)
         return cls(
-            readings(grids[0], "rank", **made),
-            readings(grids[1], "probability", **made),
-            top,
-            of("top_probabilities").astype(np.float64),
-            {int(token): str(text) for token, text in texts.items()},
-            best,
-            of("said").astype(np.float64),
+            ranks, probabilities, top, shares, {int(token): str(text) for token, text in texts.items()}, best, said
         )
 
     def _grid(self, values: np.ndarray, axes: Mapping[str, Any], metric: str) -> Grid:
-        return Grid.of(
-            values,
-            axes=axes,
-            baseline=np.zeros(len(values)),
-            clusters=self.ranks.clusters,
-            metric=metric,
-            unit="tokens" if metric == "best rank" else "fraction of clips",
-            direction=self.ranks.direction,
-            provenance=self.ranks.provenance,
-        )
+        unit = "tokens" if metric == "best rank" else "fraction of clips"
+        made = {name: getattr(self.ranks, name) for name in ("clusters", "direction", "provenance")}
+        return Grid.of(values, axes=axes, baseline=np.zeros(len(values)), metric=metric, unit=unit, **made)
 
 
 def _named(k: int, by: str) -> str:
@@ -269,13 +229,7 @@ def readings(values: xr.DataArray, what: str, *, clusters: Any, provenance: Mapp
     Returns:
         The grid.
     """
-    return Grid.of(
-        values.values,
-        axes={name: values.coords[name].values for name in ("word", "layer", "pos")},
-        baseline=np.zeros(len(values)),
-        clusters=clusters,
-        metric=f"logit lens, {what}",
-        unit="tokens" if what == "rank" else "probability",
-        direction=direction,
-        provenance=dict(provenance),
-    )
+    axes = {name: values.coords[name].values for name in ("word", "layer", "pos")}
+    said = {"metric": f"logit lens, {what}", "unit": "tokens" if what == "rank" else "probability"}
+    made: dict[str, Any] = {"clusters": clusters, "direction": direction, "provenance": dict(provenance)}
+    return Grid.of(values.values, axes=axes, baseline=np.zeros(len(values)), **said, **made)

@@ -161,11 +161,8 @@ def held_out(
         rest = [i for i in range(len(labels)) if i not in set(part)]
         known = [labels[i] for i in rest]
         if len(set(known)) > 1:
-            right[list(part)] = [
-                float(a == labels[i])
-                for a, i in zip(LinearProbe.fitted(vectors[rest], known, c=c).predicted(vectors[list(part)]), part,
-                                strict=True)
-            ]  # fmt: skip
+            read = LinearProbe.fitted(vectors[rest], known, c=c).predicted(vectors[list(part)])
+            right[list(part)] = [float(a == labels[i]) for a, i in zip(read, part, strict=True)]
     return right
 
 

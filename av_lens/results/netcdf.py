@@ -1,33 +1,69 @@
-"""Opening what results save as netCDF: one door, which refuses what is not there, damaged, not ours, or too new."""
+"""Results as netCDF files: one door in, which refuses what is not there, damaged, not ours, or too new, and one out."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 import xarray as xr
 
 from av_lens.checks import foreign_file, parse_json, whole_object
 from av_lens.errors import InputError
-from av_lens.results.provenance import plain
+from av_lens.results.provenance import as_text, plain
 from av_lens.whole_files import MOST_BYTES, TIMES, write_whole
 
+Kind = TypeVar("Kind", bound="Saved")
 _KINDS = ("object", "str", "string", "bool", "int64", "int32", "float64", "float32")
 
 
-def named(path: str | Path) -> Path:
-    """Give a file its ending.
+class Saved:
+    """A result that is saved as netCDF, without pickle, with its provenance, its kind and its schema's version."""
 
-    Args:
-        path: the file.
+    kind: ClassVar[str]
+    """What a file of it is, in words, such as "a saved grid"."""
+    schema_version: ClassVar[int] = 1
 
-    Returns:
-        The path, with ".nc" where it has no ending.
-    """
-    return Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
+    def save(self, path: str | Path) -> Path:
+        """Save the result as netCDF.
+
+        Args:
+            path: the file; ".nc" is added where it has no ending.
+
+        Returns:
+            The file that was written.
+        """
+        result: Any = self
+        target = Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
+        says = {"schema": f"av_lens.{type(self).__name__}", "schema_version": self.schema_version}
+        write_netcdf(self._data().assign_attrs(says | {"provenance": as_text(result.provenance)}), target)
+        return target
+
+    @classmethod
+    def load(cls: type[Kind], path: str | Path) -> Kind:
+        """Open what was saved.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The result, equal to the one that was saved.
+
+        Raises:
+            InputError: there is no such file, or it holds no such result of a known version.
+        """
+        with opened(path, f"av_lens.{cls.__name__}", cls.schema_version, what=cls.kind) as data:
+            return cls._of_data(data)
+
+    def _data(self) -> xr.Dataset:
+        """What is stored beside kind, version and provenance."""
+        raise NotImplementedError
+
+    @classmethod
+    def _of_data(cls: type[Kind], data: xr.Dataset) -> Kind:
+        raise NotImplementedError
 
 
 def write_netcdf(data: xr.Dataset | xr.DataArray, path: Path) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -42,10 +43,8 @@ def versions() -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -104,17 +103,15 @@ def linked(groups: Sequence[Iterable[str]]) -> tuple[int, ...]:
     Returns:
         The cluster of each example, counted from 0; an example without sources is a cluster of its own.
     """
-    owner: dict[str, int] = {}
-    parent = list(range(len(groups)))
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for i, group in enumerate(groups):
-        for source in group:
-            parent[root(i)] = root(owner.setdefault(source, i))
-    names: dict[int, int] = {}
-    return tuple(names.setdefault(root(i), len(names)) for i in range(len(groups)))
+    named: dict[str, int] = {}
+    ends = [
+        (i, len(groups) + named.setdefault(source, len(named))) for i, group in enumerate(groups) for source in group
+    ]
+    size = len(groups) + len(named)
+    joined = coo_array((np.ones(len(ends)), np.array(ends, dtype=np.int32).reshape(-1, 2).T), shape=(size, size))
+    order: dict[int, int] = {}
+    labels = connected_components(joined, directed=False)[1][: len(groups)].tolist() if groups else []
+    return tuple(order.setdefault(label, len(order)) for label in labels)

@@ -97,6 +97,12 @@ class Bootstrap:
         counts = rng.multinomial(len(clips), np.full(len(clips), 1 / len(clips)), size=draws).astype(np.float64)
         return cls(counts[:, both[0]] * counts[:, both[1]], "clip", len(clips), both)
 
+    @classmethod
+    def of_clusters(cls, n: int, *, seed: int) -> Bootstrap:
+        """Draw how often each of n clusters is taken, for values that are sums over clusters."""
+        counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS)
+        return cls(counts.astype(np.float64), "cluster", n)
+
     def mean(self, values: np.ndarray, *, level: float = 0.95) -> Interval:
         """Bound a mean over examples.
 
@@ -109,13 +115,16 @@ class Bootstrap:
         """
         return self.ratio(values, np.ones(len(values)), level=level)
 
-    def ratio(self, above: np.ndarray, below: np.ndarray, *, level: float = 0.95) -> Interval:
+    def ratio(
+        self, above: np.ndarray, below: np.ndarray, *, level: float = 0.95, at_once: int | None = None
+    ) -> Interval:
         """Bound a ratio of means, resampled as a ratio.
 
         Args:
             above: `[example, ...]`.
             below: `[example]` or of above's shape.
             level: of the two-sided interval.
+            at_once: how many columns are drawn together; None for as many as memory should hold.
 
         Returns:
             sum(above) / sum(below) and its percentile interval.
@@ -130,7 +139,7 @@ class Bootstrap:
         with np.errstate(invalid="ignore", divide="ignore"):
             out[0] = np.where(known.any(0), top.sum(0) / bottom.sum(0), np.nan)
         tail = 100 * (1 - level) / 2
-        step = max(1, _CHUNK // len(self.weights))
+        step = at_once or max(1, _CHUNK // len(self.weights))
         enough = self._enough(known)
         for start in range(0, top.shape[1] if enough.any() else 0, step):
             part = slice(start, start + step)
@@ -151,10 +160,7 @@ class Bootstrap:
         return np.array([len(np.unique(clips[:, column])) >= FEWEST_CLIPS for column in known.T], dtype=bool)
 
     def derived(
-        self,
-        rule: Callable[..., np.ndarray],
-        *columns: np.ndarray,
-        level: float = 0.95,
+        self, rule: Callable[..., np.ndarray], *columns: np.ndarray, level: float = 0.95
     ) -> tuple[float, float, float]:
         """Bound a figure that is computed from several means, such as |E_V| / (|E_A| + |E_V|).
 
@@ -385,16 +391,3 @@ def smallest_effect(n: int, *, family: int, level: float = 0.05, power: float = 
     if n < 1 or 2.0**-n > level / family:
         return math.inf
     return float((stats.norm.ppf(1 - level / family) + stats.norm.ppf(power)) / math.sqrt(n))
-
-
-def correct_rate(right: np.ndarray) -> tuple[float, float, float]:
-    """Bound an accuracy.
-
-    Args:
-        right: 1 or 0 per item.
-
-    Returns:
-        The rate and its 95% Clopper-Pearson interval.
-    """
-    low, high = clopper_pearson(int(np.sum(right)), len(right))
-    return float(np.mean(right)) if len(right) else float("nan"), low, high

@@ -34,7 +34,6 @@ from av_lens.results.halves import CONFIRMATION, DISCOVERY
 from av_lens.results.tables import RELEASING
 
 MOST_RECEIVERS = 24
-CARRIERS = ("silenced carrier", "sound carrier")
 Row = dict[str, Any]
 
 

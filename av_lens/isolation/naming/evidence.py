@@ -27,7 +27,6 @@ from av_lens.isolation.naming.role_tests import (
     adjust,
     family_size,
     head_means,
-    pick_donors,
     run_tests,
     run_tests_together,
 )
@@ -352,15 +351,3 @@ def chunks_of(bench: Bench, searched: Searched, half: Half, site: str) -> list[C
     for chunk in chunks:
         chunk.means = searched.means[site]
     return chunks
-
-
-def primary_donor(found: Evidence) -> np.ndarray:
-    """Give each head's primary donor.
-
-    Args:
-        found: discovery's evidence.
-
-    Returns:
-        `[layer, head]` of donor names.
-    """
-    return pick_donors(found)
