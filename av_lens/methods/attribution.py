@@ -30,16 +30,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from av_lens.checks import require_choice
 from av_lens.core.activations import heads_first
 from av_lens.core.execution import Run, run
-from av_lens.errors import InputError, unknown
+from av_lens.errors import InputError
 from av_lens.families.hook_names import hook_name
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.interventions import Site
 from av_lens.methods.shared.examples import Examples
-from av_lens.metrics.metric import Metric, as_metric
+from av_lens.methods.shared.frame import Frame
+from av_lens.metrics.metric import Metric
 from av_lens.results.grid import Grid
-from av_lens.results.provenance import stamp
 from av_lens.spans import ROLES
 
 BY = ("head", "layer", "component", "head span", "neuron")
@@ -66,33 +67,20 @@ def direct_attribution(model: Any, x: Any, *, metric: Metric, by: str = "head", 
     Raises:
         InputError: a metric that is not linear in the logits, or an unknown `by`.
     """
-    if by not in BY:
-        raise InputError(unknown("way of sharing", by, BY))
+    require_choice("way of sharing", by, BY)
     examples = Examples.of(model, x)
-    bound = as_metric(metric, model, examples.inputs)
-    linear_answers(bound, len(examples))
-    roles = [role for role in ROLES if any(len(one.spans[role]) for one in examples.inputs)]
-    total = np.full(len(examples), np.nan)
+    frame = Frame.of(model, examples, metric)
+    assert frame.metric is not None
+    linear_answers(frame.metric, len(examples))
+    roles = [role for role in ROLES if any(len(spans[role]) for spans in examples.spans)]
     found: dict[str, np.ndarray] = {}
-    for rows, stacked in examples.stacks(stack):
-        chosen = bound.chosen(rows.tolist()) if bound.n_answers > 1 else bound
-        shares, total[rows] = _shares(model, stacked, chosen, by, roles)
+    for one in examples.stacks(stack):
+        shares, frame.lines[0, one.rows] = _shares(model, one.x, frame.own(one), by, roles)
         for name, share in shares.items():
-            found.setdefault(name, np.full((len(examples), *share.shape[1:]), np.nan))[rows] = share
+            found.setdefault(name, np.full((len(examples), *share.shape[1:]), np.nan))[one.rows] = share
+    frame.values, frame.shares = np.stack(list(found.values()), axis=1), True
     axes: dict[str, Any] = {"part": list(found)} | ({"source": [*roles, ELSEWHERE]} if by == "head span" else {})
-    return Grid.of(
-        np.stack(list(found.values()), axis=1),
-        axes=axes,
-        baseline=total,
-        clusters=examples.clusters,
-        metric=bound.name,
-        unit=bound.unit,
-        direction=SIGN,
-        shares=True,
-        provenance=stamp(
-            method="direct attribution", model=model.name, by=by, questions=examples.questions, **bound.provenance()
-        ),
-    )
+    return frame.grid(axes, direction=SIGN, method="direct attribution", by=by)
 
 
 def _shares(

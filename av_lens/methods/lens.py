@@ -36,18 +36,18 @@ from torch import Tensor
 
 from av_lens.checks import require_at_least
 from av_lens.core.execution import logits_of
-from av_lens.core.progress import Progress, watched
+from av_lens.core.progress import Progress
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import InputError
 from av_lens.families.hook_names import hook_name
+from av_lens.inputs import AVInputs
 from av_lens.inputs.answers import spelled
-from av_lens.inputs.model_inputs import AVInputs
 from av_lens.interventions.sites import resolve_positions
-from av_lens.methods.shared.examples import Examples
+from av_lens.methods.shared.examples import Examples, Stack
+from av_lens.methods.shared.frame import Frame
 from av_lens.metrics.asked import Each, asked_words, resolved, shown
 from av_lens.metrics.forms import Forms, read_forms
 from av_lens.results.lens_readout import LensReadout, readings
-from av_lens.results.provenance import stamp
 from av_lens.spans import Span
 
 MOST_OTHERS = 32
@@ -95,20 +95,21 @@ def logit_lens(
     require_at_least("top", top, 1)
     examples = Examples.of(model, x)
     wanted = _Wanted.of(model, examples, words, others, seed)
-    places = [resolve_positions(at, one.spans, what="lens").index for one in examples.inputs]
+    places = [resolve_positions(at, spans, what="lens").index for spans in examples.spans]
     labels = sorted({position for one in places for position in one})
     found = _Readings.empty(len(examples), model.spec.n_layers, labels, wanted, top)
-    with watched(progress) as show:
-        done = 0
-        for rows, inputs in examples.stacks(examples.stack_size(model, stack, budget_gb)):
-            positions = resolve_positions(at, inputs.spans, what="lens").index
-            columns = np.searchsorted(labels, positions)
-            _Lens(model, rows, positions, columns, found, wanted, norm, budget_gb).read(inputs)
-            done += len(rows)
-            show("logit lens", done, len(examples))
-    made = stamp(
+    frame = Frame.of(model, examples, measured=False)
+
+    def work(stack: Stack, show: Progress) -> None:
+        del show
+        positions = places[stack.members[0]]
+        columns = np.searchsorted(labels, positions)
+        _Lens(model, stack.rows, positions, columns, found, wanted, norm, budget_gb).read(stack.x)
+
+    stacks = examples.stacks(examples.stack_size(model, stack, budget_gb))
+    frame.run(work, stacks, progress, stage="logit lens", whole=True)
+    made = frame.stamp(
         method="logit lens",
-        model=model.name,
         at=str(at),
         norm="final norm" if norm else "left out",
         words=wanted.labels,
@@ -116,7 +117,6 @@ def logit_lens(
         notes=wanted.notes,
         **({} if wanted.forms is None else wanted.forms.provenance()),
         seed=seed,
-        questions=examples.questions,
     )
     return found.labelled(model, labels, wanted, examples.clusters, made)
 

@@ -182,10 +182,20 @@ def probe(
         unit="share",
         direction=SIGN,
         provenance=stamp(
-            method="linear probes", model=streams.model, target=target, cells=streams.cells, layout=layout, c=c,
-            seed=seed, draws=draws, chosen=chosen, cross_validated=crossed, control_fit=fit, **sides.said(halves),
+            method="linear probes",
+            model=streams.model,
+            target=target,
+            cells=streams.cells,
+            layout=layout,
+            c=c,
+            seed=seed,
+            draws=draws,
+            chosen=chosen,
+            cross_validated=crossed,
+            control_fit=fit,
+            **sides.said(halves),
         ),
-    )  # fmt: skip
+    )
 
 
 def read_streams(
@@ -232,8 +242,8 @@ def read_streams(
             part = [conflict.cells(model, layout=layout) for conflict in named[start : start + stack]]
             examples = Examples.of(model, [cells_of[name] for cells_of in part for name in names])
             pooled: list[Any] = [None] * len(examples)
-            for rows, x in examples.stacks(stack):
-                for row, vector in zip(rows.tolist(), pooled_streams(model, x, spans).numpy(), strict=True):
+            for one in examples.stacks(stack):
+                for row, vector in zip(one.rows.tolist(), pooled_streams(model, one.x, spans).numpy(), strict=True):
                     pooled[row] = vector
             found += pooled
             show("running conflict cells", min(start + stack, len(named)), len(named))

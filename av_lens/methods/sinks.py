@@ -48,10 +48,10 @@ from av_lens.core.execution import logits_of
 from av_lens.core.progress import Progress, watched
 from av_lens.errors import InputError
 from av_lens.families.hook_names import hook_name
-from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs import AVInputs
 from av_lens.methods.shared.examples import Examples
+from av_lens.methods.shared.frame import Frame
 from av_lens.results.grid import Grid
-from av_lens.results.provenance import stamp
 from av_lens.spans import Span, SpanMap
 
 KINDS = ("unimodal", "cross-modal", "undetermined")
@@ -157,27 +157,33 @@ def find_sinks(
     require_choice("weight", weight, WEIGHTS)
     examples = Examples.of(model, x)
     spans = _one_layout(examples)
-    stacks = list(examples.stacks(examples.stack_size(model, stack, budget_gb)))
-    incoming = np.zeros((len(examples), len(spans)))
-    total = 3 * len(stacks)
+    stacks = examples.stacks(examples.stack_size(model, stack, budget_gb))
+    total, incoming = 3 * len(stacks), np.zeros((len(examples), len(spans)))
     with watched(progress) as show:
-        for done, (rows, inputs) in enumerate(stacks, 1):
-            incoming[rows] = incoming_mass(model, inputs, weight=weight).numpy()
+        for done, one in enumerate(stacks, 1):
+            incoming[one.rows] = incoming_mass(model, one.x, weight=weight).numpy()
             show("sinks", done, total)
         found = spans.span(sink_positions(incoming, spans, times=times).tolist())
         table, dimensions = _table(spans, found, incoming, times), _dimensions_frame([])
         read = dict.fromkeys(READ_BY, np.nan)
         if len(found):
             show("sinks", 2 * len(stacks), total)
-            read = _read_by([_later_reading(model, inputs, found) for _, inputs in stacks], len(examples))
-            dimensions = _dimensions(model, [inputs for _, inputs in stacks], found, dimension_times)
+            read = _read_by([_later_reading(model, one.x, found) for one in stacks], len(examples))
+            dimensions = _dimensions(model, [one.x for one in stacks], found, dimension_times)
         show("sinks", total, total)
     table = table.assign(**read)
     table["kind"] = [_kind(row["role"], row["score"], unimodal_from) for row in table.to_dict("records")]
     elsewhere = _table(spans, _among_text(spans, incoming, times), incoming, times)
-    made = stamp(
+    frame = Frame.of(model, examples, measured=False)
+    frame.values = incoming
+    grid = frame.grid(
+        {"pos": np.arange(len(spans))},
+        named=(
+            f"attention of the suffix ({weight}), all layers and heads",
+            "norm of what is moved" if weight == "value" else "attention",
+        ),
+        direction="what the suffix reads from each position; no edit, so the effects are the values",
         method="sinks",
-        model=model.name,
         times=times,
         weight=weight,
         unimodal_from=unimodal_from,
@@ -185,19 +191,8 @@ def find_sinks(
         sinks=found.positions.tolist(),
         judged="media positions are sinks; text before the suffix is held to the same bar; the suffix is not judged",
         elsewhere=elsewhere["position"].tolist(),
-        questions=examples.questions,
     )
-    grid = Grid.of(
-        incoming,
-        axes={"pos": np.arange(len(spans))},
-        baseline=np.zeros(len(examples)),
-        clusters=examples.clusters,
-        metric=f"attention of the suffix ({weight}), all layers and heads",
-        unit="norm of what is moved" if weight == "value" else "attention",
-        direction="what the suffix reads from each position; no edit, so the effects are the values",
-        provenance=made,
-    )
-    return Sinks(found, table, dimensions, grid, elsewhere, made)
+    return Sinks(found, table, dimensions, grid, elsewhere, grid.provenance)
 
 
 def _one_layout(examples: Examples) -> SpanMap:

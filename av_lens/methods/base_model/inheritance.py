@@ -41,18 +41,17 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from av_lens.core.execution import run
-from av_lens.core.progress import Progress, watched
+from av_lens.core import run
+from av_lens.core.progress import Progress
 from av_lens.errors import InputError
+from av_lens.inputs import AVInputs
 from av_lens.inputs.answers import Answer, AnswerLike, words_of
-from av_lens.inputs.model_inputs import AVInputs
 from av_lens.methods.base_model.related import deaf_plan, opened, prompt_for
-from av_lens.methods.shared.examples import Examples
+from av_lens.methods.shared.examples import Examples, Stack
+from av_lens.methods.shared.frame import Frame
 from av_lens.metrics.forms import said_answer
 from av_lens.metrics.scores import padded
 from av_lens.results.events import Lexicon
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import stamp
 from av_lens.results.tabled import Tabled
 
 FIGURES = ("unshifted", "marginal", "shifted", "kl(model||base)", "kl(base||model)", "js", "same answer")
@@ -100,47 +99,45 @@ def base_shift(
     examples, related = Examples.of(model, x), opened(base, model)
     words = _words(examples, heard, seen)
     given, forms = (None, None) if answer is None else said_answer(model, examples.inputs, answer)
-    stacks = list(examples.stacks(stack))
-    prompts = [prompt_for(related, one, audio) for _, one in stacks]  # all prompts are compared before anything runs
-    values = np.full((len(examples), len(PROMPTS), len(CLASSES), len(FIGURES)), np.nan)
+    stacks = examples.stacks(stack)
+    prompts = [prompt_for(related, one.x, audio) for one in stacks]  # all prompts are compared before anything runs
+    frame = Frame.of(model, examples, measured=False)
+    frame.shape(len(PROMPTS), len(CLASSES), len(FIGURES))
     rows: list[dict[str, Any]] = []
-    partial = ""
-    with watched(progress) as show, torch.no_grad():
-        try:
-            for number, ((numbers, one), prompt) in enumerate(zip(stacks, prompts, strict=True)):
-                said = Said.own(model, one, max_new_tokens) if given is None else Said.given(model, one, given)
-                compared = {"own": Compared.of(said, _teacher_forced(related, prompt, said.tokens, audio))}
-                others = _others(prompt)
-                if (others >= 0).any():
-                    turned = AVInputs.stack([prompt[int(j) if j >= 0 else i] for i, j in enumerate(others)])
-                    compared["another's"] = Compared.of(said, _teacher_forced(related, turned, said.tokens, audio))
-                for i, example in enumerate(numbers.tolist()):
-                    classes = said.classes(model.tokenizer, i, words[example])
-                    for p, name in enumerate(PROMPTS):
-                        if name in compared and (name == "own" or others[i] >= 0):
-                            values[example, p] = compared[name].summary(i, classes)
-                    rows += compared["own"].rows(model.tokenizer, example, i, classes)
-                show("base shift", number + 1, len(stacks))
-        except KeyboardInterrupt:
-            if not rows:
-                raise
-            done = len({row["example"] for row in rows})
-            partial = f"interrupted: {done} of {len(examples)} examples compared, the others are NaN"
-    grid = Grid.of(
-        values,
-        axes={"prompt": list(PROMPTS), "word_class": list(CLASSES), "figure": list(FIGURES)},
-        baseline=np.zeros(len(examples)),
-        clusters=examples.clusters,
-        metric="base shift",
-        unit="share of tokens, or nat",
+
+    @torch.no_grad()
+    def work(stack: Stack, show: Progress) -> None:
+        x, prompt = stack.x, prompts[stacks.index(stack)]
+        said = Said.own(model, x, max_new_tokens) if given is None else Said.given(model, x, given)
+        compared = {"own": Compared.of(said, _teacher_forced(related, prompt, said.tokens, audio))}
+        others = _others(prompt)
+        if (others >= 0).any():
+            turned = AVInputs.stack([prompt[int(j) if j >= 0 else i] for i, j in enumerate(others)])
+            compared["another's"] = Compared.of(said, _teacher_forced(related, turned, said.tokens, audio))
+        for i, example in enumerate(stack.rows.tolist()):
+            classes = said.classes(model.tokenizer, i, words[example])
+            for p, name in enumerate(PROMPTS):
+                if name in compared and (name == "own" or others[i] >= 0):
+                    frame.values[example, p] = compared[name].summary(i, classes)
+            rows.extend(compared["own"].rows(model.tokenizer, example, i, classes))
+        show("base shift", 1, 1)
+
+    frame.run(work, stacks, progress)
+    if frame.partial:
+        done = len({row["example"] for row in rows})
+        frame.partial = f"interrupted: {done} of {len(examples)} examples compared, the others are NaN"
+    grid = frame.grid(
+        {"prompt": list(PROMPTS), "word_class": list(CLASSES), "figure": list(FIGURES)},
+        named=("base shift", "share of tokens, or nat"),
         direction=SIGN,
-        provenance=stamp(
-            method="base shift", model=model.name, base=related.name, audio=audio,
-            answer=None if given is None else given.text, **({} if forms is None else forms.provenance()),
-            words=[{side: list(listed) for side, listed in each.items()} for each in words],
-            max_new_tokens=max_new_tokens, questions=examples.questions, partial=partial,
-        ),
-    )  # fmt: skip
+        method="base shift",
+        base=related.name,
+        audio=audio,
+        answer=None if given is None else given.text,
+        **({} if forms is None else forms.provenance()),
+        words=[{side: list(listed) for side, listed in each.items()} for each in words],
+        max_new_tokens=max_new_tokens,
+    )
     return Tabled(grid, pd.DataFrame(rows).sort_values(["example", "number"], ignore_index=True))
 
 

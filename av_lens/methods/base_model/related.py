@@ -52,6 +52,14 @@ def opened(base: Any, model: Any) -> Any:
     return found
 
 
+def require_equal_sizes(model: Any, base: Any, mend: str) -> None:
+    """Refuse models whose heads or streams are no counterparts."""
+    for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head"):
+        sizes = int(getattr(model.spec, name)), int(getattr(base.spec, name))
+        if sizes[0] != sizes[1]:
+            raise ModelError(f"{model.name} has {name} = {sizes[0]} and {base.name} {sizes[1]}: {mend}")
+
+
 def prompt_for(base: Any, x: AVInputs, audio: str) -> AVInputs:
     """Make the base's prompt.
 

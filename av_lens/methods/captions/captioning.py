@@ -150,12 +150,12 @@ class _Work:
 
     def write(self, how: Mapping[str, Any], stack: int, show: Progress) -> None:
         """Write all captions, from one trace for each stack; plans draw alike, samples do not."""
-        for numbers, x in self.examples.stacks(stack):
-            trace = record(self.model, x)
+        for one in self.examples.stacks(stack):
+            numbers, trace = one.rows, record(self.model, one.x)
             for sample in range(self.samples):
                 said = self._said(trace, how, [self.seed, sample, int(numbers[0])])
-                for name, one in zip(self.plans, said, strict=True):
-                    for example, text in zip(numbers.tolist(), one.text, strict=True):
+                for name, written in zip(self.plans, said, strict=True):
+                    for example, text in zip(numbers.tolist(), written.text, strict=True):
                         self.rows.append({"example": example, "plan": name, "sample": sample, "text": text.strip()})
                 show("captions", len(self.rows), self.total)
 

@@ -17,7 +17,7 @@ A method's own file says what is done with one stack of examples. What stands ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -54,14 +54,16 @@ class Frame:
     metric: Metric | None
     values: np.ndarray
     lines: np.ndarray
-    partial: str | None = field(default=None)
+    shares: bool = False
+    partial: str | None = None
 
     @classmethod
     def of(cls, model: Any, examples: Examples, metric: Any = None, *, measured: bool = True) -> Frame:
-        """Bind the metric to what was given; `measured=False` for what reads no metric."""
-        given = examples.pairs or examples.inputs
-        lines = np.full((2, len(examples)), np.nan)
-        return cls(model, examples, as_metric(metric, model, given) if measured else None, np.empty(0), lines)
+        """Bind the metric to what was given; without one nothing is edited, and the baseline is 0."""
+        given, lines = examples.pairs or examples.inputs, np.full((2, len(examples)), np.nan)
+        bound = as_metric(metric, model, given) if measured else None
+        lines[0] = np.nan if measured else 0.0
+        return cls(model, examples, bound, np.empty(0), lines)
 
     def shape(self, *sizes: int) -> None:
         """Make room for values `[example, ...]`."""
@@ -105,32 +107,21 @@ class Frame:
         said |= {} if self.partial is None else {"partial": self.partial}
         return stamp(**said, **({} if self.metric is None else self.metric.provenance()))
 
-    def grid(self, axes: Mapping[str, Any], *, direction: str, shares: bool = False, **said: Any) -> Grid:
-        """Label the numbers of a metric; what is said of them stands in the provenance."""
-        assert self.metric is not None
+    def grid(
+        self, axes: Mapping[str, Any], *, direction: str, named: tuple[str, str] | None = None, **said: Any
+    ) -> Grid:
+        """Label the numbers, of the metric or of a name and unit; what is said of them stands in the provenance."""
+        name, unit = named or (("", "") if self.metric is None else (self.metric.name, self.metric.unit))
         return Grid.of(
             self.values.reshape(len(self.values), *map(len, axes.values())),
             axes=axes,
             baseline=self.lines[0],
             donor=self.lines[1],
             clusters=self.examples.clusters,
-            metric=self.metric.name,
-            unit=self.metric.unit,
-            direction=direction,
-            shares=shares,
-            provenance=self.stamp(**said),
-        )
-
-    def readings(self, axes: Mapping[str, Any], *, metric: str, unit: str, direction: str, **said: Any) -> Grid:
-        """Label numbers that are no metric's: nothing was edited, so the baseline is 0."""
-        return Grid.of(
-            self.values,
-            axes=axes,
-            baseline=np.zeros(len(self.examples)),
-            clusters=self.examples.clusters,
-            metric=metric,
+            metric=name,
             unit=unit,
             direction=direction,
+            shares=self.shares,
             provenance=self.stamp(**said),
         )
 
