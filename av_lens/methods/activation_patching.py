@@ -43,18 +43,17 @@ import numpy as np
 import torch
 
 from av_lens.checks import require_choice
-from av_lens.core.progress import Progress
+from av_lens.core import Progress
 from av_lens.errors import InputError, unknown
 from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Plan
 from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, Given, numbers, scored
 from av_lens.methods.shared.places import Axes, Head, Visits, positions_of, shapley
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric
+from av_lens.metrics import Metric, require_numbers
 from av_lens.replay import measure
 from av_lens.replay.traces import record
-from av_lens.results.grid import Grid
+from av_lens.results import Grid
 from av_lens.spans import Span
 
 SIGNS = {

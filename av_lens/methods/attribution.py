@@ -31,16 +31,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.checks import require_choice
+from av_lens.core import Run, run
 from av_lens.core.activations import heads_first
-from av_lens.core.execution import Run, run
 from av_lens.errors import InputError
 from av_lens.families.hook_names import hook_name
-from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs import AVInputs
 from av_lens.interventions import Site
 from av_lens.methods.shared.examples import Examples
 from av_lens.methods.shared.frame import Frame
-from av_lens.metrics.metric import Metric
-from av_lens.results.grid import Grid
+from av_lens.metrics import Metric
+from av_lens.results import Grid
 from av_lens.spans import ROLES
 
 BY = ("head", "layer", "component", "head span", "neuron")

@@ -44,9 +44,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.checks import require_choice
+from av_lens.core import Progress, run
 from av_lens.core.budget import GIGABYTE
-from av_lens.core.execution import run
-from av_lens.core.progress import Progress
 from av_lens.errors import InputError
 from av_lens.families.hook_names import hook_name
 from av_lens.inputs import AVInputs, Pair
@@ -54,12 +53,11 @@ from av_lens.interventions import Site
 from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, numbers
 from av_lens.methods.shared.places import Axes, Place
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric
+from av_lens.metrics import Metric, require_numbers
 from av_lens.replay.receivers import Reading, reader_names, readings, require_restart, rerun, written_by_mlp
 from av_lens.replay.restart import Layer
 from av_lens.replay.traces import Trace, record
-from av_lens.results.edge_scores import EdgeScores
+from av_lens.results import EdgeScores
 from av_lens.spans import Span
 
 VARIANTS = ("eap", "ig_inputs", "ig_activations")

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from av_lens.checks import require_choice
-from av_lens.core.progress import Progress, watched
+from av_lens.core import Progress, watched
 from av_lens.errors import InputError, InterventionError
 from av_lens.families.hook_names import component_named
 from av_lens.inputs import AVInputs, Pair
@@ -46,13 +46,12 @@ from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, Given, numbers, scored
 from av_lens.methods.shared.gradient_drops import held_layers
 from av_lens.methods.shared.places import Axes, Place, Visits, positions_of
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric
+from av_lens.metrics import Metric, require_numbers
 from av_lens.replay.receivers import require_restart, rotated
 from av_lens.replay.suffix_gradients import SuffixGradients
 from av_lens.replay.swapped_reads import read_with
 from av_lens.replay.traces import Trace, record
-from av_lens.results.grid import Grid
+from av_lens.results import Grid
 from av_lens.spans import Span
 
 FIGURES = ("atp", "atp_fixed", "atp_star", "exact", "error")

@@ -32,7 +32,7 @@ Source: "Probing Cross-modal Information Hubs" (arXiv 2605.10815) for the score,
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,15 +43,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.checks import require_choice
+from av_lens.core import Progress, read_layers, watched
 from av_lens.core.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, incoming_mass, sink_positions
-from av_lens.core.execution import logits_of
-from av_lens.core.progress import Progress, watched
 from av_lens.errors import InputError
-from av_lens.families.hook_names import hook_name
 from av_lens.inputs import AVInputs
 from av_lens.methods.shared.examples import Examples
 from av_lens.methods.shared.frame import Frame
-from av_lens.results.grid import Grid
+from av_lens.results import Grid
 from av_lens.spans import Span, SpanMap
 
 KINDS = ("unimodal", "cross-modal", "undetermined")
@@ -264,20 +262,15 @@ def _dimensions(model: Any, stacks: list[AVInputs], found: Span, times: float | 
     """Compare, layer by layer and dimension by dimension, the stream at the sinks with that at other media."""
     spans = stacks[0].spans
     groups = (found.positions, (spans.media - found).positions)
-    layers = range(model.spec.n_layers)
-    sums = torch.zeros(len(layers), 2, model.spec.d_model, dtype=torch.float64)
+    sums = torch.zeros(model.spec.n_layers, 2, model.spec.d_model, dtype=torch.float64)
 
-    def adding(layer: int) -> Callable[..., None]:
-        def add(stream: Tensor, hook: Any = None) -> None:
-            del hook
-            for number, positions in enumerate(groups):
-                if len(positions):
-                    sums[layer, number] += carried(stream[:, positions.copy()]).mean(1).sum(0).double().cpu()
-
-        return add
+    def add(layer: int, stream: Tensor) -> None:
+        for number, positions in enumerate(groups):
+            if len(positions):
+                sums[layer, number] += carried(stream[:, positions.copy()]).mean(1).sum(0).double().cpu()
 
     for x in stacks:
-        logits_of(model, x, [(hook_name("resid_pre", layer), adding(layer)) for layer in layers], torch.tensor([0]))
+        read_layers(model, x, {"resid_pre": add})
     here, elsewhere = (sums / sum(len(x) for x in stacks)).unbind(1)
     passes = here > times * here.mean(-1, keepdim=True)
     rows = [

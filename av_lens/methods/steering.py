@@ -36,19 +36,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from av_lens.core import run
-from av_lens.core.progress import Progress
+from av_lens.core import Progress, run
 from av_lens.errors import InputError, InterventionError
 from av_lens.families.hook_names import hook_name
 from av_lens.inputs import Pair
 from av_lens.interventions import Edit, Plan, Site, add, scale
 from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, scored
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric
+from av_lens.metrics import Metric, require_numbers
 from av_lens.replay import measure_plans
 from av_lens.replay.traces import record
-from av_lens.results.grid import Grid
+from av_lens.results import Grid
 
 SIGN = "metric under the push minus metric without; positive: the push raises the metric"
 _HEAD = re.compile(r"L(\d+)H(\d+)")

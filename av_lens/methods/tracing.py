@@ -38,8 +38,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.checks import require_choice
+from av_lens.core import Progress
 from av_lens.core.layouts import listed
-from av_lens.core.progress import Progress
 from av_lens.errors import InputError, InterventionError
 from av_lens.families.hook_names import component_named
 from av_lens.inputs import AVInputs, Conflict, Pair
@@ -48,13 +48,11 @@ from av_lens.interventions.sites import resolve_positions
 from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, Given, numbers
 from av_lens.methods.shared.places import Axes, Place
-from av_lens.metrics.asked import each
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric, as_metric, prob
+from av_lens.metrics import Metric, as_metric, each, prob, require_numbers
 from av_lens.replay import measure_plans
 from av_lens.replay.receivers import rerun
 from av_lens.replay.traces import Trace, record
-from av_lens.results.grid import Grid
+from av_lens.results import Grid
 from av_lens.spans import SpanMap
 
 CORRUPTIONS = ("noise", "mean", "zero")

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from av_lens.checks import require_choice
-from av_lens.core.progress import Progress
+from av_lens.core import Progress
 from av_lens.errors import InputError, InterventionError
 from av_lens.families.hook_names import component_named
 from av_lens.inputs import AVInputs
@@ -38,11 +38,10 @@ from av_lens.methods.base_model.related import deaf_plan, matched, opened, promp
 from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, Given, numbers, scored
 from av_lens.methods.shared.places import Axes, Visits
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric
+from av_lens.metrics import Metric, require_numbers
 from av_lens.replay import measure, measure_plans
 from av_lens.replay.traces import record
-from av_lens.results.grid import Grid
+from av_lens.results import Grid
 from av_lens.spans import Span
 
 SIGNS = {

@@ -31,7 +31,7 @@ none; larger divergences mean farther from the base. Not done: answers sampled; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,18 +41,17 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from av_lens.core import run
-from av_lens.core.progress import Progress
+from av_lens.core import Progress, run
 from av_lens.errors import InputError
-from av_lens.inputs import AVInputs
-from av_lens.inputs.answers import Answer, AnswerLike, words_of
+from av_lens.inputs import Answer, AVInputs
+from av_lens.inputs.answers import AnswerLike, words_of
 from av_lens.methods.base_model.related import deaf_plan, opened, prompt_for
-from av_lens.methods.shared.examples import Examples, Stack
+from av_lens.methods.shared.examples import Examples, Stack, for_each
 from av_lens.methods.shared.frame import Frame
 from av_lens.metrics.forms import said_answer
 from av_lens.metrics.scores import padded
+from av_lens.results import Tabled
 from av_lens.results.events import Lexicon
-from av_lens.results.tabled import Tabled
 
 FIGURES = ("unshifted", "marginal", "shifted", "kl(model||base)", "kl(base||model)", "js", "same answer")
 CLASSES = ("all", "heard", "seen", "other")
@@ -352,7 +351,12 @@ def _others(x: AVInputs) -> Int64[np.ndarray, " example"]:
 
 def _words(examples: Examples, heard: Any, seen: Any) -> list[dict[str, tuple[str, ...]]]:
     """The heard and the seen words of every example."""
-    sides = {"heard": list(_spread(examples, heard, 0)), "seen": list(_spread(examples, seen, 1))}
+    sides: dict[str, list[tuple[str, ...]]] = {}
+    for side, (name, given) in enumerate((("heard", heard), ("seen", seen))):
+        of_conflicts = [tuple(words_of(conflict.answers[side])) for conflict in examples.conflicts]
+        sides[name] = (
+            of_conflicts if of_conflicts and not len(given) else for_each(given, len(examples), f"{name} words")
+        )
     found = [{side: listed[i] for side, listed in sides.items()} for i in range(len(examples))]
     for number, each in enumerate(found):
         both = {w.casefold() for w in each["heard"]} & {w.casefold() for w in each["seen"]}
@@ -361,18 +365,3 @@ def _words(examples: Examples, heard: Any, seen: Any) -> list[dict[str, tuple[st
                 f"example {number}: {min(both)!r} is both heard and seen, so its tokens have no one class."
             )
     return found
-
-
-def _spread(examples: Examples, given: Any, side: int) -> Iterator[tuple[str, ...]]:
-    if not len(given) and examples.conflicts:
-        for conflict in examples.conflicts:
-            yield tuple(words_of(conflict.answers[side]))
-        return
-    if isinstance(given, str) or any(isinstance(item, str) for item in given):
-        for _ in range(len(examples)):
-            yield (given,) if isinstance(given, str) else tuple(given)
-        return
-    if len(given) not in (0, len(examples)):
-        raise InputError(f"{len(given)} lists of {('heard', 'seen')[side]} words for {len(examples)} examples.")
-    for i in range(len(examples)):
-        yield tuple(given[i]) if len(given) else ()

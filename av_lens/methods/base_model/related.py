@@ -19,7 +19,7 @@ from jaxtyping import Int64
 
 from av_lens.checks import require_choice
 from av_lens.errors import ModelError
-from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs import AVInputs
 from av_lens.inputs.soundless import shared_positions, without_sound
 from av_lens.interventions import Plan, cut
 from av_lens.model.loading import load

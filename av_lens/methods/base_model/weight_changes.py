@@ -25,7 +25,7 @@ from torch import Tensor
 
 from av_lens.errors import ModelError
 from av_lens.methods.base_model.related import opened, require_equal_sizes
-from av_lens.results.grid import Grid
+from av_lens.results import Grid
 from av_lens.results.provenance import stamp
 
 MATRICES = ("Q", "K", "V", "O")

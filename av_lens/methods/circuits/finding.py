@@ -43,7 +43,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from av_lens.checks import require_at_least, require_choice
-from av_lens.core.progress import Progress, watched
+from av_lens.core import Progress, watched
 from av_lens.errors import InputError
 from av_lens.inputs import Conflict, Pair
 from av_lens.methods.circuits.checks import (
@@ -59,11 +59,9 @@ from av_lens.methods.circuits.ranking import ORDERS, Ranking, rankings
 from av_lens.methods.circuits.runs import CircuitRuns
 from av_lens.methods.circuits.scores import KINDS
 from av_lens.methods.circuits.terms import Measured, Nodes
-from av_lens.metrics.metric import Metric
-from av_lens.results.circuit import Circuit
-from av_lens.results.edge_scores import EdgeScores
+from av_lens.metrics import Metric
+from av_lens.results import Circuit, EdgeScores, Grid
 from av_lens.results.faithfulness import Scale, sizes
-from av_lens.results.grid import Grid
 from av_lens.results.provenance import stamp
 from av_lens.spans import Span
 

@@ -19,8 +19,7 @@ from av_lens.methods.circuits.checks import places
 from av_lens.methods.circuits.runs import CircuitRuns
 from av_lens.methods.circuits.scores import contributions, eliminated
 from av_lens.methods.circuits.terms import Nodes
-from av_lens.results.edge_scores import EdgeScores
-from av_lens.results.grid import Grid
+from av_lens.results import EdgeScores, Grid
 from av_lens.results.statistics import Bootstrap
 
 ORDERS = ("magnitude", "signed")

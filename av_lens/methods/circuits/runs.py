@@ -19,18 +19,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from av_lens.core import run
+from av_lens.core import Progress, run
 from av_lens.core.budget import GIGABYTE
 from av_lens.core.layouts import input_stacks
-from av_lens.core.progress import Progress
 from av_lens.errors import InputError
 from av_lens.families.hook_names import hook_name
 from av_lens.inputs import AVInputs
 from av_lens.interventions import Plan, Site, replace
 from av_lens.interventions.sites import resolve_positions
 from av_lens.methods.circuits.terms import ZERO, Measured, Nodes
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric
+from av_lens.metrics import Metric, require_numbers
 from av_lens.replay import measure_plans
 from av_lens.replay.traces import Trace, record
 from av_lens.results.faithfulness import Scale

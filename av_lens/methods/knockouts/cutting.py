@@ -39,9 +39,9 @@ from typing import Any
 import numpy as np
 
 from av_lens.checks import require_at_least
+from av_lens.core import Progress
 from av_lens.core.attention_mass import SINK_TIMES, attention_mass, sinks_by_layout, sinks_of
 from av_lens.core.layouts import listed
-from av_lens.core.progress import Progress
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs import AVInputs
 from av_lens.interventions import Plan
@@ -50,12 +50,10 @@ from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, numbers, scored
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, OTHER_HEADS, EdgeCut, matches
 from av_lens.methods.shared.role_words import Flow, is_plain, named_span
-from av_lens.metrics.asked import each
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric, logit_diff
+from av_lens.metrics import Metric, each, logit_diff, require_numbers
 from av_lens.replay import measure_plans
 from av_lens.replay.traces import Trace, record
-from av_lens.results.grid import Grid
+from av_lens.results import Grid
 from av_lens.spans import Span, SpanMap
 
 

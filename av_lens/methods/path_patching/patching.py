@@ -44,7 +44,7 @@ import numpy as np
 import torch
 
 from av_lens.checks import require_choice
-from av_lens.core.progress import Progress
+from av_lens.core import Progress
 from av_lens.errors import InputError
 from av_lens.inputs import Pair
 from av_lens.interventions.nodes import Ends, receivers, refuse_double, senders
@@ -52,9 +52,8 @@ from av_lens.interventions.sites import resolve_positions
 from av_lens.methods.path_patching.paths import LOGITS, TOTAL, Nodes, PathRuns, follows
 from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, numbers
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric
-from av_lens.results.grid import Grid
+from av_lens.metrics import Metric, require_numbers
+from av_lens.results import Grid
 from av_lens.spans import Span
 
 SIGNS = {

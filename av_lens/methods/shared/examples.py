@@ -15,9 +15,7 @@ from jaxtyping import Int
 
 from av_lens.core.layouts import input_stacks, listed, pairs_of, that_fit
 from av_lens.errors import InputError
-from av_lens.inputs.conflict import Conflict
-from av_lens.inputs.model_inputs import AVInputs
-from av_lens.inputs.pairs import Pair
+from av_lens.inputs import AVInputs, Conflict, Pair
 from av_lens.replay.sweeps import sources
 from av_lens.results.provenance import linked
 from av_lens.spans import SpanMap
@@ -101,3 +99,12 @@ class Examples:
     def stack_size(self, model: Any, stack: int, budget_gb: float | int) -> int:
         """Say how many examples may run together, so that one layer's scores and pattern fit a budget."""
         return that_fit(model, max(len(x.spans) for x in self.inputs), stack, budget_gb)
+
+
+def for_each(given: Any, n: int, what: str) -> list[tuple[str, ...]]:
+    """Read texts for all examples alike, or a list for each; nothing given is nothing for each."""
+    if isinstance(given, str) or any(isinstance(item, str) for item in given):
+        return [(given,) if isinstance(given, str) else tuple(given)] * n
+    if len(given) not in (0, n):
+        raise InputError(f"{len(given)} lists of {what} for {n} examples.")
+    return [tuple(item) for item in given] or [()] * n

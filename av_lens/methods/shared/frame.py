@@ -25,18 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from av_lens.core.execution import run
-from av_lens.core.progress import Progress, part_of, watched
+from av_lens.core import Progress, run, watched
+from av_lens.core.progress import part_of
 from av_lens.families.hook_names import component_named, hook_name
-from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs import AVInputs
 from av_lens.interventions import Edit, Plan, Site, replace
 from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.places import Edited
-from av_lens.metrics.metric import Metric, as_metric
-from av_lens.replay.measurement import measure_plans
+from av_lens.metrics import Metric, as_metric
+from av_lens.replay import measure_plans
 from av_lens.replay.sweeps import interrupted
 from av_lens.replay.traces import Trace
-from av_lens.results.grid import Grid
+from av_lens.results import Grid
 from av_lens.results.provenance import stamp
 
 Work = Callable[[Stack, Progress], None]

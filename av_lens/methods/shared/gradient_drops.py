@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from av_lens.core.execution import run
+from av_lens.core import run
 from av_lens.families.hook_names import hook_name
-from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs import AVInputs
 from av_lens.interventions import Plan, Site, replace
 
 _PARTS = ("attn_out", "mlp_out")
