@@ -51,6 +51,7 @@ from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, Given, numbers, scored
 from av_lens.methods.shared.places import Axes, Head, Visits, positions_of, shapley
 from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
 from av_lens.replay import measure
 from av_lens.replay.traces import record
 from av_lens.results import Grid
@@ -63,7 +64,7 @@ SIGNS = {
 
 
 def patch(
-    model: Any,
+    model: HookedAVLLM,
     pair: Pair | Sequence[Pair],
     *,
     over: str = "head",

@@ -32,9 +32,10 @@ from av_lens.core.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, sin
 from av_lens.core.layouts import listed
 from av_lens.errors import InputError
 from av_lens.inputs import AVInputs
-from av_lens.methods.shared.examples import Examples, Stack
+from av_lens.methods.shared.examples import Examples, Stack, answer_lengths
 from av_lens.methods.shared.frame import Frame
 from av_lens.methods.shared.role_words import SINKS, named_span
+from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
 from av_lens.spans import ROLES, Span
 
@@ -43,7 +44,7 @@ UNITS = {"attention": "share of attention", "value": "norm of what is moved"}
 
 
 def attention_flow(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     queries: str | Sequence[str] = "generation",
@@ -148,11 +149,9 @@ def _answered(model: Any, examples: Examples, n: int, stack: int) -> Examples:
     """Put the model's own greedy answer after every prompt, up to its end; its last token produced nothing."""
     answered: dict[int, AVInputs] = {}
     for one in examples.stacks(stack):
-        inputs = one.x
-        tokens = model.generate(inputs, max_new_tokens=n)[:, len(inputs.spans) :]
-        ends = set(np.atleast_1d(model.hf_model.generation_config.eos_token_id or []).tolist())
-        for i, row in enumerate(one.rows.tolist()):
-            length = next((k + 1 for k, token in enumerate(tokens[i].tolist()) if token in ends), n)
-            new = tokens[i : i + 1, : min(length, tokens.shape[1]) - 1]
-            answered[row] = inputs[i].continued(new) if new.shape[1] else inputs[i]
+        x = one.x
+        tokens = model.generate(x, max_new_tokens=n)[:, len(x.spans) :]
+        for i, (length, _) in enumerate(answer_lengths(model, tokens)):
+            new = tokens[i : i + 1, : length - 1]
+            answered[int(one.rows[i])] = x[i].continued(new) if new.shape[1] else x[i]
     return Examples(tuple(answered[row] for row in range(len(examples))))

@@ -40,6 +40,7 @@ from av_lens.interventions import Site
 from av_lens.methods.shared.examples import Examples
 from av_lens.methods.shared.frame import Frame
 from av_lens.metrics import Metric
+from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
 from av_lens.spans import ROLES
 
@@ -48,7 +49,7 @@ ELSEWHERE = "no source"
 SIGN = "direct shares of the logit difference at the generation position; positive: towards the first answer"
 
 
-def direct_attribution(model: Any, x: Any, *, metric: Metric, by: str = "head", stack: int = 16) -> Grid:
+def direct_attribution(model: HookedAVLLM, x: Any, *, metric: Metric, by: str = "head", stack: int = 16) -> Grid:
     """Share a logit difference out among the parts that write it.
 
     Args:
@@ -177,8 +178,6 @@ def linear_answers(metric: Metric, batch: int) -> tuple[Tensor, Tensor]:
             f"{metric.name} is not linear in the logits, so no shares sum to it. Use logit_diff(a, b) with two answers "
             "of one token each, without synonyms."
         )
-    if metric.n_answers not in (1, batch):
-        raise InputError(f"{metric.name} names {metric.n_answers} answers for {batch} examples.")
     first, second = (ids[:, 0, 0].expand(batch) for ids in metric.ids)
     return first, second
 

@@ -54,6 +54,7 @@ from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, numbers
 from av_lens.methods.shared.places import Axes, Place
 from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
 from av_lens.replay.receivers import Reading, reader_names, readings, require_restart, rerun, written_by_mlp
 from av_lens.replay.restart import Layer
 from av_lens.replay.traces import Trace, record
@@ -68,7 +69,7 @@ SIGNS = {
 
 
 def edge_attribution(
-    model: Any,
+    model: HookedAVLLM,
     pair: Pair | Sequence[Pair],
     *,
     metric: Metric | Callable[..., Any] | None = None,

@@ -47,6 +47,7 @@ from av_lens.methods.shared.frame import Frame, Given, numbers, scored
 from av_lens.methods.shared.gradient_drops import held_layers
 from av_lens.methods.shared.places import Axes, Place, Visits, positions_of
 from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
 from av_lens.replay.receivers import require_restart, rotated
 from av_lens.replay.suffix_gradients import SuffixGradients
 from av_lens.replay.swapped_reads import read_with
@@ -66,7 +67,7 @@ GRADIENT_GB = 8.0
 
 
 def attribution_patch(
-    model: Any,
+    model: HookedAVLLM,
     pair: Pair | Sequence[Pair],
     *,
     metric: Metric | Callable[..., Any] | None = None,

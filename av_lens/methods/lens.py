@@ -45,6 +45,7 @@ from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame
 from av_lens.metrics.asked import Each, asked_words, resolved, shown
 from av_lens.metrics.forms import Forms, read_forms
+from av_lens.model import HookedAVLLM
 from av_lens.results.lens_readout import LensReadout, readings
 from av_lens.spans import Span
 
@@ -53,7 +54,7 @@ Ids = tuple[int, ...]
 
 
 def logit_lens(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     at: str | Span = "audio",
@@ -193,19 +194,16 @@ class _Readings:
         words, layers = np.array(self.wanted.labels, dtype=str), np.arange(self.model.spec.n_layers)
         axes = {"word": words, "layer": layers, "pos": self.labels}
         sign = "what the stream after each layer would say; no edit, so the effects are the values"
-        figures = [
-            readings(
-                xr.DataArray(values, dims=("example", *axes), coords=axes),
-                unit,
-                clusters=clusters,
-                provenance=made,
-                direction=sign,
-            )
+        said: dict[str, Any] = {"clusters": clusters, "provenance": made, "direction": sign}
+        ranks, probabilities = (
+            readings(xr.DataArray(values, dims=("example", *axes), coords=axes), unit, **said)
             for values, unit in ((self.ranks, "rank"), (self.probabilities, "probability"))
-        ]
+        )
         decode = self.model.tokenizer.decode
         texts = {int(token): str(decode([int(token)])) for token in np.unique(self.top_ids) if token >= 0}
-        return LensReadout(*figures, self.top_ids, self.top_probabilities, texts, self.best_others, self.said)
+        return LensReadout(
+            ranks, probabilities, self.top_ids, self.top_probabilities, texts, self.best_others, self.said
+        )
 
     @torch.no_grad()
     def read(self, x: AVInputs, rows: np.ndarray, positions: tuple[int, ...]) -> None:

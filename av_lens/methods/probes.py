@@ -46,6 +46,7 @@ from av_lens.inputs.answers import synonyms_of
 from av_lens.inputs.conflict import CELLS
 from av_lens.inputs.sources import clip_key
 from av_lens.methods.shared.examples import Examples
+from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member, deal, standing
 from av_lens.results.linear_probes import LinearProbe, control_labels, folds, held_out, looked_up
@@ -108,7 +109,7 @@ class Streams(Brief):
 
 
 def probe(
-    model: Any,
+    model: HookedAVLLM,
     conflicts: Conflict | Sequence[Conflict] | Streams,
     *,
     target: str = "sound",
@@ -200,7 +201,7 @@ def probe(
 
 
 def read_streams(
-    model: Any,
+    model: HookedAVLLM,
     conflicts: Conflict | Sequence[Conflict],
     *,
     at: str | Sequence[str] = ("audio", "video", "question", "generation"),

@@ -49,6 +49,7 @@ from av_lens.errors import InputError
 from av_lens.inputs import AVInputs
 from av_lens.methods.shared.examples import Examples
 from av_lens.methods.shared.frame import Frame
+from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
 from av_lens.spans import Span, SpanMap
 
@@ -122,7 +123,7 @@ class Sinks:
 
 
 def find_sinks(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     times: float | int = SINK_TIMES,

@@ -44,6 +44,7 @@ from av_lens.interventions import Edit, Plan, Site, add, scale
 from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, scored
 from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
 from av_lens.replay import measure_plans
 from av_lens.replay.traces import record
 from av_lens.results import Grid
@@ -53,7 +54,7 @@ _HEAD = re.compile(r"L(\d+)H(\d+)")
 
 
 def steer(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     plan: Plan | str | Path,
@@ -163,7 +164,7 @@ def head_named(name: str) -> tuple[int, int]:
 
 
 def mean_difference(
-    model: Any,
+    model: HookedAVLLM,
     pair: Pair | Sequence[Pair],
     *,
     layer: int,

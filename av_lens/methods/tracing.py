@@ -49,6 +49,7 @@ from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, Given, numbers
 from av_lens.methods.shared.places import Axes, Place
 from av_lens.metrics import Metric, as_metric, each, prob, require_numbers
+from av_lens.model import HookedAVLLM
 from av_lens.replay import measure_plans
 from av_lens.replay.receivers import rerun
 from av_lens.replay.traces import Trace, record
@@ -60,7 +61,7 @@ SIGN = "states of the clean run into the corrupted run; positive: the state brin
 
 
 def causal_trace(
-    model: Any,
+    model: HookedAVLLM,
     x: AVInputs | Pair | Conflict | Sequence[AVInputs] | Sequence[Pair] | Sequence[Conflict],
     *,
     metric: Metric | Callable[..., Any] | None = None,

@@ -39,6 +39,7 @@ from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, Given, numbers, scored
 from av_lens.methods.shared.places import Axes, Visits
 from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
 from av_lens.replay import measure, measure_plans
 from av_lens.replay.traces import record
 from av_lens.results import Grid
@@ -51,7 +52,7 @@ SIGNS = {
 
 
 def graft(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     base: Any,

@@ -46,10 +46,11 @@ from av_lens.errors import InputError
 from av_lens.inputs import Answer, AVInputs
 from av_lens.inputs.answers import AnswerLike, words_of
 from av_lens.methods.base_model.related import deaf_plan, opened, prompt_for
-from av_lens.methods.shared.examples import Examples, Stack, for_each
+from av_lens.methods.shared.examples import Examples, Stack, answer_lengths, for_each
 from av_lens.methods.shared.frame import Frame
 from av_lens.metrics.forms import said_answer
 from av_lens.metrics.scores import padded
+from av_lens.model import HookedAVLLM
 from av_lens.results import Tabled
 from av_lens.results.events import Lexicon
 
@@ -61,7 +62,7 @@ SIGN = "the model's answer through its base; shares of tokens, divergences in na
 
 
 def base_shift(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     base: Any,
@@ -170,10 +171,8 @@ class Said:
         """
         out = model.generate(x, max_new_tokens=max_new_tokens, return_type="result")
         tokens = out.tokens[:, len(x.spans) :]
-        ends = _end_tokens(model)
-        first = [next((n for n, t in enumerate(row) if t in ends), -1) for row in tokens.tolist()]
-        lengths = tuple(at + 1 if at >= 0 else int(tokens.shape[1]) for at in first)
-        return cls(tokens, lengths, tuple(at >= 0 for at in first), out.logits)
+        lengths, ended = zip(*answer_lengths(model, tokens), strict=True)
+        return cls(tokens, lengths, ended, out.logits)
 
     @classmethod
     def given(cls, model: Any, x: AVInputs, answer: Answer) -> Said:
@@ -329,12 +328,6 @@ def _teacher_forced(model: Any, x: AVInputs, tokens: Tensor, audio: str) -> Tens
     asked = int(x.spans.generation_position)
     where = whole.spans.span(range(asked, asked + tokens.shape[1]))
     return run(model, whole, plan=deaf_plan(whole, audio), logits_at=where).logits
-
-
-def _end_tokens(model: Any) -> set[int]:
-    named = model.hf_model.generation_config.eos_token_id
-    named = model.tokenizer.eos_token_id if named is None else named
-    return {int(t) for t in (named if isinstance(named, Sequence) else [named]) if t is not None}
 
 
 def _others(x: AVInputs) -> Int64[np.ndarray, " example"]:

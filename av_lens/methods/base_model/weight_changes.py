@@ -25,6 +25,7 @@ from torch import Tensor
 
 from av_lens.errors import ModelError
 from av_lens.methods.base_model.related import opened, require_equal_sizes
+from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
 from av_lens.results.provenance import stamp
 
@@ -33,7 +34,7 @@ FIGURES = ("relative", "absolute")
 SIGN = "how far each head's weights moved from the base's; 0 where they did not"
 
 
-def weight_change(model: Any, *, base: Any) -> Grid:
+def weight_change(model: HookedAVLLM, *, base: Any) -> Grid:
     """Measure how far every head's weights are from the base's.
 
     Args:

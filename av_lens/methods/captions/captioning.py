@@ -44,6 +44,7 @@ from av_lens.interventions import Plan
 from av_lens.methods.captions.judging import Judge, Judged
 from av_lens.methods.shared.examples import Examples, for_each
 from av_lens.methods.shared.frame import Frame
+from av_lens.model import HookedAVLLM
 from av_lens.replay.traces import record
 from av_lens.results import Tabled
 from av_lens.results.events import FIGURES as MATCHED
@@ -56,7 +57,7 @@ Events = Sequence[str] | Sequence[Sequence[str]]
 
 
 def caption(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     plans: Plan | str | Path | Mapping[str, Plan | str | Path] | None = None,

@@ -60,6 +60,7 @@ from av_lens.methods.circuits.runs import CircuitRuns
 from av_lens.methods.circuits.scores import KINDS
 from av_lens.methods.circuits.terms import Measured, Nodes
 from av_lens.metrics import Metric
+from av_lens.model import HookedAVLLM
 from av_lens.results import Circuit, EdgeScores, Grid
 from av_lens.results.faithfulness import Scale, sizes
 from av_lens.results.provenance import stamp
@@ -70,7 +71,7 @@ NOTHING = "m(whole) - m(empty) cannot be told from 0: there is nothing to find a
 
 
 def find_circuit(
-    model: Any,
+    model: HookedAVLLM,
     x: Conflict | Pair | Sequence[Conflict] | Sequence[Pair],
     *,
     scores: str | Grid | EdgeScores | Float[np.ndarray, "..."] = "exact",

@@ -51,6 +51,7 @@ from av_lens.methods.shared.frame import Frame, numbers, scored
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, OTHER_HEADS, EdgeCut, matches
 from av_lens.methods.shared.role_words import Flow, is_plain, named_span
 from av_lens.metrics import Metric, each, logit_diff, require_numbers
+from av_lens.model import HookedAVLLM
 from av_lens.replay import measure_plans
 from av_lens.replay.traces import Trace, record
 from av_lens.results import Grid
@@ -58,7 +59,7 @@ from av_lens.spans import Span, SpanMap
 
 
 def knockout(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     edges: str | Sequence[str] = "video -> generated",

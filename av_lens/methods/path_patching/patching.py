@@ -53,6 +53,7 @@ from av_lens.methods.path_patching.paths import LOGITS, TOTAL, Nodes, PathRuns, 
 from av_lens.methods.shared.examples import Examples, Stack
 from av_lens.methods.shared.frame import Frame, numbers
 from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
 from av_lens.spans import Span
 
@@ -65,7 +66,7 @@ NORMS = ("recomputed", "frozen")
 
 
 def path_patch(
-    model: Any,
+    model: HookedAVLLM,
     pair: Pair | Sequence[Pair],
     *,
     sender: Any = "heads",

@@ -31,6 +31,7 @@ from av_lens.interventions import Plan, Site, replace
 from av_lens.interventions.nodes import Node
 from av_lens.interventions.sites import resolve_positions
 from av_lens.metrics import Metric
+from av_lens.metrics.forms import followed
 from av_lens.replay import measure
 from av_lens.replay.held import Change, HeldRun, replaced
 from av_lens.replay.receivers import require_restart
@@ -81,7 +82,7 @@ class PathRuns:
         self.prompts = [
             _Prompt(
                 self,
-                self.base if tokens.shape[1] == 1 else self.base.continued(tokens[:, :-1]),
+                followed(self.base, tokens),
                 sent,
                 range(asked, asked + tokens.shape[1]),
                 partial(metric.reduce, number),

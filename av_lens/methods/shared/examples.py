@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int
 
 from av_lens.core.layouts import input_stacks, listed, pairs_of, that_fit
@@ -108,3 +109,11 @@ def for_each(given: Any, n: int, what: str) -> list[tuple[str, ...]]:
     if len(given) not in (0, n):
         raise InputError(f"{len(given)} lists of {what} for {n} examples.")
     return [tuple(item) for item in given] or [()] * n
+
+
+def answer_lengths(model: Any, tokens: Int[torch.Tensor, "batch token"]) -> list[tuple[int, bool]]:
+    """Count each answer's tokens up to its end, which counts too, and say whether it ended."""
+    named = model.hf_model.generation_config.eos_token_id
+    ends = set(np.atleast_1d(model.tokenizer.eos_token_id if named is None else named).tolist())
+    first = [next((n for n, token in enumerate(row) if token in ends), None) for row in tokens.tolist()]
+    return [(int(tokens.shape[1]), False) if at is None else (at + 1, True) for at in first]
