@@ -47,8 +47,7 @@ from av_lens.core import Progress
 from av_lens.errors import InputError, unknown
 from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Plan
-from av_lens.methods.shared.examples import Examples, Stack
-from av_lens.methods.shared.frame import Frame, Given, numbers, scored
+from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, numbers, scored
 from av_lens.methods.shared.places import Axes, Head, Visits, positions_of, shapley
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM

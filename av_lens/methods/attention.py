@@ -32,8 +32,7 @@ from av_lens.core.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, sin
 from av_lens.core.layouts import listed
 from av_lens.errors import InputError
 from av_lens.inputs import AVInputs
-from av_lens.methods.shared.examples import Examples, Stack, answer_lengths
-from av_lens.methods.shared.frame import Frame
+from av_lens.methods.shared.frame import Examples, Frame, Stack, answer_lengths
 from av_lens.methods.shared.role_words import SINKS, named_span
 from av_lens.model import HookedAVLLM
 from av_lens.results import Grid

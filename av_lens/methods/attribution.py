@@ -37,8 +37,7 @@ from av_lens.errors import InputError
 from av_lens.families.hook_names import hook_name
 from av_lens.inputs import AVInputs
 from av_lens.interventions import Site
-from av_lens.methods.shared.examples import Examples
-from av_lens.methods.shared.frame import Frame
+from av_lens.methods.shared.frame import Examples, Frame
 from av_lens.metrics import Metric
 from av_lens.model import HookedAVLLM
 from av_lens.results import Grid

@@ -50,8 +50,7 @@ from av_lens.errors import InputError
 from av_lens.families.hook_names import hook_name
 from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Site
-from av_lens.methods.shared.examples import Examples, Stack
-from av_lens.methods.shared.frame import Frame, numbers
+from av_lens.methods.shared.frame import Examples, Frame, Stack, numbers
 from av_lens.methods.shared.places import Axes, Place
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM

@@ -42,9 +42,7 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.families.hook_names import component_named
 from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Plan, Site
-from av_lens.methods.shared.examples import Examples, Stack
-from av_lens.methods.shared.frame import Frame, Given, numbers, scored
-from av_lens.methods.shared.gradient_drops import held_layers
+from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, held_layers, numbers, scored
 from av_lens.methods.shared.places import Axes, Place, Visits, positions_of
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM

@@ -41,8 +41,7 @@ from av_lens.errors import InputError
 from av_lens.inputs import AVInputs
 from av_lens.inputs.answers import spelled
 from av_lens.interventions.sites import resolve_positions
-from av_lens.methods.shared.examples import Examples, Stack
-from av_lens.methods.shared.frame import Frame
+from av_lens.methods.shared.frame import Examples, Frame, Stack
 from av_lens.metrics.asked import Each, asked_words, resolved, shown
 from av_lens.metrics.forms import Forms, read_forms
 from av_lens.model import HookedAVLLM

@@ -45,7 +45,7 @@ from av_lens.inputs import Answer, Conflict
 from av_lens.inputs.answers import synonyms_of
 from av_lens.inputs.conflict import CELLS
 from av_lens.inputs.sources import clip_key
-from av_lens.methods.shared.examples import Examples
+from av_lens.methods.shared.frame import Examples
 from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member, deal, standing

@@ -47,8 +47,7 @@ from av_lens.core import Progress, read_layers, watched
 from av_lens.core.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, incoming_mass, sink_positions
 from av_lens.errors import InputError
 from av_lens.inputs import AVInputs
-from av_lens.methods.shared.examples import Examples
-from av_lens.methods.shared.frame import Frame
+from av_lens.methods.shared.frame import Examples, Frame
 from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
 from av_lens.spans import Span, SpanMap

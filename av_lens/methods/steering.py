@@ -41,8 +41,7 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.families.hook_names import hook_name
 from av_lens.inputs import Pair
 from av_lens.interventions import Edit, Plan, Site, add, scale
-from av_lens.methods.shared.examples import Examples, Stack
-from av_lens.methods.shared.frame import Frame, scored
+from av_lens.methods.shared.frame import Examples, Frame, Stack, scored
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM
 from av_lens.replay import measure_plans

@@ -45,8 +45,7 @@ from av_lens.families.hook_names import component_named
 from av_lens.inputs import AVInputs, Conflict, Pair
 from av_lens.interventions import Plan, Site, add
 from av_lens.interventions.sites import resolve_positions
-from av_lens.methods.shared.examples import Examples, Stack
-from av_lens.methods.shared.frame import Frame, Given, numbers
+from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, numbers
 from av_lens.methods.shared.places import Axes, Place
 from av_lens.metrics import Metric, as_metric, each, prob, require_numbers
 from av_lens.model import HookedAVLLM

@@ -35,8 +35,7 @@ from av_lens.families.hook_names import component_named
 from av_lens.inputs import AVInputs
 from av_lens.interventions import Plan
 from av_lens.methods.base_model.related import deaf_plan, matched, opened, prompt_for, require_equal_sizes
-from av_lens.methods.shared.examples import Examples, Stack
-from av_lens.methods.shared.frame import Frame, Given, numbers, scored
+from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, numbers, scored
 from av_lens.methods.shared.places import Axes, Visits
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM

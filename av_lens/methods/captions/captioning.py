@@ -42,8 +42,7 @@ from av_lens.errors import InputError
 from av_lens.inputs.answers import words_of
 from av_lens.interventions import Plan
 from av_lens.methods.captions.judging import Judge, Judged
-from av_lens.methods.shared.examples import Examples, for_each
-from av_lens.methods.shared.frame import Frame
+from av_lens.methods.shared.frame import Examples, Frame, for_each
 from av_lens.model import HookedAVLLM
 from av_lens.replay.traces import record
 from av_lens.results import Tabled

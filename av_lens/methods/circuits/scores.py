@@ -32,7 +32,7 @@ from av_lens.families.hook_names import hook_name
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods.circuits.runs import CircuitRuns, TermRun, Values, written
 from av_lens.methods.circuits.terms import Nodes
-from av_lens.methods.shared.gradient_drops import held_layers
+from av_lens.methods.shared.frame import held_layers
 
 KINDS = ("exact", "atp", "atp_star", "eap_ig", "greedy")
 GRADIENT_GB = 8.0

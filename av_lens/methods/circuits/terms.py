@@ -22,7 +22,7 @@ from av_lens.errors import InputError
 from av_lens.inputs import AVInputs, Conflict, Pair
 from av_lens.inputs.sources import clip_key
 from av_lens.interventions import Site
-from av_lens.methods.shared.examples import Examples
+from av_lens.methods.shared.frame import Examples
 from av_lens.metrics import Metric, as_metric, each, logit_diff
 from av_lens.results.provenance import linked
 from av_lens.results.statistics import DRAWS, Bootstrap

@@ -46,8 +46,7 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.inputs import AVInputs
 from av_lens.interventions import Plan
 from av_lens.methods.knockouts.layer_windows import Windows
-from av_lens.methods.shared.examples import Examples, Stack
-from av_lens.methods.shared.frame import Frame, numbers, scored
+from av_lens.methods.shared.frame import Examples, Frame, Stack, numbers, scored
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, OTHER_HEADS, EdgeCut, matches
 from av_lens.methods.shared.role_words import Flow, is_plain, named_span
 from av_lens.metrics import Metric, each, logit_diff, require_numbers

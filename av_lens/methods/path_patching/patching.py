@@ -50,8 +50,7 @@ from av_lens.inputs import Pair
 from av_lens.interventions.nodes import Ends, receivers, refuse_double, senders
 from av_lens.interventions.sites import resolve_positions
 from av_lens.methods.path_patching.paths import LOGITS, TOTAL, Nodes, PathRuns, follows
-from av_lens.methods.shared.examples import Examples, Stack
-from av_lens.methods.shared.frame import Frame, numbers
+from av_lens.methods.shared.frame import Examples, Frame, Stack, numbers
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
