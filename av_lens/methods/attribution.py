@@ -137,25 +137,24 @@ def _by_source(
     model: Any, x: AVInputs, out: Run, shares: dict[str, Tensor], reader: Tensor, roles: list[str]
 ) -> dict[str, Float[Tensor, "example source"]]:
     """Split every head's share by the role of the positions that it read; NaN where a part has no such source."""
-    nothing = torch.full((len(x), len(roles) + 1), torch.nan, dtype=torch.float64, device=reader.device)
     found: dict[str, Tensor] = {}
     group = model.spec.n_heads // model.spec.n_kv_heads
-    moved: dict[int, Tensor] = {}
+    moved: list[Tensor] = []
     for layer in range(model.spec.n_layers):
         pattern = out.cache[hook_name("pattern", layer)][:, :, 0].double()
         v = heads_first(out.cache[hook_name("v", layer)], "v").double().repeat_interleave(group, dim=1)
         read = torch.einsum("hdm,bm->bhd", model.W_O[layer].double(), reader)
-        moved[layer] = pattern * torch.einsum("bhkd,bhd->bhk", v, read)
+        moved.append(pattern * torch.einsum("bhkd,bhd->bhk", v, read))
+    places = [torch.from_numpy(x.spans[role].positions.copy()).to(reader.device) for role in roles]
     for name, share in shares.items():
-        values = found[name] = nothing.clone()
-        if "H" not in name:
+        values = found[name] = reader.new_full((len(x), len(roles) + 1), torch.nan)
+        if "H" in name:
+            layer, head = map(int, name[1:].split("H"))
+            for number, there in enumerate(places):
+                if len(there):
+                    values[:, number] = moved[layer][:, head, there].sum(-1)
+        else:
             values[:, -1] = share
-            continue
-        layer, head = (int(number) for number in name[1:].split("H"))
-        for number, role in enumerate(roles):
-            there = torch.from_numpy(x.spans[role].positions.copy()).to(reader.device)
-            if len(there):
-                values[:, number] = moved[layer][:, head, there].sum(-1)
     return found
 
 

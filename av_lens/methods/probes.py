@@ -168,7 +168,7 @@ def probe(
             for layer in range(n_layers):
                 read = _Reading(sides, *sides.vectors(span, layer), float(c))
                 crossed[span, layer] = read.crossed()
-                values[:, span, layer, 0] = sides.per_conflict(read.right(sides.labels))
+                values[:, span, layer, 0] = sides.per_conflict(read.read(sides.labels, sides.labels_of(sides.asked))[0])
                 controls = [read.control(seed, draw) for draw in range(draws)]
                 values[:, span, layer, 1] = np.mean([sides.per_conflict(right) for right, _ in controls], axis=0)
                 fit[span, layer] = np.mean([memorized for _, memorized in controls])
@@ -382,20 +382,18 @@ class _Reading:
         right = held_out(self.learnt, self.sides.labels, folds(self.sides.groups, FOLDS), c=self.c)
         return float(np.nanmean(right))
 
-    def right(self, labels: list[str]) -> np.ndarray:
-        """Which cells of the confirmation half are read right."""
-        guesses = LinearProbe.fitted(self.learnt, labels, c=self.c).predicted(self.asked)
-        return self.sides.marked(guesses.tolist(), self.sides.labels_of(self.sides.asked), labels)
+    def read(self, learnt: list[str], asked: list[str]) -> tuple[np.ndarray, float]:
+        """Which cells of the confirmation half are read right, and what share of those that labels were learnt of."""
+        fitted = LinearProbe.fitted(self.learnt, learnt, c=self.c)
+        right = self.sides.marked(fitted.predicted(self.asked).tolist(), asked, learnt)
+        return right, float(np.mean(fitted.predicted(self.learnt) == np.array(learnt)))
 
     def control(self, seed: int, draw: int) -> tuple[np.ndarray, float]:
-        """The same with control labels; and how well these are read where they were learnt."""
-        sides = self.sides
-        n, sources = len(sides.learnt), sides.sources_of(sides.learnt + sides.asked)
-        drawn = int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
+        """The same with control labels, drawn by the clip that the target comes from."""
+        sides, drawn = self.sides, int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
+        sources = sides.sources_of(sides.learnt + sides.asked)
         given = control_labels(sides.labels + sides.labels_of(sides.asked), sources, seed=drawn)
-        fitted = LinearProbe.fitted(self.learnt, given[:n], c=self.c)
-        right = sides.marked(fitted.predicted(self.asked).tolist(), given[n:], given[:n])
-        return right, float(np.mean([a == b for a, b in zip(fitted.predicted(self.learnt), given[:n], strict=True)]))
+        return self.read(given[: len(sides.learnt)], given[len(sides.learnt) :])
 
 
 def _class(answer: Any) -> str:
