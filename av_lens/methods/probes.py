@@ -158,26 +158,11 @@ def probe(
             streams = read_streams(model, conflicts, at=at, cells=cells, layout=layout, stack=stack, progress=show)
         halves = deal(streams.members, seed=seed) if halves is None else halves
         sides = _Sides.of(streams, halves, target)
-        n_spans, n_layers = len(streams.at), streams.vectors.shape[2]
-        values = np.full((len(sides.tested), n_spans, n_layers, len(FIGURES)), np.nan)
-        chosen: dict[str, int] = {}
-        crossed = np.full((n_spans, n_layers), np.nan)
-        fit = np.full((n_spans, n_layers), np.nan)
-        values[..., 3] = sides.per_conflict(sides.from_the_other())[:, None, None]
-        for span in range(n_spans):
-            for layer in range(n_layers):
-                read = _Reading(sides, *sides.vectors(span, layer), float(c))
-                crossed[span, layer] = read.crossed()
-                values[:, span, layer, 0] = sides.per_conflict(read.read(sides.labels, sides.labels_of(sides.asked))[0])
-                controls = [read.control(seed, draw) for draw in range(draws)]
-                values[:, span, layer, 1] = np.mean([sides.per_conflict(right) for right, _ in controls], axis=0)
-                fit[span, layer] = np.mean([memorized for _, memorized in controls])
-                show("probes", span * n_layers + layer + 1, n_spans * n_layers)
-            chosen[streams.at[span]] = int(np.nanargmax(crossed[span]))
-    values[..., 2] = values[..., 0] - values[..., 1]
+        values, crossed, fit = sides.figures(float(c), draws, seed, show)
+    best = {span: int(np.nanargmax(row)) for span, row in zip(streams.at, crossed, strict=True)}
     return Grid.of(
         values,
-        axes={"span": list(streams.at), "layer": np.arange(n_layers), "figure": list(FIGURES)},
+        axes={"span": list(streams.at), "layer": np.arange(values.shape[2]), "figure": list(FIGURES)},
         baseline=np.zeros(len(sides.tested)),
         clusters=[halves.component[i] for i in sides.tested],
         metric=f"probe of the {target}",
@@ -192,7 +177,7 @@ def probe(
             c=c,
             seed=seed,
             draws=draws,
-            chosen=chosen,
+            chosen=best,
             cross_validated=crossed,
             control_fit=fit,
             **sides.said(halves),
@@ -351,6 +336,23 @@ class _Sides:
         table = right.reshape(len(self.tested), len(self.streams.cells))
         known = ~np.isnan(table)
         return np.where(known.any(1), np.where(known, table, 0.0).sum(1) / np.maximum(known.sum(1), 1), np.nan)
+
+    def figures(self, c: float, draws: int, seed: int, show: Progress) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`FIGURES` of each conflict, span and layer; each probe's cross-validated accuracy, and its control's fit."""
+        n_layers, n_spans = self.streams.vectors.shape[2:4]
+        values = np.full((len(self.tested), n_spans, n_layers, len(FIGURES)), np.nan)
+        crossed, fit = np.full((2, n_spans, n_layers), np.nan)
+        values[..., 3] = self.per_conflict(self.from_the_other())[:, None, None]
+        for number, (span, layer) in enumerate(np.ndindex(n_spans, n_layers), 1):
+            read = _Reading(self, *self.vectors(span, layer), c)
+            crossed[span, layer] = read.crossed()
+            values[:, span, layer, 0] = self.per_conflict(read.read(self.labels, self.labels_of(self.asked))[0])
+            controls = [read.control(seed, draw) for draw in range(draws)]
+            values[:, span, layer, 1] = np.mean([self.per_conflict(right) for right, _ in controls], axis=0)
+            fit[span, layer] = np.mean([memorized for _, memorized in controls])
+            show("probes", number, n_spans * n_layers)
+        values[..., 2] = values[..., 0] - values[..., 1]
+        return values, crossed, fit
 
     def said(self, halves: Halves) -> dict[str, Any]:
         """What a reader of the numbers must know of the halves."""
