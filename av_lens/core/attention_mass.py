@@ -16,7 +16,7 @@ Source: Kobayashi et al. (2020) for the norm; streaming is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from av_lens.checks import require_choice
 from av_lens.core.activations import heads_first
-from av_lens.core.execution import logits_of
-from av_lens.errors import InputError, unknown
-from av_lens.families.hook_names import hook_name
+from av_lens.core.passing import Reader, read_layers
 from av_lens.spans import SpanMap
 
 WEIGHTS = ("attention", "value")
@@ -54,36 +53,24 @@ def attention_mass(
     Raises:
         InputError: an unknown weight.
     """
-    if weight not in WEIGHTS:
-        raise InputError(unknown("weight", weight, WEIGHTS))
+    require_choice("weight", weight, WEIGHTS)
     n, spec = len(x.spans), model.spec
     rows = _indicator(queries, n).to(model.device)
     columns = None if keys is None else _indicator(keys, n).to(model.device)
     found = torch.zeros(len(x), spec.n_layers, spec.n_heads, len(queries), n if keys is None else len(keys))
     norms: dict[int, Tensor] = {}
 
-    def values(layer: int) -> Callable[..., None]:
-        def keep(activation: Tensor, hook: Any = None) -> None:
-            del hook
-            norms[layer] = moved_norms(model, layer, heads_first(activation, "v"))
+    def keep(layer: int, values: Tensor) -> None:
+        norms[layer] = moved_norms(model, layer, heads_first(values, "v"))
 
-        return keep
+    def sum_up(layer: int, pattern: Tensor) -> None:
+        mass = _summed(pattern, rows)
+        if weight == "value":
+            mass = mass * norms.pop(layer)[:, :, None]
+        found[:, layer] = (mass if columns is None else mass @ columns.T).cpu()
 
-    def reduce(layer: int) -> Callable[..., None]:
-        def sum_up(pattern: Tensor, hook: Any = None) -> None:
-            del hook
-            mass = _summed(pattern, rows)
-            if weight == "value":
-                mass = mass * norms.pop(layer)[:, :, None]
-            found[:, layer] = (mass if columns is None else mass @ columns.T).cpu()
-
-        return sum_up
-
-    layers = range(spec.n_layers)
-    hooks = [(hook_name("pattern", layer), reduce(layer)) for layer in layers]
-    if weight == "value":
-        hooks += [(hook_name("v", layer), values(layer)) for layer in layers]
-    logits_of(model, x, hooks, torch.tensor([n - 1]))
+    readers: dict[str, Reader] = {"pattern": sum_up} | ({"v": keep} if weight == "value" else {})
+    read_layers(model, x, readers, [n - 1])
     return found
 
 
@@ -118,9 +105,8 @@ def incoming_mass(model: Any, x: Any, *, weight: str = "value") -> Float[Tensor,
     Returns:
         The sums.
     """
-    return attention_mass(model, x, {"suffix": x.spans.suffix.positions.tolist()}, weight=weight)[:, :, :, 0].sum(
-        (1, 2)
-    )
+    suffix = {"suffix": x.spans.suffix.positions.tolist()}
+    return attention_mass(model, x, suffix, weight=weight)[:, :, :, 0].sum((1, 2))
 
 
 def sink_positions(

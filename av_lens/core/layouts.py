@@ -47,19 +47,6 @@ def pairs_of(verb: str, given: Any) -> list[Pair]:
     return pairs
 
 
-def layout_stacks(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
-    """Group pairs of one layout.
-
-    Args:
-        pairs: the pairs.
-        size: examples that run together, at most.
-
-    Yields:
-        Numbers of pairs.
-    """
-    yield from input_stacks([pair.clean for pair in pairs], size)
-
-
 def that_fit(model: Any, longest: int, stack: int, budget_gb: float | int) -> int:
     """Say how many examples may run together, so that one layer's scores and pattern fit a budget.
 

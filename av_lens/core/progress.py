@@ -5,18 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from types import TracebackType
 
+from rich import progress as rich
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as RichProgress
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`."""
@@ -33,25 +24,17 @@ class Bars:
 
     def __init__(self, console: Console | None = None):
         console = self.console = console or Console(stderr=True, highlight=False)
-        self._progress = RichProgress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
+        kinds = rich.BarColumn, rich.MofNCompleteColumn, rich.TimeElapsedColumn, rich.TimeRemainingColumn
+        columns = [rich.TextColumn("{task.description}"), *(kind() for kind in kinds)]
+        self._progress = rich.Progress(*columns, console=console, disable=not console.is_terminal)
+        self._tasks: dict[str, rich.TaskID] = {}
         self._begun: dict[str, float] = {}
 
     def __enter__(self) -> Bars:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self._progress.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:

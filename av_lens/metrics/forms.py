@@ -150,13 +150,7 @@ class Reading:
         Returns:
             The choice.
         """
-        while True:
-            values, exact = self._values(range(len(self.rows)))
-            medians = np.median(values, axis=0)
-            best = int(medians.argmax())
-            if exact[:, best].all():
-                break
-            self._run(np.flatnonzero(~exact[:, best]).tolist(), FORMS[best])
+        medians, best, exact = self._likeliest(range(len(self.rows)), lambda medians, best: True)
         at_most = tuple(form for i, form in enumerate(FORMS) if not exact[:, i].all())
         return Forms(FORMS[best], dict(zip(FORMS, medians.tolist(), strict=True)), at_most)
 
@@ -171,16 +165,27 @@ class Reading:
             The doubt, or None.
         """
         own = FORMS.index(forms.chosen)
+
+        def rare(medians: np.ndarray, other: int) -> bool:
+            return bool(medians[other] > RARER * medians[own])
+
+        medians, other, _ = self._likeliest(rows, rare)
+        if not rare(medians, other):
+            return None
+        word, both = self.rows[rows[0]][1], (float(medians[own]), float(medians[other]))
+        return Doubt(word, FORMS[own], FORMS[other], both)
+
+    def _likeliest(
+        self, rows: Sequence[int], matters: Callable[[np.ndarray, int], bool]
+    ) -> tuple[np.ndarray, int, np.ndarray]:
+        """The forms' medians, the largest of them (run to its end where that matters), and what is no bound."""
         while True:
             values, exact = self._values(rows)
             medians = np.median(values, axis=0)
-            other = int(medians.argmax())
-            if not medians[other] > RARER * medians[own]:
-                return None
-            if exact[:, other].all():
-                word = self.rows[rows[0]][1]
-                return Doubt(word, FORMS[own], FORMS[other], (float(medians[own]), float(medians[other])))
-            self._run([n for n, whole in zip(rows, exact[:, other], strict=True) if not whole], FORMS[other])
+            best = int(medians.argmax())
+            if exact[:, best].all() or not matters(medians, best):
+                return medians, best, exact
+            self._run([n for n, whole in zip(rows, exact[:, best], strict=True) if not whole], FORMS[best])
 
     def by_word(self) -> list[list[int]]:
         """Group the rows by word.

@@ -37,18 +37,9 @@ from torch import Tensor
 
 from av_lens.brief import Brief
 from av_lens.errors import InputError
+from av_lens.metrics import scores
 from av_lens.metrics.asked import Asked, Each, notes_on, paired, resolved, shown, spread
 from av_lens.metrics.forms import Forms, n_examples, read_sides, unedited
-from av_lens.metrics.scores import (
-    combined,
-    divergence,
-    filled,
-    padded,
-    per_option,
-    summed_log_prob,
-    unequal_lengths,
-    worst_rank,
-)
 
 Kind = Literal["logit_diff", "logit", "log_prob", "prob", "rank", "kl", "custom"]
 UNITS = {
@@ -145,7 +136,7 @@ class Metric(Brief):
         else:
             answers = [[resolved(tokenizer, answer, form) for answer in sides[0]]]
         texts = tuple(side[0].text if len(side) == 1 else f"{side[0].text}, ... ({len(side)})" for side in answers)
-        ids, notes = tuple(padded(side) for side in answers), notes_on(answers, tokenizer)
+        ids, notes = tuple(scores.padded(side) for side in answers), notes_on(answers, tokenizer)
         return replace(self, ids=ids, texts=texts, notes=notes, forms=forms)
 
     def reading(self) -> str:
@@ -199,15 +190,15 @@ class Metric(Brief):
         if self.kind == "custom":
             return _own_result(self, logits)
         if self.reference is not None:
-            return divergence(self.reference, logits)
+            return scores.divergence(self.reference, logits)
         if self.teacher_forced:
             raise InputError(
                 f"{self.name}: an answer has several tokens, which one set of logits cannot score. Use "
                 "measure(model, x, metric) or patch(...), which run the answer after the prompt, or one-token answers."
             )
         last = logits[:, -1].float()
-        sides = [per_option(ids, last, self.kind) for ids in self._fitting(len(last))]
-        return combined(self.kind, [side.unbind(1) for side in sides])
+        sides = [scores.per_option(ids, last, self.kind) for ids in self._fitting(len(last))]
+        return scores.combined(self.kind, [side.unbind(1) for side in sides])
 
     def few_tokens(self) -> tuple[Metric, Int64[Tensor, " token"] | None]:
         """Say which tokens' logits suffice.
@@ -251,7 +242,7 @@ class Metric(Brief):
         """
         if not self.teacher_forced:
             return []
-        return [filled(ids[:, i]).expand(batch, -1) for ids in self._fitting(batch) for i in range(ids.shape[1])]
+        return [scores.filled(ids[:, i]).expand(batch, -1) for ids in self._fitting(batch) for i in range(ids.shape[1])]
 
     def reduce(self, number: int, logits: Float[Tensor, "batch token d_vocab"]) -> Float[Tensor, " batch"]:
         """Score one continuation.
@@ -266,11 +257,11 @@ class Metric(Brief):
         options = [ids[:, i] for ids in self._bound() for i in range(ids.shape[1])]
         tokens = options[number].to(logits.device).expand(logits.shape[0], -1)
         if self.kind == "rank":
-            return worst_rank(tokens, logits.float())
-        total, lengths = summed_log_prob(tokens, logits.float())
+            return scores.worst_rank(tokens, logits.float())
+        total, lengths = scores.summed_log_prob(tokens, logits.float())
         if self.kind != "logit_diff":
             return total
-        return torch.where(unequal_lengths(self._bound()).to(total.device), total / lengths.clamp(min=1), total)
+        return torch.where(scores.unequal_lengths(self._bound()).to(total.device), total / lengths.clamp(min=1), total)
 
     def combine(self, reduced: Sequence[Float[Tensor, " batch"]]) -> Float[Tensor, " batch"]:
         """Put the scores of all continuations together.
@@ -286,7 +277,7 @@ class Metric(Brief):
         for ids in self._bound():
             sides.append(rest[: ids.shape[1]])
             rest = rest[ids.shape[1] :]
-        return combined(self.kind, sides)
+        return scores.combined(self.kind, sides)
 
     def _bound(self) -> tuple[Tensor, ...]:
         if self.kind in ("kl", "custom"):

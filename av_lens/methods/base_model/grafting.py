@@ -22,43 +22,36 @@ beside those of the other heads of its layer. Source: Prakash et al. (2024), who
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from av_lens.checks import require_choice
-from av_lens.core.execution import run
-from av_lens.core.progress import Progress, watched
-from av_lens.errors import InputError, InterventionError, ModelError
-from av_lens.families.hook_names import component_named, hook_name
-from av_lens.inputs.model_inputs import AVInputs
-from av_lens.interventions import Plan, Site, replace
-from av_lens.methods.base_model.related import deaf_plan, matched, opened, prompt_for
-from av_lens.methods.shared.examples import Examples
-from av_lens.methods.shared.places import Axes, Edited
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric, as_metric
-from av_lens.replay.measurement import measure, measure_plans
-from av_lens.replay.sweeps import interrupted
+from av_lens.core import Progress
+from av_lens.errors import InputError, InterventionError
+from av_lens.families.hook_names import component_named
+from av_lens.inputs import AVInputs
+from av_lens.interventions import Plan
+from av_lens.methods.base_model.related import deaf_plan, matched, opened, prompt_for, require_equal_sizes
+from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, numbers, scored
+from av_lens.methods.shared.places import Axes, Visits
+from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
+from av_lens.replay import measure, measure_plans
 from av_lens.replay.traces import record
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import stamp
+from av_lens.results import Grid
 from av_lens.spans import Span
 
 SIGNS = {
     "into model": "the base's values into the model's run; positive: the place as the base has it raises the metric",
     "into base": "the model's values into the base's run; positive: the place as the model has it raises the metric",
 }
-SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head")
 
 
 def graft(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     base: Any,
@@ -101,137 +94,82 @@ def graft(
     require_choice("direction", direction, SIGNS)
     axes, examples, related = Axes.parsed(over), Examples.of(model, x), opened(base, model)
     name = component or ("z" if axes.heads else "resid_pre")
-    _check(axes, name, model, related)
-    bound = as_metric(metric, model, examples.inputs)
-    dims, targets = axes.targets(model.spec, Site(name, 0).n_heads(model.spec))
-    jobs = [
-        (rows, _Job.of(model, related, one, direction, audio, name, targets)) for rows, one in examples.stacks(stack)
+    _check(axes, name, model)
+    require_equal_sizes(model, related, "activations can be grafted between models of equal sizes only.")
+    stacks, visits = examples.stacks(stack), Visits.of(axes, name, model.spec)
+    prompts = [_Prompts.of(model, related, one.x, direction, audio) for one in stacks]
+    visits = visits.at([one.edited.spans for one in prompts], at)
+    frame = Frame.of(model, examples, metric)
+    frame.shape(*visits.shape)
+    grafted = [
+        {label: [p for p in positions if p in one.shared] for label, positions in places}
+        for one, places in zip(prompts, visits.places, strict=True)
     ]
-    places, labels = axes.cut_alike([job.edited.spans for _, job in jobs], at)
-    columns = np.full((2, len(examples)), np.nan)
-    values = np.full((len(examples), len(targets), len(labels)), np.nan)
-    partial = ""
-    with watched(progress) as show:
-        try:
-            for number, (rows, job) in enumerate(jobs):
-                own = bound.chosen(rows.tolist()) if bound.n_answers > 1 else bound
-                job.measure(own, rows, places[number], columns, values, budget_gb)
-                show("grafting", number + 1, len(jobs))
-        except KeyboardInterrupt:
-            partial = interrupted(torch.from_numpy(values))
-    dims = dims | ({axes.places: labels} if axes.places is not None else {})
-    return Grid.of(
-        values.reshape(len(values), *map(len, dims.values())),
-        axes=dims,
-        baseline=columns[0],
-        donor=columns[1],
-        clusters=examples.clusters,
-        metric=bound.name,
-        unit=bound.unit,
+
+    def work(stack: Stack, show: Progress) -> None:
+        number, asked = stacks.index(stack), frame.own(stack)
+        one, trace = prompts[number], record(prompts[number].receiver, prompts[number].edited)
+        before = measure_plans(trace, [one.receiver_plan], asked)[0]
+        donor = measure(one.giver, one.other, asked, plan=one.giver_plan)
+        require_numbers(before, asked.name, run="the run that is grafted into")
+        frame.lines[:, stack.rows] = numbers(before), numbers(donor)
+        there = [(place, positions) for place, positions in enumerate(grafted[number].values()) if positions]
+        shared = {p: one.shared[p] for _, positions in there for p in positions}
+
+        def write(scores: np.ndarray) -> None:
+            found = scores.reshape(len(visits.targets), len(there), -1)
+            for i, (place, _) in enumerate(there):
+                frame.values[stack.rows, :, place] = found[:, i].T
+
+        if shared:
+            given = Given.of(one.giver, one.other, name, visits.layers, shared, plan=one.giver_plan)
+            edits = (given.edits(target, positions) for target in visits.targets for _, positions in there)
+            plans = [one.receiver_plan + Plan(some) for some in edits]
+            scored(trace, plans, asked, write, budget_gb=budget_gb)
+        show("grafting", 1, 1)
+
+    frame.run(work, stacks, progress)
+    return frame.grid(
+        visits.labelled,
         direction=f"{direction}: {SIGNS[direction]}",
-        provenance=stamp(
-            method="grafting", model=model.name, base=related.name, audio=audio, component=name, over=over,
-            at=str(at) if at is not None else ("generation" if axes.places is None else "all"),
-            grafted=jobs[0][1].grafted(places[0]), partial=partial, questions=examples.questions, **bound.provenance(),
-        ),
-    )  # fmt: skip
+        method="grafting",
+        base=related.name,
+        audio=audio,
+        component=name,
+        over=over,
+        at=visits.said(at),
+        grafted=grafted[0],
+    )
 
 
-def _check(axes: Axes, name: str, model: Any, base: Any) -> None:
-    found = component_named(name)
+def _check(axes: Axes, name: str, model: Any) -> None:
     if axes.unit in ("pair", "coalition"):
         raise InputError(f"graft takes one place at a time; over={axes.unit!r} is patch's. Name layer, head or group.")
-    if axes.heads and found.head_axis is None:
-        raise InterventionError(f"{name} has no heads to iterate; write over='layer', or name z, result, q, k or v.")
-    if not found.layered:
-        raise InterventionError(f"{name} belongs to no layer, so layers of it cannot be iterated.")
-    if found.axes[-1] == "key_pos" or name in ("rot_q", "rot_k"):
+    axes.check(name, model.spec, grouped=())
+    if component_named(name).axes[-1] == "key_pos" or name in ("rot_q", "rot_k"):
         raise InterventionError(
             f"{name} means something else in the other model's prompt, whose positions count otherwise: graft q, k, v, "
             "z or the stream."
         )
-    for size in SIZES:
-        sizes = int(getattr(model.spec, size)), int(getattr(base.spec, size))
-        if sizes[0] != sizes[1]:
-            raise ModelError(
-                f"{model.name} has {size} = {sizes[0]} and {base.name} {sizes[1]}: activations can be grafted between "
-                "models of equal sizes only."
-            )
 
 
 @dataclass(frozen=True, eq=False)
-class _Job:
-    """One stack of prompts, and the other model's prompts beside them."""
+class _Prompts:
+    """One stack of prompts, and the other model's prompts beside them; `shared` are the positions of both."""
 
     receiver: Any
-    giver: Any
     edited: AVInputs
-    other: AVInputs
     receiver_plan: Plan
+    giver: Any
+    other: AVInputs
     giver_plan: Plan
     shared: dict[int, int]
-    component: str
-    targets: list[tuple[Edited, ...]]
 
     @classmethod
-    def of(cls, model: Any, base: Any, x: AVInputs, direction: str, audio: str, name: str, targets: list[Any]) -> _Job:
+    def of(cls, model: Any, base: Any, x: AVInputs, direction: str, audio: str) -> _Prompts:
         prompt = prompt_for(base, x, audio)
         here, there = (where.tolist() for where in matched(x, prompt, model.config))
-        sides = [(model, x, Plan(), here), (base, prompt, deaf_plan(prompt, audio), there)]
-        (receiver, edited, own, mine), (giver, other, its, theirs) = sides if direction == "into model" else sides[::-1]
-        return cls(receiver, giver, edited, other, own, its, dict(zip(mine, theirs, strict=True)), name, targets)
-
-    def grafted(self, places: list[tuple[Any, tuple[int, ...]]]) -> dict[str, list[int]]:
-        """The shared positions of every place, as they count in the run that is grafted into."""
-        return {str(label): [p for p in positions if p in self.shared] for label, positions in places}
-
-    def measure(
-        self,
-        metric: Metric,
-        rows: np.ndarray,
-        places: list[tuple[Any, tuple[int, ...]]],
-        columns: np.ndarray,
-        values: np.ndarray,
-        budget_gb: float | int,
-    ) -> None:
-        """Write these examples' baseline, donor and grafted runs."""
-        trace = record(self.receiver, self.edited)
-        before = measure_plans(trace, [self.receiver_plan], metric)[0]
-        require_numbers(before, metric.name, run="the run that is grafted into")
-        columns[0, rows] = before.double().numpy()
-        found = measure(self.giver, self.other, metric, plan=self.giver_plan)
-        columns[1, rows] = found.double().cpu().numpy()
-        kept = [positions for positions in self.grafted(places).values()]
-        there = [number for number, positions in enumerate(kept) if positions]
-        plans = list(self._plans([kept[number] for number in there]))
-        scores = torch.full((len(plans), len(self.edited)), torch.nan)
-        try:
-            measure_plans(trace, plans, metric, budget_gb=budget_gb, into=scores)
-        finally:
-            numbers = scores.double().numpy().reshape(len(self.targets), len(there), -1)
-            for place, number in enumerate(there):
-                values[rows, :, number] = numbers[:, place].T
-
-    def _given(self, union: list[int]) -> dict[int, Float[Tensor, "..."]]:
-        """The other model's values by layer, in the order of the run that is grafted into."""
-        layers = sorted({layer for target in self.targets for layer, _ in target})
-        wanted = [self.shared[p] for p in union]
-        order = np.argsort(np.argsort(wanted)).tolist()
-        sites = [Site(self.component, layer, positions=wanted) for layer in layers]
-        with torch.no_grad():
-            cache = run(self.giver, self.other, plan=self.giver_plan, capture=sites).cache
-        return {layer: cache[hook_name(self.component, layer)][:, order] for layer in layers}
-
-    def _plans(self, places: list[list[int]]) -> Iterator[Plan]:
-        union = sorted({p for positions in places for p in positions})
-        given = self._given(union) if union else {}
-        where = {position: row for row, position in enumerate(union)}
-        for target in self.targets:
-            for positions in places:
-                rows = [where[p] for p in positions]
-                edits = list(self.receiver_plan)
-                for layer, heads in target:
-                    value = given[layer][:, rows]
-                    value = value if heads is None else value[:, :, list(heads)]
-                    edits.append(replace(Site(self.component, layer, heads, positions), value))
-                yield Plan(edits)
+        own, its = (model, x, Plan()), (base, prompt, deaf_plan(prompt, audio))
+        if direction == "into model":
+            return cls(*own, *its, dict(zip(here, there, strict=True)))
+        return cls(*its, *own, dict(zip(there, here, strict=True)))

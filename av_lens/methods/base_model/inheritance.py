@@ -31,7 +31,7 @@ none; larger divergences mean farther from the base. Not done: answers sampled; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,19 +41,17 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from av_lens.core.execution import run
-from av_lens.core.progress import Progress, watched
+from av_lens.core import Progress, run
 from av_lens.errors import InputError
-from av_lens.inputs.answers import Answer, AnswerLike, words_of
-from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs import Answer, AVInputs
+from av_lens.inputs.answers import AnswerLike, words_of
 from av_lens.methods.base_model.related import deaf_plan, opened, prompt_for
-from av_lens.methods.shared.examples import Examples
+from av_lens.methods.shared.frame import Examples, Frame, Stack, answer_lengths, for_each
 from av_lens.metrics.forms import said_answer
 from av_lens.metrics.scores import padded
+from av_lens.model import HookedAVLLM
+from av_lens.results import Tabled
 from av_lens.results.events import Lexicon
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import stamp
-from av_lens.results.tabled import Tabled
 
 FIGURES = ("unshifted", "marginal", "shifted", "kl(model||base)", "kl(base||model)", "js", "same answer")
 CLASSES = ("all", "heard", "seen", "other")
@@ -63,7 +61,7 @@ SIGN = "the model's answer through its base; shares of tokens, divergences in na
 
 
 def base_shift(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     base: Any,
@@ -100,47 +98,45 @@ def base_shift(
     examples, related = Examples.of(model, x), opened(base, model)
     words = _words(examples, heard, seen)
     given, forms = (None, None) if answer is None else said_answer(model, examples.inputs, answer)
-    stacks = list(examples.stacks(stack))
-    prompts = [prompt_for(related, one, audio) for _, one in stacks]  # all prompts are compared before anything runs
-    values = np.full((len(examples), len(PROMPTS), len(CLASSES), len(FIGURES)), np.nan)
+    stacks = examples.stacks(stack)
+    prompts = [prompt_for(related, one.x, audio) for one in stacks]  # all prompts are compared before anything runs
+    frame = Frame.of(model, examples, measured=False)
+    frame.shape(len(PROMPTS), len(CLASSES), len(FIGURES))
     rows: list[dict[str, Any]] = []
-    partial = ""
-    with watched(progress) as show, torch.no_grad():
-        try:
-            for number, ((numbers, one), prompt) in enumerate(zip(stacks, prompts, strict=True)):
-                said = Said.own(model, one, max_new_tokens) if given is None else Said.given(model, one, given)
-                compared = {"own": Compared.of(said, _teacher_forced(related, prompt, said.tokens, audio))}
-                others = _others(prompt)
-                if (others >= 0).any():
-                    turned = AVInputs.stack([prompt[int(j) if j >= 0 else i] for i, j in enumerate(others)])
-                    compared["another's"] = Compared.of(said, _teacher_forced(related, turned, said.tokens, audio))
-                for i, example in enumerate(numbers.tolist()):
-                    classes = said.classes(model.tokenizer, i, words[example])
-                    for p, name in enumerate(PROMPTS):
-                        if name in compared and (name == "own" or others[i] >= 0):
-                            values[example, p] = compared[name].summary(i, classes)
-                    rows += compared["own"].rows(model.tokenizer, example, i, classes)
-                show("base shift", number + 1, len(stacks))
-        except KeyboardInterrupt:
-            if not rows:
-                raise
-            done = len({row["example"] for row in rows})
-            partial = f"interrupted: {done} of {len(examples)} examples compared, the others are NaN"
-    grid = Grid.of(
-        values,
-        axes={"prompt": list(PROMPTS), "word_class": list(CLASSES), "figure": list(FIGURES)},
-        baseline=np.zeros(len(examples)),
-        clusters=examples.clusters,
-        metric="base shift",
-        unit="share of tokens, or nat",
+
+    @torch.no_grad()
+    def work(stack: Stack, show: Progress) -> None:
+        x, prompt = stack.x, prompts[stacks.index(stack)]
+        said = Said.own(model, x, max_new_tokens) if given is None else Said.given(model, x, given)
+        compared = {"own": Compared.of(said, _teacher_forced(related, prompt, said.tokens, audio))}
+        others = _others(prompt)
+        if (others >= 0).any():
+            turned = AVInputs.stack([prompt[int(j) if j >= 0 else i] for i, j in enumerate(others)])
+            compared["another's"] = Compared.of(said, _teacher_forced(related, turned, said.tokens, audio))
+        for i, example in enumerate(stack.rows.tolist()):
+            classes = said.classes(model.tokenizer, i, words[example])
+            for p, name in enumerate(PROMPTS):
+                if name in compared and (name == "own" or others[i] >= 0):
+                    frame.values[example, p] = compared[name].summary(i, classes)
+            rows.extend(compared["own"].rows(model.tokenizer, example, i, classes))
+        show("base shift", 1, 1)
+
+    frame.run(work, stacks, progress)
+    if frame.partial:
+        done = len({row["example"] for row in rows})
+        frame.partial = f"interrupted: {done} of {len(examples)} examples compared, the others are NaN"
+    grid = frame.grid(
+        {"prompt": list(PROMPTS), "word_class": list(CLASSES), "figure": list(FIGURES)},
+        named=("base shift", "share of tokens, or nat"),
         direction=SIGN,
-        provenance=stamp(
-            method="base shift", model=model.name, base=related.name, audio=audio,
-            answer=None if given is None else given.text, **({} if forms is None else forms.provenance()),
-            words=[{side: list(listed) for side, listed in each.items()} for each in words],
-            max_new_tokens=max_new_tokens, questions=examples.questions, partial=partial,
-        ),
-    )  # fmt: skip
+        method="base shift",
+        base=related.name,
+        audio=audio,
+        answer=None if given is None else given.text,
+        **({} if forms is None else forms.provenance()),
+        words=[{side: list(listed) for side, listed in each.items()} for each in words],
+        max_new_tokens=max_new_tokens,
+    )
     return Tabled(grid, pd.DataFrame(rows).sort_values(["example", "number"], ignore_index=True))
 
 
@@ -174,10 +170,8 @@ class Said:
         """
         out = model.generate(x, max_new_tokens=max_new_tokens, return_type="result")
         tokens = out.tokens[:, len(x.spans) :]
-        ends = _end_tokens(model)
-        first = [next((n for n, t in enumerate(row) if t in ends), -1) for row in tokens.tolist()]
-        lengths = tuple(at + 1 if at >= 0 else int(tokens.shape[1]) for at in first)
-        return cls(tokens, lengths, tuple(at >= 0 for at in first), out.logits)
+        lengths, ended = zip(*answer_lengths(model, tokens), strict=True)
+        return cls(tokens, lengths, ended, out.logits)
 
     @classmethod
     def given(cls, model: Any, x: AVInputs, answer: Answer) -> Said:
@@ -335,12 +329,6 @@ def _teacher_forced(model: Any, x: AVInputs, tokens: Tensor, audio: str) -> Tens
     return run(model, whole, plan=deaf_plan(whole, audio), logits_at=where).logits
 
 
-def _end_tokens(model: Any) -> set[int]:
-    named = model.hf_model.generation_config.eos_token_id
-    named = model.tokenizer.eos_token_id if named is None else named
-    return {int(t) for t in (named if isinstance(named, Sequence) else [named]) if t is not None}
-
-
 def _others(x: AVInputs) -> Int64[np.ndarray, " example"]:
     """For each example the next one with the same text and another picture, -1 where there is none."""
     pictures = [None if clip is None else clip.picture_hash for clip in x.clips]
@@ -355,7 +343,12 @@ def _others(x: AVInputs) -> Int64[np.ndarray, " example"]:
 
 def _words(examples: Examples, heard: Any, seen: Any) -> list[dict[str, tuple[str, ...]]]:
     """The heard and the seen words of every example."""
-    sides = {"heard": list(_spread(examples, heard, 0)), "seen": list(_spread(examples, seen, 1))}
+    sides: dict[str, list[tuple[str, ...]]] = {}
+    for side, (name, given) in enumerate((("heard", heard), ("seen", seen))):
+        of_conflicts = [tuple(words_of(conflict.answers[side])) for conflict in examples.conflicts]
+        sides[name] = (
+            of_conflicts if of_conflicts and not len(given) else for_each(given, len(examples), f"{name} words")
+        )
     found = [{side: listed[i] for side, listed in sides.items()} for i in range(len(examples))]
     for number, each in enumerate(found):
         both = {w.casefold() for w in each["heard"]} & {w.casefold() for w in each["seen"]}
@@ -364,18 +357,3 @@ def _words(examples: Examples, heard: Any, seen: Any) -> list[dict[str, tuple[st
                 f"example {number}: {min(both)!r} is both heard and seen, so its tokens have no one class."
             )
     return found
-
-
-def _spread(examples: Examples, given: Any, side: int) -> Iterator[tuple[str, ...]]:
-    if not len(given) and examples.conflicts:
-        for conflict in examples.conflicts:
-            yield tuple(words_of(conflict.answers[side]))
-        return
-    if isinstance(given, str) or any(isinstance(item, str) for item in given):
-        for _ in range(len(examples)):
-            yield (given,) if isinstance(given, str) else tuple(given)
-        return
-    if len(given) not in (0, len(examples)):
-        raise InputError(f"{len(given)} lists of {('heard', 'seen')[side]} words for {len(examples)} examples.")
-    for i in range(len(examples)):
-        yield tuple(given[i]) if len(given) else ()

@@ -19,7 +19,7 @@ from jaxtyping import Int64
 
 from av_lens.checks import require_choice
 from av_lens.errors import ModelError
-from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs import AVInputs
 from av_lens.inputs.soundless import shared_positions, without_sound
 from av_lens.interventions import Plan, cut
 from av_lens.model.loading import load
@@ -50,6 +50,14 @@ def opened(base: Any, model: Any) -> Any:
             "compared. Give the model that this one was made from."
         )
     return found
+
+
+def require_equal_sizes(model: Any, base: Any, mend: str) -> None:
+    """Refuse models whose heads or streams are no counterparts."""
+    for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head"):
+        sizes = int(getattr(model.spec, name)), int(getattr(base.spec, name))
+        if sizes[0] != sizes[1]:
+            raise ModelError(f"{model.name} has {name} = {sizes[0]} and {base.name} {sizes[1]}: {mend}")
 
 
 def prompt_for(base: Any, x: AVInputs, audio: str) -> AVInputs:

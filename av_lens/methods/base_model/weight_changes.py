@@ -24,17 +24,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.errors import ModelError
-from av_lens.methods.base_model.related import opened
-from av_lens.results.grid import Grid
+from av_lens.methods.base_model.related import opened, require_equal_sizes
+from av_lens.model import HookedAVLLM
+from av_lens.results import Grid
 from av_lens.results.provenance import stamp
 
 MATRICES = ("Q", "K", "V", "O")
 FIGURES = ("relative", "absolute")
-SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head")
 SIGN = "how far each head's weights moved from the base's; 0 where they did not"
 
 
-def weight_change(model: Any, *, base: Any) -> Grid:
+def weight_change(model: HookedAVLLM, *, base: Any) -> Grid:
     """Measure how far every head's weights are from the base's.
 
     Args:
@@ -48,11 +48,8 @@ def weight_change(model: Any, *, base: Any) -> Grid:
         ModelError: models of other sizes, or one with folded weights beside one without.
     """
     related = opened(base, model)
-    for name in SIZES:
-        sizes = int(getattr(model.spec, name)), int(getattr(related.spec, name))
-        if sizes[0] != sizes[1]:
-            raise ModelError(f"{model.name} has {name} = {sizes[0]} and {related.name} {sizes[1]}: no head of the one "
-                             "is a head of the other. Give the model that this one was made from.")  # fmt: skip
+    mend = "no head of the one is a head of the other. Give the model that this one was made from."
+    require_equal_sizes(model, related, mend)
     if bool(model.compatibility_mode) != bool(related.compatibility_mode):
         raise ModelError(
             "one of these models has folded weights and the other has not; compare both as they were loaded."

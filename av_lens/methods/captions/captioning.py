@@ -37,18 +37,17 @@ import numpy as np
 import pandas as pd
 
 from av_lens.checks import require_at_least
-from av_lens.core.progress import Progress, watched
+from av_lens.core import Progress, watched
 from av_lens.errors import InputError
 from av_lens.inputs.answers import words_of
 from av_lens.interventions import Plan
 from av_lens.methods.captions.judging import Judge, Judged
-from av_lens.methods.shared.examples import Examples
+from av_lens.methods.shared.frame import Examples, Frame, for_each
+from av_lens.model import HookedAVLLM
 from av_lens.replay.traces import record
+from av_lens.results import Tabled
 from av_lens.results.events import FIGURES as MATCHED
 from av_lens.results.events import Lexicon
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import stamp
-from av_lens.results.tabled import Tabled
 
 UNEDITED = "none"
 JUDGED = {"audio": "judged audio", "video": "judged video"}
@@ -57,7 +56,7 @@ Events = Sequence[str] | Sequence[Sequence[str]]
 
 
 def caption(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     plans: Plan | str | Path | Mapping[str, Plan | str | Path] | None = None,
@@ -150,12 +149,12 @@ class _Work:
 
     def write(self, how: Mapping[str, Any], stack: int, show: Progress) -> None:
         """Write all captions, from one trace for each stack; plans draw alike, samples do not."""
-        for numbers, x in self.examples.stacks(stack):
-            trace = record(self.model, x)
+        for one in self.examples.stacks(stack):
+            numbers, trace = one.rows, record(self.model, one.x)
             for sample in range(self.samples):
                 said = self._said(trace, how, [self.seed, sample, int(numbers[0])])
-                for name, one in zip(self.plans, said, strict=True):
-                    for example, text in zip(numbers.tolist(), one.text, strict=True):
+                for name, written in zip(self.plans, said, strict=True):
+                    for example, text in zip(numbers.tolist(), written.text, strict=True):
                         self.rows.append({"example": example, "plan": name, "sample": sample, "text": text.strip()})
                 show("captions", len(self.rows), self.total)
 
@@ -208,19 +207,16 @@ class _Work:
         values = means.reindex(whole).to_numpy(dtype=np.float64).reshape(len(self.examples), len(names), len(figures))
         changed = values[:, 1:] - values[:, :1]
         labels = names + [f"{name} - {UNEDITED}" for name in names[1:]]
-        grid = Grid.of(
-            np.concatenate([values, changed], axis=1),
-            axes={"plan": labels, "figure": figures},
-            baseline=np.zeros(len(self.examples)),
-            clusters=self.examples.clusters,
-            metric="captions",
-            unit="share; score from 0 to 1; words",
+        frame = Frame.of(self.model, self.examples, measured=False)
+        frame.values, frame.partial = np.concatenate([values, changed], axis=1), partial
+        grid = frame.grid(
+            {"plan": labels, "figure": figures},
+            named=("captions", "share; score from 0 to 1; words"),
             direction=SIGN,
-            provenance=stamp(
-                method="captions", model=self.model.name, questions=self.examples.questions, partial=partial,
-                verdicts={name: self.failures[name] for name in sorted(self.failures)}, **choices,
-            ),
-        )  # fmt: skip
+            method="captions",
+            verdicts=dict(sorted(self.failures.items())),
+            **choices,
+        )
         return Tabled(grid, rows)
 
 
@@ -233,19 +229,10 @@ def _named(model: Any, plans: Any) -> dict[str, Plan]:
     return {UNEDITED: Plan()} | opened
 
 
-def _spread(given: Any, n: int, what: str) -> list[tuple[str, ...]]:
-    """Texts for all examples alike, or a list for each."""
-    if isinstance(given, str) or any(isinstance(item, str) for item in given):
-        return [(given,) if isinstance(given, str) else tuple(given)] * n
-    if len(given) not in (0, n):
-        raise InputError(f"{len(given)} lists of {what} for {n} examples.")
-    return [tuple(item) for item in given] or [()] * n
-
-
 def _truth(examples: Examples, given: Any, side: int) -> list[tuple[str, ...]]:
     if not len(given) and examples.conflicts:
         return [tuple(words_of(conflict.answers[side])[:1]) for conflict in examples.conflicts]
-    return _spread(given, len(examples), f"{('heard', 'seen')[side]} events")
+    return for_each(given, len(examples), f"{('heard', 'seen')[side]} events")
 
 
 def _lexicon(given: Any, truth: list[list[tuple[str, ...]]], examples: Examples) -> Lexicon | None:
@@ -273,7 +260,7 @@ def _references(given: Any, n: int, judge: Judge | None) -> dict[str, list[list[
         if aspect not in JUDGED:
             raise InputError(f"references are of {' or '.join(JUDGED)}, not of {aspect!r}.")
     found = {
-        aspect: [list(item) for item in _spread(texts, n, f"{aspect} references")] for aspect, texts in given.items()
+        aspect: [list(item) for item in for_each(texts, n, f"{aspect} references")] for aspect, texts in given.items()
     }
     for aspect, listed in found.items():
         for number, item in enumerate(listed):

@@ -129,7 +129,7 @@ class Judge:
             raise ModelError(f"the judge at {self.server} refuses the key ({status}); {self._about_key()}.")
         if status >= 500:
             raise ModelError(f"the judge at {self.server} is not ready ({status}): {reply[:200]!r}.")
-        names = _model_names(reply) if status == 200 else []
+        names = status == 200 and _picked(reply, lambda said: [str(entry["id"]) for entry in said["data"]])
         if names and self.model not in names:
             raise ModelError(f"the judge at {self.server}: {unknown('model', self.model, names)}")
 
@@ -149,13 +149,7 @@ class Judge:
             ModelError: the key's variable is not set.
         """
         asked = self._asked(caption, references, aspect)
-        kept = self._kept(asked)
-        if kept is not None:
-            return kept
-        found = self._ask(asked)
-        if not found.failed:
-            self._keep(asked, found.reply)
-        return found
+        return self._kept(asked) or self._ask(asked)
 
     def score_all(
         self,
@@ -223,9 +217,11 @@ class Judge:
                 why = _why(error)
                 continue
             if status == 200:
-                text = _content(reply)
-                score = parsed(text)
-                return Judged(math.nan, "unreadable", text) if score is None else Judged(score, "", text)
+                text = str(_picked(reply, lambda said: said["choices"][0]["message"]["content"]) or "")
+                if (score := parsed(text)) is None:
+                    return Judged(math.nan, "unreadable", text)
+                self._keep(asked, text)
+                return Judged(score, "", text)
             why = f"{status}: {reply[:200]}"
             if status not in _AGAIN and status < 500:
                 break
@@ -252,25 +248,22 @@ class Judge:
     def _about_key(self) -> str:
         return f"it was read from {self.key_env}" if self.key_env else "name the variable that holds it: key_env="
 
-    def _place(self, asked: dict[str, Any]) -> Path | None:
-        if self.cache is None:
-            return None
+    def _place(self, asked: dict[str, Any]) -> Path:
         content = json.dumps([VERSION, asked], sort_keys=True, ensure_ascii=True).encode()
-        return Path(self.cache) / f"{hashlib.sha256(content).hexdigest()}.json"
+        return Path(self.cache or "") / f"{hashlib.sha256(content).hexdigest()}.json"
 
     def _kept(self, asked: dict[str, Any]) -> Judged | None:
-        place = self._place(asked)
+        if self.cache is None:
+            return None
         # A file that was cut short, or that answers another question, is asked again.
-        kept = None if place is None else stored(place, lambda found: found if found["asked"] == asked else None)
-        score = None if kept is None else parsed(str(kept.get("reply", "")))
-        return None if kept is None or score is None else Judged(score, "", str(kept["reply"]))
+        kept = stored(self._place(asked), lambda found: str(found["reply"]) if found["asked"] == asked else None)
+        score = None if kept is None else parsed(kept)
+        return None if kept is None or score is None else Judged(score, "", kept)
 
     def _keep(self, asked: dict[str, Any], reply: str) -> None:
-        place = self._place(asked)
-        if place is None:
-            return
-        make_folder(place.parent)
-        write_whole(place, json.dumps({"asked": asked, "reply": reply}, indent=1))
+        if self.cache is not None:
+            make_folder(Path(self.cache))
+            write_whole(self._place(asked), json.dumps({"asked": asked, "reply": reply}, indent=1))
 
 
 def parsed(reply: str) -> float | None:
@@ -302,20 +295,12 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         del args, options
 
 
-def _content(reply: str) -> str:
+def _picked(reply: str, pick: Callable[[Any], Any]) -> Any:
+    """What a server's json holds at some place; None where it has none."""
     try:
-        found: Any = parse_json(reply, finite=False)
-        return str(found["choices"][0]["message"]["content"] or "")
+        return pick(parse_json(reply, finite=False))
     except (ValueError, KeyError, IndexError, TypeError):
-        return ""
-
-
-def _model_names(reply: str) -> list[str]:
-    try:
-        found: Any = parse_json(reply)
-        return [str(entry["id"]) for entry in found["data"]]
-    except (ValueError, KeyError, TypeError):
-        return []
+        return None
 
 
 def _why(error: BaseException) -> str:

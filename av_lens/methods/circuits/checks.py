@@ -24,7 +24,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from av_lens.core.progress import Progress
 from av_lens.methods.circuits.runs import CircuitRuns
 from av_lens.methods.circuits.terms import Nodes
 from av_lens.results.faithfulness import Scale
@@ -41,16 +40,7 @@ MINIMALITY = ("node", "adds", "low", "high", "removed", "needed")
 
 
 def drawn_subsets(members: Sequence[int], n: int, seed: int) -> list[frozenset[int]]:
-    """Draw sets of members, each member with probability a half.
-
-    Args:
-        members: the circuit.
-        n: how many at most.
-        seed: of the draw.
-
-    Returns:
-        Different sets, neither empty nor all of the circuit; fewer where there are fewer.
-    """
+    """Draw sets of members, each member with probability a half: all different, none of them empty or whole."""
     rng = np.random.default_rng(seed)
     found: dict[frozenset[int], None] = {}
     for _ in range(20 * n):
@@ -61,33 +51,15 @@ def drawn_subsets(members: Sequence[int], n: int, seed: int) -> list[frozenset[i
 
 
 def completeness(
-    runs: CircuitRuns,
-    scale: Scale,
-    empty: str,
-    members: Sequence[int],
-    subsets: Sequence[frozenset[int]],
-    show: Progress,
+    runs: CircuitRuns, scale: Scale, empty: str, members: Sequence[int], subsets: Sequence[frozenset[int]]
 ) -> pd.DataFrame:
-    """Take sets of members from the circuit and from the model.
-
-    Args:
-        runs: the runs.
-        scale: of f.
-        empty: the empty donor.
-        members: the circuit.
-        subsets: sets of members, beside none and all of them.
-        show: called as `show(stage, done, total)`.
-
-    Returns:
-        One row for each set: `removed size circuit model difference low high`, difference being circuit - model; none
-        where f is NaN.
-    """
+    """Take sets of members from the circuit and from the model."""
     if not scale.usable:
         return pd.DataFrame(columns=pd.Index(COMPLETENESS))
     circuit, model = frozenset(members), runs.nodes.all
     listed = [frozenset[int](), circuit, *subsets]
     both = [base - removed for removed in listed for base in (circuit, model)]
-    found = runs.measure(empty, both, show=show, stage="completeness").reshape(len(listed), 2, -1)
+    found = runs.measure(empty, both, stage="completeness").reshape(len(listed), 2, -1)
     difference = scale.ratio(found[:, 0] - found[:, 1])
     return pd.DataFrame(
         {
@@ -103,34 +75,15 @@ def completeness(
 
 
 def minimality(
-    runs: CircuitRuns,
-    scale: Scale,
-    empty: str,
-    members: Sequence[int],
-    subsets: Sequence[frozenset[int]],
-    show: Progress,
+    runs: CircuitRuns, scale: Scale, empty: str, members: Sequence[int], subsets: Sequence[frozenset[int]]
 ) -> pd.DataFrame:
-    """Find beside which removed set each member adds most.
-
-    Args:
-        runs: the runs.
-        scale: of f.
-        empty: the empty donor.
-        members: the circuit.
-        subsets: sets of members, beside none.
-        show: called as `show(stage, done, total)`.
-
-    Returns:
-        One row for each member: `node adds low high removed needed`; needed is "yes" where the interval leaves 0 out,
-        "no" where it does not, "untested" without one. The set is chosen as the largest, which favours "yes". No row
-        where f is NaN.
-    """
+    """Find beside which removed set each member adds most."""
     if not scale.usable:
         return pd.DataFrame(columns=pd.Index(MINIMALITY))
     circuit = frozenset(members)
     listed = [frozenset[int](), *subsets]
     pairs = [(circuit - removed, circuit - removed - {node}) for node in members for removed in listed]
-    found = runs.measure(empty, [one for pair in pairs for one in pair], show=show, stage="minimality")
+    found = runs.measure(empty, [one for pair in pairs for one in pair], stage="minimality")
     found = found.reshape(len(members), len(listed), 2, -1)
     rows: list[tuple[str, float, float, float, str, str]] = []
     for node, changes in zip(members, found[:, :, 0] - found[:, :, 1], strict=True):
@@ -143,26 +96,14 @@ def minimality(
     return pd.DataFrame(rows, columns=pd.Index(MINIMALITY))
 
 
-def links(runs: CircuitRuns, scale: Scale, empty: str, members: Sequence[int], show: Progress) -> pd.DataFrame:
-    """Measure how every two members of a circuit act together.
-
-    Args:
-        runs: the runs.
-        scale: of f.
-        empty: the empty donor.
-        members: the circuit.
-        show: called as `show(stage, done, total)`.
-
-    Returns:
-        One row for each two members, the earlier one first: `first second interaction low high how`; none where f is
-        NaN, or for circuits of more than 24 nodes.
-    """
+def links(runs: CircuitRuns, scale: Scale, empty: str, members: Sequence[int]) -> pd.DataFrame:
+    """Measure how every two members of a circuit act together; none where there are too many of them."""
     pairs = list(combinations(sorted(members), 2))
     if not scale.usable or not pairs or len(members) > MOST_LINKED:
         return pd.DataFrame(columns=pd.Index(LINKS))
     circuit = frozenset(members)
     wanted = [circuit - set(gone) for one, two in pairs for gone in ((), (one,), (two,), (one, two))]
-    found = runs.measure(empty, wanted, show=show, stage="links").reshape(len(pairs), 4, -1)
+    found = runs.measure(empty, wanted, stage="links").reshape(len(pairs), 4, -1)
     interaction = scale.ratio(found[:, 0] - found[:, 1] - found[:, 2] + found[:, 3])
     both, neither_one, neither_two, none = (scale.share(found[:, i]).value for i in range(4))
     beside = np.abs(both - neither_one) + np.abs(both - neither_two)
@@ -181,17 +122,7 @@ def links(runs: CircuitRuns, scale: Scale, empty: str, members: Sequence[int], s
 
 
 def shuffled_orders(nodes: Nodes, order: Sequence[int], n: int, seed: int) -> list[list[int]]:
-    """Let the nodes of each layer change places in an order.
-
-    Args:
-        nodes: the candidates.
-        order: best first.
-        n: how many orders.
-        seed: of the draw.
-
-    Returns:
-        The orders; heads stand where heads of their layer stood.
-    """
+    """Let the nodes of each layer change places in an order, heads with heads."""
     rng = np.random.default_rng(seed)
     found: list[list[int]] = []
     for _ in range(n):
@@ -205,57 +136,29 @@ def shuffled_orders(nodes: Nodes, order: Sequence[int], n: int, seed: int) -> li
 def stability(
     scores: Float[np.ndarray, "example node"], boot: Bootstrap, order: str, sizes: Sequence[int]
 ) -> tuple[pd.DataFrame, Float[np.ndarray, "size node"]]:
-    """Rank the nodes anew on resampled examples.
-
-    Args:
-        scores: contributions, positive towards the whole model.
-        boot: the examples' weights.
-        order: "signed" or "magnitude".
-        sizes: numbers of first nodes.
-
-    Returns:
-        `k jaccard low high` (mean and central 95% over draws), and in what share of draws each node is among the k
-        first; NaN where scores are not per example.
-    """
+    """Rank the nodes anew on resampled examples: overlap of the k first, and how often each node is among them."""
     overlap = np.full((len(sizes), 3), np.nan)
     share = np.full((len(sizes), scores.shape[1]), np.nan)
-    if len(scores) < 2 or len(scores) != boot.weights.shape[1]:
-        return _overlaps(sizes, overlap), share
-    weights = boot.weights[:RESAMPLED]
-    whole = places(scores.mean(0), order)
-    drawn = np.stack([places(row @ scores, order) for row in weights[weights.sum(1) > 0]])
-    for i, k in enumerate(sizes):
-        first = drawn < k
-        shared = (first & (whole < k)).sum(1)
-        jaccard = shared / (2 * k - shared)
-        share[i] = first.mean(0)
-        overlap[i] = (jaccard.mean(), *np.percentile(jaccard, [2.5, 97.5]))
-    return _overlaps(sizes, overlap), share
-
-
-def _overlaps(sizes: Sequence[int], overlap: np.ndarray) -> pd.DataFrame:
-    return pd.DataFrame({"k": list(sizes), "jaccard": overlap[:, 0], "low": overlap[:, 1], "high": overlap[:, 2]})
+    if len(scores) >= 2 and len(scores) == boot.weights.shape[1]:
+        weights = boot.weights[:RESAMPLED]
+        whole = places(scores.mean(0), order)
+        drawn = np.stack([places(row @ scores, order) for row in weights[weights.sum(1) > 0]])
+        for i, k in enumerate(sizes):
+            first = drawn < k
+            shared = (first & (whole < k)).sum(1)
+            jaccard = shared / (2 * k - shared)
+            share[i] = first.mean(0)
+            overlap[i] = (jaccard.mean(), *np.percentile(jaccard, [2.5, 97.5]))
+    columns = dict(zip(("jaccard", "low", "high"), overlap.T, strict=True))
+    return pd.DataFrame({"k": list(sizes), **columns}), share
 
 
 def places(mean: Float[np.ndarray, " node"], order: str) -> Float[np.ndarray, " node"]:
-    """Rank nodes.
-
-    Args:
-        mean: contributions, positive towards the whole model.
-        order: "signed" or "magnitude".
-
-    Returns:
-        Each node's place, 0 first; ties (within 1e-5 of the largest) in the nodes' own order.
-    """
+    """Rank nodes by signed mean or by size, 0 for the best; ties stay in the nodes' own order."""
     key = np.abs(mean) if order == "magnitude" else mean
-    found = np.empty(len(mean))
-    found[np.argsort(-np.round(key / _unit(mean)), kind="stable")] = np.arange(len(mean))
+    found, unit = np.empty(len(mean)), TIE * float(np.abs(mean).max(initial=0.0)) or 1.0
+    found[np.argsort(-np.round(key / unit), kind="stable")] = np.arange(len(mean))
     return found
-
-
-def _unit(mean: np.ndarray) -> float:
-    largest = float(np.abs(mean).max(initial=0.0))
-    return TIE * largest if largest > 0 else 1.0
 
 
 def _words(nodes: Nodes, chosen: frozenset[int], members: Sequence[int]) -> str:

@@ -34,7 +34,7 @@ senders: every reader of a node that is left out sees the empty donor).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,9 @@ import xarray as xr
 from jaxtyping import Float
 
 from av_lens.checks import require_at_least, require_choice
-from av_lens.core.progress import Progress, watched
+from av_lens.core import Progress, watched
 from av_lens.errors import InputError
-from av_lens.inputs.conflict import Conflict
-from av_lens.inputs.pairs import Pair
+from av_lens.inputs import Conflict, Pair
 from av_lens.methods.circuits.checks import (
     ROUNDING,
     completeness,
@@ -60,11 +59,10 @@ from av_lens.methods.circuits.ranking import ORDERS, Ranking, rankings
 from av_lens.methods.circuits.runs import CircuitRuns
 from av_lens.methods.circuits.scores import KINDS
 from av_lens.methods.circuits.terms import Measured, Nodes
-from av_lens.metrics.metric import Metric
-from av_lens.results.circuit import Circuit
-from av_lens.results.edge_scores import EdgeScores
+from av_lens.metrics import Metric
+from av_lens.model import HookedAVLLM
+from av_lens.results import Circuit, EdgeScores, Grid
 from av_lens.results.faithfulness import Scale, sizes
-from av_lens.results.grid import Grid
 from av_lens.results.provenance import stamp
 from av_lens.spans import Span
 
@@ -73,7 +71,7 @@ NOTHING = "m(whole) - m(empty) cannot be told from 0: there is nothing to find a
 
 
 def find_circuit(
-    model: Any,
+    model: HookedAVLLM,
     x: Conflict | Pair | Sequence[Conflict] | Sequence[Pair],
     *,
     scores: str | Grid | EdgeScores | Float[np.ndarray, "..."] = "exact",
@@ -129,33 +127,33 @@ def find_circuit(
         InputError: unknown words, scores that do not fit, or a metric that is NaN.
         InterventionError: a site outside an input.
     """
-    how = _How(scores, order, size, float(faithful), subsets, random, steps, float(drop), seed)
+    how = _How(order, size, float(faithful), subsets, random, steps, float(drop), seed)
     nodes = Nodes.of(model.spec, over)
-    how.check(nodes)
+    how.check(scores, nodes)
     asked = [Measured.of(model, given, metric=metric, of=of, layout=layout) for given in (x, test) if given is not None]
-    where = {"of": of, "over": over, "at": str(at), "layout": layout}
     with watched(progress) as show:
-        runs = [
-            CircuitRuns.of(model, one, nodes, at=at, stack=stack, budget_gb=float(budget_gb), keep_gb=float(keep_gb))
-            for one in asked
-        ]
-        ranked = how.ranked(runs[0], asked[0], show)
-        learned, tested = (
-            _Evidence(runs[i], _scales(runs[i], asked[i], seed, show), ranked, how, show) for i in (0, -1)
+        site: dict[str, Any] = {"at": at, "stack": stack, "budget_gb": budget_gb, "keep_gb": keep_gb, "show": show}
+        runs = [CircuitRuns.of(model, one, nodes, **site) for one in asked]
+        ranked = rankings(runs[0], scores, steps=steps, drop=how.drop, seed=seed)
+        learned, tested = (_Evidence(runs[i], runs[i].scales(seed), ranked, how) for i in (0, -1))
+        provenance = stamp(
+            method="circuit",
+            model=model.name,
+            scores=scores if isinstance(scores, str) else f"given: {type(scores).__name__}",
+            order=order,
+            choices={name: value for name, value in asdict(how).items() if name != "order"}
+            | {"of": of, "over": over, "at": str(at), "layout": layout},
+            positions=sorted({one.positions for one in runs[-1].runs}),
+            examples={"scored": runs[0].n, "tested": runs[-1].n, "held_out": len(runs) > 1},
+            **asked[0].metric.provenance(),
         )
-        return tested.circuit(learned.members(), asked[0], how.said(model, where, asked[0], runs))
+        return tested.circuit(learned.members(), asked[0], provenance)
 
 
-def _scales(runs: CircuitRuns, measured: Measured, seed: int, show: Progress) -> dict[str, Scale]:
-    boot, ends = measured.bootstrap(seed), [runs.nodes.all, frozenset[int]()]
-    return {e: Scale(boot, *runs.measure(e, ends, show=show, stage="whole and empty")) for e in measured.empties}
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _How:
     """What was asked for."""
 
-    scores: Any
     order: str
     size: int | None
     faithful: float
@@ -165,10 +163,10 @@ class _How:
     drop: float
     seed: int
 
-    def check(self, nodes: Nodes) -> None:
+    def check(self, scores: Any, nodes: Nodes) -> None:
         """Refuse what cannot be done."""
-        if isinstance(self.scores, str):
-            require_choice("scores", self.scores, KINDS)
+        if isinstance(scores, str):
+            require_choice("scores", scores, KINDS)
         require_choice("order", self.order, ORDERS)
         for name, least in (("subsets", 0), ("random", 0), ("steps", 1), ("drop", 0)):
             require_at_least(name, getattr(self, name), least)
@@ -176,35 +174,6 @@ class _How:
             raise InputError(f"drop={self.drop:g}: a round may take a share below 1 of the nodes that are left.")
         if self.size is not None and not 1 <= self.size <= len(nodes):
             raise InputError(f"size={self.size}: the model has {len(nodes)} nodes; a circuit has 1 to all of them.")
-
-    def ranked(self, runs: CircuitRuns, measured: Measured, show: Progress) -> dict[str, Ranking]:
-        """Order the nodes for each empty donor."""
-        return rankings(
-            runs,
-            measured.bootstrap(self.seed),
-            self.scores,
-            measured.empties,
-            pairs=not measured.clips[0],
-            steps=self.steps,
-            drop=self.drop,
-            show=show,
-        )
-
-    def said(
-        self, model: Any, where: dict[str, Any], measured: Measured, runs: Sequence[CircuitRuns]
-    ) -> dict[str, Any]:
-        """The choices, for the provenance."""
-        names = ("size", "faithful", "subsets", "random", "steps", "drop", "seed")
-        return stamp(
-            method="circuit",
-            model=model.name,
-            scores=self.scores if isinstance(self.scores, str) else f"given: {type(self.scores).__name__}",
-            order=self.order,
-            choices=where | {name: getattr(self, name) for name in names},
-            positions=sorted({one.positions for one in runs[-1].runs}),
-            examples={"scored": runs[0].n, "tested": runs[-1].n, "held_out": len(runs) > 1},
-            **measured.metric.provenance(),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +184,6 @@ class _Evidence:
     scales: dict[str, Scale]
     ranked: dict[str, Ranking]
     how: _How
-    show: Progress
 
     def members(self) -> list[int]:
         """The circuit, cut with the first empty donor: as large as asked, or the smallest that is faithful, or all."""
@@ -243,9 +211,9 @@ class _Evidence:
             nodes=table.assign(member=table["place"] <= len(members), kept=often),
             curve=pd.concat([self._rows(*key, found) for key, found in curves.items()], ignore_index=True),
             areas=pd.DataFrame([row for e in self.scales for row in self._areas(e, curves, members, random)]),
-            completeness=completeness(self.runs, scale, primary, members, subsets, self.show),
-            minimality=minimality(self.runs, scale, primary, members, subsets, self.show),
-            links=links(self.runs, scale, primary, members, self.show),
+            completeness=completeness(self.runs, scale, primary, members, subsets),
+            minimality=minimality(self.runs, scale, primary, members, subsets),
+            links=links(self.runs, scale, primary, members),
             stability=stable,
             random=random,
             what=measured.what,
@@ -260,7 +228,7 @@ class _Evidence:
         return sorted({*sizes(n), *more, *([self.how.size] if self.how.size else [])})
 
     def _measure(self, empty: str, circuits: Sequence[Sequence[int]], stage: str) -> np.ndarray:
-        return self.runs.measure(empty, [frozenset(one) for one in circuits], show=self.show, stage=stage)
+        return self.runs.measure(empty, [frozenset(one) for one in circuits], stage=stage)
 
     def _curve(self, empty: str, order: str) -> dict[int, np.ndarray]:
         """Measure m of the k first nodes, `[example]`, by k."""
@@ -300,20 +268,21 @@ class _Evidence:
         self, empty: str, curves: dict[tuple[str, str], dict[int, np.ndarray]], members: list[int], random: pd.DataFrame
     ) -> Iterator[dict[str, Any]]:
         """One empty donor's rows: the span, f of the circuit, CPR and CMD, each beside the random orders'."""
-        scale, n = self.scales[empty], len(self.runs.nodes)
+        scale, at, drawn = self.scales[empty], sizes(len(self.runs.nodes)), random[random["empty"] == empty]
         f = scale.share(self._measure(empty, [members], "the circuit"))
-        yield _row(empty, "span", scale.span)
-        drawn: Any = random[random["empty"] == empty]
-        figures: list[tuple[str, tuple[float, float, float]]] = [("f", (f.value[0], f.low[0], f.high[0]))]
+        figures: dict[str, tuple[Any, ...]] = {"span": scale.span, "f": (f.value[0], f.low[0], f.high[0])}
         for name, order in (("CPR", "signed"), ("CMD", "magnitude")):
-            m = np.array([curves[empty, order][k] for k in sizes(n)])
-            figures.append((name, scale.area(m, sizes(n), n, distance=name == "CMD")))
+            m = np.array([curves[empty, order][k] for k in at])
+            figures[name] = scale.area(m, at, len(self.runs.nodes), distance=name == "CMD")
         worse: dict[str, Callable[[Any], Any]] = {"f": lambda f: np.abs(1 - f), "CPR": lambda v: -v, "CMD": lambda v: v}
-        for name, figure in figures:
-            others, far = np.asarray(drawn[name], dtype=np.float64), worse[name]
-            better = int((far(others) <= far(figure[0]) + ROUNDING).sum())
-            p = (1 + better) / (1 + len(others)) if scale.usable and len(others) else np.nan
-            yield _row(empty, name, figure, others.mean() if len(others) else np.nan, p)
+        for name, figure in figures.items():
+            mean = p = np.nan
+            if name in worse and len(drawn):
+                others, far = np.asarray(drawn[name], dtype=np.float64), worse[name]
+                better = int((far(others) <= far(figure[0]) + ROUNDING).sum())
+                mean, p = others.mean(), (1 + better) / (1 + len(others)) if scale.usable else np.nan
+            value, low, high = map(float, figure)
+            yield {"empty": empty, "figure": name, "value": value, "low": low, "high": high, "random": mean, "p": p}
 
     def _values(self, curves: dict[tuple[str, str], dict[int, np.ndarray]]) -> xr.Dataset:
         """Every per-example number."""
@@ -332,10 +301,3 @@ class _Evidence:
             },
             coords={"empty": empties, "node": names, "order": list(ORDERS), "k": np.array(at, dtype=np.int32)},
         )
-
-
-def _row(
-    empty: str, name: str, figure: tuple[float, float, float], random: float = np.nan, p: float = np.nan
-) -> dict[str, Any]:
-    value, low, high = (float(one) for one in figure)
-    return {"empty": empty, "figure": name, "value": value, "low": low, "high": high, "random": random, "p": p}

@@ -16,16 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from av_lens.checks import require_choice
 from av_lens.core.layouts import listed
-from av_lens.errors import InputError, unknown
-from av_lens.inputs.conflict import Conflict
-from av_lens.inputs.model_inputs import AVInputs
-from av_lens.inputs.pairs import Pair
+from av_lens.errors import InputError
+from av_lens.inputs import AVInputs, Conflict, Pair
 from av_lens.inputs.sources import clip_key
-from av_lens.metrics.asked import each
-from av_lens.metrics.metric import Metric, as_metric, logit_diff
-from av_lens.replay.sweeps import sources
-from av_lens.results.halves import components
+from av_lens.interventions import Site
+from av_lens.methods.shared.frame import Examples
+from av_lens.metrics import Metric, as_metric, each, logit_diff
 from av_lens.results.provenance import linked
 from av_lens.results.statistics import DRAWS, Bootstrap
 
@@ -62,8 +60,7 @@ class Nodes:
         Raises:
             InputError: an unknown word.
         """
-        if over not in UNITS:
-            raise InputError(unknown("kind of node, over=", over, UNITS))
+        require_choice("kind of node, over=", over, UNITS)
         inside = [*range(spec.n_heads), *([None] if "mlp" in over else [])]
         found = [(layer, head) for layer in range(spec.n_layers) for head in inside]
         names = (f"L{layer} mlp" if head is None else f"L{layer}H{head}" for layer, head in found)
@@ -92,6 +89,11 @@ class Nodes:
         for node, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True)):
             groups.setdefault((layer, head is None), []).append(node)
         return list(groups.values())
+
+    def sites(self, positions: tuple[int, ...]) -> list[Site]:
+        """List where the nodes write."""
+        parts = ("z", "mlp_out") if self.mlps else ("z",)
+        return [Site(part, layer, positions=positions) for part in parts for layer in range(max(self.layers) + 1)]
 
     def outside(self, kept: frozenset[int]) -> Iterator[tuple[int, tuple[int, ...], bool]]:
         """List what a circuit leaves out.
@@ -148,8 +150,7 @@ class Measured:
             InputError: nothing, or something else; pairs without a metric; answers that do not fit.
         """
         items = listed(given)
-        if of not in MIRRORED:
-            raise InputError(unknown("measure, of=", of, MIRRORED))
+        require_choice("measure, of=", of, MIRRORED)
         if items and all(isinstance(item, Conflict) for item in items):
             asked = metric or logit_diff(*(each([one.answers[side] for one in items]) for side in (0, 1)))
             return cls._of_conflicts(model, items, asked, of, layout)
@@ -168,18 +169,18 @@ class Measured:
         metric = as_metric(asked, model, [one[base] for one in cells])
         terms = tuple((w, tuple(one[cell] for one in cells), empty) for w, cell in ((0.5, base), (-0.5, mirror)))
         clips = tuple(clip_key(one.sound) for one in items), tuple(clip_key(one.picture) for one in items)
-        groups = np.zeros(len(items), dtype=int)
-        for number, members in enumerate(components(dict(enumerate(zip(*clips, strict=True))))):
-            groups[members] = number
         what = f"{of} = [M({base}) - M({mirror})] / 2, M = {metric.name}"
-        return cls(terms, metric, ("blank_muted", ZERO), what, tuple(groups.tolist()), clips)
+        return cls(terms, metric, ("blank_muted", ZERO), what, linked(list(zip(*clips, strict=True))), clips)
 
     @classmethod
     def _of_pairs(cls, items: list[Pair], metric: Metric) -> Measured:
-        single = [(one.clean[i], one.corrupt[i]) for one in items for i in range(len(one))]
-        groups = linked([[*sources(clean, 0), *sources(corrupt, 0)] for clean, corrupt in single])
-        clean, corrupt = (tuple(side) for side in zip(*single, strict=True))
-        return cls(((1.0, clean, corrupt),), metric, ("corrupt", ZERO), f"{metric.name} of the clean run", groups)
+        examples = Examples.paired("find_circuit", items)
+        clean, corrupt = (
+            tuple(side[i] for side in sides for i in range(len(side)))
+            for sides in ([one.clean for one in items], [one.corrupt for one in items])
+        )
+        what = f"{metric.name} of the clean run"
+        return cls(((1.0, clean, corrupt),), metric, ("corrupt", ZERO), what, examples.clusters)
 
     def bootstrap(self, seed: int) -> Bootstrap:
         """Draw weights of the examples: of components or source clips for conflicts, of clusters for pairs.

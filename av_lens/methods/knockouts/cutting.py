@@ -37,32 +37,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from av_lens.checks import require_at_least
+from av_lens.core import Progress
 from av_lens.core.attention_mass import SINK_TIMES, attention_mass, sinks_by_layout, sinks_of
 from av_lens.core.layouts import listed
-from av_lens.core.progress import Progress, watched
 from av_lens.errors import InputError, InterventionError
-from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs import AVInputs
 from av_lens.interventions import Plan
 from av_lens.methods.knockouts.layer_windows import Windows
-from av_lens.methods.shared.examples import Examples
+from av_lens.methods.shared.frame import Examples, Frame, Stack, numbers, scored
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, OTHER_HEADS, EdgeCut, matches
 from av_lens.methods.shared.role_words import Flow, is_plain, named_span
-from av_lens.metrics.asked import each
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric, as_metric, logit_diff
-from av_lens.replay.measurement import measure_plans
-from av_lens.replay.sweeps import interrupted
+from av_lens.metrics import Metric, each, logit_diff, require_numbers
+from av_lens.model import HookedAVLLM
+from av_lens.replay import measure_plans
 from av_lens.replay.traces import Trace, record
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import stamp
+from av_lens.results import Grid
 from av_lens.spans import Span, SpanMap
 
 
 def knockout(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     edges: str | Sequence[str] = "video -> generated",
@@ -130,23 +126,18 @@ def knockout(
         new_tokens=max_new_tokens,
         budget_gb=budget_gb,
     )
-    with watched(progress) as show:
-        return job.grid(*_measured(model, x, metric), stack, show)
-
-
-def _measured(model: Any, x: Any, metric: Any) -> tuple[Examples, Metric, bool]:
-    """The examples and their metric; conflicts without one are measured in `va` and in `av`, for C."""
     examples = Examples.of(model, x)
-    if metric is None and not examples.conflicts:
+    if metric is not None:
+        return job.grid(Frame.of(model, examples, metric), stack, progress)
+    if not examples.conflicts:
         raise InputError(
             "knockout needs a metric for inputs: logit_diff('siren', 'dog'); conflicts bring their own, C."
         )
-    if metric is not None:
-        return examples, as_metric(metric, model, examples.inputs), False
     mirror = Examples.of(model, list(examples.conflicts), cell="av")
-    sides = ([conflict.answers[side] for conflict in examples.conflicts] * 2 for side in (0, 1))
     both = Examples((*examples.inputs, *mirror.inputs), examples.conflicts)
-    return both, as_metric(logit_diff(*(each(side) for side in sides)), model, both.inputs), True
+    sides = ([conflict.answers[side] for conflict in examples.conflicts] * 2 for side in (0, 1))
+    own = logit_diff(*(each(side) for side in sides))
+    return job.grid(Frame.of(model, both, own), stack, progress, va=examples)
 
 
 def _layouts(examples: Examples) -> list[SpanMap]:
@@ -155,10 +146,6 @@ def _layouts(examples: Examples) -> list[SpanMap]:
         if all(spans.layout_difference(x.spans) is not None for spans in found):
             found.append(x.spans)
     return found
-
-
-def _part(show: Progress, number: int, parts: int) -> Progress:
-    return lambda stage, done, total: show(stage, number * total + done, parts * total)
 
 
 Entry = tuple[int, int, int, Plan]  # the numbers of an edge, a point and a condition, and one plan for them
@@ -184,56 +171,45 @@ class _Job:
         controls = [EQUAL_MASS, OTHER_HEADS, EQUAL_COUNT, *(f"{share:.0%} of keys" for share in self.fractions)]
         return ["cut", *(controls if self.draws else [])]
 
-    def grid(self, examples: Examples, metric: Metric, mirrored: bool, stack: int, show: Progress) -> Grid:
-        """Check every cut, measure stack by stack, and label what was found."""
-        for spans in _layouts(examples):
+    def grid(self, frame: Frame, stack: int, progress: Progress | bool | None, *, va: Examples | None = None) -> Grid:
+        """Check every cut, measure stack by stack, and label what was found; half of `va` against `av` is C."""
+        examples = frame.examples
+        layouts = _layouts(examples)
+        for spans in layouts:
             self._check(spans)
-        shape = (len(self.flows), len(self.windows.points), len(self.conditions))
-        values, baseline = np.full((len(examples), *shape), np.nan), np.full(len(examples), np.nan)
-        matched: dict[str, Any] = {}
-        texts: dict[int, dict[str, str]] = {}
-        partial = ""
+        frame.shape(len(self.flows), len(self.windows.points), len(self.conditions))
         size = examples.stack_size(self.model, stack, self.budget_gb)
-        stacks = list(examples.stacks(size))
-        known: list[tuple[SpanMap, list[int]]] = []
-        try:
-            known = self._sinks(examples, size)
-            for number, (rows, x) in enumerate(stacks):
-                trace, entries = record(self.model, x), list(self._entries(x, sinks_of(x.spans, known), matched))
-                part = _part(show, number, len(stacks))
-                self._measure(trace, entries, metric.chosen(rows.tolist()), (rows, baseline, values), part)
-                if self.new_tokens:
-                    texts |= self._texts(trace, entries, rows)
-        except KeyboardInterrupt:
-            partial = interrupted(torch.from_numpy(values))
-        if np.isnan(values).all() and not partial:
+        known, matched, texts = list[Any](), dict[str, Any](), dict[int, dict[str, str]]()
+
+        def work(stack: Stack, show: Progress) -> None:
+            known.extend([] if known else self._sinks(examples, size))
+            x = stack.x
+            trace, entries = record(self.model, x), list(self._entries(x, sinks_of(x.spans, known), matched))
+            self._measure(frame, stack, trace, entries, show)
+            if self.new_tokens:
+                texts.update(self._texts(trace, entries, stack.rows))
+
+        frame.run(work, examples.stacks(size), progress)
+        if np.isnan(frame.values).all() and not frame.partial:
             raise InterventionError(f"no input has {[flow.text for flow in self.flows]}: {self._missing(examples)}")
-        if mirrored:
-            n = len(examples) // 2
-            values, baseline = (values[:n] - values[n:]) / 2, (baseline[:n] - baseline[n:]) / 2
-        n = len(values)
-        return Grid.of(
-            values.reshape(n, shape[0], *self.windows.shape, shape[2]),
-            axes={"edge": [flow.text for flow in self.flows], **self.windows.axes, "condition": self.conditions},
-            baseline=baseline,
-            clusters=examples.clusters[:n],
-            metric="C, hearing under conflict" if mirrored else metric.name,
-            unit=metric.unit,
+        named = None
+        if va is not None:
+            frame.examples, named = va, ("C, hearing under conflict", "logit")
+            frame.values, frame.lines = (
+                np.subtract(*np.split(part, 2, axis)) / 2 for part, axis in ((frame.values, 0), (frame.lines, 1))
+            )
+        return frame.grid(
+            {"edge": [flow.text for flow in self.flows], **self.windows.axes, "condition": self.conditions},
+            named=named,
             direction="without the edge's attention; positive: the cut raises the metric",
-            provenance=stamp(
-                method="attention knockout",
-                model=self.model.name,
-                **self.options,
-                heads=[dict(point) for point in self.windows.points] if not self.windows.axes else "iterated",
-                seed=self.seed,
-                draws=self.draws,
-                matched=matched,
-                sinks=[positions for _, positions in known],
-                texts=[texts[row] for row in sorted(texts) if row < n],
-                partial=partial,
-                questions=examples.questions[:n],
-                **metric.provenance(),
-            ),
+            method="attention knockout",
+            **self.options,
+            heads=[dict(point) for point in self.windows.points] if not self.windows.axes else "iterated",
+            seed=self.seed,
+            draws=self.draws,
+            matched=matched,
+            sinks=[positions for _, positions in known],
+            texts=[texts[row] for row in sorted(texts) if row < len(frame.values)],
         )
 
     def _check(self, spans: SpanMap) -> None:
@@ -250,35 +226,23 @@ class _Job:
             found += f", and no media position receives over {self.sinks} times the mean; give another `sinks`"
         return found + "."
 
-    def _measure(
-        self,
-        trace: Trace,
-        entries: Sequence[Entry],
-        metric: Metric,
-        into: tuple[np.ndarray, np.ndarray, np.ndarray],
-        show: Progress,
-    ) -> None:
-        """Write the baseline and every cut of one stack `[example, edge, point, condition]` as they are done."""
-        rows, baseline, values = into
+    def _measure(self, frame: Frame, stack: Stack, trace: Trace, entries: Sequence[Entry], show: Progress) -> None:
+        """Write the baseline and every cut of one stack as they are done."""
+        metric = frame.own(stack)
         own = measure_plans(trace, [Plan()], metric, budget_gb=self.budget_gb)[0]
         require_numbers(own, metric.name)
-        baseline[rows] = own.double().numpy()
+        frame.lines[0, stack.rows] = numbers(own)
         if not entries:
             return
-        plans = [plan for *_, plan in entries]
-        scores = torch.full((len(plans), len(rows)), torch.nan)
+        places = np.array([entry[:3] for entry in entries])
 
-        def finished(done: int) -> None:
-            show("attention knockout", done, len(plans))
-
-        try:
-            measure_plans(trace, plans, metric, budget_gb=self.budget_gb, finished=finished, into=scores)
-        finally:
-            numbers = scores.double().numpy()
-            places = np.array([entry[:3] for entry in entries])
+        def write(scores: np.ndarray) -> None:
             for edge, point, condition in np.unique(places, axis=0).tolist():
                 drawn = (places == (edge, point, condition)).all(1)
-                values[rows, edge, point, condition] = numbers[drawn].mean(0)
+                frame.values[stack.rows, edge, point, condition] = scores[drawn].mean(0)
+
+        plans = [plan for *_, plan in entries]
+        scored(trace, plans, metric, write, budget_gb=self.budget_gb, show=show, stage="attention knockout")
 
     def _texts(self, trace: Trace, entries: Sequence[Entry], rows: np.ndarray) -> dict[int, dict[str, str]]:
         """What the model answers: as it is, and under each cut and the first control of each kind."""
@@ -339,7 +303,7 @@ class _Job:
                 (spans, spans.span(self.sinks.positions.tolist()).positions.tolist()) for spans in _layouts(examples)
             ]
         own = Examples(examples.inputs[: len(examples.conflicts) or None])
-        return sinks_by_layout(self.model, [x for _, x in own.stacks(size)], times=self.sinks)
+        return sinks_by_layout(self.model, [one.x for one in own.stacks(size)], times=self.sinks)
 
     def _mass(self, x: AVInputs, sinks: Sequence[int]) -> dict[str, np.ndarray]:
         """What each edge's queries move from every position, `[layer, head, pos]`, the mean over examples."""

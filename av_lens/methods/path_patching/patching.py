@@ -36,26 +36,24 @@ Source: Wang et al. (2022, the circuit of indirect object identification); Goldo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from av_lens.core.layouts import layout_stacks, pairs_of
-from av_lens.core.progress import Progress, part_of, watched
-from av_lens.errors import InputError, unknown
-from av_lens.inputs.model_inputs import AVInputs
-from av_lens.inputs.pairs import Pair
+from av_lens.checks import require_choice
+from av_lens.core import Progress
+from av_lens.errors import InputError
+from av_lens.inputs import Pair
 from av_lens.interventions.nodes import Ends, receivers, refuse_double, senders
 from av_lens.interventions.sites import resolve_positions
-from av_lens.methods.path_patching.paths import LOGITS, TOTAL, Nodes, PathRuns
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric, as_metric
-from av_lens.replay.sweeps import interrupted, sources
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import linked, stamp
+from av_lens.methods.path_patching.paths import LOGITS, TOTAL, Nodes, PathRuns, follows
+from av_lens.methods.shared.frame import Examples, Frame, Stack, numbers
+from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
+from av_lens.results import Grid
 from av_lens.spans import Span
 
 SIGNS = {
@@ -67,7 +65,7 @@ NORMS = ("recomputed", "frozen")
 
 
 def path_patch(
-    model: Any,
+    model: HookedAVLLM,
     pair: Pair | Sequence[Pair],
     *,
     sender: Any = "heads",
@@ -114,64 +112,44 @@ def path_patch(
         ModelError: the model's layers cannot be computed by themselves.
     """
     for kind, word, known in (("direction", direction, SIGNS), ("mlps=", mlps, MLPS), ("norms=", norms, NORMS)):
-        if word not in known:
-            raise InputError(unknown(kind, word, known))
-    pairs = pairs_of("path_patch", pair)
-    bound = as_metric(metric, model, pairs)
-    roles = [role for role in pairs[0].clean.spans.roles if role != "generated"]
+        require_choice(kind, word, known)
+    examples = Examples.paired("path_patch", pair)
+    roles = [role for role in examples.spans[0].roles if role != "generated"]
     sending, receiving = senders(sender, model.spec, roles), receivers(receiver, model.spec)
     hops = _hops(via, model.spec)
     columns = _columns(receiving, hops, decompose, model.spec)
     _check_order(sending, hops, receiving)
-    how = {"mlps": mlps, "norms": norms, "budget_gb": budget_gb}
-    jobs = list(_jobs(model, pairs, (sending, hops, columns), at, direction, stack, how))
-    values, lines, partial = _all_measured(jobs, bound, pairs, progress)
+    stacks = examples.stacks(stack)
+    places = [resolve_positions(at, spans, what="path_patch at").index for spans in examples.spans]
+    frame = Frame.of(model, examples, metric)
+    frame.shape(len(sending), len(columns))
+    ends = tuple(sending.values()), hops, tuple(columns.values())
+
+    def work(stack: Stack, show: Progress) -> None:
+        asked, (base, donor) = frame.own(stack), stack.ends(direction)
+        runs = PathRuns(model, base, donor, *ends, places[stack.members[0]], asked, mlps, norms, budget_gb)
+        require_numbers(runs.baseline, asked.name)
+        frame.lines[:, stack.rows] = [numbers(line) for line in (runs.baseline, runs.given)]
+        into = torch.full((len(sending), len(columns), len(stack.rows)), torch.nan, dtype=torch.float64)
+        try:
+            runs.measure(lambda done: show("path patching", done, len(sending) * len(columns)), into)
+        finally:
+            frame.values[stack.rows] = np.moveaxis(into.numpy(), -1, 0)
+
+    frame.run(work, stacks, progress)
     if decompose:
-        values = _with_remainder(values, lines[0], list(columns))
-    axes = _axes(sender, sending, [*columns, *(["remainder"] if decompose else [])], model.spec)
-    return _gridded(
-        values,
-        lines,
-        axes,
-        pairs,
-        bound,
-        f"{direction}: {SIGNS[direction]}",
-        model=model.name,
+        frame.values = _with_remainder(frame.values, frame.lines[0], list(columns))
+    return frame.grid(
+        _axes(sender, sending, [*columns, *(["remainder"] if decompose else [])], model.spec),
+        direction=f"{direction}: {SIGNS[direction]}",
+        method="path patching",
         senders=list(sending),
         receivers=list(receiving),
         via=[_said(hop) for hop in hops],
         at=str(at) if at is not None else "all",
-        positions=[list(job.at) for _, job in jobs],
+        positions=[places[stack.members[0]] for stack in stacks],
         mlps=mlps,
         norms=norms,
-        partial=partial,
-    )
-
-
-def _gridded(
-    values: np.ndarray,
-    lines: np.ndarray,
-    axes: dict[str, Any],
-    pairs: list[Pair],
-    metric: Metric,
-    direction: str,
-    **said: Any,
-) -> Grid:
-    return Grid.of(
-        values.reshape(len(values), *(len(one) for one in axes.values())),
-        axes=axes,
-        baseline=lines[0],
-        donor=lines[1],
-        clusters=linked([[*sources(one.clean, i), *sources(one.corrupt, i)] for one in pairs for i in range(len(one))]),
-        metric=metric.name,
-        unit=metric.unit,
-        direction=direction,
-        provenance=stamp(
-            method="path patching",
-            questions=[question for one in pairs for question in one.corrupt.questions],
-            **said,
-            **metric.provenance(),
-        ),
     )
 
 
@@ -206,12 +184,12 @@ def _columns(receiving: Ends, hops: tuple[Nodes, ...], decompose: bool, spec: An
 
 def _check_order(sending: Ends, hops: tuple[Nodes, ...], receiving: Ends) -> None:
     for before, after in pairwise(hops):
-        if not _follows(before, after):
+        if not follows(before, after):
             raise InputError(
                 f"the hop {_said(after)} does not come after {_said(before)}: it reads before that writes."
             )
     if not any(
-        _follows(sender, hops[0] if hops else receiver) and (not hops or _follows(hops[-1], receiver))
+        follows(sender, hops[0] if hops else receiver) and (not hops or follows(hops[-1], receiver))
         for sender in sending.values()
         for receiver in receiving.values()
     ):
@@ -221,65 +199,8 @@ def _check_order(sending: Ends, hops: tuple[Nodes, ...], receiving: Ends) -> Non
         )
 
 
-def _follows(before: Nodes, after: Nodes) -> bool:
-    return any(late.reads_at > early.writes_at for early in before for late in after)
-
-
 def _said(nodes: Nodes) -> str:
     return " + ".join(node.label for node in nodes)
-
-
-def _jobs(
-    model: Any,
-    pairs: list[Pair],
-    ends: tuple[Ends, tuple[Nodes, ...], dict[str, Nodes]],
-    at: str | Span | None,
-    direction: str,
-    stack: int,
-    how: dict[str, Any],
-) -> Iterator[tuple[list[int], PathRuns]]:
-    """One job for every stack of pairs of one layout."""
-    sending, hops, columns = ends
-    for members in layout_stacks(pairs, stack):
-        clean, corrupt = (AVInputs.stack([getattr(pairs[n], side) for n in members]) for side in ("clean", "corrupt"))
-        base, donor = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
-        positions = resolve_positions(at, base.spans, what="path_patch at").index
-        rows, receiving = tuple(sending.values()), tuple(columns.values())
-        yield members, PathRuns(model, base, donor, rows, hops, receiving, positions, **how)
-
-
-def _all_measured(
-    jobs: list[tuple[list[int], PathRuns]], metric: Metric, pairs: list[Pair], progress: Progress | bool | None
-) -> tuple[np.ndarray, np.ndarray, str]:
-    """The numbers `[example, sender, column]`, baseline and donor, and how far an interrupted measurement came."""
-    starts = np.cumsum([0, *(len(one) for one in pairs)])
-    values = np.full((starts[-1], len(jobs[0][1].senders), len(jobs[0][1].columns)), np.nan)
-    lines = np.full((2, starts[-1]), np.nan)
-    partial = ""
-    with watched(progress) as show:
-        try:
-            for number, (members, job) in enumerate(jobs):
-                rows = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in members])
-                _measured(job, metric.chosen(rows.tolist()), rows, values, lines, part_of(show, number, len(jobs)))
-        except KeyboardInterrupt:
-            partial = interrupted(torch.from_numpy(values))
-    return values, lines, partial
-
-
-def _measured(
-    job: PathRuns, metric: Metric, rows: np.ndarray, values: np.ndarray, lines: np.ndarray, show: Progress
-) -> None:
-    """Write one stack's numbers as they are done: baseline, donor, and `[example, sender, column]`."""
-    with torch.no_grad():
-        begun = job.begin(metric)
-    require_numbers(begun.baseline, metric.name)
-    lines[0, rows], lines[1, rows] = (part.double().cpu().numpy() for part in (begun.baseline, begun.donor))
-    into = torch.full((len(job.senders), len(job.columns), len(rows)), torch.nan, dtype=torch.float64)
-    total = len(job.senders) * len(job.columns)
-    try:
-        begun.measure(lambda done: show("path patching", done, total), into)
-    finally:
-        values[rows] = np.moveaxis(into.numpy(), -1, 0)
 
 
 def _with_remainder(values: np.ndarray, base: np.ndarray, columns: list[str]) -> np.ndarray:

@@ -16,23 +16,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import product
+from functools import cached_property, partial
+from itertools import pairwise, product
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from av_lens.core import run
 from av_lens.core.budget import GIGABYTE
-from av_lens.core.execution import run
 from av_lens.families.hook_names import hook_name
 from av_lens.interventions import Plan, Site, replace
 from av_lens.interventions.nodes import Node
 from av_lens.interventions.sites import resolve_positions
-from av_lens.metrics.metric import Metric
+from av_lens.metrics import Metric
+from av_lens.metrics.forms import followed
+from av_lens.replay import measure
 from av_lens.replay.held import Change, HeldRun, replaced
-from av_lens.replay.measurement import measure
 from av_lens.replay.receivers import require_restart
 from av_lens.replay.restart import Layer
 from av_lens.replay.traces import Trace, record
@@ -44,21 +45,17 @@ COMPONENTS = {"head": "z", "mlp": "mlp_out", "embed": "embed"}
 Nodes = tuple[Node, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class PathRuns:
-    """Senders and receivers on one stack of base and donor inputs.
+def follows(before: Nodes, after: Nodes) -> bool:
+    """Whether some of these nodes read after some of those before have written."""
+    return any(late.reads_at > early.writes_at for early in before for late in after)
 
-    Attributes:
-        model: a `HookedAVLLM`.
-        base: the inputs of the run that is edited.
-        donor: the inputs of the run that the senders' values come from.
-        senders: one row each: nodes patched together.
-        via: the hops in between, in order.
-        columns: one column each: receivers patched together, or `(TOTAL,)`: the sender patched, all after it free.
-        at: the positions at which heads and MLPs send.
-        mlps: "frozen" or "free".
-        norms: "recomputed" or "frozen".
-        budget_gb: memory for rows that are computed together.
+
+@dataclass(eq=False)
+class PathRuns:
+    """Senders and receivers on one stack of inputs: base and donor run at once, the rows by `measure`.
+
+    The nodes of a sender (a row), of a hop of `via` and of a column of receivers are patched together; the column
+    `(TOTAL,)` patches the sender, all after it free. Heads and MLPs send at the positions `at`.
     """
 
     model: Any
@@ -68,55 +65,51 @@ class PathRuns:
     via: tuple[Nodes, ...]
     columns: tuple[Nodes, ...]
     at: tuple[int, ...]
+    metric: Metric
     mlps: str
     norms: str
     budget_gb: float | int
 
-    def begin(self, metric: Metric) -> Begun:
-        """Run base and donor.
-
-        Args:
-            metric: bound.
-
-        Returns:
-            Both runs' metric, and what is needed to measure the rows.
-        """
-        sent = self._sent()
-        asked = int(self.base.spans.generation_position)
+    @torch.no_grad()
+    def __post_init__(self) -> None:
+        """Run base and donor: one prompt, or one for each answer of several tokens, and the metric of both runs."""
+        sent, asked, metric = self._sent(), int(self.base.spans.generation_position), self.metric
         longer = metric.continuations(len(self.base))
         if not longer:
-            prompts = [_Prompt(self, self.base, sent, range(asked, asked + 1), metric)]
-            return Begun(self, metric, prompts, prompts[0].baseline(), metric(sent.logits))
-        prompts = [
+            self.prompts = [_Prompt(self, self.base, sent, range(asked, asked + 1), metric)]
+            self.baseline, self.given = self.prompts[0].baseline(), metric(sent.logits)
+            return
+        self.prompts = [
             _Prompt(
                 self,
-                self.base if tokens.shape[1] == 1 else self.base.continued(tokens[:, :-1]),
+                followed(self.base, tokens),
                 sent,
                 range(asked, asked + tokens.shape[1]),
-                lambda logits, number=number: metric.reduce(number, logits),
+                partial(metric.reduce, number),
             )
             for number, tokens in enumerate(longer)
         ]
-        baseline = metric.combine([prompt.baseline() for prompt in prompts])
-        return Begun(self, metric, prompts, baseline, measure(self.model, self.donor, metric))
+        self.baseline = metric.combine([prompt.baseline() for prompt in self.prompts])
+        self.given = measure(self.model, self.donor, metric)
+
+    def measure(self, finished: Callable[[int], None], into: Float[Tensor, "sender column batch"]) -> None:
+        """Fill in the metric of every sender and column as rows are done; where nothing can pass it stays NaN."""
+        size, columns = min(prompt.together() for prompt in self.prompts), len(self.columns)
+        for parts in zip(*(prompt.rows(size) for prompt in self.prompts), strict=True):
+            rows = parts[0][0]
+            if not self.metric.teacher_forced:
+                into[rows.start : rows.stop] = parts[0][1].to(into)
+            else:
+                for row, column in product(rows, range(columns)):
+                    scores = [values[row - rows.start, column] for _, values in parts]
+                    into[row, column] = self.metric.combine(scores).to(into)
+            finished(rows.stop * columns)
 
     def in_order(self, sender: Nodes, column: Nodes) -> bool:
-        """Say whether the sender's write comes before some input on its way.
-
-        Args:
-            sender: the nodes that send.
-            column: the receivers.
-
-        Returns:
-            False if nothing can pass from one to the other.
-        """
+        """Whether the sender's write comes before some input on its way, so that something can pass."""
         if column == (TOTAL,):
             return True
-        steps = [sender, *self.via, column]
-        return all(
-            any(after.reads_at > before.writes_at for before in steps[i] for after in steps[i + 1])
-            for i in range(len(steps) - 1)
-        )
+        return all(follows(before, after) for before, after in pairwise([sender, *self.via, column]))
 
     def _sent(self) -> _Sent:
         """Run the donor's inputs once and keep what every sender wrote."""
@@ -135,43 +128,6 @@ class PathRuns:
         with torch.no_grad():
             found = run(self.model, self.donor, capture=[Site("embed"), *sites])
         return _Sent(tuple(positions), sites, found.cache.cache_dict, found.logits, ends, frozenset(self.at))
-
-
-@dataclass(frozen=True, eq=False)
-class Begun:
-    """Path runs whose base and donor runs are made.
-
-    Attributes:
-        job: the runs.
-        metric: bound.
-        prompts: the base prompt, or one for each answer of several tokens.
-        baseline: the metric of the base run.
-        donor: the metric of the donor run.
-    """
-
-    job: PathRuns
-    metric: Metric
-    prompts: Sequence[_Prompt]
-    baseline: Float[Tensor, " batch"]
-    donor: Float[Tensor, " batch"]
-
-    def measure(self, finished: Callable[[int], None], into: Float[Tensor, "sender column batch"]) -> None:
-        """Measure the metric for every sender and column whose order allows it.
-
-        Args:
-            finished: called with the number of cells done.
-            into: filled as rows are done; cells whose receivers do not come after the sender stay NaN.
-        """
-        size, columns = min(prompt.together() for prompt in self.prompts), len(self.job.columns)
-        for parts in zip(*(prompt.rows(size) for prompt in self.prompts), strict=True):
-            rows = parts[0][0]
-            if not self.metric.teacher_forced:
-                into[rows.start : rows.stop] = parts[0][1].to(into)
-            else:
-                for row, column in product(rows, range(columns)):
-                    scores = [values[row - rows.start, column] for _, values in parts]
-                    into[row, column] = self.metric.combine(scores).to(into)
-            finished(rows.stop * columns)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,14 +11,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from av_lens.errors import InputError, unknown
+from av_lens.errors import InputError, InterventionError, unknown
+from av_lens.families.hook_names import component_named
+from av_lens.interventions import Site
 from av_lens.interventions.sites import resolve_positions
 from av_lens.spans import ROLES, Span, SpanMap
 
@@ -28,58 +30,41 @@ AXES = (*UNITS, "span", "pos", "window:SECONDSs", "box:ROWSxCOLS")
 Head = tuple[int, int]
 Edited = tuple[int, tuple[int, ...] | None]
 """A layer and the heads of it that are edited, or None for all of it."""
+Place = tuple[Any, tuple[int, ...]]
+"""A label and positions that are edited together."""
 
 
 @dataclass(frozen=True)
 class Axes:
     """What is iterated: layers, heads or sets of them, and how positions are cut.
 
-    Attributes:
-        unit: "layer", "head", "group", "layers", "pair" or "coalition".
-        width: layers of a window, or random orders of a coalition.
-        places: the name of the axis of positions, or None where all are edited together.
-        seconds: the length of a window, for windows.
-        box: rows and columns of a box in picture tokens, for boxes.
+    `unit` is "layer", "head", "group", "layers", "pair" or "coalition", `width` the layers of a window or the orders of
+    a coalition; `places` is the axis of positions, None where all are edited together, `seconds` and `box` the size of
+    its windows and boxes.
     """
 
-    unit: str
+    unit: str = "layer"
     width: int = 1
     places: str | None = None
     seconds: float = 0.0
     box: tuple[int, int] = (0, 0)
 
-    @property
-    def heads(self) -> bool:
-        """Whether heads are told apart."""
-        return self.unit not in ("layer", "layers")
-
     @classmethod
     def parsed(cls, over: str) -> Axes:
-        """Read what a caller wrote.
-
-        Args:
-            over: names of axes, separated by spaces.
-
-        Returns:
-            The axes.
-
-        Raises:
-            InputError: an unknown axis, or two axes of positions.
-        """
-        places: list[dict[str, Any]] = []
-        units: list[dict[str, Any]] = []
+        """Read names of axes, separated by spaces."""
+        units, places = list[dict[str, Any]](), list[dict[str, Any]]()
         for word in over.split():
             name, _, size = word.partition(":")
-            if name == "window" and size:
-                places.append({"places": "window", "seconds": _seconds(word)})
-            elif name == "box" and size:
-                places.append({"places": "box", "box": _box(word)})
-            elif word in ("span", "pos"):
-                places.append({"places": word})
-            elif word in ("head", "group", "pair"):
+            if word in ("head", "group", "pair"):
                 units.append({"unit": word})
             elif name in ("layers", "coalition") and size:
                 units.append({"unit": name, "width": _count(word, size)})
+            elif word in ("span", "pos"):
+                places.append({"places": word})
+            elif name == "window" and size:
+                places.append({"places": name, "seconds": _seconds(word)})
+            elif name == "box" and size:
+                places.append({"places": name, "box": _box(word)})
             elif word != "layer":
                 raise InputError(unknown("axis", word, AXES))
         if len(places) > 1 or len(units) > 1 or not (units or "layer" in over.split()):
@@ -87,68 +72,27 @@ class Axes:
                 f"over={over!r}: name one of layer, head, group, layers:3, pair, coalition:32, and at most one of "
                 "span, pos, window:0.5s, box:4x4; such as 'layer head' or 'layer span'."
             )
-        found: dict[str, Any] = {"unit": "layer"}
-        for given in (*units, *places):
-            found |= given
-        return cls(**found)
+        return cls(**{name: value for given in (*units, *places) for name, value in given.items()})
 
-    def targets(
-        self, spec: Any, n_heads: int, *, heads: Sequence[Head] | None = None, seed: int = 0
-    ) -> tuple[dict[str, Any], list[tuple[Edited, ...]]]:
-        """List what is edited together, in turn.
+    @property
+    def heads(self) -> bool:
+        """Whether heads are told apart."""
+        return self.unit not in ("layer", "layers")
 
-        Args:
-            spec: the model's sizes.
-            n_heads: heads of the component that is edited.
-            heads: the heads of which pairs and coalitions are made; None for all.
-            seed: of a coalition's random orders.
+    def check(self, name: str, spec: Any, *, grouped: Sequence[str] = ("group", "pair", "coalition")) -> None:
+        """Refuse a component that cannot be iterated so; units that are `grouped` need query heads."""
+        found = component_named(name)
+        if self.heads and found.head_axis is None:
+            raise InterventionError(
+                f"{name} has no heads to iterate; write over='layer', or name z, result, q, k or v."
+            )
+        if not found.layered:
+            raise InterventionError(f"{name} belongs to no layer, so layers of it cannot be iterated.")
+        if self.unit in grouped and Site(name, 0).n_heads(spec) != spec.n_heads:
+            raise InterventionError(f"{name} has key-value heads: write over='head', each is a group's already.")
 
-        Returns:
-            The labels of each axis, and what is edited for each of their combinations in order; for coalitions the
-            growing sets of every order.
-
-        Raises:
-            InputError: heads that the model has not, too few of them, or a window wider than the model.
-        """
-        layers = range(spec.n_layers)
-        if self.unit == "layer":
-            return {"layer": np.arange(spec.n_layers)}, [((layer, None),) for layer in layers]
-        if self.unit == "layers":
-            if self.width > spec.n_layers:
-                raise InputError(f"layers:{self.width} is wider than the model, which has {spec.n_layers} layers.")
-            windows = [range(first, first + self.width) for first in range(spec.n_layers - self.width + 1)]
-            labels = [f"{window[0]}-{window[-1]}" for window in windows]
-            return {"layers": labels}, [tuple((layer, None) for layer in window) for window in windows]
-        numbered = {"layer": np.arange(spec.n_layers), "head": np.arange(n_heads)}
-        if self.unit == "head":
-            return numbered, [((layer, (head,)),) for layer in layers for head in range(n_heads)]
-        if self.unit == "group":
-            size = n_heads // spec.n_kv_heads
-            groups = [tuple(range(g * size, (g + 1) * size)) for g in range(spec.n_kv_heads)]
-            return {"layer": numbered["layer"], "group": np.arange(spec.n_kv_heads)}, [
-                ((layer, group),) for layer in layers for group in groups
-            ]
-        chosen = _chosen_heads(heads, spec.n_layers, n_heads)
-        if self.unit == "pair":
-            pairs = list(combinations(chosen, 2))
-            return {"pair": ["+".join(f"L{layer}H{head}" for layer, head in pair) for pair in pairs]}, [
-                together(pair) for pair in pairs
-            ]
-        orders = random_orders(chosen, self.width, seed)
-        return numbered | {"figure": ["estimate", "error"]}, [
-            together(order[: i + 1]) for order in orders for i in range(len(order))
-        ]
-
-    def cut(self, spans: SpanMap, at: str | Span | None) -> list[tuple[Any, tuple[int, ...]]]:
-        """Cut the positions into the places that are patched in turn.
-
-        Args:
-            spans: the input's spans.
-            at: the positions to be cut, or edited together.
-
-        Returns:
-            A label and positions for each place; one place where no axis of positions is iterated.
-        """
+    def cut(self, spans: SpanMap, at: str | Span | None) -> list[Place]:
+        """Cut the positions into places that are visited in turn: one where no axis of positions is iterated."""
         if at is None:
             at = "generation" if self.places is None else None
         allowed = resolve_positions(at, spans, what="patch at").index
@@ -156,36 +100,24 @@ class Axes:
             return [("all", allowed)]
         if self.places == "pos":
             return [(position, (position,)) for position in allowed]
-        inside = set(allowed)
+        named: Iterator[tuple[Any, Span]]
         if self.places == "span":
-            named = [(role, tuple(p for p in spans[role].positions.tolist() if p in inside)) for role in ROLES]
+            named = ((role, spans[role]) for role in ROLES)
         elif self.places == "box":
-            named = [(label, tuple(p for p in span if p in inside)) for label, span in _boxes(spans, self.box)]
+            named = _boxes(spans, self.box)
         else:
             ends = spans.end_s[~np.isnan(spans.end_s)]
-            starts = np.arange(0.0, float(ends.max()) if len(ends) else 0.0, self.seconds)
-            cuts = ((round(float(s), 6), spans["media"].between(float(s), float(s) + self.seconds)) for s in starts)
-            named = [(start, tuple(p for p in span.positions.tolist() if p in inside)) for start, span in cuts]
-        named = [(label, positions) for label, positions in named if positions]
-        if not named:
+            starts = np.arange(0.0, float(ends.max()) if len(ends) else 0.0, self.seconds).tolist()
+            named = ((round(start, 6), spans["media"].between(start, start + self.seconds)) for start in starts)
+        inside = set(allowed)
+        found = [(label, tuple(p for p in span.positions.tolist() if p in inside)) for label, span in named]
+        found = [(label, positions) for label, positions in found if positions]
+        if not found:
             raise InputError(f"over={self.places!r} finds no position in this input: it has {spans!r}.")
-        return named
+        return found
 
-    def cut_alike(
-        self, spans: Sequence[SpanMap], at: str | Span | None
-    ) -> tuple[list[list[tuple[Any, tuple[int, ...]]]], list[Any]]:
-        """Cut several inputs' positions into places of the same names.
-
-        Args:
-            spans: each input's spans.
-            at: as in `cut`.
-
-        Returns:
-            Each input's places, and their labels.
-
-        Raises:
-            InputError: the inputs do not have the same places.
-        """
+    def cut_alike(self, spans: Sequence[SpanMap], at: str | Span | None) -> tuple[list[list[Place]], list[Any]]:
+        """Cut several inputs' positions into places of the same names: each input's places, and the names."""
         places = [self.cut(one, at) for one in spans]
         labels = [label for label, _ in places[0]]
         if any([label for label, _ in cut] != labels for cut in places):
@@ -193,62 +125,104 @@ class Axes:
         return places, labels
 
 
-def together(heads: Sequence[Head]) -> tuple[Edited, ...]:
-    """Group heads by layer.
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """What is edited in turn: every target (heads of layers) at every place.
 
-    Args:
-        heads: (layer, head) pairs.
-
-    Returns:
-        Each layer with its heads.
+    `dims` labels the targets, `labels` the places; `orders` are the random orders whose growing sets are the targets of
+    a coalition.
     """
+
+    axes: Axes
+    component: str
+    dims: dict[str, Any]
+    targets: list[tuple[Edited, ...]]
+    orders: list[list[Head]] = field(default_factory=list)
+    places: list[list[Place]] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, axes: Axes, component: str, spec: Any, *, heads: Sequence[Head] | None = None, seed: int = 0) -> Visits:
+        """List the targets: of pairs and coalitions those among `heads`, or among all."""
+        n_layers, n_heads = spec.n_layers, Site(component, 0).n_heads(spec)
+        numbered = {"layer": np.arange(n_layers), "head": np.arange(n_heads)}
+        if axes.unit == "layer":
+            return cls(axes, component, {"layer": numbered["layer"]}, [((layer, None),) for layer in range(n_layers)])
+        if axes.unit == "layers":
+            if axes.width > n_layers:
+                raise InputError(f"layers:{axes.width} is wider than the model, which has {n_layers} layers.")
+            windows = [range(first, first + axes.width) for first in range(n_layers - axes.width + 1)]
+            labels = [f"{window[0]}-{window[-1]}" for window in windows]
+            return cls(
+                axes, component, {"layers": labels}, [tuple((one, None) for one in window) for window in windows]
+            )
+        if axes.unit in ("head", "group"):
+            n = n_heads if axes.unit == "head" else spec.n_kv_heads
+            sets = [tuple(range(i * (n_heads // n), (i + 1) * (n_heads // n))) for i in range(n)]
+            dims = {"layer": numbered["layer"], axes.unit: np.arange(n)}
+            return cls(axes, component, dims, [((layer, some),) for layer in range(n_layers) for some in sets])
+        chosen = _chosen_heads(heads, n_layers, n_heads)
+        if axes.unit == "pair":
+            pairs = list(combinations(chosen, 2))
+            names = ["+".join(f"L{layer}H{head}" for layer, head in pair) for pair in pairs]
+            return cls(axes, component, {"pair": names}, [together(pair) for pair in pairs])
+        orders = random_orders(chosen, axes.width, seed)
+        growing = [together(order[: i + 1]) for order in orders for i in range(len(order))]
+        return cls(axes, component, numbered | {"figure": ["estimate", "error"]}, growing, orders)
+
+    def at(self, spans: Sequence[SpanMap], at: str | Span | None) -> Visits:
+        """Cut the positions of every input (or stack), which must have places of the same names."""
+        places, labels = self.axes.cut_alike(spans, at)
+        return Visits(self.axes, self.component, self.dims, self.targets, self.orders, places, labels)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers that are edited at all."""
+        return sorted({layer for target in self.targets for layer, _ in target})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Targets and places."""
+        return len(self.targets), len(self.labels)
+
+    @property
+    def labelled(self) -> dict[str, Any]:
+        """Every axis with its labels."""
+        return self.dims | ({} if self.axes.places is None else {self.axes.places: self.labels})
+
+    def said(self, at: str | Span | None) -> str:
+        """Say at which positions edits were made."""
+        return str(at) if at is not None else "generation" if self.axes.places is None else "all"
+
+
+def positions_of(places: Sequence[Place]) -> list[int]:
+    """List the positions of all places, ascending."""
+    return sorted({position for _, positions in places for position in positions})
+
+
+def together(heads: Sequence[Head]) -> tuple[Edited, ...]:
+    """Group heads by layer."""
     layers = sorted({layer for layer, _ in heads})
     return tuple((layer, tuple(sorted(head for at, head in heads if at == layer))) for layer in layers)
 
 
 def random_orders(heads: Sequence[Head], n: int, seed: int) -> list[list[Head]]:
-    """Draw orders of heads, each followed by its reverse: antithetic orders halve much of the error.
-
-    Args:
-        heads: the heads.
-        n: how many orders.
-        seed: of the draw.
-
-    Returns:
-        The orders.
-    """
+    """Draw orders of heads, each followed by its reverse: antithetic orders halve much of the error."""
     rng = np.random.default_rng(seed)
-    orders: list[list[Head]] = []
-    for _ in range((n + 1) // 2):
-        order = [heads[i] for i in rng.permutation(len(heads))]
-        orders += [order, order[::-1]]
-    return orders[:n]
+    drawn = [[heads[i] for i in rng.permutation(len(heads))] for _ in range((n + 1) // 2)]
+    return [order for one in drawn for order in (one, one[::-1])][:n]
 
 
 def shapley(
-    gains: Float[np.ndarray, "order step"], orders: Sequence[Sequence[Head]], shape: tuple[int, int]
-) -> Float[np.ndarray, "layer head figure"]:
-    """Average each head's gain over orders.
-
-    Args:
-        gains: what each step of each order added.
-        orders: the heads in the order in which they were added.
-        shape: layers and heads of the model.
-
-    Returns:
-        The estimate and its standard error over orders (an order and its reverse count once); NaN at other heads.
-    """
-    found = np.full((*shape, 2), np.nan)
-    if not len(orders):
-        return found
-    by_head: dict[Head, list[float]] = {}
-    for order, steps in zip(orders, gains, strict=True):
-        for head, gain in zip(order, steps, strict=True):
-            by_head.setdefault(head, []).append(float(gain))
-    for head, seen in by_head.items():
-        pairs = [float(np.mean(seen[i : i + 2])) for i in range(0, len(seen), 2)]
-        error = np.std(pairs, ddof=1) / np.sqrt(len(pairs)) if len(pairs) > 1 else np.nan
-        found[head] = (np.mean(seen), error)
+    gains: Float[np.ndarray, "example order step"], orders: Sequence[Sequence[Head]], shape: tuple[int, int]
+) -> Float[np.ndarray, "example layer head figure"]:
+    """Average each head's gain over orders; its standard error counts an order and its reverse once."""
+    found = np.full((len(gains), *shape, 2), np.nan)
+    for head in orders[0]:
+        seen = np.stack([gains[:, n, order.index(head)] for n, order in enumerate(orders)], axis=-1)
+        pairs = np.stack([seen[:, i : i + 2].mean(-1) for i in range(0, len(orders), 2)], axis=-1)
+        error = pairs.std(-1, ddof=1) / np.sqrt(pairs.shape[1]) if pairs.shape[1] > 1 else np.nan
+        found[:, *head, 0], found[:, *head, 1] = seen.mean(-1), error
     return found
 
 
