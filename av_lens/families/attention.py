@@ -29,6 +29,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
 
 from av_lens.errors import BudgetError, ModelError
+from av_lens.families.decoder import Read, attended, rotated
 
 BUDGET_GB = 8.0
 """GB (1e9 bytes) that a run may take for scores, logits or kept activations where the caller names no other budget."""
@@ -164,8 +165,8 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
             raise ModelError(f"{self.name}: the layer passed no position_embeddings; rotary attention needs them.")
         mask = kwargs.pop("attention_mask", None)
         query, key, value = self._projected(self.hook_in(hidden))
-        cos, sin = self._apply_position_embedding_hooks(tables)
-        query, key = self.hook_rot_q(_rotated(query, cos, sin)), self.hook_rot_k(_rotated(key, cos, sin))
+        cos, sin = (table.unsqueeze(1) for table in self._apply_position_embedding_hooks(tables))
+        query, key = self.hook_rot_q(rotated(query, cos, sin)), self.hook_rot_k(rotated(key, cos, sin))
         key, value = self._update_kv_cache(key, value, **kwargs)
         key, value = (_repeated(part, attention.num_key_value_groups) for part in (key, value))
         rows = self._block_rows(query, key)
@@ -210,17 +211,27 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What queries read `[batch, head, pos, d_head]`, and their pattern; hooks fire unless it is a block."""
         attention: Any = self.original_component
-        scores = torch.matmul(query, key.transpose(2, 3)) * attention.scaling
-        scores = self._apply_reconstruct_attention_mask(
-            attn_scores=scores, attention_mask=mask, seq_len=key.shape[2], q_seq_len=query.shape[2]
-        )
-        scores = self.hook_attn_scores(scores) if hooked else scores
-        pattern = self._masked_softmax(scores, dtype=torch.float32).to(query.dtype)
-        pattern = self._scrub_compatibility_pattern_nans(pattern)
         dropout = attention.attention_dropout if self.training else 0.0
-        pattern = torch.nn.functional.dropout(pattern, p=dropout, training=self.training)
-        pattern = self.hook_pattern(pattern) if hooked else pattern
-        return torch.matmul(pattern, value), pattern
+
+        def masked(scores: torch.Tensor) -> torch.Tensor:
+            scores = self._apply_reconstruct_attention_mask(
+                attn_scores=scores, attention_mask=mask, seq_len=key.shape[2], q_seq_len=query.shape[2]
+            )
+            return self.hook_attn_scores(scores) if hooked else scores
+
+        def dropped(pattern: torch.Tensor) -> torch.Tensor:
+            pattern = self._scrub_compatibility_pattern_nans(pattern)
+            pattern = torch.nn.functional.dropout(pattern, p=dropout, training=self.training)
+            return self.hook_pattern(pattern) if hooked else pattern
+
+        return attended(
+            query,
+            [Read(key, value)],
+            attention.scaling,
+            scores=masked,
+            softmax=lambda scores: self._masked_softmax(scores, dtype=torch.float32),
+            pattern=dropped,
+        )
 
     def _attended_in_blocks(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rows: int
@@ -261,7 +272,10 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
                     flat = flat + self._per_head(linear, change).to(flat.dtype)
                 flat = linear.hook_out(flat)
             heads = flat.view(*flat.shape[:2], -1, self.original_component.head_dim)  # pyright: ignore[reportOptionalMemberAccess]
-            projected.append(heads.transpose(1, 2))
+            heads = heads.transpose(1, 2)
+            if f"{name}_norm" in self.submodules:  # on each head, after its hook and before rotary position
+                heads = getattr(self, f"hook_{name}_normed")(getattr(self, f"{name}_norm")(heads))
+            projected.append(heads)
         return tuple(projected)
 
     def _fork_changes(self) -> dict[str, torch.Tensor | None] | None:
@@ -316,13 +330,6 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         if change is not None:
             written = written + (change[0] - change[1]).sum(2, dtype=torch.float32).to(written.dtype)
         return self.o.hook_out(written)
-
-
-def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position on `[batch, head, pos, d_head]`, in HuggingFace's order of operations."""
-    first, second = heads.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (heads * cos.unsqueeze(1)) + (turned * sin.unsqueeze(1))
 
 
 def _repeated(heads: torch.Tensor, groups: int) -> torch.Tensor:

@@ -49,9 +49,10 @@ from av_lens.methods.shared.places import Axes, Edited
 from av_lens.metrics.finite import require_numbers
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.measurement import measure_plans
-from av_lens.replay.receivers import require_restart, rotated
+from av_lens.replay.receivers import require_restart
+from av_lens.replay.rereading import read_with
+from av_lens.replay.rerun import layer_of
 from av_lens.replay.suffix_gradients import SuffixGradients
-from av_lens.replay.swapped_reads import read_with
 from av_lens.replay.sweeps import interrupted, sources
 from av_lens.replay.traces import Trace, record
 from av_lens.results.grid import Grid
@@ -284,7 +285,7 @@ class _Stack:
             new = given[layer]
             if self.component in ("q", "k"):
                 cos, sin = (table.to(new.device)[:, self._union, None] for table in trace.tables)
-                new = rotated(new, cos, sin)
+                new = layer_of(self.model, layer).turned(self.component, new, cos, sin)
             z, queries = found[0].value[n + layer], found[0].value[2 * n + layer]
             gradients = torch.stack([one.gradient[n + layer] for one in found])
             if self.component in QUERIES:

@@ -53,7 +53,7 @@ from av_lens.metrics.asked import each
 from av_lens.metrics.finite import require_numbers
 from av_lens.metrics.metric import Metric, as_metric, prob
 from av_lens.replay.measurement import measure_plans
-from av_lens.replay.receivers import rerun
+from av_lens.replay.rerun import rerun_from
 from av_lens.replay.sweeps import interrupted, sources
 from av_lens.replay.traces import Trace, record
 from av_lens.results.grid import Grid
@@ -292,7 +292,7 @@ class _Job:
         first = self.clean.traits.restart(positions[0], self.clean.spans.roles)
         stream = self.clean.stream(0, first).clone()
         stream[:, [position - first for position in positions]] += change
-        return rerun(self.clean, 0, stream, start=first), Plan()
+        return rerun_from(self.clean, 0, stream, start=first), Plan()
 
     def _change(self, positions: Sequence[int], number: int) -> Float[Tensor, "batch _ d_model"]:
         """What corrupting adds to the embeddings of one role."""

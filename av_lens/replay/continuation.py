@@ -35,7 +35,7 @@ from av_lens.errors import InputError
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.replay.cascade import Window
 from av_lens.replay.recording import Record
-from av_lens.replay.restart import Layer, run_layer
+from av_lens.replay.rerun import run_layers
 from av_lens.replay.stacks import restarted, scheduled
 from av_lens.replay.taps import Taps
 
@@ -192,9 +192,12 @@ class _Stack:
         cos, sin = _rotary(model, stream[0], self.next_ids + self.steps)
         everything = stream.new_zeros(1, 1, 1, offset - self.start + 1)
         window = Window(self.start, cos[:, :, None], sin[:, :, None], None, everything, causal=False)
-        for number, block in enumerate(model.bridge.blocks):
-            layer = Layer.of(block)
-            made = run_layer(layer, number, stream, self.past[number], window, taps, earlier=self.own[number])
+        tokens_in = stream
+
+        def enter(number: int, made: Tensor | None) -> Tensor:
+            return tokens_in if made is None else made
+
+        for number, made in run_layers(model, window, taps, enter, self.past.__getitem__, earlier=self.own):
             stream, self.own[number] = made.stream, (made.keys, made.values)
         self.logits = unembedded(model, stream)[:, :, 0].float()
         self.steps += 1

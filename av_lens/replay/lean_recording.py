@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from av_lens.core.unembedding import unembedded
-from av_lens.interventions import CompiledPlan
 from av_lens.replay.cascade import Window
 from av_lens.replay.recording import additive, entering
-from av_lens.replay.restart import Layer, run_layer
-from av_lens.replay.taps import Taps
+from av_lens.replay.rerun import no_edits, run_layers
 
 PROVED = "_restart_proved"  # on the model: a restart reproduced its run at every position
 
@@ -83,13 +81,13 @@ def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tupl
     mask = additive(entered.get("attention_mask"), stream)
     n = stream.shape[1]
     window = Window.at(0, (cos, sin), mask)
-    taps = Taps([CompiledPlan((), n_prompt=n, first_layer=0, first_position=0)], 0)
+    taps, nothing = no_edits(n), stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, model.spec.d_head)
     streams, keys, values = [stream], list[Tensor](), list[Tensor]()
-    for number in range(model.spec.n_layers):
-        layer = Layer.of(model.bridge.blocks[number])
-        entered_by = taps.enter(number, None if number == 0 else streams[-1][None], stream)
-        nothing = stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, layer.d_head)
-        made = run_layer(layer, number, entered_by, (nothing, nothing), window, taps)
+
+    def enter(number: int, made: Tensor | None) -> Tensor:
+        return taps.enter(number, made, stream)
+
+    for _, made in run_layers(model, window, taps, enter, lambda _: (nothing, nothing)):
         streams.append(made.stream[0])
         for kept, part in ((keys, made.keys), (values, made.values)):
             kept.append(part[0].transpose(1, 2).contiguous().to(device))

@@ -9,7 +9,7 @@ Where the mask is plainly causal it is not kept: at 3,000 positions it is larger
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +24,28 @@ from av_lens.core.standing_hooks import Standing, places, same_hooks, standing_h
 from av_lens.core.turns import turn_of
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import BudgetError, InterventionError
+from av_lens.families.decoder import causal_mask
 from av_lens.families.hook_names import hook_name
 from av_lens.families.traits import ReplayTraits
-from av_lens.replay.cascade import Window, causal_mask
+from av_lens.replay.cascade import Window
 from av_lens.spans import SpanMap
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """What a run made that differs from a recorded one, from a position on; all else is the recorded run's.
+
+    Attributes:
+        base: the run it was made of.
+        start: the first position that is new.
+        streams: by layer, the stream that entered it (by the number of layers, that left the last), `[batch, pos, d]`.
+        heads: by layer, its rotated keys and its values, `[batch, kv_head, new_pos, d_head]`.
+    """
+
+    base: Record
+    start: int
+    streams: Mapping[int, Tensor]
+    heads: Mapping[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,6 +64,7 @@ class Record(Brief):
         standing: the caller's functions that stood on the model when it ran (`standing_hooks`).
         own_logits: the run's logits at all positions, kept where such functions stood on the fusion stack; else None,
             and they are read from the last stream.
+        own: what differs from `resid`, `keys` and `values`, where the run was made of another one (`rerun`).
     """
 
     model: Any
@@ -58,6 +77,7 @@ class Record(Brief):
     hooked_because: str = ""
     standing: Standing = field(default=(), repr=False)
     own_logits: Float[Tensor, "batch pos d_vocab"] | None = None
+    own: Own | None = field(default=None, repr=False)
 
     @property
     def spans(self) -> SpanMap:
@@ -138,7 +158,15 @@ class Record(Brief):
         Returns:
             The stream; not to be written to.
         """
-        return self.resid[layer][:, start:].to(self.model.device)
+        own, device = self.own, self.model.device
+        if own is None:
+            return self.resid[layer][:, start:].to(device)
+        if layer not in own.streams:
+            return own.base.stream(layer, start)
+        new = own.streams[layer].to(device)
+        if start >= own.start:
+            return new[:, start - own.start :]
+        return torch.cat((own.base.stream(layer, start)[:, : own.start - start], new), dim=1)
 
     def past(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values before a position, where the model is.
@@ -150,8 +178,14 @@ class Record(Brief):
         Returns:
             Keys and values `[batch, kv_head, past, d_head]`; not to be written to.
         """
-        device = self.model.device
-        return self.keys[layer][:, :, :end].to(device), self.values[layer][:, :, :end].to(device)
+        own, device = self.own, self.model.device
+        if own is None:
+            return self.keys[layer][:, :, :end].to(device), self.values[layer][:, :, :end].to(device)
+        if end <= own.start or layer not in own.heads:
+            return own.base.past(layer, end)
+        new = (part[:, :, : end - own.start].to(device) for part in own.heads[layer])
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(own.base.past(layer, own.start), new, strict=True))
+        return keys, values
 
     def window(self, start: int) -> Window:
         """Rotary tables and masks of a restart, where the model is.

@@ -7,7 +7,7 @@ at which no restart is possible runs alone, as a full hooked forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ from av_lens.errors import BudgetError
 from av_lens.families.hook_names import hook_name
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.replay.recording import Record
-from av_lens.replay.restart import EDGES, RESTARTABLE, Layer, run_layer
+from av_lens.replay.rerun import restarted_layers
+from av_lens.replay.restart import EDGES, RESTARTABLE
 from av_lens.replay.taps import Taps
 
 STACK_ROWS = 2000  # positions x examples x plans computed together: beyond it, stacking gains nothing
@@ -152,64 +153,45 @@ def run_stacks(
     Raises:
         InterventionError: an edit did not fire as often as it should have.
     """
-    for stack in schedule.stacks:
-        plans = [schedule.plans[number] for number in stack.numbers]
-        if stack.hooked:
-            logits = record.model.run_with_hooks(record.x, fwd_hooks=plans[0].fwd_hooks)[None, :, rows]
-            logits = logits if tokens is None else logits[..., tokens]
-        else:
-            logits = _run_stack(record, plans, stack.start, rows, tokens)
-        for plan in plans:
-            plan.verify()
-        yield stack.numbers, logits
 
+    def hooked(plan: CompiledPlan) -> Tensor:
+        logits = record.model.run_with_hooks(record.x, fwd_hooks=plan.fwd_hooks)[:, rows]
+        return logits if tokens is None else logits[..., tokens]
 
-def _run_stack(
-    record: Record, plans: Sequence[CompiledPlan], start: int, rows: Tensor, tokens: Tensor | None
-) -> Tensor:
-    """Logits `[plan, batch, asked, d_vocab]` of plans that start at one position."""
-    early, late = rows[rows < start], rows[rows >= start] - start
-    parts: list[Tensor] = []
-    if len(early):
-        parts.append(unembedded(record.model, record.stream(record.n_layers, 0)[None, :, early], tokens))
-    changed = start < len(record.spans) and any(plan.steps for plan in plans)  # not where edits act while decoding only
-    if changed:  # even where nothing asked for can change: the edits must prove that they fire
-        stream, _ = restarted(record, plans, start, late)
-        parts.append(unembedded(record.model, stream, tokens))
-    return torch.cat([part.expand(len(plans), -1, -1, -1) for part in parts], dim=2)
+    return _run(record, schedule, rows, hooked, lambda stream: unembedded(record.model, stream, tokens))
 
 
 def run_streams(
     record: Record, schedule: Schedule, rows: Tensor
 ) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "plan batch asked d_model"]]]:
-    """Run a schedule, stack by stack, and give the stream that leaves the last layer instead of the logits.
+    """Run a schedule, and give the stream that leaves the last layer instead of the logits; else as `run_stacks`."""
+    return _run(record, schedule, rows, lambda plan: _hooked_stream(record, plan, rows), lambda stream: stream)
 
-    Args:
-        record: the recorded run.
-        schedule: its plans.
-        rows: asked positions, ascending.
 
-    Yields:
-        The numbers of a stack's plans, and their streams.
-
-    Raises:
-        InterventionError: an edit did not fire as often as it should have.
-    """
+def _run(
+    record: Record,
+    schedule: Schedule,
+    rows: Tensor,
+    hooked: Callable[[CompiledPlan], Tensor],
+    read: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """What is read off each plan's last stream at the asked positions, `[plan, batch, asked, _]`."""
     for stack in schedule.stacks:
-        plans = [schedule.plans[number] for number in stack.numbers]
+        plans, start = [schedule.plans[number] for number in stack.numbers], stack.start
         if stack.hooked:
-            stream = _hooked_stream(record, plans[0], rows)[None]
+            found = hooked(plans[0])[None]
         else:
-            early, late = rows[rows < stack.start], rows[rows >= stack.start] - stack.start
+            early, late = rows[rows < start], rows[rows >= start] - start
             parts: list[Tensor] = []
             if len(early):
-                parts.append(record.stream(record.n_layers, 0)[None, :, early].expand(len(plans), -1, -1, -1))
-            if stack.start < len(record.spans) and any(plan.steps for plan in plans):
-                parts.append(restarted(record, plans, stack.start, late)[0])
-            stream = torch.cat(parts, dim=2)
+                parts.append(read(record.stream(record.n_layers, 0)[None, :, early]).expand(len(plans), -1, -1, -1))
+            # Not where edits act while decoding only; but even where nothing asked for can change: edits must fire.
+            if start < len(record.spans) and any(plan.steps for plan in plans):
+                parts.append(read(restarted(record, plans, start, late)[0]))
+            found = torch.cat(parts, dim=2)
         for plan in plans:
             plan.verify()
-        yield stack.numbers, stream
+        yield stack.numbers, found
 
 
 def _hooked_stream(record: Record, plan: CompiledPlan, rows: Tensor) -> Tensor:
@@ -241,8 +223,7 @@ def restarted(
         The stream that leaves the last layer at the asked rows, and if asked every layer's rotated keys and values from
         `start` on, each `[plan, batch, pos, kv_head, d_head]`, one row for each plan; else an empty list.
     """
-    taps, window = Taps(plans, start), record.window(start)
-    wanted = _run_of(rows)
+    taps, wanted = Taps(plans, start), _run_of(rows)
     if record.resid[0].dtype != torch.float32 and len(plans) * record.batch * len(rows) == 1:
         wanted = None  # never one row alone
     stream: Tensor | None = None
@@ -250,11 +231,7 @@ def restarted(
     for number in range(taps.first_layer if keep else 0):
         keys, values = _tail(record, number, start)
         kept.append((keys.expand(len(plans), *keys.shape), values.expand(len(plans), *values.shape)))
-    for number in range(taps.first_layer, record.n_layers):
-        stream = taps.enter(number, stream, record.stream(number, start))
-        last = number == record.n_layers - 1 and wanted is not None
-        layer = Layer.of(record.model.bridge.blocks[number])
-        made = run_layer(layer, number, stream, record.past(number, start), window, taps, wanted if last else None)
+    for number, made in restarted_layers(record, taps, rows=wanted):
         stream = made.stream
         if keep:
             keys, values = _tail(record, number, start)
@@ -265,8 +242,7 @@ def restarted(
 
 def _tail(record: Record, layer: int, start: int) -> tuple[Tensor, Tensor]:
     """The recorded run's keys and values from a position on, `[batch, pos, kv_head, d_head]`, where the model is."""
-    device = record.model.device
-    keys, values = (part[layer][:, :, start:].transpose(1, 2).to(device) for part in (record.keys, record.values))
+    keys, values = (part[:, :, start:].transpose(1, 2) for part in record.past(layer, len(record.spans)))
     return keys, values
 
 
