@@ -9,7 +9,7 @@ Where the mask is plainly causal it is not kept: at 3,000 positions it is larger
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,7 +203,12 @@ class Record(Brief):
 
 @torch.no_grad()
 def recorded(
-    model: Any, x: Any, device: torch.device | str | None, *, keep_logits: bool = False
+    model: Any,
+    x: Any,
+    device: torch.device | str | None,
+    *,
+    keep_logits: bool = False,
+    beside: Sequence[tuple[str, Callable[..., Any]]] = (),
 ) -> tuple[dict[str, Any], Tensor]:
     """Run the model once and keep what is needed to restart it.
 
@@ -212,6 +217,7 @@ def recorded(
         x: an `AVInputs`.
         device: where the record is kept; None for the model's.
         keep_logits: keep the logits of every position, which hooks of the caller's may have changed.
+        beside: further hooks that look on.
 
     Returns:
         The fields of a `Record`, and the run's logits at the last position, `[batch, d_vocab]`.
@@ -234,7 +240,7 @@ def recorded(
         del hook
         return stream[:, -1:]
 
-    hooks: list[tuple[str, Callable[..., Any]]] = []
+    hooks: list[tuple[str, Callable[..., Any]]] = [*beside]
     for names, component in ((streams, "resid"), (keys, "rot_k"), (values, "v")):
         hooks += [(name, keeper(name, component)) for name in names]
     if not keep_logits:  # the logits of all positions would be larger than the record

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from av_lens.families.adapters import qwen2_5_omni as adapter
 from small_av import small_inputs, small_model
 from tiny import letter, tiny_hf_model, tiny_processor
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
@@ -14,6 +13,7 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
 import av_lens as avl
 from av_lens.core import run
 from av_lens.errors import ModelError
+from av_lens.families import qwen2_5_omni as adapter
 from av_lens.families.traits import ReplayTraits
 from av_lens.interventions import Plan, Site, add, cut, scale, zero
 from av_lens.metrics import logit_diff
