@@ -197,7 +197,7 @@ def _same(activation: Tensor) -> Tensor:
 
 
 def attended(
-    queries: Float[Tensor, "*batch row d_head"],
+    queries: Float[Tensor, "*_ row d_head"],
     read: Sequence[Read],
     scaling: float,
     *,
@@ -205,7 +205,7 @@ def attended(
     softmax: Callable[[Tensor], Tensor] = _softmax,
     pattern: Callable[[Tensor], Tensor] = _same,
     values: Read | None = None,
-) -> tuple[Float[Tensor, "*batch row d_head"], Float[Tensor, "*batch row key"]]:
+) -> tuple[Float[Tensor, "*_ row d_head"], Float[Tensor, "*_ row key"]]:
     """Attend with scores and pattern written out.
 
     Args:

@@ -35,9 +35,9 @@ class HeadRead:
         scaling: factor of the scores.
     """
 
-    q: Float[Tensor, "*change batch row d_head"]
-    k: Float[Tensor, "*change batch pos d_head"]
-    v: Float[Tensor, "*change batch pos d_head"]
+    q: Float[Tensor, "*_ batch row d_head"]
+    k: Float[Tensor, "*_ batch pos d_head"]
+    v: Float[Tensor, "*_ batch pos d_head"]
     mask: Float[Tensor, "_ row pos"]
     scaling: float
 
@@ -53,12 +53,12 @@ class HeadRead:
         return cls(parts.turned("q", q, cos, sin), keys[:, shared], values[:, shared], mask, parts.scaling)
 
     @property
-    def pattern(self) -> Float[Tensor, "*change batch row pos"]:
+    def pattern(self) -> Float[Tensor, "*_ batch row pos"]:
         """Its attention pattern."""
         return self._attended[1]
 
     @property
-    def z(self) -> Float[Tensor, "*change batch row d_head"]:
+    def z(self) -> Float[Tensor, "*_ batch row d_head"]:
         """What it makes of that."""
         return self._attended[0]
 
