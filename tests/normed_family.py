@@ -17,7 +17,7 @@ import av_lens as avl
 from av_lens.families import qwen2_5_omni
 from av_lens.families.blocks import RealRMSNormBridge
 
-N_LAYERS, N_HEADS, N_KV_HEADS = 3, 4, 2
+N_LAYERS, N_HEADS, N_KV_HEADS = 4, 4, 2
 
 
 class NormedAdapter(qwen2_5_omni.Qwen2_5OmniThinkerAdapter):
@@ -29,7 +29,7 @@ class NormedAdapter(qwen2_5_omni.Qwen2_5OmniThinkerAdapter):
 
 
 @torch.no_grad()
-def normed_hf_model(n_kv_heads: int = N_KV_HEADS) -> Any:
+def normed_hf_model(n_kv_heads: int = N_KV_HEADS, dtype: torch.dtype = torch.float32) -> Any:
     """The HuggingFace model; its norms' weights are far from one, so that nothing is right without them."""
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
@@ -44,7 +44,7 @@ def normed_hf_model(n_kv_heads: int = N_KV_HEADS) -> Any:
         for norm in (attention.q_norm, attention.k_norm):
             norm.weight.uniform_(0.5, 3.0, generator=generator)
         layer.self_attn = attention.eval()
-    return model
+    return model.to(dtype)
 
 
 def load_normed(hf_model: Any) -> Any:
@@ -54,15 +54,15 @@ def load_normed(hf_model: Any) -> Any:
 
 
 @cache
-def normed_model() -> Any:
+def normed_model(dtype: torch.dtype = torch.float32) -> Any:
     """The wrapped model."""
-    return load_normed(normed_hf_model())
+    return load_normed(normed_hf_model(dtype=dtype))
 
 
 @cache
-def normed_twin() -> Any:
+def normed_twin(dtype: torch.dtype = torch.float32) -> Any:
     """The same with every key and value head written out once for each query head that shares it."""
-    state, twin = normed_hf_model().state_dict(), normed_hf_model(N_HEADS)
+    state, twin = normed_hf_model().state_dict(), normed_hf_model(N_HEADS, dtype)
     for name, tensor in state.items():
         if "language_model.layers" in name and ("k_proj" in name or "v_proj" in name):
             group = N_HEADS // N_KV_HEADS
