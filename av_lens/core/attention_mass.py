@@ -16,7 +16,8 @@ Source: Kobayashi et al. (2020) for the norm; streaming is ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from av_lens.core.activations import heads_first
+from av_lens.core.activations import heads_first, watching
 from av_lens.core.execution import logits_of
 from av_lens.errors import InputError, unknown
 from av_lens.families.decoder import Layer
@@ -63,28 +64,19 @@ def attention_mass(
     found = torch.zeros(len(x), spec.n_layers, spec.n_heads, len(queries), n if keys is None else len(keys))
     norms: dict[int, Tensor] = {}
 
-    def values(layer: int) -> Callable[..., None]:
-        def keep(activation: Tensor, hook: Any = None) -> None:
-            del hook
-            norms[layer] = moved_norms(model, layer, heads_first(activation, "v"))
+    def measure(layer: int, values: Tensor) -> None:
+        norms[layer] = moved_norms(model, layer, heads_first(values, "v"))
 
-        return keep
+    def sum_up(layer: int, pattern: Tensor) -> None:
+        mass = _summed(pattern, rows)
+        if weight == "value":
+            mass = mass * norms.pop(layer)[:, :, None]
+        found[:, layer] = (mass if columns is None else mass @ columns.T).cpu()
 
-    def reduce(layer: int) -> Callable[..., None]:
-        def sum_up(pattern: Tensor, hook: Any = None) -> None:
-            del hook
-            mass = _summed(pattern, rows)
-            if weight == "value":
-                mass = mass * norms.pop(layer)[:, :, None]
-            found[:, layer] = (mass if columns is None else mass @ columns.T).cpu()
-
-        return sum_up
-
+    looks = {"pattern": sum_up} | ({"v": measure} if weight == "value" else {})
     layers = range(spec.n_layers)
-    hooks = [(hook_name("pattern", layer), reduce(layer)) for layer in layers]
-    if weight == "value":
-        hooks += [(hook_name("v", layer), values(layer)) for layer in layers]
-    logits_of(model, x, hooks, torch.tensor([n - 1]))
+    hooks = [(hook_name(part, n), watching(partial(see, n))) for part, see in looks.items() for n in layers]
+    logits_of(model, x, hooks, torch.tensor([len(x.spans) - 1]))
     return found
 
 

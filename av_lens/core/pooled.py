@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from av_lens.core.activations import stream_names, watching
 from av_lens.core.execution import logits_of
-from av_lens.families.hook_names import hook_name
 from av_lens.interventions.sites import resolve_positions
 
 
@@ -33,16 +34,11 @@ def pooled_streams(model: Any, x: Any, at: Sequence[Any]) -> Float[Tensor, "batc
     spec = model.spec
     found = torch.zeros(len(x), spec.n_layers + 1, len(places), spec.d_model)
 
-    def keep(level: int) -> Callable[..., None]:
-        def pool(stream: Tensor, hook: Any = None) -> None:
-            del hook
-            for number, place in enumerate(places):
-                index = torch.tensor(place.index, device=stream.device)
-                found[:, level, number] = stream.index_select(1, index).float().mean(1).cpu()
+    def pool(level: int, stream: Tensor) -> None:
+        for number, place in enumerate(places):
+            index = torch.tensor(place.index, device=stream.device)
+            found[:, level, number] = stream.index_select(1, index).float().mean(1).cpu()
 
-        return pool
-
-    hooks = [(hook_name("resid_pre", layer), keep(layer)) for layer in range(spec.n_layers)]
-    hooks.append((hook_name("resid_post", spec.n_layers - 1), keep(spec.n_layers)))
+    hooks = [(name, watching(partial(pool, level))) for level, name in enumerate(stream_names(spec.n_layers))]
     logits_of(model, x, hooks, torch.tensor([len(x.spans) - 1]))
     return found

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from av_lens.core.unembedding import unembedded
 from av_lens.replay.cascade import Window
-from av_lens.replay.recording import additive, entering
+from av_lens.replay.recording import additive, entering, fields_of
 from av_lens.replay.rerun import no_edits, run_layers
 
 PROVED = "_restart_proved"  # on the model: a restart reproduced its run at every position
@@ -77,10 +77,9 @@ def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tupl
     with entering(model.bridge.blocks[0], _Entered) as entered, suppress(_Entered):
         model(x, budget_gb=inf)  # it stops before scores and logits
     stream: Tensor = entered["hidden_states"]
-    cos, sin = entered["position_embeddings"]
     mask = additive(entered.get("attention_mask"), stream)
     n = stream.shape[1]
-    window = Window.at(0, (cos, sin), mask)
+    window = Window.at(0, entered["position_embeddings"], mask)
     taps, nothing = no_edits(n), stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, model.spec.d_head)
     streams, keys, values = [stream], list[Tensor](), list[Tensor]()
 
@@ -92,13 +91,4 @@ def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tupl
         for kept, part in ((keys, made.keys), (values, made.values)):
             kept.append(part[0].transpose(1, 2).contiguous().to(device))
     logits = unembedded(model, streams[-1][:, -1])
-    fields = {
-        "model": model,
-        "x": x,
-        "resid": tuple(one.to(device) for one in streams),
-        "keys": tuple(keys),
-        "values": tuple(values),
-        "tables": (cos.to(device), sin.to(device)),
-        "mask": mask,
-    }
-    return fields, logits
+    return fields_of(model, x, [one.to(device) for one in streams], keys, values, entered, mask), logits

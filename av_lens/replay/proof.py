@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from av_lens.core.activations import heads_first
+from av_lens.core.activations import heads_first, watching
 from av_lens.core.unembedding import unembedded
 from av_lens.families.hook_names import hook_name
 from av_lens.interventions import CompiledPlan
@@ -38,14 +39,11 @@ class HookedReads:
     def hooks(self, n_layers: int) -> list[tuple[str, Callable[..., None]]]:
         """The hooks that keep it, `[batch, head, row, d_head]`."""
 
-        def keeper(component: str, layer: int) -> Callable[..., None]:
-            def keep(activation: Tensor, hook: Any = None) -> None:
-                del hook
-                self.kept[component, layer] = heads_first(activation.detach(), component)[:, :, -READ_ROWS:]
+        def keep(component: str, layer: int, activation: Tensor) -> None:
+            self.kept[component, layer] = heads_first(activation.detach(), component)[:, :, -READ_ROWS:]
 
-            return keep
-
-        return [(hook_name(one, layer), keeper(one, layer)) for layer in range(n_layers) for one in PROOF_HOOKS]
+        places = [(component, layer) for layer in range(n_layers) for component in PROOF_HOOKS]
+        return [(hook_name(*place), watching(partial(keep, *place))) for place in places]
 
 
 @torch.no_grad()

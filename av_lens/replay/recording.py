@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from av_lens.brief import Brief
-from av_lens.core.activations import GB, heads_first
+from av_lens.core.activations import GB, heads_first, stream_names, watching
 from av_lens.core.standing_hooks import Standing, places, same_hooks, standing_hooks
 from av_lens.core.turns import turn_of
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import BudgetError, InterventionError
 from av_lens.families.decoder import causal_mask
-from av_lens.families.hook_names import hook_name
+from av_lens.families.hook_names import layer_names
 from av_lens.families.traits import ReplayTraits
 from av_lens.replay.cascade import Window
 from av_lens.spans import SpanMap
@@ -223,18 +224,13 @@ def recorded(
         The fields of a `Record`, and the run's logits at the last position, `[batch, d_vocab]`.
     """
     spec = model.spec
-    layers = range(spec.n_layers)
-    streams = [*(hook_name("resid_pre", layer) for layer in layers), hook_name("resid_post", spec.n_layers - 1)]
-    keys, values = ([hook_name(component, layer) for layer in layers] for component in ("rot_k", "v"))
+    streams = stream_names(spec.n_layers)
+    keys, values = (layer_names(component, spec.n_layers) for component in ("rot_k", "v"))
     kept: dict[str, Tensor] = {}
 
-    def keeper(name: str, component: str) -> Callable[..., None]:
-        def keep(activation: Tensor, hook: Any = None) -> None:
-            del hook
-            found = activation.detach()
-            kept[name] = (found if component == "resid" else heads_first(found, component)).to(device)
-
-        return keep
+    def keep(name: str, component: str, activation: Tensor) -> None:
+        found = activation.detach()
+        kept[name] = (found if component == "resid" else heads_first(found, component)).to(device)
 
     def last_only(stream: Tensor, hook: Any = None) -> Tensor:
         del hook
@@ -242,24 +238,30 @@ def recorded(
 
     hooks: list[tuple[str, Callable[..., Any]]] = [*beside]
     for names, component in ((streams, "resid"), (keys, "rot_k"), (values, "v")):
-        hooks += [(name, keeper(name, component)) for name in names]
+        hooks += [(name, watching(partial(keep, name, component))) for name in names]
     if not keep_logits:  # the logits of all positions would be larger than the record
         hooks.append(("unembed.hook_in", last_only))
     with entering(model.bridge.blocks[0]) as entered:
         logits: Tensor = model.run_with_hooks(x, fwd_hooks=hooks)
-    cos, sin = (table.to(device) for table in entered["position_embeddings"])
+    found = [[kept[name] for name in names] for names in (streams, keys, values)]
+    own = logits.to(device) if keep_logits else None
     mask = additive(entered.get("attention_mask"), kept[streams[0]])
-    fields = {
-        "model": model,
-        "x": x,
-        "resid": tuple(kept[name] for name in streams),
-        "keys": tuple(kept[name] for name in keys),
-        "values": tuple(kept[name] for name in values),
-        "tables": (cos, sin),
-        "mask": mask,
-        "own_logits": logits.to(device) if keep_logits else None,
-    }
-    return fields, logits[:, -1]
+    return fields_of(model, x, *found, entered, mask) | {"own_logits": own}, logits[:, -1]
+
+
+def fields_of(
+    model: Any,
+    x: Any,
+    streams: list[Tensor],
+    keys: list[Tensor],
+    values: list[Tensor],
+    entered: Mapping[str, Any],
+    mask: Tensor | None,
+) -> dict[str, Any]:
+    """The fields of a `Record`, of what each layer made and of what entered the first."""
+    cos, sin = (table.to(streams[0].device) for table in entered["position_embeddings"])
+    made = {"resid": tuple(streams), "keys": tuple(keys), "values": tuple(values)}
+    return {"model": model, "x": x, **made, "tables": (cos, sin), "mask": mask}
 
 
 def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits: bool = False) -> None:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.brief import Brief
-from av_lens.core.activations import GB
+from av_lens.core.activations import GB, watching
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import BudgetError
 from av_lens.families.hook_names import hook_name
@@ -197,12 +196,7 @@ def _run(
 def _hooked_stream(record: Record, plan: CompiledPlan, rows: Tensor) -> Tensor:
     """The stream that leaves the last layer in a full hooked forward."""
     kept: list[Tensor] = []
-
-    def keep(stream: Tensor, hook: Any = None) -> None:
-        del hook
-        kept.append(stream[:, rows].detach())
-
-    last = (hook_name("resid_post", record.n_layers - 1), keep)
+    last = (hook_name("resid_post", record.n_layers - 1), watching(lambda one: kept.append(one[:, rows].detach())))
     record.model.run_with_hooks(record.x, fwd_hooks=[*plan.fwd_hooks, last])
     return kept[0]
 
