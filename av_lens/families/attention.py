@@ -42,14 +42,7 @@ _budget_gb: ContextVar[float] = ContextVar("budget_gb", default=BUDGET_GB)
 
 @contextmanager
 def score_budget(budget_gb: float | int) -> Generator[None, None, None]:
-    """Bound what attention scores may take, for runs inside the block.
-
-    Args:
-        budget_gb: GB (1e9 bytes).
-
-    Yields:
-        Nothing.
-    """
+    """Bound what attention scores may take, for runs inside the block."""
     token = _budget_gb.set(float(budget_gb))
     try:
         yield
@@ -58,31 +51,12 @@ def score_budget(budget_gb: float | int) -> Generator[None, None, None]:
 
 
 def score_gigabytes(scores: int, *, itemsize: int, kept_layers: int = 0) -> float:
-    """Estimate what whole attention scores take.
-
-    Args:
-        scores: numbers in one layer's scores, `batch x head x query_pos x key_pos`.
-        itemsize: bytes of one number in the model's dtype.
-        kept_layers: layers whose pattern is kept for gradients.
-
-    Returns:
-        GB: one layer's copies while it runs, and what is kept.
-    """
+    """Estimate what whole attention scores take."""
     return scores * (_WORKING + kept_layers * (4 if itemsize == 4 else 4 + itemsize)) / 1e9
 
 
 def refuse_scores(names: list[str], gigabytes: float, *, shape: tuple[int, int, int], graph: bool) -> None:
-    """Refuse hooks on scores or pattern whose whole scores pass the budget.
-
-    Args:
-        names: the hooks.
-        gigabytes: the estimate.
-        shape: examples, queries and keys.
-        graph: whether gradients keep them.
-
-    Raises:
-        BudgetError: they do.
-    """
+    """Refuse hooks on scores or pattern whose whole scores pass the budget."""
     budget = _budget_gb.get()
     if not names or gigabytes <= budget:
         return
@@ -101,16 +75,7 @@ _HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 
 
 def hooked_change(hook: HookPoint, value: torch.Tensor, again: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Fire a hook, and say what it changed.
-
-    Args:
-        hook: the hook point.
-        value: the tensor it shows, computed beside the exact path.
-        again: a function that computes `value` anew, for hooks that write into it in place.
-
-    Returns:
-        The hooked and the original value, or None where nothing was changed and no gradient is wanted.
-    """
+    """Fire a hook, and say what it changed."""
     version = None if value.is_inference() else value._version
     wanted = torch.is_grad_enabled() and value.requires_grad
     # Where gradients are wanted the hook sees a node of its own, or the difference would cancel its gradient.
@@ -134,30 +99,12 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         self._hook_registry.pop("hook_hidden_states", None)
 
     def set_stream(self, stream: torch.Tensor | None, norm: Any) -> None:
-        """Remember the residual stream before its norm, for the input forks.
-
-        Args:
-            stream: `[batch, pos, d_model]`, or None to let go of it.
-            norm: the layer's own norm module.
-        """
+        """Remember the residual stream before its norm, for the input forks."""
         object.__setattr__(self, "_stream", stream)
         object.__setattr__(self, "_norm", norm)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend.
-
-        Args:
-            *args: the normed stream `[batch, pos, d_model]`, unless it comes by the name `hidden_states`.
-            **kwargs: what the decoder layer passes on: `position_embeddings`, `attention_mask`, `past_key_values`.
-
-        Returns:
-            What attention writes to the stream `[batch, pos, d_model]`, and the pattern; None where it was computed in
-            blocks.
-
-        Raises:
-            BudgetError: hooks ask for whole scores beyond the budget.
-            ModelError: the layer passed no rotary tables.
-        """
+        """Attend."""
         attention: Any = self.original_component
         hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
         tables = kwargs.pop("position_embeddings", None)
@@ -177,11 +124,7 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         return self.hook_out(self._written(z.transpose(1, 2).contiguous().flatten(-2))), pattern
 
     def score_hooks(self) -> list[str]:
-        """Name the hooks that look at whole scores or the whole pattern.
-
-        Returns:
-            Names of hook points that carry a hook, forward or backward.
-        """
+        """Name the hooks that look at whole scores or the whole pattern."""
         points = [self.hook_attn_scores, self.hook_pattern]
         return [str(p.name) for p in points if any(getattr(p, kind) for kind in _HOOK_KINDS)]
 

@@ -206,20 +206,7 @@ def attended(
     pattern: Callable[[Tensor], Tensor] = _same,
     values: Read | None = None,
 ) -> tuple[Float[Tensor, "*_ row d_head"], Float[Tensor, "*_ row key"]]:
-    """Attend with scores and pattern written out.
-
-    Args:
-        queries: as scores read them.
-        read: what they read, in the order of the keys.
-        scaling: factor of the scores.
-        scores: what becomes of the masked scores before the softmax.
-        softmax: the softmax, in float32.
-        pattern: what becomes of the pattern before values are read.
-        values: all values in one piece, where their sum must be rounded once.
-
-    Returns:
-        What each head reads, z, and its pattern.
-    """
+    """Attend with scores and pattern written out."""
     parts = [one.times(queries, one.keys.transpose(-1, -2)) * scaling for one in read]
     parts = [part if one.mask is None else part + one.mask for part, one in zip(parts, read, strict=True)]
     weights = pattern(softmax(scores(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])).to(queries.dtype))
@@ -239,19 +226,7 @@ def flash(
     mask: Float[Tensor, "..."] | None = None,
     causal: bool = False,
 ) -> tuple[Float[Tensor, "batch head row d_head"], Float[Tensor, "batch head row"]]:
-    """Attend by torch's kernel for CPUs where it can, and hand back the log-sum-exp of the scores.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        scaling: factor of the scores.
-        mask: added to the scores.
-        causal: forbid keys after the query's own row; queries and keys are as many.
-
-    Returns:
-        What is read, and the log-sum-exp in float32.
-    """
+    """Attend by torch's kernel for CPUs where it can, and hand back the log-sum-exp of the scores."""
     kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
     plain = torch.is_grad_enabled() or k.shape[2] < FEW_KEYS or not q.shape[2]  # the kernel divides by its rows
     if q.device.type == "cpu" and kernel is not None and not plain:

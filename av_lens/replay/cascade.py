@@ -44,16 +44,7 @@ class Window:
 
     @classmethod
     def at(cls, start: int, tables: tuple[Tensor, Tensor], mask: Tensor | None) -> Window:
-        """Cut tables and mask for a restart.
-
-        Args:
-            start: first position that is computed anew.
-            tables: cosine and sine, `[batch, pos, d_head]`.
-            mask: additive attention mask, `[batch, 1, pos, pos]`; None for a causal one.
-
-        Returns:
-            The window.
-        """
+        """Cut tables and mask for a restart."""
         cos, sin = (table[:, start:, None] for table in tables)
         if mask is None:
             return cls(start, cos, sin, None, causal_mask(cos.shape[1], cos), causal=True)
@@ -70,19 +61,7 @@ def cascade(
     rows: slice,
     scaling: float,
 ) -> Float[Tensor, "plan batch row head d_head"]:
-    """Attend to the recorded prefix and to each plan's own keys.
-
-    Args:
-        q: rotated queries of the asked rows.
-        own: rotated keys and values from the window's start on.
-        past: recorded rotated keys and values before it.
-        window: masks.
-        rows: which of the window's rows the queries are.
-        scaling: factor of the scores.
-
-    Returns:
-        What each head reads.
-    """
+    """Attend to the recorded prefix and to each plan's own keys."""
     plans, batch, n_rows, n_heads, d_head = q.shape
     n_kv = own[0].shape[3]
     group = n_heads // n_kv

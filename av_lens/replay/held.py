@@ -52,14 +52,7 @@ class HeldRun:
     norms: str
 
     def at(self, positions: Sequence[int]) -> HeldRun:
-        """Narrow the run to some of its positions.
-
-        Args:
-            positions: the positions, ascending.
-
-        Returns:
-            The run there.
-        """
+        """Narrow the run to some of its positions."""
         if tuple(positions) == self.positions:
             return self
         where = {position: row for row, position in enumerate(self.positions)}
@@ -67,14 +60,7 @@ class HeldRun:
         return replace(self, positions=tuple(positions), middle=tuple(one[:, rows] for one in self.middle))
 
     def entering(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
-        """The base run's stream before a layer, at the positions.
-
-        Args:
-            layer: the layer; the number of layers for the stream that leaves the last.
-
-        Returns:
-            The stream.
-        """
+        """The base run's stream before a layer, at the positions."""
         start = self.positions[0]
         rows = torch.tensor([p - start for p in self.positions], device=self.record.model.device)
         return self.record.stream(layer, start).index_select(1, rows)
@@ -83,16 +69,7 @@ class HeldRun:
     def inputs(
         self, changes: Sequence[Change], wanted: Collection[Node]
     ) -> dict[Node, Float[Tensor, "row batch pos _"]]:
-        """Say what receivers read under each of several changes.
-
-        Args:
-            changes: one for each row: what is added to the stream, and where.
-            wanted: the receivers.
-
-        Returns:
-            For each receiver its input, one row for each change: a head's query, key or value before rotary position;
-            the stream before its norm for an MLP and for the logits.
-        """
+        """What receivers read under each change: q, k or v at their hooks; for others the stream before its norm."""
         n_layers = self.record.n_layers
         first = min((layer for change in changes for _, layer in change), default=0)
         first = min([first, *(n_layers if node.layer is None else node.layer for node in wanted)])
@@ -121,14 +98,9 @@ class HeldRun:
     def outputs(
         self, read: Mapping[Node, Float[Tensor, "row batch pos _"]]
     ) -> dict[tuple[str, int, int], tuple[Float[Tensor, "row batch _ _"], Float[Tensor, "batch _ _"]]]:
-        """Say what receivers make of an input, all their other inputs as in the base run.
+        """What receivers make of an input, all their other inputs as in the base run; each with the base run's own.
 
-        Args:
-            read: the receivers' inputs at the positions, as `inputs` gives them; the logits are passed over.
-
-        Returns:
-            By ("z", layer, head) each query head's z at every position from the first on, and by ("mlp", layer, 0) what
-            the MLP writes at the positions; each with the base run's own.
+        By ("z", layer, head) a query head's z at every position from the first on, by ("mlp", layer, 0) an MLP's write.
         """
         found: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         for node, given in read.items():
@@ -163,15 +135,7 @@ class HeldRun:
     def logits(
         self, stream: Float[Tensor, "row batch pos d_model"], tokens: Tensor | None = None
     ) -> Float[Tensor, "row batch pos _"]:
-        """Unembed a stream that left the last layer.
-
-        Args:
-            stream: at the run's positions.
-            tokens: the tokens whose logits are wanted, or None for all.
-
-        Returns:
-            Their logits, the final norm recomputed or at the base run's scale.
-        """
+        """Unembed a stream that left the last layer."""
         model = self.record.model
         if self.norms == "recomputed":
             return unembedded(model, stream, tokens)
@@ -188,15 +152,7 @@ def _projected(layer: Layer, normed: Tensor, node: Node) -> Tensor:
 
 
 def replaced(held: HeldRun, read: Mapping[Node, Float[Tensor, "row batch pos _"]]) -> list[Plan]:
-    """Write the base run with receivers' inputs replaced, all after them free, as plans.
-
-    Args:
-        held: the base run.
-        read: the receivers' inputs, as `HeldRun.inputs` gives them.
-
-    Returns:
-        One plan for each row.
-    """
+    """Write the base run with receivers' inputs replaced, all after them free, as plans."""
     first = min(node.reads_at for node in read)
     known = {node: given for node, given in read.items() if node.kind == "mlp" or node.reads_at == first}
     made = held.outputs(known)

@@ -30,50 +30,23 @@ class _Entered(Exception):
 
 
 def proved(model: Any) -> None:
-    """Note that a restart reproduces this model's runs.
-
-    Args:
-        model: a `HookedAVLLM`.
-    """
+    """Note that a restart reproduces this model's runs."""
     model.__dict__[PROVED] = True
 
 
 def is_proved(model: Any) -> bool:
-    """Say whether a restart was seen to reproduce a run of this model.
-
-    Args:
-        model: a `HookedAVLLM`.
-
-    Returns:
-        True if it was.
-    """
+    """Say whether a restart was seen to reproduce a run of this model."""
     return bool(model.__dict__.get(PROVED))
 
 
 def may_be_lean(model: Any) -> bool:
-    """Say whether records of this model may be made without hooks, where none stands on its fusion stack.
-
-    Args:
-        model: a `HookedAVLLM`.
-
-    Returns:
-        True in float32, where a restart was seen to reproduce a run.
-    """
+    """Say whether records of this model may be made without hooks, where none stands on its fusion stack."""
     return model.dtype == torch.float32 and is_proved(model)
 
 
 @torch.no_grad()
 def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tuple[dict[str, Any], Tensor]:
-    """Run encoders and embedding as always and the layers by themselves, keeping what restarts need.
-
-    Args:
-        model: a `HookedAVLLM` of which `may_be_lean` holds.
-        x: an `AVInputs`.
-        device: where the record is kept; None for the model's.
-
-    Returns:
-        The fields of a `Record`, and the run's logits at the last position, `[batch, d_vocab]`.
-    """
+    """Run encoders and embedding as always and the layers by themselves, keeping what restarts need."""
     with entering(model.bridge.blocks[0], _Entered) as entered, suppress(_Entered):
         model(x, budget_gb=inf)  # it stops before scores and logits
     stream: Tensor = entered["hidden_states"]

@@ -57,32 +57,14 @@ class Reading:
 
 
 def reader_names(kind: str, layer: int, n_readers: int) -> list[str]:
-    """Name readers.
-
-    Args:
-        kind: one of `KINDS`.
-        layer: their layer.
-        n_readers: how many there are.
-
-    Returns:
-        Their names.
-    """
+    """Name readers."""
     if kind in ("logits", "mlp"):
         return ["logits" if kind == "logits" else f"L{layer} mlp"]
     return [f"L{layer}H{head}.{kind}" for head in range(n_readers)]
 
 
 def require_restart(record: Record, what: str) -> None:
-    """Refuse a run whose layers are not of the layout that is known here.
-
-    Args:
-        record: the recorded run.
-        what: what was asked for, for the error's text.
-
-    Raises:
-        ModelError: it is not.
-        InterventionError: other hooks stand on the model than when it was recorded.
-    """
+    """Refuse a run whose layers are not of the layout that is known here."""
     record.require_standing()
     if record.hooked_because:
         raise ModelError(f"{what} computes layers by themselves, and cannot here: {record.hooked_because}.")
@@ -99,23 +81,7 @@ def readings(
     above: int = -1,
     middle: Float[Tensor, "batch _ d_model"] | None = None,
 ) -> Iterator[Reading]:
-    """Give the metric's gradient at every reader's input, from the logits down.
-
-    Args:
-        record: the recorded run, edited or not.
-        metric: a bound metric of one-token answers at the generation position.
-        start: the first position at which gradients are wanted.
-        above: only layers after this one.
-        middle: the stream (`resid_mid`, from `start` on) that the MLP of layer `above` reads: this reader is then given
-            too, last.
-
-    Yields:
-        Readings: logits, and then for each layer MLP, q, k, v.
-
-    Raises:
-        InputError: the metric has no gradient.
-        ModelError: the model's layers are not of the known layout.
-    """
+    """Give the metric's gradient at every reader's input, from the logits down."""
     require_restart(record, "a gradient at each reader's input")
     gradient = _at_logits(record, metric, start)
     yield Reading("logits", record.n_layers, gradient[:, :, None])

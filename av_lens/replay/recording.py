@@ -211,18 +211,7 @@ def recorded(
     keep_logits: bool = False,
     beside: Sequence[tuple[str, Callable[..., Any]]] = (),
 ) -> tuple[dict[str, Any], Tensor]:
-    """Run the model once and keep what is needed to restart it.
-
-    Args:
-        model: a `HookedAVLLM`.
-        x: an `AVInputs`.
-        device: where the record is kept; None for the model's.
-        keep_logits: keep the logits of every position, which hooks of the caller's may have changed.
-        beside: further hooks that look on.
-
-    Returns:
-        The fields of a `Record`, and the run's logits at the last position, `[batch, d_vocab]`.
-    """
+    """Run the model once and keep what is needed to restart it."""
     spec = model.spec
     streams = stream_names(spec.n_layers)
     keys, values = (layer_names(component, spec.n_layers) for component in ("rot_k", "v"))
@@ -265,17 +254,7 @@ def fields_of(
 
 
 def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits: bool = False) -> None:
-    """Refuse a record that would not fit.
-
-    Args:
-        model: a `HookedAVLLM`.
-        x: an `AVInputs`.
-        budget_gb: memory for the record.
-        logits: the logits of all positions are kept too.
-
-    Raises:
-        BudgetError: it would not.
-    """
+    """Refuse a record that would not fit."""
     spec, n = model.spec, len(x.spans)
     width = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) + (spec.d_vocab if logits else 0)
     needed = len(x) * n * width * model.dtype.itemsize / GB
@@ -289,15 +268,7 @@ def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits:
 
 @contextmanager
 def entering(block: torch.nn.Module, stop: type[Exception] | None = None) -> Generator[dict[str, Any]]:
-    """Collect what the decoder hands its first block: the stream, rotary tables and the mask.
-
-    Args:
-        block: the first block.
-        stop: raised once they are collected, where nothing after is wanted.
-
-    Yields:
-        A dictionary that the run fills.
-    """
+    """Collect what the decoder hands its first block: the stream, rotary tables and the mask."""
     entered: dict[str, Any] = {}
 
     def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -315,15 +286,7 @@ def entering(block: torch.nn.Module, stop: type[Exception] | None = None) -> Gen
 
 
 def additive(mask: Tensor | None, stream: Tensor) -> Tensor | None:
-    """Bring an attention mask to numbers to add.
-
-    Args:
-        mask: as the decoder hands it to its blocks.
-        stream: the stream, for its precision and device.
-
-    Returns:
-        `[batch or 1, 1, pos, pos]`; None where it is plainly causal.
-    """
+    """Bring an attention mask to numbers to add."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:

@@ -77,17 +77,7 @@ class HeadRead:
 def reread(
     record: Record, number: int, read: Mapping[Node, Float[Tensor, "row batch pos d_head"]], positions: Sequence[int]
 ) -> dict[int, tuple[Float[Tensor, "row batch later d_head"], Float[Tensor, "batch later d_head"]]]:
-    """Attend anew in one layer of a recorded run, with some queries, keys or values replaced.
-
-    Args:
-        record: the recorded run.
-        number: the layer.
-        read: what is replaced: new queries, keys or values where their hooks stand, one row for each change.
-        positions: where they are replaced, ascending.
-
-    Returns:
-        For every query head that sees any of it, its z from the first position on, and the run's own.
-    """
+    """Attend anew in one layer of a recorded run, with some queries, keys or values replaced."""
     device, start, n = record.model.device, positions[0], len(record.spans)
     layer = layer_of(record.model, number)
     cos, sin = (table.to(device) for table in record.tables)
@@ -122,19 +112,7 @@ def read_with(
     keys: Float[Tensor, "batch _ kv_head d_head"] | None = None,
     at: Sequence[int] = (),
 ) -> Float[Tensor, "batch row head d_head"]:
-    """Recompute what every head of a layer reads.
-
-    Args:
-        record: the recorded run.
-        layer: the layer.
-        rows: the positions that read, ascending.
-        queries: their rotated queries.
-        keys: rotated keys to be put in place; None leaves the recorded ones.
-        at: the positions of `keys`.
-
-    Returns:
-        `z` of these rows.
-    """
+    """Recompute what every head of a layer reads."""
     end, modules = rows[-1] + 1, layer_of(record.model, layer)
     k, v = record.past(layer, end)
     if keys is not None:

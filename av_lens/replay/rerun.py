@@ -50,19 +50,11 @@ def run_layers(
     rows: slice | None = None,
     earlier: Sequence[Heads] | None = None,
 ) -> Iterator[tuple[int, Made]]:
-    """Run the layers, from the plans' first on.
+    """Run the layers from the plans' first on: each layer's number, and what it made.
 
-    Args:
-        model: a `HookedAVLLM`.
-        window: tables and masks.
-        taps: the plans' edits.
-        enter: what enters a layer, of its number and what left the one before; None where none was run.
-        past: a layer's recorded keys and values before the window.
-        rows: the rows whose stream is wanted of the last layer; None for all.
-        earlier: each layer's own keys and values between the window's start and these positions, while decoding.
-
-    Yields:
-        Each layer's number, and what it made.
+    `enter` says what enters a layer, of its number and of what left the one before (None where none was run); `past`
+    gives a layer's recorded keys and values before the window; `earlier` each layer's own ones between the window's
+    start and these positions, while decoding. Of the last layer the stream is wanted at `rows` alone.
     """
     stream: Tensor | None = None
     last = model.spec.n_layers - 1
@@ -93,17 +85,7 @@ def no_edits(n_prompt: int, layer: int = 0, start: int = 0) -> Taps:
 
 @torch.no_grad()
 def rerun(record: R, taps: Taps, *, until: int | None = None, entering: Tensor | None = None) -> R:
-    """Record the run under one plan.
-
-    Args:
-        record: the recorded run.
-        taps: the plan's edits.
-        until: the last layer that is wanted; None for all.
-        entering: another stream that enters the first layer.
-
-    Returns:
-        The record of that run, which reads the given one where nothing is new.
-    """
+    """Record the run under one plan."""
     device = record.resid[0].device
     streams = {} if entering is None else {taps.first_layer: entering.to(device)}
     heads: dict[int, Heads] = {}

@@ -63,20 +63,8 @@ def run_layer(
 ) -> Made:
     """Run one decoder layer on the restarted positions of all plans.
 
-    Args:
-        layer: its modules.
-        number: its place, counted from 0.
-        stream: the residual stream that enters it, owned by the caller.
-        past: recorded rotated keys and values of the positions before.
-        window: tables and masks of the restart.
-        taps: the plans' edits.
-        rows: the rows whose output is wanted; None for all. Keys and values are made for all.
-        earlier: the plans' own rotated keys and values between the window's start and this stream's first position,
-            while decoding; the window's own mask covers them too.
-
-    Returns:
-        What it made; the stream at all rows or the wanted ones, one row of the plan axis for each plan. Keys and values
-        are those of `earlier` and the new ones.
+    Keys and values are made of all of them, the stream at `rows` alone; `earlier` are the plans' own keys and values
+    between the window's start and these positions, while decoding (the window's mask covers them too).
     """
     if number == 0:
         stream = taps("embed", None, stream)

@@ -21,7 +21,7 @@ from av_lens.errors import BudgetError
 from av_lens.families.hook_names import hook_name
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.replay.recording import Record
-from av_lens.replay.rerun import restarted_layers
+from av_lens.replay.rerun import restarted_layers, start_of
 from av_lens.replay.restart import EDGES, RESTARTABLE
 from av_lens.replay.taps import Taps
 
@@ -72,32 +72,18 @@ class Schedule(Brief):
 def scheduled(
     record: Record, plans: Sequence[Plan | CompiledPlan], *, n_asked: int, budget_gb: float | int
 ) -> Schedule:
-    """Compile plans for a recorded run, and decide which run together.
-
-    Args:
-        record: the recorded run.
-        plans: the plans; compiled ones must have been compiled for this model and input.
-        n_asked: positions at which logits are asked.
-        budget_gb: memory for the activations of one stack.
-
-    Returns:
-        The schedule.
-
-    Raises:
-        InterventionError: a plan does not fit the model or the input, or other hooks stand on the model than when it
-            was recorded.
-    """
+    """Compile plans for a recorded run, and decide which run together."""
     record.require_standing()
     spec, spans, batch = record.model.spec, record.spans, record.batch
     compiled = tuple(p if isinstance(p, CompiledPlan) else p.compile(spec, spans, batch=batch) for p in plans)
-    n, traits = len(spans), record.traits
+    n = len(spans)
     groups: dict[int, list[int]] = {}
     stacks: list[Stack] = []
     for number, plan in enumerate(compiled):
-        if not _restarts(record, plan):
+        if not restarts(record, plan):
             stacks.append(Stack((number,), 0, hooked=True))
         else:
-            start = traits.restart(plan.first_position, spans.roles) if plan.steps else n
+            start = start_of(record, plan) if plan.steps else n
             if start == n - 1 and record.resid[0].dtype != torch.float32:
                 start = max(n - 2, 0)  # a row alone would be multiplied by another kernel, and rounded otherwise
             groups.setdefault(start, []).append(number)
@@ -114,7 +100,8 @@ def scheduled(
     return Schedule(compiled, tuple(stacks), gigabytes, forwards + sum(stack.hooked for stack in stacks))
 
 
-def _restarts(record: Record, plan: CompiledPlan) -> bool:
+def restarts(record: Record, plan: CompiledPlan) -> bool:
+    """Whether a plan can be restarted; else it runs as a full hooked forward."""
     return not record.hooked_because and all(step.component in RESTARTABLE for step in plan.steps)
 
 
@@ -138,20 +125,7 @@ def _together(record: Record, start: int, bytes_each: float, budget_gb: float | 
 def run_stacks(
     record: Record, schedule: Schedule, rows: Tensor, tokens: Tensor | None = None
 ) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "plan batch asked d_vocab"]]]:
-    """Run a schedule, stack by stack.
-
-    Args:
-        record: the recorded run.
-        schedule: its plans.
-        rows: asked positions, ascending.
-        tokens: the tokens whose logits are wanted, or None for all.
-
-    Yields:
-        The numbers of a stack's plans, and their logits.
-
-    Raises:
-        InterventionError: an edit did not fire as often as it should have.
-    """
+    """Run a schedule, stack by stack."""
 
     def hooked(plan: CompiledPlan) -> Tensor:
         logits = record.model.run_with_hooks(record.x, fwd_hooks=plan.fwd_hooks)[:, rows]
@@ -204,19 +178,7 @@ def _hooked_stream(record: Record, plan: CompiledPlan, rows: Tensor) -> Tensor:
 def restarted(
     record: Record, plans: Sequence[CompiledPlan], start: int, rows: Tensor, *, keep: bool = False
 ) -> tuple[Float[Tensor, "plan batch asked d_model"], list[tuple[Tensor, Tensor]]]:
-    """Run plans from one position on, each from its own first layer, without hooks.
-
-    Args:
-        record: the recorded run.
-        plans: the plans, first layers ascending.
-        start: the first position that is computed anew.
-        rows: asked rows, counted from `start`, ascending; may be empty.
-        keep: keep the new keys and values of every layer.
-
-    Returns:
-        The stream that leaves the last layer at the asked rows, and if asked every layer's rotated keys and values from
-        `start` on, each `[plan, batch, pos, kv_head, d_head]`, one row for each plan; else an empty list.
-    """
+    """Run plans from one position on, each from its own first layer, without hooks."""
     taps, wanted = Taps(plans, start), _run_of(rows)
     if record.resid[0].dtype != torch.float32 and len(plans) * record.batch * len(rows) == 1:
         wanted = None  # never one row alone
@@ -248,15 +210,7 @@ def _run_of(rows: Tensor) -> slice | None:
 
 
 def refuse_huge(needed: float, budget_gb: float | int) -> None:
-    """Refuse to hand back logits that would not fit.
-
-    Args:
-        needed: bytes.
-        budget_gb: the caller's budget; sixteen times as much is the limit.
-
-    Raises:
-        BudgetError: they would not.
-    """
+    """Refuse to hand back logits that would not fit."""
     if needed > 16 * budget_gb * GB:
         raise BudgetError(
             f"the logits of all plans alone would need {needed / GB:.1f} GB. Use trace.score(plans, metric), which "
