@@ -78,7 +78,7 @@ class Taps:
         return torch.cat((spread, recorded.expand(missing, *recorded.shape))) if missing else spread
 
     def __call__(self, component: str, layer: int | None, activation: Tensor, rows: slice | None = None) -> Tensor:
-        """Apply the edits at one place; `rows` says which of the restart's rows these are, where some alone are made."""
+        """Apply the edits at one place; `rows` says which of the restart's rows these are; None for all."""
         steps = self._places.get((component, layer))
         if not steps:
             return activation
