@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from av_lens.families.hook_names import COMPONENTS
+from av_lens.families.hook_names import COMPONENTS, hook_name
 from av_lens.interventions.sites import resolve_positions
 from av_lens.spans import Span, SpanMap
 
@@ -24,6 +27,21 @@ def heads_first(activation: Tensor, component: str) -> Tensor:
     """
     turned = activation if COMPONENTS[component].head_axis == 1 else activation.transpose(1, 2)
     return turned.contiguous()
+
+
+def watching(see: Callable[[Tensor], Any]) -> Callable[..., None]:
+    """A hook that looks on: `see` is shown the activation, and nothing is changed."""
+
+    def watch(activation: Tensor, hook: Any = None) -> None:
+        del hook
+        see(activation)
+
+    return watch
+
+
+def stream_names(n_layers: int) -> list[str]:
+    """The hooks of the stream that enters each layer, and of the one that leaves the last."""
+    return [*(hook_name("resid_pre", layer) for layer in range(n_layers)), hook_name("resid_post", n_layers - 1)]
 
 
 def asked_positions(spans: SpanMap, logits_at: str | Span) -> Tensor:

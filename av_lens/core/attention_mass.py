@@ -27,6 +27,7 @@ from torch import Tensor
 from av_lens.checks import require_choice
 from av_lens.core.activations import heads_first
 from av_lens.core.passing import Reader, read_layers
+from av_lens.families.decoder import Layer
 from av_lens.spans import SpanMap
 
 WEIGHTS = ("attention", "value")
@@ -87,7 +88,7 @@ def moved_norms(
     Returns:
         The norms, in float32; query heads of one group share their values but not their W_O.
     """
-    weight = model.bridge.blocks[layer].attn.W_O.detach().float()
+    weight = Layer.of(model.bridge.blocks[layer]).outputs().float()
     triangle = torch.linalg.qr(weight.transpose(-1, -2), mode="r").R
     group = weight.shape[0] // values.shape[1]
     spread = values.detach().float().repeat_interleave(group, dim=1)

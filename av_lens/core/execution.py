@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from av_lens.brief import Brief
-from av_lens.core.activations import asked_positions
+from av_lens.core.activations import asked_positions, watching
 from av_lens.core.budget import GIGABYTE, ModelSpec, require_budget, selected
 from av_lens.core.gates import only_open, require_some
 from av_lens.core.kept import Kept
@@ -87,7 +88,11 @@ def run(
     wanted = capture_slices(model, x.spans, capture)
     _require_memory(wanted, model, x, budget_gb)
     kept: dict[str, Tensor] = {}
-    hooks = [*compiled.fwd_hooks, *((name, _keeper(name, slices, kept)) for name, slices in wanted.items())]
+
+    def keep(name: str, activation: Tensor) -> None:
+        kept[name] = wanted[name].cut(activation)
+
+    hooks = [*compiled.fwd_hooks, *((name, watching(partial(keep, name))) for name in wanted)]
     logits = logits_of(model, x, hooks, rows, budget_gb=budget_gb)
     compiled.verify()
     missing = [name for name in wanted if name not in kept]
@@ -217,14 +222,6 @@ def capture_slices(model: Any, spans: SpanMap, capture: Capture) -> dict[str, Sl
         else:
             raise InterventionError(unknown("component or hook", item, (*COMPONENTS, *known)))
     return found
-
-
-def _keeper(name: str, part: Slice, kept: dict[str, Tensor]) -> Callable[..., None]:
-    def keep(activation: Tensor, hook: Any = None) -> None:
-        del hook
-        kept[name] = part.cut(activation)
-
-    return keep
 
 
 def _require_memory(wanted: Mapping[str, Slice], model: Any, x: Any, budget_gb: float | int) -> None:

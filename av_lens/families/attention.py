@@ -29,6 +29,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
 
 from av_lens.errors import BudgetError, ModelError
+from av_lens.families.decoder import Read, attended, rotated
 
 BUDGET_GB = 8.0
 """GB (1e9 bytes) that a run may take for scores, logits or kept activations where the caller names no other budget."""
@@ -41,14 +42,7 @@ _budget_gb: ContextVar[float] = ContextVar("budget_gb", default=BUDGET_GB)
 
 @contextmanager
 def score_budget(budget_gb: float | int) -> Generator[None, None, None]:
-    """Bound what attention scores may take, for runs inside the block.
-
-    Args:
-        budget_gb: GB (1e9 bytes).
-
-    Yields:
-        Nothing.
-    """
+    """Bound what attention scores may take, for runs inside the block."""
     token = _budget_gb.set(float(budget_gb))
     try:
         yield
@@ -57,31 +51,12 @@ def score_budget(budget_gb: float | int) -> Generator[None, None, None]:
 
 
 def score_gigabytes(scores: int, *, itemsize: int, kept_layers: int = 0) -> float:
-    """Estimate what whole attention scores take.
-
-    Args:
-        scores: numbers in one layer's scores, `batch x head x query_pos x key_pos`.
-        itemsize: bytes of one number in the model's dtype.
-        kept_layers: layers whose pattern is kept for gradients.
-
-    Returns:
-        GB: one layer's copies while it runs, and what is kept.
-    """
+    """Estimate what whole attention scores take."""
     return scores * (_WORKING + kept_layers * (4 if itemsize == 4 else 4 + itemsize)) / 1e9
 
 
 def refuse_scores(names: list[str], gigabytes: float, *, shape: tuple[int, int, int], graph: bool) -> None:
-    """Refuse hooks on scores or pattern whose whole scores pass the budget.
-
-    Args:
-        names: the hooks.
-        gigabytes: the estimate.
-        shape: examples, queries and keys.
-        graph: whether gradients keep them.
-
-    Raises:
-        BudgetError: they do.
-    """
+    """Refuse hooks on scores or pattern whose whole scores pass the budget."""
     budget = _budget_gb.get()
     if not names or gigabytes <= budget:
         return
@@ -100,16 +75,7 @@ _HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 
 
 def hooked_change(hook: HookPoint, value: torch.Tensor, again: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Fire a hook, and say what it changed.
-
-    Args:
-        hook: the hook point.
-        value: the tensor it shows, computed beside the exact path.
-        again: a function that computes `value` anew, for hooks that write into it in place.
-
-    Returns:
-        The hooked and the original value, or None where nothing was changed and no gradient is wanted.
-    """
+    """Fire a hook, and say what it changed."""
     version = None if value.is_inference() else value._version
     wanted = torch.is_grad_enabled() and value.requires_grad
     # Where gradients are wanted the hook sees a node of its own, or the difference would cancel its gradient.
@@ -133,30 +99,12 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         self._hook_registry.pop("hook_hidden_states", None)
 
     def set_stream(self, stream: torch.Tensor | None, norm: Any) -> None:
-        """Remember the residual stream before its norm, for the input forks.
-
-        Args:
-            stream: `[batch, pos, d_model]`, or None to let go of it.
-            norm: the layer's own norm module.
-        """
+        """Remember the residual stream before its norm, for the input forks."""
         object.__setattr__(self, "_stream", stream)
         object.__setattr__(self, "_norm", norm)
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attend.
-
-        Args:
-            *args: the normed stream `[batch, pos, d_model]`, unless it comes by the name `hidden_states`.
-            **kwargs: what the decoder layer passes on: `position_embeddings`, `attention_mask`, `past_key_values`.
-
-        Returns:
-            What attention writes to the stream `[batch, pos, d_model]`, and the pattern; None where it was computed in
-            blocks.
-
-        Raises:
-            BudgetError: hooks ask for whole scores beyond the budget.
-            ModelError: the layer passed no rotary tables.
-        """
+        """Attend."""
         attention: Any = self.original_component
         hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
         tables = kwargs.pop("position_embeddings", None)
@@ -164,8 +112,8 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
             raise ModelError(f"{self.name}: the layer passed no position_embeddings; rotary attention needs them.")
         mask = kwargs.pop("attention_mask", None)
         query, key, value = self._projected(self.hook_in(hidden))
-        cos, sin = self._apply_position_embedding_hooks(tables)
-        query, key = self.hook_rot_q(_rotated(query, cos, sin)), self.hook_rot_k(_rotated(key, cos, sin))
+        cos, sin = (table.unsqueeze(1) for table in self._apply_position_embedding_hooks(tables))
+        query, key = self.hook_rot_q(rotated(query, cos, sin)), self.hook_rot_k(rotated(key, cos, sin))
         key, value = self._update_kv_cache(key, value, **kwargs)
         key, value = (_repeated(part, attention.num_key_value_groups) for part in (key, value))
         rows = self._block_rows(query, key)
@@ -176,11 +124,7 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         return self.hook_out(self._written(z.transpose(1, 2).contiguous().flatten(-2))), pattern
 
     def score_hooks(self) -> list[str]:
-        """Name the hooks that look at whole scores or the whole pattern.
-
-        Returns:
-            Names of hook points that carry a hook, forward or backward.
-        """
+        """Name the hooks that look at whole scores or the whole pattern."""
         points = [self.hook_attn_scores, self.hook_pattern]
         return [str(p.name) for p in points if any(getattr(p, kind) for kind in _HOOK_KINDS)]
 
@@ -210,17 +154,27 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """What queries read `[batch, head, pos, d_head]`, and their pattern; hooks fire unless it is a block."""
         attention: Any = self.original_component
-        scores = torch.matmul(query, key.transpose(2, 3)) * attention.scaling
-        scores = self._apply_reconstruct_attention_mask(
-            attn_scores=scores, attention_mask=mask, seq_len=key.shape[2], q_seq_len=query.shape[2]
-        )
-        scores = self.hook_attn_scores(scores) if hooked else scores
-        pattern = self._masked_softmax(scores, dtype=torch.float32).to(query.dtype)
-        pattern = self._scrub_compatibility_pattern_nans(pattern)
         dropout = attention.attention_dropout if self.training else 0.0
-        pattern = torch.nn.functional.dropout(pattern, p=dropout, training=self.training)
-        pattern = self.hook_pattern(pattern) if hooked else pattern
-        return torch.matmul(pattern, value), pattern
+
+        def masked(scores: torch.Tensor) -> torch.Tensor:
+            scores = self._apply_reconstruct_attention_mask(
+                attn_scores=scores, attention_mask=mask, seq_len=key.shape[2], q_seq_len=query.shape[2]
+            )
+            return self.hook_attn_scores(scores) if hooked else scores
+
+        def dropped(pattern: torch.Tensor) -> torch.Tensor:
+            pattern = self._scrub_compatibility_pattern_nans(pattern)
+            pattern = torch.nn.functional.dropout(pattern, p=dropout, training=self.training)
+            return self.hook_pattern(pattern) if hooked else pattern
+
+        return attended(
+            query,
+            [Read(key, value)],
+            attention.scaling,
+            scores=masked,
+            softmax=lambda scores: self._masked_softmax(scores, dtype=torch.float32),
+            pattern=dropped,
+        )
 
     def _attended_in_blocks(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rows: int
@@ -261,7 +215,10 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
                     flat = flat + self._per_head(linear, change).to(flat.dtype)
                 flat = linear.hook_out(flat)
             heads = flat.view(*flat.shape[:2], -1, self.original_component.head_dim)  # pyright: ignore[reportOptionalMemberAccess]
-            projected.append(heads.transpose(1, 2))
+            heads = heads.transpose(1, 2)
+            if f"{name}_norm" in self.submodules:  # on each head, after its hook and before rotary position
+                heads = getattr(self, f"hook_{name}_normed")(getattr(self, f"{name}_norm")(heads))
+            projected.append(heads)
         return tuple(projected)
 
     def _fork_changes(self) -> dict[str, torch.Tensor | None] | None:
@@ -316,13 +273,6 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         if change is not None:
             written = written + (change[0] - change[1]).sum(2, dtype=torch.float32).to(written.dtype)
         return self.o.hook_out(written)
-
-
-def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position on `[batch, head, pos, d_head]`, in HuggingFace's order of operations."""
-    first, second = heads.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (heads * cos.unsqueeze(1)) + (turned * sin.unsqueeze(1))
 
 
 def _repeated(heads: torch.Tensor, groups: int) -> torch.Tensor:

@@ -29,23 +29,11 @@ class FullBlockBridge(BlockBridge):
         self._hook_embed: HookPoint | None = None
 
     def set_embed_hook(self, hook: HookPoint) -> None:
-        """Let this block, the first, fire the hook of the stream that enters the fusion stack.
-
-        Args:
-            hook: the bridge's `hook_embed`; it stays the bridge's own.
-        """
+        """Let this block, the first, fire the hook of the stream that enters the fusion stack."""
         object.__setattr__(self, "_hook_embed", hook)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run the layer.
-
-        Args:
-            *args: the stream `[batch, pos, d_model]`, unless it comes by the name `hidden_states`.
-            **kwargs: what the text model hands its layers; passed on to attention.
-
-        Returns:
-            The stream after the layer.
-        """
+        """Run the layer."""
         if "hidden_states" in kwargs:
             args = (kwargs.pop("hidden_states"), *args)
         if self._hook_embed is not None:
@@ -72,15 +60,7 @@ class RealRMSNormBridge(RMSNormalizationBridge):
     """
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Norm the stream.
-
-        Args:
-            hidden_states: `[batch, pos, d_model]`.
-            **kwargs: ignored, as by the wrapped norm.
-
-        Returns:
-            The normed and weighted stream, in the dtype it came in.
-        """
+        """Norm the stream."""
         norm: Any = self.original_component
         stream = self.hook_in(hidden_states)
         wide = stream.to(torch.float32)
@@ -109,15 +89,7 @@ class TowerBridge(GeneralizedComponent):
         self.memory: Callable[..., Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Encode.
-
-        Args:
-            *args: the features first: pixels by patch, or the mel spectrogram.
-            **kwargs: as the wrapped tower takes them.
-
-        Returns:
-            The tower's own output, with the hooked embeddings in it.
-        """
+        """Encode."""
         tower: Any = self.original_component
         args = (self.hook_in(args[0]), *args[1:])
         output = tower(*args, **kwargs) if self.memory is None else self.memory(tower, args, kwargs)

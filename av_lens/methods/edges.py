@@ -47,6 +47,7 @@ from av_lens.checks import require_choice
 from av_lens.core import Progress, run
 from av_lens.core.budget import GIGABYTE
 from av_lens.errors import InputError
+from av_lens.families.decoder import Layer
 from av_lens.families.hook_names import hook_name
 from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Site
@@ -54,8 +55,8 @@ from av_lens.methods.shared.frame import Examples, Frame, Stack, numbers
 from av_lens.methods.shared.places import Axes, Place
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM
-from av_lens.replay.receivers import Reading, reader_names, readings, require_restart, rerun, written_by_mlp
-from av_lens.replay.restart import Layer
+from av_lens.replay.receivers import Reading, reader_names, readings, require_restart
+from av_lens.replay.rerun import layer_of, rerun_from
 from av_lens.replay.traces import Trace, record
 from av_lens.results import EdgeScores
 from av_lens.spans import Span
@@ -173,20 +174,20 @@ class _Group:
         part: the component: "embed", "z" or "mlp_out".
         layer: the layer.
         change: donor - base at every position: `[batch, pos, head, d_head]` for heads, else `[batch, pos, d_model]`.
-        output: the heads' output weights `[d_model, head * d_head]`, else None.
+        heads: the layer whose heads these are, else None.
         first: the place of the first of them among all senders.
     """
 
     part: str
     layer: int
     change: Tensor
-    output: Tensor | None
+    heads: Layer | None
     first: int
 
     @property
     def size(self) -> int:
         """How many senders these are."""
-        return 1 if self.output is None else self.change.shape[2]
+        return 1 if self.heads is None else self.change.shape[2]
 
     def precedes(self, reading: Reading) -> bool:
         """Whether the readers come after these senders."""
@@ -197,14 +198,11 @@ class _Group:
     def written(self, positions: Sequence[int]) -> Float[Tensor, "batch _ sender d_model"]:
         """What each sender's write changes by, at some positions."""
         change = self.change[:, list(positions)]
-        if self.output is None:
-            return change[:, :, None]
-        weight = self.output.unflatten(1, change.shape[2:])
-        return torch.einsum("bphd,mhd->bphm", change, weight)
+        return change[:, :, None] if self.heads is None else self.heads.results(change)
 
     def together(self) -> Float[Tensor, "batch pos d_model"]:
         """What all of them together change in the stream."""
-        return self.change if self.output is None else self.change.flatten(-2) @ self.output.T
+        return self.change if self.heads is None else self.change.flatten(-2) @ self.heads.outputs().flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,8 +240,8 @@ class _Job:
         for layer, part in [(-1, "embed"), *((layer, part) for layer in layers for part in ("z", "mlp_out"))]:
             name = hook_name(part, None if layer < 0 else layer)
             change = runs[1].cache[name] - runs[0].cache[name]
-            output = Layer.of(model.bridge.blocks[layer]).o.weight.detach() if part == "z" else None
-            groups.append(_Group(part, layer, change, output, sum(group.size for group in groups)))
+            heads = layer_of(model, layer) if part == "z" else None
+            groups.append(_Group(part, layer, change, heads, sum(group.size for group in groups)))
         middles = tuple(runs[0].cache[hook_name("resid_mid", layer)] for layer in layers)
         shape = (len(base), len(places), len(_senders(model.spec)), len(_receivers(model.spec)))
         scores = torch.full(shape, torch.nan, dtype=torch.float64)
@@ -289,13 +287,13 @@ class _Job:
         layer, middle = group.layer, None
         if group.part == "z":
             middle = self.middles[layer] + change
-            modules = Layer.of(self.trace.model.bridge.blocks[layer])
+            modules = layer_of(self.trace.model, layer)
             with torch.no_grad():
-                stream = middle + written_by_mlp(modules, middle)
+                stream = middle + modules.mlp(modules.ln2(middle))
             middle = middle[:, self._start :]
         else:
             stream = self.trace.stream(layer + 1, 0) + change
-        edited = rerun(self.trace, layer + 1, stream[:, first:], start=first)
+        edited = rerun_from(self.trace, layer + 1, stream[:, first:], start=first)
         return readings(edited, self.metric, start=self._start, above=layer, middle=middle)
 
     def _add(self, senders: Sequence[_Group], reading: Reading, share: float, written: _Kept) -> None:

@@ -46,9 +46,10 @@ from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, held_lay
 from av_lens.methods.shared.places import Axes, Place, Visits, positions_of
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM
-from av_lens.replay.receivers import require_restart, rotated
+from av_lens.replay.receivers import require_restart
+from av_lens.replay.rereading import read_with
+from av_lens.replay.rerun import layer_of
 from av_lens.replay.suffix_gradients import SuffixGradients
-from av_lens.replay.swapped_reads import read_with
 from av_lens.replay.traces import Trace, record
 from av_lens.results import Grid
 from av_lens.spans import Span
@@ -235,7 +236,7 @@ class _Guesses:
             new = given.values[layer]
             if self.component in ("q", "k"):
                 cos, sin = (table.to(new.device)[:, self.union, None] for table in trace.tables)
-                new = rotated(new, cos, sin)
+                new = layer_of(self.model, layer).turned(self.component, new, cos, sin)
             z, queries = found[0].value[n + layer], found[0].value[2 * n + layer]
             gradients = torch.stack([one.gradient[n + layer] for one in found])
             if self.component in QUERIES:

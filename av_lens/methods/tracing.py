@@ -50,7 +50,7 @@ from av_lens.methods.shared.places import Axes, Place
 from av_lens.metrics import Metric, as_metric, each, prob, require_numbers
 from av_lens.model import HookedAVLLM
 from av_lens.replay import measure_plans
-from av_lens.replay.receivers import rerun
+from av_lens.replay.rerun import rerun_from
 from av_lens.replay.traces import Trace, record
 from av_lens.results import Grid
 from av_lens.spans import SpanMap
@@ -250,7 +250,7 @@ class _Job:
         first = self.clean.traits.restart(positions[0], self.clean.spans.roles)
         stream = self.clean.stream(0, first).clone()
         stream[:, [position - first for position in positions]] += change
-        return rerun(self.clean, 0, stream, start=first), Plan()
+        return rerun_from(self.clean, 0, stream, start=first), Plan()
 
     def _change(self, positions: Sequence[int], number: int) -> Float[Tensor, "batch _ d_model"]:
         """What corrupting adds to the embeddings of one role."""

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FEW_KEYS = 8  # below it a plain product is faster than a kernel
+from av_lens.families.decoder import causal_mask, flash
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,36 +44,13 @@ class Window:
 
     @classmethod
     def at(cls, start: int, tables: tuple[Tensor, Tensor], mask: Tensor | None) -> Window:
-        """Cut tables and mask for a restart.
-
-        Args:
-            start: first position that is computed anew.
-            tables: cosine and sine, `[batch, pos, d_head]`.
-            mask: additive attention mask, `[batch, 1, pos, pos]`; None for a causal one.
-
-        Returns:
-            The window.
-        """
+        """Cut tables and mask for a restart."""
         cos, sin = (table[:, start:, None] for table in tables)
         if mask is None:
             return cls(start, cos, sin, None, causal_mask(cos.shape[1], cos), causal=True)
         rows = mask[:, :, start:]
         prefix = rows[..., :start]
         return cls(start, cos, sin, prefix if bool((prefix != 0).any()) else None, rows[..., start:], causal=False)
-
-
-def causal_mask(n: int, like: Tensor) -> Float[Tensor, "1 1 pos pos"]:
-    """Make the additive mask of a causal model.
-
-    Args:
-        n: positions.
-        like: a tensor of the wanted precision, on the wanted device.
-
-    Returns:
-        0 where a query may read, the precision's least number where not.
-    """
-    lowest = torch.finfo(like.dtype).min
-    return torch.full((1, 1, n, n), lowest, dtype=like.dtype, device=like.device).triu(1)
 
 
 def cascade(
@@ -84,19 +61,7 @@ def cascade(
     rows: slice,
     scaling: float,
 ) -> Float[Tensor, "plan batch row head d_head"]:
-    """Attend to the recorded prefix and to each plan's own keys.
-
-    Args:
-        q: rotated queries of the asked rows.
-        own: rotated keys and values from the window's start on.
-        past: recorded rotated keys and values before it.
-        window: masks.
-        rows: which of the window's rows the queries are.
-        scaling: factor of the scores.
-
-    Returns:
-        What each head reads.
-    """
+    """Attend to the recorded prefix and to each plan's own keys."""
     plans, batch, n_rows, n_heads, d_head = q.shape
     n_kv = own[0].shape[3]
     group = n_heads // n_kv
@@ -106,7 +71,7 @@ def cascade(
         mask = window.prefix_mask
         if mask is not None:
             mask = mask[:, :, rows].repeat(1, 1, plans * group, 1)
-        far, far_weight = attended(grouped.reshape(batch, n_kv, -1, d_head), *past, scaling, mask=mask)
+        far, far_weight = flash(grouped.reshape(batch, n_kv, -1, d_head), *past, scaling, mask=mask)
         far = far.reshape(batch, n_kv, plans, group, n_rows, d_head).permute(2, 0, 4, 1, 3, 5).flatten(3, 4)
         far_weight = far_weight.view(batch, n_kv, plans, group, n_rows).permute(2, 0, 4, 1, 3).flatten(3, 4)
         share = torch.sigmoid(weight - far_weight)[..., None]
@@ -138,7 +103,7 @@ def _own_part(
     if not (square and window.causal):
         mask = window.own_mask[:, :, rows]
         mask = mask if mask.shape[0] == 1 else mask.repeat(plans, 1, 1, 1)
-    out, weight = attended(queries, keys, values, scaling, mask=mask, causal=square and window.causal)
+    out, weight = flash(queries, keys, values, scaling, mask=mask, causal=square and window.causal)
     out = out.unflatten(0, (plans, batch)).transpose(2, 3)
     return out, weight.unflatten(0, (plans, batch)).transpose(2, 3)
 
@@ -153,42 +118,6 @@ def _own_part_of_one_row(
     keys, values = (part.transpose(2, 3).flatten(0, 1) for part in own)
     mask = window.own_mask[:, :, rows].expand(-1, -1, group, -1)
     mask = mask if mask.shape[0] == 1 else mask.repeat(plans, 1, 1, 1)
-    out, weight = attended(queries, keys, values, scaling, mask=mask)
+    out, weight = flash(queries, keys, values, scaling, mask=mask)
     out, weight = (part.flatten(1, 2).unflatten(0, (plans, batch))[:, :, None] for part in (out, weight))
     return out, weight
-
-
-def attended(
-    q: Float[Tensor, "batch head row d_head"],
-    k: Float[Tensor, "batch head key d_head"],
-    v: Float[Tensor, "batch head key d_head"],
-    scaling: float,
-    *,
-    mask: Float[Tensor, "..."] | None = None,
-    causal: bool = False,
-) -> tuple[Float[Tensor, "batch head row d_head"], Float[Tensor, "batch head row"]]:
-    """Attend, and hand back the log-sum-exp of the scores.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        scaling: factor of the scores.
-        mask: added to the scores.
-        causal: forbid keys after the query's own row; queries and keys are as many.
-
-    Returns:
-        What is read, and the log-sum-exp in float32.
-    """
-    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    plain = torch.is_grad_enabled() or k.shape[2] < FEW_KEYS or not q.shape[2]  # the kernel divides by its rows
-    if q.device.type == "cpu" and kernel is not None and not plain:
-        found, weight = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)
-        return found, weight.float()
-    scores = (q @ k.transpose(-1, -2)).float() * scaling
-    if causal:
-        scores = scores + causal_mask(k.shape[2], scores)
-    elif mask is not None:
-        scores = scores + mask.float()
-    weight = scores.logsumexp(-1)
-    return (scores - weight[..., None]).exp().to(v.dtype) @ v, weight

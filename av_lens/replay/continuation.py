@@ -35,28 +35,14 @@ from av_lens.errors import InputError
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.replay.cascade import Window
 from av_lens.replay.recording import Record
-from av_lens.replay.restart import Layer, run_layer
+from av_lens.replay.rerun import run_layers
 from av_lens.replay.stacks import restarted, scheduled
 from av_lens.replay.taps import Taps
 
 
 @torch.no_grad()
 def continued(record: Record, plans: Sequence[Plan], how: Decoding, *, budget_gb: float | int = 1.0) -> tuple[Any, ...]:
-    """Generate from a recorded run under each of several plans.
-
-    Args:
-        record: the recorded run.
-        plans: the plans; an empty one goes on from the run itself.
-        how: how to decode.
-        budget_gb: memory for the activations, keys and values of plans that run together.
-
-    Returns:
-        For each plan what `model.generate` returns.
-
-    Raises:
-        InputError: a way of decoding other than greedy or sampling.
-        InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
-    """
+    """Generate from a recorded run under each of several plans."""
     choice = Choice.of(record, how)
     found: dict[int, Any] = {}
     schedule = scheduled(record, plans, n_asked=1, budget_gb=budget_gb)
@@ -93,18 +79,7 @@ class Choice:
 
     @classmethod
     def of(cls, record: Record, how: Decoding) -> Choice:
-        """Read the rules from the model's settings and the caller's options.
-
-        Args:
-            record: the recorded run.
-            how: how to decode.
-
-        Returns:
-            The rules.
-
-        Raises:
-            InputError: an option asks for something else than greedy decoding or sampling of one sequence.
-        """
+        """Read the rules from the model's settings and the caller's options."""
         from transformers.generation.configuration_utils import GenerationMode
         from transformers.generation.logits_process import LogitsProcessorList
         from transformers.generation.stopping_criteria import StoppingCriteriaList
@@ -139,16 +114,7 @@ class Choice:
     def __call__(
         self, tokens: Int64[Tensor, "plan batch pos"], logits: Float[Tensor, "plan batch d_vocab"], draws: Sequence[Any]
     ) -> Int64[Tensor, "plan batch"]:
-        """Choose the next token of every sequence.
-
-        Args:
-            tokens: prompt and tokens so far.
-            logits: raw logits in float32.
-            draws: the generator of each plan, used where tokens are drawn.
-
-        Returns:
-            The tokens.
-        """
+        """Choose the next token of every sequence."""
         scores = self.processors(tokens.flatten(0, 1), logits.flatten(0, 1).clone()).view_as(logits)
         if not self.how.do_sample:
             return scores.argmax(-1)
@@ -181,30 +147,25 @@ class _Stack:
         self.steps = 0
 
     def step(self, tokens: Int64[Tensor, "plan batch"]) -> None:
-        """Run the tokens that were chosen last, and read the logits behind the next ones.
-
-        Args:
-            tokens: one for each plan and example.
-        """
+        """Run the tokens that were chosen last, and read the logits behind the next ones."""
         model, offset = self.record.model, len(self.record.spans) + self.steps
         stream = model.bridge.embed.original_component(tokens)[:, :, None]
         taps = Taps(self.plans, offset, decoding=True)
         cos, sin = _rotary(model, stream[0], self.next_ids + self.steps)
         everything = stream.new_zeros(1, 1, 1, offset - self.start + 1)
         window = Window(self.start, cos[:, :, None], sin[:, :, None], None, everything, causal=False)
-        for number, block in enumerate(model.bridge.blocks):
-            layer = Layer.of(block)
-            made = run_layer(layer, number, stream, self.past[number], window, taps, earlier=self.own[number])
+        tokens_in = stream
+
+        def enter(number: int, made: Tensor | None) -> Tensor:
+            return tokens_in if made is None else made
+
+        for number, made in run_layers(model, window, taps, enter, self.past.__getitem__, earlier=self.own):
             stream, self.own[number] = made.stream, (made.keys, made.values)
         self.logits = unembedded(model, stream)[:, :, 0].float()
         self.steps += 1
 
     def keep(self, places: list[int]) -> None:
-        """Go on with some of the plans only.
-
-        Args:
-            places: their places in the stack.
-        """
+        """Go on with some of the plans only."""
         self.plans = [self.plans[place] for place in places]
         self.own = [(keys[places], values[places]) for keys, values in self.own]
 

@@ -21,12 +21,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.core.unembedding import unembedded
+from av_lens.families.decoder import Layer, at_scale
 from av_lens.interventions import Plan, Site
 from av_lens.interventions import replace as write
 from av_lens.interventions.nodes import Node
 from av_lens.replay.recording import Record
-from av_lens.replay.rereading import record_under, reread
-from av_lens.replay.restart import Layer
+from av_lens.replay.rereading import reread
+from av_lens.replay.rerun import layer_of, layers, rerun_under
 
 Change = Mapping[tuple[str, int], Float[Tensor, "batch _ d_model"]]
 """What is added to the stream at some positions: by ("embed", 0), ("heads", layer) or ("mlp", layer)."""
@@ -51,40 +52,15 @@ class HeldRun:
     norms: str
 
     def at(self, positions: Sequence[int]) -> HeldRun:
-        """Narrow the run to some of its positions.
-
-        Args:
-            positions: the positions, ascending.
-
-        Returns:
-            The run there.
-        """
+        """Narrow the run to some of its positions."""
         if tuple(positions) == self.positions:
             return self
         where = {position: row for row, position in enumerate(self.positions)}
         rows = torch.tensor([where[p] for p in positions])
         return replace(self, positions=tuple(positions), middle=tuple(one[:, rows] for one in self.middle))
 
-    def layer(self, number: int) -> Layer:
-        """The modules of a layer.
-
-        Args:
-            number: the layer.
-
-        Returns:
-            Its modules.
-        """
-        return Layer.of(self.record.model.bridge.blocks[number])
-
     def entering(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
-        """The base run's stream before a layer, at the positions.
-
-        Args:
-            layer: the layer; the number of layers for the stream that leaves the last.
-
-        Returns:
-            The stream.
-        """
+        """The base run's stream before a layer, at the positions."""
         start = self.positions[0]
         rows = torch.tensor([p - start for p in self.positions], device=self.record.model.device)
         return self.record.stream(layer, start).index_select(1, rows)
@@ -93,24 +69,15 @@ class HeldRun:
     def inputs(
         self, changes: Sequence[Change], wanted: Collection[Node]
     ) -> dict[Node, Float[Tensor, "row batch pos _"]]:
-        """Say what receivers read under each of several changes.
-
-        Args:
-            changes: one for each row: what is added to the stream, and where.
-            wanted: the receivers.
-
-        Returns:
-            For each receiver its input, one row for each change: a head's query, key or value before rotary position;
-            the stream before its norm for an MLP and for the logits.
-        """
+        """What receivers read under each change: q, k or v at their hooks; for others the stream before its norm."""
         n_layers = self.record.n_layers
         first = min((layer for change in changes for _, layer in change), default=0)
         first = min([first, *(n_layers if node.layer is None else node.layer for node in wanted)])
         moved = self.entering(first).new_zeros((len(changes), *self.entering(first).shape))
         found: dict[Node, Tensor] = {}
-        for number in range(first, n_layers):
+        for number, layer in layers(self.record.model, first):
             self._add(moved, changes, ("embed", number))
-            layer, here = self.layer(number), [node for node in wanted if node.layer == number]
+            here = [node for node in wanted if node.layer == number]
             if any(node.kind != "mlp" for node in here):
                 base = self.entering(number)
                 normed = self._normed(layer.ln1, base + moved, base)
@@ -131,20 +98,15 @@ class HeldRun:
     def outputs(
         self, read: Mapping[Node, Float[Tensor, "row batch pos _"]]
     ) -> dict[tuple[str, int, int], tuple[Float[Tensor, "row batch _ _"], Float[Tensor, "batch _ _"]]]:
-        """Say what receivers make of an input, all their other inputs as in the base run.
+        """What receivers make of an input, all their other inputs as in the base run; each with the base run's own.
 
-        Args:
-            read: the receivers' inputs at the positions, as `inputs` gives them; the logits are passed over.
-
-        Returns:
-            By ("z", layer, head) each query head's z at every position from the first on, and by ("mlp", layer, 0) what
-            the MLP writes at the positions; each with the base run's own.
+        By ("z", layer, head) a query head's z at every position from the first on, by ("mlp", layer, 0) an MLP's write.
         """
         found: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         for node, given in read.items():
             if node.kind == "mlp" and node.layer is not None:
                 base = self.middle[node.layer]
-                layer = self.layer(node.layer)
+                layer = layer_of(self.record.model, node.layer)
                 written = [self._mlp(layer, part, base) for part in (given, base)]
                 found["mlp", node.layer, 0] = (written[0], written[1])
         for number in sorted({node.layer for node in read if node.kind in ("head", "kv") and node.layer is not None}):
@@ -159,14 +121,10 @@ class HeldRun:
                 moved[row] += change[place].to(moved)
 
     def _normed(self, norm: Any, stream: Tensor, base: Tensor) -> Tensor:
-        if self.norms == "recomputed":
-            return norm(stream)
-        variance = base.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon
-        return norm.weight * (stream.float() * torch.rsqrt(variance)).to(stream.dtype)
+        return norm(stream) if self.norms == "recomputed" else at_scale(norm, stream, base)
 
     def _mlp(self, layer: Layer, stream: Tensor, base: Tensor) -> Tensor:
-        normed = self._normed(layer.ln2, stream, base)
-        return layer.down(layer.act(layer.gate(normed)) * layer.up(normed))
+        return layer.mlp(self._normed(layer.ln2, stream, base))
 
     def _through_mlp(self, moved: Tensor, layer: Layer, number: int, rows: list[int]) -> None:
         """Let the MLP see the change: what it writes moves too."""
@@ -177,15 +135,7 @@ class HeldRun:
     def logits(
         self, stream: Float[Tensor, "row batch pos d_model"], tokens: Tensor | None = None
     ) -> Float[Tensor, "row batch pos _"]:
-        """Unembed a stream that left the last layer.
-
-        Args:
-            stream: at the run's positions.
-            tokens: the tokens whose logits are wanted, or None for all.
-
-        Returns:
-            Their logits, the final norm recomputed or at the base run's scale.
-        """
+        """Unembed a stream that left the last layer."""
         model = self.record.model
         if self.norms == "recomputed":
             return unembedded(model, stream, tokens)
@@ -197,25 +147,12 @@ class HeldRun:
 
 def _projected(layer: Layer, normed: Tensor, node: Node) -> Tensor:
     """A head's query, key or value from the normed stream, `[row, batch, pos, d_head]`."""
-    linear = {"q": layer.q, "k": layer.k, "v": layer.v}[node.input or "q"]
-    index = node.index or 0
-    if node.kind == "head" and node.input != "q":
-        index //= layer.q.out_features // layer.k.out_features
-    part = slice(index * layer.d_head, (index + 1) * layer.d_head)
-    bias: Any = linear.bias  # a projection may have none
-    return torch.nn.functional.linear(normed, linear.weight[part], None if bias is None else bias[part])
+    kind, index = node.input or "q", node.index or 0
+    return layer.head(kind, index // layer.group if node.kind == "head" and kind != "q" else index, normed)
 
 
 def replaced(held: HeldRun, read: Mapping[Node, Float[Tensor, "row batch pos _"]]) -> list[Plan]:
-    """Write the base run with receivers' inputs replaced, all after them free, as plans.
-
-    Args:
-        held: the base run.
-        read: the receivers' inputs, as `HeldRun.inputs` gives them.
-
-    Returns:
-        One plan for each row.
-    """
+    """Write the base run with receivers' inputs replaced, all after them free, as plans."""
     first = min(node.reads_at for node in read)
     known = {node: given for node, given in read.items() if node.kind == "mlp" or node.reads_at == first}
     made = held.outputs(known)
@@ -241,7 +178,7 @@ def _with_later(held: HeldRun, plan: Plan, rest: Mapping[Node, Tensor]) -> Plan:
     for number in sorted({node.layer or 0 for node in rest}):
         here = {node: given for node, given in rest.items() if node.layer == number}
         if any(node.kind == "head" and node.input != "q" and group > 1 for node in here):
-            now = record_under(record, plan, number)
+            now = rerun_under(record, plan, until=number)
             z = reread(now, number, {node: given[None] for node, given in here.items()}, positions)
             span = list(range(positions[0], len(record.spans)))
             plan = plan + Plan(write(Site("z", number, head, span), new[0]) for head, (new, _) in z.items())

@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from av_lens.core.unembedding import unembedded
-from av_lens.interventions import CompiledPlan
 from av_lens.replay.cascade import Window
-from av_lens.replay.recording import additive, entering
-from av_lens.replay.restart import Layer, run_layer
-from av_lens.replay.taps import Taps
+from av_lens.replay.recording import additive, entering, fields_of
+from av_lens.replay.rerun import no_edits, run_layers
 
 PROVED = "_restart_proved"  # on the model: a restart reproduced its run at every position
 
@@ -32,75 +30,38 @@ class _Entered(Exception):
 
 
 def proved(model: Any) -> None:
-    """Note that a restart reproduces this model's runs.
-
-    Args:
-        model: a `HookedAVLLM`.
-    """
+    """Note that a restart reproduces this model's runs."""
     model.__dict__[PROVED] = True
 
 
 def is_proved(model: Any) -> bool:
-    """Say whether a restart was seen to reproduce a run of this model.
-
-    Args:
-        model: a `HookedAVLLM`.
-
-    Returns:
-        True if it was.
-    """
+    """Say whether a restart was seen to reproduce a run of this model."""
     return bool(model.__dict__.get(PROVED))
 
 
 def may_be_lean(model: Any) -> bool:
-    """Say whether records of this model may be made without hooks, where none stands on its fusion stack.
-
-    Args:
-        model: a `HookedAVLLM`.
-
-    Returns:
-        True in float32, where a restart was seen to reproduce a run.
-    """
+    """Say whether records of this model may be made without hooks, where none stands on its fusion stack."""
     return model.dtype == torch.float32 and is_proved(model)
 
 
 @torch.no_grad()
 def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tuple[dict[str, Any], Tensor]:
-    """Run encoders and embedding as always and the layers by themselves, keeping what restarts need.
-
-    Args:
-        model: a `HookedAVLLM` of which `may_be_lean` holds.
-        x: an `AVInputs`.
-        device: where the record is kept; None for the model's.
-
-    Returns:
-        The fields of a `Record`, and the run's logits at the last position, `[batch, d_vocab]`.
-    """
+    """Run encoders and embedding as always and the layers by themselves, keeping what restarts need."""
     with entering(model.bridge.blocks[0], _Entered) as entered, suppress(_Entered):
         model(x, budget_gb=inf)  # it stops before scores and logits
     stream: Tensor = entered["hidden_states"]
-    cos, sin = entered["position_embeddings"]
     mask = additive(entered.get("attention_mask"), stream)
     n = stream.shape[1]
-    window = Window.at(0, (cos, sin), mask)
-    taps = Taps([CompiledPlan((), n_prompt=n, first_layer=0, first_position=0)], 0)
+    window = Window.at(0, entered["position_embeddings"], mask)
+    taps, nothing = no_edits(n), stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, model.spec.d_head)
     streams, keys, values = [stream], list[Tensor](), list[Tensor]()
-    for number in range(model.spec.n_layers):
-        layer = Layer.of(model.bridge.blocks[number])
-        entered_by = taps.enter(number, None if number == 0 else streams[-1][None], stream)
-        nothing = stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, layer.d_head)
-        made = run_layer(layer, number, entered_by, (nothing, nothing), window, taps)
+
+    def enter(number: int, made: Tensor | None) -> Tensor:
+        return taps.enter(number, made, stream)
+
+    for _, made in run_layers(model, window, taps, enter, lambda _: (nothing, nothing)):
         streams.append(made.stream[0])
         for kept, part in ((keys, made.keys), (values, made.values)):
             kept.append(part[0].transpose(1, 2).contiguous().to(device))
     logits = unembedded(model, streams[-1][:, -1])
-    fields = {
-        "model": model,
-        "x": x,
-        "resid": tuple(one.to(device) for one in streams),
-        "keys": tuple(keys),
-        "values": tuple(values),
-        "tables": (cos.to(device), sin.to(device)),
-        "mask": mask,
-    }
-    return fields, logits
+    return fields_of(model, x, [one.to(device) for one in streams], keys, values, entered, mask), logits

@@ -10,8 +10,7 @@ Keys and values are *ungrouped*: a head's branch is the copy of the key that thi
 the heads that share a key-value head is the gradient of the shared copy.
 
 The gradients are made from the last layer down, one layer at a time, from the streams of a recorded run; no graph of
-the whole run is kept, so that prompts of thousands of positions fit. `rerun` gives the record of the run in which
-another stream enters a layer.
+the whole run is kept, so that prompts of thousands of positions fit.
 
 Source: the forks are those of edge attribution (Syed et al., 2023); ungrouped keys and values as in "Same Task,
 Different Circuits" (2025).
@@ -20,8 +19,7 @@ Different Circuits" (2025).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -29,14 +27,12 @@ from torch import Tensor
 
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import InputError, ModelError
-from av_lens.interventions import CompiledPlan
+from av_lens.families.decoder import Layer, Read, attended
 from av_lens.metrics.metric import Metric
 from av_lens.replay.cascade import Window
 from av_lens.replay.recording import Record
-from av_lens.replay.restart import Layer, run_layer
-from av_lens.replay.taps import Taps
+from av_lens.replay.rerun import layer_of, layers
 
-R = TypeVar("R", bound=Record)
 KINDS = ("logits", "mlp", "q", "k", "v")
 
 
@@ -61,75 +57,20 @@ class Reading:
 
 
 def reader_names(kind: str, layer: int, n_readers: int) -> list[str]:
-    """Name readers.
-
-    Args:
-        kind: one of `KINDS`.
-        layer: their layer.
-        n_readers: how many there are.
-
-    Returns:
-        Their names.
-    """
+    """Name readers."""
     if kind in ("logits", "mlp"):
         return ["logits" if kind == "logits" else f"L{layer} mlp"]
     return [f"L{layer}H{head}.{kind}" for head in range(n_readers)]
 
 
 def require_restart(record: Record, what: str) -> None:
-    """Refuse a run whose layers are not of the layout that is known here.
-
-    Args:
-        record: the recorded run.
-        what: what was asked for, for the error's text.
-
-    Raises:
-        ModelError: it is not.
-        InterventionError: other hooks stand on the model than when it was recorded.
-    """
+    """Refuse a run whose layers are not of the layout that is known here."""
     record.require_standing()
     if record.hooked_because:
         raise ModelError(f"{what} computes layers by themselves, and cannot here: {record.hooked_because}.")
     if record.traits.bidirectional:
         roles = ", ".join(record.traits.bidirectional)
         raise ModelError(f"{what} needs positions that read only earlier ones; here {roles} read both ways.")
-
-
-@torch.no_grad()
-def rerun(record: R, layer: int, stream: Float[Tensor, "batch _ d_model"], *, start: int = 0) -> R:
-    """Record the run in which another stream enters a layer.
-
-    Args:
-        record: the recorded run.
-        layer: the layer; the number of layers for the stream that leaves the last.
-        stream: what enters it, from `start` on.
-        start: the first position that differs from the recorded run.
-
-    Returns:
-        The record of that run; its streams before the layer are the recorded ones.
-    """
-    model, n = record.model, len(record.spans)
-    resid, keys, values = list(record.resid), list(record.keys), list(record.values)
-    taps = Taps([CompiledPlan((), n_prompt=n, first_layer=layer, first_position=start)], start)
-    window = record.window(start)
-    current: Tensor | None = None
-    for number in range(layer, record.n_layers):
-        current = taps.enter(number, current, stream)
-        resid[number] = _behind(record.resid[number], start, current[0])
-        made = run_layer(
-            Layer.of(model.bridge.blocks[number]), number, current, record.past(number, start), window, taps
-        )
-        current = made.stream
-        keys[number] = _behind(record.keys[number], start, made.keys[0].transpose(1, 2), axis=2)
-        values[number] = _behind(record.values[number], start, made.values[0].transpose(1, 2), axis=2)
-    left = stream if current is None else current[0]
-    resid[record.n_layers] = _behind(record.resid[record.n_layers], start, left)
-    return replace(record, resid=tuple(resid), keys=tuple(keys), values=tuple(values))
-
-
-def _behind(recorded: Tensor, start: int, new: Tensor, axis: int = 1) -> Tensor:
-    """The recorded positions before `start`, and the new ones."""
-    return torch.cat((recorded.narrow(axis, 0, start), new.to(recorded.device)), dim=axis)
 
 
 def readings(
@@ -140,43 +81,26 @@ def readings(
     above: int = -1,
     middle: Float[Tensor, "batch _ d_model"] | None = None,
 ) -> Iterator[Reading]:
-    """Give the metric's gradient at every reader's input, from the logits down.
-
-    Args:
-        record: the recorded run, or one of `rerun`.
-        metric: a bound metric of one-token answers at the generation position.
-        start: the first position at which gradients are wanted.
-        above: only layers after this one.
-        middle: the stream (`resid_mid`, from `start` on) that the MLP of layer `above` reads: this reader is then given
-            too, last.
-
-    Yields:
-        Readings: logits, and then for each layer MLP, q, k, v.
-
-    Raises:
-        InputError: the metric has no gradient.
-        ModelError: the model's layers are not of the known layout.
-    """
+    """Give the metric's gradient at every reader's input, from the logits down."""
     require_restart(record, "a gradient at each reader's input")
     gradient = _at_logits(record, metric, start)
     yield Reading("logits", record.n_layers, gradient[:, :, None])
     window = record.window(start)
-    for number in reversed(range(above + 1, record.n_layers)):
-        layer = Layer.of(record.model.bridge.blocks[number])
+    for number, layer in layers(record.model, above + 1, backwards=True):
         stream = record.stream(number, start)
         with torch.enable_grad():
             leaves, z = _attention(layer, stream, record.past(number, start), window)
-        reached = stream + layer.o(z.detach().flatten(-2)).detach()
+        reached = stream + layer.write(z.detach()).detach()
         entering = _through_mlp(layer, reached, gradient)
         yield Reading("mlp", number, entering[:, :, None])
         gradient = gradient + entering
-        read = (gradient.detach() @ layer.o.weight.detach()).unflatten(-1, z.shape[2:])
+        read = layer.along(gradient.detach())
         for kind, reader in zip("qkv", torch.autograd.grad(z, leaves, read), strict=True):
             branches = _before_norm(layer, kind, stream, reader)
             yield Reading(kind, number, branches)
             gradient = gradient + branches.sum(2)
     if middle is not None:
-        entering = _through_mlp(Layer.of(record.model.bridge.blocks[above]), middle, gradient)
+        entering = _through_mlp(layer_of(record.model, above), middle, gradient)
         yield Reading("mlp", above, entering[:, :, None])
 
 
@@ -200,66 +124,30 @@ def _through_mlp(layer: Layer, middle: Tensor, gradient: Tensor) -> Tensor:
     """The gradient at the MLP's own input."""
     with torch.enable_grad():
         leaf = middle.detach().requires_grad_()
-        return torch.autograd.grad(written_by_mlp(layer, leaf), leaf, gradient)[0]
-
-
-def written_by_mlp(layer: Layer, middle: Float[Tensor, "*batch pos d_model"]) -> Float[Tensor, "*batch pos d_model"]:
-    """Run a layer's MLP, its norm included.
-
-    Args:
-        layer: the layer.
-        middle: the stream that it reads.
-
-    Returns:
-        What it writes.
-    """
-    normed = layer.ln2(middle)
-    return layer.down(layer.act(layer.gate(normed)) * layer.up(normed))
+        return torch.autograd.grad(layer.mlp(layer.ln2(leaf)), leaf, gradient)[0]
 
 
 def _attention(
     layer: Layer, stream: Tensor, past: tuple[Tensor, Tensor], window: Window
 ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    """Leaves q, k, v `[batch, pos, head, d_head]` before rotary position, one copy for each query head, and `z`."""
+    """Leaves q, k, v `[batch, pos, head, d_head]` at their hooks, one copy for each query head, and `z`."""
     normed = layer.ln1(stream)
-    projected = [part(normed).unflatten(-1, (-1, layer.d_head)) for part in (layer.q, layer.k, layer.v)]
-    group = projected[0].shape[2] // projected[1].shape[2]
-    ungrouped = (projected[0], *(part.repeat_interleave(group, dim=2) for part in projected[1:]))
+    copies = {"q": 1, "k": layer.group, "v": layer.group}
+    ungrouped = [layer.heads(kind, normed).repeat_interleave(n, dim=2) for kind, n in copies.items()]
     q, k, v = (part.detach().requires_grad_() for part in ungrouped)
-    rotated_q, rotated_k = (rotated(part, window.cos, window.sin).transpose(1, 2) for part in (q, k))
-    scores = rotated_q @ rotated_k.transpose(-1, -2) * layer.scaling + window.own_mask
+    queries, keys = (
+        layer.turned(kind, part, window.cos, window.sin).transpose(1, 2) for kind, part in (("q", q), ("k", k))
+    )
+    read = [Read(keys, v.transpose(1, 2), window.own_mask)]
     if window.start:
-        before = rotated_q @ past[0].repeat_interleave(group, dim=1).transpose(-1, -2) * layer.scaling
-        scores = torch.cat((before if window.prefix_mask is None else before + window.prefix_mask, scores), dim=-1)
-    pattern = scores.softmax(-1, dtype=torch.float32).to(stream.dtype)
-    z = pattern[..., window.start :] @ v.transpose(1, 2)
-    if window.start:
-        z = z + pattern[..., : window.start] @ past[1].repeat_interleave(group, dim=1)
-    return (q, k, v), z.transpose(1, 2)
-
-
-def rotated(
-    heads: Float[Tensor, "batch _ head d_head"], cos: Float[Tensor, "_ _ 1 d_head"], sin: Float[Tensor, "_ _ 1 d_head"]
-) -> Float[Tensor, "batch _ head d_head"]:
-    """Apply rotary position.
-
-    Args:
-        heads: queries or keys.
-        cos: the table at their positions.
-        sin: the table at their positions.
-
-    Returns:
-        The rotated heads.
-    """
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+        before = (part.repeat_interleave(layer.group, dim=1) for part in past)
+        read.insert(0, Read(*before, window.prefix_mask))
+    return (q, k, v), attended(queries, read, layer.scaling)[0].transpose(1, 2)
 
 
 def _before_norm(layer: Layer, kind: str, stream: Tensor, gradient: Tensor) -> Tensor:
     """Bring gradients at heads `[batch, pos, head, d_head]` to each head's own copy of the stream, before the norm."""
-    weight = {"q": layer.q, "k": layer.k, "v": layer.v}[kind].weight.detach().unflatten(0, (-1, layer.d_head))
-    weight = weight.repeat_interleave(gradient.shape[2] // weight.shape[0], dim=0)
-    normed = torch.einsum("bphd,hdm->bphm", gradient, weight)
+    normed = torch.einsum("bphd,hdm->bphm", gradient, layer.rows(kind))
     with torch.enable_grad():
         forks = stream[:, :, None].expand_as(normed).detach().requires_grad_()
         return torch.autograd.grad(layer.ln1(forks), forks, normed)[0]

@@ -9,9 +9,10 @@ Where the mask is plainly causal it is not kept: at 3,000 positions it is larger
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +20,33 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from av_lens.brief import Brief
-from av_lens.core.activations import GB, heads_first
+from av_lens.core.activations import GB, heads_first, stream_names, watching
 from av_lens.core.standing_hooks import Standing, places, same_hooks, standing_hooks
 from av_lens.core.turns import turn_of
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import BudgetError, InterventionError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import causal_mask
+from av_lens.families.hook_names import layer_names
 from av_lens.families.traits import ReplayTraits
-from av_lens.replay.cascade import Window, causal_mask
+from av_lens.replay.cascade import Window
 from av_lens.spans import SpanMap
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """What a run made that differs from a recorded one, from a position on; all else is the recorded run's.
+
+    Attributes:
+        base: the run it was made of.
+        start: the first position that is new.
+        streams: by layer, the stream that entered it (by the number of layers, that left the last), `[batch, pos, d]`.
+        heads: by layer, its rotated keys and its values, `[batch, kv_head, new_pos, d_head]`.
+    """
+
+    base: Record
+    start: int
+    streams: Mapping[int, Tensor]
+    heads: Mapping[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,6 +65,7 @@ class Record(Brief):
         standing: the caller's functions that stood on the model when it ran (`standing_hooks`).
         own_logits: the run's logits at all positions, kept where such functions stood on the fusion stack; else None,
             and they are read from the last stream.
+        own: what differs from `resid`, `keys` and `values`, where the run was made of another one (`rerun`).
     """
 
     model: Any
@@ -58,6 +78,7 @@ class Record(Brief):
     hooked_because: str = ""
     standing: Standing = field(default=(), repr=False)
     own_logits: Float[Tensor, "batch pos d_vocab"] | None = None
+    own: Own | None = field(default=None, repr=False)
 
     @property
     def spans(self) -> SpanMap:
@@ -138,7 +159,15 @@ class Record(Brief):
         Returns:
             The stream; not to be written to.
         """
-        return self.resid[layer][:, start:].to(self.model.device)
+        own, device = self.own, self.model.device
+        if own is None:
+            return self.resid[layer][:, start:].to(device)
+        if layer not in own.streams:
+            return own.base.stream(layer, start)
+        new = own.streams[layer].to(device)
+        if start >= own.start:
+            return new[:, start - own.start :]
+        return torch.cat((own.base.stream(layer, start)[:, : own.start - start], new), dim=1)
 
     def past(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
         """A layer's keys and values before a position, where the model is.
@@ -150,8 +179,14 @@ class Record(Brief):
         Returns:
             Keys and values `[batch, kv_head, past, d_head]`; not to be written to.
         """
-        device = self.model.device
-        return self.keys[layer][:, :, :end].to(device), self.values[layer][:, :, :end].to(device)
+        own, device = self.own, self.model.device
+        if own is None:
+            return self.keys[layer][:, :, :end].to(device), self.values[layer][:, :, :end].to(device)
+        if end <= own.start or layer not in own.heads:
+            return own.base.past(layer, end)
+        new = (part[:, :, : end - own.start].to(device) for part in own.heads[layer])
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(own.base.past(layer, own.start), new, strict=True))
+        return keys, values
 
     def window(self, start: int) -> Window:
         """Rotary tables and masks of a restart, where the model is.
@@ -169,71 +204,57 @@ class Record(Brief):
 
 @torch.no_grad()
 def recorded(
-    model: Any, x: Any, device: torch.device | str | None, *, keep_logits: bool = False
+    model: Any,
+    x: Any,
+    device: torch.device | str | None,
+    *,
+    keep_logits: bool = False,
+    beside: Sequence[tuple[str, Callable[..., Any]]] = (),
 ) -> tuple[dict[str, Any], Tensor]:
-    """Run the model once and keep what is needed to restart it.
-
-    Args:
-        model: a `HookedAVLLM`.
-        x: an `AVInputs`.
-        device: where the record is kept; None for the model's.
-        keep_logits: keep the logits of every position, which hooks of the caller's may have changed.
-
-    Returns:
-        The fields of a `Record`, and the run's logits at the last position, `[batch, d_vocab]`.
-    """
+    """Run the model once and keep what is needed to restart it."""
     spec = model.spec
-    layers = range(spec.n_layers)
-    streams = [*(hook_name("resid_pre", layer) for layer in layers), hook_name("resid_post", spec.n_layers - 1)]
-    keys, values = ([hook_name(component, layer) for layer in layers] for component in ("rot_k", "v"))
+    streams = stream_names(spec.n_layers)
+    keys, values = (layer_names(component, spec.n_layers) for component in ("rot_k", "v"))
     kept: dict[str, Tensor] = {}
 
-    def keeper(name: str, component: str) -> Callable[..., None]:
-        def keep(activation: Tensor, hook: Any = None) -> None:
-            del hook
-            found = activation.detach()
-            kept[name] = (found if component == "resid" else heads_first(found, component)).to(device)
-
-        return keep
+    def keep(name: str, component: str, activation: Tensor) -> None:
+        found = activation.detach()
+        kept[name] = (found if component == "resid" else heads_first(found, component)).to(device)
 
     def last_only(stream: Tensor, hook: Any = None) -> Tensor:
         del hook
         return stream[:, -1:]
 
-    hooks: list[tuple[str, Callable[..., Any]]] = []
+    hooks: list[tuple[str, Callable[..., Any]]] = [*beside]
     for names, component in ((streams, "resid"), (keys, "rot_k"), (values, "v")):
-        hooks += [(name, keeper(name, component)) for name in names]
+        hooks += [(name, watching(partial(keep, name, component))) for name in names]
     if not keep_logits:  # the logits of all positions would be larger than the record
         hooks.append(("unembed.hook_in", last_only))
     with entering(model.bridge.blocks[0]) as entered:
         logits: Tensor = model.run_with_hooks(x, fwd_hooks=hooks)
-    cos, sin = (table.to(device) for table in entered["position_embeddings"])
+    found = [[kept[name] for name in names] for names in (streams, keys, values)]
+    own = logits.to(device) if keep_logits else None
     mask = additive(entered.get("attention_mask"), kept[streams[0]])
-    fields = {
-        "model": model,
-        "x": x,
-        "resid": tuple(kept[name] for name in streams),
-        "keys": tuple(kept[name] for name in keys),
-        "values": tuple(kept[name] for name in values),
-        "tables": (cos, sin),
-        "mask": mask,
-        "own_logits": logits.to(device) if keep_logits else None,
-    }
-    return fields, logits[:, -1]
+    return fields_of(model, x, *found, entered, mask) | {"own_logits": own}, logits[:, -1]
+
+
+def fields_of(
+    model: Any,
+    x: Any,
+    streams: list[Tensor],
+    keys: list[Tensor],
+    values: list[Tensor],
+    entered: Mapping[str, Any],
+    mask: Tensor | None,
+) -> dict[str, Any]:
+    """The fields of a `Record`, of what each layer made and of what entered the first."""
+    cos, sin = (table.to(streams[0].device) for table in entered["position_embeddings"])
+    made = {"resid": tuple(streams), "keys": tuple(keys), "values": tuple(values)}
+    return {"model": model, "x": x, **made, "tables": (cos, sin), "mask": mask}
 
 
 def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits: bool = False) -> None:
-    """Refuse a record that would not fit.
-
-    Args:
-        model: a `HookedAVLLM`.
-        x: an `AVInputs`.
-        budget_gb: memory for the record.
-        logits: the logits of all positions are kept too.
-
-    Raises:
-        BudgetError: it would not.
-    """
+    """Refuse a record that would not fit."""
     spec, n = model.spec, len(x.spans)
     width = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) + (spec.d_vocab if logits else 0)
     needed = len(x) * n * width * model.dtype.itemsize / GB
@@ -247,15 +268,7 @@ def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits:
 
 @contextmanager
 def entering(block: torch.nn.Module, stop: type[Exception] | None = None) -> Generator[dict[str, Any]]:
-    """Collect what the decoder hands its first block: the stream, rotary tables and the mask.
-
-    Args:
-        block: the first block.
-        stop: raised once they are collected, where nothing after is wanted.
-
-    Yields:
-        A dictionary that the run fills.
-    """
+    """Collect what the decoder hands its first block: the stream, rotary tables and the mask."""
     entered: dict[str, Any] = {}
 
     def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -273,15 +286,7 @@ def entering(block: torch.nn.Module, stop: type[Exception] | None = None) -> Gen
 
 
 def additive(mask: Tensor | None, stream: Tensor) -> Tensor | None:
-    """Bring an attention mask to numbers to add.
-
-    Args:
-        mask: as the decoder hands it to its blocks.
-        stream: the stream, for its precision and device.
-
-    Returns:
-        `[batch or 1, 1, pos, pos]`; None where it is plainly causal.
-    """
+    """Bring an attention mask to numbers to add."""
     if mask is None:
         return None
     if mask.dtype == torch.bool:

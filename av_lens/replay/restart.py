@@ -18,15 +18,13 @@ reproduces its own run, and falls back to hooked runs where it does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
+from av_lens.families.decoder import Layer, Read, attended
 from av_lens.replay.cascade import Window, cascade
 from av_lens.replay.taps import Taps
 
@@ -35,66 +33,6 @@ IN_MLP = ("mlp_in", "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out", "resid_p
 AFTER_KEYS = ("q", "rot_q", *EDGES, "z", "result", "attn_out", "resid_mid", *IN_MLP)
 RESTARTABLE = frozenset(("embed", "resid_pre", "k", "v", "rot_k", *AFTER_KEYS))
 """The components at which a restart can apply edits."""
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One decoder layer's own modules, found through the bridge.
-
-    Attributes:
-        ln1: norm before attention.
-        ln2: norm before the MLP.
-        q: query projection.
-        k: key projection.
-        v: value projection.
-        o: output projection.
-        gate: the MLP's gate.
-        up: the MLP's other input projection.
-        down: the MLP's output projection.
-        act: the MLP's non-linearity.
-        d_head: width of one head.
-        scaling: factor of the scores.
-    """
-
-    ln1: Callable[[Tensor], Tensor]
-    ln2: Callable[[Tensor], Tensor]
-    q: torch.nn.Linear
-    k: torch.nn.Linear
-    v: torch.nn.Linear
-    o: torch.nn.Linear
-    gate: torch.nn.Linear
-    up: torch.nn.Linear
-    down: torch.nn.Linear
-    act: Callable[[Tensor], Tensor]
-    d_head: int
-    scaling: float
-
-    @classmethod
-    def of(cls, block: Any) -> Layer:
-        """Find a block's modules.
-
-        Args:
-            block: a block of the bridge.
-
-        Returns:
-            The layer.
-        """
-        attention, mlp = block.attn, block.mlp
-        inner = attention.original_component
-        return cls(
-            ln1=block.ln1.original_component,
-            ln2=block.ln2.original_component,
-            q=attention.q.original_component,
-            k=attention.k.original_component,
-            v=attention.v.original_component,
-            o=attention.o.original_component,
-            gate=mlp.gate.original_component,
-            up=getattr(mlp, "in").original_component,
-            down=mlp.out.original_component,
-            act=mlp.original_component.act_fn,
-            d_head=inner.head_dim,
-            scaling=inner.scaling,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,27 +63,17 @@ def run_layer(
 ) -> Made:
     """Run one decoder layer on the restarted positions of all plans.
 
-    Args:
-        layer: its modules.
-        number: its place, counted from 0.
-        stream: the residual stream that enters it, owned by the caller.
-        past: recorded rotated keys and values of the positions before.
-        window: tables and masks of the restart.
-        taps: the plans' edits.
-        rows: the rows whose output is wanted; None for all. Keys and values are made for all.
-        earlier: the plans' own rotated keys and values between the window's start and this stream's first position,
-            while decoding; the window's own mask covers them too.
-
-    Returns:
-        What it made; the stream at all rows or the wanted ones, one row of the plan axis for each plan. Keys and values
-        are those of `earlier` and the new ones.
+    Keys and values are made of all of them, the stream at `rows` alone; `earlier` are the plans' own keys and values
+    between the window's start and these positions, while decoding (the window's mask covers them too).
     """
     if number == 0:
         stream = taps("embed", None, stream)
     stream = taps("resid_pre", number, stream)
     normed = layer.ln1(stream)
-    k = taps("rot_k", number, _rotated(taps("k", number, _heads(layer.k, normed, layer)), window.cos, window.sin))
-    v = taps("v", number, _heads(layer.v, normed, layer))
+    fused = stream.dtype == torch.float32  # below it each product is rounded, as in the hooked run
+    k = taps("k", number, layer.heads("k", normed))
+    k = taps("rot_k", number, layer.turned("k", k, window.cos, window.sin, fused=fused))
+    v = taps("v", number, layer.heads("v", normed))
     k, v = taps.matched(k, v)
     if earlier is not None:
         k, v = torch.cat((earlier[0], k), dim=2), torch.cat((earlier[1], v), dim=2)
@@ -154,13 +82,14 @@ def run_layer(
     # Contiguous: a projection of strided rows would round its bias apart.
     normed, stream = normed[:, :, cut].contiguous(), stream[:, :, cut]
     cos, sin = window.cos[:, cut], window.sin[:, cut]
-    q = taps("rot_q", number, _rotated(taps("q", number, _heads(layer.q, normed, layer), part), cos, sin), part)
+    q = taps("q", number, layer.heads("q", normed), part)
+    q = taps("rot_q", number, layer.turned("q", q, cos, sin, fused=fused), part)
     if taps.has(number, EDGES):
         q, k, v = (taps.spread(part) for part in (q, k, v))
     q, k = taps.matched(q, k)
     q, v = taps.matched(q, v)
     if taps.has(number, EDGES) or q.dtype != torch.float32:
-        z = _explicit(q, (k, v), past, window, part, layer.scaling, taps, number)
+        z = _explicit(layer, number, q, (k, v), past, window, taps, part)
     else:
         z = cascade(q, (k, v), past, window, cut, layer.scaling)
     attended = taps("attn_out", number, _written(layer, number, taps("z", number, z, part), taps, part), part)
@@ -173,51 +102,39 @@ def run_layer(
     return Made(stream, k, v)
 
 
-def _heads(projection: torch.nn.Linear, normed: Tensor, layer: Layer) -> Tensor:
-    return projection(normed).unflatten(-1, (-1, layer.d_head))
-
-
-def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position on `[plan, batch, pos, head, d_head]`: heads x cos + (-second half, first half) x sin."""
-    half = heads.shape[-1] // 2
-    if heads.dtype != torch.float32:  # each product rounded, as in the hooked run
-        return heads * cos + torch.cat((-heads[..., half:], heads[..., :half]), dim=-1) * sin
-    turned = heads * cos
-    turned[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(heads[..., :half], sin[..., half:])
-    return turned
-
-
 def _explicit(
+    layer: Layer,
+    number: int,
     q: Tensor,
     own: tuple[Tensor, Tensor],
     past: tuple[Tensor, Tensor],
     window: Window,
-    rows: slice | None,
-    scaling: float,
     taps: Taps,
-    number: int,
+    rows: slice | None,
 ) -> Tensor:
     """Attention with scores and pattern written out and shown to the plans; `z` `[plan, batch, row, head, d_head]`."""
     shown = rows or slice(None)
     queries, k, v = (part.transpose(2, 3) for part in (q, *own))
-    scores = _on_own(queries, k.transpose(-1, -2)) * scaling + window.own_mask[:, :, shown]
+    read = [Read(k, v, window.own_mask[:, :, shown], _on_own)]
     if window.start:
-        before = _on_past(queries, past[0].transpose(-1, -2)) * scaling
-        if window.prefix_mask is not None:
-            before = before + window.prefix_mask[:, :, shown]
-        scores = torch.cat((before, scores), dim=-1)
-    scores = taps("scores", number, scores, rows)
-    pattern = functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    if torch.is_grad_enabled():
-        pattern = pattern.clone()  # softmax keeps its result for the gradient: edits write elsewhere
-    pattern = taps("pattern", number, pattern, rows)
+        mask = window.prefix_mask
+        read.insert(0, Read(*past, None if mask is None else mask[:, :, shown], _on_past))
+    whole = None
     if q.dtype != torch.float32:  # one sum over all keys, rounded once
-        z = _on_own(pattern, torch.cat((past[1].expand(len(v), *past[1].shape), v), dim=3))
-    else:
-        z = _on_own(pattern[..., window.start :], v)
-        if window.start:
-            z = z + _on_past(pattern[..., : window.start], past[1])
+        whole = Read(k, torch.cat((past[1].expand(len(v), *past[1].shape), v), dim=3), times=_on_own)
+
+    def pattern(weights: Tensor) -> Tensor:
+        # Softmax keeps its result for the gradient: edits write elsewhere.
+        return taps("pattern", number, weights.clone() if torch.is_grad_enabled() else weights, rows)
+
+    z, _ = attended(
+        queries,
+        read,
+        layer.scaling,
+        scores=lambda one: taps("scores", number, one, rows),
+        pattern=pattern,
+        values=whole,
+    )
     return z.transpose(2, 3).contiguous()
 
 
@@ -236,10 +153,9 @@ def _on_past(left: Tensor, past: Tensor) -> Tensor:
 
 def _written(layer: Layer, number: int, z: Tensor, taps: Taps, rows: slice | None) -> Tensor:
     """Project heads back to the stream; `result` is edited as a difference, as the hooked attention does."""
-    written = layer.o(z.flatten(-2))
+    written = layer.write(z)
     if taps.has(number, ("result",)):
-        weight = layer.o.weight.view(layer.o.weight.shape[0], z.shape[3], z.shape[4])
-        before = torch.einsum("nbphd,mhd->nbphm", z, weight)
+        before = layer.results(z)
         after = taps("result", number, before.clone(), rows)
         after, before = taps.matched(after, before)
         change = (after - before).sum(3, dtype=torch.float32).to(written.dtype)
@@ -250,8 +166,5 @@ def _written(layer: Layer, number: int, z: Tensor, taps: Taps, rows: slice | Non
 
 def _mlp(layer: Layer, number: int, stream: Tensor, taps: Taps, rows: slice | None) -> Tensor:
     entering = taps("mlp_in", number, stream.clone(), rows) if taps.has(number, ("mlp_in",)) else stream
-    normed = layer.ln2(entering)
-    gate = taps("mlp_pre", number, layer.gate(normed), rows)
-    up = taps("mlp_pre_linear", number, layer.up(normed), rows)
-    gate, up = taps.matched(gate, up)
-    return taps("mlp_out", number, layer.down(taps("mlp_post", number, layer.act(gate) * up, rows)), rows)
+    written = layer.mlp(layer.ln2(entering), lambda name, one: taps(name, number, one, rows), taps.matched)
+    return taps("mlp_out", number, written, rows)

@@ -7,22 +7,22 @@ at which no restart is possible runs alone, as a full hooked forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.brief import Brief
-from av_lens.core.activations import GB
+from av_lens.core.activations import GB, watching
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import BudgetError
 from av_lens.families.hook_names import hook_name
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.replay.recording import Record
-from av_lens.replay.restart import EDGES, RESTARTABLE, Layer, run_layer
+from av_lens.replay.rerun import restarted_layers, start_of
+from av_lens.replay.restart import EDGES, RESTARTABLE
 from av_lens.replay.taps import Taps
 
 STACK_ROWS = 2000  # positions x examples x plans computed together: beyond it, stacking gains nothing
@@ -72,32 +72,18 @@ class Schedule(Brief):
 def scheduled(
     record: Record, plans: Sequence[Plan | CompiledPlan], *, n_asked: int, budget_gb: float | int
 ) -> Schedule:
-    """Compile plans for a recorded run, and decide which run together.
-
-    Args:
-        record: the recorded run.
-        plans: the plans; compiled ones must have been compiled for this model and input.
-        n_asked: positions at which logits are asked.
-        budget_gb: memory for the activations of one stack.
-
-    Returns:
-        The schedule.
-
-    Raises:
-        InterventionError: a plan does not fit the model or the input, or other hooks stand on the model than when it
-            was recorded.
-    """
+    """Compile plans for a recorded run, and decide which run together."""
     record.require_standing()
     spec, spans, batch = record.model.spec, record.spans, record.batch
     compiled = tuple(p if isinstance(p, CompiledPlan) else p.compile(spec, spans, batch=batch) for p in plans)
-    n, traits = len(spans), record.traits
+    n = len(spans)
     groups: dict[int, list[int]] = {}
     stacks: list[Stack] = []
     for number, plan in enumerate(compiled):
-        if not _restarts(record, plan):
+        if not restarts(record, plan):
             stacks.append(Stack((number,), 0, hooked=True))
         else:
-            start = traits.restart(plan.first_position, spans.roles) if plan.steps else n
+            start = start_of(record, plan) if plan.steps else n
             if start == n - 1 and record.resid[0].dtype != torch.float32:
                 start = max(n - 2, 0)  # a row alone would be multiplied by another kernel, and rounded otherwise
             groups.setdefault(start, []).append(number)
@@ -114,7 +100,8 @@ def scheduled(
     return Schedule(compiled, tuple(stacks), gigabytes, forwards + sum(stack.hooked for stack in stacks))
 
 
-def _restarts(record: Record, plan: CompiledPlan) -> bool:
+def restarts(record: Record, plan: CompiledPlan) -> bool:
+    """Whether a plan can be restarted; else it runs as a full hooked forward."""
     return not record.hooked_because and all(step.component in RESTARTABLE for step in plan.steps)
 
 
@@ -138,89 +125,52 @@ def _together(record: Record, start: int, bytes_each: float, budget_gb: float | 
 def run_stacks(
     record: Record, schedule: Schedule, rows: Tensor, tokens: Tensor | None = None
 ) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "plan batch asked d_vocab"]]]:
-    """Run a schedule, stack by stack.
+    """Run a schedule, stack by stack."""
 
-    Args:
-        record: the recorded run.
-        schedule: its plans.
-        rows: asked positions, ascending.
-        tokens: the tokens whose logits are wanted, or None for all.
+    def hooked(plan: CompiledPlan) -> Tensor:
+        logits = record.model.run_with_hooks(record.x, fwd_hooks=plan.fwd_hooks)[:, rows]
+        return logits if tokens is None else logits[..., tokens]
 
-    Yields:
-        The numbers of a stack's plans, and their logits.
-
-    Raises:
-        InterventionError: an edit did not fire as often as it should have.
-    """
-    for stack in schedule.stacks:
-        plans = [schedule.plans[number] for number in stack.numbers]
-        if stack.hooked:
-            logits = record.model.run_with_hooks(record.x, fwd_hooks=plans[0].fwd_hooks)[None, :, rows]
-            logits = logits if tokens is None else logits[..., tokens]
-        else:
-            logits = _run_stack(record, plans, stack.start, rows, tokens)
-        for plan in plans:
-            plan.verify()
-        yield stack.numbers, logits
-
-
-def _run_stack(
-    record: Record, plans: Sequence[CompiledPlan], start: int, rows: Tensor, tokens: Tensor | None
-) -> Tensor:
-    """Logits `[plan, batch, asked, d_vocab]` of plans that start at one position."""
-    early, late = rows[rows < start], rows[rows >= start] - start
-    parts: list[Tensor] = []
-    if len(early):
-        parts.append(unembedded(record.model, record.stream(record.n_layers, 0)[None, :, early], tokens))
-    changed = start < len(record.spans) and any(plan.steps for plan in plans)  # not where edits act while decoding only
-    if changed:  # even where nothing asked for can change: the edits must prove that they fire
-        stream, _ = restarted(record, plans, start, late)
-        parts.append(unembedded(record.model, stream, tokens))
-    return torch.cat([part.expand(len(plans), -1, -1, -1) for part in parts], dim=2)
+    return _run(record, schedule, rows, hooked, lambda stream: unembedded(record.model, stream, tokens))
 
 
 def run_streams(
     record: Record, schedule: Schedule, rows: Tensor
 ) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "plan batch asked d_model"]]]:
-    """Run a schedule, stack by stack, and give the stream that leaves the last layer instead of the logits.
+    """Run a schedule, and give the stream that leaves the last layer instead of the logits; else as `run_stacks`."""
+    return _run(record, schedule, rows, lambda plan: _hooked_stream(record, plan, rows), lambda stream: stream)
 
-    Args:
-        record: the recorded run.
-        schedule: its plans.
-        rows: asked positions, ascending.
 
-    Yields:
-        The numbers of a stack's plans, and their streams.
-
-    Raises:
-        InterventionError: an edit did not fire as often as it should have.
-    """
+def _run(
+    record: Record,
+    schedule: Schedule,
+    rows: Tensor,
+    hooked: Callable[[CompiledPlan], Tensor],
+    read: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """What is read off each plan's last stream at the asked positions, `[plan, batch, asked, _]`."""
     for stack in schedule.stacks:
-        plans = [schedule.plans[number] for number in stack.numbers]
+        plans, start = [schedule.plans[number] for number in stack.numbers], stack.start
         if stack.hooked:
-            stream = _hooked_stream(record, plans[0], rows)[None]
+            found = hooked(plans[0])[None]
         else:
-            early, late = rows[rows < stack.start], rows[rows >= stack.start] - stack.start
+            early, late = rows[rows < start], rows[rows >= start] - start
             parts: list[Tensor] = []
             if len(early):
-                parts.append(record.stream(record.n_layers, 0)[None, :, early].expand(len(plans), -1, -1, -1))
-            if stack.start < len(record.spans) and any(plan.steps for plan in plans):
-                parts.append(restarted(record, plans, stack.start, late)[0])
-            stream = torch.cat(parts, dim=2)
+                parts.append(read(record.stream(record.n_layers, 0)[None, :, early]).expand(len(plans), -1, -1, -1))
+            # Not where edits act while decoding only; but even where nothing asked for can change: edits must fire.
+            if start < len(record.spans) and any(plan.steps for plan in plans):
+                parts.append(read(restarted(record, plans, start, late)[0]))
+            found = torch.cat(parts, dim=2)
         for plan in plans:
             plan.verify()
-        yield stack.numbers, stream
+        yield stack.numbers, found
 
 
 def _hooked_stream(record: Record, plan: CompiledPlan, rows: Tensor) -> Tensor:
     """The stream that leaves the last layer in a full hooked forward."""
     kept: list[Tensor] = []
-
-    def keep(stream: Tensor, hook: Any = None) -> None:
-        del hook
-        kept.append(stream[:, rows].detach())
-
-    last = (hook_name("resid_post", record.n_layers - 1), keep)
+    last = (hook_name("resid_post", record.n_layers - 1), watching(lambda one: kept.append(one[:, rows].detach())))
     record.model.run_with_hooks(record.x, fwd_hooks=[*plan.fwd_hooks, last])
     return kept[0]
 
@@ -228,21 +178,8 @@ def _hooked_stream(record: Record, plan: CompiledPlan, rows: Tensor) -> Tensor:
 def restarted(
     record: Record, plans: Sequence[CompiledPlan], start: int, rows: Tensor, *, keep: bool = False
 ) -> tuple[Float[Tensor, "plan batch asked d_model"], list[tuple[Tensor, Tensor]]]:
-    """Run plans from one position on, each from its own first layer, without hooks.
-
-    Args:
-        record: the recorded run.
-        plans: the plans, first layers ascending.
-        start: the first position that is computed anew.
-        rows: asked rows, counted from `start`, ascending; may be empty.
-        keep: keep the new keys and values of every layer.
-
-    Returns:
-        The stream that leaves the last layer at the asked rows, and if asked every layer's rotated keys and values from
-        `start` on, each `[plan, batch, pos, kv_head, d_head]`, one row for each plan; else an empty list.
-    """
-    taps, window = Taps(plans, start), record.window(start)
-    wanted = _run_of(rows)
+    """Run plans from one position on, each from its own first layer, without hooks."""
+    taps, wanted = Taps(plans, start), _run_of(rows)
     if record.resid[0].dtype != torch.float32 and len(plans) * record.batch * len(rows) == 1:
         wanted = None  # never one row alone
     stream: Tensor | None = None
@@ -250,11 +187,7 @@ def restarted(
     for number in range(taps.first_layer if keep else 0):
         keys, values = _tail(record, number, start)
         kept.append((keys.expand(len(plans), *keys.shape), values.expand(len(plans), *values.shape)))
-    for number in range(taps.first_layer, record.n_layers):
-        stream = taps.enter(number, stream, record.stream(number, start))
-        last = number == record.n_layers - 1 and wanted is not None
-        layer = Layer.of(record.model.bridge.blocks[number])
-        made = run_layer(layer, number, stream, record.past(number, start), window, taps, wanted if last else None)
+    for number, made in restarted_layers(record, taps, rows=wanted):
         stream = made.stream
         if keep:
             keys, values = _tail(record, number, start)
@@ -265,8 +198,7 @@ def restarted(
 
 def _tail(record: Record, layer: int, start: int) -> tuple[Tensor, Tensor]:
     """The recorded run's keys and values from a position on, `[batch, pos, kv_head, d_head]`, where the model is."""
-    device = record.model.device
-    keys, values = (part[layer][:, :, start:].transpose(1, 2).to(device) for part in (record.keys, record.values))
+    keys, values = (part[:, :, start:].transpose(1, 2) for part in record.past(layer, len(record.spans)))
     return keys, values
 
 
@@ -278,15 +210,7 @@ def _run_of(rows: Tensor) -> slice | None:
 
 
 def refuse_huge(needed: float, budget_gb: float | int) -> None:
-    """Refuse to hand back logits that would not fit.
-
-    Args:
-        needed: bytes.
-        budget_gb: the caller's budget; sixteen times as much is the limit.
-
-    Raises:
-        BudgetError: they would not.
-    """
+    """Refuse to hand back logits that would not fit."""
     if needed > 16 * budget_gb * GB:
         raise BudgetError(
             f"the logits of all plans alone would need {needed / GB:.1f} GB. Use trace.score(plans, metric), which "

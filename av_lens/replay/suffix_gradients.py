@@ -38,8 +38,8 @@ from av_lens.interventions import CompiledPlan, Plan, Site, Step, add
 from av_lens.interventions.sites import Positions, resolve_positions
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.recording import Record
-from av_lens.replay.restart import RESTARTABLE
-from av_lens.replay.stacks import restarted
+from av_lens.replay.rerun import start_of
+from av_lens.replay.stacks import restarted, restarts
 from av_lens.spans import Span
 
 
@@ -75,24 +75,6 @@ def differentiated(
     """Take the gradient of a metric at sites of a recorded run.
 
     A site at which no restart is possible (`ln1`, `final`, ...) makes the whole run a full hooked forward.
-
-    Args:
-        record: the recorded run.
-        sites: where.
-        metric: one of `runs.metrics` of one-token answers, or any callable of the logits `[batch, asked_pos, d_vocab]`
-            to `[batch]`.
-        plan: edits under which the gradient is taken.
-        logits_at: "generation", "all", another role, or a `Span`.
-        budget_gb: memory for the activations that the backward pass needs.
-
-    Returns:
-        The gradients, and the activations at the sites.
-
-    Raises:
-        InputError: a metric of several tokens, or one without a gradient.
-        InterventionError: a site or the plan does not fit, an edit did not fire, or other hooks stand on the model than
-            when it was recorded.
-        BudgetError: the backward pass would need more memory.
     """
     record.require_standing()
     asked = (sites,) if isinstance(sites, Site) else tuple(sites)
@@ -100,8 +82,8 @@ def differentiated(
     rows = asked_positions(record.spans, logits_at)
     probes = [_Probe.of(record, site) for site in asked]
     compiled = _with_probes(record, plan or Plan(), probes)
-    hooked = bool(record.hooked_because) or any(step.component not in RESTARTABLE for step in compiled.steps)
-    start = 0 if hooked else record.traits.restart(compiled.first_position, record.spans.roles)
+    hooked = not restarts(record, compiled)
+    start = 0 if hooked else start_of(record, compiled)
     _require_memory(record, record.n_layers - (0 if hooked else max(compiled.first_layer, 0)), start, budget_gb)
     with torch.enable_grad(), _frozen(record.model):
         if hooked:

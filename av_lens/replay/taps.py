@@ -44,16 +44,7 @@ class Taps:
         return self._firsts[0]
 
     def enter(self, layer: int, stream: Tensor | None, recorded: Tensor) -> Tensor:
-        """Let the plans that start at a layer join.
-
-        Args:
-            layer: the layer.
-            stream: what the plans before them made of it, `[plan, batch, pos, d_model]`; None if there are none.
-            recorded: the recorded stream that enters the layer, `[batch, pos, d_model]`.
-
-        Returns:
-            The stream that enters the layer, owned by the caller, the joining plans folded into its last row.
-        """
+        """Let the plans that start at a layer join."""
         self.active += self.joining
         self.joining = self._firsts.count(layer)
         if not self.joining:
@@ -62,81 +53,32 @@ class Taps:
         return recorded[None].clone() if stream is None else torch.cat((stream, recorded[None]))
 
     def has(self, layer: int, components: Sequence[str]) -> bool:
-        """Say whether any plan edits one of these components.
-
-        Args:
-            layer: the layer.
-            components: the components.
-
-        Returns:
-            True if one does.
-        """
+        """Say whether any plan edits one of these components."""
         return any((component, layer) in self._places for component in components)
 
     def rowwise(self, layer: int, components: Sequence[str]) -> bool:
-        """Say whether these components' edits may see some of their rows alone.
-
-        Args:
-            layer: the layer.
-            components: the components.
-
-        Returns:
-            False if an edit's rule depends on which rows it is shown, as noise does.
-        """
+        """Say whether these components' edits may see some of their rows alone."""
         return all(step.rowwise for name in components for _, step in self._places.get((name, layer), ()))
 
     def spread(self, activation: Tensor) -> Tensor:
-        """Give every joining plan its own row.
-
-        Args:
-            activation: `[plan, batch, ...]`, folded or spread.
-
-        Returns:
-            The activation with one row for each plan, owned by the caller.
-        """
+        """Give every joining plan its own row."""
         if self.joining < 2 or activation.shape[0] == self.active + self.joining:
             return activation
         joined = activation[self.active :].expand(self.joining, *activation.shape[1:])
         return torch.cat((activation[: self.active], joined))
 
     def matched(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-        """Bring two activations to one plan axis.
-
-        Args:
-            first: folded or spread.
-            second: folded or spread.
-
-        Returns:
-            Both folded, or both spread.
-        """
+        """Bring two activations to one plan axis."""
         return (first, second) if first.shape[0] == second.shape[0] else (self.spread(first), self.spread(second))
 
     def complete(self, activation: Tensor, recorded: Tensor) -> Tensor:
-        """Give every plan of the stack its own row, also those that join at a later layer.
-
-        Args:
-            activation: `[plan, batch, ...]`, folded or spread.
-            recorded: what the recorded run has there, `[batch, ...]`; later plans have not changed it yet.
-
-        Returns:
-            The activation with one row for each plan.
-        """
+        """Give every plan of the stack its own row, also those that join at a later layer."""
         spread = self.spread(activation)
         missing = len(self._firsts) - spread.shape[0]
         return torch.cat((spread, recorded.expand(missing, *recorded.shape))) if missing else spread
 
     def __call__(self, component: str, layer: int | None, activation: Tensor, rows: slice | None = None) -> Tensor:
-        """Apply the edits at one place.
-
-        Args:
-            component: the component.
-            layer: its layer.
-            activation: `[plan, batch, ...]`, folded or spread, owned by the caller: it may be written to.
-            rows: which of the restart's rows these are, where the others were not asked for; None for all.
-
-        Returns:
-            The edited activation, spread where a joining plan is edited, or the same tensor where nothing is.
-        """
+        """Apply the edits at one place; `rows` says which of the restart's rows these are; None for all."""
         steps = self._places.get((component, layer))
         if not steps:
             return activation

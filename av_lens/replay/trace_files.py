@@ -46,19 +46,7 @@ BESIDE = ("_name_or_path", "transformers_version", "architectures", "dtype", "to
 
 
 def write_trace(record: Record, path: str | Path) -> Path:
-    """Save a recorded run.
-
-    Args:
-        record: the recorded run.
-        path: the file; ".safetensors" is added where it has no ending.
-
-    Returns:
-        The file that was written.
-
-    Raises:
-        InputError: the folder does not exist.
-        InterventionError: it was recorded under hooks.
-    """
+    """Save a recorded run."""
     if record.standing:
         raise InterventionError(
             f"this trace was recorded with hooks at {places(record.model, record.standing)}, and functions cannot be "
@@ -85,22 +73,7 @@ def write_trace(record: Record, path: str | Path) -> Path:
 
 
 def read_trace(path: str | Path, model: Any, x: Any, *, device: torch.device | str | None = None) -> dict[str, Any]:
-    """Open a saved run, if it is this model's on this input.
-
-    Args:
-        path: the file.
-        model: the `HookedAVLLM` that made it, or one with the same weights and configuration.
-        x: the `AVInputs` that it was made on, or equal ones.
-        device: where the record is kept; None for the model's device.
-
-    Returns:
-        The fields of a `Record`.
-
-    Raises:
-        InputError: no such file, a file that is broken or holds no trace of a known schema, or another input's trace.
-        ModelError: another model's trace, or one in another precision; the message says which parts differ.
-        InterventionError: hooks stand on the model; the trace was recorded without.
-    """
+    """Open a saved run, if it is this model's on this input."""
     with turn_of(model.bridge):
         standing = standing_hooks(model)
     if standing:
@@ -144,8 +117,9 @@ def read_trace(path: str | Path, model: Any, x: Any, *, device: torch.device | s
 
 
 def _named(record: Record) -> Iterable[tuple[str, Tensor]]:
-    for kind in ("resid", "keys", "values"):
-        yield from ((f"{kind}.{i}", tensor) for i, tensor in enumerate(getattr(record, kind)))
+    yield from ((f"resid.{i}", record.stream(i, 0)) for i in range(record.n_layers + 1))
+    for i in range(record.n_layers):
+        yield from zip((f"keys.{i}", f"values.{i}"), record.past(i, len(record.spans)), strict=True)
     yield from zip(("cos", "sin"), record.tables, strict=True)
     if record.mask is not None:
         yield "mask", record.mask
@@ -233,15 +207,7 @@ _KEPT: weakref.WeakKeyDictionary[Any, _Kept] = weakref.WeakKeyDictionary()
 
 
 def weight_hashes(model: Any) -> dict[str, str]:
-    """Hash all that a model computes with: weights, buffers and configuration.
-
-    Args:
-        model: a `HookedAVLLM`.
-
-    Returns:
-        sha256 in hexadecimal of each part: the embedding, each tower, each layer, the norm, the unembedding, and the
-        configuration.
-    """
+    """Hash all that a model computes with: weights, buffers and configuration."""
     weights = sorted([*model.hf_model.named_parameters(), *model.hf_model.named_buffers()])
     tensors = [tensor for _, tensor in weights]
     countable = not any(tensor.is_inference() for tensor in tensors)
@@ -285,14 +251,7 @@ def _configuration(model: Any) -> str:
 
 
 def input_hashes(x: Any) -> dict[str, str]:
-    """Hash an input: every tensor that the model is given, and its spans.
-
-    Args:
-        x: an `AVInputs`.
-
-    Returns:
-        sha256 in hexadecimal of each part.
-    """
+    """Hash an input: every tensor that the model is given, and its spans."""
     found: dict[str, str] = {}
     for name, value in sorted({**x.tensors, "position_ids": x.position_ids}.items()):
         digest = hashlib.sha256()

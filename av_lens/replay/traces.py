@@ -8,9 +8,10 @@ position run together, each joining at its own first layer, stacked along the ba
 
 Replays equal hooked full forwards to 1e-5 in float32 (tested for every edit kind), and every edit must fire as often
 as in a full forward, or the replay raises. A model's first trace checks that a restart reproduces its own run, at every
-position. Where it does not (a layout it does not know), where functions of the caller's stand on the fusion stack
-(`standing_hooks`), and for edits at components that it cannot restart at, it runs full hooked forwards instead and says
-so in `trace.hooked_because`. Later traces of the model are recorded without hooks (`lean_recording`).
+position, and that each head by itself reads what it read (`proof`). Where it does not (a layout it does not know),
+where functions of the caller's stand on the fusion stack (`standing_hooks`), and for edits at components that it cannot
+restart at, it runs full hooked forwards instead and says so in `trace.hooked_because`. Later traces of the model are
+recorded without hooks (`lean_recording`).
 
 A trace is of the model as it was hooked when it was recorded: `logits` are that run's own, and all other verbs refuse
 to go on under other hooks. It holds the model's answer of that moment: record again after the weights changed.
@@ -38,13 +39,13 @@ from av_lens.interventions import CompiledPlan, Plan, Site
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.continuation import continued
 from av_lens.replay.lean_recording import is_proved, may_be_lean, proved, recorded_lean
+from av_lens.replay.proof import HookedReads, fault
 from av_lens.replay.recording import Record, recorded, require_record_memory
-from av_lens.replay.stacks import Schedule, refuse_huge, restarted, run_stacks, scheduled
+from av_lens.replay.stacks import Schedule, refuse_huge, run_stacks, scheduled
 from av_lens.replay.suffix_gradients import SuffixGradients, differentiated
 from av_lens.replay.trace_files import read_trace, write_trace
 from av_lens.spans import Span
 
-PROOF_ROWS = 512  # positions that a model's first trace restarts together, to see that it can
 Plans = Plan | CompiledPlan | Sequence[Plan | CompiledPlan]
 
 
@@ -255,9 +256,9 @@ class Trace(Record):
         trace = cls(**read_trace(path, model, x, device=device))
         trace = replace(trace, hooked_because=trace.hooked_because or trace.obstacle())
         last = unembedded(model, trace.stream(trace.n_layers, len(trace.spans) - 1))[:, 0]
-        fault = "" if trace.hooked_because else _fault(trace, last, everywhere=False)
-        if fault:
-            raise ModelError(f"the trace in {path} does not fit this model any more: {fault}. Record it again.")
+        wrong = "" if trace.hooked_because else fault(trace, last, None, everywhere=False)
+        if wrong:
+            raise ModelError(f"the trace in {path} does not fit this model any more: {wrong}. Record it again.")
         return trace
 
 
@@ -288,59 +289,20 @@ def record(model: Any, x: Any, *, device: torch.device | str | None = None, budg
             trace = Trace(**recorded_lean(model, x, device)[0], standing=standing)
             if not trace.obstacle() and trace.mask is None:
                 return trace
-        fields, logits = recorded(model, x, device, keep_logits=bool(on_stack))
+        reads = None if on_stack or is_proved(model) else HookedReads()
+        beside = () if reads is None else reads.hooks(model.spec.n_layers)
+        fields, logits = recorded(model, x, device, keep_logits=bool(on_stack), beside=beside)
         trace = Trace(**fields, standing=standing)
         if on_stack:
             because = f"hooks stand at {places(model, on_stack)}, and a restart would pass them by"
         else:
-            because = trace.obstacle() or _fault(trace, logits, everywhere=not is_proved(model))
+            because = trace.obstacle() or fault(trace, logits, reads, everywhere=reads is not None)
         if not because:
             proved(model)
             if trace.mask is None and may_be_lean(model):  # bit for bit like later ones: which was first must not show
                 del fields, trace
                 return Trace(**recorded_lean(model, x, device)[0], standing=standing)
         return replace(trace, hooked_because=because)
-
-
-@torch.no_grad()
-def _fault(trace: Trace, logits: Tensor, *, everywhere: bool) -> str:
-    """Restart at the first layer and compare with the run itself; say what is wrong, or nothing.
-
-    Compared are the stream that leaves the last layer, at the last position or at every one (block by block, so that
-    no more scores are held than a block's), and the last position's logits.
-    """
-    n = len(trace.spans)
-    size = n if trace.mask is not None else PROOF_ROWS
-    blocks = [(start, min(start + size, n)) for start in range(0, n, size)] if everywhere else [(n - 1, n)]
-    stream = logits
-    gaps: list[float] = []
-    try:
-        for start, end in blocks:
-            empty = CompiledPlan((), n_prompt=end, first_layer=0, first_position=start)
-            stream = restarted(_before(trace, end), [empty], start, torch.arange(end - start))[0][0]
-            gaps.append(_gap(stream, trace.stream(trace.n_layers, start)[:, : end - start]))
-        gaps.append(_gap(unembedded(trace.model, stream[:, -1]), logits))
-    except (AttributeError, TypeError, RuntimeError) as error:
-        return f"this model's layers are not of the layout that a restart knows ({type(error).__name__}: {error})"
-    tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
-    if not all(gap <= tolerance for gap in gaps):
-        return f"a restart does not reproduce the recorded run (relative gap {max(gaps):.1e}): a layout unknown"
-    return ""
-
-
-def _gap(again: Tensor, once: Tensor) -> float:
-    """The largest difference at any position, as a share of the largest number there."""
-    again, once = again.float(), once.float()
-    return float(((again - once).abs().amax(-1) / once.abs().amax(-1).clamp(min=1e-6)).max())
-
-
-def _before(trace: Trace, end: int) -> Trace:
-    """The recorded run up to a position; under a causal mask nothing there depends on what follows."""
-    if end == len(trace.spans):
-        return trace
-    keys, values = (tuple(part[:, :, :end] for part in parts) for parts in (trace.keys, trace.values))
-    cos, sin = (table[:, :end] for table in trace.tables)
-    return replace(trace, resid=tuple(one[:, :end] for one in trace.resid), keys=keys, values=values, tables=(cos, sin))
 
 
 def _listed(plans: Plans) -> list[Plan | CompiledPlan]:

@@ -19,7 +19,7 @@ from av_lens.interventions import Plan, Site, replace
 from av_lens.methods import attribution_patch, edge_attribution, patch
 from av_lens.metrics import each, log_prob, logit_diff, rank
 from av_lens.replay import measure
-from av_lens.replay.swapped_reads import read_with
+from av_lens.replay.rereading import read_with
 
 METRIC = logit_diff(letter("a"), letter("b"))
 

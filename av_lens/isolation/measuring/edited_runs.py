@@ -12,7 +12,6 @@ those at the further edit's layer or after it are made once more, since a restar
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,70 +23,11 @@ from av_lens.core.unembedding import unembedded
 from av_lens.families.hook_names import hook_name
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.isolation.measuring.seam import Engine, Recording, Swap
-from av_lens.replay.restart import Layer, run_layer
+from av_lens.replay.rerun import rerun, start_of
 from av_lens.replay.taps import Taps
 from av_lens.replay.traces import Trace
 
 UNDER = "under"
-
-
-@dataclass(frozen=True, eq=False)
-class EditedTrace(Trace):
-    """A trace of an edited run: its own activations from a position and a layer on, the unedited run's before.
-
-    Attributes:
-        base: the trace that was edited.
-        start: the first position that was computed anew.
-        first: the layer of the first edit; the stream that enters it is the base's.
-        streams: the stream that entered each layer after `first`, and the one that left the last, from `start` on.
-        new_keys: the rotated keys of the layers from `first` on, `[batch, kv_head, new_pos, d_head]`.
-        new_values: the values, likewise.
-    """
-
-    base: Trace | None = None
-    start: int = 0
-    first: int = 0
-    streams: tuple[Float[Tensor, "batch new_pos d_model"], ...] = field(default=())
-    new_keys: tuple[Float[Tensor, "batch kv_head new_pos d_head"], ...] = field(default=())
-    new_values: tuple[Float[Tensor, "batch kv_head new_pos d_head"], ...] = field(default=())
-
-    def stream(self, layer: int, start: int) -> Float[Tensor, "batch pos d_model"]:
-        """The edited run's stream that entered a layer, from a position on.
-
-        Args:
-            layer: the layer; the number of layers for the stream that left the last.
-            start: the first position.
-
-        Returns:
-            The stream; not to be written to.
-        """
-        assert self.base is not None
-        if layer <= self.first:
-            return self.base.stream(layer, start)
-        own = self.streams[layer - self.first - 1]
-        if start >= self.start:
-            return own[:, start - self.start :]
-        return torch.cat((self.base.stream(layer, start)[:, : self.start - start], own), dim=1)
-
-    def past(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values before a position.
-
-        Args:
-            layer: the layer.
-            end: the first position that is left out.
-
-        Returns:
-            Keys and values `[batch, kv_head, past, d_head]`; not to be written to.
-        """
-        assert self.base is not None
-        if end <= self.start or layer < self.first:
-            return self.base.past(layer, end)
-        before = self.base.past(layer, self.start)
-        own = (self.new_keys[layer - self.first], self.new_values[layer - self.first])
-        keys, values = (
-            torch.cat((old, new[:, :, : end - self.start]), dim=2) for old, new in zip(before, own, strict=True)
-        )
-        return keys, values
 
 
 class _Keeping(Taps):
@@ -115,30 +55,15 @@ class _Keeping(Taps):
         return found
 
 
-@torch.no_grad()
-def _rerun(trace: Trace, plan: Plan) -> tuple[EditedTrace, dict[int, Float[Tensor, "batch pos head d_head"]]]:
-    """Run a plan on a recorded input: the trace of the edited run, and every recomputed layer's z."""
+def _rerun(trace: Trace, plan: Plan) -> tuple[Trace, dict[int, Float[Tensor, "batch pos head d_head"]], int]:
+    """Run a plan on a recorded input: the edited run's trace, every recomputed layer's z, and from where it is new."""
     trace.require_standing()
     compiled = plan.compile(trace.model.spec, trace.spans, batch=trace.batch)
-    start = trace.traits.restart(compiled.first_position, trace.spans.roles)
-    taps, window = _Keeping(compiled, start), trace.window(start)
-    stream: Tensor | None = None
-    streams, keys, values = list[Tensor](), list[Tensor](), list[Tensor]()
-    for number in range(taps.first_layer, trace.n_layers):
-        entering = taps.enter(number, stream, trace.stream(number, start))
-        layer = Layer.of(trace.model.bridge.blocks[number])
-        made = run_layer(layer, number, entering, trace.past(number, start), window, taps)
-        stream = made.stream
-        streams.append(stream[0])
-        for kept, part in ((keys, made.keys), (values, made.values)):
-            kept.append(part[0].transpose(1, 2))
+    start = start_of(trace, compiled)
+    taps = _Keeping(compiled, start)
+    edited = rerun(trace, taps)
     compiled.verify()
-    edited = EditedTrace(
-        model=trace.model, x=trace.x, resid=trace.resid, keys=trace.keys, values=trace.values, tables=trace.tables,
-        mask=trace.mask, base=trace, start=start, first=taps.first_layer, streams=tuple(streams),
-        new_keys=tuple(keys), new_values=tuple(values), standing=trace.standing,
-    )  # fmt: skip
-    return edited, taps.z
+    return edited, taps.z, start
 
 
 def record_edited(engine: Any, recording: Recording, swap: Swap) -> Recording:
@@ -160,12 +85,12 @@ def record_edited(engine: Any, recording: Recording, swap: Swap) -> Recording:
     whole = joined(recording, swap)
     if trace is None or trace.hooked_because:
         return _hooked(engine, recording, whole)
-    restart = min(layer for layer, _ in swap.heads) if isinstance(trace, EditedTrace) else 0
-    edited, z = _rerun(trace, engine.plan(recording, joined(recording, swap, from_layer=restart)))
+    restart = min(layer for layer, _ in swap.heads) if trace.own is not None else 0
+    edited, z, start = _rerun(trace, engine.plan(recording, joined(recording, swap, from_layer=restart)))
     final = edited.stream(edited.n_layers, int(recording.window[-1]))[:, 0]
     with torch.no_grad():
         logits = unembedded(engine.model, final).float()
-    inside = torch.from_numpy(recording.window - edited.start).to(final.device)
+    inside = torch.from_numpy(recording.window - start).to(final.device)
     below = [recording.z[layer] for layer in range(edited.n_layers - len(z))]
     stacked = torch.stack([*below, *(z[layer][:, inside] for layer in sorted(z))])
     kept = {"trace": edited, UNDER: whole}
@@ -243,7 +168,7 @@ def further(engine: Engine, recording: Recording, swaps: Sequence[Swap]) -> Iter
     """
     if UNDER not in recording.kept:
         yield from engine.edited(recording, swaps)
-    elif isinstance(recording.kept.get("trace"), EditedTrace):
+    elif getattr(recording.kept.get("trace"), "own", None) is not None:
         first = [min(layer for layer, _ in swap.heads) for swap in swaps]
         whole = [joined(recording, swap, from_layer=layer) for swap, layer in zip(swaps, first, strict=True)]
         yield from engine.edited(recording, whole)

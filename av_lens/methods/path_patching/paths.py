@@ -35,7 +35,7 @@ from av_lens.metrics.forms import followed
 from av_lens.replay import measure
 from av_lens.replay.held import Change, HeldRun, replaced
 from av_lens.replay.receivers import require_restart
-from av_lens.replay.restart import Layer
+from av_lens.replay.rerun import layer_of
 from av_lens.replay.traces import Trace, record
 
 LOGITS = Node("logits")
@@ -254,8 +254,7 @@ class _Prompt:
 
     def _writing(self, layer: int, head: int) -> Tensor:
         """A head's output weights, `[d_head, d_model]`."""
-        parts = Layer.of(self.job.model.bridge.blocks[layer])
-        return parts.o.weight.T[head * parts.d_head : (head + 1) * parts.d_head]
+        return layer_of(self.job.model, layer).outputs()[head]
 
     def _through(self, held: HeldRun, changes: Sequence[Change], hop: Nodes) -> tuple[HeldRun, list[Change]]:
         """Take one hop: what its nodes make of their new input is the next change."""
