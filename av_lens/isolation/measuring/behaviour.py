@@ -23,8 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from av_lens.isolation.measuring.bench import Chunk
-from av_lens.isolation.measuring.effects import Progress
+from av_lens.isolation.measuring.bench import Chunk, Progress
 from av_lens.isolation.measuring.scoring import UNREAD, Candidates, Reading
 from av_lens.results.statistics import Bootstrap, interval
 

@@ -3,15 +3,13 @@
     effect on C  = (change of M in va - change of M in av) / 2           base "va"
     effect on G  = (change of M in blank_a - change of M in blank_v) / 2  base "blank_a"
 
-Positive: the model hears more. Plans are of any kind (heads' outputs, attention edges), unlike the `Swap`s of the
-engine, so this part needs the model itself; an engine without one has no mechanisms to measure.
+Positive: the model hears more. Plans are of any kind (heads' outputs, attention edges).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,55 +17,20 @@ import torch
 from jaxtyping import Float
 
 from av_lens.interventions import Plan
-from av_lens.isolation.measuring.bench import MIRROR, Bench, Chunk
-from av_lens.isolation.measuring.effects import Progress, mirrored
+from av_lens.isolation.measuring.bench import Chunk, Progress, gathered
+from av_lens.isolation.measuring.donors import MIRROR
+from av_lens.isolation.measuring.effects import mirrored
 from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.store import Arrays
 from av_lens.metrics.asked import each
 from av_lens.metrics.metric import Metric, as_metric, logit_diff
 from av_lens.replay.measurement import measure_plans
 from av_lens.replay.traces import Trace
 
-Arrays = dict[str, np.ndarray]
-
-
-def model_of(bench: Bench) -> Any:
-    """Give the model behind the engine.
-
-    Args:
-        bench: the conflicts and their engine.
-
-    Returns:
-        A `HookedAVLLM`; None where the engine has none.
-    """
-    return getattr(bench.engine, "model", None)
-
 
 def trace_of(chunk: Chunk, cell: str, question: str = "ask") -> Trace:
-    """Give a cell's recorded run, kept with its recording.
-
-    Args:
-        chunk: the conflicts.
-        cell: the cell.
-        question: "ask", "see" or "control".
-
-    Returns:
-        The trace.
-    """
-    recording = chunk.run(cell, question)
-    if "trace" not in recording.kept:
-        recording.kept["trace"] = model_of(chunk.bench).trace(recording.inputs)
-    return recording.kept["trace"]
-
-
-def drop_traces(chunk: Chunk, *cells: str) -> None:
-    """Let go of cells' recorded runs, which are large.
-
-    Args:
-        chunk: the conflicts.
-        *cells: the cells, asked their own question.
-    """
-    for cell in cells:
-        chunk.run(cell).kept.clear()
+    """Give a cell's recorded run, kept with its recording."""
+    return chunk.bench.engine.trace(chunk.run(cell, question))
 
 
 def margin_metric(chunk: Chunk) -> Metric:
@@ -81,7 +44,7 @@ def margin_metric(chunk: Chunk) -> Metric:
     """
     answers = [chunk.bench.conflicts[int(i)].answers for i in chunk.examples]
     sides = (each([pair[side] for pair in answers]) for side in (0, 1))
-    return as_metric(logit_diff(*sides), model_of(chunk.bench))
+    return as_metric(logit_diff(*sides), chunk.bench.engine.model)
 
 
 def effects_of_plans(
@@ -189,26 +152,5 @@ def measured(
     compute: Callable[[Chunk], Arrays],
     progress: Progress | None = None,
 ) -> Measured:
-    """Measure every stack, or open what was stored, and put the conflicts in the half's order.
-
-    Args:
-        chunks: the half's conflicts, stacked.
-        half: the half.
-        name: what is measured, as words.
-        depends: what it depends on beside the conflicts.
-        compute: measures one stack: arrays whose first axis is its conflicts.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        The arrays.
-    """
-    out: Arrays = {}
-    for number, chunk in enumerate(chunks):
-        rows = [int(np.flatnonzero(half.examples == i)[0]) for i in chunk.examples]
-        for key, values in chunk.remember(name, depends, partial(compute, chunk)).items():
-            if key not in out:
-                out[key] = np.full((len(half.examples), *values.shape[1:]), np.nan)
-            out[key][rows] = values
-        if progress is not None:
-            progress(name, number + 1, len(chunks))
-    return Measured(half, out)
+    """Measure every stack, or open what was stored, and put the conflicts in the half's order."""
+    return Measured(half, gathered(chunks, half.examples, name, depends, compute, progress=progress))

@@ -117,6 +117,15 @@ class Candidates:
         picked = logits.double().unflatten(-1, tuple(self.ids.shape)).masked_fill(absent, -torch.inf)
         return picked.logsumexp(-1).cpu().numpy()
 
+    def weighed(
+        self, parts: Float[Tensor, "*more batch token"], logits: Float[Tensor, "batch d_vocab"]
+    ) -> Float[np.ndarray, "*more batch candidate"]:
+        """Add up what is written to `tokens`; synonyms count by their share of the answer's own probability."""
+        shape = tuple(self.ids.shape)
+        own = logits.double()[:, self.tokens].unflatten(-1, shape)
+        weight = own.masked_fill(torch.from_numpy(self.ids < 0).to(own.device), -torch.inf).softmax(-1)
+        return (parts.double().unflatten(-1, shape) * weight).sum(-1).cpu().numpy()
+
     def read(self, logits: Float[Tensor, "batch d_vocab"], examples: Int[np.ndarray, " batch"]) -> Reading:
         """Read a run of some of the conflicts.
 

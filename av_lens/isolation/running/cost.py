@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from av_lens.errors import UnfinishedError
 from av_lens.isolation.measuring.behaviour import RIGHT
 from av_lens.isolation.measuring.bench import Chunk
 from av_lens.isolation.measuring.donors import PRIMARY_DONORS
-from av_lens.isolation.measuring.effects import Request, edited_scores, requests
-from av_lens.isolation.measuring.plan_effects import model_of
+from av_lens.isolation.measuring.effects import edited_scores
+from av_lens.isolation.measuring.estimands import Request, requests
 from av_lens.isolation.measuring.store import GO_ON, Measured
 from av_lens.isolation.sets.releases import TRACE_BYTES
 from av_lens.isolation.sets.search import n_candidates
@@ -225,8 +226,7 @@ def probe(chunk: Chunk) -> Prices:
     for cell, question in RIGHT:
         chunk.reading(cell, question)
     store.told.remove(heard.append)
-    engine = chunk.bench.engine
-    heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
+    heads = chunk.bench.engine.heads
     chosen = [heads[i] for i in np.unique(np.linspace(0, len(heads) - 1, MOST_PROBED).round().astype(int))]
     request = Request("va", "zero")
     edited_scores(chunk, "va", [request], chosen[-1:], lambda _: None)  # records the run that edits start from
@@ -261,20 +261,18 @@ def memory(chunk: Chunk, size: Size) -> float:
         GB (1e9 bytes), of the accelerator where the model is on one; NaN where the system does not say.
     """
     n, run = len(chunk.examples), chunk.run("va")
-    stacked = sum(one.nbytes for one in getattr(run.inputs, "tensors", {}).values() if isinstance(one, torch.Tensor))
+    model, tensors = chunk.bench.engine.model, torch.Tensor
+    stacked = sum(one.nbytes for one in run.inputs.tensors.values() if isinstance(one, tensors))
     held: dict[int, int] = {}
-    for cell, question in RIGHT:
-        for example in chunk.examples.tolist():
-            tensors = getattr(chunk.bench.inputs(example, cell, question), "tensors", {})
-            held |= {value.data_ptr(): value.nbytes for value in tensors.values() if isinstance(value, torch.Tensor)}
+    for (cell, question), example in product(RIGHT, chunk.examples.tolist()):
+        given = chunk.bench.inputs(example, cell, question).tensors.values()
+        held |= {value.data_ptr(): value.nbytes for value in given if isinstance(value, tensors)}
     searches = 1 if size.quick or size.named_only else 1 + VARIANTS
     inputs = sum(held.values()) * (searches * size.conflicts / n - 1)
     kept = HELD * (run.z.nbytes + stacked) * (size.discovery + size.confirmation) / n
-    trace = run.kept.get("trace")
-    one = 0 if trace is None else sum(part.nbytes for kind in _TRACED for part in getattr(trace, kind))
+    one = 0 if run.trace is None else sum(part.nbytes for kind in _TRACED for part in getattr(run.trace, kind))
     traces = 2 * one * size.discovery / n
-    model = model_of(chunk.bench)
-    weights = 0 if searches == 1 or model is None else weights_bytes(model, other_precision(model.dtype))
+    weights = 0 if searches == 1 else weights_bytes(model, other_precision(model.dtype))
     return peak_memory() + (inputs + kept + (traces if traces <= TRACE_BYTES else one) + weights) / 1e9
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from av_lens import __version__
 from av_lens.core.attention_mass import SINK_TIMES
 from av_lens.isolation.measuring.behaviour import LEAST_GAP, LEAST_MASS
-from av_lens.isolation.measuring.bench import PRIMARY_DONORS
+from av_lens.isolation.measuring.donors import PRIMARY_DONORS
 from av_lens.isolation.naming.role_tests import DAMAGE_CUT, DIRECT_CUT
 from av_lens.isolation.naming.roles import LEVEL
 from av_lens.isolation.naming.threshold import PERCENTILE
