@@ -10,11 +10,8 @@ import time
 
 import numpy as np
 import pytest
-from fake_model import FakeEngine, fake_conflicts
+from fake_model import N_LAYERS, FakeModel, bench_of, fake_conflicts, isolated
 
-from av_lens.isolation import isolate
-from av_lens.isolation.measuring.bench import Bench
-from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.running import cost
 from av_lens.isolation.running.cost import PARTS, Estimate, Prices, Size, expected, probe
 from av_lens.results.record import Isolation
@@ -22,17 +19,17 @@ from av_lens.results.record import Isolation
 SIZE = Size(conflicts=10, discovery=5, confirmation=5, heads=4, layers=2)
 
 
-class Timed(FakeEngine):
+class Timed(FakeModel):
     """The fake model, 40 ms a cell of a stack and 20 ms an edit of a stack."""
 
-    def _run(self, inputs, swap, frozen):
-        time.sleep(0.04 if swap is None else 0.02)
-        return super()._run(inputs, swap, frozen)
+    def run_with_hooks(self, x, fwd_hooks=(), **options):
+        recorded = sum(name.endswith("hook_z") for name, _ in fwd_hooks) >= N_LAYERS
+        time.sleep(0.04 if recorded else 0.02)
+        return super().run_with_hooks(x, fwd_hooks, **options)
 
 
-def bench(engine, n=8):
-    conflicts = fake_conflicts(n)
-    return Bench(engine, conflicts, Candidates.of(conflicts, engine.tokenizer))
+def bench(model, n=8):
+    return bench_of(model, fake_conflicts(n))
 
 
 def test_behaviour_is_thirteen_cells_a_conflict():
@@ -81,9 +78,9 @@ def test_a_probe_prices_cells_and_edits_by_the_conflict():
 
 def test_the_estimate_is_made_once_for_a_folder(tmp_path):
     made = cost.estimated(bench(Timed()).chunks(range(8)), SIZE, folder=tmp_path, key="a")
-    again = cost.estimated(bench(FakeEngine()).chunks(range(8)), SIZE, folder=tmp_path, key="a")
+    again = cost.estimated(bench(FakeModel()).chunks(range(8)), SIZE, folder=tmp_path, key="a")
     assert again == made
-    other = cost.estimated(bench(FakeEngine()).chunks(range(8)), SIZE, folder=tmp_path, key="b")
+    other = cost.estimated(bench(FakeModel()).chunks(range(8)), SIZE, folder=tmp_path, key="b")
     assert other.seconds < made.seconds
     assert json.loads((tmp_path / "estimate.json").read_text())["key"] == "b"
     assert made.gigabytes > 0.1
@@ -92,11 +89,11 @@ def test_the_estimate_is_made_once_for_a_folder(tmp_path):
 def test_the_probe_changes_no_number():
     conflicts = fake_conflicts(44)
     options = {"s": 0.1, "quick": True}
-    engine = FakeEngine(writer=0.0, gate=0.0, opponent=0.0)
+    engine = FakeModel(writer=0.0, gate=0.0, opponent=0.0)
     lines: list[str] = []
-    told = isolate(None, conflicts, engine=engine, told=lines.append, **options)
+    told = isolated(engine, conflicts, told=lines.append, **options)
     assert any(line.startswith("Estimate: about") for line in lines)
-    untold = isolate(None, conflicts, engine=engine, **options)
+    untold = isolated(engine, conflicts, **options)
     assert told.behaviour.equals(untold.behaviour)
     assert np.array_equal(told.arrays["discovery/G"], untold.arrays["discovery/G"])
 
