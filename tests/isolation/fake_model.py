@@ -1,4 +1,4 @@
-"""A model whose heads are known by hand, where the isolation meets a model: it is run under hooks. Linear, three layers.
+"""A model whose heads are known by hand, behind the border of any model: it runs under hooks. Linear, three layers.
 
 Asked what it hears, with K classes and a one-hot vector per class:
 

@@ -270,7 +270,7 @@ def test_a_changed_program_measures_again_and_says_so(brief, tmp_path, monkeypat
     short(tmp_path)
     stored = len(list((tmp_path / "measured").iterdir()))
     for module in ("durable", "preparing"):
-        monkeypatch.setattr(f"av_lens.isolation.{module}.source_hash", lambda: "another program")
+        monkeypatch.setattr(f"av_lens.isolation.running.{module}.measuring_hash", lambda: "another program")
     lines = []
     assert_same(short(tmp_path, told=lines.append), brief)
     assert any("av_lens was changed since" in line for line in lines)

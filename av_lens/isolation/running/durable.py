@@ -27,8 +27,8 @@ from typing import Any
 from av_lens.errors import FileError, ProtocolError, UnfinishedError
 from av_lens.isolation.measuring.store import FOLDER, GO_ON, Measured, Store
 from av_lens.isolation.running.cost import ESTIMATE, Estimate
+from av_lens.isolation.running.program import measuring_hash
 from av_lens.isolation.running.protocol import differences, hash_of
-from av_lens.results.provenance import source_hash
 from av_lens.results.record import RECORD
 from av_lens.whole_files import (
     append_line,
@@ -123,7 +123,7 @@ def _note_program(folder: Path, told: Told | None) -> None:
     """Note which program measures, and say where another one did."""
     place, said = folder / PROGRAM, ""
     try:
-        if place.read_text("utf-8") != source_hash():
+        if place.read_text("utf-8") != measuring_hash():
             said = f"av_lens was changed since {folder} was begun: what it holds is measured again."
     except FileNotFoundError:
         pass
@@ -133,7 +133,7 @@ def _note_program(folder: Path, told: Told | None) -> None:
         )
     if said and told is not None:
         told(said)
-    write_whole(place, source_hash())
+    write_whole(place, measuring_hash())
 
 
 @contextmanager

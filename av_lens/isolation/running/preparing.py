@@ -29,12 +29,14 @@ from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.recordings import SITES
 from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.measuring.store import SCHEMA
 from av_lens.isolation.naming.role_tests import family_size
 from av_lens.isolation.running import protocol
+from av_lens.isolation.running.program import measuring_hash
 from av_lens.model.remembered_towers import remembered_towers
 from av_lens.replay.trace_files import weight_hashes
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, LOST, Halves, Member, deal, third_sources
-from av_lens.results.provenance import plain, source_hash, versions
+from av_lens.results.provenance import plain, versions
 from av_lens.results.statistics import Bootstrap
 
 GATES = ("stop", "report")
@@ -85,7 +87,7 @@ class Run:
     @property
     def key(self) -> str:
         """The hash of all that the run's measurements depend on: protocol, weights, conflicts, program, versions."""
-        parts = [self.protocol["hash"], source_hash(), versions()]
+        parts = [SCHEMA, self.protocol["hash"], measuring_hash(), versions()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property

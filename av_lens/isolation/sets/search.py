@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -56,6 +56,7 @@ def n_candidates(heads: int) -> int:
     return heads if heads <= ALL_HEADS else SCREENED
 
 
+@runtime_checkable
 class Releases(Protocol):
     """What the search asks: the mean release of a set (0 for the empty one), and of a set with one more head."""
 
