@@ -13,7 +13,7 @@ import pytest
 from fake_model import N_LAYERS, FakeModel, bench_of, fake_conflicts, isolated
 
 from av_lens.isolation.running import cost
-from av_lens.isolation.running.cost import PARTS, Estimate, Prices, Size, expected, probe
+from av_lens.isolation.running.cost import Estimate, Prices, Size, expected, probe, works
 from av_lens.results.record import Isolation
 
 SIZE = Size(conflicts=10, discovery=5, confirmation=5, heads=4, layers=2)
@@ -33,18 +33,18 @@ def bench(model, n=8):
 
 
 def test_behaviour_is_thirteen_cells_a_conflict():
-    assert PARTS["behaviour"](SIZE).cells == 13 * 10
+    assert works(SIZE)["behaviour"].cells == 13 * 10
     assert expected(Prices(cell=2, edit=0, figure=0), SIZE).parts["behaviour"] == 260
 
 
 def test_effects_are_every_request_of_every_head_in_a_cell_and_its_mirror():
-    work = PARTS["effects"](SIZE)
+    work = works(SIZE)["effects"]
     # On discovery all 4 heads, on confirmation the named ones: as many as av-tiny names, and no more than there are.
     assert work.edits == 2 * len(cost.requests()) * (4 * 5 + 4 * 5)
     many = Size(conflicts=10, discovery=5, confirmation=5, heads=100, layers=2)
-    assert PARTS["effects"](many).edits == 2 * len(cost.requests()) * (100 * 5 + cost.NAMED * 5)
+    assert works(many)["effects"].edits == 2 * len(cost.requests()) * (100 * 5 + cost.NAMED * 5)
     two = Size(conflicts=10, discovery=5, confirmation=5, heads=4, layers=2, sites=2)
-    assert PARTS["effects"](two).edits == 2 * work.edits
+    assert works(two)["effects"].edits == 2 * work.edits
 
 
 def test_quick_leaves_pairs_and_robustness_out_of_the_price():
@@ -54,7 +54,7 @@ def test_quick_leaves_pairs_and_robustness_out_of_the_price():
     assert "robustness" in whole.parts
     assert "robustness" not in quick.parts
     # 64 x 63 / 2 pairs, three donors, a cell and its mirror, 60 conflicts
-    assert PARTS["sets"](Size(**many)).edits - PARTS["sets"](Size(**many, quick=True)).edits >= 2016 * 3 * 2 * 60 / 2
+    assert works(Size(**many))["sets"].edits - works(Size(**many, quick=True))["sets"].edits >= 2016 * 3 * 2 * 60 / 2
     assert quick.seconds < whole.seconds
 
 

@@ -161,7 +161,8 @@ def test_an_edit_from_the_embeddings_is_an_edit_from_the_pixels(small):
 def test_section_2_on_five_conflicts(small):
     found = survey(small.bench.chunks(small.rows.tolist()), len(small.rows))
     assert found.competent.tolist() == [small.plain.competent(one) for one in small.cases]
-    theirs = figures(rows_of(found, small.rows, small.boot, DISCOVERY, "all"))
+    half = Half(DISCOVERY, small.rows, small.rows.tolist(), small.boot, found.G, found.C)
+    theirs = figures(rows_of(found, half, "all"))
     assert_same_figures(plain_figures(small.plain, small.cases), theirs)
 
 

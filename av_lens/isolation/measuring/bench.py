@@ -40,7 +40,7 @@ from av_lens.isolation.measuring.donors import (
 )
 from av_lens.isolation.measuring.engine import ModelEngine, stacked
 from av_lens.isolation.measuring.recordings import MEDIA_SITES, Head, Recording, Values, site_positions
-from av_lens.isolation.measuring.scoring import UNREAD, Candidates, Reading
+from av_lens.isolation.measuring.scoring import Candidates, Reading
 from av_lens.isolation.measuring.store import Arrays, Store
 from av_lens.spans import SpanMap
 
@@ -185,12 +185,10 @@ class Chunk:
     def _read(self, cell: str, question: str) -> Arrays:
         candidates = self.bench.candidates
         present = self._present(cell) if cell not in W_CELLS or self.has_third else []
-        n, k = len(self.examples), len(candidates.names)
-        out = Reading(np.full((n, k), np.nan), np.full(n, UNREAD, dtype=np.int64), np.full(n, np.nan))
+        out = Reading.unread(len(self.examples), len(candidates.names))
         if present:
             found = candidates.read(self.run(cell, question).logits, np.array(present))
-            rows = np.flatnonzero(np.isin(self.examples, present))
-            out.scores[rows], out.top[rows], out.mass[rows] = found.scores, found.top, found.mass
+            out.put(np.flatnonzero(np.isin(self.examples, present)), found)
         return vars(out)
 
     def margin(self, cell: str, question: str = "ask") -> Float[np.ndarray, " batch"]:

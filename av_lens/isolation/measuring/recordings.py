@@ -27,7 +27,7 @@ from av_lens.replay.traces import Trace
 from av_lens.spans import SpanMap
 
 Head = tuple[int, int]
-Values = Mapping[Head, Float[Tensor, "one_or_batch site d_head"]]
+Values = Mapping[Head, Float[Tensor, "_one_or_batch site d_head"]]
 SITES = ("suffix", "generation", "audio", "sinks")
 MEDIA_SITES = ("audio", "sinks")
 """Sites before the question: nothing that is asked can change what heads do there."""

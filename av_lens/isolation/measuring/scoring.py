@@ -39,6 +39,15 @@ class Reading:
     top: Int[np.ndarray, " example"]
     mass: Float[np.ndarray, " example"]
 
+    @classmethod
+    def unread(cls, n: int, candidates: int) -> Reading:
+        """Make room for n examples."""
+        return cls(np.full((n, candidates), np.nan), np.full(n, UNREAD, dtype=np.int64), np.full(n, np.nan))
+
+    def put(self, rows: Int[np.ndarray, " row"], other: Reading) -> None:
+        """Fill some rows in."""
+        self.scores[rows], self.top[rows], self.mass[rows] = other.scores, other.top, other.mass
+
 
 @dataclass(frozen=True, eq=False)
 class Candidates:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -116,57 +116,28 @@ class Work:
         return self.cells * prices.cell + self.edits * prices.edit + self.figures * prices.figure
 
 
-def _behaviour(size: Size) -> Work:
-    return Work(cells=len(RIGHT) * size.conflicts, figures=COLUMNS)
-
-
-def _effects(size: Size) -> Work:
-    asked = 2 * len(requests())
+def works(size: Size) -> dict[str, Work]:
+    """List what every part takes, in the protocol's order; without what a run leaves out as asked."""
+    asked, both, candidates = 2 * len(requests()), size.discovery + size.confirmation, n_candidates(size.heads)
     heads = size.heads * size.discovery + min(NAMED, size.heads) * size.confirmation
-    return Work(
-        cells=AGAIN * (size.discovery + size.confirmation),
-        edits=size.sites * asked * heads,
-        figures=size.sites * TESTS * size.heads,
-    )
-
-
-def _sets(size: Size) -> Work:
-    candidates = n_candidates(size.heads)
     pairs = 0 if size.quick else PAIR * candidates * (candidates - 1) / 2
     climbs = STEPS * candidates * (1 if size.quick else CLIMBS)
-    return Work(edits=len(PRIMARY_DONORS) * 2 * size.discovery * (pairs + climbs))
-
-
-def _confirmation(size: Size) -> Work:
-    return Work(cells=AGAIN * size.confirmation, edits=2 * RANDOM_SETS * size.confirmation)
-
-
-def _units(size: Size) -> Work:
-    return Work(edits=2 * UNITS * size.layers * size.discovery)
-
-
-def _explained(size: Size) -> Work:
-    return Work(cells=EXPLAINED * size.confirmation)
-
-
-def _robustness(size: Size) -> Work:
-    asked = 2 * len(requests()) * VARIED
-    return Work(
-        cells=VARIANTS * VARIED_CELLS * size.discovery,
-        edits=VARIANTS * asked * size.heads * size.discovery,
-        figures=BOOTSTRAPS * size.heads,
-    )
-
-
-PARTS: dict[str, Callable[[Size], Work]] = {
-    "behaviour": _behaviour,
-    "effects": _effects,
-    "sets": _sets,
-    "confirmation": _confirmation,
-    "units": _units,
-    "mechanisms": _explained,
-    "robustness": _robustness,
-}
+    out = {
+        "behaviour": Work(cells=len(RIGHT) * size.conflicts, figures=COLUMNS),
+        "effects": Work(AGAIN * both, size.sites * asked * heads, size.sites * TESTS * size.heads),
+        "sets": Work(edits=len(PRIMARY_DONORS) * 2 * size.discovery * (pairs + climbs)),
+        "confirmation": Work(cells=AGAIN * size.confirmation, edits=2 * RANDOM_SETS * size.confirmation),
+    }
+    if not size.named_only:
+        out["units"] = Work(edits=2 * UNITS * size.layers * size.discovery)
+        out["mechanisms"] = Work(cells=EXPLAINED * size.confirmation)
+    if not (size.named_only or size.quick):
+        out["robustness"] = Work(
+            cells=VARIANTS * VARIED_CELLS * size.discovery,
+            edits=VARIANTS * asked * VARIED * size.heads * size.discovery,
+            figures=BOOTSTRAPS * size.heads,
+        )
+    return out
 
 
 @dataclass(frozen=True)
@@ -194,20 +165,8 @@ class Estimate:
 
 
 def expected(prices: Prices, size: Size, *, gigabytes: float = float("nan")) -> Estimate:
-    """Price a run.
-
-    Args:
-        prices: from `probe`.
-        size: how much there is to do.
-        gigabytes: memory, as far as it is known.
-
-    Returns:
-        The estimate.
-    """
-    left_out = {"robustness"} if size.quick else set[str]()
-    left_out |= {"units", "mechanisms", "robustness"} if size.named_only else set()
-    parts = {name: work(size).seconds(prices) for name, work in PARTS.items() if name not in left_out}
-    return Estimate(parts, gigabytes)
+    """Price a run."""
+    return Estimate({name: work.seconds(prices) for name, work in works(size).items()}, gigabytes)
 
 
 def probe(chunk: Chunk) -> Prices:
@@ -314,14 +273,10 @@ def estimated(chunks: Sequence[Chunk], size: Size, *, folder: Path | None, key: 
     prices = probe(chunks[0])
     made = expected(prices, size, gigabytes=memory(chunks[0], size))
     if place is not None:
-        text: dict[str, Any] = {"key": key, "prices": asdict(prices), "size": asdict(size), "seconds": made.seconds}
         gigabytes = None if np.isnan(made.gigabytes) else made.gigabytes
-        write_whole(
-            place,
-            json.dumps(text | {"parts": made.parts, "gigabytes": gigabytes}, indent=1),
-            error=UnfinishedError,
-            mend=GO_ON,
-        )
+        text: dict[str, Any] = {"key": key, "prices": asdict(prices), "size": asdict(size), "seconds": made.seconds}
+        text |= {"parts": made.parts, "gigabytes": gigabytes}
+        write_whole(place, json.dumps(text, indent=1), error=UnfinishedError, mend=GO_ON)
     return made
 
 

@@ -18,13 +18,7 @@ from av_lens.results.tables import table
 
 
 def finding(
-    run: Run,
-    kind: str,
-    sentence: str,
-    *,
-    known: Known | None = None,
-    more: Further | None = None,
-    seconds: float,
+    run: Run, kind: str, sentence: str, *, known: Known | None = None, more: Further | None = None, seconds: float
 ) -> Isolation:
     """Write down what a run found, as far as it went."""
     engine, more = run.bench.engine, more or Further()
@@ -78,8 +72,7 @@ def behaviour_rows(run: Run) -> list[dict[str, Any]]:
         # Not the half's own conflicts: after a refusal, and past one, all of them are analysed.
         for chosen, rows_there in (("competent", [i for i in dealt if run.read.competent[i]]), ("all", dealt)):
             if rows_there:
-                part = run.half(half.name, rows_there)
-                rows += rows_of(run.read, part.examples, part.boot, half.name, chosen)
+                rows += rows_of(run.read, run.half(half.name, rows_there), chosen)
     return rows
 
 

@@ -132,7 +132,7 @@ def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:
     """Behaviour, and what follows if there is something to explain."""
     started = time.monotonic()
     _behave(run, ledger, folder)
-    kind, sentence = gap_verdict(run.read, run.both[0].examples, run.both[0].boot)
+    kind, sentence = gap_verdict(run.read, run.both[0])
     if kind in ("no suppression", "not established"):
         if run.options.gate == "stop":
             run.reasons.append(sentence)
@@ -175,7 +175,7 @@ def _behave(run: Run, ledger: Ledger, folder: Path | None) -> None:
     }
     dealt = {name: run.halves.members(name) for name in (DISCOVERY, CONFIRMATION)}
     run.both = run.half(DISCOVERY, dealt[DISCOVERY]), run.half(CONFIRMATION, dealt[CONFIRMATION])
-    for kind, sentence in refusals(run.read, run.both[0].examples, run.both[0].boot):
+    for kind, sentence in refusals(run.read, run.both[0]):
         if gate == "stop":
             if folder is not None:
                 finding(run, kind, sentence, seconds=0.0).save(folder / RECORD)
