@@ -144,7 +144,7 @@ def searched(engine, folder, sites=("suffix",), floor=None):
     bench = benched(engine, folder)
     survey(bench.chunks(range(N)), N)
     half = half_of(DISCOVERY)
-    found = search(bench, half, s=0.1, floor=floor, sites=sites, seed=0, progress=None)
+    found = search(bench, half, s=0.1, floor=floor, sites=sites, seed=0)
     rows = controls(bench.chunks(range(N)), [WRITER], "zero", half=half)
     return found, rows
 

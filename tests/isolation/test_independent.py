@@ -171,7 +171,7 @@ def test_section_4_on_a_few_heads(small, site):
     g, c = (np.array([figure(one) for one in small.cases]) for figure in (small.plain.g, small.plain.c))
     half = Half(DISCOVERY, small.rows, small.rows.tolist(), small.boot, g, c)
     chunks = chunks_with_means(small, site)
-    found = gather(chunks, half, HEADS[site], site=site, s=0.1, family=1, seed=0, progress=None)
+    found = gather(chunks, half, HEADS[site], site=site, s=0.1, family=1, seed=0)
     ours = plain_effects(small.plain, small.cases, small.cases, HEADS[site], site)
     assert_same_effects(ours, found.arrays(), f"{site}/")
     assert np.isnan(ours["reads picture/wa"][HEADS[site][0]]).tolist() == [True, False, False, False, False]

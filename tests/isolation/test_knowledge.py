@@ -9,13 +9,7 @@ from micro import micro_conflict, micro_model
 from tiny import letter
 
 from av_lens.isolation.explaining import knowledge
-from av_lens.isolation.explaining.knowledge import (
-    LENS_CELLS,
-    MOST_POSITIONS,
-    SPANS,
-    lens_readings,
-    spaced,
-)
+from av_lens.isolation.explaining.knowledge import LENS_CELLS, MOST_POSITIONS, SPANS, lens_readings, spaced
 from av_lens.isolation.measuring.bench import Bench
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.halves import Half
@@ -82,7 +76,7 @@ def probed(monkeypatch):
         return Streams(vectors, SPANS, ("va", "av"), members, tuple(labels), "streams")
 
     monkeypatch.setattr(knowledge, "pooled", pooled)
-    return table("knowledge", knowledge._probe_rows(bench, halves_of(N), 0, None))
+    return table("knowledge", knowledge._probe_rows(bench, halves_of(N), 0))
 
 
 def test_probes_find_the_layer_on_discovery_and_test_it_on_confirmation(probed):
@@ -117,7 +111,7 @@ def test_too_few_conflicts_are_said_and_not_measured(monkeypatch):
     members = tuple(Member(c.id, f"s{c.id}", f"p{c.id}", str(c.answers[0])) for c in conflicts)
     streams = Streams(np.zeros((8, 2, 2, len(SPANS), 3)), SPANS, ("va", "av"), members, labels, "streams")
     monkeypatch.setattr(knowledge, "pooled", lambda bench, halves: streams)
-    rows = knowledge._probe_rows(bench, halves_of(8), 0, None)
+    rows = knowledge._probe_rows(bench, halves_of(8), 0)
     assert [row["word"] for row in rows] == ["sound", "picture"]
     assert all("probes need 8 in each" in row["note"] for row in rows)
     assert table("knowledge", rows)["value"].isna().all()

@@ -70,7 +70,7 @@ def cut_rows(known: Known) -> list[Row]:
             continue
         depends = {"groups": groups, "keys": keys, "seed": known.seed, "sinks": sinks}
         compute = partial(cut_effects, groups=groups, keys=keys, seed=known.seed)
-        made = measured(known.chunks(site), known.confirmation, "edge cuts", depends, compute, known.progress)
+        made = measured(known.chunks(site), known.confirmation, "edge cuts", depends, compute)
         rows += [row | {"site": site} for row in _rows(made, groups, keys, site)]
     return rows
 

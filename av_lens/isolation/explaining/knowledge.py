@@ -29,7 +29,7 @@ from av_lens.core.pooled import pooled_streams
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.sources import clip_key
 from av_lens.isolation.explaining.known import Known, Row
-from av_lens.isolation.measuring.bench import Bench, Chunk, Progress
+from av_lens.isolation.measuring.bench import Bench, Chunk
 from av_lens.isolation.measuring.halves import Half, columns
 from av_lens.isolation.measuring.plan_effects import measured
 from av_lens.isolation.measuring.store import Arrays
@@ -48,18 +48,18 @@ TOP, MOST_POSITIONS, CONTROL_DRAWS = 5, 64, 1
 
 def knowledge_rows(known: Known) -> list[Row]:
     """Read the sound's and the picture's word by layer: rows of `knowledge`."""
-    of = (known.bench, (known.discovery, known.confirmation), known.seed, known.progress)
+    of = (known.bench, (known.discovery, known.confirmation), known.seed)
     return [*_lens_rows(*of), *_probe_rows(*of)]
 
 
-def _lens_rows(bench: Bench, halves: Sequence[Half], seed: int, progress: Progress | None) -> list[Row]:
+def _lens_rows(bench: Bench, halves: Sequence[Half], seed: int) -> list[Row]:
     half = halves[1]
     chunks = bench.chunks(half.examples.tolist(), "suffix")
     everyone = [int(i) for one in halves for i in one.examples]
     others = list(dict.fromkeys(bench.conflicts[i].answers[0] for i in everyone))
     depends = {"seed": seed, "others": others, "cells": LENS_CELLS, "spans": SPANS, "top": TOP, "most": MOST_POSITIONS}
     compute = partial(lens_readings, others=others, seed=seed)
-    made = measured(chunks, half, "logit lens", depends, compute, progress)
+    made = measured(chunks, half, "logit lens", depends, compute)
     rows: list[Row] = []
     for cell, span in product(LENS_CELLS, SPANS):
         found, null = made.arrays[f"{cell} {span}"], made.arrays[f"{cell} {span} null"]
@@ -117,12 +117,12 @@ def spaced(spans: SpanMap, words: str) -> Span:
     return spans.span(found.positions[chosen].tolist())
 
 
-def _probe_rows(bench: Bench, halves: Sequence[Half], seed: int, progress: Progress | None) -> list[Row]:
+def _probe_rows(bench: Bench, halves: Sequence[Half], seed: int) -> list[Row]:
     half = halves[1]
     ids = [[str(bench.conflicts[int(i)].id) for i in one.examples] for one in halves]
     depends = {"seed": seed, "ids": ids, "spans": SPANS, "cells": PROBE_CELLS, "draws": CONTROL_DRAWS}
     try:
-        found = bench.store.recall("probes", depends, partial(_probed, bench, halves, seed, progress))
+        found = bench.store.recall("probes", depends, partial(_probed, bench, halves, seed))
     except (InputError, InterventionError) as error:  # too few conflicts or classes: said, not measured
         return [{"method": "probe", "word": word, "note": f"not measured: {error}"} for word in WORDS]
     rows: list[Row] = []
@@ -136,7 +136,7 @@ def _probe_rows(bench: Bench, halves: Sequence[Half], seed: int, progress: Progr
     return rows
 
 
-def _probed(bench: Bench, halves: Sequence[Half], seed: int, progress: Progress | None) -> Arrays:
+def _probed(bench: Bench, halves: Sequence[Half], seed: int) -> Arrays:
     """Both probes, `[confirmation's example, span, layer]`."""
     streams = pooled(bench, halves)
     dealt = tuple(one.name for one in halves for _ in one.examples)
@@ -144,7 +144,7 @@ def _probed(bench: Bench, halves: Sequence[Half], seed: int, progress: Progress 
     given = Halves(dealt, tuple(int(c) for one in halves for c in one.components), seed)
     out: Arrays = {}
     for word in WORDS:
-        grid = probe(None, streams, target=word, draws=CONTROL_DRAWS, seed=seed, halves=given, progress=progress)
+        grid = probe(None, streams, target=word, draws=CONTROL_DRAWS, seed=seed, halves=given, progress=bench.progress)
         for figure in ("accuracy", "control"):
             out[f"{word} {figure}"] = grid.values.sel(figure=figure).values
         out[f"{word} other alone"] = grid.values.sel(figure="other alone").values[:, 0, 0]

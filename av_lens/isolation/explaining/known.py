@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from av_lens.isolation.measuring.bench import Bench, Chunk, Progress
+from av_lens.isolation.measuring.bench import Bench, Chunk
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.recordings import Head
 from av_lens.isolation.naming.evidence import Searched, chunks_of
@@ -40,7 +40,6 @@ class Known:
     searched: Searched
     held: Held
     seed: int = 0
-    progress: Progress | None = None
 
     def chunks(self, site: str) -> list[Chunk]:
         """Stack confirmation's conflicts, with discovery's means."""

@@ -50,7 +50,7 @@ def cards(known: Known) -> list[Row]:
         found = known.subjects(site)
         if found:
             chunks, received = known.chunks(site), receivers(searched.evidence, found)
-            measure = partial(measured, chunks, known.confirmation, progress=known.progress)
+            measure = partial(measured, chunks, known.confirmation)
             rows += [row | {"site": site} for row in _site_rows(chunks[0], sinks, found, received, measure)]
     return rows
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from av_lens.errors import InputError
 from av_lens.interventions import Plan, Site, replace, zero
 from av_lens.isolation.explaining.known import Known
-from av_lens.isolation.measuring.bench import Chunk, Progress, in_order
+from av_lens.isolation.measuring.bench import Chunk, in_order
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.recordings import Head, Recording
 from av_lens.isolation.naming.evidence import chunks_of
@@ -43,7 +43,7 @@ def repair(known: Known) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         return [], {}
     values = repair_values(first.chunks, chosen.members, chosen.donor)
     chunks = chunks_of(known.bench, known.searched, known.confirmation, first.site)
-    return repair_rows(chunks, known.confirmation, chosen.members, values, progress=known.progress), values
+    return repair_rows(chunks, known.confirmation, chosen.members, values), values
 
 
 def repair_values(chunks: Sequence[Chunk], members: Sequence[Head], donor: str) -> dict[str, np.ndarray]:
@@ -133,19 +133,14 @@ def plan_of(found: Isolation) -> Plan:
 
 
 def repair_rows(
-    chunks: Sequence[Chunk],
-    half: Half,
-    members: Sequence[Head],
-    values: dict[str, np.ndarray],
-    *,
-    progress: Progress | None = None,
+    chunks: Sequence[Chunk], half: Half, members: Sequence[Head], values: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """Measure the plan on confirmation: what it mends, and what else it changes (rows of `repair`)."""
     given: Callable[[Recording], Tensor] = partial(constants, values)
     for chunk in chunks:
         chunk.constants[DONOR] = given
     sets = [tuple(members)]
-    effect = release_of_sets(chunks, sets, [DONOR], half.examples, progress=progress, stage="the repair plan")
+    effect = release_of_sets(chunks, sets, [DONOR], half.examples, "the repair plan")
     out = [_change("C", half, half.C, half.C + effect.release[0])]
     for answer, after in (("sound", effect.says_sound[0]), ("picture", effect.says_picture[0])):
         before = in_order(chunks, half.examples, lambda chunk, answer=answer: chunk.says(answer))

@@ -231,7 +231,6 @@ def _measured_again(known: Known, variant: Variant, site: str) -> Evidence:
         requests(chunks, names=ROLE_ESTIMANDS),
         heads=other.engine.heads,
         examples=half.examples,
-        progress=known.progress,
         stage=f"robustness: {variant.name}",
     )
     for chunk in chunks:
@@ -255,7 +254,7 @@ def _varied(bench: Bench, variant: Variant) -> Bench:
     if variant.question is not None:
         conflicts = [dataclasses.replace(conflict, question=variant.question) for conflict in conflicts]
     store = bench.store.under(str(variant))
-    return Bench(made, list(conflicts), bench.candidates, site=bench.site, store=store, keys=bench.keys)
+    return dataclasses.replace(bench, engine=made, conflicts=list(conflicts), store=store, sinks=[], _cells={})
 
 
 def _bootstrapped(known: Known, again: Again, main: Mapping[Head, str], draws: int) -> dict[str, Any]:
@@ -276,8 +275,7 @@ def _bootstrapped(known: Known, again: Again, main: Mapping[Head, str], draws: i
         values.append(jaccard(main, named))
         for head in main:
             kept[head] += head in named
-        if known.progress is not None:
-            known.progress("robustness: bootstraps of clips", draw + 1, draws)
+        known.bench.progress("robustness: bootstraps of clips", draw + 1, draws)
     present = [value for value in values if not math.isnan(value)]
     low, high = np.percentile(present, [2.5, 97.5]) if present else (float("nan"), float("nan"))
     return {

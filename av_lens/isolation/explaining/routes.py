@@ -98,7 +98,7 @@ def route_rows(known: Known) -> list[Row]:
     sinks, half = known.sinks(), known.confirmation
     chunks = known.bench.chunks(half.examples.tolist(), "suffix")
     depends, compute = {"seed": known.seed, "sinks": sinks}, partial(route_effects, seed=known.seed)
-    made = measured(chunks, half, "routes", depends, compute, known.progress)
+    made = measured(chunks, half, "routes", depends, compute)
     return _rows(made, windows(known.bench.engine.n_layers))
 
 

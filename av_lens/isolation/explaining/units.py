@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from av_lens.interventions import Plan, Site, replace
-from av_lens.isolation.measuring.bench import Chunk, Progress, gathered
+from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.donors import MEANS, MIRROR, PRIMARY_DONORS, align_end, joined
 from av_lens.isolation.measuring.effects import mirrored
 from av_lens.isolation.measuring.engine import ModelEngine
@@ -172,14 +172,12 @@ def _chunk_units(chunk: Chunk, units: Sequence[Unit], wanted: Sequence[Asked]) -
     return {"margin": (out * np.array([asked.sign for asked in wanted])[:, None, None]).transpose(2, 0, 1)}
 
 
-def unit_rows(
-    chunks: Sequence[Chunk], half: Half, *, site: str, progress: Progress | None = None
-) -> list[dict[str, Any]]:
+def unit_rows(chunks: Sequence[Chunk], half: Half, *, site: str) -> list[dict[str, Any]]:
     """Measure every unit at a site: rows of `units`."""
     units, wanted = units_of(chunks[0].bench.engine), asked_of(site)
     depends = {"units": [vars(unit) for unit in units], "asked": [vars(asked) for asked in wanted]}
     compute, stage = partial(_chunk_units, units=units, wanted=wanted), f"groups, MLPs, attentions and layers at {site}"
-    made = gathered(chunks, half.examples, "unit effects", depends, compute, progress=progress, stage=stage)
+    made = gathered(chunks, half.examples, "unit effects", depends, compute, stage)
     out: list[dict[str, Any]] = []
     for a, asked in enumerate(wanted):
         values = made["margin"][:, a]

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from av_lens.isolation.measuring.bench import Chunk, Progress
+from av_lens.isolation.measuring.bench import Chunk
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates, Reading
 from av_lens.results.statistics import interval
@@ -87,7 +87,7 @@ class Survey:
         return hears & sees
 
 
-def survey(chunks: Sequence[Chunk], n: int, *, progress: Progress | None = None) -> Survey:
+def survey(chunks: Sequence[Chunk], n: int) -> Survey:
     """Read every cell of every conflict."""
     candidates, total, done = chunks[0].bench.candidates, len(RIGHT) * n, 0
     readings = {key: Reading.unread(n, len(candidates.names)) for key in RIGHT}
@@ -95,8 +95,7 @@ def survey(chunks: Sequence[Chunk], n: int, *, progress: Progress | None = None)
         for key, out in readings.items():
             out.put(chunk.examples, chunk.reading(*key))
             done += len(chunk.examples)
-            if progress is not None:
-                progress("reading every cell", done, total)
+            chunk.bench.progress("reading every cell", done, total)
         chunk.forget()
     return Survey(readings, candidates)
 

@@ -47,6 +47,10 @@ from av_lens.spans import SpanMap
 Progress = Callable[[str, int, int], None]
 
 
+def _silent(stage: str, done: int, total: int) -> None:
+    """Tell nobody how far a stage is."""
+
+
 @dataclass(eq=False)
 class Bench:
     """The conflicts of a run, their answers and the model's engine.
@@ -61,6 +65,7 @@ class Bench:
     store: Store = field(default_factory=Store)
     sinks: list[tuple[SpanMap, list[int]]] = field(default_factory=list)
     keys: ClipKeys = field(default_factory=ClipKeys)
+    progress: Progress = _silent
     _cells: dict[tuple[int, str | None], Mapping[str, AVInputs]] = field(default_factory=dict)
 
     def inputs(self, example: int, cell: str, question: str) -> AVInputs:
@@ -279,8 +284,6 @@ def gathered(
     name: str,
     depends: Mapping[str, Any],
     compute: Callable[[Chunk], Arrays],
-    *,
-    progress: Progress | None = None,
     stage: str = "",
 ) -> Arrays:
     """Measure every stack, or open what was stored, and put the conflicts (each array's first axis) in order."""
@@ -291,8 +294,8 @@ def gathered(
             if key not in out:
                 out[key] = np.full((len(examples), *values.shape[1:]), np.nan)
             out[key][rows] = values
-        if progress is not None:
-            progress(stage or name, number + 1, len(chunks))
+        if stage:
+            chunk.bench.progress(stage, number + 1, len(chunks))
     return out
 
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 
 from av_lens.interventions import Plan
-from av_lens.isolation.measuring.bench import Chunk, Progress
+from av_lens.isolation.measuring.bench import Chunk
 from av_lens.isolation.measuring.donors import MIRROR
 from av_lens.isolation.measuring.estimands import PerHead, Request
 from av_lens.isolation.measuring.recordings import Head
@@ -158,8 +158,7 @@ def measure_requests(
     *,
     heads: Sequence[Head],
     examples: Int[np.ndarray, " example"],
-    progress: Progress | None = None,
-    stage: str = "exact effects",
+    stage: str = "",
 ) -> dict[Request, Effect]:
     """Run all requests for all heads on all conflicts, mirrored; rows are in the examples' order."""
     out = {request: Effect.unmeasured(len(examples), chunks[0]) for request in wanted}
@@ -169,8 +168,8 @@ def measure_requests(
     def tick(n: int) -> None:
         nonlocal done
         done += n
-        if progress is not None and (n > 1 or done % 64 == 0 or done == total):
-            progress(stage, done, total)
+        if stage and (n > 1 or done % 64 == 0 or done == total):
+            chunks[0].bench.progress(stage, done, total)
 
     for chunk in chunks:
         rows = chunk.rows(examples)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 
 from av_lens.interventions import Plan
-from av_lens.isolation.measuring.bench import Chunk, Progress, gathered
+from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.donors import MIRROR
 from av_lens.isolation.measuring.effects import mirrored
 from av_lens.isolation.measuring.halves import Half
@@ -145,12 +145,7 @@ class Measured:
 
 
 def measured(
-    chunks: Sequence[Chunk],
-    half: Half,
-    name: str,
-    depends: Mapping[str, Any],
-    compute: Callable[[Chunk], Arrays],
-    progress: Progress | None = None,
+    chunks: Sequence[Chunk], half: Half, name: str, depends: Mapping[str, Any], compute: Callable[[Chunk], Arrays]
 ) -> Measured:
     """Measure every stack, or open what was stored, and put the conflicts in the half's order."""
-    return Measured(half, gathered(chunks, half.examples, name, depends, compute, progress=progress))
+    return Measured(half, gathered(chunks, half.examples, name, depends, compute, stage=name))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from av_lens.errors import ProtocolError
-from av_lens.isolation.measuring.bench import Bench, Chunk, Progress
+from av_lens.isolation.measuring.bench import Bench, Chunk
 from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import measure_requests
 from av_lens.isolation.measuring.estimands import PerHead, figures, requests
@@ -131,35 +131,18 @@ class Searched(BySite):
 
 
 def gather(
-    chunks: list[Chunk],
-    half: Half,
-    heads: Sequence[Head],
-    *,
-    site: str,
-    s: float,
-    family: int,
-    seed: int,
-    progress: Progress | None,
+    chunks: list[Chunk], half: Half, heads: Sequence[Head], *, site: str, s: float, family: int, seed: int
 ) -> SiteEvidence:
     """Measure and test the effects of some heads at one site on one half."""
     stage = f"exact effects of {len(heads)} heads at {site}, {half.name}"
     wanted = requests(chunks)
-    effects = measure_requests(chunks, wanted, heads=heads, examples=half.examples, progress=progress, stage=stage)
+    effects = measure_requests(chunks, wanted, heads=heads, examples=half.examples, stage=stage)
     found = Evidence(figures(effects), half)
     tests = run_tests(found, s=s, family=family, seed=seed)
     return SiteEvidence(site, chunks, found, tests, direct_writes(chunks, half.examples))
 
 
-def search(
-    bench: Bench,
-    half: Half,
-    *,
-    s: float,
-    floor: float | None,
-    sites: Sequence[str],
-    seed: int,
-    progress: Progress | None,
-) -> Searched:
+def search(bench: Bench, half: Half, *, s: float, floor: float | None, sites: Sequence[str], seed: int) -> Searched:
     """Search all heads at all sites on discovery; a `floor` of s is raised to what the control question shows."""
     heads = bench.engine.heads
     family = family_size(len(heads), len(sites))
@@ -167,11 +150,8 @@ def search(
     chunks = {site: bench.chunks(half.examples.tolist(), site) for site in searched}
     means = {site: with_means(chunks[site]) for site in searched}
     if floor is not None:
-        s = max(floor, *(null_share(chunks[site], half.examples, half.G, progress=progress) for site in searched))
-    found = [
-        gather(chunks[site], half, heads, site=site, s=s, family=family, seed=seed, progress=progress)
-        for site in searched
-    ]
+        s = max(floor, *(null_share(chunks[site], half.examples, half.G) for site in searched))
+    found = [gather(chunks[site], half, heads, site=site, s=s, family=family, seed=seed) for site in searched]
     if len(found) > 1:  # the largest T of a flip is that of all sites
         together = run_tests_together([site.evidence for site in found], s=s, family=family, seed=seed)
         for site, tests in zip(found, together, strict=True):

@@ -146,19 +146,15 @@ def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:
 
 def _searched(run: Run, ledger: Ledger) -> Known:
     """Search on discovery, then look at what was found on confirmation."""
-    seed, progress = run.options.seed, run.progress
+    seed = run.options.seed
     floor = run.s if run.protocol["s_rule"] == protocol.MEASURED else None
-    searched = evidence.search(
-        run.bench, run.both[0], s=run.s, floor=floor, sites=run.options.sites, seed=seed, progress=progress
-    )
+    searched = evidence.search(run.bench, run.both[0], s=run.s, floor=floor, sites=run.options.sites, seed=seed)
     ledger.close()
     run.s = searched.s
     run.reasons += searched.notes
-    held = confirmation.confirm_all(
-        run.bench, run.both, searched, s=run.s, seed=seed, quick=run.options.quick, progress=progress
-    )
+    held = confirmation.confirm_all(run.bench, run.both, searched, s=run.s, seed=seed, quick=run.options.quick)
     ledger.close()
-    return Known(run.bench, *run.both, searched, held, seed, progress)
+    return Known(run.bench, *run.both, searched, held, seed)
 
 
 def _behave(run: Run, ledger: Ledger, folder: Path | None) -> None:
@@ -168,7 +164,7 @@ def _behave(run: Run, ledger: Ledger, folder: Path | None) -> None:
     chunks = bench.chunks(everyone, "suffix")  # readings do not depend on the site; sinks are found later
     if ledger.told is not None or folder is not None:
         ledger.expect(cost.estimated(chunks, _size(run), folder=folder, key=run.key))
-    run.survey = survey(chunks, len(everyone), progress=run.progress)
+    run.survey = survey(chunks, len(everyone))
     ledger.figures = {
         member.id: {"C": round(float(run.read.C[i]), 4), "G": round(float(run.read.G[i]), 4)}
         for i, member in enumerate(run.members)

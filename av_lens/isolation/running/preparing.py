@@ -77,7 +77,6 @@ class Run:
     protocol: dict[str, Any]
     options: Options
     s: float
-    progress: Progress | None
     survey: Survey | None = None
     both: tuple[Half, Half] = field(init=False)
     answers: dict[str, Any] = field(default_factory=dict)
@@ -186,7 +185,8 @@ def prepared(
         family=family,
     )
     bench = Bench(engine, named, candidates, site=options.sites[0], keys=keys)
-    run = Run(bench, members, halves, written, options, s, progress, answers=read.provenance())
+    bench.progress = progress or bench.progress
+    run = Run(bench, members, halves, written, options, s, answers=read.provenance())
     run.reasons += [read.sentence()] if read.left_out else []
     return run
 

@@ -45,9 +45,7 @@ def further(run: Run, known: Known) -> Further:
         run.reasons.append(NAMED_ONLY)
         return out
     out.rows["units"] = [
-        row
-        for name, site in known.searched.sites.items()
-        for row in unit_rows(site.chunks, known.discovery, site=name, progress=known.progress)
+        row for name, site in known.searched.sites.items() for row in unit_rows(site.chunks, known.discovery, site=name)
     ]
     out.rows |= {name: rows_of(known) for name, rows_of in EXPLAINED.items()}
     out.rows["repair"], out.arrays = repair(known)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from av_lens.isolation.measuring.bench import Bench, Chunk, Progress
+from av_lens.isolation.measuring.bench import Bench, Chunk
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming.evidence import BySite, Searched, chunks_of, gather
 from av_lens.isolation.naming.role_tests import CARRIERS, Named, family_size
@@ -68,20 +68,13 @@ class Held(BySite):
 
 
 def confirm_all(
-    bench: Bench,
-    halves: tuple[Half, Half],
-    searched: Searched,
-    *,
-    s: float,
-    seed: int,
-    quick: bool = False,
-    progress: Progress | None,
+    bench: Bench, halves: tuple[Half, Half], searched: Searched, *, s: float, seed: int, quick: bool = False
 ) -> Held:
     """Search the sets on discovery, and measure on confirmation what discovery named."""
     first, half = halves
     where, family = searched.first.site, family_size(len(bench.engine.heads), len(searched.sites))
     held = Held(sites={})
-    held.searched = search_sets(searched.first, first, s=s, quick=quick, progress=progress)
+    held.searched = search_sets(searched.first, first, s=s, quick=quick)
     held.named = frozenset((*row.at, row.site) for row in searched.named if row.role in (*RELEASING, "breaks"))
     chunks = {site: chunks_of(bench, searched, half, site) for site in searched.sites}
     built = held.chosen
@@ -89,17 +82,13 @@ def confirm_all(
         heads = {row.at for row in searched.named if row.site == site}
         heads |= set(built.members) if built is not None and site == where else set()
         if heads:
-            held.sites[site] = gather(
-                chunks[site], half, sorted(heads), site=site, s=s, family=family, seed=seed + 1, progress=progress
-            )
+            held.sites[site] = gather(chunks[site], half, sorted(heads), site=site, s=s, family=family, seed=seed + 1)
     if built is not None:
         for number, (one, stacks) in enumerate(((first, searched.first.chunks), (half, chunks[where]))):
-            held.in_context[one.name] = in_context(
-                stacks, one, built, s=s, family=family, seed=seed + number, progress=progress
-            )
+            held.in_context[one.name] = in_context(stacks, one, built, s=s, family=family, seed=seed + number)
         held.roles = member_roles(held.in_context[DISCOVERY], built, site=where)
     _confirm_rows(searched, held, s)
-    _confirm_sets(searched, held, chunks[where], halves, s=s, seed=seed, progress=progress)
+    _confirm_sets(searched, held, chunks[where], halves, s=s, seed=seed)
     return held
 
 
@@ -118,21 +107,12 @@ def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
 
 
 def _confirm_sets(
-    searched: Searched,
-    held: Held,
-    chunks: list[Chunk],
-    halves: tuple[Half, Half],
-    *,
-    s: float,
-    seed: int,
-    progress: Progress | None,
+    searched: Searched, held: Held, chunks: list[Chunk], halves: tuple[Half, Half], *, s: float, seed: int
 ) -> None:
     """Edit the sets on confirmation with their controls, and look at what else the chosen one breaks."""
     first, half = halves
-    held.ablation_rows += ranked_curve(searched, chunks, half, progress=progress)
-    held.set_rows, ablation = confirmed_sets(
-        held.searched.sets, searched.first, chunks, halves, s=s, seed=seed, progress=progress
-    )
+    held.ablation_rows += ranked_curve(searched, chunks, half)
+    held.set_rows, ablation = confirmed_sets(held.searched.sets, searched.first, chunks, halves, s=s, seed=seed)
     held.ablation_rows += ablation
     held.member_rows = member_rows(
         held.searched,

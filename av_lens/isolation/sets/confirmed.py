@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from av_lens.isolation.measuring.bench import Chunk, Progress, averaged
+from av_lens.isolation.measuring.bench import Chunk, averaged
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.recordings import Head
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence
@@ -37,9 +37,7 @@ from av_lens.isolation.sets.sets import (
 Row = dict[str, Any]
 
 
-def ranked_curve(
-    searched: Searched, chunks: Sequence[Chunk], half: Half, *, progress: Progress | None = None
-) -> list[Row]:
+def ranked_curve(searched: Searched, chunks: Sequence[Chunk], half: Half) -> list[Row]:
     """Edit the heads of largest release together: how many restore half of the gap? Rows of `ablation` by size.
 
     Sizes double, then the crossing is closed in by halves.
@@ -51,7 +49,7 @@ def ranked_curve(
     while sizes:
         sets = [tuple(heads[:size]) for size in sizes]
         stage = "the largest releases together"
-        effect = release_of_sets(chunks, sets, [donor] * len(sets), half.examples, progress=progress, stage=stage)
+        effect = release_of_sets(chunks, sets, [donor] * len(sets), half.examples, stage)
         for index, (size, one) in enumerate(zip(sizes, sets, strict=True)):
             rows[size] = curve_row("ranked heads", one, donor, effect, index, -1, half)
         middle = between({size: row["release"] for size, row in rows.items()}, goal)
@@ -86,7 +84,6 @@ def confirmed_sets(
     *,
     s: float,
     seed: int,
-    progress: Progress | None = None,
 ) -> tuple[list[Row], list[Row]]:
     """Edit the sets on confirmation, the chosen one with its controls: rows of `sets` and of `ablation`."""
     half = halves[1]
@@ -102,7 +99,7 @@ def confirmed_sets(
         heads = [one for _, one, _ in arms]
         stage = f"the set and {len(built.random)} random sets" if built.chosen else "the set with another donor"
         donors = [built.donor] * len(heads)
-        effect = release_of_sets(chunks, heads, donors, half.examples, progress=progress, stage=stage)
+        effect = release_of_sets(chunks, heads, donors, half.examples, stage)
         if built.chosen:
             ablation += [
                 curve_row(arm, one, built.donor, effect, index, draw, half)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from av_lens.isolation.measuring.bench import Chunk, Progress, gathered
+from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.donors import MIRROR
 from av_lens.isolation.measuring.effects import Effect, mirrored
 from av_lens.isolation.measuring.estimands import ROLE_ESTIMANDS, Request, figures, requests
@@ -47,16 +47,7 @@ class InContext:
     cuts: Cuts
 
 
-def in_context(
-    chunks: Sequence[Chunk],
-    half: Half,
-    built: BuiltSet,
-    *,
-    s: float,
-    family: int,
-    seed: int,
-    progress: Progress | None = None,
-) -> InContext:
+def in_context(chunks: Sequence[Chunk], half: Half, built: BuiltSet, *, s: float, family: int, seed: int) -> InContext:
     """Measure the members of a set on a half, each with the others edited."""
     wanted = requests(chunks, names=ROLE_ESTIMANDS, donors=(built.donor,))
     effects = {request: Effect.unmeasured(len(half.examples), chunks[0]) for request in wanted}
@@ -64,7 +55,7 @@ def in_context(
     depends = {"members": built.members, "donor": built.donor, "requests": [vars(one) for one in wanted]}
     compute = partial(_chunk_effects, built=built, wanted=wanted)
     stage = f"members with the others edited, {half.name}"
-    found = gathered(chunks, half.examples, "members in context", depends, compute, progress=progress, stage=stage)
+    found = gathered(chunks, half.examples, "members in context", depends, compute, stage)
     for r, request in enumerate(wanted):
         for figure, values in found.items():
             getattr(effects[request], figure)[:, layers, heads] = values[:, r]

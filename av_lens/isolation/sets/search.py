@@ -250,13 +250,11 @@ def screened(screens: dict[str, Float[np.ndarray, "layer head"]]) -> dict[Head, 
     return {head: f"{best[head][1]} (rank {best[head][0] + 1})" for head in sorted(chosen)}
 
 
-def search_sets(
-    site: SiteEvidence, half: Half, *, s: float, quick: bool = False, progress: Progress | None = None
-) -> SearchedSets:
+def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False) -> SearchedSets:
     """Search sets of heads on discovery, once per primary donor; `quick` leaves out all pairs."""
     found, delta, g = site.evidence, half.delta(s), float(half.G.mean())
     out = SearchedSets(screens=screened(_screens(site)), quick=quick)
-    candidates = sorted(out.screens)
+    candidates, progress = sorted(out.screens), site.chunks[0].bench.progress
     for donor, release in found.by_donor("release").items():
         if np.isnan(release).all():
             continue
@@ -269,8 +267,7 @@ def search_sets(
             releases.pairs(candidates)
             synergies = pair_synergies(releases, candidates)
         winner, paths = search(releases, candidates, synergies, delta=delta)
-        if progress is not None:
-            progress(stage, 1, 1)
+        progress(stage, 1, 1)
         out.releases[donor] = releases
         if winner.members:
             out.sets.append(BuiltSet(winner.members, donor, winner.release, screen=winner.start))
@@ -300,15 +297,14 @@ def video_attention(chunk: Chunk) -> Float[np.ndarray, "layer head"]:
     return mass[..., 0, 0].double().numpy().mean(0)
 
 
-def _ticker(progress: Progress | None, stage: str, expected: int) -> Tick:
+def _ticker(progress: Progress, stage: str, expected: int) -> Tick:
     """Count measured sets; how many a climb needs is not known before, so the total stays open at the end."""
     done = 0
 
     def tick(more: int) -> None:
         nonlocal done
         done += more
-        if progress is not None:
-            progress(stage, done, max(expected, done + 1))
+        progress(stage, done, max(expected, done + 1))
 
     return tick
 

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from av_lens.isolation.measuring.bench import Chunk, Progress, gathered
+from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.donors import MIRROR
 from av_lens.isolation.measuring.effects import edited_readings, measure_requests, mirrored
 from av_lens.isolation.measuring.estimands import Request
@@ -53,14 +53,12 @@ def release_of_sets(
     sets: Sequence[Sequence[Head]],
     donors: Sequence[str],
     examples: Int[np.ndarray, " example"],
-    *,
-    progress: Progress | None = None,
-    stage: str = "sets of heads",
+    stage: str = "",
 ) -> SetEffect:
     """Edit sets together in `va` and `av`, each by its donor, and measure the release."""
     depends = {"sets": [list(one) for one in sets], "donors": list(donors)}
     compute = partial(_chunk_release, sets=sets, donors=donors)
-    found = gathered(chunks, examples, "sets", depends, compute, progress=progress, stage=stage)
+    found = gathered(chunks, examples, "sets", depends, compute, stage)
     return SetEffect(**{name: np.ascontiguousarray(values.T) for name, values in found.items()})
 
 
@@ -85,7 +83,7 @@ def top_see_heads(chunks: Sequence[Chunk], n: int) -> list[Head]:
     heads = chunks[0].bench.engine.heads
     zeroed = Request("va", "zero", question="see")
     examples = np.concatenate([chunk.examples for chunk in chunks])
-    found = measure_requests(chunks, [zeroed], heads=heads, examples=examples, stage="heads that see needs")
+    found = measure_requests(chunks, [zeroed], heads=heads, examples=examples)
     mean = head_means(found[zeroed].margin).ravel()
     return [heads[j] for j in np.argsort(-mean, kind="stable")[:n]]
 
