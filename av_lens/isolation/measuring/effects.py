@@ -113,12 +113,12 @@ def edited_scores(
 def effect_figures(
     candidates: Candidates,
     examples: Int[np.ndarray, " batch"],
-    base: tuple[Float[np.ndarray, "scale batch candidate"], Float[np.ndarray, "scale *more batch candidate"]],
-    mirror: tuple[Float[np.ndarray, "scale batch candidate"], Float[np.ndarray, "scale *more batch candidate"]],
+    base: tuple[Float[np.ndarray, "scale *some batch candidate"], Float[np.ndarray, "scale *more batch candidate"]],
+    mirror: tuple[Float[np.ndarray, "scale *some batch candidate"], Float[np.ndarray, "scale *more batch candidate"]],
 ) -> dict[str, Float[np.ndarray, "*more batch"]]:
-    """Compute every figure of an `Effect` from scores before and after an edit, in a cell and in its mirror."""
+    """Compute an `Effect`'s figures from scores before and after an edit, in a cell and its mirror."""
     out: dict[str, np.ndarray] = {}
-    for scale, ending in enumerate(("", "_frozen")):
+    for scale, ending in enumerate(("", "_frozen")[: len(base[0])]):
         here, there = ((before[scale], after[scale]) for before, after in (base, mirror))
         out[f"margin{ending}"] = mirrored(*(_change(candidates.margin, two, examples) for two in (here, there)))
         for name, of, exchanged in (("on_sound", "sound", "picture"), ("on_picture", "picture", "sound")):

@@ -10,6 +10,9 @@ from jaxtyping import Int
 from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.estimands import PerHead
 
+DLA = ("dla", "")
+"""What heads write, beside the estimands of their edits."""
+
 
 def direct_writes(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]) -> PerHead:
     """Attribute M directly to the heads at the asked position, mirrored: (va - av) / 2.

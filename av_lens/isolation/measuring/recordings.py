@@ -74,7 +74,7 @@ class Recording:
         return Plan(edits)
 
 
-def edits_at(positions: Int[np.ndarray, " site"], values: Values) -> list[Edit]:
+def edits_at(positions: Int[np.ndarray, " place"], values: Values) -> list[Edit]:
     """Write heads' new z as edits at some of the site's last positions."""
     at, n = positions.tolist(), len(positions)
     return [

@@ -6,7 +6,7 @@ discovery alone: the means, the donors, the rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,9 @@ from av_lens.errors import ProtocolError
 from av_lens.isolation.measuring.bench import Bench, Chunk
 from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import measure_requests
-from av_lens.isolation.measuring.estimands import PerHead, figures, requests
+from av_lens.isolation.measuring.estimands import figures, requests
 from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.logit_writes import direct_writes
+from av_lens.isolation.measuring.logit_writes import DLA, direct_writes
 from av_lens.isolation.measuring.recordings import MEDIA_SITES, Head
 from av_lens.isolation.naming.role_tests import (
     Evidence,
@@ -44,25 +44,16 @@ class SiteEvidence:
     chunks: list[Chunk]
     evidence: Evidence
     tests: Tests
-    dla: PerHead
-
-    def named_arrays(self) -> Iterator[tuple[str, str, PerHead]]:
-        """List every estimand with its donor and its effects."""
-        yield from ((*key, values) for key, values in self.evidence.figures.items())
-        yield "dla", "", self.dla
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Give every effect that was measured, for the record."""
-        return {
-            f"{self.site}/{estimand}/{donor}": values
-            for estimand, donor, values in self.named_arrays()
-            if (~np.isnan(values)).any()
-        }
+        measured = ((key, values) for key, values in self.evidence.figures.items() if (~np.isnan(values)).any())
+        return {"/".join((self.site, *key)): values for key, values in measured}
 
     def rows(self, half: str) -> list[dict[str, Any]]:
         """Write the rows of the evidence table."""
         out: list[dict[str, Any]] = []
-        for estimand, donor, values in self.named_arrays():
+        for (estimand, donor), values in self.evidence.figures.items():
             heads = np.argwhere((~np.isnan(values)).any(0))
             if len(heads):
                 bounds = self.evidence.half.rows(values[:, heads[:, 0], heads[:, 1]])
@@ -137,9 +128,8 @@ def gather(
     stage = f"exact effects of {len(heads)} heads at {site}, {half.name}"
     wanted = requests(chunks)
     effects = measure_requests(chunks, wanted, heads=heads, examples=half.examples, stage=stage)
-    found = Evidence(figures(effects), half)
-    tests = run_tests(found, s=s, family=family, seed=seed)
-    return SiteEvidence(site, chunks, found, tests, direct_writes(chunks, half.examples))
+    found = Evidence(figures(effects) | {DLA: direct_writes(chunks, half.examples)}, half)
+    return SiteEvidence(site, chunks, found, run_tests(found, s=s, family=family, seed=seed))
 
 
 def search(bench: Bench, half: Half, *, s: float, floor: float | None, sites: Sequence[str], seed: int) -> Searched:

@@ -13,6 +13,7 @@ import numpy as np
 
 from av_lens.isolation.measuring.donors import PRIMARY_DONORS
 from av_lens.isolation.measuring.estimands import ESTIMANDS, donor_of
+from av_lens.isolation.measuring.logit_writes import DLA
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence
 from av_lens.isolation.naming.role_tests import CARRIERS, Evidence, Named, head_means
 from av_lens.isolation.naming.roles import LEVEL
@@ -64,7 +65,7 @@ def _figures(evidence: Evidence, row: Named, key: tuple[str, str], prefix: str) 
 
 def _side_by_side(site: SiteEvidence, row: Named) -> dict[str, Any]:
     """A head's other estimands: those of one donor, and of several donors the row's own."""
-    at, columns = (slice(None), *row.at), {"dla": site.dla}
+    at, columns = (slice(None), *row.at), {"dla": site.evidence[DLA]}
     several = [one.column for one in ESTIMANDS]
     for one in ESTIMANDS:
         if one.column and (several.count(one.column) == 1 or one.donor == row.donor):

@@ -59,7 +59,8 @@ def ranked_curve(searched: Searched, chunks: Sequence[Chunk], half: Half) -> lis
 
 def ranked_heads(site: SiteEvidence) -> tuple[list[Head], str]:
     """Order all heads by their largest single release on discovery, and choose the donor to edit them with."""
-    best, n_heads = site.evidence.largest_release, site.dla.shape[2]
+    best = site.evidence.largest_release
+    n_heads = best.shape[1]
     order = np.argsort(-np.where(np.isnan(best), -np.inf, best).ravel(), kind="stable")
     release = site.evidence.by_donor("release")
     donor = max(release, key=lambda name: float(np.nansum(np.clip(head_means(release[name]), 0, None))))

@@ -26,7 +26,7 @@ from jaxtyping import Float
 
 from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.donors import MIRROR
-from av_lens.isolation.measuring.effects import Effect, mirrored
+from av_lens.isolation.measuring.effects import Effect, effect_figures
 from av_lens.isolation.measuring.estimands import ROLE_ESTIMANDS, Request, figures, requests
 from av_lens.isolation.measuring.halves import Half, columns
 from av_lens.isolation.measuring.recordings import Head
@@ -67,11 +67,11 @@ def in_context(chunks: Sequence[Chunk], half: Half, built: BuiltSet, *, s: float
 
 def _cell_scores(
     chunk: Chunk, cell: str, built: BuiltSet, wanted: Sequence[Request]
-) -> tuple[Float[np.ndarray, "1 member batch candidate"], Float[np.ndarray, "request member batch candidate"]]:
+) -> tuple[Float[np.ndarray, "1 member batch candidate"], Float[np.ndarray, "1 request member batch candidate"]]:
     """The candidates' scores with all members but one edited, and with each request's edit of that one on top."""
     engine, candidates = chunk.bench.engine, chunk.bench.candidates
     shape = (len(built.members), len(chunk.examples), len(candidates.names))
-    before, after = np.full((1, *shape), np.nan), np.full((len(wanted), *shape), np.nan)
+    before, after = np.full((1, *shape), np.nan), np.full((1, len(wanted), *shape), np.nan)
     run = chunk.run(cell)
     for j, head in enumerate(built.members):
         others = sorted(_others(built, head))
@@ -79,28 +79,19 @@ def _cell_scores(
         before[0, j] = candidates.scores(edited.logits)
         plans = [edited.plan(chunk.z(cell, [head], one.donor), freeze=one.freeze) for one in wanted]
         for r, again in enumerate(engine.changed(edited, plans)):
-            after[r, j] = candidates.scores(again.logits)
+            after[0, r, j] = candidates.scores(again.logits)
     chunk.drop_traces(cell)
     return before, after
 
 
 def _chunk_effects(chunk: Chunk, built: BuiltSet, wanted: Sequence[Request]) -> dict[str, np.ndarray]:
-    """All requests on one stack, mirrored: `[batch, request, member]` of margin and rise."""
-    candidates, examples = chunk.bench.candidates, chunk.examples
-    shape = (len(examples), len(wanted), len(built.members))
-    out = {name: np.full(shape, np.nan) for name in ("margin", "rise")}
-    for base in dict.fromkeys(request.base for request in wanted):
-        which = [r for r, request in enumerate(wanted) if request.base == base]
-        margins: list[np.ndarray] = []
-        rises: list[np.ndarray] = []
-        for cell, heard in ((base, "sound"), (MIRROR[base], "picture")):
-            before, after = _cell_scores(chunk, cell, built, [wanted[r] for r in which])
-            margins.append(candidates.margin(after, examples) - candidates.margin(before, examples))
-            above = [candidates.above_others(scores, examples, of=heard) for scores in (before, after)]
-            rises.append(above[1] - above[0])
-        out["margin"][:, which] = np.moveaxis(mirrored(margins[0], margins[1]), -1, 0)
-        out["rise"][:, which] = np.moveaxis(0.5 * (rises[0] + rises[1]), -1, 0)
-    return out
+    """All requests on one stack, mirrored: `[batch, request, member]` of each figure at the runs' own norm scale."""
+    parts: list[dict[str, np.ndarray]] = []
+    for base in dict.fromkeys(request.base for request in wanted):  # their requests are listed together
+        these = [request for request in wanted if request.base == base]
+        cells = (_cell_scores(chunk, cell, built, these) for cell in (base, MIRROR[base]))
+        parts.append(effect_figures(chunk.bench.candidates, chunk.examples, *cells))
+    return {name: np.moveaxis(np.concatenate([part[name] for part in parts]), -1, 0) for name in parts[0]}
 
 
 def member_roles(found: InContext, built: BuiltSet, *, site: str) -> list[Named]:
