@@ -25,8 +25,10 @@ from av_lens.inputs import AVInputs
 if TYPE_CHECKING:
     from av_lens.isolation.measuring.bench import Chunk
 
-_MIRRORS = {"va": "av", "vv": "aa", "wa": "wv", "vw": "aw", "blank_a": "blank_v", "v_muted": "a_muted"}
-_MIRRORS |= {"audio_only": "audio_only_v", "blank_muted": "blank_muted"}
+_MIRRORS = {
+    "va": "av", "vv": "aa", "wa": "wv", "vw": "aw", "blank_a": "blank_v", "v_muted": "a_muted",
+    "audio_only": "audio_only_v", "blank_muted": "blank_muted",
+}  # fmt: skip
 MIRROR = _MIRRORS | {two: one for one, two in _MIRRORS.items()}
 MIRRORED_BASES = ("av", "blank_v")
 MEAN_CELLS = (("va", "va", "ask"), ("av", "av", "ask"), ("see", "va", "see"))

@@ -118,9 +118,9 @@ class ModelEngine:
 
     def trace(self, recording: Recording) -> Trace:
         """Give the recorded run that restarts begin from, made when first needed and kept with the recording."""
-        if recording.trace is None:
-            recording.trace = self.model.trace(recording.inputs)
-        return recording.trace
+        trace: Trace = self.model.trace(recording.inputs) if recording.trace is None else recording.trace
+        recording.trace = trace
+        return trace
 
     def _restartable(self, recording: Recording) -> Trace | None:
         trace = self.trace(recording) if self.how == "trace" else None

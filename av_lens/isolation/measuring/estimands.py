@@ -69,11 +69,11 @@ class Estimand:
 
     def of(self, effects: Mapping[Request, Effect]) -> PerHead:
         """Compute it; NaN where a request was not measured."""
-        found = [None if one is None else effects.get(one) for one in (self.plus, self.minus)]
-        if any(part is None for part, one in zip(found, (self.plus, self.minus), strict=True) if one is not None):
+        asked = [one for one in (self.plus, self.minus) if one is not None]
+        if not all(one in effects for one in asked):
             return np.full_like(next(iter(effects.values())).margin, np.nan)
-        plus, minus = (None if part is None else getattr(part, self.figure) for part in found)
-        return plus if minus is None else -minus if plus is None else plus - minus
+        parts: list[PerHead] = [getattr(effects[one], self.figure) for one in asked]
+        return -parts[0] if self.plus is None else parts[0] if self.minus is None else parts[0] - parts[1]
 
 
 def _c(donor: str, *, freeze: bool = False) -> Request:

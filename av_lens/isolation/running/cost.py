@@ -223,8 +223,8 @@ def memory(chunk: Chunk, size: Size) -> float:
     model, tensors = chunk.bench.engine.model, torch.Tensor
     stacked = sum(one.nbytes for one in run.inputs.tensors.values() if isinstance(one, tensors))
     held: dict[int, int] = {}
-    for (cell, question), example in product(RIGHT, chunk.examples.tolist()):
-        given = chunk.bench.inputs(example, cell, question).tensors.values()
+    for key, example in product(RIGHT, map(int, chunk.examples)):
+        given = chunk.bench.inputs(example, *key).tensors.values()
         held |= {value.data_ptr(): value.nbytes for value in given if isinstance(value, tensors)}
     searches = 1 if size.quick or size.named_only else 1 + VARIANTS
     inputs = sum(held.values()) * (searches * size.conflicts / n - 1)

@@ -67,9 +67,9 @@ def _items(
 
 
 def _measured(
-    chunk: Chunk, control: tuple[str, str, str], heads: Sequence[Head], donor: str
+    chunk: Chunk, control: tuple[str, str, str, str], heads: Sequence[Head], donor: str
 ) -> dict[str, Float[np.ndarray, " batch"]]:
-    cell, question, right = control
+    _, cell, question, right = control
     run = chunk.run(cell, question)
     (edited,) = chunk.bench.engine.changed(run, [run.plan(chunk.z(cell, heads, donor, question))])
     before, after = _items(chunk, run.logits, edited.logits, right)
@@ -79,12 +79,13 @@ def _measured(
 def controls(chunks: Sequence[Chunk], heads: Sequence[Head], donor: str, half: Half) -> list[dict[str, Any]]:
     """Run every control with the set edited: a row of `specificity` each; what cannot be measured is said there."""
     rows: list[dict[str, Any]] = []
-    for name, *control in CONTROLS:
-        depends = {"control": [name, *control], "heads": [list(head) for head in heads], "donor": donor}
-        compute = partial(_measured, control=tuple(control), heads=heads, donor=donor)
+    for control in CONTROLS:
+        name, *_, right = control
+        depends = {"control": control, "heads": [list(head) for head in heads], "donor": donor}
+        compute = partial(_measured, control=control, heads=heads, donor=donor)
         try:
             found = gathered(chunks, half.examples, "a control", depends, compute)
-            rows.append(_row(name, control[2], found["before"], found["after"], half.boot))
+            rows.append(_row(name, right, found["before"], found["after"], half.boot))
         except AvLensError as refused:
             rows.append({"control": name, "n": 0, "verdict": f"not measured: {refused}"})
     return rows
