@@ -18,12 +18,11 @@ from av_lens.results.tables import table
 
 
 def finding(
-    run: Run, kind: str, sentence: str, *, known: Known | None = None, more: Further | None = None, seconds: float
+    run: Run, kind: str, sentence: str, *, seconds: float, known: Known | None = None, more: Further = ({}, {})
 ) -> Isolation:
     """Write down what a run found, as far as it went."""
-    engine, more = run.bench.engine, more or Further()
-    arrays = {f"{half.name}/{name}": getattr(half, name) for half in run.both for name in ("G", "C")} | more.arrays
-    tables: dict[str, Any] = dict(more.rows)
+    engine, tables = run.bench.engine, dict[str, Any](more[0])
+    arrays = {f"{half.name}/{name}": getattr(half, name) for half in run.both for name in ("G", "C")} | more[1]
     if known is not None:
         sides = {DISCOVERY: known.searched, CONFIRMATION: known.held}
         arrays |= {f"{half}/{key}": v for half, found in sides.items() for key, v in found.arrays().items()}

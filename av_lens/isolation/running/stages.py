@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,27 +27,21 @@ EXPLAINED: dict[str, Callable[[Known], list[dict[str, Any]]]] = {
 }
 
 
-@dataclass(eq=False)
-class Further:
-    """The rows of further tables by name, and further arrays of the record."""
-
-    rows: dict[str, Sequence[dict[str, Any]]] = field(default_factory=dict)
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+Further = tuple[dict[str, list[dict[str, Any]]], dict[str, np.ndarray]]
+"""Rows of further tables by name, and further arrays of the record."""
 
 
 def further(run: Run, known: Known) -> Further:
     """Measure what follows the search and its confirmation; what is left out, as asked, is said in the reasons."""
-    out = Further()
     if run.options.quick:
         run.reasons.append(QUICK)
     if run.options.named_only:
         run.reasons.append(NAMED_ONLY)
-        return out
-    out.rows["units"] = [
-        row for name, site in known.searched.sites.items() for row in unit_rows(site.chunks, known.discovery, site=name)
-    ]
-    out.rows |= {name: rows_of(known) for name, rows_of in EXPLAINED.items()}
-    out.rows["repair"], out.arrays = repair(known)
+        return {}, {}
+    sites = known.searched.sites.items()
+    rows = {"units": [row for name, site in sites for row in unit_rows(site.chunks, known.discovery, site=name)]}
+    rows |= {name: rows_of(known) for name, rows_of in EXPLAINED.items()}
+    rows["repair"], arrays = repair(known)
     if not run.options.quick:
-        out.rows["robustness"] = robustness_rows(known)
-    return out
+        rows["robustness"] = robustness_rows(known)
+    return rows, arrays
