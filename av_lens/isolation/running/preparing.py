@@ -216,13 +216,11 @@ def _model_identity(engine: ModelEngine) -> dict[str, Any]:
 def _contents(named: Sequence[Any], keys: ClipKeys) -> dict[str, dict[str, str]]:
     """Hash what the conflicts are made of, by id: their clips by content and window, and their words."""
     found: dict[str, dict[str, str]] = {}
-    for conflict in named:
-        words = [str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix")]
-        parts: dict[str, Any] = {
-            role: keys.of(conflict, role) for role in ROLES if getattr(conflict, role, None) is not None
-        }
-        parts["words"] = [plain(conflict.answers), *words]
-        found[conflict.id] = {
+    for one in named:
+        parts: dict[str, Any] = {role: keys.of(one, role) for role in ROLES if getattr(one, role, None) is not None}
+        words = [str(getattr(one, name, "")) for name in ("question", "see", "control", "prefix")]
+        parts["words"] = [plain(one.answers), *words]
+        found[one.id] = {
             name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()
         }
     return found

@@ -266,13 +266,8 @@ def _inner(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
 
 def _changed(one: Mapping[str, Any], two: Mapping[str, Any], clips: Mapping[tuple[str, str], str]) -> list[str]:
     """The clips and words that changed of conflicts that both have; a third that was drawn anew is no cause."""
-    found = [
-        (name, part)
-        for name in two
-        if isinstance(one.get(name), Mapping)
-        for part in two[name]
-        if one[name].get(part) != two[name][part]
-    ]
+    both = [name for name in two if isinstance(one.get(name), Mapping)]
+    found = [(name, part) for name in both for part in two[name] if one[name].get(part) != two[name][part]]
     found = [place for place in found if place[1] != "third"] or found
     said = [
         f"the {part} of conflict {name!r}" + (f" ({clips[name, part]})" if (name, part) in clips else "")
