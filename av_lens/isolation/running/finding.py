@@ -26,16 +26,9 @@ def finding(
     if known is not None:
         sides = {DISCOVERY: known.searched, CONFIRMATION: known.held}
         arrays |= {f"{half}/{key}": v for half, found in sides.items() for key, v in found.arrays().items()}
-        held = known.held
-        tables |= {
-            "heads": head_rows(known.searched, held),
+        tables |= known.held.tables | {
+            "heads": head_rows(known.searched, known.held),
             "evidence": [row for half, found in sides.items() for row in found.rows(half)],
-            "sets": held.set_rows,
-            "members": held.member_rows,
-            "steps": held.searched.steps,
-            "synergies": held.searched.synergies,
-            "ablation": held.ablation_rows,
-            "specificity": held.specificity_rows,
         }
     tables |= {"behaviour": behaviour_rows(run), "conflicts": conflict_rows(run)}
     return Isolation(

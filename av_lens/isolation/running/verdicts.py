@@ -53,9 +53,9 @@ def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tupl
     counts = counts_above(known)
     shares, heads = ", ".join(f"{share:.2f}" for share in counts), ", ".join(map(str, counts.values()))
     parts.append(f"Heads whose largest single release on discovery is above {shares} of G: {heads}.")
-    chosen = [row for row in held.set_rows if row["chosen"]]
+    chosen = [row for row in held.tables["sets"] if row["chosen"]]
     parts += [_set_sentence(row, gap) for row in chosen]
-    parts.append(_hidden_sentence(held.member_rows, delta=known.discovery.delta(s)))
+    parts.append(_hidden_sentence(held.tables["members"], delta=known.discovery.delta(s)))
     if not chosen:
         parts.append("No set of heads was found either: taken apart head by head, none kept a release above delta.")
     if held.searched.quick:
@@ -63,7 +63,7 @@ def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tupl
     number = heads_for_half(known)
     parts.append(_spread_sentence(known, number))
     for outcome, words in UNSPECIFIC.items():
-        controls = [row["control"] for row in held.specificity_rows if row["verdict"] == outcome]
+        controls = [row["control"] for row in held.tables["specificity"] if row["verdict"] == outcome]
         parts += [f"{words}: {', '.join(controls)}."] if controls else []
     enough = any(row["release"] >= 0.5 * gap for row in chosen) or (number is not None and number <= MOST_MEMBERS)
     if gap_kind in ("no suppression", "not established"):
@@ -135,7 +135,7 @@ def _hidden_sentence(rows: Sequence[dict[str, Any]], *, delta: float) -> str:
 def heads_for_half(known: Known) -> int | None:
     """Count the heads of largest release that together restore half of the gap."""
     goal = 0.5 * known.confirmation.gap
-    rows = [row for row in known.held.ablation_rows if row["arm"] == "ranked heads" and row["release"] >= goal]
+    rows = [row for row in known.held.tables["ablation"] if row["arm"] == "ranked heads" and row["release"] >= goal]
     return min((int(row["k"]) for row in rows), default=None) if goal > 0 else None
 
 
@@ -143,7 +143,7 @@ def _spread_sentence(known: Known, number: int | None) -> str:
     """Say how many of the heads with the largest releases together restore half of the gap."""
     if number is None:
         return ""
-    row = next(row for row in known.held.ablation_rows if row["arm"] == "ranked heads" and row["k"] == number)
+    row = next(row for row in known.held.tables["ablation"] if row["arm"] == "ranked heads" and row["k"] == number)
     who = f"the {number} heads of largest single release together restore"
     who = "the head of largest single release alone restores" if number == 1 else who
     opening = "The suppression is spread over many heads: by" if number > MOST_MEMBERS else "By"

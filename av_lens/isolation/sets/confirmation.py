@@ -38,10 +38,7 @@ class Held(BySite):
         in_context: their evidence by half.
         confirmed: which rows hold, single heads' and members'.
         holm_p: each row's p after Holm.
-        set_rows: the table of sets, with their controls.
-        member_rows: their members.
-        ablation_rows: the cumulative curves, and the edit of the heads of largest release.
-        specificity_rows: what else the chosen set breaks.
+        tables: the rows about sets, by table: `sets`, `members`, `steps`, `synergies`, `ablation`, `specificity`.
         named: the (layer, head, site) whose single release names a suppressor, or breaks.
     """
 
@@ -50,10 +47,7 @@ class Held(BySite):
     in_context: dict[str, InContext] = field(default_factory=dict)
     confirmed: dict[Named, bool] = field(default_factory=dict)
     holm_p: dict[Named, float] = field(default_factory=dict)
-    set_rows: list[dict[str, Any]] = field(default_factory=list)
-    member_rows: list[dict[str, Any]] = field(default_factory=list)
-    ablation_rows: list[dict[str, Any]] = field(default_factory=list)
-    specificity_rows: list[dict[str, Any]] = field(default_factory=list)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     named: frozenset[tuple[int, int, str]] = frozenset()
 
     @property
@@ -88,7 +82,7 @@ def confirm_all(
             held.in_context[one.name] = in_context(stacks, one, built, s=s, family=family, seed=seed + number)
         held.roles = member_roles(held.in_context[DISCOVERY], built, site=where)
     _confirm_rows(searched, held, s)
-    _confirm_sets(searched, held, chunks[where], halves, s=s, seed=seed)
+    held.tables = _confirm_sets(searched, held, chunks[where], halves, s=s, seed=seed)
     return held
 
 
@@ -108,19 +102,13 @@ def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
 
 def _confirm_sets(
     searched: Searched, held: Held, chunks: list[Chunk], halves: tuple[Half, Half], *, s: float, seed: int
-) -> None:
+) -> dict[str, list[dict[str, Any]]]:
     """Edit the sets on confirmation with their controls, and look at what else the chosen one breaks."""
-    first, half = halves
-    held.ablation_rows += ranked_curve(searched, chunks, half)
-    held.set_rows, ablation = confirmed_sets(held.searched.sets, searched.first, chunks, halves, s=s, seed=seed)
-    held.ablation_rows += ablation
-    held.member_rows = member_rows(
-        held.searched,
-        first,
-        site=searched.first.site,
-        roles=held.roles,
-        confirmation=held.in_context.get(CONFIRMATION),
-        confirmed=held.confirmed,
-    )
-    if held.chosen is not None:
-        held.specificity_rows = controls(chunks, held.chosen.members, held.chosen.donor, half)
+    found, site, (first, half), chosen = held.searched, searched.first, halves, held.chosen
+    ranked = ranked_curve(searched, chunks, half)
+    sets, ablation = confirmed_sets(found.sets, site, chunks, halves, s=s, seed=seed)
+    context = held.in_context.get(CONFIRMATION)
+    members = member_rows(found, first, site.site, held.roles, context, held.confirmed)
+    controlled = [] if chosen is None else controls(chunks, chosen.members, chosen.donor, half)
+    tables = {"sets": sets, "members": members, "steps": found.steps, "synergies": found.synergies}
+    return tables | {"ablation": ranked + ablation, "specificity": controlled}

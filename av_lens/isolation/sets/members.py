@@ -108,11 +108,10 @@ def member_roles(found: InContext, built: BuiltSet, *, site: str) -> list[Named]
 def member_rows(
     searched: SearchedSets,
     half: Half,
-    *,
     site: str,
-    roles: Sequence[Named] = (),
-    confirmation: InContext | None = None,
-    confirmed: Mapping[Named, bool] | None = None,
+    roles: Sequence[Named],
+    confirmation: InContext | None,
+    confirmed: Mapping[Named, bool],
 ) -> list[dict[str, Any]]:
     """Write the rows of `members`: the sets of all donors, in the order of the search."""
     known = {row.at: row for row in roles}
@@ -123,7 +122,7 @@ def member_rows(
             row |= {"site": site, "screen": searched.screens[head]}
             if built.chosen and head in known and confirmation is not None:
                 row |= _context_columns(confirmation, built.donor, head)
-                row |= {"role": known[head].role, "confirmed": (confirmed or {}).get(known[head], False)}
+                row |= {"role": known[head].role, "confirmed": confirmed.get(known[head], False)}
             out.append(row)
     return out
 
