@@ -226,13 +226,8 @@ def _measured_again(known: Known, variant: Variant, site: str) -> Evidence:
     chunks = other.chunks(half.examples.tolist(), site)
     with_means(chunks)
     m = {cell: in_order(chunks, half.examples, lambda one, cell=cell: one.margin(cell)) for cell in CELLS}
-    effects = measure_requests(
-        chunks,
-        requests(chunks, names=ROLE_ESTIMANDS),
-        heads=other.engine.heads,
-        examples=half.examples,
-        stage=f"robustness: {variant.name}",
-    )
+    wanted, stage = requests(chunks, names=ROLE_ESTIMANDS), f"robustness: {variant.name}"
+    effects = measure_requests(chunks, wanted, heads=other.engine.heads, examples=half.examples, stage=stage)
     for chunk in chunks:
         chunk.forget()
     hearing, conflict = 0.5 * (m["blank_a"] - m["blank_v"]), 0.5 * (m["va"] - m["av"])
@@ -242,14 +237,7 @@ def _measured_again(known: Known, variant: Variant, site: str) -> Evidence:
 def _varied(bench: Bench, variant: Variant) -> Bench:
     engine = bench.engine
     model = engine.model if variant.dtype is None else in_precision(engine.model, variant.dtype)
-    made = ModelEngine(
-        model,
-        how=engine.how,
-        layout=variant.layout or engine.layout,
-        cells=variant.cells,
-        logit_bytes=engine.logit_bytes,
-        trace_bytes=engine.trace_bytes,
-    )
+    made = ModelEngine(model, how=engine.how, layout=variant.layout or engine.layout, cells=variant.cells)
     conflicts = bench.conflicts
     if variant.question is not None:
         conflicts = [dataclasses.replace(conflict, question=variant.question) for conflict in conflicts]

@@ -35,6 +35,9 @@ from av_lens.isolation.measuring.recordings import Edited, Head, Recording, Valu
 from av_lens.replay.stacks import run_streams, scheduled
 from av_lens.replay.traces import Trace
 
+STREAM_BYTES, TRACE_BYTES = 2.5e8, 4e9
+"""Memory for the streams of plans that run together; for the trace of one stack."""
+
 
 class ModelEngine:
     """Recordings and edited runs of a `HookedAVLLM`.
@@ -44,28 +47,15 @@ class ModelEngine:
         how: "trace" (restart recorded runs) or "hooks" (the whole model again, the slow reference).
         layout: how sound and picture are laid out in the prompt.
         cells: further options of `Conflict.cells`, such as another kind of blank.
-        logit_bytes: memory for the logits of plans that run together.
-        trace_bytes: memory for the trace of one stack.
     """
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        how: str = "trace",
-        layout: str = "in_video",
-        cells: Mapping[str, Any] | None = None,
-        logit_bytes: float = 2.5e8,
-        trace_bytes: float = 4e9,
+        self, model: Any, *, how: str = "trace", layout: str = "in_video", cells: Mapping[str, Any] | None = None
     ) -> None:
         if how not in ("trace", "hooks"):
             raise ProtocolError(unknown("engine", how, ("trace", "hooks")))
-        self.model = model
-        self.how = how
-        self.layout = layout
+        self.model, self.how, self.layout = model, how, layout
         self.cell_options = dict(cells or {})
-        self.logit_bytes = logit_bytes
-        self.trace_bytes = trace_bytes
         self.n_layers, self.n_heads = int(model.spec.n_layers), int(model.spec.n_heads)
 
     @cached_property
@@ -79,10 +69,10 @@ class ModelEngine:
         return _Cells(self.model, conflict, options)
 
     def together(self, inputs: AVInputs) -> int:
-        """Say how many examples fit into one stack: their trace must stay within `trace_bytes`."""
+        """Say how many examples fit into one stack: their trace must stay within `TRACE_BYTES`."""
         spec = self.model.spec
         per_position = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) * self.model.dtype.itemsize
-        return int(max(1, min(16, self.trace_bytes // (per_position * len(inputs.spans)))))
+        return int(max(1, min(16, TRACE_BYTES // (per_position * len(inputs.spans)))))
 
     def record(self, inputs: AVInputs, positions: Int[np.ndarray, " site"], under: Values | None = None) -> Recording:
         """Run a stack, under edits of heads or none, keeping every head's z from the site on."""
@@ -148,7 +138,7 @@ class ModelEngine:
             return
         asked = torch.tensor([int(recording.window[-1])])
         # A stack's activations keep to their own budget; what is bounded here are the streams that are handed back.
-        together = int(max(1, min(512, self.logit_bytes // recording.final.nbytes)))
+        together = int(max(1, min(512, STREAM_BYTES // recording.final.nbytes)))
         for start in range(0, len(plans), together):
             some = plans[start : start + together]
             finals = recording.final.new_empty(len(some), *recording.final.shape)

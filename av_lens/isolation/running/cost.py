@@ -36,7 +36,7 @@ from av_lens.isolation.measuring.donors import PRIMARY_DONORS
 from av_lens.isolation.measuring.effects import edited_scores
 from av_lens.isolation.measuring.estimands import Request, requests
 from av_lens.isolation.measuring.store import GO_ON, Measured
-from av_lens.isolation.sets.releases import TRACE_BYTES
+from av_lens.isolation.sets.releases import HELD_BYTES
 from av_lens.isolation.sets.search import n_candidates
 from av_lens.isolation.sets.sets import RANDOM_SETS
 from av_lens.results.statistics import Bootstrap
@@ -232,7 +232,7 @@ def memory(chunk: Chunk, size: Size) -> float:
     one = 0 if run.trace is None else sum(part.nbytes for kind in _TRACED for part in getattr(run.trace, kind))
     traces = 2 * one * size.discovery / n
     weights = 0 if searches == 1 else weights_bytes(model, other_precision(model.dtype))
-    return peak_memory() + (inputs + kept + (traces if traces <= TRACE_BYTES else one) + weights) / 1e9
+    return peak_memory() + (inputs + kept + (traces if traces <= HELD_BYTES else one) + weights) / 1e9
 
 
 def peak_memory() -> float:

@@ -21,7 +21,7 @@ from av_lens.isolation.measuring.recordings import Head
 
 Members = tuple[Head, ...]
 Tick = Callable[[int], None]
-TRACE_BYTES = 4e9
+HELD_BYTES = 4e9
 """Traces of all conflicts are kept between measurements where they take no more; else they are made again."""
 
 
@@ -140,7 +140,7 @@ class SetReleases:
         trace = chunk.run(cell).trace
         if trace is not None:
             one = sum(part.nbytes for parts in (trace.resid, trace.keys, trace.values) for part in parts)
-            if 2 * len(self.chunks) * one > TRACE_BYTES:
+            if 2 * len(self.chunks) * one > HELD_BYTES:
                 chunk.drop_traces(cell)
 
     def _margins(
