@@ -10,17 +10,18 @@ import torch
 from fake_model import N_HEADS, N_LAYERS, FakeModel, fake_conflicts, isolated
 
 from av_lens.errors import ProtocolError
+from av_lens.isolation.measuring import estimands
 from av_lens.isolation.measuring.behaviour import survey
 from av_lens.isolation.measuring.bench import Bench
 from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import measure_requests
 from av_lens.isolation.measuring.engine import ModelEngine
-from av_lens.isolation.measuring.estimands import figures, requests
+from av_lens.isolation.measuring.estimands import Estimand, Request, figures, requests
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.logit_writes import direct_writes
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import Store
-from av_lens.isolation.naming.evidence import search
+from av_lens.isolation.naming.evidence import gather, search
 from av_lens.isolation.naming.role_tests import adjust, run_tests, run_tests_together
 from av_lens.isolation.naming.threshold import null_share
 from av_lens.isolation.sets.sets import release_of_sets
@@ -85,6 +86,25 @@ def test_parts_on_the_two_answers(linear):
         for name in ("release", "direct"):
             parts = [linear[f"{name} on {answer}", donor] for answer in ("sound", "picture")]
             np.testing.assert_allclose(parts[0] - parts[1], linear[name, donor], atol=1e-5)
+
+
+def test_a_new_estimand_with_a_new_donor_is_one_row(monkeypatch):
+    """All else follows from the list: what is run, the mirror of a cell as donor, the figure, rows and arrays."""
+    new = Estimand("hears another", "vv", Request("va", "vv"))
+    monkeypatch.setattr(estimands, "ESTIMANDS", (*estimands.ESTIMANDS, new))
+    assert Request("va", "vv") in requests()
+    chunks = benched(ModelEngine(FakeModel(noise=0.0))).chunks(range(N))
+    for chunk in chunks:
+        chunk.means = Means.over(chunks)
+    of = [(0, 0), WRITER]
+    found = gather(chunks, half_of(DISCOVERY), of, site="suffix", s=0.1, family=1, seed=0)
+    # The carrier says the other sound: 4 fall on one answer and rise on the other. The writer sees the same picture.
+    assert at(found.evidence.figures, "hears another", "vv", (0, 0)) == pytest.approx(-8, abs=1e-4)
+    assert at(found.evidence.figures, "hears another", "vv", WRITER) == pytest.approx(0, abs=1e-4)
+    rows = [row for row in found.rows(DISCOVERY) if row["estimand"] == "hears another"]
+    assert [(row["layer"], row["head"], row["donor"]) for row in rows] == [(0, 0, "vv"), (2, 0, "vv")]
+    assert rows[0]["mean"] == pytest.approx(-8, abs=1e-4)
+    assert "suffix/hears another/vv" in found.arrays()
 
 
 def test_repair_is_direct_minus_total(linear):

@@ -50,50 +50,34 @@ def margin_metric(chunk: Chunk) -> Metric:
 def effects_of_plans(
     chunk: Chunk, base: str, plans: Callable[[str], Sequence[Plan | None]]
 ) -> Float[np.ndarray, "batch plan"]:
-    """Measure plans in a cell and in its mirror.
-
-    Args:
-        chunk: the conflicts.
-        base: "va" (effects on C) or "blank_a" (effects on G).
-        plans: gives the plans for a cell, as many for either; None where one cannot be made.
-
-    Returns:
-        The effects; NaN for None.
-    """
+    """Measure plans, made for a cell, in the cell and in its mirror: effects on C or G; NaN where there is no plan."""
     metric, sides = margin_metric(chunk), list[np.ndarray]()
     for cell in (base, MIRROR[base]):
-        listed = plans(cell)
-        found = np.full((len(listed), len(chunk.examples)), np.nan)
-        made = [number for number, plan in enumerate(listed) if plan is not None]
-        given = [Plan(), *(plan for plan in listed if plan is not None)]
-        scores = measure_plans(trace_of(chunk, cell), given, metric).double().numpy()
-        found[made] = scores[1:] - scores[0]
-        sides.append(found)
+        given = plans(cell)
+        trace = trace_of(chunk, cell)
+        scores = measure_plans(trace, [Plan(), *(plan for plan in given if plan is not None)], metric).double().numpy()
+        sides.append(_placed(given, scores[1:] - scores[0]))
     return mirrored(sides[0], sides[1]).T
 
 
+def _placed(plans: Sequence[Plan | None], found: Float[np.ndarray, "made batch"]) -> Float[np.ndarray, "plan batch"]:
+    """Lay what the plans that there are gave out over all; NaN where there is none."""
+    out = np.full((len(plans), found.shape[1]), np.nan)
+    out[[number for number, plan in enumerate(plans) if plan is not None]] = found
+    return out
+
+
 def says_sound(chunk: Chunk, plans: Sequence[Plan | None]) -> Float[np.ndarray, "batch plan"]:
-    """Say under which plans the likeliest token of the whole vocabulary begins the sound's answer, in `va`.
+    """Say under which plans the likeliest token of the whole vocabulary begins the sound's answer, in `va`."""
+    made, owner = [plan for plan in plans if plan is not None], first_owner(chunk)
 
-    Args:
-        chunk: the conflicts.
-        plans: the plans; None where one cannot be made.
+    def right(logits: torch.Tensor) -> torch.Tensor:
+        top = logits[:, -1].argmax(-1).tolist()
+        said = [float(token in mine) for token, mine in zip(top, owner, strict=True)]
+        return torch.tensor(said, device=logits.device)
 
-    Returns:
-        1 or 0; NaN for None.
-    """
-    found = np.full((len(plans), len(chunk.examples)), np.nan)
-    made = [number for number, plan in enumerate(plans) if plan is not None]
-    if made:
-        owner = first_owner(chunk)
-
-        def right(logits: torch.Tensor) -> torch.Tensor:
-            top = logits[:, -1].argmax(-1).tolist()
-            said = [float(token in mine) for token, mine in zip(top, owner, strict=True)]
-            return torch.tensor(said, device=logits.device)
-
-        found[made] = trace_of(chunk, "va").score([plans[n] or Plan() for n in made], right).double().numpy()
-    return found.T
+    none = np.zeros((0, len(owner)))
+    return _placed(plans, trace_of(chunk, "va").score(made, right).double().numpy() if made else none).T
 
 
 def first_owner(chunk: Chunk) -> list[set[int]]:
