@@ -20,7 +20,7 @@ _CHOICES: dict[str, tuple[str, str]] = {
     "layout": ("inputs.conflict", "LAYOUTS"),
     "cell": ("inputs.conflict", "CELLS"),
     "gate": ("isolation.running.preparing", "GATES"),
-    "site": ("isolation.measuring.seam", "SITES"),
+    "site": ("isolation.measuring.recordings", "SITES"),
 }
 
 

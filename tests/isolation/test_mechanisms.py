@@ -17,8 +17,9 @@ from av_lens.isolation.explaining.mechanisms import drive_in_words
 from av_lens.isolation.explaining.routes import ARMS as ROUTE_ARMS
 from av_lens.isolation.explaining.routes import ROUTES, route_effects, windows
 from av_lens.isolation.measuring.bench import Bench
-from av_lens.isolation.measuring.effects import Request, measure_requests
+from av_lens.isolation.measuring.effects import measure_requests
 from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.estimands import Request
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut

@@ -1,4 +1,4 @@
-"""A model whose heads are known by hand, behind the isolation's `Engine`: linear, three layers, every job written down.
+"""A model whose heads are known by hand, behind the border of any model: it runs under hooks. Linear, three layers.
 
 Asked what it hears, with K classes and a one-hot vector per class:
 
@@ -11,70 +11,103 @@ Asked what it hears, with K classes and a one-hot vector per class:
 
 So M(blank_a) = 4 + 3, G = 7; M(va) = 4 + 0 - 6 - 2, C = -4; the gap is 11. Releases by blank_muted: gate 3, writer 6,
 opponent 2. Nothing saturates, so that every figure can be worked out on paper.
+
+Plans are compiled to hooks, fire and are verified as on any model; only what lies between the hooks is made up. It has
+no attention to look into and its MLPs write nothing: `isolated` runs all of `isolate` but the parts that look there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
-from av_lens.isolation.measuring.edited_runs import UNDER, joined
-from av_lens.isolation.measuring.seam import Edited, Recording, Swap
+from av_lens.core.budget import ModelSpec
+from av_lens.families.hook_names import hook_name
+from av_lens.inputs import AVInputs
+from av_lens.isolation import isolate
+from av_lens.isolation.explaining import robustness
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.running import stages
+from av_lens.replay.traces import Trace
+from av_lens.results.record import Isolation
 from av_lens.spans import SpanMap
 
-N_LAYERS, N_HEADS, SITE = 3, 4, 2
+N_LAYERS, N_HEADS = 3, 4
 SPANS = SpanMap.of_roles(["video", "audio", "question", "generation"])
 CELLS = {
     name: (picture, sound)
     for name, picture, sound in [
         ("va", "v", "a"), ("vv", "v", "v"), ("aa", "a", "a"), ("av", "a", "v"), ("vw", "v", "w"), ("aw", "a", "w"),
         ("wa", "w", "a"), ("wv", "w", "v"), ("v_muted", "v", None), ("a_muted", "a", None), ("blank_a", None, "a"),
-        ("blank_v", None, "v"), ("blank_muted", None, None), ("audio_only", None, "a"), ("audio_only_v", None, "v"),
+        ("blank_v", None, "v"), ("blank_muted", None, None), ("audio_only", None, "a"),
     ]
 }  # fmt: skip
+Hook = tuple[str, Callable[..., Any]]
+
+
+def fake_clip(name: str, answer: int) -> Any:
+    """A clip that is known by its name, and the class that is seen and heard in it."""
+    return SimpleNamespace(sha256=name, window=(0, 1), answer=answer)
 
 
 @dataclass(frozen=True)
 class FakeConflict:
-    """A conflict between class numbers; clips are named by their hashes."""
+    """A conflict between the classes of two clips."""
 
     id: str
-    a: int
-    v: int
+    sound: Any
+    picture: Any
+    answers: tuple[Any, Any]
     third: Any = None
     question: str = "hear"
     see: str = "see"
     control: str = "colour"
     prefix: str = ""
 
-    @property
-    def answers(self) -> tuple[int, int]:
-        return self.a, self.v
+    @classmethod
+    def of(cls, name: str, a: int, v: int, **more: Any) -> FakeConflict:
+        return cls(name, fake_clip(f"{name}-sound", a), fake_clip(f"{name}-picture", v), (a, v), **more)
 
-    @property
-    def sound(self) -> Any:
-        return SimpleNamespace(sha256=f"{self.id}-sound", window=(0, 1), answer=self.a)
+    def cells(self, model: Any, *, question: str | None = None, **options: Any) -> Mapping[str, AVInputs]:
+        clips = {"a": self.sound, "v": self.picture} | ({} if self.third is None else {"w": self.third})
+        seed = int.from_bytes(self.id.encode(), "little") % 2**31
+        return {
+            name: shown(*(None if one is None else clips[one].answer for one in two), question or self.question, seed)
+            for name, two in CELLS.items()
+            if {*two} <= {*clips, None}
+        }
 
-    @property
-    def picture(self) -> Any:
-        return SimpleNamespace(sha256=f"{self.id}-picture", window=(0, 1), answer=self.v)
+
+def shown(picture: int | None, sound: int | None, question: str, noise: int) -> AVInputs:
+    """Encode an input: the classes that are seen and heard, and the seed of its noise, stand among its tensors."""
+    numbers = {"picture": -1 if picture is None else picture, "sound": -1 if sound is None else sound, "noise": noise}
+    tensors = {name: torch.tensor([number]) for name, number in numbers.items()}
+    ids = torch.zeros(1, len(SPANS), dtype=torch.int64)
+    places = torch.zeros(3, 1, len(SPANS), dtype=torch.int64)
+    return AVInputs({"input_ids": ids, **tensors}, SPANS, places, (None,), (question,), "paper", {})
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One input: the class that is seen and heard (None for nothing), and what is asked."""
+    """What one example shows; None for nothing."""
 
     picture: int | None
     sound: int | None
     question: str
     noise: int
-    batch: tuple[Shown, ...] = ()
-    spans: SpanMap = SPANS
+
+    @classmethod
+    def of(cls, x: AVInputs) -> list[Shown]:
+        columns = [[None if n < 0 else n for n in x[name].tolist()] for name in ("picture", "sound")]
+        return [cls(*row) for row in zip(*columns, x.questions, x["noise"].tolist(), strict=True)]
 
 
 class Tokenizer:
@@ -90,40 +123,58 @@ class Tokenizer:
         return " ".join(f"<{i}>" for i in ids)
 
 
-class FakeEngine:
-    """The engine of the module's model; `writer`, `gate` ... scale the jobs, so that a test can switch them off."""
+class RootMeanSquare(torch.nn.Module):
+    """An RMSNorm of one weight; with a huge epsilon it is the identity, to the last bits."""
+
+    def __init__(self, weight: float, epsilon: float, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((width,), weight), requires_grad=False)
+        self.variance_epsilon = epsilon
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        return self.weight * (stream / (stream.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt())
+
+
+class FakeModel:
+    """The module's model; `writer`, `gate` ... scale the jobs, so that a test can switch them off."""
+
+    name, grammar, dtype, device = "paper", None, torch.float32, torch.device("cpu")
+    norm = (2.0**50, 2.0**100)  # weight and epsilon
 
     def __init__(
         self, *, n_classes: int = 6, writer: float = 6.0, gate: float = 1.0, opponent: float = 2.0, noise: float = 0.01
     ) -> None:
-        self.n_layers, self.n_heads, self.n_kv_heads = N_LAYERS, N_HEADS, 2
-        self.n_classes = n_classes
-        self.parts = ()
-        self.tokenizer = Tokenizer(n_classes + 2)
+        self.n_classes, width = n_classes, n_classes + 2
+        self.spec = ModelSpec(N_LAYERS, N_HEADS, 2, width, n_classes + 1, 1, width)
+        self.tokenizer = Tokenizer(width)
         self.size = {"writer": writer, "gate": gate, "opponent": opponent, "noise": noise}
+        self.W_O = torch.eye(n_classes + 1, width).repeat(N_LAYERS, N_HEADS, 1, 1)
+        self.W_O[:, :, -1] = 0.0
+        self.W_U = torch.eye(width)
+        self.hf_model, self.bridge = torch.nn.Module(), torch.nn.Module()
+        self.hf_model.register_buffer("sizes", torch.tensor([n_classes, *self.size.values()]))
+        self.bridge.unembed, self.bridge.ln_final = torch.nn.Module(), torch.nn.Module()
+        self.bridge.unembed.original_component = torch.nn.Linear(width, width, bias=False).requires_grad_(False)
+        self.bridge.unembed.original_component.weight.copy_(self.W_U)
+        self.bridge.ln_final.original_component = RootMeanSquare(*self.norm, width)
+        self.ln_final = self.bridge.ln_final
+        self.config = SimpleNamespace(to_dict=dict)
+        self.provenance: dict[str, Any] = {}
+        self.hook_dict = dict.fromkeys(
+            hook_name(name, layer) for name in ("z", "k", "v", "mlp_out", "resid_post") for layer in range(N_LAYERS)
+        )
         self.runs = 0
         self.known: dict[Shown, torch.Tensor] = {}
 
-    def cells(self, conflict: FakeConflict, question: str | None) -> Mapping[str, Shown]:
-        classes = {"a": conflict.a, "v": conflict.v, None: None}
-        if conflict.third is not None:
-            classes["w"] = conflict.third.answer
-        asked = question or conflict.question
-        seed = int.from_bytes(conflict.id.encode(), "little") % 2**31
-        return {
-            name: Shown(classes[p], classes[s], asked, seed)
-            for name, (p, s) in CELLS.items()
-            if p in classes and s in classes
-        }
+    def parameters(self) -> Any:
+        return self.bridge.parameters()
 
-    def text_only(self, question: str) -> Shown:
-        return Shown(None, None, question, 0)
+    def encode(self, clip: None, question: str) -> AVInputs:
+        return shown(None, None, question, 0)
 
-    def stack(self, inputs: Sequence[Shown]) -> Shown:
-        return replace(inputs[0], batch=tuple(inputs))
-
-    def together(self, inputs: Shown) -> int:
-        return 32
+    def trace(self, x: AVInputs) -> Trace:
+        none = torch.zeros(0)
+        return Trace(self, x, (), (), (), (none, none), None, "a model on paper has no layers that restart")
 
     def _noise(self, one: Shown) -> torch.Tensor:
         words = (one.noise, len(one.question), 99 if one.picture is None else one.picture)
@@ -148,66 +199,58 @@ class FakeEngine:
             self.known[one] = z
         return self.known[one]
 
-    def _run(self, inputs: Shown, swap: Swap | None, frozen: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gate(self, signals: torch.Tensor) -> torch.Tensor:
+        """How far L1H0 is shut, from the heads' signals in the first layer, `[batch, head]`."""
+        return signals[:, 1]
+
+    def _stream(self, z: torch.Tensor) -> torch.Tensor:
+        """What leaves the last layer, `[batch, pos, token]`, from every head's z, `[layer, batch, pos, head, d]`."""
+        written = z[..., : self.n_classes].sum((0, 3)) + torch.linspace(0, 1, self.n_classes)
+        return torch.cat([written, torch.full((*written.shape[:2], 2), -9.0)], dim=-1)
+
+    def run_with_hooks(self, x: AVInputs, fwd_hooks: Sequence[Hook] = (), **options: Any) -> torch.Tensor:
         self.runs += 1
-        examples = inputs.batch or (inputs,)
-        z = torch.stack([self._heads(one) for one in examples], dim=1)[:, :, None].repeat(1, 1, SITE, 1, 1)
-        edits = {} if swap is None else dict(zip(swap.heads, swap.values, strict=True))
-        first = min((layer for layer, _ in edits), default=N_LAYERS)
+
+        def passed(name: str, activation: torch.Tensor) -> torch.Tensor:
+            for at, hook in fwd_hooks:
+                made = hook(activation, None) if at == name else None
+                activation = activation if made is None else made
+            return activation
+
+        examples = Shown.of(x)
+        own = torch.stack([self._heads(one) for one in examples], dim=1)[:, :, None].repeat(1, 1, len(SPANS), 1, 1)
+        z: list[torch.Tensor] = []
+        mlps: list[torch.Tensor] = []
         for layer in range(N_LAYERS):
+            here = own[layer]
             if layer == 1:
-                heard = [b for b, one in enumerate(examples) if one.question == "hear" and one.sound is not None]
-                for b in heard:
-                    z[1, b, :, 0, examples[b].sound] -= 3 * z[0, b, -1, 1, -1]
-            if frozen is not None and layer > first:
-                z[layer] = frozen[layer]
-            for (edited, head), value in edits.items():
-                if edited == layer:
-                    z[layer, :, :, head] = value
-        written = z[:, :, -1, :, : self.n_classes].sum((0, 2))
-        prior = torch.linspace(0, 1, self.n_classes)
-        return torch.cat([written + prior, torch.full((len(examples), 2), -9.0)], dim=1), z
-
-    def record(self, inputs: Shown, positions: np.ndarray) -> Recording:
-        logits, z = self._run(inputs, None, None)
-        window = np.arange(positions[0], len(SPANS))
-        return Recording(inputs, positions, window, logits, z[:, :, len(SPANS) - SITE - len(window) :], logits)
-
-    def capture(self, inputs: Shown, positions: np.ndarray, components: Sequence[str]) -> dict[str, torch.Tensor]:
-        return {}
-
-    def incoming(self, inputs: Shown) -> np.ndarray:
-        return np.ones((len(inputs.batch), len(SPANS)))
-
-    def changed(self, recording: Recording, swaps: Sequence[Swap]) -> Iterator[Edited]:
-        for swap in swaps:
-            logits = self._run(recording.inputs, swap, recording.z if swap.freeze else None)[0]
-            yield Edited(logits, logits)
-
-    def record_edited(self, recording: Recording, swap: Swap) -> Recording:
-        whole = joined(recording, swap)
-        logits, z = self._run(recording.inputs, whole, None)
-        window = z[:, :, SITE - len(recording.window) :]
-        return Recording(recording.inputs, recording.site, recording.window, logits, window, logits, {UNDER: whole})
-
-    def edited(self, recording: Recording, swaps: Sequence[Swap]) -> Iterator[torch.Tensor]:
-        for one in self.changed(recording, swaps):
-            yield one.logits
-
-    def linear_logits(self, recording: Recording, final: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return final[..., ids]
-
-    def writes(self, recording: Recording, ids: torch.Tensor) -> torch.Tensor:
-        at_end = recording.z[:, :, -1].permute(0, 2, 1, 3)
-        padded = torch.cat([at_end[..., : self.n_classes], torch.zeros(*at_end.shape[:3], 2)], dim=-1)
-        return padded[..., ids]
-
-    def write_norms(self, recording: Recording) -> np.ndarray:
-        return recording.z[..., : self.n_classes].norm(dim=-1).mean((1, 2)).numpy()
+                shut = self._gate(z[0][:, -1, :, -1])
+                for b, one in enumerate(examples):
+                    if one.question == "hear" and one.sound is not None:
+                        here[b, :, 0, one.sound] -= 3 * shut[b]
+            for name in ("k", "v"):  # nothing comes of them
+                passed(hook_name(name, layer), torch.zeros(*here.shape[:2], 2, here.shape[-1]))
+            z.append(passed(hook_name("z", layer), here))
+            mlps.append(passed(hook_name("mlp_out", layer), torch.zeros(*here.shape[:2], self.spec.d_model)))
+        stream = passed(hook_name("resid_post", N_LAYERS - 1), self._stream(torch.stack(z)) + sum(mlps))
+        return self.ln_final.original_component(passed("unembed.hook_in", stream)) @ self.W_U
 
 
 def fake_conflicts(n: int = 60, *, n_classes: int = 6, seed: int = 0) -> list[FakeConflict]:
     """Conflicts that share no clip, classes drawn in turn."""
     rng = np.random.default_rng(seed)
     pairs = [rng.permutation(n_classes)[:2].tolist() for _ in range(n)]
-    return [FakeConflict(f"c{i:03d}", a, v) for i, (a, v) in enumerate(pairs)]
+    return [FakeConflict.of(f"c{i:03d}", a, v) for i, (a, v) in enumerate(pairs)]
+
+
+def bench_of(model: FakeModel, conflicts: Sequence[Any], **more: Any) -> Bench:
+    """Conflicts on the bench of a model on paper."""
+    return Bench(ModelEngine(model), list(conflicts), Candidates.of(conflicts, model.tokenizer), **more)
+
+
+def isolated(model: FakeModel, conflicts: Sequence[Any], **options: Any) -> Isolation:
+    """`isolate`, but for cards, cuts, routes and lens, and variants of encoding and precision."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(stages, "EXPLAINED", {})
+        patched.setattr(robustness, "variants", lambda *_, **__: [])
+        return isolate(model, conflicts, **options)

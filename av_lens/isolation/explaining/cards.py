@@ -27,11 +27,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.core.attention_mass import attention_mass, sinks_of
-from av_lens.interventions import Plan, Site, replace
-from av_lens.isolation.measuring.bench import MIRROR, Chunk
-from av_lens.isolation.measuring.donors import W_CELLS
-from av_lens.isolation.measuring.engine import Head
-from av_lens.isolation.measuring.plan_effects import Arrays, effects_of_plans, model_of, trace_of
+from av_lens.interventions import Plan
+from av_lens.isolation.measuring.bench import Chunk
+from av_lens.isolation.measuring.donors import MIRROR, W_CELLS
+from av_lens.isolation.measuring.plan_effects import effects_of_plans, trace_of
+from av_lens.isolation.measuring.recordings import Head
+from av_lens.isolation.measuring.store import Arrays
 from av_lens.replay.rereading import HeadRead
 from av_lens.spans import SpanMap
 
@@ -76,7 +77,7 @@ def attention(chunk: Chunk) -> Arrays:
         spans, site = recording.inputs.spans, recording.site.tolist()
         queries = {"generation": [int(spans.generation_position)], "site": site}
         keys = by_role(spans, sinks_of(spans, chunk.bench.sinks))
-        mass = attention_mass(model_of(chunk.bench), recording.inputs, queries, keys=keys).double().numpy()
+        mass = attention_mass(chunk.bench.engine.model, recording.inputs, queries, keys=keys).double().numpy()
         out[f"{cell} {question}"] = mass / np.array([[1.0], [len(site)]])
     return out
 
@@ -123,19 +124,16 @@ def _written(chunk: Chunk, cell: str, head: Head) -> list[Float[Tensor, "batch d
         even = torch.zeros_like(pattern)
         even[:, places] = 1.0 / max(1, len(places))
         weights.append(even)
-    output = model_of(chunk.bench).bridge.blocks[head[0]].attn.W_O.detach()[head[1]]
+    output = chunk.bench.engine.model.bridge.blocks[head[0]].attn.W_O.detach()[head[1]]
     return [torch.einsum("bp,bpd,dm->bm", weight, read.v, output) for weight in weights]
 
 
 def _scores(chunk: Chunk, cell: str, written: Float[Tensor, "batch d_model"]) -> Float[np.ndarray, "batch candidate"]:
-    """What a write adds to every candidate's score; synonyms count by their share of the answer's own probability."""
+    """What a write adds to every candidate's score."""
     engine, candidates, recording = chunk.bench.engine, chunk.bench.candidates, chunk.run(cell)
-    ids, tokens = torch.from_numpy(candidates.ids), candidates.tokens
-    added = engine.linear_logits(recording, written, tokens)
-    added = added - engine.linear_logits(recording, torch.zeros_like(written), tokens)  # an unembedding may have a bias
-    own = recording.logits.double()[:, tokens].unflatten(-1, ids.shape)
-    weight = own.masked_fill((ids < 0).to(own.device), -torch.inf).softmax(-1)
-    return (added.double().unflatten(-1, ids.shape) * weight).sum(-1).cpu().numpy()
+    added = engine.linear_logits(recording, written, candidates.tokens)
+    added = added - engine.linear_logits(recording, torch.zeros_like(written), candidates.tokens)  # less a bias
+    return candidates.weighed(added, recording.logits)
 
 
 @torch.no_grad()
@@ -159,10 +157,8 @@ def drives(chunk: Chunk, heads: Sequence[Head], donor: str) -> Arrays:
         for number, head in enumerate(heads):
             own, mixtures = _mixtures(chunk, cell, head, donor)
             looks[:, number] += 0.5 * np.stack([_look(chunk, cell, one) for one in (own, *mixtures.values())], axis=1)
-            site = chunk.run(cell).site.tolist()
-            whole = chunk.donor(cell, donor)[head[0], :, :, head[1]]
-            made = [*(one.z for one in mixtures.values()), whole]
-            found += [Plan(replace(Site("z", head[0], head[1], site), z)) for z in made]
+            made = [*(one.z for one in mixtures.values()), chunk.z(cell, [head], donor)[head]]
+            found += [chunk.run(cell).plan({head: z}) for z in made]
         return found
 
     effect = effects_of_plans(chunk, "va", plans)
@@ -188,19 +184,6 @@ def _look(chunk: Chunk, cell: str, read: HeadRead) -> Float[np.ndarray, "batch l
     spans, pattern = chunk.run(cell).inputs.spans, read.pattern[:, -1].double()
     sums = [pattern[:, torch.from_numpy(spans[role].positions.copy())].sum(-1) for role in LOOKS]
     return torch.stack(sums, dim=1).cpu().numpy()
-
-
-def has_donor(chunk: Chunk, donor: str) -> bool:
-    """Say whether any of the conflicts has a donor cell.
-
-    Args:
-        chunk: the conflicts.
-        donor: the cell.
-
-    Returns:
-        False for a cell with a third clip where there is none.
-    """
-    return donor not in W_CELLS or any(chunk.bench.has_third(int(i)) for i in chunk.examples)
 
 
 def donor_cells(donor: str) -> tuple[str, ...]:

@@ -23,24 +23,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from av_lens.core.attention_mass import attention_mass, sinks_of
 from av_lens.interventions import Plan
-from av_lens.isolation.explaining.mechanisms import subjects
-from av_lens.isolation.measuring.bench import Bench, Chunk
-from av_lens.isolation.measuring.effects import Progress
-from av_lens.isolation.measuring.engine import Head
-from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.plan_effects import Arrays, Measured, effects_of_plans, measured, model_of
-from av_lens.isolation.naming.evidence import Searched, chunks_of
-from av_lens.isolation.sets.confirmation import Held
+from av_lens.isolation.explaining.known import Known, Row
+from av_lens.isolation.measuring.bench import Chunk
+from av_lens.isolation.measuring.plan_effects import Measured, effects_of_plans, measured
+from av_lens.isolation.measuring.recordings import Head
+from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.sets.sets import head_names
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut, matches
 from av_lens.methods.shared.role_words import named_span
-from av_lens.results.halves import CONFIRMATION, DISCOVERY
 
 CUT, LOST = "cut", "cut, weight lost"
 FRACTIONS = {"10% of keys": 0.1, "30% of keys": 0.3}
@@ -51,7 +46,6 @@ KEYS = ("video|image", "audio")
 WITH_SINKS = ("video|image - sinks", "sinks")
 NO_MATCH = "no other heads at most one layer away, none of which releases, move as much along these edges"
 TOO_FEW = "fewer than three times as many other keys"
-Row = dict[str, Any]
 Group = tuple[Head, ...]
 
 
@@ -63,46 +57,20 @@ class Arm:
     mass: float = float("nan")
 
 
-def cut_rows(
-    bench: Bench,
-    halves: Sequence[Half],
-    searched: Searched | None,
-    held: Held | None,
-    *,
-    seed: int,
-    progress: Progress | None,
-) -> list[Row]:
-    """Cut the edges of every head that releases, and of the chosen set, on confirmation.
-
-    Args:
-        bench: the conflicts and their engine.
-        halves: discovery and confirmation.
-        searched: what discovery found.
-        held: what confirmation found.
-        seed: draws the controls.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        Rows of the table `cuts`; none without a search, heads that release, or a model behind the engine.
-    """
-    if searched is None or held is None or model_of(bench) is None:
-        return []
-    half = next(one for one in halves if one.name == CONFIRMATION)
-    if not bench.sinks:
-        bench.find_sinks(next(one for one in halves if one.name == DISCOVERY).examples.tolist())
-    keys = KEYS + (WITH_SINKS if any(positions for _, positions in bench.sinks) else ())
+def cut_rows(known: Known) -> list[Row]:
+    """Cut the edges of every head that releases, and of the chosen set, on confirmation: rows of `cuts`."""
+    sinks, chosen = known.sinks(), known.held.chosen
+    keys = KEYS + (WITH_SINKS if any(sinks) else ())
     rows: list[Row] = []
-    for site in searched.sites:
-        groups: list[Group] = [(one.at,) for one in subjects(searched, held, site) if one.releases]
-        whole = [built.members for built in held.sets if built.chosen and site == searched.first.site]
-        groups += [tuple(members) for members in whole if len(members) > 1]
+    for site in known.searched.sites:
+        groups: list[Group] = [(one.at,) for one in known.subjects(site) if one.releases]
+        if chosen is not None and site == known.searched.first.site and len(chosen.members) > 1:
+            groups.append(chosen.members)
         if not groups:
             continue
-        again = held.sites.get(site)
-        chunks = again.chunks if again is not None else chunks_of(bench, searched, half, site)
-        depends = {"groups": groups, "keys": keys, "seed": seed, "sinks": [positions for _, positions in bench.sinks]}
-        compute = partial(cut_effects, groups=groups, keys=keys, seed=seed)
-        made = measured(chunks, half, "edge cuts", depends, compute, progress)
+        depends = {"groups": groups, "keys": keys, "seed": known.seed, "sinks": sinks}
+        compute = partial(cut_effects, groups=groups, keys=keys, seed=known.seed)
+        made = measured(known.chunks(site), known.confirmation, "edge cuts", depends, compute)
         rows += [row | {"site": site} for row in _rows(made, groups, keys, site)]
     return rows
 
@@ -119,7 +87,7 @@ def cut_effects(chunk: Chunk, groups: Sequence[Group], keys: Sequence[str], seed
     Returns:
         "effect" and "mass": `[batch, group, keys, arm]`, in the order of `ARMS`.
     """
-    recording, model = chunk.run("va"), model_of(chunk.bench)
+    recording, model = chunk.run("va"), chunk.bench.engine.model
     site = recording.site.tolist()
     mass = attention_mass(model, recording.inputs, {"site": site}, weight="value").mean(0).double().numpy()[:, :, 0]
     arms: list[Arm] = []
@@ -142,31 +110,30 @@ def cut_effects(chunk: Chunk, groups: Sequence[Group], keys: Sequence[str], seed
 def arms_of(
     make: Callable[[dict[str, bool]], EdgeCut], mass: np.ndarray, n_prompt: int, seed: tuple[int, int]
 ) -> dict[str, Arm]:
-    """Make a cut and its controls.
-
-    Args:
-        make: makes the cut with given options.
-        mass: value-weighted attention from its queries, `[layer, head, pos]`.
-        n_prompt: positions of the prompt.
-        seed: draws the controls.
-
-    Returns:
-        The arms by name, in the order of `ARMS`.
-    """
+    """Make a cut (`make` does so with given options) and its controls: the arms by name, in the order of `ARMS`."""
     edge, lost = make({"renormalize": True}), make({"renormalize": False})
     if edge.empty or edge.backwards:
         return {name: Arm(()) for name in ARMS}
     share = edge.mass(mass)
-    drawn = [edge.equal_mass(mass, (), (seed[0], draw, seed[1])) for draw in range(DRAWS)]
-    close = [(plan, ratio) for plan, ratio in drawn if matches(ratio)]
-    others = [edge.equal_count(n_prompt, (seed[0], draw, seed[1])) for draw in range(DRAWS)]
+    matched, counted = controls_of(edge, mass, (), n_prompt, seed)
     return {
         CUT: Arm((edge.plan(),), share),
         LOST: Arm((lost.plan(),), share),
-        EQUAL_MASS: Arm(tuple(plan for plan, _ in close), float(np.mean([r for _, r in close])) if close else np.nan),
+        EQUAL_MASS: matched,
         **{name: Arm((edge.fraction(part, seed[0]),)) for name, part in FRACTIONS.items()},
-        EQUAL_COUNT: Arm(tuple(plan for plan in others if plan is not None)),
+        EQUAL_COUNT: counted,
     }
+
+
+def controls_of(
+    edge: EdgeCut, mass: np.ndarray, others: Sequence[int], n_prompt: int, seed: tuple[int, int]
+) -> tuple[Arm, Arm]:
+    """Draw a cut's controls: as much attention taken elsewhere, and as many edges."""
+    drawn = [edge.equal_mass(mass, others, (seed[0], draw, seed[1])) for draw in range(DRAWS)]
+    close = [(plan, ratio) for plan, ratio in drawn if matches(ratio)]
+    counted = [edge.equal_count(n_prompt, (seed[0], draw, seed[1])) for draw in range(DRAWS)]
+    mean = float(np.mean([ratio for _, ratio in close])) if close else np.nan
+    return Arm(tuple(plan for plan, _ in close), mean), Arm(tuple(plan for plan in counted if plan is not None))
 
 
 def averaged(chunk: Chunk, arms: Sequence[Arm]) -> tuple[np.ndarray, np.ndarray]:

@@ -26,13 +26,12 @@ from collections.abc import Sequence
 import torch
 
 from av_lens.core.execution import run
-from av_lens.errors import ProtocolError
 from av_lens.interventions import Plan, Site, replace
 from av_lens.interventions.nodes import INPUTS, Node
 from av_lens.isolation.measuring.bench import Chunk
-from av_lens.isolation.measuring.engine import Head, ModelEngine
-from av_lens.isolation.measuring.plan_effects import Arrays, effects_of_plans, model_of, trace_of
-from av_lens.isolation.measuring.seam import Swap
+from av_lens.isolation.measuring.plan_effects import effects_of_plans, trace_of
+from av_lens.isolation.measuring.recordings import Head
+from av_lens.isolation.measuring.store import Arrays
 from av_lens.replay.held import HeldRun, replaced
 
 TOTAL, DIRECT, QUERIES, JOINT, REMAINDER = "total", "direct", "queries", "joint", "remainder"
@@ -90,13 +89,8 @@ def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[He
 
 def _own_plans(chunk: Chunk, cell: str, sender: Sender) -> list[Plan | None]:
     """The sender as in its donor: everything after it free, and every later head held."""
-    engine, recording = chunk.bench.engine, chunk.run(cell)
-    if not isinstance(engine, ModelEngine):
-        raise ProtocolError("paths need the model itself, and this engine has none.")
-    (layer, head), donor = sender
-    value = chunk.donor(cell, donor)[layer, :, :, head]
-    swaps = (Swap(((layer, head),), (value,), freeze=freeze) for freeze in (False, True))
-    return [engine.plan(recording, swap, whole=False) for swap in swaps]
+    (head, donor), recording = sender, chunk.run(cell)
+    return [recording.plan(chunk.z(cell, [head], donor), freeze=freeze) for freeze in (False, True)]
 
 
 def _receiver_plans(
@@ -123,7 +117,7 @@ def _held(chunk: Chunk, cell: str) -> HeldRun:
     site = tuple(recording.site.tolist())
     sites = [Site("resid_mid", layer, positions=site) for layer in range(trace.n_layers)]
     with torch.no_grad():
-        cache = run(model_of(chunk.bench), recording.inputs, capture=sites).cache
+        cache = run(chunk.bench.engine.model, recording.inputs, capture=sites).cache
     middle = tuple(cache["resid_mid", layer] for layer in range(trace.n_layers))
     return HeldRun(trace, site, middle, "free", "recomputed")
 
@@ -132,7 +126,7 @@ def _change(chunk: Chunk, cell: str, sender: Sender) -> dict[tuple[str, int], to
     """What the stream gains where the sender writes as in its donor."""
     (layer, head), donor = sender
     own = chunk.run(cell).site_z[layer, :, :, head]
-    output = model_of(chunk.bench).bridge.blocks[layer].attn.W_O.detach()[head]
+    output = chunk.bench.engine.model.bridge.blocks[layer].attn.W_O.detach()[head]
     return {("heads", layer): (chunk.donor(cell, donor)[layer, :, :, head] - own) @ output}
 
 

@@ -18,8 +18,9 @@ many, evenly spaced (the null the same ones); an answer of several tokens is rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -27,76 +28,45 @@ import numpy as np
 from av_lens.core.pooled import pooled_streams
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.sources import clip_key
+from av_lens.isolation.explaining.known import Known, Row
 from av_lens.isolation.measuring.bench import Bench, Chunk
-from av_lens.isolation.measuring.effects import Progress
-from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.plan_effects import Arrays, Measured, measured, model_of
-from av_lens.isolation.naming.evidence import Searched
-from av_lens.isolation.sets.confirmation import Held
+from av_lens.isolation.measuring.halves import Half, columns
+from av_lens.isolation.measuring.plan_effects import measured
+from av_lens.isolation.measuring.store import Arrays
 from av_lens.methods.lens import logit_lens
 from av_lens.methods.probes import Streams, probe
 from av_lens.methods.shared.role_words import named_span
 from av_lens.metrics.asked import each
-from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member
+from av_lens.results.halves import Halves, Member
 from av_lens.spans import Span, SpanMap
 
 SPANS = ("audio", "video|image", "question", "generation")
 WORDS = ("sound", "picture")
 LENS_CELLS, PROBE_CELLS = ("va", "blank_a"), ("va", "av")
 TOP, MOST_POSITIONS, CONTROL_DRAWS = 5, 64, 1
-Row = dict[str, Any]
 
 
-def knowledge_rows(
-    bench: Bench,
-    halves: Sequence[Half],
-    searched: Searched | None,
-    held: Held | None,
-    *,
-    seed: int,
-    progress: Progress | None,
-) -> list[Row]:
-    """Read the sound's and the picture's word by layer.
-
-    Args:
-        bench: the conflicts and their engine.
-        halves: discovery and confirmation.
-        searched: not used: what is known hangs on no head.
-        held: not used.
-        seed: draws the other words and the control labels.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        Rows of the table `knowledge`; none without a model behind the engine.
-    """
-    del searched, held
-    if model_of(bench) is None:
-        return []
-    return [*_lens_rows(bench, halves, seed, progress), *_probe_rows(bench, halves, seed, progress)]
+def knowledge_rows(known: Known) -> list[Row]:
+    """Read the sound's and the picture's word by layer: rows of `knowledge`."""
+    of = (known.bench, (known.discovery, known.confirmation), known.seed)
+    return [*_lens_rows(*of), *_probe_rows(*of)]
 
 
-def _lens_rows(bench: Bench, halves: Sequence[Half], seed: int, progress: Progress | None) -> list[Row]:
-    half = next(one for one in halves if one.name == CONFIRMATION)
+def _lens_rows(bench: Bench, halves: Sequence[Half], seed: int) -> list[Row]:
+    half = halves[1]
     chunks = bench.chunks(half.examples.tolist(), "suffix")
     everyone = [int(i) for one in halves for i in one.examples]
     others = list(dict.fromkeys(bench.conflicts[i].answers[0] for i in everyone))
     depends = {"seed": seed, "others": others, "cells": LENS_CELLS, "spans": SPANS, "top": TOP, "most": MOST_POSITIONS}
     compute = partial(lens_readings, others=others, seed=seed)
-    made = measured(chunks, half, "logit lens", depends, compute, progress)
+    made = measured(chunks, half, "logit lens", depends, compute)
     rows: list[Row] = []
-    for cell in LENS_CELLS:
-        for span in SPANS:
-            found, null = made.arrays[f"{cell} {span}"], made.arrays[f"{cell} {span} null"]
-            wide = np.broadcast_to(null[:, None], found.shape)
-            part = Measured(half, {"value": found, "null": wide, "excess": found - wide})
-            figures = {name: part.bounds(name) for name in part.arrays}
-            for word, layer in np.ndindex(*found.shape[1:]):
-                at = (slice(None), word, layer)
-                note = f"top {TOP} at some position" + (" and layer" if not layer else "")
-                rows.append(
-                    _row("lens", WORDS[word], cell, span, layer or -1, figures, at, note)
-                    | {"n": int((~np.isnan(found[:, word, layer])).sum())}
-                )
+    for cell, span in product(LENS_CELLS, SPANS):
+        found, null = made.arrays[f"{cell} {span}"], made.arrays[f"{cell} {span} null"]
+        for (word, layer), row in _bounded(half, found, np.broadcast_to(null[:, None], found.shape)):
+            note = f"top {TOP} at some position" + (" and layer" if not layer else "")
+            of = {"method": "lens", "word": WORDS[word], "cell": cell, "span": _said(span), "layer": layer or -1}
+            rows.append(of | row | {"note": note})
     return rows
 
 
@@ -112,7 +82,7 @@ def lens_readings(chunk: Chunk, others: Sequence[Any], seed: int) -> Arrays:
         "cell span": 1 where a word is in the top, `[batch, word, 1 + layer]`, the first over all layers; "cell span
         null": the mean of the other words, `[batch, 1 + layer]`. NaN where a prompt has no such span.
     """
-    model, out = model_of(chunk.bench), Arrays()
+    model, out = chunk.bench.engine.model, Arrays()
     answers = [chunk.bench.conflicts[int(i)].answers for i in chunk.examples]
     words = [each([pair[side] for pair in answers]) for side in (0, 1)]
     for cell in LENS_CELLS:
@@ -147,36 +117,26 @@ def spaced(spans: SpanMap, words: str) -> Span:
     return spans.span(found.positions[chosen].tolist())
 
 
-def _probe_rows(bench: Bench, halves: Sequence[Half], seed: int, progress: Progress | None) -> list[Row]:
-    half = next(one for one in halves if one.name == CONFIRMATION)
-    both = [next(one for one in halves if one.name == name) for name in (DISCOVERY, CONFIRMATION)]
-    ids = [[str(bench.conflicts[int(i)].id) for i in one.examples] for one in both]
+def _probe_rows(bench: Bench, halves: Sequence[Half], seed: int) -> list[Row]:
+    half = halves[1]
+    ids = [[str(bench.conflicts[int(i)].id) for i in one.examples] for one in halves]
     depends = {"seed": seed, "ids": ids, "spans": SPANS, "cells": PROBE_CELLS, "draws": CONTROL_DRAWS}
     try:
-        found = bench.store.recall("probes", depends, partial(_probed, bench, both, seed, progress))
+        found = bench.store.recall("probes", depends, partial(_probed, bench, halves, seed))
     except (InputError, InterventionError) as error:  # too few conflicts or classes: said, not measured
         return [{"method": "probe", "word": word, "note": f"not measured: {error}"} for word in WORDS]
     rows: list[Row] = []
     for word in WORDS:
-        accuracy, control = found[f"{word} accuracy"], found[f"{word} control"]
-        part = Measured(half, {"value": accuracy, "null": control, "excess": accuracy - control})
-        figures = {name: part.bounds(name) for name in part.arrays}
         crossed, alone = found[f"{word} crossed"], float(np.nanmean(found[f"{word} other alone"]))
-        for span, layer in np.ndindex(*accuracy.shape[1:]):
+        for (span, layer), row in _bounded(half, found[f"{word} accuracy"], found[f"{word} control"]):
             chosen = int(found[f"{word} chosen"][span]) == layer
-            note = (
-                f"{crossed[span, layer]:.2f} where it was chosen; the other medium alone: {alone:.2f}" if chosen else ""
-            )
-            rows.append(
-                _row(
-                    "probe", word, ", ".join(PROBE_CELLS), SPANS[span], layer, figures, (slice(None), span, layer), note
-                )
-                | {"chosen": chosen, "n": int((~np.isnan(accuracy[:, span, layer])).sum())}
-            )
+            note = f"{crossed[span, layer]:.2f} where it was chosen; the other medium alone: {alone:.2f}"
+            of = {"method": "probe", "word": word, "cell": ", ".join(PROBE_CELLS), "span": _said(SPANS[span])}
+            rows.append(of | row | {"layer": layer, "chosen": chosen, "note": note if chosen else ""})
     return rows
 
 
-def _probed(bench: Bench, halves: Sequence[Half], seed: int, progress: Progress | None) -> Arrays:
+def _probed(bench: Bench, halves: Sequence[Half], seed: int) -> Arrays:
     """Both probes, `[confirmation's example, span, layer]`."""
     streams = pooled(bench, halves)
     dealt = tuple(one.name for one in halves for _ in one.examples)
@@ -184,7 +144,7 @@ def _probed(bench: Bench, halves: Sequence[Half], seed: int, progress: Progress 
     given = Halves(dealt, tuple(int(c) for one in halves for c in one.components), seed)
     out: Arrays = {}
     for word in WORDS:
-        grid = probe(None, streams, target=word, draws=CONTROL_DRAWS, seed=seed, halves=given, progress=progress)
+        grid = probe(None, streams, target=word, draws=CONTROL_DRAWS, seed=seed, halves=given, progress=bench.progress)
         for figure in ("accuracy", "control"):
             out[f"{word} {figure}"] = grid.values.sel(figure=figure).values
         out[f"{word} other alone"] = grid.values.sel(figure="other alone").values[:, 0, 0]
@@ -204,7 +164,7 @@ def pooled(bench: Bench, halves: Sequence[Half]) -> Streams:
     Returns:
         The streams.
     """
-    model, candidates = model_of(bench), bench.candidates
+    model, candidates = bench.engine.model, bench.candidates
     examples = [int(i) for one in halves for i in one.examples]
     vectors: np.ndarray = np.zeros(0)
     for chunk in bench.chunks(examples, "suffix"):
@@ -222,13 +182,14 @@ def pooled(bench: Bench, halves: Sequence[Half]) -> Streams:
     return Streams(vectors, SPANS, PROBE_CELLS, members, tuple(names), str(model.name))
 
 
-def _row(
-    method: str, word: str, cell: str, span: str, layer: int, figures: dict[str, np.ndarray], at: Any, note: str
-) -> Row:
-    value, excess = figures["value"][at], figures["excess"][at]
-    return {
-        "method": method, "word": word, "cell": cell, "span": span.replace("|image", ""), "layer": int(layer),
-        "value": float(value[0]), "low": float(value[1]), "high": float(value[2]),
-        "null": float(figures["null"][at][0]),
-        "excess": float(excess[0]), "excess_low": float(excess[1]), "excess_high": float(excess[2]), "note": note,
-    }  # fmt: skip
+def _said(span: str) -> str:
+    return span.replace("|image", "")
+
+
+def _bounded(half: Half, found: np.ndarray, null: np.ndarray) -> Iterator[tuple[tuple[int, ...], Row]]:
+    """Every place's columns: what was found, its null, and what is above it."""
+    value, excess, mean = half.boot.mean(found), half.boot.mean(found - null), half.boot.mean(null).value
+    for at in np.ndindex(*found.shape[1:]):
+        row: Row = {"null": float(mean[at]), "n": int((~np.isnan(found[:, *at])).sum())}
+        row |= columns(value, "value", "low", "high", at=at)
+        yield at, row | columns(excess, "excess", "excess_low", "excess_high", at=at)

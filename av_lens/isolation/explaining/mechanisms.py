@@ -13,84 +13,28 @@ is measured, and the other parts are one NaN row that says why.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from av_lens.isolation.explaining import cards as card
 from av_lens.isolation.explaining import head_paths
-from av_lens.isolation.measuring.bench import Bench, Chunk
-from av_lens.isolation.measuring.effects import Progress
-from av_lens.isolation.measuring.engine import Head
-from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.plan_effects import Arrays, Measured, drop_traces, measured, model_of, trace_of
-from av_lens.isolation.naming.evidence import Searched, chunks_of
-from av_lens.isolation.naming.role_tests import head_means
-from av_lens.isolation.sets.confirmation import NAMES, Held
-from av_lens.results.halves import CONFIRMATION, DISCOVERY
-from av_lens.results.tables import RELEASING
+from av_lens.isolation.explaining.known import Known, Row, Subject
+from av_lens.isolation.measuring.bench import Chunk
+from av_lens.isolation.measuring.donors import W_CELLS
+from av_lens.isolation.measuring.plan_effects import Measured, measured, trace_of
+from av_lens.isolation.measuring.recordings import Head
+from av_lens.isolation.measuring.store import Arrays
+from av_lens.isolation.naming.role_tests import Evidence, head_means
 
 MOST_RECEIVERS = 24
-Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A head that gets a card at a site: whether it releases (else it carries), and its donor."""
-
-    layer: int
-    head: int
-    releases: bool
-    donor: str
-
-    @property
-    def at(self) -> Head:
-        """Layer and head."""
-        return self.layer, self.head
-
-
-def subjects(searched: Searched, held: Held, site: str) -> list[Subject]:
-    """List the heads that get a card: named at the site, or in the chosen set.
-
-    Args:
-        searched: what discovery found.
-        held: what confirmation found.
-        site: the site set.
-
-    Returns:
-        Heads that release first, each in the order of layers.
-    """
-    found: dict[Head, Subject] = {}
-    for row in searched.named:
-        head = (row.layer, row.head)
-        if row.site == site and row.role in RELEASING:
-            found[head] = Subject(*head, True, row.donor)
-    for built in held.sets:
-        if built.chosen and site == searched.first.site:
-            for head in built.members:
-                found.setdefault(head, Subject(*head, True, built.donor))
-    for row in searched.named:
-        if row.site == site and row.role in NAMES:
-            found.setdefault((row.layer, row.head), Subject(row.layer, row.head, False, "blank_muted"))
-    return sorted(found.values(), key=lambda one: (not one.releases, one.at))
-
-
-def receivers(searched: Searched, found: Sequence[Subject], site: str) -> list[Head]:
-    """Choose the heads whose inputs may receive what a sender releases.
-
-    Args:
-        searched: what discovery found.
-        found: the heads with a card.
-        site: the site set.
-
-    Returns:
-        At most `MOST_RECEIVERS` heads after the first that releases, in the order of layers.
-    """
-    evidence, named = searched.sites[site].evidence, {one.at for one in found}
-    jobs = [evidence.carries, evidence.silenced, *evidence.release.values()]
+def receivers(evidence: Evidence, found: Sequence[Subject]) -> list[Head]:
+    """Choose whose inputs may receive what a sender releases: later heads, the named ones, then the largest."""
+    named = {one.at for one in found}
+    jobs = [evidence["carries"], evidence["silenced"], *evidence.by_donor("release").values()]
     size = np.max([np.nan_to_num(head_means(values)) for values in jobs], axis=0)
     first = min((one.layer for one in found if one.releases), default=len(size))
     later = [(layer, head) for layer, head in np.ndindex(*size.shape) if layer > first]
@@ -98,51 +42,28 @@ def receivers(searched: Searched, found: Sequence[Subject], site: str) -> list[H
     return sorted(chosen)
 
 
-def cards(
-    bench: Bench,
-    halves: Sequence[Half],
-    searched: Searched | None,
-    held: Held | None,
-    *,
-    seed: int,
-    progress: Progress | None,
-) -> list[Row]:
-    """Make the cards of every named head and every member of the chosen set.
-
-    Args:
-        bench: the conflicts and their engine.
-        halves: discovery and confirmation.
-        searched: what discovery found.
-        held: what confirmation found.
-        seed: not used; every entry function takes it.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        Rows of the table `cards`; none without a search, named heads, or a model behind the engine.
-    """
-    del seed
-    if searched is None or held is None or model_of(bench) is None:
-        return []
-    half = next(one for one in halves if one.name == CONFIRMATION)
-    if not bench.sinks:
-        bench.find_sinks(next(one for one in halves if one.name == DISCOVERY).examples.tolist())
+def cards(known: Known) -> list[Row]:
+    """Make the cards of every named head and every member of the chosen set: rows of `cards`."""
     rows: list[Row] = []
-    for site in searched.sites:
-        found = subjects(searched, held, site)
+    sinks = known.sinks()
+    for site, searched in known.searched.sites.items():
+        found = known.subjects(site)
         if found:
-            again = held.sites.get(site)
-            chunks = again.chunks if again is not None else chunks_of(bench, searched, half, site)
-            measure = partial(measured, chunks, half, progress=progress)
-            rows += [row | {"site": site} for row in _site_rows(chunks, half, searched, found, site, measure)]
+            chunks, received = known.chunks(site), receivers(searched.evidence, found)
+            measure = partial(measured, chunks, known.confirmation)
+            rows += [row | {"site": site} for row in _site_rows(chunks[0], sinks, found, received, measure)]
     return rows
 
 
 def _site_rows(
-    chunks: Sequence[Chunk], half: Half, searched: Searched, found: Sequence[Subject], site: str, measure: Any
+    chunk: Chunk,
+    sinks: list[list[int]],
+    found: Sequence[Subject],
+    received: list[Head],
+    measure: Callable[..., Measured],
 ) -> Iterator[Row]:
-    sinks = [positions for _, positions in chunks[0].bench.sinks]
     yield from _attention_rows(measure("attention by role", {"sinks": sinks}, card.attention), found)
-    because = obstacle(chunks[0])
+    because = obstacle(chunk)
     if because:
         for one in found:
             for part in ("ov", "pattern", "path"):
@@ -158,7 +79,6 @@ def _site_rows(
             compute = partial(_driven, heads=heads, donor=donor)
             made = measure(f"queries and keys from {donor}", {"heads": heads, "donor": donor}, compute)
             yield from _pattern_rows(made, mine, donor)
-    received = receivers(searched, found, site)
     for releases, base in ((True, "va"), (False, "blank_a")):
         mine = [one for one in found if one.releases is releases]
         if mine:
@@ -186,11 +106,11 @@ def obstacle(chunk: Chunk) -> str:
 
 
 def _driven(chunk: Chunk, heads: Sequence[Head], donor: str) -> Arrays:
-    if not card.has_donor(chunk, donor):
+    if donor in W_CELLS and not chunk.has_third:
         shape, n = (len(chunk.examples), len(heads), 1 + len(card.DRIVES)), len(card.LOOKS)
         return {"effect": np.full(shape, np.nan), "looks": np.full((*shape, n), np.nan)}
     found = card.drives(chunk, heads, donor)
-    drop_traces(chunk, *card.donor_cells(donor))
+    chunk.drop_traces(*card.donor_cells(donor))
     return found
 
 

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from av_lens.errors import InputError
 from av_lens.interventions import Plan, Site, replace, zero
-from av_lens.isolation.measuring.bench import Chunk
-from av_lens.isolation.measuring.effects import Progress
+from av_lens.isolation.explaining.known import Known
+from av_lens.isolation.measuring.bench import Chunk, in_order
 from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.seam import Head, Recording
+from av_lens.isolation.measuring.recordings import Head, Recording
+from av_lens.isolation.naming.evidence import chunks_of
 from av_lens.isolation.sets.sets import release_of_sets
 from av_lens.isolation.sets.specificity import controls
 from av_lens.results.record import Isolation
@@ -35,24 +36,23 @@ DONOR = "repair"
 _KEY = "repair"
 
 
+def repair(known: Known) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Write the chosen set's edit as constants from discovery, and measure it on confirmation."""
+    chosen, first = known.held.chosen, known.searched.first
+    if chosen is None:
+        return [], {}
+    values = repair_values(first.chunks, chosen.members, chosen.donor)
+    chunks = chunks_of(known.bench, known.searched, known.confirmation, first.site)
+    return repair_rows(chunks, known.confirmation, chosen.members, values), values
+
+
 def repair_values(chunks: Sequence[Chunk], members: Sequence[Head], donor: str) -> dict[str, np.ndarray]:
-    """Average what a donor gives to the members, by role.
-
-    Args:
-        chunks: discovery's conflicts, with their means.
-        members: the set.
-        donor: its donor, one of the three that are the same in a cell and its mirror.
-
-    Returns:
-        "repair/donor/layer.head/role" -> `[d_head]`.
-    """
+    """Average what a donor gives to the members, by role of the position."""
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
+    depends = {"members": list(members), "donor": donor}
     for chunk in chunks:
-        found = chunk.remember(
-            "repair values", {"members": list(members), "donor": donor}, partial(_by_role, chunk, members, donor)
-        )
-        for key, value in found.items():
+        for key, value in chunk.remember("repair values", depends, partial(_by_role, chunk, members, donor)).items():
             sums[key] = sums.get(key, 0.0) + value.sum(0)
             counts[key] = counts.get(key, 0) + len(value)
     return {f"{_KEY}/{donor}/{key}": (total / counts[key]).astype(np.float32) for key, total in sums.items()}
@@ -133,60 +133,27 @@ def plan_of(found: Isolation) -> Plan:
 
 
 def repair_rows(
-    chunks: Sequence[Chunk],
-    half: Half,
-    members: Sequence[Head],
-    values: dict[str, np.ndarray],
-    *,
-    progress: Progress | None = None,
+    chunks: Sequence[Chunk], half: Half, members: Sequence[Head], values: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
-    """Measure the plan on confirmation: what it mends, and what else it changes.
-
-    Args:
-        chunks: confirmation's conflicts.
-        half: confirmation.
-        members: the set.
-        values: from `repair_values`, on discovery.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        Rows for `table("repair", ...)`.
-    """
+    """Measure the plan on confirmation: what it mends, and what else it changes (rows of `repair`)."""
     given: Callable[[Recording], Tensor] = partial(constants, values)
     for chunk in chunks:
         chunk.constants[DONOR] = given
-    effect = release_of_sets(
-        chunks, [tuple(members)], [DONOR], half.examples, progress=progress, stage="the repair plan"
-    )
-    before = {"sound": np.zeros(len(half.examples)), "picture": np.zeros(len(half.examples))}
-    for chunk in chunks:
-        rows = np.array([int(np.flatnonzero(half.examples == i)[0]) for i in chunk.examples])
-        top, candidates = chunk.reading("va").top, chunk.bench.candidates
-        before["sound"][rows] = top == candidates.sound[chunk.examples]
-        before["picture"][rows] = top == candidates.picture[chunk.examples]
+    sets = [tuple(members)]
+    effect = release_of_sets(chunks, sets, [DONOR], half.examples, "the repair plan")
     out = [_change("C", half, half.C, half.C + effect.release[0])]
-    out.append(_change("says the sound under conflict", half, before["sound"], effect.says_sound[0]))
-    out.append(_change("says the picture under conflict", half, before["picture"], effect.says_picture[0]))
-    for row in controls(chunks, members, DONOR, examples=half.examples, boot=half.boot):
+    for answer, after in (("sound", effect.says_sound[0]), ("picture", effect.says_picture[0])):
+        before = in_order(chunks, half.examples, lambda chunk, answer=answer: chunk.says(answer))
+        out.append(_change(f"says the {answer} under conflict", half, before, after))
+    for row in controls(chunks, members, DONOR, half):
         told = row["verdict"].startswith(("not measured", "reported"))
-        out.append(
-            {
-                "quantity": row["control"],
-                **{name: row[name] for name in ("n", "before", "after", "bound", "verdict") if name in row},
-                "change": float("nan") if told else row["after"] - row["before"],
-            }
-        )
+        kept = {name: row[name] for name in ("n", "before", "after", "bound", "verdict") if name in row}
+        change = float("nan") if told else row["after"] - row["before"]
+        out.append({"quantity": row["control"], **kept, "change": change})
     return out
 
 
 def _change(name: str, half: Half, before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
-    mean = half.boot.mean(after - before)
-    return {
-        "quantity": name,
-        "n": int((~np.isnan(after)).sum()),
-        "before": float(np.nanmean(before)),
-        "after": float(np.nanmean(after)),
-        "change": float(mean.value),
-        "low": float(mean.low),
-        "high": float(mean.high),
-    }
+    row = {"quantity": name, "n": int((~np.isnan(after)).sum())}
+    row |= {"before": float(np.nanmean(before)), "after": float(np.nanmean(after))}
+    return row | half.bounded(after - before, "change")

@@ -29,26 +29,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy import stats
 
 from av_lens.core.copies import in_precision, other_precision
 from av_lens.errors import AvLensError
-from av_lens.isolation.measuring.bench import PRIMARY_DONORS, Bench, Chunk, Means
-from av_lens.isolation.measuring.effects import Progress, Request, measure_requests
-from av_lens.isolation.measuring.engine import Head, ModelEngine
+from av_lens.isolation.explaining.known import Known
+from av_lens.isolation.measuring.bench import Bench, in_order
+from av_lens.isolation.measuring.effects import measure_requests
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.estimands import ROLE_ESTIMANDS, figures, requests
 from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.naming.evidence import Searched
-from av_lens.isolation.naming.role_tests import Evidence, Named, adjust, largest_release, run_tests
+from av_lens.isolation.measuring.recordings import Head
+from av_lens.isolation.naming.evidence import with_means
+from av_lens.isolation.naming.role_tests import Evidence, Named, adjust, run_tests
 from av_lens.isolation.naming.roles import classify
 from av_lens.isolation.sets.sets import head_names
-from av_lens.results.halves import DISCOVERY
 from av_lens.results.statistics import Bootstrap
 from av_lens.results.tables import RELEASING
 
 LOUDNESS = 0.05
 """Root mean square that every sound is scaled to (full scale is 1)."""
 DRAWS = 50
+CELLS = ("va", "av", "blank_a", "blank_v")
 OTHER_PHRASING = "What can you hear?"
 
 
@@ -111,49 +114,41 @@ def other_words(model: Any, questions: Sequence[str]) -> str:
     return OTHER_PHRASING
 
 
-def robustness_rows(
-    bench: Bench,
-    halves: Sequence[Half],
-    searched: Searched,
-    *,
-    seed: int,
-    phrasing: str | None = None,
-    draws: int = DRAWS,
-    progress: Progress | None = None,
-) -> list[dict[str, Any]]:
-    """Search again under every variant and compare who is named.
-
-    Args:
-        bench: the conflicts.
-        halves: discovery and confirmation; the search is made on discovery.
-        searched: what the main search found.
-        seed: of the flips and the draws.
-        phrasing: the question in other words.
-        draws: how many bootstraps of clips.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        Rows for `table("robustness", ...)`.
-    """
-    half = next(one for one in halves if one.name == DISCOVERY)
-    site = searched.first
-    main = named_roles(searched.named, site.site)
-    releases = largest_release(site.evidence)
-    n_sites = searched.n_sites
+def robustness_rows(known: Known, *, phrasing: str | None = None, draws: int = DRAWS) -> list[dict[str, Any]]:
+    """Search again under every variant and bootstrap of clips, and compare who is named: rows of `robustness`."""
+    bench, found, site = known.bench, known.searched, known.searched.first
+    main, releases = named_roles(found.named, site.site), site.evidence.largest_release
+    again = Again(site.site, found.s, found.n_sites)
     rows: list[dict[str, Any]] = []
-    if isinstance(bench.engine, ModelEngine):
-        questions = [str(conflict.question) for conflict in bench.conflicts]
-        for variant in variants(bench.engine, questions, phrasing=phrasing):
-            try:
-                again, found = _searched_again(bench, half, variant, site.site, searched.s, seed, n_sites, progress)
-            except AvLensError as refused:
-                rows.append({"variant": variant.name, "note": f"not measured: {refused}"})
-                continue
-            rho = rank_correlation(releases, largest_release(found))
-            note = f"asked {variant.question!r}" if variant.question else ""
-            rows.append(compared(variant.name, main, again) | {"rank_correlation": rho, "note": note})
-    rows.append(_bootstrapped(half, site.evidence, main, site.site, searched.s, seed, n_sites, draws, progress))
-    return rows
+    questions = [str(conflict.question) for conflict in bench.conflicts]
+    for variant in variants(bench.engine, questions, phrasing=phrasing):
+        try:
+            evidence = _measured_again(known, variant, site.site)
+        except AvLensError as refused:
+            rows.append({"variant": variant.name, "note": f"not measured: {refused}"})
+            continue
+        named = again.named(evidence, known.seed)
+        rho = rank_correlation(releases, evidence.largest_release)
+        note = f"asked {variant.question!r}" if variant.question else ""
+        rows.append(compared(variant.name, main, named) | {"rank_correlation": rho, "note": note})
+    return [*rows, _bootstrapped(known, again, main, draws)]
+
+
+@dataclass(frozen=True)
+class Again:
+    """How heads are named once more: where, above which share of G, and in a family of how many sites."""
+
+    site: str
+    s: float
+    n_sites: int
+
+    def named(self, found: Evidence, seed: int) -> dict[Head, str]:
+        """Name the suppressors on other evidence."""
+        # 440 sampled flips a head see a p of half of the first step of the ladder at one site (.05 / 11 a head).
+        n_heads = found["silenced"][0].size
+        tests = run_tests(found, s=self.s, family=math.ceil(n_heads * 11 / 5), seed=seed)
+        (q,), (release_q,) = adjust([tests], n_sites=self.n_sites)
+        return named_roles(classify(found, tests, q, release_q, s=self.s, site=self.site), self.site)
 
 
 def named_roles(named: Sequence[Named], site: str) -> dict[Head, str]:
@@ -225,124 +220,57 @@ def compared(name: str, main: Mapping[Head, str], again: Mapping[Head, str]) -> 
     }
 
 
-def _searched_again(
-    bench: Bench, half: Half, variant: Variant, site: str, s: float, seed: int, n_sites: int, progress: Progress | None
-) -> tuple[dict[Head, str], Evidence]:
-    """Measure what the suppressors' roles need under a variant, and name them."""
-    other = _varied(bench, variant)
+def _measured_again(known: Known, variant: Variant, site: str) -> Evidence:
+    """Measure what the suppressors' roles need under a variant."""
+    half, other = known.discovery, _varied(known.bench, variant)
     chunks = other.chunks(half.examples.tolist(), site)
-    means = Means.over(chunks) if site in ("suffix", "generation") else None
-    for chunk in chunks:
-        chunk.means = means
-    hearing, conflict = _behaviour(chunks, half.examples)
-    engine = other.engine
-    heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
-    wanted = _wanted(with_means=means is not None, with_third=any(bench.has_third(int(i)) for i in half.examples))
-    stage = f"robustness: {variant.name}"
-    effects = measure_requests(chunks, wanted, heads=heads, examples=half.examples, progress=progress, stage=stage)
+    with_means(chunks)
+    m = {cell: in_order(chunks, half.examples, lambda one, cell=cell: one.margin(cell)) for cell in CELLS}
+    wanted, stage = requests(chunks, names=ROLE_ESTIMANDS), f"robustness: {variant.name}"
+    effects = measure_requests(chunks, wanted, heads=other.engine.heads, examples=half.examples, stage=stage)
     for chunk in chunks:
         chunk.forget()
-    found = Evidence.of(effects, G=hearing, C=conflict, components=half.components, boot=half.boot)
-    return _named_again(found, site, s, seed, n_sites), found
+    hearing, conflict = 0.5 * (m["blank_a"] - m["blank_v"]), 0.5 * (m["va"] - m["av"])
+    return Evidence(figures(effects), dataclasses.replace(half, G=hearing, C=conflict))
 
 
 def _varied(bench: Bench, variant: Variant) -> Bench:
     engine = bench.engine
-    assert isinstance(engine, ModelEngine)
     model = engine.model if variant.dtype is None else in_precision(engine.model, variant.dtype)
-    made = ModelEngine(
-        model,
-        how=engine.how,
-        layout=variant.layout or engine.layout,
-        cells=variant.cells,
-        logit_bytes=engine.logit_bytes,
-        trace_bytes=engine.trace_bytes,
-    )
+    made = ModelEngine(model, how=engine.how, layout=variant.layout or engine.layout, cells=variant.cells)
     conflicts = bench.conflicts
     if variant.question is not None:
         conflicts = [dataclasses.replace(conflict, question=variant.question) for conflict in conflicts]
     store = bench.store.under(str(variant))
-    return Bench(made, list(conflicts), bench.candidates, site=bench.site, store=store, keys=bench.keys)
+    return dataclasses.replace(bench, engine=made, conflicts=list(conflicts), store=store, sinks=[], _cells={})
 
 
-def _wanted(*, with_means: bool, with_third: bool) -> list[Request]:
-    donors = [donor for donor in PRIMARY_DONORS if with_means or donor != "mean_other"]
-    found = [Request("va", donor) for donor in donors]
-    found += [Request("va", donor, freeze=True) for donor in donors]
-    found += [Request("va", "wa"), Request("va", "vw")] if with_third else []
-    return found + [Request("blank_a", donor) for donor in donors]
-
-
-def _behaviour(
-    chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]
-) -> tuple[Float[np.ndarray, " example"], Float[np.ndarray, " example"]]:
-    """G and C of every conflict under the variant."""
-    m = {cell: np.full(len(examples), np.nan) for cell in ("va", "av", "blank_a", "blank_v")}
-    for chunk in chunks:
-        rows = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
-        for cell, values in m.items():
-            values[rows] = chunk.bench.candidates.margin(chunk.reading(cell).scores, chunk.examples)
-    return 0.5 * (m["blank_a"] - m["blank_v"]), 0.5 * (m["va"] - m["av"])
-
-
-def _named_again(found: Evidence, site: str, s: float, seed: int, n_sites: int) -> dict[Head, str]:
-    # 440 sampled flips a head see a p of half of the first step of the ladder at one site (.05 / 11 a head).
-    n_heads = found.silenced.shape[1] * found.silenced.shape[2]
-    tests = run_tests(found, s=s, family=math.ceil(n_heads * 11 / 5), seed=seed)
-    (q,), (release_q,) = adjust([tests], n_sites=n_sites)
-    return named_roles(classify(found, tests, q, release_q, s=s, site=site), site)
-
-
-def _bootstrapped(
-    half: Half,
-    found: Evidence,
-    main: Mapping[Head, str],
-    site: str,
-    s: float,
-    seed: int,
-    n_sites: int,
-    draws: int,
-    progress: Progress | None,
-) -> dict[str, Any]:
+def _bootstrapped(known: Known, again: Again, main: Mapping[Head, str], draws: int) -> dict[str, Any]:
     """Draw discovery's components again, name again, and average the Jaccard."""
-    components = np.asarray(half.components)
-    groups = np.unique(components)
-    values: list[float] = []
-    kept = dict.fromkeys(main, 0)
+    half, found = known.discovery, known.searched.first.evidence
+    components, values = np.asarray(half.components), list[float]()
+    groups, kept = np.unique(components), dict.fromkeys(main, 0)
     for draw in range(draws):
-        rng = np.random.default_rng([seed, 0xB0, draw])
+        rng = np.random.default_rng([known.seed, 0xB0, draw])
         drawn = [np.flatnonzero(components == group) for group in rng.choice(groups, size=len(groups))]
         rows = np.concatenate(drawn)
         renamed = [number for number, part in enumerate(drawn) for _ in part]
         assert half.boot.clips is not None
         clips = [[f"{number}:{of[i]}" for number, i in zip(renamed, rows, strict=True)] for of in half.boot.clips]
-        boot = Bootstrap.draw(renamed, *clips, seed=seed + draw, draws=1000)
-        again = _named_again(_taken(found, rows, renamed, boot), site, s, seed + draw, n_sites)
-        values.append(jaccard(main, again))
+        boot = Bootstrap.draw(renamed, *clips, seed=known.seed + draw, draws=1000)
+        taken = Half(half.name, half.examples[rows], renamed, boot, found.half.G[rows], found.half.C[rows])
+        named = again.named(Evidence({key: of[rows] for key, of in found.figures.items()}, taken), known.seed + draw)
+        values.append(jaccard(main, named))
         for head in main:
-            kept[head] += head in again
-        if progress is not None:
-            progress("robustness: bootstraps of clips", draw + 1, draws)
-    known = [value for value in values if not math.isnan(value)]
-    low, high = np.percentile(known, [2.5, 97.5]) if known else (float("nan"), float("nan"))
-    often = ", ".join(f"L{layer}H{head} {n / draws:.2f}" for (layer, head), n in sorted(kept.items()))
+            kept[head] += head in named
+        known.bench.progress("robustness: bootstraps of clips", draw + 1, draws)
+    present = [value for value in values if not math.isnan(value)]
+    low, high = np.percentile(present, [2.5, 97.5]) if present else (float("nan"), float("nan"))
     return {
         "variant": f"bootstraps of clips ({draws})",
-        "jaccard": float(np.mean(known)) if known else float("nan"),
+        "jaccard": float(np.mean(present)) if present else float("nan"),
         "low": float(low),
         "high": float(high),
-        "kept": often,
+        "kept": ", ".join(f"L{layer}H{head} {n / draws:.2f}" for (layer, head), n in sorted(kept.items())),
         "note": "kept: how often each head is named again",
     }
-
-
-def _taken(found: Evidence, rows: np.ndarray, components: Sequence[int], boot: Bootstrap) -> Evidence:
-    """The evidence of some conflicts, repeated as drawn."""
-    changed: dict[str, Any] = {"components": components, "boot": boot}
-    for one in dataclasses.fields(found):
-        value = getattr(found, one.name)
-        if isinstance(value, np.ndarray):
-            changed[one.name] = value[rows]
-        elif isinstance(value, Mapping):
-            changed[one.name] = {name: array[rows] for name, array in value.items()}
-    return dataclasses.replace(found, **changed)

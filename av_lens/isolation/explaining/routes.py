@@ -31,21 +31,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from av_lens.core.attention_mass import attention_mass, sinks_of
-from av_lens.isolation.explaining.edge_cuts import Arm, averaged
-from av_lens.isolation.measuring.bench import Bench, Chunk
-from av_lens.isolation.measuring.effects import Progress
-from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.plan_effects import Arrays, Measured, measured, model_of, says_sound
-from av_lens.isolation.naming.evidence import Searched
-from av_lens.isolation.sets.confirmation import Held
-from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut, matches
+from av_lens.isolation.explaining.edge_cuts import CUT, TOO_FEW, Arm, averaged, controls_of
+from av_lens.isolation.explaining.known import Known, Row
+from av_lens.isolation.measuring.bench import Chunk
+from av_lens.isolation.measuring.plan_effects import Measured, measured, says_sound
+from av_lens.isolation.measuring.store import Arrays
+from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut
 from av_lens.methods.shared.role_words import named_span
-from av_lens.results.halves import CONFIRMATION, DISCOVERY
 
 ROUTES = {
     "whole": ("video|image", "suffix"),
@@ -63,10 +59,8 @@ WINDOWS = {  # shares of the model's depth; layers of 36 in the studies
     "late": (26 / 36, 1.0),
 }
 WIDTH = 7 / 36
-CUT, SOUNDS = "cut", "the sound's"
+SOUNDS = "the sound's"
 ARMS = (CUT, EQUAL_MASS, EQUAL_COUNT, SOUNDS)
-DRAWS = 3
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -99,38 +93,13 @@ def windows(n_layers: int) -> list[Window]:
     return found
 
 
-def route_rows(
-    bench: Bench,
-    halves: Sequence[Half],
-    searched: Searched | None,
-    held: Held | None,
-    *,
-    seed: int,
-    progress: Progress | None,
-) -> list[Row]:
-    """Cut every route on confirmation.
-
-    Args:
-        bench: the conflicts and their engine.
-        halves: discovery and confirmation.
-        searched: not used: routes are of the whole model.
-        held: not used.
-        seed: draws the controls.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        Rows of the table `routes`; none without a model behind the engine.
-    """
-    del searched, held
-    if model_of(bench) is None:
-        return []
-    half = next(one for one in halves if one.name == CONFIRMATION)
-    if not bench.sinks:
-        bench.find_sinks(next(one for one in halves if one.name == DISCOVERY).examples.tolist())
-    chunks = bench.chunks(half.examples.tolist(), "suffix")
-    depends = {"seed": seed, "sinks": [positions for _, positions in bench.sinks]}
-    made = measured(chunks, half, "routes", depends, partial(route_effects, seed=seed), progress)
-    return _rows(made, windows(bench.engine.n_layers))
+def route_rows(known: Known) -> list[Row]:
+    """Cut every route on confirmation: rows of `routes`."""
+    sinks, half = known.sinks(), known.confirmation
+    chunks = known.bench.chunks(half.examples.tolist(), "suffix")
+    depends, compute = {"seed": known.seed, "sinks": sinks}, partial(route_effects, seed=known.seed)
+    made = measured(chunks, half, "routes", depends, compute)
+    return _rows(made, windows(known.bench.engine.n_layers))
 
 
 def route_effects(chunk: Chunk, seed: int) -> Arrays:
@@ -144,7 +113,7 @@ def route_effects(chunk: Chunk, seed: int) -> Arrays:
         "effect", "says" and "mass": `[batch, route, window, arm]`, in the order of `ROUTES`, `windows` and `ARMS`;
         "before": how often the sound is said without any cut, `[batch]`.
     """
-    recording, model = chunk.run("va"), model_of(chunk.bench)
+    recording, model = chunk.run("va"), chunk.bench.engine.model
     spans, listed = recording.inputs.spans, windows(chunk.bench.engine.n_layers)
     sinks = sinks_of(spans, chunk.bench.sinks)
     queries = {name: named_span(target, spans, sinks).positions.tolist() for name, (_, target) in ROUTES.items()}
@@ -165,7 +134,7 @@ def route_effects(chunk: Chunk, seed: int) -> Arrays:
         "effect": effect.reshape(shape),
         "mass": removed.reshape(shape),
         "says": says_sound(chunk, plans).reshape(shape),
-        "before": (chunk.reading("va").top == chunk.bench.candidates.sound[chunk.examples]).astype(np.float64),
+        "before": chunk.says("sound"),
     }
 
 
@@ -189,13 +158,9 @@ def _arms(
     cut = Arm((edge.plan(),), edge.mass(mass))
     if not window.controlled:
         return [cut, Arm(()), Arm(()), Arm(())]
-    drawn = [edge.equal_mass(mass, others, (seed[0], draw, seed[1])) for draw in range(DRAWS)]
-    close = [(plan, ratio) for plan, ratio in drawn if matches(ratio)]
-    counted = [edge.equal_count(n_prompt, (seed[0], draw, seed[1])) for draw in range(DRAWS)]
     return [
         cut,
-        Arm(tuple(plan for plan, _ in close), float(np.mean([r for _, r in close])) if close else np.nan),
-        Arm(tuple(plan for plan in counted if plan is not None)),
+        *controls_of(edge, mass, others, n_prompt, seed),
         Arm((sound.plan(),), sound.mass(mass)) if sound.keys else Arm(()),
     ]
 
@@ -228,7 +193,7 @@ def _why_not(route: str, arm: str) -> str:
     if arm == EQUAL_MASS:
         return "nothing else that these queries read moves as much"
     if arm == EQUAL_COUNT:
-        return "fewer than three times as many other keys"
+        return TOO_FEW
     if route in ("sink", "without sinks"):
         return "these prompts have no sinks: no media position gets 10 times the mean attention from the suffix"
     return "these prompts have no such edges"

@@ -25,20 +25,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.isolation.measuring.bench import Chunk
+from av_lens.interventions import Plan, Site, replace
+from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.donors import MEANS, MIRROR, PRIMARY_DONORS, align_end, joined
-from av_lens.isolation.measuring.effects import Progress, mirrored
+from av_lens.isolation.measuring.effects import mirrored
+from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.seam import MEDIA_SITES, Engine, Head, Part, Swap
+from av_lens.isolation.measuring.recordings import MEDIA_SITES
 
 K_AND_V = "release of K and V"
+PARTS = ("mlp_out", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -71,50 +74,27 @@ class Asked:
     keys_and_values: bool = False
 
 
-def units_of(engine: Engine) -> list[Unit]:
-    """List a model's units.
-
-    Args:
-        engine: the model's.
-
-    Returns:
-        The units, layer by layer; none with an MLP where the engine has no such output.
-    """
-    size, everyone = engine.n_heads // engine.n_kv_heads, tuple(range(engine.n_heads))
-    with_mlp = "mlp_out" in engine.parts
-    out: list[Unit] = []
+def units_of(engine: ModelEngine) -> list[Unit]:
+    """List a model's units, layer by layer."""
+    n, everyone = engine.model.spec.n_kv_heads, tuple(range(engine.n_heads))
+    size, out = engine.n_heads // n, list[Unit]()
     for layer in range(engine.n_layers):
-        groups = [everyone[g * size : (g + 1) * size] for g in range(engine.n_kv_heads)]
-        out += [Unit("kv group", layer, g, heads) for g, heads in enumerate(groups)]
-        out += [Unit("mlp", layer, -1, (), mlp=True)] if with_mlp else []
-        out += [Unit("attention", layer, -1, everyone), Unit("layer", layer, -1, everyone, mlp=with_mlp)]
+        out += [Unit("kv group", layer, g, everyone[g * size : (g + 1) * size]) for g in range(n)]
+        out.append(Unit("mlp", layer, -1, (), mlp=True))
+        out += [Unit("attention", layer, -1, everyone), Unit("layer", layer, -1, everyone, mlp=True)]
     return out
 
 
-def asked_of(engine: Engine, site: str) -> list[Asked]:
-    """List the estimands at a site.
-
-    Args:
-        engine: the model's.
-        site: the site set.
-
-    Returns:
-        The estimands; means are undefined at media positions.
-    """
+def asked_of(site: str) -> list[Asked]:
+    """List the estimands at a site."""
     donors = [donor for donor in PRIMARY_DONORS if donor not in MEANS or site not in MEDIA_SITES]
     out = [Asked("release", "va", donor) for donor in donors]
     out += [Asked("carries", "blank_a", "blank_muted", -1), Asked("sufficiency", "blank_a", "va", -1)]
-    if "k" in engine.parts and "v" in engine.parts:
-        out += [Asked(K_AND_V, "va", donor, keys_and_values=True) for donor in donors]
-    return out
+    return out + [Asked(K_AND_V, "va", donor, keys_and_values=True) for donor in donors]
 
 
 class PartDonors:
-    """What outputs that are no head's z become, for one stack of conflicts.
-
-    Args:
-        chunk: the conflicts.
-    """
+    """What outputs that are no head's z become, for one stack of conflicts; keys are before rotary position."""
 
     def __init__(self, chunk: Chunk) -> None:
         self.chunk = chunk
@@ -122,33 +102,16 @@ class PartDonors:
         self._donors: dict[tuple[str, str], Mapping[str, Tensor]] = {}
 
     def own(self, cell: str, question: str = "ask", chunk: Chunk | None = None) -> Mapping[str, Tensor]:
-        """Give the outputs of an unedited cell at the site.
-
-        Args:
-            cell: the cell.
-            question: what it is asked.
-            chunk: other conflicts than these.
-
-        Returns:
-            Component -> `[layer, batch, site, ...]`.
-        """
+        """Give the outputs of an unedited cell at the site, of this stack or of another."""
         of = self.chunk if chunk is None else chunk
         key = (id(of), cell, question)
         if key not in self._captured:
             inputs, bench = of.inputs(cell, question), of.bench
-            self._captured[key] = bench.engine.capture(inputs, bench.positions(inputs, of.site), bench.engine.parts)
+            self._captured[key] = bench.engine.capture(inputs, bench.positions(inputs, of.site), PARTS)
         return self._captured[key]
 
     def donor(self, base: str, name: str) -> Mapping[str, Tensor]:
-        """Give every component's donor for a base cell.
-
-        Args:
-            base: the cell that is edited.
-            name: "zero", "mean_other", or a cell as it is named for `va` and `blank_a`.
-
-        Returns:
-            Component -> values at the base's site.
-        """
+        """Give every component's donor for a base cell."""
         if (base, name) not in self._donors:
             own = self.own(base)
             if name == "zero":
@@ -163,114 +126,63 @@ class PartDonors:
     def _mean_other(self, part: str) -> Tensor:
         means, candidates = self.chunk.means, self.chunk.bench.candidates
         assert means is not None
-        if part not in means.kept:
+        if part not in means.parts:
             found = [self.own("va", "see", other) for other in means.chunks]
-            means.kept |= {name: joined([one[name].cpu() for one in found]) for name in found[0]}
-        z = means.kept[part]
+            means.parts |= {name: joined([one[name].cpu() for one in found]) for name in found[0]}
+        z = means.parts[part]
         weights = means.weights(candidates.sound[self.chunk.examples], candidates.picture[self.chunk.examples])
         return torch.einsum("bn,ln...->lb...", torch.from_numpy(weights).to(z), z)
 
 
-def swap_of(unit: Unit, asked: Asked, chunk: Chunk, parts: PartDonors, base: str) -> Swap | None:
-    """Write a unit's edit of one base cell.
+def plan_of_unit(unit: Unit, asked: Asked, chunk: Chunk, parts: PartDonors, base: str) -> Plan | None:
+    """Write a unit's edit of one base cell; None where the estimand is not the unit's."""
+    run = chunk.run(base)
 
-    Args:
-        unit: the unit.
-        asked: the estimand.
-        chunk: the conflicts.
-        parts: donors of what is no head's z.
-        base: the cell that is edited.
+    def given(component: str, head: int | None = None) -> Plan:
+        value = parts.donor(base, asked.donor)[component][unit.layer]
+        site = Site(component, unit.layer, head=head, positions=run.site.tolist())
+        return Plan(replace(site, value if head is None else value[:, :, head]))
 
-    Returns:
-        The edit; None where the estimand is not the unit's.
-    """
     if asked.keys_and_values:
-        if unit.kind != "kv group":
-            return None
-        found = parts.donor(base, asked.donor)
-        return Swap(
-            (), (), parts=tuple(_part(name, unit.layer, unit.index, found[name][unit.layer]) for name in ("k", "v"))
-        )
-    heads: tuple[Head, ...] = tuple((unit.layer, head) for head in unit.heads)
-    z = chunk.donor(base, asked.donor) if heads else None
-    values = () if z is None else tuple(z[layer, :, :, head] for layer, head in heads)
-    if not unit.mlp:
-        return Swap(heads, values)
-    written = parts.donor(base, asked.donor)["mlp_out"][unit.layer]
-    return Swap(heads, values, parts=(_part("mlp_out", unit.layer, None, written),))
-
-
-def _part(component: str, layer: int, head: int | None, values: Tensor) -> Part:
-    return Part(component, layer, head, values if head is None else values[:, :, head])
+        return given("k", unit.index) + given("v", unit.index) if unit.kind == "kv group" else None
+    heads = [(unit.layer, head) for head in unit.heads]
+    plan = run.plan(chunk.z(base, heads, asked.donor)) if heads else Plan()
+    return plan + given("mlp_out") if unit.mlp else plan
 
 
 def _chunk_units(chunk: Chunk, units: Sequence[Unit], wanted: Sequence[Asked]) -> dict[str, np.ndarray]:
-    """Every unit's effect by every estimand in one stack, `[asked, unit, batch]`; NaN where it is not the unit's."""
+    """Every unit's effect by every estimand in one stack, `[batch, asked, unit]`; NaN where it is not the unit's."""
     candidates, engine, parts = chunk.bench.candidates, chunk.bench.engine, PartDonors(chunk)
     out = np.full((len(wanted), len(units), len(chunk.examples)), np.nan)
     for base in dict.fromkeys(asked.base for asked in wanted):
         changes: list[np.ndarray] = []
         for cell in (base, MIRROR[base]):
-            swaps: dict[tuple[int, int], Swap] = {}
-            for (a, asked), (u, unit) in ((x, y) for x in enumerate(wanted) for y in enumerate(units)):
-                swap = swap_of(unit, asked, chunk, parts, cell) if asked.base == base else None
-                if swap is not None:
-                    swaps[a, u] = swap
-            before = candidates.margin(chunk.reading(cell).scores, chunk.examples)
+            plans: dict[tuple[int, int], Plan] = {}
+            for (a, asked), (u, unit) in product(enumerate(wanted), enumerate(units)):
+                plan = plan_of_unit(unit, asked, chunk, parts, cell) if asked.base == base else None
+                if plan is not None:
+                    plans[a, u] = plan
             change = np.full_like(out, np.nan)
-            for (a, u), one in zip(swaps, engine.changed(chunk.run(cell), list(swaps.values())), strict=True):
-                change[a, u] = candidates.margin(candidates.scores(one.logits), chunk.examples) - before
-            chunk.run(cell).kept.clear()  # traces are large
+            for (a, u), one in zip(plans, engine.changed(chunk.run(cell), list(plans.values())), strict=True):
+                change[a, u] = candidates.margin(candidates.scores(one.logits), chunk.examples) - chunk.margin(cell)
+            chunk.drop_traces(cell)
             changes.append(change)
         found = mirrored(changes[0], changes[1])
         out = np.where(np.isnan(found), out, found)
-    return {"margin": out * np.array([asked.sign for asked in wanted])[:, None, None]}
+    return {"margin": (out * np.array([asked.sign for asked in wanted])[:, None, None]).transpose(2, 0, 1)}
 
 
-def unit_rows(
-    chunks: Sequence[Chunk], half: Half, *, site: str, progress: Progress | None = None
-) -> list[dict[str, Any]]:
-    """Measure every unit at a site.
-
-    Args:
-        chunks: discovery's conflicts, stacked, with their means.
-        half: discovery.
-        site: the site set.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        Rows for `table("units", ...)`.
-    """
-    engine = chunks[0].bench.engine
-    units, wanted = units_of(engine), asked_of(engine, site)
-    effects = np.full((len(wanted), len(units), len(half.examples)), np.nan)
+def unit_rows(chunks: Sequence[Chunk], half: Half, *, site: str) -> list[dict[str, Any]]:
+    """Measure every unit at a site: rows of `units`."""
+    units, wanted = units_of(chunks[0].bench.engine), asked_of(site)
     depends = {"units": [vars(unit) for unit in units], "asked": [vars(asked) for asked in wanted]}
-    for number, chunk in enumerate(chunks):
-        rows = np.array([int(np.flatnonzero(half.examples == i)[0]) for i in chunk.examples])
-        found = chunk.remember("unit effects", depends, partial(_chunk_units, chunk, units, wanted))
-        effects[:, :, rows] = found["margin"]
-        if progress is not None:
-            progress(f"groups, MLPs, attentions and layers at {site}", number + 1, len(chunks))
+    compute, stage = partial(_chunk_units, units=units, wanted=wanted), f"groups, MLPs, attentions and layers at {site}"
+    made = gathered(chunks, half.examples, "unit effects", depends, compute, stage)
     out: list[dict[str, Any]] = []
-    for asked, values in zip(wanted, effects, strict=True):
-        out += _rows(asked, units, values.T, half, site)
+    for a, asked in enumerate(wanted):
+        values = made["margin"][:, a]
+        kept = [u for u in range(len(units)) if not np.isnan(values[:, u]).all()]
+        for unit, found in zip((units[u] for u in kept), half.rows(values[:, kept]), strict=True):
+            of = {"half": half.name, "site": site, "unit": unit.kind, "layer": unit.layer, "index": unit.index}
+            out.append(of | {"estimand": asked.estimand, "donor": asked.donor} | found)
     return out
-
-
-def _rows(
-    asked: Asked, units: Sequence[Unit], values: Float[np.ndarray, "example unit"], half: Half, site: str
-) -> list[dict[str, Any]]:
-    """One estimand's rows, of the units that it was measured for."""
-    kept = [u for u in range(len(units)) if not np.isnan(values[:, u]).all()]
-    picked = values[:, kept]
-    mean, share = half.boot.mean(picked), half.boot.ratio(picked, np.broadcast_to(half.G[:, None], picked.shape))
-    names = ("mean", "low", "high", "share", "share_low", "share_high")
-    columns = (mean.value, mean.low, mean.high, share.value, share.low, share.high)
-    return [
-        {
-            "half": half.name, "site": site, "unit": units[u].kind, "layer": units[u].layer, "index": units[u].index,
-            "estimand": asked.estimand, "donor": asked.donor, "n": int((~np.isnan(picked[:, i])).sum()),
-            **{name: float(column[i]) for name, column in zip(names, columns, strict=True)},
-        }
-        for i, u in enumerate(kept)
-    ]  # fmt: skip

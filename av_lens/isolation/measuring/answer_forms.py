@@ -14,12 +14,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from av_lens.errors import InputError, ProtocolError
+from av_lens.errors import InputError
 from av_lens.inputs.answers import Answer, answer_pair, words_of
-from av_lens.isolation.measuring.seam import Engine
+from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.metrics.forms import Forms, Reading, known_forms
 
 CELLS = ("aa", "vv")
@@ -62,7 +61,7 @@ class Answered:
         return f"{len(listed)} of {total} conflicts are left out for their answers: {'; '.join(listed[:5])}{more}."
 
 
-def answered(engine: Engine, conflicts: Sequence[Any]) -> Answered:
+def answered(engine: ModelEngine, conflicts: Sequence[Any]) -> Answered:
     """Read the answers of all conflicts.
 
     Args:
@@ -71,13 +70,8 @@ def answered(engine: Engine, conflicts: Sequence[Any]) -> Answered:
 
     Returns:
         Those that can be scored, and why the others cannot.
-
-    Raises:
-        ProtocolError: words, and an engine without a model to read them by.
     """
-    model, left_out = getattr(engine, "model", None), dict[str, str]()
-    if model is None and any(words_of(answer) for one in conflicts for answer in one.answers):
-        raise ProtocolError("answers are words, and this engine has no model to read them by: give token ids.")
+    model, left_out = engine.model, dict[str, str]()
     kept: list[Any] = []
     for one in conflicts:
         try:
@@ -91,9 +85,9 @@ def answered(engine: Engine, conflicts: Sequence[Any]) -> Answered:
     for one in kept:
         heard, seen = one.answers
         try:
-            pair = answer_pair(engine.tokenizer, heard, seen, None if forms is None else forms.chosen)
+            pair = answer_pair(engine.model.tokenizer, heard, seen, None if forms is None else forms.chosen)
             for answer in pair:
-                _require_one_token(answer, engine.tokenizer)
+                _require_one_token(answer, engine.model.tokenizer)
         except InputError as error:
             left_out.setdefault(one.id, str(error))
             continue
@@ -102,24 +96,20 @@ def answered(engine: Engine, conflicts: Sequence[Any]) -> Answered:
     return Answered(usable, {one.id: left_out[one.id] for one in conflicts if one.id in left_out}, forms)
 
 
-def _forms(engine: Engine, conflicts: Sequence[Any], left_out: dict[str, str]) -> Forms | None:
+def _forms(engine: ModelEngine, conflicts: Sequence[Any], left_out: dict[str, str]) -> Forms | None:
     """Choose the form, and leave out the conflicts whose words are said in another one."""
     asked = [words_of(one.answers[side]) for side in (0, 1) for one in conflicts]
     if not any(asked):
         return None
-    given = [partial(_cell, engine, one, cell) for cell in CELLS for one in conflicts]
-    reading = Reading.of(getattr(engine, "model", None), given, asked)
+    given = [lambda one=one, cell=cell: engine.cells(one, None)[cell] for cell in CELLS for one in conflicts]
+    reading = Reading.of(engine.model, given, asked)
     forms = reading.forms()
     for number, (example, _) in enumerate(reading.rows):
         doubt = reading.doubt([number], forms)
         if doubt is not None:
             one, cell = conflicts[example % len(conflicts)], CELLS[example // len(conflicts)]
-            left_out.setdefault(one.id, f"in {cell}, {doubt.sentence(engine.tokenizer)}")
+            left_out.setdefault(one.id, f"in {cell}, {doubt.sentence(engine.model.tokenizer)}")
     return forms
-
-
-def _cell(engine: Engine, conflict: Any, cell: str) -> Any:
-    return engine.cells(conflict, None)[cell]
 
 
 def _require_one_token(answer: Answer, tokenizer: Any) -> None:

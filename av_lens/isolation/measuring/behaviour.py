@@ -21,15 +21,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from av_lens.isolation.measuring.bench import Chunk
-from av_lens.isolation.measuring.effects import Progress
-from av_lens.isolation.measuring.scoring import UNREAD, Candidates, Reading
-from av_lens.results.statistics import Bootstrap, interval
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.scoring import Candidates, Reading
+from av_lens.results.statistics import interval
 
 LEAST_MASS = 0.1
 LEAST_GAP = 0.25
+FIGURES = ("G", "C", "gap", "gap - G/4")
 # (cell, question) -> whose answer is right; muted cells have none, and both rates are shown.
 RIGHT: dict[tuple[str, str], str | None] = {
     ("va", "ask"): "sound",
@@ -86,179 +87,92 @@ class Survey:
         return hears & sees
 
 
-def survey(chunks: Sequence[Chunk], n: int, *, progress: Progress | None = None) -> Survey:
-    """Read every cell of every conflict.
-
-    Args:
-        chunks: all conflicts.
-        n: how many conflicts there are.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        The survey.
-    """
-    candidates = chunks[0].bench.candidates
-    shape = (n, len(candidates.names))
-    readings = {
-        key: Reading(np.full(shape, np.nan), np.full(n, UNREAD, dtype=np.int64), np.full(n, np.nan)) for key in RIGHT
-    }
-    total, done = len(RIGHT) * n, 0
+def survey(chunks: Sequence[Chunk], n: int) -> Survey:
+    """Read every cell of every conflict."""
+    candidates, total, done = chunks[0].bench.candidates, len(RIGHT) * n, 0
+    readings = {key: Reading.unread(n, len(candidates.names)) for key in RIGHT}
     for chunk in chunks:
-        for cell, question in RIGHT:
-            found, out = chunk.reading(cell, question), readings[(cell, question)]
-            out.scores[chunk.examples], out.top[chunk.examples] = found.scores, found.top
-            out.mass[chunk.examples] = found.mass
+        for key, out in readings.items():
+            out.put(chunk.examples, chunk.reading(*key))
             done += len(chunk.examples)
-            if progress is not None:
-                progress("reading every cell", done, total)
+            chunk.bench.progress("reading every cell", done, total)
         chunk.forget()
     return Survey(readings, candidates)
 
 
 def shortcut_index(e_a: np.ndarray, e_v: np.ndarray) -> np.ndarray:
-    """Compute |E_V| / (|E_A| + |E_V|).
-
-    Args:
-        e_a: effect of the sound.
-        e_v: effect of the picture.
-
-    Returns:
-        0 where only the sound counts, 1 where only the picture does.
-    """
+    """Compute |E_V| / (|E_A| + |E_V|): 0 where only the sound counts, 1 where only the picture does."""
     return np.abs(e_v) / (np.abs(e_a) + np.abs(e_v))
 
 
-def quantities(found: Survey, rows: Int[np.ndarray, " row"], boot: Bootstrap) -> dict[str, tuple[float, float, float]]:
-    """Compute the figures of section 2 over some conflicts.
-
-    Args:
-        found: the survey.
-        rows: which conflicts.
-        boot: their weights.
-
-    Returns:
-        Name -> (value, low, high).
-    """
-    m = {cell: found.margin(cell)[rows] for cell in ("va", "aa", "vv", "av")}
-    e_a = 0.5 * (m["va"] + m["aa"] - m["vv"] - m["av"])
-    e_v = 0.5 * (m["aa"] + m["av"] - m["va"] - m["vv"])
-    c, g = found.C[rows], found.G[rows]
+def quantities(found: Survey, half: Half) -> dict[str, tuple[float, float, float]]:
+    """Compute the figures of section 2 over some conflicts: name -> (value, low, high)."""
+    va, aa, vv, av = (found.margin(cell)[half.examples] for cell in ("va", "aa", "vv", "av"))
+    e_a, e_v, c, g = 0.5 * (va + aa - vv - av), 0.5 * (aa + av - va - vv), half.C, half.G
+    means = {"C": c, "G": g, "gap": g - c, "gap - G/4": g - c - LEAST_GAP * g}
     return {
-        "E_A": interval(boot, e_a),
-        "E_V": interval(boot, e_v),
-        "I": interval(boot, m["aa"] - m["va"] - m["av"] + m["vv"]),
-        "shortcut index": boot.derived(shortcut_index, e_a, e_v),
-        "C": interval(boot, c),
-        "G": interval(boot, g),
-        "gap": interval(boot, g - c),
-        "gap - G/4": interval(boot, g - c - LEAST_GAP * g),
+        "E_A": interval(half.boot, e_a),
+        "E_V": interval(half.boot, e_v),
+        "I": interval(half.boot, aa - va - av + vv),
+        "shortcut index": half.boot.derived(shortcut_index, e_a, e_v),
+        **{name: interval(half.boot, values) for name, values in means.items()},
     }
 
 
-def rows_of(
-    found: Survey, rows: Int[np.ndarray, " row"], boot: Bootstrap, half: str, chosen: str
-) -> list[dict[str, Any]]:
-    """Write one half's rows of the behaviour table.
-
-    Args:
-        found: the survey.
-        rows: which conflicts.
-        boot: their weights.
-        half: "discovery" or "confirmation".
-        chosen: "all" or "competent".
-
-    Returns:
-        Rows for `table("behaviour", ...)`.
-    """
-    base: dict[str, Any] = {"half": half, "chosen": chosen, "n": len(rows)}
-    names = ("value", "low", "high")
-    out = [
-        {**base, "quantity": name, **dict(zip(names, values, strict=True))}
-        for name, values in quantities(found, rows, boot).items()
+def rows_of(found: Survey, half: Half, chosen: str) -> list[dict[str, Any]]:
+    """Write one half's rows of the behaviour table; `chosen` is "all" or "competent"."""
+    rows, columns = half.examples, ("value", "low", "high")
+    out: list[dict[str, Any]] = [
+        {"quantity": name} | dict(zip(columns, values, strict=True)) for name, values in quantities(found, half).items()
     ]
     for (cell, question), right in RIGHT.items():
-        reading, margin = found.readings[(cell, question)], found.margin(cell, question)[rows]
-        cell_name = cell if question == "ask" else f"{cell} ({question})"
-        known = ~np.isnan(margin)
-        owners = {"sound": found.candidates.sound[rows], "picture": found.candidates.picture[rows]}
-        signs = {"sound": margin > 0, "picture": margin < 0}
+        margin = found.margin(cell, question)[rows]
+        top, said = found.readings[cell, question].top[rows], cell if question == "ask" else f"{cell} ({question})"
         for whose in ("sound", "picture") if right is None else (right,):
-            quantity = f"says {whose}" if right is None else "accuracy"
-            for rule, hit in (("two", signs[whose]), ("vocabulary", reading.top[rows] == owners[whose])):
-                values = np.where(known, hit.astype(np.float64), np.nan)
-                figures = dict(zip(names, interval(boot, values), strict=True))
-                out.append({**base, "quantity": quantity, "cell": cell_name, "rule": rule, **figures})
-    for cell in ("va", "av", "blank_a", "blank_v", "blank_muted"):
-        figures = dict(zip(names, interval(boot, found.margin(cell)[rows]), strict=True))
-        out.append({**base, "quantity": "M", "cell": cell, **figures})
-    mass = float(np.median(found.readings[("va", "ask")].mass[rows])) if len(rows) else float("nan")
-    out.append({**base, "quantity": "median P(a) + P(v)", "cell": "va", "value": mass})
-    return out
+            of = {"quantity": f"says {whose}" if right is None else "accuracy", "cell": said}
+            wins = margin > 0 if whose == "sound" else margin < 0
+            for rule, hit in (("two", wins), ("vocabulary", top == getattr(found.candidates, whose)[rows])):
+                values = np.where(np.isnan(margin), np.nan, hit.astype(np.float64))
+                out.append(of | {"rule": rule} | half.bounded(values))
+    cells = ("va", "av", "blank_a", "blank_v", "blank_muted")
+    out += [{"quantity": "M", "cell": cell} | half.bounded(found.margin(cell)[rows]) for cell in cells]
+    out.append({"quantity": "median P(a) + P(v)", "cell": "va", "value": _mass(found, half)})
+    return [{"half": half.name, "chosen": chosen, "n": len(rows)} | row for row in out]
 
 
-def refusals(found: Survey, rows: Int[np.ndarray, " row"], boot: Bootstrap) -> list[tuple[str, str]]:
-    """Say whether the model can be asked this question at all.
-
-    Args:
-        found: the survey.
-        rows: all of discovery.
-        boot: their weights.
-
-    Returns:
-        (kind, sentence with the figure) of every refusal; empty where there is none.
-    """
-    out: list[tuple[str, str]] = []
-    mass = float(np.median(found.readings[("va", "ask")].mass[rows]))
-    if mass < LEAST_MASS:
-        out.append(
-            (
-                "says neither",
-                "the model would say neither word here: the median of P(sound's answer) + P(picture's) in the conflict "
-                f'is {mass:.3f}, below {LEAST_MASS}. Give a prefix (such as "I hear a") or answers that it would say.',
-            )
-        )
-    value, low, high = interval(boot, found.G[rows])
-    if not low > 0:
-        out.append(
-            (
-                "does not hear",
-                f"the model does not hear: with nothing to see its hearing G is {value:.2f} logits (95% interval "
-                f"{low:.2f} to {high:.2f}), which is not above 0. There is no hearing to suppress; "
-                "try sounds that it can name.",
-            )
-        )
-    return out
+def _mass(found: Survey, half: Half) -> float:
+    """The median of P(sound's answer) + P(picture's) in the conflict."""
+    return float(np.median(found.readings["va", "ask"].mass[half.examples])) if len(half.examples) else float("nan")
 
 
-def gap_verdict(found: Survey, rows: Int[np.ndarray, " row"], boot: Bootstrap) -> tuple[str, str]:
-    """Say whether there is a gap to explain, and of what kind.
-
-    Args:
-        found: the survey.
-        rows: the competent conflicts of a half.
-        boot: their weights.
-
-    Returns:
-        (kind, sentence): "no suppression", "not established" (both stop the search), "dominance", "interference" or
-        "suppression, kind open".
-    """
-    q = quantities(found, rows, boot)
-    figures = (
-        f"hearing falls from G = {_figure(q['G'])} with nothing to see to C = {_figure(q['C'])} under conflict, "
-        f"a gap of {_figure(q['gap'])} logits"
+def refusals(found: Survey, half: Half) -> list[tuple[str, str]]:
+    """Say whether the model can be asked this question at all: (kind, sentence with the figure) of every refusal."""
+    mass, (value, low, high) = _mass(found, half), interval(half.boot, half.G)
+    neither = (
+        "the model would say neither word here: the median of P(sound's answer) + P(picture's) in the conflict "
+        f'is {mass:.3f}, below {LEAST_MASS}. Give a prefix (such as "I hear a") or answers that it would say.'
     )
-    _, low, high = q["gap - G/4"]
+    deaf = (
+        f"the model does not hear: with nothing to see its hearing G is {value:.2f} logits (95% interval "
+        f"{low:.2f} to {high:.2f}), which is not above 0. There is no hearing to suppress; "
+        "try sounds that it can name."
+    )
+    told = (("says neither", neither, mass < LEAST_MASS), ("does not hear", deaf, not low > 0))
+    return [(kind, sentence) for kind, sentence, refused in told if refused]
+
+
+def gap_verdict(found: Survey, half: Half) -> tuple[str, str]:
+    """Say whether there is a gap to explain, and of what kind; the first two kinds stop the search."""
+    q = quantities(found, half)
+    g, c, gap, least = (f"{v:.2f} [{low:.2f}, {high:.2f}]" for v, low, high in (q[n] for n in FIGURES))
+    figures = f"hearing falls from G = {g} with nothing to see to C = {c} under conflict, a gap of {gap} logits"
+    (_, low, high), (_, c_low, c_high) = q["gap - G/4"], q["C"]
     if high < 0:
         return "no suppression", f"No suppression: {figures}, which is below a quarter of G."
     if not low > 0:
-        return "not established", f"Suppression is not established: {figures}; gap - G/4 is {_figure(q['gap - G/4'])}."
-    _, c_low, c_high = q["C"]
+        return "not established", f"Suppression is not established: {figures}; gap - G/4 is {least}."
     if c_high <= 0:
         return "dominance", f"The picture dominates: {figures}."
     if c_low > 0:
         return "interference", f"Interference, not dominance: {figures}; the sound still wins under conflict."
     return "suppression, kind open", f"Suppression, its kind open (C's interval holds 0): {figures}."
-
-
-def _figure(values: tuple[float, float, float]) -> str:
-    return f"{values[0]:.2f} [{values[1]:.2f}, {values[2]:.2f}]"

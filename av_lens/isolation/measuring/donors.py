@@ -13,26 +13,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from av_lens.inputs import AVInputs
+
 if TYPE_CHECKING:
     from av_lens.isolation.measuring.bench import Chunk
 
-_PAIRS = (
-    ("va", "av"), ("vv", "aa"), ("wa", "wv"), ("vw", "aw"), ("blank_a", "blank_v"), ("v_muted", "a_muted"),
-    ("audio_only", "audio_only_v"),
-)  # fmt: skip
-MIRROR = {one: two for pair in _PAIRS for one, two in (pair, pair[::-1])} | {"blank_muted": "blank_muted"}
+_MIRRORS = {
+    "va": "av", "vv": "aa", "wa": "wv", "vw": "aw", "blank_a": "blank_v", "v_muted": "a_muted",
+    "audio_only": "audio_only_v", "blank_muted": "blank_muted",
+}  # fmt: skip
+MIRROR = _MIRRORS | {two: one for one, two in _MIRRORS.items()}
 MIRRORED_BASES = ("av", "blank_v")
 MEAN_CELLS = (("va", "va", "ask"), ("av", "av", "ask"), ("see", "va", "see"))
 W_CELLS = ("wa", "wv", "vw", "aw")
 MEANS = ("mean_task", "mean_other")
 PRIMARY_DONORS = ("blank_muted", "mean_other", "zero")
+SECONDARY_DONORS = ("mean_task", "audio_only")
+"""Donors of the release alone, shown beside the primary ones."""
 OTHER_LAYOUT = ("audio_only", "audio_only_v", "text_only")
 
 AllZ = Float[Tensor, "layer batch site head d_head"]
@@ -44,16 +48,7 @@ def align_end(
     *,
     most: int | None = None,
 ) -> Float[Tensor, "layer batch site ..."]:
-    """Lay a donor over a run of another length, the last positions on each other.
-
-    Args:
-        donor: the donor's z at its site.
-        base: the run's own z at its site; kept where the donor does not reach.
-        most: how many positions may be laid over, counted from the end; None for as many as there are.
-
-    Returns:
-        z of the base's shape.
-    """
+    """Lay a donor over a run of another length, from the end, at most so many; what overhangs is the base's."""
     have, want = donor.shape[2], base.shape[2]
     k = min(have, want) if most is None else min(have, want, most)
     if have == want == k:
@@ -64,29 +59,14 @@ def align_end(
 
 
 def joined(parts: Sequence[Float[Tensor, "layer _batch _site ..."]]) -> Float[Tensor, "layer example site ..."]:
-    """Join what several stacks have at a site, all cut from the end to the shortest site.
-
-    Args:
-        parts: one of each stack.
-
-    Returns:
-        All examples together.
-    """
+    """Join what several stacks have at a site, all cut from the end to the shortest site."""
     shortest = min(part.shape[2] for part in parts)
     return torch.cat([part[:, :, part.shape[2] - shortest :] for part in parts], dim=1)
 
 
-def equal_ending(one: Any, two: Any) -> int | None:
-    """Count the positions at the end at which two inputs have equal token ids.
-
-    Args:
-        one: inputs, or a stack of one layout.
-        two: others.
-
-    Returns:
-        How many; None where the inputs are of one layout (or have no ids), so that nothing needs to be compared.
-    """
-    if one.spans.roles == two.spans.roles or getattr(one, "ids", None) is None:
+def equal_ending(one: AVInputs, two: AVInputs) -> int | None:
+    """Count the positions at the end at which two inputs have equal token ids; None where their layout is the same."""
+    if one.spans.roles == two.spans.roles:
         return None
     first, second = one.ids[0].tolist(), two.ids[0].tolist()
     same = [a == b for a, b in zip(reversed(first), reversed(second), strict=False)]
@@ -99,26 +79,19 @@ class Means:
 
     `z[name]` is `[layer, example, site, head, d_head]` on the CPU, name being "va", "av" (asked their own question) or
     "see" (`va` asked `see`), run when first asked for; `sound` and `picture` are the examples' answers, `ids` names
-    the conflicts. `kept` holds what else was measured on them.
+    the conflicts. `parts` holds the same of other outputs than heads' (`explaining.units`).
     """
 
     chunks: tuple[Chunk, ...]
     sound: Int[np.ndarray, " example"]
     picture: Int[np.ndarray, " example"]
     ids: tuple[str, ...]
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
     _z: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def over(cls, chunks: Sequence[Chunk]) -> Means:
-        """Name a half's conflicts; nothing runs yet.
-
-        Args:
-            chunks: discovery's conflicts.
-
-        Returns:
-            The means' ingredients.
-        """
+        """Name a half's conflicts; nothing runs yet."""
         examples = np.concatenate([chunk.examples for chunk in chunks])
         candidates = chunks[0].bench.candidates
         ids = tuple(name for chunk in chunks for name in chunk.ids)
@@ -135,15 +108,7 @@ class Means:
     def weights(
         self, sound: Int[np.ndarray, " batch"], picture: Int[np.ndarray, " batch"]
     ) -> Float[np.ndarray, "batch example"]:
-        """Weigh the conflicts that share no answer with each edited one, alike.
-
-        Args:
-            sound: the edited conflicts' sound answers.
-            picture: and their picture's.
-
-        Returns:
-            Rows that sum to 1; NaN where all share an answer with the edited conflict.
-        """
+        """Weigh the conflicts that share no answer with each edited one, alike; NaN where there is none."""
         apart = np.ones((len(sound), len(self.sound)), dtype=bool)
         for mine in (sound, picture):
             for theirs in (self.sound, self.picture):
@@ -152,16 +117,7 @@ class Means:
             return apart / apart.sum(1, keepdims=True)
 
     def donor(self, name: str, sound: Int[np.ndarray, " batch"], picture: Int[np.ndarray, " batch"]) -> AllZ:
-        """Average over the conflicts that share no answer with each edited one.
-
-        Args:
-            name: "va", "av" or "see".
-            sound: the edited conflicts' sound answers.
-            picture: and their picture's.
-
-        Returns:
-            The leave-out mean of each edited conflict; NaN where all share an answer with it.
-        """
+        """Average over the conflicts that share no answer with each edited one, in float32 at least."""
         weights = self.weights(sound, picture)
         kept = self.z[name]
         # In bfloat16 a weight of 1/60 is off by .3%: the mean is taken in float32 at least.

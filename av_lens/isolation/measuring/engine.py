@@ -1,17 +1,20 @@
-"""What does a model say when some heads' outputs at the site are replaced? The engine of a `HookedAVLLM`.
+"""What does a model say when some heads' outputs at the site are replaced? Recordings and edited runs of one model.
 
-It runs in two ways that must agree (a test holds them together): `how="trace"` restarts the recorded run at the first
-edited layer and position; `how="hooks"` runs the whole model again for every swap, with plain hooks, as the slow
-reference. What the isolation asks of it is `seam.Engine`.
+Edits are `Plan`s (`Recording.plan` writes them for heads) and run in two ways that must agree (a test holds them
+together): `how="trace"` restarts the recorded run at the first edited layer and position; `how="hooks"` runs the whole
+model again for every plan, with plain hooks, as the slow reference.
 
-A frozen swap needs the asked position alone: every later head's output there is the recording's own, whatever happened
-at other positions. The restart therefore begins at it; the slow reference edits and freezes the whole site.
+*Norm frozen*: logits read from a run's stream with the final norm dividing by what it divided by in the unedited run of
+that cell. Reading out is then linear, so that what a change of the stream does to the logits is the same whatever the
+norm would have made of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace as replaced
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,290 +24,143 @@ from torch import Tensor
 from torch.nn import functional
 
 from av_lens.core.attention_mass import incoming_mass
-from av_lens.core.execution import logits_of
+from av_lens.core.execution import run
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import ProtocolError, unknown
-from av_lens.families.hook_names import hook_name
+from av_lens.inputs import AVInputs
 from av_lens.inputs.shared_tensors import shared
-from av_lens.interventions import Edit, Plan, Site, replace
-from av_lens.isolation.measuring.edited_runs import record_edited
-from av_lens.isolation.measuring.seam import SITES, Edited, Engine, Head, Recording, Swap, site_positions
+from av_lens.interventions import Plan, Site
+from av_lens.isolation.measuring.edited_runs import edited_run
+from av_lens.isolation.measuring.recordings import Edited, Head, Recording, Values, edits_at
 from av_lens.replay.stacks import run_streams, scheduled
+from av_lens.replay.traces import Trace
 
-__all__ = ["SITES", "Edited", "Engine", "Head", "ModelEngine", "Recording", "Swap", "site_positions"]
+STREAM_BYTES, TRACE_BYTES = 2.5e8, 4e9
+"""Memory for the streams of plans that run together; for the trace of one stack."""
 
 
 class ModelEngine:
-    """The engine of a `HookedAVLLM`.
+    """Recordings and edited runs of a `HookedAVLLM`.
 
     Args:
         model: the wrapped model.
         how: "trace" (restart recorded runs) or "hooks" (the whole model again, the slow reference).
         layout: how sound and picture are laid out in the prompt.
         cells: further options of `Conflict.cells`, such as another kind of blank.
-        logit_bytes: memory for the logits of plans that run together.
-        trace_bytes: memory for the trace of one stack.
     """
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        how: str = "trace",
-        layout: str = "in_video",
-        cells: Mapping[str, Any] | None = None,
-        logit_bytes: float = 2.5e8,
-        trace_bytes: float = 4e9,
+        self, model: Any, *, how: str = "trace", layout: str = "in_video", cells: Mapping[str, Any] | None = None
     ) -> None:
         if how not in ("trace", "hooks"):
             raise ProtocolError(unknown("engine", how, ("trace", "hooks")))
-        self.model = model
-        self.how = how
-        self.layout = layout
+        self.model, self.how, self.layout = model, how, layout
         self.cell_options = dict(cells or {})
-        self.logit_bytes = logit_bytes
-        self.trace_bytes = trace_bytes
-        self._w_o: Tensor = torch.empty(0)
+        self.n_layers, self.n_heads = int(model.spec.n_layers), int(model.spec.n_heads)
 
-    @property
-    def n_layers(self) -> int:
-        """Fusion layers."""
-        return int(self.model.spec.n_layers)
+    @cached_property
+    def heads(self) -> list[Head]:
+        """All heads, layer by layer."""
+        return [(layer, head) for layer in range(self.n_layers) for head in range(self.n_heads)]
 
-    @property
-    def n_heads(self) -> int:
-        """Query heads of a layer."""
-        return int(self.model.spec.n_heads)
-
-    @property
-    def n_kv_heads(self) -> int:
-        """Key-value heads of a layer."""
-        return int(self.model.spec.n_kv_heads)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The outputs beside z that a swap may replace; keys before rotary position."""
-        return ("mlp_out", "k", "v")
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return self.model.tokenizer
-
-    def cells(self, conflict: Any, question: str | None) -> Any:
-        """Find a conflict's cells.
-
-        Args:
-            conflict: the conflict.
-            question: another question than its own, or None.
-
-        Returns:
-            A lazy mapping from cell to inputs; beside the conflict's own cells `audio_only_v`, the picture's sound.
-        """
+    def cells(self, conflict: Any, question: str | None) -> Mapping[str, AVInputs]:
+        """Give a conflict's cells, asked its own question (None) or another; `audio_only_v` mirrors `audio_only`."""
         options = {"question": question, "layout": self.layout, "keep_clips": False, **self.cell_options}
         return _Cells(self.model, conflict, options)
 
-    def text_only(self, question: str) -> Any:
-        """Encode a question without media.
-
-        Args:
-            question: the question.
-
-        Returns:
-            The inputs.
-        """
-        return self.model.encode(None, question)
-
-    def stack(self, inputs: Sequence[Any]) -> Any:
-        """Join inputs of one layout.
-
-        Args:
-            inputs: the inputs.
-
-        Returns:
-            The stack.
-        """
-        return shared(type(inputs[0]).stack(list(inputs)))
-
-    def together(self, inputs: Any) -> int:
-        """Say how many examples fit into one stack: their trace must stay within `trace_bytes`.
-
-        Args:
-            inputs: one example.
-
-        Returns:
-            At least 1, at most 16: larger stacks gain 3% (on av-tiny), and a killed run loses the one it was at.
-        """
+    def together(self, inputs: AVInputs) -> int:
+        """Say how many examples fit into one stack: their trace must stay within `TRACE_BYTES`."""
         spec = self.model.spec
         per_position = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) * self.model.dtype.itemsize
-        return int(max(1, min(16, self.trace_bytes // (per_position * len(inputs.spans)))))
+        return int(max(1, min(16, TRACE_BYTES // (per_position * len(inputs.spans)))))
 
-    def record(self, inputs: Any, positions: Int[np.ndarray, " site"]) -> Recording:
-        """Run a stack unedited, keeping every head's z from the site on.
+    def record(self, inputs: AVInputs, positions: Int[np.ndarray, " site"], under: Values | None = None) -> Recording:
+        """Run a stack, under edits of heads or none, keeping every head's z from the site on."""
+        window, last = np.arange(positions[0], inputs.spans.generation_position + 1), self.n_layers - 1
+        sites = [Site("z", layer, positions=window.tolist()) for layer in range(self.n_layers)]
+        sites.append(Site("resid_post", last, positions=window[-1:].tolist()))
+        with torch.no_grad():  # what is kept was never bounded: it is the trace that `together` counts
+            plan = Plan(edits_at(positions, under or {}))
+            made = run(self.model, inputs, plan=plan, capture=sites, budget_gb=math.inf)
+        z = torch.stack([made.cache["z", layer] for layer in range(self.n_layers)])
+        logits, final = made.logits[:, 0].float().clone(), made.cache["resid_post", last][:, 0].clone()
+        return Recording(inputs, positions, window, logits, z, final, under or {})
 
-        Args:
-            inputs: the stack.
-            positions: the site's, increasing.
+    def record_edited(self, recording: Recording, values: Values) -> Recording:
+        """Run a recording's inputs with heads edited, so that further edits can be made on top.
 
-        Returns:
-            The recording.
+        The search for sets asks the same question about many sets that share members. An edited run is therefore made
+        once, and every further edit restarts there, at its own layer, instead of at the first layer of the whole set.
         """
-        asked = int(inputs.spans.generation_position)
-        window = np.arange(positions[0], asked + 1)
-        layers = range(self.n_layers)
-        z, final = _Kept(slice(window[0], asked + 1)), _Kept(asked)
-        hooks = [(hook_name("z", layer), z.at(layer)) for layer in layers]
-        hooks.append((hook_name("resid_post", self.n_layers - 1), final.at(0)))
+        whole, trace = dict(recording.under) | dict(values), self._restartable(recording)
+        if trace is None:
+            again = self.record(recording.inputs, recording.site, whole)
+            return dataclasses.replace(again, trace=recording.trace)
+        edited, z, start = edited_run(trace, recording.plan(values))
+        final = edited.stream(edited.n_layers, int(recording.window[-1]))[:, 0]
         with torch.no_grad():
-            logits = logits_of(self.model, inputs, hooks, torch.tensor([asked]))[:, 0].detach().float().clone()
-        return Recording(inputs, positions, window, logits, torch.stack([z[layer] for layer in layers]), final[0])
+            logits = unembedded(self.model, final).float()
+        inside = torch.from_numpy(recording.window - start).to(final.device)
+        below = [recording.z[layer] for layer in range(edited.n_layers - len(z))]
+        stacked = torch.stack([*below, *(z[layer][:, inside] for layer in sorted(z))])
+        changed = {"logits": logits, "z": stacked, "final": final, "under": whole, "trace": edited}
+        return dataclasses.replace(recording, **changed)
+
+    def trace(self, recording: Recording) -> Trace:
+        """Give the recorded run that restarts begin from, made when first needed and kept with the recording."""
+        trace: Trace = self.model.trace(recording.inputs) if recording.trace is None else recording.trace
+        recording.trace = trace
+        return trace
+
+    def _restartable(self, recording: Recording) -> Trace | None:
+        trace = self.trace(recording) if self.how == "trace" else None
+        return None if trace is None or trace.hooked_because else trace
 
     def capture(
-        self, inputs: Any, positions: Int[np.ndarray, " site"], components: Sequence[str]
+        self, inputs: AVInputs, positions: Int[np.ndarray, " site"], components: Sequence[str]
     ) -> Mapping[str, Float[Tensor, "layer batch site ..."]]:
-        """Run a stack unedited and keep other outputs at the site.
-
-        Args:
-            inputs: the stack.
-            positions: the site's.
-            components: such as "mlp_out", "k" (before rotary position), "v".
-
-        Returns:
-            Each component's activations, layers first.
-        """
-        layers = range(self.n_layers)
-        kept = {component: _Kept(torch.from_numpy(positions)) for component in components}
-        hooks = [(hook_name(name, layer), kept[name].at(layer)) for name in components for layer in layers]
+        """Run a stack unedited and keep other outputs at the site."""
+        layers, at = range(self.n_layers), positions.tolist()
+        sites = [Site(name, layer, positions=at) for name in components for layer in layers]
         with torch.no_grad():
-            logits_of(self.model, inputs, hooks, torch.tensor([len(inputs.spans) - 1]))
-        return {name: torch.stack([kept[name][layer] for layer in layers]) for name in components}
+            cache = run(self.model, inputs, capture=sites, budget_gb=math.inf).cache
+        return {name: torch.stack([cache[name, layer] for layer in layers]) for name in components}
 
-    def incoming(self, inputs: Any) -> Float[np.ndarray, "batch pos"]:
-        """Sum the value-weighted attention that each position gets from the suffix.
-
-        Args:
-            inputs: the stack.
-
-        Returns:
-            The sums over all layers and heads.
-        """
+    def incoming(self, inputs: AVInputs) -> Float[np.ndarray, "batch pos"]:
+        """Sum the value-weighted attention that each position gets from the suffix, all layers and heads together."""
         return incoming_mass(self.model, inputs).double().numpy()
 
-    def plan(self, recording: Recording, swap: Swap, *, whole: bool = True) -> Plan:
-        """Write a swap as a plan.
-
-        Args:
-            recording: the run that is edited.
-            swap: the heads and their new z.
-            whole: write a frozen swap over the whole site; else at the asked position, which says the same there.
-
-        Returns:
-            The plan.
-        """
-        site, own, keep = recording.site.tolist(), recording.window.tolist(), slice(None)
-        if swap.freeze and not whole:
-            own, keep = own[-1:], slice(-1, None)
-            if site[-1] != own[-1]:
-                return Plan([])  # no head's own write at another position reaches the asked one
-            site = site[-1:]
-        edits: list[Edit] = [
-            replace(Site("z", layer, head=head, positions=site), value[:, keep] if value.shape[1] > 1 else value)
-            for (layer, head), value in zip(swap.heads, swap.values, strict=True)
-        ]
-        edits += [
-            replace(Site(part.component, part.layer, head=part.head, positions=site), part.value) for part in swap.parts
-        ]
-        if swap.freeze:
-            if swap.parts:
-                raise ProtocolError("a frozen swap edits heads' z alone; leave its parts out.")
-            first = min(layer for layer, _ in swap.heads)
-            edits += [
-                replace(Site("z", layer, positions=own), recording.z[layer][:, keep])
-                for layer in range(first + 1, self.n_layers)
-            ]
-        return Plan(edits)
-
-    def edited(self, recording: Recording, swaps: Sequence[Swap]) -> Iterator[Float[Tensor, "batch d_vocab"]]:
-        """Run a recording's inputs again under each swap.
-
-        Args:
-            recording: the unedited run.
-            swaps: the edits, each its own run.
-
-        Yields:
-            The logits at the asked position, in the order of the swaps.
-        """
-        for one in self.changed(recording, swaps):
-            yield one.logits
-
-    def changed(self, recording: Recording, swaps: Sequence[Swap]) -> Iterator[Edited]:
-        """Run a recording's inputs again under each swap.
-
-        Args:
-            recording: the unedited run.
-            swaps: the edits, each its own run.
-
-        Yields:
-            The edited runs at the asked position, in the order of the swaps.
-        """
-        trace = None
-        if self.how == "trace":
-            trace = recording.kept.get("trace")
-            if trace is None:
-                trace = recording.kept["trace"] = self.model.trace(recording.inputs)
-        if trace is None or trace.hooked_because:
-            for swap in swaps:
-                yield self._hooked(recording, swap)
+    def changed(self, recording: Recording, plans: Sequence[Plan]) -> Iterator[Edited]:
+        """Run a recording's inputs again under each plan, in order."""
+        trace = self._restartable(recording)
+        if trace is None:
+            yield from (self._hooked(recording, plan) for plan in plans)
             return
-        asked = torch.tensor([int(recording.inputs.spans.generation_position)])
+        asked = torch.tensor([int(recording.window[-1])])
         # A stack's activations keep to their own budget; what is bounded here are the streams that are handed back.
-        together = int(max(1, min(512, self.logit_bytes // recording.final.nbytes)))
-        for start in range(0, len(swaps), together):
-            plans = [self.plan(recording, swap, whole=False) for swap in swaps[start : start + together]]
-            finals = recording.final.new_empty(len(plans), *recording.final.shape)
+        together = int(max(1, min(512, STREAM_BYTES // recording.final.nbytes)))
+        for start in range(0, len(plans), together):
+            some = plans[start : start + together]
+            finals = recording.final.new_empty(len(some), *recording.final.shape)
             with torch.no_grad():
-                schedule = scheduled(trace, plans, n_asked=1, budget_gb=1.0)
+                schedule = scheduled(trace, some, n_asked=1, budget_gb=1.0)
                 for numbers, stream in run_streams(trace, schedule, asked):
                     finals[list(numbers)] = stream[:, :, 0]
                 for final in finals:
                     yield Edited(unembedded(self.model, final).float(), final)
 
-    def record_edited(self, recording: Recording, swap: Swap) -> Recording:
-        """Run a recording's inputs under a swap, so that further edits can be made on top (`edited_runs.further`).
-
-        Args:
-            recording: the run that is edited, an edited one or not.
-            swap: the heads and their new z; not frozen.
-
-        Returns:
-            The edited run, every head's z from the site on.
-        """
-        return record_edited(self, recording, swap)
-
-    def _hooked(self, recording: Recording, swap: Swap) -> Edited:
-        asked = int(recording.inputs.spans.generation_position)
-        compiled = self.plan(recording, swap).compile(self.model.spec, recording.inputs.spans)
-        final = _Kept(asked)
-        last = (hook_name("resid_post", self.n_layers - 1), final.at(0))
+    def _hooked(self, recording: Recording, plan: Plan) -> Edited:
+        if not len(plan):  # the run as it was recorded, with the edits that it was made under
+            return Edited(recording.logits, recording.final)
+        end = Site("resid_post", self.n_layers - 1, positions=recording.window[-1:].tolist())
         with torch.no_grad():
-            hooks = [*compiled.fwd_hooks, last]
-            logits = logits_of(self.model, recording.inputs, hooks, torch.tensor([asked]))[:, 0]
-        compiled.verify()
-        return Edited(logits.float().clone(), final[0])
+            made = run(self.model, recording.inputs, plan=plan, capture=end, budget_gb=math.inf)
+        return Edited(made.logits[:, 0].float().clone(), made.cache["resid_post", end.layer][:, 0].clone())
 
     def linear_logits(
         self, recording: Recording, final: Float[Tensor, "*more batch d_model"], ids: Int[Tensor, " token"]
     ) -> Float[Tensor, "*more batch token"]:
-        """Read tokens' logits from a stream, the final norm dividing by what it divided by in the recording.
-
-        Args:
-            recording: the unedited run.
-            final: a stream that enters the final norm at the asked position, or several.
-            ids: token ids.
-
-        Returns:
-            Their logits; linear in `final`.
-        """
+        """Read tokens' logits from a stream, the final norm dividing by what it divided by in the recording."""
         norm, head = self.model.ln_final.original_component, self.model.bridge.unembed.original_component
         with torch.no_grad():
             ratio = self._divisor(final) / self._divisor(recording.final)
@@ -315,79 +171,50 @@ class ModelEngine:
         norm = self.model.ln_final.original_component
         return (stream.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
 
-    def _output_weights(self) -> Tensor:
-        if not self._w_o.numel():
-            self._w_o = self.model.W_O.detach()
-        return self._w_o
+    @cached_property
+    def _output_weights(self) -> Float[Tensor, "layer head d_head d_model"]:
+        return self.model.W_O.detach()
 
     def writes(self, recording: Recording, ids: Int[Tensor, " token"]) -> Float[Tensor, "layer head batch token"]:
-        """Attribute the tokens' logits to the heads' direct writes at the asked position.
+        """Attribute the tokens' logits to the heads' direct writes at the asked position, at the run's own norm scale.
 
-        Args:
-            recording: the run.
-            ids: token ids.
-
-        Returns:
-            Each head's z W_O, through the final norm at the run's own scale, on the unembedding's columns.
+        This is `direct_attribution(by="head")` for many tokens, from what the recording keeps: nothing is run again.
         """
         at_end = recording.z[:, :, -1].float()
-        written = torch.einsum("lbhd,lhdm->lhbm", at_end, self._output_weights().float())
+        written = torch.einsum("lbhd,lhdm->lhbm", at_end, self._output_weights.float())
         norm = self.model.ln_final.original_component
         unembedding = self.model.W_U.detach()
         columns = unembedding[:, ids.to(unembedding.device)].float()
         return (written / self._divisor(recording.final) * norm.weight.detach().float()) @ columns
 
     def write_norms(self, recording: Recording) -> Float[np.ndarray, "layer head"]:
-        """Measure how much each head writes at the site.
-
-        Args:
-            recording: the run.
-
-        Returns:
-            The mean norm of z W_O over examples and site positions.
-        """
+        """Measure how much each head writes at the site: the mean over examples and positions of |z W_O|."""
         out = np.zeros((self.n_layers, self.n_heads))
         for layer in range(self.n_layers):
-            written = torch.einsum(
-                "bshd,hdm->bshm", recording.site_z[layer].float(), self._output_weights()[layer].float()
-            )
-            out[layer] = written.norm(dim=-1).mean((0, 1)).cpu().numpy()
+            z, output = recording.site_z[layer].float(), self._output_weights[layer].float()
+            out[layer] = torch.einsum("bshd,hdm->bshm", z, output).norm(dim=-1).mean((0, 1)).cpu().numpy()
         return out
 
 
-class _Kept(dict[int, Tensor]):
-    """What hooks have kept, by layer: the activations at some positions (a number keeps no axis for them)."""
-
-    def __init__(self, positions: int | slice | Tensor) -> None:
-        super().__init__()
-        self.positions = positions
-
-    def at(self, layer: int) -> Any:
-        """A hook that keeps the layer's activation."""
-
-        def fn(activation: Tensor, hook: Any = None) -> None:
-            del hook
-            self[layer] = activation[:, self.positions].detach().clone()
-
-        return fn
+def stacked(inputs: Sequence[AVInputs]) -> AVInputs:
+    """Join inputs of one layout."""
+    return shared(AVInputs.stack(list(inputs)))
 
 
-class _Cells(Mapping[str, Any]):
+class _Cells(Mapping[str, AVInputs]):
     """A conflict's cells and `audio_only_v`, which is `audio_only` with sound and picture exchanged."""
 
     def __init__(self, model: Any, conflict: Any, options: dict[str, Any]) -> None:
-        self._model, self._conflict, self._options = model, conflict, options
-        self._own = conflict.cells(model, **options)
-        self._mirror: Any = None
+        self._conflict, self._of = conflict, lambda one: one.cells(model, **options)
+        self._own = self._of(conflict)
 
-    def __getitem__(self, name: str) -> Any:
-        if name != "audio_only_v":
-            return self._own[name]
-        if self._mirror is None:
-            one = self._conflict
-            turned = replaced(one, sound=one.picture, picture=one.sound, answers=one.answers[::-1])
-            self._mirror = turned.cells(self._model, **self._options)
-        return self._mirror["audio_only"]
+    @cached_property
+    def _mirror(self) -> Mapping[str, AVInputs]:
+        one = self._conflict
+        return self._of(dataclasses.replace(one, sound=one.picture, picture=one.sound, answers=one.answers[::-1]))
+
+    def __getitem__(self, name: str) -> AVInputs:
+        return self._mirror["audio_only"] if name == "audio_only_v" else self._own[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._own)

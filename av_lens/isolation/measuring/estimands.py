@@ -1,75 +1,158 @@
-"""Which figures are there of a head? Protocol section 4 by name, from the effects of `effects.requests`.
+"""Which figures are there of a head? Protocol section 4, once: what is run and recorded, what the tables show.
+
+`ESTIMANDS` is the one list. An estimand is the effect of a `Request` (every head in turn gets its z from a donor, in a
+base cell and its mirror), minus that of another where it says so. Requests (`requests`), figures (`figures`), rows of
+the table of evidence, keys of the record's arrays, and columns of the table of heads (`column`, where
+`results.tables` names it) follow from it; tests of roles name estimands by `(name, donor)`.
+
+Every estimand stands there twice: as measured, and with the final norm's scale frozen at the unedited run's
+(` (norm frozen)` after its name). Positive is as in the record: an edit lets the model hear more, or a fall of G.
 
 | estimand | of |
 |---|---|
-| release (donor), direct (donor), fall of G (donor), rise over others (donor) | `effects` says how |
-| repair (donor) | direct - release: what later layers make good for |
-| release on sound, release on picture (donor) | the release's parts on the two answers; release = first - second |
-| direct on sound, direct on picture (donor) | the same of the direct effect |
-| reads picture, reads sound, sufficiency, silenced, carries | |
-| question's own | release by mean_other minus release by mean_task |
-
-Each but the rise stands once more as "... (norm frozen)": the final norm divides by what it divided by in the cell's
-unedited run, so that the read-out is linear. Released by `audio_only` and `mean_task` is secondary: it names nobody.
+| release | on C, by donor; `mean_task` and `audio_only` are secondary donors |
+| direct | the same with later heads frozen; `repair` is direct minus release |
+| release on sound, release on picture | its part on the two answers, centred over all answers (`direct on ...` too) |
+| fall of G | minus the effect on G; with blank_muted it is `carries`, with `va` `sufficiency` |
+| reads picture, reads sound, silenced, question's own | donors wa, vw, blank_a - blank_muted, mean_other - mean_task |
+| rise over others | rise of the heard sound's answer over the candidates that are neither answer (damage) |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float
 
-from av_lens.isolation.measuring.donors import PRIMARY_DONORS
-from av_lens.isolation.measuring.effects import Effect, PerHead, Request
+from av_lens.isolation.measuring.donors import MEANS, OTHER_LAYOUT, PRIMARY_DONORS, SECONDARY_DONORS, W_CELLS
+from av_lens.isolation.measuring.recordings import MEDIA_SITES
+from av_lens.results.tables import TABLES
 
-FROZEN = " (norm frozen)"
-SECONDARY_DONORS = ("mean_task", "audio_only")
+if TYPE_CHECKING:
+    from av_lens.isolation.measuring.bench import Chunk
+    from av_lens.isolation.measuring.effects import Effect
+
+PerHead = Float[np.ndarray, "example layer head"]
+Figures = Mapping[tuple[str, str], PerHead]
 
 
-def estimands(effects: Mapping[Request, Effect]) -> Iterator[tuple[str, str, PerHead]]:
-    """List every estimand with its donor and its effects.
+@dataclass(frozen=True)
+class Request:
+    """An edit of every head in turn: in `base` ("va" or "blank_a") and its mirror, z from `donor`."""
 
-    Args:
-        effects: the outcome of every request.
+    base: str
+    donor: str
+    freeze: bool = False
+    question: str = "ask"
 
-    Yields:
-        (estimand, donor, `[example, layer, head]`), NaN where a request was not made.
+
+@dataclass(frozen=True)
+class Estimand:
+    """A figure of a head: `plus`'s effect less `minus`'s, read from one figure of an `effects.Effect`."""
+
+    name: str
+    donor: str
+    plus: Request | None = None
+    minus: Request | None = None
+    figure: str = "margin"
+    shown: str = ""
+
+    @property
+    def column(self) -> str:
+        """Its column in the table of heads, if that has one: by its donor, else (there the row's donor) by its name."""
+        names = (self.shown, f"{self.name}_{self.donor}", self.name)
+        plain = (name.replace(" ", "_").replace("(", "").replace(")", "") for name in names)
+        return next((name for name in plain if name in TABLES["heads"]), "")
+
+    def of(self, effects: Mapping[Request, Effect]) -> PerHead:
+        """Compute it; NaN where a request was not measured."""
+        asked = [one for one in (self.plus, self.minus) if one is not None]
+        if not all(one in effects for one in asked):
+            return np.full_like(next(iter(effects.values())).margin, np.nan)
+        parts: list[PerHead] = [getattr(effects[one], self.figure) for one in asked]
+        return -parts[0] if self.plus is None else parts[0] if self.minus is None else parts[0] - parts[1]
+
+
+def _c(donor: str, *, freeze: bool = False) -> Request:
+    return Request("va", donor, freeze)
+
+
+def _g(donor: str) -> Request:
+    return Request("blank_a", donor)
+
+
+_MARGINS = (
+    *(Estimand("release", donor, _c(donor)) for donor in (*PRIMARY_DONORS, *SECONDARY_DONORS)),
+    *(
+        one
+        for donor in PRIMARY_DONORS
+        for one in (
+            Estimand("direct", donor, _c(donor, freeze=True)),
+            Estimand("repair", donor, _c(donor, freeze=True), _c(donor)),
+            Estimand("fall of G", donor, minus=_g(donor)),
+        )
+    ),
+    Estimand("reads picture", "wa", _c("wa")),
+    Estimand("reads sound", "vw", _c("vw")),
+    Estimand("sufficiency", "va", minus=_g("va")),
+    Estimand("silenced", "blank_a - blank_muted", _c("blank_a"), _c("blank_muted")),
+    Estimand("carries", "blank_muted", minus=_g("blank_muted")),
+    Estimand("question's own", "mean_other - mean_task", _c("mean_other"), _c("mean_task"), shown="question_share"),
+)
+_PARTS = tuple(
+    Estimand(f"{name} on {answer}", donor, _c(donor, freeze=freeze), figure=f"on_{answer}")
+    for donor in PRIMARY_DONORS
+    for name, freeze in (("release", False), ("direct", True))
+    for answer in ("sound", "picture")
+)
+ESTIMANDS: tuple[Estimand, ...] = (
+    *_MARGINS,
+    *_PARTS,
+    *(replace(e, name=f"{e.name} (norm frozen)", figure=f"{e.figure}_frozen", shown="") for e in (*_MARGINS, *_PARTS)),
+    *(Estimand("rise over others", donor, _c(donor), figure="rise") for donor in PRIMARY_DONORS),
+)
+ROLE_ESTIMANDS = ("release", "direct", "fall of G", "reads picture", "reads sound", "rise over others")
+"""What suppressors' roles are told by."""
+
+
+def figures(effects: Mapping[Request, Effect]) -> dict[tuple[str, str], PerHead]:
+    """Compute every estimand, by name and donor."""
+    return {(one.name, one.donor): one.of(effects) for one in ESTIMANDS}
+
+
+def donor_of(name: str) -> str:
+    """Name the donor of an estimand that has only one."""
+    (donor,) = (one.donor for one in ESTIMANDS if one.name == name)
+    return donor
+
+
+def requests(
+    chunks: Sequence[Chunk] | None = None, *, names: Sequence[str] = (), donors: Sequence[str] = PRIMARY_DONORS
+) -> list[Request]:
+    """List what estimands need (all of them where none is named), less the donors that some conflicts cannot have.
+
+    Runs of the primary donors are listed before others', which is their order in the stacks.
     """
-    for ending, figure in (("", "margin"), (FROZEN, "margin_frozen")):
-        for name, donor, values in _of_margin(effects, figure):
-            yield f"{name}{ending}", donor, values
-        for name, donor, values in _parts(effects, figure.removeprefix("margin")):
-            yield f"{name}{ending}", donor, values
-    for donor in PRIMARY_DONORS:
-        yield "rise over others", donor, _of(effects, Request("va", donor), "rise")
+    wanted = [one for one in ESTIMANDS if not names or (one.name in names and {one.donor} & {*donors, *W_CELLS})]
+    found = dict.fromkeys(r for one in wanted for r in (one.plus, one.minus) if r is not None)
+    there = [one for one in found if chunks is None or _has(chunks, one.donor)]
+    place = {donor: number for number, donor in enumerate((*PRIMARY_DONORS, *SECONDARY_DONORS, *W_CELLS))}
+    after = len(place)
+    return sorted(there, key=lambda r: (r.base != "va", _rank(r), r.freeze, place.get(r.donor, after)))
 
 
-def _of(effects: Mapping[Request, Effect], request: Request, figure: str) -> PerHead:
-    found = effects.get(request)
-    return np.full_like(next(iter(effects.values())).margin, np.nan) if found is None else getattr(found, figure)
+def _rank(request: Request) -> bool:
+    """Whether it comes after the primary donors'; on G the conflict's own z comes first."""
+    primary = request.donor in PRIMARY_DONORS
+    return primary if request.base == "blank_a" else not primary
 
 
-def _of_margin(effects: Mapping[Request, Effect], figure: str) -> Iterator[tuple[str, str, PerHead]]:
-    def on(base: str, donor: str, *, freeze: bool = False) -> PerHead:
-        return _of(effects, Request(base, donor, freeze=freeze), figure)
-
-    for donor in (*PRIMARY_DONORS, *SECONDARY_DONORS):
-        yield "release", donor, on("va", donor)
-    for donor in PRIMARY_DONORS:
-        yield "direct", donor, on("va", donor, freeze=True)
-        yield "repair", donor, on("va", donor, freeze=True) - on("va", donor)
-        yield "fall of G", donor, -on("blank_a", donor)
-    yield "reads picture", "wa", on("va", "wa")
-    yield "reads sound", "vw", on("va", "vw")
-    yield "sufficiency", "va", -on("blank_a", "va")
-    yield "silenced", "blank_a - blank_muted", on("va", "blank_a") - on("va", "blank_muted")
-    yield "carries", "blank_muted", -on("blank_a", "blank_muted")
-    yield "question's own", "mean_other - mean_task", on("va", "mean_other") - on("va", "mean_task")
-
-
-def _parts(effects: Mapping[Request, Effect], ending: str) -> Iterator[tuple[str, str, PerHead]]:
-    for donor in PRIMARY_DONORS:
-        for name, freeze in (("release", False), ("direct", True)):
-            for answer in ("sound", "picture"):
-                request = Request("va", donor, freeze=freeze)
-                yield f"{name} on {answer}", donor, _of(effects, request, f"on_{answer}{ending}")
+def _has(chunks: Sequence[Chunk], donor: str) -> bool:
+    if donor in W_CELLS:
+        return any(chunk.has_third for chunk in chunks)
+    if donor in MEANS:
+        return chunks[0].means is not None
+    return donor not in OTHER_LAYOUT or chunks[0].site not in MEDIA_SITES

@@ -3,15 +3,13 @@
     effect on C  = (change of M in va - change of M in av) / 2           base "va"
     effect on G  = (change of M in blank_a - change of M in blank_v) / 2  base "blank_a"
 
-Positive: the model hears more. Plans are of any kind (heads' outputs, attention edges), unlike the `Swap`s of the
-engine, so this part needs the model itself; an engine without one has no mechanisms to measure.
+Positive: the model hears more. Plans are of any kind (heads' outputs, attention edges).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,55 +17,20 @@ import torch
 from jaxtyping import Float
 
 from av_lens.interventions import Plan
-from av_lens.isolation.measuring.bench import MIRROR, Bench, Chunk
-from av_lens.isolation.measuring.effects import Progress, mirrored
+from av_lens.isolation.measuring.bench import Chunk, gathered
+from av_lens.isolation.measuring.donors import MIRROR
+from av_lens.isolation.measuring.effects import mirrored
 from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.store import Arrays
 from av_lens.metrics.asked import each
 from av_lens.metrics.metric import Metric, as_metric, logit_diff
 from av_lens.replay.measurement import measure_plans
 from av_lens.replay.traces import Trace
 
-Arrays = dict[str, np.ndarray]
-
-
-def model_of(bench: Bench) -> Any:
-    """Give the model behind the engine.
-
-    Args:
-        bench: the conflicts and their engine.
-
-    Returns:
-        A `HookedAVLLM`; None where the engine has none.
-    """
-    return getattr(bench.engine, "model", None)
-
 
 def trace_of(chunk: Chunk, cell: str, question: str = "ask") -> Trace:
-    """Give a cell's recorded run, kept with its recording.
-
-    Args:
-        chunk: the conflicts.
-        cell: the cell.
-        question: "ask", "see" or "control".
-
-    Returns:
-        The trace.
-    """
-    recording = chunk.run(cell, question)
-    if "trace" not in recording.kept:
-        recording.kept["trace"] = model_of(chunk.bench).trace(recording.inputs)
-    return recording.kept["trace"]
-
-
-def drop_traces(chunk: Chunk, *cells: str) -> None:
-    """Let go of cells' recorded runs, which are large.
-
-    Args:
-        chunk: the conflicts.
-        *cells: the cells, asked their own question.
-    """
-    for cell in cells:
-        chunk.run(cell).kept.clear()
+    """Give a cell's recorded run, kept with its recording."""
+    return chunk.bench.engine.trace(chunk.run(cell, question))
 
 
 def margin_metric(chunk: Chunk) -> Metric:
@@ -81,56 +44,40 @@ def margin_metric(chunk: Chunk) -> Metric:
     """
     answers = [chunk.bench.conflicts[int(i)].answers for i in chunk.examples]
     sides = (each([pair[side] for pair in answers]) for side in (0, 1))
-    return as_metric(logit_diff(*sides), model_of(chunk.bench))
+    return as_metric(logit_diff(*sides), chunk.bench.engine.model)
 
 
 def effects_of_plans(
     chunk: Chunk, base: str, plans: Callable[[str], Sequence[Plan | None]]
 ) -> Float[np.ndarray, "batch plan"]:
-    """Measure plans in a cell and in its mirror.
-
-    Args:
-        chunk: the conflicts.
-        base: "va" (effects on C) or "blank_a" (effects on G).
-        plans: gives the plans for a cell, as many for either; None where one cannot be made.
-
-    Returns:
-        The effects; NaN for None.
-    """
+    """Measure plans, made for a cell, in the cell and in its mirror: effects on C or G; NaN where there is no plan."""
     metric, sides = margin_metric(chunk), list[np.ndarray]()
     for cell in (base, MIRROR[base]):
-        listed = plans(cell)
-        found = np.full((len(listed), len(chunk.examples)), np.nan)
-        made = [number for number, plan in enumerate(listed) if plan is not None]
-        given = [Plan(), *(plan for plan in listed if plan is not None)]
-        scores = measure_plans(trace_of(chunk, cell), given, metric).double().numpy()
-        found[made] = scores[1:] - scores[0]
-        sides.append(found)
+        given = plans(cell)
+        trace = trace_of(chunk, cell)
+        scores = measure_plans(trace, [Plan(), *(plan for plan in given if plan is not None)], metric).double().numpy()
+        sides.append(_placed(given, scores[1:] - scores[0]))
     return mirrored(sides[0], sides[1]).T
 
 
+def _placed(plans: Sequence[Plan | None], found: Float[np.ndarray, "made batch"]) -> Float[np.ndarray, "plan batch"]:
+    """Lay what the plans that there are gave out over all; NaN where there is none."""
+    out = np.full((len(plans), found.shape[1]), np.nan)
+    out[[number for number, plan in enumerate(plans) if plan is not None]] = found
+    return out
+
+
 def says_sound(chunk: Chunk, plans: Sequence[Plan | None]) -> Float[np.ndarray, "batch plan"]:
-    """Say under which plans the likeliest token of the whole vocabulary begins the sound's answer, in `va`.
+    """Say under which plans the likeliest token of the whole vocabulary begins the sound's answer, in `va`."""
+    made, owner = [plan for plan in plans if plan is not None], first_owner(chunk)
 
-    Args:
-        chunk: the conflicts.
-        plans: the plans; None where one cannot be made.
+    def right(logits: torch.Tensor) -> torch.Tensor:
+        top = logits[:, -1].argmax(-1).tolist()
+        said = [float(token in mine) for token, mine in zip(top, owner, strict=True)]
+        return torch.tensor(said, device=logits.device)
 
-    Returns:
-        1 or 0; NaN for None.
-    """
-    found = np.full((len(plans), len(chunk.examples)), np.nan)
-    made = [number for number, plan in enumerate(plans) if plan is not None]
-    if made:
-        owner = first_owner(chunk)
-
-        def right(logits: torch.Tensor) -> torch.Tensor:
-            top = logits[:, -1].argmax(-1).tolist()
-            said = [float(token in mine) for token, mine in zip(top, owner, strict=True)]
-            return torch.tensor(said, device=logits.device)
-
-        found[made] = trace_of(chunk, "va").score([plans[n] or Plan() for n in made], right).double().numpy()
-    return found.T
+    none = np.zeros((0, len(owner)))
+    return _placed(plans, trace_of(chunk, "va").score(made, right).double().numpy() if made else none).T
 
 
 def first_owner(chunk: Chunk) -> list[set[int]]:
@@ -182,33 +129,7 @@ class Measured:
 
 
 def measured(
-    chunks: Sequence[Chunk],
-    half: Half,
-    name: str,
-    depends: Mapping[str, Any],
-    compute: Callable[[Chunk], Arrays],
-    progress: Progress | None = None,
+    chunks: Sequence[Chunk], half: Half, name: str, depends: Mapping[str, Any], compute: Callable[[Chunk], Arrays]
 ) -> Measured:
-    """Measure every stack, or open what was stored, and put the conflicts in the half's order.
-
-    Args:
-        chunks: the half's conflicts, stacked.
-        half: the half.
-        name: what is measured, as words.
-        depends: what it depends on beside the conflicts.
-        compute: measures one stack: arrays whose first axis is its conflicts.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        The arrays.
-    """
-    out: Arrays = {}
-    for number, chunk in enumerate(chunks):
-        rows = [int(np.flatnonzero(half.examples == i)[0]) for i in chunk.examples]
-        for key, values in chunk.remember(name, depends, partial(compute, chunk)).items():
-            if key not in out:
-                out[key] = np.full((len(half.examples), *values.shape[1:]), np.nan)
-            out[key][rows] = values
-        if progress is not None:
-            progress(name, number + 1, len(chunks))
-    return Measured(half, out)
+    """Measure every stack, or open what was stored, and put the conflicts in the half's order."""
+    return Measured(half, gathered(chunks, half.examples, name, depends, compute, stage=name))

@@ -39,6 +39,15 @@ class Reading:
     top: Int[np.ndarray, " example"]
     mass: Float[np.ndarray, " example"]
 
+    @classmethod
+    def unread(cls, n: int, candidates: int) -> Reading:
+        """Make room for n examples."""
+        return cls(np.full((n, candidates), np.nan), np.full(n, UNREAD, dtype=np.int64), np.full(n, np.nan))
+
+    def put(self, rows: Int[np.ndarray, " row"], other: Reading) -> None:
+        """Fill some rows in."""
+        self.scores[rows], self.top[rows], self.mass[rows] = other.scores, other.top, other.mass
+
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
@@ -116,6 +125,15 @@ class Candidates:
         absent = torch.from_numpy(self.ids < 0).to(logits.device)
         picked = logits.double().unflatten(-1, tuple(self.ids.shape)).masked_fill(absent, -torch.inf)
         return picked.logsumexp(-1).cpu().numpy()
+
+    def weighed(
+        self, parts: Float[Tensor, "*more batch token"], logits: Float[Tensor, "batch d_vocab"]
+    ) -> Float[np.ndarray, "*more batch candidate"]:
+        """Add up what is written to `tokens`; synonyms count by their share of the answer's own probability."""
+        shape = tuple(self.ids.shape)
+        own = logits.double()[:, self.tokens].unflatten(-1, shape)
+        weight = own.masked_fill(torch.from_numpy(self.ids < 0).to(own.device), -torch.inf).softmax(-1)
+        return (parts.double().unflatten(-1, shape) * weight).sum(-1).cpu().numpy()
 
     def read(self, logits: Float[Tensor, "batch d_vocab"], examples: Int[np.ndarray, " batch"]) -> Reading:
         """Read a run of some of the conflicts.

@@ -28,6 +28,8 @@ from av_lens.whole_files import describe, reading, write_whole
 
 Arrays = dict[str, np.ndarray]
 FOLDER = "measured"
+SCHEMA = 2
+"""Of measurements on disk, part of a run's key: conflicts are each array's first axis."""
 SECONDS, OF = "seconds taken", "measurement of"
 GO_ON = "What was kept before is whole; make room or put the folder right, and the same command goes on from there."
 

@@ -14,13 +14,21 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from av_lens.isolation.measuring.bench import PRIMARY_DONORS
-from av_lens.isolation.measuring.effects import Effect, Request
-from av_lens.results.statistics import Bootstrap, benjamini_hochberg, sign_flips
-from av_lens.results.tables import SUPPRESSORS
+from av_lens.isolation.measuring.donors import PRIMARY_DONORS
+from av_lens.isolation.measuring.estimands import Figures, PerHead, donor_of
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.recordings import Head
+from av_lens.results.statistics import benjamini_hochberg, sign_flips
 
 DIRECT_CUT = DAMAGE_CUT = 0.5
-PerHead = Float[np.ndarray, "example layer head"]
+PARTS = {
+    "picture writer": ("release {}", "direct {}", "picture"),
+    "sound opponent": ("release {}", "direct {}", "sound"),
+    "gate": ("release {}", "indirect {}"),
+}
+"""What each suppressor's role consists of, by donor; all must hold."""
+CARRIERS = {"silenced carrier": "silenced", "sound carrier": "carries"}
+"""The estimand that makes a head a carrier."""
 Table = Float[np.ndarray, "layer head"]
 
 
@@ -37,75 +45,37 @@ class Named:
     q: float
     p_maxt: float
 
+    @property
+    def at(self) -> Head:
+        """Layer and head."""
+        return self.layer, self.head
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A half's effects, per example and head, with what is needed to judge them.
+    """A half's effects, per example and head, by (estimand, donor); `evidence["silenced"]` where it has one donor."""
 
-    `release`, `direct`, `fall` (of G) and `rise` are by donor; `G` and `C` are per example.
-    """
+    figures: Figures
+    half: Half
 
-    release: Mapping[str, PerHead]
-    direct: Mapping[str, PerHead]
-    fall: Mapping[str, PerHead]
-    rise: Mapping[str, PerHead]
-    reads_picture: PerHead
-    reads_sound: PerHead
-    silenced: PerHead
-    carries: PerHead
-    sufficiency: PerHead
-    mean_task: PerHead
-    G: Float[np.ndarray, " example"]
-    C: Float[np.ndarray, " example"]
-    components: Sequence[int]
-    boot: Bootstrap
+    def __getitem__(self, key: str | tuple[str, str]) -> PerHead:
+        """An estimand's effects; NaN where it was not measured."""
+        return self.figures[(key, donor_of(key)) if isinstance(key, str) else key]
 
-    @classmethod
-    def of(
-        cls,
-        effects: Mapping[Request, Effect],
-        *,
-        G: Float[np.ndarray, " example"],
-        C: Float[np.ndarray, " example"],
-        components: Sequence[int],
-        boot: Bootstrap,
-    ) -> Evidence:
-        """Name the effects of `effects.requests`.
+    def by_donor(self, name: str) -> dict[str, PerHead]:
+        """An estimand's effects by each primary donor."""
+        return {donor: self.figures[name, donor] for donor in PRIMARY_DONORS}
 
-        Args:
-            effects: the outcome of every request.
-            G: hearing with nothing to see, per example.
-            C: hearing under conflict, per example.
-            components: the component of each example.
-            boot: the half's weights.
+    @property
+    def largest_release(self) -> Table:
+        """Each head's largest mean release over the primary donors; NaN where not measured."""
+        return np.fmax.reduce([head_means(values) for values in self.by_donor("release").values()])
 
-        Returns:
-            The evidence; NaN where a request was not made.
-        """
-        some = next(iter(effects.values())).margin
-        none = np.full_like(some, np.nan)
-
-        def margin(base: str, donor: str, *, freeze: bool = False) -> PerHead:
-            found = effects.get(Request(base, donor, freeze))
-            return none if found is None else found.margin
-
-        donors = PRIMARY_DONORS
-        return cls(
-            release={d: margin("va", d) for d in donors},
-            direct={d: margin("va", d, freeze=True) for d in donors},
-            fall={d: -margin("blank_a", d) for d in donors},
-            rise={d: effects[Request("va", d)].rise if Request("va", d) in effects else none for d in donors},
-            reads_picture=margin("va", "wa"),
-            reads_sound=margin("va", "vw"),
-            silenced=margin("va", "blank_a") - margin("va", "blank_muted"),
-            carries=-margin("blank_a", "blank_muted"),
-            sufficiency=-margin("blank_a", "va"),
-            mean_task=margin("va", "mean_task"),
-            G=G,
-            C=C,
-            components=components,
-            boot=boot,
-        )
+    @property
+    def donors(self) -> np.ndarray:
+        """Each head's primary donor: the one with the largest mean release."""
+        means = np.stack([head_means(values) for values in self.by_donor("release").values()])
+        return np.array(PRIMARY_DONORS, dtype=object)[np.where(np.isnan(means), -np.inf, means).argmax(0)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +97,7 @@ class Tests:
             The role's p; the release's where the role has none of its own (breaks, undetermined).
         """
         table = self.p.get((row.role, row.donor), self.release_p.get(row.donor))
-        return float("nan") if table is None else float(table[row.layer, row.head])
+        return float("nan") if table is None else float(table[row.at])
 
 
 def family_size(n_heads: int, n_sites: int) -> int:
@@ -140,7 +110,7 @@ def family_size(n_heads: int, n_sites: int) -> int:
     Returns:
         The number of tests.
     """
-    return n_heads * n_sites * (len(SUPPRESSORS) * len(PRIMARY_DONORS) + 2)
+    return n_heads * n_sites * (len(PARTS) * len(PRIMARY_DONORS) + len(CARRIERS))
 
 
 def run_tests(found: Evidence, *, s: float, family: int, seed: int) -> Tests:
@@ -173,48 +143,39 @@ def run_tests_together(found: Sequence[Evidence], *, s: float, family: int, seed
     parts = [_parts(one, s) for one in found]
     names = list(parts[0])
     stacked = np.stack([np.stack([part[name] for name in names], axis=-1) for part in parts], axis=-1)
-    flips = sign_flips(stacked, found[0].components, family=family, seed=seed)
+    flips = sign_flips(stacked, found[0].half.components, family=family, seed=seed)
     return [_by_role(names, flips.p[..., i], flips.p_maxt[..., i]) for i in range(len(found))]
 
 
 def _parts(found: Evidence, s: float) -> dict[str, PerHead]:
     """What must be above 0 for each part of a role."""
-    delta = (s * found.G)[:, None, None]
+    delta = (s * found.half.G)[:, None, None]
     parts: dict[str, PerHead] = {}
     for donor in PRIMARY_DONORS:
-        parts[f"release {donor}"] = found.release[donor] - delta
-        parts[f"direct {donor}"] = found.direct[donor] - DIRECT_CUT * found.release[donor]
+        release = found["release", donor]
+        parts[f"release {donor}"] = release - delta
+        parts[f"direct {donor}"] = found["direct", donor] - DIRECT_CUT * release
         parts[f"indirect {donor}"] = -parts[f"direct {donor}"]
-    parts["picture"] = found.reads_picture - found.reads_sound
+    parts["picture"] = found["reads picture"] - found["reads sound"]
     parts["sound"] = -parts["picture"]
-    parts["silenced"] = found.silenced - delta
-    parts["carries"] = found.carries - delta
-    return parts
+    return parts | {estimand: found[estimand] - delta for estimand in CARRIERS.values()}
 
 
 def _by_role(names: Sequence[str], of_parts: np.ndarray, maxt_of_parts: np.ndarray) -> Tests:
     """A role's p is the largest of its parts'."""
-    single = {name: of_parts[..., i] for i, name in enumerate(names)}
-    maxt = {name: maxt_of_parts[..., i] for i, name in enumerate(names)}
-    p: dict[tuple[str, str], Table] = {}
-    p_maxt: dict[tuple[str, str], Table] = {}
-    for donor in PRIMARY_DONORS:
-        needs = {
-            "picture writer": (f"release {donor}", f"direct {donor}", "picture"),
-            "sound opponent": (f"release {donor}", f"direct {donor}", "sound"),
-            "gate": (f"release {donor}", f"indirect {donor}"),
-        }
-        for role, of in needs.items():
-            p[role, donor] = np.max([single[name] for name in of], axis=0)
-            p_maxt[role, donor] = np.max([maxt[name] for name in of], axis=0)
-    for role, name in (("silenced carrier", "silenced"), ("sound carrier", "carries")):
-        p[role, ""], p_maxt[role, ""] = single[name], maxt[name]
-    release = {donor: f"release {donor}" for donor in PRIMARY_DONORS}
+    needs = {(role, donor): [part.format(donor) for part in parts]
+             for donor in PRIMARY_DONORS for role, parts in PARTS.items()}  # fmt: skip
+    needs |= {(role, ""): [estimand] for role, estimand in CARRIERS.items()}
+    single, maxt = (
+        {key: np.max([table[..., names.index(name)] for name in parts], axis=0) for key, parts in needs.items()}
+        for table in (of_parts, maxt_of_parts)
+    )
+    release = {donor: names.index(f"release {donor}") for donor in PRIMARY_DONORS}
     return Tests(
-        p,
-        p_maxt,
-        {donor: single[name] for donor, name in release.items()},
-        {donor: maxt[name] for donor, name in release.items()},
+        single,
+        maxt,
+        {donor: of_parts[..., i] for donor, i in release.items()},
+        {donor: maxt_of_parts[..., i] for donor, i in release.items()},
     )
 
 
@@ -239,31 +200,6 @@ def adjust(
     by_role = [{key: q[i, k] for k, key in enumerate(keys)} for i in range(len(tests))]
     gate = {donor: keys.index(("gate", donor)) for donor in PRIMARY_DONORS}
     return by_role, [{donor: release_q[i, k] for donor, k in gate.items()} for i in range(len(tests))]
-
-
-def pick_donors(found: Evidence) -> np.ndarray:
-    """Choose each head's primary donor: the one with the largest mean release.
-
-    Args:
-        found: discovery's evidence.
-
-    Returns:
-        `[layer, head]` of donor names.
-    """
-    means = np.stack([head_means(found.release[donor]) for donor in PRIMARY_DONORS])
-    return np.array(PRIMARY_DONORS, dtype=object)[np.where(np.isnan(means), -np.inf, means).argmax(0)]
-
-
-def largest_release(found: Evidence) -> Table:
-    """Take each head's largest mean release over the primary donors.
-
-    Args:
-        found: the evidence.
-
-    Returns:
-        `[layer, head]`, NaN where none was measured.
-    """
-    return np.fmax.reduce([head_means(found.release[donor]) for donor in PRIMARY_DONORS])
 
 
 def head_means(values: PerHead) -> Table:

@@ -32,17 +32,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from av_lens.isolation.measuring.bench import PRIMARY_DONORS
+from av_lens.isolation.measuring.donors import PRIMARY_DONORS
+from av_lens.isolation.measuring.estimands import PerHead
 from av_lens.isolation.naming.role_tests import (
+    CARRIERS,
     DAMAGE_CUT,
     DIRECT_CUT,
     Evidence,
     Named,
-    PerHead,
     Table,
     Tests,
     head_means,
-    pick_donors,
 )
 from av_lens.results.statistics import Interval
 from av_lens.results.tables import RELEASING, SUPPRESSORS
@@ -69,33 +69,25 @@ class Cuts:
 
     @classmethod
     def of(cls, found: Evidence, donors: np.ndarray, *, s: float) -> Cuts:
-        """Compute the intervals.
+        """Compute the intervals, each head's by its own donor; `donors` is `[layer, head]`."""
 
-        Args:
-            found: a half's evidence.
-            donors: each head's donor.
-            s: the threshold, a share of G.
-
-        Returns:
-            The intervals.
-        """
-
-        def chosen(of: Mapping[str, PerHead]) -> PerHead:
+        def chosen(name: str) -> PerHead:
+            of = found.by_donor(name)
             out = np.full_like(of[PRIMARY_DONORS[0]], np.nan)
             for donor in PRIMARY_DONORS:
                 out[:, donors == donor] = of[donor][:, donors == donor]
             return out
 
-        boot, release = found.boot, chosen(found.release)
+        boot, release = found.half.boot, chosen("release")
         return cls(
             release=boot.mean(release),
-            damage=boot.mean(chosen(found.fall) - DAMAGE_CUT * release),
-            rise=boot.mean(chosen(found.rise)),
-            share=boot.ratio(chosen(found.direct), release),
-            reads=boot.mean(found.reads_picture - found.reads_sound),
-            reads_picture=boot.mean(found.reads_picture),
-            reads_sound=boot.mean(found.reads_sound),
-            delta=float(s * found.G.mean()),
+            damage=boot.mean(chosen("fall of G") - DAMAGE_CUT * release),
+            rise=boot.mean(chosen("rise over others")),
+            share=boot.ratio(chosen("direct"), release),
+            reads=boot.mean(found["reads picture"] - found["reads sound"]),
+            reads_picture=boot.mean(found["reads picture"]),
+            reads_sound=boot.mean(found["reads sound"]),
+            delta=found.half.delta(s),
         )
 
 
@@ -135,23 +127,10 @@ def classify(
     s: float,
     site: str,
 ) -> list[Named]:
-    """Give every head its roles on discovery.
-
-    Args:
-        found: discovery's evidence.
-        tests: its p-values.
-        q: by (role, donor), from `adjust`.
-        release_q: of the release alone, by donor.
-        s: the threshold, a share of G.
-        site: the site set.
-
-    Returns:
-        One row per head and role; heads that pass nothing have none.
-    """
-    donors = pick_donors(found)
+    """Give every head its roles on discovery, by its primary donor: none, one, or two where it also carries sound."""
+    donors = found.donors
     cuts = Cuts.of(found, donors, s=s)
-    carried = {"silenced carrier": found.silenced, "sound carrier": found.carries}
-    means = {role: head_means(values) for role, values in carried.items()}
+    means = {role: head_means(found[estimand]) for role, estimand in CARRIERS.items()}
     out: list[Named] = []
     for layer, head in np.ndindex(donors.shape):
         at, donor = (layer, head), str(donors[layer, head])
@@ -159,46 +138,34 @@ def classify(
         if cuts.release.value[at] > cuts.delta and release_q[donor][at] < LEVEL:
             role = suppressor_role(cuts, layer, head, {r: bool(q[r, donor][at] < LEVEL) for r in SUPPRESSORS})
             roles.append((role, donor))
-        for role in ("silenced carrier", "sound carrier"):
+        for role in CARRIERS:
             first = role == "sound carrier" or not roles
             if first and means[role][at] > cuts.delta and q[role, ""][at] < LEVEL:
                 roles.append((role, ""))
-        for role, by in roles:
-            if (role, by) in tests.p:
-                figures = tests.p[role, by][at], q[role, by][at], tests.p_maxt[role, by][at]
-            else:
-                figures = tests.release_p[by][at], release_q[by][at], tests.release_p_maxt[by][at]
-            out.append(Named(layer, head, site, role, by, *(float(f) for f in figures)))
+        for key in roles:
+            by = key[1]
+            of_role = (tests.p, q, tests.p_maxt)
+            tables = [table[key] for table in of_role] if key in tests.p else [
+                tests.release_p[by], release_q[by], tests.release_p_maxt[by]]  # fmt: skip
+            out.append(Named(layer, head, site, *key, *(float(table[at]) for table in tables)))
     return out
 
 
 def confirm(found: Evidence, rows: Sequence[Named], holm_p: Sequence[float], *, s: float) -> list[bool]:
-    """Say which rows hold on confirmation: same sign, role, site and donor, Holm's p below .05.
-
-    Args:
-        found: confirmation's evidence at the rows' site (other heads NaN).
-        rows: discovery's rows.
-        holm_p: their adjusted p on confirmation.
-        s: the threshold, a share of G.
-
-    Returns:
-        True where the row is confirmed.
-    """
-    donors = np.full(found.silenced.shape[1:], PRIMARY_DONORS[0], dtype=object)
+    """Say which rows hold on confirmation: same sign, role, site and donor, Holm's p below .05."""
+    donors = np.full(found["silenced"].shape[1:], PRIMARY_DONORS[0], dtype=object)
     for row in rows:
         if row.donor:
-            donors[row.layer, row.head] = row.donor
+            donors[row.at] = row.donor
     cuts = Cuts.of(found, donors, s=s)
     out: list[bool] = []
     for row, p in zip(rows, holm_p, strict=True):
-        at = (row.layer, row.head)
         if not p < LEVEL:
             out.append(False)
         elif row.role in RELEASING:
-            again = suppressor_role(cuts, row.layer, row.head, dict.fromkeys(SUPPRESSORS, True))
+            again = suppressor_role(cuts, *row.at, dict.fromkeys(SUPPRESSORS, True))
             same = again == row.role or (row.role == "undetermined" and again != "breaks")
-            out.append(bool(cuts.release.value[at] > cuts.delta and same))
+            out.append(bool(cuts.release.value[row.at] > cuts.delta and same))
         else:
-            values = found.silenced if row.role == "silenced carrier" else found.carries
-            out.append(bool(head_means(values)[at] > cuts.delta))
+            out.append(bool(head_means(found[CARRIERS[row.role]])[row.at] > cuts.delta))
     return out

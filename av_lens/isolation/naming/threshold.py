@@ -12,36 +12,23 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-from av_lens.isolation.measuring.bench import PRIMARY_DONORS, Chunk
-from av_lens.isolation.measuring.effects import Progress, Request, measure_requests
+from av_lens.isolation.measuring.bench import Chunk
+from av_lens.isolation.measuring.donors import MEANS, PRIMARY_DONORS
+from av_lens.isolation.measuring.effects import measure_requests
+from av_lens.isolation.measuring.estimands import Request
 from av_lens.isolation.naming.role_tests import head_means
 
 PERCENTILE = 99
 
 
 def null_share(
-    chunks: Sequence[Chunk],
-    examples: Int[np.ndarray, " example"],
-    hearing: Float[np.ndarray, " example"],
-    *,
-    progress: Progress | None = None,
+    chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"], hearing: Float[np.ndarray, " example"]
 ) -> float:
-    """Measure how much the releases of most heads reach under `control`, as a share of G.
-
-    Args:
-        chunks: discovery's conflicts, with their means.
-        examples: their order.
-        hearing: G per conflict, under the conflict's own question.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        The 99th percentile over heads of the largest of the three mean releases, over G.
-    """
-    engine = chunks[0].bench.engine
-    heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
-    donors = [donor for donor in PRIMARY_DONORS if donor != "mean_other" or chunks[0].means is not None]
+    """Measure how much the releases of most heads reach under `control`, as a share of G."""
+    donors = [donor for donor in PRIMARY_DONORS if donor not in MEANS or chunks[0].means is not None]
     wanted = [Request("va", donor, question="control") for donor in donors]
     stage = f"the same edits under the control question, {chunks[0].site}"
-    found = measure_requests(chunks, wanted, heads=heads, examples=examples, progress=progress, stage=stage)
+    heads = chunks[0].bench.engine.heads
+    found = measure_requests(chunks, wanted, heads=heads, examples=examples, stage=stage)
     largest = np.fmax.reduce([head_means(found[request].margin) for request in wanted])
     return float(np.percentile(largest, PERCENTILE) / hearing.mean())

@@ -19,8 +19,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ from av_lens.errors import UnfinishedError
 from av_lens.isolation.measuring.behaviour import RIGHT
 from av_lens.isolation.measuring.bench import Chunk
 from av_lens.isolation.measuring.donors import PRIMARY_DONORS
-from av_lens.isolation.measuring.effects import Request, edited_scores, requests
-from av_lens.isolation.measuring.plan_effects import model_of
+from av_lens.isolation.measuring.effects import edited_scores
+from av_lens.isolation.measuring.estimands import Request, requests
 from av_lens.isolation.measuring.store import GO_ON, Measured
-from av_lens.isolation.sets.releases import TRACE_BYTES
+from av_lens.isolation.sets.releases import HELD_BYTES
 from av_lens.isolation.sets.search import n_candidates
 from av_lens.isolation.sets.sets import RANDOM_SETS
 from av_lens.results.statistics import Bootstrap
@@ -115,57 +116,28 @@ class Work:
         return self.cells * prices.cell + self.edits * prices.edit + self.figures * prices.figure
 
 
-def _behaviour(size: Size) -> Work:
-    return Work(cells=len(RIGHT) * size.conflicts, figures=COLUMNS)
-
-
-def _effects(size: Size) -> Work:
-    asked = 2 * len(requests())
+def works(size: Size) -> dict[str, Work]:
+    """List what every part takes, in the protocol's order; without what a run leaves out as asked."""
+    asked, both, candidates = 2 * len(requests()), size.discovery + size.confirmation, n_candidates(size.heads)
     heads = size.heads * size.discovery + min(NAMED, size.heads) * size.confirmation
-    return Work(
-        cells=AGAIN * (size.discovery + size.confirmation),
-        edits=size.sites * asked * heads,
-        figures=size.sites * TESTS * size.heads,
-    )
-
-
-def _sets(size: Size) -> Work:
-    candidates = n_candidates(size.heads)
     pairs = 0 if size.quick else PAIR * candidates * (candidates - 1) / 2
     climbs = STEPS * candidates * (1 if size.quick else CLIMBS)
-    return Work(edits=len(PRIMARY_DONORS) * 2 * size.discovery * (pairs + climbs))
-
-
-def _confirmation(size: Size) -> Work:
-    return Work(cells=AGAIN * size.confirmation, edits=2 * RANDOM_SETS * size.confirmation)
-
-
-def _units(size: Size) -> Work:
-    return Work(edits=2 * UNITS * size.layers * size.discovery)
-
-
-def _explained(size: Size) -> Work:
-    return Work(cells=EXPLAINED * size.confirmation)
-
-
-def _robustness(size: Size) -> Work:
-    asked = 2 * len(requests()) * VARIED
-    return Work(
-        cells=VARIANTS * VARIED_CELLS * size.discovery,
-        edits=VARIANTS * asked * size.heads * size.discovery,
-        figures=BOOTSTRAPS * size.heads,
-    )
-
-
-PARTS: dict[str, Callable[[Size], Work]] = {
-    "behaviour": _behaviour,
-    "effects": _effects,
-    "sets": _sets,
-    "confirmation": _confirmation,
-    "units": _units,
-    "mechanisms": _explained,
-    "robustness": _robustness,
-}
+    out = {
+        "behaviour": Work(cells=len(RIGHT) * size.conflicts, figures=COLUMNS),
+        "effects": Work(AGAIN * both, size.sites * asked * heads, size.sites * TESTS * size.heads),
+        "sets": Work(edits=len(PRIMARY_DONORS) * 2 * size.discovery * (pairs + climbs)),
+        "confirmation": Work(cells=AGAIN * size.confirmation, edits=2 * RANDOM_SETS * size.confirmation),
+    }
+    if not size.named_only:
+        out["units"] = Work(edits=2 * UNITS * size.layers * size.discovery)
+        out["mechanisms"] = Work(cells=EXPLAINED * size.confirmation)
+    if not (size.named_only or size.quick):
+        out["robustness"] = Work(
+            cells=VARIANTS * VARIED_CELLS * size.discovery,
+            edits=VARIANTS * asked * VARIED * size.heads * size.discovery,
+            figures=BOOTSTRAPS * size.heads,
+        )
+    return out
 
 
 @dataclass(frozen=True)
@@ -193,20 +165,8 @@ class Estimate:
 
 
 def expected(prices: Prices, size: Size, *, gigabytes: float = float("nan")) -> Estimate:
-    """Price a run.
-
-    Args:
-        prices: from `probe`.
-        size: how much there is to do.
-        gigabytes: memory, as far as it is known.
-
-    Returns:
-        The estimate.
-    """
-    left_out = {"robustness"} if size.quick else set[str]()
-    left_out |= {"units", "mechanisms", "robustness"} if size.named_only else set()
-    parts = {name: work(size).seconds(prices) for name, work in PARTS.items() if name not in left_out}
-    return Estimate(parts, gigabytes)
+    """Price a run."""
+    return Estimate({name: work.seconds(prices) for name, work in works(size).items()}, gigabytes)
 
 
 def probe(chunk: Chunk) -> Prices:
@@ -225,8 +185,7 @@ def probe(chunk: Chunk) -> Prices:
     for cell, question in RIGHT:
         chunk.reading(cell, question)
     store.told.remove(heard.append)
-    engine = chunk.bench.engine
-    heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
+    heads = chunk.bench.engine.heads
     chosen = [heads[i] for i in np.unique(np.linspace(0, len(heads) - 1, MOST_PROBED).round().astype(int))]
     request = Request("va", "zero")
     edited_scores(chunk, "va", [request], chosen[-1:], lambda _: None)  # records the run that edits start from
@@ -261,21 +220,19 @@ def memory(chunk: Chunk, size: Size) -> float:
         GB (1e9 bytes), of the accelerator where the model is on one; NaN where the system does not say.
     """
     n, run = len(chunk.examples), chunk.run("va")
-    stacked = sum(one.nbytes for one in getattr(run.inputs, "tensors", {}).values() if isinstance(one, torch.Tensor))
+    model, tensors = chunk.bench.engine.model, torch.Tensor
+    stacked = sum(one.nbytes for one in run.inputs.tensors.values() if isinstance(one, tensors))
     held: dict[int, int] = {}
-    for cell, question in RIGHT:
-        for example in chunk.examples.tolist():
-            tensors = getattr(chunk.bench.inputs(example, cell, question), "tensors", {})
-            held |= {value.data_ptr(): value.nbytes for value in tensors.values() if isinstance(value, torch.Tensor)}
+    for key, example in product(RIGHT, map(int, chunk.examples)):
+        given = chunk.bench.inputs(example, *key).tensors.values()
+        held |= {value.data_ptr(): value.nbytes for value in given if isinstance(value, tensors)}
     searches = 1 if size.quick or size.named_only else 1 + VARIANTS
     inputs = sum(held.values()) * (searches * size.conflicts / n - 1)
     kept = HELD * (run.z.nbytes + stacked) * (size.discovery + size.confirmation) / n
-    trace = run.kept.get("trace")
-    one = 0 if trace is None else sum(part.nbytes for kind in _TRACED for part in getattr(trace, kind))
+    one = 0 if run.trace is None else sum(part.nbytes for kind in _TRACED for part in getattr(run.trace, kind))
     traces = 2 * one * size.discovery / n
-    model = model_of(chunk.bench)
-    weights = 0 if searches == 1 or model is None else weights_bytes(model, other_precision(model.dtype))
-    return peak_memory() + (inputs + kept + (traces if traces <= TRACE_BYTES else one) + weights) / 1e9
+    weights = 0 if searches == 1 else weights_bytes(model, other_precision(model.dtype))
+    return peak_memory() + (inputs + kept + (traces if traces <= HELD_BYTES else one) + weights) / 1e9
 
 
 def peak_memory() -> float:
@@ -316,14 +273,10 @@ def estimated(chunks: Sequence[Chunk], size: Size, *, folder: Path | None, key: 
     prices = probe(chunks[0])
     made = expected(prices, size, gigabytes=memory(chunks[0], size))
     if place is not None:
-        text: dict[str, Any] = {"key": key, "prices": asdict(prices), "size": asdict(size), "seconds": made.seconds}
         gigabytes = None if np.isnan(made.gigabytes) else made.gigabytes
-        write_whole(
-            place,
-            json.dumps(text | {"parts": made.parts, "gigabytes": gigabytes}, indent=1),
-            error=UnfinishedError,
-            mend=GO_ON,
-        )
+        text: dict[str, Any] = {"key": key, "prices": asdict(prices), "size": asdict(size), "seconds": made.seconds}
+        text |= {"parts": made.parts, "gigabytes": gigabytes}
+        write_whole(place, json.dumps(text, indent=1), error=UnfinishedError, mend=GO_ON)
     return made
 
 

@@ -27,8 +27,8 @@ from typing import Any
 from av_lens.errors import FileError, ProtocolError, UnfinishedError
 from av_lens.isolation.measuring.store import FOLDER, GO_ON, Measured, Store
 from av_lens.isolation.running.cost import ESTIMATE, Estimate
+from av_lens.isolation.running.program import measuring_hash
 from av_lens.isolation.running.protocol import differences, hash_of
-from av_lens.results.provenance import source_hash
 from av_lens.results.record import RECORD
 from av_lens.whole_files import (
     append_line,
@@ -123,7 +123,7 @@ def _note_program(folder: Path, told: Told | None) -> None:
     """Note which program measures, and say where another one did."""
     place, said = folder / PROGRAM, ""
     try:
-        if place.read_text("utf-8") != source_hash():
+        if place.read_text("utf-8") != measuring_hash():
             said = f"av_lens was changed since {folder} was begun: what it holds is measured again."
     except FileNotFoundError:
         pass
@@ -133,7 +133,7 @@ def _note_program(folder: Path, told: Told | None) -> None:
         )
     if said and told is not None:
         told(said)
-    write_whole(place, source_hash())
+    write_whole(place, measuring_hash())
 
 
 @contextmanager
@@ -218,30 +218,26 @@ class Ledger:
         self._begun, self._anew = False, True
 
     def __call__(self, measured: Measured) -> None:
-        """Note a measurement.
-
-        Args:
-            measured: what was measured, just now or by an earlier run.
-        """
+        """Note a measurement."""
         ids = [str(one) for one in measured.depends.get("ids", ())]
         part = f"{measured.name} at {measured.depends['site']}" if "site" in measured.depends else measured.name
         self.seconds += measured.seconds
-        if not measured.new and not self._begun:
+        if not self._begun and not measured.new:
             self.kept, self.kept_seconds = self.kept + 1, self.kept_seconds + measured.seconds
-        elif measured.new and not self._begun:
+        elif not self._begun:
             self._begun = True
             if self.kept:
                 self._tell(f"resumed: {self.kept} measurements of an earlier run are kept ({self.kept_seconds:.0f} s).")
-        effects = measured.name == EFFECTS and bool(ids)
-        if effects and self._open is not None and self._open != (part, tuple(ids)):
+        effects = (part, tuple(ids)) if measured.name == EFFECTS and ids else None
+        if effects is not None and self._open not in (None, effects):
             self.close()
-        for name in ids:
-            if name in self.done:
-                self.done[name][part] = self.done[name].get(part, 0.0) + measured.seconds / len(ids)
-        if measured.new and effects:
-            self._open = (part, tuple(ids))
+        known = [name for name in ids if name in self.done]
+        for name in known:
+            self.done[name][part] = self.done[name].get(part, 0.0) + measured.seconds / len(ids)
+        if measured.new and effects is not None:
+            self._open = effects
         if self._begun:
-            self._note(part, [name for name in ids if name in self.done], measured.seconds)
+            self._note(part, known, measured.seconds)
 
     def _note(self, part: str, ids: list[str], seconds: float) -> None:
         """Add a measurement to the file; the first one writes down what was known before."""
@@ -255,73 +251,38 @@ class Ledger:
             append_line(self.path, line, error=UnfinishedError, mend=GO_ON)
 
     def expect(self, estimate: Estimate) -> None:
-        """Tell what the run will cost.
-
-        Args:
-            estimate: made before the long work.
-        """
+        """Tell what the run will cost."""
         self.estimate = estimate
         self._tell(str(estimate))
 
     def standing(self) -> str:
-        """Say how far the run is.
-
-        Returns:
-            A sentence.
-        """
-        spent = (
-            "" if self.estimate is None else f" {self.seconds:.0f} s of about {self.estimate.seconds:.0f} s are done."
-        )
-        return f"The effects of {self.finished} of {len(self.halves)} conflicts are measured.{spent}"
+        """Say how far the run is."""
+        finished = sum(any(part.startswith(EFFECTS) for part in parts) for parts in self.done.values())
+        said = f"The effects of {finished} of {len(self.halves)} conflicts are measured."
+        if self.estimate is None:
+            return said
+        return f"{said} {self.seconds:.0f} s of about {self.estimate.seconds:.0f} s are done."
 
     def close(self) -> None:
         """Tell the lines of the conflicts whose effects were being measured."""
-        if self._open is None:
-            return
-        part, ids = self._open
+        part, ids = self._open or ("", ())
         self._open = None
         for name in ids:
             if (name, part) not in self._said:
                 self._said.add((name, part))
-                self._tell(self.line(name, part))
-
-    def line(self, name: str, part: str) -> str:
-        """Say what was found out about a conflict.
-
-        Args:
-            name: its id.
-            part: the part that is done.
-
-        Returns:
-            One line.
-        """
-        figures = "".join(f"  {key} {value:.2f}" for key, value in self.figures.get(name, {}).items())
-        return f"{name}  {self.halves[name]}{figures}  {part}: {self.done[name][part]:.1f} s"
-
-    @property
-    def finished(self) -> int:
-        """Of how many conflicts the heads' effects are measured."""
-        return sum(any(part.startswith(EFFECTS) for part in parts) for parts in self.done.values())
+                figures = "".join(f"  {key} {value:.2f}" for key, value in self.figures.get(name, {}).items())
+                self._tell(f"{name}  {self.halves[name]}{figures}  {part}: {self.done[name][part]:.1f} s")
 
     def write(self) -> None:
-        """Write the file anew, whole, a line for each conflict.
-
-        Raises:
-            UnfinishedError: it cannot be written.
-        """
+        """Write the file anew, whole, a line for each conflict."""
         if self.path is None:
             return
-        rows = [
-            {
-                "id": name,
-                "half": half,
-                **self.figures.get(name, {}),
-                "done": {part: round(seconds, 3) for part, seconds in self.done[name].items()},
-                "seconds": round(sum(self.done[name].values()), 3),
-            }
-            for name, half in self.halves.items()
-            if self.done[name]
-        ]
+        rows: list[dict[str, Any]] = []
+        for name, parts in self.done.items():
+            if parts:
+                done, seconds = {part: round(taken, 3) for part, taken in parts.items()}, round(sum(parts.values()), 3)
+                of = {"id": name, "half": self.halves[name], **self.figures.get(name, {})}
+                rows.append(of | {"done": done, "seconds": seconds})
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_whole(self.path, text, error=UnfinishedError, mend=GO_ON)
 

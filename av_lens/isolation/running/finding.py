@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from av_lens.isolation.explaining.known import Known
 from av_lens.isolation.measuring.behaviour import rows_of
-from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import NEITHER, UNREAD
-from av_lens.isolation.naming import evidence
 from av_lens.isolation.running import protocol, verdicts
 from av_lens.isolation.running.head_table import head_rows
 from av_lens.isolation.running.preparing import Run
 from av_lens.isolation.running.stages import Further
-from av_lens.isolation.sets import confirmation
 from av_lens.results.halves import CONFIRMATION, DISCOVERY
 from av_lens.results.provenance import stamp
 from av_lens.results.record import Isolation
@@ -20,50 +18,19 @@ from av_lens.results.tables import table
 
 
 def finding(
-    run: Run,
-    halves: tuple[Half, Half],
-    kind: str,
-    sentence: str,
-    *,
-    searched: evidence.Searched | None = None,
-    held: confirmation.Held | None = None,
-    more: Further | None = None,
-    seconds: float,
+    run: Run, kind: str, sentence: str, *, seconds: float, known: Known | None = None, more: Further = ({}, {})
 ) -> Isolation:
-    """Write down what a run found, as far as it went.
-
-    Args:
-        run: the run.
-        halves: discovery and confirmation.
-        kind: the verdict's kind.
-        sentence: the verdict.
-        searched: what discovery found, if the search was made.
-        held: what confirmation found, likewise.
-        more: the rows of further tables, and further arrays.
-        seconds: how long the run took.
-
-    Returns:
-        The record.
-    """
-    engine = run.bench.engine
-    arrays = {f"{half.name}/{name}": getattr(half, name) for half in halves for name in ("G", "C")}
-    summary = verdicts.summary(run.read, halves, searched, held, s=run.s, family=run.family)
-    more = more or Further()
-    arrays |= more.arrays
-    tables: dict[str, Any] = {name: table(name, found) for name, found in more.rows.items()}
-    if searched is not None and held is not None:
-        arrays |= {f"{half}/{key}": v for half, found in (("discovery", searched), ("confirmation", held))
-                   for key, v in found.arrays().items()}  # fmt: skip
-        tables |= {
-            "heads": table("heads", head_rows(searched, held)),
-            "evidence": table("evidence", [*searched.rows(DISCOVERY), *held.rows(CONFIRMATION)]),
-            "sets": table("sets", held.set_rows),
-            "members": table("members", held.member_rows),
-            "steps": table("steps", held.searched.steps),
-            "synergies": table("synergies", held.searched.synergies),
-            "ablation": table("ablation", held.ablation_rows),
-            "specificity": table("specificity", held.specificity_rows),
+    """Write down what a run found, as far as it went."""
+    engine, tables = run.bench.engine, dict[str, Any](more[0])
+    arrays = {f"{half.name}/{name}": getattr(half, name) for half in run.both for name in ("G", "C")} | more[1]
+    if known is not None:
+        sides = {DISCOVERY: known.searched, CONFIRMATION: known.held}
+        arrays |= {f"{half}/{key}": v for half, found in sides.items() for key, v in found.arrays().items()}
+        tables |= known.held.tables | {
+            "heads": head_rows(known.searched, known.held),
+            "evidence": [row for half, found in sides.items() for row in found.rows(half)],
         }
+    tables |= {"behaviour": behaviour_rows(run), "conflicts": conflict_rows(run)}
     return Isolation(
         verdict=sentence,
         verdict_kind=kind,
@@ -71,59 +38,40 @@ def finding(
         n_heads=engine.n_heads,
         stamps=tuple(run.stamps),
         reasons=tuple(run.reasons),
-        summary=summary,
-        behaviour=table("behaviour", behaviour_rows(run, halves)),
-        conflicts=table("conflicts", conflict_rows(run, halves)),
+        summary=verdicts.summary(run, known),
         arrays=arrays,
         protocol=run.protocol,
         provenance=stamp(
             av_lens=protocol.__version__,
-            model=str(getattr(getattr(engine, "model", None), "name", type(engine).__name__)),
-            weights=getattr(getattr(engine, "model", None), "provenance", {}),
+            model=str(engine.model.name),
+            weights=engine.model.provenance,
             question=" / ".join(dict.fromkeys(str(c.question) for c in run.bench.conflicts)),
             protocol_hash=run.protocol["hash"],
             answers=run.answers,
             choices=list(protocol.CHOICES),
             seconds=round(seconds, 1),
-            bootstrap_units=[half.boot.unit for half in halves],
+            bootstrap_units=[half.boot.unit for half in run.both],
         ),
-        **tables,
+        **{name: table(name, rows) for name, rows in tables.items()},
     )
 
 
-def behaviour_rows(run: Run, halves: tuple[Half, Half]) -> list[dict[str, Any]]:
-    """Write the behaviour table: both halves, with and without the choice by competence.
-
-    Args:
-        run: the run, its cells read.
-        halves: the conflicts that are analysed.
-
-    Returns:
-        The rows.
-    """
+def behaviour_rows(run: Run) -> list[dict[str, Any]]:
+    """Write the behaviour table: both halves, with and without the choice by competence."""
     rows: list[dict[str, Any]] = []
-    for half in halves:
+    for half in run.both:
         dealt = run.halves.members(half.name)
         # Not the half's own conflicts: after a refusal, and past one, all of them are analysed.
         for chosen, rows_there in (("competent", [i for i in dealt if run.read.competent[i]]), ("all", dealt)):
             if rows_there:
-                part = run.half(half.name, rows_there)
-                rows += rows_of(run.read, part.examples, part.boot, half.name, chosen)
+                rows += rows_of(run.read, run.half(half.name, rows_there), chosen)
     return rows
 
 
-def conflict_rows(run: Run, halves: tuple[Half, Half]) -> list[dict[str, Any]]:
-    """Write the table of conflicts: where each was dealt, what the model says, C and G.
-
-    Args:
-        run: the run, its cells read.
-        halves: the conflicts that are analysed.
-
-    Returns:
-        One row for each conflict, in the order in which they were given.
-    """
+def conflict_rows(run: Run) -> list[dict[str, Any]]:
+    """Write the table of conflicts: where each was dealt, what the model says, C and G."""
     found, candidates = run.read, run.bench.candidates
-    used = {int(i) for half in halves for i in half.examples}
+    used = {int(i) for half in run.both for i in half.examples}
     tops = found.readings[("va", "ask")].top
     names = {NEITHER: "neither", UNREAD: ""}
     margins = {cell: found.margin(cell) for cell in ("va", "av", "blank_a", "blank_v")}

@@ -27,11 +27,10 @@ from typing import Any
 
 from av_lens.core.standing_hooks import places, standing_hooks
 from av_lens.errors import ProtocolError
+from av_lens.isolation.explaining.known import Known
 from av_lens.isolation.measuring.behaviour import gap_verdict, refusals, survey
-from av_lens.isolation.measuring.effects import Progress
-from av_lens.isolation.measuring.engine import Engine
-from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.plan_effects import model_of
+from av_lens.isolation.measuring.bench import Progress
+from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.naming import evidence
 from av_lens.isolation.running import cost, protocol, verdicts
 from av_lens.isolation.running.durable import Ledger, watched_run
@@ -61,7 +60,7 @@ def isolate(
     progress: Progress | None = None,
     told: Callable[[str], None] | None = None,
     out: str | Path | None = None,
-    engine: Engine | None = None,
+    engine: ModelEngine | None = None,
 ) -> Isolation:
     """Isolate the heads that keep a model from saying what it hears.
 
@@ -108,7 +107,7 @@ def isolate(
         budget=budget,
         told=told,
     )
-    with watched as ledger, remembered_towers(model_of(run.bench)):
+    with watched as ledger, remembered_towers(run.bench.engine.model):
         if told is not None:
             told(protocol.power_sentence(run.protocol))
         found = _carried_out(run, ledger, folder)
@@ -132,60 +131,54 @@ def _refuse_hooks(model: Any) -> None:
 def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:
     """Behaviour, and what follows if there is something to explain."""
     started = time.monotonic()
-    halves = _behave(run, ledger, folder)
-    kind, sentence = gap_verdict(run.read, halves[0].examples, halves[0].boot)
+    _behave(run, ledger, folder)
+    kind, sentence = gap_verdict(run.read, run.both[0])
     if kind in ("no suppression", "not established"):
         if run.options.gate == "stop":
             run.reasons.append(sentence)
-            return finding(run, halves, kind, sentence, seconds=time.monotonic() - started)
+            return finding(run, kind, sentence, seconds=time.monotonic() - started)
         run.stamp(NOT_INTERPRETABLE, f"the search went on past the gate: {sentence}")
-    searched, held = _searched(run, halves, ledger)
-    kind, sentence = verdicts.verdict(kind, sentence, searched, held, halves, s=run.s, family=run.family)
-    more = further(run, halves, searched, held)
-    seconds = time.monotonic() - started
-    return finding(run, halves, kind, sentence, searched=searched, held=held, more=more, seconds=seconds)
+    known = _searched(run, ledger)
+    kind, sentence = verdicts.verdict(kind, sentence, known, run.family)
+    more = further(run, known)
+    return finding(run, kind, sentence, known=known, more=more, seconds=time.monotonic() - started)
 
 
-def _searched(run: Run, halves: tuple[Half, Half], ledger: Ledger) -> tuple[evidence.Searched, confirmation.Held]:
+def _searched(run: Run, ledger: Ledger) -> Known:
     """Search on discovery, then look at what was found on confirmation."""
-    seed, progress = run.options.seed, run.progress
+    seed = run.options.seed
     floor = run.s if run.protocol["s_rule"] == protocol.MEASURED else None
-    searched = evidence.search(
-        run.bench, halves, s=run.s, floor=floor, sites=run.options.sites, seed=seed, progress=progress
-    )
+    searched = evidence.search(run.bench, run.both[0], s=run.s, floor=floor, sites=run.options.sites, seed=seed)
     ledger.close()
     run.s = searched.s
     run.reasons += searched.notes
-    held = confirmation.confirm_all(
-        run.bench, halves, searched, s=run.s, seed=seed, quick=run.options.quick, progress=progress
-    )
+    held = confirmation.confirm_all(run.bench, run.both, searched, s=run.s, seed=seed, quick=run.options.quick)
     ledger.close()
-    return searched, held
+    return Known(run.bench, *run.both, searched, held, seed)
 
 
-def _behave(run: Run, ledger: Ledger, folder: Path | None) -> tuple[Half, Half]:
+def _behave(run: Run, ledger: Ledger, folder: Path | None) -> None:
     """Read every cell, refuse what must be refused, choose the competent."""
     bench, gate = run.bench, run.options.gate
     everyone = list(range(len(bench.conflicts)))
     chunks = bench.chunks(everyone, "suffix")  # readings do not depend on the site; sinks are found later
     if ledger.told is not None or folder is not None:
         ledger.expect(cost.estimated(chunks, _size(run), folder=folder, key=run.key))
-    run.survey = survey(chunks, len(everyone), progress=run.progress)
+    run.survey = survey(chunks, len(everyone))
     ledger.figures = {
         member.id: {"C": round(float(run.read.C[i]), 4), "G": round(float(run.read.G[i]), 4)}
         for i, member in enumerate(run.members)
     }
     dealt = {name: run.halves.members(name) for name in (DISCOVERY, CONFIRMATION)}
-    whole = run.half(DISCOVERY, dealt[DISCOVERY])
-    for kind, sentence in refusals(run.read, whole.examples, whole.boot):
+    run.both = run.half(DISCOVERY, dealt[DISCOVERY]), run.half(CONFIRMATION, dealt[CONFIRMATION])
+    for kind, sentence in refusals(run.read, run.both[0]):
         if gate == "stop":
-            both = (whole, run.half(CONFIRMATION, dealt[CONFIRMATION]))
             if folder is not None:
-                finding(run, both, kind, sentence, seconds=0.0).save(folder / RECORD)
+                finding(run, kind, sentence, seconds=0.0).save(folder / RECORD)
             raise ProtocolError(f"refused: {sentence}" + (f" Its behaviour is saved in {folder}." if folder else ""))
         run.stamp(NOT_INTERPRETABLE, sentence)
     competent = _competent(run, dealt)
-    return run.half(DISCOVERY, competent[DISCOVERY]), run.half(CONFIRMATION, competent[CONFIRMATION])
+    run.both = run.half(DISCOVERY, competent[DISCOVERY]), run.half(CONFIRMATION, competent[CONFIRMATION])
 
 
 def _size(run: Run) -> cost.Size:
@@ -194,7 +187,7 @@ def _size(run: Run) -> cost.Size:
         conflicts=len(run.members),
         discovery=len(run.halves.members(DISCOVERY)),
         confirmation=len(run.halves.members(CONFIRMATION)),
-        heads=engine.n_layers * engine.n_heads,
+        heads=len(engine.heads),
         layers=engine.n_layers,
         sites=len(run.options.sites),
         quick=run.options.quick,

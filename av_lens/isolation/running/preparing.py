@@ -24,17 +24,19 @@ from av_lens.errors import ProtocolError, unknown
 from av_lens.inputs.sources import ROLES, ClipKeys
 from av_lens.isolation.measuring.answer_forms import answered
 from av_lens.isolation.measuring.behaviour import Survey
-from av_lens.isolation.measuring.bench import Bench
-from av_lens.isolation.measuring.effects import Progress
-from av_lens.isolation.measuring.engine import SITES, Engine, ModelEngine
+from av_lens.isolation.measuring.bench import Bench, Progress
+from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.recordings import SITES
 from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.measuring.store import SCHEMA
 from av_lens.isolation.naming.role_tests import family_size
 from av_lens.isolation.running import protocol
+from av_lens.isolation.running.program import measuring_hash
 from av_lens.model.remembered_towers import remembered_towers
 from av_lens.replay.trace_files import weight_hashes
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, LOST, Halves, Member, deal, third_sources
-from av_lens.results.provenance import plain, source_hash, versions
+from av_lens.results.provenance import plain, versions
 from av_lens.results.statistics import Bootstrap
 
 GATES = ("stop", "report")
@@ -75,8 +77,8 @@ class Run:
     protocol: dict[str, Any]
     options: Options
     s: float
-    progress: Progress | None
     survey: Survey | None = None
+    both: tuple[Half, Half] = field(init=False)
     answers: dict[str, Any] = field(default_factory=dict)
     stamps: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
@@ -84,7 +86,7 @@ class Run:
     @property
     def key(self) -> str:
         """The hash of all that the run's measurements depend on: protocol, weights, conflicts, program, versions."""
-        parts = [self.protocol["hash"], source_hash(), versions()]
+        parts = [SCHEMA, self.protocol["hash"], measuring_hash(), versions()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -136,7 +138,7 @@ class Run:
 
 
 def prepared(
-    model: Any, conflicts: Sequence[Any], options: Options, *, engine: Engine | None, progress: Progress | None
+    model: Any, conflicts: Sequence[Any], options: Options, *, engine: ModelEngine | None, progress: Progress | None
 ) -> Run:
     """Deal the halves, draw the third clips, resolve the answers, write the protocol down.
 
@@ -159,11 +161,12 @@ def prepared(
     rule = "given" if options.s is not None else ("organism" if organism else protocol.MEASURED)
     s = options.s if options.s is not None else (protocol.S_ORGANISM if organism else protocol.S_OTHER)
     engine = ModelEngine(model, layout=options.layout) if engine is None else engine
-    with remembered_towers(getattr(engine, "model", None)):
+    tokenizer = engine.model.tokenizer
+    with remembered_towers(engine.model):
         read = answered(engine, named)
     named = list(read.conflicts)
     _require_enough(named, f"{len(named)} conflicts can be used. {read.sentence()} Beside them")
-    candidates = Candidates.of(named, engine.tokenizer)
+    candidates = Candidates.of(named, tokenizer)
     keys = ClipKeys()
     members = [
         Member(c.id, keys.of(c, "sound"), keys.of(c, "picture"), candidates.names[candidates.sound[i]])
@@ -172,7 +175,7 @@ def prepared(
     halves = deal(members, seed=options.seed)
     _refuse_strays(named, members, halves, keys)
     named = _with_thirds(named, candidates, halves, options.seed)
-    family = family_size(engine.n_layers * engine.n_heads, len(options.sites))
+    family = family_size(len(engine.heads), len(options.sites))
     written = protocol.protocol_of(
         options=dataclasses.asdict(options) | {"s": s, "s_rule": rule},
         halves=halves,
@@ -182,7 +185,8 @@ def prepared(
         family=family,
     )
     bench = Bench(engine, named, candidates, site=options.sites[0], keys=keys)
-    run = Run(bench, members, halves, written, options, s, progress, answers=read.provenance())
+    bench.progress = progress or bench.progress
+    run = Run(bench, members, halves, written, options, s, answers=read.provenance())
     run.reasons += [read.sentence()] if read.left_out else []
     return run
 
@@ -195,31 +199,28 @@ def _require_enough(named: Sequence[Any], found: str) -> None:
         )
 
 
-def _model_identity(engine: Engine) -> dict[str, Any]:
+def _model_identity(engine: ModelEngine) -> dict[str, Any]:
     """Name the model by its sizes, its weights and how it computes."""
-    model = getattr(engine, "model", None)
-    found: dict[str, Any] = {"n_layers": engine.n_layers, "n_heads": engine.n_heads, "threads": get_num_threads()}
-    if model is None:
-        return found | {"weights": str(getattr(engine, "identity", type(engine).__name__))}
-    text = json.dumps(weight_hashes(model), sort_keys=True)
-    return found | {
-        "engine": str(getattr(engine, "how", type(engine).__name__)),
+    text = json.dumps(weight_hashes(engine.model), sort_keys=True)
+    return {
+        "n_layers": engine.n_layers,
+        "n_heads": engine.n_heads,
+        "threads": get_num_threads(),
+        "engine": engine.how,
         "weights": hashlib.sha256(text.encode()).hexdigest(),
-        "dtype": str(model.dtype),
-        "device": str(model.device.type),
+        "dtype": str(engine.model.dtype),
+        "device": str(engine.model.device.type),
     }
 
 
 def _contents(named: Sequence[Any], keys: ClipKeys) -> dict[str, dict[str, str]]:
     """Hash what the conflicts are made of, by id: their clips by content and window, and their words."""
     found: dict[str, dict[str, str]] = {}
-    for conflict in named:
-        words = [str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix")]
-        parts: dict[str, Any] = {
-            role: keys.of(conflict, role) for role in ROLES if getattr(conflict, role, None) is not None
-        }
-        parts["words"] = [plain(conflict.answers), *words]
-        found[conflict.id] = {
+    for one in named:
+        parts: dict[str, Any] = {role: keys.of(one, role) for role in ROLES if getattr(one, role, None) is not None}
+        words = [str(getattr(one, name, "")) for name in ("question", "see", "control", "prefix")]
+        parts["words"] = [plain(one.answers), *words]
+        found[one.id] = {
             name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()
         }
     return found

@@ -19,147 +19,90 @@ from typing import Any
 
 import numpy as np
 
-from av_lens.isolation.measuring.behaviour import Survey
+from av_lens.isolation.explaining.known import Known
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming.evidence import Searched
-from av_lens.isolation.naming.role_tests import Named, head_means, largest_release
+from av_lens.isolation.naming.role_tests import Named, head_means
+from av_lens.isolation.running.preparing import Run
 from av_lens.isolation.running.protocol import ALSO_COUNTED_AT
-from av_lens.isolation.sets.confirmation import Held
 from av_lens.isolation.sets.confirmed import ranked_heads
 from av_lens.isolation.sets.search import MOST_MEMBERS
 from av_lens.isolation.sets.sets import head_names
-from av_lens.results.halves import CONFIRMATION
 from av_lens.results.statistics import smallest_effect
 from av_lens.results.tables import RELEASING
 
+UNSPECIFIC = {
+    "not specific": "Not specific (harm of 5 points is not excluded)",
+    "untested": "Specificity is untested (below 59 items)",
+}
 
-def verdict(
-    gap_kind: str,
-    gap_sentence: str,
-    searched: Searched,
-    held: Held,
-    halves: Sequence[Half],
-    *,
-    s: float,
-    family: int,
-) -> tuple[str, str]:
-    """Say what was found.
 
-    Args:
-        gap_kind: from `gap_verdict`.
-        gap_sentence: its sentence.
-        searched: what discovery found.
-        held: what confirmation found.
-        halves: discovery and confirmation.
-        s: the threshold, a share of G.
-        family: how many tests q corrects for.
-
-    Returns:
-        The kind and the sentences.
-    """
-    sites = ", ".join(searched.sites)
-    claimed = _claimed(searched, held)
+def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tuple[str, str]:
+    """Say what was found: the verdict's kind, and its sentences."""
+    held, sites, s = known.held, ", ".join(known.searched.sites), known.searched.s
+    claimed, gap = _claimed(known), known.confirmation.gap
     named = [row for row in claimed if held.confirmed.get(row, False)]
-    gap = _gap(halves)
     parts = [gap_sentence]
     if named:
         parts.append(f"Confirmed at {sites}: {_by_role(named)}.")
     else:
-        parts.append(
-            f"No head at {sites} is confirmed as a suppressor above {s:.2f} of G. {_largest(searched, halves)}"
-        )
-        parts.append(power_sentence(searched, halves, s=s, family=family))
+        parts.append(f"No head at {sites} is confirmed as a suppressor above {s:.2f} of G. {_largest(known)}")
+        parts.append(_power_sentence(known, family))
     if len(claimed) > len(named):
         parts.append(f"{len(claimed) - len(named)} more named on discovery did not hold on confirmation.")
-    parts.append(counts_sentence(searched, halves))
-    chosen = [row for row in held.set_rows if row["chosen"]]
+    counts = counts_above(known)
+    shares, heads = ", ".join(f"{share:.2f}" for share in counts), ", ".join(map(str, counts.values()))
+    parts.append(f"Heads whose largest single release on discovery is above {shares} of G: {heads}.")
+    chosen = [row for row in held.tables["sets"] if row["chosen"]]
     parts += [_set_sentence(row, gap) for row in chosen]
-    parts += [hidden_sentence(held.member_rows, delta=s * float(halves[0].G.mean()))]
+    parts.append(_hidden_sentence(held.tables["members"], delta=known.discovery.delta(s)))
     if not chosen:
         parts.append("No set of heads was found either: taken apart head by head, none kept a release above delta.")
     if held.searched.quick:
         parts.append("Pairs of heads were left out of the search for sets.")
-    half_sentence = spread_sentence(held, halves)
-    parts.append(half_sentence)
-    for words, outcome in (
-        ("Not specific (harm of 5 points is not excluded)", "not specific"),
-        ("Specificity is untested (below 59 items)", "untested"),
-    ):
-        controls = [row["control"] for row in held.specificity_rows if row["verdict"] == outcome]
+    number = heads_for_half(known)
+    parts.append(_spread_sentence(known, number))
+    for outcome, words in UNSPECIFIC.items():
+        controls = [row["control"] for row in held.tables["specificity"] if row["verdict"] == outcome]
         parts += [f"{words}: {', '.join(controls)}."] if controls else []
-    sentences = " ".join(part for part in parts if part)
-    if gap_kind in ("no suppression", "not established"):
-        return gap_kind, sentences
-    number = heads_for_half(held, halves)
     enough = any(row["release"] >= 0.5 * gap for row in chosen) or (number is not None and number <= MOST_MEMBERS)
-    if named and (enough or number is None):
-        return "named", sentences
-    return ("nothing named" if number is None else "spread"), sentences
+    if gap_kind in ("no suppression", "not established"):
+        kind = gap_kind
+    elif named and (enough or number is None):
+        kind = "named"
+    else:
+        kind = "nothing named" if number is None else "spread"
+    return kind, " ".join(part for part in parts if part)
 
 
-def _claimed(searched: Searched, held: Held) -> list[Named]:
+def _claimed(known: Known) -> list[Named]:
     """All suppressors that discovery named: by their own release, or as members of the chosen set."""
-    return [*searched.suppressors, *(row for row in held.named_members if row.role in RELEASING)]
+    return [*known.searched.suppressors, *(row for row in known.held.named_members if row.role in RELEASING)]
 
 
 def _by_role(rows: Sequence[Named]) -> str:
     listed: list[str] = []
     for role in RELEASING:
-        heads = list(dict.fromkeys((row.layer, row.head) for row in rows if row.role == role))
-        if heads:
-            listed.append(f"{_role_words(role, len(heads))} {head_names(heads)}")
+        heads = list(dict.fromkeys(row.at for row in rows if row.role == role))
+        words = "kind undetermined" if role == "undetermined" else f"{role}s" if len(heads) > 1 else role
+        listed += [f"{words} {head_names(heads)}"] if heads else []
     return "; ".join(listed)
 
 
-def _gap(halves: Sequence[Half]) -> float:
-    half = next(one for one in halves if one.name == CONFIRMATION)
-    return float((half.G - half.C).mean())
-
-
-def _role_words(role: str, n: int) -> str:
-    if role == "undetermined":
-        return "kind undetermined"
-    return f"{role}s" if n > 1 else role
-
-
-def _largest(searched: Searched, halves: Sequence[Half]) -> str:
+def _largest(known: Known) -> str:
     """Say how large the largest single release is."""
-    heads, _ = ranked_heads(searched.first)
-    release = searched.first.evidence.release
-    figures = {donor: float(head_means(values)[heads[0]]) for donor, values in release.items()}
+    first = known.searched.first
+    heads, _ = ranked_heads(first)
+    figures = {name: float(head_means(values)[heads[0]]) for name, values in first.evidence.by_donor("release").items()}
     donor = max(figures, key=lambda name: -math.inf if math.isnan(figures[name]) else figures[name])
-    share = figures[donor] / float(halves[0].G.mean())
+    share = figures[donor] / float(known.discovery.G.mean())
     return f"The largest single release on discovery is {head_names(heads[:1])}'s ({donor}), {share:.2f} of G."
 
 
-def counts_above(searched: Searched, halves: Sequence[Half]) -> dict[float, int]:
-    """Count the heads whose largest single release on discovery is above some shares of G, at the first site.
-
-    Args:
-        searched: what discovery found.
-        halves: discovery and confirmation.
-
-    Returns:
-        Share -> heads.
-    """
-    shares = largest_release(searched.first.evidence) / float(halves[0].G.mean())
+def counts_above(known: Known) -> dict[float, int]:
+    """Count the heads whose largest single release on discovery is above some shares of G, at the first site."""
+    shares = known.searched.first.evidence.largest_release / float(known.discovery.G.mean())
     return {share: int((shares > share).sum()) for share in ALSO_COUNTED_AT}
-
-
-def counts_sentence(searched: Searched, halves: Sequence[Half]) -> str:
-    """Say how many heads would be large enough at other thresholds; the protocol wants these counts always shown.
-
-    Args:
-        searched: what discovery found.
-        halves: discovery and confirmation.
-
-    Returns:
-        The sentence.
-    """
-    counts = counts_above(searched, halves)
-    shares = ", ".join(f"{share:.2f}" for share in counts)
-    heads = ", ".join(str(n) for n in counts.values())
-    return f"Heads whose largest single release on discovery is above {shares} of G: {heads}."
 
 
 def _set_sentence(row: dict[str, Any], gap: float) -> str:
@@ -175,22 +118,13 @@ def _set_sentence(row: dict[str, Any], gap: float) -> str:
     return f"{text}. The set is {'confirmed' if row.get('confirmed') else 'not confirmed'}."
 
 
-def hidden_sentence(rows: Sequence[dict[str, Any]], *, delta: float) -> str:
-    """Say which members of the chosen set hide behind each other: next to nothing alone, and much with the others.
-
-    Args:
-        rows: of the table of members.
-        delta: the least release that counts, on discovery.
-
-    Returns:
-        The sentence; empty where every member shows alone.
-    """
+def _hidden_sentence(rows: Sequence[dict[str, Any]], *, delta: float) -> str:
+    """Say which members of the chosen set hide behind each other: next to nothing alone, and much with the others."""
     hidden = [row for row in rows if row["chosen"] and row["single"] <= delta < row["without"]]
     if not hidden:
         return ""
     names = head_names([(row["layer"], row["head"]) for row in hidden])
-    alone = ", ".join(f"{row['single']:.2f}" for row in hidden)
-    among = ", ".join(f"{row['without']:.2f}" for row in hidden)
+    alone, among = (", ".join(f"{row[name]:.2f}" for row in hidden) for name in ("single", "without"))
     verb = "releases" if len(hidden) == 1 else "release"
     return (
         f"Redundant: {names} {verb} next to nothing alone ({alone} logits; delta is {delta:.2f}) and {among} with the "
@@ -198,126 +132,70 @@ def hidden_sentence(rows: Sequence[dict[str, Any]], *, delta: float) -> str:
     )
 
 
-def heads_for_half(held: Held, halves: Sequence[Half]) -> int | None:
-    """Count the heads of largest release that together restore half of the gap.
-
-    Args:
-        held: what confirmation found.
-        halves: discovery and confirmation.
-
-    Returns:
-        The number; None where no number of them does.
-    """
-    goal = 0.5 * _gap(halves)
-    rows = [row for row in held.ablation_rows if row["arm"] == "ranked heads" and row["release"] >= goal]
+def heads_for_half(known: Known) -> int | None:
+    """Count the heads of largest release that together restore half of the gap."""
+    goal = 0.5 * known.confirmation.gap
+    rows = [row for row in known.held.tables["ablation"] if row["arm"] == "ranked heads" and row["release"] >= goal]
     return min((int(row["k"]) for row in rows), default=None) if goal > 0 else None
 
 
-def spread_sentence(held: Held, halves: Sequence[Half]) -> str:
-    """Say how many of the heads with the largest releases together restore half of the gap.
-
-    Args:
-        held: what confirmation found.
-        halves: discovery and confirmation.
-
-    Returns:
-        The sentence; empty where no number of them does.
-    """
-    number = heads_for_half(held, halves)
+def _spread_sentence(known: Known, number: int | None) -> str:
+    """Say how many of the heads with the largest releases together restore half of the gap."""
     if number is None:
         return ""
-    row = next(row for row in held.ablation_rows if row["arm"] == "ranked heads" and row["k"] == number)
+    row = next(row for row in known.held.tables["ablation"] if row["arm"] == "ranked heads" and row["k"] == number)
     who = f"the {number} heads of largest single release together restore"
     who = "the head of largest single release alone restores" if number == 1 else who
     opening = "The suppression is spread over many heads: by" if number > MOST_MEMBERS else "By"
     fewer = "" if number == 1 else "; one fewer restores less"
-    return (
-        f"{opening} {row['donor']}, {who} half of the gap ({row['release']:.2f} of {_gap(halves):.2f} logits{fewer})."
-    )
+    gap = known.confirmation.gap
+    return f"{opening} {row['donor']}, {who} half of the gap ({row['release']:.2f} of {gap:.2f} logits{fewer})."
 
 
-def power_sentence(searched: Searched, halves: Sequence[Half], *, s: float, family: int) -> str:
-    """Say how small an effect this run could have found.
-
-    Args:
-        searched: what discovery found.
-        halves: discovery and confirmation.
-        s: the threshold, a share of G.
-        family: how many tests q corrects for.
-
-    Returns:
-        The sentence.
-    """
-    size, deviation = power(searched, halves, family=family)
-    g = float(halves[0].G.mean())
+def _power_sentence(known: Known, family: int) -> str:
+    """Say how small an effect this run could have found."""
+    half, s = known.discovery, known.searched.s
+    size, deviation = power(known.searched, half, family=family)
+    g = float(half.G.mean())
     if math.isinf(size):
         return f"With these few components no effect, however large, could have passed {family} tests."
     return (
-        f"The smallest release that {len(set(halves[0].components))} components and {family} tests find with 80% power "
+        f"The smallest release that {len(set(half.components))} components and {family} tests find with 80% power "
         f"is {s * g + size * deviation:.2f} logits ({s + size * deviation / g:.2f} of G)."
     )
 
 
-def power(searched: Searched | None, halves: Sequence[Half], *, family: int) -> tuple[float, float]:
-    """Compute the smallest effect above the threshold, and the standard deviation that it is counted in.
-
-    Args:
-        searched: what discovery found, or None before the search.
-        halves: discovery and confirmation.
-        family: how many tests q corrects for.
-
-    Returns:
-        The effect in standard deviations between components, and their 90th percentile over heads, of what is tested:
-        release - s G (NaN before the search).
-    """
-    components = np.asarray(halves[0].components)
+def power(searched: Searched | None, half: Half, *, family: int) -> tuple[float, float]:
+    """Compute the smallest effect above the threshold, and the standard deviation that it is counted in."""
+    components = np.asarray(half.components)
     size = smallest_effect(len(np.unique(components)), family=family)
     if searched is None:
         return size, float("nan")
     evidence = searched.first.evidence
-    values = evidence.release["blank_muted"] - (searched.s * evidence.G)[:, None, None]
+    values = evidence["release", "blank_muted"] - (searched.s * evidence.half.G)[:, None, None]
     means = np.stack([head_means(values[components == c]) for c in np.unique(components)])
     return size, float(np.nanpercentile(means.std(0, ddof=1), 90)) if len(means) > 1 else float("nan")
 
 
-def summary(
-    found: Survey,
-    halves: Sequence[Half],
-    searched: Searched | None,
-    held: Held | None,
-    *,
-    s: float,
-    family: int,
-) -> dict[str, float]:
-    """Collect the figures that a verdict speaks of.
-
-    Args:
-        found: the survey of all cells.
-        halves: discovery and confirmation.
-        searched: what discovery found, if the search was made.
-        held: what confirmation found, likewise.
-        s: the threshold, a share of G.
-        family: how many tests q corrects for.
-
-    Returns:
-        Name -> figure.
-    """
-    out: dict[str, float] = {"s": s, "family": float(family), "competent share": float(found.competent.mean())}
-    for half in halves:
+def summary(run: Run, known: Known | None) -> dict[str, float]:
+    """Collect the figures that a verdict speaks of."""
+    out = {"s": run.s, "family": float(run.family), "competent share": float(run.read.competent.mean())}
+    for half in run.both:
         out[f"n {half.name}"] = float(len(half.examples))
         out[f"G {half.name}"] = float(half.G.mean())
         out[f"C {half.name}"] = float(half.C.mean())
-        out[f"gap {half.name}"] = float((half.G - half.C).mean())
+        out[f"gap {half.name}"] = half.gap
     out |= {"G": out["G discovery"], "C": out["C discovery"], "gap": out["gap discovery"]}
-    out["delta"] = s * out["G"]
-    size, deviation = power(searched, halves, family=family)
+    out["delta"] = run.s * out["G"]
+    size, deviation = power(None if known is None else known.searched, run.both[0], family=run.family)
     out |= {"power smallest effect in sd": size, "power sd": deviation, "power": out["delta"] + size * deviation}
-    if searched is not None and held is not None:
-        out["largest release share"] = float(np.nanmax(largest_release(searched.first.evidence)) / out["G"])
-        out |= {f"heads above {share:.2f}": float(n) for share, n in counts_above(searched, halves).items()}
-        claimed = _claimed(searched, held)
+    if known is not None:
+        largest = known.searched.first.evidence.largest_release
+        out["largest release share"] = float(np.nanmax(largest) / out["G"])
+        out |= {f"heads above {share:.2f}": float(n) for share, n in counts_above(known).items()}
+        claimed = _claimed(known)
         out["named suppressors"] = float(len(claimed))
-        out["confirmed suppressors"] = float(sum(held.confirmed.get(row, False) for row in claimed))
-        number = heads_for_half(held, halves)
+        out["confirmed suppressors"] = float(sum(known.held.confirmed.get(row, False) for row in claimed))
+        number = heads_for_half(known)
         out["heads for half of the gap"] = math.nan if number is None else float(number)
     return out

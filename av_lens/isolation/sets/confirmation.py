@@ -6,18 +6,15 @@ measured on the other half; `found.heads` takes its `effect low high` from here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from av_lens.isolation.measuring.bench import Bench, Chunk
-from av_lens.isolation.measuring.effects import Progress, requests
 from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.seam import MEDIA_SITES
 from av_lens.isolation.naming.evidence import BySite, Searched, chunks_of, gather
-from av_lens.isolation.naming.role_tests import Named, family_size
+from av_lens.isolation.naming.role_tests import CARRIERS, Named, family_size
 from av_lens.isolation.naming.roles import confirm
 from av_lens.isolation.sets.confirmed import confirmed_sets, ranked_curve
 from av_lens.isolation.sets.members import InContext, in_context, member_roles, member_rows
@@ -28,7 +25,7 @@ from av_lens.results.halves import CONFIRMATION, DISCOVERY
 from av_lens.results.statistics import holm
 from av_lens.results.tables import RELEASING
 
-NAMES = (*RELEASING, "silenced carrier", "sound carrier")
+NAMES = (*RELEASING, *CARRIERS)
 
 
 @dataclass(eq=False)
@@ -36,15 +33,13 @@ class Held(BySite):
     """What confirmation found; a site is missing where discovery named nothing.
 
     Attributes:
-        searched: the sets, as the search on discovery built them.
-        roles: the chosen set's members with the role that each has while the others are edited, on discovery.
-        in_context: their effects in that context, by half.
-        confirmed: which rows held, single heads' and members'.
-        holm_p: their adjusted p on confirmation.
-        set_rows: the sets edited on confirmation.
-        member_rows: the sets' members.
-        ablation_rows: cumulative edits and their controls.
-        specificity_rows: what else the chosen set's edit breaks.
+        searched: the sets that were searched on discovery.
+        roles: the chosen set's members with the roles that they have with the others edited.
+        in_context: their evidence by half.
+        confirmed: which rows hold, single heads' and members'.
+        holm_p: each row's p after Holm.
+        tables: the rows about sets, by table: `sets`, `members`, `steps`, `synergies`, `ablation`, `specificity`.
+        named: the (layer, head, site) whose single release names a suppressor, or breaks.
     """
 
     searched: SearchedSets = field(default_factory=SearchedSets)
@@ -52,119 +47,68 @@ class Held(BySite):
     in_context: dict[str, InContext] = field(default_factory=dict)
     confirmed: dict[Named, bool] = field(default_factory=dict)
     holm_p: dict[Named, float] = field(default_factory=dict)
-    set_rows: list[dict[str, Any]] = field(default_factory=list)
-    member_rows: list[dict[str, Any]] = field(default_factory=list)
-    ablation_rows: list[dict[str, Any]] = field(default_factory=list)
-    specificity_rows: list[dict[str, Any]] = field(default_factory=list)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     named: frozenset[tuple[int, int, str]] = frozenset()
 
     @property
-    def sets(self) -> list[BuiltSet]:
-        """The sets that were built, one per primary donor at most."""
-        return self.searched.sets
+    def chosen(self) -> BuiltSet | None:
+        """The set of largest release, if any was built."""
+        return self.searched.chosen
 
     @property
     def named_members(self) -> list[Named]:
         """The members that no single release named: their rows in the table of heads are those in context."""
-        return [row for row in self.roles if (row.layer, row.head, row.site) not in self.named]
+        return [row for row in self.roles if (*row.at, row.site) not in self.named]
 
 
 def confirm_all(
-    bench: Bench,
-    halves: Sequence[Half],
-    searched: Searched,
-    *,
-    s: float,
-    seed: int,
-    quick: bool = False,
-    progress: Progress | None,
+    bench: Bench, halves: tuple[Half, Half], searched: Searched, *, s: float, seed: int, quick: bool = False
 ) -> Held:
-    """Search the sets on discovery, and measure on confirmation what discovery named.
-
-    Args:
-        bench: the conflicts.
-        halves: discovery and confirmation.
-        searched: what discovery found.
-        s: the threshold, a share of G.
-        seed: of the flips and the random sets.
-        quick: leave pairs of heads out of the search for sets.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        What held.
-    """
-    half = next(one for one in halves if one.name == CONFIRMATION)
-    first = next(one for one in halves if one.name == DISCOVERY)
-    engine, where = bench.engine, searched.first.site
-    family = family_size(engine.n_layers * engine.n_heads, len(searched.sites))
+    """Search the sets on discovery, and measure on confirmation what discovery named."""
+    first, half = halves
+    where, family = searched.first.site, family_size(len(bench.engine.heads), len(searched.sites))
     held = Held(sites={})
-    held.searched = search_sets(searched.first, first, s=s, quick=quick, progress=progress)
-    held.named = frozenset(
-        (row.layer, row.head, row.site) for row in searched.named if row.role in (*RELEASING, "breaks")
-    )
+    held.searched = search_sets(searched.first, first, s=s, quick=quick)
+    held.named = frozenset((*row.at, row.site) for row in searched.named if row.role in (*RELEASING, "breaks"))
     chunks = {site: chunks_of(bench, searched, half, site) for site in searched.sites}
-    built = held.searched.chosen
+    built = held.chosen
     for site in searched.sites:
-        heads = {(row.layer, row.head) for row in searched.named if row.site == site}
+        heads = {row.at for row in searched.named if row.site == site}
         heads |= set(built.members) if built is not None and site == where else set()
         if heads:
-            wanted = requests(
-                with_means=chunks[site][0].means is not None,
-                with_third=any(bench.has_third(int(i)) for i in half.examples),
-                with_audio_only=site not in MEDIA_SITES,
-            )
-            held.sites[site] = gather(
-                chunks[site], half, wanted, sorted(heads), site=site, s=s, family=family, seed=seed + 1,
-                progress=progress,
-            )  # fmt: skip
+            held.sites[site] = gather(chunks[site], half, sorted(heads), site=site, s=s, family=family, seed=seed + 1)
     if built is not None:
-        for one, stacks in ((first, searched.first.chunks), (half, chunks[where])):
-            held.in_context[one.name] = in_context(
-                stacks, one, built, s=s, family=family, seed=seed + (one is half), progress=progress
-            )
+        for number, (one, stacks) in enumerate(((first, searched.first.chunks), (half, chunks[where]))):
+            held.in_context[one.name] = in_context(stacks, one, built, s=s, family=family, seed=seed + number)
         held.roles = member_roles(held.in_context[DISCOVERY], built, site=where)
     _confirm_rows(searched, held, s)
-    _confirm_sets(searched, held, chunks[where], (first, half), s=s, seed=seed, progress=progress)
+    held.tables = _confirm_sets(searched, held, chunks[where], halves, s=s, seed=seed)
     return held
 
 
 def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
     """Holm over the rows that got a name, single heads' and members' together, then the same cuts."""
-    single = [row for row in searched.named if row.role in NAMES]
-    members = [row for row in held.roles if row.role in NAMES]
-    p = [held.sites[row.site].tests.of(row) for row in single]
-    p += [held.in_context[CONFIRMATION].tests.of(row) for row in members]
-    adjusted = holm(np.array(p, dtype=np.float64), family=len(p))
-    held.holm_p = {row: float(value) for row, value in zip((*single, *members), adjusted, strict=True)}
-    groups = [(site.evidence, [row for row in single if row.site == name]) for name, site in held.sites.items()]
-    if members:
-        groups.append((held.in_context[CONFIRMATION].evidence, members))
-    for evidence, rows in groups:
-        outcome = confirm(evidence, rows, [held.holm_p[row] for row in rows], s=s)
+    single, members = ([row for row in rows if row.role in NAMES] for rows in (searched.named, held.roles))
+    groups = [(held.sites[name], [row for row in single if row.site == name]) for name in held.sites]
+    groups += [(held.in_context[CONFIRMATION], members)] if members else []
+    p = {row: of.tests.of(row) for of, rows in groups for row in rows}
+    listed = [*single, *members]
+    adjusted = holm(np.array([p[row] for row in listed], dtype=np.float64), family=len(listed))
+    held.holm_p = {row: float(value) for row, value in zip(listed, adjusted, strict=True)}
+    for of, rows in groups:
+        outcome = confirm(of.evidence, rows, [held.holm_p[row] for row in rows], s=s)
         held.confirmed |= dict(zip(rows, outcome, strict=True))
 
 
 def _confirm_sets(
-    searched: Searched,
-    held: Held,
-    chunks: list[Chunk],
-    halves: tuple[Half, Half],
-    *,
-    s: float,
-    seed: int,
-    progress: Progress | None,
-) -> None:
+    searched: Searched, held: Held, chunks: list[Chunk], halves: tuple[Half, Half], *, s: float, seed: int
+) -> dict[str, list[dict[str, Any]]]:
     """Edit the sets on confirmation with their controls, and look at what else the chosen one breaks."""
-    first, half = halves
-    held.ablation_rows += ranked_curve(searched, chunks, half, progress=progress)
-    held.set_rows, ablation = confirmed_sets(
-        held.searched.sets, searched.first, chunks, halves, s=s, seed=seed, progress=progress
-    )
-    held.ablation_rows += ablation
+    found, site, (first, half), chosen = held.searched, searched.first, halves, held.chosen
+    ranked = ranked_curve(searched, chunks, half)
+    sets, ablation = confirmed_sets(found.sets, site, chunks, halves, s=s, seed=seed)
     context = held.in_context.get(CONFIRMATION)
-    held.member_rows = member_rows(
-        held.searched, first, site=searched.first.site, roles=held.roles, confirmation=context, confirmed=held.confirmed
-    )
-    built = held.searched.chosen
-    if built is not None:
-        held.specificity_rows = controls(chunks, built.members, built.donor, examples=half.examples, boot=half.boot)
+    members = member_rows(found, first, site.site, held.roles, context, held.confirmed)
+    controlled = [] if chosen is None else controls(chunks, chosen.members, chosen.donor, half)
+    tables = {"sets": sets, "members": members, "steps": found.steps, "synergies": found.synergies}
+    return tables | {"ablation": ranked + ablation, "specificity": controlled}

@@ -16,14 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
-from av_lens.isolation.measuring.bench import PRIMARY_DONORS, Chunk
-from av_lens.isolation.measuring.effects import Progress
+from av_lens.isolation.measuring.bench import Chunk, averaged
 from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.seam import Head
+from av_lens.isolation.measuring.recordings import Head
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence
-from av_lens.isolation.naming.role_tests import head_means, largest_release
+from av_lens.isolation.naming.role_tests import head_means
 from av_lens.isolation.sets.sets import (
     RANDOM_SETS,
     BuiltSet,
@@ -39,67 +37,38 @@ from av_lens.isolation.sets.sets import (
 Row = dict[str, Any]
 
 
-def ranked_curve(
-    searched: Searched, chunks: Sequence[Chunk], half: Half, *, progress: Progress | None = None
-) -> list[Row]:
-    """Edit the heads of largest release together: how many restore half of the gap?
+def ranked_curve(searched: Searched, chunks: Sequence[Chunk], half: Half) -> list[Row]:
+    """Edit the heads of largest release together: how many restore half of the gap? Rows of `ablation` by size.
 
-    Args:
-        searched: what discovery found; it ranks the heads by their largest release over the donors, and gives the donor
-            under which single releases add up to most.
-        chunks: confirmation's conflicts.
-        half: confirmation.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        Rows of `ablation`, fewest heads first.
+    Sizes double, then the crossing is closed in by halves.
     """
     heads, donor = ranked_heads(searched.first)
-    goal = 0.5 * float((half.G - half.C).mean())
+    goal = 0.5 * half.gap
     rows: dict[int, Row] = {}
-
-    def measure(sizes: Sequence[int]) -> None:
-        wanted = [size for size in sizes if size not in rows]
-        sets = [tuple(heads[:size]) for size in wanted]
+    sizes = doubling(len(heads))
+    while sizes:
+        sets = [tuple(heads[:size]) for size in sizes]
         stage = "the largest releases together"
-        effect = release_of_sets(chunks, sets, [donor] * len(sets), half.examples, progress=progress, stage=stage)
-        for index, (size, one) in enumerate(zip(wanted, sets, strict=True)):
-            rows[size] = _bounded(curve_row("ranked heads", one, donor, effect, index, -1), effect, index, half)
-
-    measure(doubling(len(heads)))
-    while (middle := between({size: row["release"] for size, row in rows.items()}, goal)) is not None:
-        measure([middle])
+        effect = release_of_sets(chunks, sets, [donor] * len(sets), half.examples, stage)
+        for index, (size, one) in enumerate(zip(sizes, sets, strict=True)):
+            rows[size] = curve_row("ranked heads", one, donor, effect, index, -1, half)
+        middle = between({size: row["release"] for size, row in rows.items()}, goal)
+        sizes = [] if middle is None else [middle]
     return [rows[size] for size in sorted(rows)]
 
 
 def ranked_heads(site: SiteEvidence) -> tuple[list[Head], str]:
-    """Order all heads by their largest single release on discovery, and choose the donor to edit them with.
-
-    Args:
-        site: discovery's evidence.
-
-    Returns:
-        The heads, and the donor whose positive single releases have the largest sum.
-    """
-    release = site.evidence.release
-    best = largest_release(site.evidence)
-    order = np.argsort(-np.where(np.isnan(best), -np.inf, best).ravel(), kind="stable")
+    """Order all heads by their largest single release on discovery, and choose the donor to edit them with."""
+    best = site.evidence.largest_release
     n_heads = best.shape[1]
-    donor = max(PRIMARY_DONORS, key=lambda name: float(np.nansum(np.clip(head_means(release[name]), 0, None))))
+    order = np.argsort(-np.where(np.isnan(best), -np.inf, best).ravel(), kind="stable")
+    release = site.evidence.by_donor("release")
+    donor = max(release, key=lambda name: float(np.nansum(np.clip(head_means(release[name]), 0, None))))
     return [(int(i) // n_heads, int(i) % n_heads) for i in order], donor
 
 
 def between(measured: dict[int, float], goal: float) -> int | None:
-    """Choose the next size to measure on the way to the size at which a curve crosses a goal.
-
-    Args:
-        measured: size -> release; size 0 releases 0.
-        goal: the release that is looked for.
-
-    Returns:
-        The middle between the smallest size that reaches the goal and the largest below it that does not; None where
-        these are neighbours, or where no size reaches the goal.
-    """
+    """Choose the next size to measure on the way to the size at which a curve crosses a goal; None when it is known."""
     enough = [size for size, release in measured.items() if release >= goal]
     if not enough or goal <= 0:
         return None
@@ -116,95 +85,45 @@ def confirmed_sets(
     *,
     s: float,
     seed: int,
-    progress: Progress | None = None,
 ) -> tuple[list[Row], list[Row]]:
-    """Edit the sets on confirmation; the chosen one with its controls.
-
-    Args:
-        sets: what the search built.
-        site: discovery's evidence, where norms and the top heads for `see` are measured.
-        chunks: confirmation's conflicts.
-        halves: discovery and confirmation.
-        s: the threshold, a share of G.
-        seed: of the random sets.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        Rows of `sets`, and rows of `ablation` for the chosen one.
-    """
-    first, half = halves
+    """Edit the sets on confirmation, the chosen one with its controls: rows of `sets` and of `ablation`."""
+    half = halves[1]
     rows: list[Row] = []
     ablation: list[Row] = []
     for built in sets:
         arms: list[tuple[str, tuple[Head, ...], int]] = [("set", one, -1) for one in cumulative(built.members)]
         if built.chosen:
-            built.random, built.widened = random_sets(built.members, _write_norms(site.chunks), seed=seed)
+            norms = averaged(site.chunks, "norms of z W_O", lambda one: one.bench.engine.write_norms(one.run("va")))
+            built.random, built.widened = random_sets(built.members, norms, seed=seed)
             arms += [("see heads", tuple(top_see_heads(site.chunks, len(built.members))), -1)]
             arms += [("random", one, number) for number, one in enumerate(built.random)]
         heads = [one for _, one, _ in arms]
         stage = f"the set and {len(built.random)} random sets" if built.chosen else "the set with another donor"
-        effect = release_of_sets(
-            chunks, heads, [built.donor] * len(heads), half.examples, progress=progress, stage=stage
-        )
+        donors = [built.donor] * len(heads)
+        effect = release_of_sets(chunks, heads, donors, half.examples, stage)
         if built.chosen:
             ablation += [
-                _bounded(curve_row(arm, one, built.donor, effect, index, draw), effect, index, half)
+                curve_row(arm, one, built.donor, effect, index, draw, half)
                 for index, (arm, one, draw) in enumerate(arms)
             ]
-        row = _set_row(built, effect, chunks, first, half)
-        row |= {"site": site.site} | _against_random(built, row, effect, s * float(half.G.mean()))
-        rows.append(row)
+        row = _set_row(built, effect, chunks, halves) | {"site": site.site}
+        rows.append(row | _against_random(built, row, effect, half.delta(s)))
     return rows, ablation
 
 
-def _write_norms(chunks: Sequence[Chunk]) -> Float[np.ndarray, "layer head"]:
-    weights = [len(chunk.examples) for chunk in chunks]
-    parts = [
-        chunk.remember("norms of z W_O", {}, lambda chunk=chunk: {"norm": _norms(chunk)})["norm"] for chunk in chunks
-    ]
-    return np.average(np.stack(parts), axis=0, weights=weights)
-
-
-def _norms(chunk: Chunk) -> Float[np.ndarray, "layer head"]:
-    return chunk.bench.engine.write_norms(chunk.run("va"))
-
-
-def _bounded(row: Row, effect: SetEffect, index: int, half: Half) -> Row:
-    """Add the interval of a set's release, in logits, and its share of G."""
-    mean = half.boot.mean(effect.release[index])
-    share = half.boot.ratio(effect.release[index], half.G)
-    return row | {"low": float(mean.low), "high": float(mean.high), "share": float(share.value)}
-
-
-def _set_row(built: BuiltSet, effect: SetEffect, chunks: Sequence[Chunk], first: Half, half: Half) -> Row:
-    last = len(built.members) - 1
-    mean, share = half.boot.mean(effect.release[last]), half.boot.ratio(effect.release[last], half.G)
-    before = {"sound": 0.0, "picture": 0.0}
-    for chunk in chunks:
-        top, candidates = chunk.reading("va").top, chunk.bench.candidates
-        before["sound"] += float((top == candidates.sound[chunk.examples]).sum()) / len(half.examples)
-        before["picture"] += float((top == candidates.picture[chunk.examples]).sum()) / len(half.examples)
-    return {
-        "name": built.name,
-        "members": built.names,
-        "k": len(built.members),
-        "donor": built.donor,
-        "screen": built.screen,
-        "chosen": built.chosen,
+def _set_row(built: BuiltSet, effect: SetEffect, chunks: Sequence[Chunk], halves: tuple[Half, Half]) -> Row:
+    last, (first, half) = len(built.members) - 1, halves
+    release = effect.release[last]
+    out: Row = {
+        "name": built.name, "members": built.names, "k": len(built.members), "donor": built.donor,
+        "screen": built.screen, "chosen": built.chosen, "random_n": len(built.random),
         "discovery_release": built.discovery_release,
         "discovery_share": built.discovery_release / float(first.G.mean()),
-        "release": float(mean.value),
-        "low": float(mean.low),
-        "high": float(mean.high),
-        "share": float(share.value),
-        "share_low": float(share.low),
-        "share_high": float(share.high),
-        "says_sound_before": before["sound"],
-        "says_sound": float(np.nanmean(effect.says_sound[last])),
-        "says_picture_before": before["picture"],
-        "says_picture": float(np.nanmean(effect.says_picture[last])),
-        "random_n": len(built.random),
-    }
+    }  # fmt: skip
+    for answer in ("sound", "picture"):
+        out[f"says_{answer}_before"] = sum(float(chunk.says(answer).sum()) / len(half.examples) for chunk in chunks)
+        out[f"says_{answer}"] = float(np.nanmean(getattr(effect, f"says_{answer}")[last]))
+    return out | half.bounded(release, "release") | half.share(release)
 
 
 def _random_flags(built: BuiltSet, n: int) -> str:

@@ -14,14 +14,14 @@ from functools import partial
 import numpy as np
 from jaxtyping import Float, Int
 
-from av_lens.isolation.measuring.bench import MIRROR, Chunk
-from av_lens.isolation.measuring.edited_runs import further
+from av_lens.isolation.measuring.bench import Chunk, gathered
+from av_lens.isolation.measuring.donors import MIRROR
 from av_lens.isolation.measuring.effects import mirrored
-from av_lens.isolation.measuring.seam import Head, Swap
+from av_lens.isolation.measuring.recordings import Head
 
 Members = tuple[Head, ...]
 Tick = Callable[[int], None]
-TRACE_BYTES = 4e9
+HELD_BYTES = 4e9
 """Traces of all conflicts are kept between measurements where they take no more; else they are made again."""
 
 
@@ -87,7 +87,9 @@ class SetReleases:
         unknown = [head for head in heads if frozenset((*members, head)) not in self._known]
         if unknown:
             depends = {"donor": self.donor, "members": sorted(members), "heads": unknown}
-            found = self._over_chunks("set and one more head", depends, partial(self._add, members, unknown))
+            found = self._over_chunks(
+                "set and one more head", depends, partial(self._margins, sorted(members), [(head,) for head in unknown])
+            )
             self._known |= {frozenset((*members, h)): values for h, values in zip(unknown, found, strict=True)}
         return [self.mean((*members, head)) for head in heads]
 
@@ -100,7 +102,7 @@ class SetReleases:
         unknown = list(dict.fromkeys(tuple(sorted(one)) for one in sets if one and frozenset(one) not in self._known))
         if unknown:
             depends = {"donor": self.donor, "sets": unknown}
-            found = self._over_chunks("releases of sets", depends, partial(self._apart, unknown))
+            found = self._over_chunks("releases of sets", depends, partial(self._margins, (), unknown))
             self._known |= {frozenset(one): values for one, values in zip(unknown, found, strict=True)}
 
     def pairs(self, heads: Sequence[Head]) -> None:
@@ -122,66 +124,42 @@ class SetReleases:
         self, name: str, depends: Mapping[str, object], compute: Callable[[Chunk, str], Float[np.ndarray, "set batch"]]
     ) -> Float[np.ndarray, "set example"]:
         """Measure on every chunk, in both cells, and lay the conflicts out in their order."""
-        parts = [
-            chunk.remember(name, depends, partial(self._mirrored, chunk, compute))["release"] for chunk in self.chunks
-        ]
-        out = np.full((len(parts[0]), len(self.examples)), np.nan)
-        for chunk, part in zip(self.chunks, parts, strict=True):
-            out[:, [int(np.flatnonzero(self.examples == i)[0]) for i in chunk.examples]] = part
-        return out
+        found = gathered(self.chunks, self.examples, name, depends, partial(self._mirrored, compute=compute))
+        return np.ascontiguousarray(found["release"].T)
 
     def _mirrored(
         self, chunk: Chunk, compute: Callable[[Chunk, str], Float[np.ndarray, "set batch"]]
     ) -> dict[str, np.ndarray]:
-        candidates = chunk.bench.candidates
         changes: list[np.ndarray] = []
         for cell in ("va", MIRROR["va"]):
-            before = candidates.margin(chunk.reading(cell).scores, chunk.examples)
-            changes.append(compute(chunk, cell) - before)
+            changes.append(compute(chunk, cell) - chunk.margin(cell))
             self._let_go(chunk, cell)
-        return {"release": mirrored(changes[0], changes[1])}
+        return {"release": mirrored(changes[0], changes[1]).T}
 
     def _let_go(self, chunk: Chunk, cell: str) -> None:
-        trace = chunk.run(cell).kept.get("trace")
+        trace = chunk.run(cell).trace
         if trace is not None:
             one = sum(part.nbytes for parts in (trace.resid, trace.keys, trace.values) for part in parts)
-            if 2 * len(self.chunks) * one > TRACE_BYTES:
-                chunk.run(cell).kept.clear()
-
-    def _swap(self, chunk: Chunk, cell: str, members: Sequence[Head]) -> Swap:
-        donor = chunk.donor(cell, self.donor)
-        return Swap(tuple(members), tuple(donor[layer, :, :, head] for layer, head in members))
+            if 2 * len(self.chunks) * one > HELD_BYTES:
+                chunk.drop_traces(cell)
 
     def _margins(
-        self, chunk: Chunk, cell: str, under: Sequence[Head], sets: Sequence[Sequence[Head]]
+        self, under: Sequence[Head], sets: Sequence[Sequence[Head]], chunk: Chunk, cell: str
     ) -> Float[np.ndarray, "set batch"]:
         """M in a cell with some heads edited, and each of several sets edited on top."""
-        engine, candidates = chunk.bench.engine, chunk.bench.candidates
-        run = chunk.run(cell)
+        engine, candidates, run = chunk.bench.engine, chunk.bench.candidates, chunk.run(cell)
         if under:
-            run = engine.record_edited(run, self._swap(chunk, cell, under))
+            run = engine.record_edited(run, chunk.z(cell, under, self.donor))
         out = np.full((len(sets), len(chunk.examples)), np.nan)
         order = sorted(range(len(sets)), key=lambda i: min(sets[i]))
-        swaps = [self._swap(chunk, cell, sets[i]) for i in order]
-        for i, logits in zip(order, further(engine, run, swaps), strict=True):
-            out[i] = candidates.margin(candidates.scores(logits), chunk.examples)
+        plans = [run.plan(chunk.z(cell, sets[i], self.donor)) for i in order]
+        for i, one in zip(order, engine.changed(run, plans), strict=True):
+            out[i] = candidates.margin(candidates.scores(one.logits), chunk.examples)
         if self.tick is not None:
             self.tick(len(sets))
         return out
 
-    def _add(
-        self, members: Sequence[Head], heads: Sequence[Head], chunk: Chunk, cell: str
-    ) -> Float[np.ndarray, "set batch"]:
-        return self._margins(chunk, cell, sorted(members), [(head,) for head in heads])
-
-    def _apart(self, sets: Sequence[Members], chunk: Chunk, cell: str) -> Float[np.ndarray, "set batch"]:
-        return self._margins(chunk, cell, (), sets)
-
     def _pairs(self, heads: Sequence[Head], chunk: Chunk, cell: str) -> Float[np.ndarray, "set batch"]:
         """All pairs: each head edited once, and every later one on top of it."""
-        rows = [
-            self._margins(chunk, cell, (one,), [(two,) for two in heads[i + 1 :]])
-            for i, one in enumerate(heads)
-            if i + 1 < len(heads)
-        ]
-        return np.concatenate(rows)
+        later = [(one, [(two,) for two in heads[i + 1 :]]) for i, one in enumerate(heads[:-1])]
+        return np.concatenate([self._margins((one,), rest, chunk, cell) for one, rest in later])

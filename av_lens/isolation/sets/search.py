@@ -24,19 +24,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from av_lens.core.attention_mass import attention_mass
-from av_lens.isolation.measuring.bench import PRIMARY_DONORS, Chunk
-from av_lens.isolation.measuring.effects import Progress
+from av_lens.isolation.measuring.bench import Chunk, Progress, averaged
+from av_lens.isolation.measuring.donors import PRIMARY_DONORS
 from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.seam import Head
+from av_lens.isolation.measuring.recordings import Head
 from av_lens.isolation.naming.evidence import SiteEvidence
-from av_lens.isolation.naming.role_tests import Evidence, head_means, largest_release
+from av_lens.isolation.naming.role_tests import head_means
 from av_lens.isolation.sets.releases import Members, SetReleases, Tick
 from av_lens.isolation.sets.sets import BuiltSet, head_names
 
@@ -59,10 +58,10 @@ def n_candidates(heads: int) -> int:
 
 @runtime_checkable
 class Releases(Protocol):
-    """What the search asks: the mean release of a set, and of a set with each of several further heads."""
+    """What the search asks: the mean release of a set (0 for the empty one), and of a set with one more head."""
 
     def mean(self, members: Sequence[Head]) -> float:
-        """The mean release of a set; 0 for the empty one."""
+        """The mean release of a set."""
         ...
 
     def added(self, members: Sequence[Head], heads: Sequence[Head]) -> list[float]:
@@ -251,119 +250,73 @@ def screened(screens: dict[str, Float[np.ndarray, "layer head"]]) -> dict[Head, 
     return {head: f"{best[head][1]} (rank {best[head][0] + 1})" for head in sorted(chosen)}
 
 
-def search_sets(
-    site: SiteEvidence, half: Half, *, s: float, quick: bool = False, progress: Progress | None = None
-) -> SearchedSets:
-    """Search sets of heads on discovery, once per primary donor.
-
-    Args:
-        site: discovery's evidence at the site.
-        half: discovery.
-        s: the threshold, a share of G.
-        quick: leave the pairs out.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        The sets, the search's paths, the largest synergies.
-    """
-    found, delta, g = site.evidence, s * float(half.G.mean()), float(half.G.mean())
-    screens = _screens(site, found)
-    candidates = sorted(screened(screens))
-    out = SearchedSets(screens=screened(screens), quick=quick)
-    for donor in PRIMARY_DONORS:
-        if np.isnan(found.release[donor]).all():
+def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False) -> SearchedSets:
+    """Search sets of heads on discovery, once per primary donor; `quick` leaves out all pairs."""
+    found, delta, g = site.evidence, half.delta(s), float(half.G.mean())
+    out = SearchedSets(screens=screened(_screens(site)), quick=quick)
+    candidates, progress = sorted(out.screens), site.chunks[0].bench.progress
+    for donor, release in found.by_donor("release").items():
+        if np.isnan(release).all():
             continue
         stage = f"sets of heads by {donor}"
-        releases = SetReleases(
-            site.chunks,
-            half.examples,
-            donor,
-            _ticker(progress, stage, len(candidates) * (1 if quick else len(candidates) - 1) * len(site.chunks)),
-        )
-        releases.learn({head: found.release[donor][:, head[0], head[1]] for head in candidates})
+        expected = len(candidates) * (1 if quick else len(candidates) - 1) * len(site.chunks)
+        releases = SetReleases(site.chunks, half.examples, donor, _ticker(progress, stage, expected))
+        releases.learn({head: release[:, head[0], head[1]] for head in candidates})
         synergies: list[Synergy] = []
         if not quick:
             releases.pairs(candidates)
             synergies = pair_synergies(releases, candidates)
         winner, paths = search(releases, candidates, synergies, delta=delta)
-        if progress is not None:
-            progress(stage, 1, 1)
+        progress(stage, 1, 1)
         out.releases[donor] = releases
         if winner.members:
             out.sets.append(BuiltSet(winner.members, donor, winner.release, screen=winner.start))
-        out.steps += [row for path in paths for row in _step_rows(path, site.site, donor)]
-        out.synergies += [_synergy_row(one, site.site, donor, g) for one in synergies[:SHOWN_SYNERGIES]]
+        of = {"site": site.site, "donor": donor}
+        out.steps += [of | row for path in paths for row in _step_rows(path)]
+        out.synergies += [of | _synergy_row(one, g) for one in synergies[:SHOWN_SYNERGIES]]
     if out.sets:
         min(out.sets, key=lambda one: (-one.discovery_release, PRIMARY_DONORS.index(one.donor))).chosen = True
     for chunk in site.chunks:
-        for cell in ("va", "av"):
-            chunk.run(cell).kept.clear()
+        chunk.drop_traces("va", "av")
     return out
 
 
-def _screens(site: SiteEvidence, found: Evidence) -> dict[str, Float[np.ndarray, "layer head"]]:
-    largest = largest_release(found)
-    screens = {"release": largest, "sufficiency": head_means(found.sufficiency)}
+def _screens(site: SiteEvidence) -> dict[str, Float[np.ndarray, "layer head"]]:
+    largest = site.evidence.largest_release
+    screens = {"release": largest, "sufficiency": head_means(site.evidence["sufficiency"])}
     if largest.size > ALL_HEADS:
-        screens["attention to the video"] = _video_attention(site.chunks)
+        screens["attention to the video"] = averaged(site.chunks, "attention to the video", video_attention)
     return screens
 
 
-def _video_attention(chunks: Sequence[Chunk]) -> Float[np.ndarray, "layer head"]:
-    """The mean attention of the generation position to the video, in `va`."""
-    weights = [len(chunk.examples) for chunk in chunks]
-    parts = [chunk.remember("attention to the video", {}, partial(_chunk_attention, chunk))["mass"] for chunk in chunks]
-    return np.average(np.stack([part.mean(0) for part in parts]), axis=0, weights=weights)
+def video_attention(chunk: Chunk) -> Float[np.ndarray, "layer head"]:
+    """Average the attention of the generation position to the video, in `va`."""
+    inputs = chunk.run("va").inputs
+    asked, video = ([int(i) for i in inputs.spans[role].positions] for role in ("generation", "video|image"))
+    mass = attention_mass(chunk.bench.engine.model, inputs, {"generation": asked}, keys={"video": video})
+    return mass[..., 0, 0].double().numpy().mean(0)
 
 
-def _chunk_attention(chunk: Chunk) -> dict[str, np.ndarray]:
-    inputs, model = chunk.run("va").inputs, getattr(chunk.bench.engine, "model")  # noqa: B009
-    spans = inputs.spans
-    asked, video = [int(spans.generation_position)], [int(i) for i in spans["video|image"].positions]
-    mass = attention_mass(model, inputs, {"generation": asked}, keys={"video": video})
-    return {"mass": mass[..., 0, 0].double().numpy()}
-
-
-def _ticker(progress: Progress | None, stage: str, expected: int) -> Tick:
+def _ticker(progress: Progress, stage: str, expected: int) -> Tick:
     """Count measured sets; how many a climb needs is not known before, so the total stays open at the end."""
     done = 0
 
     def tick(more: int) -> None:
         nonlocal done
         done += more
-        if progress is not None:
-            progress(stage, done, max(expected, done + 1))
+        progress(stage, done, max(expected, done + 1))
 
     return tick
 
 
-def _step_rows(path: Path, site: str, donor: str) -> list[dict[str, Any]]:
+def _step_rows(path: Path) -> list[dict[str, Any]]:
     return [
-        {
-            "site": site,
-            "donor": donor,
-            "start": path.start,
-            "step": number,
-            "action": step.action,
-            "layer": step.head[0],
-            "head": step.head[1],
-            "release": step.release,
-            "gain": step.gain,
-        }
+        {"start": path.start, "step": number, "action": step.action, "release": step.release, "gain": step.gain}
+        | dict(zip(("layer", "head"), step.head, strict=True))
         for number, step in enumerate(path.steps)
     ]
 
 
-def _synergy_row(one: Synergy, site: str, donor: str, g: float) -> dict[str, Any]:
-    (layer, head), (layer2, head2) = one.pair
-    return {
-        "site": site,
-        "donor": donor,
-        "layer": layer,
-        "head": head,
-        "layer2": layer2,
-        "head2": head2,
-        "release": one.release,
-        "synergy": one.synergy,
-        "share": one.synergy / g,
-    }
+def _synergy_row(one: Synergy, g: float) -> dict[str, Any]:
+    heads = zip(("layer", "head", "layer2", "head2"), (*one.pair[0], *one.pair[1]), strict=True)
+    return {**dict(heads), "release": one.release, "synergy": one.synergy, "share": one.synergy / g}

@@ -23,10 +23,13 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from av_lens.isolation.measuring.bench import MIRROR, Chunk
-from av_lens.isolation.measuring.effects import Progress, Request, measure_requests, mirrored, set_scores
+from av_lens.isolation.measuring.bench import Chunk, gathered
+from av_lens.isolation.measuring.donors import MIRROR
+from av_lens.isolation.measuring.effects import edited_readings, measure_requests, mirrored
+from av_lens.isolation.measuring.estimands import Request
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.recordings import Head
 from av_lens.isolation.measuring.scoring import UNREAD
-from av_lens.isolation.measuring.seam import Head
 from av_lens.isolation.naming.role_tests import head_means
 
 RANDOM_SETS = 200
@@ -50,67 +53,37 @@ def release_of_sets(
     sets: Sequence[Sequence[Head]],
     donors: Sequence[str],
     examples: Int[np.ndarray, " example"],
-    *,
-    progress: Progress | None = None,
-    stage: str = "sets of heads",
+    stage: str = "",
 ) -> SetEffect:
-    """Edit sets together in `va` and `av` and measure the release.
-
-    Args:
-        chunks: the conflicts, stacked.
-        sets: the sets of heads.
-        donors: one donor per set.
-        examples: the conflicts' order in the result.
-        progress: called as `progress(stage, done, total)`.
-        stage: the stage's name.
-
-    Returns:
-        The effects.
-    """
-    shape = (len(sets), len(examples))
-    out = SetEffect(np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan))
-    for number, chunk in enumerate(chunks):
-        rows = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
-        depends = {"sets": [list(one) for one in sets], "donors": list(donors)}
-        found = chunk.remember("sets", depends, partial(_chunk_release, chunk, sets, donors))
-        out.release[:, rows] = found["release"]
-        out.says_sound[:, rows], out.says_picture[:, rows] = found["says_sound"], found["says_picture"]
-        if progress is not None:
-            progress(stage, number + 1, len(chunks))
-    return out
+    """Edit sets together in `va` and `av`, each by its donor, and measure the release."""
+    depends = {"sets": [list(one) for one in sets], "donors": list(donors)}
+    compute = partial(_chunk_release, sets=sets, donors=donors)
+    found = gathered(chunks, examples, "sets", depends, compute, stage)
+    return SetEffect(**{name: np.ascontiguousarray(values.T) for name, values in found.items()})
 
 
 def _chunk_release(chunk: Chunk, sets: Sequence[Sequence[Head]], donors: Sequence[str]) -> dict[str, np.ndarray]:
-    """Edit the sets in `va` and `av` of one stack: `[set, batch]` of each figure."""
-    candidates = chunk.bench.candidates
-    changes: list[np.ndarray] = []
-    says: dict[str, np.ndarray] = {}
+    """Edit the sets in `va` and `av` of one stack: `[batch, set]` of each figure."""
+    candidates, changes = chunk.bench.candidates, list[np.ndarray]()
+    out: dict[str, np.ndarray] = {}
     for base in ("va", MIRROR["va"]):
-        scores, top = set_scores(chunk, base, sets, donors)
-        before = candidates.margin(chunk.reading(base).scores, chunk.examples)
-        changes.append(candidates.margin(scores, chunk.examples) - before)
+        read = edited_readings(chunk, base, sets, donors)
+        scores, top = np.stack([one.scores for one in read]), np.stack([one.top for one in read])
+        changes.append(candidates.margin(scores, chunk.examples) - chunk.margin(base))
         if base == "va":
-            for name, answer in (("says_sound", candidates.sound), ("says_picture", candidates.picture)):
+            for answer in ("sound", "picture"):
                 # An edit that this conflict lacks (a mean that leaves every other conflict out) says nothing.
-                says[name] = np.where(top == UNREAD, np.nan, top == answer[chunk.examples])
-    return {"release": mirrored(changes[0], changes[1]), **says}
+                said = top == getattr(candidates, answer)[chunk.examples]
+                out[f"says_{answer}"] = np.where(top == UNREAD, np.nan, said).T
+    return {"release": mirrored(changes[0], changes[1]).T, **out}
 
 
 def top_see_heads(chunks: Sequence[Chunk], n: int) -> list[Head]:
-    """Find the heads that `see` needs most, by zeroing each.
-
-    Args:
-        chunks: discovery's conflicts.
-        n: how many heads.
-
-    Returns:
-        The heads whose zeroing most lowers score(picture's answer) - score(sound's) under `see`.
-    """
-    engine = chunks[0].bench.engine
-    heads = [(layer, head) for layer in range(engine.n_layers) for head in range(engine.n_heads)]
+    """Find the heads that `see` needs most, by zeroing each: those whose zeroing moves M towards the sound's answer."""
+    heads = chunks[0].bench.engine.heads
     zeroed = Request("va", "zero", question="see")
     examples = np.concatenate([chunk.examples for chunk in chunks])
-    found = measure_requests(chunks, [zeroed], heads=heads, examples=examples, stage="heads that see needs")
+    found = measure_requests(chunks, [zeroed], heads=heads, examples=examples)
     mean = head_means(found[zeroed].margin).ravel()
     return [heads[j] for j in np.argsort(-mean, kind="stable")[:n]]
 
@@ -243,27 +216,13 @@ def head_names(heads: Sequence[Head]) -> str:
     return " ".join(f"L{layer}H{head}" for layer, head in heads)
 
 
-def curve_row(arm: str, members: Sequence[Head], donor: str, effect: SetEffect, row: int, draw: int) -> dict[str, Any]:
-    """Write one row of the ablation table, without its interval.
-
-    Args:
-        arm: "set", "random", "see heads" or "ranked heads".
-        members: the heads.
-        donor: their donor.
-        effect: the measured sets.
-        row: which of them.
-        draw: the random draw, -1 elsewhere.
-
-    Returns:
-        The row.
-    """
-    return {
-        "arm": arm,
-        "k": len(members),
-        "draw": draw,
-        "members": head_names(members),
-        "donor": donor,
-        "release": float(np.nanmean(effect.release[row])),
-        "says_sound": float(np.nanmean(effect.says_sound[row])),
-        "says_picture": float(np.nanmean(effect.says_picture[row])),
-    }
+def curve_row(
+    arm: str, members: Sequence[Head], donor: str, effect: SetEffect, row: int, draw: int, half: Half
+) -> dict[str, Any]:
+    """Write one row of the ablation table."""
+    release = effect.release[row]
+    out: dict[str, Any] = {"arm": arm, "k": len(members), "draw": draw, "members": head_names(members), "donor": donor}
+    out |= {name: float(np.nanmean(getattr(effect, name)[row])) for name in ("says_sound", "says_picture")}
+    bounds, share = half.boot.mean(release), half.shares(release)
+    out |= {"low": float(bounds.low), "high": float(bounds.high), "share": float(share.value)}
+    return out | {"release": float(np.nanmean(release))}

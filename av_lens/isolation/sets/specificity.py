@@ -22,14 +22,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.errors import AvLensError
-from av_lens.isolation.measuring.bench import Chunk
+from av_lens.isolation.measuring.bench import Chunk, gathered
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.recordings import Head
 from av_lens.isolation.measuring.scoring import UNREAD
-from av_lens.isolation.measuring.seam import Head, Swap
 from av_lens.results.statistics import Bootstrap, non_inferiority
 
 MARGIN = 0.05
@@ -42,14 +42,6 @@ CONTROLS: tuple[tuple[str, str, str, str], ...] = (
     ("silent video", "v_muted", "ask", "none"),
     ("text-only", "text_only", "ask", "kl"),
 )
-
-
-def _edited(chunk: Chunk, cell: str, question: str, heads: Sequence[Head], donor: str) -> tuple[Tensor, Tensor]:
-    """Logits of a control cell, unedited and with the set edited."""
-    recording = chunk.run(cell, question)
-    z = chunk.donor(cell, donor, question)
-    swap = Swap(tuple(heads), tuple(z[layer, :, :, head] for layer, head in heads))
-    return recording.logits, next(iter(chunk.bench.engine.edited(recording, [swap])))
 
 
 def _items(
@@ -75,60 +67,31 @@ def _items(
 
 
 def _measured(
-    chunk: Chunk, control: tuple[str, str, str], heads: Sequence[Head], donor: str
+    chunk: Chunk, control: tuple[str, str, str, str], heads: Sequence[Head], donor: str
 ) -> dict[str, Float[np.ndarray, " batch"]]:
-    cell, question, right = control
-    with torch.no_grad():
-        was, now = _edited(chunk, cell, question, heads, donor)
-    before, after = _items(chunk, was, now, right)
+    _, cell, question, right = control
+    run = chunk.run(cell, question)
+    (edited,) = chunk.bench.engine.changed(run, [run.plan(chunk.z(cell, heads, donor, question))])
+    before, after = _items(chunk, run.logits, edited.logits, right)
     return {"before": before, "after": after}
 
 
-def controls(
-    chunks: Sequence[Chunk],
-    heads: Sequence[Head],
-    donor: str,
-    *,
-    examples: Int[np.ndarray, " example"],
-    boot: Bootstrap,
-) -> list[dict[str, Any]]:
-    """Run every control with the set edited.
-
-    Args:
-        chunks: confirmation's conflicts.
-        heads: the set.
-        donor: its donor.
-        examples: the conflicts' order in `boot`.
-        boot: their weights.
-
-    Returns:
-        Rows for `table("specificity", ...)`.
-    """
+def controls(chunks: Sequence[Chunk], heads: Sequence[Head], donor: str, half: Half) -> list[dict[str, Any]]:
+    """Run every control with the set edited: a row of `specificity` each; what cannot be measured is said there."""
     rows: list[dict[str, Any]] = []
-    for name, cell, question, right in CONTROLS:
-        before, after = np.full(len(examples), np.nan), np.full(len(examples), np.nan)
-        reason = ""
-        for chunk in chunks:
-            place = np.array([int(np.flatnonzero(examples == i)[0]) for i in chunk.examples])
-            depends = {
-                "control": [name, cell, question, right],
-                "heads": [list(head) for head in heads],
-                "donor": donor,
-            }
-            measure = partial(_measured, chunk, (cell, question, right), heads, donor)
-            try:
-                found = chunk.remember("a control", depends, measure)
-            except AvLensError as refused:
-                reason = str(refused)
-                break
-            before[place], after[place] = found["before"], found["after"]
-        rows.append(_row(name, right, before, after, boot, reason))
+    for control in CONTROLS:
+        name, *_, right = control
+        depends = {"control": control, "heads": [list(head) for head in heads], "donor": donor}
+        compute = partial(_measured, control=control, heads=heads, donor=donor)
+        try:
+            found = gathered(chunks, half.examples, "a control", depends, compute)
+            rows.append(_row(name, right, found["before"], found["after"], half.boot))
+        except AvLensError as refused:
+            rows.append({"control": name, "n": 0, "verdict": f"not measured: {refused}"})
     return rows
 
 
-def _row(name: str, right: str, before: np.ndarray, after: np.ndarray, boot: Bootstrap, reason: str) -> dict[str, Any]:
-    if reason:
-        return {"control": name, "n": 0, "verdict": f"not measured: {reason}"}
+def _row(name: str, right: str, before: np.ndarray, after: np.ndarray, boot: Bootstrap) -> dict[str, Any]:
     if right == "kl":
         n, mean = int((~np.isnan(after)).sum()), float(np.nanmean(after))
         return {"control": name, "n": n, "before": 0.0, "after": mean, "verdict": "reported: KL in nats"}

@@ -119,19 +119,19 @@ class SharedEngine(ModelEngine):
                 )
         return found
 
-    def changed(self, recording: Any, swaps: Sequence[Any]) -> Any:
+    def changed(self, recording: Any, plans: Sequence[Any]) -> Any:
         """Run a recording's inputs again under each swap, and note the time of single heads.
 
         Args:
             recording: the unedited run.
-            swaps: the edits, each its own run.
+            plans: the edits, each its own run.
 
         Yields:
-            The edited runs at the asked position, in the order of the swaps.
+            The edited runs at the asked position, in the order of the plans.
         """
-        alone = all(len(swap.heads) == 1 for swap in swaps)
+        alone = all(sum(edit.site.head is not None for edit in plan) == 1 for plan in plans)
         begun = time.monotonic()
-        for one in super().changed(recording, swaps):
+        for one in super().changed(recording, plans):
             if alone:
                 self.rows += len(one.logits)
                 self.row_seconds += time.monotonic() - begun
