@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import entered
-from fake_model import FakeEngine, fake_conflicts
+from fake_model import FakeModel, fake_conflicts, isolated
 from small_av import small_inputs, small_model
 from tiny import letter
 
@@ -34,8 +34,8 @@ def test_a_head_patch():
 
 
 def test_an_isolation():
-    conflicts, isolate = fake_conflicts(60), avl.isolate
-    read("an isolation", lambda: isolate(None, conflicts, engine=FakeEngine(), s=0.1, quick=True))
+    conflicts = fake_conflicts(60)
+    read("an isolation", lambda: isolated(FakeModel(), conflicts, s=0.1, quick=True))
 
 
 def test_what_is_counted_is_what_is_called():
