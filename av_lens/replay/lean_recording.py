@@ -54,14 +54,15 @@ def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tupl
     n = stream.shape[1]
     window = Window.at(0, entered["position_embeddings"], mask)
     taps, nothing = no_edits(n), stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, model.spec.d_head)
-    streams, keys, values = [stream], list[Tensor](), list[Tensor]()
+    found: dict[str, list[Tensor]] = {"resid": [stream.to(device)], "keys": [], "values": []}
 
-    def enter(number: int, made: Tensor | None) -> Tensor:
-        return taps.enter(number, made, stream)
+    def enter(number: int, left: Tensor | None) -> Tensor:
+        return taps.enter(number, left, stream)
 
+    last = stream
     for _, made in run_layers(model, window, taps, enter, lambda _: (nothing, nothing)):
-        streams.append(made.stream[0])
-        for kept, part in ((keys, made.keys), (values, made.values)):
-            kept.append(part[0].transpose(1, 2).contiguous().to(device))
-    logits = unembedded(model, streams[-1][:, -1])
-    return fields_of(model, x, [one.to(device) for one in streams], keys, values, entered, mask), logits
+        last = made.stream[0]
+        found["resid"].append(last.to(device))
+        for part, heads in (("keys", made.keys), ("values", made.values)):
+            found[part].append(heads[0].transpose(1, 2).contiguous().to(device))
+    return fields_of(model, x, found, entered, mask), unembedded(model, last[:, -1])

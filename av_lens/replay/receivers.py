@@ -140,8 +140,8 @@ def _attention(
     )
     read = [Read(keys, v.transpose(1, 2), window.own_mask)]
     if window.start:
-        before = (part.repeat_interleave(layer.group, dim=1) for part in past)
-        read.insert(0, Read(*before, window.prefix_mask))
+        earlier_k, earlier_v = (part.repeat_interleave(layer.group, dim=1) for part in past)
+        read.insert(0, Read(earlier_k, earlier_v, window.prefix_mask))
     return (q, k, v), attended(queries, read, layer.scaling)[0].transpose(1, 2)
 
 

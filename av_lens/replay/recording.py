@@ -232,25 +232,20 @@ def recorded(
         hooks.append(("unembed.hook_in", last_only))
     with entering(model.bridge.blocks[0]) as entered:
         logits: Tensor = model.run_with_hooks(x, fwd_hooks=hooks)
-    found = [[kept[name] for name in names] for names in (streams, keys, values)]
+    found = {"resid": streams, "keys": keys, "values": values}
+    made = {part: [kept[name] for name in names] for part, names in found.items()}
     own = logits.to(device) if keep_logits else None
     mask = additive(entered.get("attention_mask"), kept[streams[0]])
-    return fields_of(model, x, *found, entered, mask) | {"own_logits": own}, logits[:, -1]
+    return fields_of(model, x, made, entered, mask) | {"own_logits": own}, logits[:, -1]
 
 
 def fields_of(
-    model: Any,
-    x: Any,
-    streams: list[Tensor],
-    keys: list[Tensor],
-    values: list[Tensor],
-    entered: Mapping[str, Any],
-    mask: Tensor | None,
+    model: Any, x: Any, made: Mapping[str, list[Tensor]], entered: Mapping[str, Any], mask: Tensor | None
 ) -> dict[str, Any]:
     """The fields of a `Record`, of what each layer made and of what entered the first."""
-    cos, sin = (table.to(streams[0].device) for table in entered["position_embeddings"])
-    made = {"resid": tuple(streams), "keys": tuple(keys), "values": tuple(values)}
-    return {"model": model, "x": x, **made, "tables": (cos, sin), "mask": mask}
+    cos, sin = (table.to(made["resid"][0].device) for table in entered["position_embeddings"])
+    whole = {part: tuple(tensors) for part, tensors in made.items()}
+    return {"model": model, "x": x, **whole, "tables": (cos, sin), "mask": mask}
 
 
 def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits: bool = False) -> None:

@@ -72,8 +72,8 @@ def restarted_layers(
     start = taps.offset
 
     def enter(number: int, stream: Tensor | None) -> Tensor:
-        other = entering is not None and stream is None
-        return taps.enter(number, stream, entering if other else record.stream(number, start))
+        recorded = record.stream(number, start) if entering is None or stream is not None else entering
+        return taps.enter(number, stream, recorded)
 
     return run_layers(record.model, record.window(start), taps, enter, lambda one: record.past(one, start), rows=rows)
 
