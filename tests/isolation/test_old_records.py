@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fake_model import FakeModel, fake_conflicts, isolated
 
-from av_lens.isolation.running.program import MEASURES, measuring_hash
+from av_lens.isolation.measuring.store import MEASURES, measuring_hash
 from av_lens.isolation.running.protocol import hash_of
 from av_lens.results.record import Isolation
 
