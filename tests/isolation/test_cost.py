@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 from fake_model import N_LAYERS, FakeModel, bench_of, fake_conflicts, isolated
 
+from av_lens.isolation.measuring import store
 from av_lens.isolation.running import cost
 from av_lens.isolation.running.cost import Estimate, Prices, Size, expected, probe, works
 
@@ -15,12 +17,26 @@ SIZE = Size(conflicts=10, discovery=5, confirmation=5, heads=4, layers=2)
 
 
 class Timed(FakeModel):
-    """The fake model, 40 ms a cell of a stack and 20 ms an edit of a stack."""
+    """The fake model, 40 ms a cell of a stack and 20 ms an edit of a stack, by the clock of these tests."""
+
+    clock = 0.0
 
     def run_with_hooks(self, x, fwd_hooks=(), **options):
         recorded = sum(name.endswith("hook_z") for name, _ in fwd_hooks) >= N_LAYERS
-        time.sleep(0.04 if recorded else 0.02)
+        Timed.clock += 0.04 if recorded else 0.02
         return super().run_with_hooks(x, fwd_hooks, **options)
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """A clock that only the timed model and looks at it move: a microsecond each."""
+
+    def monotonic():
+        Timed.clock += 1e-6
+        return Timed.clock
+
+    for module in (cost, store):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=monotonic))
 
 
 def bench(model, n=8):
@@ -66,8 +82,8 @@ def test_a_line_with_time_and_memory():
 def test_a_probe_prices_cells_and_edits_by_the_conflict():
     chunk = bench(Timed()).chunks(range(8))[0]
     prices = probe(chunk)
-    assert 0.04 / 8 <= prices.cell < 0.08 / 8
-    assert 0.02 / 8 <= prices.edit < 0.04 / 8
+    assert prices.cell == pytest.approx(0.04 / 8, rel=1e-3)
+    assert prices.edit == pytest.approx(0.02 / 8, rel=1e-3)
     assert prices.figure > 0
 
 

@@ -14,16 +14,14 @@ from av_lens.isolation.measuring import estimands
 from av_lens.isolation.measuring.behaviour import survey
 from av_lens.isolation.measuring.bench import Bench
 from av_lens.isolation.measuring.donors import Means
-from av_lens.isolation.measuring.effects import measure_requests
+from av_lens.isolation.measuring.effects import direct_writes, measure_requests
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.estimands import Estimand, Request, figures, requests
 from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.logit_writes import direct_writes
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import Store
-from av_lens.isolation.naming.evidence import gather, search
+from av_lens.isolation.naming.evidence import gather, null_share, search
 from av_lens.isolation.naming.role_tests import adjust, run_tests, run_tests_together
-from av_lens.isolation.naming.threshold import null_share
 from av_lens.isolation.sets.sets import release_of_sets
 from av_lens.isolation.sets.specificity import CONTROLS, controls
 from av_lens.results.halves import DISCOVERY

@@ -17,10 +17,9 @@ from av_lens.inputs.sources import clip_key
 from av_lens.isolation import isolate
 from av_lens.isolation.measuring.bench import Bench
 from av_lens.isolation.measuring.donors import Means
-from av_lens.isolation.measuring.effects import edited_readings, measure_requests
+from av_lens.isolation.measuring.effects import direct_writes, edited_readings, measure_requests
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.estimands import Request
-from av_lens.isolation.measuring.logit_writes import direct_writes
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
 from av_lens.model import load

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from fake_model import FakeModel, fake_conflicts, isolated
 
-from av_lens.isolation.running.program import MEASURES, measuring_hash
+import av_lens
+from av_lens.isolation.measuring.store import MEASURES, measuring_hash
 from av_lens.isolation.running.protocol import hash_of
 from av_lens.results.record import Isolation
 
@@ -60,4 +61,4 @@ def test_the_key_holds_the_code_that_measures_and_no_other(tmp_path):
         path.write_text("two")
         seen.append(measuring_hash.__wrapped__(tmp_path))
         assert (seen[-1] != seen[-2]) == (path.relative_to(tmp_path).parts[0] in MEASURES), path
-    assert all((Path(measuring_hash.__defaults__[0]) / name).exists() for name in MEASURES)
+    assert all((Path(av_lens.__file__).parent / name).exists() for name in MEASURES)

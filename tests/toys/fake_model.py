@@ -35,7 +35,7 @@ from av_lens.isolation.explaining import robustness
 from av_lens.isolation.measuring.bench import Bench
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
-from av_lens.isolation.running import stages
+from av_lens.isolation.running import pipeline
 from av_lens.replay.traces import Trace
 from av_lens.results.record import Isolation
 from av_lens.spans import SpanMap
@@ -251,6 +251,6 @@ def bench_of(model: FakeModel, conflicts: Sequence[Any], **more: Any) -> Bench:
 def isolated(model: FakeModel, conflicts: Sequence[Any], **options: Any) -> Isolation:
     """`isolate`, but for cards, cuts, routes and lens, and variants of encoding and precision."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(stages, "EXPLAINED", {})
+        patched.setattr(pipeline, "EXPLAINED", {})
         patched.setattr(robustness, "variants", lambda *_, **__: [])
         return isolate(model, conflicts, **options)

@@ -8,7 +8,7 @@ Positive: the edit lets the model hear more.
 A `Request` names a base cell, a donor and whether later heads are frozen; `measure_requests` runs all of a list for all
 heads and returns, per request and conflict, an `Effect`: the change of M, its parts on the two answers, the same with
 the final norm frozen, and the rise of the heard sound's answer over the candidates that are neither answer (damage
-shows there). `estimands` makes figures of them.
+shows there). `estimands` makes figures of them. What heads write themselves (`direct_writes`) needs no edit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 
 from av_lens.interventions import Plan
-from av_lens.isolation.measuring.bench import Chunk
+from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.donors import MIRROR
 from av_lens.isolation.measuring.estimands import PerHead, Request
 from av_lens.isolation.measuring.recordings import Head
@@ -193,3 +193,26 @@ def edited_readings(
     run, read = chunk.run(base, question), chunk.bench.candidates.read
     plans = [run.plan(chunk.z(base, heads, name, question)) for heads, name in zip(sets, donors, strict=True)]
     return [read(one.logits, chunk.examples) for one in chunk.bench.engine.changed(run, plans)]
+
+
+DLA = ("dla", "")
+"""What heads write, beside the estimands of their edits."""
+
+
+def direct_writes(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]) -> PerHead:
+    """Attribute M directly to the heads at the asked position, mirrored: (va - av) / 2.
+
+    At a run's own norm scale; positive: the write favours the answer that hearing favours. Synonyms: each token counts
+    by its share of the answer's own probability.
+    """
+    return gathered(chunks, examples, "direct writes", {}, _chunk_writes)["margin"]
+
+
+def _chunk_writes(chunk: Chunk) -> dict[str, np.ndarray]:
+    """Every head's direct share of M in one stack, mirrored: `[batch, layer, head]`."""
+    candidates, sides = chunk.bench.candidates, list[np.ndarray]()
+    for cell in ("va", "av"):
+        recording = chunk.run(cell)
+        scores = candidates.weighed(chunk.bench.engine.writes(recording, candidates.tokens), recording.logits)
+        sides.append(candidates.margin(scores, chunk.examples))
+    return {"margin": (0.5 * (sides[0] - sides[1])).transpose(2, 0, 1)}

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,12 @@ Arrays = dict[str, np.ndarray]
 FOLDER = "measured"
 SCHEMA = 2
 """Of measurements on disk, part of a run's key: conflicts are each array's first axis."""
+MEASURES = (
+    "spans.py", "media", "families", "inputs", "interventions", "core", "metrics", "replay", "model", "methods",
+    "isolation",
+)  # fmt: skip
+_PACKAGE = Path(__file__).resolve().parents[2]
+"""Files and rooms whose code measures; what plots, reports, trains or reads a command line may change meanwhile."""
 SECONDS, OF = "seconds taken", "measurement of"
 GO_ON = "What was kept before is whole; make room or put the folder right, and the same command goes on from there."
 
@@ -179,3 +186,14 @@ def _keep(place: Path, arrays: Arrays) -> None:
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
     write_whole(place, held.getvalue(), error=UnfinishedError, mend=GO_ON)
+
+
+@cache
+def measuring_hash(package: Path = _PACKAGE) -> str:
+    """Hash the python files of the rooms that measure."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] in MEASURES:
+            digest.update(path.relative_to(package).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

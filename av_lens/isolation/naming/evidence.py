@@ -2,6 +2,10 @@
 
 One `SiteEvidence` per site set; q runs over all of them together. `Searched` also keeps what confirmation needs from
 discovery alone: the means, the donors, the rows.
+
+The threshold s, as a share of G, where nobody gave one: .10 for organisms; for other models .03, or, if larger, the
+99th percentile over heads of the largest of the three releases with base and donor cells asked `control` (the same
+answers, a question about neither), over G: what the same edits do to a question that has nothing to do with hearing.
 """
 
 from __future__ import annotations
@@ -11,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from av_lens.errors import ProtocolError
 from av_lens.isolation.measuring.bench import Bench, Chunk
-from av_lens.isolation.measuring.donors import Means
-from av_lens.isolation.measuring.effects import measure_requests
-from av_lens.isolation.measuring.estimands import figures, requests
+from av_lens.isolation.measuring.donors import MEANS, PRIMARY_DONORS, Means
+from av_lens.isolation.measuring.effects import DLA, direct_writes, measure_requests
+from av_lens.isolation.measuring.estimands import Request, figures, requests
 from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.logit_writes import DLA, direct_writes
 from av_lens.isolation.measuring.recordings import MEDIA_SITES, Head
 from av_lens.isolation.naming.role_tests import (
     Evidence,
@@ -31,9 +35,11 @@ from av_lens.isolation.naming.role_tests import (
     run_tests_together,
 )
 from av_lens.isolation.naming.roles import LEVEL, classify
-from av_lens.isolation.naming.threshold import null_share
 from av_lens.results.halves import CONFIRMATION
 from av_lens.results.tables import RELEASING
+
+PERCENTILE = 99
+"""Of the null of other models: s is what the same edits reach under a question about neither sound nor picture."""
 
 
 @dataclass(eq=False)
@@ -130,6 +136,19 @@ def gather(
     effects = measure_requests(chunks, wanted, heads=heads, examples=half.examples, stage=stage)
     found = Evidence(figures(effects) | {DLA: direct_writes(chunks, half.examples)}, half)
     return SiteEvidence(site, chunks, found, run_tests(found, s=s, family=family, seed=seed))
+
+
+def null_share(
+    chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"], hearing: Float[np.ndarray, " example"]
+) -> float:
+    """Measure how much the releases of most heads reach under `control`, as a share of G."""
+    donors = [donor for donor in PRIMARY_DONORS if donor not in MEANS or chunks[0].means is not None]
+    wanted = [Request("va", donor, question="control") for donor in donors]
+    stage = f"the same edits under the control question, {chunks[0].site}"
+    heads = chunks[0].bench.engine.heads
+    found = measure_requests(chunks, wanted, heads=heads, examples=examples, stage=stage)
+    largest = np.fmax.reduce([head_means(found[request].margin) for request in wanted])
+    return float(np.percentile(largest, PERCENTILE) / hearing.mean())
 
 
 def search(bench: Bench, half: Half, *, s: float, floor: float | None, sites: Sequence[str], seed: int) -> Searched:

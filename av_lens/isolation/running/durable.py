@@ -25,9 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from av_lens.errors import FileError, ProtocolError, UnfinishedError
-from av_lens.isolation.measuring.store import FOLDER, GO_ON, Measured, Store
+from av_lens.isolation.measuring.store import FOLDER, GO_ON, Measured, Store, measuring_hash
 from av_lens.isolation.running.cost import ESTIMATE, Estimate
-from av_lens.isolation.running.program import measuring_hash
 from av_lens.isolation.running.protocol import differences, hash_of
 from av_lens.results.record import RECORD
 from av_lens.whole_files import (

@@ -2,7 +2,7 @@
 
 In order: deal the conflicts to two halves; write `protocol.json`; read behaviour and stop where there is nothing to
 explain; every head's exact effects on discovery; roles; the set; confirmation, controls and specificity on
-the other half; a verdict in words; what follows (`stages`): mechanisms, repair, robustness.
+the other half; a verdict in words; what follows (`further`): mechanisms, repair, robustness.
 
 With `out=` everything that costs runs of the model is kept as it is measured: a run that was killed, interrupted or
 stopped at its budget goes on from there when the same call is made again, with the same numbers.
@@ -27,21 +27,35 @@ from typing import Any
 
 from av_lens.core.standing_hooks import places, standing_hooks
 from av_lens.errors import ProtocolError
+from av_lens.isolation.explaining.edge_cuts import cut_rows
+from av_lens.isolation.explaining.knowledge import knowledge_rows
 from av_lens.isolation.explaining.known import Known
+from av_lens.isolation.explaining.mechanisms import cards
+from av_lens.isolation.explaining.repair import repair
+from av_lens.isolation.explaining.robustness import robustness_rows
+from av_lens.isolation.explaining.routes import route_rows
+from av_lens.isolation.explaining.units import unit_rows
 from av_lens.isolation.measuring.behaviour import gap_verdict, refusals, survey
 from av_lens.isolation.measuring.bench import Progress
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.naming import evidence
 from av_lens.isolation.running import cost, protocol, verdicts
 from av_lens.isolation.running.durable import Ledger, watched_run
-from av_lens.isolation.running.finding import finding
+from av_lens.isolation.running.finding import Further, finding
 from av_lens.isolation.running.preparing import Options, Run, prepared
-from av_lens.isolation.running.stages import further
 from av_lens.isolation.sets import confirmation
 from av_lens.model.remembered_towers import remembered_towers
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, standing
 from av_lens.results.record import RECORD, Isolation
 
+NAMED_ONLY = "Left out, as asked (named_only): all that explains the named heads and tests the finding's robustness."
+QUICK = "Left out, as asked (quick): robustness, and pairs of heads in the search for sets."
+EXPLAINED: dict[str, Callable[[Known], list[dict[str, Any]]]] = {
+    "cards": cards,
+    "cuts": cut_rows,
+    "routes": route_rows,
+    "knowledge": knowledge_rows,
+}
 NOT_INTERPRETABLE, EXPLORATORY = "not interpretable", "exploratory"
 
 
@@ -142,6 +156,22 @@ def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:
     kind, sentence = verdicts.verdict(kind, sentence, known, run.family)
     more = further(run, known)
     return finding(run, kind, sentence, known=known, more=more, seconds=time.monotonic() - started)
+
+
+def further(run: Run, known: Known) -> Further:
+    """Measure what follows the search and its confirmation; what is left out, as asked, is said in the reasons."""
+    if run.options.quick:
+        run.reasons.append(QUICK)
+    if run.options.named_only:
+        run.reasons.append(NAMED_ONLY)
+        return {}, {}
+    sites = known.searched.sites.items()
+    rows = {"units": [row for name, site in sites for row in unit_rows(site.chunks, known.discovery, site=name)]}
+    rows |= {name: rows_of(known) for name, rows_of in EXPLAINED.items()}
+    rows["repair"], arrays = repair(known)
+    if not run.options.quick:
+        rows["robustness"] = robustness_rows(known)
+    return rows, arrays
 
 
 def _searched(run: Run, ledger: Ledger) -> Known:

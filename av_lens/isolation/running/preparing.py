@@ -29,10 +29,9 @@ from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.recordings import SITES
 from av_lens.isolation.measuring.scoring import Candidates
-from av_lens.isolation.measuring.store import SCHEMA
+from av_lens.isolation.measuring.store import SCHEMA, measuring_hash
 from av_lens.isolation.naming.role_tests import family_size
 from av_lens.isolation.running import protocol
-from av_lens.isolation.running.program import measuring_hash
 from av_lens.model.remembered_towers import remembered_towers
 from av_lens.replay.trace_files import weight_hashes
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, LOST, Halves, Member, deal, third_sources

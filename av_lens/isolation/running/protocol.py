@@ -17,9 +17,9 @@ from av_lens import __version__
 from av_lens.core.attention_mass import SINK_TIMES
 from av_lens.isolation.measuring.behaviour import LEAST_GAP, LEAST_MASS
 from av_lens.isolation.measuring.donors import PRIMARY_DONORS
+from av_lens.isolation.naming.evidence import PERCENTILE
 from av_lens.isolation.naming.role_tests import DAMAGE_CUT, DIRECT_CUT
 from av_lens.isolation.naming.roles import LEVEL
-from av_lens.isolation.naming.threshold import PERCENTILE
 from av_lens.isolation.sets.search import ALL_HEADS, MOST_MEMBERS, PATIENCE, SCREENED, SYNERGIES
 from av_lens.isolation.sets.sets import FEWEST_SETS, NEAREST, NORM_FACTOR, RANDOM_SETS
 from av_lens.isolation.sets.specificity import MARGIN

@@ -25,7 +25,7 @@ from av_lens.isolation.naming.evidence import Searched
 from av_lens.isolation.naming.role_tests import Named, head_means
 from av_lens.isolation.running.preparing import Run
 from av_lens.isolation.running.protocol import ALSO_COUNTED_AT
-from av_lens.isolation.sets.confirmed import ranked_heads
+from av_lens.isolation.sets.confirmation import ranked_heads
 from av_lens.isolation.sets.search import MOST_MEMBERS
 from av_lens.isolation.sets.sets import head_names
 from av_lens.results.statistics import smallest_effect
