@@ -184,12 +184,12 @@ class Grid(Measured):
         if not 0 < level < 1:
             raise InputError(f"level {level} is not between 0 and 1; 0.95 is usual.")
         above, below = self._ratio(of)
-        top = above.values.reshape(len(above), -1)
-        bottom = np.ones_like(top) if below is None else np.broadcast_to(below.values[:, None], top.shape)
-        known = ~(np.isnan(top) | np.isnan(bottom))
         names, group = np.unique(np.asarray(self.clusters), return_inverse=True)
         bounds = np.full((*above.shape[1:], 2), np.nan)
         if len(names) >= FEWEST_CLIPS:
+            top = above.values.reshape(len(above), -1)
+            bottom = np.ones_like(top) if below is None else np.broadcast_to(below.values[:, None], top.shape)
+            known = ~(np.isnan(top) | np.isnan(bottom))
             sums = np.zeros((2, len(names), top.shape[1]))
             for number, array in enumerate((top, bottom)):
                 np.add.at(sums[number], group, np.where(known, array, 0.0))
