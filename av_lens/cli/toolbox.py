@@ -252,10 +252,8 @@ def _metric(listed: list[Any], model: Any) -> Any:
 def _feed(feed: str, model: Any, listed: list[Any], shared: dict[str, Any]) -> tuple[Any, ...]:
     from av_lens.inputs import Pair
 
-    if feed == "none":
-        return ()
-    if feed == "conflicts":
-        return (listed,)
+    if feed in ("none", "conflicts"):
+        return (listed,) if feed == "conflicts" else ()
     cells = [conflict.cells(model, layout=shared["layout"]) for conflict in listed]
     if feed == "cell":
         return ([one[shared["cell"]] for one in cells],)

@@ -84,13 +84,10 @@ def _add_clocks(fig: Any, found: SpanMap, roles: list[str]) -> None:
     for role in ("video", "image", "audio"):
         where = [i for i, name in enumerate(roles) if name == role]
         for clock, starts, ends, dash, width in clocks:
-            xs: list[float | None] = []
-            ys: list[float | None] = []
-            for i in where:
-                if np.isfinite(starts[i]) and np.isfinite(ends[i]):
-                    xs += [i, i, None]
-                    ys += [float(starts[i]), float(ends[i]), None]
-            if xs:
+            timed = [i for i in where if np.isfinite([starts[i], ends[i]]).all()]
+            xs = [x for i in timed for x in (i, i, None)]
+            ys = [y for i in timed for y in (float(starts[i]), float(ends[i]), None)]
+            if timed:
                 line = {"color": colours.ROLE_COLOURS[role], "width": width, "dash": dash}
                 name = f"{role}, {clock}"
                 fig.add_scatter(x=xs, y=ys, mode="lines", line=line, name=name, yaxis="y2", showlegend=False)

@@ -132,17 +132,9 @@ class EdgeScores(Measured):
         """
         sums = self.values.sum("receiver", min_count=1)
         axes = {str(name): sums.coords[name].values for name in sums.dims[1:]}
-        return Grid.of(
-            sums.values + self.baseline.values.reshape(-1, *(1 for _ in axes)),
-            axes=axes,
-            baseline=self.baseline.values,
-            donor=self.donor.values,
-            clusters=self.clusters,
-            metric=self.metric,
-            unit=self.unit,
-            direction=self.direction,
-            provenance=self.provenance,
-        )
+        values = sums.values + self.baseline.values.reshape(-1, *(1 for _ in axes))
+        more = {name: getattr(self, name) for name in ("clusters", "metric", "unit", "direction", "provenance")}
+        return Grid.of(values, axes=axes, baseline=self.baseline.values, donor=self.donor.values, **more)
 
     def mean(self) -> xr.DataArray:
         """Average over examples.

@@ -30,7 +30,7 @@ import xarray as xr
 from av_lens.checks import called
 from av_lens.errors import InputError, unknown
 from av_lens.results.measured import Measured, require_numbers
-from av_lens.results.statistics import Bootstrap
+from av_lens.results.statistics import FEWEST_CLIPS, Bootstrap
 from av_lens.upstairs import upstairs
 
 
@@ -184,15 +184,17 @@ class Grid(Measured):
         if not 0 < level < 1:
             raise InputError(f"level {level} is not between 0 and 1; 0.95 is usual.")
         above, below = self._ratio(of)
-        top = above.values.reshape(len(above), -1)
-        bottom = np.ones_like(top) if below is None else np.broadcast_to(below.values[:, None], top.shape)
-        known = ~(np.isnan(top) | np.isnan(bottom))
         names, group = np.unique(np.asarray(self.clusters), return_inverse=True)
-        sums = np.zeros((2, len(names), top.shape[1]))
-        for number, array in enumerate((top, bottom)):
-            np.add.at(sums[number], group, np.where(known, array, 0.0))
-        found = Bootstrap.of_clusters(len(names), seed=seed).ratio(*sums, level=float(level), at_once=256)
-        bounds = np.stack([found.low, found.high], axis=-1).reshape(*above.shape[1:], 2)
+        bounds = np.full((*above.shape[1:], 2), np.nan)
+        if len(names) >= FEWEST_CLIPS:
+            top = above.values.reshape(len(above), -1)
+            bottom = np.ones_like(top) if below is None else np.broadcast_to(below.values[:, None], top.shape)
+            known = ~(np.isnan(top) | np.isnan(bottom))
+            sums = np.zeros((2, len(names), top.shape[1]))
+            for number, array in enumerate((top, bottom)):
+                np.add.at(sums[number], group, np.where(known, array, 0.0))
+            found = Bootstrap.of_clusters(len(names), seed=seed).ratio(*sums, level=float(level), at_once=256)
+            bounds = np.stack([found.low, found.high], axis=-1).reshape(bounds.shape)
         coords = {name: above.coords[name] for name in above.dims[1:]} | {"bound": ["low", "high"]}
         return xr.DataArray(bounds, dims=(*above.dims[1:], "bound"), coords=coords)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import xarray as xr
 
 from av_lens.checks import foreign_file, parse_json, whole_object
 from av_lens.errors import InputError
-from av_lens.results.provenance import as_text, plain
+from av_lens.results.provenance import plain
 from av_lens.whole_files import MOST_BYTES, TIMES, write_whole
 
 Kind = TypeVar("Kind", bound="Saved")
@@ -38,7 +39,8 @@ class Saved:
         result: Any = self
         target = Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
         says = {"schema": f"av_lens.{type(self).__name__}", "schema_version": self.schema_version}
-        write_netcdf(self._data().assign_attrs(says | {"provenance": as_text(result.provenance)}), target)
+        says["provenance"] = json.dumps(plain(result.provenance), sort_keys=True)
+        write_netcdf(self._data().assign_attrs(says), target)
         return target
 
     @classmethod

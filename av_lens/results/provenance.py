@@ -6,7 +6,6 @@ A result without its provenance cannot be repeated; every saved result carries o
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -80,18 +79,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, Sequence | set | frozenset | range):
         return [plain(item) for item in value]
     return str(value)
-
-
-def as_text(provenance: Mapping[str, Any]) -> str:
-    """Write provenance as json.
-
-    Args:
-        provenance: plain data.
-
-    Returns:
-        One line of json.
-    """
-    return json.dumps(plain(provenance), sort_keys=True)
 
 
 def linked(groups: Sequence[Iterable[str]]) -> tuple[int, ...]:
