@@ -43,6 +43,7 @@ LINES = {
 def test_what_the_models_methods_return_is_known_before_it_runs(tmp_path: Path):
     lines = ["import av_lens as avl", 'model = avl.load("av-tiny")', 'x = model.encode(None, "What?")']
     lines += [f"reveal_type({expression})" for expression in LINES]
+    lines += ['model.encode(None, "What?", sonud="separate")']
     asked = tmp_path / "asked.py"
     asked.write_text("\n".join(lines) + "\n")
     (tmp_path / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(Path(av_lens.__file__).parents[1])]}))
@@ -53,6 +54,7 @@ def test_what_the_models_methods_return_is_known_before_it_runs(tmp_path: Path):
         check=False,
     )
     told = json.loads(done.stdout)["generalDiagnostics"]
-    assert [one["message"] for one in told if one["severity"] != "information"] == []
+    wrong = [one for one in told if one["severity"] != "information"]
+    assert [one["message"] for one in wrong] == ['No parameter named "sonud"']
     found = {one["range"]["start"]["line"]: one["message"].rpartition(" is ")[2].strip('"') for one in told}
     assert {line: found.get(number) for number, line in enumerate(LINES, start=3)} == LINES

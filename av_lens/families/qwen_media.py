@@ -50,6 +50,7 @@ class QwenMedia(MediaLayout):
         " With sound in the video this happens at frame rates whose chunk borders the processor and the model round "
         "differently (fps={fps}): use fps=1, 2, 4 or 5, or sound='separate'."
     )
+    chunk_s = 2.0  # seconds of a chunk of the weave, where the configuration does not say them
     frames_per_token = 4  # mel frames behind one token of sound
     shared_borders = True  # woven into a video, the borders of sound and video share one position id
 
@@ -59,7 +60,7 @@ class QwenMedia(MediaLayout):
         self.tokens = self.placeholders(config)
         self.openings = tuple(int(getattr(_thinker(config), f"{kind}_start_token_id")) for kind in ("vision", "audio"))
         self.ids_per_second = float(_thinker(config).position_id_per_seconds)
-        self.chunk_s = float(_thinker(config).seconds_per_chunk)
+        self.chunk_s = float(getattr(_thinker(config), "seconds_per_chunk", self.chunk_s))
         self.frames_per_patch = int(processor.video_processor.temporal_patch_size)
         for kind in _KINDS:
             wanted = int(getattr(processor, f"{kind}_token_id"))

@@ -2,7 +2,7 @@
 
 An answer is a word, a token id, or a list of either (synonyms, pooled by logsumexp). A word (any text) can be said in
 four forms: with a leading space or without, capital or not. A tokenizer has other tokens for each, and a model says one
-of them at a given position: which one, only the model knows (`runs.forms` asks it), so `resolve` is told the form.
+of them at a given position: which one, only the model knows (`metrics.forms` asks it), so `resolve` is told the form.
 Spaces around a word as it was given do not count. Token ids, and an `Answer`, are taken literally.
 
 Not done: answers that differ only in case are not pooled by themselves; give them as synonyms.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -95,9 +95,20 @@ def choose(clip: Clip | None, sound: str | None, picture: str | None) -> tuple[s
     return sound, picture
 
 
+class Asking(TypedDict, total=False):
+    """The keywords of `Encoder.encode`, for those that hand them on."""
+
+    sound: str | None
+    picture: str | None
+    fps: float | int
+    system: str | None
+    prefix: str
+    answer: AnswerLike | Answer | None
+
+
 @dataclass(frozen=True)
 class Asked:
-    """How something is asked: the keywords of `Encoder.encode`."""
+    """How something is asked: what these keywords came to."""
 
     sound: str | None
     picture: str | None

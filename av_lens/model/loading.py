@@ -96,7 +96,7 @@ def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **opti
     if processor is None:
         if name_or_path is None:
             raise ModelError("hf_model= needs processor= as well (or a name or folder that has one).")
-        processor = _processor(_Source.of(str(name_or_path), options["revision"]))
+        processor = _processor(_Source(str(name_or_path), options["revision"]))
     if options["dtype"] is not None:
         cast(hf_model, _dtype(options["dtype"]))
     if options["device"] is not None:
@@ -112,7 +112,7 @@ def _hooked(hf_model: Any, processor: Any, name: str, **more: Any) -> HookedAVLL
 
 
 def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str | None) -> HookedAVLLM:
-    source = _Source.of(name, revision)
+    source = _Source(name, revision)
     if source.folder is not None:
         check_configurations(source.folder)
     config = source.config()
@@ -192,23 +192,18 @@ def _require_unquantised(way: Any) -> None:
 class _Source:
     """Where a checkpoint lies: a folder, or a name on the hub. Of a difference it is the base's, which is checked."""
 
-    def __init__(self, asked: str, place: str, revision: str | None) -> None:
-        self.difference: Difference | None = read_difference(place) if Path(place).is_dir() else None
+    def __init__(self, asked: str, revision: str | None) -> None:
+        self.asked, self.folder = asked, located(asked)
+        self.revision = revision if self.folder is None else None
+        self.difference = None if self.folder is None else read_difference(self.folder)
         if self.difference is not None:
-            place = base_of(self.difference)
-            self.difference.check_base(place)
-        self.asked, self.place, self.revision = asked, place, revision
-        self.folder = Path(place) if Path(place).is_dir() else None
-        found = None if self.folder is None else self.folder / GRAMMAR_FILE
+            self.folder = base_of(self.difference)
+            self.difference.check_base(self.folder)
+        self.place = asked if self.folder is None else str(self.folder)
         self.grammar: dict[str, Any] | None = None
-        if found is not None and found.is_file():
+        if self.folder is not None and (found := self.folder / GRAMMAR_FILE).is_file():
             with foreign_file(found, "an organism's grammar", error=ModelError):
                 self.grammar = dict(parse_json(found.read_bytes()))
-
-    @classmethod
-    def of(cls, name: str, revision: str | None) -> _Source:
-        folder = located(name)
-        return cls(name, name, revision) if folder is None else cls(name, str(folder), None)
 
     def config(self) -> dict[str, Any]:
         from transformers import PreTrainedConfig
@@ -248,23 +243,19 @@ class _Source:
         )
 
 
-def base_of(difference: Difference) -> str:
+def base_of(difference: Difference) -> Path:
     """Find the folder of a difference's base: a short name's, or one named from the root or the difference's folder."""
-    listed = index()
-    if difference.base in listed:
-        found = shipped() / str(listed[difference.base]["folder"])
-    else:
-        found = difference.folder / Path(difference.base).expanduser()
-    if not Path(str(found)).is_dir():
+    shown, known = repr(str(difference.folder)), index().get(difference.base)
+    found = difference.folder / Path(difference.base).expanduser()
+    found = found if known is None else Path(str(shipped() / str(known["folder"])))
+    if not found.is_dir():
         raise ModelError(
-            f"{str(difference.folder)!r} is a difference over {difference.base!r}, which is neither a short name nor a "
-            f"folder. Bring that folder back, or write its new place into difference.json. {known_names()}"
+            f"{shown} is a difference over {difference.base!r}, which is neither a short name nor a folder. Bring that "
+            f"folder back, or write its new place into difference.json. {known_names()}"
         )
-    if read_difference(str(found)) is not None:
-        raise ModelError(
-            f"the base of {str(difference.folder)!r} is a difference itself; only one may stand on another."
-        )
-    return str(found)
+    if read_difference(found) is not None:
+        raise ModelError(f"the base of {shown} is a difference itself; only one may stand on another.")
+    return found
 
 
 def _family(config: Mapping[str, Any], name: str) -> Family:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.families.attention import BUDGET_GB
 from av_lens.families.registry import Family, family_of
 from av_lens.inputs.answers import words_of
-from av_lens.inputs.encoder import Encoder
+from av_lens.inputs.encoder import Asking, Encoder
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.metrics.forms import said_answer
 from av_lens.model.binding import Bound, bind
@@ -145,7 +145,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
         media = self.family.media
         return Encoder(self.processor, self.config, self.position_ids, grammar=self.grammar, media=media)
 
-    def encode(self, clip: Any, question: Any, **options: Any) -> AVInputs:
+    def encode(self, clip: Any, question: Any, **options: Unpack[Asking]) -> AVInputs:
         """Make the input of a clip and a question.
 
         Args:
@@ -160,10 +160,10 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
             InputError: an unknown keyword, or what `Encoder.encode` refuses.
         """
         require_keywords("encode", options, self.encoder.encode, own=("clip", "question"))
-        if words_of(options.get("answer") or ()):  # which tokens they are depends on what the model says there
-            silent: dict[str, Any] = {**options, "answer": None}
-            prompt = self.encoder.encode(clip, question, **silent)
-            options["answer"], _ = said_answer(self, [prompt], options["answer"])
+        answer = options.pop("answer", None)
+        if words_of(answer or ()):  # which tokens they are depends on what the model says there
+            answer, _ = said_answer(self, [self.encoder.encode(clip, question, **options)], answer or ())
+        options["answer"] = answer
         return self.encoder.encode(clip, question, **options).to(self.device)
 
     def position_ids(self, tensors: Mapping[str, Any]) -> torch.Tensor:
