@@ -125,18 +125,21 @@ def attribution_patch(
 
         def write(scores: np.ndarray) -> None:
             single = scores.astype(np.float32)
-            for (target, place), score in zip(chosen, single[1:], strict=True):
-                frame.values[stack.rows, target, place, 3] = score - single[0]
+            frame.values[stack.rows] = (single[1:] - single[0]).T
 
         stage = f"the largest {len(chosen)} exactly: {trace.schedule(plans, budget_gb=budget_gb)}"
         scored(trace, plans, one.metric, write, budget_gb=budget_gb, show=show, stage=stage)
 
     with watched(progress) as show:
         frame.run(guess, stacks, show, whole=True)
-        chosen = _largest(frame.values[..., 2 if drop else 1], drop, top)
+        guessed = frame.values
+        chosen = _largest(guessed[..., 2 if drop else 1], drop, top)
+        frame.shape(len(chosen))
         frame.run(exactly, stacks if chosen else (), show)
-    frame.values[..., 4] = frame.values[..., 1] - frame.values[..., 3]
-    frame.values += frame.lines[0][:, None, None, None]
+    for number, (target, place) in enumerate(chosen):
+        guessed[:, target, place, 3] = frame.values[:, number]
+    guessed[..., 4] = guessed[..., 1] - guessed[..., 3]
+    frame.values = guessed + frame.lines[0][:, None, None, None]
     return frame.grid(
         visits.labelled | {"figure": list(FIGURES)},
         direction=f"{direction}: {SIGNS[direction]}; {SIZES}",
