@@ -42,7 +42,7 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.families.hook_names import component_named
 from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Plan, Site
-from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, held_layers, numbers, scored
+from av_lens.methods.shared.frame import SIGNS, Examples, Frame, Given, Stack, held_layers, numbers, scored
 from av_lens.methods.shared.places import Axes, Place, Visits, positions_of
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM
@@ -54,10 +54,6 @@ from av_lens.results import Grid
 from av_lens.spans import Span
 
 FIGURES = ("atp", "atp_fixed", "atp_star", "exact", "error")
-SIGNS = {
-    "denoise": "values of the clean run into the corrupt run; positive: the place restores what the metric measures",
-    "noise": "values of the corrupt run into the clean run; negative: the place is needed for what the metric measures",
-}
 SIZES = "atp_star is a size, never negative"
 QUERIES, KEYS = ("q", "rot_q"), ("k", "rot_k")
 STREAM = ("resid_pre", "resid_mid", "resid_post")
