@@ -47,7 +47,7 @@ from av_lens.core import Progress
 from av_lens.errors import InputError, unknown
 from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Plan
-from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, numbers, scored
+from av_lens.methods.shared.frame import SIGNS, Examples, Frame, Given, Stack, numbers, scored
 from av_lens.methods.shared.places import Axes, Head, Visits, positions_of, shapley
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM
@@ -55,11 +55,6 @@ from av_lens.replay import measure
 from av_lens.replay.traces import record
 from av_lens.results import Grid
 from av_lens.spans import Span
-
-SIGNS = {
-    "denoise": "values of the clean run into the corrupt run; positive: the place restores what the metric measures",
-    "noise": "values of the corrupt run into the clean run; negative: the place is needed for what the metric measures",
-}
 
 
 def patch(

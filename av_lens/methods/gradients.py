@@ -42,7 +42,7 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.families.hook_names import component_named
 from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Plan, Site
-from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, held_layers, numbers, scored
+from av_lens.methods.shared.frame import SIGNS, Examples, Frame, Given, Stack, held_layers, numbers, scored
 from av_lens.methods.shared.places import Axes, Place, Visits, positions_of
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM
@@ -55,10 +55,6 @@ from av_lens.results import Grid
 from av_lens.spans import Span
 
 FIGURES = ("atp", "atp_fixed", "atp_star", "exact", "error")
-SIGNS = {
-    "denoise": "values of the clean run into the corrupt run; positive: the place restores what the metric measures",
-    "noise": "values of the corrupt run into the clean run; negative: the place is needed for what the metric measures",
-}
 SIZES = "atp_star is a size, never negative"
 QUERIES, KEYS = ("q", "rot_q"), ("k", "rot_k")
 STREAM = ("resid_pre", "resid_mid", "resid_post")
@@ -126,18 +122,21 @@ def attribution_patch(
 
         def write(scores: np.ndarray) -> None:
             single = scores.astype(np.float32)
-            for (target, place), score in zip(chosen, single[1:], strict=True):
-                frame.values[stack.rows, target, place, 3] = score - single[0]
+            frame.values[stack.rows] = (single[1:] - single[0]).T
 
         stage = f"the largest {len(chosen)} exactly: {trace.schedule(plans, budget_gb=budget_gb)}"
         scored(trace, plans, one.metric, write, budget_gb=budget_gb, show=show, stage=stage)
 
     with watched(progress) as show:
         frame.run(guess, stacks, show, whole=True)
-        chosen = _largest(frame.values[..., 2 if drop else 1], drop, top)
+        guessed = frame.values
+        chosen = _largest(guessed[..., 2 if drop else 1], drop, top)
+        frame.shape(len(chosen))
         frame.run(exactly, stacks if chosen else (), show)
-    frame.values[..., 4] = frame.values[..., 1] - frame.values[..., 3]
-    frame.values += frame.lines[0][:, None, None, None]
+    for number, (target, place) in enumerate(chosen):
+        guessed[:, target, place, 3] = frame.values[:, number]
+    guessed[..., 4] = guessed[..., 1] - guessed[..., 3]
+    frame.values = guessed + frame.lines[0][:, None, None, None]
     return frame.grid(
         visits.labelled | {"figure": list(FIGURES)},
         direction=f"{direction}: {SIGNS[direction]}; {SIZES}",

@@ -109,7 +109,7 @@ class Streams(Brief):
 
 
 def probe(
-    model: HookedAVLLM,
+    model: Any,
     conflicts: Conflict | Sequence[Conflict] | Streams,
     *,
     target: str = "sound",

@@ -155,19 +155,19 @@ def find_sinks(
     require_choice("weight", weight, WEIGHTS)
     examples = Examples.of(model, x)
     spans = _one_layout(examples)
-    stacks = examples.stacks(examples.stack_size(model, stack, budget_gb))
+    stacks = [(one.rows, one.x) for one in examples.stacks(examples.stack_size(model, stack, budget_gb))]
     total, incoming = 3 * len(stacks), np.zeros((len(examples), len(spans)))
     with watched(progress) as show:
-        for done, one in enumerate(stacks, 1):
-            incoming[one.rows] = incoming_mass(model, one.x, weight=weight).numpy()
+        for done, (rows, inputs) in enumerate(stacks, 1):
+            incoming[rows] = incoming_mass(model, inputs, weight=weight).numpy()
             show("sinks", done, total)
         found = spans.span(sink_positions(incoming, spans, times=times).tolist())
         table, dimensions = _table(spans, found, incoming, times), _dimensions_frame([])
         read = dict.fromkeys(READ_BY, np.nan)
         if len(found):
             show("sinks", 2 * len(stacks), total)
-            read = _read_by([_later_reading(model, one.x, found) for one in stacks], len(examples))
-            dimensions = _dimensions(model, [one.x for one in stacks], found, dimension_times)
+            read = _read_by([_later_reading(model, inputs, found) for _, inputs in stacks], len(examples))
+            dimensions = _dimensions(model, [inputs for _, inputs in stacks], found, dimension_times)
         show("sinks", total, total)
     table = table.assign(**read)
     table["kind"] = [_kind(row["role"], row["score"], unimodal_from) for row in table.to_dict("records")]

@@ -9,7 +9,7 @@ other one at the site by its empty donor; m is what is measured:
 
     f(C) = [m(C) - m(empty)] / [m(whole) - m(empty)]
 
-1. Score every node (`runs.node_scores`: "exact", "atp", "atp_star", "eap_ig"), search ("greedy"), or take scores from
+1. Score every node (`circuits.scores`: "exact", "atp", "atp_star", "eap_ig"), search ("greedy"), or take scores from
    elsewhere, for each empty donor.
 2. Order the nodes by signed score and by size. Signed scores are turned so that positive moves m from the empty model
    towards the whole one, whichever way that is: where C is negative, what silences the sound scores positive.
@@ -17,7 +17,7 @@ other one at the site by its empty donor; m is what is measured:
    order by size; and the same for random orders with as many nodes of every layer.
 4. Cut the circuit: the first `size` nodes, or the fewest (of 1 to 16 and the sizes above) with |1 - f| <= 1 - faithful;
    all nodes where no size is that faithful.
-5. Check it (`runs.circuit_checks`): completeness, minimality, how every two members act together, stability over
+5. Check it (`circuits.checks`): completeness, minimality, how every two members act together, stability over
    bootstraps of the conflicts.
 
 Steps 1, 2 and 4 (and stability) use the scoring examples alone; what steps 3 and 5 report is measured on `test`, which

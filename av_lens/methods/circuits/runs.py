@@ -2,7 +2,7 @@
 
 In a circuit's run every node that is not in the circuit is replaced, at the site, by its *empty donor*: the same node
 in a run in which there is nothing to compute on, or zero. What is kept is recomputed from the stream that it then
-finds; norms, embeddings and everything outside the site's positions stay the model's own. `circuit_terms` says what is
+finds; norms, embeddings and everything outside the site's positions stay the model's own. `terms` says what is
 measured.
 
 All circuits are replayed from one record of each term's run, and each is measured once.

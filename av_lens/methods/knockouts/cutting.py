@@ -174,8 +174,7 @@ class _Job:
     def grid(self, frame: Frame, stack: int, progress: Progress | bool | None, *, va: Examples | None = None) -> Grid:
         """Check every cut, measure stack by stack, and label what was found; half of `va` against `av` is C."""
         examples = frame.examples
-        layouts = _layouts(examples)
-        for spans in layouts:
+        for spans in _layouts(examples):
             self._check(spans)
         frame.shape(len(self.flows), len(self.windows.points), len(self.conditions))
         size = examples.stack_size(self.model, stack, self.budget_gb)

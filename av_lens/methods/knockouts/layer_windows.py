@@ -34,11 +34,6 @@ class Windows:
     points: tuple[Heads, ...]
     axes: dict[str, Any]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """How many labels each axis has."""
-        return tuple(len(labels) for labels in self.axes.values())
-
     @classmethod
     def of(
         cls,

@@ -42,6 +42,12 @@ from av_lens.results import Grid
 from av_lens.results.provenance import linked, stamp
 from av_lens.spans import SpanMap
 
+SIGNS = {
+    "denoise": "values of the clean run into the corrupt run; positive: the place restores what the metric measures",
+    "noise": "values of the corrupt run into the clean run; negative: the place is needed for what the metric measures",
+}
+"""What a patch does in either direction."""
+
 
 @dataclass(frozen=True, eq=False)
 class Stack:

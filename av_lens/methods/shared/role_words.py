@@ -2,7 +2,7 @@
 
 A flow names where information comes from and where it goes: `"video -> generation"` is what the queries at the
 generation position read from the video's keys. `sinks` stands for the media positions that the questioner reads far
-more than others (protocol section 3, `runs.attention_mass.sink_positions`); `a - b` leaves positions out.
+more than others (protocol section 3, `core.attention_mass.sink_positions`); `a - b` leaves positions out.
 """
 
 from __future__ import annotations
