@@ -383,8 +383,8 @@ def test_true_shapes_prints_the_page_and_fills_the_docs(run, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("command", "module", "function", "page"),
     [
-        ("bench", "replay_benchmark", "run_benchmark", "benchmarks.md"),
-        ("plantbench", "plantbench", "run_plantbench", "plantbench.md"),
+        ("bench", "replay_benchmark.benchmark", "run_benchmark", "benchmarks.md"),
+        ("plantbench", "plantbench.bench", "run_plantbench", "plantbench.md"),
         ("seeds", "seeds", "run_seeds", "isolation.md"),
     ],
 )

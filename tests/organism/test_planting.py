@@ -17,10 +17,10 @@ from av_lens.lab.planting import (
     kinds as planting_kinds,
 )
 from av_lens.lab.planting import (
-    planting,
+    planted as planting_record,
 )
 from av_lens.lab.planting import (
-    record as planting_record,
+    planting,
 )
 from av_lens.lab.planting import (
     sheets as planting_sheets,

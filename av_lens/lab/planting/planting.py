@@ -32,7 +32,7 @@ from av_lens.core.progress import Progress
 from av_lens.errors import InputError, ModelError
 from av_lens.lab.planting.kinds import Kind, Plant, kind_named
 from av_lens.lab.planting.lessons import Slices, draw_lessons
-from av_lens.lab.planting.record import described, measured
+from av_lens.lab.planting.planted import described, measured
 from av_lens.lab.planting.runs import Head
 from av_lens.lab.planting.sheets import ASKED, SHEETS, UNJUDGED, answered, rates
 from av_lens.lab.planting.starts import begin
