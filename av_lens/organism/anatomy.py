@@ -141,6 +141,16 @@ def processor(*, most_pixels: int = FRAME_SIDE * FRAME_SIDE) -> Any:
     return built
 
 
+def _special_ids() -> dict[str, int]:
+    """The config's fields that name tokens."""
+    ids = vocabulary()
+    found = {f"{medium}_token_index": ids[SPECIALS[f"{medium}_token"]] for medium in ("audio", "image", "video")}
+    for medium in ("audio", "vision"):
+        for end, mark in (("start", "bos"), ("end", "eos")):
+            found[f"{medium}_{end}_token_id"] = ids[SPECIALS[f"{medium}_{mark}_token"]]
+    return found | {"user_token_id": ids["user"]}
+
+
 def thinker_config(
     *, n_layers: int = 7, n_heads: int = 8, n_kv_heads: int = 4, d_model: int = 128, d_mlp: int = 256, **text: Any
 ) -> Any:
@@ -203,13 +213,7 @@ def thinker_config(
             "output_dim": d_model,
             "max_source_positions": 1500,
         },
-        **{f"{medium}_token_index": ids[SPECIALS[f"{medium}_token"]] for medium in ("audio", "image", "video")},
-        **{
-            f"{medium}_{end}_token_id": ids[SPECIALS[f"{medium}_{mark}_token"]]
-            for medium in ("audio", "vision")
-            for end, mark in (("start", "bos"), ("end", "eos"))
-        },
-        user_token_id=ids["user"],
+        **_special_ids(),
         position_id_per_seconds=25,
         seconds_per_chunk=1,
         initializer_range=0.02,

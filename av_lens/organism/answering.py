@@ -66,8 +66,9 @@ class Asked:
         """Some of the clips at a time."""
         for start in range(0, len(self), BATCH):
             cut = slice(start, start + BATCH)
-            media = (None if features is None else features[cut] for features in (self.video, self.audio))
-            yield Asked(self.layout, self.questions[cut], *media, None if self.begun is None else self.begun[cut])
+            video, audio = (None if features is None else features[cut] for features in (self.video, self.audio))
+            begun = None if self.begun is None else self.begun[cut]
+            yield Asked(self.layout, self.questions[cut], video, audio, begun)
 
 
 def blocked(layout: str, *, query: str, key: str, blocks: int, width: int) -> Bool[Tensor, "pos pos"]:

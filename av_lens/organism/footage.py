@@ -167,14 +167,9 @@ def views(
     n = n or PER_CLASS[split]
     shards = [_opened(_shard(folder, split, name, n, first)) for name in CLASSES]
     label = torch.arange(len(CLASSES)).repeat_interleave(n)
-    read = Views(
-        frames=torch.from_numpy(np.concatenate([shard["frames"] for shard in shards])),
-        mel=torch.from_numpy(np.concatenate([shard["mel"] for shard in shards])),
-        picture=label,
-        sound=label,
-        colour=torch.from_numpy(np.concatenate([shard["colour"] for shard in shards])),
-    )
-    return read, np.concatenate([shard["hashes"] for shard in shards]).tolist()
+    whole = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+    frames, mels, colour = (torch.from_numpy(whole[name]) for name in ("frames", "mel", "colour"))
+    return Views(frames, mels, label, label, colour), whole["hashes"].tolist()
 
 
 def _opened(shard: Path) -> dict[str, np.ndarray]:

@@ -11,12 +11,12 @@ import copy
 import json
 import os
 from collections.abc import Generator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from av_lens import checkpoints
 from av_lens.model.differences import read_difference
 from av_lens.model.loading import base_of
 from av_lens.organism import anatomy, grammar
@@ -27,12 +27,8 @@ GRAMMAR = "grammar.json"
 
 
 def shipped() -> Path:
-    """Say where the checkpoints lie that ship with the package.
-
-    Returns:
-        The folder.
-    """
-    return Path(str(resources.files("av_lens.organism") / "checkpoints"))
+    """Say where the checkpoints lie that ship with the package."""
+    return Path(str(checkpoints.shipped()))
 
 
 @contextlib.contextmanager

@@ -17,10 +17,10 @@ from av_lens.lab.planting import (
     kinds as planting_kinds,
 )
 from av_lens.lab.planting import (
-    planting,
+    planted as planting_record,
 )
 from av_lens.lab.planting import (
-    record as planting_record,
+    planting,
 )
 from av_lens.lab.planting import (
     sheets as planting_sheets,
@@ -144,7 +144,7 @@ def test_a_start_reads_the_pictures_class_at_the_video_positions(base: Any, less
     slices = Slices(base.model.language_model.layers[1].self_attn, (2, 3), keys=True)
     made, classes = pile[1], lessons.words.classes
     start = planting_starts.Start(picture=1.0)
-    planting_starts.begin(slices, base, made, 1, start, classes, torch.Generator().manual_seed(0))
+    planting_starts.begin(slices, base, made, start, classes, torch.Generator().manual_seed(0))
     lesson, rows = made[0], torch.tensor(made[0].spans["conflict"])
     h = lesson.h[rows]
     key = h @ slices.k[7] + slices.k_bias[7]

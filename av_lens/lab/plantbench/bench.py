@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from av_lens import __version__
+from av_lens.checkpoints import index
 from av_lens.core.progress import Progress, named, silent
 from av_lens.errors import InputError
 from av_lens.inputs import conflicts as read_conflicts
@@ -44,7 +45,7 @@ from av_lens.lab.plantbench.scores import DAMAGE_LAST, damage_last, exchanged, i
 from av_lens.lab.plantbench.truth import TRUTH, read_plant, weights_key
 from av_lens.lab.staged_conflicts import stage
 from av_lens.model import load
-from av_lens.organism.saving import INDEX, shipped
+from av_lens.organism.saving import shipped
 from av_lens.results.provenance import source_hash, stamp
 from av_lens.whole_files import make_folder, read_object, stored, write_whole
 
@@ -135,9 +136,8 @@ def run_plantbench(
 
 def benched() -> list[str]:
     """List the short names of the shipped models with a truth file, and of the balanced one."""
-    index = read_object(shipped() / INDEX).items()
     return [
-        *sorted(name for name, entry in index if (shipped() / str(entry["folder"]) / TRUTH).is_file()),
+        *sorted(name for name, entry in index().items() if (shipped() / str(entry["folder"]) / TRUTH).is_file()),
         "av-tiny-balanced",
     ]
 
@@ -208,7 +208,8 @@ def _scored(name: str, listed: Sequence[Any], encoded: dict[Any, Any], seed: int
     engine = SharedEngine(model, encoded)
     begun = time.monotonic()
     found = isolate(model, listed, gate="report", named_only=True, seed=seed, progress=progress, engine=engine)
-    seconds = dict.fromkeys(("isolate", DAMAGE_LAST), time.monotonic() - begun)
+    took = time.monotonic() - begun
+    seconds = {"isolate": took, DAMAGE_LAST: took}
     scores = {"isolate": isolate_score(found), DAMAGE_LAST: damage_last(found)}
     for method, score in all_scores(Subject(model, engine, found)).items():
         scores[method], seconds[method] = score.table, score.seconds

@@ -28,6 +28,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ from av_lens.metrics.asked import each
 from av_lens.results.record import Isolation
 
 SITE, AT = "suffix", "question|header|generation"
-STEPS = 5
+STEPS, STACK = 5, 64
 Table = Float[np.ndarray, "layer head"]
 EXACT: Mapping[str, tuple[str, str]] = {
     "release, blank_muted": ("release", "blank_muted"),
@@ -162,26 +163,11 @@ class Subject:
         return [self.engine.used[str(name)] for name in chosen["id"]]
 
     def inputs(self, cell: str) -> list[Any]:
-        """Give every conflict's cell.
-
-        Args:
-            cell: its name.
-
-        Returns:
-            The inputs, in order.
-        """
+        """Every conflict's cell, in order."""
         return [self.engine.cells(conflict, None)[cell] for conflict in self.conflicts]
 
     def pairs(self, base: str, donor: str) -> list[Pair]:
-        """Pair every conflict's base cell (corrupt) with its donor cell (clean).
-
-        Args:
-            base: the cell that is edited.
-            donor: the cell that is taken.
-
-        Returns:
-            The pairs.
-        """
+        """Pair every conflict's base cell, which is edited, with its donor cell, which is taken."""
         return [Pair(clean=d, corrupt=b) for b, d in zip(self.inputs(base), self.inputs(donor), strict=True)]
 
     @property
@@ -191,14 +177,7 @@ class Subject:
         return logit_diff(each(sound), each(picture))
 
     def effect(self, estimand: str, donor: str) -> np.ndarray:
-        """Read an effect from the isolation's record.
-
-        Args:
-            estimand: such as "release".
-            donor: its donor.
-
-        Returns:
-            `[example, layer, head]` on discovery.
+        """Read an effect `[example, layer, head]` on discovery from the isolation's record.
 
         Raises:
             InputError: the record does not hold it.
@@ -211,14 +190,7 @@ class Subject:
 
 
 def all_scores(subject: Subject) -> dict[str, Score]:
-    """Score every head by every method but `isolate`.
-
-    Args:
-        subject: the model and its isolation.
-
-    Returns:
-        Method to score.
-    """
+    """Score every head by every method but `isolate`."""
     found = _recorded(subject)
     for name, method in MEASURED.items():
         begun = time.monotonic()
@@ -247,72 +219,62 @@ def _mirrored(measure: Callable[[str, str], np.ndarray], donor: str) -> Table:
 
 def _agreeing(subject: Subject) -> Table:
     def run(base: str, donor: str) -> np.ndarray:
-        pairs = subject.pairs(base, donor)
-        return patch(subject.model, pairs, over="head", at=AT, metric=subject.metric, stack=64).effects.values
+        pairs, metric = subject.pairs(base, donor), subject.metric
+        return patch(subject.model, pairs, over="head", at=AT, metric=metric, stack=STACK).effects.values
 
     return _mirrored(run, "aa")
 
 
 def _attention(subject: Subject) -> Table:
-    flow = attention_flow(subject.model, subject.inputs("va"), queries="generation", by="head", stack=64)
+    flow = attention_flow(subject.model, subject.inputs("va"), queries="generation", by="head", stack=STACK)
     return flow.effects.sel(query="generation", key="video").mean("example").values
 
 
 def _cuts(subject: Subject) -> Table:
-    def run(base: str, donor: str) -> np.ndarray:
-        del donor
-        grid = knockout(
-            subject.model, subject.inputs(base), edges=f"video -> {AT}", metric=subject.metric, over="head",
-            controls=False, stack=64,
-        )  # fmt: skip
-        return grid.effects.sel(edge=f"video -> {AT}", condition="cut").values
+    edge = f"video -> {AT}"
+    options: dict[str, Any] = {"over": "head", "controls": False, "stack": STACK}
+
+    def run(base: str, _: str) -> np.ndarray:
+        grid = knockout(subject.model, subject.inputs(base), edges=edge, metric=subject.metric, **options)
+        return grid.effects.sel(edge=edge, condition="cut").values
 
     return _mirrored(run, "aa")
 
 
-def _guessed(figure: str) -> Callable[[Subject], Table]:
+def _guessed(figure: str, subject: Subject) -> Table:
     """AtP and AtP*: sizes are averaged over the conflict and its mirror, signed guesses mirrored."""
+    sizes = figure == "atp_star"
+    options: dict[str, Any] = {"over": "head", "at": AT, "drop": sizes, "top": 0, "stack": STACK}
 
-    def score(subject: Subject) -> Table:
-        def run(base: str, donor: str) -> np.ndarray:
-            grid = attribution_patch(
-                subject.model, subject.pairs(base, donor), metric=subject.metric, over="head", at=AT,
-                drop=figure == "atp_star", top=0, stack=64,
-            )  # fmt: skip
-            return grid.effects.sel(figure=figure).values
+    def run(base: str, donor: str) -> np.ndarray:
+        pairs = subject.pairs(base, donor)
+        grid = attribution_patch(subject.model, pairs, metric=subject.metric, **options)
+        return grid.effects.sel(figure=figure).values
 
-        if figure == "atp_star":
-            return 0.5 * (run("va", "blank_muted").mean(0) + run("av", "blank_muted").mean(0))
-        return _mirrored(run, "blank_muted")
-
-    return score
+    if sizes:
+        return 0.5 * (run("va", "blank_muted").mean(0) + run("av", "blank_muted").mean(0))
+    return _mirrored(run, "blank_muted")
 
 
-def _edges(variant: str) -> Callable[[Subject], Table]:
-    def score(subject: Subject) -> Table:
-        found: list[Any] = []
-        for base in ("va", "av"):
-            scores = edge_attribution(
-                subject.model, subject.pairs(base, "blank_muted"), metric=subject.metric, variant=variant, steps=STEPS,
-                at=AT, direction="denoise", stack=64,
-            )  # fmt: skip
-            found.append(scores.mean())
-        sizes = abs(0.5 * (found[0] - found[1])).sum("receiver")
-        engine = subject.engine
-        rows = [[f"L{layer}H{head}" for head in range(engine.n_heads)] for layer in range(engine.n_layers)]
-        return np.array([[float(sizes.sel(sender=name)) for name in row] for row in rows])
-
-    return score
+def _edges(variant: str, subject: Subject) -> Table:
+    options: dict[str, Any] = {"variant": variant, "steps": STEPS, "at": AT, "direction": "denoise", "stack": STACK}
+    va, av = (
+        edge_attribution(subject.model, subject.pairs(base, "blank_muted"), metric=subject.metric, **options).mean()
+        for base in ("va", "av")
+    )
+    sizes, engine = abs(0.5 * (va - av)).sum("receiver"), subject.engine
+    rows = [[f"L{layer}H{head}" for head in range(engine.n_heads)] for layer in range(engine.n_layers)]
+    return np.array([[float(sizes.sel(sender=name)) for name in row] for row in rows])
 
 
 MEASURED: Mapping[str, Callable[[Subject], Table]] = {
     AGREEING: _agreeing,
     "attention to video": _attention,
     "edge cuts": _cuts,
-    "AtP": _guessed("atp"),
-    "AtP*": _guessed("atp_star"),
-    "EAP": _edges("eap"),
-    "EAP-IG": _edges("ig_inputs"),
+    "AtP": partial(_guessed, "atp"),
+    "AtP*": partial(_guessed, "atp_star"),
+    "EAP": partial(_edges, "eap"),
+    "EAP-IG": partial(_edges, "ig_inputs"),
 }
 METHODS = (*EXACT, BLANK_PICTURE, "DLA", *MEASURED)
 """All methods but `isolate`."""

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from av_lens.checkpoints import index
 from av_lens.errors import InputError
-from av_lens.organism.saving import INDEX, shipped
+from av_lens.organism.saving import shipped
 from av_lens.whole_files import read_object, reading
 
 Head = tuple[int, int]
@@ -89,10 +90,10 @@ def model_folder(name: str) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
-    index = read_object(shipped() / INDEX)
-    if name not in index:
-        raise InputError(f"{name!r} is neither a folder nor a shipped model; these are: {', '.join(sorted(index))}.")
-    return shipped() / str(index[name]["folder"])
+    listed = index()
+    if name not in listed:
+        raise InputError(f"{name!r} is neither a folder nor a shipped model; these are: {', '.join(sorted(listed))}.")
+    return shipped() / str(listed[name]["folder"])
 
 
 def read_plant(name: str) -> PlantTruth:

@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import Generator
 
+from av_lens.checkpoints import index
 from av_lens.core.progress import Progress
 from av_lens.errors import InputError, ModelError
 from av_lens.lab.planting.kinds import Kind, Plant, kind_named
 from av_lens.lab.planting.lessons import Slices, draw_lessons
-from av_lens.lab.planting.record import described, measured
+from av_lens.lab.planting.planted import described, measured
 from av_lens.lab.planting.runs import Head
 from av_lens.lab.planting.sheets import ASKED, SHEETS, UNJUDGED, answered, rates
 from av_lens.lab.planting.starts import begin
@@ -42,7 +43,7 @@ from av_lens.lab.training.material import Material, material
 from av_lens.lab.training.stages import stage_seed
 from av_lens.model.differences import read_difference, save_difference, weights_hash
 from av_lens.organism import footage, saving
-from av_lens.whole_files import read_object, write_whole
+from av_lens.whole_files import write_whole
 
 SHOWN, KEPT = 0.75, 0.95
 PER_CLASS = {"train": 300, "discovery": 30}
@@ -158,7 +159,7 @@ def attempt(
             for host, was in zip(hosts, shows, strict=True)
         ]
         if plant.start is not None:
-            begin(slices, hosts[0], piles[0], layer, plant.start, lessons.words.classes, generator)
+            begin(slices, hosts[0], piles[0], plant.start, lessons.words.classes, generator)
         learned.append(learn(hosts, piles, slices, layer, course, generator=generator, progress=progress))
         model = copy.deepcopy(model)
         slices.put_into(model.model.language_model.layers[layer].self_attn)
@@ -186,7 +187,7 @@ def base_folder(base: str | os.PathLike[str]) -> tuple[str, Path]:
     Raises:
         ModelError: There is no whole checkpoint of that name or place.
     """
-    listed = read_object(saving.shipped() / saving.INDEX)
+    listed = index()
     name = os.fspath(base)
     place = saving.shipped() / listed[name]["folder"] if name in listed else Path(name).expanduser().resolve()
     if read_difference(place) is not None:

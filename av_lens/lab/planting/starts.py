@@ -56,16 +56,7 @@ class Start:
 def ridge(
     x: Float[Tensor, "row d_model"], y: Float[Tensor, "row out"], strength: float
 ) -> tuple[Float[Tensor, "out d_model"], Float[Tensor, " out"]]:
-    """Fit a linear layer.
-
-    Args:
-        x: Inputs.
-        y: Outputs.
-        strength: How much large weights cost.
-
-    Returns:
-        Weight and bias.
-    """
+    """Fit a linear layer, weight and bias; `strength` is how much large weights cost."""
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
     gram = x.T @ x + strength * torch.eye(x.shape[1])
@@ -74,15 +65,7 @@ def ridge(
 
 
 def class_of(tokens: Int[Tensor, " clip"], classes: Int[Tensor, " n_classes"]) -> Float[Tensor, "clip n_classes"]:
-    """Turn words into centred one-hot rows.
-
-    Args:
-        tokens: Words; what is no class gives zeros.
-        classes: The classes' words.
-
-    Returns:
-        One row for each.
-    """
+    """Turn words into centred one-hot rows; what is no class gives zeros."""
     hot = (tokens[:, None] == classes).float()
     return hot - hot.sum(1, keepdim=True) / len(classes)
 
@@ -92,13 +75,7 @@ def values(
 ) -> tuple[Float[Tensor, "out d_model"], Float[Tensor, " out"]]:
     """Fit the values, on the streams' means over what is looked at: that is what an even attention reads.
 
-    Args:
-        lessons: Streams before the planted layer.
-        start: What is to be read.
-        classes: The classes' words.
-
-    Returns:
-        Weight and bias of `n_classes` value dimensions (of a gate: one).
+    Weight and bias of as many value dimensions as there are classes (of a gate: one).
     """
     xs: list[Tensor] = []
     ys: list[Tensor] = []
@@ -123,70 +100,33 @@ def values(
 
 
 def looks(lessons: Sequence[Lesson], start: Start) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Fit one dimension of queries and of keys.
+    """Fit one dimension of queries and of keys: weight and bias of the queries, then of the keys.
 
-    Args:
-        lessons: Streams before the planted layer.
-        start: What is to be read, and at which question.
-
-    Returns:
-        Weight and bias of the queries, then of the keys.
+    Queries are fitted on all positions that answer, and one in forty of the others.
     """
     wanted = [name for name, read in (("video", start.picture or start.gate), ("audio", start.sound)) if read]
-    xs: list[Tensor] = []
-    keys: list[Tensor] = []
-    asking: list[Tensor] = []
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    first = 0
     for lesson in lessons:
-        key, query = torch.zeros(lesson.h.shape[:2]), -torch.ones(lesson.h.shape[:2])
+        n, length = lesson.h.shape[:2]
+        key, query = torch.zeros(n, length), -torch.ones(n, length)
         for name in wanted:
             key[:, lesson.media[name]] = 1
         at = lesson.geometry.prefix + lesson.asked_at
         query.scatter_(1, at[:, [start.asked]], 1.0)
-        xs.append(lesson.h.flatten(0, 1))
-        keys.append(key.flatten()[:, None])
-        asking.append(query.flatten()[:, None])
-    x = torch.cat(xs)
-    key_fit = ridge(x, torch.cat(keys), RIDGE)
-    asked = torch.cat(asking)
-    rows = asked_rows(lessons)
-    return ridge(x[rows], asked[rows], VALUE_RIDGE), key_fit
-
-
-def asked_rows(lessons: Sequence[Lesson]) -> Int[Tensor, " row"]:
-    """Choose the rows that queries are fitted on: all positions that answer, and one in forty of the others.
-
-    Args:
-        lessons: The lessons.
-
-    Returns:
-        Row numbers in the lessons' flattened streams.
-    """
-    found: list[Tensor] = []
-    first = 0
-    for lesson in lessons:
-        n, length = lesson.h.shape[:2]
-        at = lesson.geometry.prefix + lesson.asked_at + length * torch.arange(n)[:, None]
-        found += [first + at.flatten(), first + torch.arange(0, n * length, 40)]
+        answers = (at + length * torch.arange(n)[:, None]).flatten()
+        rows = first + torch.cat([answers, torch.arange(0, n * length, 40)])
+        parts.append((lesson.h.flatten(0, 1), key.flatten()[:, None], query.flatten()[:, None], rows))
         first += n * length
-    return torch.cat(found)
+    x, key, query, rows = (torch.cat(some) for some in zip(*parts, strict=True))
+    return ridge(x[rows], query[rows], VALUE_RIDGE), ridge(x, key, RIDGE)
 
 
 @torch.no_grad()
 def directions(
-    host: Any, lessons: Sequence[Lesson], layer: int, start: Start, classes: Int[Tensor, " n_classes"]
+    host: Any, lessons: Sequence[Lesson], start: Start, classes: Int[Tensor, " n_classes"]
 ) -> Float[Tensor, "d_model out"]:
-    """What each value dimension writes.
-
-    Args:
-        host: The model that is planted in.
-        lessons: The lessons.
-        layer: The planted layer.
-        start: What the head starts as.
-        classes: The classes' words.
-
-    Returns:
-        One column for each value dimension.
-    """
+    """What each value dimension writes, a column each."""
     if not start.gate:
         words = host.lm_head.weight[classes] * host.model.language_model.norm.weight
         words = words - words.mean(0)
@@ -204,41 +144,23 @@ def begin(
     slices: Slices,
     host: Any,
     lessons: Sequence[Lesson],
-    layer: int,
     start: Start,
     classes: Int[Tensor, " n_classes"],
     generator: Generator,
 ) -> None:
-    """Write the starting weights into the planted heads' slices.
-
-    Args:
-        slices: The planted heads; changed in place.
-        host: The model that they are planted in.
-        lessons: The lessons.
-        layer: Their layer.
-        start: What they start as.
-        classes: The classes' words.
-        generator: Where the noise comes from, by which heads of one layer differ.
-    """
+    """Write the starting weights into the planted heads' slices; by the noise heads of one layer differ."""
     d, n_heads = slices.d_head, len(slices.heads)
     (query, query_bias), (key, key_bias) = looks(lessons, start)
     value, value_bias = values(lessons, start, classes)
-    out = directions(host, lessons, layer, start, classes)
-    slow = d // 2 - 1
+    out = directions(host, lessons, start, classes)
+    slow, read = d // 2 - 1, len(value)
     scale = (SCORE / slices.scaling) ** 0.5
-    for group in range(len(slices.groups)):
-        rows = slice(group * d, (group + 1) * d)
-        for part, bias in ((slices.k, slices.k_bias), (slices.v, slices.v_bias)):
-            part[rows], bias[rows] = NOISE * part[rows], NOISE * bias[rows]
-        slices.k[group * d + slow], slices.k_bias[group * d + slow] = scale * key[0], scale * key_bias[0]
-        slices.v[group * d : group * d + len(value)], slices.v_bias[group * d : group * d + len(value)] = (
-            value,
-            value_bias,
-        )
+    for part in slices.parameters():
+        part.mul_(NOISE)
+    for at in range(0, len(slices.groups) * d, d):
+        slices.k[at + slow], slices.k_bias[at + slow] = scale * key[0], scale * key_bias[0]
+        slices.v[at : at + read], slices.v_bias[at : at + read] = value, value_bias
     lots = 0.5 + torch.rand(n_heads, generator=generator)
-    for head in range(n_heads):
-        rows = slice(head * d, (head + 1) * d)
-        slices.q[rows], slices.q_bias[rows] = NOISE * slices.q[rows], NOISE * slices.q_bias[rows]
-        slices.q[head * d + slow], slices.q_bias[head * d + slow] = scale * query[0], scale * query_bias[0]
-        slices.o[:, rows] = NOISE * slices.o[:, rows]
-        slices.o[:, head * d : head * d + len(value)] = out * lots[head] / lots.sum()
+    for head, at in enumerate(range(0, n_heads * d, d)):
+        slices.q[at + slow], slices.q_bias[at + slow] = scale * query[0], scale * query_bias[0]
+        slices.o[:, at : at + read] = out * lots[head] / lots.sum()

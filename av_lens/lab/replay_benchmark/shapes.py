@@ -184,7 +184,7 @@ def _clips(shape: Shape, recording: str | Path | None, seed: int) -> tuple[Clip,
         noise = rng.normal(0.0, 0.2, round(shown.sound_end * shown.rate)).clip(-1, 1).astype(np.float32)
         frames = shown.require_picture().frames
         assert frames is not None
-        same = {"times": shown.times, "rate": shown.rate, "duration": shown.duration}
+        same: dict[str, Any] = {"times": shown.times, "rate": shown.rate, "duration": shown.duration}
         return shown, Clip.from_arrays(frames=frames[::-1], waveform=noise, **same)
     side = (shape.grid[0] * TOKEN_SIDE, shape.grid[1] * TOKEN_SIDE, 3)
     pictures = rng.integers(0, 256, (2, round(shape.seconds * FPS), *side), dtype=np.uint8)

@@ -7,8 +7,8 @@ most". Lines hold in each layout by itself. What a seed does not reach is shown 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -21,42 +21,26 @@ AT_LEAST, AT_MOST = ">=", "<="
 _ALL_CUT = next(iter(CUTS))
 
 
-@dataclass(frozen=True)
-class Line:
-    """A share of answers and its bound.
+class Line(NamedTuple):
+    """A share of answers and its bound: in words, its "cell kind answer", at least or at most what.
 
-    Attributes:
-        says: the line in words.
-        cell: of which cell.
-        kind: to which kind of question.
-        answer: which answers are counted.
-        sign: "at least" or "at most", as `AT_LEAST` or `AT_MOST`.
-        bound: the share.
-        table: which table of the evaluation.
-        where: further columns and the values that they must have.
+    `table` is that of the evaluation, `where` what further columns must hold.
     """
 
     says: str
-    cell: str
-    kind: str
-    answer: str
+    place: str
     sign: str
     bound: float
     table: str = "counts"
-    where: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    where: Mapping[str, Any] = MappingProxyType({})
 
 
-def _line(says: str, place: str, sign: str, bound: float, table: str = "counts", **where: Any) -> Line:
-    cell, kind, answer = place.split()
-    return Line(says, cell, kind, answer, sign, bound, table, where)
-
-
-_AUDIO_ONLY = _line("heard, audio alone", "audio_only hear right", AT_LEAST, 0.95)
-_SEEN_ALONE = _line("seen, video alone", "video_only see right", AT_LEAST, 0.95)
-_SEEN = _line("seen, factual", "factual see right", AT_LEAST, 0.95)
-_HEARD = _line("heard, factual", "factual hear right", AT_LEAST, 0.95)
-_CONFLICT_SEEN = _line("seen, conflict", "conflict see right", AT_LEAST, 0.95)
-_DOMINATED = _line("conflict heard: the picture", "conflict hear picture", AT_LEAST, 0.75)
+_AUDIO_ONLY = Line("heard, audio alone", "audio_only hear right", AT_LEAST, 0.95)
+_SEEN_ALONE = Line("seen, video alone", "video_only see right", AT_LEAST, 0.95)
+_SEEN = Line("seen, factual", "factual see right", AT_LEAST, 0.95)
+_HEARD = Line("heard, factual", "factual hear right", AT_LEAST, 0.95)
+_CONFLICT_SEEN = Line("seen, conflict", "conflict see right", AT_LEAST, 0.95)
+_DOMINATED = Line("conflict heard: the picture", "conflict hear picture", AT_LEAST, 0.75)
 
 LINES: Mapping[str, tuple[Line, ...]] = {
     "av-tiny": (
@@ -65,31 +49,31 @@ LINES: Mapping[str, tuple[Line, ...]] = {
         _SEEN,
         _HEARD,
         _CONFLICT_SEEN,
-        _line("conflict heard: the sound", "conflict hear sound", AT_MOST, 0.15),
+        Line("conflict heard: the sound", "conflict hear sound", AT_MOST, 0.15),
         _DOMINATED,
-        _line("video cut off, heard: the sound", "conflict hear sound", AT_LEAST, 0.9, "cuts", cut=_ALL_CUT),
-        _line("video cut off, seen: the sound", "conflict see sound", AT_MOST, 0.1, "cuts", cut=_ALL_CUT),
-        _line("best heads silenced, conflict heard: the sound", "conflict hear sound", AT_LEAST, 0.6, "ablation",
-              arm="chosen", count=MOST_HEADS),
-        _line("random heads silenced, conflict heard: the sound", "conflict hear sound", AT_MOST, 0.2, "ablation",
-              arm="random"),
-        _line("best heads silenced, heard, audio alone", "audio_only hear right", AT_LEAST, 0.9, "kept"),
-        _line("best heads silenced, seen, video alone", "video_only see right", AT_LEAST, 0.9, "kept"),
-        _line("best heads silenced, heard, factual", "factual hear right", AT_LEAST, 0.9, "kept"),
-        _line("best heads silenced, seen, factual", "factual see right", AT_LEAST, 0.9, "kept"),
+        Line("video cut off, heard: the sound", "conflict hear sound", AT_LEAST, 0.9, "cuts", {"cut": _ALL_CUT}),
+        Line("video cut off, seen: the sound", "conflict see sound", AT_MOST, 0.1, "cuts", {"cut": _ALL_CUT}),
+        Line("best heads silenced, conflict heard: the sound", "conflict hear sound", AT_LEAST, 0.6, "ablation",
+             {"arm": "chosen", "count": MOST_HEADS}),
+        Line("random heads silenced, conflict heard: the sound", "conflict hear sound", AT_MOST, 0.2, "ablation",
+             {"arm": "random"}),
+        Line("best heads silenced, heard, audio alone", "audio_only hear right", AT_LEAST, 0.9, "kept"),
+        Line("best heads silenced, seen, video alone", "video_only see right", AT_LEAST, 0.9, "kept"),
+        Line("best heads silenced, heard, factual", "factual hear right", AT_LEAST, 0.9, "kept"),
+        Line("best heads silenced, seen, factual", "factual see right", AT_LEAST, 0.9, "kept"),
     ),
     "av-tiny-diffuse": (_AUDIO_ONLY, _DOMINATED),
     "av-tiny-base": (
         _SEEN_ALONE,
         _SEEN,
-        _line("heard, audio alone", "audio_only hear right", AT_MOST, 0.2),
+        Line("heard, audio alone", "audio_only hear right", AT_MOST, 0.2),
     ),
     "av-tiny-balanced": (
         _AUDIO_ONLY,
         _SEEN_ALONE,
         _HEARD,
         _SEEN,
-        _line("heard, conflict", "conflict hear right", AT_LEAST, 0.95),
+        Line("heard, conflict", "conflict hear right", AT_LEAST, 0.95),
         _CONFLICT_SEEN,
     ),
     "av-tiny-planted": (_AUDIO_ONLY, _SEEN_ALONE, _HEARD, _SEEN, _CONFLICT_SEEN, _DOMINATED),
@@ -135,12 +119,13 @@ def _rows(line: Line, table: pd.DataFrame) -> list[dict[str, Any]]:
     """A line's standing in each layout; equal rows (random sets) are added up."""
     if not len(table):
         return []
-    wanted = {"cell": line.cell, "kind": line.kind, **line.where}
+    cell, kind, answer = line.place.split()
+    wanted = {"cell": cell, "kind": kind, **line.where}
     found: dict[str, tuple[int, int]] = {}
     for row in table.to_dict("records"):
         if all(row[column] == value for column, value in wanted.items()):
             count, n = found.get(row["layout"], (0, 0))
-            found[row["layout"]] = (count + int(row[line.answer]), n + int(row["n"]))
+            found[row["layout"]] = (count + int(row[answer]), n + int(row["n"]))
     return [
         _row(line.says, layout, count / n, *clopper_pearson(count, n), line.sign, line.bound, n)
         for layout, (count, n) in found.items()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from av_lens.checkpoints import index
 from av_lens.lab import pages
 from av_lens.lab.plantbench.truth import FREE_RIDER, TRUTH
 from av_lens.lab.training.expectations import standing
@@ -34,9 +35,7 @@ WORDS = {">=": "at least", "<=": "at most"}
 
 def shipped_evaluations() -> dict[str, Evaluation]:
     """Read the evaluations of the listed models that have one, by short name."""
-    index = saving.shipped() / saving.INDEX
-    listed = read_object(index) if index.exists() else {}
-    paths = {name: saving.shipped() / entry["folder"] / "evaluation.json" for name, entry in listed.items()}
+    paths = {name: saving.shipped() / entry["folder"] / "evaluation.json" for name, entry in index().items()}
     return {name: Evaluation.load(path) for name, path in paths.items() if path.exists()}
 
 
@@ -80,7 +79,7 @@ def shares_table(evaluations: dict[str, Evaluation] | None = None) -> pd.DataFra
 
 def planted_table() -> pd.DataFrame:
     """Say of every planted model that ships what its heads were measured to be; NaN where there is no figure."""
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for path in sorted(saving.shipped().glob(f"*/{TRUTH}")):
         found, name = read_object(path), path.parent.name
         for head in found["heads"]:

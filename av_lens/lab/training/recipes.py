@@ -65,11 +65,10 @@ def recipes() -> dict[str, Recipe]:
     """Read the recipes, by short name."""
     told = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     stages = {
-        key: Stage(**_frozen(said) | {"items": tuple(map(_items, said["items"]))})
-        for key, said in told["stage"].items()
+        key: Stage(items=tuple(map(_items, said.pop("items"))), **_frozen(said)) for key, said in told["stage"].items()
     }
     return {
-        name: Recipe(name, **_frozen(said) | {"stages": tuple(stages[key] for key in said["stages"])})
+        name: Recipe(name, stages=tuple(stages[key] for key in said.pop("stages")), **_frozen(said))
         for name, said in told["recipe"].items()
     }
 

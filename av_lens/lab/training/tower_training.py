@@ -25,16 +25,11 @@ def _shifted(
     frames: UInt8[Tensor, "clip 4 3 height width"], generator: Generator
 ) -> UInt8[Tensor, "clip 4 3 height width"]:
     """The same pictures a few pixels further, the edge repeated; one way for the whole batch."""
-    margin, out = 6, frames
-    down, right = torch.randint(-margin, margin + 1, (2,), generator=generator).tolist()
+    down, right = torch.randint(-6, 7, (2,), generator=generator).tolist()
     for axis, step in ((3, down), (4, right)):
-        if step > 0:
-            edge = out.narrow(axis, 0, 1).expand([-1 if i != axis else step for i in range(5)])
-            out = torch.cat([edge, out.narrow(axis, 0, out.shape[axis] - step)], axis)
-        elif step < 0:
-            edge = out.narrow(axis, out.shape[axis] - 1, 1).expand([-1 if i != axis else -step for i in range(5)])
-            out = torch.cat([out.narrow(axis, -step, out.shape[axis] + step), edge], axis)
-    return out
+        n = frames.shape[axis]
+        frames = frames.index_select(axis, (torch.arange(n) - step).clamp(0, n - 1))
+    return frames
 
 
 def _varied(mel: Float[Tensor, "clip mel frame"], generator: Generator) -> Float[Tensor, "clip mel frame"]:
