@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from fake_model import N_LAYERS, FakeModel, bench_of, fake_conflicts, isolated
 
 from av_lens.isolation.measuring import store
