@@ -243,9 +243,16 @@ def fake_conflicts(n: int = 60, *, n_classes: int = 6, seed: int = 0) -> list[Fa
     return [FakeConflict.of(f"c{i:03d}", a, v) for i, (a, v) in enumerate(pairs)]
 
 
+class PaperEngine(ModelEngine):
+    """The engine of a model on paper, which is small: stacks are larger."""
+
+    def together(self, inputs: AVInputs) -> int:
+        return 32
+
+
 def bench_of(model: FakeModel, conflicts: Sequence[Any], **more: Any) -> Bench:
     """Conflicts on the bench of a model on paper."""
-    return Bench(ModelEngine(model), list(conflicts), Candidates.of(conflicts, model.tokenizer), **more)
+    return Bench(PaperEngine(model), list(conflicts), Candidates.of(conflicts, model.tokenizer), **more)
 
 
 def isolated(model: FakeModel, conflicts: Sequence[Any], **options: Any) -> Isolation:
@@ -253,4 +260,4 @@ def isolated(model: FakeModel, conflicts: Sequence[Any], **options: Any) -> Isol
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pipeline, "EXPLAINED", {})
         patched.setattr(robustness, "variants", lambda *_, **__: [])
-        return isolate(model, conflicts, **options)
+        return isolate(model, conflicts, **{"engine": PaperEngine(model)} | options)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from av_lens.core.attention_mass import incoming_mass
-from av_lens.core.execution import run
+from av_lens.core.execution import logits_of, run
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import ProtocolError, unknown
+from av_lens.families.hook_names import hook_name
 from av_lens.inputs import AVInputs
 from av_lens.inputs.shared_tensors import shared
 from av_lens.interventions import Plan, Site
@@ -152,10 +153,13 @@ class ModelEngine:
     def _hooked(self, recording: Recording, plan: Plan) -> Edited:
         if not len(plan):  # the run as it was recorded, with the edits that it was made under
             return Edited(recording.logits, recording.final)
-        end = Site("resid_post", self.n_layers - 1, positions=recording.window[-1:].tolist())
+        compiled = plan.compile(self.model.spec, recording.inputs.spans, batch=len(recording.inputs))
+        asked, final = int(recording.window[-1]), list[Tensor]()
+        last = (hook_name("resid_post", self.n_layers - 1), partial(_keep, final, asked))
         with torch.no_grad():
-            made = run(self.model, recording.inputs, plan=plan, capture=end, budget_gb=math.inf)
-        return Edited(made.logits[:, 0].float().clone(), made.cache["resid_post", end.layer][:, 0].clone())
+            logits = logits_of(self.model, recording.inputs, [*compiled.fwd_hooks, last], torch.tensor([asked]))[:, 0]
+        compiled.verify()
+        return Edited(logits.float().clone(), final[0])
 
     def linear_logits(
         self, recording: Recording, final: Float[Tensor, "*more batch d_model"], ids: Int[Tensor, " token"]
@@ -194,6 +198,12 @@ class ModelEngine:
             z, output = recording.site_z[layer].float(), self._output_weights[layer].float()
             out[layer] = torch.einsum("bshd,hdm->bshm", z, output).norm(dim=-1).mean((0, 1)).cpu().numpy()
         return out
+
+
+def _keep(kept: list[Tensor], position: int, activation: Tensor, hook: Any = None) -> None:
+    """A hook that keeps one position."""
+    del hook
+    kept.append(activation[:, position].detach().clone())
 
 
 def stacked(inputs: Sequence[AVInputs]) -> AVInputs:
