@@ -118,6 +118,12 @@ def test_the_picture_of_the_rooms_is_the_imports():
     assert sum(map(len, levels)) == len(drawn.imports())
 
 
+def test_every_toy_stands_on_the_page_of_toys():
+    toys = DOCS.parent / "tests" / "toys"
+    told = set(re.findall(r"`(\w+\.py)`", (toys / "README.md").read_text())) - {"conftest.py"}
+    assert told == {path.name for path in toys.glob("*.py")}
+
+
 def test_the_page_on_the_package_names_files_that_are_there():
     text, later = (DOCS / "architecture.md").read_text(), set(NOT_YET)
     named = {name for name in re.findall(r"`([\w/.]+\.py)`", text) if "<" not in name}
