@@ -27,44 +27,40 @@ __version__ = "0.1.0"
 _HOMES = {
     name: home
     for home, names in {
-        "media": "Clip ClipFile load_clip",
-        "spans": "Span SpanMap",
+        "media": "Clip load_clip",
+        "spans": "SpanMap",
         "inputs": "AVInputs Conflict Pair conflicts",
-        "model": "HookedAVLLM check_model load",
-        "methods": "Judge attention_flow find_circuit find_sinks knockout logit_lens direct_attribution "
-        "edge_attribution attribution_patch causal_trace patch read_streams at_chosen_layer probe caption graft "
-        "weight_change base_shift path_patch mean_difference reweighed steer",
-        "interventions": "KV Site Edit Plan add cut mean noise replace resample scale zero",
-        "metrics": "kl log_prob logit logit_diff prob rank",
-        "replay": "measure Trace sweep",
+        "families.registry": "register_family",
+        "model": "HookedAVLLM load",
+        "interventions": "Site Plan add cut mean noise replace resample scale zero",
+        "metrics": "logit_diff",
         "core": "run",
-        "families.registry": "Family register_family",
-        "results": "Circuit EdgeScores Grid Isolation Tabled",
+        "replay": "Trace measure sweep",
+        "methods": "attention_flow attribution_patch caption causal_trace direct_attribution edge_attribution "
+        "find_circuit find_sinks knockout logit_lens patch path_patch probe steer",
+        "results": "Grid Isolation",
         "isolation": "isolate",
-        "errors": "AvLensError",
     }.items()
     for name in names.split()
 }
-_ROOMS = ("errors", "lab", "organism", "plots", "reports")
+_ROOMS = ("errors", "interventions", "methods", "metrics", "organism", "plots", "results")
 
 __all__ = ["__version__", *_HOMES, *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:  # the same names for editors and type checkers; a test compares them
     from av_lens import errors as errors
-    from av_lens import lab as lab
+    from av_lens import interventions as interventions
+    from av_lens import methods as methods
+    from av_lens import metrics as metrics
     from av_lens import organism as organism
     from av_lens import plots as plots
-    from av_lens import reports as reports
+    from av_lens import results as results
     from av_lens.core import run as run
-    from av_lens.errors import AvLensError as AvLensError
-    from av_lens.families.registry import Family as Family
     from av_lens.families.registry import register_family as register_family
     from av_lens.inputs import AVInputs as AVInputs
     from av_lens.inputs import Conflict as Conflict
     from av_lens.inputs import Pair as Pair
     from av_lens.inputs import conflicts as conflicts
-    from av_lens.interventions import KV as KV
-    from av_lens.interventions import Edit as Edit
     from av_lens.interventions import Plan as Plan
     from av_lens.interventions import Site as Site
     from av_lens.interventions import add as add
@@ -77,48 +73,29 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test compar
     from av_lens.interventions import zero as zero
     from av_lens.isolation import isolate as isolate
     from av_lens.media import Clip as Clip
-    from av_lens.media import ClipFile as ClipFile
     from av_lens.media import load_clip as load_clip
-    from av_lens.methods import Judge as Judge
-    from av_lens.methods import at_chosen_layer as at_chosen_layer
     from av_lens.methods import attention_flow as attention_flow
     from av_lens.methods import attribution_patch as attribution_patch
-    from av_lens.methods import base_shift as base_shift
     from av_lens.methods import caption as caption
     from av_lens.methods import causal_trace as causal_trace
     from av_lens.methods import direct_attribution as direct_attribution
     from av_lens.methods import edge_attribution as edge_attribution
     from av_lens.methods import find_circuit as find_circuit
     from av_lens.methods import find_sinks as find_sinks
-    from av_lens.methods import graft as graft
     from av_lens.methods import knockout as knockout
     from av_lens.methods import logit_lens as logit_lens
-    from av_lens.methods import mean_difference as mean_difference
     from av_lens.methods import patch as patch
     from av_lens.methods import path_patch as path_patch
     from av_lens.methods import probe as probe
-    from av_lens.methods import read_streams as read_streams
-    from av_lens.methods import reweighed as reweighed
     from av_lens.methods import steer as steer
-    from av_lens.methods import weight_change as weight_change
-    from av_lens.metrics import kl as kl
-    from av_lens.metrics import log_prob as log_prob
-    from av_lens.metrics import logit as logit
     from av_lens.metrics import logit_diff as logit_diff
-    from av_lens.metrics import prob as prob
-    from av_lens.metrics import rank as rank
     from av_lens.model import HookedAVLLM as HookedAVLLM
-    from av_lens.model import check_model as check_model
     from av_lens.model import load as load
     from av_lens.replay import Trace as Trace
     from av_lens.replay import measure as measure
     from av_lens.replay import sweep as sweep
-    from av_lens.results import Circuit as Circuit
-    from av_lens.results import EdgeScores as EdgeScores
     from av_lens.results import Grid as Grid
     from av_lens.results import Isolation as Isolation
-    from av_lens.results import Tabled as Tabled
-    from av_lens.spans import Span as Span
     from av_lens.spans import SpanMap as SpanMap
 
 
@@ -138,6 +115,9 @@ def __getattr__(name: str) -> Any:
         return value
     from av_lens.errors import unknown
 
+    for room in () if name.startswith("_") else _ROOMS:
+        if name in getattr(_room(room), "__all__", ()):
+            raise AttributeError(f"av_lens: {name!r} stands in a room of the package: write av_lens.{room}.{name}.")
     raise AttributeError(f"av_lens: {unknown('name', name, __all__)}")
 
 

@@ -186,6 +186,12 @@ def test_every_submodule_imports_and_every_public_name_is_there():
         assert inspect.ismodule(getattr(av_lens, room_name))
 
 
+def test_public_names_are_few_and_the_others_are_told():
+    assert len(av_lens.__all__) <= 50
+    with pytest.raises(AttributeError, match=r"write av_lens\.metrics\.kl\."):
+        _ = av_lens.kl
+
+
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(AttributeError, match="Did you mean 'isolate'"):
         _ = av_lens.isolat

@@ -35,13 +35,17 @@ LINES = {
     "model.encoder": "Encoder",
     "x[0]": "AVInputs",
     "avl.Pair(clean=x, corrupt=x)[0]": "Pair",
-    "avl.check_model(model)": "CheckReport",
+    "check_model(model)": "CheckReport",
 }
 
 
 @pytest.mark.slow
 def test_what_the_models_methods_return_is_known_before_it_runs(tmp_path: Path):
-    lines = ["import av_lens as avl", 'model = avl.load("av-tiny")', 'x = model.encode(None, "What?")']
+    lines = [
+        "import av_lens as avl; from av_lens.model import check_model",
+        'model = avl.load("av-tiny")',
+        'x = model.encode(None, "What?")',
+    ]
     lines += [f"reveal_type({expression})" for expression in LINES]
     lines += ['model.encode(None, "What?", sonud="separate")']
     asked = tmp_path / "asked.py"

@@ -95,7 +95,7 @@ class TokenHelpers:
         shown = " ".join(repr(token) for token in self.bridge.to_str_tokens(text, prepend_bos=False))
         raise InputError(
             f"{text!r} is no single token: {shown}. Where one token is needed choose another word, or use a metric "
-            "(avl.log_prob takes answers of several tokens)."
+            "(avl.metrics.log_prob takes answers of several tokens)."
         )
 
     def tensors_of(

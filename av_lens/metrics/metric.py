@@ -327,8 +327,8 @@ def as_metric(metric: Metric | Callable[..., Any] | None, model: Any = None, x: 
         return metric.bind(model, x)
     if not callable(metric):
         raise InputError(
-            "metric= says what is measured: avl.logit_diff('siren', 'dog'), avl.log_prob('siren'), or a function of "
-            f"logits [batch, asked_pos, d_vocab] to [batch]; not {metric!r}."
+            "metric= says what is measured: avl.logit_diff('siren', 'dog'), avl.metrics.log_prob('siren'), or a "
+            f"function of logits [batch, asked_pos, d_vocab] to [batch]; not {metric!r}."
         )
     return Metric("custom", function=metric)
 

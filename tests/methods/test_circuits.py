@@ -329,7 +329,7 @@ def test_what_is_tested_elsewhere_is_chosen_here():
 
 def test_saved_and_opened_it_is_the_same(tmp_path):
     circuit = found()
-    again = avl.Circuit.load(circuit.save(tmp_path / "circuit"))
+    again = avl.results.Circuit.load(circuit.save(tmp_path / "circuit"))
     assert again.members == circuit.members
     assert repr(again) == repr(circuit)
     for table in ("nodes", "curve", "areas", "completeness", "minimality", "links", "stability", "random"):

@@ -119,7 +119,7 @@ def test_every_metric_reads_the_form_that_is_said(form):
         rtol=1e-4,
     )
     assert encoded(model, 0, answer="dog").ids[0, -1] == wanted[1]
-    shift = avl.base_shift(model, x, base=model, answer="dog", audio="kept")
+    shift = avl.methods.base_shift(model, x, base=model, answer="dog", audio="kept")
     assert shift.rows["token_id"].tolist() == [wanted[1]]
     assert shift.grid.provenance["answer_form"] == form
 
