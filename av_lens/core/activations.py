@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +32,22 @@ def heads_first(activation: Tensor, component: str) -> Tensor:
 
 def watching(see: Callable[[Tensor], Any]) -> Callable[..., None]:
     """A hook that looks on: `see` is shown the activation, and nothing is changed."""
+    return partial(_shown, see)
 
-    def watch(activation: Tensor, hook: Any = None) -> None:
-        del hook
-        see(activation)
 
-    return watch
+def _shown(see: Callable[[Tensor], Any], activation: Tensor, hook: Any = None) -> None:
+    del hook
+    see(activation)
+
+
+def rows_of(rows: slice | Tensor) -> Callable[..., Tensor]:
+    """A hook that lets some positions pass alone."""
+    return partial(_rows, rows)
+
+
+def _rows(rows: slice | Tensor, activation: Tensor, hook: Any = None) -> Tensor:
+    del hook
+    return activation[:, rows]
 
 
 def stream_names(n_layers: int) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -188,14 +189,7 @@ def require_budget(
     Raises:
         BudgetError: the estimate exceeds the budget.
     """
-    working = score_gigabytes(batch * spec.n_heads * n_pos * n_pos, itemsize=itemsize)
-
-    def taken(cached: Iterable[str]) -> float:
-        cached = tuple(cached)
-        whole = any(name.endswith(_WHOLE_SCORES) for name in cached)
-        stored = cache_bytes(cached, spec, batch=batch, n_pos=n_pos, itemsize=itemsize) / GIGABYTE
-        return stored + (working if whole else 0.0)
-
+    taken = partial(_taken, spec, batch, n_pos, itemsize)
     need = taken(names)
     if need <= budget_gb:
         return
@@ -208,6 +202,14 @@ def require_budget(
         if fits <= budget_gb:
             raise BudgetError(f"{text} This filter fits, with about {fits:.3g} GB: names_filter={shown}.")
     raise BudgetError(f"{text} Name single hooks in names_filter, stack fewer examples, or raise budget_gb.")
+
+
+def _taken(spec: ModelSpec, batch: int, n_pos: int, itemsize: int, cached: Iterable[str]) -> float:
+    """GB of a cache of these hooks, and of whole scores while it is made where any needs them."""
+    cached = tuple(cached)
+    whole = any(name.endswith(_WHOLE_SCORES) for name in cached)
+    working = score_gigabytes(batch * spec.n_heads * n_pos * n_pos, itemsize=itemsize) if whole else 0.0
+    return cache_bytes(cached, spec, batch=batch, n_pos=n_pos, itemsize=itemsize) / GIGABYTE + working
 
 
 def _suggestions(spec: ModelSpec) -> list[tuple[str, tuple[str, ...]]]:

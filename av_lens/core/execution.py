@@ -21,7 +21,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from av_lens.brief import Brief
-from av_lens.core.activations import asked_positions, watching
+from av_lens.core.activations import asked_positions, rows_of, watching
 from av_lens.core.budget import GIGABYTE, ModelSpec, require_budget, selected
 from av_lens.core.gates import only_open, require_some
 from av_lens.core.kept import Kept
@@ -88,11 +88,8 @@ def run(
     wanted = capture_slices(model, x.spans, capture)
     _require_memory(wanted, model, x, budget_gb)
     kept: dict[str, Tensor] = {}
-
-    def keep(name: str, activation: Tensor) -> None:
-        kept[name] = wanted[name].cut(activation)
-
-    hooks = [*compiled.fwd_hooks, *((name, watching(partial(keep, name))) for name in wanted)]
+    looks = ((name, watching(partial(_keep, kept, name, part))) for name, part in wanted.items())
+    hooks = [*compiled.fwd_hooks, *looks]
     logits = logits_of(model, x, hooks, rows, budget_gb=budget_gb)
     compiled.verify()
     missing = [name for name in wanted if name not in kept]
@@ -134,13 +131,12 @@ def logits_of(
 
     # Never one row alone, which lower precisions multiply by another kernel and round otherwise.
     kept = rows if len(rows) > 1 or len(x) > 1 else torch.cat((rows, rows))
-
-    def drop(stream: Tensor, hook: Any = None) -> Tensor:
-        del hook
-        return stream[:, kept]
-
-    kept_hooks = [*hooks, ("unembed.hook_in", drop)]
+    kept_hooks = [*hooks, ("unembed.hook_in", rows_of(kept))]
     return model.run_with_hooks(x, fwd_hooks=kept_hooks, budget_gb=budget_gb)[:, : len(rows)]
+
+
+def _keep(kept: dict[str, Tensor], name: str, part: Any, activation: Tensor) -> None:
+    kept[name] = part.cut(activation)
 
 
 def _shown_logits(model: Any) -> bool:

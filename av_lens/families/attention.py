@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -155,26 +156,24 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         """What queries read `[batch, head, pos, d_head]`, and their pattern; hooks fire unless it is a block."""
         attention: Any = self.original_component
         dropout = attention.attention_dropout if self.training else 0.0
-
-        def masked(scores: torch.Tensor) -> torch.Tensor:
-            scores = self._apply_reconstruct_attention_mask(
-                attn_scores=scores, attention_mask=mask, seq_len=key.shape[2], q_seq_len=query.shape[2]
-            )
-            return self.hook_attn_scores(scores) if hooked else scores
-
-        def dropped(pattern: torch.Tensor) -> torch.Tensor:
-            pattern = self._scrub_compatibility_pattern_nans(pattern)
-            pattern = torch.nn.functional.dropout(pattern, p=dropout, training=self.training)
-            return self.hook_pattern(pattern) if hooked else pattern
-
+        sizes = {"attention_mask": mask, "seq_len": key.shape[2], "q_seq_len": query.shape[2]}
         return attended(
             query,
             [Read(key, value)],
             attention.scaling,
-            scores=masked,
+            scores=partial(self._masked, sizes, hooked),
             softmax=lambda scores: self._masked_softmax(scores, dtype=torch.float32),
-            pattern=dropped,
+            pattern=partial(self._dropped, dropout, hooked),
         )
+
+    def _masked(self, sizes: dict[str, Any], hooked: bool, scores: torch.Tensor) -> torch.Tensor:
+        scores = self._apply_reconstruct_attention_mask(attn_scores=scores, **sizes)
+        return self.hook_attn_scores(scores) if hooked else scores
+
+    def _dropped(self, dropout: float, hooked: bool, pattern: torch.Tensor) -> torch.Tensor:
+        pattern = self._scrub_compatibility_pattern_nans(pattern)
+        pattern = torch.nn.functional.dropout(pattern, p=dropout, training=self.training)
+        return self.hook_pattern(pattern) if hooked else pattern
 
     def _attended_in_blocks(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rows: int
@@ -242,10 +241,7 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         stream, norm = self._stream, self._norm
         if stream is None:
             raise ModelError(f"{self.name}: its block must call set_stream before input forks can fire.")
-
-        def forked() -> torch.Tensor:
-            return stream.unsqueeze(2).repeat(1, 1, n_heads, 1)
-
+        forked = partial(_copies, stream, n_heads)
         change = hooked_change(hook, forked(), forked)
         return None if change is None else norm(change[0]) - norm(change[1])
 
@@ -264,15 +260,17 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         z = self.o.hook_in(z)
         heads = z.view(*z.shape[:2], config.n_heads, -1)
         columns = output.weight.view(output.weight.shape[0], config.n_heads, -1)
-
-        def per_head() -> torch.Tensor:
-            return torch.einsum("bphd,mhd->bphm", heads, columns)
-
+        per_head = partial(torch.einsum, "bphd,mhd->bphm", heads, columns)
         written = output(z)
         change = hooked_change(self.hook_result, per_head(), per_head)
         if change is not None:
             written = written + (change[0] - change[1]).sum(2, dtype=torch.float32).to(written.dtype)
         return self.o.hook_out(written)
+
+
+def _copies(stream: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """The stream once for each head, `[batch, pos, head, d_model]`."""
+    return stream.unsqueeze(2).repeat(1, 1, n_heads, 1)
 
 
 def _repeated(heads: torch.Tensor, groups: int) -> torch.Tensor:

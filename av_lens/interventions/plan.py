@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,19 +195,20 @@ class CompiledPlan(Brief):
         component = steps[0].component
         site = Site(component, steps[0].layer)
         edges = site.is_edges
+        return partial(self._edited, name, steps, site.heads_first and not edges, edges)
 
-        def fn(activation: Tensor, hook: Any = None) -> Tensor:
-            del hook
-            new = activation.clone()
-            view = new.transpose(1, 2) if site.heads_first and not edges else new
-            offset = self._offset(name, view.shape[2 if edges else 1])
-            if edges:
-                offset = view.shape[3] - view.shape[2]
-            for step in steps:
-                step(view, offset)
-            return new
-
-        return fn
+    def _edited(
+        self, name: str, steps: list[Step], heads_first: bool, edges: bool, activation: Tensor, hook: Any = None
+    ) -> Tensor:
+        del hook
+        new = activation.clone()
+        view = new.transpose(1, 2) if heads_first else new
+        offset = self._offset(name, view.shape[2 if edges else 1])
+        if edges:
+            offset = view.shape[3] - view.shape[2]
+        for step in steps:
+            step(view, offset)
+        return new
 
     def _offset(self, name: str, length: int) -> int:
         """Count the positions that this hook has seen: where a decoding step starts."""

@@ -55,12 +55,10 @@ def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tupl
     window = Window.at(0, entered["position_embeddings"], mask)
     taps, nothing = no_edits(n), stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, model.spec.d_head)
     found: dict[str, list[Tensor]] = {"resid": [stream.to(device)], "keys": [], "values": []}
-
-    def enter(number: int, left: Tensor | None) -> Tensor:
-        return taps.enter(number, left, stream)
-
     last = stream
-    for _, made in run_layers(model, window, taps, enter, lambda _: (nothing, nothing)):
+    for _, made in run_layers(
+        model, window, taps, lambda at, left: taps.enter(at, left, stream), lambda _: (nothing, nothing)
+    ):
         last = made.stream[0]
         found["resid"].append(last.to(device))
         for part, heads in (("keys", made.keys), ("values", made.values)):

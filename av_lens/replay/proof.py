@@ -38,12 +38,11 @@ class HookedReads:
 
     def hooks(self, n_layers: int) -> list[tuple[str, Callable[..., None]]]:
         """The hooks that keep it, `[batch, head, row, d_head]`."""
-
-        def keep(component: str, layer: int, activation: Tensor) -> None:
-            self.kept[component, layer] = heads_first(activation.detach(), component)[:, :, -READ_ROWS:]
-
         places = [(component, layer) for layer in range(n_layers) for component in PROOF_HOOKS]
-        return [(hook_name(*place), watching(partial(keep, *place))) for place in places]
+        return [(hook_name(*place), watching(partial(self._keep, *place))) for place in places]
+
+    def _keep(self, component: str, layer: int, activation: Tensor) -> None:
+        self.kept[component, layer] = heads_first(activation.detach(), component)[:, :, -READ_ROWS:]
 
 
 @torch.no_grad()

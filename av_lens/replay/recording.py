@@ -20,7 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from av_lens.brief import Brief
-from av_lens.core.activations import GB, heads_first, stream_names, watching
+from av_lens.core.activations import GB, heads_first, rows_of, stream_names, watching
 from av_lens.core.standing_hooks import Standing, places, same_hooks, standing_hooks
 from av_lens.core.turns import turn_of
 from av_lens.core.unembedding import unembedded
@@ -216,20 +216,11 @@ def recorded(
     streams = stream_names(spec.n_layers)
     keys, values = (layer_names(component, spec.n_layers) for component in ("rot_k", "v"))
     kept: dict[str, Tensor] = {}
-
-    def keep(name: str, component: str, activation: Tensor) -> None:
-        found = activation.detach()
-        kept[name] = (found if component == "resid" else heads_first(found, component)).to(device)
-
-    def last_only(stream: Tensor, hook: Any = None) -> Tensor:
-        del hook
-        return stream[:, -1:]
-
     hooks: list[tuple[str, Callable[..., Any]]] = [*beside]
     for names, component in ((streams, "resid"), (keys, "rot_k"), (values, "v")):
-        hooks += [(name, watching(partial(keep, name, component))) for name in names]
+        hooks += [(name, watching(partial(_keep, kept, name, component, device))) for name in names]
     if not keep_logits:  # the logits of all positions would be larger than the record
-        hooks.append(("unembed.hook_in", last_only))
+        hooks.append(("unembed.hook_in", rows_of(slice(-1, None))))
     with entering(model.bridge.blocks[0]) as entered:
         logits: Tensor = model.run_with_hooks(x, fwd_hooks=hooks)
     found = {"resid": streams, "keys": keys, "values": values}
@@ -261,19 +252,32 @@ def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits:
         )
 
 
+def _keep(
+    kept: dict[str, Tensor], name: str, component: str, device: torch.device | str | None, activation: Tensor
+) -> None:
+    found = activation.detach()
+    kept[name] = (found if component == "resid" else heads_first(found, component)).to(device)
+
+
+def _enter(
+    entered: dict[str, Any],
+    stop: type[Exception] | None,
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    del module
+    entered.update({name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")})
+    entered["hidden_states"] = args[0] if args else kwargs.get("hidden_states")
+    if stop is not None:
+        raise stop
+
+
 @contextmanager
 def entering(block: torch.nn.Module, stop: type[Exception] | None = None) -> Generator[dict[str, Any]]:
     """Collect what the decoder hands its first block: the stream, rotary tables and the mask."""
     entered: dict[str, Any] = {}
-
-    def keep(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del module
-        entered.update({name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")})
-        entered["hidden_states"] = args[0] if args else kwargs.get("hidden_states")
-        if stop is not None:
-            raise stop
-
-    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    handle = block.register_forward_pre_hook(partial(_enter, entered, stop), with_kwargs=True)
     try:
         yield entered
     finally:

@@ -69,7 +69,7 @@ def test_a_file_too_large_to_decode_whole_is_read_at_the_asked_rate(monkeypatch,
     wanted = encoder.encode(ClipFile(path), "What?", fps=2)
     small = partial(load_clip, max_bytes=1_300_000)  # the sound and 13 of the 32 frames
     monkeypatch.setattr(files, "load_clip", small)
-    files._CACHE._clips.clear()
+    files._LAST.clear()
     x = encoder.encode(ClipFile(path), "What?", fps=2)
     assert len(x.clips[0].frames) == 8 < len(wanted.clips[0].frames)
     assert torch.equal(x.tensors["pixel_values_videos"], wanted.tensors["pixel_values_videos"])
