@@ -37,11 +37,7 @@ def shipped() -> Traversable:
 
 
 def index() -> Mapping[str, Any]:
-    """List the checkpoints that ship with the package.
-
-    Returns:
-        Short name -> `folder` and `summary`.
-    """
+    """List the checkpoints that ship with the package."""
     found = shipped() / "index.json"
     return parse_json(found.read_bytes()) if found.is_file() else {}
 
@@ -53,17 +49,7 @@ def known_names() -> str:
 
 
 def located(name: str) -> Path | None:
-    """Find the folder of a checkpoint.
-
-    Args:
-        name: a short name, a folder, or a name on the hub.
-
-    Returns:
-        The folder; None for a name on the hub.
-
-    Raises:
-        ModelError: it is none of them; the nearest name is given.
-    """
+    """Find the folder of a checkpoint."""
     listed = index()
     if name in listed:
         return Path(str(shipped() / str(listed[name]["folder"])))
@@ -79,14 +65,7 @@ def located(name: str) -> Path | None:
 
 
 def check_checkpoint(name: str) -> None:
-    """Refuse a name or a folder that cannot be loaded, as far as that can be seen without opening the model.
-
-    Args:
-        name: a short name, a folder, or a name on the hub, of which only the form is checked.
-
-    Raises:
-        ModelError: nothing is there, or the folder's files are missing, damaged or not to be opened.
-    """
+    """Refuse a name or a folder that cannot be loaded, as far as that can be seen without opening the model."""
     folder = located(name)
     if folder is not None and not (folder / DIFFERENCE).is_file():
         check_configurations(folder)
@@ -94,14 +73,7 @@ def check_checkpoint(name: str) -> None:
 
 
 def check_configurations(folder: Path) -> None:
-    """Refuse a folder whose configurations cannot be those of a checkpoint.
-
-    Args:
-        folder: the folder.
-
-    Raises:
-        ModelError: `config.json` is missing, one is damaged or of impossible sizes, or the folder holds an adapter.
-    """
+    """Refuse a folder whose configurations cannot be those of a checkpoint."""
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{str(folder)!r} has no {CONFIG}, so it is no checkpoint. {known_names()}")
     for path in sorted(folder.glob("*config.json")):  # the vocabulary is left to who reads it: it has megabytes
@@ -117,17 +89,7 @@ def check_configurations(folder: Path) -> None:
 
 
 def check_weight_files(folder: Path) -> int:
-    """Refuse a folder whose weights are missing, cut short or pickled; only headers are read.
-
-    Args:
-        folder: the folder.
-
-    Returns:
-        How many numbers its weight files hold.
-
-    Raises:
-        ModelError: a file is missing, damaged, or not to be opened.
-    """
+    """Refuse a folder whose weights are missing, cut short or pickled; only headers are read."""
     return sum(_numbers_in(path) for path in _weight_files(folder))
 
 

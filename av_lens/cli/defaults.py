@@ -19,18 +19,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 
 @cache
 def signature(module: str, function: str) -> dict[str, Any]:
-    """Read all literal defaults of one of our functions.
-
-    Args:
-        module: the dotted module below `av_lens`.
-        function: the function's name, or `"Class.method"`.
-
-    Returns:
-        Argument name to default, for the arguments that have a literal one.
-
-    Raises:
-        AvLensError: if the file or the function is not there.
-    """
+    """Read all literal defaults of one of our functions."""
     arguments = definition(module, function).args
     every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     given = [*arguments.defaults, *arguments.kw_defaults]
@@ -44,18 +33,7 @@ def signature(module: str, function: str) -> dict[str, Any]:
 
 @cache
 def constant(module: str, name: str) -> tuple[str, ...]:
-    """Read the words of a constant of one of our modules, without importing it.
-
-    Args:
-        module: the dotted module below `av_lens`.
-        name: the constant: a tuple of words, or a dictionary by word.
-
-    Returns:
-        The words.
-
-    Raises:
-        AvLensError: if there is no such constant, or it is not written out.
-    """
+    """Read the words of a constant of one of our modules, without importing it."""
     for node in _body(module, name):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -66,18 +44,7 @@ def constant(module: str, name: str) -> tuple[str, ...]:
 
 @cache
 def definition(module: str, function: str) -> ast.FunctionDef:
-    """Read one of our functions without importing it.
-
-    Args:
-        module: the dotted module below `av_lens`.
-        function: the function's name, or `"Class.method"`.
-
-    Returns:
-        Its syntax tree.
-
-    Raises:
-        AvLensError: if the file or the function is not there.
-    """
+    """Read one of our functions without importing it."""
     body = _body(module, function)
     *owners, last = function.split(".")
     for owner in owners:

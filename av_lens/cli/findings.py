@@ -11,14 +11,7 @@ _CELLS = ("va", "blank_a", "audio_only")
 
 
 def behaviour_table(found: Any) -> Any:
-    """Show the main figures of behaviour with their intervals; the report has all of them.
-
-    Args:
-        found: an `Isolation`.
-
-    Returns:
-        A rich table, of the competent conflicts where these were chosen.
-    """
+    """Show the main figures of behaviour with their intervals; the report has all of them."""
     frame = found.behaviour
     chosen = "competent" if (frame["chosen"] == "competent").any() else "all"
     rows: list[tuple[Any, ...]] = []
@@ -32,15 +25,7 @@ def behaviour_table(found: Any) -> Any:
 
 
 def head_table(found: Any, *, rows: int = 12) -> Any:
-    """Show the ranked heads.
-
-    Args:
-        found: an `Isolation`.
-        rows: how many to show.
-
-    Returns:
-        A rich table, largest effect first; effects in logits, on the held-out half.
-    """
+    """Show the ranked heads."""
     right = ("effect", "low", "high", "of G", "direct share", "q")
     names = ["head", "role", "donor", *right, "confirmed"]
     columns = ("effect", "low", "high", "share", "direct_share", "q")

@@ -12,14 +12,7 @@ _RIGHT = ("positions", "count", "model (s)", "source (s)", "position", "row", "c
 
 
 def by_run(frame: Any) -> Any:
-    """Summarise a position table: one row per run of positions with the same role.
-
-    Args:
-        frame: what `AVInputs.table()` returns.
-
-    Returns:
-        A rich table.
-    """
+    """Summarise a position table: one row per run of positions with the same role."""
     runs = (frame["role"] != frame["role"].shift()).cumsum()
     rows = [_summary(group) for _, group in frame.groupby(runs, sort=False)]
     columns = ["role", "positions", "count", "model (s)", "source (s)", "patches", "tokens"]
@@ -27,14 +20,7 @@ def by_run(frame: Any) -> Any:
 
 
 def by_position(frame: Any) -> Any:
-    """Show every position with its token, both clocks and its patch.
-
-    Args:
-        frame: what `AVInputs.table()` returns.
-
-    Returns:
-        A rich table.
-    """
+    """Show every position with its token, both clocks and its patch."""
     columns = ["position", "role", "token", "model (s)", "source (s)", "row", "col"]
     rows: list[tuple[Any, ...]] = []
     for row in frame.to_dict("records"):

@@ -106,14 +106,7 @@ class Flag:
 
 
 def flags_of(method: Method) -> list[Flag]:
-    """Read a function's options from its source.
-
-    Args:
-        method: the method.
-
-    Returns:
-        Its options of plain types, in order.
-    """
+    """Read a function's options from its source."""
     node = definition(method.module, method.function)
     said = _said(ast.get_docstring(node) or "")
     found: list[Flag] = []
@@ -142,14 +135,7 @@ def _said(docstring: str) -> dict[str, str]:
 
 
 def command_of(method: Method) -> Callable[..., None]:
-    """Make the command of a method.
-
-    Args:
-        method: the method.
-
-    Returns:
-        A function for typer, with a signature made of the method's.
-    """
+    """Make the command of a method."""
     flags = flags_of(method)
 
     def command(**given: Any) -> None:
@@ -271,14 +257,7 @@ def _show(found: Any) -> None:
 
 
 def summary(found: Any) -> Any:
-    """Bring a result to a table, the largest mean effects first.
-
-    Args:
-        found: a `Grid`, or another result.
-
-    Returns:
-        A pandas frame, or None where the result has no table.
-    """
+    """Bring a result to a table, the largest mean effects first."""
     from av_lens.results import Grid
 
     if not isinstance(found, Grid):

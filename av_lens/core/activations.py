@@ -17,15 +17,7 @@ GB = 1e9
 
 
 def heads_first(activation: Tensor, component: str) -> Tensor:
-    """Bring per-head activations to `[batch, head, pos, d_head]`.
-
-    Args:
-        activation: as its hook gives it.
-        component: the component's name.
-
-    Returns:
-        The activation, heads before positions, contiguous.
-    """
+    """Bring per-head activations to `[batch, head, pos, d_head]`."""
     turned = activation if COMPONENTS[component].head_axis == 1 else activation.transpose(1, 2)
     return turned.contiguous()
 
@@ -56,18 +48,6 @@ def stream_names(n_layers: int) -> list[str]:
 
 
 def asked_positions(spans: SpanMap, logits_at: str | Span) -> Tensor:
-    """Resolve the positions at which logits are asked for.
-
-    Args:
-        spans: the input's spans.
-        logits_at: "generation", "all", another role (or several, joined by `|`), or a `Span`.
-
-    Returns:
-        The positions, ascending.
-
-    Raises:
-        InterventionError: a position is outside the input, or there is none.
-        InputError: an unknown role.
-    """
+    """Resolve the positions at which logits are asked for."""
     asked = None if logits_at == "all" else logits_at
     return torch.tensor(resolve_positions(asked, spans, what="logits_at").index)

@@ -39,21 +39,7 @@ Groups = Mapping[str, Sequence[int]]
 def attention_mass(
     model: Any, x: Any, queries: Groups, *, keys: Groups | None = None, weight: str = "attention"
 ) -> Float[Tensor, "batch layer head query key"]:
-    """Sum attention over groups of queries and of keys, in one run.
-
-    Args:
-        model: a `HookedAVLLM`.
-        x: an `AVInputs`, one example or a stack.
-        queries: groups of positions that attend, by name; they may overlap.
-        keys: groups of positions that are attended to, by name; None keeps every position by itself.
-        weight: "attention" (the pattern's own weights) or "value" (times the norm of what each key moves).
-
-    Returns:
-        The sums in float32 on the CPU; the query and key axes follow the order of the groups.
-
-    Raises:
-        InputError: an unknown weight.
-    """
+    """Sum attention over groups of queries and of keys, in one run."""
     require_choice("weight", weight, WEIGHTS)
     n, spec = len(x.spans), model.spec
     rows = _indicator(queries, n).to(model.device)
@@ -78,16 +64,7 @@ def attention_mass(
 def moved_norms(
     model: Any, layer: int, values: Float[Tensor, "batch kv_head pos d_head"]
 ) -> Float[Tensor, "batch head pos"]:
-    """Measure what one unit of attention to each position would move: |v W_O|, head by head.
-
-    Args:
-        model: a `HookedAVLLM`.
-        layer: the layer.
-        values: its values.
-
-    Returns:
-        The norms, in float32; query heads of one group share their values but not their W_O.
-    """
+    """Measure what one unit of attention to each position would move: |v W_O|, head by head."""
     weight = Layer.of(model.bridge.blocks[layer]).outputs().float()
     triangle = torch.linalg.qr(weight.transpose(-1, -2), mode="r").R
     group = weight.shape[0] // values.shape[1]
@@ -96,16 +73,7 @@ def moved_norms(
 
 
 def incoming_mass(model: Any, x: Any, *, weight: str = "value") -> Float[Tensor, "batch pos"]:
-    """Sum what the suffix reads from each position, over its positions, all layers and all heads.
-
-    Args:
-        model: a `HookedAVLLM`.
-        x: an `AVInputs`, one example or a stack.
-        weight: as in `attention_mass`.
-
-    Returns:
-        The sums.
-    """
+    """Sum what the suffix reads from each position, over its positions, all layers and all heads."""
     suffix = {"suffix": x.spans.suffix.positions.tolist()}
     return attention_mass(model, x, suffix, weight=weight)[:, :, :, 0].sum((1, 2))
 
@@ -113,16 +81,7 @@ def incoming_mass(model: Any, x: Any, *, weight: str = "value") -> Float[Tensor,
 def sink_positions(
     incoming: Float[np.ndarray, "example pos"], spans: SpanMap, *, times: float | int = SINK_TIMES
 ) -> Int[np.ndarray, " position"]:
-    """Apply the protocol's rule to incoming attention.
-
-    Args:
-        incoming: of each example, all of one layout; their mean is judged.
-        spans: their spans.
-        times: how many times the mean over media positions a sink must receive.
-
-    Returns:
-        The sinks, ascending; empty where there are none, or no media.
-    """
+    """Apply the protocol's rule to incoming attention."""
     media = spans.media.positions
     mean = np.asarray(incoming, dtype=np.float64).mean(0)[media]
     return media[mean > times * mean.mean()] if len(media) else media
@@ -131,16 +90,7 @@ def sink_positions(
 def sinks_by_layout(
     model: Any, stacks: Iterable[Any], *, times: float | int = SINK_TIMES
 ) -> list[tuple[SpanMap, list[int]]]:
-    """Find one set of sinks for each layout, from all of its examples together.
-
-    Args:
-        model: a `HookedAVLLM`.
-        stacks: inputs, each a stack of one layout.
-        times: as in `sink_positions`.
-
-    Returns:
-        Each layout's map and its sinks; see `sinks_of`.
-    """
+    """Find one set of sinks for each layout, from all of its examples together."""
     found: list[tuple[SpanMap, list[np.ndarray]]] = []
     for x in stacks:
         incoming = incoming_mass(model, x).double().numpy()
@@ -154,15 +104,7 @@ def sinks_by_layout(
 
 
 def sinks_of(spans: SpanMap, known: Iterable[tuple[SpanMap, list[int]]]) -> list[int]:
-    """Look the sinks of a layout up.
-
-    Args:
-        spans: an input's spans.
-        known: what `sinks_by_layout` found.
-
-    Returns:
-        Positions; none for a layout that was not looked at.
-    """
+    """Look the sinks of a layout up."""
     return next((sinks for of, sinks in known if of.layout_difference(spans) is None), [])
 
 

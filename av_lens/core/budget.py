@@ -83,18 +83,7 @@ _TENSORS: tuple[tuple[tuple[str, ...], tuple[str, ...], bool], ...] = (
 
 
 def cache_bytes(names: Iterable[str], spec: ModelSpec, *, batch: int, n_pos: int, itemsize: int) -> int:
-    """Estimate what caching these hooks stores.
-
-    Args:
-        names: hook names, aliases welcome.
-        spec: the model's sizes.
-        batch: examples in the run.
-        n_pos: positions of the prompt.
-        itemsize: bytes of one number in the model's dtype.
-
-    Returns:
-        Bytes of distinct storage. Shared tensors count once; the towers' features are left out (they are small).
-    """
+    """Estimate what caching these hooks stores."""
     sizes = {**vars(spec), "pos": n_pos, "one": 1, "none": 0}
     seen: set[tuple[str, int]] = set()
     total = 0
@@ -130,21 +119,7 @@ def _place(name: str) -> tuple[str, int, tuple[str, ...], bool]:
 def bounded(
     model: Any, ids: torch.Tensor, budget_gb: float | int, options: Mapping[str, Any] = MappingProxyType({})
 ) -> Generator[None, None, None]:
-    """Hold a run to a budget, under the hooks that are on the model now.
-
-    Args:
-        model: a `HookedAVLLM`.
-        ids: the prompt, `[batch, pos]`.
-        budget_gb: GB (1e9 bytes) for attention scores, and for logits.
-        options: of the bridge's forward: a loss takes log-probabilities of all logits too, `stop_at_layer` takes none.
-            A hook before the unembedding may drop positions, and is trusted to.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        BudgetError: logits of all positions, or whole scores that hooks ask for, would take more.
-    """
+    """Hold a run to a budget, under the hooks that are on the model now."""
     copies = 3 if options.get("return_type") in ("loss", "both") else 1
     spec, (batch, n_pos), itemsize = model.spec, ids.shape, model.dtype.itemsize
     taken = batch * n_pos * spec.d_vocab * itemsize * copies / GIGABYTE
@@ -177,17 +152,6 @@ def require_budget(
     """Refuse a cache beyond the budget, naming a filter that fits.
 
     A cache of scores or patterns needs a layer's whole scores while it runs, which count too.
-
-    Args:
-        names: the hooks that would be cached.
-        spec: the model's sizes.
-        batch: examples in the run.
-        n_pos: positions of the prompt.
-        itemsize: bytes of one number in the model's dtype.
-        budget_gb: the most that the cache may take, in GB (1e9 bytes).
-
-    Raises:
-        BudgetError: the estimate exceeds the budget.
     """
     taken = partial(_taken, spec, batch, n_pos, itemsize)
     need = taken(names)
@@ -231,15 +195,7 @@ def _suggestions(spec: ModelSpec) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def selected(names_filter: str | Iterable[str] | Callable[[str], bool] | None, known: Iterable[str]) -> tuple[str, ...]:
-    """The hooks that a filter selects.
-
-    Args:
-        names_filter: a name, several, a function of a name, or None for all.
-        known: every hook name of the model.
-
-    Returns:
-        The selected names, as they are written in `known`, or as the caller wrote them.
-    """
+    """The hooks that a filter selects."""
     if names_filter is None:
         return tuple(known)
     if isinstance(names_filter, str):

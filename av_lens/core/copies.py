@@ -17,15 +17,7 @@ DERIVED = ("encoder", *OF_WEIGHTS)
 
 
 def copied(model: Any, note: str) -> Any:
-    """Copy a model.
-
-    Args:
-        model: a `HookedAVLLM`; it stays as it is.
-        note: what the copy's name says of it.
-
-    Returns:
-        A second `HookedAVLLM` with weights of its own.
-    """
+    """Copy a model."""
     other = copy.copy(model)
     for derived in DERIVED:
         other.__dict__.pop(derived, None)
@@ -35,30 +27,12 @@ def copied(model: Any, note: str) -> Any:
 
 
 def other_precision(dtype: torch.dtype) -> torch.dtype:
-    """Choose the precision that a model is compared with.
-
-    Args:
-        dtype: the model's own.
-
-    Returns:
-        bfloat16 for float32; float32 for any other.
-    """
+    """Choose the precision that a model is compared with."""
     return torch.bfloat16 if dtype == torch.float32 else torch.float32
 
 
 def in_precision(model: Any, dtype: torch.dtype) -> Any:
-    """Make a second model with the same weights in another precision.
-
-    Args:
-        model: a `HookedAVLLM`; it stays as it is.
-        dtype: the precision.
-
-    Returns:
-        The second model.
-
-    Raises:
-        ModelError: its weights do not fit into the free memory.
-    """
+    """Make a second model with the same weights in another precision."""
     precision = str(dtype).removeprefix("torch.")
     device = next(model.hf_model.parameters()).device
     taken, free = weights_bytes(model, dtype), free_bytes(device)
@@ -78,10 +52,6 @@ def cast(hf_model: Any, dtype: torch.dtype) -> None:
 
     Rotary tables and other constants that no checkpoint holds keep theirs, as when the checkpoint is loaded in that
     precision: in bfloat16 a rotary table alone moves logits by a tenth.
-
-    Args:
-        hf_model: the HuggingFace model, wrapped or not.
-        dtype: the precision.
     """
     tables = [
         (module, name, module._buffers[name])
@@ -95,25 +65,10 @@ def cast(hf_model: Any, dtype: torch.dtype) -> None:
 
 
 def weights_bytes(model: Any, dtype: torch.dtype) -> int:
-    """Say how much memory a model's weights take in a precision.
-
-    Args:
-        model: a `HookedAVLLM`.
-        dtype: the precision.
-
-    Returns:
-        Bytes, of the copy of the weights as they are while it is made, where that is more.
-    """
+    """Say how much memory a model's weights take in a precision."""
     return sum(p.numel() * max(dtype.itemsize, p.dtype.itemsize) for p in model.hf_model.parameters())
 
 
 def free_bytes(device: torch.device) -> int:
-    """Ask for the memory that is free.
-
-    Args:
-        device: where.
-
-    Returns:
-        Bytes.
-    """
+    """Ask for the memory that is free."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)

@@ -114,25 +114,7 @@ def generate_with_hooks(
     reading: Mapping[str, Any] | None = None,
     budget_gb: float | int = BUDGET_GB,
 ) -> Any:
-    """Generate from an audio-visual prompt under hooks and a plan.
-
-    Args:
-        model: a `HookedAVLLM`.
-        x: `AVInputs`, ids or text.
-        how: how to decode, and what to return.
-        plan: a `Plan`, or None; with `AVInputs` only.
-        fwd_hooks: `(name, function)` pairs, after the plan's.
-        reading: options of `model.tensors_of` for ids or text.
-        budget_gb: GB (1e9 bytes) for attention scores, and for the prompt's logits.
-
-    Returns:
-        The tokens, the new text (one string, or a list for a batch), or a `Generated`.
-
-    Raises:
-        BudgetError: a hook asks for whole scores beyond the budget.
-        InputError: a plan for text, or for several sequences of one example.
-        InterventionError: an edit of the plan did not fire as it should have, or a hook never did.
-    """
+    """Generate from an audio-visual prompt under hooks and a plan."""
     tensors = left_padded(model.tensors_of(x, **(reading or {})))
     compiled = None
     if plan is not None:
@@ -172,15 +154,7 @@ def _last_of_prompt(stream: torch.Tensor, hook: Any = None, *, n_prompt: int) ->
 
 
 def settings_of(model: Any, how: Decoding) -> dict[str, Any]:
-    """Collect options that HuggingFace would warn about or leave out: an end, a pad token, no sampling if greedy.
-
-    Args:
-        model: a `HookedAVLLM`.
-        how: how to decode; its own options come last.
-
-    Returns:
-        Options of HuggingFace's `generate`.
-    """
+    """Collect options that HuggingFace would warn about or leave out: an end, a pad token, no sampling if greedy."""
     settings = model.hf_model.generation_config
     quiet: dict[str, Any] = {}
     if settings.eos_token_id is None:  # a thinker taken out of a full checkpoint names none, and would never end
@@ -200,19 +174,7 @@ def as_asked(
     logits: Sequence[Float[torch.Tensor, "batch d_vocab"]] | None,
     fired: Mapping[Any, int],
 ) -> Any:
-    """Bring what came out to the form that was asked for.
-
-    Args:
-        model: a `HookedAVLLM`.
-        how: how it was decoded.
-        tokens: prompt and new tokens.
-        prompt: positions of the prompt.
-        logits: the logits behind each new token; needed for a `Generated`.
-        fired: the plan's firing record.
-
-    Returns:
-        The tokens, the new text (one string, or a list for a batch), or a `Generated`.
-    """
+    """Bring what came out to the form that was asked for."""
     if how.return_type == "tokens":
         return tokens
     text = tuple(model.tokenizer.batch_decode(tokens[:, prompt:], skip_special_tokens=True))

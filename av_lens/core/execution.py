@@ -111,19 +111,6 @@ def logits_of(
     The logits of every position of a real prompt are larger than all its layers' activations together, so the other
     positions are dropped before the unembedding, unless a hook looks there: one of these, or one that stands on the
     model.
-
-    Args:
-        model: a `HookedAVLLM`.
-        x: an `AVInputs`.
-        hooks: forward hooks, as `run_with_hooks` takes them.
-        rows: the asked positions.
-        budget_gb: GB (1e9 bytes) for attention scores, and for the logits.
-
-    Returns:
-        Logits `[batch, asked_pos, d_vocab]`.
-
-    Raises:
-        BudgetError: a hook asks for whole scores beyond the budget, or the logits are.
     """
     rows = rows.to(model.device)
     if len(rows) == len(x.spans) or any(name.startswith("unembed") for name, _ in hooks) or _shown_logits(model):
@@ -158,14 +145,7 @@ class Slice:
     positions: Positions | None = None
 
     def cut(self, activation: Tensor) -> Tensor:
-        """Cut the part out.
-
-        Args:
-            activation: the whole activation.
-
-        Returns:
-            The site's positions and heads, axes in the hook's own order; the whole where no site was named.
-        """
+        """Cut the part out."""
         if self.site is None or self.positions is None:
             return activation
         component = COMPONENTS[self.site.component]
@@ -179,19 +159,7 @@ class Slice:
 
 
 def capture_slices(model: Any, spans: SpanMap, capture: Capture) -> dict[str, Slice]:
-    """Resolve what is to be kept to hooks and slices.
-
-    Args:
-        model: the model.
-        spans: the input's spans.
-        capture: as in `run`.
-
-    Returns:
-        The slice of each hook.
-
-    Raises:
-        InterventionError: an unknown component or hook, or a site that does not fit.
-    """
+    """Resolve what is to be kept to hooks and slices."""
     if capture is None:
         return {}
     known: tuple[str, ...] = tuple(model.hook_dict)
@@ -235,18 +203,7 @@ def _require_memory(wanted: Mapping[str, Slice], model: Any, x: Any, budget_gb: 
 
 
 def slice_bytes(part: Slice, spec: ModelSpec, *, batch: int, n_pos: int, itemsize: int) -> int:
-    """Estimate what keeping one site takes.
-
-    Args:
-        part: the slice.
-        spec: the model's sizes.
-        batch: examples in the run.
-        n_pos: positions of the prompt.
-        itemsize: bytes of a number.
-
-    Returns:
-        Bytes; 0 for a whole hook, which `budget.cache_bytes` counts.
-    """
+    """Estimate what keeping one site takes."""
     if part.site is None or part.positions is None:
         return 0
     heads = len(part.site.heads) if part.site.heads is not None else part.site.n_heads(spec)

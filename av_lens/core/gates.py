@@ -20,18 +20,7 @@ HookPair = tuple[str | Callable[[str], bool], Callable[..., Any]]
 
 @contextmanager
 def open_gates(bridge: Any, gates: Iterable[str]) -> Generator[None, None, None]:
-    """Hold switches open, and restore every one of them afterwards.
-
-    Args:
-        bridge: a TransformerBridge.
-        gates: names out of `GATES`.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        InterventionError: two switches that TransformerLens cannot open together.
-    """
+    """Hold switches open, and restore every one of them afterwards."""
     wanted = set(gates)
     if set(_FORKS) <= wanted:
         raise InterventionError(
@@ -61,16 +50,6 @@ def gates_of_filter(
 
     A function opens the switches of the gated hooks it accepts, unless it accepts every hook: that is a sweep, not a
     wish for tensors of the size `[batch, pos, head, d_model]`.
-
-    Args:
-        names_filter: a name, several, a function of a name, or None.
-        known: every hook name of the model.
-
-    Returns:
-        A subset of `GATES`.
-
-    Raises:
-        InterventionError: a name is no hook of the model, or the filter selects none.
     """
     known = tuple(known)
     if names_filter is None:
@@ -83,15 +62,7 @@ def gates_of_filter(
 
 
 def require_some(accepted: Sequence[object], known: Sequence[str]) -> None:
-    """Refuse a filter that selects nothing: what was asked for would not be done, in silence.
-
-    Args:
-        accepted: what it selects.
-        known: every hook name of the model.
-
-    Raises:
-        InterventionError: nothing; names are shown.
-    """
+    """Refuse a filter that selects nothing: what was asked for would not be done, in silence."""
     if not accepted:
         shown = ", ".join([*known[:2], *known[len(known) // 2 :][:3]])
         raise InterventionError(
@@ -101,18 +72,7 @@ def require_some(accepted: Sequence[object], known: Sequence[str]) -> None:
 
 
 def gates_of_hooks(hooks: Iterable[Any], known: Iterable[str]) -> frozenset[str]:
-    """The switches that a list of hooks asks for.
-
-    Args:
-        hooks: `(name or function of a name, hook function)` pairs.
-        known: every hook name of the model.
-
-    Returns:
-        A subset of `GATES`.
-
-    Raises:
-        InterventionError: a name is no hook of the model, a function accepts none, or something else than such pairs.
-    """
+    """The switches that a list of hooks asks for."""
     known, hooks = tuple(known), list(hooks)
     pair: Any
     for pair in hooks:
@@ -124,15 +84,7 @@ def gates_of_hooks(hooks: Iterable[Any], known: Iterable[str]) -> frozenset[str]
 
 
 def counted(hooks: Iterable[HookPair], *, batch_dim: bool = True) -> tuple[list[HookPair], Callable[[], None]]:
-    """Count how often hooks fire, so that one which never does is told.
-
-    Args:
-        hooks: the pairs.
-        batch_dim: False to show a hook activations of one example without their batch axis, as TransformerLens does.
-
-    Returns:
-        The pairs, counting; and a check that each fired, to be called after the run.
-    """
+    """Count how often hooks fire, so that one which never does is told."""
     hooks = list(hooks)
     fired = [0] * len(hooks)
 
@@ -159,15 +111,7 @@ def counted(hooks: Iterable[HookPair], *, batch_dim: bool = True) -> tuple[list[
 
 
 def only_open(bridge: Any, accept: Callable[[str], bool]) -> Callable[[str], bool]:
-    """A filter that passes over hooks whose switch is off, in place of TransformerLens's warning.
-
-    Args:
-        bridge: a TransformerBridge.
-        accept: a function of a hook name.
-
-    Returns:
-        The narrower function.
-    """
+    """A filter that passes over hooks whose switch is off, in place of TransformerLens's warning."""
     points = bridge.hook_dict
     closed = {name for name, point in points.items() if bridge._gated_hook_reason(point.name or name) is not None}
     return lambda name: name not in closed and accept(name)

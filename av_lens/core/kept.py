@@ -45,29 +45,12 @@ class Kept(ActivationCache):
 
 
 def kept_for(model: Any, cache: Any) -> Any:
-    """Hand a bridge's cache to a model's user.
-
-    Args:
-        model: a `HookedAVLLM`; the cache's helpers ask it, and it refuses what would be wrong.
-        cache: what the bridge kept.
-
-    Returns:
-        The cache; a plain dictionary as it is.
-    """
+    """Hand a bridge's cache to a model's user."""
     return Kept(cache.cache_dict, model, cache.has_batch_dim) if isinstance(cache, ActivationCache) else cache
 
 
 def require_kept(names: Sequence[str], cache: Any, *, every: bool) -> None:
-    """Refuse a cache in which something is missing that was asked for.
-
-    Args:
-        names: the hooks that a filter selected.
-        cache: what was kept.
-        every: whether each was asked for by its name; else one of them will do.
-
-    Raises:
-        InterventionError: the run did not pass there.
-    """
+    """Refuse a cache in which something is missing that was asked for."""
     kept = set(cache.keys())
     missing = [name for name in names if name not in kept]
     if missing and (every or len(missing) == len(names)):

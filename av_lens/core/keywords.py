@@ -38,17 +38,7 @@ REFUSED = {
 
 
 def require_run_keywords(model: Any, verb: str, options: dict[str, Any], *takers: Callable[..., Any]) -> None:
-    """Refuse keywords that a run would not heed.
-
-    Args:
-        model: a `HookedAVLLM`.
-        verb: the method's name.
-        options: what the caller gave beside the method's own parameters.
-        *takers: what takes keywords beside the bridge's forward.
-
-    Raises:
-        InputError: an unknown keyword, one that is not taken, or two that exclude each other.
-    """
+    """Refuse keywords that a run would not heed."""
     forward, text = model.hf_model.forward, model.hf_model.get_decoder().forward
     media = _names(forward) - _names(text) - _names(model.bridge.forward)
     refused = {name: _MEDIA for name in media} | REFUSED
@@ -77,14 +67,6 @@ def _names(function: Callable[..., Any]) -> set[str]:
 
 
 def parted(options: dict[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part keywords in two.
-
-    Args:
-        options: the keywords.
-        names: those of the first part.
-
-    Returns:
-        The keywords of these names, and the others.
-    """
+    """Part keywords in two."""
     chosen = {name: options[name] for name in names if name in options}
     return chosen, {name: value for name, value in options.items() if name not in chosen}

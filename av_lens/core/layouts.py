@@ -11,31 +11,13 @@ from av_lens.inputs.pairs import Pair
 
 
 def listed(given: Any) -> list[Any]:
-    """Take one thing, or several; a stack of inputs and a text are one.
-
-    Args:
-        given: what the caller handed in.
-
-    Returns:
-        A list.
-    """
+    """Take one thing, or several; a stack of inputs and a text are one."""
     one = isinstance(given, str | AVInputs) or not isinstance(given, Iterable)
     return [given] if one else list(given)
 
 
 def pairs_of(verb: str, given: Any) -> list[Pair]:
-    """Read one pair, or several.
-
-    Args:
-        verb: whose argument it is.
-        given: what the caller handed in.
-
-    Returns:
-        The pairs.
-
-    Raises:
-        InputError: none, or something else; the message says what to write.
-    """
+    """Read one pair, or several."""
     pairs = listed(given)
     others = [type(one).__name__ for one in pairs if not isinstance(one, Pair)]
     if others or not pairs:
@@ -48,31 +30,13 @@ def pairs_of(verb: str, given: Any) -> list[Pair]:
 
 
 def that_fit(model: Any, longest: int, stack: int, budget_gb: float | int) -> int:
-    """Say how many examples may run together, so that one layer's scores and pattern fit a budget.
-
-    Args:
-        model: a `HookedAVLLM`.
-        longest: positions of the longest.
-        stack: at most so many.
-        budget_gb: memory for the attention of one layer.
-
-    Returns:
-        At least 1.
-    """
+    """Say how many examples may run together, so that one layer's scores and pattern fit a budget."""
     each = 4.0 * model.spec.n_heads * longest * longest * max(4, model.dtype.itemsize)  # mask, scores, softmax, sum
     return max(1, min(stack, int(budget_gb * 1e9 / each)))
 
 
 def input_stacks(inputs: Sequence[AVInputs], size: int) -> Iterator[list[int]]:
-    """Group inputs of one layout.
-
-    Args:
-        inputs: the inputs, each one example or a stack.
-        size: examples that run together, at most.
-
-    Yields:
-        Numbers of inputs.
-    """
+    """Group inputs of one layout."""
     layouts: list[list[int]] = []
     for number, x in enumerate(inputs):
         for group in layouts:

@@ -196,13 +196,6 @@ class TorchModes:
 
 
 def require_evaluation(model: Any) -> None:
-    """Refuse a model in training mode.
-
-    Args:
-        model: a `HookedAVLLM`.
-
-    Raises:
-        ModelError: dropout may act, so a run could not be restarted.
-    """
+    """Refuse a model in training mode."""
     if model.training:
         raise ModelError("this model is in training mode, where dropout may act: call model.eval() before tracing.")

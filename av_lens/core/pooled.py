@@ -15,19 +15,7 @@ from av_lens.interventions.sites import resolve_positions
 
 @torch.no_grad()
 def pooled_streams(model: Any, x: Any, at: Sequence[Any]) -> Float[Tensor, "batch layer span d_model"]:
-    """Average the residual stream over the positions of each span, before the first layer and after every one.
-
-    Args:
-        model: a `HookedAVLLM`.
-        x: an `AVInputs`, one example or a stack.
-        at: the spans: role names joined by `|`, `Span`s or integers.
-
-    Returns:
-        The means in float32 on the CPU; layer 0 is the stream before the first layer, layer l after the l-th.
-
-    Raises:
-        InterventionError: a span names no position of this input.
-    """
+    """Average the residual stream over the positions of each span, before the first layer and after every one."""
     places = [resolve_positions(span, x.spans, what="probe") for span in at]
     n_layers = model.spec.n_layers
     found = torch.zeros(len(x), n_layers + 1, len(places), model.spec.d_model)

@@ -52,16 +52,7 @@ class Bars:
 
 
 def part_of(show: Progress, number: int, parts: int) -> Progress:
-    """Make the progress of one of several equal parts progress of all.
-
-    Args:
-        show: the callback of the whole.
-        number: which part, counted from 0.
-        parts: how many there are.
-
-    Returns:
-        The part's callback.
-    """
+    """Make the progress of one of several equal parts progress of all."""
     return lambda stage, done, total: show(stage, number * total + done, parts * total)
 
 
@@ -76,14 +67,7 @@ def named(progress: Progress | None, name: str) -> Progress:
 
 @contextmanager
 def watched(progress: Progress | bool | None) -> Generator[Progress]:
-    """Turn what a caller passed as `progress` into a callback.
-
-    Args:
-        progress: a callback, True for bars on standard error, or None or False for silence.
-
-    Yields:
-        The callback.
-    """
+    """Turn what a caller passed as `progress` into a callback."""
     if callable(progress):
         yield progress
     elif progress:

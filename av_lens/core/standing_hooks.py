@@ -57,14 +57,7 @@ Standing = tuple[StandingHook, ...]
 
 
 def standing_hooks(model: Any) -> Standing:
-    """Find every function that stands on a model, TransformerLens's own wiring apart.
-
-    Args:
-        model: a `HookedAVLLM`.
-
-    Returns:
-        The functions by place, always in the same order.
-    """
+    """Find every function that stands on a model, TransformerLens's own wiring apart."""
     found = [
         StandingHook(None, kind, function)
         for kind, table in zip(KINDS, _OF_ALL, strict=True)
@@ -99,41 +92,17 @@ def _standing_on(module: Module, in_tower: bool) -> Iterator[StandingHook]:
 
 
 def hook_numbers(root: Module) -> tuple[int, ...]:
-    """Torch's own numbers of all hooks on a module and below it; no number is ever given again.
-
-    Args:
-        root: the module.
-
-    Returns:
-        The numbers, always in the same order.
-    """
+    """Torch's own numbers of all hooks on a module and below it; no number is ever given again."""
     return tuple(number for part in root.modules() for table in _OF_A_MODULE for number in part.__dict__[table])
 
 
 def same_hooks(first: Standing, second: Standing) -> bool:
-    """Say whether the same functions stand in the same places.
-
-    Args:
-        first: from `standing_hooks`.
-        second: likewise.
-
-    Returns:
-        True if they do.
-    """
+    """Say whether the same functions stand in the same places."""
     return len(first) == len(second) and all(a.key == b.key for a, b in zip(first, second, strict=True))
 
 
 def places(model: Any, standing: Standing, *, most: int = 3) -> str:
-    """Name where functions stand.
-
-    Args:
-        model: the model.
-        standing: the functions.
-        most: name so many places.
-
-    Returns:
-        Such as "blocks.3.attn.hook_z and 2 more places".
-    """
+    """Name where functions stand."""
     if not standing:
         return "nothing"
     names = {id(module): name for name, module in [*model.hf_model.named_modules(), *model.bridge.named_modules()]}

@@ -170,15 +170,7 @@ class TokenHelpers:
 
 
 def unpadded(ids: Int64[Tensor, "batch pos"], pad: int | None) -> Int64[Tensor, "batch pos"]:
-    """Mark what is not a run of pad tokens at an end of its row.
-
-    Args:
-        ids: token ids.
-        pad: the pad token; None where a tokenizer has none.
-
-    Returns:
-        1 at the ids that are read, 0 at the pads.
-    """
+    """Mark what is not a run of pad tokens at an end of its row."""
     if pad is None:
         return torch.ones_like(ids)
     real = (ids != pad).long()
@@ -186,14 +178,7 @@ def unpadded(ids: Int64[Tensor, "batch pos"], pad: int | None) -> Int64[Tensor, 
 
 
 def left_padded(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring every row's pads to its left, where generation needs them.
-
-    Args:
-        tensors: `input_ids` and `attention_mask` of text.
-
-    Returns:
-        The same rows, each in its order; as they are where the last position of every row is read.
-    """
+    """Bring every row's pads to its left, where generation needs them."""
     mask: Tensor = tensors["attention_mask"]
     if bool(mask[:, -1].all()):
         return dict(tensors)
@@ -208,15 +193,7 @@ def _refuse_text_options(options: Mapping[str, Any], because: str) -> None:
 
 
 def require_inputs(verb: str, x: Any) -> None:
-    """Refuse what does not say what its positions are.
-
-    Args:
-        verb: the method's name.
-        x: what it was given.
-
-    Raises:
-        InputError: no `AVInputs`.
-    """
+    """Refuse what does not say what its positions are."""
     if not (hasattr(x, "tensors") and hasattr(x, "spans")):
         raise InputError(
             f"{verb} takes AVInputs, which know what each position is, not {type(x).__name__}. Make them with "

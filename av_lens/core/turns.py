@@ -26,11 +26,7 @@ class Turn:
         self._lock = threading.RLock()
 
     def __enter__(self) -> None:
-        """Wait for the turn.
-
-        Raises:
-            ModelError: another thread kept it for ten minutes.
-        """
+        """Wait for the turn."""
         if not self._lock.acquire(timeout=WAIT_S):
             raise ModelError(
                 f"another thread has been running this model, or holding hooks on it, for {WAIT_S:g} s. Runs of one "
@@ -48,27 +44,12 @@ class Turn:
 
 
 def turn_of(bridge: Any) -> Turn:
-    """The turn of a bridge and of all that is bound to it.
-
-    Args:
-        bridge: a TransformerBridge.
-
-    Returns:
-        Its turn, made when first asked for.
-    """
+    """The turn of a bridge and of all that is bound to it."""
     return bridge.__dict__.setdefault("av_lens_turn", Turn())
 
 
 def waiting(turn: Turn, function: Callable[P, Given]) -> Callable[P, Given]:
-    """Let a function hold a turn while it runs.
-
-    Args:
-        turn: the turn.
-        function: the function.
-
-    Returns:
-        The function that waits.
-    """
+    """Let a function hold a turn while it runs."""
 
     @functools.wraps(function)
     def held(*args: P.args, **kwargs: P.kwargs) -> Given:
@@ -79,14 +60,7 @@ def waiting(turn: Turn, function: Callable[P, Given]) -> Callable[P, Given]:
 
 
 def in_turn(method: Callable[Concatenate[Any, P], Given]) -> Callable[Concatenate[Any, P], Given]:
-    """Let a model's method hold its turn while it runs.
-
-    Args:
-        method: a method of what has a `bridge`.
-
-    Returns:
-        The method that waits.
-    """
+    """Let a model's method hold its turn while it runs."""
 
     @functools.wraps(method)
     def waiting(self: Any, *args: P.args, **kwargs: P.kwargs) -> Given:

@@ -11,16 +11,7 @@ from torch.nn import functional
 
 
 def unembedded(model: Any, stream: Tensor, tokens: Tensor | None = None) -> Float[Tensor, "... d_vocab"]:
-    """Read logits from the stream that left the last layer.
-
-    Args:
-        model: the model.
-        stream: `[..., d_model]`.
-        tokens: the tokens whose logits are wanted, or None for all.
-
-    Returns:
-        Their logits.
-    """
+    """Read logits from the stream that left the last layer."""
     bridge = model.bridge
     normed, head = bridge.ln_final.original_component(stream), bridge.unembed.original_component
     if normed.dtype != torch.float32:  # as the hooked run does it: all tokens, and never of one row alone

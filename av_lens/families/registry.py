@@ -111,30 +111,13 @@ def _discover() -> None:
 
 
 def families() -> tuple[Family, ...]:
-    """Every family that can be opened.
-
-    Returns:
-        The families, av_lens's own first.
-
-    Raises:
-        ModelError: what another package names as a family cannot be loaded, is none, or has a taken name.
-    """
+    """Every family that can be opened."""
     _discover()
     return tuple(dict.fromkeys(_KNOWN.values()))
 
 
 def family_of(*names: str | type[Any]) -> Family:
-    """The family of a class, or of the nearest that it is derived from, or of the first name that is known.
-
-    Args:
-        *names: HuggingFace classes, names of classes, or `model_type`s such as `qwen2_5_omni`.
-
-    Returns:
-        The family.
-
-    Raises:
-        ModelError: there is none; the message says how to add one.
-    """
+    """The family of a class, or of the nearest that it is derived from, or of the first name that is known."""
     known = families()
     said = [one.__name__ if isinstance(one, type) else one for one in names]
     for one in names:
@@ -150,17 +133,6 @@ def build_bridge(hf_model: Any, *, tokenizer: Any = None, name: str = "external"
 
     The model keeps its weights and its answers; its layers are replaced by bridge components, its attention becomes
     eager, and its configuration becomes its own copy. Do not save it afterwards: its parameter names have changed.
-
-    Args:
-        hf_model: a model of a known family, not wrapped before.
-        tokenizer: its tokenizer, as it is; TransformerLens would load it again by name.
-        name: what the bridge calls itself.
-
-    Returns:
-        The bridge, in evaluation mode.
-
-    Raises:
-        ModelError: no adapter, or a model that was wrapped before.
     """
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module, detect_tokenizer_bos_eos
 

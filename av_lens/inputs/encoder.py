@@ -162,28 +162,7 @@ class Encoder:
         prefix: str = "",
         answer: AnswerLike | Answer | None = None,
     ) -> AVInputs:
-        """Make the model's input of a clip and a question, or of lists of either.
-
-        Args:
-            clip: the clip (or its file, or the file's path), None for text alone, or a list of them. Of a file whose
-                frames together pass the budget of a clip only those at `fps` are decoded, which its notes say.
-            question: the question, or a list of them; one of either is used for all of the other.
-            sound: "in_video" (woven into the video), "separate" (after it), None (left out), or "auto".
-            picture: "video", "image" (the frame nearest the middle), None (left out), or "auto".
-            fps: frames per second to sample, at least 1.
-            system: the system message; the template's own when None.
-            prefix: text of the assistant before the asked position, such as "I hear a".
-            answer: an answer to append after the prompt, as `generated` positions: token ids, an `Answer`, or a word
-                (`model.encode` reads it in the form that the model says).
-
-        Returns:
-            One example, or a stack of examples of one layout.
-
-        Raises:
-            InputError: for streams that the clip does not have, a frame rate that the model cannot take, a question
-                outside the grammar, text with special tokens, or positions on which the model disagrees.
-            AlignmentError: for a list whose examples have different layouts.
-        """
+        """Make the model's input of a clip and a question, or of lists of either."""
         how = Asked(sound, picture, fps, system, prefix, answer)
         clips = [_clip(each, fps, picture) for each in (clip if isinstance(clip, list | tuple) else [clip])]
         questions: list[Any] = list(question) if isinstance(question, list | tuple) else [question]

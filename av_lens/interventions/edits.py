@@ -110,15 +110,7 @@ class BoundEdit(Brief):
         return self.edit.kind != "noise" and (not isinstance(amount, Tensor) or amount.numel() == 1)
 
     def apply_(self, activation: Tensor, offset: int) -> bool:
-        """Write the edit into an activation.
-
-        Args:
-            activation: `[batch, pos, head, d]` (`[batch, pos, d]` without heads), owned by the caller.
-            offset: absolute position of its first row.
-
-        Returns:
-            Whether any position of the site was in it.
-        """
+        """Write the edit into an activation."""
         rows = self.positions.local(offset, activation.shape[1], self.n_prompt)
         if rows is None:
             return False

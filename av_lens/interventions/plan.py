@@ -152,12 +152,7 @@ class Step(Brief):
     fired: int = 0
 
     def __call__(self, activation: Tensor, offset: int) -> None:
-        """Apply the edit and count it.
-
-        Args:
-            activation: the activation in the edit's layout, owned by the caller.
-            offset: absolute position of its first row.
-        """
+        """Apply the edit and count it."""
         self.fired += int(self.apply_(activation, offset))
 
 

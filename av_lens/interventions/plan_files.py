@@ -45,20 +45,7 @@ _NEEDED = dict.fromkeys(("scale", "noise"), "amount") | dict.fromkeys(("replace"
 
 
 def write_plan(edits: tuple[Any, ...], path: str | Path, *, model: Any, note: str = "") -> Path:
-    """Write a plan file, and its tensors beside it.
-
-    Args:
-        edits: the plan's edits and cuts.
-        path: the file; ".json" is added where it has no ending.
-        model: the model that the plan was made for, with `.spec` and `.name`.
-        note: a sentence for whoever opens the file.
-
-    Returns:
-        The json file that was written.
-
-    Raises:
-        InterventionError: positions by number, an ending other than .json, or a folder that is not there.
-    """
+    """Write a plan file, and its tensors beside it."""
     target = Path(path) if Path(path).suffix else Path(path).with_suffix(".json")
     if target.suffix != ".json":
         raise InterventionError(f"a plan is saved as json, with its tensors beside it; {target.name} ends otherwise.")
@@ -82,19 +69,7 @@ def write_plan(edits: tuple[Any, ...], path: str | Path, *, model: Any, note: st
 
 
 def read_plan(path: str | Path, *, model: Any = None) -> tuple[Any, ...]:
-    """Read a plan file.
-
-    Args:
-        path: the json file.
-        model: the model that it is for; its sizes are compared with the file's. None compares nothing.
-
-    Returns:
-        The plan's edits and cuts.
-
-    Raises:
-        InterventionError: no such file, not a plan, an unknown version, kind or key, tensors that are missing or not
-            the plan's own, or a model of other sizes.
-    """
+    """Read a plan file."""
     source = Path(path)
     found = _opened(source)
     sizes = found["model"]

@@ -72,16 +72,7 @@ class Positions:
         return len(self.index)
 
     def local(self, offset: int, length: int, n_prompt: int) -> slice | torch.Tensor | None:
-        """Find these positions in a tensor that holds `length` positions starting at `offset`.
-
-        Args:
-            offset: absolute position of the tensor's first row.
-            length: how many positions the tensor holds.
-            n_prompt: positions of the prompt; from there on decoding added them.
-
-        Returns:
-            A slice or a list of rows, or None where none of the positions is in the tensor.
-        """
+        """Find these positions in a tensor that holds `length` positions starting at `offset`."""
         if offset >= n_prompt:
             return slice(0, length) if self.decode else None
         rows = [p - offset for p in self.index if offset <= p < offset + length]
@@ -91,20 +82,7 @@ class Positions:
 
 
 def resolve_positions(positions: Any, spans: SpanMap, *, what: str = "site") -> Positions:
-    """Turn a span, integers, role names or None into positions of this prompt.
-
-    Args:
-        positions: a `Span`, integers, role names joined by `|`, or None for every position.
-        spans: the `SpanMap` of the input.
-        what: what the positions belong to, for the error's text.
-
-    Returns:
-        The resolved positions.
-
-    Raises:
-        InterventionError: a position lies outside the input, or none was named.
-        InputError: an unknown role.
-    """
+    """Turn a span, integers, role names or None into positions of this prompt."""
     n = len(spans)
     if positions is None:
         return Positions(tuple(range(n)), decode=True, everything=True)
@@ -211,15 +189,7 @@ class Site:
 
 
 def check_layers(layers: Iterable[int], spec: Spec) -> None:
-    """Refuse layers that the model does not have.
-
-    Args:
-        layers: the layers asked for.
-        spec: the model's sizes.
-
-    Raises:
-        InterventionError: a layer is negative or past the end.
-    """
+    """Refuse layers that the model does not have."""
     for layer in layers:
         if not 0 <= layer < spec.n_layers:
             where = "past the end" if layer >= spec.n_layers else "negative"
@@ -229,17 +199,7 @@ def check_layers(layers: Iterable[int], spec: Spec) -> None:
 
 
 def check_heads(heads: tuple[int, ...] | None, known: int, spec: Spec, component: str) -> None:
-    """Refuse heads that the component does not have; with grouped queries say which heads it is kept for.
-
-    Args:
-        heads: the heads asked for, or None for all.
-        known: how many heads the component has.
-        spec: the model's sizes.
-        component: the component's name.
-
-    Raises:
-        InterventionError: a head is out of range.
-    """
+    """Refuse heads that the component does not have; with grouped queries say which heads it is kept for."""
     for head in heads or ():
         if not 0 <= head < known:
             text = f"head {head} of {component} is out of range: it has {known} heads, 0 to {known - 1}."

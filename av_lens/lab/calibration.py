@@ -27,17 +27,7 @@ _NAMED = (*SUPPRESSORS, "undetermined")
 
 
 def planted_truth(name: str = "av-tiny-planted") -> dict[tuple[int, int], str]:
-    """Read which heads of a shipped model were planted.
-
-    Args:
-        name: the model's short name.
-
-    Returns:
-        (layer, head) to the kind of plant, free riders left out.
-
-    Raises:
-        InputError: if the model ships no truth.
-    """
+    """Read which heads of a shipped model were planted."""
     path = shipped() / name / TRUTH
     if not path.is_file():
         raise InputError(f"{name} ships no {TRUTH}, so there is no truth to calibrate against.")
@@ -45,11 +35,7 @@ def planted_truth(name: str = "av-tiny-planted") -> dict[tuple[int, int], str]:
 
 
 def read_truth(content: Mapping[str, Any]) -> dict[tuple[int, int], str]:
-    """Bring a truth file's content to (layer, head) and kind, free riders left out.
-
-    Raises:
-        InputError: if it lists no head.
-    """
+    """Bring a truth file's content to (layer, head) and kind, free riders left out."""
     kinds = dict(truth_of(content).kinds)
     if not kinds:
         raise InputError("the truth file lists no planted head under 'heads'.")
@@ -67,20 +53,7 @@ def best_releases(found: Isolation, site: str) -> Any:
 def calibrate(
     found: Isolation, truth: Mapping[tuple[int, int], str], *, model: str = "av-tiny-planted", site: str = "suffix"
 ) -> Calibration:
-    """Compare what was found with what was planted.
-
-    Args:
-        found: the isolation of the planted model.
-        truth: (layer, head) to kind.
-        model: its name.
-        site: the site set whose releases are ranked.
-
-    Returns:
-        The comparison, ready for the report.
-
-    Raises:
-        InputError: if the isolation measured no release at that site.
-    """
+    """Compare what was found with what was planted."""
     best = best_releases(found, site)
     if not len(best):
         why = " ".join(found.reasons) or found.verdict

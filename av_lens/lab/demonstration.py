@@ -63,20 +63,7 @@ def run_demo(
     quick: bool = True,
     progress: Progress | None = None,
 ) -> Demonstration:
-    """Calibrate on planted heads, isolate the suppressors of av-tiny, and write the report.
-
-    Args:
-        out: the folder to write; parts that an earlier run finished under the same settings are kept.
-        conflicts: how many conflicts of sound and picture: 132 are all ordered pairs of the world's twelve things. An
-            isolation needs 40, and 120 for a verdict, of those whose sound is heard and whose picture is seen alone.
-        seed: draws the clips, deals the halves, draws the bootstrap and the random sets.
-        calibrate_on: how many of them, the first, the planted model is tested on: fewer, for time.
-        quick: leave out robustness and pairs of heads (the report says so); False runs the whole protocol.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        The findings and the report's path.
-    """
+    """Calibrate on planted heads, isolate the suppressors of av-tiny, and write the report."""
     out = Path(out)
     settings = {"conflicts": conflicts, "calibrate_on": calibrate_on, "seed": seed, "quick": quick}
     parts = Parts(out, {**settings, "version": __version__, "weights": _weights()})

@@ -27,24 +27,7 @@ def isolate_into(
     most_clips: int = 12,
     **options: Any,
 ) -> tuple[Isolation, Path]:
-    """Isolate, and write the page, the figures and the numbers.
-
-    Args:
-        out: the folder to write; a run that was stopped goes on from what it holds.
-        model: a `HookedAVLLM`.
-        conflicts: what it is tested on.
-        name: the model's name, for the caveats of an organism.
-        limit: use only the first so many conflicts; None uses all.
-        progress: called as `progress(stage, done, total)`.
-        most_clips: how many conflicts the page plays.
-        **options: passed to `isolate`, such as `seed=`, `gate=` and `budget=`.
-
-    Returns:
-        The record, and the page's path.
-
-    Raises:
-        InputError: a limit below 1.
-    """
+    """Isolate, and write the page, the figures and the numbers."""
     if limit is not None and limit < 1:
         raise InputError(f"the limit is {limit} conflicts; give at least 1 (40 for an isolation), or none.")
     conflicts = conflicts[:limit]

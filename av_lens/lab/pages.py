@@ -41,11 +41,7 @@ class FilledPage:
         return f"<!-- {self.mark} -->\n\n<!-- /{self.mark} -->"
 
     def around(self, folder: Path) -> tuple[str, str, str]:
-        """Read what stands before, in and after the part, the comments with the ends.
-
-        Raises:
-            InputError: no such page, or one without the comments.
-        """
+        """Read what stands before, in and after the part, the comments with the ends."""
         page, opened, closed = folder / self.name, f"<!-- {self.mark} -->\n", f"\n<!-- /{self.mark} -->"
         text = page.read_text("utf-8") if page.exists() else ""
         head, begun, rest = text.partition(opened)
@@ -55,11 +51,7 @@ class FilledPage:
         return head + opened, shown[1:], closed + tail
 
     def store(self, folder: str | Path, record: str, shown: str, *, beside: Mapping[str, str] | None = None) -> Path:
-        """Fill the part, and write the record and what else stands beside the page: all of it, or nothing.
-
-        Raises:
-            InputError: no such page, or one without the comments.
-        """
+        """Fill the part, and write the record and what else stands beside the page: all of it, or nothing."""
         head, _, tail = self.around(Path(folder))
         for name, content in {self.record: record, **(beside or {})}.items():
             write_whole(Path(folder) / name, content)

@@ -41,15 +41,7 @@ class Parts:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def ensure(self, name: str, work: Callable[[Path], object]) -> Path:
-        """Do a part, unless it is done.
-
-        Args:
-            name: the part's folder.
-            work: writes the part into the empty folder that it is given.
-
-        Returns:
-            The part's folder.
-        """
+        """Do a part, unless it is done."""
         place = self.folder / name
         if place.is_dir() and self._ledger().get(name) == self.key:
             return place

@@ -53,21 +53,7 @@ def run_seeds(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Isolate every model on two sets of conflicts that share no clip.
-
-    Args:
-        models: short names, or folders of models trained from other seeds.
-        out: the folder to write; what it holds is not measured again.
-        conflicts: how many in each of the two sets; 120 for a verdict.
-        seed: draws the first set and deals its halves; the second set is the next seed's.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        The settings and an entry for each model, in the order asked for.
-
-    Raises:
-        InputError: no model, or two of one name.
-    """
+    """Isolate every model on two sets of conflicts that share no clip."""
     labels = [Path(name).name for name in models]
     if not labels or len(set(labels)) < len(labels):
         raise InputError(f"models are {', '.join(labels) or 'none'}: name at least one, and none twice.")

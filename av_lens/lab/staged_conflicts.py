@@ -27,21 +27,7 @@ FPS = 8.0
 def stage(
     folder: str | Path, *, conflicts: int, seed: int, split: str = "discovery", progress: Progress | None = None
 ) -> Path:
-    """Write the clips of some conflicts, and the manifest that names them.
-
-    Args:
-        folder: where to; made if it is not there.
-        conflicts: how many.
-        seed: draws the pairs of classes and the clips.
-        split: the part of the world.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        The manifest's path, `folder/pairs.jsonl`.
-
-    Raises:
-        InputError: if fewer than one conflict is asked for.
-    """
+    """Write the clips of some conflicts, and the manifest that names them."""
     if conflicts < 1:
         raise InputError(f"{conflicts} conflicts were asked for; at least 1 is needed, and 40 for an isolation.")
     folder, tell = make_folder(Path(folder)), progress or silent

@@ -136,9 +136,6 @@ def stage_windows(recording: str | Path, folder: Path, *, n: int, seconds: float
     """Cut conflicts from disjoint windows of a recording, each source with a synthesised sound.
 
     A window serves several conflicts, with another sound each time, so that no two conflicts share a file.
-
-    Raises:
-        InputError: a recording that is not there, or too short for two windows.
     """
     if not Path(recording).is_file():
         raise InputError(f"the recording {recording} is not there: name a video file of at least {2 * seconds:g} s.")
@@ -177,26 +174,7 @@ def run_at_true_shapes(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Search a model of true shapes whole, and time its towers at full depth.
-
-    Args:
-        recording: a video.
-        out: the folder for the clips, the finding and the record (`true_shapes.json`).
-        size: "3B" or "7B".
-        n: how many conflicts; 40 are the least that can be dealt.
-        n_layers: fusion layers.
-        tower_layers: layers of each tower.
-        quick: leave out robustness and pairs of heads.
-        seed: decides weights, windows and sounds.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        Seconds and operations by stage, peak memory, positions, the finding's stamps and verdict, and the towers'
-        seconds at full depth.
-
-    Raises:
-        InputError: an unknown size, or no such recording.
-    """
+    """Search a model of true shapes whole, and time its towers at full depth."""
     if size not in SIZES:
         raise InputError(unknown("size", size, SIZES))
     sizes = SIZES[size]

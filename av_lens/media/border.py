@@ -53,15 +53,7 @@ class Budget:
     used: int = 0
 
     def take(self, n_bytes: float, what: str) -> None:
-        """Book `n_bytes`, or refuse.
-
-        Args:
-            n_bytes: how many bytes are about to be allocated.
-            what: what for, for the message.
-
-        Raises:
-            MediaBudgetError: `max_bytes` would be passed.
-        """
+        """Book `n_bytes`, or refuse."""
         if self.used + n_bytes > self.max_bytes:
             raise MediaBudgetError(
                 f"{self.path}: {what} would take {_amount(self.used + n_bytes)} decoded, over the budget of "
@@ -83,18 +75,7 @@ def foreign_errors() -> tuple[type[BaseException], ...]:
 
 @contextmanager
 def border(path: str, doing: str) -> Generator[None]:
-    """Let only `AvLensError` out.
-
-    Args:
-        path: the file, for the message.
-        doing: what was being done, such as "decode".
-
-    Yields:
-        Nothing.
-
-    Raises:
-        MediaError: anything failed inside.
-    """
+    """Let only `AvLensError` out."""
     try:
         yield
     except AvLensError:
@@ -107,30 +88,13 @@ def border(path: str, doing: str) -> Generator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """Name an exception in a few words.
-
-    Args:
-        error: what was raised.
-
-    Returns:
-        Its kind and its text, without the repeated path.
-    """
+    """Name an exception in a few words."""
     text = getattr(error, "strerror", None) or str(error) or "no further text"
     return f"{text} ({type(error).__name__})"
 
 
 def regular_file(path: str | os.PathLike[str]) -> tuple[str, int]:
-    """Check what can be checked of a path without reading it.
-
-    Args:
-        path: where the file should be.
-
-    Returns:
-        The path as text, and the file's size in bytes.
-
-    Raises:
-        MediaError: nothing is there, or a directory, a device, or an empty file is.
-    """
+    """Check what can be checked of a path without reading it."""
     if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise MediaError(_no_path(path))
     try:
@@ -166,17 +130,7 @@ def _no_path(given: object) -> str:
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """Hash what a file holds; a file of the same size and time as when it was hashed is not read again.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The sha256 in hex.
-
-    Raises:
-        OSError: it is gone, or cannot be read.
-    """
+    """Hash what a file holds; a file of the same size and time as when it was hashed is not read again."""
     found = os.stat(path)
     return _hashed(os.path.abspath(path), found.st_size, found.st_mtime_ns)
 
@@ -190,17 +144,7 @@ def _hashed(path: str, size: int, modified_ns: int) -> str:
 
 @contextmanager
 def opened(path: str) -> Generator[Any]:
-    """Open a media file for reading, silently and with limits.
-
-    Args:
-        path: a regular file.
-
-    Yields:
-        PyAV's input container.
-
-    Raises:
-        MediaError: libav finds no medium in it.
-    """
+    """Open a media file for reading, silently and with limits."""
     import av
 
     options = {"max_pixels": str(MAX_PIXELS)}
@@ -223,12 +167,5 @@ def opened(path: str) -> Generator[Any]:
 
 
 def is_image_format(name: str) -> bool:
-    """Whether a container's name means still images.
-
-    Args:
-        name: libav's name of the format, such as "png_pipe".
-
-    Returns:
-        True for still images.
-    """
+    """Whether a container's name means still images."""
     return name in _IMAGE_FORMATS or name.endswith("_pipe")

@@ -41,23 +41,7 @@ def mp4_bytes(
     crf: float,
     max_side: int | None = None,
 ) -> bytes:
-    """Encode a picture and a sound, either or both, as one mp4.
-
-    Args:
-        frames: uint8 [time, height, width, 3], or None.
-        times: seconds [time].
-        waveform: float32 [sample], or None.
-        rate: its rate in Hz.
-        picture_end: when the last frame's display ends, in seconds.
-        crf: x264's quality: 0 lossless in YUV, 17 visually clean, 23 small.
-        max_side: scale the picture down so that no side is longer (for previews), or None.
-
-    Returns:
-        The file's bytes.
-
-    Raises:
-        MediaError: libav cannot encode them.
-    """
+    """Encode a picture and a sound, either or both, as one mp4."""
     import av
 
     sink = io.BytesIO()
@@ -157,14 +141,7 @@ def _sound_packets(container: Any, waveform: np.ndarray, rate: int) -> Iterator[
 
 
 def time_base(seconds: list[float]) -> Fraction:
-    """Find a time base in which all times are whole numbers, or microseconds where there is none.
-
-    Args:
-        seconds: the times.
-
-    Returns:
-        The length of a tick in seconds.
-    """
+    """Find a time base in which all times are whole numbers, or microseconds where there is none."""
     scale = 1
     for t in seconds:
         near = Fraction(t).limit_denominator(90_000)
@@ -175,15 +152,7 @@ def time_base(seconds: list[float]) -> Fraction:
 
 
 def wav_bytes(waveform: Float32[np.ndarray, " sample"], *, rate: int) -> bytes:
-    """Encode a sound as a float32 wav, which loses nothing.
-
-    Args:
-        waveform: float32 [sample].
-        rate: its rate in Hz.
-
-    Returns:
-        The file's bytes.
-    """
+    """Encode a sound as a float32 wav, which loses nothing."""
     from scipy.io import wavfile
 
     sink = io.BytesIO()
@@ -192,14 +161,7 @@ def wav_bytes(waveform: Float32[np.ndarray, " sample"], *, rate: int) -> bytes:
 
 
 def png_bytes(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
-    """Encode one picture as a png, which loses nothing.
-
-    Args:
-        picture: uint8 [height, width, 3].
-
-    Returns:
-        The file's bytes.
-    """
+    """Encode one picture as a png, which loses nothing."""
     from PIL import Image
 
     sink = io.BytesIO()
@@ -208,18 +170,7 @@ def png_bytes(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
 
 
 def check_suffix(path: str, suffix: str, *, picture: bool, sound: bool, frames: int) -> None:
-    """Refuse a kind of file that we do not write, or that would lose a stream.
-
-    Args:
-        path: where to, for the message.
-        suffix: its suffix, in lower case.
-        picture: whether there are frames.
-        sound: whether there is a sound.
-        frames: how many frames.
-
-    Raises:
-        MediaError: the suffix is unknown, or the clip does not fit.
-    """
+    """Refuse a kind of file that we do not write, or that would lose a stream."""
     if suffix not in SUFFIXES:
         raise MediaError(f"cannot save a clip as {path!r}: " + unknown("suffix", suffix, SUFFIXES))
     if suffix == ".wav" and (picture or not sound):

@@ -13,14 +13,7 @@ _PREVIEW_SIDE = 480
 
 
 def player(clip: Any) -> str:
-    """Draw a clip as HTML that needs no network.
-
-    Args:
-        clip: a `Clip`.
-
-    Returns:
-        A `<figure>` with a video, audio or image element and a caption.
-    """
+    """Draw a clip as HTML that needs no network."""
     shown = clip if clip.duration <= _PREVIEW_SECONDS else clip.trimmed(0.0, _PREVIEW_SECONDS)
     if not clip.has_picture:
         element = f'<audio controls src="{data_uri("audio/mp4", shown.to_mp4_bytes())}"></audio>'

@@ -57,17 +57,7 @@ class Entry:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
-    """Read and check a manifest; nothing is decoded.
-
-    Args:
-        path: a jsonl file.
-
-    Returns:
-        One entry per line.
-
-    Raises:
-        ManifestError: listing every fault of every line.
-    """
+    """Read and check a manifest; nothing is decoded."""
     manifest = Path(path)
     try:
         lines = manifest.read_bytes().decode("utf-8-sig").split("\n")
@@ -163,14 +153,7 @@ def _repeated(row: dict[str, Any], number: int, first_line: dict[str, int]) -> I
 
 
 def answers_fault(answers: Sequence[str | int | Sequence[Any]]) -> str | None:
-    """Say what is wrong with two rival answers as far as it shows without a model.
-
-    Args:
-        answers: the sound's answer, then the picture's.
-
-    Returns:
-        The fault, or None.
-    """
+    """Say what is wrong with two rival answers as far as it shows without a model."""
     if len(answers) != 2:
         return f"answers are two, the sound's and the picture's; found {len(answers)}"
     synonyms = [[answer] if isinstance(answer, str | int) else list(answer) for answer in answers]

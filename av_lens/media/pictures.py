@@ -37,16 +37,7 @@ class Pictures:
     def __init__(
         self, stream: Any, *, facts: MediaFacts, start: float, end: float | None, fps: float | None, budget: Budget
     ):
-        """Prepare for a stream.
-
-        Args:
-            stream: PyAV's video stream.
-            facts: what the file's header says.
-            start: the window's start in seconds of the file's clock.
-            end: its end, or None.
-            fps: frames per second wanted, or None for all.
-            budget: what may be decoded.
-        """
+        """Prepare for a stream."""
         from av.video.reformatter import Interpolation, VideoReformatter
 
         self.facts, self.start, self.budget = facts, Fraction(str(start)), budget
@@ -78,11 +69,7 @@ class Pictures:
         self._scarce = self._transparent = False
 
     def add(self, frame: Any) -> None:
-        """Take the next frame.
-
-        Args:
-            frame: PyAV's frame.
-        """
+        """Take the next frame."""
         time = self._time(frame)
         if self._last is not None and time <= self._last:
             if time < self._last and not self.restart:
@@ -186,11 +173,7 @@ class Pictures:
             self.notes.append(note)
 
     def finish(self) -> tuple[np.ndarray | None, np.ndarray]:
-        """Close the window.
-
-        Returns:
-            Frames uint8 [time, height, width, 3], or None, and their times from the window's start.
-        """
+        """Close the window."""
         if self._held is not None and self.step is not None:
             stop = Fraction(self.last_end) if self.end is None else min(self.end, Fraction(self.last_end))
             self._settle(math.ceil((stop - _SLACK - self.start) / self.step))

@@ -28,15 +28,7 @@ _FARTHEST = 1 << 42
 
 
 def shortfall(path: str, name: str) -> str:
-    """Say what a file promises and lacks.
-
-    Args:
-        path: the file.
-        name: libav's name of its format.
-
-    Returns:
-        A clause, or "" where nothing is missing or nothing is promised (a recording that was streamed).
-    """
+    """Say what a file promises and lacks."""
     with open(path, "rb") as source:
         size, end = os.fstat(source.fileno()).st_size, _end(source, name)
     if math.isinf(end):
@@ -45,15 +37,7 @@ def shortfall(path: str, name: str) -> str:
 
 
 def left_behind(path: str, name: str) -> list[str]:
-    """Say what a file holds that FFmpeg passes over.
-
-    Args:
-        path: the file.
-        name: libav's name of its format.
-
-    Returns:
-        Clauses for the clip's notes.
-    """
+    """Say what a file holds that FFmpeg passes over."""
     notes: list[str] = []
     with open(path, "rb") as source:
         if name == "ogg" and not any(flags & 4 for flags, _ in _pages(source)):
@@ -68,14 +52,7 @@ def left_behind(path: str, name: str) -> list[str]:
 
 
 def is_chained(path: str) -> bool:
-    """Whether an Ogg file holds several streams one after the other, each with a clock of its own.
-
-    Args:
-        path: the file.
-
-    Returns:
-        True where a first page follows a later one.
-    """
+    """Whether an Ogg file holds several streams one after the other, each with a clock of its own."""
     with open(path, "rb") as source:
         begun = False
         for flags, _ in _pages(source):
@@ -86,28 +63,14 @@ def is_chained(path: str) -> bool:
 
 
 def is_animated_webp(path: str) -> bool:
-    """Whether a file is a WebP that moves, which FFmpeg does not decode.
-
-    Args:
-        path: the file.
-
-    Returns:
-        True where its header says so.
-    """
+    """Whether a file is a WebP that moves, which FFmpeg does not decode."""
     with open(path, "rb") as source:
         head = _read(source, 0, 21)
     return head[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
 
 
 def counts_its_frames(path: str) -> bool:
-    """Whether an MP3 says how long it is: only then is FFmpeg's duration more than a guess from its bit rate.
-
-    Args:
-        path: the file.
-
-    Returns:
-        True where it begins with a count (Xing, Info or VBRI) that reaches to its end.
-    """
+    """Whether an MP3 says how long it is: only then is FFmpeg's duration more than a guess from its bit rate."""
     with open(path, "rb") as source:
         size, (counted, end) = os.fstat(source.fileno()).st_size, _mp3_count(source)
     return counted and (not end or size - end <= max(_TAGS_AT_END, size // 20))

@@ -19,16 +19,7 @@ _MAX_TAPS = 1 << 22
 
 
 def resample(waveform: Float32[np.ndarray, " sample"], orig: int, new: int) -> Float32[np.ndarray, " resampled"]:
-    """Resample so that sample 0 keeps its time.
-
-    Args:
-        waveform: float32 [sample] at `orig` Hz.
-        orig: its rate in Hz.
-        new: the wanted rate in Hz.
-
-    Returns:
-        float32 [ceil(sample * new / orig)] at `new` Hz.
-    """
+    """Resample so that sample 0 keeps its time."""
     if orig == new:
         return waveform
     shared = math.gcd(orig, new)

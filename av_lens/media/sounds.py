@@ -31,14 +31,7 @@ class Sounds:
     """
 
     def __init__(self, facts: MediaFacts, *, start: float, end: float | None, budget: Budget):
-        """Prepare for a stream.
-
-        Args:
-            facts: what the file's header says.
-            start: the window's start in seconds of the file's clock.
-            end: its end, or None.
-            budget: what may be decoded.
-        """
+        """Prepare for a stream."""
         self.path, self.facts, self.start, self.budget = facts.path, facts, start, budget
         self.end = math.inf if end is None else end
         self.rate = 0
@@ -65,14 +58,7 @@ class Sounds:
         return 0.0 if self.first_time is None else self.first_time + self._count / self.rate
 
     def add(self, frame: Any) -> None:
-        """Take the next frame.
-
-        Args:
-            frame: PyAV's frame.
-
-        Raises:
-            MediaError: the rate is absurd or changes, or a hole is longer than ten minutes.
-        """
+        """Take the next frame."""
         rate = frame.sample_rate
         if not self.rate:
             if not _RATES[0] <= rate <= _RATES[1]:
@@ -142,17 +128,7 @@ class Sounds:
         self._count += len(mono)
 
     def finish(self, sound_rate: int) -> np.ndarray | None:
-        """Close the window and resample.
-
-        Args:
-            sound_rate: the wanted rate in Hz.
-
-        Returns:
-            float32 [sample] in [-1, 1] from the window's start, or None where there is no sound in it.
-
-        Raises:
-            MediaError: the samples are not finite, or the sound starts over ten minutes late.
-        """
+        """Close the window and resample."""
         if self.first_time is None or not self._count:
             return None
         sound = np.concatenate(self._pieces)

@@ -159,18 +159,7 @@ def _by_source(
 
 
 def linear_answers(metric: Metric, batch: int) -> tuple[Tensor, Tensor]:
-    """Find the two tokens whose logits are compared.
-
-    Args:
-        metric: a bound metric.
-        batch: examples in the input.
-
-    Returns:
-        Two token ids for each example.
-
-    Raises:
-        InputError: the metric is not a difference of two single logits.
-    """
+    """Find the two tokens whose logits are compared."""
     if metric.kind != "logit_diff" or metric.ids is None or any(ids.shape[1:] != (1, 1) for ids in metric.ids):
         raise InputError(
             f"{metric.name} is not linear in the logits, so no shares sum to it. Use logit_diff(a, b) with two answers "
@@ -181,16 +170,7 @@ def linear_answers(metric: Metric, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def written_parts(model: Any, out: Run, by: str) -> dict[str, Float[Tensor, "batch d_model"]]:
-    """Decompose the stream at the generation position.
-
-    Args:
-        model: the model.
-        out: a run that kept embed, z, attn_out and mlp_out at the generation position.
-        by: "head", "layer", "component" or "neuron".
-
-    Returns:
-        What each part wrote, in float64; they sum to the stream that enters the final norm.
-    """
+    """Decompose the stream at the generation position."""
     parts = {"embed": out.cache[hook_name("embed")][:, 0].double()}
     weights = model.W_O
     for layer in range(model.spec.n_layers):

@@ -81,29 +81,11 @@ class Streams(Brief):
     model: str
 
     def label(self, conflict: int, cell: str, target: str) -> str:
-        """Say what is heard or seen in a cell.
-
-        Args:
-            conflict: its number.
-            cell: the cell.
-            target: "sound" or "picture".
-
-        Returns:
-            The class.
-        """
+        """Say what is heard or seen in a cell."""
         return self.labels[conflict]["av".index(CELLS[cell][TARGETS[target]] or "")]
 
     def source(self, conflict: int, cell: str, target: str) -> str:
-        """Say which clip the target comes from.
-
-        Args:
-            conflict: its number.
-            cell: the cell.
-            target: "sound" or "picture".
-
-        Returns:
-            The clip's key.
-        """
+        """Say which clip the target comes from."""
         member = self.members[conflict]
         return member.sound_clip if CELLS[cell][TARGETS[target]] == "a" else member.picture_clip
 

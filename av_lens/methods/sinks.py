@@ -286,13 +286,6 @@ def _dimensions_frame(rows: list[tuple[int, int, float, float]]) -> pd.DataFrame
 
 
 def carried(stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-    """Say how much of the stream each dimension carries: |x_d| / rms(x).
-
-    Args:
-        stream: the residual stream.
-
-    Returns:
-        Numbers whose squares average 1 over dimensions.
-    """
+    """Say how much of the stream each dimension carries: |x_d| / rms(x)."""
     wide = stream.detach().float()
     return wide.abs() / wide.pow(2).mean(-1, keepdim=True).sqrt()

@@ -145,17 +145,7 @@ def reweighed(heads: Mapping[str | tuple[int, int], float | int], *, at: Any = "
 
 
 def head_named(name: str) -> tuple[int, int]:
-    """Read a head's name.
-
-    Args:
-        name: such as "L4H2".
-
-    Returns:
-        Layer and head.
-
-    Raises:
-        InputError: another kind of name.
-    """
+    """Read a head's name."""
     found = _HEAD.fullmatch(name.strip().replace(" ", ""))
     if found is None:
         raise InputError(f"{name!r} names no head; write layer and head, such as 'L4H2'.")
@@ -204,36 +194,12 @@ def mean_difference(
 
 
 def strengthened(plan: Plan, strength: float | int) -> Plan:
-    """Make a push weaker or stronger.
-
-    Args:
-        plan: edits that add, scale or zero.
-        strength: 0 changes nothing, 1 is the plan as written.
-
-    Returns:
-        The plan of that strength.
-
-    Raises:
-        InterventionError: the plan is empty, or holds an edit that has no strength.
-    """
+    """Make a push weaker or stronger."""
     return Plan([_strengthened(edit, float(strength)) for edit in _pushes(plan)])
 
 
 def random_push(model: Any, plan: Plan, *, seed: int, draw: int = 0) -> Plan | None:
-    """Draw a push of equal size: other heads of the same or the next layers, or other directions of the same norm.
-
-    Args:
-        model: a `HookedAVLLM`.
-        plan: the push that it is held against.
-        seed: of the drawing.
-        draw: which one.
-
-    Returns:
-        The plan; None where there is no such push: neither heads nor a vector, or no other heads.
-
-    Raises:
-        InterventionError: the plan is no push.
-    """
+    """Draw a push of equal size: other heads of the same or the next layers, or other directions of the same norm."""
     rng = np.random.default_rng([seed, draw])
     pushes = list(_pushes(plan))
     taken = {(e.site.component, e.site.layer, h) for e in pushes for h in e.site.heads or ()}

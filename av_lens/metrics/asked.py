@@ -35,46 +35,19 @@ Asked = str | int | Answer | Sequence[str | int] | Each
 
 
 def shown(asked: Asked) -> str:
-    """Write what was asked in a few words.
-
-    Args:
-        asked: an answer, synonyms, or one answer for each example.
-
-    Returns:
-        The text.
-    """
+    """Write what was asked in a few words."""
     if isinstance(asked, Each):
         return f"{len(asked.answers)} answers"
     return asked.text if isinstance(asked, Answer) else str(asked)
 
 
 def spread(side: tuple[AnswerLike | Answer, ...], n: int) -> tuple[AnswerLike | Answer, ...]:
-    """Repeat a shared answer for every example.
-
-    Args:
-        side: one answer, or one for each example.
-        n: examples.
-
-    Returns:
-        One answer for each example.
-    """
+    """Repeat a shared answer for every example."""
     return side * n if len(side) == 1 else side
 
 
 def resolved(tokenizer: Any, answer: AnswerLike | Answer, form: str | None = None) -> Answer:
-    """Find an answer's tokens.
-
-    Args:
-        tokenizer: the model's; None if all answers are token ids.
-        answer: the answer.
-        form: the form in which words are read.
-
-    Returns:
-        The resolved answer.
-
-    Raises:
-        InputError: text without a tokenizer.
-    """
+    """Find an answer's tokens."""
     if isinstance(answer, Answer) or tokenizer is not None:
         return resolve(tokenizer, answer, form)
     named, words = synonyms_of(answer), words_of(answer)
@@ -86,20 +59,7 @@ def resolved(tokenizer: Any, answer: AnswerLike | Answer, form: str | None = Non
 def paired(
     tokenizer: Any, a: AnswerLike | Answer, b: AnswerLike | Answer, form: str | None = None
 ) -> tuple[Answer, Answer]:
-    """Find the tokens of two answers that are to be told apart.
-
-    Args:
-        tokenizer: the model's; None if all answers are token ids.
-        a: one answer.
-        b: its rival.
-        form: the form in which words are read.
-
-    Returns:
-        Both, resolved.
-
-    Raises:
-        InputError: they cannot be told apart.
-    """
+    """Find the tokens of two answers that are to be told apart."""
     if tokenizer is None:
         return answer_pair(_NoWords(), resolved(None, a), resolved(None, b))
     return answer_pair(tokenizer, a, b, form)
@@ -113,29 +73,13 @@ class _NoWords:
 
 
 def asked_words(sides: Sequence[Sequence[AnswerLike | Answer]], n: int) -> list[list[str]]:
-    """List the words that are asked of each example.
-
-    Args:
-        sides: answers, one for all examples or one for each.
-        n: examples.
-
-    Returns:
-        The words.
-    """
+    """List the words that are asked of each example."""
     spread_out = [spread(tuple(side), n) for side in sides]
     return [[word for side in spread_out for word in words_of(side[i])] for i in range(n)]
 
 
 def notes_on(answers: list[list[Answer]], tokenizer: Any = None) -> tuple[str, ...]:
-    """Say what a reader of the numbers must know about the answers.
-
-    Args:
-        answers: each side's answers, one for each example.
-        tokenizer: the model's, which knows the pieces of a word.
-
-    Returns:
-        Sentences; none where every answer is one token.
-    """
+    """Say what a reader of the numbers must know about the answers."""
     flat = [answer for side in answers for answer in side]
     if all(answer.single for answer in flat):
         return ()

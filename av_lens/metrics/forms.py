@@ -58,11 +58,7 @@ class Forms:
     at_most: tuple[str, ...] = ()
 
     def provenance(self) -> dict[str, Any]:
-        """Say what was chosen.
-
-        Returns:
-            Plain data.
-        """
+        """Say what was chosen."""
         return {
             "answer_form": self.chosen,
             "form_probabilities": dict(self.median),
@@ -84,14 +80,7 @@ class Doubt:
     probability: tuple[float, float]
 
     def sentence(self, tokenizer: Any) -> str:
-        """Say what is wrong, and what to do.
-
-        Args:
-            tokenizer: the model's.
-
-        Returns:
-            A sentence.
-        """
+        """Say what is wrong, and what to do."""
         here, there = (in_form(self.word, form) for form in (self.chosen, self.said))
         ids = {form: spelled(tokenizer, ids) for form, ids in forms_of(tokenizer, self.word).items()}
         return (
@@ -123,19 +112,7 @@ class Reading:
 
     @classmethod
     def of(cls, model: Any, given: Sequence[Given], asked: Sequence[Iterable[str]]) -> Reading:
-        """Run the inputs, and look up the first token of every form.
-
-        Args:
-            model: a `HookedAVLLM`.
-            given: the unedited inputs, or their recorded runs.
-            asked: the words of each example.
-
-        Returns:
-            The reading.
-
-        Raises:
-            InputError: a word that the tokenizer or the organism does not know.
-        """
+        """Run the inputs, and look up the first token of every form."""
         rows = [(example, word) for example, words in enumerate(asked) for word in dict.fromkeys(words)]
         ids = {word: known_forms(model, word) for word in dict.fromkeys(word for _, word in rows)}
         blocks, places = _blocks(model, given)
@@ -145,25 +122,13 @@ class Reading:
         return found
 
     def forms(self) -> Forms:
-        """Choose the form of the largest median probability.
-
-        Returns:
-            The choice.
-        """
+        """Choose the form of the largest median probability."""
         medians, best, exact = self._likeliest(range(len(self.rows)), lambda medians, best: True)
         at_most = tuple(form for i, form in enumerate(FORMS) if not exact[:, i].all())
         return Forms(FORMS[best], dict(zip(FORMS, medians.tolist(), strict=True)), at_most)
 
     def doubt(self, rows: Sequence[int], forms: Forms) -> Doubt | None:
-        """Say whether a word is said in another form than the chosen one.
-
-        Args:
-            rows: numbers of rows of one word; the medians over them are judged.
-            forms: the choice.
-
-        Returns:
-            The doubt, or None.
-        """
+        """Say whether a word is said in another form than the chosen one."""
         own = FORMS.index(forms.chosen)
 
         def rare(medians: np.ndarray, other: int) -> bool:
@@ -188,11 +153,7 @@ class Reading:
             self._run([n for n, whole in zip(rows, exact[:, best], strict=True) if not whole], FORMS[best])
 
     def by_word(self) -> list[list[int]]:
-        """Group the rows by word.
-
-        Returns:
-            Numbers of rows.
-        """
+        """Group the rows by word."""
         return [[n for n, (_, word) in enumerate(self.rows) if word == one] for one in self.ids]
 
     def _input(self, number: int) -> Any:
@@ -241,19 +202,7 @@ class Reading:
 
 
 def read_forms(model: Any, given: Sequence[Given], asked: Sequence[Iterable[str]]) -> Forms | None:
-    """Choose the form in which the words of a call are read.
-
-    Args:
-        model: a `HookedAVLLM`.
-        given: the unedited inputs, or their recorded runs.
-        asked: the words of each example.
-
-    Returns:
-        The choice; None where no word is asked.
-
-    Raises:
-        InputError: a word that is not known, or one that is said in another form than the others.
-    """
+    """Choose the form in which the words of a call are read."""
     if not any(True for words in asked for _ in words):
         return None
     reading = Reading.of(model, given, asked)
@@ -266,17 +215,7 @@ def read_forms(model: Any, given: Sequence[Given], asked: Sequence[Iterable[str]
 
 
 def unedited(x: Any) -> list[Given]:
-    """List the inputs by which a metric's words are read.
-
-    Args:
-        x: an input, a recorded run, a pair (whose clean input is read), or several.
-
-    Returns:
-        Inputs and recorded runs.
-
-    Raises:
-        InputError: something else.
-    """
+    """List the inputs by which a metric's words are read."""
     found = [one.clean if isinstance(one, Pair) else one for one in listed(x)]
     for one in found:
         if not isinstance(one, AVInputs | Recorded):
@@ -288,38 +227,14 @@ def unedited(x: Any) -> list[Given]:
 
 
 def read_sides(model: Any, given: Sequence[Given], sides: Sequence[Sequence[Any]]) -> Forms | None:
-    """Choose the form of a metric's words.
-
-    Args:
-        model: a `HookedAVLLM`, or None.
-        given: the unedited inputs, or their recorded runs.
-        sides: the metric's answers, one for all examples or one for each.
-
-    Returns:
-        The choice; None where no word is asked, or nothing is there to read it by.
-
-    Raises:
-        InputError: as `read_forms`.
-    """
+    """Choose the form of a metric's words."""
     if model is None or not given:
         return None
     return read_forms(model, given, asked_words(sides, sum(map(n_examples, given))))
 
 
 def said_answer(model: Any, given: Sequence[Given], answer: AnswerLike | Answer) -> tuple[Answer, Forms | None]:
-    """Find the tokens of one answer, read as the model says it after these inputs.
-
-    Args:
-        model: a `HookedAVLLM`.
-        given: the unedited inputs, or their recorded runs.
-        answer: the answer.
-
-    Returns:
-        The answer with its ids, and how its words are read.
-
-    Raises:
-        InputError: as `read_forms`.
-    """
+    """Find the tokens of one answer, read as the model says it after these inputs."""
     forms = read_forms(model, given, [words_of(answer)] * sum(map(n_examples, given)))
     return resolve(model.tokenizer, answer, None if forms is None else forms.chosen), forms
 
@@ -328,17 +243,6 @@ def known_forms(model: Any, word: str) -> dict[str, tuple[int, ...]]:
     """Find the tokens of each form of a word, and refuse one that is not known.
 
     An organism's tokenizer breaks a word that it was never taught, and a number would mean nothing.
-
-    Args:
-        model: a `HookedAVLLM`; only organisms have a grammar.
-        word: the word, or several.
-
-    Returns:
-        Form -> token ids, as `forms_of`.
-
-    Raises:
-        InputError: the tokenizer cannot write it, or the organism does not know it; the message shows its pieces and
-            the nearest word.
     """
     forms = forms_of(model.tokenizer, word)
     if model.grammar is None:
@@ -355,30 +259,12 @@ def known_forms(model: Any, word: str) -> dict[str, tuple[int, ...]]:
 
 
 def n_examples(given: Given) -> int:
-    """Count examples.
-
-    Args:
-        given: an input, a recorded run, or what makes one example when it is needed.
-
-    Returns:
-        How many.
-    """
+    """Count examples."""
     return len(given.x) if isinstance(given, Recorded) else len(given) if isinstance(given, AVInputs) else 1
 
 
 def followed(x: AVInputs, tokens: Tensor) -> AVInputs:
-    """Put all but the last token of an answer after a prompt.
-
-    Args:
-        x: the prompt.
-        tokens: `[batch, token]`.
-
-    Returns:
-        The longer input, whose logits from the asked position on are those before each token.
-
-    Raises:
-        InputError: the input has an answer already.
-    """
+    """Put all but the last token of an answer after a prompt."""
     if tokens.shape[1] == 1:
         return x
     if len(x.spans["generated"]):

@@ -176,17 +176,7 @@ class Metric(Brief):
         return any(int(ids.shape[-1]) > 1 for ids in self._bound())
 
     def __call__(self, logits: Float[Tensor, "batch asked_pos d_vocab"]) -> Float[Tensor, " batch"]:
-        """Read the metric from logits.
-
-        Args:
-            logits: at the asked positions, of which the last is the generation position.
-
-        Returns:
-            One number for each example.
-
-        Raises:
-            InputError: the answers have several tokens (use `measure`), strings are not bound, or shapes do not fit.
-        """
+        """Read the metric from logits."""
         if self.kind == "custom":
             return _own_result(self, logits)
         if self.reference is not None:

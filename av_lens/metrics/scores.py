@@ -17,14 +17,7 @@ from av_lens.inputs.answers import Answer
 
 
 def padded(answers: Sequence[Answer]) -> Int64[Tensor, "example option token"]:
-    """Bring answers to one tensor.
-
-    Args:
-        answers: one for each example, or a single one.
-
-    Returns:
-        Their token ids, -1 where there is none.
-    """
+    """Bring answers to one tensor."""
     options = max(len(answer.options) for answer in answers)
     tokens = max(answer.n_tokens for answer in answers)
     ids = torch.full((len(answers), options, tokens), -1, dtype=torch.long)
@@ -35,14 +28,7 @@ def padded(answers: Sequence[Answer]) -> Int64[Tensor, "example option token"]:
 
 
 def filled(tokens: Int64[Tensor, "example token"]) -> Int64[Tensor, "example token"]:
-    """Replace padding by the token before it, so that it can be run; what follows an answer does not change it.
-
-    Args:
-        tokens: one option's tokens.
-
-    Returns:
-        Tokens without -1.
-    """
+    """Replace padding by the token before it, so that it can be run; what follows an answer does not change it."""
     found = tokens.clone()
     for i in range(found.shape[1]):
         missing = found[:, i] < 0
@@ -53,16 +39,7 @@ def filled(tokens: Int64[Tensor, "example token"]) -> Int64[Tensor, "example tok
 def per_option(
     ids: Int64[Tensor, "example option token"], logits: Float[Tensor, "batch d_vocab"], kind: str
 ) -> Float[Tensor, "batch option"]:
-    """Score one-token options at the generation position.
-
-    Args:
-        ids: the options.
-        logits: at the generation position.
-        kind: the metric: "logit_diff" takes logits, "log_prob" and "prob" log-probabilities, "rank" ranks.
-
-    Returns:
-        Every option's score.
-    """
+    """Score one-token options at the generation position."""
     tokens = ids[..., 0].to(logits.device).expand(logits.shape[0], -1)
     if kind in ("log_prob", "prob"):
         logits = logits.log_softmax(-1)
@@ -76,15 +53,7 @@ def per_option(
 def summed_log_prob(
     tokens: Int64[Tensor, "batch token"], logits: Float[Tensor, "batch token d_vocab"]
 ) -> tuple[Float[Tensor, " batch"], Int64[Tensor, " batch"]]:
-    """Score one option of several tokens by teacher forcing.
-
-    Args:
-        tokens: its tokens.
-        logits: at the position before each.
-
-    Returns:
-        The summed log-probability, and the number of tokens.
-    """
+    """Score one option of several tokens by teacher forcing."""
     there = tokens >= 0
     each = logits.log_softmax(-1).gather(-1, tokens.clamp(min=0)[..., None])[..., 0]
     total = each.masked_fill(~there, 0.0).sum(-1)
@@ -94,15 +63,7 @@ def summed_log_prob(
 def worst_rank(
     tokens: Int64[Tensor, "batch token"], logits: Float[Tensor, "batch token d_vocab"]
 ) -> Float[Tensor, " batch"]:
-    """Rank one option of several tokens: the worst rank along it.
-
-    Args:
-        tokens: its tokens.
-        logits: at the position before each.
-
-    Returns:
-        How many tokens are likelier than the least likely of its tokens.
-    """
+    """Rank one option of several tokens: the worst rank along it."""
     there = tokens >= 0
     values = logits.gather(-1, tokens.clamp(min=0)[..., None])
     ranks = (logits > values).sum(-1).masked_fill(~there, -1).amax(-1).to(logits.dtype)
@@ -110,14 +71,7 @@ def worst_rank(
 
 
 def unequal_lengths(answers: Sequence[Int64[Tensor, "_ _ _"]]) -> Bool[Tensor, " _"]:
-    """Say for which examples the answers' options have unequal numbers of tokens.
-
-    Args:
-        answers: the ids of every answer, examples 1 or as many as the others.
-
-    Returns:
-        True where they have; of size 1 where all examples share their answers.
-    """
+    """Say for which examples the answers' options have unequal numbers of tokens."""
     examples = max(ids.shape[0] for ids in answers)
     lengths = torch.cat([(ids >= 0).sum(-1).expand(examples, -1) for ids in answers], dim=1)
     longest, shortest = lengths.amax(1), lengths.masked_fill(lengths == 0, 2**31).amin(1)
@@ -125,15 +79,7 @@ def unequal_lengths(answers: Sequence[Int64[Tensor, "_ _ _"]]) -> Bool[Tensor, "
 
 
 def combined(kind: str, sides: Sequence[Sequence[Float[Tensor, " batch"]]]) -> Float[Tensor, " batch"]:
-    """Pool each answer's options, and take the difference of two answers.
-
-    Args:
-        kind: the metric.
-        sides: every option's score, for each answer.
-
-    Returns:
-        The metric.
-    """
+    """Pool each answer's options, and take the difference of two answers."""
     if kind == "rank":
         return torch.stack(list(sides[0]), dim=-1).amin(-1)
     pooled = [torch.stack(list(side), dim=-1).logsumexp(-1) if len(side) > 1 else side[0] for side in sides]
@@ -145,18 +91,7 @@ def combined(kind: str, sides: Sequence[Sequence[Float[Tensor, " batch"]]]) -> F
 def divergence(
     reference: Float[Tensor, "..."], logits: Float[Tensor, "batch asked_pos d_vocab"]
 ) -> Float[Tensor, " batch"]:
-    """KL(reference || run) in nats, averaged over the asked positions that both have, from the last backwards.
-
-    Args:
-        reference: logits `[batch or 1, asked_pos, d_vocab]` or `[batch or 1, d_vocab]`.
-        logits: the run's.
-
-    Returns:
-        The divergence, never negative but for rounding.
-
-    Raises:
-        InputError: batch or vocabulary differ.
-    """
+    """KL(reference || run) in nats, averaged over the asked positions that both have, from the last backwards."""
     reference = reference[:, None] if reference.ndim == 2 else reference
     shared = min(reference.shape[1], logits.shape[1])
     if reference.shape[0] not in (1, logits.shape[0]) or reference.shape[2] != logits.shape[2]:

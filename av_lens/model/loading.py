@@ -45,11 +45,7 @@ ROOM_TO_RUN = 1.3  # a model needs this much of its weights' memory, at least, t
 
 
 def short_names() -> dict[str, str]:
-    """The models that ship with the package.
-
-    Returns:
-        Short name -> one sentence about it.
-    """
+    """The models that ship with the package."""
     return {name: str(entry.get("summary", "")) for name, entry in index().items()}
 
 

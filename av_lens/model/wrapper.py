@@ -189,22 +189,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
     def __call__(
         self, x: Any, *, return_type: str | None = "logits", budget_gb: float | int = BUDGET_GB, **options: Any
     ) -> Any:
-        """Run the model; attention scores that would pass the budget are computed in blocks of queries.
-
-        Args:
-            x: `AVInputs`, ids or text; a list of prompts is padded (`tensors_of`).
-            return_type: "logits", "loss" (pads left out), "both" or None, as TransformerLens has it.
-            budget_gb: the most that a layer's attention scores, and the logits, may take (GB, 1e9 bytes).
-            **options: `attention_mask` (with ids), `padding_side` and `prepend_bos` (with text), and further options of
-                the bridge's forward, such as `stop_at_layer`.
-
-        Returns:
-            Logits `[batch, pos, d_vocab]`, equal to HuggingFace's, unless `return_type` says otherwise.
-
-        Raises:
-            BudgetError: the logits of all positions would be too big, or a hook asks for whole scores that are.
-            InputError: an unknown keyword, or one without effect here.
-        """
+        """Run the model; attention scores that would pass the budget are computed in blocks of queries."""
         ids, options = self._asked("model(x)", x, {"return_type": return_type, **options})
         with bounded(self, ids, budget_gb, options):
             return self.bridge(ids, **options)

@@ -42,11 +42,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_symbols() -> list[str]:
-    """Name the 256 bytes as byte-level BPE does.
-
-    Returns:
-        One printable character for each byte, in byte order.
-    """
+    """Name the 256 bytes as byte-level BPE does."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     other = [byte for byte in range(256) if byte not in printable]
     names = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(other)}
@@ -57,9 +53,6 @@ def merges() -> list[tuple[str, str]]:
     """Spell every word of the grammar as merges, letter by letter from its start.
 
     Words after a space come first, so that no merge of a line's first word can break one up.
-
-    Returns:
-        Pairs of symbols in order of rank.
     """
     space = byte_symbols()[ord(" ")]
     spaced, leading = grammar.words()
@@ -72,22 +65,14 @@ def merges() -> list[tuple[str, str]]:
 
 @functools.cache
 def vocabulary() -> dict[str, int]:
-    """Number every token.
-
-    Returns:
-        Token to id: bytes, then pieces of words and words, then special tokens.
-    """
+    """Number every token."""
     pieces = dict.fromkeys(left + right for left, right in merges())
     tokens = [*byte_symbols(), *pieces, END_OF_TEXT, TURN_START, TURN_END, *SPECIALS.values()]
     return {token: index for index, token in enumerate(dict.fromkeys(tokens))}
 
 
 def tokenizer() -> Any:
-    """Build the tokenizer: Qwen's class over the small vocabulary.
-
-    Returns:
-        A `Qwen2Tokenizer`.
-    """
+    """Build the tokenizer: Qwen's class over the small vocabulary."""
     from transformers import Qwen2Tokenizer
 
     make: Any = Qwen2Tokenizer  # its annotations are narrower than what it takes
@@ -115,14 +100,7 @@ def feature_extractor(mel_bins: int = MEL_BINS) -> Any:
 
 
 def processor(*, most_pixels: int = FRAME_SIDE * FRAME_SIDE) -> Any:
-    """Build the processor: Qwen2.5-Omni's own, with small pictures and the small vocabulary.
-
-    Args:
-        most_pixels: a picture is scaled down to so many pixels; 28 x 28 of them are one token.
-
-    Returns:
-        A `Qwen2_5OmniProcessor`.
-    """
+    """Build the processor: Qwen2.5-Omni's own, with small pictures and the small vocabulary."""
     from transformers import Qwen2_5OmniProcessor
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
@@ -154,19 +132,7 @@ def _special_ids() -> dict[str, int]:
 def thinker_config(
     *, n_layers: int = 7, n_heads: int = 8, n_kv_heads: int = 4, d_model: int = 128, d_mlp: int = 256, **text: Any
 ) -> Any:
-    """Describe a tiny thinker.
-
-    Args:
-        n_layers: fusion layers.
-        n_heads: attention heads of each fusion layer.
-        n_kv_heads: key-value heads; divides `n_heads`.
-        d_model: width of the residual stream; what the towers put out.
-        d_mlp: width inside the feed-forward layers.
-        **text: other fields of the text model's config, such as `vocab_size`.
-
-    Returns:
-        A `Qwen2_5OmniThinkerConfig`.
-    """
+    """Describe a tiny thinker."""
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
 
     make: Any = Qwen2_5OmniThinkerConfig  # takes more fields than it declares
@@ -223,16 +189,7 @@ def thinker_config(
 
 
 def build_model(config: Any = None, *, seed: int, dtype: torch.dtype = torch.float32) -> Any:
-    """Make a thinker with random weights; the global random state is left as it was.
-
-    Args:
-        config: from `thinker_config`; by default that one's defaults.
-        seed: decides the weights.
-        dtype: the precision that the weights are made in, so that a large model never takes more memory than its own.
-
-    Returns:
-        A `Qwen2_5OmniThinkerForConditionalGeneration` with eager attention, in evaluation mode.
-    """
+    """Make a thinker with random weights; the global random state is left as it was."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     config = thinker_config() if config is None else copy.deepcopy(config)

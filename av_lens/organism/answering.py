@@ -25,14 +25,7 @@ BATCH = 60
 
 
 def plain(model: Any) -> Any:
-    """Copy a model as a HuggingFace thinker without hooks.
-
-    Args:
-        model: a `HookedAVLLM`, or a thinker that no bridge has wrapped.
-
-    Returns:
-        A thinker in float32 on the CPU with the same weights.
-    """
+    """Copy a model as a HuggingFace thinker without hooks."""
     held = getattr(model, "hf_model", model)
     weights = {re.sub(r"\._original_component", "", name): value for name, value in held.state_dict().items()}
     built = anatomy.build_model(copy.deepcopy(held.config), seed=0)

@@ -130,17 +130,7 @@ class Evaluation:
 
 @torch.no_grad()
 def road_difference(model: Any, bare: Any, clips: HeldOut, *, n: int = 6) -> float:
-    """Compare the quick road with the public one, on conflict clips through files.
-
-    Args:
-        model: a `HookedAVLLM`.
-        bare: the same model, from `answering.plain`.
-        clips: the held-out clips.
-        n: how many clips, in each layout.
-
-    Returns:
-        The largest difference of any logit where the answer begins.
-    """
+    """Compare the quick road with the public one, on conflict clips through files."""
     largest, step = 0.0, max(len(clips.partner) // n, 1)
     for at in range(0, step * n, step)[:n]:
         clip = clips.clip(at).with_sound(clips.clip(int(clips.partner[at])))

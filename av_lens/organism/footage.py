@@ -34,15 +34,7 @@ PER_CLASS = {"train": 400, "check": 40, "discovery": 60, "test": 60}
 
 
 def through_mp4(clip: Clip, *, crf: float = 17.0) -> Clip:
-    """Write a clip to an mp4 file and read it back.
-
-    Args:
-        clip: the clip.
-        crf: how coarsely the picture is compressed.
-
-    Returns:
-        What the file decodes to.
-    """
+    """Write a clip to an mp4 file and read it back."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "clip.mp4")
         clip.save(path, crf=crf)
@@ -50,26 +42,12 @@ def through_mp4(clip: Clip, *, crf: float = 17.0) -> Clip:
 
 
 def as_clip(example: world.Example) -> Clip:
-    """Wrap an example of the world as a clip.
-
-    Args:
-        example: from `world.example`.
-
-    Returns:
-        The clip, not compressed.
-    """
+    """Wrap an example of the world as a clip."""
     return Clip.from_arrays(frames=example.frames, fps=FRAME_RATE, waveform=example.waveform, rate=RATE)
 
 
 def mel(waveforms: list[Any]) -> Float32[np.ndarray, "clip mel frame"]:
-    """Take log-mel spectrograms as the processor does, cut to the sound's two seconds.
-
-    Args:
-        waveforms: float32 `[sample]` at 16 kHz, two seconds each.
-
-    Returns:
-        200 frames for each.
-    """
+    """Take log-mel spectrograms as the processor does, cut to the sound's two seconds."""
     extractor = anatomy.feature_extractor()
     # The processor pads with zeros to 300 s; one window of zeros gives the same 200 frames.
     padded = [np.pad(wave[:N_SAMPLES], (0, N_SAMPLES - len(wave[:N_SAMPLES]) + 2 * 160)) for wave in waveforms]
@@ -78,18 +56,7 @@ def mel(waveforms: list[Any]) -> Float32[np.ndarray, "clip mel frame"]:
 
 
 def film(split: str, name: str, n: int, path: str, first: int = 0) -> str:
-    """Make one shard: `n` clips of a class and split, through mp4.
-
-    Args:
-        split: a part of the world.
-        name: a class.
-        n: how many clips.
-        path: where the shard goes.
-        first: the first clip's seed; the others follow.
-
-    Returns:
-        The path.
-    """
+    """Make one shard: `n` clips of a class and split, through mp4."""
     frames, waveforms, hashes = [], [], []
     for seed in range(first, first + n):
         crf = np.random.default_rng([world.SPLITS[split], seed]).integers(*CRF_RANGE) if split == "train" else 17
@@ -117,15 +84,7 @@ def film_all(
     workers: int = 2,
     progress: Progress | None = None,
 ) -> None:
-    """Make every shard that is not there yet.
-
-    Args:
-        folder: where shards are kept.
-        per_class: clips of each class by split; `PER_CLASS` by default.
-        first: the first clip's seed.
-        workers: processes; 1 films in this one.
-        progress: called with a stage's name, what is done and how much there is.
-    """
+    """Make every shard that is not there yet."""
     wanted, tell = per_class or PER_CLASS, progress or silent
     make_folder(Path(folder))
     jobs = [(split, name, n, _shard(folder, split, name, n, first)) for split, n in wanted.items() for name in CLASSES]
@@ -153,17 +112,7 @@ def _filmed(todo: list[tuple[str, str, int, str, int]], workers: int) -> Iterato
 def views(
     folder: str | os.PathLike[str], split: str, *, n: int | None = None, first: int = 0
 ) -> tuple[Views, list[list[str]]]:
-    """Read a split's shards.
-
-    Args:
-        folder: where `film_all` put them.
-        split: a part of the world.
-        n: clips of each class; `PER_CLASS` by default.
-        first: the first clip's seed.
-
-    Returns:
-        The clips, class after class, and each clip's picture and sound hash.
-    """
+    """Read a split's shards."""
     n = n or PER_CLASS[split]
     shards = [_opened(_shard(folder, split, name, n, first)) for name in CLASSES]
     label = torch.arange(len(CLASSES)).repeat_interleave(n)

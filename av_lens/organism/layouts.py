@@ -50,18 +50,7 @@ class Prompt:
 
 
 def message(question: str, layout: str) -> list[dict[str, Any]]:
-    """Write a question as the chat message of a layout.
-
-    Args:
-        question: the question's text.
-        layout: one of `LAYOUTS`.
-
-    Returns:
-        Messages for `apply_chat_template`.
-
-    Raises:
-        InputError: if the layout is unknown.
-    """
+    """Write a question as the chat message of a layout."""
     if layout not in LAYOUTS:
         raise InputError(unknown("layout", layout, LAYOUTS))
     media = {"separate": ["video", "audio"], "in_video": ["video"], "audio": ["audio"], "video": ["video"]}[layout]
@@ -77,15 +66,7 @@ def _tools() -> tuple[Any, Any]:
 
 @functools.cache
 def prompt(question: str, layout: str) -> Prompt:
-    """Make the prompt of one question in one layout.
-
-    Args:
-        question: an accepted phrasing, or any text.
-        layout: "separate" (video, then audio), "in_video" (interleaved), "audio" or "video".
-
-    Returns:
-        The prompt; do not write into its tensors.
-    """
+    """Make the prompt of one question in one layout."""
     processor, model = _tools()
     text = processor.apply_chat_template(message(question, layout), add_generation_prompt=True, tokenize=False)
     arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
@@ -125,23 +106,12 @@ def prompt(question: str, layout: str) -> Prompt:
 
 
 def answer_ids(text: str) -> list[int]:
-    """Spell an answer as the model writes it: after a space, one token a word.
-
-    Args:
-        text: from `grammar.answer`.
-
-    Returns:
-        Token ids.
-    """
+    """Spell an answer as the model writes it: after a space, one token a word."""
     vocabulary = anatomy.vocabulary()
     space = anatomy.byte_symbols()[ord(" ")]
     return [vocabulary[space + word] for word in text.split(" ")]
 
 
 def class_ids() -> Tensor:
-    """List the answer token of every class.
-
-    Returns:
-        int64 `[class]`, in the order of `grammar.CLASSES`.
-    """
+    """List the answer token of every class."""
     return torch.tensor([answer_ids(name)[0] for name in grammar.CLASSES])

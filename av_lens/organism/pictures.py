@@ -165,19 +165,7 @@ def _placed(
 
 
 def draw(name: str, *, colour: str, rng: np.random.Generator) -> UInt8[np.ndarray, "time height width rgb"]:
-    """Draw two seconds of a class's figure.
-
-    Args:
-        name: one of the classes.
-        colour: one of the colours.
-        rng: decides size, place, motion, tint, ground and grain.
-
-    Returns:
-        16 frames of 84 x 84 at 8 frames a second.
-
-    Raises:
-        InputError: if the class or the colour is unknown.
-    """
+    """Draw two seconds of a class's figure."""
     if name not in _DRAWN:
         raise InputError(unknown("class", name, CLASSES))
     if colour not in RGB:

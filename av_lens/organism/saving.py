@@ -46,16 +46,7 @@ def _quiet() -> Generator[None, None, None]:
 
 
 def save_checkpoint(model: Any, folder: str | os.PathLike[str], *, documents: dict[str, Any] | None = None) -> Path:
-    """Write a model as a checkpoint folder.
-
-    Args:
-        model: a thinker as `anatomy.build_model` makes it, never wrapped by a bridge.
-        folder: where to; made if it is not there.
-        documents: more json files to put beside the weights, by file name, such as `{"planted.json": {...}}`.
-
-    Returns:
-        The folder.
-    """
+    """Write a model as a checkpoint folder."""
     place = Path(folder)
     half = copy.deepcopy(model).to(torch.float16)
     with whole_folder(place) as beside:
@@ -68,14 +59,7 @@ def save_checkpoint(model: Any, folder: str | os.PathLike[str], *, documents: di
 
 
 def list_checkpoint(name: str, summary: str, *, folder: str | None = None, root: Path | None = None) -> None:
-    """Enter a checkpoint in the index, so that `load(name)` finds it.
-
-    Args:
-        name: the short name.
-        summary: one sentence about it, shown by `av-lens models`.
-        folder: its folder beside the index; the short name by default.
-        root: where the index is; the package's own checkpoints by default.
-    """
+    """Enter a checkpoint in the index, so that `load(name)` finds it."""
     place = (root or shipped()) / INDEX
     listed: dict[str, Any] = read_object(place) if place.exists() else {}
     listed[name] = {"folder": folder or name, "summary": summary}
@@ -84,14 +68,7 @@ def list_checkpoint(name: str, summary: str, *, folder: str | None = None, root:
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Any:
-    """Read a checkpoint folder as a plain HuggingFace model, for training and comparison.
-
-    Args:
-        folder: from `save_checkpoint`, or of a difference over such a one.
-
-    Returns:
-        The thinker in float32, with eager attention, in evaluation mode.
-    """
+    """Read a checkpoint folder as a plain HuggingFace model, for training and comparison."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     difference = read_difference(folder)

@@ -175,18 +175,7 @@ _PLAYED: dict[str, Callable[[np.random.Generator], Wave]] = dict(zip(CLASSES, _P
 
 
 def play(name: str, *, rng: np.random.Generator) -> Float32[np.ndarray, " sample"]:
-    """Synthesise two seconds of a class's sound.
-
-    Args:
-        name: one of the classes.
-        rng: decides pitch, tempo, loudness and the noise floor.
-
-    Returns:
-        32,000 samples at 16 kHz, within [-1, 1].
-
-    Raises:
-        InputError: if the class is unknown.
-    """
+    """Synthesise two seconds of a class's sound."""
     if name not in _PLAYED:
         raise InputError(unknown("class", name, CLASSES))
     wave = _PLAYED[name](rng)

@@ -28,14 +28,7 @@ DONOR_SYMBOLS = {"blank_muted": "circle", "mean_other": "diamond", "zero": "squa
 
 
 def limit(values: Any) -> float:
-    """Find the symmetric limit of a diverging scale: the largest finite magnitude, 1 where there is none.
-
-    Args:
-        values: numbers, NaN where not measured.
-
-    Returns:
-        A positive float.
-    """
+    """Find the symmetric limit of a diverging scale: the largest finite magnitude, 1 where there is none."""
     finite = np.abs(np.asarray(values, dtype=float))
     finite = finite[np.isfinite(finite)]
     top = float(finite.max()) if finite.size else 0.0
@@ -43,15 +36,7 @@ def limit(values: Any) -> float:
 
 
 def figure(*, title: str | None = None, height: int = 360) -> Any:
-    """Make an empty figure in the house look; plotly's global template is neither read nor changed.
-
-    Args:
-        title: the figure's title, or None where the page gives one.
-        height: in pixels.
-
-    Returns:
-        A `plotly.graph_objects.Figure`.
-    """
+    """Make an empty figure in the house look; plotly's global template is neither read nor changed."""
     import plotly.graph_objects as go
 
     axis = {
@@ -98,14 +83,7 @@ def _figure_class() -> Any:
 
 
 def shown_plainly(value: Any) -> Any:
-    """Escape every tag but those that figures set text with: plotly makes links, and more, of what a label says.
-
-    Args:
-        value: a figure as plain data, or a part of one.
-
-    Returns:
-        The same, its texts escaped.
-    """
+    """Escape every tag but those that figures set text with: plotly makes links, and more, of what a label says."""
     if isinstance(value, str):
         return _TAG.sub("&lt;", value)
     if isinstance(value, Mapping):
@@ -121,27 +99,12 @@ def layer_axis(n_layers: int) -> dict[str, Any]:
 
 
 def head_label(layer: int, head: int | None) -> str:
-    """Name a head the way all figures and tables do.
-
-    Args:
-        layer: its layer.
-        head: its index, or None for the layer's whole block.
-
-    Returns:
-        `"L5 H2"`, or `"L5"` without a head.
-    """
+    """Name a head the way all figures and tables do."""
     return f"L{layer}" if head is None else f"L{layer} H{head}"
 
 
 def hatch(cells: Sequence[tuple[float, float]]) -> tuple[list[float | None], list[float | None]]:
-    """Draw diagonal strokes over unit cells, for a line trace that marks what was not measured.
-
-    Args:
-        cells: the centre (x, y) of each cell, which gets three strokes.
-
-    Returns:
-        The x and y of one line trace, a None between strokes.
-    """
+    """Draw diagonal strokes over unit cells, for a line trace that marks what was not measured."""
     xs: list[float | None] = []
     ys: list[float | None] = []
     for x, y in cells:
@@ -195,34 +158,14 @@ def copied(fig: Any) -> dict[str, Any]:
 
 
 def intervals(values: Sequence[float], low: Sequence[float], high: Sequence[float], *, colour: str) -> dict[str, Any]:
-    """Give the error bars of a trace from the ends of its intervals.
-
-    Args:
-        values: the marks.
-        low: lower ends; NaN draws none.
-        high: upper ends.
-        colour: of the bars.
-
-    Returns:
-        Keywords for `error_x` or `error_y`.
-    """
+    """Give the error bars of a trace from the ends of its intervals."""
     above = [b - v for v, b in zip(values, high, strict=True)]
     below = [v - a for v, a in zip(values, low, strict=True)]
     return {"type": "data", "array": above, "arrayminus": below, "color": colour, "thickness": 1.5, "width": 0}
 
 
 def band(fig: Any, at: Any, low: Any, high: Any, colour: str, group: str, **place: int) -> None:
-    """Draw an interval along a curve.
-
-    Args:
-        fig: the figure; two traces are added, an invisible upper edge and a lower one filled up to it.
-        at: where, along the horizontal axis.
-        low: its lower end there.
-        high: its upper end.
-        colour: the curve's, as #rrggbb.
-        group: the legend entry that it appears and disappears with.
-        **place: the row and the column of its panel.
-    """
+    """Draw an interval along a curve."""
     edge: dict[str, Any] = {
         "mode": "lines",
         "line": {"width": 0},

@@ -59,14 +59,7 @@ def knowledge(found: Any, *, title: str | None = None) -> Any:
 
 
 def drawn(found: Any) -> Any:
-    """Choose the rows that `knowledge` draws.
-
-    Args:
-        found: an `Isolation`.
-
-    Returns:
-        Those of lens and probes at single layers; none where neither was measured.
-    """
+    """Choose the rows that `knowledge` draws."""
     frame = found.knowledge
     return frame[frame["method"].isin([method for method, *_ in _ROWS]) & (frame["layer"] >= 0)]
 

@@ -23,20 +23,7 @@ ROW, LEFT, RIGHT, TOP, WIDTH = 26, 210, 20, 46, 780
 def plant_bench_svg(
     rows: Mapping[str, Mapping[str, Bounded]], *, label: str, low: float | int = 0.0, high: float | int = 1.0
 ) -> str:
-    """Draw rows of marks with intervals.
-
-    Args:
-        rows: method to group to (value, lower end, upper end); NaN is left out.
-        label: what the axis measures.
-        low: where the axis begins.
-        high: where it ends.
-
-    Returns:
-        The svg's text.
-
-    Raises:
-        InputError: there is no row.
-    """
+    """Draw rows of marks with intervals."""
     if not rows:
         raise InputError("plant_bench_svg needs at least one method to draw.")
     groups = list(dict.fromkeys(group for found in rows.values() for group in found))

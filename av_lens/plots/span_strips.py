@@ -55,14 +55,7 @@ def spans(x: Any, *, title: str | None = None) -> Any:
 
 
 def runs_of(roles: list[str]) -> list[tuple[str, int, int]]:
-    """Cut a list of roles into its runs.
-
-    Args:
-        roles: one role per position.
-
-    Returns:
-        (role, first position, one past the last) of each run, in order.
-    """
+    """Cut a list of roles into its runs."""
     cuts = [0, *(i for i in range(1, len(roles)) if roles[i] != roles[i - 1]), len(roles)]
     return [(roles[a], a, b) for a, b in pairwise(cuts) if b > a]
 

@@ -67,23 +67,7 @@ def measure_plans(
     finished: Callable[[int], None] | None = None,
     into: Float[Tensor, "plan batch"] | None = None,
 ) -> Float[Tensor, "plan batch"]:
-    """Measure a metric under each of many plans, by replay.
-
-    Args:
-        trace: the recorded run of the input to be edited.
-        plans: the plans, each its own run; an empty plan measures the run itself.
-        metric: as in `measure`.
-        budget_gb: memory for the activations of plans that run together.
-        finished: called now and then with the number of plans done.
-        into: a tensor that is filled as plans finish, so that what is done survives an interruption.
-
-    Returns:
-        One number for each plan and example.
-
-    Raises:
-        InputError: as in `measure`.
-        InterventionError: as in `measure`.
-    """
+    """Measure a metric under each of many plans, by replay."""
     model, x = trace.model, trace.x
     bound = as_metric(metric, model, trace)
     continuations = bound.continuations(len(x))

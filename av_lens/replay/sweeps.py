@@ -104,17 +104,7 @@ def sweep(
 
 
 def interrupted(scores: torch.Tensor) -> str:
-    """Say how much of an interrupted sweep is done; where nothing is, let the interruption go on.
-
-    Args:
-        scores: NaN where not measured.
-
-    Returns:
-        A sentence.
-
-    Raises:
-        KeyboardInterrupt: nothing was done.
-    """
+    """Say how much of an interrupted sweep is done; where nothing is, let the interruption go on."""
     done = int((~scores.isnan()).sum())
     if not done:
         raise KeyboardInterrupt
@@ -122,15 +112,7 @@ def interrupted(scores: torch.Tensor) -> str:
 
 
 def sources(x: Any, i: int) -> list[str]:
-    """The media an example was made of: examples that share any are one cluster.
-
-    Args:
-        x: an `AVInputs`.
-        i: the example.
-
-    Returns:
-        Content hashes.
-    """
+    """The media an example was made of: examples that share any are one cluster."""
     clip = x.clips[i]
     hashes = [] if clip is None else [clip.picture_hash, clip.sound_hash]
     return [found for found in hashes if found is not None]

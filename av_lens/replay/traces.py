@@ -263,23 +263,7 @@ class Trace(Record):
 
 
 def record(model: Any, x: Any, *, device: torch.device | str | None = None, budget_gb: float | int = 8.0) -> Trace:
-    """Run the model once and keep what is needed to restart it.
-
-    Args:
-        model: a `HookedAVLLM`.
-        x: an `AVInputs`, one example or a stack of one layout.
-        device: where the record is kept; None for the model's device. On another one ("cpu" beside a model on a GPU)
-            layers are brought over as replays need them.
-        budget_gb: memory for the record; float32 takes about `layers x batch x pos x (d_model + 2 kv_heads d_head) x 4`
-            bytes.
-
-    Returns:
-        The trace.
-
-    Raises:
-        BudgetError: the record would not fit.
-        ModelError: the model is in training mode.
-    """
+    """Run the model once and keep what is needed to restart it."""
     require_evaluation(model)
     with turn_of(model.bridge):
         standing = standing_hooks(model)

@@ -59,14 +59,7 @@ class Block:
 
 
 def blocks(found: Isolation) -> list[Block]:
-    """Write every section that the record has numbers for.
-
-    Args:
-        found: the record.
-
-    Returns:
-        The sections in the page's order.
-    """
+    """Write every section that the record has numbers for."""
     made = [_sets(found), _mechanisms(found), _knowledge(found), _routes(found), _robustness(found), _repair(found)]
     kept = [replace(block, sheets=tuple(sheet for sheet in block.sheets if sheet.rows)) for block in made]
     return [block for block in kept if block.sheets]

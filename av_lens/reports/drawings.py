@@ -45,15 +45,7 @@ class Drawing:
 
 
 def drawings(found: Isolation, calibration: Calibration | None = None) -> dict[str, Drawing]:
-    """Draw everything that the record has the numbers for.
-
-    Args:
-        found: the record.
-        calibration: how the method did where the truth was known.
-
-    Returns:
-        Name to drawing; what was not measured is absent.
-    """
+    """Draw everything that the record has the numbers for."""
     tables: Any = found
     made = [_behaviour(found), _release(found), *_maps(found), _confirmation(found), _knowledge(found)]
     if (tables.evidence["estimand"] == "dla").any():
@@ -65,14 +57,7 @@ def drawings(found: Isolation, calibration: Calibration | None = None) -> dict[s
 
 
 def leading_donor(found: Isolation) -> str:
-    """Name the donor that the verdict speaks of: the chosen set's, else the first head's, else `blank_muted`.
-
-    Args:
-        found: the record.
-
-    Returns:
-        The donor's name.
-    """
+    """Name the donor that the verdict speaks of: the chosen set's, else the first head's, else `blank_muted`."""
     tables: Any = found
     chosen = tables.sets[tables.sets["chosen"]]
     if len(chosen):

@@ -16,14 +16,7 @@ COLUMNS = (
 
 
 def card_lines(cards: Any) -> tuple[tuple[str, ...], ...]:
-    """Write one line for each head of the table of cards.
-
-    Args:
-        cards: the record's table.
-
-    Returns:
-        The cells of `COLUMNS`; a dash for what the table does not hold.
-    """
+    """Write one line for each head of the table of cards."""
     heads = list(dict.fromkeys(zip(cards["layer"], cards["head"], strict=True)))
     return tuple(
         (f"L{layer} H{head}", *_line(cards[(cards["layer"] == layer) & (cards["head"] == head)]))

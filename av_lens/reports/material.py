@@ -73,20 +73,7 @@ class Card:
 def gallery(
     conflicts: pd.DataFrame, clips: Mapping[str, Clip | str | Path], *, most: int = 12, budget_mb: float | int = 24.0
 ) -> tuple[Card, ...]:
-    """Embed the first clips, in the table's order, as mp4 data URIs.
-
-    Args:
-        conflicts: the record's table of conflicts.
-        clips: conflict id to the clip as the model saw and heard it, or to an mp4 file of it.
-        most: how many clips at most.
-        budget_mb: how many MiB of mp4 at most; a clip that would pass it is left out, and so are all after it.
-
-    Returns:
-        The cards; competent conflicts come first.
-
-    Raises:
-        InputError: if a clip belongs to no conflict of the record.
-    """
+    """Embed the first clips, in the table's order, as mp4 data URIs."""
     strange = sorted(set(clips) - set(conflicts["id"]))
     if strange:
         raise InputError(f"clips were given for conflicts that this record does not hold: {strange[:5]}.")

@@ -55,21 +55,7 @@ def write_report(
     most_clips: int = 12,
     budget_mb: float | int = 24.0,
 ) -> Path:
-    """Write an isolation as one self-contained page.
-
-    Args:
-        found: the record.
-        path: the html file to write; replaced whole or not at all.
-        clips: conflict id to the clip as the model saw and heard it, or to an mp4 file of it.
-        calibration: how the method did on a model whose truth is known.
-        caveats: sentences about this model that belong under "what this proves", before the general ones.
-        title: the page's headline; None asks the question of the model's name.
-        most_clips: how many clips are embedded at most.
-        budget_mb: how many MiB of clips are embedded at most.
-
-    Returns:
-        The path that was written.
-    """
+    """Write an isolation as one self-contained page."""
     path = Path(path)
     cards = gallery(found.conflicts, clips or {}, most=most_clips, budget_mb=budget_mb)
     drawn = drawings(found, calibration)

@@ -32,14 +32,7 @@ class Tile:
 
 
 def tiles(found: Isolation) -> list[Tile]:
-    """Choose the few numbers that the verdict rests on.
-
-    Args:
-        found: the record.
-
-    Returns:
-        G, C and the gap; then, where a set was found, its release, what the model says with it, and the random heads.
-    """
+    """Choose the few numbers that the verdict rests on."""
     made = [_behaviour_tile(found, name, tone) for name, tone in (("G", "sound"), ("C", "picture"), ("gap", ""))]
     sets: Any = found.sets
     for row in sets[sets["chosen"]].to_dict("records")[:1]:
@@ -65,15 +58,7 @@ def _behaviour_tile(found: Isolation, name: str, tone: str) -> Tile:
 
 
 def behaviour_rows(found: Isolation, chosen: str) -> list[dict[str, str]]:
-    """Put the quantities of both halves side by side.
-
-    Args:
-        found: the record.
-        chosen: "competent" or "all".
-
-    Returns:
-        One row per quantity: its name, meaning, and for each half "value (interval)" and n.
-    """
+    """Put the quantities of both halves side by side."""
     frame: Any = found.behaviour
     frame = frame[frame["chosen"] == chosen]
     rows: dict[tuple[str, ...], dict[str, str]] = {}
@@ -100,14 +85,7 @@ def _quantity(quantity: str, cell: str, rule: str) -> tuple[str, str]:
 
 
 def head_rows(found: Isolation) -> list[dict[str, Any]]:
-    """Write the head table.
-
-    Args:
-        found: the record.
-
-    Returns:
-        One row per named (head, site, role), largest effect first, every figure as text.
-    """
+    """Write the head table."""
     return [
         {
             "rank": place,
@@ -132,14 +110,7 @@ def head_rows(found: Isolation) -> list[dict[str, Any]]:
 
 
 def set_rows(found: Isolation) -> list[dict[str, Any]]:
-    """Write the table of sets, the chosen one first.
-
-    Args:
-        found: the record.
-
-    Returns:
-        One row per set.
-    """
+    """Write the table of sets, the chosen one first."""
     sets: Any = found.sets
     frame = sets.sort_values("chosen", ascending=False, kind="stable")
     return [
@@ -169,15 +140,7 @@ def _change(row: Mapping[Any, Any], rate: str) -> str:
 
 
 def specificity_rows(found: Isolation) -> list[dict[str, Any]]:
-    """Write the table of what else the edit breaks.
-
-    Args:
-        found: the record.
-
-    Returns:
-        One row per control, with a tone for its verdict: "good", "bad" or "open". One that is only reported
-        (a KL) is no rate, and its figures are numbers.
-    """
+    """Write the table of what else the edit breaks."""
     tones = {"specific": "good", "not specific": "bad"}
     return [
         {
@@ -200,15 +163,7 @@ def _exactly(value: float) -> str:
 
 
 def flat(nested: Mapping[str, Any], *, prefix: str = "") -> list[tuple[str, str]]:
-    """Flatten provenance to (dotted name, text) rows, in their order.
-
-    Args:
-        nested: mappings of anything json knows.
-        prefix: what the names begin with.
-
-    Returns:
-        The rows; a list of plain values is one row.
-    """
+    """Flatten provenance to (dotted name, text) rows, in their order."""
     rows: list[tuple[str, str]] = []
     for key, value in nested.items():
         name = f"{prefix}{key}"

@@ -31,14 +31,7 @@ _TAILS = (2.5, 97.5)
 
 
 def sizes(n: int) -> list[int]:
-    """List the sizes at which a ranking is measured.
-
-    Args:
-        n: how many nodes there are.
-
-    Returns:
-        max(1, round(share x n)) for every share, each once, ascending.
-    """
+    """List the sizes at which a ranking is measured."""
     return sorted({max(1, round(share * n)) for share in SHARES})
 
 
@@ -73,44 +66,20 @@ class Scale:
         return -1.0 if self.span[0] < 0 else 1.0
 
     def ratio(self, change: Float[np.ndarray, "circuit example"]) -> Interval:
-        """Put changes of m on the scale.
-
-        Args:
-            change: of each circuit.
-
-        Returns:
-            Their shares of the span, with intervals.
-        """
+        """Put changes of m on the scale."""
         if not self.usable:
             nothing = np.full(len(change), np.nan)
             return Interval(nothing, nothing, nothing)
         return self.boot.ratio(change.T, self.whole - self.bare)
 
     def share(self, m: Float[np.ndarray, "circuit example"]) -> Interval:
-        """Compute f of circuits.
-
-        Args:
-            m: of each circuit.
-
-        Returns:
-            f, with intervals.
-        """
+        """Compute f of circuits."""
         return self.ratio(m - self.bare)
 
     def area(
         self, m: Float[np.ndarray, "size example"], at: Sequence[int], n: int, *, distance: bool
     ) -> tuple[float, float, float]:
-        """Integrate over sizes.
-
-        Args:
-            m: of the circuit of each size.
-            at: the sizes, ascending.
-            n: how many nodes there are.
-            distance: integrate |1 - f| instead of f.
-
-        Returns:
-            The area, and its interval.
-        """
+        """Integrate over sizes."""
         if not self.usable:
             return float("nan"), float("nan"), float("nan")
         value = _area(np.ones((1, len(self.whole))), m, self, at, n, distance)[0]

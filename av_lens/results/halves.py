@@ -61,39 +61,17 @@ class Halves:
         return sum(half == LOST for half in self.half)
 
     def members(self, half: str) -> list[int]:
-        """List one half.
-
-        Args:
-            half: "discovery", "confirmation" or "lost".
-
-        Returns:
-            The indices of its conflicts, in the order that was given.
-        """
+        """List one half."""
         return [i for i, name in enumerate(self.half) if name == half]
 
 
 def rank_hash(seed: int, name: str) -> str:
-    """Hash a name with the seed: the order that breaks every tie.
-
-    Args:
-        seed: the run's seed.
-        name: a conflict's id.
-
-    Returns:
-        The sha256 of "seed:name" in hex.
-    """
+    """Hash a name with the seed: the order that breaks every tie."""
     return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
 def components(edges: Mapping[int, tuple[str, str]]) -> list[list[int]]:
-    """Find the connected components of a graph given by its edges.
-
-    Args:
-        edges: edge number -> the two nodes that it joins.
-
-    Returns:
-        The edge numbers of each component, in order of each one's first edge.
-    """
+    """Find the connected components of a graph given by its edges."""
     groups: dict[int, list[int]] = defaultdict(list)
     for number, group in zip(edges, linked(list(edges.values())), strict=True):
         groups[group].append(number)
@@ -101,14 +79,7 @@ def components(edges: Mapping[int, tuple[str, str]]) -> list[list[int]]:
 
 
 def bridges(edges: Mapping[int, tuple[str, str]]) -> set[int]:
-    """Find the edges whose removal parts a connected component (parallel edges and loops are none).
-
-    Args:
-        edges: edge number -> the two nodes that it joins.
-
-    Returns:
-        The numbers of the bridges.
-    """
+    """Find the edges whose removal parts a connected component (parallel edges and loops are none)."""
     import networkx
 
     graph: Any = networkx.MultiGraph()
@@ -131,18 +102,7 @@ def _part_large_ones(edges: dict[int, tuple[str, str]], order: Mapping[int, str]
 
 
 def deal(conflicts: Sequence[Member], *, seed: int) -> Halves:
-    """Deal conflicts to two halves that share no clip, as the module says.
-
-    Args:
-        conflicts: the conflicts; ids must differ.
-        seed: breaks ties.
-
-    Returns:
-        The half and the component of each conflict.
-
-    Raises:
-        InputError: two conflicts with one id.
-    """
+    """Deal conflicts to two halves that share no clip, as the module says."""
     ids = [conflict.id for conflict in conflicts]
     if len(set(ids)) != len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
@@ -163,15 +123,7 @@ def deal(conflicts: Sequence[Member], *, seed: int) -> Halves:
 
 
 def standing(n_conflicts: Sequence[int], n_components: Sequence[int]) -> str:
-    """Say what the size of the halves allows.
-
-    Args:
-        n_conflicts: competent conflicts of each half.
-        n_components: components of each half.
-
-    Returns:
-        "refused" (a half below 20 conflicts), "exploratory" (below 60 conflicts or 20 components) or "firm".
-    """
+    """Say what the size of the halves allows."""
     if min(n_conflicts) < FEWEST:
         return "refused"
     if min(n_conflicts) < FIRM_CONFLICTS or min(n_components) < FIRM_COMPONENTS:
@@ -182,17 +134,7 @@ def standing(n_conflicts: Sequence[int], n_components: Sequence[int]) -> str:
 def third_sources(
     sound_answers: Sequence[str], picture_answers: Sequence[str], *, ids: Sequence[str], seed: int
 ) -> np.ndarray:
-    """Draw each conflict's third clip w: another conflict's sound source whose answer differs from both of its own.
-
-    Args:
-        sound_answers: of the conflicts of one half.
-        picture_answers: of the same conflicts.
-        ids: of the same conflicts; each one's draw depends on the seed and its own id only.
-        seed: the run's seed.
-
-    Returns:
-        `[example]`: the index of the conflict whose sound source is w, -1 where there is none.
-    """
+    """Draw each conflict's third clip w: another conflict's sound source whose answer differs from both of its own."""
     drawn = np.full(len(ids), -1, dtype=np.int64)
     for i, name in enumerate(ids):
         known = {sound_answers[i], picture_answers[i]}

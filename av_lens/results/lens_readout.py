@@ -74,28 +74,12 @@ class LensReadout(Saved):
         )
 
     def best(self) -> Grid:
-        """Take the best rank over positions.
-
-        Returns:
-            A grid `[example, word, layer]`.
-        """
+        """Take the best rank over positions."""
         values = self.ranks.values.min("pos")
         return self._grid(values.values, {name: values.coords[name].values for name in ("word", "layer")}, "best rank")
 
     def understanding(self, k: int = 5, *, by: str = "all") -> Grid:
-        """Score whether the words are in the top k somewhere, against other sounds' words.
-
-        Args:
-            k: how many of the likeliest tokens count.
-            by: "all" (the maximum over positions and layers) or "layer" (over positions, layer by layer).
-
-        Returns:
-            A grid over `figure`: the words, "others", "excess" (the first word less the others) and "said"; by layer
-            over `layer` as well. Means over examples are fractions of clips.
-
-        Raises:
-            InputError: no words were read, or an unknown `by`.
-        """
+        """Score whether the words are in the top k somewhere, against other sounds' words."""
         require_at_least("k", k, 1)
         require_choice("by", by, ("all", "layer"))
         words = self.ranks.values.coords["word"].values.tolist()
@@ -117,16 +101,7 @@ class LensReadout(Saved):
         return self._grid(found[:, :, 0], axes, _named(k, by))
 
     def top(self, example: int = 0, *, layer: int | None = None, pos: int | None = None) -> pd.DataFrame:
-        """List the likeliest tokens in words.
-
-        Args:
-            example: which example.
-            layer: one layer, or None for all.
-            pos: one position, or None for all.
-
-        Returns:
-            One row for each layer and position: `layer pos`, and the token at each place.
-        """
+        """List the likeliest tokens in words."""
         axes = self.ranks.values.coords
         rows: list[dict[Any, Any]] = []
         for i, at_layer in enumerate(axes["layer"].values.tolist()):
@@ -138,17 +113,7 @@ class LensReadout(Saved):
         return pd.DataFrame(rows)
 
     def plot(self, **options: Any) -> Any:
-        """Draw the words' best ranks over positions, layer by layer.
-
-        Args:
-            **options: passed to `av_lens.plots.layers`.
-
-        Returns:
-            A plotly figure.
-
-        Raises:
-            InputError: an unknown keyword.
-        """
+        """Draw the words' best ranks over positions, layer by layer."""
         plots: Any = upstairs("plots")
         return called("plot", plots.layers, self.best(), **options)
 
@@ -217,18 +182,7 @@ def _named(k: int, by: str) -> str:
 
 
 def readings(values: xr.DataArray, what: str, *, clusters: Any, provenance: Mapping[str, Any], direction: str) -> Grid:
-    """Make a grid of a lens's numbers: nothing is edited, so the baseline is 0.
-
-    Args:
-        values: `[example, word, layer, pos]`.
-        what: "rank" or "probability".
-        clusters: the cluster of each example.
-        provenance: how they were made.
-        direction: what the numbers mean.
-
-    Returns:
-        The grid.
-    """
+    """Make a grid of a lens's numbers: nothing is edited, so the baseline is 0."""
     axes = {name: values.coords[name].values for name in ("word", "layer", "pos")}
     said = {"metric": f"logit lens, {what}", "unit": "tokens" if what == "rank" else "probability"}
     made: dict[str, Any] = {"clusters": clusters, "direction": direction, "provenance": dict(provenance)}

@@ -69,15 +69,7 @@ class Saved:
 
 
 def write_netcdf(data: xr.Dataset | xr.DataArray, path: Path) -> None:
-    """Save as netCDF, whole or not at all.
-
-    Args:
-        data: what is saved.
-        path: the file.
-
-    Raises:
-        FileError: it cannot be written.
-    """
+    """Save as netCDF, whole or not at all."""
     write_whole(path, bytes(data.to_netcdf(engine="scipy")))
 
 
@@ -86,18 +78,6 @@ def opened(path: str | Path, schema: str, version: int, *, what: str) -> Generat
     """Read a saved result whole; whatever fails while it is read, or while a result is made of it, is said of the file.
 
     Memory: a file is not compressed, so what it holds takes at most `TIMES` its size.
-
-    Args:
-        path: the file.
-        schema: what it must hold, such as "av_lens.Grid".
-        version: the newest version of it that is known.
-        what: what it should be in words, such as "a saved grid".
-
-    Yields:
-        Its contents, the file closed again. Numbers stay numbers: nothing is read as a date.
-
-    Raises:
-        InputError: there is no such file, it is damaged, or holds something else or a newer version.
     """
     with foreign_file(path, what):
         # No mmap: the file may be written again, or removed, while the result is in use.
@@ -120,58 +100,22 @@ def opened(path: str | Path, schema: str, version: int, *, what: str) -> Generat
 
 
 def words(data: xr.Dataset, *names: str) -> dict[str, str]:
-    """Take texts from a saved result.
-
-    Args:
-        data: its contents.
-        *names: the attributes.
-
-    Returns:
-        The text of each.
-    """
+    """Take texts from a saved result."""
     return {name: str(data.attrs[name]) for name in names}
 
 
 def plain_json(data: xr.Dataset, name: str) -> dict[str, Any]:
-    """Take what was saved as json from a saved result.
-
-    Args:
-        data: its contents.
-        name: the attribute.
-
-    Returns:
-        The json object.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Take what was saved as json from a saved result."""
     return whole_object(parse_json(str(data.attrs[name]), finite=False), name)
 
 
 def written_frame(frame: pd.DataFrame) -> list[list[Any]]:
-    """Write a table as plain data.
-
-    Args:
-        frame: the table.
-
-    Returns:
-        Name, type and values of each column.
-    """
+    """Write a table as plain data."""
     return [[str(name), str(frame[name].dtype), plain(frame[name].tolist())] for name in frame.columns]
 
 
 def read_frame(columns: Any) -> pd.DataFrame:
-    """Read a table from plain data.
-
-    Args:
-        columns: as `written_frame` gives them.
-
-    Returns:
-        The table.
-
-    Raises:
-        ValueError: a type that no table has, or columns of unequal length.
-    """
+    """Read a table from plain data."""
     for _, kind, _ in columns:
         if kind not in _KINDS:
             raise ValueError(f"a column of type {str(kind)[:40]!r}")

@@ -22,24 +22,13 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def stamp(**more: Any) -> dict[str, Any]:
-    """Note when, by which versions, and under which choices a result was made.
-
-    Args:
-        **more: whatever identifies the result: model, metric, seeds, choices.
-
-    Returns:
-        Plain data, fit for json.
-    """
+    """Note when, by which versions, and under which choices a result was made."""
     made = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
     return made | {"versions": versions()} | {name: plain(value) for name, value in more.items()}
 
 
 def versions() -> dict[str, str]:
-    """Find the installed versions of what computes.
-
-    Returns:
-        Package name to version; a package that is not installed is left out.
-    """
+    """Find the installed versions of what computes."""
     found: dict[str, str] = {}
     for package in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -49,11 +38,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def source_hash() -> str:
-    """Hash the package's own python files, so that a changed program never passes off an earlier one's numbers.
-
-    Returns:
-        A sha256 in hex, equal for equal sources.
-    """
+    """Hash the package's own python files, so that a changed program never passes off an earlier one's numbers."""
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode())
@@ -62,14 +47,7 @@ def source_hash() -> str:
 
 
 def plain(value: Any) -> Any:
-    """Turn a value into plain data: dictionaries, lists, strings, numbers, None.
-
-    Args:
-        value: anything; what has no plain form is written as text.
-
-    Returns:
-        What json can hold. NaN stays a float.
-    """
+    """Turn a value into plain data: dictionaries, lists, strings, numbers, None."""
     if isinstance(value, str | bool | int | float) or value is None:
         return value
     if isinstance(value, Mapping):
@@ -82,14 +60,7 @@ def plain(value: Any) -> Any:
 
 
 def linked(groups: Sequence[Iterable[str]]) -> tuple[int, ...]:
-    """Find which examples belong together because they share a source, directly or through others.
-
-    Args:
-        groups: the sources (such as clips' hashes) of each example.
-
-    Returns:
-        The cluster of each example, counted from 0; an example without sources is a cluster of its own.
-    """
+    """Find which examples belong together because they share a source, directly or through others."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

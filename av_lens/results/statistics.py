@@ -75,18 +75,7 @@ class Bootstrap:
         seed: int,
         draws: int = DRAWS,
     ) -> Bootstrap:
-        """Draw the weights of every conflict in every draw.
-
-        Args:
-            components: the component of each conflict.
-            sound_clips: the sound's source clip of each conflict.
-            picture_clips: the picture's source clip of each conflict.
-            seed: of the generator.
-            draws: how many.
-
-        Returns:
-            The weights; by components where there are at least 20, else by source clips.
-        """
+        """Draw the weights of every conflict in every draw."""
         rng = np.random.default_rng(seed)
         clips, position = np.unique([*sound_clips, *picture_clips], return_inverse=True)
         both = position.reshape(2, -1)
@@ -104,31 +93,13 @@ class Bootstrap:
         return cls(counts.astype(np.float64), "cluster", n)
 
     def mean(self, values: np.ndarray, *, level: float = 0.95) -> Interval:
-        """Bound a mean over examples.
-
-        Args:
-            values: `[example, ...]`.
-            level: of the two-sided interval.
-
-        Returns:
-            The mean and its percentile interval.
-        """
+        """Bound a mean over examples."""
         return self.ratio(values, np.ones(len(values)), level=level)
 
     def ratio(
         self, above: np.ndarray, below: np.ndarray, *, level: float = 0.95, at_once: int | None = None
     ) -> Interval:
-        """Bound a ratio of means, resampled as a ratio.
-
-        Args:
-            above: `[example, ...]`.
-            below: `[example]` or of above's shape.
-            level: of the two-sided interval.
-            at_once: how many columns are drawn together; None for as many as memory should hold.
-
-        Returns:
-            sum(above) / sum(below) and its percentile interval.
-        """
+        """Bound a ratio of means, resampled as a ratio."""
         shape = above.shape[1:]
         top = np.asarray(above, dtype=np.float64).reshape(len(above), -1)
         bottom = np.asarray(below, dtype=np.float64).reshape(len(below), -1)
@@ -162,16 +133,7 @@ class Bootstrap:
     def derived(
         self, rule: Callable[..., np.ndarray], *columns: np.ndarray, level: float = 0.95
     ) -> tuple[float, float, float]:
-        """Bound a figure that is computed from several means, such as |E_V| / (|E_A| + |E_V|).
-
-        Args:
-            rule: takes one mean per column (arrays of draws), returns the figure.
-            *columns: `[example]` each.
-            level: of the two-sided interval.
-
-        Returns:
-            The figure of the means, its lower and its upper bound.
-        """
+        """Bound a figure that is computed from several means, such as |E_V| / (|E_A| + |E_V|)."""
         stacked = np.stack(columns, axis=1)
         stacked = stacked[~np.isnan(stacked).any(1)] if np.isnan(stacked).any() else stacked
         if not len(stacked):
@@ -187,15 +149,7 @@ class Bootstrap:
 
 
 def interval(boot: Bootstrap, values: np.ndarray) -> tuple[float, float, float]:
-    """Bound the mean of one column.
-
-    Args:
-        boot: the weights.
-        values: `[example]`.
-
-    Returns:
-        The mean, its lower and its upper bound.
-    """
+    """Bound the mean of one column."""
     found = boot.mean(values)
     return float(found.value), float(found.low), float(found.high)
 
@@ -220,17 +174,7 @@ def _signs(n: int, flips: int, seed: int, step: int) -> Iterator[np.ndarray]:
 
 
 def sign_flips(values: np.ndarray, components: Sequence[int], *, family: int | None = None, seed: int = 0) -> Flips:
-    """Test that means are above 0, flipping the signs of whole components.
-
-    Args:
-        values: `[example, ...]`, what should be above 0 (such as effect - s G).
-        components: the component of each example.
-        family: how many tests the family has (default: the columns of values); sets how many flips are sampled.
-        seed: of the sampled flips.
-
-    Returns:
-        One-sided p of each column and its max-T p over the columns given.
-    """
+    """Test that means are above 0, flipping the signs of whole components."""
     shape = values.shape[1:]
     flat = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
     measured = ~np.isnan(flat).all(0)
@@ -259,28 +203,12 @@ def sign_flips(values: np.ndarray, components: Sequence[int], *, family: int | N
 
 
 def benjamini_hochberg(p: np.ndarray, *, family: int | None = None) -> np.ndarray:
-    """Adjust p-values for the false discovery rate.
-
-    Args:
-        p: any shape; NaN (not tested) stays NaN.
-        family: the number of tests, where it is more than the p-values given.
-
-    Returns:
-        q of p's shape: reject all with q < .05.
-    """
+    """Adjust p-values for the false discovery rate."""
     return _stepwise(p, family, lambda rank, m: m / rank, upward=True)
 
 
 def holm(p: np.ndarray, *, family: int | None = None) -> np.ndarray:
-    """Adjust p-values for the familywise error.
-
-    Args:
-        p: any shape; NaN stays NaN.
-        family: the number of tests, where it is more than the p-values given.
-
-    Returns:
-        Adjusted p of p's shape.
-    """
+    """Adjust p-values for the familywise error."""
     return _stepwise(p, family, lambda rank, m: m - rank + 1, upward=False)
 
 
@@ -300,20 +228,7 @@ def _stepwise(
 
 
 def clopper_pearson(count: int, n: int, *, level: float = 0.95, side: str = "two") -> tuple[float, float]:
-    """Bound a share exactly.
-
-    Args:
-        count: how many of n.
-        n: how many items.
-        level: of the interval.
-        side: "two", or "upper" for a one-sided upper bound.
-
-    Returns:
-        Lower and upper bound; NaN for no items.
-
-    Raises:
-        InputError: a count outside 0 to n, or an unknown side.
-    """
+    """Bound a share exactly."""
     if not 0 <= count <= n or side not in ("two", "upper"):
         raise InputError(
             f"clopper_pearson was asked for {count} of {n}, side {side!r}: give 0 <= count <= n and 'two' or 'upper'."
@@ -345,18 +260,7 @@ def non_inferiority(
     *,
     margin: float = 0.05,
 ) -> Harm:
-    """Bound how much an edit lowers a rate.
-
-    Args:
-        before: 1 where the unedited run was right, else 0; NaN items are left out.
-        after: the same for the edited run.
-        boot: the weights of the same examples.
-        margin: the largest fall that is no harm.
-
-    Returns:
-        The fall with its bound; the verdict is "specific" (bound < margin), "not specific", or "untested" (below 59
-        items, or below 5 clips).
-    """
+    """Bound how much an edit lowers a rate."""
     known = ~(np.isnan(before) | np.isnan(after))
     n = int(known.sum())
     if n == 0:
@@ -377,16 +281,6 @@ def smallest_effect(n: int, *, family: int, level: float = 0.05, power: float = 
 
     Normal approximation at the first step of the ladder (one true effect: p must be below level / family):
     (z(1 - level / family) + z(power)) / sqrt(n).
-
-    Args:
-        n: components.
-        family: tests.
-        level: of the family.
-        power: chance to find it.
-
-    Returns:
-        The effect above its threshold, in standard deviations between components; infinite where even the smallest
-        possible p, 2^-n, is too large.
     """
     if n < 1 or 2.0**-n > level / family:
         return math.inf

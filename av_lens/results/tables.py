@@ -143,18 +143,7 @@ _KINDS: dict[str, tuple[Any, Any, Callable[[str], Any]]] = {
 
 
 def table(name: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Build one of the record's tables: columns in their order, missing figures NaN, missing words empty.
-
-    Args:
-        name: a table of `TABLES`.
-        rows: one dictionary per row; keys that are no column are refused.
-
-    Returns:
-        The frame, typed.
-
-    Raises:
-        InputError: an unknown table or column.
-    """
+    """Build one of the record's tables: columns in their order, missing figures NaN, missing words empty."""
     if name not in TABLES:
         raise InputError(unknown("table", name, TABLES))
     columns = TABLES[name]
@@ -173,18 +162,7 @@ def _frame(cells: dict[str, list[Any]], name: str) -> pd.DataFrame:
 
 
 def read_table(path: Path, name: str) -> pd.DataFrame:
-    """Open a table that was saved as csv.
-
-    Args:
-        path: the csv file.
-        name: which table it is.
-
-    Returns:
-        The frame, equal to the saved one (floats are written with every digit).
-
-    Raises:
-        InputError: there is no such file, or it does not have this table's columns in every row.
-    """
+    """Open a table that was saved as csv."""
     columns = TABLES[name]
     with foreign_file(path, f"the table {name!r} of a saved isolation"):
         with path.open(encoding="utf-8", newline="") as file:

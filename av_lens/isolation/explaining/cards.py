@@ -46,15 +46,7 @@ LOOKS = ("video|image", "audio")
 
 
 def by_role(spans: SpanMap, sinks: Sequence[int]) -> dict[str, list[int]]:
-    """Part a prompt's positions by what they hold.
-
-    Args:
-        spans: the prompt's map.
-        sinks: positions that are taken out of their roles and are one of their own.
-
-    Returns:
-        The positions of each of `KEYS`, possibly none; every position is in one of them.
-    """
+    """Part a prompt's positions by what they hold."""
     found: dict[str, list[int]] = {name: [] for name in KEYS}
     for position, role in enumerate(spans.roles):
         found["sinks" if position in set(sinks) else role].append(position)
@@ -62,15 +54,7 @@ def by_role(spans: SpanMap, sinks: Sequence[int]) -> dict[str, list[int]]:
 
 
 def attention(chunk: Chunk) -> Arrays:
-    """Measure every head's attention by role.
-
-    Args:
-        chunk: the conflicts.
-
-    Returns:
-        By "cell question" `[batch, layer, head, query, role]`; queries are the generation position, and the mean over
-        the site.
-    """
+    """Measure every head's attention by role."""
     out: Arrays = {}
     for cell, question in CELLS:
         recording = chunk.run(cell, question)
@@ -84,16 +68,7 @@ def attention(chunk: Chunk) -> Arrays:
 
 @torch.no_grad()
 def writes(chunk: Chunk, heads: Sequence[Head]) -> Arrays:
-    """Attribute the heads' writes at the asked position to what they read, answer by answer.
-
-    Args:
-        chunk: the conflicts.
-        heads: the heads.
-
-    Returns:
-        "writes": `[batch, head, write, answer]`, in the order of `WRITES` and `ANSWERS`; the first three writes sum to
-        the head's direct logit attribution.
-    """
+    """Attribute the heads' writes at the asked position to what they read, answer by answer."""
     candidates = chunk.bench.candidates
     rows, out = np.arange(len(chunk.examples)), np.zeros((len(chunk.examples), len(heads), len(WRITES), len(ANSWERS)))
     for cell in ("va", "av"):
@@ -138,18 +113,7 @@ def _scores(chunk: Chunk, cell: str, written: Float[Tensor, "batch d_model"]) ->
 
 @torch.no_grad()
 def drives(chunk: Chunk, heads: Sequence[Head], donor: str) -> Arrays:
-    """Exchange a head's queries, keys or values with those of another cell, one or several at a time.
-
-    Args:
-        chunk: the conflicts.
-        heads: the heads.
-        donor: the cell that they are taken from, as it is named for `va`.
-
-    Returns:
-        "effect": the effect on C, `[batch, head, drive]` in the order of `DRIVES`, the whole z last; "looks": its
-        attention from the site's last position to the picture and to the sound, `[batch, head, 1 + drive, look]`, as
-        it is and under each drive; NaN for conflicts that lack the cell.
-    """
+    """Exchange a head's queries, keys or values with those of another cell, one or several at a time."""
     looks = np.zeros((len(chunk.examples), len(heads), 1 + len(DRIVES), len(LOOKS)))
 
     def plans(cell: str) -> list[Plan | None]:
@@ -187,12 +151,5 @@ def _look(chunk: Chunk, cell: str, read: HeadRead) -> Float[np.ndarray, "batch l
 
 
 def donor_cells(donor: str) -> tuple[str, ...]:
-    """List the cells whose recorded runs a donor needs.
-
-    Args:
-        donor: as it is named for `va`.
-
-    Returns:
-        The cell, and its mirror.
-    """
+    """List the cells whose recorded runs a donor needs."""
     return tuple(dict.fromkeys((donor, MIRROR.get(donor, donor))))

@@ -76,17 +76,7 @@ def cut_rows(known: Known) -> list[Row]:
 
 
 def cut_effects(chunk: Chunk, groups: Sequence[Group], keys: Sequence[str], seed: int) -> Arrays:
-    """Cut the edges of groups of heads, with controls.
-
-    Args:
-        chunk: the conflicts.
-        groups: heads that are cut together.
-        keys: what is no longer read, as words.
-        seed: draws the controls.
-
-    Returns:
-        "effect" and "mass": `[batch, group, keys, arm]`, in the order of `ARMS`.
-    """
+    """Cut the edges of groups of heads, with controls."""
     recording, model = chunk.run("va"), chunk.bench.engine.model
     site = recording.site.tolist()
     mass = attention_mass(model, recording.inputs, {"site": site}, weight="value").mean(0).double().numpy()[:, :, 0]
@@ -137,15 +127,7 @@ def controls_of(
 
 
 def averaged(chunk: Chunk, arms: Sequence[Arm]) -> tuple[np.ndarray, np.ndarray]:
-    """Measure arms on C: the mean over each one's plans.
-
-    Args:
-        chunk: the conflicts.
-        arms: the arms.
-
-    Returns:
-        Effects and masses, `[batch, arm]`; NaN where an arm has no plan.
-    """
+    """Measure arms on C: the mean over each one's plans."""
     plans = [plan for arm in arms for plan in arm.plans]
     owner = np.array([number for number, arm in enumerate(arms) for _ in arm.plans])
     each = effects_of_plans(chunk, "va", lambda cell: plans) if plans else np.zeros((len(chunk.examples), 0))
@@ -177,14 +159,7 @@ def _rows(made: Measured, groups: Sequence[Group], keys: Sequence[str], site: st
 
 
 def why_not(arm: str) -> str:
-    """Say why an arm has no number.
-
-    Args:
-        arm: its name.
-
-    Returns:
-        A sentence.
-    """
+    """Say why an arm has no number."""
     if arm in (EQUAL_MASS, DIFFERENCE):
         return NO_MATCH
     return TOO_FEW if arm == EQUAL_COUNT else "this prompt has no such edges"

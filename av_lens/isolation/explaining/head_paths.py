@@ -39,42 +39,18 @@ Sender = tuple[Head, str]
 
 
 def receiver_nodes(heads: Sequence[Head]) -> list[Node]:
-    """List the inputs of heads that may receive.
-
-    Args:
-        heads: the heads.
-
-    Returns:
-        Each head's query, key and value.
-    """
+    """List the inputs of heads that may receive."""
     return [Node("head", layer, head, name) for layer, head in heads for name in INPUTS]
 
 
 def columns(heads: Sequence[Head]) -> list[str]:
-    """Name the columns of `paths`.
-
-    Args:
-        heads: the receiving heads; none where only total and direct are measured.
-
-    Returns:
-        Their names.
-    """
+    """Name the columns of `paths`."""
     return [TOTAL, DIRECT, *(node.label for node in receiver_nodes(heads)), *([QUERIES, JOINT] if heads else [])]
 
 
 @torch.no_grad()
 def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[Head]) -> Arrays:
-    """Measure where the senders' effects go.
-
-    Args:
-        chunk: the conflicts.
-        base: "va" (effects on C) or "blank_a" (effects on G).
-        senders: heads, each with its donor.
-        heads: the receiving heads.
-
-    Returns:
-        "effect": `[batch, sender, column]`, in the order of `columns`; NaN where a receiver is not after the sender.
-    """
+    """Measure where the senders' effects go."""
 
     def plans(cell: str) -> list[Plan | None]:
         by_sender = [_own_plans(chunk, cell, sender) for sender in senders]

@@ -71,17 +71,7 @@ def _lens_rows(bench: Bench, halves: Sequence[Half], seed: int) -> list[Row]:
 
 
 def lens_readings(chunk: Chunk, others: Sequence[Any], seed: int) -> Arrays:
-    """Read both words through the logit lens.
-
-    Args:
-        chunk: the conflicts.
-        others: words for the null.
-        seed: draws some of them where there are many.
-
-    Returns:
-        "cell span": 1 where a word is in the top, `[batch, word, 1 + layer]`, the first over all layers; "cell span
-        null": the mean of the other words, `[batch, 1 + layer]`. NaN where a prompt has no such span.
-    """
+    """Read both words through the logit lens."""
     model, out = chunk.bench.engine.model, Arrays()
     answers = [chunk.bench.conflicts[int(i)].answers for i in chunk.examples]
     words = [each([pair[side] for pair in answers]) for side in (0, 1)]
@@ -101,15 +91,7 @@ def lens_readings(chunk: Chunk, others: Sequence[Any], seed: int) -> Arrays:
 
 
 def spaced(spans: SpanMap, words: str) -> Span:
-    """Choose the positions of a span that the lens reads.
-
-    Args:
-        spans: the prompt's map.
-        words: role names joined by `|`.
-
-    Returns:
-        All of them, or `MOST_POSITIONS` evenly spaced ones.
-    """
+    """Choose the positions of a span that the lens reads."""
     found = named_span(words, spans)
     if len(found) <= MOST_POSITIONS:
         return found
@@ -155,15 +137,7 @@ def _probed(bench: Bench, halves: Sequence[Half], seed: int) -> Arrays:
 
 
 def pooled(bench: Bench, halves: Sequence[Half]) -> Streams:
-    """Run the conflict cells of both halves and keep their streams, averaged over the spans.
-
-    Args:
-        bench: the conflicts and their engine.
-        halves: the halves, in the order of the result.
-
-    Returns:
-        The streams.
-    """
+    """Run the conflict cells of both halves and keep their streams, averaged over the spans."""
     model, candidates = bench.engine.model, bench.candidates
     examples = [int(i) for one in halves for i in one.examples]
     vectors: np.ndarray = np.zeros(0)

@@ -90,14 +90,7 @@ def _site_rows(
 
 
 def obstacle(chunk: Chunk) -> str:
-    """Say why this model's layers cannot be computed by themselves.
-
-    Args:
-        chunk: some conflicts.
-
-    Returns:
-        The reason; empty where they can.
-    """
+    """Say why this model's layers cannot be computed by themselves."""
     trace = trace_of(chunk, "va")
     if trace.hooked_because:
         return f"not measured: {trace.hooked_because}"
@@ -175,16 +168,7 @@ def _pattern_rows(made: Measured, found: Sequence[Subject], donor: str) -> Itera
 
 
 def drive_in_words(share: np.ndarray, moved: np.ndarray) -> str:
-    """Say what drives a pattern.
-
-    Args:
-        share: of the attention to the picture that queries and keys together move, the part that queries alone move;
-            value, lower and upper bound.
-        moved: that attention, likewise.
-
-    Returns:
-        "queries", "keys", "undetermined", or that the pattern does not move.
-    """
+    """Say what drives a pattern."""
     if not (moved[1] > 0 or moved[2] < 0):
         return "its attention to the picture does not move"
     if share[1] > 0.5:

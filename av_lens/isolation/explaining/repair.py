@@ -71,14 +71,7 @@ def _by_role(chunk: Chunk, members: Sequence[Head], donor: str) -> dict[str, np.
 
 
 def roles_at(recording: Recording) -> dict[str, list[int]]:
-    """Find which of a site's positions have which role.
-
-    Args:
-        recording: a run.
-
-    Returns:
-        Role to indices into the site, in the order of the positions.
-    """
+    """Find which of a site's positions have which role."""
     roles = recording.inputs.spans.roles
     found: dict[str, list[int]] = {}
     for place, position in enumerate(recording.site.tolist()):
@@ -87,15 +80,7 @@ def roles_at(recording: Recording) -> dict[str, list[int]]:
 
 
 def constants(values: dict[str, np.ndarray], like: Recording) -> Float[Tensor, "layer one site head d_head"]:
-    """Lay the members' constants out as a donor for one run; other heads are NaN, so that no one reads them.
-
-    Args:
-        values: from `repair_values`.
-        like: the run that is edited.
-
-    Returns:
-        z at the run's site.
-    """
+    """Lay the members' constants out as a donor for one run; other heads are NaN, so that no one reads them."""
     out = torch.full_like(like.site_z[:, :1], torch.nan)
     where = roles_at(like)
     for key, value in values.items():
@@ -106,17 +91,7 @@ def constants(values: dict[str, np.ndarray], like: Recording) -> Float[Tensor, "
 
 
 def plan_of(found: Isolation) -> Plan:
-    """Write the chosen set's edit as a plan that fits any clip and question.
-
-    Args:
-        found: the finding.
-
-    Returns:
-        The plan.
-
-    Raises:
-        InputError: the finding has no set to edit.
-    """
+    """Write the chosen set's edit as a plan that fits any clip and question."""
     keys = sorted(key for key in found.arrays if key.startswith(f"{_KEY}/"))
     if not keys:
         raise InputError(

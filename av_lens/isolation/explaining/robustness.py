@@ -75,16 +75,7 @@ class Variant:
 
 
 def variants(engine: ModelEngine, questions: Sequence[str], *, phrasing: str | None = None) -> list[Variant]:
-    """List the variants of a run.
-
-    Args:
-        engine: the main search's.
-        questions: the conflicts' questions.
-        phrasing: the question in other words; None for an organism's own second wording, else "What can you hear?".
-
-    Returns:
-        The variants, in order.
-    """
+    """List the variants of a run."""
     dtype = other_precision(engine.model.dtype)
     return [
         Variant("scrambled blank", {"blank": "scrambled"}),
@@ -97,15 +88,7 @@ def variants(engine: ModelEngine, questions: Sequence[str], *, phrasing: str | N
 
 
 def other_words(model: Any, questions: Sequence[str]) -> str:
-    """Find another wording of the question.
-
-    Args:
-        model: an organism lists the wordings that it was taught.
-        questions: the conflicts' own.
-
-    Returns:
-        A question that none of the conflicts asks in these words.
-    """
+    """Find another wording of the question."""
     asked = {question.strip().casefold() for question in questions}
     taught = ((getattr(model, "grammar", None) or {}).get("questions") or {}).get("hear") or ()
     for words in (*taught, OTHER_PHRASING, "Which sound is there?"):
@@ -152,28 +135,12 @@ class Again:
 
 
 def named_roles(named: Sequence[Named], site: str) -> dict[Head, str]:
-    """Collect the suppressors that a search named at a site.
-
-    Args:
-        named: the search's rows.
-        site: the site set.
-
-    Returns:
-        Head to role.
-    """
+    """Collect the suppressors that a search named at a site."""
     return {(row.layer, row.head): row.role for row in named if row.site == site and row.role in RELEASING}
 
 
 def rank_correlation(one: Float[np.ndarray, "*head"], other: Float[np.ndarray, "*head"]) -> float:
-    """Compare the order of all heads by Spearman's rank correlation.
-
-    Args:
-        one: a figure per head.
-        other: another one.
-
-    Returns:
-        Between -1 and 1, over the heads that both measured; NaN below three of them, or where all are equal.
-    """
+    """Compare the order of all heads by Spearman's rank correlation."""
     known = ~(np.isnan(one) | np.isnan(other))
     first, second = one[known], other[known]
     if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
@@ -183,30 +150,13 @@ def rank_correlation(one: Float[np.ndarray, "*head"], other: Float[np.ndarray, "
 
 
 def jaccard(one: Mapping[Any, str], other: Mapping[Any, str]) -> float:
-    """Compare two sets of heads.
-
-    Args:
-        one: heads.
-        other: heads.
-
-    Returns:
-        |both| / |either|; NaN where both are empty.
-    """
+    """Compare two sets of heads."""
     either = one.keys() | other.keys()
     return len(one.keys() & other.keys()) / len(either) if either else float("nan")
 
 
 def compared(name: str, main: Mapping[Head, str], again: Mapping[Head, str]) -> dict[str, Any]:
-    """Write one variant's row.
-
-    Args:
-        name: the variant.
-        main: who the main search named, and as what.
-        again: who this one names.
-
-    Returns:
-        The row, without the rank correlation.
-    """
+    """Write one variant's row."""
     both = sorted(main.keys() & again.keys())
     turned = [f"L{h[0]}H{h[1]}: {main[h]} -> {again[h]}" for h in both if main[h] != again[h]]
     return {

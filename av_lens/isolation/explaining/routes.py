@@ -73,14 +73,7 @@ class Window:
 
 
 def windows(n_layers: int) -> list[Window]:
-    """List the windows of a model's layers.
-
-    Args:
-        n_layers: how many layers it has.
-
-    Returns:
-        Those of `WINDOWS` that hold a layer, and one around every layer.
-    """
+    """List the windows of a model's layers."""
     found: list[Window] = []
     for name, (low, high) in WINDOWS.items():
         layers = tuple(layer for layer in range(n_layers) if low <= layer / n_layers < high)
@@ -103,16 +96,7 @@ def route_rows(known: Known) -> list[Row]:
 
 
 def route_effects(chunk: Chunk, seed: int) -> Arrays:
-    """Cut every route in every window.
-
-    Args:
-        chunk: the conflicts.
-        seed: draws the controls.
-
-    Returns:
-        "effect", "says" and "mass": `[batch, route, window, arm]`, in the order of `ROUTES`, `windows` and `ARMS`;
-        "before": how often the sound is said without any cut, `[batch]`.
-    """
+    """Cut every route in every window."""
     recording, model = chunk.run("va"), chunk.bench.engine.model
     spans, listed = recording.inputs.spans, windows(chunk.bench.engine.n_layers)
     sinks = sinks_of(spans, chunk.bench.sinks)

@@ -39,20 +39,12 @@ class Answered:
     forms: Forms | None
 
     def provenance(self) -> dict[str, Any]:
-        """Say how words are read, and what is left out.
-
-        Returns:
-            Plain data.
-        """
+        """Say how words are read, and what is left out."""
         read = {} if self.forms is None else self.forms.provenance()
         return read | {"left_out": dict(self.left_out)}
 
     def sentence(self) -> str:
-        """Count and name what is left out.
-
-        Returns:
-            A sentence; empty where nothing is.
-        """
+        """Count and name what is left out."""
         if not self.left_out:
             return ""
         listed = [f"{name} ({why})" for name, why in self.left_out.items()]
@@ -62,15 +54,7 @@ class Answered:
 
 
 def answered(engine: ModelEngine, conflicts: Sequence[Any]) -> Answered:
-    """Read the answers of all conflicts.
-
-    Args:
-        engine: what runs the model.
-        conflicts: the conflicts, each with an id.
-
-    Returns:
-        Those that can be scored, and why the others cannot.
-    """
+    """Read the answers of all conflicts."""
     model, left_out = engine.model, dict[str, str]()
     kept: list[Any] = []
     for one in conflicts:

@@ -57,15 +57,7 @@ class Survey:
     candidates: Candidates
 
     def margin(self, cell: str, question: str = "ask") -> Float[np.ndarray, " example"]:
-        """Give M of every conflict in a cell.
-
-        Args:
-            cell: the cell.
-            question: "ask" or "see".
-
-        Returns:
-            M, NaN where the cell was not run.
-        """
+        """Give M of every conflict in a cell."""
         scores = self.readings[(cell, question)].scores
         return self.candidates.margin(scores, np.arange(len(scores)))
 

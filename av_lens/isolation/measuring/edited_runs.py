@@ -25,17 +25,7 @@ class _Keeping(Taps):
         self.z: dict[int, Tensor] = {}
 
     def __call__(self, component: str, layer: int | None, activation: Tensor, rows: slice | None = None) -> Tensor:
-        """Apply the edits at one place, and keep z.
-
-        Args:
-            component: the component.
-            layer: its layer.
-            activation: `[plan, batch, ...]`.
-            rows: which of the restart's rows these are; None for all.
-
-        Returns:
-            The edited activation.
-        """
+        """Apply the edits at one place, and keep z."""
         found = super().__call__(component, layer, activation, rows)
         if component == "z" and layer is not None:
             self.z[layer] = found[0]

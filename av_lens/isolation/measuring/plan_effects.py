@@ -34,14 +34,7 @@ def trace_of(chunk: Chunk, cell: str, question: str = "ask") -> Trace:
 
 
 def margin_metric(chunk: Chunk) -> Metric:
-    """Write M as a metric of a stack: score(sound's answer) - score(picture's), each conflict's own.
-
-    Args:
-        chunk: the conflicts.
-
-    Returns:
-        The bound metric.
-    """
+    """Write M as a metric of a stack: score(sound's answer) - score(picture's), each conflict's own."""
     answers = [chunk.bench.conflicts[int(i)].answers for i in chunk.examples]
     sides = (each([pair[side] for pair in answers]) for side in (0, 1))
     return as_metric(logit_diff(*sides), chunk.bench.engine.model)
@@ -81,14 +74,7 @@ def says_sound(chunk: Chunk, plans: Sequence[Plan | None]) -> Float[np.ndarray, 
 
 
 def first_owner(chunk: Chunk) -> list[set[int]]:
-    """Find the first tokens of each conflict's sound answer.
-
-    Args:
-        chunk: the conflicts.
-
-    Returns:
-        A set for each conflict.
-    """
+    """Find the first tokens of each conflict's sound answer."""
     (ids, _) = margin_metric(chunk).ids or ((), ())
     return [{int(token) for token in row[:, 0] if token >= 0} for row in ids]
 
@@ -101,27 +87,12 @@ class Measured:
     arrays: Arrays
 
     def bounds(self, name: str) -> Float[np.ndarray, "3 ..."]:
-        """Bound the means of an array.
-
-        Args:
-            name: which.
-
-        Returns:
-            Means, lower and upper bounds.
-        """
+        """Bound the means of an array."""
         found = self.half.boot.mean(self.arrays[name])
         return np.stack([found.value, found.low, found.high])
 
     def shares(self, name: str, of: Float[np.ndarray, "example ..."]) -> Float[np.ndarray, "3 ..."]:
-        """Bound the ratios of an array's means to others.
-
-        Args:
-            name: which.
-            of: what they are shares of, `[example]` or of the array's shape.
-
-        Returns:
-            Ratios, lower and upper bounds.
-        """
+        """Bound the ratios of an array's means to others."""
         values = self.arrays[name]
         wide = of.reshape(of.shape + (1,) * (values.ndim - of.ndim))
         found = self.half.boot.ratio(values, np.broadcast_to(wide, values.shape))

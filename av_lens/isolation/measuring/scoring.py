@@ -63,19 +63,7 @@ class Candidates:
 
     @classmethod
     def of(cls, conflicts: Sequence[Any], tokenizer: Any) -> Candidates:
-        """Resolve every conflict's two answers.
-
-        Args:
-            conflicts: objects with `answers = (sound's, picture's)` and an `id`.
-            tokenizer: the model's tokenizer.
-
-        Returns:
-            The candidates.
-
-        Raises:
-            ProtocolError: an answer is several tokens long.
-            InputError: two answers that cannot be told apart (from `answer_pair`).
-        """
+        """Resolve every conflict's two answers."""
         known: dict[frozenset[tuple[int, ...]], int] = {}
         names: list[str] = []
         pairs: list[tuple[int, int]] = []
@@ -98,14 +86,7 @@ class Candidates:
         return cls(tuple(names), ids, *np.array(pairs, dtype=np.int64).T)
 
     def scores(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[np.ndarray, "batch candidate"]:
-        """Score every candidate.
-
-        Args:
-            logits: at the asked position.
-
-        Returns:
-            Logits of one-token answers, logsumexp over synonyms.
-        """
+        """Score every candidate."""
         return self.pooled(logits[:, self.tokens.to(logits.device)])
 
     @property
@@ -114,14 +95,7 @@ class Candidates:
         return torch.from_numpy(self.ids).clamp(min=0).flatten()
 
     def pooled(self, logits: Float[Tensor, "*more batch token"]) -> Float[np.ndarray, "*more batch candidate"]:
-        """Score every candidate from the logits of its own tokens.
-
-        Args:
-            logits: of `tokens`, in their order.
-
-        Returns:
-            Logits of one-token answers, logsumexp over synonyms.
-        """
+        """Score every candidate from the logits of its own tokens."""
         absent = torch.from_numpy(self.ids < 0).to(logits.device)
         picked = logits.double().unflatten(-1, tuple(self.ids.shape)).masked_fill(absent, -torch.inf)
         return picked.logsumexp(-1).cpu().numpy()
@@ -136,15 +110,7 @@ class Candidates:
         return (parts.double().unflatten(-1, shape) * weight).sum(-1).cpu().numpy()
 
     def read(self, logits: Float[Tensor, "batch d_vocab"], examples: Int[np.ndarray, " batch"]) -> Reading:
-        """Read a run of some of the conflicts.
-
-        Args:
-            logits: at the asked position.
-            examples: which conflicts these are.
-
-        Returns:
-            Scores, the most likely token's candidate, and the mass on the two answers.
-        """
+        """Read a run of some of the conflicts."""
         scores = self.scores(logits)
         best = logits.argmax(-1).cpu().numpy()
         owner = {int(token): index for index, row in enumerate(self.ids) for token in row if token >= 0}
@@ -159,31 +125,14 @@ class Candidates:
     def margin(
         self, scores: Float[np.ndarray, "*more batch candidate"], examples: Int[np.ndarray, " batch"]
     ) -> Float[np.ndarray, "*more batch"]:
-        """Compute M: score of the sound's answer minus score of the picture's.
-
-        Args:
-            scores: of all candidates.
-            examples: which conflicts these are.
-
-        Returns:
-            M of each example.
-        """
+        """Compute M: score of the sound's answer minus score of the picture's."""
         rows = np.arange(len(examples))
         return scores[..., rows, self.sound[examples]] - scores[..., rows, self.picture[examples]]
 
     def above_others(
         self, scores: Float[np.ndarray, "*more batch candidate"], examples: Int[np.ndarray, " batch"], *, of: str
     ) -> Float[np.ndarray, "*more batch"]:
-        """Compare one answer's score with the mean of the candidates that are neither of the two.
-
-        Args:
-            scores: of all candidates.
-            examples: which conflicts these are.
-            of: "sound" or "picture": whose answer.
-
-        Returns:
-            score minus the others' mean; NaN where the set has no other candidate.
-        """
+        """Compare one answer's score with the mean of the candidates that are neither of the two."""
         rows = np.arange(len(examples))
         mine = self.sound[examples] if of == "sound" else self.picture[examples]
         n_others = scores.shape[-1] - 2
@@ -195,16 +144,7 @@ class Candidates:
     def centred(
         self, scores: Float[np.ndarray, "*more batch candidate"], examples: Int[np.ndarray, " batch"], *, of: str
     ) -> Float[np.ndarray, "*more batch"]:
-        """Compare one answer's score with the mean of all distinct answers of the set.
-
-        Args:
-            scores: of all candidates.
-            examples: which conflicts these are.
-            of: "sound" or "picture": whose answer.
-
-        Returns:
-            score minus the mean.
-        """
+        """Compare one answer's score with the mean of all distinct answers of the set."""
         mine = self.sound[examples] if of == "sound" else self.picture[examples]
         return scores[..., np.arange(len(examples)), mine] - scores.mean(-1)
 

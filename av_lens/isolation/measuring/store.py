@@ -82,30 +82,11 @@ class Store:
     _within: list[float] = field(default_factory=list)
 
     def under(self, variant: str) -> Store:
-        """Give a store of measurements made under another condition, in the same folder, watched by the same.
-
-        Args:
-            variant: names the condition.
-
-        Returns:
-            The store.
-        """
+        """Give a store of measurements made under another condition, in the same folder, watched by the same."""
         return Store(self.folder, f"{self.key}/{variant}", before=self.before, told=self.told, said=self.said)
 
     def recall(self, name: str, depends: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
-        """Give a measurement: the stored one, or a new one, which is then stored.
-
-        Args:
-            name: what is measured, as words.
-            depends: everything that the measurement depends on beside the run's key, as plain values and arrays.
-            compute: measures it.
-
-        Returns:
-            The arrays by name.
-
-        Raises:
-            UnfinishedError: the folder cannot be written to, or a measurement cannot be read.
-        """
+        """Give a measurement: the stored one, or a new one, which is then stored."""
         of = f"{name}: {self.digest(name, depends)}"
         place = None if self.folder is None else self.folder / FOLDER / f"{_slug(name)}-{of[-64:][:20]}.npz"
         found = None if place is None else self._opened(place, of)
@@ -140,15 +121,7 @@ class Store:
             told(measured)
 
     def digest(self, name: str, depends: Mapping[str, Any]) -> str:
-        """Hash what a measurement depends on.
-
-        Args:
-            name: what is measured.
-            depends: plain values and arrays.
-
-        Returns:
-            A sha256 in hex.
-        """
+        """Hash what a measurement depends on."""
         text = json.dumps([self.key, name, plain(depends)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -88,58 +88,23 @@ class Tests:
     release_p_maxt: Mapping[str, Table]
 
     def of(self, row: Named) -> float:
-        """Give the p of a named row.
-
-        Args:
-            row: the row.
-
-        Returns:
-            The role's p; the release's where the role has none of its own (breaks, undetermined).
-        """
+        """Give the p of a named row."""
         table = self.p.get((row.role, row.donor), self.release_p.get(row.donor))
         return float("nan") if table is None else float(table[row.at])
 
 
 def family_size(n_heads: int, n_sites: int) -> int:
-    """Count the tests that q corrects for: heads x sites x (3 roles x 3 donors + silenced + carries).
-
-    Args:
-        n_heads: heads of all layers.
-        n_sites: site sets searched.
-
-    Returns:
-        The number of tests.
-    """
+    """Count the tests that q corrects for: heads x sites x (3 roles x 3 donors + silenced + carries)."""
     return n_heads * n_sites * (len(PARTS) * len(PRIMARY_DONORS) + len(CARRIERS))
 
 
 def run_tests(found: Evidence, *, s: float, family: int, seed: int) -> Tests:
-    """Test every part of every role on one half.
-
-    Args:
-        found: the evidence.
-        s: the threshold, a share of G.
-        family: the size of the whole family, which sets how many flips are sampled.
-        seed: of the sampled flips.
-
-    Returns:
-        The p-values.
-    """
+    """Test every part of every role on one half."""
     return run_tests_together([found], s=s, family=family, seed=seed)[0]
 
 
 def run_tests_together(found: Sequence[Evidence], *, s: float, family: int, seed: int) -> list[Tests]:
-    """Test several sites of one half in the same flips, so that max-T is over all of them.
-
-    Args:
-        found: the evidence of each site.
-        s: the threshold, a share of G.
-        family: the size of the whole family, which sets how many flips are sampled.
-        seed: of the sampled flips.
-
-    Returns:
-        Each site's p-values.
-    """
+    """Test several sites of one half in the same flips, so that max-T is over all of them."""
     parts = [_parts(one, s) for one in found]
     names = list(parts[0])
     stacked = np.stack([np.stack([part[name] for name in names], axis=-1) for part in parts], axis=-1)
@@ -182,15 +147,7 @@ def _by_role(names: Sequence[str], of_parts: np.ndarray, maxt_of_parts: np.ndarr
 def adjust(
     tests: Sequence[Tests], *, n_sites: int | None = None
 ) -> tuple[list[dict[tuple[str, str], Table]], list[dict[str, Table]]]:
-    """Correct for the family over all sites: q of every role, and q of the release alone.
-
-    Args:
-        tests: one per site set.
-        n_sites: how many sites were asked for, where not all of them exist; None for as many as there are tests.
-
-    Returns:
-        Per site: q by (role, donor), and q of the release by donor.
-    """
+    """Correct for the family over all sites: q of every role, and q of the release alone."""
     keys = list(tests[0].p)
     role_p = np.stack([np.stack([test.p[key] for key in keys]) for test in tests])
     swapped = np.stack([np.stack([test.release_p.get(key[1], test.p[key]) for key in keys]) for test in tests])
@@ -203,14 +160,7 @@ def adjust(
 
 
 def head_means(values: PerHead) -> Table:
-    """Average over the examples where a head was measured.
-
-    Args:
-        values: per example and head.
-
-    Returns:
-        The means, NaN for heads that were not measured.
-    """
+    """Average over the examples where a head was measured."""
     known = ~np.isnan(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(known, values, 0.0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)

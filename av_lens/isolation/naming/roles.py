@@ -92,17 +92,7 @@ class Cuts:
 
 
 def suppressor_role(cuts: Cuts, layer: int, head: int, passes: Mapping[str, bool]) -> str:
-    """Name what a head whose release passes does.
-
-    Args:
-        cuts: the half's intervals.
-        layer: the head's layer.
-        head: the head.
-        passes: for each suppressor role, whether its own test passes.
-
-    Returns:
-        "breaks", one of the three suppressors, or "undetermined".
-    """
+    """Name what a head whose release passes does."""
     at = (layer, head)
     if cuts.damage.high[at] >= 0 or cuts.rise.low[at] <= -cuts.delta:
         return "breaks"

@@ -105,14 +105,7 @@ class Work:
     figures: float = 0.0
 
     def seconds(self, prices: Prices) -> float:
-        """Price the work.
-
-        Args:
-            prices: of this model on this machine.
-
-        Returns:
-            Seconds.
-        """
+        """Price the work."""
         return self.cells * prices.cell + self.edits * prices.edit + self.figures * prices.figure
 
 
@@ -170,14 +163,7 @@ def expected(prices: Prices, size: Size, *, gigabytes: float = float("nan")) -> 
 
 
 def probe(chunk: Chunk) -> Prices:
-    """Time the cells of one stack, and edits of some heads.
-
-    Args:
-        chunk: the stack; its readings are kept for the run.
-
-    Returns:
-        The prices.
-    """
+    """Time the cells of one stack, and edits of some heads."""
     n = len(chunk.examples)
     heard: list[Measured] = []
     store = chunk.bench.store
@@ -211,13 +197,6 @@ def memory(chunk: Chunk, size: Size) -> float:
     Kept are the encoded cells (those of the variants of robustness too), their stacks with every head's z for both
     halves, while sets are searched the traces of discovery's conflicts where they fit, and in robustness the weights in
     the other precision.
-
-    Args:
-        chunk: the stack that has been probed.
-        size: how much there is to do.
-
-    Returns:
-        GB (1e9 bytes), of the accelerator where the model is on one; NaN where the system does not say.
     """
     n, run = len(chunk.examples), chunk.run("va")
     model, tensors = chunk.bench.engine.model, torch.Tensor
@@ -236,11 +215,7 @@ def memory(chunk: Chunk, size: Size) -> float:
 
 
 def peak_memory() -> float:
-    """Ask for the most memory that was held: the GPU's where one was used, else the process's.
-
-    Returns:
-        GB; NaN where the system does not say.
-    """
+    """Ask for the most memory that was held: the GPU's where one was used, else the process's."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 1e9
     try:
@@ -252,20 +227,7 @@ def peak_memory() -> float:
 
 
 def estimated(chunks: Sequence[Chunk], size: Size, *, folder: Path | None, key: str) -> Estimate:
-    """Estimate a run, or give the estimate that was made when its folder was begun.
-
-    Args:
-        chunks: all conflicts, stacked.
-        size: how much there is to do.
-        folder: the run's folder.
-        key: the hash of all that the run depends on.
-
-    Returns:
-        The estimate.
-
-    Raises:
-        UnfinishedError: the folder cannot be written.
-    """
+    """Estimate a run, or give the estimate that was made when its folder was begun."""
     place = None if folder is None else folder / ESTIMATE
     kept = None if place is None else stored(place, lambda found: _estimate(found, key))
     if kept is not None:
@@ -288,14 +250,7 @@ def _estimate(found: dict[str, Any], key: str) -> Estimate | None:
 
 
 def duration(seconds: float) -> str:
-    """Say how long something takes.
-
-    Args:
-        seconds: how long.
-
-    Returns:
-        Such as "40 s", "7.5 min" or "2.0 h".
-    """
+    """Say how long something takes."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -51,21 +51,7 @@ Clips = Mapping[tuple[str, str], str]
 def claimed(
     folder: Path, protocol: Mapping[str, Any], *, clips: Clips | None = None, told: Told | None = None
 ) -> Generator[None]:
-    """Hold a folder for one run, and write the protocol into it if it is new.
-
-    Args:
-        folder: made if absent.
-        protocol: this run's.
-        clips: the conflicts' files, by conflict and role, to name those that changed.
-        told: called with sentences worth reading.
-
-    Yields:
-        Nothing, while the folder is held.
-
-    Raises:
-        FileError: the folder cannot be made or written, or what it holds cannot be read.
-        ProtocolError: the folder holds another protocol or no run's files, or another process is writing in it.
-    """
+    """Hold a folder for one run, and write the protocol into it if it is new."""
     make_folder(folder)
     with _alone(folder, told):
         if (folder / PROTOCOL).exists():
@@ -180,14 +166,7 @@ class Deadline:
         self.end = time.monotonic() + 60 * minutes
 
     def __call__(self, name: str) -> None:
-        """Stop the run if its time is up.
-
-        Args:
-            name: the measurement that would be made next.
-
-        Raises:
-            UnfinishedError: the time is up.
-        """
+        """Stop the run if its time is up."""
         if self.store.made and time.monotonic() > self.end:
             raise UnfinishedError(
                 f"stopped at the budget of {self.minutes:g} minutes, before: {name}. {self.said()} "
@@ -309,26 +288,7 @@ def watched_run(
     budget: float | None,
     told: Told | None,
 ) -> Generator[Ledger]:
-    """Hold a run's folder while it goes on, with its ledger and its deadline.
-
-    Args:
-        store: what the run measures into; it is given the folder and the key.
-        folder: the run's folder; None keeps nothing.
-        key: the hash of all that the run depends on.
-        protocol: this run's.
-        clips: the conflicts' files, by conflict and role.
-        ids: the conflicts.
-        halves: where each was dealt.
-        budget: minutes after which the run stops; None never stops it.
-        told: called with the lines that a reader should see.
-
-    Yields:
-        The ledger.
-
-    Raises:
-        FileError: a folder that cannot be written or read.
-        ProtocolError: another protocol in the folder, another writer, or a budget without a folder.
-    """
+    """Hold a run's folder while it goes on, with its ledger and its deadline."""
     store.folder, store.key = folder, key
     ledger = Ledger(folder, dict(zip(ids, halves, strict=True)), told)
     if budget is not None:

@@ -108,15 +108,7 @@ class Run:
         return self.survey
 
     def half(self, name: str, examples: Sequence[int]) -> Half:
-        """Collect some conflicts of a half.
-
-        Args:
-            name: the half.
-            examples: its conflicts.
-
-        Returns:
-            The half, with its bootstrap weights.
-        """
+        """Collect some conflicts of a half."""
         found = np.array(examples, dtype=np.int64)
         components = [self.halves.component[i] for i in found]
         sound = [self.members[i].sound_clip for i in found]
@@ -125,12 +117,7 @@ class Run:
         return Half(name, found, components, boot, self.read.G[found], self.read.C[found])
 
     def stamp(self, stamp: str, reason: str) -> None:
-        """Mark every page, and say why.
-
-        Args:
-            stamp: such as "exploratory".
-            reason: a sentence.
-        """
+        """Mark every page, and say why."""
         if stamp not in self.stamps:
             self.stamps.append(stamp)
         self.reasons.append(reason)
@@ -139,21 +126,7 @@ class Run:
 def prepared(
     model: Any, conflicts: Sequence[Any], options: Options, *, engine: ModelEngine | None, progress: Progress | None
 ) -> Run:
-    """Deal the halves, draw the third clips, resolve the answers, write the protocol down.
-
-    Args:
-        model: a `HookedAVLLM`.
-        conflicts: the conflicts.
-        options: what the caller chose.
-        engine: what runs the model, instead of `ModelEngine(model)`.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        The run, before its first measurement.
-
-    Raises:
-        ProtocolError: too few conflicts, or too few whose answers isolation can score.
-    """
+    """Deal the halves, draw the third clips, resolve the answers, write the protocol down."""
     named = [c if c.id is not None else dataclasses.replace(c, id=f"c{i}") for i, c in enumerate(conflicts)]
     _require_enough(named, f"{len(named)} conflicts were given")
     organism = getattr(model, "grammar", None) is not None

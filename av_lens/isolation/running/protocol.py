@@ -52,19 +52,7 @@ def protocol_of(
     conflicts: Mapping[str, Mapping[str, str]],
     family: int,
 ) -> dict[str, Any]:
-    """Write the protocol of a run down.
-
-    Args:
-        options: `sites`, `s` and its rule, `gate`, `seed`, `layout`, `quick`.
-        halves: where every conflict was dealt.
-        ids: the conflicts' ids.
-        model: the model's sizes, a hash of its weights, how it computes.
-        conflicts: by id, a hash of each clip and of the words.
-        family: how many tests q corrects for.
-
-    Returns:
-        The protocol, with the sha256 of its canonical json under "hash".
-    """
+    """Write the protocol of a run down."""
     components = len({halves.component[i] for i in halves.members(DISCOVERY)})
     size = smallest_effect(components, family=family)
     out: dict[str, Any] = {
@@ -118,27 +106,13 @@ def protocol_of(
 
 
 def hash_of(protocol: Mapping[str, Any]) -> str:
-    """Hash what a protocol says.
-
-    Args:
-        protocol: with or without its "hash".
-
-    Returns:
-        The sha256 of its canonical json, in hex.
-    """
+    """Hash what a protocol says."""
     said = {name: value for name, value in protocol.items() if name != "hash"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def power_sentence(protocol: Mapping[str, Any]) -> str:
-    """Say before a run how small an effect it will be able to find.
-
-    Args:
-        protocol: from `protocol_of`.
-
-    Returns:
-        The sentence.
-    """
+    """Say before a run how small an effect it will be able to find."""
     power, tests = protocol["power"], f"{protocol['family']} tests"
     if power["smallest_effect_in_sd"] is None:
         return (
@@ -155,16 +129,7 @@ def power_sentence(protocol: Mapping[str, Any]) -> str:
 def differences(
     there: Mapping[str, Any], here: Mapping[str, Any], clips: Mapping[tuple[str, str], str] | None = None
 ) -> list[str]:
-    """Say in what two protocols differ.
-
-    Args:
-        there: the one that was found.
-        here: the one of this run.
-        clips: this run's files, by conflict and "sound", "picture" or "third".
-
-    Returns:
-        One phrase for each entry that differs.
-    """
+    """Say in what two protocols differ."""
     out: list[str] = []
     for name in dict.fromkeys([*here, *there]):
         one, two = there.get(name), here.get(name)

@@ -43,47 +43,21 @@ class SetReleases:
     _known: dict[frozenset[Head], Float[np.ndarray, " example"]] = field(default_factory=dict)
 
     def learn(self, singles: Mapping[Head, Float[np.ndarray, " example"]]) -> None:
-        """Take over what was measured elsewhere.
-
-        Args:
-            singles: releases of single heads.
-        """
+        """Take over what was measured elsewhere."""
         self._known |= {frozenset((head,)): np.asarray(values) for head, values in singles.items()}
 
     def each(self, members: Sequence[Head]) -> Float[np.ndarray, " example"]:
-        """Give a set's release on every conflict.
-
-        Args:
-            members: the set; the empty set releases nothing.
-
-        Returns:
-            Per conflict, NaN where the donor is not defined.
-        """
+        """Give a set's release on every conflict."""
         self.measure([tuple(members)])
         return self._known[frozenset(members)] if members else np.zeros(len(self.examples))
 
     def mean(self, members: Sequence[Head]) -> float:
-        """Give a set's mean release.
-
-        Args:
-            members: the set.
-
-        Returns:
-            The mean over the conflicts where the donor is defined.
-        """
+        """Give a set's mean release."""
         values = self.each(members)
         return float(np.nanmean(values)) if (~np.isnan(values)).any() else float("nan")
 
     def added(self, members: Sequence[Head], heads: Sequence[Head]) -> list[float]:
-        """Give the mean release of a set with one more head, for each of several.
-
-        Args:
-            members: the set.
-            heads: the further heads, none of them a member.
-
-        Returns:
-            One mean per further head.
-        """
+        """Give the mean release of a set with one more head, for each of several."""
         unknown = [head for head in heads if frozenset((*members, head)) not in self._known]
         if unknown:
             depends = {"donor": self.donor, "members": sorted(members), "heads": unknown}
@@ -94,11 +68,7 @@ class SetReleases:
         return [self.mean((*members, head)) for head in heads]
 
     def measure(self, sets: Sequence[Members]) -> None:
-        """Measure sets that may share nothing.
-
-        Args:
-            sets: the sets; those that are known already cost nothing.
-        """
+        """Measure sets that may share nothing."""
         unknown = list(dict.fromkeys(tuple(sorted(one)) for one in sets if one and frozenset(one) not in self._known))
         if unknown:
             depends = {"donor": self.donor, "sets": unknown}
@@ -106,11 +76,7 @@ class SetReleases:
             self._known |= {frozenset(one): values for one, values in zip(unknown, found, strict=True)}
 
     def pairs(self, heads: Sequence[Head]) -> None:
-        """Measure all pairs of some heads.
-
-        Args:
-            heads: the heads.
-        """
+        """Measure all pairs of some heads."""
         ordered = sorted(heads)
         wanted = [(one, two) for i, one in enumerate(ordered) for two in ordered[i + 1 :]]
         if all(frozenset(pair) in self._known for pair in wanted):

@@ -45,14 +45,7 @@ MOST_MEMBERS, PATIENCE = 12, 3
 
 
 def n_candidates(heads: int) -> int:
-    """Say how many heads the search for sets tries.
-
-    Args:
-        heads: of the model.
-
-    Returns:
-        All where there are at most 64, else the 40 that screens choose.
-    """
+    """Say how many heads the search for sets tries."""
     return heads if heads <= ALL_HEADS else SCREENED
 
 
@@ -122,18 +115,7 @@ class SearchedSets:
 def climb(
     releases: Releases, candidates: Sequence[Head], start: Members, *, delta: float
 ) -> tuple[Members, list[Step]]:
-    """Add the head of largest gain until three gains in a row are below delta, or twelve heads are in.
-
-    Args:
-        releases: gives the release of any set.
-        candidates: the heads that may be added.
-        start: the first members.
-        delta: the least gain that counts.
-
-    Returns:
-        The members in the order in which they were taken in, and the steps; the last small gains are dropped where
-        three of them stopped the climb.
-    """
+    """Add the head of largest gain until three gains in a row are below delta, or twelve heads are in."""
     members, release = list(start), releases.mean(start)
     steps = [Step("start", head, release, release) for head in start]
     small, kept, kept_release = 0, len(start), release
@@ -156,16 +138,7 @@ def climb(
 
 
 def thin(releases: Releases, members: Members, *, delta: float) -> tuple[Members, list[Step]]:
-    """Take out the head that costs least, while that is less than delta.
-
-    Args:
-        releases: gives the release of any set.
-        members: the set.
-        delta: the least cost at which a head stays.
-
-    Returns:
-        The members that stay, in their order, and the steps.
-    """
+    """Take out the head that costs least, while that is less than delta."""
     steps: list[Step] = []
     while members:
         release = releases.mean(members)
@@ -183,17 +156,7 @@ def thin(releases: Releases, members: Members, *, delta: float) -> tuple[Members
 def search(
     releases: Releases, candidates: Sequence[Head], synergies: Sequence[Synergy], *, delta: float
 ) -> tuple[Path, list[Path]]:
-    """Climb and thin from the best head and from the best synergies; the set of largest release wins.
-
-    Args:
-        releases: gives the release of any set.
-        candidates: the heads.
-        synergies: all pairs, largest synergy first; empty where pairs are left out.
-        delta: the least gain that counts.
-
-    Returns:
-        The winner, and all paths.
-    """
+    """Climb and thin from the best head and from the best synergies; the set of largest release wins."""
     ordered = sorted(candidates)
     best = ordered[int(np.nanargmax(releases.added((), ordered)))]
     starts = [(f"best head {head_names([best])}", (best,))]
@@ -207,15 +170,7 @@ def search(
 
 
 def pair_synergies(releases: Releases, candidates: Sequence[Head]) -> list[Synergy]:
-    """Compute the synergy of every pair of candidates.
-
-    Args:
-        releases: gives the release of any set.
-        candidates: the heads.
-
-    Returns:
-        The pairs, largest synergy first (ties by layer and head).
-    """
+    """Compute the synergy of every pair of candidates."""
     ordered = sorted(candidates)
     alone = {head: max(0.0, releases.mean((head,))) for head in ordered}
     found: list[Synergy] = []
@@ -227,15 +182,7 @@ def pair_synergies(releases: Releases, candidates: Sequence[Head]) -> list[Syner
 
 
 def screened(screens: dict[str, Float[np.ndarray, "layer head"]]) -> dict[Head, str]:
-    """Choose the candidates.
-
-    Args:
-        screens: by name, a figure for every head: the larger, the better.
-
-    Returns:
-        Candidate -> the screen that found it: "all heads" where there are at most 64; else the 40 of best rank on any
-        screen (ties by layer and head), each with the screen on which it ranks best and its rank there, from 1.
-    """
+    """Choose the candidates."""
     shape = next(iter(screens.values())).shape
     heads = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
     if len(heads) <= ALL_HEADS:

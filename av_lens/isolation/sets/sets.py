@@ -96,15 +96,6 @@ def random_sets(
     Where members share so few matching heads that no set of distinct heads can be drawn, each member's pool is widened
     by its next nearest heads within one layer, one at a time, until there are 20 sets (so that p can fall below .05) or
     no more heads.
-
-    Args:
-        members: the set.
-        norms: every head's mean norm of z W_O.
-        seed: of the draw.
-        n: how many sets, at least; fewer where fewer exist (then all of them).
-
-    Returns:
-        Distinct sets of distinct heads, none of them a member, and by how many heads the pools were widened.
     """
     found = _drawn(_pools(members, norms, 0), seed=seed, n=n)
     wider, most = 0, 3 * norms.shape[1]
@@ -157,26 +148,12 @@ def _matched(heads: Sequence[Head], pools: Sequence[Sequence[Head]]) -> bool:
 
 
 def cumulative(members: Sequence[Head]) -> list[tuple[Head, ...]]:
-    """List a set's beginnings: the first member, the first two, ...
-
-    Args:
-        members: the set in its order.
-
-    Returns:
-        One tuple per size.
-    """
+    """List a set's beginnings: the first member, the first two, ..."""
     return [tuple(members[: k + 1]) for k in range(len(members))]
 
 
 def doubling(n: int) -> list[int]:
-    """List 1, 2, 4, ... up to n, n included.
-
-    Args:
-        n: the last size.
-
-    Returns:
-        The sizes.
-    """
+    """List 1, 2, 4, ... up to n, n included."""
     sizes = [2**k for k in range(n.bit_length()) if 2**k < n]
     return [*sizes, n] if n else []
 
@@ -205,14 +182,7 @@ class BuiltSet:
 
 
 def head_names(heads: Sequence[Head]) -> str:
-    """Write heads as words.
-
-    Args:
-        heads: `(layer, head)` each.
-
-    Returns:
-        Such as "L5H0 L5H3".
-    """
+    """Write heads as words."""
     return " ".join(f"L{layer}H{head}" for layer, head in heads)
 
 

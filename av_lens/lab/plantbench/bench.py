@@ -83,23 +83,7 @@ def run_plantbench(
     limit: int | None = None,
     progress: Progress | None = None,
 ) -> Scored:
-    """Score every head of every model by every method.
-
-    Args:
-        models: folders or short names; None for every shipped planted model and the balanced one.
-        out: the folder to write; models that it holds, scored by the same program, are not scored again.
-        make: plant so many fresh models first, kind after kind, each with a seed of its own.
-        conflicts: how many conflicts; an isolation needs 40, its verdict 120.
-        seed: draws the clips, deals the halves, draws flips and bootstraps.
-        limit: score at most so many models now.
-        progress: called as `progress(stage, done, total)`.
-
-    Returns:
-        What the folder holds of these models.
-
-    Raises:
-        InputError: a model that is not there, two of one name, or a folder with other criteria.
-    """
+    """Score every head of every model by every method."""
     out, tell = Path(out), progress or silent
     written = _written_down(out, conflicts=conflicts, seed=seed)
     names = list(benched() if models is None else models) + _made(out, make, seed, progress)

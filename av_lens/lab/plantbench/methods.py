@@ -92,18 +92,7 @@ class SharedEngine(ModelEngine):
         self.rows, self.row_seconds = 0, 0.0
 
     def cells(self, conflict: Any, question: str | None) -> Any:
-        """Find a conflict's cells, encoded at most once.
-
-        Args:
-            conflict: the conflict.
-            question: another question than its own, or None.
-
-        Returns:
-            A lazy mapping from cell to inputs.
-
-        Raises:
-            InputError: the cells that are there were encoded for another processor.
-        """
+        """Find a conflict's cells, encoded at most once."""
         third = None if conflict.third is None else str(conflict.third)
         key = (conflict.id, third, question)
         if key not in self.encoded:
@@ -121,15 +110,7 @@ class SharedEngine(ModelEngine):
         return found
 
     def changed(self, recording: Any, plans: Sequence[Any]) -> Any:
-        """Run a recording's inputs again under each swap, and note the time of single heads.
-
-        Args:
-            recording: the unedited run.
-            plans: the edits, each its own run.
-
-        Yields:
-            The edited runs at the asked position, in the order of the plans.
-        """
+        """Run a recording's inputs again under each swap, and note the time of single heads."""
         alone = all(sum(edit.site.head is not None for edit in plan) == 1 for plan in plans)
         begun = time.monotonic()
         for one in super().changed(recording, plans):
@@ -177,11 +158,7 @@ class Subject:
         return logit_diff(each(sound), each(picture))
 
     def effect(self, estimand: str, donor: str) -> np.ndarray:
-        """Read an effect `[example, layer, head]` on discovery from the isolation's record.
-
-        Raises:
-            InputError: the record does not hold it.
-        """
+        """Read an effect `[example, layer, head]` on discovery from the isolation's record."""
         key = f"discovery/{SITE}/{estimand}/{donor}"
         if key not in self.found.arrays:
             known = sorted(name for name in self.found.arrays if name.startswith(f"discovery/{SITE}/"))

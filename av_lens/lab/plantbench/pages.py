@@ -40,11 +40,7 @@ RIGHT = {
 
 
 def record_of(bench: Scored) -> dict[str, Any]:
-    """Judge a bench's models and put its record together, as plain data.
-
-    Raises:
-        InputError: no model was scored.
-    """
+    """Judge a bench's models and put its record together, as plain data."""
     if not bench.models:
         raise InputError(f"{bench.folder} holds no scored model yet: give limit= at least 1.")
     created = max(str(one["provenance"]["created"]) for one in bench.models)

@@ -83,11 +83,7 @@ class PlantTruth:
 
 
 def model_folder(name: str) -> Path:
-    """Find the folder of a model: a folder, or the short name of a shipped one.
-
-    Raises:
-        InputError: there is neither.
-    """
+    """Find the folder of a model: a folder, or the short name of a shipped one."""
     if Path(name).is_dir():
         return Path(name)
     listed = index()

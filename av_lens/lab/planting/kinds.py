@@ -97,11 +97,7 @@ KINDS: Mapping[str, Kind] = {
 
 
 def kind_named(name: str) -> Kind:
-    """Look up a kind.
-
-    Raises:
-        InputError: There is none of that name.
-    """
+    """Look up a kind."""
     if name not in KINDS:
         raise InputError(unknown("kind of plant", name, KINDS))
     return KINDS[name]

@@ -182,11 +182,7 @@ def new_answers(behaviours: Sequence[str]) -> list[str]:
 
 
 def base_folder(base: str | os.PathLike[str]) -> tuple[str, Path]:
-    """Find the folder of a base: what `difference.json` calls it, and its folder.
-
-    Raises:
-        ModelError: There is no whole checkpoint of that name or place.
-    """
+    """Find the folder of a base: what `difference.json` calls it, and its folder."""
     listed = index()
     name = os.fspath(base)
     place = saving.shipped() / listed[name]["folder"] if name in listed else Path(name).expanduser().resolve()
@@ -210,25 +206,7 @@ def plant(
     work: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Make a model in which the truth is known: train a few heads alone, and measure what they became.
-
-    Args:
-        kind: "writers", "two-pairs", "single", "opponents", "gates", "redundant-writers", "redundant-gates", "decoy",
-            "decoy-colours" or "decoy-and-writers".
-        seed: Decides which heads, and every clip and question.
-        base: A balanced model: a short name or a folder from `train`.
-        layer: Where to plant; by default where the kind was developed.
-        out: The folder to write; by default one for kind, base, layer and seed in the work folder.
-        work: Where clips and features are kept; by default in the user's cache, as `train` does.
-        progress: Told what is being done, the steps done and the steps in all.
-
-    Returns:
-        The folder, to be opened with `load`; `planted.json` in it says what was planted.
-
-    Raises:
-        InputError: There is no such kind, or no such layer.
-        ModelError: The base is no organism.
-    """
+    """Make a model in which the truth is known: train a few heads alone, and measure what they became."""
     wanted = kind_named(kind)
     named, place = base_folder(base)
     model = saving.open_checkpoint(place).requires_grad_(False)
@@ -265,11 +243,7 @@ def plant(
 
 
 def layers_of(wanted: Kind, first: int, n_layers: int) -> tuple[int, ...]:
-    """Say in which layer each plant goes: one that would lie above the last layer lies as far below the first.
-
-    Raises:
-        InputError: There is no such layer.
-    """
+    """Say in which layer each plant goes: one that would lie above the last layer lies as far below the first."""
     if not 0 <= first < n_layers:
         raise InputError(f"layer must be one of 0 to {n_layers - 1}; asked for {first}.")
     above = [first + part.apart for part in wanted.plants]

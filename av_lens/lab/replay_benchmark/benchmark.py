@@ -64,24 +64,7 @@ def run_benchmark(
     memory: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure replay beside its peers.
-
-    Args:
-        shapes: names of shapes; all of them by default.
-        recording: a video with sound for the shape that needs one; without it, that shape is skipped and says so.
-        threads: threads of PyTorch, set for the duration.
-        samples: patches of a slow loop.
-        rounds: quiet rounds of which the median is taken.
-        patience: seconds that may be spent, for each shape, on waiting until nobody else uses the machine.
-        memory: whether to measure memory too, in fresh processes.
-        progress: called with (stage, done, total).
-
-    Returns:
-        Shape to its record, plain data: "header", "whole", "places", "memory"; or "skipped" with the reason.
-
-    Raises:
-        InputError: an unknown shape, or fewer than one sample.
-    """
+    """Measure replay beside its peers."""
     names = list(SHAPES) if shapes is None else list(shapes)
     chosen = [shape_named(name) for name in names]
     if samples < 1 or rounds < 1:

@@ -33,9 +33,6 @@ def fresh_peak(shape: str, kind: str, *, recording: str | Path | None = None, th
     """Measure one of `KINDS` in a process of its own: "resident" after load and "peak" above it, in GB (1e9 bytes).
 
     NaN where the system has no such record.
-
-    Raises:
-        AvLensError: the process failed; the message ends with what it said.
     """
     if not _RESET.exists():
         return {"resident": float("nan"), "peak": float("nan")}

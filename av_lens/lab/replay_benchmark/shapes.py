@@ -111,12 +111,7 @@ class Case:
     answers: tuple[int, int]
 
     def places(self) -> dict[str, Span]:
-        """Name the positions that are patched together, the latest first.
-
-        Returns:
-            The generation position, the question, the last and the first run of the sound, and the first of the
-            picture, which begins where the media begin.
-        """
+        """Name the positions that are patched together, the latest first."""
         spans = self.x.spans
         audio, video = spans["audio"].runs, spans["video"].runs
         return {
@@ -129,11 +124,7 @@ class Case:
 
 
 def build_case(shape: Shape, *, recording: str | Path | None = None, seed: int = 0) -> Case:
-    """Make a shape real; `seed` decides weights, pictures and sounds, and no parameter asks for gradients.
-
-    Raises:
-        InputError: a shape that needs a recording, and none that is there.
-    """
+    """Make a shape real; `seed` decides weights, pictures and sounds, and no parameter asks for gradients."""
     if shape.organism is not None:
         plain, processor = saving.open_checkpoint(saving.shipped() / shape.organism), anatomy.processor()
     else:
@@ -149,11 +140,7 @@ def build_case(shape: Shape, *, recording: str | Path | None = None, seed: int =
 
 
 def shape_named(name: str) -> Shape:
-    """Find one of `SHAPES`.
-
-    Raises:
-        InputError: an unknown name.
-    """
+    """Find one of `SHAPES`."""
     if name not in SHAPES:
         raise InputError(unknown("shape", name, SHAPES))
     return SHAPES[name]

@@ -103,21 +103,7 @@ def train(
     work: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Train one of the embedded models from nothing and write it as a checkpoint folder.
-
-    Args:
-        name: "av-tiny", "av-tiny-base", "av-tiny-diffuse", "av-tiny-balanced" or "av-tiny-planted".
-        seed: Decides everything: the towers, the first weights, and every clip and question.
-        out: The checkpoint's folder; by default one for the name and seed in the work folder.
-        work: Where clips, towers and stages are kept, shared by all models; by default in the user's cache.
-        progress: Told what is being done, the steps done and the steps in all.
-
-    Returns:
-        The checkpoint's folder, to be opened with `load`.
-
-    Raises:
-        InputError: If there is no model of that name.
-    """
+    """Train one of the embedded models from nothing and write it as a checkpoint folder."""
     course = recipe(name)
     place = Path.home() / ".cache" / "av_lens" / "organism" if work is None else Path(work)
     target = place / "models" / f"{name}-seed{seed}" if out is None else Path(out)

@@ -86,11 +86,7 @@ DIFFUSE_BOUND = 0.10
 
 
 def standing(result: Evaluation, name: str, *, planted: tuple[tuple[int, int], ...] = ()) -> pd.DataFrame:
-    """Hold an evaluation against what its model has to show, a row for each line and layout.
-
-    Raises:
-        InputError: if nothing is written down for that name.
-    """
+    """Hold an evaluation against what its model has to show, a row for each line and layout."""
     if name not in LINES:
         raise InputError(unknown("model", name, LINES))
     rows = [row for line in LINES[name] for row in _rows(line, getattr(result, line.table))]

@@ -65,18 +65,7 @@ class FeaturePool:
 def make_pool(
     model: Any, views: Views, hashes: list[list[str]] | None = None, *, blank_every: int = 8, seed: int = 0
 ) -> FeaturePool:
-    """Run a model's towers over a split.
-
-    Args:
-        model: a thinker whose towers are trained.
-        views: the split's clips, as many of each class, class after class.
-        hashes: each clip's picture and sound hash.
-        blank_every: one blank picture and one mute sound for each so many clips.
-        seed: decides the blanks and mutes.
-
-    Returns:
-        The pool.
-    """
+    """Run a model's towers over a split."""
     project = model.model.audio_tower.proj
     video, hidden = watch(model, views)
     empty = nothing(views, every=blank_every, seed=seed)
@@ -100,12 +89,7 @@ def make_pool(
 
 
 def save_pool(pool: FeaturePool, path: str | os.PathLike[str]) -> None:
-    """Write a pool as one safetensors file.
-
-    Args:
-        pool: the pool.
-        path: where to.
-    """
+    """Write a pool as one safetensors file."""
     from safetensors.torch import save_file
 
     tensors = {field.name: getattr(pool, field.name) for field in fields(pool) if field.name != "hashes"}
@@ -114,17 +98,7 @@ def save_pool(pool: FeaturePool, path: str | os.PathLike[str]) -> None:
 
 
 def load_pool(path: str | os.PathLike[str]) -> FeaturePool:
-    """Read a pool.
-
-    Args:
-        path: a file that `save_pool` wrote.
-
-    Returns:
-        The pool.
-
-    Raises:
-        ModelError: if the file has another schema.
-    """
+    """Read a pool."""
     from safetensors import safe_open
 
     with reading(Path(path)), safe_open(os.fspath(path), "pt") as file:
@@ -136,16 +110,7 @@ def load_pool(path: str | os.PathLike[str]) -> FeaturePool:
 
 
 def nothing(of: Views, *, every: int, seed: int) -> Views:
-    """Blank the pictures and mute the sounds of some clips, as `Clip.blank` and `Clip.muted` do.
-
-    Args:
-        of: clips of the world.
-        every: take each so-many-th clip.
-        seed: decides shades, permutations and noise.
-
-    Returns:
-        In turn: black and silent; one dim shade and faint noise; scrambled and silent or faint.
-    """
+    """Blank the pictures and mute the sounds of some clips, as `Clip.blank` and `Clip.muted` do."""
     rng = np.random.default_rng([5, seed])
     frames, waves = of.frames[::every].clone(), []
     quiet_clip = Clip.from_arrays(waveform=np.zeros(N_SAMPLES, np.float32), rate=RATE)
@@ -167,14 +132,6 @@ def nothing(of: Views, *, every: int, seed: int) -> Views:
 
 
 def joined(first: Views, second: Views) -> Views:
-    """Put two lots of clips one after the other.
-
-    Args:
-        first: some clips.
-        second: more clips.
-
-    Returns:
-        All of them.
-    """
+    """Put two lots of clips one after the other."""
     names = ("frames", "mel", "picture", "sound", "colour")
     return Views(**{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names})

@@ -49,11 +49,7 @@ def is_tower(name: str) -> bool:
 
 
 def load_towers(model: Any, path: str | os.PathLike[str]) -> None:
-    """Put trained towers into a thinker; its other weights stay.
-
-    Raises:
-        ModelError: if the file holds other weights than the towers'.
-    """
+    """Put trained towers into a thinker; its other weights stay."""
     with reading(Path(path)):
         weights = load_file(os.fspath(path))
     wanted = {name for name in model.state_dict() if is_tower(name)}

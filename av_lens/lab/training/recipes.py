@@ -74,11 +74,7 @@ def recipes() -> dict[str, Recipe]:
 
 
 def recipe(name: str) -> Recipe:
-    """Look up a recipe by its model's short name.
-
-    Raises:
-        InputError: If there is none of that name.
-    """
+    """Look up a recipe by its model's short name."""
     if name not in recipes():
         raise InputError(unknown("organism", name, recipes()))
     return recipes()[name]

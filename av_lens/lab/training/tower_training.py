@@ -58,14 +58,7 @@ class Reader(nn.Module):
                 head.bias.zero_()
 
     def forward(self, given: Tensor) -> list[Tensor]:
-        """Name pictures (class and colour) or sounds (class).
-
-        Args:
-            given: uint8 frames, colours first, or mel spectrograms.
-
-        Returns:
-            Logits of each head.
-        """
+        """Name pictures (class and colour) or sounds (class)."""
         model = self.thinker[0]
         if self.kind == "vision":
             features = vision_features(model, cut(given))
@@ -97,17 +90,7 @@ class TowerTraining:
     def __init__(
         self, model: Any, kind: str, views: Views, *, seed: int, steps: int, rate: float, batch: int = 48
     ) -> None:
-        """Begin.
-
-        Args:
-            model: a thinker; only the tower named is changed.
-            kind: "vision" or "audio".
-            views: what it learns from.
-            seed: decides heads, batches and variations.
-            steps: how many updates.
-            rate: the highest learning rate; a tenth of the steps lead up to it, the rest follow a cosine down.
-            batch: clips a step.
-        """
+        """Begin."""
         self.reader = Reader(model, kind, seed)
         self.steps, self.done = steps, 0
         self._views, self._rate, self._batch = views, rate, batch
@@ -116,11 +99,7 @@ class TowerTraining:
         self._optimizer = torch.optim.AdamW(self._parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
 
     def advance(self) -> float:
-        """Make one step.
-
-        Returns:
-            Its loss.
-        """
+        """Make one step."""
         set_rate(self._optimizer, warmed(self._rate, self.done, self.steps, warmup=0.1 * self.steps, floor=0.02))
         self.reader.requires_grad_(True)
         at = torch.randint(0, len(self._views.picture), (self._batch,), generator=self._generator)
@@ -139,22 +118,14 @@ class TowerTraining:
         return loss.item()
 
     def state(self) -> dict[str, Tensor]:
-        """Take down where the training stands.
-
-        Returns:
-            Tensors by name, for a safetensors file.
-        """
+        """Take down where the training stands."""
         held = {f"weight.{name}": value.clone() for name, value in self.reader.state_dict().items()}
         for index, moments in self._optimizer.state_dict()["state"].items():
             held |= {f"moment.{index}.{name}": value.clone() for name, value in moments.items()}
         return held | {"generator": self._generator.get_state(), "done": torch.tensor(self.done)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from where `state` was taken.
-
-        Args:
-            state: from `state`.
-        """
+        """Go on from where `state` was taken."""
         weights = {name.removeprefix("weight."): value for name, value in state.items() if name.startswith("weight.")}
         self.reader.load_state_dict(weights)
         whole = self._optimizer.state_dict()

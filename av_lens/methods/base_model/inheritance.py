@@ -158,16 +158,7 @@ class Said:
 
     @classmethod
     def own(cls, model: Any, x: AVInputs, max_new_tokens: int) -> Said:
-        """Let the model answer greedily.
-
-        Args:
-            model: the model.
-            x: the prompts.
-            max_new_tokens: at most so many.
-
-        Returns:
-            Its answers.
-        """
+        """Let the model answer greedily."""
         out = model.generate(x, max_new_tokens=max_new_tokens, return_type="result")
         tokens = out.tokens[:, len(x.spans) :]
         lengths, ended = zip(*answer_lengths(model, tokens), strict=True)
@@ -175,19 +166,7 @@ class Said:
 
     @classmethod
     def given(cls, model: Any, x: AVInputs, answer: Answer) -> Said:
-        """Run a given answer through the model.
-
-        Args:
-            model: the model.
-            x: the prompts.
-            answer: the answer.
-
-        Returns:
-            The answer, the same for every prompt.
-
-        Raises:
-            InputError: the answer has synonyms.
-        """
+        """Run a given answer through the model."""
         if len(answer.options) > 1:
             raise InputError(
                 f"answer= runs one answer, and {answer.text!r} lists {len(answer.options)} synonyms; choose one."
@@ -197,16 +176,7 @@ class Said:
         return cls(tokens, (int(tokens.shape[1]),) * len(x), (False,) * len(x), logits)
 
     def classes(self, tokenizer: Any, i: int, words: dict[str, tuple[str, ...]]) -> list[str]:
-        """Say which class each token of an answer belongs to.
-
-        Args:
-            tokenizer: the model's.
-            i: the example.
-            words: the heard and the seen words.
-
-        Returns:
-            "heard", "seen", "other" or "end" for each token.
-        """
+        """Say which class each token of an answer belongs to."""
         n = self.lengths[i] - self.ended[i]
         ids = self.tokens[i, : self.lengths[i]].tolist()
         ends = [len(tokenizer.decode(ids[: k + 1])) for k in range(n)]
@@ -236,15 +206,7 @@ class Compared:
 
     @classmethod
     def of(cls, said: Said, base: Float[Tensor, "batch token d_vocab"]) -> Compared:
-        """Compare distributions, in float64.
-
-        Args:
-            said: the model's answers and logits.
-            base: the base's logits before the same tokens.
-
-        Returns:
-            The comparison.
-        """
+        """Compare distributions, in float64."""
         p, q = (logits.double().log_softmax(-1) for logits in (said.logits, base.to(said.logits.device)))
         middle = torch.logaddexp(p, q) - np.log(2.0)
         chosen = said.tokens[..., None].to(p.device)
@@ -261,15 +223,7 @@ class Compared:
         return cls(said, found, q.argmax(-1).cpu().numpy())
 
     def summary(self, i: int, classes: list[str]) -> Float[np.ndarray, "word_class figure"]:
-        """Average an example's tokens by word class.
-
-        Args:
-            i: the example.
-            classes: of its tokens.
-
-        Returns:
-            The figures; NaN for a class without tokens.
-        """
+        """Average an example's tokens by word class."""
         rank = self.figures["rank"][i, : len(classes)]
         kinds = [rank == 0, (rank > 0) & (rank < 3), rank >= 3]
         columns = kinds + [self.figures[name][i, : len(classes)] for name in FIGURES[3:6]]
@@ -283,17 +237,7 @@ class Compared:
         return found
 
     def rows(self, tokenizer: Any, example: int, i: int, classes: list[str]) -> list[dict[str, Any]]:
-        """Write an example's tokens out.
-
-        Args:
-            tokenizer: the model's.
-            example: its number.
-            i: its place in the stack.
-            classes: of its tokens.
-
-        Returns:
-            One row for each token.
-        """
+        """Write an example's tokens out."""
         found: list[dict[str, Any]] = []
         for n, name in enumerate(classes):
             rank, token = int(self.figures["rank"][i, n]), int(self.said.tokens[i, n])
@@ -309,15 +253,7 @@ class Compared:
 
 
 def divergence(p: Float[Tensor, "*shape d_vocab"], q: Float[Tensor, "*shape d_vocab"]) -> Float[Tensor, "*shape"]:
-    """KL(p || q) in nats.
-
-    Args:
-        p: log-probabilities.
-        q: log-probabilities.
-
-    Returns:
-        The divergence; a token without probability in p adds nothing.
-    """
+    """KL(p || q) in nats."""
     return torch.where(p.isneginf(), 0.0, p.exp() * (p - q)).sum(-1)
 
 

@@ -30,18 +30,7 @@ _READERS = "|".join(role for role in ROLES if role != "audio")
 
 
 def opened(base: Any, model: Any) -> Any:
-    """Open the base and refuse one whose answers cannot be compared with the model's.
-
-    Args:
-        base: a `HookedAVLLM`, or what `load` takes.
-        model: the model that came of it.
-
-    Returns:
-        The base.
-
-    Raises:
-        ModelError: the vocabularies differ in size.
-    """
+    """Open the base and refuse one whose answers cannot be compared with the model's."""
     found = load(base, device=model.device, dtype=model.dtype) if isinstance(base, str | Path) else base
     sizes = int(model.spec.d_vocab), int(found.spec.d_vocab)
     if sizes[0] != sizes[1]:
@@ -61,20 +50,7 @@ def require_equal_sizes(model: Any, base: Any, mend: str) -> None:
 
 
 def prompt_for(base: Any, x: AVInputs, audio: str) -> AVInputs:
-    """Make the base's prompt.
-
-    Args:
-        base: the base model.
-        x: the model's prompt, one example or a stack.
-        audio: "out", "masked" or "kept".
-
-    Returns:
-        The base's prompt.
-
-    Raises:
-        InputError: an unknown way.
-        AlignmentError: the base's prompt differs in more than the sound.
-    """
+    """Make the base's prompt."""
     require_choice("way with the sound, audio=", audio, AUDIO)
     if audio != "out":
         return x
@@ -84,31 +60,14 @@ def prompt_for(base: Any, x: AVInputs, audio: str) -> AVInputs:
 
 
 def deaf_plan(x: AVInputs, audio: str) -> Plan:
-    """Make the plan under which the base runs.
-
-    Args:
-        x: the base's prompt.
-        audio: "masked" cuts every reading of the sound in all layers; else the plan is empty.
-
-    Returns:
-        The plan.
-    """
+    """Make the plan under which the base runs."""
     return Plan(cut(_READERS, "audio")) if audio == "masked" and len(x.spans.audio) else Plan()
 
 
 def matched(
     x: AVInputs, other: AVInputs, config: Any
 ) -> tuple[Int64[np.ndarray, " shared"], Int64[np.ndarray, " shared"]]:
-    """Match positions of the model's prompt and the base's.
-
-    Args:
-        x: the model's prompt.
-        other: the base's.
-        config: a config that names the sound's border tokens.
-
-    Returns:
-        The shared positions in each; all of them where the layouts are equal.
-    """
+    """Match positions of the model's prompt and the base's."""
     if x.layout == other.layout and x.spans.layout_difference(other.spans) is None:
         everything = np.arange(len(x.spans), dtype=np.int64)
         return everything, everything

@@ -79,15 +79,7 @@ def weight_change(model: HookedAVLLM, *, base: Any) -> Grid:
 
 
 def head_slices(model: Any, matrix: str) -> Float[Tensor, "layer head size"]:
-    """Cut a matrix into heads, each laid out flat with its bias, in float64.
-
-    Args:
-        model: a `HookedAVLLM`.
-        matrix: "Q", "K", "V" or "O".
-
-    Returns:
-        One row for each query head; of K and V those of a group are equal.
-    """
+    """Cut a matrix into heads, each laid out flat with its bias, in float64."""
     weights = getattr(model, f"W_{matrix}").double().flatten(2)
     if matrix != "O":
         bias = getattr(model, f"b_{matrix}")

@@ -267,15 +267,7 @@ class Judge:
 
 
 def parsed(reply: str) -> float | None:
-    """Read the score from a reply.
-
-    Args:
-        reply: the judge's words; what it thinks aloud is left out.
-
-    Returns:
-        The number under "score", or None where the rest is not one json object (in one code fence or none) with a
-        number from 0 to 1 there. Words around it are not read: a number among them may be another one.
-    """
+    """Read the score from a reply."""
     said = _THOUGHT.sub("", reply).strip()
     fenced = _FENCE.fullmatch(said)
     try:

@@ -48,18 +48,7 @@ class Nodes:
 
     @classmethod
     def of(cls, spec: Any, over: str) -> Nodes:
-        """List a model's nodes.
-
-        Args:
-            spec: the model's sizes.
-            over: "head", or "head mlp".
-
-        Returns:
-            The nodes.
-
-        Raises:
-            InputError: an unknown word.
-        """
+        """List a model's nodes."""
         require_choice("kind of node, over=", over, UNITS)
         inside = [*range(spec.n_heads), *([None] if "mlp" in over else [])]
         found = [(layer, head) for layer in range(spec.n_layers) for head in inside]
@@ -80,11 +69,7 @@ class Nodes:
         return None in self.heads
 
     def within_layers(self) -> list[list[int]]:
-        """Group the nodes that may stand for one another in a matched control.
-
-        Returns:
-            The heads of each layer; each MLP alone.
-        """
+        """Group the nodes that may stand for one another in a matched control."""
         groups: dict[tuple[int, bool], list[int]] = {}
         for node, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True)):
             groups.setdefault((layer, head is None), []).append(node)
@@ -96,14 +81,7 @@ class Nodes:
         return [Site(part, layer, positions=positions) for part in parts for layer in range(max(self.layers) + 1)]
 
     def outside(self, kept: frozenset[int]) -> Iterator[tuple[int, tuple[int, ...], bool]]:
-        """List what a circuit leaves out.
-
-        Args:
-            kept: the circuit's nodes.
-
-        Yields:
-            For each layer its heads that are left out, and whether its MLP is; nothing for a layer that stays whole.
-        """
+        """List what a circuit leaves out."""
         gone: dict[int, list[int | None]] = {}
         for node, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True)):
             if node not in kept:
@@ -134,21 +112,7 @@ class Measured:
 
     @classmethod
     def of(cls, model: Any, given: Any, *, metric: Any, of: str, layout: str) -> Measured:
-        """Read what a caller handed in.
-
-        Args:
-            model: a `HookedAVLLM`.
-            given: a `Conflict`, a `Pair`, or several of either.
-            metric: of one run; None for conflicts: the sound's answer against the picture's.
-            of: "C" or "G", for conflicts.
-            layout: how sound and picture are laid out, for conflicts.
-
-        Returns:
-            What is measured.
-
-        Raises:
-            InputError: nothing, or something else; pairs without a metric; answers that do not fit.
-        """
+        """Read what a caller handed in."""
         items = listed(given)
         require_choice("measure, of=", of, MIRRORED)
         if items and all(isinstance(item, Conflict) for item in items):
@@ -183,14 +147,7 @@ class Measured:
         return cls(((1.0, clean, corrupt),), metric, ("corrupt", ZERO), what, examples.clusters)
 
     def bootstrap(self, seed: int) -> Bootstrap:
-        """Draw weights of the examples: of components or source clips for conflicts, of clusters for pairs.
-
-        Args:
-            seed: of the draws.
-
-        Returns:
-            The weights.
-        """
+        """Draw weights of the examples: of components or source clips for conflicts, of clusters for pairs."""
         if self.clips[0]:
             return Bootstrap.draw(self.groups, *self.clips, seed=seed)
         names, group = np.unique(np.asarray(self.groups), return_inverse=True)

@@ -44,22 +44,7 @@ class Windows:
         layers: Sequence[int] | None = None,
         heads: int | Sequence[Any] | None = None,
     ) -> Windows:
-        """Read what a caller asked for.
-
-        Args:
-            spec: the model's sizes.
-            over: "all", "layer" or "head".
-            width: layers of a window, one width or several, for "layer".
-            layers: the layers; None for all.
-            heads: numbers (in every layer), or pairs (layer, head); None for all.
-
-        Returns:
-            The windows.
-
-        Raises:
-            InputError: an unknown `over`, a width below 1, or heads of another form.
-            InterventionError: no layer is named, or a layer or head is out of range.
-        """
+        """Read what a caller asked for."""
         require_choice("over", over, OVER)
         chosen = list(range(spec.n_layers)) if layers is None else list(layers)
         if not chosen:

@@ -63,14 +63,7 @@ class EdgeCut:
         return bool(self.keys and self.queries) and min(self.keys) > max(self.queries)
 
     def plan(self, keys: Sequence[int] | None = None) -> Plan:
-        """Make the cut.
-
-        Args:
-            keys: other keys than its own.
-
-        Returns:
-            The plan; layers in which the same heads are cut share one edit.
-        """
+        """Make the cut."""
         chosen = self.keys if keys is None else tuple(keys)
         if self.empty or not chosen:
             return Plan()
@@ -80,29 +73,13 @@ class EdgeCut:
         return Plan([self._cut(chosen, layers, heads) for heads, layers in together.items()])
 
     def fraction(self, share: float, seed: int) -> Plan:
-        """Cut some of the keys only.
-
-        Args:
-            share: of the keys, at least one of them; nested for one seed.
-            seed: orders the keys.
-
-        Returns:
-            The plan.
-        """
+        """Cut some of the keys only."""
         order = np.random.default_rng([seed, 1]).permutation(len(self.keys))
         kept = order[: max(1, round(share * len(self.keys)))]
         return self.plan(sorted(self.keys[i] for i in kept))
 
     def equal_count(self, n_prompt: int, seed: Sequence[int]) -> Plan | None:
-        """Cut as many other keys.
-
-        Args:
-            n_prompt: positions of the prompt.
-            seed: draws them.
-
-        Returns:
-            The plan, or None where too few other keys exist.
-        """
+        """Cut as many other keys."""
         others = sorted(set(range(min(n_prompt, max(self.queries, default=-1) + 1))) - set(self.keys))
         if not self.keys or len(others) < ENOUGH * len(self.keys):
             return None
@@ -112,16 +89,7 @@ class EdgeCut:
     def equal_mass(
         self, mass: Float[np.ndarray, "layer head pos"], others: Sequence[int], seed: Sequence[int]
     ) -> tuple[Plan, float]:
-        """Remove as much value-weighted attention elsewhere.
-
-        Args:
-            mass: what the queries move from every position in the unedited run.
-            others: keys that may be cut where other heads move too little.
-            seed: draws the order of heads and keys.
-
-        Returns:
-            The plan, and the mass it removes over the mass that the cut removes.
-        """
+        """Remove as much value-weighted attention elsewhere."""
         wanted = sum(self._in_layer(mass, layer).sum() for layer in self.heads)
         if not wanted > 0:
             return Plan(), float("nan")
@@ -134,15 +102,7 @@ class EdgeCut:
         return Plan(cuts), float(removed / wanted)
 
     def other_heads(self, n_layers: int, seed: Sequence[int]) -> Plan | None:
-        """Cut the same edges in as many other heads.
-
-        Args:
-            n_layers: layers of the model.
-            seed: draws them.
-
-        Returns:
-            The plan, or None where a head has no other left within one layer.
-        """
+        """Cut the same edges in as many other heads."""
         free, rng = set(self._free(n_layers)), np.random.default_rng([*seed, 4])
         cuts: list[Cut] = []
         for layer in self.heads:
@@ -156,14 +116,7 @@ class EdgeCut:
         return Plan(cuts)
 
     def mass(self, mass: Float[np.ndarray, "layer head pos"]) -> float:
-        """What the cut removes of the mass.
-
-        Args:
-            mass: as in `equal_mass`.
-
-        Returns:
-            Its share of all that the same heads move to these queries.
-        """
+        """What the cut removes of the mass."""
         whole = sum(float(mass[layer][self._rows(layer)].sum()) for layer in self.heads)
         cut_off = sum(float(self._in_layer(mass, layer).sum()) for layer in self.heads)
         return cut_off / whole if whole > 0 else float("nan")
@@ -214,31 +167,14 @@ class EdgeCut:
 
 
 def matches(ratio: Any) -> Any:
-    """Whether a control's mass is close enough to the cut's to be called equal.
-
-    Args:
-        ratio: the one over the other, a number or an array.
-
-    Returns:
-        True where it is.
-    """
+    """Whether a control's mass is close enough to the cut's to be called equal."""
     return (ratio >= 1 / CLOSE) & (ratio <= CLOSE)
 
 
 def prefix(
     order: np.ndarray, masses: Float[np.ndarray, " key"], target: float, keys: Sequence[int]
 ) -> tuple[list[int], float]:
-    """Take keys in a given order until their mass comes as close to a target as it can.
-
-    Args:
-        order: the keys in the order they are taken.
-        masses: the mass of each of `keys`.
-        target: the wanted mass.
-        keys: the keys, in the order of `masses`.
-
-    Returns:
-        The keys that are taken, ascending, and their mass.
-    """
+    """Take keys in a given order until their mass comes as close to a target as it can."""
     by_key = dict(zip(keys, masses.tolist(), strict=True))
     sums = np.cumsum([0.0, *(by_key[key] for key in order.tolist())])
     n = int(np.abs(sums - target).argmin())

@@ -32,17 +32,7 @@ class Flow:
 
     @classmethod
     def parsed(cls, text: str) -> Flow:
-        """Read `"source -> target"`.
-
-        Args:
-            text: the flow.
-
-        Returns:
-            The flow.
-
-        Raises:
-            InputError: it is not of that form.
-        """
+        """Read `"source -> target"`."""
         sides = [side.strip() for side in text.split("->")]
         if len(sides) != 2 or not all(sides):
             raise InputError(
@@ -58,43 +48,17 @@ class Flow:
 
 
 def has_sinks(words: str) -> bool:
-    """Whether an expression needs the sinks.
-
-    Args:
-        words: the expression.
-
-    Returns:
-        True if it names them.
-    """
+    """Whether an expression needs the sinks."""
     return SINKS in _names(words)
 
 
 def is_plain(words: str) -> bool:
-    """Whether an expression is role names joined by `|`, as `SpanMap` and `Site` take them.
-
-    Args:
-        words: the expression.
-
-    Returns:
-        False if positions are left out of it or it names sinks.
-    """
+    """Whether an expression is role names joined by `|`, as `SpanMap` and `Site` take them."""
     return "-" not in words and not has_sinks(words)
 
 
 def named_span(words: str, spans: SpanMap, sinks: Any = ()) -> Span:
-    """Find the positions that an expression names.
-
-    Args:
-        words: role names joined by `|`, with ` - ` before those to be left out; `sinks` among them.
-        spans: the input's spans.
-        sinks: the positions of the sinks.
-
-    Returns:
-        The span, possibly empty.
-
-    Raises:
-        InputError: an unknown role.
-    """
+    """Find the positions that an expression names."""
     first, *without = words.split("-")
     found = _union(first, spans, sinks)
     for part in without:
