@@ -122,13 +122,13 @@ def _explicit(
     whole = None
     if q.dtype != torch.float32:  # one sum over all keys, rounded once
         whole = Read(k, torch.cat((past[1].expand(len(v), *past[1].shape), v), dim=3), times=_on_own)
-    own = torch.is_grad_enabled()  # softmax keeps its result for the gradient: edits write elsewhere
+    apart = torch.is_grad_enabled()  # softmax keeps its result for the gradient: edits write elsewhere
     z, _ = attended(
         queries,
         read,
         layer.scaling,
         scores=lambda one: taps("scores", number, one, rows),
-        pattern=lambda one: taps("pattern", number, one.clone() if own else one, rows),
+        pattern=lambda one: taps("pattern", number, one.clone() if apart else one, rows),
         values=whole,
     )
     return z.transpose(2, 3).contiguous()

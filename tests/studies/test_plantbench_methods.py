@@ -25,6 +25,10 @@ def fake_cells(ids: list[int]) -> Mapping[str, Any]:
     return {"va": SimpleNamespace(tensors={"input_ids": torch.tensor(ids)})}
 
 
+def fake_model(name: str, ids: list[int]) -> Any:
+    return SimpleNamespace(name=name, ids=ids, spec=SimpleNamespace(n_layers=2, n_heads=2))
+
+
 def test_models_of_one_processor_share_their_inputs_and_others_are_refused(monkeypatch: pytest.MonkeyPatch):
     made: list[str] = []
 
@@ -34,14 +38,14 @@ def test_models_of_one_processor_share_their_inputs_and_others_are_refused(monke
 
     monkeypatch.setattr(plantbench_methods.ModelEngine, "cells", cells)
     encoded: dict[Any, Any] = {}
-    first = SharedEngine(SimpleNamespace(name="one", ids=[1, 2]), encoded)
+    first = SharedEngine(fake_model("one", [1, 2]), encoded)
     conflicts = [SimpleNamespace(id=f"c{i}", third=None) for i in range(3)]
     given = [first.cells(one, None) for one in conflicts]
-    second = SharedEngine(SimpleNamespace(name="two", ids=[1, 2]), encoded)
+    second = SharedEngine(fake_model("two", [1, 2]), encoded)
     assert [second.cells(one, None) for one in conflicts] == given
     assert made == ["one", "one", "one", "two"]  # one cell is compared, none is kept twice
     with pytest.raises(InputError, match="other reads clips otherwise"):
-        SharedEngine(SimpleNamespace(name="other", ids=[1, 3]), encoded).cells(conflicts[0], None)
+        SharedEngine(fake_model("other", [1, 3]), encoded).cells(conflicts[0], None)
 
 
 @pytest.mark.slow

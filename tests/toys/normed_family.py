@@ -1,20 +1,22 @@
 """A family whose layers norm their queries and keys: the tiny thinker with Qwen3's own attention in every layer.
 
-All that av_lens is told is the adapter below: the attention has `q_norm` and `k_norm`.
+All that av_lens is told is the family below, whose adapter says that the attention has `q_norm` and `k_norm`.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import cache
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from tiny import tiny_config, tiny_hf_model, tiny_processor
+from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
 import av_lens as avl
-from av_lens.families import qwen2_5_omni
+from av_lens.families import qwen2_5_omni, registry
 from av_lens.families.blocks import RealRMSNormBridge
 
 N_LAYERS, N_HEADS, N_KV_HEADS = 4, 4, 2
@@ -26,6 +28,15 @@ class NormedAdapter(qwen2_5_omni.Qwen2_5OmniThinkerAdapter):
     def _build_attention_bridge(self) -> Any:
         norms = {f"{kind}_norm": RealRMSNormBridge(name=f"{kind}_norm", config=self.cfg) for kind in "qk"}
         return self._qkvo_attention_bridge(extra_submodules=norms)
+
+
+class NormedThinker(Qwen2_5OmniThinkerForConditionalGeneration):
+    """The thinker, as a class of its own."""
+
+
+NORMED = dataclasses.replace(
+    qwen2_5_omni.FAMILY, model_class=NormedThinker, adapter=NormedAdapter, model_types=(), inner_config={}
+)
 
 
 @torch.no_grad()
@@ -49,7 +60,10 @@ def normed_hf_model(n_kv_heads: int = N_KV_HEADS, dtype: torch.dtype = torch.flo
 
 def load_normed(hf_model: Any) -> Any:
     """Wrap such a model."""
-    with patch.object(qwen2_5_omni, "Qwen2_5OmniThinkerAdapter", NormedAdapter):
+    registry.families()
+    with patch.dict(registry._KNOWN):  # known while such a model is loaded, and no longer
+        registry.register_family(NORMED)
+        hf_model.__class__ = NormedThinker
         return avl.load("normed", hf_model=hf_model, processor=tiny_processor())
 
 
