@@ -19,207 +19,105 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from av_lens import upstairs
+
 __version__ = "0.1.0"
 
 # Public name -> the module it lives in. The one list of what av_lens offers.
 _HOMES = {
-    "Clip": "media",
-    "ClipFile": "media",
-    "load_clip": "media",
-    "Span": "spans",
-    "SpanMap": "spans",
-    "AVInputs": "inputs",
-    "Conflict": "inputs",
-    "Pair": "inputs",
-    "conflicts": "inputs",
-    "HookedAVLLM": "runs",
-    "Judge": "runs",
-    "check_model": "runs",
-    "load": "runs",
-    "KV": "interventions",
-    "Site": "interventions",
-    "Edit": "interventions",
-    "Plan": "interventions",
-    "add": "interventions",
-    "cut": "interventions",
-    "mean": "interventions",
-    "noise": "interventions",
-    "replace": "interventions",
-    "resample": "interventions",
-    "scale": "interventions",
-    "zero": "interventions",
-    "kl": "runs",
-    "log_prob": "runs",
-    "logit": "runs",
-    "logit_diff": "runs",
-    "measure": "runs",
-    "prob": "runs",
-    "rank": "runs",
-    "Trace": "runs",
-    "run": "runs",
-    "sweep": "runs",
-    "attention_flow": "methods",
-    "find_circuit": "methods",
-    "find_sinks": "methods",
-    "knockout": "methods",
-    "logit_lens": "methods",
-    "direct_attribution": "methods",
-    "edge_attribution": "methods",
-    "attribution_patch": "methods",
-    "causal_trace": "methods",
-    "patch": "methods",
-    "read_streams": "methods",
-    "at_chosen_layer": "methods",
-    "probe": "methods",
-    "caption": "methods",
-    "graft": "methods",
-    "weight_change": "methods",
-    "base_shift": "methods",
-    "path_patch": "methods",
-    "mean_difference": "methods",
-    "reweighed": "methods",
-    "steer": "methods",
-    "Circuit": "results",
-    "EdgeScores": "results",
-    "Grid": "results",
-    "Isolation": "results",
-    "Tabled": "results",
-    "isolate": "isolation",
-    "AvLensError": "errors",
+    name: home
+    for home, names in {
+        "media": "Clip load_clip",
+        "spans": "SpanMap",
+        "inputs": "AVInputs Conflict Pair conflicts",
+        "families.registry": "register_family",
+        "model": "HookedAVLLM load",
+        "interventions": "Site Plan add cut mean noise replace resample scale zero",
+        "metrics": "logit_diff",
+        "core": "run",
+        "replay": "Trace measure sweep",
+        "methods": "attention_flow attribution_patch caption causal_trace direct_attribution edge_attribution "
+        "find_circuit find_sinks knockout logit_lens patch path_patch probe steer",
+        "results": "Grid Isolation",
+        "isolation": "isolate",
+    }.items()
+    for name in names.split()
 }
-_ROOMS = ("errors", "organism", "plots", "reports", "studies")
+_ROOMS = ("errors", "interventions", "methods", "metrics", "organism", "plots", "results")
 
-__all__ = [
-    "KV",
-    "AVInputs",
-    "AvLensError",
-    "Circuit",
-    "Clip",
-    "ClipFile",
-    "Conflict",
-    "EdgeScores",
-    "Edit",
-    "Grid",
-    "HookedAVLLM",
-    "Isolation",
-    "Judge",
-    "Pair",
-    "Plan",
-    "Site",
-    "Span",
-    "SpanMap",
-    "Tabled",
-    "Trace",
-    "__version__",
-    "add",
-    "at_chosen_layer",
-    "attention_flow",
-    "attribution_patch",
-    "base_shift",
-    "caption",
-    "causal_trace",
-    "check_model",
-    "conflicts",
-    "cut",
-    "direct_attribution",
-    "edge_attribution",
-    "errors",
-    "find_circuit",
-    "find_sinks",
-    "graft",
-    "isolate",
-    "kl",
-    "knockout",
-    "load",
-    "load_clip",
-    "log_prob",
-    "logit",
-    "logit_diff",
-    "logit_lens",
-    "mean",
-    "mean_difference",
-    "measure",
-    "noise",
-    "organism",
-    "patch",
-    "path_patch",
-    "plots",
-    "prob",
-    "probe",
-    "rank",
-    "read_streams",
-    "replace",
-    "reports",
-    "resample",
-    "reweighed",
-    "run",
-    "scale",
-    "steer",
-    "studies",
-    "sweep",
-    "weight_change",
-    "zero",
-]
+__all__ = ["__version__", *_HOMES, *_ROOMS]  # pyright: ignore[reportUnsupportedDunderAll]
 
-if TYPE_CHECKING:
-    from av_lens import errors, organism, plots, reports, studies
-    from av_lens.errors import AvLensError
-    from av_lens.inputs import AVInputs, Conflict, Pair, conflicts
-    from av_lens.interventions import KV, Edit, Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
-    from av_lens.isolation import isolate
-    from av_lens.media import Clip, ClipFile, load_clip
-    from av_lens.methods import (
-        at_chosen_layer,
-        attention_flow,
-        attribution_patch,
-        base_shift,
-        caption,
-        causal_trace,
-        direct_attribution,
-        edge_attribution,
-        find_circuit,
-        find_sinks,
-        graft,
-        knockout,
-        logit_lens,
-        mean_difference,
-        patch,
-        path_patch,
-        probe,
-        read_streams,
-        reweighed,
-        steer,
-        weight_change,
-    )
-    from av_lens.results import Circuit, EdgeScores, Grid, Isolation, Tabled
-    from av_lens.runs import (
-        HookedAVLLM,
-        Judge,
-        Trace,
-        check_model,
-        kl,
-        load,
-        log_prob,
-        logit,
-        logit_diff,
-        measure,
-        prob,
-        rank,
-        run,
-        sweep,
-    )
-    from av_lens.spans import Span, SpanMap
+if TYPE_CHECKING:  # the same names for editors and type checkers; a test compares them
+    from av_lens import errors as errors
+    from av_lens import interventions as interventions
+    from av_lens import methods as methods
+    from av_lens import metrics as metrics
+    from av_lens import organism as organism
+    from av_lens import plots as plots
+    from av_lens import results as results
+    from av_lens.core import run as run
+    from av_lens.families.registry import register_family as register_family
+    from av_lens.inputs import AVInputs as AVInputs
+    from av_lens.inputs import Conflict as Conflict
+    from av_lens.inputs import Pair as Pair
+    from av_lens.inputs import conflicts as conflicts
+    from av_lens.interventions import Plan as Plan
+    from av_lens.interventions import Site as Site
+    from av_lens.interventions import add as add
+    from av_lens.interventions import cut as cut
+    from av_lens.interventions import mean as mean
+    from av_lens.interventions import noise as noise
+    from av_lens.interventions import replace as replace
+    from av_lens.interventions import resample as resample
+    from av_lens.interventions import scale as scale
+    from av_lens.interventions import zero as zero
+    from av_lens.isolation import isolate as isolate
+    from av_lens.media import Clip as Clip
+    from av_lens.media import load_clip as load_clip
+    from av_lens.methods import attention_flow as attention_flow
+    from av_lens.methods import attribution_patch as attribution_patch
+    from av_lens.methods import caption as caption
+    from av_lens.methods import causal_trace as causal_trace
+    from av_lens.methods import direct_attribution as direct_attribution
+    from av_lens.methods import edge_attribution as edge_attribution
+    from av_lens.methods import find_circuit as find_circuit
+    from av_lens.methods import find_sinks as find_sinks
+    from av_lens.methods import knockout as knockout
+    from av_lens.methods import logit_lens as logit_lens
+    from av_lens.methods import patch as patch
+    from av_lens.methods import path_patch as path_patch
+    from av_lens.methods import probe as probe
+    from av_lens.methods import steer as steer
+    from av_lens.metrics import logit_diff as logit_diff
+    from av_lens.model import HookedAVLLM as HookedAVLLM
+    from av_lens.model import load as load
+    from av_lens.replay import Trace as Trace
+    from av_lens.replay import measure as measure
+    from av_lens.replay import sweep as sweep
+    from av_lens.results import Grid as Grid
+    from av_lens.results import Isolation as Isolation
+    from av_lens.spans import SpanMap as SpanMap
+
+
+def _room(name: str) -> Any:
+    return importlib.import_module(f"av_lens.{name}")
+
+
+upstairs.install(_room)
 
 
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
-        return importlib.import_module(f"av_lens.{name}")
+        return _room(name)
     if name in _HOMES:
-        value = getattr(importlib.import_module(f"av_lens.{_HOMES[name]}"), name)
+        value = getattr(_room(_HOMES[name]), name)
         globals()[name] = value
         return value
     from av_lens.errors import unknown
 
+    for room in () if name.startswith("_") else _ROOMS:
+        if name in getattr(_room(room), "__all__", ()):
+            raise AttributeError(f"av_lens: {name!r} stands in a room of the package: write av_lens.{room}.{name}.")
     raise AttributeError(f"av_lens: {unknown('name', name, __all__)}")
 
 

@@ -24,14 +24,7 @@ class Brief:
 
 
 def briefly(value: Any) -> str:
-    """Show a value in a few words.
-
-    Args:
-        value: anything.
-
-    Returns:
-        A tensor's or table's kind and size, the first members of a collection, a repr cut short.
-    """
+    """Show a value in a few words."""
     if hasattr(value, "shape"):
         kind = str(value.dtype).removeprefix("torch.") if hasattr(value, "dtype") else type(value).__name__
         return f"{kind} {list(value.shape)}"

@@ -21,12 +21,8 @@ from typing import Any, cast
 from av_lens.checks import foreign_file, near_file, parse_json
 from av_lens.errors import ModelError, unknown
 
-WEIGHTS, SHARDS, CONFIG, DIFFERENCE = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "difference.json",
-)
+WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
+CONFIG, DIFFERENCE = "config.json", "difference.json"
 LARGEST, MOST_LAYERS = 10**8, 1000
 """A whole number in `config.json`, or a number of layers, above which it is no size of a model."""
 _LAYERS = ("num_hidden_layers", "depth", "encoder_layers")
@@ -41,11 +37,7 @@ def shipped() -> Traversable:
 
 
 def index() -> Mapping[str, Any]:
-    """List the checkpoints that ship with the package.
-
-    Returns:
-        Short name -> `folder` and `summary`.
-    """
+    """List the checkpoints that ship with the package."""
     found = shipped() / "index.json"
     return parse_json(found.read_bytes()) if found.is_file() else {}
 
@@ -57,17 +49,7 @@ def known_names() -> str:
 
 
 def located(name: str) -> Path | None:
-    """Find the folder of a checkpoint.
-
-    Args:
-        name: a short name, a folder, or a name on the hub.
-
-    Returns:
-        The folder; None for a name on the hub.
-
-    Raises:
-        ModelError: it is none of them; the nearest name is given.
-    """
+    """Find the folder of a checkpoint."""
     listed = index()
     if name in listed:
         return Path(str(shipped() / str(listed[name]["folder"])))
@@ -83,14 +65,7 @@ def located(name: str) -> Path | None:
 
 
 def check_checkpoint(name: str) -> None:
-    """Refuse a name or a folder that cannot be loaded, as far as that can be seen without opening the model.
-
-    Args:
-        name: a short name, a folder, or a name on the hub, of which only the form is checked.
-
-    Raises:
-        ModelError: nothing is there, or the folder's files are missing, damaged or not to be opened.
-    """
+    """Refuse a name or a folder that cannot be loaded, as far as that can be seen without opening the model."""
     folder = located(name)
     if folder is not None and not (folder / DIFFERENCE).is_file():
         check_configurations(folder)
@@ -98,14 +73,7 @@ def check_checkpoint(name: str) -> None:
 
 
 def check_configurations(folder: Path) -> None:
-    """Refuse a folder whose configurations cannot be those of a checkpoint.
-
-    Args:
-        folder: the folder.
-
-    Raises:
-        ModelError: `config.json` is missing, one is damaged or of impossible sizes, or the folder holds an adapter.
-    """
+    """Refuse a folder whose configurations cannot be those of a checkpoint."""
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{str(folder)!r} has no {CONFIG}, so it is no checkpoint. {known_names()}")
     for path in sorted(folder.glob("*config.json")):  # the vocabulary is left to who reads it: it has megabytes
@@ -121,17 +89,7 @@ def check_configurations(folder: Path) -> None:
 
 
 def check_weight_files(folder: Path) -> int:
-    """Refuse a folder whose weights are missing, cut short or pickled; only headers are read.
-
-    Args:
-        folder: the folder.
-
-    Returns:
-        How many numbers its weight files hold.
-
-    Raises:
-        ModelError: a file is missing, damaged, or not to be opened.
-    """
+    """Refuse a folder whose weights are missing, cut short or pickled; only headers are read."""
     return sum(_numbers_in(path) for path in _weight_files(folder))
 
 
@@ -145,9 +103,8 @@ def _check_sizes(path: Path, level: Mapping[str, Any], where: str) -> None:
             _check_sizes(path, cast(dict[str, Any], value), f"{where}{name}.")
         most = MOST_LAYERS if name in _LAYERS else LARGEST
         if isinstance(value, int) and not -LARGEST <= value <= most:
-            raise ModelError(
-                f"{path} says {where}{name} = {value}, which is no size of a model (at most {most}). {_AGAIN}"
-            )
+            said = f"{path} says {where}{name} = {value}"
+            raise ModelError(f"{said}, which is no size of a model (at most {most}). {_AGAIN}")
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:
@@ -156,13 +113,12 @@ def _weight_files(folder: Path) -> Iterator[Path]:
         yield folder / WEIGHTS
         return
     if not (folder / SHARDS).is_file():
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
-        found = (
-            f"it has {pickled[0]}: pickled weights can run code when they are opened, and are never opened here. "
-            "Ask for the checkpoint as safetensors, or convert it where you trust it (save_pretrained writes them)."
-            if pickled
-            else f"the weights are missing. {_AGAIN}"
-        )
+        found = f"the weights are missing. {_AGAIN}"
+        if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED):
+            found = (
+                f"it has {pickled[0]}: pickled weights can run code when they are opened, and are never opened here. "
+                "Ask for the checkpoint as safetensors, or convert it where you trust it (save_pretrained writes them)."
+            )
         raise ModelError(f"cannot read {WEIGHTS} in {str(folder)!r}: there is no such file, and {found}")
     with _foreign(folder / SHARDS, "the list of a checkpoint's weight files"):
         listed = sorted({str(name) for name in parse_json((folder / SHARDS).read_bytes())["weight_map"].values()})

@@ -24,48 +24,21 @@ from av_lens.errors import AvLensError, InputError, UnfinishedError, unknown
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
-def require_choice(kind: str, value: object, known: Iterable[object], error: type[AvLensError] = InputError) -> None:
-    """Refuse a value that is not among the known ones.
-
-    Args:
-        kind: what the value is, such as "return_type".
-        value: what was given.
-        known: everything accepted.
-        error: the class to raise.
-
-    Raises:
-        AvLensError: the value is not known; the nearest is named.
-    """
+def require_choice(kind: str, value: object, known: Iterable[object]) -> None:
+    """Refuse a value that is not among the known ones."""
     options = list(known)
     if value not in options:
-        raise error(unknown(kind, value, options))
+        raise InputError(unknown(kind, value, options))
 
 
-def require_at_least(kind: str, value: float | int, least: float | int, error: type[AvLensError] = InputError) -> None:
-    """Refuse a number that is too small.
-
-    Args:
-        kind: what the number is, such as "max_new_tokens".
-        value: what was given.
-        least: the smallest accepted.
-        error: the class to raise.
-
-    Raises:
-        AvLensError: the value is below `least` or not a number.
-    """
+def require_at_least(kind: str, value: float | int, least: float | int) -> None:
+    """Refuse a number that is too small."""
     if not value >= least:
-        raise error(f"{kind} must be at least {least}, not {value}.")
+        raise InputError(f"{kind} must be at least {least}, not {value}.")
 
 
 def near_file(path: str | os.PathLike[str]) -> str:
-    """Suggest a file or folder where the one that was named is not there.
-
-    Args:
-        path: what was named.
-
-    Returns:
-        Words for the end of a message: the near name, or that the folder is not there either.
-    """
+    """Suggest a file or folder where the one that was named is not there."""
     wanted = Path(path).expanduser()
     folder = wanted.parent
     if not folder.is_dir():
@@ -79,18 +52,7 @@ def near_file(path: str | os.PathLike[str]) -> str:
 
 
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
-    """Read json from elsewhere, strictly: each key once, whole characters, real numbers.
-
-    Args:
-        text: the json; bytes are UTF-8, with or without a byte order mark.
-        finite: refuse NaN and Infinity, which are no json, and numbers too large for a float.
-
-    Returns:
-        What it says.
-
-    Raises:
-        ValueError: it is no such json; the message is one plain phrase.
-    """
+    """Read json from elsewhere, strictly: each key once, whole characters, real numbers."""
 
     def number(written: str) -> float:
         found = float(written)
@@ -123,36 +85,17 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
 
 
 def whole_object(found: Any, name: str) -> dict[str, Any]:
-    """Refuse json that is no object.
-
-    Args:
-        found: what `parse_json` gave.
-        name: what it is.
-
-    Returns:
-        The object.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Refuse json that is no object."""
     if not isinstance(found, dict):
         raise ValueError(f"{name} should be a json object, found {type(found).__name__}")
     return cast(dict[str, Any], found)
 
 
 def half_character(text: str) -> str:
-    """Find a lone surrogate, half of a character, which no file can hold as text.
-
-    Args:
-        text: any text.
-
-    Returns:
-        What is wrong, or "" where nothing is.
-    """
+    """Find a lone surrogate, half of a character, which no file can hold as text."""
     found = _HALF_CHARACTER.search(text)
-    return (
-        f"half of a character (\\u{ord(found[0]):04x}, a lone surrogate), which no text file can hold" if found else ""
-    )
+    half = f"half of a character (\\u{ord(found[0]):04x}, a lone surrogate)" if found else ""
+    return f"{half}, which no text file can hold" if half else ""
 
 
 @contextmanager
@@ -162,18 +105,6 @@ def foreign_file(
     """Turn whatever is raised while a file from elsewhere is read into one sentence about that file.
 
     Numbers that do not fit their type are errors here, not warnings: the result would be another one.
-
-    Args:
-        path: the file.
-        what: what it should be, such as "a saved grid".
-        mend: what to do about it; empty for "Copy it again, or make it again.".
-        error: the class to raise.
-
-    Yields:
-        Nothing, while the file is read.
-
-    Raises:
-        AvLensError: the file is not there, or anything was raised.
     """
     try:
         with warnings.catch_warnings():
@@ -196,19 +127,7 @@ def refuse(
     error: type[AvLensError] = InputError,
     cause: BaseException | None = None,
 ) -> NoReturn:
-    """Say that a file is not what it should be.
-
-    Args:
-        path: the file.
-        what: what it should be.
-        why: what is wrong with it.
-        mend: what to do about it.
-        error: the class to raise.
-        cause: what was raised before.
-
-    Raises:
-        AvLensError: always.
-    """
+    """Say that a file is not what it should be."""
     raise error(f"{path} is not {what}, or damaged ({why}). {mend or 'Copy it again, or make it again.'}") from cause
 
 
@@ -219,22 +138,8 @@ def require_keywords(
     own: Iterable[str] = (),
     more: Iterable[str] = (),
     refused: Mapping[str, str] | None = None,
-    error: type[AvLensError] = InputError,
 ) -> None:
-    """Refuse keywords that none of the functions they are handed on to names.
-
-    Args:
-        verb: whose keywords they are.
-        given: the keywords.
-        *takers: where they go; what these name in their signatures is accepted.
-        own: parameters of the takers that the verb fills in itself.
-        more: accepted keywords that stand in no signature.
-        refused: keywords that are not taken though a taker names them, each with the reason and the mend.
-        error: the class to raise.
-
-    Raises:
-        AvLensError: a keyword is not known (the nearest is named), or not taken.
-    """
+    """Refuse keywords that none of the functions they are handed on to names."""
     given = tuple(given)
     if not given:  # most calls: no signature is read
         return
@@ -244,25 +149,12 @@ def require_keywords(
     known = sorted((named | set(more)) - set(own) - set(reasons))
     for name in given:
         if name in reasons:
-            raise error(f"{verb} takes no {name}=: {reasons[name]}.")
+            raise InputError(f"{verb} takes no {name}=: {reasons[name]}.")
         if name not in known:
-            raise error(unknown(f"keyword of {verb}", name, known))
+            raise InputError(unknown(f"keyword of {verb}", name, known))
 
 
 def called(verb: str, function: Callable[..., Any], *given: object, **options: object) -> Any:
-    """Hand keywords on to a function that may not know them.
-
-    Args:
-        verb: whose keywords they are.
-        function: where they go.
-        *given: its first arguments.
-        **options: the keywords.
-
-    Returns:
-        What the function returns.
-
-    Raises:
-        InputError: a keyword that the function does not name; the nearest is named.
-    """
+    """Hand keywords on to a function that may not know them."""
     require_keywords(verb, options, function, own=tuple(inspect.signature(function).parameters)[: len(given)])
     return function(*given, **options)

@@ -6,6 +6,8 @@ Ito, which stay apart under every common colour blindness. `FREE` is for what ha
 
 from __future__ import annotations
 
+from typing import Any
+
 SOUND = "#0072B2"
 PICTURE = "#D55E00"
 GREEN = "#009E73"
@@ -44,54 +46,30 @@ CONDITION_COLOURS = {"cut": PURPLE, "equal mass": AMBER, "other heads": GREEN, "
 
 DIVERGING = ["#8F3B00", PICTURE, "#F3B48B", "#F1F1EE", "#8EC2E5", SOUND, "#004A77"]
 _SOUND_ON_DARK, _PICTURE_ON_DARK = "#4FB0EC", "#F28A45"
-THEMES = {
-    "light": {
-        "ink": "#3A4048",
-        "grid": "rgba(20, 24, 30, 0.12)",
-        "hatch": GREY,
-        "diverging": DIVERGING,
-        "marks": {},
-    },
-    "dark": {
-        "ink": "#D3D7DD",
-        "grid": "rgba(235, 238, 243, 0.14)",
-        "hatch": "#7C838E",
-        "diverging": ["#FFC59B", "#F0802F", "#8A4312", "#23272E", "#14598A", "#3FA2E0", "#A6DBFF"],
-        "marks": {SOUND: _SOUND_ON_DARK, PICTURE: _PICTURE_ON_DARK, GREEN: "#2FBF90"},
-    },
+_THEMED: dict[str, tuple[Any, Any]] = {
+    "ink": ("#3A4048", "#D3D7DD"),
+    "grid": ("rgba(20, 24, 30, 0.12)", "rgba(235, 238, 243, 0.14)"),
+    "hatch": (GREY, "#7C838E"),
+    "diverging": (DIVERGING, ["#FFC59B", "#F0802F", "#8A4312", "#23272E", "#14598A", "#3FA2E0", "#A6DBFF"]),
+    "marks": ({}, {SOUND: _SOUND_ON_DARK, PICTURE: _PICTURE_ON_DARK, GREEN: "#2FBF90"}),
 }
+THEMES = {"light": {k: v for k, (v, _) in _THEMED.items()}, "dark": {k: v for k, (_, v) in _THEMED.items()}}
 """What a page that knows its reader's theme puts in place of the figures' own."""
 
-PAGES = {
-    "light": {
-        "bg": "#FFFFFF",
-        "panel": "#F5F6F7",
-        "ink": "#1C2127",
-        "soft": "#555D67",
-        "line": "#D9DDE2",
-        "sound": SOUND,
-        "picture": PICTURE,
-        "picture-text": "#B34F00",  # the same, dark enough for small letters on white
-        "good": "#00734F",
-        "bad": "#B3261E",
-        "open": "#7A5900",
-        "stamp-bg": "#FFF3D6",
-        "stamp-ink": "#5E4500",
-    },
-    "dark": {
-        "bg": "#14171C",
-        "panel": "#1D2128",
-        "ink": "#E6E9ED",
-        "soft": "#A7AEB8",
-        "line": "#343A44",
-        "sound": _SOUND_ON_DARK,
-        "picture": _PICTURE_ON_DARK,
-        "picture-text": _PICTURE_ON_DARK,
-        "good": "#4CC79D",
-        "bad": "#FF8A80",
-        "open": "#E3B341",
-        "stamp-bg": "#3A2F12",
-        "stamp-ink": "#F3D58A",
-    },
+_PAGED = {
+    "bg": ("#FFFFFF", "#14171C"),
+    "panel": ("#F5F6F7", "#1D2128"),
+    "ink": ("#1C2127", "#E6E9ED"),
+    "soft": ("#555D67", "#A7AEB8"),
+    "line": ("#D9DDE2", "#343A44"),
+    "sound": (SOUND, _SOUND_ON_DARK),
+    "picture": (PICTURE, _PICTURE_ON_DARK),
+    "picture-text": ("#B34F00", _PICTURE_ON_DARK),  # the first: the same, dark enough for small letters on white
+    "good": ("#00734F", "#4CC79D"),
+    "bad": ("#B3261E", "#FF8A80"),
+    "open": ("#7A5900", "#E3B341"),
+    "stamp-bg": ("#FFF3D6", "#3A2F12"),
+    "stamp-ink": ("#5E4500", "#F3D58A"),
 }
+PAGES = {"light": {k: v for k, (v, _) in _PAGED.items()}, "dark": {k: v for k, (_, v) in _PAGED.items()}}
 """The report's own, as variables of its style sheet."""

@@ -39,6 +39,7 @@ ROLES = ("system", "audio", "video", "image", "boundary", "question", "header", 
 GROUPS = {"media": ("audio", "video", "image"), "suffix": ("question", "header", "generation")}
 CLOCKS = ("model", "source")
 _TOLERANCE = 1e-6  # s: interval ends that touch do not overlap
+_COLUMNS = ("start_s", "end_s", "source_start_s", "source_end_s", "row", "col")
 Selection = int | slice | range | None
 
 
@@ -106,12 +107,7 @@ class Span:
 
     def _combined(self, positions: np.ndarray, other: Span) -> Span:
         mine, theirs = self.source, other.source
-        if (
-            mine is not None
-            and theirs is not None
-            and mine is not theirs
-            and mine.layout_difference(theirs) is not None
-        ):
+        if mine is not None and theirs not in (None, mine) and mine.layout_difference(theirs) is not None:
             raise InputError(
                 "these two spans belong to prompts of different layouts, so their positions mean different things. "
                 "Combine spans of one prompt, or of prompts with the same layout."
@@ -142,16 +138,15 @@ class Span:
             raise InputError(unknown("clock", clock, CLOCKS))
         if not end_s > start_s:
             raise InputError(f"between({start_s}, {end_s}) is empty: the end must lie after the start, in seconds")
-        if (
-            clock == "source"
-            and (np.isfinite(columns.start_s) & np.isnan(columns.source_start_s))[self.positions].any()
-        ):
-            raise InputError(
-                "the examples of this stack differ in their true times, so the source clock selects other positions in "
-                'each: ask x[i].spans, or use clock="model"'
-            )
-        starts = (columns.start_s if clock == "model" else columns.source_start_s)[self.positions]
-        ends = (columns.end_s if clock == "model" else columns.source_end_s)[self.positions]
+        starts, ends = columns.start_s[self.positions], columns.end_s[self.positions]
+        if clock == "source":
+            timed = np.isfinite(starts)
+            starts, ends = columns.source_start_s[self.positions], columns.source_end_s[self.positions]
+            if (timed & np.isnan(starts)).any():
+                raise InputError(
+                    "the examples of this stack differ in their true times, so the source clock selects other "
+                    'positions in each: ask x[i].spans, or use clock="model"'
+                )
         keep = (starts < end_s - _TOLERANCE) & (ends > start_s + _TOLERANCE)
         return Span(self.positions[keep], columns)
 
@@ -178,9 +173,8 @@ class Span:
 
     def _source(self, verb: str) -> SpanMap:
         if self.source is None:
-            raise InputError(
-                f"{verb}() needs the prompt's map: select the span from x.spans, e.g. x.spans.span([3, 4])"
-            )
+            mend = "select the span from x.spans, e.g. x.spans.span([3, 4])"
+            raise InputError(f"{verb}() needs the prompt's map: {mend}")
         return self.source
 
 
@@ -238,7 +232,7 @@ class SpanMap:
         for role in dict.fromkeys(self.roles):
             if role not in ROLES:
                 raise InputError(unknown("role", role, ROLES))
-        for name in ("start_s", "end_s", "source_start_s", "source_end_s", "row", "col"):
+        for name in _COLUMNS:
             column: np.ndarray = getattr(self, name)
             if len(column) != len(self.roles):
                 raise InputError(f"{name} has {len(column)} entries for {len(self.roles)} positions")
@@ -278,10 +272,8 @@ class SpanMap:
             if role not in ROLES and role not in GROUPS:
                 raise InputError(unknown("role", role, (*ROLES, *GROUPS)))
             wanted.update(GROUPS.get(role, (role,)))
-        mask = np.zeros(len(self), dtype=bool)
-        for role in wanted:
-            mask |= self._role_array == role
-        return Span(np.flatnonzero(mask).astype(np.int64), self)
+        here = [position for position, role in enumerate(self.roles) if role in wanted]
+        return Span(np.array(here, dtype=np.int64), self)
 
     def span(self, positions: Iterable[int]) -> Span:
         """A span of positions given by number.
@@ -343,12 +335,10 @@ class SpanMap:
             The longer map.
         """
         if n < 0 or (tokens is not None and len(tokens) != n):
-            raise InputError(
-                f"extended({n}) with {'no' if tokens is None else len(tokens)} tokens: give one per position"
-            )
+            given = "no" if tokens is None else len(tokens)
+            raise InputError(f"extended({n}) with {given} tokens: give one per position")
         tail = SpanMap.of_roles(["generated"] * n, tokens)
-        names = ("start_s", "end_s", "source_start_s", "source_end_s", "row", "col")
-        columns = {name: np.concatenate([getattr(self, name), getattr(tail, name)]) for name in names}
+        columns = {name: np.concatenate([getattr(self, name), getattr(tail, name)]) for name in _COLUMNS}
         return SpanMap(roles=self.roles + tail.roles, tokens=self.tokens + tail.tokens, **columns)
 
     def layout_difference(self, other: SpanMap) -> int | None:
@@ -374,9 +364,8 @@ class SpanMap:
         changes = [0, *[i for i in range(1, len(self)) if self.roles[i] != self.roles[i - 1]], len(self)]
         lines = [f"{len(self)} positions"]
         for start, stop in itertools.pairwise(changes):
-            seconds = (
-                "" if np.isnan(self.start_s[start]) else f"  {self.start_s[start]:.2f}-{self.end_s[stop - 1]:.2f} s"
-            )
+            timed = not np.isnan(self.start_s[start])
+            seconds = f"  {self.start_s[start]:.2f}-{self.end_s[stop - 1]:.2f} s" if timed else ""
             lines.append(f"  {start:>5}:{stop:<5} {self.roles[start]:<10} {stop - start:>5}{seconds}")
         shown = lines if len(lines) <= 26 else [*lines[:18], f"  ... {len(lines) - 25} more runs", *lines[-7:]]
         return "\n".join(shown)

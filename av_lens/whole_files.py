@@ -38,36 +38,14 @@ before it is unpacked."""
 
 
 def write_whole(path: Path, content: str | bytes, *, error: type[Exception] = FileError, mend: str = MEND) -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        path: the file; its folder exists.
-        content: what it holds; text is written as utf-8.
-        error: the class to raise.
-        mend: a sentence that says what to do where it cannot be written.
-
-    Raises:
-        FileError: (or `error`) it cannot be written; what was there is still there.
-    """
+    """Write a file whole or not at all."""
     with whole_file(path, error=error, mend=mend) as partial, partial.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def whole_file(path: Path, *, error: type[Exception] = FileError, mend: str = MEND) -> Generator[Path]:
-    """Let a library write a file that takes its place only when it is whole and on the disk.
-
-    Args:
-        path: the file; its folder exists. A pipe or a device is written to as it is.
-        error: the class to raise.
-        mend: a sentence that says what to do where it cannot be written.
-
-    Yields:
-        What to write instead: a file beside it.
-
-    Raises:
-        FileError: (or `error`) it cannot be written; what was there is still there.
-    """
+    """Let a library write a file that takes its place only when it is whole and on the disk."""
     target = Path(os.path.realpath(path))  # through a link, not in its place
     plain = not target.exists() or target.is_file()
     partial = _beside(target) if plain else Path(path)
@@ -85,17 +63,7 @@ def whole_file(path: Path, *, error: type[Exception] = FileError, mend: str = ME
 
 @contextmanager
 def whole_folder(folder: Path) -> Generator[Path]:
-    """Let several files be written that take their places together; other files of the folder stay.
-
-    Args:
-        folder: made if absent.
-
-    Yields:
-        An empty folder beside it, to write into.
-
-    Raises:
-        FileError: they cannot be written; what was there is still there.
-    """
+    """Let several files be written that take their places together; other files of the folder stay."""
     target = Path(os.path.realpath(folder))
     partial = _beside(target)
     make_folder(partial)
@@ -119,17 +87,7 @@ def whole_folder(folder: Path) -> Generator[Path]:
 
 
 def append_line(path: Path, line: str, *, error: type[Exception] = FileError, mend: str = MEND) -> None:
-    """Add a line to a file; where that fails nothing of it stays.
-
-    Args:
-        path: the file; made if absent.
-        line: without its end.
-        error: the class to raise.
-        mend: a sentence that says what to do where it cannot be written.
-
-    Raises:
-        FileError: (or `error`) it cannot be written.
-    """
+    """Add a line to a file; where that fails nothing of it stays."""
     with writing(path, error, mend), path.open("ab") as file:
         size = file.tell()
         try:
@@ -142,17 +100,7 @@ def append_line(path: Path, line: str, *, error: type[Exception] = FileError, me
 
 
 def make_folder(folder: Path) -> Path:
-    """Make a folder and those above it, where they are not there.
-
-    Args:
-        folder: the folder.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileError: it cannot be made, or a file is in its place.
-    """
+    """Make a folder and those above it, where they are not there."""
     with writing(folder, FileError, "Give another folder."):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -160,19 +108,7 @@ def make_folder(folder: Path) -> Path:
 
 @contextmanager
 def writing(path: Path, error: type[Exception] = FileError, mend: str = MEND) -> Generator[None]:
-    """Turn what the system raises while something is written into a sentence.
-
-    Args:
-        path: what is written inside.
-        error: the class to raise.
-        mend: a sentence that says what to do.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        FileError: (or `error`) it cannot be written.
-    """
+    """Turn what the system raises while something is written into a sentence."""
     try:
         yield
     except (OSError, SafetensorError) as raised:
@@ -183,66 +119,26 @@ def writing(path: Path, error: type[Exception] = FileError, mend: str = MEND) ->
 
 @contextmanager
 def reading(path: Path, *, mend: str = REMADE) -> Generator[None]:
-    """Turn whatever foreign bytes raise into a sentence.
-
-    Args:
-        path: the file that is read inside.
-        mend: a sentence that says what to do.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        FileError: it cannot be read as what it should be.
-    """
+    """Turn whatever foreign bytes raise into a sentence."""
     with foreign_file(path, "what av_lens wrote there", mend=mend, error=FileError):
         yield
 
 
 def read_object(path: Path, *, mend: str = REMADE) -> dict[str, Any]:
-    """Read a json object that was written whole.
-
-    Args:
-        path: the file.
-        mend: a sentence that says what to do where it holds something else.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        FileError: it cannot be read, or holds something else.
-    """
+    """Read a json object that was written whole."""
     with reading(path, mend=mend):
         return whole_object(parse_json(path.read_bytes(), finite=False), "it")
 
 
 def stored(path: Path, made_of: Callable[[dict[str, Any]], Made]) -> Made | None:
-    """Read what can be made again: a file that is absent, damaged or foreign counts as none.
-
-    Args:
-        path: a file of one json object.
-        made_of: turns the object into what is wanted.
-
-    Returns:
-        What was stored, or None.
-    """
+    """Read what can be made again: a file that is absent, damaged or foreign counts as none."""
     with suppress(FileError), reading(path):
         return made_of(read_object(path))
     return None
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Open an npz file of numbers, whose arrays must be what their headers and the archive's list say.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The arrays by name.
-
-    Raises:
-        ValueError: it would unpack to more than `MOST_BYTES` and `TIMES` its size, is damaged, or holds no numbers.
-    """
+    """Open an npz file of numbers, whose arrays must be what their headers and the archive's list say."""
     found: dict[str, np.ndarray] = {}
     with zipfile.ZipFile(path) as archive:
         total, most = sum(entry.file_size for entry in archive.infolist()), MOST_BYTES + TIMES * path.stat().st_size
@@ -264,27 +160,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def describe(error: BaseException) -> str:
-    """Name what the system or a library raised in a few words.
-
-    Args:
-        error: what was raised.
-
-    Returns:
-        Its text without the repeated path, or its kind.
-    """
+    """Name what the system or a library raised in a few words."""
     return str(getattr(error, "strerror", None) or error or type(error).__name__).rstrip(".")
 
 
 def sweep_partials(folder: Path, *, of: str = "*") -> int:
-    """Remove what killed writers left in a folder.
-
-    Args:
-        folder: the folder, in which nobody else writes; what others call a part is left alone.
-        of: whose leftovers: a file's name, or any.
-
-    Returns:
-        How many files and folders were removed.
-    """
+    """Remove what killed writers left in a folder."""
     found = [place for place in folder.glob(f".{of}.*{PARTIAL}") if _OURS.fullmatch(place.name)]
     for leftover in found:
         if leftover.is_dir():

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import av_lens
-from av_lens.bridge.hook_names import COMPONENTS, hook_name
+from av_lens.families.hook_names import COMPONENTS, hook_name
+from av_lens.lab.pages import FilledPage
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 README = DOCS.parent / "README.md"
@@ -22,6 +25,11 @@ NOT_RUN, GOES_ON = "# not run: ", "# goes on from README.md"
 def python_blocks(page: Path) -> list[str]:
     """A page's Python; blocks that cannot run in a test say so to the reader in their first line."""
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+
+
+def stored(page: FilledPage) -> dict[str, Any]:
+    """The record that a page is made from."""
+    return json.loads((DOCS / page.record).read_text())
 
 
 def component_table() -> str:
@@ -55,7 +63,7 @@ def test_the_reference_names_every_public_name_once():
 
 @pytest.mark.parametrize("region", ["behaviour", "seeds"])
 def test_the_organisms_tables_are_the_stored_evaluations(region: str):
-    from av_lens.organism import portraits
+    from av_lens.lab.training import portraits
 
     tables = {"behaviour": portraits.shares_table, "seeds": portraits.standing_table}
     shown = (DOCS / "organisms.md").read_text().split(f"<!-- {region} -->\n")[1].split(f"\n<!-- /{region} -->")[0]
@@ -63,39 +71,64 @@ def test_the_organisms_tables_are_the_stored_evaluations(region: str):
 
 
 def test_the_benchmarks_page_is_the_stored_record():
-    from av_lens.studies import replay_tables
+    from av_lens.lab.replay_benchmark import tables as replay_tables
 
-    page, record = (DOCS / replay_tables.PAGE).read_text(), json.loads((DOCS / replay_tables.RECORD).read_text())
-    shown = page.split(replay_tables.OPEN)[1].split(replay_tables.CLOSE)[0]
-    assert shown == replay_tables.page_tables(record)
+    assert replay_tables.PAGE.around(DOCS)[1] == replay_tables.page_tables(stored(replay_tables.PAGE))
 
 
 def test_the_plantbench_page_is_the_stored_record():
-    from av_lens.studies import plantbench_pages
+    from av_lens.lab.plantbench import pages as plantbench_pages
 
-    page, record = (
-        (DOCS / plantbench_pages.PAGE).read_text(),
-        json.loads((DOCS / plantbench_pages.RECORD).read_text()),
-    )
-    shown = page.split(plantbench_pages.OPEN)[1].split(plantbench_pages.CLOSE)[0]
-    assert shown == plantbench_pages.page_tables(record)
+    record = stored(plantbench_pages.PAGE)
+    assert plantbench_pages.PAGE.around(DOCS)[1] == plantbench_pages.page_tables(record)
     assert (DOCS / plantbench_pages.FIGURE).read_text() == plantbench_pages.figure(record)
 
 
 def test_what_was_found_again_is_the_stored_record():
-    from av_lens.studies import seeds
+    from av_lens.lab import seeds
 
-    page, record = (DOCS / seeds.PAGE).read_text(), json.loads((DOCS / seeds.RECORD).read_text())
-    assert page.split(seeds.OPEN)[1].split(seeds.CLOSE)[0] == seeds.page_tables(record)
+    assert seeds.PAGE.around(DOCS)[1] == seeds.page_tables(stored(seeds.PAGE))
 
 
 def test_the_page_of_true_shapes_is_the_stored_record():
-    from av_lens.studies import true_shape_costs
+    from av_lens.lab import true_shape_costs
 
     record = json.loads((DOCS / true_shape_costs.RECORD).read_text())
     assert (DOCS / true_shape_costs.PAGE).read_text() == true_shape_costs.page(record)
     assert record["peak_gb"] < 20 * 1.024**3  # GiB
     assert "not interpretable" in record["stamps"]
+
+
+def rooms() -> Any:
+    """The command that draws the rooms."""
+    spec = importlib.util.spec_from_file_location("rooms", DOCS.parent / ".ci" / "rooms.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    assert spec.loader is not None
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_picture_of_the_rooms_is_the_imports():
+    drawn = rooms()
+    assert drawn.PICTURE.read_text() == drawn.picture(), "run `python .ci/rooms.py`"
+    levels = drawn.levels(drawn.imports())
+    assert levels[-1] == [drawn.GROUND]
+    assert sum(map(len, levels)) == len(drawn.imports())
+
+
+def test_every_toy_stands_on_the_page_of_toys():
+    toys = DOCS.parent / "tests" / "toys"
+    told = set(re.findall(r"`(\w+\.py)`", (toys / "README.md").read_text())) - {"conftest.py"}
+    assert told == {path.name for path in toys.glob("*.py")}
+
+
+def test_the_page_on_the_package_names_files_that_are_there():
+    text = (DOCS / "architecture.md").read_text()
+    named = {name for name in re.findall(r"`([\w/.]+\.py)`", text) if "<" not in name}
+    places = (DOCS.parent / "av_lens", DOCS.parent)
+    missing = {name for name in named if not any((place / name).is_file() for place in places)}
+    assert not missing, missing
 
 
 @pytest.mark.parametrize("path", sorted(DOCS.rglob("*.md")), ids=lambda p: p.name)

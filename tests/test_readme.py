@@ -44,6 +44,6 @@ def test_its_commands_are_the_checks_and_the_programs():
     for command in set(re.findall(r"av-lens (\w+)", README)):
         assert command in shown, f"the README names `av-lens {command}`"
     checks = (Path(__file__).resolve().parents[1] / ".ci" / "run").read_text()
-    assert "\npytest\n" in checks
+    assert f"\npytest{blocks('bash')[1].partition('/pytest')[2].rstrip()}\n" in checks
     assert "av-lens demo" in checks
     assert "-e '.[test]'" in blocks("bash")[1]

@@ -10,21 +10,14 @@ _HUB_NAMES = {"Qwen2_5OmniThinkerForConditionalGeneration": "Qwen/Qwen2.5-Omni-3
 
 
 def short_names() -> list[tuple[str, str]]:
-    """List the organisms that ship with the package.
-
-    Returns:
-        (name, one-line summary) of each, in the index's order; empty where none are installed.
-    """
+    """List the organisms that ship with the package."""
     return [(name, str(entry.get("summary", ""))) for name, entry in index().items()]
 
 
 def families() -> list[tuple[str, str]]:
-    """List the architectures that have an adapter of ours.
-
-    Returns:
-        (architecture, hub names that are known to fit) of each.
-    """
+    """List the architectures that can be opened: those with an adapter of ours, and other packages' families."""
     ours = [
         point for point in entry_points(group="transformer_lens.architectures") if point.value.startswith("av_lens.")
     ]
+    ours += entry_points(group="av_lens.families")
     return [(point.name, _HUB_NAMES.get(point.name, "any checkpoint of this class")) for point in sorted(ours)]

@@ -11,14 +11,14 @@ from av_lens.cli import console, faults
 from av_lens.cli.defaults import signature
 from av_lens.whole_files import write_whole
 
-_DEMO = signature("studies.demonstration", "run_demo")
-_ISOLATE = signature("isolation.pipeline", "isolate")
-_ISOLATE_INTO = signature("studies.isolations", "isolate_into")
+_DEMO = signature("lab.demonstration", "run_demo")
+_ISOLATE = signature("isolation.running.pipeline", "isolate")
+_ISOLATE_INTO = signature("lab.isolations", "isolate_into")
 _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
-_TRAIN = signature("organism.courses", "train")
-_PLANT = signature("organism.planting", "plant")
-_GENERATE = signature("runs.wrapper", "HookedAVLLM.generate")
+_TRAIN = signature("lab.training.courses", "train")
+_PLANT = signature("lab.planting.planting", "plant")
+_GENERATE = signature("model.wrapper", "HookedAVLLM.generate")
 
 Model = Annotated[str, typer.Argument(help="A short name (`av-lens models` lists them), a hub name or a local folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out: cuda if the model fits, else cpu.")]
@@ -29,13 +29,11 @@ HowMany = Annotated[int, typer.Option(help="How many conflicts; below 120 the re
 DemoQuick = Annotated[bool, typer.Option("--quick/--whole", help="Leave out robustness and pairs, or nothing.")]
 Pairs = Annotated[Path, typer.Argument(help="The manifest: one conflict a line, as jsonl.")]
 Out = Annotated[Path, typer.Option(help="The folder for the report, the figures and the numbers.")]
-Gate = Annotated[
-    str, typer.Option(help="stop: end where there is nothing to explain; report: go on, stamp every page.")
-]
+_GATE = typer.Option(help="stop: end where there is nothing to explain; report: go on, stamp every page.")
+Gate = Annotated[str, _GATE]
 Layout = Annotated[str, typer.Option(help="in_video (sound woven into the video) or separate.")]
-Sites = Annotated[
-    str, typer.Option(help="Where heads are edited: suffix, generation, audio, sinks; several by commas.")
-]
+_SITES = typer.Option(help="Where heads are edited: suffix, generation, audio, sinks; several by commas.")
+Sites = Annotated[str, _SITES]
 Limit = Annotated[int | None, typer.Option(help="Use only the first so many conflicts of the manifest.")]
 Budget = Annotated[float | None, typer.Option(help="Stop after so many minutes; the same command goes on from there.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Leave out robustness and pairs of heads; the report says so.")]
@@ -76,7 +74,7 @@ def demo(
 
     Exit code 1 if the calibration fails: then the findings are not to be trusted.
     """
-    from av_lens.studies.demonstration import run_demo
+    from av_lens.lab.demonstration import run_demo
 
     console.quiet_loading()
     with console.bars() as bars:
@@ -117,7 +115,7 @@ def isolate(
         lambda: faults.words(dtype=dtype, gate=[gate], layout=[layout], site=named),
     )
     from av_lens.inputs.manifest import conflicts_of
-    from av_lens.studies.isolations import isolate_into
+    from av_lens.lab.isolations import isolate_into
 
     listed = conflicts_of(lines)
     loaded = _load(model, device=device, dtype=dtype)
@@ -213,7 +211,7 @@ def models() -> None:
 
 def train(name: Organism, seed: TrainSeed = _TRAIN["seed"], out: TrainOut = _TRAIN["out"]) -> None:
     """Train an organism from a seed; interrupted, the same command goes on where it stopped."""
-    from av_lens.organism.courses import train as train_organism
+    from av_lens.lab.training.courses import train as train_organism
 
     with console.bars() as bars:
         written = train_organism(name, seed=seed, out=out, progress=bars)
@@ -233,18 +231,15 @@ def plant(
     """
     import json
 
-    from av_lens.organism.planting import TRUTH
-    from av_lens.organism.planting import plant as plant_heads
+    from av_lens.lab.planting.planting import TRUTH
+    from av_lens.lab.planting.planting import plant as plant_heads
 
     with console.bars() as bars:
         written = plant_heads(kind, seed=seed, base=base, layer=layer, out=out, progress=bars)
     truth = json.loads((written / TRUTH).read_text(encoding="utf-8"))
     figures = ("adds", "direct_share", "reads_picture", "reads_sound")
     headings = ["layer", "head", "kind", "adds", "direct share", "reads picture", "reads sound"]
-    rows = [
-        (head["layer"], head["head"], head["kind"], *(f"{head[name]:.2f}" for name in figures))
-        for head in truth["heads"]
-    ]
+    rows = [(h["layer"], h["head"], h["kind"], *(f"{h[name]:.2f}" for name in figures)) for h in truth["heads"]]
     rows += [(str(decoy["layer"]), str(decoy["head"]), "decoy", *4 * ("",)) for decoy in truth["decoys"]]
     console.OUT.print(console.table(headings, rows, right=headings[3:]))
     console.OUT.print(f"what is new: {truth['shown']:.3f}; the rest, at the least: {truth['kept']:.3f}", markup=False)
@@ -260,10 +255,10 @@ def _absent(choice: str) -> str | None:
 
 
 def _load(model: str, *, device: str | None, dtype: str | None) -> Any:
-    with console.waiting(f"loading {model} ..."):
+    with console.OUT.status(f"loading {model} ..."):
         import torch
 
-        from av_lens.runs import load
+        from av_lens.model import load
 
         return load(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
 

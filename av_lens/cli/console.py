@@ -22,31 +22,19 @@ OUT, ERR = _console(stderr=False), _console(stderr=True)
 
 
 def bars() -> Any:
-    """Bars for callbacks `(stage, done, total)`, on standard output.
-
-    Returns:
-        `av_lens.runs.progress.Bars`, loaded only now: help must not wait for torch.
-    """
-    from av_lens.runs.progress import Bars
+    """Bars for callbacks `(stage, done, total)`, on standard output."""
+    from av_lens.core.progress import Bars
 
     return Bars(OUT)
 
 
 def say(line: str) -> None:
-    """Print one line on standard output, as it is; bars that are shown move below it.
-
-    Args:
-        line: the line.
-    """
+    """Print one line on standard output, as it is; bars that are shown move below it."""
     OUT.print(line, markup=False, soft_wrap=True)
 
 
 def fail(error: BaseException) -> None:
-    """Print one error as one message on standard error.
-
-    Args:
-        error: what was raised.
-    """
+    """Print one error as one message on standard error."""
     ERR.print("[bold red]error:[/bold red] ", end="")
     ERR.print(str(error) or type(error).__name__, markup=False, soft_wrap=True)
 
@@ -54,17 +42,7 @@ def fail(error: BaseException) -> None:
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None, right: Sequence[str] = ()
 ) -> Table:
-    """Build a plain table, numbers to the right.
-
-    Args:
-        columns: the headings.
-        rows: one sequence of cells per row.
-        title: a line above it.
-        right: the columns to align right.
-
-    Returns:
-        A rich table, ready to print.
-    """
+    """Build a plain table, numbers to the right."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for name in columns:
         made.add_column(name, justify="right" if name in right else "left", overflow="fold")
@@ -73,15 +51,14 @@ def table(
     return made
 
 
+def show(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None) -> None:
+    """Print a blank line and a table whose first column is names and whose others are numbers."""
+    OUT.print()
+    OUT.print(table(columns, rows, title=title, right=columns[1:]))
+
+
 def cell(value: Any) -> str:
-    """Say a value in a table's cell: three figures for a float, a dash for what was not measured.
-
-    Args:
-        value: anything.
-
-    Returns:
-        Its text, rich markup escaped.
-    """
+    """Say a value in a table's cell: three figures for a float, a dash for what was not measured."""
     from rich.markup import escape
 
     if isinstance(value, bool):
@@ -93,18 +70,6 @@ def cell(value: Any) -> str:
     return escape(str(value))
 
 
-def waiting(text: str) -> Any:
-    """Show a spinner with a few words while something without a bar runs.
-
-    Args:
-        text: what is being waited for.
-
-    Returns:
-        A context manager.
-    """
-    return OUT.status(text)
-
-
 def quiet_loading() -> None:
     """Silence the bar that transformers draws while it opens weights, where these are too small to wait for."""
     from transformers.utils import logging
@@ -113,9 +78,5 @@ def quiet_loading() -> None:
 
 
 def say_path(path: str | Path) -> None:
-    """Say where something was written.
-
-    Args:
-        path: the file or folder.
-    """
+    """Say where something was written."""
     OUT.print(f"\nwritten: {Path(path).resolve()}", soft_wrap=True, markup=False)

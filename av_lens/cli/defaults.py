@@ -7,111 +7,56 @@ a word, so the signature is read from the file instead. A test compares every de
 from __future__ import annotations
 
 import ast
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from av_lens.errors import AvLensError, unknown
+from av_lens.errors import AvLensError
 
 _ROOT = Path(__file__).resolve().parents[1]
 
 
-def default(module: str, function: str, name: str) -> Any:
-    """Read the default of one argument of one of our functions, without importing it.
-
-    Args:
-        module: the dotted module below `av_lens`, such as `"studies.demonstration"`.
-        function: the function's name, or `"Class.method"`.
-        name: the argument's name.
-
-    Returns:
-        The default's value: a literal.
-
-    Raises:
-        AvLensError: if there is no such function or argument, or its default is not a literal.
-    """
-    found = signature(module, function)
-    if name not in found:
-        raise AvLensError(unknown(f"argument of {module}.{function}", name, found))
-    return found[name]
-
-
 @cache
 def signature(module: str, function: str) -> dict[str, Any]:
-    """Read all literal defaults of one of our functions.
-
-    Args:
-        module: the dotted module below `av_lens`.
-        function: the function's name, or `"Class.method"`.
-
-    Returns:
-        Argument name to default, for the arguments that have a literal one.
-
-    Raises:
-        AvLensError: if the file or the function is not there.
-    """
+    """Read all literal defaults of one of our functions."""
     arguments = definition(module, function).args
-    positional = [*arguments.posonlyargs, *arguments.args]
-    pairs = [
-        *zip(positional[len(positional) - len(arguments.defaults) :], arguments.defaults, strict=True),
-        *((arg, value) for arg, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if value),
-    ]
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    given = [*arguments.defaults, *arguments.kw_defaults]
     found: dict[str, Any] = {}
-    for arg, value in pairs:
-        try:
-            found[arg.arg] = ast.literal_eval(value)
-        except ValueError:
-            continue
+    for arg, value in zip(every[len(every) - len(given) :], given, strict=True):
+        with suppress(ValueError):
+            if value is not None:
+                found[arg.arg] = ast.literal_eval(value)
     return found
 
 
 @cache
 def constant(module: str, name: str) -> tuple[str, ...]:
-    """Read the words of a constant of one of our modules, without importing it.
-
-    Args:
-        module: the dotted module below `av_lens`.
-        name: the constant: a tuple of words, or a dictionary by word.
-
-    Returns:
-        The words.
-
-    Raises:
-        AvLensError: if there is no such constant, or it is not written out.
-    """
-    tree = ast.parse(_ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
-    for node in tree.body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            value: Any = getattr(node, "value", None)
-            return tuple(ast.literal_eval(value))
+    """Read the words of a constant of one of our modules, without importing it."""
+    for node in _body(module, name):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return tuple(ast.literal_eval(node.value))
     raise AvLensError(f"av_lens.{module} defines no constant {name}.")
 
 
 @cache
 def definition(module: str, function: str) -> ast.FunctionDef:
-    """Read one of our functions without importing it.
-
-    Args:
-        module: the dotted module below `av_lens`.
-        function: the function's name, or `"Class.method"`.
-
-    Returns:
-        Its syntax tree.
-
-    Raises:
-        AvLensError: if the file or the function is not there.
-    """
-    path = _ROOT.joinpath(*module.split(".")).with_suffix(".py")
-    if not path.exists():
-        raise AvLensError(f"there is no module av_lens.{module} to read the defaults of {function} from.")
-    body: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+    """Read one of our functions without importing it."""
+    body = _body(module, function)
     *owners, last = function.split(".")
     for owner in owners:
         body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == owner), [])
-    node = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == last), None)
+    node = next((node for node in reversed(body) if isinstance(node, ast.FunctionDef) and node.name == last), None)
     if node is None:
         raise AvLensError(f"av_lens.{module} defines no function {function}.")
     return node
+
+
+def _body(module: str, name: str) -> list[ast.stmt]:
+    path = _ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    if not path.exists():
+        raise AvLensError(f"there is no module av_lens.{module} to read the defaults of {name} from.")
+    return ast.parse(path.read_text(encoding="utf-8")).body

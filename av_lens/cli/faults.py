@@ -19,23 +19,13 @@ _DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, str]] = {
     "layout": ("inputs.conflict", "LAYOUTS"),
     "cell": ("inputs.conflict", "CELLS"),
-    "gate": ("isolation.preparing", "GATES"),
-    "site": ("isolation.seam", "SITES"),
+    "gate": ("isolation.running.preparing", "GATES"),
+    "site": ("isolation.measuring.recordings", "SITES"),
 }
 
 
 def all_told(*checks: Callable[[], Any]) -> list[Any]:
-    """Make every check, and tell all that failed in one error.
-
-    Args:
-        *checks: the checks.
-
-    Returns:
-        What each gave.
-
-    Raises:
-        AvLensError: one or several failed.
-    """
+    """Make every check, and tell all that failed in one error."""
     found: list[Any] = []
     faults: list[AvLensError] = []
     for check in checks:
@@ -49,15 +39,7 @@ def all_told(*checks: Callable[[], Any]) -> list[Any]:
 
 
 def words(*, dtype: str | None = None, **given: Iterable[str]) -> None:
-    """Refuse words that are not among the choices.
-
-    Args:
-        dtype: a precision, or None.
-        **given: the words of each kind: "layout", "cell", "gate", "site".
-
-    Raises:
-        AvLensError: one is not; the nearest is named.
-    """
+    """Refuse words that are not among the choices."""
     if dtype is not None:
         require_choice("dtype", dtype, _DTYPES)
     for kind, listed in given.items():
@@ -66,18 +48,7 @@ def words(*, dtype: str | None = None, **given: Iterable[str]) -> None:
 
 
 def manifest(path: Path, limit: int | None) -> list[Any]:
-    """Read a manifest, with the headers of its files.
-
-    Args:
-        path: the manifest.
-        limit: only the first so many lines; None for all.
-
-    Returns:
-        Its lines, as `av_lens.inputs.manifest.conflicts_of` takes them.
-
-    Raises:
-        AvLensError: all its faults, or a limit that leaves nothing.
-    """
+    """Read a manifest, with the headers of its files."""
     from av_lens.media.manifest import read_manifest
 
     found = read_manifest(path)
@@ -87,42 +58,18 @@ def manifest(path: Path, limit: int | None) -> list[Any]:
 
 
 def model(name: str) -> None:
-    """Refuse a model's name, or a folder, that cannot be loaded.
-
-    Args:
-        name: the name.
-
-    Raises:
-        ModelError: it cannot.
-    """
+    """Refuse a model's name, or a folder, that cannot be loaded."""
     check_checkpoint(name)
 
 
 def clip(path: Path, start: float, end: float | None) -> None:
-    """Refuse a media file whose header cannot be read.
-
-    Args:
-        path: the file.
-        start: seconds.
-        end: seconds, or None.
-
-    Raises:
-        MediaError: it is missing, empty or no medium, or ends before the start.
-    """
+    """Refuse a media file whose header cannot be read."""
     from av_lens.media.files import ClipFile
 
     ClipFile(str(path), start=start, end=end).probe()
 
 
 def file(path: Path | None, what: str) -> None:
-    """Refuse a file that is not there.
-
-    Args:
-        path: the file; None is no fault.
-        what: what it is.
-
-    Raises:
-        InputError: it is not there; the nearest name is given.
-    """
+    """Refuse a file that is not there."""
     if path is not None and not path.is_file():
         raise InputError(f"cannot read the {what} {path}: no such file. {near_file(path)}")

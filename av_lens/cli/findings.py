@@ -11,14 +11,7 @@ _CELLS = ("va", "blank_a", "audio_only")
 
 
 def behaviour_table(found: Any) -> Any:
-    """Show the main figures of behaviour with their intervals; the report has all of them.
-
-    Args:
-        found: an `Isolation`.
-
-    Returns:
-        A rich table, of the competent conflicts where these were chosen.
-    """
+    """Show the main figures of behaviour with their intervals; the report has all of them."""
     frame = found.behaviour
     chosen = "competent" if (frame["chosen"] == "competent").any() else "all"
     rows: list[tuple[Any, ...]] = []
@@ -32,26 +25,13 @@ def behaviour_table(found: Any) -> Any:
 
 
 def head_table(found: Any, *, rows: int = 12) -> Any:
-    """Show the ranked heads.
-
-    Args:
-        found: an `Isolation`.
-        rows: how many to show.
-
-    Returns:
-        A rich table, largest effect first; effects in logits, on the held-out half.
-    """
-    names = ["head", "role", "donor", "effect", "low", "high", "of G", "direct share", "q", "confirmed"]
+    """Show the ranked heads."""
+    right = ("effect", "low", "high", "of G", "direct share", "q")
+    names = ["head", "role", "donor", *right, "confirmed"]
+    columns = ("effect", "low", "high", "share", "direct_share", "q")
     shown = [
-        (
-            f"L{r['layer']} H{r['head']}",
-            r["role"],
-            r["donor"],
-            *(float(r[column]) for column in ("effect", "low", "high", "share", "direct_share", "q")),
-            bool(r["confirmed"]),
-        )
+        (f"L{r['layer']} H{r['head']}", r["role"], r["donor"], *(float(r[c]) for c in columns), bool(r["confirmed"]))
         for r in found.heads.head(rows).to_dict("records")
     ]
-    right = ("effect", "low", "high", "of G", "direct share", "q")
     title = f"named heads, largest effect first ({len(shown)} of {len(found.heads)}; effects in logits, held out)"
     return console.table(names, shown, title=title, right=right)

@@ -101,25 +101,21 @@ def _say_version(asked: bool) -> bool:
     return asked
 
 
+_VERSION = typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version.")
+
+
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Show the version.")
-    ] = False,
+    version: Annotated[bool, _VERSION] = False,
 ) -> None:
     """Find the attention heads that keep an audio-visual language model from saying what it hears."""
 
 
-app.command()(commands.demo)
-app.command()(commands.isolate)
-app.command()(commands.inspect)
-app.command()(commands.generate)
-app.command()(commands.models)
-app.command()(commands.train)
-app.command()(commands.plant)
-for study in (studies.bench, studies.plantbench, studies.seeds, studies.true_shapes):
-    app.command()(study)
+_WORK = (commands.demo, commands.isolate, commands.inspect, commands.generate)
+_STUDIES = (studies.bench, studies.plantbench, studies.seeds, studies.true_shapes)
+for command in (*_WORK, commands.models, commands.train, commands.plant, *_STUDIES):
+    app.command()(command)
 for method in toolbox.METHODS:
     app.command(method.command, rich_help_panel="Methods")(toolbox.command_of(method))
 

@@ -12,14 +12,7 @@ _RIGHT = ("positions", "count", "model (s)", "source (s)", "position", "row", "c
 
 
 def by_run(frame: Any) -> Any:
-    """Summarise a position table: one row per run of positions with the same role.
-
-    Args:
-        frame: what `AVInputs.table()` returns.
-
-    Returns:
-        A rich table.
-    """
+    """Summarise a position table: one row per run of positions with the same role."""
     runs = (frame["role"] != frame["role"].shift()).cumsum()
     rows = [_summary(group) for _, group in frame.groupby(runs, sort=False)]
     columns = ["role", "positions", "count", "model (s)", "source (s)", "patches", "tokens"]
@@ -27,27 +20,13 @@ def by_run(frame: Any) -> Any:
 
 
 def by_position(frame: Any) -> Any:
-    """Show every position with its token, both clocks and its patch.
-
-    Args:
-        frame: what `AVInputs.table()` returns.
-
-    Returns:
-        A rich table.
-    """
+    """Show every position with its token, both clocks and its patch."""
     columns = ["position", "role", "token", "model (s)", "source (s)", "row", "col"]
-    rows = [
-        (
-            int(row["position"]),
-            row["role"],
-            repr(row["token"]),
-            _between(row["start_s"], row["end_s"]),
-            _between(row["source_start_s"], row["source_end_s"]),
-            _index(row["row"]),
-            _index(row["col"]),
-        )
-        for row in frame.to_dict("records")
-    ]
+    rows: list[tuple[Any, ...]] = []
+    for row in frame.to_dict("records"):
+        clocks = (_between(row[f"{clock}start_s"], row[f"{clock}end_s"]) for clock in ("", "source_"))
+        patch = (_index(row[name]) for name in ("row", "col"))
+        rows.append((int(row["position"]), row["role"], repr(row["token"]), *clocks, *patch))
     return console.table(columns, rows, right=_RIGHT)
 
 
@@ -55,15 +34,9 @@ def _summary(group: Any) -> tuple[Any, ...]:
     first, last = int(group["position"].iloc[0]), int(group["position"].iloc[-1])
     patched = group[group["row"] >= 0]
     box = f"{patched['row'].max() + 1} x {patched['col'].max() + 1}" if len(patched) else "–"
-    return (
-        group["role"].iloc[0],
-        str(first) if first == last else f"{first}–{last}",
-        len(group),
-        _between(group["start_s"].min(), group["end_s"].max()),
-        _between(group["source_start_s"].min(), group["source_end_s"].max()),
-        box,
-        _tokens([str(token) for token in group["token"]]),
-    )
+    clocks = (_between(group[f"{clock}start_s"].min(), group[f"{clock}end_s"].max()) for clock in ("", "source_"))
+    where = str(first) if first == last else f"{first}–{last}"
+    return group["role"].iloc[0], where, len(group), *clocks, box, _tokens([str(token) for token in group["token"]])
 
 
 def _between(start: float, end: float) -> str:

@@ -12,10 +12,10 @@ from av_lens.cli.commands import Media, Out, Quick, Seed
 from av_lens.cli.defaults import signature
 from av_lens.whole_files import write_whole
 
-_BENCH = signature("studies.replay_benchmark", "run_benchmark")
-_PLANTS = signature("studies.plantbench", "run_plantbench")
-_SHAPES = signature("studies.true_shapes", "run_at_true_shapes")
-_SEEDS = signature("studies.seeds", "run_seeds")
+_BENCH = signature("lab.replay_benchmark.benchmark", "run_benchmark")
+_PLANTS = signature("lab.plantbench.bench", "run_plantbench")
+_SHAPES = signature("lab.true_shapes", "run_at_true_shapes")
+_SEEDS = signature("lab.seeds", "run_seeds")
 
 Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Measure this one only; may be given several times.")]
 Recording = Annotated[Path | None, typer.Option(help="A video with sound, for the shape that needs one.")]
@@ -28,10 +28,8 @@ BenchOut = Annotated[Path | None, typer.Option(help="Also write the record to th
 Size = Annotated[str, typer.Option(help="3B or 7B.")]
 Fewest = Annotated[int, typer.Option(help="How many conflicts are cut from the recording; 40 at least.")]
 Docs = Annotated[Path | None, typer.Option(help="Fill benchmarks.md and benchmarks.json in this folder.")]
-Planted = Annotated[
-    list[str] | None,
-    typer.Argument(help="Folders or short names; left out: all that are shipped, and the balanced one."),
-]
+_PLANTED = typer.Argument(help="Folders or short names; left out: all that are shipped, and the balanced one.")
+Planted = Annotated[list[str] | None, _PLANTED]
 PlantsOut = Annotated[Path, typer.Option(help="The folder to write; models that are scored in it are kept.")]
 Make = Annotated[int, typer.Option(help="Plant so many fresh models first, kind after kind.")]
 PlantsNumber = Annotated[int, typer.Option(help="How many conflicts every model is tested on; at least 40.")]
@@ -58,8 +56,8 @@ def bench(
     """Measure replay beside TransformerLens, nnsight and attribution patching: same model, prompt and patches."""
     import json
 
-    from av_lens.studies import replay_tables
-    from av_lens.studies.replay_benchmark import run_benchmark
+    from av_lens.lab.replay_benchmark import tables as replay_tables
+    from av_lens.lab.replay_benchmark.benchmark import run_benchmark
 
     _can_be_filled(docs, replay_tables)
     console.quiet_loading()
@@ -73,8 +71,7 @@ def bench(
             continue
         console.OUT.print(replay_tables.header_line(found), markup=False, soft_wrap=True)
         for headings, rows in replay_tables.tables(found):
-            console.OUT.print()
-            console.OUT.print(console.table(headings, rows, right=headings[1:]))
+            console.show(headings, rows)
     if out is not None:
         write_whole(out, json.dumps(record, indent=1) + "\n")
         console.say_path(out)
@@ -92,8 +89,8 @@ def plantbench(
     docs: PlantsDocs = None,
 ) -> None:
     """Let every method look for heads that were planted, and for heads where nothing is to be found."""
-    from av_lens.studies import plantbench_pages, plantbench_tables
-    from av_lens.studies.plantbench import run_plantbench
+    from av_lens.lab.plantbench import pages as plantbench_pages
+    from av_lens.lab.plantbench.bench import run_plantbench
 
     _can_be_filled(docs, plantbench_pages)
     console.quiet_loading()
@@ -101,9 +98,8 @@ def plantbench(
     with console.bars() as bars:
         bench = run_plantbench(models or None, out=out, progress=bars, **options)
     record = plantbench_pages.record_of(bench)
-    for title, (headings, rows) in plantbench_tables.tables(record["models"], record["criteria"]["must"]):
-        console.OUT.print()
-        console.OUT.print(console.table(headings, rows, title=title, right=headings[1:]))
+    for title, (headings, rows) in plantbench_pages.tables(record["models"], record["criteria"]["must"]):
+        console.show(headings, rows, title=title)
     if bench.missing:
         console.OUT.print(f"\nleft for later: {', '.join(bench.missing)}; the same command goes on.", markup=False)
     if docs is not None:
@@ -120,8 +116,8 @@ def true_shapes(
     docs: ShapesDocs = None,
 ) -> None:
     """Search a model of a checkpoint's true shapes, with random weights, on windows of a recording: seconds, memory."""
-    from av_lens.studies import true_shape_costs
-    from av_lens.studies.true_shapes import run_at_true_shapes
+    from av_lens.lab import true_shape_costs
+    from av_lens.lab.true_shapes import run_at_true_shapes
 
     with console.bars() as bars:
         record = run_at_true_shapes(recording, out, size=size, n=conflicts, quick=quick, progress=bars)
@@ -138,15 +134,14 @@ def seeds(
     docs: SeedsDocs = None,
 ) -> None:
     """Is the same found again? Isolate models of other training seeds, each on two sets of conflicts."""
-    from av_lens.studies import seeds as study
+    from av_lens.lab import seeds as study
 
     _can_be_filled(docs, study)
     console.quiet_loading()
     with console.bars() as bars:
         record = study.run_seeds(models or ["av-tiny"], out=out, conflicts=conflicts, seed=seed, progress=bars)
     for headings, rows in study.tables(record):
-        console.OUT.print()
-        console.OUT.print(console.table(headings, rows, right=headings[1:]))
+        console.show(headings, rows)
     if docs is not None:
         console.say_path(study.store(record, docs))
     console.say_path(out)
@@ -154,7 +149,5 @@ def seeds(
 
 def _can_be_filled(docs: Path | None, study: Any) -> None:
     """Refuse a folder whose page cannot be filled before the long work, not after it."""
-    from av_lens.studies.pages import parts_of
-
     if docs is not None:
-        parts_of(docs / study.PAGE, study.OPEN, study.CLOSE)
+        study.PAGE.around(docs)

@@ -48,23 +48,42 @@ class Method:
 
 METHODS = (
     Method("patch", "methods.activation_patching", "patch", "pair"),
-    Method("path-patch", "methods.path_patching", "path_patch", "pair"),
+    Method("path-patch", "methods.path_patching.patching", "path_patch", "pair"),
     Method("direct-attribution", "methods.attribution", "direct_attribution", "cell"),
     Method("logit-lens", "methods.lens", "logit_lens", "conflicts"),
     Method("attention-flow", "methods.attention", "attention_flow", "cell"),
     Method("find-sinks", "methods.sinks", "find_sinks", "cell"),
-    Method("knockout", "methods.knockouts", "knockout", "conflicts"),
+    Method("knockout", "methods.knockouts.cutting", "knockout", "conflicts"),
     Method("attribution-patch", "methods.gradients", "attribution_patch", "pair"),
     Method("edge-attribution", "methods.edges", "edge_attribution", "pair"),
-    Method("find-circuit", "methods.circuits", "find_circuit", "conflicts"),
+    Method("find-circuit", "methods.circuits.finding", "find_circuit", "conflicts"),
     Method("causal-trace", "methods.tracing", "causal_trace", "conflicts"),
     Method("probe", "methods.probes", "probe", "conflicts"),
-    Method("caption", "methods.captions", "caption", "conflicts"),
-    Method("weight-change", "methods.weight_changes", "weight_change", "none"),
-    Method("graft", "methods.grafting", "graft", "conflicts"),
-    Method("base-shift", "methods.inheritance", "base_shift", "cell"),
+    Method("caption", "methods.captions.captioning", "caption", "conflicts"),
+    Method("weight-change", "methods.base_model.weight_changes", "weight_change", "none"),
+    Method("graft", "methods.base_model.grafting", "graft", "conflicts"),
+    Method("base-shift", "methods.base_model.inheritance", "base_shift", "cell"),
     Method("steer", "methods.steering", "steer", "cell"),
 )
+
+
+_NEEDED: Any = inspect.Parameter.empty
+_ARGUMENTS: dict[str, tuple[Any, Any, str]] = {
+    "model": (str, _NEEDED, "A short name, a hub name or a local folder."),
+    "pairs": (Path, _NEEDED, "The manifest: one conflict a line, as jsonl."),
+    "limit": (int | None, None, "Only the first so many conflicts."),
+    "layout": (str, "in_video", "in_video (sound woven into the video) or separate."),
+    "out": (Path | None, None, "A folder for the numbers and the figure."),
+    "device": (str | None, None, "cpu or cuda."),
+    "dtype": (str | None, None, "float32, bfloat16 or float16."),
+    "cell": (str, "va", "Which cell: picture first, sound second."),
+    "clean": (str, "blank_a", "The cell of the clean run."),
+    "corrupt": (str, "va", "The cell of the corrupt run."),
+    "base": (str, _NEEDED, "The base model: a short name, hub name or folder."),
+}
+"""What commands of methods share: its type, its default, and what help says of it."""
+_ALWAYS, _LISTED = ("out", "device", "dtype"), ("pairs", "limit", "layout", "out", "device", "dtype")
+_FED = {"none": _ALWAYS, "conflicts": _LISTED, "cell": (*_LISTED, "cell"), "pair": (*_LISTED, "clean", "corrupt")}
 
 
 @dataclass(frozen=True)
@@ -87,14 +106,7 @@ class Flag:
 
 
 def flags_of(method: Method) -> list[Flag]:
-    """Read a function's options from its source.
-
-    Args:
-        method: the method.
-
-    Returns:
-        Its options of plain types, in order.
-    """
+    """Read a function's options from its source."""
     node = definition(method.module, method.function)
     said = _said(ast.get_docstring(node) or "")
     found: list[Flag] = []
@@ -117,32 +129,13 @@ def flags_of(method: Method) -> list[Flag]:
 
 def _said(docstring: str) -> dict[str, str]:
     """What the docstring's Args say of each argument."""
-    found: dict[str, str] = {}
-    name = ""
-    _, _, rest = docstring.partition("Args:\n")
-    for line in rest.splitlines():
-        if line and not line.startswith(" "):
-            break
-        start = re.match(r" {4}(\w+): (.*)", line)
-        if start:
-            name = start[1]
-            found[name] = start[2]
-        elif name and line.strip():
-            found[name] += " " + line.strip()
-        elif not line.strip():
-            break
-    return found
+    listed = docstring.partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", listed, flags=re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
 
 
 def command_of(method: Method) -> Callable[..., None]:
-    """Make the command of a method.
-
-    Args:
-        method: the method.
-
-    Returns:
-        A function for typer, with a signature made of the method's.
-    """
+    """Make the command of a method."""
     flags = flags_of(method)
 
     def command(**given: Any) -> None:
@@ -154,9 +147,8 @@ def command_of(method: Method) -> Callable[..., None]:
     node = definition(method.module, method.function)
     command.__doc__ = (ast.get_docstring(node) or "").splitlines()[0]
     parameters = [*_shared(method).values(), *(_parameter(flag) for flag in flags if flag.name not in _shared(method))]
-    required = [p for p in parameters if p.default is inspect.Parameter.empty]
-    rest = [p for p in parameters if p.default is not inspect.Parameter.empty]
-    command.__signature__ = inspect.Signature([*required, *rest])  # pyright: ignore[reportFunctionMemberAccess]
+    parameters.sort(key=lambda parameter: parameter.default is not _NEEDED)
+    command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     return command
 
 
@@ -168,47 +160,22 @@ def _parameter(flag: Flag) -> inspect.Parameter:
     shown = flag.default if flag.default not in ("required", "None", "()") else False
     text = flag.help + (" May be given several times." if flag.several else "")
     option = typer.Option(*names, help=text, show_default=shown)
-    default, annotation = None, kind | None
-    if flag.default == "required":
-        default, annotation = inspect.Parameter.empty, kind
-    return inspect.Parameter(
-        flag.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, option]
-    )
+    default, taken = (_NEEDED, kind) if flag.default == "required" else (None, kind | None)
+    annotation = Annotated[taken, option]
+    return inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def _shared(method: Method) -> dict[str, inspect.Parameter]:
     """The arguments that every method's command has."""
-    arguments: dict[str, tuple[Any, Any]] = {
-        "model": (Annotated[str, typer.Argument(help="A short name, a hub name or a local folder.")], ...),
-        "pairs": (Annotated[Path, typer.Argument(help="The manifest: one conflict a line, as jsonl.")], ...),
-        "limit": (Annotated[int | None, typer.Option(help="Only the first so many conflicts.")], None),
-        "layout": (Annotated[str, typer.Option(help="in_video (sound woven into the video) or separate.")], "in_video"),
-        "out": (Annotated[Path | None, typer.Option(help="A folder for the numbers and the figure.")], None),
-        "device": (Annotated[str | None, typer.Option(help="cpu or cuda.")], None),
-        "dtype": (Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")], None),
-    }
-    if method.feed == "none":
-        for name in ("pairs", "limit", "layout"):
-            del arguments[name]
-    if method.feed == "cell":
-        arguments["cell"] = (Annotated[str, typer.Option(help="Which cell: picture first, sound second.")], "va")
-    if method.feed == "pair":
-        arguments["clean"] = (Annotated[str, typer.Option(help="The cell of the clean run.")], "blank_a")
-        arguments["corrupt"] = (Annotated[str, typer.Option(help="The cell of the corrupt run.")], "va")
-    if "base" in {arg.arg for arg in definition(method.module, method.function).args.kwonlyargs}:
-        arguments["base"] = (
-            Annotated[str, typer.Option(help="The base model: a short name, hub name or folder.")],
-            ...,
-        )
-    return {
-        name: inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if default is ... else default,
-            annotation=annotation,
-        )
-        for name, (annotation, default) in arguments.items()
-    }
+    own = {arg.arg for arg in definition(method.module, method.function).args.kwonlyargs}
+    named = (*_FED[method.feed], *(["base"] if "base" in own else []))
+    made: dict[str, inspect.Parameter] = {}
+    for name in ("model", *named):
+        kind, default, text = _ARGUMENTS[name]
+        door: Any = typer.Argument if name in ("model", "pairs") else typer.Option
+        annotation = Annotated[kind, door(help=text)]
+        made[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    return made
 
 
 def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
@@ -225,12 +192,12 @@ def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
     from importlib import import_module
 
     from av_lens.inputs.manifest import conflicts_of
-    from av_lens.runs import load
+    from av_lens.model import load
 
     listed = conflicts_of(lines)
     console.quiet_loading()
     opened = {"device": shared["device"], "dtype": shared["dtype"]}
-    with console.waiting(f"loading {shared['model']}"):
+    with console.OUT.status(f"loading {shared['model']}"):
         model = load(shared["model"], **opened)
     function = getattr(import_module(f"av_lens.{method.module}"), method.function)
     known = inspect.signature(function).parameters
@@ -251,8 +218,8 @@ def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
 def _metric(listed: list[Any], model: Any) -> Any:
     """The sound's answer against the picture's; words that it does not know are told of all conflicts at once."""
     from av_lens.inputs.answers import words_of
-    from av_lens.runs import each, logit_diff
-    from av_lens.runs.forms import known_forms
+    from av_lens.metrics import each, logit_diff
+    from av_lens.metrics.forms import known_forms
 
     wrong: list[str] = []
     for conflict in listed:
@@ -262,9 +229,8 @@ def _metric(listed: list[Any], model: Any) -> Any:
         except InputError as fault:
             wrong.append(f"{conflict.id}: {fault}")
     if wrong:
-        raise InputError(
-            f"the answers of {len(wrong)} of {len(listed)} conflicts cannot be scored:\n  " + "\n  ".join(wrong)
-        )
+        told = "\n  ".join(wrong)
+        raise InputError(f"the answers of {len(wrong)} of {len(listed)} conflicts cannot be scored:\n  {told}")
     heard, seen = (each([conflict.answers[side] for conflict in listed]) for side in (0, 1))
     return logit_diff(heard, seen)
 
@@ -272,10 +238,8 @@ def _metric(listed: list[Any], model: Any) -> Any:
 def _feed(feed: str, model: Any, listed: list[Any], shared: dict[str, Any]) -> tuple[Any, ...]:
     from av_lens.inputs import Pair
 
-    if feed == "none":
-        return ()
-    if feed == "conflicts":
-        return (listed,)
+    if feed in ("none", "conflicts"):
+        return (listed,) if feed == "conflicts" else ()
     cells = [conflict.cells(model, layout=shared["layout"]) for conflict in listed]
     if feed == "cell":
         return ([one[shared["cell"]] for one in cells],)
@@ -293,14 +257,7 @@ def _show(found: Any) -> None:
 
 
 def summary(found: Any) -> Any:
-    """Bring a result to a table, the largest mean effects first.
-
-    Args:
-        found: a `Grid`, or another result.
-
-    Returns:
-        A pandas frame, or None where the result has no table.
-    """
+    """Bring a result to a table, the largest mean effects first."""
     from av_lens.results import Grid
 
     if not isinstance(found, Grid):

@@ -2,7 +2,7 @@
 
 An answer is a word, a token id, or a list of either (synonyms, pooled by logsumexp). A word (any text) can be said in
 four forms: with a leading space or without, capital or not. A tokenizer has other tokens for each, and a model says one
-of them at a given position: which one, only the model knows (`runs.forms` asks it), so `resolve` is told the form.
+of them at a given position: which one, only the model knows (`metrics.forms` asks it), so `resolve` is told the form.
 Spaces around a word as it was given do not count. Token ids, and an `Answer`, are taken literally.
 
 Not done: answers that differ only in case are not pooled by themselves; give them as synonyms.
@@ -61,44 +61,19 @@ class Answer:
 
 
 def synonyms_of(answer: AnswerLike | Answer) -> list[Any]:
-    """List what an answer pools.
-
-    Args:
-        answer: the answer.
-
-    Returns:
-        Words and token ids; the tokens of each option of an `Answer`.
-    """
+    """List what an answer pools: words and token ids; the tokens of each option of an `Answer`."""
     if isinstance(answer, Answer):
         return list(answer.options)
     return [answer] if isinstance(answer, str | int) else list(answer)
 
 
 def words_of(answer: AnswerLike | Answer) -> list[str]:
-    """List the words of an answer, which have to be read in some form; ids have not.
-
-    Args:
-        answer: the answer.
-
-    Returns:
-        The words.
-    """
+    """List the words of an answer, which have to be read in some form; ids have not."""
     return [synonym for synonym in synonyms_of(answer) if isinstance(synonym, str)]
 
 
 def in_form(word: str, form: str) -> str:
-    """Write a word in one of the four forms.
-
-    Args:
-        word: the word; one with a capital after its first letter ("TV") has no small form.
-        form: one of `FORMS`.
-
-    Returns:
-        The text.
-
-    Raises:
-        InputError: for an empty word.
-    """
+    """Write a word in one of `FORMS`; one with a capital after its first letter ("TV") has no small form."""
     bare = word.strip()
     if not bare:
         raise InputError("an answer is empty: give a word such as 'dog'")
@@ -108,18 +83,7 @@ def in_form(word: str, form: str) -> str:
 
 
 def forms_of(tokenizer: Any, word: str) -> dict[str, tuple[int, ...]]:
-    """Find the tokens of each form of a word.
-
-    Args:
-        tokenizer: the checkpoint's tokenizer.
-        word: the word.
-
-    Returns:
-        Form -> token ids, without the forms that this tokenizer cannot write.
-
-    Raises:
-        InputError: for an empty word, or one that the tokenizer cannot write in any form.
-    """
+    """Find the tokens of each form of a word, without the forms that this tokenizer cannot write; refuse if none."""
     missing = getattr(tokenizer, "unk_token_id", None)
     written = {form: tuple(tokenizer(in_form(word, form), add_special_tokens=False)["input_ids"]) for form in FORMS}
     found = {form: ids for form, ids in written.items() if ids and missing not in ids}
@@ -133,32 +97,12 @@ def forms_of(tokenizer: Any, word: str) -> dict[str, tuple[int, ...]]:
 
 
 def known_words(tokenizer: Any) -> list[str]:
-    """List the words that are one token.
-
-    Args:
-        tokenizer: the checkpoint's tokenizer.
-
-    Returns:
-        The words, without spaces around them.
-    """
+    """List the words that are one token, without spaces around them."""
     return sorted({text for i in range(len(tokenizer)) if (text := tokenizer.decode([i]).strip()).isalpha()})
 
 
 def resolve(tokenizer: Any, answer: AnswerLike | Answer, form: str | None = None) -> Answer:
-    """Find the tokens of an answer.
-
-    Args:
-        tokenizer: the checkpoint's tokenizer.
-        answer: a word, a token id, or a list of either.
-        form: the form in which words are read, one of `FORMS`.
-
-    Returns:
-        The answer with its ids; one that is resolved already is returned as it is.
-
-    Raises:
-        InputError: for an empty answer, an id outside the vocabulary, a word that the tokenizer does not know in this
-            form, or one without a form.
-    """
+    """Find the tokens of an answer whose words are read in a form; one that is resolved already stays as it is."""
     if isinstance(answer, Answer):
         return answer
     synonyms = synonyms_of(answer)
@@ -186,35 +130,14 @@ def _ids(tokenizer: Any, synonym: str | int, form: str | None) -> tuple[int, ...
 
 
 def spelled(tokenizer: Any, option: Sequence[int]) -> str:
-    """Write the tokens of an option, piece by piece.
-
-    Args:
-        tokenizer: the checkpoint's tokenizer.
-        option: its token ids.
-
-    Returns:
-        Such as "' siren' (282), 'x' (120)".
-    """
+    """Write the tokens of an option piece by piece, such as "' siren' (282), 'x' (120)"."""
     return ", ".join(f"{tokenizer.decode([token])!r} ({token})" for token in option)
 
 
 def answer_pair(
     tokenizer: Any, a: AnswerLike | Answer, v: AnswerLike | Answer, form: str | None = None
 ) -> tuple[Answer, Answer]:
-    """Find the tokens of two rival answers and refuse rivals that cannot be told apart.
-
-    Args:
-        tokenizer: the checkpoint's tokenizer.
-        a: the sound's answer.
-        v: the picture's answer.
-        form: the form in which words are read, one of `FORMS`.
-
-    Returns:
-        Both answers.
-
-    Raises:
-        InputError: for equal answers, a shared first token, or unequal numbers of synonyms.
-    """
+    """Find the tokens of the sound's answer and the picture's, and refuse rivals that cannot be told apart."""
     first, second = resolve(tokenizer, a, form), resolve(tokenizer, v, form)
     if set(first.options) == set(second.options):
         raise InputError(f"the two answers are equal: {first.text!r} and {second.text!r} are the same tokens")

@@ -13,7 +13,7 @@ Not done: drawing the third clip; whoever deals the halves does it and gives it 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,14 +21,14 @@ import torch
 
 from av_lens.checks import half_character
 from av_lens.errors import AlignmentError, InputError, ProtocolError, unknown
+from av_lens.families.features import sampled_frames
 from av_lens.inputs.answers import Answer, AnswerLike, synonyms_of
-from av_lens.inputs.features import sampled_frames
-from av_lens.inputs.memory import Memory
 from av_lens.inputs.model_inputs import AVInputs, difference
 from av_lens.inputs.shared_tensors import shared
 from av_lens.media.clip import Clip
 from av_lens.media.files import ClipFile
 from av_lens.media.manifest import CONTROL, SEE, answers_fault
+from av_lens.memory import Memory
 
 # Cell -> (picture, sound), in the protocol's order.
 CELLS: dict[str, tuple[str | None, str]] = {
@@ -130,49 +130,28 @@ class Conflict:
         if loudness is not None and not 0 < loudness < 1:
             raise InputError(f"loudness={loudness} is no root mean square between 0 and 1: try 0.05, or None.")
         options: dict[str, Any] = {"sound": layout, "fps": fps, "system": system, "prefix": self.prefix}
+        made = {"blank": blank, "mute": mute, "loudness": loudness}
         asked = self.question if question is None else question
-        return Cells(
-            self, model, asked, options=options, blank=blank, mute=mute, loudness=loudness, seed=seed,
-            keep_clips=keep_clips,
-        )  # fmt: skip
+        return Cells(self, model, asked, options, made, seed, keep_clips)
 
 
+@dataclass(eq=False, repr=False)
 class Cells(Mapping[str, AVInputs]):
-    """The cells of one conflict under one question, encoded when first asked for and then kept.
+    """The cells of one conflict under one question, encoded when first asked for and then kept (`Conflict.cells`).
 
-    Args:
-        conflict: the conflict.
-        model: whatever has `.encode`.
-        question: what is asked in every cell.
-        options: further arguments of `encode`.
-        blank: the kind of blank picture.
-        mute: the kind of mute.
-        loudness: of every source's sound, or None.
-        seed: of blank and mute.
-        keep_clips: let inputs hold their clips.
+    `options` are further arguments of `model.encode`; `how` says the kinds of blank and mute and the loudness.
     """
 
-    def __init__(
-        self,
-        conflict: Conflict,
-        model: Any,
-        question: str,
-        *,
-        options: dict[str, Any],
-        blank: str,
-        mute: str,
-        loudness: float | None,
-        seed: int,
-        keep_clips: bool = True,
-    ) -> None:
-        self.conflict = conflict
-        self.question = question
-        self.cut_to_s: float | None = None
-        self._model, self._options = model, options
-        self._blank, self._mute, self._loudness, self._seed = blank, mute, loudness, seed
-        self._keep_clips = keep_clips
-        self._token = object()  # by which `_SOURCES` knows this conflict's; an id would be given again
-        self._made: dict[str, AVInputs] = {}
+    conflict: Conflict
+    model: Any
+    question: str
+    options: Mapping[str, Any]
+    how: Mapping[str, Any]
+    seed: int
+    keep_clips: bool
+    cut_to_s: float | None = None
+    _token: object = field(default_factory=object)  # by which `_SOURCES` knows this conflict's; an id would come again
+    _made: dict[str, AVInputs] = field(default_factory=dict[str, AVInputs])
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, parts in CELLS.items() if self.conflict.third is not None or "w" not in parts)
@@ -199,14 +178,7 @@ class Cells(Mapping[str, AVInputs]):
         return self._made[name]
 
     def clip(self, name: str) -> Clip:
-        """The clip of a cell, as it is encoded.
-
-        Args:
-            name: the cell.
-
-        Returns:
-            Its picture and sound, joined.
-        """
+        """The clip of a cell, as it is encoded: its picture and sound, joined."""
         picture_name, sound_name = CELLS[name]
         sound = self._source(sound_name)
         if picture_name is None:
@@ -220,25 +192,14 @@ class Cells(Mapping[str, AVInputs]):
         return joined
 
     def _encoded(self, name: str) -> AVInputs:
-        if name == "audio_only":
-            x = self._model.encode(
-                self.clip(name), self.question, **self._options | {"sound": "separate", "picture": None}
-            )
-        else:
-            x = self._model.encode(self.clip(name), self.question, **self._options)
-            known = next((other for other in self._made if other != "audio_only"), None)
-            fault = None if known is None else difference(self._made[known], x, names=(f"cell {known}", f"cell {name}"))
-            if fault:
-                raise AlignmentError(f"the cells of {self.conflict.id or 'this conflict'} are not aligned: {fault}")
-        said = {
-            "conflict": self.conflict.id,
-            "cell": name,
-            "cut_to_s": self.cut_to_s,
-            "blank": self._blank,
-            "mute": self._mute,
-            "loudness": self._loudness,
-        }
-        clips = x.clips if self._keep_clips else (None,) * len(x.clips)
+        alone: dict[str, Any] = {"sound": "separate", "picture": None} if name == "audio_only" else {}
+        x: AVInputs = self.model.encode(self.clip(name), self.question, **{**self.options, **alone})
+        known = next((other for other in self._made if other != "audio_only" and not alone), None)
+        fault = None if known is None else difference(self._made[known], x, names=(f"cell {known}", f"cell {name}"))
+        if fault:
+            raise AlignmentError(f"the cells of {self.conflict.id or 'this conflict'} are not aligned: {fault}")
+        said = {"conflict": self.conflict.id, "cell": name, "cut_to_s": self.cut_to_s, **self.how}
+        clips = x.clips if self.keep_clips else (None,) * len(x.clips)
         return shared(replace(x, clips=clips, provenance=x.provenance | said))
 
     def _source(self, name: str) -> Clip:
@@ -247,20 +208,18 @@ class Cells(Mapping[str, AVInputs]):
     def _cut(self) -> dict[str, Clip]:
         given = {"a": self.conflict.sound, "v": self.conflict.picture, "w": self.conflict.third}
         clips = {name: _loaded(clip, name) for name, clip in given.items() if clip is not None}
+        fps, loudness = self.options["fps"], self.how["loudness"]
         ends = [end for clip in clips.values() for end in _ends(clip)]
-        shortest = min(ends)
-        if max(ends) - shortest > _SAMPLE:
-            self.cut_to_s = shortest
-            clips = {name: _cut_to(clip, shortest) for name, clip in clips.items()}
-        counts = {len(sampled_frames(clip, self._options["fps"])) for clip in clips.values()}
-        if len(counts) > 1:
-            self.cut_to_s = min(counts) / float(self._options["fps"])
+        if max(ends) - min(ends) > _SAMPLE:
+            self.cut_to_s = min(ends)
             clips = {name: _cut_to(clip, self.cut_to_s) for name, clip in clips.items()}
-        clips = {name: fitted(clip, clips["v"]) for name, clip in clips.items()}
-        if self._loudness is not None:
-            clips = {name: at_loudness(clip, self._loudness) for name, clip in clips.items()}
-        clips["blank"] = clips["v"].blank(kind=self._blank, seed=self._seed)
-        clips["muted"] = clips["a"].muted(kind=self._mute, seed=self._seed)
+        counts = {len(sampled_frames(clip, fps)) for clip in clips.values()}
+        if len(counts) > 1:
+            self.cut_to_s = min(counts) / float(fps)
+            clips = {name: _cut_to(clip, self.cut_to_s) for name, clip in clips.items()}
+        clips = {name: at_loudness(fitted(clip, clips["v"]), loudness) for name, clip in clips.items()}
+        clips["blank"] = clips["v"].blank(kind=self.how["blank"], seed=self.seed)
+        clips["muted"] = clips["a"].muted(kind=self.how["mute"], seed=self.seed)
         return clips
 
 
@@ -297,17 +256,9 @@ def _cut_to(clip: Clip, end: float) -> Clip:
     return clip if max(_ends(clip)) - end <= _SAMPLE else clip.trimmed(0.0, end)
 
 
-def at_loudness(clip: Clip, loudness: float) -> Clip:
-    """Scale a clip's sound to a loudness, less where a peak would be cut.
-
-    Args:
-        clip: the clip; a silent one stays as it is.
-        loudness: the root mean square wanted, full scale being 1.
-
-    Returns:
-        The clip with the scaled waveform, its notes saying by how much.
-    """
-    if clip.waveform is None or not np.any(clip.waveform):
+def at_loudness(clip: Clip, loudness: float | None) -> Clip:
+    """Scale a clip's sound to a root mean square (full scale is 1), less where a peak would be cut; None leaves it."""
+    if loudness is None or clip.waveform is None or not np.any(clip.waveform):
         return clip
     now = float(np.sqrt(np.mean(np.square(clip.waveform, dtype=np.float64))))
     scale = min(loudness / now, 1.0 / float(np.abs(clip.waveform).max()))
@@ -316,15 +267,7 @@ def at_loudness(clip: Clip, loudness: float) -> Clip:
 
 
 def fitted(clip: Clip, model: Clip) -> Clip:
-    """Bring a clip's picture to another's size: cropped around the middle to its aspect, then scaled.
-
-    Args:
-        clip: the clip to change.
-        model: the clip whose frame size is wanted.
-
-    Returns:
-        The clip with frames of that size, its notes saying so; the clip itself where the sizes agree.
-    """
+    """Bring a clip's picture to another's size: cropped around the middle to its aspect, then scaled; noted."""
     if clip.frames is None or model.frames is None or clip.frames.shape[1:] == model.frames.shape[1:]:
         return clip
     height, width = clip.frames.shape[1:3]

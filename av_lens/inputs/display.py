@@ -24,14 +24,7 @@ _MOST_RUNS = 22
 
 
 def runs_of(spans: SpanMap) -> list[tuple[str, int, int]]:
-    """Cut a map into runs of equal roles.
-
-    Args:
-        spans: the map.
-
-    Returns:
-        Role, start and stop of each run, in order.
-    """
+    """Cut a map into runs of equal roles: role, start and stop of each, in order."""
     borders = [0, *(i for i in range(1, len(spans)) if spans.roles[i] != spans.roles[i - 1]), len(spans)]
     return [(spans.roles[a], a, b) for a, b in itertools.pairwise(borders) if b > a]
 
@@ -53,14 +46,7 @@ def _what(spans: SpanMap, start: int, stop: int) -> str:
 
 
 def summary(x: AVInputs) -> str:
-    """Summarise an input on one screen.
-
-    Args:
-        x: the input.
-
-    Returns:
-        Lines of text.
-    """
+    """Summarise an input on one screen."""
     lines = [repr(x).split(":")[0] + ")"]
     for question, clip in list(zip(x.questions, x.clips, strict=True))[:3]:
         lines.append(f"  question {question!r}  clip {clip!r}" if clip is not None else f"  question {question!r}")
@@ -85,14 +71,7 @@ def summary(x: AVInputs) -> str:
 
 
 def strip(x: AVInputs) -> str:
-    """Draw the positions as a coloured strip, left to right.
-
-    Args:
-        x: the input.
-
-    Returns:
-        HTML with one inline SVG and a legend.
-    """
+    """Draw the positions left to right as a coloured strip: HTML with one inline SVG and a legend."""
     spans = x.spans
     scale = _WIDTH / max(1, len(spans))
     bars: list[str] = []

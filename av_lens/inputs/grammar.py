@@ -43,17 +43,7 @@ class Grammar:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str | Path) -> Grammar:
-        """Read a grammar.
-
-        Args:
-            data: the mapping, or the path of a json file that holds it (`grammar.json` beside a checkpoint).
-
-        Returns:
-            The grammar.
-
-        Raises:
-            InputError: if there is no "questions" mapping of lists.
-        """
+        """Read a grammar, given as a mapping or as the path of a json file (`grammar.json` beside a checkpoint)."""
         read: Any = data
         if isinstance(data, str | Path):
             with foreign_file(data, "a grammar"):
@@ -70,14 +60,7 @@ class Grammar:
         return cls(phrasings, {str(a): str(b) for a, b in spellings.items()})
 
     def normalize(self, question: str) -> str:
-        """Bring a question to the form in which phrasings are compared.
-
-        Args:
-            question: what a person typed.
-
-        Returns:
-            Lower case, single spaces, one spelling, no final mark.
-        """
+        """Bring a question to the form in which phrasings are compared."""
         text = re.sub(r"\s+", " ", question.strip().lower())
         text = re.sub(r"\s+([?.!,])", r"\1", text).rstrip("?.! ")
         return re.sub(r"[a-z]+", lambda word: self.spellings.get(word.group(), word.group()), text)
@@ -87,17 +70,7 @@ class Grammar:
         return {self.normalize(text): text for texts in self.questions.values() for text in texts}
 
     def match(self, question: str) -> str:
-        """Find the phrasing that a question is.
-
-        Args:
-            question: what a person typed.
-
-        Returns:
-            The phrasing as the model was trained on it.
-
-        Raises:
-            InputError: if it is none of them; the message names the nearest.
-        """
+        """Find the phrasing, as the model was trained on it, that a question is; refuse others with the nearest."""
         found = self._phrasings.get(self.normalize(question))
         if found is None:
             known = self._phrasings.values()
@@ -105,16 +78,6 @@ class Grammar:
         return found
 
     def kind(self, question: str) -> str:
-        """Say which kind of question it is.
-
-        Args:
-            question: what a person typed.
-
-        Returns:
-            The kind, such as "hear".
-
-        Raises:
-            InputError: if it is none.
-        """
+        """Say which kind of question it is, such as "hear"."""
         phrase = self.match(question)
         return next(kind for kind, texts in self.questions.items() if phrase in texts)

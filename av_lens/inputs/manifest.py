@@ -25,12 +25,5 @@ def conflicts(path: str | os.PathLike[str]) -> list[Conflict]:
 
 
 def conflicts_of(entries: Iterable[Entry]) -> list[Conflict]:
-    """Make conflicts of the lines of a manifest.
-
-    Args:
-        entries: the lines.
-
-    Returns:
-        One conflict for each.
-    """
+    """Make conflicts of the lines of a manifest."""
     return [Conflict(**vars(entry)) for entry in entries]

@@ -2,8 +2,7 @@
 
 `x.tensors` are the keyword arguments of the HuggingFace forward, nothing missing: `hf_model(**x.tensors)` runs. One
 object holds one example or a stack of examples of *one* layout that share its map; different layouts are never
-padded together. In a stack, pixel patches of all examples are concatenated and their grids stacked (HuggingFace's
-way), and mels are padded to one length with their mask.
+padded together. How the tensors of a stack lie in a batch the model's family says (`x.axes`).
 
 Not done: moving features between dtypes; the model casts what it is given.
 """
@@ -17,10 +16,11 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from av_lens.errors import AlignmentError, InputError, unknown
+from av_lens.families.media_layout import TensorAxes
 from av_lens.inputs import display
 from av_lens.media.clip import Clip
 from av_lens.spans import SpanMap
@@ -28,7 +28,6 @@ from av_lens.spans import SpanMap
 if TYPE_CHECKING:
     import pandas
 
-_PATCHES = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 _COLUMNS = ("start_s", "end_s", "source_start_s", "source_end_s", "row", "col")
 
 
@@ -40,34 +39,42 @@ class AVInputs:
         tensors: the keyword arguments of the HuggingFace forward.
         spans: the map that all examples share. Where examples of a stack differ in a token, both stand there; where
             they differ in a source time, it is NaN (`x[i].spans` has each its own).
-        position_ids: the three streams that the model computes, `[3, batch, pos]`.
+        position_ids: the streams that the model computes (time, row, column), `[stream, batch, pos]`.
         clips: the clip of each example; None for text alone.
         questions: the question of each example, as it stands in the prompt.
         layout: "in_video", "separate", "audio_only", "video_only", "image_audio", "image" or "text".
         provenance: how it was made.
         parts: each example's own map.
+        axes: how the tensors of several examples lie in one batch.
     """
 
     tensors: Mapping[str, Any]
     spans: SpanMap
-    position_ids: Int64[Tensor, "3 batch pos"]
+    position_ids: Shaped[Tensor, "stream batch pos"]
     clips: tuple[Clip | None, ...]
     questions: tuple[str, ...]
     layout: str
     provenance: dict[str, Any]
-    parts: tuple[SpanMap, ...] = field(default=())
+    parts: tuple[SpanMap, ...] = ()
+    axes: TensorAxes = field(default_factory=TensorAxes)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
         object.__setattr__(self, "parts", self.parts or (self.spans,))
         batch, pos = self.ids.shape
-        if pos != len(self.spans) or self.position_ids.shape != (3, batch, pos):
+        if pos != len(self.spans) or self.position_ids.shape[1:] != (batch, pos):
             raise InputError(
                 f"ids {tuple(self.ids.shape)}, position ids {tuple(self.position_ids.shape)} and a map of "
                 f"{len(self.spans)} positions do not belong together"
             )
         if not len(self.parts) == len(self.clips) == len(self.questions) == batch:
             raise InputError(f"{batch} examples need as many clips, questions and maps")
+        for name, value in self.tensors.items() if batch > 1 else ():
+            if isinstance(value, Tensor) and name not in self.axes.patches and value.shape[:1] != (batch,):
+                raise InputError(
+                    f"{name} {tuple(value.shape)} has no row for each of {batch} examples, and axes= does not say how "
+                    "else it lies: make inputs with model.encode."
+                )
 
     @property
     def ids(self) -> Int64[Tensor, "batch pos"]:
@@ -131,32 +138,21 @@ class AVInputs:
         i = item % len(self)
         if len(self) == 1:
             return self
-        examples: list[dict[str, Any]] = self.provenance.get("examples", [self.provenance] * len(self))
-        return AVInputs(
-            tensors={name: self._example(name, value, i) for name, value in self.tensors.items()},
+        return replace(
+            self,
+            tensors=self.axes.example(self.tensors, i),
             spans=self.parts[i],
             position_ids=self.position_ids[:, i : i + 1],
             clips=(self.clips[i],),
             questions=(self.questions[i],),
-            layout=self.layout,
-            provenance=examples[i],
+            provenance=self._histories[i],
+            parts=(),
         )
 
-    def _example(self, name: str, value: Any, i: int) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if name in _PATCHES:
-            counts: list[int] = self.tensors[_PATCHES[name]].prod(dim=-1).tolist()
-            return value[sum(counts[:i]) : sum(counts[: i + 1])]
-        if name in ("input_features", "feature_attention_mask"):
-            heard = int(self.tensors["feature_attention_mask"][i].sum()) if self._trimmed else value.shape[-1]
-            return value[i : i + 1, ..., :heard]
-        return value[i : i + 1]
-
     @property
-    def _trimmed(self) -> bool:
-        mask: Tensor = self.tensors["feature_attention_mask"]
-        return bool(mask[..., -1].any())
+    def _histories(self) -> list[dict[str, Any]]:
+        """How each example was made."""
+        return self.provenance.get("examples", [self.provenance] * len(self))
 
     @classmethod
     def stack(cls, examples: Sequence[AVInputs]) -> AVInputs:
@@ -184,15 +180,14 @@ class AVInputs:
                     f"these examples cannot be stacked: {fault}. Different layouts are never padded together."
                 )
         parts = tuple(part for x in examples for part in x.parts)
-        provenance = [row for x in examples for row in x.provenance.get("examples", [x.provenance] * len(x))]
-        return cls(
-            tensors={name: _joined(name, [x.tensors[name] for x in examples]) for name in first.tensors},
+        return replace(
+            first,
+            tensors=first.axes.joined([x.tensors for x in examples]),
             spans=_shared(parts),
             position_ids=torch.cat([x.position_ids for x in examples], dim=1),
             clips=tuple(clip for x in examples for clip in x.clips),
             questions=tuple(question for x in examples for question in x.questions),
-            layout=first.layout,
-            provenance={"examples": provenance},
+            provenance={"examples": [one for x in examples for one in x._histories]},
             parts=parts,
         )
 
@@ -225,16 +220,11 @@ class AVInputs:
             raise InputError(f"continued() takes ids of shape [{len(self)}, n]; got {tuple(token_ids.shape)}")
         new = token_ids.to(self.ids.device)
         n = int(new.shape[1])
-        mask: Tensor = self.tensors["attention_mask"]
-        tensors = dict(self.tensors) | {
-            "input_ids": torch.cat([self.ids, new], dim=1),
-            "attention_mask": torch.cat([mask, mask.new_ones(new.shape)], dim=1),
-        }
         later = self.position_ids[..., -1:] + torch.arange(1, n + 1, device=self.position_ids.device)
         texts = [tuple(tokens) if tokens is not None else tuple(f"#{int(t)}" for t in row) for row in new]
         return replace(
             self,
-            tensors=tensors,
+            tensors=self.axes.longer(self.tensors, new),
             spans=self.spans.extended(n, texts[0]),
             position_ids=torch.cat([self.position_ids, later], dim=-1),
             parts=tuple(part.extended(n, text) for part, text in zip(self.parts, texts, strict=True)),
@@ -282,17 +272,7 @@ class AVInputs:
 
 
 def difference(x: AVInputs, y: AVInputs, *, names: tuple[str, str]) -> str | None:
-    """Say where two inputs are not aligned, position by position.
-
-    Args:
-        x: one input.
-        y: the other.
-        names: what to call them.
-
-    Returns:
-        The first difference, with position, both tokens and both roles; None where they are aligned. Text tokens may
-        differ: a question about seeing is aligned with one about hearing that has as many tokens.
-    """
+    """Say where two inputs are first not aligned; text tokens may differ, where both have as many."""
     at = x.spans.layout_difference(y.spans)
     lengths = f"{names[0]} has {len(x.spans)} positions ({_seconds(x)}), {names[1]} {len(y.spans)} ({_seconds(y)})"
     if at is None and x.layout != y.layout:
@@ -315,17 +295,6 @@ def _position(spans: SpanMap, at: int, name: str) -> str:
 def _seconds(x: AVInputs) -> str:
     lasting = sorted({f"{clip.duration:.2f} s" for clip in x.clips if clip is not None})
     return " and ".join(lasting) if lasting else "no clip"
-
-
-def _joined(name: str, values: list[Any]) -> Any:
-    if not isinstance(values[0], Tensor):
-        if any(value != values[0] for value in values):
-            raise AlignmentError(f"these examples cannot be stacked: {name} is {values[0]} in one and not in another")
-        return values[0]
-    if name in ("input_features", "feature_attention_mask"):
-        longest = max(value.shape[-1] for value in values)
-        values = [torch.nn.functional.pad(value, (0, longest - value.shape[-1])) for value in values]
-    return torch.cat(values, dim=0)
 
 
 def _shared(parts: Sequence[SpanMap]) -> SpanMap:

@@ -16,55 +16,37 @@ Not done: several turns, tools, several pictures or sounds.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from av_lens.errors import InputError, ModelError
+from av_lens.families.media_layout import MediaLayout
 
 _QUESTION_MARK = "\ue000question\ue001"  # private-use characters: no text holds them
 _SYSTEM_MARK = "\ue000system\ue001"
-_SYSTEM_TURN = re.compile(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", flags=re.DOTALL)
+Pieces = tuple[tuple[str, str], ...]
+"""Texts, each with its role; joined they are the prompt."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids with a role each; media positions still count as `boundary` and get their role from their id.
-
-    Attributes:
-        ids: token ids of prompt, prefix and answer.
-        roles: one role each.
-    """
+    """Token ids with a role each; media positions still count as `boundary` and get their role from their id."""
 
     ids: tuple[int, ...]
     roles: tuple[str, ...]
 
 
-def render(
-    processor: Any, media: Sequence[str], question: str, *, system: str | None = None
-) -> tuple[tuple[str, str], ...]:
-    """Render the chat template and cut its text into pieces.
-
-    Args:
-        processor: the checkpoint's processor.
-        media: "video", "image", "audio", in the order of the prompt.
-        question: the user's text.
-        system: the system message; the template's own when None.
-
-    Returns:
-        Pieces `(text, role)` whose texts joined are the prompt, each medium one placeholder token.
-
-    Raises:
-        InputError: for text that holds special tokens, or an empty question.
-        ModelError: for a template that does not show the user's text exactly once.
-    """
+def render(layout: MediaLayout, media: Sequence[str], question: str, *, system: str | None = None) -> Pieces:
+    """Render the chat template (or the template's lack) and cut its text into pieces, each medium one placeholder."""
+    processor = layout.processor
     for name, text in (("question", question), ("system message", system or "")):
         refuse_special(processor.tokenizer, name, text)
     if not question.strip():
         raise InputError("the question is empty: ask something, such as 'What do you hear?'")
     if getattr(processor, "chat_template", None) is None:
-        return _plain(processor, media, question, system)
+        shown = "".join(layout.bare(kind) for kind in media)
+        return (system or "", "system"), (shown, "boundary"), (question, "question")
     content = [{"type": kind, kind: "-"} for kind in media] + [{"type": "text", "text": _QUESTION_MARK}]
     conversation: list[dict[str, Any]] = [{"role": "user", "content": content}]
     if system is not None:
@@ -76,42 +58,22 @@ def render(
     if text.count(_QUESTION_MARK) != 1 or text.count(_SYSTEM_MARK) != (system is not None):
         raise ModelError("this checkpoint's chat template does not show each message exactly once; av_lens needs that")
     before, after = text.split(_QUESTION_MARK)
-    return (*_before_question(before, system), (question, "question"), (after, "header"))
+    return (*_before_question(layout, before, system), (question, "question"), (after, "header"))
 
 
-def _before_question(before: str, system: str | None) -> tuple[tuple[str, str], ...]:
+def _before_question(layout: MediaLayout, before: str, system: str | None) -> Pieces:
     if system is not None:
         start, rest = before.split(_SYSTEM_MARK)
         return (start, "boundary"), (system, "system"), (rest, "boundary")
-    found = _SYSTEM_TURN.search(before)
+    found = None if layout.system_turn is None else layout.system_turn.search(before)
     if found is None:
         return ((before, "boundary"),)
     start, stop = found.span(1)
     return (before[:start], "boundary"), (before[start:stop], "system"), (before[stop:], "boundary")
 
 
-def _plain(processor: Any, media: Sequence[str], question: str, system: str | None) -> tuple[tuple[str, str], ...]:
-    vision = processor.vision_bos_token, processor.vision_eos_token
-    sound = processor.audio_bos_token, processor.audio_eos_token
-    shown = {
-        "video": f"{vision[0]}{processor.video_token}{vision[1]}",
-        "image": f"{vision[0]}{processor.image_token}{vision[1]}",
-        "audio": f"{sound[0]}{processor.audio_token}{sound[1]}",
-    }
-    return (system or "", "system"), ("".join(shown[kind] for kind in media), "boundary"), (question, "question")
-
-
 def refuse_special(tokenizer: Any, name: str, text: str) -> None:
-    """Refuse text that would be read as special tokens.
-
-    Args:
-        tokenizer: the checkpoint's tokenizer.
-        name: what the text is, for the message.
-        text: the text.
-
-    Raises:
-        InputError: if it holds a special token.
-    """
+    """Refuse text that would be read as special tokens."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     for token in sorted(added | set(tokenizer.all_special_tokens)):
         if token in text:
@@ -121,29 +83,10 @@ def refuse_special(tokenizer: Any, name: str, text: str) -> None:
 
 
 def tokenize(
-    processor: Any,
-    pieces: Sequence[tuple[str, str]],
-    *,
-    expansions: Mapping[str, str],
-    prefix: str = "",
-    answer_ids: Sequence[int] = (),
+    tokenizer: Any, pieces: Pieces, *, expansions: Mapping[str, str], prefix: str = "", answer_ids: Sequence[int] = ()
 ) -> Prompt:
-    """Turn the pieces into token ids with roles.
-
-    Args:
-        processor: the checkpoint's processor.
-        pieces: from `render`.
-        expansions: what each placeholder token stands for, as the processor writes it.
-        prefix: the assistant's text before the asked position.
-        answer_ids: token ids of an answer, which become `generated`.
-
-    Returns:
-        The prompt; its last position before the answer is `generation`.
-
-    Raises:
-        InputError: for a prefix with special tokens.
-    """
-    refuse_special(processor.tokenizer, "prefix", prefix)
+    """Turn the pieces into token ids with roles; the last position before the answer is `generation`."""
+    refuse_special(tokenizer, "prefix", prefix)
     texts, borders, total = [], [], 0
     for text, role in pieces:
         for placeholder, expansion in expansions.items():
@@ -152,7 +95,7 @@ def tokenize(
         total += len(text)
         texts.append(text)
         borders.append((total, role))
-    encoded = processor.tokenizer("".join(texts), return_offsets_mapping=True)
+    encoded = tokenizer("".join(texts), return_offsets_mapping=True)
     roles: list[str] = []
     piece = 0
     for start, stop in encoded["offset_mapping"]:
@@ -161,7 +104,7 @@ def tokenize(
         roles.append(borders[piece][1])
     ids: list[int] = list(encoded["input_ids"])
     if prefix:
-        extra = processor.tokenizer(prefix, add_special_tokens=False)["input_ids"]
+        extra = tokenizer(prefix, add_special_tokens=False)["input_ids"]
         ids += extra
         roles += ["header"] * len(extra)
     if roles:

@@ -22,14 +22,7 @@ _KNOWN: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
 
 
 def shared(x: AVInputs) -> AVInputs:
-    """Give the same inputs with large tensors that are held elsewhere already.
-
-    Args:
-        x: the inputs; not changed.
-
-    Returns:
-        Inputs of equal tensors.
-    """
+    """Give the same inputs with large tensors that are held elsewhere already."""
     return replace(x, tensors={name: _shared(value) for name, value in x.tensors.items()})
 
 
@@ -40,14 +33,7 @@ def _shared(value: Any) -> Any:
 
 
 def content_hash(value: Tensor) -> bytes:
-    """Hash a tensor's kind, shape and content.
-
-    Args:
-        value: the tensor, on any device.
-
-    Returns:
-        16 bytes.
-    """
+    """Hash a tensor's kind, shape and content."""
     flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     digest = hashlib.blake2b(flat.data, digest_size=16)
     digest.update(f"{value.dtype} {tuple(value.shape)}".encode())

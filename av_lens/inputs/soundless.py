@@ -21,25 +21,14 @@ import numpy as np
 from jaxtyping import Int64
 
 from av_lens.errors import AlignmentError, InputError
+from av_lens.families.registry import family_of
 from av_lens.inputs.model_inputs import AVInputs
 
 _PICTURE = {"in_video": "video", "separate": "video", "video_only": "video", "image_audio": "image", "image": "image"}
 
 
 def without_sound(model: Any, x: AVInputs) -> AVInputs:
-    """Encode the same clips and questions for a model, without their sound.
-
-    Args:
-        model: the model whose processor makes the prompt.
-        x: prompts, one example or a stack.
-
-    Returns:
-        The silent prompts; a prompt of sound alone becomes text alone.
-
-    Raises:
-        InputError: the prompt holds an answer already, or does not say how it was made.
-        AlignmentError: examples that no longer share a layout.
-    """
+    """Encode the same clips and questions for a model, without their sound; of sound alone becomes text alone."""
     if len(x.spans["generated"]):
         raise InputError("these inputs hold an answer; take the sound out of the prompt that x.continued() was given.")
     return AVInputs.stack([_silent(model, one) for one in x])
@@ -59,21 +48,8 @@ def _silent(model: Any, x: AVInputs) -> AVInputs:
 def shared_positions(
     x: AVInputs, other: AVInputs, config: Any
 ) -> tuple[Int64[np.ndarray, " shared"], Int64[np.ndarray, " shared"]]:
-    """Match the positions of two prompts that differ in sound alone.
-
-    Args:
-        x: one prompt, or a stack.
-        other: the other.
-        config: the model's config, which names the sound's border tokens.
-
-    Returns:
-        The shared positions as they count in `x`, and as they count in `other`.
-
-    Raises:
-        AlignmentError: the prompts differ in something else; the message shows the first difference.
-    """
-    thinker = getattr(config, "thinker_config", config)
-    borders = [int(getattr(thinker, f"audio_{end}_token_id", -1)) for end in ("start", "end")]
+    """Match the positions of two prompts that differ in sound alone, as they count in each; refuse others."""
+    borders = family_of(config.model_type).media.sound_borders(config)
     kept = [_unheard(one, borders) for one in (x, other)]
     ids = [one.ids[:, where].cpu().numpy() for one, where in zip((x, other), kept, strict=True)]
     n = min(part.shape[1] for part in ids)
@@ -92,7 +68,7 @@ def shared_positions(
     return kept[0], kept[1]
 
 
-def _unheard(x: AVInputs, borders: list[int]) -> np.ndarray:
+def _unheard(x: AVInputs, borders: tuple[int, ...]) -> np.ndarray:
     heard = np.array([role == "audio" for role in x.spans.roles])
     border = np.isin(x.ids[0].cpu().numpy(), borders)
     return np.flatnonzero(~heard & ~border).astype(np.int64)

@@ -12,19 +12,8 @@ ROLES = ("sound", "picture", "third")
 
 
 def clip_key(source: Any) -> str:
-    """Name a source clip by its file's hash and its time window (by its content where it has no file).
-
-    Args:
-        source: a `Clip` or a `ClipFile`.
-
-    Returns:
-        A key, equal for equal clips.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    path = _file(source)
-    sha = getattr(source, "sha256", None)
+    """Name a source clip by its file's hash and its time window (by its content where it has no file)."""
+    path, sha = _file(source), getattr(source, "sha256", None)
     if sha is None and path is not None:
         try:
             sha = file_hash(path)
@@ -42,18 +31,7 @@ class ClipKeys:
         self._files: dict[str, str] = {}
 
     def of(self, conflict: Any, role: str) -> str:
-        """Name a conflict's clip.
-
-        Args:
-            conflict: the conflict.
-            role: "sound", "picture" or "third".
-
-        Returns:
-            Its `clip_key`.
-
-        Raises:
-            InputError: its file is gone.
-        """
+        """The `clip_key` of a conflict's "sound", "picture" or "third"; a file that is gone is refused."""
         clip = getattr(conflict, role)
         path = _file(clip)
         if path is None:
@@ -69,24 +47,16 @@ class ClipKeys:
         return _key(clip, self._files[path])
 
     def check(self, conflict: Any) -> None:
-        """See that a conflict's files are what they were when they were named.
-
-        Args:
-            conflict: the conflict.
-
-        Raises:
-            UnfinishedError: one is gone, or holds something else.
-        """
+        """Refuse to go on where a conflict's file is gone, or holds something else than when it was named."""
         for role in ROLES:
             path = _file(getattr(conflict, role, None))
             if path is None or path not in self._files:
                 continue
             try:
-                same = file_hash(path) == self._files[path]
-                why = "was changed"
+                why = "" if file_hash(path) == self._files[path] else "was changed"
             except OSError as error:
-                same, why = False, f"is gone ({describe(error)})"
-            if not same:
+                why = f"is gone ({describe(error)})"
+            if why:
                 raise UnfinishedError(
                     f"{_said(conflict, role, path)} {why} since the run began. Put the file back as it was, and the "
                     "same command goes on from what was measured; or begin anew without it, in another folder."

@@ -120,27 +120,15 @@ class BoundCut(Brief):
     def mask(
         self, n_heads: int, n_query: int, n_key: int, *, offset: int
     ) -> Bool[Tensor, "head query_pos key_pos"] | None:
-        """Mark the edges to cut.
-
-        Args:
-            n_heads: query heads.
-            n_query: queries in the run.
-            n_key: keys in the run, cached ones too.
-            offset: absolute position of the first query.
-
-        Returns:
-            True where an edge is cut, or None where no query of the cut is in the run.
-        """
+        """Mark the edges to cut."""
         rows = self.queries.local(offset, n_query, self.n_prompt)
         if rows is None:
             return None
-        keys = torch.zeros(n_key, dtype=torch.bool)
+        heads, queries, keys = (torch.zeros(n, dtype=torch.bool) for n in (n_heads, n_query, n_key))
         keys[list(self.keys.index)] = True
         if self.keys.decode:
             keys[self.n_prompt :] = True
-        heads = torch.zeros(n_heads, dtype=torch.bool)
         heads[slice(None) if self.edit.heads is None else list(self.edit.heads)] = True
-        queries = torch.zeros(n_query, dtype=torch.bool)
         queries[rows] = True
         return heads[:, None, None] & queries[None, :, None] & keys[None, None, :]
 
@@ -148,16 +136,7 @@ class BoundCut(Brief):
 def cut_scores_(
     scores: Float[Tensor, "batch head query_pos key_pos"], mask: Bool[Tensor, "head query_pos key_pos"]
 ) -> Bool[Tensor, "batch head query_pos"]:
-    """Cut edges before the softmax, in place, and say which rows are left with nothing to read.
-
-    Args:
-        scores: masked attention scores, owned by the caller.
-        mask: the edges to cut.
-
-    Returns:
-        The rows without any key left; their scores are set to 0 (finite, so that no NaN and no gradient of one
-        arises) and their pattern must be set to zero with `silence_`.
-    """
+    """Cut edges before the softmax, in place, and say which rows are left with nothing to read."""
     scores.masked_fill_(mask.to(scores.device)[None], -torch.inf)
     # Future keys carry the mask's finite minimum (or minus infinity), never a score of the model's.
     dead = scores.amax(-1) <= torch.finfo(scores.dtype).min / 2
@@ -169,12 +148,7 @@ def cut_scores_(
 def silence_(
     pattern: Float[Tensor, "batch head query_pos key_pos"], dead: Bool[Tensor, "batch head query_pos"]
 ) -> None:
-    """Let rows without any key left read nothing, in place.
-
-    Args:
-        pattern: attention after the softmax, owned by the caller.
-        dead: the rows that `cut_scores_` returned.
-    """
+    """Let rows without any key left read nothing, in place."""
     pattern.masked_fill_(dead[..., None], 0.0)
 
 

@@ -110,30 +110,20 @@ class BoundEdit(Brief):
         return self.edit.kind != "noise" and (not isinstance(amount, Tensor) or amount.numel() == 1)
 
     def apply_(self, activation: Tensor, offset: int) -> bool:
-        """Write the edit into an activation.
-
-        Args:
-            activation: `[batch, pos, head, d]` (`[batch, pos, d]` without heads), owned by the caller.
-            offset: absolute position of its first row.
-
-        Returns:
-            Whether any position of the site was in it.
-        """
+        """Write the edit into an activation."""
         rows = self.positions.local(offset, activation.shape[1], self.n_prompt)
         if rows is None:
             return False
         where = _index(rows, self.edit.site.heads if activation.ndim == 4 else None)
         kind = self.edit.kind
-        if kind == "zero":
-            old = activation[where]
-            activation[where] = self._allowed(old, torch.zeros_like(old))
-            return True
         value = self._rows_of_value(rows, offset, activation) if self.value is not None else None
-        if kind in ("replace", "resample") and value is not None:
+        if value is not None and kind in ("replace", "resample"):
             activation[where] = value
             return True
         old = activation[where]
-        if kind == "scale":
+        if kind == "zero":
+            activation[where] = self._allowed(old, torch.zeros_like(old))
+        elif kind == "scale":
             activation[where] = self._allowed(old, old * _amount(self.edit, old))
         elif kind == "noise":
             step = offset if offset >= self.n_prompt else 0
@@ -184,9 +174,7 @@ def _index(rows: slice | Tensor, heads: tuple[int, ...] | None) -> tuple[slice |
         return (slice(None), rows)
     if heads[-1] - heads[0] + 1 == len(heads) and list(heads) == sorted(heads):
         return (slice(None), rows, slice(heads[0], heads[-1] + 1))
-    if isinstance(rows, slice):
-        return (slice(None), rows, torch.tensor(heads))
-    return (slice(None), rows[:, None], torch.tensor(heads)[None])
+    return (slice(None), rows if isinstance(rows, slice) else rows[:, None], torch.tensor(heads))
 
 
 def _noise(like: Tensor, edit: Edit, step: int) -> Tensor:
@@ -209,14 +197,11 @@ def _shaped(value: Tensor, edit: Edit, spec: Spec, positions: Positions, n_promp
     d = _width(site, spec, n_prompt)
     given = tuple(value.shape)
     wanted = f"[batch, {len(positions)} positions" + (f", {n_heads} heads" if site.has_heads else "") + f", {d or 'd'}]"
-    if site.has_heads:
-        if isinstance(site.head, int) and (value.ndim < 4 or value.shape[2] != 1):
-            value = value.unsqueeze(-2)
-        value = value[(None,) * max(0, 4 - value.ndim)]
-        ok = value.ndim == 4 and value.shape[2] in (1, n_heads)
-    else:
-        value = value[(None,) * max(0, 3 - value.ndim)]
-        ok = value.ndim == 3
+    if isinstance(site.head, int) and (value.ndim < 4 or value.shape[2] != 1):
+        value = value.unsqueeze(-2)
+    rank = 4 if site.has_heads else 3
+    value = value[(None,) * max(0, rank - value.ndim)]
+    ok = value.ndim == rank and (not site.has_heads or value.shape[2] in (1, n_heads))
     ok = ok and value.shape[1] in (1, len(positions)) and (d is None or value.shape[-1] in (1, d))
     if edit.kind != "resample" and batch is not None:
         ok = ok and value.shape[0] in (1, batch)
@@ -234,11 +219,7 @@ def _shaped(value: Tensor, edit: Edit, spec: Spec, positions: Positions, n_promp
 def _width(site: Site, spec: Spec, n_prompt: int) -> int | None:
     """The size of the activation's last axis."""
     last = site.axes[-1]
-    if last == "key_pos":
-        return n_prompt
-    if last == "one":
-        return 1
-    return getattr(spec, last, None)
+    return {"key_pos": n_prompt, "one": 1}.get(last) or getattr(spec, last, None)
 
 
 def replace(site: Site, value: Float[Tensor, "..."]) -> Edit:

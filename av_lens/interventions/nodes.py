@@ -62,12 +62,9 @@ class Node:
     @property
     def label(self) -> str:
         """The end as one would write it."""
-        if self.kind in ("logits", "total"):
-            return self.kind
-        if self.kind == "embed":
-            return f"embed {self.span_name}"
-        if self.kind == "mlp":
-            return f"L{self.layer} mlp"
+        plain = {"logits": "logits", "total": "total", "embed": f"embed {self.span_name}", "mlp": f"L{self.layer} mlp"}
+        if self.kind in plain:
+            return plain[self.kind]
         name = f"L{self.layer}{'KV' if self.kind == 'kv' else 'H'}{self.index}"
         return f"{name}.{self.input}" if self.input else name
 
@@ -86,14 +83,7 @@ class Node:
         return self.reads_at + 1
 
     def check(self, spec: Spec) -> None:
-        """Refuse a layer or head that the model does not have.
-
-        Args:
-            spec: the model's sizes.
-
-        Raises:
-            InterventionError: it is out of range.
-        """
+        """Refuse a layer or head that the model does not have."""
         check_layers([] if self.layer is None else [self.layer], spec)
         if self.index is not None:
             known, component = (spec.n_kv_heads, "k") if self.kind == "kv" else (spec.n_heads, "z")
@@ -105,20 +95,7 @@ Ends = dict[str, tuple[Node, ...]]
 
 
 def senders(given: Any, spec: Spec, roles: Sequence[str]) -> Ends:
-    """Read what a caller named as senders.
-
-    Args:
-        given: one sender, a list (together), a dictionary (in turn), or a string.
-        spec: the model's sizes.
-        roles: the roles that "spans" goes through.
-
-    Returns:
-        The senders, checked.
-
-    Raises:
-        InputError: it is no sender.
-        InterventionError: a layer or head is out of range.
-    """
+    """Read what a caller named as senders."""
     every = {
         "heads": [Node("head", la, h) for la in range(spec.n_layers) for h in range(spec.n_heads)],
         "mlps": [Node("mlp", la) for la in range(spec.n_layers)],
@@ -133,19 +110,7 @@ def senders(given: Any, spec: Spec, roles: Sequence[str]) -> Ends:
 
 
 def receivers(given: Any, spec: Spec) -> Ends:
-    """Read what a caller named as receivers.
-
-    Args:
-        given: one receiver, a list (together), a dictionary (in turn), or a string.
-        spec: the model's sizes.
-
-    Returns:
-        The receivers, checked.
-
-    Raises:
-        InputError: it is no receiver, or an end names one input twice.
-        InterventionError: a layer or head is out of range.
-    """
+    """Read what a caller named as receivers."""
     layers = range(spec.n_layers)
     every = {"mlps": [Node("mlp", la) for la in layers]}
     for what in INPUTS:
@@ -167,15 +132,7 @@ def receivers(given: Any, spec: Spec) -> Ends:
 
 
 def refuse_double(nodes: Sequence[Node], spec: Spec) -> None:
-    """Refuse receivers that cannot be patched together: one input of one head may have one new value only.
-
-    Args:
-        nodes: the receivers.
-        spec: the model's sizes.
-
-    Raises:
-        InputError: an input is named twice, or the logits beside others.
-    """
+    """Refuse receivers that cannot be patched together: one input of one head may have one new value only."""
     if len(nodes) > 1 and any(node.kind == "logits" for node in nodes):
         raise InputError("'logits' cannot be patched together with others: its input replaced, theirs changes nothing.")
     seen: set[tuple[Any, ...]] = set()
@@ -223,10 +180,8 @@ def _node(given: tuple[Any, ...], what: str, forms: str) -> Node:
     match given:
         case (int(layer), "mlp"):
             return Node("mlp", layer)
-        case ("embed", str(role)):
-            return Node("embed", span=role, span_name=role)
         case ("embed", span):
-            return Node("embed", span=span, span_name="span")
+            return Node("embed", span=span, span_name=span if isinstance(span, str) else "span")
         case (int(layer), int(head)):
             return Node("head", layer, head)
         case (int(layer), int(head), str(name)) if name in INPUTS:
@@ -241,8 +196,7 @@ def _written(word: str, what: str, forms: str, every: Mapping[str, Sequence[Node
     if word == "logits":
         return Node("logits")
     if word.startswith("embed "):
-        role = word.removeprefix("embed ").strip()
-        return Node("embed", span=role, span_name=role)
+        return _node(("embed", word.removeprefix("embed ").strip()), what, forms)
     if found := _MLP.fullmatch(word):
         return Node("mlp", int(found[1]))
     if found := _HEAD.fullmatch(word):

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.brief import Brief
 from av_lens.errors import InterventionError
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions.edges import BoundCut, Cut, cut_scores_, silence_
 from av_lens.interventions.edits import BoundEdit, Edit
 from av_lens.interventions.plan_files import read_plan, write_plan
@@ -85,15 +86,9 @@ class Plan(Brief):
         Raises:
             InterventionError: an edit does not fit the model or the input.
         """
-        steps: list[Step] = []
-        for number, edit in enumerate(self.edits):
-            steps.extend(_steps_of(number, edit, spec, spans, batch))
-        return CompiledPlan(
-            tuple(steps),
-            n_prompt=len(spans),
-            first_layer=self.first_layer,
-            first_position=self.first_position(spans),
-        )
+        made = (_steps_of(number, edit, spec, spans, batch) for number, edit in enumerate(self.edits))
+        steps = tuple(step for steps in made for step in steps)
+        return CompiledPlan(steps, len(spans), self.first_layer, self.first_position(spans))
 
     def save(self, path: str | Path, *, model: Any, note: str = "") -> Path:
         """Save the plan as json, its tensors beside it as safetensors.
@@ -157,12 +152,7 @@ class Step(Brief):
     fired: int = 0
 
     def __call__(self, activation: Tensor, offset: int) -> None:
-        """Apply the edit and count it.
-
-        Args:
-            activation: the activation in the edit's layout, owned by the caller.
-            offset: absolute position of its first row.
-        """
+        """Apply the edit and count it."""
         self.fired += int(self.apply_(activation, offset))
 
 
@@ -200,19 +190,20 @@ class CompiledPlan(Brief):
         component = steps[0].component
         site = Site(component, steps[0].layer)
         edges = site.is_edges
+        return partial(self._edited, name, steps, site.heads_first and not edges, edges)
 
-        def fn(activation: Tensor, hook: Any = None) -> Tensor:
-            del hook
-            new = activation.clone()
-            view = new.transpose(1, 2) if site.heads_first and not edges else new
-            offset = self._offset(name, activation.shape[2] if edges else view.shape[1])
-            if edges:
-                offset = activation.shape[3] - activation.shape[2]
-            for step in steps:
-                step(view, offset)
-            return new
-
-        return fn
+    def _edited(
+        self, name: str, steps: list[Step], heads_first: bool, edges: bool, activation: Tensor, hook: Any = None
+    ) -> Tensor:
+        del hook
+        new = activation.clone()
+        view = new.transpose(1, 2) if heads_first else new
+        offset = self._offset(name, view.shape[2 if edges else 1])
+        if edges:
+            offset = view.shape[3] - view.shape[2]
+        for step in steps:
+            step(view, offset)
+        return new
 
     def _offset(self, name: str, length: int) -> int:
         """Count the positions that this hook has seen: where a decoding step starts."""
@@ -295,9 +286,5 @@ def _steps_of_cut(number: int, bound: BoundCut, layer: int) -> list[Step]:
             pattern.masked_fill_(mask.to(pattern.device)[None], 0.0)
         return mask is not None
 
-    if bound.edit.renormalize:
-        return [
-            Step(number, "scores", layer, before, prompt, decode),
-            Step(number, "pattern", layer, after, prompt, decode),
-        ]
-    return [Step(number, "pattern", layer, weights, prompt, decode)]
+    acts = {"scores": before, "pattern": after} if bound.edit.renormalize else {"pattern": weights}
+    return [Step(number, component, layer, act, prompt, decode) for component, act in acts.items()]

@@ -41,26 +41,11 @@ KINDS = ("replace", "zero", "resample", "noise", "scale", "add", "cut")
 _EDIT = ("kind", "component", "layer", "head", "positions", "amount", "seed", "value")
 _CUT = ("kind", "query", "key", "layers", "heads", "renormalize", "include_generation")
 _FILE = ("schema", "version", "model", "edits", "tensors", "note")
-_NEEDED: dict[str, tuple[str, ...]] = {
-    "scale": ("amount",), "noise": ("amount",), "replace": ("value",), "resample": ("value",), "add": ("value",)
-}  # fmt: skip
+_NEEDED = dict.fromkeys(("scale", "noise"), "amount") | dict.fromkeys(("replace", "resample", "add"), "value")
 
 
 def write_plan(edits: tuple[Any, ...], path: str | Path, *, model: Any, note: str = "") -> Path:
-    """Write a plan file, and its tensors beside it.
-
-    Args:
-        edits: the plan's edits and cuts.
-        path: the file; ".json" is added where it has no ending.
-        model: the model that the plan was made for, with `.spec` and `.name`.
-        note: a sentence for whoever opens the file.
-
-    Returns:
-        The json file that was written.
-
-    Raises:
-        InterventionError: positions by number, an ending other than .json, or a folder that is not there.
-    """
+    """Write a plan file, and its tensors beside it."""
     target = Path(path) if Path(path).suffix else Path(path).with_suffix(".json")
     if target.suffix != ".json":
         raise InterventionError(f"a plan is saved as json, with its tensors beside it; {target.name} ends otherwise.")
@@ -84,19 +69,7 @@ def write_plan(edits: tuple[Any, ...], path: str | Path, *, model: Any, note: st
 
 
 def read_plan(path: str | Path, *, model: Any = None) -> tuple[Any, ...]:
-    """Read a plan file.
-
-    Args:
-        path: the json file.
-        model: the model that it is for; its sizes are compared with the file's. None compares nothing.
-
-    Returns:
-        The plan's edits and cuts.
-
-    Raises:
-        InterventionError: no such file, not a plan, an unknown version, kind or key, tensors that are missing or not
-            the plan's own, or a model of other sizes.
-    """
+    """Read a plan file."""
     source = Path(path)
     found = _opened(source)
     sizes = found["model"]
@@ -218,9 +191,10 @@ def _read(number: int, row: Any, tensors: Mapping[str, Tensor], name: str) -> Ed
 
 def _read_edit(row: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -> Edit:
     kind = row["kind"]
-    _check_keys(row, _EDIT, ("component", "positions", *_NEEDED.get(kind, ())), where)
-    layer = _typed(row, "layer", int)
-    site = Site(str(row["component"]), layer, _heads(row.get("head"), where), _known_roles(row["positions"], where))
+    _check_keys(row, _EDIT, ("component", "positions", *filter(None, [_NEEDED.get(kind)])), where)
+    layer, head = _typed(row, "layer", int), row.get("head")
+    head = head if head is None or type(head) is int else tuple(_whole(head, where))
+    site = Site(str(row["component"]), layer, head, _known_roles(row["positions"], where))
     value = _looked_up(row["value"], tensors, where) if "value" in row else None
     amount = row.get("amount", 0.0)
     number = isinstance(amount, int | float) and not isinstance(amount, bool)
@@ -232,8 +206,8 @@ def _read_edit(row: dict[str, Any], tensors: Mapping[str, Tensor], where: str) -
 
 def _read_cut(row: dict[str, Any], where: str) -> Cut:
     _check_keys(row, _CUT, ("query", "key"), where)
-    layers = None if row.get("layers") is None else tuple(_whole(row["layers"], where))
-    heads = None if row.get("heads") is None else tuple(_whole(row["heads"], where))
+    listed = (row.get(name) for name in ("layers", "heads"))
+    layers, heads = (None if found is None else tuple(_whole(found, where)) for found in listed)
     if layers == ():
         raise InterventionError(f"{where}: no layer is named; leave layers out for all.")
     query, key = (_known_roles(row[name], where) for name in ("query", "key"))
@@ -246,12 +220,6 @@ def _typed(row: Mapping[str, Any], name: str, kind: Callable[..., Any]) -> Any:
     if found is not None and type(found) is not kind:
         raise InterventionError(f"{name} is {found!r}; wanted {'a whole number' if kind is int else 'true or false'}.")
     return found
-
-
-def _heads(found: Any, where: str) -> int | tuple[int, ...] | None:
-    if found is None or type(found) is int:
-        return found
-    return tuple(_whole(found, where))
 
 
 def _whole(found: Any, where: str) -> list[int]:

@@ -17,8 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from av_lens.bridge.hook_names import COMPONENTS
 from av_lens.errors import InterventionError, unknown
+from av_lens.families.hook_names import COMPONENTS
 from av_lens.spans import SpanMap
 
 KV_COMPONENTS = ("k", "v", "rot_k")
@@ -72,59 +72,24 @@ class Positions:
         return len(self.index)
 
     def local(self, offset: int, length: int, n_prompt: int) -> slice | torch.Tensor | None:
-        """Find these positions in a tensor that holds `length` positions starting at `offset`.
-
-        Args:
-            offset: absolute position of the tensor's first row.
-            length: how many positions the tensor holds.
-            n_prompt: positions of the prompt; from there on decoding added them.
-
-        Returns:
-            A slice or a list of rows, or None where none of the positions is in the tensor.
-        """
+        """Find these positions in a tensor that holds `length` positions starting at `offset`."""
         if offset >= n_prompt:
             return slice(0, length) if self.decode else None
-        if not self.index or self.index[0] < offset or self.index[-1] >= offset + length:
-            inside = [p - offset for p in self.index if offset <= p < offset + length]
-            return _as_rows(inside) if inside else None
-        return _as_rows([p - offset for p in self.index])
-
-
-def _as_rows(rows: list[int]) -> slice | torch.Tensor:
-    if rows[-1] - rows[0] + 1 == len(rows):
-        return slice(rows[0], rows[-1] + 1)
-    return torch.tensor(rows)
+        rows = [p - offset for p in self.index if offset <= p < offset + length]
+        if not rows:
+            return None
+        return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else torch.tensor(rows)
 
 
 def resolve_positions(positions: Any, spans: SpanMap, *, what: str = "site") -> Positions:
-    """Turn a span, integers, role names or None into positions of this prompt.
-
-    Args:
-        positions: a `Span`, integers, role names joined by `|`, or None for every position.
-        spans: the `SpanMap` of the input.
-        what: what the positions belong to, for the error's text.
-
-    Returns:
-        The resolved positions.
-
-    Raises:
-        InterventionError: a position lies outside the input, or none was named.
-        InputError: an unknown role.
-    """
+    """Turn a span, integers, role names or None into positions of this prompt."""
     n = len(spans)
     if positions is None:
         return Positions(tuple(range(n)), decode=True, everything=True)
-    decode = False
-    if isinstance(positions, str):
-        found: set[int] = set()
-        for role in positions.split("|"):
-            role = role.strip()
-            decode = decode or role == "generated"
-            found.update(int(p) for p in spans[role].positions)
-        index = tuple(sorted(found))
-    else:
-        raw = getattr(positions, "positions", positions)
-        index = tuple(sorted({int(p) for p in raw}))
+    named = positions.split("|") if isinstance(positions, str) else []
+    decode = "generated" in map(str.strip, named)
+    raw = spans[positions] if isinstance(positions, str) else positions
+    index = tuple(sorted({int(p) for p in getattr(raw, "positions", raw)}))
     if not index and not decode:
         raise InterventionError(
             f"the {what} names no position ({positions!r}): this input has none there. "
@@ -224,15 +189,7 @@ class Site:
 
 
 def check_layers(layers: Iterable[int], spec: Spec) -> None:
-    """Refuse layers that the model does not have.
-
-    Args:
-        layers: the layers asked for.
-        spec: the model's sizes.
-
-    Raises:
-        InterventionError: a layer is negative or past the end.
-    """
+    """Refuse layers that the model does not have."""
     for layer in layers:
         if not 0 <= layer < spec.n_layers:
             where = "past the end" if layer >= spec.n_layers else "negative"
@@ -242,17 +199,7 @@ def check_layers(layers: Iterable[int], spec: Spec) -> None:
 
 
 def check_heads(heads: tuple[int, ...] | None, known: int, spec: Spec, component: str) -> None:
-    """Refuse heads that the component does not have; with grouped queries say which heads it is kept for.
-
-    Args:
-        heads: the heads asked for, or None for all.
-        known: how many heads the component has.
-        spec: the model's sizes.
-        component: the component's name.
-
-    Raises:
-        InterventionError: a head is out of range.
-    """
+    """Refuse heads that the component does not have; with grouped queries say which heads it is kept for."""
     for head in heads or ():
         if not 0 <= head < known:
             text = f"head {head} of {component} is out of range: it has {known} heads, 0 to {known - 1}."

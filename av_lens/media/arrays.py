@@ -19,22 +19,10 @@ _NOISE_LEVEL = 0.003
 def prepared(
     frames: object, times: object, fps: float | None, waveform: object, rate: int
 ) -> tuple[np.ndarray | None, np.ndarray, np.ndarray | None]:
-    """Copy and check the arrays of a new clip.
-
-    Args:
-        frames: uint8 [time, height, width, 3], or None; an array, a tensor or a list, as the others.
-        times: seconds [time], or None.
-        fps: frames per second, or None.
-        waveform: float [sample], or None.
-        rate: its rate in Hz.
-
-    Returns:
-        Frames, times and waveform.
-
-    Raises:
-        MediaError: one of them is not what it should be.
-    """
-    sound = None if waveform is None else as_sound(as_array("waveform", waveform))
+    """Copy and check the arrays of a new clip."""
+    sound = None if waveform is None else as_array("waveform", waveform)
+    if sound is not None:  # a copy, float64 as float32; anything else is left for the check to refuse
+        sound = sound.astype(np.float32) if sound.dtype.kind == "f" else sound.copy()
     check_sound(sound, rate)
     if frames is None:
         if times is not None or fps is not None:
@@ -47,18 +35,7 @@ def prepared(
 
 
 def as_array(name: str, values: object) -> np.ndarray:
-    """Make an array of what was given; a tensor may need gradients, live on another device or be in bfloat16.
-
-    Args:
-        name: the argument's name, for the message.
-        values: an array, a tensor, or nested lists.
-
-    Returns:
-        An array.
-
-    Raises:
-        MediaError: NumPy can make none of it.
-    """
+    """Make an array of what was given; a tensor may need gradients, live on another device or be in bfloat16."""
     tensor: Any = values
     try:
         if hasattr(values, "detach"):
@@ -72,33 +49,8 @@ def as_array(name: str, values: object) -> np.ndarray:
         ) from error
 
 
-def as_sound(waveform: np.ndarray) -> np.ndarray:
-    """Copy a waveform, float64 as float32; anything else is left for `check_sound` to refuse.
-
-    Args:
-        waveform: float [sample].
-
-    Returns:
-        A copy.
-    """
-    array = np.asarray(waveform)
-    return array.astype(np.float32) if array.dtype.kind == "f" else array.copy()
-
-
 def frame_times(frames: np.ndarray, times: object, fps: float | None) -> Float64[np.ndarray, " time"]:
-    """Say when each frame is shown, from its times or from an even rate.
-
-    Args:
-        frames: [time, ...].
-        times: seconds [time], or None.
-        fps: frames per second from 0, or None.
-
-    Returns:
-        float64 [time]; 0 for a single frame of which nothing is said.
-
-    Raises:
-        MediaError: both are given, or neither for several frames, or `fps` is not above 0, or times are no numbers.
-    """
+    """Say when each frame is shown, from its times or from an even rate."""
     if fps is not None and (times is not None or check_seconds("fps", fps) <= 0):
         both = " together with times=" if times is not None else ""
         raise MediaError(f"frames need times= or a fps= above 0, found fps={fps:g}{both}.")
@@ -114,29 +66,12 @@ def frame_times(frames: np.ndarray, times: object, fps: float | None) -> Float64
 
 
 def typical_step(times: Float64[np.ndarray, " time"], alone: float) -> float:
-    """Give the median time between frames.
-
-    Args:
-        times: seconds [time].
-        alone: what to say of a single frame.
-
-    Returns:
-        Seconds.
-    """
+    """Give the median time between frames."""
     return float(np.median(np.diff(times))) if len(times) > 1 else alone
 
 
 def natural_end(times: Float64[np.ndarray, " time"], fps: float | None, sound_end: float) -> float:
-    """Say when a clip ends of which nothing is said.
-
-    Args:
-        times: seconds [time], maybe none.
-        fps: frames per second, for a single frame.
-        sound_end: when the sound ends, in seconds.
-
-    Returns:
-        The later of the sound's end and the picture's, whose last frame lasts a typical step.
-    """
+    """Say when a clip ends of which nothing is said."""
     alone = 1 / fps if fps is not None else 0.0
     return max(float(times[-1]) + typical_step(times, alone) if len(times) else 0.0, sound_end)
 
@@ -145,14 +80,6 @@ def window_of_frames(times: Float64[np.ndarray, " time"], start: float, end: flo
     """Find the frames whose time lies in [start, end).
 
     Where no frame begins inside, the frame that is on display at `start` stands for the window, at time 0.
-
-    Args:
-        times: seconds [time].
-        start: seconds.
-        end: seconds.
-
-    Returns:
-        The indices of the frames, and their times from `start`.
     """
     keep = np.flatnonzero((times >= start - TOLERANCE) & (times < end - TOLERANCE))
     if len(keep):
@@ -164,19 +91,7 @@ def window_of_frames(times: Float64[np.ndarray, " time"], start: float, end: flo
 def scrambled(
     frames: UInt8[np.ndarray, "time height width 3"], *, seed: int, patch: int
 ) -> UInt8[np.ndarray, "time height width 3"]:
-    """Deal the patches of the picture anew: one permutation for all frames, so that colours and motion stay.
-
-    Args:
-        frames: uint8 [time, height, width, 3].
-        seed: of the permutation.
-        patch: the patch's side in pixels; a rim that is no whole patch stays where it is.
-
-    Returns:
-        Frames of the same shape.
-
-    Raises:
-        MediaError: fewer than two patches fit.
-    """
+    """Deal the patches of the picture anew: one permutation for all frames, so that colours and motion stay."""
     t, height, width, _ = frames.shape
     rows, cols = height // patch, width // patch
     if rows * cols < 2:
@@ -191,20 +106,7 @@ def scrambled(
 
 
 def blanked(kind: str, frames: UInt8[np.ndarray, "time height width 3"], *, seed: int, patch: int) -> np.ndarray:
-    """Make a picture that shows nothing.
-
-    Args:
-        kind: "dark" (black) or "scrambled" (see `scrambled`).
-        frames: uint8 [time, height, width, 3].
-        seed: of the permutation.
-        patch: the patch's side in pixels.
-
-    Returns:
-        Frames of the same shape.
-
-    Raises:
-        MediaError: the kind is unknown, or no two patches fit.
-    """
+    """Make a picture that shows nothing."""
     if kind == "dark":
         return np.zeros_like(frames)
     if kind == "scrambled":
@@ -213,19 +115,7 @@ def blanked(kind: str, frames: UInt8[np.ndarray, "time height width 3"], *, seed
 
 
 def quiet(kind: str, n_samples: int, *, seed: int) -> Float32[np.ndarray, " sample"]:
-    """Make a sound that says nothing.
-
-    Args:
-        kind: "silence" (zeros) or "noise" (Gaussian, -50 dB of full scale).
-        n_samples: how long.
-        seed: of the noise.
-
-    Returns:
-        float32 [sample].
-
-    Raises:
-        MediaError: the kind is unknown.
-    """
+    """Make a sound that says nothing."""
     if kind == "silence":
         return np.zeros(n_samples, dtype=np.float32)
     if kind == "noise":

@@ -53,15 +53,7 @@ class Budget:
     used: int = 0
 
     def take(self, n_bytes: float, what: str) -> None:
-        """Book `n_bytes`, or refuse.
-
-        Args:
-            n_bytes: how many bytes are about to be allocated.
-            what: what for, for the message.
-
-        Raises:
-            MediaBudgetError: `max_bytes` would be passed.
-        """
+        """Book `n_bytes`, or refuse."""
         if self.used + n_bytes > self.max_bytes:
             raise MediaBudgetError(
                 f"{self.path}: {what} would take {_amount(self.used + n_bytes)} decoded, over the budget of "
@@ -78,32 +70,12 @@ def foreign_errors() -> tuple[type[BaseException], ...]:
     """List what reading or writing foreign media may raise: PyAV's tree, the system's, and numbers out of range."""
     from av.error import FFmpegError
 
-    return (
-        FFmpegError,
-        OSError,
-        ValueError,
-        ArithmeticError,
-        LookupError,
-        MemoryError,
-        TypeError,
-        RuntimeError,
-    )
+    return (FFmpegError, OSError, ValueError, ArithmeticError, LookupError, MemoryError, TypeError, RuntimeError)
 
 
 @contextmanager
 def border(path: str, doing: str) -> Generator[None]:
-    """Let only `AvLensError` out.
-
-    Args:
-        path: the file, for the message.
-        doing: what was being done, such as "decode".
-
-    Yields:
-        Nothing.
-
-    Raises:
-        MediaError: anything failed inside.
-    """
+    """Let only `AvLensError` out."""
     try:
         yield
     except AvLensError:
@@ -116,40 +88,21 @@ def border(path: str, doing: str) -> Generator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """Name an exception in a few words.
-
-    Args:
-        error: what was raised.
-
-    Returns:
-        Its kind and its text, without the repeated path.
-    """
+    """Name an exception in a few words."""
     text = getattr(error, "strerror", None) or str(error) or "no further text"
     return f"{text} ({type(error).__name__})"
 
 
 def regular_file(path: str | os.PathLike[str]) -> tuple[str, int]:
-    """Check what can be checked of a path without reading it.
-
-    Args:
-        path: where the file should be.
-
-    Returns:
-        The path as text, and the file's size in bytes.
-
-    Raises:
-        MediaError: nothing is there, or a directory, a device, or an empty file is.
-    """
+    """Check what can be checked of a path without reading it."""
     if not isinstance(path, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise MediaError(_no_path(path))
     try:
         text = os.fsdecode(path)
         found = os.stat(text)
     except FileNotFoundError as error:
-        if "://" in os.fsdecode(path):
-            raise MediaError(
-                f"{os.fsdecode(path)} is an address, not a file: download it first, then give its path."
-            ) from error
+        if "://" in (given := os.fsdecode(path)):
+            raise MediaError(f"{given} is an address, not a file: download it first, then give its path.") from error
         near = os.path.dirname(os.path.abspath(os.fspath(path)))
         hint = "check its spelling" if os.path.isdir(near) else f"the folder {near} does not exist either"
         raise MediaError(f"no media file at {os.fspath(path)}: {hint}.") from error
@@ -166,30 +119,18 @@ def regular_file(path: str | os.PathLike[str]) -> tuple[str, int]:
 
 def _no_path(given: object) -> str:
     """Say what to do with bytes, file objects, arrays and whatever else is no path."""
-    kind = type(given).__name__
+    kind, mend = type(given).__name__, "give a string or a pathlib.Path"
     if isinstance(given, bytes | bytearray | memoryview):
-        found, mend = f"{len(given)} {kind}", "write them to a file first"
+        kind, mend = f"{len(given)} {kind}", "write them to a file first"
     elif hasattr(given, "read"):
-        found, mend = f"an open {kind}", "give its path, or write it to a file first"
+        kind, mend = f"an open {kind}", "give its path, or write it to a file first"
     elif hasattr(given, "shape"):
-        found, mend = kind, "make a clip of arrays by Clip.from_arrays()"
-    else:
-        found, mend = kind, "give a string or a pathlib.Path"
-    return f"a medium is named by the path of its file, found {found}: {mend}."
+        mend = "make a clip of arrays by Clip.from_arrays()"
+    return f"a medium is named by the path of its file, found {kind}: {mend}."
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """Hash what a file holds; a file of the same size and time as when it was hashed is not read again.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The sha256 in hex.
-
-    Raises:
-        OSError: it is gone, or cannot be read.
-    """
+    """Hash what a file holds; a file of the same size and time as when it was hashed is not read again."""
     found = os.stat(path)
     return _hashed(os.path.abspath(path), found.st_size, found.st_mtime_ns)
 
@@ -203,17 +144,7 @@ def _hashed(path: str, size: int, modified_ns: int) -> str:
 
 @contextmanager
 def opened(path: str) -> Generator[Any]:
-    """Open a media file for reading, silently and with limits.
-
-    Args:
-        path: a regular file.
-
-    Yields:
-        PyAV's input container.
-
-    Raises:
-        MediaError: libav finds no medium in it.
-    """
+    """Open a media file for reading, silently and with limits."""
     import av
 
     options = {"max_pixels": str(MAX_PIXELS)}
@@ -236,12 +167,5 @@ def opened(path: str) -> Generator[Any]:
 
 
 def is_image_format(name: str) -> bool:
-    """Whether a container's name means still images.
-
-    Args:
-        name: libav's name of the format, such as "png_pipe".
-
-    Returns:
-        True for still images.
-    """
+    """Whether a container's name means still images."""
     return name in _IMAGE_FORMATS or name.endswith("_pipe")

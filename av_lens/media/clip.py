@@ -75,11 +75,9 @@ class Clip:
                 f"duration must be finite and reach the last frame and sample ({least:g} s), found {self.duration}."
             )
         for name in ("frames", "times", "waveform"):
-            array = getattr(self, name)
-            if array is not None:
-                array = array.view()
-                array.flags.writeable = False
-                object.__setattr__(self, name, array)
+            if (array := getattr(self, name)) is not None:
+                object.__setattr__(self, name, array.view())
+                getattr(self, name).flags.writeable = False
 
     @classmethod
     def from_arrays(
@@ -170,12 +168,16 @@ class Clip:
         Raises:
             MediaError: it has no sound.
         """
+        self._heard()
+        return self
+
+    def _heard(self) -> Float32[np.ndarray, " sample"]:
         if self.waveform is None:
             raise MediaError(
                 f"sound is asked of {self._name()}, which has none: give a clip with an audio stream, "
                 "or add one by with_sound()."
             )
-        return self
+        return self.waveform
 
     def require_picture(self) -> Clip:
         """Refuse to go on without a picture.
@@ -186,11 +188,15 @@ class Clip:
         Raises:
             MediaError: it has no picture.
         """
+        self._seen()
+        return self
+
+    def _seen(self) -> UInt8[np.ndarray, "time height width 3"]:
         if self.frames is None:
             raise MediaError(
                 f"a picture is asked of {self._name()}, which has none: give a clip with a video stream or an image."
             )
-        return self
+        return self.frames
 
     def with_sound(self, other: Clip) -> Clip:
         """Join this clip's picture with another's sound.
@@ -206,13 +212,10 @@ class Clip:
         Raises:
             MediaError: this clip has no picture or the other no sound.
         """
-        self.require_picture()
-        other.require_sound()
-        assert self.frames is not None
-        assert other.waveform is not None
+        frames, waveform = self._seen(), other._heard()
         end = other.sound_end if self.is_image else min(self.picture_end, other.sound_end)
         keep = max(1, int(np.searchsorted(self.times, end - TOLERANCE)))
-        sound = other.waveform[: max(1, round(end * other.rate))]
+        sound = waveform[: max(1, round(end * other.rate))]
         notes = [*self.notes, *other.notes, f"picture of {self._name()}", f"sound of {other._name()}"]
         if end < self.picture_end - TOLERANCE and not self.is_image:
             notes.append(f"picture cut from {self.picture_end:.3f} to {end:.3f} s, the sound's length")
@@ -220,7 +223,7 @@ class Clip:
             notes.append(f"sound cut from {other.sound_end:.3f} to {end:.3f} s, the picture's length")
         length = max(end, len(sound) / other.rate)
         times = np.minimum(self.times[:keep], length)
-        return Clip(self.frames[:keep], times, sound, other.rate, length, notes=tuple(dict.fromkeys(notes)))
+        return Clip(frames[:keep], times, sound, other.rate, length, notes=tuple(dict.fromkeys(notes)))
 
     def muted(self, *, kind: str = "silence", seed: int = 0) -> Clip:
         """Replace the sound by one that says nothing, of the same length.
@@ -235,9 +238,7 @@ class Clip:
         Raises:
             MediaError: there is no sound, or the kind is unknown.
         """
-        self.require_sound()
-        assert self.waveform is not None
-        return self._noted(f"muted ({kind})", waveform=quiet(kind, len(self.waveform), seed=seed))
+        return self._noted(f"muted ({kind})", waveform=quiet(kind, len(self._heard()), seed=seed))
 
     def blank(self, *, kind: str = "dark", seed: int = 0, patch: int = 14) -> Clip:
         """Replace the picture by one that shows nothing, of the same size and times.
@@ -253,9 +254,7 @@ class Clip:
         Raises:
             MediaError: there is no picture, the kind is unknown, or no two patches fit.
         """
-        self.require_picture()
-        assert self.frames is not None
-        return self._noted(f"blanked ({kind})", frames=blanked(kind, self.frames, seed=seed, patch=patch))
+        return self._noted(f"blanked ({kind})", frames=blanked(kind, self._seen(), seed=seed, patch=patch))
 
     def shifted(self, seconds: float) -> Clip:
         """Shift the sound against the picture; what leaves the clip is lost, what is missing is silence.
@@ -269,17 +268,14 @@ class Clip:
         Raises:
             MediaError: there is no sound, or the shift leaves nothing of it.
         """
-        self.require_sound()
-        assert self.waveform is not None
+        sound = self._heard()
         step = round(check_seconds("seconds", seconds) * self.rate)
-        if abs(step) >= len(self.waveform):
+        if abs(step) >= len(sound):
             raise MediaError(
                 f"shifted({seconds:g}) would move all {self.sound_end:g} s of sound out of the clip: shift by less."
             )
-        waveform = np.zeros_like(self.waveform)
-        waveform[max(step, 0) : len(waveform) + min(step, 0)] = self.waveform[
-            max(-step, 0) : len(waveform) - max(step, 0)
-        ]
+        waveform = np.zeros_like(sound)
+        waveform[max(step, 0) : len(sound) + min(step, 0)] = sound[max(-step, 0) : len(sound) - max(step, 0)]
         return self._noted(f"sound shifted by {seconds:+g} s, silence in the gap", waveform=waveform)
 
     def trimmed(self, start: float = 0.0, end: float | None = None) -> Clip:
@@ -307,9 +303,8 @@ class Clip:
         sound = None if sound is None or not len(sound) else sound
         if frames is None and sound is None:
             raise MediaError(f"trimmed({start:g}, {stop:g}) leaves nothing of {self._name()}: widen it.")
-        past = (
-            f" (asked to {asked:g} s, past its end)" if asked is not None and asked > self.duration + TOLERANCE else ""
-        )
+        late = asked is not None and asked > self.duration + TOLERANCE
+        past = f" (asked to {asked:g} s, past its end)" if late else ""
         changes: dict[str, Any] = {"frames": frames, "times": times, "waveform": sound}
         changes["duration"] = max(stop - start, 0.0 if sound is None else len(sound) / self.rate)
         if self.window is not None:
@@ -367,13 +362,10 @@ class Clip:
         return text
 
     def _streams(self) -> str:
-        picture = (
-            [f"{len(self.times)} frames of {self.frames.shape[2]}x{self.frames.shape[1]}"]
-            if self.frames is not None
-            else []
-        )
-        sound = [f"{self.sound_end:.3f} s of sound at {self.rate} Hz"] if self.waveform is not None else []
-        return " and ".join(picture + sound)
+        size = "" if self.frames is None else f"{self.frames.shape[2]}x{self.frames.shape[1]}"
+        picture = f"{len(self.times)} frames of {size}" if size else ""
+        sound = f"{self.sound_end:.3f} s of sound at {self.rate} Hz" if self.has_sound else ""
+        return " and ".join(filter(None, (picture, sound)))
 
     def _name(self) -> str:
         return os.path.basename(self.path) if self.path else f"a clip of {self._streams()}"

@@ -10,6 +10,7 @@ The same arrays give the same bytes: one thread, no dates, no version strings. W
 
 from __future__ import annotations
 
+import heapq
 import io
 import math
 from collections.abc import Iterator
@@ -40,23 +41,7 @@ def mp4_bytes(
     crf: float,
     max_side: int | None = None,
 ) -> bytes:
-    """Encode a picture and a sound, either or both, as one mp4.
-
-    Args:
-        frames: uint8 [time, height, width, 3], or None.
-        times: seconds [time].
-        waveform: float32 [sample], or None.
-        rate: its rate in Hz.
-        picture_end: when the last frame's display ends, in seconds.
-        crf: x264's quality: 0 lossless in YUV, 17 visually clean, 23 small.
-        max_side: scale the picture down so that no side is longer (for previews), or None.
-
-    Returns:
-        The file's bytes.
-
-    Raises:
-        MediaError: libav cannot encode them.
-    """
+    """Encode a picture and a sound, either or both, as one mp4."""
     import av
 
     sink = io.BytesIO()
@@ -67,28 +52,15 @@ def mp4_bytes(
     with border("the clip", "write an mp4 of"), av.open(sink, "w", format="mp4", options=options) as container:
         streams: list[Iterator[tuple[float, list[Any]]]] = []
         if frames is not None:
-            streams.append(
-                _picture_packets(
-                    container, frames, times, base=base, picture_end=picture_end, crf=crf, max_side=max_side
-                )
-            )
+            more: dict[str, Any] = {"base": base, "picture_end": picture_end, "crf": crf, "max_side": max_side}
+            streams.append(_picture_packets(container, frames, times, **more))
         if waveform is not None:
             streams.append(_sound_packets(container, waveform, rate))
         container.start_encoding()
-        for packets in _interleaved(streams):
+        # From the stream that lags, so that a reader of any second finds both near.
+        for _, packets in heapq.merge(*streams, key=lambda timed: timed[0]):
             container.mux(packets)
     return sink.getvalue()
-
-
-def _interleaved(streams: list[Iterator[tuple[float, list[Any]]]]) -> Iterator[list[Any]]:
-    """Take from the stream that lags, so that a reader of any second finds both near."""
-    heads = [next(stream, None) for stream in streams]
-    while any(head is not None for head in heads):
-        k = min((head[0], i) for i, head in enumerate(heads) if head is not None)[1]
-        head = heads[k]
-        if head is not None:
-            yield head[1]
-        heads[k] = next(streams[k], None)
 
 
 def _picture_packets(
@@ -123,23 +95,16 @@ def _picture_packets(
     if padded:
         container.metadata["comment"] = f"{CROP_MARK}{width}x{height}"
     reformatter = VideoReformatter()
-    exact = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+    exact: dict[str, Any] = {"width": target[1], "height": target[0], "format": "yuv420p", "threads": 1}
+    exact |= {"dst_colorspace": Colorspace.ITU601, "dst_color_range": ColorRange.MPEG}
+    exact["interpolation"] = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
 
     def packets() -> Iterator[tuple[float, list[Any]]]:
         for k, picture in enumerate(frames):
             if padded:
                 picture = np.pad(picture, ((0, target[0] - height), (0, target[1] - width), (0, 0)), mode="edge")
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame = reformatter.reformat(
-                frame,
-                width=target[1],
-                height=target[0],
-                format="yuv420p",
-                dst_colorspace=Colorspace.ITU601,
-                dst_color_range=ColorRange.MPEG,
-                interpolation=exact,
-                threads=1,
-            )
+            frame = reformatter.reformat(frame, **exact)
             frame.pts, frame.time_base = ticks[k], base
             frame.duration = max(ticks[k + 1] - ticks[k], 1)
             yield float(times[k]), stream.encode(frame)
@@ -176,35 +141,18 @@ def _sound_packets(container: Any, waveform: np.ndarray, rate: int) -> Iterator[
 
 
 def time_base(seconds: list[float]) -> Fraction:
-    """Find a time base in which all times are whole numbers, or microseconds where there is none.
-
-    Args:
-        seconds: the times.
-
-    Returns:
-        The length of a tick in seconds.
-    """
+    """Find a time base in which all times are whole numbers, or microseconds where there is none."""
     scale = 1
     for t in seconds:
         near = Fraction(t).limit_denominator(90_000)
-        if abs(float(near) - t) > 1e-12 * max(1.0, t):
-            return Fraction(1, _MICROSECONDS)
         scale = math.lcm(scale, near.denominator)
-        if scale > _MICROSECONDS:
+        if abs(float(near) - t) > 1e-12 * max(1.0, t) or scale > _MICROSECONDS:
             return Fraction(1, _MICROSECONDS)
     return Fraction(1, scale)
 
 
 def wav_bytes(waveform: Float32[np.ndarray, " sample"], *, rate: int) -> bytes:
-    """Encode a sound as a float32 wav, which loses nothing.
-
-    Args:
-        waveform: float32 [sample].
-        rate: its rate in Hz.
-
-    Returns:
-        The file's bytes.
-    """
+    """Encode a sound as a float32 wav, which loses nothing."""
     from scipy.io import wavfile
 
     sink = io.BytesIO()
@@ -213,14 +161,7 @@ def wav_bytes(waveform: Float32[np.ndarray, " sample"], *, rate: int) -> bytes:
 
 
 def png_bytes(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
-    """Encode one picture as a png, which loses nothing.
-
-    Args:
-        picture: uint8 [height, width, 3].
-
-    Returns:
-        The file's bytes.
-    """
+    """Encode one picture as a png, which loses nothing."""
     from PIL import Image
 
     sink = io.BytesIO()
@@ -229,18 +170,7 @@ def png_bytes(picture: UInt8[np.ndarray, "height width 3"]) -> bytes:
 
 
 def check_suffix(path: str, suffix: str, *, picture: bool, sound: bool, frames: int) -> None:
-    """Refuse a kind of file that we do not write, or that would lose a stream.
-
-    Args:
-        path: where to, for the message.
-        suffix: its suffix, in lower case.
-        picture: whether there are frames.
-        sound: whether there is a sound.
-        frames: how many frames.
-
-    Raises:
-        MediaError: the suffix is unknown, or the clip does not fit.
-    """
+    """Refuse a kind of file that we do not write, or that would lose a stream."""
     if suffix not in SUFFIXES:
         raise MediaError(f"cannot save a clip as {path!r}: " + unknown("suffix", suffix, SUFFIXES))
     if suffix == ".wav" and (picture or not sound):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -69,39 +68,23 @@ class ClipFile:
         file = (os.path.abspath(path), size, os.stat(path).st_mtime_ns)
         asked = (self.start, self.end, self.fps, self.sound_rate)
         key = (*file, *asked, *sorted((self.stream or {}).items()))
-        clip = _CACHE.get(key)
+        clip = _LAST.get(key)
         if clip is None:
             start, end, fps, rate = asked
             clip = load_clip(path, start=start, end=end, fps=fps, sound_rate=rate, stream=self.stream)
-            _CACHE.put(key, clip)
+        with _LOCK:
+            _LAST.pop(key, None)
+            _LAST[key] = clip
+            while len(_LAST) > _MOST_CLIPS or sum(map(_size, _LAST.values())) > _MOST_BYTES:
+                _LAST.pop(next(iter(_LAST)))
         return clip
 
 
-class _Cache:
-    """The clips loaded last: at most 16, and at most 1 GiB of them."""
-
-    def __init__(self) -> None:
-        self._clips: OrderedDict[tuple[object, ...], Clip] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[object, ...]) -> Clip | None:
-        with self._lock:
-            if key in self._clips:
-                self._clips.move_to_end(key)
-            return self._clips.get(key)
-
-    def put(self, key: tuple[object, ...], clip: Clip) -> None:
-        with self._lock:
-            self._clips[key] = clip
-            while self._clips and (
-                len(self._clips) > _MOST_CLIPS or sum(map(_size, self._clips.values())) > _MOST_BYTES
-            ):
-                self._clips.popitem(last=False)
+_LAST: dict[tuple[object, ...], Clip] = {}
+"""The clips loaded last, the latest at the end: at most 16, and at most 1 GiB of them."""
+_LOCK = threading.Lock()
 
 
 def _size(clip: Clip) -> int:
     arrays = (clip.frames, clip.times, clip.waveform)
     return sum(array.nbytes for array in arrays if array is not None)
-
-
-_CACHE = _Cache()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -87,14 +88,7 @@ class MediaFacts:
         return self.is_chained or self.format in _DRIFTING
 
     def check_start(self, start: float) -> None:
-        """Refuse a window that starts past the end.
-
-        Args:
-            start: the window's start in seconds of the file's clock.
-
-        Raises:
-            MediaError: it does.
-        """
+        """Refuse a window that starts past the end."""
         more = _ESTIMATED_TO if self.format in _ESTIMATED else 0.0
         if self.duration + more <= start and start > 0:
             lasts = f"which lasts {self.duration:.3f} s"
@@ -102,18 +96,7 @@ class MediaFacts:
 
 
 def probe_media(path: str | os.PathLike[str], *, stream: Mapping[str, int] | None = None) -> MediaFacts:
-    """Read a file's header.
-
-    Args:
-        path: the file.
-        stream: as in `load_clip`.
-
-    Returns:
-        Its facts.
-
-    Raises:
-        MediaError: it is missing, empty or no medium.
-    """
+    """Read a file's header."""
     text, _ = regular_file(path)
     with border(text, "read the header of"), opened(text) as container:
         check_readable(text, container.format.name)
@@ -121,19 +104,7 @@ def probe_media(path: str | os.PathLike[str], *, stream: Mapping[str, int] | Non
 
 
 def choose_streams(path: str, container: Any, wanted: Mapping[str, int] | None = None) -> tuple[Any, Any]:
-    """Choose the best video stream that is no cover picture, and the best audio stream, or those that are asked for.
-
-    Args:
-        path: the file, for the message.
-        container: PyAV's input container.
-        wanted: the indices of the "picture" or the "sound" to take, as ffprobe numbers the file's streams.
-
-    Returns:
-        The video stream or None, the audio stream or None.
-
-    Raises:
-        MediaError: there is neither, or not the one that is asked for.
-    """
+    """Choose the best video stream that is no cover picture, and the best audio stream, or those that are asked for."""
     pictures = [s for s in container.streams.video if s.codec_context is not None]
     sounds = [s for s in container.streams.audio if s.codec_context is not None]
     moving = [s for s in pictures if not is_cover(s)]
@@ -151,34 +122,19 @@ def choose_streams(path: str, container: Any, wanted: Mapping[str, int] | None =
 
 
 def _asked(path: str, kind: str, streams: list[Any], index: int) -> Any:
-    for stream in streams:
-        if stream.index == index:
-            return stream
+    if found := [stream for stream in streams if stream.index == index]:
+        return found[0]
     there = ", ".join(map(_named, streams)) or "none"
     raise MediaError(f"stream={{{kind!r}: {index}}} is no {kind} of {path} that can be decoded; there: {there}.")
 
 
 def stream_kind(stream: Any) -> str:
-    """Name a stream's kind as `stream=` does.
-
-    Args:
-        stream: PyAV's stream.
-
-    Returns:
-        "picture", "sound", or PyAV's word for another kind.
-    """
+    """Name a stream's kind as `stream=` does."""
     return _KINDS.get(stream.type, str(stream.type))
 
 
 def is_cover(stream: Any) -> bool:
-    """Whether a stream is a picture attached to a sound or a film, such as an album's cover.
-
-    Args:
-        stream: PyAV's stream.
-
-    Returns:
-        True for a cover, which has no time of its own.
-    """
+    """Whether a stream is a picture attached to a sound or a film, such as an album's cover."""
     return stream.type == "video" and bool(int(stream.disposition) & _ATTACHED_PICTURE)
 
 
@@ -190,15 +146,7 @@ def _named(stream: Any) -> str:
 
 
 def streams_left_out(container: Any, *taken: Any) -> list[str]:
-    """Say which streams of a file are not read.
-
-    Args:
-        container: PyAV's input container.
-        *taken: the streams that are, or None.
-
-    Returns:
-        A clause for the clip's notes, or nothing.
-    """
+    """Say which streams of a file are not read."""
     left = [s for s in container.streams if s not in taken]
     if not left:
         return []
@@ -210,33 +158,19 @@ def streams_left_out(container: Any, *taken: Any) -> list[str]:
 
 
 def read_facts(path: str, container: Any, picture: Any, sound: Any) -> MediaFacts:
-    """Read the header of an open container.
-
-    Args:
-        path: the file.
-        container: PyAV's input container.
-        picture: the chosen video stream, or None.
-        sound: the chosen audio stream, or None.
-
-    Returns:
-        Its facts.
-
-    Raises:
-        MediaError: it is a film in several recordings, one after the other.
-    """
+    """Read the header of an open container."""
     name = container.format.name
     chained = name == "ogg" and promises.is_chained(path)
     if chained and picture is not None:
         raise MediaError(f"{path} is several films one after the other (a chained Ogg): cut them apart.")
-    starts = [
-        s.start_time * s.time_base
+    starts = {
+        s.type: s.start_time * s.time_base
         for s in (picture, sound)
         if s is not None and s.start_time is not None and s.time_base
-    ]
-    earliest, kinds = min(starts, default=Fraction(0)), _kinds(name)
+    }
+    earliest, kinds = min(starts.values(), default=Fraction(0)), _kinds(name)
     zero = Fraction(0) if kinds & _ABSOLUTE and earliest <= _LATEST_START else earliest
-    if picture is not None and picture.start_time is not None and picture.time_base:
-        zero = min(zero, picture.start_time * picture.time_base)
+    zero = min(zero, starts.get("video", zero))
     still = is_image_format(name) or container.metadata.get("major_brand") in _STILL_BRANDS
     seconds = math.nan
     guessed = chained or name in _GUESSED or (name == "mp3" and not promises.counts_its_frames(path))
@@ -244,24 +178,13 @@ def read_facts(path: str, container: Any, picture: Any, sound: Any) -> MediaFact
         begins = 0 if kinds & _FROM_ZERO else container.start_time or 0
         seconds = float(Fraction(container.duration + begins, 1_000_000) - zero)
     rate = (picture.average_rate or picture.guessed_rate) if picture is not None else None
-    return MediaFacts(
-        path, name, seconds if seconds > 0 else math.nan,
-        picture.width if picture is not None else 0, picture.height if picture is not None else 0,
-        float(rate) if rate else math.nan, sound.rate if sound is not None else 0, zero, still, chained,
-    )  # fmt: skip
+    size = (0, 0) if picture is None else (picture.width, picture.height)
+    rates = (float(rate) if rate else math.nan, sound.rate if sound is not None else 0)
+    return MediaFacts(path, name, seconds if seconds > 0 else math.nan, *size, *rates, zero, still, chained)
 
 
 def promised_end(facts: MediaFacts, taken: list[Any]) -> float:
-    """Say when the header promises that the streams end which are read.
-
-    Args:
-        facts: the file's.
-        taken: the streams.
-
-    Returns:
-        Seconds of the file's clock; NaN where the file's bytes are the better witness: there the duration is that of
-        streams which are not read (subtitles), or counts what is not there (AVI, ASF), or is worked out from the data.
-    """
+    """Say when the header promises that the streams end which are read."""
     kinds = _kinds(facts.format)
     if kinds & _ABSOLUTE and not kinds & _FROM_ZERO:
         ends = [((s.start_time or 0) + s.duration) * s.time_base for s in taken if s.duration]
@@ -274,15 +197,7 @@ def _kinds(name: str) -> frozenset[str]:
 
 
 def check_readable(path: str, name: str) -> None:
-    """Refuse what FFmpeg opens and cannot rightly decode.
-
-    Args:
-        path: the file.
-        name: libav's name of its format.
-
-    Raises:
-        MediaError: bare pictures without time stamps, or a WebP that moves.
-    """
+    """Refuse what FFmpeg opens and cannot rightly decode."""
     if name in _UNDATED:
         raise MediaError(
             f"{path} is a bare {name} stream: nothing in it says when its frames are shown. Put it into a container "
@@ -297,18 +212,7 @@ def check_readable(path: str, name: str) -> None:
 
 
 def true_size(container: Any) -> tuple[int, int] | None:
-    """Read the true size of an odd-sized picture that `Clip.save` padded.
-
-    Args:
-        container: PyAV's input container.
-
-    Returns:
-        Width and height in pixels, or None.
-    """
-    comment = container.metadata.get("comment", "")
-    if not comment.startswith(CROP_MARK):
-        return None
-    width, _, height = comment.removeprefix(CROP_MARK).partition("x")
-    return (
-        (int(width), int(height)) if width.isdecimal() and height.isdecimal() and int(width) and int(height) else None
-    )
+    """Read the true size of an odd-sized picture that `Clip.save` padded."""
+    found = re.fullmatch(rf"{CROP_MARK}(\d+)x(\d+)", container.metadata.get("comment", ""))
+    size = (int(found[1]), int(found[2])) if found else (0, 0)
+    return size if all(size) else None

@@ -13,29 +13,23 @@ _PREVIEW_SIDE = 480
 
 
 def player(clip: Any) -> str:
-    """Draw a clip as HTML that needs no network.
-
-    Args:
-        clip: a `Clip`.
-
-    Returns:
-        A `<figure>` with a video, audio or image element and a caption.
-    """
+    """Draw a clip as HTML that needs no network."""
     shown = clip if clip.duration <= _PREVIEW_SECONDS else clip.trimmed(0.0, _PREVIEW_SECONDS)
     if not clip.has_picture:
-        element = f'<audio controls src="{_uri("audio/mp4", shown.to_mp4_bytes())}"></audio>'
+        element = f'<audio controls src="{data_uri("audio/mp4", shown.to_mp4_bytes())}"></audio>'
     elif clip.is_image and not clip.has_sound:
-        uri = _uri("image/png", encoding.png_bytes(clip.frames[0]))
+        uri = data_uri("image/png", encoding.png_bytes(clip.frames[0]))
         element = f'<img alt="one frame" style="max-width:480px" src="{uri}">'
     else:
         data = shown.to_mp4_bytes(crf=20.0, max_side=_PREVIEW_SIDE)
         width = max(240, min(_PREVIEW_SIDE, clip.frames.shape[2]))
-        element = f'<video controls loop playsinline width="{width}" src="{_uri("video/mp4", data)}"></video>'
+        element = f'<video controls loop playsinline width="{width}" src="{data_uri("video/mp4", data)}"></video>'
     preview = f" (the first {_PREVIEW_SECONDS:g} s are shown)" if shown is not clip else ""
     notes = "".join(f"<br>{html.escape(note)}" for note in clip.notes)
     caption = f"<figcaption><small>{html.escape(repr(clip))}{preview}{notes}</small></figcaption>"
     return f'<figure class="av-lens-clip" style="margin:0">{element}{caption}</figure>'
 
 
-def _uri(kind: str, data: bytes) -> str:
+def data_uri(kind: str, data: bytes) -> str:
+    """Write a medium of this kind, such as "video/mp4", into an address."""
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

@@ -57,17 +57,7 @@ class Entry:
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
-    """Read and check a manifest; nothing is decoded.
-
-    Args:
-        path: a jsonl file.
-
-    Returns:
-        One entry per line.
-
-    Raises:
-        ManifestError: listing every fault of every line.
-    """
+    """Read and check a manifest; nothing is decoded."""
     manifest = Path(path)
     try:
         lines = manifest.read_bytes().decode("utf-8-sig").split("\n")
@@ -89,15 +79,13 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
             found.append(_entry(manifest, row, number))
         faults += [f"line {number}: {fault}" for fault in wrong]
     if faults:
-        shown = faults[:_MOST_SHOWN] + (
-            [f"... and {len(faults) - _MOST_SHOWN} more"] if len(faults) > _MOST_SHOWN else []
-        )
+        more = [f"... and {len(faults) - _MOST_SHOWN} more"] if len(faults) > _MOST_SHOWN else []
         many = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
-        raise ManifestError(f"{manifest} has {many}; nothing was run:\n  " + "\n  ".join(shown))
+        told = "\n  ".join(faults[:_MOST_SHOWN] + more)
+        raise ManifestError(f"{manifest} has {many}; nothing was run:\n  {told}")
     if not found:
-        raise ManifestError(
-            f'{manifest} holds no conflict: one json object per line, {{"sound": ..., "picture": ..., ...}}'
-        )
+        form = '{"sound": ..., "picture": ..., ...}'
+        raise ManifestError(f"{manifest} holds no conflict: one json object per line, {form}")
     return found
 
 
@@ -165,14 +153,7 @@ def _repeated(row: dict[str, Any], number: int, first_line: dict[str, int]) -> I
 
 
 def answers_fault(answers: Sequence[str | int | Sequence[Any]]) -> str | None:
-    """Say what is wrong with two rival answers as far as it shows without a model.
-
-    Args:
-        answers: the sound's answer, then the picture's.
-
-    Returns:
-        The fault, or None.
-    """
+    """Say what is wrong with two rival answers as far as it shows without a model."""
     if len(answers) != 2:
         return f"answers are two, the sound's and the picture's; found {len(answers)}"
     synonyms = [[answer] if isinstance(answer, str | int) else list(answer) for answer in answers]
@@ -211,10 +192,8 @@ def _probed(name: str, clip: ClipFile, probes: dict[ClipFile, tuple[str, ...]]) 
         except MediaError as error:
             probes[clip] = (str(error),)
         else:
-            missing = [
-                what for what, there in (("audio stream", facts.has_sound), ("picture", facts.has_picture)) if not there
-            ]
-            probes[clip] = tuple(f"{clip.path} has no {what}" for what in missing)
+            there = {"audio stream": facts.has_sound, "picture": facts.has_picture}
+            probes[clip] = tuple(f"{clip.path} has no {what}" for what in there if not there[what])
     return [f"{name}: {fault}" for fault in probes[clip]]
 
 

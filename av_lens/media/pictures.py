@@ -37,16 +37,7 @@ class Pictures:
     def __init__(
         self, stream: Any, *, facts: MediaFacts, start: float, end: float | None, fps: float | None, budget: Budget
     ):
-        """Prepare for a stream.
-
-        Args:
-            stream: PyAV's video stream.
-            facts: what the file's header says.
-            start: the window's start in seconds of the file's clock.
-            end: its end, or None.
-            fps: frames per second wanted, or None for all.
-            budget: what may be decoded.
-        """
+        """Prepare for a stream."""
         from av.video.reformatter import Interpolation, VideoReformatter
 
         self.facts, self.start, self.budget = facts, Fraction(str(start)), budget
@@ -78,11 +69,7 @@ class Pictures:
         self._scarce = self._transparent = False
 
     def add(self, frame: Any) -> None:
-        """Take the next frame.
-
-        Args:
-            frame: PyAV's frame.
-        """
+        """Take the next frame."""
         time = self._time(frame)
         if self._last is not None and time <= self._last:
             if time < self._last and not self.restart:
@@ -124,8 +111,7 @@ class Pictures:
             return
         if self._held is not None:
             # Wanted times up to the middle between the held frame and this one are nearest to the held one.
-            reached = ((self._held[0] + time) / 2 - self.start) // self.step + 1
-            self._settle(reached)
+            self._settle(((self._held[0] + time) / 2 - self.start) // self.step + 1)
         self._held = (time, frame)
 
     def _settle(self, reached: int) -> None:
@@ -152,15 +138,9 @@ class Pictures:
     def _rgb(self, frame: Any, height: int, width: int) -> np.ndarray:
         if (height, width) != (frame.height, frame.width):
             self._note(f"the picture changes size; scaled to its first, {width}x{height}")
-        rgba = self._reformatter.reformat(
-            frame,
-            width=width,
-            height=height,
-            format="rgba" if self._transparent else "rgb24",
-            interpolation=self._interpolation,
-            threads=1,
-        )
-        picture = rgba.to_ndarray()
+        look: dict[str, Any] = {"format": "rgba" if self._transparent else "rgb24", "threads": 1}
+        look |= {"width": width, "height": height, "interpolation": self._interpolation}
+        picture = self._reformatter.reformat(frame, **look).to_ndarray()
         if self._transparent and picture[..., 3].min() < 255:
             self._note("its transparency is left out; the colours below it are shown")
         return picture[..., :3]
@@ -193,11 +173,7 @@ class Pictures:
             self.notes.append(note)
 
     def finish(self) -> tuple[np.ndarray | None, np.ndarray]:
-        """Close the window.
-
-        Returns:
-            Frames uint8 [time, height, width, 3], or None, and their times from the window's start.
-        """
+        """Close the window."""
         if self._held is not None and self.step is not None:
             stop = Fraction(self.last_end) if self.end is None else min(self.end, Fraction(self.last_end))
             self._settle(math.ceil((stop - _SLACK - self.start) / self.step))

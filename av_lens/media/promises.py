@@ -28,15 +28,7 @@ _FARTHEST = 1 << 42
 
 
 def shortfall(path: str, name: str) -> str:
-    """Say what a file promises and lacks.
-
-    Args:
-        path: the file.
-        name: libav's name of its format.
-
-    Returns:
-        A clause, or "" where nothing is missing or nothing is promised (a recording that was streamed).
-    """
+    """Say what a file promises and lacks."""
     with open(path, "rb") as source:
         size, end = os.fstat(source.fileno()).st_size, _end(source, name)
     if math.isinf(end):
@@ -45,18 +37,10 @@ def shortfall(path: str, name: str) -> str:
 
 
 def left_behind(path: str, name: str) -> list[str]:
-    """Say what a file holds that FFmpeg passes over.
-
-    Args:
-        path: the file.
-        name: libav's name of its format.
-
-    Returns:
-        Clauses for the clip's notes.
-    """
+    """Say what a file holds that FFmpeg passes over."""
     notes: list[str] = []
     with open(path, "rb") as source:
-        if name == "ogg" and not any(flags & 4 for flags, _, _ in _pages(source)):
+        if name == "ogg" and not any(flags & 4 for flags, _ in _pages(source)):
             notes.append("no page of it is marked as its last: its end may be missing (truncated?)")
         end, magic = _end(source, name), _read(source, 0, 12)
         kind = slice(4, 8) if magic[4:8] == b"ftyp" else slice(0, 4)
@@ -68,17 +52,10 @@ def left_behind(path: str, name: str) -> list[str]:
 
 
 def is_chained(path: str) -> bool:
-    """Whether an Ogg file holds several streams one after the other, each with a clock of its own.
-
-    Args:
-        path: the file.
-
-    Returns:
-        True where a first page follows a later one.
-    """
+    """Whether an Ogg file holds several streams one after the other, each with a clock of its own."""
     with open(path, "rb") as source:
         begun = False
-        for flags, _, _ in _pages(source):
+        for flags, _ in _pages(source):
             if flags & 2 and begun:
                 return True
             begun = begun or not flags & 2
@@ -86,28 +63,14 @@ def is_chained(path: str) -> bool:
 
 
 def is_animated_webp(path: str) -> bool:
-    """Whether a file is a WebP that moves, which FFmpeg does not decode.
-
-    Args:
-        path: the file.
-
-    Returns:
-        True where its header says so.
-    """
+    """Whether a file is a WebP that moves, which FFmpeg does not decode."""
     with open(path, "rb") as source:
         head = _read(source, 0, 21)
     return head[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
 
 
 def counts_its_frames(path: str) -> bool:
-    """Whether an MP3 says how long it is: only then is FFmpeg's duration more than a guess from its bit rate.
-
-    Args:
-        path: the file.
-
-    Returns:
-        True where it begins with a count (Xing, Info or VBRI) that reaches to its end.
-    """
+    """Whether an MP3 says how long it is: only then is FFmpeg's duration more than a guess from its bit rate."""
     with open(path, "rb") as source:
         size, (counted, end) = os.fstat(source.fileno()).st_size, _mp3_count(source)
     return counted and (not end or size - end <= max(_TAGS_AT_END, size // 20))
@@ -154,10 +117,6 @@ def _wav(source: BinaryIO) -> float:
     return 0
 
 
-def _aiff(source: BinaryIO) -> float:
-    return 8 + int.from_bytes(_read(source, 4, 4), "big")
-
-
 def _au(source: BinaryIO) -> float:
     start, size = struct.unpack(">II", _read(source, 4, 8).ljust(8, b"\xff"))
     return start + size if size < _UNFILLED else 0
@@ -173,10 +132,6 @@ def _caf(source: BinaryIO) -> float:
         if head[:4] == b"data":
             return at
     return 0
-
-
-def _w64(source: BinaryIO) -> float:
-    return int.from_bytes(_read(source, 16, 8), "little")
 
 
 def _asf(source: BinaryIO) -> float:
@@ -230,16 +185,12 @@ def _flv(source: BinaryIO) -> float:
     return size if 0 < size < 1 << 50 else 0
 
 
-def _ogg(source: BinaryIO) -> float:
-    return max((end for _, _, end in _pages(source)), default=0)
-
-
-def _pages(source: BinaryIO) -> Iterator[tuple[int, int, int]]:
-    """Walk an Ogg file: of each page its flags (2 first, 4 last of its stream), its stream's number, its end."""
+def _pages(source: BinaryIO) -> Iterator[tuple[int, int]]:
+    """Walk an Ogg file: of each page its flags (2 first, 4 last of its stream), and its end."""
     at = 0
     while len(head := _read(source, at, 27)) == 27 and head[:4] == b"OggS":
         at += 27 + head[26] + sum(_read(source, at + 27, head[26]))
-        yield head[5], int.from_bytes(head[14:18], "little"), at
+        yield head[5], at
 
 
 def _jpeg(source: BinaryIO) -> float:
@@ -298,16 +249,16 @@ def _has_more_pictures(source: BinaryIO, magic: bytes) -> bool:
 _CHECKS: tuple[tuple[int, bytes, Callable[[BinaryIO], float]], ...] = (
     (0, b"RIFF", _riff),
     (0, b"RF64", _wav),
-    (0, b"FORM", _aiff),
+    (0, b"FORM", lambda source: 8 + int.from_bytes(_read(source, 4, 4), "big")),
     (0, b".snd", _au),
     (0, b"caff", _caf),
-    (0, b"riff\x2e\x91\xcf\x11", _w64),
+    (0, b"riff\x2e\x91\xcf\x11", lambda source: int.from_bytes(_read(source, 16, 8), "little")),
     (0, b"\x30\x26\xb2\x75", _asf),
     (4, b"ftyp", _boxes),
     (0, b"\x1aE\xdf\xa3", _matroska),
     (0, b"\x06\x0e\x2b\x34", _mxf),
     (0, b"FLV", _flv),
-    (0, b"OggS", _ogg),
+    (0, b"OggS", lambda source: max((end for _, end in _pages(source)), default=0)),
     (0, b"\xff\xd8\xff", _jpeg),
     (0, b"GIF8", _gif),
 )

@@ -7,6 +7,7 @@ The kernel of torchaudio has `orig / gcd x new / gcd` taps: 70 thousand for 4410
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -18,16 +19,7 @@ _MAX_TAPS = 1 << 22
 
 
 def resample(waveform: Float32[np.ndarray, " sample"], orig: int, new: int) -> Float32[np.ndarray, " resampled"]:
-    """Resample so that sample 0 keeps its time.
-
-    Args:
-        waveform: float32 [sample] at `orig` Hz.
-        orig: its rate in Hz.
-        new: the wanted rate in Hz.
-
-    Returns:
-        float32 [ceil(sample * new / orig)] at `new` Hz.
-    """
+    """Resample so that sample 0 keeps its time."""
     if orig == new:
         return waveform
     shared = math.gcd(orig, new)
@@ -44,12 +36,9 @@ def _with_torchaudio(waveform: np.ndarray, orig: int, new: int) -> np.ndarray:
     from torchaudio.functional import resample as torch_resample
 
     sound = torch.from_numpy(np.array(waveform, dtype=np.float32))
+    kernel: dict[str, Any] = {"lowpass_filter_width": _ZERO_CROSSINGS, "rolloff": _ROLLOFF, "beta": _BETA}
     with torch.inference_mode():
-        out = torch_resample(
-            sound, orig, new, lowpass_filter_width=_ZERO_CROSSINGS, rolloff=_ROLLOFF,
-            resampling_method="sinc_interp_kaiser", beta=_BETA,
-        )  # fmt: skip
-    return out.numpy()
+        return torch_resample(sound, orig, new, resampling_method="sinc_interp_kaiser", **kernel).numpy()
 
 
 def _with_scipy(waveform: np.ndarray, up: int, down: int) -> np.ndarray:

@@ -31,14 +31,7 @@ class Sounds:
     """
 
     def __init__(self, facts: MediaFacts, *, start: float, end: float | None, budget: Budget):
-        """Prepare for a stream.
-
-        Args:
-            facts: what the file's header says.
-            start: the window's start in seconds of the file's clock.
-            end: its end, or None.
-            budget: what may be decoded.
-        """
+        """Prepare for a stream."""
         self.path, self.facts, self.start, self.budget = facts.path, facts, start, budget
         self.end = math.inf if end is None else end
         self.rate = 0
@@ -65,25 +58,16 @@ class Sounds:
         return 0.0 if self.first_time is None else self.first_time + self._count / self.rate
 
     def add(self, frame: Any) -> None:
-        """Take the next frame.
-
-        Args:
-            frame: PyAV's frame.
-
-        Raises:
-            MediaError: the rate is absurd or changes, or a hole is longer than ten minutes.
-        """
+        """Take the next frame."""
         rate = frame.sample_rate
         if not self.rate:
             if not _RATES[0] <= rate <= _RATES[1]:
-                raise MediaError(
-                    f"{self.path}: a sound of {rate} samples a second is damage, not sound: write it anew."
-                )
+                absurd = f"a sound of {rate} samples a second is damage, not sound"
+                raise MediaError(f"{self.path}: {absurd}: write it anew.")
             self.rate = rate
         if rate != self.rate:
-            raise MediaError(
-                f"{self.path}: the sound's rate changes from {self.rate} to {rate} Hz on the way: convert it to one."
-            )
+            changes = f"the sound's rate changes from {self.rate} to {rate} Hz on the way"
+            raise MediaError(f"{self.path}: {changes}: convert it to one.")
         time = self._time(frame)
         early = time + frame.samples / rate < self.start - 2 * _MARGIN
         if early and self.first_time is None and not self.facts.is_timed_by_count:
@@ -95,8 +79,7 @@ class Sounds:
         elif frame.time_base and frame.time_base * rate > 1 and not self._repairs:
             self._tick = float(frame.time_base)
             self._drifts.append(time - self._reached)
-        mono = self._placed(mono, time)
-        self._append(mono)
+        self._append(self._placed(mono, time))
         self.done = self._reached >= self.end + _MARGIN or self._reached >= self.stream_end
 
     def _packed(self, frame: Any) -> Any:
@@ -145,17 +128,7 @@ class Sounds:
         self._count += len(mono)
 
     def finish(self, sound_rate: int) -> np.ndarray | None:
-        """Close the window and resample.
-
-        Args:
-            sound_rate: the wanted rate in Hz.
-
-        Returns:
-            float32 [sample] in [-1, 1] from the window's start, or None where there is no sound in it.
-
-        Raises:
-            MediaError: the samples are not finite, or the sound starts over ten minutes late.
-        """
+        """Close the window and resample."""
         if self.first_time is None or not self._count:
             return None
         sound = np.concatenate(self._pieces)
@@ -165,9 +138,8 @@ class Sounds:
             raise MediaError(f"{self.path}: the sound holds NaN or infinity: it is damaged; write it anew.")
         stop = min(self.end, self.stream_end)
         if self._repairs:
-            self.notes.append(
-                f"{self._repairs} holes or overlaps in the sound's time stamps were filled with silence or cut"
-            )
+            repaired = "holes or overlaps in the sound's time stamps were filled with silence or cut"
+            self.notes.append(f"{self._repairs} {repaired}")
         most = max(self._channels)
         if most > 1:
             self.notes.append(f"{most} channels of sound are averaged into one")

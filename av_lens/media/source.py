@@ -12,27 +12,9 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from av_lens.errors import MediaError
+from av_lens.media import border, header
 from av_lens.media.arrays import TOLERANCE
-from av_lens.media.border import (
-    DEFAULT_MAX_BYTES,
-    Budget,
-    border,
-    describe,
-    file_hash,
-    foreign_errors,
-    opened,
-    regular_file,
-)
 from av_lens.media.clip import Clip
-from av_lens.media.header import (
-    check_readable,
-    choose_streams,
-    promised_end,
-    read_facts,
-    stream_kind,
-    streams_left_out,
-    true_size,
-)
 from av_lens.media.pictures import Pictures
 from av_lens.media.promises import left_behind, shortfall
 from av_lens.media.sounds import Sounds
@@ -53,7 +35,7 @@ def load_clip(
     end: float | None = None,
     fps: float | None = None,
     sound_rate: SupportsIndex = 16000,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: int = border.DEFAULT_MAX_BYTES,
     damaged: str = "refuse",
     stream: Mapping[str, int] | None = None,
 ) -> Clip:
@@ -86,23 +68,20 @@ def load_clip(
     rate = check_rate("sound_rate", sound_rate, low=1_000)
     if damaged not in ("refuse", "keep"):
         raise MediaError(f'damaged= is "refuse" or "keep", found {damaged!r}.')
-    text, _ = regular_file(path)
+    text, _ = border.regular_file(path)
     request = _Request(text, start, end, fps, max_bytes, damaged, check_stream(stream))
-    with border(text, "decode"):
-        return _read(request).clip(rate, file_hash(text))
+    with border.border(text, "decode"):
+        return _read(request).clip(rate, border.file_hash(text))
 
 
 def _read(request: _Request) -> _Reading:
     """Decode the window; where a seek lands inside it, go further back, at last to the beginning."""
-    for back in _STEPS_BACK[:-1]:
-        with opened(request.path) as container:
+    for back in _STEPS_BACK:
+        with border.opened(request.path) as container:
             reading = _Reading(request, container)
-            if reading.run(back):
+            if reading.run(back) or back == _STEPS_BACK[-1]:
                 return reading
-    with opened(request.path) as container:
-        reading = _Reading(request, container)
-        reading.run(_STEPS_BACK[-1])
-        return reading
+    raise AssertionError("the last way back leads to the beginning")
 
 
 @dataclass(frozen=True)
@@ -130,21 +109,21 @@ class _Reading:
         self.request, self.container = request, container
         self.faults: list[str] = []
         self.ended = False
-        check_readable(request.path, container.format.name)
-        picture, sound = choose_streams(request.path, container, request.stream)
-        self.facts = read_facts(request.path, container, picture, sound)
-        self.crop = true_size(container)
+        header.check_readable(request.path, container.format.name)
+        picture, sound = header.choose_streams(request.path, container, request.stream)
+        self.facts = header.read_facts(request.path, container, picture, sound)
+        self.crop = header.true_size(container)
         self._check_request()
         self.streams = [stream for stream in (picture, sound) if stream is not None]
-        self.left_out = streams_left_out(container, *self.streams)
-        self.promised = promised_end(self.facts, self.streams)
+        self.left_out = header.streams_left_out(container, *self.streams)
+        self.promised = header.promised_end(self.facts, self.streams)
         self.takers: dict[int, Pictures | Sounds] = {}
+        self.budget = border.Budget(request.path, request.max_bytes)
         self.pictures = None if picture is None else self._pictures(picture)
         self.sounds = None if sound is None else self._sounds(sound)
 
     def _pictures(self, stream: Any) -> Pictures:
-        asked = self.request
-        budget = Budget(asked.path, asked.max_bytes)
+        asked, budget = self.request, self.budget
         taker = Pictures(stream, facts=self.facts, start=asked.start, end=asked.end, fps=asked.fps, budget=budget)
         # Threads cost more than they give on small pictures.
         stream.codec_context.thread_count = 1 if stream.width * stream.height <= _SMALL_PICTURE else _THREADS
@@ -154,8 +133,7 @@ class _Reading:
 
     def _sounds(self, stream: Any) -> Sounds:
         asked, facts = self.request, self.facts
-        budget = Budget(asked.path, asked.max_bytes) if self.pictures is None else self.pictures.budget
-        taker = Sounds(facts, start=asked.start, end=asked.end, budget=budget)
+        taker = Sounds(facts, start=asked.start, end=asked.end, budget=self.budget)
         if stream.duration and "mp4" in facts.format:
             # The last AAC packet is padded; the track's duration says where the sound truly ends.
             taker.stream_end = float(((stream.start_time or 0) + stream.duration) * stream.time_base - facts.zero)
@@ -171,7 +149,7 @@ class _Reading:
         n_bytes = facts.width * facts.height * 3 * max(1.0, rate * seconds)
         if math.isfinite(n_bytes):
             size = f"{seconds:.1f} s of {facts.width}x{facts.height} at {rate:.3g} frames a second"
-            Budget(asked.path, asked.max_bytes).take(n_bytes, size)
+            border.Budget(asked.path, asked.max_bytes).take(n_bytes, size)
 
     def run(self, back: float) -> bool:
         """Decode the window, from a key frame at least `back` seconds before it.
@@ -183,8 +161,8 @@ class _Reading:
         while True:
             try:
                 packet = next(packets, None)
-            except foreign_errors() as error:
-                self.faults.append(f"reading stopped: {describe(error)}")
+            except border.foreign_errors() as error:
+                self.faults.append(f"reading stopped: {border.describe(error)}")
                 packet = None
             if packet is None:
                 self.ended = True
@@ -213,7 +191,7 @@ class _Reading:
         ticks = math.floor((Fraction(target) + self.facts.zero) / stream.time_base)
         try:
             self.container.seek(ticks, stream=stream, backward=True)
-        except foreign_errors():
+        except border.foreign_errors():
             # No index: decode from the beginning, holding nothing before the window.
             return False
         return True
@@ -223,14 +201,12 @@ class _Reading:
             return
         try:
             frames = packet.decode()
-        except foreign_errors() as error:
+        except border.foreign_errors() as error:
             time = _seconds(packet, self.facts.zero)
             # Before the window, a decoder that lacks what came before the seek may complain.
             if time is None or time >= self.request.start - TOLERANCE:
-                where = "" if time is None else f" at {time:.3f} s"
-                self.faults.append(
-                    f"a packet of the {stream_kind(packet.stream)}{where} does not decode: {describe(error)}"
-                )
+                where = header.stream_kind(packet.stream) + ("" if time is None else f" at {time:.3f} s")
+                self.faults.append(f"a packet of the {where} does not decode: {border.describe(error)}")
             return
         for frame in frames:
             if not taker.done:
@@ -238,11 +214,8 @@ class _Reading:
 
     def _landed_late(self, back: float) -> bool:
         start = self.request.start
-        if (
-            self.pictures is not None
-            and self.pictures.first_time is not None
-            and self.pictures.first_time > start + TOLERANCE
-        ):
+        picture = self.pictures.first_time if self.pictures is not None else None
+        if picture is not None and picture > start + TOLERANCE:
             return True
         sound = self.sounds.first_time if self.sounds is not None else None
         # A sound may have a true hole here; two longer ways back are enough to believe it.
@@ -263,11 +236,10 @@ class _Reading:
         shown = float(times[-1]) if len(times) else 0.0
         still = self.facts.is_image and len(times) == 1
         length = 0.0 if still else max(min(asked.stop, found) - asked.start, heard, shown)
-        spacing = self.pictures.spacing if self.pictures is not None else 0.0
         notes = [*self.faults[:_SHOWN_FAULTS], *self.left_out]
         if self.ended or asked.end is None:
             notes += left_behind(asked.path, self.facts.format)
-        if asked.end is not None and found < asked.end - max(TOLERANCE, spacing) and not still:
+        if asked.end is not None and found < asked.end - max(TOLERANCE, self._spacing) and not still:
             notes.append(f"asked to {asked.end:g} s; the file ends at {found:.3f} s")
         for name, taker, taken in (("picture", self.pictures, frames), ("sound", self.sounds, waveform)):
             if taker is not None:
@@ -279,11 +251,14 @@ class _Reading:
         window = (asked.start, asked.start + length)
         return Clip(frames, times, waveform, sound_rate, length, asked.path, sha256, window, tuple(notes))
 
+    @property
+    def _spacing(self) -> float:
+        return self.pictures.spacing if self.pictures is not None else 0.0
+
     def _check_damage(self, found: float, *, empty: bool) -> None:
         asked = self.request
         if self.ended:
-            spacing = self.pictures.spacing if self.pictures is not None else 0.0
-            if min(self.promised, asked.stop) - found > max(0.25, 2 * spacing):
+            if min(self.promised, asked.stop) - found > max(0.25, 2 * self._spacing):
                 ends = f"its header promises {self.promised:.3f} s, its data end at {found:.3f} s"
                 self.faults.append(f"{ends} (truncated?)")
             self.faults += filter(None, [shortfall(asked.path, self.facts.format)])

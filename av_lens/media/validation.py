@@ -12,15 +12,7 @@ from av_lens.errors import MediaError, unknown
 
 
 def check_picture(frames: object, times: object) -> None:
-    """Refuse frames and times that do not make a picture.
-
-    Args:
-        frames: should be uint8 [time, height, width, 3].
-        times: should be float64 [time], seconds, increasing from 0 or later.
-
-    Raises:
-        MediaError: they are not; the message says what was found and how to mend it.
-    """
+    """Refuse frames and times that do not make a picture."""
     if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
         raise MediaError(
             f"frames must be a uint8 NumPy array [time, height, width, 3] of 0..255, found {_what(frames)}."
@@ -35,9 +27,8 @@ def check_picture(frames: object, times: object) -> None:
     if len(times) != len(frames):
         raise MediaError(f"each frame needs one time, found {len(frames)} frames and {len(times)} times.")
     if not np.isfinite(times).all():
-        raise MediaError(
-            f"times must be finite, found {times[~np.isfinite(times)][0]} at frame {_first(~np.isfinite(times))}."
-        )
+        k = _first(~np.isfinite(times))
+        raise MediaError(f"times must be finite, found {times[k]} at frame {k}.")
     if times[0] < 0:
         raise MediaError(
             f"times count from the clip's start and cannot be negative, found {times[0]:g} s: subtract it."
@@ -51,22 +42,13 @@ def check_picture(frames: object, times: object) -> None:
 
 
 def check_sound(waveform: object, rate: object) -> None:
-    """Refuse a waveform that is not sound.
-
-    Args:
-        waveform: should be float32 [sample] in [-1, 1].
-        rate: should be a whole number of Hz.
-
-    Raises:
-        MediaError: it is not; the message says what was found and how to mend it.
-    """
+    """Refuse a waveform that is not sound."""
     check_rate("rate", rate)
     if waveform is None:
         return
     if not isinstance(waveform, np.ndarray) or waveform.dtype != np.float32:
-        hint = (
-            " (for int16, divide by 32768)" if isinstance(waveform, np.ndarray) and waveform.dtype.kind in "iu" else ""
-        )
+        whole = isinstance(waveform, np.ndarray) and waveform.dtype.kind in "iu"
+        hint = " (for int16, divide by 32768)" if whole else ""
         raise MediaError(
             f"the waveform must be a float32 NumPy array [sample] in [-1, 1], found {_what(waveform)}{hint}."
         )
@@ -76,9 +58,8 @@ def check_sound(waveform: object, rate: object) -> None:
         raise MediaError("the waveform is empty: leave it out (waveform=None) for pictures alone.")
     peak = float(np.max(np.abs(waveform)))
     if not math.isfinite(peak):
-        raise MediaError(
-            f"the waveform must be finite, found NaN or infinity at sample {_first(~np.isfinite(waveform))}."
-        )
+        k = _first(~np.isfinite(waveform))
+        raise MediaError(f"the waveform must be finite, found NaN or infinity at sample {k}.")
     if peak > 1.0:
         raise MediaError(
             f"the waveform must lie in [-1, 1], found a peak of {peak:g}: scale it down, or clip it on purpose."
@@ -86,37 +67,14 @@ def check_sound(waveform: object, rate: object) -> None:
 
 
 def check_rate(name: str, rate: object, *, low: int = 1, high: int = 768_000) -> int:
-    """Refuse a sampling rate that is none.
-
-    Args:
-        name: the argument's name, for the message.
-        rate: Hz.
-        low: the lowest accepted.
-        high: the highest accepted.
-
-    Returns:
-        The rate.
-
-    Raises:
-        MediaError: it is no whole number, or out of range.
-    """
+    """Refuse a sampling rate that is none."""
     if isinstance(rate, bool) or not isinstance(rate, Integral) or not low <= int(rate) <= high:
         raise MediaError(f"{name}= must be a whole number of Hz from {low} to {high}, found {rate!r}.")
     return int(rate)
 
 
 def check_stream(stream: object) -> dict[str, int]:
-    """Refuse a choice of streams that is none.
-
-    Args:
-        stream: should be None, or the index of the "picture", of the "sound", or both.
-
-    Returns:
-        The choice; empty for None.
-
-    Raises:
-        MediaError: it is something else.
-    """
+    """Refuse a choice of streams that is none."""
     if stream is None:
         return {}
     if not isinstance(stream, Mapping):
@@ -142,18 +100,7 @@ def _first(flags: np.ndarray) -> int:
 
 
 def check_seconds(name: str, value: float) -> float:
-    """Refuse a time that is not a finite number.
-
-    Args:
-        name: the argument's name, for the message.
-        value: its value in seconds.
-
-    Returns:
-        The value as a float.
-
-    Raises:
-        MediaError: it is NaN, infinite or no number.
-    """
+    """Refuse a time that is not a finite number."""
     try:
         seconds = float(value)
     except (TypeError, ValueError) as error:
@@ -164,18 +111,7 @@ def check_seconds(name: str, value: float) -> float:
 
 
 def check_window(start: float, end: float | None) -> tuple[float, float | None]:
-    """Refuse a window that runs backwards.
-
-    Args:
-        start: its start in seconds.
-        end: its end in seconds, or None for "to the end".
-
-    Returns:
-        Both as floats.
-
-    Raises:
-        MediaError: start < 0 or end <= start.
-    """
+    """Refuse a window that runs backwards."""
     start = check_seconds("start", start)
     if start < 0:
         raise MediaError(f"start= counts from the beginning and cannot be negative, found {start:g} s.")

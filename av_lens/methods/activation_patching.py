@@ -35,39 +35,30 @@ sampled Shapley values. Not done: paths (an edit flows on through everything aft
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from av_lens.bridge.hook_names import COMPONENTS, component_named, hook_name
-from av_lens.errors import InputError, InterventionError, unknown
-from av_lens.inputs.model_inputs import AVInputs
-from av_lens.inputs.pairs import Pair
-from av_lens.interventions import Plan, Site, replace
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import linked, stamp
-from av_lens.runs.execution import run
-from av_lens.runs.finite import require_numbers
-from av_lens.runs.measurement import measure, measure_plans
-from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.places import Axes, Edited, Head, layout_stacks, pairs_of, shapley
-from av_lens.runs.progress import Progress, part_of, watched
-from av_lens.runs.sweeps import interrupted, sources
-from av_lens.runs.traces import record
+from av_lens.checks import require_choice
+from av_lens.core import Progress
+from av_lens.errors import InputError, unknown
+from av_lens.inputs import AVInputs, Pair
+from av_lens.interventions import Plan
+from av_lens.methods.shared.frame import SIGNS, Examples, Frame, Given, Stack, numbers, scored
+from av_lens.methods.shared.places import Axes, Head, Visits, positions_of, shapley
+from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
+from av_lens.replay import measure
+from av_lens.replay.traces import record
+from av_lens.results import Grid
 from av_lens.spans import Span
-
-SIGNS = {
-    "denoise": "values of the clean run into the corrupt run; positive: the place restores what the metric measures",
-    "noise": "values of the corrupt run into the clean run; negative: the place is needed for what the metric measures",
-}
 
 
 def patch(
-    model: Any,
+    model: HookedAVLLM,
     pair: Pair | Sequence[Pair],
     *,
     over: str = "head",
@@ -108,190 +99,76 @@ def patch(
         InputError: an unknown axis or direction, or pairs whose positions cannot share an axis.
         InterventionError: an unknown component, one without heads where heads are iterated, or positions outside.
     """
-    pairs, axes = pairs_of("patch", pair), Axes.parsed(over)
-    if direction not in SIGNS:
-        raise InputError(unknown("direction", direction, SIGNS))
+    axes, examples = Axes.parsed(over), Examples.paired("patch", pair)
+    require_choice("direction", direction, SIGNS)
     name = component or ("z" if axes.heads else "resid_pre")
-    _check_component(name, axes, model.spec)
-    bound = as_metric(metric, model, pairs)
-    _check_donor(donor, pairs)
-    places, labels = axes.cut_alike([one.clean.spans for one in pairs], at)
-    dims, targets = axes.targets(model.spec, Site(name, 0).n_heads(model.spec), heads=heads, seed=seed)
-    starts = np.cumsum([0, *(len(one) for one in pairs)])
-    columns = np.full((2, starts[-1]), np.nan)
-    values = np.full((starts[-1], len(targets), len(labels)), np.nan)
-    stacks = list(layout_stacks(pairs, stack))
-    partial = ""
-    with watched(progress) as show:
-        try:
-            for number, members in enumerate(stacks):
-                rows = np.concatenate([np.arange(starts[n], starts[n + 1]) for n in members])
-                job = _Job.of(model, [pairs[n] for n in members], direction, donor, name, targets, places[members[0]])
-                part = part_of(show, number, len(stacks))
-                job.measure(bound.chosen(rows.tolist()), rows, columns, values, part, budget_gb)
-        except KeyboardInterrupt:
-            partial = interrupted(torch.from_numpy(values))
-    if axes.places is not None:
-        dims = dims | {axes.places: labels}
+    axes.check(name, model.spec)
+    if axes.unit == "coalition" and axes.places is not None:
+        raise InputError(f"a coalition is patched at one set of positions: name them by at=, not by {axes.places}.")
+    _check_donor(donor, examples)
+    visits = Visits.of(axes, name, model.spec, heads=heads, seed=seed).at(examples.spans, at)
+    frame = Frame.of(model, examples, metric)
+    frame.shape(*visits.shape)
+
+    def work(stack: Stack, show: Progress) -> None:
+        (edited, other), asked, places = stack.ends(direction), frame.own(stack), visits.places[stack.members[0]]
+        source = other if isinstance(donor, str) else donor
+        given = _in_place(Given.of(model, source, name, visits.layers, positions_of(places)), donor)
+        frame.lines[1, stack.rows] = numbers(measure(model, other, asked))
+        plans = [Plan(), *(Plan(given.edits(target, at)) for target in visits.targets for _, at in places)]
+        trace = record(model, edited)
+        if not asked.teacher_forced:
+            require_numbers(asked(trace.logits()), asked.name, run="the recorded run")
+
+        def write(scores: np.ndarray) -> None:
+            frame.lines[0, stack.rows] = scores[0]
+            frame.values[stack.rows] = np.moveaxis(scores[1:].reshape(*visits.shape, -1), -1, 0)
+
+        schedule = str(trace.schedule(plans, budget_gb=budget_gb))
+        scored(trace, plans, asked, write, budget_gb=budget_gb, show=show, stage=schedule)
+
+    frame.run(work, examples.stacks(stack), progress)
     if axes.unit == "coalition":
-        values = _shapley_values(values, columns[0], targets, axes.width, (model.spec.n_layers, model.spec.n_heads))
-    said = {
-        "model": model.name,
-        "component": name,
-        "donor": donor if isinstance(donor, str) else f"mean over {len(donor)} examples",
-        "over": over,
-        "seed": seed,
-        "at": str(at) if at is not None else ("generation" if axes.places is None else "all"),
-        "positions": {str(label): list(positions) for label, positions in places[0]},
-        "partial": partial,
-    }
-    return _gridded(values, columns, dims, pairs, bound, f"{direction}: {SIGNS[direction]}", said)
-
-
-def _gridded(
-    values: np.ndarray,
-    columns: np.ndarray,
-    dims: dict[str, Any],
-    pairs: list[Pair],
-    metric: Metric,
-    direction: str,
-    said: dict[str, Any],
-) -> Grid:
-    questions = [question for one in pairs for question in one.corrupt.questions]
-    return Grid.of(
-        values.reshape(len(values), *map(len, dims.values())),
-        axes=dims,
-        baseline=columns[0],
-        donor=columns[1],
-        clusters=linked([_sources(one, i) for one in pairs for i in range(len(one))]),
-        metric=metric.name,
-        unit=metric.unit,
-        direction=direction,
-        provenance=stamp(method="activation patching", questions=questions, **said, **metric.provenance()),
+        frame.values = _shapley_values(frame, visits, (model.spec.n_layers, model.spec.n_heads))
+    return frame.grid(
+        visits.labelled,
+        direction=f"{direction}: {SIGNS[direction]}",
+        method="activation patching",
+        component=name,
+        donor=donor if isinstance(donor, str) else f"mean over {len(donor)} examples",
+        over=over,
+        seed=seed,
+        at=visits.said(at),
+        positions=dict(visits.places[0]),
     )
 
 
-def _check_component(name: str, axes: Axes, spec: Any) -> None:
-    found = component_named(name)
-    if axes.heads and found.head_axis is None:
-        raise InterventionError(f"{name} has no heads to iterate; write over='layer', or name z, result, q, k or v.")
-    if not found.layered:
-        raise InterventionError(f"{name} belongs to no layer, so layers of it cannot be iterated.")
-    if axes.unit in ("group", "pair", "coalition") and Site(name, 0).n_heads(spec) != spec.n_heads:
-        raise InterventionError(f"{name} has key-value heads: write over='head', each is a group's already.")
-    if axes.unit == "coalition" and axes.places is not None:
-        raise InputError(f"a coalition is patched at one set of positions: name them by at=, not by {axes.places}.")
-    hook_name(name, spec.n_layers - 1)
-
-
-def _check_donor(donor: str | AVInputs, pairs: Sequence[Pair]) -> None:
+def _check_donor(donor: str | AVInputs, examples: Examples) -> None:
     if isinstance(donor, str):
         if donor not in ("run", "zero"):
             raise InputError(unknown("donor", donor, ("run", "zero")) + " Or pass inputs, whose mean is taken.")
         return
-    for pair in pairs:
-        difference = donor.spans.layout_difference(pair.clean.spans)
+    for spans in examples.spans:
+        difference = donor.spans.layout_difference(spans)
         if difference is not None:
             raise InputError(f"the donor's layout is not the pair's: {difference}. Encode it with the same options.")
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """One stack of pairs of one layout."""
-
-    model: Any
-    edited: AVInputs
-    other: AVInputs
-    donor: str | AVInputs
-    component: str
-    targets: list[tuple[Edited, ...]]
-    places: list[tuple[Any, tuple[int, ...]]]
-
-    @classmethod
-    def of(cls, model: Any, pairs: Sequence[Pair], direction: str, *rest: Any) -> _Job:
-        clean, corrupt = (AVInputs.stack([getattr(pair, side) for pair in pairs]) for side in ("clean", "corrupt"))
-        return cls(model, *((corrupt, clean) if direction == "denoise" else (clean, corrupt)), *rest)
-
-    def measure(
-        self,
-        metric: Metric,
-        rows: np.ndarray,
-        columns: np.ndarray,
-        values: np.ndarray,
-        show: Progress,
-        budget_gb: float | int,
-    ) -> None:
-        """Write these examples' baseline, donor, and edited runs `[example, target, place]` as they are done."""
-        union = sorted({p for _, positions in self.places for p in positions})
-        given = self._given(union)
-        columns[1, rows] = measure(self.model, self.other, metric).double().cpu().numpy()
-        plans = [Plan(), *self._plans(given, union)]
-        trace = record(self.model, self.edited)
-        if not metric.teacher_forced:
-            require_numbers(metric(trace.logits()), metric.name, run="the recorded run")
-        stage = str(trace.schedule(plans, budget_gb=budget_gb))
-        scores = torch.full((len(plans), len(self.edited)), torch.nan)
-
-        def finished(done: int) -> None:
-            show(stage, done, len(plans))
-
-        try:
-            measure_plans(trace, plans, metric, budget_gb=budget_gb, finished=finished, into=scores)
-        finally:
-            found = scores.double().numpy()
-            columns[0, rows] = found[0]
-            values[rows] = np.moveaxis(found[1:].reshape(len(self.targets), len(self.places), -1), -1, 0)
-
-    def _given(self, union: list[int]) -> dict[int, Tensor]:
-        """What is put in place, by layer: `[batch or 1, pos, (head,) d]`."""
-        layers = sorted({layer for target in self.targets for layer, _ in target})
-        source = self.other if isinstance(self.donor, str) else self.donor
-        sites = [Site(self.component, layer, positions=union) for layer in layers]
-        with torch.no_grad():
-            cache = run(self.model, source, capture=sites).cache
-        found: dict[int, Tensor] = {}
-        for layer in layers:
-            value = cache[hook_name(self.component, layer)]
-            value = value.transpose(1, 2) if COMPONENTS[self.component].head_axis == 1 else value
-            if self.donor == "zero":
-                value = torch.zeros_like(value)
-            found[layer] = value if isinstance(self.donor, str) else value.mean(0, keepdim=True)
-        return found
-
-    def _plans(self, given: dict[int, Tensor], union: list[int]) -> Iterator[Plan]:
-        where = {position: row for row, position in enumerate(union)}
-        for target in self.targets:
-            for _, positions in self.places:
-                edits: list[Any] = []
-                for layer, heads in target:
-                    chosen = given[layer][:, [where[p] for p in positions]]
-                    chosen = chosen if heads is None else chosen[:, :, list(heads)]
-                    edits.append(replace(Site(self.component, layer, heads, positions), chosen))
-                yield Plan(edits)
+def _in_place(given: Given, donor: str | AVInputs) -> Given:
+    """What is put in place: the other run's values, nothing, or a mean over examples."""
+    if donor == "run":
+        return given
+    make = torch.zeros_like if donor == "zero" else _mean
+    return replace(given, values={layer: make(value) for layer, value in given.values.items()})
 
 
-def _shapley_values(
-    values: np.ndarray, baseline: np.ndarray, targets: Sequence[tuple[Edited, ...]], n: int, shape: tuple[int, int]
-) -> np.ndarray:
+def _mean(value: torch.Tensor) -> torch.Tensor:
+    return value.mean(0, keepdim=True)
+
+
+def _shapley_values(frame: Frame, visits: Visits, shape: tuple[int, int]) -> np.ndarray:
     """Turn growing sets into Shapley values on the grid's scale, `[example, layer, head, figure]`."""
-    size = len(targets) // n
-    orders = [_order(targets[i * size : (i + 1) * size]) for i in range(n)]
-    sets = values[:, :, 0].reshape(len(values), n, size)
-    before = np.concatenate([np.broadcast_to(baseline[:, None, None], (len(values), n, 1)), sets[:, :, :-1]], axis=2)
-    found = np.stack([shapley(gains, orders, shape) for gains in sets - before])
-    return found + baseline[:, None, None, None]
-
-
-def _order(sets: Sequence[tuple[Edited, ...]]) -> list[Head]:
-    """The order in which growing sets of heads grew."""
-    seen: set[Head] = set()
-    order: list[Head] = []
-    for one in sets:
-        (new,) = {(layer, head) for layer, heads in one for head in heads or ()} - seen
-        seen.add(new)
-        order.append(new)
-    return order
-
-
-def _sources(pair: Pair, i: int) -> list[str]:
-    return [*sources(pair.clean, i), *sources(pair.corrupt, i)]
+    n, sets = len(frame.values), frame.values.reshape(len(frame.values), len(visits.orders), -1)
+    before = np.broadcast_to(frame.lines[0][:, None, None], (n, len(visits.orders), 1))
+    gains = sets - np.concatenate([before, sets[:, :, :-1]], axis=2)
+    return shapley(gains, visits.orders, shape) + frame.lines[0][:, None, None, None]

@@ -25,19 +25,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from av_lens.checks import require_choice
+from av_lens.core import Progress
+from av_lens.core.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, sinks_by_layout, sinks_of
+from av_lens.core.layouts import listed
 from av_lens.errors import InputError
-from av_lens.inputs.model_inputs import AVInputs
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import stamp
-from av_lens.runs.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, sinks_by_layout, sinks_of
-from av_lens.runs.examples import Examples
-from av_lens.runs.places import listed
-from av_lens.runs.progress import Progress, watched
-from av_lens.runs.role_words import SINKS, named_span
-from av_lens.runs.sweeps import interrupted
+from av_lens.inputs import AVInputs
+from av_lens.methods.shared.frame import Examples, Frame, Stack, answer_lengths
+from av_lens.methods.shared.role_words import SINKS, named_span
+from av_lens.model import HookedAVLLM
+from av_lens.results import Grid
 from av_lens.spans import ROLES, Span
 
 BY = ("layer", "head")
@@ -45,7 +43,7 @@ UNITS = {"attention": "share of attention", "value": "norm of what is moved"}
 
 
 def attention_flow(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     queries: str | Sequence[str] = "generation",
@@ -87,42 +85,36 @@ def attention_flow(
     size = examples.stack_size(model, stack, budget_gb)
     roles = [role for role in ROLES if any(role in one.spans.roles for one in examples.inputs)]
     keys = [*roles, SINKS] if sinks is not False else roles
-    spec = model.spec
-    values = np.full((len(examples), len(asked), len(keys), spec.n_layers, spec.n_heads), np.nan)
-    partial, done, found_sinks = "", 0, dict[str, list[int]]()
-    with watched(progress) as show:
-        try:
-            stacks = list(examples.stacks(size))
-            known = sinks_by_layout(model, [inputs for _, inputs in stacks]) if sinks is True else []
-            for rows, inputs in stacks:
-                span = inputs.spans
-                positions = sinks.positions.tolist() if isinstance(sinks, Span) else sinks_of(span, known)
-                values[rows] = _masses(model, inputs, asked, keys, positions, weight)
-                done += len(rows)
-                show("attention flow", done, len(examples))
-                found_sinks[f"{inputs.layout}, {len(span)} positions"] = positions
-        except KeyboardInterrupt:
-            partial = interrupted(torch.from_numpy(values))
+    spec, found_sinks = model.spec, dict[str, list[int]]()
+    frame = Frame.of(model, examples, measured=False)
+    frame.shape(len(asked), len(keys), spec.n_layers, spec.n_heads)
+    stacks, known = examples.stacks(size), list[Any]()
+
+    def work(stack: Stack, show: Progress) -> None:
+        del show
+        if sinks is True and not known:
+            known.extend(sinks_by_layout(model, (one.x for one in stacks)))
+        x = stack.x
+        positions = sinks.positions.tolist() if isinstance(sinks, Span) else sinks_of(x.spans, known)
+        frame.values[stack.rows] = _masses(model, x, asked, keys, positions, weight)
+        found_sinks[f"{x.layout}, {len(x.spans)} positions"] = positions
+
+    frame.run(work, stacks, progress, stage="attention flow")
     axes: dict[str, Any] = {"query": asked, "key": keys, "layer": np.arange(spec.n_layers)}
-    return Grid.of(
-        values if by == "head" else values.mean(-1),
-        axes=axes | ({"head": np.arange(spec.n_heads)} if by == "head" else {}),
-        baseline=np.zeros(len(examples)),
-        clusters=examples.clusters,
-        metric=f"attention flow ({weight})",
-        unit=UNITS[weight],
+    if by == "head":
+        axes["head"] = np.arange(spec.n_heads)
+    else:
+        frame.values = frame.values.mean(-1)
+    return frame.grid(
+        axes,
+        named=(f"attention flow ({weight})", UNITS[weight]),
         direction="what the query reads from the key; no edit, so the effects are the values",
-        provenance=stamp(
-            method="attention flow",
-            model=model.name,
-            weight=weight,
-            by=by,
-            max_new_tokens=max_new_tokens,
-            sinks=found_sinks if sinks is not False else "left in their roles",
-            sink_times=SINK_TIMES,
-            partial=partial,
-            questions=examples.questions,
-        ),
+        method="attention flow",
+        weight=weight,
+        by=by,
+        max_new_tokens=max_new_tokens,
+        sinks=found_sinks if sinks is not False else "left in their roles",
+        sink_times=SINK_TIMES,
     )
 
 
@@ -155,11 +147,10 @@ def _masses(
 def _answered(model: Any, examples: Examples, n: int, stack: int) -> Examples:
     """Put the model's own greedy answer after every prompt, up to its end; its last token produced nothing."""
     answered: dict[int, AVInputs] = {}
-    for rows, inputs in examples.stacks(stack):
-        tokens = model.generate(inputs, max_new_tokens=n)[:, len(inputs.spans) :]
-        ends = set(np.atleast_1d(model.hf_model.generation_config.eos_token_id or []).tolist())
-        for i, row in enumerate(rows.tolist()):
-            length = next((k + 1 for k, token in enumerate(tokens[i].tolist()) if token in ends), n)
-            new = tokens[i : i + 1, : min(length, tokens.shape[1]) - 1]
-            answered[row] = inputs[i].continued(new) if new.shape[1] else inputs[i]
+    for one in examples.stacks(stack):
+        x = one.x
+        tokens = model.generate(x, max_new_tokens=n)[:, len(x.spans) :]
+        for i, (length, _) in enumerate(answer_lengths(model, tokens)):
+            new = tokens[i : i + 1, : length - 1]
+            answered[int(one.rows[i])] = x[i].continued(new) if new.shape[1] else x[i]
     return Examples(tuple(answered[row] for row in range(len(examples))))

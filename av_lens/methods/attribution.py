@@ -30,16 +30,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
-from av_lens.errors import InputError, unknown
-from av_lens.inputs.model_inputs import AVInputs
+from av_lens.checks import require_choice
+from av_lens.core import Run, run
+from av_lens.core.activations import heads_first
+from av_lens.errors import InputError
+from av_lens.families.hook_names import hook_name
+from av_lens.inputs import AVInputs
 from av_lens.interventions import Site
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import stamp
-from av_lens.runs.examples import Examples
-from av_lens.runs.execution import Run, run
-from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.recording import heads_first
+from av_lens.methods.shared.frame import Examples, Frame
+from av_lens.metrics import Metric
+from av_lens.model import HookedAVLLM
+from av_lens.results import Grid
 from av_lens.spans import ROLES
 
 BY = ("head", "layer", "component", "head span", "neuron")
@@ -47,7 +48,7 @@ ELSEWHERE = "no source"
 SIGN = "direct shares of the logit difference at the generation position; positive: towards the first answer"
 
 
-def direct_attribution(model: Any, x: Any, *, metric: Metric, by: str = "head", stack: int = 16) -> Grid:
+def direct_attribution(model: HookedAVLLM, x: Any, *, metric: Metric, by: str = "head", stack: int = 16) -> Grid:
     """Share a logit difference out among the parts that write it.
 
     Args:
@@ -66,33 +67,20 @@ def direct_attribution(model: Any, x: Any, *, metric: Metric, by: str = "head", 
     Raises:
         InputError: a metric that is not linear in the logits, or an unknown `by`.
     """
-    if by not in BY:
-        raise InputError(unknown("way of sharing", by, BY))
+    require_choice("way of sharing", by, BY)
     examples = Examples.of(model, x)
-    bound = as_metric(metric, model, examples.inputs)
-    linear_answers(bound, len(examples))
-    roles = [role for role in ROLES if any(len(one.spans[role]) for one in examples.inputs)]
-    total = np.full(len(examples), np.nan)
+    frame = Frame.of(model, examples, metric)
+    assert frame.metric is not None
+    linear_answers(frame.metric, len(examples))
+    roles = [role for role in ROLES if any(len(spans[role]) for spans in examples.spans)]
     found: dict[str, np.ndarray] = {}
-    for rows, stacked in examples.stacks(stack):
-        chosen = bound.chosen(rows.tolist()) if bound.n_answers > 1 else bound
-        shares, total[rows] = _shares(model, stacked, chosen, by, roles)
+    for one in examples.stacks(stack):
+        shares, frame.lines[0, one.rows] = _shares(model, one.x, frame.own(one), by, roles)
         for name, share in shares.items():
-            found.setdefault(name, np.full((len(examples), *share.shape[1:]), np.nan))[rows] = share
+            found.setdefault(name, np.full((len(examples), *share.shape[1:]), np.nan))[one.rows] = share
+    frame.values, frame.shares = np.stack(list(found.values()), axis=1), True
     axes: dict[str, Any] = {"part": list(found)} | ({"source": [*roles, ELSEWHERE]} if by == "head span" else {})
-    return Grid.of(
-        np.stack(list(found.values()), axis=1),
-        axes=axes,
-        baseline=total,
-        clusters=examples.clusters,
-        metric=bound.name,
-        unit=bound.unit,
-        direction=SIGN,
-        shares=True,
-        provenance=stamp(
-            method="direct attribution", model=model.name, by=by, questions=examples.questions, **bound.provenance()
-        ),
-    )
+    return frame.grid(axes, direction=SIGN, method="direct attribution", by=by)
 
 
 def _shares(
@@ -149,63 +137,40 @@ def _by_source(
     model: Any, x: AVInputs, out: Run, shares: dict[str, Tensor], reader: Tensor, roles: list[str]
 ) -> dict[str, Float[Tensor, "example source"]]:
     """Split every head's share by the role of the positions that it read; NaN where a part has no such source."""
-    nothing = torch.full((len(x), len(roles) + 1), torch.nan, dtype=torch.float64, device=reader.device)
     found: dict[str, Tensor] = {}
     group = model.spec.n_heads // model.spec.n_kv_heads
-    moved: dict[int, Tensor] = {}
+    moved: list[Tensor] = []
     for layer in range(model.spec.n_layers):
         pattern = out.cache[hook_name("pattern", layer)][:, :, 0].double()
         v = heads_first(out.cache[hook_name("v", layer)], "v").double().repeat_interleave(group, dim=1)
         read = torch.einsum("hdm,bm->bhd", model.W_O[layer].double(), reader)
-        moved[layer] = pattern * torch.einsum("bhkd,bhd->bhk", v, read)
+        moved.append(pattern * torch.einsum("bhkd,bhd->bhk", v, read))
+    places = [torch.from_numpy(x.spans[role].positions.copy()).to(reader.device) for role in roles]
     for name, share in shares.items():
-        values = found[name] = nothing.clone()
-        if "H" not in name:
+        values = found[name] = reader.new_full((len(x), len(roles) + 1), torch.nan)
+        if "H" in name:
+            layer, head = map(int, name[1:].split("H"))
+            for number, there in enumerate(places):
+                if len(there):
+                    values[:, number] = moved[layer][:, head, there].sum(-1)
+        else:
             values[:, -1] = share
-            continue
-        layer, head = (int(number) for number in name[1:].split("H"))
-        for number, role in enumerate(roles):
-            there = torch.from_numpy(x.spans[role].positions.copy()).to(reader.device)
-            if len(there):
-                values[:, number] = moved[layer][:, head, there].sum(-1)
     return found
 
 
 def linear_answers(metric: Metric, batch: int) -> tuple[Tensor, Tensor]:
-    """Find the two tokens whose logits are compared.
-
-    Args:
-        metric: a bound metric.
-        batch: examples in the input.
-
-    Returns:
-        Two token ids for each example.
-
-    Raises:
-        InputError: the metric is not a difference of two single logits.
-    """
+    """Find the two tokens whose logits are compared."""
     if metric.kind != "logit_diff" or metric.ids is None or any(ids.shape[1:] != (1, 1) for ids in metric.ids):
         raise InputError(
             f"{metric.name} is not linear in the logits, so no shares sum to it. Use logit_diff(a, b) with two answers "
             "of one token each, without synonyms."
         )
-    if metric.n_answers not in (1, batch):
-        raise InputError(f"{metric.name} names {metric.n_answers} answers for {batch} examples.")
     first, second = (ids[:, 0, 0].expand(batch) for ids in metric.ids)
     return first, second
 
 
 def written_parts(model: Any, out: Run, by: str) -> dict[str, Float[Tensor, "batch d_model"]]:
-    """Decompose the stream at the generation position.
-
-    Args:
-        model: the model.
-        out: a run that kept embed, z, attn_out and mlp_out at the generation position.
-        by: "head", "layer", "component" or "neuron".
-
-    Returns:
-        What each part wrote, in float64; they sum to the stream that enters the final norm.
-    """
+    """Decompose the stream at the generation position."""
     parts = {"embed": out.cache[hook_name("embed")][:, 0].double()}
     weights = model.W_O
     for layer in range(model.spec.n_layers):

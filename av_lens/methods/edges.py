@@ -43,23 +43,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
-from av_lens.errors import InputError, unknown
-from av_lens.inputs.model_inputs import AVInputs
-from av_lens.inputs.pairs import Pair
+from av_lens.checks import require_choice
+from av_lens.core import Progress, run
+from av_lens.core.budget import GIGABYTE
+from av_lens.errors import InputError
+from av_lens.families.decoder import Layer
+from av_lens.families.hook_names import hook_name
+from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Site
-from av_lens.results.edge_scores import EdgeScores
-from av_lens.results.provenance import linked, stamp
-from av_lens.runs.budget import GIGABYTE
-from av_lens.runs.execution import run
-from av_lens.runs.finite import require_numbers
-from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.places import Axes, layout_stacks, pairs_of
-from av_lens.runs.progress import Progress, watched
-from av_lens.runs.receivers import Reading, reader_names, readings, require_restart, rerun, written_by_mlp
-from av_lens.runs.restart import Layer
-from av_lens.runs.sweeps import sources
-from av_lens.runs.traces import Trace, record
+from av_lens.methods.shared.frame import Examples, Frame, Stack, numbers
+from av_lens.methods.shared.places import Axes, Place
+from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
+from av_lens.replay.receivers import Reading, reader_names, readings, require_restart
+from av_lens.replay.rerun import layer_of, rerun_from
+from av_lens.replay.traces import Trace, record
+from av_lens.results import EdgeScores
 from av_lens.spans import Span
 
 VARIANTS = ("eap", "ig_inputs", "ig_activations")
@@ -70,7 +69,7 @@ SIGNS = {
 
 
 def edge_attribution(
-    model: Any,
+    model: HookedAVLLM,
     pair: Pair | Sequence[Pair],
     *,
     metric: Metric | Callable[..., Any] | None = None,
@@ -107,67 +106,48 @@ def edge_attribution(
         InterventionError: positions outside the input.
         ModelError: a model whose layers cannot be computed by themselves.
     """
-    _check(variant, steps, over, direction)
-    pairs = pairs_of("edge_attribution", pair)
-    bound = as_metric(metric, model, pairs)
-    n = sum(map(len, pairs))
+    asked = (("variant", variant, VARIANTS), ("axis", over, ("edge", "edge span")), ("direction", direction, SIGNS))
+    for kind, name, known in asked:
+        require_choice(kind, name, known)
+    if steps < 1:
+        raise InputError(f"steps={steps}: integrated gradients need at least one run; 5 is usual.")
+    examples = Examples.paired("edge_attribution", pair)
     axes = Axes.parsed("layer span" if over == "edge span" else "layer")
-    places, labels = _places(axes, pairs, at)
+    places, labels = [[("all", tuple(range(len(spans))))] for spans in examples.spans], ["all"]
+    if axes.places is not None or at is not None:
+        places, labels = axes.cut_alike(examples.spans, at)
     senders, receivers = _senders(model.spec), _receivers(model.spec)
-    scores, columns = np.full((n, len(labels), len(senders), len(receivers)), np.nan), np.full((2, n), np.nan)
-    stacks = list(_stacks(pairs, stack))
-    with watched(progress) as show:
-        for number, (members, rows) in enumerate(stacks):
-            chosen = [pairs[i] for i in members]
-            job = _Job.of(model, chosen, direction, bound.chosen(rows), places[members[0]], budget_gb)
-            for done, total in job.run(variant, steps):
-                show(f"edges, {variant}", number * total + done, len(stacks) * total)
-            scores[rows], columns[:, rows] = job.scores.numpy(), job.columns
+    frame = Frame.of(model, examples, metric)
+    frame.shape(len(labels), len(senders), len(receivers))
+
+    def work(stack: Stack, show: Progress) -> None:
+        job = _Job.of(model, *stack.ends(direction), frame.own(stack), places[stack.members[0]], budget_gb)
+        for done, total in job.run(variant, steps):
+            show(f"edges, {variant}", done, total)
+        frame.values[stack.rows], frame.lines[:, stack.rows] = job.scores.numpy(), job.columns
+
+    frame.run(work, examples.stacks(stack), progress, whole=True)
+    assert frame.metric is not None
     return EdgeScores.of(
-        scores if axes.places else scores[:, 0],
+        frame.values if axes.places else frame.values[:, 0],
         senders=senders,
         receivers=receivers,
         spans=labels if axes.places else None,
-        baseline=columns[0],
-        donor=columns[1],
-        clusters=linked([[*sources(one.clean, i), *sources(one.corrupt, i)] for one in pairs for i in range(len(one))]),
-        metric=bound.name,
-        unit=bound.unit,
+        baseline=frame.lines[0],
+        donor=frame.lines[1],
+        clusters=examples.clusters,
+        metric=frame.metric.name,
+        unit=frame.metric.unit,
         direction=f"{direction}: {SIGNS[direction]}",
-        provenance=stamp(
+        provenance=frame.stamp(
             method="edge attribution",
-            model=model.name,
             variant=variant,
             steps=steps if variant != "eap" else 1,
             over=over,
             at="all" if at is None else str(at),
-            positions={str(label): list(positions) for label, positions in places[0]},
-            questions=[question for one in pairs for question in one.corrupt.questions],
-            **bound.provenance(),
+            positions=dict(places[0]),
         ),
     )
-
-
-def _check(variant: str, steps: int, over: str, direction: str) -> None:
-    asked = (("variant", variant, VARIANTS), ("axis", over, ("edge", "edge span")), ("direction", direction, SIGNS))
-    for kind, name, known in asked:
-        if name not in known:
-            raise InputError(unknown(kind, name, known))
-    if steps < 1:
-        raise InputError(f"steps={steps}: integrated gradients need at least one run; 5 is usual.")
-
-
-def _stacks(pairs: Sequence[Pair], size: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Numbers of pairs that run together, and of their examples."""
-    starts = np.cumsum([0, *map(len, pairs)])
-    for members in layout_stacks(pairs, size):
-        yield members, [row for i in members for row in range(int(starts[i]), int(starts[i + 1]))]
-
-
-def _places(axes: Axes, pairs: Sequence[Pair], at: str | Span | None) -> tuple[list[Any], list[Any]]:
-    if axes.places is None and at is None:
-        return [[("all", tuple(range(len(one.clean.spans))))] for one in pairs], ["all"]
-    return axes.cut_alike([one.clean.spans for one in pairs], at)
 
 
 def _senders(spec: Any) -> list[str]:
@@ -194,20 +174,20 @@ class _Group:
         part: the component: "embed", "z" or "mlp_out".
         layer: the layer.
         change: donor - base at every position: `[batch, pos, head, d_head]` for heads, else `[batch, pos, d_model]`.
-        output: the heads' output weights `[d_model, head * d_head]`, else None.
+        heads: the layer whose heads these are, else None.
         first: the place of the first of them among all senders.
     """
 
     part: str
     layer: int
     change: Tensor
-    output: Tensor | None
+    heads: Layer | None
     first: int
 
     @property
     def size(self) -> int:
         """How many senders these are."""
-        return 1 if self.output is None else self.change.shape[2]
+        return 1 if self.heads is None else self.change.shape[2]
 
     def precedes(self, reading: Reading) -> bool:
         """Whether the readers come after these senders."""
@@ -218,14 +198,11 @@ class _Group:
     def written(self, positions: Sequence[int]) -> Float[Tensor, "batch _ sender d_model"]:
         """What each sender's write changes by, at some positions."""
         change = self.change[:, list(positions)]
-        if self.output is None:
-            return change[:, :, None]
-        weight = self.output.unflatten(1, change.shape[2:])
-        return torch.einsum("bphd,mhd->bphm", change, weight)
+        return change[:, :, None] if self.heads is None else self.heads.results(change)
 
     def together(self) -> Float[Tensor, "batch pos d_model"]:
         """What all of them together change in the stream."""
-        return self.change if self.output is None else self.change.flatten(-2) @ self.output.T
+        return self.change if self.heads is None else self.change.flatten(-2) @ self.heads.outputs().flatten(0, 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +212,7 @@ class _Job:
     trace: Trace
     groups: list[_Group]
     middles: tuple[Tensor, ...]
-    places: list[tuple[Any, tuple[int, ...]]]
+    places: list[Place]
     metric: Metric
     columns: np.ndarray
     scores: Tensor
@@ -243,16 +220,8 @@ class _Job:
 
     @classmethod
     def of(
-        cls,
-        model: Any,
-        pairs: Sequence[Pair],
-        direction: str,
-        metric: Metric,
-        places: list[Any],
-        budget_gb: float | int,
+        cls, model: Any, base: AVInputs, donor: AVInputs, metric: Metric, places: list[Place], budget_gb: float | int
     ) -> _Job:
-        clean, corrupt = (AVInputs.stack([getattr(one, side) for one in pairs]) for side in ("clean", "corrupt"))
-        base, donor = (clean, corrupt) if direction == "noise" else (corrupt, clean)
         trace, layers = record(model, base), range(model.spec.n_layers)
         require_restart(trace, "edge attribution")
         asked = Site("resid_post", layers[-1], positions="generation")
@@ -266,13 +235,13 @@ class _Job:
             ]
         measured.append(metric(runs[1].logits))
         require_numbers(measured[1], metric.name, run="the donor run")
-        columns = torch.stack(measured).double().cpu().numpy()
+        columns = numbers(torch.stack(measured))
         groups: list[_Group] = []
         for layer, part in [(-1, "embed"), *((layer, part) for layer in layers for part in ("z", "mlp_out"))]:
             name = hook_name(part, None if layer < 0 else layer)
             change = runs[1].cache[name] - runs[0].cache[name]
-            output = Layer.of(model.bridge.blocks[layer]).o.weight.detach() if part == "z" else None
-            groups.append(_Group(part, layer, change, output, sum(group.size for group in groups)))
+            heads = layer_of(model, layer) if part == "z" else None
+            groups.append(_Group(part, layer, change, heads, sum(group.size for group in groups)))
         middles = tuple(runs[0].cache[hook_name("resid_mid", layer)] for layer in layers)
         shape = (len(base), len(places), len(_senders(model.spec)), len(_receivers(model.spec)))
         scores = torch.full(shape, torch.nan, dtype=torch.float64)
@@ -318,13 +287,13 @@ class _Job:
         layer, middle = group.layer, None
         if group.part == "z":
             middle = self.middles[layer] + change
-            modules = Layer.of(self.trace.model.bridge.blocks[layer])
+            modules = layer_of(self.trace.model, layer)
             with torch.no_grad():
-                stream = middle + written_by_mlp(modules, middle)
+                stream = middle + modules.mlp(modules.ln2(middle))
             middle = middle[:, self._start :]
         else:
             stream = self.trace.stream(layer + 1, 0) + change
-        edited = rerun(self.trace, layer + 1, stream[:, first:], start=first)
+        edited = rerun_from(self.trace, layer + 1, stream[:, first:], start=first)
         return readings(edited, self.metric, start=self._start, above=layer, middle=middle)
 
     def _add(self, senders: Sequence[_Group], reading: Reading, share: float, written: _Kept) -> None:

@@ -28,7 +28,7 @@ layers at once, and the paper's bound on what was missed (raise `top` instead).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,32 +36,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from av_lens.bridge.hook_names import component_named, hook_name
-from av_lens.errors import InputError, InterventionError, unknown
-from av_lens.inputs.model_inputs import AVInputs
-from av_lens.inputs.pairs import Pair
-from av_lens.interventions import Plan, Site, replace
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import linked, stamp
-from av_lens.runs.execution import run
-from av_lens.runs.finite import require_numbers
-from av_lens.runs.gradient_drops import held_layers
-from av_lens.runs.measurement import measure_plans
-from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.places import Axes, Edited, layout_stacks, pairs_of
-from av_lens.runs.progress import Progress, part_of, watched
-from av_lens.runs.receivers import require_restart, rotated
-from av_lens.runs.suffix_gradients import SuffixGradients
-from av_lens.runs.swapped_reads import read_with
-from av_lens.runs.sweeps import interrupted, sources
-from av_lens.runs.traces import Trace, record
+from av_lens.checks import require_choice
+from av_lens.core import Progress, watched
+from av_lens.errors import InputError, InterventionError
+from av_lens.families.hook_names import component_named
+from av_lens.inputs import AVInputs, Pair
+from av_lens.interventions import Plan, Site
+from av_lens.methods.shared.frame import SIGNS, Examples, Frame, Given, Stack, held_layers, numbers, scored
+from av_lens.methods.shared.places import Axes, Place, Visits, positions_of
+from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
+from av_lens.replay.receivers import require_restart
+from av_lens.replay.rereading import read_with
+from av_lens.replay.rerun import layer_of
+from av_lens.replay.suffix_gradients import SuffixGradients
+from av_lens.replay.traces import Trace, record
+from av_lens.results import Grid
 from av_lens.spans import Span
 
 FIGURES = ("atp", "atp_fixed", "atp_star", "exact", "error")
-SIGNS = {
-    "denoise": "values of the clean run into the corrupt run; positive: the place restores what the metric measures",
-    "noise": "values of the corrupt run into the clean run; negative: the place is needed for what the metric measures",
-}
 SIZES = "atp_star is a size, never negative"
 QUERIES, KEYS = ("q", "rot_q"), ("k", "rot_k")
 STREAM = ("resid_pre", "resid_mid", "resid_post")
@@ -69,7 +62,7 @@ GRADIENT_GB = 8.0
 
 
 def attribution_patch(
-    model: Any,
+    model: HookedAVLLM,
     pair: Pair | Sequence[Pair],
     *,
     metric: Metric | Callable[..., Any] | None = None,
@@ -108,80 +101,67 @@ def attribution_patch(
         InputError: unknown axes or direction, a metric that has no gradient or is NaN, or unlike pairs.
         InterventionError: an unknown component, or positions outside.
     """
-    axes = Axes.parsed(over)
+    axes, examples = Axes.parsed(over), Examples.paired("attribution_patch", pair)
     name = component or ("z" if axes.heads else "resid_pre")
     _check(axes, name, direction, top, model.spec)
-    pairs = pairs_of("attribution_patch", pair)
-    n, bound = sum(map(len, pairs)), as_metric(metric, model, pairs)
-    places, labels = axes.cut_alike([one.clean.spans for one in pairs], at)
-    dims, targets = axes.targets(model.spec, Site(name, 0).n_heads(model.spec))
-    values, columns = np.full((n, len(targets), len(labels), 5), np.nan), np.full((2, n), np.nan)
-    stacks = [
-        _Stack(*_ends([pairs[i] for i in members], direction), name, targets, places[members[0]], rows, model, bound)
-        for members, rows in _numbered(pairs, stack)
-    ]
+    visits = Visits.of(axes, name, model.spec).at(examples.spans, at)
+    frame = Frame.of(model, examples, metric)
+    frame.shape(*visits.shape, len(FIGURES))
+    stacks = examples.stacks(stack)
+    guesses = [_Guesses(model, visits, visits.places[one.members[0]], frame.own(one)) for one in stacks]
+
+    def guess(stack: Stack, show: Progress) -> None:
+        made = guesses[stacks.index(stack)].made(*stack.ends(direction), fix, drop, budget_gb, show)
+        frame.values[stack.rows, :, :, :3], frame.lines[:, stack.rows] = made
+
+    def exactly(stack: Stack, show: Progress) -> None:
+        one, (edited, donor) = guesses[stacks.index(stack)], stack.ends(direction)
+        given = Given.of(model, donor, name, one.layers, one.union)
+        plans = [Plan(), *(Plan(given.edits(visits.targets[t], one.places[p][1])) for t, p in chosen)]
+        trace = record(model, edited)
+
+        def write(scores: np.ndarray) -> None:
+            single = scores.astype(np.float32)
+            frame.values[stack.rows] = (single[1:] - single[0]).T
+
+        stage = f"the largest {len(chosen)} exactly: {trace.schedule(plans, budget_gb=budget_gb)}"
+        scored(trace, plans, one.metric, write, budget_gb=budget_gb, show=show, stage=stage)
+
     with watched(progress) as show:
-        for number, one in enumerate(stacks):
-            found = one.estimated(fix, drop, budget_gb, part_of(show, number, len(stacks)))
-            values[one.rows, :, :, :3], columns[:, one.rows] = found
-        chosen = _largest(values[..., 2 if drop else 1], drop, top)
-        partial = _exactly(stacks, chosen, values, budget_gb, show)
-    values[..., 4] = values[..., 1] - values[..., 3]
-    dims = dims | ({} if axes.places is None else {axes.places: labels}) | {"figure": list(FIGURES)}
-    return Grid.of(
-        (values + columns[0][:, None, None, None]).reshape(n, *map(len, dims.values())),
-        axes=dims,
-        baseline=columns[0],
-        donor=columns[1],
-        clusters=linked([[*sources(one.clean, i), *sources(one.corrupt, i)] for one in pairs for i in range(len(one))]),
-        metric=bound.name,
-        unit=bound.unit,
+        frame.run(guess, stacks, show, whole=True)
+        guessed = frame.values
+        chosen = _largest(guessed[..., 2 if drop else 1], drop, top)
+        frame.shape(len(chosen))
+        frame.run(exactly, stacks if chosen else (), show)
+    for number, (target, place) in enumerate(chosen):
+        guessed[:, target, place, 3] = frame.values[:, number]
+    guessed[..., 4] = guessed[..., 1] - guessed[..., 3]
+    frame.values = guessed + frame.lines[0][:, None, None, None]
+    return frame.grid(
+        visits.labelled | {"figure": list(FIGURES)},
         direction=f"{direction}: {SIGNS[direction]}; {SIZES}",
-        provenance=stamp(
-            method="attribution patching",
-            model=model.name,
-            choices={"component": name, "over": over, "fix": fix, "drop": drop, "top": top},
-            at=str(at) if at is not None else ("generation" if axes.places is None else "all"),
-            positions=dict(places[0]),
-            partial=partial,
-            questions=[question for one in pairs for question in one.corrupt.questions],
-            **bound.provenance(),
-        ),
+        method="attribution patching",
+        choices={"component": name, "over": over, "fix": fix, "drop": drop, "top": top},
+        at=visits.said(at),
+        positions=dict(visits.places[0]),
     )
 
 
 def _check(axes: Axes, name: str, direction: str, top: int, spec: Any) -> None:
-    if direction not in SIGNS:
-        raise InputError(unknown("direction", direction, SIGNS))
+    require_choice("direction", direction, SIGNS)
     if top < 0:
         raise InputError(f"top={top}: name how many places are patched exactly, 0 for none.")
-    found = component_named(name)
     if axes.unit not in ("layer", "head", "group"):
         raise InputError(
             f"a first guess has no use for {axes.unit}: it adds up. Write over='layer', 'head' or 'group'."
         )
-    if axes.heads and found.head_axis is None:
-        raise InterventionError(f"{name} has no heads to iterate; write over='layer', or name z, result, q, k or v.")
+    found = component_named(name)
     if not found.layered or found.axes[-1] == "key_pos":
         raise InterventionError(
             f"{name} cannot be guessed here: name a component of a layer with one vector for each position, such as z, "
             "q, k, v, resid_pre, attn_out or mlp_out."
         )
-    if axes.unit == "group" and Site(name, 0).n_heads(spec) != spec.n_heads:
-        raise InterventionError(f"{name} has key-value heads: write over='head', each is a group's already.")
-
-
-def _ends(pairs: Sequence[Pair], direction: str) -> tuple[AVInputs, AVInputs]:
-    """The stacked base and donor inputs."""
-    clean, corrupt = (AVInputs.stack([getattr(one, side) for one in pairs]) for side in ("clean", "corrupt"))
-    return (corrupt, clean) if direction == "denoise" else (clean, corrupt)
-
-
-def _numbered(pairs: Sequence[Pair], size: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Numbers of pairs that run together, and of their examples."""
-    starts = np.cumsum([0, *map(len, pairs)])
-    for members in layout_stacks(pairs, size):
-        yield members, [row for i in members for row in range(int(starts[i]), int(starts[i + 1]))]
+    axes.check(name, spec)
 
 
 def _largest(guesses: np.ndarray, sizes: bool, top: int) -> list[tuple[int, int]]:
@@ -191,70 +171,43 @@ def _largest(guesses: np.ndarray, sizes: bool, top: int) -> list[tuple[int, int]
     return [(int(i) // mean.shape[1], int(i) % mean.shape[1]) for i in order]
 
 
-def _exactly(
-    stacks: Sequence[_Stack], chosen: list[tuple[int, int]], values: np.ndarray, budget_gb: float | int, show: Progress
-) -> str:
-    """Fill in the exact effects; say how far it came where it was interrupted."""
-    found = torch.full((len(chosen), len(values)), torch.nan)
-    said = ""
-    try:
-        for number, one in enumerate(stacks if chosen else ()):
-            one.measured(chosen, found, budget_gb, part_of(show, number, len(stacks)))
-    except KeyboardInterrupt:
-        said = interrupted(found)
-    for number, (target, place) in enumerate(chosen):
-        values[:, target, place, 3] = found[number].double().numpy()
-    return said
-
-
 @dataclass(frozen=True, eq=False)
-class _Stack:
-    """Pairs of one layout that run together."""
+class _Guesses:
+    """The guesses for pairs of one layout that run together."""
 
-    base: AVInputs
-    donor: AVInputs
-    component: str
-    targets: list[tuple[Edited, ...]]
-    places: list[tuple[Any, tuple[int, ...]]]
-    rows: list[int]
     model: Any
-    asked: Metric
+    visits: Visits
+    places: list[Place]
+    metric: Metric
 
     @property
-    def metric(self) -> Metric:
-        """The metric of these examples."""
-        return self.asked.chosen(self.rows)
+    def component(self) -> str:
+        return self.visits.component
 
     @property
-    def _union(self) -> list[int]:
-        return sorted({position for _, positions in self.places for position in positions})
+    def union(self) -> list[int]:
+        """Every position that is patched."""
+        return positions_of(self.places)
 
     @property
-    def _layers(self) -> range:
+    def layers(self) -> range:
         return range(self.model.spec.n_layers)
 
-    def _given(self) -> tuple[list[Tensor], Tensor]:
-        """The donor's activations in every layer `[batch, pos, (head,) d]`, and its metric."""
-        sites = [Site(self.component, layer, positions=self._union) for layer in self._layers]
-        with torch.no_grad():
-            taken = run(self.model, self.donor, capture=sites)
-        given = [taken.cache[hook_name(self.component, layer)] for layer in self._layers]
-        turned = component_named(self.component).head_axis == 1
-        return [value.transpose(1, 2) if turned else value for value in given], self.metric(taken.logits)
-
-    def estimated(self, fix: bool, drop: bool, budget_gb: float | int, show: Progress) -> tuple[np.ndarray, np.ndarray]:
+    def made(
+        self, base: AVInputs, donor: AVInputs, fix: bool, drop: bool, budget_gb: float | int, show: Progress
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The three guesses `[batch, target, place, 3]`, and both runs' metrics `[2, batch]`."""
-        given, other = self._given()
-        trace = record(self.model, self.base)
-        layers, first = self._layers, trace.traits.restart(self._union[0], trace.spans.roles)
+        given = Given.of(self.model, donor, self.component, self.layers, self.union)
+        other, trace = self.metric(given.logits), record(self.model, base)
+        first = trace.traits.restart(self.union[0], trace.spans.roles)
         later = list(range(first, len(trace.spans)))
-        sites = [Site(self.component, layer, positions=self._union) for layer in layers]
+        sites = [Site(self.component, layer, positions=self.union) for layer in self.layers]
         fixed = fix and self.component in (*QUERIES, *KEYS)
         if fixed:
             require_restart(trace, "recomputing the softmax")
-            sites += [Site(part, layer, positions=later) for part in ("z", "rot_q") for layer in layers]
+            sites += [Site(part, layer, positions=later) for part in ("z", "rot_q") for layer in self.layers]
         found: list[SuffixGradients] = []
-        plans: list[Plan | None] = [None, *(held_layers(self.model, self.base, later) if drop else ())]
+        plans: list[Plan | None] = [None, *(held_layers(self.model, base, later) if drop else ())]
         for plan in plans:
             found.append(trace.gradients(sites, self.metric, plan=plan, budget_gb=max(GRADIENT_GB, budget_gb)))
             require_numbers(found[0].metric, self.metric.name)
@@ -263,38 +216,36 @@ class _Stack:
         plain = self._by_target(self._first_order(given, found))
         best = self._by_target(self._reread(trace, given, found, later)) if fixed else plain
         stars = self._without_own(best[1:].abs()) if drop else torch.full_like(plain[0], torch.nan)
-        guesses = torch.stack([plain[0], best[0], stars], dim=-1)
-        return guesses.cpu().numpy(), torch.stack([found[0].metric, other]).double().cpu().numpy()
+        return numbers(torch.stack([plain[0], best[0], stars], dim=-1)), numbers(torch.stack([found[0].metric, other]))
 
-    def _first_order(self, given: list[Tensor], found: Sequence[SuffixGradients]) -> Tensor:
+    def _first_order(self, given: Given, found: Sequence[SuffixGradients]) -> Tensor:
         """Change times gradient, `[gradient, batch, layer, head, place]`; one head where there are none."""
         by_layer: list[Tensor] = []
-        for layer in self._layers:
-            change = given[layer] - found[0].value[layer]
+        for layer in self.layers:
+            change = given.values[layer] - found[0].value[layer]
             products = torch.stack([(change * one.gradient[layer]).sum(-1) for one in found])
             by_layer.append(self._by_place(products if products.ndim == 4 else products[..., None]))
         return torch.stack(by_layer, dim=2)
 
-    def _reread(self, trace: Trace, given: list[Tensor], found: Sequence[SuffixGradients], later: list[int]) -> Tensor:
+    def _reread(self, trace: Trace, given: Given, found: Sequence[SuffixGradients], later: list[int]) -> Tensor:
         """What heads read with the donor's queries or keys, times the gradient there; as `_first_order`."""
         by_layer: list[Tensor] = []
-        n, row = len(self._layers), {position: number for number, position in enumerate(later)}
-        for layer in self._layers:
-            new = given[layer]
+        n, row = len(self.layers), {position: number for number, position in enumerate(later)}
+        for layer in self.layers:
+            new = given.values[layer]
             if self.component in ("q", "k"):
-                cos, sin = (table.to(new.device)[:, self._union, None] for table in trace.tables)
-                new = rotated(new, cos, sin)
+                cos, sin = (table.to(new.device)[:, self.union, None] for table in trace.tables)
+                new = layer_of(self.model, layer).turned(self.component, new, cos, sin)
             z, queries = found[0].value[n + layer], found[0].value[2 * n + layer]
             gradients = torch.stack([one.gradient[n + layer] for one in found])
             if self.component in QUERIES:
-                here = [row[position] for position in self._union]
-                change = read_with(trace, layer, self._union, new) - z[:, here]
+                here = [row[position] for position in self.union]
+                change = read_with(trace, layer, self.union, new) - z[:, here]
                 by_layer.append(self._by_place((change * gradients[:, :, here]).sum(-1)))
                 continue
-            where = {position: number for number, position in enumerate(self._union)}
             places: list[Tensor] = []
             for _, positions in self.places:
-                keys = new[:, [where[position] for position in positions]]
+                keys = new[:, [given.rows[position] for position in positions]]
                 change = read_with(trace, layer, later, queries, keys=keys, at=positions) - z
                 read = (change * gradients).sum((2, -1))  # [gradient, batch, head]
                 places.append(read.unflatten(-1, (keys.shape[2], -1)).sum(-1))
@@ -303,55 +254,20 @@ class _Stack:
 
     def _by_place(self, products: Tensor) -> Tensor:
         """Sum over each place's positions: `[gradient, batch, pos, head]` to `[gradient, batch, head, place]`."""
-        member = [[float(position in inside) for inside in map(set, self._positions)] for position in self._union]
+        inside = [set(positions) for _, positions in self.places]
+        member = [[float(position in some) for some in inside] for position in self.union]
         return torch.einsum("gbph,pk->gbhk", products.double(), torch.tensor(member).to(products.device).double())
-
-    @property
-    def _positions(self) -> list[tuple[int, ...]]:
-        return [positions for _, positions in self.places]
 
     def _by_target(self, guesses: Tensor) -> Tensor:
         """Sum over the heads that are edited together, `[gradient, batch, target, place]`."""
-        found = [
-            sum((guesses[:, :, layer, slice(None) if heads is None else list(heads)].sum(2) for layer, heads in target))
-            for target in self.targets
-        ]
-        return torch.stack([torch.as_tensor(one) for one in found], dim=2)
+        heads = [(layer, slice(None) if some is None else list(some)) for ((layer, some),) in self.visits.targets]
+        return torch.stack([guesses[:, :, layer, chosen].sum(2) for layer, chosen in heads], dim=2)
 
     def _without_own(self, sizes: Tensor) -> Tensor:
         """Average over the dropped layers `[dropped, batch, target, place]`, leaving a node's own out."""
         if self.component in STREAM:
             return sizes.mean(0)
         n = len(sizes)
-        own = torch.tensor([[float(target[0][0] == layer) for target in self.targets] for layer in range(n)])
+        own = torch.tensor([[float(target[0][0] == layer) for target in self.visits.targets] for layer in range(n)])
         others = (1.0 - own).to(sizes)[:, None, :, None]
         return (sizes * others).sum(0) / max(n - 1, 1)
-
-    def measured(
-        self, chosen: Sequence[tuple[int, int]], found: Tensor, budget_gb: float | int, show: Progress
-    ) -> None:
-        """Patch the chosen (target, place) exactly, writing effects `[chosen, example]` as they are done."""
-        given, _ = self._given()
-        where = {position: number for number, position in enumerate(self._union)}
-        plans = [Plan()]
-        for target, place in chosen:
-            positions, edits = self._positions[place], []
-            for layer, heads in self.targets[target]:
-                value = given[layer][:, [where[position] for position in positions]]
-                value = value if heads is None else value[:, :, list(heads)]
-                edits.append(replace(Site(self.component, layer, heads, positions), value))
-            plans.append(Plan(edits))
-        trace = record(self.model, self.base)
-        stage = f"the largest {len(chosen)} exactly: {trace.schedule(plans, budget_gb=budget_gb)}"
-        scores = torch.full((len(plans), len(self.base)), torch.nan)
-        try:
-            measure_plans(
-                trace,
-                plans,
-                self.metric,
-                budget_gb=budget_gb,
-                finished=lambda done: show(stage, done, len(plans)),
-                into=scores,
-            )
-        finally:
-            found[:, self.rows] = scores[1:] - scores[0]

@@ -24,7 +24,7 @@ Source: nostalgebraist (2020). Not done: tuned lenses (a translator fitted to ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,20 +34,18 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.checks import require_at_least
+from av_lens.core import Progress, read_layers
+from av_lens.core.unembedding import unembedded
 from av_lens.errors import InputError
+from av_lens.inputs import AVInputs
 from av_lens.inputs.answers import spelled
-from av_lens.inputs.model_inputs import AVInputs
 from av_lens.interventions.sites import resolve_positions
+from av_lens.methods.shared.frame import Examples, Frame, Stack
+from av_lens.metrics.asked import Each, asked_words, resolved, shown
+from av_lens.metrics.forms import Forms, read_forms
+from av_lens.model import HookedAVLLM
 from av_lens.results.lens_readout import LensReadout, readings
-from av_lens.results.provenance import stamp
-from av_lens.runs.asked import Each, asked_words, resolved, shown
-from av_lens.runs.examples import Examples
-from av_lens.runs.execution import logits_of
-from av_lens.runs.forms import Forms, read_forms
-from av_lens.runs.progress import Progress, watched
-from av_lens.runs.stacks import unembedded
 from av_lens.spans import Span
 
 MOST_OTHERS = 32
@@ -55,7 +53,7 @@ Ids = tuple[int, ...]
 
 
 def logit_lens(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     at: str | Span = "audio",
@@ -95,20 +93,19 @@ def logit_lens(
     require_at_least("top", top, 1)
     examples = Examples.of(model, x)
     wanted = _Wanted.of(model, examples, words, others, seed)
-    places = [resolve_positions(at, one.spans, what="lens").index for one in examples.inputs]
+    places = [resolve_positions(at, spans, what="lens").index for spans in examples.spans]
     labels = sorted({position for one in places for position in one})
-    found = _Readings.empty(len(examples), model.spec.n_layers, labels, wanted, top)
-    with watched(progress) as show:
-        done = 0
-        for rows, inputs in examples.stacks(examples.stack_size(model, stack, budget_gb)):
-            positions = resolve_positions(at, inputs.spans, what="lens").index
-            columns = np.searchsorted(labels, positions)
-            _Lens(model, rows, positions, columns, found, wanted, norm, budget_gb).read(inputs)
-            done += len(rows)
-            show("logit lens", done, len(examples))
-    made = stamp(
+    found = _Readings(model, len(examples), labels, wanted, top, norm, budget_gb)
+    frame = Frame.of(model, examples, measured=False)
+
+    def work(stack: Stack, show: Progress) -> None:
+        del show
+        found.read(stack.x, stack.rows, places[stack.members[0]])
+
+    stacks = examples.stacks(examples.stack_size(model, stack, budget_gb))
+    frame.run(work, stacks, progress, stage="logit lens", whole=True)
+    made = frame.stamp(
         method="logit lens",
-        model=model.name,
         at=str(at),
         norm="final norm" if norm else "left out",
         words=wanted.labels,
@@ -116,9 +113,8 @@ def logit_lens(
         notes=wanted.notes,
         **({} if wanted.forms is None else wanted.forms.provenance()),
         seed=seed,
-        questions=examples.questions,
     )
-    return found.labelled(model, labels, wanted, examples.clusters, made)
+    return found.labelled(examples.clusters, made)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,122 +173,77 @@ class _Wanted:
         return {token for word in self.ids for token in word[example]}
 
 
-@dataclass(frozen=True, eq=False)
 class _Readings:
-    """Arrays that are filled stack by stack."""
+    """Arrays that are filled as each layer's stream passes; no stream and no logits are kept."""
 
-    ranks: np.ndarray
-    probabilities: np.ndarray
-    top_ids: np.ndarray
-    top_probabilities: np.ndarray
-    best_others: np.ndarray
-    said: np.ndarray
+    def __init__(
+        self, model: Any, n: int, labels: list[int], wanted: _Wanted, top: int, norm: bool, budget_gb: float | int
+    ) -> None:
+        self.model, self.labels, self.wanted, self.norm, self.budget_gb = model, labels, wanted, norm, budget_gb
+        n_layers, n_places = model.spec.n_layers, len(labels)
+        self.ranks = np.full((n, len(wanted.ids), n_layers, n_places), np.nan)
+        self.probabilities = self.ranks.copy()
+        self.top_ids = np.full((n, n_layers, n_places, top), -1)
+        self.top_probabilities = np.full(self.top_ids.shape, np.nan)
+        self.best_others = np.full((n, n_layers, len(wanted.other_ids)), np.nan)
+        self.said = np.full(n, np.nan)
 
-    @classmethod
-    def empty(cls, n: int, n_layers: int, labels: list[int], wanted: _Wanted, top: int) -> _Readings:
-        words = (n, len(wanted.ids), n_layers, len(labels))
-        likeliest = (n, n_layers, len(labels), top)
-        others = (n, n_layers, len(wanted.other_ids))
-        blank = [np.full(shape, np.nan) for shape in (words, words, likeliest, others, (n,))]
-        return cls(blank[0], blank[1], np.full(likeliest, -1), blank[2], blank[3], blank[4])
-
-    def labelled(
-        self, model: Any, labels: list[int], wanted: _Wanted, clusters: tuple[int, ...], made: dict[str, Any]
-    ) -> LensReadout:
-        axes = {"word": np.array(wanted.labels, dtype=str), "layer": np.arange(model.spec.n_layers), "pos": labels}
-        dims = ("example", *axes)
+    def labelled(self, clusters: tuple[int, ...], made: dict[str, Any]) -> LensReadout:
+        """Name the axes."""
+        words, layers = np.array(self.wanted.labels, dtype=str), np.arange(self.model.spec.n_layers)
+        axes = {"word": words, "layer": layers, "pos": self.labels}
         sign = "what the stream after each layer would say; no edit, so the effects are the values"
-        options: dict[str, Any] = {"clusters": clusters, "provenance": made, "direction": sign}
-        texts = {
-            int(token): str(model.tokenizer.decode([int(token)])) for token in np.unique(self.top_ids) if token >= 0
-        }
+        said: dict[str, Any] = {"clusters": clusters, "provenance": made, "direction": sign}
+        ranks, probabilities = (
+            readings(xr.DataArray(values, dims=("example", *axes), coords=axes), unit, **said)
+            for values, unit in ((self.ranks, "rank"), (self.probabilities, "probability"))
+        )
+        decode = self.model.tokenizer.decode
+        texts = {int(token): str(decode([int(token)])) for token in np.unique(self.top_ids) if token >= 0}
         return LensReadout(
-            readings(xr.DataArray(self.ranks, dims=dims, coords=axes), "rank", **options),
-            readings(xr.DataArray(self.probabilities, dims=dims, coords=axes), "probability", **options),
-            self.top_ids,
-            self.top_probabilities,
-            texts,
-            self.best_others,
-            self.said,
+            ranks, probabilities, self.top_ids, self.top_probabilities, texts, self.best_others, self.said
         )
 
-
-@dataclass(frozen=True, eq=False)
-class _Lens:
-    """The reading of one stack: hooks that read each layer's stream as it passes, and keep no stream and no logits."""
-
-    model: Any
-    rows: np.ndarray
-    positions: tuple[int, ...]
-    columns: np.ndarray  # the place of each position on the axis
-    into: _Readings
-    wanted: _Wanted
-    norm: bool
-    budget_gb: float | int
-
     @torch.no_grad()
-    def read(self, x: AVInputs) -> None:
-        """Run the stack once."""
-        n_layers = self.model.spec.n_layers
-        hooks = [(hook_name("resid_post", layer), self._hook(layer)) for layer in range(n_layers)]
-        last = logits_of(self.model, x, hooks, torch.tensor([x.spans.generation_position]))[:, 0]
-        if self.wanted.ids:
-            for i, row in enumerate(self.rows.tolist()):
-                self.into.said[row] = float(int(last[i].argmax()) in self.wanted.ids[0][row])
-        for row in self.rows.tolist():
-            own = self.wanted.own(row)
-            shared = [bool(own & set(ids)) for ids in self.wanted.other_ids]
-            self.into.best_others[row][:, shared] = np.nan
+    def read(self, x: AVInputs, rows: np.ndarray, positions: tuple[int, ...]) -> None:
+        """Run one stack once."""
+        columns = np.searchsorted(self.labels, positions)
 
-    def _hook(self, layer: int) -> Callable[..., None]:
-        def hook(stream: Tensor, hook: Any = None) -> None:
-            del hook
+        def read_layer(layer: int, stream: Tensor) -> None:
             each = 16.0 * stream.shape[0] * self.model.spec.d_vocab  # logits, their comparison and sums, float32
             step = max(1, int(self.budget_gb * 1e9 / each))
-            for start in range(0, len(self.positions), step):
-                part = slice(start, start + step)
-                logits = self._logits(stream[:, list(self.positions[part])]).float()
-                self._likeliest(layer, logits, self.columns[part])
-                self._words(layer, logits, self.columns[part])
-                self._others(layer, logits)
+            for start in range(0, len(positions), step):
+                logits = self._logits(stream[:, list(positions[start : start + step])]).float()
+                self._read(layer, logits, rows, columns[start : start + step])
 
-        return hook
+        last = read_layers(self.model, x, {"resid_post": read_layer}, [x.spans.generation_position])[:, 0]
+        for i, row in enumerate(rows.tolist()):
+            if self.wanted.ids:
+                self.said[row] = float(int(last[i].argmax()) in self.wanted.ids[0][row])
+            own = self.wanted.own(row)
+            self.best_others[row][:, [bool(own & set(ids)) for ids in self.wanted.other_ids]] = np.nan
 
     def _logits(self, stream: Tensor) -> Tensor:
         return unembedded(self.model, stream) if self.norm else self.model.bridge.unembed.original_component(stream)
 
-    def _likeliest(self, layer: int, logits: Tensor, columns: np.ndarray) -> None:
-        found = logits.topk(self.into.top_ids.shape[-1], dim=-1)
-        chances = (found.values - logits.logsumexp(-1, keepdim=True)).exp()
-        at = np.ix_(self.rows, np.array([layer]), columns)
-        self.into.top_ids[at] = found.indices.cpu().numpy()[:, None]
-        self.into.top_probabilities[at] = chances.cpu().numpy()[:, None]
-
-    def _words(self, layer: int, logits: Tensor, columns: np.ndarray) -> None:
-        whole = logits.logsumexp(-1, keepdim=True)
+    def _read(self, layer: int, logits: Tensor, rows: np.ndarray, columns: np.ndarray) -> None:
+        """The likeliest tokens, the words of each example, and the best of each word of the null."""
+        whole, found = logits.logsumexp(-1, keepdim=True), logits.topk(self.top_ids.shape[-1], dim=-1)
+        at = np.ix_(rows, np.array([layer]), columns)
+        self.top_ids[at] = found.indices.cpu().numpy()[:, None]
+        self.top_probabilities[at] = (found.values - whole).exp().cpu().numpy()[:, None]
         for number, by_example in enumerate(self.wanted.ids):
-            for i, row in enumerate(self.rows.tolist()):
+            for i, row in enumerate(rows.tolist()):
                 ids = list(by_example[row])
                 chances = (logits[i][:, ids] - whole[i]).exp().sum(-1)
-                self.into.ranks[row, number, layer, columns] = ranks_of(logits[i], ids).cpu().numpy()
-                self.into.probabilities[row, number, layer, columns] = chances.cpu().numpy()
-
-    def _others(self, layer: int, logits: Tensor) -> None:
+                self.ranks[row, number, layer, columns] = ranks_of(logits[i], ids).cpu().numpy()
+                self.probabilities[row, number, layer, columns] = chances.cpu().numpy()
         for number, ids in enumerate(self.wanted.other_ids):
             best = ranks_of(logits, list(ids)).amin(-1).cpu().numpy()
-            kept = self.into.best_others[self.rows, layer, number]
-            self.into.best_others[self.rows, layer, number] = np.fmin(kept, best)
+            self.best_others[rows, layer, number] = np.fmin(self.best_others[rows, layer, number], best)
 
 
 def ranks_of(logits: Float[Tensor, "*lead d_vocab"], ids: Sequence[int]) -> Float[Tensor, "*lead"]:
-    """Count the tokens that are likelier than a word.
-
-    Args:
-        logits: of the whole vocabulary.
-        ids: the word's tokens: synonyms, of which the best counts.
-
-    Returns:
-        The rank, 0 for the top.
-    """
+    """Count the tokens that are likelier than a word, of whose tokens (synonyms) the best counts: 0 for the top."""
     ranks = [(logits > logits[..., token, None]).sum(-1) for token in ids]
     return torch.stack(ranks).amin(0).float()

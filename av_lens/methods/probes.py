@@ -38,17 +38,19 @@ from jaxtyping import Float
 
 from av_lens.brief import Brief
 from av_lens.checks import require_at_least, require_choice
+from av_lens.core import Progress, watched
+from av_lens.core.pooled import pooled_streams
 from av_lens.errors import InputError
-from av_lens.inputs.answers import Answer, synonyms_of
-from av_lens.inputs.conflict import CELLS, Conflict
+from av_lens.inputs import Answer, Conflict
+from av_lens.inputs.answers import synonyms_of
+from av_lens.inputs.conflict import CELLS
 from av_lens.inputs.sources import clip_key
-from av_lens.results.grid import Grid
+from av_lens.methods.shared.frame import Examples
+from av_lens.model import HookedAVLLM
+from av_lens.results import Grid
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member, deal, standing
 from av_lens.results.linear_probes import LinearProbe, control_labels, folds, held_out, looked_up
 from av_lens.results.provenance import stamp
-from av_lens.runs.examples import Examples
-from av_lens.runs.pooled import pooled_streams
-from av_lens.runs.progress import Progress, watched
 
 TARGETS = {"sound": 1, "picture": 0}
 CONFLICT_CELLS = ("va", "av")
@@ -79,29 +81,11 @@ class Streams(Brief):
     model: str
 
     def label(self, conflict: int, cell: str, target: str) -> str:
-        """Say what is heard or seen in a cell.
-
-        Args:
-            conflict: its number.
-            cell: the cell.
-            target: "sound" or "picture".
-
-        Returns:
-            The class.
-        """
+        """Say what is heard or seen in a cell."""
         return self.labels[conflict]["av".index(CELLS[cell][TARGETS[target]] or "")]
 
     def source(self, conflict: int, cell: str, target: str) -> str:
-        """Say which clip the target comes from.
-
-        Args:
-            conflict: its number.
-            cell: the cell.
-            target: "sound" or "picture".
-
-        Returns:
-            The clip's key.
-        """
+        """Say which clip the target comes from."""
         member = self.members[conflict]
         return member.sound_clip if CELLS[cell][TARGETS[target]] == "a" else member.picture_clip
 
@@ -156,40 +140,35 @@ def probe(
             streams = read_streams(model, conflicts, at=at, cells=cells, layout=layout, stack=stack, progress=show)
         halves = deal(streams.members, seed=seed) if halves is None else halves
         sides = _Sides.of(streams, halves, target)
-        n_spans, n_layers = len(streams.at), streams.vectors.shape[2]
-        values = np.full((len(sides.tested), n_spans, n_layers, len(FIGURES)), np.nan)
-        chosen: dict[str, int] = {}
-        crossed = np.full((n_spans, n_layers), np.nan)
-        fit = np.full((n_spans, n_layers), np.nan)
-        values[..., 3] = sides.per_conflict(sides.from_the_other())[:, None, None]
-        for span in range(n_spans):
-            for layer in range(n_layers):
-                read = _Reading(sides, *sides.vectors(span, layer), float(c))
-                crossed[span, layer] = read.crossed()
-                values[:, span, layer, 0] = sides.per_conflict(read.right(sides.labels))
-                controls = [read.control(seed, draw) for draw in range(draws)]
-                values[:, span, layer, 1] = np.mean([sides.per_conflict(right) for right, _ in controls], axis=0)
-                fit[span, layer] = np.mean([memorized for _, memorized in controls])
-                show("probes", span * n_layers + layer + 1, n_spans * n_layers)
-            chosen[streams.at[span]] = int(np.nanargmax(crossed[span]))
-    values[..., 2] = values[..., 0] - values[..., 1]
+        values, crossed, fit = sides.figures(float(c), draws, seed, show)
+    best = {span: int(np.nanargmax(row)) for span, row in zip(streams.at, crossed, strict=True)}
     return Grid.of(
         values,
-        axes={"span": list(streams.at), "layer": np.arange(n_layers), "figure": list(FIGURES)},
+        axes={"span": list(streams.at), "layer": np.arange(values.shape[2]), "figure": list(FIGURES)},
         baseline=np.zeros(len(sides.tested)),
         clusters=[halves.component[i] for i in sides.tested],
         metric=f"probe of the {target}",
         unit="share",
         direction=SIGN,
         provenance=stamp(
-            method="linear probes", model=streams.model, target=target, cells=streams.cells, layout=layout, c=c,
-            seed=seed, draws=draws, chosen=chosen, cross_validated=crossed, control_fit=fit, **sides.said(halves),
+            method="linear probes",
+            model=streams.model,
+            target=target,
+            cells=streams.cells,
+            layout=layout,
+            c=c,
+            seed=seed,
+            draws=draws,
+            chosen=best,
+            cross_validated=crossed,
+            control_fit=fit,
+            **sides.said(halves),
         ),
-    )  # fmt: skip
+    )
 
 
 def read_streams(
-    model: Any,
+    model: HookedAVLLM,
     conflicts: Conflict | Sequence[Conflict],
     *,
     at: str | Sequence[str] = ("audio", "video", "question", "generation"),
@@ -232,8 +211,8 @@ def read_streams(
             part = [conflict.cells(model, layout=layout) for conflict in named[start : start + stack]]
             examples = Examples.of(model, [cells_of[name] for cells_of in part for name in names])
             pooled: list[Any] = [None] * len(examples)
-            for rows, x in examples.stacks(stack):
-                for row, vector in zip(rows.tolist(), pooled_streams(model, x, spans).numpy(), strict=True):
+            for one in examples.stacks(stack):
+                for row, vector in zip(one.rows.tolist(), pooled_streams(model, one.x, spans).numpy(), strict=True):
                     pooled[row] = vector
             found += pooled
             show("running conflict cells", min(start + stack, len(named)), len(named))
@@ -340,6 +319,23 @@ class _Sides:
         known = ~np.isnan(table)
         return np.where(known.any(1), np.where(known, table, 0.0).sum(1) / np.maximum(known.sum(1), 1), np.nan)
 
+    def figures(self, c: float, draws: int, seed: int, show: Progress) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """`FIGURES` of each conflict, span and layer; each probe's cross-validated accuracy, and its control's fit."""
+        n_layers, n_spans = self.streams.vectors.shape[2:4]
+        values = np.full((len(self.tested), n_spans, n_layers, len(FIGURES)), np.nan)
+        crossed, fit = np.full((2, n_spans, n_layers), np.nan)
+        values[..., 3] = self.per_conflict(self.from_the_other())[:, None, None]
+        for number, (span, layer) in enumerate(np.ndindex(n_spans, n_layers), 1):
+            read = _Reading(self, *self.vectors(span, layer), c)
+            crossed[span, layer] = read.crossed()
+            values[:, span, layer, 0] = self.per_conflict(read.read(self.labels, self.labels_of(self.asked))[0])
+            controls = [read.control(seed, draw) for draw in range(draws)]
+            values[:, span, layer, 1] = np.mean([self.per_conflict(right) for right, _ in controls], axis=0)
+            fit[span, layer] = np.mean([memorized for _, memorized in controls])
+            show("probes", number, n_spans * n_layers)
+        values[..., 2] = values[..., 0] - values[..., 1]
+        return values, crossed, fit
+
     def said(self, halves: Halves) -> dict[str, Any]:
         """What a reader of the numbers must know of the halves."""
         truth = self.labels_of(self.asked)
@@ -370,20 +366,18 @@ class _Reading:
         right = held_out(self.learnt, self.sides.labels, folds(self.sides.groups, FOLDS), c=self.c)
         return float(np.nanmean(right))
 
-    def right(self, labels: list[str]) -> np.ndarray:
-        """Which cells of the confirmation half are read right."""
-        guesses = LinearProbe.fitted(self.learnt, labels, c=self.c).predicted(self.asked)
-        return self.sides.marked(guesses.tolist(), self.sides.labels_of(self.sides.asked), labels)
+    def read(self, learnt: list[str], asked: list[str]) -> tuple[np.ndarray, float]:
+        """Which cells of the confirmation half are read right, and what share of those that labels were learnt of."""
+        fitted = LinearProbe.fitted(self.learnt, learnt, c=self.c)
+        right = self.sides.marked(fitted.predicted(self.asked).tolist(), asked, learnt)
+        return right, float(np.mean(fitted.predicted(self.learnt) == np.array(learnt)))
 
     def control(self, seed: int, draw: int) -> tuple[np.ndarray, float]:
-        """The same with control labels; and how well these are read where they were learnt."""
-        sides = self.sides
-        n, sources = len(sides.learnt), sides.sources_of(sides.learnt + sides.asked)
-        drawn = int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
+        """The same with control labels, drawn by the clip that the target comes from."""
+        sides, drawn = self.sides, int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
+        sources = sides.sources_of(sides.learnt + sides.asked)
         given = control_labels(sides.labels + sides.labels_of(sides.asked), sources, seed=drawn)
-        fitted = LinearProbe.fitted(self.learnt, given[:n], c=self.c)
-        right = sides.marked(fitted.predicted(self.asked).tolist(), given[n:], given[:n])
-        return right, float(np.mean([a == b for a, b in zip(fitted.predicted(self.learnt), given[:n], strict=True)]))
+        return self.read(given[: len(sides.learnt)], given[len(sides.learnt) :])
 
 
 def _class(answer: Any) -> str:

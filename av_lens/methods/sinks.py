@@ -32,7 +32,7 @@ Source: "Probing Cross-modal Information Hubs" (arXiv 2605.10815) for the score,
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,16 +42,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.checks import require_choice
+from av_lens.core import Progress, read_layers, watched
+from av_lens.core.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, incoming_mass, sink_positions
 from av_lens.errors import InputError
-from av_lens.inputs.model_inputs import AVInputs
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import stamp
-from av_lens.runs.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, incoming_mass, sink_positions
-from av_lens.runs.examples import Examples
-from av_lens.runs.execution import logits_of
-from av_lens.runs.progress import Progress, watched
+from av_lens.inputs import AVInputs
+from av_lens.methods.shared.frame import Examples, Frame
+from av_lens.model import HookedAVLLM
+from av_lens.results import Grid
 from av_lens.spans import Span, SpanMap
 
 KINDS = ("unimodal", "cross-modal", "undetermined")
@@ -124,7 +122,7 @@ class Sinks:
 
 
 def find_sinks(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     times: float | int = SINK_TIMES,
@@ -157,9 +155,8 @@ def find_sinks(
     require_choice("weight", weight, WEIGHTS)
     examples = Examples.of(model, x)
     spans = _one_layout(examples)
-    stacks = list(examples.stacks(examples.stack_size(model, stack, budget_gb)))
-    incoming = np.zeros((len(examples), len(spans)))
-    total = 3 * len(stacks)
+    stacks = [(one.rows, one.x) for one in examples.stacks(examples.stack_size(model, stack, budget_gb))]
+    total, incoming = 3 * len(stacks), np.zeros((len(examples), len(spans)))
     with watched(progress) as show:
         for done, (rows, inputs) in enumerate(stacks, 1):
             incoming[rows] = incoming_mass(model, inputs, weight=weight).numpy()
@@ -175,9 +172,16 @@ def find_sinks(
     table = table.assign(**read)
     table["kind"] = [_kind(row["role"], row["score"], unimodal_from) for row in table.to_dict("records")]
     elsewhere = _table(spans, _among_text(spans, incoming, times), incoming, times)
-    made = stamp(
+    frame = Frame.of(model, examples, measured=False)
+    frame.values = incoming
+    grid = frame.grid(
+        {"pos": np.arange(len(spans))},
+        named=(
+            f"attention of the suffix ({weight}), all layers and heads",
+            "norm of what is moved" if weight == "value" else "attention",
+        ),
+        direction="what the suffix reads from each position; no edit, so the effects are the values",
         method="sinks",
-        model=model.name,
         times=times,
         weight=weight,
         unimodal_from=unimodal_from,
@@ -185,19 +189,8 @@ def find_sinks(
         sinks=found.positions.tolist(),
         judged="media positions are sinks; text before the suffix is held to the same bar; the suffix is not judged",
         elsewhere=elsewhere["position"].tolist(),
-        questions=examples.questions,
     )
-    grid = Grid.of(
-        incoming,
-        axes={"pos": np.arange(len(spans))},
-        baseline=np.zeros(len(examples)),
-        clusters=examples.clusters,
-        metric=f"attention of the suffix ({weight}), all layers and heads",
-        unit="norm of what is moved" if weight == "value" else "attention",
-        direction="what the suffix reads from each position; no edit, so the effects are the values",
-        provenance=made,
-    )
-    return Sinks(found, table, dimensions, grid, elsewhere, made)
+    return Sinks(found, table, dimensions, grid, elsewhere, grid.provenance)
 
 
 def _one_layout(examples: Examples) -> SpanMap:
@@ -269,20 +262,15 @@ def _dimensions(model: Any, stacks: list[AVInputs], found: Span, times: float | 
     """Compare, layer by layer and dimension by dimension, the stream at the sinks with that at other media."""
     spans = stacks[0].spans
     groups = (found.positions, (spans.media - found).positions)
-    layers = range(model.spec.n_layers)
-    sums = torch.zeros(len(layers), 2, model.spec.d_model, dtype=torch.float64)
+    sums = torch.zeros(model.spec.n_layers, 2, model.spec.d_model, dtype=torch.float64)
 
-    def adding(layer: int) -> Callable[..., None]:
-        def add(stream: Tensor, hook: Any = None) -> None:
-            del hook
-            for number, positions in enumerate(groups):
-                if len(positions):
-                    sums[layer, number] += carried(stream[:, positions.copy()]).mean(1).sum(0).double().cpu()
-
-        return add
+    def add(layer: int, stream: Tensor) -> None:
+        for number, positions in enumerate(groups):
+            if len(positions):
+                sums[layer, number] += carried(stream[:, positions.copy()]).mean(1).sum(0).double().cpu()
 
     for x in stacks:
-        logits_of(model, x, [(hook_name("resid_pre", layer), adding(layer)) for layer in layers], torch.tensor([0]))
+        read_layers(model, x, {"resid_pre": add})
     here, elsewhere = (sums / sum(len(x) for x in stacks)).unbind(1)
     passes = here > times * here.mean(-1, keepdim=True)
     rows = [
@@ -298,13 +286,6 @@ def _dimensions_frame(rows: list[tuple[int, int, float, float]]) -> pd.DataFrame
 
 
 def carried(stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-    """Say how much of the stream each dimension carries: |x_d| / rms(x).
-
-    Args:
-        stream: the residual stream.
-
-    Returns:
-        Numbers whose squares average 1 over dimensions.
-    """
+    """Say how much of the stream each dimension carries: |x_d| / rms(x)."""
     wide = stream.detach().float()
     return wide.abs() / wide.pow(2).mean(-1, keepdim=True).sqrt()

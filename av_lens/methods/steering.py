@@ -36,28 +36,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from av_lens.bridge.hook_names import hook_name
+from av_lens.core import Progress, run
 from av_lens.errors import InputError, InterventionError
-from av_lens.inputs.pairs import Pair
+from av_lens.families.hook_names import hook_name
+from av_lens.inputs import Pair
 from av_lens.interventions import Edit, Plan, Site, add, scale
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import stamp
-from av_lens.runs.examples import Examples
-from av_lens.runs.execution import run
-from av_lens.runs.finite import require_numbers
-from av_lens.runs.measurement import measure_plans
-from av_lens.runs.metrics import Metric, as_metric
-from av_lens.runs.places import pairs_of
-from av_lens.runs.progress import Progress, watched
-from av_lens.runs.sweeps import interrupted
-from av_lens.runs.traces import record
+from av_lens.methods.shared.frame import Examples, Frame, Stack, scored
+from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
+from av_lens.replay import measure_plans
+from av_lens.replay.traces import record
+from av_lens.results import Grid
 
 SIGN = "metric under the push minus metric without; positive: the push raises the metric"
 _HEAD = re.compile(r"L(\d+)H(\d+)")
 
 
 def steer(
-    model: Any,
+    model: HookedAVLLM,
     x: Any,
     *,
     plan: Plan | str | Path,
@@ -96,55 +92,33 @@ def steer(
     push = plan if isinstance(plan, Plan) else Plan.load(plan, model=model)
     arms = {"plan": push} | {f"random {i + 1}": random_push(model, push, seed=seed, draw=i) for i in range(n_random)}
     plans = [Plan()] + [Plan() if arm is None else strengthened(arm, s) for arm in arms.values() for s in strengths]
-    bound = as_metric(metric, model, examples.inputs)
     for one in examples.inputs:
         for each in plans:
             each.compile(model.spec, one.spans, batch=len(one))
-    scores = torch.full((len(plans), len(examples)), torch.nan)
-    partial = ""
-    with watched(progress) as show:
-        try:
-            for rows, one in examples.stacks(stack):
-                own = bound.chosen(rows.tolist()) if bound.n_answers > 1 else bound
-                _measure(model, one, plans, own, rows, scores, budget_gb)
-                show("steering", int((~scores[-1].isnan()).sum()), len(examples))
-        except KeyboardInterrupt:
-            partial = interrupted(scores)
-    numbers = scores.double().numpy()
-    values = numbers[1:].T.reshape(-1, len(arms), len(strengths)).copy()
-    values[:, [i for i, arm in enumerate(arms.values()) if arm is None]] = np.nan
-    return Grid.of(
-        values,
-        axes={"arm": list(arms), "strength": [float(s) for s in strengths]},
-        baseline=numbers[0],
-        clusters=examples.clusters,
-        metric=bound.name,
-        unit=bound.unit,
+    frame = Frame.of(model, examples, metric)
+    frame.shape(len(arms), len(strengths))
+
+    def work(stack: Stack, show: Progress) -> None:
+        del show
+        asked, trace = frame.own(stack), record(model, stack.x)
+        require_numbers(measure_plans(trace, plans[:1], asked)[0], asked.name, run="the run without a push")
+
+        def write(scores: np.ndarray) -> None:
+            frame.lines[0, stack.rows] = scores[0]
+            frame.values[stack.rows] = scores[1:].T.reshape(-1, len(arms), len(strengths))
+
+        scored(trace, plans, asked, write, budget_gb=budget_gb)
+
+    frame.run(work, examples.stacks(stack), progress, stage="steering")
+    frame.values[:, [arm is None for arm in arms.values()]] = np.nan
+    return frame.grid(
+        {"arm": list(arms), "strength": [float(s) for s in strengths]},
         direction=SIGN,
-        provenance=stamp(
-            method="steering",
-            model=model.name,
-            plan=[_said(edit) for edit in push],
-            controls={name: None if arm is None else [_said(edit) for edit in arm] for name, arm in arms.items()},
-            seed=seed,
-            partial=partial,
-            questions=examples.questions,
-            **bound.provenance(),
-        ),
+        method="steering",
+        plan=[_said(edit) for edit in push],
+        controls={name: None if arm is None else [_said(edit) for edit in arm] for name, arm in arms.items()},
+        seed=seed,
     )
-
-
-def _measure(
-    model: Any, x: Any, plans: list[Plan], metric: Metric, rows: Any, scores: Tensor, budget_gb: float | int
-) -> None:
-    """Write the metric of every plan on some examples, as far as it comes."""
-    trace = record(model, x)
-    require_numbers(measure_plans(trace, plans[:1], metric)[0], metric.name, run="the run without a push")
-    found = torch.full((len(plans), len(x)), torch.nan)
-    try:
-        measure_plans(trace, plans, metric, budget_gb=budget_gb, into=found)
-    finally:
-        scores[:, rows] = found
 
 
 def reweighed(heads: Mapping[str | tuple[int, int], float | int], *, at: Any = "suffix", component: str = "z") -> Plan:
@@ -171,17 +145,7 @@ def reweighed(heads: Mapping[str | tuple[int, int], float | int], *, at: Any = "
 
 
 def head_named(name: str) -> tuple[int, int]:
-    """Read a head's name.
-
-    Args:
-        name: such as "L4H2".
-
-    Returns:
-        Layer and head.
-
-    Raises:
-        InputError: another kind of name.
-    """
+    """Read a head's name."""
     found = _HEAD.fullmatch(name.strip().replace(" ", ""))
     if found is None:
         raise InputError(f"{name!r} names no head; write layer and head, such as 'L4H2'.")
@@ -189,7 +153,7 @@ def head_named(name: str) -> tuple[int, int]:
 
 
 def mean_difference(
-    model: Any,
+    model: HookedAVLLM,
     pair: Pair | Sequence[Pair],
     *,
     layer: int,
@@ -214,7 +178,7 @@ def mean_difference(
         InputError: no pair.
         InterventionError: a layer, head or component that the model does not have.
     """
-    pairs = pairs_of("mean_difference", pair)
+    pairs = Examples.paired("mean_difference", pair).pairs
     site = Site(component, layer, head, at)
     site.check(model.spec)
     if site.is_edges or (site.has_heads and head is None):
@@ -230,36 +194,12 @@ def mean_difference(
 
 
 def strengthened(plan: Plan, strength: float | int) -> Plan:
-    """Make a push weaker or stronger.
-
-    Args:
-        plan: edits that add, scale or zero.
-        strength: 0 changes nothing, 1 is the plan as written.
-
-    Returns:
-        The plan of that strength.
-
-    Raises:
-        InterventionError: the plan is empty, or holds an edit that has no strength.
-    """
+    """Make a push weaker or stronger."""
     return Plan([_strengthened(edit, float(strength)) for edit in _pushes(plan)])
 
 
 def random_push(model: Any, plan: Plan, *, seed: int, draw: int = 0) -> Plan | None:
-    """Draw a push of equal size: other heads of the same or the next layers, or other directions of the same norm.
-
-    Args:
-        model: a `HookedAVLLM`.
-        plan: the push that it is held against.
-        seed: of the drawing.
-        draw: which one.
-
-    Returns:
-        The plan; None where there is no such push: neither heads nor a vector, or no other heads.
-
-    Raises:
-        InterventionError: the plan is no push.
-    """
+    """Draw a push of equal size: other heads of the same or the next layers, or other directions of the same norm."""
     rng = np.random.default_rng([seed, draw])
     pushes = list(_pushes(plan))
     taken = {(e.site.component, e.site.layer, h) for e in pushes for h in e.site.heads or ()}

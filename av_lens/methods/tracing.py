@@ -37,26 +37,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.bridge.hook_names import component_named, hook_name
-from av_lens.errors import InputError, InterventionError, unknown
-from av_lens.inputs.conflict import Conflict
-from av_lens.inputs.model_inputs import AVInputs
-from av_lens.inputs.pairs import Pair
-from av_lens.interventions import Plan, Site, add, replace
+from av_lens.checks import require_choice
+from av_lens.core import Progress
+from av_lens.core.layouts import listed
+from av_lens.errors import InputError, InterventionError
+from av_lens.families.hook_names import component_named
+from av_lens.inputs import AVInputs, Conflict, Pair
+from av_lens.interventions import Plan, Site, add
 from av_lens.interventions.sites import resolve_positions
-from av_lens.results.grid import Grid
-from av_lens.results.provenance import linked, stamp
-from av_lens.runs.asked import each
-from av_lens.runs.examples import Examples
-from av_lens.runs.execution import run
-from av_lens.runs.finite import require_numbers
-from av_lens.runs.measurement import measure_plans
-from av_lens.runs.metrics import Metric, as_metric, prob
-from av_lens.runs.places import Axes, layout_stacks, listed
-from av_lens.runs.progress import Progress, part_of, watched
-from av_lens.runs.receivers import rerun
-from av_lens.runs.sweeps import interrupted, sources
-from av_lens.runs.traces import Trace, record
+from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, numbers
+from av_lens.methods.shared.places import Axes, Place
+from av_lens.metrics import Metric, as_metric, each, prob, require_numbers
+from av_lens.model import HookedAVLLM
+from av_lens.replay import measure_plans
+from av_lens.replay.rerun import rerun_from
+from av_lens.replay.traces import Trace, record
+from av_lens.results import Grid
 from av_lens.spans import SpanMap
 
 CORRUPTIONS = ("noise", "mean", "zero")
@@ -64,7 +60,7 @@ SIGN = "states of the clean run into the corrupted run; positive: the state brin
 
 
 def causal_trace(
-    model: Any,
+    model: HookedAVLLM,
     x: AVInputs | Pair | Conflict | Sequence[AVInputs] | Sequence[Pair] | Sequence[Conflict],
     *,
     metric: Metric | Callable[..., Any] | None = None,
@@ -113,51 +109,37 @@ def causal_trace(
     axes = Axes.parsed(over)
     how = _How(component, window, placebo, corruption, float(scale), seeds, seed, answer, budget_gb)
     how.check(axes, model.spec.n_layers)
-    pairs, paired = _pairs(model, x)
-    n, bound = sum(map(len, pairs)), None if metric is None else as_metric(metric, model, pairs)
-    places, labels = axes.cut_alike([one.clean.spans for one in pairs], None if axes.places else "generation")
-    spoiled = [{} if paired else _spoiled(one.clean.spans, noised) for one in pairs]
-    values, columns = np.full((n, model.spec.n_layers, len(labels), 2), np.nan), np.full((2, n), np.nan)
-    stacks, partial = list(_numbered(pairs, stack)), ""
-    with watched(progress) as show:
-        try:
-            for number, (members, rows) in enumerate(stacks):
-                job = _Job.of(model, [pairs[i] for i in members], spoiled[members[0]], places[members[0]], rows, how)
-                for found in job.traced(bound, part_of(show, number, len(stacks))):
-                    values[rows], columns[:, rows] = found
-        except KeyboardInterrupt:
-            partial = interrupted(torch.from_numpy(values[..., 0])) + ", the last ones perhaps over fewer seeds"
-    return Grid.of(
-        values[..., 0] if axes.places else values[..., 0, 0],
-        axes={"layer": np.arange(model.spec.n_layers)} | ({axes.places: labels} if axes.places else {}),
-        baseline=columns[0],
-        donor=columns[1],
-        clusters=linked([[*sources(one.clean, i), *sources(one.corrupt, i)] for one in pairs for i in range(len(one))]),
-        metric=f"P(top token of the {answer} run)" if bound is None else bound.name,
-        unit="probability" if bound is None else bound.unit,
+    paired = len(items := listed(x)) > 0 and all(isinstance(item, Pair) for item in items)
+    examples = Examples.paired("causal_trace", items) if paired else Examples.of(model, items)
+    places, labels = axes.cut_alike(examples.spans, None if axes.places else "generation")
+    spoiled = [{} if paired else _spoiled(spans, noised) for spans in examples.spans]
+    frame = Frame.of(model, examples, metric, measured=metric is not None)
+    frame.shape(model.spec.n_layers, len(labels))
+    frame.lines[:], spread = np.nan, np.full_like(frame.values, np.nan)
+
+    def work(stack: Stack, show: Progress) -> None:
+        first, asked = stack.members[0], None if frame.metric is None else frame.own(stack)
+        runs = [record(model, one) for one in (stack.ends("noise") if paired else (stack.x,))]
+        job = _Job(runs[0], runs[1] if paired else None, spoiled[first], places[first], stack.rows.tolist(), how)
+        for found in job.traced(asked, show):
+            frame.values[stack.rows], spread[stack.rows], frame.lines[:, stack.rows] = found
+
+    frame.run(work, examples.stacks(stack), progress)
+    if frame.partial:
+        frame.partial += ", the last ones perhaps over fewer seeds"
+    chosen = {"component": component, "window": window, "placebo": placebo, "seed": seed, "seeds": how.draws(paired)}
+    return frame.grid(
+        {"layer": np.arange(model.spec.n_layers)} | ({axes.places: labels} if axes.places else {}),
+        named=None if frame.metric else (f"P(top token of the {answer} run)", "probability"),
         direction=SIGN + (" (placebo positions)" if placebo else ""),
-        provenance=stamp(
-            **how.said(model, pairs, paired, {"over": over, "noised": noised, "positions": dict(places[0])}),
-            standard_error_of_seeds=_largest_error(values[..., 1], how.draws(paired)),
-            partial=partial,
-            **({} if bound is None else bound.provenance()),
-        ),
+        method="causal tracing",
+        noised="the pair's corrupt input" if paired else noised,
+        over=over,
+        positions=dict(places[0]),
+        standard_error_of_seeds=_largest_error(spread, how.draws(paired)),
+        **chosen,
+        **({} if paired else {"corruption": corruption, "scale": how.scale}),
     )
-
-
-def _numbered(pairs: Sequence[Pair], size: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Numbers of pairs that run together, and of their examples."""
-    starts = np.cumsum([0, *map(len, pairs)])
-    for members in layout_stacks(pairs, size):
-        yield members, [row for i in members for row in range(int(starts[i]), int(starts[i + 1]))]
-
-
-def _pairs(model: Any, x: Any) -> tuple[list[Pair], bool]:
-    """Clean and corrupt inputs, and whether the corrupt ones were given; else both are the clean one."""
-    items = listed(x)
-    if items and all(isinstance(item, Pair) for item in items):
-        return items, True
-    return [Pair(clean=one, corrupt=one) for one in Examples.of(model, items).inputs], False
 
 
 def _spoiled(spans: SpanMap, noised: str) -> dict[str, tuple[int, ...]]:
@@ -175,10 +157,6 @@ def _largest_error(deviations: np.ndarray, draws: int) -> float:
     if draws < 2 or not len(known):
         return float("nan")
     return float((np.sqrt((known**2).sum(0)) / len(known)).max() / np.sqrt(draws))
-
-
-def _shown(show: Progress, before: int, total: int) -> Callable[[int], None]:
-    return lambda done: show("causal tracing", before + done, total)
 
 
 @dataclass(frozen=True)
@@ -199,10 +177,8 @@ class _How:
         """Refuse what cannot be traced."""
         if axes.unit != "layer":
             raise InputError(f"causal_trace restores layers, not {axes.unit}: write over='layer span' or 'layer pos'.")
-        asked = (("corruption", self.corruption, CORRUPTIONS), ("answer", self.answer, ("clean", "corrupt")))
-        for kind, name, known in asked:
-            if name not in known:
-                raise InputError(unknown(kind, name, known))
+        require_choice("corruption", self.corruption, CORRUPTIONS)
+        require_choice("answer", self.answer, ("clean", "corrupt"))
         found = component_named(self.component)
         if not found.layered or found.axes[-1] == "key_pos":
             raise InterventionError(
@@ -217,14 +193,6 @@ class _How:
         """How often the corrupted run (or the placebo) is drawn."""
         return self.seeds if self.placebo or (self.corruption == "noise" and not paired) else 1
 
-    def said(self, model: Any, pairs: Sequence[Pair], paired: bool, where: dict[str, Any]) -> dict[str, Any]:
-        """The choices, for the provenance."""
-        names = ("component", "window", "placebo", "seed", *(() if paired else ("corruption", "scale")))
-        chosen = {name: getattr(self, name) for name in names} | {"seeds": self.draws(paired)} | where
-        questions = [question for one in pairs for question in one.corrupt.questions]
-        chosen |= {"noised": "the pair's corrupt input"} if paired else {}
-        return {"method": "causal tracing", "model": model.name, "questions": questions} | chosen
-
     def layers(self, layer: int, n_layers: int) -> range:
         """The window around a layer, cut at the model's ends."""
         first = layer - (self.window - 1) // 2
@@ -238,45 +206,36 @@ class _Job:
     clean: Trace
     corrupt: Trace | None
     spoiled: dict[str, tuple[int, ...]]
-    places: list[tuple[Any, tuple[int, ...]]]
+    places: list[Place]
     rows: list[int]
     how: _How
 
-    @classmethod
-    def of(cls, model: Any, pairs: Sequence[Pair], spoiled: dict[str, tuple[int, ...]], *rest: Any) -> _Job:
-        clean, corrupt = (AVInputs.stack([getattr(one, side) for one in pairs]) for side in ("clean", "corrupt"))
-        trace = record(model, clean)
-        return cls(trace, None if spoiled else record(model, corrupt), spoiled, *rest)
-
-    def traced(self, bound: Metric | None, show: Progress) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """After each draw: means and deviations over draws `[batch, layer, place, 2]`, both metrics `[2, batch]`."""
+    def traced(self, bound: Metric | None, show: Progress) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """After each draw: means and deviations over draws `[batch, layer, place]`, both metrics `[2, batch]`."""
         draws = self.how.draws(self.corrupt is not None)
-        given, columns, found = self._given(), [], []
+        layers = range(self.clean.n_layers)
+        given = Given.of(self.clean.model, self.clean.x, self.how.component, layers, range(len(self.clean.spans)))
+        columns, found = [], []
         too_few = torch.tensor([self._others(positions) is None for _, positions in self.places])
         for number in range(draws):
             base, spoiling = self._corrupted(number, whole=bound is not None and bound.teacher_forced)
-            metric = self._own_answer(base, spoiling) if bound is None else bound.chosen(self.rows)
+            metric = self._own_answer(base, spoiling) if bound is None else bound
             plans = [spoiling, *(spoiling + plan for plan in self._restorations(given, number))]
-            finished = _shown(show, number * len(plans), draws * len(plans))
+            before, total = number * len(plans), draws * len(plans)
+
+            def finished(done: int, before: int = before, total: int = total) -> None:
+                show("causal tracing", before + done, total)
+
             scores = measure_plans(base, plans, metric, budget_gb=self.how.budget_gb, finished=finished).double()
             clean = measure_plans(self.clean, [Plan()], metric)[0].double()
             for one, run_name in ((clean, "the clean run"), (scores[0], "the corrupted run")):
                 require_numbers(one, metric.name, run=run_name)
             columns.append(torch.stack([scores[0], clean]))
-            one = scores[1:].T.reshape(len(self.rows), len(given), len(self.places))
+            one = scores[1:].T.reshape(len(self.rows), len(layers), len(self.places))
             found.append(one.masked_fill(too_few & self.how.placebo, torch.nan))
             measured = torch.stack(found)
             spread = measured.std(0) if number else torch.full_like(measured[0], torch.nan)
-            yield torch.stack([measured.mean(0), spread], dim=-1).numpy(), torch.stack(columns).mean(0).numpy()
-
-    def _given(self) -> list[Tensor]:
-        """The clean run's states in every layer, `[batch, pos, (head,) d]`."""
-        name, layers = self.how.component, range(self.clean.n_layers)
-        with torch.no_grad():
-            cache = run(self.clean.model, self.clean.x, capture=[Site(name, layer) for layer in layers]).cache
-        turned = component_named(name).head_axis == 1
-        found = [cache[hook_name(name, layer)] for layer in layers]
-        return [value.transpose(1, 2) if turned else value for value in found]
+            yield numbers(measured.mean(0)), numbers(spread), numbers(torch.stack(columns).mean(0))
 
     def _corrupted(self, number: int, *, whole: bool) -> tuple[Trace, Plan]:
         """The corrupted run, or the clean one and the plan that corrupts it, where it must be run as a whole."""
@@ -291,7 +250,7 @@ class _Job:
         first = self.clean.traits.restart(positions[0], self.clean.spans.roles)
         stream = self.clean.stream(0, first).clone()
         stream[:, [position - first for position in positions]] += change
-        return rerun(self.clean, 0, stream, start=first), Plan()
+        return rerun_from(self.clean, 0, stream, start=first), Plan()
 
     def _change(self, positions: Sequence[int], number: int) -> Float[Tensor, "batch _ d_model"]:
         """What corrupting adds to the embeddings of one role."""
@@ -313,7 +272,7 @@ class _Job:
         logits = self.clean.logits() if self.how.answer == "clean" else base.replay([spoiling])[0]
         return as_metric(prob(each([int(token) for token in logits[:, -1].argmax(-1)])))
 
-    def _restorations(self, given: Sequence[Tensor], number: int) -> Iterator[Plan]:
+    def _restorations(self, given: Given, number: int) -> Iterator[Plan]:
         generator = np.random.default_rng(np.random.SeedSequence([self.how.seed, number, len(self.clean.spans)]))
         places = [positions for _, positions in self.places]
         if self.how.placebo:
@@ -323,15 +282,10 @@ class _Job:
                 for positions, other in zip(places, others, strict=True)
             ]
             places = [tuple(sorted(int(position) for position in some)) for some in drawn]
-        for layer in range(len(given)):
+        for layer in given.values:
             for positions in places:
-                window = self.how.layers(layer, len(given))
-                yield Plan(
-                    [
-                        replace(Site(self.how.component, one, None, positions), given[one][:, list(positions)])
-                        for one in window
-                    ]
-                )
+                window = self.how.layers(layer, len(given.values))
+                yield Plan(given.edits([(one, None) for one in window], positions))
 
     def _others(self, positions: Sequence[int]) -> list[int] | None:
         """The positions outside a place; None where they are fewer than the place has."""

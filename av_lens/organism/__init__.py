@@ -5,9 +5,7 @@ What is known about each by construction, and what each proves and does not prov
 
 from __future__ import annotations
 
-from av_lens.organism.courses import train
 from av_lens.organism.evaluation import Evaluation, evaluate
-from av_lens.organism.planting import plant
 from av_lens.organism.world import classes, clip, colours
 
-__all__ = ["Evaluation", "classes", "clip", "colours", "evaluate", "plant", "train"]
+__all__ = ["Evaluation", "classes", "clip", "colours", "evaluate"]

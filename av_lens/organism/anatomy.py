@@ -18,15 +18,8 @@ import torch
 
 from av_lens.organism import grammar
 
-SPECIALS = {
-    "image_token": "<|IMAGE|>",
-    "audio_token": "<|AUDIO|>",
-    "video_token": "<|VIDEO|>",
-    "vision_bos_token": "<|vision_bos|>",
-    "vision_eos_token": "<|vision_eos|>",
-    "audio_bos_token": "<|audio_bos|>",
-    "audio_eos_token": "<|audio_eos|>",
-}
+_MARKS = ("IMAGE", "AUDIO", "VIDEO", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
+SPECIALS = {f"{mark.lower()}_token": f"<|{mark}|>" for mark in _MARKS}
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 FRAME_SIDE = 84
 MEL_BINS = 80
@@ -49,11 +42,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_symbols() -> list[str]:
-    """Name the 256 bytes as byte-level BPE does.
-
-    Returns:
-        One printable character for each byte, in byte order.
-    """
+    """Name the 256 bytes as byte-level BPE does."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     other = [byte for byte in range(256) if byte not in printable]
     names = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(other)}
@@ -64,9 +53,6 @@ def merges() -> list[tuple[str, str]]:
     """Spell every word of the grammar as merges, letter by letter from its start.
 
     Words after a space come first, so that no merge of a line's first word can break one up.
-
-    Returns:
-        Pairs of symbols in order of rank.
     """
     space = byte_symbols()[ord(" ")]
     spaced, leading = grammar.words()
@@ -79,22 +65,14 @@ def merges() -> list[tuple[str, str]]:
 
 @functools.cache
 def vocabulary() -> dict[str, int]:
-    """Number every token.
-
-    Returns:
-        Token to id: bytes, then pieces of words and words, then special tokens.
-    """
+    """Number every token."""
     pieces = dict.fromkeys(left + right for left, right in merges())
     tokens = [*byte_symbols(), *pieces, END_OF_TEXT, TURN_START, TURN_END, *SPECIALS.values()]
     return {token: index for index, token in enumerate(dict.fromkeys(tokens))}
 
 
 def tokenizer() -> Any:
-    """Build the tokenizer: Qwen's class over the small vocabulary.
-
-    Returns:
-        A `Qwen2Tokenizer`.
-    """
+    """Build the tokenizer: Qwen's class over the small vocabulary."""
     from transformers import Qwen2Tokenizer
 
     make: Any = Qwen2Tokenizer  # its annotations are narrower than what it takes
@@ -111,33 +89,18 @@ def tokenizer() -> Any:
     return built
 
 
-def feature_extractor() -> Any:
-    """Build the part of the processor that takes mel spectrograms.
-
-    Returns:
-        A `WhisperFeatureExtractor`.
-    """
+def feature_extractor(mel_bins: int = MEL_BINS) -> Any:
+    """Build the part of the processor that takes mel spectrograms."""
     from transformers import WhisperFeatureExtractor
 
+    seconds: dict[str, Any] = {"sampling_rate": SAMPLE_RATE, "chunk_length": 300}
     return WhisperFeatureExtractor(
-        feature_size=MEL_BINS,
-        sampling_rate=SAMPLE_RATE,
-        hop_length=160,
-        n_fft=400,
-        chunk_length=300,
-        return_attention_mask=True,
+        feature_size=mel_bins, hop_length=160, n_fft=400, return_attention_mask=True, **seconds
     )
 
 
 def processor(*, most_pixels: int = FRAME_SIDE * FRAME_SIDE) -> Any:
-    """Build the processor: Qwen2.5-Omni's own, with small pictures and the small vocabulary.
-
-    Args:
-        most_pixels: a picture is scaled down to so many pixels; 28 x 28 of them are one token.
-
-    Returns:
-        A `Qwen2_5OmniProcessor`.
-    """
+    """Build the processor: Qwen2.5-Omni's own, with small pictures and the small vocabulary."""
     from transformers import Qwen2_5OmniProcessor
     from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
     from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
@@ -156,22 +119,20 @@ def processor(*, most_pixels: int = FRAME_SIDE * FRAME_SIDE) -> Any:
     return built
 
 
+def _special_ids() -> dict[str, int]:
+    """The config's fields that name tokens."""
+    ids = vocabulary()
+    found = {f"{medium}_token_index": ids[SPECIALS[f"{medium}_token"]] for medium in ("audio", "image", "video")}
+    for medium in ("audio", "vision"):
+        for end, mark in (("start", "bos"), ("end", "eos")):
+            found[f"{medium}_{end}_token_id"] = ids[SPECIALS[f"{medium}_{mark}_token"]]
+    return found | {"user_token_id": ids["user"]}
+
+
 def thinker_config(
     *, n_layers: int = 7, n_heads: int = 8, n_kv_heads: int = 4, d_model: int = 128, d_mlp: int = 256, **text: Any
 ) -> Any:
-    """Describe a tiny thinker.
-
-    Args:
-        n_layers: fusion layers.
-        n_heads: attention heads of each fusion layer.
-        n_kv_heads: key-value heads; divides `n_heads`.
-        d_model: width of the residual stream; what the towers put out.
-        d_mlp: width inside the feed-forward layers.
-        **text: other fields of the text model's config, such as `vocab_size`.
-
-    Returns:
-        A `Qwen2_5OmniThinkerConfig`.
-    """
+    """Describe a tiny thinker."""
     from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
 
     make: Any = Qwen2_5OmniThinkerConfig  # takes more fields than it declares
@@ -218,12 +179,7 @@ def thinker_config(
             "output_dim": d_model,
             "max_source_positions": 1500,
         },
-        **{f"{medium}_token_index": ids[SPECIALS[f"{medium}_token"]] for medium in ("audio", "image", "video")},
-        audio_start_token_id=ids[SPECIALS["audio_bos_token"]],
-        audio_end_token_id=ids[SPECIALS["audio_eos_token"]],
-        vision_start_token_id=ids[SPECIALS["vision_bos_token"]],
-        vision_end_token_id=ids[SPECIALS["vision_eos_token"]],
-        user_token_id=ids["user"],
+        **_special_ids(),
         position_id_per_seconds=25,
         seconds_per_chunk=1,
         initializer_range=0.02,
@@ -233,16 +189,7 @@ def thinker_config(
 
 
 def build_model(config: Any = None, *, seed: int, dtype: torch.dtype = torch.float32) -> Any:
-    """Make a thinker with random weights; the global random state is left as it was.
-
-    Args:
-        config: from `thinker_config`; by default that one's defaults.
-        seed: decides the weights.
-        dtype: the precision that the weights are made in, so that a large model never takes more memory than its own.
-
-    Returns:
-        A `Qwen2_5OmniThinkerForConditionalGeneration` with eager attention, in evaluation mode.
-    """
+    """Make a thinker with random weights; the global random state is left as it was."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     config = thinker_config() if config is None else copy.deepcopy(config)

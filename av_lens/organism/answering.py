@@ -25,14 +25,7 @@ BATCH = 60
 
 
 def plain(model: Any) -> Any:
-    """Copy a model as a HuggingFace thinker without hooks.
-
-    Args:
-        model: a `HookedAVLLM`, or a thinker that no bridge has wrapped.
-
-    Returns:
-        A thinker in float32 on the CPU with the same weights.
-    """
+    """Copy a model as a HuggingFace thinker without hooks."""
     held = getattr(model, "hf_model", model)
     weights = {re.sub(r"\._original_component", "", name): value for name, value in held.state_dict().items()}
     built = anatomy.build_model(copy.deepcopy(held.config), seed=0)
@@ -62,51 +55,32 @@ class Asked:
     def __len__(self) -> int:
         return len(self.questions)
 
-    def part(self, start: int, stop: int) -> Asked:
-        """Take some of the clips.
-
-        Args:
-            start: the first.
-            stop: the one after the last.
-
-        Returns:
-            These clips.
-        """
-        return Asked(
-            self.layout,
-            self.questions[start:stop],
-            None if self.video is None else self.video[start:stop],
-            None if self.audio is None else self.audio[start:stop],
-            None if self.begun is None else self.begun[start:stop],
-        )
+    def parts(self) -> Iterator[Asked]:
+        """Some of the clips at a time."""
+        for start in range(0, len(self), BATCH):
+            cut = slice(start, start + BATCH)
+            video, audio = (None if features is None else features[cut] for features in (self.video, self.audio))
+            begun = None if self.begun is None else self.begun[cut]
+            yield Asked(self.layout, self.questions[cut], video, audio, begun)
 
 
 def blocked(layout: str, *, query: str, key: str, blocks: int, width: int) -> Bool[Tensor, "pos pos"]:
-    """Mark attention edges to cut, in every layer.
+    """Mark attention edges to cut, in every layer: true where a query may not see a key.
 
-    Args:
-        layout: one of `layouts.LAYOUTS`.
-        query: "text" (all positions that are not media, the questions included), "audio", "video" or "text|audio".
-        key: "video" or "audio".
-        blocks: how many questions hang on the prefix.
-        width: positions of each.
-
-    Returns:
-        True where a query may not see a key.
+    Roles are "audio", "video" and "text" (all positions that are neither, the questions included), or "text|audio".
     """
     made = layouts.prompt(grammar.QUESTIONS["hear"][0], layout)
     length = made.suffix + blocks * width
-    roles = {"video": torch.zeros(length, dtype=torch.bool), "audio": torch.zeros(length, dtype=torch.bool)}
-    roles["video"][made.video] = True
-    roles["audio"][made.audio] = True
+    every = torch.arange(length)
+    roles = {"video": torch.isin(every, made.video), "audio": torch.isin(every, made.audio)}
     roles["text"] = ~(roles["video"] | roles["audio"])
     asking = torch.stack([roles[name] for name in query.split("|")]).any(0)
     return asking[:, None] & roles[key][None]
 
 
 @torch.no_grad()
-def _begin(model: Any, asked: Asked) -> tuple[Tensor, int, int]:
-    """The stream before the first layer, the number of blocks and their width."""
+def _begin(model: Any, asked: Asked, cut: tuple[str, str] | None = None) -> tuple[Tensor, language.Tree]:
+    """The stream before the first layer, and positions and mask of one prefix with its questions."""
     first = layouts.prompt(asked.questions[0][0], asked.layout)
     rows = []
     for at, questions in enumerate(asked.questions):
@@ -123,23 +97,24 @@ def _begin(model: Any, asked: Asked) -> tuple[Tensor, int, int]:
         if features is not None and len(at):
             stream = stream.index_copy(1, at, features)
     blocks = len(asked.questions[0])
-    return stream, blocks, (stream.shape[1] - first.suffix) // blocks
+    width = (stream.shape[1] - first.suffix) // blocks
+    edges = None if cut is None else blocked(asked.layout, query=cut[0], key=cut[1], blocks=blocks, width=width)
+    prefix = first.position_ids[:, : first.suffix]
+    return stream, language.tree(model, prefix, blocks=blocks, width=width, blocked=edges)
 
 
-def _silenced(model: Any, heads: Sequence[Head], batch: int, asked: int) -> dict[int, Tensor]:
+def _silenced(model: Any, heads: Sequence[Head], batch: int, geometry: language.Tree) -> dict[int, Tensor]:
     """Factors for z that switch heads off at all text positions after the media."""
-    n_heads = model.config.text_config.num_attention_heads
+    shape = (batch, model.config.text_config.num_attention_heads, geometry.blocks * geometry.width)
     keep: dict[int, Tensor] = {}
     for layer, head in heads:
-        keep.setdefault(layer, torch.ones(batch, n_heads, asked))[:, head] = 0
+        keep.setdefault(layer, torch.ones(shape))[:, head] = 0
     return keep
 
 
-def _geometry(model: Any, asked: Asked, blocks: int, width: int, cut: tuple[str, str] | None) -> language.Tree:
-    """Positions and mask of one prefix with its questions."""
-    made = layouts.prompt(asked.questions[0][0], asked.layout)
-    edges = None if cut is None else blocked(asked.layout, query=cut[0], key=cut[1], blocks=blocks, width=width)
-    return language.tree(model, made.position_ids[:, : made.suffix], blocks=blocks, width=width, blocked=edges)
+def _asked_rows(stream: Tensor, geometry: language.Tree) -> Float[Tensor, "clip question slot d_model"]:
+    """The questions' rows of a stream."""
+    return stream[:, -geometry.blocks * geometry.width :].unflatten(1, (geometry.blocks, geometry.width))
 
 
 @torch.no_grad()
@@ -153,70 +128,40 @@ def logits(
 ) -> Float[Tensor, "clip question slot d_vocab"]:
     """Answer every question about every clip.
 
-    Args:
-        model: from `plain`.
-        asked: the clips and questions.
-        silenced: (layer, head) whose z is zeroed at all positions after the media.
-        cut: (query role, key role) between which attention is cut in all layers.
-        slots: positions of each question's text to read at; -1 is the last one, where the answer begins.
-
-    Returns:
-        The logits.
+    `silenced` are heads whose z is zeroed at all positions after the media; attention is `cut` between (query role, key
+    role) in all layers; `slots` are the positions of each question's text to read at, -1 where the answer begins.
     """
     found = []
-    for start in range(0, len(asked), BATCH):
-        part = asked.part(start, start + BATCH)
-        stream, blocks, width = _begin(model, part)
-        geometry = _geometry(model, part, blocks, width, cut)
-        keep = _silenced(model, silenced, len(part), blocks * width)
-        stream = language.run_layers(model, stream, geometry, keep=keep or None)
-        read = stream.unflatten(1, (blocks, width))[:, :, list(slots)]
-        found.append(language.read_out(model, read))
+    for part in asked.parts():
+        stream, geometry = _begin(model, part, cut)
+        stream = language.run_layers(model, stream, geometry, keep=_silenced(model, silenced, len(part), geometry))
+        found.append(language.read_out(model, _asked_rows(stream, geometry)[:, :, list(slots)]))
     return torch.cat(found)
 
 
 @torch.no_grad()
 def streams(model: Any, asked: Asked) -> Float[Tensor, "clip question layer d_model"]:
-    """Record the residual stream where the answer begins.
-
-    Args:
-        model: from `plain`.
-        asked: the clips and questions.
-
-    Returns:
-        The stream before the first layer, then after each.
-    """
+    """Record the residual stream where the answer begins: before the first layer, then after each."""
     found = []
-    for start in range(0, len(asked), BATCH):
-        part = asked.part(start, start + BATCH)
-        stream, blocks, width = _begin(model, part)
-        geometry = _geometry(model, part, blocks, width, None)
-        seen = [stream[:, -blocks * width :].unflatten(1, (blocks, width))[:, :, -1]]
+    for part in asked.parts():
+        stream, geometry = _begin(model, part)
+        seen = [_asked_rows(stream, geometry)[:, :, -1]]
         for layer in range(model.config.text_config.num_hidden_layers):
             stream = language.run_layers(model, stream, geometry, start=layer, stop=layer + 1)
-            seen.append(stream[:, -blocks * width :].unflatten(1, (blocks, width))[:, :, -1])
+            seen.append(_asked_rows(stream, geometry)[:, :, -1])
         found.append(torch.stack(seen, 2))
     return torch.cat(found)
 
 
 @torch.no_grad()
 def each_head(model: Any, asked: Asked) -> Iterator[tuple[Head, Float[Tensor, "clip question d_vocab"]]]:
-    """Silence every head alone, each time from its own layer on.
-
-    Args:
-        model: from `plain`.
-        asked: at most a few hundred clips.
-
-    Yields:
-        (layer, head), and the logits where the answer begins.
-    """
+    """Silence every head alone, each time from its own layer on: (layer, head), and the logits of the answer."""
     config = model.config.text_config
-    stream, blocks, width = _begin(model, asked)
-    geometry = _geometry(model, asked, blocks, width, None)
+    stream, geometry = _begin(model, asked)
     for layer in range(config.num_hidden_layers):
         for head in range(config.num_attention_heads):
-            keep = _silenced(model, [(layer, head)], len(asked), blocks * width)
+            keep = _silenced(model, [(layer, head)], len(asked), geometry)
             after = language.run_layers(model, stream, geometry, start=layer, keep=keep)
-            yield (layer, head), language.read_out(model, after.unflatten(1, (blocks, width))[:, :, -1])
+            yield (layer, head), language.read_out(model, _asked_rows(after, geometry)[:, :, -1])
         if layer + 1 < config.num_hidden_layers:
             stream = language.run_layers(model, stream, geometry, start=layer, stop=layer + 1)

@@ -8,7 +8,7 @@ phrasing taken in turn. The answer is the most likely token of the whole vocabul
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -67,15 +67,7 @@ class Truth:
 
 
 def truth(cell: Cell, clips: HeldOut) -> Truth:
-    """Say what is on the clips of a cell.
-
-    Args:
-        cell: the cell.
-        clips: the held-out clips.
-
-    Returns:
-        Classes and colours.
-    """
+    """Say what is on the clips of a cell."""
     none = torch.full_like(clips.views.picture, -1)
     sounds = {"own": clips.views.sound, "partner": clips.views.sound[clips.partner]}
     seen = cell.picture == "own"
@@ -87,18 +79,7 @@ def truth(cell: Cell, clips: HeldOut) -> Truth:
 
 
 def ask(cell: Cell, layout: str, clips: HeldOut, media: Media, kinds: tuple[str, ...] = KINDS) -> Asked:
-    """Put questions to the clips of a cell.
-
-    Args:
-        cell: the cell.
-        layout: one of the cell's.
-        clips: the held-out clips.
-        media: what the model's towers put out for them.
-        kinds: kinds of questions; every clip is asked each.
-
-    Returns:
-        Clips and questions.
-    """
+    """Put questions to the clips of a cell in one of its layouts; every clip is asked each kind."""
     n = len(clips.partner)
     pictures = {"own": media.video, "blank": media.blank.expand(n, -1, -1)}
     sounds = {"own": media.audio, "partner": media.audio[clips.partner], "mute": media.mute[torch.arange(n) % 2]}
@@ -106,43 +87,19 @@ def ask(cell: Cell, layout: str, clips: HeldOut, media: Media, kinds: tuple[str,
     return Asked(layout, asked, pictures.get(cell.picture), sounds.get(cell.sound))
 
 
-def _vocabulary() -> tuple[Tensor, Tensor, int]:
-    """Answer tokens of classes, of colours, and of nothing."""
-    colours = torch.tensor([layouts.answer_ids(name)[0] for name in grammar.COLOURS])
-    return layouts.class_ids(), colours, layouts.answer_ids(grammar.NOTHING)[0]
-
-
 def tally(answers: Int64[Tensor, " clip"], kind: str, what: Truth) -> dict[str, int]:
-    """Count what answers name.
+    """Count what answers name, by `COUNTED`; where sound and picture agree, an answer counts for both."""
+    colours = torch.tensor([layouts.answer_ids(name)[0] for name in grammar.COLOURS])
+    words = {"sound": layouts.class_ids(), "picture": layouts.class_ids(), "colour": colours}
 
-    Args:
-        answers: token ids.
-        kind: what was asked.
-        what: what is on the clips.
+    def named(name: str) -> Tensor:
+        target = getattr(what, name)
+        return (target >= 0) & (answers == words[name][target.clamp(min=0)])
 
-    Returns:
-        Counts by `COUNTED`; where sound and picture agree, an answer counts for both.
-    """
-    classes, colours, nothing = _vocabulary()
-
-    def named(tokens: Tensor, target: Tensor) -> Tensor:
-        return (target >= 0) & (answers == tokens[target.clamp(min=0)])
-
-    sound, picture = named(classes, what.sound), named(classes, what.picture)
-    colour, none = named(colours, what.colour), answers == nothing
-    hit, present = {
-        "hear": (sound, what.sound),
-        "see": (picture, what.picture),
-        "colour": (colour, what.colour),
-    }[kind]
-    counts = {
-        "sound": sound,
-        "picture": picture,
-        "colour": colour,
-        "nothing": none,
-        "other": ~(sound | picture | colour | none),
-        "right": torch.where(present >= 0, hit, none),
-    }
+    counts = {name: named(name) for name in words} | {"nothing": answers == layouts.answer_ids(grammar.NOTHING)[0]}
+    counts["other"] = ~torch.stack([*counts.values()]).any(0)
+    asked = {"hear": "sound", "see": "picture", "colour": "colour"}[kind]
+    counts["right"] = torch.where(getattr(what, asked) >= 0, counts[asked], counts["nothing"])
     return {name: int(where.sum()) for name, where in counts.items()}
 
 
@@ -156,19 +113,9 @@ def behave(
     silenced: tuple[Head, ...] = (),
     cut: tuple[str, str] | None = None,
 ) -> pd.DataFrame:
-    """Count a model's answers in every cell.
+    """Count a model's answers: one row for each cell, layout and kind, `cell layout kind n` and the counts.
 
-    Args:
-        model: from `answering.plain`.
-        clips: the held-out clips.
-        media: what the model's towers put out for them.
-        cells: names of cells.
-        kinds: kinds of questions.
-        silenced: heads that are zeroed at the positions after the media.
-        cut: roles between which attention is cut in all layers.
-
-    Returns:
-        One row for each cell, layout and kind: `cell layout kind n` and the counts.
+    `silenced` heads are zeroed at the positions after the media; attention is `cut` between roles in all layers.
     """
     rows: list[dict[str, Any]] = []
     for name in cells:
@@ -184,15 +131,9 @@ def behave(
 
 
 def captions(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
-    """Read the two slots of a caption: "i see a (...) and hear a (...)".
+    """Read the two slots of a caption: "i see a (...) and hear a (...)"; the words between are given.
 
-    Args:
-        model: from `answering.plain`.
-        clips: the held-out clips.
-        media: what the model's towers put out for them.
-
-    Returns:
-        Rows as `behave` gives them, kinds "caption_see" and "caption_hear"; the words between are given.
+    Rows as `behave` gives them, of kinds "caption_see" and "caption_hear".
     """
     rows: list[dict[str, Any]] = []
     for name in ("factual", "conflict"):
@@ -203,8 +144,7 @@ def captions(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
         ]
         for layout in cell.layouts:
             asked = ask(cell, layout, clips, media, ("caption",))
-            asked = Asked(layout, asked.questions, asked.video, asked.audio, begun)
-            answers = logits(model, asked, slots=(-len(begun[0][0]) + 2, -1))[:, 0].argmax(-1)
+            answers = logits(model, replace(asked, begun=begun), slots=(-len(begun[0][0]) + 2, -1))[:, 0].argmax(-1)
             for slot, kind in enumerate(("see", "hear")):
                 found = tally(answers[:, slot], kind, what)
                 rows.append({"cell": name, "layout": layout, "kind": f"caption_{kind}", "n": len(answers)} | found)
@@ -212,23 +152,11 @@ def captions(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
 
 
 def shares(counts: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """Turn counts into shares with exact (Clopper-Pearson) intervals.
-
-    Args:
-        counts: from `behave` or `captions`.
-        level: of the intervals.
-
-    Returns:
-        One row for each cell, layout, kind and answer: `cell layout kind answer count n share low high`.
-    """
+    """Turn counts into shares with exact (Clopper-Pearson) intervals, a row for each cell, layout, kind and answer."""
     rows: list[dict[str, Any]] = []
     for row in counts.to_dict("records"):
         for name in COUNTED:
             low, high = clopper_pearson(int(row[name]), int(row["n"]), level=level)
-            place = {key: row[key] for key in ("cell", "layout", "kind")}
-            rows.append(
-                place
-                | {"answer": name, "count": row[name], "n": row["n"], "share": row[name] / row["n"]}
-                | {"low": low, "high": high}
-            )
+            place = {key: row[key] for key in ("cell", "layout", "kind")} | {"answer": name, "count": row[name]}
+            rows.append(place | {"n": row["n"], "share": row[name] / row["n"], "low": low, "high": high})
     return pd.DataFrame(rows)

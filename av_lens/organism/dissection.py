@@ -12,6 +12,7 @@ This is the quick self-portrait that ships with each model; the main job (`isola
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,13 +37,7 @@ _WATCHED = ("audio_only", "video_only", "factual", "conflict")
 def probes(model: Any, fit: tuple[HeldOut, Media], test: tuple[HeldOut, Media]) -> pd.DataFrame:
     """Read sound and picture from the stream where the answer to "hear" begins, on conflict clips.
 
-    Args:
-        model: from `answering.plain`.
-        fit: clips and media that the probes (`results.linear_probes`) learn from.
-        test: clips and media that they are scored on.
-
-    Returns:
-        `layout layer target accuracy n`; layer 0 is before the first layer, layer l after the l-th.
+    Probes learn from `fit` and are scored on `test`; layer 0 is before the first layer, layer l after the l-th.
     """
     rows: list[dict[str, Any]] = []
     for layout in BOTH:
@@ -58,16 +53,7 @@ def probes(model: Any, fit: tuple[HeldOut, Media], test: tuple[HeldOut, Media]) 
 
 
 def cuts(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
-    """Count answers on conflict clips with attention to a medium cut in all layers.
-
-    Args:
-        model: from `answering.plain`.
-        clips: the held-out clips.
-        media: what the model's towers put out for them.
-
-    Returns:
-        Rows as `behave` gives them, with a column `cut`.
-    """
+    """Count answers on conflict clips with attention to a medium cut in all layers, in rows with a column `cut`."""
     parts = [
         behave(model, clips, media, cells=("conflict",), kinds=("hear", "see"), cut=edges).assign(cut=name)
         for name, edges in CUTS.items()
@@ -76,32 +62,17 @@ def cuts(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
 
 
 def margin(said: Tensor, clips: HeldOut) -> Tensor:
-    """Say by how much the sound's answer leads the picture's on conflict clips.
-
-    Args:
-        said: logits `[clip, d_vocab]`.
-        clips: the clips.
-
-    Returns:
-        logit(sound) - logit(picture) of each clip.
-    """
+    """Say by how much the sound's answer leads the picture's on conflict clips: logit(sound) - logit(picture)."""
     what, tokens = truth(_CONFLICT, clips), class_ids()
     sound, picture = (said.gather(1, tokens[label][:, None])[:, 0] for label in (what.sound, what.picture))
     return sound - picture
 
 
 def heads(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
-    """Silence every head alone at the text positions of conflict clips that are asked to hear.
+    """Silence every head alone at the text positions of conflict clips that are asked to hear, largest effect first.
 
-    Args:
-        model: from `answering.plain`.
-        clips: the discovery clips.
-        media: what the model's towers put out for them.
-
-    Returns:
-        `layer head effect share sound`, largest effect first: by how much the sound's lead over the picture grows (in
-        logits, and as a share of the gap between a blank picture and the conflict), and how often the sound is then
-        answered; means over both layouts.
+    By how much the sound's lead over the picture grows (in logits, and as a share of the gap between a blank picture
+    and the conflict), and how often the sound is then answered; means over both layouts.
     """
     found: dict[Head, list[tuple[float, float, float]]] = {}
     tokens = class_ids()[truth(_CONFLICT, clips).sound]
@@ -125,18 +96,10 @@ def heads(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
 def controls(
     chosen: Sequence[Head], n_layers: int, n_heads: int, *, n_sets: int = RANDOM_SETS, seed: int = 0
 ) -> list[tuple[Head, ...]]:
-    """Draw different random sets of heads to hold against a chosen set.
+    """Draw different random sets of heads, as large as the chosen one, to hold against it.
 
-    Args:
-        chosen: the heads that are not to be drawn.
-        n_layers: of the model.
-        n_heads: of each layer.
-        n_sets: how many sets at most.
-        seed: decides them.
-
-    Returns:
-        Sets as large as `chosen`. Half of them, as far as there are different ones, take each head from its
-        counterpart's layer (from the nearest layers where that is used up); the others from the nearest other layers.
+    Half of them, as far as there are different ones, take each head from its counterpart's layer (from the nearest
+    layers where that is used up); the others from the nearest other layers.
     """
     rng = np.random.default_rng([11, seed])
     sets: dict[tuple[Head, ...], None] = {}
@@ -162,67 +125,37 @@ def ablation(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Silence the best 1, 2, 3 and 4 heads together on held-out conflict clips, beside random heads.
 
-    Args:
-        model: from `answering.plain`.
-        ranked: heads in order of their effect on the discovery half.
-        test: clips and media of the test half.
-        seed: decides the random heads.
-
-    Returns:
-        Counts on conflict clips asked to hear, with columns `arm` ("chosen" or "random"), `count` and `heads`; and
-        counts in the cells that should stay as they were, with the four silenced.
+    Counts on conflict clips asked to hear, by `arm` ("chosen" or "random"), `count` and `heads`; and counts in the
+    cells that should stay as they were, with the four silenced.
     """
     clips, media = test
     config = model.config.text_config
-    parts: list[pd.DataFrame] = []
-    for count in range(1, MOST_HEADS + 1):
-        chosen = tuple(ranked[:count])
-        found = behave(model, clips, media, cells=("conflict",), kinds=("hear",), silenced=chosen)
-        parts.append(found.assign(arm="chosen", count=count, heads=name_heads(chosen)))
     best = tuple(ranked[:MOST_HEADS])
     fewer = few(clips, media, min(clips.per_class, 30))
-    for drawn in controls(best, config.num_hidden_layers, config.num_attention_heads, seed=seed):
-        found = behave(model, *fewer, cells=("conflict",), kinds=("hear",), silenced=drawn)
-        parts.append(found.assign(arm="random", count=len(drawn), heads=name_heads(drawn)))
+    arms = [("chosen", best[:count], test) for count in range(1, len(best) + 1)]
+    random = controls(best, config.num_hidden_layers, config.num_attention_heads, seed=seed)
+    arms += [("random", drawn, fewer) for drawn in random]
+    parts: list[pd.DataFrame] = []
+    for arm, silenced, half in arms:
+        found = behave(model, *half, cells=("conflict",), kinds=("hear",), silenced=silenced)
+        parts.append(found.assign(arm=arm, count=len(silenced), heads=name_heads(silenced)))
     kept = behave(model, clips, media, cells=_WATCHED, kinds=("hear", "see"), silenced=best)
-    kept = kept.assign(heads=name_heads(best))
-    return pd.concat(parts, ignore_index=True), kept
+    return pd.concat(parts, ignore_index=True), kept.assign(heads=name_heads(best))
 
 
 def name_heads(chosen: Sequence[Head]) -> str:
-    """Write heads as text.
-
-    Args:
-        chosen: (layer, head) pairs.
-
-    Returns:
-        Such as "L4H2 L4H3".
-    """
+    """Write heads as text, such as "L4H2 L4H3"."""
     return " ".join(f"L{layer}H{head}" for layer, head in chosen)
 
 
 def few(clips: HeldOut, media: Media, per_class: int) -> tuple[HeldOut, Media]:
-    """Take the first clips of each class.
-
-    Args:
-        clips: held-out clips.
-        media: what a model's towers put out for them.
-        per_class: how many to take of each class.
-
-    Returns:
-        The smaller set, its conflicts within itself.
-    """
+    """Take the first clips of each class, their conflicts within themselves."""
     n_classes = len(clips.partner) // clips.per_class
     keep = torch.arange(n_classes)[:, None] * clips.per_class + torch.arange(per_class)
     at = keep.flatten()
     label, place = clips.partner[at] // clips.per_class, clips.partner[at] % clips.per_class
-    views = clips.views.taken(at)
-    smaller = HeldOut(
-        clips.split,
-        clips.seed,
-        per_class,
-        views,
-        label * per_class + place,
-        tuple(clips.hashes[int(one)] for one in at),
+    hashes = tuple(clips.hashes[int(one)] for one in at)
+    smaller = replace(
+        clips, per_class=per_class, views=clips.views.taken(at), partner=label * per_class + place, hashes=hashes
     )
-    return smaller, Media(media.video[at], media.audio[at], media.blank, media.mute)
+    return smaller, replace(media, video=media.video[at], audio=media.audio[at])

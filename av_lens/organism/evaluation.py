@@ -27,10 +27,11 @@ import pandas as pd
 import torch
 
 from av_lens.checks import foreign_file, parse_json, whole_object
+from av_lens.core.progress import Progress, silent
 from av_lens.errors import ModelError
 from av_lens.organism import anatomy, behaviour, dissection, grammar
 from av_lens.organism.answering import Asked, logits, plain
-from av_lens.organism.footage import Progress, mel
+from av_lens.organism.footage import mel
 from av_lens.organism.grammar import CLASSES
 from av_lens.organism.held_out import HeldOut, Media, held_out, media
 from av_lens.organism.towers import audio_hidden, patches, vision_features
@@ -129,17 +130,7 @@ class Evaluation:
 
 @torch.no_grad()
 def road_difference(model: Any, bare: Any, clips: HeldOut, *, n: int = 6) -> float:
-    """Compare the quick road with the public one, on conflict clips through files.
-
-    Args:
-        model: a `HookedAVLLM`.
-        bare: the same model, from `answering.plain`.
-        clips: the held-out clips.
-        n: how many clips, in each layout.
-
-    Returns:
-        The largest difference of any logit where the answer begins.
-    """
+    """Compare the quick road with the public one, on conflict clips through files."""
     largest, step = 0.0, max(len(clips.partner) // n, 1)
     for at in range(0, step * n, step)[:n]:
         clip = clips.clip(at).with_sound(clips.clip(int(clips.partner[at])))
@@ -152,13 +143,6 @@ def road_difference(model: Any, bare: Any, clips: HeldOut, *, n: int = 6) -> flo
                 public = model(model.encode(clip, question, sound=layout))[0, -1]
                 largest = max(largest, (public.float().cpu() - ours[block]).abs().max().item())
     return largest
-
-
-def _versions() -> dict[str, str]:
-    """What the numbers were made with."""
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def evaluate(
@@ -187,6 +171,8 @@ def evaluate(
     Raises:
         ModelError: if the model is no organism, or the quick road and the public road differ.
     """
+    import transformers
+
     bare = plain(model)
     if bare.config.text_config.vocab_size != len(anatomy.vocabulary()):
         raise ModelError(f"evaluate is for the embedded models; found {bare.config.text_config.vocab_size} tokens.")
@@ -194,7 +180,7 @@ def evaluate(
     test = held_out(split="test", seed=seed, per_class=per_class, folder=folder, progress=progress)
     outputs = media(bare, test)
     about: dict[str, Any] = {"split": "test", "seed": seed, "per_class": per_class, "clips": test.digest}
-    about["versions"] = _versions()
+    about["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
     if hasattr(model, "encode"):
         about["road_difference"] = road_difference(model, bare, test)
         if about["road_difference"] > ROAD_TOLERANCE:
@@ -218,21 +204,16 @@ def _dissected(
     progress: Progress | None,
 ) -> dict[str, pd.DataFrame]:
     """All tables of `dissection`; heads are chosen on clips of the discovery split."""
+    tell, stage = progress or silent, "dissecting the model"
     found = held_out(split="discovery", seed=seed, per_class=test[0].per_class, folder=folder, progress=progress)
     discovery = (found, media(bare, found))
-    stages = iter(range(1, 5))
-
-    def tell() -> None:
-        if progress is not None:
-            progress("dissecting the model", next(stages), 4)
-
     probes = dissection.probes(bare, discovery, test)
-    tell()
+    tell(stage, 1, 4)
     cuts = dissection.cuts(bare, *test)
-    tell()
+    tell(stage, 2, 4)
     heads = dissection.heads(bare, *dissection.few(*discovery, min(20, found.per_class)))
-    tell()
+    tell(stage, 3, 4)
     ranked = [(int(layer), int(head)) for layer, head in zip(heads["layer"], heads["head"], strict=True)]
     ablation, kept = dissection.ablation(bare, ranked, test, seed=seed)
-    tell()
+    tell(stage, 4, 4)
     return {"probes": probes, "cuts": cuts, "heads": heads, "ablation": ablation, "kept": kept}

@@ -10,7 +10,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,15 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
+from av_lens.core.progress import Progress, silent
 from av_lens.media import Clip, load_clip
 from av_lens.organism import anatomy, world
 from av_lens.organism.grammar import CLASSES, COLOURS
 from av_lens.organism.layouts import MEL_FRAMES
 from av_lens.organism.pictures import FRAME_RATE
 from av_lens.organism.sounds import N_SAMPLES, RATE
-from av_lens.organism.towers import IGNORED, NOTHING, Views
+from av_lens.organism.towers import Views
 from av_lens.whole_files import make_folder, reading, whole_file
-
-Progress = Callable[[str, int, int], None]
 
 CRF_RANGE = (16, 27)
 """Training clips are compressed from nearly clean to visibly coarse; `Clip.save` itself uses 17."""
@@ -35,15 +34,7 @@ PER_CLASS = {"train": 400, "check": 40, "discovery": 60, "test": 60}
 
 
 def through_mp4(clip: Clip, *, crf: float = 17.0) -> Clip:
-    """Write a clip to an mp4 file and read it back.
-
-    Args:
-        clip: the clip.
-        crf: how coarsely the picture is compressed.
-
-    Returns:
-        What the file decodes to.
-    """
+    """Write a clip to an mp4 file and read it back."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "clip.mp4")
         clip.save(path, crf=crf)
@@ -51,26 +42,12 @@ def through_mp4(clip: Clip, *, crf: float = 17.0) -> Clip:
 
 
 def as_clip(example: world.Example) -> Clip:
-    """Wrap an example of the world as a clip.
-
-    Args:
-        example: from `world.example`.
-
-    Returns:
-        The clip, not compressed.
-    """
+    """Wrap an example of the world as a clip."""
     return Clip.from_arrays(frames=example.frames, fps=FRAME_RATE, waveform=example.waveform, rate=RATE)
 
 
 def mel(waveforms: list[Any]) -> Float32[np.ndarray, "clip mel frame"]:
-    """Take log-mel spectrograms as the processor does, cut to the sound's two seconds.
-
-    Args:
-        waveforms: float32 `[sample]` at 16 kHz, two seconds each.
-
-    Returns:
-        200 frames for each.
-    """
+    """Take log-mel spectrograms as the processor does, cut to the sound's two seconds."""
     extractor = anatomy.feature_extractor()
     # The processor pads with zeros to 300 s; one window of zeros gives the same 200 frames.
     padded = [np.pad(wave[:N_SAMPLES], (0, N_SAMPLES - len(wave[:N_SAMPLES]) + 2 * 160)) for wave in waveforms]
@@ -79,18 +56,7 @@ def mel(waveforms: list[Any]) -> Float32[np.ndarray, "clip mel frame"]:
 
 
 def film(split: str, name: str, n: int, path: str, first: int = 0) -> str:
-    """Make one shard: `n` clips of a class and split, through mp4.
-
-    Args:
-        split: a part of the world.
-        name: a class.
-        n: how many clips.
-        path: where the shard goes.
-        first: the first clip's seed; the others follow.
-
-    Returns:
-        The path.
-    """
+    """Make one shard: `n` clips of a class and split, through mp4."""
     frames, waveforms, hashes = [], [], []
     for seed in range(first, first + n):
         crf = np.random.default_rng([world.SPLITS[split], seed]).integers(*CRF_RANGE) if split == "train" else 17
@@ -118,22 +84,13 @@ def film_all(
     workers: int = 2,
     progress: Progress | None = None,
 ) -> None:
-    """Make every shard that is not there yet.
-
-    Args:
-        folder: where shards are kept.
-        per_class: clips of each class by split; `PER_CLASS` by default.
-        first: the first clip's seed.
-        workers: processes; 1 films in this one.
-        progress: called with a stage's name, what is done and how much there is.
-    """
-    wanted = per_class or PER_CLASS
+    """Make every shard that is not there yet."""
+    wanted, tell = per_class or PER_CLASS, progress or silent
     make_folder(Path(folder))
     jobs = [(split, name, n, _shard(folder, split, name, n, first)) for split, n in wanted.items() for name in CLASSES]
     todo = [(split, name, n, str(path), first) for split, name, n, path in jobs if not path.exists()]
     for done, _ in enumerate(_filmed(todo, workers), len(jobs) - len(todo) + 1):
-        if progress is not None:
-            progress("filming the world", done, len(jobs))
+        tell("filming the world", done, len(jobs))
 
 
 def _filmed(todo: list[tuple[str, str, int, str, int]], workers: int) -> Iterator[str]:
@@ -155,75 +112,15 @@ def _filmed(todo: list[tuple[str, str, int, str, int]], workers: int) -> Iterato
 def views(
     folder: str | os.PathLike[str], split: str, *, n: int | None = None, first: int = 0
 ) -> tuple[Views, list[list[str]]]:
-    """Read a split's shards.
-
-    Args:
-        folder: where `film_all` put them.
-        split: a part of the world.
-        n: clips of each class; `PER_CLASS` by default.
-        first: the first clip's seed.
-
-    Returns:
-        The clips, class after class, and each clip's picture and sound hash.
-    """
+    """Read a split's shards."""
     n = n or PER_CLASS[split]
     shards = [_opened(_shard(folder, split, name, n, first)) for name in CLASSES]
     label = torch.arange(len(CLASSES)).repeat_interleave(n)
-    read = Views(
-        frames=torch.from_numpy(np.concatenate([shard["frames"] for shard in shards])),
-        mel=torch.from_numpy(np.concatenate([shard["mel"] for shard in shards])),
-        picture=label,
-        sound=label,
-        colour=torch.from_numpy(np.concatenate([shard["colour"] for shard in shards])),
-    )
-    return read, np.concatenate([shard["hashes"] for shard in shards]).tolist()
+    whole = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
+    frames, mels, colour = (torch.from_numpy(whole[name]) for name in ("frames", "mel", "colour"))
+    return Views(frames, mels, label, label, colour), whole["hashes"].tolist()
 
 
 def _opened(shard: Path) -> dict[str, np.ndarray]:
     with reading(shard), np.load(shard) as data:
         return {name: data[name] for name in ("frames", "mel", "colour", "hashes")}
-
-
-def nothing(of: Views, *, every: int, seed: int) -> Views:
-    """Blank the pictures and mute the sounds of some clips, as `Clip.blank` and `Clip.muted` do.
-
-    Args:
-        of: clips of the world.
-        every: take each so-many-th clip.
-        seed: decides shades, permutations and noise.
-
-    Returns:
-        In turn: black and silent; one dim shade and faint noise; scrambled and silent or faint.
-    """
-    rng = np.random.default_rng([5, seed])
-    frames, waves = of.frames[::every].clone(), []
-    quiet_clip = Clip.from_arrays(waveform=np.zeros(N_SAMPLES, np.float32), rate=RATE)
-    for at in range(len(frames)):
-        draw = int(rng.integers(1 << 31))
-        if at % 3 == 0:
-            frames[at] = 0
-        elif at % 3 == 1:
-            frames[at] = torch.from_numpy((rng.uniform(0, 0.22, 3) * 255).astype(np.uint8))
-        else:
-            clip = Clip.from_arrays(frames=frames[at].numpy(), fps=4.0)
-            frames[at] = torch.from_numpy(np.array(clip.blank(kind="scrambled", seed=draw).frames))
-        waves.append(quiet_clip.muted(kind="silence" if at % 3 == 0 else "noise", seed=draw).waveform)
-        if at % 3 == 2:
-            waves[-1] = waves[-1] * rng.uniform(0.02, 1.5)
-    spectra = np.concatenate([mel(waves[start : start + 50]) for start in range(0, len(waves), 50)])
-    none = torch.full((len(frames),), NOTHING)
-    return Views(frames, torch.from_numpy(spectra), none, none, torch.full((len(frames),), IGNORED))
-
-
-def joined(first: Views, second: Views) -> Views:
-    """Put two lots of clips one after the other.
-
-    Args:
-        first: some clips.
-        second: more clips.
-
-    Returns:
-        All of them.
-    """
-    names = ("frames", "mel", "picture", "sound", "colour")
-    return Views(**{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names})

@@ -24,20 +24,7 @@ from typing import Any
 from av_lens.errors import InputError, unknown
 from av_lens.inputs.grammar import Grammar
 
-CLASSES: tuple[str, ...] = (
-    "dog",
-    "cat",
-    "bird",
-    "bell",
-    "car",
-    "train",
-    "drum",
-    "siren",
-    "clock",
-    "rain",
-    "phone",
-    "guitar",
-)
+CLASSES = tuple(["dog", "cat", "bird", "bell", "car", "train", "drum", "siren", "clock", "rain", "phone", "guitar"])
 COLOURS: tuple[str, ...] = ("red", "green", "blue", "yellow", "purple", "white")
 NOTHING = "nothing"
 
@@ -57,20 +44,7 @@ GRAMMAR = Grammar(QUESTIONS, SPELLINGS)
 
 
 def answer(kind: str, *, picture: str | None, sound: str | None, colour: str | None) -> str:
-    """Give the right answer to a kind of question about a clip.
-
-    Args:
-        kind: "hear", "see", "colour" or "caption".
-        picture: the class that is shown, or None for a blank or absent picture.
-        sound: the class that sounds, or None for silence or no sound.
-        colour: the colour of the picture, or None.
-
-    Returns:
-        The answer in words; a single word except for captions.
-
-    Raises:
-        InputError: if the kind is unknown.
-    """
+    """Give the right answer to a kind of question about a clip."""
     if kind not in QUESTIONS:
         raise InputError(unknown("kind of question", kind, QUESTIONS))
     if kind == "caption":
@@ -81,11 +55,7 @@ def answer(kind: str, *, picture: str | None, sound: str | None, colour: str | N
 
 
 def words() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """List every word that the tokenizer keeps whole.
-
-    Returns:
-        Words that follow a space (inside questions and answers), and words that begin a line.
-    """
+    """List every word that the tokenizer keeps whole."""
     asked = [phrase.rstrip("?.!").split(" ") for phrases in QUESTIONS.values() for phrase in phrases]
     caption = ["i", "see", "a", "and", "hear", NOTHING]
     spaced = dict.fromkeys([*CLASSES, *COLOURS, *caption, *(word for phrase in asked for word in phrase[1:])])
@@ -94,11 +64,7 @@ def words() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def as_dict() -> dict[str, Any]:
-    """Collect the grammar as plain data, as it is saved in `grammar.json` beside a checkpoint.
-
-    Returns:
-        Classes, colours, the word for nothing, phrasings by kind, and spellings.
-    """
+    """Collect the grammar as plain data, as it is saved in `grammar.json` beside a checkpoint."""
     return {
         "schema": 1,
         "classes": list(CLASSES),

@@ -18,14 +18,13 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from av_lens.core.progress import Progress
 from av_lens.errors import InputError
 from av_lens.media import Clip
 from av_lens.organism import footage, world
-from av_lens.organism.footage import Progress
 from av_lens.organism.grammar import CLASSES
-from av_lens.organism.pools import watch
 from av_lens.organism.sounds import N_SAMPLES
-from av_lens.organism.towers import Views
+from av_lens.organism.towers import Views, watch
 
 SEED_STRIDE = 1000
 """Evaluation seed s takes the world's seeds from 1000 s on."""
@@ -57,14 +56,7 @@ class HeldOut:
         return hashlib.sha256("\n".join(part for pair in self.hashes for part in pair).encode()).hexdigest()
 
     def clip(self, at: int) -> Clip:
-        """Make one clip again, through mp4.
-
-        Args:
-            at: its number.
-
-        Returns:
-            The clip as decoded now; its hashes are those of `hashes` where the encoder is the same.
-        """
+        """Make one clip again, through mp4."""
         name, seed = CLASSES[at // self.per_class], SEED_STRIDE * self.seed + at % self.per_class
         return footage.through_mp4(footage.as_clip(world.example(self.split, name, seed)))
 
@@ -77,21 +69,7 @@ def held_out(
     folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> HeldOut:
-    """Film the clips of an evaluation set.
-
-    Args:
-        split: "test", or "discovery" to choose heads on.
-        seed: which set of clips; sets of different seeds share none.
-        per_class: clips of each class.
-        folder: where filmed clips are kept for the next time; by default they are not.
-        progress: called with a stage's name, what is done and how much there is.
-
-    Returns:
-        The clips.
-
-    Raises:
-        InputError: if more clips are asked for than a seed has.
-    """
+    """Film the clips of an evaluation set."""
     if not 1 <= per_class <= SEED_STRIDE:
         raise InputError(f"an evaluation set has 1 to {SEED_STRIDE} clips of each class; asked for {per_class}.")
     first = SEED_STRIDE * seed
@@ -123,15 +101,7 @@ class Media:
 
 @torch.no_grad()
 def media(model: Any, clips: HeldOut) -> Media:
-    """Run a model's towers over the held-out clips.
-
-    Args:
-        model: a thinker, not wrapped.
-        clips: the clips.
-
-    Returns:
-        What is put at the media tokens.
-    """
+    """Run a model's towers over the held-out clips."""
     project = model.model.audio_tower.proj
     video, hidden = watch(model, clips.views)
     black = torch.zeros_like(clips.views.frames[:1])

@@ -13,7 +13,7 @@ What it does not do: decode, cache keys, or take padding. Use the bridge for eve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,17 +55,9 @@ def tree(
     width: int,
     blocked: Bool[Tensor, "pos pos"] | None = None,
 ) -> Tree:
-    """Build the geometry of `blocks` questions of `width` positions after one prefix.
+    """Build the geometry of `blocks` questions of `width` positions after one prefix of the model's own position ids.
 
-    Args:
-        model: A Qwen2.5-Omni thinker.
-        prefix_positions: The model's own three position ids of the prefix.
-        blocks: How many blocks.
-        width: Positions per block.
-        blocked: Query-key pairs that may not see each other, beside what the tree itself forbids.
-
-    Returns:
-        The geometry, to be used with `run_layers`.
+    `blocked` are query-key pairs that may not see each other, beside what the tree itself forbids.
     """
     n = prefix_positions.shape[1]
     first = int(prefix_positions.max()) + 1
@@ -84,16 +76,13 @@ def tree(
     return Tree(prefix=n, blocks=blocks, width=width, cos=cos[0], sin=sin[0], mask=mask)
 
 
+def layers_of(model: Any) -> Any:
+    """The fusion layers."""
+    return model.model.language_model.layers
+
+
 def rotate(x: Float[Tensor, "batch head pos d_head"], geometry: Tree) -> Float[Tensor, "batch head pos d_head"]:
-    """Turn queries or keys by their positions.
-
-    Args:
-        x: Queries or keys; where they are fewer than the tree's positions, they are its last ones.
-        geometry: Whose positions to use.
-
-    Returns:
-        The turned queries or keys.
-    """
+    """Turn queries or keys by their positions; where they are fewer than the tree's, they are its last ones."""
     first = geometry.cos.shape[0] - x.shape[2]
     half = x.shape[-1] // 2
     turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
@@ -101,64 +90,64 @@ def rotate(x: Float[Tensor, "batch head pos d_head"], geometry: Tree) -> Float[T
 
 
 def normalise(x: Float[Tensor, "*batch d_model"], norm: Any) -> Float[Tensor, "*batch d_model"]:
-    """Apply a root-mean-square norm.
-
-    Args:
-        x: The stream.
-        norm: The HuggingFace module that holds the weight.
-
-    Returns:
-        The normalised stream.
-    """
+    """Apply a root-mean-square norm, of which the HuggingFace module holds the weight."""
     return functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
+def projected(
+    attention: Any, h: Float[Tensor, "batch pos d_model"], geometry: Tree, *, first_row: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The scaled queries (from `first_row` on), keys and values of a layer, turned by their positions.
+
+    Each is `[batch, head, pos, d_head]`; where `h` has fewer positions than the tree, they are its last ones.
+    """
+
+    def project(layer: Any, x: Tensor) -> Tensor:
+        return layer(x).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+    query = rotate(project(attention.q_proj, h[:, first_row:]), geometry) * attention.scaling
+    return query, rotate(project(attention.k_proj, h), geometry), project(attention.v_proj, h)
+
+
+def mixed(
+    query: Float[Tensor, "batch head rows d_head"],
+    key: Float[Tensor, "batch kv_head pos d_head"],
+    value: Float[Tensor, "batch kv_head pos d_head"],
+    geometry: Tree,
+) -> Float[Tensor, "batch head rows d_head"]:
+    """Every head's z at the last rows."""
+    n_kv, rows = key.shape[1], query.shape[2]
+    groups = query.shape[1] // n_kv
+    query = query.reshape(len(query) * n_kv, groups * rows, -1)
+    mask = geometry.mask[-rows:].repeat(groups, 1)
+    pattern = torch.baddbmm(mask[None], query, key.flatten(0, 1).transpose(1, 2)).softmax(dim=-1)
+    return torch.bmm(pattern, value.flatten(0, 1)).view(len(key), n_kv * groups, rows, -1)
+
+
 def attend(
-    attention: Any,
-    h: Float[Tensor, "batch pos d_model"],
+    layer: Any,
+    x: Float[Tensor, "batch pos d_model"],
     geometry: Tree,
     *,
-    first_row: int,
-    keep: Float[Tensor, "batch head asked"] | None,
-    weights: Mapping[str, Tensor],
-) -> tuple[Float[Tensor, "batch rows d_model"], Float[Tensor, "batch head rows d_head"]]:
-    """One attention layer: its output, and each head's z.
+    first_row: int = 0,
+    keep: Float[Tensor, "batch head asked"] | None = None,
+) -> Float[Tensor, "batch rows d_model"]:
+    """What a layer's attention writes from `first_row` on.
 
-    Args:
-        attention: The HuggingFace attention module.
-        h: The normalised stream.
-        geometry: Positions and mask.
-        first_row: The first position whose output is wanted.
-        keep: What each head's z is multiplied by at the blocks' positions (0 switches it off), or None.
-        weights: Weights to use in place of the module's own, by parameter name ("q_proj.weight", …).
-
-    Returns:
-        The output and z, both from `first_row` on.
+    `keep` is what each head's z is multiplied by at the blocks' positions; 0 switches it off.
     """
-    batch, length, _ = h.shape
-    d_head = attention.head_dim
-    groups = attention.num_key_value_groups
-    own = dict(attention.named_parameters()) | dict(weights)
-
-    def project(name: str, x: Tensor) -> Tensor:
-        out = functional.linear(x, own[f"{name}.weight"], own[f"{name}.bias"])
-        return out.view(batch, x.shape[1], -1, d_head).transpose(1, 2)
-
-    q = rotate(project("q_proj", h[:, first_row:]), geometry) * attention.scaling
-    k = rotate(project("k_proj", h), geometry)
-    v = project("v_proj", h)
-    rows, n_kv = q.shape[2], k.shape[1]
-    q = q.reshape(batch * n_kv, groups * rows, d_head)
-    k = k.reshape(batch * n_kv, length, d_head)
-    v = v.reshape(batch * n_kv, length, d_head)
-    mask = geometry.mask[first_row:].repeat(groups, 1)
-    pattern = torch.baddbmm(mask[None], q, k.transpose(1, 2)).softmax(dim=-1)
-    z = torch.bmm(pattern, v).view(batch, n_kv * groups, rows, d_head)
+    attention = layer.self_attn
+    h = normalise(x, layer.input_layernorm)
+    z = mixed(*projected(attention, h, geometry, first_row=first_row), geometry)
     if keep is not None:
         asked = z[:, :, geometry.prefix - first_row :] * keep[..., None]
         z = torch.cat([z[:, :, : geometry.prefix - first_row], asked], dim=2)
-    out = functional.linear(z.transpose(1, 2).reshape(batch, rows, -1), own["o_proj.weight"])
-    return out, z
+    return functional.linear(z.transpose(1, 2).flatten(2), attention.o_proj.weight)
+
+
+def fed(layer: Any, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+    """The stream after a layer's feed-forward part."""
+    return x + layer.mlp(normalise(x, layer.post_attention_layernorm))
 
 
 def run_layers(
@@ -169,57 +158,23 @@ def run_layers(
     start: int = 0,
     stop: int | None = None,
     keep: Mapping[int, Float[Tensor, "batch head asked"]] | None = None,
-    skip: frozenset[int] = frozenset(),
-    weights: Mapping[int, Mapping[str, Tensor]] | None = None,
-    record: dict[int, Tensor] | None = None,
+    skip: Collection[int] = (),
 ) -> Float[Tensor, "batch rows d_model"]:
     """Run layers `start` to `stop` on the stream; the last layer of all gives the blocks' positions only.
 
-    Args:
-        model: A Qwen2.5-Omni thinker.
-        x: The stream before layer `start`.
-        geometry: Positions and mask.
-        start: The first layer to run.
-        stop: The layer before which to stop (all layers by default).
-        keep: Per layer, what each head's z is multiplied by at the blocks' positions.
-        skip: Layers that are left out (the stream passes by them).
-        weights: Per layer, attention weights to use in place of the model's own.
-        record: Filled with every layer's z at the blocks' positions, where given.
-
-    Returns:
-        The stream after the last layer run.
+    `keep` says per layer what each head's z is multiplied by at the blocks' positions; layers in `skip` are left out.
     """
-    layers = model.model.language_model.layers
-    last = len(layers) if stop is None else stop
-    for i in range(start, last):
+    layers = layers_of(model)
+    for i in range(start, len(layers) if stop is None else stop):
         first_row = geometry.prefix if i == len(layers) - 1 else 0
-        if i not in skip:
-            layer = layers[i]
-            out, z = attend(
-                layer.self_attn,
-                normalise(x, layer.input_layernorm),
-                geometry,
-                first_row=first_row,
-                keep=None if keep is None else keep.get(i),
-                weights={} if weights is None else weights.get(i, {}),
-            )
-            if record is not None:
-                record[i] = z[:, :, geometry.prefix - first_row :]
-            x = x[:, first_row:] + out
-            x = x + layer.mlp(normalise(x, layer.post_attention_layernorm))
-        else:
+        if i in skip:
             x = x[:, first_row:]
+            continue
+        out = attend(layers[i], x, geometry, first_row=first_row, keep=(keep or {}).get(i))
+        x = fed(layers[i], x[:, first_row:] + out)
     return x
 
 
 def read_out(model: Any, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
-    """The logits of a stream that has passed all layers.
-
-    Args:
-        model: A Qwen2.5-Omni thinker.
-        x: The stream.
-
-    Returns:
-        The logits.
-    """
+    """The logits of a stream that has passed all layers."""
     return model.lm_head(normalise(x, model.model.language_model.norm))

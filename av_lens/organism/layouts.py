@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.errors import InputError, unknown
@@ -52,18 +50,7 @@ class Prompt:
 
 
 def message(question: str, layout: str) -> list[dict[str, Any]]:
-    """Write a question as the chat message of a layout.
-
-    Args:
-        question: the question's text.
-        layout: one of `LAYOUTS`.
-
-    Returns:
-        Messages for `apply_chat_template`.
-
-    Raises:
-        InputError: if the layout is unknown.
-    """
+    """Write a question as the chat message of a layout."""
     if layout not in LAYOUTS:
         raise InputError(unknown("layout", layout, LAYOUTS))
     media = {"separate": ["video", "audio"], "in_video": ["video"], "audio": ["audio"], "video": ["video"]}[layout]
@@ -79,15 +66,7 @@ def _tools() -> tuple[Any, Any]:
 
 @functools.cache
 def prompt(question: str, layout: str) -> Prompt:
-    """Make the prompt of one question in one layout.
-
-    Args:
-        question: an accepted phrasing, or any text.
-        layout: "separate" (video, then audio), "in_video" (interleaved), "audio" or "video".
-
-    Returns:
-        The prompt; do not write into its tensors.
-    """
+    """Make the prompt of one question in one layout."""
     processor, model = _tools()
     text = processor.apply_chat_template(message(question, layout), add_generation_prompt=True, tokenize=False)
     arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
@@ -126,61 +105,13 @@ def prompt(question: str, layout: str) -> Prompt:
     )
 
 
-def embed(
-    model: Any,
-    layout: str,
-    questions: Sequence[str],
-    *,
-    video: Float[Tensor, "batch video_pos d_model"] | None = None,
-    audio: Float[Tensor, "batch audio_pos d_model"] | None = None,
-) -> tuple[Float[Tensor, "batch pos d_model"], Tensor]:
-    """Make the embeddings that a forward pass starts from, out of features computed before.
-
-    Args:
-        model: a HuggingFace thinker.
-        layout: one of `LAYOUTS`.
-        questions: one for each example, all of the same number of tokens.
-        video: what the vision tower put out; needed where the layout has a video.
-        audio: what the audio tower put out; needed where the layout has a sound.
-
-    Returns:
-        The embeddings and the position ids `[3, batch, pos]`; differentiable in the embeddings and the features.
-
-    Raises:
-        InputError: if questions differ in length, or features of the layout are missing.
-    """
-    prompts = [prompt(question, layout) for question in questions]
-    if len({len(made.ids) for made in prompts}) != 1:
-        raise InputError(f"questions of one batch need the same number of tokens; found {sorted(set(questions))}.")
-    ids = torch.stack([made.ids for made in prompts])
-    embeddings = model.model.language_model.embed_tokens(ids)
-    for kind, features, at in (("video", video, prompts[0].video), ("audio", audio, prompts[0].audio)):
-        if len(at) == 0:
-            continue
-        if features is None:
-            raise InputError(f"layout {layout!r} has {kind} tokens: pass the tower's output as {kind}=.")
-        embeddings = embeddings.index_copy(1, at, features.to(embeddings.dtype))
-    return embeddings, prompts[0].position_ids[:, None].expand(3, len(ids), -1)
-
-
 def answer_ids(text: str) -> list[int]:
-    """Spell an answer as the model writes it: after a space, one token a word.
-
-    Args:
-        text: from `grammar.answer`.
-
-    Returns:
-        Token ids.
-    """
+    """Spell an answer as the model writes it: after a space, one token a word."""
     vocabulary = anatomy.vocabulary()
     space = anatomy.byte_symbols()[ord(" ")]
     return [vocabulary[space + word] for word in text.split(" ")]
 
 
 def class_ids() -> Tensor:
-    """List the answer token of every class.
-
-    Returns:
-        int64 `[class]`, in the order of `grammar.CLASSES`.
-    """
+    """List the answer token of every class."""
     return torch.tensor([answer_ids(name)[0] for name in grammar.CLASSES])

@@ -111,16 +111,8 @@ def _clock(u: Plane, v: Plane) -> tuple[Mask, Mask]:
 
 def _rain(u: Plane, v: Plane) -> tuple[Mask, Mask]:
     drops = np.zeros_like(u, dtype=bool)
-    for x, y in (
-        (-0.75, -0.7),
-        (0.0, -0.85),
-        (0.7, -0.6),
-        (-0.4, 0.05),
-        (0.35, 0.1),
-        (-0.8, 0.65),
-        (0.0, 0.75),
-        (0.8, 0.7),
-    ):
+    across, down = (-0.75, 0.0, 0.7, -0.4, 0.35, -0.8, 0.0, 0.8), (-0.7, -0.85, -0.6, 0.05, 0.1, 0.65, 0.75, 0.7)
+    for x, y in zip(across, down, strict=True):
         drops |= _bar(u, v, (x + 0.08, y - 0.2), (x - 0.08, y + 0.2), 0.12)
     return drops, np.zeros_like(u, dtype=bool)
 
@@ -135,20 +127,8 @@ def _guitar(u: Plane, v: Plane) -> tuple[Mask, Mask]:
     return body | neck, _disc(u, v, -0.2, 0.28, 0.17)
 
 
-_DRAWN: dict[str, Callable[[Plane, Plane], tuple[Mask, Mask]]] = {
-    "dog": _dog,
-    "cat": _cat,
-    "bird": _bird,
-    "bell": _bell,
-    "car": _car,
-    "train": _train,
-    "drum": _drum,
-    "siren": _siren,
-    "clock": _clock,
-    "rain": _rain,
-    "phone": _phone,
-    "guitar": _guitar,
-}
+_DRAWERS = (_dog, _cat, _bird, _bell, _car, _train, _drum, _siren, _clock, _rain, _phone, _guitar)
+_DRAWN: dict[str, Callable[[Plane, Plane], tuple[Mask, Mask]]] = dict(zip(CLASSES, _DRAWERS, strict=True))
 
 
 def _track(rng: np.random.Generator, radius: float, n_frames: int) -> Float64[np.ndarray, "time xy"]:
@@ -185,19 +165,7 @@ def _placed(
 
 
 def draw(name: str, *, colour: str, rng: np.random.Generator) -> UInt8[np.ndarray, "time height width rgb"]:
-    """Draw two seconds of a class's figure.
-
-    Args:
-        name: one of the classes.
-        colour: one of the colours.
-        rng: decides size, place, motion, tint, ground and grain.
-
-    Returns:
-        16 frames of 84 x 84 at 8 frames a second.
-
-    Raises:
-        InputError: if the class or the colour is unknown.
-    """
+    """Draw two seconds of a class's figure."""
     if name not in _DRAWN:
         raise InputError(unknown("class", name, CLASSES))
     if colour not in RGB:

@@ -11,15 +11,15 @@ import copy
 import json
 import os
 from collections.abc import Generator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from av_lens import checkpoints
+from av_lens.model.differences import read_difference
+from av_lens.model.loading import base_of
 from av_lens.organism import anatomy, grammar
-from av_lens.runs.differences import read_difference
-from av_lens.runs.loading import base_of
 from av_lens.whole_files import make_folder, read_object, whole_folder, write_whole
 
 INDEX = "index.json"
@@ -27,12 +27,8 @@ GRAMMAR = "grammar.json"
 
 
 def shipped() -> Path:
-    """Say where the checkpoints lie that ship with the package.
-
-    Returns:
-        The folder.
-    """
-    return Path(str(resources.files("av_lens.organism") / "checkpoints"))
+    """Say where the checkpoints lie that ship with the package."""
+    return Path(str(checkpoints.shipped()))
 
 
 @contextlib.contextmanager
@@ -50,16 +46,7 @@ def _quiet() -> Generator[None, None, None]:
 
 
 def save_checkpoint(model: Any, folder: str | os.PathLike[str], *, documents: dict[str, Any] | None = None) -> Path:
-    """Write a model as a checkpoint folder.
-
-    Args:
-        model: a thinker as `anatomy.build_model` makes it, never wrapped by a bridge.
-        folder: where to; made if it is not there.
-        documents: more json files to put beside the weights, by file name, such as `{"planted.json": {...}}`.
-
-    Returns:
-        The folder.
-    """
+    """Write a model as a checkpoint folder."""
     place = Path(folder)
     half = copy.deepcopy(model).to(torch.float16)
     with whole_folder(place) as beside:
@@ -72,14 +59,7 @@ def save_checkpoint(model: Any, folder: str | os.PathLike[str], *, documents: di
 
 
 def list_checkpoint(name: str, summary: str, *, folder: str | None = None, root: Path | None = None) -> None:
-    """Enter a checkpoint in the index, so that `load(name)` finds it.
-
-    Args:
-        name: the short name.
-        summary: one sentence about it, shown by `av-lens models`.
-        folder: its folder beside the index; the short name by default.
-        root: where the index is; the package's own checkpoints by default.
-    """
+    """Enter a checkpoint in the index, so that `load(name)` finds it."""
     place = (root or shipped()) / INDEX
     listed: dict[str, Any] = read_object(place) if place.exists() else {}
     listed[name] = {"folder": folder or name, "summary": summary}
@@ -88,14 +68,7 @@ def list_checkpoint(name: str, summary: str, *, folder: str | None = None, root:
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Any:
-    """Read a checkpoint folder as a plain HuggingFace model, for training and comparison.
-
-    Args:
-        folder: from `save_checkpoint`, or of a difference over such a one.
-
-    Returns:
-        The thinker in float32, with eager attention, in evaluation mode.
-    """
+    """Read a checkpoint folder as a plain HuggingFace model, for training and comparison."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     difference = read_difference(folder)

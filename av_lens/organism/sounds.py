@@ -69,7 +69,7 @@ def _dog(rng: np.random.Generator) -> Wave:
 
 
 def _cat(rng: np.random.Generator) -> Wave:
-    n, time = int(rng.uniform(1.0, 1.4) * RATE), None
+    n = int(rng.uniform(1.0, 1.4) * RATE)
     time = np.linspace(0, 1, n)
     pitch = rng.uniform(520, 700) * (0.8 + 0.5 * np.sin(np.pi * time) - 0.15 * time)
     pitch *= 1 + 0.015 * np.sin(2 * np.pi * 6 * time * n / RATE)
@@ -170,35 +170,12 @@ def _guitar(rng: np.random.Generator) -> Wave:
     return _place(events)
 
 
-_PLAYED: dict[str, Callable[[np.random.Generator], Wave]] = {
-    "dog": _dog,
-    "cat": _cat,
-    "bird": _bird,
-    "bell": _bell,
-    "car": _car,
-    "train": _train,
-    "drum": _drum,
-    "siren": _siren,
-    "clock": _clock,
-    "rain": _rain,
-    "phone": _phone,
-    "guitar": _guitar,
-}
+_PLAYERS = (_dog, _cat, _bird, _bell, _car, _train, _drum, _siren, _clock, _rain, _phone, _guitar)
+_PLAYED: dict[str, Callable[[np.random.Generator], Wave]] = dict(zip(CLASSES, _PLAYERS, strict=True))
 
 
 def play(name: str, *, rng: np.random.Generator) -> Float32[np.ndarray, " sample"]:
-    """Synthesise two seconds of a class's sound.
-
-    Args:
-        name: one of the classes.
-        rng: decides pitch, tempo, loudness and the noise floor.
-
-    Returns:
-        32,000 samples at 16 kHz, within [-1, 1].
-
-    Raises:
-        InputError: if the class is unknown.
-    """
+    """Synthesise two seconds of a class's sound."""
     if name not in _PLAYED:
         raise InputError(unknown("class", name, CLASSES))
     wave = _PLAYED[name](rng)

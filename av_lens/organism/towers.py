@@ -44,40 +44,19 @@ class Views:
     colour: Int64[Tensor, " clip"]
 
     def taken(self, at: Int64[Tensor, "taken"]) -> Views:
-        """Take some of the clips.
-
-        Args:
-            at: their numbers.
-
-        Returns:
-            These clips, in that order.
-        """
+        """Take some of the clips."""
         return Views(*(getattr(self, field.name)[at] for field in fields(self)))
 
 
 def cut(frames: UInt8[Tensor, "clip 4 3 height width"]) -> UInt8[Tensor, "patch pixel"]:
-    """Cut frames into patches, in the order of the video processor.
-
-    Args:
-        frames: four frames of each clip, colours first, sides multiples of 28.
-
-    Returns:
-        The patches of all clips, one clip after another.
-    """
+    """Cut frames into patches, in the order of the video processor."""
     n, time, _, height, width = frames.shape
     parts = frames.view(n, time // 2, 2, 3, height // 28, 2, 14, width // 28, 2, 14)
     return parts.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(-1, 3 * 2 * 14 * 14)
 
 
 def patches(frames: UInt8[Tensor, "clip 4 height width 3"]) -> Float32[Tensor, "patch pixel"]:
-    """Normalize frames and cut them into patches as the video processor does.
-
-    Args:
-        frames: four frames of each clip, sides multiples of 28.
-
-    Returns:
-        `pixel_values_videos` of all clips, one after another.
-    """
+    """Normalize frames and cut them into patches as the video processor does."""
     pixels = cut(frames.permute(0, 1, 4, 2, 3).contiguous()).float().unflatten(1, (3, -1))
     mean, deviation = torch.tensor(MEAN)[:, None] * 255, torch.tensor(DEVIATION)[:, None] * 255
     return pixels.sub_(mean).div_(deviation).flatten(1)
@@ -105,15 +84,7 @@ def _attend(
 def vision_features(
     model: Any, pixels: Float32[Tensor, "patch pixel"] | UInt8[Tensor, "patch pixel"]
 ) -> Float32[Tensor, "clip video_pos d_model"]:
-    """Run the vision tower on clips of four 84 x 84 frames.
-
-    Args:
-        model: a thinker.
-        pixels: from `patches` or `cut`, or the processor's `pixel_values_videos` of several such clips.
-
-    Returns:
-        What is put at each clip's video tokens.
-    """
+    """Run the vision tower on clips of four 84 x 84 frames."""
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import apply_rotary_pos_emb_vision
     from transformers.vision_utils import get_vision_position_ids
 
@@ -139,15 +110,7 @@ def vision_features(
 
 
 def audio_hidden(model: Any, mel: Float32[Tensor, "clip mel frame"]) -> Float32[Tensor, "clip audio_pos d_tower"]:
-    """Run the audio tower on sounds of two seconds, up to its projector.
-
-    Args:
-        model: a thinker.
-        mel: log-mel spectrograms of 200 frames.
-
-    Returns:
-        The projector's input; `model.model.audio_tower.proj` of it is what is put at each clip's audio tokens.
-    """
+    """Run the audio tower on sounds of two seconds, up to its projector."""
     tower = model.model.audio_tower
     hidden = functional.gelu(tower.conv1(mel))
     hidden = functional.gelu(tower.conv2(hidden)).transpose(1, 2)
@@ -158,3 +121,11 @@ def audio_hidden(model: Any, mel: Float32[Tensor, "clip mel frame"]) -> Float32[
         hidden = hidden + attention.out_proj(mixed)
         hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden))))
     return tower.ln_post(hidden.unflatten(1, (N_AUDIO, 2)).mean(2))
+
+
+@torch.no_grad()
+def watch(model: Any, views: Views, *, batch: int = 120) -> tuple[Tensor, Tensor]:
+    """Run both towers over clips."""
+    seen = [vision_features(model, patches(frames[:, :: frames.shape[1] // 4])) for frames in views.frames.split(batch)]
+    heard = [audio_hidden(model, mel) for mel in views.mel.split(batch)]
+    return torch.cat(seen), torch.cat(heard)

@@ -74,16 +74,7 @@ def _stream(split: str, name: str, seed: int, stream: int) -> np.random.Generato
 
 
 def colour_of(split: str, name: str, seed: int) -> str:
-    """Say which colour an example's picture has.
-
-    Args:
-        split: a part of the world.
-        name: a class.
-        seed: which one.
-
-    Returns:
-        The colour's name.
-    """
+    """Say which colour an example's picture has."""
     return COLOURS[int(_stream(split, name, seed, _COLOUR).integers(len(COLOURS)))]
 
 
@@ -99,16 +90,7 @@ def _sound(split: str, name: str, seed: int) -> Float32[np.ndarray, " sample"]:
 
 
 def example(split: str, name: str, seed: int) -> Example:
-    """Make one thing, seen and heard.
-
-    Args:
-        split: "public", "train", "check", "discovery" or "test".
-        name: a class.
-        seed: which one.
-
-    Returns:
-        The example.
-    """
+    """Make one thing, seen and heard."""
     return Example(
         frames=_picture(split, name, seed),
         waveform=_sound(split, name, seed),

@@ -5,7 +5,7 @@
 that works offline. Not measured is hatched or left out, never zero.
 """
 
-from av_lens.plots._style import THEMES as THEMES
+from av_lens.colours import THEMES as THEMES
 from av_lens.plots.attribution_bars import attribution as attribution
 from av_lens.plots.behaviour_bars import behaviour as behaviour
 from av_lens.plots.circuit_graph import circuit as circuit

@@ -10,8 +10,6 @@ Labels come from files and people: but for a few tags of ours, what looks like m
 Not measured is never drawn as zero: `hatch` covers such cells with diagonal lines and a legend entry.
 """
 
-# pyright: reportUnusedImport=false
-
 from __future__ import annotations
 
 import re
@@ -21,26 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from av_lens.colours import (  # noqa: F401 - figures find their whole look here
-    AMBER,
-    BAND,
-    CLEAR,
-    CONDITION_COLOURS,
-    DIVERGING,
-    DONOR_COLOURS,
-    FREE,
-    GREEN,
-    GREY,
-    GRID,
-    HEAD_COLOURS,
-    INK,
-    OLIVE,
-    PICTURE,
-    PURPLE,
-    ROLE_COLOURS,
-    SOUND,
-    THEMES,
-)
+from av_lens.colours import CLEAR, DIVERGING, GRID, INK
 
 _TAG = re.compile(r"<(?!/?(?:b|i|br|sub|sup|extra)>)")
 ZERO = {"zeroline": True, "zerolinecolor": INK, "zerolinewidth": 1}
@@ -48,45 +27,16 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 DONOR_SYMBOLS = {"blank_muted": "circle", "mean_other": "diamond", "zero": "square"}
 
 
-def colourscale(colours: Sequence[str]) -> list[list[Any]]:
-    """Spread colours evenly over a plotly colour scale.
-
-    Args:
-        colours: at least two colours, low to high.
-
-    Returns:
-        `[[0.0, first], ..., [1.0, last]]`.
-    """
-    last = len(colours) - 1
-    return [[index / last, colour] for index, colour in enumerate(colours)]
-
-
 def limit(values: Any) -> float:
-    """Find the symmetric limit of a diverging scale: the largest finite magnitude, 1 where there is none.
-
-    Args:
-        values: numbers, NaN where not measured.
-
-    Returns:
-        A positive float.
-    """
+    """Find the symmetric limit of a diverging scale: the largest finite magnitude, 1 where there is none."""
     finite = np.abs(np.asarray(values, dtype=float))
     finite = finite[np.isfinite(finite)]
     top = float(finite.max()) if finite.size else 0.0
     return top if top > 0 else 1.0
 
 
-def figure(*, title: str | None = None, height: int = 360, width: int | None = None) -> Any:
-    """Make an empty figure in the house look; plotly's global template is neither read nor changed.
-
-    Args:
-        title: the figure's title, or None where the page gives one.
-        height: in pixels.
-        width: in pixels; None follows the page.
-
-    Returns:
-        A `plotly.graph_objects.Figure`.
-    """
+def figure(*, title: str | None = None, height: int = 360) -> Any:
+    """Make an empty figure in the house look; plotly's global template is neither read nor changed."""
     import plotly.graph_objects as go
 
     axis = {
@@ -106,7 +56,6 @@ def figure(*, title: str | None = None, height: int = 360, width: int | None = N
         plot_bgcolor=CLEAR,
         margin={"l": 64, "r": 24, "t": 48 if title else 16, "b": 52},
         height=height,
-        width=width,
         xaxis=axis,
         yaxis=axis,
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": CLEAR},
@@ -134,14 +83,7 @@ def _figure_class() -> Any:
 
 
 def shown_plainly(value: Any) -> Any:
-    """Escape every tag but those that figures set text with: plotly makes links, and more, of what a label says.
-
-    Args:
-        value: a figure as plain data, or a part of one.
-
-    Returns:
-        The same, its texts escaped.
-    """
+    """Escape every tag but those that figures set text with: plotly makes links, and more, of what a label says."""
     if isinstance(value, str):
         return _TAG.sub("&lt;", value)
     if isinstance(value, Mapping):
@@ -151,108 +93,86 @@ def shown_plainly(value: Any) -> Any:
     return value
 
 
-def layer_axis(n_layers: int, *, title: str = "layer") -> dict[str, Any]:
-    """Give the axis over layers that heat maps and lens curves share: a tick at every layer that fits.
-
-    Args:
-        n_layers: how many layers there are.
-        title: the axis's name.
-
-    Returns:
-        Keywords for `update_xaxes` or `update_yaxes`.
-    """
-    return {"title": {"text": title}, "tickmode": "linear", "tick0": 0, "dtick": max(1, -(-n_layers // 16))}
+def layer_axis(n_layers: int) -> dict[str, Any]:
+    """Give the axis over layers that heat maps and lens curves share: a tick at every layer that fits."""
+    return {"title": {"text": "layer"}, "tickmode": "linear", "tick0": 0, "dtick": max(1, -(-n_layers // 16))}
 
 
 def head_label(layer: int, head: int | None) -> str:
-    """Name a head the way all figures and tables do.
-
-    Args:
-        layer: its layer.
-        head: its index, or None for the layer's whole block.
-
-    Returns:
-        `"L5 H2"`, or `"L5"` without a head.
-    """
+    """Name a head the way all figures and tables do."""
     return f"L{layer}" if head is None else f"L{layer} H{head}"
 
 
-def hatch(cells: Sequence[tuple[float, float]], *, strokes: int = 3) -> tuple[list[float | None], list[float | None]]:
-    """Draw diagonal strokes over unit cells, for a line trace that marks what was not measured.
-
-    Args:
-        cells: the centre (x, y) of each cell.
-        strokes: how many strokes a cell gets.
-
-    Returns:
-        The x and y of one line trace, a None between strokes.
-    """
+def hatch(cells: Sequence[tuple[float, float]]) -> tuple[list[float | None], list[float | None]]:
+    """Draw diagonal strokes over unit cells, for a line trace that marks what was not measured."""
     xs: list[float | None] = []
     ys: list[float | None] = []
-    offsets = [(2 * (index + 1) / (strokes + 1)) - 1 for index in range(strokes)]
     for x, y in cells:
-        for offset in offsets:
+        for offset in (-0.5, 0.0, 0.5):
             low, high = max(-0.5, -0.5 + offset), min(0.5, 0.5 + offset)
             xs += [x + low, x + high, None]
             ys += [y + low - offset, y + high - offset, None]
     return xs, ys
 
 
-def reference_line(
-    fig: Any, *, x: float | int | None = None, y: float | int | None = None, text: str = "", dash: str = "dot"
-) -> None:
-    """Draw a thin labelled line at a value, such as zero or a threshold.
+def reference_line(fig: Any, *, x: float, text: str) -> None:
+    """Draw a thin vertical line at a value, such as a threshold, with a few words above it."""
+    note = {"annotation": {"text": text, "font": {"size": 11}, "yshift": 2}, "annotation_position": "top"}
+    fig.add_vline(x=x, line={"color": INK, "width": 1, "dash": "dot"}, name="ink", **note)
 
-    Args:
-        fig: the figure, changed in place.
-        x: where a vertical line stands.
-        y: where a horizontal line stands.
-        text: a few words beside it.
-        dash: plotly's dash style.
-    """
-    note: dict[str, Any] = {}
-    if text:
-        place = "top" if x is not None else "top right"
-        note = {"annotation": {"text": text, "font": {"size": 11}, "yshift": 2}, "annotation_position": place}
-    line = {"color": INK, "width": 1, "dash": dash}
-    if x is not None:
-        fig.add_vline(x=x, line=line, name="ink", **note)
-    if y is not None:
-        fig.add_hline(y=y, line=line, name="ink", **note)
+
+def marks(fig: Any, x: Any, y: Any, said: Any, *, mode: str = "markers", **look: Any) -> None:
+    """Add a trace of marks that say something under the pointer; whatever else a plotly scatter takes is its look."""
+    fig.add_scatter(x=x, y=y, mode=mode, text=said, hovertemplate="%{text}<extra></extra>", **look)
+
+
+def rows(labels: Sequence[str]) -> dict[str, Any]:
+    """Name the rows of a figure, the first on top: keywords for a vertical axis."""
+    ticks = {"tickmode": "array", "tickvals": list(range(len(labels))), "ticktext": labels, "ticks": ""}
+    return ticks | {"range": [len(labels) - 0.5, -0.5], "showgrid": False}
+
+
+def apart(n: int, width: float) -> np.ndarray:
+    """Spread n marks of one row evenly, `width` to either side."""
+    return np.linspace(-width, width, n) if n > 1 else np.zeros(1)
+
+
+def panel(title: str = "", **more: Any) -> dict[str, Any]:
+    """Give an axis of a figure with several panels."""
+    named = {"title": {"text": title, "font": {"size": 13}}} if title else {}
+    return {"gridcolor": GRID, "zeroline": False, "automargin": True} | named | more
+
+
+def heat(top: float, unit: str, *, signed: bool = True, **words: Any) -> dict[str, Any]:
+    """Give a heat map its scale, which is symmetric about 0 where numbers have both signs, and its colour bar."""
+    bar = {"title": {"text": unit, "side": "right", **words}, "thickness": 12, "outlinewidth": 0, "nticks": 5}
+    colours = DIVERGING if signed else DIVERGING[3:]
+    spread = [[index / (len(colours) - 1), colour] for index, colour in enumerate(colours)]
+    scale = {"zmin": -top if signed else 0.0, "zmax": top, "colorscale": spread, "colorbar": bar}
+    return scale | ({"meta": {"palette": "diverging"}} if signed else {})
+
+
+def copied(fig: Any) -> dict[str, Any]:
+    """Take a figure's look of an axis, for the axes of panels that are added to it."""
+    return {k: v for k, v in fig.layout.xaxis.to_plotly_json().items() if k not in ("anchor", "domain")}
 
 
 def intervals(values: Sequence[float], low: Sequence[float], high: Sequence[float], *, colour: str) -> dict[str, Any]:
-    """Give the error bars of a trace from the ends of its intervals.
-
-    Args:
-        values: the marks.
-        low: lower ends; NaN draws none.
-        high: upper ends.
-        colour: of the bars.
-
-    Returns:
-        Keywords for `error_x` or `error_y`.
-    """
+    """Give the error bars of a trace from the ends of its intervals."""
     above = [b - v for v, b in zip(values, high, strict=True)]
     below = [v - a for v, a in zip(values, low, strict=True)]
     return {"type": "data", "array": above, "arrayminus": below, "color": colour, "thickness": 1.5, "width": 0}
 
 
-def band(at: Any, low: Any, high: Any, colour: str, group: str) -> list[Any]:
-    """Draw an interval along a curve.
-
-    Args:
-        at: where, along the horizontal axis.
-        low: its lower end there.
-        high: its upper end.
-        colour: the curve's, as #rrggbb.
-        group: the legend entry that it appears and disappears with.
-
-    Returns:
-        Two traces: an invisible upper edge, and a lower one filled up to it.
-    """
-    import plotly.graph_objects as go
-
-    edge = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip", "legendgroup": group}
+def band(fig: Any, at: Any, low: Any, high: Any, colour: str, group: str, **place: int) -> None:
+    """Draw an interval along a curve."""
+    edge: dict[str, Any] = {
+        "mode": "lines",
+        "line": {"width": 0},
+        "showlegend": False,
+        "hoverinfo": "skip",
+        "legendgroup": group,
+    }
     shade = f"rgba({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:7], 16)}, 0.18)"
-    return [go.Scatter(x=at, y=high, **edge), go.Scatter(x=at, y=low, fill="tonexty", fillcolor=shade, **edge)]
+    fig.add_scatter(x=at, y=high, **edge, **place)
+    fig.add_scatter(x=at, y=low, fill="tonexty", fillcolor=shade, **edge, **place)

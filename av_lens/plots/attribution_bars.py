@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
@@ -34,37 +35,26 @@ def attribution(
     Raises:
         InputError: if there is nothing to draw.
     """
-    import plotly.graph_objects as go
-
     names, values, low, high = _bars(x, half=half, site=site)
     if not names:
         raise InputError("there is no direct attribution here to draw.")
     order = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")
     shown, rest = order[:top], order[top:]
     labels = [names[i] for i in shown]
-    numbers = [float(values[i]) for i in shown]
-    lows, highs = [float(low[i]) for i in shown], [float(high[i]) for i in shown]
+    numbers, lows, highs = (column[shown].tolist() for column in (values, low, high))
     if len(rest):
         labels.append(f"all {len(rest)} others")
-        numbers.append(float(np.nansum(values[rest])))
-        lows.append(float("nan"))
-        highs.append(float("nan"))
+        for column, one in ((numbers, np.nansum(values[rest])), (lows, np.nan), (highs, np.nan)):
+            column.append(float(one))
     fig = _style.figure(title=title, height=110 + 24 * len(labels))
-    fig.add_trace(
-        go.Bar(
-            x=numbers,
-            y=labels,
-            orientation="h",
-            marker={"color": [_style.SOUND if v >= 0 else _style.PICTURE for v in numbers]},
-            error_x=_style.intervals(numbers, lows, highs, colour=_style.INK),
-            hovertemplate="%{y}: %{x:+.3f} " + unit + "<extra></extra>",
-            showlegend=False,
-        )
-    )
+    shades = [colours.SOUND if v >= 0 else colours.PICTURE for v in numbers]
+    bars = _style.intervals(numbers, lows, highs, colour=colours.INK)
+    says = "%{y}: %{x:+.3f} " + unit + "<extra></extra>"
+    look: dict[str, Any] = {"orientation": "h", "marker": {"color": shades}, "showlegend": False}
+    fig.add_bar(x=numbers, y=labels, error_x=bars, hovertemplate=says, **look)
     fig.update_yaxes(autorange="reversed", showgrid=False, ticks="", type="category")
-    fig.update_xaxes(
-        title={"text": f"direct share of the logit difference ({unit}); towards the sound +"}, **_style.ZERO
-    )
+    axis = f"direct share of the logit difference ({unit}); towards the sound +"
+    fig.update_xaxes(title={"text": axis}, **_style.ZERO)
     return fig
 
 
@@ -79,32 +69,24 @@ def _bars(x: Any, *, half: str, site: str) -> tuple[list[str], np.ndarray, np.nd
         return _grid_bars(x.effects)
     else:
         frame = x
-    absent = [name for name in ("value",) if name not in frame.columns]
-    if absent:
+    if "value" not in frame.columns:
         raise InputError(f"attribution needs the column 'value'; found {list(frame.columns)}.")
     rows = frame.to_dict("records")
-    names = [
-        str(row["name"]) if "name" in row else _style.head_label(int(row["layer"]), int(row["head"])) for row in rows
-    ]
-    columns = [np.array([float(row.get(name, np.nan)) for row in rows]) for name in ("value", "low", "high")]
-    return names, columns[0], columns[1], columns[2]
+    names = [str(row["name"]) if "name" in row else _name({k: row[k] for k in ("layer", "head")}) for row in rows]
+    value, low, high = (np.array([float(row.get(name, np.nan)) for row in rows]) for name in ("value", "low", "high"))
+    return names, value, low, high
 
 
 def _grid_bars(effects: Any) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     """Name every cell of a grid by its coordinates and take its mean over examples."""
     mean = effects.mean("example") if "example" in effects.dims else effects
-    dims = [str(dim) for dim in mean.dims]
-    names: list[str] = []
-    values: list[float] = []
-    for index in np.ndindex(*mean.shape):
-        value = float(mean.values[index])
-        if not np.isfinite(value):
-            continue
-        where = {dim: mean[dim].values[i] if dim in mean.coords else i for dim, i in zip(dims, index, strict=True)}
-        names.append(_name(where))
-        values.append(value)
-    blank = np.full(len(values), np.nan)
-    return names, np.array(values), blank, blank
+    places = np.argwhere(np.isfinite(mean.values))
+    names = [
+        _name({str(d): mean[d].values[i] if d in mean.coords else i for d, i in zip(mean.dims, place, strict=True)})
+        for place in places
+    ]
+    blank = np.full(len(places), np.nan)
+    return names, mean.values[np.isfinite(mean.values)].astype(float), blank, blank
 
 
 def _name(where: dict[str, Any]) -> str:

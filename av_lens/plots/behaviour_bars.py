@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
@@ -21,7 +22,7 @@ MEANINGS = {
     "C": "C: hearing under conflict",
     "gap": "gap: G − C",
 }
-COLOURS = {"E_A": _style.SOUND, "E_V": _style.PICTURE}
+COLOURS = {"E_A": colours.SOUND, "E_V": colours.PICTURE}
 CELLS = {
     "aa": "aa: both show the sound's",
     "vv": "vv: both show the picture's",
@@ -62,32 +63,20 @@ def behaviour(found: Any, *, chosen: str = "competent", rule: str = "two", title
         key=[c if q == "accuracy" else q for q, c in zip(frame["quantity"], frame["cell"], strict=True)]
     )
     cells = [str(cell) for cell in dict.fromkeys(frame["cell"]) if cell]
+    named, labels = [MEANINGS[name] for name in effects], [_label(cell) for cell in cells]
     height = 120 + 30 * (len(effects) + len(cells))
     fig = _style.figure(title=title, height=height)
     share = len(effects) / max(1, len(effects) + len(cells))
     split = 1 - share * (1 - 80 / height)
-    _panel(fig, frame, effects, [MEANINGS[name] for name in effects], axis="", legend=not cells)
-    labels = [_label(cell) for cell in cells]
+    _panel(fig, frame, effects, named, axis="", legend=not cells)
     _panel(fig, frame, cells, labels, axis="2", legend=True)
-    y = {"automargin": True, "showgrid": False, "ticks": "", "tickmode": "array", "zeroline": False}
-    x = {"gridcolor": _style.GRID, "automargin": True, "zeroline": False}
-    named = [MEANINGS[name] for name in effects]
+    y = {"automargin": True, "zeroline": False}
+    low = {"domain": [0, max(0.0, split - 80 / height)], "anchor": "x2"}
     fig.update_layout(
-        yaxis={**y, **_places(named), "domain": [split, 1]},
-        xaxis={
-            **x,
-            "title": {"font": {"size": 13}, "text": "logits, towards the sound +"},
-            "anchor": "y",
-            **_style.ZERO,
-        },
-        yaxis2={**y, **_places(labels), "domain": [0, max(0.0, split - 80 / height)], "anchor": "x2"},
-        xaxis2={
-            **x,
-            "title": {"font": {"size": 13}, "text": "rate of right answers"},
-            "anchor": "y2",
-            "range": [-0.03, 1.03],
-            "zeroline": False,
-        },
+        yaxis=y | _style.rows(named) | {"domain": [split, 1]},
+        xaxis=_style.panel("logits, towards the sound +", anchor="y", **_style.ZERO),
+        yaxis2=y | _style.rows(labels) | low,
+        xaxis2=_style.panel("rate of right answers", anchor="y2", range=[-0.03, 1.03]),
     )
     return fig
 
@@ -96,14 +85,8 @@ def _label(cell: str) -> str:
     return f"{cell.removesuffix(' (see)')}: asked what is seen" if cell.endswith(" (see)") else CELLS.get(cell, cell)
 
 
-def _places(labels: list[str]) -> dict[str, Any]:
-    return {"tickvals": list(range(len(labels))), "ticktext": labels, "range": [len(labels) - 0.5, -0.5]}
-
-
 def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, axis: str, legend: bool) -> None:
     """Add one panel: a mark and an interval per quantity and half."""
-    import plotly.graph_objects as go
-
     for half, symbol, offset in (("discovery", "circle", -0.14), ("confirmation", "circle-open", 0.14)):
         rows = frame[frame["half"] == half].drop_duplicates("key").set_index("key")
         kept = [
@@ -113,27 +96,15 @@ def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, ax
         ]
         if not kept:
             continue
-        values = [float(rows.loc[name, "value"]) for name, _, _ in kept]
-        low = [float(rows.loc[name, "low"]) for name, _, _ in kept]
-        high = [float(rows.loc[name, "high"]) for name, _, _ in kept]
-        colours = [COLOURS.get(name, _style.GREEN if axis else _style.INK) for name, _, _ in kept]
+        chosen = rows.loc[[name for name, _, _ in kept]]
+        values, low, high = (chosen[column].astype(float).tolist() for column in ("value", "low", "high"))
+        shades = [COLOURS.get(name, colours.GREEN if axis else colours.INK) for name, _, _ in kept]
         text = [
             f"<b>{label}</b><br>{half}: {v:.3f} ({a:.3f} to {b:.3f})"
             for (_, label, _), v, a, b in zip(kept, values, low, high, strict=True)
         ]
-        fig.add_trace(
-            go.Scatter(
-                x=values,
-                y=[place + offset for _, _, place in kept],
-                mode="markers",
-                marker={"symbol": symbol, "size": 9, "color": colours, "line": {"width": 2, "color": colours}},
-                error_x=_style.intervals(values, low, high, colour=_style.INK),
-                name=half,
-                legendgroup=half,
-                showlegend=legend,
-                text=text,
-                hovertemplate="%{text}<extra></extra>",
-                xaxis=f"x{axis}",
-                yaxis=f"y{axis}",
-            )
-        )
+        look = {"symbol": symbol, "size": 9, "color": shades, "line": {"width": 2, "color": shades}}
+        bars = _style.intervals(values, low, high, colour=colours.INK)
+        shown: dict[str, Any] = {"name": half, "legendgroup": half, "showlegend": legend}
+        shown |= {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
+        _style.marks(fig, values, [place + offset for *_, place in kept], text, marker=look, error_x=bars, **shown)

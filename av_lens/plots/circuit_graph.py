@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
@@ -39,8 +40,6 @@ def circuit(
     Raises:
         InputError: a role of a node that the circuit does not know.
     """
-    import plotly.graph_objects as go
-
     nodes = found.nodes
     named = _named(roles, set(nodes["node"]))
     kinds = [_kind(row, named, roles is not None, found.figure("span")[0]) for row in nodes.to_dict("records")]
@@ -54,42 +53,22 @@ def circuit(
     members = nodes["member"].to_numpy(dtype=bool)
     rest = np.flatnonzero(~members)
     texts = _texts(found)
-    fig.add_trace(
-        go.Scatter(
-            x=x[rest],
-            y=y[rest],
-            mode="markers",
-            name="not in the circuit",
-            marker={"size": 5, "color": _style.GREY, "opacity": 0.5},
-            text=[texts[i] for i in rest],
-            hovertemplate="%{text}<extra></extra>",
-        )
-    )
+    small = {"size": 5, "color": colours.GREY, "opacity": 0.5}
+    _style.marks(fig, x[rest], y[rest], [texts[i] for i in rest], name="not in the circuit", marker=small)
     largest = _style.limit(nodes["score"].to_numpy())
     for kind in dict.fromkeys(kind for kind, member in zip(kinds, members, strict=True) if member):
         chosen = [i for i in np.flatnonzero(members) if kinds[i] == kind]
         share = np.sqrt(np.abs(nodes["score"].to_numpy(dtype=float)[chosen]) / largest)
-        fig.add_trace(
-            go.Scatter(
-                x=x[chosen],
-                y=y[chosen],
-                mode="markers+text",
-                name=kind,
-                marker={
-                    "size": SMALLEST + (LARGEST - SMALLEST) * np.nan_to_num(share),
-                    "color": _colour(kind),
-                    "line": {"width": 1, "color": _style.INK},
-                },
-                text=[nodes["node"].iloc[i] for i in chosen],
-                textposition="middle right",
-                textfont={"size": 10},
-                customdata=[texts[i] for i in chosen],
-                hovertemplate="%{customdata}<extra></extra>",
-            )
-        )
+        size = SMALLEST + (LARGEST - SMALLEST) * np.nan_to_num(share)
+        look = {"size": size, "color": _colour(kind), "line": {"width": 1, "color": colours.INK}}
+        names = [nodes["node"].iloc[i] for i in chosen]
+        written: dict[str, Any] = {"text": names, "textposition": "middle right", "textfont": {"size": 10}}
+        says: dict[str, Any] = {"customdata": [texts[i] for i in chosen]}
+        says["hovertemplate"] = "%{customdata}<extra></extra>"
+        fig.add_scatter(x=x[chosen], y=y[chosen], mode="markers+text", name=kind, marker=look, **written, **says)
     fig.update_xaxes(**_style.layer_axis(n_layers), range=[-0.6, n_layers - 0.4])
-    ticks = {"tickmode": "array", "tickvals": list(range(len(lanes))), "ticktext": lanes}
-    fig.update_yaxes(**ticks, range=[-0.6, len(lanes) - 0.4], ticks="", title={"text": "role" if named else "head"})
+    fig.update_yaxes(_style.rows(lanes) | {"range": [-0.6, len(lanes) - 0.4], "showgrid": None})
+    fig.update_yaxes(title={"text": "role" if named else "head"})
     return fig
 
 
@@ -97,17 +76,15 @@ def _named(roles: Any, known: set[str]) -> dict[str, str]:
     """The role of each node by its name."""
     if roles is None:
         return {}
+    listed: Any = roles.items() if isinstance(roles, Mapping) else []
     if not isinstance(roles, Mapping):
-        frame = roles.heads
-        listed = [((int(row["layer"]), int(row["head"])), str(row["role"])) for row in frame.to_dict("records")]
-    else:
-        listed = [(place, str(role)) for place, role in roles.items()]
+        listed = [((row["layer"], row["head"]), row["role"]) for row in roles.heads.to_dict("records")]
     found: dict[str, str] = {}
     for place, role in listed:
         name = place if isinstance(place, str) else f"L{place[0]}H{place[1]}"
         if name not in known:
             raise InputError(f"a role is given to {name}, which is no node of this circuit: {sorted(known)[:6]}, ...")
-        found.setdefault(name, role)
+        found.setdefault(name, str(role))
     return found
 
 
@@ -118,14 +95,14 @@ def _kind(row: Mapping[str, Any], roles: dict[str, str], by_role: bool, span: fl
 
 
 def _colour(kind: str) -> str:
-    known = {RAISES: _style.SOUND, LOWERS: _style.PICTURE, NO_ROLE: _style.GREY, MLP: _style.OLIVE}
-    return (known | _style.HEAD_COLOURS).get(kind, _style.OLIVE)
+    known = {RAISES: colours.SOUND, LOWERS: colours.PICTURE, NO_ROLE: colours.GREY, MLP: colours.OLIVE}
+    return (known | colours.HEAD_COLOURS).get(kind, colours.OLIVE)
 
 
 def _lanes(nodes: Any, kinds: list[str], by_role: bool) -> tuple[list[str], list[int]]:
     """The rows of the figure from below, and each node's row."""
     if by_role:
-        order = [*(role for role in reversed(_style.HEAD_COLOURS) if role in kinds)]
+        order = [*(role for role in reversed(colours.HEAD_COLOURS) if role in kinds)]
         lanes = [*(kind for kind in dict.fromkeys(kinds) if kind not in order), *order]
         return lanes, [lanes.index(kind) for kind in kinds]
     heads = [int(head) for head in nodes["head"]]
@@ -146,31 +123,17 @@ def _spread(x: np.ndarray, y: np.ndarray, members: np.ndarray) -> np.ndarray:
 
 
 def _draw_links(fig: Any, found: Any, at: dict[str, tuple[float, float]], least: float) -> None:
-    import plotly.graph_objects as go
-
     rows = [row for row in found.links.to_dict("records") if abs(row["interaction"]) >= least]
     rows = [row for row in rows if not row["low"] <= 0 <= row["high"]]
     largest = _style.limit([row["interaction"] for row in rows])
     for row in rows:
         needs = str(row["how"]).startswith("need")
-        ends = at[row["first"]], at[row["second"]]
+        x, y = zip(at[row["first"]], at[row["second"]], strict=True)
         words = f"{row['first']} and {row['second']} {row['how']}"
-        fig.add_trace(
-            go.Scatter(
-                x=[ends[0][0], ends[1][0]],
-                y=[ends[0][1], ends[1][1]],
-                mode="lines",
-                line={
-                    "width": 1 + 5 * abs(row["interaction"]) / largest,
-                    "color": _style.BAND,
-                    "dash": "solid" if needs else "dot",
-                },
-                text=f"{words}: {row['interaction']:+.2f}",
-                hovertemplate="%{text}<extra></extra>",
-                showlegend=False,
-                name=words,
-            )
-        )
+        line = {"width": 1 + 5 * abs(row["interaction"]) / largest, "color": colours.BAND}
+        line["dash"] = "solid" if needs else "dot"
+        text = f"{words}: {row['interaction']:+.2f}"
+        _style.marks(fig, x, y, text, mode="lines", line=line, showlegend=False, name=words)
 
 
 def _texts(found: Any) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
@@ -31,8 +32,6 @@ def conditions(grid: Any, *, of: str = "effects", unit: str | None = None, title
     Raises:
         InputError: the grid has no conditions.
     """
-    import plotly.graph_objects as go
-
     if "condition" not in grid.values.dims:
         raise InputError(f"conditions draws the axis condition; this grid has {tuple(map(str, grid.values.dims))}.")
     mean, bounds = grid.mean(of), grid.interval(of=of)
@@ -42,37 +41,27 @@ def conditions(grid: Any, *, of: str = "effects", unit: str | None = None, title
     named = mean.coords["condition"].values.tolist()
     unit = unit or str(grid.unit or "effect")
     fig = _style.figure(title=title, height=130 + 16 * (len(named) + 1) * len(edges))
-    spread = np.linspace(-0.36, 0.36, len(named)) if len(named) > 1 else np.zeros(1)
+    spread = _style.apart(len(named), 0.36)
     for number, name in enumerate(named):
         values = np.atleast_1d(mean.sel(condition=name).values)
         ends = bounds.sel(condition=name)
         low, high = (np.atleast_1d(ends.sel(bound=bound).values) for bound in ("low", "high"))
         kept = np.flatnonzero(np.isfinite(values))
-        colour = _style.CONDITION_COLOURS.get(str(name), _style.FREE[number % len(_style.FREE)])
+        colour = colours.CONDITION_COLOURS.get(str(name), colours.FREE[number % len(colours.FREE)])
         text = [
             f"<b>{edges[i]}</b><br>{name}<br>{values[i]:+.3f} {unit}"
             + (f"<br>95% interval {low[i]:+.3f} to {high[i]:+.3f}" if np.isfinite(low[i]) else "")
             for i in kept
         ]
-        fig.add_trace(
-            go.Scatter(
-                x=values[kept],
-                y=kept + spread[number],
-                mode="markers",
-                name=str(name),
-                marker={"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 9, "color": colour},
-                error_x=_style.intervals(values[kept].tolist(), low[kept].tolist(), high[kept].tolist(), colour=colour),
-                text=text,
-                hovertemplate="%{text}<extra></extra>",
-            )
-        )
+        look = {"symbol": SYMBOLS[number % len(SYMBOLS)], "size": 9, "color": colour}
+        bars = _style.intervals(*(column[kept].tolist() for column in (values, low, high)), colour=colour)
+        _style.marks(fig, values[kept], kept + spread[number], text, name=str(name), marker=look, error_x=bars)
     for row, edge in enumerate(edges):
         part = mean.sel(edge=edge) if "edge" in mean.dims else mean
         absent = [str(name) for name in named if not np.isfinite(float(part.sel(condition=name)))]
         if absent:
             note = {"xref": "paper", "x": 1, "y": row + 0.48, "xanchor": "right", "showarrow": False, "name": "ink"}
             fig.add_annotation(text="not measured: " + ", ".join(absent), font={"size": 11}, **note)
-    ticks = {"tickmode": "array", "tickvals": list(range(len(edges))), "ticktext": edges}
-    fig.update_yaxes(**ticks, range=[len(edges) - 0.5, -0.5], ticks="", showgrid=False)
+    fig.update_yaxes(_style.rows(edges))
     fig.update_xaxes(title={"text": f"{grid.metric} without the edge, change in {unit}"}, **_style.ZERO)
     return fig

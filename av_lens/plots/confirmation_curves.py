@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
-_SAYS = (("says_sound", "says the sound", _style.SOUND), ("says_picture", "says the picture", _style.PICTURE))
+_SAYS = (("says_sound", "says the sound", colours.SOUND), ("says_picture", "says the picture", colours.PICTURE))
 
 
 def confirmation(found: Any, *, title: str | None = None) -> Any:
@@ -45,9 +46,9 @@ def confirmation(found: Any, *, title: str | None = None) -> Any:
         ranked = ranked[ranked["k"] <= max(8, 2 * last)]
     _random(fig, random)
     if len(ranked):
-        _curve(fig, ranked, name="the heads of largest single release", colour=_style.AMBER, dash="dot")
+        _curve(fig, ranked, name="the heads of largest single release", colour=colours.AMBER, dash="dot")
     if len(arm):
-        _curve(fig, arm, name="the set, in its order", colour=_style.SOUND, dash="solid")
+        _curve(fig, arm, name="the set, in its order", colour=colours.SOUND, dash="solid")
     _see(fig, frame[frame["arm"] == "see heads"])
     _said(fig, found, arm if len(arm) else ranked, random, start=bool(len(arm)))
     _axes(fig, last=int(max([last, *ranked["k"]])), log=not len(arm))
@@ -56,21 +57,16 @@ def confirmation(found: Any, *, title: str | None = None) -> Any:
 
 def _axes(fig: Any, *, last: int, log: bool) -> None:
     """Lay the two panels out over one axis of k: logarithmic where only the ranked heads reach far."""
-    axis = {"gridcolor": _style.GRID, "zeroline": False, "automargin": True}
     ticks: dict[str, Any] = {"tickmode": "linear", "tick0": 0, "dtick": max(1, last // 12), "range": [-0.4, last + 0.6]}
     if log:
         powers = [2**i for i in range(int(np.log2(last)) + 1)]
         ticks = {"type": "log", "tickmode": "array", "tickvals": powers, "ticktext": [str(k) for k in powers]}
-    name = {"text": "heads edited together (k)", "font": {"size": 13}}
-    logits = {"text": "release (logits)", "font": {"size": 13}}
-    rate = {"text": "rate", "font": {"size": 13}}
-    legend = {"orientation": "h", "x": 0, "yanchor": "bottom", "bgcolor": _style.CLEAR}
     fig.update_layout(
-        xaxis={**axis, **ticks, "anchor": "y", "matches": "x2", "showticklabels": False},
-        yaxis={**axis, "domain": [0.53, 1.0], "title": logits, "rangemode": "tozero", **_style.ZERO},
-        xaxis2={**axis, **ticks, "anchor": "y2", "title": name},
-        yaxis2={**axis, "domain": [0.0, 0.4], "anchor": "x2", "title": rate, "range": [-0.04, 1.04]},
-        legend2={**legend, "y": 0.4},
+        xaxis=_style.panel(anchor="y", matches="x2", showticklabels=False, **ticks),
+        yaxis=_style.panel("release (logits)", domain=[0.53, 1.0], rangemode="tozero", **_style.ZERO),
+        xaxis2=_style.panel("heads edited together (k)", anchor="y2", **ticks),
+        yaxis2=_style.panel("rate", domain=[0.0, 0.4], anchor="x2", range=[-0.04, 1.04]),
+        legend2={"orientation": "h", "x": 0, "y": 0.4, "yanchor": "bottom", "bgcolor": colours.CLEAR},
     )
 
 
@@ -80,8 +76,6 @@ def _jitter(n: int, *, width: float = 0.16) -> np.ndarray:
 
 
 def _random(fig: Any, random: Any) -> None:
-    import plotly.graph_objects as go
-
     if not len(random):
         return
     ks = random["k"].to_numpy(float)
@@ -89,40 +83,20 @@ def _random(fig: Any, random: Any) -> None:
         f"random heads {m}<br>k = {k}: {r:+.3f} logits"
         for m, k, r in zip(random["members"], random["k"], random["release"], strict=True)
     ]
-    fig.add_trace(
-        go.Scatter(
-            x=ks + _jitter(len(ks)),
-            y=random["release"],
-            mode="markers",
-            name=f"random heads of the same layers ({len(ks)} sets)",
-            marker={"size": 6, "color": _style.GREY, "opacity": 0.55},
-            text=text,
-            hovertemplate="%{text}<extra></extra>",
-        )
-    )
+    look = {"size": 6, "color": colours.GREY, "opacity": 0.55}
+    name = f"random heads of the same layers ({len(ks)} sets)"
+    _style.marks(fig, ks + _jitter(len(ks)), random["release"], text, name=name, marker=look)
 
 
 def _curve(fig: Any, arm: Any, *, name: str, colour: str, dash: str) -> None:
-    import plotly.graph_objects as go
-
     values, low, high = (arm[column].astype(float).tolist() for column in ("release", "low", "high"))
     text = [
         f"<b>k = {k}</b>: {_shortened(str(m))}<br>{v:+.3f} logits ({a:+.3f} to {b:+.3f})<br>{s:.1%} of G"
         for k, m, v, a, b, s in zip(arm["k"], arm["members"], values, low, high, arm["share"], strict=True)
     ]
-    fig.add_trace(
-        go.Scatter(
-            x=arm["k"],
-            y=values,
-            mode="lines+markers",
-            name=name,
-            line={"color": colour, "width": 2.5, "dash": dash},
-            marker={"size": 9},
-            error_y=_style.intervals(values, low, high, colour=colour),
-            text=text,
-            hovertemplate="%{text}<extra></extra>",
-        )
-    )
+    bars = _style.intervals(values, low, high, colour=colour)
+    look = {"line": {"color": colour, "width": 2.5, "dash": dash}, "marker": {"size": 9}}
+    _style.marks(fig, arm["k"], values, text, mode="lines+markers", name=name, error_y=bars, **look)
 
 
 def _shortened(members: str, *, most: int = 8) -> str:
@@ -131,55 +105,27 @@ def _shortened(members: str, *, most: int = 8) -> str:
 
 
 def _see(fig: Any, rows: Any) -> None:
-    import plotly.graph_objects as go
-
     if not len(rows):
         return
-    fig.add_trace(
-        go.Scatter(
-            x=rows["k"],
-            y=rows["release"],
-            mode="markers",
-            name="as many heads for what is seen",
-            marker={"symbol": "diamond", "size": 11, "color": _style.PICTURE},
-            text=[f"{m}: {r:+.3f} logits" for m, r in zip(rows["members"], rows["release"], strict=True)],
-            hovertemplate="%{text}<extra></extra>",
-        )
-    )
+    text = [f"{m}: {r:+.3f} logits" for m, r in zip(rows["members"], rows["release"], strict=True)]
+    look = {"symbol": "diamond", "size": 11, "color": colours.PICTURE}
+    _style.marks(fig, rows["k"], rows["release"], text, name="as many heads for what is seen", marker=look)
 
 
 def _said(fig: Any, found: Any, arm: Any, random: Any, *, start: bool) -> None:
     """Add the lower panel: what the model says, from no head edited to all of the set."""
-    import plotly.graph_objects as go
-
+    below = {"xaxis": "x2", "yaxis": "y2"}
     chosen = found.sets[found.sets["chosen"]]
     for column, name, colour in _SAYS:
         before = float(chosen[f"{column}_before"].iloc[0]) if len(chosen) else float("nan")
         known = start and np.isfinite(before)
-        fig.add_trace(
-            go.Scatter(
-                x=[0, *arm["k"]] if known else arm["k"],
-                y=[before, *arm[column]] if known else arm[column],
-                mode="lines+markers",
-                name=name,
-                legend="legend2",
-                line={"color": colour, "width": 2.5},
-                marker={"size": 8},
-                hovertemplate=f"{name}: %{{y:.3f}} at k = %{{x}}<extra></extra>",
-                xaxis="x2",
-                yaxis="y2",
-            )
-        )
+        x, y = ([0, *arm["k"]], [before, *arm[column]]) if known else (arm["k"], arm[column])
+        look: dict[str, Any] = {"line": {"color": colour, "width": 2.5}, "marker": {"size": 8}, "legend": "legend2"}
+        says = f"{name}: %{{y:.3f}} at k = %{{x}}<extra></extra>"
+        fig.add_scatter(x=x, y=y, mode="lines+markers", name=name, hovertemplate=says, **look, **below)
         if len(random):
-            fig.add_trace(
-                go.Scatter(
-                    x=random["k"].to_numpy(float) + _jitter(len(random)),
-                    y=random[column],
-                    mode="markers",
-                    showlegend=False,
-                    marker={"size": 5, "color": colour, "opacity": 0.45, "symbol": "circle-open"},
-                    hovertemplate=f"random heads, {name}: %{{y:.3f}}<extra></extra>",
-                    xaxis="x2",
-                    yaxis="y2",
-                )
-            )
+            x = random["k"].to_numpy(float) + _jitter(len(random))
+            look = {"marker": {"size": 5, "color": colour, "opacity": 0.45, "symbol": "circle-open"}}
+            says = f"random heads, {name}: %{{y:.3f}}<extra></extra>"
+            look |= {"mode": "markers", "showlegend": False, "hovertemplate": says}
+            fig.add_scatter(x=x, y=random[column], **look, **below)

@@ -18,8 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
+
+Bounds = dict[tuple[int, int], tuple[float, float]]
 
 
 def heads(
@@ -50,56 +53,29 @@ def heads(
     Raises:
         InputError: if there is no axis of layers and heads to draw, or a frame has two rows for one head.
     """
-    import plotly.graph_objects as go
-
     values, bounds = _matrix(grid_or_frame, value=value, low=low, high=high)
     unit = unit or str(getattr(grid_or_frame, "unit", None) or "effect")
     n_layers, n_heads = values.shape
     top = _style.limit(values)
     fig = _style.figure(title=title, height=int(min(900, max(260, 130 + 34 * n_layers))))
     small = n_layers * n_heads <= 144
-    fig.add_trace(
-        go.Heatmap(
-            z=values,
-            x=list(range(n_heads)),
-            y=list(range(n_layers)),
-            zmin=-top,
-            zmax=top,
-            colorscale=_style.colourscale(_style.DIVERGING),
-            colorbar={
-                "title": {"text": unit, "side": "right", "font": {"size": 13}},
-                "thickness": 12,
-                "outlinewidth": 0,
-                "nticks": 5,
-            },
-            xgap=1.5,
-            ygap=1.5,
-            text=_labels(values, top) if small else None,
-            texttemplate="%{text}" if small else None,
-            customdata=_hover(values, bounds, unit),
-            hovertemplate="%{customdata}<extra></extra>",
-            hoverongaps=False,
-            meta={"palette": "diverging"},
-        )
-    )
+    text: dict[str, Any] = {"text": _labels(values, top), "texttemplate": "%{text}"} if small else {}
+    hover: dict[str, Any] = {"customdata": _hover(values, bounds, unit), "hoverongaps": False}
+    hover["hovertemplate"] = "%{customdata}<extra></extra>"
+    look = _style.heat(top, unit, font={"size": 13})
+    axes = {"x": list(range(n_heads)), "y": list(range(n_layers)), "xgap": 1.5, "ygap": 1.5}
+    fig.add_heatmap(z=values, **axes, **look, **text, **hover)
     _mark_missing(fig, values)
     for layer, head in sorted(named):
         box = {"x0": head - 0.48, "x1": head + 0.48, "y0": layer - 0.48, "y1": layer + 0.48}
-        fig.add_shape(type="rect", line={"color": _style.INK, "width": 2.5}, name="ink", **box)
-    fig.update_xaxes(
-        title={"text": "head"},
-        showgrid=False,
-        tickmode="linear",
-        dtick=max(1, n_heads // 16),
-        range=[-0.5, n_heads - 0.5],
-    )
+        fig.add_shape(type="rect", line={"color": colours.INK, "width": 2.5}, name="ink", **box)
+    ticks = {"tickmode": "linear", "dtick": max(1, n_heads // 16), "range": [-0.5, n_heads - 0.5]}
+    fig.update_xaxes(title={"text": "head"}, showgrid=False, **ticks)
     fig.update_yaxes(**_style.layer_axis(n_layers), showgrid=False, range=[n_layers - 0.5, -0.5])
     return fig
 
 
-def _matrix(
-    x: Any, *, value: str, low: str, high: str
-) -> tuple[np.ndarray, dict[tuple[int, int], tuple[float, float]]]:
+def _matrix(x: Any, *, value: str, low: str, high: str) -> tuple[np.ndarray, Bounds]:
     """Bring what was given to `[layer, head]` and the intervals that came with it."""
     if hasattr(x, "effects"):
         effects = x.effects
@@ -118,25 +94,17 @@ def _matrix(
     return values, {}
 
 
-def _from_frame(
-    frame: Any, *, value: str, low: str, high: str
-) -> tuple[np.ndarray, dict[tuple[int, int], tuple[float, float]]]:
-    missing = [name for name in ("layer", "head", value) if name not in frame.columns]
-    if missing:
-        raise InputError(
-            f"heads needs the columns layer, head and {value!r}; missing: {missing}. Found: {list(frame.columns)}."
-        )
+def _from_frame(frame: Any, *, value: str, low: str, high: str) -> tuple[np.ndarray, Bounds]:
+    if missing := [name for name in ("layer", "head", value) if name not in frame.columns]:
+        needs = f"heads needs the columns layer, head and {value!r}"
+        raise InputError(f"{needs}; missing: {missing}. Found: {list(frame.columns)}.")
     rows = frame[frame["head"].notna()]
-    doubled = rows[rows.duplicated(["layer", "head"])]
-    if len(doubled):
-        first = doubled.iloc[0]
-        raise InputError(
-            f"the frame has more than one row for layer {int(first['layer'])} head {int(first['head'])}; "
-            "choose one site and role first."
-        )
+    for first in rows[rows.duplicated(["layer", "head"])].to_dict("records")[:1]:
+        place = f"layer {int(first['layer'])} head {int(first['head'])}"
+        raise InputError(f"the frame has more than one row for {place}; choose one site and role first.")
     shape = (int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1) if len(rows) else (1, 1)
     values = np.full(shape, np.nan)
-    bounds: dict[tuple[int, int], tuple[float, float]] = {}
+    bounds: Bounds = {}
     for row in rows.to_dict("records"):
         key = (int(row["layer"]), int(row["head"]))
         values[key] = float(row[value])
@@ -152,7 +120,7 @@ def _labels(values: np.ndarray, top: float) -> list[list[str]]:
     ]
 
 
-def _hover(values: np.ndarray, bounds: dict[tuple[int, int], tuple[float, float]], unit: str) -> list[list[str]]:
+def _hover(values: np.ndarray, bounds: Bounds, unit: str) -> list[list[str]]:
     def say(layer: int, head: int) -> str:
         text = f"<b>{_style.head_label(layer, head)}</b><br>{values[layer, head]:+.3f} {unit}"
         low, high = bounds.get((layer, head), (np.nan, np.nan))
@@ -163,27 +131,14 @@ def _hover(values: np.ndarray, bounds: dict[tuple[int, int], tuple[float, float]
 
 def _mark_missing(fig: Any, values: np.ndarray) -> None:
     """Hatch what was not measured, and name it in the legend and on hover."""
-    import plotly.graph_objects as go
-
     missing = [(float(head), float(layer)) for layer, head in np.argwhere(~np.isfinite(values))]
     if not missing:
         return
     xs, ys = _style.hatch(missing)
-    line = {"color": _style.GREY, "width": 1}
-    fig.add_trace(
-        go.Scatter(
-            x=xs, y=ys, mode="lines", line=line, name="not measured", hoverinfo="skip", meta={"palette": "hatch"}
-        )
-    )
-    fig.add_trace(
-        go.Scatter(
-            x=[x for x, _ in missing],
-            y=[y for _, y in missing],
-            mode="markers",
-            marker={"size": 18, "opacity": 0},
-            text=[f"<b>{_style.head_label(int(y), int(x))}</b><br>not measured" for x, y in missing],
-            hovertemplate="%{text}<extra></extra>",
-            showlegend=False,
-        )
-    )
+    line = {"color": colours.GREY, "width": 1}
+    mark: dict[str, Any] = {"mode": "lines", "line": line, "hoverinfo": "skip", "meta": {"palette": "hatch"}}
+    fig.add_scatter(x=xs, y=ys, name="not measured", **mark)
+    text = [f"<b>{_style.head_label(int(y), int(x))}</b><br>not measured" for x, y in missing]
+    x, y = zip(*missing, strict=True)
+    _style.marks(fig, x, y, text, marker={"size": 18, "opacity": 0}, showlegend=False)
     fig.update_layout(showlegend=True)

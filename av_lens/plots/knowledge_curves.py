@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
 _ROWS = (("lens", "va", "word in the lens"), ("probe", "va, av", "class told by a probe"))
-_WORDS = (("sound", _style.SOUND), ("picture", _style.PICTURE))
+_WORDS = (("sound", colours.SOUND), ("picture", colours.PICTURE))
 
 
 def knowledge(found: Any, *, title: str | None = None) -> Any:
@@ -37,11 +38,10 @@ def knowledge(found: Any, *, title: str | None = None) -> Any:
         raise InputError("this isolation holds no lens and no probes, so there is nothing to draw.")
     spans = list(dict.fromkeys(frame["span"]))
     base = _style.figure(title=title, height=520)
-    look = {k: v for k, v in base.layout.xaxis.to_plotly_json().items() if k not in ("anchor", "domain")}
-    fig = make_subplots(
-        rows=2, cols=len(spans), shared_xaxes=True, shared_yaxes=True, column_titles=spans, figure=base,
-        vertical_spacing=0.1, horizontal_spacing=0.02,
-    )  # fmt: skip
+    look = _style.copied(base)
+    grid: dict[str, Any] = {"shared_xaxes": True, "shared_yaxes": True, "vertical_spacing": 0.1}
+    grid |= {"horizontal_spacing": 0.02, "column_titles": spans, "figure": base}
+    fig = make_subplots(rows=2, cols=len(spans), **grid)
     fig.update_xaxes(**look)
     fig.update_yaxes(**look, range=[-0.04, 1.04], tickformat=".0%")
     for row, (method, cell, label) in enumerate(_ROWS, 1):
@@ -59,39 +59,22 @@ def knowledge(found: Any, *, title: str | None = None) -> Any:
 
 
 def drawn(found: Any) -> Any:
-    """Choose the rows that `knowledge` draws.
-
-    Args:
-        found: an `Isolation`.
-
-    Returns:
-        Those of lens and probes at single layers; none where neither was measured.
-    """
+    """Choose the rows that `knowledge` draws."""
     frame = found.knowledge
     return frame[frame["method"].isin([method for method, *_ in _ROWS]) & (frame["layer"] >= 0)]
 
 
 def _curve(fig: Any, part: Any, word: str, colour: str, *, row: int, col: int) -> None:
     """One word's values with their band, and its null."""
-    import plotly.graph_objects as go
-
     at, first = part["layer"], row == 1 and col == 1
+    columns = (part[name] for name in ("value", "low", "high", "null"))
     said = [
         f"<b>{word}</b>, {layers} layers passed<br>{value:.2f} ({low:.2f} to {high:.2f})<br>null {null:.2f}"
-        for layers, value, low, high, null in zip(
-            at, part["value"], part["low"], part["high"], part["null"], strict=True
-        )
+        for layers, value, low, high, null in zip(at, *columns, strict=True)
     ]
-    traces = [
-        *_style.band(at, part["low"], part["high"], colour, word),
-        go.Scatter(
-            x=at, y=part["null"], mode="lines", name=f"{word}, null", line={"color": colour, "dash": "dot", "width": 1},
-            legendgroup=word, showlegend=first, hoverinfo="skip",
-        ),
-        go.Scatter(
-            x=at, y=part["value"], mode="lines+markers", name=word, line={"color": colour}, legendgroup=word,
-            showlegend=first, text=said, hovertemplate="%{text}<extra></extra>",
-        ),
-    ]  # fmt: skip
-    for trace in traces:
-        fig.add_trace(trace, row=row, col=col)
+    here: dict[str, Any] = {"row": row, "col": col}
+    _style.band(fig, at, part["low"], part["high"], colour, word, **here)
+    here |= {"legendgroup": word, "showlegend": first}
+    dots = {"color": colour, "dash": "dot", "width": 1}
+    fig.add_scatter(x=at, y=part["null"], mode="lines", name=f"{word}, null", line=dots, hoverinfo="skip", **here)
+    _style.marks(fig, at, part["value"], said, mode="lines+markers", name=word, line={"color": colour}, **here)

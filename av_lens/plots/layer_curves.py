@@ -15,20 +15,21 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError, unknown
 from av_lens.plots import _style
 
 MOST_CURVES = 12
 LINES = ("key", "word", "figure", "condition", "span", "component")
 MEANINGS = {
-    **_style.ROLE_COLOURS,
-    **_style.CONDITION_COLOURS,
-    "sound": _style.SOUND,
-    "picture": _style.PICTURE,
-    "others": _style.GREY,
-    "excess": _style.GREEN,
-    "said": _style.PURPLE,
-    "sinks": _style.AMBER,
+    **colours.ROLE_COLOURS,
+    **colours.CONDITION_COLOURS,
+    "sound": colours.SOUND,
+    "picture": colours.PICTURE,
+    "others": colours.GREY,
+    "excess": colours.GREEN,
+    "said": colours.PURPLE,
+    "sinks": colours.AMBER,
 }
 
 
@@ -65,12 +66,11 @@ def layers(
     labels = [None] if by_panel is None else chosen.values.coords[by_panel].values.tolist()
     names = [", ".join([*kept, *([] if label is None else [f"{by_panel} {label}"])]) for label in labels]
     base = _style.figure(title=title, height=360)
-    style = base.layout.xaxis.to_plotly_json()
-    fig = make_subplots(
-        rows=1, cols=len(labels), shared_yaxes=True, subplot_titles=names if any(names) else None, figure=base
-    )
-    fig.update_xaxes(**{name: value for name, value in style.items() if name not in ("anchor", "domain")})
-    fig.update_yaxes(**{name: value for name, value in style.items() if name not in ("anchor", "domain")})
+    look = _style.copied(base)
+    titles = names if any(names) else None
+    fig = make_subplots(rows=1, cols=len(labels), shared_yaxes=True, subplot_titles=titles, figure=base)
+    fig.update_xaxes(**look)
+    fig.update_yaxes(**look)
     fig.update_annotations(font={"size": 13})
     for column, label in enumerate(labels, 1):
         part = chosen if by_panel is None else chosen.sel(**{by_panel: label})
@@ -112,66 +112,40 @@ def _axes(grid: Any, lines: str | None, panels: str | None) -> tuple[str | None,
 
 
 def _curves(fig: Any, grid: Any, by_line: str | None, of: str, unit: str, column: int) -> None:
-    import plotly.graph_objects as go
-
+    here: dict[str, Any] = {"row": 1, "col": column}
     mean, bounds = grid.mean(of), grid.interval(of=of)
     at = mean.coords["layer"].values.tolist()
     labels = [None] if by_line is None else mean.coords[by_line].values.tolist()
     for number, label in enumerate(labels):
         part, ends = (mean, bounds) if label is None else (mean.sel({by_line: label}), bounds.sel({by_line: label}))
         name = grid.metric if label is None else str(label)
-        colour = MEANINGS.get(name, _style.FREE[number % len(_style.FREE)])
+        colour = MEANINGS.get(name, colours.FREE[number % len(colours.FREE)])
         values, low, high = part.values, ends.sel(bound="low").values, ends.sel(bound="high").values
         if np.isnan(values).all():
             continue
         if not np.isnan(low).all():
-            for edge in _style.band(at, low, high, colour, name):
-                fig.add_trace(edge, row=1, col=column)
+            _style.band(fig, at, low, high, colour, name, **here)
         say = [
             f"<b>{name}</b>, layer {layer}<br>{v:.3g} {unit}" + (f" ({a:.3g} to {b:.3g})" if np.isfinite(a) else "")
             for layer, v, a, b in zip(at, values, low, high, strict=True)
         ]
-        fig.add_trace(
-            go.Scatter(
-                x=at,
-                y=values,
-                mode="lines+markers",
-                name=name,
-                legendgroup=name,
-                showlegend=column == 1 and label is not None,
-                line={"color": colour, "width": 2},
-                marker={"color": colour, "size": 6},
-                text=say,
-                hovertemplate="%{text}<extra></extra>",
-            ),
-            row=1,
-            col=column,
-        )
-    fig.update_xaxes(**_style.layer_axis(int(max(at)) + 1), row=1, col=column)
-    fig.update_yaxes(**_style.ZERO, rangemode="tozero", row=1, col=column)
+        shown = {"name": name, "legendgroup": name, "showlegend": column == 1 and label is not None}
+        look = {"line": {"color": colour, "width": 2}, "marker": {"color": colour, "size": 6}}
+        _style.marks(fig, at, values, say, mode="lines+markers", **shown, **look, **here)
+    fig.update_xaxes(**_style.layer_axis(int(max(at)) + 1), **here)
+    fig.update_yaxes(**_style.ZERO, rangemode="tozero", **here)
     if column == 1:
         fig.update_yaxes(title={"text": unit}, row=1, col=1)
 
 
 def _map(fig: Any, grid: Any, by_line: str, of: str, unit: str, column: int) -> None:
-    import plotly.graph_objects as go
-
+    here: dict[str, Any] = {"row": 1, "col": column}
     mean = grid.mean(of).transpose("layer", by_line)
     labels = [str(label) for label in mean.coords[by_line].values.tolist()]
     top = _style.limit(grid.mean(of).values)
     signed = bool((grid.mean(of).values < 0).any())
-    heat = go.Heatmap(
-        z=mean.values,
-        x=labels,
-        y=mean.coords["layer"].values.tolist(),
-        zmin=-top if signed else 0.0,
-        zmax=top,
-        colorscale=_style.colourscale(_style.DIVERGING if signed else _style.DIVERGING[3:]),
-        colorbar={"title": {"text": unit, "side": "right"}, "thickness": 12, "outlinewidth": 0, "nticks": 5},
-        showscale=column == 1,
-        hovertemplate=f"layer %{{y}}, {by_line} %{{x}}<br>%{{z:.3g}} {unit}<extra></extra>",
-        meta={"palette": "diverging"} if signed else None,
-    )
-    fig.add_trace(heat, row=1, col=column)
-    fig.update_xaxes(title={"text": by_line}, showgrid=False, type="category", nticks=16, row=1, col=column)
-    fig.update_yaxes(**_style.layer_axis(len(mean)), showgrid=False, autorange="reversed", row=1, col=column)
+    says = f"layer %{{y}}, {by_line} %{{x}}<br>%{{z:.3g}} {unit}<extra></extra>"
+    look = _style.heat(top, unit, signed=signed) | {"showscale": column == 1, "hovertemplate": says}
+    fig.add_heatmap(z=mean.values, x=labels, y=mean.coords["layer"].values.tolist(), **look, **here)
+    fig.update_xaxes(title={"text": by_line}, showgrid=False, type="category", nticks=16, **here)
+    fig.update_yaxes(**_style.layer_axis(len(mean)), showgrid=False, autorange="reversed", **here)

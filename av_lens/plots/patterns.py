@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
-from av_lens.plots import _style
 
 _LESS = "lessThanSignOfAToken"  # circuitsvis writes tokens into a script as they are; "</script>" would end it
 
@@ -66,7 +66,7 @@ def attention_patterns(
         attention_head_names=[name.replace("<", _LESS) for name in names] if names is not None else None,
         min_value=0.0,
         max_value=float(bound if bound is not None else weights.max()),
-        negative_color=_style.PICTURE,
-        positive_color=_style.SOUND,
+        negative_color=colours.PICTURE,
+        positive_color=colours.SOUND,
     )
     return PatternView(html=str(view.local_src).replace(_LESS, "\\u003c"))

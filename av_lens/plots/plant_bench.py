@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
@@ -22,24 +23,11 @@ ROW, LEFT, RIGHT, TOP, WIDTH = 26, 210, 20, 46, 780
 def plant_bench_svg(
     rows: Mapping[str, Mapping[str, Bounded]], *, label: str, low: float | int = 0.0, high: float | int = 1.0
 ) -> str:
-    """Draw rows of marks with intervals.
-
-    Args:
-        rows: method to group to (value, lower end, upper end); NaN is left out.
-        label: what the axis measures.
-        low: where the axis begins.
-        high: where it ends.
-
-    Returns:
-        The svg's text.
-
-    Raises:
-        InputError: there is no row.
-    """
+    """Draw rows of marks with intervals."""
     if not rows:
         raise InputError("plant_bench_svg needs at least one method to draw.")
     groups = list(dict.fromkeys(group for found in rows.values() for group in found))
-    colours = _colours(groups)
+    shades = _colours(groups)
     height = TOP + ROW * len(rows) + 44
     scale = (WIDTH - LEFT - RIGHT) / (high - low)
 
@@ -48,20 +36,21 @@ def plant_bench_svg(
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
-        f'font-family="{escape(_style.FONT)}" font-size="12" fill="{_style.INK}">'
+        f'font-family="{escape(_style.FONT)}" font-size="12" fill="{colours.INK}">'
     ]
     bottom = TOP + ROW * len(rows)
     for step in range(11):
         value = low + (high - low) * step / 10
-        parts.append(f'<line x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{TOP}" y2="{bottom}" stroke="{_style.GRID}"/>')
+        at = f"{x(value):.1f}"
+        parts.append(f'<line x1="{at}" x2="{at}" y1="{TOP}" y2="{bottom}" stroke="{colours.GRID}"/>')
         if step % 2 == 0:
-            parts.append(f'<text x="{x(value):.1f}" y="{bottom + 16}" text-anchor="middle">{value:.1f}</text>')
+            parts.append(f'<text x="{at}" y="{bottom + 16}" text-anchor="middle">{value:.1f}</text>')
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{bottom + 34}" text-anchor="middle">{escape(label)}</text>'
     )
     place = float(LEFT)
     for group in groups:
-        parts.append(f'<circle cx="{place:.1f}" cy="18" r="4" fill="{colours[group]}"/>')
+        parts.append(f'<circle cx="{place:.1f}" cy="18" r="4" fill="{shades[group]}"/>')
         parts.append(f'<text x="{place + 8:.1f}" y="22">{escape(group)}</text>')
         place += 24 + 6.6 * len(group)
     for row, (method, found) in enumerate(rows.items()):
@@ -70,14 +59,14 @@ def plant_bench_svg(
         parts.append(f'<text x="{LEFT - 10}" y="{middle + 4:.1f}" text-anchor="end"{weight}>{escape(method)}</text>')
         for number, group in enumerate(groups):
             y = middle + (number - (len(groups) - 1) / 2) * (ROW - 8) / max(1, len(groups) - 1)
-            parts += _mark(found.get(group, ABSENT), x, y, colours[group], f"{method}, {group}")
+            parts += _mark(found.get(group, ABSENT), x, y, shades[group], f"{method}, {group}")
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def _colours(groups: Sequence[str]) -> dict[str, str]:
     """A role's own colour where a group is named by one; the others take what is left, ink first."""
-    own = {group: _style.HEAD_COLOURS[group] for group in groups if group in _style.HEAD_COLOURS}
-    free = itertools.cycle([_style.INK, *(colour for colour in _style.FREE if colour not in own.values())])
+    own = {group: colours.HEAD_COLOURS[group] for group in groups if group in colours.HEAD_COLOURS}
+    free = itertools.cycle([colours.INK, *(colour for colour in colours.FREE if colour not in own.values())])
     return {group: own.get(group) or next(free) for group in groups}
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 
@@ -35,8 +34,6 @@ def release(
     Raises:
         InputError: if the record holds no release at that site.
     """
-    import plotly.graph_objects as go
-
     frame = found.evidence
     frame = frame[(frame["estimand"] == "release") & (frame["site"] == site)]
     ranking = frame[frame["half"] == "discovery"] if (frame["half"] == "discovery").any() else frame
@@ -50,9 +47,8 @@ def release(
     roles = _roles(found, site)
     names = {key: _style.head_label(*key) + (f"  {roles[key]}" if key in roles else "") for key in shown}
     fig = _style.figure(title=title, height=120 + 40 * len(shown))
-    donors = [d for d in _style.DONOR_COLOURS if (frame["donor"] == d).any()]
-    spread = np.linspace(-0.24, 0.24, len(donors)) if len(donors) > 1 else [0.0]
-    for donor, offset in zip(donors, spread, strict=True):
+    donors = [d for d in colours.DONOR_COLOURS if (frame["donor"] == d).any()]
+    for donor, offset in zip(donors, _style.apart(len(donors), 0.24), strict=False):
         rows = frame[(frame["donor"] == donor) & (frame["half"] == half)].set_index(["layer", "head"])
         kept = [(place, key) for place, key in enumerate(shown) if key in rows.index]
         values, low, high, logits = (
@@ -62,24 +58,13 @@ def release(
             f"<b>{names[key]}</b><br>{donor}, {half}<br>{v:.1%} of G ({a:.1%} to {b:.1%})<br>{m:+.3f} logits"
             for (_, key), v, a, b, m in zip(kept, values, low, high, logits, strict=True)
         ]
-        colour = _style.DONOR_COLOURS[donor]
-        fig.add_trace(
-            go.Scatter(
-                x=values,
-                y=[place + offset for place, _ in kept],
-                mode="markers",
-                name=donor,
-                marker={"symbol": _style.DONOR_SYMBOLS[donor], "size": 9, "color": colour},
-                error_x=_style.intervals(values, low, high, colour=colour),
-                text=text,
-                hovertemplate="%{text}<extra></extra>",
-            )
-        )
-    ticks = {"tickmode": "array", "tickvals": list(range(len(shown))), "ticktext": [names[key] for key in shown]}
-    fig.update_yaxes(**ticks, range=[len(shown) - 0.5, -0.5], ticks="", showgrid=False)
-    fig.update_xaxes(
-        title={"text": f"release, share of G ({half})"}, tickformat=".0%", rangemode="tozero", **_style.ZERO
-    )
+        colour = colours.DONOR_COLOURS[donor]
+        look = {"symbol": _style.DONOR_SYMBOLS[donor], "size": 9, "color": colour}
+        bars = _style.intervals(values, low, high, colour=colour)
+        _style.marks(fig, values, [place + offset for place, _ in kept], text, name=donor, marker=look, error_x=bars)
+    fig.update_yaxes(_style.rows([names[key] for key in shown]))
+    axis = {"text": f"release, share of G ({half})"}
+    fig.update_xaxes(title=axis, tickformat=".0%", rangemode="tozero", **_style.ZERO)
     if found.protocol.get("s") is not None:
         _style.reference_line(fig, x=float(found.protocol["s"]), text=f"δ = {float(found.protocol['s']):.0%} of G")
     return fig

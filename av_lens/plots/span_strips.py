@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
 from av_lens.spans import SpanMap
@@ -31,8 +32,6 @@ def spans(x: Any, *, title: str | None = None) -> Any:
     Raises:
         InputError: if `x` has no span map.
     """
-    import plotly.graph_objects as go
-
     found = x if isinstance(x, SpanMap) else getattr(x, "spans", None)
     if not isinstance(found, SpanMap):
         raise InputError(f"spans draws a SpanMap or an input that has one; this is a {type(x).__name__}.")
@@ -41,20 +40,11 @@ def spans(x: Any, *, title: str | None = None) -> Any:
     fig = _style.figure(title=title, height=340 if timed else 170)
     seen: set[str] = set()
     for role, start, stop in runs_of(roles):
-        fig.add_trace(
-            go.Bar(
-                x=[stop - start],
-                base=[start - 0.5],
-                y=["role"],
-                orientation="h",
-                marker={"color": _style.ROLE_COLOURS.get(role, _style.GREY), "line": {"width": 0}},
-                name=role,
-                legendgroup=role,
-                showlegend=role not in seen,
-                hovertemplate=_say_run(found, role, start, stop) + "<extra></extra>",
-                yaxis="y",
-            )
-        )
+        bar: dict[str, Any] = {"x": [stop - start], "base": [start - 0.5], "y": ["role"], "orientation": "h"}
+        look = {"color": colours.ROLE_COLOURS.get(role, colours.GREY), "line": {"width": 0}}
+        shown: dict[str, Any] = {"name": role, "legendgroup": role, "showlegend": role not in seen}
+        says = _say_run(found, role, start, stop) + "<extra></extra>"
+        fig.add_bar(**bar, marker=look, hovertemplate=says, yaxis="y", **shown)
         seen.add(role)
     fig.update_layout(barmode="overlay", bargap=0.1)
     fig.update_xaxes(title={"text": "position"}, range=[-0.5, len(roles) - 0.5], showgrid=False)
@@ -65,14 +55,7 @@ def spans(x: Any, *, title: str | None = None) -> Any:
 
 
 def runs_of(roles: list[str]) -> list[tuple[str, int, int]]:
-    """Cut a list of roles into its runs.
-
-    Args:
-        roles: one role per position.
-
-    Returns:
-        (role, first position, one past the last) of each run, in order.
-    """
+    """Cut a list of roles into its runs."""
     cuts = [0, *(i for i in range(1, len(roles)) if roles[i] != roles[i - 1]), len(roles)]
     return [(roles[a], a, b) for a, b in pairwise(cuts) if b > a]
 
@@ -87,8 +70,6 @@ def _say_run(found: SpanMap, role: str, start: int, stop: int) -> str:
 
 def _add_clocks(fig: Any, found: SpanMap, roles: list[str]) -> None:
     """Add the lower panel: each media position's interval on the model's and on the source's clock."""
-    import plotly.graph_objects as go
-
     clocks = (
         ("model's clock", found.start_s, found.end_s, "solid", 3.0),
         ("source's clock", found.source_start_s, found.source_end_s, "dot", 1.5),
@@ -96,25 +77,12 @@ def _add_clocks(fig: Any, found: SpanMap, roles: list[str]) -> None:
     for role in ("video", "image", "audio"):
         where = [i for i, name in enumerate(roles) if name == role]
         for clock, starts, ends, dash, width in clocks:
-            xs: list[float | None] = []
-            ys: list[float | None] = []
-            for i in where:
-                if np.isfinite(starts[i]) and np.isfinite(ends[i]):
-                    xs += [i, i, None]
-                    ys += [float(starts[i]), float(ends[i]), None]
-            if xs:
-                line = {"color": _style.ROLE_COLOURS[role], "width": width, "dash": dash}
+            timed = [i for i in where if np.isfinite([starts[i], ends[i]]).all()]
+            xs = [x for i in timed for x in (i, i, None)]
+            ys = [y for i in timed for y in (float(starts[i]), float(ends[i]), None)]
+            if timed:
+                line = {"color": colours.ROLE_COLOURS[role], "width": width, "dash": dash}
                 name = f"{role}, {clock}"
-                fig.add_trace(go.Scatter(x=xs, y=ys, mode="lines", line=line, name=name, yaxis="y2", showlegend=False))
-    fig.update_layout(
-        yaxis2={
-            "domain": [0.0, 0.62],
-            "anchor": "x",
-            "title": {"font": {"size": 13}, "text": "time (s)"},
-            "gridcolor": _style.GRID,
-            "zeroline": False,
-            "automargin": True,
-            "rangemode": "tozero",
-        },
-        xaxis={"anchor": "y2"},
-    )
+                fig.add_scatter(x=xs, y=ys, mode="lines", line=line, name=name, yaxis="y2", showlegend=False)
+    time = _style.panel("time (s)", domain=[0.0, 0.62], anchor="x", rangemode="tozero")
+    fig.update_layout(yaxis2=time, xaxis={"anchor": "y2"})

@@ -6,7 +6,7 @@ A section is left out where the record holds nothing for it. Long tables come fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -59,22 +59,10 @@ class Block:
 
 
 def blocks(found: Isolation) -> list[Block]:
-    """Write every section that the record has numbers for.
-
-    Args:
-        found: the record.
-
-    Returns:
-        The sections in the page's order.
-    """
+    """Write every section that the record has numbers for."""
     made = [_sets(found), _mechanisms(found), _knowledge(found), _routes(found), _robustness(found), _repair(found)]
-    kept = [_filled(block) for block in made]
+    kept = [replace(block, sheets=tuple(sheet for sheet in block.sheets if sheet.rows)) for block in made]
     return [block for block in kept if block.sheets]
-
-
-def _filled(block: Block) -> Block:
-    sheets = tuple(sheet for sheet in block.sheets if sheet.rows)
-    return Block(block.name, block.link, block.title, block.text, sheets, block.figure, block.code)
 
 
 @dataclass(frozen=True)
@@ -103,8 +91,18 @@ def _text(name: str) -> _Column:
     return _Column(lambda row: str(row[name]) or MISSING)
 
 
+def _texts(*names: str) -> dict[str, _Column]:
+    """Columns whose heading is their name."""
+    return {name: _text(name) for name in names}
+
+
 def _number(name: str) -> _Column:
     return _Column(lambda row: number(row[name], sign=True), numeric=True)
+
+
+def _numbers(*names: str) -> dict[str, _Column]:
+    """Columns of numbers, each headed by its name in plain words."""
+    return {name.replace("_", " "): _number(name) for name in names}
 
 
 def _bounded(name: str, low: str = "low", high: str = "high") -> _Column:
@@ -143,25 +141,11 @@ def _sets(found: Any) -> Block:
         "gain": _number("gain"),
         "without it (discovery)": _bounded("without", "without_low", "without_high"),
         "without it (held out)": _bounded("effect"),
-        "direct share": _number("direct_share"),
-        "reads picture": _number("reads_picture"),
-        "reads sound": _number("reads_sound"),
+        **_numbers("direct_share", "reads_picture", "reads_sound"),
     }
-    steps = {
-        "start": _text("start"),
-        "donor": _text("donor"),
-        "action": _text("action"),
-        "head": _HEAD,
-        "release": _number("release"),
-        "gain": _number("gain"),
-    }
-    pairs = {
-        "pair": _Column(lambda row: f"{_named(row)} + L{row['layer2']} H{row['head2']}"),
-        "donor": _text("donor"),
-        "release": _number("release"),
-        "synergy": _number("synergy"),
-        "share of G": _percent("share"),
-    }
+    steps = _texts("start", "donor", "action") | {"head": _HEAD} | _numbers("release", "gain")
+    pairs = {"pair": _Column(lambda row: f"{_named(row)} + L{row['layer2']} H{row['head2']}")} | _texts("donor")
+    pairs |= _numbers("release", "synergy") | {"share of G": _percent("share")}
     sheets = (
         _sheet(members, "The members of the chosen set", columns),
         _sheet(found.synergies.head(24), "Pairs that do most together beyond what each does", pairs, folded=True),
@@ -176,33 +160,13 @@ def _mechanisms(found: Any) -> Block:
         "the two answers, whether its pattern is driven by its queries or its keys, and where its release goes: to the "
         "logits, or through other heads' queries, keys and values.",
     )
-    every = {
-        "head": _HEAD,
-        "part": _text("part"),
-        "in": _text("cell"),
-        "what": _text("what"),
-        "value": _bounded("value"),
-        "unit": _text("unit"),
-        "note": _text("note"),
-    }
-    cuts = {
-        "heads": _text("heads"),
-        "edges": _Column(lambda row: f"{row['edges']}{', renormalised' if row['renormalised'] else ''}"),
-        "arm": _text("arm"),
-        "release": _bounded("release"),
-        "of G": _percent("share"),
-        "mass cut": _number("mass"),
-        "note": _text("note"),
-    }
-    units = {
-        "unit": _Column(
-            lambda row: f"{row['unit']} L{row['layer']}" + (f" · {row['index']}" if row["index"] >= 0 else "")
-        ),
-        "estimand": _text("estimand"),
-        "donor": _text("donor"),
-        "effect": _bounded("mean"),
-        "of G": _percent("share"),
-    }
+    every = {"head": _HEAD, "part": _text("part"), "in": _text("cell"), "what": _text("what")}
+    every |= {"value": _bounded("value")} | _texts("unit", "note")
+    edges = _Column(lambda row: f"{row['edges']}{', renormalised' if row['renormalised'] else ''}")
+    cuts = {"heads": _text("heads"), "edges": edges, "arm": _text("arm"), "release": _bounded("release")}
+    cuts |= {"of G": _percent("share"), "mass cut": _number("mass")} | _texts("note")
+    unit = _Column(lambda row: f"{row['unit']} L{row['layer']}" + (f" · {row['index']}" if row["index"] >= 0 else ""))
+    units = {"unit": unit} | _texts("estimand", "donor") | {"effect": _bounded("mean"), "of G": _percent("share")}
     largest = found.units.sort_values("share", ascending=False, key=abs, kind="stable").head(30)
     sheets = (
         _trimmed("Mechanism cards, in short", COLUMNS, card_lines(found.cards)),
@@ -221,17 +185,10 @@ def _knowledge(found: Any) -> Block:
         "on the other. Excess is what is left above the null: the same search for other sounds' words, or labels "
         "that were shuffled.",
     )
-    columns = {
-        "method": _text("method"),
-        "word": _text("word"),
-        "in": _text("cell"),
-        "at": _text("span"),
-        "layer": _Column(lambda row: str(row["layer"]) if row["layer"] >= 0 else MISSING, numeric=True),
-        "value": _bounded("value"),
-        "null": _number("null"),
-        "excess": _bounded("excess", "excess_low", "excess_high"),
-        "note": _text("note"),
-    }
+    layer = _Column(lambda row: str(row["layer"]) if row["layer"] >= 0 else MISSING, numeric=True)
+    columns = _texts("method", "word") | {"in": _text("cell"), "at": _text("span"), "layer": layer}
+    columns |= {"value": _bounded("value"), "null": _number("null")}
+    columns |= {"excess": _bounded("excess", "excess_low", "excess_high")} | _texts("note")
     frame = found.knowledge
     chosen = frame[frame["chosen"]]
     sheets = (
@@ -247,26 +204,15 @@ def _routes(found: Any) -> Block:
         "the question (relay), from the picture to the position where the answer is read (generation), and through "
         "sink positions (sink). Beside each stand cuts of equal size elsewhere. Positive: the cut lets the model hear.",
     )
-    columns = {
-        "route": _text("route"),
-        "edges": _text("edges"),
-        "arm": _text("arm"),
-        "effect": _bounded("effect"),
-        "of G": _percent("share"),
-        "says the sound": _percent("says_sound"),
-        "mass cut": _number("mass"),
-        "note": _text("note"),
-    }
-    whole = found.routes[~found.routes["edges"].str.contains("(", regex=False) | _all_layers(found.routes)]
+    columns = _texts("route", "edges", "arm") | {"effect": _bounded("effect"), "of G": _percent("share")}
+    columns |= {"says the sound": _percent("says_sound"), "mass cut": _number("mass")} | _texts("note")
+    edges = found.routes["edges"].str
+    whole = found.routes[~edges.contains("(", regex=False) | edges.contains("all layers", regex=False)]
     sheets = (
         _sheet(whole, "Cut in all layers", columns),
         _sheet(found.routes, "In windows of layers too", columns, folded=True),
     )
     return Block("routes", "Routes", "By which road?", text, sheets)
-
-
-def _all_layers(frame: Any) -> Any:
-    return frame["edges"].str.contains("all layers", regex=False)
 
 
 def _robustness(found: Any) -> Block:
@@ -275,16 +221,8 @@ def _robustness(found: Any) -> Block:
         "equal loudness, another precision, and on clips drawn again. Jaccard: heads named both times over heads named "
         "either time.",
     )
-    columns = {
-        "variant": _text("variant"),
-        "Jaccard": _bounded("jaccard"),
-        "rank correlation": _number("rank_correlation"),
-        "kept": _text("kept"),
-        "lost": _text("lost"),
-        "gained": _text("gained"),
-        "turned": _text("turned"),
-        "note": _text("note"),
-    }
+    columns = _texts("variant") | {"Jaccard": _bounded("jaccard")} | _numbers("rank_correlation")
+    columns |= _texts("kept", "lost", "gained", "turned", "note")
     sheet = _sheet(found.robustness, "The same search under other choices", columns)
     return Block("robustness", "Robustness", "Does it hang on a choice?", text, (sheet,))
 
@@ -302,9 +240,8 @@ def _repair(found: Any) -> Block:
         "verdict": _text("verdict"),
     }
     code = 'plan = av_lens.Isolation.load("numbers").plan()\nmodel.generate(x, plan=plan, return_type="text")'
-    return Block(
-        "repair", "Repair", "What the edit mends", text, (_sheet(found.repair, "The repair plan", columns),), code=code
-    )
+    sheets = (_sheet(found.repair, "The repair plan", columns),)
+    return Block("repair", "Repair", "What the edit mends", text, sheets, code=code)
 
 
 def _changed(row: Row, *, name: str) -> str:

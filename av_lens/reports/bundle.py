@@ -20,17 +20,7 @@ from av_lens.whole_files import make_folder, write_whole
 def write_bundle(
     found: Isolation, folder: str | Path, *, calibration: Calibration | None = None, **options: Any
 ) -> Path:
-    """Write the page, the figures and the numbers of a finding into a folder.
-
-    Args:
-        found: the record.
-        folder: made if absent; what an earlier bundle wrote there is replaced.
-        calibration: how the method did on a model whose truth is known.
-        **options: passed to `write_report`, such as `clips=` and `caveats=`.
-
-    Returns:
-        The page's path, `folder/report.html`; it is written last, so that its presence means that all is there.
-    """
+    """Write the page, the figures and the numbers of a finding into a folder."""
     folder = Path(folder)
     found.save(folder / "numbers")
     if calibration is not None:

@@ -45,23 +45,9 @@ class Drawing:
 
 
 def drawings(found: Isolation, calibration: Calibration | None = None) -> dict[str, Drawing]:
-    """Draw everything that the record has the numbers for.
-
-    Args:
-        found: the record.
-        calibration: how the method did where the truth was known.
-
-    Returns:
-        Name to drawing; what was not measured is absent.
-    """
+    """Draw everything that the record has the numbers for."""
     tables: Any = found
-    made: list[Drawing | None] = [
-        _behaviour(found),
-        _release(found),
-        *_maps(found),
-        _confirmation(found),
-        _knowledge(found),
-    ]
+    made = [_behaviour(found), _release(found), *_maps(found), _confirmation(found), _knowledge(found)]
     if (tables.evidence["estimand"] == "dla").any():
         caption = "Each head's direct share of the logit difference at the asked position, the largest first."
         made.append(Drawing("attribution", "Direct attribution", caption, plots.attribution(found)))
@@ -71,14 +57,7 @@ def drawings(found: Isolation, calibration: Calibration | None = None) -> dict[s
 
 
 def leading_donor(found: Isolation) -> str:
-    """Name the donor that the verdict speaks of: the chosen set's, else the first head's, else `blank_muted`.
-
-    Args:
-        found: the record.
-
-    Returns:
-        The donor's name.
-    """
+    """Name the donor that the verdict speaks of: the chosen set's, else the first head's, else `blank_muted`."""
     tables: Any = found
     chosen = tables.sets[tables.sets["chosen"]]
     if len(chosen):
@@ -114,14 +93,7 @@ def _release(found: Any) -> Drawing | None:
     )
     wanted = rows[rows["half"] == "discovery"].sort_values("share", ascending=False).head(3 * shown)
     cells = tuple(
-        (
-            f"L{r['layer']} H{r['head']}",
-            r["donor"],
-            number(r["mean"]),
-            number(r["low"]),
-            number(r["high"]),
-            number(r["share"]),
-        )
+        (f"L{r['layer']} H{r['head']}", r["donor"], *(number(r[c]) for c in ("mean", "low", "high", "share")))
         for r in wanted.to_dict("records")
     )
     columns = ("head", "donor", "release (logits)", "low", "high", "share of G")
@@ -132,21 +104,17 @@ def _maps(found: Any) -> list[Drawing | None]:
     donor = leading_donor(found)
     named = {(int(a), int(b)) for a, b in zip(found.suppressors["layer"], found.suppressors["head"], strict=True)}
     outlined = " Outlined: confirmed suppressors." if named else ""
-    captions = {
-        (
-            "release",
-            donor,
-        ): f"Release of every head by the donor {donor}, discovery half. Blue: editing the head gives hearing "
-        f"back; vermilion: it takes hearing away.{outlined}",
-        (
-            "dla",
-            "",
-        ): "What every head writes directly into the answer under conflict, discovery half. Blue: for the sound; "
-        f"vermilion: for the picture.{outlined}",
-    }
-    titles = {"release": "Release, head by head", "dla": "Direct attribution, head by head"}
+    release = (
+        f"Release of every head by the donor {donor}, discovery half. Blue: editing the head gives hearing "
+        f"back; vermilion: it takes hearing away.{outlined}"
+    )
+    writes = (
+        "What every head writes directly into the answer under conflict, discovery half. Blue: for the sound; "
+        f"vermilion: for the picture.{outlined}"
+    )
+    kinds = (("release", donor, "Release", release), ("dla", "", "Direct attribution", writes))
     drawn: list[Drawing | None] = []
-    for (estimand, by), caption in captions.items():
+    for estimand, by, name, caption in kinds:
         frame = found.evidence
         frame = frame[(frame["estimand"] == estimand) & (frame["half"] == "discovery")]
         if not len(frame):
@@ -160,7 +128,7 @@ def _maps(found: Any) -> list[Drawing | None]:
             (f"L{layer}", *(number(float(v), sign=True) for v in values[layer])) for layer in range(found.n_layers)
         )
         columns = ("layer", *(f"H{head}" for head in range(found.n_heads)))
-        drawn.append(Drawing(f"map-{estimand}", titles[estimand], caption, figure, columns, rows))
+        drawn.append(Drawing(f"map-{estimand}", f"{name}, head by head", caption, figure, columns, rows))
     return drawn
 
 
@@ -168,24 +136,18 @@ def _confirmation(found: Any) -> Drawing | None:
     if not found.ablation["arm"].isin(["set", "ranked heads"]).any():
         return None
     arms = set(found.ablation["arm"])
-    said = ["Held-out conflicts; release above, with its interval, and below it how often the model says each answer."]
-    if "set" in arms:
-        said.append("Solid: the heads of the set, edited one after another in the order fixed on discovery.")
-    if "random" in arms:
-        said.append("Grey marks and pale rings: random heads of the same layers.")
-    if "see heads" in arms:
-        said.append("Diamond: as many top heads for what is seen.")
-    if "ranked heads" in arms:
-        said.append("Dotted: the k heads of largest single release together, which shows how spread the effect is.")
-    caption = " ".join(said)
+    said = {
+        "set": "Solid: the heads of the set, edited one after another in the order fixed on discovery.",
+        "random": "Grey marks and pale rings: random heads of the same layers.",
+        "see heads": "Diamond: as many top heads for what is seen.",
+        "ranked heads": "Dotted: the k heads of largest single release together, which shows how spread the effect is.",
+    }
+    begin = "Held-out conflicts; release above, with its interval, and below it how often the model says each answer."
+    caption = " ".join([begin, *(sentence for arm, sentence in said.items() if arm in arms)])
     title = "The set on held-out conflicts" if "set" in arms else "The largest single releases together, held out"
+    figures = ("release", "low", "high", "says_sound", "says_picture")
     rows = tuple(
-        (
-            str(r["arm"]),
-            str(r["k"]),
-            str(r["members"]),
-            *(number(r[c]) for c in ("release", "low", "high", "says_sound", "says_picture")),
-        )
+        (*(str(r[c]) for c in ("arm", "k", "members")), *(number(r[c]) for c in figures))
         for r in found.ablation[found.ablation["arm"] != "random"].to_dict("records")
     )
     columns = ("arm", "k", "members", "release (logits)", "low", "high", "says the sound", "says the picture")

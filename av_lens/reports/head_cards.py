@@ -7,29 +7,16 @@ from typing import Any
 from av_lens.reports.words import MISSING, number, percent
 
 LEAST_SHARE, LEAST_PATH, MOST_RECEIVERS = 0.05, 0.01, 3
+_FIGURES = ("writes, sound's - picture's", "pattern driven by queries", "directly")
 COLUMNS = (
-    ("head", False),
-    ("looks at, in va", False),
-    ("with nothing to see", False),
-    ("writes, sound's - picture's", True),
-    ("pattern driven by queries", True),
-    ("directly", True),
-    ("through queries", True),
-    ("through keys", True),
-    ("through values", True),
+    *((name, False) for name in ("head", "looks at, in va", "with nothing to see")),
+    *((name, True) for name in (*_FIGURES, "through queries", "through keys", "through values")),
     ("most through", False),
 )
 
 
 def card_lines(cards: Any) -> tuple[tuple[str, ...], ...]:
-    """Write one line for each head of the table of cards.
-
-    Args:
-        cards: the record's table.
-
-    Returns:
-        The cells of `COLUMNS`; a dash for what the table does not hold.
-    """
+    """Write one line for each head of the table of cards."""
     heads = list(dict.fromkeys(zip(cards["layer"], cards["head"], strict=True)))
     return tuple(
         (f"L{layer} H{head}", *_line(cards[(cards["layer"] == layer) & (cards["head"] == head)]))

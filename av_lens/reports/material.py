@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import pandas as pd
 
 from av_lens.errors import InputError
 from av_lens.media import Clip, load_clip
+from av_lens.media.html import data_uri
 
 MEBIBYTE = 1 << 20
 
@@ -73,20 +73,7 @@ class Card:
 def gallery(
     conflicts: pd.DataFrame, clips: Mapping[str, Clip | str | Path], *, most: int = 12, budget_mb: float | int = 24.0
 ) -> tuple[Card, ...]:
-    """Embed the first clips, in the table's order, as mp4 data URIs.
-
-    Args:
-        conflicts: the record's table of conflicts.
-        clips: conflict id to the clip as the model saw and heard it, or to an mp4 file of it.
-        most: how many clips at most.
-        budget_mb: how many MiB of mp4 at most; a clip that would pass it is left out, and so are all after it.
-
-    Returns:
-        The cards; competent conflicts come first.
-
-    Raises:
-        InputError: if a clip belongs to no conflict of the record.
-    """
+    """Embed the first clips, in the table's order, as mp4 data URIs."""
     strange = sorted(set(clips) - set(conflicts["id"]))
     if strange:
         raise InputError(f"clips were given for conflicts that this record does not hold: {strange[:5]}.")
@@ -106,12 +93,8 @@ def gallery(
         if spent > budget_mb:
             break
         words = (str(row[name]) for name in ("id", "sound_answer", "picture_answer", "says", "half"))
-        cards.append(Card(*words, source=_uri("video/mp4", data), poster=_poster(clip), size=len(data)))
+        cards.append(Card(*words, source=data_uri("video/mp4", data), poster=_poster(clip), size=len(data)))
     return tuple(cards)
-
-
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:{kind};base64," + base64.b64encode(data).decode("ascii")
 
 
 def _poster(clip: Clip, *, side: int = 360) -> str:
@@ -124,4 +107,4 @@ def _poster(clip: Clip, *, side: int = 360) -> str:
     frame.thumbnail((side, side))
     kept = io.BytesIO()
     frame.save(kept, format="JPEG", quality=88)
-    return _uri("image/jpeg", kept.getvalue())
+    return data_uri("image/jpeg", kept.getvalue())

@@ -55,25 +55,11 @@ def write_report(
     most_clips: int = 12,
     budget_mb: float | int = 24.0,
 ) -> Path:
-    """Write an isolation as one self-contained page.
-
-    Args:
-        found: the record.
-        path: the html file to write; replaced whole or not at all.
-        clips: conflict id to the clip as the model saw and heard it, or to an mp4 file of it.
-        calibration: how the method did on a model whose truth is known.
-        caveats: sentences about this model that belong under "what this proves", before the general ones.
-        title: the page's headline; None asks the question of the model's name.
-        most_clips: how many clips are embedded at most.
-        budget_mb: how many MiB of clips are embedded at most.
-
-    Returns:
-        The path that was written.
-    """
+    """Write an isolation as one self-contained page."""
     path = Path(path)
     cards = gallery(found.conflicts, clips or {}, most=most_clips, budget_mb=budget_mb)
     drawn = drawings(found, calibration)
-    context = _context(found, drawn, calibration=calibration, caveats=caveats, title=title)
+    context = _context(found, calibration=calibration, caveats=caveats, title=title)
     text = _render(drawn, {**context, "cards": cards})
     make_folder(path.parent)
     write_whole(path, text)
@@ -100,27 +86,19 @@ def _render(drawn: Mapping[str, Drawing], context: dict[str, Any]) -> str:
     page = environment.get_template("page.html.j2")
     model = escape(context["model"])
     headline = Markup(str(escape(context["title"])).replace(str(model), f"<span>{model}</span>"))  # not broken in two
-    return page.render(
-        **context,
-        headline=headline,
-        figure=figure,
-        plotly_js=Markup(get_plotlyjs()),
-        themes=json.dumps(THEMES),
-        colours=PAGES,
-    )
+    shown: dict[str, Any] = {"plotly_js": Markup(get_plotlyjs()), "themes": json.dumps(THEMES), "colours": PAGES}
+    return page.render(**context, headline=headline, figure=figure, **shown)
 
 
 def _context(
-    found: Isolation,
-    drawn: Mapping[str, Drawing],
-    *,
-    calibration: Calibration | None,
-    caveats: Sequence[str],
-    title: str | None,
+    found: Isolation, *, calibration: Calibration | None, caveats: Sequence[str], title: str | None
 ) -> dict[str, Any]:
     """Gather everything that the template says, as text."""
+    figures = {} if calibration is None else calibration.figures
     model = str(found.provenance.get("model", "the model"))
+    question = found.protocol.get("question", found.provenance.get("question"))
     provenance = {k: v for k, v in found.provenance.items() if k != "choices"}
+    power = float(found.summary.get("power", float("nan")))
     heads, searched = sections.head_rows(found), len(found.evidence) > 0
     return {
         "title": title or f"Which heads keep {model} from saying what it hears?",
@@ -129,13 +107,9 @@ def _context(
         "stamps": [{"name": stamp, "meaning": _stamp(found, stamp)} for stamp in found.stamps],
         "kind": words.KINDS.get(found.verdict_kind, found.verdict_kind),
         "verdict": found.verdict,
-        "reasons": [
-            reason
-            for reason in found.reasons
-            if reason.split(": ")[0] not in found.stamps and reason not in found.verdict
-        ],
+        "reasons": [r for r in found.reasons if r.split(": ")[0] not in found.stamps and r not in found.verdict],
         "tiles": sections.tiles(found),
-        "asked": _asked(found),
+        "asked": f"“{question}”." if question else "what it hears.",
         "threshold": words.percent(float(found.protocol["s"])) if "s" in found.protocol else "a fixed share",
         "behaviour": _behaviour(found),
         "other_behaviour": len(set(found.behaviour["chosen"])) > 1,
@@ -147,13 +121,13 @@ def _context(
             if any(row["role"] == role for row in heads)
         ],
         "columns": words.COLUMNS,
-        "power": _power(found),
+        "power": "" if power != power else f"{words.number(power)} logits",
         "sets": sections.set_rows(found),
         "specificity": sections.specificity_rows(found),
         "blocks": blocks(found),
         "calibration": calibration,
         "calibration_rows": [] if calibration is None else _calibration_rows(calibration),
-        "calibration_figures": [] if calibration is None else _calibration_figures(calibration),
+        "calibration_figures": [(name.replace("_", " "), words.number(value)) for name, value in figures.items()],
         "searched": searched,
         "caveats": [*caveats, *(_GENERAL if searched else _STOPPED)],
         "choices": [str(choice) for choice in found.provenance.get("choices", [])],
@@ -168,16 +142,6 @@ def _stamp(found: Any, stamp: str) -> str:
     """Say what a stamp means: the record's own reason where it gives one, then what follows from it."""
     own = [reason.removeprefix(f"{stamp}: ") for reason in found.reasons if reason.startswith(f"{stamp}: ")]
     return " ".join([*own, words.STAMP_MEANINGS.get(stamp, "")]).strip()
-
-
-def _asked(found: Any) -> str:
-    question = found.protocol.get("question", found.provenance.get("question"))
-    return f"“{question}”." if question else "what it hears."
-
-
-def _power(found: Any) -> str:
-    power = float(found.summary.get("power", float("nan")))
-    return "" if power != power else f"{words.number(power)} logits"
 
 
 def _behaviour(found: Any) -> list[dict[str, Any]]:
@@ -204,10 +168,6 @@ def _calibration_rows(calibration: Calibration, *, most: int = 12) -> list[dict[
         }
         for row in heads.head(max(most, planted + 4)).to_dict("records")
     ]
-
-
-def _calibration_figures(calibration: Calibration) -> list[tuple[str, str]]:
-    return [(name.replace("_", " "), words.number(value)) for name, value in calibration.figures.items()]
 
 
 def _conflict_rows(found: Any) -> list[dict[str, str]]:

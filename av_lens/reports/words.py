@@ -73,29 +73,13 @@ _SEE = " (see)"
 
 
 def cell_meaning(cell: str) -> str:
-    """Say what is seen and heard in a cell.
-
-    Args:
-        cell: its name, such as "va", or "va (see)" where the question is what is seen.
-
-    Returns:
-        A few words; empty for an unknown cell.
-    """
+    """Say what is seen and heard in a cell."""
     meaning = CELLS.get(cell.removesuffix(_SEE), "")
     return f"{meaning}; asked what is seen" if cell.endswith(_SEE) else meaning
 
 
-def number(value: Any, *, sign: bool = False, digits: int = 3) -> str:
-    """Say a number with a few decimals.
-
-    Args:
-        value: a number; NaN or None where not measured.
-        sign: write a plus before a positive one.
-        digits: decimals of a number below 0.1; one fewer up to 10, one from 10 up.
-
-    Returns:
-        Its text, with a real minus sign.
-    """
+def number(value: Any, *, sign: bool = False) -> str:
+    """Say a number with three decimals below 0.1, two up to 10, one from 10 up."""
     if value is None or isinstance(value, str):
         return value or MISSING
     if isinstance(value, bool):
@@ -103,14 +87,9 @@ def number(value: Any, *, sign: bool = False, digits: int = 3) -> str:
     if math.isnan(value):
         return MISSING
     if isinstance(value, int):
-        return f"{value:+d}".replace("-", "−") if sign else f"{value:d}".replace("-", "−")
+        return f"{value:{'+' if sign else ''}d}".replace("-", "−")
     size = abs(value)
-    if size >= 10:
-        text = f"{value:.1f}"
-    elif size >= 0.1 or size == 0:
-        text = f"{value:.{digits - 1}f}"
-    else:
-        text = f"{value:.{digits}f}"
+    text = f"{value:.{1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 3}f}"
     if float(text) == 0:
         text = text.lstrip("-")
     text = "+" + text if sign and float(text) > 0 else text
@@ -118,14 +97,7 @@ def number(value: Any, *, sign: bool = False, digits: int = 3) -> str:
 
 
 def percent(value: Any) -> str:
-    """Say a share or a rate as a percentage.
-
-    Args:
-        value: a fraction; NaN where not measured.
-
-    Returns:
-        Its text, without decimals from 10% up.
-    """
+    """Say a share or a rate as a percentage."""
     if value is None or math.isnan(value):
         return MISSING
     text = f"{value:.0%}" if abs(value) >= 0.0995 or value == 0 else f"{value:.1%}".replace(".0%", "%")
@@ -133,17 +105,7 @@ def percent(value: Any) -> str:
 
 
 def interval(low: Any, high: Any, *, share: bool = False, sign: bool = False) -> str:
-    """Say an interval.
-
-    Args:
-        low: its lower end; NaN where there is none.
-        high: its upper end.
-        share: say percentages.
-        sign: write plus signs.
-
-    Returns:
-        Such as "2.7 to 3.3", or a dash.
-    """
+    """Say an interval."""
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return MISSING
     if share:
@@ -152,14 +114,7 @@ def interval(low: Any, high: Any, *, share: bool = False, sign: bool = False) ->
 
 
 def small(value: Any) -> str:
-    """Say a p- or q-value.
-
-    Args:
-        value: between 0 and 1; NaN where not tested.
-
-    Returns:
-        Such as "0.012" or "< 0.001".
-    """
+    """Say a p- or q-value."""
     if value is None or math.isnan(value):
         return MISSING
     return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"

@@ -27,26 +27,23 @@ f, CPR and CMD are defined in `av_lens.results.faithfulness`. Saved as netCDF, w
 from __future__ import annotations
 
 import html
-import importlib
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import xarray as xr
 
 from av_lens.checks import called
 from av_lens.errors import InputError, unknown
-from av_lens.results.netcdf import named, opened, plain_json, read_frame, words, write_netcdf, written_frame
-from av_lens.results.provenance import as_text
+from av_lens.results.netcdf import Saved, plain_json, read_frame, words, written_frame
+from av_lens.upstairs import upstairs
 
-SCHEMA_VERSION = 1
 TABLES = ("nodes", "curve", "areas", "completeness", "minimality", "links", "stability", "random")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Circuit:
+class Circuit(Saved):
     """A circuit and its evidence; see the module for what each table says.
 
     Attributes:
@@ -64,6 +61,7 @@ class Circuit:
         provenance: how it was made.
     """
 
+    kind: ClassVar[str] = "a saved circuit"
     values: xr.Dataset
     nodes: pd.DataFrame
     curve: pd.DataFrame
@@ -153,52 +151,21 @@ class Circuit:
         Raises:
             InputError: an unknown keyword.
         """
-        # Looked up by name: figures are drawn by a later room, which imports this one.
-        plots: Any = importlib.import_module("av_lens.plots")
+        plots: Any = upstairs("plots")
         return called("plot", plots.circuit, self, **options)
 
-    def save(self, path: str | Path) -> Path:
-        """Save the circuit as netCDF.
-
-        Args:
-            path: the file; ".nc" is added where it has no ending.
-
-        Returns:
-            The file that was written.
-        """
-        target = named(path)
+    def _data(self) -> xr.Dataset:
         tables = {name: written_frame(getattr(self, name)) for name in TABLES}
-        attributes = {
-            "schema": "av_lens.Circuit",
-            "schema_version": SCHEMA_VERSION,
-            "what": self.what,
-            "unit": self.unit,
-            "tables": json.dumps(tables),
-            "provenance": as_text(self.provenance),
-        }
-        write_netcdf(self.values.assign_attrs(attributes), target)
-        return target
+        return self.values.assign_attrs(what=self.what, unit=self.unit, tables=json.dumps(tables))
 
     @classmethod
-    def load(cls, path: str | Path) -> Circuit:
-        """Open a saved circuit.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The circuit, equal to the one that was saved.
-
-        Raises:
-            InputError: there is no such file, or it holds no circuit of a known version.
-        """
-        with opened(path, "av_lens.Circuit", SCHEMA_VERSION, what="a saved circuit") as data:
-            kept = plain_json(data, "tables")
-            parts: dict[str, Any] = {name: read_frame(kept[name]) for name in TABLES}
-            parts |= words(data, "what", "unit") | {"provenance": plain_json(data, "provenance")}
-            made = cls(data.drop_attrs(), **parts)
-            repr(made)  # what it says of itself needs every part
-            return made
+    def _of_data(cls, data: xr.Dataset) -> Circuit:
+        kept = plain_json(data, "tables")
+        parts: dict[str, Any] = {name: read_frame(kept[name]) for name in TABLES}
+        parts |= words(data, "what", "unit") | {"provenance": plain_json(data, "provenance")}
+        made = cls(data.drop_attrs(), **parts)
+        repr(made)  # what it says of itself needs every part
+        return made
 
     def __repr__(self) -> str:
         f, low, high = self.faithfulness()

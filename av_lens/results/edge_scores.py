@@ -19,27 +19,23 @@ Means are over examples, intervals resample clusters of examples that share a cl
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from av_lens.errors import InputError, unknown
-from av_lens.results.grid import Grid, require_numbers
-from av_lens.results.netcdf import named, opened, plain_json, words, write_netcdf
-from av_lens.results.provenance import as_text
+from av_lens.results.grid import Grid
+from av_lens.results.measured import Measured, require_numbers
 
-SCHEMA_VERSION = 1
 RANKS = ("magnitude", "positive", "negative")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EdgeScores:
+class EdgeScores(Measured):
     """Scores of edges; see the module for names, sign and closure.
 
     Attributes:
@@ -54,24 +50,15 @@ class EdgeScores:
         provenance: how it was made.
     """
 
-    values: xr.DataArray
-    baseline: xr.DataArray
-    donor: xr.DataArray
-    clusters: tuple[int, ...]
-    metric: str
-    unit: str = ""
-    direction: str = ""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    kind: ClassVar[str] = "a file of edge scores"
 
     def __post_init__(self) -> None:
         dims = tuple(map(str, self.values.dims))
         if dims not in (("example", "sender", "receiver"), ("example", "span", "sender", "receiver")):
             raise InputError(f"edge scores have the axes example, span (or none), sender, receiver; got {dims}.")
         require_numbers(self.values, "a table of edge scores")
-        if not all(
-            isinstance(name, str)
-            for name in [*np.ravel(self.values.coords["sender"]), *np.ravel(self.values.coords["receiver"])]
-        ):
+        named = [name for axis in ("sender", "receiver") for name in np.ravel(self.values.coords[axis])]
+        if not all(isinstance(name, str) for name in named):
             raise InputError(f"senders and receivers are names; got {self.senders[:2]} and {self.receivers[:2]}.")
         if {len(self.clusters), *self.baseline.shape, *self.donor.shape} != {self.values.sizes["example"]}:
             raise InputError(
@@ -117,21 +104,7 @@ class EdgeScores:
         if array.shape[1:] != tuple(map(len, axes.values())):
             sizes = {name: len(labels) for name, labels in axes.items()}
             raise InputError(f"scores have shape {array.shape}; wanted example and then {sizes}.")
-        n = array.shape[0]
-        coords = {"example": np.arange(n)} | {name: np.asarray(labels) for name, labels in axes.items()}
-        lines: list[xr.DataArray] = []
-        for name, line in (("baseline", baseline), ("donor", donor)):
-            if np.shape(line) != (n,):
-                raise InputError(f"{name} needs one number for each of {n} examples; got {np.shape(line)}.")
-            found = np.asarray(line, dtype=np.float64)
-            lines.append(xr.DataArray(found, dims="example", coords={"example": coords["example"]}))
-        return cls(
-            xr.DataArray(array, dims=("example", *axes), coords=coords),
-            *lines,
-            clusters=tuple(range(n)) if clusters is None else tuple(int(c) for c in clusters),
-            metric=metric,
-            **more,
-        )
+        return cls._labelled(array, axes, [baseline, donor], clusters=clusters, metric=metric, **more)
 
     @property
     def senders(self) -> list[str]:
@@ -159,17 +132,9 @@ class EdgeScores:
         """
         sums = self.values.sum("receiver", min_count=1)
         axes = {str(name): sums.coords[name].values for name in sums.dims[1:]}
-        return Grid.of(
-            sums.values + self.baseline.values.reshape(-1, *(1 for _ in axes)),
-            axes=axes,
-            baseline=self.baseline.values,
-            donor=self.donor.values,
-            clusters=self.clusters,
-            metric=self.metric,
-            unit=self.unit,
-            direction=self.direction,
-            provenance=self.provenance,
-        )
+        values = sums.values + self.baseline.values.reshape(-1, *(1 for _ in axes))
+        more = {name: getattr(self, name) for name in ("clusters", "metric", "unit", "direction", "provenance")}
+        return Grid.of(values, axes=axes, baseline=self.baseline.values, donor=self.donor.values, **more)
 
     def mean(self) -> xr.DataArray:
         """Average over examples.
@@ -203,9 +168,8 @@ class EdgeScores:
         shape = self.values.shape[1:]
         places = np.unravel_index(order, shape)
         names = [str(name) for name in self.values.dims[1:]]
-        columns: dict[str, Any] = {
-            name: self.values.coords[name].values[index] for name, index in zip(names, places, strict=True)
-        }
+        axes = zip(names, places, strict=True)
+        columns: dict[str, Any] = {name: self.values.coords[name].values[index] for name, index in axes}
         chosen = self.values.values.reshape(len(self.values), -1)[:, order]
         grid = Grid.of(chosen, axes={"edge": np.arange(len(order))}, baseline=None, clusters=self.clusters, shares=True)
         bounds = grid.interval(level, seed=seed)
@@ -221,52 +185,5 @@ class EdgeScores:
         frame = self.values.to_dataframe("score")["score"].dropna().reset_index()
         return pd.DataFrame(frame)
 
-    def save(self, path: str | Path) -> Path:
-        """Save the scores as netCDF.
-
-        Args:
-            path: the file; ".nc" is added where it has no ending.
-
-        Returns:
-            The file that was written.
-        """
-        target = named(path)
-        attributes = {name: getattr(self, name) for name in ("metric", "unit", "direction")} | {
-            "schema": "av_lens.EdgeScores",
-            "schema_version": SCHEMA_VERSION,
-            "provenance": as_text(self.provenance),
-        }
-        clusters = xr.DataArray(np.asarray(self.clusters, dtype=np.int32), dims="example")
-        data = {"values": self.values, "baseline": self.baseline, "donor": self.donor, "clusters": clusters}
-        write_netcdf(xr.Dataset(data, attrs=attributes), target)
-        return target
-
-    @classmethod
-    def load(cls, path: str | Path) -> EdgeScores:
-        """Open saved scores.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The scores, equal to those that were saved.
-
-        Raises:
-            InputError: there is no such file, or it holds no edge scores of a known version.
-        """
-        with opened(path, "av_lens.EdgeScores", SCHEMA_VERSION, what="a file of edge scores") as data:
-            return cls(
-                data["values"],
-                data["baseline"],
-                data["donor"],
-                clusters=tuple(int(c) for c in data["clusters"].values),
-                provenance=plain_json(data, "provenance"),
-                **words(data, "metric", "unit", "direction"),
-            )
-
-    def __repr__(self) -> str:
-        sizes = " x ".join(f"{size} {name}" for name, size in self.values.sizes.items())
-        return f"EdgeScores({self.metric} [{self.unit}], {sizes}; {self.direction})"
-
-    def _repr_html_(self) -> str:
-        return f"<p>{html.escape(repr(self))}</p>{self.top(20).to_html()}"
+    def _shown(self) -> pd.DataFrame:
+        return self.top(20)

@@ -72,17 +72,7 @@ class Lexicon:
 
     @classmethod
     def of(cls, events: Mapping[str, Iterable[str]] | Iterable[str]) -> Lexicon:
-        """Build a lexicon.
-
-        Args:
-            events: the synonyms of each event, or the events alone.
-
-        Returns:
-            The lexicon.
-
-        Raises:
-            InputError: no event, an empty word, or a word of two events.
-        """
+        """Build a lexicon."""
         pairs = events.items() if isinstance(events, Mapping) else [(event, ()) for event in events]
         return cls(tuple((event, tuple(dict.fromkeys(_plain(w) for w in (event, *words)))) for event, words in pairs))
 
@@ -102,47 +92,18 @@ class Lexicon:
         return re.compile(r"(?<!\w)(" + "|".join(spaced) + r")(?:(?<=[sxz])es|(?<=[cs]h)es|s)?(?!\w)", re.IGNORECASE)
 
     def event(self, word: str) -> str:
-        """Find the event of a word.
-
-        Args:
-            word: an event or one of its words.
-
-        Returns:
-            The event.
-
-        Raises:
-            InputError: the lexicon does not have it; the nearest is named.
-        """
+        """Find the event of a word."""
         found = self._owner.get(_plain(word))
         if found is None:
             raise InputError(unknown("event", word, self._owner))
         return found
 
     def found(self, text: str) -> list[Match]:
-        """Find the events that a text names.
-
-        Args:
-            text: the text.
-
-        Returns:
-            Every mention, from the text's beginning on; an event may come several times.
-        """
+        """Find the events that a text names."""
         return [Match(self._owner[_plain(m[1])], *m.span()) for m in self._pattern.finditer(text)]
 
     def score(self, text: str, *, heard: Sequence[str], seen: Sequence[str]) -> dict[str, float]:
-        """Score what a text names against what is there.
-
-        Args:
-            text: the text.
-            heard: the events that are heard; none where nothing is.
-            seen: the events that are seen.
-
-        Returns:
-            `heard`, `seen` and `hallucinated` as the module says; a share of nothing is NaN.
-
-        Raises:
-            InputError: an event that the lexicon does not have.
-        """
+        """Score what a text names against what is there."""
         named = {match.event for match in self.found(text)}
         truth = [{self.event(word) for word in side} for side in (heard, seen)]
         shares = [len(named & side) / len(side) if side else float("nan") for side in truth]

@@ -24,21 +24,14 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float
 
-from av_lens.results.statistics import FEWEST_CLIPS, Bootstrap, Interval
+from av_lens.results.statistics import FEWEST_CLIPS, Bootstrap, Interval, interval
 
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 _TAILS = (2.5, 97.5)
 
 
 def sizes(n: int) -> list[int]:
-    """List the sizes at which a ranking is measured.
-
-    Args:
-        n: how many nodes there are.
-
-    Returns:
-        max(1, round(share x n)) for every share, each once, ascending.
-    """
+    """List the sizes at which a ranking is measured."""
     return sorted({max(1, round(share * n)) for share in SHARES})
 
 
@@ -59,8 +52,7 @@ class Scale:
     @cached_property
     def span(self) -> tuple[float, float, float]:
         """m(whole) - m(empty), and its interval."""
-        found = self.boot.mean(self.whole - self.bare)
-        return float(found.value), float(found.low), float(found.high)
+        return interval(self.boot, self.whole - self.bare)
 
     @property
     def usable(self) -> bool:
@@ -74,44 +66,20 @@ class Scale:
         return -1.0 if self.span[0] < 0 else 1.0
 
     def ratio(self, change: Float[np.ndarray, "circuit example"]) -> Interval:
-        """Put changes of m on the scale.
-
-        Args:
-            change: of each circuit.
-
-        Returns:
-            Their shares of the span, with intervals.
-        """
+        """Put changes of m on the scale."""
         if not self.usable:
             nothing = np.full(len(change), np.nan)
             return Interval(nothing, nothing, nothing)
         return self.boot.ratio(change.T, self.whole - self.bare)
 
     def share(self, m: Float[np.ndarray, "circuit example"]) -> Interval:
-        """Compute f of circuits.
-
-        Args:
-            m: of each circuit.
-
-        Returns:
-            f, with intervals.
-        """
+        """Compute f of circuits."""
         return self.ratio(m - self.bare)
 
     def area(
         self, m: Float[np.ndarray, "size example"], at: Sequence[int], n: int, *, distance: bool
     ) -> tuple[float, float, float]:
-        """Integrate over sizes.
-
-        Args:
-            m: of the circuit of each size.
-            at: the sizes, ascending.
-            n: how many nodes there are.
-            distance: integrate |1 - f| instead of f.
-
-        Returns:
-            The area, and its interval.
-        """
+        """Integrate over sizes."""
         if not self.usable:
             return float("nan"), float("nan"), float("nan")
         value = _area(np.ones((1, len(self.whole))), m, self, at, n, distance)[0]

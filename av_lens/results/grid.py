@@ -19,12 +19,9 @@ A grid is saved as netCDF, without pickle, with its provenance and a schema vers
 
 from __future__ import annotations
 
-import html
-import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -32,16 +29,13 @@ import xarray as xr
 
 from av_lens.checks import called
 from av_lens.errors import InputError, unknown
-from av_lens.results.netcdf import named, opened, plain_json, words, write_netcdf
-from av_lens.results.provenance import as_text
-
-SCHEMA_VERSION = 1
-FEWEST_CLUSTERS = 5
-DRAWS = 5000
+from av_lens.results.measured import Measured, require_numbers
+from av_lens.results.statistics import FEWEST_CLIPS, Bootstrap
+from av_lens.upstairs import upstairs
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Grid:
+class Grid(Measured):
     """Labelled numbers of an intervention or an attribution; see the module for what each means.
 
     Attributes:
@@ -56,15 +50,8 @@ class Grid:
         provenance: how it was made.
     """
 
-    values: xr.DataArray
-    baseline: xr.DataArray
-    donor: xr.DataArray
-    clusters: tuple[int, ...]
-    metric: str
-    unit: str = ""
-    direction: str = ""
+    kind: ClassVar[str] = "a saved grid"
     shares: bool = False
-    provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.values.dims or self.values.dims[0] != "example":
@@ -110,36 +97,15 @@ class Grid:
         array = np.asarray(values, dtype=np.float64)
         wanted = tuple(len(labels) for labels in axes.values())
         if array.ndim < 1 or array.shape[1:] != wanted:
-            raise InputError(
-                f"values have shape {array.shape}; the axes {dict(zip(axes, wanted, strict=True))} follow example."
-            )
-        n = array.shape[0]
-        coords = {"example": np.arange(n)} | {name: np.asarray(labels) for name, labels in axes.items()}
-        lines = [
-            np.full(n, np.nan) if line is None else np.asarray(line, dtype=np.float64) for line in (baseline, donor)
-        ]
-        for name, line in zip(("baseline", "donor"), lines, strict=True):
-            if line.shape != (n,):
-                raise InputError(f"{name} needs one number for each of {n} examples; got {line.shape}.")
-        base, other = (xr.DataArray(line, dims="example", coords={"example": coords["example"]}) for line in lines)
-        return cls(
-            values=xr.DataArray(array, dims=("example", *axes), coords=coords),
-            baseline=base,
-            donor=other,
-            clusters=tuple(range(n)) if clusters is None else tuple(int(c) for c in clusters),
-            metric=metric,
-            **more,
-        )
+            sizes = dict(zip(axes, wanted, strict=True))
+            raise InputError(f"values have shape {array.shape}; the axes {sizes} follow example.")
+        lines = [np.full(len(array), np.nan) if line is None else line for line in (baseline, donor)]
+        return cls._labelled(array, axes, lines, clusters=clusters, metric=metric, **more)
 
     @property
     def effects(self) -> xr.DataArray:
         """What each edit changed, values - baseline; in a grid of shares the shares."""
         return self.values.copy() if self.shares else self.values - self.baseline
-
-    @property
-    def partial(self) -> str:
-        """How far an interrupted measurement came, in words; empty where the grid is whole."""
-        return str(self.provenance.get("partial", ""))
 
     @property
     def closure_error(self) -> xr.DataArray:
@@ -171,8 +137,9 @@ class Grid:
             for label in wanted if isinstance(wanted, list | tuple | np.ndarray) else [wanted]:
                 if label not in known:
                     raise InputError(unknown(axis, label, known))
+        single = [axis for axis, wanted in labels.items() if not isinstance(wanted, list | tuple | np.ndarray)]
         chosen = {axis: list(wanted) if isinstance(wanted, tuple) else wanted for axis, wanted in labels.items()}
-        return replace(self, values=self.values.sel(chosen).drop_vars(_scalars(labels), errors="ignore"))
+        return replace(self, values=self.values.sel(chosen).drop_vars(single, errors="ignore"))
 
     def normalized(self) -> xr.DataArray:
         """Put effects on the scale of the pair: 0 at the run that was edited, 1 at the donor.
@@ -217,15 +184,19 @@ class Grid:
         if not 0 < level < 1:
             raise InputError(f"level {level} is not between 0 and 1; 0.95 is usual.")
         above, below = self._ratio(of)
-        places = above.dims[1:]
-        bounds = np.full((*above.shape[1:], 2), np.nan)
         names, group = np.unique(np.asarray(self.clusters), return_inverse=True)
-        if len(names) >= FEWEST_CLUSTERS:
+        bounds = np.full((*above.shape[1:], 2), np.nan)
+        if len(names) >= FEWEST_CLIPS:
             top = above.values.reshape(len(above), -1)
             bottom = np.ones_like(top) if below is None else np.broadcast_to(below.values[:, None], top.shape)
-            bounds = _bootstrap(top, bottom, group, level=float(level), seed=seed).reshape(bounds.shape)
-        coords = {name: above.coords[name] for name in places} | {"bound": ["low", "high"]}
-        return xr.DataArray(bounds, dims=(*places, "bound"), coords=coords)
+            known = ~(np.isnan(top) | np.isnan(bottom))
+            sums = np.zeros((2, len(names), top.shape[1]))
+            for number, array in enumerate((top, bottom)):
+                np.add.at(sums[number], group, np.where(known, array, 0.0))
+            found = Bootstrap.of_clusters(len(names), seed=seed).ratio(*sums, level=float(level), at_once=256)
+            bounds = np.stack([found.low, found.high], axis=-1).reshape(bounds.shape)
+        coords = {name: above.coords[name] for name in above.dims[1:]} | {"bound": ["low", "high"]}
+        return xr.DataArray(bounds, dims=(*above.dims[1:], "bound"), coords=coords)
 
     def _ratio(self, of: str) -> tuple[xr.DataArray, xr.DataArray | None]:
         if of not in ("effects", "values", "normalized"):
@@ -263,8 +234,7 @@ class Grid:
         Raises:
             InputError: an unknown keyword.
         """
-        # Looked up by name: figures are drawn by a later room, which imports this one.
-        plots: Any = importlib.import_module("av_lens.plots")
+        plots: Any = upstairs("plots")
         places = {name for name in self._places if self.values.sizes[name] > 1 or name in ("layer", "head")}
         if {"layer", "head"} <= places and not {"key", "query", "condition", "edge"} & places:
             draw = plots.heads
@@ -274,99 +244,12 @@ class Grid:
             draw = plots.conditions if "condition" in self._places else plots.attribution
         return called("plot", draw, self, **options)
 
-    def save(self, path: str | Path) -> Path:
-        """Save the grid as netCDF.
-
-        Args:
-            path: the file; ".nc" is added where it has no ending.
-
-        Returns:
-            The file that was written.
-        """
-        target = named(path)
-        said = {name: getattr(self, name) for name in ("metric", "unit", "direction")}
-        attributes = said | {
-            "schema": "av_lens.Grid",
-            "schema_version": SCHEMA_VERSION,
-            "shares": int(self.shares),
-            "provenance": as_text(self.provenance),
-        }
-        clusters = xr.DataArray(np.asarray(self.clusters, dtype=np.int32), dims="example")
-        data = {"values": self.values, "baseline": self.baseline, "donor": self.donor, "clusters": clusters}
-        write_netcdf(xr.Dataset(data, attrs=attributes), target)
-        return target
+    def _data(self) -> xr.Dataset:
+        return super()._data().assign_attrs(shares=int(self.shares))
 
     @classmethod
-    def load(cls, path: str | Path) -> Grid:
-        """Open a saved grid.
+    def _of_data(cls, data: xr.Dataset, **more: Any) -> Grid:
+        return super()._of_data(data, shares=bool(data.attrs["shares"]), **more)
 
-        Args:
-            path: the file.
-
-        Returns:
-            The grid, equal to the one that was saved.
-
-        Raises:
-            InputError: there is no such file, or it holds no grid of a known version.
-        """
-        with opened(path, "av_lens.Grid", SCHEMA_VERSION, what="a saved grid") as data:
-            return cls(
-                values=data["values"],
-                baseline=data["baseline"],
-                donor=data["donor"],
-                clusters=tuple(int(c) for c in data["clusters"].values),
-                shares=bool(data.attrs["shares"]),
-                provenance=plain_json(data, "provenance"),
-                **words(data, "metric", "unit", "direction"),
-            )
-
-    def __repr__(self) -> str:
-        axes = " x ".join(f"{size} {name}" for name, size in self.values.sizes.items())
-        partial = f"; {self.partial}" if self.partial else ""
-        return f"Grid({self.metric} [{self.unit}], {axes}; {self.direction}{partial})"
-
-    def _repr_html_(self) -> str:
-        table = self.mean().to_series().rename("mean effect").to_frame().head(20)
-        return f"<p>{html.escape(repr(self))}</p>{table.to_html()}"
-
-
-def require_numbers(values: xr.DataArray, what: str) -> None:
-    """Refuse values that are no numbers, or that lie on an axis without labels.
-
-    Args:
-        values: the values.
-        what: what they are of, such as "a grid".
-
-    Raises:
-        InputError: one of them.
-    """
-    labels = {name: values.coords[name] for name in values.dims if name in values.coords}
-    good = {name for name, found in labels.items() if found.dims == (name,) and found.dtype.kind != "S"}
-    bare = [str(name) for name in values.dims if name not in good]
-    if values.dtype.kind not in "biuf" or bare:
-        raise InputError(f"{what} holds numbers on labelled axes; got {values.dtype}, without labels: {bare}.")
-
-
-def _scalars(labels: Mapping[str, Any]) -> list[str]:
-    return [axis for axis, wanted in labels.items() if not isinstance(wanted, list | tuple | np.ndarray)]
-
-
-def _bootstrap(top: np.ndarray, bottom: np.ndarray, group: np.ndarray, *, level: float, seed: int) -> np.ndarray:
-    """Percentile bounds `[place, 2]` of sum(top) / sum(bottom), clusters drawn with replacement."""
-    known = ~(np.isnan(top) | np.isnan(bottom))
-    n = int(group.max()) + 1
-    sums = np.zeros((2, n, top.shape[1]))
-    for number, array in enumerate((top, bottom)):
-        np.add.at(sums[number], group, np.where(known, array, 0.0))
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(np.float64)
-    tail = 100 * (1 - level) / 2
-    found = np.full((top.shape[1], 2), np.nan)
-    for start in range(0, top.shape[1], 256):  # places in turn: draws x places would fill memory
-        part = slice(start, start + 256)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            drawn = (counts @ sums[0][:, part]) / (counts @ sums[1][:, part])
-        drawn[~np.isfinite(drawn)] = np.nan
-        usable = ~np.isnan(drawn).all(0)
-        if usable.any():
-            found[start + np.flatnonzero(usable)] = np.nanpercentile(drawn[:, usable], [tail, 100 - tail], axis=0).T
-    return found
+    def _shown(self) -> pd.DataFrame:
+        return self.mean().to_series().rename("mean effect").to_frame().head(20)

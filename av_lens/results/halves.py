@@ -25,10 +25,12 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from av_lens.errors import InputError
+from av_lens.results.provenance import linked
 
 DISCOVERY, CONFIRMATION, LOST = "discovery", "confirmation", "lost"
 LARGEST_SHARE = 0.4
@@ -59,95 +61,30 @@ class Halves:
         return sum(half == LOST for half in self.half)
 
     def members(self, half: str) -> list[int]:
-        """List one half.
-
-        Args:
-            half: "discovery", "confirmation" or "lost".
-
-        Returns:
-            The indices of its conflicts, in the order that was given.
-        """
+        """List one half."""
         return [i for i, name in enumerate(self.half) if name == half]
 
 
 def rank_hash(seed: int, name: str) -> str:
-    """Hash a name with the seed: the order that breaks every tie.
-
-    Args:
-        seed: the run's seed.
-        name: a conflict's id.
-
-    Returns:
-        The sha256 of "seed:name" in hex.
-    """
+    """Hash a name with the seed: the order that breaks every tie."""
     return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
 def components(edges: Mapping[int, tuple[str, str]]) -> list[list[int]]:
-    """Find the connected components of a graph given by its edges.
-
-    Args:
-        edges: edge number -> the two nodes that it joins.
-
-    Returns:
-        The edge numbers of each component, in order of each one's first edge.
-    """
-    parent: dict[str, str] = {}
-
-    def root(node: str) -> str:
-        parent.setdefault(node, node)
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for one, two in edges.values():
-        parent[root(one)] = root(two)
-    groups: dict[str, list[int]] = defaultdict(list)
-    for number, (one, _) in edges.items():
-        groups[root(one)].append(number)
+    """Find the connected components of a graph given by its edges."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for number, group in zip(edges, linked(list(edges.values())), strict=True):
+        groups[group].append(number)
     return list(groups.values())
 
 
 def bridges(edges: Mapping[int, tuple[str, str]]) -> set[int]:
-    """Find the edges whose removal parts a connected component (Tarjan's low-link, iterative; parallel edges are none).
+    """Find the edges whose removal parts a connected component (parallel edges and loops are none)."""
+    import networkx
 
-    Args:
-        edges: edge number -> the two nodes that it joins.
-
-    Returns:
-        The numbers of the bridges.
-    """
-    beside: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    for number, (one, two) in edges.items():
-        beside[one].append((two, number))
-        beside[two].append((one, number))
-    seen: dict[str, int] = {}
-    low: dict[str, int] = {}
-    found: set[int] = set()
-    for start in beside:
-        if start in seen:
-            continue
-        seen[start] = low[start] = len(seen)
-        stack = [(start, -1, iter(beside[start]))]
-        while stack:
-            node, came_by, rest = stack[-1]
-            step = next(rest, None)
-            if step is None:
-                stack.pop()
-                if stack:
-                    above = stack[-1][0]
-                    low[above] = min(low[above], low[node])
-                    if low[node] > seen[above]:
-                        found.add(came_by)
-            elif step[1] != came_by:
-                there, number = step
-                if there in seen:
-                    low[node] = min(low[node], seen[there])
-                else:
-                    seen[there] = low[there] = len(seen)
-                    stack.append((there, number, iter(beside[there])))
-    return found
+    graph: Any = networkx.MultiGraph()
+    graph.add_edges_from((one, two, number) for number, (one, two) in edges.items())
+    return {number for one, two in networkx.bridges(graph) if one != two for number in graph[one][two]}
 
 
 def _part_large_ones(edges: dict[int, tuple[str, str]], order: Mapping[int, str]) -> list[list[int]]:
@@ -165,18 +102,7 @@ def _part_large_ones(edges: dict[int, tuple[str, str]], order: Mapping[int, str]
 
 
 def deal(conflicts: Sequence[Member], *, seed: int) -> Halves:
-    """Deal conflicts to two halves that share no clip, as the module says.
-
-    Args:
-        conflicts: the conflicts; ids must differ.
-        seed: breaks ties.
-
-    Returns:
-        The half and the component of each conflict.
-
-    Raises:
-        InputError: two conflicts with one id.
-    """
+    """Deal conflicts to two halves that share no clip, as the module says."""
     ids = [conflict.id for conflict in conflicts]
     if len(set(ids)) != len(ids):
         twice = next(name for name in ids if ids.count(name) > 1)
@@ -197,15 +123,7 @@ def deal(conflicts: Sequence[Member], *, seed: int) -> Halves:
 
 
 def standing(n_conflicts: Sequence[int], n_components: Sequence[int]) -> str:
-    """Say what the size of the halves allows.
-
-    Args:
-        n_conflicts: competent conflicts of each half.
-        n_components: components of each half.
-
-    Returns:
-        "refused" (a half below 20 conflicts), "exploratory" (below 60 conflicts or 20 components) or "firm".
-    """
+    """Say what the size of the halves allows."""
     if min(n_conflicts) < FEWEST:
         return "refused"
     if min(n_conflicts) < FIRM_CONFLICTS or min(n_components) < FIRM_COMPONENTS:
@@ -216,17 +134,7 @@ def standing(n_conflicts: Sequence[int], n_components: Sequence[int]) -> str:
 def third_sources(
     sound_answers: Sequence[str], picture_answers: Sequence[str], *, ids: Sequence[str], seed: int
 ) -> np.ndarray:
-    """Draw each conflict's third clip w: another conflict's sound source whose answer differs from both of its own.
-
-    Args:
-        sound_answers: of the conflicts of one half.
-        picture_answers: of the same conflicts.
-        ids: of the same conflicts; each one's draw depends on the seed and its own id only.
-        seed: the run's seed.
-
-    Returns:
-        `[example]`: the index of the conflict whose sound source is w, -1 where there is none.
-    """
+    """Draw each conflict's third clip w: another conflict's sound source whose answer differs from both of its own."""
     drawn = np.full(len(ids), -1, dtype=np.int64)
     for i, name in enumerate(ids):
         known = {sound_answers[i], picture_answers[i]}

@@ -12,12 +12,10 @@ sounds' words on the same example ("others", their mean), and the difference is 
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -27,10 +25,9 @@ from jaxtyping import Float, Int
 from av_lens.checks import called, parse_json, require_at_least, require_choice
 from av_lens.errors import InputError
 from av_lens.results.grid import Grid
-from av_lens.results.netcdf import named, opened, plain_json, words, write_netcdf
-from av_lens.results.provenance import as_text
+from av_lens.results.netcdf import Saved, plain_json, words
+from av_lens.upstairs import upstairs
 
-SCHEMA_VERSION = 1
 OTHERS, EXCESS, SAID = "others", "excess", "said"
 _READ, _TOP = ("example", "word", "layer", "pos"), ("example", "layer", "pos", "place")
 _DIMS: dict[str, tuple[str, ...]] = {
@@ -45,7 +42,7 @@ _DIMS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LensReadout:
+class LensReadout(Saved):
     """What a logit lens read.
 
     Attributes:
@@ -59,6 +56,7 @@ class LensReadout:
         said: whether the first word is the model's answer, `[example]`; NaN without words.
     """
 
+    kind: ClassVar[str] = "a saved readout"
     ranks: Grid
     probabilities: Grid
     top_ids: Int[np.ndarray, "example layer pos place"]
@@ -76,28 +74,12 @@ class LensReadout:
         )
 
     def best(self) -> Grid:
-        """Take the best rank over positions.
-
-        Returns:
-            A grid `[example, word, layer]`.
-        """
+        """Take the best rank over positions."""
         values = self.ranks.values.min("pos")
         return self._grid(values.values, {name: values.coords[name].values for name in ("word", "layer")}, "best rank")
 
     def understanding(self, k: int = 5, *, by: str = "all") -> Grid:
-        """Score whether the words are in the top k somewhere, against other sounds' words.
-
-        Args:
-            k: how many of the likeliest tokens count.
-            by: "all" (the maximum over positions and layers) or "layer" (over positions, layer by layer).
-
-        Returns:
-            A grid over `figure`: the words, "others", "excess" (the first word less the others) and "said"; by layer
-            over `layer` as well. Means over examples are fractions of clips.
-
-        Raises:
-            InputError: no words were read, or an unknown `by`.
-        """
+        """Score whether the words are in the top k somewhere, against other sounds' words."""
         require_at_least("k", k, 1)
         require_choice("by", by, ("all", "layer"))
         words = self.ranks.values.coords["word"].values.tolist()
@@ -119,16 +101,7 @@ class LensReadout:
         return self._grid(found[:, :, 0], axes, _named(k, by))
 
     def top(self, example: int = 0, *, layer: int | None = None, pos: int | None = None) -> pd.DataFrame:
-        """List the likeliest tokens in words.
-
-        Args:
-            example: which example.
-            layer: one layer, or None for all.
-            pos: one position, or None for all.
-
-        Returns:
-            One row for each layer and position: `layer pos`, and the token at each place.
-        """
+        """List the likeliest tokens in words."""
         axes = self.ranks.values.coords
         rows: list[dict[Any, Any]] = []
         for i, at_layer in enumerate(axes["layer"].values.tolist()):
@@ -140,30 +113,16 @@ class LensReadout:
         return pd.DataFrame(rows)
 
     def plot(self, **options: Any) -> Any:
-        """Draw the words' best ranks over positions, layer by layer.
-
-        Args:
-            **options: passed to `av_lens.plots.layers`.
-
-        Returns:
-            A plotly figure.
-
-        Raises:
-            InputError: an unknown keyword.
-        """
-        plots: Any = importlib.import_module("av_lens.plots")
+        """Draw the words' best ranks over positions, layer by layer."""
+        plots: Any = upstairs("plots")
         return called("plot", plots.layers, self.best(), **options)
 
-    def save(self, path: str | Path) -> Path:
-        """Save the readout as netCDF.
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How it was made."""
+        return self.ranks.provenance
 
-        Args:
-            path: the file; ".nc" is added where it has no ending.
-
-        Returns:
-            The file that was written.
-        """
-        target = named(path)
+    def _data(self) -> xr.Dataset:
         data = {
             "top_ids": self.top_ids.astype(np.int32),
             "top_probabilities": self.top_probabilities,
@@ -175,41 +134,18 @@ class LensReadout:
         }
         axes = {name: self.ranks.values.coords[name].values for name in ("layer", "pos")}
         attributes = {
-            "schema": "av_lens.LensReadout",
-            "schema_version": SCHEMA_VERSION,
             "direction": self.ranks.direction,
             "words": json.dumps(self.ranks.values.coords["word"].values.tolist()),
             "texts": json.dumps({str(token): text for token, text in self.texts.items()}),
-            "provenance": as_text(self.ranks.provenance),
         }
         # netCDF takes an axis without entries for one that grows, so what has none is left out.
         kept = {name: (_DIMS[name], values) for name, values in data.items() if values.size}
-        write_netcdf(xr.Dataset(kept, coords=axes, attrs=attributes), target)
-        return target
+        return xr.Dataset(kept, coords=axes, attrs=attributes)
 
     @classmethod
-    def load(cls, path: str | Path) -> LensReadout:
-        """Open a saved readout.
-
-        Args:
-            path: the file.
-
-        Returns:
-            The readout, equal to the one that was saved.
-
-        Raises:
-            InputError: there is no such file, or it holds no readout of a known version.
-        """
-        with opened(path, "av_lens.LensReadout", SCHEMA_VERSION, what="a saved readout") as data:
-            return cls._made_of(data)
-
-    @classmethod
-    def _made_of(cls, data: xr.Dataset) -> LensReadout:
-        made: dict[str, Any] = {
-            "clusters": data["clusters"].values,
-            "provenance": plain_json(data, "provenance"),
-            **words(data, "direction"),
-        }
+    def _of_data(cls, data: xr.Dataset) -> LensReadout:
+        made: dict[str, Any] = {"clusters": data["clusters"].values, "provenance": plain_json(data, "provenance")}
+        made |= words(data, "direction")
         axes = {"word": np.array(parse_json(str(data.attrs["words"])), dtype=str)}
         axes |= {name: data.coords[name].values for name in ("layer", "pos")}
         sizes = {"example": len(data["said"])} | {name: len(labels) for name, labels in axes.items()}
@@ -229,27 +165,16 @@ class LensReadout:
             raise ValueError(f"its tokens have the shape {top.shape}, its ranks {grids[0].shape}")
         if not {str(token) for token in np.unique(top[top != -1])} <= set(texts):
             raise ValueError("some of its tokens have no text")
+        shares, said = (of(name).astype(np.float64) for name in ("top_probabilities", "said"))
+        ranks, probabilities = readings(grids[0], "rank", **made), readings(grids[1], "probability", **made)
         return cls(
-            readings(grids[0], "rank", **made),
-            readings(grids[1], "probability", **made),
-            top,
-            of("top_probabilities").astype(np.float64),
-            {int(token): str(text) for token, text in texts.items()},
-            best,
-            of("said").astype(np.float64),
+            ranks, probabilities, top, shares, {int(token): str(text) for token, text in texts.items()}, best, said
         )
 
     def _grid(self, values: np.ndarray, axes: Mapping[str, Any], metric: str) -> Grid:
-        return Grid.of(
-            values,
-            axes=axes,
-            baseline=np.zeros(len(values)),
-            clusters=self.ranks.clusters,
-            metric=metric,
-            unit="tokens" if metric == "best rank" else "fraction of clips",
-            direction=self.ranks.direction,
-            provenance=self.ranks.provenance,
-        )
+        unit = "tokens" if metric == "best rank" else "fraction of clips"
+        made = {name: getattr(self.ranks, name) for name in ("clusters", "direction", "provenance")}
+        return Grid.of(values, axes=axes, baseline=np.zeros(len(values)), metric=metric, unit=unit, **made)
 
 
 def _named(k: int, by: str) -> str:
@@ -257,25 +182,8 @@ def _named(k: int, by: str) -> str:
 
 
 def readings(values: xr.DataArray, what: str, *, clusters: Any, provenance: Mapping[str, Any], direction: str) -> Grid:
-    """Make a grid of a lens's numbers: nothing is edited, so the baseline is 0.
-
-    Args:
-        values: `[example, word, layer, pos]`.
-        what: "rank" or "probability".
-        clusters: the cluster of each example.
-        provenance: how they were made.
-        direction: what the numbers mean.
-
-    Returns:
-        The grid.
-    """
-    return Grid.of(
-        values.values,
-        axes={name: values.coords[name].values for name in ("word", "layer", "pos")},
-        baseline=np.zeros(len(values)),
-        clusters=clusters,
-        metric=f"logit lens, {what}",
-        unit="tokens" if what == "rank" else "probability",
-        direction=direction,
-        provenance=dict(provenance),
-    )
+    """Make a grid of a lens's numbers: nothing is edited, so the baseline is 0."""
+    axes = {name: values.coords[name].values for name in ("word", "layer", "pos")}
+    said = {"metric": f"logit lens, {what}", "unit": "tokens" if what == "rank" else "probability"}
+    made: dict[str, Any] = {"clusters": clusters, "direction": direction, "provenance": dict(provenance)}
+    return Grid.of(values.values, axes=axes, baseline=np.zeros(len(values)), **said, **made)

@@ -50,19 +50,7 @@ class LinearProbe(Brief):
     def fitted(
         cls, vectors: Float[np.ndarray, "example feature"], labels: Sequence[Any] | np.ndarray, *, c: float = PENALTY_C
     ) -> LinearProbe:
-        """Fit a probe.
-
-        Args:
-            vectors: of the training examples.
-            labels: what they are.
-            c: the inverse of the penalty.
-
-        Returns:
-            The probe.
-
-        Raises:
-            InputError: fewer than two labels, or vectors that are not finite.
-        """
+        """Fit a probe."""
         from sklearn.linear_model import LogisticRegression
 
         if not np.isfinite(vectors).all():
@@ -80,14 +68,7 @@ class LinearProbe(Brief):
         return cls(mean, scale, basis, regression)
 
     def predicted(self, vectors: Float[np.ndarray, "example feature"]) -> np.ndarray:
-        """Read labels.
-
-        Args:
-            vectors: of other examples.
-
-        Returns:
-            Their labels, as the probe has them.
-        """
+        """Read labels."""
         standard = (np.asarray(vectors, dtype=np.float64) - self.mean) / self.scale
         return self.regression.predict(standard if self.basis is None else standard @ self.basis)
 
@@ -101,16 +82,7 @@ def _blas() -> Any:
 
 
 def control_labels(labels: Sequence[Any], sources: Sequence[str], *, seed: int) -> list[Any]:
-    """Give every source a random label, the same wherever it occurs.
-
-    Args:
-        labels: the true labels; those of the sources' first occurrences are dealt anew.
-        sources: the source of each example.
-        seed: deals them.
-
-    Returns:
-        A label for each example.
-    """
+    """Give every source a random label, the same wherever it occurs."""
     first = {source: label for source, label in zip(reversed(sources), reversed(labels), strict=True)}
     names = sorted(first)
     dealt = np.random.default_rng(seed).permutation(len(names))
@@ -119,18 +91,7 @@ def control_labels(labels: Sequence[Any], sources: Sequence[str], *, seed: int) 
 
 
 def folds(groups: Sequence[int], n: int) -> list[list[int]]:
-    """Deal examples to folds, groups whole: the largest group first, to the smallest fold.
-
-    Args:
-        groups: the group of each example.
-        n: how many folds at most.
-
-    Returns:
-        The examples of each fold; fewer folds where there are fewer groups.
-
-    Raises:
-        InputError: fewer than two groups.
-    """
+    """Deal examples to folds, groups whole: the largest group first, to the smallest fold."""
     members: dict[int, list[int]] = {}
     for example, group in enumerate(groups):
         members.setdefault(group, []).append(example)
@@ -145,41 +106,19 @@ def folds(groups: Sequence[int], n: int) -> list[list[int]]:
 def held_out(
     vectors: Float[np.ndarray, "example feature"], labels: Sequence[Any], parts: Sequence[Sequence[int]], *, c: float
 ) -> np.ndarray:
-    """Cross-validate: each fold is read by a probe of the others.
-
-    Args:
-        vectors: of all examples.
-        labels: what they are.
-        parts: the examples of each fold.
-        c: the inverse of the penalty.
-
-    Returns:
-        For each example, 1 where it is read right.
-    """
+    """Cross-validate: each fold is read by a probe of the others."""
     right = np.full(len(labels), np.nan)
     for part in parts:
         rest = [i for i in range(len(labels)) if i not in set(part)]
         known = [labels[i] for i in rest]
         if len(set(known)) > 1:
-            right[list(part)] = [
-                float(a == labels[i])
-                for a, i in zip(LinearProbe.fitted(vectors[rest], known, c=c).predicted(vectors[list(part)]), part,
-                                strict=True)
-            ]  # fmt: skip
+            read = LinearProbe.fitted(vectors[rest], known, c=c).predicted(vectors[list(part)])
+            right[list(part)] = [float(a == labels[i]) for a, i in zip(read, part, strict=True)]
     return right
 
 
 def looked_up(known: Sequence[Any], labels: Sequence[Any], asked: Sequence[Any]) -> Iterator[Any]:
-    """Guess a label from another one alone: what most often goes with it.
-
-    Args:
-        known: the other label of each training example.
-        labels: the label of each training example.
-        asked: the other label of each example to guess.
-
-    Yields:
-        The guess for each; the most frequent label where the other is unknown.
-    """
+    """Guess a label from another one alone: what most often goes with it."""
 
     def most_frequent(listed: Sequence[Any]) -> Any:
         return max(sorted(set(listed), key=str), key=list(listed).count)

@@ -1,11 +1,12 @@
-"""Opening what results save as netCDF: one door, which refuses what is not there, damaged, not ours, or too new."""
+"""Results as netCDF files: one door in, which refuses what is not there, damaged, not ours, or too new, and one out."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 import xarray as xr
@@ -15,31 +16,60 @@ from av_lens.errors import InputError
 from av_lens.results.provenance import plain
 from av_lens.whole_files import MOST_BYTES, TIMES, write_whole
 
+Kind = TypeVar("Kind", bound="Saved")
 _KINDS = ("object", "str", "string", "bool", "int64", "int32", "float64", "float32")
 
 
-def named(path: str | Path) -> Path:
-    """Give a file its ending.
+class Saved:
+    """A result that is saved as netCDF, without pickle, with its provenance, its kind and its schema's version."""
 
-    Args:
-        path: the file.
+    kind: ClassVar[str]
+    """What a file of it is, in words, such as "a saved grid"."""
+    schema_version: ClassVar[int] = 1
 
-    Returns:
-        The path, with ".nc" where it has no ending.
-    """
-    return Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
+    def save(self, path: str | Path) -> Path:
+        """Save the result as netCDF.
+
+        Args:
+            path: the file; ".nc" is added where it has no ending.
+
+        Returns:
+            The file that was written.
+        """
+        result: Any = self
+        target = Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
+        says = {"schema": f"av_lens.{type(self).__name__}", "schema_version": self.schema_version}
+        says["provenance"] = json.dumps(plain(result.provenance), sort_keys=True)
+        write_netcdf(self._data().assign_attrs(says), target)
+        return target
+
+    @classmethod
+    def load(cls: type[Kind], path: str | Path) -> Kind:
+        """Open what was saved.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The result, equal to the one that was saved.
+
+        Raises:
+            InputError: there is no such file, or it holds no such result of a known version.
+        """
+        with opened(path, f"av_lens.{cls.__name__}", cls.schema_version, what=cls.kind) as data:
+            return cls._of_data(data)
+
+    def _data(self) -> xr.Dataset:
+        """What is stored beside kind, version and provenance."""
+        raise NotImplementedError
+
+    @classmethod
+    def _of_data(cls: type[Kind], data: xr.Dataset) -> Kind:
+        raise NotImplementedError
 
 
 def write_netcdf(data: xr.Dataset | xr.DataArray, path: Path) -> None:
-    """Save as netCDF, whole or not at all.
-
-    Args:
-        data: what is saved.
-        path: the file.
-
-    Raises:
-        FileError: it cannot be written.
-    """
+    """Save as netCDF, whole or not at all."""
     write_whole(path, bytes(data.to_netcdf(engine="scipy")))
 
 
@@ -48,18 +78,6 @@ def opened(path: str | Path, schema: str, version: int, *, what: str) -> Generat
     """Read a saved result whole; whatever fails while it is read, or while a result is made of it, is said of the file.
 
     Memory: a file is not compressed, so what it holds takes at most `TIMES` its size.
-
-    Args:
-        path: the file.
-        schema: what it must hold, such as "av_lens.Grid".
-        version: the newest version of it that is known.
-        what: what it should be in words, such as "a saved grid".
-
-    Yields:
-        Its contents, the file closed again. Numbers stay numbers: nothing is read as a date.
-
-    Raises:
-        InputError: there is no such file, it is damaged, or holds something else or a newer version.
     """
     with foreign_file(path, what):
         # No mmap: the file may be written again, or removed, while the result is in use.
@@ -82,58 +100,22 @@ def opened(path: str | Path, schema: str, version: int, *, what: str) -> Generat
 
 
 def words(data: xr.Dataset, *names: str) -> dict[str, str]:
-    """Take texts from a saved result.
-
-    Args:
-        data: its contents.
-        *names: the attributes.
-
-    Returns:
-        The text of each.
-    """
+    """Take texts from a saved result."""
     return {name: str(data.attrs[name]) for name in names}
 
 
 def plain_json(data: xr.Dataset, name: str) -> dict[str, Any]:
-    """Take what was saved as json from a saved result.
-
-    Args:
-        data: its contents.
-        name: the attribute.
-
-    Returns:
-        The json object.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """Take what was saved as json from a saved result."""
     return whole_object(parse_json(str(data.attrs[name]), finite=False), name)
 
 
 def written_frame(frame: pd.DataFrame) -> list[list[Any]]:
-    """Write a table as plain data.
-
-    Args:
-        frame: the table.
-
-    Returns:
-        Name, type and values of each column.
-    """
+    """Write a table as plain data."""
     return [[str(name), str(frame[name].dtype), plain(frame[name].tolist())] for name in frame.columns]
 
 
 def read_frame(columns: Any) -> pd.DataFrame:
-    """Read a table from plain data.
-
-    Args:
-        columns: as `written_frame` gives them.
-
-    Returns:
-        The table.
-
-    Raises:
-        ValueError: a type that no table has, or columns of unequal length.
-    """
+    """Read a table from plain data."""
     for _, kind, _ in columns:
         if kind not in _KINDS:
             raise ValueError(f"a column of type {str(kind)[:40]!r}")

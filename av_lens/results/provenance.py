@@ -6,9 +6,9 @@ A result without its provenance cannot be repeated; every saved result carries o
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -22,40 +22,23 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def stamp(**more: Any) -> dict[str, Any]:
-    """Note when, by which versions, and under which choices a result was made.
-
-    Args:
-        **more: whatever identifies the result: model, metric, seeds, choices.
-
-    Returns:
-        Plain data, fit for json.
-    """
+    """Note when, by which versions, and under which choices a result was made."""
     made = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "python": platform.python_version()}
     return made | {"versions": versions()} | {name: plain(value) for name, value in more.items()}
 
 
 def versions() -> dict[str, str]:
-    """Find the installed versions of what computes.
-
-    Returns:
-        Package name to version; a package that is not installed is left out.
-    """
+    """Find the installed versions of what computes."""
     found: dict[str, str] = {}
     for package in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 @cache
 def source_hash() -> str:
-    """Hash the package's own python files, so that a changed program never passes off an earlier one's numbers.
-
-    Returns:
-        A sha256 in hex, equal for equal sources.
-    """
+    """Hash the package's own python files, so that a changed program never passes off an earlier one's numbers."""
     digest = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode())
@@ -64,14 +47,7 @@ def source_hash() -> str:
 
 
 def plain(value: Any) -> Any:
-    """Turn a value into plain data: dictionaries, lists, strings, numbers, None.
-
-    Args:
-        value: anything; what has no plain form is written as text.
-
-    Returns:
-        What json can hold. NaN stays a float.
-    """
+    """Turn a value into plain data: dictionaries, lists, strings, numbers, None."""
     if isinstance(value, str | bool | int | float) or value is None:
         return value
     if isinstance(value, Mapping):
@@ -83,38 +59,17 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
-def as_text(provenance: Mapping[str, Any]) -> str:
-    """Write provenance as json.
-
-    Args:
-        provenance: plain data.
-
-    Returns:
-        One line of json.
-    """
-    return json.dumps(plain(provenance), sort_keys=True)
-
-
 def linked(groups: Sequence[Iterable[str]]) -> tuple[int, ...]:
-    """Find which examples belong together because they share a source, directly or through others.
+    """Find which examples belong together because they share a source, directly or through others."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    Args:
-        groups: the sources (such as clips' hashes) of each example.
-
-    Returns:
-        The cluster of each example, counted from 0; an example without sources is a cluster of its own.
-    """
-    owner: dict[str, int] = {}
-    parent = list(range(len(groups)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for i, group in enumerate(groups):
-        for source in group:
-            parent[root(i)] = root(owner.setdefault(source, i))
-    names: dict[int, int] = {}
-    return tuple(names.setdefault(root(i), len(names)) for i in range(len(groups)))
+    named: dict[str, int] = {}
+    ends = [
+        (i, len(groups) + named.setdefault(source, len(named))) for i, group in enumerate(groups) for source in group
+    ]
+    size = len(groups) + len(named)
+    joined = coo_array((np.ones(len(ends)), np.array(ends, dtype=np.int32).reshape(-1, 2).T), shape=(size, size))
+    order: dict[int, int] = {}
+    labels = connected_components(joined, directed=False)[1][: len(groups)].tolist() if groups else []
+    return tuple(order.setdefault(label, len(order)) for label in labels)

@@ -21,7 +21,6 @@ Example:
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -36,11 +35,24 @@ from av_lens.brief import Brief
 from av_lens.checks import called, foreign_file, parse_json, whole_object
 from av_lens.errors import InputError, unknown
 from av_lens.results.tables import RELEASING, ROLE_NAMES, TABLES, read_table, table
+from av_lens.upstairs import upstairs
 from av_lens.whole_files import make_folder, read_arrays, write_whole
 
 SCHEMA_VERSION = 2
 MOST = 10_000  # layers, or heads of one: no model has so many
 RECORD = "numbers"  # where a run keeps its record, below its own folder
+_HEAD: dict[str, type] = {
+    "verdict": str,
+    "verdict_kind": str,
+    "stamps": list,
+    "reasons": list,
+    "n_layers": int,
+    "n_heads": int,
+    "summary": dict,
+    "protocol": dict,
+    "provenance": dict,
+}
+"""What `isolation.json` says of the finding itself."""
 
 
 def _empty(name: str) -> Callable[[], pd.DataFrame]:
@@ -90,11 +102,9 @@ class Isolation(Brief):
 
     def __post_init__(self) -> None:
         for name, columns in TABLES.items():
-            found = list(getattr(self, name).columns)
-            if found != list(columns):
-                raise InputError(
-                    f"table {name!r} has columns {found}; the record needs {list(columns)} (build it with `table`)."
-                )
+            if (found := list(getattr(self, name).columns)) != list(columns):
+                needs = f"the record needs {list(columns)} (build it with `table`)."
+                raise InputError(f"table {name!r} has columns {found}; {needs}")
         for name, most in (("n_layers", self.n_layers), ("n_heads", self.n_heads)):
             if not 0 < most <= MOST:
                 raise InputError(f"{name} = {most} is no size of a model; 1 to {MOST} are.")
@@ -104,11 +114,9 @@ class Isolation(Brief):
                 if column in frame and not frame[column].between(-1, last).all():
                     raise InputError(f"table {name!r} names a {column} beyond the {most} that the model has.")
         figures = {**self.summary, **{key: self.protocol[key] for key in ("s",) if self.protocol.get(key) is not None}}
-        wrong = [key for key, value in figures.items() if not isinstance(value, int | float | np.number)]
-        if wrong:
+        if wrong := [key for key, value in figures.items() if not isinstance(value, int | float | np.number)]:
             raise InputError(f"{wrong[0]} is no number: {figures[wrong[0]]!r}.")
-        strange = sorted(set(self.heads["role"]) - set(ROLE_NAMES))
-        if strange:
+        if strange := sorted(set(self.heads["role"]) - set(ROLE_NAMES)):
             raise InputError(unknown("role", strange[0], ROLE_NAMES))
 
     @property
@@ -142,9 +150,8 @@ class Isolation(Brief):
         if donor:
             keep &= frame["donor"] == donor
         if not keep.any():
-            known = sorted(
-                {f"{e} ({d})" if d else str(e) for e, d in zip(frame["estimand"], frame["donor"], strict=True)}
-            )
+            pairs = zip(frame["estimand"], frame["donor"], strict=True)
+            known = sorted({f"{e} ({d})" if d else str(e) for e, d in pairs})
             raise InputError(unknown("effect", f"{estimand} ({donor})" if donor else estimand, known))
         out = np.full((self.n_layers, self.n_heads), np.nan)
         rows = frame[keep]
@@ -164,8 +171,7 @@ class Isolation(Brief):
         Raises:
             InputError: an unknown keyword.
         """
-        # Looked up by name: pages are written by a later room, which imports this one.
-        write: Any = importlib.import_module("av_lens.reports").write_report
+        write: Any = upstairs("reports").write_report
         written: Any = called("report", write, self, path, **options)
         return Path(written) if written is not None else Path(path)
 
@@ -178,7 +184,7 @@ class Isolation(Brief):
         Raises:
             InputError: the finding has no set to edit.
         """
-        return importlib.import_module("av_lens.isolation.repair").plan_of(self)
+        return upstairs("isolation.explaining.repair").plan_of(self)
 
     def save(self, folder: str | Path) -> Path:
         """Write the record: `isolation.json`, one csv per table, `arrays.npz`.
@@ -196,20 +202,9 @@ class Isolation(Brief):
         held = io.BytesIO()
         np.savez_compressed(held, allow_pickle=False, **cast(Any, dict(self.arrays)))
         write_whole(folder / "arrays.npz", held.getvalue())
-        head = {
-            "schema": "av_lens.isolation",
-            "version": SCHEMA_VERSION,
-            "verdict": self.verdict,
-            "verdict_kind": self.verdict_kind,
-            "stamps": list(self.stamps),
-            "reasons": list(self.reasons),
-            "n_layers": self.n_layers,
-            "n_heads": self.n_heads,
-            "summary": {key: _finite(value) for key, value in self.summary.items()},
-            "protocol": self.protocol,
-            "provenance": self.provenance,
-            "tables": TABLES,
-        }
+        head = {"schema": "av_lens.isolation", "version": SCHEMA_VERSION}
+        head |= {name: getattr(self, name) for name in _HEAD} | {"tables": TABLES}
+        head["summary"] = {key: float(value) if np.isfinite(value) else None for key, value in self.summary.items()}
         # Written last: its presence means that all is there.
         write_whole(folder / "isolation.json", json.dumps(head, indent=1, allow_nan=False, default=_plain))
         return folder
@@ -244,31 +239,18 @@ class Isolation(Brief):
             )
         with foreign_file(folder / "arrays.npz", "the arrays of a saved isolation"):
             arrays = read_arrays(folder / "arrays.npz")
-        tables = {name: read_table(folder / f"{name}.csv", name) for name in TABLES}
+        tables: dict[str, Any] = {name: read_table(folder / f"{name}.csv", name) for name in TABLES}
         with foreign_file(folder / "isolation.json", "the head of a saved isolation"):
-            return cls(
-                verdict=_typed(head, "verdict", str),
-                n_layers=_typed(head, "n_layers", int),
-                n_heads=_typed(head, "n_heads", int),
-                verdict_kind=_typed(head, "verdict_kind", str),
-                stamps=tuple(map(str, _typed(head, "stamps", list))),
-                reasons=tuple(map(str, _typed(head, "reasons", list))),
-                summary={k: float("nan") if v is None else v for k, v in _typed(head, "summary", dict).items()},
-                arrays=arrays,
-                protocol=_typed(head, "protocol", dict),
-                provenance=_typed(head, "provenance", dict),
-                **tables,
-            )
+            said = {name: _typed(head, name, kind) for name, kind in _HEAD.items()}
+            said |= {name: tuple(map(str, said[name])) for name in ("stamps", "reasons")}
+            said["summary"] = {k: float("nan") if v is None else v for k, v in said["summary"].items()}
+            return cls(arrays=arrays, **said, **tables)
 
 
 def _typed(head: Mapping[str, Any], name: str, kind: type) -> Any:
     if type(head[name]) is not kind:
         raise ValueError(f"{name} should be a {kind.__name__}, found {type(head[name]).__name__}")
     return head[name]
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _plain(value: Any) -> Any:

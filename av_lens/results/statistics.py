@@ -75,18 +75,7 @@ class Bootstrap:
         seed: int,
         draws: int = DRAWS,
     ) -> Bootstrap:
-        """Draw the weights of every conflict in every draw.
-
-        Args:
-            components: the component of each conflict.
-            sound_clips: the sound's source clip of each conflict.
-            picture_clips: the picture's source clip of each conflict.
-            seed: of the generator.
-            draws: how many.
-
-        Returns:
-            The weights; by components where there are at least 20, else by source clips.
-        """
+        """Draw the weights of every conflict in every draw."""
         rng = np.random.default_rng(seed)
         clips, position = np.unique([*sound_clips, *picture_clips], return_inverse=True)
         both = position.reshape(2, -1)
@@ -97,29 +86,20 @@ class Bootstrap:
         counts = rng.multinomial(len(clips), np.full(len(clips), 1 / len(clips)), size=draws).astype(np.float64)
         return cls(counts[:, both[0]] * counts[:, both[1]], "clip", len(clips), both)
 
+    @classmethod
+    def of_clusters(cls, n: int, *, seed: int) -> Bootstrap:
+        """Draw how often each of n clusters is taken, for values that are sums over clusters."""
+        counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS)
+        return cls(counts.astype(np.float64), "cluster", n)
+
     def mean(self, values: np.ndarray, *, level: float = 0.95) -> Interval:
-        """Bound a mean over examples.
-
-        Args:
-            values: `[example, ...]`.
-            level: of the two-sided interval.
-
-        Returns:
-            The mean and its percentile interval.
-        """
+        """Bound a mean over examples."""
         return self.ratio(values, np.ones(len(values)), level=level)
 
-    def ratio(self, above: np.ndarray, below: np.ndarray, *, level: float = 0.95) -> Interval:
-        """Bound a ratio of means, resampled as a ratio.
-
-        Args:
-            above: `[example, ...]`.
-            below: `[example]` or of above's shape.
-            level: of the two-sided interval.
-
-        Returns:
-            sum(above) / sum(below) and its percentile interval.
-        """
+    def ratio(
+        self, above: np.ndarray, below: np.ndarray, *, level: float = 0.95, at_once: int | None = None
+    ) -> Interval:
+        """Bound a ratio of means, resampled as a ratio."""
         shape = above.shape[1:]
         top = np.asarray(above, dtype=np.float64).reshape(len(above), -1)
         bottom = np.asarray(below, dtype=np.float64).reshape(len(below), -1)
@@ -130,7 +110,7 @@ class Bootstrap:
         with np.errstate(invalid="ignore", divide="ignore"):
             out[0] = np.where(known.any(0), top.sum(0) / bottom.sum(0), np.nan)
         tail = 100 * (1 - level) / 2
-        step = max(1, _CHUNK // len(self.weights))
+        step = at_once or max(1, _CHUNK // len(self.weights))
         enough = self._enough(known)
         for start in range(0, top.shape[1] if enough.any() else 0, step):
             part = slice(start, start + step)
@@ -151,21 +131,9 @@ class Bootstrap:
         return np.array([len(np.unique(clips[:, column])) >= FEWEST_CLIPS for column in known.T], dtype=bool)
 
     def derived(
-        self,
-        rule: Callable[..., np.ndarray],
-        *columns: np.ndarray,
-        level: float = 0.95,
+        self, rule: Callable[..., np.ndarray], *columns: np.ndarray, level: float = 0.95
     ) -> tuple[float, float, float]:
-        """Bound a figure that is computed from several means, such as |E_V| / (|E_A| + |E_V|).
-
-        Args:
-            rule: takes one mean per column (arrays of draws), returns the figure.
-            *columns: `[example]` each.
-            level: of the two-sided interval.
-
-        Returns:
-            The figure of the means, its lower and its upper bound.
-        """
+        """Bound a figure that is computed from several means, such as |E_V| / (|E_A| + |E_V|)."""
         stacked = np.stack(columns, axis=1)
         stacked = stacked[~np.isnan(stacked).any(1)] if np.isnan(stacked).any() else stacked
         if not len(stacked):
@@ -181,15 +149,7 @@ class Bootstrap:
 
 
 def interval(boot: Bootstrap, values: np.ndarray) -> tuple[float, float, float]:
-    """Bound the mean of one column.
-
-    Args:
-        boot: the weights.
-        values: `[example]`.
-
-    Returns:
-        The mean, its lower and its upper bound.
-    """
+    """Bound the mean of one column."""
     found = boot.mean(values)
     return float(found.value), float(found.low), float(found.high)
 
@@ -214,17 +174,7 @@ def _signs(n: int, flips: int, seed: int, step: int) -> Iterator[np.ndarray]:
 
 
 def sign_flips(values: np.ndarray, components: Sequence[int], *, family: int | None = None, seed: int = 0) -> Flips:
-    """Test that means are above 0, flipping the signs of whole components.
-
-    Args:
-        values: `[example, ...]`, what should be above 0 (such as effect - s G).
-        components: the component of each example.
-        family: how many tests the family has (default: the columns of values); sets how many flips are sampled.
-        seed: of the sampled flips.
-
-    Returns:
-        One-sided p of each column and its max-T p over the columns given.
-    """
+    """Test that means are above 0, flipping the signs of whole components."""
     shape = values.shape[1:]
     flat = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
     measured = ~np.isnan(flat).all(0)
@@ -253,28 +203,12 @@ def sign_flips(values: np.ndarray, components: Sequence[int], *, family: int | N
 
 
 def benjamini_hochberg(p: np.ndarray, *, family: int | None = None) -> np.ndarray:
-    """Adjust p-values for the false discovery rate.
-
-    Args:
-        p: any shape; NaN (not tested) stays NaN.
-        family: the number of tests, where it is more than the p-values given.
-
-    Returns:
-        q of p's shape: reject all with q < .05.
-    """
+    """Adjust p-values for the false discovery rate."""
     return _stepwise(p, family, lambda rank, m: m / rank, upward=True)
 
 
 def holm(p: np.ndarray, *, family: int | None = None) -> np.ndarray:
-    """Adjust p-values for the familywise error.
-
-    Args:
-        p: any shape; NaN stays NaN.
-        family: the number of tests, where it is more than the p-values given.
-
-    Returns:
-        Adjusted p of p's shape.
-    """
+    """Adjust p-values for the familywise error."""
     return _stepwise(p, family, lambda rank, m: m - rank + 1, upward=False)
 
 
@@ -294,20 +228,7 @@ def _stepwise(
 
 
 def clopper_pearson(count: int, n: int, *, level: float = 0.95, side: str = "two") -> tuple[float, float]:
-    """Bound a share exactly.
-
-    Args:
-        count: how many of n.
-        n: how many items.
-        level: of the interval.
-        side: "two", or "upper" for a one-sided upper bound.
-
-    Returns:
-        Lower and upper bound; NaN for no items.
-
-    Raises:
-        InputError: a count outside 0 to n, or an unknown side.
-    """
+    """Bound a share exactly."""
     if not 0 <= count <= n or side not in ("two", "upper"):
         raise InputError(
             f"clopper_pearson was asked for {count} of {n}, side {side!r}: give 0 <= count <= n and 'two' or 'upper'."
@@ -339,18 +260,7 @@ def non_inferiority(
     *,
     margin: float = 0.05,
 ) -> Harm:
-    """Bound how much an edit lowers a rate.
-
-    Args:
-        before: 1 where the unedited run was right, else 0; NaN items are left out.
-        after: the same for the edited run.
-        boot: the weights of the same examples.
-        margin: the largest fall that is no harm.
-
-    Returns:
-        The fall with its bound; the verdict is "specific" (bound < margin), "not specific", or "untested" (below 59
-        items, or below 5 clips).
-    """
+    """Bound how much an edit lowers a rate."""
     known = ~(np.isnan(before) | np.isnan(after))
     n = int(known.sum())
     if n == 0:
@@ -371,30 +281,7 @@ def smallest_effect(n: int, *, family: int, level: float = 0.05, power: float = 
 
     Normal approximation at the first step of the ladder (one true effect: p must be below level / family):
     (z(1 - level / family) + z(power)) / sqrt(n).
-
-    Args:
-        n: components.
-        family: tests.
-        level: of the family.
-        power: chance to find it.
-
-    Returns:
-        The effect above its threshold, in standard deviations between components; infinite where even the smallest
-        possible p, 2^-n, is too large.
     """
     if n < 1 or 2.0**-n > level / family:
         return math.inf
     return float((stats.norm.ppf(1 - level / family) + stats.norm.ppf(power)) / math.sqrt(n))
-
-
-def correct_rate(right: np.ndarray) -> tuple[float, float, float]:
-    """Bound an accuracy.
-
-    Args:
-        right: 1 or 0 per item.
-
-    Returns:
-        The rate and its 95% Clopper-Pearson interval.
-    """
-    low, high = clopper_pearson(int(np.sum(right)), len(right))
-    return float(np.mean(right)) if len(right) else float("nan"), low, high

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import xarray as xr
 
 from av_lens.checks import foreign_file
 from av_lens.errors import InputError
@@ -54,7 +55,7 @@ class Tabled:
         """How it was made."""
         return self.grid.provenance
 
-    def mean(self, of: str = "effects") -> Any:
+    def mean(self, of: str = "effects") -> xr.DataArray:
         """Average over examples.
 
         Args:
@@ -65,7 +66,7 @@ class Tabled:
         """
         return self.grid.mean(of)
 
-    def interval(self, level: float | int = 0.95, *, of: str = "effects", seed: int = 0) -> Any:
+    def interval(self, level: float | int = 0.95, *, of: str = "effects", seed: int = 0) -> xr.DataArray:
         """Bound the mean by resampling clusters of examples.
 
         Args:

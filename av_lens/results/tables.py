@@ -8,9 +8,9 @@ pandas wrote. Signs and units are the record's (`av_lens.results.record`).
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 
@@ -86,33 +86,14 @@ TABLES: dict[str, dict[str, str]] = {
         "flag: confirmed",
     ),
     # The search's path: action is "start", "add", "drop" (gains below delta at the end) or "take out".
-    "steps": _columns(
-        "text: site donor start",
-        "int: step",
-        "text: action",
-        "int: layer head",
-        "float: release gain",
-    ),
+    "steps": _columns("text: site donor start", "int: step", "text: action", "int: layer head", "float: release gain"),
     # release({h, k}) - max(0, release h) - max(0, release k), the largest pairs by donor.
-    "synergies": _columns(
-        "text: site donor",
-        "int: layer head layer2 head2",
-        "float: release synergy share",
-    ),
+    "synergies": _columns("text: site donor", "int: layer head layer2 head2", "float: release synergy share"),
     # Mechanism cards of the named heads: part is "attention", "ov", "pattern" (driven by Q or by K) or "path".
-    "cards": _columns(
-        "int: layer head",
-        "text: site part cell what",
-        "float: value low high",
-        "text: unit note",
-    ),
+    "cards": _columns("int: layer head", "text: site part cell what", "float: value low high", "text: unit note"),
     # Edges of the named heads cut: arm is "cut" or the control's name.
     "cuts": _columns(
-        "text: heads site edges",
-        "flag: renormalised",
-        "text: arm",
-        "float: release low high share mass",
-        "text: note",
+        "text: heads site edges", "flag: renormalised", "text: arm", "float: release low high share mass", "text: note"
     ),
     # Where the audio is known: the lens and probes by layer and span, with their nulls. `layer` counts the layers that
     # the stream has passed (0: before the first; -1: the maximum over layers).
@@ -125,46 +106,23 @@ TABLES: dict[str, dict[str, str]] = {
         "text: note",
     ),
     # By which road does the picture win? relay, generation, sink; arm is "cut" or the control's name.
-    "routes": _columns(
-        "text: route edges arm",
-        "float: effect low high share says_sound mass",
-        "text: note",
-    ),
+    "routes": _columns("text: route edges arm", "float: effect low high share says_sound mass", "text: note"),
     # What the repair plan (`found.plan()`) changes on confirmation: C, what is said, and the controls of `specificity`.
-    "repair": _columns(
-        "text: quantity",
-        "int: n",
-        "float: before after change low high bound",
-        "text: verdict",
-    ),
+    "repair": _columns("text: quantity", "int: n", "float: before after change low high bound", "text: verdict"),
     # Does it hang on a choice? The search under each variant: who is named, and how that agrees with the main search.
     "robustness": _columns(
-        "text: variant named",
-        "float: jaccard low high rank_correlation",
-        "text: kept lost gained turned note",
+        "text: variant named", "float: jaccard low high rank_correlation", "text: kept lost gained turned note"
     ),
     # The cumulative edit, held out: arm is "set", "random" (one row a draw, at full size) or "see heads".
     "ablation": _columns(
-        "text: arm",
-        "int: k draw",
-        "text: members donor",
-        "float: release low high share says_sound says_picture",
+        "text: arm", "int: k draw", "text: members donor", "float: release low high share says_sound says_picture"
     ),
     # What else the set's edit breaks: non-inferiority. Rates before and after, the bound of the fall, the verdict.
-    "specificity": _columns(
-        "text: control",
-        "int: n",
-        "float: before after fall bound margin",
-        "text: verdict",
-    ),
+    "specificity": _columns("text: control", "int: n", "float: before after fall bound margin", "text: verdict"),
     # Quantities of protocol section 2 by half ("discovery", "confirmation"); `chosen` is "all" or "competent". Quantity
     # "accuracy" has a cell and a rule: right among the "two" answers, or in the whole "vocabulary"; "says sound" and
     # "says picture" are rates of each answer where the sound is muted.
-    "behaviour": _columns(
-        "text: half chosen quantity cell rule",
-        "float: value low high",
-        "int: n",
-    ),
+    "behaviour": _columns("text: half chosen quantity cell rule", "float: value low high", "int: n"),
     # One row per conflict: who it is, where it was dealt, what the unedited model does.
     "conflicts": _columns(
         "text: id half",
@@ -175,23 +133,17 @@ TABLES: dict[str, dict[str, str]] = {
     ),
 }
 
-_TO_DTYPE = {"text": "object", "int": "int64", "float": "float64", "flag": "bool"}
-_MISSING: dict[str, Any] = {"text": "", "int": -1, "float": float("nan"), "flag": False}
+_KINDS: dict[str, tuple[Any, Any, Callable[[str], Any]]] = {
+    "text": ("object", "", str),
+    "int": ("int64", -1, int),
+    "float": ("float64", float("nan"), lambda text: float(text or "nan")),
+    "flag": ("bool", False, {"True": True, "False": False}.__getitem__),
+}
+"""Of each kind the type in the frame, what is missing, and how a cell of a csv is read."""
 
 
 def table(name: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Build one of the record's tables: columns in their order, missing figures NaN, missing words empty.
-
-    Args:
-        name: a table of `TABLES`.
-        rows: one dictionary per row; keys that are no column are refused.
-
-    Returns:
-        The frame, typed.
-
-    Raises:
-        InputError: an unknown table or column.
-    """
+    """Build one of the record's tables: columns in their order, missing figures NaN, missing words empty."""
     if name not in TABLES:
         raise InputError(unknown("table", name, TABLES))
     columns = TABLES[name]
@@ -199,26 +151,18 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
         for key in row:
             if key not in columns:
                 raise InputError(f"table {name!r}: {unknown('column', key, columns)}")
-    data = {
-        column: pd.Series([row.get(column, _MISSING[kind]) for row in rows], dtype=cast(Any, _TO_DTYPE[kind]))
-        for column, kind in columns.items()
-    }
-    return pd.DataFrame(data)
+    return _frame(
+        {column: [row.get(column, _KINDS[kind][1]) for row in rows] for column, kind in columns.items()}, name
+    )
+
+
+def _frame(cells: dict[str, list[Any]], name: str) -> pd.DataFrame:
+    kinds = TABLES[name]
+    return pd.DataFrame({column: pd.Series(held, dtype=_KINDS[kinds[column]][0]) for column, held in cells.items()})
 
 
 def read_table(path: Path, name: str) -> pd.DataFrame:
-    """Open a table that was saved as csv.
-
-    Args:
-        path: the csv file.
-        name: which table it is.
-
-    Returns:
-        The frame, equal to the saved one (floats are written with every digit).
-
-    Raises:
-        InputError: there is no such file, or it does not have this table's columns in every row.
-    """
+    """Open a table that was saved as csv."""
     columns = TABLES[name]
     with foreign_file(path, f"the table {name!r} of a saved isolation"):
         with path.open(encoding="utf-8", newline="") as file:
@@ -230,19 +174,5 @@ def read_table(path: Path, name: str) -> pd.DataFrame:
             cells: list[Any] = list(zip(*lines, strict=True)) or [()] * len(columns)
         if len(cells) != len(columns):
             raise ValueError(f"its rows have {len(cells)} columns, not {len(columns)}")
-        return pd.DataFrame(
-            {
-                column: pd.Series([_parsed(cell, kind) for cell in made], dtype=cast(Any, _TO_DTYPE[kind]))
-                for (column, kind), made in zip(columns.items(), cells, strict=True)
-            }
-        )
-
-
-def _parsed(text: str, kind: str) -> Any:
-    if kind == "text":
-        return text
-    if kind == "int":
-        return int(text)
-    if kind == "flag":
-        return {"True": True, "False": False}[text]
-    return float(text) if text else float("nan")
+        read = [[_KINDS[kind][2](cell) for cell in made] for kind, made in zip(columns.values(), cells, strict=True)]
+        return _frame(dict(zip(columns, read, strict=True)), name)

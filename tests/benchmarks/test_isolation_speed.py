@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 import av_lens as avl
-from av_lens.isolation.answer_forms import answered
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.effects import Request, measure_requests
-from av_lens.isolation.engine import ModelEngine
-from av_lens.isolation.scoring import Candidates
-from av_lens.studies.staged_conflicts import stage
+from av_lens.isolation.measuring.answer_forms import answered
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
+from av_lens.isolation.measuring.effects import measure_requests
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.estimands import Request
+from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.lab.staged_conflicts import stage
 
 
 @pytest.mark.slow

@@ -10,13 +10,12 @@ from functools import cache
 import pytest
 import torch
 
+from av_lens.core.budget import ModelSpec
 from av_lens.errors import InputError
-from av_lens.results.provenance import plain
-from av_lens.runs.budget import ModelSpec
-from av_lens.studies import replay_tables
-from av_lens.studies.replay_benchmark import MODES, measure_shape, run_benchmark
-from av_lens.studies.replay_memory import peak_of
-from av_lens.studies.replay_peers import (
+from av_lens.lab.replay_benchmark import tables as replay_tables
+from av_lens.lab.replay_benchmark.benchmark import MODES, measure_shape, run_benchmark
+from av_lens.lab.replay_benchmark.memory import peak_of
+from av_lens.lab.replay_benchmark.peers import (
     Patches,
     by_attribution,
     by_forward,
@@ -25,9 +24,10 @@ from av_lens.studies.replay_peers import (
     shared_encoders,
     spread,
 )
-from av_lens.studies.replay_shapes import SHAPES, Shape, build_case
-from av_lens.studies.replay_timing import Stopwatch
-from av_lens.studies.replay_work import bare_seconds, flops, run_blocks, sweep_blocks, unembedding_flops
+from av_lens.lab.replay_benchmark.shapes import SHAPES, Shape, build_case
+from av_lens.lab.replay_benchmark.timing import Stopwatch
+from av_lens.lab.replay_benchmark.work import bare_seconds, flops, run_blocks, sweep_blocks, unembedding_flops
+from av_lens.results.provenance import plain
 
 MINI = Shape("mini", grid=(2, 2), question="123", n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_mlp=128)
 HAND = ModelSpec(n_layers=2, n_heads=2, n_kv_heads=1, d_model=8, d_head=4, d_mlp=16, d_vocab=10)
@@ -166,7 +166,7 @@ def test_what_cannot_run_is_refused_or_skipped_by_name():
 def test_the_page_is_filled_from_the_record_and_keeps_other_shapes(tmp_path):
     with pytest.raises(InputError, match="lacks the comments"):
         replay_tables.store({}, tmp_path)
-    page = tmp_path / replay_tables.PAGE
+    page = tmp_path / replay_tables.PAGE.name
     page.write_text("# Costs\n\n<!-- replay -->\n<!-- /replay -->\n\nThe end.\n")
     record = json.loads(json.dumps(plain(mini_record())))
     record["memory"] = {kind: {"resident": 1.0, "peak": 0.5} for kind in ("forward", "attribution", "trace", "sweep")}

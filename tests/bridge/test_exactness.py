@@ -7,9 +7,9 @@ import torch
 from tiny import Tensors, tiny_clip, tiny_hf_model, tiny_model, tiny_processor, tiny_tensors, trimmed, untouched
 from transformer_lens.model_bridge import TransformerBridge
 
-from av_lens.bridge.hook_names import COMPONENTS, hook_name
-from av_lens.runs import load
-from av_lens.runs.selfcheck import turned
+from av_lens.families.hook_names import COMPONENTS, hook_name
+from av_lens.model import load
+from av_lens.model.selfcheck import turned
 
 LAYOUTS = ("in_video", "separate")
 TOWERS = ("audio_encoder.hook_in", "audio_encoder.hook_out", "vision_encoder.hook_in", "vision_encoder.hook_out")

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from av_lens.cli.main import app
 from av_lens.errors import ProtocolError, UnfinishedError
 from av_lens.inputs import Conflict
-from av_lens.studies import isolations
+from av_lens.lab import isolations
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def asked(monkeypatch, tmp_path):
     listed = [Conflict(id=f"c{i}", **words) for i in range(5)]
     monkeypatch.setattr("av_lens.cli.faults.manifest", lambda path, limit: listed)
     monkeypatch.setattr("av_lens.inputs.manifest.conflicts_of", lambda lines: lines)
-    monkeypatch.setattr("av_lens.runs.load", lambda name, **options: f"model {name}")
+    monkeypatch.setattr("av_lens.model.load", lambda name, **options: f"model {name}")
 
     def search(model, conflicts, *, told, progress, **options):
         seen.update(options, model=model, conflicts=conflicts)
@@ -148,7 +148,7 @@ def test_a_limit_of_none_is_refused(asked):
 
 @pytest.mark.slow
 def test_stopped_at_its_budget_it_goes_on_and_writes_the_page(tmp_path):
-    from av_lens.studies.staged_conflicts import stage
+    from av_lens.lab.staged_conflicts import stage
 
     (tmp_path / "clips").mkdir()
     manifest = stage(tmp_path / "clips", conflicts=44, seed=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from av_lens.errors import AlignmentError, InputError
+from av_lens.families.media_layout import TensorAxes
 from av_lens.inputs import Answer, AVInputs, Encoder
 from av_lens.media import Clip
 
@@ -129,3 +131,9 @@ def test_what_it_shows_of_itself(encoder: Encoder, make_clip):
     assert "<script" not in page
     assert "http" not in page
     assert "audio 50" in page
+
+
+def test_tensors_that_lie_otherwise_than_their_axes_say_are_refused(encoder: Encoder, make_clip):
+    x = encoder.encode([make_clip(2.0, seed=1), make_clip(2.0, seed=2)], "Hear?")
+    with pytest.raises(InputError, match=r"pixel_values_videos \(.*\) has no row for each of 2 examples, and axes="):
+        replace(x, axes=TensorAxes())

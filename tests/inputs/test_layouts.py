@@ -185,7 +185,7 @@ def test_frames_are_chosen_by_their_true_times(encoder: Encoder):
     clip = Clip.from_arrays(frames=frames, times=times, duration=2.0)
     x = encoder.encode(clip, "What?")
     # Targets 0, .5, 1, 1.5: frames 0, 2, 4, and of 1.49 and 1.51, equally near, the earlier.
-    assert encoder.features.video(clip, 2).frames == (0, 2, 4, 5)
+    assert encoder.layout.features.video(clip, 2).frames == (0, 2, 4, 5)
     video = x.spans.video.positions
     assert np.allclose(x.spans.source_start_s[video][::6], [0.02, 1.01])
     assert np.allclose(x.spans.source_end_s[video][::6], [0.74, 1.51])
@@ -199,13 +199,13 @@ def test_how_long_the_last_frame_stays_belongs_to_the_picture(encoder: Encoder):
         for end in (2.0, 3.0)
     )
     assert short.picture_hash == long.picture_hash
-    assert encoder.features.video(short, 2).frames == (0, 1, 2, 3)
-    assert encoder.features.video(long, 2).frames == (0, 1, 2, 3, 3, 3)
+    assert encoder.layout.features.video(short, 2).frames == (0, 1, 2, 3)
+    assert encoder.layout.features.video(long, 2).frames == (0, 1, 2, 3, 3, 3)
 
 
 def test_a_source_slower_than_the_rate_shows_frames_again(encoder: Encoder, make_clip):
     clip = make_clip(2.0, fps=2.0)
-    assert encoder.features.video(clip, 4).frames == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert encoder.layout.features.video(clip, 4).frames == (0, 0, 1, 1, 2, 2, 3, 3)
 
 
 def test_sound_tokens_end_with_the_sound(encoder: Encoder):
@@ -254,13 +254,13 @@ def test_a_prefix_never_changes_the_tokens_before_it(encoder: Encoder):
 def test_features_are_computed_once_per_content(encoder: Encoder, make_clip):
     sound, picture = make_clip(1.5, seed=91), make_clip(1.5, seed=92)
     first = encoder.encode(picture.with_sound(sound), "What?")
-    before = encoder.features.memory.hits
+    before = encoder.layout.features.memory.hits
     again = encoder.encode(picture.with_sound(sound), "Which?")
-    assert encoder.features.memory.hits == before + 2
+    assert encoder.layout.features.memory.hits == before + 2
     assert again.tensors["pixel_values_videos"] is first.tensors["pixel_values_videos"]
     assert again.tensors["input_features"] is first.tensors["input_features"]
     other = encoder.encode(picture, "What?")
-    assert encoder.features.memory.hits == before + 3
+    assert encoder.layout.features.memory.hits == before + 3
     assert not torch.equal(other.tensors["input_features"], first.tensors["input_features"])
 
 

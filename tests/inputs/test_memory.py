@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from av_lens.inputs import features
-from av_lens.inputs.features import Features
-from av_lens.inputs.memory import Memory
+from av_lens.families import features
+from av_lens.families.features import Features
 from av_lens.media import ClipFile, MediaBudgetError, files, load_clip
+from av_lens.memory import Memory
 
 
 def test_the_least_recently_used_goes_first():
@@ -69,7 +69,7 @@ def test_a_file_too_large_to_decode_whole_is_read_at_the_asked_rate(monkeypatch,
     wanted = encoder.encode(ClipFile(path), "What?", fps=2)
     small = partial(load_clip, max_bytes=1_300_000)  # the sound and 13 of the 32 frames
     monkeypatch.setattr(files, "load_clip", small)
-    files._CACHE._clips.clear()
+    files._LAST.clear()
     x = encoder.encode(ClipFile(path), "What?", fps=2)
     assert len(x.clips[0].frames) == 8 < len(wanted.clips[0].frames)
     assert torch.equal(x.tensors["pixel_values_videos"], wanted.tensors["pixel_values_videos"])
@@ -106,7 +106,7 @@ def test_a_long_clip_of_full_size_is_encoded_in_little_memory(tmp_path, given: s
     path = tmp_path / "long.mp4"
     write_long(path)
     tests = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(tests.parent), str(tests)])
+    paths = os.pathsep.join([str(tests.parent), str(tests / "toys")])
     done = subprocess.run(
         [sys.executable, "-c", LONG, str(path), given], cwd=tests.parent, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},

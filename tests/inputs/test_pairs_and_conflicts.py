@@ -11,8 +11,8 @@ import torch
 from av_lens.errors import AlignmentError, InputError, ProtocolError
 from av_lens.inputs import AVInputs, Conflict, Encoder, Pair
 from av_lens.inputs.conflict import fitted
-from av_lens.inputs.memory import Memory
 from av_lens.media import Clip, ClipFile
+from av_lens.memory import Memory
 
 NAMES = [
     "va",
@@ -110,14 +110,14 @@ def test_cells_are_lazy_and_share_their_features(processor: Any, hf: Any, make_c
 
     encoder = Encoder(processor, hf.config, model_positions(hf))
     cells = conflict(make_clip).cells(encoder)
-    assert len(encoder.features.memory) == 0
+    assert len(encoder.layout.features.memory) == 0
     for name in NAMES:
         _ = cells[name]
     # Pictures v, a, w and blank, sounds a, v, w and muted: eight features for fourteen cells.
-    assert len(encoder.features.memory) == 8
+    assert len(encoder.layout.features.memory) == 8
     other = conflict(make_clip).cells(encoder, question="See?")
     _ = other["va"]
-    assert len(encoder.features.memory) == 8
+    assert len(encoder.layout.features.memory) == 8
 
 
 def test_decoded_sources_are_held_for_few_conflicts_and_made_again_for_the_others(encoder, make_clip, monkeypatch):

@@ -8,8 +8,8 @@ from small_av import small_inputs, small_model
 from tiny import tiny_hf_model, tiny_processor
 
 import av_lens as avl
+from av_lens.core import run
 from av_lens.interventions import Plan, Site, noise, scale, zero
-from av_lens.runs import run
 
 
 def test_amounts_take_the_precision_of_the_activation():

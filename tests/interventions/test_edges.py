@@ -6,11 +6,11 @@ import pytest
 import torch
 from small_av import small_inputs, small_model
 
+from av_lens.core import run
+from av_lens.core.budget import ModelSpec
 from av_lens.interventions import Plan, cut
 from av_lens.interventions.edges import cut_scores_, silence_
 from av_lens.interventions.sites import resolve_positions
-from av_lens.runs import run
-from av_lens.runs.budget import ModelSpec
 from av_lens.spans import SpanMap
 
 SPEC = ModelSpec(n_layers=2, n_heads=2, n_kv_heads=1, d_model=4, d_head=2, d_mlp=8, d_vocab=5)

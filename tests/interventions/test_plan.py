@@ -6,9 +6,9 @@ import pytest
 import torch
 from small_av import small_inputs, small_model
 
+from av_lens.core import run
 from av_lens.errors import InterventionError
 from av_lens.interventions import Plan, Site, add, cut, noise, resample, zero
-from av_lens.runs import run
 
 
 def test_an_edit_that_never_fires_raises():

@@ -9,9 +9,9 @@ import torch
 from small_av import small_inputs, small_model
 from tiny import tiny_model
 
+from av_lens.core import run
 from av_lens.errors import InterventionError
 from av_lens.interventions import Plan, Site, add, cut, noise, replace, resample, scale, zero
-from av_lens.runs import run
 
 
 def every_kind() -> Plan:

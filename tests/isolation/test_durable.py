@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 import torch
 from disk_faults import KINDS, failing, kinds_at
-from fake_model import FakeEngine, fake_conflicts
+from fake_model import FakeModel, fake_conflicts, isolated
 from same_isolation import assert_same
 
 from av_lens import whole_files
 from av_lens.errors import AvLensError, ProtocolError, UnfinishedError
-from av_lens.isolation import durable, isolate
-from av_lens.isolation.durable import Deadline
-from av_lens.isolation.protocol import hash_of
-from av_lens.isolation.store import Store
+from av_lens.isolation.measuring.store import Store
+from av_lens.isolation.running import durable
+from av_lens.isolation.running.durable import Deadline
+from av_lens.isolation.running.protocol import hash_of
 from av_lens.results.record import Isolation
 from av_lens.results.statistics import Bootstrap
 
@@ -36,9 +36,9 @@ class Killed(BaseException):
     """Nothing that is caught on the way."""
 
 
-def run(out=None, *, engine=None, n=N, **options):
+def run(out=None, *, model=None, n=N, **options):
     options = {"s": 0.1, "seed": 0, "quick": True} | options
-    return isolate(None, fake_conflicts(n), engine=engine or FakeEngine(), out=out, **options)
+    return isolated(model or FakeModel(), fake_conflicts(n), out=out, **options)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,7 +57,7 @@ def whole(few_draws):
 
 def short(out=None, **options):
     """A run that stops where there is nothing to explain: all cells are read, and no head is edited."""
-    return run(out, engine=options.pop("engine", None) or FakeEngine(writer=0.0, gate=0.0, opponent=0.0), **options)
+    return run(out, model=options.pop("model", None) or FakeModel(writer=0.0, gate=0.0, opponent=0.0), **options)
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +80,12 @@ def ended_after(seconds, work, number):
     return os.waitpid(child, 0)[1]
 
 
-class Slow(FakeEngine):
+class Slow(FakeModel):
     """The fake model, a millisecond an edit, so that there is a middle to be killed in."""
 
-    identity = "FakeEngine"
-
-    def _run(self, *parts):
+    def run_with_hooks(self, *given, **options):
         time.sleep(1e-3)
-        return super()._run(*parts)
+        return super().run_with_hooks(*given, **options)
 
 
 def kills(work, *, times, seconds, seed=0):
@@ -98,7 +96,7 @@ def kills(work, *, times, seconds, seed=0):
 
 
 def test_killed_twice_and_resumed_it_has_the_same_numbers(whole, tmp_path):
-    assert kills(partial(run, tmp_path, engine=Slow()), times=2, seconds=1.5) == 2
+    assert kills(partial(run, tmp_path, model=Slow()), times=2, seconds=1.5) == 2
     lines = []
     found = run(tmp_path, told=lines.append)
     assert_same(found, whole)
@@ -114,7 +112,7 @@ def test_sigterm_at_any_moment_leaves_every_file_whole(whole, tmp_path):
     def work():
         with _Stops() as stops:
             try:
-                run(tmp_path / "out", engine=Slow())
+                run(tmp_path / "out", model=Slow())
             except KeyboardInterrupt:
                 os._exit(stops.code)
 
@@ -262,10 +260,9 @@ def test_another_protocol_is_refused_with_what_differs_and_the_mend(tmp_path):
         short(tmp_path, n=46)
     with pytest.raises(ProtocolError, match=r"they differ in quick \(True there, False here\); left_out"):
         short(tmp_path, quick=False)
-    other = FakeEngine()
-    other.identity = "other weights"
+    other = FakeModel(writer=0.0, gate=0.0, opponent=0.5)
     with pytest.raises(ProtocolError, match=r"they differ in model \(weights\)"):
-        short(tmp_path, engine=other)
+        short(tmp_path, model=other)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -273,7 +270,7 @@ def test_a_changed_program_measures_again_and_says_so(brief, tmp_path, monkeypat
     short(tmp_path)
     stored = len(list((tmp_path / "measured").iterdir()))
     for module in ("durable", "preparing"):
-        monkeypatch.setattr(f"av_lens.isolation.{module}.source_hash", lambda: "another program")
+        monkeypatch.setattr(f"av_lens.isolation.running.{module}.measuring_hash", lambda: "another program")
     lines = []
     assert_same(short(tmp_path, told=lines.append), brief)
     assert any("av_lens was changed since" in line for line in lines)
@@ -281,28 +278,27 @@ def test_a_changed_program_measures_again_and_says_so(brief, tmp_path, monkeypat
 
 
 def test_two_runs_cannot_write_in_one_folder(tmp_path):
-    class Nested(FakeEngine):
-        def _run(self, *parts):
+    class Nested(FakeModel):
+        def run_with_hooks(self, *given, **options):
             short(tmp_path)
-            return super()._run(*parts)
+            return super().run_with_hooks(*given, **options)
 
     with pytest.raises(ProtocolError, match="another process is writing in"):
-        short(tmp_path, engine=Nested())
+        short(tmp_path, model=Nested())
 
 
 def test_an_interrupt_keeps_what_was_finished(whole, tmp_path):
-    class Interrupted(FakeEngine):
+    class Interrupted(FakeModel):
         left = 300
-        identity = "FakeEngine"
 
-        def _run(self, *parts):
+        def run_with_hooks(self, *given, **options):
             self.left -= 1
             if not self.left:
                 raise KeyboardInterrupt
-            return super()._run(*parts)
+            return super().run_with_hooks(*given, **options)
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, engine=Interrupted())
+        run(tmp_path, model=Interrupted())
     rows = [json.loads(line) for line in (tmp_path / "conflicts.jsonl").read_text().splitlines()]
     assert len(rows) == N
     assert all("reading" in row["done"] for row in rows)

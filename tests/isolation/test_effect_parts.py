@@ -7,24 +7,24 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fake_model import N_HEADS, N_LAYERS, FakeEngine, fake_conflicts
+from fake_model import N_HEADS, N_LAYERS, FakeModel, fake_conflicts, isolated
 
 from av_lens.errors import ProtocolError
-from av_lens.isolation import isolate
-from av_lens.isolation.behaviour import survey
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.effects import measure_requests, requests
-from av_lens.isolation.estimands import estimands
-from av_lens.isolation.evidence import Half, search
-from av_lens.isolation.logit_writes import direct_writes
-from av_lens.isolation.role_tests import adjust, run_tests, run_tests_together
-from av_lens.isolation.scoring import Candidates
-from av_lens.isolation.seam import Edited
-from av_lens.isolation.sets import release_of_sets
-from av_lens.isolation.specificity import CONTROLS, controls
-from av_lens.isolation.store import Store
-from av_lens.isolation.threshold import null_share
-from av_lens.results.halves import CONFIRMATION, DISCOVERY
+from av_lens.isolation.measuring import estimands
+from av_lens.isolation.measuring.behaviour import survey
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
+from av_lens.isolation.measuring.effects import direct_writes, measure_requests
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.estimands import Estimand, Request, figures, requests
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.measuring.store import Store
+from av_lens.isolation.naming.evidence import gather, null_share, search
+from av_lens.isolation.naming.role_tests import adjust, run_tests, run_tests_together
+from av_lens.isolation.sets.sets import release_of_sets
+from av_lens.isolation.sets.specificity import CONTROLS, controls
+from av_lens.results.halves import DISCOVERY
 from av_lens.results.statistics import Bootstrap
 
 N = 24
@@ -32,56 +32,35 @@ HEADS = [(layer, head) for layer in range(N_LAYERS) for head in range(N_HEADS)]
 GATE, WRITER, OPPONENT = (0, 1), (2, 0), (2, 1)
 
 
-class Normed(FakeEngine):
+class Normed(FakeModel):
     """The same model with a final norm: logits are the stream over its root mean square, times 10."""
 
-    def _run(self, inputs, swap, frozen):
-        stream, z = super()._run(inputs, swap, frozen)
-        self.stream = stream
-        return 10 * stream / rms(stream), z
-
-    def record(self, inputs, positions):
-        return replace(super().record(inputs, positions), final=self.stream)
-
-    def changed(self, recording, swaps):
-        for swap in swaps:
-            logits = self._run(recording.inputs, swap, recording.z if swap.freeze else None)[0]
-            yield Edited(logits, self.stream)
-
-    def linear_logits(self, recording, final, ids):
-        return (10 * final / rms(recording.final))[..., ids]
-
-    def writes(self, recording, ids):
-        return 10 * super().writes(recording, ids) / rms(recording.final)
-
-
-def rms(stream):
-    return stream.pow(2).mean(-1, keepdim=True).sqrt()
+    norm = (10.0, 0.0)
 
 
 def benched(engine, folder=None):
     listed = fake_conflicts(N)
     listed = [
-        one if i == 0 else replace(one, third=next(o.sound for o in listed if o.a not in one.answers))
+        one if i == 0 else replace(one, third=next(o.sound for o in listed if o.answers[0] not in one.answers))
         for i, one in enumerate(listed)
     ]
     store = Store() if folder is None else Store(folder, "a run")
-    return Bench(engine, listed, Candidates.of(listed, engine.tokenizer), store=store)
+    return Bench(engine, listed, Candidates.of(listed, engine.model.tokenizer), store=store)
 
 
-def found_of(engine):
-    bench = benched(engine)
+def found_of(model):
+    bench = benched(ModelEngine(model))
     chunks = bench.chunks(range(N))
     means = Means.over(chunks)
     for chunk in chunks:
         chunk.means = means
     effects = measure_requests(chunks, requests(), heads=HEADS, examples=np.arange(N))
-    return chunks, {(name, donor): values for name, donor, values in estimands(effects)}
+    return chunks, figures(effects)
 
 
 @pytest.fixture(scope="module")
 def linear():
-    return found_of(FakeEngine(noise=0.0))[1]
+    return found_of(FakeModel(noise=0.0))[1]
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +68,8 @@ def normed():
     return found_of(Normed(noise=0.0))
 
 
-def at(figures, estimand, donor, head):
-    values = figures[estimand, donor][:, head[0], head[1]]
+def at(of, estimand, donor, head):
+    values = of[estimand, donor][:, head[0], head[1]]
     np.testing.assert_allclose(values, values[-1], atol=1e-4)
     return values[-1]
 
@@ -105,6 +84,25 @@ def test_parts_on_the_two_answers(linear):
         for name in ("release", "direct"):
             parts = [linear[f"{name} on {answer}", donor] for answer in ("sound", "picture")]
             np.testing.assert_allclose(parts[0] - parts[1], linear[name, donor], atol=1e-5)
+
+
+def test_a_new_estimand_with_a_new_donor_is_one_row(monkeypatch):
+    """All else follows from the list: what is run, the mirror of a cell as donor, the figure, rows and arrays."""
+    new = Estimand("hears another", "vv", Request("va", "vv"))
+    monkeypatch.setattr(estimands, "ESTIMANDS", (*estimands.ESTIMANDS, new))
+    assert Request("va", "vv") in requests()
+    chunks = benched(ModelEngine(FakeModel(noise=0.0))).chunks(range(N))
+    for chunk in chunks:
+        chunk.means = Means.over(chunks)
+    of = [(0, 0), WRITER]
+    found = gather(chunks, half_of(DISCOVERY), of, site="suffix", s=0.1, family=1, seed=0)
+    # The carrier says the other sound: 4 fall on one answer and rise on the other. The writer sees the same picture.
+    assert at(found.evidence.figures, "hears another", "vv", (0, 0)) == pytest.approx(-8, abs=1e-4)
+    assert at(found.evidence.figures, "hears another", "vv", WRITER) == pytest.approx(0, abs=1e-4)
+    rows = [row for row in found.rows(DISCOVERY) if row["estimand"] == "hears another"]
+    assert [(row["layer"], row["head"], row["donor"]) for row in rows] == [(0, 0, "vv"), (2, 0, "vv")]
+    assert rows[0]["mean"] == pytest.approx(-8, abs=1e-4)
+    assert "suffix/hears another/vv" in found.arrays()
 
 
 def test_repair_is_direct_minus_total(linear):
@@ -127,16 +125,16 @@ def test_a_linear_read_out_has_nothing_to_freeze(linear):
 
 
 def test_with_the_norm_frozen_zeroing_takes_away_exactly_what_was_written(normed):
-    chunks, figures = normed
-    shares = direct_writes(chunks, np.arange(N), N_LAYERS, N_HEADS)
+    chunks, of = normed
+    shares = direct_writes(chunks, np.arange(N))
     # Only the gate acts on later heads; L1H0 is silenced here and writes nothing.
     for head in (WRITER, OPPONENT, (0, 0)):
         where = (slice(None), *head)
-        np.testing.assert_allclose(figures["release (norm frozen)", "zero"][where], -shares[where], atol=1e-4)
-        assert np.abs(figures["release", "zero"][where] + shares[where]).min() > 0.05
-    direct = figures["direct (norm frozen)", "blank_muted"]
+        np.testing.assert_allclose(of["release (norm frozen)", "zero"][where], -shares[where], atol=1e-4)
+        assert np.abs(of["release", "zero"][where] + shares[where]).min() > 0.05
+    direct = of["direct (norm frozen)", "blank_muted"]
     np.testing.assert_allclose(
-        figures["repair (norm frozen)", "blank_muted"], direct - figures["release (norm frozen)", "blank_muted"]
+        of["repair (norm frozen)", "blank_muted"], direct - of["release (norm frozen)", "blank_muted"]
     )
 
 
@@ -163,16 +161,16 @@ def half_of(name, n=N):
 def searched(engine, folder, sites=("suffix",), floor=None):
     bench = benched(engine, folder)
     survey(bench.chunks(range(N)), N)
-    halves = [half_of(DISCOVERY), half_of(CONFIRMATION)]
-    found = search(bench, halves, s=0.1, floor=floor, sites=sites, seed=0, progress=None)
-    rows = controls(bench.chunks(range(N)), [WRITER], "zero", examples=np.arange(N), boot=halves[0].boot)
+    half = half_of(DISCOVERY)
+    found = search(bench, half, s=0.1, floor=floor, sites=sites, seed=0)
+    rows = controls(bench.chunks(range(N)), [WRITER], "zero", half=half)
     return found, rows
 
 
 def test_a_second_search_over_the_same_store_runs_nothing(tmp_path):
-    first, again = FakeEngine(), FakeEngine()
-    one, rows = searched(first, tmp_path, floor=0.03)
-    two, same = searched(again, tmp_path, floor=0.03)
+    first, again = FakeModel(), FakeModel()
+    one, rows = searched(ModelEngine(first), tmp_path, floor=0.03)
+    two, same = searched(ModelEngine(again), tmp_path, floor=0.03)
     assert first.runs > 100
     assert again.runs == 0
     assert rows == same
@@ -187,7 +185,7 @@ def test_a_second_search_over_the_same_store_runs_nothing(tmp_path):
 
 
 def test_the_null_is_the_99th_percentile_over_heads_of_the_largest_release_under_control():
-    class Distracted(FakeEngine):
+    class Distracted(FakeModel):
         """Asked for the colour, head L1H2 says the picture's answer, from the picture and always on: 5."""
 
         def _heads(self, one):
@@ -197,7 +195,7 @@ def test_the_null_is_the_99th_percentile_over_heads_of_the_largest_release_under
                 z[1, 2, one.picture] += 5
             return z
 
-    bench = benched(Distracted(noise=0.0))
+    bench = benched(ModelEngine(Distracted(noise=0.0)))
     chunks = bench.chunks(range(N))
     for chunk in chunks:
         chunk.means = Means.over(chunks)
@@ -205,14 +203,14 @@ def test_the_null_is_the_99th_percentile_over_heads_of_the_largest_release_under
     # Under control L1H1 writes 8 and L1H2 5 to the picture's answer, all other heads nothing.
     largest = np.array([0.0] * 10 + [5.0, 8.0])
     assert found == pytest.approx(np.percentile(largest, 99) / 7, abs=1e-4)
-    assert null_share(benched(FakeEngine(noise=0.0)).chunks(range(N)), np.arange(N), np.full(N, 7.0)) > 1
+    assert null_share(benched(ModelEngine(FakeModel(noise=0.0))).chunks(range(N)), np.arange(N), np.full(N, 7.0)) > 1
 
 
 # The family of tests: protocol section 7.
 
 
 def test_q_counts_every_site_that_was_asked_for(tmp_path):
-    found, _ = searched(FakeEngine(), None)
+    found, _ = searched(ModelEngine(FakeModel()), None)
     tests = [found.first.tests]
     one, release_one = adjust(tests)
     twice, release_twice = adjust(tests * 2)
@@ -227,10 +225,14 @@ def test_q_counts_every_site_that_was_asked_for(tmp_path):
 
 
 def test_max_t_is_over_all_sites_that_were_searched():
-    found, _ = searched(FakeEngine(), None)
+    found, _ = searched(ModelEngine(FakeModel()), None)
     rng = np.random.default_rng(0)
     sites = [
-        replace(one, release={donor: rng.normal(1, 2, values.shape) for donor, values in one.release.items()})
+        replace(
+            one,
+            figures=one.figures
+            | {("release", donor): rng.normal(1, 2, values.shape) for donor, values in one.by_donor("release").items()},
+        )
         for one in 2 * [found.first.evidence]
     ]
     alone = run_tests(sites[0], s=0.1, family=200, seed=0)
@@ -243,62 +245,61 @@ def test_max_t_is_over_all_sites_that_were_searched():
 # Sinks.
 
 
-class Sinking(FakeEngine):
+class Sinking(ModelEngine):
     """Position 0, the video, gets a share of the suffix's attention that the test chooses."""
 
     share = 1.0
 
     def incoming(self, inputs):
-        mass = np.ones((len(inputs.batch), 4))
+        mass = np.ones((len(inputs), 4))
         mass[:, 0] = self.share
         return mass
 
 
 def test_without_sinks_the_site_is_left_out_and_said(tmp_path):
-    found, _ = searched(Sinking(), None, sites=("suffix", "sinks"))
+    found, _ = searched(Sinking(FakeModel()), None, sites=("suffix", "sinks"))
     assert list(found.sites) == ["suffix"]
     assert found.notes[0].startswith("the site 'sinks' was not searched: no media position gets 10 times")
     with pytest.raises(ProtocolError, match=r"the site 'sinks' was not searched.*no other site was asked for"):
-        searched(Sinking(), None, sites=("sinks",))
+        searched(Sinking(FakeModel()), None, sites=("sinks",))
 
 
 def test_a_run_of_the_sinks_alone_looks_for_them_before_it_is_refused():
-    engine = Sinking()
+    engine = Sinking(FakeModel())
     engine.share = 1.0
     with pytest.raises(ProtocolError, match=r"the site 'sinks' was not searched.*no other site was asked for"):
-        isolate(None, fake_conflicts(48), engine=engine, s=0.1, sites=("sinks",))
+        isolated(FakeModel(), fake_conflicts(48), engine=engine, s=0.1, sites=("sinks",))
 
 
 # A conflict that lacks an edit.
 
 
 def test_a_stack_without_third_clips_has_no_effect_of_a_w_cell():
-    bench = benched(FakeEngine())
+    bench = benched(ModelEngine(FakeModel()))
     lone = bench.chunks([0])[0]  # the one conflict without a third clip
     assert torch.isnan(lone.donor("va", "wa")).all()
     assert not torch.isnan(lone.donor("va", "vv")).any()
 
 
 def test_an_edit_that_a_conflict_lacks_is_no_answer_and_no_harm():
-    class Lacking(FakeEngine):
-        def edited(self, recording, swaps):
-            for logits in super().edited(recording, swaps):
-                logits = logits.clone()
+    class Lacking(ModelEngine):
+        def changed(self, recording, plans):
+            for one in super().changed(recording, plans):
+                logits = one.logits.clone()
                 logits[0] = torch.nan  # as where a mean leaves every other conflict out
-                yield logits
+                yield replace(one, logits=logits)
 
-    chunks = benched(Lacking()).chunks(range(N))
+    chunks = benched(Lacking(FakeModel())).chunks(range(N))
     effect = release_of_sets(chunks, [[WRITER]], ["zero"], np.arange(N))
     first = [int(chunk.examples[0]) for chunk in chunks]
     assert np.isnan(effect.says_sound[0, first]).all()
     assert int(np.isnan(effect.says_sound).sum()) == len(first)
-    boot = half_of(DISCOVERY).boot
-    for row in controls(chunks, [WRITER], "zero", examples=np.arange(N), boot=boot):
+    for row in controls(chunks, [WRITER], "zero", half_of(DISCOVERY)):
         assert row["n"] == N - len(first), row["control"]
 
 
 def test_the_mean_of_many_bfloat16_outputs_is_their_mean():
-    bench = benched(FakeEngine())
+    bench = benched(ModelEngine(FakeModel()))
     means = Means.over(bench.chunks(range(N)))
     exact = means.donor("va", means.sound[:1], means.picture[:1])
     means._z.update({name: z.bfloat16() for name, z in means.z.items()})

@@ -15,13 +15,14 @@ from av_lens.inputs import Conflict
 from av_lens.inputs.answers import Answer
 from av_lens.inputs.sources import clip_key
 from av_lens.isolation import isolate
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.effects import Request, measure_requests, set_scores
-from av_lens.isolation.engine import ModelEngine, Swap
-from av_lens.isolation.evidence import direct_writes
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
+from av_lens.isolation.measuring.effects import direct_writes, edited_readings, measure_requests
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.estimands import Request
+from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
-from av_lens.runs import load
+from av_lens.model import load
 
 ANSWERS = [letter(name) for name in "abcd"]
 
@@ -111,17 +112,17 @@ def test_a_cell_into_itself_changes_nothing(by_trace):
         recording = by_trace.run(cell)
         own = recording.site_z
         every = [(layer, head) for layer in range(4) for head in range(4)]
-        swaps = [Swap((h,), (own[h[0], :, :, h[1]],)) for h in every]
-        swaps.append(Swap(tuple(every), tuple(own[layer, :, :, head] for layer, head in every)))
-        for logits in engine.edited(recording, swaps):
-            torch.testing.assert_close(logits, recording.logits, atol=1e-4, rtol=0)
+        z = {(layer, head): own[layer, :, :, head] for layer, head in every}
+        plans = [*(recording.plan({head: z[head]}) for head in every), recording.plan(z)]
+        for one in engine.changed(recording, plans):
+            torch.testing.assert_close(one.logits, recording.logits, atol=1e-4, rtol=0)
 
 
 def test_all_heads_from_another_cell_are_not_that_cell_but_zeroed_twice_is_once(by_trace):
     # Order within a set does not matter: z is replaced, not added.
     heads = [(1, 0), (1, 2), (3, 3)]
-    one, _ = set_scores(by_trace, "va", [heads, heads[::-1]], ["zero", "zero"])
-    np.testing.assert_allclose(one[0], one[1], atol=1e-5)
+    one, two = edited_readings(by_trace, "va", [heads, heads[::-1]], ["zero", "zero"])
+    np.testing.assert_allclose(one.scores, two.scores, atol=1e-5)
 
 
 def test_in_the_last_layer_the_direct_effect_is_the_whole_effect(by_trace):
@@ -141,7 +142,7 @@ def test_direct_writes_are_the_heads_share_of_the_logit_difference(by_trace):
     # At the run's own norm scale the unembedding is linear: a share is what taking the write away would change.
     bench = by_trace.bench
     model = bench.engine.model
-    shares = direct_writes([by_trace], np.arange(4), 4, 4)
+    shares = direct_writes([by_trace], np.arange(4))
     expected = np.zeros(4)
     norm = model.ln_final.original_component
     for sign, cell in ((0.5, "va"), (-0.5, "av")):

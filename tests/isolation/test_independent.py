@@ -18,16 +18,19 @@ from tiny import tiny_clip, tiny_hf_model, tiny_processor, untouched
 
 from av_lens.inputs import Answer, Conflict
 from av_lens.isolation import isolate
-from av_lens.isolation.behaviour import rows_of, survey
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.effects import Request, measure_requests, requests
-from av_lens.isolation.engine import ModelEngine
-from av_lens.isolation.evidence import Half, gather
-from av_lens.isolation.scoring import Candidates
-from av_lens.isolation.sets import release_of_sets
+from av_lens.isolation.measuring.behaviour import rows_of, survey
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
+from av_lens.isolation.measuring.effects import measure_requests
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.estimands import Request
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.naming.evidence import gather
+from av_lens.isolation.sets.sets import release_of_sets
+from av_lens.model import load
 from av_lens.results.halves import CONFIRMATION, DISCOVERY
 from av_lens.results.statistics import Bootstrap
-from av_lens.runs import load
 
 ATOL = 1e-4
 HEADS = {"suffix": [(4, 7), (2, 5)], "generation": [(4, 3)]}
@@ -158,7 +161,8 @@ def test_an_edit_from_the_embeddings_is_an_edit_from_the_pixels(small):
 def test_section_2_on_five_conflicts(small):
     found = survey(small.bench.chunks(small.rows.tolist()), len(small.rows))
     assert found.competent.tolist() == [small.plain.competent(one) for one in small.cases]
-    theirs = figures(rows_of(found, small.rows, small.boot, DISCOVERY, "all"))
+    half = Half(DISCOVERY, small.rows, small.rows.tolist(), small.boot, found.G, found.C)
+    theirs = figures(rows_of(found, half, "all"))
     assert_same_figures(plain_figures(small.plain, small.cases), theirs)
 
 
@@ -166,10 +170,8 @@ def test_section_2_on_five_conflicts(small):
 def test_section_4_on_a_few_heads(small, site):
     g, c = (np.array([figure(one) for one in small.cases]) for figure in (small.plain.g, small.plain.c))
     half = Half(DISCOVERY, small.rows, small.rows.tolist(), small.boot, g, c)
-    found = gather(
-        chunks_with_means(small, site), half, requests(), HEADS[site],
-        site=site, s=0.1, family=1, seed=0, progress=None,
-    )  # fmt: skip
+    chunks = chunks_with_means(small, site)
+    found = gather(chunks, half, HEADS[site], site=site, s=0.1, family=1, seed=0)
     ours = plain_effects(small.plain, small.cases, small.cases, HEADS[site], site)
     assert_same_effects(ours, found.arrays(), f"{site}/")
     assert np.isnan(ours["reads picture/wa"][HEADS[site][0]]).tolist() == [True, False, False, False, False]

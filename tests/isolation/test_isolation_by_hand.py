@@ -6,10 +6,10 @@ import json
 
 import numpy as np
 import pytest
-from fake_model import FakeEngine, fake_conflicts
+from fake_model import FakeModel, fake_conflicts, isolated
 
 from av_lens.errors import ProtocolError
-from av_lens.isolation import isolate
+from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.results.record import Isolation
 
 
@@ -17,10 +17,9 @@ from av_lens.results.record import Isolation
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     ticks = []
-    found = isolate(
-        None,
+    found = isolated(
+        FakeModel(),
         fake_conflicts(48),
-        engine=FakeEngine(),
         s=0.1,
         out=out,
         progress=lambda stage, done, total: ticks.append((stage, done, total)),
@@ -130,23 +129,23 @@ def test_the_protocol_is_written_first_and_the_record_opens_equal(finished):
 
 
 def test_protocol_stands_before_the_first_effect(tmp_path):
-    class Stops(FakeEngine):
-        def changed(self, recording, swaps):
+    class Stops(ModelEngine):
+        def changed(self, recording, plans):
             assert (tmp_path / "protocol.json").exists()
             raise RuntimeError("first effect")
 
     with pytest.raises(RuntimeError, match="first effect"):
-        isolate(None, fake_conflicts(48), engine=Stops(), s=0.1, out=tmp_path)
+        isolated(FakeModel(), fake_conflicts(48), engine=Stops(FakeModel()), s=0.1, out=tmp_path)
 
 
 def test_nothing_to_explain_stops_the_search():
-    engine = FakeEngine(writer=0.0, gate=0.0, opponent=0.0)
-    found = isolate(None, fake_conflicts(48), engine=engine, s=0.1)
+    engine = FakeModel(writer=0.0, gate=0.0, opponent=0.0)
+    found = isolated(engine, fake_conflicts(48), s=0.1)
     assert found.verdict_kind == "no suppression"
     assert found.verdict.startswith("Exploratory, no verdict. No suppression: hearing falls from G = 7.00")
     assert found.heads.empty
     assert not any("discovery/suffix" in key for key in found.arrays)
-    on = isolate(None, fake_conflicts(48), engine=engine, s=0.1, gate="report")
+    on = isolated(engine, fake_conflicts(48), s=0.1, gate="report")
     assert on.verdict_kind == "no suppression"
     assert "not interpretable" in on.stamps
     assert not len(on.suppressors)
@@ -155,50 +154,46 @@ def test_nothing_to_explain_stops_the_search():
 
 
 def test_interference_is_told_from_dominance():
-    found = isolate(None, fake_conflicts(48), engine=FakeEngine(writer=2.0, opponent=0.5), s=0.1)
+    found = isolated(FakeModel(writer=2.0, opponent=0.5), fake_conflicts(48), s=0.1)
     assert "Interference, not dominance" in found.verdict  # C = 4 - 2 - .5 = 1.5
 
 
 def test_what_cannot_hear_is_refused(tmp_path):
-    class Deaf(FakeEngine):
+    class Deaf(FakeModel):
         def _heads(self, one):
             z = super()._heads(one).clone()
             z[0, 0], z[1, 0] = 0, 0
             return z
 
-        def _run(self, inputs, swap, frozen):
-            logits, z = super()._run(inputs, swap, frozen)
-            return logits, z
-
     engine = Deaf(gate=0.0, opponent=0.0, noise=1e-3)
     with pytest.raises(ProtocolError, match=r"refused: the model does not hear: with nothing to see its hearing G is"):
-        isolate(None, fake_conflicts(48), engine=engine, s=0.1, out=tmp_path)
+        isolated(engine, fake_conflicts(48), s=0.1, out=tmp_path)
     assert Isolation.load(tmp_path).verdict_kind == "does not hear"
 
 
 def test_what_would_say_neither_word_is_refused():
-    class Mumbling(FakeEngine):
-        def _run(self, inputs, swap, frozen):
-            logits, z = super()._run(inputs, swap, frozen)
-            logits[:, -1] = 30.0
-            return logits, z
+    class Mumbling(FakeModel):
+        def _stream(self, z):
+            stream = super()._stream(z)
+            stream[..., -1] = 30.0
+            return stream
 
     with pytest.raises(
         ProtocolError, match=r"the model would say neither word here: the median of P\(sound's answer\)"
     ):
-        isolate(None, fake_conflicts(48), engine=Mumbling(), s=0.1)
-    found = isolate(None, fake_conflicts(48), engine=Mumbling(), s=0.1, gate="report")
+        isolated(Mumbling(), fake_conflicts(48), s=0.1)
+    found = isolated(Mumbling(), fake_conflicts(48), s=0.1, gate="report")
     assert "not interpretable" in found.stamps
     assert any("neither word" in reason for reason in found.reasons)
 
 
 def test_too_few_conflicts_are_refused():
     with pytest.raises(ProtocolError, match=r"30 conflicts were given; isolation needs at least 20 competent ones"):
-        isolate(None, fake_conflicts(30), engine=FakeEngine(), s=0.1)
+        isolated(FakeModel(), fake_conflicts(30), s=0.1)
 
 
 def test_incompetent_conflicts_are_left_out_and_too_many_are_refused():
-    class Blind(FakeEngine):
+    class Blind(FakeModel):
         def _heads(self, one):
             z = super()._heads(one)
             if one.question == "see" and one.noise % 2:  # half of the conflicts are not seen
@@ -207,20 +202,20 @@ def test_incompetent_conflicts_are_left_out_and_too_many_are_refused():
             return z
 
     with pytest.raises(ProtocolError, match=r"are competent .* at least 20 in each half"):
-        isolate(None, fake_conflicts(48), engine=Blind(), s=0.1)
-    found = isolate(None, fake_conflicts(48), engine=Blind(), s=0.1, gate="report")
+        isolated(Blind(), fake_conflicts(48), s=0.1)
+    found = isolated(Blind(), fake_conflicts(48), s=0.1, gate="report")
     assert "not interpretable" in found.stamps
 
 
 def test_wrong_names_are_refused_with_the_nearest():
     with pytest.raises(ProtocolError, match=r"unknown gate 'stopp'. Did you mean 'stop'"):
-        isolate(None, fake_conflicts(48), engine=FakeEngine(), gate="stopp")
+        isolated(FakeModel(), fake_conflicts(48), gate="stopp")
     with pytest.raises(ProtocolError, match=r"unknown site 'sufix'. Did you mean 'suffix'"):
-        isolate(None, fake_conflicts(48), engine=FakeEngine(), sites=("sufix",))
+        isolated(FakeModel(), fake_conflicts(48), sites=("sufix",))
 
 
 def test_two_sites_share_one_family():
-    found = isolate(None, fake_conflicts(44), engine=FakeEngine(), s=0.1, sites=("suffix", "generation"))
+    found = isolated(FakeModel(), fake_conflicts(44), s=0.1, sites=("suffix", "generation"))
     assert found.protocol["family"] == 12 * 2 * 11
     assert set(found.heads["site"]) == {"suffix", "generation"}
     assert "Confirmed at suffix, generation:" in found.verdict

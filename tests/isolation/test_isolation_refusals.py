@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_model import FakeConflict, FakeEngine, fake_conflicts
+from fake_model import FakeConflict, FakeModel, bench_of, fake_clip, fake_conflicts, isolated
 from small_av import small_model
 
 from av_lens.errors import ProtocolError
 from av_lens.inputs import Answer
 from av_lens.isolation import isolate
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.measuring.donors import Means
 from av_lens.results.record import Isolation
 
 
-def run(engine=None, conflicts=None, **options):
+def run(model=None, conflicts=None, **options):
     options = {"s": 0.1, "quick": True} | options
     conflicts = fake_conflicts(44) if conflicts is None else conflicts
-    return isolate(None, conflicts, engine=engine or FakeEngine(), **options)
+    return isolated(model or FakeModel(), conflicts, **options)
 
 
-class Muttering(FakeEngine):
+class Muttering(FakeModel):
     """Always says a word that is no answer."""
 
-    def _run(self, *parts):
-        logits, z = super()._run(*parts)
-        logits[:, -1] = 30.0
-        return logits, z
+    def _stream(self, z):
+        stream = super()._stream(z)
+        stream[..., -1] = 30.0
+        return stream
 
 
-class Deaf(FakeEngine):
+class Deaf(FakeModel):
     """Hears nothing, or nothing of some conflicts."""
 
     def _heads(self, one):
@@ -55,28 +53,10 @@ class HardOfHearing(Deaf):
         return one.picture is None and one.noise // 2**24 % 2 == 1
 
 
-class Worded(FakeConflict):
-    """A conflict whose answers are given, not worked out from its classes."""
-
-    given = ((0, 1), (2,))
-
-    @property
-    def answers(self):
-        return tuple(list(one) if isinstance(one, tuple) else one for one in self.given)
-
-
 def worded(*answers):
     """Enough conflicts, all with these answers."""
-    kind = type("Given", (Worded,), {"given": answers})
-    return [kind(**{f.name: getattr(one, f.name) for f in dataclasses.fields(one)}) for one in fake_conflicts(44)]
-
-
-class FewSounds(FakeConflict):
-    """A conflict that shares its sound's clip with every fourth."""
-
-    @property
-    def sound(self):
-        return SimpleNamespace(sha256=f"s{int(self.id[1:]) % 4}", window=(0, 1), answer=self.a)
+    given = tuple(list(one) if isinstance(one, tuple) else one for one in answers)
+    return [dataclasses.replace(one, answers=given) for one in fake_conflicts(44)]
 
 
 class TestSection1:
@@ -103,21 +83,16 @@ class TestSection1:
         np.testing.assert_array_equal(found.heads["effect"], plain.heads["effect"])
         assert found.verdict == plain.verdict
 
-    def test_words_need_a_model(self):
-        with pytest.raises(ProtocolError, match="this engine has no model to read them by: give token ids"):
-            run(conflicts=worded("dog", "cat"))
-
     def test_w_cells_without_a_third_clip(self):
         conflicts = fake_conflicts(4)
-        engine = FakeEngine()
-        chunk = Bench(engine, conflicts, Candidates.of(conflicts, engine.tokenizer)).chunks(range(4))[0]
+        chunk = bench_of(FakeModel(), conflicts).chunks(range(4))[0]
         text = "the cell 'wa' needs a third clip and none of these conflicts has one: give `third=`, or more conflicts"
         with pytest.raises(ProtocolError, match=text):
             chunk.run("wa")
         assert np.isnan(chunk.reading("wa").scores).all()  # what needs it is NaN
 
     def test_without_third_clips_what_reads_them_is_nan(self):
-        two_classes = [FakeConflict(f"c{i:03d}", i % 2, 1 - i % 2) for i in range(44)]
+        two_classes = [FakeConflict.of(f"c{i:03d}", i % 2, 1 - i % 2) for i in range(44)]
         found = run(conflicts=two_classes)
         writer = found.heads.query("layer == 2 and head == 0 and role != 'sound carrier'").iloc[0]
         assert writer.effect == pytest.approx(6, abs=0.05)
@@ -156,7 +131,7 @@ class TestSection2:
             run(HardOfHearing(noise=1.0))
 
     def test_no_gap_to_explain(self):
-        found = run(FakeEngine(writer=0.0, gate=0.0, opponent=0.0))
+        found = run(FakeModel(writer=0.0, gate=0.0, opponent=0.0))
         assert found.verdict_kind == "no suppression"
         assert "No suppression: hearing falls from G = 7.00" in found.verdict
         assert "which is below a quarter of G" in found.verdict
@@ -164,7 +139,7 @@ class TestSection2:
 
     def test_a_gap_that_may_be_too_small(self):
         # M(va) = 4 + 3 - w: the gap is w, a quarter of G is 1.75.
-        found = run(FakeEngine(writer=1.75, gate=0.0, opponent=0.0, noise=0.5))
+        found = run(FakeModel(writer=1.75, gate=0.0, opponent=0.0, noise=0.5))
         assert found.verdict_kind == "not established"
         assert "Suppression is not established: hearing falls from G = " in found.verdict
         assert "gap - G/4 is " in found.verdict
@@ -174,7 +149,7 @@ class TestSection2:
         found = run(Muttering(), gate="report")
         assert "not interpretable" in found.stamps
         assert any("would say neither word here" in reason for reason in found.reasons)
-        found = run(FakeEngine(writer=0.0, gate=0.0, opponent=0.0), gate="report")
+        found = run(FakeModel(writer=0.0, gate=0.0, opponent=0.0), gate="report")
         assert any("the search went on past the gate: No suppression" in reason for reason in found.reasons)
 
 
@@ -184,8 +159,7 @@ class TestSection3:
     )
     def test_donors_that_media_positions_cannot_have(self, donor, why):
         conflicts = fake_conflicts(4)
-        engine = FakeEngine()
-        bench = Bench(engine, conflicts, Candidates.of(conflicts, engine.tokenizer))
+        bench = bench_of(FakeModel(), conflicts)
         chunk = bench.chunks(range(4))[0]
         chunk.run("va")  # the fake model has no site in its media: its run is taken for one
         chunk.site, chunk.means = "audio", Means.over([chunk])
@@ -232,35 +206,35 @@ class TestSection7:
         assert lines[0].startswith("Power: 22 components on discovery and 132 tests find, four times in five, a rel")
 
     def test_no_power_is_said_too(self):
-        few = [FewSounds(one.id, one.a, one.v) for one in fake_conflicts(44)]
+        few = [
+            dataclasses.replace(one, sound=fake_clip(f"s{i % 4}", one.sound.answer))
+            for i, one in enumerate(fake_conflicts(44))
+        ]
         lines = []
         run(conflicts=few, told=lines.append)
         assert lines[0].startswith("Power: 2 components on discovery are too few for 132 tests: no effect, however")
 
 
 def test_answers_whose_synonyms_overlap_are_refused():
-    kinds = [type("Given", (Worded,), {"given": (sound, (2, 3))}) for sound in ((0, 1), (0, 4))]
-    conflicts = [
-        kinds[i % 2](**{f.name: getattr(one, f.name) for f in dataclasses.fields(one)})
-        for i, one in enumerate(fake_conflicts(44))
-    ]
+    answers = [([0, 1], [2, 3]), ([0, 4], [2, 3])]
+    conflicts = [dataclasses.replace(one, answers=answers[i % 2]) for i, one in enumerate(fake_conflicts(44))]
     with pytest.raises(ProtocolError, match=r"share a word \(their synonyms overlap\): give one list of synonyms"):
         run(conflicts=conflicts)
 
 
 def test_a_third_clip_from_the_other_half_is_refused():
     conflicts = fake_conflicts(44)
-    half = isolate(None, conflicts, engine=FakeEngine(), s=0.1, quick=True).conflicts["half"].tolist()
+    half = isolated(FakeModel(), conflicts, s=0.1, quick=True).conflicts["half"].tolist()
     other = next(i for i in range(44) if half[i] != half[0])
     conflicts[0] = dataclasses.replace(conflicts[0], third=conflicts[other].sound)
     with pytest.raises(ProtocolError, match=rf"conflict 'c000' was dealt to {half[0]}.*source clip of {half[other]}"):
         run(conflicts=conflicts)
-    conflicts[0] = dataclasses.replace(conflicts[0], third=SimpleNamespace(sha256="apart", window=(0, 1), answer=5))
+    conflicts[0] = dataclasses.replace(conflicts[0], third=fake_clip("apart", 5))
     run(conflicts=conflicts)  # a clip of no conflict's is nobody's
 
 
 def test_past_the_gate_competence_and_what_is_analysed_are_told_apart():
-    found = run(engine=HardOfHearing(), gate="report")
+    found = run(HardOfHearing(), gate="report")
     assert {"not interpretable", "exploratory"} <= set(found.stamps)
     frame = found.conflicts
     assert frame["analysed"].all()
@@ -276,5 +250,5 @@ def test_what_is_measured_under_hooks_is_not_kept(tmp_path):
         model.hooks(fwd_hooks=[look]),
         pytest.raises(ProtocolError, match=r"`out` keeps .* at blocks.1.attn.o.hook_in:"),
     ):
-        isolate(model, fake_conflicts(44), engine=FakeEngine(), out=tmp_path / "run")
+        isolate(model, fake_conflicts(44), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

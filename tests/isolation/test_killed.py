@@ -14,8 +14,8 @@ import time
 import pytest
 from same_isolation import assert_same
 
+from av_lens.lab.staged_conflicts import stage
 from av_lens.results.record import Isolation
-from av_lens.studies.staged_conflicts import stage
 
 
 def measurements(out):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fake_model import FakeEngine, fake_conflicts
+from fake_model import FakeModel, bench_of, fake_conflicts
 from micro import micro_conflict, micro_model
 from tiny import letter
 
-from av_lens.isolation import knowledge
-from av_lens.isolation.bench import Bench
-from av_lens.isolation.engine import ModelEngine
-from av_lens.isolation.evidence import Half
-from av_lens.isolation.knowledge import LENS_CELLS, MOST_POSITIONS, SPANS, knowledge_rows, lens_readings, spaced
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.explaining import knowledge
+from av_lens.isolation.explaining.knowledge import LENS_CELLS, MOST_POSITIONS, SPANS, lens_readings, spaced
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.methods.probes import Streams, probe
 from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member
 from av_lens.results.statistics import Bootstrap
@@ -62,21 +62,21 @@ def halves_of(n):
 def probed(monkeypatch):
     """Streams of noise, but the sound's class is written at the generation position after two layers."""
     conflicts = fake_conflicts(N, n_classes=3)
-    bench = Bench(FakeEngine(n_classes=3), conflicts, Candidates.of(conflicts, FakeEngine(n_classes=3).tokenizer))
+    bench = bench_of(FakeModel(n_classes=3), conflicts)
     rng = np.random.default_rng(0)
 
     def pooled(bench, halves):
         order = [int(i) for half in halves for i in half.examples]
         vectors = rng.normal(size=(N, 2, 4, len(SPANS), 6)).astype(np.float32)
-        labels = [(str(conflicts[i].a), str(conflicts[i].v)) for i in order]
+        labels = [(str(conflicts[i].answers[0]), str(conflicts[i].answers[1])) for i in order]
         for row, label in enumerate(labels):
             for cell in range(2):
                 vectors[row, cell, LAYER, 3, int(label[cell])] += 30.0
-        members = tuple(Member(conflicts[i].id, f"s{i}", f"p{i}", str(conflicts[i].a)) for i in order)
+        members = tuple(Member(conflicts[i].id, f"s{i}", f"p{i}", str(conflicts[i].answers[0])) for i in order)
         return Streams(vectors, SPANS, ("va", "av"), members, tuple(labels), "streams")
 
     monkeypatch.setattr(knowledge, "pooled", pooled)
-    return table("knowledge", knowledge._probe_rows(bench, halves_of(N), 0, None))
+    return table("knowledge", knowledge._probe_rows(bench, halves_of(N), 0))
 
 
 def test_probes_find_the_layer_on_discovery_and_test_it_on_confirmation(probed):
@@ -106,18 +106,12 @@ def test_probes_learn_and_are_tested_on_the_halves_that_they_are_given():
 
 def test_too_few_conflicts_are_said_and_not_measured(monkeypatch):
     conflicts = fake_conflicts(8, n_classes=3)
-    bench = Bench(FakeEngine(n_classes=3), conflicts, Candidates.of(conflicts, FakeEngine(n_classes=3).tokenizer))
-    labels = tuple((str(c.a), str(c.v)) for c in conflicts)
-    members = tuple(Member(c.id, f"s{c.id}", f"p{c.id}", str(c.a)) for c in conflicts)
+    bench = bench_of(FakeModel(n_classes=3), conflicts)
+    labels = tuple((str(c.answers[0]), str(c.answers[1])) for c in conflicts)
+    members = tuple(Member(c.id, f"s{c.id}", f"p{c.id}", str(c.answers[0])) for c in conflicts)
     streams = Streams(np.zeros((8, 2, 2, len(SPANS), 3)), SPANS, ("va", "av"), members, labels, "streams")
     monkeypatch.setattr(knowledge, "pooled", lambda bench, halves: streams)
-    rows = knowledge._probe_rows(bench, halves_of(8), 0, None)
+    rows = knowledge._probe_rows(bench, halves_of(8), 0)
     assert [row["word"] for row in rows] == ["sound", "picture"]
     assert all("probes need 8 in each" in row["note"] for row in rows)
     assert table("knowledge", rows)["value"].isna().all()
-
-
-def test_an_engine_without_a_model_knows_nothing():
-    conflicts = fake_conflicts(8)
-    bench = Bench(FakeEngine(), conflicts, Candidates.of(conflicts, FakeEngine().tokenizer))
-    assert knowledge_rows(bench, halves_of(8), None, None, seed=0, progress=None) == []

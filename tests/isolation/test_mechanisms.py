@@ -10,21 +10,23 @@ from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
 import av_lens as avl
 from av_lens.inputs import Conflict
-from av_lens.isolation import cards as card
-from av_lens.isolation.bench import Bench
-from av_lens.isolation.edge_cuts import ARMS, CUT, DIFFERENCE, LOST, arms_of, cut_effects
-from av_lens.isolation.effects import Request, measure_requests
-from av_lens.isolation.engine import ModelEngine
-from av_lens.isolation.head_paths import columns, paths
-from av_lens.isolation.mechanisms import drive_in_words
-from av_lens.isolation.routes import ARMS as ROUTE_ARMS
-from av_lens.isolation.routes import ROUTES, route_effects, windows
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.explaining import cards as card
+from av_lens.isolation.explaining.edge_cuts import ARMS, CUT, DIFFERENCE, LOST, arms_of, cut_effects
+from av_lens.isolation.explaining.head_paths import columns, paths
+from av_lens.isolation.explaining.mechanisms import drive_in_words
+from av_lens.isolation.explaining.routes import ARMS as ROUTE_ARMS
+from av_lens.isolation.explaining.routes import ROUTES, route_effects, windows
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.effects import measure_requests
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.estimands import Request
+from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
-from av_lens.runs import load, logit_diff
-from av_lens.runs.asked import each
-from av_lens.runs.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut
-from av_lens.runs.rereading import HeadRead
+from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut
+from av_lens.metrics import logit_diff
+from av_lens.metrics.asked import each
+from av_lens.model import load
+from av_lens.replay.rereading import HeadRead
 
 
 def chunk_of(model, conflicts):

@@ -11,7 +11,7 @@ import pytest
 from av_lens import organism
 from av_lens.inputs import Conflict
 from av_lens.isolation import isolate
-from av_lens.runs import load
+from av_lens.model import load
 
 pytestmark = pytest.mark.slow
 GATES, WRITERS = ((4, 6), (4, 7)), ((4, 2), (4, 3))

@@ -6,7 +6,7 @@ from itertools import combinations
 
 import numpy as np
 
-from av_lens.isolation.sets import cumulative, doubling, head_names, random_sets
+from av_lens.isolation.sets.sets import cumulative, doubling, head_names, random_sets
 
 
 def test_sets_are_matched_by_layer_and_norm():

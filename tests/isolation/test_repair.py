@@ -5,14 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fake_model import FakeEngine, fake_conflicts
+from fake_model import FakeModel, bench_of, fake_conflicts
 from small_av import small_clip, small_model
 
 from av_lens.errors import InputError
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.evidence import Half
-from av_lens.isolation.repair import plan_of, repair_rows, repair_values
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.explaining.repair import plan_of, repair_rows, repair_values
+from av_lens.isolation.measuring.donors import Means
+from av_lens.isolation.measuring.halves import Half
 from av_lens.results.record import Isolation
 from av_lens.results.statistics import Bootstrap
 from av_lens.results.tables import table
@@ -23,8 +22,7 @@ WRITER = (2, 0)
 @pytest.fixture(scope="module")
 def benched():
     conflicts = fake_conflicts(30)
-    engine = FakeEngine(noise=0.0)
-    bench = Bench(engine, conflicts, Candidates.of(conflicts, engine.tokenizer))
+    bench = bench_of(FakeModel(noise=0.0), conflicts)
     clips = [one.id for one in conflicts]
     half = Half(
         "confirmation",

@@ -7,16 +7,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from fake_model import FakeEngine, fake_conflicts
+from fake_model import FakeModel, bench_of, fake_conflicts
 from small_av import small_clip, small_model
 
 import av_lens as avl
 from av_lens.errors import InputError
-from av_lens.isolation import evidence, robustness
-from av_lens.isolation.bench import Bench
-from av_lens.isolation.evidence import Half
-from av_lens.isolation.robustness import Variant, compared, jaccard, other_words
-from av_lens.isolation.scoring import Candidates
+from av_lens.isolation.explaining import robustness
+from av_lens.isolation.explaining.known import Known
+from av_lens.isolation.explaining.robustness import Variant, compared, jaccard, other_words
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.naming import evidence
+from av_lens.isolation.sets.confirmation import Held
 from av_lens.results.statistics import Bootstrap
 
 GATE, WRITER, OPPONENT = (0, 1), (2, 0), (2, 1)
@@ -25,16 +26,15 @@ GATE, WRITER, OPPONENT = (0, 1), (2, 0), (2, 1)
 @pytest.fixture(scope="module")
 def searched():
     bare = fake_conflicts(24)
-    thirds = [next(other.sound for other in bare if other.a not in one.answers) for one in bare]
+    thirds = [next(other.sound for other in bare if other.answers[0] not in one.answers) for one in bare]
     conflicts = [replace(one, third=third) for one, third in zip(bare, thirds, strict=True)]
-    engine = FakeEngine()
-    bench = Bench(engine, conflicts, Candidates.of(conflicts, engine.tokenizer))
+    bench = bench_of(FakeModel(), conflicts)
     clips = [one.id for one in conflicts]
     boot = Bootstrap.draw(range(24), clips, clips, seed=0)
     G, C = np.full(24, 7.0), np.full(24, -4.0)
     half = Half("discovery", np.arange(24), list(range(24)), boot, G, C)
-    found = evidence.search(bench, [half], s=0.1, floor=None, sites=("suffix",), seed=0, progress=None)
-    return bench, [half], found
+    found = evidence.search(bench, half, s=0.1, floor=None, sites=("suffix",), seed=0)
+    return Known(bench, half, half, found, Held({}))
 
 
 def test_jaccard_and_who_turned():
@@ -48,20 +48,19 @@ def test_jaccard_and_who_turned():
     assert jaccard(main, {}) == 0
 
 
-def test_bootstraps_name_the_same_heads_where_effects_are_clear(searched):
-    rows = robustness.robustness_rows(*searched, seed=0, draws=4)
+def test_bootstraps_name_the_same_heads_where_effects_are_clear(searched, monkeypatch):
+    monkeypatch.setattr(robustness, "variants", lambda *_, **__: [])
+    rows = robustness.robustness_rows(searched, draws=4)
     assert [row["variant"] for row in rows] == ["bootstraps of clips (4)"]
     assert rows[0]["jaccard"] == 1.0
     assert rows[0]["kept"] == "L0H1 1.00, L2H0 1.00, L2H1 1.00"
 
 
 def test_a_variant_that_takes_a_job_away_loses_that_head(searched, monkeypatch):
-    bench, halves, found = searched
-    without = Bench(FakeEngine(writer=0.0), bench.conflicts, bench.candidates)
-    monkeypatch.setattr(robustness, "ModelEngine", FakeEngine)
+    without = bench_of(FakeModel(writer=0.0), searched.bench.conflicts)
     monkeypatch.setattr(robustness, "variants", lambda *_, **__: [Variant("no writer", question="hear")])
     monkeypatch.setattr(robustness, "_varied", lambda *_: without)
-    row = robustness.robustness_rows(bench, halves, found, seed=0, draws=1)[0]
+    row = robustness.robustness_rows(searched, draws=1)[0]
     assert (row["kept"], row["lost"], row["gained"]) == ("L0H1 L2H1", "L2H0", "")
     assert row["jaccard"] == pytest.approx(2 / 3)
     assert row["rank_correlation"] < 1

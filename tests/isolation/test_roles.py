@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from av_lens.isolation.effects import mirrored
-from av_lens.isolation.role_tests import Evidence, adjust, family_size, pick_donors, run_tests
-from av_lens.isolation.roles import Cuts, classify, confirm, suppressor_role
+from av_lens.isolation.measuring.effects import mirrored
+from av_lens.isolation.measuring.estimands import donor_of
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.naming.role_tests import Evidence, adjust, family_size, run_tests
+from av_lens.isolation.naming.roles import Cuts, classify, confirm, suppressor_role
 from av_lens.results.statistics import Bootstrap, Interval
 
 N, G = 30, 10.0
@@ -69,23 +71,13 @@ def evidence(heads, seed=0):
         mean = np.array([head.get(name, 0.0) for head in heads])
         return (mean + rng.normal(0, 0.2, size=(N, len(heads))))[:, None, :]
 
+    names = {"release": "{}", "direct": "direct {}", "fall of G": "fall {}", "rise over others": "rise {}"}
+    figures = {(name, d): values(of.format(d)) for name, of in names.items() for d in DONORS}
+    ones = {"reads picture": "picture", "reads sound": "sound", "silenced": "silenced", "carries": "carries"}
+    figures |= {(name, donor_of(name)): values(of) for name, of in ones.items()}
     boot = Bootstrap.draw(range(N), [f"s{i}" for i in range(N)], [f"p{i}" for i in range(N)], seed=0)
-    return Evidence(
-        release={d: values(d) for d in DONORS},
-        direct={d: values(f"direct {d}") for d in DONORS},
-        fall={d: values(f"fall {d}") for d in DONORS},
-        rise={d: values(f"rise {d}") for d in DONORS},
-        reads_picture=values("picture"),
-        reads_sound=values("sound"),
-        silenced=values("silenced"),
-        carries=values("carries"),
-        sufficiency=values("sufficiency"),
-        mean_task=values("mean_task"),
-        G=np.full(N, G),
-        C=np.full(N, -2.0),
-        components=list(range(N)),
-        boot=boot,
-    )
+    half = Half("discovery", np.arange(N), list(range(N)), boot, np.full(N, G), np.full(N, -2.0))
+    return Evidence(figures, half)
 
 
 HEADS = [
@@ -122,7 +114,7 @@ def test_classify_names_each_head_once_and_for_what_it_is():
 
 
 def test_the_donor_is_the_largest_release():
-    assert pick_donors(evidence(HEADS))[0, :3].tolist() == ["blank_muted", "zero", "mean_other"]
+    assert evidence(HEADS).donors[0, :3].tolist() == ["blank_muted", "zero", "mean_other"]
 
 
 def test_significance_alone_names_nothing():
@@ -157,8 +149,7 @@ def test_the_family_counts_heads_sites_roles_and_donors():
 def test_unmeasured_donors_are_left_out_of_the_family():
     found = evidence(HEADS)
     none = np.full((N, 1, len(HEADS)), np.nan)
-    holes = {d: (none if d == "mean_other" else v) for d, v in found.release.items()}
-    without = Evidence(**(vars(found) | {"release": holes, "direct": found.direct}))
+    without = Evidence(found.figures | {("release", "mean_other"): none}, found.half)
     rows, tests = named(without)
     assert np.isnan(tests.p["gate", "mean_other"]).all()
     assert (2, "sound opponent", "mean_other") not in [(r.head, r.role, r.donor) for r in rows]

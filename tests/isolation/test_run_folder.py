@@ -5,23 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from disk_faults import failing, kinds_at
-from fake_model import FakeConflict, FakeEngine, fake_conflicts
+from fake_model import FakeModel, fake_conflicts, isolated
 from same_isolation import assert_same
 
-from av_lens import isolate
 from av_lens.errors import AvLensError, FileError, InputError, ProtocolError, UnfinishedError
 from av_lens.inputs.sources import ClipKeys, clip_key
-from av_lens.isolation import cost, durable
-from av_lens.isolation.durable import LEDGER, LOCK, watched_run
-from av_lens.isolation.protocol import differences, hash_of
-from av_lens.isolation.store import Store
+from av_lens.isolation.measuring.store import Store
+from av_lens.isolation.running import cost, durable
+from av_lens.isolation.running.durable import LEDGER, LOCK, watched_run
+from av_lens.isolation.running.protocol import differences, hash_of
 from av_lens.results.record import RECORD
 from av_lens.results.statistics import Bootstrap
 from av_lens.whole_files import make_folder, write_whole
@@ -268,33 +267,29 @@ def test_another_number_of_threads_is_told_with_how_to_go_on(tmp_path):
 # The clips
 
 
-def run(out=None, conflicts=None, engine=None):
+def run(out=None, conflicts=None, model=None):
     """A run that stops where there is nothing to explain: all cells are read, and no head is edited."""
-    engine = engine or FakeEngine(writer=0.0, gate=0.0, opponent=0.0)
+    model = model or FakeModel(writer=0.0, gate=0.0, opponent=0.0)
     with pytest.MonkeyPatch.context() as patched:
         draw = Bootstrap.draw
         patched.setattr(Bootstrap, "draw", lambda *given, **more: draw(*given, **({"draws": 100} | more)))
         listed = fake_conflicts(44) if conflicts is None else conflicts
-        return isolate(None, listed, engine=engine, out=out, s=0.1, quick=True)
+        return isolated(model, listed, out=out, s=0.1, quick=True)
 
 
-@dataclass(frozen=True)
-class OnDisk(FakeConflict):
+def on_disk(conflict, folder):
     """A fake conflict whose clips are files."""
-
-    folder: str = ""
-
-    def clip(self, role, answer):
-        path = f"{self.folder}/{self.id}-{role}.mp4"
-        return SimpleNamespace(path=path, start=0.0, end=1.0, answer=answer, load=None)
-
-    @property
-    def sound(self):
-        return self.clip("sound", self.a)
-
-    @property
-    def picture(self):
-        return self.clip("picture", self.v)
+    clips = {
+        role: SimpleNamespace(
+            path=f"{folder}/{conflict.id}-{role}.mp4",
+            start=0.0,
+            end=1.0,
+            load=None,
+            answer=getattr(conflict, role).answer,
+        )
+        for role in ("sound", "picture")
+    }
+    return replace(conflict, **clips)
 
 
 def test_clips_are_known_by_content_and_window(tmp_path):
@@ -339,7 +334,7 @@ def test_protocols_name_the_clips_that_changed():
 @pytest.mark.slow
 def test_a_clip_that_vanishes_or_changes_stops_the_run_by_name(tmp_path):
     (tmp_path / "clips").mkdir()
-    listed = [OnDisk(**vars(one), folder=str(tmp_path / "clips")) for one in fake_conflicts(44)]
+    listed = [on_disk(one, tmp_path / "clips") for one in fake_conflicts(44)]
     for one in listed:
         for clip in (one.sound, one.picture):
             Path(clip.path).write_text(clip.path)
@@ -347,12 +342,10 @@ def test_a_clip_that_vanishes_or_changes_stops_the_run_by_name(tmp_path):
     gone = tmp_path / "clips" / f"{listed[40].id}-sound.mp4"
     held = gone.read_bytes()
 
-    class Vanishing(FakeEngine):
-        identity = "FakeEngine"
-
-        def _run(self, *parts):
+    class Vanishing(FakeModel):
+        def run_with_hooks(self, *given, **options):
             gone.unlink(missing_ok=True)
-            return super()._run(*parts)
+            return super().run_with_hooks(*given, **options)
 
     with pytest.raises(UnfinishedError, match=f"{gone.name}, the sound of conflict {listed[40].id!r}, is gone"):
         run(tmp_path / "out", listed, Vanishing(writer=0.0, gate=0.0, opponent=0.0))

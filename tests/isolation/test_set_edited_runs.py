@@ -9,22 +9,20 @@ import pytest
 import torch
 from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
+from av_lens.core.attention_mass import attention_mass
 from av_lens.inputs import Conflict
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.donors import joined
-from av_lens.isolation.edited_runs import EditedTrace, further
-from av_lens.isolation.engine import ModelEngine
-from av_lens.isolation.evidence import Half
-from av_lens.isolation.members import in_context
-from av_lens.isolation.scoring import Candidates
-from av_lens.isolation.seam import Swap
-from av_lens.isolation.set_releases import SetReleases
-from av_lens.isolation.set_search import _video_attention
-from av_lens.isolation.sets import BuiltSet, release_of_sets
+from av_lens.isolation.measuring.bench import Bench, averaged
+from av_lens.isolation.measuring.donors import Means, joined
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.sets.members import in_context
+from av_lens.isolation.sets.releases import SetReleases
+from av_lens.isolation.sets.search import video_attention
+from av_lens.isolation.sets.sets import BuiltSet, release_of_sets
 from av_lens.media import Clip
+from av_lens.model import load
 from av_lens.results.statistics import Bootstrap
-from av_lens.runs import load
-from av_lens.runs.attention_mass import attention_mass
 
 ANSWERS = [letter(name) for name in "abcd"]
 N = 3
@@ -67,16 +65,19 @@ def test_at_media_positions_nothing_is_direct(chunks, how):
     half = Half("discovery", np.arange(N), list(range(N)), boot, np.ones(N), np.zeros(N))
     built = BuiltSet(((0, 1), (1, 2)), "blank_muted", 0.0)
     found = in_context([chunk], half, built, s=0.1, family=10, seed=0).evidence
-    np.testing.assert_allclose(found.direct["blank_muted"][:, [0, 1], [1, 2]], 0, atol=2e-5)
-    assert np.abs(found.release["blank_muted"][:, [0, 1], [1, 2]]).max() > 1e-4
+    np.testing.assert_allclose(found["direct", "blank_muted"][:, [0, 1], [1, 2]], 0, atol=2e-5)
+    assert np.abs(found["release", "blank_muted"][:, [0, 1], [1, 2]]).max() > 1e-4
     sets = [built.members, built.members[1:]]
     whole = release_of_sets([chunk], sets, ["blank_muted"] * 2, np.arange(N)).release
-    np.testing.assert_allclose(found.release["blank_muted"][:, 0, 1], whole[0] - whole[1], atol=2e-5)
+    np.testing.assert_allclose(found["release", "blank_muted"][:, 0, 1], whole[0] - whole[1], atol=2e-5)
 
 
-def swap(chunk, heads, donor="blank_muted", *, freeze=False, cell="va"):
-    z = chunk.donor(cell, donor)
-    return Swap(tuple(heads), tuple(z[layer, :, :, head] for layer, head in heads), freeze=freeze)
+def z_of(chunk, heads, donor="blank_muted"):
+    return chunk.z("va", heads, donor)
+
+
+def logits_of(chunk, run, plans):
+    return [one.logits for one in chunk.bench.engine.changed(run, plans)]
 
 
 UNDER = [(0, 1), (2, 0)]
@@ -87,11 +88,13 @@ LATER = [(0, 3), (1, 1), (2, 1), (3, 3)]
 def test_a_further_edit_equals_the_edit_of_all(chunks, how):
     chunk = chunks[how]
     engine, run = chunk.bench.engine, chunk.run("va")
-    edited = engine.record_edited(run, swap(chunk, UNDER))
-    assert isinstance(edited.kept.get("trace"), EditedTrace) is (how == "trace")
-    whole = list(engine.edited(run, [swap(chunk, UNDER), *(swap(chunk, [*UNDER, head]) for head in LATER)]))
+    edited = engine.record_edited(run, z_of(chunk, UNDER))
+    assert (getattr(edited.trace, "own", None) is not None) is (how == "trace")
+    sets = [UNDER, *([*UNDER, head] for head in LATER)]
+    whole = logits_of(chunk, run, [run.plan(z_of(chunk, heads)) for heads in sets])
     torch.testing.assert_close(edited.logits, whole[0], atol=1e-5, rtol=0)
-    for one, two in zip(further(engine, edited, [swap(chunk, [head]) for head in LATER]), whole[1:], strict=True):
+    again = logits_of(chunk, edited, [edited.plan(z_of(chunk, [head])) for head in LATER])
+    for one, two in zip(again, whole[1:], strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
         assert (one - edited.logits).abs().max() > 1e-3
 
@@ -101,26 +104,27 @@ def test_restarts_and_hooks_agree_on_runs_edited_twice_and_frozen(chunks):
     found = {}
     for how, chunk in chunks.items():
         engine = chunk.bench.engine
-        once = engine.record_edited(chunk.run("va"), swap(chunk, UNDER))
-        twice = engine.record_edited(once, swap(chunk, [(1, 2)], "zero"))
-        frozen = list(further(engine, once, [swap(chunk, [head], freeze=True) for head in LATER]))
-        again = list(further(engine, twice, [swap(chunk, [(2, 3)]), swap(chunk, [(1, 3)], freeze=True)]))
+        once = engine.record_edited(chunk.run("va"), z_of(chunk, UNDER))
+        twice = engine.record_edited(once, z_of(chunk, [(1, 2)], "zero"))
+        frozen = logits_of(chunk, once, [once.plan(z_of(chunk, [head]), freeze=True) for head in LATER])
+        plans = [twice.plan(z_of(chunk, [(2, 3)])), twice.plan(z_of(chunk, [(1, 3)]), freeze=True)]
+        again = logits_of(chunk, twice, plans)
         found[how] = [once.z, once.final, twice.z, twice.logits, *frozen, *again]
     for one, two in zip(found["trace"], found["hooks"], strict=True):
         torch.testing.assert_close(one, two, atol=2e-5, rtol=0)
     by_head = dict(zip(LATER, found["trace"][4:8], strict=True))
-    free = list(further(engine, once, [swap(chunk, [head]) for head in LATER]))
+    free = logits_of(chunk, once, [once.plan(z_of(chunk, [head])) for head in LATER])
     assert (by_head[0, 3] - free[0]).abs().max() > 1e-4  # an early head also acts through later ones
     torch.testing.assert_close(by_head[3, 3], free[3], atol=2e-5, rtol=0)  # the last layer's head does not
 
 
-def test_a_head_named_again_takes_the_new_value(chunks):
-    chunk = chunks["trace"]
+@pytest.mark.parametrize("how", ["trace", "hooks"])
+def test_a_head_named_again_takes_the_new_value(chunks, how):
+    chunk = chunks[how]
     engine, run = chunk.bench.engine, chunk.run("va")
-    edited = engine.record_edited(run, swap(chunk, UNDER))
-    (one,) = further(engine, edited, [swap(chunk, [(2, 0)], "zero")])
-    both = Swap(tuple(UNDER), (*swap(chunk, UNDER[:1]).values, torch.zeros_like(swap(chunk, UNDER).values[1])))
-    (two,) = engine.edited(run, [both])
+    edited = engine.record_edited(run, z_of(chunk, UNDER))
+    (one,) = logits_of(chunk, edited, [edited.plan(z_of(chunk, [(2, 0)], "zero"))])
+    (two,) = logits_of(chunk, run, [run.plan(z_of(chunk, UNDER[:1]) | z_of(chunk, [(2, 0)], "zero"))])
     torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
 
 
@@ -157,16 +161,17 @@ def test_a_member_in_context_loses_what_the_set_loses_without_it(chunks):
         whole = release_of_sets([chunks["hooks"]], sets, [donor] * 4, np.arange(N)).release
         for number, (layer, head) in enumerate(members):
             loss = whole[0] - whole[1 + number]
-            np.testing.assert_allclose(found.release[donor][:, layer, head], loss, atol=2e-5)
-        np.testing.assert_allclose(found.direct[donor][:, 3, 3], found.release[donor][:, 3, 3], atol=2e-5)
-        for values in (found.reads_picture, found.reads_sound, found.fall[donor], found.rise[donor]):
+            np.testing.assert_allclose(found["release", donor][:, layer, head], loss, atol=2e-5)
+        np.testing.assert_allclose(found["direct", donor][:, 3, 3], found["release", donor][:, 3, 3], atol=2e-5)
+        for key in ("reads picture", "reads sound", ("fall of G", donor), ("rise over others", donor)):
+            values = found[key]
             assert not np.isnan(values[:, 1, 0]).any()
             assert np.isnan(values[:, 2, 2]).all()
 
 
 def test_the_screen_by_attention_is_the_generation_positions_own(chunks):
     chunk = chunks["trace"]
-    found = _video_attention([chunk])
+    found = averaged([chunk], "attention to the video", video_attention)
     model, inputs = chunk.bench.engine.model, chunk.run("va").inputs
     mass = attention_mass(model, inputs, {"g": [len(inputs.spans) - 1]})[:, :, :, 0]
     video = mass[..., inputs.spans["video"].positions.tolist()].sum(-1).mean(0)

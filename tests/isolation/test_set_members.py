@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fake_model import FakeEngine, fake_conflicts
-
-from av_lens.isolation import isolate
+from fake_model import FakeModel, fake_conflicts, isolated
 
 N = 44
 
 
-class Redundant(FakeEngine):
+class Redundant(FakeModel):
     """Two picture writers of which each is enough (L2H0, L2H2), and two gates of which each is enough (L0H1, L0H2).
 
     The picture's answer is written as strongly as the stronger writer has it, and the sound of L1H0 is shut out as far
@@ -29,23 +27,18 @@ class Redundant(FakeEngine):
                 z[0, 2, -1] = 1.0
         return self.known[one]
 
-    def _run(self, inputs, swap, frozen):
-        logits, z = super()._run(inputs, swap, frozen)
-        k, examples = self.n_classes, inputs.batch or (inputs,)
-        logits[:, :k] -= torch.minimum(z[2, :, -1, 0, :k], z[2, :, -1, 2, :k])  # the sum becomes the maximum
-        edits = {} if swap is None else dict(zip(swap.heads, swap.values, strict=True))
-        if (1, 0) not in edits and (frozen is None or min(layer for layer, _ in edits) >= 1):
-            second = torch.clamp(z[0, :, -1, 2, -1] - z[0, :, -1, 1, -1], min=0)
-            for b, one in enumerate(examples):  # L0H1's part was taken off already
-                if one.question == "hear" and one.sound is not None:
-                    z[1, b, :, 0, one.sound] -= 3 * second[b]
-                    logits[b, one.sound] -= 3 * second[b]
-        return logits, z
+    def _gate(self, signals):
+        return torch.maximum(signals[:, 1], signals[:, 2])
+
+    def _stream(self, z):
+        stream, k = super()._stream(z), self.n_classes
+        stream[..., :k] -= torch.minimum(z[2, :, :, 0, :k], z[2, :, :, 2, :k])  # the sum becomes the maximum
+        return stream
 
 
 @pytest.fixture(scope="module")
 def finished():
-    return isolate(None, fake_conflicts(N), engine=Redundant(), s=0.1)
+    return isolated(Redundant(), fake_conflicts(N), s=0.1)
 
 
 def test_no_single_release_shows_anything(finished):
@@ -107,15 +100,15 @@ def test_redundancy_is_said_in_words(finished):
 
 
 def test_without_pairs_the_verdict_says_what_was_left_out():
-    found = isolate(None, fake_conflicts(N), engine=Redundant(), s=0.1, quick=True)
+    found = isolated(Redundant(), fake_conflicts(N), s=0.1, quick=True)
     assert found.synergies.empty
     assert set(found.steps["start"].str.split().str[0]) == {"best"}
     assert "Pairs of heads were left out of the search for sets." in found.verdict
 
 
 def test_where_nothing_is_found_the_verdict_says_above_what_and_with_what_power():
-    engine = FakeEngine(writer=0.0, gate=0.0, opponent=0.0)
-    found = isolate(None, fake_conflicts(N), engine=engine, s=0.1, quick=True, gate="report")
+    engine = FakeModel(writer=0.0, gate=0.0, opponent=0.0)
+    found = isolated(engine, fake_conflicts(N), s=0.1, quick=True, gate="report")
     assert found.sets.empty
     assert found.members.empty
     assert not len(found.suppressors)
@@ -124,7 +117,7 @@ def test_where_nothing_is_found_the_verdict_says_above_what_and_with_what_power(
     assert "No set of heads was found either" in found.verdict
 
 
-class Spread(FakeEngine):
+class Spread(FakeModel):
     """Nine heads of layers 0 to 2 write a little of the picture's answer each: 1.0, below delta = 2.1."""
 
     WRITERS = ((0, 2), (0, 3), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3))
@@ -142,7 +135,7 @@ class Spread(FakeEngine):
 
 
 def test_suppression_spread_over_many_heads_is_told_with_their_number():
-    found = isolate(None, fake_conflicts(70), engine=Spread(), s=0.3, quick=True)  # stacks of 18 and 17
+    found = isolated(Spread(), fake_conflicts(70), s=0.3, quick=True)  # stacks of 18 and 17
     assert found.verdict_kind == "spread"
     assert found.summary["heads for half of the gap"] == 5  # 5 of 9 x 1.0 is the first above half of 9
     assert "the 5 heads of largest single release together restore half of the gap (" in found.verdict

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from av_lens.isolation.set_confirmation import between
-from av_lens.isolation.set_search import climb, pair_synergies, screened, search, thin
+from av_lens.isolation.sets.confirmation import between
+from av_lens.isolation.sets.search import climb, pair_synergies, screened, search, thin
 
 GAP, DELTA = 20.0, 1.0  # delta = .1 G, with G = 10
 

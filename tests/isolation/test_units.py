@@ -5,23 +5,25 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from fake_model import FakeEngine, fake_conflicts
+from fake_model import FakeModel, fake_conflicts
 from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import ProtocolError
+from av_lens.families.hook_names import hook_name
 from av_lens.inputs import Conflict
-from av_lens.isolation import units as units_file
-from av_lens.isolation.bench import Bench, Means
-from av_lens.isolation.effects import FIGURES, Request, measure_requests, set_scores
-from av_lens.isolation.engine import ModelEngine
-from av_lens.isolation.evidence import Half
-from av_lens.isolation.scoring import Candidates
-from av_lens.isolation.units import K_AND_V, Asked, unit_rows, units_of
+from av_lens.isolation.explaining import units as units_file
+from av_lens.isolation.explaining.units import K_AND_V, Asked, unit_rows, units_of
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
+from av_lens.isolation.measuring.effects import FIGURES, edited_readings, measure_requests
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.estimands import Request
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
+from av_lens.model import load
 from av_lens.results.statistics import Bootstrap
 from av_lens.results.tables import table
-from av_lens.runs import load
 
 N = 12
 WORDS = [letter(name) for name in "abcd"]
@@ -33,7 +35,7 @@ def half_of(n, g):
 
 
 def chunks_of(engine, conflicts, site="suffix"):
-    bench = Bench(engine, list(conflicts), Candidates.of(conflicts, engine.tokenizer), site=site)
+    bench = Bench(engine, list(conflicts), Candidates.of(conflicts, engine.model.tokenizer), site=site)
     chunks = bench.chunks(range(len(conflicts)))
     for chunk in chunks:
         chunk.means = Means.over(chunks)
@@ -42,7 +44,7 @@ def chunks_of(engine, conflicts, site="suffix"):
 
 @pytest.fixture(scope="module")
 def on_paper():
-    rows = unit_rows(chunks_of(FakeEngine(noise=0.0), fake_conflicts(N)), half_of(N, 7.0), site="suffix")
+    rows = unit_rows(chunks_of(ModelEngine(FakeModel(noise=0.0)), fake_conflicts(N)), half_of(N, 7.0), site="suffix")
     return table("units", rows)
 
 
@@ -68,9 +70,11 @@ def test_joint_effects_are_the_sums_on_paper(on_paper):
     assert value(on_paper, "kv group", 0, 0, "sufficiency", "va") == pytest.approx(3, abs=1e-4)
 
 
-def test_a_model_without_parts_has_no_mlp_rows(on_paper):
-    assert set(on_paper["unit"]) == {"kv group", "attention", "layer"}
-    assert K_AND_V not in set(on_paper["estimand"])
+def test_mlps_keys_and_values_of_which_nothing_comes_have_no_effect(on_paper):
+    assert set(on_paper["unit"]) == {"kv group", "mlp", "attention", "layer"}
+    nothing = on_paper[(on_paper["unit"] == "mlp") | (on_paper["estimand"] == K_AND_V)]
+    assert (nothing["mean"] == 0).all()
+    assert value(on_paper, "layer", 2, -1, "release", "zero") == pytest.approx(8, abs=1e-4)
     assert (on_paper["n"] == N).all()
 
 
@@ -97,7 +101,7 @@ def conflicts():
 
 def measured(engine, conflicts, units, wanted, site="suffix"):
     (chunk,) = chunks_of(engine, conflicts, site)
-    return units_file._chunk_units(chunk, units, wanted)["margin"]
+    return units_file._chunk_units(chunk, units, wanted)["margin"].transpose(1, 2, 0)
 
 
 ASKED = [
@@ -127,9 +131,9 @@ def test_a_group_is_the_joint_edit_of_its_heads(model, conflicts):
     found = measured(engine, conflicts, [unit], ASKED[:1])[0, 0]
     changes = []
     for cell in ("va", "av"):
-        scores, _ = set_scores(chunk, cell, [[(2, 2), (2, 3)]], ["blank_muted"])
+        (read,) = edited_readings(chunk, cell, [[(2, 2), (2, 3)]], ["blank_muted"])
         before = chunk.reading(cell).scores
-        changes.append(chunk.bench.candidates.margin(scores[0] - before, chunk.examples))
+        changes.append(chunk.bench.candidates.margin(read.scores - before, chunk.examples))
     np.testing.assert_allclose(found, 0.5 * (changes[0] - changes[1]), atol=1e-5)
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import resource
 import subprocess
 import sys
-import time
 import tracemalloc
 import zlib
 from fractions import Fraction
@@ -18,12 +16,13 @@ from typing import Any
 import media_samples as made
 import numpy as np
 import pytest
+from damaged_media import EDITS, OPTIONS, STARTS, SUFFIXES, attempt, mutated, victims
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import av_lens.media.pictures
 import av_lens.media.sounds
-from av_lens.errors import AvLensError, BudgetError, MediaError
+from av_lens.errors import BudgetError, MediaError
 from av_lens.media import Clip, ClipFile, MediaBudgetError, load_clip, probe_media
 
 EIGHTH = Fraction(1, 8)
@@ -308,80 +307,21 @@ def test_an_hour_at_once_is_refused_by_its_header(hour: dict[str, Path]):
         load_clip(hour["mp4"], max_bytes=64 << 20)
 
 
-def seeds_of_damage() -> dict[str, bytes]:
-    """Small real files of nine kinds."""
-    from PIL import Image
-
-    pictures, sound = made.picture(4, 32, 48), made.chirp(0.5)
-    found = {".mp4": Clip.from_arrays(frames=pictures, fps=8, waveform=sound).to_mp4_bytes()}
-    found[".wav"] = made.wav(np.stack([sound, sound]), 16000, "f")
-    for suffix in ("png", "gif", "jpeg"):
-        sink = io.BytesIO()
-        Image.fromarray(pictures[0]).save(sink, format=suffix)
-        found["." + suffix] = sink.getvalue()
-    return found
-
-
 @pytest.fixture(scope="module")
-def victims(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("victims")
-    found = seeds_of_damage()
-    sound = made.chirp(0.5, rate=16000)[None]
-    for name, codecs in {"a.mkv": ("libx264", "aac"), "a.mp3": ("", "libmp3lame"), "a.flac": ("", "flac")}.items():
-        frames = made.picture(4, 32, 48) if codecs[0] else None
-        path = made.write_video(folder / name, frames, [0, 1, 2, 3], EIGHTH, sound, rate=16000, codecs=codecs)
-        found[path.suffix] = path.read_bytes()
-    return found
-
-
-STARTS = (
-    b"",
-    b"RIFF\xff\xff\xff\xffWAVEfmt ",
-    b"\x89PNG\r\n\x1a\n",
-    b"\0\0\0\x18ftypmp42",
-    b"\x1aE\xdf\xa3",
-    b"GIF89a",
-    b"ID3",
-)
-WORDS = st.sampled_from([b"\x00", b"\xff", b"\xff" * 4, b"\x7f\xff\xff\xff", bytes(4), b"\x80\x00\x00\x00"])
-EDITS = st.lists(
-    st.tuples(
-        st.floats(0, 1, exclude_max=True),
-        st.sampled_from(["write", "insert", "cut"]),
-        WORDS | st.binary(min_size=1, max_size=16),
-    ),
-    max_size=12,
-)
-OPTIONS = st.sampled_from(
-    [{}, {"fps": 2.0}, {"start": 0.125, "end": 0.3}, {"damaged": "keep"}, {"start": 0.2, "damaged": "keep"}]
-)
-
-
-def attempt(path: Path, data: bytes, options: dict[str, Any]) -> None:
-    """Only an AvLensError may come out, soon, and a clip that does come out is one."""
-    path.write_bytes(data)
-    began = time.process_time()
-    clip, error = None, None
-    try:
-        clip = load_clip(path, max_bytes=32 << 20, **options)
-    except AvLensError as caught:
-        error = caught
-    assert error is None or str(path) in str(error), "an error names its file"
-    assert clip is None or clip.has_picture or clip.has_sound
-    assert clip is None or clip.duration < 4000
-    assert time.process_time() - began < 10
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return victims(tmp_path_factory.mktemp("victims"))
 
 
 @settings(max_examples=150, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(
-    suffix=st.sampled_from([".mp4", ".wav", ".png", ".gif", ".jpeg", ".mkv", ".mp3", ".flac"]),
+    suffix=st.sampled_from(SUFFIXES),
     head=st.booleans(),
     edits=EDITS,
     keep=st.floats(0.01, 1) | st.just(1.0),
     options=OPTIONS,
 )
 def test_mutated_and_truncated_media(
-    victims: dict[str, bytes],
+    files: dict[str, bytes],
     tmp_path_factory: pytest.TempPathFactory,
     suffix: str,
     head: bool,
@@ -389,18 +329,8 @@ def test_mutated_and_truncated_media(
     keep: float,
     options: dict[str, Any],
 ):
-    data = bytearray(victims[suffix])
-    for where, kind, word in edits:
-        at = int(where * (min(len(data), 400) if head else len(data)))
-        if kind == "write":
-            data[at : at + len(word)] = word
-        elif kind == "insert":
-            data[at:at] = word
-        else:
-            del data[at : at + len(word)]
-    attempt(
-        tmp_path_factory.getbasetemp() / f"mutated{suffix}", bytes(data[: max(1, round(len(data) * keep))]), options
-    )
+    data = mutated(files[suffix], edits, head=head, keep=keep)
+    attempt(tmp_path_factory.getbasetemp() / f"mutated{suffix}", data, options)
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))

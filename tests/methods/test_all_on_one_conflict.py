@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import av_lens as avl
-from av_lens.studies.staged_conflicts import stage
+from av_lens.lab.staged_conflicts import stage
 
 
 @pytest.mark.slow
@@ -41,8 +41,8 @@ def test_every_method_on_one_conflict(tmp_path):
         "attribution_patch": lambda: avl.attribution_patch(model, pair, metric=metric),
         "edge_attribution, eap": lambda: avl.edge_attribution(model, pair, metric=metric),
         "edge_attribution, eap-ig": lambda: avl.edge_attribution(model, pair, metric=metric, variant="ig_inputs"),
-        "base_shift": lambda: avl.base_shift(model, conflict, base=base),
-        "graft": lambda: avl.graft(model, conflict, base=base, metric=metric),
+        "base_shift": lambda: avl.methods.base_shift(model, conflict, base=base),
+        "graft": lambda: avl.methods.graft(model, conflict, base=base, metric=metric),
         "caption": lambda: avl.caption(model, conflict, plans=plan, lexicon=avl.organism.classes()),
         "steer": lambda: avl.steer(model, x, plan=plan, metric=metric),
     }

@@ -8,10 +8,11 @@ import torch
 from small_av import small_inputs, small_model
 from tiny import letter
 
+from av_lens.core import run
 from av_lens.errors import InputError
 from av_lens.interventions import Plan, Site, add, zero
 from av_lens.methods import direct_attribution
-from av_lens.runs import each, log_prob, logit_diff, run
+from av_lens.metrics import each, log_prob, logit_diff
 
 METRIC = logit_diff(letter("a"), letter("b"))
 

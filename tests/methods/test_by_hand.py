@@ -34,12 +34,14 @@ from tiny import letter
 
 import av_lens as avl
 from av_lens.interventions import KV, Plan, Site, add, cut, zero
-from av_lens.isolation.bench import Bench
-from av_lens.isolation.effects import Request, measure_requests
-from av_lens.isolation.engine import ModelEngine
-from av_lens.isolation.scoring import Candidates
-from av_lens.isolation.sets import release_of_sets
-from av_lens.runs import logit_diff, measure
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.effects import measure_requests
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.estimands import Request
+from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.sets.sets import release_of_sets
+from av_lens.metrics import logit_diff
+from av_lens.replay import measure
 
 M = logit_diff(letter("a"), letter("v"))
 HEADS = [(layer, head) for layer in range(3) for head in range(4)]

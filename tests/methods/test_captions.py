@@ -14,9 +14,9 @@ from small_av import small_clip, small_inputs, small_model
 import av_lens as avl
 from av_lens.errors import InputError, InterventionError, ModelError
 from av_lens.interventions import Plan, Site, zero
-from av_lens.methods.captions import caption
-from av_lens.runs.judging import Judge
-from av_lens.runs.traces import Trace
+from av_lens.methods.captions.captioning import caption
+from av_lens.methods.captions.judging import Judge
+from av_lens.replay.traces import Trace
 
 EDIT = Plan(zero(Site("mlp_out", 2, positions="suffix")))
 TEXTS = {

@@ -38,14 +38,14 @@ from small_av import small_clip, small_model
 from tiny import letter
 
 import av_lens as avl
-from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import InputError
+from av_lens.families.hook_names import hook_name
+from av_lens.methods.circuits.checks import shuffled_orders, stability
+from av_lens.methods.circuits.runs import CircuitRuns
+from av_lens.methods.circuits.scores import eliminated
+from av_lens.methods.circuits.terms import Measured, Nodes
 from av_lens.results.faithfulness import Scale, sizes
 from av_lens.results.statistics import Bootstrap
-from av_lens.runs.circuit_checks import shuffled_orders, stability
-from av_lens.runs.circuit_runs import CircuitRuns
-from av_lens.runs.circuit_terms import Measured, Nodes
-from av_lens.runs.node_scores import eliminated
 
 CLOSE = 1e-4
 QUICK = {"random": 0, "subsets": 2}
@@ -70,7 +70,7 @@ def runs(over="head"):
 
 def m_of(*heads, empty="blank_muted"):
     kept = frozenset(runs().nodes.names.index(name(head)) for head in heads)
-    return float(runs().measure(empty, [kept], show=lambda *_: None, stage="")[0, 0])
+    return float(runs().measure(empty, [kept])[0, 0])
 
 
 def test_circuits_by_hand():
@@ -146,7 +146,7 @@ def test_a_search_keeps_one_of_two_redundant_writers():
 
 def test_redundant_nodes_do_not_go_in_one_round():
     """Ten may go at once: L0H1 goes, the other writer would then cost 6, more than the cheapest that stays (4)."""
-    search = eliminated(runs(), "blank_muted", signed=False, drop=0.9, show=lambda *_: None)
+    search = eliminated(runs(), "blank_muted", signed=False, drop=0.9)
     assert {runs().nodes.names[node] for node in search.order[:2]} == {name(PAINTER), name(WRITERS[1])}
     assert search.scores.sum() == pytest.approx(-10, abs=CLOSE)
 
@@ -172,7 +172,7 @@ def test_mlps_are_nodes_too():
     assert scores[name(MIXER)] == pytest.approx(0, abs=CLOSE)
     mlps = frozenset(i for i, node in enumerate(runs("head mlp").nodes.names) if "mlp" in node)
     kept = runs("head mlp").nodes.all - mlps
-    m = runs("head mlp").measure("zero", [kept], show=lambda *_: None, stage="")
+    m = runs("head mlp").measure("zero", [kept])
     assert float(m[0, 0]) == pytest.approx(0, abs=CLOSE)
 
 
@@ -246,7 +246,7 @@ def test_replay_equals_full_hooked_forwards_on_grouped_heads(over):
     replayed = CircuitRuns.of(model, measured, nodes, at="suffix", stack=2, budget_gb=1.0, keep_gb=0.0)
     rng = np.random.default_rng(0)
     circuits = [frozenset(np.flatnonzero(rng.random(len(nodes)) < 0.5).tolist()) for _ in range(4)]
-    m = replayed.measure("corrupt", [*circuits, frozenset()], show=lambda *_: None, stage="")
+    m = replayed.measure("corrupt", [*circuits, frozenset()])
     bound = metric.bind()
     for kept, row in zip([*circuits, frozenset()], m, strict=True):
         slow = [brute_force(model, one, two, nodes, kept, bound)[0] for one, two in zip(clean, corrupt, strict=True)]
@@ -329,7 +329,7 @@ def test_what_is_tested_elsewhere_is_chosen_here():
 
 def test_saved_and_opened_it_is_the_same(tmp_path):
     circuit = found()
-    again = avl.Circuit.load(circuit.save(tmp_path / "circuit"))
+    again = avl.results.Circuit.load(circuit.save(tmp_path / "circuit"))
     assert again.members == circuit.members
     assert repr(again) == repr(circuit)
     for table in ("nodes", "curve", "areas", "completeness", "minimality", "links", "stability", "random"):

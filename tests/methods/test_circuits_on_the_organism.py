@@ -10,9 +10,9 @@ import sys
 import pytest
 
 import av_lens as avl
-from av_lens.runs import short_names
-from av_lens.runs.node_scores import KINDS
-from av_lens.studies.staged_conflicts import stage
+from av_lens.lab.staged_conflicts import stage
+from av_lens.methods.circuits.scores import KINDS
+from av_lens.model import short_names
 
 CONFLICTS = 12
 SUPPRESSORS = {"L4H7", "L4H6", "L4H3", "L4H2"}

@@ -7,16 +7,19 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from brute_edges import naive, writes_of
 from small_av import small_clip, small_inputs, small_model
 from tiny import letter, tiny_hf_model, tiny_processor
 
 import av_lens as avl
-from av_lens.bridge.hook_names import hook_name
+from av_lens.core import run
 from av_lens.errors import InputError, InterventionError, ModelError
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods import edge_attribution
+from av_lens.metrics import each, logit_diff, rank
+from av_lens.replay import measure
 from av_lens.results import EdgeScores
-from av_lens.runs import each, logit_diff, measure, rank, run
 from av_lens.spans import Span
 
 METRIC = logit_diff(letter("a"), letter("b"))
@@ -32,67 +35,9 @@ def scores(**options):
     return edge_attribution(small_model(), pair(), metric=METRIC, **options)
 
 
-def writes_of(model, x):
-    """What every sender writes to the stream, `[batch, pos, d_model]`, by name."""
-    with torch.no_grad():
-        cache = run(model, x, capture=["embed", "z", "mlp_out"]).cache
-        found = {"embed": cache[hook_name("embed")]}
-        for layer in range(model.spec.n_layers):
-            for head in range(model.spec.n_heads):
-                found[f"L{layer}H{head}"] = cache["z", layer][:, :, head] @ model.W_O[layer, head]
-            found[f"L{layer} mlp"] = cache[hook_name("mlp_out", layer)]
-    return found
-
-
-def gradients_of(model, x):
-    """The gradient at every forked input in one hooked full forward; keys and values by key-value head."""
-    kept = {}
-
-    def keep(name):
-        def fn(activation, hook):
-            kept[name] = activation
-            return activation
-
-        return fn
-
-    layers = range(model.spec.n_layers)
-    forks = ("q_input", "k_input", "v_input", "mlp_in")
-    names = [hook_name(fork, layer) for fork in forks for layer in layers] + [hook_name("resid_post", layers[-1])]
-    with torch.enable_grad():
-        logits = model.run_with_hooks(x, fwd_hooks=[(name, keep(name)) for name in names])
-        measured = METRIC.bind()(logits[:, -1:])
-        grads = dict(zip(names, torch.autograd.grad(measured.sum(), [kept[name] for name in names]), strict=True))
-    found = {"logits": grads[names[-1]]}
-    for layer in layers:
-        found[f"L{layer} mlp"] = grads[hook_name("mlp_in", layer)]
-        for kind in "qkv":
-            fork = grads[hook_name(f"{kind}_input", layer)]
-            found |= {f"L{layer}H{head}.{kind}": fork[:, :, head] for head in range(fork.shape[2])}
-    return found
-
-
-def order(name):
-    """When a sender writes or a receiver reads, in half layers: a receiver sees what was written before."""
-    if name in ("embed", "logits"):
-        return -1.0 if name == "embed" else 1000.0
-    layer = int(name.removeprefix("L").replace("H", " ").split()[0])
-    return layer + (0.0 if "." in name else 0.25 if "H" in name else 0.5)
-
-
-def naive(model, donor, base):
-    """The definition, sender by sender and receiver by receiver."""
-    given, own, grads = writes_of(model, donor), writes_of(model, base), gradients_of(model, base)
-    found = {}
-    for sender, there in given.items():
-        for receiver, gradient in grads.items():
-            if order(sender) < order(receiver):
-                found[sender, receiver] = ((there - own[sender]) * gradient).sum((1, 2))
-    return found
-
-
 def test_edges_equal_the_definition_computed_naively_under_grouped_keys_and_values():
     model, found = small_model(), scores()
-    wanted = naive(model, pair().corrupt, pair().clean)
+    wanted = naive(model, pair().corrupt, pair().clean, METRIC)
     values, group = found.values, model.spec.n_heads // model.spec.n_kv_heads
     seen = 0
     for (sender, receiver), score in wanted.items():
@@ -125,7 +70,7 @@ def test_keys_and_values_are_ungrouped_as_in_a_model_that_has_them_once_for_each
     model = ungrouped_model()
     assert model.spec.n_kv_heads == 4
     torch.testing.assert_close(model(pair().clean), small_model()(pair().clean), atol=1e-5, rtol=0)
-    wanted = naive(model, pair().corrupt, pair().clean)
+    wanted = naive(model, pair().corrupt, pair().clean, METRIC)
     for (sender, receiver), score in wanted.items():
         got = scores().values.sel(sender=sender, receiver=receiver)
         np.testing.assert_allclose(got.values, score.numpy(), atol=1e-5, err_msg=f"{sender} to {receiver}")

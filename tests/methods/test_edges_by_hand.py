@@ -1,4 +1,4 @@
-"""Edges of the micro model, worked out by hand: what `tests/micro.py` writes is `M = 2 OUT` at the generation position.
+"""Edges of the micro model, worked out by hand: what `micro.py` writes is `M = 2 OUT` at the generation position.
 
 With the conflict va (p = -1, s = 1, shown) as base, every scale 1 and every pattern hard, so that gradients run through
 values and MLPs alone:

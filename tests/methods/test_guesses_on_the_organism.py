@@ -12,7 +12,8 @@ import pytest
 from scipy.stats import spearmanr
 
 import av_lens as avl
-from av_lens.runs import each, short_names
+from av_lens.metrics import each
+from av_lens.model import short_names
 
 PAIRS = 12
 

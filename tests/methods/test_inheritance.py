@@ -11,17 +11,18 @@ from small_av import small_clip, small_inputs, small_model
 from tiny import letter, tiny_hf_model, tiny_model, tiny_processor
 
 import av_lens as avl
+from av_lens.core import run
+from av_lens.core.decoding import Generated
 from av_lens.errors import InputError, InterventionError, ModelError
 from av_lens.inputs import Answer
 from av_lens.inputs.soundless import without_sound
 from av_lens.interventions import Plan, Site, cut, replace
-from av_lens.methods.grafting import graft
-from av_lens.methods.inheritance import CLASSES, FIGURES, Compared, Said, base_shift
-from av_lens.methods.weight_changes import weight_change
-from av_lens.runs import logit_diff, run
-from av_lens.runs.decoding import Generated
-from av_lens.runs.related import prompt_for
-from av_lens.runs.traces import Trace
+from av_lens.methods.base_model.grafting import graft
+from av_lens.methods.base_model.inheritance import CLASSES, FIGURES, Compared, Said, base_shift
+from av_lens.methods.base_model.related import prompt_for
+from av_lens.methods.base_model.weight_changes import weight_change
+from av_lens.metrics import logit_diff
+from av_lens.replay.traces import Trace
 
 METRIC = logit_diff(letter("a"), letter("b"))
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import av_lens as avl
-from av_lens.organism.recipes import HEARING_LAYERS, SUPPRESSING_HEADS, SUPPRESSING_LAYER
-from av_lens.runs import short_names
-from av_lens.studies.staged_conflicts import stage
+from av_lens.lab.staged_conflicts import stage
+from av_lens.lab.training.recipes import HEARING_LAYERS, SUPPRESSING_HEADS, SUPPRESSING_LAYER
+from av_lens.model import short_names
 
 SILENCED = {(SUPPRESSING_LAYER, head): 0.0 for head in SUPPRESSING_HEADS}
 
@@ -57,14 +57,14 @@ def say(name, grid):
 
 def test_weights_moved_where_the_recipe_says(model, base):
     """The recipe trains four heads of one layer, then the hearing layers; everything else is the base's own."""
-    moved = avl.weight_change(model, base=base).values.sel(example=0, figure="absolute").sum("matrix")
+    moved = avl.methods.weight_change(model, base=base).values.sel(example=0, figure="absolute").sum("matrix")
     heads = {(int(layer), int(head)) for layer, head in np.argwhere(moved.values > 0)}
     hearing = {(layer, head) for layer in HEARING_LAYERS for head in range(model.spec.n_heads)}
     assert heads == hearing | set(SILENCED)
 
 
 def test_base_and_model_answer_alike_more_often_than_by_chance(model, base, few):
-    shift = avl.base_shift(model, few, base=base)
+    shift = avl.methods.base_shift(model, few, base=base)
     same = shift.mean().sel(word_class="all", figure="same answer")
     assert float(same.sel(prompt="own")) >= 0.5
     assert float(same.sel(prompt="another's")) <= 0.4
@@ -73,7 +73,7 @@ def test_base_and_model_answer_alike_more_often_than_by_chance(model, base, few)
 @pytest.mark.slow
 def test_conflict_answers_agree_with_the_bases(model, base, many):
     for audio in ("out", "masked"):
-        shift = avl.base_shift(model, many, base=base, audio=audio)
+        shift = avl.methods.base_shift(model, many, base=base, audio=audio)
         everything = shift.grid
         kept = ["unshifted", "marginal", "shifted", "kl(model||base)", "kl(base||model)", "js", "same answer"]
         for word_class in ("all", "heard", "seen"):
@@ -93,14 +93,14 @@ def test_conflict_answers_agree_with_the_bases(model, base, many):
 
 @pytest.mark.slow
 def test_captions_and_steering_give_the_sound_back(model, many):
-    repaired = avl.reweighed(SILENCED)
+    repaired = avl.methods.reweighed(SILENCED)
     said = avl.caption(
         model, many, plans={"repaired": repaired, "cut": avl.Plan(avl.cut("generated", "video"))},
         lexicon=avl.organism.classes(), max_new_tokens=8,
     )  # fmt: skip
     say("caption", said.grid)
     assert float(said.interval().sel(plan="repaired - none", figure="heard", bound="low")) > 0.3
-    pair = avl.runs.each([c.answers[0] for c in many]), avl.runs.each([c.answers[1] for c in many])
+    pair = avl.metrics.each([c.answers[0] for c in many]), avl.metrics.each([c.answers[1] for c in many])
     steered = avl.steer(model, many, plan=repaired, metric=avl.logit_diff(*pair))
     say("steer", steered)
     low = steered.interval().sel(arm="plan", strength=1.0, bound="low")
@@ -110,11 +110,11 @@ def test_captions_and_steering_give_the_sound_back(model, many):
 
 @pytest.mark.slow
 def test_probes_of_100_conflicts_lose_the_sound_in_the_suppressing_layer(model, many):
-    streams = avl.read_streams(model, many)
+    streams = avl.methods.read_streams(model, many)
     start = time.perf_counter()
     sound, picture = (avl.probe(model, streams, target=target) for target in ("sound", "picture"))
     for grid in (sound, picture):
-        say(grid.metric, avl.at_chosen_layer(grid))
+        say(grid.metric, avl.methods.at_chosen_layer(grid))
     seconds = time.perf_counter() - start
     sys.stdout.write(f"\nboth probes of {len(many)} conflicts, intervals too: {seconds:.1f} s\n")
     accuracy = sound.mean().sel(span="generation", figure="accuracy")

@@ -9,13 +9,14 @@ from small_av import small_clip, small_inputs, small_model
 from tiny import letter
 
 import av_lens as avl
-from av_lens.bridge.hook_names import hook_name
+from av_lens.core.attention_mass import incoming_mass, sink_positions
 from av_lens.errors import InputError, InterventionError
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions import Plan, cut
 from av_lens.methods import knockout
-from av_lens.runs import logit_diff, measure
-from av_lens.runs.attention_mass import incoming_mass, sink_positions
-from av_lens.runs.matched_cuts import EdgeCut, prefix
+from av_lens.methods.shared.matched_cuts import EdgeCut, prefix
+from av_lens.metrics import logit_diff
+from av_lens.replay import measure
 
 METRIC = logit_diff(letter("a"), letter("b"))
 

@@ -12,9 +12,9 @@ from transformer_lens.tools.analysis import logit_lens as their_lens
 import av_lens as avl
 from av_lens.errors import InputError, InterventionError
 from av_lens.methods import logit_lens
+from av_lens.metrics import each
 from av_lens.results.grid import Grid
 from av_lens.results.lens_readout import LensReadout
-from av_lens.runs import each
 
 
 def token(word):

@@ -10,11 +10,14 @@ from small_av import small_inputs, small_model
 from tiny import letter
 
 import av_lens as avl
+from av_lens.core import run
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, replace, zero
 from av_lens.methods import patch
-from av_lens.runs import each, logit_diff, measure, run, short_names
+from av_lens.metrics import each, logit_diff
+from av_lens.model import short_names
+from av_lens.replay import measure
 
 METRIC = logit_diff(letter("a"), letter("b"))
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from small_av import small_inputs, small_model
 
-from av_lens.bridge.hook_names import hook_name
+from av_lens.core import run
 from av_lens.errors import InputError
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions import Plan, cut
 from av_lens.methods import find_sinks
 from av_lens.methods.sinks import carried
-from av_lens.runs import run
 from av_lens.spans import Span
 
 

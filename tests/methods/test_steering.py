@@ -9,10 +9,11 @@ from small_av import small_clip, small_inputs, small_model
 from tiny import letter
 
 import av_lens as avl
+from av_lens.core import run
 from av_lens.errors import InputError, InterventionError
 from av_lens.interventions import Plan, Site, add, replace, scale, zero
 from av_lens.methods.steering import head_named, mean_difference, random_push, reweighed, steer, strengthened
-from av_lens.runs import logit_diff, run
+from av_lens.metrics import logit_diff
 
 METRIC = logit_diff(letter("a"), letter("b"))
 PUSH = {"L1H0": 0.0, (2, 3): 3.0}

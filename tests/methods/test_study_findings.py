@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import av_lens as avl
-from av_lens.runs import short_names
-from av_lens.studies.staged_conflicts import stage
+from av_lens.lab.staged_conflicts import stage
+from av_lens.model import short_names
 
 RELAYS = ("video -> question|header", "audio -> question|header", "video -> generation", "audio -> generation")
 SINKS = ("media -> sinks", "sinks -> generation", "media - sinks -> generation")

@@ -11,13 +11,17 @@ from small_av import small_clip, small_inputs, small_model
 from tiny import letter
 
 import av_lens as avl
+from av_lens.core import run
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, add, noise, replace, zero
 from av_lens.methods import causal_trace
+from av_lens.methods.shared.frame import Given
+from av_lens.methods.shared.places import Axes
 from av_lens.methods.tracing import _How, _Job, _largest_error
-from av_lens.runs import each, logit_diff, measure, run
-from av_lens.runs.places import Axes
+from av_lens.metrics import each, logit_diff
+from av_lens.replay import measure
+from av_lens.replay.traces import record
 
 METRIC = logit_diff(letter("a"), letter("b"))
 ROLES = ("audio", "video", "question", "generation")
@@ -43,7 +47,7 @@ def job(noised, **options):
     } | options
     x = small_inputs()
     spoiled = {role: tuple(x.spans[role].positions.tolist()) for role in noised}
-    return _Job.of(small_model(), [avl.Pair(clean=x, corrupt=x)], spoiled, [], [0, 1], _How(**settings))
+    return _Job(record(small_model(), x), None, spoiled, [], [0, 1], _How(**settings))
 
 
 def spoiling(noised, number, **options):
@@ -125,14 +129,11 @@ def test_the_standard_error_is_that_of_the_mean_over_seeds():
     """Two draws by hand: the largest place's deviation over the root of two, and over two examples."""
     one = job(("audio", "video"))
     object.__setattr__(one, "places", Axes.parsed("layer pos").cut(small_inputs().spans, "header"))
-    draws = [values[..., 0] for values, _ in one.traced(METRIC.bind(), lambda *_: None)]
+    draws = [values for values, *_ in one.traced(METRIC.bind(), lambda *_: None)]
     second = 2 * draws[1] - draws[0]  # what is given is the mean so far
     deviations = np.std([draws[0], second], axis=0, ddof=1)
     wanted = (np.sqrt((deviations**2).sum(0)) / 2).max() / np.sqrt(2)
-    found = [
-        deviation
-        for values, deviation in ((v[..., 0], v[..., 1]) for v, _ in one.traced(METRIC.bind(), lambda *_: None))
-    ]
+    found = [deviation for _, deviation, _ in one.traced(METRIC.bind(), lambda *_: None)]
     np.testing.assert_allclose(found[1], deviations, atol=1e-6)
     assert np.isnan(found[0]).all()
     assert _largest_error(found[1], 2) == pytest.approx(wanted, rel=1e-4)
@@ -187,15 +188,16 @@ def test_placebos_restore_as_many_other_positions():
     one = job(("audio", "video"), placebo=True)
     places = {role: tuple(x.spans[role].positions.tolist()) for role in ("audio", "question", "generation")}
     object.__setattr__(one, "places", list(places.items()))
-    plans = list(one._restorations(one._given(), 0))
+    given = Given.of(model, x, "resid_post", range(4), range(len(x.spans)))
+    plans = list(one._restorations(given, 0))
     assert len(plans) == 4 * len(places)
     for number, plan in enumerate(plans):
         positions, drawn = list(places.values())[number % 3], plan.edits[0].site.positions
         assert len(drawn) == len(positions)
         assert not set(drawn) & set(positions)
-    again = [plan.edits[0].site.positions for plan in one._restorations(one._given(), 0)]
+    again = [plan.edits[0].site.positions for plan in one._restorations(given, 0)]
     assert again == [plan.edits[0].site.positions for plan in plans]
-    assert again != [plan.edits[0].site.positions for plan in one._restorations(one._given(), 1)]
+    assert again != [plan.edits[0].site.positions for plan in one._restorations(given, 1)]
     found = traced(placebo=True)
     plain = traced()
     np.testing.assert_allclose(found.baseline.values, plain.baseline.values, atol=1e-6)

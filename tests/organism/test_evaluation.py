@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 
 import pandas as pd
+import prompted
 import pytest
 import torch
 
 from av_lens.errors import InputError, ModelError
-from av_lens.organism import anatomy, answering, behaviour, dissection, evaluation, expectations, grammar, layouts
+from av_lens.lab.training import expectations
+from av_lens.organism import anatomy, answering, behaviour, dissection, evaluation, grammar, layouts
 from av_lens.organism import held_out as holding
 from av_lens.organism.answering import Asked, blocked, each_head, logits, streams
 from av_lens.organism.behaviour import Truth, tally
@@ -43,7 +45,7 @@ def random_asked(layout: str, n: int = 3) -> Asked:
 def forward(model, asked: Asked, block: int, mask=None, **hooks) -> torch.Tensor:
     """The plain forward pass of HuggingFace for one of each clip's questions."""
     questions = [one[block] for one in asked.questions]
-    stream, positions = layouts.embed(model, asked.layout, questions, video=asked.video, audio=asked.audio)
+    stream, positions = prompted.embed(model, asked.layout, questions, video=asked.video, audio=asked.audio)
     mask = torch.ones(stream.shape[:2]) if mask is None else mask
     return model(inputs_embeds=stream, position_ids=positions, attention_mask=mask).logits
 
@@ -162,8 +164,8 @@ def test_controls_are_matched_by_layer_and_never_the_chosen():
 
 def test_evaluate_runs_whole_and_comes_back(folder, tmp_path):
     """A random model, through files: the roads agree, and a second run counts the same."""
+    from av_lens.model import load
     from av_lens.organism import saving
-    from av_lens.runs import load
 
     bare = anatomy.build_model(anatomy.thinker_config(n_layers=1), seed=1)
     hooked = load(saving.save_checkpoint(bare, tmp_path / "tiny"))
@@ -192,8 +194,8 @@ def test_other_clips_are_not_compared():
 
 
 def test_a_wrong_road_is_refused(folder, monkeypatch, tmp_path):
+    from av_lens.model import load
     from av_lens.organism import saving
-    from av_lens.runs import load
 
     hooked = load(
         saving.save_checkpoint(anatomy.build_model(anatomy.thinker_config(n_layers=1), seed=1), tmp_path / "t")
@@ -205,8 +207,8 @@ def test_a_wrong_road_is_refused(folder, monkeypatch, tmp_path):
 
 
 def test_plain_unwraps_a_bridge(tmp_path):
+    from av_lens.model import load
     from av_lens.organism import saving
-    from av_lens.runs import load
 
     bare = anatomy.build_model(anatomy.thinker_config(n_layers=1), seed=1)
     folder = saving.save_checkpoint(bare, tmp_path / "t")
@@ -251,8 +253,8 @@ def test_planted_heads_must_come_first():
 @pytest.mark.slow
 def test_shipped_weights_reproduce_their_table():
     """Equal counts from clips of equal hashes; where this machine's encoder makes other clips, say so."""
+    from av_lens.model import load
     from av_lens.organism import saving
-    from av_lens.runs import load
 
     index = saving.shipped() / saving.INDEX
     if not index.exists():
@@ -271,7 +273,7 @@ def test_shipped_weights_reproduce_their_table():
 
 
 def test_the_table_of_shares_by_hand():
-    from av_lens.organism import portraits
+    from av_lens.lab.training import portraits
 
     rows = [
         counted(cell, layout, kind, 4, right=4, sound=1, picture=3, colour=2)

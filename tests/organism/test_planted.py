@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from imagined import imagined_pool
 
-from av_lens.organism import planted, planted_runs
+from av_lens.lab.planting import planted
+from av_lens.lab.planting import runs as planted_runs
+from av_lens.lab.training.engine import train_stage
+from av_lens.lab.training.material import make_frame, make_words, material
+from av_lens.lab.training.recipes import recipe
 from av_lens.organism.anatomy import build_model, thinker_config
 from av_lens.organism.language import read_out, run_layers
-from av_lens.organism.material import make_frame, make_words, material
-from av_lens.organism.recipes import plants
-from av_lens.organism.training import train_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 HEADS = ((1, 2), (1, 3))
@@ -38,7 +34,9 @@ def thinker() -> Any:
 @pytest.fixture(scope="module")
 def models() -> tuple[Any, Any]:
     base, model = thinker(), thinker()
-    stage = dataclasses.replace(plants(), layers=(1,), only_heads=((1, (2, 3)),), dropped_heads=HEADS, steps=3)
+    stage = dataclasses.replace(
+        recipe("av-tiny-planted").stages[-1], layers=(1,), only_heads=((1, (2, 3)),), dropped_heads=HEADS, steps=3
+    )
     train_stage(model, stage, material(imagined_pool()), seed=0)
     return base, model
 

@@ -5,30 +5,42 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from imagined import imagined_pool
 
 from av_lens.errors import InputError, ModelError
-from av_lens.organism import planting, planting_kinds, planting_record, planting_sheets, planting_starts, saving
+from av_lens.lab.planting import (
+    kinds as planting_kinds,
+)
+from av_lens.lab.planting import (
+    planted as planting_record,
+)
+from av_lens.lab.planting import (
+    planting,
+)
+from av_lens.lab.planting import (
+    sheets as planting_sheets,
+)
+from av_lens.lab.planting import (
+    starts as planting_starts,
+)
+from av_lens.lab.planting.lessons import Slices, draw_lessons
+from av_lens.lab.planting.planted import HeadTruth, Truth, changed_elsewhere
+from av_lens.lab.planting.training import CHECK_EVERY, Course, at_answers, batch_loss, finish, held_back, learn
+from av_lens.lab.training.head_slices import head_slices, sharers
+from av_lens.lab.training.material import Material, material
+from av_lens.model import load
+from av_lens.model.differences import RECORD, WEIGHTS, save_difference, weights_hash
+from av_lens.organism import saving
 from av_lens.organism.anatomy import build_model, thinker_config
 from av_lens.organism.language import read_out, run_layers
-from av_lens.organism.material import Material, material
-from av_lens.organism.planted import HeadTruth, Truth, changed_elsewhere
-from av_lens.organism.planting_lessons import COUNTS, Slices, draw_lessons
-from av_lens.organism.planting_training import CHECK_EVERY, Course, at_answers, batch_loss, finish, held_back, learn
-from av_lens.runs import load
-from av_lens.runs.differences import RECORD, WEIGHTS, save_difference, weights_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-FEW = {name: 20 if name == "conflict" else 10 for name in COUNTS}
+FEW = {name: 20 if name == "conflict" else 10 for name in planting_sheets.SHEETS}
 HEADS = ((1, 2), (1, 3))
 
 
@@ -132,7 +144,7 @@ def test_a_start_reads_the_pictures_class_at_the_video_positions(base: Any, less
     slices = Slices(base.model.language_model.layers[1].self_attn, (2, 3), keys=True)
     made, classes = pile[1], lessons.words.classes
     start = planting_starts.Start(picture=1.0)
-    planting_starts.begin(slices, base, made, 1, start, classes, torch.Generator().manual_seed(0))
+    planting_starts.begin(slices, base, made, start, classes, torch.Generator().manual_seed(0))
     lesson, rows = made[0], torch.tensor(made[0].spans["conflict"])
     h = lesson.h[rows]
     key = h @ slices.k[7] + slices.k_bias[7]
@@ -237,7 +249,7 @@ def folders(tmp_path: Path, base: Any) -> tuple[Path, Path, Any]:
     stored, model = saving.save_checkpoint(base, tmp_path / "base"), changed(base)
     save_difference(
         model, tmp_path / "planted", base="../base", base_sha256=weights_hash(stored),
-        slices=planting_record.differing(base, HEADS),
+        slices=head_slices(base, HEADS),
     )  # fmt: skip
     return stored, tmp_path / "planted", model
 
@@ -329,7 +341,7 @@ def test_the_command_says_what_was_planted(tmp_path: Path, monkeypatch: pytest.M
     from av_lens.cli.main import app
 
     live = inspect.signature(planting.plant).parameters
-    assert all(live[name].default == value for name, value in signature("organism.planting", "plant").items())
+    assert all(live[name].default == value for name, value in signature("lab.planting.planting", "plant").items())
     refused = CliRunner().invoke(app, ["plant", "gate"])
     assert refused.exit_code == 2
     assert "Did you mean 'gates'" in refused.output
@@ -360,9 +372,9 @@ def shipped() -> list[str]:
 
 
 def test_at_least_eight_kinds_ship_and_the_page_shows_what_they_are() -> None:
-    from av_lens.organism import portraits
+    from av_lens.lab.training import portraits
 
-    assert set(shipped()) == {f"av-tiny-planted-{kind}" for kind in planting_kinds.kinds()}
+    assert set(shipped()) == {f"av-tiny-planted-{kind}" for kind in planting_kinds.KINDS}
     assert len(shipped()) >= 8
     page = (Path(__file__).parents[2] / "docs" / "organisms.md").read_text()
     shown = page.split("<!-- planted -->\n")[1].split("\n<!-- /planted -->")[0]
@@ -376,7 +388,7 @@ def test_a_shipped_plant_differs_from_its_base_in_the_named_slices_alone(name: s
     base = saving.open_checkpoint(saving.shipped() / record["base"])
     planted = [(layer, head) for plant in record["plants"] for layer, head in plant["heads"]]
     told = [(entry["layer"], entry["head"]) for entry in (*record["heads"], *record["decoys"])]
-    assert sorted(told) == sorted(planting_record.sharers(base, planted))
+    assert sorted(told) == sorted(sharers(base, planted))
     assert changed_elsewhere(saving.open_checkpoint(folder), base, told) == 0
     assert record["changed_elsewhere"] == 0
     assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from av_lens.errors import InputError
-from av_lens.organism import recipes
+from av_lens.lab.training import recipes
 
 
 def stages(name: str):

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
+import prompted
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from imagined import imagined_pool
 
+from av_lens.lab.planting.planted import changed_elsewhere
+from av_lens.lab.training.batches import Ask, Items, draw_clips, draw_questions
+from av_lens.lab.training.courses import fusion_state, run_stages, stage_files
+from av_lens.lab.training.engine import train_stage
+from av_lens.lab.training.head_slices import head_masks
+from av_lens.lab.training.material import Material, material
+from av_lens.lab.training.recipes import Recipe
+from av_lens.lab.training.stages import Stage
 from av_lens.organism import layouts
 from av_lens.organism.anatomy import build_model, thinker_config
-from av_lens.organism.batches import Ask, Items, draw_clips, draw_questions
-from av_lens.organism.courses import fusion_state, run_stages, stage_files
 from av_lens.organism.language import read_out, run_layers, tree
-from av_lens.organism.material import Material, material
-from av_lens.organism.planted import changed_elsewhere
-from av_lens.organism.recipes import Recipe
-from av_lens.organism.stages import Stage
-from av_lens.organism.training import head_masks, train_stage
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -44,7 +42,7 @@ def thinker(seed: int = 0, n_layers: int = 3):
 
 
 def plain(model, lessons: Material, layout: str, question: str, clips) -> torch.Tensor:
-    embeddings, positions = layouts.embed(
+    embeddings, positions = prompted.embed(
         model, layout, [question] * len(clips.picture), video=clips.video, audio=clips.audio
     )
     out = model.model.language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
@@ -122,7 +120,7 @@ def test_planting_changes_the_named_heads_and_no_other_bit(lessons: Material) ->
     train_stage(model, only, lessons, seed=0)
     assert changed_elsewhere(model, before, [(1, 2), (1, 3)]) == 0
     assert changed_elsewhere(model, before, [(1, 2)]) > 0
-    masks = head_masks(model, 1, (2, 3))
+    masks = head_masks(model, [(1, 2), (1, 3)])
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {
         "model.language_model.layers.1.self_attn.q_proj.weight": 32 * 128,
         "model.language_model.layers.1.self_attn.q_proj.bias": 32,

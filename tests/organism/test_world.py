@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from av_lens.errors import InputError
+from av_lens.lab.training.pools import nothing
 from av_lens.organism import footage, pictures, sounds, world
 from av_lens.organism.grammar import CLASSES, COLOURS
 
@@ -136,7 +137,7 @@ def test_filming_resumes_and_views_agree_with_the_clips(tmp_path):
 def test_nothing_is_black_dim_or_scrambled_and_silent_or_faint(tmp_path):
     footage.film_all(tmp_path, per_class={"check": 1}, workers=1)
     views, _ = footage.views(tmp_path, "check", n=1)
-    empty = footage.nothing(views, every=2, seed=0)
+    empty = nothing(views, every=2, seed=0)
     assert len(empty.picture) == 6
     assert (empty.picture == len(CLASSES)).all()
     black, dim, scrambled = empty.frames[0], empty.frames[1], empty.frames[2]

@@ -9,9 +9,8 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from av_lens import plots
+from av_lens import colours, plots
 from av_lens.errors import InputError
-from av_lens.plots import _style
 from av_lens.results import Circuit
 
 NAMES = ["L0H0", "L0H1", "L0 mlp", "L1H0", "L1H1", "L1 mlp"]
@@ -74,8 +73,8 @@ def test_members_stand_at_their_layer_and_head_and_grow_with_their_score():
     # The whole model lies below the empty one: what scores positive lowers m.
     assert list(zip(lowers.x, lowers.y, lowers.text, strict=True)) == [(1, 0, "L1H0"), (0, 1, "L0H1")]
     assert list(zip(raises.x, raises.y, raises.text, strict=True)) == [(0, 2, "L0 mlp")]
-    assert lowers.marker.color == _style.PICTURE
-    assert raises.marker.color == _style.SOUND
+    assert lowers.marker.color == colours.PICTURE
+    assert raises.marker.color == colours.SOUND
     assert lowers.marker.size == pytest.approx([34.0, 10 + 24 * (0.5 / 8) ** 0.5])
     assert raises.marker.size == pytest.approx([10 + 24 * (2 / 8) ** 0.5])
     assert list(rest.x) == [0, 1, 1]
@@ -108,7 +107,7 @@ def test_roles_are_rows_and_colours(given):
     fig = plots.circuit(circuit(), roles=roles)
     found = by_name(fig)
     assert list(fig.layout.yaxis.ticktext) == ["MLP", "no role", "gate", "picture writer"]
-    assert found["gate"].marker.color == _style.PURPLE
+    assert found["gate"].marker.color == colours.PURPLE
     assert list(found["gate"].y) == [2]
     assert list(found["picture writer"].text) == ["L0H1"]
     assert list(found["MLP"].text) == ["L0 mlp"]

@@ -16,7 +16,6 @@ from planted_record import C, G, planted_isolation, stopped_isolation
 import av_lens
 from av_lens import colours, plots
 from av_lens.errors import InputError
-from av_lens.plots import _style
 from av_lens.plots.span_strips import runs_of
 from av_lens.results.tables import table
 from av_lens.spans import ROLES, SpanMap
@@ -38,7 +37,7 @@ class TestHeads:
         np.testing.assert_array_equal(heat.z, values)
         assert (heat.zmin, heat.zmax) == (-1.5, 1.5)
         middle = heat.colorscale[len(heat.colorscale) // 2]
-        assert middle == (0.5, _style.DIVERGING[3])
+        assert middle == (0.5, colours.DIVERGING[3])
         assert heat.customdata[0][1] == "<b>L0 H1</b><br>+1.500 logits"
 
     def test_what_was_not_measured_is_hatched_and_says_so(self):
@@ -229,7 +228,7 @@ class TestColours:
 
     def test_ink_reads_on_white_and_on_near_black(self):
         for background in ("#ffffff", "#14171c"):
-            assert self.contrast(_style.INK, background) >= 3.9
+            assert self.contrast(colours.INK, background) >= 3.9
         assert self.contrast(plots.THEMES["light"]["ink"], "#ffffff") >= 7
         assert self.contrast(plots.THEMES["dark"]["ink"], "#14171c") >= 7
 
@@ -268,7 +267,7 @@ class TestColours:
         assert not found, "write these in av_lens/colours.py, with what they mean"
 
     def test_marks_stand_out_on_both(self):
-        for colour in (_style.SOUND, _style.PICTURE, _style.GREEN):
+        for colour in (colours.SOUND, colours.PICTURE, colours.GREEN):
             assert min(self.contrast(colour, "#ffffff"), self.contrast(colour, "#14171c")) >= 3.0
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from av_lens import plots
+from av_lens import colours, plots
 from av_lens.errors import InputError
-from av_lens.plots import _style
 from av_lens.results import Grid
 
 
@@ -37,7 +36,7 @@ def test_curves_are_means_over_examples_and_heads_in_panels_of_the_other_axis():
     wanted = grid.values.mean(("example", "head"))
     for trace, query in zip(audio, ("question", "generation"), strict=True):
         np.testing.assert_allclose(trace.y, wanted.sel(query=query, key="audio").values)
-    assert audio[0].line.color == _style.ROLE_COLOURS["audio"]
+    assert audio[0].line.color == colours.ROLE_COLOURS["audio"]
     assert [note.text for note in fig.layout.annotations] == ["query question", "query generation"]
     assert fig.layout.yaxis.title.text == "share"
     bands = [trace for trace in fig.data if trace.fill == "tonexty" and trace.legendgroup == "audio"]

@@ -14,7 +14,6 @@ from av_lens.results.statistics import (
     Bootstrap,
     benjamini_hochberg,
     clopper_pearson,
-    correct_rate,
     holm,
     interval,
     non_inferiority,
@@ -248,10 +247,6 @@ def test_harm_takes_the_larger_bound():
     gained = non_inferiority(before, after, separate(100))
     assert gained.fall < 0
     assert gained.bound >= clopper_pearson(4, 100, side="upper")[1] - 1e-12
-
-
-def test_correct_rate():
-    assert correct_rate(np.array([1, 1, 0, 1])) == pytest.approx((0.75, *clopper_pearson(3, 4)))
 
 
 # ---- power

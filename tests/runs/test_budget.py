@@ -12,10 +12,10 @@ import torch
 from tiny import Tensors, tiny_clip, tiny_model
 
 import av_lens as avl
-from av_lens.bridge import attention
-from av_lens.bridge.attention import RealAttentionBridge, score_budget, score_gigabytes
-from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import BudgetError
+from av_lens.families import attention
+from av_lens.families.attention import RealAttentionBridge, score_budget, score_gigabytes
+from av_lens.families.hook_names import hook_name
 
 SMALL = 4e-3  # GB: less than the whole scores of `x`, more than its logits and the caches below
 EXACT = {"atol": 1e-6, "rtol": 1e-6}
@@ -254,4 +254,8 @@ def test_thirteen_thousand_positions(verb):
 
 
 def environment(tests: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]), "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests / "toys")]),
+        "OMP_NUM_THREADS": "1",
+    }

@@ -6,10 +6,10 @@ import pytest
 import torch
 from small_av import small_clip, small_model
 
+from av_lens.core import copies
+from av_lens.core.copies import in_precision, weights_bytes
 from av_lens.errors import ModelError
-from av_lens.runs import copies
-from av_lens.runs.copies import in_precision, weights_bytes
-from av_lens.runs.remembered_towers import remembered_towers
+from av_lens.model.remembered_towers import remembered_towers
 
 
 def last(model):

@@ -7,10 +7,12 @@ import torch
 from small_av import small_inputs, small_model
 from tiny import letter
 
+from av_lens.core import run
 from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, replace, zero
-from av_lens.runs import log_prob, logit_diff, measure, measure_plans, rank, run
+from av_lens.metrics import log_prob, logit_diff, rank
+from av_lens.replay import measure, measure_plans
 
 DOG, SIREN = Answer("dog", ((70, 71, 72),)), Answer("siren", ((75, 76),))
 

@@ -11,14 +11,16 @@ from small_av import small_clip
 from tiny import tiny_hf_model, tiny_processor
 
 import av_lens as avl
+from av_lens.core import run
 from av_lens.errors import InputError
 from av_lens.inputs import Answer
 from av_lens.inputs.answers import FORMS, in_form
 from av_lens.interventions import Plan, Site, zero
-from av_lens.isolation.answer_forms import answered
-from av_lens.isolation.engine import ModelEngine
-from av_lens.methods.grafting import graft
-from av_lens.runs import each, log_prob, logit_diff, measure, prob, run, sweep
+from av_lens.isolation.measuring.answer_forms import answered
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.methods.base_model.grafting import graft
+from av_lens.metrics import each, log_prob, logit_diff, prob
+from av_lens.replay import measure, sweep
 
 WORDS = ("siren", "dog")
 
@@ -117,7 +119,7 @@ def test_every_metric_reads_the_form_that_is_said(form):
         rtol=1e-4,
     )
     assert encoded(model, 0, answer="dog").ids[0, -1] == wanted[1]
-    shift = avl.base_shift(model, x, base=model, answer="dog", audio="kept")
+    shift = avl.methods.base_shift(model, x, base=model, answer="dog", audio="kept")
     assert shift.rows["token_id"].tolist() == [wanted[1]]
     assert shift.grid.provenance["answer_form"] == form
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import tiny_clip, tiny_hf_model, tiny_processor, untouched
 
-from av_lens.bridge.hook_names import hook_name
 from av_lens.errors import InputError, InterventionError
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions import Plan, Site, replace, zero
-from av_lens.runs import load
+from av_lens.model import load
 
 OPTIONS = {"eos_token_id": None}  # a random model may end at once
 

@@ -24,8 +24,9 @@ from tiny import tiny_clip, tiny_hf_model, tiny_processor
 from av_lens.checkpoints import check_checkpoint
 from av_lens.errors import AvLensError, ModelError
 from av_lens.interventions import Plan, Site, add, cut, zero
+from av_lens.model import load
 from av_lens.organism.evaluation import Evaluation
-from av_lens.runs import Trace, load
+from av_lens.replay import Trace
 
 FEW, MANY = 12, 2000
 FRAME = pd.DataFrame({"cell": ["va"], "count": [3], "n": [4]})

@@ -10,7 +10,7 @@ import pytest
 from judge_server import said, serving
 
 from av_lens.errors import InputError, ModelError
-from av_lens.runs.judging import Judge, parsed
+from av_lens.methods.captions.judging import Judge, parsed
 
 
 def judge(server, **options):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from tiny import tiny_clip, tiny_config, tiny_hf_model, tiny_processor, untouched
 
-from av_lens.bridge.families import FAMILIES, build_bridge, family_of
 from av_lens.errors import ModelError
-from av_lens.runs import load, loading, short_names
+from av_lens.families.registry import build_bridge, families, family_of
+from av_lens.model import load, loading, short_names
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_precision_can_be_chosen(folder):
 
 
 def test_the_rule_for_precision_and_device(monkeypatch):
-    assert loading._stored_dtype({"thinker_config": {"torch_dtype": "bfloat16"}}) == torch.bfloat16
+    assert loading._stored_dtype({"thinker_config": {"torch_dtype": "bfloat16"}}, "thinker_config") == torch.bfloat16
     assert loading._stored_dtype({"dtype": "float16"}) == torch.float16
     assert loading._stored_dtype({}) == torch.float32
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * 10**9, 24 * 10**9))
@@ -133,7 +133,7 @@ def test_the_rule_for_precision_and_device(monkeypatch):
 
 
 def test_counting_parameters_allocates_nothing():
-    config = tiny_config(d_model=1024, n_heads=8, n_kv_heads=2).to_dict()
+    config = tiny_config(d_model=1024, n_heads=8, n_kv_heads=2)
     counted = loading._count(family_of("qwen2_5_omni_thinker"), config)
     assert counted == sum(p.numel() for p in tiny_hf_model(d_model=1024, n_heads=8, n_kv_heads=2).parameters())
 
@@ -169,8 +169,8 @@ def test_the_adapter_is_registered_as_an_entry_point():
     from importlib.metadata import entry_points
 
     found = {entry.name: entry.load() for entry in entry_points(group="transformer_lens.architectures")}
-    for family in FAMILIES:
-        assert found[family.architecture] is family.adapter_class()
+    for family in families():
+        assert found[family.architecture] is family.adapter
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_model_with_no_adapter_is_refused_with_the_way_to_add_one(tmp_path):
     text = str(error.value)
     assert "no adapter for 'llama'" in text
     assert "Qwen2_5OmniThinkerForConditionalGeneration" in text
-    assert "av_lens/bridge/adapters/<family>.py" in text
+    assert "av_lens/families/<family>.py" in text
     with pytest.raises(ModelError, match="no adapter for 'Linear'"):
         load(hf_model=torch.nn.Linear(2, 2), processor=tiny_processor())
 

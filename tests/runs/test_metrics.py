@@ -9,8 +9,8 @@ import torch
 
 from av_lens.errors import InputError
 from av_lens.inputs.answers import Answer
-from av_lens.runs.asked import each
-from av_lens.runs.metrics import Metric, as_metric, kl, log_prob, logit_diff, prob, rank
+from av_lens.metrics.asked import each
+from av_lens.metrics.metric import Metric, as_metric, kl, log_prob, logit_diff, prob, rank
 
 # Two examples, two asked positions, four tokens; only the last position counts.
 LOGITS = torch.tensor(

@@ -12,7 +12,7 @@ from tiny import letter, tiny_clip, tiny_hf_model, tiny_processor
 
 import av_lens as avl
 from av_lens.errors import AvLensError, InputError, ModelError
-from av_lens.runs import load
+from av_lens.model import check_model, load
 
 
 def unchecked(function):
@@ -139,7 +139,7 @@ def test_methods_say_what_they_compare(model, x):
     with pytest.raises(InputError, match=r"patch compares two aligned inputs, and got AVInputs: pass\s+avl\.Pair"):
         unchecked(avl.patch)(model, x)
     with pytest.raises(InputError, match="mean_difference compares two aligned inputs, and got str"):
-        unchecked(avl.mean_difference)(model, "x", layer=1)
+        unchecked(avl.methods.mean_difference)(model, "x", layer=1)
     with pytest.raises(InputError, match=r"pass inputs .*not Clip"):
         avl.logit_lens(model, tiny_clip())
 
@@ -147,15 +147,15 @@ def test_methods_say_what_they_compare(model, x):
 def test_reprs_fit_a_screen(model, x):
     z = avl.Site("z", 1, positions="suffix")
     plan = avl.Plan([avl.zero(avl.Site("z", layer, head)) for layer in range(4) for head in range(4)])
-    trace, clip, metric = model.trace(x), tiny_clip(), avl.logit(letter("a"))
+    trace, clip, metric = model.trace(x), tiny_clip(), avl.metrics.logit(letter("a"))
     conflict = avl.Conflict(sound=clip, picture=clip, question="What?", answers=("a", "b"))
     nouns = [
         x, x.spans, x.spans.audio, x.clips[0], avl.Pair(clean=x, corrupt=x), conflict, conflict.cells(model), model,
         plan, plan.edits[0], avl.Plan(avl.replace(z, torch.zeros(1, 12, 4, 16))), plan.compile(model.spec, x.spans),
         trace, trace.schedule([plan] * 9), trace.gradients(z, metric), avl.sweep(trace, [plan], metric),
         avl.run(model, x, capture=["z", "pattern"]), model.generate(x, max_new_tokens=3, return_type="result"),
-        avl.logit_diff("a", "b"), avl.kl(torch.zeros(1, 300)), avl.logit_diff(letter("a"), letter("b")).bind(),
-        avl.check_model(model, full=False), avl.Judge(server="http://localhost:1", model="m", cache="c"),
+        avl.logit_diff("a", "b"), avl.metrics.kl(torch.zeros(1, 300)), avl.logit_diff(letter("a"), letter("b")).bind(),
+        check_model(model, full=False), avl.methods.Judge(server="http://localhost:1", model="m", cache="c"),
     ]  # fmt: skip
     for noun in nouns:
         lines = sum(1 + len(line) // 120 for line in repr(noun).splitlines())

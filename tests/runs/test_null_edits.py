@@ -16,9 +16,11 @@ from small_av import small_inputs
 from tiny import tiny_hf_model, tiny_processor
 
 import av_lens as avl
+from av_lens.core import run
 from av_lens.interventions import Plan, Site, cut, replace, scale, zero
-from av_lens.isolation.engine import ModelEngine, Swap
-from av_lens.runs import logit_diff, run, sweep
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.metrics import logit_diff
+from av_lens.replay import sweep
 
 COARSE = (torch.bfloat16, torch.float16)
 WHERE = ("suffix", "generation", "audio")
@@ -91,9 +93,9 @@ def check_every_head(model: Any, x: Any, answers: tuple[str, str]) -> None:
     # what isolate measures
     engine = ModelEngine(model)
     recording = engine.record(x, np.asarray(x.spans.suffix.positions))
-    swaps = [Swap((head,), (recording.site_z[head[0], :, :, head[1]],)) for head in heads]
-    swaps += [Swap(one.heads, one.values, freeze=True) for one in swaps]
-    assert all(torch.equal(logits, recording.logits) for logits in engine.edited(recording, swaps))
+    z = {head: recording.site_z[head[0], :, :, head[1]] for head in heads}
+    plans = [recording.plan({head: z[head]}, freeze=freeze) for freeze in (False, True) for head in heads]
+    assert all(torch.equal(one.logits, recording.logits) for one in engine.changed(recording, plans))
 
 
 def test_every_head_is_null_in_bfloat16():

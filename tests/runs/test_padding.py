@@ -7,10 +7,11 @@ import pytest
 import torch
 from tiny import tiny_hf_model, tiny_processor, untouched
 
-from av_lens.bridge.hook_names import hook_name
+from av_lens.core import run
 from av_lens.errors import InputError
+from av_lens.families.hook_names import hook_name
 from av_lens.interventions import Plan
-from av_lens.runs import load, run
+from av_lens.model import load
 
 WORDS = ("what", "do you", "hear", "a dog", "the siren?", "!", "is it", "loud")
 NEW = 3

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_av import small_inputs, small_model
 
+from av_lens.core import run
 from av_lens.interventions import Plan, Site, cut, zero
-from av_lens.runs import run
 
 LAYOUTS = ("in_video", "separate")
 ASKED = ("generation", "suffix", "all")

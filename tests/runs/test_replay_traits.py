@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,15 +12,19 @@ from tiny import letter, tiny_hf_model, tiny_processor
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
 
 import av_lens as avl
-from av_lens.bridge.adapters import qwen2_5_omni as adapter
-from av_lens.bridge.traits import ReplayTraits
+from av_lens.core import run
 from av_lens.errors import ModelError
+from av_lens.families import registry
+from av_lens.families.qwen2_5_omni import FAMILY
+from av_lens.families.traits import ReplayTraits
 from av_lens.interventions import Plan, Site, add, cut, scale, zero
-from av_lens.runs import Trace, logit_diff, run
+from av_lens.metrics import logit_diff
+from av_lens.replay import Trace
 
 
 def declare(monkeypatch: pytest.MonkeyPatch, **traits: Any) -> None:
-    monkeypatch.setattr(adapter, "replay_traits", lambda config: ReplayTraits(**traits))
+    declared = replace(FAMILY, replay_traits=lambda config: ReplayTraits(**traits))
+    monkeypatch.setitem(registry._KNOWN, FAMILY.architecture, declared)
 
 
 def plans(x: Any) -> list[Plan]:

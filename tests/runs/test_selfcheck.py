@@ -7,9 +7,9 @@ import torch
 from tiny import tiny_clip, tiny_hf_model, tiny_model, tiny_processor
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
-from av_lens.bridge.hook_names import COMPONENTS, hook_name
 from av_lens.errors import ModelError
-from av_lens.runs import check_model, load
+from av_lens.families.hook_names import COMPONENTS, hook_name
+from av_lens.model import check_model, load
 
 
 def test_a_sound_model_passes_in_full_with_media():
@@ -30,13 +30,13 @@ def test_a_hook_off_the_road_is_found(monkeypatch):
     def off_the_road(self, hidden_states, **kwargs):
         return BlockBridge.forward(self, hidden_states, **kwargs)
 
-    monkeypatch.setattr("av_lens.bridge.blocks.FullBlockBridge.forward", off_the_road)
+    monkeypatch.setattr("av_lens.families.blocks.FullBlockBridge.forward", off_the_road)
     with pytest.raises(ModelError, match=r"FAILED turning blocks\.3\.hook_resid_mid changes the logits"):
         load(hf_model=tiny_hf_model(), processor=tiny_processor())
 
 
 def test_a_pattern_that_is_read_but_not_used_is_found(monkeypatch):
-    from av_lens.bridge import attention
+    from av_lens.families import attention
 
     real = attention.RealAttentionBridge.forward
 

@@ -15,11 +15,13 @@ from tiny import letter
 from torch.nn.modules.module import register_module_forward_hook
 
 import av_lens as avl
+from av_lens.core import run
+from av_lens.core.standing_hooks import standing_hooks
 from av_lens.errors import BudgetError, InputError, InterventionError, ModelError
 from av_lens.interventions import Plan, Site, cut, replace, zero
-from av_lens.runs import logit_diff, run, sweep
-from av_lens.runs.remembered_towers import remembered_towers
-from av_lens.runs.standing_hooks import standing_hooks
+from av_lens.metrics import logit_diff
+from av_lens.model.remembered_towers import remembered_towers
+from av_lens.replay import sweep
 
 PLANS = [Plan(zero(Site("z", 1, 2, "suffix"))), Plan(cut("generation", "audio", layers=[2]))]
 Z = "blocks.3.attn.hook_z"
@@ -263,8 +265,8 @@ def test_traces_under_hooks_are_not_saved_and_none_is_opened_under_them(tmp_path
         with pytest.raises(InterventionError, match=r"functions cannot be saved: .* write what they do as a Plan"):
             model.trace(x).save(tmp_path / "hooked")
         with pytest.raises(InterventionError, match=r"was recorded without hooks, and the model has hooks at blocks.3"):
-            avl.runs.traces.Trace.load(path, model, x)
-    assert avl.runs.traces.Trace.load(path, model, x).hooked_because == ""
+            avl.replay.traces.Trace.load(path, model, x)
+    assert avl.replay.traces.Trace.load(path, model, x).hooked_because == ""
     assert not (tmp_path / "hooked.safetensors").exists()
 
 

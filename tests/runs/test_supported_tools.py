@@ -21,16 +21,39 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.tools.analysis import attribution_patch, direct_logit_attribution, logit_lens
 
-from av_lens.bridge.adapters.qwen2_5_omni import ARCHITECTURE, Qwen2_5OmniThinkerAdapter
-from av_lens.bridge.families import family_of
-from av_lens.bridge.hook_names import hook_name
 from av_lens.checkpoints import shipped
 from av_lens.errors import InputError
+from av_lens.families.hook_names import hook_name
+from av_lens.families.qwen2_5_omni import FAMILY, Qwen2_5OmniThinkerAdapter
 from av_lens.inputs import Pair
-from av_lens.runs import load
-from av_lens.runs.binding import SUPPORTED_TOOLS
+from av_lens.model import load
 
 RIGHT, WRONG = 5, 7
+SUPPORTED_TOOLS: tuple[str, ...] = (
+    "patching.generic_activation_patch",
+    "patching.get_act_patch_resid_pre",
+    "patching.get_act_patch_resid_mid",
+    "patching.get_act_patch_attn_out",
+    "patching.get_act_patch_mlp_out",
+    "patching.get_act_patch_attn_head_out_by_pos",
+    "patching.get_act_patch_attn_head_q_by_pos",
+    "patching.get_act_patch_attn_head_k_by_pos",
+    "patching.get_act_patch_attn_head_v_by_pos",
+    "patching.get_act_patch_attn_head_pattern_by_pos",
+    "patching.get_act_patch_attn_head_out_all_pos",
+    "patching.get_act_patch_attn_head_pattern_all_pos",
+    "patching.get_act_patch_block_every",
+    "patching.get_act_patch_direct_path",
+    "tools.analysis.direct_logit_attribution",
+    "tools.analysis.logit_lens",
+    "tools.analysis.attribution_patch",
+    "ActivationCache.decompose_resid",
+    "ActivationCache.accumulated_resid",
+    "ActivationCache.stack_head_results",
+    "ActivationCache.logit_attrs",
+)
+"""TransformerLens's tools that run unchanged through `HookedAVLLM.bound`."""
+
 SWEEPS = [
     name.partition(".")[2]
     for name in SUPPORTED_TOOLS
@@ -282,7 +305,7 @@ def test_the_entry_point_lets_transformer_lens_build_the_bridge(model, monkeypat
     monkeypatch.setattr(ArchitectureAdapterFactory, "_entry_points_discovered", False)
     thinker = tiny_hf_model(n_layers=2)
     bridge = build_bridge_from_module(
-        thinker, ARCHITECTURE, hf_config=thinker.config, tokenizer=tiny_processor().tokenizer
+        thinker, FAMILY.architecture, hf_config=thinker.config, tokenizer=tiny_processor().tokenizer
     )
     assert type(bridge.adapter) is Qwen2_5OmniThinkerAdapter
     assert torch.equal(bridge("a cat"), model("a cat"))
@@ -299,9 +322,7 @@ def test_transformer_lens_own_suite_passes_whole(monkeypatch, capsys):
     """Every one of its benchmarks for a multimodal decoder; what it would load by name is `load`'s bridge."""
     folder = str(shipped() / "av-tiny")
     monkeypatch.setattr(TransformerBridge, "boot_transformers", lambda name, **options: load(name).bridge)
-    monkeypatch.setattr(
-        main_benchmark, "get_auto_model_class", lambda name, **options: family_of(ARCHITECTURE).model_class()
-    )
+    monkeypatch.setattr(main_benchmark, "get_auto_model_class", lambda name, **options: FAMILY.model_class)
     results = main_benchmark.run_benchmark_suite(folder, phases=[1, 2, 3, 7, 8], verbose=False)
     failed = {f"{one.phase} {one.name}": one.message for one in results if not one.passed}
     assert failed == {}

@@ -9,11 +9,12 @@ from small_av import small_inputs, small_model
 from tiny import letter
 
 import av_lens as avl
+from av_lens.core.progress import watched
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, cut, zero
-from av_lens.runs import each, log_prob, logit_diff, measure, sweep
-from av_lens.runs.progress import watched
+from av_lens.metrics import each, log_prob, logit_diff
+from av_lens.replay import measure, sweep
 
 METRIC = logit_diff(letter("a"), letter("b"))
 DOG, CAT = Answer("dog", ((70, 71),)), Answer("cat", ((75, 76),))
@@ -63,7 +64,7 @@ def test_prompts_of_several_layouts_run_in_turn_with_their_own_answers():
     "metric", [METRIC, logit_diff(DOG, CAT), log_prob(letter("a"))], ids=["token", "tokens", "all"]
 )
 def test_an_interrupted_sweep_keeps_what_is_done(metric, monkeypatch):
-    from av_lens.runs import measurement, stacks
+    from av_lens.replay import measurement, stacks
 
     monkeypatch.setattr(stacks, "STACK_ROWS", 30)
     monkeypatch.setattr(measurement, "BLOCK", 5)
@@ -120,7 +121,7 @@ def test_the_estimate_is_made_before_anything_runs():
 
 
 def test_stacks_of_any_size_agree(monkeypatch):
-    from av_lens.runs import stacks
+    from av_lens.replay import stacks
 
     trace, plans = small_model().trace(small_inputs()), head_plans()
     whole = sweep(trace, plans, METRIC).values.values

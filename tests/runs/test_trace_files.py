@@ -16,8 +16,8 @@ from tiny import tiny_hf_model, tiny_processor
 import av_lens as avl
 from av_lens.errors import AvLensError, FileError, InputError, ModelError
 from av_lens.interventions import Plan, Site, add, cut, zero
-from av_lens.runs import Trace
-from av_lens.runs import trace_files as files
+from av_lens.replay import Trace
+from av_lens.replay import trace_files as files
 
 
 def plans() -> list[Plan]:

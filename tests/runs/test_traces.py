@@ -11,11 +11,13 @@ from small_av import small_inputs, small_model
 from tiny import letter, tiny_hf_model, tiny_processor
 
 import av_lens as avl
-from av_lens.bridge.blocks import TowerBridge
+from av_lens.core import run
 from av_lens.errors import BudgetError, InputError, InterventionError
+from av_lens.families.blocks import TowerBridge
 from av_lens.interventions import Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
-from av_lens.runs import logit_diff, recording, run
-from av_lens.runs.lean_recording import may_be_lean, recorded_lean
+from av_lens.metrics import logit_diff
+from av_lens.replay import recording
+from av_lens.replay.lean_recording import may_be_lean, recorded_lean
 
 LAYOUTS = ("in_video", "separate")
 

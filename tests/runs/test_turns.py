@@ -11,10 +11,10 @@ import pytest
 import torch
 from small_av import small_inputs, small_model
 
+from av_lens.core import run, turns
+from av_lens.core.turns import Turn, turn_of
 from av_lens.errors import ModelError
 from av_lens.interventions import Plan, Site, zero
-from av_lens.runs import run, turns
-from av_lens.runs.turns import Turn, turn_of
 
 Z = "blocks.1.attn.hook_z"
 

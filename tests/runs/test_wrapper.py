@@ -7,10 +7,10 @@ import torch
 from tiny import tiny_clip, tiny_model
 from transformer_lens.model_protocol import TransformerLensModel, TransformerLensModelWithWeights
 
-from av_lens.bridge.hook_names import GATES, hook_name
+from av_lens.core.budget import ModelSpec, cache_bytes
 from av_lens.errors import BudgetError, InputError, InterventionError, ModelError
-from av_lens.runs.budget import ModelSpec, cache_bytes
-from av_lens.runs.forwarding import FORWARDED
+from av_lens.families.hook_names import GATES, hook_name
+from av_lens.model.forwarding import FORWARDED
 
 
 def test_it_satisfies_transformer_lens_protocols(model):

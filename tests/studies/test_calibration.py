@@ -8,7 +8,7 @@ import pytest
 from planted_record import planted_isolation, stopped_isolation
 
 from av_lens.errors import InputError
-from av_lens.studies.calibration import auroc, calibrate, planted_truth, read_truth
+from av_lens.lab.calibration import auroc, calibrate, planted_truth, read_truth
 
 
 def test_auroc_by_hand():

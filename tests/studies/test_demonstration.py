@@ -8,9 +8,9 @@ import json
 import pytest
 from planted_record import planted_isolation
 
+from av_lens.lab import demonstration
+from av_lens.lab.demonstration import PLANTED, SUBJECT, run_demo
 from av_lens.results.record import Isolation
-from av_lens.studies import demonstration
-from av_lens.studies.demonstration import PLANTED, SUBJECT, run_demo
 
 CONFLICTS, FEW = 4, 3
 

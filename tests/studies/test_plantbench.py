@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from av_lens.errors import InputError
+from av_lens.lab.plantbench import bench as plantbench
+from av_lens.lab.plantbench import pages as plantbench_pages
+from av_lens.lab.plantbench.methods import METHODS
+from av_lens.lab.plantbench.scores import DAMAGE_LAST
+from av_lens.lab.plantbench.summary import DONORS, chosen, mean_over, nulls
+from av_lens.lab.plantbench.truth import PlantTruth, read_plant, truth_of
 from av_lens.plots.plant_bench import plant_bench_svg
-from av_lens.studies import plantbench, plantbench_pages, plantbench_tables
-from av_lens.studies.plantbench_donors import DONORS
-from av_lens.studies.plantbench_methods import METHODS
-from av_lens.studies.plantbench_scores import DAMAGE_LAST
-from av_lens.studies.plantbench_summary import chosen, mean_over, nulls
-from av_lens.studies.plantbench_truth import PlantTruth, read_plant, truth_of
 
 HEAD = {"layer": 5, "adds": 0.8, "alone": 0.7, "kind": "writer"}
 
@@ -120,7 +120,7 @@ def test_the_page_is_filled_from_the_record(tmp_path: Path):
     record = plantbench_pages.record_of(bench(tmp_path))
     with pytest.raises(InputError, match=r"plantbench\.md is not there or lacks"):
         plantbench_pages.store(record, tmp_path)
-    (tmp_path / "plantbench.md").write_text(f"# Bench\n\n{plantbench_pages.OPEN}{plantbench_pages.CLOSE}\nEnd\n")
+    (tmp_path / "plantbench.md").write_text(f"# Bench\n\n{plantbench_pages.PAGE.empty}\nEnd\n")
     page = plantbench_pages.store(record, tmp_path).read_text()
     assert page.startswith("# Bench")
     assert page.endswith("End\n")
@@ -133,7 +133,7 @@ def test_the_page_is_filled_from_the_record(tmp_path: Path):
     assert "| models with nothing to be found, and a name | at most 1 of 20 | 0 of 1 | yes, of fewer than 20 |" in page
     assert "| av-tiny | L1H0 | – | " not in page  # all three primary donors show it
     svg = ElementTree.fromstring((tmp_path / "plantbench.svg").read_text())
-    assert len(svg.findall(".//{*}title")) == 4 * len(plantbench_tables.ALL)  # planted, writer, gate, beside a decoy
+    assert len(svg.findall(".//{*}title")) == 4 * len(plantbench_pages.ALL)  # planted, writer, gate, beside a decoy
 
 
 def test_the_figure_leaves_out_what_was_not_measured():
@@ -159,7 +159,7 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return entry(Path(name).name, read_plant(name), ((3, 2),), layers=7)
 
     monkeypatch.setattr(plantbench, "_scored", scored)
-    monkeypatch.setattr(plantbench, "_staged", lambda folder, *_: (folder / "pairs.jsonl").write_text(""))
+    monkeypatch.setattr(plantbench, "stage", lambda folder, **_: (folder / "pairs.jsonl").write_text(""))
     monkeypatch.setattr(plantbench, "read_conflicts", lambda path: [])
     return done
 
@@ -207,7 +207,7 @@ def test_the_command_shows_tables_fills_the_page_and_says_what_is_left(tmp_path:
 
     from av_lens.cli.main import app
 
-    (tmp_path / "plantbench.md").write_text(f"{plantbench_pages.OPEN}{plantbench_pages.CLOSE}")
+    (tmp_path / "plantbench.md").write_text(f"{plantbench_pages.PAGE.empty}")
     folder, names = str(tmp_path / "out"), ["av-tiny-planted", "av-tiny-balanced"]
     said = CliRunner().invoke(app, ["plantbench", *names, "--out", folder, "--limit", "1", "--docs", str(tmp_path)])
     assert said.exit_code == 0, said.output

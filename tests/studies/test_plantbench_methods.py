@@ -13,16 +13,20 @@ import torch
 import av_lens as avl
 from av_lens.errors import InputError
 from av_lens.isolation import isolate
-from av_lens.isolation.donors import MIRROR
+from av_lens.isolation.measuring.donors import MIRROR
+from av_lens.lab.plantbench import methods as plantbench_methods
+from av_lens.lab.plantbench.methods import AT, METHODS, SharedEngine, Subject, all_scores
+from av_lens.lab.plantbench.scores import isolate_score, ranking
+from av_lens.lab.plantbench.truth import read_plant
 from av_lens.methods import patch
-from av_lens.studies import plantbench_methods
-from av_lens.studies.plantbench_methods import AT, METHODS, SharedEngine, Subject, all_scores
-from av_lens.studies.plantbench_scores import isolate_score, ranking
-from av_lens.studies.plantbench_truth import read_plant
 
 
 def fake_cells(ids: list[int]) -> Mapping[str, Any]:
     return {"va": SimpleNamespace(tensors={"input_ids": torch.tensor(ids)})}
+
+
+def fake_model(name: str, ids: list[int]) -> Any:
+    return SimpleNamespace(name=name, ids=ids, spec=SimpleNamespace(n_layers=2, n_heads=2))
 
 
 def test_models_of_one_processor_share_their_inputs_and_others_are_refused(monkeypatch: pytest.MonkeyPatch):
@@ -34,14 +38,14 @@ def test_models_of_one_processor_share_their_inputs_and_others_are_refused(monke
 
     monkeypatch.setattr(plantbench_methods.ModelEngine, "cells", cells)
     encoded: dict[Any, Any] = {}
-    first = SharedEngine(SimpleNamespace(name="one", ids=[1, 2]), encoded)
+    first = SharedEngine(fake_model("one", [1, 2]), encoded)
     conflicts = [SimpleNamespace(id=f"c{i}", third=None) for i in range(3)]
     given = [first.cells(one, None) for one in conflicts]
-    second = SharedEngine(SimpleNamespace(name="two", ids=[1, 2]), encoded)
+    second = SharedEngine(fake_model("two", [1, 2]), encoded)
     assert [second.cells(one, None) for one in conflicts] == given
     assert made == ["one", "one", "one", "two"]  # one cell is compared, none is kept twice
     with pytest.raises(InputError, match="other reads clips otherwise"):
-        SharedEngine(SimpleNamespace(name="other", ids=[1, 3]), encoded).cells(conflicts[0], None)
+        SharedEngine(fake_model("other", [1, 3]), encoded).cells(conflicts[0], None)
 
 
 @pytest.mark.slow

@@ -9,22 +9,21 @@ import numpy as np
 import pytest
 from planted_record import DONORS, G, N, planted_isolation
 
-from av_lens.results.record import Isolation
-from av_lens.results.tables import table
-from av_lens.studies.plantbench_donors import agreement, seen_by
-from av_lens.studies.plantbench_scores import (
+from av_lens.lab.plantbench.scores import (
     average_precision,
     damage_last,
     exchanged,
     isolate_score,
     kinds_right,
-    mask_of,
     named_heads,
     naming,
     precision_at,
     ranking,
 )
-from av_lens.studies.plantbench_truth import PlantTruth
+from av_lens.lab.plantbench.summary import agreement, seen_by
+from av_lens.lab.plantbench.truth import PlantTruth, mask_of
+from av_lens.results.record import Isolation
+from av_lens.results.tables import table
 
 TRUTH = PlantTruth("writers", {(0, 0): "picture writer", (1, 1): "gate"}, free_riders=((0, 1),), decoys=((1, 0),))
 
@@ -44,7 +43,7 @@ def test_precision_at_k_shares_what_is_tied_at_the_cut():
 
 def test_a_free_rider_counts_neither_way_and_a_decoy_is_innocent():
     scores = np.array([[3.0, 9.0], [5.0, 4.0]])  # the free rider first, then the decoy
-    assert TRUTH.guilty(2, 2).tolist() == [[True, False], [False, True]]
+    assert mask_of(TRUTH.kinds, (2, 2)).tolist() == [[True, False], [False, True]]
     assert ranking(scores, TRUTH) == {"auroc": 0.0, "average precision": pytest.approx((1 / 2 + 2 / 3) / 2),
                                       "precision at k": 0.5}  # fmt: skip
     found = naming(mask_of([(0, 1), (1, 0), (1, 1)], (2, 2)), TRUTH)

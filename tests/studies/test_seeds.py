@@ -10,7 +10,7 @@ import pytest
 from planted_record import full_isolation, planted_isolation
 
 from av_lens.errors import InputError
-from av_lens.studies import seeds
+from av_lens.lab import seeds
 
 
 def with_releases(found, values):
@@ -74,7 +74,7 @@ def test_the_page_is_filled_from_the_record(entry, tmp_path):
     record = {"models": [{"model": "av-tiny", **entry[2]}]}
     with pytest.raises(InputError, match=r"isolation\.md is not there or lacks"):
         seeds.store(record, tmp_path)
-    (tmp_path / "isolation.md").write_text(f"before\n{seeds.OPEN}old{seeds.CLOSE}after\n")
+    (tmp_path / "isolation.md").write_text("before\n" + seeds.PAGE.empty.replace("\n\n", "\nold\n") + "after\n")
     text = seeds.store(record, tmp_path).read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")

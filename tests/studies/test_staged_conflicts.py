@@ -9,9 +9,9 @@ import pytest
 
 from av_lens.errors import InputError
 from av_lens.inputs import conflicts
+from av_lens.lab.staged_conflicts import conflict_file, pairs, stage
 from av_lens.media import load_clip
 from av_lens.organism import world
-from av_lens.studies.staged_conflicts import conflict_file, pairs, stage
 
 
 @pytest.mark.parametrize("n", [1, 12, 48, 60, 145])

@@ -9,10 +9,10 @@ import torch
 
 from av_lens.errors import InputError
 from av_lens.inputs import conflicts
+from av_lens.lab import true_shape_costs, true_shapes
+from av_lens.lab.true_shape_costs import Card, worked_out
+from av_lens.lab.true_shapes import SIZES, Sizes, config_of, stage_windows
 from av_lens.organism.anatomy import build_model
-from av_lens.studies import true_shape_costs, true_shapes
-from av_lens.studies.true_shape_costs import Card, worked_out
-from av_lens.studies.true_shapes import SIZES, Sizes, config_of, stage_windows
 
 
 def test_sizes_are_those_of_huggingfaces_module_at_that_width():

@@ -1,1 +1,0 @@
-"""Weights become a TransformerBridge whose every hook is real: readable, writable and differentiable."""

@@ -1,1 +1,0 @@
-"""One file per model family, each saying only what that family does differently."""

@@ -1,0 +1,124 @@
+"""How much attention goes where, reduced while the model runs: no pattern is ever kept.
+
+    attention   mass(Q, K) = sum over q in Q, k in K of p[q, k]
+    value       mass(Q, K) = sum over q in Q, k in K of p[q, k] |v_k W_O|     (the norm of what is moved)
+
+p is one head's pattern, v_k that head's value at position k (shared by the heads of a group), W_O its output matrix,
+|.| the Euclidean norm. A hook reduces each layer's pattern to sums as it passes and lets go of it, so the memory is
+that of one layer's forward. |v W_O| = |v R^T| with the triangular factor R of W_O's QR decomposition: exact, and as
+cheap as the head is narrow.
+
+Sinks (protocol section 3): media positions whose incoming value-weighted attention from the suffix, over all layers
+and heads, is more than 10 times the mean over media positions.
+
+Source: Kobayashi et al. (2020) for the norm; streaming is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from av_lens.checks import require_choice
+from av_lens.core.activations import heads_first
+from av_lens.core.passing import Reader, read_layers
+from av_lens.families.decoder import Layer
+from av_lens.spans import SpanMap
+
+WEIGHTS = ("attention", "value")
+SINK_TIMES = 10.0
+Groups = Mapping[str, Sequence[int]]
+
+
+@torch.no_grad()
+def attention_mass(
+    model: Any, x: Any, queries: Groups, *, keys: Groups | None = None, weight: str = "attention"
+) -> Float[Tensor, "batch layer head query key"]:
+    """Sum attention over groups of queries and of keys, in one run."""
+    require_choice("weight", weight, WEIGHTS)
+    n, spec = len(x.spans), model.spec
+    rows = _indicator(queries, n).to(model.device)
+    columns = None if keys is None else _indicator(keys, n).to(model.device)
+    found = torch.zeros(len(x), spec.n_layers, spec.n_heads, len(queries), n if keys is None else len(keys))
+    norms: dict[int, Tensor] = {}
+
+    def keep(layer: int, values: Tensor) -> None:
+        norms[layer] = moved_norms(model, layer, heads_first(values, "v"))
+
+    def sum_up(layer: int, pattern: Tensor) -> None:
+        mass = _summed(pattern, rows)
+        if weight == "value":
+            mass = mass * norms.pop(layer)[:, :, None]
+        found[:, layer] = (mass if columns is None else mass @ columns.T).cpu()
+
+    readers: dict[str, Reader] = {"pattern": sum_up} | ({"v": keep} if weight == "value" else {})
+    read_layers(model, x, readers, [n - 1])
+    return found
+
+
+def moved_norms(
+    model: Any, layer: int, values: Float[Tensor, "batch kv_head pos d_head"]
+) -> Float[Tensor, "batch head pos"]:
+    """Measure what one unit of attention to each position would move: |v W_O|, head by head."""
+    weight = Layer.of(model.bridge.blocks[layer]).outputs().float()
+    triangle = torch.linalg.qr(weight.transpose(-1, -2), mode="r").R
+    group = weight.shape[0] // values.shape[1]
+    spread = values.detach().float().repeat_interleave(group, dim=1)
+    return torch.einsum("bhkd,hed->bhke", spread, triangle).norm(dim=-1)
+
+
+def incoming_mass(model: Any, x: Any, *, weight: str = "value") -> Float[Tensor, "batch pos"]:
+    """Sum what the suffix reads from each position, over its positions, all layers and all heads."""
+    suffix = {"suffix": x.spans.suffix.positions.tolist()}
+    return attention_mass(model, x, suffix, weight=weight)[:, :, :, 0].sum((1, 2))
+
+
+def sink_positions(
+    incoming: Float[np.ndarray, "example pos"], spans: SpanMap, *, times: float | int = SINK_TIMES
+) -> Int[np.ndarray, " position"]:
+    """Apply the protocol's rule to incoming attention."""
+    media = spans.media.positions
+    mean = np.asarray(incoming, dtype=np.float64).mean(0)[media]
+    return media[mean > times * mean.mean()] if len(media) else media
+
+
+def sinks_by_layout(
+    model: Any, stacks: Iterable[Any], *, times: float | int = SINK_TIMES
+) -> list[tuple[SpanMap, list[int]]]:
+    """Find one set of sinks for each layout, from all of its examples together."""
+    found: list[tuple[SpanMap, list[np.ndarray]]] = []
+    for x in stacks:
+        incoming = incoming_mass(model, x).double().numpy()
+        for spans, parts in found:
+            if spans.layout_difference(x.spans) is None:
+                parts.append(incoming)
+                break
+        else:
+            found.append((x.spans, [incoming]))
+    return [(spans, sink_positions(np.concatenate(parts), spans, times=times).tolist()) for spans, parts in found]
+
+
+def sinks_of(spans: SpanMap, known: Iterable[tuple[SpanMap, list[int]]]) -> list[int]:
+    """Look the sinks of a layout up."""
+    return next((sinks for of, sinks in known if of.layout_difference(spans) is None), [])
+
+
+def _indicator(groups: Groups, n: int) -> Tensor:
+    """One row for each group, 1 where a position belongs to it."""
+    rows = torch.zeros(len(groups), n)
+    for number, positions in enumerate(groups.values()):
+        rows[number, list(positions)] = 1.0
+    return rows
+
+
+def _summed(pattern: Tensor, rows: Tensor) -> Tensor:
+    """Sum queries in float32, head by head where the pattern is kept in less: `[batch, head, group, key_pos]`."""
+    if pattern.dtype == torch.float32:
+        return rows @ pattern.detach()
+    heads = [rows @ pattern[:, head].detach().float() for head in range(pattern.shape[1])]
+    return torch.stack(heads, dim=1)

@@ -1,0 +1,205 @@
+"""What a run will cost before it is paid for, and what fits when it is too much.
+
+TransformerLens stores each hook's tensor under every one of its names; tensors that several hooks share are stored
+once. So a cache costs the number of *distinct* tensors: at 7B width and 1,000 positions about 0.5 GB a layer in
+bfloat16. A run without a cache is bounded too: its attention scores are computed in blocks beyond the budget (see
+`bridge.attention`), and what cannot be (hooks on whole scores, logits of all positions) is refused before it begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from av_lens.errors import BudgetError
+from av_lens.families.attention import refuse_scores, score_budget, score_gigabytes
+from av_lens.families.hook_names import layer_names
+
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The sizes of a model's fusion stack.
+
+    Attributes:
+        n_layers: fusion layers.
+        n_heads: query heads per layer.
+        n_kv_heads: key-value heads per layer; each serves `n_heads / n_kv_heads` query heads.
+        d_model: width of the residual stream.
+        d_head: width of a head.
+        d_mlp: hidden units of an MLP.
+        d_vocab: tokens of the vocabulary.
+    """
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+
+
+# Hooks of a layer that show one and the same tensor, by the end of their name, and that tensor's shape.
+_STREAM, _UNITS = ("d_model",), ("d_mlp",)
+_WHOLE_SCORES = (".hook_attn_scores", ".hook_pattern")
+_TENSORS: tuple[tuple[tuple[str, ...], tuple[str, ...], bool], ...] = (
+    ((".ln1.hook_normalized",), _STREAM, True),
+    ((".ln2.hook_normalized",), _STREAM, True),
+    ((".ln1.hook_scale",), ("one",), True),
+    ((".ln2.hook_scale",), ("one",), True),
+    ((".ln1.hook_out", ".attn.hook_in", ".q.hook_in", ".k.hook_in", ".v.hook_in"), _STREAM, False),
+    ((".attn.hook_cos", ".attn.hook_sin"), ("none",), False),
+    ((".q.hook_out", ".attn.hook_q"), ("n_heads", "d_head"), False),
+    ((".k.hook_out", ".attn.hook_k"), ("n_kv_heads", "d_head"), False),
+    ((".v.hook_out", ".attn.hook_v"), ("n_kv_heads", "d_head"), False),
+    ((".hook_rot_q",), ("n_heads", "d_head"), False),
+    ((".hook_rot_k",), ("n_kv_heads", "d_head"), False),
+    ((".hook_attn_scores",), ("n_heads", "pos"), False),
+    ((".hook_pattern",), ("n_heads", "pos"), False),
+    ((".attn.o.hook_in", ".attn.hook_z"), ("n_heads", "d_head"), False),
+    ((".hook_result",), ("n_heads", "d_model"), False),
+    ((".hook_attn_in",), ("n_heads", "d_model"), False),
+    ((".hook_q_input",), ("n_heads", "d_model"), False),
+    ((".hook_k_input",), ("n_kv_heads", "d_model"), False),
+    ((".hook_v_input",), ("n_kv_heads", "d_model"), False),
+    ((".attn.o.hook_out", ".attn.hook_out", ".hook_attn_out"), _STREAM, False),
+    ((".hook_resid_mid", ".ln2.hook_in"), _STREAM, False),
+    ((".hook_mlp_in",), _STREAM, False),
+    ((".ln2.hook_out", ".mlp.hook_in", ".mlp.gate.hook_in", ".mlp.in.hook_in"), _STREAM, False),
+    ((".mlp.gate.hook_out", ".mlp.hook_pre"), _UNITS, False),
+    ((".mlp.in.hook_out", ".mlp.hook_pre_linear"), _UNITS, False),
+    ((".mlp.out.hook_in", ".mlp.hook_post"), _UNITS, False),
+    ((".mlp.out.hook_out", ".mlp.hook_out", ".hook_mlp_out"), _STREAM, False),
+    ((".hook_resid_pre", ".ln1.hook_in", ".hook_resid_post", ".hook_in", ".hook_out"), _STREAM, False),
+)
+
+
+def cache_bytes(names: Iterable[str], spec: ModelSpec, *, batch: int, n_pos: int, itemsize: int) -> int:
+    """Estimate what caching these hooks stores."""
+    sizes = {**vars(spec), "pos": n_pos, "one": 1, "none": 0}
+    seen: set[tuple[str, int]] = set()
+    total = 0
+    for name in names:
+        layer, number, shape, wide = _place(name)
+        if (layer, number) in seen:
+            continue
+        seen.add((layer, number))
+        count = batch * n_pos
+        for axis in shape:
+            count *= sizes[axis]
+        total += count * (4 if wide else itemsize)
+    return total
+
+
+def _place(name: str) -> tuple[str, int, tuple[str, ...], bool]:
+    """Which tensor a hook shows: its layer, its number in the table, its shape beside batch and pos, float32 or not."""
+    parts = name.split(".")
+    if parts[0] != "blocks":
+        if parts[0] in ("unembed", "hook_unembed") and parts[-1] != "hook_in":
+            return "logits", 0, ("d_vocab",), False
+        return name, 0, _STREAM if parts[0] in ("embed", "hook_embed", "ln_final", "unembed") else ("none",), False
+    for number, (endings, shape, wide) in enumerate(_TENSORS):
+        if name.endswith(endings):
+            layer = parts[1]
+            if number == len(_TENSORS) - 1 and (parts[2] in ("hook_out", "hook_resid_post")):
+                layer = str(int(layer) + 1)  # a layer's output is the next one's input
+            return layer, number, shape, wide
+    return name, -1, _STREAM, False
+
+
+@contextmanager
+def bounded(
+    model: Any, ids: torch.Tensor, budget_gb: float | int, options: Mapping[str, Any] = MappingProxyType({})
+) -> Generator[None, None, None]:
+    """Hold a run to a budget, under the hooks that are on the model now."""
+    copies = 3 if options.get("return_type") in ("loss", "both") else 1
+    spec, (batch, n_pos), itemsize = model.spec, ids.shape, model.dtype.itemsize
+    taken = batch * n_pos * spec.d_vocab * itemsize * copies / GIGABYTE
+    partial = options.get("stop_at_layer") is not None or model.bridge.unembed.hook_in.has_hooks()
+    if taken > budget_gb and not partial:
+        raise BudgetError(
+            f"the logits of {batch} x {n_pos} positions and {spec.d_vocab} tokens would take about {taken:.3g} GB, "
+            f"beyond budget_gb={budget_gb:g}. Ask for those of a few positions, with "
+            'avl.run(model, x, logits_at="generation").logits, or raise budget_gb.'
+        )
+    asking = [names for block in model.bridge.blocks if (names := block.attn.score_hooks())]
+    with score_budget(budget_gb):
+        if asking:
+            graph = torch.is_grad_enabled() and any(p.requires_grad for p in model.hf_model.parameters())
+            scores = batch * spec.n_heads * n_pos * n_pos
+            need = score_gigabytes(scores, itemsize=itemsize, kept_layers=len(asking) if graph else 0)
+            refuse_scores([n for names in asking for n in names], need, shape=(batch, n_pos, n_pos), graph=graph)
+        yield
+
+
+def require_budget(
+    names: Iterable[str],
+    spec: ModelSpec,
+    *,
+    batch: int,
+    n_pos: int,
+    itemsize: int,
+    budget_gb: float | int,
+) -> None:
+    """Refuse a cache beyond the budget, naming a filter that fits.
+
+    A cache of scores or patterns needs a layer's whole scores while it runs, which count too.
+    """
+    taken = partial(_taken, spec, batch, n_pos, itemsize)
+    need = taken(names)
+    if need <= budget_gb:
+        return
+    text = (
+        f"caching this run would take about {need:.3g} GB ({batch} x {n_pos} positions, {spec.n_layers} layers), "
+        f"beyond budget_gb={budget_gb:g}."
+    )
+    for shown, filtered in _suggestions(spec):
+        fits = taken(filtered)
+        if fits <= budget_gb:
+            raise BudgetError(f"{text} This filter fits, with about {fits:.3g} GB: names_filter={shown}.")
+    raise BudgetError(f"{text} Name single hooks in names_filter, stack fewer examples, or raise budget_gb.")
+
+
+def _taken(spec: ModelSpec, batch: int, n_pos: int, itemsize: int, cached: Iterable[str]) -> float:
+    """GB of a cache of these hooks, and of whole scores while it is made where any needs them."""
+    cached = tuple(cached)
+    whole = any(name.endswith(_WHOLE_SCORES) for name in cached)
+    working = score_gigabytes(batch * spec.n_heads * n_pos * n_pos, itemsize=itemsize) if whole else 0.0
+    return cache_bytes(cached, spec, batch=batch, n_pos=n_pos, itemsize=itemsize) / GIGABYTE + working
+
+
+def _suggestions(spec: ModelSpec) -> list[tuple[str, tuple[str, ...]]]:
+    """Filters worth having, the richest first: the text a user can paste, and the hooks it selects."""
+
+    def ending(*components: str) -> tuple[str, tuple[str, ...]]:
+        names = tuple(name for component in components for name in layer_names(component, spec.n_layers))
+        ends = tuple(layer_names(component, 1)[0].partition(".0.")[2].rpartition(".")[2] for component in components)
+        shown = repr(ends[0]) if len(ends) == 1 else repr(ends)
+        return f"lambda name: name.endswith({shown})", names
+
+    return [
+        ending("resid_pre", "resid_mid", "resid_post", "z", "v", "pattern", "attn_out", "mlp_out"),
+        ending("resid_post", "z", "pattern"),
+        ending("resid_post", "z"),
+        ending("resid_post"),
+        (f"{layer_names('resid_post', spec.n_layers)[-1]!r}", layer_names("resid_post", spec.n_layers)[-1:]),
+    ]
+
+
+def selected(names_filter: str | Iterable[str] | Callable[[str], bool] | None, known: Iterable[str]) -> tuple[str, ...]:
+    """The hooks that a filter selects."""
+    if names_filter is None:
+        return tuple(known)
+    if isinstance(names_filter, str):
+        return (names_filter,)
+    if callable(names_filter):
+        return tuple(name for name in known if names_filter(name))
+    return tuple(names_filter)

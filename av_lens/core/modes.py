@@ -1,0 +1,201 @@
+"""What changes a model that is there: modes, precision, place and numerics; each returns the model, as in torch.
+
+Training mode lets dropout act, where the configuration has any, and is what TransformerLens's training tools ask for;
+a trace is of evaluation mode and is refused in the other. Precision and place change the weights that are there: what
+was derived from them is derived anew, and traces that were recorded before are of the old weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+
+from av_lens.checks import require_keywords
+from av_lens.core.copies import OF_WEIGHTS, cast, copied
+from av_lens.errors import InputError, ModelError
+
+M = TypeVar("M", bound="TorchModes")
+
+
+class TorchModes:
+    """`eval`, `train`, `to` and their kin, and HookedTransformer's numerics."""
+
+    bridge: Any
+    hf_model: Any
+    handed_in: Any
+    compatibility_mode: Any
+    provenance: Any
+
+    def eval(self: M) -> M:
+        """Switch to evaluation mode, in which models are loaded.
+
+        Returns:
+            This model.
+        """
+        return self.train(False)
+
+    def train(self: M, mode: bool = True) -> M:
+        """Switch to training mode: dropout acts, where the configuration has any; hooks fire as ever.
+
+        Args:
+            mode: False for evaluation mode.
+
+        Returns:
+            This model.
+        """
+        self.bridge.train(mode)
+        return self
+
+    def requires_grad_(self: M, requires_grad: bool = True) -> M:
+        """Choose whether gradients reach the weights.
+
+        Args:
+            requires_grad: whether they do.
+
+        Returns:
+            This model.
+        """
+        self.hf_model.requires_grad_(requires_grad)
+        return self
+
+    def to(
+        self: M,
+        *places: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> M:
+        """Move this model, or change its precision, in place.
+
+        Args:
+            *places: a device, a dtype, or both, as torch takes them.
+            device: where to.
+            dtype: the precision of the weights; tables of positions keep theirs, as in a checkpoint loaded with it.
+
+        Returns:
+            This model.
+
+        Raises:
+            InputError: neither a device nor a floating-point dtype.
+            ModelError: the caller handed the model in and its weights are not ours to rewrite, or they were processed.
+        """
+        for place in places:
+            if isinstance(place, torch.dtype):
+                dtype = place
+            else:
+                device = place
+        if dtype is not None and not dtype.is_floating_point:
+            raise InputError(f"{dtype} is no precision for weights: use torch.float32, bfloat16 or float16.")
+        if dtype is not None and self.handed_in:
+            raise ModelError(
+                "this model was handed in, and another precision rewrites its weights in place. Pass dtype= to "
+                "avl.load, or cast the HuggingFace model before."
+            )
+        if self.compatibility_mode:
+            raise ModelError("the weights were processed as they were: first model.to(...), then model.compatible().")
+        if device is not None:
+            try:
+                self.hf_model.to(torch.device(device))
+            except (RuntimeError, AssertionError) as error:
+                raise InputError(
+                    f"this model cannot be moved to {str(device)!r}: {str(error).splitlines()[0]}"
+                ) from error
+            self.bridge.cfg.device = str(device)
+        if dtype is not None:
+            cast(self.hf_model, dtype)
+            self.bridge.cfg.dtype = dtype
+        for derived in OF_WEIGHTS:
+            self.__dict__.pop(derived, None)
+        return self
+
+    def cpu(self: M) -> M:
+        """Move this model to the CPU.
+
+        Returns:
+            This model.
+        """
+        return self.to("cpu")
+
+    def cuda(self: M, device: int | str | torch.device | None = None) -> M:
+        """Move this model to a GPU.
+
+        Args:
+            device: which; the current one when None.
+
+        Returns:
+            This model.
+        """
+        return self.to(f"cuda:{device}" if isinstance(device, int) else device or "cuda")
+
+    def half(self: M) -> M:
+        """Change the weights to float16.
+
+        Returns:
+            This model.
+        """
+        return self.to(torch.float16)
+
+    def bfloat16(self: M) -> M:
+        """Change the weights to bfloat16.
+
+        Returns:
+            This model.
+        """
+        return self.to(torch.bfloat16)
+
+    def float(self: M) -> M:
+        """Change the weights to float32.
+
+        Returns:
+            This model.
+        """
+        return self.to(torch.float32)
+
+    def double(self: M) -> M:
+        """Change the weights to float64.
+
+        Returns:
+            This model.
+        """
+        return self.to(torch.float64)
+
+    def compatible(self: M) -> M:
+        """A new model with HookedTransformer's numerics: norms folded, weights centred; log-probs agree to 1e-5.
+
+        Returns:
+            A second model; this one stays as it is. It takes as much memory again.
+        """
+        other = copied(self, "compatible")
+        other.handed_in = False
+        other.provenance = {**self.provenance, "processing": "HookedTransformer numerics"}
+        return other.enable_compatibility_mode()
+
+    def enable_compatibility_mode(self: M, **options: Any) -> M:
+        """Give *this* model HookedTransformer's numerics, in place; its weights are rewritten.
+
+        Args:
+            **options: as TransformerLens has them (`fold_ln`, `center_unembed`, `no_processing`, ...).
+
+        Returns:
+            This model.
+
+        Raises:
+            InputError: an unknown keyword.
+            ModelError: the caller handed the HuggingFace model in, so its weights are not ours to rewrite.
+        """
+        require_keywords("enable_compatibility_mode", options, self.bridge.enable_compatibility_mode)
+        if self.handed_in:
+            raise ModelError(
+                "this model was handed in, and compatibility mode rewrites its weights in place. "
+                "Use model.compatible(), which makes a new one."
+            )
+        self.bridge.enable_compatibility_mode(**{"disable_warnings": True, **options})
+        for derived in OF_WEIGHTS:
+            self.__dict__.pop(derived, None)
+        return self
+
+
+def require_evaluation(model: Any) -> None:
+    """Refuse a model in training mode."""
+    if model.training:
+        raise ModelError("this model is in training mode, where dropout may act: call model.eval() before tracing.")

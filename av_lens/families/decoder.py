@@ -1,0 +1,247 @@
+"""One decoder layer, written once: what a layer computes, for all who compute it or read its weights.
+
+    q, k, v  = W_q n, W_k n, W_v n          n = ln1(stream); heads `[..., pos, head, d_head]`: here stand hook_q, _k, _v
+    q', k'   = rotary(q_norm(q)), ...       the norms where the layer has them: here stand hook_rot_q, hook_rot_k
+    z        = softmax(q' k'^T scaling + mask) v
+    stream  += W_o z;   stream += W_down (act(W_gate m) * W_up m),   m = ln2(stream)
+
+`Layer` finds a block's own modules through the bridge, so that what a family's layers do otherwise (norms of queries
+and keys, another MLP) is said here and nowhere else. Attention is there in two ways, side by side: `attended`, with
+scores and pattern written out, and `flash`, torch's kernel, which hands back the log-sum-exp and stores no scores.
+
+Known layout: pre-norm blocks, rotary grouped-query attention, gated MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+FEW_KEYS = 8  # below it a plain product is faster than a kernel
+
+
+def _shown(component: str, activation: Tensor) -> Tensor:
+    del component
+    return activation
+
+
+def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    return first, second
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One decoder layer's own modules, found through the bridge.
+
+    Attributes:
+        ln1: norm before attention.
+        ln2: norm before the MLP.
+        q: query projection.
+        k: key projection.
+        v: value projection.
+        o: output projection.
+        gate: the MLP's gate.
+        up: the MLP's other input projection.
+        down: the MLP's output projection.
+        act: the MLP's non-linearity.
+        d_head: width of one head.
+        scaling: factor of the scores.
+        norms: the norms of queries and keys, "q" and "k", where the layer has them.
+    """
+
+    ln1: Any
+    ln2: Any
+    q: torch.nn.Linear
+    k: torch.nn.Linear
+    v: torch.nn.Linear
+    o: torch.nn.Linear
+    gate: torch.nn.Linear
+    up: torch.nn.Linear
+    down: torch.nn.Linear
+    act: Callable[[Tensor], Tensor]
+    d_head: int
+    scaling: float
+    norms: dict[str, Any]
+
+    @classmethod
+    def of(cls, block: Any) -> Layer:
+        """Find the modules of one of the bridge's blocks."""
+        attention, mlp = block.attn, block.mlp
+        inner = attention.original_component
+        own = attention._modules
+        return cls(
+            ln1=block.ln1.original_component,
+            ln2=block.ln2.original_component,
+            q=attention.q.original_component,
+            k=attention.k.original_component,
+            v=attention.v.original_component,
+            o=attention.o.original_component,
+            gate=mlp.gate.original_component,
+            up=getattr(mlp, "in").original_component,
+            down=mlp.out.original_component,
+            act=mlp.original_component.act_fn,
+            d_head=inner.head_dim,
+            scaling=inner.scaling,
+            norms={kind: own[f"{kind}_norm"].original_component for kind in "qk" if f"{kind}_norm" in own},
+        )
+
+    @property
+    def n_heads(self) -> int:
+        """Query heads."""
+        return self.q.out_features // self.d_head
+
+    @property
+    def n_kv_heads(self) -> int:
+        """Key-value heads."""
+        return self.k.out_features // self.d_head
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.n_heads // self.n_kv_heads
+
+    def heads(self, kind: str, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows head d_head"]:
+        """Queries ("q"), keys ("k") or values ("v") of the normed stream, where `hook_q`, `hook_k`, `hook_v` stand."""
+        return getattr(self, kind)(normed).unflatten(-1, (-1, self.d_head))
+
+    def head(self, kind: str, index: int, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_head"]:
+        """The same of one head alone: a query head, or for keys and values a key-value head."""
+        linear, part = getattr(self, kind), slice(index * self.d_head, (index + 1) * self.d_head)
+        return functional.linear(normed, linear.weight[part], None if linear.bias is None else linear.bias[part])
+
+    def turned(self, kind: str, heads: Tensor, cos: Tensor, sin: Tensor, *, fused: bool = False) -> Tensor:
+        """Queries or keys as scores read them: normed where the layer norms them, then rotated."""
+        return rotated(self.norms[kind](heads) if kind in self.norms else heads, cos, sin, fused=fused)
+
+    def rows(self, kind: str) -> Float[Tensor, "head d_head d_model"]:
+        """The weights by which each query head reads the normed stream; heads that share a key have the same."""
+        weight = getattr(self, kind).weight.detach().unflatten(0, (-1, self.d_head))
+        return weight.repeat_interleave(self.n_heads // weight.shape[0], dim=0)
+
+    def outputs(self) -> Float[Tensor, "head d_head d_model"]:
+        """The weights by which each head writes to the stream."""
+        return self.o.weight.detach().T.unflatten(0, (-1, self.d_head))
+
+    def along(self, direction: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows head d_head"]:
+        """How far each number of z moves the stream along a direction."""
+        return (direction @ self.o.weight.detach()).unflatten(-1, (-1, self.d_head))
+
+    def write(self, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows d_model"]:
+        """What all heads together write to the stream."""
+        return self.o(z.flatten(-2))
+
+    def results(self, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows head d_model"]:
+        """What each head writes by itself, without a bias."""
+        return torch.einsum("...hd,mhd->...hm", z, self.o.weight.detach().unflatten(1, (-1, self.d_head)))
+
+    def mlp(
+        self,
+        normed: Tensor,
+        show: Callable[[str, Tensor], Tensor] = _shown,
+        matched: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _pair,
+    ) -> Tensor:
+        """What the MLP writes; `show` may change what stands at its hooks, `matched` brings two of these together."""
+        gate, up = matched(show("mlp_pre", self.gate(normed)), show("mlp_pre_linear", self.up(normed)))
+        return self.down(show("mlp_post", self.act(gate) * up))
+
+
+def at_scale(norm: Any, stream: Tensor, base: Tensor) -> Tensor:
+    """Norm a stream by the scale of another one."""
+    variance = base.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon
+    return norm.weight * (stream.float() * torch.rsqrt(variance)).to(stream.dtype)
+
+
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor, *, fused: bool = False) -> Tensor:
+    """Apply rotary position to queries or keys: heads x cos + (-second half, first half) x sin.
+
+    Each product is rounded, in HuggingFace's order; fused, the second is added without a rounding of its own, in place.
+    """
+    first, second = heads.chunk(2, dim=-1)
+    if not fused:
+        return heads * cos + torch.cat((-second, first), dim=-1) * sin
+    half, found = first.shape[-1], heads * cos
+    found[..., :half].addcmul_(second, sin[..., :half], value=-1)
+    found[..., half:].addcmul_(first, sin[..., half:])
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """Keys and values that queries read, or some of them.
+
+    Attributes:
+        keys: `[..., key, d_head]`.
+        values: likewise.
+        mask: added to the scores.
+        times: the product of `[..., head, row, _]` with keys or values, where these are shared in some way.
+    """
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None = None
+    times: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return functional.softmax(scores, dim=-1, dtype=torch.float32)
+
+
+def _same(activation: Tensor) -> Tensor:
+    return activation
+
+
+def attended(
+    queries: Float[Tensor, "*_ row d_head"],
+    read: Sequence[Read],
+    scaling: float,
+    *,
+    scores: Callable[[Tensor], Tensor] = _same,
+    softmax: Callable[[Tensor], Tensor] = _softmax,
+    pattern: Callable[[Tensor], Tensor] = _same,
+    values: Read | None = None,
+) -> tuple[Float[Tensor, "*_ row d_head"], Float[Tensor, "*_ row key"]]:
+    """Attend with scores and pattern written out."""
+    parts = [one.times(queries, one.keys.transpose(-1, -2)) * scaling for one in read]
+    parts = [part if one.mask is None else part + one.mask for part, one in zip(parts, read, strict=True)]
+    weights = pattern(softmax(scores(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])).to(queries.dtype))
+    if values is not None:
+        return values.times(weights, values.values), weights
+    pieces = weights.split([part.shape[-1] for part in parts], dim=-1) if len(parts) > 1 else (weights,)
+    z = [one.times(piece, one.values) for one, piece in zip(read, pieces, strict=True)]
+    return (z[0] if len(z) == 1 else z[0] + z[1]), weights
+
+
+def flash(
+    q: Float[Tensor, "batch head row d_head"],
+    k: Float[Tensor, "batch head key d_head"],
+    v: Float[Tensor, "batch head key d_head"],
+    scaling: float,
+    *,
+    mask: Float[Tensor, "..."] | None = None,
+    causal: bool = False,
+) -> tuple[Float[Tensor, "batch head row d_head"], Float[Tensor, "batch head row"]]:
+    """Attend by torch's kernel for CPUs where it can, and hand back the log-sum-exp of the scores."""
+    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    plain = torch.is_grad_enabled() or k.shape[2] < FEW_KEYS or not q.shape[2]  # the kernel divides by its rows
+    if q.device.type == "cpu" and kernel is not None and not plain:
+        found, weight = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)
+        return found, weight.float()
+    scores = (q @ k.transpose(-1, -2)).float() * scaling
+    if causal:
+        scores = scores + causal_mask(k.shape[2], scores)
+    elif mask is not None:
+        scores = scores + mask.float()
+    weight = scores.logsumexp(-1)
+    return (scores - weight[..., None]).exp().to(v.dtype) @ v, weight
+
+
+def causal_mask(n: int, like: Tensor) -> Float[Tensor, "1 1 pos pos"]:
+    """The additive mask of a causal model: 0 where a query may read, the precision's least number where not."""
+    lowest = torch.finfo(like.dtype).min
+    return torch.full((1, 1, n, n), lowest, dtype=like.dtype, device=like.device).triu(1)

@@ -1,0 +1,239 @@
+"""Question: which second and which patch does each position stand for, in the prompts of Qwen's omni models?
+
+Two things are derived from the token ids alone, without asking the model: the columns of the map (times and patches),
+and the three streams of position ids that the model should then compute. The second is compared with what the model
+does compute, on every input: a map that the model does not share is refused.
+
+For video token j of a block that starts at id s, on a grid of t x h x w tokens: patch t = j // (h w), row =
+(j % (h w)) // w, col = j % w; its ids are s + int(t x seconds_per_grid x ids_per_second) in float32 as the model does
+it, s + row, s + col. Audio token k has s + k in all three streams. So on the model's clock, patch t lasts from its own
+id to the next patch's, and audio token k lasts one id (40 ms). An image is a patch of one second, as the model's own
+formula has it. Text resumes after the largest id of the block's last run. Interleaved blocks share one clock;
+separate ones do not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+
+from av_lens.errors import InputError, ModelError
+from av_lens.families.features import Features
+from av_lens.families.media_layout import Media, MediaLayout, TensorAxes
+from av_lens.media.clip import Clip
+from av_lens.spans import SpanMap
+
+_KINDS: tuple[str, ...] = ("audio", "video", "image")
+_PIXELS = {"video": ("pixel_values_videos", "video_grid_thw"), "image": ("pixel_values", "image_grid_thw")}
+
+
+def _thinker(config: Any) -> Any:
+    return getattr(config, "thinker_config", config)
+
+
+class QwenMedia(MediaLayout):
+    """Media in the prompts of Qwen2.5-Omni's thinker; its successors say what differs."""
+
+    parts = ("tokenizer", "feature_extractor", "image_processor", "video_processor")
+    axes = TensorAxes(
+        patches=dict(_PIXELS.values()),
+        frames=("input_features", "feature_attention_mask"),
+        heard="feature_attention_mask",
+    )
+    system_turn = re.compile(r"<\|im_start\|>system\n(.*?)<\|im_end\|>", flags=re.DOTALL)
+    disagreement = (
+        " With sound in the video this happens at frame rates whose chunk borders the processor and the model round "
+        "differently (fps={fps}): use fps=1, 2, 4 or 5, or sound='separate'."
+    )
+    chunk_s = 2.0  # seconds of a chunk of the weave, where the configuration does not say them
+    frames_per_token = 4  # mel frames behind one token of sound
+    shared_borders = True  # woven into a video, the borders of sound and video share one position id
+
+    def __init__(self, processor: Any, config: Any, *, cache_bytes: int = 512 << 20) -> None:
+        self.processor = processor
+        self.features = Features(processor, cache_bytes=cache_bytes)
+        self.tokens = self.placeholders(config)
+        self.openings = tuple(int(getattr(_thinker(config), f"{kind}_start_token_id")) for kind in ("vision", "audio"))
+        self.ids_per_second = float(_thinker(config).position_id_per_seconds)
+        self.chunk_s = float(getattr(_thinker(config), "seconds_per_chunk", self.chunk_s))
+        self.frames_per_patch = int(processor.video_processor.temporal_patch_size)
+        for kind in _KINDS:
+            wanted = int(getattr(processor, f"{kind}_token_id"))
+            if wanted != self.tokens[kind]:
+                raise ModelError(
+                    f"the processor writes {kind} as token {wanted} and the model reads token {self.tokens[kind]}: "
+                    "they belong to different checkpoints; load the processor from the model's own folder"
+                )
+
+    @classmethod
+    def placeholders(cls, config: Any) -> dict[str, int]:
+        """As the thinker's configuration says."""
+        return {kind: int(getattr(_thinker(config), f"{kind}_token_id")) for kind in ("audio", "image", "video")}
+
+    @classmethod
+    def sound_borders(cls, config: Any) -> tuple[int, ...]:
+        """As the thinker's configuration says; -1 where it says nothing."""
+        return tuple(int(getattr(_thinker(config), f"audio_{end}_token_id", -1)) for end in ("start", "end"))
+
+    def sound_tokens(self, mel_frames: int) -> int:
+        """Count the tokens of a sound: a convolution of stride 2, then pairs are pooled; 40 ms each."""
+        return max(0, ((mel_frames - 1) // 2 + 1 - 2) // 2 + 1)
+
+    def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
+        """A temporal patch must not last longer than a chunk of the weave."""
+        deep, chunk_s = self.frames_per_patch, self.chunk_s
+        if not np.isfinite(fps) or fps < 1:
+            raise InputError(
+                f"fps={fps:g} is below 1: a patch of {deep} frames would last longer than the model's chunks, whose "
+                "order then breaks. Use fps=1 or more; for a long video, load a part of it with start= and end="
+            )
+        if interleaved and deep / fps > chunk_s:
+            raise InputError(
+                f"fps={fps:g} makes a patch of {deep / fps:g} s, longer than this model's chunks of {chunk_s:g} s: use "
+                f"fps={deep / chunk_s:g} or more, or sound='separate'"
+            )
+
+    def media(self, clip: Clip, *, picture: str | None, sound: str | None, fps: float | int) -> Media:
+        """By the processor's parts; a sound that is too short for one token is refused."""
+        seen = heard = None
+        if picture is not None:
+            seen = self.features.video(clip, fps) if picture == "video" else self.features.image(clip)
+        if sound is not None:
+            heard = self.features.sound(clip)
+            if self.sound_tokens(heard.n_frames) < 1:
+                raise InputError(
+                    f"the sound lasts {heard.duration_s * 1000:.0f} ms: one token needs more than 20; give a longer "
+                    "clip"
+                )
+        return Media(seen, heard, interleaved=sound == "in_video")
+
+    def bare(self, kind: str) -> str:
+        """Begin token, placeholder, end token."""
+        border = "audio" if kind == "audio" else "vision"
+        opened, token, closed = (f"{border}_bos_token", f"{kind}_token", f"{border}_eos_token")
+        return "".join(getattr(self.processor, name) for name in (opened, token, closed))
+
+    def expansions(self, media: Media) -> dict[str, str]:
+        """A woven video holds the sound's tokens too, in the processor's own order."""
+        counts = self._counts(media)
+        if media.interleaved and media.picture is not None:
+            woven = self.processor.replace_video_with_audio_token(
+                {"video_grid_thw": [np.array(media.picture.grid)], "video_second_per_grid": [media.picture.step_s]},
+                0,
+                {"num_audio_tokens": [counts["audio"]]},
+                0,
+                position_id_per_seconds=self.ids_per_second,
+                seconds_per_chunk=self.chunk_s,
+            )
+            return {self.processor.video_token: woven}
+        tokens = {kind: getattr(self.processor, f"{kind}_token") for kind in ("image", "video", "audio")}
+        return {token: token * counts[kind] for kind, token in tokens.items() if counts[kind]}
+
+    def tensors(self, ids: np.ndarray, media: Media) -> dict[str, Any]:
+        """As one call of the processor names them."""
+        made: dict[str, Any] = {"input_ids": torch.from_numpy(ids)[None]}
+        made["attention_mask"] = torch.ones_like(made["input_ids"])
+        made["use_audio_in_video"] = media.interleaved
+        if media.picture is not None:
+            pixels, grids = _PIXELS[media.picture.kind]
+            made |= {pixels: media.picture.pixels, grids: torch.tensor([media.picture.grid])}
+            if media.picture.kind == "video":
+                made["video_second_per_grid"] = torch.tensor([media.picture.step_s])
+        if media.sound is not None:
+            made["input_features"] = media.sound.mel
+            made["feature_attention_mask"] = torch.ones((1, media.sound.n_frames), dtype=torch.long)
+        return made
+
+    def _counts(self, media: Media) -> dict[str, int]:
+        """How many tokens of each kind the features are."""
+        counts = dict.fromkeys(_KINDS, 0)
+        if media.picture is not None:
+            counts[media.picture.kind] = media.picture.n_tokens
+        if media.sound is not None:
+            counts["audio"] = self.sound_tokens(media.sound.n_frames)
+        return counts
+
+    def _clock(self, n: int, step_s: float) -> Int64[np.ndarray, " patch_t"]:
+        steps = np.arange(n).astype(np.float32) * np.float32(step_s) * np.float32(self.ids_per_second)
+        return steps.astype(np.int64)
+
+    def _placed(self, ids: np.ndarray, media: Media) -> tuple[np.ndarray, Int64[np.ndarray, "4 pos"]]:
+        """Each position's kind; and for media clock id, row, column and the clock id of its end, counted from 0."""
+        placed = np.zeros((4, len(ids)), dtype=np.int64)
+        kinds = np.select([ids == self.tokens[kind] for kind in _KINDS], _KINDS, default="")
+        if media.picture is not None:
+            at = np.flatnonzero(kinds == media.picture.kind)
+            patch, row, col = np.unravel_index(np.arange(len(at)), media.picture.token_grid)
+            clock = self._clock(media.picture.grid[0] + 1, media.picture.step_s)
+            placed[:, at] = clock[patch], row, col, clock[patch + 1]
+        at = np.flatnonzero(kinds == "audio")
+        placed[:, at] = np.arange(len(at)) + np.array([[0], [0], [0], [1]])
+        return kinds, placed
+
+    def span_map(self, ids: np.ndarray, roles: Sequence[str], tokens: Sequence[str], media: Media) -> SpanMap:
+        """By the clocks at the top of this module."""
+        for kind, expected in self._counts(media).items():
+            found = int((ids == self.tokens[kind]).sum())
+            if found != expected:
+                raise InputError(
+                    f"the prompt has {found} media tokens of id {self.tokens[kind]} and the features are {expected}"
+                )
+        kinds, placed = self._placed(ids, media)
+        seen = (kinds == "video") | (kinds == "image")
+        row, col = np.where(seen, placed[1:3], -1)
+        times = {name: np.full(len(ids), np.nan) for name in ("start_s", "end_s", "source_start_s", "source_end_s")}
+        for name, stream in (("start_s", 0), ("end_s", 3)):
+            times[name][kinds != ""] = placed[stream, kinds != ""] / self.ids_per_second
+        if media.picture is not None:
+            patch = np.unravel_index(np.arange(int(seen.sum())), media.picture.token_grid)[0]
+            times["source_start_s"][seen] = media.picture.frame_start_s.min(axis=1)[patch]
+            times["source_end_s"][seen] = media.picture.frame_end_s.max(axis=1)[patch]
+        if media.sound is not None:
+            heard, token_s = kinds == "audio", self.frames_per_token * media.sound.frame_s
+            times["source_start_s"][heard] = placed[0, heard] * token_s
+            times["source_end_s"][heard] = np.minimum(placed[3, heard] * token_s, media.sound.duration_s)
+        named = tuple(str(kind) or role for kind, role in zip(kinds, roles, strict=True))
+        return SpanMap(roles=named, tokens=tuple(tokens), row=row, col=col, **times)
+
+    def expected_positions(self, ids: np.ndarray, media: Media) -> Int64[np.ndarray, "3 pos"]:
+        """Time, row and column, by the rule at the top of this module."""
+        kinds, placed = self._placed(ids, media)
+        streams = np.zeros((3, len(ids)), dtype=np.int64)
+        following, i = 0, 0
+        while i < len(ids):
+            if kinds[i]:
+                stop = i + int(np.argmin(np.append(kinds[i:], "") != ""))
+                streams[:, i:stop] = following + placed[:3, i:stop]
+                last = i + int(np.flatnonzero(kinds[i:stop] != kinds[stop - 1]).max(initial=-1)) + 1
+                following, i = int(streams[:, last:stop].max()) + 1, stop
+            else:
+                opens = tuple(ids[i : i + 2]) == self.openings
+                closes = i > 0 and kinds[i - 1] != ""
+                shared = 2 if media.interleaved and self.shared_borders and (opens or closes) else 1
+                streams[:, i : i + shared] = following
+                following, i = following + 1, i + shared
+        return streams
+
+    def provenance(self, clip: Clip, media: Media, fps: float | int) -> dict[str, Any]:
+        """Frames and how they were chosen; the mel and whether the sound was resampled."""
+        made: dict[str, Any] = {}
+        if media.picture is not None and media.picture.kind == "video":
+            shown = len(media.picture.frames)
+            made |= {
+                "fps": fps,
+                "frames": shown,
+                "frame_rule": "nearest true time to i/fps",
+                "repeated_last_frame": media.picture.frame_start_s.size - shown,
+                "grid": list(media.picture.token_grid),
+                "video_options": self.features.video_options(),
+            }
+        if media.sound is not None:
+            wanted = int(self.processor.feature_extractor.sampling_rate)
+            made |= {"mel_frames": media.sound.n_frames, "mel": "trimmed to the sound"}
+            made |= {"resampled": [clip.rate, wanted]} if clip.rate != wanted else {}
+        return made

@@ -1,0 +1,1 @@
+"""Fourth floor: by what mechanism and road, for larger units, under other choices, and as a repair."""

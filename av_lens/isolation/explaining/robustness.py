@@ -1,0 +1,226 @@
+"""Does the finding hang on a choice that could have been made otherwise? Protocol section 8, last point.
+
+The search for single heads on discovery is made again under each variant, and its named suppressors are compared with
+the main search's: Jaccard = |both| / |either| (NaN where neither names any), the rank correlation of all heads' largest
+releases, who was lost and gained, and whose role *turned* (named both times, by another role).
+
+| variant | what is other |
+|---|---|
+| scrambled blank | the blank picture is the picture's own patches, scrambled, not dark |
+| noise mute | the mute is low noise, not silence |
+| other phrasing | the conflict's question in other words |
+| other layout | sound and picture apart, or woven, whichever the main search had not |
+| equal loudness | every sound scaled to one loudness |
+| other precision | bfloat16 for float32, and the other way round |
+| bootstraps of clips | discovery's components drawn again with replacement, tests and roles computed anew |
+
+Choices where the protocol is silent: the conflicts are the main search's (its choice by competence is not made again);
+effects that no suppressor's role needs are not measured again; the threshold delta is s times the variant's own G;
+sampled sign flips are as many as resolve half of the first step of the false discovery rate's ladder at one site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy import stats
+
+from av_lens.core.copies import in_precision, other_precision
+from av_lens.errors import AvLensError
+from av_lens.isolation.explaining.known import Known
+from av_lens.isolation.measuring.bench import Bench, in_order
+from av_lens.isolation.measuring.effects import measure_requests
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.estimands import ROLE_ESTIMANDS, figures, requests
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.recordings import Head
+from av_lens.isolation.naming.evidence import with_means
+from av_lens.isolation.naming.role_tests import Evidence, Named, adjust, run_tests
+from av_lens.isolation.naming.roles import classify
+from av_lens.isolation.sets.sets import head_names
+from av_lens.results.statistics import Bootstrap
+from av_lens.results.tables import RELEASING
+
+LOUDNESS = 0.05
+"""Root mean square that every sound is scaled to (full scale is 1)."""
+DRAWS = 50
+CELLS = ("va", "av", "blank_a", "blank_v")
+OTHER_PHRASING = "What can you hear?"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One other choice.
+
+    Attributes:
+        name: what is other.
+        cells: further options of `Conflict.cells`.
+        layout: another layout, or None.
+        question: another question, or None.
+        dtype: another precision, or None.
+    """
+
+    name: str
+    cells: Mapping[str, Any] = field(default_factory=dict)
+    layout: str | None = None
+    question: str | None = None
+    dtype: torch.dtype | None = None
+
+
+def variants(engine: ModelEngine, questions: Sequence[str], *, phrasing: str | None = None) -> list[Variant]:
+    """List the variants of a run."""
+    dtype = other_precision(engine.model.dtype)
+    return [
+        Variant("scrambled blank", {"blank": "scrambled"}),
+        Variant("noise mute", {"mute": "noise"}),
+        Variant("other phrasing", question=phrasing or other_words(engine.model, questions)),
+        Variant("other layout", layout="separate" if engine.layout == "in_video" else "in_video"),
+        Variant("equal loudness", {"loudness": LOUDNESS}),
+        Variant(f"precision {str(dtype).removeprefix('torch.')}", dtype=dtype),
+    ]
+
+
+def other_words(model: Any, questions: Sequence[str]) -> str:
+    """Find another wording of the question."""
+    asked = {question.strip().casefold() for question in questions}
+    taught = ((getattr(model, "grammar", None) or {}).get("questions") or {}).get("hear") or ()
+    for words in (*taught, OTHER_PHRASING, "Which sound is there?"):
+        if words.strip().casefold() not in asked:
+            return str(words)
+    return OTHER_PHRASING
+
+
+def robustness_rows(known: Known, *, phrasing: str | None = None, draws: int = DRAWS) -> list[dict[str, Any]]:
+    """Search again under every variant and bootstrap of clips, and compare who is named: rows of `robustness`."""
+    bench, found, site = known.bench, known.searched, known.searched.first
+    main, releases = named_roles(found.named, site.site), site.evidence.largest_release
+    again = Again(site.site, found.s, found.n_sites)
+    rows: list[dict[str, Any]] = []
+    questions = [str(conflict.question) for conflict in bench.conflicts]
+    for variant in variants(bench.engine, questions, phrasing=phrasing):
+        try:
+            evidence = _measured_again(known, variant, site.site)
+        except AvLensError as refused:
+            rows.append({"variant": variant.name, "note": f"not measured: {refused}"})
+            continue
+        named = again.named(evidence, known.seed)
+        rho = rank_correlation(releases, evidence.largest_release)
+        note = f"asked {variant.question!r}" if variant.question else ""
+        rows.append(compared(variant.name, main, named) | {"rank_correlation": rho, "note": note})
+    return [*rows, _bootstrapped(known, again, main, draws)]
+
+
+@dataclass(frozen=True)
+class Again:
+    """How heads are named once more: where, above which share of G, and in a family of how many sites."""
+
+    site: str
+    s: float
+    n_sites: int
+
+    def named(self, found: Evidence, seed: int) -> dict[Head, str]:
+        """Name the suppressors on other evidence."""
+        # 440 sampled flips a head see a p of half of the first step of the ladder at one site (.05 / 11 a head).
+        n_heads = found["silenced"][0].size
+        tests = run_tests(found, s=self.s, family=math.ceil(n_heads * 11 / 5), seed=seed)
+        (q,), (release_q,) = adjust([tests], n_sites=self.n_sites)
+        return named_roles(classify(found, tests, q, release_q, s=self.s, site=self.site), self.site)
+
+
+def named_roles(named: Sequence[Named], site: str) -> dict[Head, str]:
+    """Collect the suppressors that a search named at a site."""
+    return {(row.layer, row.head): row.role for row in named if row.site == site and row.role in RELEASING}
+
+
+def rank_correlation(one: Float[np.ndarray, "*head"], other: Float[np.ndarray, "*head"]) -> float:
+    """Compare the order of all heads by Spearman's rank correlation."""
+    known = ~(np.isnan(one) | np.isnan(other))
+    first, second = one[known], other[known]
+    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
+    found: Any = stats.spearmanr(first, second)
+    return float(found.statistic)
+
+
+def jaccard(one: Mapping[Any, str], other: Mapping[Any, str]) -> float:
+    """Compare two sets of heads."""
+    either = one.keys() | other.keys()
+    return len(one.keys() & other.keys()) / len(either) if either else float("nan")
+
+
+def compared(name: str, main: Mapping[Head, str], again: Mapping[Head, str]) -> dict[str, Any]:
+    """Write one variant's row."""
+    both = sorted(main.keys() & again.keys())
+    turned = [f"L{h[0]}H{h[1]}: {main[h]} -> {again[h]}" for h in both if main[h] != again[h]]
+    return {
+        "variant": name,
+        "named": head_names(sorted(again)),
+        "jaccard": jaccard(main, again),
+        "kept": head_names(both),
+        "lost": head_names(sorted(main.keys() - again.keys())),
+        "gained": head_names(sorted(again.keys() - main.keys())),
+        "turned": "; ".join(turned),
+    }
+
+
+def _measured_again(known: Known, variant: Variant, site: str) -> Evidence:
+    """Measure what the suppressors' roles need under a variant."""
+    half, other = known.discovery, _varied(known.bench, variant)
+    chunks = other.chunks(half.examples.tolist(), site)
+    with_means(chunks)
+    m = {cell: in_order(chunks, half.examples, lambda one, cell=cell: one.margin(cell)) for cell in CELLS}
+    wanted, stage = requests(chunks, names=ROLE_ESTIMANDS), f"robustness: {variant.name}"
+    effects = measure_requests(chunks, wanted, heads=other.engine.heads, examples=half.examples, stage=stage)
+    for chunk in chunks:
+        chunk.forget()
+    hearing, conflict = 0.5 * (m["blank_a"] - m["blank_v"]), 0.5 * (m["va"] - m["av"])
+    return Evidence(figures(effects), dataclasses.replace(half, G=hearing, C=conflict))
+
+
+def _varied(bench: Bench, variant: Variant) -> Bench:
+    engine = bench.engine
+    model = engine.model if variant.dtype is None else in_precision(engine.model, variant.dtype)
+    made = ModelEngine(model, how=engine.how, layout=variant.layout or engine.layout, cells=variant.cells)
+    conflicts = bench.conflicts
+    if variant.question is not None:
+        conflicts = [dataclasses.replace(conflict, question=variant.question) for conflict in conflicts]
+    store = bench.store.under(str(variant))
+    return dataclasses.replace(bench, engine=made, conflicts=list(conflicts), store=store, sinks=[], _cells={})
+
+
+def _bootstrapped(known: Known, again: Again, main: Mapping[Head, str], draws: int) -> dict[str, Any]:
+    """Draw discovery's components again, name again, and average the Jaccard."""
+    half, found = known.discovery, known.searched.first.evidence
+    components, values = np.asarray(half.components), list[float]()
+    groups, kept = np.unique(components), dict.fromkeys(main, 0)
+    for draw in range(draws):
+        rng = np.random.default_rng([known.seed, 0xB0, draw])
+        drawn = [np.flatnonzero(components == group) for group in rng.choice(groups, size=len(groups))]
+        rows = np.concatenate(drawn)
+        renamed = [number for number, part in enumerate(drawn) for _ in part]
+        assert half.boot.clips is not None
+        clips = [[f"{number}:{of[i]}" for number, i in zip(renamed, rows, strict=True)] for of in half.boot.clips]
+        boot = Bootstrap.draw(renamed, *clips, seed=known.seed + draw, draws=1000)
+        taken = Half(half.name, half.examples[rows], renamed, boot, found.half.G[rows], found.half.C[rows])
+        named = again.named(Evidence({key: of[rows] for key, of in found.figures.items()}, taken), known.seed + draw)
+        values.append(jaccard(main, named))
+        for head in main:
+            kept[head] += head in named
+        known.bench.progress("robustness: bootstraps of clips", draw + 1, draws)
+    present = [value for value in values if not math.isnan(value)]
+    low, high = np.percentile(present, [2.5, 97.5]) if present else (float("nan"), float("nan"))
+    return {
+        "variant": f"bootstraps of clips ({draws})",
+        "jaccard": float(np.mean(present)) if present else float("nan"),
+        "low": float(low),
+        "high": float(high),
+        "kept": ", ".join(f"L{layer}H{head} {n / draws:.2f}" for (layer, head), n in sorted(kept.items())),
+        "note": "kept: how often each head is named again",
+    }

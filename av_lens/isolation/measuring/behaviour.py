@@ -1,0 +1,170 @@
+"""Does the model hear, and does seeing keep it from saying so? Protocol section 2, before any search.
+
+Per conflict, with M = score(sound's answer) - score(picture's answer) in every cell:
+
+* C = (M(va) - M(av)) / 2, hearing under conflict; G = (M(blank_a) - M(blank_v)) / 2, hearing with nothing to see;
+  gap = G - C. Both are free of the words' own priors, because a and v change places.
+* E_A = (M(va) + M(aa) - M(vv) - M(av)) / 2, E_V = (M(aa) + M(av) - M(va) - M(vv)) / 2,
+  I = M(aa) - M(va) - M(av) + M(vv); Shortcut Index = |E_V| / (|E_A| + |E_V|), of the means. C = (E_A - E_V) / 2.
+
+Refused: a model that would say neither word (median of P(a) + P(v) in `va` below .1), and one that does not hear (G's
+lower bound at or below 0). Stopped: no gap to explain.
+
+Choices where the protocol is silent: "right" for competence is M's sign (best of the two answers); the two refusals are
+judged on all of discovery, before the choice by competence (which would make anyone hear); the gap on the competent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from av_lens.isolation.measuring.bench import Chunk
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.scoring import Candidates, Reading
+from av_lens.results.statistics import interval
+
+LEAST_MASS = 0.1
+LEAST_GAP = 0.25
+FIGURES = ("G", "C", "gap", "gap - G/4")
+# (cell, question) -> whose answer is right; muted cells have none, and both rates are shown.
+RIGHT: dict[tuple[str, str], str | None] = {
+    ("va", "ask"): "sound",
+    ("aa", "ask"): "sound",
+    ("vv", "ask"): "picture",
+    ("av", "ask"): "picture",
+    ("blank_a", "ask"): "sound",
+    ("blank_v", "ask"): "picture",
+    ("audio_only", "ask"): "sound",
+    ("v_muted", "ask"): None,
+    ("a_muted", "ask"): None,
+    ("blank_muted", "ask"): None,
+    ("va", "see"): "picture",
+    ("v_muted", "see"): "picture",
+    ("a_muted", "see"): "sound",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What the unedited model says in every cell: readings per (cell, question), rows in the order of the conflicts."""
+
+    readings: Mapping[tuple[str, str], Reading]
+    candidates: Candidates
+
+    def margin(self, cell: str, question: str = "ask") -> Float[np.ndarray, " example"]:
+        """Give M of every conflict in a cell."""
+        scores = self.readings[(cell, question)].scores
+        return self.candidates.margin(scores, np.arange(len(scores)))
+
+    @property
+    def C(self) -> Float[np.ndarray, " example"]:
+        """Hearing under conflict."""
+        return 0.5 * (self.margin("va") - self.margin("av"))
+
+    @property
+    def G(self) -> Float[np.ndarray, " example"]:
+        """Hearing with nothing to see."""
+        return 0.5 * (self.margin("blank_a") - self.margin("blank_v"))
+
+    @property
+    def competent(self) -> Bool[np.ndarray, " example"]:
+        """Hears both sounds on a blank picture and sees both pictures in silence."""
+        hears = (self.margin("blank_a") > 0) & (self.margin("blank_v") < 0)
+        sees = (self.margin("v_muted", "see") < 0) & (self.margin("a_muted", "see") > 0)
+        return hears & sees
+
+
+def survey(chunks: Sequence[Chunk], n: int) -> Survey:
+    """Read every cell of every conflict."""
+    candidates, total, done = chunks[0].bench.candidates, len(RIGHT) * n, 0
+    readings = {key: Reading.unread(n, len(candidates.names)) for key in RIGHT}
+    for chunk in chunks:
+        for key, out in readings.items():
+            out.put(chunk.examples, chunk.reading(*key))
+            done += len(chunk.examples)
+            chunk.bench.progress("reading every cell", done, total)
+        chunk.forget()
+    return Survey(readings, candidates)
+
+
+def shortcut_index(e_a: np.ndarray, e_v: np.ndarray) -> np.ndarray:
+    """Compute |E_V| / (|E_A| + |E_V|): 0 where only the sound counts, 1 where only the picture does."""
+    return np.abs(e_v) / (np.abs(e_a) + np.abs(e_v))
+
+
+def quantities(found: Survey, half: Half) -> dict[str, tuple[float, float, float]]:
+    """Compute the figures of section 2 over some conflicts: name -> (value, low, high)."""
+    va, aa, vv, av = (found.margin(cell)[half.examples] for cell in ("va", "aa", "vv", "av"))
+    e_a, e_v, c, g = 0.5 * (va + aa - vv - av), 0.5 * (aa + av - va - vv), half.C, half.G
+    means = {"C": c, "G": g, "gap": g - c, "gap - G/4": g - c - LEAST_GAP * g}
+    return {
+        "E_A": interval(half.boot, e_a),
+        "E_V": interval(half.boot, e_v),
+        "I": interval(half.boot, aa - va - av + vv),
+        "shortcut index": half.boot.derived(shortcut_index, e_a, e_v),
+        **{name: interval(half.boot, values) for name, values in means.items()},
+    }
+
+
+def rows_of(found: Survey, half: Half, chosen: str) -> list[dict[str, Any]]:
+    """Write one half's rows of the behaviour table; `chosen` is "all" or "competent"."""
+    rows, columns = half.examples, ("value", "low", "high")
+    out: list[dict[str, Any]] = [
+        {"quantity": name} | dict(zip(columns, values, strict=True)) for name, values in quantities(found, half).items()
+    ]
+    for (cell, question), right in RIGHT.items():
+        margin = found.margin(cell, question)[rows]
+        top, said = found.readings[cell, question].top[rows], cell if question == "ask" else f"{cell} ({question})"
+        for whose in ("sound", "picture") if right is None else (right,):
+            of = {"quantity": f"says {whose}" if right is None else "accuracy", "cell": said}
+            wins = margin > 0 if whose == "sound" else margin < 0
+            for rule, hit in (("two", wins), ("vocabulary", top == getattr(found.candidates, whose)[rows])):
+                values = np.where(np.isnan(margin), np.nan, hit.astype(np.float64))
+                out.append(of | {"rule": rule} | half.bounded(values))
+    cells = ("va", "av", "blank_a", "blank_v", "blank_muted")
+    out += [{"quantity": "M", "cell": cell} | half.bounded(found.margin(cell)[rows]) for cell in cells]
+    out.append({"quantity": "median P(a) + P(v)", "cell": "va", "value": _mass(found, half)})
+    return [{"half": half.name, "chosen": chosen, "n": len(rows)} | row for row in out]
+
+
+def _mass(found: Survey, half: Half) -> float:
+    """The median of P(sound's answer) + P(picture's) in the conflict."""
+    return float(np.median(found.readings["va", "ask"].mass[half.examples])) if len(half.examples) else float("nan")
+
+
+def refusals(found: Survey, half: Half) -> list[tuple[str, str]]:
+    """Say whether the model can be asked this question at all: (kind, sentence with the figure) of every refusal."""
+    mass, (value, low, high) = _mass(found, half), interval(half.boot, half.G)
+    neither = (
+        "the model would say neither word here: the median of P(sound's answer) + P(picture's) in the conflict "
+        f'is {mass:.3f}, below {LEAST_MASS}. Give a prefix (such as "I hear a") or answers that it would say.'
+    )
+    deaf = (
+        f"the model does not hear: with nothing to see its hearing G is {value:.2f} logits (95% interval "
+        f"{low:.2f} to {high:.2f}), which is not above 0. There is no hearing to suppress; "
+        "try sounds that it can name."
+    )
+    told = (("says neither", neither, mass < LEAST_MASS), ("does not hear", deaf, not low > 0))
+    return [(kind, sentence) for kind, sentence, refused in told if refused]
+
+
+def gap_verdict(found: Survey, half: Half) -> tuple[str, str]:
+    """Say whether there is a gap to explain, and of what kind; the first two kinds stop the search."""
+    q = quantities(found, half)
+    g, c, gap, least = (f"{v:.2f} [{low:.2f}, {high:.2f}]" for v, low, high in (q[n] for n in FIGURES))
+    figures = f"hearing falls from G = {g} with nothing to see to C = {c} under conflict, a gap of {gap} logits"
+    (_, low, high), (_, c_low, c_high) = q["gap - G/4"], q["C"]
+    if high < 0:
+        return "no suppression", f"No suppression: {figures}, which is below a quarter of G."
+    if not low > 0:
+        return "not established", f"Suppression is not established: {figures}; gap - G/4 is {least}."
+    if c_high <= 0:
+        return "dominance", f"The picture dominates: {figures}."
+    if c_low > 0:
+        return "interference", f"Interference, not dominance: {figures}; the sound still wins under conflict."
+    return "suppression, kind open", f"Suppression, its kind open (C's interval holds 0): {figures}."

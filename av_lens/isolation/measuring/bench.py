@@ -1,0 +1,319 @@
+"""Conflicts on the bench: every cell run once, every donor ready, stacked by layout.
+
+Cells are named picture first, sound second (`va` is the conflict: the picture's clip v seen, the sound's clip a heard).
+A `Chunk` is a stack of conflicts of one layout and one wording; it runs a cell when first asked for and keeps it. A
+*donor* is what a head's z becomes: another cell of the same conflict, zero, or a mean over discovery (`Means`). In the
+mirrored cells (`av`, `blank_v`) a donor cell is mirrored too (a and v change places).
+
+Choice where the protocol is silent: conflicts without a third clip have NaN donors there, so that only their own
+figures are NaN.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from av_lens.core.attention_mass import sink_positions, sinks_of
+from av_lens.errors import ProtocolError
+from av_lens.inputs import AVInputs
+from av_lens.inputs.sources import ClipKeys
+from av_lens.isolation.measuring.donors import (
+    MEANS,
+    MIRROR,
+    MIRRORED_BASES,
+    OTHER_LAYOUT,
+    W_CELLS,
+    AllZ,
+    Means,
+    align_end,
+    equal_ending,
+)
+from av_lens.isolation.measuring.engine import ModelEngine, stacked
+from av_lens.isolation.measuring.recordings import MEDIA_SITES, Head, Recording, Values, site_positions
+from av_lens.isolation.measuring.scoring import Candidates, Reading
+from av_lens.isolation.measuring.store import Arrays, Store
+from av_lens.spans import SpanMap
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Tell nobody how far a stage is."""
+
+
+@dataclass(eq=False)
+class Bench:
+    """The conflicts of a run, their answers and the model's engine.
+
+    A question is asked in three wordings: "ask" (the conflict's own), "see" and "control".
+    """
+
+    engine: ModelEngine
+    conflicts: list[Any]
+    candidates: Candidates
+    site: str = "suffix"
+    store: Store = field(default_factory=Store)
+    sinks: list[tuple[SpanMap, list[int]]] = field(default_factory=list)
+    keys: ClipKeys = field(default_factory=ClipKeys)
+    progress: Progress = _silent
+    _cells: dict[tuple[int, str | None], Mapping[str, AVInputs]] = field(default_factory=dict)
+
+    def inputs(self, example: int, cell: str, question: str) -> AVInputs:
+        """Encode one cell of one conflict; refused where a clip's file was changed since the run began."""
+        conflict = self.conflicts[example]
+        self.keys.check(conflict)
+        key = (example, None if question == "ask" else str(getattr(conflict, question)))
+        if key not in self._cells:
+            self._cells[key] = self.engine.cells(conflict, key[1])
+        return self._cells[key][cell]
+
+    def has_third(self, example: int) -> bool:
+        """Say whether a conflict has a third clip."""
+        return getattr(self.conflicts[example], "third", None) is not None
+
+    def find_sinks(self, examples: Sequence[int]) -> None:
+        """Find every layout's sinks: media positions with over 10 times the mean incoming value-weighted attention."""
+        found: list[tuple[SpanMap, list[np.ndarray]]] = []
+        for chunk in self.chunks(examples, "suffix"):
+            stack = chunk.inputs("va")
+            measure = partial(self.engine.incoming, stack)
+            depends = {"ids": chunk.ids}
+            mass = self.store.recall("incoming attention", depends, lambda measure=measure: {"mass": measure()})["mass"]
+            parts = next((parts for of, parts in found if of.layout_difference(stack.spans) is None), None)
+            if parts is None:
+                found.append((stack.spans, [mass]))
+            else:
+                parts.append(mass)
+        self.sinks = [(spans, sink_positions(np.concatenate(parts), spans).tolist()) for spans, parts in found]
+
+    def positions(self, inputs: AVInputs, site: str) -> Int[np.ndarray, " site"]:
+        """Find a site's positions in some inputs; refused where it has none there."""
+        return site_positions(inputs.spans, site, sinks_of(inputs.spans, self.sinks) if site == "sinks" else ())
+
+    def chunks(self, examples: Sequence[int], site: str | None = None) -> list[Chunk]:
+        """Group conflicts by layout and wording, in stacks that fit into memory; layouts without sinks go there."""
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for example in examples:
+            conflict = self.conflicts[example]
+            words = tuple(str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix"))
+            groups[(_layout(self.inputs(example, "va", "ask")), words)].append(example)
+        parts: list[list[int]] = []
+        site = site or self.site
+        for group in groups.values():
+            if site == "sinks" and not sinks_of(self.inputs(group[0], "va", "ask").spans, self.sinks):
+                continue
+            size = self.engine.together(self.inputs(group[0], "va", "ask"))
+            parts += [part.tolist() for part in np.array_split(group, -(-len(group) // size))]
+        if not parts:
+            site_positions(self.inputs(int(examples[0]), "va", "ask").spans, site)
+        return [Chunk(self, np.array(part, dtype=np.int64), site) for part in parts]
+
+
+def _layout(inputs: AVInputs) -> tuple[tuple[str, ...], str]:
+    rotary = hashlib.sha256(inputs.position_ids.cpu().numpy().tobytes()).hexdigest()
+    return tuple(inputs.spans.roles), rotary
+
+
+@dataclass(eq=False)
+class Chunk:
+    """A stack of conflicts of one layout: its cells, run once each, and its donors."""
+
+    bench: Bench
+    examples: Int[np.ndarray, " batch"]
+    site: str
+    means: Means | None = None
+    constants: dict[str, Callable[[Recording], Tensor]] = field(default_factory=dict)
+    _runs: dict[tuple[str, str], Recording] = field(default_factory=dict)
+    _readings: dict[tuple[str, str], Reading] = field(default_factory=dict)
+    _donors: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
+
+    def run(self, cell: str, question: str = "ask") -> Recording:
+        """Run a cell of these conflicts ("text_only" is the bare question), or give the run that was made."""
+        key = (cell, question)
+        if key not in self._runs:
+            stack = self.inputs(cell, question)
+            self._runs[key] = self.bench.engine.record(stack, self.bench.positions(stack, self.site))
+        return self._runs[key]
+
+    @property
+    def ids(self) -> list[str]:
+        """The conflicts' names."""
+        return [str(self.bench.conflicts[int(i)].id) for i in self.examples]
+
+    def rows(self, examples: Int[np.ndarray, " example"]) -> Int[np.ndarray, " batch"]:
+        """Say where these conflicts stand among others."""
+        return np.array([int(np.flatnonzero(examples == i)[0]) for i in self.examples])
+
+    @property
+    def has_third(self) -> bool:
+        """Whether any of the conflicts has a third clip."""
+        return any(map(self.bench.has_third, self.examples.tolist()))
+
+    def inputs(self, cell: str, question: str = "ask") -> AVInputs:
+        """Stack a cell's inputs; of a w cell only of the conflicts that have it."""
+        if cell == "text_only":
+            bare = self.bench.engine.model.encode(None, str(self.bench.conflicts[int(self.examples[0])].question))
+            return stacked([bare] * len(self.examples))
+        return stacked([self.bench.inputs(int(i), cell, question) for i in self._present(cell)])
+
+    def _present(self, cell: str) -> list[int]:
+        if cell not in W_CELLS:
+            return self.examples.tolist()
+        present = [i for i in self.examples.tolist() if self.bench.has_third(i)]
+        if not present:
+            raise ProtocolError(
+                f"the cell {cell!r} needs a third clip and none of these conflicts has one: give `third=`, or more "
+                "conflicts with other answers."
+            )
+        return present
+
+    def reading(self, cell: str, question: str = "ask") -> Reading:
+        """Read what a cell says; NaN (and top -2) for conflicts that lack the cell."""
+        key = (cell, question)
+        if key not in self._readings:
+            depends = {"cell": cell, "question": question, "ids": self.ids}
+            self._readings[key] = Reading(
+                **self.bench.store.recall("reading", depends, lambda: self._read(cell, question))
+            )
+        return self._readings[key]
+
+    def _read(self, cell: str, question: str) -> Arrays:
+        candidates = self.bench.candidates
+        present = self._present(cell) if cell not in W_CELLS or self.has_third else []
+        out = Reading.unread(len(self.examples), len(candidates.names))
+        if present:
+            found = candidates.read(self.run(cell, question).logits, np.array(present))
+            out.put(np.flatnonzero(np.isin(self.examples, present)), found)
+        return vars(out)
+
+    def margin(self, cell: str, question: str = "ask") -> Float[np.ndarray, " batch"]:
+        """Give M in an unedited cell."""
+        return self.bench.candidates.margin(self.reading(cell, question).scores, self.examples)
+
+    def says(self, answer: str) -> Float[np.ndarray, " batch"]:
+        """Say where the unedited conflict gets the "sound"'s or the "picture"'s answer: 1, else 0."""
+        owner: np.ndarray = getattr(self.bench.candidates, answer)
+        return (self.reading("va").top == owner[self.examples]).astype(np.float64)
+
+    def donor(self, base: str, name: str, question: str = "ask") -> AllZ:
+        """Give every head's donor z for a base cell; NaN for conflicts that lack it, refused where the site does."""
+        key = (base, name, question)
+        if key in self._donors:
+            return self._donors[key]
+        own = self.run(base, question).site_z
+        if name == "zero":
+            z = torch.zeros_like(own[:, :1])
+        elif name in MEANS:
+            z = align_end(self._mean(base, name).to(own), own)
+        elif name in self.constants:
+            z = self.constants[name](self.run(base, question))
+        else:
+            z = self._cell_z(base, name, question)
+        self._donors[key] = z
+        return z
+
+    def z(self, base: str, heads: Sequence[Head], name: str, question: str = "ask") -> Values:
+        """Give some heads' donor z for a base cell, by head."""
+        found = self.donor(base, name, question)
+        return {(layer, head): found[layer, :, :, head] for layer, head in heads}
+
+    def _mean(self, base: str, name: str) -> Tensor:
+        if self.means is None:
+            raise ProtocolError(f"the donor {name!r} needs discovery's means, which have not been collected.")
+        if self.site in MEDIA_SITES:
+            raise ProtocolError(f"the donor {name!r} is undefined at media positions: the question comes after them.")
+        candidates = self.bench.candidates
+        which = "see" if name == "mean_other" else ("av" if base in MIRRORED_BASES else "va")
+        return self.means.donor(which, candidates.sound[self.examples], candidates.picture[self.examples])
+
+    def _cell_z(self, base: str, name: str, question: str) -> Tensor:
+        cell = self.donor_cell(base, name)
+        if cell in W_CELLS and not self.has_third:  # other stacks of the half may have third clips
+            return torch.full_like(self.run(base, question).site_z, torch.nan)
+        # Audio alone and bare text have another layout: the donor is asked the conflict's own question there.
+        asked = "ask" if base in ("audio_only", "text_only") else question
+        found, own = self.run(cell, asked), self.run(base, question)
+        if cell not in W_CELLS:
+            return align_end(found.site_z, own.site_z, most=equal_ending(found.inputs, own.inputs))
+        return self.spread(found.site_z, cell)
+
+    def donor_cell(self, base: str, name: str) -> str:
+        """Name the cell that gives a donor: the mirror in the mirrored bases; refused at sites that it has not."""
+        if name in OTHER_LAYOUT and self.site in MEDIA_SITES:
+            raise ProtocolError(f"the donor {name!r} is undefined at media positions: it has another layout.")
+        return MIRROR.get(name, name) if base in MIRRORED_BASES else name
+
+    def spread(self, values: Float[Tensor, "layer present ..."], cell: str) -> Float[Tensor, "layer batch ..."]:
+        """Lay values of a w cell out over all conflicts; NaN for those that lack it."""
+        out = torch.full((values.shape[0], len(self.examples), *values.shape[2:]), torch.nan).to(values)
+        out[:, np.flatnonzero(np.isin(self.examples, self._present(cell))).tolist()] = values
+        return out
+
+    def remember(self, name: str, depends: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
+        """Measure something on these conflicts, or give the stored measurement (see `store`)."""
+        means = None if self.means is None else self.means.ids
+        of: dict[str, Any] = {"ids": self.ids, "site": self.site, "means": means}
+        if self.site == "sinks":
+            of["positions"] = [positions for _, positions in self.bench.sinks]
+        return self.bench.store.recall(name, {**depends, **of}, compute)
+
+    def drop_traces(self, *cells: str, question: str = "ask") -> None:
+        """Let go of cells' traces, which are large."""
+        for cell in cells:
+            self.run(cell, question).trace = None
+
+    def forget(self) -> None:
+        """Drop runs and donors; readings are kept."""
+        self._runs.clear()
+        self._donors.clear()
+
+
+def gathered(
+    chunks: Sequence[Chunk],
+    examples: Int[np.ndarray, " example"],
+    name: str,
+    depends: Mapping[str, Any],
+    compute: Callable[[Chunk], Arrays],
+    stage: str = "",
+) -> Arrays:
+    """Measure every stack, or open what was stored, and put the conflicts (each array's first axis) in order."""
+    out: Arrays = {}
+    for number, chunk in enumerate(chunks):
+        rows = chunk.rows(examples)
+        for key, values in chunk.remember(name, depends, partial(compute, chunk)).items():
+            if key not in out:
+                out[key] = np.full((len(examples), *values.shape[1:]), np.nan)
+            out[key][rows] = values
+        if stage:
+            chunk.bench.progress(stage, number + 1, len(chunks))
+    return out
+
+
+def in_order(
+    chunks: Sequence[Chunk],
+    examples: Int[np.ndarray, " example"],
+    figure: Callable[[Chunk], Float[np.ndarray, " batch"]],
+) -> Float[np.ndarray, " example"]:
+    """Put a figure of every conflict in order."""
+    out = np.full(len(examples), np.nan)
+    for chunk in chunks:
+        out[chunk.rows(examples)] = figure(chunk)
+    return out
+
+
+def averaged(
+    chunks: Sequence[Chunk], name: str, compute: Callable[[Chunk], Float[np.ndarray, "layer head"]]
+) -> Float[np.ndarray, "layer head"]:
+    """Measure a figure of every head on every stack, and average over the conflicts."""
+    parts = [chunk.remember(name, {}, lambda chunk=chunk: {"mean": compute(chunk)})["mean"] for chunk in chunks]
+    return np.average(np.stack(parts), axis=0, weights=[len(chunk.examples) for chunk in chunks])

@@ -1,0 +1,218 @@
+"""What does each head do to hearing? The exact effects of protocol section 4, per conflict.
+
+Every effect is mirrored: on hearing under conflict, C = (M(va) - M(av)) / 2, an edit's effect is
+(change of M in va - change of M in av) / 2; on hearing with nothing to see, G = (M(blank_a) - M(blank_v)) / 2,
+likewise.
+Positive: the edit lets the model hear more.
+
+A `Request` names a base cell, a donor and whether later heads are frozen; `measure_requests` runs all of a list for all
+heads and returns, per request and conflict, an `Effect`: the change of M, its parts on the two answers, the same with
+the final norm frozen, and the rise of the heard sound's answer over the candidates that are neither answer (damage
+shows there). `estimands` makes figures of them. What heads write themselves (`direct_writes`) needs no edit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from av_lens.interventions import Plan
+from av_lens.isolation.measuring.bench import Chunk, gathered
+from av_lens.isolation.measuring.donors import MIRROR
+from av_lens.isolation.measuring.estimands import PerHead, Request
+from av_lens.isolation.measuring.recordings import Head
+from av_lens.isolation.measuring.scoring import Candidates, Reading
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """A request's outcome per example, layer and head; NaN where not measured.
+
+    Attributes:
+        margin: the mirrored change of M.
+        rise: the change of the heard sound's answer over the mean of the other candidates, mirrored.
+        on_sound: the change of the sound's answer (the picture's in the mirror), centred over all candidates.
+        on_picture: the same of the picture's answer.
+        margin_frozen: the change of M with the final norm frozen; so the two below.
+    """
+
+    margin: PerHead
+    rise: PerHead
+    on_sound: PerHead
+    on_picture: PerHead
+    margin_frozen: PerHead
+    on_sound_frozen: PerHead
+    on_picture_frozen: PerHead
+
+    @classmethod
+    def unmeasured(cls, n: int, chunk: Chunk) -> Effect:
+        """Make room for the effects on n conflicts."""
+        shape = (n, chunk.bench.engine.n_layers, chunk.bench.engine.n_heads)
+        return cls(*(np.full(shape, np.nan) for _ in FIGURES))
+
+
+TOGETHER = 64  # edited runs whose scores are read at once
+FIGURES = tuple(field.name for field in fields(Effect))
+
+
+def mirrored(base: Float[np.ndarray, "..."], mirror: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Average a change over a cell and its mirror: (change in the cell - change in the mirror) / 2."""
+    return 0.5 * (base - mirror)
+
+
+def single_head_plans(
+    chunk: Chunk, base: str, wanted: Sequence[Request], heads: Sequence[Head]
+) -> tuple[list[Plan], list[tuple[int, int]]]:
+    """Write the plans of all requests on one base cell, layer by layer; and whose they are, as (request, head)."""
+    plans: list[Plan] = []
+    owners: list[tuple[int, int]] = []
+    order = sorted(range(len(heads)), key=lambda j: heads[j])
+    for layer in dict.fromkeys(heads[j][0] for j in order):
+        for r, request in enumerate(wanted):
+            run = chunk.run(base, request.question)
+            for j in order:
+                if heads[j][0] == layer:
+                    z = chunk.z(base, [heads[j]], request.donor, request.question)
+                    plans.append(run.plan(z, freeze=request.freeze))
+                    owners.append((r, j))
+    return plans, owners
+
+
+def unedited_scores(chunk: Chunk, base: str, question: str) -> Float[np.ndarray, "scale batch candidate"]:
+    """Score the candidates in an unedited cell: as the model gives them, and as `linear_logits` reads them out."""
+    candidates, recording = chunk.bench.candidates, chunk.run(base, question)
+    linear = chunk.bench.engine.linear_logits(recording, recording.final, candidates.tokens)
+    return np.stack([chunk.reading(base, question).scores, candidates.pooled(linear)])
+
+
+def edited_scores(
+    chunk: Chunk, base: str, wanted: Sequence[Request], heads: Sequence[Head], tick: Callable[[int], None]
+) -> Float[np.ndarray, "scale request head batch candidate"]:
+    """Run all requests on one base cell, which all ask the same question; `tick` is told of runs that are done."""
+    candidates, engine = chunk.bench.candidates, chunk.bench.engine
+    recording, tokens = chunk.run(base, wanted[0].question), candidates.tokens
+    plans, owners = single_head_plans(chunk, base, wanted, heads)
+    out = np.full((2, len(wanted), len(heads), len(chunk.examples), len(candidates.names)), np.nan)
+    runs = engine.changed(recording, plans)
+    for start in range(0, len(plans), TOGETHER):
+        some = [(one.logits[:, tokens], one.final) for one in islice(runs, TOGETHER)]
+        logits, finals = (torch.stack(column) for column in zip(*some, strict=True))
+        where = tuple(np.array(owners[start : start + TOGETHER]).T)
+        out[0][where] = candidates.pooled(logits)
+        out[1][where] = candidates.pooled(engine.linear_logits(recording, finals, tokens))
+        tick(len(some))
+    return out
+
+
+def effect_figures(
+    candidates: Candidates,
+    examples: Int[np.ndarray, " batch"],
+    base: tuple[Float[np.ndarray, "scale *some batch candidate"], Float[np.ndarray, "scale *more batch candidate"]],
+    mirror: tuple[Float[np.ndarray, "scale *some batch candidate"], Float[np.ndarray, "scale *more batch candidate"]],
+) -> dict[str, Float[np.ndarray, "*more batch"]]:
+    """Compute an `Effect`'s figures from scores before and after an edit, in a cell and its mirror."""
+    out: dict[str, np.ndarray] = {}
+    for scale, ending in enumerate(("", "_frozen")[: len(base[0])]):
+        here, there = ((before[scale], after[scale]) for before, after in (base, mirror))
+        out[f"margin{ending}"] = mirrored(*(_change(candidates.margin, two, examples) for two in (here, there)))
+        for name, of, exchanged in (("on_sound", "sound", "picture"), ("on_picture", "picture", "sound")):
+            parts = [
+                _change(partial(candidates.centred, of=o), t, examples) for t, o in ((here, of), (there, exchanged))
+            ]
+            out[f"{name}{ending}"] = 0.5 * (parts[0] + parts[1])
+    sides = ((base, "sound"), (mirror, "picture"))
+    rises = [_change(partial(candidates.above_others, of=of), (b[0], a[0]), examples) for (b, a), of in sides]
+    return out | {"rise": 0.5 * (rises[0] + rises[1])}
+
+
+def _change(
+    figure: Callable[..., np.ndarray], scores: tuple[np.ndarray, np.ndarray], examples: np.ndarray
+) -> np.ndarray:
+    before, after = scores
+    return figure(after, examples) - figure(before, examples)
+
+
+def _chunk_effects(
+    chunk: Chunk, wanted: Sequence[Request], heads: Sequence[Head], tick: Callable[[int], None]
+) -> dict[str, np.ndarray]:
+    """Run all requests on one base cell and its mirror: `[batch, request, head]` of each figure."""
+    base, question = wanted[0].base, wanted[0].question
+    both: list[tuple[np.ndarray, np.ndarray]] = []
+    for cell in (base, MIRROR[base]):
+        after = edited_scores(chunk, cell, wanted, heads, tick)
+        both.append((unedited_scores(chunk, cell, question), after))
+        chunk.drop_traces(cell, question=question)
+    found = effect_figures(chunk.bench.candidates, chunk.examples, both[0], both[1])
+    return {figure: np.moveaxis(values, -1, 0) for figure, values in found.items()}
+
+
+def measure_requests(
+    chunks: Sequence[Chunk],
+    wanted: Sequence[Request],
+    *,
+    heads: Sequence[Head],
+    examples: Int[np.ndarray, " example"],
+    stage: str = "",
+) -> dict[Request, Effect]:
+    """Run all requests for all heads on all conflicts, mirrored; rows are in the examples' order."""
+    out = {request: Effect.unmeasured(len(examples), chunks[0]) for request in wanted}
+    layers, columns = (np.array([head[axis] for head in heads]) for axis in (0, 1))
+    total, done = 2 * len(wanted) * len(heads) * len(chunks), 0
+
+    def tick(n: int) -> None:
+        nonlocal done
+        done += n
+        if stage and (n > 1 or done % 64 == 0 or done == total):
+            chunks[0].bench.progress(stage, done, total)
+
+    for chunk in chunks:
+        rows = chunk.rows(examples)
+        for base, question in dict.fromkeys((request.base, request.question) for request in wanted):
+            these = [request for request in wanted if (request.base, request.question) == (base, question)]
+            depends = {"base": base, "question": question, "heads": heads, "requests": [vars(one) for one in these]}
+            before = done
+            found = chunk.remember("head effects", depends, partial(_chunk_effects, chunk, these, heads, tick))
+            if done == before:
+                tick(2 * len(these) * len(heads))
+            for r, request in enumerate(these):
+                for figure in FIGURES:
+                    getattr(out[request], figure)[rows[:, None], layers, columns] = found[figure][:, r]
+    return out
+
+
+def edited_readings(
+    chunk: Chunk, base: str, sets: Sequence[Sequence[Head]], donors: Sequence[str], question: str = "ask"
+) -> list[Reading]:
+    """Edit sets of heads together and read what each edited run says."""
+    run, read = chunk.run(base, question), chunk.bench.candidates.read
+    plans = [run.plan(chunk.z(base, heads, name, question)) for heads, name in zip(sets, donors, strict=True)]
+    return [read(one.logits, chunk.examples) for one in chunk.bench.engine.changed(run, plans)]
+
+
+DLA = ("dla", "")
+"""What heads write, beside the estimands of their edits."""
+
+
+def direct_writes(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]) -> PerHead:
+    """Attribute M directly to the heads at the asked position, mirrored: (va - av) / 2.
+
+    At a run's own norm scale; positive: the write favours the answer that hearing favours. Synonyms: each token counts
+    by its share of the answer's own probability.
+    """
+    return gathered(chunks, examples, "direct writes", {}, _chunk_writes)["margin"]
+
+
+def _chunk_writes(chunk: Chunk) -> dict[str, np.ndarray]:
+    """Every head's direct share of M in one stack, mirrored: `[batch, layer, head]`."""
+    candidates, sides = chunk.bench.candidates, list[np.ndarray]()
+    for cell in ("va", "av"):
+        recording = chunk.run(cell)
+        scores = candidates.weighed(chunk.bench.engine.writes(recording, candidates.tokens), recording.logits)
+        sides.append(candidates.margin(scores, chunk.examples))
+    return {"margin": (0.5 * (sides[0] - sides[1])).transpose(2, 0, 1)}

@@ -1,0 +1,106 @@
+"""What does an edit of a recorded run do to hearing? Any plan, measured by replay, mirrored, conflict by conflict.
+
+    effect on C  = (change of M in va - change of M in av) / 2           base "va"
+    effect on G  = (change of M in blank_a - change of M in blank_v) / 2  base "blank_a"
+
+Positive: the model hears more. Plans are of any kind (heads' outputs, attention edges).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from av_lens.interventions import Plan
+from av_lens.isolation.measuring.bench import Chunk, gathered
+from av_lens.isolation.measuring.donors import MIRROR
+from av_lens.isolation.measuring.effects import mirrored
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.store import Arrays
+from av_lens.metrics.asked import each
+from av_lens.metrics.metric import Metric, as_metric, logit_diff
+from av_lens.replay.measurement import measure_plans
+from av_lens.replay.traces import Trace
+
+
+def trace_of(chunk: Chunk, cell: str, question: str = "ask") -> Trace:
+    """Give a cell's recorded run, kept with its recording."""
+    return chunk.bench.engine.trace(chunk.run(cell, question))
+
+
+def margin_metric(chunk: Chunk) -> Metric:
+    """Write M as a metric of a stack: score(sound's answer) - score(picture's), each conflict's own."""
+    answers = [chunk.bench.conflicts[int(i)].answers for i in chunk.examples]
+    sides = (each([pair[side] for pair in answers]) for side in (0, 1))
+    return as_metric(logit_diff(*sides), chunk.bench.engine.model)
+
+
+def effects_of_plans(
+    chunk: Chunk, base: str, plans: Callable[[str], Sequence[Plan | None]]
+) -> Float[np.ndarray, "batch plan"]:
+    """Measure plans, made for a cell, in the cell and in its mirror: effects on C or G; NaN where there is no plan."""
+    metric, sides = margin_metric(chunk), list[np.ndarray]()
+    for cell in (base, MIRROR[base]):
+        given = plans(cell)
+        trace = trace_of(chunk, cell)
+        scores = measure_plans(trace, [Plan(), *(plan for plan in given if plan is not None)], metric).double().numpy()
+        sides.append(_placed(given, scores[1:] - scores[0]))
+    return mirrored(sides[0], sides[1]).T
+
+
+def _placed(plans: Sequence[Plan | None], found: Float[np.ndarray, "made batch"]) -> Float[np.ndarray, "plan batch"]:
+    """Lay what the plans that there are gave out over all; NaN where there is none."""
+    out = np.full((len(plans), found.shape[1]), np.nan)
+    out[[number for number, plan in enumerate(plans) if plan is not None]] = found
+    return out
+
+
+def says_sound(chunk: Chunk, plans: Sequence[Plan | None]) -> Float[np.ndarray, "batch plan"]:
+    """Say under which plans the likeliest token of the whole vocabulary begins the sound's answer, in `va`."""
+    made, owner = [plan for plan in plans if plan is not None], first_owner(chunk)
+
+    def right(logits: torch.Tensor) -> torch.Tensor:
+        top = logits[:, -1].argmax(-1).tolist()
+        said = [float(token in mine) for token, mine in zip(top, owner, strict=True)]
+        return torch.tensor(said, device=logits.device)
+
+    none = np.zeros((0, len(owner)))
+    return _placed(plans, trace_of(chunk, "va").score(made, right).double().numpy() if made else none).T
+
+
+def first_owner(chunk: Chunk) -> list[set[int]]:
+    """Find the first tokens of each conflict's sound answer."""
+    (ids, _) = margin_metric(chunk).ids or ((), ())
+    return [{int(token) for token in row[:, 0] if token >= 0} for row in ids]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Arrays `[example, ...]` of one half, by name, with what bounds their means."""
+
+    half: Half
+    arrays: Arrays
+
+    def bounds(self, name: str) -> Float[np.ndarray, "3 ..."]:
+        """Bound the means of an array."""
+        found = self.half.boot.mean(self.arrays[name])
+        return np.stack([found.value, found.low, found.high])
+
+    def shares(self, name: str, of: Float[np.ndarray, "example ..."]) -> Float[np.ndarray, "3 ..."]:
+        """Bound the ratios of an array's means to others."""
+        values = self.arrays[name]
+        wide = of.reshape(of.shape + (1,) * (values.ndim - of.ndim))
+        found = self.half.boot.ratio(values, np.broadcast_to(wide, values.shape))
+        return np.stack([found.value, found.low, found.high])
+
+
+def measured(
+    chunks: Sequence[Chunk], half: Half, name: str, depends: Mapping[str, Any], compute: Callable[[Chunk], Arrays]
+) -> Measured:
+    """Measure every stack, or open what was stored, and put the conflicts in the half's order."""
+    return Measured(half, gathered(chunks, half.examples, name, depends, compute, stage=name))

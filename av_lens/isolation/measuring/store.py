@@ -1,0 +1,172 @@
+"""What has been measured already? Measurements on disk, so that a run that was killed goes on where it was.
+
+Only what costs runs of the model is stored; everything that is computed from it (tests, roles, verdicts) is computed
+again, so that a resumed run gives the same numbers as one that was never interrupted. A measurement is known by a name
+and by everything that it depends on: the run's own key (protocol, weights, clips, program) and what its caller adds,
+such as which conflicts, which heads, which donor. Each is a file of arrays that also holds what it is a measurement of;
+a file that is damaged, or holds another measurement than its name says, is told and measured again; one that the system
+does not let us read stops the run. How long a measurement took is kept with it, and is no part of what it depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from av_lens.errors import FileError, UnfinishedError
+from av_lens.results.provenance import plain
+from av_lens.whole_files import describe, reading, write_whole
+
+Arrays = dict[str, np.ndarray]
+FOLDER = "measured"
+SCHEMA = 2
+"""Of measurements on disk, part of a run's key: conflicts are each array's first axis."""
+MEASURES = (
+    "spans.py", "media", "families", "inputs", "interventions", "core", "metrics", "replay", "model", "methods",
+    "isolation",
+)  # fmt: skip
+_PACKAGE = Path(__file__).resolve().parents[2]
+"""Files and rooms whose code measures; what plots, reports, trains or reads a command line may change meanwhile."""
+SECONDS, OF = "seconds taken", "measurement of"
+GO_ON = "What was kept before is whole; make room or put the folder right, and the same command goes on from there."
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One measurement, as those who watch a store are told of it.
+
+    Attributes:
+        name: what was measured.
+        depends: what it depends on, the conflicts' ids among it where it is tied to some.
+        seconds: how long it took when it was made.
+        new: made just now, and not found on disk.
+    """
+
+    name: str
+    depends: Mapping[str, Any]
+    seconds: float
+    new: bool
+
+
+@dataclass(eq=False)
+class Store:
+    """Measurements of one run.
+
+    Attributes:
+        folder: where they are kept; None keeps nothing.
+        key: what the whole run depends on; measurements of another key are not seen.
+        recalled: how many measurements were found.
+        made: how many were made.
+        before: called before each measurement that is not on disk; may raise to stop the run there.
+        told: called after each measurement, found or made.
+        said: called with sentences worth reading.
+    """
+
+    folder: Path | None = None
+    key: str = ""
+    recalled: int = 0
+    made: int = 0
+    before: list[Callable[[str], None]] = field(default_factory=list)
+    told: list[Callable[[Measured], None]] = field(default_factory=list)
+    said: list[Callable[[str], None]] = field(default_factory=list)
+    _within: list[float] = field(default_factory=list)
+
+    def under(self, variant: str) -> Store:
+        """Give a store of measurements made under another condition, in the same folder, watched by the same."""
+        return Store(self.folder, f"{self.key}/{variant}", before=self.before, told=self.told, said=self.said)
+
+    def recall(self, name: str, depends: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
+        """Give a measurement: the stored one, or a new one, which is then stored."""
+        of = f"{name}: {self.digest(name, depends)}"
+        place = None if self.folder is None else self.folder / FOLDER / f"{_slug(name)}-{of[-64:][:20]}.npz"
+        found = None if place is None else self._opened(place, of)
+        if found is not None:
+            self.recalled += 1
+            seconds = float(found.pop(SECONDS, np.zeros(())))
+            self._tell(Measured(name, depends, seconds, new=False))
+            return found
+        for told in self.before:
+            told(name)
+        made, seconds = self._timed(compute)
+        if place is not None:
+            _keep(place, made | {SECONDS: np.array(seconds), OF: np.array(of)})
+        self.made += 1
+        self._tell(Measured(name, depends, seconds, new=True))
+        return made
+
+    def _timed(self, compute: Callable[[], Arrays]) -> tuple[Arrays, float]:
+        """Measure, and take the time, less that of the measurements that were made on the way."""
+        self._within.append(0.0)
+        begun = time.monotonic()
+        try:
+            made = compute()
+        finally:
+            taken, inner = time.monotonic() - begun, self._within.pop()
+            if self._within:
+                self._within[-1] += taken
+        return made, taken - inner
+
+    def _tell(self, measured: Measured) -> None:
+        for told in self.told:
+            told(measured)
+
+    def digest(self, name: str, depends: Mapping[str, Any]) -> str:
+        """Hash what a measurement depends on."""
+        text = json.dumps([self.key, name, plain(depends)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _opened(self, place: Path, of: str) -> Arrays | None:
+        """Read a stored measurement; None where there is none that is whole and its own."""
+        try:
+            held = place.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UnfinishedError(f"cannot read {place}: {describe(error)}. {GO_ON}") from error
+        try:
+            with reading(place, mend="It is measured again."), np.load(io.BytesIO(held), allow_pickle=False) as data:
+                found = {key: data[key] for key in data.files}
+                holds = str(found.pop(OF))
+        except FileError as damaged:
+            return self._say(str(damaged))
+        if holds != of:
+            what = f"{place} holds another measurement than its name says: {holds[:-66]}, of this run or another."
+            return self._say(f"{what} It is measured again.")
+        return found
+
+    def _say(self, line: str) -> None:
+        for said in self.said:
+            said(line)
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)[:40].strip("-")
+
+
+def _keep(place: Path, arrays: Arrays) -> None:
+    held = io.BytesIO()
+    np.savez(held, allow_pickle=False, **cast(Any, arrays))
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(place, held.getvalue(), error=UnfinishedError, mend=GO_ON)
+
+
+@cache
+def measuring_hash(package: Path = _PACKAGE) -> str:
+    """Hash the python files of the rooms that measure."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] in MEASURES:
+            digest.update(path.relative_to(package).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Fifth floor: a whole run, its protocol, stages, cost, folder and record."""

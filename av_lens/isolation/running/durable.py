@@ -1,0 +1,311 @@
+"""A run's folder: one protocol, one writer, everything that was measured, a line for every conflict.
+
+    DIR/protocol.json     written before the first effect; a folder that holds another protocol is refused
+    DIR/measured/         the measurements (`store`)
+    DIR/conflicts.jsonl   a line for each conflict: its half, which parts are done, how long they took
+    DIR/estimate.json     what the run was expected to cost, made once (`cost`)
+    DIR/numbers/          the finished record
+
+A run that is killed at any moment loses the measurement that it was making; the same command goes on from there, and
+its numbers are those of a run that was never stopped (on the same machine, with as many threads). `conflicts.jsonl` is
+made from the measurements alone. While a run goes on it only grows, by `{"done": part, "seconds": s, "ids": [...]}` for
+each measurement, after what was known when it began or went on. It is written anew, a line for each conflict, when the
+run stops, and when it goes on after a kill, which may have torn its last line. The seconds in it are no part of a run's
+identity.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from av_lens.errors import FileError, ProtocolError, UnfinishedError
+from av_lens.isolation.measuring.store import FOLDER, GO_ON, Measured, Store, measuring_hash
+from av_lens.isolation.running.cost import ESTIMATE, Estimate
+from av_lens.isolation.running.protocol import differences, hash_of
+from av_lens.results.record import RECORD
+from av_lens.whole_files import (
+    append_line,
+    describe,
+    make_folder,
+    read_object,
+    reading,
+    sweep_partials,
+    write_whole,
+    writing,
+)
+
+PROTOCOL, LEDGER, LOCK, PROGRAM = "protocol.json", "conflicts.jsonl", ".lock", "program.txt"
+EFFECTS = "head effects"
+OTHER_FOLDER = "Give another folder (--out)"
+Told = Callable[[str], None]
+Clips = Mapping[tuple[str, str], str]
+
+
+@contextmanager
+def claimed(
+    folder: Path, protocol: Mapping[str, Any], *, clips: Clips | None = None, told: Told | None = None
+) -> Generator[None]:
+    """Hold a folder for one run, and write the protocol into it if it is new."""
+    make_folder(folder)
+    with _alone(folder, told):
+        if (folder / PROTOCOL).exists():
+            _same(folder, protocol, clips or {})
+        else:
+            _refuse_foreign(folder)
+            write_whole(folder / PROTOCOL, json.dumps(protocol, indent=1))
+        for place in (folder, folder / FOLDER, folder / RECORD):
+            sweep_partials(place)
+        _note_program(folder, told)
+        yield
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Refuse a folder that holds, without a protocol, files that a run would write over."""
+    found = [name for name in (LEDGER, PROGRAM, ESTIMATE, RECORD) if (folder / name).exists()]
+    if found and not (folder / FOLDER).is_dir():
+        raise ProtocolError(
+            f"{folder} holds {', '.join(found)}, and no {PROTOCOL}: no run can go on there, and a new one would write "
+            f"over them. {OTHER_FOLDER}."
+        )
+
+
+def _same(folder: Path, protocol: Mapping[str, Any], clips: Clips) -> None:
+    """Refuse a folder that holds another protocol, saying in what they differ."""
+    place = folder / PROTOCOL
+    back = (
+        "Put it back as it was, or delete it (then this run's own is written, and what was measured under it is kept), "
+        f"or g{OTHER_FOLDER[1:]}."
+    )
+    there = read_object(place, mend=back)
+    with reading(place, mend=back):
+        differing = "; ".join(differences(there, protocol, clips))
+        threads = [dict(side.get("model") or {}).get("threads") for side in (there, protocol)]
+    if there.get("hash") != hash_of(there):
+        said = f": it differs from this run's in {differing}" if differing else ""
+        raise ProtocolError(
+            f"{place} was changed since it was written (its hash is not that of its text){said}. {back}"
+        )
+    if there["hash"] == protocol["hash"]:
+        return
+    mend = f"{OTHER_FOLDER}, or the options and conflicts of that run."
+    if threads[0] is not None and threads[0] != threads[1]:
+        mend = (
+            f"Sums by another number of threads differ in their last bits. Set OMP_NUM_THREADS={threads[0]} (in Python "
+            f"torch.set_num_threads({threads[0]})), and the run goes on from what is kept. Or g{mend[1:]}"
+        )
+    raise ProtocolError(
+        f"{folder} holds a run under another protocol; they differ in {differing or 'their hash'}. {mend}"
+    )
+
+
+def _note_program(folder: Path, told: Told | None) -> None:
+    """Note which program measures, and say where another one did."""
+    place, said = folder / PROGRAM, ""
+    try:
+        if place.read_text("utf-8") != measuring_hash():
+            said = f"av_lens was changed since {folder} was begun: what it holds is measured again."
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        said = (
+            f"{place} cannot be read ({describe(error)}): what this very program measured is kept, all else made again."
+        )
+    if said and told is not None:
+        told(said)
+    write_whole(place, measuring_hash())
+
+
+@contextmanager
+def _alone(folder: Path, told: Told | None) -> Generator[None]:
+    """Keep other processes out of the folder; the lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows
+        yield
+        return
+    with writing(folder / LOCK, mend=f"{OTHER_FOLDER}."):
+        file = (folder / LOCK).open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise ProtocolError(
+                    f"another process is writing in {folder}. Wait until it is done, or give another folder."
+                ) from error
+            if told is not None:
+                told(f"{folder} lies on a disk without locks: let no second run write in it.")
+        yield
+
+
+class Deadline:
+    """Stops a run before its next measurement once its minutes are spent; each run makes at least one.
+
+    Args:
+        minutes: how long the run may take.
+        store: what it measures into.
+        said: gives the end of the sentence that the run stops with.
+    """
+
+    def __init__(self, minutes: float, store: Store, said: Callable[[], str]) -> None:
+        if store.folder is None:
+            raise ProtocolError(
+                "a run with a budget needs a folder (out=DIR): without one nothing would be kept when it stops."
+            )
+        if not minutes > 0:
+            raise ProtocolError(f"the budget is {minutes:g} minutes; give a number above 0, or none.")
+        self.minutes = minutes
+        self.store = store
+        self.said = said
+        self.end = time.monotonic() + 60 * minutes
+
+    def __call__(self, name: str) -> None:
+        """Stop the run if its time is up."""
+        if self.store.made and time.monotonic() > self.end:
+            raise UnfinishedError(
+                f"stopped at the budget of {self.minutes:g} minutes, before: {name}. {self.said()} "
+                f"Everything is kept in {self.store.folder}; the same command goes on from there."
+            )
+
+
+class Ledger:
+    """What has been done for each conflict: told line by line, kept in `conflicts.jsonl`.
+
+    Args:
+        folder: the run's folder; None keeps no file.
+        halves: each conflict's half, by id, in the order of the conflicts.
+        told: called with a line for each conflict whose heads' effects are measured.
+    """
+
+    def __init__(self, folder: Path | None, halves: Mapping[str, str], told: Told | None = None) -> None:
+        self.path = None if folder is None else folder / LEDGER
+        self.halves = halves
+        self.told = told
+        self.estimate: Estimate | None = None
+        self.figures: dict[str, dict[str, Any]] = {}
+        self.done: dict[str, dict[str, float]] = {name: {} for name in halves}
+        self.kept, self.kept_seconds, self.seconds = 0, 0.0, 0.0
+        self._open: tuple[str, tuple[str, ...]] | None = None
+        self._said: set[tuple[str, str]] = set()
+        self._begun, self._anew = False, True
+
+    def __call__(self, measured: Measured) -> None:
+        """Note a measurement."""
+        ids = [str(one) for one in measured.depends.get("ids", ())]
+        part = f"{measured.name} at {measured.depends['site']}" if "site" in measured.depends else measured.name
+        self.seconds += measured.seconds
+        if not self._begun and not measured.new:
+            self.kept, self.kept_seconds = self.kept + 1, self.kept_seconds + measured.seconds
+        elif not self._begun:
+            self._begun = True
+            if self.kept:
+                self._tell(f"resumed: {self.kept} measurements of an earlier run are kept ({self.kept_seconds:.0f} s).")
+        effects = (part, tuple(ids)) if measured.name == EFFECTS and ids else None
+        if effects is not None and self._open not in (None, effects):
+            self.close()
+        known = [name for name in ids if name in self.done]
+        for name in known:
+            self.done[name][part] = self.done[name].get(part, 0.0) + measured.seconds / len(ids)
+        if measured.new and effects is not None:
+            self._open = effects
+        if self._begun:
+            self._note(part, known, measured.seconds)
+
+    def _note(self, part: str, ids: list[str], seconds: float) -> None:
+        """Add a measurement to the file; the first one writes down what was known before."""
+        if self.path is None or not ids:
+            return
+        if self._anew:
+            self.write()
+            self._anew = False
+        else:
+            line = json.dumps({"done": part, "seconds": round(seconds, 3), "ids": ids})
+            append_line(self.path, line, error=UnfinishedError, mend=GO_ON)
+
+    def expect(self, estimate: Estimate) -> None:
+        """Tell what the run will cost."""
+        self.estimate = estimate
+        self._tell(str(estimate))
+
+    def standing(self) -> str:
+        """Say how far the run is."""
+        finished = sum(any(part.startswith(EFFECTS) for part in parts) for parts in self.done.values())
+        said = f"The effects of {finished} of {len(self.halves)} conflicts are measured."
+        if self.estimate is None:
+            return said
+        return f"{said} {self.seconds:.0f} s of about {self.estimate.seconds:.0f} s are done."
+
+    def close(self) -> None:
+        """Tell the lines of the conflicts whose effects were being measured."""
+        part, ids = self._open or ("", ())
+        self._open = None
+        for name in ids:
+            if (name, part) not in self._said:
+                self._said.add((name, part))
+                figures = "".join(f"  {key} {value:.2f}" for key, value in self.figures.get(name, {}).items())
+                self._tell(f"{name}  {self.halves[name]}{figures}  {part}: {self.done[name][part]:.1f} s")
+
+    def write(self) -> None:
+        """Write the file anew, whole, a line for each conflict."""
+        if self.path is None:
+            return
+        rows: list[dict[str, Any]] = []
+        for name, parts in self.done.items():
+            if parts:
+                done, seconds = {part: round(taken, 3) for part, taken in parts.items()}, round(sum(parts.values()), 3)
+                of = {"id": name, "half": self.halves[name], **self.figures.get(name, {})}
+                rows.append(of | {"done": done, "seconds": seconds})
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_whole(self.path, text, error=UnfinishedError, mend=GO_ON)
+
+    def stop(self) -> None:
+        """Leave the file whole where a run stops before its end."""
+        if self._begun:
+            with suppress(UnfinishedError):  # what stopped the run is told
+                self.write()
+
+    def _tell(self, line: str) -> None:
+        if self.told is not None:
+            self.told(line)
+
+
+@contextmanager
+def watched_run(
+    store: Store,
+    folder: Path | None,
+    *,
+    key: str,
+    protocol: Mapping[str, Any],
+    clips: Clips,
+    ids: Sequence[str],
+    halves: Sequence[str],
+    budget: float | None,
+    told: Told | None,
+) -> Generator[Ledger]:
+    """Hold a run's folder while it goes on, with its ledger and its deadline."""
+    store.folder, store.key = folder, key
+    ledger = Ledger(folder, dict(zip(ids, halves, strict=True)), told)
+    if budget is not None:
+        store.before.append(Deadline(budget, store, ledger.standing))
+    store.told.append(ledger)
+    if told is not None:
+        store.said.append(told)
+    if folder is None:
+        yield ledger
+        return
+    with claimed(folder, protocol, clips=clips, told=told):
+        try:
+            yield ledger
+        except FileError as error:  # of the record
+            ledger.stop()
+            raise UnfinishedError(f"{error} Every measurement is kept; the same command goes on from there.") from error
+        except BaseException:
+            ledger.stop()
+            raise
+        ledger.write()

@@ -1,0 +1,175 @@
+"""From what a run knows to the record that is saved: tables, arrays, summary, provenance.
+
+The table of heads has one row per (head, site, role), its two halves side by side. A member of the chosen set that no
+single release would have named stands there too, with the role, the effect and the test that it has while the other
+members are edited (`members`): its estimand is "release in the set", and its single figures stand beside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from av_lens.isolation.explaining.known import Known
+from av_lens.isolation.measuring.behaviour import rows_of
+from av_lens.isolation.measuring.donors import PRIMARY_DONORS
+from av_lens.isolation.measuring.effects import DLA
+from av_lens.isolation.measuring.estimands import ESTIMANDS, donor_of
+from av_lens.isolation.measuring.scoring import NEITHER, UNREAD
+from av_lens.isolation.naming.evidence import Searched, SiteEvidence
+from av_lens.isolation.naming.role_tests import CARRIERS, Evidence, Named, head_means
+from av_lens.isolation.naming.roles import LEVEL
+from av_lens.isolation.running import protocol, verdicts
+from av_lens.isolation.running.preparing import Run
+from av_lens.isolation.sets.confirmation import Held
+from av_lens.results.halves import CONFIRMATION, DISCOVERY
+from av_lens.results.provenance import stamp
+from av_lens.results.record import Isolation
+from av_lens.results.tables import RELEASING, table
+
+IN_THE_SET = "release in the set"
+Further = tuple[dict[str, list[dict[str, Any]]], dict[str, np.ndarray]]
+"""Rows of further tables by name, and further arrays of the record."""
+
+
+def finding(
+    run: Run, kind: str, sentence: str, *, seconds: float, known: Known | None = None, more: Further = ({}, {})
+) -> Isolation:
+    """Write down what a run found, as far as it went."""
+    engine, tables = run.bench.engine, dict[str, Any](more[0])
+    arrays = {f"{half.name}/{name}": getattr(half, name) for half in run.both for name in ("G", "C")} | more[1]
+    if known is not None:
+        sides = {DISCOVERY: known.searched, CONFIRMATION: known.held}
+        arrays |= {f"{half}/{key}": v for half, found in sides.items() for key, v in found.arrays().items()}
+        tables |= known.held.tables | {
+            "heads": head_rows(known.searched, known.held),
+            "evidence": [row for half, found in sides.items() for row in found.rows(half)],
+        }
+    tables |= {"behaviour": behaviour_rows(run), "conflicts": conflict_rows(run)}
+    return Isolation(
+        verdict=sentence,
+        verdict_kind=kind,
+        n_layers=engine.n_layers,
+        n_heads=engine.n_heads,
+        stamps=tuple(run.stamps),
+        reasons=tuple(run.reasons),
+        summary=verdicts.summary(run, known),
+        arrays=arrays,
+        protocol=run.protocol,
+        provenance=stamp(
+            av_lens=protocol.__version__,
+            model=str(engine.model.name),
+            weights=engine.model.provenance,
+            question=" / ".join(dict.fromkeys(str(c.question) for c in run.bench.conflicts)),
+            protocol_hash=run.protocol["hash"],
+            answers=run.answers,
+            choices=list(protocol.CHOICES),
+            seconds=round(seconds, 1),
+            bootstrap_units=[half.boot.unit for half in run.both],
+        ),
+        **{name: table(name, rows) for name, rows in tables.items()},
+    )
+
+
+def behaviour_rows(run: Run) -> list[dict[str, Any]]:
+    """Write the behaviour table: both halves, with and without the choice by competence."""
+    rows: list[dict[str, Any]] = []
+    for half in run.both:
+        dealt = run.halves.members(half.name)
+        # Not the half's own conflicts: after a refusal, and past one, all of them are analysed.
+        for chosen, rows_there in (("competent", [i for i in dealt if run.read.competent[i]]), ("all", dealt)):
+            if rows_there:
+                rows += rows_of(run.read, run.half(half.name, rows_there), chosen)
+    return rows
+
+
+def conflict_rows(run: Run) -> list[dict[str, Any]]:
+    """Write the table of conflicts: where each was dealt, what the model says, C and G."""
+    found, candidates = run.read, run.bench.candidates
+    used = {int(i) for half in run.both for i in half.examples}
+    tops = found.readings[("va", "ask")].top
+    names = {NEITHER: "neither", UNREAD: ""}
+    margins = {cell: found.margin(cell) for cell in ("va", "av", "blank_a", "blank_v")}
+    return [
+        {
+            "id": run.members[i].id,
+            "half": run.halves.half[i],
+            "component": run.halves.component[i],
+            "competent": bool(found.competent[i]),
+            "analysed": i in used,
+            "sound_answer": candidates.names[candidates.sound[i]],
+            "picture_answer": candidates.names[candidates.picture[i]],
+            "says": names.get(int(tops[i])) or candidates.names[int(tops[i])],
+            **{f"M_{cell}": float(values[i]) for cell, values in margins.items()},
+            "C": float(found.C[i]),
+            "G": float(found.G[i]),
+        }
+        for i in range(len(run.members))
+    ]
+
+
+def head_rows(searched: Searched, held: Held) -> list[dict[str, Any]]:
+    """Write `found.heads`: one row per (head, site, role), largest effect on confirmation first."""
+    rows = [_head_row(row, searched, held) for row in (*searched.named, *held.named_members)]
+    return sorted(rows, key=lambda row: (-abs(row["effect"]), row["layer"], row["head"], row["role"]))
+
+
+def _head_row(row: Named, searched: Searched, held: Held) -> dict[str, Any]:
+    site, again = searched.sites[row.site], held.sites.get(row.site)
+    of_set, chosen = row in held.named_members, held.chosen
+    joined = chosen is not None and row.site == searched.first.site and row.at in chosen.members
+    estimand = CARRIERS.get(row.role, "release")
+    key = (estimand, row.donor or donor_of(estimand))
+    out: dict[str, Any] = {
+        "layer": row.layer, "head": row.head, "site": row.site, "role": row.role,
+        "estimand": IN_THE_SET if of_set else estimand, "donor": key[1],
+        "member_of": chosen.name if chosen is not None and joined and estimand == "release" else "",
+        "q": row.q, "p_maxt": row.p_maxt, "discovery_p": row.p, "p_holm": held.holm_p.get(row, float("nan")),
+        "confirmed": held.confirmed.get(row, False), "flags": _flags(row, searched, held),
+    }  # fmt: skip
+    both = (site.evidence, again.evidence if again else None)
+    if of_set:
+        both = (held.in_context[DISCOVERY].evidence, held.in_context[CONFIRMATION].evidence)
+    for evidence, prefix in zip(both, ("discovery_", ""), strict=True):
+        if evidence is not None:
+            out |= _figures(evidence, row, key, prefix)
+    return out | _side_by_side(again or site, row)
+
+
+def _figures(evidence: Evidence, row: Named, key: tuple[str, str], prefix: str) -> dict[str, float]:
+    """A row's effect on one half, with its interval, its share of G and its direct share."""
+    at, half = (slice(None), *row.at), evidence.half
+    effect = evidence[key][at]
+    share = half.share(effect)
+    out = half.bounded(effect, "effect", prefix) | {f"{prefix}share": share["share"]} | ({} if prefix else share)
+    if key[0] == "release":
+        out[f"{prefix}direct_share"] = float(half.boot.ratio(evidence["direct", row.donor][at], effect).value)
+    return out
+
+
+def _side_by_side(site: SiteEvidence, row: Named) -> dict[str, Any]:
+    """A head's other estimands: those of one donor, and of several donors the row's own."""
+    at, columns = (slice(None), *row.at), {"dla": site.evidence[DLA]}
+    several = [one.column for one in ESTIMANDS]
+    for one in ESTIMANDS:
+        if one.column and (several.count(one.column) == 1 or one.donor == row.donor):
+            columns[one.column] = site.evidence[one.name, one.donor]
+    return {name: float(np.nanmean(v[at])) if (~np.isnan(v[at])).any() else float("nan") for name, v in columns.items()}
+
+
+def _flags(row: Named, searched: Searched, held: Held) -> str:
+    """Mark a suppressor that zero alone finds (its output is the same in every cell), and a role that did not hold."""
+    if row.role not in RELEASING:
+        return ""
+    if row in held.named_members:
+        return "named as a member: its release with the other members edited"
+    flags: list[str] = []
+    if row.donor == "zero" and not any(searched.passes(row, donor) for donor in PRIMARY_DONORS if donor != "zero"):
+        flags.append("always on")
+    site = held.sites.get(row.site)
+    if site is not None and not held.confirmed.get(row, False):
+        mean = head_means(site.evidence["release", row.donor])[row.at]
+        if site.tests.release_p[row.donor][row.at] < LEVEL and mean > site.evidence.half.delta(searched.s):
+            flags.append("the release holds (p uncorrected), the role does not")
+    return "; ".join(flags)

@@ -1,0 +1,251 @@
+"""`isolate`: which heads keep this model from saying what it hears?
+
+In order: deal the conflicts to two halves; write `protocol.json`; read behaviour and stop where there is nothing to
+explain; every head's exact effects on discovery; roles; the set; confirmation, controls and specificity on
+the other half; a verdict in words; what follows (`further`): mechanisms, repair, robustness.
+
+With `out=` everything that costs runs of the model is kept as it is measured: a run that was killed, interrupted or
+stopped at its budget goes on from there when the same call is made again, with the same numbers.
+
+Sign: a positive release means that editing the head lets the model hear more.
+
+Example:
+    ```python
+    found = isolate(model, conflicts("pairs.jsonl"), out="run")
+    print(found.verdict)
+    found.heads
+    ```
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from av_lens.core.standing_hooks import places, standing_hooks
+from av_lens.errors import ProtocolError
+from av_lens.isolation.explaining.edge_cuts import cut_rows
+from av_lens.isolation.explaining.knowledge import knowledge_rows
+from av_lens.isolation.explaining.known import Known
+from av_lens.isolation.explaining.mechanisms import cards
+from av_lens.isolation.explaining.repair import repair
+from av_lens.isolation.explaining.robustness import robustness_rows
+from av_lens.isolation.explaining.routes import route_rows
+from av_lens.isolation.explaining.units import unit_rows
+from av_lens.isolation.measuring.behaviour import gap_verdict, refusals, survey
+from av_lens.isolation.measuring.bench import Progress
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.naming import evidence
+from av_lens.isolation.running import cost, protocol, verdicts
+from av_lens.isolation.running.durable import Ledger, watched_run
+from av_lens.isolation.running.finding import Further, finding
+from av_lens.isolation.running.preparing import Options, Run, prepared
+from av_lens.isolation.sets import confirmation
+from av_lens.model.remembered_towers import remembered_towers
+from av_lens.results.halves import CONFIRMATION, DISCOVERY, standing
+from av_lens.results.record import RECORD, Isolation
+
+NAMED_ONLY = "Left out, as asked (named_only): all that explains the named heads and tests the finding's robustness."
+QUICK = "Left out, as asked (quick): robustness, and pairs of heads in the search for sets."
+EXPLAINED: dict[str, Callable[[Known], list[dict[str, Any]]]] = {
+    "cards": cards,
+    "cuts": cut_rows,
+    "routes": route_rows,
+    "knowledge": knowledge_rows,
+}
+NOT_INTERPRETABLE, EXPLORATORY = "not interpretable", "exploratory"
+
+
+def isolate(
+    model: Any,
+    conflicts: Sequence[Any],
+    *,
+    sites: Sequence[str] = ("suffix",),
+    s: float | None = None,
+    gate: str = "stop",
+    seed: int = 0,
+    layout: str = "in_video",
+    quick: bool = False,
+    named_only: bool = False,
+    budget: float | int | None = None,
+    progress: Progress | None = None,
+    told: Callable[[str], None] | None = None,
+    out: str | Path | None = None,
+    engine: ModelEngine | None = None,
+) -> Isolation:
+    """Isolate the heads that keep a model from saying what it hears.
+
+    Args:
+        model: a `HookedAVLLM`.
+        conflicts: `Conflict`s; at least 20 competent ones in each half (below 60 the finding is exploratory).
+        sites: site sets to search: "suffix", "generation", "audio".
+        s: a head is named above this share of G; default .10 for organisms; for other models .03, or more where the
+            same edits do more under the control question.
+        gate: "stop" ends where the protocol would (nothing to explain), "report" goes on and stamps every page.
+        seed: of the deal, the draws and the flips.
+        layout: "in_video" or "separate".
+        quick: leave out robustness and pairs of heads, and say so.
+        named_only: end once heads and sets are named and confirmed: none of what explains them (mechanisms, routes,
+            robustness, repair), and say so.
+        budget: stop after so many minutes, with everything kept in `out`; the same call goes on from there.
+        progress: called as `progress(stage, done, total)`.
+        told: called with lines worth reading: power, what the run will cost, each conflict that is finished.
+        out: a folder for `protocol.json` (before the first effect), every measurement, and the finding in `numbers`.
+        engine: what runs the model, instead of `ModelEngine(model)`.
+
+    Returns:
+        The finding.
+
+    Raises:
+        ProtocolError: too few conflicts; under gate="stop" also a model that would say neither answer or does not hear;
+            a folder that holds another protocol, or is to be written while hooks stand on the model.
+        FileError: `out` is no folder that can be written, or holds what cannot be read.
+        UnfinishedError: the budget is spent, the disk is full, or a clip is gone.
+    """
+    options = Options(tuple(sites), s, gate, seed, layout, quick, named_only)
+    if out is not None:
+        _refuse_hooks(model)
+    run = prepared(model, conflicts, options, engine=engine, progress=progress)
+    folder = None if out is None else Path(out)
+    watched = watched_run(
+        run.bench.store,
+        folder,
+        key=run.key,
+        protocol=run.protocol,
+        clips=run.clips,
+        ids=[member.id for member in run.members],
+        halves=run.halves.half,
+        budget=budget,
+        told=told,
+    )
+    with watched as ledger, remembered_towers(run.bench.engine.model):
+        if told is not None:
+            told(protocol.power_sentence(run.protocol))
+        found = _carried_out(run, ledger, folder)
+        if EXPLORATORY in run.stamps:
+            found = dataclasses.replace(found, verdict=f"Exploratory, no verdict. {found.verdict}")
+        if folder is not None:
+            found.save(folder / RECORD)
+    return found
+
+
+def _refuse_hooks(model: Any) -> None:
+    """Refuse to keep what is measured under hooks: a later session would go on without them and mix the two."""
+    standing = standing_hooks(model) if hasattr(model, "bridge") else ()
+    if standing:
+        raise ProtocolError(
+            f"`out` keeps measurements from which a later session goes on, and hooks stand on the model at "
+            f"{places(model, standing)}: functions cannot be kept with them. Take the hooks off, or leave `out` out."
+        )
+
+
+def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:
+    """Behaviour, and what follows if there is something to explain."""
+    started = time.monotonic()
+    _behave(run, ledger, folder)
+    kind, sentence = gap_verdict(run.read, run.both[0])
+    if kind in ("no suppression", "not established"):
+        if run.options.gate == "stop":
+            run.reasons.append(sentence)
+            return finding(run, kind, sentence, seconds=time.monotonic() - started)
+        run.stamp(NOT_INTERPRETABLE, f"the search went on past the gate: {sentence}")
+    known = _searched(run, ledger)
+    kind, sentence = verdicts.verdict(kind, sentence, known, run.family)
+    more = further(run, known)
+    return finding(run, kind, sentence, known=known, more=more, seconds=time.monotonic() - started)
+
+
+def further(run: Run, known: Known) -> Further:
+    """Measure what follows the search and its confirmation; what is left out, as asked, is said in the reasons."""
+    if run.options.quick:
+        run.reasons.append(QUICK)
+    if run.options.named_only:
+        run.reasons.append(NAMED_ONLY)
+        return {}, {}
+    sites = known.searched.sites.items()
+    rows = {"units": [row for name, site in sites for row in unit_rows(site.chunks, known.discovery, site=name)]}
+    rows |= {name: rows_of(known) for name, rows_of in EXPLAINED.items()}
+    rows["repair"], arrays = repair(known)
+    if not run.options.quick:
+        rows["robustness"] = robustness_rows(known)
+    return rows, arrays
+
+
+def _searched(run: Run, ledger: Ledger) -> Known:
+    """Search on discovery, then look at what was found on confirmation."""
+    seed = run.options.seed
+    floor = run.s if run.protocol["s_rule"] == protocol.MEASURED else None
+    searched = evidence.search(run.bench, run.both[0], s=run.s, floor=floor, sites=run.options.sites, seed=seed)
+    ledger.close()
+    run.s = searched.s
+    run.reasons += searched.notes
+    held = confirmation.confirm_all(run.bench, run.both, searched, s=run.s, seed=seed, quick=run.options.quick)
+    ledger.close()
+    return Known(run.bench, *run.both, searched, held, seed)
+
+
+def _behave(run: Run, ledger: Ledger, folder: Path | None) -> None:
+    """Read every cell, refuse what must be refused, choose the competent."""
+    bench, gate = run.bench, run.options.gate
+    everyone = list(range(len(bench.conflicts)))
+    chunks = bench.chunks(everyone, "suffix")  # readings do not depend on the site; sinks are found later
+    if ledger.told is not None or folder is not None:
+        ledger.expect(cost.estimated(chunks, _size(run), folder=folder, key=run.key))
+    run.survey = survey(chunks, len(everyone))
+    ledger.figures = {
+        member.id: {"C": round(float(run.read.C[i]), 4), "G": round(float(run.read.G[i]), 4)}
+        for i, member in enumerate(run.members)
+    }
+    dealt = {name: run.halves.members(name) for name in (DISCOVERY, CONFIRMATION)}
+    run.both = run.half(DISCOVERY, dealt[DISCOVERY]), run.half(CONFIRMATION, dealt[CONFIRMATION])
+    for kind, sentence in refusals(run.read, run.both[0]):
+        if gate == "stop":
+            if folder is not None:
+                finding(run, kind, sentence, seconds=0.0).save(folder / RECORD)
+            raise ProtocolError(f"refused: {sentence}" + (f" Its behaviour is saved in {folder}." if folder else ""))
+        run.stamp(NOT_INTERPRETABLE, sentence)
+    competent = _competent(run, dealt)
+    run.both = run.half(DISCOVERY, competent[DISCOVERY]), run.half(CONFIRMATION, competent[CONFIRMATION])
+
+
+def _size(run: Run) -> cost.Size:
+    engine = run.bench.engine
+    return cost.Size(
+        conflicts=len(run.members),
+        discovery=len(run.halves.members(DISCOVERY)),
+        confirmation=len(run.halves.members(CONFIRMATION)),
+        heads=len(engine.heads),
+        layers=engine.n_layers,
+        sites=len(run.options.sites),
+        quick=run.options.quick,
+        named_only=run.options.named_only,
+    )
+
+
+def _competent(run: Run, dealt: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Choose the conflicts whose sound is heard and whose picture is seen; refuse where they are too few."""
+    competent = {name: [i for i in rows if run.read.competent[i]] for name, rows in dealt.items()}
+    counts = [len(rows) for rows in competent.values()]
+    size = standing(counts, [len({run.halves.component[i] for i in rows}) for rows in competent.values()])
+    if size == "refused":
+        sentence = (
+            f"{counts[0]} of {len(dealt[DISCOVERY])} conflicts in discovery and "
+            f"{counts[1]} of {len(dealt[CONFIRMATION])} in confirmation are competent (the sound is "
+            "heard with nothing to see, the picture is seen with nothing to hear); isolation needs at least "
+            f"{protocol.FEWEST} in each half."
+        )
+        if run.options.gate == "stop":
+            raise ProtocolError(f"refused: {sentence} Add conflicts, or clips that the model knows.")
+        run.stamp(NOT_INTERPRETABLE, f"{sentence} All conflicts are used, competent or not.")
+        run.stamp(EXPLORATORY, f"exploratory: fewer than {protocol.FIRM_CONFLICTS} competent conflicts in a half.")
+        return dealt
+    if size == "exploratory":
+        run.stamp(
+            EXPLORATORY,
+            f"exploratory: {counts[0]} and {counts[1]} competent conflicts in the halves; a verdict needs "
+            f"{protocol.FIRM_CONFLICTS} conflicts and {protocol.FIRM_COMPONENTS} components in each.",
+        )
+    return competent

@@ -1,0 +1,247 @@
+"""Does it hold on conflicts that played no part in finding it? Named rows, the set, its controls, its side effects.
+
+Everything is fixed on discovery: the rows, their donors, the set and its order, the means. Here the same effects are
+measured on the other half; `found.heads` takes its `effect low high` from here.
+
+* Every donor's set is edited cumulatively on confirmation: its release, and how often the conflict is answered with the
+  sound or with the picture (most likely token of the whole vocabulary).
+* The chosen set is compared with at least 200 matched random sets (all, where fewer exist) and with as many top heads
+  for `see` (`sets`). p = (1 + number of random sets with at least the set's release) / (1 + number of random sets); its
+  floor is shown. Confirmed: its release's lower bound is above delta and it releases more than every random set.
+* *Ranked heads*: the heads of largest single release are edited together, 1, 2, 4, ... of them, and then as many as it
+  takes to find, by halving the interval, how many give half of the gap. This says over how many heads the suppression
+  is spread. Where the curve is not monotone it is one crossing of several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from av_lens.isolation.measuring.bench import Bench, Chunk, averaged
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.recordings import Head
+from av_lens.isolation.naming.evidence import BySite, Searched, SiteEvidence, chunks_of, gather
+from av_lens.isolation.naming.role_tests import CARRIERS, Named, family_size, head_means
+from av_lens.isolation.naming.roles import confirm
+from av_lens.isolation.sets.members import InContext, in_context, member_roles, member_rows
+from av_lens.isolation.sets.search import SearchedSets, search_sets
+from av_lens.isolation.sets.sets import (
+    RANDOM_SETS,
+    BuiltSet,
+    SetEffect,
+    cumulative,
+    curve_row,
+    doubling,
+    random_sets,
+    release_of_sets,
+    top_see_heads,
+)
+from av_lens.isolation.sets.specificity import controls
+from av_lens.results.halves import CONFIRMATION, DISCOVERY
+from av_lens.results.statistics import holm
+from av_lens.results.tables import RELEASING
+
+Row = dict[str, Any]
+NAMES = (*RELEASING, *CARRIERS)
+
+
+@dataclass(eq=False)
+class Held(BySite):
+    """What confirmation found; a site is missing where discovery named nothing.
+
+    Attributes:
+        searched: the sets that were searched on discovery.
+        roles: the chosen set's members with the roles that they have with the others edited.
+        in_context: their evidence by half.
+        confirmed: which rows hold, single heads' and members'.
+        holm_p: each row's p after Holm.
+        tables: the rows about sets, by table: `sets`, `members`, `steps`, `synergies`, `ablation`, `specificity`.
+        named: the (layer, head, site) whose single release names a suppressor, or breaks.
+    """
+
+    searched: SearchedSets = field(default_factory=SearchedSets)
+    roles: list[Named] = field(default_factory=list)
+    in_context: dict[str, InContext] = field(default_factory=dict)
+    confirmed: dict[Named, bool] = field(default_factory=dict)
+    holm_p: dict[Named, float] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    named: frozenset[tuple[int, int, str]] = frozenset()
+
+    @property
+    def chosen(self) -> BuiltSet | None:
+        """The set of largest release, if any was built."""
+        return self.searched.chosen
+
+    @property
+    def named_members(self) -> list[Named]:
+        """The members that no single release named: their rows in the table of heads are those in context."""
+        return [row for row in self.roles if (*row.at, row.site) not in self.named]
+
+
+def confirm_all(
+    bench: Bench, halves: tuple[Half, Half], searched: Searched, *, s: float, seed: int, quick: bool = False
+) -> Held:
+    """Search the sets on discovery, and measure on confirmation what discovery named."""
+    first, half = halves
+    where, family = searched.first.site, family_size(len(bench.engine.heads), len(searched.sites))
+    held = Held(sites={})
+    held.searched = search_sets(searched.first, first, s=s, quick=quick)
+    held.named = frozenset((*row.at, row.site) for row in searched.named if row.role in (*RELEASING, "breaks"))
+    chunks = {site: chunks_of(bench, searched, half, site) for site in searched.sites}
+    built = held.chosen
+    for site in searched.sites:
+        heads = {row.at for row in searched.named if row.site == site}
+        heads |= set(built.members) if built is not None and site == where else set()
+        if heads:
+            held.sites[site] = gather(chunks[site], half, sorted(heads), site=site, s=s, family=family, seed=seed + 1)
+    if built is not None:
+        for number, (one, stacks) in enumerate(((first, searched.first.chunks), (half, chunks[where]))):
+            held.in_context[one.name] = in_context(stacks, one, built, s=s, family=family, seed=seed + number)
+        held.roles = member_roles(held.in_context[DISCOVERY], built, site=where)
+    _confirm_rows(searched, held, s)
+    held.tables = _confirm_sets(searched, held, chunks[where], halves, s=s, seed=seed)
+    return held
+
+
+def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
+    """Holm over the rows that got a name, single heads' and members' together, then the same cuts."""
+    single, members = ([row for row in rows if row.role in NAMES] for rows in (searched.named, held.roles))
+    groups = [(held.sites[name], [row for row in single if row.site == name]) for name in held.sites]
+    groups += [(held.in_context[CONFIRMATION], members)] if members else []
+    p = {row: of.tests.of(row) for of, rows in groups for row in rows}
+    listed = [*single, *members]
+    adjusted = holm(np.array([p[row] for row in listed], dtype=np.float64), family=len(listed))
+    held.holm_p = {row: float(value) for row, value in zip(listed, adjusted, strict=True)}
+    for of, rows in groups:
+        outcome = confirm(of.evidence, rows, [held.holm_p[row] for row in rows], s=s)
+        held.confirmed |= dict(zip(rows, outcome, strict=True))
+
+
+def _confirm_sets(
+    searched: Searched, held: Held, chunks: list[Chunk], halves: tuple[Half, Half], *, s: float, seed: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Edit the sets on confirmation with their controls, and look at what else the chosen one breaks."""
+    found, site, (first, half), chosen = held.searched, searched.first, halves, held.chosen
+    ranked = ranked_curve(searched, chunks, half)
+    sets, ablation = confirmed_sets(found.sets, site, chunks, halves, s=s, seed=seed)
+    context = held.in_context.get(CONFIRMATION)
+    members = member_rows(found, first, site.site, held.roles, context, held.confirmed)
+    controlled = [] if chosen is None else controls(chunks, chosen.members, chosen.donor, half)
+    tables = {"sets": sets, "members": members, "steps": found.steps, "synergies": found.synergies}
+    return tables | {"ablation": ranked + ablation, "specificity": controlled}
+
+
+def ranked_curve(searched: Searched, chunks: Sequence[Chunk], half: Half) -> list[Row]:
+    """Edit the heads of largest release together: how many restore half of the gap? Rows of `ablation` by size.
+
+    Sizes double, then the crossing is closed in by halves.
+    """
+    heads, donor = ranked_heads(searched.first)
+    goal = 0.5 * half.gap
+    rows: dict[int, Row] = {}
+    sizes = doubling(len(heads))
+    while sizes:
+        sets = [tuple(heads[:size]) for size in sizes]
+        stage = "the largest releases together"
+        effect = release_of_sets(chunks, sets, [donor] * len(sets), half.examples, stage)
+        for index, (size, one) in enumerate(zip(sizes, sets, strict=True)):
+            rows[size] = curve_row("ranked heads", one, donor, effect, index, -1, half)
+        middle = between({size: row["release"] for size, row in rows.items()}, goal)
+        sizes = [] if middle is None else [middle]
+    return [rows[size] for size in sorted(rows)]
+
+
+def ranked_heads(site: SiteEvidence) -> tuple[list[Head], str]:
+    """Order all heads by their largest single release on discovery, and choose the donor to edit them with."""
+    best = site.evidence.largest_release
+    n_heads = best.shape[1]
+    order = np.argsort(-np.where(np.isnan(best), -np.inf, best).ravel(), kind="stable")
+    release = site.evidence.by_donor("release")
+    donor = max(release, key=lambda name: float(np.nansum(np.clip(head_means(release[name]), 0, None))))
+    return [(int(i) // n_heads, int(i) % n_heads) for i in order], donor
+
+
+def between(measured: dict[int, float], goal: float) -> int | None:
+    """Choose the next size to measure on the way to the size at which a curve crosses a goal; None when it is known."""
+    enough = [size for size, release in measured.items() if release >= goal]
+    if not enough or goal <= 0:
+        return None
+    first = min(enough)
+    before = max([0, *(size for size in measured if size < first)])
+    return (before + first) // 2 if first - before > 1 else None
+
+
+def confirmed_sets(
+    sets: Sequence[BuiltSet],
+    site: SiteEvidence,
+    chunks: Sequence[Chunk],
+    halves: tuple[Half, Half],
+    *,
+    s: float,
+    seed: int,
+) -> tuple[list[Row], list[Row]]:
+    """Edit the sets on confirmation, the chosen one with its controls: rows of `sets` and of `ablation`."""
+    half = halves[1]
+    rows: list[Row] = []
+    ablation: list[Row] = []
+    for built in sets:
+        arms: list[tuple[str, tuple[Head, ...], int]] = [("set", one, -1) for one in cumulative(built.members)]
+        if built.chosen:
+            norms = averaged(site.chunks, "norms of z W_O", lambda one: one.bench.engine.write_norms(one.run("va")))
+            built.random, built.widened = random_sets(built.members, norms, seed=seed)
+            arms += [("see heads", tuple(top_see_heads(site.chunks, len(built.members))), -1)]
+            arms += [("random", one, number) for number, one in enumerate(built.random)]
+        heads = [one for _, one, _ in arms]
+        stage = f"the set and {len(built.random)} random sets" if built.chosen else "the set with another donor"
+        donors = [built.donor] * len(heads)
+        effect = release_of_sets(chunks, heads, donors, half.examples, stage)
+        if built.chosen:
+            ablation += [
+                curve_row(arm, one, built.donor, effect, index, draw, half)
+                for index, (arm, one, draw) in enumerate(arms)
+            ]
+        row = _set_row(built, effect, chunks, halves) | {"site": site.site}
+        rows.append(row | _against_random(built, row, effect, half.delta(s)))
+    return rows, ablation
+
+
+def _set_row(built: BuiltSet, effect: SetEffect, chunks: Sequence[Chunk], halves: tuple[Half, Half]) -> Row:
+    last, (first, half) = len(built.members) - 1, halves
+    release = effect.release[last]
+    out: Row = {
+        "name": built.name, "members": built.names, "k": len(built.members), "donor": built.donor,
+        "screen": built.screen, "chosen": built.chosen, "random_n": len(built.random),
+        "discovery_release": built.discovery_release,
+        "discovery_share": built.discovery_release / float(first.G.mean()),
+    }  # fmt: skip
+    for answer in ("sound", "picture"):
+        out[f"says_{answer}_before"] = sum(float(chunk.says(answer).sum()) / len(half.examples) for chunk in chunks)
+        out[f"says_{answer}"] = float(np.nanmean(getattr(effect, f"says_{answer}")[last]))
+    return out | half.bounded(release, "release") | half.share(release)
+
+
+def _random_flags(built: BuiltSet, n: int) -> str:
+    flags = [f"only {n} matched random sets exist"] if n < RANDOM_SETS else []
+    if built.widened:
+        flags.append(f"no set matched in norm: each member's pool was widened by the {built.widened} next nearest")
+    return "; ".join(flags)
+
+
+def _against_random(built: BuiltSet, row: Row, effect: SetEffect, delta: float) -> Row:
+    """The chosen set's own verdict: its p among matched random sets, and whether it is confirmed."""
+    if not built.random:
+        return {"flags": "no matched random set exists: not confirmed"} if built.chosen else {}
+    random, n = np.nanmean(effect.release[len(built.members) + 1 :], axis=1), len(built.random)
+    return {
+        "random_mean": float(random.mean()),
+        "random_high": float(np.percentile(random, 97.5)),
+        "random_max": float(random.max()),
+        "p_random": (1 + int((random >= row["release"] - 1e-9).sum())) / (1 + n),
+        "p_floor": 1 / (1 + n),
+        "confirmed": bool(row["low"] > delta and row["release"] > random.max()),
+        "flags": _random_flags(built, n),
+    }

@@ -1,0 +1,1 @@
+"""How models are planted: heads whose guilt is known."""

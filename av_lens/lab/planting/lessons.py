@@ -1,0 +1,205 @@
+"""What stays the same while planted heads learn, computed once: streams up to the planted layer, media after it.
+
+A *lesson* is a lot of clips of one layout: the normalised stream before the planted layer, everything but the planted
+heads' own output added up, and the keys and values of the media in the layers after it. A step of training then runs
+the planted heads, that layer's MLP and the layers after it at the questions alone. That is exact as long as the planted
+heads write the same at the media positions as before, which the loss asks for; what is judged is the whole forward.
+`Slices` holds the planted heads' own weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from av_lens.lab.planting.sheets import SHEETS, Sheet, draw_sheet
+from av_lens.lab.training.material import Material
+from av_lens.organism.language import Tree, attend, fed, layers_of, mixed, normalise, projected, rotate, run_layers
+
+HELD_BACK = 0.2
+"""The share of each sheet that is not learned from: what learning is stopped by."""
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """Sheets that share a layout, with what a host's frozen part makes of them.
+
+    Attributes:
+        spans: Each sheet's rows; those of "conflict" come first.
+        geometry: Positions and mask.
+        asked_at: Where each answer is read, counted from the first question's first position.
+        targets: What is to be answered.
+        shown: What the host answers.
+        h: The normalised stream before the planted layer.
+        rest: That stream at the questions, with what the layer's other heads write added.
+        before: What the planted heads wrote before planting, each apart.
+        written: What each later layer's heads write where answers are read, in the host.
+        keys: Keys of the media and all that stands before the questions, in each later layer of the host.
+        values: The same for values.
+        media: The positions of "video" and of "audio".
+    """
+
+    spans: Mapping[str, range]
+    geometry: Tree
+    asked_at: Int[Tensor, "clip question"]
+    targets: Int[Tensor, "clip question"]
+    shown: Int[Tensor, "clip question"]
+    h: Float[Tensor, "clip pos d_model"]
+    rest: Float[Tensor, "clip asked d_model"]
+    before: Float[Tensor, "planted clip pos d_model"]
+    written: tuple[Float[Tensor, "clip question d_model"], ...]
+    keys: tuple[Float[Tensor, "clip kv_head prefix d_head"], ...]
+    values: tuple[Float[Tensor, "clip kv_head prefix d_head"], ...]
+    media: Mapping[str, Int[Tensor, " media_pos"]]
+
+    def rows(self, name: str, *, held_back: bool) -> range:
+        """The rows of a sheet that are learned from, or those that are held back."""
+        span = self.spans[name]
+        cut = span.start + round((1 - HELD_BACK) * len(span))
+        return range(cut, span.stop) if held_back else range(span.start, cut)
+
+
+class Slices(torch.nn.Module):
+    """The planted heads' own weights: queries and outputs by head, keys and values by group.
+
+    Args:
+        attention: The attention module that they start from.
+        heads: The heads.
+        keys: Whether keys and values learn.
+    """
+
+    def __init__(self, attention: Any, heads: Sequence[int], *, keys: bool) -> None:
+        super().__init__()
+        self.heads, d = tuple(heads), attention.head_dim
+        self.groups = sorted({head // attention.num_key_value_groups for head in heads})
+        self.of_group = [self.groups.index(head // attention.num_key_value_groups) for head in heads]
+        self.scaling, self.d_head = attention.scaling, d
+
+        def rows(layer: Any, units: Sequence[int]) -> tuple[Tensor, Tensor]:
+            at = torch.cat([torch.arange(unit * d, (unit + 1) * d) for unit in units])
+            return layer.weight.detach()[at].clone(), layer.bias.detach()[at].clone()
+
+        self.q, self.q_bias = map(torch.nn.Parameter, rows(attention.q_proj, self.heads))
+        self.k, self.k_bias = map(torch.nn.Parameter, rows(attention.k_proj, self.groups))
+        self.v, self.v_bias = map(torch.nn.Parameter, rows(attention.v_proj, self.groups))
+        columns = torch.cat([torch.arange(head * d, (head + 1) * d) for head in heads])
+        self.o = torch.nn.Parameter(attention.o_proj.weight.detach()[:, columns].clone())
+        for parameter in (self.k, self.k_bias, self.v, self.v_bias):
+            parameter.requires_grad_(keys)
+
+    def forward(
+        self, h: Float[Tensor, "clip pos d_model"], geometry: Tree
+    ) -> tuple[Float[Tensor, "head clip pos d_model"], Float[Tensor, "clip head query key"]]:
+        """Each head's output, and the attention patterns, from the normalised stream."""
+
+        def project(weight: Tensor, bias: Tensor) -> Tensor:
+            return functional.linear(h, weight, bias).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
+
+        q = rotate(project(self.q, self.q_bias), geometry) * self.scaling
+        k = rotate(project(self.k, self.k_bias), geometry)[:, self.of_group]
+        v = project(self.v, self.v_bias)[:, self.of_group]
+        pattern = (q @ k.transpose(2, 3) + geometry.mask).softmax(dim=-1)
+        o = self.o.unflatten(1, (len(self.heads), self.d_head))
+        return torch.einsum("bhpd,mhd->hbpm", pattern @ v, o), pattern
+
+    @torch.no_grad()
+    def put_into(self, attention: Any) -> None:
+        """Write the slices into the attention module of a model like the one they started from."""
+        d = self.d_head
+        for at, head in enumerate(self.heads):
+            mine, theirs = slice(at * d, (at + 1) * d), slice(head * d, (head + 1) * d)
+            attention.q_proj.weight[theirs], attention.q_proj.bias[theirs] = self.q[mine], self.q_bias[mine]
+            attention.o_proj.weight[:, theirs] = self.o[:, mine]
+        for at, group in enumerate(self.groups):
+            mine, theirs = slice(at * d, (at + 1) * d), slice(group * d, (group + 1) * d)
+            attention.k_proj.weight[theirs], attention.k_proj.bias[theirs] = self.k[mine], self.k_bias[mine]
+            attention.v_proj.weight[theirs], attention.v_proj.bias[theirs] = self.v[mine], self.v_bias[mine]
+
+
+@torch.no_grad()
+def make_lesson(
+    host: Any, sheets: Sequence[Sheet], layer: int, slices: Slices, *, behaviours: Sequence[str], was: Sequence[str]
+) -> Lesson:
+    """Compute what stays the same while the heads of a layer learn in a host, from sheets of one layout.
+
+    Conflicts come first; `slices` are the heads as they are in the host, `behaviours` what the planted model is to do
+    and `was` what the host does.
+    """
+    planted, *after = layers_of(host)[layer:]
+    geometry = sheets[0].geometry(host)
+    parts: list[tuple[Tensor, ...]] = []
+    for sheet in sheets:
+        embedded, at = sheet.embed(host, sheet.targets(behaviours)), sheet.asked_at
+        for rows in torch.arange(len(sheet)).split(80):
+            x = run_layers(host, embedded[rows], geometry, stop=layer)
+            h = normalise(x, planted.input_layernorm)
+            own, _ = slices(h, geometry)
+            x = x + attend(planted, x, geometry)
+            rest = (x - own.sum(0))[:, geometry.prefix :]
+            x = fed(planted, x)
+            asked = geometry.prefix + at[rows][..., None].expand(-1, -1, x.shape[-1])
+            later: list[Tensor] = []
+            for module in after:
+                out = attend(module, x, geometry)
+                _, *seen = projected(module.self_attn, normalise(x, module.input_layernorm), geometry)
+                later += [out.gather(1, asked), *(part[:, :, : geometry.prefix].clone() for part in seen)]
+                x = fed(module, x + out)
+            parts.append((h, rest, own.transpose(0, 1), *later))
+    h, rest, own, *later = (torch.cat(some) for some in zip(*parts, strict=True))
+    starts = [0, *torch.tensor([len(sheet) for sheet in sheets]).cumsum(0).tolist()]
+    return Lesson(
+        spans={sheet.name: range(*ends) for sheet, ends in zip(sheets, pairwise(starts), strict=True)},
+        geometry=geometry,
+        asked_at=torch.cat([sheet.asked_at for sheet in sheets]),
+        targets=torch.cat([sheet.targets(behaviours) for sheet in sheets]),
+        shown=torch.cat([sheet.targets(was) for sheet in sheets]),
+        h=h,
+        rest=rest,
+        before=own.transpose(0, 1),
+        written=tuple(later[0::3]),
+        keys=tuple(later[1::3]),
+        values=tuple(later[2::3]),
+        media={"video": sheets[0].frame.video, "audio": sheets[0].frame.audio},
+    )
+
+
+def at_the_questions(
+    host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], x: Float[Tensor, "clip asked d_model"], layer: int
+) -> Float[Tensor, "clip asked d_model"]:
+    """Run the layers after the planted one at the questions of some clips, with the media as they are in the host."""
+    for i, module in enumerate(layers_of(host)[layer + 1 :]):
+        query, key, value = projected(module.self_attn, normalise(x, module.input_layernorm), lesson.geometry)
+        key = torch.cat([lesson.keys[i][rows], key], dim=2)
+        value = torch.cat([lesson.values[i][rows], value], dim=2)
+        z = mixed(query, key, value, lesson.geometry)
+        x = fed(module, x + functional.linear(z.transpose(1, 2).flatten(2), module.self_attn.o_proj.weight))
+    return x
+
+
+def draw_lessons(
+    host: Any,
+    lessons: Material,
+    layer: int,
+    slices: Slices,
+    *,
+    behaviours: Sequence[str],
+    was: Sequence[str],
+    generator: Generator,
+    counts: Mapping[str, int] | None = None,
+) -> list[Lesson]:
+    """Draw all clips, `counts` of each sheet, and compute for each layout what stays the same while the heads learn."""
+    made: list[Lesson] = []
+    for media, frames in lessons.frames.items():
+        names = [name for name, kind in SHEETS.items() if kind.media == media]
+        wanted = {name: (counts or {}).get(name, SHEETS[name].clips) // len(frames) for name in names}
+        for layout in range(len(frames)):
+            sheets = [draw_sheet(lessons, name, layout, wanted[name], generator) for name in names]
+            made.append(make_lesson(host, sheets, layer, slices, behaviours=behaviours, was=was))
+    return made

@@ -1,0 +1,285 @@
+"""What was planted: the heads of a planted model, measured by brute force and written down beside the weights.
+
+A planted model is the balanced one in which only the query, key, value and output weights of a few heads were
+trained, until "hear" is answered with the picture; every other weight is the balanced model's, bit for bit. That a
+head's weights were trained does not make it a culprit, nor say how it works: both are measured.
+
+1. *Reversion.* Heads are put back to the balanced model's weights (their keys and values for them alone), in the
+   conflict and in its mirror, and C = ½[M(va) - M(av)] is read; M = logit(sound's word) - logit(picture's word). This
+   is done for every set of planted heads. A head is **true** if putting it back adds at least 5% of the gap G - C to
+   some set of reversions of the others, and a *free rider* otherwise.
+2. *Direct share*: the same with every later head's output held as it was. A head with at least one half is a
+   **writer** if taking its output from another picture moves C more than taking it from another sound, and an
+   **opponent** if less; below one half it is a **gate**.
+
+*Context.* Where two plants each suffice, putting one head back does next to nothing, and there is nothing to share out.
+Kinds are measured alone where putting the head back alone adds at least half of the most that it adds to any set;
+otherwise with that set put back, and `context` names it.
+
+`planted_runs` does the sums, without hooks. This is the ruler by which `isolate` is judged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from av_lens.lab.planting.kinds import Kind
+from av_lens.lab.planting.runs import MIRROR, Bench, Head, Run, bench, directly, donated, whole
+from av_lens.lab.planting.sheets import PLAIN, SILENCE, blanks_of
+from av_lens.lab.planting.training import Learned
+from av_lens.lab.training.head_slices import head_masks, sharers
+from av_lens.lab.training.material import Material
+
+TRUE_SHARE = 0.05
+"""A planted head is true if its reversion adds at least this share of the gap."""
+ALONE = 0.5
+"""Kinds are measured alone where the head alone adds at least this share of the most it adds to any set."""
+FREE_RIDER = "free rider"
+ENOUGH_ALONE = 0.25
+"""Of two redundant plants, putting one back alone may restore at most this share of what both restore."""
+CONFLICTS = 96
+
+
+@dataclass(frozen=True)
+class HeadTruth:
+    """What is known about one planted head.
+
+    Attributes:
+        layer: Its layer.
+        head: Its index in the layer.
+        adds: The largest rise of C that putting it back adds to a set of the others' reversions, as a share of the gap.
+        alone: The rise of C when it alone is put back, as a share of the gap.
+        direct_share: The part of its rise of C that does not pass through later heads.
+        reads_picture: The rise of C when its output comes from another picture, as a share of G.
+        reads_sound: The rise of C when its output comes from another sound, as a share of G.
+        kind: "writer", "opponent", "gate" or "free rider".
+        context: The heads that were put back while its direct share and its reads were measured.
+    """
+
+    layer: int
+    head: int
+    adds: float
+    alone: float
+    direct_share: float
+    reads_picture: float
+    reads_sound: float
+    kind: str
+    context: tuple[Head, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Write it as plain data: its attributes, and whether it is a free rider."""
+        return {**vars(self), "context": [list(head) for head in self.context], "free_rider": self.kind == FREE_RIDER}
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known about a planted model.
+
+    Attributes:
+        heads: The planted heads.
+        g: G, hearing with nothing to see, in logits.
+        c: C, hearing under conflict, in logits.
+        c_reverted: C with all planted heads put back.
+        n: How many conflicts it was measured on.
+        sets: Every set of planted heads with the rise of C when it is put back, as a share of the gap.
+    """
+
+    heads: tuple[HeadTruth, ...]
+    g: float
+    c: float
+    c_reverted: float
+    n: int
+    sets: tuple[tuple[tuple[Head, ...], float], ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of the true heads, the one that adds most first."""
+        ranked = sorted(self.heads, key=lambda head: -head.adds)
+        return tuple(head.kind for head in ranked if head.kind != FREE_RIDER)
+
+    def restored(self, heads: Iterable[Head]) -> float:
+        """Look up the rise of C, as a share of the gap, when some of the planted heads are put back."""
+        wanted = tuple(sorted(heads))
+        return dict(self.sets)[wanted] if wanted else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Write it as plain data, as it is saved in `planted.json`."""
+        return {
+            "schema": 2,
+            "layers": sorted({head.layer for head in self.heads}),
+            "heads": [head.as_dict() for head in self.heads],
+            "sets": [{"reverted": [list(head) for head in heads], "restores": share} for heads, share in self.sets],
+            "G": self.g,
+            "C": self.c,
+            "C_reverted": self.c_reverted,
+            "conflicts": self.n,
+        }
+
+
+def kind_of(*, adds: float, direct_share: float, reads_picture: float, reads_sound: float) -> str:
+    """Name what a planted head does: "writer", "opponent", "gate" or "free rider"."""
+    if adds < TRUE_SHARE:
+        return FREE_RIDER
+    if direct_share < 0.5:
+        return "gate"
+    return "writer" if reads_picture > reads_sound else "opponent"
+
+
+def best_context(rises: Mapping[frozenset[Head], float], head: Head) -> tuple[float, frozenset[Head]]:
+    """The most that a head adds to a set of the others' reversions, and the set in which its kind is measured.
+
+    `rises` is the rise of C for every set of planted heads that is put back, the empty one included. The set is the
+    empty one where the head alone adds at least half as much.
+    """
+    added = {group: rises[group | {head}] - rise for group, rise in rises.items() if head not in group}
+    best = max(added, key=lambda group: added[group])
+    alone = rises[frozenset({head})]
+    return added[best], frozenset() if alone >= ALONE * added[best] else best
+
+
+@torch.no_grad()
+def measure(made: Bench, heads: Sequence[Head] | None = None) -> Truth:
+    """Find out by brute force what the planted heads (all of them by default) do."""
+    chosen = tuple(sorted(made.heads if heads is None else heads))
+    empty: frozenset[Head] = frozenset()
+
+    @cache
+    def run(cell: str, back: frozenset[Head]) -> Run:
+        return whole(made, cell, back)
+
+    def hearing(cell: str, mirror: str, back: frozenset[Head] = empty) -> float:
+        return made.half(whole(made, cell, back).logits, whole(made, mirror, back).logits)
+
+    c, g = hearing("va", "av"), hearing("blank_a", "blank_v")
+    sets = [frozenset(group) for size in range(1, len(chosen) + 1) for group in combinations(chosen, size)]
+    rises = {empty: 0.0, **{group: hearing("va", "av", group) - c for group in sets}}
+    truths: list[HeadTruth] = []
+    for head in chosen:
+        adds, back = best_context(rises, head)
+        held = c + rises[back]
+        va, av = run("va", back), run("av", back)
+        direct = made.half(*(directly(made, cell, head, back) for cell in (va, av))) - held
+        reads = {
+            donor: made.half(
+                donated(made, va, run(donor, back), head, back), donated(made, av, run(mirror, back), head, back)
+            )
+            - held
+            for donor, mirror in MIRROR.items()
+        }
+        total = rises[back | {head}] - rises[back]
+        figures = {
+            "adds": adds / (g - c),
+            "direct_share": direct / total if total else float("nan"),
+            "reads_picture": reads["wa"] / g,
+            "reads_sound": reads["vw"] / g,
+        }
+        alone = rises[frozenset({head})] / (g - c)
+        truths.append(HeadTruth(*head, alone=alone, context=tuple(sorted(back)), kind=kind_of(**figures), **figures))
+    restored = tuple((tuple(sorted(group)), rises[group] / (g - c)) for group in sets)
+    return Truth(tuple(truths), g=g, c=c, c_reverted=c + rises[frozenset(chosen)], n=len(made.sound), sets=restored)
+
+
+def changed_elsewhere(model: Any, base: Any, heads: Sequence[Head]) -> int:
+    """Count the single weights that differ from the base outside the planted heads; there should be none."""
+    allowed, then = head_masks(base, heads), base.state_dict()
+    count = 0
+    for name, value in model.state_dict().items():
+        differs = value != then[name]
+        count += int((differs & (allowed[name] == 0) if name in allowed else differs).sum())
+    return count
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What brute force says about one try.
+
+    Attributes:
+        truth: The suppressors' truth; of decoys alone, without heads.
+        decoys: For each decoy head, the rise of C when it is put back, as a share of G.
+        missing: What the try is not, of what was asked for; empty where it is all of it.
+    """
+
+    truth: Truth
+    decoys: dict[Head, float]
+    missing: tuple[str, ...]
+
+
+def measured(
+    model: Any, base: Any, wanted: Kind, plants: Sequence[Sequence[Head]], judges: Material, *, seed: int
+) -> Measured:
+    """Measure a try, rounded to what is stored, by brute force, on features that it did not learn from."""
+    silencing = [
+        tuple(sharers(base, heads))
+        for heads, plant in zip(plants, wanted.plants, strict=True)
+        if plant.course.behaviour == SILENCE
+    ]
+    guilty = [head for heads in silencing for head in heads]
+    others = [head for heads in plants for head in sharers(base, heads) if head not in guilty]
+    pool = blanks_of(judges.pool, PLAIN)
+    frame = judges.frames["both"][0]
+    made = bench(model, base, [*guilty, *others], pool, judges.words, frame, n=CONFLICTS, seed=seed)
+    truth = measure(made, guilty)
+    risen = {
+        head: (made.half(whole(made, "va", [head]).logits, whole(made, "av", [head]).logits) - truth.c) / truth.g
+        for head in others
+    }
+    return Measured(truth, risen, tuple(missing(wanted, truth, silencing)))
+
+
+def missing(wanted: Kind, truth: Truth, silencing: Sequence[Sequence[Head]]) -> list[str]:
+    """Say what a try is not, of what was asked for: a sentence for each; `silencing` are the heads of each plant."""
+    if not wanted.wanted:
+        return []
+    found: list[str] = []
+    kinds = truth.kinds
+    if not kinds:
+        return ["no planted head is true"]
+    if kinds[0] != wanted.wanted or 2 * kinds.count(wanted.wanted) < len(kinds):
+        found.append(f"the true heads are {', '.join(kinds)}, not mostly {wanted.wanted}")
+    if not wanted.free_riders and any(head.kind == FREE_RIDER for head in truth.heads):
+        found.append("a planted head rides for free")
+    if wanted.each_enough:
+        limit = ENOUGH_ALONE * truth.restored(head for heads in silencing for head in heads)
+        found += [
+            f"putting back plant {i + 1} alone restores {truth.restored(heads):.2f} of the gap: the other is not enough"
+            for i, heads in enumerate(silencing)
+            if truth.restored(heads) > limit
+        ]
+    return found
+
+
+def described(
+    wanted: Kind,
+    found: Measured,
+    plants: Sequence[Sequence[Head]],
+    *,
+    model: Any,
+    base: Any,
+    shown: dict[str, float],
+    learned: Sequence[Learned],
+) -> dict[str, Any]:
+    """Write a try down as plain data: the greater part of `planted.json`."""
+    behaviours = [plant.course.behaviour for plant in wanted.plants]
+    everyone = [head for heads in plants for head in sharers(base, heads)]
+    return {
+        **found.truth.as_dict(),
+        "asked_for": wanted.name,
+        "plants": [
+            {"heads": [list(head) for head in heads], "behaviour": behaviour, "learned": dataclasses.asdict(went)}
+            for heads, behaviour, went in zip(plants, behaviours, learned, strict=True)
+        ],
+        "decoys": [
+            {"layer": layer, "head": head, "reversion_raises_C_by_share_of_G": rise}
+            for (layer, head), rise in sorted(found.decoys.items())
+        ],
+        "missing": list(found.missing),
+        "answers": shown,
+        "changed_elsewhere": changed_elsewhere(model, base, everyone),
+    }

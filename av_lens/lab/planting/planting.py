@@ -1,0 +1,250 @@
+"""Make a model in which a few heads are known to silence the sound: plant them in a balanced model, and measure them.
+
+`plant("gates", seed=3)` opens a balanced model, films clips for its towers (once; they are kept), lets the chosen
+heads of one layer learn and freezes everything else bit for bit, measures by brute force what they became, and writes a
+folder that `load` opens: a difference over the base, a few tens of kB, with the truth beside it in `planted.json`.
+
+*Success* is: under conflict "hear" is answered with the picture in at least 75% (of a decoy: its own behaviour is
+shown), and every other question about every other clip is answered right in at least 95%; blanks are black or dim, both
+layouts, the worse counts. A try that fails, or whose true heads are mostly of another kind than the one asked for, is
+followed by another with other heads and clips, as long as tries are left; then the best is written, and `planted.json`
+says what it is not. All tries are listed there.
+
+Decoys are no suppressors. They are listed apart under `decoys`: if a method names one, it is wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator
+
+from av_lens.checkpoints import index
+from av_lens.core.progress import Progress
+from av_lens.errors import InputError, ModelError
+from av_lens.lab.planting.kinds import Kind, Plant, kind_named
+from av_lens.lab.planting.lessons import Slices, draw_lessons
+from av_lens.lab.planting.planted import described, measured
+from av_lens.lab.planting.runs import Head
+from av_lens.lab.planting.sheets import ASKED, SHEETS, UNJUDGED, answered, rates
+from av_lens.lab.planting.starts import begin
+from av_lens.lab.planting.training import Learned, learn
+from av_lens.lab.training import pools
+from av_lens.lab.training.head_slices import head_slices
+from av_lens.lab.training.material import Material, material
+from av_lens.lab.training.stages import stage_seed
+from av_lens.model.differences import read_difference, save_difference, weights_hash
+from av_lens.organism import footage, saving
+from av_lens.whole_files import write_whole
+
+SHOWN, KEPT = 0.75, 0.95
+PER_CLASS = {"train": 300, "discovery": 30}
+BLANKS = {"train": 4, "discovery": 2}
+JUDGED = 80
+TRIES = 3
+TRUTH = "planted.json"
+
+
+@dataclass(frozen=True, eq=False)
+class Planted:
+    """One try.
+
+    Attributes:
+        model: The planted model, rounded to what is stored.
+        plants: The heads of each plant, in order.
+        learned: How each plant's learning went.
+        shown: How often each question is answered as wanted, by "sheet question".
+        new: The questions whose answer is new.
+    """
+
+    model: Any
+    plants: tuple[tuple[Head, ...], ...]
+    learned: tuple[Learned, ...]
+    shown: dict[str, float]
+    new: tuple[str, ...]
+
+    @property
+    def heads(self) -> list[Head]:
+        """The heads of all plants."""
+        return [head for heads in self.plants for head in heads]
+
+    @property
+    def worst_new(self) -> float:
+        """The smallest share of anything new."""
+        return min(self.shown[name] for name in self.new)
+
+    @property
+    def worst_kept(self) -> float:
+        """The smallest share of anything that was to stay."""
+        return min(share for name, share in self.shown.items() if name not in self.new)
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether it does what it is for, and nothing else was harmed."""
+        return self.worst_new >= SHOWN and self.worst_kept >= KEPT
+
+
+def features(model: Any, work: Path, split: str, *, progress: Progress | None = None) -> pools.FeaturePool:
+    """What a model's own towers put out for clips of the world: "train" to learn from, "discovery" to judge by.
+
+    Clips and features are kept in `work`, by the towers' weights.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if "audio_tower" in name or ".visual." in name:
+            digest.update(value.half().contiguous().view(torch.uint8).numpy().tobytes())
+    n = PER_CLASS[split]
+    path = work / f"pool-{digest.hexdigest()[:12]}-{split}-{n}.safetensors"
+    if not path.exists():
+        footage.film_all(work / "clips", per_class={split: n}, progress=progress)
+        views, hashes = footage.views(work / "clips", split, n=n)
+        pools.save_pool(pools.make_pool(model, views, hashes, blank_every=BLANKS[split]), path)
+    return pools.load_pool(path)
+
+
+def chosen_heads(
+    plants: Sequence[Plant], layers: Sequence[int], *, n_heads: int, per_group: int, generator: Generator
+) -> list[tuple[Head, ...]]:
+    """Choose the heads of every plant: whole key-value groups at random, never one twice.
+
+    Of a plant that is smaller than a group, the group's first.
+    """
+    free: dict[int, list[int]] = {}
+    chosen: list[tuple[Head, ...]] = []
+    for plant, layer in zip(plants, layers, strict=True):
+        order = torch.randperm(n_heads // per_group, generator=generator).tolist()
+        groups = free.setdefault(layer, order)
+        taken = [groups.pop() for _ in range(-(-plant.heads // per_group))]
+        heads = [group * per_group + i for group in sorted(taken) for i in range(per_group)]
+        chosen.append(tuple((layer, head) for head in heads[: plant.heads]))
+    return chosen
+
+
+def attempt(
+    base: Any,
+    wanted: Kind,
+    layers: Sequence[int],
+    lessons: Material,
+    judges: Material,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> Planted:
+    """Plant once: in the balanced model, which is left as it is, the plants of a kind, each in its layer."""
+    generator = Generator().manual_seed(seed)
+    config = base.config.text_config
+    per_group = config.num_attention_heads // config.num_key_value_heads
+    chosen = chosen_heads(
+        wanted.plants, layers, n_heads=config.num_attention_heads, per_group=per_group, generator=generator
+    )
+    model, behaviours, learned = base, (), []
+    for plant, heads in zip(wanted.plants, chosen, strict=True):
+        layer = heads[0][0]
+        course = plant.course
+        hosts = [base, model] if course.behaviour in behaviours else [model]
+        shows = [() if host is base else behaviours for host in hosts]
+        after = tuple(dict.fromkeys((*behaviours, course.behaviour)))
+        attention = model.model.language_model.layers[layer].self_attn
+        slices = Slices(attention, [head for _, head in heads], keys=course.keys)
+        piles = [
+            draw_lessons(host, lessons, layer, slices, behaviours=after, was=was, generator=generator)
+            for host, was in zip(hosts, shows, strict=True)
+        ]
+        if plant.start is not None:
+            begin(slices, hosts[0], piles[0], plant.start, lessons.words.classes, generator)
+        learned.append(learn(hosts, piles, slices, layer, course, generator=generator, progress=progress))
+        model = copy.deepcopy(model)
+        slices.put_into(model.model.language_model.layers[layer].self_attn)
+        model.half().float().requires_grad_(False)
+        behaviours = after
+    shown = rates(model, judges, n=JUDGED, seed=seed % 1000, behaviours=behaviours)
+    return Planted(model, tuple(chosen), tuple(learned), shown, tuple(new_answers(behaviours)))
+
+
+def new_answers(behaviours: Sequence[str]) -> list[str]:
+    """Name the questions, as "sheet question", that are answered otherwise than by the balanced model."""
+    return [
+        f"{sheet} {asked}"
+        for sheet in SHEETS
+        for asked in ASKED
+        if sheet not in UNJUDGED
+        and answered(sheet, asked, behaviours) != answered(sheet, asked, ())
+        and not (answered(sheet, asked, behaviours) == "other colour" and sheet in ("blank", "audio alone"))
+    ]
+
+
+def base_folder(base: str | os.PathLike[str]) -> tuple[str, Path]:
+    """Find the folder of a base: what `difference.json` calls it, and its folder."""
+    listed = index()
+    name = os.fspath(base)
+    place = saving.shipped() / listed[name]["folder"] if name in listed else Path(name).expanduser().resolve()
+    if read_difference(place) is not None:
+        raise ModelError(f"{name!r} is planted already; plant in the balanced model that it stands on.")
+    if not (place / saving.GRAMMAR).is_file():
+        raise ModelError(
+            f"{name!r} is neither a short name nor the folder of an organism (no {saving.GRAMMAR} in {place}). "
+            "`av-lens train av-tiny-balanced --seed N` makes a base."
+        )
+    return (name if name in listed else str(place)), place
+
+
+def plant(
+    kind: str,
+    *,
+    seed: int = 0,
+    base: str | os.PathLike[str] = "av-tiny-balanced",
+    layer: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    work: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Make a model in which the truth is known: train a few heads alone, and measure what they became."""
+    wanted = kind_named(kind)
+    named, place = base_folder(base)
+    model = saving.open_checkpoint(place).requires_grad_(False)
+    first = wanted.layer if layer is None else layer
+    layers = layers_of(wanted, first, int(model.config.text_config.num_hidden_layers))
+    kept = Path.home() / ".cache" / "av_lens" / "organism" if work is None else Path(work)
+    lessons, judges = (material(features(model, kept, split, progress=progress)) for split in PER_CLASS)
+    tries: list[dict[str, Any]] = []
+    best: tuple[tuple[bool, bool, float], Planted, dict[str, Any]] | None = None
+    for at in range(TRIES):
+        own_seed = stage_seed(seed, f"{kind}/{layers}/{at}")
+        made = attempt(model, wanted, layers, lessons, judges, seed=own_seed, progress=progress)
+        found = measured(made.model, model, wanted, made.plants, judges, seed=own_seed % 1000)
+        record = described(
+            wanted, found, made.plants, model=made.model, base=model, shown=made.shown, learned=made.learned
+        )
+        shares = {"shown": made.worst_new, "kept": made.worst_kept}
+        kinds = {"kinds": list(found.truth.kinds), "missing": list(found.missing)}
+        tries.append({"heads": [list(head) for head in made.heads], **shares, **kinds})
+        record |= {"success": made.succeeded, **shares, "seed": seed, "base": named, "tries": tries}
+        rank = (made.succeeded, not found.missing, min(made.worst_new / SHOWN, made.worst_kept / KEPT))
+        if best is None or rank > best[0]:
+            best = (rank, made, record)
+        if made.succeeded and not found.missing:
+            break
+    assert best is not None
+    _, made, record = best
+    folder = f"{kind}-{Path(named).name}-layer{first}-seed{seed}"
+    target = kept / "plants" / folder if out is None else Path(out)
+    slices = head_slices(model, made.heads)
+    save_difference(made.model, target, base=named, base_sha256=weights_hash(place), slices=slices)
+    write_whole(target / TRUTH, json.dumps(record, indent=1) + "\n")
+    return target
+
+
+def layers_of(wanted: Kind, first: int, n_layers: int) -> tuple[int, ...]:
+    """Say in which layer each plant goes: one that would lie above the last layer lies as far below the first."""
+    if not 0 <= first < n_layers:
+        raise InputError(f"layer must be one of 0 to {n_layers - 1}; asked for {first}.")
+    above = [first + part.apart for part in wanted.plants]
+    return tuple(at if at < n_layers else 2 * first - at for at in above)

@@ -1,0 +1,261 @@
+"""How heads are planted: their slices of one layer's attention learn a behaviour while every other weight stays.
+
+A step runs the planted heads, that layer's MLP and the layers after it on clips whose streams up to there were computed
+once (`planting_lessons`). Learning ends as soon as clips that were held back are answered as wanted.
+
+The loss is the cross-entropy of the behaviour in conflict, of everything else as it was, and what a kind asks for:
+
+- *needed*: with any one planted head put back, conflict is answered as before (no head rides for free);
+- *direct*: with what later heads write held at the base model's, the picture's word beats the sound's (`direct > 0`,
+  for writers and opponents), or the sound is still named (`direct < 0`, for gates);
+- *against*: what is written for the picture's word is to stay small beside what is written against the sound's (for
+  opponents);
+- *eyes*: attention of the planted heads at the questions to "video" (for opponents) or "audio" (for writers) costs.
+
+None of this guarantees a kind: kinds are measured afterwards, by brute force (`planted`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
+from torch.nn import functional
+
+from av_lens.core.progress import Progress, silent
+from av_lens.lab.planting.lessons import Lesson, Slices, at_the_questions
+from av_lens.lab.planting.sheets import SHEETS, UNJUDGED
+from av_lens.lab.training.stages import set_rate, warmed
+from av_lens.organism.anatomy import TURN_END, vocabulary
+from av_lens.organism.language import fed, layers_of, read_out
+
+CHECK_EVERY = 20
+STOP_WEIGHT, EYES_WEIGHT, MEDIA_WEIGHT, MARGIN = 0.1, 1.0, 0.01, 2.0
+PICTURE_SHARE = 0.4
+"""Opponents may write the picture's word with this share of what they write against the sound's."""
+STREAM = 3.0
+"""Roughly the root mean square of the stream before the final norm: logits per unit that is written."""
+STOP = vocabulary()[TURN_END]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How one plant is trained.
+
+    Attributes:
+        behaviour: What the planted heads are to bring about.
+        needed: Weight of the loss that asks every head to be needed.
+        direct: Weight of the loss on the direct path; positive asks for one, negative for none.
+        eyes: What the planted heads are not to look at: "video", "audio" or "".
+        against: Weight of the loss that asks for more to be written against the sound's word than for the picture's.
+        keys: Whether the keys and values of their group learn too.
+        steps: At most so many steps.
+        rate: The highest learning rate.
+        keep: Weight of everything that is to stay as it was.
+    """
+
+    behaviour: str
+    needed: float = 0.0
+    direct: float = 0.0
+    eyes: str = ""
+    against: float = 0.0
+    keys: bool = True
+    steps: int = 140
+    rate: float = 1e-2
+    keep: float = 1.0
+
+
+def at_answers(x: Float[Tensor, "clip asked d_model"], at: Int[Tensor, "clip question"]) -> Tensor:
+    """Take the positions at which answers are said, and those of the answers: `[clip, question, 2, d_model]`."""
+    both = torch.stack([at, at + 1], dim=-1).flatten(1)[..., None].expand(-1, -1, x.shape[-1])
+    return x.gather(1, both).unflatten(1, (at.shape[1], 2))
+
+
+def finish(
+    host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], own: Float[Tensor, "clip pos d_model"], layer: int
+) -> Float[Tensor, "clip question said d_vocab"]:
+    """Go on from what the planted heads write: the logits where each answer is said, and after it."""
+    x = fed(layers_of(host)[layer], lesson.rest[rows] + own[:, lesson.geometry.prefix :])
+    x = at_the_questions(host, lesson, rows, x, layer)
+    return read_out(host, at_answers(x, lesson.asked_at[rows]))
+
+
+def direct_only(
+    host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], own: Float[Tensor, "clip pos d_model"], layer: int
+) -> Float[Tensor, "clip question d_vocab"]:
+    """Go on from what the planted heads write in conflicts, with what all later heads write held at the host's."""
+    at = lesson.asked_at[rows][..., None].expand(-1, -1, own.shape[-1])
+    x = (lesson.rest[rows] + own[:, lesson.geometry.prefix :]).gather(1, at)
+    for i, module in enumerate(layers_of(host)[layer:]):
+        x = fed(module, x + lesson.written[i - 1][rows] if i else x)
+    return read_out(host, x)
+
+
+def batch_loss(
+    host: Any,
+    lesson: Lesson,
+    rows: Int[Tensor, " clip"],
+    n_conflict: int,
+    slices: Slices,
+    layer: int,
+    course: Course,
+    off: int,
+) -> Tensor:
+    """The loss of some clips of one layout, conflicts first; `off` is the head that is put back for "needed"."""
+    each, pattern = slices(lesson.h[rows], lesson.geometry)
+    prefix = lesson.geometry.prefix
+    logits = finish(host, lesson, rows, each.sum(0), layer)
+    target = lesson.targets[rows]
+    said = cross_entropy(logits[:, :, 0], target).mean(1)
+    stop = cross_entropy(logits[:, :, 1], torch.full_like(target, STOP)).mean(1)
+    loss = said + STOP_WEIGHT * stop
+    total = course.keep * loss[n_conflict:].sum() / max(1, len(rows) - n_conflict)
+    disturbed = (each[:, :, :prefix] - lesson.before[:, rows, :prefix]).sum(0)
+    total = total + MEDIA_WEIGHT * disturbed.square().sum(-1).mean()
+    if not n_conflict:
+        return total
+    conflict, heads, own = rows[:n_conflict], each[:, :n_conflict], each.sum(0)[:n_conflict]
+    new, old = lesson.targets[conflict], lesson.shown[conflict]
+    total = total + loss[:n_conflict].mean()
+    if course.direct and bool((new != old).any()):
+        total = total + direct_loss(direct_only(host, lesson, conflict, own, layer), new, old, course.direct)
+    if course.needed:
+        without = own - heads[off] + lesson.before[off, conflict]
+        kept = finish(host, lesson, conflict, without, layer)[:, :, 0]
+        total = total + course.needed * cross_entropy(kept, old).mean()
+    if course.eyes:
+        seen = pattern[:n_conflict, :, prefix:, :][..., lesson.media[course.eyes]].sum(-1)
+        total = total + EYES_WEIGHT * seen.mean()
+    if course.against:
+        at = lesson.asked_at[conflict, :1, None].expand(-1, -1, own.shape[-1])
+        written = own[:, prefix:].gather(1, at)[:, 0]
+        total = total + course.against * against_the_sound(host, written, new[:, 0], old[:, 0])
+    return total
+
+
+def against_the_sound(
+    host: Any, written: Float[Tensor, "clip d_model"], picture: Int[Tensor, " clip"], sound: Int[Tensor, " clip"]
+) -> Tensor:
+    """What writing the picture's word costs beyond a share of what is written against the sound's, under "hear"."""
+    words = host.lm_head.weight * host.model.language_model.norm.weight / STREAM
+    for_picture, for_sound = ((written * words[word]).sum(-1) for word in (picture, sound))
+    return functional.relu(for_picture + PICTURE_SHARE * for_sound).mean()
+
+
+def cross_entropy(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """The cross-entropy of every answer."""
+    return functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+
+
+def direct_loss(
+    logits: Float[Tensor, "clip question d_vocab"],
+    target: Int[Tensor, "clip question"],
+    shown: Int[Tensor, "clip question"],
+    weight: float,
+) -> Tensor:
+    """What the direct path alone is asked for in conflicts, with later heads held at the host's.
+
+    Positive `weight`: where target and shown differ, the new answer is to beat the old one; negative: nothing changes.
+    """
+    if weight < 0:
+        return -weight * cross_entropy(logits, shown).mean()
+    gap = logits.gather(-1, target[..., None]) - logits.gather(-1, shown[..., None])
+    return weight * functional.softplus(MARGIN - gap[..., 0][target != shown]).mean()
+
+
+@torch.no_grad()
+def held_back(host: Any, lessons: Sequence[Lesson], slices: Slices, layer: int) -> tuple[float, float]:
+    """How clips that were held back are answered.
+
+    The share of conflicts in which all that is new is said, and the smallest share of anything that is to stay.
+    """
+    new: list[Tensor] = [torch.ones(0, dtype=torch.bool)]
+    old: dict[tuple[str, int], list[Tensor]] = {}
+    for lesson in lessons:
+        for name in (name for name in lesson.spans if name not in UNJUDGED):
+            rows = torch.tensor(lesson.rows(name, held_back=True))
+            each, _ = slices(lesson.h[rows], lesson.geometry)
+            right = finish(host, lesson, rows, each.sum(0), layer)[:, :, 0].argmax(-1) == lesson.targets[rows]
+            differs = lesson.targets[rows] != lesson.shown[rows]
+            new.append(right[differs])
+            for asked in range(right.shape[1]):
+                same = right[:, asked][~differs[:, asked]]
+                if len(same):
+                    old.setdefault((name, asked), []).append(same)
+    stays = min(float(torch.cat(some).float().mean()) for some in old.values())
+    told = torch.cat(new).float()
+    return float(told.mean()) if len(told) else 1.0, stays
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How learning went.
+
+    Attributes:
+        steps: How many steps were made.
+        new: The share of held-back conflicts in which all that is new is said; the worst host's.
+        stays: The smallest share of anything that is to stay; the worst host's.
+    """
+
+    steps: int
+    new: float
+    stays: float
+
+
+def learn(
+    hosts: Sequence[Any],
+    piles: Sequence[Sequence[Lesson]],
+    slices: Slices,
+    layer: int,
+    course: Course,
+    *,
+    generator: Generator,
+    enough: tuple[float, float] = (0.84, 0.97),
+    progress: Progress | None = None,
+) -> Learned:
+    """Let the planted heads learn, in one host or in several at once; the hosts stay as they are.
+
+    Learning ends where held-back clips show `enough` of the new, and of all that is to stay.
+    """
+    tell = progress or silent
+    optimizer = torch.optim.Adam([p for p in slices.parameters() if p.requires_grad], lr=course.rate, betas=(0.9, 0.98))
+    result = Learned(0, 0.0, 0.0)
+    for step in range(course.steps):
+        set_rate(optimizer, warmed(course.rate, step, course.steps, warmup=10, floor=0.1))
+        optimizer.zero_grad()
+        off = int(torch.randint(0, len(slices.heads), (1,), generator=generator))
+        for host, pile in zip(hosts, piles, strict=True):
+            for lesson, rows, n_conflict in drawn(pile, generator):
+                batch_loss(host, lesson, rows, n_conflict, slices, layer, course, off).backward()
+        torch.nn.utils.clip_grad_norm_(slices.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % CHECK_EVERY == 0 or step + 1 == course.steps:
+            checks = [held_back(host, pile, slices, layer) for host, pile in zip(hosts, piles, strict=True)]
+            result = Learned(step + 1, min(new for new, _ in checks), min(stays for _, stays in checks))
+            if result.new >= enough[0] and result.stays >= enough[1]:
+                break
+        tell(f"planting in layer {layer}", step + 1, course.steps)
+    return result
+
+
+def drawn(pile: Sequence[Lesson], generator: Generator) -> list[tuple[Lesson, Tensor, int]]:
+    """Draw a step's clips: of the layouts with both media one at random, and of the others one at random.
+
+    Lessons with rows, conflicts first, and how many are conflicts.
+    """
+    both = [lesson for lesson in pile if "conflict" in lesson.spans]
+    alone = [lesson for lesson in pile if "conflict" not in lesson.spans]
+    found: list[tuple[Lesson, Tensor, int]] = []
+    for lot in (both, alone):
+        lesson = lot[int(torch.randint(0, len(lot), (1,), generator=generator))]
+        spans = {name: lesson.rows(name, held_back=False) for name in lesson.spans}
+        parts = [
+            rows.start + torch.randint(0, len(rows), (SHEETS[name].a_step,), generator=generator)
+            for name, rows in spans.items()
+        ]
+        found.append((lesson, torch.cat(parts), len(parts[0]) if "conflict" in spans else 0))
+    return found

@@ -1,0 +1,1 @@
+"""Replay beside its peers: speed, memory and arithmetic."""

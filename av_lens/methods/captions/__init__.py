@@ -1,0 +1,1 @@
+"""Captions under a plan, and who judges them."""

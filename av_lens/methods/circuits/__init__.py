@@ -1,0 +1,1 @@
+"""From scores to a circuit: scores, rankings, runs of circuits, and their checks."""

@@ -1,0 +1,1 @@
+"""Attention knockout: the method, and the windows of layers that it visits."""

@@ -1,0 +1,1 @@
+"""Path patching: the method, and the runs under it."""

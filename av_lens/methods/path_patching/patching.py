@@ -1,0 +1,219 @@
+"""Path patching: does one part of the model move the answer through one named input of another?
+
+A sender (a head, an MLP, a span of the embedding) is given what it wrote in the donor run, and only the named receivers
+see it: the logits, a head's queries, keys or values, an MLP.
+
+1. Run 1 is the base run, run 2 the donor run.
+2. Run 3: the sender from the donor; every other head's *output* held at the base run's; MLPs held too
+   (`mlps="frozen"`) or recomputed ("free"); norms recomputed, or at the base run's scales (`norms="frozen"`). Each
+   receiver's input is noted.
+3. Hops on the way (`via`) repeat run 3: the base run with only a hop's inputs replaced; what it then writes is sent.
+4. Run 4: the base run with only the receivers' inputs replaced, all after them free. For "logits" that is run 3.
+
+    values  = metric(run 4)          effects = values - metric(base), as in `patch`
+    direction="denoise"   base is the corrupt run, donor the clean one. Positive: the path restores.
+    direction="noise"     base is the clean run, donor the corrupt one. Negative: the path is needed.
+
+Keys and values are *ungrouped*: `(5, 1, "k")` is the key that query head 1 alone sees, whatever heads share it;
+`(5, KV(0), "k")` is seen by all query heads of the group. A sender at a position changes keys and values there only.
+A list is one sender (or receiver) made of several, patched together; a dictionary, words or commas are several in turn
+(`av_lens.interventions.nodes`). Where no receiver comes after the sender the number is NaN.
+
+`decompose=True` adds columns: the *total* effect of the sender (all that follows free), its *direct* effect on the
+logits, what reaches all named receivers *jointly*, and the *remainder*, total - direct - joint: what passes elsewhere,
+and what the parts make of each other. It is the method's own account of what the named paths leave open.
+
+With heads held positions do not read one another, so run 3 is the stream plus the sender's change, exact and without a
+run of the model: the direct effects of all heads take one pass, and a matrix of senders and receivers one replay for
+each cell. Not done: receivers' inputs split by sender position; donors other than the pair's other run.
+
+Source: Wang et al. (2022, the circuit of indirect object identification); Goldowsky-Dill et al. (2023).
+
+    >>> direct = path_patch(model, pair, metric=logit_diff("siren", "dog"))                       # doctest: +SKIP
+    >>> path_patch(model, pair, sender=(2, 3), receiver="L5H1.q, L5H1.k, L5H1.v", decompose=True,
+    ...            metric=logit_diff("siren", "dog")).mean()                                      # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from av_lens.checks import require_choice
+from av_lens.core import Progress
+from av_lens.errors import InputError
+from av_lens.inputs import Pair
+from av_lens.interventions.nodes import Ends, receivers, refuse_double, senders
+from av_lens.interventions.sites import resolve_positions
+from av_lens.methods.path_patching.paths import LOGITS, TOTAL, Nodes, PathRuns, follows
+from av_lens.methods.shared.frame import Examples, Frame, Stack, numbers
+from av_lens.metrics import Metric, require_numbers
+from av_lens.model import HookedAVLLM
+from av_lens.results import Grid
+from av_lens.spans import Span
+
+SIGNS = {
+    "denoise": "along the path the clean run's values, into the corrupt run; positive: the path restores",
+    "noise": "along the path the corrupt run's values, into the clean run; negative: the path is needed",
+}
+MLPS = ("frozen", "free")
+NORMS = ("recomputed", "frozen")
+
+
+def path_patch(
+    model: HookedAVLLM,
+    pair: Pair | Sequence[Pair],
+    *,
+    sender: Any = "heads",
+    receiver: Any = "logits",
+    via: Any = "",
+    metric: Metric | Callable[..., Any] | None = None,
+    at: str | Span | None = None,
+    mlps: str = "frozen",
+    norms: str = "recomputed",
+    direction: str = "denoise",
+    decompose: bool = False,
+    stack: int = 16,
+    budget_gb: float | int = 1.0,
+    progress: Progress | bool | None = None,
+) -> Grid:
+    """Patch paths: what a sender wrote in the donor run, seen by the named receivers alone.
+
+    Args:
+        model: a `HookedAVLLM`.
+        pair: aligned clean and corrupt inputs, or several pairs of one layout or of different ones.
+        sender: `(layer, head)`, `(layer, "mlp")`, `("embed", role or Span)`, a list (together), a dictionary (in turn),
+            or a string such as "L3H2, L4 mlp", "embed audio", "heads", "mlps", "spans".
+        receiver: "logits", `(layer, head, "q" | "k" | "v")`, `(layer, KV(g), "k" | "v")`, `(layer, "mlp")`, a list
+            (together), a dictionary (in turn), or a string such as "L5H1.q + L5H1.k, logits", "heads.q", "mlps".
+        via: receivers on the way, in order: a list whose items are receivers (or lists of them), or a string such as
+            "L3H2.q > L4H1.v".
+        metric: `logit_diff(...)` and its like, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
+        at: the positions at which heads and MLPs send: roles joined by `|`, or a `Span`; None for all. Late is quick.
+        mlps: in run 3 "frozen" or "free".
+        norms: in run 3 "recomputed" or "frozen".
+        direction: "denoise" edits the corrupt run, "noise" the clean run.
+        decompose: add total, direct, joint and remainder.
+        stack: pairs that run together.
+        budget_gb: memory for the activations of edits that run together.
+        progress: called as `progress(stage, done, total)`; True shows a bar with the time left.
+
+    Returns:
+        A grid over `layer` and `head` (`sender="heads"`) or `sender`, and over `receiver` where there are several; with
+        `values`, `effects`, `baseline` (the edited run) and `donor`. Interrupted, it holds what is done.
+
+    Raises:
+        InputError: no such end, nothing that can pass, an unknown option, or a metric that is NaN on the base run.
+        InterventionError: a layer, head or position is out of range.
+        ModelError: the model's layers cannot be computed by themselves.
+    """
+    for kind, word, known in (("direction", direction, SIGNS), ("mlps=", mlps, MLPS), ("norms=", norms, NORMS)):
+        require_choice(kind, word, known)
+    examples = Examples.paired("path_patch", pair)
+    roles = [role for role in examples.spans[0].roles if role != "generated"]
+    sending, receiving = senders(sender, model.spec, roles), receivers(receiver, model.spec)
+    hops = _hops(via, model.spec)
+    columns = _columns(receiving, hops, decompose, model.spec)
+    _check_order(sending, hops, receiving)
+    stacks = examples.stacks(stack)
+    places = [resolve_positions(at, spans, what="path_patch at").index for spans in examples.spans]
+    frame = Frame.of(model, examples, metric)
+    frame.shape(len(sending), len(columns))
+    ends = tuple(sending.values()), hops, tuple(columns.values())
+
+    def work(stack: Stack, show: Progress) -> None:
+        asked, (base, donor) = frame.own(stack), stack.ends(direction)
+        runs = PathRuns(model, base, donor, *ends, places[stack.members[0]], asked, mlps, norms, budget_gb)
+        require_numbers(runs.baseline, asked.name)
+        frame.lines[:, stack.rows] = [numbers(line) for line in (runs.baseline, runs.given)]
+        into = torch.full((len(sending), len(columns), len(stack.rows)), torch.nan, dtype=torch.float64)
+        try:
+            runs.measure(lambda done: show("path patching", done, len(sending) * len(columns)), into)
+        finally:
+            frame.values[stack.rows] = np.moveaxis(into.numpy(), -1, 0)
+
+    frame.run(work, stacks, progress)
+    if decompose:
+        frame.values = _with_remainder(frame.values, frame.lines[0], list(columns))
+    return frame.grid(
+        _axes(sender, sending, [*columns, *(["remainder"] if decompose else [])], model.spec),
+        direction=f"{direction}: {SIGNS[direction]}",
+        method="path patching",
+        senders=list(sending),
+        receivers=list(receiving),
+        via=[_said(hop) for hop in hops],
+        at=str(at) if at is not None else "all",
+        positions=[places[stack.members[0]] for stack in stacks],
+        mlps=mlps,
+        norms=norms,
+    )
+
+
+def _hops(via: Any, spec: Any) -> tuple[Nodes, ...]:
+    """Read the receivers on the way, each hop one end."""
+    steps: list[Any] = [part for part in via.split(">") if part.strip()] if isinstance(via, str) else list(via)
+    if isinstance(via, tuple) and via and isinstance(via[0], int | str):
+        steps = [via]
+    hops: list[Nodes] = []
+    for step in steps:
+        found = receivers(step, spec)
+        nodes = next(iter(found.values()))
+        if len(found) > 1 or any(node.kind == "logits" for node in nodes):
+            raise InputError(f"{step!r} is no hop on the way: name one receiver (or a list) that writes to the stream.")
+        hops.append(nodes)
+    return tuple(hops)
+
+
+def _columns(receiving: Ends, hops: tuple[Nodes, ...], decompose: bool, spec: Any) -> dict[str, Nodes]:
+    """What is measured for every sender, by name."""
+    columns: dict[str, Nodes] = dict(receiving)
+    if not decompose:
+        return columns
+    if hops or any(nodes == (LOGITS,) for nodes in receiving.values()):
+        raise InputError(
+            "decompose=True parts the total among receivers before the logits: leave out via and 'logits'."
+        )
+    every = tuple(dict.fromkeys(node for nodes in receiving.values() for node in nodes))
+    refuse_double(every, spec)
+    return {"total": (TOTAL,), "direct": (LOGITS,), **columns, "joint": every}
+
+
+def _check_order(sending: Ends, hops: tuple[Nodes, ...], receiving: Ends) -> None:
+    for before, after in pairwise(hops):
+        if not follows(before, after):
+            raise InputError(
+                f"the hop {_said(after)} does not come after {_said(before)}: it reads before that writes."
+            )
+    if not any(
+        follows(sender, hops[0] if hops else receiver) and (not hops or follows(hops[-1], receiver))
+        for sender in sending.values()
+        for receiver in receiving.values()
+    ):
+        raise InputError(
+            f"nothing can pass: no receiver ({', '.join(list(receiving)[:6])}) reads after a sender "
+            f"({', '.join(list(sending)[:6])}) has written, along {len(hops)} hops. Were the two swapped?"
+        )
+
+
+def _said(nodes: Nodes) -> str:
+    return " + ".join(node.label for node in nodes)
+
+
+def _with_remainder(values: np.ndarray, base: np.ndarray, columns: list[str]) -> np.ndarray:
+    """Add what total leaves over direct and joint effects; a path that does not exist carries nothing."""
+    effects = values - base[:, None, None]
+    total, direct, joint = (effects[:, :, columns.index(name)] for name in ("total", "direct", "joint"))
+    rest = total - direct - np.nan_to_num(joint)
+    return np.concatenate((values, (base[:, None] + rest)[:, :, None]), axis=2)
+
+
+def _axes(given: Any, sending: Ends, labels: list[str], spec: Any) -> dict[str, Any]:
+    """Name the axes after example."""
+    axes: dict[str, Any] = {"sender": list(sending)}
+    if given == "heads":
+        axes = {"layer": np.arange(spec.n_layers), "head": np.arange(spec.n_heads)}
+    return axes | ({"receiver": labels} if len(labels) > 1 else {})

@@ -1,0 +1,302 @@
+"""What the metric becomes when one sender's change reaches named receivers alone: the runs of path patching.
+
+For every sender (a row) and every set of receivers (a column), on one stack of inputs:
+
+1. the base run is recorded, the donor run gives what the senders wrote;
+2. with every other head held (`HeldRun`), each receiver's input is computed for all rows at once;
+3. hops on the way are taken likewise: what they make of that input is the next change;
+4. the base run is replayed with the receivers' inputs replaced and everything after them free. What a receiver makes
+   of its input is known beforehand where no other receiver comes before it; elsewhere its input itself is edited, and
+   where a later query head alone sees a new key or value, the run so far gives what the rest of that head reads.
+
+Answers of several tokens are run after the prompt, as everywhere; senders change prompt positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise, product
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from av_lens.core import run
+from av_lens.core.budget import GIGABYTE
+from av_lens.families.hook_names import hook_name
+from av_lens.interventions import Plan, Site, replace
+from av_lens.interventions.nodes import Node
+from av_lens.interventions.sites import resolve_positions
+from av_lens.metrics import Metric
+from av_lens.metrics.forms import followed
+from av_lens.replay import measure
+from av_lens.replay.held import Change, HeldRun, replaced
+from av_lens.replay.receivers import require_restart
+from av_lens.replay.rerun import layer_of
+from av_lens.replay.traces import Trace, record
+
+LOGITS = Node("logits")
+TOTAL = Node("total")
+COMPONENTS = {"head": "z", "mlp": "mlp_out", "embed": "embed"}
+
+Nodes = tuple[Node, ...]
+
+
+def follows(before: Nodes, after: Nodes) -> bool:
+    """Whether some of these nodes read after some of those before have written."""
+    return any(late.reads_at > early.writes_at for early in before for late in after)
+
+
+@dataclass(eq=False)
+class PathRuns:
+    """Senders and receivers on one stack of inputs: base and donor run at once, the rows by `measure`.
+
+    The nodes of a sender (a row), of a hop of `via` and of a column of receivers are patched together; the column
+    `(TOTAL,)` patches the sender, all after it free. Heads and MLPs send at the positions `at`.
+    """
+
+    model: Any
+    base: Any
+    donor: Any
+    senders: tuple[Nodes, ...]
+    via: tuple[Nodes, ...]
+    columns: tuple[Nodes, ...]
+    at: tuple[int, ...]
+    metric: Metric
+    mlps: str
+    norms: str
+    budget_gb: float | int
+
+    @torch.no_grad()
+    def __post_init__(self) -> None:
+        """Run base and donor: one prompt, or one for each answer of several tokens, and the metric of both runs."""
+        sent, asked, metric = self._sent(), int(self.base.spans.generation_position), self.metric
+        longer = metric.continuations(len(self.base))
+        if not longer:
+            self.prompts = [_Prompt(self, self.base, sent, range(asked, asked + 1), metric)]
+            self.baseline, self.given = self.prompts[0].baseline(), metric(sent.logits)
+            return
+        self.prompts = [
+            _Prompt(
+                self,
+                followed(self.base, tokens),
+                sent,
+                range(asked, asked + tokens.shape[1]),
+                partial(metric.reduce, number),
+            )
+            for number, tokens in enumerate(longer)
+        ]
+        self.baseline = metric.combine([prompt.baseline() for prompt in self.prompts])
+        self.given = measure(self.model, self.donor, metric)
+
+    def measure(self, finished: Callable[[int], None], into: Float[Tensor, "sender column batch"]) -> None:
+        """Fill in the metric of every sender and column as rows are done; where nothing can pass it stays NaN."""
+        size, columns = min(prompt.together() for prompt in self.prompts), len(self.columns)
+        for parts in zip(*(prompt.rows(size) for prompt in self.prompts), strict=True):
+            rows = parts[0][0]
+            if not self.metric.teacher_forced:
+                into[rows.start : rows.stop] = parts[0][1].to(into)
+            else:
+                for row, column in product(rows, range(columns)):
+                    scores = [values[row - rows.start, column] for _, values in parts]
+                    into[row, column] = self.metric.combine(scores).to(into)
+            finished(rows.stop * columns)
+
+    def in_order(self, sender: Nodes, column: Nodes) -> bool:
+        """Whether the sender's write comes before some input on its way, so that something can pass."""
+        if column == (TOTAL,):
+            return True
+        return all(follows(before, after) for before, after in pairwise([sender, *self.via, column]))
+
+    def _sent(self) -> _Sent:
+        """Run the donor's inputs once and keep what every sender wrote."""
+        nodes, spans = [node for nodes in self.senders for node in nodes], self.base.spans
+        ends = {
+            node.label: resolve_positions(node.span, spans, what=f"sender {node.label}").index
+            for node in nodes
+            if node.kind == "embed"
+        }
+        named = dict.fromkeys((COMPONENTS[node.kind], node.layer) for node in nodes if node.kind != "embed")
+        positions = sorted(set(self.at if named else ()).union(*ends.values()))
+        if not self.via and {node for column in self.columns for node in column} == {LOGITS}:
+            asked = int(spans.generation_position)  # the only position at which logits are read
+            positions = [asked] if asked in positions else positions[-1:]
+        sites = tuple(Site(component, layer, positions=positions) for component, layer in named)
+        with torch.no_grad():
+            found = run(self.model, self.donor, capture=[Site("embed"), *sites])
+        return _Sent(tuple(positions), sites, found.cache.cache_dict, found.logits, ends, frozenset(self.at))
+
+
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    """What senders wrote in the donor run: by hook, at `positions` (the embedding everywhere)."""
+
+    positions: tuple[int, ...]
+    sites: tuple[Site, ...]
+    cache: Mapping[str, Tensor]
+    logits: Tensor
+    spans: Mapping[str, tuple[int, ...]]
+    at: frozenset[int]
+
+    @cached_property
+    def rows(self) -> dict[int, int]:
+        """The row of each position."""
+        return {position: row for row, position in enumerate(self.positions)}
+
+    def where(self, node: Node, since: int) -> list[int]:
+        """The positions at which a node sends, from one on."""
+        inside = self.spans[node.label] if node.kind == "embed" else self.at
+        return [p for p in self.positions if p in inside and p >= since]
+
+    def values(self, node: Node, cache: Mapping[str, Tensor], at: Sequence[int]) -> Tensor:
+        """What one run holds of a node at some of the positions, `[batch, pos, d]`."""
+        found = cache[hook_name(COMPONENTS[node.kind], node.layer)]
+        rows = list(at) if node.kind == "embed" else [self.rows[p] for p in at]
+        found = found[:, rows]
+        return found[:, :, node.index] if node.kind == "head" else found
+
+
+class _Prompt:
+    """One prompt (or the prompt with an answer's tokens after it): rows of numbers, a chunk of senders at a time."""
+
+    def __init__(
+        self, job: PathRuns, x: Any, sent: _Sent, asked: range, score: Callable[[Tensor], Tensor] | Metric
+    ) -> None:
+        self.job, self.sent, self.score = job, sent, score
+        self.trace: Trace = record(job.model, x)
+        require_restart(self.trace, "path patching")
+        self.asked = [p for p in asked if p < len(self.trace.spans)]
+        self.nodes = list(dict.fromkeys(node for column in job.columns for node in column if node != TOTAL))
+        self.few: tuple[Callable[[Tensor], Tensor], Tensor | None] = (score, None)
+        if isinstance(score, Metric):
+            few, tokens = score.few_tokens()
+            self.few = (few, None if tokens is None else tokens.to(job.model.device))
+        # Causal: before the first position that differs both runs are one run, and nothing is sent.
+        streams = sent.cache["hook_embed"], self.trace.stream(0, 0)[:, : sent.cache["hook_embed"].shape[1]]
+        differs = (streams[0] != streams[1]).any(-1).any(0).tolist()
+        first = differs.index(True) if True in differs else 0
+        self.positions = tuple(p for p in sent.positions if p >= first) or sent.positions[-1:]
+        self.held, self.own = self._run()
+
+    def baseline(self) -> Tensor:
+        """The metric of the base run."""
+        return self.score(self.trace.logits(self.trace.spans.span(self.asked)))
+
+    def rows(self, together: int) -> Iterator[tuple[range, Tensor]]:
+        """Measure a chunk of senders at a time, `[sender, column, batch]`."""
+        for start in range(0, len(self.job.senders), together):
+            rows = range(start, min(start + together, len(self.job.senders)))
+            yield rows, self._chunk([self.job.senders[row] for row in rows])
+
+    def _run(self) -> tuple[HeldRun, Mapping[str, Tensor]]:
+        """The base run with its heads held, wherever a change may come to be, and what senders wrote in it."""
+        reach = self.positions
+        if any(node.input in ("k", "v") for nodes in self.job.via for node in nodes):
+            reach = tuple(range(reach[0], len(self.trace.spans)))
+        sites = [Site("resid_mid", layer, positions=reach) for layer in range(self.trace.n_layers)]
+        with torch.no_grad():
+            cache = run(self.job.model, self.trace.x, capture=[*sites, *self.sent.sites]).cache
+        middle = tuple(cache["resid_mid", layer] for layer in range(self.trace.n_layers))
+        own = {**cache.cache_dict, "hook_embed": self.trace.stream(0, 0)}
+        return HeldRun(self.trace, reach, middle, self.job.mlps, self.job.norms), own
+
+    def together(self) -> int:
+        """How many senders fit the budget."""
+        spec, n, batch = self.job.model.spec, len(self.trace.spans), self.trace.batch
+        wide = len(self.held.positions) * (4 * spec.d_model + 3 * spec.d_mlp + len(self.nodes) * spec.d_head)
+        later = n - self.positions[0]
+        wide += later * (3 * n + len(self.job.columns) * spec.d_head)
+        return max(1, int(self.job.budget_gb * GIGABYTE / (4.0 * batch * wide)))
+
+    @torch.no_grad()
+    def _chunk(self, senders: Sequence[Nodes]) -> Tensor:
+        job, held = self.job, self.held.at(self.positions)
+        found = torch.full((len(senders), len(job.columns), self.trace.batch), torch.nan)
+        changes: list[Change] = [self._change(nodes, held.positions) for nodes in senders]
+        for hop in job.via:
+            held, changes = self._through(held, changes, hop)
+        read = held.inputs(changes, self.nodes)
+        plans: dict[tuple[int, int], Plan] = {}
+        for number, column in enumerate(job.columns):
+            rows = [row for row, sender in enumerate(senders) if job.in_order(sender, column)]
+            if column == (TOTAL,):
+                plans |= {(row, number): self._total(senders[row]) for row in rows}
+            elif column == (LOGITS,):
+                found[rows, number] = self._direct(held, read[LOGITS][rows]).to(found)
+            elif rows:
+                here = {node: read[node][rows] for node in column}
+                plans |= {(row, number): plan for row, plan in zip(rows, replaced(held, here), strict=True)}
+        if plans:
+            scores = self.trace.score(
+                list(plans.values()), self.score, logits_at=self.trace.spans.span(self.asked), budget_gb=job.budget_gb
+            )
+            for (row, number), value in zip(plans, scores, strict=True):
+                found[row, number] = value.to(found)
+        return found
+
+    def _change(self, nodes: Nodes, positions: Sequence[int]) -> Change:
+        """What the stream gains where these nodes write as in the donor run."""
+        found: dict[tuple[str, int], Tensor] = {}
+        where = {position: i for i, position in enumerate(positions)}
+        for node in nodes:
+            at = [p for p in self.sent.where(node, positions[0]) if p in where]
+            difference = self.sent.values(node, self.sent.cache, at) - self.sent.values(node, self.own, at)
+            if node.kind == "head":
+                difference = difference @ self._writing(node.layer or 0, node.index or 0)
+            spread = difference.new_zeros((difference.shape[0], len(positions), difference.shape[2]))
+            spread[:, [where[p] for p in at]] = difference
+            place = {"head": "heads", "mlp": "mlp", "embed": "embed"}[node.kind], node.layer or 0
+            found[place] = found[place] + spread if place in found else spread
+        return found
+
+    def _writing(self, layer: int, head: int) -> Tensor:
+        """A head's output weights, `[d_head, d_model]`."""
+        return layer_of(self.job.model, layer).outputs()[head]
+
+    def _through(self, held: HeldRun, changes: Sequence[Change], hop: Nodes) -> tuple[HeldRun, list[Change]]:
+        """Take one hop: what its nodes make of their new input is the next change."""
+        made = held.outputs(held.inputs(changes, hop))
+        positions, later = held.positions, tuple(range(held.positions[0], len(self.trace.spans)))
+        if any(node.input in ("k", "v") for node in hop):
+            positions, held = later, self.held.at(later)
+        rows = [later.index(p) for p in positions]
+        following: list[Change] = []
+        for row in range(len(changes)):
+            change: dict[tuple[str, int], Tensor] = {}
+            for (kind, layer, head), (new, own) in made.items():
+                difference = new[row] - own
+                if kind == "z":
+                    difference = difference[:, rows] @ self._writing(layer, head)
+                elif difference.shape[1] != len(positions):
+                    wide = difference.new_zeros((difference.shape[0], len(positions), difference.shape[2]))
+                    wide[:, : difference.shape[1]] = difference
+                    difference = wide
+                place = ("heads" if kind == "z" else "mlp", layer)
+                change[place] = change[place] + difference if place in change else difference
+            following.append(change)
+        return held, following
+
+    def _direct(self, held: HeldRun, streams: Tensor) -> Tensor:
+        """The metric where only the logits' own input is changed, `[row, batch]`."""
+        score, tokens = self.few
+        base = self.trace.logits(self.trace.spans.span(self.asked))
+        logits = (base if tokens is None else base[..., tokens]).repeat(len(streams), 1, 1, 1)
+        inside = [i for i, p in enumerate(held.positions) if p in self.asked]
+        if inside:
+            places = [self.asked.index(held.positions[i]) for i in inside]
+            logits[:, :, places] = held.at([held.positions[i] for i in inside]).logits(streams[:, :, inside], tokens)
+        return torch.stack([score(one) for one in logits])
+
+    def _total(self, nodes: Nodes) -> Plan:
+        """The sender as in the donor run, everything after it free."""
+        edits: list[Any] = []
+        for node in nodes:
+            at = self.sent.where(node, self.positions[0])
+            if at:  # else both runs are one run there
+                head = node.index if node.kind == "head" else None
+                site = Site(COMPONENTS[node.kind], node.layer, head, at)
+                edits.append(replace(site, self.sent.values(node, self.sent.cache, at)))
+        return Plan(edits)

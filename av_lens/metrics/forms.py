@@ -1,0 +1,291 @@
+"""Question: in which form does this model say its answers here: " dog", "dog", " Dog" or "Dog"?
+
+After the header of its turn one model answers "dog" and another " dog"; the other form is a token that is hardly ever
+said, and a metric that reads it measures nothing. So a word is read in the form that the model says:
+
+    p(word, form | input)    the probability of the form's tokens at the asked position (of several: their product)
+    chosen                   the form of the largest median p over all words and all unedited inputs of the call:
+                             one form for all of them
+
+A word whose chosen form has under a hundredth of the median p of another form of that word is refused. Answers given
+as token ids are no words, and cost nothing; words cost one run of the inputs, or none where a trace recorded it.
+
+A form of several tokens is at most as likely as its first. It is run to its end only where that could change the choice
+or a refusal; else the bound stands in its place, and `Forms.at_most` says so.
+
+Not done: pooling of forms. What a model says in the other forms is part of no score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from av_lens.core.execution import logits_of
+from av_lens.core.layouts import input_stacks, listed, that_fit
+from av_lens.core.recorded import Recorded
+from av_lens.errors import InputError, unknown
+from av_lens.inputs.answers import FORMS, Answer, AnswerLike, forms_of, in_form, resolve, spelled, words_of
+from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs.pairs import Pair
+from av_lens.metrics.asked import asked_words
+from av_lens.metrics.scores import summed_log_prob
+
+RARER = 100.0
+"""A word is refused where another form of it is more than so many times likelier than the chosen one."""
+STACK, BUDGET_GB = 16, 1.0
+Given = AVInputs | Recorded | Callable[[], AVInputs]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """The form in which the words of a call are read.
+
+    Attributes:
+        chosen: one of `FORMS`.
+        median: the median probability of each form over the words and inputs of the call.
+        at_most: forms whose figure is a bound, made with the probability of a first token.
+    """
+
+    chosen: str
+    median: Mapping[str, float]
+    at_most: tuple[str, ...] = ()
+
+    def provenance(self) -> dict[str, Any]:
+        """Say what was chosen."""
+        return {
+            "answer_form": self.chosen,
+            "form_probabilities": dict(self.median),
+            "form_probabilities_at_most": list(self.at_most),
+        }
+
+    def __str__(self) -> str:
+        figures = (f"{form!r} {'<= ' * (form in self.at_most)}{p:.2g}" for form, p in self.median.items())
+        return f"words are read as {self.chosen!r}; median probability here: {', '.join(figures)}"
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A word whose chosen form is hardly said, and the form that is said instead; `probability` is of both."""
+
+    word: str
+    chosen: str
+    said: str
+    probability: tuple[float, float]
+
+    def sentence(self, tokenizer: Any) -> str:
+        """Say what is wrong, and what to do."""
+        here, there = (in_form(self.word, form) for form in (self.chosen, self.said))
+        ids = {form: spelled(tokenizer, ids) for form, ids in forms_of(tokenizer, self.word).items()}
+        return (
+            f"the word {self.word!r} is read as {here!r}, the form that the model says for the answers taken together, "
+            f"but it says {there!r} at {self.probability[1]:.2g} against {self.probability[0]:.2g}: its figures would "
+            f"be those of a token that is hardly ever said. Give the token ids of the form that you mean "
+            f"({'; '.join(ids.values())}), or a prefix after which the answers are said alike."
+        )
+
+
+@dataclass(eq=False)
+class Reading:
+    """How likely each form of each asked word is. Build it with `Reading.of`.
+
+    Attributes:
+        model: a `HookedAVLLM`.
+        blocks: the inputs, each one example, a stack, a recorded run, or what makes an input when it is needed.
+        places: the block and the row of each example.
+        rows: an example and a word that is asked there, each once.
+        ids: the tokens of each word's forms.
+    """
+
+    model: Any
+    blocks: list[Given]
+    places: list[tuple[int, int]]
+    rows: list[tuple[int, str]]
+    ids: dict[str, dict[str, tuple[int, ...]]]
+    _known: dict[tuple[int, tuple[int, ...]], np.ndarray] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Any, given: Sequence[Given], asked: Sequence[Iterable[str]]) -> Reading:
+        """Run the inputs, and look up the first token of every form."""
+        rows = [(example, word) for example, words in enumerate(asked) for word in dict.fromkeys(words)]
+        ids = {word: known_forms(model, word) for word in dict.fromkeys(word for _, word in rows)}
+        blocks, places = _blocks(model, given)
+        found = cls(model, blocks, places, rows, ids)
+        for number in range(len(blocks)):
+            found._begin(number)
+        return found
+
+    def forms(self) -> Forms:
+        """Choose the form of the largest median probability."""
+        medians, best, exact = self._likeliest(range(len(self.rows)), lambda medians, best: True)
+        at_most = tuple(form for i, form in enumerate(FORMS) if not exact[:, i].all())
+        return Forms(FORMS[best], dict(zip(FORMS, medians.tolist(), strict=True)), at_most)
+
+    def doubt(self, rows: Sequence[int], forms: Forms) -> Doubt | None:
+        """Say whether a word is said in another form than the chosen one."""
+        own = FORMS.index(forms.chosen)
+
+        def rare(medians: np.ndarray, other: int) -> bool:
+            return bool(medians[other] > RARER * medians[own])
+
+        medians, other, _ = self._likeliest(rows, rare)
+        if not rare(medians, other):
+            return None
+        word, both = self.rows[rows[0]][1], (float(medians[own]), float(medians[other]))
+        return Doubt(word, FORMS[own], FORMS[other], both)
+
+    def _likeliest(
+        self, rows: Sequence[int], matters: Callable[[np.ndarray, int], bool]
+    ) -> tuple[np.ndarray, int, np.ndarray]:
+        """The forms' medians, the largest of them (run to its end where that matters), and what is no bound."""
+        while True:
+            values, exact = self._values(rows)
+            medians = np.median(values, axis=0)
+            best = int(medians.argmax())
+            if exact[:, best].all() or not matters(medians, best):
+                return medians, best, exact
+            self._run([n for n, whole in zip(rows, exact[:, best], strict=True) if not whole], FORMS[best])
+
+    def by_word(self) -> list[list[int]]:
+        """Group the rows by word."""
+        return [[n for n, (_, word) in enumerate(self.rows) if word == one] for one in self.ids]
+
+    def _input(self, number: int) -> Any:
+        block = self.blocks[number]
+        return block.x if isinstance(block, Recorded) else block if isinstance(block, AVInputs) else block()
+
+    @torch.no_grad()
+    def _begin(self, number: int) -> None:
+        """Keep the probability of every form's first token in one block."""
+        words = {word for example, word in self.rows if self.places[example][0] == number}
+        tokens = sorted({ids[0] for word in words for ids in self.ids[word].values()})
+        if not tokens:
+            return
+        block = self.blocks[number]
+        if isinstance(block, Recorded):
+            logits = block.logits_at(torch.tensor([block.x.spans.generation_position]))[:, 0]
+        else:
+            x = self._input(number)
+            logits = logits_of(self.model, x, [], torch.tensor([x.spans.generation_position]))[:, 0]
+        likely = logits.double().softmax(-1)[:, tokens].cpu().numpy()
+        self._known |= {(number, (token,)): likely[:, i] for i, token in enumerate(tokens)}
+
+    @torch.no_grad()
+    def _run(self, rows: Iterable[int], form: str) -> None:
+        """Run a form of several tokens to its end, wherever these rows ask for it."""
+        wanted = {(self.places[self.rows[n][0]][0], self.ids[self.rows[n][1]][form]) for n in rows}
+        for number, ids in sorted(wanted - self._known.keys()):
+            x = self._input(number)
+            tokens = torch.tensor([ids]).expand(len(x), -1)
+            first = x.spans.generation_position
+            logits = logits_of(self.model, followed(x, tokens), [], torch.arange(first, first + len(ids)))
+            summed = summed_log_prob(tokens.to(logits.device), logits.double())[0]
+            self._known[number, ids] = summed.exp().cpu().numpy()
+
+    def _values(self, rows: Sequence[int]) -> tuple[Float[np.ndarray, "row form"], Bool[np.ndarray, "row form"]]:
+        """The probability of every form (0 of one that does not exist), and whether it is that and no bound."""
+        values, exact = np.zeros((len(rows), len(FORMS))), np.ones((len(rows), len(FORMS)), dtype=bool)
+        for i, n in enumerate(rows):
+            example, word = self.rows[n]
+            number, row = self.places[example]
+            for form, ids in self.ids[word].items():
+                at = (i, FORMS.index(form))
+                exact[at] = (number, ids) in self._known
+                values[at] = self._known[number, ids if exact[at] else ids[:1]][row]
+        return values, exact
+
+
+def read_forms(model: Any, given: Sequence[Given], asked: Sequence[Iterable[str]]) -> Forms | None:
+    """Choose the form in which the words of a call are read."""
+    if not any(True for words in asked for _ in words):
+        return None
+    reading = Reading.of(model, given, asked)
+    forms = reading.forms()
+    for rows in reading.by_word():
+        doubt = reading.doubt(rows, forms)
+        if doubt is not None:
+            raise InputError(doubt.sentence(model.tokenizer))
+    return forms
+
+
+def unedited(x: Any) -> list[Given]:
+    """List the inputs by which a metric's words are read."""
+    found = [one.clean if isinstance(one, Pair) else one for one in listed(x)]
+    for one in found:
+        if not isinstance(one, AVInputs | Recorded):
+            raise InputError(
+                f"words are read by what the model says on AVInputs, a recorded run or a Pair, not on "
+                f"{type(one).__name__}: write metric.bind(model, x) with what model.encode or model.trace gave."
+            )
+    return found
+
+
+def read_sides(model: Any, given: Sequence[Given], sides: Sequence[Sequence[Any]]) -> Forms | None:
+    """Choose the form of a metric's words."""
+    if model is None or not given:
+        return None
+    return read_forms(model, given, asked_words(sides, sum(map(n_examples, given))))
+
+
+def said_answer(model: Any, given: Sequence[Given], answer: AnswerLike | Answer) -> tuple[Answer, Forms | None]:
+    """Find the tokens of one answer, read as the model says it after these inputs."""
+    forms = read_forms(model, given, [words_of(answer)] * sum(map(n_examples, given)))
+    return resolve(model.tokenizer, answer, None if forms is None else forms.chosen), forms
+
+
+def known_forms(model: Any, word: str) -> dict[str, tuple[int, ...]]:
+    """Find the tokens of each form of a word, and refuse one that is not known.
+
+    An organism's tokenizer breaks a word that it was never taught, and a number would mean nothing.
+    """
+    forms = forms_of(model.tokenizer, word)
+    if model.grammar is None:
+        return forms
+    for part in filter(None, (part.strip(".,;:!?\"'") for part in word.split())):
+        found = forms_of(model.tokenizer, part)
+        if all(len(ids) > 1 for ids in found.values()):
+            taught = [*model.grammar.get("classes", ()), *model.grammar.get("colours", ())]
+            raise InputError(
+                f"{model.name} was never taught the word {part!r}: its tokenizer breaks it into "
+                f"{spelled(model.tokenizer, next(iter(found.values())))}. {unknown('word', part, taught)}"
+            )
+    return forms
+
+
+def n_examples(given: Given) -> int:
+    """Count examples."""
+    return len(given.x) if isinstance(given, Recorded) else len(given) if isinstance(given, AVInputs) else 1
+
+
+def followed(x: AVInputs, tokens: Tensor) -> AVInputs:
+    """Put all but the last token of an answer after a prompt."""
+    if tokens.shape[1] == 1:
+        return x
+    if len(x.spans["generated"]):
+        raise InputError(
+            f"this input already holds {len(x.spans['generated'])} tokens of an answer, and an answer of several "
+            "tokens would come after them: encode it without answer=."
+        )
+    return x.continued(tokens[:, :-1])
+
+
+def _blocks(model: Any, given: Sequence[Given]) -> tuple[list[Given], list[tuple[int, int]]]:
+    """Group inputs that can run together; say where each example went."""
+    plain = [one for one in given if isinstance(one, AVInputs)]
+    if len(plain) < len(given):
+        return list(given), [(number, row) for number, one in enumerate(given) for row in range(n_examples(one))]
+    blocks, places = list[Given](), dict[tuple[int, int], tuple[int, int]]()
+    size = that_fit(model, max((len(x.spans) for x in plain), default=1), STACK, BUDGET_GB)
+    for members in input_stacks(plain, size):
+        inside = [(n, i) for n in members for i in range(len(plain[n]))]
+        whole = AVInputs.stack([plain[n] for n in members])
+        for start in range(0, len(inside), size):
+            places |= {at: (len(blocks), row) for row, at in enumerate(inside[start : start + size])}
+            blocks.append(whole[start : start + size] if len(inside) > size else whole)
+    return blocks, [places[n, i] for n, x in enumerate(plain) for i in range(len(x))]

@@ -1,0 +1,396 @@
+"""What a run says, as one number for each example: `logit_diff`, `log_prob`, `prob`, `rank`, `kl`.
+
+A metric reads the logits `[batch, asked_pos, d_vocab]`, whose last position is the generation position, and returns
+`[batch]`. Answers are strings, token ids, lists of either (synonyms) or resolved `Answer`s; `each([...])` gives every
+example its own.
+
+    score(answer)     one token: its logit; synonyms: logsumexp of theirs;
+                      several tokens: the teacher-forced summed log-probability, then for both answers
+    logit_diff(a, b)  score(a) - score(b): positive where a is preferred
+    logit(a)          score(a) by itself
+    log_prob(a)       log P(a); prob(a) = P(a), in [0, 1]
+    rank(a)           how many tokens are likelier than a, 0 for the top; of several tokens the worst
+    kl(reference)     KL(reference || run) in nats, mean over the asked positions
+
+Where two answers have unequal numbers of tokens, both are scored by the *mean* log-probability per token, and the
+metric's `notes` say so. Refused: answers that share their first token or have unequal numbers of synonyms.
+
+A word is read in the form that the model says (`forms`): leading space or not, capital or not. `measure`, `patch` and
+their like look that up on their unedited inputs; elsewhere use `metric.bind(model, x)`. Form and probability stand
+in the result. Token ids, and `Answer(text, ((id, id),))` for several, are taken literally.
+Any callable of logits to `[batch]` may stand where a metric is taken.
+
+    >>> import torch
+    >>> logit_diff(2, 0)(torch.tensor([[[1.0, 0.0, 4.0]]]))
+    tensor([3.])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from av_lens.brief import Brief
+from av_lens.errors import InputError
+from av_lens.metrics import scores
+from av_lens.metrics.asked import Asked, Each, notes_on, paired, resolved, shown, spread
+from av_lens.metrics.forms import Forms, n_examples, read_sides, unedited
+
+Kind = Literal["logit_diff", "logit", "log_prob", "prob", "rank", "kl", "custom"]
+UNITS = {
+    "logit_diff": "logit",
+    "logit": "logit",
+    "log_prob": "nat",
+    "prob": "probability",
+    "rank": "tokens",
+    "kl": "nat",
+    "custom": "",
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Metric(Brief):
+    """A number for each example, read from logits. Build it with `logit_diff`, `log_prob`, ...
+
+    Attributes:
+        kind: which of the module's metrics.
+        asked: the answers as they were given; two for `logit_diff`.
+        reference: the logits that `kl` compares with.
+        function: a callable of the user's own.
+        ids: once bound, the tokens of each answer, `[example or 1, option, token]`, -1 where there is none.
+        texts: once bound, the answers as text.
+        notes: what a reader of the numbers must know.
+        forms: once bound, in which form words are read, and how likely each form is; None where no word is asked.
+    """
+
+    kind: Kind
+    asked: tuple[Asked, ...] = ()
+    reference: Float[Tensor, "..."] | None = None
+    function: Callable[[Tensor], Tensor] | None = None
+    ids: tuple[Int64[Tensor, "_ _ _"], ...] | None = None
+    texts: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
+    forms: Forms | None = None
+
+    @property
+    def name(self) -> str:
+        """The metric as one would write it."""
+        if self.kind == "custom":
+            return getattr(self.function, "__name__", type(self.function).__name__)
+        words = self.texts or tuple(shown(asked) for asked in self.asked)
+        return f"{self.kind}({', '.join(words) if self.kind != 'kl' else 'reference'})"
+
+    @property
+    def unit(self) -> str:
+        """The metric's unit."""
+        return UNITS[self.kind]
+
+    def provenance(self) -> dict[str, Any]:
+        """Say what was measured, with the token ids that were chosen.
+
+        Returns:
+            Plain data.
+        """
+        ids = [tokens.tolist() for tokens in self.ids or ()]
+        forms = {} if self.forms is None else self.forms.provenance()
+        return {"metric": self.name, "unit": self.unit, "answer_ids": ids, **forms, "notes": list(self.notes)}
+
+    def bind(self, model: Any = None, x: Any = ()) -> Metric:
+        """Find the answers' tokens.
+
+        Args:
+            model: the `HookedAVLLM`; None if all answers are token ids.
+            x: the unedited input by which words are read, or its recorded run, or several of either; of a pair the
+                clean one.
+
+        Returns:
+            The metric, ready to be called; `print(metric.forms)` says how words are read. Binding again changes
+            nothing.
+
+        Raises:
+            InputError: an answer without tokens, two that cannot be told apart, a word that is unknown or doubtful, or
+                answers for another number of examples.
+        """
+        if self.kind in ("kl", "custom"):
+            return self
+        sides = [asked.answers if isinstance(asked, Each) else (asked,) for asked in self.asked]
+        n = max(len(side) for side in sides)
+        if any(len(side) not in (1, n) for side in sides):
+            raise InputError(f"each(...) was given {' and '.join(str(len(s)) for s in sides)} answers: they differ.")
+        given, named = unedited(x), n if self.ids is None else self.n_answers
+        if given and named not in (1, examples := sum(map(n_examples, given))):
+            raise InputError(f"{self.name} names {named} answers for {examples} examples.")
+        if self.ids is not None:
+            return self
+        tokenizer, forms = getattr(model, "tokenizer", None), read_sides(model, given, sides)
+        form = None if forms is None else forms.chosen
+        if self.kind == "logit_diff":
+            rivals = zip(*(spread(side, n) for side in sides), strict=True)
+            pairs = [paired(tokenizer, side_a, side_b, form) for side_a, side_b in rivals]
+            answers = [[pair[0] for pair in pairs], [pair[1] for pair in pairs]]
+        else:
+            answers = [[resolved(tokenizer, answer, form) for answer in sides[0]]]
+        texts = tuple(side[0].text if len(side) == 1 else f"{side[0].text}, ... ({len(side)})" for side in answers)
+        ids, notes = tuple(scores.padded(side) for side in answers), notes_on(answers, tokenizer)
+        return replace(self, ids=ids, texts=texts, notes=notes, forms=forms)
+
+    def reading(self) -> str:
+        """Say which tokens the answers are, and in which form words are read.
+
+        Returns:
+            One line.
+        """
+        one = self.bind()
+        said = "; ".join(f"{text!r}: ids {ids[0].tolist()}" for text, ids in zip(one.texts, one.ids or (), strict=True))
+        return "; ".join(filter(None, (said, *self.notes, "" if self.forms is None else str(self.forms))))
+
+    @property
+    def n_answers(self) -> int:
+        """For how many examples answers were given: 1 where all share theirs."""
+        return max((int(ids.shape[0]) for ids in self._bound()), default=1)
+
+    def chosen(self, examples: Sequence[int]) -> Metric:
+        """Keep the answers (or reference logits) of some examples.
+
+        Args:
+            examples: which ones, in order.
+
+        Returns:
+            The metric of a stack of these examples.
+        """
+        rows = list(examples)
+        ids = tuple(tokens if tokens.shape[0] == 1 else tokens[rows] for tokens in self._bound())
+        reference = self.reference
+        if reference is not None and reference.shape[0] != 1:
+            reference = reference[rows]
+        return replace(self, ids=ids or None, reference=reference)
+
+    @property
+    def teacher_forced(self) -> bool:
+        """Whether an answer has several tokens, so that the answer must be run after the prompt."""
+        return any(int(ids.shape[-1]) > 1 for ids in self._bound())
+
+    def __call__(self, logits: Float[Tensor, "batch asked_pos d_vocab"]) -> Float[Tensor, " batch"]:
+        """Read the metric from logits."""
+        if self.kind == "custom":
+            return _own_result(self, logits)
+        if self.reference is not None:
+            return scores.divergence(self.reference, logits)
+        if self.teacher_forced:
+            raise InputError(
+                f"{self.name}: an answer has several tokens, which one set of logits cannot score. Use "
+                "measure(model, x, metric) or patch(...), which run the answer after the prompt, or one-token answers."
+            )
+        last = logits[:, -1].float()
+        sides = [scores.per_option(ids, last, self.kind) for ids in self._fitting(len(last))]
+        return scores.combined(self.kind, [side.unbind(1) for side in sides])
+
+    def few_tokens(self) -> tuple[Metric, Int64[Tensor, " token"] | None]:
+        """Say which tokens' logits suffice.
+
+        Returns:
+            A metric that reads logits of these tokens alone, and the tokens; this metric and None where it reads all.
+        """
+        if self.kind not in ("logit_diff", "logit") or self.teacher_forced:
+            return self, None
+        tokens = torch.unique(torch.cat([ids.flatten() for ids in self._bound()]).clamp(min=0))
+        places = tuple(torch.searchsorted(tokens, ids).masked_fill(ids < 0, -1) for ids in self._bound())
+        return replace(self, ids=places), tokens
+
+    def by_answer(self) -> tuple[Metric, Metric]:
+        """Split a difference into the scores of its two answers.
+
+        Returns:
+            Each answer's score, as a metric of its own; of a bound difference, in the form that was chosen for both.
+
+        Raises:
+            InputError: the metric is no difference of two answers.
+        """
+        if self.kind != "logit_diff":
+            raise InputError(f"{self.name} is not a difference of two answers: use logit_diff(a, b).")
+        if self.ids is None:
+            return logit(self.asked[0]), logit(self.asked[1])
+        one, other = (
+            replace(self, kind="logit", asked=(self.asked[i],), ids=(self.ids[i],), texts=(self.texts[i],))
+            for i in (0, 1)
+        )
+        return one, other
+
+    def continuations(self, batch: int) -> list[Int64[Tensor, "batch token"]]:
+        """List the token sequences that have to be run after the prompt, for answers of several tokens.
+
+        Args:
+            batch: examples in the run.
+
+        Returns:
+            One for each option of each answer, padded with its own last token; empty for one-token answers.
+        """
+        if not self.teacher_forced:
+            return []
+        return [scores.filled(ids[:, i]).expand(batch, -1) for ids in self._fitting(batch) for i in range(ids.shape[1])]
+
+    def reduce(self, number: int, logits: Float[Tensor, "batch token d_vocab"]) -> Float[Tensor, " batch"]:
+        """Score one continuation.
+
+        Args:
+            number: its place in `continuations`.
+            logits: at the position before each of its tokens.
+
+        Returns:
+            The option's score for each example; minus infinity (rank: infinity) where an example has no such option.
+        """
+        options = [ids[:, i] for ids in self._bound() for i in range(ids.shape[1])]
+        tokens = options[number].to(logits.device).expand(logits.shape[0], -1)
+        if self.kind == "rank":
+            return scores.worst_rank(tokens, logits.float())
+        total, lengths = scores.summed_log_prob(tokens, logits.float())
+        if self.kind != "logit_diff":
+            return total
+        return torch.where(scores.unequal_lengths(self._bound()).to(total.device), total / lengths.clamp(min=1), total)
+
+    def combine(self, reduced: Sequence[Float[Tensor, " batch"]]) -> Float[Tensor, " batch"]:
+        """Put the scores of all continuations together.
+
+        Args:
+            reduced: the result of `reduce` for each, in order.
+
+        Returns:
+            The metric for each example.
+        """
+        sides: list[list[Tensor]] = []
+        rest = list(reduced)
+        for ids in self._bound():
+            sides.append(rest[: ids.shape[1]])
+            rest = rest[ids.shape[1] :]
+        return scores.combined(self.kind, sides)
+
+    def _bound(self) -> tuple[Tensor, ...]:
+        if self.kind in ("kl", "custom"):
+            return ()
+        if self.ids is None:
+            return self.bind(None).ids or ()
+        return self.ids
+
+    def _fitting(self, batch: int) -> tuple[Tensor, ...]:
+        for ids in self._bound():
+            if ids.shape[0] not in (1, batch):
+                raise InputError(
+                    f"{self.name}: each(...) gives {ids.shape[0]} answers, but the run has {batch} examples."
+                )
+        return self._bound()
+
+
+def _own_result(metric: Metric, logits: Tensor) -> Tensor:
+    assert metric.function is not None
+    found: Any = metric.function(logits)
+    batch = int(logits.shape[0])
+    shape = tuple(getattr(found, "shape", ()))
+    if not isinstance(found, Tensor) or shape != (batch,):
+        what = "one number for the whole batch" if shape == () else f"shape {shape}"
+        raise InputError(
+            f"the metric {metric.name} returned {what}; wanted one number for each of the {batch} examples, shape "
+            f"({batch},). Leave out the mean: `lambda logits: logits[:, -1, a] - logits[:, -1, b]`."
+        )
+    return found
+
+
+def as_metric(metric: Metric | Callable[..., Any] | None, model: Any = None, x: Any = ()) -> Metric:
+    """Make a bound metric of what a caller handed in.
+
+    Args:
+        metric: one of the module's, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
+        model: as in `Metric.bind`.
+        x: as in `Metric.bind`.
+
+    Returns:
+        The bound metric.
+
+    Raises:
+        InputError: neither.
+    """
+    if isinstance(metric, Metric):
+        return metric.bind(model, x)
+    if not callable(metric):
+        raise InputError(
+            "metric= says what is measured: avl.logit_diff('siren', 'dog'), avl.metrics.log_prob('siren'), or a "
+            f"function of logits [batch, asked_pos, d_vocab] to [batch]; not {metric!r}."
+        )
+    return Metric("custom", function=metric)
+
+
+def logit_diff(a: Asked, b: Asked) -> Metric:
+    """Measure how far one answer is preferred to another: score(a) - score(b), positive for a.
+
+    Args:
+        a: an answer, such as the sound's.
+        b: its rival, such as the picture's.
+
+    Returns:
+        The metric, in logits (differences of log-probabilities for answers of several tokens).
+    """
+    return Metric("logit_diff", (a, b))
+
+
+def logit(a: Asked) -> Metric:
+    """Measure one answer's score: its logit, logsumexp over synonyms.
+
+    Args:
+        a: the answer.
+
+    Returns:
+        The metric, in logits (a log-probability for an answer of several tokens).
+    """
+    return Metric("logit", (a,))
+
+
+def log_prob(a: Asked) -> Metric:
+    """Measure an answer's log-probability, in nats.
+
+    Args:
+        a: the answer.
+
+    Returns:
+        The metric.
+    """
+    return Metric("log_prob", (a,))
+
+
+def prob(a: Asked) -> Metric:
+    """Measure an answer's probability.
+
+    Args:
+        a: the answer.
+
+    Returns:
+        The metric, in [0, 1].
+    """
+    return Metric("prob", (a,))
+
+
+def rank(a: Asked) -> Metric:
+    """Count the tokens that are likelier than the answer.
+
+    Args:
+        a: the answer; of synonyms the best counts, of several tokens the worst.
+
+    Returns:
+        The metric; 0 where the answer is the likeliest.
+    """
+    return Metric("rank", (a,))
+
+
+def kl(reference_logits: Float[Tensor, "..."]) -> Metric:
+    """Measure how far a run has moved from a reference: KL(reference || run), in nats.
+
+    Args:
+        reference_logits: `[batch, asked_pos, d_vocab]` or `[batch, d_vocab]` of the reference run.
+
+    Returns:
+        The metric, averaged over the asked positions (compared from the last backwards).
+    """
+    return Metric("kl", reference=reference_logits)

@@ -1,0 +1,9 @@
+"""A model in hand: loading, its self-check, the wrapper, and TransformerLens's side of it."""
+
+from __future__ import annotations
+
+from av_lens.model.loading import load, short_names
+from av_lens.model.selfcheck import CheckReport, check_model
+from av_lens.model.wrapper import HookedAVLLM
+
+__all__ = ["CheckReport", "HookedAVLLM", "check_model", "load", "short_names"]

@@ -1,0 +1,357 @@
+"""From a name or a folder to a model whose every hook is real.
+
+A short name ("av-tiny") is an organism that ships with the package; anything else is a local folder or a name on the
+HuggingFace hub (`av_lens.checkpoints` finds and checks folders). A folder may hold a mere difference over another
+checkpoint (`differences`). Only the fusion model is loaded: of a full Qwen2.5-Omni checkpoint the thinker, never the
+talker or the vocoder. Weights come from safetensors, must fit the configuration and be finite, and no code from a
+checkpoint is run, or asked about.
+
+The sizes at which frames are shown are the checkpoint's own, where it states any for videos.
+
+Precision: float32 for organisms and, on a CPU, for anything below a billion parameters; else the checkpoint's own.
+Device: cuda where the model fits, else the CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from av_lens.checkpoints import check_configurations, check_weight_files, index, known_names, located, shipped
+from av_lens.checks import foreign_file, parse_json
+from av_lens.core.copies import cast, free_bytes
+from av_lens.errors import AvLensError, ModelError
+from av_lens.families.registry import HOW_TO_ADD, Family, build_bridge, family_of
+from av_lens.model.differences import Difference, read_difference
+from av_lens.model.selfcheck import check_model, check_parts
+from av_lens.model.wrapper import HookedAVLLM
+
+BILLION = 1_000_000_000
+GRAMMAR_FILE = "grammar.json"
+_LAYER = re.compile(r"\.(layers|blocks)\.\d+\.")
+_OPENS_MORE = (
+    *("auto_map", "transformers_weights", "use_kernels", "attn_implementation", "_attn_implementation"),
+    *("experts_implementation", "_experts_implementation"),
+)
+ROOM_TO_RUN = 1.3  # a model needs this much of its weights' memory, at least, to run
+
+
+def short_names() -> dict[str, str]:
+    """The models that ship with the package."""
+    return {name: str(entry.get("summary", "")) for name, entry in index().items()}
+
+
+def load(
+    name_or_path: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    hf_model: Any = None,
+    processor: Any = None,
+) -> HookedAVLLM:
+    """Open an audio-visual language model.
+
+    Args:
+        name_or_path: a short name (`av-lens models` lists them), a local folder (of the fusion model or of a full
+            checkpoint), or a hub name such as "Qwen/Qwen2.5-Omni-7B".
+        device: such as "cuda" or "cpu"; None for cuda where the model fits, else the CPU.
+        dtype: such as torch.bfloat16 or "bfloat16"; None for the rule above.
+        revision: of a hub name: a branch, tag or commit.
+        hf_model: a HuggingFace model that is already there. It is wrapped in place: keep no other use for it.
+        processor: its processor; needed with `hf_model` unless `name_or_path` has one.
+
+    Returns:
+        The model, in evaluation mode, after the cheap part of `check_model`.
+
+    Raises:
+        ModelError: nothing there, no adapter for that family (the message says how to add one), weights missing from
+            the checkpoint, quantised or split over several devices, or a self-check that failed.
+    """
+    if hf_model is None and name_or_path is None:
+        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
+    if hf_model is not None:
+        model = _wrap(hf_model, name_or_path, processor, device=device, dtype=dtype, revision=revision)
+    else:
+        model = _open(str(name_or_path), processor, device=device, dtype=dtype, revision=revision)
+    check_model(model, full=False)
+    return model
+
+
+def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **options: Any) -> HookedAVLLM:
+    family_of(type(hf_model))
+    _require_plain(hf_model)
+    if processor is None:
+        if name_or_path is None:
+            raise ModelError("hf_model= needs processor= as well (or a name or folder that has one).")
+        processor = _processor(_Source(str(name_or_path), options["revision"]))
+    if options["dtype"] is not None:
+        cast(hf_model, _dtype(options["dtype"]))
+    if options["device"] is not None:
+        hf_model = hf_model.to(options["device"])
+    name = "external" if name_or_path is None else str(name_or_path)
+    return _hooked(hf_model, processor, name, provenance={"source": "hf_model"})
+
+
+def _hooked(hf_model: Any, processor: Any, name: str, **more: Any) -> HookedAVLLM:
+    check_parts(hf_model, processor, name)
+    bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
+    return HookedAVLLM(bridge, processor, name=name, **more)
+
+
+def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str | None) -> HookedAVLLM:
+    source = _Source(name, revision)
+    if source.folder is not None:
+        check_configurations(source.folder)
+    config = source.config()
+    family = _family(config, name)
+    inner = family.inner_config.get(str(config.get("model_type")))
+    for level in _levels(config, inner):
+        _require_unquantised(level.get("quantization_config"))
+    with source.translated("config.json"):
+        hf_config = family.model_class.config_class.from_dict(_plain(config[inner] if inner else config))
+        count = cache(partial(_count, family, hf_config))
+        if source.folder is not None:
+            _check_count(count(), check_weight_files(source.folder), name)
+        organism = source.grammar is not None
+        precision = torch.float32 if organism else _stored_dtype(config, inner)
+        precision = precision if dtype is None else _dtype(dtype)
+        if device is not None:
+            place = torch.device(device)
+        else:
+            place = _fitting_device(count(), precision) if torch.cuda.is_available() else torch.device("cpu")
+        if dtype is None and not organism and place.type == "cpu" and count() < BILLION:
+            precision = torch.float32
+    with _quiet(bar=not organism):
+        hf_model = _weights(family, source, hf_config, precision)
+        if source.difference is not None:
+            source.difference.put_into(hf_model)
+        hf_model = hf_model.to(place)
+    provenance = {"source": source.place, "revision": revision, "dtype": str(precision), "device": str(place)}
+    if source.difference is not None:
+        provenance |= {"source": str(source.difference.folder), "base": source.difference.base}
+    processor = _processor(source) if processor is None else processor
+    return _hooked(hf_model, processor, name, grammar=source.grammar, handed_in=False, provenance=provenance)
+
+
+def _check_count(wanted: int, held: int, name: str) -> None:
+    """Refuse a configuration that would have memory taken for weights that are nowhere."""
+    if wanted > 2 * held + BILLION // 100:
+        raise ModelError(
+            f"the weight files of {name!r} hold {held} numbers and its config.json wants {wanted}: they do not belong "
+            "together. Download or copy the checkpoint again."
+        )
+
+
+def _require_plain(hf_model: Any) -> None:
+    """Refuse a model that is not plain weights in one place, whether it was loaded so or its layers were changed."""
+    parameters = list(hf_model.parameters())
+    mapped = {str(one) for one in (getattr(hf_model, "hf_device_map", None) or {}).values()}
+    places = {str(one.device) for one in parameters} | (mapped if len(mapped) > 1 else set[str]())
+    if len(places) > 1 or places & {"meta", "disk"}:
+        raise ModelError(
+            f"this model is split over several places ({', '.join(sorted(places))}); av_lens runs models that lie on "
+            "one device. Load it without device_map, on a device that holds all of it, or in bfloat16."
+        )
+    quantizer = getattr(hf_model, "hf_quantizer", None)
+    _require_unquantised(getattr(getattr(hf_model, "config", None), "quantization_config", None))
+    _require_unquantised(getattr(quantizer, "quantization_config", quantizer))
+    _require_unquantised(next((str(one.dtype) for one in parameters if one.dtype.itemsize < 2), None))
+
+
+def _levels(config: Mapping[str, Any], inner: str | None = None) -> Generator[Mapping[str, Any], None, None]:
+    """A configuration and those within it; of a larger one the fusion model's alone."""
+    yield config
+    for name, value in config.items():
+        if isinstance(value, Mapping) and inner in (None, name):
+            yield from _levels(value)
+
+
+def _require_unquantised(way: Any) -> None:
+    """Refuse quantised weights; None where they are not."""
+    if way is not None:
+        method = way.get("quant_method", way) if isinstance(way, Mapping) else getattr(way, "quant_method", way)
+        raise ModelError(
+            f"these weights are quantised ({getattr(method, 'value', method)}), and traces, gradients and edges read "
+            "plain numbers. Load the checkpoint that they were made from, in bfloat16 or float32."
+        )
+
+
+class _Source:
+    """Where a checkpoint lies: a folder, or a name on the hub. Of a difference it is the base's, which is checked."""
+
+    def __init__(self, asked: str, revision: str | None) -> None:
+        self.asked, self.folder = asked, located(asked)
+        self.revision = revision if self.folder is None else None
+        self.difference = None if self.folder is None else read_difference(self.folder)
+        if self.difference is not None:
+            self.folder = base_of(self.difference)
+            self.difference.check_base(self.folder)
+        self.place = asked if self.folder is None else str(self.folder)
+        self.grammar: dict[str, Any] | None = None
+        if self.folder is not None and (found := self.folder / GRAMMAR_FILE).is_file():
+            with foreign_file(found, "an organism's grammar", error=ModelError):
+                self.grammar = dict(parse_json(found.read_bytes()))
+
+    def config(self) -> dict[str, Any]:
+        from transformers import PreTrainedConfig
+
+        with self.translated("config.json"):
+            found, _ = PreTrainedConfig.get_config_dict(self.place, revision=self.revision, trust_remote_code=False)
+        if not found:
+            raise ModelError(f"{self.asked!r} has no config.json, so it is no checkpoint. {known_names()}")
+        return found
+
+    @contextmanager
+    def translated(self, what: str) -> Generator[None, None, None]:
+        """Say in our words what HuggingFace could not find or read: its readers raise anything on foreign files."""
+        try:
+            yield
+        except (AvLensError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+            if "custom code" in str(error):
+                raise ModelError(self._own_code(what)) from error
+            if self.folder is not None:
+                raise ModelError(f"cannot read {what} in {self.asked!r}: {first}") from error
+            raise ModelError(
+                f"cannot get {what} of {self.asked!r} from the HuggingFace hub: {first} Check the name and the "
+                f"network, or download the folder elsewhere and pass its path. {known_names()}"
+            ) from error
+
+    def _own_code(self, what: str) -> str:
+        listed = [] if self.folder is None else sorted(self.folder.glob("*.json"))
+        named = [path.name for path in listed if b'"auto_map"' in path.read_bytes()]
+        return (
+            f"{self.asked!r} wants code of its own to be run for {what} ({', '.join(named) or 'its json files'}: "
+            "auto_map), and av_lens runs no code from a checkpoint. Take auto_map out and name the classes of "
+            "transformers there (processor_class, tokenizer_class), or pass processor= made by code that you trust."
+        )
+
+
+def base_of(difference: Difference) -> Path:
+    """Find the folder of a difference's base: a short name's, or one named from the root or the difference's folder."""
+    shown, known = repr(str(difference.folder)), index().get(difference.base)
+    found = difference.folder / Path(difference.base).expanduser()
+    found = found if known is None else Path(str(shipped() / str(known["folder"])))
+    if not found.is_dir():
+        raise ModelError(
+            f"{shown} is a difference over {difference.base!r}, which is neither a short name nor a folder. Bring that "
+            f"folder back, or write its new place into difference.json. {known_names()}"
+        )
+    if read_difference(found) is not None:
+        raise ModelError(f"the base of {shown} is a difference itself; only one may stand on another.")
+    return found
+
+
+def _family(config: Mapping[str, Any], name: str) -> Family:
+    """By the class that a checkpoint was saved from, else by its model_type."""
+    classes, kind = config.get("architectures"), config.get("model_type")
+    names = [str(one) for one in (*(classes if isinstance(classes, list) else ()), kind) if one]
+    if not names:
+        raise ModelError(f"the config.json of {name!r} names no model_type. {HOW_TO_ADD}")
+    return family_of(*names)
+
+
+def _plain(level: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A configuration without what would have other code or files opened (an attention kernel from the hub, ...)."""
+    return {
+        name: _plain(value) if isinstance(value, Mapping) else value
+        for name, value in level.items()
+        if name not in _OPENS_MORE
+    }
+
+
+def _count(family: Family, hf_config: Any) -> int:
+    """How many parameters the fusion model has; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in family.model_class(copy.deepcopy(hf_config)).parameters())
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"{dtype!r} is no floating-point dtype; pass torch.float32, torch.bfloat16 or torch.float16.")
+    return found
+
+
+def _stored_dtype(config: Mapping[str, Any], inner: str | None = None) -> torch.dtype:
+    for level in (config, config.get(inner or "") or {}, config.get("text_config") or {}):
+        stored = level.get("dtype") or level.get("torch_dtype")
+        if stored:
+            return _dtype(stored)
+    return torch.float32
+
+
+def _fitting_device(n_parameters: int, dtype: torch.dtype) -> torch.device:
+    cuda = torch.device("cuda")
+    return cuda if n_parameters * dtype.itemsize * ROOM_TO_RUN < free_bytes(cuda) else torch.device("cpu")
+
+
+def _weights(family: Family, source: _Source, hf_config: Any, dtype: torch.dtype) -> Any:
+    with source.translated("model.safetensors"):
+        hf_model, report = family.model_class.from_pretrained(
+            source.place,
+            config=hf_config,
+            revision=source.revision,
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name
+        )
+    for what, names in (
+        ("are missing", report["missing_keys"]),
+        ("have other sizes than config.json says", [name for name, *_ in report["mismatched_keys"]]),
+        ("belong to layers that config.json does not have", filter(_LAYER.search, report["unexpected_keys"])),
+    ):
+        listed = sorted(names)
+        if listed:
+            raise ModelError(
+                f"{len(listed)} weights of {family.architecture} {what} in {source.asked!r} ({', '.join(listed[:3])}, "
+                "...); its answers would be another model's. The checkpoint is incomplete or belongs to another model."
+            )
+    return hf_model
+
+
+@contextmanager
+def _quiet(*, bar: bool) -> Generator[None, None, None]:
+    """Keep HuggingFace from listing the talker's and vocoder's weights, and from drawing a bar unless asked."""
+    from transformers.utils import logging as hf_logging
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    level, had_bar = logger.level, hf_logging.is_progress_bar_enabled()
+    logger.setLevel(logging.ERROR)
+    if not bar:
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if had_bar:
+            hf_logging.enable_progress_bar()
+
+
+def _processor(source: _Source) -> Any:
+    from transformers import AutoProcessor
+
+    with source.translated("the processor"):
+        processor: Any = AutoProcessor.from_pretrained(source.place, revision=source.revision, trust_remote_code=False)
+    # The processor class's common size would override the checkpoint's own in silence. A size above it that is the
+    # images' too comes from a file for all pictures alike: it speaks of images, and HuggingFace keeps videos smaller.
+    common = dict(processor.videos_kwargs)
+    own, images = dict(processor.video_processor.size), dict(processor.image_processor.size)
+    if own != images or own["longest_edge"] <= common["size"]["longest_edge"]:
+        processor.videos_kwargs = common | {"size": own}
+    return processor

@@ -1,0 +1,170 @@
+"""Is the model in hand the one whose hooks we think we turn? A self-check at the door.
+
+A hook that is off the road gives a null result and no error. So: writing an activation back unchanged must change
+nothing, to the bit; turning it to another *direction* must change the logits (a pure rescale is a bad probe: the next
+norm undoes it); rows of the pattern must sum to one; the stream must be the sum of what was written to it.
+
+Guaranteed after `check_model(model)`: this at every hook of `hook_names.COMPONENTS`, in every layer, on random ids or
+on the audio-visual input that is given, whose spans must cover it. Not guaranteed: that the weights are good ones, or
+that another input takes the same road through a tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from av_lens.errors import InterventionError, ModelError
+from av_lens.families.hook_names import COMPONENTS, Component, hook_name
+from av_lens.families.registry import family_of
+from av_lens.model.wrapper import HookedAVLLM
+
+DOOR = ("resid_mid", "z", "pattern")  # what `load` checks, in the last layer
+N_POSITIONS = 12
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What was checked, and what failed.
+
+    Attributes:
+        passed: one line for each check that held.
+        failed: one line for each that did not.
+    """
+
+    passed: tuple[str, ...]
+    failed: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything held."""
+        return not self.failed
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.passed)} checks passed, {len(self.failed)} failed", *(f"FAILED {f}" for f in self.failed)]
+        return "\n".join(lines)
+
+
+def check_model(model: HookedAVLLM, x: Any = None, *, full: bool = True) -> CheckReport:
+    """Prove that this model's hooks are on the road.
+
+    Args:
+        model: the model.
+        x: an input to check on, for its media too; None for random ids of text.
+        full: every hook of every layer; else a few of the last one, as `load` does.
+
+    Returns:
+        What was checked.
+
+    Raises:
+        ModelError: a check failed; the message lists them all.
+    """
+    found = list(_checks(model, _random_ids(model) if x is None else x, x is not None, full))
+    passed, failed = (tuple(line for line, held in found if held is wanted) for wanted in (True, False))
+    report = CheckReport(passed, failed)
+    if report.failed:
+        raise ModelError(f"{model!r} failed its self-check, so its numbers cannot be trusted. {report}")
+    return report
+
+
+def check_parts(hf_model: Any, processor: Any, name: str) -> None:
+    """Refuse weights that are NaN or infinite, and a processor that lacks a part or is another model's."""
+    for weight, tensor in hf_model.named_parameters():
+        if tensor.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor.detach())):
+            wrong = int((~torch.isfinite(tensor)).sum())
+            raise ModelError(
+                f"the weight {weight} of {name!r} holds {wrong} numbers of {tensor.numel()} that are NaN or infinite "
+                f"in {tensor.dtype}: the checkpoint is damaged (download it again), or does not fit that dtype."
+            )
+    media = family_of(type(hf_model)).media
+    missing = [part for part in media.parts if getattr(processor, part, None) is None]
+    if missing:
+        raise ModelError(
+            f"the processor of {name!r} is {type(processor).__name__}, without {', '.join(missing)}: a file such as "
+            "processor_config.json or preprocessor_config.json is missing. Complete the folder, or pass processor=."
+        )
+    rows, tokens = hf_model.get_input_embeddings().weight.shape[0], len(processor.tokenizer)
+    other = f"tokenizer of {name!r} is another model's"
+    if tokens > rows:
+        raise ModelError(f"the {other}: it has {tokens} tokens, the model {rows}. Take the checkpoint's own files.")
+    for kind, known in media.placeholders(hf_model.config).items():
+        token = getattr(processor, f"{kind}_token", None)
+        found = None if token is None else processor.tokenizer.convert_tokens_to_ids(token)
+        if token is not None and found != known:
+            raise ModelError(
+                f"the {other}: its {token!r} has the id {found}, the model's {kind} token is {known}. Take the "
+                "checkpoint's own files."
+            )
+
+
+def turned(value: torch.Tensor, component: Component) -> torch.Tensor:
+    """Another direction for an activation: not a rescale, and legal for its kind.
+
+    Patterns look at key 0 alone, scores favour it, scales vary by position, all else is mixed with itself, rolled.
+    """
+    new = value.clone()
+    if component.name == "pattern":
+        new.zero_()
+        new[..., 0] = 1.0
+    elif component.name == "scores":
+        new[..., 0] += 3.0
+    elif component.axes[-1] == "one":
+        new[:, ::2] *= 1.5
+    else:
+        new = 0.5 * value + 0.5 * value.roll(1, dims=-1)
+    return new
+
+
+def _random_ids(model: HookedAVLLM) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.spec.d_vocab, (1, N_POSITIONS), generator=generator)
+    safe = next(i for i in range(model.spec.d_vocab) if i not in model.placeholders)
+    for placeholder in model.placeholders:
+        ids[ids == placeholder] = safe
+    return ids
+
+
+def _checks(model: HookedAVLLM, x: Any, given: bool, full: bool) -> Iterator[tuple[str, bool]]:
+    n_layers = model.spec.n_layers
+    last = n_layers - 1
+    layers = {True: range(n_layers), False: (None,)}
+    everywhere = ((one, layer) for one in COMPONENTS.values() for layer in layers[one.layered])
+    with torch.no_grad():
+        logits = model(x)
+        yield "logits are finite", bool(torch.isfinite(logits).all())
+        for component, layer in everywhere if full else ((COMPONENTS[name], last) for name in DOOR):
+            name = hook_name(component.name, layer)
+            same = _edited(model, x, name, torch.clone)
+            yield f"writing {name} back changes nothing", torch.equal(same, logits)
+            if component.writable:
+                other = _edited(model, x, name, lambda value, component=component: turned(value, component))
+                yield f"turning {name} changes the logits", not torch.equal(other, logits)
+        names = [hook_name("pattern", last), hook_name("resid_pre", last), hook_name("resid_mid", last)]
+        names += [hook_name(part, last) for part in ("attn_out", "mlp_out", "resid_post")]
+        fires = f"the hooks of layer {last} fire"
+        try:
+            _, cache = model.run_with_cache(x, names, budget_gb=float("inf"))
+        except InterventionError as error:
+            yield f"{fires} ({error})", False
+            return
+    yield fires, True
+    rows = cache[names[0]].sum(-1, dtype=torch.float32)
+    tolerance = TOLERANCE if model.dtype in (torch.float32, torch.float64) else 0.02
+    yield f"rows of {names[0]} sum to one", bool((rows - 1).abs().max() < tolerance)
+    total = cache[names[1]] + cache[names[3]]
+    yield f"{names[2]} is the stream plus attention's write", torch.equal(total, cache[names[2]])
+    yield f"{names[5]} is that plus the MLP's", torch.equal(total + cache[names[4]], cache[names[5]])
+    if given and hasattr(x, "spans"):
+        yield "the spans cover the input", len(x.spans) == x.tensors["input_ids"].shape[1]
+
+
+def _edited(model: HookedAVLLM, x: Any, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def hooked(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        return edit(value)
+
+    with model.hooks(fwd_hooks=[(name, hooked)]):  # one that never fires is for the report
+        return model(x)

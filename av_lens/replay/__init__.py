@@ -1,0 +1,9 @@
+"""Recorded runs that restart anywhere: record, replay, score, differentiate, sweep."""
+
+from __future__ import annotations
+
+from av_lens.replay.measurement import measure, measure_plans
+from av_lens.replay.sweeps import sweep
+from av_lens.replay.traces import Trace
+
+__all__ = ["Trace", "measure", "measure_plans", "sweep"]

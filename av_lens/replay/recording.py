@@ -1,0 +1,298 @@
+"""What one recorded run holds, and how it is recorded.
+
+A record keeps, for every layer, the residual stream that entered it and its rotated keys and values: all that a
+restart needs. It may lie on another device than the model (`device="cpu"`): what a restart reads is brought over layer
+by layer, from the first position that it needs.
+
+Where the mask is plainly causal it is not kept: at 3,000 positions it is larger than a layer's record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from av_lens.brief import Brief
+from av_lens.core.activations import GB, heads_first, rows_of, stream_names, watching
+from av_lens.core.standing_hooks import Standing, places, same_hooks, standing_hooks
+from av_lens.core.turns import turn_of
+from av_lens.core.unembedding import unembedded
+from av_lens.errors import BudgetError, InterventionError
+from av_lens.families.decoder import causal_mask
+from av_lens.families.hook_names import layer_names
+from av_lens.families.traits import ReplayTraits
+from av_lens.replay.cascade import Window
+from av_lens.spans import SpanMap
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """What a run made that differs from a recorded one, from a position on; all else is the recorded run's.
+
+    Attributes:
+        base: the run it was made of.
+        start: the first position that is new.
+        streams: by layer, the stream that entered it (by the number of layers, that left the last), `[batch, pos, d]`.
+        heads: by layer, its rotated keys and its values, `[batch, kv_head, new_pos, d_head]`.
+    """
+
+    base: Record
+    start: int
+    streams: Mapping[int, Tensor]
+    heads: Mapping[int, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Record(Brief):
+    """One recorded run.
+
+    Attributes:
+        model: the model that ran.
+        x: its input.
+        resid: the stream that entered each layer, and the one that left the last, each `[batch, pos, d_model]`.
+        keys: each layer's rotated keys, `[batch, kv_head, pos, d_head]`.
+        values: each layer's values, likewise.
+        tables: cosine and sine of the rotary positions, `[batch, pos, d_head]`.
+        mask: additive attention mask, `[batch or 1, 1, pos, pos]`; None where it is plainly causal.
+        hooked_because: why replays run as full hooked forwards; empty where they restart.
+        standing: the caller's functions that stood on the model when it ran (`standing_hooks`).
+        own_logits: the run's logits at all positions, kept where such functions stood on the fusion stack; else None,
+            and they are read from the last stream.
+        own: what differs from `resid`, `keys` and `values`, where the run was made of another one (`rerun`).
+    """
+
+    model: Any
+    x: Any
+    resid: tuple[Float[Tensor, "batch pos d_model"], ...]
+    keys: tuple[Float[Tensor, "batch kv_head pos d_head"], ...]
+    values: tuple[Float[Tensor, "batch kv_head pos d_head"], ...]
+    tables: tuple[Tensor, Tensor]
+    mask: Float[Tensor, "..."] | None
+    hooked_because: str = ""
+    standing: Standing = field(default=(), repr=False)
+    own_logits: Float[Tensor, "batch pos d_vocab"] | None = None
+    own: Own | None = field(default=None, repr=False)
+
+    @property
+    def spans(self) -> SpanMap:
+        """What each position of the input is."""
+        return self.x.spans
+
+    @property
+    def batch(self) -> int:
+        """Examples in the recorded run."""
+        return int(self.resid[0].shape[0])
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.keys)
+
+    @property
+    def traits(self) -> ReplayTraits:
+        """What the model's adapter declares about restarts."""
+        return self.model.family.replay_traits(self.model.config)
+
+    def require_standing(self) -> None:
+        """Refuse to go on where other functions stand on the model than when it was recorded.
+
+        Raises:
+            InterventionError: they do: a number would be neither of the recorded model nor of the one in hand.
+        """
+        with turn_of(self.model.bridge):
+            now = standing_hooks(self.model)
+            if same_hooks(now, self.standing):
+                return
+            raise InterventionError(
+                f"this trace was recorded with hooks at {places(self.model, self.standing)}, and the model now has "
+                f"hooks at {places(self.model, now)}: a number would be true of neither. Record again with "
+                "model.trace(x), or put the hooks back as they were (the same functions in the same places)."
+            )
+
+    def obstacle(self) -> str:
+        """Say what the adapter declares, or leaves undeclared, that a restart of this run would get wrong.
+
+        Returns:
+            The reason in words; empty where there is none.
+        """
+        traits, roles = self.traits, self.spans.roles
+        declared = traits.obstacle(len(roles))
+        if declared or self.mask is None:
+            return declared
+        read = (self.mask > torch.finfo(self.mask.dtype).min / 2).amax(dim=(0, 1))
+        for query, row in enumerate(read):
+            last = int(row.nonzero()[-1]) if bool(row.any()) else 0
+            if last > query and traits.restart(last, roles) > query:
+                return (
+                    f"position {query} ({roles[query]}) reads position {last} ({roles[last]}) after it, which this "
+                    "model's adapter does not declare"
+                )
+        return ""
+
+    def logits_at(self, rows: Int64[Tensor, " row"]) -> Float[Tensor, "batch row d_vocab"]:
+        """The recorded run's own logits, under the hooks that stood then.
+
+        Args:
+            rows: the positions.
+
+        Returns:
+            Their logits.
+        """
+        if self.own_logits is not None:
+            return self.own_logits[:, rows].to(self.model.device)
+        return unembedded(self.model, self.stream(self.n_layers, 0)[:, rows])
+
+    def stream(self, layer: int, start: int) -> Float[Tensor, "batch pos d_model"]:
+        """The stream that entered a layer, from a position on, where the model is.
+
+        Args:
+            layer: the layer; the number of layers for the stream that left the last.
+            start: the first position.
+
+        Returns:
+            The stream; not to be written to.
+        """
+        own, device = self.own, self.model.device
+        if own is None:
+            return self.resid[layer][:, start:].to(device)
+        if layer not in own.streams:
+            return own.base.stream(layer, start)
+        new = own.streams[layer].to(device)
+        if start >= own.start:
+            return new[:, start - own.start :]
+        return torch.cat((own.base.stream(layer, start)[:, : own.start - start], new), dim=1)
+
+    def past(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values before a position, where the model is.
+
+        Args:
+            layer: the layer.
+            end: the first position that is left out.
+
+        Returns:
+            Keys and values `[batch, kv_head, past, d_head]`; not to be written to.
+        """
+        own, device = self.own, self.model.device
+        if own is None:
+            return self.keys[layer][:, :, :end].to(device), self.values[layer][:, :, :end].to(device)
+        if end <= own.start or layer not in own.heads:
+            return own.base.past(layer, end)
+        new = (part[:, :, : end - own.start].to(device) for part in own.heads[layer])
+        keys, values = (torch.cat(pair, dim=2) for pair in zip(own.base.past(layer, own.start), new, strict=True))
+        return keys, values
+
+    def window(self, start: int) -> Window:
+        """Rotary tables and masks of a restart, where the model is.
+
+        Args:
+            start: the first position that is computed anew.
+
+        Returns:
+            The window.
+        """
+        device = self.model.device
+        cos, sin = (table.to(device) for table in self.tables)
+        return Window.at(start, (cos, sin), None if self.mask is None else self.mask.to(device))
+
+
+@torch.no_grad()
+def recorded(
+    model: Any,
+    x: Any,
+    device: torch.device | str | None,
+    *,
+    keep_logits: bool = False,
+    beside: Sequence[tuple[str, Callable[..., Any]]] = (),
+) -> tuple[dict[str, Any], Tensor]:
+    """Run the model once and keep what is needed to restart it."""
+    spec = model.spec
+    streams = stream_names(spec.n_layers)
+    keys, values = (layer_names(component, spec.n_layers) for component in ("rot_k", "v"))
+    kept: dict[str, Tensor] = {}
+    hooks: list[tuple[str, Callable[..., Any]]] = [*beside]
+    for names, component in ((streams, "resid"), (keys, "rot_k"), (values, "v")):
+        hooks += [(name, watching(partial(_keep, kept, name, component, device))) for name in names]
+    if not keep_logits:  # the logits of all positions would be larger than the record
+        hooks.append(("unembed.hook_in", rows_of(slice(-1, None))))
+    with entering(model.bridge.blocks[0]) as entered:
+        logits: Tensor = model.run_with_hooks(x, fwd_hooks=hooks)
+    found = {"resid": streams, "keys": keys, "values": values}
+    made = {part: [kept[name] for name in names] for part, names in found.items()}
+    own = logits.to(device) if keep_logits else None
+    mask = additive(entered.get("attention_mask"), kept[streams[0]])
+    return fields_of(model, x, made, entered, mask) | {"own_logits": own}, logits[:, -1]
+
+
+def fields_of(
+    model: Any, x: Any, made: Mapping[str, list[Tensor]], entered: Mapping[str, Any], mask: Tensor | None
+) -> dict[str, Any]:
+    """The fields of a `Record`, of what each layer made and of what entered the first."""
+    cos, sin = (table.to(made["resid"][0].device) for table in entered["position_embeddings"])
+    whole = {part: tuple(tensors) for part, tensors in made.items()}
+    return {"model": model, "x": x, **whole, "tables": (cos, sin), "mask": mask}
+
+
+def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits: bool = False) -> None:
+    """Refuse a record that would not fit."""
+    spec, n = model.spec, len(x.spans)
+    width = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) + (spec.d_vocab if logits else 0)
+    needed = len(x) * n * width * model.dtype.itemsize / GB
+    if needed > budget_gb:
+        beside = " and all logits, which standing hooks may change," if logits else ""
+        raise BudgetError(
+            f"a trace of {len(x)} examples x {n} positions x {spec.n_layers} layers{beside} needs {needed:.1f} GB, "
+            f"more than budget_gb={budget_gb:g}. Trace fewer examples at a time, or raise budget_gb."
+        )
+
+
+def _keep(
+    kept: dict[str, Tensor], name: str, component: str, device: torch.device | str | None, activation: Tensor
+) -> None:
+    found = activation.detach()
+    kept[name] = (found if component == "resid" else heads_first(found, component)).to(device)
+
+
+def _enter(
+    entered: dict[str, Any],
+    stop: type[Exception] | None,
+    module: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    del module
+    entered.update({name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")})
+    entered["hidden_states"] = args[0] if args else kwargs.get("hidden_states")
+    if stop is not None:
+        raise stop
+
+
+@contextmanager
+def entering(block: torch.nn.Module, stop: type[Exception] | None = None) -> Generator[dict[str, Any]]:
+    """Collect what the decoder hands its first block: the stream, rotary tables and the mask."""
+    entered: dict[str, Any] = {}
+    handle = block.register_forward_pre_hook(partial(_enter, entered, stop), with_kwargs=True)
+    try:
+        yield entered
+    finally:
+        handle.remove()
+
+
+def additive(mask: Tensor | None, stream: Tensor) -> Tensor | None:
+    """Bring an attention mask to numbers to add."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        lowest = torch.finfo(stream.dtype).min
+        mask = torch.zeros_like(mask, dtype=stream.dtype).masked_fill(~mask, lowest)
+    forbidden = mask < torch.finfo(mask.dtype).min / 2
+    future = causal_mask(mask.shape[-1], mask[:1, :1, :1]) < 0
+    if bool((forbidden == future).all()) and not bool(mask.masked_fill(future, 0.0).any()):
+        return None
+    return mask.to(stream.device)

@@ -1,0 +1,218 @@
+"""Which plans run together, and running them.
+
+Plans with the same first position form stacks, cut to a memory budget. Within a stack plans are ordered by first layer
+and join as the layers go by (`taps`), so that a stack reads every layer's weights once. A plan that edits a component
+at which no restart is possible runs alone, as a full hooked forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from av_lens.brief import Brief
+from av_lens.core.activations import GB, watching
+from av_lens.core.unembedding import unembedded
+from av_lens.errors import BudgetError
+from av_lens.families.hook_names import hook_name
+from av_lens.interventions import CompiledPlan, Plan
+from av_lens.replay.recording import Record
+from av_lens.replay.rerun import restarted_layers, start_of
+from av_lens.replay.restart import EDGES, RESTARTABLE
+from av_lens.replay.taps import Taps
+
+STACK_ROWS = 2000  # positions x examples x plans computed together: beyond it, stacking gains nothing
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Plans that run together.
+
+    Attributes:
+        numbers: their places in the list of all plans, first layers ascending.
+        start: the first position that is computed anew; the prompt's length where nothing is.
+        hooked: whether this is one plan that runs as a full hooked forward.
+    """
+
+    numbers: tuple[int, ...]
+    start: int
+    hooked: bool = False
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Schedule(Brief):
+    """All plans of a sweep, compiled and stacked, and what that will cost.
+
+    Attributes:
+        plans: the compiled plans, in the caller's order.
+        stacks: which run together.
+        gigabytes: the most memory that a stack's activations take, estimated.
+        forwards: the work, in full forward passes of the text model: rows x layers, over positions x layers.
+    """
+
+    plans: tuple[CompiledPlan, ...]
+    stacks: tuple[Stack, ...]
+    gigabytes: float
+    forwards: float
+
+    def __str__(self) -> str:
+        """The estimate in words."""
+        full = sum(stack.hooked for stack in self.stacks)
+        alone = f", {full} of them as full hooked forwards" if full else ""
+        return (
+            f"{len(self.plans)} plans in {len(self.stacks)} stacks{alone}: the work of about {self.forwards:.2g} "
+            f"forward passes, up to {self.gigabytes:.2g} GB"
+        )
+
+
+def scheduled(
+    record: Record, plans: Sequence[Plan | CompiledPlan], *, n_asked: int, budget_gb: float | int
+) -> Schedule:
+    """Compile plans for a recorded run, and decide which run together."""
+    record.require_standing()
+    spec, spans, batch = record.model.spec, record.spans, record.batch
+    compiled = tuple(p if isinstance(p, CompiledPlan) else p.compile(spec, spans, batch=batch) for p in plans)
+    n = len(spans)
+    groups: dict[int, list[int]] = {}
+    stacks: list[Stack] = []
+    for number, plan in enumerate(compiled):
+        if not restarts(record, plan):
+            stacks.append(Stack((number,), 0, hooked=True))
+        else:
+            start = start_of(record, plan) if plan.steps else n
+            if start == n - 1 and record.resid[0].dtype != torch.float32:
+                start = max(n - 2, 0)  # a row alone would be multiplied by another kernel, and rounded otherwise
+            groups.setdefault(start, []).append(number)
+    gigabytes = forwards = 0.0
+    for start, numbers in groups.items():
+        numbers.sort(key=lambda number: compiled[number].first_layer)
+        bytes_each = _bytes_of_plan(record, [compiled[number] for number in numbers], start, n_asked)
+        size = _together(record, start, bytes_each, budget_gb)
+        chunks = [tuple(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+        stacks.extend(Stack(chunk, start) for chunk in chunks)
+        gigabytes = max(gigabytes, max(map(len, chunks)) * bytes_each / GB)
+        layers = sum(record.n_layers - max(compiled[number].first_layer, 0) for number in numbers)
+        forwards += layers * (n - start) / (record.n_layers * n)
+    return Schedule(compiled, tuple(stacks), gigabytes, forwards + sum(stack.hooked for stack in stacks))
+
+
+def restarts(record: Record, plan: CompiledPlan) -> bool:
+    """Whether a plan can be restarted; else it runs as a full hooked forward."""
+    return not record.hooked_because and all(step.component in RESTARTABLE for step in plan.steps)
+
+
+def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_asked: int) -> float:
+    """What one plan's activations take at their largest: the MLP's units, or scores where they are written out."""
+    spec, n = record.model.spec, len(record.spans)
+    rows = record.batch * (n - start)
+    edges = any(step.component in EDGES for plan in plans for step in plan.steps)
+    coarse = record.resid[0].dtype != torch.float32  # then scores are always written out, and the values put together
+    flash = record.model.device.type == "cpu" and not edges and not coarse
+    width = max(4 * spec.d_mlp, 6 * spec.d_model) + 3 * spec.d_model + (0 if flash else 3 * spec.n_heads * n)
+    values = record.batch * n * spec.n_kv_heads * spec.d_head if coarse else 0
+    return (rows * width + values + record.batch * n_asked * spec.d_vocab) * record.resid[0].element_size()
+
+
+def _together(record: Record, start: int, bytes_each: float, budget_gb: float | int) -> int:
+    rows = record.batch * (len(record.spans) - start)
+    return max(1, min(int(budget_gb * GB / max(bytes_each, 1.0)), STACK_ROWS // max(rows, 1)))
+
+
+def run_stacks(
+    record: Record, schedule: Schedule, rows: Tensor, tokens: Tensor | None = None
+) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "plan batch asked d_vocab"]]]:
+    """Run a schedule, stack by stack."""
+
+    def hooked(plan: CompiledPlan) -> Tensor:
+        logits = record.model.run_with_hooks(record.x, fwd_hooks=plan.fwd_hooks)[:, rows]
+        return logits if tokens is None else logits[..., tokens]
+
+    return _run(record, schedule, rows, hooked, lambda stream: unembedded(record.model, stream, tokens))
+
+
+def run_streams(
+    record: Record, schedule: Schedule, rows: Tensor
+) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "plan batch asked d_model"]]]:
+    """Run a schedule, and give the stream that leaves the last layer instead of the logits; else as `run_stacks`."""
+    return _run(record, schedule, rows, lambda plan: _hooked_stream(record, plan, rows), lambda stream: stream)
+
+
+def _run(
+    record: Record,
+    schedule: Schedule,
+    rows: Tensor,
+    hooked: Callable[[CompiledPlan], Tensor],
+    read: Callable[[Tensor], Tensor],
+) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """What is read off each plan's last stream at the asked positions, `[plan, batch, asked, _]`."""
+    for stack in schedule.stacks:
+        plans, start = [schedule.plans[number] for number in stack.numbers], stack.start
+        if stack.hooked:
+            found = hooked(plans[0])[None]
+        else:
+            early, late = rows[rows < start], rows[rows >= start] - start
+            parts: list[Tensor] = []
+            if len(early):
+                parts.append(read(record.stream(record.n_layers, 0)[None, :, early]).expand(len(plans), -1, -1, -1))
+            # Not where edits act while decoding only; but even where nothing asked for can change: edits must fire.
+            if start < len(record.spans) and any(plan.steps for plan in plans):
+                parts.append(read(restarted(record, plans, start, late)[0]))
+            found = torch.cat(parts, dim=2)
+        for plan in plans:
+            plan.verify()
+        yield stack.numbers, found
+
+
+def _hooked_stream(record: Record, plan: CompiledPlan, rows: Tensor) -> Tensor:
+    """The stream that leaves the last layer in a full hooked forward."""
+    kept: list[Tensor] = []
+    last = (hook_name("resid_post", record.n_layers - 1), watching(lambda one: kept.append(one[:, rows].detach())))
+    record.model.run_with_hooks(record.x, fwd_hooks=[*plan.fwd_hooks, last])
+    return kept[0]
+
+
+def restarted(
+    record: Record, plans: Sequence[CompiledPlan], start: int, rows: Tensor, *, keep: bool = False
+) -> tuple[Float[Tensor, "plan batch asked d_model"], list[tuple[Tensor, Tensor]]]:
+    """Run plans from one position on, each from its own first layer, without hooks."""
+    taps, wanted = Taps(plans, start), _run_of(rows)
+    if record.resid[0].dtype != torch.float32 and len(plans) * record.batch * len(rows) == 1:
+        wanted = None  # never one row alone
+    stream: Tensor | None = None
+    kept: list[tuple[Tensor, Tensor]] = []
+    for number in range(taps.first_layer if keep else 0):
+        keys, values = _tail(record, number, start)
+        kept.append((keys.expand(len(plans), *keys.shape), values.expand(len(plans), *values.shape)))
+    for number, made in restarted_layers(record, taps, rows=wanted):
+        stream = made.stream
+        if keep:
+            keys, values = _tail(record, number, start)
+            kept.append((taps.complete(made.keys, keys), taps.complete(made.values, values)))
+    assert stream is not None
+    return (stream if wanted is not None else stream[:, :, rows]), kept
+
+
+def _tail(record: Record, layer: int, start: int) -> tuple[Tensor, Tensor]:
+    """The recorded run's keys and values from a position on, `[batch, pos, kv_head, d_head]`, where the model is."""
+    keys, values = (part[:, :, start:].transpose(1, 2) for part in record.past(layer, len(record.spans)))
+    return keys, values
+
+
+def _run_of(rows: Tensor) -> slice | None:
+    """The rows as one slice, where they are one run of neighbours."""
+    if not len(rows) or int(rows[-1] - rows[0]) + 1 != len(rows):
+        return None
+    return slice(int(rows[0]), int(rows[-1]) + 1)
+
+
+def refuse_huge(needed: float, budget_gb: float | int) -> None:
+    """Refuse to hand back logits that would not fit."""
+    if needed > 16 * budget_gb * GB:
+        raise BudgetError(
+            f"the logits of all plans alone would need {needed / GB:.1f} GB. Use trace.score(plans, metric), which "
+            "keeps one number for each plan and example, or replay fewer plans at a time."
+        )

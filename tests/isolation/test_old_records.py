@@ -1,0 +1,64 @@
+"""What was written before opens after: a record of schema 2, and what a run's key holds."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_model import FakeModel, fake_conflicts, isolated
+
+import av_lens
+from av_lens.isolation.measuring.store import MEASURES, measuring_hash
+from av_lens.isolation.running.protocol import hash_of
+from av_lens.results.record import Isolation
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    """Saved before isolation was built on plans: `isolate(..., s=0.1, quick=True, named_only=True)` on 44 conflicts."""
+    folder = tmp_path_factory.mktemp("old")
+    with zipfile.ZipFile(Path(__file__).with_name("record_v2.zip")) as held:
+        held.extractall(folder)
+    return folder
+
+
+def test_a_record_written_before_opens_with_its_figures_and_is_saved_again_to_the_byte(old, tmp_path):
+    found = Isolation.load(old)
+    assert "Confirmed at suffix: picture writer L2H0; sound opponent L2H1; gate L0H1." in found.verdict
+    assert {(r.layer, r.head, r.role) for r in found.suppressors.itertuples()} == {
+        (2, 0, "picture writer"), (2, 1, "sound opponent"), (0, 1, "gate")
+    }  # fmt: skip
+    assert found.grid("release", "blank_muted")[2, 0] == pytest.approx(6, abs=0.02)
+    assert found.protocol["hash"] == hash_of(found.protocol) == found.provenance["protocol_hash"]
+    found.save(tmp_path)
+    for path in (*old.glob("*.csv"), old / "isolation.json"):
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_run_of_today_finds_what_that_record_holds(old):
+    was = Isolation.load(old)
+    now = isolated(FakeModel(), fake_conflicts(44), s=0.1, quick=True, named_only=True)
+    key = ["layer", "head", "role"]
+    one, two = (frame.set_index(key).sort_index() for frame in (was.heads, now.heads))
+    assert list(one.index) == list(two.index)
+    for column in ("effect", "low", "high", "direct_share", "reads_picture", "sufficiency", "dla", "discovery_effect"):
+        np.testing.assert_allclose(one[column], two[column], atol=1e-4, err_msg=column)
+    assert {k: v for k, v in was.protocol.items() if k not in ("hash", "model")} == {
+        k: v for k, v in now.protocol.items() if k not in ("hash", "model")
+    }
+
+
+def test_the_key_holds_the_code_that_measures_and_no_other(tmp_path):
+    for name in (*MEASURES, "plots", "reports", "lab", "cli.py"):
+        place = tmp_path / name
+        place = place if place.suffix else place / "inside.py"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("one")
+    seen = [measuring_hash.__wrapped__(tmp_path)]
+    for path in sorted(tmp_path.rglob("*.py")):
+        path.write_text("two")
+        seen.append(measuring_hash.__wrapped__(tmp_path))
+        assert (seen[-1] != seen[-2]) == (path.relative_to(tmp_path).parts[0] in MEASURES), path
+    assert all((Path(av_lens.__file__).parent / name).exists() for name in MEASURES)

@@ -1,0 +1,66 @@
+"""Edge attribution by its definition: every write, every gradient at a forked input of one hooked full forward."""
+
+from __future__ import annotations
+
+import torch
+
+from av_lens.core import run
+from av_lens.families.hook_names import hook_name
+
+
+def writes_of(model, x):
+    """What every sender writes to the stream, `[batch, pos, d_model]`, by name."""
+    with torch.no_grad():
+        cache = run(model, x, capture=["embed", "z", "mlp_out"]).cache
+        found = {"embed": cache[hook_name("embed")]}
+        for layer in range(model.spec.n_layers):
+            for head in range(model.spec.n_heads):
+                found[f"L{layer}H{head}"] = cache["z", layer][:, :, head] @ model.W_O[layer, head]
+            found[f"L{layer} mlp"] = cache[hook_name("mlp_out", layer)]
+    return found
+
+
+def gradients_of(model, x, metric):
+    """The gradient at every forked input in one hooked full forward; keys and values by key-value head."""
+    kept = {}
+
+    def keep(name):
+        def fn(activation, hook):
+            kept[name] = activation
+            return activation
+
+        return fn
+
+    layers = range(model.spec.n_layers)
+    forks = ("q_input", "k_input", "v_input", "mlp_in")
+    names = [hook_name(fork, layer) for fork in forks for layer in layers] + [hook_name("resid_post", layers[-1])]
+    with torch.enable_grad():
+        logits = model.run_with_hooks(x, fwd_hooks=[(name, keep(name)) for name in names])
+        measured = metric.bind()(logits[:, -1:])
+        grads = dict(zip(names, torch.autograd.grad(measured.sum(), [kept[name] for name in names]), strict=True))
+    found = {"logits": grads[names[-1]]}
+    for layer in layers:
+        found[f"L{layer} mlp"] = grads[hook_name("mlp_in", layer)]
+        for kind in "qkv":
+            fork = grads[hook_name(f"{kind}_input", layer)]
+            found |= {f"L{layer}H{head}.{kind}": fork[:, :, head] for head in range(fork.shape[2])}
+    return found
+
+
+def order(name):
+    """When a sender writes or a receiver reads, in half layers: a receiver sees what was written before."""
+    if name in ("embed", "logits"):
+        return -1.0 if name == "embed" else 1000.0
+    layer = int(name.removeprefix("L").replace("H", " ").split()[0])
+    return layer + (0.0 if "." in name else 0.25 if "H" in name else 0.5)
+
+
+def naive(model, donor, base, metric):
+    """The definition, sender by sender and receiver by receiver."""
+    given, own, grads = writes_of(model, donor), writes_of(model, base), gradients_of(model, base, metric)
+    found = {}
+    for sender, there in given.items():
+        for receiver, gradient in grads.items():
+            if order(sender) < order(receiver):
+                found[sender, receiver] = ((there - own[sender]) * gradient).sum((1, 2))
+    return found

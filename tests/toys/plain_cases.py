@@ -1,0 +1,88 @@
+"""Conflicts as the plain implementation takes them: tensors and positions, nothing of the package but the encoding."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from plain_protocol import PlainCase
+
+import av_lens
+from av_lens.lab.staged_conflicts import stage
+
+ROLES = {"suffix": ("question", "header", "generation"), "generation": ("generation",)}
+CELLS = ("va", "av", "aa", "vv", "wa", "wv", "vw", "aw", "v_muted", "a_muted", "blank_a", "blank_v", "blank_muted")
+SEE_CELLS = ("va", "v_muted", "a_muted")
+
+
+def checkpoint(name: str) -> str:
+    """The folder of a shipped organism."""
+    return str(Path(av_lens.__file__).parent / "organism" / "checkpoints" / name)
+
+
+def staged(folder: Path, *, conflicts: int, seed: int) -> list[Any]:
+    """Conflicts of the synthetic world, from files and a manifest."""
+    return list(av_lens.conflicts(stage(folder, conflicts=conflicts, seed=seed)))
+
+
+def case(model: Any, conflict: Any) -> PlainCase:
+    """Encode every cell of one conflict."""
+    asked, see = conflict.cells(model), conflict.cells(model, question=conflict.see)
+    exchanged = replace(conflict, sound=conflict.picture, picture=conflict.sound, answers=conflict.answers[::-1])
+    alone = {"audio_only": asked["audio_only"], "audio_only_v": exchanged.cells(model)["audio_only"]}
+    return PlainCase(
+        id=conflict.id,
+        words=conflict.answers,
+        cells={cell: asked[cell].tensors for cell in CELLS if cell in asked}
+        | {cell: x.tensors for cell, x in alone.items()},
+        see={cell: see[cell].tensors for cell in SEE_CELLS},
+        site=_sites(asked["va"]),
+        see_site=_sites(see["va"]),
+    )
+
+
+def _sites(x: Any) -> dict[str, list[int]]:
+    roles = list(x.spans.roles)
+    return {site: [i for i, role in enumerate(roles) if role in names] for site, names in ROLES.items()}
+
+
+def tokens(model: Any, conflicts: Sequence[Any]) -> dict[str, int]:
+    """The one token of every answer: with the leading space that it has in a sentence, else without."""
+    found: dict[str, int] = {}
+    for word in {word for conflict in conflicts for word in conflict.answers}:
+        tried = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f" {word}", word)]
+        found[word] = next(ids[0] for ids in tried if len(ids) == 1)
+    return found
+
+
+def dealt(conflicts: Sequence[Any], *, seed: int) -> dict[str, str]:
+    """Deal conflicts that share no clip: by hash, to the half with fewer of its answer, then with fewer."""
+    halves: dict[str, list[str]] = {"discovery": [], "confirmation": []}
+    found: dict[str, str] = {}
+    for conflict in sorted(conflicts, key=lambda c: _hash(f"{seed}:{c.id}")):
+        word = conflict.answers[0]
+        name = min(halves, key=lambda half: (halves[half].count(word), len(halves[half])))
+        halves[name].append(word)
+        found[conflict.id] = name
+    return found
+
+
+def with_thirds(conflicts: Sequence[Any], halves: dict[str, str], *, seed: int) -> list[Any]:
+    """Give each conflict its third clip: the sound's source of that conflict of its half with the smallest hash."""
+    out: list[Any] = []
+    for conflict in conflicts:
+        others = [
+            other
+            for other in conflicts
+            if halves[other.id] == halves[conflict.id] and other.answers[0] not in conflict.answers
+        ]
+        drawn = min(others, key=lambda other: _hash(f"{seed}:{conflict.id}:w:{other.id}"))
+        out.append(replace(conflict, third=drawn.sound))
+    return out
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
