@@ -28,7 +28,7 @@ _HOMES = {
     name: home
     for home, names in {
         "media": "Clip load_clip",
-        "spans": "SpanMap",
+        "errors": "AvLensError",
         "inputs": "AVInputs Conflict Pair conflicts",
         "families.registry": "register_family",
         "model": "HookedAVLLM load",
@@ -56,6 +56,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test compar
     from av_lens import plots as plots
     from av_lens import results as results
     from av_lens.core import run as run
+    from av_lens.errors import AvLensError as AvLensError
     from av_lens.families.registry import register_family as register_family
     from av_lens.inputs import AVInputs as AVInputs
     from av_lens.inputs import Conflict as Conflict
@@ -96,7 +97,6 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test compar
     from av_lens.replay import sweep as sweep
     from av_lens.results import Grid as Grid
     from av_lens.results import Isolation as Isolation
-    from av_lens.spans import SpanMap as SpanMap
 
 
 def _room(name: str) -> Any:

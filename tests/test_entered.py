@@ -15,6 +15,7 @@ from small_av import small_inputs, small_model
 from tiny import letter
 
 import av_lens as avl
+from av_lens.spans import SpanMap
 
 # Wanted: 24 and 32.
 MOST = {"a head patch": 52, "an isolation": 52}
@@ -39,7 +40,7 @@ def test_an_isolation():
 
 
 def test_what_is_counted_is_what_is_called():
-    found = entered.entered(lambda: avl.SpanMap.of_roles(["video", "generation"]))
+    found = entered.entered(lambda: SpanMap.of_roles(["video", "generation"]))
     assert set(found) >= {"spans.py"}
     assert "SpanMap.of_roles" in found["spans.py"]
     assert "methods/activation_patching.py" not in found
