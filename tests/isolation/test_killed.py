@@ -55,6 +55,11 @@ def test_the_command_killed_at_ten_moments_on_av_tiny(tmp_path):
     assert_same(Isolation.load(tmp_path / "killed"), Isolation.load(tmp_path / "whole"))
 
 
+def heard() -> None:
+    """A program that nohup started ignores SIGHUP, and so does all that it starts."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_sigterm_and_a_closed_terminal_end_the_command_and_it_goes_on_to_the_same_bits(tmp_path):
     """Five moments of a run, by SIGTERM and SIGHUP in turn; each ends with one sentence, no file is half written."""
@@ -68,7 +73,12 @@ def test_sigterm_and_a_closed_terminal_end_the_command_and_it_goes_on_to_the_sam
     for place in range(5):
         number = (signal.SIGTERM, signal.SIGHUP)[place % 2]
         until = int((place + drawn.random()) * len(files) / 5)
-        child = subprocess.Popen([*words, str(tmp_path / "out")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        child = subprocess.Popen(
+            [*words, str(tmp_path / "out")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            preexec_fn=heard,
+        )
         while (
             len(list((tmp_path / "out" / "measured").glob("[!.]*"))) < until
             or not (tmp_path / "out" / ".lock").exists()
