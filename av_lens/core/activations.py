@@ -13,8 +13,6 @@ from av_lens.families.hook_names import COMPONENTS, hook_name
 from av_lens.interventions.sites import resolve_positions
 from av_lens.spans import Span, SpanMap
 
-GB = 1e9
-
 
 def heads_first(activation: Tensor, component: str) -> Tensor:
     """Bring per-head activations to `[batch, head, pos, d_head]`."""

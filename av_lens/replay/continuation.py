@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from av_lens.core.activations import GB
+from av_lens.core.budget import GIGABYTE
 from av_lens.core.decoding import Decoding, as_asked, generate_with_hooks, settings_of
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import InputError
@@ -230,7 +230,7 @@ def _together(record: Record, n_own: int, budget_gb: float | int) -> int:
     """How many plans' own keys and values fit; one layer's are there twice while they grow."""
     spec = record.model.spec
     each = 2 * record.batch * n_own * int(spec.n_kv_heads) * int(spec.d_head) * record.resid[0].element_size()
-    return max(1, int(budget_gb * GB / (each * (record.n_layers + 1))))
+    return max(1, int(budget_gb * GIGABYTE / (each * (record.n_layers + 1))))
 
 
 def _derived(seed: int, number: int) -> int:

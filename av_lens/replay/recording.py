@@ -20,7 +20,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from av_lens.brief import Brief
-from av_lens.core.activations import GB, heads_first, rows_of, stream_names, watching
+from av_lens.core.activations import heads_first, rows_of, stream_names, watching
+from av_lens.core.budget import GIGABYTE
 from av_lens.core.standing_hooks import Standing, places, same_hooks, standing_hooks
 from av_lens.core.turns import turn_of
 from av_lens.core.unembedding import unembedded
@@ -243,7 +244,7 @@ def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits:
     """Refuse a record that would not fit."""
     spec, n = model.spec, len(x.spans)
     width = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) + (spec.d_vocab if logits else 0)
-    needed = len(x) * n * width * model.dtype.itemsize / GB
+    needed = len(x) * n * width * model.dtype.itemsize / GIGABYTE
     if needed > budget_gb:
         beside = " and all logits, which standing hooks may change," if logits else ""
         raise BudgetError(

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.brief import Brief
-from av_lens.core.activations import GB, watching
+from av_lens.core.activations import watching
+from av_lens.core.budget import GIGABYTE
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import BudgetError
 from av_lens.families.hook_names import hook_name
@@ -94,7 +95,7 @@ def scheduled(
         size = _together(record, start, bytes_each, budget_gb)
         chunks = [tuple(numbers[i : i + size]) for i in range(0, len(numbers), size)]
         stacks.extend(Stack(chunk, start) for chunk in chunks)
-        gigabytes = max(gigabytes, max(map(len, chunks)) * bytes_each / GB)
+        gigabytes = max(gigabytes, max(map(len, chunks)) * bytes_each / GIGABYTE)
         layers = sum(record.n_layers - max(compiled[number].first_layer, 0) for number in numbers)
         forwards += layers * (n - start) / (record.n_layers * n)
     return Schedule(compiled, tuple(stacks), gigabytes, forwards + sum(stack.hooked for stack in stacks))
@@ -119,7 +120,7 @@ def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_
 
 def _together(record: Record, start: int, bytes_each: float, budget_gb: float | int) -> int:
     rows = record.batch * (len(record.spans) - start)
-    return max(1, min(int(budget_gb * GB / max(bytes_each, 1.0)), STACK_ROWS // max(rows, 1)))
+    return max(1, min(int(budget_gb * GIGABYTE / max(bytes_each, 1.0)), STACK_ROWS // max(rows, 1)))
 
 
 def run_stacks(
@@ -211,8 +212,8 @@ def _run_of(rows: Tensor) -> slice | None:
 
 def refuse_huge(needed: float, budget_gb: float | int) -> None:
     """Refuse to hand back logits that would not fit."""
-    if needed > 16 * budget_gb * GB:
+    if needed > 16 * budget_gb * GIGABYTE:
         raise BudgetError(
-            f"the logits of all plans alone would need {needed / GB:.1f} GB. Use trace.score(plans, metric), which "
-            "keeps one number for each plan and example, or replay fewer plans at a time."
+            f"the logits of all plans alone would need {needed / GIGABYTE:.1f} GB. Use trace.score(plans, metric), "
+            "which keeps one number for each plan and example, or replay fewer plans at a time."
         )

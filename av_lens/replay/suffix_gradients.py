@@ -30,7 +30,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.brief import Brief
-from av_lens.core.activations import GB, asked_positions
+from av_lens.core.activations import asked_positions
+from av_lens.core.budget import GIGABYTE
 from av_lens.core.execution import logits_of
 from av_lens.core.unembedding import unembedded
 from av_lens.errors import BudgetError, InputError, InterventionError
@@ -197,7 +198,7 @@ def _require_memory(record: Record, layers: int, start: int, budget_gb: float | 
     scores = spec.n_heads * n
     kept = 6 * spec.d_model + 4 * spec.d_mlp + 4 * spec.n_heads * spec.d_head + 2 * scores
     rows = record.batch * (n - start)
-    needed = rows * (layers * kept + 16 * scores) * max(4, record.resid[0].element_size()) / GB
+    needed = rows * (layers * kept + 16 * scores) * max(4, record.resid[0].element_size()) / GIGABYTE
     if needed > budget_gb:
         raise BudgetError(
             f"a backward pass through {layers} layers at {n - start} positions of {record.batch} examples needs about "

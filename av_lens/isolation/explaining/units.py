@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from av_lens.errors import ProtocolError
 from av_lens.interventions import Plan, Site, replace
 from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.donors import MEANS, MIRROR, PRIMARY_DONORS, align_end, joined
@@ -116,8 +117,12 @@ class PartDonors:
             own = self.own(base)
             if name == "zero":
                 found = {part: torch.zeros_like(values[:, :1]) for part, values in own.items()}
-            elif name in MEANS:
+            elif name == "mean_other":
                 found = {part: align_end(self._mean_other(part).to(values), values) for part, values in own.items()}
+            elif name in MEANS:
+                raise ProtocolError(
+                    f"the donor {name!r} is a mean over heads' outputs: units have none."
+                )
             else:
                 found = self.own(self.chunk.donor_cell(base, name))
             self._donors[base, name] = found
