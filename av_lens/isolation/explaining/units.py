@@ -120,9 +120,7 @@ class PartDonors:
             elif name == "mean_other":
                 found = {part: align_end(self._mean_other(part).to(values), values) for part, values in own.items()}
             elif name in MEANS:
-                raise ProtocolError(
-                    f"the donor {name!r} is a mean over heads' outputs: units have none."
-                )
+                raise ProtocolError(f"the donor {name!r} is a mean over heads' outputs: units have none.")
             else:
                 found = self.own(self.chunk.donor_cell(base, name))
             self._donors[base, name] = found
