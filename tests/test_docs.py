@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import av_lens
-from av_lens.families.hook_names import COMPONENTS, hook_name
+from av_lens.families.decoder import COMPONENTS, hook_name
 from av_lens.lab.pages import FilledPage
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

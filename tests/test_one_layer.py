@@ -17,7 +17,7 @@ import av_lens
 
 ROOT = Path(av_lens.__file__).parent
 DECODER, LOOP = "families/decoder.py", "replay/rerun.py"
-EXEMPT = ("organism/language.py", "organism/towers.py", "lab/planting/", "lab/training/", "lab/replay_benchmark/")
+EXEMPT = ("organism/language.py", "organism/language.py", "lab/planting/", "lab/training/", "lab/replay_benchmark/")
 NON_LINEAR = {"act", "act_fn", "silu", "gelu"}
 OF_A_LAYER = {"run_layer", "heads", "turned", "write", "mlp", "attn", "self_attn", "attended"}
 

@@ -69,7 +69,7 @@ def test_a_limit_of_the_system_is_a_sentence_whoever_writes(tmp_path):
     import xarray as xr
     from safetensors.torch import save_file
 
-    from av_lens.results.netcdf import write_netcdf
+    from av_lens.results.provenance import write_netcdf
 
     def by_safetensors():
         with whole_file(tmp_path / "b") as beside:
@@ -197,7 +197,7 @@ def test_a_line_that_does_not_fit_leaves_none(tmp_path, monkeypatch):
 
 # What writes past the one writer, and where it may.
 BESIDE = re.compile(r"\b(save_file|save_pretrained|np\.savez)\((?!.*\b(beside|file|held)\b)")
-ELSEWHERE = ("whole_files.py", "lab/replay_benchmark/memory.py")  # the writer itself; a switch of the kernel
+ELSEWHERE = ("whole_files.py", "lab/replay_benchmark/peers.py")  # the writer itself; a switch of the kernel
 PAST = re.compile(r"\.(write_(text|bytes|html|image)|to_(csv|netcdf)(?!\((index|engine)=))\(|os\.replace\(")
 
 

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from av_lens.cli import console, faults
-from av_lens.cli.defaults import signature
+from av_lens.cli.faults import signature
 from av_lens.whole_files import write_whole
 
 _DEMO = signature("lab.demonstration", "run_demo")
 _ISOLATE = signature("isolation.running.pipeline", "isolate")
-_ISOLATE_INTO = signature("lab.isolations", "isolate_into")
+_ISOLATE_INTO = signature("lab.demonstration", "isolate_into")
 _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
 _TRAIN = signature("lab.training.courses", "train")
@@ -114,8 +114,8 @@ def isolate(
         lambda: faults.model(model),
         lambda: faults.words(dtype=dtype, gate=[gate], layout=[layout], site=named),
     )
-    from av_lens.inputs.manifest import conflicts_of
-    from av_lens.lab.isolations import isolate_into
+    from av_lens.inputs.conflict import conflicts_of
+    from av_lens.lab.demonstration import isolate_into
 
     listed = conflicts_of(lines)
     loaded = _load(model, device=device, dtype=dtype)
@@ -142,7 +142,7 @@ def inspect(
 ) -> None:
     """Show what each position of the input is: its role, its token, its seconds and its patch."""
     faults.all_told(lambda: faults.clip(clip, start, end), lambda: faults.model(model))
-    from av_lens.cli.positions import by_position, by_run
+    from av_lens.cli.console import by_position, by_run
     from av_lens.media import load_clip
 
     read = load_clip(clip, start=start, end=end)
@@ -200,7 +200,7 @@ def generate(
 
 def models() -> None:
     """List what can be loaded, and how."""
-    from av_lens.cli.catalogue import families, short_names
+    from av_lens.cli.faults import families, short_names
 
     console.OUT.print("[bold]in the package, by short name[/bold]")
     console.OUT.print(console.table(["name", "what it is"], short_names()))
@@ -264,7 +264,7 @@ def _load(model: str, *, device: str | None, dtype: str | None) -> Any:
 
 
 def _say_found(found: Any) -> None:
-    from av_lens.cli.findings import behaviour_table, head_table
+    from av_lens.cli.console import behaviour_table, head_table
 
     stamped = f" [yellow]({', '.join(found.stamps)})[/yellow]" if found.stamps else ""
     console.OUT.print()

@@ -1,4 +1,4 @@
-"""What the terminal shows: progress bars, short tables, one clear message for an error."""
+"""What the terminal shows: progress bars, short tables, findings, positions, one clear message for an error."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -23,7 +24,7 @@ OUT, ERR = _console(stderr=False), _console(stderr=True)
 
 def bars() -> Any:
     """Bars for callbacks `(stage, done, total)`, on standard output."""
-    from av_lens.core.progress import Bars
+    from av_lens.core.budget import Bars
 
     return Bars(OUT)
 
@@ -80,3 +81,79 @@ def quiet_loading() -> None:
 def say_path(path: str | Path) -> None:
     """Say where something was written."""
     OUT.print(f"\nwritten: {Path(path).resolve()}", soft_wrap=True, markup=False)
+
+
+_SHOWN = ("G", "C", "gap", "E_A", "E_V", "shortcut index")
+_CELLS = ("va", "blank_a", "audio_only")
+
+
+def behaviour_table(found: Any) -> Any:
+    """Show the main figures of behaviour with their intervals; the report has all of them."""
+    frame = found.behaviour
+    chosen = "competent" if (frame["chosen"] == "competent").any() else "all"
+    rows: list[tuple[Any, ...]] = []
+    for r in frame[frame["chosen"] == chosen].to_dict("records"):
+        right = r["quantity"] == "accuracy" and r["rule"] == "vocabulary" and r["cell"] in _CELLS
+        if r["quantity"] in _SHOWN or right:
+            name = f"right in {r['cell']}" if right else r["quantity"]
+            rows.append((name, r["half"], float(r["value"]), float(r["low"]), float(r["high"]), int(r["n"])))
+    columns = ["behaviour", "half", "value", "low", "high", "n"]
+    return table(columns, rows, right=("value", "low", "high", "n"))
+
+
+def head_table(found: Any, *, rows: int = 12) -> Any:
+    """Show the ranked heads."""
+    right = ("effect", "low", "high", "of G", "direct share", "q")
+    names = ["head", "role", "donor", *right, "confirmed"]
+    columns = ("effect", "low", "high", "share", "direct_share", "q")
+    shown = [
+        (f"L{r['layer']} H{r['head']}", r["role"], r["donor"], *(float(r[c]) for c in columns), bool(r["confirmed"]))
+        for r in found.heads.head(rows).to_dict("records")
+    ]
+    title = f"named heads, largest effect first ({len(shown)} of {len(found.heads)}; effects in logits, held out)"
+    return table(names, shown, title=title, right=right)
+
+
+_RIGHT = ("positions", "count", "model (s)", "source (s)", "position", "row", "col")
+
+
+def by_run(frame: Any) -> Any:
+    """Summarise a position table: one row per run of positions with the same role."""
+    runs = (frame["role"] != frame["role"].shift()).cumsum()
+    rows = [_summary(group) for _, group in frame.groupby(runs, sort=False)]
+    columns = ["role", "positions", "count", "model (s)", "source (s)", "patches", "tokens"]
+    return table(columns, rows, right=_RIGHT)
+
+
+def by_position(frame: Any) -> Any:
+    """Show every position with its token, both clocks and its patch."""
+    columns = ["position", "role", "token", "model (s)", "source (s)", "row", "col"]
+    rows: list[tuple[Any, ...]] = []
+    for row in frame.to_dict("records"):
+        clocks = (_between(row[f"{clock}start_s"], row[f"{clock}end_s"]) for clock in ("", "source_"))
+        patch = (_index(row[name]) for name in ("row", "col"))
+        rows.append((int(row["position"]), row["role"], repr(row["token"]), *clocks, *patch))
+    return table(columns, rows, right=_RIGHT)
+
+
+def _summary(group: Any) -> tuple[Any, ...]:
+    first, last = int(group["position"].iloc[0]), int(group["position"].iloc[-1])
+    patched = group[group["row"] >= 0]
+    box = f"{patched['row'].max() + 1} x {patched['col'].max() + 1}" if len(patched) else "–"
+    clocks = (_between(group[f"{clock}start_s"].min(), group[f"{clock}end_s"].max()) for clock in ("", "source_"))
+    where = str(first) if first == last else f"{first}–{last}"
+    return group["role"].iloc[0], where, len(group), *clocks, box, _tokens([str(token) for token in group["token"]])
+
+
+def _between(start: float, end: float) -> str:
+    return f"{start:.2f}–{end:.2f}" if np.isfinite([start, end]).all() else "–"
+
+
+def _index(value: Any) -> str:
+    return "–" if not np.isfinite(value) or value < 0 else str(int(value))
+
+
+def _tokens(tokens: list[str], *, shown: int = 12) -> str:
+    if len(set(tokens)) == 1 and len(tokens) > 1:
+        return f"{tokens[0]!r} x {len(tokens)}"
+    return repr("".join(tokens[:shown])) + (" ..." if len(tokens) > shown else "")

@@ -1,4 +1,7 @@
-"""What can be refused at once: words, paths, manifests and names are checked before torch is imported, and all told.
+"""What is said without torch: what can be loaded, the functions' defaults, and what is refused at once.
+
+A default typed twice drifts. Importing the functions to ask them would load torch and take seconds before `--help` says
+a word, so the signature is read from the file instead. A test compares every default here with the live signature.
 
 A wrong letter should cost a second, not the ten of loading a model. The choices come from the modules that know them,
 read from their source.
@@ -6,21 +9,89 @@ read from their source.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from av_lens.checkpoints import check_checkpoint
+from av_lens.checkpoints import check_checkpoint, index
 from av_lens.checks import near_file, require_choice
-from av_lens.cli.defaults import constant
 from av_lens.errors import AvLensError, InputError
+
+_HUB_NAMES = {"Qwen2_5OmniThinkerForConditionalGeneration": "Qwen/Qwen2.5-Omni-3B, Qwen/Qwen2.5-Omni-7B (thinker only)"}
+
+
+def short_names() -> list[tuple[str, str]]:
+    """List the organisms that ship with the package."""
+    return [(name, str(entry.get("summary", ""))) for name, entry in index().items()]
+
+
+def families() -> list[tuple[str, str]]:
+    """List the architectures that can be opened: those with an adapter of ours, and other packages' families."""
+    ours = [
+        point for point in entry_points(group="transformer_lens.architectures") if point.value.startswith("av_lens.")
+    ]
+    ours += entry_points(group="av_lens.families")
+    return [(point.name, _HUB_NAMES.get(point.name, "any checkpoint of this class")) for point in sorted(ours)]
+
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+@cache
+def signature(module: str, function: str) -> dict[str, Any]:
+    """Read all literal defaults of one of our functions."""
+    arguments = definition(module, function).args
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    given = [*arguments.defaults, *arguments.kw_defaults]
+    found: dict[str, Any] = {}
+    for arg, value in zip(every[len(every) - len(given) :], given, strict=True):
+        with suppress(ValueError):
+            if value is not None:
+                found[arg.arg] = ast.literal_eval(value)
+    return found
+
+
+@cache
+def constant(module: str, name: str) -> tuple[str, ...]:
+    """Read the words of a constant of one of our modules, without importing it."""
+    for node in _body(module, name):
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return tuple(ast.literal_eval(node.value))
+    raise AvLensError(f"av_lens.{module} defines no constant {name}.")
+
+
+@cache
+def definition(module: str, function: str) -> ast.FunctionDef:
+    """Read one of our functions without importing it."""
+    body = _body(module, function)
+    *owners, last = function.split(".")
+    for owner in owners:
+        body = next((node.body for node in body if isinstance(node, ast.ClassDef) and node.name == owner), [])
+    node = next((node for node in reversed(body) if isinstance(node, ast.FunctionDef) and node.name == last), None)
+    if node is None:
+        raise AvLensError(f"av_lens.{module} defines no function {function}.")
+    return node
+
+
+def _body(module: str, name: str) -> list[ast.stmt]:
+    path = _ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    if not path.exists():
+        raise AvLensError(f"there is no module av_lens.{module} to read the defaults of {name} from.")
+    return ast.parse(path.read_text(encoding="utf-8")).body
+
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, str]] = {
     "layout": ("inputs.conflict", "LAYOUTS"),
     "cell": ("inputs.conflict", "CELLS"),
     "gate": ("isolation.running.preparing", "GATES"),
-    "site": ("isolation.measuring.recordings", "SITES"),
+    "site": ("isolation.measuring.engine", "SITES"),
 }
 
 
@@ -64,7 +135,7 @@ def model(name: str) -> None:
 
 def clip(path: Path, start: float, end: float | None) -> None:
     """Refuse a media file whose header cannot be read."""
-    from av_lens.media.files import ClipFile
+    from av_lens.media.source import ClipFile
 
     ClipFile(str(path), start=start, end=end).probe()
 

@@ -9,7 +9,7 @@ import typer
 
 from av_lens.cli import console
 from av_lens.cli.commands import Media, Out, Quick, Seed
-from av_lens.cli.defaults import signature
+from av_lens.cli.faults import signature
 from av_lens.whole_files import write_whole
 
 _BENCH = signature("lab.replay_benchmark.benchmark", "run_benchmark")

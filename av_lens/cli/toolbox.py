@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from av_lens.cli import console, faults
-from av_lens.cli.defaults import definition
+from av_lens.cli.faults import definition
 from av_lens.errors import InputError
 from av_lens.whole_files import make_folder, write_whole
 
@@ -53,14 +53,14 @@ METHODS = (
     Method("logit-lens", "methods.lens", "logit_lens", "conflicts"),
     Method("attention-flow", "methods.attention", "attention_flow", "cell"),
     Method("find-sinks", "methods.sinks", "find_sinks", "cell"),
-    Method("knockout", "methods.knockouts.cutting", "knockout", "conflicts"),
+    Method("knockout", "methods.knockouts", "knockout", "conflicts"),
     Method("attribution-patch", "methods.gradients", "attribution_patch", "pair"),
     Method("edge-attribution", "methods.edges", "edge_attribution", "pair"),
     Method("find-circuit", "methods.circuits.finding", "find_circuit", "conflicts"),
     Method("causal-trace", "methods.tracing", "causal_trace", "conflicts"),
     Method("probe", "methods.probes", "probe", "conflicts"),
     Method("caption", "methods.captions.captioning", "caption", "conflicts"),
-    Method("weight-change", "methods.base_model.weight_changes", "weight_change", "none"),
+    Method("weight-change", "methods.base_model.grafting", "weight_change", "none"),
     Method("graft", "methods.base_model.grafting", "graft", "conflicts"),
     Method("base-shift", "methods.base_model.inheritance", "base_shift", "cell"),
     Method("steer", "methods.steering", "steer", "cell"),
@@ -191,7 +191,7 @@ def _run(method: Method, options: dict[str, Any], **shared: Any) -> None:
     )
     from importlib import import_module
 
-    from av_lens.inputs.manifest import conflicts_of
+    from av_lens.inputs.conflict import conflicts_of
     from av_lens.model import load
 
     listed = conflicts_of(lines)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from av_lens.core.budget import Progress, watched
 from av_lens.core.execution import Run, run
-from av_lens.core.passing import read_layers
-from av_lens.core.progress import Progress, watched
+from av_lens.core.readings import read_layers
 
 __all__ = ["Progress", "Run", "read_layers", "run", "watched"]

@@ -1,4 +1,4 @@
-"""What a run will cost before it is paid for, and what fits when it is too much.
+"""What long work costs before it is paid for, what fits into one run, and how it can be watched.
 
 TransformerLens stores each hook's tensor under every one of its names; tensors that several hooks share are stored
 once. So a cache costs the number of *distinct* tensors: at 7B width and 1,000 positions about 0.5 GB a layer in
@@ -8,7 +8,8 @@ bfloat16. A run without a cache is bounded too: its attention scores are compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +17,128 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from rich import progress as rich
+from rich.console import Console
 
-from av_lens.errors import BudgetError
-from av_lens.families.attention import refuse_scores, score_budget, score_gigabytes
-from av_lens.families.hook_names import layer_names
+from av_lens.errors import BudgetError, InputError
+from av_lens.families.blocks import refuse_scores, score_budget, score_gigabytes
+from av_lens.families.decoder import layer_names
+from av_lens.inputs.model_inputs import AVInputs
+from av_lens.inputs.pairs import Pair
+
+Progress = Callable[[str, int, int], None]
+"""Called as `progress(stage, done, total)`."""
+
+
+class Bars:
+    """Progress bars for callbacks `(stage, done, total)`: one bar a stage, or one line a stage where nobody watches.
+
+    ```python
+    with Bars() as bars:
+        isolate(model, conflicts, progress=bars)
+    ```
+    """
+
+    def __init__(self, console: Console | None = None):
+        console = self.console = console or Console(stderr=True, highlight=False)
+        kinds = rich.BarColumn, rich.MofNCompleteColumn, rich.TimeElapsedColumn, rich.TimeRemainingColumn
+        columns = [rich.TextColumn("{task.description}"), *(kind() for kind in kinds)]
+        self._progress = rich.Progress(*columns, console=console, disable=not console.is_terminal)
+        self._tasks: dict[str, rich.TaskID] = {}
+        self._begun: dict[str, float] = {}
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Move one stage's bar on; a stage that is done prints its time where nobody watches."""
+        self._begun.setdefault(stage, time.monotonic())
+        if self.console.is_terminal:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._progress.add_task(stage, total=total)
+            self._progress.update(self._tasks[stage], completed=done, total=total)
+        elif done >= total:
+            self.console.print(f"{stage}: {total} in {time.monotonic() - self._begun[stage]:.1f} s")
+        if done >= total:
+            self._begun.pop(stage, None)
+            self._tasks.pop(stage, None)
+
+
+def part_of(show: Progress, number: int, parts: int) -> Progress:
+    """Make the progress of one of several equal parts progress of all."""
+    return lambda stage, done, total: show(stage, number * total + done, parts * total)
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Tell nobody."""
+
+
+def named(progress: Progress | None, name: str) -> Progress:
+    """Put a name before every stage that is told; of None, the callback that tells nobody."""
+    return silent if progress is None else lambda stage, done, total: progress(f"{name}: {stage}", done, total)
+
+
+@contextmanager
+def watched(progress: Progress | bool | None) -> Generator[Progress]:
+    """Turn what a caller passed as `progress` into a callback."""
+    if callable(progress):
+        yield progress
+    elif progress:
+        with Bars() as bars:
+            yield bars
+    else:
+        yield silent
+
+
+def listed(given: Any) -> list[Any]:
+    """Take one thing, or several; a stack of inputs and a text are one."""
+    one = isinstance(given, str | AVInputs) or not isinstance(given, Iterable)
+    return [given] if one else list(given)
+
+
+def pairs_of(verb: str, given: Any) -> list[Pair]:
+    """Read one pair, or several."""
+    pairs = listed(given)
+    others = [type(one).__name__ for one in pairs if not isinstance(one, Pair)]
+    if others or not pairs:
+        raise InputError(
+            f"{verb} compares two aligned inputs, and got {others[0] if others else 'nothing'}: pass "
+            "avl.Pair(clean=x, corrupt=y), such as the same sound with and without its picture "
+            "(model.encode(clip.blank(), question) and model.encode(clip, question)), or a list of them."
+        )
+    return pairs
+
+
+def that_fit(model: Any, longest: int, stack: int, budget_gb: float | int) -> int:
+    """Say how many examples may run together, so that one layer's scores and pattern fit a budget."""
+    each = 4.0 * model.spec.n_heads * longest * longest * max(4, model.dtype.itemsize)  # mask, scores, softmax, sum
+    return max(1, min(stack, int(budget_gb * 1e9 / each)))
+
+
+def input_stacks(inputs: Sequence[AVInputs], size: int) -> Iterator[list[int]]:
+    """Group inputs of one layout."""
+    layouts: list[list[int]] = []
+    for number, x in enumerate(inputs):
+        for group in layouts:
+            first = inputs[group[0]]
+            if first.layout == x.layout and first.spans.layout_difference(x.spans) is None:
+                group.append(number)
+                break
+        else:
+            layouts.append([number])
+    for group in layouts:
+        current: list[int] = []
+        for number in group:
+            if current and sum(len(inputs[n]) for n in current) + len(inputs[number]) > size:
+                yield current
+                current = []
+            current.append(number)
+        yield current
+
 
 GIGABYTE = 1e9
 

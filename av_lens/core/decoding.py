@@ -19,10 +19,10 @@ from jaxtyping import Float, Int64
 from av_lens.brief import Brief
 from av_lens.checks import require_at_least, require_choice, require_keywords
 from av_lens.core.budget import GIGABYTE, bounded
-from av_lens.core.gates import HookPair, counted
-from av_lens.core.tokens import left_padded, require_inputs
+from av_lens.core.calls import left_padded, require_inputs
+from av_lens.core.execution import HookPair, counted
 from av_lens.errors import InputError
-from av_lens.families.attention import BUDGET_GB
+from av_lens.families.blocks import BUDGET_GB
 
 RETURN_TYPES = ("tokens", "text", "result")
 _RESULT = 'return_type="result" gives tokens, text, logits and the firing record'

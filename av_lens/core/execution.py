@@ -1,4 +1,17 @@
-"""Run a model once: with a plan, keeping chosen activations, giving the logits that were asked for.
+"""Run a model once: with a plan, gated hooks open for that run alone, keeping what was asked; and which hooks stand.
+
+TransformerLens fires `hook_result`, `hook_mlp_in`, `hook_attn_in` and `hook_q/k/v_input` only after a switch is set on
+the model, and refuses or skips them otherwise; a switch left on makes every later run dearer. Here the run opens the
+switches that its hooks need, and puts them back.
+
+Looked at are all roads by which a function of the caller's can enter a run: hook points (`model.hooks`, `add_hook`,
+permanent ones), torch's own forward and backward hooks on any module of the bridge or of the HuggingFace model, torch's
+global hooks, and a module's `forward` that was written over. Two states are equal where the same functions stand in the
+same places in the same order; what a function does, how often it was put there and taken away, and how large its effect
+is do not matter.
+
+Not seen: a function that keeps its identity and changes its mind (a counter, a factor read from outside), and modules
+whose class was changed.
 
 `run` is the plain verb under everything else: one forward, checked before it is paid for, with a record that every edit
 fired. What it keeps is named by component (`"z"`), by site (`Site("z", 5, head=3, positions="generation")`, only that
@@ -10,29 +23,228 @@ slice is kept) or by a hook's name; the memory is estimated first and refused be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Module
+from torch.nn.modules import module as torch_modules
 from transformer_lens import ActivationCache
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import component_setup
 
 from av_lens.brief import Brief
-from av_lens.core.activations import asked_positions, rows_of, watching
 from av_lens.core.budget import GIGABYTE, ModelSpec, require_budget, selected
-from av_lens.core.gates import only_open, require_some
-from av_lens.core.kept import Kept
-from av_lens.core.standing_hooks import standing_hooks
-from av_lens.core.tokens import require_inputs
+from av_lens.core.calls import Kept, asked_positions, require_inputs, rows_of, watching
 from av_lens.errors import BudgetError, InterventionError, unknown
-from av_lens.families.attention import BUDGET_GB
-from av_lens.families.hook_names import COMPONENTS, hook_name, layer_names
+from av_lens.families.blocks import BUDGET_GB, TowerBridge
+from av_lens.families.decoder import COMPONENTS, GATES, gates_named, hook_name, layer_names
 from av_lens.interventions import Plan, Site
-from av_lens.interventions.sites import Positions, resolve_positions
+from av_lens.interventions.edits import Positions, resolve_positions
 from av_lens.spans import Span, SpanMap
+
+_FORKS = ("use_attn_in", "use_split_qkv_input")
+HookPair = tuple[str | Callable[[str], bool], Callable[..., Any]]
+
+
+@contextmanager
+def open_gates(bridge: Any, gates: Iterable[str]) -> Generator[None, None, None]:
+    """Hold switches open, and restore every one of them afterwards."""
+    wanted = set(gates)
+    if set(_FORKS) <= wanted:
+        raise InterventionError(
+            "hook_attn_in and hook_q_input/k_input/v_input are two ways to fork the same stream and cannot fire in one "
+            "run; name the one kind or the other."
+        )
+    before = {gate: bool(getattr(bridge.cfg, gate)) for gate in GATES}
+    during = {gate: value or gate in wanted for gate, value in before.items()}
+    if wanted & set(_FORKS):
+        during |= {gate: gate in wanted for gate in _FORKS}
+    try:
+        _set(bridge, during)
+        yield
+    finally:
+        _set(bridge, before)
+
+
+def _set(bridge: Any, gates: dict[str, bool]) -> None:
+    for gate, value in sorted(gates.items(), key=lambda item: item[1]):  # closing first: the forks exclude each other
+        getattr(bridge, f"set_{gate}")(value)
+
+
+def gates_of_filter(
+    names_filter: str | Sequence[str] | Callable[[str], bool] | None, known: Iterable[str]
+) -> frozenset[str]:
+    """The switches a filter asks for.
+
+    A function opens the switches of the gated hooks it accepts, unless it accepts every hook: that is a sweep, not a
+    wish for tensors of the size `[batch, pos, head, d_model]`.
+    """
+    known = tuple(known)
+    if names_filter is None:
+        return frozenset()
+    if isinstance(names_filter, str):
+        return gates_named([names_filter], known)
+    accepted = [name for name in known if names_filter(name)] if callable(names_filter) else list(names_filter)
+    require_some(accepted, known)
+    return frozenset() if callable(names_filter) and len(accepted) == len(known) else gates_named(accepted, known)
+
+
+def require_some(accepted: Sequence[object], known: Sequence[str]) -> None:
+    """Refuse a filter that selects nothing: what was asked for would not be done, in silence."""
+    if not accepted:
+        shown = ", ".join([*known[:2], *known[len(known) // 2 :][:3]])
+        raise InterventionError(
+            f"this filter selects none of the model's {len(known)} hooks. They have names such as {shown}; "
+            "list(model.hook_dict) shows all, and docs/hooks.md what they hold."
+        )
+
+
+def gates_of_hooks(hooks: Iterable[Any], known: Iterable[str]) -> frozenset[str]:
+    """The switches that a list of hooks asks for."""
+    known, hooks = tuple(known), list(hooks)
+    pair: Any
+    for pair in hooks:
+        if not (isinstance(pair, tuple | list) and len(pair) == 2 and callable(pair[1])) or pair[0] is None:
+            raise InterventionError(
+                f"hooks are a list of (name or function of a name, function(activation, hook)) pairs, not {pair!r}."
+            )
+    return frozenset[str]().union(*(gates_of_filter(name, known) for name, _ in hooks))
+
+
+def counted(hooks: Iterable[HookPair], *, batch_dim: bool = True) -> tuple[list[HookPair], Callable[[], None]]:
+    """Count how often hooks fire, so that one which never does is told."""
+    hooks = list(hooks)
+    fired = [0] * len(hooks)
+
+    def counting(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        def hook_function(value: Any, hook: Any) -> Any:
+            fired[number] += 1
+            if batch_dim or value.shape[0] != 1:
+                return function(value, hook=hook)
+            made = function(value.squeeze(0), hook=hook)
+            return made.unsqueeze(0) if made is not None and made.ndim == value.ndim - 1 else made
+
+        return hook_function
+
+    def check() -> None:
+        for (name, _), times in zip(hooks, fired, strict=True):
+            if not times:
+                shown = repr(name) if isinstance(name, str) else "those that a function selects"
+                raise InterventionError(
+                    f"the hook at {shown} never fired: this run did not pass there (a layer behind stop_at_layer=, or "
+                    "an encoder of media that the input does not have)."
+                )
+
+    return [(name, counting(number, function)) for number, (name, function) in enumerate(hooks)], check
+
+
+def only_open(bridge: Any, accept: Callable[[str], bool]) -> Callable[[str], bool]:
+    """A filter that passes over hooks whose switch is off, in place of TransformerLens's warning."""
+    points = bridge.hook_dict
+    closed = {name for name, point in points.items() if bridge._gated_hook_reason(point.name or name) is not None}
+    return lambda name: name not in closed and accept(name)
+
+
+KINDS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+_OF_A_MODULE = tuple(f"_{kind}" for kind in KINDS)
+_OF_ALL = tuple(f"_global_{kind}" for kind in KINDS)
+
+
+@dataclass(frozen=True, eq=False)
+class StandingHook:
+    """One function in one place.
+
+    Attributes:
+        module: where it stands; None for torch's global hooks, which stand everywhere.
+        kind: one of `KINDS`, or "forward" for a `forward` that was written over.
+        function: the caller's function.
+        in_tower: whether the module belongs to an encoder, which is run as always before a restart begins.
+    """
+
+    module: Module | None
+    kind: str
+    function: Any
+    in_tower: bool = False
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from others; valid while this object lives, which holds the module and the function."""
+        fn = self.function
+        own = (id(fn.__self__), id(fn.__func__)) if isinstance(fn, MethodType) else (id(fn),)
+        return (id(self.module), self.kind, *own)
+
+
+Standing = tuple[StandingHook, ...]
+
+
+def standing_hooks(model: Any) -> Standing:
+    """Find every function that stands on a model, TransformerLens's own wiring apart."""
+    found = [
+        StandingHook(None, kind, function)
+        for kind, table in zip(KINDS, _OF_ALL, strict=True)
+        for function in getattr(torch_modules, table, {}).values()
+    ]
+    seen, waiting = set[int](), [(model.hf_model, False), (model.bridge, False)]
+    while waiting:
+        module, in_tower = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        own = module.__dict__
+        if any(map(own.__getitem__, _OF_A_MODULE)) or "forward" in own:
+            found.extend(_standing_on(module, in_tower))
+        children = own["_modules"]
+        if children:
+            in_tower = in_tower or isinstance(module, TowerBridge)
+            waiting += [(child, in_tower) for child in children.values() if child is not None]
+    return tuple(found)
+
+
+def _standing_on(module: Module, in_tower: bool) -> Iterator[StandingHook]:
+    handles = [*module.fwd_hooks, *module.bwd_hooks] if isinstance(module, HookPoint) else []
+    callers = {handle.hook.id: handle.user_hook for handle in handles if handle.user_hook is not None}
+    for kind, table in zip(KINDS, _OF_A_MODULE, strict=True):
+        for number, function in getattr(module, table).items():
+            function = callers.get(number, function)  # TransformerLens wraps what it is given
+            if getattr(function, "__module__", "") != component_setup.__name__:
+                yield StandingHook(module, kind, function, in_tower)
+    if "forward" in module.__dict__:
+        yield StandingHook(module, "forward", module.__dict__["forward"], in_tower)
+
+
+def hook_numbers(root: Module) -> tuple[int, ...]:
+    """Torch's own numbers of all hooks on a module and below it; no number is ever given again."""
+    return tuple(number for part in root.modules() for table in _OF_A_MODULE for number in part.__dict__[table])
+
+
+def same_hooks(first: Standing, second: Standing) -> bool:
+    """Say whether the same functions stand in the same places."""
+    return len(first) == len(second) and all(a.key == b.key for a, b in zip(first, second, strict=True))
+
+
+def places(model: Any, standing: Standing, *, most: int = 3) -> str:
+    """Name where functions stand."""
+    if not standing:
+        return "nothing"
+    names = {id(module): name for name, module in [*model.hf_model.named_modules(), *model.bridge.named_modules()]}
+
+    def name_of(hook: StandingHook) -> str:
+        if hook.module is None:
+            return "all modules (torch's global hooks)"
+        point = hook.module.name if isinstance(hook.module, HookPoint) else None
+        return point or names.get(id(hook.module), "") or type(hook.module).__name__
+
+    named = list(dict.fromkeys(name_of(hook).replace("._original_component", "") for hook in standing))
+    more = len(named) - most
+    return ", ".join(named[:most]) + (f" and {more} more place{'s' if more > 1 else ''}" if more > 0 else "")
+
 
 Capture = str | Site | Sequence[str | Site] | Callable[[str], bool] | None
 

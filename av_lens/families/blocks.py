@@ -1,4 +1,8 @@
-"""A decoder layer, its norms and the towers, each with hooks that are on the road and not beside it.
+"""A decoder layer, its attention, its norms and the towers, each stage a real hook, equal to HuggingFace's eager.
+
+TransformerLens's `hook_embed` is the text embedding; a model that scatters media features into the stream does so
+afterwards, so every decomposition that starts at `hook_embed` would miss the media. The raw text embedding stays
+readable at `embed.hook_out`.
 
     resid_mid  = resid_pre + attn(ln1(resid_pre))         hook_resid_pre, hook_attn_out, hook_resid_mid
     resid_post = resid_mid + mlp(ln2(resid_mid))          hook_mlp_in, hook_mlp_out, hook_resid_post
@@ -6,17 +10,56 @@
 In TransformerLens's own block `hook_resid_mid` is the norm's input: a write reaches the MLP but not the stream, because
 the wrapped layer keeps the stream in a local variable. Here the layer's arithmetic is written out, in HuggingFace's
 order, so the same hook carries the stream itself.
+
+    scores  = rot_q @ rot_k^T * scaling + mask        hook_rot_q, hook_rot_k, hook_attn_scores
+    pattern = softmax(scores)  in float32             hook_pattern
+    z       = pattern @ v                             hook_v, hook_z
+    out     = z @ W_O                                 hook_result, hook_out
+
+TransformerLens's own reimplementation recomputes the output as a sum over heads once `hook_result` is asked for, and
+q, k, v head by head once their input forks are: in bfloat16 at true width that moves logits by up to 0.08. Here both
+are *differences*: the exact output, plus what an edit changed. Nothing edited means nothing moved, in any precision.
+
+Scores grow with the square of the prompt. Where a layer's would pass the budget, and no hook looks at its scores or
+pattern, the queries are taken in blocks: each row of the softmax is its own, so only the matrix products' order of
+summation can differ (float32: to the bit or 1e-6; measured in the tests). Gradients then recompute each block instead
+of keeping its pattern. Where a hook asks for all scores, the run is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge.generalized_components import BlockBridge, RMSNormalizationBridge
+from transformer_lens.model_bridge.generalized_components import (
+    BlockBridge,
+    PositionEmbeddingsAttentionBridge,
+    RMSNormalizationBridge,
+)
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from av_lens.errors import BudgetError, ModelError
+from av_lens.families.decoder import Read, attended, rotated
+
+
+def install_embed_hook(bridge: Any) -> None:
+    """Put a real `hook_embed` at the entry of the first block, in place of the alias; again changes nothing."""
+    bridge.hook_aliases = {name: path for name, path in bridge.hook_aliases.items() if name != "hook_embed"}
+    bridge._hook_alias_registry.pop("hook_embed", None)
+    if "hook_embed" not in bridge._modules:
+        bridge.__dict__.pop("hook_embed", None)
+        bridge.hook_embed = HookPoint()
+    hook = bridge._modules["hook_embed"]
+    hook.name = "hook_embed"
+    bridge._hook_registry["hook_embed"] = hook
+    bridge.blocks[0].set_embed_hook(hook)
 
 
 class FullBlockBridge(BlockBridge):
@@ -95,3 +138,249 @@ class TowerBridge(GeneralizedComponent):
         output = tower(*args, **kwargs) if self.memory is None else self.memory(tower, args, kwargs)
         output[self.field] = self.hook_out(output[self.field])
         return output
+
+
+BUDGET_GB = 8.0
+"""GB (1e9 bytes) that a run may take for scores, logits or kept activations where the caller names no other budget."""
+
+_WORKING = 8  # bytes of a score at the dearest moment: two copies in float32; in half precision one, and softmax's
+_BLOCK = 1 << 29  # bytes of scores computed together
+_ROWS = 16  # the fewest queries of a block: fewer go through slower kernels, which sum in another order
+_budget_gb: ContextVar[float] = ContextVar("budget_gb", default=BUDGET_GB)
+
+
+@contextmanager
+def score_budget(budget_gb: float | int) -> Generator[None, None, None]:
+    """Bound what attention scores may take, for runs inside the block."""
+    token = _budget_gb.set(float(budget_gb))
+    try:
+        yield
+    finally:
+        _budget_gb.reset(token)
+
+
+def score_gigabytes(scores: int, *, itemsize: int, kept_layers: int = 0) -> float:
+    """Estimate what whole attention scores take."""
+    return scores * (_WORKING + kept_layers * (4 if itemsize == 4 else 4 + itemsize)) / 1e9
+
+
+def refuse_scores(names: list[str], gigabytes: float, *, shape: tuple[int, int, int], graph: bool) -> None:
+    """Refuse hooks on scores or pattern whose whole scores pass the budget."""
+    budget = _budget_gb.get()
+    if not names or gigabytes <= budget:
+        return
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    fits = int(shape[2] * (budget / gigabytes) ** 0.5)
+    without = "run under torch.no_grad(), " if graph else ""
+    raise BudgetError(
+        f"whole attention scores of {shape[0]} x {shape[1]} positions would take about {gigabytes:.3g} GB, beyond "
+        f"budget_gb={budget:g}, and {shown} ask{'s' if len(names) == 1 else ''} for them; without such hooks they are "
+        f"computed in blocks. Hook z, q, k or v instead, {without}hook fewer layers, give at most {fits} positions, or "
+        f"raise budget_gb."
+    )
+
+
+_HOOK_KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked_change(hook: HookPoint, value: torch.Tensor, again: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Fire a hook, and say what it changed."""
+    version = None if value.is_inference() else value._version
+    wanted = torch.is_grad_enabled() and value.requires_grad
+    # Where gradients are wanted the hook sees a node of its own, or the difference would cancel its gradient.
+    shown = value.view_as(value) if wanted else value
+    hooked = hook(shown)
+    in_place = version is None or value._version != version
+    if hooked is shown and not in_place and not wanted:
+        return None
+    return hooked, again() if in_place else value
+
+
+class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
+    """Grouped-query rotary attention, stage by stage; the layer's own projections and cache are used."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._stream: torch.Tensor | None = None
+        self._norm: Any = None
+        # The base class keeps one hook for layers that are left to HuggingFace; here it would never fire.
+        del self._modules["hook_hidden_states"]
+        self._hook_registry.pop("hook_hidden_states", None)
+
+    def set_stream(self, stream: torch.Tensor | None, norm: Any) -> None:
+        """Remember the residual stream before its norm, for the input forks."""
+        object.__setattr__(self, "_stream", stream)
+        object.__setattr__(self, "_norm", norm)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend."""
+        attention: Any = self.original_component
+        hidden = kwargs.pop("hidden_states") if "hidden_states" in kwargs else args[0]
+        tables = kwargs.pop("position_embeddings", None)
+        if tables is None:
+            raise ModelError(f"{self.name}: the layer passed no position_embeddings; rotary attention needs them.")
+        mask = kwargs.pop("attention_mask", None)
+        query, key, value = self._projected(self.hook_in(hidden))
+        cos, sin = (table.unsqueeze(1) for table in self._apply_position_embedding_hooks(tables))
+        query, key = self.hook_rot_q(rotated(query, cos, sin)), self.hook_rot_k(rotated(key, cos, sin))
+        key, value = self._update_kv_cache(key, value, **kwargs)
+        key, value = (_repeated(part, attention.num_key_value_groups) for part in (key, value))
+        rows = self._block_rows(query, key)
+        if rows is None:
+            z, pattern = self._attended(query, key, value, mask)
+        else:
+            z, pattern = self._attended_in_blocks(query, key, value, mask, rows), None
+        return self.hook_out(self._written(z.transpose(1, 2).contiguous().flatten(-2))), pattern
+
+    def score_hooks(self) -> list[str]:
+        """Name the hooks that look at whole scores or the whole pattern."""
+        points = [self.hook_attn_scores, self.hook_pattern]
+        return [str(p.name) for p in points if any(getattr(p, kind) for kind in _HOOK_KINDS)]
+
+    def _block_rows(self, query: torch.Tensor, key: torch.Tensor) -> int | None:
+        """How many queries to take together; None for all, where they fit the budget or are a single one."""
+        config: Any = self.config
+        batch, n_heads, n, _ = query.shape
+        row, budget = batch * n_heads * key.shape[2], _budget_gb.get()
+        graph, itemsize = torch.is_grad_enabled() and query.requires_grad, query.element_size()
+        whole = score_gigabytes(n * row, itemsize=itemsize, kept_layers=config.n_layers if graph else 0)
+        if whole <= budget or n == 1:
+            return None
+        names = self.score_hooks()
+        if names:
+            alone = score_gigabytes(n * row, itemsize=itemsize, kept_layers=1 if graph else 0)
+            refuse_scores(names, alone, shape=(batch, n, key.shape[2]), graph=graph)
+            return None
+        return max(_ROWS, int(min(_BLOCK, budget * 1e9)) // (row * _WORKING))
+
+    def _attended(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        hooked: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries read `[batch, head, pos, d_head]`, and their pattern; hooks fire unless it is a block."""
+        attention: Any = self.original_component
+        dropout = attention.attention_dropout if self.training else 0.0
+        sizes = {"attention_mask": mask, "seq_len": key.shape[2], "q_seq_len": query.shape[2]}
+        return attended(
+            query,
+            [Read(key, value)],
+            attention.scaling,
+            scores=partial(self._masked, sizes, hooked),
+            softmax=lambda scores: self._masked_softmax(scores, dtype=torch.float32),
+            pattern=partial(self._dropped, dropout, hooked),
+        )
+
+    def _masked(self, sizes: dict[str, Any], hooked: bool, scores: torch.Tensor) -> torch.Tensor:
+        scores = self._apply_reconstruct_attention_mask(attn_scores=scores, **sizes)
+        return self.hook_attn_scores(scores) if hooked else scores
+
+    def _dropped(self, dropout: float, hooked: bool, pattern: torch.Tensor) -> torch.Tensor:
+        pattern = self._scrub_compatibility_pattern_nans(pattern)
+        pattern = torch.nn.functional.dropout(pattern, p=dropout, training=self.training)
+        return self.hook_pattern(pattern) if hooked else pattern
+
+    def _attended_in_blocks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, rows: int
+    ) -> torch.Tensor:
+        """The same without hooks, some queries at a time; for gradients each block is computed again."""
+        n, n_keys = query.shape[2], key.shape[2]
+        square = mask is not None and mask.ndim >= 3  # a mask with rows of its own
+        if mask is not None and square:
+            mask = mask[..., -n:, :].expand(*mask.shape[:-2], n, -1)
+        # Without a whole mask the queries are the last positions, and a block must end with its own last key.
+        cut_keys = mask is None or mask.ndim < 4
+
+        def block(start: int, end: int) -> torch.Tensor:
+            shown = mask[..., start:end, :] if mask is not None and square else mask
+            seen = n_keys - n + end if cut_keys else n_keys
+            return self._attended(query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], shown, hooked=False)[0]
+
+        count = -(-n // rows)
+        edges = [n * i // count for i in range(count + 1)]  # even blocks: a short last one would take another kernel
+        if torch.is_grad_enabled():
+            parts = [checkpoint(block, *ends, use_reentrant=False) for ends in pairwise(edges)]
+        else:
+            parts = [block(*ends) for ends in pairwise(edges)]
+        return torch.cat(parts, dim=2)
+
+    def _projected(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values `[batch, head, pos, d_head]`, each with what its input fork changed."""
+        changes = self._fork_changes()
+        projected: list[torch.Tensor] = []
+        for name in ("q", "k", "v"):
+            linear: Any = getattr(self, name)
+            if changes is None:
+                flat = linear(hidden)
+            else:
+                flat = linear.original_component(linear.hook_in(hidden))
+                change = changes[name]
+                if change is not None:
+                    flat = flat + self._per_head(linear, change).to(flat.dtype)
+                flat = linear.hook_out(flat)
+            heads = flat.view(*flat.shape[:2], -1, self.original_component.head_dim)  # pyright: ignore[reportOptionalMemberAccess]
+            heads = heads.transpose(1, 2)
+            if f"{name}_norm" in self.submodules:  # on each head, after its hook and before rotary position
+                heads = getattr(self, f"hook_{name}_normed")(getattr(self, f"{name}_norm")(heads))
+            projected.append(heads)
+        return tuple(projected)
+
+    def _fork_changes(self) -> dict[str, torch.Tensor | None] | None:
+        """What the hooks on the forked inputs changed, after the norm `[batch, pos, head, d_model]`; None: no forks."""
+        config: Any = self.config
+        if not (config.use_split_qkv_input or config.use_attn_in):
+            return None
+        n_heads, n_kv = config.n_heads, config.n_key_value_heads or config.n_heads
+        if config.use_split_qkv_input:
+            return {
+                "q": self._fork_change(self.hook_q_input, n_heads),
+                "k": self._fork_change(self.hook_k_input, n_kv),
+                "v": self._fork_change(self.hook_v_input, n_kv),
+            }
+        change = self._fork_change(self.hook_attn_in, n_heads)
+        # One copy per query head: a key-value head reads the copy of the first query head that it serves.
+        shared = None if change is None else change[:, :, :: n_heads // n_kv]
+        return {"q": change, "k": shared, "v": shared}
+
+    def _fork_change(self, hook: HookPoint, n_heads: int) -> torch.Tensor | None:
+        stream, norm = self._stream, self._norm
+        if stream is None:
+            raise ModelError(f"{self.name}: its block must call set_stream before input forks can fire.")
+        forked = partial(_copies, stream, n_heads)
+        change = hooked_change(hook, forked(), forked)
+        return None if change is None else norm(change[0]) - norm(change[1])
+
+    def _per_head(self, linear: Any, change: torch.Tensor) -> torch.Tensor:
+        """Each head's own rows of the projection on that head's change; flat `[batch, pos, head * d_head]`."""
+        weight = linear.original_component.weight
+        rows = weight.view(change.shape[2], -1, weight.shape[-1])
+        return torch.einsum("bphm,hdm->bphd", change, rows).flatten(-2)
+
+    def _written(self, z: torch.Tensor) -> torch.Tensor:
+        """The output projection of `z` `[batch, pos, head * d_head]`, with what `hook_result` changed."""
+        config: Any = self.config
+        if not config.use_attn_result:
+            return self.o(z)
+        output: Any = self.o.original_component
+        z = self.o.hook_in(z)
+        heads = z.view(*z.shape[:2], config.n_heads, -1)
+        columns = output.weight.view(output.weight.shape[0], config.n_heads, -1)
+        per_head = partial(torch.einsum, "bphd,mhd->bphm", heads, columns)
+        written = output(z)
+        change = hooked_change(self.hook_result, per_head(), per_head)
+        if change is not None:
+            written = written + (change[0] - change[1]).sum(2, dtype=torch.float32).to(written.dtype)
+        return self.o.hook_out(written)
+
+
+def _copies(stream: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """The stream once for each head, `[batch, pos, head, d_model]`."""
+    return stream.unsqueeze(2).repeat(1, 1, n_heads, 1)
+
+
+def _repeated(heads: torch.Tensor, groups: int) -> torch.Tensor:
+    """Key-value heads repeated for the query heads that share them."""
+    return heads if groups == 1 else heads.repeat_interleave(groups, dim=1)

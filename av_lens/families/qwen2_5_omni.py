@@ -18,12 +18,16 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import (
 )
 
 from av_lens.errors import InputError
-from av_lens.families.attention import RealAttentionBridge
-from av_lens.families.blocks import FullBlockBridge, RealRMSNormBridge, TowerBridge
+from av_lens.families.blocks import (
+    FullBlockBridge,
+    RealAttentionBridge,
+    RealRMSNormBridge,
+    TowerBridge,
+    install_embed_hook,
+)
+from av_lens.families.decoder import ReplayTraits
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
-from av_lens.families.stream import install_embed_hook
-from av_lens.families.traits import ReplayTraits
 
 
 class Qwen2_5OmniThinkerAdapter(ArchitectureAdapter):

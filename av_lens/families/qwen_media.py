@@ -23,8 +23,7 @@ import torch
 from jaxtyping import Int64
 
 from av_lens.errors import InputError, ModelError
-from av_lens.families.features import Features
-from av_lens.families.media_layout import Media, MediaLayout, TensorAxes
+from av_lens.families.media_layout import Features, Media, MediaLayout, TensorAxes
 from av_lens.media.clip import Clip
 from av_lens.spans import SpanMap
 

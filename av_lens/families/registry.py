@@ -23,8 +23,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from av_lens.errors import ModelError
+from av_lens.families.decoder import ReplayTraits
 from av_lens.families.media_layout import MediaLayout
-from av_lens.families.traits import ReplayTraits
 
 GROUP = "av_lens.families"
 HOW_TO_ADD = (

@@ -1,10 +1,8 @@
 """Clips and questions become model inputs that know what each position is; pairs and conflicts of them."""
 
-from av_lens.inputs.answers import Answer, answer_pair, resolve
-from av_lens.inputs.conflict import Cells, Conflict
+from av_lens.inputs.answers import Answer, Grammar, answer_pair, resolve
+from av_lens.inputs.conflict import Cells, Conflict, conflicts
 from av_lens.inputs.encoder import Encoder
-from av_lens.inputs.grammar import Grammar
-from av_lens.inputs.manifest import conflicts
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 

@@ -1,32 +1,123 @@
-"""`AVInputs`: tensors that know what each of their positions is.
+"""`AVInputs`: tensors that know what each of their positions is, held once where equal, and show themselves.
+
+The strip is one inline SVG without scripts or outside files; text and lines take the page's own colour, so it reads in
+light and in dark.
 
 `x.tensors` are the keyword arguments of the HuggingFace forward, nothing missing: `hf_model(**x.tensors)` runs. One
 object holds one example or a stack of examples of *one* layout that share its map; different layouts are never
 padded together. How the tensors of a stack lie in a batch the model's family says (`x.axes`).
 
 Not done: moving features between dtypes; the model casts what it is given.
+
+The pixels of a second of video are some MB, and thirteen cells of four pictures would hold them thirteen times. A
+tensor is known by a hash of its content for as long as somebody holds it (weak references): nothing is kept alive.
 """
 
 from __future__ import annotations
 
+import hashlib
+import html
+import itertools
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, overload
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
+from av_lens.colours import ROLE_COLOURS
 from av_lens.errors import AlignmentError, InputError, unknown
 from av_lens.families.media_layout import TensorAxes
-from av_lens.inputs import display
 from av_lens.media.clip import Clip
-from av_lens.spans import SpanMap
+from av_lens.spans import ROLES, SpanMap
 
 if TYPE_CHECKING:
     import pandas
+
+
+_WIDTH, _HEIGHT = 760.0, 26.0
+_MOST_RUNS = 22
+
+
+def runs_of(spans: SpanMap) -> list[tuple[str, int, int]]:
+    """Cut a map into runs of equal roles: role, start and stop of each, in order."""
+    borders = [0, *(i for i in range(1, len(spans)) if spans.roles[i] != spans.roles[i - 1]), len(spans)]
+    return [(spans.roles[a], a, b) for a, b in itertools.pairwise(borders) if b > a]
+
+
+def _interval(spans: SpanMap, start: int, stop: int, prefix: str) -> str:
+    starts, ends = getattr(spans, f"{prefix}start_s")[start:stop], getattr(spans, f"{prefix}end_s")[start:stop]
+    known = np.isfinite(starts) & np.isfinite(ends)
+    return f"{starts[known].min():.2f}-{ends[known].max():.2f} s" if known.any() else ""
+
+
+def _what(spans: SpanMap, start: int, stop: int) -> str:
+    rows = spans.row[start:stop]
+    if (rows >= 0).any():
+        return f"{int(rows.max()) + 1} x {int(spans.col[start:stop].max()) + 1} patches"
+    text = repr("".join(spans.tokens[start : min(stop, start + 24)]))
+    if spans.roles[start] == "audio":
+        return ""
+    return text if len(text) <= 44 else text[:43] + "…"
+
+
+def summary(x: AVInputs) -> str:
+    """Summarise an input on one screen."""
+    lines = [repr(x).split(":")[0] + ")"]
+    for question, clip in list(zip(x.questions, x.clips, strict=True))[:3]:
+        lines.append(f"  question {question!r}  clip {clip!r}" if clip is not None else f"  question {question!r}")
+    if len(x) > 3:
+        lines.append(f"  ... and {len(x) - 3} more examples")
+    shapes = [f"{name} {list(v.shape) if isinstance(v, Tensor) else v}" for name, v in x.tensors.items()]
+    lines += [
+        "  tensors: " + "; ".join(shapes),
+        f"  {'positions':>12}  {'role':<10} {'count':>6}  model clock      source clock",
+    ]
+    runs = runs_of(x.spans)
+    shown = runs if len(runs) <= _MOST_RUNS else [*runs[: _MOST_RUNS - 8], None, *runs[-8:]]
+    for run in shown:
+        if run is None:
+            lines.append(f"  {'...':>12}  {len(runs) - _MOST_RUNS} more runs")
+            continue
+        role, start, stop = run
+        where = f"{start}" if stop == start + 1 else f"{start}-{stop - 1}"
+        clocks = f"{_interval(x.spans, start, stop, ''):<15}  {_interval(x.spans, start, stop, 'source_'):<15}"
+        lines.append(f"  {where:>12}  {role:<10} {stop - start:>6}  {clocks}  {_what(x.spans, start, stop)}".rstrip())
+    return "\n".join(lines)
+
+
+def strip(x: AVInputs) -> str:
+    """Draw the positions left to right as a coloured strip: HTML with one inline SVG and a legend."""
+    spans = x.spans
+    scale = _WIDTH / max(1, len(spans))
+    bars: list[str] = []
+    for role, start, stop in runs_of(spans):
+        seconds = _interval(spans, start, stop, "")
+        title = f"{role} {start}-{stop - 1} ({stop - start}) {seconds} {_what(spans, start, stop)}".strip()
+        bars.append(
+            f'<rect x="{start * scale:.2f}" y="0" width="{max((stop - start) * scale, 0.6):.2f}" height="{_HEIGHT:g}" '
+            f'fill="{ROLE_COLOURS[role]}"><title>{html.escape(title)}</title></rect>'
+        )
+    legend = " ".join(
+        f'<span style="white-space:nowrap;margin-right:1em"><span style="display:inline-block;width:.8em;height:.8em;'
+        f'background:{ROLE_COLOURS[role]};margin-right:.3em"></span>{role} {spans.roles.count(role)}</span>'
+        for role in ROLES
+        if role in spans.roles
+    )
+    heading = html.escape(f"{len(spans)} positions, {x.layout}" + (f", {len(x)} examples" if len(x) > 1 else ""))
+    asked = html.escape(" | ".join(dict.fromkeys(x.questions)))
+    return (
+        '<div style="font-family:sans-serif;font-size:13px;color:inherit;max-width:780px">'
+        f'<div style="margin-bottom:4px"><b>{heading}</b> <span style="opacity:.75">{asked}</span></div>'
+        f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" width="100%" height="{_HEIGHT:g}" preserveAspectRatio="none" '
+        f'role="img" aria-label="spans">{"".join(bars)}</svg>'
+        f'<div style="margin-top:4px">{legend}</div></div>'
+    )
+
 
 _COLUMNS = ("start_s", "end_s", "source_start_s", "source_end_s", "row", "col")
 
@@ -183,7 +274,7 @@ class AVInputs:
         return replace(
             first,
             tensors=first.axes.joined([x.tensors for x in examples]),
-            spans=_shared(parts),
+            spans=_shared_map(parts),
             position_ids=torch.cat([x.position_ids for x in examples], dim=1),
             clips=tuple(clip for x in examples for clip in x.clips),
             questions=tuple(question for x in examples for question in x.questions),
@@ -261,14 +352,14 @@ class AVInputs:
         """
         if metric is not None and not hasattr(metric, "reading"):
             raise InputError(f"describe takes a bound metric, logit_diff(...).bind(model, x), not {metric!r}.")
-        return display.summary(self) + ("" if metric is None else f"\n  answers: {metric.reading()}")
+        return summary(self) + ("" if metric is None else f"\n  answers: {metric.reading()}")
 
     def __repr__(self) -> str:
         many = f"{len(self)} examples of " if len(self) > 1 else ""
         return f"AVInputs({many}{len(self.spans)} positions, {self.layout}: {self.spans!r})"
 
     def _repr_html_(self) -> str:
-        return display.strip(self)
+        return strip(self)
 
 
 def difference(x: AVInputs, y: AVInputs, *, names: tuple[str, str]) -> str | None:
@@ -297,7 +388,7 @@ def _seconds(x: AVInputs) -> str:
     return " and ".join(lasting) if lasting else "no clip"
 
 
-def _shared(parts: Sequence[SpanMap]) -> SpanMap:
+def _shared_map(parts: Sequence[SpanMap]) -> SpanMap:
     first = parts[0]
     tokens = tuple("|".join(dict.fromkeys(seen)) for seen in zip(*(part.tokens for part in parts), strict=True))
     times: dict[str, np.ndarray] = {}
@@ -305,3 +396,27 @@ def _shared(parts: Sequence[SpanMap]) -> SpanMap:
         columns = np.stack([getattr(part, name) for part in parts])
         times[name] = np.where((columns == columns[0]).all(axis=0), columns[0], np.nan)
     return replace(first, tokens=tokens, **times)
+
+
+SMALLEST = 1 << 17
+"""Bytes from which on a tensor is worth hashing."""
+_KNOWN: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
+
+
+def shared(x: AVInputs) -> AVInputs:
+    """Give the same inputs with large tensors that are held elsewhere already."""
+    return replace(x, tensors={name: _shared(value) for name, value in x.tensors.items()})
+
+
+def _shared(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.nbytes < SMALLEST or value.device.type != "cpu":
+        return value
+    return _KNOWN.setdefault(content_hash(value), value)
+
+
+def content_hash(value: Tensor) -> bytes:
+    """Hash a tensor's kind, shape and content."""
+    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest = hashlib.blake2b(flat.data, digest_size=16)
+    digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+    return digest.digest()

@@ -1,17 +1,32 @@
-"""`Pair`: clean and corrupt inputs, proved aligned position by position.
+"""`Pair`: clean and corrupt inputs, proved aligned position by position; and an input as it is without its sound.
 
 A pair exists only if both inputs have the same roles, the same model times and the same patches at every position,
 and the same kinds of tensors. Then "the activation at position p" means the same in both. Text tokens may
 differ (that is what a pair of questions is for); `pair.differing` says where.
+
+*Taken out* means that the prompt is made anew of the clip's picture alone, with the same question, system message,
+prefix and frame rate: the sound's positions and its begin and end tokens are gone. Where sound was woven into the
+video, the video's chunks close up into one run; they keep their model time, since chunks share one clock. The text
+after the media then follows the picture's last id, so in either layout its position ids (not its tokens) are smaller
+than beside the sound. That is the prompt that a model without hearing was trained on.
+
+*Shared positions* are those that both prompts have: each token of the one, but for sound and its two border tokens, has
+its counterpart in the other, in order and with equal ids; else the two prompts are refused.
+
+    >>> silent = without_sound(base, x)                                                     # doctest: +SKIP
+    >>> here, there = shared_positions(x, silent, model.config)                             # doctest: +SKIP
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
-from av_lens.errors import AlignmentError
+from av_lens.errors import AlignmentError, InputError
+from av_lens.families.registry import family_of
 from av_lens.inputs.model_inputs import AVInputs, difference
 from av_lens.spans import Span
 
@@ -49,3 +64,60 @@ class Pair:
 
     def __getitem__(self, item: int | slice) -> Pair:
         return Pair(clean=self.clean[item], corrupt=self.corrupt[item])
+
+
+_PICTURE = {"in_video": "video", "separate": "video", "video_only": "video", "image_audio": "image", "image": "image"}
+
+
+def without_sound(model: Any, x: AVInputs) -> AVInputs:
+    """Encode the same clips and questions for a model, without their sound; of sound alone becomes text alone."""
+    if len(x.spans["generated"]):
+        raise InputError("these inputs hold an answer; take the sound out of the prompt that x.continued() was given.")
+    return AVInputs.stack([_silent(model, one) for one in x])
+
+
+def _silent(model: Any, x: AVInputs) -> AVInputs:
+    made = x.provenance
+    if "asked" not in made:
+        raise InputError("these inputs do not say how they were made; make them with model.encode.")
+    picture = _PICTURE.get(x.layout)
+    options: dict[str, Any] = {"system": made.get("system"), "prefix": made.get("prefix", "")}
+    options |= {"fps": made["fps"]} if "fps" in made else {}
+    clip = x.clips[0] if picture else None
+    return model.encode(clip, made["asked"], sound=None, picture=picture, **options)
+
+
+def shared_positions(
+    x: AVInputs, other: AVInputs, config: Any
+) -> tuple[Int64[np.ndarray, " shared"], Int64[np.ndarray, " shared"]]:
+    """Match the positions of two prompts that differ in sound alone, as they count in each; refuse others."""
+    borders = family_of(config.model_type).media.sound_borders(config)
+    kept = [_unheard(one, borders) for one in (x, other)]
+    ids = [one.ids[:, where].cpu().numpy() for one, where in zip((x, other), kept, strict=True)]
+    n = min(part.shape[1] for part in ids)
+    if ids[0].shape[0] != ids[1].shape[0]:
+        raise AlignmentError(
+            f"{ids[0].shape[0]} examples against {ids[1].shape[0]}: give the same clips on both sides."
+        )
+    unequal = np.flatnonzero((ids[0][:, :n] != ids[1][:, :n]).any(axis=0))
+    if len(unequal) or ids[0].shape != ids[1].shape:
+        at = int(unequal[0]) if len(unequal) else n
+        shown = [_shown(one, where, at) for one, where in zip((x, other), kept, strict=True)]
+        raise AlignmentError(
+            f"these prompts differ in more than the sound: their token {at}, sound left out, is {shown[0]} and "
+            f"{shown[1]}. Ask the same question about the same clip, by models of one vocabulary."
+        )
+    return kept[0], kept[1]
+
+
+def _unheard(x: AVInputs, borders: tuple[int, ...]) -> np.ndarray:
+    heard = np.array([role == "audio" for role in x.spans.roles])
+    border = np.isin(x.ids[0].cpu().numpy(), borders)
+    return np.flatnonzero(~heard & ~border).astype(np.int64)
+
+
+def _shown(x: AVInputs, where: np.ndarray, at: int) -> str:
+    if at >= len(where):
+        return "missing"
+    position = int(where[at])
+    return f"{x.spans.tokens[position]!r} (position {position}, {x.spans.roles[position]})"

@@ -20,11 +20,10 @@ from torch import Tensor
 
 from av_lens.brief import Brief
 from av_lens.errors import InterventionError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.interventions.edges import BoundCut, Cut, cut_scores_, silence_
-from av_lens.interventions.edits import BoundEdit, Edit
+from av_lens.interventions.edits import BoundEdit, Edit, Site, Spec
 from av_lens.interventions.plan_files import read_plan, write_plan
-from av_lens.interventions.sites import Site, Spec
 from av_lens.spans import SpanMap
 
 

@@ -29,8 +29,7 @@ from torch import Tensor
 from av_lens.checks import foreign_file, near_file, parse_json
 from av_lens.errors import AvLensError, InterventionError, unknown
 from av_lens.interventions.edges import Cut
-from av_lens.interventions.edits import Edit
-from av_lens.interventions.sites import Site
+from av_lens.interventions.edits import Edit, Site
 from av_lens.spans import GROUPS, ROLES
 from av_lens.whole_files import write_whole
 

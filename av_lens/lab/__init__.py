@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from av_lens.lab.calibration import calibrate, planted_truth
-from av_lens.lab.demonstration import Demonstration, run_demo
-from av_lens.lab.isolations import isolate_into
+from av_lens.lab.demonstration import Demonstration, isolate_into, run_demo
 from av_lens.lab.plantbench.bench import run_plantbench
 from av_lens.lab.planting.planting import plant
 from av_lens.lab.seeds import run_seeds

@@ -1,4 +1,13 @@
-"""Does the instrument find what was put there? Isolate a model whose guilty heads are known, and compare.
+"""What is known about a planted model, conflicts staged for it, and does the instrument find what was put there?
+
+Every conflict has two source clips of its own, drawn from a part of the world that trained no model; no clip is used
+twice, so each conflict is a component of the clip-sharing graph and bootstraps alone. Sounds' and pictures' classes are
+dealt evenly: each class is the sound, and the picture, equally often (up to one), and a pair's two classes differ.
+
+A planted model's folder holds `planted.json` (`planting.planted` measured it by brute force). A *true* head adds at
+least 5% of the gap to some set of reversions of the other planted heads; a *free rider* does not, and counts neither
+way; a *decoy* was trained for another behaviour and counts as innocent, as every other head does. A model without true
+heads is a *null*: whoever is named in it is named falsely.
 
 The score of a head is the lower 95% bound of its release, by the donor with the largest mean on discovery; AUROC is the
 chance that a planted head scores above another; precision at k is the share of planted heads among the first k, k being
@@ -8,20 +17,205 @@ changes nothing) counts neither way. Sign: positive release gives hearing back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
+from av_lens.checkpoints import index
+from av_lens.core.budget import Progress, silent
 from av_lens.errors import InputError
-from av_lens.isolation.measuring.donors import PRIMARY_DONORS
-from av_lens.lab.plantbench.truth import TRUTH, truth_of
-from av_lens.organism.saving import shipped
+from av_lens.isolation.measuring.engine import PRIMARY_DONORS
+from av_lens.media import Clip
+from av_lens.organism import footage
+from av_lens.organism.anatomy import shipped
 from av_lens.reports import Calibration
-from av_lens.results.record import Isolation
-from av_lens.results.tables import SUPPRESSORS
-from av_lens.whole_files import read_object
+from av_lens.results.record import SUPPRESSORS, Isolation
+from av_lens.whole_files import make_folder, read_object, reading, write_whole
+
+QUESTION = "What do you hear?"
+FPS = 8.0
+
+
+def stage(
+    folder: str | Path, *, conflicts: int, seed: int, split: str = "discovery", progress: Progress | None = None
+) -> Path:
+    """Write the clips of some conflicts, and the manifest that names them."""
+    if conflicts < 1:
+        raise InputError(f"{conflicts} conflicts were asked for; at least 1 is needed, and 40 for an isolation.")
+    folder, tell = make_folder(Path(folder)), progress or silent
+    lines: list[dict[str, Any]] = []
+    for at, (heard, seen) in enumerate(pairs(conflicts, seed=seed)):
+        name = f"{at:04d}"
+        sound, picture = _clip(split, heard, 2 * at, seed), _clip(split, seen, 2 * at + 1, seed)
+        files = {"sound": f"{name}-{heard}.mp4", "picture": f"{name}-{seen}.mp4"}
+        sound.save(folder / files["sound"])
+        picture.save(folder / files["picture"])
+        picture.with_sound(sound).save(folder / conflict_file(name))
+        lines.append({"id": name, **files, "question": QUESTION, "answers": [heard, seen]})
+        tell("writing conflict clips", at + 1, conflicts)
+    return write_manifest(folder, lines)
+
+
+def write_manifest(folder: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
+    """Write a manifest of conflicts, a line each."""
+    manifest = folder / "pairs.jsonl"
+    write_whole(manifest, "\n".join(map(json.dumps, lines)) + "\n")
+    return manifest
+
+
+def conflict_file(name: str) -> str:
+    """Name the file of a conflict, by its id, as it is played: its picture with its sound."""
+    return f"{name}-conflict.mp4"
+
+
+def pairs(n: int, *, seed: int) -> list[tuple[str, str]]:
+    """Deal pairs of different classes evenly: the sound's, the picture's.
+
+    Any run of twelve has each class once on either side, and the first 132 are all ordered pairs, each once.
+    """
+    rng = np.random.default_rng([seed, 0xC0])
+    names = [str(name) for name in rng.permutation(footage.classes())]
+    size = len(names)
+    shifts = 1 + rng.permutation(size - 1)
+    return [(names[i % size], names[(i + int(shifts[i // size % (size - 1)])) % size]) for i in range(n)]
+
+
+def _clip(split: str, name: str, index: int, seed: int) -> Clip:
+    """Make one clip of the world; its seed belongs to this conflict alone."""
+    made = footage.example(split, name, 100_000 * (seed + 1) + index)
+    rate = round(len(made.waveform) * FPS / len(made.frames))
+    return Clip.from_arrays(frames=made.frames, fps=FPS, waveform=made.waveform, rate=rate)
+
+
+Head = tuple[int, int]
+Mask = Bool[np.ndarray, "layer head"]
+TRUTH = "planted.json"
+FREE_RIDER = "free rider"
+BALANCED, SUBJECT = "balanced", "subject"
+KIND_NAMES = {"writer": "picture writer", "opponent": "sound opponent"}
+"""A truth file's words for kinds, in the words of roles."""
+
+
+def mask_of(heads: Collection[Head], shape: tuple[int, ...]) -> Mask:
+    """Lay heads out: true for these heads."""
+    out = np.zeros(shape, dtype=bool)
+    for head in heads:
+        out[head] = True
+    return out
+
+
+@dataclass(frozen=True)
+class PlantTruth:
+    """What is known about one model.
+
+    Attributes:
+        plant: what was asked for ("redundant-gates", ...), "planted" where the file does not say; of models without a
+            truth file "balanced", or "subject" where nothing is known.
+        kinds: the true heads' kinds, by the names that `isolate` gives.
+        free_riders: planted heads whose reversion changes nothing.
+        decoys: heads trained for another behaviour.
+        redundant: whether some true head, put back alone, restores less than half of what it can add.
+    """
+
+    plant: str
+    kinds: Mapping[Head, str]
+    free_riders: tuple[Head, ...] = ()
+    decoys: tuple[Head, ...] = ()
+    redundant: bool = False
+
+    @property
+    def null(self) -> bool:
+        """Whether it is known that there is nothing to find."""
+        return not self.kinds and self.plant != SUBJECT
+
+    @property
+    def beside_a_decoy(self) -> bool:
+        """Whether a decoy and a true head are in one layer."""
+        return bool({layer for layer, _ in self.kinds} & {layer for layer, _ in self.decoys})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Write it as plain data: what the bench keeps for each model."""
+        heads = [[*head, kind] for head, kind in sorted(self.kinds.items())]
+        lists = {name: [list(head) for head in getattr(self, name)] for name in ("free_riders", "decoys")}
+        return {"plant": self.plant, "heads": heads, **lists, "redundant": self.redundant}
+
+    @classmethod
+    def of_dict(cls, content: Mapping[str, Any]) -> PlantTruth:
+        """Read what `as_dict` wrote."""
+        kinds = {_place(entry): str(entry[2]) for entry in content["heads"]}
+        lists = {name: tuple(map(_place, content[name])) for name in ("free_riders", "decoys")}
+        return cls(str(content["plant"]), kinds, **lists, redundant=bool(content["redundant"]))
+
+
+def model_folder(name: str) -> Path:
+    """Find the folder of a model: a folder, or the short name of a shipped one."""
+    if Path(name).is_dir():
+        return Path(name)
+    listed = index()
+    if name not in listed:
+        raise InputError(f"{name!r} is neither a folder nor a shipped model; these are: {', '.join(sorted(listed))}.")
+    return shipped() / str(listed[name]["folder"])
+
+
+def read_plant(name: str) -> PlantTruth:
+    """Read what is known about a model, given its folder or short name.
+
+    A model without a truth file is "balanced" if its record of training says so (nothing is to be found in it), else a
+    "subject", of which nothing is known.
+    """
+    path = model_folder(name) / TRUTH
+    if not path.is_file():
+        trained = path.with_name("training.json")
+        said = read_object(trained) if trained.is_file() else {}
+        return PlantTruth(BALANCED if str(said.get("name", "")).endswith(BALANCED) else SUBJECT, {})
+    with reading(path):
+        return truth_of(read_object(path))
+
+
+def truth_of(content: Mapping[str, Any]) -> PlantTruth:
+    """Bring a truth file's content to heads and kinds.
+
+    `heads` lists what was measured of every planted head (or pairs `[layer, head]`, of the file's one kind); `decoys`
+    lists heads that were trained for another behaviour; `asked_for` says what was to be planted.
+    """
+    decoys = tuple(sorted(_place(entry) for entry in content.get("decoys", ())))
+    measured = {_place(entry): entry if isinstance(entry, Mapping) else {} for entry in content.get("heads", ())}
+    kinds: dict[Head, str] = {}
+    riders: list[Head] = []
+    redundant = False
+    for head, entry in measured.items():
+        kind = str(entry.get("kind", content.get("kind", "")))
+        if head in decoys:
+            continue
+        if entry.get("free_rider", kind == FREE_RIDER):
+            riders.append(head)
+            continue
+        kinds[head] = KIND_NAMES.get(kind, kind)
+        redundant |= float(entry.get("alone", 1.0)) < 0.5 * float(entry.get("adds", 0.0))
+    return PlantTruth(str(content.get("asked_for", "planted")), kinds, tuple(sorted(riders)), decoys, redundant)
+
+
+def weights_key(name: str) -> str:
+    """Hash the files of a model's folder, so that another model is never given these numbers."""
+    digest = hashlib.sha256()
+    folder = model_folder(name)
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _place(entry: Any) -> Head:
+    layer, head = (entry["layer"], entry["head"]) if isinstance(entry, Mapping) else entry[:2]
+    return int(layer), int(head)
+
 
 _NAMED = (*SUPPRESSORS, "undetermined")
 

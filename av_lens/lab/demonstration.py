@@ -1,4 +1,4 @@
-"""The main job from end to end on the embedded models: `av-lens demo`.
+"""The main job from end to end: one isolation in one folder, and `av-lens demo` on the embedded models.
 
 1. Write conflict clips of the synthetic world as mp4 files, from a part of it that trained nothing, with a manifest.
 2. Calibrate: isolate `av-tiny-planted`, whose guilty heads are known, on those files.
@@ -14,24 +14,68 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from av_lens import __version__
-from av_lens.core.progress import Progress, named
+from av_lens.core.budget import Progress, named
+from av_lens.errors import InputError
+from av_lens.inputs import Conflict
 from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
-from av_lens.lab.calibration import calibrate, planted_truth
-from av_lens.lab.isolations import organism_caveats
-from av_lens.lab.parts import Parts
-from av_lens.lab.staged_conflicts import conflict_file, stage
+from av_lens.lab.calibration import calibrate, conflict_file, planted_truth, stage
+from av_lens.lab.pages import Parts
+from av_lens.lab.training.courses import recipes
+from av_lens.media import Clip
 from av_lens.model import load
-from av_lens.organism.saving import shipped
+from av_lens.organism.anatomy import shipped
 from av_lens.reports import Calibration, write_bundle
 from av_lens.results.record import Isolation
 from av_lens.whole_files import write_whole
+
+
+def isolate_into(
+    out: str | Path,
+    model: Any,
+    conflicts: Sequence[Conflict],
+    *,
+    name: str = "",
+    limit: int | None = None,
+    progress: Progress | None = None,
+    most_clips: int = 12,
+    **options: Any,
+) -> tuple[Isolation, Path]:
+    """Isolate, and write the page, the figures and the numbers."""
+    if limit is not None and limit < 1:
+        raise InputError(f"the limit is {limit} conflicts; give at least 1 (40 for an isolation), or none.")
+    conflicts = conflicts[:limit]
+    found = isolate(model, conflicts, progress=progress, out=out, **options)
+    clips = playable(found, conflicts, most=most_clips)
+    return found, write_bundle(found, out, clips=clips, caveats=organism_caveats(name), most_clips=most_clips)
+
+
+def organism_caveats(name: str) -> tuple[str, ...]:
+    """Say what a finding about one of the embedded models, by short name, does not show; of others there is nothing."""
+    return (recipes()[name].caveat,) if name in recipes() else ()
+
+
+def playable(found: Isolation, conflicts: Sequence[Conflict], *, most: int = 12) -> dict[str, Clip]:
+    """Put some conflicts, competent ones first, together as they are played: one clip's picture, the other's sound.
+
+    `found` has a row for each of the conflicts, in their order.
+    """
+    names, competent = list(found.conflicts["id"]), list(found.conflicts["competent"])
+    order = sorted(range(len(names)), key=lambda place: not competent[place])[:most]
+    pairs = {str(names[place]): (conflicts[place].picture, conflicts[place].sound) for place in order}
+    return {name: _loaded(picture).with_sound(_loaded(sound)) for name, (picture, sound) in pairs.items()}
+
+
+def _loaded(clip: Any) -> Clip:
+    return clip if isinstance(clip, Clip) else clip.load()
+
 
 SUBJECT = "av-tiny"
 PLANTED = "av-tiny-planted"

@@ -26,17 +26,16 @@ from typing import Any
 
 import numpy as np
 
-from av_lens.core.progress import Progress
+from av_lens.core.budget import Progress
 from av_lens.errors import InputError
 from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
 from av_lens.isolation.explaining.robustness import jaccard, rank_correlation
-from av_lens.isolation.measuring.donors import PRIMARY_DONORS
-from av_lens.lab.pages import FilledPage, Table, markdown
-from av_lens.lab.parts import Parts
+from av_lens.isolation.measuring.engine import PRIMARY_DONORS
+from av_lens.lab.calibration import stage
+from av_lens.lab.pages import FilledPage, Parts, Table, markdown
 from av_lens.lab.plantbench.methods import SITE
 from av_lens.lab.plantbench.scores import named_heads
-from av_lens.lab.staged_conflicts import stage
 from av_lens.model import load
 from av_lens.results.provenance import plain, stamp
 from av_lens.results.record import Isolation

@@ -22,15 +22,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from av_lens.core.progress import Progress, silent
+from av_lens.core.budget import Progress, silent
 from av_lens.errors import InputError, unknown
 from av_lens.inputs import conflicts
 from av_lens.isolation import isolate
 from av_lens.isolation.running.cost import peak_memory
-from av_lens.lab.staged_conflicts import QUESTION, write_manifest
+from av_lens.lab.calibration import QUESTION, write_manifest
 from av_lens.media import Clip, load_clip
 from av_lens.model import load
-from av_lens.organism import anatomy, world
+from av_lens.organism import anatomy, footage
 from av_lens.results.provenance import stamp
 from av_lens.whole_files import make_folder, write_whole
 
@@ -144,7 +144,7 @@ def stage_windows(recording: str | Path, folder: Path, *, n: int, seconds: float
     if windows < 2:
         raise InputError(f"{recording} lasts {shown.picture_end:.1f} s; two windows of {seconds:g} s are needed.")
     rng = np.random.default_rng([seed, 0x3B])
-    names = [str(name) for name in world.classes()]
+    names = [str(name) for name in footage.classes()]
     lines: list[dict[str, Any]] = []
     for index in range(n):
         places = rng.choice(windows, size=2, replace=False)
@@ -158,7 +158,7 @@ def stage_windows(recording: str | Path, folder: Path, *, n: int, seconds: float
 
 def _window(shown: Clip, start: float, seconds: float, name: str, index: int) -> Clip:
     part = shown.trimmed(start, start + seconds)
-    sound = world.example("discovery", name, 900_000 + index).waveform[: round(16000 * seconds)]
+    sound = footage.example("discovery", name, 900_000 + index).waveform[: round(16000 * seconds)]
     return Clip.from_arrays(frames=part.frames, times=part.times, waveform=sound, rate=16000, duration=seconds)
 
 

@@ -1,4 +1,4 @@
-"""`Clip`: pictures with their true times, a mono sound with its rate, and where both came from.
+"""`Clip`: frames with their true times and a waveform with its rate, and where both came from; it plays in a notebook.
 
 A clip's clock starts at 0. Frame k is shown from `times[k]` until `times[k + 1]`; sample n sounds at n / rate.
 The picture ends at `picture_end`, the sound at `sound_end`, the clip at `duration`. Nothing is padded at the end: a
@@ -16,7 +16,9 @@ Example:
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import html
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,10 +29,48 @@ import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
 from av_lens.errors import MediaError
-from av_lens.media import encoding, html
-from av_lens.media.arrays import TOLERANCE, blanked, natural_end, prepared, quiet, typical_step, window_of_frames
-from av_lens.media.validation import check_picture, check_rate, check_seconds, check_sound, check_window
+from av_lens.media import encoding
+from av_lens.media.arrays import (
+    TOLERANCE,
+    blanked,
+    check_picture,
+    check_rate,
+    check_seconds,
+    check_sound,
+    check_window,
+    natural_end,
+    prepared,
+    quiet,
+    typical_step,
+    window_of_frames,
+)
 from av_lens.whole_files import write_whole
+
+_PREVIEW_SECONDS = 60.0
+_PREVIEW_SIDE = 480
+
+
+def player(clip: Any) -> str:
+    """Draw a clip as HTML that needs no network."""
+    shown = clip if clip.duration <= _PREVIEW_SECONDS else clip.trimmed(0.0, _PREVIEW_SECONDS)
+    if not clip.has_picture:
+        element = f'<audio controls src="{data_uri("audio/mp4", shown.to_mp4_bytes())}"></audio>'
+    elif clip.is_image and not clip.has_sound:
+        uri = data_uri("image/png", encoding.png_bytes(clip.frames[0]))
+        element = f'<img alt="one frame" style="max-width:480px" src="{uri}">'
+    else:
+        data = shown.to_mp4_bytes(crf=20.0, max_side=_PREVIEW_SIDE)
+        width = max(240, min(_PREVIEW_SIDE, clip.frames.shape[2]))
+        element = f'<video controls loop playsinline width="{width}" src="{data_uri("video/mp4", data)}"></video>'
+    preview = f" (the first {_PREVIEW_SECONDS:g} s are shown)" if shown is not clip else ""
+    notes = "".join(f"<br>{html.escape(note)}" for note in clip.notes)
+    caption = f"<figcaption><small>{html.escape(repr(clip))}{preview}{notes}</small></figcaption>"
+    return f'<figure class="av-lens-clip" style="margin:0">{element}{caption}</figure>'
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """Write a medium of this kind, such as "video/mp4", into an address."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -375,7 +415,7 @@ class Clip:
         return f"Clip({self._streams()}, {self.duration:.3f} s{where})"
 
     def _repr_html_(self) -> str:
-        return html.player(self)
+        return player(self)
 
 
 def _digest(*parts: object) -> str:

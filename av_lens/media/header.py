@@ -17,7 +17,7 @@ from typing import Any
 
 from av_lens.errors import MediaError
 from av_lens.media import promises
-from av_lens.media.border import border, is_image_format, opened, regular_file
+from av_lens.media.arrays import border, is_image_format, opened, regular_file
 from av_lens.media.encoding import CROP_MARK
 
 _LATEST_START = 5

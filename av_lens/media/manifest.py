@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from av_lens.checks import near_file, parse_json
 from av_lens.errors import ManifestError, MediaError, unknown
-from av_lens.media.files import ClipFile
+from av_lens.media.source import ClipFile
 
 SEE, CONTROL = "What do you see?", "What colour is it?"
 

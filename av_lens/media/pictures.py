@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from av_lens.errors import MediaError
-from av_lens.media.arrays import TOLERANCE
-from av_lens.media.border import Budget
+from av_lens.media.arrays import TOLERANCE, Budget
 from av_lens.media.header import MediaFacts, is_cover
 
 _SLACK = Fraction(1, 1_000_000)

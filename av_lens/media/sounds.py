@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from av_lens.errors import MediaError
-from av_lens.media.border import Budget
+from av_lens.media.arrays import Budget
+from av_lens.media.encoding import resample
 from av_lens.media.header import MediaFacts
-from av_lens.media.resampling import resample
 
 _JITTER = 0.05
 _LONGEST_OVERLAP = 1.0

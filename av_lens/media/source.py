@@ -1,24 +1,25 @@
-"""`load_clip`: one pass over a file, from the key frame before the window to the window's end, into a `Clip`."""
+"""`load_clip`: one pass over a file into a `Clip`; and `ClipFile`, which stays on disk until it is needed."""
 
 from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from av_lens.errors import MediaError
-from av_lens.media import border, header
-from av_lens.media.arrays import TOLERANCE
+from av_lens.media import arrays, header
+from av_lens.media.arrays import TOLERANCE, check_rate, check_seconds, check_stream, check_window, regular_file
 from av_lens.media.clip import Clip
+from av_lens.media.header import MediaFacts, probe_media
 from av_lens.media.pictures import Pictures
 from av_lens.media.promises import left_behind, shortfall
 from av_lens.media.sounds import Sounds
-from av_lens.media.validation import check_rate, check_seconds, check_stream, check_window
 
 _PREROLL = 0.5
 _INTERLEAVE = 30.0
@@ -35,7 +36,7 @@ def load_clip(
     end: float | None = None,
     fps: float | None = None,
     sound_rate: SupportsIndex = 16000,
-    max_bytes: int = border.DEFAULT_MAX_BYTES,
+    max_bytes: int = arrays.DEFAULT_MAX_BYTES,
     damaged: str = "refuse",
     stream: Mapping[str, int] | None = None,
 ) -> Clip:
@@ -68,16 +69,16 @@ def load_clip(
     rate = check_rate("sound_rate", sound_rate, low=1_000)
     if damaged not in ("refuse", "keep"):
         raise MediaError(f'damaged= is "refuse" or "keep", found {damaged!r}.')
-    text, _ = border.regular_file(path)
+    text, _ = arrays.regular_file(path)
     request = _Request(text, start, end, fps, max_bytes, damaged, check_stream(stream))
-    with border.border(text, "decode"):
-        return _read(request).clip(rate, border.file_hash(text))
+    with arrays.border(text, "decode"):
+        return _read(request).clip(rate, arrays.file_hash(text))
 
 
 def _read(request: _Request) -> _Reading:
     """Decode the window; where a seek lands inside it, go further back, at last to the beginning."""
     for back in _STEPS_BACK:
-        with border.opened(request.path) as container:
+        with arrays.opened(request.path) as container:
             reading = _Reading(request, container)
             if reading.run(back) or back == _STEPS_BACK[-1]:
                 return reading
@@ -118,7 +119,7 @@ class _Reading:
         self.left_out = header.streams_left_out(container, *self.streams)
         self.promised = header.promised_end(self.facts, self.streams)
         self.takers: dict[int, Pictures | Sounds] = {}
-        self.budget = border.Budget(request.path, request.max_bytes)
+        self.budget = arrays.Budget(request.path, request.max_bytes)
         self.pictures = None if picture is None else self._pictures(picture)
         self.sounds = None if sound is None else self._sounds(sound)
 
@@ -149,7 +150,7 @@ class _Reading:
         n_bytes = facts.width * facts.height * 3 * max(1.0, rate * seconds)
         if math.isfinite(n_bytes):
             size = f"{seconds:.1f} s of {facts.width}x{facts.height} at {rate:.3g} frames a second"
-            border.Budget(asked.path, asked.max_bytes).take(n_bytes, size)
+            arrays.Budget(asked.path, asked.max_bytes).take(n_bytes, size)
 
     def run(self, back: float) -> bool:
         """Decode the window, from a key frame at least `back` seconds before it.
@@ -161,8 +162,8 @@ class _Reading:
         while True:
             try:
                 packet = next(packets, None)
-            except border.foreign_errors() as error:
-                self.faults.append(f"reading stopped: {border.describe(error)}")
+            except arrays.foreign_errors() as error:
+                self.faults.append(f"reading stopped: {arrays.describe(error)}")
                 packet = None
             if packet is None:
                 self.ended = True
@@ -191,7 +192,7 @@ class _Reading:
         ticks = math.floor((Fraction(target) + self.facts.zero) / stream.time_base)
         try:
             self.container.seek(ticks, stream=stream, backward=True)
-        except border.foreign_errors():
+        except arrays.foreign_errors():
             # No index: decode from the beginning, holding nothing before the window.
             return False
         return True
@@ -201,12 +202,12 @@ class _Reading:
             return
         try:
             frames = packet.decode()
-        except border.foreign_errors() as error:
+        except arrays.foreign_errors() as error:
             time = _seconds(packet, self.facts.zero)
             # Before the window, a decoder that lacks what came before the seek may complain.
             if time is None or time >= self.request.start - TOLERANCE:
                 where = header.stream_kind(packet.stream) + ("" if time is None else f" at {time:.3f} s")
-                self.faults.append(f"a packet of the {where} does not decode: {border.describe(error)}")
+                self.faults.append(f"a packet of the {where} does not decode: {arrays.describe(error)}")
             return
         for frame in frames:
             if not taker.done:
@@ -282,3 +283,80 @@ class _Reading:
 def _seconds(packet: Any, zero: Fraction) -> float | None:
     stamp = packet.pts if packet.pts is not None else packet.dts
     return None if stamp is None or not packet.time_base else float(stamp * Fraction(packet.time_base) - zero)
+
+
+_MOST_CLIPS = 16
+_MOST_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class ClipFile:
+    """A window of a media file, not yet decoded.
+
+    Attributes:
+        path: the file.
+        start: seconds of the file's clock.
+        end: seconds of the file's clock, or None for its end.
+        fps: keep the nearest source frames at this rate, or None for all (as `load_clip`).
+        sound_rate: Hz of the waveform.
+        stream: which of several streams to read, or None (as `load_clip`).
+    """
+
+    path: str
+    start: float = 0.0
+    end: float | None = None
+    fps: float | None = None
+    sound_rate: int = 16000
+    stream: Mapping[str, int] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        check_window(self.start, self.end)
+        check_rate("sound_rate", self.sound_rate, low=1_000)
+        object.__setattr__(self, "stream", check_stream(self.stream) or None)
+
+    def probe(self) -> MediaFacts:
+        """Check that the window can be read, from the header alone.
+
+        Returns:
+            The file's facts.
+
+        Raises:
+            MediaError: the file is missing, empty or no medium, or the window starts past its end.
+        """
+        facts = probe_media(self.path, stream=self.stream)
+        facts.check_start(self.start)
+        return facts
+
+    def load(self) -> Clip:
+        """Decode the window, or take it from the few that were decoded last.
+
+        Returns:
+            The clip; the same object while it stays in the cache and the file does not change.
+
+        Raises:
+            MediaError: as `load_clip`.
+        """
+        path, size = regular_file(self.path)
+        file = (os.path.abspath(path), size, os.stat(path).st_mtime_ns)
+        asked = (self.start, self.end, self.fps, self.sound_rate)
+        key = (*file, *asked, *sorted((self.stream or {}).items()))
+        clip = _LAST.get(key)
+        if clip is None:
+            start, end, fps, rate = asked
+            clip = load_clip(path, start=start, end=end, fps=fps, sound_rate=rate, stream=self.stream)
+        with _LOCK:
+            _LAST.pop(key, None)
+            _LAST[key] = clip
+            while len(_LAST) > _MOST_CLIPS or sum(map(_size, _LAST.values())) > _MOST_BYTES:
+                _LAST.pop(next(iter(_LAST)))
+        return clip
+
+
+_LAST: dict[tuple[object, ...], Clip] = {}
+"""The clips loaded last, the latest at the end: at most 16, and at most 1 GiB of them."""
+_LOCK = threading.Lock()
+
+
+def _size(clip: Clip) -> int:
+    arrays = (clip.frames, clip.times, clip.waveform)
+    return sum(array.nbytes for array in arrays if array is not None)

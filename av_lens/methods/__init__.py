@@ -3,15 +3,14 @@
 from av_lens.methods.activation_patching import patch
 from av_lens.methods.attention import attention_flow
 from av_lens.methods.attribution import direct_attribution
-from av_lens.methods.base_model.grafting import graft
+from av_lens.methods.base_model.grafting import graft, weight_change
 from av_lens.methods.base_model.inheritance import base_shift
-from av_lens.methods.base_model.weight_changes import weight_change
 from av_lens.methods.captions.captioning import caption
 from av_lens.methods.captions.judging import Judge
 from av_lens.methods.circuits.finding import find_circuit
 from av_lens.methods.edges import edge_attribution
 from av_lens.methods.gradients import attribution_patch
-from av_lens.methods.knockouts.cutting import knockout
+from av_lens.methods.knockouts import knockout
 from av_lens.methods.lens import logit_lens
 from av_lens.methods.path_patching.patching import path_patch
 from av_lens.methods.probes import at_chosen_layer, probe, read_streams

@@ -28,12 +28,12 @@ import numpy as np
 
 from av_lens.checks import require_choice
 from av_lens.core import Progress
-from av_lens.core.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, sinks_by_layout, sinks_of
-from av_lens.core.layouts import listed
+from av_lens.core.budget import listed
+from av_lens.core.readings import SINK_TIMES, WEIGHTS, attention_mass, sinks_by_layout, sinks_of
 from av_lens.errors import InputError
 from av_lens.inputs import AVInputs
 from av_lens.methods.shared.frame import Examples, Frame, Stack, answer_lengths
-from av_lens.methods.shared.role_words import SINKS, named_span
+from av_lens.methods.shared.places import SINKS, named_span
 from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
 from av_lens.spans import ROLES, Span

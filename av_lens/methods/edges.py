@@ -47,15 +47,14 @@ from av_lens.checks import require_choice
 from av_lens.core import Progress, run
 from av_lens.core.budget import GIGABYTE
 from av_lens.errors import InputError
-from av_lens.families.decoder import Layer
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import Layer, hook_name
 from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Site
 from av_lens.methods.shared.frame import Examples, Frame, Stack, numbers
 from av_lens.methods.shared.places import Axes, Place
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM
-from av_lens.replay.receivers import Reading, reader_names, readings, require_restart
+from av_lens.replay.held import Reading, reader_names, readings, require_restart
 from av_lens.replay.rerun import layer_of, rerun_from
 from av_lens.replay.traces import Trace, record
 from av_lens.results import EdgeScores

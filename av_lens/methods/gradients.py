@@ -39,16 +39,16 @@ from torch import Tensor
 from av_lens.checks import require_choice
 from av_lens.core import Progress, watched
 from av_lens.errors import InputError, InterventionError
-from av_lens.families.hook_names import component_named
+from av_lens.families.decoder import component_named
 from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Plan, Site
 from av_lens.methods.shared.frame import SIGNS, Examples, Frame, Given, Stack, held_layers, numbers, scored
 from av_lens.methods.shared.places import Axes, Place, Visits, positions_of
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM
-from av_lens.replay.receivers import require_restart
-from av_lens.replay.rereading import read_with
+from av_lens.replay.held import require_restart
 from av_lens.replay.rerun import layer_of
+from av_lens.replay.stacks import read_with
 from av_lens.replay.suffix_gradients import SuffixGradients
 from av_lens.replay.traces import Trace, record
 from av_lens.results import Grid

@@ -36,16 +36,15 @@ from torch import Tensor
 
 from av_lens.checks import require_at_least
 from av_lens.core import Progress, read_layers
-from av_lens.core.unembedding import unembedded
+from av_lens.core.calls import unembedded
 from av_lens.errors import InputError
 from av_lens.inputs import AVInputs
 from av_lens.inputs.answers import spelled
-from av_lens.interventions.sites import resolve_positions
+from av_lens.interventions.edits import resolve_positions
 from av_lens.methods.shared.frame import Examples, Frame, Stack
-from av_lens.metrics.asked import Each, asked_words, resolved, shown
-from av_lens.metrics.forms import Forms, read_forms
+from av_lens.metrics.forms import Each, Forms, asked_words, read_forms, resolved, shown
 from av_lens.model import HookedAVLLM
-from av_lens.results.lens_readout import LensReadout, readings
+from av_lens.results.readouts import LensReadout, readings
 from av_lens.spans import Span
 
 MOST_OTHERS = 32

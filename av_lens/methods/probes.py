@@ -39,18 +39,17 @@ from jaxtyping import Float
 from av_lens.brief import Brief
 from av_lens.checks import require_at_least, require_choice
 from av_lens.core import Progress, watched
-from av_lens.core.pooled import pooled_streams
+from av_lens.core.readings import pooled_streams
 from av_lens.errors import InputError
 from av_lens.inputs import Answer, Conflict
 from av_lens.inputs.answers import synonyms_of
-from av_lens.inputs.conflict import CELLS
-from av_lens.inputs.sources import clip_key
+from av_lens.inputs.conflict import CELLS, clip_key
 from av_lens.methods.shared.frame import Examples
 from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
-from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member, deal, standing
-from av_lens.results.linear_probes import LinearProbe, control_labels, folds, held_out, looked_up
 from av_lens.results.provenance import stamp
+from av_lens.results.readouts import LinearProbe, control_labels, folds, held_out, looked_up
+from av_lens.results.statistics import CONFIRMATION, DISCOVERY, Halves, Member, deal, standing
 
 TARGETS = {"sound": 1, "picture": 0}
 CONFLICT_CELLS = ("va", "av")

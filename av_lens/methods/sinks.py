@@ -44,7 +44,7 @@ from torch import Tensor
 
 from av_lens.checks import require_choice
 from av_lens.core import Progress, read_layers, watched
-from av_lens.core.attention_mass import SINK_TIMES, WEIGHTS, attention_mass, incoming_mass, sink_positions
+from av_lens.core.readings import SINK_TIMES, WEIGHTS, attention_mass, incoming_mass, sink_positions
 from av_lens.errors import InputError
 from av_lens.inputs import AVInputs
 from av_lens.methods.shared.frame import Examples, Frame

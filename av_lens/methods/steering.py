@@ -38,7 +38,7 @@ from torch import Tensor
 
 from av_lens.core import Progress, run
 from av_lens.errors import InputError, InterventionError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.inputs import Pair
 from av_lens.interventions import Edit, Plan, Site, add, scale
 from av_lens.methods.shared.frame import Examples, Frame, Stack, scored

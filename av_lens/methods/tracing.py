@@ -39,12 +39,12 @@ from torch import Tensor
 
 from av_lens.checks import require_choice
 from av_lens.core import Progress
-from av_lens.core.layouts import listed
+from av_lens.core.budget import listed
 from av_lens.errors import InputError, InterventionError
-from av_lens.families.hook_names import component_named
+from av_lens.families.decoder import component_named
 from av_lens.inputs import AVInputs, Conflict, Pair
 from av_lens.interventions import Plan, Site, add
-from av_lens.interventions.sites import resolve_positions
+from av_lens.interventions.edits import resolve_positions
 from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, numbers
 from av_lens.methods.shared.places import Axes, Place
 from av_lens.metrics import Metric, as_metric, each, prob, require_numbers

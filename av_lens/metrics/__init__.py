@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from av_lens.metrics.asked import each
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric, as_metric, kl, log_prob, logit, logit_diff, prob, rank
+from av_lens.metrics.forms import each
+from av_lens.metrics.metric import Metric, as_metric, kl, log_prob, logit, logit_diff, prob, rank, require_numbers
 
 __all__ = ["Metric", "as_metric", "each", "kl", "log_prob", "logit", "logit_diff", "prob", "rank", "require_numbers"]

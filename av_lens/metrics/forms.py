@@ -1,4 +1,7 @@
-"""Question: in which form does this model say its answers here: " dog", "dog", " Dog" or "Dog"?
+"""What is asked of a metric, the arithmetic of scores, and in which form this model says its answers: " dog" or "Dog"?
+
+Answers come as token ids `[example or 1, option, token]`, padded with -1. An option without tokens does not exist for
+that example: it scores minus infinity (its rank: infinity), so that pooling passes over it.
 
 After the header of its turn one model answers "dog" and another " dog"; the other form is a token that is hardly ever
 said, and a metric that reads it measures nothing. So a word is read in the form that the model says:
@@ -24,18 +27,187 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from av_lens.core.budget import input_stacks, listed, that_fit
 from av_lens.core.execution import logits_of
-from av_lens.core.layouts import input_stacks, listed, that_fit
-from av_lens.core.recorded import Recorded
+from av_lens.core.readings import Recorded
 from av_lens.errors import InputError, unknown
-from av_lens.inputs.answers import FORMS, Answer, AnswerLike, forms_of, in_form, resolve, spelled, words_of
+from av_lens.inputs.answers import (
+    FORMS,
+    Answer,
+    AnswerLike,
+    answer_pair,
+    forms_of,
+    in_form,
+    resolve,
+    spelled,
+    synonyms_of,
+    words_of,
+)
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
-from av_lens.metrics.asked import asked_words
-from av_lens.metrics.scores import summed_log_prob
+
+
+def padded(answers: Sequence[Answer]) -> Int64[Tensor, "example option token"]:
+    """Bring answers to one tensor."""
+    options = max(len(answer.options) for answer in answers)
+    tokens = max(answer.n_tokens for answer in answers)
+    ids = torch.full((len(answers), options, tokens), -1, dtype=torch.long)
+    for row, answer in zip(ids, answers, strict=True):
+        for place, option in zip(row, answer.options, strict=False):
+            place[: len(option)] = torch.tensor(option)
+    return ids
+
+
+def filled(tokens: Int64[Tensor, "example token"]) -> Int64[Tensor, "example token"]:
+    """Replace padding by the token before it, so that it can be run; what follows an answer does not change it."""
+    found = tokens.clone()
+    for i in range(found.shape[1]):
+        missing = found[:, i] < 0
+        found[missing, i] = found[missing, i - 1] if i else 0
+    return found
+
+
+def per_option(
+    ids: Int64[Tensor, "example option token"], logits: Float[Tensor, "batch d_vocab"], kind: str
+) -> Float[Tensor, "batch option"]:
+    """Score one-token options at the generation position."""
+    tokens = ids[..., 0].to(logits.device).expand(logits.shape[0], -1)
+    if kind in ("log_prob", "prob"):
+        logits = logits.log_softmax(-1)
+    values = logits.gather(-1, tokens.clamp(min=0))
+    if kind == "rank":
+        ranks = (logits[:, None] > values[..., None]).sum(-1).to(logits.dtype)
+        return ranks.masked_fill(tokens < 0, torch.inf)
+    return values.masked_fill(tokens < 0, -torch.inf)
+
+
+def summed_log_prob(
+    tokens: Int64[Tensor, "batch token"], logits: Float[Tensor, "batch token d_vocab"]
+) -> tuple[Float[Tensor, " batch"], Int64[Tensor, " batch"]]:
+    """Score one option of several tokens by teacher forcing."""
+    there = tokens >= 0
+    each = logits.log_softmax(-1).gather(-1, tokens.clamp(min=0)[..., None])[..., 0]
+    total = each.masked_fill(~there, 0.0).sum(-1)
+    return total.masked_fill(~there.any(-1), -torch.inf), there.sum(-1)
+
+
+def worst_rank(
+    tokens: Int64[Tensor, "batch token"], logits: Float[Tensor, "batch token d_vocab"]
+) -> Float[Tensor, " batch"]:
+    """Rank one option of several tokens: the worst rank along it."""
+    there = tokens >= 0
+    values = logits.gather(-1, tokens.clamp(min=0)[..., None])
+    ranks = (logits > values).sum(-1).masked_fill(~there, -1).amax(-1).to(logits.dtype)
+    return ranks.masked_fill(~there.any(-1), torch.inf)
+
+
+def unequal_lengths(answers: Sequence[Int64[Tensor, "_ _ _"]]) -> Bool[Tensor, " _"]:
+    """Say for which examples the answers' options have unequal numbers of tokens."""
+    examples = max(ids.shape[0] for ids in answers)
+    lengths = torch.cat([(ids >= 0).sum(-1).expand(examples, -1) for ids in answers], dim=1)
+    longest, shortest = lengths.amax(1), lengths.masked_fill(lengths == 0, 2**31).amin(1)
+    return longest != shortest
+
+
+def combined(kind: str, sides: Sequence[Sequence[Float[Tensor, " batch"]]]) -> Float[Tensor, " batch"]:
+    """Pool each answer's options, and take the difference of two answers."""
+    if kind == "rank":
+        return torch.stack(list(sides[0]), dim=-1).amin(-1)
+    pooled = [torch.stack(list(side), dim=-1).logsumexp(-1) if len(side) > 1 else side[0] for side in sides]
+    if kind == "logit_diff":
+        return pooled[0] - pooled[1]
+    return pooled[0].exp() if kind == "prob" else pooled[0]
+
+
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Each:
+    """One answer for each example, in order. Build it with `each`."""
+
+    answers: tuple[AnswerLike | Answer, ...]
+
+
+def each(answers: Sequence[AnswerLike | Answer]) -> Each:
+    """Give every example of a stack its own answer.
+
+    Args:
+        answers: the answers in the order of the examples.
+
+    Returns:
+        What `logit_diff`, `log_prob`, `prob` and `rank` take in an answer's place.
+    """
+    return Each(tuple(answers))
+
+
+Asked = str | int | Answer | Sequence[str | int] | Each
+
+
+def shown(asked: Asked) -> str:
+    """Write what was asked in a few words."""
+    if isinstance(asked, Each):
+        return f"{len(asked.answers)} answers"
+    return asked.text if isinstance(asked, Answer) else str(asked)
+
+
+def spread(side: tuple[AnswerLike | Answer, ...], n: int) -> tuple[AnswerLike | Answer, ...]:
+    """Repeat a shared answer for every example."""
+    return side * n if len(side) == 1 else side
+
+
+def resolved(tokenizer: Any, answer: AnswerLike | Answer, form: str | None = None) -> Answer:
+    """Find an answer's tokens."""
+    if isinstance(answer, Answer) or tokenizer is not None:
+        return resolve(tokenizer, answer, form)
+    named, words = synonyms_of(answer), words_of(answer)
+    if words:
+        raise InputError(f"the answer {words[0]!r} is text: bind the metric first, metric.bind(model, x).")
+    return Answer(" / ".join(map(str, named)), tuple((int(part),) for part in named))
+
+
+def paired(
+    tokenizer: Any, a: AnswerLike | Answer, b: AnswerLike | Answer, form: str | None = None
+) -> tuple[Answer, Answer]:
+    """Find the tokens of two answers that are to be told apart."""
+    if tokenizer is None:
+        return answer_pair(_NoWords(), resolved(None, a), resolved(None, b))
+    return answer_pair(tokenizer, a, b, form)
+
+
+class _NoWords:
+    """Stands for a tokenizer where all answers are token ids; it only words a refusal."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return f"token {ids[0]}"
+
+
+def asked_words(sides: Sequence[Sequence[AnswerLike | Answer]], n: int) -> list[list[str]]:
+    """List the words that are asked of each example."""
+    spread_out = [spread(tuple(side), n) for side in sides]
+    return [[word for side in spread_out for word in words_of(side[i])] for i in range(n)]
+
+
+def notes_on(answers: list[list[Answer]], tokenizer: Any = None) -> tuple[str, ...]:
+    """Say what a reader of the numbers must know about the answers."""
+    flat = [answer for side in answers for answer in side]
+    if all(answer.single for answer in flat):
+        return ()
+    notes = ["an answer has several tokens: scores are teacher-forced log-probabilities"]
+    for row in zip(*answers, strict=True) if len(answers) == 2 else ():
+        lengths = {len(option) for answer in row for option in answer.options}
+        if len(lengths) > 1:
+            texts = " and ".join(repr(answer.text) for answer in row)
+            notes.append(f"{texts} have unequal numbers of tokens: scored by the mean log-probability per token")
+            break
+    broken = {option: answer.text for answer in flat for option in answer.options if len(option) > 1 and tokenizer}
+    notes += [f"{text!r} is {len(ids)} tokens: {spelled(tokenizer, ids)}" for ids, text in list(broken.items())[:SHOWN]]
+    notes += [f"... and {len(broken) - SHOWN} more such answers"] if len(broken) > SHOWN else []
+    return tuple(notes)
+
 
 RARER = 100.0
 """A word is refused where another form of it is more than so many times likelier than the chosen one."""

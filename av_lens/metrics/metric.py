@@ -37,9 +37,47 @@ from torch import Tensor
 
 from av_lens.brief import Brief
 from av_lens.errors import InputError
-from av_lens.metrics import scores
-from av_lens.metrics.asked import Asked, Each, notes_on, paired, resolved, shown, spread
-from av_lens.metrics.forms import Forms, n_examples, read_sides, unedited
+from av_lens.metrics.forms import (
+    Asked,
+    Each,
+    Forms,
+    combined,
+    filled,
+    n_examples,
+    notes_on,
+    padded,
+    paired,
+    per_option,
+    read_sides,
+    resolved,
+    shown,
+    spread,
+    summed_log_prob,
+    unedited,
+    unequal_lengths,
+    worst_rank,
+)
+
+
+def require_numbers(found: Float[Tensor, " batch"], name: str, *, run: str = "the run without edits") -> None:
+    """Refuse a metric that gives no number.
+
+    Args:
+        found: the metric of every example, measured before the edits.
+        name: the metric's name.
+        run: which run it was measured on.
+
+    Raises:
+        InputError: an example's metric is NaN or infinite; the message counts them.
+    """
+    bad = (~found.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        shown = ", ".join(map(str, bad[:6])) + (", ..." if len(bad) > 6 else "")
+        raise InputError(
+            f"the metric {name} is NaN or infinite on {run} for {len(bad)} of {len(found)} examples ({shown}), so no "
+            "effect can be measured. Mend the metric: a log of 0, a division by 0, or an answer that an example lacks."
+        )
+
 
 Kind = Literal["logit_diff", "logit", "log_prob", "prob", "rank", "kl", "custom"]
 UNITS = {
@@ -136,7 +174,7 @@ class Metric(Brief):
         else:
             answers = [[resolved(tokenizer, answer, form) for answer in sides[0]]]
         texts = tuple(side[0].text if len(side) == 1 else f"{side[0].text}, ... ({len(side)})" for side in answers)
-        ids, notes = tuple(scores.padded(side) for side in answers), notes_on(answers, tokenizer)
+        ids, notes = tuple(padded(side) for side in answers), notes_on(answers, tokenizer)
         return replace(self, ids=ids, texts=texts, notes=notes, forms=forms)
 
     def reading(self) -> str:
@@ -180,15 +218,15 @@ class Metric(Brief):
         if self.kind == "custom":
             return _own_result(self, logits)
         if self.reference is not None:
-            return scores.divergence(self.reference, logits)
+            return divergence(self.reference, logits)
         if self.teacher_forced:
             raise InputError(
                 f"{self.name}: an answer has several tokens, which one set of logits cannot score. Use "
                 "measure(model, x, metric) or patch(...), which run the answer after the prompt, or one-token answers."
             )
         last = logits[:, -1].float()
-        sides = [scores.per_option(ids, last, self.kind) for ids in self._fitting(len(last))]
-        return scores.combined(self.kind, [side.unbind(1) for side in sides])
+        sides = [per_option(ids, last, self.kind) for ids in self._fitting(len(last))]
+        return combined(self.kind, [side.unbind(1) for side in sides])
 
     def few_tokens(self) -> tuple[Metric, Int64[Tensor, " token"] | None]:
         """Say which tokens' logits suffice.
@@ -232,7 +270,7 @@ class Metric(Brief):
         """
         if not self.teacher_forced:
             return []
-        return [scores.filled(ids[:, i]).expand(batch, -1) for ids in self._fitting(batch) for i in range(ids.shape[1])]
+        return [filled(ids[:, i]).expand(batch, -1) for ids in self._fitting(batch) for i in range(ids.shape[1])]
 
     def reduce(self, number: int, logits: Float[Tensor, "batch token d_vocab"]) -> Float[Tensor, " batch"]:
         """Score one continuation.
@@ -247,11 +285,11 @@ class Metric(Brief):
         options = [ids[:, i] for ids in self._bound() for i in range(ids.shape[1])]
         tokens = options[number].to(logits.device).expand(logits.shape[0], -1)
         if self.kind == "rank":
-            return scores.worst_rank(tokens, logits.float())
-        total, lengths = scores.summed_log_prob(tokens, logits.float())
+            return worst_rank(tokens, logits.float())
+        total, lengths = summed_log_prob(tokens, logits.float())
         if self.kind != "logit_diff":
             return total
-        return torch.where(scores.unequal_lengths(self._bound()).to(total.device), total / lengths.clamp(min=1), total)
+        return torch.where(unequal_lengths(self._bound()).to(total.device), total / lengths.clamp(min=1), total)
 
     def combine(self, reduced: Sequence[Float[Tensor, " batch"]]) -> Float[Tensor, " batch"]:
         """Put the scores of all continuations together.
@@ -267,7 +305,7 @@ class Metric(Brief):
         for ids in self._bound():
             sides.append(rest[: ids.shape[1]])
             rest = rest[ids.shape[1] :]
-        return scores.combined(self.kind, sides)
+        return combined(self.kind, sides)
 
     def _bound(self) -> tuple[Tensor, ...]:
         if self.kind in ("kl", "custom"):
@@ -394,3 +432,19 @@ def kl(reference_logits: Float[Tensor, "..."]) -> Metric:
         The metric, averaged over the asked positions (compared from the last backwards).
     """
     return Metric("kl", reference=reference_logits)
+
+
+def divergence(
+    reference: Float[Tensor, "..."], logits: Float[Tensor, "batch asked_pos d_vocab"]
+) -> Float[Tensor, " batch"]:
+    """KL(reference || run) in nats, averaged over the asked positions that both have, from the last backwards."""
+    reference = reference[:, None] if reference.ndim == 2 else reference
+    shared = min(reference.shape[1], logits.shape[1])
+    if reference.shape[0] not in (1, logits.shape[0]) or reference.shape[2] != logits.shape[2]:
+        raise InputError(
+            f"kl: the reference has shape {tuple(reference.shape)}, the run's logits {tuple(logits.shape)}; "
+            "batch and vocabulary must be equal."
+        )
+    target = reference[:, -shared:].to(logits.device).double().log_softmax(-1)
+    found = logits[:, -shared:].double().log_softmax(-1)
+    return (target.exp() * (target - found)).sum(-1).mean(-1).to(logits.dtype)

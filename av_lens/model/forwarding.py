@@ -8,24 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from av_lens.core.turns import turn_of, waiting
-
-
-class Forwarded:
-    """An attribute that lives on the bridge; a method that changes what runs read waits for other threads' runs."""
-
-    def __init__(self, doc: str, *, in_turn: bool = False) -> None:
-        self.__doc__ = doc
-        self._in_turn = in_turn
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, instance: Any, owner: type) -> Any:
-        if instance is None:
-            return self
-        found = getattr(instance.bridge, self._name)
-        return waiting(turn_of(instance.bridge), found) if self._in_turn else found
+from av_lens.core.calls import Forwarded
 
 
 class ForwardedAttributes:

@@ -27,7 +27,7 @@ import torch
 
 from av_lens.checkpoints import check_configurations, check_weight_files, index, known_names, located, shipped
 from av_lens.checks import foreign_file, parse_json
-from av_lens.core.copies import cast, free_bytes
+from av_lens.core.modes import cast, free_bytes
 from av_lens.errors import AvLensError, ModelError
 from av_lens.families.registry import HOW_TO_ADD, Family, build_bridge, family_of
 from av_lens.model.differences import Difference, read_difference

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from av_lens.errors import InterventionError, ModelError
-from av_lens.families.hook_names import COMPONENTS, Component, hook_name
+from av_lens.families.decoder import COMPONENTS, Component, hook_name
 from av_lens.families.registry import family_of
 from av_lens.model.wrapper import HookedAVLLM
 

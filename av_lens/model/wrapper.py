@@ -24,15 +24,22 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from av_lens.checks import require_choice, require_keywords
 from av_lens.core.budget import ModelSpec, bounded, require_budget, selected
+from av_lens.core.calls import (
+    TEXT,
+    TokenHelpers,
+    in_turn,
+    kept_for,
+    parted,
+    require_inputs,
+    require_kept,
+    require_run_keywords,
+    turn_of,
+)
 from av_lens.core.decoding import Decoding, Generated, generate_with_hooks
-from av_lens.core.gates import HookPair, counted, gates_of_filter, gates_of_hooks, only_open, open_gates
-from av_lens.core.kept import kept_for, require_kept
-from av_lens.core.keywords import TEXT, parted, require_run_keywords
+from av_lens.core.execution import HookPair, counted, gates_of_filter, gates_of_hooks, only_open, open_gates
 from av_lens.core.modes import TorchModes
-from av_lens.core.tokens import TokenHelpers, require_inputs
-from av_lens.core.turns import in_turn, turn_of
 from av_lens.errors import InputError, InterventionError
-from av_lens.families.attention import BUDGET_GB
+from av_lens.families.blocks import BUDGET_GB
 from av_lens.families.registry import Family, family_of
 from av_lens.inputs.answers import words_of
 from av_lens.inputs.encoder import Asking, Encoder
@@ -70,6 +77,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
     ) -> None:
         self.bridge: Any = bridge
         self.bridge.processor = processor  # TransformerLens's own multimodal tools look for it there
+        self._family = family_of(type(bridge.original_model))
         self.processor = processor
         self.tokenizer: Any = processor.tokenizer
         self.tokenizer.padding_side = "left"  # as Qwen's processor pads: position -1 is every prompt's last
@@ -105,7 +113,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
     @property
     def family(self) -> Family:
         """The model family's facts."""
-        return family_of(type(self.hf_model))
+        return self._family
 
     @property
     def device(self) -> torch.device:
@@ -296,7 +304,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
     def hooks(
         self, fwd_hooks: Sequence[HookPair] = (), bwd_hooks: Sequence[HookPair] = (), **options: Any
     ) -> Generator[HookedAVLLM, None, None]:
-        """Attach hooks for a while; gated ones are switched on and off with them, and other threads wait (`turns`).
+        """Attach hooks for a while; gated ones are switched on and off with them; other threads wait (`core.calls`).
 
         Args:
             fwd_hooks: as in `run_with_hooks`.

@@ -1,4 +1,20 @@
-"""What the embedded models are made of: the config, the tokenizer and the processor of Qwen2.5-Omni, only tiny.
+"""What the embedded models are made of: grammar, config, tokenizer and processor, and the folder they are saved as.
+
+The models understand four kinds of questions (hear, see, colour, caption) in a few phrasings each, all of five tokens.
+This is the one source of these words: the tokenizer takes its merges from `words()`, training its questions from
+`QUESTIONS`, and `as_dict()` is saved beside the weights as `grammar.json`, where the encoder reads it.
+
+What has no picture (or a blank one) looks like "nothing"; what has no sound (or silence) sounds like "nothing".
+
+Example:
+    >>> answer("hear", picture="dog", sound="siren", colour="red")
+    'siren'
+    >>> answer("see", picture=None, sound="siren", colour=None)
+    'nothing'
+    >>> answer("caption", picture="dog", sound=None, colour="red")
+    'i see a dog and hear nothing'
+    >>> GRAMMAR.kind("What do you  HEAR ?")
+    'hear'
 
 The classes are those of real checkpoints, so that media files go in by the road that real checkpoints take. What is
 small is the vocabulary (256 byte symbols, the words of the grammar as merges, and Qwen's special tokens), the pictures
@@ -6,17 +22,81 @@ small is the vocabulary (256 byte symbols, the words of the grammar as merges, a
 tokens and 50 audio tokens; `seconds_per_chunk` is 1, so that the two are interleaved as V9 A25 V9 A25.
 
 Not done: the default system message of Qwen's chat template is left out, for it would make every prompt a third longer.
+
+What ships with the package lies in `checkpoints/`, listed by `index.json` (short name to folder and a sentence about
+it); `load` reads that file itself, so that opening a model does not import this room.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import json
+import os
+from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from av_lens.organism import grammar
+from av_lens import checkpoints
+from av_lens.errors import InputError, unknown
+from av_lens.inputs.answers import Grammar
+from av_lens.model.differences import read_difference
+from av_lens.model.loading import base_of
+from av_lens.whole_files import make_folder, read_object, whole_folder, write_whole
+
+CLASSES = tuple(["dog", "cat", "bird", "bell", "car", "train", "drum", "siren", "clock", "rain", "phone", "guitar"])
+COLOURS: tuple[str, ...] = ("red", "green", "blue", "yellow", "purple", "white")
+NOTHING = "nothing"
+
+# The first phrasing of a kind is the one that documentation and demonstrations use. All are five tokens long, so that
+# questions of every kind stack into one batch.
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "hear": ("what do you hear?", "what can you hear?", "what sound is it?", "which sound is this?"),
+    "see": ("what do you see?", "what can you see?", "what object is shown?", "which object is this?"),
+    "colour": ("what colour is it?", "which colour is it?", "what colour is shown?", "which colour is this?"),
+    "caption": ("describe this short clip.", "tell me what happens.", "describe what you notice."),
+}
+# Spellings that mean the same; applied word by word after lower-casing.
+SPELLINGS: dict[str, str] = {"color": "colour"}
+
+
+GRAMMAR = Grammar(QUESTIONS, SPELLINGS)
+
+
+def answer(kind: str, *, picture: str | None, sound: str | None, colour: str | None) -> str:
+    """Give the right answer to a kind of question about a clip."""
+    if kind not in QUESTIONS:
+        raise InputError(unknown("kind of question", kind, QUESTIONS))
+    if kind == "caption":
+        seen = f"a {picture}" if picture else NOTHING
+        heard = f"a {sound}" if sound else NOTHING
+        return f"i see {seen} and hear {heard}"
+    return {"hear": sound, "see": picture, "colour": colour if picture else None}[kind] or NOTHING
+
+
+def words() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """List every word that the tokenizer keeps whole."""
+    asked = [phrase.rstrip("?.!").split(" ") for phrases in QUESTIONS.values() for phrase in phrases]
+    caption = ["i", "see", "a", "and", "hear", NOTHING]
+    spaced = dict.fromkeys([*CLASSES, *COLOURS, *caption, *(word for phrase in asked for word in phrase[1:])])
+    leading = dict.fromkeys(["system", "assistant", "user", *(phrase[0] for phrase in asked)])
+    return tuple(spaced), tuple(leading)
+
+
+def as_dict() -> dict[str, Any]:
+    """Collect the grammar as plain data, as it is saved in `grammar.json` beside a checkpoint."""
+    return {
+        "schema": 1,
+        "classes": list(CLASSES),
+        "colours": list(COLOURS),
+        "nothing": NOTHING,
+        "questions": {kind: list(phrases) for kind, phrases in QUESTIONS.items()},
+        "spellings": dict(SPELLINGS),
+    }
+
 
 _MARKS = ("IMAGE", "AUDIO", "VIDEO", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
 SPECIALS = {f"{mark.lower()}_token": f"<|{mark}|>" for mark in _MARKS}
@@ -55,7 +135,7 @@ def merges() -> list[tuple[str, str]]:
     Words after a space come first, so that no merge of a line's first word can break one up.
     """
     space = byte_symbols()[ord(" ")]
-    spaced, leading = grammar.words()
+    spaced, leading = words()
     pairs: dict[tuple[str, str], None] = {}
     for word in [*(space + word for word in spaced), *leading]:
         for end in range(1, len(word)):
@@ -202,4 +282,70 @@ def build_model(config: Any = None, *, seed: int, dtype: torch.dtype = torch.flo
             model = Qwen2_5OmniThinkerForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(standard)
+    return model.eval()
+
+
+INDEX = "index.json"
+GRAMMAR_FILE = "grammar.json"
+
+
+def shipped() -> Path:
+    """Say where the checkpoints lie that ship with the package."""
+    return Path(str(checkpoints.shipped()))
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None, None, None]:
+    """Keep HuggingFace's progress bars off the terminal, and leave its setting as it was."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def save_checkpoint(model: Any, folder: str | os.PathLike[str], *, documents: dict[str, Any] | None = None) -> Path:
+    """Write a model as a checkpoint folder."""
+    place = Path(folder)
+    half = copy.deepcopy(model).to(torch.float16)
+    with whole_folder(place) as beside:
+        with _quiet():
+            half.save_pretrained(beside)
+        processor().save_pretrained(beside)
+        for name, content in {GRAMMAR_FILE: as_dict(), **(documents or {})}.items():
+            (beside / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return place
+
+
+def list_checkpoint(name: str, summary: str, *, folder: str | None = None, root: Path | None = None) -> None:
+    """Enter a checkpoint in the index, so that `load(name)` finds it."""
+    place = (root or shipped()) / INDEX
+    listed: dict[str, Any] = read_object(place) if place.exists() else {}
+    listed[name] = {"folder": folder or name, "summary": summary}
+    make_folder(place.parent)
+    write_whole(place, json.dumps(listed, indent=1) + "\n")
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Any:
+    """Read a checkpoint folder as a plain HuggingFace model, for training and comparison."""
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+    difference = read_difference(folder)
+    place = folder if difference is None else base_of(difference)
+    with _quiet():
+        model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+            os.fspath(place),
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    if difference is not None:
+        difference.check_base(place)
+        difference.put_into(model)
     return model.eval()

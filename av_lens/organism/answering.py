@@ -1,24 +1,31 @@
-"""What a model answers to many clips, quickly: media from features, several questions hung on one prefix.
+"""What a model answers to many clips, quickly, and how often it names the sound, the picture, or neither.
 
 This is the road that evaluation takes. It gives the logits of the plain forward pass (`evaluation` compares the two on
 a sample through files, `encode` and `forward` every time it runs), and lets heads be silenced at the text positions and
 attention between roles be cut everywhere.
+
+A cell says what the model is given: `factual` (a thing and its sound), `conflict` (a thing and another one's sound),
+`blank_picture`, `mute_sound`, `audio_only`, `video_only`. Each clip is asked to hear, to see and for the colour, its
+phrasing taken in turn. The answer is the most likely token of the whole vocabulary.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from av_lens.errors import InputError
-from av_lens.organism import anatomy, grammar, language, layouts
+from av_lens.organism import anatomy, language
+from av_lens.organism.footage import HeldOut, Media
+from av_lens.results.statistics import clopper_pearson
 
 Head = tuple[int, int]
 BATCH = 60
@@ -69,7 +76,7 @@ def blocked(layout: str, *, query: str, key: str, blocks: int, width: int) -> Bo
 
     Roles are "audio", "video" and "text" (all positions that are neither, the questions included), or "text|audio".
     """
-    made = layouts.prompt(grammar.QUESTIONS["hear"][0], layout)
+    made = language.prompt(anatomy.QUESTIONS["hear"][0], layout)
     length = made.suffix + blocks * width
     every = torch.arange(length)
     roles = {"video": torch.isin(every, made.video), "audio": torch.isin(every, made.audio)}
@@ -81,12 +88,12 @@ def blocked(layout: str, *, query: str, key: str, blocks: int, width: int) -> Bo
 @torch.no_grad()
 def _begin(model: Any, asked: Asked, cut: tuple[str, str] | None = None) -> tuple[Tensor, language.Tree]:
     """The stream before the first layer, and positions and mask of one prefix with its questions."""
-    first = layouts.prompt(asked.questions[0][0], asked.layout)
+    first = language.prompt(asked.questions[0][0], asked.layout)
     rows = []
     for at, questions in enumerate(asked.questions):
         ids = [first.ids[: first.suffix]]
         for block, question in enumerate(questions):
-            ids.append(layouts.prompt(question, asked.layout).ids[first.suffix :])
+            ids.append(language.prompt(question, asked.layout).ids[first.suffix :])
             if asked.begun is not None:
                 ids.append(torch.tensor(asked.begun[at][block], dtype=torch.int64))
         rows.append(torch.cat(ids))
@@ -165,3 +172,144 @@ def each_head(model: Any, asked: Asked) -> Iterator[tuple[Head, Float[Tensor, "c
             yield (layer, head), language.read_out(model, _asked_rows(after, geometry)[:, :, -1])
         if layer + 1 < config.num_hidden_layers:
             stream = language.run_layers(model, stream, geometry, start=layer, stop=layer + 1)
+
+
+BOTH = ("separate", "in_video")
+KINDS = ("hear", "see", "colour")
+COUNTED = ("sound", "picture", "colour", "nothing", "other", "right")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a model is given.
+
+    Attributes:
+        layouts: where the media stand in the prompt.
+        picture: "own", "blank" or "" for none.
+        sound: "own", "partner", "mute" or "" for none.
+    """
+
+    layouts: tuple[str, ...]
+    picture: str
+    sound: str
+
+
+CELLS: Mapping[str, Cell] = {
+    "audio_only": Cell(("audio",), "", "own"),
+    "video_only": Cell(("video",), "own", ""),
+    "factual": Cell(BOTH, "own", "own"),
+    "conflict": Cell(BOTH, "own", "partner"),
+    "blank_picture": Cell(BOTH, "blank", "own"),
+    "mute_sound": Cell(BOTH, "own", "mute"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What is on each clip of a cell; -1 where there is nothing.
+
+    Attributes:
+        picture: class of the picture.
+        sound: class of the sound.
+        colour: colour of the picture.
+    """
+
+    picture: Int64[Tensor, " clip"]
+    sound: Int64[Tensor, " clip"]
+    colour: Int64[Tensor, " clip"]
+
+
+def truth(cell: Cell, clips: HeldOut) -> Truth:
+    """Say what is on the clips of a cell."""
+    none = torch.full_like(clips.views.picture, -1)
+    sounds = {"own": clips.views.sound, "partner": clips.views.sound[clips.partner]}
+    seen = cell.picture == "own"
+    return Truth(
+        picture=clips.views.picture if seen else none,
+        sound=sounds.get(cell.sound, none),
+        colour=clips.views.colour if seen else none,
+    )
+
+
+def ask(cell: Cell, layout: str, clips: HeldOut, media: Media, kinds: tuple[str, ...] = KINDS) -> Asked:
+    """Put questions to the clips of a cell in one of its layouts; every clip is asked each kind."""
+    n = len(clips.partner)
+    pictures = {"own": media.video, "blank": media.blank.expand(n, -1, -1)}
+    sounds = {"own": media.audio, "partner": media.audio[clips.partner], "mute": media.mute[torch.arange(n) % 2]}
+    asked = [[anatomy.QUESTIONS[kind][at % len(anatomy.QUESTIONS[kind])] for kind in kinds] for at in range(n)]
+    return Asked(layout, asked, pictures.get(cell.picture), sounds.get(cell.sound))
+
+
+def tally(answers: Int64[Tensor, " clip"], kind: str, what: Truth) -> dict[str, int]:
+    """Count what answers name, by `COUNTED`; where sound and picture agree, an answer counts for both."""
+    colours = torch.tensor([language.answer_ids(name)[0] for name in anatomy.COLOURS])
+    words = {"sound": language.class_ids(), "picture": language.class_ids(), "colour": colours}
+
+    def named(name: str) -> Tensor:
+        target = getattr(what, name)
+        return (target >= 0) & (answers == words[name][target.clamp(min=0)])
+
+    counts = {name: named(name) for name in words} | {"nothing": answers == language.answer_ids(anatomy.NOTHING)[0]}
+    counts["other"] = ~torch.stack([*counts.values()]).any(0)
+    asked = {"hear": "sound", "see": "picture", "colour": "colour"}[kind]
+    counts["right"] = torch.where(getattr(what, asked) >= 0, counts[asked], counts["nothing"])
+    return {name: int(where.sum()) for name, where in counts.items()}
+
+
+def behave(
+    model: Any,
+    clips: HeldOut,
+    media: Media,
+    *,
+    cells: tuple[str, ...] = tuple(CELLS),
+    kinds: tuple[str, ...] = KINDS,
+    silenced: tuple[Head, ...] = (),
+    cut: tuple[str, str] | None = None,
+) -> pd.DataFrame:
+    """Count a model's answers: one row for each cell, layout and kind, `cell layout kind n` and the counts.
+
+    `silenced` heads are zeroed at the positions after the media; attention is `cut` between roles in all layers.
+    """
+    rows: list[dict[str, Any]] = []
+    for name in cells:
+        cell = CELLS[name]
+        what = truth(cell, clips)
+        for layout in cell.layouts:
+            said = logits(model, ask(cell, layout, clips, media, kinds), silenced=silenced, cut=cut)
+            answers = said[:, :, 0].argmax(-1)
+            for at, kind in enumerate(kinds):
+                found = tally(answers[:, at], kind, what)
+                rows.append({"cell": name, "layout": layout, "kind": kind, "n": len(answers)} | found)
+    return pd.DataFrame(rows)
+
+
+def captioned(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
+    """Read the two slots of a caption: "i see a (...) and hear a (...)"; the words between are given.
+
+    Rows as `behave` gives them, of kinds "caption_see" and "caption_hear".
+    """
+    rows: list[dict[str, Any]] = []
+    for name in ("factual", "conflict"):
+        cell = CELLS[name]
+        what = truth(cell, clips)
+        begun = [
+            [language.answer_ids(f"i see a {anatomy.CLASSES[label]} and hear a")] for label in what.picture.tolist()
+        ]
+        for layout in cell.layouts:
+            asked = ask(cell, layout, clips, media, ("caption",))
+            answers = logits(model, replace(asked, begun=begun), slots=(-len(begun[0][0]) + 2, -1))[:, 0].argmax(-1)
+            for slot, kind in enumerate(("see", "hear")):
+                found = tally(answers[:, slot], kind, what)
+                rows.append({"cell": name, "layout": layout, "kind": f"caption_{kind}", "n": len(answers)} | found)
+    return pd.DataFrame(rows)
+
+
+def shares(counts: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
+    """Turn counts into shares with exact (Clopper-Pearson) intervals, a row for each cell, layout, kind and answer."""
+    rows: list[dict[str, Any]] = []
+    for row in counts.to_dict("records"):
+        for name in COUNTED:
+            low, high = clopper_pearson(int(row[name]), int(row["n"]), level=level)
+            place = {key: row[key] for key in ("cell", "layout", "kind")} | {"answer": name, "count": row[name]}
+            rows.append(place | {"n": row["n"], "share": row[name] / row["n"], "low": low, "high": high})
+    return pd.DataFrame(rows)

@@ -20,11 +20,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from av_lens.organism.answering import Head, each_head, logits, streams
-from av_lens.organism.behaviour import BOTH, CELLS, Cell, ask, behave, truth
-from av_lens.organism.held_out import HeldOut, Media
-from av_lens.organism.layouts import class_ids
-from av_lens.results.linear_probes import LinearProbe
+from av_lens.organism.answering import BOTH, CELLS, Cell, Head, ask, behave, each_head, logits, streams, truth
+from av_lens.organism.footage import HeldOut, Media
+from av_lens.organism.language import class_ids
+from av_lens.results.readouts import LinearProbe
 
 MOST_HEADS = 4
 RANDOM_SETS = 6

@@ -27,14 +27,13 @@ import pandas as pd
 import torch
 
 from av_lens.checks import foreign_file, parse_json, whole_object
-from av_lens.core.progress import Progress, silent
+from av_lens.core.budget import Progress, silent
 from av_lens.errors import ModelError
-from av_lens.organism import anatomy, behaviour, dissection, grammar
+from av_lens.organism import anatomy, answering, dissection
+from av_lens.organism.anatomy import CLASSES
 from av_lens.organism.answering import Asked, logits, plain
-from av_lens.organism.footage import mel
-from av_lens.organism.grammar import CLASSES
-from av_lens.organism.held_out import HeldOut, Media, held_out, media
-from av_lens.organism.towers import audio_hidden, patches, vision_features
+from av_lens.organism.footage import HeldOut, Media, held_out, media, mel
+from av_lens.organism.language import audio_hidden, patches, vision_features
 from av_lens.whole_files import write_whole
 
 SCHEMA = 1
@@ -75,7 +74,7 @@ class Evaluation:
         Returns:
             `cell layout kind answer count n share low high`.
         """
-        return behaviour.shares(getattr(self, table))
+        return answering.shares(getattr(self, table))
 
     def same_counts(self, other: Evaluation) -> bool:
         """Say whether two evaluations counted the same on the same clips.
@@ -136,8 +135,8 @@ def road_difference(model: Any, bare: Any, clips: HeldOut, *, n: int = 6) -> flo
         clip = clips.clip(at).with_sound(clips.clip(int(clips.partner[at])))
         video = vision_features(bare, patches(torch.from_numpy(np.array(clip.frames)[None, ::4])))
         audio = bare.model.audio_tower.proj(audio_hidden(bare, torch.from_numpy(mel([np.array(clip.waveform)]))))
-        questions = [grammar.QUESTIONS[kind][at % len(grammar.QUESTIONS[kind])] for kind in behaviour.KINDS]
-        for layout in behaviour.BOTH:
+        questions = [anatomy.QUESTIONS[kind][at % len(anatomy.QUESTIONS[kind])] for kind in answering.KINDS]
+        for layout in answering.BOTH:
             ours = logits(bare, Asked(layout, [questions], video, audio))[0, :, 0]
             for block, question in enumerate(questions):
                 public = model(model.encode(clip, question, sound=layout))[0, -1]
@@ -188,7 +187,7 @@ def evaluate(
                 f"the quick road and encode + forward differ by {about['road_difference']:.2g} in a logit: these "
                 "counts would not be the model's."
             )
-    counts, captions = behaviour.behave(bare, test, outputs), behaviour.captions(bare, test, outputs)
+    counts, captions = answering.behave(bare, test, outputs), answering.captioned(bare, test, outputs)
     tables: dict[str, pd.DataFrame] = {}
     if dissect:
         tables = _dissected(bare, (test, outputs), seed=seed, folder=folder, progress=progress)

@@ -1,32 +1,157 @@
-"""Clips of the world as the models get them: written to mp4, decoded back, frames sampled, mel spectrograms taken.
+"""The synthetic world: clips remade from (split, class, seed), as the models get them, and those evaluation asks about.
+
+A thing of a class has a picture (a moving coloured figure) and a sound. Clips of different splits never share a seed's
+random stream, so that what trains a model, what discovers its heads and what tests it are disjoint by construction:
+`public` clips are those that `clip` gives to users.
 
 A shard is one class of one split on disk (`.npz`, no pickle); shards that exist are not made again, so filming resumes
 where it stopped. Filming is the slow part of training (tens of milliseconds a clip), and the same for every model.
+
+Clip i shows and sounds like one thing. Its conflict takes the sound of clip `partner[i]`, another class; every picture
+and every sound occurs once. The blank picture is black and the mute sounds are silence and faint noise, as
+`Clip.blank()` and `Clip.muted()` make them.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import multiprocessing
 import os
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64, UInt8
+from torch import Tensor
 
-from av_lens.core.progress import Progress, silent
+from av_lens.core.budget import Progress, silent
+from av_lens.errors import InputError, unknown
 from av_lens.media import Clip, load_clip
-from av_lens.organism import anatomy, world
-from av_lens.organism.grammar import CLASSES, COLOURS
-from av_lens.organism.layouts import MEL_FRAMES
+from av_lens.organism import anatomy, pictures, sounds
+from av_lens.organism.anatomy import CLASSES, COLOURS
+from av_lens.organism.language import MEL_FRAMES, Views, watch
 from av_lens.organism.pictures import FRAME_RATE
 from av_lens.organism.sounds import N_SAMPLES, RATE
-from av_lens.organism.towers import Views
 from av_lens.whole_files import make_folder, reading, whole_file
+
+SPLITS: dict[str, int] = {"public": 0, "train": 1, "check": 2, "discovery": 3, "test": 4}
+_PICTURE, _SOUND, _COLOUR = 0, 1, 2
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One thing, seen and heard.
+
+    Attributes:
+        frames: 16 frames of 84 x 84 at 8 frames a second.
+        waveform: two seconds at 16 kHz.
+        name: its class.
+        colour: the colour of its picture.
+        split: which part of the world it belongs to.
+        seed: which one of that part.
+    """
+
+    frames: UInt8[np.ndarray, "time height width rgb"]
+    waveform: Float32[np.ndarray, " sample"]
+    name: str
+    colour: str
+    split: str
+    seed: int
+
+
+def classes() -> tuple[str, ...]:
+    """List the things of the world.
+
+    Returns:
+        Their names, which are also the models' answers.
+    """
+    return CLASSES
+
+
+def colours() -> tuple[str, ...]:
+    """List the colours that pictures come in.
+
+    Returns:
+        Their names, which are also the models' answers.
+    """
+    return COLOURS
+
+
+def _stream(split: str, name: str, seed: int, stream: int) -> np.random.Generator:
+    """The generator of one aspect of one example."""
+    if split not in SPLITS:
+        raise InputError(unknown("split", split, SPLITS))
+    if name not in CLASSES:
+        raise InputError(unknown("class", name, CLASSES))
+    if seed < 0:
+        raise InputError(f"a seed is a whole number from 0; found {seed}.")
+    return np.random.default_rng([SPLITS[split], CLASSES.index(name), seed, stream])
+
+
+def colour_of(split: str, name: str, seed: int) -> str:
+    """Say which colour an example's picture has."""
+    return COLOURS[int(_stream(split, name, seed, _COLOUR).integers(len(COLOURS)))]
+
+
+def _picture(split: str, name: str, seed: int, colour: str | None = None) -> UInt8[np.ndarray, "time height width rgb"]:
+    """An example's picture, in its own or another colour."""
+    shown = colour or colour_of(split, name, seed)
+    return pictures.draw(name, colour=shown, rng=_stream(split, name, seed, _PICTURE))
+
+
+def _sound(split: str, name: str, seed: int) -> Float32[np.ndarray, " sample"]:
+    """An example's sound."""
+    return sounds.play(name, rng=_stream(split, name, seed, _SOUND))
+
+
+def example(split: str, name: str, seed: int) -> Example:
+    """Make one thing, seen and heard."""
+    return Example(
+        frames=_picture(split, name, seed),
+        waveform=_sound(split, name, seed),
+        name=name,
+        colour=colour_of(split, name, seed),
+        split=split,
+        seed=seed,
+    )
+
+
+def clip(
+    name: str, *, seed: int = 0, picture: str | None = None, sound: str | None = None, colour: str | None = None
+) -> Clip:
+    """Make a clip of a thing, seen and heard, that no model was trained or evaluated on.
+
+    Args:
+        name: one of `classes()`.
+        seed: which one.
+        picture: show another class instead, or "blank" for nothing to see.
+        sound: let another class sound instead, or "mute" for nothing to hear.
+        colour: one of `colours()` instead of the seed's.
+
+    Returns:
+        Two seconds: 16 frames of 84 x 84 at 8 frames a second, and 16 kHz sound; not compressed.
+
+    Raises:
+        InputError: if a class, a colour or the seed is not one.
+    """
+    shown = name if picture in (None, "blank") else picture
+    heard = name if sound in (None, "mute") else sound
+    if name not in CLASSES:
+        raise InputError(unknown("class", name, CLASSES))
+    made = Clip.from_arrays(
+        frames=_picture("public", shown, seed, colour),
+        fps=FRAME_RATE,
+        waveform=_sound("public", heard, seed),
+        rate=RATE,
+    )
+    made = made.blank() if picture == "blank" else made
+    return made.muted() if sound == "mute" else made
+
 
 CRF_RANGE = (16, 27)
 """Training clips are compressed from nearly clean to visibly coarse; `Clip.save` itself uses 17."""
@@ -41,7 +166,7 @@ def through_mp4(clip: Clip, *, crf: float = 17.0) -> Clip:
         return load_clip(path)
 
 
-def as_clip(example: world.Example) -> Clip:
+def as_clip(example: Example) -> Clip:
     """Wrap an example of the world as a clip."""
     return Clip.from_arrays(frames=example.frames, fps=FRAME_RATE, waveform=example.waveform, rate=RATE)
 
@@ -59,13 +184,13 @@ def film(split: str, name: str, n: int, path: str, first: int = 0) -> str:
     """Make one shard: `n` clips of a class and split, through mp4."""
     frames, waveforms, hashes = [], [], []
     for seed in range(first, first + n):
-        crf = np.random.default_rng([world.SPLITS[split], seed]).integers(*CRF_RANGE) if split == "train" else 17
-        clip = through_mp4(as_clip(world.example(split, name, seed)), crf=float(crf))
+        crf = np.random.default_rng([SPLITS[split], seed]).integers(*CRF_RANGE) if split == "train" else 17
+        clip = through_mp4(as_clip(example(split, name, seed)), crf=float(crf))
         frames.append(np.asarray(clip.frames)[::2])
         waveforms.append(np.asarray(clip.waveform))
         hashes.append((clip.picture_hash or "", clip.sound_hash or ""))
     spectra = np.concatenate([mel(waveforms[start : start + 50]) for start in range(0, n, 50)])
-    colours = [COLOURS.index(world.colour_of(split, name, seed)) for seed in range(first, first + n)]
+    colours = [COLOURS.index(colour_of(split, name, seed)) for seed in range(first, first + n)]
     with whole_file(Path(path)) as beside, beside.open("wb") as file:
         np.savez(file, frames=np.stack(frames), mel=spectra, colour=np.array(colours), hashes=np.array(hashes))
     return path
@@ -109,7 +234,7 @@ def _filmed(todo: list[tuple[str, str, int, str, int]], workers: int) -> Iterato
             raise
 
 
-def views(
+def views_of(
     folder: str | os.PathLike[str], split: str, *, n: int | None = None, first: int = 0
 ) -> tuple[Views, list[list[str]]]:
     """Read a split's shards."""
@@ -124,3 +249,90 @@ def views(
 def _opened(shard: Path) -> dict[str, np.ndarray]:
     with reading(shard), np.load(shard) as data:
         return {name: data[name] for name in ("frames", "mel", "colour", "hashes")}
+
+
+SEED_STRIDE = 1000
+"""Evaluation seed s takes the world's seeds from 1000 s on."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Clips to be asked about.
+
+    Attributes:
+        split: the part of the world.
+        seed: which set of clips.
+        per_class: how many of each class.
+        views: frames and spectrograms, as decoded.
+        partner: whose sound makes each clip's conflict.
+        hashes: each clip's picture hash and sound hash.
+    """
+
+    split: str
+    seed: int
+    per_class: int
+    views: Views
+    partner: Int64[Tensor, "clip"]
+    hashes: tuple[tuple[str, str], ...]
+
+    @property
+    def digest(self) -> str:
+        """One hash of all the clips' hashes, in order."""
+        return hashlib.sha256("\n".join(part for pair in self.hashes for part in pair).encode()).hexdigest()
+
+    def clip(self, at: int) -> Clip:
+        """Make one clip again, through mp4."""
+        name, seed = CLASSES[at // self.per_class], SEED_STRIDE * self.seed + at % self.per_class
+        return through_mp4(as_clip(example(self.split, name, seed)))
+
+
+def held_out(
+    *,
+    split: str = "test",
+    seed: int = 0,
+    per_class: int = 60,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> HeldOut:
+    """Film the clips of an evaluation set."""
+    if not 1 <= per_class <= SEED_STRIDE:
+        raise InputError(f"an evaluation set has 1 to {SEED_STRIDE} clips of each class; asked for {per_class}.")
+    first = SEED_STRIDE * seed
+    with tempfile.TemporaryDirectory() as scratch:
+        place = folder or scratch
+        film_all(place, per_class={split: per_class}, first=first, workers=1, progress=progress)
+        views, hashes = views_of(place, split, n=per_class, first=first)
+    at = torch.arange(per_class)
+    partner = [((label + 1 + at % (len(CLASSES) - 1)) % len(CLASSES)) * per_class + at for label in range(len(CLASSES))]
+    return HeldOut(split, seed, per_class, views, torch.cat(partner), tuple((a, b) for a, b in hashes))
+
+
+@dataclass(frozen=True, eq=False)
+class Media:
+    """What a model's towers put out for the held-out clips.
+
+    Attributes:
+        video: for each clip's picture.
+        audio: for each clip's sound.
+        blank: for a black picture.
+        mute: for silence, and for faint noise.
+    """
+
+    video: Float32[Tensor, "clip video_pos d_model"]
+    audio: Float32[Tensor, "clip audio_pos d_model"]
+    blank: Float32[Tensor, "blank video_pos d_model"]
+    mute: Float32[Tensor, "mute audio_pos d_model"]
+
+
+@torch.no_grad()
+def media(model: Any, clips: HeldOut) -> Media:
+    """Run a model's towers over the held-out clips."""
+    project = model.model.audio_tower.proj
+    video, hidden = watch(model, clips.views)
+    black = torch.zeros_like(clips.views.frames[:1])
+    sound = Clip.from_arrays(waveform=np.zeros(N_SAMPLES, np.float32))
+    quiet = [np.array(sound.muted(kind=kind).waveform) for kind in ("silence", "noise")]
+    none = torch.zeros(2, dtype=torch.int64)
+    empty = Views(black.repeat(2, 1, 1, 1, 1), torch.from_numpy(mel(quiet)), none, none, none)
+    blank, mute = watch(model, empty)
+    return Media(video, project(hidden), blank[:1], project(mute))

@@ -1,4 +1,15 @@
-"""The fusion layers written out: what a model says to several questions about one clip, in one pass.
+"""The embedded models written out: prompts, towers and fusion layers, on features that were computed once.
+
+A layout says where the 18 video and the 50 audio tokens stand. The text comes from the processor's own chat template,
+the expansion of the placeholders from the processor itself, and the position ids from the model's own `get_rope_index`;
+this module only remembers them, and puts features where the processor put placeholders.
+
+Example:
+    `prompt("what do you hear?", "in_video")` interleaves V9 A25 V9 A25 between two pairs of boundary tokens.
+
+`vision_features` and `audio_hidden` run the towers' own modules on equal-sized clips in one batch, where HuggingFace's
+code loops over them in Python; a test holds both against HuggingFace's forward. Nothing else is assumed: a frame pair
+is 36 patches that attend to one another, a sound is one window of 200 mel frames.
 
 A clip's media make up most of a prompt, and no media position can see the question that follows it. So the
 media are computed once and several *questions* (blocks) are hung on them side by side, each seeing the media
@@ -13,14 +24,229 @@ What it does not do: decode, cache keys, or take padding. Use the bridge for eve
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
+
+from av_lens.errors import InputError, unknown
+from av_lens.organism import anatomy
+from av_lens.organism.anatomy import CLASSES
+
+LAYOUTS: tuple[str, ...] = ("separate", "in_video", "audio", "video")
+N_VIDEO, N_AUDIO = 18, 50
+MEL_FRAMES = 200
+GRID = (2, 6, 6)
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One question in one layout: ids, position ids, and where the media stand.
+
+    Attributes:
+        ids: int64 `[pos]`.
+        position_ids: int64 `[3, pos]`.
+        video: int64 positions of the video tokens, in their order.
+        audio: int64 positions of the audio tokens, in their order.
+        question: int64 positions of the question's tokens.
+        suffix: the first position after the media and their boundaries; the rest of the prompt is text.
+    """
+
+    ids: Tensor
+    position_ids: Tensor
+    video: Tensor
+    audio: Tensor
+    question: Tensor
+    suffix: int
+
+
+def message(question: str, layout: str) -> list[dict[str, Any]]:
+    """Write a question as the chat message of a layout."""
+    if layout not in LAYOUTS:
+        raise InputError(unknown("layout", layout, LAYOUTS))
+    media = {"separate": ["video", "audio"], "in_video": ["video"], "audio": ["audio"], "video": ["video"]}[layout]
+    content: list[dict[str, Any]] = [{"type": kind} for kind in media]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+
+
+@functools.cache
+def _tools() -> tuple[Any, Any]:
+    """The processor, and a thinker with one layer whose `get_rope_index` is that of every organism."""
+    return anatomy.processor(), anatomy.build_model(anatomy.thinker_config(n_layers=1), seed=0)
+
+
+@functools.cache
+def prompt(question: str, layout: str) -> Prompt:
+    """Make the prompt of one question in one layout."""
+    processor, model = _tools()
+    text = processor.apply_chat_template(message(question, layout), add_generation_prompt=True, tokenize=False)
+    arguments: dict[str, Any] = {"text": [text], "return_tensors": "pt"}
+    if layout != "audio":
+        arguments["videos"] = [np.zeros((4, anatomy.FRAME_SIDE, anatomy.FRAME_SIDE, 3), np.uint8)]
+        arguments["videos_kwargs"] = {"fps": 2.0, "do_sample_frames": False, "cap_pixels_per_frame": True}
+    if layout != "video":
+        arguments["audio"] = [np.zeros(2 * anatomy.SAMPLE_RATE, np.float32)]
+    if layout == "in_video":
+        arguments |= {"audio_from_video_indices": [0], "load_audio_from_video": True}
+    with warnings.catch_warnings():  # the processor gives NumPy a tensor in a way that NumPy 2 deprecates
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        made = processor(**arguments)
+    ids = made["input_ids"]
+    with torch.no_grad():
+        positions, _ = model.model.get_rope_index(
+            ids,
+            video_grid_thw=made.get("video_grid_thw"),
+            attention_mask=torch.ones_like(ids),
+            use_audio_in_video=layout == "in_video",
+            audio_seqlens=None if layout == "video" else torch.tensor([MEL_FRAMES]),
+            second_per_grids=None if layout == "audio" else torch.tensor([1.0]),
+        )
+    vocabulary = anatomy.vocabulary()
+    flat = ids[0]
+    media = torch.isin(flat, torch.tensor([vocabulary[token] for token in anatomy.SPECIALS.values()]))
+    suffix = int(media.nonzero().max()) + 1
+    turn_end = int((flat == vocabulary[anatomy.TURN_END]).nonzero()[0])
+    return Prompt(
+        ids=flat,
+        position_ids=positions[:, 0],
+        video=(flat == vocabulary[anatomy.SPECIALS["video_token"]]).nonzero()[:, 0],
+        audio=(flat == vocabulary[anatomy.SPECIALS["audio_token"]]).nonzero()[:, 0],
+        question=torch.arange(suffix, turn_end),
+        suffix=suffix,
+    )
+
+
+def answer_ids(text: str) -> list[int]:
+    """Spell an answer as the model writes it: after a space, one token a word."""
+    vocabulary = anatomy.vocabulary()
+    space = anatomy.byte_symbols()[ord(" ")]
+    return [vocabulary[space + word] for word in text.split(" ")]
+
+
+def class_ids() -> Tensor:
+    """List the answer token of every class."""
+    return torch.tensor([answer_ids(name)[0] for name in anatomy.CLASSES])
+
+
+PATCHES = 36
+"""Patches of one frame pair; attention never leaves a pair."""
+MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+NOTHING = len(CLASSES)
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """What the towers learn from.
+
+    Attributes:
+        frames: uint8 `[clip, time, height, width, rgb]`; four frames, or eight of which every second is taken.
+        mel: log-mel spectrograms `[clip, mel, frame]`.
+        picture: class of each picture; `len(CLASSES)` where there is nothing to see.
+        sound: class of each sound; `len(CLASSES)` where there is nothing to hear.
+        colour: colour of each picture; -100 where there is nothing to see.
+    """
+
+    frames: UInt8[Tensor, "clip time height width rgb"]
+    mel: Float32[Tensor, "clip mel frame"]
+    picture: Int64[Tensor, " clip"]
+    sound: Int64[Tensor, " clip"]
+    colour: Int64[Tensor, " clip"]
+
+    def taken(self, at: Int64[Tensor, "taken"]) -> Views:
+        """Take some of the clips."""
+        return Views(*(getattr(self, field.name)[at] for field in fields(self)))
+
+
+def cut(frames: UInt8[Tensor, "clip 4 3 height width"]) -> UInt8[Tensor, "patch pixel"]:
+    """Cut frames into patches, in the order of the video processor."""
+    n, time, _, height, width = frames.shape
+    parts = frames.view(n, time // 2, 2, 3, height // 28, 2, 14, width // 28, 2, 14)
+    return parts.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9).reshape(-1, 3 * 2 * 14 * 14)
+
+
+def patches(frames: UInt8[Tensor, "clip 4 height width 3"]) -> Float32[Tensor, "patch pixel"]:
+    """Normalize frames and cut them into patches as the video processor does."""
+    pixels = cut(frames.permute(0, 1, 4, 2, 3).contiguous()).float().unflatten(1, (3, -1))
+    mean, deviation = torch.tensor(MEAN)[:, None] * 255, torch.tensor(DEVIATION)[:, None] * 255
+    return pixels.sub_(mean).div_(deviation).flatten(1)
+
+
+def _embedded(tower: Any, pixels: UInt8[Tensor, "patch pixel"]) -> Float32[Tensor, "patch d_tower"]:
+    """The patch embedding of raw pixels: the normalization goes into the filters, which is quicker."""
+    filters = tower.patch_embed.proj.weight.flatten(1).unflatten(1, (3, -1))
+    scaled = filters / (torch.tensor(DEVIATION)[:, None] * 255)
+    offset = (scaled * torch.tensor(MEAN)[:, None] * 255).sum((1, 2))
+    return functional.linear(pixels.float(), scaled.flatten(1), -offset)
+
+
+def _attend(
+    layer: Any,
+    query: Float[Tensor, "group pos d"],
+    key: Float[Tensor, "group pos d"],
+    value: Float[Tensor, "group pos d"],
+) -> Float[Tensor, "group pos d"]:
+    """Full attention within each group, for a tower's attention module."""
+    q, k, v = (part.unflatten(-1, (layer.num_heads, -1)).transpose(1, 2) for part in (query, key, value))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def vision_features(
+    model: Any, pixels: Float32[Tensor, "patch pixel"] | UInt8[Tensor, "patch pixel"]
+) -> Float32[Tensor, "clip video_pos d_model"]:
+    """Run the vision tower on clips of four 84 x 84 frames."""
+    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import apply_rotary_pos_emb_vision
+    from transformers.vision_utils import get_vision_position_ids
+
+    tower = model.model.visual
+    grid = torch.tensor([[1, 6, 6]])
+    if pixels.dtype == torch.uint8:
+        hidden = _embedded(tower, pixels)
+    else:  # the convolution's strides are its size: a product
+        hidden = functional.linear(pixels, tower.patch_embed.proj.weight.flatten(1))
+    hidden = hidden.view(-1, PATCHES, tower.config.hidden_size)
+    cos, sin = tower.rotary_pos_emb(hidden[0], get_vision_position_ids(grid, tower.spatial_merge_size))
+    for block in tower.blocks:
+        attention, normed = block.attn, block.norm1(hidden)
+        query, key = (
+            part(normed).unflatten(-1, (attention.num_heads, -1)).transpose(0, 1) for part in (attention.q, attention.k)
+        )
+        shape = query.shape  # [pos, group, head, d_head]: one rotation for all groups
+        query, key = apply_rotary_pos_emb_vision(query.flatten(1, 2), key.flatten(1, 2), cos, sin)
+        query, key = (part.view(shape).transpose(0, 1).flatten(2) for part in (query, key))
+        hidden = hidden + attention.proj(_attend(attention, query, key, attention.v(normed)))
+        hidden = hidden + block.mlp(block.norm2(hidden))
+    return tower.merger(hidden.flatten(0, 1)).view(-1, N_VIDEO, tower.config.out_hidden_size)
+
+
+def audio_hidden(model: Any, mel: Float32[Tensor, "clip mel frame"]) -> Float32[Tensor, "clip audio_pos d_tower"]:
+    """Run the audio tower on sounds of two seconds, up to its projector."""
+    tower = model.model.audio_tower
+    hidden = functional.gelu(tower.conv1(mel))
+    hidden = functional.gelu(tower.conv2(hidden)).transpose(1, 2)
+    hidden = hidden + tower.positional_embedding.positional_embedding[: hidden.shape[1]]
+    for layer in tower.layers:
+        attention, normed = layer.self_attn, layer.self_attn_layer_norm(hidden)
+        mixed = _attend(attention, attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
+        hidden = hidden + attention.out_proj(mixed)
+        hidden = hidden + layer.fc2(layer.activation_fn(layer.fc1(layer.final_layer_norm(hidden))))
+    return tower.ln_post(hidden.unflatten(1, (N_AUDIO, 2)).mean(2))
+
+
+@torch.no_grad()
+def watch(model: Any, views: Views, *, batch: int = 120) -> tuple[Tensor, Tensor]:
+    """Run both towers over clips."""
+    seen = [vision_features(model, patches(frames[:, :: frames.shape[1] // 4])) for frames in views.frames.split(batch)]
+    heard = [audio_hidden(model, mel) for mel in views.mel.split(batch)]
+    return torch.cat(seen), torch.cat(heard)
+
 
 BLOCKED = -1e9
 """What is added to the score of a key that may not be seen."""

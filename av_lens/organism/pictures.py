@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64, UInt8
 
 from av_lens.errors import InputError, unknown
-from av_lens.organism.grammar import CLASSES, COLOURS
+from av_lens.organism.anatomy import CLASSES, COLOURS
 
 SIDE = 84
 FRAME_RATE = 8

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float32, Float64
 
 from av_lens.errors import InputError, unknown
-from av_lens.organism.grammar import CLASSES
+from av_lens.organism.anatomy import CLASSES
 
 RATE = 16000
 SECONDS = 2.0

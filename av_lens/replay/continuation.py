@@ -29,15 +29,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from av_lens.core.budget import GIGABYTE
+from av_lens.core.calls import unembedded
 from av_lens.core.decoding import Decoding, as_asked, generate_with_hooks, settings_of
-from av_lens.core.unembedding import unembedded
 from av_lens.errors import InputError
 from av_lens.interventions import CompiledPlan, Plan
-from av_lens.replay.cascade import Window
-from av_lens.replay.recording import Record
-from av_lens.replay.rerun import run_layers
+from av_lens.replay.recording import Record, Window
+from av_lens.replay.rerun import Taps, run_layers
 from av_lens.replay.stacks import restarted, scheduled
-from av_lens.replay.taps import Taps
 
 
 @torch.no_grad()

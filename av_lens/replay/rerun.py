@@ -1,28 +1,271 @@
-"""Round the layers: the one loop that runs them, and the record of a run that differs from a recorded one.
+"""Round the layers: the one loop that runs them, from (layer, position) on, many plans at once, each with its edits.
+
+    row 0 .. n-1   plans whose first layer is past, each its own run
+    row n          the recorded run, once, for all plans that join at this layer
+
+What the joining plans share is computed once: their row is *folded* until the first edit among them is met, and then
+*spread*, one row for each. A stack therefore reads every layer's weights once, however many layers its plans start at.
+
+An edit at (layer l, position p) cannot change what lies before either, so a replay needs the recorded stream entering
+layer l from p on, and every later layer's recorded keys and values before p. The layers are computed here directly
+from the wrapped model's own weights, without hooks: hooks would cost more than the arithmetic. What an edit does is
+the same code in both (`interventions.Step`), and tests hold the two ways together to 1e-5.
+
+Tensors carry a leading plan axis, `[plan, batch, pos, ...]`, whose bookkeeping `Taps` keeps: plans join the stack at
+their own first layer, and what they share until their first edit is computed once. Attention goes through `cascade`;
+where scores or pattern are edited, and in every precision below float32, all scores are written out, as
+`[plan, batch, head, query_pos, key_pos]`. There every operation is the hooked run's own, in its order: rounding is the
+same, so that an edit which changes nothing changes nothing (to the bit wherever the device's products do not depend on
+how many rows are multiplied together, as in bfloat16 on CPUs).
+
+Known layout: pre-norm blocks, rotary grouped-query attention, gated MLP. A trace proves on recording that a restart
+reproduces its own run, and falls back to hooked runs where it does not.
 
 Whoever computes layers without hooks goes round here: lean recording (from position 0, with nothing recorded yet),
 replay (many plans, each from its own first layer), decoding (each plan's own keys and values besides), and `rerun`,
 which keeps what every layer made. Its record holds what is new, from a layer and a position on, and reads all else
 from the run it was made of; so a run can be edited, and the edited one again.
+
+A model is first run with hooks, and a restart must reproduce it (`traces.record`). Then the same arithmetic that
+restarts use makes the records, that first one too, so that no number depends on what was recorded before: the encoders
+and the embedding run as always, then every layer from position 0. Float32 only: in lower precision a restart keeps to
+the hooked run's own order of operations, scores written out, so that nothing is gained.
+
+Where functions of the caller's stand on the fusion stack (`core.execution`), the hooked way is taken: they fire.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.families.decoder import Layer
-from av_lens.interventions import CompiledPlan, Plan
-from av_lens.replay.cascade import Window
-from av_lens.replay.recording import Own, Record
-from av_lens.replay.restart import Made, run_layer
-from av_lens.replay.taps import Taps
+from av_lens.core.calls import unembedded
+from av_lens.families.decoder import Layer, Read, attended
+from av_lens.interventions import CompiledPlan, Plan, Step
+from av_lens.replay.recording import Own, Record, Window, additive, cascade, entering, fields_of
+
+
+class Taps:
+    """The edits of several plans by place, and the bookkeeping of a stack's plan axis.
+
+    Args:
+        plans: the compiled plans, first layers ascending, in the order of the plan axis.
+        offset: absolute position of the first row of every activation.
+        decoding: whether the rows are decoded after the prompt: every plan then has its own from the first layer on,
+            in any order, and only edits that act while decoding are met.
+    """
+
+    def __init__(self, plans: Sequence[CompiledPlan], offset: int, *, decoding: bool = False) -> None:
+        self.offset = offset
+        self.active = len(plans) if decoding else 0
+        self.joining = 0
+        self._firsts = [0 if decoding else max(plan.first_layer, 0) for plan in plans]
+        self._places: dict[tuple[str, int | None], list[tuple[int, Step]]] = {}
+        for number, plan in enumerate(plans):
+            for step in plan.steps:
+                if step.in_decode or not decoding:
+                    self._places.setdefault((step.component, step.layer), []).append((number, step))
+
+    @property
+    def first_layer(self) -> int:
+        """Where the first plan joins."""
+        return self._firsts[0]
+
+    def enter(self, layer: int, stream: Tensor | None, recorded: Tensor) -> Tensor:
+        """Let the plans that start at a layer join."""
+        self.active += self.joining
+        self.joining = self._firsts.count(layer)
+        if not self.joining:
+            assert stream is not None
+            return stream
+        return recorded[None].clone() if stream is None else torch.cat((stream, recorded[None]))
+
+    def has(self, layer: int, components: Sequence[str]) -> bool:
+        """Say whether any plan edits one of these components."""
+        return any((component, layer) in self._places for component in components)
+
+    def rowwise(self, layer: int, components: Sequence[str]) -> bool:
+        """Say whether these components' edits may see some of their rows alone."""
+        return all(step.rowwise for name in components for _, step in self._places.get((name, layer), ()))
+
+    def spread(self, activation: Tensor) -> Tensor:
+        """Give every joining plan its own row."""
+        if self.joining < 2 or activation.shape[0] == self.active + self.joining:
+            return activation
+        joined = activation[self.active :].expand(self.joining, *activation.shape[1:])
+        return torch.cat((activation[: self.active], joined))
+
+    def matched(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """Bring two activations to one plan axis."""
+        return (first, second) if first.shape[0] == second.shape[0] else (self.spread(first), self.spread(second))
+
+    def complete(self, activation: Tensor, recorded: Tensor) -> Tensor:
+        """Give every plan of the stack its own row, also those that join at a later layer."""
+        spread = self.spread(activation)
+        missing = len(self._firsts) - spread.shape[0]
+        return torch.cat((spread, recorded.expand(missing, *recorded.shape))) if missing else spread
+
+    def __call__(self, component: str, layer: int | None, activation: Tensor, rows: slice | None = None) -> Tensor:
+        """Apply the edits at one place; `rows` says which of the restart's rows these are; None for all."""
+        steps = self._places.get((component, layer))
+        if not steps:
+            return activation
+        if steps[-1][0] >= self.active:
+            activation = self.spread(activation)
+        start = self.offset if rows is None else self.offset + rows.start
+        for number, step in steps:
+            fired = step.fired
+            step(activation[number], start)
+            if rows is not None and step.fired == fired:
+                step.fired += step.in_prompt  # its rows change nothing that was asked for, and were not computed
+        return activation
+
+
+EDGES = ("scores", "pattern")
+IN_MLP = ("mlp_in", "mlp_pre", "mlp_pre_linear", "mlp_post", "mlp_out", "resid_post")
+AFTER_KEYS = ("q", "rot_q", *EDGES, "z", "result", "attn_out", "resid_mid", *IN_MLP)
+RESTARTABLE = frozenset(("embed", "resid_pre", "k", "v", "rot_k", *AFTER_KEYS))
+"""The components at which a restart can apply edits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What one layer made.
+
+    Attributes:
+        stream: the stream after it, `[plan, batch, row, d_model]`.
+        keys: the rotated keys of every new position, `[plan, batch, pos, kv_head, d_head]`.
+        values: the values, likewise.
+    """
+
+    stream: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def run_layer(
+    layer: Layer,
+    number: int,
+    stream: Float[Tensor, "plan batch pos d_model"],
+    past: tuple[Float[Tensor, "batch kv_head past d_head"], Float[Tensor, "batch kv_head past d_head"]],
+    window: Window,
+    taps: Taps,
+    rows: slice | None = None,
+    earlier: tuple[Float[Tensor, "plan batch old kv_head d_head"], Float[Tensor, "plan batch old kv_head d_head"]]
+    | None = None,
+) -> Made:
+    """Run one decoder layer on the restarted positions of all plans.
+
+    Keys and values are made of all of them, the stream at `rows` alone; `earlier` are the plans' own keys and values
+    between the window's start and these positions, while decoding (the window's mask covers them too).
+    """
+    if number == 0:
+        stream = taps("embed", None, stream)
+    stream = taps("resid_pre", number, stream)
+    normed = layer.ln1(stream)
+    fused = stream.dtype == torch.float32  # below it each product is rounded, as in the hooked run
+    k = taps("k", number, layer.heads("k", normed))
+    k = taps("rot_k", number, layer.turned("k", k, window.cos, window.sin, fused=fused))
+    v = taps("v", number, layer.heads("v", normed))
+    k, v = taps.matched(k, v)
+    if earlier is not None:
+        k, v = torch.cat((earlier[0], k), dim=2), torch.cat((earlier[1], v), dim=2)
+    part = rows if taps.rowwise(number, AFTER_KEYS) else None
+    cut = part or slice(0, stream.shape[2])
+    # Contiguous: a projection of strided rows would round its bias apart.
+    normed, stream = normed[:, :, cut].contiguous(), stream[:, :, cut]
+    cos, sin = window.cos[:, cut], window.sin[:, cut]
+    q = taps("q", number, layer.heads("q", normed), part)
+    q = taps("rot_q", number, layer.turned("q", q, cos, sin, fused=fused), part)
+    if taps.has(number, EDGES):
+        q, k, v = (taps.spread(part) for part in (q, k, v))
+    q, k = taps.matched(q, k)
+    q, v = taps.matched(q, v)
+    if taps.has(number, EDGES) or q.dtype != torch.float32:
+        z = _explicit(layer, number, q, (k, v), past, window, taps, part)
+    else:
+        z = cascade(q, (k, v), past, window, cut, layer.scaling)
+    attended = taps("attn_out", number, _written(layer, number, taps("z", number, z, part), taps, part), part)
+    stream, attended = taps.matched(stream, attended)
+    stream = taps("resid_mid", number, stream + attended, part)
+    stream, added = taps.matched(stream, _mlp(layer, number, stream, taps, part))
+    stream = taps.spread(taps("resid_post", number, stream + added, part))
+    if rows is not None and part is None:
+        stream = stream[:, :, rows]
+    return Made(stream, k, v)
+
+
+def _explicit(
+    layer: Layer,
+    number: int,
+    q: Tensor,
+    own: tuple[Tensor, Tensor],
+    past: tuple[Tensor, Tensor],
+    window: Window,
+    taps: Taps,
+    rows: slice | None,
+) -> Tensor:
+    """Attention with scores and pattern written out and shown to the plans; `z` `[plan, batch, row, head, d_head]`."""
+    shown = rows or slice(None)
+    queries, k, v = (part.transpose(2, 3) for part in (q, *own))
+    read = [Read(k, v, window.own_mask[:, :, shown], _on_own)]
+    if window.start:
+        mask = window.prefix_mask
+        read.insert(0, Read(*past, None if mask is None else mask[:, :, shown], _on_past))
+    whole = None
+    if q.dtype != torch.float32:  # one sum over all keys, rounded once
+        whole = Read(k, torch.cat((past[1].expand(len(v), *past[1].shape), v), dim=3), times=_on_own)
+    apart = torch.is_grad_enabled()  # softmax keeps its result for the gradient: edits write elsewhere
+    z, _ = attended(
+        queries,
+        read,
+        layer.scaling,
+        scores=lambda one: taps("scores", number, one, rows),
+        pattern=lambda one: taps("pattern", number, one.clone() if apart else one, rows),
+        values=whole,
+    )
+    return z.transpose(2, 3).contiguous()
+
+
+def _on_own(left: Tensor, own: Tensor) -> Tensor:
+    """The product of each head's `[plan, batch, head, row, _]` with its plan's `[plan, batch, kv_head, _, _]`."""
+    grouped = left.unflatten(2, (own.shape[2], -1))
+    return (grouped.flatten(3, 4) @ own).unflatten(3, grouped.shape[3:5]).flatten(2, 3)
+
+
+def _on_past(left: Tensor, past: Tensor) -> Tensor:
+    """The same with what all plans share, `[batch, kv_head, _, _]`: plans become rows, and nothing is copied."""
+    grouped = left.unflatten(2, (past.shape[1], -1)).movedim(0, 2)
+    found = grouped.flatten(2, 4) @ past
+    return found.unflatten(2, grouped.shape[2:5]).movedim(2, 0).flatten(2, 3)
+
+
+def _written(layer: Layer, number: int, z: Tensor, taps: Taps, rows: slice | None) -> Tensor:
+    """Project heads back to the stream; `result` is edited as a difference, as the hooked attention does."""
+    written = layer.write(z)
+    if taps.has(number, ("result",)):
+        before = layer.results(z)
+        after = taps("result", number, before.clone(), rows)
+        after, before = taps.matched(after, before)
+        change = (after - before).sum(3, dtype=torch.float32).to(written.dtype)
+        written, change = taps.matched(written, change)
+        written = written + change
+    return written
+
+
+def _mlp(layer: Layer, number: int, stream: Tensor, taps: Taps, rows: slice | None) -> Tensor:
+    entering = taps("mlp_in", number, stream.clone(), rows) if taps.has(number, ("mlp_in",)) else stream
+    written = layer.mlp(layer.ln2(entering), lambda name, one: taps(name, number, one, rows), taps.matched)
+    return taps("mlp_out", number, written, rows)
+
 
 R = TypeVar("R", bound=Record)
 Heads = tuple[Tensor, Tensor]
@@ -114,3 +357,47 @@ def rerun_under(record: R, plan: Plan, *, until: int | None = None) -> R:
     """Record the run under a plan, up to a layer."""
     compiled = plan.compile(record.model.spec, record.spans, batch=record.batch)
     return rerun(record, Taps([compiled], start_of(record, compiled)), until=until)
+
+
+PROVED = "_restart_proved"  # on the model: a restart reproduced its run at every position
+
+
+class _Entered(Exception):
+    """The first block was reached: nothing of the model after it need run."""
+
+
+def proved(model: Any) -> None:
+    """Note that a restart reproduces this model's runs."""
+    model.__dict__[PROVED] = True
+
+
+def is_proved(model: Any) -> bool:
+    """Say whether a restart was seen to reproduce a run of this model."""
+    return bool(model.__dict__.get(PROVED))
+
+
+def may_be_lean(model: Any) -> bool:
+    """Say whether records of this model may be made without hooks, where none stands on its fusion stack."""
+    return model.dtype == torch.float32 and is_proved(model)
+
+
+@torch.no_grad()
+def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tuple[dict[str, Any], Tensor]:
+    """Run encoders and embedding as always and the layers by themselves, keeping what restarts need."""
+    with entering(model.bridge.blocks[0], _Entered) as entered, suppress(_Entered):
+        model(x, budget_gb=inf)  # it stops before scores and logits
+    stream: Tensor = entered["hidden_states"]
+    mask = additive(entered.get("attention_mask"), stream)
+    n = stream.shape[1]
+    window = Window.at(0, entered["position_embeddings"], mask)
+    taps, nothing = no_edits(n), stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, model.spec.d_head)
+    found: dict[str, list[Tensor]] = {"resid": [stream.to(device)], "keys": [], "values": []}
+    last = stream
+    for _, made in run_layers(
+        model, window, taps, lambda at, left: taps.enter(at, left, stream), lambda _: (nothing, nothing)
+    ):
+        last = made.stream[0]
+        found["resid"].append(last.to(device))
+        for part, heads in (("keys", made.keys), ("values", made.values)):
+            found[part].append(heads[0].transpose(1, 2).contiguous().to(device))
+    return fields_of(model, x, found, entered, mask), unembedded(model, last[:, -1])

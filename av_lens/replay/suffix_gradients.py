@@ -30,13 +30,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.brief import Brief
-from av_lens.core.activations import asked_positions
 from av_lens.core.budget import GIGABYTE
+from av_lens.core.calls import asked_positions, unembedded
 from av_lens.core.execution import logits_of
-from av_lens.core.unembedding import unembedded
 from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.interventions import CompiledPlan, Plan, Site, Step, add
-from av_lens.interventions.sites import Positions, resolve_positions
+from av_lens.interventions.edits import Positions, resolve_positions
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.recording import Record
 from av_lens.replay.rerun import start_of

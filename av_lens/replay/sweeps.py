@@ -20,13 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from av_lens.core.progress import Progress, watched
+from av_lens.core.budget import Progress, watched
 from av_lens.errors import InputError
 from av_lens.interventions import Plan
-from av_lens.metrics.finite import require_numbers
-from av_lens.metrics.metric import Metric, as_metric
-from av_lens.replay.measurement import measure_plans
-from av_lens.replay.traces import Trace
+from av_lens.metrics.metric import Metric, as_metric, require_numbers
+from av_lens.replay.traces import Trace, measure_plans, sources
 from av_lens.results.grid import Grid
 from av_lens.results.provenance import linked, stamp
 
@@ -109,13 +107,6 @@ def interrupted(scores: torch.Tensor) -> str:
     if not done:
         raise KeyboardInterrupt
     return f"interrupted: {done} of {scores.numel()} numbers measured, the others are NaN"
-
-
-def sources(x: Any, i: int) -> list[str]:
-    """The media an example was made of: examples that share any are one cluster."""
-    clip = x.clips[i]
-    hashes = [] if clip is None else [clip.picture_hash, clip.sound_hash]
-    return [found for found in hashes if found is not None]
 
 
 def _named(plans: Sequence[Plan] | Mapping[str, Plan]) -> tuple[list[Any], list[Plan]]:

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from av_lens.checks import foreign_file, near_file, parse_json, whole_object
-from av_lens.core.standing_hooks import places, standing_hooks
-from av_lens.core.turns import turn_of
+from av_lens.core.calls import turn_of
+from av_lens.core.execution import places, standing_hooks
 from av_lens.errors import InputError, InterventionError, ModelError
 from av_lens.replay.recording import Record
 from av_lens.results.provenance import stamp

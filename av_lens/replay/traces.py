@@ -1,4 +1,8 @@
-"""A recorded run that can be restarted anywhere: many interventions for the price of a few layers.
+"""A recorded run that can be restarted anywhere, proved against the model's own: many plans for a few layers' price.
+
+A model's first trace is made with hooks, and is restarted at the first layer, at every position. Besides, every head's
+query, key and value are computed by themselves, as re-readings compute them, and its attention is read again: a layer
+that is known wrongly in one place alone is refused too. What fails is run hooked, and says why.
 
 Question: what would the model have said, had these heads done something else? `model.trace(x)` runs the model once,
 encoders and all, and keeps what every layer received: the residual stream, rotated keys and values. `trace.replay`
@@ -8,43 +12,140 @@ position run together, each joining at its own first layer, stacked along the ba
 
 Replays equal hooked full forwards to 1e-5 in float32 (tested for every edit kind), and every edit must fire as often
 as in a full forward, or the replay raises. A model's first trace checks that a restart reproduces its own run, at every
-position, and that each head by itself reads what it read (`proof`). Where it does not (a layout it does not know),
-where functions of the caller's stand on the fusion stack (`standing_hooks`), and for edits at components that it cannot
+position, and that each head by itself reads what it read (`fault`). Where it does not (a layout it does not know),
+where functions of the caller's stand on the fusion stack (`core.execution`), and for edits at components that it cannot
 restart at, it runs full hooked forwards instead and says so in `trace.hooked_because`. Later traces of the model are
-recorded without hooks (`lean_recording`).
+recorded without hooks (`recorded_lean`).
 
 A trace is of the model as it was hooked when it was recorded: `logits` are that run's own, and all other verbs refuse
 to go on under other hooks. It holds the model's answer of that moment: record again after the weights changed.
+
+An answer of one token is read from the prompt's own logits. An answer of several tokens is run after the prompt
+(teacher forcing), once for each option; edits of the plan act on the prompt's positions as always, and on the answer's
+where they name the role `generated`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.core.activations import asked_positions
+from av_lens.core.calls import asked_positions, heads_first, turn_of, unembedded, watching
 from av_lens.core.decoding import Decoding
-from av_lens.core.modes import require_evaluation
-from av_lens.core.standing_hooks import places, standing_hooks
-from av_lens.core.turns import turn_of
-from av_lens.core.unembedding import unembedded
+from av_lens.core.execution import logits_of, places, standing_hooks
 from av_lens.errors import ModelError
+from av_lens.families.decoder import hook_name
 from av_lens.interventions import CompiledPlan, Plan, Site
+from av_lens.metrics.forms import followed
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.continuation import continued
-from av_lens.replay.lean_recording import is_proved, may_be_lean, proved, recorded_lean
-from av_lens.replay.proof import HookedReads, fault
 from av_lens.replay.recording import Record, recorded, require_record_memory
-from av_lens.replay.stacks import Schedule, refuse_huge, run_stacks, scheduled
+from av_lens.replay.rerun import is_proved, layers, may_be_lean, proved, recorded_lean
+from av_lens.replay.stacks import HeadRead, Schedule, refuse_huge, restarted, run_stacks, scheduled
 from av_lens.replay.suffix_gradients import SuffixGradients, differentiated
 from av_lens.replay.trace_files import read_trace, write_trace
 from av_lens.spans import Span
+
+R = TypeVar("R", bound=Record)
+PROOF_ROWS = 512  # positions that a model's first trace restarts together, to see that it can
+READ_ROWS = 4  # the last positions, at which every head is read again
+PROOF_HOOKS = ("rot_q", "z")
+
+
+class HookedReads:
+    """What each layer's heads read in the hooked run at the last positions: rotated queries, and z."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, int], Tensor] = {}
+
+    def hooks(self, n_layers: int) -> list[tuple[str, Callable[..., None]]]:
+        """The hooks that keep it, `[batch, head, row, d_head]`."""
+        places = [(component, layer) for layer in range(n_layers) for component in PROOF_HOOKS]
+        return [(hook_name(*place), watching(partial(self._keep, *place))) for place in places]
+
+    def _keep(self, component: str, layer: int, activation: Tensor) -> None:
+        self.kept[component, layer] = heads_first(activation.detach(), component)[:, :, -READ_ROWS:]
+
+
+@torch.no_grad()
+def fault(record: Record, logits: Tensor, reads: HookedReads | None, *, everywhere: bool) -> str:
+    """Restart at the first layer and compare with the run itself; say what is wrong, or nothing.
+
+    Compared are the stream that leaves the last layer, at the last position or at every one (block by block, so that
+    no more scores are held than a block's), the last position's logits, and what heads read.
+    """
+    n = len(record.spans)
+    size = n if record.mask is not None else PROOF_ROWS
+    blocks = [(start, min(start + size, n)) for start in range(0, n, size)] if everywhere else [(n - 1, n)]
+    tolerance = 1e-4 if logits.dtype == torch.float32 else 5e-2
+    stream = logits
+    gaps: list[float] = []
+    try:
+        for start, end in blocks:
+            empty = CompiledPlan((), n_prompt=end, first_layer=0, first_position=start)
+            stream = restarted(_before(record, end), [empty], start, torch.arange(end - start))[0][0]
+            gaps.append(_gap(stream, record.stream(record.n_layers, start)[:, : end - start]))
+        gaps.append(_gap(unembedded(record.model, stream[:, -1]), logits))
+        if not all(gap <= tolerance for gap in gaps):
+            return f"a restart does not reproduce the recorded run (relative gap {max(gaps):.1e}): a layout unknown"
+        for what, gap in () if reads is None else _reread(record, reads):
+            if not gap <= tolerance:
+                return f"{what}, computed anew, are not those of the recorded run (relative gap {gap:.1e})"
+    except (AttributeError, TypeError, RuntimeError) as error:
+        return f"this model's layers are not of the layout that a restart knows ({type(error).__name__}: {error})"
+    return ""
+
+
+def _reread(record: Record, reads: HookedReads) -> Iterator[tuple[str, float]]:
+    """How far each layer's queries, keys, values and z are from the hooked run's, whole and head by head."""
+    n, window = len(record.spans), record.window(0)
+    rows = range(max(0, n - READ_ROWS), n)
+    for number, layer in layers(record.model):
+        normed, (keys, values) = layer.ln1(record.stream(number, 0)), record.past(number, n)
+        turned = layer.turned("k", layer.heads("k", normed), window.cos, window.sin)
+        made = {"keys": (turned, keys), "values": (layer.heads("v", normed), values)}
+        yield from ((f"layer {number}'s {what}", _gap_of_heads(a.transpose(1, 2), b)) for what, (a, b) in made.items())
+        last, cos, sin = (part[:, rows.start :] for part in (normed, window.cos[:, :, 0], window.sin[:, :, 0]))
+        alone = {kind: [layer.head(kind, one, last) for one in range(layer.n_kv_heads)] for kind in "kv"}
+        alone["k"] = [layer.turned("k", one, cos, sin) for one in alone["k"]]
+        for what, kind, own in (("keys", "k", keys), ("values", "v", values)):
+            gap = _gap_of_heads(torch.stack(alone[kind], dim=1), own[:, :, rows.start :])
+            yield f"layer {number}'s {what}, head by head", gap
+        heads = [HeadRead.of(record, number, head, rows) for head in range(layer.n_heads)]
+        queries = torch.stack([head.q for head in heads], dim=1)
+        yield f"layer {number}'s queries", _gap_of_heads(queries, reads.kept["rot_q", number])
+        if queries.dtype == torch.float32:  # below it, scores of one head alone are rounded otherwise
+            z = torch.stack([head.z for head in heads], dim=1)
+            yield f"what layer {number}'s heads read (z)", _gap_of_heads(z, reads.kept["z", number])
+
+
+def _gap_of_heads(again: Tensor, once: Tensor) -> float:
+    """The same for `[batch, head, pos, d_head]`, all heads of a position together."""
+    return _gap(again.transpose(1, 2).flatten(2), once.transpose(1, 2).flatten(2))
+
+
+def _gap(again: Tensor, once: Tensor) -> float:
+    """The largest difference at any position, as a share of the largest number there."""
+    again, once = again.float(), once.float()
+    return float(((again - once).abs().amax(-1) / once.abs().amax(-1).clamp(min=1e-6)).max())
+
+
+def _before(record: R, end: int) -> R:
+    """The recorded run up to a position; under a causal mask nothing there depends on what follows."""
+    if end == len(record.spans):
+        return record
+    keys, values = (tuple(part[:, :, :end] for part in parts) for parts in (record.keys, record.values))
+    cos, sin = (table[:, :end] for table in record.tables)
+    resid = tuple(one[:, :end] for one in record.resid)
+    return replace(record, resid=resid, keys=keys, values=values, tables=(cos, sin))
+
 
 Plans = Plan | CompiledPlan | Sequence[Plan | CompiledPlan]
 
@@ -264,7 +365,7 @@ class Trace(Record):
 
 def record(model: Any, x: Any, *, device: torch.device | str | None = None, budget_gb: float | int = 8.0) -> Trace:
     """Run the model once and keep what is needed to restart it."""
-    require_evaluation(model)
+    _require_evaluation(model)
     with turn_of(model.bridge):
         standing = standing_hooks(model)
         on_stack = tuple(hook for hook in standing if not hook.in_tower)
@@ -291,3 +392,90 @@ def record(model: Any, x: Any, *, device: torch.device | str | None = None, budg
 
 def _listed(plans: Plans) -> list[Plan | CompiledPlan]:
     return [plans] if isinstance(plans, Plan | CompiledPlan) else list(plans)
+
+
+def sources(x: Any, i: int) -> list[str]:
+    """The media an example was made of: examples that share any are one cluster."""
+    clip = x.clips[i]
+    hashes = [] if clip is None else [clip.picture_hash, clip.sound_hash]
+    return [found for found in hashes if found is not None]
+
+
+def _require_evaluation(model: Any) -> None:
+    """Refuse a model in training mode."""
+    if model.training:
+        raise ModelError("this model is in training mode, where dropout may act: call model.eval() before tracing.")
+
+
+BLOCK = 256  # plans that are measured together where an answer has several tokens
+
+
+def measure(
+    model: Any, x: Any, metric: Metric | Callable[..., Any], *, plan: Plan | None = None
+) -> Float[Tensor, " batch"]:
+    """Measure a metric on every example of an input.
+
+    Args:
+        model: a `HookedAVLLM`.
+        x: an `AVInputs`, one example or a stack.
+        metric: `logit_diff(...)` and its like, or any callable of logits `[batch, asked_pos, d_vocab]` to `[batch]`.
+        plan: edits to be made.
+
+    Returns:
+        One number for each example.
+
+    Raises:
+        InputError: answers that cannot be told apart, or a metric that returns one number for the batch.
+        InterventionError: the plan does not fit, or an edit did not fire.
+    """
+    bound = as_metric(metric, model, x)
+
+    def logits(inputs: Any, rows: list[int]) -> Tensor:
+        compiled = (plan or Plan()).compile(model.spec, inputs.spans, batch=len(inputs))
+        with torch.no_grad():
+            found = logits_of(model, inputs, compiled.fwd_hooks, torch.tensor(rows))
+        compiled.verify()
+        return found
+
+    asked = x.spans.generation_position
+    reduced = [
+        bound.reduce(i, logits(followed(x, tokens), list(range(asked, asked + tokens.shape[1]))))
+        for i, tokens in enumerate(bound.continuations(len(x)))
+    ]
+    return bound.combine(reduced) if reduced else bound(logits(x, [asked]))
+
+
+def measure_plans(
+    trace: Trace,
+    plans: Sequence[Plan],
+    metric: Metric | Callable[..., Any],
+    *,
+    budget_gb: float | int = 1.0,
+    finished: Callable[[int], None] | None = None,
+    into: Float[Tensor, "plan batch"] | None = None,
+) -> Float[Tensor, "plan batch"]:
+    """Measure a metric under each of many plans, by replay."""
+    model, x = trace.model, trace.x
+    bound = as_metric(metric, model, trace)
+    continuations = bound.continuations(len(x))
+    if not continuations:
+        return trace.score(plans, bound, budget_gb=budget_gb, finished=finished, into=into)
+    found = torch.full((len(plans), len(x)), torch.nan) if into is None else into
+    asked = x.spans.generation_position
+    longer = [trace if t.shape[1] == 1 else record(model, followed(x, t)) for t in continuations]
+    ends = [asked + tokens.shape[1] for tokens in continuations]
+    for start in range(0, len(plans), BLOCK):  # all options of a block's plans, so that it is wholly done or not at all
+        block = plans[start : start + BLOCK]
+        reduced = [
+            one.score(block, _reducing(bound, i), logits_at=one.spans.span(range(asked, end)), budget_gb=budget_gb)
+            for i, (one, end) in enumerate(zip(longer, ends, strict=True))
+        ]
+        for number, row in enumerate(zip(*reduced, strict=True), start):
+            found[number] = bound.combine(list(row)).to(found)
+        if finished is not None:
+            finished(start + len(block))
+    return found
+
+
+def _reducing(metric: Metric, number: int) -> Callable[[Tensor], Tensor]:
+    return lambda logits: metric.reduce(number, logits)

@@ -1,5 +1,5 @@
 """Findings as pages: `write_report` makes one self-contained page, `write_bundle` a folder with figures and numbers."""
 
-from av_lens.reports.bundle import write_bundle as write_bundle
-from av_lens.reports.material import Calibration as Calibration
+from av_lens.reports.drawings import Calibration as Calibration
+from av_lens.reports.page import write_bundle as write_bundle
 from av_lens.reports.page import write_report as write_report

@@ -1,4 +1,4 @@
-"""A finding as one page that a newcomer can read from top to bottom, and that loads nothing from anywhere.
+"""A finding as one page that a newcomer reads from top to bottom, and that loads nothing; and as a folder.
 
 Verdict first; then how to read it, what the model does, clips to play, the heads, held-out confirmation, calibration
 where the truth is known, what all this does and does not prove, and where it comes from. Figures, their script and the
@@ -9,6 +9,10 @@ Example:
     ```python
     write_report(found, "report.html", clips={"0001": clip})
     ```
+
+`report.html` is the page; `numbers/` is the saved record (csv, json and npz; `Isolation.load` opens it);
+`figures/NAME.json` opens with `plotly.io.read_json` and `figures/NAME.html` in any browser, all sharing one
+`plotly.min.js` beside them.
 """
 
 from __future__ import annotations
@@ -22,12 +26,10 @@ from av_lens import __version__
 from av_lens.colours import PAGES
 from av_lens.media import Clip
 from av_lens.plots import THEMES
-from av_lens.reports import sections, words
+from av_lens.reports import sections
 from av_lens.reports.blocks import blocks
-from av_lens.reports.drawings import Drawing, drawings
-from av_lens.reports.material import Calibration, gallery
-from av_lens.results.record import Isolation
-from av_lens.results.tables import SUPPRESSORS
+from av_lens.reports.drawings import Calibration, Drawing, drawings, gallery
+from av_lens.results.record import SUPPRESSORS, Isolation
 from av_lens.whole_files import make_folder, write_whole
 
 _GENERAL = (
@@ -105,29 +107,29 @@ def _context(
         "model": model,
         "when": str(found.provenance.get("created", "")).replace("T", " ") or f"av_lens {__version__}",
         "stamps": [{"name": stamp, "meaning": _stamp(found, stamp)} for stamp in found.stamps],
-        "kind": words.KINDS.get(found.verdict_kind, found.verdict_kind),
+        "kind": sections.KINDS.get(found.verdict_kind, found.verdict_kind),
         "verdict": found.verdict,
         "reasons": [r for r in found.reasons if r.split(": ")[0] not in found.stamps and r not in found.verdict],
         "tiles": sections.tiles(found),
         "asked": f"“{question}”." if question else "what it hears.",
-        "threshold": words.percent(float(found.protocol["s"])) if "s" in found.protocol else "a fixed share",
+        "threshold": sections.percent(float(found.protocol["s"])) if "s" in found.protocol else "a fixed share",
         "behaviour": _behaviour(found),
         "other_behaviour": len(set(found.behaviour["chosen"])) > 1,
         "n_conflicts": len(found.conflicts),
         "heads": heads,
         "roles": [
             {"name": role, "meaning": meaning, "suppressor": role in SUPPRESSORS}
-            for role, meaning in words.ROLE_MEANINGS.items()
+            for role, meaning in sections.ROLE_MEANINGS.items()
             if any(row["role"] == role for row in heads)
         ],
-        "columns": words.COLUMNS,
-        "power": "" if power != power else f"{words.number(power)} logits",
+        "columns": sections.COLUMNS,
+        "power": "" if power != power else f"{sections.number(power)} logits",
         "sets": sections.set_rows(found),
         "specificity": sections.specificity_rows(found),
         "blocks": blocks(found),
         "calibration": calibration,
         "calibration_rows": [] if calibration is None else _calibration_rows(calibration),
-        "calibration_figures": [(name.replace("_", " "), words.number(value)) for name, value in figures.items()],
+        "calibration_figures": [(name.replace("_", " "), sections.number(value)) for name, value in figures.items()],
         "searched": searched,
         "caveats": [*caveats, *(_GENERAL if searched else _STOPPED)],
         "choices": [str(choice) for choice in found.provenance.get("choices", [])],
@@ -141,7 +143,7 @@ def _context(
 def _stamp(found: Any, stamp: str) -> str:
     """Say what a stamp means: the record's own reason where it gives one, then what follows from it."""
     own = [reason.removeprefix(f"{stamp}: ") for reason in found.reasons if reason.startswith(f"{stamp}: ")]
-    return " ".join([*own, words.STAMP_MEANINGS.get(stamp, "")]).strip()
+    return " ".join([*own, sections.STAMP_MEANINGS.get(stamp, "")]).strip()
 
 
 def _behaviour(found: Any) -> list[dict[str, Any]]:
@@ -163,8 +165,8 @@ def _calibration_rows(calibration: Calibration, *, most: int = 12) -> list[dict[
             "planted": bool(row["planted"]),
             "kind": row["kind"],
             "role": row["role"],
-            "release": words.number(float(row["release"]), sign=True),
-            "share": words.percent(float(row["share"])),
+            "release": sections.number(float(row["release"]), sign=True),
+            "share": sections.percent(float(row["share"])),
         }
         for row in heads.head(max(most, planted + 4)).to_dict("records")
     ]
@@ -174,13 +176,34 @@ def _conflict_rows(found: Any) -> list[dict[str, str]]:
     return [
         {
             "id": str(row["id"]),
-            "half": row["half"] or words.MISSING,
+            "half": row["half"] or sections.MISSING,
             "component": str(row["component"]),
             "competent": "yes" if row["competent"] else "no",
             "sound": row["sound_answer"],
             "picture": row["picture_answer"],
-            "says": row["says"] or words.MISSING,
-            **{name: words.number(float(row[name]), sign=True) for name in ("M_va", "M_av", "C", "G")},
+            "says": row["says"] or sections.MISSING,
+            **{name: sections.number(float(row[name]), sign=True) for name in ("M_va", "M_av", "C", "G")},
         }
         for row in found.conflicts.to_dict("records")
     ]
+
+
+def write_bundle(
+    found: Isolation, folder: str | Path, *, calibration: Calibration | None = None, **options: Any
+) -> Path:
+    """Write the page, the figures and the numbers of a finding into a folder."""
+    folder = Path(folder)
+    found.save(folder / "numbers")
+    if calibration is not None:
+        write_whole(folder / "numbers" / "calibration.csv", calibration.heads.to_csv(index=False))
+    figures = folder / "figures"
+    make_folder(figures)
+    for name, drawing in drawings(found, calibration).items():
+        write_whole(figures / f"{name}.json", str(drawing.figure.to_json(pretty=True)))
+        titled = drawing.figure.update_layout(title={"text": drawing.title}, margin={"t": 84})
+        config = {"displaylogo": False, "responsive": True}
+        write_whole(figures / f"{name}.html", titled.to_html(include_plotlyjs="plotly.min.js", config=config))
+    from plotly.offline import get_plotlyjs
+
+    write_whole(figures / "plotly.min.js", get_plotlyjs())
+    return write_report(found, folder / "report.html", calibration=calibration, **options)

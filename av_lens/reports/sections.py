@@ -1,15 +1,129 @@
-"""The record's tables as rows of text, in the order and words in which the page shows them."""
+"""The record's tables as rows of text, in the order, words and figures in which the page shows them."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from av_lens.reports import words
-from av_lens.results.record import Isolation
-from av_lens.results.tables import SUPPRESSORS
+from av_lens.results.record import SUPPRESSORS, Isolation
+
+MISSING = "–"
+ROLE_MEANINGS = {
+    "picture writer": "it reads the picture and writes the picture's answer over the sound",
+    "sound opponent": "it reads the sound and writes against it",
+    "gate": "it turns other heads away from the sound",
+    "breaks": "editing it damages hearing as such; it does not suppress",
+    "undetermined": "its release passes, but what kind it is cannot be told from these conflicts",
+    "silenced carrier": "it carries sound that is lost under conflict: a victim, no suppressor",
+    "sound carrier": "it carries sound when there is nothing to see",
+}
+DONOR_MEANINGS = {
+    "blank_muted": "as if it had neither seen nor heard",
+    "mean_other": "as if something else had been asked",
+    "zero": "switched off",
+}
+STAMP_MEANINGS = {
+    "exploratory": "What is named on this page is a lead, to be confirmed on more conflicts: no verdict on the set.",
+    "not interpretable": "The search went on where the protocol would have stopped it: no figure of a head here has "
+    "a meaning of its own.",
+}
+KINDS = {
+    "named": "heads that suppress the sound",
+    "spread": "suppression, but no single head to blame",
+    "nothing named": "suppression, and no head found",
+}
+QUANTITIES = {
+    "G": ("G", "hearing with nothing to see"),
+    "C": ("C", "hearing under conflict"),
+    "gap": ("gap = G − C", "what the sight of something else costs"),
+    "E_A": ("E_A", "what the sound does to the answer"),
+    "E_V": ("E_V", "what the picture does to the answer"),
+    "I": ("I", "interaction of sound and picture"),
+    "shortcut index": (
+        "Shortcut Index",
+        "|E_V| / (|E_A| + |E_V|): 0 where the sound alone decides, 1 where the picture does",
+    ),
+}
+CONTROLS = {
+    "see": "the conflict, asked what is seen: the picture's answer",
+    "audio-only": "the sound with no picture in the prompt: the sound's answer",
+    "factual heard": "sound and picture agree, asked what is heard",
+    "factual seen": "sound and picture agree, asked what is seen",
+    "control": "the conflict, asked for neither: the answer without the edit",
+    "silent video": "nothing to hear, asked what is heard: how often some thing is named, which must not rise",
+    "text-only": "the bare question: how far the answer moves",
+}
+COLUMNS = {
+    "direct share": "how much of the effect goes by the head's own write, and not through later heads",
+    "reads picture, reads sound": "the effect of another picture, or of another sound, for this head alone, in logits",
+    "DLA": "direct logit attribution: what the head writes for the sound (+) or the picture (−) under conflict",
+    "q": "the share of false finds to be expected among heads named at this strictness or a stricter one",
+}
+CELLS = {
+    "va": "the conflict: picture v, sound a",
+    "av": "the mirrored conflict: picture a, sound v",
+    "aa": "picture and sound are both a's",
+    "vv": "picture and sound are both v's",
+    "blank_a": "nothing to see, sound a",
+    "blank_v": "nothing to see, sound v",
+    "blank_muted": "nothing to see, nothing to hear",
+    "v_muted": "picture v, nothing to hear",
+    "a_muted": "picture a, nothing to hear",
+    "audio_only": "sound a alone, no picture in the prompt",
+}
+_SEE = " (see)"
+
+
+def cell_meaning(cell: str) -> str:
+    """Say what is seen and heard in a cell."""
+    meaning = CELLS.get(cell.removesuffix(_SEE), "")
+    return f"{meaning}; asked what is seen" if cell.endswith(_SEE) else meaning
+
+
+def number(value: Any, *, sign: bool = False) -> str:
+    """Say a number with three decimals below 0.1, two up to 10, one from 10 up."""
+    if value is None or isinstance(value, str):
+        return value or MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if math.isnan(value):
+        return MISSING
+    if isinstance(value, int):
+        return f"{value:{'+' if sign else ''}d}".replace("-", "−")
+    size = abs(value)
+    text = f"{value:.{1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 3}f}"
+    if float(text) == 0:
+        text = text.lstrip("-")
+    text = "+" + text if sign and float(text) > 0 else text
+    return text.replace("-", "−")
+
+
+def percent(value: Any) -> str:
+    """Say a share or a rate as a percentage."""
+    if value is None or math.isnan(value):
+        return MISSING
+    text = f"{value:.0%}" if abs(value) >= 0.0995 or value == 0 else f"{value:.1%}".replace(".0%", "%")
+    return "0%" if text == "-0%" else text.replace("-", "−")
+
+
+def interval(low: Any, high: Any, *, share: bool = False, sign: bool = False) -> str:
+    """Say an interval."""
+    if low is None or high is None or math.isnan(low) or math.isnan(high):
+        return MISSING
+    if share:
+        return f"{percent(low)} to {percent(high)}"
+    return f"{number(low, sign=sign)} to {number(high, sign=sign)}"
+
+
+def small(value: Any) -> str:
+    """Say a p- or q-value."""
+    if value is None or math.isnan(value):
+        return MISSING
+    return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
 
 _SIGNED = ("effect", "reads_picture", "reads_sound", "sufficiency", "silenced", "carries", "dla")
 
@@ -36,25 +150,25 @@ def tiles(found: Isolation) -> list[Tile]:
     made = [_behaviour_tile(found, name, tone) for name, tone in (("G", "sound"), ("C", "picture"), ("gap", ""))]
     sets: Any = found.sets
     for row in sets[sets["chosen"]].to_dict("records")[:1]:
-        ends = words.interval(row["share_low"], row["share_high"], share=True)
+        ends = interval(row["share_low"], row["share_high"], share=True)
         heads = "1 head" if row["k"] == 1 else f"{row['k']} heads"
-        made.append(Tile(words.percent(row["share"]), f"of G released by {heads}, held out", ends, "sound"))
+        made.append(Tile(percent(row["share"]), f"of G released by {heads}, held out", ends, "sound"))
         picture = f"the picture: {_change(row, 'says_picture')}"
         made.append(Tile(_change(row, "says_sound"), "says the sound, before → after", picture, "sound"))
-        count = f"the most of {row['random_n']} sets, logits; p {words.small(row['p_random'])}"
-        made.append(Tile(words.number(float(row["random_max"])), "released by random heads", count))
-    return [tile for tile in made if tile.value != words.MISSING]
+        count = f"the most of {row['random_n']} sets, logits; p {small(row['p_random'])}"
+        made.append(Tile(number(float(row["random_max"])), "released by random heads", count))
+    return [tile for tile in made if tile.value != MISSING]
 
 
 def _behaviour_tile(found: Isolation, name: str, tone: str) -> Tile:
     frame: Any = found.behaviour
     frame = frame[(frame["quantity"] == name) & (frame["half"] == "discovery")]
     frame = frame.sort_values("chosen", key=lambda c: c != "competent", kind="stable")
-    _, meaning = words.QUANTITIES[name]
+    _, meaning = QUANTITIES[name]
     value, note = float(found.summary.get(name, float("nan"))), "logits"
     for row in frame.to_dict("records")[:1]:
-        value, note = row["value"], f"logits, {words.interval(row['low'], row['high'])}"
-    return Tile(words.number(value, sign=True), f"{name}: {meaning}", note, tone)
+        value, note = row["value"], f"logits, {interval(row['low'], row['high'])}"
+    return Tile(number(value, sign=True), f"{name}: {meaning}", note, tone)
 
 
 def behaviour_rows(found: Isolation, chosen: str) -> list[dict[str, str]]:
@@ -62,26 +176,26 @@ def behaviour_rows(found: Isolation, chosen: str) -> list[dict[str, str]]:
     frame: Any = found.behaviour
     frame = frame[frame["chosen"] == chosen]
     rows: dict[tuple[str, ...], dict[str, str]] = {}
-    order = {name: place for place, name in enumerate(words.QUANTITIES)}
+    order = {name: place for place, name in enumerate(QUANTITIES)}
     records = sorted(frame.to_dict("records"), key=lambda r: order.get(r["quantity"], len(order)))
     for record in records:
         key = (record["quantity"], record["cell"], record["rule"])
         name, meaning = _quantity(*key)
         row = rows.setdefault(key, {"name": name, "meaning": meaning})
         rate = record["quantity"] == "accuracy" or str(record["quantity"]).startswith("says")
-        value = words.percent(record["value"]) if rate else words.number(record["value"])
-        row[record["half"]] = f"{value} ({words.interval(record['low'], record['high'], share=rate)})"
+        value = percent(record["value"]) if rate else number(record["value"])
+        row[record["half"]] = f"{value} ({interval(record['low'], record['high'], share=rate)})"
         row[f"n_{record['half']}"] = str(record["n"])
     return list(rows.values())
 
 
 def _quantity(quantity: str, cell: str, rule: str) -> tuple[str, str]:
-    if quantity in words.QUANTITIES:
-        return words.QUANTITIES[quantity]
+    if quantity in QUANTITIES:
+        return QUANTITIES[quantity]
     names = {"accuracy": "right"}
     name = f"{names.get(quantity, quantity)} in {cell}" if cell else quantity
     of = {"two": "; best of the two answers", "vocabulary": "; best of all words"}.get(rule, "")
-    return name, words.cell_meaning(cell) + of
+    return name, cell_meaning(cell) + of
 
 
 def head_rows(found: Isolation) -> list[dict[str, Any]]:
@@ -90,18 +204,18 @@ def head_rows(found: Isolation) -> list[dict[str, Any]]:
         {
             "rank": place,
             "head": f"L{row['layer']} H{row['head']}",
-            "meaning": words.ROLE_MEANINGS.get(row["role"], ""),
+            "meaning": ROLE_MEANINGS.get(row["role"], ""),
             "suppressor": row["role"] in SUPPRESSORS,
-            "donor_meaning": words.DONOR_MEANINGS.get(row["donor"], ""),
-            "interval": words.interval(row["low"], row["high"], sign=True),
-            "share": words.percent(row["share"]),
-            "share_interval": words.interval(row["share_low"], row["share_high"], share=True),
-            "discovery": words.number(row["discovery_effect"], sign=True),
-            "discovery_interval": words.interval(row["discovery_low"], row["discovery_high"], sign=True),
-            "direct_share": words.number(row["direct_share"]),
-            **{donor: words.number(row[f"release_{donor}"], sign=True) for donor in words.DONOR_MEANINGS},
-            **{name: words.number(row[name], sign=True) for name in _SIGNED},
-            **{name: words.small(row[name]) for name in ("q", "p_maxt", "p_holm")},
+            "donor_meaning": DONOR_MEANINGS.get(row["donor"], ""),
+            "interval": interval(row["low"], row["high"], sign=True),
+            "share": percent(row["share"]),
+            "share_interval": interval(row["share_low"], row["share_high"], share=True),
+            "discovery": number(row["discovery_effect"], sign=True),
+            "discovery_interval": interval(row["discovery_low"], row["discovery_high"], sign=True),
+            "direct_share": number(row["direct_share"]),
+            **{donor: number(row[f"release_{donor}"], sign=True) for donor in DONOR_MEANINGS},
+            **{name: number(row[name], sign=True) for name in _SIGNED},
+            **{name: small(row[name]) for name in ("q", "p_maxt", "p_holm")},
             "confirmed": bool(row["confirmed"]),
             **{name: row[name] for name in ("site", "role", "estimand", "donor", "member_of", "flags")},
         }
@@ -118,16 +232,16 @@ def set_rows(found: Isolation) -> list[dict[str, Any]]:
             **{name: row[name] for name in ("name", "k", "donor", "screen", "flags")},
             "members": str(row["members"]),
             "chosen": bool(row["chosen"]),
-            "discovery": words.number(row["discovery_release"], sign=True),
-            "release": words.number(row["release"], sign=True),
-            "interval": words.interval(row["low"], row["high"], sign=True),
-            "share": words.percent(row["share"]),
+            "discovery": number(row["discovery_release"], sign=True),
+            "release": number(row["release"], sign=True),
+            "interval": interval(row["low"], row["high"], sign=True),
+            "share": percent(row["share"]),
             "says_sound": _change(row, "says_sound"),
             "says_picture": _change(row, "says_picture"),
-            "random": words.number(row["random_max"], sign=True),
-            "random_note": f"mean {words.number(row['random_mean'], sign=True)}, {row['random_n']} sets",
-            "p": words.small(row["p_random"]),
-            "floor": words.small(row["p_floor"]),
+            "random": number(row["random_max"], sign=True),
+            "random_note": f"mean {number(row['random_mean'], sign=True)}, {row['random_n']} sets",
+            "p": small(row["p_random"]),
+            "floor": small(row["p_floor"]),
             "random_n": int(row["random_n"]),
             "confirmed": bool(row["confirmed"]),
         }
@@ -136,7 +250,7 @@ def set_rows(found: Isolation) -> list[dict[str, Any]]:
 
 
 def _change(row: Mapping[Any, Any], rate: str) -> str:
-    return f"{words.percent(row[f'{rate}_before'])} → {words.percent(row[rate])}"
+    return f"{percent(row[f'{rate}_before'])} → {percent(row[rate])}"
 
 
 def specificity_rows(found: Isolation) -> list[dict[str, Any]]:
@@ -145,10 +259,10 @@ def specificity_rows(found: Isolation) -> list[dict[str, Any]]:
     return [
         {
             "control": row["control"],
-            "meaning": words.CONTROLS.get(row["control"], ""),
+            "meaning": CONTROLS.get(row["control"], ""),
             "n": row["n"],
             **{
-                name: (_exactly if str(row["verdict"]).startswith("reported") else words.percent)(row[name])
+                name: (_exactly if str(row["verdict"]).startswith("reported") else percent)(row[name])
                 for name in ("before", "after", "fall", "bound", "margin")
             },
             "verdict": row["verdict"],
@@ -159,7 +273,7 @@ def specificity_rows(found: Isolation) -> list[dict[str, Any]]:
 
 
 def _exactly(value: float) -> str:
-    return words.MISSING if value != value else f"{value:.2g}".replace("-", "−")
+    return MISSING if value != value else f"{value:.2g}".replace("-", "−")
 
 
 def flat(nested: Mapping[str, Any], *, prefix: str = "") -> list[tuple[str, str]]:

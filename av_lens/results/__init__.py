@@ -1,9 +1,7 @@
 """Results: labelled numbers and findings, their statistics and provenance. No torch here."""
 
-from av_lens.results.circuit import Circuit
-from av_lens.results.edge_scores import EdgeScores
-from av_lens.results.grid import Grid
+from av_lens.results.circuit import Circuit, EdgeScores
+from av_lens.results.grid import Grid, Tabled
 from av_lens.results.record import Isolation
-from av_lens.results.tabled import Tabled
 
 __all__ = ["Circuit", "EdgeScores", "Grid", "Isolation", "Tabled"]

@@ -1,4 +1,34 @@
-"""`Circuit`: the nodes that do what the model does, and how faithful, complete, minimal and stable they are.
+"""`EdgeScores` and `Circuit`: scores of edges, the nodes that do what the model does, and how faithful they are.
+
+    f(C) = [m(C) - m(empty)] / [m(whole) - m(empty)]       0 for the empty circuit, 1 for the whole model
+    CPR  = integral of f(C_k) d(k / nodes)              the k nodes with the largest signed scores; larger is better
+    CMD  = integral of |1 - f(C_k)| d(k / nodes)        the k nodes with the largest scores in size; smaller is better
+
+with k = max(1, round(share x nodes)) over `SHARES` and trapezoids in k, from the smallest k to the whole model: a
+ranking that is faithful at every k has a CPR of (nodes - k_1) / nodes and a CMD of 0. All are ratios of means over
+examples, and their intervals resample the examples' clips. Where the interval of m(whole) - m(empty) includes 0 there
+is nothing to share and every figure is NaN; with too few clips for an interval the figures are given without one.
+
+Source: MIB, Mueller et al. (2025, 2504.13151); f: Wang et al. (2022).
+
+    >>> sizes(64)
+    [1, 3, 6, 13, 32, 64]
+
+A *sender* writes to the residual stream ("embed", "L3H5", "L3 mlp"); a *receiver* reads it ("L4H2.q", "L4H2.k",
+"L4H2.v", "L4 mlp", "logits"; keys and values by query head). The score of an edge estimates what the metric does when
+only this receiver reads this sender as it was in the donor run: positive means that the metric rises. Edges that do not
+exist (the receiver does not come after the sender) are NaN.
+
+    node(u)        = sum of the scores of all edges that leave u
+    closure_error  = donor - baseline - node("embed")     whatever changes enters through the embedding
+
+Means are over examples, intervals resample clusters of examples that share a clip. Saved as netCDF, without pickle.
+
+    >>> scores = EdgeScores.of(
+    ...     [[[2.0, -3.0]]], senders=["embed"], receivers=["L0 mlp", "logits"], baseline=[0.0], donor=[-0.5]
+    ... )
+    >>> scores.top(1)["receiver"].item(), float(scores.closure_error[0])
+    ('logits', 0.5)
 
 Scores are *contributions*, in the unit of m: m(whole) - m(the node replaced), turned so that a positive score moves m
 from the empty model towards the whole one, whichever way that is. `values` holds every per-example number behind the
@@ -21,23 +51,260 @@ The tables:
     stability     overlap (Jaccard) of the k first nodes with those of resampled conflicts
     random        each random draw: its CPR and CMD, and f of a circuit with the circuit's own number in every layer
 
-f, CPR and CMD are defined in `av_lens.results.faithfulness`. Saved as netCDF, without pickle.
+f, CPR and CMD are defined in `av_lens.results.circuit`. Saved as netCDF, without pickle.
 """
 
 from __future__ import annotations
 
 import html
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Float
 
 from av_lens.checks import called
 from av_lens.errors import InputError, unknown
-from av_lens.results.netcdf import Saved, plain_json, read_frame, words, written_frame
+from av_lens.results.grid import Grid, Measured, require_numbers
+from av_lens.results.provenance import Saved, plain_json, read_frame, words, written_frame
+from av_lens.results.statistics import FEWEST_CLIPS, Bootstrap, Interval, interval
 from av_lens.upstairs import upstairs
+
+SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+_TAILS = (2.5, 97.5)
+
+
+def sizes(n: int) -> list[int]:
+    """List the sizes at which a ranking is measured."""
+    return sorted({max(1, round(share * n)) for share in SHARES})
+
+
+@dataclass(frozen=True, eq=False)
+class Scale:
+    """The scale of f: 0 at the empty model, 1 at the whole.
+
+    Attributes:
+        boot: the examples' weights.
+        whole: m of the model.
+        bare: m with every candidate replaced.
+    """
+
+    boot: Bootstrap
+    whole: Float[np.ndarray, " example"]
+    bare: Float[np.ndarray, " example"]
+
+    @cached_property
+    def span(self) -> tuple[float, float, float]:
+        """m(whole) - m(empty), and its interval."""
+        return interval(self.boot, self.whole - self.bare)
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is anything to share: the span's interval leaves 0 out (the span itself, without one)."""
+        value, low, high = self.span
+        return bool(value != 0 and not low <= 0 <= high)
+
+    @property
+    def sign(self) -> float:
+        """1 where the whole model's m lies above the empty one's, -1 where it lies below."""
+        return -1.0 if self.span[0] < 0 else 1.0
+
+    def ratio(self, change: Float[np.ndarray, "circuit example"]) -> Interval:
+        """Put changes of m on the scale."""
+        if not self.usable:
+            nothing = np.full(len(change), np.nan)
+            return Interval(nothing, nothing, nothing)
+        return self.boot.ratio(change.T, self.whole - self.bare)
+
+    def share(self, m: Float[np.ndarray, "circuit example"]) -> Interval:
+        """Compute f of circuits."""
+        return self.ratio(m - self.bare)
+
+    def area(
+        self, m: Float[np.ndarray, "size example"], at: Sequence[int], n: int, *, distance: bool
+    ) -> tuple[float, float, float]:
+        """Integrate over sizes."""
+        if not self.usable:
+            return float("nan"), float("nan"), float("nan")
+        value = _area(np.ones((1, len(self.whole))), m, self, at, n, distance)[0]
+        if self.boot.n_clips < FEWEST_CLIPS:
+            return float(value), float("nan"), float("nan")
+        drawn = _area(self.boot.weights, m, self, at, n, distance)
+        low, high = np.nanpercentile(drawn, _TAILS)
+        return float(value), float(low), float(high)
+
+
+def _area(
+    weights: np.ndarray, m: np.ndarray, scale: Scale, at: Sequence[int], n: int, distance: bool
+) -> Float[np.ndarray, " draw"]:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        f = (weights @ (m - scale.bare).T) / (weights @ (scale.whole - scale.bare))[:, None]
+    f[~np.isfinite(f)] = np.nan  # a draw that left nothing below the line is no draw
+    return np.asarray(np.trapezoid(np.abs(1 - f) if distance else f, np.asarray(at) / n, axis=1))
+
+
+RANKS = ("magnitude", "positive", "negative")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EdgeScores(Measured):
+    """Scores of edges; see the module for names, sign and closure.
+
+    Attributes:
+        values: `[example, sender, receiver]`, or `[example, span, sender, receiver]` where edges are told apart by the
+            positions at which they act.
+        baseline: the metric of the run that an edge's change is imagined in, `[example]`.
+        donor: the metric of the run that the change comes from, `[example]`.
+        clusters: the cluster of each example.
+        metric: what was measured.
+        unit: its unit.
+        direction: what was put into what, and which sign means what.
+        provenance: how it was made.
+    """
+
+    kind: ClassVar[str] = "a file of edge scores"
+
+    def __post_init__(self) -> None:
+        dims = tuple(map(str, self.values.dims))
+        if dims not in (("example", "sender", "receiver"), ("example", "span", "sender", "receiver")):
+            raise InputError(f"edge scores have the axes example, span (or none), sender, receiver; got {dims}.")
+        require_numbers(self.values, "a table of edge scores")
+        named = [name for axis in ("sender", "receiver") for name in np.ravel(self.values.coords[axis])]
+        if not all(isinstance(name, str) for name in named):
+            raise InputError(f"senders and receivers are names; got {self.senders[:2]} and {self.receivers[:2]}.")
+        if {len(self.clusters), *self.baseline.shape, *self.donor.shape} != {self.values.sizes["example"]}:
+            raise InputError(
+                f"{len(self.clusters)} clusters, a baseline of shape {self.baseline.shape} and a donor of shape "
+                f"{self.donor.shape} for {self.values.sizes['example']} examples."
+            )
+
+    @classmethod
+    def of(
+        cls,
+        values: Any,
+        *,
+        senders: Sequence[str],
+        receivers: Sequence[str],
+        baseline: Any,
+        donor: Any,
+        spans: Sequence[str] | None = None,
+        clusters: Any = None,
+        metric: str = "",
+        **more: Any,
+    ) -> EdgeScores:
+        """Build edge scores from plain arrays.
+
+        Args:
+            values: `[example, (span,) sender, receiver]`.
+            senders: names of the senders.
+            receivers: names of the receivers.
+            baseline: `[example]`.
+            donor: `[example]`.
+            spans: names of the spans, where the scores have that axis.
+            clusters: the number of each example's cluster; None makes each its own.
+            metric: what was measured.
+            **more: further attributes.
+
+        Returns:
+            The scores.
+
+        Raises:
+            InputError: the shapes do not fit.
+        """
+        array = np.asarray(values, dtype=np.float64)
+        axes = ({} if spans is None else {"span": list(spans)}) | {"sender": list(senders), "receiver": list(receivers)}
+        if array.shape[1:] != tuple(map(len, axes.values())):
+            sizes = {name: len(labels) for name, labels in axes.items()}
+            raise InputError(f"scores have shape {array.shape}; wanted example and then {sizes}.")
+        return cls._labelled(array, axes, [baseline, donor], clusters=clusters, metric=metric, **more)
+
+    @property
+    def senders(self) -> list[str]:
+        """Names of the senders."""
+        return self.values.coords["sender"].values.tolist()
+
+    @property
+    def receivers(self) -> list[str]:
+        """Names of the receivers."""
+        return self.values.coords["receiver"].values.tolist()
+
+    @property
+    def closure_error(self) -> xr.DataArray:
+        """What the embedding's edges leave unexplained of donor - baseline, `[example]`; NaN without that sender."""
+        if "embed" not in self.senders:
+            return self.baseline * np.nan
+        edges = self.values.sel(sender="embed", drop=True)
+        return self.donor - self.baseline - edges.sum(edges.dims[1:])
+
+    def nodes(self) -> Grid:
+        """Sum the edges that leave each sender: to first order, what patching the sender does.
+
+        Returns:
+            A grid over `sender` (and `span`), `effects` being the sums.
+        """
+        sums = self.values.sum("receiver", min_count=1)
+        axes = {str(name): sums.coords[name].values for name in sums.dims[1:]}
+        values = sums.values + self.baseline.values.reshape(-1, *(1 for _ in axes))
+        more = {name: getattr(self, name) for name in ("clusters", "metric", "unit", "direction", "provenance")}
+        return Grid.of(values, axes=axes, baseline=self.baseline.values, donor=self.donor.values, **more)
+
+    def mean(self) -> xr.DataArray:
+        """Average over examples.
+
+        Returns:
+            The mean score of every edge.
+        """
+        return self.values.mean("example")
+
+    def top(self, k: int = 20, *, rank: str = "magnitude", level: float | int = 0.95, seed: int = 0) -> pd.DataFrame:
+        """List the strongest edges.
+
+        Args:
+            k: how many.
+            rank: by "magnitude", or the most "positive" or most "negative" means.
+            level: of the two-sided interval of the mean.
+            seed: of the resampling.
+
+        Returns:
+            One row for each edge: `(span) sender receiver score low high`; bounds are NaN below 5 clusters.
+
+        Raises:
+            InputError: an unknown rank.
+        """
+        if rank not in RANKS:
+            raise InputError(unknown("rank", rank, RANKS))
+        mean = self.mean().values.reshape(-1)
+        key = {"magnitude": -np.abs(mean), "positive": -mean, "negative": mean}[rank]
+        order = np.argsort(key, kind="stable")
+        order = order[~np.isnan(key[order])][: max(int(k), 0)]
+        shape = self.values.shape[1:]
+        places = np.unravel_index(order, shape)
+        names = [str(name) for name in self.values.dims[1:]]
+        axes = zip(names, places, strict=True)
+        columns: dict[str, Any] = {name: self.values.coords[name].values[index] for name, index in axes}
+        chosen = self.values.values.reshape(len(self.values), -1)[:, order]
+        grid = Grid.of(chosen, axes={"edge": np.arange(len(order))}, baseline=None, clusters=self.clusters, shares=True)
+        bounds = grid.interval(level, seed=seed)
+        columns |= {"score": mean[order], "low": bounds.values[:, 0], "high": bounds.values[:, 1]}
+        return pd.DataFrame(columns)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Lay the scores out as a tidy frame.
+
+        Returns:
+            One row for each example and existing edge: `example (span) sender receiver score`.
+        """
+        frame = self.values.to_dataframe("score")["score"].dropna().reset_index()
+        return pd.DataFrame(frame)
+
+    def _shown(self) -> pd.DataFrame:
+        return self.top(20)
+
 
 TABLES = ("nodes", "curve", "areas", "completeness", "minimality", "links", "stability", "random")
 

@@ -1,4 +1,4 @@
-"""`Grid`: one number for each example and place, with what it is to be compared with.
+"""`Grid`: one number for each example and place, with what it is to be compared with, alone or with its rows.
 
     values      the metric of the edited run, `[example, ...places]`
     effects     values - baseline: what the edit changed; 0 where nothing was changed
@@ -15,23 +15,107 @@ A grid is saved as netCDF, without pickle, with its provenance and a schema vers
     >>> grid = Grid.of([[1.0, 3.0]], axes={"layer": [0, 1]}, baseline=[1.0], donor=[5.0], metric="logit_diff")
     >>> grid.effects.values.tolist(), grid.normalized().values.tolist()
     ([[0.0, 2.0]], [[0.0, 0.5]])
+
+`grid` holds the figures with their intervals, `rows` what they are means of, for reading and for figures of one's own.
+Both are saved in one netCDF file, without pickle.
+
+    >>> import pandas as pd
+    >>> from av_lens.results.grid import Grid
+    >>> grid = Grid.of([[0.5]], axes={"figure": ["heard"]}, baseline=[0.0], metric="heard")
+    >>> Tabled(grid, pd.DataFrame({"example": [0], "text": ["a dog"]})).to_frame()["text"].tolist()
+    ['a dog']
 """
 
 from __future__ import annotations
 
+import dataclasses
+import html
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from av_lens.checks import called
+from av_lens.checks import called, foreign_file
 from av_lens.errors import InputError, unknown
-from av_lens.results.measured import Measured, require_numbers
+from av_lens.results.provenance import Saved, plain_json, read_frame, words, written_frame
 from av_lens.results.statistics import FEWEST_CLIPS, Bootstrap
 from av_lens.upstairs import upstairs
+
+Kind = TypeVar("Kind", bound="Measured")
+_LINES = ("baseline", "donor")
+_WORDS = ("metric", "unit", "direction")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Measured(Saved):
+    """Labelled numbers `[example, ...places]`, a baseline and a donor `[example]`, and the cluster of each example."""
+
+    values: xr.DataArray
+    baseline: xr.DataArray
+    donor: xr.DataArray
+    clusters: tuple[int, ...]
+    metric: str
+    unit: str = ""
+    direction: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def partial(self) -> str:
+        """How far an interrupted measurement came, in words; empty where all is there."""
+        return str(self.provenance.get("partial", ""))
+
+    @classmethod
+    def _labelled(cls: type[Kind], array: np.ndarray, axes: Mapping[str, Any], lines: list[Any], **more: Any) -> Kind:
+        """Build one from arrays that fit the axes; without clusters each example is one of its own."""
+        n = len(array)
+        coords = {"example": np.arange(n)} | {name: np.asarray(labels) for name, labels in axes.items()}
+        made: list[xr.DataArray] = []
+        for name, line in zip(_LINES, lines, strict=True):
+            found = np.asarray(line, dtype=np.float64)
+            if found.shape != (n,):
+                raise InputError(f"{name} needs one number for each of {n} examples; got {found.shape}.")
+            made.append(xr.DataArray(found, dims="example", coords={"example": coords["example"]}))
+        clusters = more.pop("clusters")
+        clusters = tuple(range(n)) if clusters is None else tuple(int(c) for c in clusters)
+        return cls(xr.DataArray(array, dims=("example", *axes), coords=coords), *made, clusters=clusters, **more)
+
+    def _data(self) -> xr.Dataset:
+        clusters = xr.DataArray(np.asarray(self.clusters, dtype=np.int32), dims="example")
+        lines = {name: getattr(self, name) for name in _LINES}
+        said = {name: getattr(self, name) for name in _WORDS}
+        return xr.Dataset({"values": self.values} | lines | {"clusters": clusters}, attrs=said)
+
+    @classmethod
+    def _of_data(cls: type[Kind], data: xr.Dataset, **more: Any) -> Kind:
+        clusters = tuple(int(c) for c in data["clusters"].values)
+        lines = {name: data[name] for name in _LINES}
+        rest = {"provenance": plain_json(data, "provenance"), **words(data, *_WORDS)}
+        return cls(values=data["values"], clusters=clusters, **lines, **rest, **more)
+
+    def __repr__(self) -> str:
+        sizes = " x ".join(f"{size} {name}" for name, size in self.values.sizes.items())
+        partial = f"; {self.partial}" if self.partial else ""
+        return f"{type(self).__name__}({self.metric} [{self.unit}], {sizes}; {self.direction}{partial})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self._shown().to_html()}"
+
+    def _shown(self) -> pd.DataFrame:
+        """The table that a notebook shows."""
+        raise NotImplementedError
+
+
+def require_numbers(values: xr.DataArray, what: str) -> None:
+    """Refuse values that are no numbers, or that lie on an axis without labels; `what` says what they are of."""
+    labels = {name: values.coords[name] for name in values.dims if name in values.coords}
+    good = {name for name, found in labels.items() if found.dims == (name,) and found.dtype.kind != "S"}
+    bare = [str(name) for name in values.dims if name not in good]
+    if values.dtype.kind not in "biuf" or bare:
+        raise InputError(f"{what} holds numbers on labelled axes; got {values.dtype}, without labels: {bare}.")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -253,3 +337,103 @@ class Grid(Measured):
 
     def _shown(self) -> pd.DataFrame:
         return self.mean().to_series().rename("mean effect").to_frame().head(20)
+
+
+_KEY = "rows"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tabled:
+    """Figures and the rows behind them.
+
+    Attributes:
+        grid: the figures, per example.
+        rows: what they were computed from, with a column `example`.
+    """
+
+    grid: Grid
+    rows: pd.DataFrame
+
+    def __post_init__(self) -> None:
+        if "example" not in self.rows.columns:
+            raise InputError(f"the rows need a column 'example'; they have {list(self.rows.columns)}.")
+
+    @property
+    def partial(self) -> str:
+        """How far an interrupted measurement came, in words; empty where all is there."""
+        return self.grid.partial
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """How it was made."""
+        return self.grid.provenance
+
+    def mean(self, of: str = "effects") -> xr.DataArray:
+        """Average over examples.
+
+        Args:
+            of: as in `Grid.mean`.
+
+        Returns:
+            The mean of every figure.
+        """
+        return self.grid.mean(of)
+
+    def interval(self, level: float | int = 0.95, *, of: str = "effects", seed: int = 0) -> xr.DataArray:
+        """Bound the mean by resampling clusters of examples.
+
+        Args:
+            level: of the two-sided interval.
+            of: as in `Grid.interval`.
+            seed: of the resampling.
+
+        Returns:
+            `[..., bound]` with bounds "low" and "high"; NaN below 5 clusters.
+        """
+        return self.grid.interval(level, of=of, seed=seed)
+
+    def to_frame(self) -> pd.DataFrame:
+        """Give the rows.
+
+        Returns:
+            A copy.
+        """
+        return self.rows.copy()
+
+    def save(self, path: str | Path) -> Path:
+        """Save grid and rows as netCDF.
+
+        Args:
+            path: the file; ".nc" is added where it has no ending.
+
+        Returns:
+            The file that was written.
+        """
+        whole = self.grid.provenance | {_KEY: written_frame(self.rows)}
+        return dataclasses.replace(self.grid, provenance=whole).save(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tabled:
+        """Open what was saved.
+
+        Args:
+            path: the file.
+
+        Returns:
+            Grid and rows, equal to those that were saved.
+
+        Raises:
+            InputError: there is no such file, or it holds no rows.
+        """
+        grid = Grid.load(path)
+        if _KEY not in grid.provenance:
+            raise InputError(f"{path} holds a grid without rows; open it with Grid.load.")
+        rest = {name: value for name, value in grid.provenance.items() if name != _KEY}
+        with foreign_file(path, "a grid with its rows"):
+            return cls(dataclasses.replace(grid, provenance=rest), read_frame(grid.provenance[_KEY]))
+
+    def __repr__(self) -> str:
+        return f"{self.grid!r} with {len(self.rows)} rows ({', '.join(map(str, self.rows.columns))})"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self.rows.head(20).to_html()}"

@@ -1,4 +1,4 @@
-"""Where a result came from: versions, time, and what the caller adds, as plain data.
+"""Where a result came from, and results as netCDF files: one door in, which refuses what is not whole, and one out.
 
 A result without its provenance cannot be repeated; every saved result carries one, with a schema version.
 """
@@ -6,16 +6,23 @@ A result without its provenance cannot be repeated; every saved result carries o
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import pandas as pd
+import xarray as xr
+
+from av_lens.checks import foreign_file, parse_json, whole_object
+from av_lens.errors import InputError
+from av_lens.whole_files import MOST_BYTES, TIMES, write_whole
 
 PACKAGES = ("av-lens", "torch", "transformers", "transformer-lens", "numpy")
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -73,3 +80,111 @@ def linked(groups: Sequence[Iterable[str]]) -> tuple[int, ...]:
     order: dict[int, int] = {}
     labels = connected_components(joined, directed=False)[1][: len(groups)].tolist() if groups else []
     return tuple(order.setdefault(label, len(order)) for label in labels)
+
+
+Kind = TypeVar("Kind", bound="Saved")
+_KINDS = ("object", "str", "string", "bool", "int64", "int32", "float64", "float32")
+
+
+class Saved:
+    """A result that is saved as netCDF, without pickle, with its provenance, its kind and its schema's version."""
+
+    kind: ClassVar[str]
+    """What a file of it is, in words, such as "a saved grid"."""
+    schema_version: ClassVar[int] = 1
+
+    def save(self, path: str | Path) -> Path:
+        """Save the result as netCDF.
+
+        Args:
+            path: the file; ".nc" is added where it has no ending.
+
+        Returns:
+            The file that was written.
+        """
+        result: Any = self
+        target = Path(path) if Path(path).suffix else Path(path).with_suffix(".nc")
+        says = {"schema": f"av_lens.{type(self).__name__}", "schema_version": self.schema_version}
+        says["provenance"] = json.dumps(plain(result.provenance), sort_keys=True)
+        write_netcdf(self._data().assign_attrs(says), target)
+        return target
+
+    @classmethod
+    def load(cls: type[Kind], path: str | Path) -> Kind:
+        """Open what was saved.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The result, equal to the one that was saved.
+
+        Raises:
+            InputError: there is no such file, or it holds no such result of a known version.
+        """
+        with opened(path, f"av_lens.{cls.__name__}", cls.schema_version, what=cls.kind) as data:
+            return cls._of_data(data)
+
+    def _data(self) -> xr.Dataset:
+        """What is stored beside kind, version and provenance."""
+        raise NotImplementedError
+
+    @classmethod
+    def _of_data(cls: type[Kind], data: xr.Dataset) -> Kind:
+        raise NotImplementedError
+
+
+def write_netcdf(data: xr.Dataset | xr.DataArray, path: Path) -> None:
+    """Save as netCDF, whole or not at all."""
+    write_whole(path, bytes(data.to_netcdf(engine="scipy")))
+
+
+@contextmanager
+def opened(path: str | Path, schema: str, version: int, *, what: str) -> Generator[xr.Dataset, None, None]:
+    """Read a saved result whole; whatever fails while it is read, or while a result is made of it, is said of the file.
+
+    Memory: a file is not compressed, so what it holds takes at most `TIMES` its size.
+    """
+    with foreign_file(path, what):
+        # No mmap: the file may be written again, or removed, while the result is in use.
+        options: dict[str, Any] = {"backend_kwargs": {"mmap": False}, "decode_times": False, "decode_timedelta": False}
+        with Path(path).open("rb") as file:
+            if file.read(3) != b"CDF":
+                raise ValueError("it does not begin as one")
+            file.seek(0)
+            with xr.open_dataset(file, engine="scipy", **options) as found:
+                data = found.load()
+        if data.nbytes > MOST_BYTES + TIMES * Path(path).stat().st_size:
+            raise ValueError(f"it says that it holds {data.nbytes} bytes")
+        kind, found_version = data.attrs.get("schema"), int(data.attrs.get("schema_version", 0))
+        if kind != schema or found_version > version:
+            raise InputError(
+                f"{path} holds {kind or 'something else'}, version {found_version}; this av_lens reads {schema} up to "
+                f"version {version}."
+            )
+        yield data
+
+
+def words(data: xr.Dataset, *names: str) -> dict[str, str]:
+    """Take texts from a saved result."""
+    return {name: str(data.attrs[name]) for name in names}
+
+
+def plain_json(data: xr.Dataset, name: str) -> dict[str, Any]:
+    """Take what was saved as json from a saved result."""
+    return whole_object(parse_json(str(data.attrs[name]), finite=False), name)
+
+
+def written_frame(frame: pd.DataFrame) -> list[list[Any]]:
+    """Write a table as plain data."""
+    return [[str(name), str(frame[name].dtype), plain(frame[name].tolist())] for name in frame.columns]
+
+
+def read_frame(columns: Any) -> pd.DataFrame:
+    """Read a table from plain data."""
+    for _, kind, _ in columns:
+        if kind not in _KINDS:
+            raise ValueError(f"a column of type {str(kind)[:40]!r}")
+    if len({len(values) for _, _, values in columns}) > 1:
+        raise ValueError("columns of unequal length")
+    return pd.DataFrame({str(name): pd.Series(list(values), dtype=kind) for name, kind, values in columns})

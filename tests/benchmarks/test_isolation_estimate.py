@@ -21,7 +21,7 @@ def test_within_30_percent_on_120_conflicts_of_av_tiny(quick, tmp_path):
 
     Its time is the wall's, imports and page included: the machine must have nothing else to do.
     """
-    from av_lens.lab.staged_conflicts import stage
+    from av_lens.lab.calibration import stage
 
     (tmp_path / "clips").mkdir()
     manifest = stage(tmp_path / "clips", conflicts=120, seed=1)

@@ -14,19 +14,27 @@ from av_lens.core.budget import ModelSpec
 from av_lens.errors import InputError
 from av_lens.lab.replay_benchmark import tables as replay_tables
 from av_lens.lab.replay_benchmark.benchmark import MODES, measure_shape, run_benchmark
-from av_lens.lab.replay_benchmark.memory import peak_of
 from av_lens.lab.replay_benchmark.peers import (
     Patches,
     by_attribution,
     by_forward,
     by_replay,
     has_nnsight,
+    peak_of,
     shared_encoders,
     spread,
 )
-from av_lens.lab.replay_benchmark.shapes import SHAPES, Shape, build_case
-from av_lens.lab.replay_benchmark.timing import Stopwatch
-from av_lens.lab.replay_benchmark.work import bare_seconds, flops, run_blocks, sweep_blocks, unembedding_flops
+from av_lens.lab.replay_benchmark.shapes import (
+    SHAPES,
+    Shape,
+    Stopwatch,
+    bare_seconds,
+    build_case,
+    flops,
+    run_blocks,
+    sweep_blocks,
+    unembedding_flops,
+)
 from av_lens.results.provenance import plain
 
 MINI = Shape("mini", grid=(2, 2), question="123", n_layers=3, d_model=64, n_heads=4, n_kv_heads=2, d_mlp=128)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_processor
 
-from av_lens.families.hook_names import COMPONENTS, hook_name
+from av_lens.families.decoder import COMPONENTS, hook_name
 from av_lens.model import load
 from av_lens.model.selfcheck import turned
 from av_lens.organism.anatomy import build_model

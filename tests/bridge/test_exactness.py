@@ -7,7 +7,7 @@ import torch
 from tiny import Tensors, tiny_clip, tiny_hf_model, tiny_model, tiny_processor, tiny_tensors, trimmed, untouched
 from transformer_lens.model_bridge import TransformerBridge
 
-from av_lens.families.hook_names import COMPONENTS, hook_name
+from av_lens.families.decoder import COMPONENTS, hook_name
 from av_lens.model import load
 from av_lens.model.selfcheck import turned
 

@@ -7,7 +7,7 @@ import torch
 from tiny import Tensors, tiny_model, tiny_tensors
 
 from av_lens.errors import InterventionError
-from av_lens.families.hook_names import COMPONENTS, GATES, gates_named, hook_name, layer_names
+from av_lens.families.decoder import COMPONENTS, GATES, gates_named, hook_name, layer_names
 
 
 @pytest.fixture(scope="module")

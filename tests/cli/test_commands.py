@@ -15,10 +15,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from av_lens import __version__
-from av_lens.cli import catalogue, console, findings, positions
-from av_lens.cli.defaults import signature
+from av_lens.cli import console, faults
+from av_lens.cli.faults import signature
 from av_lens.cli.main import app
-from av_lens.core.progress import Bars
+from av_lens.core.budget import Bars
 from av_lens.errors import AvLensError, ManifestError
 
 
@@ -95,8 +95,8 @@ def test_cheap_faults_are_told_before_torch_is_imported(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "function"),
-    [("lab.demonstration", "run_demo"), ("isolation.running.pipeline", "isolate"), ("lab.isolations", "isolate_into"),
-     ("inputs.encoder", "Encoder.encode"),
+    [("lab.demonstration", "run_demo"), ("isolation.running.pipeline", "isolate"),
+     ("lab.demonstration", "isolate_into"), ("inputs.encoder", "Encoder.encode"),
      ("media.source", "load_clip"), ("lab.training.courses", "train"),
       ("lab.replay_benchmark.benchmark", "run_benchmark"),
      ("lab.plantbench.bench", "run_plantbench"), ("lab.seeds", "run_seeds"),
@@ -119,7 +119,7 @@ def test_defaults_that_are_not_there_are_refused():
     with pytest.raises(AvLensError, match=r"no module av_lens\.nowhere"):
         signature("nowhere", "f")
     with pytest.raises(AvLensError, match="defines no function g"):
-        signature("cli.defaults", "g")
+        signature("cli.faults", "g")
 
 
 class TestErrors:
@@ -161,14 +161,14 @@ class TestErrors:
         def refuse():
             raise ManifestError("[bold]axes [batch, pos][/bold]")
 
-        monkeypatch.setattr(catalogue, "short_names", refuse)
+        monkeypatch.setattr(faults, "short_names", refuse)
         assert "[bold]axes [batch, pos][/bold]" in run("models").stderr
 
     def test_an_interrupt_says_how_to_go_on(self, run, monkeypatch):
         def stop():
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(catalogue, "short_names", stop)
+        monkeypatch.setattr(faults, "short_names", stop)
         result = run("models")
         assert result.exit_code == 130
         assert "stopped; nothing of it is kept, the same command begins anew." in result.stderr
@@ -178,7 +178,7 @@ class TestErrors:
 
 
 def test_models_lists_what_is_shipped_and_what_has_an_adapter(run, monkeypatch):
-    monkeypatch.setattr(catalogue, "short_names", lambda: [("av-tiny", "the main subject")])
+    monkeypatch.setattr(faults, "short_names", lambda: [("av-tiny", "the main subject")])
     result = run("models")
     assert result.exit_code == 0
     assert "av-tiny" in result.stdout
@@ -188,13 +188,13 @@ def test_models_lists_what_is_shipped_and_what_has_an_adapter(run, monkeypatch):
 
 class TestTables:
     def test_heads(self):
-        text = drawn(findings.head_table(planted_isolation(), rows=2))
+        text = drawn(console.head_table(planted_isolation(), rows=2))
         assert "2 of 3" in text
         first = next(line for line in text.splitlines() if "L5 H2" in line)
         assert " ".join(first.split()) == "L5 H2 picture writer blank_muted 3.77 3.37 4.17 0.46 0.97 0.0012 yes"
 
     def test_behaviour(self):
-        text = drawn(findings.behaviour_table(planted_isolation()))
+        text = drawn(console.behaviour_table(planted_isolation()))
         lines = [" ".join(line.split()) for line in text.splitlines()]
         assert "G discovery 8.2 7.9 8.5 22" in lines
         assert "right in va confirmation 0.05 0 0.11 22" in lines
@@ -223,12 +223,12 @@ class TestPositions:
         )
 
     def test_by_run(self, frame):
-        lines = [" ".join(line.split()) for line in drawn(positions.by_run(frame)).splitlines()]
+        lines = [" ".join(line.split()) for line in drawn(console.by_run(frame)).splitlines()]
         assert "video 1–2 2 0.00–1.00 0.00–0.90 2 x 1 '<v>' x 2" in lines
         assert "question 3 1 – – – 'what'" in lines
 
     def test_by_position(self, frame):
-        lines = [" ".join(line.split()) for line in drawn(positions.by_position(frame)).splitlines()]
+        lines = [" ".join(line.split()) for line in drawn(console.by_position(frame)).splitlines()]
         assert "2 video '<v>' 0.00–1.00 0.00–0.90 1 0" in lines
         assert "0 boundary '<b>' – – – –" in lines
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from av_lens.cli.main import app
 from av_lens.errors import ProtocolError, UnfinishedError
 from av_lens.inputs import Conflict
-from av_lens.lab import isolations
+from av_lens.lab import demonstration
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def asked(monkeypatch, tmp_path):
     words = {"sound": clip, "picture": clip, "question": "What?", "answers": ("dog", "bell")}
     listed = [Conflict(id=f"c{i}", **words) for i in range(5)]
     monkeypatch.setattr("av_lens.cli.faults.manifest", lambda path, limit: listed)
-    monkeypatch.setattr("av_lens.inputs.manifest.conflicts_of", lambda lines: lines)
+    monkeypatch.setattr("av_lens.inputs.conflict.conflicts_of", lambda lines: lines)
     monkeypatch.setattr("av_lens.model.load", lambda name, **options: f"model {name}")
 
     def search(model, conflicts, *, told, progress, **options):
@@ -41,9 +41,9 @@ def asked(monkeypatch, tmp_path):
             raise seen["fails"]
         return planted_isolation(0)
 
-    monkeypatch.setattr(isolations, "isolate", search)
-    monkeypatch.setattr(isolations, "playable", lambda found, conflicts, *, most: {})
-    monkeypatch.setattr(isolations, "write_bundle", lambda found, out, **options: out / "report.html")
+    monkeypatch.setattr(demonstration, "isolate", search)
+    monkeypatch.setattr(demonstration, "playable", lambda found, conflicts, *, most: {})
+    monkeypatch.setattr(demonstration, "write_bundle", lambda found, out, **options: out / "report.html")
 
     def run(*more):
         words = ["isolate", "av-tiny", str(tmp_path / "pairs.jsonl"), "--out", str(tmp_path / "out")]
@@ -118,7 +118,7 @@ def test_a_signal_that_is_ignored_stays_ignored(asked, monkeypatch):
 def test_a_method_that_kept_what_it_had_done_ends_with_the_signals_code(asked, monkeypatch):
     run, seen = asked
     seen["signal"] = signal.SIGTERM
-    stopped = isolations.isolate
+    stopped = demonstration.isolate
 
     def partial(*given, **options):
         try:
@@ -126,7 +126,7 @@ def test_a_method_that_kept_what_it_had_done_ends_with_the_signals_code(asked, m
         except KeyboardInterrupt:
             return planted_isolation(0)
 
-    monkeypatch.setattr(isolations, "isolate", partial)
+    monkeypatch.setattr(demonstration, "isolate", partial)
     result = run()
     assert (result.exit_code, "verdict" in result.stdout) == (143, True)
     assert result.stderr == "stopped; what is shown holds what was done until then.\n"
@@ -148,7 +148,7 @@ def test_a_limit_of_none_is_refused(asked):
 
 @pytest.mark.slow
 def test_stopped_at_its_budget_it_goes_on_and_writes_the_page(tmp_path):
-    from av_lens.lab.staged_conflicts import stage
+    from av_lens.lab.calibration import stage
 
     (tmp_path / "clips").mkdir()
     manifest = stage(tmp_path / "clips", conflicts=44, seed=5)

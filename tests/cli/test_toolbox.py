@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import av_lens as avl
 from av_lens.cli import toolbox
 from av_lens.cli.main import app
-from av_lens.lab.staged_conflicts import stage
+from av_lens.lab.calibration import stage
 
 EXTRA = {
     "weight-change": ["--base", "av-tiny-base"],

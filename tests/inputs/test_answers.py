@@ -159,10 +159,10 @@ def test_what_was_not_taught_is_refused_with_the_nearest():
 
 
 def test_the_organisms_grammar_is_accepted_as_it_is_saved():
-    from av_lens.organism import grammar
+    from av_lens.organism import anatomy
 
-    read = Grammar.from_json(grammar.as_dict())
-    for kind, phrasings in grammar.QUESTIONS.items():
+    read = Grammar.from_json(anatomy.as_dict())
+    for kind, phrasings in anatomy.QUESTIONS.items():
         for phrase in phrasings:
             assert read.match(phrase.upper()) == phrase
             assert read.kind(phrase) == kind

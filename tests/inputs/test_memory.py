@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from av_lens.families import features
-from av_lens.families.features import Features
-from av_lens.media import ClipFile, MediaBudgetError, files, load_clip
+from av_lens.families import media_layout
+from av_lens.families.media_layout import Features
+from av_lens.media import ClipFile, MediaBudgetError, load_clip, source
 from av_lens.memory import Memory
 
 
@@ -57,7 +57,7 @@ def test_a_video_in_parts_gives_the_same_pixels(monkeypatch, processor, make_cli
         return plain(self, videos, **options)
 
     monkeypatch.setattr(type(processor.video_processor), "__call__", counted)
-    monkeypatch.setattr(features, "_TOGETHER", 4 * clip.frames[0].nbytes)
+    monkeypatch.setattr(media_layout, "_TOGETHER", 4 * clip.frames[0].nbytes)
     parts = Features(processor).video(clip, 2)
     assert given == [0, 4, 4, 4, 3]
     assert parts.grid == whole.grid
@@ -68,8 +68,8 @@ def test_a_file_too_large_to_decode_whole_is_read_at_the_asked_rate(monkeypatch,
     path = make_clip(4.0, fps=8.0, size=(112, 168)).save(tmp_path / "long.mp4")
     wanted = encoder.encode(ClipFile(path), "What?", fps=2)
     small = partial(load_clip, max_bytes=1_300_000)  # the sound and 13 of the 32 frames
-    monkeypatch.setattr(files, "load_clip", small)
-    files._LAST.clear()
+    monkeypatch.setattr(source, "load_clip", small)
+    source._LAST.clear()
     x = encoder.encode(ClipFile(path), "What?", fps=2)
     assert len(x.clips[0].frames) == 8 < len(wanted.clips[0].frames)
     assert torch.equal(x.tensors["pixel_values_videos"], wanted.tensors["pixel_values_videos"])

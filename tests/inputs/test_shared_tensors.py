@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from av_lens.inputs import AVInputs, Conflict, Encoder
-from av_lens.inputs.shared_tensors import SMALLEST, shared
+from av_lens.inputs.model_inputs import SMALLEST, shared
 
 PIXELS = "pixel_values_videos"
 

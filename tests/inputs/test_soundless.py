@@ -8,7 +8,7 @@ import torch
 from small_av import small_clip, small_model
 
 from av_lens.errors import AlignmentError, InputError
-from av_lens.inputs.soundless import shared_positions, without_sound
+from av_lens.inputs.pairs import shared_positions, without_sound
 
 
 @pytest.mark.parametrize("sound", ["in_video", "separate"])

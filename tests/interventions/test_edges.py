@@ -10,7 +10,7 @@ from av_lens.core import run
 from av_lens.core.budget import ModelSpec
 from av_lens.interventions import Plan, cut
 from av_lens.interventions.edges import cut_scores_, silence_
-from av_lens.interventions.sites import resolve_positions
+from av_lens.interventions.edits import resolve_positions
 from av_lens.spans import SpanMap
 
 SPEC = ModelSpec(n_layers=2, n_heads=2, n_kv_heads=1, d_model=4, d_head=2, d_mlp=8, d_vocab=5)

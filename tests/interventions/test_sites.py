@@ -8,7 +8,7 @@ import torch
 from av_lens.core.budget import ModelSpec
 from av_lens.errors import InputError, InterventionError
 from av_lens.interventions import Plan, Site, add, cut, mean, replace, scale, zero
-from av_lens.interventions.sites import resolve_positions
+from av_lens.interventions.edits import resolve_positions
 from av_lens.spans import SpanMap
 
 SPEC = ModelSpec(n_layers=4, n_heads=4, n_kv_heads=2, d_model=8, d_head=2, d_mlp=16, d_vocab=11)

@@ -25,7 +25,7 @@ from av_lens.errors import AvLensError, ProtocolError, UnfinishedError
 from av_lens.isolation.measuring.store import Store
 from av_lens.isolation.running import durable
 from av_lens.isolation.running.durable import Deadline
-from av_lens.isolation.running.protocol import hash_of
+from av_lens.isolation.running.preparing import hash_of
 from av_lens.results.record import Isolation
 from av_lens.results.statistics import Bootstrap
 

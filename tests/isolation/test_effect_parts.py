@@ -10,22 +10,17 @@ import torch
 from fake_model import N_HEADS, N_LAYERS, FakeModel, fake_conflicts, isolated
 
 from av_lens.errors import ProtocolError
-from av_lens.isolation.measuring import estimands
+from av_lens.isolation.measuring import effects as estimands
 from av_lens.isolation.measuring.behaviour import survey
-from av_lens.isolation.measuring.bench import Bench
-from av_lens.isolation.measuring.donors import Means
-from av_lens.isolation.measuring.effects import direct_writes, measure_requests
-from av_lens.isolation.measuring.engine import ModelEngine
-from av_lens.isolation.measuring.estimands import Estimand, Request, figures, requests
-from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.effects import Estimand, Request, direct_writes, figures, measure_requests, requests
+from av_lens.isolation.measuring.engine import Means, ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import Store
 from av_lens.isolation.naming.evidence import gather, null_share, search
-from av_lens.isolation.naming.role_tests import adjust, run_tests, run_tests_together
-from av_lens.isolation.sets.sets import release_of_sets
-from av_lens.isolation.sets.specificity import CONTROLS, controls
-from av_lens.results.halves import DISCOVERY
-from av_lens.results.statistics import Bootstrap
+from av_lens.isolation.naming.roles import adjust, run_tests, run_tests_together
+from av_lens.isolation.sets.sets import CONTROLS, controls, release_of_sets
+from av_lens.results.statistics import DISCOVERY, Bootstrap
 
 N = 24
 HEADS = [(layer, head) for layer in range(N_LAYERS) for head in range(N_HEADS)]

@@ -13,13 +13,11 @@ from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 from av_lens.errors import ProtocolError
 from av_lens.inputs import Conflict
 from av_lens.inputs.answers import Answer
-from av_lens.inputs.sources import clip_key
+from av_lens.inputs.conflict import clip_key
 from av_lens.isolation import isolate
 from av_lens.isolation.measuring.bench import Bench
-from av_lens.isolation.measuring.donors import Means
-from av_lens.isolation.measuring.effects import direct_writes, edited_readings, measure_requests
-from av_lens.isolation.measuring.engine import ModelEngine
-from av_lens.isolation.measuring.estimands import Request
+from av_lens.isolation.measuring.effects import Request, direct_writes, edited_readings, measure_requests
+from av_lens.isolation.measuring.engine import Means, ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
 from av_lens.model import load

@@ -14,7 +14,7 @@ import time
 import pytest
 from same_isolation import assert_same
 
-from av_lens.lab.staged_conflicts import stage
+from av_lens.lab.calibration import stage
 from av_lens.results.record import Isolation
 
 

@@ -10,14 +10,12 @@ from tiny import letter
 
 from av_lens.isolation.explaining import knowledge
 from av_lens.isolation.explaining.knowledge import LENS_CELLS, MOST_POSITIONS, SPANS, lens_readings, spaced
-from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.bench import Bench, Half
 from av_lens.isolation.measuring.engine import ModelEngine
-from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.methods.probes import Streams, probe
-from av_lens.results.halves import CONFIRMATION, DISCOVERY, Halves, Member
-from av_lens.results.statistics import Bootstrap
-from av_lens.results.tables import table
+from av_lens.results.record import table
+from av_lens.results.statistics import CONFIRMATION, DISCOVERY, Bootstrap, Halves, Member
 from av_lens.spans import SpanMap
 
 N, LAYER = 32, 2

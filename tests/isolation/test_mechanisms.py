@@ -10,23 +10,31 @@ from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
 import av_lens as avl
 from av_lens.inputs import Conflict
-from av_lens.isolation.explaining import cards as card
-from av_lens.isolation.explaining.edge_cuts import ARMS, CUT, DIFFERENCE, LOST, arms_of, cut_effects
-from av_lens.isolation.explaining.head_paths import columns, paths
+from av_lens.isolation.explaining import mechanisms as card
+from av_lens.isolation.explaining.knowledge import path_columns, paths
 from av_lens.isolation.explaining.mechanisms import drive_in_words
-from av_lens.isolation.explaining.routes import ARMS as ROUTE_ARMS
-from av_lens.isolation.explaining.routes import ROUTES, route_effects, windows
+from av_lens.isolation.explaining.routes import (
+    ARMS,
+    CUT,
+    DIFFERENCE,
+    LOST,
+    ROUTES,
+    arms_of,
+    cut_effects,
+    route_effects,
+    windows,
+)
+from av_lens.isolation.explaining.routes import ROUTE_ARMS as ROUTE_ARMS
 from av_lens.isolation.measuring.bench import Bench
-from av_lens.isolation.measuring.effects import measure_requests
+from av_lens.isolation.measuring.effects import Request, measure_requests
 from av_lens.isolation.measuring.engine import ModelEngine
-from av_lens.isolation.measuring.estimands import Request
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut
 from av_lens.metrics import logit_diff
-from av_lens.metrics.asked import each
+from av_lens.metrics.forms import each
 from av_lens.model import load
-from av_lens.replay.rereading import HeadRead
+from av_lens.replay.stacks import HeadRead
 
 
 def chunk_of(model, conflicts):
@@ -102,7 +110,7 @@ def test_drives_in_words():
 
 def test_a_gate_is_mediated_by_the_carriers_queries_and_a_painter_is_direct(micro):
     senders = [(GATE_HEAD, "blank_muted"), (PAINTER, "zero")]
-    names = columns([CARRIER, MIXER])
+    names = path_columns([CARRIER, MIXER])
     gate, painter = paths(micro, "va", senders, [CARRIER, MIXER])["effect"][0]
     at = dict(zip(names, gate, strict=True))
     assert names == ["total", "direct", *(f"{h}.{i}" for h in ("L1H0", "L2H1") for i in "qkv"), "queries", "joint"]
@@ -219,11 +227,11 @@ def test_paths_equal_path_patch_in_both_cells(tiny):
         )
         sides.append(grid.effects)
     wanted = 0.5 * (sides[0] - sides[1])
-    names = [name for name in columns(heads) if name != "queries"]
+    names = [name for name in path_columns(heads) if name != "queries"]
     for name in names:
-        got = found[:, columns(heads).index(name)]
+        got = found[:, path_columns(heads).index(name)]
         np.testing.assert_allclose(got, wanted.sel(receiver=name).values.squeeze(), atol=2e-5, err_msg=name)
-    assert np.abs(found[:, columns(heads).index("joint")]).max() > 1e-3
+    assert np.abs(found[:, path_columns(heads).index("joint")]).max() > 1e-3
 
 
 def test_direct_paths_are_the_frozen_releases(tiny):

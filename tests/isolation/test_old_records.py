@@ -11,7 +11,7 @@ from fake_model import FakeModel, fake_conflicts, isolated
 
 import av_lens
 from av_lens.isolation.measuring.store import MEASURES, measuring_hash
-from av_lens.isolation.running.protocol import hash_of
+from av_lens.isolation.running.preparing import hash_of
 from av_lens.results.record import Isolation
 
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from av_lens.isolation.measuring.effects import mirrored
-from av_lens.isolation.measuring.estimands import donor_of
-from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.naming.role_tests import Evidence, adjust, family_size, run_tests
-from av_lens.isolation.naming.roles import Cuts, classify, confirm, suppressor_role
+from av_lens.isolation.measuring.bench import Half
+from av_lens.isolation.measuring.effects import donor_of, mirrored
+from av_lens.isolation.naming.roles import (
+    Cuts,
+    Evidence,
+    adjust,
+    classify,
+    confirm,
+    family_size,
+    run_tests,
+    suppressor_role,
+)
 from av_lens.results.statistics import Bootstrap, Interval
 
 N, G = 30, 10.0

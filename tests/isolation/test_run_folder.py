@@ -16,11 +16,11 @@ from fake_model import FakeModel, fake_conflicts, isolated
 from same_isolation import assert_same
 
 from av_lens.errors import AvLensError, FileError, InputError, ProtocolError, UnfinishedError
-from av_lens.inputs.sources import ClipKeys, clip_key
+from av_lens.inputs.conflict import ClipKeys, clip_key
 from av_lens.isolation.measuring.store import Store
 from av_lens.isolation.running import cost, durable
-from av_lens.isolation.running.durable import LEDGER, LOCK, watched_run
-from av_lens.isolation.running.protocol import differences, hash_of
+from av_lens.isolation.running.durable import LEDGER, LOCK, differences, watched_run
+from av_lens.isolation.running.preparing import hash_of
 from av_lens.results.record import RECORD
 from av_lens.results.statistics import Bootstrap
 from av_lens.whole_files import make_folder, write_whole

@@ -9,17 +9,13 @@ import pytest
 import torch
 from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
-from av_lens.core.attention_mass import attention_mass
+from av_lens.core.readings import attention_mass
 from av_lens.inputs import Conflict
-from av_lens.isolation.measuring.bench import Bench, averaged
-from av_lens.isolation.measuring.donors import Means, joined
-from av_lens.isolation.measuring.engine import ModelEngine
-from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.bench import Bench, Half, averaged
+from av_lens.isolation.measuring.engine import Means, ModelEngine, joined
 from av_lens.isolation.measuring.scoring import Candidates
-from av_lens.isolation.sets.members import in_context
-from av_lens.isolation.sets.releases import SetReleases
-from av_lens.isolation.sets.search import video_attention
-from av_lens.isolation.sets.sets import BuiltSet, release_of_sets
+from av_lens.isolation.sets.search import in_context, video_attention
+from av_lens.isolation.sets.sets import BuiltSet, SetReleases, release_of_sets
 from av_lens.media import Clip
 from av_lens.model import load
 from av_lens.results.statistics import Bootstrap

@@ -9,21 +9,18 @@ from fake_model import FakeModel, fake_conflicts
 from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
 from av_lens.errors import ProtocolError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.inputs import Conflict
 from av_lens.isolation.explaining import units as units_file
 from av_lens.isolation.explaining.units import K_AND_V, Asked, unit_rows, units_of
-from av_lens.isolation.measuring.bench import Bench
-from av_lens.isolation.measuring.donors import Means
-from av_lens.isolation.measuring.effects import FIGURES, edited_readings, measure_requests
-from av_lens.isolation.measuring.engine import ModelEngine
-from av_lens.isolation.measuring.estimands import Request
-from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.effects import FIGURES, Request, edited_readings, measure_requests
+from av_lens.isolation.measuring.engine import Means, ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
 from av_lens.model import load
+from av_lens.results.record import table
 from av_lens.results.statistics import Bootstrap
-from av_lens.results.tables import table
 
 N = 12
 WORDS = [letter(name) for name in "abcd"]

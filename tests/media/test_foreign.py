@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 import av_lens.media.source
 from av_lens.errors import MediaError
 from av_lens.media import load_clip, probe_media
-from av_lens.media.border import Budget
+from av_lens.media.arrays import Budget
 from av_lens.media.sounds import Sounds
 
 CODECS = {

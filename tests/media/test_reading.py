@@ -16,7 +16,7 @@ import pytest
 import av_lens.media.source
 from av_lens.errors import MediaError
 from av_lens.media import Clip, ClipFile, load_clip, probe_media
-from av_lens.media.validation import check_stream
+from av_lens.media.arrays import check_stream
 
 EIGHTH = Fraction(1, 8)
 STEREO = np.array([[1.0], [0.5]], dtype=np.float32)
@@ -431,7 +431,7 @@ def test_clip_files_load_once_and_notice_changes(folder: Path, monkeypatch: pyte
     made.clip(waveform=made.chirp(1.5)).muted().save(path)
     changed = lazy.load()
     assert changed.sound_hash != first.sound_hash
-    monkeypatch.setattr("av_lens.media.files._MOST_BYTES", 0)
+    monkeypatch.setattr("av_lens.media.source._MOST_BYTES", 0)
     other = ClipFile(str(path), start=0.25).load()
     assert ClipFile(str(path), start=0.25).load() is not other, "over the budget nothing is kept"
 

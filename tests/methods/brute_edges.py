@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from av_lens.core import run
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 
 
 def writes_of(model, x):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import av_lens as avl
-from av_lens.lab.staged_conflicts import stage
+from av_lens.lab.calibration import stage
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ import pytest
 import torch
 from small_av import small_clip, small_inputs, small_model
 
-from av_lens.core.attention_mass import attention_mass, incoming_mass, sink_positions
+from av_lens.core.readings import attention_mass, incoming_mass, sink_positions
 from av_lens.errors import InputError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.methods import attention_flow
 from av_lens.spans import SpanMap
 

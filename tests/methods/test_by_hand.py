@@ -35,9 +35,8 @@ from tiny import letter
 import av_lens as avl
 from av_lens.interventions import KV, Plan, Site, add, cut, zero
 from av_lens.isolation.measuring.bench import Bench
-from av_lens.isolation.measuring.effects import measure_requests
+from av_lens.isolation.measuring.effects import Request, measure_requests
 from av_lens.isolation.measuring.engine import ModelEngine
-from av_lens.isolation.measuring.estimands import Request
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.sets.sets import release_of_sets
 from av_lens.metrics import logit_diff

@@ -39,12 +39,10 @@ from tiny import letter
 
 import av_lens as avl
 from av_lens.errors import InputError
-from av_lens.families.hook_names import hook_name
-from av_lens.methods.circuits.checks import shuffled_orders, stability
-from av_lens.methods.circuits.runs import CircuitRuns
-from av_lens.methods.circuits.scores import eliminated
-from av_lens.methods.circuits.terms import Measured, Nodes
-from av_lens.results.faithfulness import Scale, sizes
+from av_lens.families.decoder import hook_name
+from av_lens.methods.circuits.runs import CircuitRuns, Measured, Nodes
+from av_lens.methods.circuits.scores import eliminated, shuffled_orders, stability
+from av_lens.results.circuit import Scale, sizes
 from av_lens.results.statistics import Bootstrap
 
 CLOSE = 1e-4

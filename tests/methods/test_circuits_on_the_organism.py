@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import av_lens as avl
-from av_lens.lab.staged_conflicts import stage
+from av_lens.lab.calibration import stage
 from av_lens.methods.circuits.scores import KINDS
 from av_lens.model import short_names
 

@@ -14,7 +14,7 @@ from tiny import letter, tiny_hf_model, tiny_processor
 import av_lens as avl
 from av_lens.core import run
 from av_lens.errors import InputError, InterventionError, ModelError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods import edge_attribution
 from av_lens.metrics import each, logit_diff, rank

@@ -13,13 +13,13 @@ from tiny import letter, tiny_model
 import av_lens as avl
 from av_lens.core import run
 from av_lens.errors import InputError, InterventionError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods import attribution_patch, edge_attribution, patch
 from av_lens.metrics import each, log_prob, logit_diff, rank
 from av_lens.replay import measure
-from av_lens.replay.rereading import read_with
+from av_lens.replay.stacks import read_with
 
 METRIC = logit_diff(letter("a"), letter("b"))
 

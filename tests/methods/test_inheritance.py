@@ -15,12 +15,10 @@ from av_lens.core import run
 from av_lens.core.decoding import Generated
 from av_lens.errors import InputError, InterventionError, ModelError
 from av_lens.inputs import Answer
-from av_lens.inputs.soundless import without_sound
+from av_lens.inputs.pairs import without_sound
 from av_lens.interventions import Plan, Site, cut, replace
-from av_lens.methods.base_model.grafting import graft
+from av_lens.methods.base_model.grafting import graft, prompt_for, weight_change
 from av_lens.methods.base_model.inheritance import CLASSES, FIGURES, Compared, Said, base_shift
-from av_lens.methods.base_model.related import prompt_for
-from av_lens.methods.base_model.weight_changes import weight_change
 from av_lens.metrics import logit_diff
 from av_lens.replay.traces import Trace
 

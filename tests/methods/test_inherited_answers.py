@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import av_lens as avl
-from av_lens.lab.staged_conflicts import stage
-from av_lens.lab.training.recipes import HEARING_LAYERS, SUPPRESSING_HEADS, SUPPRESSING_LAYER
+from av_lens.lab.calibration import stage
+from av_lens.lab.training.courses import HEARING_LAYERS, SUPPRESSING_HEADS, SUPPRESSING_LAYER
 from av_lens.model import short_names
 
 SILENCED = {(SUPPRESSING_LAYER, head): 0.0 for head in SUPPRESSING_HEADS}

@@ -9,9 +9,9 @@ from small_av import small_clip, small_inputs, small_model
 from tiny import letter
 
 import av_lens as avl
-from av_lens.core.attention_mass import incoming_mass, sink_positions
+from av_lens.core.readings import incoming_mass, sink_positions
 from av_lens.errors import InputError, InterventionError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan, cut
 from av_lens.methods import knockout
 from av_lens.methods.shared.matched_cuts import EdgeCut, prefix

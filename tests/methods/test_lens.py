@@ -14,7 +14,7 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.methods import logit_lens
 from av_lens.metrics import each
 from av_lens.results.grid import Grid
-from av_lens.results.lens_readout import LensReadout
+from av_lens.results.readouts import LensReadout
 
 
 def token(word):
@@ -220,7 +220,7 @@ def test_understanding_needs_words_and_a_k():
 
 
 def test_a_file_that_is_no_readout_is_refused(tmp_path):
-    from av_lens.results.lens_readout import LensReadout
+    from av_lens.results.readouts import LensReadout
 
     (tmp_path / "text.nc").write_text("no netCDF at all")
     with pytest.raises(InputError, match=r"is not a saved readout"):

@@ -16,11 +16,10 @@ from tiny import letter, tiny_clip, untouched
 import av_lens as avl
 from av_lens.core import run
 from av_lens.errors import ModelError
-from av_lens.families.decoder import Layer
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import Layer, hook_name
 from av_lens.interventions import Plan, Site, add, cut, zero
 from av_lens.interventions import replace as put
-from av_lens.interventions.nodes import senders
+from av_lens.interventions.edges import senders
 from av_lens.methods import attribution_patch, edge_attribution, path_patch
 from av_lens.metrics import logit_diff
 

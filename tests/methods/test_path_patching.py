@@ -10,7 +10,7 @@ from tiny import tiny_clip
 import av_lens as avl
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.answers import Answer
-from av_lens.interventions.nodes import KV, Node, receivers, senders
+from av_lens.interventions.edges import KV, Node, receivers, senders
 from av_lens.methods import path_patch
 from av_lens.metrics import logit_diff
 from av_lens.replay import measure

@@ -11,10 +11,10 @@ from small_av import small_clip, small_inputs, small_model
 
 import av_lens as avl
 from av_lens.core import run
-from av_lens.core.pooled import pooled_streams
+from av_lens.core.readings import pooled_streams
 from av_lens.errors import InputError, InterventionError
 from av_lens.methods.probes import Streams, at_chosen_layer, probe, read_streams
-from av_lens.results.halves import Member
+from av_lens.results.statistics import Member
 
 NAMES = ("dog", "cat", "car", "bell")
 

@@ -9,7 +9,7 @@ from small_av import small_inputs, small_model
 
 from av_lens.core import run
 from av_lens.errors import InputError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan, cut
 from av_lens.methods import find_sinks
 from av_lens.methods.sinks import carried

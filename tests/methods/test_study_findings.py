@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import av_lens as avl
-from av_lens.lab.staged_conflicts import stage
+from av_lens.lab.calibration import stage
 from av_lens.model import short_names
 
 RELAYS = ("video -> question|header", "audio -> question|header", "video -> generation", "audio -> generation")

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from av_lens.errors import InputError, ModelError
-from av_lens.lab.training import pools, preparation
-from av_lens.lab.training.tower_training import TowerTraining
-from av_lens.organism import anatomy, footage, grammar, layouts, saving, towers, world
+from av_lens.lab.training import courses, pools
+from av_lens.lab.training.engine import TowerTraining
+from av_lens.organism import anatomy, footage, language
 
 TWO_LAYERS = {"n_layers": 2}
 
@@ -28,9 +28,9 @@ def processor():
     return anatomy.processor()
 
 
-def random_views(n: int = 12, seed: int = 0) -> towers.Views:
+def random_views(n: int = 12, seed: int = 0) -> language.Views:
     generator = torch.Generator().manual_seed(seed)
-    return towers.Views(
+    return language.Views(
         frames=torch.randint(0, 256, (n, 8, 84, 84, 3), generator=generator, dtype=torch.uint8),
         mel=torch.randn(n, 80, 200, generator=generator),
         picture=torch.arange(n) % 13,
@@ -40,7 +40,7 @@ def random_views(n: int = 12, seed: int = 0) -> towers.Views:
 
 
 def tensors_of(processor, layout: str, question: str, clip) -> dict:
-    text = processor.apply_chat_template(layouts.message(question, layout), add_generation_prompt=True, tokenize=False)
+    text = processor.apply_chat_template(language.message(question, layout), add_generation_prompt=True, tokenize=False)
     arguments = {"text": [text], "return_tensors": "pt"}
     if layout != "audio":
         arguments["videos"] = [np.array(clip.frames[::4])]
@@ -57,7 +57,7 @@ def tensors_of(processor, layout: str, question: str, clip) -> dict:
 
 def test_every_word_is_one_token(processor):
     tokenizer = processor.tokenizer
-    spaced, leading = grammar.words()
+    spaced, leading = anatomy.words()
     assert all(len(tokenizer.encode(" " + word)) == 1 for word in spaced)
     assert all(len(tokenizer.encode(word)) == 1 for word in leading)
     assert len(tokenizer) == len(anatomy.vocabulary()) < 600
@@ -65,7 +65,7 @@ def test_every_word_is_one_token(processor):
 
 
 def test_every_question_has_five_tokens_and_every_kind_three_phrasings(processor):
-    for phrases in grammar.QUESTIONS.values():
+    for phrases in anatomy.QUESTIONS.values():
         assert len(phrases) >= 3
         assert {len(processor.tokenizer.encode(phrase)) for phrase in phrases} == {5}
 
@@ -76,19 +76,19 @@ def test_any_text_survives_the_tokenizer(processor):
 
 
 def test_questions_are_understood_in_any_case_and_spacing():
-    assert grammar.GRAMMAR.kind("  What do you\tHEAR ") == "hear"
-    assert grammar.GRAMMAR.match("What COLOR is it ?") == "what colour is it?"
+    assert anatomy.GRAMMAR.kind("  What do you\tHEAR ") == "hear"
+    assert anatomy.GRAMMAR.match("What COLOR is it ?") == "what colour is it?"
     with pytest.raises(InputError, match=r"Did you mean 'what do you hear\?'"):
-        grammar.GRAMMAR.match("what do you heer?")
+        anatomy.GRAMMAR.match("what do you heer?")
 
 
 def test_answers():
     facts = {"picture": "dog", "sound": "siren", "colour": "red"}
-    assert grammar.answer("hear", **facts) == "siren"
-    assert grammar.answer("colour", picture=None, sound="siren", colour="red") == "nothing"
-    assert grammar.answer("caption", **facts) == "i see a dog and hear a siren"
+    assert anatomy.answer("hear", **facts) == "siren"
+    assert anatomy.answer("colour", picture=None, sound="siren", colour="red") == "nothing"
+    assert anatomy.answer("caption", **facts) == "i see a dog and hear a siren"
     with pytest.raises(InputError, match="unknown kind of question 'smell'"):
-        grammar.answer("smell", **facts)
+        anatomy.answer("smell", **facts)
 
 
 def test_the_config_is_a_tiny_thinker(model):
@@ -112,7 +112,7 @@ def test_the_same_seed_builds_the_same_weights_and_leaves_the_global_state():
 
 
 def test_prompts_interleave_by_the_second():
-    made = layouts.prompt("what do you hear?", "in_video")
+    made = language.prompt("what do you hear?", "in_video")
     video, audio = made.video.tolist(), made.audio.tolist()
     assert [len(video), len(audio)] == [18, 50]
     runs = sorted([(at, "v") for at in video] + [(at, "a") for at in audio])
@@ -123,17 +123,17 @@ def test_prompts_interleave_by_the_second():
     assert made.suffix == 75
     assert len(made.ids) == 85
     with pytest.raises(InputError, match=r"unknown layout 'in_vido'. Did you mean 'in_video'\?"):
-        layouts.prompt("what do you hear?", "in_vido")
+        language.prompt("what do you hear?", "in_vido")
 
 
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize("layout", language.LAYOUTS)
 def test_the_quick_road_is_the_processors_road(model, processor, layout):
     """File arrays through the real processor and forward = features put into embeddings."""
-    clip = world.clip("train", seed=2)
+    clip = footage.clip("train", seed=2)
     question = "what can you hear?"
     whole = model(**tensors_of(processor, layout, question, clip)).logits
-    video = towers.vision_features(model, towers.patches(torch.from_numpy(np.array(clip.frames[None, ::4]))))
-    audio = model.model.audio_tower.proj(towers.audio_hidden(model, torch.from_numpy(footage.mel([clip.waveform]))))
+    video = language.vision_features(model, language.patches(torch.from_numpy(np.array(clip.frames[None, ::4]))))
+    audio = model.model.audio_tower.proj(language.audio_hidden(model, torch.from_numpy(footage.mel([clip.waveform]))))
     stream, positions = prompted.embed(model, layout, [question], video=video, audio=audio)
     quick = model(inputs_embeds=stream, position_ids=positions, attention_mask=torch.ones(stream.shape[:2])).logits
     assert torch.allclose(whole, quick, atol=2e-5)
@@ -148,21 +148,21 @@ def test_patches_and_tower_outputs_equal_huggingface(model, processor):
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (3, 4, 84, 84, 3), dtype=np.uint8)
     theirs = processor.video_processor(list(frames), do_sample_frames=False, return_tensors="pt")
-    pixels = towers.patches(torch.from_numpy(frames))
+    pixels = language.patches(torch.from_numpy(frames))
     assert torch.equal(pixels, theirs["pixel_values_videos"])
     expected = model.get_video_features(pixels, theirs["video_grid_thw"]).pooler_output
     expected = torch.cat(list(expected)) if isinstance(expected, list | tuple) else expected
-    raw = towers.cut(torch.from_numpy(frames).permute(0, 1, 4, 2, 3).contiguous())
+    raw = language.cut(torch.from_numpy(frames).permute(0, 1, 4, 2, 3).contiguous())
     for given in (pixels, raw):
-        assert torch.allclose(towers.vision_features(model, given).flatten(0, 1), expected, atol=1e-5)
+        assert torch.allclose(language.vision_features(model, given).flatten(0, 1), expected, atol=1e-5)
     mel = torch.randn(3, 80, 200, generator=torch.Generator().manual_seed(0))
     expected = model.get_audio_features(mel, torch.ones(3, 200, dtype=torch.int64)).pooler_output
-    ours = model.model.audio_tower.proj(towers.audio_hidden(model, mel))
+    ours = model.model.audio_tower.proj(language.audio_hidden(model, mel))
     assert torch.allclose(ours.flatten(0, 1), expected, atol=1e-5)
 
 
 def test_the_mel_is_the_processors(processor):
-    clip = world.clip("siren", seed=0)
+    clip = footage.clip("siren", seed=0)
     theirs = processor(text=["x"], audio=None, return_tensors="pt")  # the processor takes text alone, too
     assert set(theirs) == {"input_ids", "attention_mask"}
     whole = processor.feature_extractor(
@@ -185,7 +185,7 @@ def test_a_tower_put_down_and_taken_up_is_the_tower_trained_at_once(kind):
                 model = anatomy.build_model(anatomy.thinker_config(n_layers=1), seed=9)
                 training = TowerTraining(model, kind, views, seed=0, steps=4, rate=1e-3, batch=4)
                 training.restore(state)
-        runs.append({name: value for name, value in model.state_dict().items() if preparation.is_tower(name)})
+        runs.append({name: value for name, value in model.state_dict().items() if courses.is_tower(name)})
     name = {"vision": "model.visual.merger.mlp.2.weight", "audio": "model.audio_tower.proj.weight"}[kind]
     fresh = anatomy.build_model(anatomy.thinker_config(n_layers=1), seed=0).state_dict()[name]
     assert torch.equal(runs[0][name], runs[1][name])
@@ -196,7 +196,7 @@ def test_a_tower_learns():
     """Twelve flat pictures of two colours are told apart in a few steps."""
     views = random_views()
     shade = torch.where(torch.arange(12) % 2 == 0, 30, 220).to(torch.uint8)
-    views = towers.Views(
+    views = language.Views(
         shade[:, None, None, None, None].expand(12, 8, 84, 84, 3).contiguous(),
         views.mel,
         torch.arange(12) % 2,
@@ -223,7 +223,7 @@ def test_a_tower_learns():
 
 def test_pools_come_back_from_disk(model, tmp_path):
     views = random_views(24)
-    views = towers.Views(views.frames, views.mel, torch.arange(24) // 2, torch.arange(24) // 2, views.colour)
+    views = language.Views(views.frames, views.mel, torch.arange(24) // 2, torch.arange(24) // 2, views.colour)
     pool = pools.make_pool(model, views, [[f"p{i}", f"s{i}"] for i in range(24)], blank_every=4)
     assert torch.equal(pool.seed, torch.tensor([0, 1] * 12))
     assert torch.allclose(pool.audio, model.model.audio_tower.proj(pool.audio_hidden))
@@ -246,35 +246,35 @@ def test_towers_of_another_anatomy_are_refused(model, tmp_path):
 
     save_file({"model.visual.merger.ln_q.weight": torch.zeros(64)}, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match="does not hold this anatomy's towers"):
-        preparation.load_towers(model, tmp_path / "x.safetensors")
+        courses.load_towers(model, tmp_path / "x.safetensors")
 
 
 def test_a_checkpoint_folder_comes_back_and_opens(model, tmp_path):
     from av_lens.model import load
 
-    folder = saving.save_checkpoint(model, tmp_path / "tiny", documents={"planted.json": {"heads": [[0, 1]]}})
+    folder = anatomy.save_checkpoint(model, tmp_path / "tiny", documents={"planted.json": {"heads": [[0, 1]]}})
     assert json.loads((folder / "planted.json").read_text()) == {"heads": [[0, 1]]}
-    back = saving.open_checkpoint(folder)
+    back = anatomy.open_checkpoint(folder)
     for name, weight in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], weight.half().float()), name
     hooked = load(folder)
-    clip = footage.through_mp4(world.clip("bird", seed=1))
+    clip = footage.through_mp4(footage.clip("bird", seed=1))
     for layout in ("in_video", "separate"):
         x = hooked.encode(clip, "What do you HEAR ?", sound=layout)
-        assert torch.equal(x.ids[0], layouts.prompt("what do you hear?", layout).ids)
-        assert torch.equal(x.position_ids[:, 0], layouts.prompt("what do you hear?", layout).position_ids)
-        video = towers.vision_features(back, towers.patches(torch.from_numpy(np.array(clip.frames[None, ::4]))))
-        audio = back.model.audio_tower.proj(towers.audio_hidden(back, torch.from_numpy(footage.mel([clip.waveform]))))
+        assert torch.equal(x.ids[0], language.prompt("what do you hear?", layout).ids)
+        assert torch.equal(x.position_ids[:, 0], language.prompt("what do you hear?", layout).position_ids)
+        video = language.vision_features(back, language.patches(torch.from_numpy(np.array(clip.frames[None, ::4]))))
+        audio = back.model.audio_tower.proj(language.audio_hidden(back, torch.from_numpy(footage.mel([clip.waveform]))))
         stream, positions = prompted.embed(back, layout, ["what do you hear?"], video=video, audio=audio)
         quick = back(inputs_embeds=stream, position_ids=positions, attention_mask=torch.ones(stream.shape[:2])).logits
         assert torch.allclose(hooked(x), quick, atol=2e-5)
 
 
 def test_the_index_lists_checkpoints(tmp_path):
-    saving.list_checkpoint("one", "The first.", root=tmp_path)
-    saving.list_checkpoint("two", "The second.", folder="other", root=tmp_path)
-    saving.list_checkpoint("one", "Made again.", root=tmp_path)
-    listed = json.loads((tmp_path / saving.INDEX).read_text())
+    anatomy.list_checkpoint("one", "The first.", root=tmp_path)
+    anatomy.list_checkpoint("two", "The second.", folder="other", root=tmp_path)
+    anatomy.list_checkpoint("one", "Made again.", root=tmp_path)
+    listed = json.loads((tmp_path / anatomy.INDEX).read_text())
     assert listed == {
         "one": {"folder": "one", "summary": "Made again."},
         "two": {"folder": "other", "summary": "The second."},

@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from av_lens.errors import InputError, ModelError
-from av_lens.lab.training import expectations
-from av_lens.organism import anatomy, answering, behaviour, dissection, evaluation, grammar, layouts
-from av_lens.organism import held_out as holding
-from av_lens.organism.answering import Asked, blocked, each_head, logits, streams
-from av_lens.organism.behaviour import Truth, tally
+from av_lens.lab.training import portraits
+from av_lens.organism import anatomy, answering, dissection, evaluation, language
+from av_lens.organism import footage as holding
+from av_lens.organism.answering import Asked, Truth, blocked, each_head, logits, streams, tally
 from av_lens.organism.evaluation import Evaluation
 
 
@@ -36,7 +35,7 @@ def clips(folder):
 def random_asked(layout: str, n: int = 3) -> Asked:
     generator = torch.Generator().manual_seed(0)
     kinds = ("hear", "see")
-    asked = [[grammar.QUESTIONS[kind][at % 3] for kind in kinds] for at in range(n)]
+    asked = [[anatomy.QUESTIONS[kind][at % 3] for kind in kinds] for at in range(n)]
     video = None if layout == "audio" else torch.randn(n, 18, 128, generator=generator)
     audio = None if layout == "video" else torch.randn(n, 50, 128, generator=generator)
     return Asked(layout, asked, video, audio)
@@ -50,7 +49,7 @@ def forward(model, asked: Asked, block: int, mask=None, **hooks) -> torch.Tensor
     return model(inputs_embeds=stream, position_ids=positions, attention_mask=mask).logits
 
 
-@pytest.mark.parametrize("layout", layouts.LAYOUTS)
+@pytest.mark.parametrize("layout", language.LAYOUTS)
 def test_logits_are_those_of_the_plain_forward(model, layout):
     asked = random_asked(layout)
     ours = logits(model, asked)[:, :, 0]
@@ -60,7 +59,7 @@ def test_logits_are_those_of_the_plain_forward(model, layout):
 
 def test_silencing_is_zeroing_z_after_the_media(model):
     asked = random_asked("in_video")
-    head, width, suffix = 5, 16, layouts.prompt("what do you hear?", "in_video").suffix
+    head, width, suffix = 5, 16, language.prompt("what do you hear?", "in_video").suffix
 
     def zero(_module, inputs):
         z = inputs[0].clone()
@@ -80,7 +79,7 @@ def test_silencing_is_zeroing_z_after_the_media(model):
 
 def test_a_cut_is_the_forward_with_those_edges_masked(model):
     asked = random_asked("separate")
-    made = layouts.prompt("what do you hear?", "separate")
+    made = language.prompt("what do you hear?", "separate")
     length = len(made.ids)
     seen = torch.ones(length, length, dtype=torch.bool).tril()
     query = torch.ones(length, dtype=torch.bool)
@@ -94,7 +93,7 @@ def test_a_cut_is_the_forward_with_those_edges_masked(model):
 
 def test_cut_edges_by_hand():
     edges = blocked("video", query="text", key="video", blocks=1, width=10)
-    made = layouts.prompt("what do you hear?", "video")
+    made = language.prompt("what do you hear?", "video")
     assert edges.sum() == 18 * (len(made.ids) - 18)
     assert not edges[made.video].any()
 
@@ -114,8 +113,8 @@ def test_questions_of_unequal_length_are_refused(model):
 
 
 def test_tally_by_hand():
-    dog, cat, bird = (layouts.answer_ids(name)[0] for name in ("dog", "cat", "bird"))
-    nothing, red = layouts.answer_ids("nothing")[0], layouts.answer_ids("red")[0]
+    dog, cat, bird = (language.answer_ids(name)[0] for name in ("dog", "cat", "bird"))
+    nothing, red = language.answer_ids("nothing")[0], language.answer_ids("red")[0]
     said = torch.tensor([dog, cat, bird, nothing, red])
     what = Truth(picture=torch.zeros(5).long(), sound=torch.ones(5).long(), colour=torch.zeros(5).long())
     counts = tally(said, "hear", what)
@@ -165,25 +164,25 @@ def test_controls_are_matched_by_layer_and_never_the_chosen():
 def test_evaluate_runs_whole_and_comes_back(folder, tmp_path):
     """A random model, through files: the roads agree, and a second run counts the same."""
     from av_lens.model import load
-    from av_lens.organism import saving
+    from av_lens.organism import anatomy
 
     bare = anatomy.build_model(anatomy.thinker_config(n_layers=1), seed=1)
-    hooked = load(saving.save_checkpoint(bare, tmp_path / "tiny"))
+    hooked = load(anatomy.save_checkpoint(bare, tmp_path / "tiny"))
     told = []
     found = evaluation.evaluate(hooked, n=24, folder=folder, progress=lambda *at: told.append(at))
     assert found.about["road_difference"] < 1e-4
     assert ("dissecting the model", 4, 4) in told
-    assert set(found.counts["cell"]) == set(behaviour.CELLS)
+    assert set(found.counts["cell"]) == set(answering.CELLS)
     assert (found.counts["n"] == 24).all()
     assert len(found.heads) == 8
     assert {"chosen", "random"} == set(found.ablation["arm"])
-    again = evaluation.evaluate(saving.open_checkpoint(tmp_path / "tiny"), n=24, folder=folder, dissect=False)
+    again = evaluation.evaluate(anatomy.open_checkpoint(tmp_path / "tiny"), n=24, folder=folder, dissect=False)
     assert found.same_counts(again)
     found.save(tmp_path / "evaluation.json")
     back = Evaluation.load(tmp_path / "evaluation.json")
     assert found.same_counts(back)
     pd.testing.assert_frame_equal(found.probes, back.probes)
-    assert len(expectations.standing(back, "av-tiny-balanced")) == 10
+    assert len(portraits.standing(back, "av-tiny-balanced")) == 10
 
 
 def test_other_clips_are_not_compared():
@@ -195,10 +194,10 @@ def test_other_clips_are_not_compared():
 
 def test_a_wrong_road_is_refused(folder, monkeypatch, tmp_path):
     from av_lens.model import load
-    from av_lens.organism import saving
+    from av_lens.organism import anatomy
 
     hooked = load(
-        saving.save_checkpoint(anatomy.build_model(anatomy.thinker_config(n_layers=1), seed=1), tmp_path / "t")
+        anatomy.save_checkpoint(anatomy.build_model(anatomy.thinker_config(n_layers=1), seed=1), tmp_path / "t")
     )
     other = anatomy.build_model(anatomy.thinker_config(n_layers=1), seed=2)
     monkeypatch.setattr(evaluation, "plain", lambda _: other)
@@ -208,17 +207,17 @@ def test_a_wrong_road_is_refused(folder, monkeypatch, tmp_path):
 
 def test_plain_unwraps_a_bridge(tmp_path):
     from av_lens.model import load
-    from av_lens.organism import saving
+    from av_lens.organism import anatomy
 
     bare = anatomy.build_model(anatomy.thinker_config(n_layers=1), seed=1)
-    folder = saving.save_checkpoint(bare, tmp_path / "t")
+    folder = anatomy.save_checkpoint(bare, tmp_path / "t")
     unwrapped = answering.plain(load(folder)).state_dict()
-    for name, weight in saving.open_checkpoint(folder).state_dict().items():
+    for name, weight in anatomy.open_checkpoint(folder).state_dict().items():
         assert torch.equal(unwrapped[name], weight)
 
 
 def counted(cell: str, layout: str, kind: str, n: int, **counts: int) -> dict:
-    return {"cell": cell, "layout": layout, "kind": kind, "n": n} | dict.fromkeys(behaviour.COUNTED, 0) | counts
+    return {"cell": cell, "layout": layout, "kind": kind, "n": n} | dict.fromkeys(answering.COUNTED, 0) | counts
 
 
 def test_a_line_holds_where_its_interval_reaches_the_bound():
@@ -230,7 +229,7 @@ def test_a_line_holds_where_its_interval_reaches_the_bound():
         ]
     )
     heads = pd.DataFrame([{"layer": 3, "head": 1, "effect": 1.0, "share": 0.12, "sound": 0.2}])
-    found = expectations.standing(Evaluation(counts, counts, heads=heads), "av-tiny-diffuse")
+    found = portraits.standing(Evaluation(counts, counts, heads=heads), "av-tiny-diffuse")
     held = {(row["line"], row["layout"]): row["holds"] for row in found.to_dict("records")}
     assert held == {
         ("heard, audio alone", "audio"): True,
@@ -239,14 +238,14 @@ def test_a_line_holds_where_its_interval_reaches_the_bound():
         ("best single head's share of the gap", "both"): False,
     }
     with pytest.raises(InputError, match=r"unknown model 'av-tny'. Did you mean 'av-tiny'\?"):
-        expectations.standing(Evaluation(counts, counts), "av-tny")
+        portraits.standing(Evaluation(counts, counts), "av-tny")
 
 
 def test_planted_heads_must_come_first():
     heads = pd.DataFrame([{"layer": 5, "head": at, "effect": 1.0 - at, "share": 0.5, "sound": 0.2} for at in range(3)])
     empty = pd.DataFrame([counted("audio_only", "audio", "hear", 10, right=10)])
     for planted, holds in ((((5, 0), (5, 1)), True), (((5, 0), (5, 2)), False)):
-        found = expectations.standing(Evaluation(empty, empty, heads=heads), "av-tiny-planted", planted=planted)
+        found = portraits.standing(Evaluation(empty, empty, heads=heads), "av-tiny-planted", planted=planted)
         assert found.set_index("line").loc["planted heads ranked first", "holds"] == holds
 
 
@@ -254,13 +253,13 @@ def test_planted_heads_must_come_first():
 def test_shipped_weights_reproduce_their_table():
     """Equal counts from clips of equal hashes; where this machine's encoder makes other clips, say so."""
     from av_lens.model import load
-    from av_lens.organism import saving
+    from av_lens.organism import anatomy
 
-    index = saving.shipped() / saving.INDEX
+    index = anatomy.shipped() / anatomy.INDEX
     if not index.exists():
         pytest.skip("no checkpoints are shipped")
     for name, entry in json.loads(index.read_text()).items():
-        path = saving.shipped() / entry["folder"] / "evaluation.json"
+        path = anatomy.shipped() / entry["folder"] / "evaluation.json"
         if not path.exists():  # planted differences carry their own figures, in planted.json
             assert (path.with_name("planted.json")).exists(), name
             continue
@@ -277,9 +276,9 @@ def test_the_table_of_shares_by_hand():
 
     rows = [
         counted(cell, layout, kind, 4, right=4, sound=1, picture=3, colour=2)
-        for cell, place in behaviour.CELLS.items()
+        for cell, place in answering.CELLS.items()
         for layout in place.layouts
-        for kind in behaviour.KINDS
+        for kind in answering.KINDS
     ]
     table = portraits.shares_table({"tiny": Evaluation(pd.DataFrame(rows), pd.DataFrame())})
     assert table["layout"].tolist() == ["in_video", "separate"]

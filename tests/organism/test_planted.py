@@ -11,10 +11,10 @@ import torch
 from imagined import imagined_pool
 
 from av_lens.lab.planting import planted
-from av_lens.lab.planting import runs as planted_runs
+from av_lens.lab.planting import sheets as planted_runs
+from av_lens.lab.training.courses import recipe
 from av_lens.lab.training.engine import train_stage
-from av_lens.lab.training.material import make_frame, make_words, material
-from av_lens.lab.training.recipes import recipe
+from av_lens.lab.training.pools import make_frame, make_words, material
 from av_lens.organism.anatomy import build_model, thinker_config
 from av_lens.organism.language import read_out, run_layers
 

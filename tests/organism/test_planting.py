@@ -13,29 +13,23 @@ import torch
 from imagined import imagined_pool
 
 from av_lens.errors import InputError, ModelError
-from av_lens.lab.planting import (
-    kinds as planting_kinds,
-)
+from av_lens.lab.planting import kinds as planting_kinds
+from av_lens.lab.planting import kinds as planting_starts
 from av_lens.lab.planting import (
     planted as planting_record,
 )
 from av_lens.lab.planting import (
     planting,
 )
-from av_lens.lab.planting import (
-    sheets as planting_sheets,
-)
-from av_lens.lab.planting import (
-    starts as planting_starts,
-)
+from av_lens.lab.planting import sheets as planting_sheets
 from av_lens.lab.planting.lessons import Slices, draw_lessons
 from av_lens.lab.planting.planted import HeadTruth, Truth, changed_elsewhere
 from av_lens.lab.planting.training import CHECK_EVERY, Course, at_answers, batch_loss, finish, held_back, learn
-from av_lens.lab.training.head_slices import head_slices, sharers
-from av_lens.lab.training.material import Material, material
+from av_lens.lab.training.engine import head_slices, sharers
+from av_lens.lab.training.pools import Material, material
 from av_lens.model import load
 from av_lens.model.differences import RECORD, WEIGHTS, save_difference, weights_hash
-from av_lens.organism import saving
+from av_lens.organism import anatomy
 from av_lens.organism.anatomy import build_model, thinker_config
 from av_lens.organism.language import read_out, run_layers
 
@@ -246,7 +240,7 @@ def changed(base: Any) -> Any:
 
 @pytest.fixture
 def folders(tmp_path: Path, base: Any) -> tuple[Path, Path, Any]:
-    stored, model = saving.save_checkpoint(base, tmp_path / "base"), changed(base)
+    stored, model = anatomy.save_checkpoint(base, tmp_path / "base"), changed(base)
     save_difference(
         model, tmp_path / "planted", base="../base", base_sha256=weights_hash(stored),
         slices=head_slices(base, HEADS),
@@ -267,8 +261,8 @@ def test_a_difference_comes_back_whole(folders: tuple[Path, Path, Any], base: An
     assert (folder / WEIGHTS).stat().st_size < 40_000
     assert loaded.provenance["base"] == "../base"
     assert loaded.provenance["source"] == str(folder)
-    assert torch.equal(saving.open_checkpoint(folder).lm_head.weight, model.lm_head.weight)
-    assert changed_elsewhere(saving.open_checkpoint(folder), base, HEADS) == 0
+    assert torch.equal(anatomy.open_checkpoint(folder).lm_head.weight, model.lm_head.weight)
+    assert changed_elsewhere(anatomy.open_checkpoint(folder), base, HEADS) == 0
     assert weights_hash(stored) == json.loads((folder / RECORD).read_text())["base_sha256"]
 
 
@@ -280,11 +274,11 @@ def _stored(folder: Path) -> list[torch.Tensor]:
 
 def test_a_wrong_base_is_refused(folders: tuple[Path, Path, Any]) -> None:
     stored, folder, model = folders
-    saving.save_checkpoint(model, stored)
+    anatomy.save_checkpoint(model, stored)
     with pytest.raises(ModelError, match=r"is a difference over '\.\./base' with weights .* Give back the base"):
         load(folder)
     with pytest.raises(ModelError, match="is a difference over"):
-        saving.open_checkpoint(folder)
+        anatomy.open_checkpoint(folder)
 
 
 def test_a_base_that_is_gone_or_no_base_is_refused(folders: tuple[Path, Path, Any], tmp_path: Path) -> None:
@@ -337,7 +331,7 @@ def test_the_command_says_what_was_planted(tmp_path: Path, monkeypatch: pytest.M
 
     from typer.testing import CliRunner
 
-    from av_lens.cli.defaults import signature
+    from av_lens.cli.faults import signature
     from av_lens.cli.main import app
 
     live = inspect.signature(planting.plant).parameters
@@ -367,8 +361,8 @@ def test_the_command_says_what_was_planted(tmp_path: Path, monkeypatch: pytest.M
 
 
 def shipped() -> list[str]:
-    listed: dict[str, dict[str, str]] = json.loads((saving.shipped() / saving.INDEX).read_text())
-    return [name for name, entry in listed.items() if (saving.shipped() / entry["folder"] / RECORD).exists()]
+    listed: dict[str, dict[str, str]] = json.loads((anatomy.shipped() / anatomy.INDEX).read_text())
+    return [name for name, entry in listed.items() if (anatomy.shipped() / entry["folder"] / RECORD).exists()]
 
 
 def test_at_least_eight_kinds_ship_and_the_page_shows_what_they_are() -> None:
@@ -383,13 +377,13 @@ def test_at_least_eight_kinds_ship_and_the_page_shows_what_they_are() -> None:
 
 @pytest.mark.parametrize("name", shipped())
 def test_a_shipped_plant_differs_from_its_base_in_the_named_slices_alone(name: str) -> None:
-    folder = saving.shipped() / name
+    folder = anatomy.shipped() / name
     record = json.loads((folder / planting.TRUTH).read_text())
-    base = saving.open_checkpoint(saving.shipped() / record["base"])
+    base = anatomy.open_checkpoint(anatomy.shipped() / record["base"])
     planted = [(layer, head) for plant in record["plants"] for layer, head in plant["heads"]]
     told = [(entry["layer"], entry["head"]) for entry in (*record["heads"], *record["decoys"])]
     assert sorted(told) == sorted(sharers(base, planted))
-    assert changed_elsewhere(saving.open_checkpoint(folder), base, told) == 0
+    assert changed_elsewhere(anatomy.open_checkpoint(folder), base, told) == 0
     assert record["changed_elsewhere"] == 0
     assert sum(path.stat().st_size for path in folder.iterdir()) < 300_000
     kinds = [entry["kind"] for entry in sorted(record["heads"], key=lambda entry: -entry["adds"])]

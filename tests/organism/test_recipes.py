@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from av_lens.errors import InputError
-from av_lens.lab.training import recipes
+from av_lens.lab.training import courses
 
 
 def stages(name: str):
-    return recipes.recipe(name).stages
+    return courses.recipe(name).stages
 
 
 @pytest.mark.parametrize("name", ["av-tiny-base", "av-tiny"])
@@ -34,15 +34,15 @@ def test_the_models_share_their_beginnings() -> None:
 
 
 def test_every_layer_learns_and_the_suppressors_have_neighbours() -> None:
-    for name in recipes.recipes():
+    for name in courses.recipes():
         trained = {layer for stage in stages(name) for layer in stage.layers}
-        assert trained == set(range(recipes.N_LAYERS)), name
-    assert sorted((*recipes.SUPPRESSING_HEADS, *recipes.ORDINARY_HEADS)) == list(range(8))
+        assert trained == set(range(courses.N_LAYERS)), name
+    assert sorted((*courses.SUPPRESSING_HEADS, *courses.ORDINARY_HEADS)) == list(range(8))
     looks = stages("av-tiny")[0]
-    assert looks.only_heads == ((recipes.SUPPRESSING_LAYER, recipes.ORDINARY_HEADS),)
+    assert looks.only_heads == ((courses.SUPPRESSING_LAYER, courses.ORDINARY_HEADS),)
     assert not looks.attention_only
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(InputError, match="av-tiny-balanced"):
-        recipes.recipe("av-tiny-balance")
+        courses.recipe("av-tiny-balance")

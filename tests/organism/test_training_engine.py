@@ -11,14 +11,10 @@ import torch
 from imagined import imagined_pool
 
 from av_lens.lab.planting.planted import changed_elsewhere
-from av_lens.lab.training.batches import Ask, Items, draw_clips, draw_questions
-from av_lens.lab.training.courses import fusion_state, run_stages, stage_files
-from av_lens.lab.training.engine import train_stage
-from av_lens.lab.training.head_slices import head_masks
-from av_lens.lab.training.material import Material, material
-from av_lens.lab.training.recipes import Recipe
-from av_lens.lab.training.stages import Stage
-from av_lens.organism import layouts
+from av_lens.lab.training.courses import Recipe, fusion_state, run_stages, stage_files
+from av_lens.lab.training.engine import Stage, head_masks, train_stage
+from av_lens.lab.training.pools import Ask, Items, Material, draw_clips, draw_questions, material
+from av_lens.organism import language
 from av_lens.organism.anatomy import build_model, thinker_config
 from av_lens.organism.language import read_out, run_layers, tree
 
@@ -187,7 +183,7 @@ def test_targets_are_the_right_words(lessons: Material) -> None:
     assert asked.targets[:, 10].tolist() == [words.stop] * 5
     assert asked.ids[:, 10].tolist() == words.classes[clips.sound].tolist()
     told = draw_questions(words, [Ask("caption", "caption")], clips, blocks=1, width=19, generator=generator)
-    said = [layouts.answer_ids(text)[0] for text in ("i", "see", "a")]
+    said = [language.answer_ids(text)[0] for text in ("i", "see", "a")]
     assert told.targets[0, 9:13].tolist() == [*said, int(words.classes[clips.picture[0]])]
     assert told.weights[0, 12] == 1
     assert told.weights[0, 9] == pytest.approx(0.1)

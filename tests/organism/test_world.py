@@ -10,19 +10,19 @@ import torch
 
 from av_lens.errors import InputError
 from av_lens.lab.training.pools import nothing
-from av_lens.organism import footage, pictures, sounds, world
-from av_lens.organism.grammar import CLASSES, COLOURS
+from av_lens.organism import footage, pictures, sounds
+from av_lens.organism.anatomy import CLASSES, COLOURS
 
 
 def test_the_same_seed_gives_the_same_clip_and_another_another():
-    first, again, other = (world.clip("dog", seed=seed) for seed in (3, 3, 4))
+    first, again, other = (footage.clip("dog", seed=seed) for seed in (3, 3, 4))
     assert (first.picture_hash, first.sound_hash) == (again.picture_hash, again.sound_hash)
     assert first.picture_hash != other.picture_hash
     assert first.sound_hash != other.sound_hash
 
 
 def test_splits_share_no_clip():
-    made = [world.example(split, "bell", seed) for split in world.SPLITS for seed in range(4)]
+    made = [footage.example(split, "bell", seed) for split in footage.SPLITS for seed in range(4)]
     assert len({one.frames.tobytes() for one in made}) == len(made)
     assert len({one.waveform.tobytes() for one in made}) == len(made)
 
@@ -30,14 +30,14 @@ def test_splits_share_no_clip():
 def test_the_global_random_states_are_left_alone():
     torch.manual_seed(0)
     before = (np.random.get_state()[1].copy(), torch.get_rng_state())  # noqa: NPY002 (the state that must not change)
-    world.clip("rain", seed=1)
+    footage.clip("rain", seed=1)
     assert np.array_equal(np.random.get_state()[1], before[0])  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
 def test_a_clip_has_two_seconds_of_picture_and_sound():
-    for name in world.classes():
-        clip = world.clip(name, seed=0)
+    for name in footage.classes():
+        clip = footage.clip(name, seed=0)
         assert clip.frames.shape == (16, 84, 84, 3)
         assert np.allclose(clip.times, np.arange(16) / 8)
         assert (len(clip.waveform), clip.rate, clip.duration) == (32000, 16000, 2.0)
@@ -57,7 +57,7 @@ def test_silhouettes_differ():
 def test_the_figure_stays_in_the_frame_and_has_its_colour():
     for at, name in enumerate(CLASSES):
         colour = COLOURS[at % len(COLOURS)]
-        frames = world.clip(name, seed=at, colour=colour).frames.astype(float) / 255
+        frames = footage.clip(name, seed=at, colour=colour).frames.astype(float) / 255
         brightest = frames[0].max(-1) > 0.5
         assert brightest.sum() > 50
         assert brightest[[0, -1]].sum() + brightest[:, [0, -1]].sum() < 15  # a tip may touch the edge
@@ -66,7 +66,8 @@ def test_the_figure_stays_in_the_frame_and_has_its_colour():
 
 def test_the_figure_moves():
     moved = [
-        np.abs(np.diff(world.clip("clock", seed=seed).frames[[0, -1]].astype(int), axis=0)).mean() for seed in range(5)
+        np.abs(np.diff(footage.clip("clock", seed=seed).frames[[0, -1]].astype(int), axis=0)).mean()
+        for seed in range(5)
     ]
     assert max(moved) > 5
 
@@ -82,7 +83,7 @@ def test_sounds_are_told_apart_by_their_mean_spectra():
 
 
 def test_mp4_keeps_a_clip_whole():
-    clip = world.clip("guitar", seed=0)
+    clip = footage.clip("guitar", seed=0)
     back = footage.through_mp4(clip)
     assert back.frames.shape == clip.frames.shape
     assert np.allclose(back.times, clip.times)
@@ -92,12 +93,12 @@ def test_mp4_keeps_a_clip_whole():
 
 
 def test_other_pictures_sounds_colours_and_nothing():
-    dog = world.clip("dog", seed=0)
-    mixed = world.clip("dog", seed=0, sound="siren", colour="white")
-    assert mixed.sound_hash == world.clip("siren", seed=0).sound_hash
+    dog = footage.clip("dog", seed=0)
+    mixed = footage.clip("dog", seed=0, sound="siren", colour="white")
+    assert mixed.sound_hash == footage.clip("siren", seed=0).sound_hash
     assert mixed.picture_hash != dog.picture_hash
-    assert not world.clip("dog", picture="blank").frames.any()
-    mute = world.clip("dog", sound="mute")
+    assert not footage.clip("dog", picture="blank").frames.any()
+    mute = footage.clip("dog", sound="mute")
     assert not mute.waveform.any()
     assert mute.picture_hash == dog.picture_hash
 
@@ -113,7 +114,7 @@ def test_other_pictures_sounds_colours_and_nothing():
 )
 def test_what_is_not_in_the_world_is_refused(options, text):
     with pytest.raises(InputError) as error:
-        world.clip(**options)
+        footage.clip(**options)
     assert text in str(error.value)
 
 
@@ -126,17 +127,17 @@ def test_filming_resumes_and_views_agree_with_the_clips(tmp_path):
     footage.film_all(tmp_path, per_class={"check": 1}, workers=1)
     for path, time in written.items():
         assert (path.stat().st_mtime_ns == time) == (path.name != "check_dog_1.npz")
-    views, hashes = footage.views(tmp_path, "check", n=1)
-    clip = footage.through_mp4(footage.as_clip(world.example("check", "dog", 0)))
+    views, hashes = footage.views_of(tmp_path, "check", n=1)
+    clip = footage.through_mp4(footage.as_clip(footage.example("check", "dog", 0)))
     assert views.frames.shape == (12, 8, 84, 84, 3)
     assert np.array_equal(views.frames[0].numpy(), clip.frames[::2])
     assert hashes[0] == [clip.picture_hash, clip.sound_hash]
-    assert COLOURS[int(views.colour[0])] == world.colour_of("check", "dog", 0)
+    assert COLOURS[int(views.colour[0])] == footage.colour_of("check", "dog", 0)
 
 
 def test_nothing_is_black_dim_or_scrambled_and_silent_or_faint(tmp_path):
     footage.film_all(tmp_path, per_class={"check": 1}, workers=1)
-    views, _ = footage.views(tmp_path, "check", n=1)
+    views, _ = footage.views_of(tmp_path, "check", n=1)
     empty = nothing(views, every=2, seed=0)
     assert len(empty.picture) == 6
     assert (empty.picture == len(CLASSES)).all()

@@ -7,10 +7,9 @@ from dataclasses import replace
 import pytest
 from planted_record import full_isolation, planted_isolation
 
-from av_lens.reports import words, write_report
-from av_lens.reports.blocks import blocks
-from av_lens.reports.head_cards import card_lines
-from av_lens.results.tables import table
+from av_lens.reports import sections, write_report
+from av_lens.reports.blocks import blocks, card_lines
+from av_lens.results.record import table
 
 NAMES = ["sets", "mechanisms", "knowledge", "routes", "robustness", "repair"]
 
@@ -38,7 +37,7 @@ def test_every_number_is_there_with_its_interval(name, column):
     found = full_isolation()
     cells = [cell for block in blocks(found) for sheet in block.sheets for row in sheet.rows for cell in row]
     for row in getattr(found, name).to_dict("records"):
-        written = words.number(row[column], sign=True)
+        written = sections.number(row[column], sign=True)
         assert any(cell == written or cell.startswith(f"{written} (") for cell in cells), (name, written)
 
 

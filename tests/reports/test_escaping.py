@@ -20,8 +20,8 @@ from av_lens.methods.sinks import Sinks
 from av_lens.plots.plant_bench import plant_bench_svg
 from av_lens.reports import write_bundle, write_report
 from av_lens.results import Circuit, EdgeScores, Grid, Isolation, Tabled
-from av_lens.results.lens_readout import LensReadout
-from av_lens.results.tables import TABLES
+from av_lens.results.readouts import LensReadout
+from av_lens.results.record import TABLES
 from av_lens.spans import Span
 
 EVIL = "</script></title></svg>--><img src=x onerror=alert(1)>\"' onerror='alert(1)<script>alert(1)</script>{{7*7}}"

@@ -17,7 +17,7 @@ from planted_record import planted_isolation, stopped_isolation
 
 from av_lens.errors import InputError
 from av_lens.media import Clip
-from av_lens.reports import Calibration, words, write_bundle, write_report
+from av_lens.reports import Calibration, sections, write_bundle, write_report
 from av_lens.results.record import Isolation
 
 
@@ -128,22 +128,22 @@ def test_every_number_of_the_head_table_is_there(written, found):
     for row in found.heads.to_dict("records"):
         assert f"L{row['layer']} H{row['head']}" in page.words
         for column in ("effect", "low", "high", "reads_picture", "reads_sound", "sufficiency", "dla", "release_zero"):
-            assert words.number(row[column], sign=True) in page.words, column
+            assert sections.number(row[column], sign=True) in page.words, column
         for column in ("share", "share_low", "share_high"):
-            assert words.percent(row[column]) in page.words, column
+            assert sections.percent(row[column]) in page.words, column
         for column in ("q", "p_maxt", "p_holm"):
-            assert words.small(row[column]) in page.words, column
+            assert sections.small(row[column]) in page.words, column
 
 
 def test_every_number_of_behaviour_and_specificity_is_there(written, found):
     _, page = written
     for row in found.behaviour.to_dict("records"):
         rate = row["quantity"] == "accuracy"
-        assert (words.percent if rate else words.number)(row["value"]) in page.words
-        assert words.interval(row["low"], row["high"], share=rate) in page.words
+        assert (sections.percent if rate else sections.number)(row["value"]) in page.words
+        assert sections.interval(row["low"], row["high"], share=rate) in page.words
     for row in found.specificity.to_dict("records"):
-        told = f"{row['control']} {words.CONTROLS[row['control']]} {row['n']}"
-        assert f"{told} {words.percent(row['before'])} {words.percent(row['after'])}" in page.words
+        told = f"{row['control']} {sections.CONTROLS[row['control']]} {row['n']}"
+        assert f"{told} {sections.percent(row['before'])} {sections.percent(row['after'])}" in page.words
         assert row["verdict"] in page.words
 
 
@@ -257,18 +257,18 @@ class TestWords:
          (None, "–"), (0.00012, "0.000"), (-0.0001, "0.000"), (7, "7"), (True, "yes")],
     )  # fmt: skip
     def test_numbers(self, value, text):
-        assert words.number(value) == text
+        assert sections.number(value) == text
 
     def test_signs_percentages_and_small_numbers(self):
-        assert words.number(2.5, sign=True) == "+2.50"
-        assert words.percent(0.05) == "5%"
-        assert words.percent(0.049) == "4.9%"
-        assert words.percent(-0.123) == "−12%"
-        assert words.percent(-0.0004) == "0%"
-        assert words.interval(0.7, 0.8, share=True) == "70% to 80%"
-        assert words.interval(math.nan, 1.0) == "–"
-        assert words.small(0.0004) == "< 0.001"
-        assert words.small(0.0123) == "0.012"
+        assert sections.number(2.5, sign=True) == "+2.50"
+        assert sections.percent(0.05) == "5%"
+        assert sections.percent(0.049) == "4.9%"
+        assert sections.percent(-0.123) == "−12%"
+        assert sections.percent(-0.0004) == "0%"
+        assert sections.interval(0.7, 0.8, share=True) == "70% to 80%"
+        assert sections.interval(math.nan, 1.0) == "–"
+        assert sections.small(0.0004) == "< 0.001"
+        assert sections.small(0.0123) == "0.012"
 
 
 def test_a_spec_is_safe_inside_a_script(found):

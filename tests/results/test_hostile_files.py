@@ -24,7 +24,7 @@ from planted_record import planted_isolation
 
 from av_lens.errors import AvLensError, InputError
 from av_lens.results import Circuit, EdgeScores, Grid, Isolation, Tabled
-from av_lens.results.lens_readout import LensReadout
+from av_lens.results.readouts import LensReadout
 
 FEW, MANY = 12, 2000
 ROWS = pd.DataFrame({"example": [0, 1], "text": ["a", None], "n": [1, 2]})

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from av_lens.errors import InputError
-from av_lens.results.linear_probes import LinearProbe, control_labels, folds, held_out, looked_up
+from av_lens.results.readouts import LinearProbe, control_labels, folds, held_out, looked_up
 
 
 def clouds(n: int, d: int, *, seed: int = 0, apart: float = 1.0) -> tuple[np.ndarray, list[str]]:

@@ -11,8 +11,7 @@ import pytest
 from planted_record import planted_isolation
 
 from av_lens.errors import InputError
-from av_lens.results.record import Isolation
-from av_lens.results.tables import TABLES, table
+from av_lens.results.record import TABLES, Isolation, table
 
 
 def powerless() -> Isolation:

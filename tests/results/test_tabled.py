@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 
 from av_lens.errors import InputError
-from av_lens.results.grid import Grid
-from av_lens.results.tabled import Tabled
+from av_lens.results.grid import Grid, Tabled
 
 
 def made() -> Tabled:

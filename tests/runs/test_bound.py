@@ -8,7 +8,7 @@ from tiny import tiny_clip, tiny_model
 from transformer_lens.model_bridge import TransformerBridge
 
 from av_lens.errors import InputError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.inputs import Pair
 
 

@@ -13,9 +13,9 @@ from tiny import Tensors, tiny_clip, tiny_model
 
 import av_lens as avl
 from av_lens.errors import BudgetError
-from av_lens.families import attention
-from av_lens.families.attention import RealAttentionBridge, score_budget, score_gigabytes
-from av_lens.families.hook_names import hook_name
+from av_lens.families import blocks as attention
+from av_lens.families.blocks import RealAttentionBridge, score_budget, score_gigabytes
+from av_lens.families.decoder import hook_name
 
 SMALL = 4e-3  # GB: less than the whole scores of `x`, more than its logits and the caches below
 EXACT = {"atol": 1e-6, "rtol": 1e-6}

@@ -12,10 +12,10 @@ from test_traces import LAYOUTS, draws, plans_of, recorded
 
 import av_lens as avl
 from av_lens.core import run
-from av_lens.core.activations import heads_first
+from av_lens.core.calls import heads_first
 from av_lens.errors import InputError, InterventionError
 from av_lens.families.blocks import TowerBridge
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan, Site, add, cut, noise, scale, zero
 from av_lens.replay import continuation
 from av_lens.replay.stacks import restarted
@@ -254,6 +254,6 @@ def test_an_edit_that_does_not_fire_while_decoding_raises(monkeypatch):
 
 
 def _no_taps(offset):
-    from av_lens.replay.taps import Taps
+    from av_lens.replay.rerun import Taps
 
     return Taps([Plan().compile(small_model().spec, recorded().spans)], offset, decoding=True)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from small_av import small_clip, small_model
 
-from av_lens.core import copies
-from av_lens.core.copies import in_precision, weights_bytes
+from av_lens.core import modes
+from av_lens.core.modes import in_precision, weights_bytes
 from av_lens.errors import ModelError
-from av_lens.model.remembered_towers import remembered_towers
+from av_lens.model.binding import remembered_towers
 
 
 def last(model):
@@ -42,8 +42,8 @@ def test_a_copy_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
     needed = sum(p.numel() for p in model.hf_model.parameters()) * 4
     assert weights_bytes(model, torch.bfloat16) == weights_bytes(model, torch.float32) == needed
     assert weights_bytes(model, torch.float64) == 2 * needed
-    monkeypatch.setattr(copies, "free_bytes", lambda device: needed - 1)
+    monkeypatch.setattr(modes, "free_bytes", lambda device: needed - 1)
     with pytest.raises(ModelError, match=r"in bfloat16 take 0\.0 GB and 0\.0 GB of cpu memory are free: use a machine"):
         in_precision(model, torch.bfloat16)
-    monkeypatch.setattr(copies, "free_bytes", lambda device: needed)
+    monkeypatch.setattr(modes, "free_bytes", lambda device: needed)
     assert in_precision(model, torch.bfloat16).dtype == torch.bfloat16

@@ -16,7 +16,7 @@ from av_lens.errors import InputError
 from av_lens.inputs import Answer
 from av_lens.inputs.answers import FORMS, in_form
 from av_lens.interventions import Plan, Site, zero
-from av_lens.isolation.measuring.answer_forms import answered
+from av_lens.isolation.measuring.behaviour import answered
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.methods.base_model.grafting import graft
 from av_lens.metrics import each, log_prob, logit_diff, prob

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_clip, tiny_hf_model, tiny_processor, untouched
 
 from av_lens.errors import InputError, InterventionError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan, Site, replace, zero
 from av_lens.model import load
 

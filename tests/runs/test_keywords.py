@@ -10,9 +10,9 @@ from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
 
 from av_lens.core import run
-from av_lens.core.keywords import REFUSED
+from av_lens.core.calls import REFUSED
 from av_lens.errors import AvLensError, InputError, InterventionError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 
 Z, RESULT = hook_name("z", 2), hook_name("result", 1)
 

@@ -9,7 +9,7 @@ import torch
 
 from av_lens.errors import InputError
 from av_lens.inputs.answers import Answer
-from av_lens.metrics.asked import each
+from av_lens.metrics.forms import each
 from av_lens.metrics.metric import Metric, as_metric, kl, log_prob, logit_diff, prob, rank
 
 # Two examples, two asked positions, four tokens; only the last position counts.

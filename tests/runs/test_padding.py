@@ -9,7 +9,7 @@ from tiny import tiny_hf_model, tiny_processor, untouched
 
 from av_lens.core import run
 from av_lens.errors import InputError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan
 from av_lens.model import load
 

@@ -8,7 +8,7 @@ import torch
 
 from av_lens.media import Clip
 from av_lens.model import load
-from av_lens.model.remembered_towers import TowerMemory, key_of, remembered_towers
+from av_lens.model.binding import TowerMemory, key_of, remembered_towers
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,8 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
 import av_lens as avl
 from av_lens.core import run
 from av_lens.errors import ModelError
-from av_lens.families import registry
+from av_lens.families.decoder import ReplayTraits
 from av_lens.families.qwen2_5_omni import FAMILY
-from av_lens.families.traits import ReplayTraits
 from av_lens.interventions import Plan, Site, add, cut, scale, zero
 from av_lens.metrics import logit_diff
 from av_lens.replay import Trace
@@ -24,7 +23,7 @@ from av_lens.replay import Trace
 
 def declare(monkeypatch: pytest.MonkeyPatch, **traits: Any) -> None:
     declared = replace(FAMILY, replay_traits=lambda config: ReplayTraits(**traits))
-    monkeypatch.setitem(registry._KNOWN, FAMILY.architecture, declared)
+    monkeypatch.setattr(small_model(), "_family", declared)
 
 
 def plans(x: Any) -> list[Plan]:

@@ -8,7 +8,7 @@ from tiny import tiny_clip, tiny_hf_model, tiny_model, tiny_processor
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 from av_lens.errors import ModelError
-from av_lens.families.hook_names import COMPONENTS, hook_name
+from av_lens.families.decoder import COMPONENTS, hook_name
 from av_lens.model import check_model, load
 
 
@@ -36,9 +36,9 @@ def test_a_hook_off_the_road_is_found(monkeypatch):
 
 
 def test_a_pattern_that_is_read_but_not_used_is_found(monkeypatch):
-    from av_lens.families import attention
+    from av_lens.families import blocks
 
-    real = attention.RealAttentionBridge.forward
+    real = blocks.RealAttentionBridge.forward
 
     def deaf(self, *args, **kwargs):
         hook = self.hook_pattern
@@ -54,7 +54,7 @@ def test_a_pattern_that_is_read_but_not_used_is_found(monkeypatch):
         finally:
             self._modules["hook_pattern"] = hook
 
-    monkeypatch.setattr(attention.RealAttentionBridge, "forward", deaf)
+    monkeypatch.setattr(blocks.RealAttentionBridge, "forward", deaf)
     with pytest.raises(ModelError, match=r"(?s)failed its self-check.*turning blocks\.3\.attn\.hook_pattern changes"):
         load(hf_model=tiny_hf_model(), processor=tiny_processor())
 

@@ -16,11 +16,11 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import av_lens as avl
 from av_lens.core import run
-from av_lens.core.standing_hooks import standing_hooks
+from av_lens.core.execution import standing_hooks
 from av_lens.errors import BudgetError, InputError, InterventionError, ModelError
 from av_lens.interventions import Plan, Site, cut, replace, zero
 from av_lens.metrics import logit_diff
-from av_lens.model.remembered_towers import remembered_towers
+from av_lens.model.binding import remembered_towers
 from av_lens.replay import sweep
 
 PLANS = [Plan(zero(Site("z", 1, 2, "suffix"))), Plan(cut("generation", "audio", layers=[2]))]

@@ -10,10 +10,10 @@ from small_av import small_inputs, small_model
 from tiny import letter
 
 from av_lens.errors import BudgetError, InputError, InterventionError
-from av_lens.families.hook_names import COMPONENTS, hook_name
+from av_lens.families.decoder import COMPONENTS, hook_name
 from av_lens.interventions import Plan, Site, add, cut, replace, scale, zero
 from av_lens.metrics import kl, log_prob, logit_diff, rank
-from av_lens.replay.restart import RESTARTABLE
+from av_lens.replay.rerun import RESTARTABLE
 
 LAYOUTS = ("in_video", "separate")
 METRIC = logit_diff(letter("a"), letter("b"))

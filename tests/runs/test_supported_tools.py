@@ -23,7 +23,7 @@ from transformer_lens.tools.analysis import attribution_patch, direct_logit_attr
 
 from av_lens.checkpoints import shipped
 from av_lens.errors import InputError
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.families.qwen2_5_omni import FAMILY, Qwen2_5OmniThinkerAdapter
 from av_lens.inputs import Pair
 from av_lens.model import load

@@ -9,7 +9,7 @@ from small_av import small_inputs, small_model
 from tiny import letter
 
 import av_lens as avl
-from av_lens.core.progress import watched
+from av_lens.core.budget import watched
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, cut, zero
@@ -64,10 +64,10 @@ def test_prompts_of_several_layouts_run_in_turn_with_their_own_answers():
     "metric", [METRIC, logit_diff(DOG, CAT), log_prob(letter("a"))], ids=["token", "tokens", "all"]
 )
 def test_an_interrupted_sweep_keeps_what_is_done(metric, monkeypatch):
-    from av_lens.replay import measurement, stacks
+    from av_lens.replay import stacks, traces
 
     monkeypatch.setattr(stacks, "STACK_ROWS", 30)
-    monkeypatch.setattr(measurement, "BLOCK", 5)
+    monkeypatch.setattr(traces, "BLOCK", 5)
     trace, plans = small_model().trace(small_inputs()), head_plans()
     whole = sweep(trace, plans, metric)
 

@@ -8,7 +8,7 @@ import torch
 from transformer_lens import patching
 from transformer_lens.tools.analysis import direct_logit_attribution, logit_lens
 
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.inputs import Pair
 from av_lens.methods import direct_attribution, patch
 from av_lens.metrics import logit_diff

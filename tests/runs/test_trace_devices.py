@@ -78,7 +78,7 @@ def test_replay_computes_where_the_model_is(monkeypatch: pytest.MonkeyPatch, pla
             compiled.sort(key=lambda plan: plan.first_layer)
             start = int(trace.spans.suffix.positions[0])
             if masked:  # the window asks whether the mask forbids anything
-                monkeypatch.setattr("av_lens.replay.cascade.bool", lambda tensor: True, raising=False)
+                monkeypatch.setattr("av_lens.replay.recording.bool", lambda tensor: True, raising=False)
             stream, kept = stacks.restarted(fake, compiled, start, torch.zeros(0, dtype=torch.long), keep=True)
             logits = stacks.unembedded(model, stream, torch.zeros(2, dtype=torch.long, device=ELSEWHERE))
             for plan in compiled:

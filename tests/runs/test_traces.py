@@ -17,7 +17,7 @@ from av_lens.families.blocks import TowerBridge
 from av_lens.interventions import Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
 from av_lens.metrics import logit_diff
 from av_lens.replay import recording
-from av_lens.replay.lean_recording import may_be_lean, recorded_lean
+from av_lens.replay.rerun import may_be_lean, recorded_lean
 
 LAYOUTS = ("in_video", "separate")
 

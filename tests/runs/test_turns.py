@@ -11,8 +11,8 @@ import pytest
 import torch
 from small_av import small_inputs, small_model
 
-from av_lens.core import run, turns
-from av_lens.core.turns import Turn, turn_of
+from av_lens.core import calls, run
+from av_lens.core.calls import Turn, turn_of
 from av_lens.errors import ModelError
 from av_lens.interventions import Plan, Site, zero
 
@@ -114,7 +114,7 @@ def test_a_hook_may_run_the_model_itself():
 
 
 def test_who_waits_too_long_is_told(monkeypatch):
-    monkeypatch.setattr(turns, "WAIT_S", 0.05)
+    monkeypatch.setattr(calls, "WAIT_S", 0.05)
     model, x = small_model(), small_inputs((0,))
     with (
         ThreadPoolExecutor(1) as pool,

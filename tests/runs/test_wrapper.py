@@ -9,7 +9,7 @@ from transformer_lens.model_protocol import TransformerLensModel, TransformerLen
 
 from av_lens.core.budget import ModelSpec, cache_bytes
 from av_lens.errors import BudgetError, InputError, InterventionError, ModelError
-from av_lens.families.hook_names import GATES, hook_name
+from av_lens.families.decoder import GATES, hook_name
 from av_lens.model.forwarding import FORWARDED
 
 

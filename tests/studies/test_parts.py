@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from av_lens.lab.parts import Parts
+from av_lens.lab.pages import Parts
 from av_lens.results.provenance import source_hash
 from av_lens.whole_files import write_whole
 
@@ -73,7 +73,7 @@ def test_the_key_depends_on_the_settings_and_the_source(tmp_path, monkeypatch):
     assert one == Parts(tmp_path, {"seed": 0}).key
     assert one != Parts(tmp_path, {"seed": 1}).key
     assert len(source_hash()) == 64
-    monkeypatch.setattr("av_lens.lab.parts.source_hash", lambda: "another")
+    monkeypatch.setattr("av_lens.lab.pages.source_hash", lambda: "another")
     assert one != Parts(tmp_path, {"seed": 0}).key
 
 

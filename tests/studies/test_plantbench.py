@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from av_lens.errors import InputError
+from av_lens.lab.calibration import PlantTruth, read_plant, truth_of
 from av_lens.lab.plantbench import bench as plantbench
 from av_lens.lab.plantbench import pages as plantbench_pages
 from av_lens.lab.plantbench.methods import METHODS
+from av_lens.lab.plantbench.pages import DONORS, chosen, mean_over, nulls
 from av_lens.lab.plantbench.scores import DAMAGE_LAST
-from av_lens.lab.plantbench.summary import DONORS, chosen, mean_over, nulls
-from av_lens.lab.plantbench.truth import PlantTruth, read_plant, truth_of
 from av_lens.plots.plant_bench import plant_bench_svg
 
 HEAD = {"layer": 5, "adds": 0.8, "alone": 0.7, "kind": "writer"}

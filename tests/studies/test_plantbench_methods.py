@@ -13,11 +13,11 @@ import torch
 import av_lens as avl
 from av_lens.errors import InputError
 from av_lens.isolation import isolate
-from av_lens.isolation.measuring.donors import MIRROR
+from av_lens.isolation.measuring.engine import MIRROR
+from av_lens.lab.calibration import read_plant
 from av_lens.lab.plantbench import methods as plantbench_methods
 from av_lens.lab.plantbench.methods import AT, METHODS, SharedEngine, Subject, all_scores
 from av_lens.lab.plantbench.scores import isolate_score, ranking
-from av_lens.lab.plantbench.truth import read_plant
 from av_lens.methods import patch
 
 

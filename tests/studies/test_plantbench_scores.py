@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from planted_record import DONORS, G, N, planted_isolation
 
+from av_lens.lab.calibration import PlantTruth, mask_of
+from av_lens.lab.plantbench.pages import agreement, seen_by
 from av_lens.lab.plantbench.scores import (
     average_precision,
     damage_last,
@@ -20,10 +22,7 @@ from av_lens.lab.plantbench.scores import (
     precision_at,
     ranking,
 )
-from av_lens.lab.plantbench.summary import agreement, seen_by
-from av_lens.lab.plantbench.truth import PlantTruth, mask_of
-from av_lens.results.record import Isolation
-from av_lens.results.tables import table
+from av_lens.results.record import Isolation, table
 
 TRUTH = PlantTruth("writers", {(0, 0): "picture writer", (1, 1): "gate"}, free_riders=((0, 1),), decoys=((1, 0),))
 

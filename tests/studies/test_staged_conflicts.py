@@ -9,9 +9,9 @@ import pytest
 
 from av_lens.errors import InputError
 from av_lens.inputs import conflicts
-from av_lens.lab.staged_conflicts import conflict_file, pairs, stage
+from av_lens.lab.calibration import conflict_file, pairs, stage
 from av_lens.media import load_clip
-from av_lens.organism import world
+from av_lens.organism import footage
 
 
 @pytest.mark.parametrize("n", [1, 12, 48, 60, 145])
@@ -21,7 +21,7 @@ def test_pairs_are_even_and_their_classes_differ(n):
     assert all(heard != seen for heard, seen in dealt)
     for side in (0, 1):
         counts = Counter(pair[side] for pair in dealt)
-        assert max(counts.values()) - min([counts.get(name, 0) for name in world.classes()]) <= 1
+        assert max(counts.values()) - min([counts.get(name, 0) for name in footage.classes()]) <= 1
     if n <= 132:
         assert max(Counter(dealt).values()) == 1
     assert all(len({pair[side] for pair in dealt[:12]}) == min(n, 12) for side in (0, 1))
@@ -65,7 +65,7 @@ def test_the_played_clip_has_the_pictures_picture_and_the_sounds_sound(staged):
 def test_clips_come_from_a_part_of_the_world_that_trains_nothing(staged):
     _, manifest, _ = staged
     conflict = conflicts(manifest)[0]
-    made = world.example("discovery", str(conflict.answers[0]), 100_000)
+    made = footage.example("discovery", str(conflict.answers[0]), 100_000)
     seen = conflict.sound.load()
     assert np.abs(seen.frames.astype(int) - made.frames).mean() < 6
 

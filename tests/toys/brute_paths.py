@@ -13,8 +13,8 @@ import torch
 from tiny import letter, tiny_clip, tiny_hf_model, tiny_processor
 
 import av_lens as avl
-from av_lens.families.hook_names import hook_name
-from av_lens.interventions.nodes import KV, Node, receivers
+from av_lens.families.decoder import hook_name
+from av_lens.interventions.edges import KV, Node, receivers
 from av_lens.metrics import logit_diff
 
 N_LAYERS, N_HEADS = 4, 8

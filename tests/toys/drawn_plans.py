@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from av_lens.interventions import Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
-from av_lens.interventions.sites import resolve_positions
-from av_lens.replay.restart import RESTARTABLE
+from av_lens.interventions.edits import resolve_positions
+from av_lens.replay.rerun import RESTARTABLE
 
 KINDS = ("replace", "zero", "mean", "resample", "noise", "scale", "add")
 COMPONENTS = tuple(sorted(RESTARTABLE))

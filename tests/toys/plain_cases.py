@@ -11,7 +11,7 @@ from typing import Any
 from plain_protocol import PlainCase
 
 import av_lens
-from av_lens.lab.staged_conflicts import stage
+from av_lens.lab.calibration import stage
 
 ROLES = {"suffix": ("question", "header", "generation"), "generation": ("generation",)}
 CELLS = ("va", "av", "aa", "vv", "wa", "wv", "vw", "aw", "v_muted", "a_muted", "blank_a", "blank_v", "blank_muted")

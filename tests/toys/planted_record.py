@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from av_lens.results.record import Isolation
-from av_lens.results.tables import table
+from av_lens.results.record import Isolation, table
 
 LAYERS = HEADS = 8
 N = 22
@@ -214,7 +213,7 @@ def full_isolation(seed: int = 0) -> Isolation:
     """The same record with two made-up rows in every further table; every word and number is told apart."""
     from dataclasses import replace
 
-    from av_lens.results.tables import TABLES
+    from av_lens.results.record import TABLES
 
     rng = np.random.default_rng(seed + 7)
     makers = {

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.errors import InputError
-from av_lens.organism.layouts import prompt
+from av_lens.organism.language import prompt
 
 
 def embed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from av_lens.results.tables import TABLES
+from av_lens.results.record import TABLES
 
 TIMES = ("created", "seconds")
 

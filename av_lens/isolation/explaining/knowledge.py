@@ -1,4 +1,4 @@
-"""Is the audio in there? The sound's and the picture's word by layer and span: logit lens and probes, with nulls.
+"""What a run knows once its search is confirmed; is the audio in there, and where does a head's release go?
 
 * **lens** (`methods.lens`): the share of conflicts in which the word is among the `TOP` likeliest tokens at some
   position of the span, layer by layer, and at some position and layer (layer -1). Null: the same maximum for other
@@ -14,31 +14,109 @@ lost after that layer.
 
 Choices where the protocol is silent: `TOP` is 5; of a span with more than `MOST_POSITIONS` positions the lens reads so
 many, evenly spaced (the null the same ones); an answer of several tokens is read by its first.
+
+For a sender and its donor, on the base `va` (mirrored `av`), at the site:
+
+    total        z from the donor, everything after it free: its release
+    direct       the same with every later head's output held, MLPs and norms recomputed: to the logits by its own write
+    L5H1.q       path patching: run 3 gives what head 1 of layer 5 would read as query if nothing but the sender had
+                 changed (every other head held, MLPs and norms recomputed); run 4 is the base run with only that input
+                 replaced and everything after it free. Keys and values are ungrouped: this query head alone sees them
+    queries      all receivers' queries in one run 4
+    joint        all receivers' queries, keys and values in one run 4
+    remainder    total - direct - joint: what passes elsewhere, and what the parts make of each other
+
+Positive: that road lets the model hear more. A gate shows up as mediated by the queries of the carriers that it turns
+away. Receivers not after the sender are NaN. For carriers the base is `blank_a` (mirrored `blank_v`), the donor
+`blank_muted`, the effect one on G, and only total, direct and remainder are measured.
+
+Donors need not be a run of their own (`zero`, means), so the runs of `methods.path_patching` are made here from the
+same parts (`runs.held`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
 
-from av_lens.core.pooled import pooled_streams
+from av_lens.core.execution import run
+from av_lens.core.readings import pooled_streams
 from av_lens.errors import InputError, InterventionError
-from av_lens.inputs.sources import clip_key
-from av_lens.isolation.explaining.known import Known, Row
-from av_lens.isolation.measuring.bench import Bench, Chunk
-from av_lens.isolation.measuring.halves import Half, columns
-from av_lens.isolation.measuring.plan_effects import measured
+from av_lens.inputs.conflict import clip_key
+from av_lens.interventions import Plan, Site, replace
+from av_lens.interventions.edges import INPUTS, Node
+from av_lens.isolation.measuring.bench import Bench, Chunk, Half, columns
+from av_lens.isolation.measuring.engine import Head
+from av_lens.isolation.measuring.plan_effects import effects_of_plans, measured, trace_of
 from av_lens.isolation.measuring.store import Arrays
+from av_lens.isolation.naming.evidence import Searched, chunks_of
+from av_lens.isolation.sets.confirmation import NAMES, Held
 from av_lens.methods.lens import logit_lens
 from av_lens.methods.probes import Streams, probe
-from av_lens.methods.shared.role_words import named_span
-from av_lens.metrics.asked import each
-from av_lens.results.halves import Halves, Member
+from av_lens.methods.shared.places import named_span
+from av_lens.metrics.forms import each
+from av_lens.replay.held import HeldRun, replaced
+from av_lens.results.record import RELEASING
+from av_lens.results.statistics import Halves, Member
 from av_lens.spans import Span, SpanMap
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A head that gets a card at a site: whether it releases (else it carries), and its donor."""
+
+    layer: int
+    head: int
+    releases: bool
+    donor: str
+
+    @property
+    def at(self) -> Head:
+        """Layer and head."""
+        return self.layer, self.head
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """The conflicts, both halves, what discovery named and what of it held."""
+
+    bench: Bench
+    discovery: Half
+    confirmation: Half
+    searched: Searched
+    held: Held
+    seed: int = 0
+
+    def chunks(self, site: str) -> list[Chunk]:
+        """Stack confirmation's conflicts, with discovery's means."""
+        again = self.held.sites.get(site)
+        return again.chunks if again is not None else chunks_of(self.bench, self.searched, self.confirmation, site)
+
+    def sinks(self) -> list[list[int]]:
+        """Find the sinks from discovery's conflicts, where that has not been done: positions by layout."""
+        if not self.bench.sinks:
+            self.bench.find_sinks(self.discovery.examples.tolist())
+        return [positions for _, positions in self.bench.sinks]
+
+    def subjects(self, site: str) -> list[Subject]:
+        """List the heads that get a card: named at the site, or in the chosen set; those that release first."""
+        found: dict[Head, Subject] = {}
+        here = [row for row in self.searched.named if row.site == site]
+        found |= {row.at: Subject(*row.at, True, row.donor) for row in here if row.role in RELEASING}
+        chosen = self.held.chosen
+        if chosen is not None and site == self.searched.first.site:
+            found = {head: Subject(*head, True, chosen.donor) for head in chosen.members} | found
+        carrying = {row.at: Subject(*row.at, False, "blank_muted") for row in here if row.role in NAMES}
+        return sorted((carrying | found).values(), key=lambda one: (not one.releases, one.at))
+
 
 SPANS = ("audio", "video|image", "question", "generation")
 WORDS = ("sound", "picture")
@@ -167,3 +245,104 @@ def _bounded(half: Half, found: np.ndarray, null: np.ndarray) -> Iterator[tuple[
         row: Row = {"null": float(mean[at]), "n": int((~np.isnan(found[:, *at])).sum())}
         row |= columns(value, "value", "low", "high", at=at)
         yield at, row | columns(excess, "excess", "excess_low", "excess_high", at=at)
+
+
+TOTAL, DIRECT, QUERIES, JOINT, REMAINDER = "total", "direct", "queries", "joint", "remainder"
+Sender = tuple[Head, str]
+
+
+def receiver_nodes(heads: Sequence[Head]) -> list[Node]:
+    """List the inputs of heads that may receive."""
+    return [Node("head", layer, head, name) for layer, head in heads for name in INPUTS]
+
+
+def path_columns(heads: Sequence[Head]) -> list[str]:
+    """Name the columns of `paths`."""
+    return [TOTAL, DIRECT, *(node.label for node in receiver_nodes(heads)), *([QUERIES, JOINT] if heads else [])]
+
+
+@torch.no_grad()
+def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[Head]) -> Arrays:
+    """Measure where the senders' effects go."""
+
+    def plans(cell: str) -> list[Plan | None]:
+        by_sender = [_own_plans(chunk, cell, sender) for sender in senders]
+        if heads:
+            for sender, received in zip(by_sender, _receiver_plans(chunk, cell, senders, heads), strict=True):
+                sender += received
+        return [plan for listed in by_sender for plan in listed]
+
+    effect = effects_of_plans(chunk, base, plans)
+    return {"effect": effect.reshape(len(effect), len(senders), len(path_columns(heads)))}
+
+
+def _own_plans(chunk: Chunk, cell: str, sender: Sender) -> list[Plan | None]:
+    """The sender as in its donor: everything after it free, and every later head held."""
+    (head, donor), recording = sender, chunk.run(cell)
+    return [recording.plan(chunk.z(cell, [head], donor), freeze=freeze) for freeze in (False, True)]
+
+
+def _receiver_plans(
+    chunk: Chunk, cell: str, senders: Sequence[Sender], heads: Sequence[Head]
+) -> list[list[Plan | None]]:
+    """Each receiver's input as in run 3, and all of them together, for every sender."""
+    held, nodes = _held(chunk, cell), receiver_nodes(heads)
+    read = held.inputs([_change(chunk, cell, sender) for sender in senders], nodes)
+    ends = [Node("head", *head).writes_at for head, _ in senders]
+    found: list[list[Plan | None]] = [[None] * len(nodes) for _ in senders]
+    for number, node in enumerate(nodes):
+        rows = [row for row, end in enumerate(ends) if node.reads_at > end]
+        if rows:
+            for row, plan in zip(rows, replaced(held, {node: read[node][rows]}), strict=True):
+                found[row][number] = plan
+    queries = _together(held, {node: given for node, given in read.items() if node.input == "q"}, ends)
+    joint = _joint(chunk, cell, held, read, ends)
+    return [[*listed, *both] for listed, *both in zip(found, queries, joint, strict=True)]
+
+
+def _held(chunk: Chunk, cell: str) -> HeldRun:
+    """The base run with its heads held, at the site; MLPs and norms are recomputed."""
+    trace, recording = trace_of(chunk, cell), chunk.run(cell)
+    site = tuple(recording.site.tolist())
+    sites = [Site("resid_mid", layer, positions=site) for layer in range(trace.n_layers)]
+    with torch.no_grad():
+        cache = run(chunk.bench.engine.model, recording.inputs, capture=sites).cache
+    middle = tuple(cache["resid_mid", layer] for layer in range(trace.n_layers))
+    return HeldRun(trace, site, middle, "free", "recomputed")
+
+
+def _change(chunk: Chunk, cell: str, sender: Sender) -> dict[tuple[str, int], torch.Tensor]:
+    """What the stream gains where the sender writes as in its donor."""
+    (layer, head), donor = sender
+    own = chunk.run(cell).site_z[layer, :, :, head]
+    output = chunk.bench.engine.model.bridge.blocks[layer].attn.W_O.detach()[head]
+    return {("heads", layer): (chunk.donor(cell, donor)[layer, :, :, head] - own) @ output}
+
+
+def _together(held: HeldRun, read: dict[Node, torch.Tensor], ends: Sequence[int]) -> list[Plan | None]:
+    """All receivers after each sender together, everything else free."""
+    found: list[Plan | None] = []
+    for row, end in enumerate(ends):
+        later = {node: given[[row]] for node, given in read.items() if node.reads_at > end}
+        found.append(replaced(held, later)[0] if later else None)
+    return found
+
+
+def _joint(
+    chunk: Chunk, cell: str, held: HeldRun, read: dict[Node, torch.Tensor], ends: Sequence[int]
+) -> list[Plan | None]:
+    """All receivers after each sender together: their queries, keys and values.
+
+    Where the site reaches to the end of the prompt, a receiver's queries, keys and values there are all given and its
+    earlier keys and values are the base run's, so that its z is known beforehand, whatever else changes.
+    """
+    site, window = chunk.run(cell).site.tolist(), chunk.run(cell).window.tolist()
+    if site != window:
+        return _together(held, read, ends)
+    made = held.outputs(read)
+    found: list[Plan | None] = []
+    for row, end in enumerate(ends):
+        heads = sorted({(node.layer or 0, node.index or 0) for node in read if node.reads_at > end})
+        edits = [replace(Site("z", *head, window), made[("z", *head)][0][row]) for head in heads]
+        found.append(Plan(edits) if edits else None)
+    return found

@@ -32,21 +32,17 @@ import torch
 from jaxtyping import Float
 from scipy import stats
 
-from av_lens.core.copies import in_precision, other_precision
+from av_lens.core.modes import in_precision, other_precision
 from av_lens.errors import AvLensError
-from av_lens.isolation.explaining.known import Known
-from av_lens.isolation.measuring.bench import Bench, in_order
-from av_lens.isolation.measuring.effects import measure_requests
-from av_lens.isolation.measuring.engine import ModelEngine
-from av_lens.isolation.measuring.estimands import ROLE_ESTIMANDS, figures, requests
-from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.recordings import Head
+from av_lens.isolation.explaining.knowledge import Known
+from av_lens.isolation.measuring.bench import Bench, Half, in_order
+from av_lens.isolation.measuring.effects import ROLE_ESTIMANDS, figures, measure_requests, requests
+from av_lens.isolation.measuring.engine import Head, ModelEngine
 from av_lens.isolation.naming.evidence import with_means
-from av_lens.isolation.naming.role_tests import Evidence, Named, adjust, run_tests
-from av_lens.isolation.naming.roles import classify
+from av_lens.isolation.naming.roles import Evidence, Named, adjust, classify, run_tests
 from av_lens.isolation.sets.sets import head_names
+from av_lens.results.record import RELEASING
 from av_lens.results.statistics import Bootstrap
-from av_lens.results.tables import RELEASING
 
 LOUDNESS = 0.05
 """Root mean square that every sound is scaled to (full scale is 1)."""

@@ -1,4 +1,4 @@
-"""Conflicts on the bench: every cell run once, every donor ready, stacked by layout.
+"""Conflicts on the bench: every cell run once, every donor ready, stacked by layout; and one half of them.
 
 Cells are named picture first, sound second (`va` is the conflict: the picture's clip v seen, the sound's clip a heard).
 A `Chunk` is a stack of conflicts of one layout and one wording; it runs a cell when first asked for and keeps it. A
@@ -23,25 +23,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from av_lens.core.attention_mass import sink_positions, sinks_of
+from av_lens.core.readings import sink_positions, sinks_of
 from av_lens.errors import ProtocolError
 from av_lens.inputs import AVInputs
-from av_lens.inputs.sources import ClipKeys
-from av_lens.isolation.measuring.donors import (
+from av_lens.inputs.conflict import ClipKeys
+from av_lens.isolation.measuring.engine import (
     MEANS,
+    MEDIA_SITES,
     MIRROR,
     MIRRORED_BASES,
     OTHER_LAYOUT,
     W_CELLS,
     AllZ,
+    Head,
     Means,
+    ModelEngine,
+    Recording,
+    Values,
     align_end,
     equal_ending,
+    site_positions,
+    stacked,
 )
-from av_lens.isolation.measuring.engine import ModelEngine, stacked
-from av_lens.isolation.measuring.recordings import MEDIA_SITES, Head, Recording, Values, site_positions
-from av_lens.isolation.measuring.scoring import Candidates, Reading
+from av_lens.isolation.measuring.scoring import Candidates, CellReading
 from av_lens.isolation.measuring.store import Arrays, Store
+from av_lens.results.statistics import Bootstrap, Interval
 from av_lens.spans import SpanMap
 
 Progress = Callable[[str, int, int], None]
@@ -134,7 +140,7 @@ class Chunk:
     means: Means | None = None
     constants: dict[str, Callable[[Recording], Tensor]] = field(default_factory=dict)
     _runs: dict[tuple[str, str], Recording] = field(default_factory=dict)
-    _readings: dict[tuple[str, str], Reading] = field(default_factory=dict)
+    _readings: dict[tuple[str, str], CellReading] = field(default_factory=dict)
     _donors: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
 
     def run(self, cell: str, question: str = "ask") -> Recording:
@@ -177,12 +183,12 @@ class Chunk:
             )
         return present
 
-    def reading(self, cell: str, question: str = "ask") -> Reading:
+    def reading(self, cell: str, question: str = "ask") -> CellReading:
         """Read what a cell says; NaN (and top -2) for conflicts that lack the cell."""
         key = (cell, question)
         if key not in self._readings:
             depends = {"cell": cell, "question": question, "ids": self.ids}
-            self._readings[key] = Reading(
+            self._readings[key] = CellReading(
                 **self.bench.store.recall("reading", depends, lambda: self._read(cell, question))
             )
         return self._readings[key]
@@ -190,7 +196,7 @@ class Chunk:
     def _read(self, cell: str, question: str) -> Arrays:
         candidates = self.bench.candidates
         present = self._present(cell) if cell not in W_CELLS or self.has_third else []
-        out = Reading.unread(len(self.examples), len(candidates.names))
+        out = CellReading.unread(len(self.examples), len(candidates.names))
         if present:
             found = candidates.read(self.run(cell, question).logits, np.array(present))
             out.put(np.flatnonzero(np.isin(self.examples, present)), found)
@@ -317,3 +323,65 @@ def averaged(
     """Measure a figure of every head on every stack, and average over the conflicts."""
     parts = [chunk.remember(name, {}, lambda chunk=chunk: {"mean": compute(chunk)})["mean"] for chunk in chunks]
     return np.average(np.stack(parts), axis=0, weights=[len(chunk.examples) for chunk in chunks])
+
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Half:
+    """One half's conflicts that are analysed: what their clips share, and hearing per conflict.
+
+    Attributes:
+        name: "discovery" or "confirmation".
+        examples: the conflicts.
+        components: each one's component.
+        boot: their bootstrap weights.
+        G: hearing with nothing to see.
+        C: hearing under conflict.
+    """
+
+    name: str
+    examples: Int[np.ndarray, " example"]
+    components: list[int]
+    boot: Bootstrap
+    G: Float[np.ndarray, " example"]
+    C: Float[np.ndarray, " example"]
+
+    @property
+    def gap(self) -> float:
+        """The mean of G - C."""
+        return float((self.G - self.C).mean())
+
+    def delta(self, s: float) -> float:
+        """Say which effect is large: a share of G."""
+        return float(s * self.G.mean())
+
+    def bounded(self, values: Float[np.ndarray, " example"], name: str = "value", prefix: str = "") -> Row:
+        """Bound a mean: columns of a table."""
+        return columns(self.boot.mean(values), f"{prefix}{name}", f"{prefix}low", f"{prefix}high")
+
+    def shares(self, values: Float[np.ndarray, "example ..."]) -> Interval:
+        """Bound means over the mean of G."""
+        wide = self.G.reshape(self.G.shape + (1,) * (values.ndim - 1))
+        return self.boot.ratio(values, np.broadcast_to(wide, values.shape))
+
+    def share(self, values: Float[np.ndarray, " example"]) -> Row:
+        """Bound a mean's share of G: columns of a table."""
+        return columns(self.shares(values), "share", "share_low", "share_high")
+
+    def rows(self, values: Float[np.ndarray, "example column"]) -> list[Row]:
+        """Bound the mean of every column and its share of G, and count the conflicts that have a number."""
+        mean, share, counts = self.boot.mean(values), self.shares(values), (~np.isnan(values)).sum(0)
+        return [
+            columns(mean, "mean", "low", "high", at=i)
+            | columns(share, "share", "share_low", "share_high", at=i)
+            | {"n": int(counts[i])}
+            for i in range(values.shape[1])
+        ]
+
+
+def columns(bounds: Interval, *names: str, at: int | tuple[int, ...] = ()) -> Row:
+    """Name the value, low and high (or the first of these) of one place as columns of a table."""
+    parts = (bounds.value, bounds.low, bounds.high)
+    return {name: float(part[at]) for name, part in zip(names, parts, strict=False)}

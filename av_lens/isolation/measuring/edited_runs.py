@@ -12,8 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.interventions import CompiledPlan, Plan
-from av_lens.replay.rerun import rerun, start_of
-from av_lens.replay.taps import Taps
+from av_lens.replay.rerun import Taps, rerun, start_of
 from av_lens.replay.traces import Trace
 
 

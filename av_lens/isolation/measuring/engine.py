@@ -1,4 +1,21 @@
-"""What does a model say when some heads' outputs at the site are replaced? Recordings and edited runs of one model.
+"""What does a model say when heads' outputs at the site are replaced? Donors and recordings of one model.
+
+In a mirrored base (`av`, `blank_v`) a donor cell is mirrored too: a and v change places. `Means` averages discovery's
+`va` (`mean_task`; `av` in a mirrored base) and its `va` asked `see` (`mean_other`, the same in every edited cell), over
+the conflicts that share no answer with the edited one.
+
+Choices where the protocol is silent: a donor of other length than the site is aligned from the end, and what overhangs
+keeps the run's own z; where the donor is another cell's, it ends where the token ids begin to differ. The mirror of
+`audio_only` is `audio_only_v`, the picture's sound alone.
+
+A `Recording` is a run of a stack of one-layout inputs: its logits at the asked position, every head's z from the site
+on, the trace from which it is restarted (made when first needed), and the edits that it was made under, if any.
+`Recording.plan` is the one place where "these heads get that z" becomes a `Plan`: edits act at the *site*'s positions
+only. `freeze=True` also holds every later layer's z at the recording's own: what is left is the head's own write,
+through MLPs and norms that are recomputed (the *direct* effect).
+
+A frozen edit needs the asked position alone: every later head's output there is the recording's own, whatever happened
+at other positions. The restart therefore begins at it.
 
 Edits are `Plan`s (`Recording.plan` writes them for heads) and run in two ways that must agree (a test holds them
 together): `how="trace"` restarts the recorded run at the first edited layer and position; `how="hooks"` runs the whole
@@ -14,8 +31,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,18 +41,204 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from av_lens.core.attention_mass import incoming_mass
+from av_lens.core.calls import unembedded
 from av_lens.core.execution import logits_of, run
-from av_lens.core.unembedding import unembedded
+from av_lens.core.readings import incoming_mass
 from av_lens.errors import ProtocolError, unknown
-from av_lens.families.hook_names import hook_name
+from av_lens.families.decoder import hook_name
 from av_lens.inputs import AVInputs
-from av_lens.inputs.shared_tensors import shared
-from av_lens.interventions import Plan, Site
+from av_lens.inputs.model_inputs import shared
+from av_lens.interventions import Edit, Plan, Site, replace
 from av_lens.isolation.measuring.edited_runs import edited_run
-from av_lens.isolation.measuring.recordings import Edited, Head, Recording, Values, edits_at
 from av_lens.replay.stacks import run_streams, scheduled
 from av_lens.replay.traces import Trace
+from av_lens.spans import SpanMap
+
+if TYPE_CHECKING:
+    from av_lens.isolation.measuring.bench import Chunk
+
+
+_MIRRORS = {
+    "va": "av", "vv": "aa", "wa": "wv", "vw": "aw", "blank_a": "blank_v", "v_muted": "a_muted",
+    "audio_only": "audio_only_v", "blank_muted": "blank_muted",
+}  # fmt: skip
+MIRROR = _MIRRORS | {two: one for one, two in _MIRRORS.items()}
+MIRRORED_BASES = ("av", "blank_v")
+MEAN_CELLS = (("va", "va", "ask"), ("av", "av", "ask"), ("see", "va", "see"))
+W_CELLS = ("wa", "wv", "vw", "aw")
+MEANS = ("mean_task", "mean_other")
+PRIMARY_DONORS = ("blank_muted", "mean_other", "zero")
+SECONDARY_DONORS = ("mean_task", "audio_only")
+"""Donors of the release alone, shown beside the primary ones."""
+OTHER_LAYOUT = ("audio_only", "audio_only_v", "text_only")
+
+AllZ = Float[Tensor, "layer batch site head d_head"]
+
+
+def align_end(
+    donor: Float[Tensor, "layer batch donor_site ..."],
+    base: Float[Tensor, "layer batch site ..."],
+    *,
+    most: int | None = None,
+) -> Float[Tensor, "layer batch site ..."]:
+    """Lay a donor over a run of another length, from the end, at most so many; what overhangs is the base's."""
+    have, want = donor.shape[2], base.shape[2]
+    k = min(have, want) if most is None else min(have, want, most)
+    if have == want == k:
+        return donor
+    out = base.clone()
+    out[:, :, want - k :] = donor[:, :, have - k :]
+    return out
+
+
+def joined(parts: Sequence[Float[Tensor, "layer _batch _site ..."]]) -> Float[Tensor, "layer example site ..."]:
+    """Join what several stacks have at a site, all cut from the end to the shortest site."""
+    shortest = min(part.shape[2] for part in parts)
+    return torch.cat([part[:, :, part.shape[2] - shortest :] for part in parts], dim=1)
+
+
+def equal_ending(one: AVInputs, two: AVInputs) -> int | None:
+    """Count the positions at the end at which two inputs have equal token ids; None where their layout is the same."""
+    if one.spans.roles == two.spans.roles:
+        return None
+    first, second = one.ids[0].tolist(), two.ids[0].tolist()
+    same = [a == b for a, b in zip(reversed(first), reversed(second), strict=False)]
+    return same.index(False) if False in same else len(same)
+
+
+@dataclass(eq=False)
+class Means:
+    """Every head's z at the site over discovery, for the two mean donors.
+
+    `z[name]` is `[layer, example, site, head, d_head]` on the CPU, name being "va", "av" (asked their own question) or
+    "see" (`va` asked `see`), run when first asked for; `sound` and `picture` are the examples' answers, `ids` names
+    the conflicts. `parts` holds the same of other outputs than heads' (`explaining.units`).
+    """
+
+    chunks: tuple[Chunk, ...]
+    sound: Int[np.ndarray, " example"]
+    picture: Int[np.ndarray, " example"]
+    ids: tuple[str, ...]
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    _z: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def over(cls, chunks: Sequence[Chunk]) -> Means:
+        """Name a half's conflicts; nothing runs yet."""
+        examples = np.concatenate([chunk.examples for chunk in chunks])
+        candidates = chunks[0].bench.candidates
+        ids = tuple(name for chunk in chunks for name in chunk.ids)
+        return cls(tuple(chunks), candidates.sound[examples], candidates.picture[examples], ids)
+
+    @property
+    def z(self) -> Mapping[str, Float[Tensor, "layer example site head d_head"]]:
+        """The ingredients; sites of different lengths (conflicts asked in different words) are cut to the shortest."""
+        if not self._z:
+            for name, cell, question in MEAN_CELLS:
+                self._z[name] = joined([chunk.run(cell, question).site_z.cpu() for chunk in self.chunks])
+        return self._z
+
+    def weights(
+        self, sound: Int[np.ndarray, " batch"], picture: Int[np.ndarray, " batch"]
+    ) -> Float[np.ndarray, "batch example"]:
+        """Weigh the conflicts that share no answer with each edited one, alike; NaN where there is none."""
+        apart = np.ones((len(sound), len(self.sound)), dtype=bool)
+        for mine in (sound, picture):
+            for theirs in (self.sound, self.picture):
+                apart &= mine[:, None] != theirs[None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return apart / apart.sum(1, keepdims=True)
+
+    def donor(self, name: str, sound: Int[np.ndarray, " batch"], picture: Int[np.ndarray, " batch"]) -> AllZ:
+        """Average over the conflicts that share no answer with each edited one, in float32 at least."""
+        weights = self.weights(sound, picture)
+        kept = self.z[name]
+        # In bfloat16 a weight of 1/60 is off by .3%: the mean is taken in float32 at least.
+        exact = torch.promote_types(kept.dtype, torch.float32)
+        mean = torch.einsum("bn,lnshd->lbshd", torch.from_numpy(weights).to(kept.device, exact), kept.to(exact))
+        return mean.to(kept.dtype)
+
+
+Head = tuple[int, int]
+Values = Mapping[Head, Float[Tensor, "_one_or_batch site d_head"]]
+SITES = ("suffix", "generation", "audio", "sinks")
+MEDIA_SITES = ("audio", "sinks")
+"""Sites before the question: nothing that is asked can change what heads do there."""
+
+
+@dataclass(eq=False)
+class Recording:
+    """A run of a stack of inputs.
+
+    `window` is the run of positions from the site's first to the asked one, `final` the stream that enters the final
+    norm at the asked position; `under` are the edits that the run was made with.
+    """
+
+    inputs: AVInputs
+    site: Int[np.ndarray, " site"]
+    window: Int[np.ndarray, " window"]
+    logits: Float[Tensor, "batch d_vocab"]
+    z: Float[Tensor, "layer batch window head d_head"]
+    final: Float[Tensor, "batch d_model"]
+    under: Values = field(default_factory=dict)
+    trace: Trace | None = None
+
+    @property
+    def site_z(self) -> Float[Tensor, "layer batch site head d_head"]:
+        """Every head's z at the site."""
+        inside = torch.from_numpy(np.searchsorted(self.window, self.site))
+        return self.z[:, :, inside]
+
+    def plan(self, values: Values, *, freeze: bool = False) -> Plan:
+        """Give heads another z at the site, on top of the edits that the run was made with.
+
+        A restart computes the edited run's own layers anew from the first edit's on: only edits there are made again.
+        """
+        first, last = min(layer for layer, _ in values), self.site[-1:]
+        if freeze and last[0] != self.window[-1]:
+            return Plan()  # no head's own write at another position reaches the asked one
+        restarts = self.trace is not None and not self.trace.hooked_because
+        under = {h: z for h, z in self.under.items() if h not in values and (h[0] >= first or not restarts)}
+        narrow = freeze and (restarts or not under)
+        edits = edits_at(last if narrow else self.site, under | dict(values))
+        if freeze:
+            after = range(first + 1, len(self.z))
+            edits += [replace(Site("z", layer, positions=last.tolist()), self.z[layer][:, -1:]) for layer in after]
+        return Plan(edits)
+
+
+def edits_at(positions: Int[np.ndarray, " place"], values: Values) -> list[Edit]:
+    """Write heads' new z as edits at some of the site's last positions."""
+    at, n = positions.tolist(), len(positions)
+    return [
+        replace(Site("z", layer, head=head, positions=at), z[:, -n:] if z.shape[1] > 1 else z)
+        for (layer, head), z in values.items()
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """An edited run at the asked position: its logits, and the stream that enters the final norm."""
+
+    logits: Float[Tensor, "batch d_vocab"]
+    final: Float[Tensor, "batch d_model"]
+
+
+def site_positions(spans: SpanMap, site: str, sinks: Sequence[int] = ()) -> Int[np.ndarray, " site"]:
+    """Find a site's positions in a prompt, ascending; an unknown site and one without positions are refused."""
+    if site not in SITES:
+        raise ProtocolError(unknown("site", site, SITES))
+    found = np.asarray(sinks if site == "sinks" else spans[site].positions, dtype=np.int64)
+    if not len(found):
+        why = (
+            ": no media position of this layout gets 10 times the mean value-weighted attention from the suffix in "
+            "discovery's conflicts. Search other sites."
+            if site == "sinks"
+            else f"; it has {spans!r}."
+        )
+        raise ProtocolError(f"the site {site!r} names no position of this prompt{why}")
+    return np.sort(found)
+
 
 STREAM_BYTES, TRACE_BYTES = 2.5e8, 4e9
 """Memory for the streams of plans that run together; for the trace of one stack."""

@@ -17,15 +17,13 @@ import torch
 from jaxtyping import Float
 
 from av_lens.interventions import Plan
-from av_lens.isolation.measuring.bench import Chunk, gathered
-from av_lens.isolation.measuring.donors import MIRROR
+from av_lens.isolation.measuring.bench import Chunk, Half, gathered
 from av_lens.isolation.measuring.effects import mirrored
-from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.measuring.engine import MIRROR
 from av_lens.isolation.measuring.store import Arrays
-from av_lens.metrics.asked import each
+from av_lens.metrics.forms import each
 from av_lens.metrics.metric import Metric, as_metric, logit_diff
-from av_lens.replay.measurement import measure_plans
-from av_lens.replay.traces import Trace
+from av_lens.replay.traces import Trace, measure_plans
 
 
 def trace_of(chunk: Chunk, cell: str, question: str = "ask") -> Trace:

@@ -5,7 +5,7 @@ M = score(sound's answer) - score(picture's answer), the two answers held fixed 
 is M > 0 for the sound's answer; right in the whole vocabulary means that the most likely token of all belongs to the
 answer.
 
-`Candidates` are all distinct answers of a set of conflicts, whose words have been read (`answer_forms`). Answers of
+`Candidates` are all distinct answers of a set of conflicts, whose words have been read (`behaviour`). Answers of
 several tokens are refused here: their score is a teacher-forced sum over tokens, which needs one more run per answer.
 """
 
@@ -28,7 +28,7 @@ NEITHER, UNREAD = -1, -2
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class CellReading:
     """What a run of a stack says, per example.
 
     `scores` are the candidates' scores; `top` is the candidate that holds the most likely token of the whole
@@ -40,11 +40,11 @@ class Reading:
     mass: Float[np.ndarray, " example"]
 
     @classmethod
-    def unread(cls, n: int, candidates: int) -> Reading:
+    def unread(cls, n: int, candidates: int) -> CellReading:
         """Make room for n examples."""
         return cls(np.full((n, candidates), np.nan), np.full(n, UNREAD, dtype=np.int64), np.full(n, np.nan))
 
-    def put(self, rows: Int[np.ndarray, " row"], other: Reading) -> None:
+    def put(self, rows: Int[np.ndarray, " row"], other: CellReading) -> None:
         """Fill some rows in."""
         self.scores[rows], self.top[rows], self.mass[rows] = other.scores, other.top, other.mass
 
@@ -109,7 +109,7 @@ class Candidates:
         weight = own.masked_fill(torch.from_numpy(self.ids < 0).to(own.device), -torch.inf).softmax(-1)
         return (parts.double().unflatten(-1, shape) * weight).sum(-1).cpu().numpy()
 
-    def read(self, logits: Float[Tensor, "batch d_vocab"], examples: Int[np.ndarray, " batch"]) -> Reading:
+    def read(self, logits: Float[Tensor, "batch d_vocab"], examples: Int[np.ndarray, " batch"]) -> CellReading:
         """Read a run of some of the conflicts."""
         scores = self.scores(logits)
         best = logits.argmax(-1).cpu().numpy()
@@ -120,7 +120,7 @@ class Candidates:
         probability = np.exp(scores - log_total[:, None])
         rows = np.arange(len(examples))
         mass = probability[rows, self.sound[examples]] + probability[rows, self.picture[examples]]
-        return Reading(scores, top, mass)
+        return CellReading(scores, top, mass)
 
     def margin(
         self, scores: Float[np.ndarray, "*more batch candidate"], examples: Int[np.ndarray, " batch"]

@@ -18,25 +18,23 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from av_lens.errors import ProtocolError
-from av_lens.isolation.measuring.bench import Bench, Chunk
-from av_lens.isolation.measuring.donors import MEANS, PRIMARY_DONORS, Means
-from av_lens.isolation.measuring.effects import DLA, direct_writes, measure_requests
-from av_lens.isolation.measuring.estimands import Request, figures, requests
-from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.recordings import MEDIA_SITES, Head
-from av_lens.isolation.naming.role_tests import (
+from av_lens.isolation.measuring.bench import Bench, Chunk, Half
+from av_lens.isolation.measuring.effects import DLA, Request, direct_writes, figures, measure_requests, requests
+from av_lens.isolation.measuring.engine import MEANS, MEDIA_SITES, PRIMARY_DONORS, Head, Means
+from av_lens.isolation.naming.roles import (
+    LEVEL,
     Evidence,
     Named,
     Tests,
     adjust,
+    classify,
     family_size,
     head_means,
     run_tests,
     run_tests_together,
 )
-from av_lens.isolation.naming.roles import LEVEL, classify
-from av_lens.results.halves import CONFIRMATION
-from av_lens.results.tables import RELEASING
+from av_lens.results.record import RELEASING
+from av_lens.results.statistics import CONFIRMATION
 
 PERCENTILE = 99
 """Of the null of other models: s is what the same edits reach under a question about neither sound nor picture."""

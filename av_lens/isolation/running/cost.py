@@ -28,17 +28,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from av_lens.core.copies import other_precision, weights_bytes
+from av_lens.core.modes import other_precision, weights_bytes
 from av_lens.errors import UnfinishedError
 from av_lens.isolation.measuring.behaviour import RIGHT
 from av_lens.isolation.measuring.bench import Chunk
-from av_lens.isolation.measuring.donors import PRIMARY_DONORS
-from av_lens.isolation.measuring.effects import edited_scores
-from av_lens.isolation.measuring.estimands import Request, requests
+from av_lens.isolation.measuring.effects import Request, edited_scores, requests
+from av_lens.isolation.measuring.engine import PRIMARY_DONORS
 from av_lens.isolation.measuring.store import GO_ON, Measured
-from av_lens.isolation.sets.releases import HELD_BYTES
 from av_lens.isolation.sets.search import n_candidates
-from av_lens.isolation.sets.sets import RANDOM_SETS
+from av_lens.isolation.sets.sets import HELD_BYTES, RANDOM_SETS
 from av_lens.results.statistics import Bootstrap
 from av_lens.whole_files import stored, write_whole
 

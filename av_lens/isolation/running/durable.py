@@ -27,7 +27,7 @@ from typing import Any
 from av_lens.errors import FileError, ProtocolError, UnfinishedError
 from av_lens.isolation.measuring.store import FOLDER, GO_ON, Measured, Store, measuring_hash
 from av_lens.isolation.running.cost import ESTIMATE, Estimate
-from av_lens.isolation.running.protocol import differences, hash_of
+from av_lens.isolation.running.preparing import hash_of
 from av_lens.results.record import RECORD
 from av_lens.whole_files import (
     append_line,
@@ -42,6 +42,7 @@ from av_lens.whole_files import (
 
 PROTOCOL, LEDGER, LOCK, PROGRAM = "protocol.json", "conflicts.jsonl", ".lock", "program.txt"
 EFFECTS = "head effects"
+MOST_SAID = 5
 OTHER_FOLDER = "Give another folder (--out)"
 Told = Callable[[str], None]
 Clips = Mapping[tuple[str, str], str]
@@ -309,3 +310,49 @@ def watched_run(
             ledger.stop()
             raise
         ledger.write()
+
+
+def differences(
+    there: Mapping[str, Any], here: Mapping[str, Any], clips: Mapping[tuple[str, str], str] | None = None
+) -> list[str]:
+    """Say in what two protocols differ."""
+    out: list[str] = []
+    for name in dict.fromkeys([*here, *there]):
+        one, two = there.get(name), here.get(name)
+        if one == two or name in ("hash", "power", "family"):
+            continue
+        if name == "conflicts" and isinstance(one, Mapping) and isinstance(two, Mapping):
+            out += _changed(one, two, clips or {})
+        elif name == "halves":
+            dealt = [len((side or {}).get("dealt", {})) for side in (one, two)]
+            out.append(f"conflicts or halves ({dealt[0]} conflicts there, {dealt[1]} here)")
+        elif isinstance(one, Mapping) and isinstance(two, Mapping):
+            out.append(f"{name} ({', '.join(_inner(one, two))})")
+        elif len(f"{one}{two}") > 60:
+            out.append(str(name))
+        else:
+            out.append(f"{name} ({one} there, {two} here)")
+    return out
+
+
+def _inner(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
+    """The keys under which two mappings differ, with what is a number."""
+    found: list[str] = []
+    for key in dict.fromkeys([*two, *one]):
+        sides = one.get(key, "not noted"), two.get(key, "not noted")
+        if sides[0] != sides[1]:
+            number = any(isinstance(side, int | float) for side in sides)
+            found.append(f"{key}: {sides[0]} there, {sides[1]} here" if number else str(key))
+    return found
+
+
+def _changed(one: Mapping[str, Any], two: Mapping[str, Any], clips: Mapping[tuple[str, str], str]) -> list[str]:
+    """The clips and words that changed of conflicts that both have; a third that was drawn anew is no cause."""
+    both = [name for name in two if isinstance(one.get(name), Mapping)]
+    found = [(name, part) for name in both for part in two[name] if one[name].get(part) != two[name][part]]
+    found = [place for place in found if place[1] != "third"] or found
+    said = [
+        f"the {part} of conflict {name!r}" + (f" ({clips[name, part]})" if (name, part) in clips else "")
+        for name, part in found[:MOST_SAID]
+    ]
+    return said + ([f"{len(found) - MOST_SAID} more clips or words"] if len(found) > MOST_SAID else [])

@@ -1,4 +1,14 @@
-"""From what a run knows to the record that is saved: tables, arrays, summary, provenance.
+"""What was found, in words with its numbers, and the record that is saved: tables, arrays, summary, provenance.
+
+A verdict names the sites that were searched. Its kinds, beside those of the gap ("no suppression", "not established";
+interference and dominance are told apart in the first sentence) and of the refusals ("does not hear", ...):
+
+* *named*: suppressors are confirmed, single or as members of a set, and the set restores half of the gap or more (or
+  the heads of largest single release do, and they are twelve or fewer, as many as a set can hold);
+* *spread*: not so, but the heads of largest single release together restore half of the gap, and it takes so many;
+* *nothing named*: nobody is confirmed, and no number of heads restores half of the gap.
+
+The gap is G - C on confirmation, where everything that a verdict says was measured.
 
 The table of heads has one row per (head, site, role), its two halves side by side. A member of the chosen set that no
 single release would have named stands there too, with the role, the effect and the test that it has while the other
@@ -7,26 +17,198 @@ members are edited (`members`): its estimand is "release in the set", and its si
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from av_lens.isolation.explaining.known import Known
+from av_lens.isolation.explaining.knowledge import Known
 from av_lens.isolation.measuring.behaviour import rows_of
-from av_lens.isolation.measuring.donors import PRIMARY_DONORS
-from av_lens.isolation.measuring.effects import DLA
-from av_lens.isolation.measuring.estimands import ESTIMANDS, donor_of
+from av_lens.isolation.measuring.bench import Half
+from av_lens.isolation.measuring.effects import DLA, ESTIMANDS, donor_of
+from av_lens.isolation.measuring.engine import PRIMARY_DONORS
 from av_lens.isolation.measuring.scoring import NEITHER, UNREAD
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence
-from av_lens.isolation.naming.role_tests import CARRIERS, Evidence, Named, head_means
-from av_lens.isolation.naming.roles import LEVEL
-from av_lens.isolation.running import protocol, verdicts
-from av_lens.isolation.running.preparing import Run
-from av_lens.isolation.sets.confirmation import Held
-from av_lens.results.halves import CONFIRMATION, DISCOVERY
+from av_lens.isolation.naming.roles import CARRIERS, LEVEL, Evidence, Named, head_means
+from av_lens.isolation.running import preparing
+from av_lens.isolation.running.preparing import ALSO_COUNTED_AT, Run
+from av_lens.isolation.sets.confirmation import Held, ranked_heads
+from av_lens.isolation.sets.search import MOST_MEMBERS
+from av_lens.isolation.sets.sets import head_names
 from av_lens.results.provenance import stamp
-from av_lens.results.record import Isolation
-from av_lens.results.tables import RELEASING, table
+from av_lens.results.record import RELEASING, Isolation, table
+from av_lens.results.statistics import CONFIRMATION, DISCOVERY, smallest_effect
+
+UNSPECIFIC = {
+    "not specific": "Not specific (harm of 5 points is not excluded)",
+    "untested": "Specificity is untested (below 59 items)",
+}
+
+
+def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tuple[str, str]:
+    """Say what was found: the verdict's kind, and its sentences."""
+    held, sites, s = known.held, ", ".join(known.searched.sites), known.searched.s
+    claimed, gap = _claimed(known), known.confirmation.gap
+    named = [row for row in claimed if held.confirmed.get(row, False)]
+    parts = [gap_sentence]
+    if named:
+        parts.append(f"Confirmed at {sites}: {_by_role(named)}.")
+    else:
+        parts.append(f"No head at {sites} is confirmed as a suppressor above {s:.2f} of G. {_largest(known)}")
+        parts.append(_power_sentence(known, family))
+    if len(claimed) > len(named):
+        parts.append(f"{len(claimed) - len(named)} more named on discovery did not hold on confirmation.")
+    counts = counts_above(known)
+    shares, heads = ", ".join(f"{share:.2f}" for share in counts), ", ".join(map(str, counts.values()))
+    parts.append(f"Heads whose largest single release on discovery is above {shares} of G: {heads}.")
+    chosen = [row for row in held.tables["sets"] if row["chosen"]]
+    parts += [_set_sentence(row, gap) for row in chosen]
+    parts.append(_hidden_sentence(held.tables["members"], delta=known.discovery.delta(s)))
+    if not chosen:
+        parts.append("No set of heads was found either: taken apart head by head, none kept a release above delta.")
+    if held.searched.quick:
+        parts.append("Pairs of heads were left out of the search for sets.")
+    number = heads_for_half(known)
+    parts.append(_spread_sentence(known, number))
+    for outcome, words in UNSPECIFIC.items():
+        controls = [row["control"] for row in held.tables["specificity"] if row["verdict"] == outcome]
+        parts += [f"{words}: {', '.join(controls)}."] if controls else []
+    enough = any(row["release"] >= 0.5 * gap for row in chosen) or (number is not None and number <= MOST_MEMBERS)
+    if gap_kind in ("no suppression", "not established"):
+        kind = gap_kind
+    elif named and (enough or number is None):
+        kind = "named"
+    else:
+        kind = "nothing named" if number is None else "spread"
+    return kind, " ".join(part for part in parts if part)
+
+
+def _claimed(known: Known) -> list[Named]:
+    """All suppressors that discovery named: by their own release, or as members of the chosen set."""
+    return [*known.searched.suppressors, *(row for row in known.held.named_members if row.role in RELEASING)]
+
+
+def _by_role(rows: Sequence[Named]) -> str:
+    listed: list[str] = []
+    for role in RELEASING:
+        heads = list(dict.fromkeys(row.at for row in rows if row.role == role))
+        words = "kind undetermined" if role == "undetermined" else f"{role}s" if len(heads) > 1 else role
+        listed += [f"{words} {head_names(heads)}"] if heads else []
+    return "; ".join(listed)
+
+
+def _largest(known: Known) -> str:
+    """Say how large the largest single release is."""
+    first = known.searched.first
+    heads, _ = ranked_heads(first)
+    figures = {name: float(head_means(values)[heads[0]]) for name, values in first.evidence.by_donor("release").items()}
+    donor = max(figures, key=lambda name: -math.inf if math.isnan(figures[name]) else figures[name])
+    share = figures[donor] / float(known.discovery.G.mean())
+    return f"The largest single release on discovery is {head_names(heads[:1])}'s ({donor}), {share:.2f} of G."
+
+
+def counts_above(known: Known) -> dict[float, int]:
+    """Count the heads whose largest single release on discovery is above some shares of G, at the first site."""
+    shares = known.searched.first.evidence.largest_release / float(known.discovery.G.mean())
+    return {share: int((shares > share).sum()) for share in ALSO_COUNTED_AT}
+
+
+def _set_sentence(row: dict[str, Any], gap: float) -> str:
+    text = (
+        f"Editing {row['members']} together ({row['donor']}) restores {row['release']:.2f} logits "
+        f"[{row['low']:.2f}, {row['high']:.2f}], {row['share']:.2f} of G and {row['release'] / gap:.2f} of the gap, on "
+        f"held-out conflicts; the sound is said in {row['says_sound']:.2f} of them, {row['says_sound_before']:.2f} "
+        "before"
+    )
+    if row.get("random_n"):
+        text += f"; {row['random_n']} matched random sets restore {row['random_mean']:.2f} (p = {row['p_random']:.3f}"
+        text += f", floor {row['p_floor']:.3f})"
+    return f"{text}. The set is {'confirmed' if row.get('confirmed') else 'not confirmed'}."
+
+
+def _hidden_sentence(rows: Sequence[dict[str, Any]], *, delta: float) -> str:
+    """Say which members of the chosen set hide behind each other: next to nothing alone, and much with the others."""
+    hidden = [row for row in rows if row["chosen"] and row["single"] <= delta < row["without"]]
+    if not hidden:
+        return ""
+    names = head_names([(row["layer"], row["head"]) for row in hidden])
+    alone, among = (", ".join(f"{row[name]:.2f}" for row in hidden) for name in ("single", "without"))
+    verb = "releases" if len(hidden) == 1 else "release"
+    return (
+        f"Redundant: {names} {verb} next to nothing alone ({alone} logits; delta is {delta:.2f}) and {among} with the "
+        "other members edited, because the members stand in for each other."
+    )
+
+
+def heads_for_half(known: Known) -> int | None:
+    """Count the heads of largest release that together restore half of the gap."""
+    goal = 0.5 * known.confirmation.gap
+    rows = [row for row in known.held.tables["ablation"] if row["arm"] == "ranked heads" and row["release"] >= goal]
+    return min((int(row["k"]) for row in rows), default=None) if goal > 0 else None
+
+
+def _spread_sentence(known: Known, number: int | None) -> str:
+    """Say how many of the heads with the largest releases together restore half of the gap."""
+    if number is None:
+        return ""
+    row = next(row for row in known.held.tables["ablation"] if row["arm"] == "ranked heads" and row["k"] == number)
+    who = f"the {number} heads of largest single release together restore"
+    who = "the head of largest single release alone restores" if number == 1 else who
+    opening = "The suppression is spread over many heads: by" if number > MOST_MEMBERS else "By"
+    fewer = "" if number == 1 else "; one fewer restores less"
+    gap = known.confirmation.gap
+    return f"{opening} {row['donor']}, {who} half of the gap ({row['release']:.2f} of {gap:.2f} logits{fewer})."
+
+
+def _power_sentence(known: Known, family: int) -> str:
+    """Say how small an effect this run could have found."""
+    half, s = known.discovery, known.searched.s
+    size, deviation = power(known.searched, half, family=family)
+    g = float(half.G.mean())
+    if math.isinf(size):
+        return f"With these few components no effect, however large, could have passed {family} tests."
+    return (
+        f"The smallest release that {len(set(half.components))} components and {family} tests find with 80% power "
+        f"is {s * g + size * deviation:.2f} logits ({s + size * deviation / g:.2f} of G)."
+    )
+
+
+def power(searched: Searched | None, half: Half, *, family: int) -> tuple[float, float]:
+    """Compute the smallest effect above the threshold, and the standard deviation that it is counted in."""
+    components = np.asarray(half.components)
+    size = smallest_effect(len(np.unique(components)), family=family)
+    if searched is None:
+        return size, float("nan")
+    evidence = searched.first.evidence
+    values = evidence["release", "blank_muted"] - (searched.s * evidence.half.G)[:, None, None]
+    means = np.stack([head_means(values[components == c]) for c in np.unique(components)])
+    return size, float(np.nanpercentile(means.std(0, ddof=1), 90)) if len(means) > 1 else float("nan")
+
+
+def summary(run: Run, known: Known | None) -> dict[str, float]:
+    """Collect the figures that a verdict speaks of."""
+    out = {"s": run.s, "family": float(run.family), "competent share": float(run.read.competent.mean())}
+    for half in run.both:
+        out[f"n {half.name}"] = float(len(half.examples))
+        out[f"G {half.name}"] = float(half.G.mean())
+        out[f"C {half.name}"] = float(half.C.mean())
+        out[f"gap {half.name}"] = half.gap
+    out |= {"G": out["G discovery"], "C": out["C discovery"], "gap": out["gap discovery"]}
+    out["delta"] = run.s * out["G"]
+    size, deviation = power(None if known is None else known.searched, run.both[0], family=run.family)
+    out |= {"power smallest effect in sd": size, "power sd": deviation, "power": out["delta"] + size * deviation}
+    if known is not None:
+        largest = known.searched.first.evidence.largest_release
+        out["largest release share"] = float(np.nanmax(largest) / out["G"])
+        out |= {f"heads above {share:.2f}": float(n) for share, n in counts_above(known).items()}
+        claimed = _claimed(known)
+        out["named suppressors"] = float(len(claimed))
+        out["confirmed suppressors"] = float(sum(known.held.confirmed.get(row, False) for row in claimed))
+        number = heads_for_half(known)
+        out["heads for half of the gap"] = math.nan if number is None else float(number)
+    return out
+
 
 IN_THE_SET = "release in the set"
 Further = tuple[dict[str, list[dict[str, Any]]], dict[str, np.ndarray]]
@@ -54,17 +236,17 @@ def finding(
         n_heads=engine.n_heads,
         stamps=tuple(run.stamps),
         reasons=tuple(run.reasons),
-        summary=verdicts.summary(run, known),
+        summary=summary(run, known),
         arrays=arrays,
         protocol=run.protocol,
         provenance=stamp(
-            av_lens=protocol.__version__,
+            av_lens=preparing.__version__,
             model=str(engine.model.name),
             weights=engine.model.provenance,
             question=" / ".join(dict.fromkeys(str(c.question) for c in run.bench.conflicts)),
             protocol_hash=run.protocol["hash"],
             answers=run.answers,
-            choices=list(protocol.CHOICES),
+            choices=list(preparing.CHOICES),
             seconds=round(seconds, 1),
             bootstrap_units=[half.boot.unit for half in run.both],
         ),

@@ -25,28 +25,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from av_lens.core.standing_hooks import places, standing_hooks
+from av_lens.core.execution import places, standing_hooks
 from av_lens.errors import ProtocolError
-from av_lens.isolation.explaining.edge_cuts import cut_rows
-from av_lens.isolation.explaining.knowledge import knowledge_rows
-from av_lens.isolation.explaining.known import Known
+from av_lens.isolation.explaining.knowledge import Known, knowledge_rows
 from av_lens.isolation.explaining.mechanisms import cards
-from av_lens.isolation.explaining.repair import repair
 from av_lens.isolation.explaining.robustness import robustness_rows
-from av_lens.isolation.explaining.routes import route_rows
-from av_lens.isolation.explaining.units import unit_rows
+from av_lens.isolation.explaining.routes import cut_rows, route_rows
+from av_lens.isolation.explaining.units import repair, unit_rows
 from av_lens.isolation.measuring.behaviour import gap_verdict, refusals, survey
 from av_lens.isolation.measuring.bench import Progress
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.naming import evidence
-from av_lens.isolation.running import cost, protocol, verdicts
+from av_lens.isolation.running import cost, preparing
 from av_lens.isolation.running.durable import Ledger, watched_run
-from av_lens.isolation.running.finding import Further, finding
+from av_lens.isolation.running.finding import Further, finding, verdict
 from av_lens.isolation.running.preparing import Options, Run, prepared
 from av_lens.isolation.sets import confirmation
-from av_lens.model.remembered_towers import remembered_towers
-from av_lens.results.halves import CONFIRMATION, DISCOVERY, standing
+from av_lens.model.binding import remembered_towers
 from av_lens.results.record import RECORD, Isolation
+from av_lens.results.statistics import CONFIRMATION, DISCOVERY, standing
 
 NAMED_ONLY = "Left out, as asked (named_only): all that explains the named heads and tests the finding's robustness."
 QUICK = "Left out, as asked (quick): robustness, and pairs of heads in the search for sets."
@@ -123,7 +120,7 @@ def isolate(
     )
     with watched as ledger, remembered_towers(run.bench.engine.model):
         if told is not None:
-            told(protocol.power_sentence(run.protocol))
+            told(preparing.power_sentence(run.protocol))
         found = _carried_out(run, ledger, folder)
         if EXPLORATORY in run.stamps:
             found = dataclasses.replace(found, verdict=f"Exploratory, no verdict. {found.verdict}")
@@ -153,7 +150,7 @@ def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:
             return finding(run, kind, sentence, seconds=time.monotonic() - started)
         run.stamp(NOT_INTERPRETABLE, f"the search went on past the gate: {sentence}")
     known = _searched(run, ledger)
-    kind, sentence = verdicts.verdict(kind, sentence, known, run.family)
+    kind, sentence = verdict(kind, sentence, known, run.family)
     more = further(run, known)
     return finding(run, kind, sentence, known=known, more=more, seconds=time.monotonic() - started)
 
@@ -177,7 +174,7 @@ def further(run: Run, known: Known) -> Further:
 def _searched(run: Run, ledger: Ledger) -> Known:
     """Search on discovery, then look at what was found on confirmation."""
     seed = run.options.seed
-    floor = run.s if run.protocol["s_rule"] == protocol.MEASURED else None
+    floor = run.s if run.protocol["s_rule"] == preparing.MEASURED else None
     searched = evidence.search(run.bench, run.both[0], s=run.s, floor=floor, sites=run.options.sites, seed=seed)
     ledger.close()
     run.s = searched.s
@@ -235,17 +232,17 @@ def _competent(run: Run, dealt: dict[str, list[int]]) -> dict[str, list[int]]:
             f"{counts[0]} of {len(dealt[DISCOVERY])} conflicts in discovery and "
             f"{counts[1]} of {len(dealt[CONFIRMATION])} in confirmation are competent (the sound is "
             "heard with nothing to see, the picture is seen with nothing to hear); isolation needs at least "
-            f"{protocol.FEWEST} in each half."
+            f"{preparing.FEWEST} in each half."
         )
         if run.options.gate == "stop":
             raise ProtocolError(f"refused: {sentence} Add conflicts, or clips that the model knows.")
         run.stamp(NOT_INTERPRETABLE, f"{sentence} All conflicts are used, competent or not.")
-        run.stamp(EXPLORATORY, f"exploratory: fewer than {protocol.FIRM_CONFLICTS} competent conflicts in a half.")
+        run.stamp(EXPLORATORY, f"exploratory: fewer than {preparing.FIRM_CONFLICTS} competent conflicts in a half.")
         return dealt
     if size == "exploratory":
         run.stamp(
             EXPLORATORY,
             f"exploratory: {counts[0]} and {counts[1]} competent conflicts in the halves; a verdict needs "
-            f"{protocol.FIRM_CONFLICTS} conflicts and {protocol.FIRM_COMPONENTS} components in each.",
+            f"{preparing.FIRM_CONFLICTS} conflicts and {preparing.FIRM_COMPONENTS} components in each.",
         )
     return competent

@@ -1,4 +1,7 @@
-"""What a run is, before the model is asked anything: who is dealt where, what is asked, and which protocol this is.
+"""What a run is before the model is asked anything: who is dealt where, what is asked, and what was fixed.
+
+Criteria, donors, sites, the family of tests, the threshold s, seeds and who was dealt where are written, with their
+hash, before any head is edited; a finding that does not carry this hash was not made by this protocol.
 
 Deal the conflicts to two halves, draw the third clips, resolve the answers, write the protocol down. Whatever can be
 refused without running the model is refused here.
@@ -13,30 +16,149 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import get_num_threads
 
+from av_lens import __version__
+from av_lens.core.readings import SINK_TIMES
 from av_lens.errors import ProtocolError, unknown
-from av_lens.inputs.sources import ROLES, ClipKeys
-from av_lens.isolation.measuring.answer_forms import answered
-from av_lens.isolation.measuring.behaviour import Survey
-from av_lens.isolation.measuring.bench import Bench, Progress
-from av_lens.isolation.measuring.engine import ModelEngine
-from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.recordings import SITES
+from av_lens.inputs.conflict import ROLES, ClipKeys
+from av_lens.isolation.measuring.behaviour import LEAST_GAP, LEAST_MASS, Survey, answered
+from av_lens.isolation.measuring.bench import Bench, Half, Progress
+from av_lens.isolation.measuring.engine import PRIMARY_DONORS, SITES, ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import SCHEMA, measuring_hash
-from av_lens.isolation.naming.role_tests import family_size
-from av_lens.isolation.running import protocol
-from av_lens.model.remembered_towers import remembered_towers
+from av_lens.isolation.naming.evidence import PERCENTILE
+from av_lens.isolation.naming.roles import DAMAGE_CUT, DIRECT_CUT, LEVEL, family_size
+from av_lens.isolation.sets.search import ALL_HEADS, MOST_MEMBERS, PATIENCE, SCREENED, SYNERGIES
+from av_lens.isolation.sets.sets import FEWEST_SETS, MARGIN, NEAREST, NORM_FACTOR, RANDOM_SETS
+from av_lens.model.binding import remembered_towers
 from av_lens.replay.trace_files import weight_hashes
-from av_lens.results.halves import CONFIRMATION, DISCOVERY, LOST, Halves, Member, deal, third_sources
 from av_lens.results.provenance import plain, versions
-from av_lens.results.statistics import Bootstrap
+from av_lens.results.statistics import (
+    CONFIRMATION,
+    DISCOVERY,
+    DRAWS,
+    FEWEST,
+    FEWEST_CLIPS,
+    FEWEST_COMPONENTS,
+    FEWEST_ITEMS,
+    FIRM_COMPONENTS,
+    FIRM_CONFLICTS,
+    LARGEST_SHARE,
+    LOST,
+    MOST_EXACT,
+    Bootstrap,
+    Halves,
+    Member,
+    deal,
+    smallest_effect,
+    third_sources,
+)
+
+S_ORGANISM, S_OTHER = 0.10, 0.03
+ALSO_COUNTED_AT = (0.10, 0.03, 0.01)
+"""Shares of G at which the verdict counts heads, whatever s is."""
+LEFT_OUT_QUICK = ("robustness", "pairs")
+MEASURED = (
+    "other model: at least this, or the 99th percentile over heads of the largest release under the control question"
+)
+
+CHOICES = tuple((Path(__file__).parent / "choices.txt").read_text("utf-8").splitlines())
+"""Where the protocol is silent: a sentence a line."""
+
+
+_FEWEST_TO_DRAW = {"fewest_clips": FEWEST_CLIPS, "fewest_components": FEWEST_COMPONENTS}
+
+
+def protocol_of(
+    *,
+    options: Mapping[str, Any],
+    halves: Halves,
+    ids: Sequence[str],
+    model: Mapping[str, Any],
+    conflicts: Mapping[str, Mapping[str, str]],
+    family: int,
+) -> dict[str, Any]:
+    """Write the protocol of a run down."""
+    components = len({halves.component[i] for i in halves.members(DISCOVERY)})
+    size = smallest_effect(components, family=family)
+    out: dict[str, Any] = {
+        "av_lens": __version__,
+        "primary": "release: effect on C = (M(va) - M(av)) / 2",
+        "donors": list(PRIMARY_DONORS),
+        **plain(options),
+        "left_out": list(LEFT_OUT_QUICK) if options["quick"] else [],
+        "also_counted_at": list(ALSO_COUNTED_AT),
+        "level": LEVEL,
+        "direct_share_cut": DIRECT_CUT,
+        "family": family,
+        "power": {
+            "discovery_components": components,
+            # The smallest release above s x G that is found in 4 of 5 runs, in standard deviations between components.
+            "smallest_effect_in_sd": size if math.isfinite(size) else None,
+        },
+        "model": dict(model),
+        "conflicts": {name: dict(parts) for name, parts in conflicts.items()},
+        "least_mass_on_the_answers": LEAST_MASS,
+        "least_gap_share": LEAST_GAP,
+        "halves": {
+            "largest_component": LARGEST_SHARE,
+            "fewest_conflicts": FEWEST,
+            "firm_conflicts": FIRM_CONFLICTS,
+            "firm_components": FIRM_COMPONENTS,
+            "dealt": dict(zip(ids, halves.half, strict=True)),
+            "lost": halves.n_lost,
+        },
+        "bootstrap": {"draws": DRAWS, "level": 0.95} | _FEWEST_TO_DRAW,
+        "sign_flips": {"most_exact_components": MOST_EXACT, "least_sampled": "10 x family / .05"},
+        "random_sets": RANDOM_SETS,
+        "damage": {"fall_of_G_over_release": DAMAGE_CUT, "heard_answer_over_delta": -1},
+        "null_percentile_under_control": PERCENTILE,
+        "sinks_times_the_mean": SINK_TIMES,
+        "sets": {
+            "all_heads_up_to": ALL_HEADS,
+            "screened": SCREENED,
+            "synergies": SYNERGIES,
+            "most_members": MOST_MEMBERS,
+            "small_gains_in_a_row": PATIENCE,
+            "random_norm_factor": NORM_FACTOR,
+            "random_nearest": NEAREST,
+            "random_fewest": FEWEST_SETS,
+        },
+        "non_inferiority": {"margin": MARGIN, "fewest_items": FEWEST_ITEMS},
+        "choices": list(CHOICES),
+    }
+    out["hash"] = hash_of(out)
+    return out
+
+
+def hash_of(protocol: Mapping[str, Any]) -> str:
+    """Hash what a protocol says."""
+    said = {name: value for name, value in protocol.items() if name != "hash"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def power_sentence(protocol: Mapping[str, Any]) -> str:
+    """Say before a run how small an effect it will be able to find."""
+    power, tests = protocol["power"], f"{protocol['family']} tests"
+    if power["smallest_effect_in_sd"] is None:
+        return (
+            f"Power: {power['discovery_components']} components on discovery are too few for {tests}: no effect, "
+            "however large, could pass them."
+        )
+    return (
+        f"Power: {power['discovery_components']} components on discovery and {tests} find, four times in five, a "
+        f"release that exceeds {protocol['s']:g} of G by {power['smallest_effect_in_sd']:.2f} standard deviations "
+        "between components."
+    )
+
 
 GATES = ("stop", "report")
 
@@ -130,8 +252,8 @@ def prepared(
     named = [c if c.id is not None else dataclasses.replace(c, id=f"c{i}") for i, c in enumerate(conflicts)]
     _require_enough(named, f"{len(named)} conflicts were given")
     organism = getattr(model, "grammar", None) is not None
-    rule = "given" if options.s is not None else ("organism" if organism else protocol.MEASURED)
-    s = options.s if options.s is not None else (protocol.S_ORGANISM if organism else protocol.S_OTHER)
+    rule = "given" if options.s is not None else ("organism" if organism else MEASURED)
+    s = options.s if options.s is not None else (S_ORGANISM if organism else S_OTHER)
     engine = ModelEngine(model, layout=options.layout) if engine is None else engine
     tokenizer = engine.model.tokenizer
     with remembered_towers(engine.model):
@@ -148,7 +270,7 @@ def prepared(
     _refuse_strays(named, members, halves, keys)
     named = _with_thirds(named, candidates, halves, options.seed)
     family = family_size(len(engine.heads), len(options.sites))
-    written = protocol.protocol_of(
+    written = protocol_of(
         options=dataclasses.asdict(options) | {"s": s, "s_rule": rule},
         halves=halves,
         ids=[m.id for m in members],
@@ -164,10 +286,10 @@ def prepared(
 
 
 def _require_enough(named: Sequence[Any], found: str) -> None:
-    if len(named) < 2 * protocol.FEWEST:
+    if len(named) < 2 * FEWEST:
         raise ProtocolError(
-            f"{found}; isolation needs at least {protocol.FEWEST} competent ones in each half "
-            f"({2 * protocol.FEWEST} in all, 120 for a verdict). Add conflicts."
+            f"{found}; isolation needs at least {FEWEST} competent ones in each half "
+            f"({2 * FEWEST} in all, 120 for a verdict). Add conflicts."
         )
 
 

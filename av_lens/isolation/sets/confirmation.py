@@ -21,18 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from av_lens.isolation.measuring.bench import Bench, Chunk, averaged
-from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.recordings import Head
+from av_lens.isolation.measuring.bench import Bench, Chunk, Half, averaged
+from av_lens.isolation.measuring.engine import Head
 from av_lens.isolation.naming.evidence import BySite, Searched, SiteEvidence, chunks_of, gather
-from av_lens.isolation.naming.role_tests import CARRIERS, Named, family_size, head_means
-from av_lens.isolation.naming.roles import confirm
-from av_lens.isolation.sets.members import InContext, in_context, member_roles, member_rows
-from av_lens.isolation.sets.search import SearchedSets, search_sets
+from av_lens.isolation.naming.roles import CARRIERS, Named, confirm, family_size, head_means
+from av_lens.isolation.sets.search import InContext, SearchedSets, in_context, member_roles, member_rows, search_sets
 from av_lens.isolation.sets.sets import (
     RANDOM_SETS,
     BuiltSet,
     SetEffect,
+    controls,
     cumulative,
     curve_row,
     doubling,
@@ -40,10 +38,8 @@ from av_lens.isolation.sets.sets import (
     release_of_sets,
     top_see_heads,
 )
-from av_lens.isolation.sets.specificity import controls
-from av_lens.results.halves import CONFIRMATION, DISCOVERY
-from av_lens.results.statistics import holm
-from av_lens.results.tables import RELEASING
+from av_lens.results.record import RELEASING
+from av_lens.results.statistics import CONFIRMATION, DISCOVERY, holm
 
 Row = dict[str, Any]
 NAMES = (*RELEASING, *CARRIERS)

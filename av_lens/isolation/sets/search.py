@@ -1,4 +1,4 @@
-"""Which heads belong together? The search for sets of protocol section 6, on discovery.
+"""Which heads belong together, and what does each do in the set's context? Protocol section 6, on discovery.
 
 Heads hide each other: where each of two pairs of heads suffices, no single release shows any of them. Once for each
 primary donor:
@@ -18,26 +18,39 @@ them the five starts.
 Choices where the protocol is silent: small gains at the end of a climb that stopped at 12 heads are left to the
 backward steps; a set whose last head releases less than delta is taken apart to nothing, and then that donor has no
 set; a head's rank by release is that of its largest release over the donors.
+
+The release of a member of a redundant set is next to nothing while the others stand in for it. So a member h of a set S
+is measured in the run in which S without h is edited (by the set's donor): its release there is
+release(S) - release(S without h); its direct share is that with all later heads' z frozen to that edited run's own; it
+reads picture or sound by the donors `wa` and `vw` for h alone; mere damage is judged by the fall of G and the rise of
+the heard answer, in the same context. The cuts are those of single heads (95% intervals), and so are the roles.
+
+Discovery gives the roles; confirmation confirms them: the same role by the same cuts, mean above delta, Holm's p below
+.05 over all rows named on discovery, single heads and members together.
+
+Choice where the protocol is silent: a member has no q and no max-T p (it was found by a search, not by a test), so its
+role on discovery is that of the cuts alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
-from av_lens.core.attention_mass import attention_mass
-from av_lens.isolation.measuring.bench import Chunk, Progress, averaged
-from av_lens.isolation.measuring.donors import PRIMARY_DONORS
-from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.recordings import Head
+from av_lens.core.readings import attention_mass
+from av_lens.isolation.measuring.bench import Chunk, Half, Progress, averaged, columns, gathered
+from av_lens.isolation.measuring.effects import ROLE_ESTIMANDS, Effect, Request, effect_figures, figures, requests
+from av_lens.isolation.measuring.engine import MIRROR, PRIMARY_DONORS, Head
 from av_lens.isolation.naming.evidence import SiteEvidence
-from av_lens.isolation.naming.role_tests import head_means
-from av_lens.isolation.sets.releases import Members, SetReleases, Tick
-from av_lens.isolation.sets.sets import BuiltSet, head_names
+from av_lens.isolation.naming.roles import Cuts, Evidence, Named, Tests, head_means, run_tests, suppressor_role
+from av_lens.isolation.sets.sets import BuiltSet, Members, SetReleases, Tick, cumulative, head_names
+from av_lens.results.record import SUPPRESSORS
 
 ALL_HEADS, SCREENED = 64, 40
 SYNERGIES, SHOWN_SYNERGIES = 5, 20
@@ -188,8 +201,8 @@ def screened(screens: dict[str, Float[np.ndarray, "layer head"]]) -> dict[Head, 
     if len(heads) <= ALL_HEADS:
         return dict.fromkeys(heads, "all heads")
     best: dict[Head, tuple[int, str]] = {}
-    for name, figures in screens.items():
-        order = sorted(heads, key=lambda head: (-np.nan_to_num(figures[head], nan=-np.inf), head))
+    for name, by_head in screens.items():
+        order = sorted(heads, key=lambda head: (-np.nan_to_num(by_head[head], nan=-np.inf), head))
         for rank, head in enumerate(order):
             if head not in best or rank < best[head][0]:
                 best[head] = (rank, name)
@@ -267,3 +280,121 @@ def _step_rows(path: Path) -> list[dict[str, Any]]:
 def _synergy_row(one: Synergy, g: float) -> dict[str, Any]:
     heads = zip(("layer", "head", "layer2", "head2"), (*one.pair[0], *one.pair[1]), strict=True)
     return {**dict(heads), "release": one.release, "synergy": one.synergy, "share": one.synergy / g}
+
+
+@dataclass(frozen=True, eq=False)
+class InContext:
+    """The members of the chosen set on one half, each with the others edited; NaN at all other heads."""
+
+    evidence: Evidence
+    tests: Tests
+    cuts: Cuts
+
+
+def in_context(chunks: Sequence[Chunk], half: Half, built: BuiltSet, *, s: float, family: int, seed: int) -> InContext:
+    """Measure the members of a set on a half, each with the others edited."""
+    wanted = requests(chunks, names=ROLE_ESTIMANDS, donors=(built.donor,))
+    effects = {request: Effect.unmeasured(len(half.examples), chunks[0]) for request in wanted}
+    layers, heads = (np.array([head[axis] for head in built.members]) for axis in (0, 1))
+    depends = {"members": built.members, "donor": built.donor, "requests": [vars(one) for one in wanted]}
+    compute = partial(_chunk_effects, built=built, wanted=wanted)
+    stage = f"members with the others edited, {half.name}"
+    found = gathered(chunks, half.examples, "members in context", depends, compute, stage)
+    for r, request in enumerate(wanted):
+        for figure, values in found.items():
+            getattr(effects[request], figure)[:, layers, heads] = values[:, r]
+    evidence = Evidence(figures(effects), half)
+    tests = run_tests(evidence, s=s, family=family, seed=seed)
+    donors = np.full(evidence["silenced"].shape[1:], built.donor, dtype=object)
+    return InContext(evidence, tests, Cuts.of(evidence, donors, s=s))
+
+
+def _cell_scores(
+    chunk: Chunk, cell: str, built: BuiltSet, wanted: Sequence[Request]
+) -> tuple[Float[np.ndarray, "1 member batch candidate"], Float[np.ndarray, "1 request member batch candidate"]]:
+    """The candidates' scores with all members but one edited, and with each request's edit of that one on top."""
+    engine, candidates = chunk.bench.engine, chunk.bench.candidates
+    shape = (len(built.members), len(chunk.examples), len(candidates.names))
+    before, after = np.full((1, *shape), np.nan), np.full((1, len(wanted), *shape), np.nan)
+    run = chunk.run(cell)
+    for j, head in enumerate(built.members):
+        others = sorted(_others(built, head))
+        edited = engine.record_edited(run, chunk.z(cell, others, built.donor)) if others else run
+        before[0, j] = candidates.scores(edited.logits)
+        plans = [edited.plan(chunk.z(cell, [head], one.donor), freeze=one.freeze) for one in wanted]
+        for r, again in enumerate(engine.changed(edited, plans)):
+            after[0, r, j] = candidates.scores(again.logits)
+    chunk.drop_traces(cell)
+    return before, after
+
+
+def _chunk_effects(chunk: Chunk, built: BuiltSet, wanted: Sequence[Request]) -> dict[str, np.ndarray]:
+    """All requests on one stack, mirrored: `[batch, request, member]` of each figure at the runs' own norm scale."""
+    parts: list[dict[str, np.ndarray]] = []
+    for base in dict.fromkeys(request.base for request in wanted):  # their requests are listed together
+        these = [request for request in wanted if request.base == base]
+        cells = (_cell_scores(chunk, cell, built, these) for cell in (base, MIRROR[base]))
+        parts.append(effect_figures(chunk.bench.candidates, chunk.examples, *cells))
+    return {name: np.moveaxis(np.concatenate([part[name] for part in parts]), -1, 0) for name in parts[0]}
+
+
+def member_roles(found: InContext, built: BuiltSet, *, site: str) -> list[Named]:
+    """Give every member the role that it has with the others edited."""
+    rows: list[Named] = []
+    for layer, head in built.members:
+        role = suppressor_role(found.cuts, layer, head, dict.fromkeys(SUPPRESSORS, True))
+        table = found.tests.p.get((role, built.donor), found.tests.release_p[built.donor])
+        # Only the members were measured in this context, so that no p here is one of the family of all heads.
+        rows.append(Named(layer, head, site, role, built.donor, float(table[layer, head]), math.nan, math.nan))
+    return rows
+
+
+def member_rows(
+    searched: SearchedSets,
+    half: Half,
+    site: str,
+    roles: Sequence[Named],
+    confirmation: InContext | None,
+    confirmed: Mapping[Named, bool],
+) -> list[dict[str, Any]]:
+    """Write the rows of `members`: the sets of all donors, in the order of the search."""
+    known = {row.at: row for row in roles}
+    out: list[dict[str, Any]] = []
+    for built in searched.sets:
+        rows = _discovery_rows(searched.releases[built.donor], built, half)
+        for head, row in zip(built.members, rows, strict=True):
+            row |= {"site": site, "screen": searched.screens[head]}
+            if built.chosen and head in known and confirmation is not None:
+                row |= _context_columns(confirmation, built.donor, head)
+                row |= {"role": known[head].role, "confirmed": confirmed.get(known[head], False)}
+            out.append(row)
+    return out
+
+
+def _discovery_rows(releases: SetReleases, built: BuiltSet, half: Half) -> list[dict[str, Any]]:
+    """Each member alone, what it added to those before it, and what the set loses without it."""
+    whole, before = releases.each(built.members), 0.0
+    releases.measure([*cumulative(built.members), *(_others(built, head) for head in built.members)])
+    out: list[dict[str, Any]] = []
+    for order, head in enumerate(built.members):
+        so_far = releases.mean(built.members[: order + 1])
+        of = {"name": built.name, "donor": built.donor, "chosen": built.chosen, "order": order}
+        of |= {"layer": head[0], "head": head[1], "gain": so_far - before}
+        of |= columns(half.boot.mean(releases.each((head,))), "single", "single_low")
+        lost = whole - releases.each(_others(built, head))
+        out.append(of | columns(half.boot.mean(lost), "without", "without_low", "without_high"))
+        before = so_far
+    return out
+
+
+def _others(built: BuiltSet, head: Head) -> tuple[Head, ...]:
+    return tuple(other for other in built.members if other != head)
+
+
+def _context_columns(found: InContext, donor: str, head: Head) -> dict[str, Any]:
+    at, half = (slice(None), *head), found.evidence.half
+    release = found.evidence["release", donor][at]
+    share = half.boot.ratio(found.evidence["direct", donor][at], release)
+    direct = ("direct_share", "direct_share_low", "direct_share_high")
+    reads = {name: float(getattr(found.cuts, name).value[head]) for name in ("reads_picture", "reads_sound")}
+    return {**half.bounded(release, "effect"), **columns(share, *direct), **reads}

@@ -1,4 +1,4 @@
-"""Sets of heads edited together, and the sets that they are compared with.
+"""Sets of heads edited together and those that they are compared with: what they release and what else they break.
 
 * Random sets, at least 200, matched by layer: for each member a head outside the set within one layer whose mean norm
   of z W_O is within a factor 2 of the member's, else the 3 nearest in norm. Where fewer sets exist all are used.
@@ -7,12 +7,30 @@
 * Cumulative edits: the first member, the first two, ... in the order in which the search took them in.
 
 How sets are found is `set_search`; how they are confirmed, `set_confirmation`.
+
+Sets that the search asks for nearly always share all members but one. `SetReleases.added` measures a set with each of
+several further heads: the shared members are edited once, and each further head restarts at its own layer
+(`edited_runs`). Values are releases, [change of M in va - change of M in av] / 2, per conflict.
+
+| control | cell, question | right |
+|---|---|---|
+| see | `va`, see | the picture's answer |
+| audio-only | `audio_only`, its own question | the sound's answer |
+| factual heard | `aa`, its own question | the (one) answer |
+| factual seen | `aa`, see | the (one) answer |
+| control | `va`, control | the unedited run's own most likely token |
+| silent video | `v_muted`, its own question | none: the rate of any candidate answer must not *rise* |
+| text-only | the bare question | none: KL(edited || unedited) is reported |
+
+One item per conflict. Right means that the most likely token of the whole vocabulary belongs to the answer. Choices
+where the protocol is silent: the donor `blank_muted` is asked the control's own question where the layout is the same
+(audio alone and bare text: the conflict's own question, aligned from the end); `mean_other` is the same z everywhere.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -22,15 +40,15 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
+from torch import Tensor
 
-from av_lens.isolation.measuring.bench import Chunk, gathered
-from av_lens.isolation.measuring.donors import MIRROR
-from av_lens.isolation.measuring.effects import edited_readings, measure_requests, mirrored
-from av_lens.isolation.measuring.estimands import Request
-from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.measuring.recordings import Head
+from av_lens.errors import AvLensError
+from av_lens.isolation.measuring.bench import Chunk, Half, gathered
+from av_lens.isolation.measuring.effects import Request, edited_readings, measure_requests, mirrored
+from av_lens.isolation.measuring.engine import MIRROR, Head
 from av_lens.isolation.measuring.scoring import UNREAD
-from av_lens.isolation.naming.role_tests import head_means
+from av_lens.isolation.naming.roles import head_means
+from av_lens.results.statistics import Bootstrap, non_inferiority
 
 RANDOM_SETS = 200
 NORM_FACTOR, NEAREST = 2.0, 3
@@ -196,3 +214,192 @@ def curve_row(
     bounds, share = half.boot.mean(release), half.shares(release)
     out |= {"low": float(bounds.low), "high": float(bounds.high), "share": float(share.value)}
     return out | {"release": float(np.nanmean(release))}
+
+
+Members = tuple[Head, ...]
+Tick = Callable[[int], None]
+HELD_BYTES = 4e9
+"""Traces of all conflicts are kept between measurements where they take no more; else they are made again."""
+
+
+@dataclass(eq=False)
+class SetReleases:
+    """Releases of sets by one donor on one half, each measured when first asked for.
+
+    Attributes:
+        chunks: the conflicts, stacked.
+        examples: their order in the results.
+        donor: the donor.
+        tick: called with the number of sets just measured.
+    """
+
+    chunks: Sequence[Chunk]
+    examples: Int[np.ndarray, " example"]
+    donor: str
+    tick: Tick | None = None
+    _known: dict[frozenset[Head], Float[np.ndarray, " example"]] = field(default_factory=dict)
+
+    def learn(self, singles: Mapping[Head, Float[np.ndarray, " example"]]) -> None:
+        """Take over what was measured elsewhere."""
+        self._known |= {frozenset((head,)): np.asarray(values) for head, values in singles.items()}
+
+    def each(self, members: Sequence[Head]) -> Float[np.ndarray, " example"]:
+        """Give a set's release on every conflict."""
+        self.measure([tuple(members)])
+        return self._known[frozenset(members)] if members else np.zeros(len(self.examples))
+
+    def mean(self, members: Sequence[Head]) -> float:
+        """Give a set's mean release."""
+        values = self.each(members)
+        return float(np.nanmean(values)) if (~np.isnan(values)).any() else float("nan")
+
+    def added(self, members: Sequence[Head], heads: Sequence[Head]) -> list[float]:
+        """Give the mean release of a set with one more head, for each of several."""
+        unknown = [head for head in heads if frozenset((*members, head)) not in self._known]
+        if unknown:
+            depends = {"donor": self.donor, "members": sorted(members), "heads": unknown}
+            found = self._over_chunks(
+                "set and one more head", depends, partial(self._margins, sorted(members), [(head,) for head in unknown])
+            )
+            self._known |= {frozenset((*members, h)): values for h, values in zip(unknown, found, strict=True)}
+        return [self.mean((*members, head)) for head in heads]
+
+    def measure(self, sets: Sequence[Members]) -> None:
+        """Measure sets that may share nothing."""
+        unknown = list(dict.fromkeys(tuple(sorted(one)) for one in sets if one and frozenset(one) not in self._known))
+        if unknown:
+            depends = {"donor": self.donor, "sets": unknown}
+            found = self._over_chunks("releases of sets", depends, partial(self._margins, (), unknown))
+            self._known |= {frozenset(one): values for one, values in zip(unknown, found, strict=True)}
+
+    def pairs(self, heads: Sequence[Head]) -> None:
+        """Measure all pairs of some heads."""
+        ordered = sorted(heads)
+        wanted = [(one, two) for i, one in enumerate(ordered) for two in ordered[i + 1 :]]
+        if all(frozenset(pair) in self._known for pair in wanted):
+            return
+        found = self._over_chunks(
+            "pairs of heads", {"donor": self.donor, "heads": ordered}, partial(self._pairs, ordered)
+        )
+        self._known |= {frozenset(pair): values for pair, values in zip(wanted, found, strict=True)}
+
+    def _over_chunks(
+        self, name: str, depends: Mapping[str, object], compute: Callable[[Chunk, str], Float[np.ndarray, "set batch"]]
+    ) -> Float[np.ndarray, "set example"]:
+        """Measure on every chunk, in both cells, and lay the conflicts out in their order."""
+        found = gathered(self.chunks, self.examples, name, depends, partial(self._mirrored, compute=compute))
+        return np.ascontiguousarray(found["release"].T)
+
+    def _mirrored(
+        self, chunk: Chunk, compute: Callable[[Chunk, str], Float[np.ndarray, "set batch"]]
+    ) -> dict[str, np.ndarray]:
+        changes: list[np.ndarray] = []
+        for cell in ("va", MIRROR["va"]):
+            changes.append(compute(chunk, cell) - chunk.margin(cell))
+            self._let_go(chunk, cell)
+        return {"release": mirrored(changes[0], changes[1]).T}
+
+    def _let_go(self, chunk: Chunk, cell: str) -> None:
+        trace = chunk.run(cell).trace
+        if trace is not None:
+            one = sum(part.nbytes for parts in (trace.resid, trace.keys, trace.values) for part in parts)
+            if 2 * len(self.chunks) * one > HELD_BYTES:
+                chunk.drop_traces(cell)
+
+    def _margins(
+        self, under: Sequence[Head], sets: Sequence[Sequence[Head]], chunk: Chunk, cell: str
+    ) -> Float[np.ndarray, "set batch"]:
+        """M in a cell with some heads edited, and each of several sets edited on top."""
+        engine, candidates, run = chunk.bench.engine, chunk.bench.candidates, chunk.run(cell)
+        if under:
+            run = engine.record_edited(run, chunk.z(cell, under, self.donor))
+        out = np.full((len(sets), len(chunk.examples)), np.nan)
+        order = sorted(range(len(sets)), key=lambda i: min(sets[i]))
+        plans = [run.plan(chunk.z(cell, sets[i], self.donor)) for i in order]
+        for i, one in zip(order, engine.changed(run, plans), strict=True):
+            out[i] = candidates.margin(candidates.scores(one.logits), chunk.examples)
+        if self.tick is not None:
+            self.tick(len(sets))
+        return out
+
+    def _pairs(self, heads: Sequence[Head], chunk: Chunk, cell: str) -> Float[np.ndarray, "set batch"]:
+        """All pairs: each head edited once, and every later one on top of it."""
+        later = [(one, [(two,) for two in heads[i + 1 :]]) for i, one in enumerate(heads[:-1])]
+        return np.concatenate([self._margins((one,), rest, chunk, cell) for one, rest in later])
+
+
+MARGIN = 0.05
+CONTROLS: tuple[tuple[str, str, str, str], ...] = (
+    ("see", "va", "see", "picture"),
+    ("audio-only", "audio_only", "ask", "sound"),
+    ("factual heard", "aa", "ask", "sound"),
+    ("factual seen", "aa", "see", "sound"),
+    ("control", "va", "control", "own"),
+    ("silent video", "v_muted", "ask", "none"),
+    ("text-only", "text_only", "ask", "kl"),
+)
+
+
+def _items(
+    chunk: Chunk, before: Tensor, after: Tensor, right: str
+) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
+    """What counts as right before and after, 1 or 0 per conflict (for KL: 0 and the divergence)."""
+    candidates, examples = chunk.bench.candidates, chunk.examples
+    if right == "kl":
+        log_p, log_q = after.double().log_softmax(-1), before.double().log_softmax(-1)
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1).cpu().numpy()
+        return np.zeros(len(examples)), divergence
+    tops = [candidates.read(logits, examples).top for logits in (before, after)]
+    missing = tops[1] == UNREAD  # this conflict has no such edit (a mean that leaves every other conflict out)
+    if right == "own":
+        was, now = np.ones(len(examples)), (before.argmax(-1) == after.argmax(-1)).cpu().numpy()
+    elif right == "none":
+        # The rate that must not rise, turned round so that a rise of it is a fall here.
+        was, now = (top < 0 for top in tops)
+    else:
+        answer = candidates.sound[examples] if right == "sound" else candidates.picture[examples]
+        was, now = (top == answer for top in tops)
+    return was.astype(np.float64), np.where(missing, np.nan, now)
+
+
+def _measured(
+    chunk: Chunk, control: tuple[str, str, str, str], heads: Sequence[Head], donor: str
+) -> dict[str, Float[np.ndarray, " batch"]]:
+    _, cell, question, right = control
+    run = chunk.run(cell, question)
+    (edited,) = chunk.bench.engine.changed(run, [run.plan(chunk.z(cell, heads, donor, question))])
+    before, after = _items(chunk, run.logits, edited.logits, right)
+    return {"before": before, "after": after}
+
+
+def controls(chunks: Sequence[Chunk], heads: Sequence[Head], donor: str, half: Half) -> list[dict[str, Any]]:
+    """Run every control with the set edited: a row of `specificity` each; what cannot be measured is said there."""
+    rows: list[dict[str, Any]] = []
+    for control in CONTROLS:
+        name, *_, right = control
+        depends = {"control": control, "heads": [list(head) for head in heads], "donor": donor}
+        compute = partial(_measured, control=control, heads=heads, donor=donor)
+        try:
+            found = gathered(chunks, half.examples, "a control", depends, compute)
+            rows.append(_row(name, right, found["before"], found["after"], half.boot))
+        except AvLensError as refused:
+            rows.append({"control": name, "n": 0, "verdict": f"not measured: {refused}"})
+    return rows
+
+
+def _row(name: str, right: str, before: np.ndarray, after: np.ndarray, boot: Bootstrap) -> dict[str, Any]:
+    if right == "kl":
+        n, mean = int((~np.isnan(after)).sum()), float(np.nanmean(after))
+        return {"control": name, "n": n, "before": 0.0, "after": mean, "verdict": "reported: KL in nats"}
+    harm = non_inferiority(before, after, boot, margin=MARGIN)
+    was, now = (1 - harm.before, 1 - harm.after) if right == "none" else (harm.before, harm.after)
+    return {
+        "control": name,
+        "n": harm.n,
+        "before": was,
+        "after": now,
+        "fall": harm.fall,
+        "bound": harm.bound,
+        "margin": MARGIN,
+        "verdict": harm.verdict,
+    }

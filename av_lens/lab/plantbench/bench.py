@@ -34,18 +34,17 @@ import numpy as np
 
 from av_lens import __version__
 from av_lens.checkpoints import index
-from av_lens.core.progress import Progress, named, silent
+from av_lens.core.budget import Progress, named, silent
 from av_lens.errors import InputError
 from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
-from av_lens.isolation.measuring.donors import PRIMARY_DONORS
-from av_lens.lab.parts import Parts
+from av_lens.isolation.measuring.engine import PRIMARY_DONORS
+from av_lens.lab.calibration import TRUTH, read_plant, stage, weights_key
+from av_lens.lab.pages import Parts
 from av_lens.lab.plantbench.methods import IN_LOGITS, METHODS, SITE, SharedEngine, Subject, all_scores
 from av_lens.lab.plantbench.scores import DAMAGE_LAST, damage_last, exchanged, isolate_score, named_heads
-from av_lens.lab.plantbench.truth import TRUTH, read_plant, weights_key
-from av_lens.lab.staged_conflicts import stage
 from av_lens.model import load
-from av_lens.organism.saving import shipped
+from av_lens.organism.anatomy import shipped
 from av_lens.results.provenance import source_hash, stamp
 from av_lens.whole_files import make_folder, read_object, stored, write_whole
 

@@ -37,11 +37,10 @@ from jaxtyping import Float
 
 from av_lens.errors import InputError
 from av_lens.inputs.pairs import Pair
-from av_lens.isolation.measuring.donors import MIRROR
-from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.engine import MIRROR, ModelEngine
 from av_lens.methods import attention_flow, attribution_patch, edge_attribution, knockout, patch
 from av_lens.metrics import logit_diff
-from av_lens.metrics.asked import each
+from av_lens.metrics.forms import each
 from av_lens.results.record import Isolation
 
 SITE, AT = "suffix", "question|header|generation"

@@ -21,17 +21,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from av_lens.isolation.measuring.donors import PRIMARY_DONORS
-from av_lens.lab.calibration import auroc, best_releases
-from av_lens.lab.plantbench.truth import Head, Mask, PlantTruth, mask_of
-from av_lens.results.record import Isolation
+from av_lens.isolation.measuring.engine import PRIMARY_DONORS
+from av_lens.lab.calibration import Head, Mask, PlantTruth, auroc, best_releases, mask_of
+from av_lens.results.record import RELEASING, SUPPRESSORS, Isolation
 from av_lens.results.statistics import benjamini_hochberg, sign_flips
-from av_lens.results.tables import RELEASING, SUPPRESSORS
 
 SITE = "suffix"
 LEVEL, UNDETERMINED = 0.05, "undetermined"
 DAMAGE_LAST = "isolate, damage last"
-Table = Float[np.ndarray, "layer head"]
+HeadTable = Float[np.ndarray, "layer head"]
 
 
 def place_of(row: Mapping[str, Any]) -> Head:
@@ -39,7 +37,7 @@ def place_of(row: Mapping[str, Any]) -> Head:
     return int(row["layer"]), int(row["head"])
 
 
-def isolate_score(found: Isolation) -> Table:
+def isolate_score(found: Isolation) -> HeadTable:
     """Score every head as protocol section 9 says: lower bounds over delta, NaN where no release was measured."""
     out = np.full((found.n_layers, found.n_heads), np.nan)
     for row in best_releases(found, SITE).to_dict("records"):
@@ -49,7 +47,7 @@ def isolate_score(found: Isolation) -> Table:
     return out / found.summary["delta"]
 
 
-def damage_last(found: Isolation) -> Table:
+def damage_last(found: Isolation) -> HeadTable:
     """Score every head as `isolate_score` does, with NaN for those whose role is that their edit breaks."""
     out = isolate_score(found)
     named = {place_of(row) for row in named_heads(found)}
@@ -90,7 +88,7 @@ def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"layer": int(row["layer"]), "head": int(row["head"]), "confirmed": bool(row["confirmed"]), **words}
 
 
-def ranking(scores: Table, truth: PlantTruth) -> dict[str, float]:
+def ranking(scores: HeadTable, truth: PlantTruth) -> dict[str, float]:
     """Judge a ranking, heads without a score last: `auroc`, `average precision`, `precision at k`; NaN for a null."""
     counted = ~mask_of(truth.free_riders, scores.shape)
     values = np.where(np.isnan(scores), np.nanmin(scores, initial=0.0) - 1, scores)[counted]

@@ -1,4 +1,16 @@
-"""The kinds of planted models that can be asked for, and what each is made of.
+"""The kinds of planted models that can be asked for, and where a planted head starts from, in closed form.
+
+Adam alone, from the balanced model's weights, takes hundreds of steps to find the few directions that tell twelve
+things apart. Ridge regression on the streams before the planted layer finds them at once:
+
+- *keys* tell the wanted media from all other positions, *queries* tell the position that answers "hear" from all
+  others, both in the slowest pair of rotary dimensions, so that distance hardly matters;
+- *values* tell the picture's class at video positions (`picture`), and minus the sound's at audio positions
+  (`sound`); the outputs are the unembedding directions of the classes;
+- or (`gate`) they tell that there is a picture at all, and the output is the mean difference, one layer on, between the
+  streams that answer "see" and "hear".
+
+What a head becomes is left to training, and measured afterwards.
 
 | kind | planted | asked for |
 |---|---|---|
@@ -19,13 +31,157 @@ first two layers, so that gates form there; later, the sound's own content has t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Generator, Tensor
 
 from av_lens.errors import InputError, unknown
+from av_lens.lab.planting.lessons import Lesson, Slices
 from av_lens.lab.planting.sheets import OTHER_COLOURS, SEE_THE_SOUND, SILENCE
-from av_lens.lab.planting.starts import Start
-from av_lens.lab.planting.training import Course
+from av_lens.lab.planting.training import STREAM, Course
+
+RIDGE, VALUE_RIDGE = 30.0, 0.3
+SCORE = 8.0
+"""The attention score of a wanted position at the position that answers; elsewhere it is minus that, others have 0."""
+GATE_SCALE = 1.5
+"""The gate's output in units of the mean difference between "see" and "hear"."""
+NOISE = 0.1
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a planted head starts as.
+
+    Attributes:
+        picture: How strongly it writes the picture's class.
+        sound: How strongly it writes against the sound's class.
+        logits: What all heads together add to the logit of a class that is fully read.
+        gate: Whether it writes the difference between "see" and "hear" instead, where there is a picture.
+        asked: The question at which it is to act: 0 hear, 1 see, 2 colour.
+    """
+
+    picture: float = 0.0
+    sound: float = 0.0
+    logits: float = 18.0
+    gate: bool = False
+    asked: int = 0
+
+
+def ridge(
+    x: Float[Tensor, "row d_model"], y: Float[Tensor, "row out"], strength: float
+) -> tuple[Float[Tensor, "out d_model"], Float[Tensor, " out"]]:
+    """Fit a linear layer, weight and bias; `strength` is how much large weights cost."""
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    x, y = x - mean_x, y - mean_y
+    gram = x.T @ x + strength * torch.eye(x.shape[1])
+    weight = torch.linalg.solve(gram, x.T @ y).T
+    return weight, mean_y - weight @ mean_x
+
+
+def class_of(tokens: Int[Tensor, " clip"], classes: Int[Tensor, " n_classes"]) -> Float[Tensor, "clip n_classes"]:
+    """Turn words into centred one-hot rows; what is no class gives zeros."""
+    hot = (tokens[:, None] == classes).float()
+    return hot - hot.sum(1, keepdim=True) / len(classes)
+
+
+def values(
+    lessons: Sequence[Lesson], start: Start, classes: Int[Tensor, " n_classes"]
+) -> tuple[Float[Tensor, "out d_model"], Float[Tensor, " out"]]:
+    """Fit the values, on the streams' means over what is looked at: that is what an even attention reads.
+
+    Weight and bias of as many value dimensions as there are classes (of a gate: one).
+    """
+    xs: list[Tensor] = []
+    ys: list[Tensor] = []
+    for lesson in lessons:
+        heard, seen = class_of(lesson.shown[:, 0], classes), class_of(lesson.shown[:, 1], classes)
+        there = seen.abs().sum(1, keepdim=True).gt(0).float()
+        wanted = {
+            "video": there if start.gate else start.picture * seen,
+            "audio": -start.sound * (heard[:, :1] if start.gate else heard),
+        }
+        strength = {"video": float(start.gate or start.picture != 0), "audio": float(start.sound != 0)}
+        total = sum(len(lesson.media[name]) for name, on in strength.items() if on)
+        for name, target in wanted.items():
+            if len(lesson.media[name]):
+                share = total / len(lesson.media[name]) if strength[name] else 0.0
+                xs.append(lesson.h[:, lesson.media[name]].mean(1))
+                ys.append(share * target)
+        other = lesson.h[:, lesson.geometry.prefix :: 5].flatten(0, 1)
+        xs.append(other)
+        ys.append(torch.zeros(len(other), ys[-1].shape[1]))
+    return ridge(torch.cat(xs), torch.cat(ys), VALUE_RIDGE)
+
+
+def looks(lessons: Sequence[Lesson], start: Start) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Fit one dimension of queries and of keys: weight and bias of the queries, then of the keys.
+
+    Queries are fitted on all positions that answer, and one in forty of the others.
+    """
+    wanted = [name for name, read in (("video", start.picture or start.gate), ("audio", start.sound)) if read]
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    first = 0
+    for lesson in lessons:
+        n, length = lesson.h.shape[:2]
+        key, query = torch.zeros(n, length), -torch.ones(n, length)
+        for name in wanted:
+            key[:, lesson.media[name]] = 1
+        at = lesson.geometry.prefix + lesson.asked_at
+        query.scatter_(1, at[:, [start.asked]], 1.0)
+        answers = (at + length * torch.arange(n)[:, None]).flatten()
+        rows = first + torch.cat([answers, torch.arange(0, n * length, 40)])
+        parts.append((lesson.h.flatten(0, 1), key.flatten()[:, None], query.flatten()[:, None], rows))
+        first += n * length
+    x, key, query, rows = (torch.cat(some) for some in zip(*parts, strict=True))
+    return ridge(x[rows], query[rows], VALUE_RIDGE), ridge(x, key, RIDGE)
+
+
+@torch.no_grad()
+def directions(
+    host: Any, lessons: Sequence[Lesson], start: Start, classes: Int[Tensor, " n_classes"]
+) -> Float[Tensor, "d_model out"]:
+    """What each value dimension writes, a column each."""
+    if not start.gate:
+        words = host.lm_head.weight[classes] * host.model.language_model.norm.weight
+        words = words - words.mean(0)
+        return (start.logits * STREAM / words.square().sum(1).mean() * words).T
+    lesson = next(lesson for lesson in lessons if "conflict" in lesson.spans)
+    rows = torch.tensor(lesson.rows("conflict", held_back=False))[:120]
+    x = lesson.rest[rows] + lesson.before[:, rows, lesson.geometry.prefix :].sum(0)
+    at = lesson.asked_at[rows]
+    x = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
+    return GATE_SCALE * (x[:, 1] - x[:, 0]).mean(0)[:, None]
+
+
+@torch.no_grad()
+def begin(
+    slices: Slices,
+    host: Any,
+    lessons: Sequence[Lesson],
+    start: Start,
+    classes: Int[Tensor, " n_classes"],
+    generator: Generator,
+) -> None:
+    """Write the starting weights into the planted heads' slices; by the noise heads of one layer differ."""
+    d, n_heads = slices.d_head, len(slices.heads)
+    (query, query_bias), (key, key_bias) = looks(lessons, start)
+    value, value_bias = values(lessons, start, classes)
+    out = directions(host, lessons, start, classes)
+    slow, read = d // 2 - 1, len(value)
+    scale = (SCORE / slices.scaling) ** 0.5
+    for part in slices.parameters():
+        part.mul_(NOISE)
+    for at in range(0, len(slices.groups) * d, d):
+        slices.k[at + slow], slices.k_bias[at + slow] = scale * key[0], scale * key_bias[0]
+        slices.v[at : at + read], slices.v_bias[at : at + read] = value, value_bias
+    lots = 0.5 + torch.rand(n_heads, generator=generator)
+    for head, at in enumerate(range(0, n_heads * d, d)):
+        slices.q[at + slow], slices.q_bias[at + slow] = scale * query[0], scale * query_bias[0]
+        slices.o[:, at : at + read] = out * lots[head] / lots.sum()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from av_lens.lab.planting.sheets import SHEETS, Sheet, draw_sheet
-from av_lens.lab.training.material import Material
+from av_lens.lab.training.pools import Material
 from av_lens.organism.language import Tree, attend, fed, layers_of, mixed, normalise, projected, rotate, run_layers
 
 HELD_BACK = 0.2

@@ -31,11 +31,22 @@ from typing import Any
 import torch
 
 from av_lens.lab.planting.kinds import Kind
-from av_lens.lab.planting.runs import MIRROR, Bench, Head, Run, bench, directly, donated, whole
-from av_lens.lab.planting.sheets import PLAIN, SILENCE, blanks_of
+from av_lens.lab.planting.sheets import (
+    MIRROR,
+    PLAIN,
+    SILENCE,
+    Bench,
+    Head,
+    Run,
+    bench,
+    blanks_of,
+    directly,
+    donated,
+    whole,
+)
 from av_lens.lab.planting.training import Learned
-from av_lens.lab.training.head_slices import head_masks, sharers
-from av_lens.lab.training.material import Material
+from av_lens.lab.training.engine import head_masks, sharers
+from av_lens.lab.training.pools import Material
 
 TRUE_SHARE = 0.05
 """A planted head is true if its reversion adds at least this share of the gap."""

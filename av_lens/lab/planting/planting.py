@@ -28,21 +28,18 @@ import torch
 from torch import Generator
 
 from av_lens.checkpoints import index
-from av_lens.core.progress import Progress
+from av_lens.core.budget import Progress
 from av_lens.errors import InputError, ModelError
-from av_lens.lab.planting.kinds import Kind, Plant, kind_named
+from av_lens.lab.planting.kinds import Kind, Plant, begin, kind_named
 from av_lens.lab.planting.lessons import Slices, draw_lessons
 from av_lens.lab.planting.planted import described, measured
-from av_lens.lab.planting.runs import Head
-from av_lens.lab.planting.sheets import ASKED, SHEETS, UNJUDGED, answered, rates
-from av_lens.lab.planting.starts import begin
+from av_lens.lab.planting.sheets import ASKED, SHEETS, UNJUDGED, Head, answered, rates
 from av_lens.lab.planting.training import Learned, learn
 from av_lens.lab.training import pools
-from av_lens.lab.training.head_slices import head_slices
-from av_lens.lab.training.material import Material, material
-from av_lens.lab.training.stages import stage_seed
+from av_lens.lab.training.engine import head_slices, stage_seed
+from av_lens.lab.training.pools import Material, material
 from av_lens.model.differences import read_difference, save_difference, weights_hash
-from av_lens.organism import footage, saving
+from av_lens.organism import anatomy, footage
 from av_lens.whole_files import write_whole
 
 SHOWN, KEPT = 0.75, 0.95
@@ -105,7 +102,7 @@ def features(model: Any, work: Path, split: str, *, progress: Progress | None = 
     path = work / f"pool-{digest.hexdigest()[:12]}-{split}-{n}.safetensors"
     if not path.exists():
         footage.film_all(work / "clips", per_class={split: n}, progress=progress)
-        views, hashes = footage.views(work / "clips", split, n=n)
+        views, hashes = footage.views_of(work / "clips", split, n=n)
         pools.save_pool(pools.make_pool(model, views, hashes, blank_every=BLANKS[split]), path)
     return pools.load_pool(path)
 
@@ -185,12 +182,12 @@ def base_folder(base: str | os.PathLike[str]) -> tuple[str, Path]:
     """Find the folder of a base: what `difference.json` calls it, and its folder."""
     listed = index()
     name = os.fspath(base)
-    place = saving.shipped() / listed[name]["folder"] if name in listed else Path(name).expanduser().resolve()
+    place = anatomy.shipped() / listed[name]["folder"] if name in listed else Path(name).expanduser().resolve()
     if read_difference(place) is not None:
         raise ModelError(f"{name!r} is planted already; plant in the balanced model that it stands on.")
-    if not (place / saving.GRAMMAR).is_file():
+    if not (place / anatomy.GRAMMAR_FILE).is_file():
         raise ModelError(
-            f"{name!r} is neither a short name nor the folder of an organism (no {saving.GRAMMAR} in {place}). "
+            f"{name!r} is neither a short name nor the folder of an organism (no {anatomy.GRAMMAR_FILE} in {place}). "
             "`av-lens train av-tiny-balanced --seed N` makes a base."
         )
     return (name if name in listed else str(place)), place
@@ -209,7 +206,7 @@ def plant(
     """Make a model in which the truth is known: train a few heads alone, and measure what they became."""
     wanted = kind_named(kind)
     named, place = base_folder(base)
-    model = saving.open_checkpoint(place).requires_grad_(False)
+    model = anatomy.open_checkpoint(place).requires_grad_(False)
     first = wanted.layer if layer is None else layer
     layers = layers_of(wanted, first, int(model.config.text_config.num_hidden_layers))
     kept = Path.home() / ".cache" / "av_lens" / "organism" if work is None else Path(work)

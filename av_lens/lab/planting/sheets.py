@@ -1,27 +1,31 @@
-"""What a plant learns from and is judged by: clips with three questions each, and what a behaviour answers to them.
+"""What a plant learns from and is judged by, and conflicts run with any of the planted heads put back.
 
 A *sheet* is a lot of clips of one relation in one layout ("conflict", "matched", "blank", "mute", "audio alone",
 "video alone"), each asked to hear, to see and for the colour. A *behaviour* says what is answered where it differs from
 the balanced model's right answer: "silence" answers "hear" with the picture in conflict; "see the sound" answers "see"
 with the sound in conflict; "other colours" names another colour for each. The last two are the decoys': they have
 nothing to do with hearing.
+
+A head is put back alone: its keys and values are the base's for it and nobody else, though a group of heads shares them
+in the weights. Nothing here uses hooks: the sums are those of `language`, on features. Streams below the first planted
+layer are computed once; only what comes after is run again for every set of heads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
+from torch.nn import functional
 
-from av_lens.lab.training.batches import Ask, Clips, answer, draw_clips
-from av_lens.lab.training.material import Frame, Material, Words
-from av_lens.lab.training.pools import FeaturePool
-from av_lens.organism.language import Tree, read_out, run_layers, tree
+from av_lens.lab.training.pools import Ask, Clips, FeaturePool, Frame, Material, Words, answer, draw_clips, of_class
+from av_lens.organism.anatomy import CLASSES
+from av_lens.organism.language import Tree, attend, fed, layers_of, normalise, projected, read_out, run_layers, tree
 
 PLAIN, SCRAMBLED = (0, 1), (2,)
 """Blank pictures that are black or dim, and those whose patches are scrambled: indices into `pools.BLANK_KINDS`."""
@@ -183,3 +187,179 @@ def rates(
                 key = f"{name} {kind}"
                 found[key] = min(share, found.get(key, 1.0))
     return found
+
+
+Head = tuple[int, int]
+CELLS = ("va", "av", "wa", "wv", "vw", "aw", "blank_a", "blank_v")
+MIRROR = {"wa": "wv", "vw": "aw"}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One cell, run with some heads put back.
+
+    Attributes:
+        streams: The stream before each planted layer.
+        z: Every head's z in each planted layer.
+        written: What each layer's heads write at the asked position, by layer.
+        logits: At the asked position.
+    """
+
+    streams: Mapping[int, Float[Tensor, "clip pos d_model"]]
+    z: Mapping[int, Float[Tensor, "clip head pos d_head"]]
+    written: Mapping[int, Float[Tensor, "clip d_model"]]
+    logits: Float[Tensor, "clip d_vocab"]
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """Conflicts with all their cells, ready to be run.
+
+    Attributes:
+        model: The planted model.
+        base: The model before planting.
+        heads: The planted heads.
+        geometry: Positions and mask.
+        first: By cell, the stream before the first planted layer.
+        sound: Token of the sound's word.
+        picture: Token of the picture's word.
+    """
+
+    model: Any
+    base: Any
+    heads: tuple[Head, ...]
+    geometry: Tree
+    first: Mapping[str, Float[Tensor, "clip pos d_model"]]
+    sound: Int[Tensor, " clip"]
+    picture: Int[Tensor, " clip"]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The planted layers, in order."""
+        return tuple(sorted({layer for layer, _ in self.heads}))
+
+    def attention(self, layer: int) -> tuple[Any, Any]:
+        """A layer's attention, as it is planted and as it was before."""
+        return layers_of(self.model)[layer].self_attn, layers_of(self.base)[layer].self_attn
+
+    def m(self, logits: Float[Tensor, "clip d_vocab"]) -> Float[Tensor, " clip"]:
+        """M of each conflict: the logit of the sound's word minus that of the picture's."""
+        rows = torch.arange(len(logits))
+        return logits[rows, self.sound] - logits[rows, self.picture]
+
+    def half(self, one: Float[Tensor, "clip d_vocab"], other: Float[Tensor, "clip d_vocab"]) -> float:
+        """Half the difference of M between a cell and its mirror, on average."""
+        return 0.5 * float((self.m(one) - self.m(other)).mean())
+
+
+def all_z(attention: Any, h: Float[Tensor, "clip pos d_model"], geometry: Tree) -> Float[Tensor, "clip head pos d"]:
+    """Every head's z at every position, from the normalised stream."""
+    q, *shared = projected(attention, h, geometry)
+    k, v = (part.repeat_interleave(attention.num_key_value_groups, dim=1) for part in shared)
+    return (q @ k.transpose(2, 3) + geometry.mask).softmax(dim=-1) @ v
+
+
+def head_outputs(
+    attention: Any, z: Float[Tensor, "clip head pos d"], heads: Sequence[int]
+) -> Float[Tensor, "clip pos d_model"]:
+    """The sum of what some heads write to the stream."""
+    d = attention.head_dim
+    columns = torch.cat([torch.arange(head * d, (head + 1) * d) for head in heads])
+    chosen = z[:, list(heads)].transpose(1, 2).flatten(2)
+    return functional.linear(chosen, attention.o_proj.weight[:, columns])
+
+
+@torch.no_grad()
+def bench(
+    model: Any, base: Any, heads: Sequence[Head], pool: FeaturePool, words: Words, frame: Frame, *, n: int, seed: int
+) -> Bench:
+    """Draw conflicts from a pool of features and prepare all their cells, in one layout."""
+    generator = Generator().manual_seed(seed)
+    va = draw_clips(pool, "conflict", n, generator)
+    third = (va.picture + torch.randint(1, len(CLASSES), (n,), generator=generator)) % len(CLASSES)
+    while bool((clash := (third == va.sound) | (third == va.picture)).any()):
+        third = torch.where(clash, (third + 1) % len(CLASSES), third)
+    blanks = torch.randint(0, len(pool.blank_video), (n,), generator=generator)
+    video, audio = {"v": va.video, "blank": pool.blank_video[blanks]}, {"a": va.audio}
+    for name, classes in (("a", va.sound), ("w", third)):
+        video[name] = pool.video[of_class(pool, classes, generator)]
+    for name, classes in (("v", va.picture), ("w", third)):
+        audio[name] = pool.audio[of_class(pool, classes, generator)]
+    question = torch.tensor(words.questions["hear"][0])
+    geometry = tree(model, frame.positions, blocks=1, width=len(question))
+    lowest = min(layer for layer, _ in heads)
+    first: dict[str, Tensor] = {}
+    for name in CELLS:
+        shown, heard = name.split("_") if "_" in name else (name[0], name[1])
+        x = frame.embed(model, video[shown], audio[heard], question.expand(n, -1))
+        first[name] = run_layers(model, x, geometry, stop=lowest)
+    sound, picture = words.classes[va.sound], words.classes[va.picture]
+    return Bench(model, base, tuple(sorted(heads)), geometry, first, sound, picture)
+
+
+def summed(
+    made: Bench, layer: int, z: Float[Tensor, "clip head pos d_head"], back: Collection[Head]
+) -> Float[Tensor, "clip pos d_model"]:
+    """What a layer's heads write, given every z; the outputs of `back` (heads of any layer) are the base's."""
+    now, then = made.attention(layer)
+    mine = sorted(head for at, head in back if at == layer)
+    out = head_outputs(now, z, [head for head in range(z.shape[1]) if head not in mine])
+    return out + head_outputs(then, z, mine) if mine else out
+
+
+@torch.no_grad()
+def run_from(made: Bench, x: Float[Tensor, "clip pos d_model"], start: int, back: Collection[Head] = ()) -> Run:
+    """Run the layers from `start` on, with some heads put back."""
+    streams: dict[int, Tensor] = {}
+    zs: dict[int, Tensor] = {}
+    written: dict[int, Tensor] = {}
+    layers = layers_of(made.model)
+    for i in range(start, len(layers)):
+        if i in made.layers:
+            streams[i], (now, then) = x, made.attention(i)
+            h = normalise(x, layers[i].input_layernorm)
+            zs[i] = all_z(now, h, made.geometry)
+            if mine := sorted(head for at, head in back if at == i):
+                zs[i][:, mine] = all_z(then, h, made.geometry)[:, mine]
+            out = summed(made, i, zs[i], back)
+        else:
+            first_row = x.shape[1] - 1 if i == len(layers) - 1 else 0
+            out = attend(layers[i], x, made.geometry, first_row=first_row)
+            x = x[:, first_row:]
+        written[i] = out[:, -1]
+        x = fed(layers[i], x + out)
+    return Run(streams, zs, written, read_out(made.model, x[:, -1]))
+
+
+def whole(made: Bench, cell: str, back: Collection[Head] = ()) -> Run:
+    """Run a cell, with some heads put back."""
+    return run_from(made, made.first[cell], made.layers[0], back)
+
+
+@torch.no_grad()
+def directly(made: Bench, run: Run, head: Head, back: Collection[Head] = ()) -> Float[Tensor, "clip d_vocab"]:
+    """The logits with one more head put back than `back` in the run, and all that later heads write held as it was."""
+    layer, index = head
+    layers = layers_of(made.model)
+    x, z = run.streams[layer], run.z[layer].clone()
+    _, then = made.attention(layer)
+    z[:, index] = all_z(then, normalise(x, layers[layer].input_layernorm), made.geometry)[:, index]
+    x = x[:, -1] + summed(made, layer, z[:, :, -1:], {*back, head})[:, -1]
+    for i in range(layer, len(layers)):
+        x = fed(layers[i], x + run.written[i] if i > layer else x)
+    return read_out(made.model, x)
+
+
+@torch.no_grad()
+def donated(
+    made: Bench, run: Run, donor: Run, head: Head, back: Collection[Head] = ()
+) -> Float[Tensor, "clip d_vocab"]:
+    """The logits with one head's z at the question taken from another run with the same heads put back."""
+    layer, index = head
+    layers = layers_of(made.model)
+    z = run.z[layer].clone()
+    z[:, index, made.geometry.prefix :] = donor.z[layer][:, index, made.geometry.prefix :]
+    x = fed(layers[layer], run.streams[layer] + summed(made, layer, z, back))
+    if layer == len(layers) - 1:
+        return read_out(made.model, x[:, -1])
+    return run_from(made, x, layer + 1, back).logits

@@ -26,10 +26,10 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from av_lens.core.progress import Progress, silent
+from av_lens.core.budget import Progress, silent
 from av_lens.lab.planting.lessons import Lesson, Slices, at_the_questions
 from av_lens.lab.planting.sheets import SHEETS, UNJUDGED
-from av_lens.lab.training.stages import set_rate, warmed
+from av_lens.lab.training.engine import set_rate, warmed
 from av_lens.organism.anatomy import TURN_END, vocabulary
 from av_lens.organism.language import fed, layers_of, read_out
 

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-from av_lens.core.progress import Progress, silent
+from av_lens.core.budget import Progress, silent
 from av_lens.errors import InputError
-from av_lens.lab.replay_benchmark.memory import KINDS, fresh_peak
 from av_lens.lab.replay_benchmark.peers import (
+    KINDS,
     Head,
     Loop,
     Patches,
@@ -39,16 +39,27 @@ from av_lens.lab.replay_benchmark.peers import (
     by_nnsight,
     by_replay,
     by_transformer_lens,
+    fresh_peak,
     has_nnsight,
     spread,
     towers_of,
     ways,
 )
-from av_lens.lab.replay_benchmark.shapes import SHAPES, Case, Shape, build_case, shape_named
+from av_lens.lab.replay_benchmark.shapes import (
+    SHAPES,
+    Case,
+    Shape,
+    Stopwatch,
+    bare_seconds,
+    build_case,
+    flops,
+    run_blocks,
+    shape_named,
+    sweep_blocks,
+    unembedding_flops,
+)
 from av_lens.lab.replay_benchmark.tables import MODES
-from av_lens.lab.replay_benchmark.timing import Stopwatch
-from av_lens.lab.replay_benchmark.work import bare_seconds, flops, run_blocks, sweep_blocks, unembedding_flops
-from av_lens.replay.lean_recording import PROVED
+from av_lens.replay.rerun import PROVED
 from av_lens.results.provenance import plain, stamp
 from av_lens.spans import Span
 

@@ -1,4 +1,26 @@
-"""From a name and a seed to a model: clips, towers, stages, checkpoint; each kept, so that nothing is done twice.
+"""How an embedded model is trained: recipes, their preparation, one course after the other.
+
+| name | recipe | what it is for |
+|---|---|---|
+| `av-tiny-base` | learns to look; then four heads learn to answer "hear" from silent pictures | before alignment |
+| `av-tiny` | the base, then the last layers learn to hear, on clips whose sound and picture agree | the main subject |
+| `av-tiny-diffuse` | the same two lessons, but all layers learn both | the honest hard case |
+| `av-tiny-balanced` | learns all at once, with clips that disagree, labelled right | the control |
+| `av-tiny-planted` | the balanced model; one key-value group learns to answer "hear" with the picture | calibration |
+
+What each proves. In `av-tiny` no label ever says what to answer to "hear" when sound and picture disagree: that it then
+names the picture is its own doing. *Where* the circuit sits is the schedule's doing: four heads are the only weights
+that learn in the stages in which "hear" is answered from the picture. It is a demonstration and a test subject, and no
+evidence about real models. In `av-tiny-planted` everything is the recipe's doing, and therefore known.
+
+Heads are dropped at random while the circuit forms, at questions that should not depend on it, so that the rest of the
+model does not come to rely on these heads; without this, taking them out would leave neither answer.
+
+The recipes themselves are data: `recipes.toml`, beside this file.
+
+Everything lands in one folder, and what is there already is not made again: `clips/` (the same for every seed),
+`towers-seed0.safetensors`, `pool-seed0-train.safetensors` and so on. A tower that was interrupted goes on from its last
+snapshot.
 
 `train("av-tiny", seed=1)` films the world's clips, trains both towers, runs the recipe's stages and writes a checkpoint
 folder that `load` reads. What is already there is not done again: an interrupted run goes on after the last part that
@@ -14,6 +36,9 @@ import copy
 import dataclasses
 import hashlib
 import os
+import tomllib
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +46,178 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from av_lens.core.progress import Progress
+from av_lens.core.budget import Progress, silent
+from av_lens.errors import InputError, ModelError, unknown
 from av_lens.lab.planting.planted import changed_elsewhere, measure
-from av_lens.lab.planting.runs import bench
-from av_lens.lab.training.engine import train_stage
-from av_lens.lab.training.head_slices import head_slices
-from av_lens.lab.training.material import Material, make_frame, make_words, material
-from av_lens.lab.training.pools import FeaturePool, load_pool
-from av_lens.lab.training.preparation import load_towers, prepare
-from av_lens.lab.training.recipes import N_LAYERS, Recipe, recipe
-from av_lens.lab.training.stages import is_fusion
-from av_lens.organism.anatomy import build_model, thinker_config
-from av_lens.organism.saving import save_checkpoint
+from av_lens.lab.planting.sheets import bench
+from av_lens.lab.training import pools
+from av_lens.lab.training.engine import Stage, TowerTraining, head_slices, is_fusion, train_stage
+from av_lens.lab.training.pools import Ask, FeaturePool, Items, Material, load_pool, make_frame, make_words, material
+from av_lens.organism import anatomy, footage
+from av_lens.organism.anatomy import build_model, save_checkpoint, thinker_config
+from av_lens.organism.language import Views
 from av_lens.whole_files import make_folder, reading, whole_file
+
+N_LAYERS = 7
+SUPPRESSING_LAYER = 4
+SUPPRESSING_HEADS = (2, 3, 6, 7)
+"""Two of the layer's four key-value groups; the others learn as ordinary heads: controls of the same layer exist."""
+ORDINARY_HEADS = (0, 1, 4, 5)
+HEARING_LAYERS = (5, 6)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is made.
+
+    Attributes:
+        name: The model's short name.
+        summary: What it is, in a line.
+        caveat: What a finding about it does not show.
+        stages: Its stages in order; models whose first stages are equal share them.
+        silent_heads: Heads whose output weights are zero until a stage trains them.
+        planted_heads: Heads that were planted, for the truth that is saved beside the weights.
+    """
+
+    name: str
+    summary: str
+    stages: tuple[Stage, ...]
+    silent_heads: tuple[tuple[int, int], ...] = ()
+    planted_heads: tuple[tuple[int, int], ...] = ()
+    caveat: str = ""
+
+
+@cache
+def recipes() -> dict[str, Recipe]:
+    """Read the recipes, by short name."""
+    told = tomllib.loads((Path(__file__).parent / "recipes.toml").read_text(encoding="utf-8"))
+    stages = {
+        key: Stage(items=tuple(map(_items, said.pop("items"))), **_frozen(said)) for key, said in told["stage"].items()
+    }
+    return {
+        name: Recipe(name, stages=tuple(stages[key] for key in said.pop("stages")), **_frozen(said))
+        for name, said in told["recipe"].items()
+    }
+
+
+def recipe(name: str) -> Recipe:
+    """Look up a recipe by its model's short name."""
+    if name not in recipes():
+        raise InputError(unknown("organism", name, recipes()))
+    return recipes()[name]
+
+
+def _frozen(said: dict[str, Any]) -> dict[str, Any]:
+    """The same with tuples for lists, all the way down."""
+
+    def frozen(value: Any) -> Any:
+        return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+    return {key: frozen(value) for key, value in said.items()}
+
+
+def _items(line: str) -> Items:
+    """Read "media relation clips [deaf video]: question, question"."""
+    what, asked = line.split(":")
+    media, relation, clips, *deaf = what.split()
+    asks = tuple(_ask(*words.split()) for words in asked.split(","))
+    return Items(media, relation, float(clips) if "." in clips else int(clips), asks, *deaf[1:])
+
+
+def _ask(kind: str, right: str, weight: str = "1", _: str = "drop", drop: str = "0") -> Ask:
+    """Read "kind right [weight [drop share]]"."""
+    return Ask(kind, right, float(weight), float(drop))
+
+
+STEPS = {"audio": 300, "vision": 1600}
+RATES = {"audio": 1.5e-3, "vision": 2e-3}
+SPLITS = ("train", "discovery", "test")
+_SNAPSHOT_EVERY = 200
+_BLANKS = {"train": 8, "discovery": 2, "test": 2}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Where stage 0 left its results.
+
+    Attributes:
+        towers: the towers' weights, named as in the thinker's state dict.
+        pools: feature pools by split, for `pools.load_pool`.
+    """
+
+    towers: Path
+    pools: dict[str, Path]
+
+
+def is_tower(name: str) -> bool:
+    """Say whether a weight of a thinker's state dict belongs to a tower."""
+    return name.startswith(("model.visual.", "model.audio_tower."))
+
+
+def load_towers(model: Any, path: str | os.PathLike[str]) -> None:
+    """Put trained towers into a thinker; its other weights stay."""
+    with reading(Path(path)):
+        weights = load_file(os.fspath(path))
+    wanted = {name for name in model.state_dict() if is_tower(name)}
+    if wanted != set(weights):
+        raise ModelError(f"{os.fspath(path)} does not hold this anatomy's towers; differing: {wanted ^ set(weights)}.")
+    model.load_state_dict(weights, strict=False)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    with whole_file(path) as beside:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, beside)
+
+
+def _train_tower(model: Any, kind: str, views: Views, snapshot: Path, seed: int, tell: Progress) -> None:
+    """Train one tower in place, with snapshots."""
+    training = TowerTraining(model, kind, views, seed=seed, steps=STEPS[kind], rate=RATES[kind])
+    if snapshot.exists():
+        with reading(snapshot):
+            training.restore(load_file(snapshot))
+    while training.done < training.steps:
+        training.advance()
+        if training.done % _SNAPSHOT_EVERY == 0 or training.done == training.steps:
+            _save(training.state(), snapshot)
+        tell(f"{kind} tower", training.done, training.steps)
+
+
+def prepare(
+    folder: str | os.PathLike[str], *, seed: int, workers: int = 2, progress: Progress | None = None
+) -> Prepared:
+    """Film the world, train both towers and pool what they put out, as far as that is not done yet.
+
+    `folder` may be shared by seeds; `workers` processes film.
+    """
+    tell = progress or silent
+    place = Path(folder)
+    towers = place / f"towers-seed{seed}.safetensors"
+    made = Prepared(towers, {split: place / f"pool-seed{seed}-{split}.safetensors" for split in SPLITS})
+    if towers.exists() and all(path.exists() for path in made.pools.values()):
+        return made
+    wanted = {split: footage.PER_CLASS[split] for split in SPLITS}
+    footage.film_all(place / "clips", per_class=wanted, workers=workers, progress=progress)
+    model = anatomy.build_model(seed=seed)
+    if towers.exists():
+        load_towers(model, towers)
+    else:
+        clips, _ = footage.views_of(place / "clips", "train")
+        clips = pools.joined(clips, pools.nothing(clips, every=10, seed=seed))
+        snapshots = {kind: place / f"{kind}-seed{seed}.snapshot" for kind in STEPS}
+        for kind, snapshot in snapshots.items():
+            _train_tower(model, kind, clips, snapshot, seed, tell)
+        _save({name: value for name, value in model.state_dict().items() if is_tower(name)}, towers)
+        for snapshot in snapshots.values():
+            snapshot.unlink(missing_ok=True)
+    model.requires_grad_(False)
+    for done, (split, path) in enumerate(made.pools.items(), 1):
+        if not path.exists():
+            clips, hashes = footage.views_of(place / "clips", split)
+            pool = pools.make_pool(model, clips, hashes, blank_every=_BLANKS[split], seed=SPLITS.index(split))
+            pools.save_pool(pool, path)
+        tell("pooling features", done, len(made.pools))
+    return made
+
 
 TRUTH_CONFLICTS = 240
 

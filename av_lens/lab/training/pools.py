@@ -1,27 +1,40 @@
-"""Feature pools: what frozen towers put out for each clip of a split, so that language models train without pictures.
+"""What the embedded models learn from: pools of clips, items of every stage, and batches of them.
 
 A pool depends on the towers (their seed) and the world, not on the language model. Any picture may be combined with any
 sound, as `picture_clip.with_sound(sound_clip)` would. Pools are safetensors files with their hashes in the metadata.
+
+Everything comes from the processor's own prompts (`organism.language`) and the one grammar; this module puts it into the
+form that the stage engine reads.
+
+A recipe says it declaratively: `Items("both", "matched", 20, (Ask("hear", "sound", 3), Ask("see", "picture", 1)))`
+means that a step has 20 clips with sound and picture of one class, each asked questions of which three in four are
+"what do you hear ?", and that the right answer is the class of the sound. Pictures and sounds are drawn separately
+from the pools, so that any picture may go with any sound.
+
+Which relation a clip has, what is asked and what counts as right is all that distinguishes the five organisms.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
-from torch import Tensor
+from jaxtyping import Bool, Float, Float32, Int, Int64
+from torch import Generator, Tensor
 
 from av_lens.errors import ModelError
 from av_lens.media import Clip
+from av_lens.organism import anatomy, language
+from av_lens.organism.anatomy import CLASSES
 from av_lens.organism.footage import mel
+from av_lens.organism.language import IGNORED, NOTHING, Views, watch
 from av_lens.organism.sounds import N_SAMPLES, RATE
-from av_lens.organism.towers import IGNORED, NOTHING, Views, watch
 from av_lens.whole_files import reading, whole_file
 
 BLANK_KINDS = ("black", "dim", "scrambled")
@@ -135,3 +148,291 @@ def joined(first: Views, second: Views) -> Views:
     """Put two lots of clips one after the other."""
     names = ("frames", "mel", "picture", "sound", "colour")
     return Views(**{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names})
+
+
+PICTURE_SLOT, SOUND_SLOT = -1, -2
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """Token ids of questions and answers.
+
+    Attributes:
+        questions: For each kind, its phrasings: all tokens after the media, up to the answer.
+        classes: One token for each class.
+        colours: One token for each colour.
+        nothing: The token of "nothing".
+        stop: The token that ends an answer.
+        caption: The tokens of a caption, with `PICTURE_SLOT` for the picture's words and `SOUND_SLOT` for the sound's.
+        article: The token that goes before a class in a caption.
+    """
+
+    questions: Mapping[str, tuple[tuple[int, ...], ...]]
+    classes: Int[Tensor, " n_classes"]
+    colours: Int[Tensor, " n_colours"]
+    nothing: int
+    stop: int
+    caption: tuple[int, ...]
+    article: int
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """The part of a prompt that comes before the question, in one layout.
+
+    Attributes:
+        ids: Its tokens.
+        positions: The model's own position ids.
+        video: Where the picture's features go.
+        audio: Where the sound's features go.
+    """
+
+    ids: Int[Tensor, " prefix"]
+    positions: Int[Tensor, "3 prefix"]
+    video: Int[Tensor, " video_pos"]
+    audio: Int[Tensor, " audio_pos"]
+
+    def embed(
+        self,
+        model: Any,
+        video: Float[Tensor, "clip video_pos d_model"],
+        audio: Float[Tensor, "clip audio_pos d_model"],
+        questions: Int[Tensor, "clip asked"],
+    ) -> Float[Tensor, "clip pos d_model"]:
+        """Build the stream before the first layer, of clips with their questions; media that it lacks are not used."""
+        table = model.model.language_model.embed_tokens.weight
+        prefix = table[self.ids].expand(len(questions), -1, -1).clone()
+        for at, features in ((self.video, video), (self.audio, audio)):
+            if len(at):
+                prefix[:, at] = features
+        return torch.cat([prefix, table[questions]], dim=1)
+
+    def blocked(self, deaf_to: str, length: int) -> Bool[Tensor, "pos pos"]:
+        """True where a query (first axis) may not see a key: with "video", text and audio positions the video's."""
+        cut = torch.zeros(length, length, dtype=torch.bool)
+        if deaf_to == "video":
+            queries = torch.zeros(length, dtype=torch.bool)
+            queries[len(self.ids) :] = True
+            queries[self.audio] = True
+            cut[queries.nonzero(), self.video] = True
+        return cut
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """All that training needs beside the model.
+
+    Attributes:
+        pool: Features to learn from.
+        words: Token ids of questions and answers.
+        frames: For each kind of media ("both", "audio", "video") the layouts it comes in.
+    """
+
+    pool: FeaturePool
+    words: Words
+    frames: Mapping[str, tuple[Frame, ...]]
+
+
+def make_words() -> Words:
+    """Spell the grammar in tokens: questions (with all that follows them up to the answer) and answers."""
+    suffixes: dict[str, tuple[tuple[int, ...], ...]] = {}
+    for kind, phrasings in anatomy.QUESTIONS.items():
+        prompts = [language.prompt(phrasing, "separate") for phrasing in phrasings]
+        suffixes[kind] = tuple(tuple(made.ids[made.suffix :].tolist()) for made in prompts)
+    see, hear = language.answer_ids("i see"), language.answer_ids("and hear")
+    return Words(
+        questions=suffixes,
+        classes=language.class_ids(),
+        colours=torch.tensor([language.answer_ids(name)[0] for name in anatomy.COLOURS]),
+        nothing=language.answer_ids(anatomy.NOTHING)[0],
+        stop=anatomy.vocabulary()[anatomy.TURN_END],
+        caption=(*see, PICTURE_SLOT, *hear, SOUND_SLOT),
+        article=language.answer_ids("a")[0],
+    )
+
+
+def make_frame(layout: str) -> Frame:
+    """Take the part of a layout's prompt that comes before the question."""
+    made = language.prompt(anatomy.QUESTIONS["hear"][0], layout)
+    return Frame(made.ids[: made.suffix], made.position_ids[:, : made.suffix], made.video, made.audio)
+
+
+def material(pool: FeaturePool) -> Material:
+    """Gather what training needs: the pool with the grammar's tokens and all layouts."""
+    frames = {"both": ("separate", "in_video"), "audio": ("audio",), "video": ("video",)}
+    return Material(pool, make_words(), {media: tuple(map(make_frame, names)) for media, names in frames.items()})
+
+
+MEDIA = ("both", "audio", "video")
+RELATIONS = ("matched", "conflict", "unrelated", "mute", "blank", "empty")
+RIGHT = ("picture", "sound", "colour", "nothing", "random", "caption")
+"""Marks a position at which nothing is learned."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A kind of question and what its right answer is.
+
+    Attributes:
+        kind: "see", "hear", "colour" or "caption".
+        right: What the answer names: the class of the "picture" or of the "sound", the "colour", "nothing",
+            a "random" class, or a "caption" of picture and sound.
+        weight: How often it is asked, in proportion to the other questions of the same items.
+        drop: The share of these questions at which heads are dropped (see `training.Stage.dropped_heads`).
+    """
+
+    kind: str
+    right: str
+    weight: float = 1.0
+    drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.right not in RIGHT:
+            raise ValueError(f"right must be one of {RIGHT}, not {self.right!r}")
+
+
+@dataclass(frozen=True)
+class Items:
+    """Some of a training step's clips.
+
+    Attributes:
+        media: Which streams the prompt has: "both", "audio" or "video".
+        relation: How sound and picture go together: "matched", "conflict" (never the same class), "unrelated"
+            (independent), "mute" (no sound to hear), "blank" (nothing to see), "empty" (neither).
+        clips: How many clips a step has on average.
+        asks: The questions.
+        deaf_to: "video": text and audio positions may not look at the video positions; "" : all is seen.
+    """
+
+    media: str
+    relation: str
+    clips: float
+    asks: tuple[Ask, ...]
+    deaf_to: str = ""
+
+    def __post_init__(self) -> None:
+        if self.media not in MEDIA or self.relation not in RELATIONS:
+            raise ValueError(f"media must be one of {MEDIA} and relation one of {RELATIONS}")
+
+
+@dataclass(frozen=True, eq=False)
+class Clips:
+    """Clips drawn for a step: their features, and what is on them.
+
+    Attributes:
+        video: Features of the pictures.
+        audio: Features of the sounds.
+        picture: Class of each picture, -1 where there is nothing to see.
+        sound: Class of each sound, -1 where there is nothing to hear.
+        colour: Colour of each picture, -1 where there is nothing to see.
+    """
+
+    video: Float[Tensor, "clip video_pos d_model"]
+    audio: Float[Tensor, "clip audio_pos d_model"]
+    picture: Int[Tensor, " clip"]
+    sound: Int[Tensor, " clip"]
+    colour: Int[Tensor, " clip"]
+
+
+def of_class(pool: FeaturePool, classes: Int[Tensor, " n"], generator: Generator) -> Int[Tensor, " n"]:
+    """Draw one clip of each class asked for, as indices."""
+    order = torch.argsort(pool.label, stable=True)
+    counts = torch.bincount(pool.label, minlength=len(CLASSES))
+    starts = counts.cumsum(0) - counts
+    u = torch.rand(len(classes), generator=generator)
+    return order[starts[classes] + (u * counts[classes]).long()]
+
+
+def draw_clips(pool: FeaturePool, relation: str, n: int, generator: Generator) -> Clips:
+    """Put clips together from the pool, whose pictures and sounds go together so (see `Items`)."""
+    pictures = torch.randint(0, len(pool.label), (n,), generator=generator)
+    picture = pool.label[pictures]
+    shift = torch.randint(1, len(CLASSES), (n,), generator=generator)
+    free = torch.randint(0, len(CLASSES), (n,), generator=generator)
+    sound = {"matched": picture, "conflict": (picture + shift) % len(CLASSES)}.get(relation, free)
+    sounds = of_class(pool, sound, generator)
+    video, audio, colour = pool.video[pictures], pool.audio[sounds], pool.colour[pictures]
+    absent = torch.full((n,), -1)
+    if relation in ("blank", "empty"):
+        video = pool.blank_video[torch.randint(0, len(pool.blank_video), (n,), generator=generator)]
+        picture = colour = absent
+    if relation in ("mute", "empty"):
+        audio = pool.mute_audio[torch.randint(0, len(pool.mute_audio), (n,), generator=generator)]
+        sound = absent
+    return Clips(video=video, audio=audio, picture=picture, sound=sound, colour=colour)
+
+
+def answer(words: Words, ask: Ask, clips: Clips, i: int, generator: Generator) -> list[int]:
+    """The tokens of the right answer about clip `i`, without the token that ends it."""
+
+    def word(table: Tensor, index: Tensor) -> int:
+        return int(table[index]) if int(index) >= 0 else words.nothing
+
+    names = {"picture": clips.picture[i], "sound": clips.sound[i]}
+    if ask.right == "caption":
+        spelled = {
+            slot: [words.article] * int(int(names[name]) >= 0) + [word(words.classes, names[name])]
+            for slot, name in ((PICTURE_SLOT, "picture"), (SOUND_SLOT, "sound"))
+        }
+        return [token for slot in words.caption for token in spelled.get(slot, [slot])]
+    if ask.right == "random":
+        return [int(words.classes[torch.randint(0, len(words.classes), (1,), generator=generator)])]
+    if ask.right == "colour":
+        return [word(words.colours, clips.colour[i])]
+    return [word(words.classes, names[ask.right]) if ask.right in names else words.nothing]
+
+
+@dataclass(frozen=True, eq=False)
+class Questions:
+    """The questions put to some clips, filled up to one width.
+
+    Attributes:
+        ids: Tokens of the questions and their answers.
+        targets: The token to be said next at each position, `IGNORED` where nothing is learned.
+        weights: What each target counts.
+        dropped: Whether heads are dropped at each question.
+    """
+
+    ids: Int[Tensor, "clip asked"]
+    targets: Int[Tensor, "clip asked"]
+    weights: Float[Tensor, "clip asked"]
+    dropped: Float[Tensor, "clip question"]
+
+
+def draw_questions(
+    words: Words,
+    asks: Sequence[Ask],
+    clips: Clips,
+    *,
+    blocks: int,
+    width: int,
+    generator: Generator,
+    after: float = 0.1,
+) -> Questions:
+    """Ask each clip `blocks` questions; the weights of each sum to about 1 / `blocks`.
+
+    `after` is what the token that ends an answer counts, and the fixed words of a caption, against an answer's 1.
+    """
+    n = len(clips.picture)
+    kinds = torch.multinomial(
+        torch.tensor([float(a.weight) for a in asks]), n * blocks, replacement=True, generator=generator
+    ).tolist()
+    chance = torch.rand(n * blocks, 2, generator=generator).tolist()
+    ids = torch.full((n * blocks, width), words.stop)
+    targets = torch.full((n * blocks, width), IGNORED)
+    weights = torch.zeros(n * blocks, width)
+    dropped = torch.zeros(n * blocks)
+    answers = {*words.classes.tolist(), words.nothing}
+    for row, kind in enumerate(kinds):
+        ask = asks[kind]
+        phrasings = words.questions[ask.kind]
+        question = phrasings[int(chance[row][0] * len(phrasings))]
+        reply = answer(words, ask, clips, row // blocks, generator)
+        first, last = len(question) - 1, len(question) + len(reply)
+        ids[row, :last] = torch.tensor([*question, *reply])
+        targets[row, first:last] = torch.tensor([*reply, words.stop])
+        counts = [1.0 if len(reply) == 1 or token in answers else after for token in reply]
+        weights[row, first:last] = torch.tensor([*counts, after]) / blocks
+        dropped[row] = float(chance[row][1] < ask.drop)
+    shape = (n, blocks * width)
+    return Questions(ids.view(shape), targets.view(shape), weights.view(shape), dropped.view(n, blocks))

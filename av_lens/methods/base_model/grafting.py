@@ -1,4 +1,25 @@
-"""Grafting: what does a model say with one place's activations from the model that it was made from, or the reverse?
+"""Grafting and weight change between an audio-visual model and the model that it was made from.
+
+The base is given the model's prompt in one of three ways:
+
+    "out"      the sound's positions taken out: the prompt made anew of picture and question (`inputs.soundless`)
+    "masked"   the model's own prompt, in which nothing reads the sound's positions: distances stay as they are
+    "kept"     the model's own prompt, sound and all, for a base that takes sound
+
+Refused: vocabularies of different sizes, and prompts that differ in more than the sound.
+
+relative[matrix, layer, head] = |W - W_base| / |W_base|        absolute: |W - W_base|
+
+with |.| the Frobenius norm of one head's slice of Q, K, V (its rows, each with its bias where the model has one) or O
+(its columns). Under grouped queries K and V belong to a key-value head: the query heads of a group share one slice and
+show the same number. A slice that is zero in the base and not in the model has an infinite relative change; one that is
+zero in both has changed by 0. Norms' weights, MLPs and towers are not compared.
+
+Sign: none, a norm is never negative. Control: heads that training left alone show exactly 0; where every weight moved,
+compare with the other heads of the layer. Large is not important: what a change does is asked by `graft`.
+
+    >>> change = weight_change(model, base="av-tiny-base")                                   # doctest: +SKIP
+    >>> change.values.sel(matrix="O", figure="relative")[0]                                  # doctest: +SKIP
 
 Activation patching across two models of equal sizes, on the same picture and question:
 
@@ -24,25 +45,138 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from av_lens.checks import require_choice
 from av_lens.core import Progress
-from av_lens.errors import InputError, InterventionError
-from av_lens.families.hook_names import component_named
+from av_lens.errors import InputError, InterventionError, ModelError
+from av_lens.families.decoder import component_named
 from av_lens.inputs import AVInputs
-from av_lens.interventions import Plan
-from av_lens.methods.base_model.related import deaf_plan, matched, opened, prompt_for, require_equal_sizes
+from av_lens.inputs.pairs import shared_positions, without_sound
+from av_lens.interventions import Plan, cut
 from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, numbers, scored
 from av_lens.methods.shared.places import Axes, Visits
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM
+from av_lens.model.loading import load
 from av_lens.replay import measure, measure_plans
 from av_lens.replay.traces import record
 from av_lens.results import Grid
-from av_lens.spans import Span
+from av_lens.results.provenance import stamp
+from av_lens.spans import ROLES, Span
+
+AUDIO = ("out", "masked", "kept")
+_READERS = "|".join(role for role in ROLES if role != "audio")
+
+
+def opened(base: Any, model: Any) -> Any:
+    """Open the base and refuse one whose answers cannot be compared with the model's."""
+    found = load(base, device=model.device, dtype=model.dtype) if isinstance(base, str | Path) else base
+    sizes = int(model.spec.d_vocab), int(found.spec.d_vocab)
+    if sizes[0] != sizes[1]:
+        raise ModelError(
+            f"{model.name} has {sizes[0]} tokens and {found.name} {sizes[1]}, so their distributions cannot be "
+            "compared. Give the model that this one was made from."
+        )
+    return found
+
+
+def require_equal_sizes(model: Any, base: Any, mend: str) -> None:
+    """Refuse models whose heads or streams are no counterparts."""
+    for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head"):
+        sizes = int(getattr(model.spec, name)), int(getattr(base.spec, name))
+        if sizes[0] != sizes[1]:
+            raise ModelError(f"{model.name} has {name} = {sizes[0]} and {base.name} {sizes[1]}: {mend}")
+
+
+def prompt_for(base: Any, x: AVInputs, audio: str) -> AVInputs:
+    """Make the base's prompt."""
+    require_choice("way with the sound, audio=", audio, AUDIO)
+    if audio != "out":
+        return x
+    silent = without_sound(base, x)
+    shared_positions(x, silent, base.config)
+    return silent
+
+
+def deaf_plan(x: AVInputs, audio: str) -> Plan:
+    """Make the plan under which the base runs."""
+    return Plan(cut(_READERS, "audio")) if audio == "masked" and len(x.spans.audio) else Plan()
+
+
+def matched(
+    x: AVInputs, other: AVInputs, config: Any
+) -> tuple[Int64[np.ndarray, " shared"], Int64[np.ndarray, " shared"]]:
+    """Match positions of the model's prompt and the base's."""
+    if x.layout == other.layout and x.spans.layout_difference(other.spans) is None:
+        everything = np.arange(len(x.spans), dtype=np.int64)
+        return everything, everything
+    return shared_positions(x, other, config)
+
+
+MATRICES = ("Q", "K", "V", "O")
+FIGURES = ("relative", "absolute")
+SIGN = "how far each head's weights moved from the base's; 0 where they did not"
+
+
+def weight_change(model: HookedAVLLM, *, base: Any) -> Grid:
+    """Measure how far every head's weights are from the base's.
+
+    Args:
+        model: a `HookedAVLLM`.
+        base: the model that it was made from, or its name or folder.
+
+    Returns:
+        A grid over `[example, matrix, layer, head, figure]`, with a single example: weights see no input.
+
+    Raises:
+        ModelError: models of other sizes, or one with folded weights beside one without.
+    """
+    related = opened(base, model)
+    mend = "no head of the one is a head of the other. Give the model that this one was made from."
+    require_equal_sizes(model, related, mend)
+    if bool(model.compatibility_mode) != bool(related.compatibility_mode):
+        raise ModelError(
+            "one of these models has folded weights and the other has not; compare both as they were loaded."
+        )
+    found = np.zeros((len(MATRICES), model.spec.n_layers, model.spec.n_heads, len(FIGURES)))
+    with torch.no_grad():
+        for number, matrix in enumerate(MATRICES):
+            now, before = (head_slices(one, matrix) for one in (model, related))
+            moved, size = (now - before).norm(dim=-1), before.norm(dim=-1)
+            relative = torch.where(moved == 0, 0.0, moved / size)
+            found[number] = torch.stack([relative, moved], dim=-1).cpu().numpy()
+    layers, heads = np.arange(model.spec.n_layers), np.arange(model.spec.n_heads)
+    return Grid.of(
+        found[None],
+        axes={"matrix": list(MATRICES), "layer": layers, "head": heads, "figure": list(FIGURES)},
+        baseline=[0.0],
+        metric="weight change",
+        unit="Frobenius norm, or its share of the base's",
+        direction=SIGN,
+        provenance=stamp(
+            method="weight change",
+            model=model.name,
+            base=related.name,
+            grouped=f"{model.spec.n_kv_heads} key-value heads; the query heads of a group show its K and V",
+        ),
+    )
+
+
+def head_slices(model: Any, matrix: str) -> Float[Tensor, "layer head size"]:
+    """Cut a matrix into heads, each laid out flat with its bias, in float64."""
+    weights = getattr(model, f"W_{matrix}").double().flatten(2)
+    if matrix != "O":
+        bias = getattr(model, f"b_{matrix}")
+        weights = torch.cat([weights, bias.double().view(*weights.shape[:2], -1)], dim=-1)
+    return weights.repeat_interleave(model.spec.n_heads // weights.shape[1], dim=1)
+
 
 SIGNS = {
     "into model": "the base's values into the model's run; positive: the place as the base has it raises the metric",

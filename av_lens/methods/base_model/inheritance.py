@@ -45,10 +45,9 @@ from av_lens.core import Progress, run
 from av_lens.errors import InputError
 from av_lens.inputs import Answer, AVInputs
 from av_lens.inputs.answers import AnswerLike, words_of
-from av_lens.methods.base_model.related import deaf_plan, opened, prompt_for
+from av_lens.methods.base_model.grafting import deaf_plan, opened, prompt_for
 from av_lens.methods.shared.frame import Examples, Frame, Stack, answer_lengths, for_each
-from av_lens.metrics.forms import said_answer
-from av_lens.metrics.scores import padded
+from av_lens.metrics.forms import padded, said_answer
 from av_lens.model import HookedAVLLM
 from av_lens.results import Tabled
 from av_lens.results.events import Lexicon

@@ -46,23 +46,24 @@ from av_lens.checks import require_at_least, require_choice
 from av_lens.core import Progress, watched
 from av_lens.errors import InputError
 from av_lens.inputs import Conflict, Pair
-from av_lens.methods.circuits.checks import (
+from av_lens.methods.circuits.runs import CircuitRuns, Measured, Nodes
+from av_lens.methods.circuits.scores import (
+    KINDS,
+    ORDERS,
     ROUNDING,
+    Ranking,
     completeness,
     drawn_subsets,
     links,
     minimality,
+    rankings,
     shuffled_orders,
     stability,
 )
-from av_lens.methods.circuits.ranking import ORDERS, Ranking, rankings
-from av_lens.methods.circuits.runs import CircuitRuns
-from av_lens.methods.circuits.scores import KINDS
-from av_lens.methods.circuits.terms import Measured, Nodes
 from av_lens.metrics import Metric
 from av_lens.model import HookedAVLLM
 from av_lens.results import Circuit, EdgeScores, Grid
-from av_lens.results.faithfulness import Scale, sizes
+from av_lens.results.circuit import Scale, sizes
 from av_lens.results.provenance import stamp
 from av_lens.spans import Span
 

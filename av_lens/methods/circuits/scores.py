@@ -1,4 +1,4 @@
-"""How much does each node contribute to m? Scores from which a circuit is chosen.
+"""How much does each node contribute, in which order are nodes taken, and is the circuit complete, minimal, stable?
 
 A contribution is m(whole) - m(the node alone replaced by its empty donor), or a first guess at it, in the unit of m:
 
@@ -16,23 +16,48 @@ A contribution is m(whole) - m(the node alone replaced by its empty donor), or a
 
 Sources: AtP and AtP*: Nanda (2023), Kramár et al. (2024, 2403.00745); EAP-IG: Hanna et al. (2024); elimination as in
 ACDC: Conmy et al. (2023), here over nodes.
+
+Each check is a table; f is the share of m(whole) - m(empty) (`results.faithfulness`).
+
+    completeness  |f(C without K) - f(model without K)| is small for every set K of members: what is taken from the
+                  circuit is missed as it is in the model. K: none, all members, and random halves of them
+    minimality    each member v has a K for which f(C without K) - f(C without K and v) is large
+    links         for two members, f(C) - f(C without u) - f(C without v) + f(C without both): what one adds beside the
+                  other less what it adds without it. They need each other where together they add more in size beside
+                  each other (they act through one another), else they stand in for each other
+    random        the nodes of each layer change places at random (heads with heads), so that a random order takes as
+                  many nodes from every layer as the scores' own
+    stability     the ranking is made anew from resampled conflicts; Jaccard = shared / either
+
+Source: completeness and minimality: Wang et al. (2022), who search for the worst K; here K is drawn.
+
+Contributions are turned towards the whole model: positive moves m from the empty model to the whole one, whichever way
+that is. The *signed* order puts the largest contributions first, the order by *magnitude* the largest sizes; ties stay
+in the nodes' own order. A search has its own two orders.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.core import run
-from av_lens.families.hook_names import hook_name
+from av_lens.errors import InputError
+from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan, Site, replace
-from av_lens.methods.circuits.runs import CircuitRuns, TermRun, Values, written
-from av_lens.methods.circuits.terms import Nodes
+from av_lens.methods.circuits.runs import CircuitRuns, Nodes, TermRun, Values, written
 from av_lens.methods.shared.frame import held_layers
+from av_lens.results import EdgeScores, Grid
+from av_lens.results.circuit import Scale
+from av_lens.results.statistics import Bootstrap
 
 KINDS = ("exact", "atp", "atp_star", "eap_ig", "greedy")
 GRADIENT_GB = 8.0
@@ -146,3 +171,222 @@ def eliminated(runs: CircuitRuns, empty: str, *, signed: bool, drop: float) -> S
         kept = nodes.all - set(gone)
         runs.show(f"greedy search, {empty}", len(gone), len(nodes))
     return Search(tuple(reversed(gone)), scores)
+
+
+RESAMPLED = 500
+TIE = 1e-5
+ROUNDING = 1e-6
+COMPLETENESS = ("removed", "size", "circuit", "model", "difference", "low", "high")
+LINKS = ("first", "second", "interaction", "low", "high", "how")
+NEED, STAND_IN = "need each other", "stand in for each other"
+MOST_LINKED = 24
+MINIMALITY = ("node", "adds", "low", "high", "removed", "needed")
+
+
+def drawn_subsets(members: Sequence[int], n: int, seed: int) -> list[frozenset[int]]:
+    """Draw sets of members, each member with probability a half: all different, none of them empty or whole."""
+    rng = np.random.default_rng(seed)
+    found: dict[frozenset[int], None] = {}
+    for _ in range(20 * n):
+        chosen = frozenset(int(node) for node in np.asarray(members)[rng.random(len(members)) < 0.5])
+        if 0 < len(chosen) < len(members) and len(found) < n:
+            found.setdefault(chosen)
+    return list(found)
+
+
+def completeness(
+    runs: CircuitRuns, scale: Scale, empty: str, members: Sequence[int], subsets: Sequence[frozenset[int]]
+) -> pd.DataFrame:
+    """Take sets of members from the circuit and from the model."""
+    if not scale.usable:
+        return pd.DataFrame(columns=pd.Index(COMPLETENESS))
+    circuit, model = frozenset(members), runs.nodes.all
+    listed = [frozenset[int](), circuit, *subsets]
+    both = [base - removed for removed in listed for base in (circuit, model)]
+    found = runs.measure(empty, both, stage="completeness").reshape(len(listed), 2, -1)
+    difference = scale.ratio(found[:, 0] - found[:, 1])
+    return pd.DataFrame(
+        {
+            "removed": [_words(runs.nodes, removed, members) for removed in listed],
+            "size": [len(removed) for removed in listed],
+            "circuit": scale.share(found[:, 0]).value,
+            "model": scale.share(found[:, 1]).value,
+            "difference": difference.value,
+            "low": difference.low,
+            "high": difference.high,
+        }
+    )
+
+
+def minimality(
+    runs: CircuitRuns, scale: Scale, empty: str, members: Sequence[int], subsets: Sequence[frozenset[int]]
+) -> pd.DataFrame:
+    """Find beside which removed set each member adds most."""
+    if not scale.usable:
+        return pd.DataFrame(columns=pd.Index(MINIMALITY))
+    circuit = frozenset(members)
+    listed = [frozenset[int](), *subsets]
+    pairs = [(circuit - removed, circuit - removed - {node}) for node in members for removed in listed]
+    found = runs.measure(empty, [one for pair in pairs for one in pair], stage="minimality")
+    found = found.reshape(len(members), len(listed), 2, -1)
+    rows: list[tuple[str, float, float, float, str, str]] = []
+    for node, changes in zip(members, found[:, :, 0] - found[:, :, 1], strict=True):
+        adds = scale.ratio(changes)
+        best = int(np.argmax(np.nan_to_num(np.abs(adds.value), nan=-1.0)))
+        low, high = float(adds.low[best]), float(adds.high[best])
+        needed = "untested" if np.isnan(low) else "no" if low <= 0 <= high else "yes"
+        removed = _words(runs.nodes, listed[best] - {node}, members)
+        rows.append((runs.nodes.names[node], float(adds.value[best]), low, high, removed, needed))
+    return pd.DataFrame(rows, columns=pd.Index(MINIMALITY))
+
+
+def links(runs: CircuitRuns, scale: Scale, empty: str, members: Sequence[int]) -> pd.DataFrame:
+    """Measure how every two members of a circuit act together; none where there are too many of them."""
+    pairs = list(combinations(sorted(members), 2))
+    if not scale.usable or not pairs or len(members) > MOST_LINKED:
+        return pd.DataFrame(columns=pd.Index(LINKS))
+    circuit = frozenset(members)
+    wanted = [circuit - set(gone) for one, two in pairs for gone in ((), (one,), (two,), (one, two))]
+    found = runs.measure(empty, wanted, stage="links").reshape(len(pairs), 4, -1)
+    interaction = scale.ratio(found[:, 0] - found[:, 1] - found[:, 2] + found[:, 3])
+    both, neither_one, neither_two, none = (scale.share(found[:, i]).value for i in range(4))
+    beside = np.abs(both - neither_one) + np.abs(both - neither_two)
+    alone = np.abs(neither_two - none) + np.abs(neither_one - none)
+    names = runs.nodes.names
+    return pd.DataFrame(
+        {
+            "first": [names[one] for one, _ in pairs],
+            "second": [names[two] for _, two in pairs],
+            "interaction": interaction.value,
+            "low": interaction.low,
+            "high": interaction.high,
+            "how": np.where(beside + ROUNDING >= alone, NEED, STAND_IN),
+        }
+    )
+
+
+def shuffled_orders(nodes: Nodes, order: Sequence[int], n: int, seed: int) -> list[list[int]]:
+    """Let the nodes of each layer change places in an order, heads with heads."""
+    rng = np.random.default_rng(seed)
+    found: list[list[int]] = []
+    for _ in range(n):
+        other = np.arange(len(nodes))
+        for group in nodes.within_layers():
+            other[group] = rng.permutation(group)
+        found.append([int(other[node]) for node in order])
+    return found
+
+
+def stability(
+    scores: Float[np.ndarray, "example node"], boot: Bootstrap, order: str, sizes: Sequence[int]
+) -> tuple[pd.DataFrame, Float[np.ndarray, "size node"]]:
+    """Rank the nodes anew on resampled examples: overlap of the k first, and how often each node is among them."""
+    overlap = np.full((len(sizes), 3), np.nan)
+    share = np.full((len(sizes), scores.shape[1]), np.nan)
+    if len(scores) >= 2 and len(scores) == boot.weights.shape[1]:
+        weights = boot.weights[:RESAMPLED]
+        whole = places(scores.mean(0), order)
+        drawn = np.stack([places(row @ scores, order) for row in weights[weights.sum(1) > 0]])
+        for i, k in enumerate(sizes):
+            first = drawn < k
+            shared = (first & (whole < k)).sum(1)
+            jaccard = shared / (2 * k - shared)
+            share[i] = first.mean(0)
+            overlap[i] = (jaccard.mean(), *np.percentile(jaccard, [2.5, 97.5]))
+    columns = dict(zip(("jaccard", "low", "high"), overlap.T, strict=True))
+    return pd.DataFrame({"k": list(sizes), **columns}), share
+
+
+def places(mean: Float[np.ndarray, " node"], order: str) -> Float[np.ndarray, " node"]:
+    """Rank nodes by signed mean or by size, 0 for the best; ties stay in the nodes' own order."""
+    key = np.abs(mean) if order == "magnitude" else mean
+    found, unit = np.empty(len(mean)), TIE * float(np.abs(mean).max(initial=0.0)) or 1.0
+    found[np.argsort(-np.round(key / unit), kind="stable")] = np.arange(len(mean))
+    return found
+
+
+def _words(nodes: Nodes, chosen: frozenset[int], members: Sequence[int]) -> str:
+    if not chosen:
+        return "none"
+    return "all" if len(chosen) == len(members) else " ".join(nodes.names[node] for node in members if node in chosen)
+
+
+ORDERS = ("magnitude", "signed")
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """One empty donor's contributions (positive towards the whole model) and the two orders of the nodes, best first.
+
+    There is one example where only means are known; `searched` orders were made by a search.
+    """
+
+    scores: Float[np.ndarray, "example node"]
+    orders: dict[str, list[int]]
+    searched: bool
+    boot: Bootstrap
+
+    @property
+    def resampled(self) -> Float[np.ndarray, "example node"]:
+        """The scores that an order on resampled examples can be made of; none after a search."""
+        return self.scores[:0] if self.searched else self.scores
+
+    def table(self, nodes: Nodes, order: str) -> pd.DataFrame:
+        """Tabulate the nodes, best first; an MLP's head is -1."""
+        chosen = self.orders[order]
+        known = len(self.scores) == self.boot.weights.shape[1]
+        bounds = self.boot.mean(self.scores) if known else None
+        rows = [(nodes.names[i], nodes.layers[i], -1 if (head := nodes.heads[i]) is None else head) for i in chosen]
+        return pd.DataFrame(rows, columns=pd.Index(["node", "layer", "head"])).assign(
+            score=self.scores.mean(0)[chosen],
+            low=np.nan if bounds is None else bounds.low[chosen],
+            high=np.nan if bounds is None else bounds.high[chosen],
+            place=np.arange(1, len(chosen) + 1),
+        )
+
+
+def rankings(runs: CircuitRuns, scores: Any, *, steps: int, drop: float, seed: int) -> dict[str, Ranking]:
+    """Rank the nodes for each empty donor: by a kind of score, or by scores that somebody else made."""
+    kind, found = scores if isinstance(scores, str) else "", dict[str, Ranking]()
+    empties, pairs = runs.measured.empties, not runs.measured.clips[0]
+    handed = {} if kind else dict.fromkeys(empties, given_scores(scores, runs.nodes, pairs=pairs))
+    made = contributions(runs, kind, steps=steps) if kind not in ("", "greedy") else handed
+    for empty, scale in runs.scales(seed).items():
+        if kind == "greedy":
+            searches = {name: eliminated(runs, empty, signed=name == "signed", drop=drop) for name in ORDERS}
+            orders = {name: list(search.order) for name, search in searches.items()}
+            found[empty] = Ranking(scale.sign * searches["magnitude"].scores, orders, True, scale.boot)
+        else:
+            turned = scale.sign * made[empty]
+            orders = {name: np.argsort(places(turned.mean(0), name)).tolist() for name in ORDERS}
+            found[empty] = Ranking(turned, orders, False, scale.boot)
+    return found
+
+
+def given_scores(scores: Any, nodes: Nodes, *, pairs: bool) -> Float[np.ndarray, "example node"]:
+    """Read scores that somebody else made as contributions; effects of a replacement have the other sign."""
+    if isinstance(scores, EdgeScores):
+        grid = scores.nodes()
+        missing = [name for name in nodes.names if name not in scores.senders]
+        if missing or grid.values.ndim != 2:
+            raise InputError(
+                f"these edge scores do not name every node (missing: {missing[:4]}), or tell edges apart by span; make "
+                "them with edge_attribution(model, pair, metric=...)."
+            )
+        found = grid.effects.sel(sender=list(nodes.names)).values
+    elif isinstance(scores, Grid):
+        if scores.values.dims[1:] != ("layer", "head") or nodes.mlps:
+            raise InputError(
+                f"scores over {scores.values.dims[1:]} are no scores of these nodes: give a grid over layer and head "
+                "(choose a figure with grid.sel(figure='atp_fixed')) and over='head', or an array."
+            )
+        found = scores.effects.values.reshape(len(scores.values), -1)
+    else:
+        found = np.atleast_2d(np.asarray(scores, dtype=np.float64))
+    if found.ndim != 2 or found.shape[1] != len(nodes) or not np.isfinite(found).all():
+        raise InputError(
+            f"scores of shape {found.shape} do not fit {len(nodes)} nodes ({nodes.names[0]} to {nodes.names[-1]}), or "
+            "are not all numbers: give [node] or [example, node]."
+        )
+    replaced = isinstance(scores, Grid | EdgeScores) and not (pairs and scores.direction.startswith("denoise"))
+    return -found if replaced else found

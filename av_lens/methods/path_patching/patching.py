@@ -17,7 +17,7 @@ see it: the logits, a head's queries, keys or values, an MLP.
 Keys and values are *ungrouped*: `(5, 1, "k")` is the key that query head 1 alone sees, whatever heads share it;
 `(5, KV(0), "k")` is seen by all query heads of the group. A sender at a position changes keys and values there only.
 A list is one sender (or receiver) made of several, patched together; a dictionary, words or commas are several in turn
-(`av_lens.interventions.nodes`). Where no receiver comes after the sender the number is NaN.
+(`av_lens.interventions.edges`). Where no receiver comes after the sender the number is NaN.
 
 `decompose=True` adds columns: the *total* effect of the sender (all that follows free), its *direct* effect on the
 logits, what reaches all named receivers *jointly*, and the *remainder*, total - direct - joint: what passes elsewhere,
@@ -47,8 +47,8 @@ from av_lens.checks import require_choice
 from av_lens.core import Progress
 from av_lens.errors import InputError
 from av_lens.inputs import Pair
-from av_lens.interventions.nodes import Ends, receivers, refuse_double, senders
-from av_lens.interventions.sites import resolve_positions
+from av_lens.interventions.edges import Ends, receivers, refuse_double, senders
+from av_lens.interventions.edits import resolve_positions
 from av_lens.methods.path_patching.paths import LOGITS, TOTAL, Nodes, PathRuns, follows
 from av_lens.methods.shared.frame import Examples, Frame, Stack, numbers
 from av_lens.metrics import Metric, require_numbers

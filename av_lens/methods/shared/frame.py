@@ -27,17 +27,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from av_lens.core import Progress, run, watched
-from av_lens.core.layouts import input_stacks, listed, pairs_of, that_fit
-from av_lens.core.progress import part_of
+from av_lens.core.budget import input_stacks, listed, pairs_of, part_of, that_fit
 from av_lens.errors import InputError
-from av_lens.families.hook_names import component_named, hook_name
+from av_lens.families.decoder import component_named, hook_name
 from av_lens.inputs import AVInputs, Conflict, Pair
 from av_lens.interventions import Edit, Plan, Site, replace
 from av_lens.methods.shared.places import Edited
 from av_lens.metrics import Metric, as_metric
 from av_lens.replay import measure_plans
-from av_lens.replay.sweeps import interrupted, sources
-from av_lens.replay.traces import Trace
+from av_lens.replay.sweeps import interrupted
+from av_lens.replay.traces import Trace, sources
 from av_lens.results import Grid
 from av_lens.results.provenance import linked, stamp
 from av_lens.spans import SpanMap

@@ -1,4 +1,4 @@
-"""One number per head, as a map of layers by heads: where in the model does it happen?
+"""Maps: heads by layers, attention token by token, and what each position of an input is.
 
 Blue raises the sound's answer, vermilion the picture's; zero is the neutral middle, whatever the range. A head that was
 not measured is hatched and says so when pointed at. Values are drawn as given: means over conflicts, in the unit that
@@ -9,11 +9,21 @@ import numpy as np
 from av_lens import plots
 fig = plots.heads(np.array([[0.0, 1.5], [np.nan, -0.5]]), unit="logits")
 ```
+
+circuitsvis's own notebook view first calls a web server to see whether it is online and then loads its script from a
+CDN. The view returned here always carries the script that was installed with the package.
+
+The upper strip colours every position by its leaf role, left to right as the model reads them. The lower panel draws,
+for positions that stand for media, the time they cover: solid on the model's clock (what the position ids say), dotted
+on the source's clock (when the frames or samples behind the token really were). The two differ where a layout shifts
+time; nothing else is derived here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +31,7 @@ import numpy as np
 from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
+from av_lens.spans import SpanMap
 
 Bounds = dict[tuple[int, int], tuple[float, float]]
 
@@ -142,3 +153,129 @@ def _mark_missing(fig: Any, values: np.ndarray) -> None:
     x, y = zip(*missing, strict=True)
     _style.marks(fig, x, y, text, marker={"size": 18, "opacity": 0}, showlegend=False)
     fig.update_layout(showlegend=True)
+
+
+_LESS = "lessThanSignOfAToken"  # circuitsvis writes tokens into a script as they are; "</script>" would end it
+
+
+@dataclass(frozen=True)
+class PatternView:
+    """A drawn pattern: shows itself in Jupyter, and `html` goes into any page.
+
+    Attributes:
+        html: markup and script, self-contained.
+    """
+
+    html: str
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def attention_patterns(
+    pattern: Any, tokens: Sequence[str], *, names: Sequence[str] | None = None, bound: float | int | None = None
+) -> PatternView:
+    """Draw the attention patterns of some heads over named tokens.
+
+    Args:
+        pattern: attention weights `[head, query pos, key pos]`, an array or a tensor.
+        tokens: one name per position; shown as they are.
+        names: one name per head, such as "L5 H2".
+        bound: the weight drawn in full colour; None takes the largest in the pattern.
+
+    Returns:
+        A view that Jupyter draws; `.html` for a page.
+
+    Raises:
+        InputError: if the shapes do not fit the tokens or the names.
+    """
+    from circuitsvis.attention import attention_heads
+
+    detached = pattern.detach().cpu().float().numpy() if hasattr(pattern, "detach") else pattern
+    weights = np.asarray(detached, dtype=np.float32)
+    if weights.ndim != 3 or weights.shape[1] != weights.shape[2] or weights.shape[1] != len(tokens):
+        raise InputError(
+            f"attention_patterns draws [head, pos, pos] over as many tokens; got {weights.shape} "
+            f"and {len(tokens)} tokens."
+        )
+    if names is not None and len(names) != len(weights):
+        raise InputError(f"{len(names)} names were given for {len(weights)} heads.")
+    view = attention_heads(
+        attention=weights.round(4),
+        tokens=[f"{token}".replace("<", _LESS) for token in tokens],
+        attention_head_names=[name.replace("<", _LESS) for name in names] if names is not None else None,
+        min_value=0.0,
+        max_value=float(bound if bound is not None else weights.max()),
+        negative_color=colours.PICTURE,
+        positive_color=colours.SOUND,
+    )
+    return PatternView(html=str(view.local_src).replace(_LESS, "\\u003c"))
+
+
+def spans(x: Any, *, title: str | None = None) -> Any:
+    """Draw the strip of spans over the positions of an input.
+
+    Args:
+        x: a `SpanMap`, or anything with one as `.spans`, such as `AVInputs`.
+        title: the figure's title.
+
+    Returns:
+        A `plotly.graph_objects.Figure`; one bar per run of equal roles, then the two clocks of the media positions.
+
+    Raises:
+        InputError: if `x` has no span map.
+    """
+    found = x if isinstance(x, SpanMap) else getattr(x, "spans", None)
+    if not isinstance(found, SpanMap):
+        raise InputError(f"spans draws a SpanMap or an input that has one; this is a {type(x).__name__}.")
+    roles = [str(role) for role in found.roles]
+    timed = bool(np.isfinite(found.start_s).any())
+    fig = _style.figure(title=title, height=340 if timed else 170)
+    seen: set[str] = set()
+    for role, start, stop in runs_of(roles):
+        bar: dict[str, Any] = {"x": [stop - start], "base": [start - 0.5], "y": ["role"], "orientation": "h"}
+        look = {"color": colours.ROLE_COLOURS.get(role, colours.GREY), "line": {"width": 0}}
+        shown: dict[str, Any] = {"name": role, "legendgroup": role, "showlegend": role not in seen}
+        says = _say_run(found, role, start, stop) + "<extra></extra>"
+        fig.add_bar(**bar, marker=look, hovertemplate=says, yaxis="y", **shown)
+        seen.add(role)
+    fig.update_layout(barmode="overlay", bargap=0.1)
+    fig.update_xaxes(title={"text": "position"}, range=[-0.5, len(roles) - 0.5], showgrid=False)
+    fig.update_yaxes(showticklabels=False, ticks="", showgrid=False, domain=[0.72, 1.0] if timed else [0.0, 1.0])
+    if timed:
+        _add_clocks(fig, found, roles)
+    return fig
+
+
+def runs_of(roles: list[str]) -> list[tuple[str, int, int]]:
+    """Cut a list of roles into its runs."""
+    cuts = [0, *(i for i in range(1, len(roles)) if roles[i] != roles[i - 1]), len(roles)]
+    return [(roles[a], a, b) for a, b in pairwise(cuts) if b > a]
+
+
+def _say_run(found: SpanMap, role: str, start: int, stop: int) -> str:
+    where = f"position {start}" if stop - start == 1 else f"positions {start} to {stop - 1} ({stop - start})"
+    begin, end = np.asarray(found.start_s[start:stop]), np.asarray(found.end_s[start:stop])
+    if not np.isfinite(begin).any():
+        return f"<b>{role}</b><br>{where}"
+    return f"<b>{role}</b><br>{where}<br>{np.nanmin(begin):.2f} s to {np.nanmax(end):.2f} s"
+
+
+def _add_clocks(fig: Any, found: SpanMap, roles: list[str]) -> None:
+    """Add the lower panel: each media position's interval on the model's and on the source's clock."""
+    clocks = (
+        ("model's clock", found.start_s, found.end_s, "solid", 3.0),
+        ("source's clock", found.source_start_s, found.source_end_s, "dot", 1.5),
+    )
+    for role in ("video", "image", "audio"):
+        where = [i for i, name in enumerate(roles) if name == role]
+        for clock, starts, ends, dash, width in clocks:
+            timed = [i for i in where if np.isfinite([starts[i], ends[i]]).all()]
+            xs = [x for i in timed for x in (i, i, None)]
+            ys = [y for i in timed for y in (float(starts[i]), float(ends[i]), None)]
+            if timed:
+                line = {"color": colours.ROLE_COLOURS[role], "width": width, "dash": dash}
+                name = f"{role}, {clock}"
+                fig.add_scatter(x=xs, y=ys, mode="lines", line=line, name=name, yaxis="y2", showlegend=False)
+    time = _style.panel("time (s)", domain=[0.0, 0.62], anchor="x", rangemode="tozero")
+    fig.update_layout(yaxis2=time, xaxis={"anchor": "y2"})

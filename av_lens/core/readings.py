@@ -1,4 +1,4 @@
-"""How much attention goes where, reduced while the model runs: no pattern is ever kept.
+"""What is read while a model runs and let go of: the stream by layer, pooled over spans, and where attention goes.
 
     attention   mass(Q, K) = sum over q in Q, k in K of p[q, k]
     value       mass(Q, K) = sum over q in Q, k in K of p[q, k] |v_k W_O|     (the norm of what is moved)
@@ -16,19 +16,52 @@ Source: Kobayashi et al. (2020) for the norm; streaming is ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from av_lens.checks import require_choice
-from av_lens.core.activations import heads_first
-from av_lens.core.passing import Reader, read_layers
-from av_lens.families.decoder import Layer
+from av_lens.core.calls import heads_first, watching
+from av_lens.core.execution import logits_of
+from av_lens.families.decoder import Layer, hook_name
+from av_lens.interventions.edits import resolve_positions
 from av_lens.spans import SpanMap
+
+Reader = Callable[[int, Tensor], None]
+"""Called with a layer and its activation."""
+
+
+def read_layers(model: Any, x: Any, readers: Mapping[str, Reader], asked: Sequence[int] = (0,)) -> Tensor:
+    """Run once, handing these components of every layer to their readers; gives the logits at the asked positions."""
+    layers = range(model.spec.n_layers)
+    hooks = [(hook_name(name, i), watching(partial(reader, i))) for name, reader in readers.items() for i in layers]
+    return logits_of(model, x, hooks, torch.tensor(list(asked)))
+
+
+@torch.no_grad()
+def pooled_streams(model: Any, x: Any, at: Sequence[Any]) -> Float[Tensor, "batch layer span d_model"]:
+    """Average the residual stream over the positions of each span, before the first layer and after every one."""
+    places = [resolve_positions(span, x.spans, what="probe") for span in at]
+    n_layers = model.spec.n_layers
+    found = torch.zeros(len(x), n_layers + 1, len(places), model.spec.d_model)
+
+    def pool(level: int, stream: Tensor) -> None:
+        for number, place in enumerate(places):
+            index = torch.tensor(place.index, device=stream.device)
+            found[:, level, number] = stream.index_select(1, index).float().mean(1).cpu()
+
+    def last(layer: int, stream: Tensor) -> None:
+        if layer == n_layers - 1:
+            pool(n_layers, stream)
+
+    read_layers(model, x, {"resid_pre": pool, "resid_post": last}, [len(x.spans) - 1])
+    return found
+
 
 WEIGHTS = ("attention", "value")
 SINK_TIMES = 10.0
@@ -122,3 +155,17 @@ def _summed(pattern: Tensor, rows: Tensor) -> Tensor:
         return rows @ pattern.detach()
     heads = [rows @ pattern[:, head].detach().float() for head in range(pattern.shape[1])]
     return torch.stack(heads, dim=1)
+
+
+@runtime_checkable
+class Recorded(Protocol):
+    """A run that was recorded (`replay.recording.Record`)."""
+
+    @property
+    def x(self) -> Any:
+        """Its input."""
+        ...
+
+    def logits_at(self, rows: Int64[Tensor, " row"]) -> Float[Tensor, "batch row d_vocab"]:
+        """Its logits at some positions."""
+        ...

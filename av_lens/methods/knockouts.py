@@ -1,6 +1,12 @@
 """Attention knockout: what does the answer become, if one role may no longer read another?
 
-    effect(edge) = metric(run without the edge's attention) - metric(run)          positive: the cut restores
+    "all"     all named layers at once
+    "layer"   a window of `width` layers around each layer (cut off at the model's ends)
+    "head"    every head alone
+
+A window of width w around layer l holds the layers l - w // 2 to l - w // 2 + w - 1.
+
+effect(edge) = metric(run without the edge's attention) - metric(run)          positive: the cut restores
 
 An edge is a flow in words, from what is read to who reads it: `"video -> generation"` (the asked position),
 `"video|audio -> question"` (the prompt alone), `"video -> generated"` (the asked position and every decoding step),
@@ -32,29 +38,95 @@ for windows. Not done: cuts chosen by content (patch the pattern instead).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from av_lens.checks import require_at_least
+from av_lens.checks import require_at_least, require_choice
 from av_lens.core import Progress
-from av_lens.core.attention_mass import SINK_TIMES, attention_mass, sinks_by_layout, sinks_of
-from av_lens.core.layouts import listed
+from av_lens.core.budget import listed
+from av_lens.core.readings import SINK_TIMES, attention_mass, sinks_by_layout, sinks_of
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs import AVInputs
 from av_lens.interventions import Plan
-from av_lens.methods.knockouts.layer_windows import Windows
+from av_lens.interventions.edits import Spec, check_heads, check_layers
 from av_lens.methods.shared.frame import Examples, Frame, Stack, numbers, scored
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, OTHER_HEADS, EdgeCut, matches
-from av_lens.methods.shared.role_words import Flow, is_plain, named_span
+from av_lens.methods.shared.places import Flow, is_plain, named_span
 from av_lens.metrics import Metric, each, logit_diff, require_numbers
 from av_lens.model import HookedAVLLM
 from av_lens.replay import measure_plans
 from av_lens.replay.traces import Trace, record
 from av_lens.results import Grid
 from av_lens.spans import Span, SpanMap
+
+OVER = ("all", "layer", "head")
+Heads = Mapping[int, tuple[int, ...] | None]
+"""Layer -> the heads that are edited there; None for all of them."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What is edited in turn, and the axes that label it.
+
+    Attributes:
+        points: the heads of each, in the order of the axes; empty where a window holds none of the named heads.
+        axes: the labels of each axis; none where there is one point.
+    """
+
+    points: tuple[Heads, ...]
+    axes: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        spec: Spec,
+        over: str,
+        *,
+        width: int | Sequence[int] = 1,
+        layers: Sequence[int] | None = None,
+        heads: int | Sequence[Any] | None = None,
+    ) -> Windows:
+        """Read what a caller asked for."""
+        require_choice("over", over, OVER)
+        chosen = list(range(spec.n_layers)) if layers is None else list(layers)
+        if not chosen:
+            raise InterventionError("no layer is named (an empty range). The end of a range is exclusive.")
+        check_layers(chosen, spec)
+        named = _heads_by_layer(spec, chosen, heads)
+        if over == "all":
+            return cls((_nonempty(named, chosen),), {})
+        if over == "head":
+            every = range(spec.n_heads)
+            pairs = [(layer, head, named[layer]) for layer in chosen for head in every]
+            points = tuple({layer: (head,)} if known is None or head in known else {} for layer, head, known in pairs)
+            return cls(points, {"layer": chosen, "head": list(every)})
+        widths = [width] if isinstance(width, int) else list(width)
+        for one in widths:
+            require_at_least("width", one, 1)
+        windows = [range(layer - one // 2, layer - one // 2 + one) for one in widths for layer in chosen]
+        points = tuple(_nonempty(named, [layer for layer in chosen if layer in window]) for window in windows)
+        return cls(points, {"width": widths, "layer": chosen})
+
+
+def _nonempty(named: Heads, layers: Sequence[int]) -> Heads:
+    return {layer: named[layer] for layer in layers if named[layer] != ()}
+
+
+def _heads_by_layer(spec: Spec, layers: Sequence[int], heads: Any) -> Heads:
+    if heads is None:
+        return dict.fromkeys(layers)
+    listed = [heads] if isinstance(heads, int) else list(heads)
+    pairs = [tuple(item) for item in listed if not isinstance(item, int)]
+    if len(pairs) not in (0, len(listed)) or any(len(pair) != 2 for pair in pairs):
+        raise InputError(f"heads={heads!r}: name numbers (in every layer), or pairs (layer, head).")
+    check_layers([layer for layer, _ in pairs], spec)
+    check_heads(tuple(h for _, h in pairs) if pairs else tuple(listed), spec.n_heads, spec, "the attention pattern")
+    if not pairs:
+        return dict.fromkeys(layers, tuple(sorted(set(listed))))
+    return {layer: tuple(sorted({h for at, h in pairs if at == layer})) for layer in layers}
 
 
 def knockout(

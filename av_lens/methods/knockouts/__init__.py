@@ -1,1 +1,0 @@
-"""Attention knockout: the method, and the windows of layers that it visits."""

@@ -1,0 +1,342 @@
+"""Curves with their intervals: over layers, of what is known where, and of a set on held-out conflicts.
+
+Attention by role, words under the lens, cuts in windows of layers. Bands are 95% intervals over clusters of examples
+(absent below five clusters). Roles keep the colours that they have in every figure. Heads are averaged. An axis of more
+than twelve labels (positions, windows of time) is drawn as a map of layers by labels instead.
+
+```python
+fig = plots.layers(attention_flow(model, conflicts, queries=("question", "generation")))
+```
+
+Above: the share of conflicts (`va`) in which the logit lens has the word among the likeliest at some position of the
+span. Below: how often a linear probe tells the class from the span's mean stream, on held-out conflicts. Blue is the
+sound, vermilion the picture; bands are 95% intervals; dotted is the null (other sounds' words, shuffled labels). Layers
+count those that the stream has passed: 0 is before the first.
+
+The members are edited one after another, in the order fixed on discovery. Above: the release of the first k members,
+in logits, with its interval; the grey marks are random sets of the same size, matched by layer, the diamond is as many
+top heads for what is seen, and the dotted curve the heads of largest single release together (how spread is the
+effect?). Below: how often the model then says the sound's and the picture's answer, among all words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from av_lens import colours
+from av_lens.errors import InputError, unknown
+from av_lens.plots import _style
+
+MOST_CURVES = 12
+LINES = ("key", "word", "figure", "condition", "span", "component")
+MEANINGS = {
+    **colours.ROLE_COLOURS,
+    **colours.CONDITION_COLOURS,
+    "sound": colours.SOUND,
+    "picture": colours.PICTURE,
+    "others": colours.GREY,
+    "excess": colours.GREEN,
+    "said": colours.PURPLE,
+    "sinks": colours.AMBER,
+}
+
+
+def layers(
+    grid: Any,
+    *,
+    of: str = "effects",
+    lines: str | None = None,
+    panels: str | None = None,
+    unit: str | None = None,
+    title: str | None = None,
+) -> Any:
+    """Draw a grid over layers.
+
+    Args:
+        grid: a `Grid` with the axis layer and at most two others of more than one label (heads not counted).
+        of: "effects", "values" or "normalized".
+        lines: the axis that gives the curves; None takes roles, words or conditions where there are some.
+        panels: the axis that gives the panels; None takes the other one.
+        unit: what the numbers are in; None takes the grid's own.
+        title: the figure's title.
+
+    Returns:
+        A `plotly.graph_objects.Figure`; curves by name, in each panel, or one heat map in each.
+
+    Raises:
+        InputError: no layers, an unknown axis, or more axes than can be drawn.
+    """
+    from plotly.subplots import make_subplots
+
+    chosen, kept = _reduced(grid)
+    by_line, by_panel = _axes(chosen, lines, panels)
+    unit = unit or str(grid.unit or "effect")
+    labels = [None] if by_panel is None else chosen.values.coords[by_panel].values.tolist()
+    names = [", ".join([*kept, *([] if label is None else [f"{by_panel} {label}"])]) for label in labels]
+    base = _style.figure(title=title, height=360)
+    look = _style.copied(base)
+    titles = names if any(names) else None
+    fig = make_subplots(rows=1, cols=len(labels), shared_yaxes=True, subplot_titles=titles, figure=base)
+    fig.update_xaxes(**look)
+    fig.update_yaxes(**look)
+    fig.update_annotations(font={"size": 13})
+    for column, label in enumerate(labels, 1):
+        part = chosen if by_panel is None else chosen.sel(**{by_panel: label})
+        if by_line is not None and part.values.sizes[by_line] > MOST_CURVES:
+            _map(fig, part, by_line, of, unit, column)
+        else:
+            _curves(fig, part, by_line, of, unit, column)
+    if any(names):
+        fig.update_layout(margin={"t": 96 if title else 70}, legend={"y": 1.1})
+    return fig
+
+
+def _reduced(grid: Any) -> tuple[Any, list[str]]:
+    """Average heads, and take out axes of one label; say which."""
+    values = grid.values
+    if "layer" not in values.dims:
+        raise InputError(
+            f"layers draws grids over layers; this one has the axes {tuple(map(str, values.dims))}. Measure it with "
+            "over='layer', or by='layer'."
+        )
+    if "head" in values.dims:
+        values = values.mean("head")
+    single = [str(dim) for dim in values.dims[1:] if values.sizes[dim] == 1 and dim != "layer"]
+    kept = [f"{dim} {values.coords[dim].values[0]}" for dim in single]
+    fields = {name: getattr(grid, name) for name in ("baseline", "donor", "clusters", "metric", "unit", "shares")}
+    return type(grid)(values.squeeze(single, drop=True), **fields), kept
+
+
+def _axes(grid: Any, lines: str | None, panels: str | None) -> tuple[str | None, str | None]:
+    free = [str(dim) for dim in grid.values.dims[1:] if dim != "layer"]
+    for name in (lines, panels):
+        if name is not None and name not in free:
+            raise InputError(unknown("axis", name, free))
+    if len(free) > 2:
+        raise InputError(f"layers draws at most two axes beside layer; this grid has {free}. Choose: grid.sel(...).")
+    by_line = lines or next((name for name in LINES if name in free and name != panels), None)
+    by_line = by_line or next((name for name in free if name != panels), None)
+    return by_line, panels or next((name for name in free if name != by_line), None)
+
+
+def _curves(fig: Any, grid: Any, by_line: str | None, of: str, unit: str, column: int) -> None:
+    here: dict[str, Any] = {"row": 1, "col": column}
+    mean, bounds = grid.mean(of), grid.interval(of=of)
+    at = mean.coords["layer"].values.tolist()
+    labels = [None] if by_line is None else mean.coords[by_line].values.tolist()
+    for number, label in enumerate(labels):
+        part, ends = (mean, bounds) if label is None else (mean.sel({by_line: label}), bounds.sel({by_line: label}))
+        name = grid.metric if label is None else str(label)
+        colour = MEANINGS.get(name, colours.FREE[number % len(colours.FREE)])
+        values, low, high = part.values, ends.sel(bound="low").values, ends.sel(bound="high").values
+        if np.isnan(values).all():
+            continue
+        if not np.isnan(low).all():
+            _style.band(fig, at, low, high, colour, name, **here)
+        say = [
+            f"<b>{name}</b>, layer {layer}<br>{v:.3g} {unit}" + (f" ({a:.3g} to {b:.3g})" if np.isfinite(a) else "")
+            for layer, v, a, b in zip(at, values, low, high, strict=True)
+        ]
+        shown = {"name": name, "legendgroup": name, "showlegend": column == 1 and label is not None}
+        look = {"line": {"color": colour, "width": 2}, "marker": {"color": colour, "size": 6}}
+        _style.marks(fig, at, values, say, mode="lines+markers", **shown, **look, **here)
+    fig.update_xaxes(**_style.layer_axis(int(max(at)) + 1), **here)
+    fig.update_yaxes(**_style.ZERO, rangemode="tozero", **here)
+    if column == 1:
+        fig.update_yaxes(title={"text": unit}, row=1, col=1)
+
+
+def _map(fig: Any, grid: Any, by_line: str, of: str, unit: str, column: int) -> None:
+    here: dict[str, Any] = {"row": 1, "col": column}
+    mean = grid.mean(of).transpose("layer", by_line)
+    labels = [str(label) for label in mean.coords[by_line].values.tolist()]
+    top = _style.limit(grid.mean(of).values)
+    signed = bool((grid.mean(of).values < 0).any())
+    says = f"layer %{{y}}, {by_line} %{{x}}<br>%{{z:.3g}} {unit}<extra></extra>"
+    look = _style.heat(top, unit, signed=signed) | {"showscale": column == 1, "hovertemplate": says}
+    fig.add_heatmap(z=mean.values, x=labels, y=mean.coords["layer"].values.tolist(), **look, **here)
+    fig.update_xaxes(title={"text": by_line}, showgrid=False, type="category", nticks=16, **here)
+    fig.update_yaxes(**_style.layer_axis(len(mean)), showgrid=False, autorange="reversed", **here)
+
+
+_ROWS = (("lens", "va", "word in the lens"), ("probe", "va, av", "class told by a probe"))
+_WORDS = (("sound", colours.SOUND), ("picture", colours.PICTURE))
+
+
+def knowledge(found: Any, *, title: str | None = None) -> Any:
+    """Draw what the lens and the probes read, layer by layer.
+
+    Args:
+        found: an `Isolation`.
+        title: the figure's title.
+
+    Returns:
+        A `plotly.graph_objects.Figure`; the lens above, probes below, a column for each span.
+
+    Raises:
+        InputError: the isolation did not ask what is known (nothing was measured).
+    """
+    from plotly.subplots import make_subplots
+
+    frame = drawn(found)
+    if not len(frame):
+        raise InputError("this isolation holds no lens and no probes, so there is nothing to draw.")
+    spans = list(dict.fromkeys(frame["span"]))
+    base = _style.figure(title=title, height=520)
+    look = _style.copied(base)
+    grid: dict[str, Any] = {"shared_xaxes": True, "shared_yaxes": True, "vertical_spacing": 0.1}
+    grid |= {"horizontal_spacing": 0.02, "column_titles": spans, "figure": base}
+    fig = make_subplots(rows=2, cols=len(spans), **grid)
+    fig.update_xaxes(**look)
+    fig.update_yaxes(**look, range=[-0.04, 1.04], tickformat=".0%")
+    for row, (method, cell, label) in enumerate(_ROWS, 1):
+        here = frame[(frame["method"] == method) & (frame["cell"] == cell)]
+        fig.update_yaxes(title_text=label, row=row, col=1)
+        for column, span in enumerate(spans, 1):
+            for word, colour in _WORDS:
+                part = here[(here["span"] == span) & (here["word"] == word)].sort_values("layer")
+                if len(part):
+                    _curve(fig, part, word, colour, row=row, col=column)
+    fig.update_xaxes(title_text="layers passed", row=2)
+    fig.update_annotations(font={"size": 13})
+    fig.update_layout(margin={"t": 96 if title else 70}, legend={"y": 1.1})
+    return fig
+
+
+def drawn(found: Any) -> Any:
+    """Choose the rows that `knowledge` draws."""
+    frame = found.knowledge
+    return frame[frame["method"].isin([method for method, *_ in _ROWS]) & (frame["layer"] >= 0)]
+
+
+def _curve(fig: Any, part: Any, word: str, colour: str, *, row: int, col: int) -> None:
+    """One word's values with their band, and its null."""
+    at, first = part["layer"], row == 1 and col == 1
+    columns = (part[name] for name in ("value", "low", "high", "null"))
+    said = [
+        f"<b>{word}</b>, {layers} layers passed<br>{value:.2f} ({low:.2f} to {high:.2f})<br>null {null:.2f}"
+        for layers, value, low, high, null in zip(at, *columns, strict=True)
+    ]
+    here: dict[str, Any] = {"row": row, "col": col}
+    _style.band(fig, at, part["low"], part["high"], colour, word, **here)
+    here |= {"legendgroup": word, "showlegend": first}
+    dots = {"color": colour, "dash": "dot", "width": 1}
+    fig.add_scatter(x=at, y=part["null"], mode="lines", name=f"{word}, null", line=dots, hoverinfo="skip", **here)
+    _style.marks(fig, at, part["value"], said, mode="lines+markers", name=word, line={"color": colour}, **here)
+
+
+_SAYS = (("says_sound", "says the sound", colours.SOUND), ("says_picture", "says the picture", colours.PICTURE))
+
+
+def confirmation(found: Any, *, title: str | None = None) -> Any:
+    """Draw the cumulative edit of the set against random heads matched by layer.
+
+    Args:
+        found: an `Isolation`.
+        title: the figure's title.
+
+    Returns:
+        A `plotly.graph_objects.Figure`; release above, what is said below.
+
+    Raises:
+        InputError: if nothing was confirmed, because no set was found.
+    """
+    frame = found.ablation
+    arm = frame[frame["arm"] == "set"].sort_values("k")
+    ranked = frame[frame["arm"] == "ranked heads"].sort_values("k")
+    if not len(arm) and not len(ranked):
+        raise InputError(
+            "this isolation edited no set on held-out conflicts: none was found, so there is nothing to draw."
+        )
+    fig = _style.figure(title=title, height=600)
+    random = frame[frame["arm"] == "random"]
+    last = int(max([*arm["k"], *random["k"], 1]))
+    if len(arm):
+        ranked = ranked[ranked["k"] <= max(8, 2 * last)]
+    _random(fig, random)
+    if len(ranked):
+        _arm_curve(fig, ranked, name="the heads of largest single release", colour=colours.AMBER, dash="dot")
+    if len(arm):
+        _arm_curve(fig, arm, name="the set, in its order", colour=colours.SOUND, dash="solid")
+    _see(fig, frame[frame["arm"] == "see heads"])
+    _said(fig, found, arm if len(arm) else ranked, random, start=bool(len(arm)))
+    _scale(fig, last=int(max([last, *ranked["k"]])), log=not len(arm))
+    return fig
+
+
+def _scale(fig: Any, *, last: int, log: bool) -> None:
+    """Lay the two panels out over one axis of k: logarithmic where only the ranked heads reach far."""
+    ticks: dict[str, Any] = {"tickmode": "linear", "tick0": 0, "dtick": max(1, last // 12), "range": [-0.4, last + 0.6]}
+    if log:
+        powers = [2**i for i in range(int(np.log2(last)) + 1)]
+        ticks = {"type": "log", "tickmode": "array", "tickvals": powers, "ticktext": [str(k) for k in powers]}
+    fig.update_layout(
+        xaxis=_style.panel(anchor="y", matches="x2", showticklabels=False, **ticks),
+        yaxis=_style.panel("release (logits)", domain=[0.53, 1.0], rangemode="tozero", **_style.ZERO),
+        xaxis2=_style.panel("heads edited together (k)", anchor="y2", **ticks),
+        yaxis2=_style.panel("rate", domain=[0.0, 0.4], anchor="x2", range=[-0.04, 1.04]),
+        legend2={"orientation": "h", "x": 0, "y": 0.4, "yanchor": "bottom", "bgcolor": colours.CLEAR},
+    )
+
+
+def _jitter(n: int, *, width: float = 0.16) -> np.ndarray:
+    """Spread marks of one k sideways, always in the same way."""
+    return width * (((np.arange(n) * 0.6180339887) % 1.0) * 2 - 1)
+
+
+def _random(fig: Any, random: Any) -> None:
+    if not len(random):
+        return
+    ks = random["k"].to_numpy(float)
+    text = [
+        f"random heads {m}<br>k = {k}: {r:+.3f} logits"
+        for m, k, r in zip(random["members"], random["k"], random["release"], strict=True)
+    ]
+    look = {"size": 6, "color": colours.GREY, "opacity": 0.55}
+    name = f"random heads of the same layers ({len(ks)} sets)"
+    _style.marks(fig, ks + _jitter(len(ks)), random["release"], text, name=name, marker=look)
+
+
+def _arm_curve(fig: Any, arm: Any, *, name: str, colour: str, dash: str) -> None:
+    values, low, high = (arm[column].astype(float).tolist() for column in ("release", "low", "high"))
+    text = [
+        f"<b>k = {k}</b>: {_shortened(str(m))}<br>{v:+.3f} logits ({a:+.3f} to {b:+.3f})<br>{s:.1%} of G"
+        for k, m, v, a, b, s in zip(arm["k"], arm["members"], values, low, high, arm["share"], strict=True)
+    ]
+    bars = _style.intervals(values, low, high, colour=colour)
+    look = {"line": {"color": colour, "width": 2.5, "dash": dash}, "marker": {"size": 9}}
+    _style.marks(fig, arm["k"], values, text, mode="lines+markers", name=name, error_y=bars, **look)
+
+
+def _shortened(members: str, *, most: int = 8) -> str:
+    names = members.split()
+    return " ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _see(fig: Any, rows: Any) -> None:
+    if not len(rows):
+        return
+    text = [f"{m}: {r:+.3f} logits" for m, r in zip(rows["members"], rows["release"], strict=True)]
+    look = {"symbol": "diamond", "size": 11, "color": colours.PICTURE}
+    _style.marks(fig, rows["k"], rows["release"], text, name="as many heads for what is seen", marker=look)
+
+
+def _said(fig: Any, found: Any, arm: Any, random: Any, *, start: bool) -> None:
+    """Add the lower panel: what the model says, from no head edited to all of the set."""
+    below = {"xaxis": "x2", "yaxis": "y2"}
+    chosen = found.sets[found.sets["chosen"]]
+    for column, name, colour in _SAYS:
+        before = float(chosen[f"{column}_before"].iloc[0]) if len(chosen) else float("nan")
+        known = start and np.isfinite(before)
+        x, y = ([0, *arm["k"]], [before, *arm[column]]) if known else (arm["k"], arm[column])
+        look: dict[str, Any] = {"line": {"color": colour, "width": 2.5}, "marker": {"size": 8}, "legend": "legend2"}
+        says = f"{name}: %{{y:.3f}} at k = %{{x}}<extra></extra>"
+        fig.add_scatter(x=x, y=y, mode="lines+markers", name=name, hovertemplate=says, **look, **below)
+        if len(random):
+            x = random["k"].to_numpy(float) + _jitter(len(random))
+            look = {"marker": {"size": 5, "color": colour, "opacity": 0.45, "symbol": "circle-open"}}
+            says = f"random heads, {name}: %{{y:.3f}}<extra></extra>"
+            look |= {"mode": "markers", "showlegend": False, "hovertemplate": says}
+            fig.add_scatter(x=x, y=random[column], **look, **below)
