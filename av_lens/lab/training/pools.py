@@ -3,8 +3,8 @@
 A pool depends on the towers (their seed) and the world, not on the language model. Any picture may be combined with any
 sound, as `picture_clip.with_sound(sound_clip)` would. Pools are safetensors files with their hashes in the metadata.
 
-Everything comes from the processor's own prompts (`organism.language`) and the one grammar; this module puts it into the
-form that the stage engine reads.
+Everything comes from the processor's own prompts (`organism.language`) and the one grammar; this module puts it into
+the form that the stage engine reads.
 
 A recipe says it declaratively: `Items("both", "matched", 20, (Ask("hear", "sound", 3), Ask("see", "picture", 1)))`
 means that a step has 20 clips with sound and picture of one class, each asked questions of which three in four are
