@@ -146,6 +146,7 @@ class Features:
     def video_options(self) -> dict[str, Any]:
         """Collect what the video processor is told beside the frames: its sizes, no sampling, the pixel cap."""
         options = dict(getattr(self.processor, "videos_kwargs", {}) or {}) | {"do_sample_frames": False}
+        options.pop("return_metadata", None)
         if "cap_pixels_per_frame" in getattr(self.processor.video_processor.valid_kwargs, "__annotations__", {}):
             options["cap_pixels_per_frame"] = True
         return options
@@ -318,6 +319,8 @@ class MediaLayout(ABC):
 
     parts: ClassVar[tuple[str, ...]] = ()
     """What the processor must have."""
+    kinds: ClassVar[tuple[str, ...]] = ("audio", "video", "image")
+    """What the model takes beside text."""
     axes: ClassVar[TensorAxes] = TensorAxes()
     """How its tensors lie in a batch."""
     system_turn: ClassVar[re.Pattern[str] | None] = None
@@ -332,7 +335,7 @@ class MediaLayout(ABC):
     @classmethod
     @abstractmethod
     def placeholders(cls, config: Any) -> dict[str, int]:
-        """The token id that stands for a piece of "audio", "image" and "video"."""
+        """The token id that stands for a piece of each of its kinds."""
 
     @classmethod
     @abstractmethod

@@ -27,7 +27,6 @@ from av_lens.families.media_layout import Features, Media, MediaLayout, TensorAx
 from av_lens.media.clip import Clip
 from av_lens.spans import SpanMap
 
-_KINDS: tuple[str, ...] = ("audio", "video", "image")
 _PIXELS = {"video": ("pixel_values_videos", "video_grid_thw"), "image": ("pixel_values", "image_grid_thw")}
 
 
@@ -57,11 +56,11 @@ class QwenMedia(MediaLayout):
         self.processor = processor
         self.features = Features(processor, cache_bytes=cache_bytes)
         self.tokens = self.placeholders(config)
-        self.openings = tuple(int(getattr(_thinker(config), f"{kind}_start_token_id")) for kind in ("vision", "audio"))
-        self.ids_per_second = float(_thinker(config).position_id_per_seconds)
+        self.openings = tuple(getattr(_thinker(config), f"{kind}_start_token_id", -1) for kind in ("vision", "audio"))
+        self.ids_per_second = self.clock_rate(config)
         self.chunk_s = float(getattr(_thinker(config), "seconds_per_chunk", self.chunk_s))
         self.frames_per_patch = int(processor.video_processor.temporal_patch_size)
-        for kind in _KINDS:
+        for kind in self.kinds:
             wanted = int(getattr(processor, f"{kind}_token_id"))
             if wanted != self.tokens[kind]:
                 raise ModelError(
@@ -71,8 +70,13 @@ class QwenMedia(MediaLayout):
 
     @classmethod
     def placeholders(cls, config: Any) -> dict[str, int]:
-        """As the thinker's configuration says."""
-        return {kind: int(getattr(_thinker(config), f"{kind}_token_id")) for kind in ("audio", "image", "video")}
+        """As the configuration says."""
+        return {kind: int(getattr(_thinker(config), f"{kind}_token_id")) for kind in sorted(cls.kinds)}
+
+    @classmethod
+    def clock_rate(cls, config: Any) -> float:
+        """Position ids in a second."""
+        return float(_thinker(config).position_id_per_seconds)
 
     @classmethod
     def sound_borders(cls, config: Any) -> tuple[int, ...]:
@@ -130,7 +134,7 @@ class QwenMedia(MediaLayout):
                 seconds_per_chunk=self.chunk_s,
             )
             return {self.processor.video_token: woven}
-        tokens = {kind: getattr(self.processor, f"{kind}_token") for kind in ("image", "video", "audio")}
+        tokens = {kind: getattr(self.processor, f"{kind}_token") for kind in self.kinds[::-1]}
         return {token: token * counts[kind] for kind, token in tokens.items() if counts[kind]}
 
     def tensors(self, ids: np.ndarray, media: Media) -> dict[str, Any]:
@@ -150,7 +154,7 @@ class QwenMedia(MediaLayout):
 
     def _counts(self, media: Media) -> dict[str, int]:
         """How many tokens of each kind the features are."""
-        counts = dict.fromkeys(_KINDS, 0)
+        counts = dict.fromkeys(self.kinds, 0)
         if media.picture is not None:
             counts[media.picture.kind] = media.picture.n_tokens
         if media.sound is not None:
@@ -164,7 +168,7 @@ class QwenMedia(MediaLayout):
     def _placed(self, ids: np.ndarray, media: Media) -> tuple[np.ndarray, Int64[np.ndarray, "4 pos"]]:
         """Each position's kind; and for media clock id, row, column and the clock id of its end, counted from 0."""
         placed = np.zeros((4, len(ids)), dtype=np.int64)
-        kinds = np.select([ids == self.tokens[kind] for kind in _KINDS], _KINDS, default="")
+        kinds = np.select([ids == self.tokens[kind] for kind in self.kinds], self.kinds, default="")
         if media.picture is not None:
             at = np.flatnonzero(kinds == media.picture.kind)
             patch, row, col = np.unravel_index(np.arange(len(at)), media.picture.token_grid)
@@ -173,6 +177,10 @@ class QwenMedia(MediaLayout):
         at = np.flatnonzero(kinds == "audio")
         placed[:, at] = np.arange(len(at)) + np.array([[0], [0], [0], [1]])
         return kinds, placed
+
+    def _resumed(self, block: Int64[np.ndarray, "3 _"]) -> int:
+        """The position id of the text that follows the last run of a block of media."""
+        return int(block.max()) + 1
 
     def span_map(self, ids: np.ndarray, roles: Sequence[str], tokens: Sequence[str], media: Media) -> SpanMap:
         """By the clocks at the top of this module."""
@@ -209,7 +217,7 @@ class QwenMedia(MediaLayout):
                 stop = i + int(np.argmin(np.append(kinds[i:], "") != ""))
                 streams[:, i:stop] = following + placed[:3, i:stop]
                 last = i + int(np.flatnonzero(kinds[i:stop] != kinds[stop - 1]).max(initial=-1)) + 1
-                following, i = int(streams[:, last:stop].max()) + 1, stop
+                following, i = self._resumed(streams[:, last:stop]), stop
             else:
                 opens = tuple(ids[i : i + 2]) == self.openings
                 closes = i > 0 and kinds[i - 1] != ""

@@ -168,7 +168,9 @@ def _clip(medium: Any, fps: float | int, picture: str | None) -> Clip | None:
         return replace(clip, notes=(*clip.notes, note))
 
 
-def choose(clip: Clip | None, sound: str | None, picture: str | None) -> tuple[str | None, str | None]:
+def choose(
+    clip: Clip | None, sound: str | None, picture: str | None, kinds: Sequence[str] = ("audio", "video", "image")
+) -> tuple[str | None, str | None]:
     """Decide which streams go in (sound, picture) and how, and refuse what the clip does not have.
 
     "auto" takes the sound if there is one, into the video if there is one; and the picture, a single frame as an image.
@@ -177,7 +179,11 @@ def choose(clip: Clip | None, sound: str | None, picture: str | None) -> tuple[s
         raise InputError(unknown("option sound=", sound, SOUND))
     if picture not in PICTURE:
         raise InputError(unknown("option picture=", picture, PICTURE))
-    has_picture, has_sound = clip is not None and clip.has_picture, clip is not None and clip.has_sound
+    for name, asked, wanted in (("sound", sound, "audio"), ("picture", picture, picture)):
+        if asked not in ("auto", None) and wanted not in kinds:
+            raise InputError(f"{name}={asked!r} is asked of a model that takes {_listed(kinds)}: use {name}=None")
+    has_picture = clip is not None and clip.has_picture and bool({"video", "image"} & {*kinds})
+    has_sound = clip is not None and clip.has_sound and "audio" in kinds
     named = "no clip" if clip is None else repr(clip)
     if picture in ("video", "image") and not has_picture:
         raise InputError(f"picture={picture!r} is asked of {named}, which has no picture: use picture=None")
@@ -193,6 +199,10 @@ def choose(clip: Clip | None, sound: str | None, picture: str | None) -> tuple[s
     if sound == "in_video" and picture != "video":
         raise InputError(f"sound='in_video' needs a video, and the picture is {picture!r}: use sound='separate'")
     return sound, picture
+
+
+def _listed(kinds: Sequence[str]) -> str:
+    return " and ".join(["text", *kinds]) if kinds else "text alone"
 
 
 class Asking(TypedDict, total=False):
@@ -279,7 +289,7 @@ class Encoder:
 
     def _one(self, clip: Clip | None, question: str, how: Asked) -> AVInputs:
         layout, tokenizer = self.layout, self.processor.tokenizer
-        sound, picture = choose(clip, how.sound, how.picture)
+        sound, picture = choose(clip, how.sound, how.picture, layout.kinds)
         layout.require_frame_rate(how.fps, interleaved=sound == "in_video")
         asked = question if self.grammar is None else self.grammar.match(question)
         media = Media() if clip is None else layout.media(clip, picture=picture, sound=sound, fps=how.fps)

@@ -350,7 +350,9 @@ def _processor(source: _Source) -> Any:
         processor: Any = AutoProcessor.from_pretrained(source.place, revision=source.revision, trust_remote_code=False)
     # The processor class's common size would override the checkpoint's own in silence. A size above it that is the
     # images' too comes from a file for all pictures alike: it speaks of images, and HuggingFace keeps videos smaller.
-    common = dict(processor.videos_kwargs)
+    common = dict(getattr(processor, "videos_kwargs", None) or {})
+    if "size" not in common:
+        return processor
     own, images = dict(processor.video_processor.size), dict(processor.image_processor.size)
     if own != images or own["longest_edge"] <= common["size"]["longest_edge"]:
         processor.videos_kwargs = common | {"size": own}

@@ -242,7 +242,7 @@ def test_weight_change_refuses_models_of_other_shapes():
 @pytest.mark.parametrize(("direction", "audio"), [("into model", "out"), ("into base", "masked"), ("into base", "out")])
 def test_grafts_are_full_hooked_forwards(direction, audio):
     model, base, x = small_model(), other_model(), small_inputs((0, 1))
-    prompt = prompt_for(base, x, audio)
+    prompt = prompt_for(base, model, x, audio)
     deaf = Plan(cut("system|video|boundary|question|header|generation", "audio")) if audio == "masked" else Plan()
     grid = graft(model, x, base=base, metric=METRIC, direction=direction, audio=audio, at="question|generation")
     one, two = ((model, x, Plan()), (base, prompt, deaf))

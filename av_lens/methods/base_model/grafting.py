@@ -95,13 +95,13 @@ def require_equal_sizes(model: Any, base: Any, mend: str) -> None:
             raise ModelError(f"{model.name} has {name} = {sizes[0]} and {base.name} {sizes[1]}: {mend}")
 
 
-def prompt_for(base: Any, x: AVInputs, audio: str) -> AVInputs:
+def prompt_for(base: Any, model: Any, x: AVInputs, audio: str) -> AVInputs:
     """Make the base's prompt."""
     require_choice("way with the sound, audio=", audio, AUDIO)
     if audio != "out":
         return x
     silent = without_sound(base, x)
-    shared_positions(x, silent, base.config)
+    shared_positions(x, silent, model.config)
     return silent
 
 
@@ -301,7 +301,7 @@ class _Prompts:
 
     @classmethod
     def of(cls, model: Any, base: Any, x: AVInputs, direction: str, audio: str) -> _Prompts:
-        prompt = prompt_for(base, x, audio)
+        prompt = prompt_for(base, model, x, audio)
         here, there = (where.tolist() for where in matched(x, prompt, model.config))
         own, its = (model, x, Plan()), (base, prompt, deaf_plan(prompt, audio))
         if direction == "into model":

@@ -98,7 +98,7 @@ def base_shift(
     words = _words(examples, heard, seen)
     given, forms = (None, None) if answer is None else said_answer(model, examples.inputs, answer)
     stacks = examples.stacks(stack)
-    prompts = [prompt_for(related, one.x, audio) for one in stacks]  # all prompts are compared before anything runs
+    prompts = [prompt_for(related, model, one.x, audio) for one in stacks]  # all compared before anything runs
     frame = Frame.of(model, examples, measured=False)
     frame.shape(len(PROMPTS), len(CLASSES), len(FIGURES))
     rows: list[dict[str, Any]] = []

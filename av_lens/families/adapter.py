@@ -1,0 +1,160 @@
+"""How TransformerLens's components map onto a decoder: one adapter for every pre-norm, rotary, gated decoder.
+
+A family says where its parts lie and what its layers have beyond the plain ones; everything else is the same for all.
+
+| fact | what it says |
+|---|---|
+| `decoder` | the path of the module that holds `embed_tokens`, `layers` and `norm` |
+| `towers` | the encoders: TransformerLens's name, their path, and the output that the fusion stack receives |
+| `media` | the tensor that comes with the placeholders of each kind; none where the inner model takes text alone |
+| `qk_norm` | queries and keys are normed, head by head, before rotary position |
+| `experts` | layers route each position to some of many MLPs; a layer may still have a plain one |
+| `biases` | queries, keys and values have biases |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.generalized_components import (
+    EmbeddingBridge,
+    LinearBridge,
+    MoEBridge,
+    MoERouterBridge,
+    UnembeddingBridge,
+)
+
+from av_lens.errors import InputError
+from av_lens.families.blocks import (
+    FullBlockBridge,
+    RealAttentionBridge,
+    RealRMSNormBridge,
+    TowerBridge,
+    install_embed_hook,
+)
+
+
+def decoder_adapter(name: str, **facts: Any) -> type[DecoderAdapter]:
+    """Make the adapter of a decoder of which these facts hold."""
+    return type(f"{name}Adapter", (DecoderAdapter,), facts)
+
+
+class DecoderAdapter(ArchitectureAdapter):
+    """A decoder with the towers whose outputs enter its stream."""
+
+    decoder: str = "model.language_model"
+    towers: Mapping[str, tuple[str, str]] = MappingProxyType({})
+    media: Mapping[str, str] = MappingProxyType({})
+    qk_norm: bool = False
+    experts: bool = False
+    biases: bool = False
+
+    # The pattern is a hook here; asking HuggingFace for attentions as well would only cost memory.
+    supports_hf_output_attentions: bool = False
+    _attention_bridge_cls = RealAttentionBridge
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.cfg.is_multimodal = bool(self.towers)
+        self.cfg.attn_implementation = "eager"
+        self.cfg.default_prepend_bos = False
+        self._set_rms_rotary_defaults()
+        self.weight_processing_conversions = {**self._qkvo_weight_conversions(include_biases=self.biases)}
+        layer = {
+            "ln1": self._norm("input_layernorm"),
+            "ln2": self._norm("post_attention_layernorm"),
+            "attn": self._build_attention_bridge(),
+            "mlp": self._mixed_mlp() if self.experts else self._gated_mlp(),
+        }
+        self.component_mapping = {
+            **{name: TowerBridge(path, field=output) for name, (path, output) in self.towers.items()},
+            "embed": EmbeddingBridge(name=f"{self.decoder}.embed_tokens"),
+            "blocks": FullBlockBridge(name=f"{self.decoder}.layers", config=self.cfg, submodules=layer),
+            "ln_final": self._norm(f"{self.decoder}.norm"),
+            "unembed": UnembeddingBridge(name="lm_head", config=self.cfg),
+        }
+
+    def _norm(self, name: str) -> RealRMSNormBridge:
+        return RealRMSNormBridge(name=name, config=self.cfg)
+
+    def _build_attention_bridge(self) -> Any:
+        norms: dict[str, Any] = {f"{kind}_norm": self._norm(f"{kind}_norm") for kind in ("qk" if self.qk_norm else "")}
+        return self._qkvo_attention_bridge(extra_submodules=norms)
+
+    def _mixed_mlp(self) -> MoEBridge:
+        """Experts behind a router, or a plain MLP in layers that have one."""
+        plain = {"dense_gate": "gate_proj", "dense_in": "up_proj", "dense_out": "down_proj"}
+        parts: dict[str, Any] = {name: LinearBridge(name=path, optional=True) for name, path in plain.items()}
+        parts["gate"] = MoERouterBridge(name="gate", optional=True)
+        return MoEBridge(name="mlp", config=self.cfg, sparse_required=("gate",), submodules=parts)
+
+    def prepare_model(self, hf_model: Any) -> None:
+        """Let the model run as TransformerLens calls it: without positions or mask, never without its media."""
+        super().prepare_model(hf_model)
+        if self.media:  # a class of its own, since a torch hook would stand among the caller's
+            own = type(hf_model.model)
+            hf_model.model.__class__ = type(own.__name__, (Continued, own), {"media_tensors": dict(self.media)})
+
+    def setup_hook_compatibility(self, bridge: Any) -> None:
+        """Give the bridge its `hook_embed`: the stream after the media are scattered in."""
+        install_embed_hook(bridge)
+
+
+class Continued:
+    """Mixed into HuggingFace's inner model: it also continues a cache without being told positions.
+
+    HuggingFace's positions of such a step are those of the whole mask, and how far media moved them is remembered of
+    the last prompt alone. A prompt that comes without a mask is whole: HuggingFace would count its media as text.
+    """
+
+    media_tensors: Mapping[str, str]
+    config: Any
+    rope_deltas: Any
+
+    def forward(self, **kwargs: Any) -> Any:
+        """Run the model."""
+        ids, embeds, cache = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
+        past = 0 if cache is None else cache.get_seq_length()
+        if kwargs.get("position_ids") is None and past:
+            kwargs["position_ids"] = _continued(ids if ids is not None else embeds, cache, kwargs.get("attention_mask"))
+        elif kwargs.get("position_ids") is None and ids is not None:
+            self._require_media(ids, kwargs)
+            if kwargs.get("attention_mask") is None:
+                kwargs["attention_mask"] = torch.ones_like(ids)
+        output: Any = super().forward(**kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if output.past_key_values is not None and not past:
+            output.past_key_values.rope_deltas = self.rope_deltas
+        return output
+
+    def _require_media(self, ids: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
+        """Refuse placeholders whose media did not come along: a run that reads them bare is about nothing."""
+        for kind, tensor in self.media_tensors.items():
+            missing = kwargs.get(tensor) is None and kwargs.get("mm_encoder_outputs") is None
+            if missing and bool((ids == getattr(self.config, f"{kind}_token_id")).any()):
+                raise InputError(
+                    f"these ids hold placeholders of {kind}, but {tensor} did not come with them: the model would read "
+                    "bare placeholders. Use model(x), model.generate(x), or model.bound(x) for tools that take ids. "
+                    "(TransformerLens's generate hands media on with the cache alone: leave use_past_kv_cache on.)"
+                )
+
+
+def _continued(new: Any, cache: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions `[3, batch, pos]` of tokens that continue a cache."""
+    if mask is None:
+        mask = torch.ones(new.shape[0], cache.get_seq_length() + new.shape[1], dtype=torch.long, device=new.device)
+    positions = (mask.long().cumsum(-1) - 1)[:, -new.shape[1] :]
+    deltas = getattr(cache, "rope_deltas", None)
+    if deltas is not None:
+        positions = positions + deltas.repeat_interleave(len(positions) // len(deltas), 0).to(positions.device)
+    return positions.expand(3, -1, -1)
+
+
+def sliding_window(config: Any) -> int | None:
+    """How many positions the layers with a sliding window read, where other layers have none."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ()
+    return text.sliding_window if len(set(kinds)) > 1 and "sliding_attention" in kinds else None

@@ -1,0 +1,151 @@
+"""A tiny random checkpoint of every family: the real classes and the real processor class, small sizes.
+
+`TINY` says for each how its model and its processor are built; `folder` saves both as a full checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import CHAT_TEMPLATE, tiny_hf_model, tiny_processor, token_ids
+
+import av_lens as avl
+from av_lens.organism.anatomy import END_OF_TEXT, SPECIALS, TURN_END
+
+SIZE = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """How a family's tiny checkpoint is built.
+
+    Attributes:
+        hf_model: seed -> the HuggingFace model.
+        processor: its processor.
+        layouts: what can be encoded, as keywords of `encode`, by name.
+    """
+
+    hf_model: Callable[[int], Any]
+    processor: Callable[[], Any]
+    layouts: Mapping[str, Mapping[str, Any]]
+
+
+@torch.no_grad()
+def randomized(model_class: Any, config: Any, seed: int) -> Any:
+    """A model whose biases and norms are random too, so that nothing cancels by accident."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(copy.deepcopy(config))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(0.0, 0.1, generator=generator)
+        elif "norm" in name:
+            parameter.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def vl_config() -> Any:
+    """Qwen2.5-VL: the fusion stack of `tiny_config`, a vision tower of its own."""
+    from transformers import Qwen2_5_VLConfig
+
+    ids = token_ids()
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(ids),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            "pad_token_id": ids[END_OF_TEXT],
+            "bos_token_id": None,
+            "eos_token_id": ids[TURN_END],
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+            "initializer_range": 0.1,
+        },
+        image_token_id=ids["<|IMAGE|>"],
+        video_token_id=ids["<|VIDEO|>"],
+        vision_start_token_id=ids["<|vision_bos|>"],
+        vision_end_token_id=ids["<|vision_eos|>"],
+        tie_word_embeddings=False,
+    )
+
+
+def vl_hf_model(seed: int = 0) -> Any:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    return randomized(Qwen2_5_VLForConditionalGeneration, vl_config(), seed)
+
+
+def vl_processor() -> Any:
+    """A real `Qwen2_5_VLProcessor` over the tokens of `tiny_processor`."""
+    from transformers import Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    tokenizer = copy.deepcopy(tiny_processor().tokenizer)
+    tokenizer.image_token, tokenizer.video_token = SPECIALS["image_token"], SPECIALS["video_token"]
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=dict(SIZE)),
+        video_processor=Qwen2VLVideoProcessor(size=dict(SIZE)),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+_SEEN = {"video": {"sound": None}, "image": {"sound": None, "picture": "image"}, "text": {"picture": None}}
+
+TINY: dict[str, Tiny] = {
+    "qwen2_5_omni": Tiny(
+        tiny_hf_model,
+        tiny_processor,
+        {
+            "in_video": {},
+            "separate": {"sound": "separate"},
+            "audio": {"picture": None},
+            **_SEEN,
+            "text": {"sound": None, "picture": None},
+        },
+    ),
+    "qwen2_5_vl": Tiny(vl_hf_model, vl_processor, _SEEN),
+}
+
+
+@cache
+def family_model(name: str) -> Any:
+    """The wrapped tiny model of a family."""
+    return avl.load(name, hf_model=TINY[name].hf_model(0), processor=TINY[name].processor())
+
+
+@cache
+def reference(name: str) -> Any:
+    """The same weights, never wrapped, with HuggingFace's eager attention."""
+    model = TINY[name].hf_model(0)
+    model.set_attn_implementation("eager")
+    return model.eval()
+
+
+def folder(name: str, path: Path) -> Path:
+    """Save a family's tiny checkpoint as a full folder."""
+    TINY[name].hf_model(0).save_pretrained(path)
+    TINY[name].processor().save_pretrained(path)
+    return path
