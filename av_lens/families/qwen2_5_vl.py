@@ -57,8 +57,8 @@ class Qwen2_5VLMedia(QwenMedia):
         between = np.float32(self.ids_per_second) * np.float32(step_s)
         return (np.arange(n).astype(np.float32) * between).astype(np.int64)
 
-    def _resumed(self, block: Int64[np.ndarray, "3 _"]) -> int:
-        return int(block[1:].max()) + 1
+    def _resumed(self, block: Int64[np.ndarray, "3 _"]) -> Any:
+        return block[1:].max() + 1
 
 
 def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, Shaped
 
 from av_lens.errors import InputError, ModelError
 from av_lens.families.media_layout import Features, Media, MediaLayout, TensorAxes
@@ -50,6 +50,7 @@ class QwenMedia(MediaLayout):
     )
     chunk_s = 2.0  # seconds of a chunk of the weave, where the configuration does not say them
     frames_per_token = 4  # mel frames behind one token of sound
+    id_type: Any = np.int64  # of position ids
     shared_borders = True  # woven into a video, the borders of sound and video share one position id
 
     def __init__(self, processor: Any, config: Any, *, cache_bytes: int = 512 << 20) -> None:
@@ -161,13 +162,17 @@ class QwenMedia(MediaLayout):
             counts["audio"] = self.sound_tokens(media.sound.n_frames)
         return counts
 
-    def _clock(self, n: int, step_s: float) -> Int64[np.ndarray, " patch_t"]:
+    def sound_frames(self, n_tokens: int) -> Int64[np.ndarray, "2 token"]:
+        """First and last (excluded) mel frame behind each token of a sound."""
+        return (np.arange(n_tokens) + np.array([[0], [1]])) * self.frames_per_token
+
+    def _clock(self, n: int, step_s: float) -> Shaped[np.ndarray, " patch_t"]:
         steps = np.arange(n).astype(np.float32) * np.float32(step_s) * np.float32(self.ids_per_second)
         return steps.astype(np.int64)
 
-    def _placed(self, ids: np.ndarray, media: Media) -> tuple[np.ndarray, Int64[np.ndarray, "4 pos"]]:
+    def _placed(self, ids: np.ndarray, media: Media) -> tuple[np.ndarray, Shaped[np.ndarray, "4 pos"]]:
         """Each position's kind; and for media clock id, row, column and the clock id of its end, counted from 0."""
-        placed = np.zeros((4, len(ids)), dtype=np.int64)
+        placed = np.zeros((4, len(ids)), dtype=self.id_type)
         kinds = np.select([ids == self.tokens[kind] for kind in self.kinds], self.kinds, default="")
         if media.picture is not None:
             at = np.flatnonzero(kinds == media.picture.kind)
@@ -178,9 +183,9 @@ class QwenMedia(MediaLayout):
         placed[:, at] = np.arange(len(at)) + np.array([[0], [0], [0], [1]])
         return kinds, placed
 
-    def _resumed(self, block: Int64[np.ndarray, "3 _"]) -> int:
+    def _resumed(self, block: Shaped[np.ndarray, "3 _"]) -> Any:
         """The position id of the text that follows the last run of a block of media."""
-        return int(block.max()) + 1
+        return block.max() + 1
 
     def span_map(self, ids: np.ndarray, roles: Sequence[str], tokens: Sequence[str], media: Media) -> SpanMap:
         """By the clocks at the top of this module."""
@@ -192,7 +197,7 @@ class QwenMedia(MediaLayout):
                 )
         kinds, placed = self._placed(ids, media)
         seen = (kinds == "video") | (kinds == "image")
-        row, col = np.where(seen, placed[1:3], -1)
+        row, col = np.where(seen, placed[1:3], -1).astype(np.int64)
         times = {name: np.full(len(ids), np.nan) for name in ("start_s", "end_s", "source_start_s", "source_end_s")}
         for name, stream in (("start_s", 0), ("end_s", 3)):
             times[name][kinds != ""] = placed[stream, kinds != ""] / self.ids_per_second
@@ -201,17 +206,18 @@ class QwenMedia(MediaLayout):
             times["source_start_s"][seen] = media.picture.frame_start_s.min(axis=1)[patch]
             times["source_end_s"][seen] = media.picture.frame_end_s.max(axis=1)[patch]
         if media.sound is not None:
-            heard, token_s = kinds == "audio", self.frames_per_token * media.sound.frame_s
-            times["source_start_s"][heard] = placed[0, heard] * token_s
-            times["source_end_s"][heard] = np.minimum(placed[3, heard] * token_s, media.sound.duration_s)
+            heard = kinds == "audio"
+            start, end = self.sound_frames(int(heard.sum())) * media.sound.frame_s
+            times["source_start_s"][heard] = start
+            times["source_end_s"][heard] = np.minimum(end, media.sound.duration_s)
         named = tuple(str(kind) or role for kind, role in zip(kinds, roles, strict=True))
         return SpanMap(roles=named, tokens=tuple(tokens), row=row, col=col, **times)
 
-    def expected_positions(self, ids: np.ndarray, media: Media) -> Int64[np.ndarray, "3 pos"]:
+    def expected_positions(self, ids: np.ndarray, media: Media) -> Shaped[np.ndarray, "3 pos"]:
         """Time, row and column, by the rule at the top of this module."""
         kinds, placed = self._placed(ids, media)
-        streams = np.zeros((3, len(ids)), dtype=np.int64)
-        following, i = 0, 0
+        streams = np.zeros((3, len(ids)), dtype=self.id_type)
+        following, i = self.id_type(0), 0
         while i < len(ids):
             if kinds[i]:
                 stop = i + int(np.argmin(np.append(kinds[i:], "") != ""))

@@ -112,20 +112,117 @@ def vl_processor() -> Any:
     )
 
 
+def omni3_config() -> Any:
+    """Qwen3-Omni's thinker: eight experts of which two are taken, a plain MLP in layer 1, pictures after layers 0, 1."""
+    from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeThinkerConfig
+
+    ids = token_ids()
+    return Qwen3OmniMoeThinkerConfig(
+        text_config={
+            "vocab_size": len(ids),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 4096,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 3, 3],
+                "mrope_interleaved": True,
+            },
+            "moe_intermediate_size": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": False,
+            "initializer_range": 0.1,
+            "pad_token_id": ids[END_OF_TEXT],
+            "eos_token_id": ids[TURN_END],
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 16,
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+            "initializer_range": 0.1,
+        },
+        audio_config={
+            "num_mel_bins": 32,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 64,
+            "d_model": 32,
+            "output_dim": 64,
+            "n_window": 50,
+            "n_window_infer": 800,
+            "downsample_hidden_size": 16,
+            "max_source_positions": 1500,
+            "initializer_range": 0.1,
+        },
+        audio_token_id=ids["<|AUDIO|>"],
+        image_token_id=ids["<|IMAGE|>"],
+        video_token_id=ids["<|VIDEO|>"],
+        audio_start_token_id=ids["<|audio_bos|>"],
+        audio_end_token_id=ids["<|audio_eos|>"],
+        vision_start_token_id=ids["<|vision_bos|>"],
+        vision_end_token_id=ids["<|vision_eos|>"],
+        user_token_id=ids["u"],
+        position_id_per_seconds=13,
+        pad_token_id=ids[END_OF_TEXT],
+    )
+
+
+@torch.no_grad()
+def omni3_hf_model(seed: int = 0) -> Any:
+    from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
+
+    model = randomized(Qwen3OmniMoeThinkerForConditionalGeneration, omni3_config(), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():  # HuggingFace leaves routers at zero: all experts would tie
+        if "experts" in name or name.endswith("mlp.gate.weight"):
+            parameter.normal_(0.0, 0.1, generator=generator)
+    return model
+
+
+def omni3_processor() -> Any:
+    """A real `Qwen3OmniMoeProcessor` over the tokens of `tiny_processor`."""
+    from transformers import Qwen3OmniMoeProcessor
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    size = {"shortest_edge": 64 * 64, "longest_edge": 128 * 128}
+    own = tiny_processor()
+    processor = Qwen3OmniMoeProcessor(
+        image_processor=Qwen2VLImageProcessor(size=dict(size), patch_size=16),
+        video_processor=Qwen2VLVideoProcessor(size=dict(size), patch_size=16),
+        feature_extractor=own.feature_extractor,
+        tokenizer=own.tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    )
+    processor.videos_kwargs = {"size": dict(size)}
+    return processor
+
+
 _SEEN = {"video": {"sound": None}, "image": {"sound": None, "picture": "image"}, "text": {"picture": None}}
 
+_HEARD = {
+    "in_video": {},
+    "separate": {"sound": "separate"},
+    "audio": {"picture": None},
+    **_SEEN,
+    "text": {"sound": None, "picture": None},
+}
+
 TINY: dict[str, Tiny] = {
-    "qwen2_5_omni": Tiny(
-        tiny_hf_model,
-        tiny_processor,
-        {
-            "in_video": {},
-            "separate": {"sound": "separate"},
-            "audio": {"picture": None},
-            **_SEEN,
-            "text": {"sound": None, "picture": None},
-        },
-    ),
+    "qwen2_5_omni": Tiny(tiny_hf_model, tiny_processor, _HEARD),
+    "qwen3_omni_moe": Tiny(omni3_hf_model, omni3_processor, _HEARD),
     "qwen2_5_vl": Tiny(vl_hf_model, vl_processor, _SEEN),
 }
 

@@ -1,0 +1,72 @@
+"""Qwen3-Omni, thinker only: a Qwen3 decoder with experts, which also reads pictures between its first layers.
+
+Against Qwen2.5-Omni: queries and keys are normed; each position goes through a few of many MLPs, chosen by a router;
+features of several depths of the vision tower are added to the stream after the first layers (deepstack). A second has
+13 position ids and 13 tokens of sound; ids of a video's patches are not whole numbers; a sound woven into a video goes
+by time alone, without chunks, and its borders have ids of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int64
+from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
+
+from av_lens.families.adapter import decoder_adapter, sliding_window
+from av_lens.families.decoder import ReplayTraits
+from av_lens.families.qwen2_5_omni import position_ids
+from av_lens.families.qwen_media import QwenMedia
+from av_lens.families.registry import Family
+
+
+class Qwen3OmniMedia(QwenMedia):
+    """Media in the prompts of Qwen3-Omni's thinker."""
+
+    chunk_s = float("inf")
+    shared_borders = False
+    disagreement = ""
+    id_type = np.float32
+    chunk_frames, chunk_tokens = 100, 13  # the sound's tower takes so many mel frames together
+    frames_per_token = 8
+
+    def sound_tokens(self, mel_frames: int) -> int:
+        """Count the tokens of a sound: three convolutions of stride 2 over chunks of 100 frames, 13 tokens each."""
+        whole, rest = divmod(mel_frames, self.chunk_frames)
+        return whole * self.chunk_tokens + -(-(-(-(-(-rest // 2)) // 2)) // 2)
+
+    def sound_frames(self, n_tokens: int) -> Int64[np.ndarray, "2 token"]:
+        """First and last (excluded) mel frame behind each token; a chunk's last token has what is left of it."""
+        chunk, within = np.divmod(np.arange(n_tokens), self.chunk_tokens)
+        ends = np.minimum(np.stack([within, within + 1]) * self.frames_per_token, self.chunk_frames)
+        return chunk * self.chunk_frames + ends
+
+    def _clock(self, n: int, step_s: float) -> Float[np.ndarray, " patch_t"]:
+        return np.arange(n).astype(np.float32) * np.float32(step_s) * np.float32(self.ids_per_second)
+
+
+def replay_traits(config: Any) -> ReplayTraits:
+    """Pictures' features enter after the first layers too."""
+    added = bool(config.vision_config.deepstack_visual_indexes)
+    return ReplayTraits(sliding_window=sliding_window(config), deepstack=added)
+
+
+FAMILY = Family(
+    model_class=Qwen3OmniMoeThinkerForConditionalGeneration,
+    adapter=decoder_adapter(
+        "Qwen3OmniMoeThinker",
+        towers={
+            "audio_encoder": ("model.audio_tower", "last_hidden_state"),
+            "vision_encoder": ("model.visual", "pooler_output"),
+        },
+        media={"audio": "input_features", "image": "pixel_values", "video": "pixel_values_videos"},
+        qk_norm=True,
+        experts=True,
+    ),
+    media=Qwen3OmniMedia,
+    position_ids=position_ids,
+    replay_traits=replay_traits,
+    model_types=("qwen3_omni_moe_thinker", "qwen3_omni_moe"),
+    inner_config={"qwen3_omni_moe": "thinker_config"},
+)
