@@ -155,6 +155,7 @@ class ModelSpec:
         d_head: width of a head.
         d_mlp: hidden units of an MLP.
         d_vocab: tokens of the vocabulary.
+        experts: the layers that choose among many MLPs, and so have no units of one.
     """
 
     n_layers: int
@@ -164,6 +165,7 @@ class ModelSpec:
     d_head: int
     d_mlp: int
     d_vocab: int
+    experts: frozenset[int] = frozenset()
 
 
 # Hooks of a layer that show one and the same tensor, by the end of their name, and that tensor's shape.

@@ -90,7 +90,7 @@ class DecoderAdapter(ArchitectureAdapter):
         plain = {"dense_gate": "gate_proj", "dense_in": "up_proj", "dense_out": "down_proj"}
         parts: dict[str, Any] = {name: LinearBridge(name=path, optional=True) for name, path in plain.items()}
         parts["gate"] = MoERouterBridge(name="gate", optional=True)
-        return MoEBridge(name="mlp", config=self.cfg, sparse_required=("gate",), submodules=parts)
+        return ExpertsBridge(name="mlp", config=self.cfg, sparse_required=("gate",), submodules=parts)
 
     def prepare_model(self, hf_model: Any) -> None:
         """Let the model run as TransformerLens calls it: without positions or mask, never without its media."""
@@ -102,6 +102,14 @@ class DecoderAdapter(ArchitectureAdapter):
     def setup_hook_compatibility(self, bridge: Any) -> None:
         """Give the bridge its `hook_embed`: the stream after the media are scattered in."""
         install_embed_hook(bridge)
+
+
+class ExpertsBridge(MoEBridge):
+    """Experts behind a router, whose units have no hooks: TransformerLens gives their names to the block's two ends."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.hook_aliases = {one: path for one, path in self.hook_aliases.items() if one not in MoEBridge.hook_aliases}
 
 
 class Continued:
@@ -151,6 +159,16 @@ def _continued(new: Any, cache: Any, mask: torch.Tensor | None) -> torch.Tensor:
     if deltas is not None:
         positions = positions + deltas.repeat_interleave(len(positions) // len(deltas), 0).to(positions.device)
     return positions.expand(3, -1, -1)
+
+
+def deepstack(told: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+    """What is added after each of the first layers, `[batch, pos, d_model]`: features of the vision tower's depths."""
+    seen, features = told.get("visual_pos_masks"), told.get("deepstack_visual_embeds")
+    added: dict[int, torch.Tensor] = {}
+    for layer, part in enumerate(features or ()):
+        added[layer] = part.new_zeros((*seen.shape, part.shape[-1]))  # pyright: ignore[reportOptionalMemberAccess]
+        added[layer][seen] = part
+    return added
 
 
 def sliding_window(config: Any) -> int | None:

@@ -256,6 +256,7 @@ class Layer:
         up: the MLP's other input projection.
         down: the MLP's output projection.
         act: the MLP's non-linearity.
+        experts: what stands in the MLP's place and chooses among many by itself; None where there is one MLP.
         d_head: width of one head.
         scaling: factor of the scores.
         norms: the norms of queries and keys, "q" and "k", where the layer has them.
@@ -267,13 +268,14 @@ class Layer:
     k: torch.nn.Linear
     v: torch.nn.Linear
     o: torch.nn.Linear
-    gate: torch.nn.Linear
-    up: torch.nn.Linear
-    down: torch.nn.Linear
-    act: Callable[[Tensor], Tensor]
+    gate: Any
+    up: Any
+    down: Any
+    act: Any
     d_head: int
     scaling: float
     norms: dict[str, Any]
+    experts: Any = None
 
     @classmethod
     def of(cls, block: Any) -> Layer:
@@ -281,6 +283,9 @@ class Layer:
         attention, mlp = block.attn, block.mlp
         inner = attention.original_component
         own = attention._modules
+        plain = ("dense_gate", "dense_in", "dense_out") if "dense_in" in mlp._modules else ("gate", "in", "out")
+        experts = mlp.original_component if hasattr(mlp.original_component, "experts") else None
+        parts = [None if experts is not None else mlp._modules[name].original_component for name in plain]
         return cls(
             ln1=block.ln1.original_component,
             ln2=block.ln2.original_component,
@@ -288,10 +293,11 @@ class Layer:
             k=attention.k.original_component,
             v=attention.v.original_component,
             o=attention.o.original_component,
-            gate=mlp.gate.original_component,
-            up=getattr(mlp, "in").original_component,
-            down=mlp.out.original_component,
-            act=mlp.original_component.act_fn,
+            gate=parts[0],
+            up=parts[1],
+            down=parts[2],
+            act=None if experts is not None else mlp.original_component.act_fn,
+            experts=experts,
             d_head=inner.head_dim,
             scaling=inner.scaling,
             norms={kind: own[f"{kind}_norm"].original_component for kind in "qk" if f"{kind}_norm" in own},
@@ -353,6 +359,8 @@ class Layer:
         matched: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _pair,
     ) -> Tensor:
         """What the MLP writes; `show` may change what stands at its hooks, `matched` brings two of these together."""
+        if self.experts is not None:
+            return self.experts(normed.reshape(1, -1, normed.shape[-1])).view(normed.shape)
         gate, up = matched(show("mlp_pre", self.gate(normed)), show("mlp_pre_linear", self.up(normed)))
         return self.down(show("mlp_post", self.act(gate) * up))
 

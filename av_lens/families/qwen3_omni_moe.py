@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
-from av_lens.families.adapter import decoder_adapter, sliding_window
+from av_lens.families.adapter import decoder_adapter, deepstack, sliding_window
 from av_lens.families.decoder import ReplayTraits
 from av_lens.families.qwen2_5_omni import position_ids
 from av_lens.families.qwen_media import QwenMedia
@@ -34,7 +34,7 @@ class Qwen3OmniMedia(QwenMedia):
     def sound_tokens(self, mel_frames: int) -> int:
         """Count the tokens of a sound: three convolutions of stride 2 over chunks of 100 frames, 13 tokens each."""
         whole, rest = divmod(mel_frames, self.chunk_frames)
-        return whole * self.chunk_tokens + -(-(-(-(-(-rest // 2)) // 2)) // 2)
+        return whole * self.chunk_tokens + -(-rest // self.frames_per_token)
 
     def sound_frames(self, n_tokens: int) -> Int64[np.ndarray, "2 token"]:
         """First and last (excluded) mel frame behind each token; a chunk's last token has what is left of it."""
@@ -47,9 +47,8 @@ class Qwen3OmniMedia(QwenMedia):
 
 
 def replay_traits(config: Any) -> ReplayTraits:
-    """Pictures' features enter after the first layers too."""
-    added = bool(config.vision_config.deepstack_visual_indexes)
-    return ReplayTraits(sliding_window=sliding_window(config), deepstack=added)
+    """Restarts are exact but for layers with a sliding window; what pictures add after a layer is recorded."""
+    return ReplayTraits(sliding_window=sliding_window(config))
 
 
 FAMILY = Family(
@@ -67,6 +66,7 @@ FAMILY = Family(
     media=Qwen3OmniMedia,
     position_ids=position_ids,
     replay_traits=replay_traits,
+    added=deepstack,
     model_types=("qwen3_omni_moe_thinker", "qwen3_omni_moe"),
     inner_config={"qwen3_omni_moe": "thinker_config"},
 )

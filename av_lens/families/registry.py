@@ -45,6 +45,8 @@ class Family:
         position_ids: of a model, wrapped or not, and the keyword arguments of its forward: its own `[stream, batch,
             pos]`.
         replay_traits: of a configuration: where it breaks what a restart in the middle of a run assumes.
+        added: of what its decoder is told, by keyword: what is added to the stream after a layer, `[batch, pos, d]`;
+            None where nothing is. It must not depend on the stream.
         model_types: the `model_type`s of configurations that hold such a model, itself or inside a larger one.
         inner_config: the attribute of a larger configuration that holds this model's, by `model_type`.
     """
@@ -54,6 +56,7 @@ class Family:
     media: type[MediaLayout]
     position_ids: Callable[[Any, Mapping[str, Any]], torch.Tensor]
     replay_traits: Callable[[Any], ReplayTraits]
+    added: Callable[[Mapping[str, Any]], Mapping[int, torch.Tensor]] | None = None
     model_types: tuple[str, ...] = ()
     inner_config: Mapping[str, str] = field(default_factory=dict[str, str])
 

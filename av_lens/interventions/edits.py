@@ -196,6 +196,11 @@ class Site:
             InterventionError: the layer or a head is out of range.
         """
         check_layers([] if self.layer is None else [self.layer], spec)
+        if self.component in UNITS and self.layer in getattr(spec, "experts", ()):
+            raise InterventionError(
+                f"layer {self.layer} chooses among experts, each an MLP of its own, and has no {self.component}: name "
+                "mlp_in or mlp_out, what the layer's experts read and write together."
+            )
         check_heads(self.heads, self.n_heads(spec), spec, self.component)
 
 
@@ -224,6 +229,8 @@ def check_heads(heads: tuple[int, ...] | None, known: int, spec: Spec, component
             raise InterventionError(text)
 
 
+UNITS = ("mlp_pre", "mlp_pre_linear", "mlp_post")
+"""Components that show the units of one MLP."""
 Kind = Literal["replace", "zero", "resample", "noise", "scale", "add"]
 
 

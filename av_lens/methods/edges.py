@@ -55,7 +55,7 @@ from av_lens.methods.shared.places import Axes, Place
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM
 from av_lens.replay.held import Reading, reader_names, readings, require_restart
-from av_lens.replay.rerun import layer_of, rerun_from
+from av_lens.replay.rerun import layer_of, rerun_from, with_added
 from av_lens.replay.traces import Trace, record
 from av_lens.results import EdgeScores
 from av_lens.spans import Span
@@ -289,6 +289,8 @@ class _Job:
             modules = layer_of(self.trace.model, layer)
             with torch.no_grad():
                 stream = middle + modules.mlp(modules.ln2(middle))
+                if layer in self.trace.added:
+                    stream = with_added(stream, self.trace.added[layer])
             middle = middle[:, self._start :]
         else:
             stream = self.trace.stream(layer + 1, 0) + change

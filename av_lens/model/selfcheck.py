@@ -20,6 +20,7 @@ import torch
 from av_lens.errors import InterventionError, ModelError
 from av_lens.families.decoder import COMPONENTS, Component, hook_name
 from av_lens.families.registry import family_of
+from av_lens.interventions.edits import UNITS
 from av_lens.model.wrapper import HookedAVLLM
 
 DOOR = ("resid_mid", "z", "pattern")  # what `load` checks, in the last layer
@@ -132,7 +133,9 @@ def _checks(model: HookedAVLLM, x: Any, given: bool, full: bool) -> Iterator[tup
     n_layers = model.spec.n_layers
     last = n_layers - 1
     layers = {True: range(n_layers), False: (None,)}
+    absent = {(name, layer) for name in UNITS for layer in model.spec.experts}
     everywhere = ((one, layer) for one in COMPONENTS.values() for layer in layers[one.layered])
+    everywhere = (place for place in everywhere if (place[0].name, place[1]) not in absent)
     with torch.no_grad():
         logits = model(x)
         yield "logits are finite", bool(torch.isfinite(logits).all())

@@ -138,6 +138,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
             d_head=cfg.d_head,
             d_mlp=text.intermediate_size,
             d_vocab=self.hf_model.lm_head.weight.shape[0],
+            experts=frozenset(n for n, one in enumerate(self.blocks) if hasattr(one.mlp.original_component, "experts")),
         )
 
     @cached_property

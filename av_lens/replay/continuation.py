@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from av_lens.core.budget import GIGABYTE
@@ -204,7 +204,7 @@ def _decode(stack: _Stack, numbers: Sequence[int], choice: Choice) -> dict[int, 
         stack.step(chosen)
 
 
-def _position_ids(record: Record) -> Int64[Tensor, "stream batch pos"]:
+def _position_ids(record: Record) -> Shaped[Tensor, "stream batch pos"]:
     """The model's own position ids of the prompt."""
     model = record.model
     return model.position_ids(model.tensors_of(record.x)).to(model.device)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -49,6 +49,7 @@ class Window:
         prefix_mask: additive, `[batch, 1, pos, key]` on recorded keys, or None where all may be read.
         own_mask: additive, `[batch, 1, pos, pos]` on the new keys.
         causal: whether `own_mask` is plainly causal.
+        added: by layer, what is added to the stream after it, `[batch, pos, d_model]`, from `start` on.
     """
 
     start: int
@@ -57,6 +58,7 @@ class Window:
     prefix_mask: Tensor | None
     own_mask: Tensor
     causal: bool
+    added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
 
     @classmethod
     def at(cls, start: int, tables: tuple[Tensor, Tensor], mask: Tensor | None) -> Window:
@@ -172,6 +174,8 @@ class Record(Brief):
         standing: the caller's functions that stood on the model when it ran (`core.execution`).
         own_logits: the run's logits at all positions, kept where such functions stood on the fusion stack; else None,
             and they are read from the last stream.
+        added: by layer, what is added to the stream after it, whatever the stream is, up to the last position at which
+            anything is, `[batch, pos, d_model]`.
         own: what differs from `resid`, `keys` and `values`, where the run was made of another one (`rerun`).
     """
 
@@ -185,6 +189,7 @@ class Record(Brief):
     hooked_because: str = ""
     standing: Standing = field(default=(), repr=False)
     own_logits: Float[Tensor, "batch pos d_vocab"] | None = None
+    added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
     own: Own | None = field(default=None, repr=False)
 
     @property
@@ -306,7 +311,9 @@ class Record(Brief):
         """
         device = self.model.device
         cos, sin = (table.to(device) for table in self.tables)
-        return Window.at(start, (cos, sin), None if self.mask is None else self.mask.to(device))
+        window = Window.at(start, (cos, sin), None if self.mask is None else self.mask.to(device))
+        later = {layer: part[:, start:].to(device) for layer, part in self.added.items() if part.shape[1] > start}
+        return replace(window, added=later)
 
 
 @torch.no_grad()
@@ -328,7 +335,7 @@ def recorded(
         hooks += [(name, watching(partial(_keep, kept, name, component, device))) for name in names]
     if not keep_logits:  # the logits of all positions would be larger than the record
         hooks.append(("unembed.hook_in", rows_of(slice(-1, None))))
-    with entering(model.bridge.blocks[0]) as entered:
+    with entering(model) as entered:
         logits: Tensor = model.run_with_hooks(x, fwd_hooks=hooks)
     found = {"resid": streams, "keys": keys, "values": values}
     made = {part: [kept[name] for name in names] for part, names in found.items()}
@@ -343,7 +350,9 @@ def fields_of(
     """The fields of a `Record`, of what each layer made and of what entered the first."""
     cos, sin = (table.to(made["resid"][0].device) for table in entered["position_embeddings"])
     whole = {part: tuple(tensors) for part, tensors in made.items()}
-    return {"model": model, "x": x, **whole, "tables": (cos, sin), "mask": mask}
+    place = made["resid"][0].device
+    added = {layer: trimmed(part).to(place) for layer, part in entered.get("added", {}).items()}
+    return {"model": model, "x": x, **whole, "tables": (cos, sin), "mask": mask, "added": added}
 
 
 def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits: bool = False) -> None:
@@ -380,15 +389,29 @@ def _enter(
         raise stop
 
 
+def trimmed(added: Tensor) -> Tensor:
+    """What is added after a layer, up to the last position at which anything is."""
+    where = added.abs().amax((0, 2)).nonzero()
+    return added[:, : int(where[-1]) + 1] if len(where) else added[:, :0]
+
+
 @contextmanager
-def entering(block: torch.nn.Module, stop: type[Exception] | None = None) -> Generator[dict[str, Any]]:
-    """Collect what the decoder hands its first block: the stream, rotary tables and the mask."""
+def entering(model: Any, stop: type[Exception] | None = None) -> Generator[dict[str, Any]]:
+    """Collect what the decoder hands its first block (stream, rotary tables, mask), and what it adds between blocks."""
     entered: dict[str, Any] = {}
-    handle = block.register_forward_pre_hook(partial(_enter, entered, stop), with_kwargs=True)
+
+    def told(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered["added"] = model.family.added(kwargs)
+
+    enter = partial(_enter, entered, stop)
+    handles = [model.bridge.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
+    if model.family.added is not None:
+        handles.append(model.hf_model.get_decoder().register_forward_pre_hook(told, with_kwargs=True))
     try:
         yield entered
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def additive(mask: Tensor | None, stream: Tensor) -> Tensor | None:

@@ -305,8 +305,16 @@ def run_layers(
     for number, layer in layers(model, taps.first_layer):
         before, wanted = None if earlier is None else earlier[number], rows if number == last else None
         made = run_layer(layer, number, enter(number, stream), past(number), window, taps, wanted, before)
+        if number in window.added:
+            made = replace(made, stream=with_added(made.stream, window.added[number]))
         stream = made.stream
         yield number, made
+
+
+def with_added(stream: Tensor, added: Float[Tensor, "batch _ d_model"]) -> Tensor:
+    """A stream `[..., batch, pos, d_model]` with what is added after a layer to its first positions."""
+    n = added.shape[1]
+    return torch.cat((stream[..., :n, :] + added, stream[..., n:, :]), dim=-2)
 
 
 def restarted_layers(
@@ -384,12 +392,12 @@ def may_be_lean(model: Any) -> bool:
 @torch.no_grad()
 def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tuple[dict[str, Any], Tensor]:
     """Run encoders and embedding as always and the layers by themselves, keeping what restarts need."""
-    with entering(model.bridge.blocks[0], _Entered) as entered, suppress(_Entered):
+    with entering(model, _Entered) as entered, suppress(_Entered):
         model(x, budget_gb=inf)  # it stops before scores and logits
     stream: Tensor = entered["hidden_states"]
     mask = additive(entered.get("attention_mask"), stream)
     n = stream.shape[1]
-    window = Window.at(0, entered["position_embeddings"], mask)
+    window = replace(Window.at(0, entered["position_embeddings"], mask), added=entered.get("added", {}))
     taps, nothing = no_edits(n), stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, model.spec.d_head)
     found: dict[str, list[Tensor]] = {"resid": [stream.to(device)], "keys": [], "values": []}
     last = stream

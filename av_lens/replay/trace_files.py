@@ -112,6 +112,7 @@ def read_trace(path: str | Path, model: Any, x: Any, *, device: torch.device | s
         "values": tuple(moved[f"values.{i}"] for i in layers),
         "tables": (moved["cos"], moved["sin"]),
         "mask": moved.get("mask"),
+        "added": {int(name.split(".")[1]): part for name, part in moved.items() if name.startswith("added.")},
         "hooked_because": about["hooked_because"],
     }
 
@@ -123,6 +124,7 @@ def _named(record: Record) -> Iterable[tuple[str, Tensor]]:
     yield from zip(("cos", "sin"), record.tables, strict=True)
     if record.mask is not None:
         yield "mask", record.mask
+    yield from ((f"added.{layer}", part) for layer, part in record.added.items())
 
 
 def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -160,6 +162,8 @@ def _check_shapes(path: Path, model: Any, x: Any, n_layers: int, tensors: Mappin
     strange = [name for name, shape in wanted.items() if tensors[name].shape != shape]
     strange += [name for name in ("cos", "sin") if tensors[name].shape[-2:] != (pos, spec.d_head)]
     strange += [name for name in ("mask",) if name in tensors and tensors[name].shape[-3:] != (1, pos, pos)]
+    added = {name: part.shape for name, part in tensors.items() if name.startswith("added.")}
+    strange += [name for name, shape in added.items() if shape[::2] != (batch, spec.d_model) or shape[1] > pos]
     strange += [name for name, tensor in tensors.items() if tensor.dtype != tensors["resid.0"].dtype]
     if strange or n_layers != spec.n_layers:
         raise InputError(

@@ -144,7 +144,8 @@ def _before(record: R, end: int) -> R:
     keys, values = (tuple(part[:, :, :end] for part in parts) for parts in (record.keys, record.values))
     cos, sin = (table[:, :end] for table in record.tables)
     resid = tuple(one[:, :end] for one in record.resid)
-    return replace(record, resid=resid, keys=keys, values=values, tables=(cos, sin))
+    added = {layer: part[:, :end] for layer, part in record.added.items()}
+    return replace(record, resid=resid, keys=keys, values=values, tables=(cos, sin), added=added)
 
 
 Plans = Plan | CompiledPlan | Sequence[Plan | CompiledPlan]

@@ -7,14 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from brute_edges import naive
+from brute_paths import Brute, ends, of
 from drawn_plans import COMPONENTS, KINDS, edit_of, shown, site_of
 from small_av import small_clip
-from tiny_families import TINY, family_model, folder, reference
+from tiny import letter
+from tiny_families import TINY, family_model, folder, reference, twin
 
 import av_lens as avl
 from av_lens.core import run
-from av_lens.interventions import Plan
+from av_lens.interventions import Plan, Site, zero
+from av_lens.interventions.edges import senders
+from av_lens.interventions.edits import UNITS
+from av_lens.methods import edge_attribution, path_patch
+from av_lens.metrics import logit_diff
 
+PATHS = [((0, 1), (1, 2, "q")), ((0, 3), (2, 1, "k")), ((1, 2), "logits"), ((0, "mlp"), (3, 0, "v"))]
+METRIC = logit_diff(letter("a"), letter("b"))
 FAMILIES = tuple(TINY)
 CASES = [(name, layout) for name, tiny in TINY.items() for layout in tiny.layouts]
 
@@ -52,6 +61,8 @@ def drawn_plan(trace: Any, rng: np.random.Generator) -> Plan:
         positions = (None, "media", "question|generation", sorted(rng.choice(n, rng.integers(1, 6), False).tolist()))
         component, kind = COMPONENTS[rng.integers(len(COMPONENTS))], KINDS[rng.integers(len(KINDS))]
         layer, number = int(rng.integers(trace.model.spec.n_layers)), int(rng.integers(60))
+        if component in UNITS and layer in trace.model.spec.experts:
+            component = "mlp_out"
         site = site_of(component, trace, layer, number, positions[rng.integers(4)])
         edits.append(edit_of(kind, site, trace, number))
     return Plan(edits)
@@ -72,6 +83,80 @@ def test_replay_is_the_hooked_run(name, n):
             assert float((found - wanted).abs().max()) <= 1e-5, shown(plan)
             moved += bool((wanted - own).abs().max() > 1e-3)
     assert moved > n // 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_hook_is_on_the_road(name):
+    layout = next(iter(TINY[name].layouts))
+    assert not avl.model.check_model(family_model(name), encoded(name, layout)).failed
+
+
+def pair(name: str) -> avl.Pair:
+    layout = next(iter(TINY[name].layouts))
+    return avl.Pair(clean=encoded(name, layout), corrupt=encoded(name, layout, seed=1))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("mlps", ["frozen", "free"])
+@pytest.mark.parametrize(
+    ("sender", "receiver"),
+    [((0, 1), (1, 2, "q")), ((0, 3), (2, 1, "k")), ((1, 2), "logits"), ((0, "mlp"), (3, 0, "v"))],
+)
+def test_path_patching_is_the_brute_force(name, mlps, sender, receiver):
+    model, one = family_model(name), pair(name)
+    grid = path_patch(model, one, sender=sender, receiver=receiver, metric=METRIC, mlps=mlps)
+    brute = Brute(twin(name), one.corrupt, one.clean, 2, mlps=mlps)
+    sending = next(iter(senders(sender, model.spec, one.clean.spans.roles).values()))
+    wanted = of(METRIC, model, brute.value(sending, ends(receiver, model.spec)))
+    np.testing.assert_allclose(grid.values.values.reshape(1), wanted, atol=1e-5, rtol=0)
+    assert float(np.abs(grid.effects.values).max()) > 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_edges_are_the_gradients_of_the_definition(name):
+    found = edge_attribution(family_model(name), pair(name), metric=METRIC)
+    wanted = naive(twin(name), pair(name).corrupt, pair(name).clean, METRIC)
+    for (sender, receiver), score in wanted.items():
+        got = found.values.sel(sender=sender, receiver=receiver).values
+        np.testing.assert_allclose(got, score.numpy(), atol=1e-5, rtol=0, err_msg=f"{sender} to {receiver}")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shares_sum_to_the_logit_difference(name):
+    x = encoded(name, next(iter(TINY[name].layouts)))
+    shares = avl.direct_attribution(family_model(name), x, metric=METRIC)
+    np.testing.assert_allclose(shares.effects.sum("part"), shares.baseline, atol=1e-4)
+    trace = family_model(name).trace(x)
+    _, cached = family_model(name).run_with_cache(x)
+    parts, _ = cached.decompose_resid(return_labels=True)
+    total = parts.sum(0)
+    for added in trace.added.values():
+        total[:, : added.shape[1]] += added
+    torch.testing.assert_close(total, cached["resid_post", -1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_circuit_is_found(name):
+    circuit = avl.methods.find_circuit(family_model(name), pair(name), metric=METRIC)
+    assert len(circuit.nodes)
+
+
+@pytest.mark.parametrize("component", UNITS)
+def test_experts_have_no_units(component):
+    model, x = family_model("qwen3_omni_moe"), encoded("qwen3_omni_moe", "video")
+    with pytest.raises(avl.errors.InterventionError, match=rf"layer 2 chooses among experts.* has no {component}"):
+        model.trace(x).replay([Plan(zero(Site(component, 2)))])
+    assert model.trace(x).replay([Plan(zero(Site(component, 1)))]) is not None  # layer 1 has a plain MLP
+    with pytest.raises(avl.errors.InterventionError, match="unknown hook"):
+        model.run_with_cache(x, ["blocks.2.mlp.hook_pre"])
+
+
+def test_a_saved_trace_keeps_what_pictures_add(tmp_path):
+    model, x = family_model("qwen3_omni_moe"), encoded("qwen3_omni_moe", "video")
+    trace, plan = model.trace(x), Plan(zero(Site("z", 1, 0, "video")))
+    opened = avl.Trace.load(trace.save(tmp_path / "t"), model, x)
+    assert sorted(trace.added) == [0, 1]
+    assert torch.equal(opened.replay([plan])[0], trace.replay([plan])[0])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -113,7 +113,7 @@ def vl_processor() -> Any:
 
 
 def omni3_config() -> Any:
-    """Qwen3-Omni's thinker: eight experts of which two are taken, a plain MLP in layer 1, pictures after layers 0, 1."""
+    """Qwen3-Omni's thinker: two of eight experts, a plain MLP in layer 1, pictures after layers 0 and 1."""
     from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeThinkerConfig
 
     ids = token_ids()
@@ -239,6 +239,19 @@ def reference(name: str) -> Any:
     model = TINY[name].hf_model(0)
     model.set_attn_implementation("eager")
     return model.eval()
+
+
+@cache
+def twin(name: str) -> Any:
+    """The wrapped model with every key and value head written out once for each query head that shares it."""
+    config = copy.deepcopy(TINY[name].hf_model(0).config)
+    config.get_text_config().num_key_value_heads = config.get_text_config().num_attention_heads
+    model, state = type(TINY[name].hf_model(0))(config).eval(), TINY[name].hf_model(0).state_dict()
+    for key, tensor in state.items():
+        if "language_model.layers" in key and ("k_proj" in key or "v_proj" in key):
+            state[key] = tensor.unflatten(0, (2, -1)).repeat_interleave(2, dim=0).flatten(0, 1)
+    model.load_state_dict(state)
+    return avl.load(name, hf_model=model, processor=TINY[name].processor())
 
 
 def folder(name: str, path: Path) -> Path:
