@@ -21,8 +21,6 @@ from av_lens.checkpoints import check_checkpoint, index
 from av_lens.checks import near_file, require_choice
 from av_lens.errors import AvLensError, InputError
 
-_HUB_NAMES = {"Qwen2_5OmniThinkerForConditionalGeneration": "Qwen/Qwen2.5-Omni-3B, Qwen/Qwen2.5-Omni-7B (thinker only)"}
-
 
 def short_names() -> list[tuple[str, str]]:
     """List the organisms that ship with the package."""
@@ -31,11 +29,13 @@ def short_names() -> list[tuple[str, str]]:
 
 def families() -> list[tuple[str, str]]:
     """List the architectures that can be opened: those with an adapter of ours, and other packages' families."""
-    ours = [
-        point for point in entry_points(group="transformer_lens.architectures") if point.value.startswith("av_lens.")
-    ]
-    ours += entry_points(group="av_lens.families")
-    return [(point.name, _HUB_NAMES.get(point.name, "any checkpoint of this class")) for point in sorted(ours)]
+    found = {point.name: "any checkpoint of this class" for point in entry_points(group="av_lens.families")}
+    for path in sorted((_ROOT / "families").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FAMILY":
+                facts = {word.arg: word.value for word in node.value.keywords}  # pyright: ignore[reportAttributeAccessIssue]
+                found[ast.unparse(facts["model_class"])] = ast.literal_eval(facts["checkpoints"])
+    return sorted(found.items())
 
 
 _ROOT = Path(__file__).resolve().parents[1]

@@ -61,6 +61,7 @@ FAMILY = Family(
     media=QwenMedia,
     position_ids=position_ids,
     replay_traits=replay_traits,
+    checkpoints="Qwen/Qwen2.5-Omni-3B, Qwen/Qwen2.5-Omni-7B (thinker only)",
     model_types=("qwen2_5_omni_thinker", "qwen2_5_omni"),
     inner_config={"qwen2_5_omni": "thinker_config"},
 )

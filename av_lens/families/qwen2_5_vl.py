@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int64
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from av_lens.errors import InputError
 from av_lens.families.adapter import decoder_adapter, sliding_window
 from av_lens.families.decoder import ReplayTraits
 from av_lens.families.media_layout import Media, TensorAxes
@@ -37,6 +38,11 @@ class Qwen2_5VLMedia(QwenMedia):
     def clock_rate(cls, config: Any) -> float:
         """As the vision tower's configuration says."""
         return float(config.vision_config.tokens_per_second)
+
+    def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
+        """Any rate above 0."""
+        if not np.isfinite(fps) or fps <= 0:
+            raise InputError(f"fps={fps:g}: frames are sampled at a rate above 0.")
 
     def bare(self, kind: str) -> str:
         """Vision start, placeholder, vision end."""
@@ -85,5 +91,6 @@ FAMILY = Family(
     media=Qwen2_5VLMedia,
     position_ids=position_ids,
     replay_traits=replay_traits,
+    checkpoints="Qwen/Qwen2.5-VL-3B-Instruct, Qwen/Qwen2.5-VL-7B-Instruct",
     model_types=("qwen2_5_vl",),
 )

@@ -67,6 +67,7 @@ FAMILY = Family(
     position_ids=position_ids,
     replay_traits=replay_traits,
     added=deepstack,
+    checkpoints="Qwen/Qwen3-Omni-30B-A3B-Instruct (thinker only)",
     model_types=("qwen3_omni_moe_thinker", "qwen3_omni_moe"),
     inner_config={"qwen3_omni_moe": "thinker_config"},
 )

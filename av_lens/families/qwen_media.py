@@ -183,6 +183,10 @@ class QwenMedia(MediaLayout):
         placed[:, at] = np.arange(len(at)) + np.array([[0], [0], [0], [1]])
         return kinds, placed
 
+    def _seconds(self, kinds: np.ndarray, placed: np.ndarray, media: Media) -> Shaped[np.ndarray, "2 media"]:
+        """Start and end of each media position on the model's clock."""
+        return placed[[0, 3]][:, kinds != ""] / self.ids_per_second
+
     def _resumed(self, block: Shaped[np.ndarray, "3 _"]) -> Any:
         """The position id of the text that follows the last run of a block of media."""
         return block.max() + 1
@@ -199,8 +203,8 @@ class QwenMedia(MediaLayout):
         seen = (kinds == "video") | (kinds == "image")
         row, col = np.where(seen, placed[1:3], -1).astype(np.int64)
         times = {name: np.full(len(ids), np.nan) for name in ("start_s", "end_s", "source_start_s", "source_end_s")}
-        for name, stream in (("start_s", 0), ("end_s", 3)):
-            times[name][kinds != ""] = placed[stream, kinds != ""] / self.ids_per_second
+        if (kinds != "").any():
+            times["start_s"][kinds != ""], times["end_s"][kinds != ""] = self._seconds(kinds, placed, media)
         if media.picture is not None:
             patch = np.unravel_index(np.arange(int(seen.sum())), media.picture.token_grid)[0]
             times["source_start_s"][seen] = media.picture.frame_start_s.min(axis=1)[patch]

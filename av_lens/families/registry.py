@@ -47,6 +47,7 @@ class Family:
         replay_traits: of a configuration: where it breaks what a restart in the middle of a run assumes.
         added: of what its decoder is told, by keyword: what is added to the stream after a layer, `[batch, pos, d]`;
             None where nothing is. It must not depend on the stream.
+        checkpoints: some that it opens, for people.
         model_types: the `model_type`s of configurations that hold such a model, itself or inside a larger one.
         inner_config: the attribute of a larger configuration that holds this model's, by `model_type`.
     """
@@ -57,6 +58,7 @@ class Family:
     position_ids: Callable[[Any, Mapping[str, Any]], torch.Tensor]
     replay_traits: Callable[[Any], ReplayTraits]
     added: Callable[[Mapping[str, Any]], Mapping[int, torch.Tensor]] | None = None
+    checkpoints: str = "any checkpoint of this class"
     model_types: tuple[str, ...] = ()
     inner_config: Mapping[str, str] = field(default_factory=dict[str, str])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -91,6 +92,7 @@ def test_every_hook_is_on_the_road(name):
     assert not avl.model.check_model(family_model(name), encoded(name, layout)).failed
 
 
+@cache
 def pair(name: str) -> avl.Pair:
     layout = next(iter(TINY[name].layouts))
     return avl.Pair(clean=encoded(name, layout), corrupt=encoded(name, layout, seed=1))

@@ -210,6 +210,53 @@ def omni3_processor() -> Any:
     return processor
 
 
+def vl3_config() -> Any:
+    """Qwen3-VL: pictures after layers 0 and 1."""
+    from transformers import Qwen3VLConfig
+
+    omni, ids = omni3_config(), token_ids()
+    text = {
+        name: value
+        for name, value in omni.text_config.to_dict().items()
+        if name not in ("model_type", "architectures", "mlp_only_layers") and "expert" not in name and "moe" not in name
+    }
+    vision = {name: value for name, value in omni.vision_config.to_dict().items() if name != "model_type"}
+    return Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=ids["<|IMAGE|>"],
+        video_token_id=ids["<|VIDEO|>"],
+        vision_start_token_id=ids["<|vision_bos|>"],
+        vision_end_token_id=ids["<|vision_eos|>"],
+        tie_word_embeddings=False,
+    )
+
+
+def vl3_hf_model(seed: int = 0) -> Any:
+    from transformers import Qwen3VLForConditionalGeneration
+
+    return randomized(Qwen3VLForConditionalGeneration, vl3_config(), seed)
+
+
+def vl3_processor() -> Any:
+    """A real `Qwen3VLProcessor` over the tokens of `tiny_processor`."""
+    from transformers import Qwen3VLProcessor, Qwen3VLVideoProcessor
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+
+    size = {"shortest_edge": 64 * 64, "longest_edge": 4 * 128 * 128}
+    tokenizer = vl_processor().tokenizer
+    tokenizer.vision_start_token, tokenizer.vision_end_token = (
+        SPECIALS["vision_bos_token"],
+        SPECIALS["vision_eos_token"],
+    )
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=dict(size), patch_size=16),
+        video_processor=Qwen3VLVideoProcessor(size=dict(size)),
+        tokenizer=tokenizer,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
 _SEEN = {"video": {"sound": None}, "image": {"sound": None, "picture": "image"}, "text": {"picture": None}}
 
 _HEARD = {
@@ -224,6 +271,7 @@ TINY: dict[str, Tiny] = {
     "qwen2_5_omni": Tiny(tiny_hf_model, tiny_processor, _HEARD),
     "qwen3_omni_moe": Tiny(omni3_hf_model, omni3_processor, _HEARD),
     "qwen2_5_vl": Tiny(vl_hf_model, vl_processor, _SEEN),
+    "qwen3_vl": Tiny(vl3_hf_model, vl3_processor, _SEEN),
 }
 
 

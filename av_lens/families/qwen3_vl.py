@@ -1,0 +1,87 @@
+"""Qwen3-VL: a Qwen3 decoder that reads pictures in its stream, and again after its first layers; time is text.
+
+A video's temporal patches stand apart, each between its borders and after a text that says when it is ("<0.5
+seconds>"): position ids hold rows and columns, and no time. So on the model's clock a patch lasts as long as its
+frames do at the asked rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64, Shaped
+from transformers import Qwen3VLForConditionalGeneration
+
+from av_lens.families.adapter import decoder_adapter, deepstack, sliding_window
+from av_lens.families.decoder import ReplayTraits
+from av_lens.families.media_layout import Media
+from av_lens.families.qwen2_5_vl import Qwen2_5VLMedia
+from av_lens.families.registry import Family
+
+
+class Qwen3VLMedia(Qwen2_5VLMedia):
+    """Media in the prompts of Qwen3-VL."""
+
+    @classmethod
+    def clock_rate(cls, config: Any) -> float:
+        """Ids say no time."""
+        return float("nan")
+
+    def expansions(self, media: Media) -> dict[str, str]:
+        """A video is its patches, each with its borders and its second, as the processor writes them."""
+        picture = media.picture
+        if picture is None or picture.kind != "video":
+            return super().expansions(media)
+        shown = SimpleNamespace(
+            frames_indices=[*range(len(picture.frames))], fps=self.frames_per_patch / picture.step_s
+        )
+        told = {"video_grid_thw": [np.array(picture.grid)], "video_metadata": [shown]}
+        return {self.processor.video_token: self.processor.replace_video_token(told, 0)}
+
+    def tensors(self, ids: np.ndarray, media: Media) -> dict[str, Any]:
+        """As one call of the processor names them."""
+        made = super().tensors(ids, media)
+        made.pop("second_per_grid_ts", None)
+        return made
+
+    def _clock(self, n: int, step_s: float) -> Int64[np.ndarray, " patch_t"]:
+        return np.zeros(n, dtype=np.int64)
+
+    def _seconds(self, kinds: np.ndarray, placed: np.ndarray, media: Media) -> Shaped[np.ndarray, "2 media"]:
+        assert media.picture is not None
+        patch = np.unravel_index(np.arange(int((kinds != "").sum())), media.picture.token_grid)[0]
+        return (patch + np.array([[0], [1]])) * media.picture.step_s
+
+
+def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
+    """The model's own three position streams for an input, int64 `[3, batch, pos]`: time, row, column."""
+    told = {name: tensors.get(name) for name in ("image_grid_thw", "video_grid_thw")}
+    ids, types, mask = (tensors[name] for name in ("input_ids", "mm_token_type_ids", "attention_mask"))
+    found, _ = hf_model.model.get_rope_index(ids, types, attention_mask=mask, **told)
+    return found
+
+
+def replay_traits(config: Any) -> ReplayTraits:
+    """Restarts are exact but for layers with a sliding window; what pictures add after a layer is recorded."""
+    return ReplayTraits(sliding_window=sliding_window(config))
+
+
+FAMILY = Family(
+    model_class=Qwen3VLForConditionalGeneration,
+    adapter=decoder_adapter(
+        "Qwen3VL",
+        towers={"vision_encoder": ("model.visual", "pooler_output")},
+        media={"image": "pixel_values", "video": "pixel_values_videos"},
+        qk_norm=True,
+    ),
+    media=Qwen3VLMedia,
+    position_ids=position_ids,
+    replay_traits=replay_traits,
+    added=deepstack,
+    checkpoints="Qwen/Qwen3-VL-4B-Instruct, Qwen/Qwen3-VL-8B-Instruct",
+    model_types=("qwen3_vl",),
+)
