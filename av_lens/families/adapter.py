@@ -138,6 +138,24 @@ class Continued:
             output.past_key_values.rope_deltas = self.rope_deltas
         return output
 
+    def get_audio_features(self, *args: Any, **kwargs: Any) -> Any:
+        """Encode sounds, and remember how many rows they are."""
+        found = super().get_audio_features(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        self.__dict__["_heard"] = len(found.last_hidden_state)
+        return found
+
+    def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Any:
+        """Find the media's positions; HuggingFace compares their number with the tower's rows for pictures alone."""
+        masks = super().get_placeholder_mask(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        heard = self.__dict__.pop("_heard", None)
+        tokens = None if heard is None else int(masks[-1][..., 0].sum())
+        if tokens != heard:
+            raise InputError(
+                f"the prompt has {tokens} tokens of sound and the sound's tower gives {heard} rows: the rest would be "
+                "dropped in silence. Make the input with model.encode, or by one call of the checkpoint's processor."
+            )
+        return masks
+
     def _require_media(self, ids: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
         """Refuse placeholders whose media did not come along: a run that reads them bare is about nothing."""
         for kind, tensor in self.media_tensors.items():

@@ -175,6 +175,15 @@ def test_sound_is_refused_where_there_are_no_ears():
         model.encode(small_clip(0), "What?", sound="separate")
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_as_many_tokens_of_sound_as_the_tower_gives_rows(name):
+    model, x = family_model(name), encoded(name, "audio")
+    n, ids = len(x.spans.audio), x.tensors["input_ids"].clone()
+    ids[0, x.spans.audio.positions[-1].item()] = 0
+    with pytest.raises(avl.errors.InputError, match=rf"{n - 1} tokens of sound and the sound's tower gives {n} rows"):
+        model.hf_model(**(dict(x.tensors) | {"input_ids": ids}))
+
+
 def test_a_video_that_outlasts_its_picture_shares_ids_with_the_text_that_follows():
     """Qwen2.5-VL's own rule: text resumes after rows and columns, whatever the time."""
     x = family_model("qwen2_5_vl").encode(small_clip(0, seconds=6.0), "What?")
