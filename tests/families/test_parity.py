@@ -13,7 +13,7 @@ from brute_paths import Brute, ends, of
 from drawn_plans import COMPONENTS, KINDS, edit_of, shown, site_of
 from small_av import small_clip
 from tiny import letter
-from tiny_families import TINY, family_model, folder, reference, twin
+from tiny_families import TINY, family_model, folder, full_folder, reference, twin
 
 import av_lens as avl
 from av_lens.core import run
@@ -165,6 +165,13 @@ def test_a_saved_trace_keeps_what_pictures_add(tmp_path):
 def test_a_folder_opens(name, tmp_path):
     model = avl.load(folder(name, tmp_path / "it"), dtype="float32")
     x = encoded(name, next(iter(TINY[name].layouts)))
+    assert torch.equal(model(x), family_model(name)(x))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_omni", "qwen3_omni_moe"])
+def test_of_a_full_checkpoint_the_thinker_opens(name, tmp_path):
+    model = avl.load(full_folder(name, tmp_path / "it"), dtype="float32")
+    x = encoded(name, "in_video")
     assert torch.equal(model(x), family_model(name)(x))
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import CHAT_TEMPLATE, tiny_hf_model, tiny_processor, token_ids
 
 import av_lens as avl
@@ -300,6 +302,18 @@ def twin(name: str) -> Any:
             state[key] = tensor.unflatten(0, (2, -1)).repeat_interleave(2, dim=0).flatten(0, 1)
     model.load_state_dict(state)
     return avl.load(name, hf_model=model, processor=TINY[name].processor())
+
+
+def full_folder(name: str, path: Path) -> Path:
+    """The same as the thinker of a larger checkpoint, whose other weights lie beside it."""
+    inner = TINY[name].hf_model(0)
+    inner.save_pretrained(path)
+    kind = str(inner.config.model_type).removesuffix("_thinker")
+    (path / "config.json").write_text(json.dumps({"model_type": kind, "thinker_config": inner.config.to_dict()}))
+    weights = {f"thinker.{key}": value for key, value in load_file(path / "model.safetensors").items()}
+    save_file(weights | {"talker.weight": torch.zeros(3)}, path / "model.safetensors", metadata={"format": "pt"})
+    TINY[name].processor().save_pretrained(path)
+    return path
 
 
 def folder(name: str, path: Path) -> Path:
