@@ -50,6 +50,12 @@ def _runs(positions: Int64[np.ndarray, " pos"]) -> tuple[tuple[int, int], ...]:
     return tuple((int(part[0]), int(part[-1]) + 1) for part in np.split(positions, breaks))
 
 
+def role_runs(roles: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Cut roles into runs of equal ones: role, start and stop of each, in order."""
+    cuts = [0, *(i for i in range(1, len(roles)) if roles[i] != roles[i - 1]), len(roles)]
+    return [(roles[a], a, b) for a, b in itertools.pairwise(cuts) if b > a]
+
+
 def _frozen(array: np.ndarray) -> np.ndarray:
     array = array.copy()
     array.setflags(write=False)
@@ -361,12 +367,11 @@ class SpanMap:
         return None if len(self) == len(other) else n
 
     def __str__(self) -> str:
-        changes = [0, *[i for i in range(1, len(self)) if self.roles[i] != self.roles[i - 1]], len(self)]
         lines = [f"{len(self)} positions"]
-        for start, stop in itertools.pairwise(changes):
+        for role, start, stop in role_runs(self.roles):
             timed = not np.isnan(self.start_s[start])
             seconds = f"  {self.start_s[start]:.2f}-{self.end_s[stop - 1]:.2f} s" if timed else ""
-            lines.append(f"  {start:>5}:{stop:<5} {self.roles[start]:<10} {stop - start:>5}{seconds}")
+            lines.append(f"  {start:>5}:{stop:<5} {role:<10} {stop - start:>5}{seconds}")
         shown = lines if len(lines) <= 26 else [*lines[:18], f"  ... {len(lines) - 25} more runs", *lines[-7:]]
         return "\n".join(shown)
 

@@ -87,9 +87,9 @@ def layer_axis(n_layers: int) -> dict[str, Any]:
     return {"title": {"text": "layer"}, "tickmode": "linear", "tick0": 0, "dtick": max(1, -(-n_layers // 16))}
 
 
-def head_label(layer: int, head: int | None) -> str:
+def head_label(layer: Any, head: Any) -> str:
     """Name a head the way all figures and tables do."""
-    return f"L{layer}" if head is None else f"L{layer} H{head}"
+    return f"L{int(layer)} H{int(head)}"
 
 
 def hatch(cells: Sequence[tuple[float, float]]) -> tuple[list[float | None], list[float | None]]:
@@ -133,11 +133,6 @@ def heat(top: float, unit: str, *, signed: bool = True, **words: Any) -> dict[st
     spread = [[index / (len(colours) - 1), colour] for index, colour in enumerate(colours)]
     scale = {"zmin": -top if signed else 0.0, "zmax": top, "colorscale": spread, "colorbar": bar}
     return scale | ({"meta": {"palette": "diverging"}} if signed else {})
-
-
-def copied(fig: Any) -> dict[str, Any]:
-    """Take a figure's look of an axis, for the axes of panels that are added to it."""
-    return {k: v for k, v in fig.layout.xaxis.to_plotly_json().items() if k not in ("anchor", "domain")}
 
 
 def intervals(values: Sequence[float], low: Sequence[float], high: Sequence[float], *, colour: str) -> dict[str, Any]:

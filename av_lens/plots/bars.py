@@ -87,14 +87,14 @@ def _bars(x: Any, *, half: str, site: str) -> pd.DataFrame:
         raise InputError(f"attribution needs the column 'value'; found {list(frame.columns)}.")
     if "name" not in frame.columns:
         heads = zip(frame["layer"], frame["head"], strict=True)
-        frame = frame.assign(name=[_style.head_label(int(layer), int(head)) for layer, head in heads])
+        frame = frame.assign(name=[_style.head_label(layer, head) for layer, head in heads])
     numbers = frame.reindex(columns=["value", "low", "high"]).astype(float)
     return numbers.assign(name=frame["name"].astype(str))
 
 
 def _name(parts: dict[str, Any]) -> str:
     if "layer" in parts and "head" in parts:
-        text = _style.head_label(int(parts.pop("layer")), int(parts.pop("head")))
+        text = _style.head_label(parts.pop("layer"), parts.pop("head"))
         return " ".join([text, *(str(value) for value in parts.values())])
     return " ".join(f"L{value}" if key == "layer" else str(value) for key, value in parts.items())
 
