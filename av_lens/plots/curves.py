@@ -8,15 +8,15 @@ axis of more than twelve labels (positions, windows of time) is drawn as a map o
 fig = plots.layers(attention_flow(model, conflicts, queries=("question", "generation")))
 ```
 
-`knowledge`: above, the share of conflicts (`va`) in which the logit lens has the word among the likeliest at some position of the
-span. Below: how often a linear probe tells the class from the span's mean stream, on held-out conflicts. Blue is the
-sound, vermilion the picture; bands are 95% intervals; dotted is the null (other sounds' words, shuffled labels). Layers
-count those that the stream has passed: 0 is before the first.
+`knowledge`: above, the share of conflicts (`va`) in which the logit lens has the word among the likeliest at some
+position of the span. Below: how often a linear probe tells the class from the span's mean stream, on held-out
+conflicts. Blue is the sound, vermilion the picture; bands are 95% intervals; dotted is the null (other sounds' words,
+shuffled labels). Layers count those that the stream has passed: 0 is before the first.
 
 `confirmation`: the members are edited one after another, in the order fixed on discovery. Above: the release of the
-first k members, in logits, with its interval; the grey marks are random sets of the same size, matched by layer, the diamond is as many
-top heads for what is seen, and the dotted curve the heads of largest single release together (how spread is the
-effect?). Below: how often the model then says the sound's and the picture's answer, among all words.
+first k members, in logits, with its interval; the grey marks are random sets of the same size, matched by layer, the
+diamond is as many top heads for what is seen, and the dotted curve the heads of largest single release together (how
+spread is the effect?). Below: how often the model then says the sound's and the picture's answer, among all words.
 """
 
 from __future__ import annotations

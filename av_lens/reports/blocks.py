@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from av_lens.reports.sections import MISSING, interval, number, percent
+from av_lens.reports.sections import MISSING, head_name, interval, number, percent
 from av_lens.results.record import Isolation
 
 LEAST_SHARE, LEAST_PATH, MOST_RECEIVERS = 0.05, 0.01, 3
@@ -24,11 +24,8 @@ COLUMNS = (
 
 def card_lines(cards: Any) -> tuple[tuple[str, ...], ...]:
     """Write one line for each head of the table of cards."""
-    heads = list(dict.fromkeys(zip(cards["layer"], cards["head"], strict=True)))
-    return tuple(
-        (f"L{layer} H{head}", *_line(cards[(cards["layer"] == layer) & (cards["head"] == head)]))
-        for layer, head in heads
-    )
+    groups = cards.groupby(["layer", "head"], sort=False)
+    return tuple((head_name(rows.iloc[0]), *_line(rows)) for _, rows in groups)
 
 
 def _line(rows: Any) -> tuple[str, ...]:
@@ -163,11 +160,7 @@ def _percent(name: str) -> _Column:
     return _Column(lambda row: percent(row[name]), numeric=True)
 
 
-def _named(row: Row) -> str:
-    return f"L{row['layer']} H{row['head']}"
-
-
-_HEAD = _Column(_named)
+_HEAD = _Column(head_name)
 
 
 def _sets(found: Any) -> Block:
@@ -190,7 +183,7 @@ def _sets(found: Any) -> Block:
         **_numbers("direct_share", "reads_picture", "reads_sound"),
     }
     steps = _texts("start", "donor", "action") | {"head": _HEAD} | _numbers("release", "gain")
-    pairs = {"pair": _Column(lambda row: f"{_named(row)} + L{row['layer2']} H{row['head2']}")} | _texts("donor")
+    pairs = {"pair": _Column(lambda row: f"{head_name(row)} + L{row['layer2']} H{row['head2']}")} | _texts("donor")
     pairs |= _numbers("release", "synergy") | {"share of G": _percent("share")}
     sheets = (
         _sheet(members, "The members of the chosen set", columns),
