@@ -179,9 +179,8 @@ class _Reading:
             self._take(packet, taker)
             if sought and self._landed_late(back):
                 return False
-            if all(t.done for t in self.takers.values()):
-                return True
-            if time is not None and time > self.request.stop + _INTERLEAVE:
+            late = time is not None and time > self.request.stop + _INTERLEAVE
+            if late or all(t.done for t in self.takers.values()):
                 return True
 
     def _seek(self, back: float) -> bool:
@@ -215,10 +214,9 @@ class _Reading:
 
     def _landed_late(self, back: float) -> bool:
         start = self.request.start
-        picture = self.pictures.first_time if self.pictures is not None else None
+        picture, sound = (taker and taker.first_time for taker in (self.pictures, self.sounds))
         if picture is not None and picture > start + TOLERANCE:
             return True
-        sound = self.sounds.first_time if self.sounds is not None else None
         # A sound may have a true hole here; two longer ways back are enough to believe it.
         return sound is not None and sound > start + _PREROLL / 10 and back < _STEPS_BACK[2]
 
@@ -337,13 +335,10 @@ class ClipFile:
             MediaError: as `load_clip`.
         """
         path, size = regular_file(self.path)
+        asked = {name: getattr(self, name) for name in ("start", "end", "fps", "sound_rate")}
         file = (os.path.abspath(path), size, os.stat(path).st_mtime_ns)
-        asked = (self.start, self.end, self.fps, self.sound_rate)
-        key = (*file, *asked, *sorted((self.stream or {}).items()))
-        clip = _LAST.get(key)
-        if clip is None:
-            start, end, fps, rate = asked
-            clip = load_clip(path, start=start, end=end, fps=fps, sound_rate=rate, stream=self.stream)
+        key = (*file, *asked.values(), *sorted((self.stream or {}).items()))
+        clip = _LAST.get(key) or load_clip(path, **asked, stream=self.stream)
         with _LOCK:
             _LAST.pop(key, None)
             _LAST[key] = clip
@@ -358,5 +353,4 @@ _LOCK = threading.Lock()
 
 
 def _size(clip: Clip) -> int:
-    arrays = (clip.frames, clip.times, clip.waveform)
-    return sum(array.nbytes for array in arrays if array is not None)
+    return sum(array.nbytes for array in (clip.frames, clip.times, clip.waveform) if array is not None)
