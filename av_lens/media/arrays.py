@@ -358,18 +358,16 @@ def scrambled(
 
 def blanked(kind: str, frames: UInt8[np.ndarray, "time height width 3"], *, seed: int, patch: int) -> np.ndarray:
     """Make a picture that shows nothing."""
-    if kind == "dark":
-        return np.zeros_like(frames)
-    if kind == "scrambled":
-        return scrambled(frames, seed=seed, patch=patch)
-    raise MediaError(unknown("kind of blank", kind, ("dark", "scrambled")))
+    if kind not in ("dark", "scrambled"):
+        raise MediaError(unknown("kind of blank", kind, ("dark", "scrambled")))
+    return np.zeros_like(frames) if kind == "dark" else scrambled(frames, seed=seed, patch=patch)
 
 
 def quiet(kind: str, n_samples: int, *, seed: int) -> Float32[np.ndarray, " sample"]:
     """Make a sound that says nothing."""
+    if kind not in ("silence", "noise"):
+        raise MediaError(unknown("kind of mute", kind, ("silence", "noise")))
     if kind == "silence":
         return np.zeros(n_samples, dtype=np.float32)
-    if kind == "noise":
-        noise = np.random.default_rng(seed).standard_normal(n_samples, dtype=np.float32)
-        return noise * np.float32(0.003)  # -50 dB
-    raise MediaError(unknown("kind of mute", kind, ("silence", "noise")))
+    noise = np.random.default_rng(seed).standard_normal(n_samples, dtype=np.float32)
+    return noise * np.float32(0.003)  # -50 dB

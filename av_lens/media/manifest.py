@@ -192,5 +192,5 @@ def _entry(manifest: Path, row: dict[str, Any], number: int) -> Entry:
     answers: Any = tuple(answer if isinstance(answer, str) else tuple(answer) for answer in row["answers"])
     texts = {"prefix": "", "see": SEE, "control": CONTROL, "id": f"line {number}"}
     texts |= {name: text for name, text in row.items() if name in texts}
-    clips = {name: _clip_file(manifest, row, name) for name in ("sound", "picture")}
-    return Entry(**clips, question=row["question"], answers=answers, **texts)
+    sound, picture = (_clip_file(manifest, row, name) for name in ("sound", "picture"))
+    return Entry(sound=sound, picture=picture, question=row["question"], answers=answers, **texts)

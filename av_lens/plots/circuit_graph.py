@@ -104,10 +104,9 @@ def _lanes(nodes: Any, kinds: list[str], by_role: bool) -> tuple[list[str], list
         order = [*(role for role in reversed(colours.HEAD_COLOURS) if role in kinds)]
         lanes = [*(kind for kind in dict.fromkeys(kinds) if kind not in order), *order]
         return lanes, [lanes.index(kind) for kind in kinds]
-    heads = [int(head) for head in nodes["head"]]
-    last = max(heads)
-    lanes = [f"H{head}" for head in range(last + 1)] + (["MLP"] if min(heads) < 0 else [])
-    return lanes, [last + 1 if head < 0 else head for head in heads]
+    heads = nodes["head"].tolist()
+    lanes = [f"H{head}" for head in range(max(heads) + 1)]
+    return lanes + (["MLP"] if min(heads) < 0 else []), [len(lanes) if head < 0 else head for head in heads]
 
 
 def _spread(x: np.ndarray, y: np.ndarray, members: np.ndarray) -> np.ndarray:
@@ -134,15 +133,14 @@ def _draw_links(fig: Any, found: Any, at: dict[str, tuple[float, float]], least:
 
 def _texts(found: Any) -> list[str]:
     """What a node says under the pointer."""
-    needed = {str(row["node"]): row for row in found.minimality.to_dict("records")}
+    needed = {row["node"]: row for row in found.minimality.to_dict("records")}
     texts: list[str] = []
     for row in found.nodes.to_dict("records"):
         bounds = f" ({row['low']:+.3f} to {row['high']:+.3f})" if np.isfinite(row["low"]) else ""
         text = f"<b>{row['node']}</b>, place {row['place']}<br>score {row['score']:+.3f}{bounds} {found.unit}"
         if np.isfinite(row["kept"]):
             text += f"<br>chosen in {row['kept']:.0%} of bootstraps"
-        if str(row["node"]) in needed:
-            adds = needed[str(row["node"])]
+        if adds := needed.get(row["node"]):
             text += f"<br>adds {adds['adds']:+.2f} to f without {adds['removed']}"
         texts.append(text)
     return texts

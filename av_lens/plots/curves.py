@@ -21,6 +21,7 @@ spread is the effect?). Below: how often the model then says the sound's and the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -107,12 +108,10 @@ def _reduced(grid: Any) -> tuple[Any, list[str]]:
             f"layers draws grids over layers; this one has the axes {tuple(map(str, values.dims))}. Measure it with "
             "over='layer', or by='layer'."
         )
-    if "head" in values.dims:
-        values = values.mean("head")
+    values = values.mean("head") if "head" in values.dims else values
     single = [str(dim) for dim in values.dims[1:] if values.sizes[dim] == 1 and dim != "layer"]
     kept = [f"{dim} {values.coords[dim].values[0]}" for dim in single]
-    fields = {name: getattr(grid, name) for name in ("baseline", "donor", "clusters", "metric", "unit", "shares")}
-    return type(grid)(values.squeeze(single, drop=True), **fields), kept
+    return replace(grid, values=values.squeeze(single, drop=True)), kept
 
 
 def _axes(grid: Any, lines: str | None, panels: str | None) -> tuple[str | None, str | None]:
@@ -149,9 +148,8 @@ def _curves(fig: Any, grid: Any, by_line: str | None, of: str, unit: str, column
         look = {"line": {"color": colour, "width": 2}, "marker": {"color": colour, "size": 6}}
         _style.marks(fig, at, values, say, mode="lines+markers", **shown, **look, **here)
     fig.update_xaxes(**_style.layer_axis(int(max(at)) + 1), **here)
-    fig.update_yaxes(**_style.ZERO, rangemode="tozero", **here)
-    if column == 1:
-        fig.update_yaxes(title={"text": unit}, row=1, col=1)
+    named = {"title": {"text": unit}} if column == 1 else {}
+    fig.update_yaxes(**_style.ZERO, rangemode="tozero", **named, **here)
 
 
 def _map(fig: Any, grid: Any, by_line: str, of: str, unit: str, column: int) -> None:

@@ -49,7 +49,8 @@ class Calibration:
 
     def first(self) -> Any:
         """Choose the heads that a page lists: enough to hold all that were planted."""
-        return self.heads.head(max(12, int(self.heads["planted"].sum()) + 4))
+        heads: Any = self.heads
+        return heads.head(max(12, int(heads["planted"].sum()) + 4))
 
 
 @dataclass(frozen=True)

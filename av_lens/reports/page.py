@@ -74,18 +74,13 @@ def write_report(
 
 
 def _render(drawn: Mapping[str, Drawing], context: dict[str, Any]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup, escape
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=select_autoescape(["html", "j2"], default=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["say"] = sections
+    strict: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
     drawing_template = environment.get_template("figure.html.j2")
 
     def figure(name: str) -> Markup:
@@ -95,6 +90,7 @@ def _render(drawn: Mapping[str, Drawing], context: dict[str, Any]) -> str:
     model = escape(context["model"])
     headline = Markup(str(escape(context["title"])).replace(str(model), f"<span>{model}</span>"))  # not broken in two
     shown: dict[str, Any] = {"plotly_js": Markup(get_plotlyjs()), "themes": json.dumps(THEMES), "colours": PAGES}
+    shown["say"] = sections
     return page.render(**context, headline=headline, figure=figure, **shown)
 
 

@@ -74,13 +74,6 @@ CELLS = {
     "a_muted": "picture a, nothing to hear",
     "audio_only": "sound a alone, no picture in the prompt",
 }
-_SEE = " (see)"
-
-
-def cell_meaning(cell: str) -> str:
-    """Say what is seen and heard in a cell."""
-    meaning = CELLS.get(cell.removesuffix(_SEE), "")
-    return f"{meaning}; asked what is seen" if cell.endswith(_SEE) else meaning
 
 
 def number(value: Any, *, sign: bool = False) -> str:
@@ -190,7 +183,8 @@ def _quantity(quantity: str, cell: str, rule: str) -> tuple[str, str]:
         return QUANTITIES[quantity]
     name = f"{'right' if quantity == 'accuracy' else quantity} in {cell}" if cell else quantity
     of = {"two": "; best of the two answers", "vocabulary": "; best of all words"}.get(rule, "")
-    return name, cell_meaning(cell) + of
+    asked = "; asked what is seen" if cell.endswith(" (see)") else ""
+    return name, CELLS.get(cell.removesuffix(" (see)"), "") + asked + of
 
 
 def change(row: Any, rate: str) -> str:

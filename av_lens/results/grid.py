@@ -311,7 +311,7 @@ class Grid(Measured):
         Raises:
             InputError: an unknown keyword.
         """
-        plots: Any = upstairs("plots")
+        plots = upstairs("plots")
         places = {name for name in self._places if self.values.sizes[name] > 1 or name in ("layer", "head")}
         if {"layer", "head"} <= places and not {"key", "query", "condition", "edge"} & places:
             draw = plots.heads

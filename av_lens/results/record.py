@@ -147,13 +147,10 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     if name not in TABLES:
         raise InputError(unknown("table", name, TABLES))
     columns = TABLES[name]
-    for row in rows:
-        for key in row:
-            if key not in columns:
-                raise InputError(f"table {name!r}: {unknown('column', key, columns)}")
-    return _frame(
-        {column: [row.get(column, _KINDS[kind][1]) for row in rows] for column, kind in columns.items()}, name
-    )
+    if strange := [key for row in rows for key in row if key not in columns]:
+        raise InputError(f"table {name!r}: {unknown('column', strange[0], columns)}")
+    cells = {column: [row.get(column, _KINDS[kind][1]) for row in rows] for column, kind in columns.items()}
+    return _frame(cells, name)
 
 
 def _frame(cells: dict[str, list[Any]], name: str) -> pd.DataFrame:

@@ -279,7 +279,7 @@ def non_inferiority(
     known = ~(np.isnan(before) | np.isnan(after))
     n = int(known.sum())
     if n == 0:
-        return Harm(0, *[math.nan] * 4, "untested")
+        return Harm(0, math.nan, math.nan, math.nan, math.nan, "untested")
     was, now = before[known], after[known]
     fall = float(was.mean() - now.mean())
     resampled = float(boot.mean(before - after, level=0.90).high)
