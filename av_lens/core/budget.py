@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +24,7 @@ from av_lens.families.blocks import refuse_scores, score_budget, score_gigabytes
 from av_lens.families.decoder import layer_names
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
+from av_lens.interventions.edits import ModelSpec
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`."""
@@ -141,29 +141,6 @@ def input_stacks(inputs: Sequence[AVInputs], size: int) -> Iterator[list[int]]:
 
 
 GIGABYTE = 1e9
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """The sizes of a model's fusion stack.
-
-    Attributes:
-        n_layers: fusion layers.
-        n_heads: query heads per layer.
-        n_kv_heads: key-value heads per layer; each serves `n_heads / n_kv_heads` query heads.
-        d_model: width of the residual stream.
-        d_head: width of a head.
-        d_mlp: hidden units of an MLP.
-        d_vocab: tokens of the vocabulary.
-    """
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_model: int
-    d_head: int
-    d_mlp: int
-    d_vocab: int
 
 
 # Hooks of a layer that show one and the same tensor, by the end of their name, and that tensor's shape.

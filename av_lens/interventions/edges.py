@@ -282,7 +282,6 @@ class Cut:
         Raises:
             InterventionError: a layer or head is out of range, or no edge would be cut.
         """
-        del batch
         layers = tuple(range(spec.n_layers)) if self.layers is None else self.layers
         check_layers(layers, spec)
         check_heads(self.heads, spec.n_heads, spec, "the attention pattern")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,34 +35,30 @@ from av_lens.spans import SpanMap
 KV_COMPONENTS = ("k", "v", "rot_k")
 
 
-@runtime_checkable
-class Spec(Protocol):
-    """The sizes of a model that a site is checked against (`HookedAVLLM.spec` has them)."""
+@dataclass(frozen=True)
+class ModelSpec:
+    """The sizes of a model's fusion stack.
 
-    @property
-    def n_layers(self) -> int:
-        """Fusion layers."""
-        ...
+    Attributes:
+        n_layers: fusion layers.
+        n_heads: query heads per layer.
+        n_kv_heads: key-value heads per layer; each serves `n_heads / n_kv_heads` query heads.
+        d_model: width of the residual stream.
+        d_head: width of a head.
+        d_mlp: hidden units of an MLP.
+        d_vocab: tokens of the vocabulary.
+    """
 
-    @property
-    def n_heads(self) -> int:
-        """Query heads of a layer."""
-        ...
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
 
-    @property
-    def n_kv_heads(self) -> int:
-        """Key-value heads of a layer."""
-        ...
 
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        ...
-
-    @property
-    def d_head(self) -> int:
-        """Width of one head."""
-        ...
+Spec = ModelSpec
 
 
 @dataclass(frozen=True)
@@ -317,7 +313,7 @@ class BoundEdit(Brief):
             return False
         where = _index(rows, self.edit.site.heads if activation.ndim == 4 else None)
         kind = self.edit.kind
-        value = self._rows_of_value(rows, offset, activation) if self.value is not None else None
+        value = None if self.value is None else self._rows_of_value(self.value, rows, offset, activation)
         if value is not None and kind in ("replace", "resample"):
             activation[where] = value
             return True
@@ -339,9 +335,7 @@ class BoundEdit(Brief):
             return new
         return torch.where(old <= torch.finfo(old.dtype).min / 2, old, new)
 
-    def _rows_of_value(self, rows: slice | Tensor, offset: int, activation: Tensor) -> Tensor:
-        value = self.value
-        assert value is not None
+    def _rows_of_value(self, value: Tensor, rows: slice | Tensor, offset: int, activation: Tensor) -> Tensor:
         if self.edit.kind == "resample":
             rng = np.random.default_rng(self.edit.seed)
             value = value[torch.from_numpy(rng.integers(0, value.shape[0], activation.shape[0]))]
