@@ -20,7 +20,6 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -46,22 +45,16 @@ def heads_first(activation: Tensor, component: str) -> Tensor:
 
 def watching(see: Callable[[Tensor], Any]) -> Callable[..., None]:
     """A hook that looks on: `see` is shown the activation, and nothing is changed."""
-    return partial(_shown, see)
 
+    def shown(activation: Tensor, hook: Any = None) -> None:
+        see(activation)
 
-def _shown(see: Callable[[Tensor], Any], activation: Tensor, hook: Any = None) -> None:
-    del hook
-    see(activation)
+    return shown
 
 
 def rows_of(rows: slice | Tensor) -> Callable[..., Tensor]:
     """A hook that lets some positions pass alone."""
-    return partial(_rows, rows)
-
-
-def _rows(rows: slice | Tensor, activation: Tensor, hook: Any = None) -> Tensor:
-    del hook
-    return activation[:, rows]
+    return lambda activation, hook=None: activation[:, rows]
 
 
 def stream_names(n_layers: int) -> list[str]:
@@ -235,17 +228,12 @@ def require_run_keywords(model: Any, verb: str, options: dict[str, Any], *takers
     """Refuse keywords that a run would not heed."""
     if not options:
         return
-    forward, text = model.hf_model.forward, model.hf_model.get_decoder().forward
-    media = _names(forward) - _names(text) - _names(model.bridge.forward)
-    refused = {name: _MEDIA for name in media} | REFUSED
-    bridge: Callable[..., Any] = model.bridge.forward
+    forward, text, bridge = model.hf_model.forward, model.hf_model.get_decoder().forward, model.bridge.forward
+    of_forward, of_text, of_bridge = (set(inspect.signature(one).parameters) for one in (forward, text, bridge))
+    refused = dict.fromkeys(of_forward - of_text - of_bridge, _MEDIA) | REFUSED
     own = ("x", "input", "input_ids", "cache")
     require_keywords(verb, options, bridge, forward, *takers, own=own, refused=refused)
     require_choice("return_type", options.get("return_type", "logits"), RETURN_TYPES)
-    _require_stop(model, options)
-
-
-def _require_stop(model: Any, options: dict[str, Any]) -> None:
     stop, n = options.get("stop_at_layer"), int(model.spec.n_layers)
     if stop is None:
         return
@@ -258,17 +246,10 @@ def _require_stop(model: Any, options: dict[str, Any]) -> None:
         raise InputError(f"stop_at_layer= gives the stream, so return_type={options['return_type']!r} is not there.")
 
 
-def _names(function: Callable[..., Any]) -> set[str]:
-    return set(inspect.signature(function).parameters)
-
-
 def parted(options: dict[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part keywords in two."""
     chosen = {name: options[name] for name in names if name in options}
     return chosen, {name: value for name, value in options.items() if name not in chosen}
-
-
-SIDES = ("left", "right")
 
 
 class TokenHelpers:
@@ -292,14 +273,8 @@ class TokenHelpers:
         Raises:
             InputError: an option that is unknown, or has nothing to act on.
         """
-        require_keywords("to_tokens", options, self.bridge.to_tokens, own=("input",))
-        if hasattr(text, "tensors"):
-            _refuse_text_options(options, "AVInputs are tokens already")
-            return text.tensors["input_ids"]
-        if options.get("padding_side") is not None:
-            require_choice("padding_side", options["padding_side"], SIDES)
-        self._refuse_bos(options.get("prepend_bos"))
-        return self.bridge.to_tokens(text, **options)
+        self._require_heeded("to_tokens", text, options)
+        return text.tensors["input_ids"] if hasattr(text, "tensors") else self.bridge.to_tokens(text, **options)
 
     def to_str_tokens(self, text: Any, **options: Any) -> Any:
         """The tokens as strings.
@@ -314,15 +289,16 @@ class TokenHelpers:
         Raises:
             InputError: an option that is unknown, or has nothing to act on.
         """
-        require_keywords("to_str_tokens", options, self.bridge.to_str_tokens, own=("input",))
+        self._require_heeded("to_str_tokens", text, options)
+        return list(text.tokens) if hasattr(text, "tensors") else self.bridge.to_str_tokens(text, **options)
+
+    def _require_heeded(self, verb: str, text: Any, options: Mapping[str, Any]) -> None:
+        require_keywords(verb, options, getattr(self.bridge, verb), own=("input",))
         if hasattr(text, "tensors"):
             _refuse_text_options(options, "AVInputs are tokens already")
-            return list(text.tokens)
-        self._refuse_bos(options.get("prepend_bos"))
-        return self.bridge.to_str_tokens(text, **options)
-
-    def _refuse_bos(self, prepend_bos: bool | None) -> None:
-        if prepend_bos and self.tokenizer.bos_token is None:  # TransformerLens would leave it out in silence
+        if options.get("padding_side") is not None:
+            require_choice("padding_side", options["padding_side"], ("left", "right"))
+        if options.get("prepend_bos") and self.tokenizer.bos_token is None:  # left out by TransformerLens in silence
             raise InputError("prepend_bos=True: this tokenizer has no token for a text's beginning; leave it out.")
 
     def to_single_token(self, text: str) -> int:

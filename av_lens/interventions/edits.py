@@ -389,15 +389,15 @@ def _shaped(value: Tensor, edit: Edit, spec: Spec, positions: Positions, n_promp
     """Bring a value to `[batch or 1, pos or 1, (head or 1,) d]`, or say which shape was wanted."""
     site = edit.site
     n_heads = site.n_heads(spec) if site.heads is None else len(site.heads)
-    d = _width(site, spec, n_prompt)
+    d = width_of(site, spec, n_prompt)
     given = tuple(value.shape)
-    wanted = f"[batch, {len(positions)} positions" + (f", {n_heads} heads" if site.has_heads else "") + f", {d or 'd'}]"
+    wanted = f"[batch, {len(positions)} positions" + (f", {n_heads} heads" if site.has_heads else "") + f", {d}]"
     if isinstance(site.head, int) and (value.ndim < 4 or value.shape[2] != 1):
         value = value.unsqueeze(-2)
     rank = 4 if site.has_heads else 3
     value = value[(None,) * max(0, rank - value.ndim)]
     ok = value.ndim == rank and (not site.has_heads or value.shape[2] in (1, n_heads))
-    ok = ok and value.shape[1] in (1, len(positions)) and (d is None or value.shape[-1] in (1, d))
+    ok = ok and value.shape[1] in (1, len(positions)) and value.shape[-1] in (1, d)
     if edit.kind != "resample" and batch is not None:
         ok = ok and value.shape[0] in (1, batch)
     if not ok:
@@ -411,10 +411,10 @@ def _shaped(value: Tensor, edit: Edit, spec: Spec, positions: Positions, n_promp
     return value
 
 
-def _width(site: Site, spec: Spec, n_prompt: int) -> int | None:
+def width_of(site: Site, spec: Spec, n_prompt: int) -> int:
     """The size of the activation's last axis."""
     last = site.axes[-1]
-    return {"key_pos": n_prompt, "one": 1}.get(last) or getattr(spec, last, None)
+    return {"key_pos": n_prompt, "one": 1}.get(last) or int(getattr(spec, last))
 
 
 def replace(site: Site, value: Float[Tensor, "..."]) -> Edit:

@@ -35,7 +35,7 @@ from av_lens.core.calls import asked_positions, unembedded
 from av_lens.core.execution import logits_of
 from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.interventions import CompiledPlan, Plan, Site, Step, add
-from av_lens.interventions.edits import Positions, resolve_positions
+from av_lens.interventions.edits import Positions, resolve_positions, width_of
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.recording import Record
 from av_lens.replay.rerun import start_of
@@ -131,11 +131,9 @@ class _Probe:
         positions = resolve_positions(site.positions, record.spans, what=f"gradient at {site.component}")
         if not positions.index:
             raise InterventionError(f"the gradient at {site.component} names positions that only decoding adds.")
-        last = site.axes[-1]
-        width = n if last == "key_pos" else 1 if last == "one" else int(getattr(spec, last))
         heads = [len(site.heads) if site.heads is not None else site.n_heads(spec)] if site.has_heads else []
         stream = record.resid[0]
-        shape = (record.batch, len(positions.index), *heads, width)
+        shape = (record.batch, len(positions.index), *heads, width_of(site, spec, n))
         leaf = torch.zeros(shape, dtype=stream.dtype, device=record.model.device, requires_grad=True)
         return cls(site, positions, leaf, [])
 
