@@ -32,7 +32,7 @@ from transformer_lens.utilities.components_utils import get_act_name
 
 from av_lens.checks import require_choice, require_keywords
 from av_lens.errors import InputError, InterventionError, ModelError, NotKeptError, unknown
-from av_lens.families.decoder import COMPONENTS, gates_named, hook_name
+from av_lens.families.decoder import COMPONENTS, gates_named
 from av_lens.interventions.edits import resolve_positions
 from av_lens.spans import Span, SpanMap
 
@@ -55,11 +55,6 @@ def watching(see: Callable[[Tensor], Any]) -> Callable[..., None]:
 def rows_of(rows: slice | Tensor) -> Callable[..., Tensor]:
     """A hook that lets some positions pass alone."""
     return lambda activation, hook=None: activation[:, rows]
-
-
-def stream_names(n_layers: int) -> list[str]:
-    """The hooks of the stream that enters each layer, and of the one that leaves the last."""
-    return [*(hook_name("resid_pre", layer) for layer in range(n_layers)), hook_name("resid_post", n_layers - 1)]
 
 
 def asked_positions(spans: SpanMap, logits_at: str | Span) -> Tensor:

@@ -39,7 +39,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
@@ -314,13 +313,12 @@ def restarted_layers(
 ) -> Iterator[tuple[int, Made]]:
     """The same from a recorded run; `entering` may take the recorded stream's place in the first layer."""
     start = taps.offset
-    enter = partial(_restarted, record, taps, entering)
+
+    def enter(number: int, stream: Tensor | None) -> Tensor:
+        recorded = record.stream(number, start) if entering is None or stream is not None else entering
+        return taps.enter(number, stream, recorded)
+
     return run_layers(record.model, record.window(start), taps, enter, lambda one: record.past(one, start), rows=rows)
-
-
-def _restarted(record: Record, taps: Taps, entering: Tensor | None, number: int, stream: Tensor | None) -> Tensor:
-    recorded = record.stream(number, taps.offset) if entering is None or stream is not None else entering
-    return taps.enter(number, stream, recorded)
 
 
 def no_edits(n_prompt: int, layer: int = 0, start: int = 0) -> Taps:
@@ -359,26 +357,16 @@ def rerun_under(record: R, plan: Plan, *, until: int | None = None) -> R:
     return rerun(record, Taps([compiled], start_of(record, compiled)), until=until)
 
 
-PROVED = "_restart_proved"  # on the model: a restart reproduced its run at every position
+PROVED = "_restart_proved"  # in the model's dictionary: a restart reproduced its run at every position
 
 
 class _Entered(Exception):
     """The first block was reached: nothing of the model after it need run."""
 
 
-def proved(model: Any) -> None:
-    """Note that a restart reproduces this model's runs."""
-    model.__dict__[PROVED] = True
-
-
-def is_proved(model: Any) -> bool:
-    """Say whether a restart was seen to reproduce a run of this model."""
-    return bool(model.__dict__.get(PROVED))
-
-
 def may_be_lean(model: Any) -> bool:
     """Say whether records of this model may be made without hooks, where none stands on its fusion stack."""
-    return model.dtype == torch.float32 and is_proved(model)
+    return model.dtype == torch.float32 and PROVED in model.__dict__
 
 
 @torch.no_grad()

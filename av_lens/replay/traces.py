@@ -47,7 +47,7 @@ from av_lens.metrics.forms import followed
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.continuation import continued
 from av_lens.replay.recording import Record, recorded, require_record_memory
-from av_lens.replay.rerun import is_proved, layers, may_be_lean, proved, recorded_lean
+from av_lens.replay.rerun import PROVED, layers, may_be_lean, recorded_lean
 from av_lens.replay.stacks import HeadRead, Schedule, refuse_huge, restarted, run_stacks, scheduled
 from av_lens.replay.suffix_gradients import SuffixGradients, differentiated
 from av_lens.replay.trace_files import read_trace, write_trace
@@ -56,26 +56,24 @@ from av_lens.spans import Span
 R = TypeVar("R", bound=Record)
 PROOF_ROWS = 512  # positions that a model's first trace restarts together, to see that it can
 READ_ROWS = 4  # the last positions, at which every head is read again
-PROOF_HOOKS = ("rot_q", "z")
 
 
-class HookedReads:
-    """What each layer's heads read in the hooked run at the last positions: rotated queries, and z."""
+Reads = dict[tuple[str, int], Tensor]
+"""What each layer's heads read in the hooked run at the last positions, `[batch, head, row, d_head]`: `rot_q`, `z`."""
 
-    def __init__(self) -> None:
-        self.kept: dict[tuple[str, int], Tensor] = {}
 
-    def hooks(self, n_layers: int) -> list[tuple[str, Callable[..., None]]]:
-        """The hooks that keep it, `[batch, head, row, d_head]`."""
-        places = [(component, layer) for layer in range(n_layers) for component in PROOF_HOOKS]
-        return [(hook_name(*place), watching(partial(self._keep, *place))) for place in places]
+def reading_hooks(reads: Reads, n_layers: int) -> list[tuple[str, Callable[..., None]]]:
+    """The hooks that keep it."""
 
-    def _keep(self, component: str, layer: int, activation: Tensor) -> None:
-        self.kept[component, layer] = heads_first(activation.detach(), component)[:, :, -READ_ROWS:]
+    def keep(component: str, layer: int, activation: Tensor) -> None:
+        reads[component, layer] = heads_first(activation.detach(), component)[:, :, -READ_ROWS:]
+
+    places = [(component, layer) for layer in range(n_layers) for component in ("rot_q", "z")]
+    return [(hook_name(*place), watching(partial(keep, *place))) for place in places]
 
 
 @torch.no_grad()
-def fault(record: Record, logits: Tensor, reads: HookedReads | None, *, everywhere: bool) -> str:
+def fault(record: Record, logits: Tensor, reads: Reads | None, *, everywhere: bool) -> str:
     """Restart at the first layer and compare with the run itself; say what is wrong, or nothing.
 
     Compared are the stream that leaves the last layer, at the last position or at every one (block by block, so that
@@ -103,7 +101,7 @@ def fault(record: Record, logits: Tensor, reads: HookedReads | None, *, everywhe
     return ""
 
 
-def _reread(record: Record, reads: HookedReads) -> Iterator[tuple[str, float]]:
+def _reread(record: Record, reads: Reads) -> Iterator[tuple[str, float]]:
     """How far each layer's queries, keys, values and z are from the hooked run's, whole and head by head."""
     n, window = len(record.spans), record.window(0)
     rows = range(max(0, n - READ_ROWS), n)
@@ -120,10 +118,10 @@ def _reread(record: Record, reads: HookedReads) -> Iterator[tuple[str, float]]:
             yield f"layer {number}'s {what}, head by head", gap
         heads = [HeadRead.of(record, number, head, rows) for head in range(layer.n_heads)]
         queries = torch.stack([head.q for head in heads], dim=1)
-        yield f"layer {number}'s queries", _gap_of_heads(queries, reads.kept["rot_q", number])
+        yield f"layer {number}'s queries", _gap_of_heads(queries, reads["rot_q", number])
         if queries.dtype == torch.float32:  # below it, scores of one head alone are rounded otherwise
             z = torch.stack([head.z for head in heads], dim=1)
-            yield f"what layer {number}'s heads read (z)", _gap_of_heads(z, reads.kept["z", number])
+            yield f"what layer {number}'s heads read (z)", _gap_of_heads(z, reads["z", number])
 
 
 def _gap_of_heads(again: Tensor, once: Tensor) -> float:
@@ -365,7 +363,8 @@ class Trace(Record):
 
 def record(model: Any, x: Any, *, device: torch.device | str | None = None, budget_gb: float | int = 8.0) -> Trace:
     """Run the model once and keep what is needed to restart it."""
-    _require_evaluation(model)
+    if model.training:
+        raise ModelError("this model is in training mode, where dropout may act: call model.eval() before tracing.")
     with turn_of(model.bridge):
         standing = standing_hooks(model)
         on_stack = tuple(hook for hook in standing if not hook.in_tower)
@@ -374,8 +373,8 @@ def record(model: Any, x: Any, *, device: torch.device | str | None = None, budg
             trace = Trace(**recorded_lean(model, x, device)[0], standing=standing)
             if not trace.obstacle() and trace.mask is None:
                 return trace
-        reads = None if on_stack or is_proved(model) else HookedReads()
-        beside = () if reads is None else reads.hooks(model.spec.n_layers)
+        reads: Reads | None = None if on_stack or PROVED in model.__dict__ else {}
+        beside = () if reads is None else reading_hooks(reads, model.spec.n_layers)
         fields, logits = recorded(model, x, device, keep_logits=bool(on_stack), beside=beside)
         trace = Trace(**fields, standing=standing)
         if on_stack:
@@ -383,7 +382,7 @@ def record(model: Any, x: Any, *, device: torch.device | str | None = None, budg
         else:
             because = trace.obstacle() or fault(trace, logits, reads, everywhere=reads is not None)
         if not because:
-            proved(model)
+            model.__dict__[PROVED] = True
             if trace.mask is None and may_be_lean(model):  # bit for bit like later ones: which was first must not show
                 del fields, trace
                 return Trace(**recorded_lean(model, x, device)[0], standing=standing)
@@ -399,12 +398,6 @@ def sources(x: Any, i: int) -> list[str]:
     clip = x.clips[i]
     hashes = [] if clip is None else [clip.picture_hash, clip.sound_hash]
     return [found for found in hashes if found is not None]
-
-
-def _require_evaluation(model: Any) -> None:
-    """Refuse a model in training mode."""
-    if model.training:
-        raise ModelError("this model is in training mode, where dropout may act: call model.eval() before tracing.")
 
 
 BLOCK = 256  # plans that are measured together where an answer has several tokens
@@ -467,7 +460,7 @@ def measure_plans(
     for start in range(0, len(plans), BLOCK):  # all options of a block's plans, so that it is wholly done or not at all
         block = plans[start : start + BLOCK]
         reduced = [
-            one.score(block, _reducing(bound, i), logits_at=one.spans.span(range(asked, end)), budget_gb=budget_gb)
+            one.score(block, partial(bound.reduce, i), logits_at=one.spans.span(range(asked, end)), budget_gb=budget_gb)
             for i, (one, end) in enumerate(zip(longer, ends, strict=True))
         ]
         for number, row in enumerate(zip(*reduced, strict=True), start):
@@ -475,7 +468,3 @@ def measure_plans(
         if finished is not None:
             finished(start + len(block))
     return found
-
-
-def _reducing(metric: Metric, number: int) -> Callable[[Tensor], Tensor]:
-    return lambda logits: metric.reduce(number, logits)
