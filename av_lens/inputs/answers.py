@@ -176,15 +176,22 @@ def known_words(tokenizer: Any) -> list[str]:
 
 
 def resolve(tokenizer: Any, answer: AnswerLike | Answer, form: str | None = None) -> Answer:
-    """Find the tokens of an answer whose words are read in a form; one that is resolved already stays as it is."""
+    """Find the tokens of an answer whose words are read in a form; one that is resolved already stays as it is.
+
+    Without a tokenizer (None) an answer is token ids, taken as they are given.
+    """
     if isinstance(answer, Answer):
         return answer
     synonyms = synonyms_of(answer)
-    options = tuple(dict.fromkeys(_ids(tokenizer, synonym, form) for synonym in synonyms))
-    return Answer(" / ".join(str(synonym) for synonym in synonyms), options)
+    options = [_ids(tokenizer, synonym, form) for synonym in synonyms]
+    return Answer(" / ".join(map(str, synonyms)), tuple(options if tokenizer is None else dict.fromkeys(options)))
 
 
 def _ids(tokenizer: Any, synonym: str | int, form: str | None) -> tuple[int, ...]:
+    if tokenizer is None:
+        if isinstance(synonym, str):
+            raise InputError(f"the answer {synonym!r} is text: bind the metric first, metric.bind(model, x).")
+        return (int(synonym),)
     if isinstance(synonym, int):
         if not 0 <= synonym < len(tokenizer):
             raise InputError(f"token id {synonym} is outside the vocabulary of {len(tokenizer)} tokens")
@@ -217,7 +224,7 @@ def answer_pair(
         raise InputError(f"the two answers are equal: {first.text!r} and {second.text!r} are the same tokens")
     shared = set(first.first_tokens) & set(second.first_tokens)
     if shared:
-        token = tokenizer.decode([min(shared)])
+        token = f"token {min(shared)}" if tokenizer is None else tokenizer.decode([min(shared)])
         raise InputError(
             f"the answers {first.text!r} and {second.text!r} begin with the same token {token!r}, so the asked "
             "position cannot tell them apart: choose other words, or move the shared part into the prefix"

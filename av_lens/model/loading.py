@@ -37,10 +37,7 @@ from av_lens.model.wrapper import HookedAVLLM
 BILLION = 1_000_000_000
 GRAMMAR_FILE = "grammar.json"
 _LAYER = re.compile(r"\.(layers|blocks)\.\d+\.")
-_OPENS_MORE = (
-    *("auto_map", "transformers_weights", "use_kernels", "attn_implementation", "_attn_implementation"),
-    *("experts_implementation", "_experts_implementation"),
-)
+_OPENS_MORE = re.compile(r"auto_map|transformers_weights|use_kernels|_?(attn|experts)_implementation")
 ROOM_TO_RUN = 1.3  # a model needs this much of its weights' memory, at least, to run
 
 
@@ -119,8 +116,12 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
     with source.translated("config.json"):
         hf_config = family.model_class.config_class.from_dict(_plain(config[inner] if inner else config))
         count = cache(partial(_count, family, hf_config))
-        if source.folder is not None:
-            _check_count(count(), check_weight_files(source.folder), name)
+        # A configuration could have memory taken for weights that are nowhere.
+        if source.folder is not None and count() > 2 * (held := check_weight_files(source.folder)) + BILLION // 100:
+            raise ModelError(
+                f"the weight files of {name!r} hold {held} numbers and its config.json wants {count()}: they do not "
+                "belong together. Download or copy the checkpoint again."
+            )
         organism = source.grammar is not None
         precision = torch.float32 if organism else _stored_dtype(config, inner)
         precision = precision if dtype is None else _dtype(dtype)
@@ -140,15 +141,6 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
         provenance |= {"source": str(source.difference.folder), "base": source.difference.base}
     processor = _processor(source) if processor is None else processor
     return _hooked(hf_model, processor, name, grammar=source.grammar, handed_in=False, provenance=provenance)
-
-
-def _check_count(wanted: int, held: int, name: str) -> None:
-    """Refuse a configuration that would have memory taken for weights that are nowhere."""
-    if wanted > 2 * held + BILLION // 100:
-        raise ModelError(
-            f"the weight files of {name!r} hold {held} numbers and its config.json wants {wanted}: they do not belong "
-            "together. Download or copy the checkpoint again."
-        )
 
 
 def _require_plain(hf_model: Any) -> None:
@@ -265,11 +257,8 @@ def _family(config: Mapping[str, Any], name: str) -> Family:
 
 def _plain(level: Mapping[Any, Any]) -> dict[Any, Any]:
     """A configuration without what would have other code or files opened (an attention kernel from the hub, ...)."""
-    return {
-        name: _plain(value) if isinstance(value, Mapping) else value
-        for name, value in level.items()
-        if name not in _OPENS_MORE
-    }
+    kept = {name: value for name, value in level.items() if not _OPENS_MORE.fullmatch(str(name))}
+    return {name: _plain(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def _count(family: Family, hf_config: Any) -> int:

@@ -163,8 +163,5 @@ def _checks(model: HookedAVLLM, x: Any, given: bool, full: bool) -> Iterator[tup
 
 
 def _edited(model: HookedAVLLM, x: Any, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    def hooked(value: torch.Tensor, hook: Any) -> torch.Tensor:
-        return edit(value)
-
-    with model.hooks(fwd_hooks=[(name, hooked)]):  # one that never fires is for the report
+    with model.hooks(fwd_hooks=[(name, lambda value, hook: edit(value))]):  # one that never fires is for the report
         return model(x)

@@ -60,6 +60,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
         processor: the checkpoint's own processor.
         tokenizer: its tokenizer.
         name: what was loaded.
+        family: the model family's facts.
         grammar: the questions that an organism understands, or None.
         handed_in: whether the caller handed the HuggingFace model in (then its weights are never rewritten).
         provenance: where the weights came from.
@@ -77,7 +78,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
     ) -> None:
         self.bridge: Any = bridge
         self.bridge.processor = processor  # TransformerLens's own multimodal tools look for it there
-        self._family = family_of(type(bridge.original_model))
+        self.family: Family = family_of(type(bridge.original_model))
         self.processor = processor
         self.tokenizer: Any = processor.tokenizer
         self.tokenizer.padding_side = "left"  # as Qwen's processor pads: position -1 is every prompt's last
@@ -109,11 +110,6 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
     def config(self) -> Any:
         """HuggingFace's configuration."""
         return self.hf_model.config
-
-    @property
-    def family(self) -> Family:
-        """The model family's facts."""
-        return self._family
 
     @property
     def device(self) -> torch.device:
