@@ -138,7 +138,7 @@ def generate_with_hooks(
     tokens, prompt = out.sequences, ids.shape[1]
     if compiled is not None:
         compiled.verify(decode_steps=tokens.shape[1] - prompt - 1)
-    return as_asked(model, how, tokens, prompt, out.logits, {} if compiled is None else dict(compiled.fired))
+    return as_asked(model, how, tokens, prompt, out.logits, {} if compiled is None else compiled.fired)
 
 
 def _last_of_prompt(stream: torch.Tensor, hook: Any = None, *, n_prompt: int) -> torch.Tensor:

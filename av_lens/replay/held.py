@@ -46,8 +46,6 @@ from av_lens.replay.recording import Record, Window
 from av_lens.replay.rerun import layer_of, layers, rerun_under
 from av_lens.replay.stacks import reread
 
-KINDS = ("logits", "mlp", "q", "k", "v")
-
 
 @dataclass(frozen=True, eq=False)
 class Reading:
@@ -72,7 +70,7 @@ class Reading:
 def reader_names(kind: str, layer: int, n_readers: int) -> list[str]:
     """Name readers."""
     if kind in ("logits", "mlp"):
-        return ["logits" if kind == "logits" else f"L{layer} mlp"]
+        return [kind if kind == "logits" else f"L{layer} mlp"]
     return [f"L{layer}H{head}.{kind}" for head in range(n_readers)]
 
 
@@ -148,9 +146,7 @@ def _attention(
     copies = {"q": 1, "k": layer.group, "v": layer.group}
     ungrouped = [layer.heads(kind, normed).repeat_interleave(n, dim=2) for kind, n in copies.items()]
     q, k, v = (part.detach().requires_grad_() for part in ungrouped)
-    queries, keys = (
-        layer.turned(kind, part, window.cos, window.sin).transpose(1, 2) for kind, part in (("q", q), ("k", k))
-    )
+    queries, keys = (layer.turned(*one, window.cos, window.sin).transpose(1, 2) for one in (("q", q), ("k", k)))
     read = [Read(keys, v.transpose(1, 2), window.own_mask)]
     if window.start:
         earlier_k, earlier_v = (part.repeat_interleave(layer.group, dim=1) for part in past)
@@ -226,10 +222,7 @@ class HeldRun:
                 begun = [row for row, one in enumerate(changes) if any(place[1] <= number for place in one)]
                 self._through_mlp(moved, layer, number, [row for row in begun if row not in own])
             self._add(moved, changes, ("mlp", number))
-        for node in wanted:
-            if node.kind == "logits":
-                found[node] = self.entering(n_layers) + moved
-        return found
+        return found | {node: self.entering(n_layers) + moved for node in wanted if node.kind == "logits"}
 
     @torch.no_grad()
     def outputs(
@@ -242,14 +235,12 @@ class HeldRun:
         found: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         for node, given in read.items():
             if node.kind == "mlp" and node.layer is not None:
-                base = self.middle[node.layer]
-                layer = layer_of(self.record.model, node.layer)
-                written = [self._mlp(layer, part, base) for part in (given, base)]
-                found["mlp", node.layer, 0] = (written[0], written[1])
+                base, layer = self.middle[node.layer], layer_of(self.record.model, node.layer)
+                found["mlp", node.layer, 0] = (self._mlp(layer, given, base), self._mlp(layer, base, base))
         for number in sorted({node.layer for node in read if node.kind in ("head", "kv") and node.layer is not None}):
             here = {node: given for node, given in read.items() if node.layer == number and node.kind != "mlp"}
-            for head, pair in reread(self.record, number, here, self.positions).items():
-                found["z", number, head] = pair
+            read_anew = reread(self.record, number, here, self.positions)
+            found |= {("z", number, head): pair for head, pair in read_anew.items()}
         return found
 
     def _add(self, moved: Tensor, changes: Sequence[Change], place: tuple[str, int]) -> None:
@@ -276,9 +267,8 @@ class HeldRun:
         model = self.record.model
         if self.norms == "recomputed":
             return unembedded(model, stream, tokens)
-        head: Any = model.bridge.unembed.original_component
         normed = self._normed(model.bridge.ln_final.original_component, stream, self.entering(self.record.n_layers))
-        logits = head(normed)
+        logits = model.bridge.unembed.original_component(normed)
         return logits if tokens is None else logits[..., tokens]
 
 
@@ -293,10 +283,9 @@ def replaced(held: HeldRun, read: Mapping[Node, Float[Tensor, "row batch pos _"]
     first = min(node.reads_at for node in read)
     known = {node: given for node, given in read.items() if node.kind == "mlp" or node.reads_at == first}
     made = held.outputs(known)
-    n_rows = len(next(iter(read.values())))
     later = list(range(held.positions[0], len(held.record.spans)))
     plans: list[Plan] = []
-    for row in range(n_rows):
+    for row in range(len(next(iter(read.values())))):
         edits = [
             write(Site("z", layer, head, later), new[row])
             if kind == "z"
@@ -318,9 +307,9 @@ def _with_later(held: HeldRun, plan: Plan, rest: Mapping[Node, Tensor]) -> Plan:
             now = rerun_under(record, plan, until=number)
             z = reread(now, number, {node: given[None] for node, given in here.items()}, positions)
             span = list(range(positions[0], len(record.spans)))
-            plan = plan + Plan(write(Site("z", number, head, span), new[0]) for head, (new, _) in z.items())
+            plan += Plan(write(Site("z", number, head, span), new[0]) for head, (new, _) in z.items())
         else:
-            plan = plan + Plan(
+            plan += Plan(
                 write(Site(node.input or "q", number, node.index, positions), given) for node, given in here.items()
             )
     return plan

@@ -90,7 +90,10 @@ def differentiated(
             logits = logits_of(record.model, record.x, compiled.fwd_hooks, rows)
             logits = logits if tokens is None else logits[..., tokens]
         else:
-            logits = _logits(record, compiled, start, rows, tokens)
+            early, late = rows[rows < start], rows[rows >= start] - start
+            stream, _ = restarted(record, [compiled], start, late)
+            whole = torch.cat((record.stream(record.n_layers, 0)[:, early], stream[0]), dim=1)
+            logits = unembedded(record.model, whole, tokens)
         compiled.verify()
         measured = bound(logits)
         gradients = _gradients(measured, logits, [probe.leaf for probe in probes], bound.name)
@@ -154,18 +157,9 @@ def _with_probes(record: Record, plan: Plan, probes: Sequence[_Probe]) -> Compil
     """The plan's steps, and after them one for each probe."""
     adding = Plan([add(probe.site, probe.leaf) for probe in probes])
     compiled = (plan + adding).compile(record.model.spec, record.spans, batch=record.batch)
-    steps = [
-        step if step.number < len(plan) else probes[step.number - len(plan)].around(step) for step in compiled.steps
-    ]
-    return replace(compiled, steps=tuple(steps))
-
-
-def _logits(record: Record, compiled: CompiledPlan, start: int, rows: Tensor, tokens: Tensor | None) -> Tensor:
-    """Logits of the restarted run at the asked positions, `[batch, asked, token]`."""
-    early, late = rows[rows < start], rows[rows >= start] - start
-    stream, _ = restarted(record, [compiled], start, late)
-    whole = torch.cat((record.stream(record.n_layers, 0)[:, early], stream[0]), dim=1)
-    return unembedded(record.model, whole, tokens)
+    own = [step for step in compiled.steps if step.number < len(plan)]
+    added = [probe.around(step) for probe, step in zip(probes, compiled.steps[len(own) :], strict=True)]
+    return replace(compiled, steps=(*own, *added))
 
 
 def _gradients(measured: Tensor, logits: Tensor, leaves: Sequence[Tensor], name: str) -> tuple[Tensor, ...]:
