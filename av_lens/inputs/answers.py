@@ -63,9 +63,7 @@ class Grammar:
             with foreign_file(data, "a grammar"):
                 read = parse_json(Path(data).read_bytes())
         questions = read.get("questions") if isinstance(read, Mapping) else None
-        if not isinstance(questions, Mapping) or not all(
-            isinstance(value, list | tuple) for value in questions.values()
-        ):
+        if not isinstance(questions, Mapping) or not all(isinstance(one, list | tuple) for one in questions.values()):
             raise InputError("a grammar is a mapping with 'questions': {kind: [phrasing, ...]}")
         phrasings = {str(kind): tuple(str(text) for text in texts) for kind, texts in questions.items()}
         spellings = read.get("spellings", {})
@@ -163,16 +161,12 @@ def forms_of(tokenizer: Any, word: str) -> dict[str, tuple[int, ...]]:
     found = {form: ids for form, ids in written.items() if ids and missing not in ids}
     if not found:
         bare = word.strip()
+        words = sorted({text for i in range(len(tokenizer)) if (text := tokenizer.decode([i]).strip()).isalpha()})
         raise InputError(
             f"this model's tokenizer has no tokens for {bare!r}: it becomes {tokenizer.decode([missing])!r}, whatever "
-            f"the word. {unknown('word', bare, known_words(tokenizer))}"
+            f"the word. {unknown('word', bare, words)}"
         )
     return found
-
-
-def known_words(tokenizer: Any) -> list[str]:
-    """List the words that are one token, without spaces around them."""
-    return sorted({text for i in range(len(tokenizer)) if (text := tokenizer.decode([i]).strip()).isalpha()})
 
 
 def resolve(tokenizer: Any, answer: AnswerLike | Answer, form: str | None = None) -> Answer:

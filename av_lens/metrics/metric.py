@@ -293,11 +293,7 @@ class Metric(Brief):
         return combined(self.kind, [list(islice(rest, ids.shape[1])) for ids in self._bound()])
 
     def _bound(self) -> tuple[Tensor, ...]:
-        if self.kind in ("kl", "custom"):
-            return ()
-        if self.ids is None:
-            return self.bind(None).ids or ()
-        return self.ids
+        return self.bind().ids or () if self.ids is None else self.ids
 
     def _fitting(self, batch: int) -> tuple[Tensor, ...]:
         for ids in self._bound():

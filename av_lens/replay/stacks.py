@@ -180,8 +180,7 @@ def restarted(
     record: Record, plans: Sequence[CompiledPlan], start: int, rows: Tensor, *, keep: bool = False
 ) -> tuple[Float[Tensor, "plan batch asked d_model"], list[tuple[Tensor, Tensor]]]:
     """Run plans from one position on, each from its own first layer, without hooks."""
-    taps, one_run = Taps(plans, start), len(rows) > 0 and int(rows[-1] - rows[0]) + 1 == len(rows)
-    wanted = slice(int(rows[0]), int(rows[-1]) + 1) if one_run else None
+    taps, wanted = Taps(plans, start), _run_of(rows)
     if record.resid[0].dtype != torch.float32 and len(plans) * record.batch * len(rows) == 1:
         wanted = None  # never one row alone
     stream: Tensor | None = None
@@ -202,6 +201,12 @@ def _tail(record: Record, layer: int, start: int) -> tuple[Tensor, Tensor]:
     """The recorded run's keys and values from a position on, `[batch, pos, kv_head, d_head]`, where the model is."""
     keys, values = (part[:, :, start:].transpose(1, 2) for part in record.past(layer, len(record.spans)))
     return keys, values
+
+
+def _run_of(rows: Tensor) -> slice | None:
+    """The rows as one slice, where they are one run of neighbours."""
+    one_run = len(rows) > 0 and int(rows[-1] - rows[0]) + 1 == len(rows)
+    return slice(int(rows[0]), int(rows[-1]) + 1) if one_run else None
 
 
 def refuse_huge(needed: float, budget_gb: float | int) -> None:
