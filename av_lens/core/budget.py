@@ -121,16 +121,14 @@ def that_fit(model: Any, longest: int, stack: int, budget_gb: float | int) -> in
 
 def input_stacks(inputs: Sequence[AVInputs], size: int) -> Iterator[list[int]]:
     """Group inputs of one layout."""
-    layouts: list[list[int]] = []
+    layouts: list[tuple[AVInputs, list[int]]] = []
     for number, x in enumerate(inputs):
-        for group in layouts:
-            first = inputs[group[0]]
-            if first.layout == x.layout and first.spans.layout_difference(x.spans) is None:
-                group.append(number)
-                break
-        else:
-            layouts.append([number])
-    for group in layouts:
+        alike = (g for y, g in layouts if y.layout == x.layout and y.spans.layout_difference(x.spans) is None)
+        group = next(alike, None)
+        if group is None:
+            layouts.append((x, group := []))
+        group.append(number)
+    for _, group in layouts:
         current: list[int] = []
         for number in group:
             if current and sum(len(inputs[n]) for n in current) + len(inputs[number]) > size:

@@ -154,7 +154,6 @@ def only_open(bridge: Any, accept: Callable[[str], bool]) -> Callable[[str], boo
 
 KINDS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 _OF_A_MODULE = tuple(f"_{kind}" for kind in KINDS)
-_OF_ALL = tuple(f"_global_{kind}" for kind in KINDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +187,8 @@ def standing_hooks(model: Any) -> Standing:
     """Find every function that stands on a model, TransformerLens's own wiring apart."""
     found = [
         StandingHook(None, kind, function)
-        for kind, table in zip(KINDS, _OF_ALL, strict=True)
-        for function in getattr(torch_modules, table, {}).values()
+        for kind in KINDS
+        for function in getattr(torch_modules, f"_global_{kind}", {}).values()
     ]
     seen, waiting = set[int](), [(model.hf_model, False), (model.bridge, False)]
     while waiting:
@@ -210,8 +209,8 @@ def standing_hooks(model: Any) -> Standing:
 def _standing_on(module: Module, in_tower: bool) -> Iterator[StandingHook]:
     handles = [*module.fwd_hooks, *module.bwd_hooks] if isinstance(module, HookPoint) else []
     callers = {handle.hook.id: handle.user_hook for handle in handles if handle.user_hook is not None}
-    for kind, table in zip(KINDS, _OF_A_MODULE, strict=True):
-        for number, function in getattr(module, table).items():
+    for kind in KINDS:
+        for number, function in getattr(module, f"_{kind}").items():
             function = callers.get(number, function)  # TransformerLens wraps what it is given
             if getattr(function, "__module__", "") != component_setup.__name__:
                 yield StandingHook(module, kind, function, in_tower)

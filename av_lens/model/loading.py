@@ -73,12 +73,13 @@ def load(
         ModelError: nothing there, no adapter for that family (the message says how to add one), weights missing from
             the checkpoint, quantised or split over several devices, or a self-check that failed.
     """
-    if hf_model is None and name_or_path is None:
-        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
+    how: Any = {"device": device, "dtype": dtype, "revision": revision}
     if hf_model is not None:
-        model = _wrap(hf_model, name_or_path, processor, device=device, dtype=dtype, revision=revision)
+        model = _wrap(hf_model, name_or_path, processor, **how)
+    elif name_or_path is not None:
+        model = _open(str(name_or_path), processor, **how)
     else:
-        model = _open(str(name_or_path), processor, device=device, dtype=dtype, revision=revision)
+        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
     check_model(model, full=False)
     return model
 
@@ -123,12 +124,10 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
                 "belong together. Download or copy the checkpoint again."
             )
         organism = source.grammar is not None
-        precision = torch.float32 if organism else _stored_dtype(config, inner)
-        precision = precision if dtype is None else _dtype(dtype)
-        if device is not None:
-            place = torch.device(device)
-        else:
-            place = _fitting_device(count(), precision) if torch.cuda.is_available() else torch.device("cpu")
+        stored = torch.float32 if organism else _stored_dtype(config, inner)
+        precision = stored if dtype is None else _dtype(dtype)
+        fitting = _fitting_device(count(), precision) if device is None and torch.cuda.is_available() else "cpu"
+        place = torch.device(fitting if device is None else device)
         if dtype is None and not organism and place.type == "cpu" and count() < BILLION:
             precision = torch.float32
     with _quiet(bar=not organism):
@@ -248,8 +247,8 @@ def base_of(difference: Difference) -> Path:
 
 def _family(config: Mapping[str, Any], name: str) -> Family:
     """By the class that a checkpoint was saved from, else by its model_type."""
-    classes, kind = config.get("architectures"), config.get("model_type")
-    names = [str(one) for one in (*(classes if isinstance(classes, list) else ()), kind) if one]
+    classes = config.get("architectures")
+    names = [str(one) for one in (*(classes if isinstance(classes, list) else ()), config.get("model_type")) if one]
     if not names:
         raise ModelError(f"the config.json of {name!r} names no model_type. {HOW_TO_ADD}")
     return family_of(*names)
