@@ -1,17 +1,16 @@
 """What goes into a call of a model and comes out: text or ids, keywords, turns; activations, logits and the cache.
 
-Whoever attaches hooks or runs the model holds its turn meanwhile; other threads wait. The same thread may enter again
-(a hook that runs the model, a verb that calls another). A bridge and what is `bound` to it share one turn.
+*Turns.* Whoever attaches hooks or runs the model holds its turn meanwhile; other threads wait. The same thread may
+enter again (a hook that runs the model, a verb that calls another). A bridge and what is `bound` to it share one turn.
 
-HuggingFace's forward drops keywords that it does not know, and TransformerLens hands all it does not know to it: a
-misspelt one would ask for nothing, in silence. What is accepted is read off the signatures of the functions that take
-it; some of theirs are refused in words, because they would be wrong or without effect here.
+*Keywords.* HuggingFace's forward drops keywords that it does not know, and TransformerLens hands it all that it does
+not know: a misspelt one would ask for nothing, in silence. What is accepted is read off the signatures of the functions
+that take it; some of theirs are refused in words, because they would be wrong or without effect here.
 
-A list of prompts is padded on the side that `model.tokenizer.padding_side` names: the left, unless it was set
-otherwise, so that `logits[:, -1]` is every prompt's last. The mask of the pads goes to the model, whose own position
-ids count from it: every prompt gives what it gives alone, on either side. With right padding position -1 of a shorter
-prompt is a pad. Ids that are given without a mask are read as TransformerLens's HookedTransformer reads them: a run of
-pad tokens at an end of a row is padding. `attention_mask=` says otherwise.
+*Text.* A list of prompts is padded on the side that `model.tokenizer.padding_side` names: the left, unless it was set
+otherwise, so that `logits[:, -1]` is every prompt's last (with right padding it is a pad of a shorter one). The mask of
+the pads goes to the model, whose own position ids count from it: every prompt gives what it gives alone. Ids without a
+mask are read as TransformerLens's HookedTransformer reads them: a run of pad tokens at an end of a row is padding.
 """
 
 from __future__ import annotations

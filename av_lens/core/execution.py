@@ -1,24 +1,21 @@
 """Run a model once: with a plan, gated hooks open for that run alone, keeping what was asked; and which hooks stand.
 
-TransformerLens fires `hook_result`, `hook_mlp_in`, `hook_attn_in` and `hook_q/k/v_input` only after a switch is set on
-the model, and refuses or skips them otherwise; a switch left on makes every later run dearer. Here the run opens the
-switches that its hooks need, and puts them back.
-
-Looked at are all roads by which a function of the caller's can enter a run: hook points (`model.hooks`, `add_hook`,
-permanent ones), torch's own forward and backward hooks on any module of the bridge or of the HuggingFace model, torch's
-global hooks, and a module's `forward` that was written over. Two states are equal where the same functions stand in the
-same places in the same order; what a function does, how often it was put there and taken away, and how large its effect
-is do not matter.
-
-Not seen: a function that keeps its identity and changes its mind (a counter, a factor read from outside), and modules
-whose class was changed.
-
 `run` is the plain verb under everything else: one forward, checked before it is paid for, with a record that every edit
 fired. What it keeps is named by component (`"z"`), by site (`Site("z", 5, head=3, positions="generation")`, only that
 slice is kept) or by a hook's name; the memory is estimated first and refused beyond `budget_gb`.
 
     >>> out = run(model, x, plan=Plan(zero(Site("z", 5, head=3))), capture=["z", "pattern"])  # doctest: +SKIP
     >>> out.logits[:, -1], out.cache["z", 5], out.fired                                     # doctest: +SKIP
+
+TransformerLens fires `hook_result`, `hook_mlp_in`, `hook_attn_in` and `hook_q/k/v_input` only after a switch is set on
+the model, and refuses or skips them otherwise; a switch left on makes every later run dearer. Here the run opens the
+switches that its hooks need, and puts them back.
+
+`standing_hooks` looks at all roads by which a function of the caller's can enter a run: hook points (`model.hooks`,
+`add_hook`, permanent ones), torch's own forward and backward hooks on any module of the bridge or of the HuggingFace
+model, torch's global hooks, and a module's `forward` that was written over. Two states are equal where the same
+functions stand in the same places in the same order, whatever they do. Not seen: a function that keeps its identity and
+changes its mind (a counter, a factor read from outside), and modules whose class was changed.
 """
 
 from __future__ import annotations

@@ -4,13 +4,6 @@ The embedded models know a few kinds of questions in a few phrasings each. A que
 squeezing spaces and unifying spellings, without its final mark; what is no phrasing is refused with the nearest one,
 for an answer to it would mean nothing. Models without a grammar take any question.
 
-Example:
-    >>> grammar = Grammar.from_json({"questions": {"hear": ["what do you hear?"]}})
-    >>> grammar.match("What do you  HEAR ?")
-    'what do you hear?'
-    >>> grammar.kind("what do you hear")
-    'hear'
-
 An answer is a word, a token id, or a list of either (synonyms, pooled by logsumexp). A word (any text) can be said in
 four forms: with a leading space or without, capital or not. A tokenizer has other tokens for each, and a model says one
 of them at a given position: which one, only the model knows (`metrics.forms` asks it), so `resolve` is told the form.
@@ -19,6 +12,9 @@ Spaces around a word as it was given do not count. Token ids, and an `Answer`, a
 Not done: answers that differ only in case are not pooled by themselves; give them as synonyms.
 
 Example:
+    >>> grammar = Grammar.from_json({"questions": {"hear": ["what do you hear?"]}})
+    >>> grammar.match("What do you  HEAR ?"), grammar.kind("what do you hear")
+    ('what do you hear?', 'hear')
     >>> answer = Answer(text="dog", options=((7,),))
     >>> answer.single, answer.n_tokens
     (True, 1)

@@ -1,16 +1,14 @@
 """`AVInputs`: tensors that know what each of their positions is, held once where equal, and show themselves.
 
-The strip is one inline SVG without scripts or outside files; text and lines take the page's own colour, so it reads in
-light and in dark.
-
 `x.tensors` are the keyword arguments of the HuggingFace forward, nothing missing: `hf_model(**x.tensors)` runs. One
 object holds one example or a stack of examples of *one* layout that share its map; different layouts are never
 padded together. How the tensors of a stack lie in a batch the model's family says (`x.axes`).
 
-Not done: moving features between dtypes; the model casts what it is given.
+The pixels of a second of video are some MB, and thirteen cells of four pictures would hold them thirteen times: a
+tensor is known by a hash of its content for as long as somebody holds it (weak references: nothing is kept alive).
 
-The pixels of a second of video are some MB, and thirteen cells of four pictures would hold them thirteen times. A
-tensor is known by a hash of its content for as long as somebody holds it (weak references): nothing is kept alive.
+In a notebook an input is a strip, one inline SVG without scripts or outside files, whose text and lines take the page's
+own colour. Not done: moving features between dtypes; the model casts what it is given.
 """
 
 from __future__ import annotations

@@ -10,11 +10,10 @@ said, and a metric that reads it measures nothing. So a word is read in the form
     chosen                   the form of the largest median p over all words and all unedited inputs of the call:
                              one form for all of them
 
-A word whose chosen form has under a hundredth of the median p of another form of that word is refused. Answers given
-as token ids are no words, and cost nothing; words cost one run of the inputs, or none where a trace recorded it.
-
-A form of several tokens is at most as likely as its first. It is run to its end only where that could change the choice
-or a refusal; else the bound stands in its place, and `Forms.at_most` says so.
+A word whose chosen form has under a hundredth of the median p of another form of that word is refused. Token ids cost
+nothing; words cost one run of the inputs, or none where a trace recorded it. A form of several tokens is at most as
+likely as its first: it is run to its end only where that could change the choice or a refusal; else the bound stands in
+its place, and `Forms.at_most` says so.
 
 Not done: pooling of forms. What a model says in the other forms is part of no score.
 """

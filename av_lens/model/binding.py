@@ -1,16 +1,16 @@
 """Media that come with an input: for TransformerLens's own tools, and encoders' outputs kept for many prompts.
 
-At a real checkpoint's sizes the encoders cost as much as the fusion layers, and an isolation reads each clip in a dozen
-cells. What an encoder was given decides what it gives, so its output is kept under a hash of all its inputs, and is the
-same to the bit. Hooks on the encoders fire as ever: `hook_in` before the memory is asked, `hook_out` on a copy of what
-it gives. Hooks inside an encoder are part of the key: what was kept under others is not given. With gradients on,
-nothing is kept and nothing is taken from it.
-
 TransformerLens's tools take token ids and call the model with them; for an audio-visual prompt the ids are only
 placeholders. `bind` returns a `TransformerBridge` (the same modules and hooks, a shallow copy) whose `forward` adds
 the media that belong to the ids. Which media is decided, never guessed: one input is told by its ids or their
 repetition along the batch; two inputs whose ids are equal are told apart by identity (the tensor itself, or rows of it
 that share its memory), so a tool that copies ids is refused instead of served the other's media.
+
+At a real checkpoint's sizes the encoders cost as much as the fusion layers, and an isolation reads each clip in a dozen
+cells. So `remembered_towers` keeps an encoder's output under a hash of all its inputs; it is the same to the bit. Hooks
+on the encoders fire as ever: `hook_in` before the memory is asked, `hook_out` on a copy of what it gives. Hooks inside
+an encoder are part of the key: what was kept under others is not given. With gradients on, nothing is kept and nothing
+is taken from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs in which every head is held at the base run's output, and gradients at every reader's own input.
+"""Gradients at every reader's own input, and runs in which every head is held at the base run's output.
 
 The residual stream is read by the queries, keys and values of every head, by every MLP and by the unembedding. Each
 reading is a branch of its own (the layer's norm included), and
@@ -7,13 +7,9 @@ reading is a branch of its own (the layer's norm included), and
     d metric / d stream before a layer = d metric / d stream after it + sum of G over the layer's readers
 
 Keys and values are *ungrouped*: a head's branch is the copy of the key that this query head alone reads; the sum over
-the heads that share a key-value head is the gradient of the shared copy.
-
-The gradients are made from the last layer down, one layer at a time, from the streams of a recorded run; no graph of
-the whole run is kept, so that prompts of thousands of positions fit.
-
-Source: the forks are those of edge attribution (Syed et al., 2023); ungrouped keys and values as in "Same Task,
-Different Circuits" (2025).
+the heads that share a key-value head is the gradient of the shared copy. The gradients are made from the last layer
+down, one layer at a time, from the streams of a recorded run; no graph of the whole run is kept, so that prompts of
+thousands of positions fit.
 
 With every head held, positions do not read one another: a change of what one head wrote at a position stays at that
 position, is added to the stream, and is seen by the MLPs (where they are not held too) and the norms alone. So
@@ -23,6 +19,9 @@ position, is added to the stream, and is seen by the MLPs (where they are not he
 is computed for many changes at once, without attention and without a run of the model, and is exact. `HeldRun.inputs`
 gives what chosen receivers then read; `outputs` what they make of that input, all else in them as in the base run.
 `replaced` writes the base run in which receivers read it, and everything after them is free, as plans to be replayed.
+
+Source: the forks are those of edge attribution (Syed et al., 2023); ungrouped keys and values as in "Same Task,
+Different Circuits" (2025).
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
 """What one recorded run holds and how it is recorded, and attention over it: its prefix and each plan's own keys.
 
-out = (e^{l_1} out_1 + e^{l_2} out_2) / (e^{l_1} + e^{l_2}),   l = log sum exp of a part's scores
-
-The prefix's keys and values belong to the recorded run and are the same for all plans: all their queries attend to them
-in one product, and nothing is copied for a plan. The recorded and the own part are softmaxed apart and merged by their
-log-sum-exp, which is exact. Scores are never stored on a CPU: torch's flash kernel for CPUs hands back the log-sum-exp.
-On other devices, where gradients are wanted (the kernel gives none for the log-sum-exp) and under a mask on the prefix,
-scores are computed plainly.
-
-Source: cascade attention (Ye et al., FlashInfer, 2024); the log-sum-exp merge is that of flash attention (Dao, 2022).
-
 A record keeps, for every layer, the residual stream that entered it and its rotated keys and values: all that a
 restart needs. It may lie on another device than the model (`device="cpu"`): what a restart reads is brought over layer
-by layer, from the first position that it needs.
+by layer, from the first position that it needs. A plainly causal mask is not kept: at 3,000 positions it is larger than
+a layer's record.
 
-Where the mask is plainly causal it is not kept: at 3,000 positions it is larger than a layer's record.
+The prefix's keys and values are the same for all plans: all their queries attend to them in one product, and nothing is
+copied for a plan. The recorded and the own part are softmaxed apart and merged by their log-sum-exp, which is exact:
+
+    out = (e^{l_1} out_1 + e^{l_2} out_2) / (e^{l_1} + e^{l_2}),   l = log sum exp of a part's scores
+
+Scores are never stored on a CPU: torch's flash kernel for CPUs hands back the log-sum-exp. On other devices, where
+gradients are wanted (the kernel gives none for the log-sum-exp) and under a mask on the prefix, scores are computed
+plainly.
+
+Source: cascade attention (Ye et al., FlashInfer, 2024); the log-sum-exp merge is that of flash attention (Dao, 2022).
 """
 
 from __future__ import annotations

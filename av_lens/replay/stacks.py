@@ -1,13 +1,15 @@
 """Many plans in one stack: which run together, running them; and a head of a recorded run that reads something else.
 
 Plans with the same first position form stacks, cut to a memory budget. Within a stack plans are ordered by first layer
-and join as the layers go by (`Taps`), so that a stack reads every layer's weights once. A plan that edits a component
-at which no restart is possible runs alone, as a full hooked forward.
+and join as the layers go by (`Taps`). A plan that edits a component at which no restart is possible runs alone, as a
+full hooked forward.
 
-z' = softmax(q' k'^T scaling + mask) v'
+A query head's keys and values can be replaced for that head alone (ungrouped) or for all that share them, all else that
+the heads read being the recorded run's:
 
-A query head's keys and values can be replaced for that head alone (ungrouped) or for all that share them. All else that
-the heads read is the recorded run's. `HeadRead` is one head's reading by itself, to be mixed with another run's;
+    z' = softmax(q' k'^T scaling + mask) v'
+
+`reread` does so for receivers' inputs; `HeadRead` is one head's reading by itself, to be mixed with another run's;
 `read_with` reads with all of a layer's heads at once, to first order in what follows: a metric then moves by
 `(dm/dz) . (z' - z)`, in which the softmax itself is exact (the QK fix of AtP*, Kramár et al., 2024).
 """

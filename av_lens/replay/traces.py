@@ -1,9 +1,5 @@
 """A recorded run that can be restarted anywhere, proved against the model's own: many plans for a few layers' price.
 
-A model's first trace is made with hooks, and is restarted at the first layer, at every position. Besides, every head's
-query, key and value are computed by themselves, as re-readings compute them, and its attention is read again: a layer
-that is known wrongly in one place alone is refused too. What fails is run hooked, and says why.
-
 Question: what would the model have said, had these heads done something else? `model.trace(x)` runs the model once,
 encoders and all, and keeps what every layer received: the residual stream, rotated keys and values. `trace.replay`
 then computes, for each plan, only the layers from the plan's first layer on and only the positions from its first
@@ -11,11 +7,11 @@ position on; thousands of media positions before the question are never computed
 position run together, each joining at its own first layer, stacked along the batch up to a memory budget.
 
 Replays equal hooked full forwards to 1e-5 in float32 (tested for every edit kind), and every edit must fire as often
-as in a full forward, or the replay raises. A model's first trace checks that a restart reproduces its own run, at every
-position, and that each head by itself reads what it read (`fault`). Where it does not (a layout it does not know),
+as in a full forward, or the replay raises. A model's first trace is made with hooks and proves this (`fault`): a
+restart at the first layer reproduces the run at every position, and every head's query, key, value and attention,
+computed by themselves as re-readings compute them, are those of the run. Where that fails (a layout it does not know),
 where functions of the caller's stand on the fusion stack (`core.execution`), and for edits at components that it cannot
-restart at, it runs full hooked forwards instead and says so in `trace.hooked_because`. Later traces of the model are
-recorded without hooks (`recorded_lean`).
+restart at, it runs full hooked forwards instead and says so in `trace.hooked_because`.
 
 A trace is of the model as it was hooked when it was recorded: `logits` are that run's own, and all other verbs refuse
 to go on under other hooks. It holds the model's answer of that moment: record again after the weights changed.
