@@ -329,9 +329,8 @@ class Encoder:
         return found
 
     def _decoded(self, ids: np.ndarray) -> tuple[str, ...]:
-        for token in np.unique(ids).tolist():
-            if token not in self._texts:
-                self._texts[token] = self.processor.tokenizer.decode([token])
+        new = set(ids.tolist()) - self._texts.keys()
+        self._texts |= {token: self.processor.tokenizer.decode([token]) for token in new}
         return tuple(self._texts[token] for token in ids.tolist())
 
     def _provenance(self, clip: Clip | None, question: str, asked: str, media: Media, how: Asked) -> dict[str, Any]:

@@ -274,14 +274,13 @@ class Edit(Brief):
         """
         self.site.check(spec)
         positions = resolve_positions(self.site.positions, spans, what=f"{self.kind} at {self.site.component}")
-        n_prompt = len(spans)
-        value = None
-        if self.value is not None:
-            positions = _prompt_only(self, positions, spans)
-            value = _shaped(self.value, self, spec, positions, n_prompt, batch)
-            if positions.everything and value.shape[1] != 1:
-                positions = Positions(positions.index, decode=False, everything=True)
-        return BoundEdit(self, positions, value, n_prompt)
+        if self.value is None:
+            return BoundEdit(self, positions, None, len(spans))
+        positions = _prompt_only(self, self.value, positions, spans)
+        value = _shaped(self.value, self, spec, positions, len(spans), batch)
+        if positions.everything and value.shape[1] != 1:
+            positions = Positions(positions.index, everything=True)
+        return BoundEdit(self, positions, value, len(spans))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -351,15 +350,15 @@ class BoundEdit(Brief):
         return value.to(activation)
 
 
-def _prompt_only(edit: Edit, positions: Positions, spans: SpanMap) -> Positions:
+def _prompt_only(edit: Edit, value: Tensor, positions: Positions, spans: SpanMap) -> Positions:
     """Values recorded on a whole prompt go to that prompt's positions when an answer follows it."""
     answer = spans["generated"].positions
-    if not positions.everything or edit.value is None or not len(answer):
+    if not positions.everything or not len(answer):
         return positions
     prompt = tuple(sorted(set(positions.index) - set(answer.tolist())))
-    by_head = edit.site.has_heads and (not isinstance(edit.site.head, int) or edit.value.ndim == 4)
-    axis = edit.value.ndim - (3 if by_head else 2)
-    given = edit.value.shape[axis] if axis >= 0 else 1
+    by_head = edit.site.has_heads and (not isinstance(edit.site.head, int) or value.ndim == 4)
+    axis = value.ndim - (3 if by_head else 2)
+    given = value.shape[axis] if axis >= 0 else 1
     return Positions(prompt) if given == len(prompt) else positions
 
 
@@ -396,11 +395,9 @@ def _shaped(value: Tensor, edit: Edit, spec: Spec, positions: Positions, n_promp
         value = value.unsqueeze(-2)
     rank = 4 if site.has_heads else 3
     value = value[(None,) * max(0, rank - value.ndim)]
-    ok = value.ndim == rank and (not site.has_heads or value.shape[2] in (1, n_heads))
-    ok = ok and value.shape[1] in (1, len(positions)) and value.shape[-1] in (1, d)
-    if edit.kind != "resample" and batch is not None:
-        ok = ok and value.shape[0] in (1, batch)
-    if not ok:
+    sizes = [len(positions), *([n_heads] if site.has_heads else []), d]
+    ok = value.ndim == rank and all(n in (1, size) for n, size in zip(value.shape[1:], sizes, strict=True))
+    if not ok or (edit.kind != "resample" and batch is not None and value.shape[0] not in (1, batch)):
         named = f"head {site.head}, " if site.head is not None else ""
         raise InterventionError(
             f"{edit.kind} at {site.component} (layer {site.layer}, {named}{len(positions)} positions): the value has "

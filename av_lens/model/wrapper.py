@@ -125,14 +125,13 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
     def spec(self) -> ModelSpec:
         """The sizes of the fusion stack."""
         cfg: Any = self.cfg
-        text = self.config.get_text_config()
         return ModelSpec(
             n_layers=cfg.n_layers,
             n_heads=cfg.n_heads,
             n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
             d_model=cfg.d_model,
             d_head=cfg.d_head,
-            d_mlp=text.intermediate_size,
+            d_mlp=self.config.get_text_config().intermediate_size,
             d_vocab=self.hf_model.lm_head.weight.shape[0],
         )
 
@@ -239,9 +238,8 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
         ids, options = self._asked("run_with_cache", x, options, own, theirs, self.bridge.get_caching_hooks)
         gates = gates_of_filter(names_filter, self._names)
         with open_gates(self.bridge, gates):
-            accept = names_filter
-            if names_filter is None or callable(names_filter):
-                accept = only_open(self.bridge, names_filter or (lambda name: True))
+            accept = (lambda name: True) if names_filter is None else names_filter
+            accept = only_open(self.bridge, accept) if callable(accept) else accept
             names = selected(accept, self._names)
             size = {"batch": ids.shape[0], "n_pos": ids.shape[1], "itemsize": self.dtype.itemsize}
             require_budget(names, self.spec, **size, budget_gb=budget_gb)

@@ -209,13 +209,12 @@ class Record(Brief):
         """
         with turn_of(self.model.bridge):
             now = standing_hooks(self.model)
-            if same_hooks(now, self.standing):
-                return
-            raise InterventionError(
-                f"this trace was recorded with hooks at {places(self.model, self.standing)}, and the model now has "
-                f"hooks at {places(self.model, now)}: a number would be true of neither. Record again with "
-                "model.trace(x), or put the hooks back as they were (the same functions in the same places)."
-            )
+            if not same_hooks(now, self.standing):
+                raise InterventionError(
+                    f"this trace was recorded with hooks at {places(self.model, self.standing)}, and the model now has "
+                    f"hooks at {places(self.model, now)}: a number would be true of neither. Record again with "
+                    "model.trace(x), or put the hooks back as they were (the same functions in the same places)."
+                )
 
     def obstacle(self) -> str:
         """Say what the adapter declares, or leaves undeclared, that a restart of this run would get wrong.

@@ -23,6 +23,7 @@ where they name the role `generated`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,10 +108,10 @@ def _reread(record: Record, reads: Reads) -> Iterator[tuple[str, float]]:
         made = {"keys": (turned, keys), "values": (layer.heads("v", normed), values)}
         yield from ((f"layer {number}'s {what}", _gap_of_heads(a.transpose(1, 2), b)) for what, (a, b) in made.items())
         last, cos, sin = (part[:, rows.start :] for part in (normed, window.cos[:, :, 0], window.sin[:, :, 0]))
-        alone = {kind: [layer.head(kind, one, last) for one in range(layer.n_kv_heads)] for kind in "kv"}
-        alone["k"] = [layer.turned("k", one, cos, sin) for one in alone["k"]]
-        for what, kind, own in (("keys", "k", keys), ("values", "v", values)):
-            gap = _gap_of_heads(torch.stack(alone[kind], dim=1), own[:, :, rows.start :])
+        k, v = ([layer.head(kind, one, last) for one in range(layer.n_kv_heads)] for kind in "kv")
+        k = [layer.turned("k", one, cos, sin) for one in k]
+        for what, alone, own in (("keys", k, keys), ("values", v, values)):
+            gap = _gap_of_heads(torch.stack(alone, dim=1), own[:, :, rows.start :])
             yield f"layer {number}'s {what}, head by head", gap
         heads = [HeadRead.of(record, number, head, rows) for head in range(layer.n_heads)]
         queries = torch.stack([head.q for head in heads], dim=1)
@@ -194,10 +195,9 @@ class Trace(Record):
             InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
             BudgetError: the logits of all plans together are too large.
         """
-        listed = _listed(plans)
-        rows = asked_positions(self.spans, logits_at)
+        listed, rows = _listed(plans), asked_positions(self.spans, logits_at)
         shape = (len(listed), self.batch, len(rows), int(self.model.spec.d_vocab))
-        refuse_huge(4.0 * shape[0] * shape[1] * shape[2] * shape[3], budget_gb)
+        refuse_huge(4.0 * math.prod(shape), budget_gb)
         schedule = scheduled(self, listed, n_asked=len(rows), budget_gb=budget_gb)
         found = torch.empty(shape, dtype=self.resid[0].dtype, device=self.model.device)
         for numbers, logits in run_stacks(self, schedule, rows):
@@ -236,8 +236,7 @@ class Trace(Record):
             InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
         """
         bound, tokens = as_metric(metric, self.model, self).few_tokens()
-        listed = _listed(plans)
-        rows = asked_positions(self.spans, logits_at)
+        listed, rows = _listed(plans), asked_positions(self.spans, logits_at)
         found = torch.full((len(listed), self.batch), torch.nan) if into is None else into
         schedule = scheduled(self, listed, n_asked=len(rows), budget_gb=budget_gb)
         tokens = None if tokens is None else tokens.to(self.model.device)
