@@ -106,11 +106,6 @@ class Kept(ActivationCache):
         return f"ActivationCache with keys [{shown}]"
 
 
-def kept_for(model: Any, cache: Any) -> Any:
-    """Hand a bridge's cache to a model's user."""
-    return Kept(cache.cache_dict, model, cache.has_batch_dim) if isinstance(cache, ActivationCache) else cache
-
-
 def require_kept(names: Sequence[str], cache: Any, *, every: bool) -> None:
     """Refuse a cache in which something is missing that was asked for."""
     kept = set(cache.keys())

@@ -220,11 +220,6 @@ def hook_numbers(root: Module) -> tuple[int, ...]:
     return tuple(number for part in root.modules() for table in _OF_A_MODULE for number in part.__dict__[table])
 
 
-def same_hooks(first: Standing, second: Standing) -> bool:
-    """Say whether the same functions stand in the same places."""
-    return len(first) == len(second) and all(a.key == b.key for a, b in zip(first, second, strict=True))
-
-
 def places(model: Any, standing: Standing, *, most: int = 3) -> str:
     """Name where functions stand."""
     if not standing:

@@ -34,8 +34,6 @@ from av_lens.families.blocks import TowerBridge
 from av_lens.inputs.model_inputs import content_hash
 from av_lens.memory import Memory
 
-_PLAIN = (bool, int, float, str, type(None))
-
 
 class TowerMemory:
     """One encoder's outputs (of them what the fusion stack receives) by what it was given, up to so many bytes."""
@@ -68,7 +66,7 @@ def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
     for name, value in [*enumerate(args), *sorted(kwargs.items())]:
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.device};".encode() + content_hash(value))
-        elif isinstance(value, _PLAIN):
+        elif isinstance(value, bool | int | float | str | None):
             digest.update(f"{name} {value!r};".encode())
         else:
             return None

@@ -26,9 +26,9 @@ from av_lens.checks import require_choice, require_keywords
 from av_lens.core.budget import ModelSpec, bounded, require_budget, selected
 from av_lens.core.calls import (
     TEXT,
+    Kept,
     TokenHelpers,
     in_turn,
-    kept_for,
     parted,
     require_inputs,
     require_kept,
@@ -248,7 +248,8 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
                 logits, cache = self.bridge.run_with_cache(ids, names_filter=accept, **options)
         if names_filter is not None:
             require_kept(names, cache, every=not callable(names_filter))
-        return logits, kept_for(self, cache)
+        as_cache = isinstance(cache, ActivationCache)
+        return logits, Kept(cache.cache_dict, self, cache.has_batch_dim) if as_cache else cache
 
     def run_with_hooks(
         self,

@@ -32,7 +32,7 @@ from torch import Tensor
 from av_lens.brief import Brief
 from av_lens.core.budget import GIGABYTE
 from av_lens.core.calls import heads_first, rows_of, turn_of, unembedded, watching
-from av_lens.core.execution import Standing, places, same_hooks, standing_hooks
+from av_lens.core.execution import Standing, places, standing_hooks
 from av_lens.errors import BudgetError, InterventionError
 from av_lens.families.decoder import ReplayTraits, causal_mask, flash, hook_name, layer_names
 from av_lens.spans import SpanMap
@@ -209,7 +209,7 @@ class Record(Brief):
         """
         with turn_of(self.model.bridge):
             now = standing_hooks(self.model)
-            if not same_hooks(now, self.standing):
+            if [hook.key for hook in now] != [hook.key for hook in self.standing]:
                 raise InterventionError(
                     f"this trace was recorded with hooks at {places(self.model, self.standing)}, and the model now has "
                     f"hooks at {places(self.model, now)}: a number would be true of neither. Record again with "
