@@ -25,6 +25,7 @@ Cuts act in the prompt and at every decoding step.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,7 +118,7 @@ def senders(given: Any, spec: Spec, roles: Sequence[str]) -> Ends:
         "spans": [Node("embed", span=role, span_name=role) for role in roles],
     }
     found = _ends(given, every, "sender", SENDER_FORMS)
-    for node in (node for nodes in found.values() for node in nodes):
+    for node in itertools.chain(*found.values()):
         if node.kind in ("kv", "logits") or node.input is not None:
             raise InputError(f"{node.label} is no sender. A sender is {SENDER_FORMS}.")
         node.check(spec)
@@ -136,9 +137,8 @@ def receivers(given: Any, spec: Spec) -> Ends:
     for nodes in found.values():
         for node in nodes:
             if node.kind == "embed" or (node.kind in ("head", "kv") and node.input is None):
-                raise InputError(
-                    f"{node.label} is no receiver: say through which input. A receiver is {RECEIVER_FORMS}."
-                )
+                forms = f"A receiver is {RECEIVER_FORMS}."
+                raise InputError(f"{node.label} is no receiver: say through which input. {forms}")
             if node.kind == "kv" and node.input == "q":
                 raise InputError(f"{node.label}: key-value heads have no queries; name a head's: (layer, head, 'q').")
             node.check(spec)
@@ -163,15 +163,9 @@ def refuse_double(nodes: Sequence[Node], spec: Spec) -> None:
 
 def _ends(given: Any, every: Mapping[str, Sequence[Node]], what: str, forms: str) -> Ends:
     if isinstance(given, str):
-        found: Ends = {}
-        for part in given.split(","):
-            word = part.strip()
-            if word in every:
-                found |= {node.label: (node,) for node in every[word]}
-            else:
-                nodes = tuple(_written(one.strip(), what, forms, every) for one in word.split("+"))
-                found[" + ".join(node.label for node in nodes)] = nodes
-        return found
+        words = [part.strip() for part in given.split(",")]
+        parts = [[(n,) for n in every[w]] if w in every else [_together(w, what, forms, every)] for w in words]
+        return {" + ".join(node.label for node in nodes): nodes for part in parts for nodes in part}
     if isinstance(given, Mapping):
         if not given:
             raise InputError(f"no {what} is named; name one: {forms}.")
@@ -282,7 +276,6 @@ class Cut:
         Raises:
             InterventionError: a layer or head is out of range, or no edge would be cut.
         """
-        del batch
         layers = tuple(range(spec.n_layers)) if self.layers is None else self.layers
         check_layers(layers, spec)
         check_heads(self.heads, spec.n_heads, spec, "the attention pattern")
