@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -248,12 +247,10 @@ class Given:
 
     def edits(self, target: Iterable[Edited], positions: Sequence[int]) -> list[Edit]:
         """Put these layers' heads in place at some positions."""
-        at, edits = [self.rows[p] for p in positions], list[Edit]()
-        for layer, heads in target:
-            value = self.values[layer][:, at]
-            value = value if heads is None else value[:, :, list(heads)]
-            edits.append(replace(Site(self.component, layer, heads, positions), value))
-        return edits
+        at = [self.rows[p] for p in positions]
+        put = [(layer, heads, self.values[layer][:, at]) for layer, heads in target]
+        put = [(layer, heads, value if heads is None else value[:, :, list(heads)]) for layer, heads, value in put]
+        return [replace(Site(self.component, layer, heads, positions), value) for layer, heads, value in put]
 
 
 def scored(
@@ -268,15 +265,11 @@ def scored(
 ) -> None:
     """Measure plans, and hand `[plan, example]` on to be written down, also when interrupted."""
     scores = torch.full((len(plans), trace.batch), torch.nan)
-    finished = None if show is None else partial(_finished, show, stage, len(plans))
+    finished = None if show is None else lambda done: show(stage, done, len(plans))
     try:
         measure_plans(trace, plans, metric, budget_gb=budget_gb, finished=finished, into=scores)
     finally:
         write(scores.double().numpy())
-
-
-def _finished(show: Progress, stage: str, total: int, done: int) -> None:
-    show(stage, done, total)
 
 
 def numbers(measured: Tensor) -> np.ndarray:
