@@ -38,7 +38,6 @@ from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
 from av_lens.spans import ROLES, Span
 
-BY = ("layer", "head")
 UNITS = {"attention": "share of attention", "value": "norm of what is moved"}
 
 
@@ -75,7 +74,7 @@ def attention_flow(
     Raises:
         InputError: an unknown role, weight or `by`, or a query that no example has.
     """
-    require_choice("by", by, BY)
+    require_choice("by", by, ("layer", "head"))
     require_choice("weight", weight, WEIGHTS)
     asked = listed(queries)
     examples = Examples.of(model, x)
@@ -90,8 +89,7 @@ def attention_flow(
     frame.shape(len(asked), len(keys), spec.n_layers, spec.n_heads)
     stacks, known = examples.stacks(size), list[Any]()
 
-    def work(stack: Stack, show: Progress) -> None:
-        del show
+    def work(stack: Stack, _: Progress) -> None:
         if sinks is True and not known:
             known.extend(sinks_by_layout(model, (one.x for one in stacks)))
         x = stack.x

@@ -166,12 +166,17 @@ def find_sinks(
         read = dict.fromkeys(READ_BY, np.nan)
         if len(found):
             show("sinks", 2 * len(stacks), total)
-            read = _read_by([_later_reading(model, inputs, found) for _, inputs in stacks], len(examples))
+            summed = np.sum([_later_reading(model, inputs, found) for _, inputs in stacks], axis=0)
+            picture, sound = summed / len(examples)
+            with np.errstate(invalid="ignore"):
+                read = dict(zip(READ_BY, (picture, sound, (picture - sound) / (picture + sound)), strict=True))
             dimensions = _dimensions(model, [inputs for _, inputs in stacks], found, dimension_times)
         show("sinks", total, total)
     table = table.assign(**read)
     table["kind"] = [_kind(row["role"], row["score"], unimodal_from) for row in table.to_dict("records")]
-    elsewhere = _table(spans, _among_text(spans, incoming, times), incoming, times)
+    text, mean = (spans.system | spans.boundary).positions, incoming.mean(0)
+    passing = text[mean[text] > times * mean[spans.media.positions].mean()]
+    elsewhere = _table(spans, spans.span(passing.tolist()), incoming, times)
     frame = Frame.of(model, examples, measured=False)
     frame.values = incoming
     grid = frame.grid(
@@ -210,16 +215,8 @@ def _one_layout(examples: Examples) -> SpanMap:
     return first
 
 
-def _among_text(spans: SpanMap, incoming: Float[np.ndarray, "example pos"], times: float | int) -> Span:
-    """The positions of the text before the suffix that pass the bar of the media."""
-    text, mean = (spans.system | spans.boundary).positions, incoming.mean(0)
-    return spans.span(text[mean[text] > times * mean[spans.media.positions].mean()].tolist())
-
-
 def _table(spans: SpanMap, found: Span, incoming: Float[np.ndarray, "example pos"], times: float | int) -> pd.DataFrame:
-    media, sinks = spans.media.positions, found.positions
-    mean = incoming.mean(0)
-    alone = incoming[:, sinks] > times * incoming[:, media].mean(1, keepdims=True)
+    media, sinks, mean = spans.media.positions, found.positions, incoming.mean(0)
     columns = {
         "position": sinks,
         "token": [spans.tokens[p] for p in sinks],
@@ -227,7 +224,7 @@ def _table(spans: SpanMap, found: Span, incoming: Float[np.ndarray, "example pos
         "start_s": spans.start_s[sinks],
         "incoming": mean[sinks],
         "times": mean[sinks] / mean[media].mean(),
-        "examples": alone.mean(0),
+        "examples": (incoming[:, sinks] > times * incoming[:, media].mean(1, keepdims=True)).mean(0),
     }
     return pd.DataFrame(columns)
 
@@ -243,18 +240,10 @@ def _later_reading(model: Any, x: AVInputs, found: Span) -> Float[np.ndarray, "r
     return np.diagonal(summed, axis1=1, axis2=2) / counts
 
 
-def _read_by(summed: list[Float[np.ndarray, "reader sink"]], n: int) -> dict[str, np.ndarray]:
-    picture, sound = np.sum(summed, axis=0) / n
-    with np.errstate(invalid="ignore"):
-        score = (picture - sound) / (picture + sound)
-    return dict(zip(READ_BY, (picture, sound, score), strict=True))
-
-
 def _kind(role: str, score: float, unimodal_from: float | int) -> str:
     if np.isnan(score):
         return "undetermined"
-    own = -score if role == "audio" else score
-    return "unimodal" if own >= unimodal_from else "cross-modal"
+    return "unimodal" if (-score if role == "audio" else score) >= unimodal_from else "cross-modal"
 
 
 @torch.no_grad()

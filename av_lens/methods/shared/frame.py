@@ -26,7 +26,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from av_lens.core import Progress, run, watched
-from av_lens.core.budget import input_stacks, listed, pairs_of, part_of, that_fit
+from av_lens.core.budget import input_stacks, listed, pairs_of, part_of, silent, that_fit
 from av_lens.errors import InputError
 from av_lens.families.decoder import component_named, hook_name
 from av_lens.inputs import AVInputs, Conflict, Pair
@@ -260,16 +260,21 @@ def scored(
     write: Callable[[np.ndarray], None],
     *,
     budget_gb: float | int,
-    show: Progress | None = None,
+    show: Progress = silent,
     stage: str = "",
 ) -> None:
     """Measure plans, and hand `[plan, example]` on to be written down, also when interrupted."""
     scores = torch.full((len(plans), trace.batch), torch.nan)
-    finished = None if show is None else lambda done: show(stage, done, len(plans))
     try:
+        finished = told(show, stage, len(plans))
         measure_plans(trace, plans, metric, budget_gb=budget_gb, finished=finished, into=scores)
     finally:
         write(scores.double().numpy())
+
+
+def told(show: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """Tell of a stage how many of its parts are done."""
+    return lambda done: show(stage, done, total)
 
 
 def numbers(measured: Tensor) -> np.ndarray:
