@@ -97,8 +97,7 @@ def logit_lens(
     found = _Readings(model, len(examples), labels, wanted, top, norm, budget_gb)
     frame = Frame.of(model, examples, measured=False)
 
-    def work(stack: Stack, show: Progress) -> None:
-        del show
+    def work(stack: Stack, _: Progress) -> None:
         found.read(stack.x, stack.rows, places[stack.members[0]])
 
     stacks = examples.stacks(examples.stack_size(model, stack, budget_gb))

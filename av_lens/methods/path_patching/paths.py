@@ -14,12 +14,13 @@ Answers of several tokens are run after the prompt, as everywhere; senders chang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -42,6 +43,8 @@ TOTAL = Node("total")
 COMPONENTS = {"head": "z", "mlp": "mlp_out", "embed": "embed"}
 
 Nodes = tuple[Node, ...]
+Written = tuple[str, int, int, Tensor, Sequence[int]]
+"""A component, layer and head, what it writes more, and in which rows."""
 
 
 def follows(before: Nodes, after: Nodes) -> bool:
@@ -78,16 +81,8 @@ class PathRuns:
             self.prompts = [_Prompt(self, self.base, sent, range(asked, asked + 1), metric)]
             self.baseline, self.given = self.prompts[0].baseline(), metric(sent.logits)
             return
-        self.prompts = [
-            _Prompt(
-                self,
-                followed(self.base, tokens),
-                sent,
-                range(asked, asked + tokens.shape[1]),
-                partial(metric.reduce, number),
-            )
-            for number, tokens in enumerate(longer)
-        ]
+        asks = [(followed(self.base, tokens), sent, range(asked, asked + tokens.shape[1])) for tokens in longer]
+        self.prompts = [_Prompt(self, *one, partial(metric.reduce, number)) for number, one in enumerate(asks)]
         self.baseline = metric.combine([prompt.baseline() for prompt in self.prompts])
         self.given = measure(self.model, self.donor, metric)
 
@@ -106,18 +101,14 @@ class PathRuns:
 
     def in_order(self, sender: Nodes, column: Nodes) -> bool:
         """Whether the sender's write comes before some input on its way, so that something can pass."""
-        if column == (TOTAL,):
-            return True
-        return all(follows(before, after) for before, after in pairwise([sender, *self.via, column]))
+        ways = pairwise([sender, *self.via, column])
+        return column == (TOTAL,) or all(follows(before, after) for before, after in ways)
 
     def _sent(self) -> _Sent:
         """Run the donor's inputs once and keep what every sender wrote."""
         nodes, spans = [node for nodes in self.senders for node in nodes], self.base.spans
-        ends = {
-            node.label: resolve_positions(node.span, spans, what=f"sender {node.label}").index
-            for node in nodes
-            if node.kind == "embed"
-        }
+        named = {node.label: node.span for node in nodes if node.kind == "embed"}
+        ends = {label: resolve_positions(span, spans, what=f"sender {label}").index for label, span in named.items()}
         named = dict.fromkeys((COMPONENTS[node.kind], node.layer) for node in nodes if node.kind != "embed")
         positions = sorted(set(self.at if named else ()).union(*ends.values()))
         if not self.via and {node for column in self.columns for node in column} == {LOGITS}:
@@ -140,11 +131,6 @@ class _Sent:
     spans: Mapping[str, tuple[int, ...]]
     at: frozenset[int]
 
-    @cached_property
-    def rows(self) -> dict[int, int]:
-        """The row of each position."""
-        return {position: row for row, position in enumerate(self.positions)}
-
     def where(self, node: Node, since: int) -> list[int]:
         """The positions at which a node sends, from one on."""
         inside = self.spans[node.label] if node.kind == "embed" else self.at
@@ -153,8 +139,7 @@ class _Sent:
     def values(self, node: Node, cache: Mapping[str, Tensor], at: Sequence[int]) -> Tensor:
         """What one run holds of a node at some of the positions, `[batch, pos, d]`."""
         found = cache[hook_name(COMPONENTS[node.kind], node.layer)]
-        rows = list(at) if node.kind == "embed" else [self.rows[p] for p in at]
-        found = found[:, rows]
+        found = found[:, list(at) if node.kind == "embed" else np.searchsorted(self.positions, at).tolist()]
         return found[:, :, node.index] if node.kind == "head" else found
 
 
@@ -238,22 +223,25 @@ class _Prompt:
 
     def _change(self, nodes: Nodes, positions: Sequence[int]) -> Change:
         """What the stream gains where these nodes write as in the donor run."""
-        found: dict[tuple[str, int], Tensor] = {}
-        where = {position: i for i, position in enumerate(positions)}
+        where, written = {position: i for i, position in enumerate(positions)}, list[Written]()
         for node in nodes:
             at = [p for p in self.sent.where(node, positions[0]) if p in where]
             difference = self.sent.values(node, self.sent.cache, at) - self.sent.values(node, self.own, at)
-            if node.kind == "head":
-                difference = difference @ self._writing(node.layer or 0, node.index or 0)
-            spread = difference.new_zeros((difference.shape[0], len(positions), difference.shape[2]))
-            spread[:, [where[p] for p in at]] = difference
-            place = {"head": "heads", "mlp": "mlp", "embed": "embed"}[node.kind], node.layer or 0
+            rows = [where[p] for p in at]
+            written.append((COMPONENTS[node.kind], node.layer or 0, node.index or 0, difference, rows))
+        return self._summed(written, len(positions))
+
+    def _summed(self, written: Iterable[Written], n: int) -> Change:
+        """Add up, in the stream, what nodes write more at some of n rows."""
+        found: dict[tuple[str, int], Tensor] = {}
+        for component, layer, head, difference, rows in written:
+            if component == "z":
+                difference = difference @ layer_of(self.job.model, layer).outputs()[head]
+            spread = difference.new_zeros((difference.shape[0], n, difference.shape[2]))
+            spread[:, list(rows)] = difference
+            place = {"z": "heads", "mlp_out": "mlp"}.get(component, component), layer
             found[place] = found[place] + spread if place in found else spread
         return found
-
-    def _writing(self, layer: int, head: int) -> Tensor:
-        """A head's output weights, `[d_head, d_model]`."""
-        return layer_of(self.job.model, layer).outputs()[head]
 
     def _through(self, held: HeldRun, changes: Sequence[Change], hop: Nodes) -> tuple[HeldRun, list[Change]]:
         """Take one hop: what its nodes make of their new input is the next change."""
@@ -262,21 +250,13 @@ class _Prompt:
         if any(node.input in ("k", "v") for node in hop):
             positions, held = later, self.held.at(later)
         rows = [later.index(p) for p in positions]
-        following: list[Change] = []
-        for row in range(len(changes)):
-            change: dict[tuple[str, int], Tensor] = {}
+
+        def moved(row: int) -> Iterator[Written]:
             for (kind, layer, head), (new, own) in made.items():
-                difference = new[row] - own
-                if kind == "z":
-                    difference = difference[:, rows] @ self._writing(layer, head)
-                elif difference.shape[1] != len(positions):
-                    wide = difference.new_zeros((difference.shape[0], len(positions), difference.shape[2]))
-                    wide[:, : difference.shape[1]] = difference
-                    difference = wide
-                place = ("heads" if kind == "z" else "mlp", layer)
-                change[place] = change[place] + difference if place in change else difference
-            following.append(change)
-        return held, following
+                difference = (new[row] - own)[:, rows] if kind == "z" else new[row] - own
+                yield kind, layer, head, difference, range(difference.shape[1])
+
+        return held, [self._summed(moved(row), len(positions)) for row in range(len(changes))]
 
     def _direct(self, held: HeldRun, streams: Tensor) -> Tensor:
         """The metric where only the logits' own input is changed, `[row, batch]`."""
