@@ -55,9 +55,7 @@ from av_lens.results import Grid
 from av_lens.spans import Span
 
 FIGURES = ("atp", "atp_fixed", "atp_star", "exact", "error")
-SIZES = "atp_star is a size, never negative"
 QUERIES, KEYS = ("q", "rot_q"), ("k", "rot_k")
-STREAM = ("resid_pre", "resid_mid", "resid_post")
 GRADIENT_GB = 8.0
 
 
@@ -133,13 +131,12 @@ def attribution_patch(
         chosen = _largest(guessed[..., 2 if drop else 1], drop, top)
         frame.shape(len(chosen))
         frame.run(exactly, stacks if chosen else (), show)
-    for number, (target, place) in enumerate(chosen):
-        guessed[:, target, place, 3] = frame.values[:, number]
+    guessed[..., 3][:, *np.array(chosen, dtype=int).reshape(-1, 2).T] = frame.values
     guessed[..., 4] = guessed[..., 1] - guessed[..., 3]
     frame.values = guessed + frame.lines[0][:, None, None, None]
     return frame.grid(
         visits.labelled | {"figure": list(FIGURES)},
-        direction=f"{direction}: {SIGNS[direction]}; {SIZES}",
+        direction=f"{direction}: {SIGNS[direction]}; atp_star is a size, never negative",
         method="attribution patching",
         choices={"component": name, "over": over, "fix": fix, "drop": drop, "top": top},
         at=visits.said(at),
@@ -168,7 +165,7 @@ def _largest(guesses: np.ndarray, sizes: bool, top: int) -> list[tuple[int, int]
     """The (target, place) whose mean guess is largest in size."""
     mean = guesses.mean(0) if sizes else np.abs(guesses.mean(0))
     order = np.argsort(-mean, axis=None, kind="stable")[:top]
-    return [(int(i) // mean.shape[1], int(i) % mean.shape[1]) for i in order]
+    return [divmod(int(i), mean.shape[1]) for i in order]
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,8 +203,7 @@ class _Guesses:
         if fixed:
             require_restart(trace, "recomputing the softmax")
             sites += [Site(part, layer, positions=later) for part in ("z", "rot_q") for layer in self.layers]
-        found: list[SuffixGradients] = []
-        plans: list[Plan | None] = [None, *(held_layers(self.model, base, later) if drop else ())]
+        found, plans = list[SuffixGradients](), [None, *(held_layers(self.model, base, later) if drop else ())]
         for plan in plans:
             found.append(trace.gradients(sites, self.metric, plan=plan, budget_gb=max(GRADIENT_GB, budget_gb)))
             require_numbers(found[0].metric, self.metric.name)
@@ -220,12 +216,9 @@ class _Guesses:
 
     def _first_order(self, given: Given, found: Sequence[SuffixGradients]) -> Tensor:
         """Change times gradient, `[gradient, batch, layer, head, place]`; one head where there are none."""
-        by_layer: list[Tensor] = []
-        for layer in self.layers:
-            change = given.values[layer] - found[0].value[layer]
-            products = torch.stack([(change * one.gradient[layer]).sum(-1) for one in found])
-            by_layer.append(self._by_place(products if products.ndim == 4 else products[..., None]))
-        return torch.stack(by_layer, dim=2)
+        changes = [given.values[layer] - found[0].value[layer] for layer in self.layers]
+        by_layer = (torch.stack([(c * one.gradient[n]).sum(-1) for one in found]) for n, c in enumerate(changes))
+        return torch.stack([self._by_place(one if one.ndim == 4 else one[..., None]) for one in by_layer], dim=2)
 
     def _reread(self, trace: Trace, given: Given, found: Sequence[SuffixGradients], later: list[int]) -> Tensor:
         """What heads read with the donor's queries or keys, times the gradient there; as `_first_order`."""
@@ -254,9 +247,8 @@ class _Guesses:
 
     def _by_place(self, products: Tensor) -> Tensor:
         """Sum over each place's positions: `[gradient, batch, pos, head]` to `[gradient, batch, head, place]`."""
-        inside = [set(positions) for _, positions in self.places]
-        member = [[float(position in some) for some in inside] for position in self.union]
-        return torch.einsum("gbph,pk->gbhk", products.double(), torch.tensor(member).to(products.device).double())
+        member = np.stack([np.isin(self.union, positions) for _, positions in self.places], axis=-1)
+        return torch.einsum("gbph,pk->gbhk", products.double(), torch.from_numpy(member).to(products.device).double())
 
     def _by_target(self, guesses: Tensor) -> Tensor:
         """Sum over the heads that are edited together, `[gradient, batch, target, place]`."""
@@ -265,9 +257,8 @@ class _Guesses:
 
     def _without_own(self, sizes: Tensor) -> Tensor:
         """Average over the dropped layers `[dropped, batch, target, place]`, leaving a node's own out."""
-        if self.component in STREAM:
+        if self.component in ("resid_pre", "resid_mid", "resid_post"):
             return sizes.mean(0)
-        n = len(sizes)
-        own = torch.tensor([[float(target[0][0] == layer) for target in self.visits.targets] for layer in range(n)])
-        others = (1.0 - own).to(sizes)[:, None, :, None]
-        return (sizes * others).sum(0) / max(n - 1, 1)
+        own = np.array([target[0][0] for target in self.visits.targets])
+        others = torch.from_numpy(own != np.arange(len(sizes))[:, None]).to(sizes)[:, None, :, None]
+        return (sizes * others).sum(0) / max(len(sizes) - 1, 1)
