@@ -202,6 +202,7 @@ class _Job:
     places: list[Place]
     metric: Metric
     columns: np.ndarray
+    receivers: list[str]
     scores: Tensor
     budget_gb: float | int
 
@@ -231,9 +232,9 @@ class _Job:
             first = {"embed": "embed", "z": f"L{layer}H0", "mlp_out": f"L{layer} mlp"}[part]
             groups.append(_Group(part, layer, change, heads, senders.index(first)))
         middles = tuple(runs[0].cache["resid_mid", layer] for layer in layers)
-        shape = (len(base), len(places), len(senders), len(_receivers(model.spec)))
-        scores = torch.full(shape, torch.nan, dtype=torch.float64)
-        return cls(trace, groups, middles, places, metric, columns, scores, budget_gb)
+        receivers = _receivers(model.spec)
+        scores = torch.full((len(base), len(places), len(senders), len(receivers)), torch.nan, dtype=torch.float64)
+        return cls(trace, groups, middles, places, metric, columns, receivers, scores, budget_gb)
 
     def run(self, variant: str, steps: int) -> Iterator[tuple[int, int]]:
         """Fill the scores, saying after each pass how many of how many are done."""
@@ -251,10 +252,6 @@ class _Job:
     @cached_property
     def _start(self) -> int:
         return self._whole_block(min(positions[0] for _, positions in self.places))
-
-    @cached_property
-    def _receivers(self) -> list[str]:
-        return _receivers(self.trace.model.spec)
 
     def _whole_block(self, position: int) -> int:
         return self.trace.traits.restart(position, self.trace.spans.roles)
@@ -279,7 +276,7 @@ class _Job:
         return readings(edited, self.metric, start=self._start, above=layer, middle=middle)
 
     def _add(self, senders: Sequence[_Group], reading: Reading, share: float, written: _Kept) -> None:
-        first = self._receivers.index(reading.names[0])
+        first = self.receivers.index(reading.names[0])
         for number, (_, positions) in enumerate(self.places):
             gradient = reading.gradient[:, [one - self._start for one in positions]].float()
             for sender in senders:

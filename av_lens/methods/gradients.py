@@ -101,7 +101,10 @@ def attribution_patch(
     """
     axes, examples = Axes.parsed(over), Examples.paired("attribution_patch", pair)
     name = component or ("z" if axes.heads else "resid_pre")
-    _check(axes, name, direction, top, model.spec)
+    require_choice("direction", direction, SIGNS)
+    if top < 0:
+        raise InputError(f"top={top}: name how many places are patched exactly, 0 for none.")
+    _check(axes, name, model.spec)
     visits = Visits.of(axes, name, model.spec).at(examples.spans, at)
     frame = Frame.of(model, examples, metric)
     frame.shape(*visits.shape, len(FIGURES))
@@ -114,7 +117,7 @@ def attribution_patch(
 
     def exactly(stack: Stack, show: Progress) -> None:
         one, (edited, donor) = guesses[stacks.index(stack)], stack.ends(direction)
-        given = Given.of(model, donor, name, one.layers, one.union)
+        given = Given.of(model, donor, name, visits.layers, one.union)
         plans = [Plan(), *(Plan(given.edits(visits.targets[t], one.places[p][1])) for t, p in chosen)]
         trace = record(model, edited)
 
@@ -144,10 +147,7 @@ def attribution_patch(
     )
 
 
-def _check(axes: Axes, name: str, direction: str, top: int, spec: Any) -> None:
-    require_choice("direction", direction, SIGNS)
-    if top < 0:
-        raise InputError(f"top={top}: name how many places are patched exactly, 0 for none.")
+def _check(axes: Axes, name: str, spec: Any) -> None:
     if axes.unit not in ("layer", "head", "group"):
         raise InputError(
             f"a first guess has no use for {axes.unit}: it adds up. Write over='layer', 'head' or 'group'."
@@ -178,31 +178,23 @@ class _Guesses:
     metric: Metric
 
     @property
-    def component(self) -> str:
-        return self.visits.component
-
-    @property
     def union(self) -> list[int]:
         """Every position that is patched."""
         return positions_of(self.places)
-
-    @property
-    def layers(self) -> range:
-        return range(self.model.spec.n_layers)
 
     def made(
         self, base: AVInputs, donor: AVInputs, fix: bool, drop: bool, budget_gb: float | int, show: Progress
     ) -> tuple[np.ndarray, np.ndarray]:
         """The three guesses `[batch, target, place, 3]`, and both runs' metrics `[2, batch]`."""
-        given = Given.of(self.model, donor, self.component, self.layers, self.union)
+        given = Given.of(self.model, donor, self.visits.component, self.visits.layers, self.union)
         other, trace = self.metric(given.logits), record(self.model, base)
         first = trace.traits.restart(self.union[0], trace.spans.roles)
         later = list(range(first, len(trace.spans)))
-        sites = [Site(self.component, layer, positions=self.union) for layer in self.layers]
-        fixed = fix and self.component in (*QUERIES, *KEYS)
+        sites = [Site(self.visits.component, layer, positions=self.union) for layer in self.visits.layers]
+        fixed = fix and self.visits.component in (*QUERIES, *KEYS)
         if fixed:
             require_restart(trace, "recomputing the softmax")
-            sites += [Site(part, layer, positions=later) for part in ("z", "rot_q") for layer in self.layers]
+            sites += [Site(part, layer, positions=later) for part in ("z", "rot_q") for layer in self.visits.layers]
         found, plans = list[SuffixGradients](), [None, *(held_layers(self.model, base, later) if drop else ())]
         for plan in plans:
             found.append(trace.gradients(sites, self.metric, plan=plan, budget_gb=max(GRADIENT_GB, budget_gb)))
@@ -216,22 +208,22 @@ class _Guesses:
 
     def _first_order(self, given: Given, found: Sequence[SuffixGradients]) -> Tensor:
         """Change times gradient, `[gradient, batch, layer, head, place]`; one head where there are none."""
-        changes = [given.values[layer] - found[0].value[layer] for layer in self.layers]
+        changes = [given.values[layer] - found[0].value[layer] for layer in self.visits.layers]
         by_layer = (torch.stack([(c * one.gradient[n]).sum(-1) for one in found]) for n, c in enumerate(changes))
         return torch.stack([self._by_place(one if one.ndim == 4 else one[..., None]) for one in by_layer], dim=2)
 
     def _reread(self, trace: Trace, given: Given, found: Sequence[SuffixGradients], later: list[int]) -> Tensor:
         """What heads read with the donor's queries or keys, times the gradient there; as `_first_order`."""
         by_layer: list[Tensor] = []
-        n, row = len(self.layers), {position: number for number, position in enumerate(later)}
-        for layer in self.layers:
+        n, row = len(self.visits.layers), {position: number for number, position in enumerate(later)}
+        for layer in self.visits.layers:
             new = given.values[layer]
-            if self.component in ("q", "k"):
+            if self.visits.component in ("q", "k"):
                 cos, sin = (table.to(new.device)[:, self.union, None] for table in trace.tables)
-                new = layer_of(self.model, layer).turned(self.component, new, cos, sin)
+                new = layer_of(self.model, layer).turned(self.visits.component, new, cos, sin)
             z, queries = found[0].value[n + layer], found[0].value[2 * n + layer]
             gradients = torch.stack([one.gradient[n + layer] for one in found])
-            if self.component in QUERIES:
+            if self.visits.component in QUERIES:
                 here = [row[position] for position in self.union]
                 change = read_with(trace, layer, self.union, new) - z[:, here]
                 by_layer.append(self._by_place((change * gradients[:, :, here]).sum(-1)))
@@ -257,7 +249,7 @@ class _Guesses:
 
     def _without_own(self, sizes: Tensor) -> Tensor:
         """Average over the dropped layers `[dropped, batch, target, place]`, leaving a node's own out."""
-        if self.component in ("resid_pre", "resid_mid", "resid_post"):
+        if self.visits.component in ("resid_pre", "resid_mid", "resid_post"):
             return sizes.mean(0)
         own = np.array([target[0][0] for target in self.visits.targets])
         others = torch.from_numpy(own != np.arange(len(sizes))[:, None]).to(sizes)[:, None, :, None]

@@ -241,7 +241,11 @@ class _Job:
 
         frame.run(work, examples.stacks(size), progress)
         if np.isnan(frame.values).all() and not frame.partial:
-            raise InterventionError(f"no input has {[flow.text for flow in self.flows]}: {self._missing(examples)}")
+            roles = sorted({role for x in examples.inputs for role in x.spans.roles})
+            found = f"they have the roles {', '.join(roles)}"
+            if any(flow.names_sinks for flow in self.flows):
+                found += f", and no media position receives over {self.sinks} times the mean; give another `sinks`"
+            raise InterventionError(f"no input has {[flow.text for flow in self.flows]}: {found}.")
         named = None
         if va is not None:
             frame.examples, named = va, ("C, hearing under conflict", "logit")
@@ -262,16 +266,9 @@ class _Job:
             texts=[texts[row] for row in sorted(texts) if row < len(frame.values)],
         )
 
-    def _missing(self, examples: Examples) -> str:
-        roles = sorted({role for x in examples.inputs for role in x.spans.roles})
-        found = f"they have the roles {', '.join(roles)}"
-        if any(flow.names_sinks for flow in self.flows):
-            found += f", and no media position receives over {self.sinks} times the mean; give another `sinks`"
-        return found + "."
-
     def _measure(self, frame: Frame, stack: Stack, trace: Trace, entries: Sequence[Entry], show: Progress) -> None:
         """Write the baseline and every cut of one stack as they are done."""
-        metric = frame.own(stack)
+        metric, plans = frame.own(stack), [plan for *_, plan in entries]
         own = measure_plans(trace, [Plan()], metric, budget_gb=self.budget_gb)[0]
         require_numbers(own, metric.name)
         frame.lines[0, stack.rows] = numbers(own)
@@ -284,7 +281,6 @@ class _Job:
                 drawn = (places == (edge, point, condition)).all(1)
                 frame.values[stack.rows, edge, point, condition] = scores[drawn].mean(0)
 
-        plans = [plan for *_, plan in entries]
         scored(trace, plans, metric, write, budget_gb=self.budget_gb, show=show, stage="attention knockout")
 
     def _texts(self, trace: Trace, entries: Sequence[Entry], rows: np.ndarray) -> dict[int, dict[str, str]]:

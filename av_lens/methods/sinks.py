@@ -162,18 +162,20 @@ def find_sinks(
             incoming[rows] = incoming_mass(model, inputs, weight=weight).numpy()
             show("sinks", done, total)
         found = spans.span(sink_positions(incoming, spans, times=times).tolist())
-        table, dimensions = _table(spans, found, incoming, times), _dimensions_frame([])
-        read = dict.fromkeys(READ_BY, np.nan)
+        table, read = _table(spans, found, incoming, times), dict.fromkeys(READ_BY, np.nan)
         if len(found):
             show("sinks", 2 * len(stacks), total)
             summed = np.sum([_later_reading(model, inputs, found) for _, inputs in stacks], axis=0)
             picture, sound = summed / len(examples)
             with np.errstate(invalid="ignore"):
                 read = dict(zip(READ_BY, (picture, sound, (picture - sound) / (picture + sound)), strict=True))
-            dimensions = _dimensions(model, [inputs for _, inputs in stacks], found, dimension_times)
+        read_again = [inputs for _, inputs in stacks if len(found)]
+        dimensions = _dimensions(model, read_again, spans, found, dimension_times)
         show("sinks", total, total)
     table = table.assign(**read)
-    table["kind"] = [_kind(row["role"], row["score"], unimodal_from) for row in table.to_dict("records")]
+    own = np.where(table["role"] == "audio", -table["score"], table["score"])  # read by its own modality
+    kinds = np.where(own >= unimodal_from, "unimodal", "cross-modal").astype(object)
+    table["kind"] = np.where(np.isnan(own), "undetermined", kinds)
     text, mean = (spans.system | spans.boundary).positions, incoming.mean(0)
     passing = text[mean[text] > times * mean[spans.media.positions].mean()]
     elsewhere = _table(spans, spans.span(passing.tolist()), incoming, times)
@@ -240,16 +242,9 @@ def _later_reading(model: Any, x: AVInputs, found: Span) -> Float[np.ndarray, "r
     return np.diagonal(summed, axis1=1, axis2=2) / counts
 
 
-def _kind(role: str, score: float, unimodal_from: float | int) -> str:
-    if np.isnan(score):
-        return "undetermined"
-    return "unimodal" if (-score if role == "audio" else score) >= unimodal_from else "cross-modal"
-
-
 @torch.no_grad()
-def _dimensions(model: Any, stacks: list[AVInputs], found: Span, times: float | int) -> pd.DataFrame:
+def _dimensions(model: Any, stacks: list[AVInputs], spans: SpanMap, found: Span, times: float | int) -> pd.DataFrame:
     """Compare, layer by layer and dimension by dimension, the stream at the sinks with that at other media."""
-    spans = stacks[0].spans
     groups = (found.positions, (spans.media - found).positions)
     sums = torch.zeros(model.spec.n_layers, 2, model.spec.d_model, dtype=torch.float64)
 
@@ -266,10 +261,6 @@ def _dimensions(model: Any, stacks: list[AVInputs], found: Span, times: float | 
         (layer, d, float(here[layer, d]), float(elsewhere[layer, d]) if len(groups[1]) else np.nan)
         for layer, d in passes.nonzero().tolist()
     ]
-    return _dimensions_frame(rows)
-
-
-def _dimensions_frame(rows: list[tuple[int, int, float, float]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=["layer", "dimension", "at_sinks", "elsewhere"])
     return frame.astype({"layer": int, "dimension": int, "at_sinks": float, "elsewhere": float})
 

@@ -89,15 +89,16 @@ class PathRuns:
     def measure(self, finished: Callable[[int], None], into: Float[Tensor, "sender column batch"]) -> None:
         """Fill in the metric of every sender and column as rows are done; where nothing can pass it stays NaN."""
         size, columns = min(prompt.together() for prompt in self.prompts), len(self.columns)
-        for parts in zip(*(prompt.rows(size) for prompt in self.prompts), strict=True):
-            rows = parts[0][0]
+        for start in range(0, len(self.senders), size):
+            senders = self.senders[start : start + size]
+            parts = [prompt.chunk(senders) for prompt in self.prompts]
             if not self.metric.teacher_forced:
-                into[rows.start : rows.stop] = parts[0][1].to(into)
+                into[start : start + size] = parts[0].to(into)
             else:
-                for row, column in product(rows, range(columns)):
-                    scores = [values[row - rows.start, column] for _, values in parts]
-                    into[row, column] = self.metric.combine(scores).to(into)
-            finished(rows.stop * columns)
+                for row, column in product(range(len(senders)), range(columns)):
+                    scores = [values[row, column] for values in parts]
+                    into[start + row, column] = self.metric.combine(scores).to(into)
+            finished((start + len(senders)) * columns)
 
     def in_order(self, sender: Nodes, column: Nodes) -> bool:
         """Whether the sender's write comes before some input on its way, so that something can pass."""
@@ -169,12 +170,6 @@ class _Prompt:
         """The metric of the base run."""
         return self.score(self.trace.logits(self.trace.spans.span(self.asked)))
 
-    def rows(self, together: int) -> Iterator[tuple[range, Tensor]]:
-        """Measure a chunk of senders at a time, `[sender, column, batch]`."""
-        for start in range(0, len(self.job.senders), together):
-            rows = range(start, min(start + together, len(self.job.senders)))
-            yield rows, self._chunk([self.job.senders[row] for row in rows])
-
     def _run(self) -> tuple[HeldRun, Mapping[str, Tensor]]:
         """The base run with its heads held, wherever a change may come to be, and what senders wrote in it."""
         reach = self.positions
@@ -191,12 +186,12 @@ class _Prompt:
         """How many senders fit the budget."""
         spec, n, batch = self.job.model.spec, len(self.trace.spans), self.trace.batch
         wide = len(self.held.positions) * (4 * spec.d_model + 3 * spec.d_mlp + len(self.nodes) * spec.d_head)
-        later = n - self.positions[0]
-        wide += later * (3 * n + len(self.job.columns) * spec.d_head)
+        wide += (n - self.positions[0]) * (3 * n + len(self.job.columns) * spec.d_head)
         return max(1, int(self.job.budget_gb * GIGABYTE / (4.0 * batch * wide)))
 
     @torch.no_grad()
-    def _chunk(self, senders: Sequence[Nodes]) -> Tensor:
+    def chunk(self, senders: Sequence[Nodes]) -> Tensor:
+        """Measure some senders, `[sender, column, batch]`."""
         job, held = self.job, self.held.at(self.positions)
         found = torch.full((len(senders), len(job.columns), self.trace.batch), torch.nan)
         changes: list[Change] = [self._change(nodes, held.positions) for nodes in senders]
@@ -273,8 +268,7 @@ class _Prompt:
         """The sender as in the donor run, everything after it free."""
         edits: list[Any] = []
         for node in nodes:
-            at = self.sent.where(node, self.positions[0])
-            if at:  # else both runs are one run there
+            if at := self.sent.where(node, self.positions[0]):  # else both runs are one run there
                 head = node.index if node.kind == "head" else None
                 site = Site(COMPONENTS[node.kind], node.layer, head, at)
                 edits.append(replace(site, self.sent.values(node, self.sent.cache, at)))

@@ -82,7 +82,8 @@ def named_span(words: str, spans: SpanMap, sinks: Any = ()) -> Span:
     return reduce(sub, [reduce(or_, part, spans.span([])) for part in named])
 
 
-AXES = "layer head group layers:WIDTH pair coalition:ORDERS span pos window:SECONDSs box:ROWSxCOLS".split()
+UNITS = ("layer", "head", "group", "layers:WIDTH", "pair", "coalition:ORDERS")
+AXES = (*UNITS, "span", "pos", "window:SECONDSs", "box:ROWSxCOLS")
 
 Head = tuple[int, int]
 Edited = tuple[int, tuple[int, ...] | None]
