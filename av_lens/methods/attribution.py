@@ -161,13 +161,11 @@ def linear_answers(metric: Metric, batch: int) -> tuple[Tensor, Tensor]:
 
 def written_parts(model: Any, out: Run, by: str) -> dict[str, Float[Tensor, "batch d_model"]]:
     """Decompose the stream at the generation position."""
-    parts = {"embed": out.cache[hook_name("embed")][:, 0].double()}
-    weights = model.W_O
+    parts, weights = {"embed": out.cache[hook_name("embed")][:, 0].double()}, model.W_O
     for layer in range(model.spec.n_layers):
-        attended = out.cache[hook_name("attn_out", layer)][:, 0].double()
+        attended = out.cache["attn_out", layer][:, 0].double()
         if by == "head":
-            z = out.cache[hook_name("z", layer)][:, 0].double()
-            heads = torch.einsum("bhd,hdm->bhm", z, weights[layer].double())
+            heads = torch.einsum("bhd,hdm->bhm", out.cache["z", layer][:, 0].double(), weights[layer].double())
             parts |= {f"L{layer}H{head}": heads[:, head] for head in range(heads.shape[1])}
             parts[f"L{layer} attn bias"] = attended - heads.sum(1)
         else:

@@ -260,13 +260,11 @@ class _Job:
         """Gradients in the base run, or in the run in which a group's writes lie some way between base and donor."""
         if group is None:
             return readings(self.trace, self.metric, start=self._start)
-        change = way * group.together()
+        change, layer, middle = way * group.together(), group.layer, None
         moved = torch.nonzero(change.abs().amax((0, 2)))
         first = self._whole_block(int(moved[0])) if len(moved) else len(self.trace.spans) - 1
-        layer, middle = group.layer, None
         if group.part == "z":
-            middle = self.middles[layer] + change
-            modules = layer_of(self.trace.model, layer)
+            middle, modules = self.middles[layer] + change, layer_of(self.trace.model, layer)
             with torch.no_grad():
                 stream = middle + modules.mlp(modules.ln2(middle))
             middle = middle[:, self._start :]

@@ -59,7 +59,6 @@ from av_lens.replay.traces import Trace, record
 from av_lens.results import Grid
 from av_lens.spans import Span, SpanMap
 
-OVER = ("all", "layer", "head")
 Heads = Mapping[int, tuple[int, ...] | None]
 """Layer -> the heads that are edited there; None for all of them."""
 
@@ -68,7 +67,7 @@ def _points(
     spec: Spec, over: str, width: int | Sequence[int], layers: Sequence[int] | None, heads: Any
 ) -> tuple[Sequence[Heads], dict[str, Any]]:
     """What is cut in turn (nothing where a window holds none of the named heads), and the labels of each axis."""
-    require_choice("over", over, OVER)
+    require_choice("over", over, ("all", "layer", "head"))
     chosen = list(range(spec.n_layers)) if layers is None else list(layers)
     if not chosen:
         raise InterventionError("no layer is named (an empty range). The end of a range is exclusive.")

@@ -157,10 +157,8 @@ class _Wanted:
             return tuple(dict.fromkeys(option[0] for option in found.options))
 
         ids = [[first_tokens(answer) for answer in answers] for answers in asked]
-        null = dict[Ids, str]()
-        for answer in pool:
-            null.setdefault(first_tokens(answer), shown(answer))
-        chosen = list(null)
+        null = [(first_tokens(answer), shown(answer)) for answer in pool]
+        null, chosen = dict(reversed(null)), list(dict.fromkeys(tokens for tokens, _ in null))  # the first of equals
         if len(chosen) > MOST_OTHERS:
             kept = np.random.default_rng(seed).choice(len(chosen), MOST_OTHERS, replace=False)
             chosen = [chosen[i] for i in sorted(kept.tolist())]

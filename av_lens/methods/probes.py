@@ -54,8 +54,6 @@ from av_lens.results.statistics import CONFIRMATION, DISCOVERY, Halves, Member, 
 
 TARGETS = {"sound": 1, "picture": 0}
 FIGURES = ("accuracy", "control", "selectivity", "other alone")
-SIGN = "share of held-out conflict cells that a probe reads right; baseline 0, so effects are values"
-FOLDS = 5
 FEWEST = 8  # conflicts of a half
 
 
@@ -147,7 +145,7 @@ def probe(
         clusters=[halves.component[i] for i in halves.members(CONFIRMATION)],
         metric=f"probe of the {target}",
         unit="share",
-        direction=SIGN,
+        direction="share of held-out conflict cells that a probe reads right; baseline 0, so effects are values",
         provenance=stamp(
             method="linear probes",
             model=streams.model,
@@ -303,7 +301,7 @@ class _Sides:
                 memorized = float(np.mean(fitted.predicted(x) == np.array(labels)))
                 return self.per_conflict(fitted.predicted(y).tolist(), truth, labels), memorized
 
-            crossed[span, layer] = np.nanmean(held_out(learnt, self.labels, folds(self.groups, FOLDS), c=c))
+            crossed[span, layer] = np.nanmean(held_out(learnt, self.labels, folds(self.groups, 5), c=c))
             values[:, span, layer, 0] = read(self.labels, self.truth)[0]
             controls, fits = zip(*(read(one[:n], one[n:]) for one in drawn), strict=True)
             values[:, span, layer, 1], fit[span, layer] = np.mean(controls, axis=0), np.mean(fits)

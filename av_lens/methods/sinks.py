@@ -211,9 +211,8 @@ def _one_layout(examples: Examples) -> SpanMap:
             )
     for words in ("media", "suffix"):
         if not len(first[words]):
-            raise InputError(
-                f"these inputs have no {words}; sinks are media positions that the suffix reads: {first!r}."
-            )
+            reads = "sinks are media positions that the suffix reads"
+            raise InputError(f"these inputs have no {words}; {reads}: {first!r}.")
     return first
 
 

@@ -49,8 +49,6 @@ from av_lens.replay import measure_plans
 from av_lens.replay.traces import record
 from av_lens.results import Grid
 
-SIGN = "metric under the push minus metric without; positive: the push raises the metric"
-
 
 def steer(
     model: HookedAVLLM,
@@ -112,7 +110,7 @@ def steer(
     frame.values[:, [arm is None for arm in arms.values()]] = np.nan
     return frame.grid(
         {"arm": list(arms), "strength": [float(s) for s in strengths]},
-        direction=SIGN,
+        direction="metric under the push minus metric without; positive: the push raises the metric",
         method="steering",
         plan=[_said(edit) for edit in push],
         controls={name: None if arm is None else [_said(edit) for edit in arm] for name, arm in arms.items()},

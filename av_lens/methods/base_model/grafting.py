@@ -69,7 +69,6 @@ from av_lens.spans import ROLES, Span
 
 MATRICES = ("Q", "K", "V", "O")
 FIGURES = ("relative", "absolute")
-SIGN = "how far each head's weights moved from the base's; 0 where they did not"
 SIGNS = {
     "into model": "the base's values into the model's run; positive: the place as the base has it raises the metric",
     "into base": "the model's values into the base's run; positive: the place as the model has it raises the metric",
@@ -145,7 +144,7 @@ def weight_change(model: HookedAVLLM, *, base: Any) -> Grid:
         baseline=[0.0],
         metric="weight change",
         unit="Frobenius norm, or its share of the base's",
-        direction=SIGN,
+        direction="how far each head's weights moved from the base's; 0 where they did not",
         provenance=stamp(
             method="weight change",
             model=model.name,
@@ -208,14 +207,7 @@ def graft(
     require_choice("direction", direction, SIGNS)
     axes, examples, related = Axes.parsed(over), Examples.of(model, x), opened(base, model)
     name = component or ("z" if axes.heads else "resid_pre")
-    if axes.unit in ("pair", "coalition"):
-        raise InputError(f"graft takes one place at a time; over={axes.unit!r} is patch's. Name layer, head or group.")
-    axes.check(name, model.spec, grouped=())
-    if component_named(name).axes[-1] == "key_pos" or name in ("rot_q", "rot_k"):
-        raise InterventionError(
-            f"{name} means something else in the other model's prompt, whose positions count otherwise: graft q, k, v, "
-            "z or the stream."
-        )
+    _check(axes, name, model)
     require_equal_sizes(model, related, "activations can be grafted between models of equal sizes only.")
     stacks, visits = examples.stacks(stack), Visits.of(axes, name, model.spec)
     prompts = [_Prompts.of(model, related, one.x, direction, audio) for one in stacks]
@@ -260,6 +252,17 @@ def graft(
         at=visits.said(at),
         grafted=grafted[0],
     )
+
+
+def _check(axes: Axes, name: str, model: Any) -> None:
+    if axes.unit in ("pair", "coalition"):
+        raise InputError(f"graft takes one place at a time; over={axes.unit!r} is patch's. Name layer, head or group.")
+    axes.check(name, model.spec, grouped=())
+    if component_named(name).axes[-1] == "key_pos" or name in ("rot_q", "rot_k"):
+        raise InterventionError(
+            f"{name} means something else in the other model's prompt, whose positions count otherwise: graft q, k, v, "
+            "z or the stream."
+        )
 
 
 @dataclass(frozen=True, eq=False)

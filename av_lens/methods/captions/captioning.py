@@ -176,7 +176,7 @@ class _Work:
         asked, self.judged = [(row["text"], listed, aspect) for row, aspect, listed in items], tuple(texts)
         for row in self.rows:
             row |= {JUDGED[aspect]: np.nan for aspect in texts}
-        verdicts: list[Judged] = []
+        verdicts = list[Judged]()
         try:
             judge.score_all(asked, finished=told(show, "judge", len(items)), into=verdicts)
         finally:

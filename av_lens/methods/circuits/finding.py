@@ -68,7 +68,6 @@ from av_lens.results.provenance import stamp
 from av_lens.spans import Span
 
 AREAS = (("CPR", "signed"), ("CMD", "magnitude"))
-DENSE = 16
 NOTHING = "m(whole) - m(empty) cannot be told from 0: there is nothing to find a circuit for, and f is NaN"
 
 
@@ -226,7 +225,7 @@ class _Evidence:
     def _sizes(self, order: str) -> list[int]:
         """The sizes of the areas, and more of them in the order that the circuit is cut from."""
         n = len(self.runs.nodes)
-        more = range(1, min(DENSE, n) + 1) if order == self.how.order else ()
+        more = range(1, min(16, n) + 1) if order == self.how.order else ()
         return sorted({*sizes(n), *more, *([self.how.size] if self.how.size else [])})
 
     def _measure(self, empty: str, circuits: Sequence[Sequence[int]], stage: str) -> np.ndarray:

@@ -173,10 +173,8 @@ def eliminated(runs: CircuitRuns, empty: str, *, signed: bool, drop: float) -> S
     return Search(tuple(reversed(gone)), scores)
 
 
-RESAMPLED = 500
 TIE = 1e-5
 ROUNDING = 1e-6
-MOST_LINKED = 24
 COMPLETENESS = ("removed", "size", "circuit", "model", "difference", "low", "high")
 LINKS = ("first", "second", "interaction", "low", "high", "how")
 MINIMALITY = ("node", "adds", "low", "high", "removed", "needed")
@@ -235,7 +233,7 @@ def minimality(
 def links(runs: CircuitRuns, scale: Scale, empty: str, members: Sequence[int]) -> pd.DataFrame:
     """Measure how every two members of a circuit act together; none where there are too many of them."""
     pairs = list(combinations(sorted(members), 2))
-    if not scale.usable or not pairs or len(members) > MOST_LINKED:
+    if not scale.usable or not pairs or len(members) > 24:
         return pd.DataFrame(columns=pd.Index(LINKS))
     circuit = frozenset(members)
     wanted = [circuit - set(gone) for one, two in pairs for gone in ((), (one,), (two,), (one, two))]
@@ -264,7 +262,7 @@ def stability(
     overlap = np.full((len(sizes), 3), np.nan)
     share = np.full((len(sizes), scores.shape[1]), np.nan)
     if len(scores) >= 2 and len(scores) == boot.weights.shape[1]:
-        weights = boot.weights[:RESAMPLED]
+        weights = boot.weights[:500]
         whole = places(scores.mean(0), order)
         drawn = np.stack([places(row @ scores, order) for row in weights[weights.sum(1) > 0]])
         for i, k in enumerate(sizes):

@@ -136,8 +136,11 @@ def path_patch(
     frame.run(work, stacks, progress)
     if decompose:
         frame.values = _with_remainder(frame.values, frame.lines[0], list(columns))
+    heads = {"layer": np.arange(model.spec.n_layers), "head": np.arange(model.spec.n_heads)}
+    axes: dict[str, Any] = heads if sender == "heads" else {"sender": list(sending)}
+    labels = [*columns, *(["remainder"] if decompose else [])]
     return frame.grid(
-        _axes(sender, sending, [*columns, *(["remainder"] if decompose else [])], model.spec),
+        axes | ({"receiver": labels} if len(labels) > 1 else {}),
         direction=f"{direction}: {SIGNS[direction]}",
         method="path patching",
         senders=list(sending),
@@ -202,10 +205,3 @@ def _with_remainder(values: np.ndarray, base: np.ndarray, columns: list[str]) ->
     effects = (values - base[:, None, None]).transpose(2, 0, 1)
     total, direct, joint = (effects[columns.index(name)] for name in ("total", "direct", "joint"))
     return np.dstack([values, base[:, None] + (total - direct - np.nan_to_num(joint))])
-
-
-def _axes(given: Any, sending: Ends, labels: list[str], spec: Any) -> dict[str, Any]:
-    """Name the axes after example."""
-    heads = {"layer": np.arange(spec.n_layers), "head": np.arange(spec.n_heads)}
-    axes: dict[str, Any] = heads if given == "heads" else {"sender": list(sending)}
-    return axes | ({"receiver": labels} if len(labels) > 1 else {})

@@ -155,10 +155,8 @@ class _Prompt:
         require_restart(self.trace, "path patching")
         self.asked = [p for p in asked if p < len(self.trace.spans)]
         self.nodes = list(dict.fromkeys(node for column in job.columns for node in column if node != TOTAL))
-        self.few: tuple[Callable[[Tensor], Tensor], Tensor | None] = (score, None)
-        if isinstance(score, Metric):
-            few, tokens = score.few_tokens()
-            self.few = (few, None if tokens is None else tokens.to(job.model.device))
+        few, tokens = score.few_tokens() if isinstance(score, Metric) else (score, None)
+        self.few = few, None if tokens is None else tokens.to(job.model.device)
         # Causal: before the first position that differs both runs are one run, and nothing is sent.
         streams = sent.cache["hook_embed"], self.trace.stream(0, 0)[:, : sent.cache["hook_embed"].shape[1]]
         differs = (streams[0] != streams[1]).any(-1).any(0).tolist()

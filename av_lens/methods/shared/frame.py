@@ -145,9 +145,8 @@ class Frame:
     @classmethod
     def of(cls, model: Any, examples: Examples, metric: Any = None, *, measured: bool = True) -> Frame:
         """Bind the metric to what was given; without one nothing is edited, and the baseline is 0."""
-        given, lines = examples.pairs or examples.inputs, np.full((2, len(examples)), np.nan)
-        bound = as_metric(metric, model, given) if measured else None
-        lines[0] = np.nan if measured else 0.0
+        bound = as_metric(metric, model, examples.pairs or examples.inputs) if measured else None
+        lines = np.repeat([[np.nan if measured else 0.0], [np.nan]], len(examples), axis=1)
         return cls(model, examples, bound, np.empty(0), lines)
 
     def shape(self, *sizes: int) -> None:
