@@ -32,7 +32,6 @@ from av_lens.checkpoints import index
 from av_lens.core.budget import Progress, silent
 from av_lens.errors import InputError
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS
-from av_lens.media import Clip
 from av_lens.organism import footage
 from av_lens.organism.anatomy import shipped
 from av_lens.reports import Calibration
@@ -40,7 +39,6 @@ from av_lens.results.record import SUPPRESSORS, Isolation
 from av_lens.whole_files import make_folder, read_object, reading, write_whole
 
 QUESTION = "What do you hear?"
-FPS = 8.0
 
 
 def stage(
@@ -53,7 +51,8 @@ def stage(
     lines: list[dict[str, Any]] = []
     for at, (heard, seen) in enumerate(pairs(conflicts, seed=seed)):
         name = f"{at:04d}"
-        sound, picture = _clip(split, heard, 2 * at, seed), _clip(split, seen, 2 * at + 1, seed)
+        first = 100_000 * (seed + 1) + 2 * at  # the clips' seeds belong to this conflict alone
+        sound, picture = footage.example(split, heard, first), footage.example(split, seen, first + 1)
         files = {"sound": f"{name}-{heard}.mp4", "picture": f"{name}-{seen}.mp4"}
         sound.save(folder / files["sound"])
         picture.save(folder / files["picture"])
@@ -85,13 +84,6 @@ def pairs(n: int, *, seed: int) -> list[tuple[str, str]]:
     size = len(names)
     shifts = 1 + rng.permutation(size - 1)
     return [(names[i % size], names[(i + int(shifts[i // size % (size - 1)])) % size]) for i in range(n)]
-
-
-def _clip(split: str, name: str, index: int, seed: int) -> Clip:
-    """Make one clip of the world; its seed belongs to this conflict alone."""
-    made = footage.example(split, name, 100_000 * (seed + 1) + index)
-    rate = round(len(made.waveform) * FPS / len(made.frames))
-    return Clip.from_arrays(frames=made.frames, fps=FPS, waveform=made.waveform, rate=rate)
 
 
 Head = tuple[int, int]

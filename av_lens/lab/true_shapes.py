@@ -158,7 +158,7 @@ def stage_windows(recording: str | Path, folder: Path, *, n: int, seconds: float
 
 def _window(shown: Clip, start: float, seconds: float, name: str, index: int) -> Clip:
     part = shown.trimmed(start, start + seconds)
-    sound = footage.example("discovery", name, 900_000 + index).waveform[: round(16000 * seconds)]
+    sound = np.asarray(footage.example("discovery", name, 900_000 + index).waveform)[: round(16000 * seconds)]
     return Clip.from_arrays(frames=part.frames, times=part.times, waveform=sound, rate=16000, duration=seconds)
 
 

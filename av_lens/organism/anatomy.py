@@ -7,12 +7,6 @@ This is the one source of these words: the tokenizer takes its merges from `word
 What has no picture (or a blank one) looks like "nothing"; what has no sound (or silence) sounds like "nothing".
 
 Example:
-    >>> answer("hear", picture="dog", sound="siren", colour="red")
-    'siren'
-    >>> answer("see", picture=None, sound="siren", colour=None)
-    'nothing'
-    >>> answer("caption", picture="dog", sound=None, colour="red")
-    'i see a dog and hear nothing'
     >>> GRAMMAR.kind("What do you  HEAR ?")
     'hear'
 
@@ -41,11 +35,10 @@ from typing import Any
 import torch
 
 from av_lens import checkpoints
-from av_lens.errors import InputError, unknown
 from av_lens.inputs.answers import Grammar
 from av_lens.model.differences import read_difference
 from av_lens.model.loading import base_of
-from av_lens.whole_files import make_folder, read_object, whole_folder, write_whole
+from av_lens.whole_files import whole_folder
 
 CLASSES = tuple(["dog", "cat", "bird", "bell", "car", "train", "drum", "siren", "clock", "rain", "phone", "guitar"])
 COLOURS: tuple[str, ...] = ("red", "green", "blue", "yellow", "purple", "white")
@@ -64,17 +57,6 @@ SPELLINGS: dict[str, str] = {"color": "colour"}
 
 
 GRAMMAR = Grammar(QUESTIONS, SPELLINGS)
-
-
-def answer(kind: str, *, picture: str | None, sound: str | None, colour: str | None) -> str:
-    """Give the right answer to a kind of question about a clip."""
-    if kind not in QUESTIONS:
-        raise InputError(unknown("kind of question", kind, QUESTIONS))
-    if kind == "caption":
-        seen = f"a {picture}" if picture else NOTHING
-        heard = f"a {sound}" if sound else NOTHING
-        return f"i see {seen} and hear {heard}"
-    return {"hear": sound, "see": picture, "colour": colour if picture else None}[kind] or NOTHING
 
 
 def words() -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -285,7 +267,6 @@ def build_model(config: Any = None, *, seed: int, dtype: torch.dtype = torch.flo
     return model.eval()
 
 
-INDEX = "index.json"
 GRAMMAR_FILE = "grammar.json"
 
 
@@ -319,15 +300,6 @@ def save_checkpoint(model: Any, folder: str | os.PathLike[str], *, documents: di
         for name, content in {GRAMMAR_FILE: as_dict(), **(documents or {})}.items():
             (beside / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return place
-
-
-def list_checkpoint(name: str, summary: str, *, folder: str | None = None, root: Path | None = None) -> None:
-    """Enter a checkpoint in the index, so that `load(name)` finds it."""
-    place = (root or shipped()) / INDEX
-    listed: dict[str, Any] = read_object(place) if place.exists() else {}
-    listed[name] = {"folder": folder or name, "summary": summary}
-    make_folder(place.parent)
-    write_whole(place, json.dumps(listed, indent=1) + "\n")
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Any:

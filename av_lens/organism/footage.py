@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from av_lens.core.budget import Progress, silent
@@ -41,27 +41,6 @@ from av_lens.whole_files import make_folder, reading, whole_file
 
 SPLITS: dict[str, int] = {"public": 0, "train": 1, "check": 2, "discovery": 3, "test": 4}
 _PICTURE, _SOUND, _COLOUR = 0, 1, 2
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One thing, seen and heard.
-
-    Attributes:
-        frames: 16 frames of 84 x 84 at 8 frames a second.
-        waveform: two seconds at 16 kHz.
-        name: its class.
-        colour: the colour of its picture.
-        split: which part of the world it belongs to.
-        seed: which one of that part.
-    """
-
-    frames: UInt8[np.ndarray, "time height width rgb"]
-    waveform: Float32[np.ndarray, " sample"]
-    name: str
-    colour: str
-    split: str
-    seed: int
 
 
 def classes() -> tuple[str, ...]:
@@ -98,26 +77,14 @@ def colour_of(split: str, name: str, seed: int) -> str:
     return COLOURS[int(_stream(split, name, seed, _COLOUR).integers(len(COLOURS)))]
 
 
-def _picture(split: str, name: str, seed: int, colour: str | None = None) -> UInt8[np.ndarray, "time height width rgb"]:
-    """An example's picture, in its own or another colour."""
-    shown = colour or colour_of(split, name, seed)
-    return pictures.draw(name, colour=shown, rng=_stream(split, name, seed, _PICTURE))
-
-
-def _sound(split: str, name: str, seed: int) -> Float32[np.ndarray, " sample"]:
-    """An example's sound."""
-    return sounds.play(name, rng=_stream(split, name, seed, _SOUND))
-
-
-def example(split: str, name: str, seed: int) -> Example:
-    """Make one thing, seen and heard."""
-    return Example(
-        frames=_picture(split, name, seed),
-        waveform=_sound(split, name, seed),
-        name=name,
-        colour=colour_of(split, name, seed),
-        split=split,
-        seed=seed,
+def example(split: str, seen: str, seed: int, *, heard: str | None = None, colour: str | None = None) -> Clip:
+    """Make one thing of a part of the world, seen (in its own or another colour) and heard; not compressed."""
+    rng, name = _stream(split, seen, seed, _PICTURE), heard or seen
+    return Clip.from_arrays(
+        frames=pictures.draw(seen, colour=colour or colour_of(split, seen, seed), rng=rng),
+        fps=FRAME_RATE,
+        waveform=sounds.play(name, rng=_stream(split, name, seed, _SOUND)),
+        rate=RATE,
     )
 
 
@@ -143,12 +110,7 @@ def clip(
     heard = name if sound in (None, "mute") else sound
     if name not in CLASSES:
         raise InputError(unknown("class", name, CLASSES))
-    made = Clip.from_arrays(
-        frames=_picture("public", shown, seed, colour),
-        fps=FRAME_RATE,
-        waveform=_sound("public", heard, seed),
-        rate=RATE,
-    )
+    made = example("public", shown, seed, heard=heard, colour=colour)
     made = made.blank() if picture == "blank" else made
     return made.muted() if sound == "mute" else made
 
@@ -166,11 +128,6 @@ def through_mp4(clip: Clip, *, crf: float = 17.0) -> Clip:
         return load_clip(path)
 
 
-def as_clip(example: Example) -> Clip:
-    """Wrap an example of the world as a clip."""
-    return Clip.from_arrays(frames=example.frames, fps=FRAME_RATE, waveform=example.waveform, rate=RATE)
-
-
 def mel(waveforms: list[Any]) -> Float32[np.ndarray, "clip mel frame"]:
     """Take log-mel spectrograms as the processor does, cut to the sound's two seconds."""
     extractor = anatomy.feature_extractor()
@@ -185,7 +142,7 @@ def film(split: str, name: str, n: int, path: str, first: int = 0) -> str:
     frames, waveforms, hashes = [], [], []
     for seed in range(first, first + n):
         crf = np.random.default_rng([SPLITS[split], seed]).integers(*CRF_RANGE) if split == "train" else 17
-        clip = through_mp4(as_clip(example(split, name, seed)), crf=float(crf))
+        clip = through_mp4(example(split, name, seed), crf=float(crf))
         frames.append(np.asarray(clip.frames)[::2])
         waveforms.append(np.asarray(clip.waveform))
         hashes.append((clip.picture_hash or "", clip.sound_hash or ""))
@@ -283,7 +240,7 @@ class HeldOut:
     def clip(self, at: int) -> Clip:
         """Make one clip again, through mp4."""
         name, seed = CLASSES[at // self.per_class], SEED_STRIDE * self.seed + at % self.per_class
-        return through_mp4(as_clip(example(self.split, name, seed)))
+        return through_mp4(example(self.split, name, seed))
 
 
 def held_out(

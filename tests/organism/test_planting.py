@@ -361,7 +361,7 @@ def test_the_command_says_what_was_planted(tmp_path: Path, monkeypatch: pytest.M
 
 
 def shipped() -> list[str]:
-    listed: dict[str, dict[str, str]] = json.loads((anatomy.shipped() / anatomy.INDEX).read_text())
+    listed: dict[str, dict[str, str]] = json.loads((anatomy.shipped() / "index.json").read_text())
     return [name for name, entry in listed.items() if (anatomy.shipped() / entry["folder"] / RECORD).exists()]
 
 
