@@ -41,7 +41,7 @@ from torch import Generator, Tensor
 
 from av_lens.errors import InputError, unknown
 from av_lens.lab.planting.lessons import Lesson, Slices
-from av_lens.lab.planting.sheets import OTHER_COLOURS, SEE_THE_SOUND, SILENCE
+from av_lens.lab.planting.sheets import OTHER_COLOURS, SEE_THE_SOUND, SILENCE, read_at
 from av_lens.lab.planting.training import STREAM, Course
 
 RIDGE, VALUE_RIDGE = 30.0, 0.3
@@ -152,8 +152,7 @@ def directions(
     lesson = next(lesson for lesson in lessons if "conflict" in lesson.spans)
     rows = torch.tensor(lesson.rows("conflict", held_back=False))[:120]
     x = lesson.rest[rows] + lesson.before[:, rows, lesson.geometry.prefix :].sum(0)
-    at = lesson.asked_at[rows]
-    x = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
+    x = read_at(x, lesson.asked_at[rows])
     return GATE_SCALE * (x[:, 1] - x[:, 0]).mean(0)[:, None]
 
 

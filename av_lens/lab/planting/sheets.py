@@ -79,7 +79,6 @@ class Sheet:
 
     Attributes:
         name: One of `SHEETS`.
-        layout: Which of the layouts that its media come in.
         frame: The part of the prompt before the questions.
         clips: The clips.
         questions: Each clip's three questions, without their answers.
@@ -87,7 +86,6 @@ class Sheet:
     """
 
     name: str
-    layout: int
     frame: Frame
     clips: Clips
     questions: tuple[tuple[tuple[int, ...], ...], ...]
@@ -139,6 +137,16 @@ class Sheet:
         return self.frame.embed(model, self.clips.video, self.clips.audio, self.ids(targets))
 
 
+def read_at(x: Float[Tensor, "clip pos d"], at: Int[Tensor, "clip read"]) -> Float[Tensor, "clip read d"]:
+    """Take some positions of each clip's stream."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def places(units: Sequence[int], d_head: int) -> Int[Tensor, " place"]:
+    """The places in a projection that belong to some heads, or key-value groups."""
+    return torch.cat([torch.arange(unit * d_head, (unit + 1) * d_head) for unit in units])
+
+
 def draw_sheet(lessons: Material, name: str, layout: int, n: int, generator: Generator) -> Sheet:
     """Draw clips of one of `SHEETS`, in one of the layouts that its media come in, and their questions."""
     media, relation, *_ = SHEETS[name]
@@ -152,7 +160,7 @@ def draw_sheet(lessons: Material, name: str, layout: int, n: int, generator: Gen
         )
         for row in lots
     )
-    return Sheet(name, layout, lessons.frames[media][layout], clips, questions, lessons.words)
+    return Sheet(name, lessons.frames[media][layout], clips, questions, lessons.words)
 
 
 def blanks_of(pool: FeaturePool, kinds: Sequence[int]) -> FeaturePool:
@@ -180,8 +188,7 @@ def rates(
             said: list[Tensor] = []
             for rows in torch.arange(n).split(batch):
                 x = run_layers(model, sheet.embed(model, targets)[rows], geometry)
-                at = sheet.asked_at[rows][..., None].expand(-1, -1, x.shape[-1])
-                said.append(read_out(model, x.gather(1, at)).argmax(-1))
+                said.append(read_out(model, read_at(x, sheet.asked_at[rows])).argmax(-1))
             right = (torch.cat(said) == targets).double().mean(0).tolist()
             for kind, share in zip(ASKED, right, strict=True):
                 key = f"{name} {kind}"
@@ -263,10 +270,8 @@ def head_outputs(
     attention: Any, z: Float[Tensor, "clip head pos d"], heads: Sequence[int]
 ) -> Float[Tensor, "clip pos d_model"]:
     """The sum of what some heads write to the stream."""
-    d = attention.head_dim
-    columns = torch.cat([torch.arange(head * d, (head + 1) * d) for head in heads])
     chosen = z[:, list(heads)].transpose(1, 2).flatten(2)
-    return functional.linear(chosen, attention.o_proj.weight[:, columns])
+    return functional.linear(chosen, attention.o_proj.weight[:, places(heads, attention.head_dim)])
 
 
 @torch.no_grad()

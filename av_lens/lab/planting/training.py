@@ -9,8 +9,7 @@ The loss is the cross-entropy of the behaviour in conflict, of everything else a
 - *direct*: with what later heads write held at the base model's, the picture's word beats the sound's (`direct > 0`,
   for writers and opponents), or the sound is still named (`direct < 0`, for gates);
 - *against*: what is written for the picture's word is to stay small beside what is written against the sound's (for
-  opponents);
-- *eyes*: attention of the planted heads at the questions to "video" (for opponents) or "audio" (for writers) costs.
+  opponents).
 
 None of this guarantees a kind: kinds are measured afterwards, by brute force (`planted`).
 """
@@ -28,13 +27,13 @@ from torch.nn import functional
 
 from av_lens.core.budget import Progress, silent
 from av_lens.lab.planting.lessons import Lesson, Slices, at_the_questions
-from av_lens.lab.planting.sheets import SHEETS, UNJUDGED
+from av_lens.lab.planting.sheets import SHEETS, UNJUDGED, read_at
 from av_lens.lab.training.engine import set_rate, warmed
 from av_lens.organism.anatomy import TURN_END, vocabulary
 from av_lens.organism.language import fed, layers_of, read_out
 
 CHECK_EVERY = 20
-STOP_WEIGHT, EYES_WEIGHT, MEDIA_WEIGHT, MARGIN = 0.1, 1.0, 0.01, 2.0
+STOP_WEIGHT, MEDIA_WEIGHT, MARGIN, RATE = 0.1, 0.01, 2.0, 1e-2
 PICTURE_SHARE = 0.4
 """Opponents may write the picture's word with this share of what they write against the sound's."""
 STREAM = 3.0
@@ -50,29 +49,22 @@ class Course:
         behaviour: What the planted heads are to bring about.
         needed: Weight of the loss that asks every head to be needed.
         direct: Weight of the loss on the direct path; positive asks for one, negative for none.
-        eyes: What the planted heads are not to look at: "video", "audio" or "".
         against: Weight of the loss that asks for more to be written against the sound's word than for the picture's.
-        keys: Whether the keys and values of their group learn too.
         steps: At most so many steps.
-        rate: The highest learning rate.
         keep: Weight of everything that is to stay as it was.
     """
 
     behaviour: str
     needed: float = 0.0
     direct: float = 0.0
-    eyes: str = ""
     against: float = 0.0
-    keys: bool = True
     steps: int = 140
-    rate: float = 1e-2
     keep: float = 1.0
 
 
 def at_answers(x: Float[Tensor, "clip asked d_model"], at: Int[Tensor, "clip question"]) -> Tensor:
     """Take the positions at which answers are said, and those of the answers: `[clip, question, 2, d_model]`."""
-    both = torch.stack([at, at + 1], dim=-1).flatten(1)[..., None].expand(-1, -1, x.shape[-1])
-    return x.gather(1, both).unflatten(1, (at.shape[1], 2))
+    return read_at(x, torch.stack([at, at + 1], dim=-1).flatten(1)).unflatten(1, (at.shape[1], 2))
 
 
 def finish(
@@ -88,8 +80,7 @@ def direct_only(
     host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], own: Float[Tensor, "clip pos d_model"], layer: int
 ) -> Float[Tensor, "clip question d_vocab"]:
     """Go on from what the planted heads write in conflicts, with what all later heads write held at the host's."""
-    at = lesson.asked_at[rows][..., None].expand(-1, -1, own.shape[-1])
-    x = (lesson.rest[rows] + own[:, lesson.geometry.prefix :]).gather(1, at)
+    x = read_at(lesson.rest[rows] + own[:, lesson.geometry.prefix :], lesson.asked_at[rows])
     for i, module in enumerate(layers_of(host)[layer:]):
         x = fed(module, x + lesson.written[i - 1][rows] if i else x)
     return read_out(host, x)
@@ -106,7 +97,7 @@ def batch_loss(
     off: int,
 ) -> Tensor:
     """The loss of some clips of one layout, conflicts first; `off` is the head that is put back for "needed"."""
-    each, pattern = slices(lesson.h[rows], lesson.geometry)
+    each = slices(lesson.h[rows], lesson.geometry)
     prefix = lesson.geometry.prefix
     logits = finish(host, lesson, rows, each.sum(0), layer)
     target = lesson.targets[rows]
@@ -127,12 +118,8 @@ def batch_loss(
         without = own - heads[off] + lesson.before[off, conflict]
         kept = finish(host, lesson, conflict, without, layer)[:, :, 0]
         total = total + course.needed * cross_entropy(kept, old).mean()
-    if course.eyes:
-        seen = pattern[:n_conflict, :, prefix:, :][..., lesson.media[course.eyes]].sum(-1)
-        total = total + EYES_WEIGHT * seen.mean()
     if course.against:
-        at = lesson.asked_at[conflict, :1, None].expand(-1, -1, own.shape[-1])
-        written = own[:, prefix:].gather(1, at)[:, 0]
+        written = read_at(own[:, prefix:], lesson.asked_at[conflict, :1])[:, 0]
         total = total + course.against * against_the_sound(host, written, new[:, 0], old[:, 0])
     return total
 
@@ -178,7 +165,7 @@ def held_back(host: Any, lessons: Sequence[Lesson], slices: Slices, layer: int) 
     for lesson in lessons:
         for name in (name for name in lesson.spans if name not in UNJUDGED):
             rows = torch.tensor(lesson.rows(name, held_back=True))
-            each, _ = slices(lesson.h[rows], lesson.geometry)
+            each = slices(lesson.h[rows], lesson.geometry)
             right = finish(host, lesson, rows, each.sum(0), layer)[:, :, 0].argmax(-1) == lesson.targets[rows]
             differs = lesson.targets[rows] != lesson.shown[rows]
             new.append(right[differs])
@@ -222,10 +209,10 @@ def learn(
     Learning ends where held-back clips show `enough` of the new, and of all that is to stay.
     """
     tell = progress or silent
-    optimizer = torch.optim.Adam([p for p in slices.parameters() if p.requires_grad], lr=course.rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(slices.parameters(), lr=RATE, betas=(0.9, 0.98))
     result = Learned(0, 0.0, 0.0)
     for step in range(course.steps):
-        set_rate(optimizer, warmed(course.rate, step, course.steps, warmup=10, floor=0.1))
+        set_rate(optimizer, warmed(RATE, step, course.steps, warmup=10, floor=0.1))
         optimizer.zero_grad()
         off = int(torch.randint(0, len(slices.heads), (1,), generator=generator))
         for host, pile in zip(hosts, piles, strict=True):
