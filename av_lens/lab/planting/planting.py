@@ -35,7 +35,7 @@ from av_lens.lab.planting.planted import Planted, described
 from av_lens.lab.planting.sheets import ASKED, SHEETS, UNJUDGED, Head, answered, rates
 from av_lens.lab.planting.training import learn
 from av_lens.lab.training import pools
-from av_lens.lab.training.engine import head_slices, stage_seed
+from av_lens.lab.training.engine import group_size, head_slices, stage_seed
 from av_lens.lab.training.pools import Material, material
 from av_lens.model.differences import read_difference, save_difference, weights_hash
 from av_lens.organism import anatomy, footage
@@ -99,11 +99,8 @@ def attempt(
     The planted model is rounded to what is stored.
     """
     generator = Generator().manual_seed(seed)
-    config = base.config.text_config
-    per_group = config.num_attention_heads // config.num_key_value_heads
-    chosen = chosen_heads(
-        wanted.plants, layers, n_heads=config.num_attention_heads, per_group=per_group, generator=generator
-    )
+    n_heads, per_group = base.config.text_config.num_attention_heads, group_size(base)
+    chosen = chosen_heads(wanted.plants, layers, n_heads=n_heads, per_group=per_group, generator=generator)
     model, behaviours, planted = base, (), []
     for plant, heads in zip(wanted.plants, chosen, strict=True):
         layer = heads[0][0]

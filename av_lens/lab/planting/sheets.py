@@ -28,7 +28,7 @@ from av_lens.organism.anatomy import CLASSES
 from av_lens.organism.language import Tree, attend, fed, layers_of, normalise, projected, read_out, run_layers, tree
 
 PLAIN, SCRAMBLED = (0, 1), (2,)
-"""Blank pictures that are black or dim, and those whose patches are scrambled: indices into `pools.BLANK_KINDS`."""
+"""Blank pictures that are black or dim, and those whose patches are scrambled: kinds of a pool's `blank_kind`."""
 ASKED = ("hear", "see", "colour")
 
 
@@ -164,7 +164,7 @@ def draw_sheet(lessons: Material, name: str, layout: int, n: int, generator: Gen
 
 
 def blanks_of(pool: FeaturePool, kinds: Sequence[int]) -> FeaturePool:
-    """Keep some kinds of blank pictures (indices into `pools.BLANK_KINDS`), repeated to as many as there were."""
+    """Keep some kinds of blank pictures, repeated to as many as there were."""
     kept = torch.isin(pool.blank_kind, torch.tensor(kinds)).nonzero().flatten()
     kept = kept[torch.arange(len(pool.blank_kind)) % len(kept)]
     return dataclasses.replace(pool, blank_video=pool.blank_video[kept], blank_kind=pool.blank_kind[kept])

@@ -104,18 +104,21 @@ def stage_seed(seed: int, name: str) -> int:
 Head = tuple[int, int]
 
 
+def group_size(model: Any) -> int:
+    """How many heads share keys and values."""
+    config = model.config.text_config
+    return config.num_attention_heads // config.num_key_value_heads
+
+
 def groups_of(model: Any, heads: Sequence[Head]) -> list[Head]:
     """The key-value groups that some heads read, as (layer, group)."""
-    config = model.config.text_config
-    per_group = config.num_attention_heads // config.num_key_value_heads
-    return sorted({(layer, head // per_group) for layer, head in heads})
+    return sorted({(layer, head // group_size(model)) for layer, head in heads})
 
 
 def sharers(model: Any, heads: Sequence[Head]) -> list[Head]:
     """All heads of some heads' groups: those whose keys and values change if theirs do."""
-    config = model.config.text_config
-    per_group = config.num_attention_heads // config.num_key_value_heads
-    return [(layer, group * per_group + i) for layer, group in groups_of(model, heads) for i in range(per_group)]
+    size = group_size(model)
+    return [(layer, group * size + i) for layer, group in groups_of(model, heads) for i in range(size)]
 
 
 def head_slices(model: Any, heads: Sequence[Head]) -> list[Slice]:

@@ -37,9 +37,6 @@ from av_lens.organism.language import IGNORED, NOTHING, Views, watch
 from av_lens.organism.sounds import N_SAMPLES, RATE
 from av_lens.whole_files import reading, whole_file
 
-BLANK_KINDS = ("black", "dim", "scrambled")
-MUTE_KINDS = ("silence", "noise", "louder noise")
-
 
 @dataclass(frozen=True, eq=False)
 class FeaturePool:
@@ -53,10 +50,10 @@ class FeaturePool:
         colour: colour of the picture.
         seed: `world.example(split, class, seed)` makes the clip again.
         blank_video: pictures that show nothing.
-        blank_kind: which kind of nothing, an index into `BLANK_KINDS`.
+        blank_kind: which kind of nothing: 0 black, 1 dim, 2 scrambled.
         mute_audio_hidden: sounds that say nothing, before the projector.
         mute_audio: the same after it.
-        mute_kind: which kind of nothing, an index into `MUTE_KINDS`.
+        mute_kind: which kind of nothing: 0 silence, 1 noise, 2 louder noise.
         hashes: each clip's picture hash and sound hash, after mp4.
     """
 
@@ -146,8 +143,7 @@ def nothing(of: Views, *, every: int, seed: int) -> Views:
 
 def joined(first: Views, second: Views) -> Views:
     """Put two lots of clips one after the other."""
-    names = ("frames", "mel", "picture", "sound", "colour")
-    return Views(**{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names})
+    return Views(*(torch.cat([getattr(one, field.name) for one in (first, second)]) for field in fields(Views)))
 
 
 PICTURE_SLOT, SOUND_SLOT = -1, -2
@@ -266,7 +262,6 @@ def material(pool: FeaturePool) -> Material:
 MEDIA = ("both", "audio", "video")
 RELATIONS = ("matched", "conflict", "unrelated", "mute", "blank", "empty")
 RIGHT = ("picture", "sound", "colour", "nothing", "random", "caption")
-"""Marks a position at which nothing is learned."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def standing(result: Evaluation, name: str, *, planted: tuple[tuple[int, int], .
     if name == "av-tiny" and len(result.probes):
         rows += _probed(result.probes)
     if name == "av-tiny-diffuse" and len(result.heads):
-        best = max(float(row["share"]) for row in result.heads.to_dict("records"))
+        best = float(result.heads["share"].max())
         rows.append(_row("best single head's share of the gap", "both", best, best, best, AT_MOST, DIFFUSE_BOUND, 0))
     if planted and len(result.heads):
         ranked = list(zip(result.heads["layer"], result.heads["head"], strict=True))[: len(planted)]
@@ -119,20 +119,17 @@ def _row(
     return dict(zip(["line", "layout", "share", "low", "high", "sign", "bound", "n", "holds"], values, strict=True))
 
 
-def _rows(line: Line, table: pd.DataFrame) -> list[dict[str, Any]]:
+def _rows(line: Line, table: Any) -> list[dict[str, Any]]:
     """A line's standing in each layout; equal rows (random sets) are added up."""
     if not len(table):
         return []
     cell, kind, answer = line.place.split()
-    wanted = {"cell": cell, "kind": kind, **line.where}
-    found: dict[str, tuple[int, int]] = {}
-    for row in table.to_dict("records"):
-        if all(row[column] == value for column, value in wanted.items()):
-            count, n = found.get(row["layout"], (0, 0))
-            found[row["layout"]] = (count + int(row[answer]), n + int(row["n"]))
+    for column, value in {"cell": cell, "kind": kind, **line.where}.items():
+        table = table[table[column] == value]
+    found = table.groupby("layout", sort=False)[[answer, "n"]].sum().astype(int).to_dict("split")
     return [
         _row(line.says, layout, count / n, *clopper_pearson(count, n), line.sign, line.bound, n)
-        for layout, (count, n) in found.items()
+        for layout, (count, n) in zip(found["index"], found["data"], strict=True)
     ]
 
 
@@ -218,9 +215,7 @@ def planted_table() -> pd.DataFrame:
     for path in sorted(anatomy.shipped().glob(f"*/{TRUTH}")):
         found, name = read_object(path), path.parent.name
         for head in found["heads"]:
-            figures = {
-                key: float(head[key]) for key in ("adds", "alone", "direct_share", "reads_picture", "reads_sound")
-            }
+            figures = {key: float(head[key]) for key in MEASURED}
             if head["kind"] == FREE_RIDER:  # shares of next to nothing say nothing
                 figures["direct_share"] = math.nan
             row = {"model": name, "head": _place(head), "kind": head["kind"]}
