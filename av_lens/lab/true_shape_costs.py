@@ -15,9 +15,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from av_lens.isolation.sets.search import n_candidates
 from av_lens.lab.pages import markdown
@@ -57,8 +56,7 @@ FIGURES = {
 """What `worked_out` gives, as the page calls it, with its decimal places."""
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """A GPU: its name, its memory in GB, and its dense bfloat16 peak in TFLOP/s as its vendor states it."""
 
     name: str

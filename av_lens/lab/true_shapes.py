@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -185,7 +186,7 @@ def run_at_true_shapes(
     began = time.perf_counter()
     model = build(sizes, n_layers=n_layers, tower_layers=tower_layers, seed=seed)
     built_s = time.perf_counter() - began
-    roles = _roles(listed[0].cells(model)["va"])
+    roles = Counter(sorted(map(str, listed[0].cells(model)["va"].table()["role"])))
     counted = _Counted(progress)
     began = time.perf_counter()
     with counted:
@@ -200,7 +201,7 @@ def run_at_true_shapes(
         conflicts=n,
         quick=quick,
         threads=torch.get_num_threads(),
-        roles=roles,
+        roles=dict(roles),
         seconds={"weights": built_s, "search": searched_s, "towers": tower_seconds(sizes, listed[0], seed=seed)},
         product_gflops=peak / 1e9,
         stages=counted.stages,
@@ -270,8 +271,3 @@ def tower_seconds(sizes: Sizes, conflict: Any, *, seed: int = 0) -> dict[str, fl
     with torch.no_grad():
         model(x)
     return spent
-
-
-def _roles(x: Any) -> dict[str, int]:
-    roles, counts = np.unique(np.array([str(role) for role in x.table()["role"]]), return_counts=True)
-    return {str(role): int(count) for role, count in zip(roles, counts, strict=True)}

@@ -101,7 +101,7 @@ def standing(result: Evaluation, name: str, *, planted: tuple[tuple[int, int], .
     if name == "av-tiny" and len(result.probes):
         rows += _probed(result.probes)
     if name == "av-tiny-diffuse" and len(result.heads):
-        best = float(result.heads["share"].max())
+        best = max(map(float, result.heads["share"]))
         rows.append(_row("best single head's share of the gap", "both", best, best, best, AT_MOST, DIFFUSE_BOUND, 0))
     if planted and len(result.heads):
         ranked = list(zip(result.heads["layer"], result.heads["head"], strict=True))[: len(planted)]
