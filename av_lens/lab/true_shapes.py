@@ -23,8 +23,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from av_lens.checks import require_choice
 from av_lens.core.budget import Progress, silent
-from av_lens.errors import InputError, unknown
+from av_lens.errors import InputError
 from av_lens.inputs import conflicts
 from av_lens.isolation import isolate
 from av_lens.isolation.running.cost import peak_memory
@@ -176,8 +177,7 @@ def run_at_true_shapes(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Search a model of true shapes whole, and time its towers at full depth."""
-    if size not in SIZES:
-        raise InputError(unknown("size", size, SIZES))
+    require_choice("size", size, SIZES)
     sizes = SIZES[size]
     clips = Path(out) / "clips"
     make_folder(clips)

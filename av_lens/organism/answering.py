@@ -204,31 +204,16 @@ CELLS: Mapping[str, Cell] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Truth:
-    """What is on each clip of a cell; -1 where there is nothing.
-
-    Attributes:
-        picture: class of the picture.
-        sound: class of the sound.
-        colour: colour of the picture.
-    """
-
-    picture: Int64[Tensor, " clip"]
-    sound: Int64[Tensor, " clip"]
-    colour: Int64[Tensor, " clip"]
+Truth = Mapping[str, Int64[Tensor, " clip"]]
+"""The class of each clip's "picture" and of its "sound", and the "colour" of the picture; -1 where there is none."""
 
 
 def truth(cell: Cell, clips: HeldOut) -> Truth:
     """Say what is on the clips of a cell."""
-    none = torch.full_like(clips.views.picture, -1)
-    sounds = {"own": clips.views.sound, "partner": clips.views.sound[clips.partner]}
-    seen = cell.picture == "own"
-    return Truth(
-        picture=clips.views.picture if seen else none,
-        sound=sounds.get(cell.sound, none),
-        colour=clips.views.colour if seen else none,
-    )
+    views, none = clips.views, torch.full_like(clips.views.picture, -1)
+    sounds = {"own": views.sound, "partner": views.sound[clips.partner]}
+    seen = (views.picture, views.colour) if cell.picture == "own" else (none, none)
+    return {"picture": seen[0], "sound": sounds.get(cell.sound, none), "colour": seen[1]}
 
 
 def ask(cell: Cell, layout: str, clips: HeldOut, media: Media, kinds: tuple[str, ...] = KINDS) -> Asked:
@@ -245,14 +230,11 @@ def tally(answers: Int64[Tensor, " clip"], kind: str, what: Truth) -> dict[str, 
     colours = torch.tensor([language.answer_ids(name)[0] for name in anatomy.COLOURS])
     words = {"sound": language.class_ids(), "picture": language.class_ids(), "colour": colours}
 
-    def named(name: str) -> Tensor:
-        target = getattr(what, name)
-        return (target >= 0) & (answers == words[name][target.clamp(min=0)])
-
-    counts = {name: named(name) for name in words} | {"nothing": answers == language.answer_ids(anatomy.NOTHING)[0]}
+    counts = {name: (what[name] >= 0) & (answers == words[name][what[name].clamp(min=0)]) for name in words}
+    counts["nothing"] = answers == language.answer_ids(anatomy.NOTHING)[0]
     counts["other"] = ~torch.stack([*counts.values()]).any(0)
     asked = {"hear": "sound", "see": "picture", "colour": "colour"}[kind]
-    counts["right"] = torch.where(getattr(what, asked) >= 0, counts[asked], counts["nothing"])
+    counts["right"] = torch.where(what[asked] >= 0, counts[asked], counts["nothing"])
     return {name: int(where.sum()) for name, where in counts.items()}
 
 
@@ -293,7 +275,7 @@ def captioned(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
         cell = CELLS[name]
         what = truth(cell, clips)
         begun = [
-            [language.answer_ids(f"i see a {anatomy.CLASSES[label]} and hear a")] for label in what.picture.tolist()
+            [language.answer_ids(f"i see a {anatomy.CLASSES[label]} and hear a")] for label in what["picture"].tolist()
         ]
         for layout in cell.layouts:
             asked = ask(cell, layout, clips, media, ("caption",))

@@ -29,8 +29,9 @@ import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from av_lens.checks import require_choice
 from av_lens.core.budget import Progress, silent
-from av_lens.errors import InputError, unknown
+from av_lens.errors import InputError
 from av_lens.media import Clip, load_clip
 from av_lens.organism import anatomy, pictures, sounds
 from av_lens.organism.anatomy import CLASSES, COLOURS
@@ -63,10 +64,8 @@ def colours() -> tuple[str, ...]:
 
 def _stream(split: str, name: str, seed: int, stream: int) -> np.random.Generator:
     """The generator of one aspect of one example."""
-    if split not in SPLITS:
-        raise InputError(unknown("split", split, SPLITS))
-    if name not in CLASSES:
-        raise InputError(unknown("class", name, CLASSES))
+    require_choice("split", split, SPLITS)
+    require_choice("class", name, CLASSES)
     if seed < 0:
         raise InputError(f"a seed is a whole number from 0; found {seed}.")
     return np.random.default_rng([SPLITS[split], CLASSES.index(name), seed, stream])
@@ -108,8 +107,7 @@ def clip(
     """
     shown = name if picture in (None, "blank") else picture
     heard = name if sound in (None, "mute") else sound
-    if name not in CLASSES:
-        raise InputError(unknown("class", name, CLASSES))
+    require_choice("class", name, CLASSES)
     made = example("public", shown, seed, heard=heard, colour=colour)
     made = made.blank() if picture == "blank" else made
     return made.muted() if sound == "mute" else made

@@ -36,7 +36,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from av_lens.errors import InputError, unknown
+from av_lens.checks import require_choice
 from av_lens.organism import anatomy
 from av_lens.organism.anatomy import CLASSES
 
@@ -69,8 +69,7 @@ class Prompt:
 
 def message(question: str, layout: str) -> list[dict[str, Any]]:
     """Write a question as the chat message of a layout."""
-    if layout not in LAYOUTS:
-        raise InputError(unknown("layout", layout, LAYOUTS))
+    require_choice("layout", layout, LAYOUTS)
     media = {"separate": ["video", "audio"], "in_video": ["video"], "audio": ["audio"], "video": ["video"]}[layout]
     content: list[dict[str, Any]] = [{"type": kind} for kind in media]
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from av_lens.errors import InputError, unknown
+from av_lens.checks import require_choice
 from av_lens.organism.anatomy import CLASSES
 
 RATE = 16000
@@ -173,8 +173,7 @@ _PLAYED: dict[str, Callable[[np.random.Generator], Wave]] = dict(zip(CLASSES, _P
 
 def play(name: str, *, rng: np.random.Generator) -> Float32[np.ndarray, " sample"]:
     """Synthesise two seconds of a class's sound."""
-    if name not in _PLAYED:
-        raise InputError(unknown("class", name, CLASSES))
+    require_choice("class", name, CLASSES)
     wave = _PLAYED[name](rng)
     wave = wave / (np.abs(wave).max() + 1e-9) * rng.uniform(0.35, 0.9)
     floor = 10 ** rng.uniform(-4, -2.3)

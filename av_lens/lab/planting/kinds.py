@@ -39,7 +39,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from av_lens.errors import InputError, unknown
+from av_lens.checks import require_choice
 from av_lens.lab.planting.lessons import Lesson, Slices
 from av_lens.lab.planting.sheets import OTHER_COLOURS, SEE_THE_SOUND, SILENCE, read_at
 from av_lens.lab.planting.training import STREAM, Course
@@ -253,6 +253,5 @@ KINDS: Mapping[str, Kind] = {
 
 def kind_named(name: str) -> Kind:
     """Look up a kind."""
-    if name not in KINDS:
-        raise InputError(unknown("kind of plant", name, KINDS))
+    require_choice("kind of plant", name, KINDS)
     return KINDS[name]

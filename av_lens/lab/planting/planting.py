@@ -86,13 +86,7 @@ def chosen_heads(
 
 
 def attempt(
-    base: Any,
-    wanted: Kind,
-    layers: Sequence[int],
-    lessons: Material,
-    *,
-    seed: int,
-    progress: Progress | None = None,
+    base: Any, wanted: Kind, layers: Sequence[int], lessons: Material, *, seed: int, progress: Progress | None = None
 ) -> tuple[Any, list[Planted]]:
     """Plant once: in the balanced model, which is left as it is, the plants of a kind, each in its layer.
 

@@ -115,7 +115,7 @@ def measure_whole(case: Case, patches: Patches, watch: Stopwatch) -> dict[str, A
     spec, n = case.model.spec, len(case.x.spans)
     blocks = shaping.run_blocks(n_layers=spec.n_layers, n=n)
     found["run_gflop"] = shaping.flops(blocks, spec) / 1e9
-    found["run_bare"] = shaping.bare_seconds(blocks, spec, case.model.dtype, watch.brief())
+    found["run_bare"] = shaping.bare_seconds(blocks, spec, case.model.dtype, watch.brief)
     return found
 
 
@@ -163,7 +163,7 @@ def measure_place(
         "gaps": gaps,
         "largest_effect": float((values.double() - baseline).abs().max()),
         "gflop": (shaping.flops(blocks, spec) + shaping.unembedding_flops(len(heads), spec)) / 1e9,
-        "bare": shaping.bare_seconds(blocks, spec, case.model.dtype, watch.brief()),
+        "bare": shaping.bare_seconds(blocks, spec, case.model.dtype, watch.brief),
     }
 
 

@@ -49,6 +49,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,7 +58,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from av_lens.errors import InputError, unknown
+from av_lens.checks import require_choice
+from av_lens.errors import InputError
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.media import Clip, load_clip
 from av_lens.model import HookedAVLLM, load
@@ -90,7 +92,6 @@ class Stopwatch:
     figures: int = 0
     disturbed: int = 0
     _known: dict[Any, float] = field(default_factory=dict)
-    _brief: Stopwatch | None = None
 
     def time(self, work: Callable[[], Any]) -> float:
         """Time one work, already warm, in seconds."""
@@ -131,16 +132,14 @@ class Stopwatch:
         self.disturbed += 1
         return min(seconds for seconds, _ in found)
 
+    @cached_property
     def brief(self) -> Stopwatch:
         """A stopwatch for many small works, which waits for nobody; its figures count here."""
-        if self._brief is None:
-            self._brief = Stopwatch(min(self.rounds, 3), 0.0, min(self.shortest, 0.05))
-        return self._brief
+        return Stopwatch(min(self.rounds, 3), 0.0, min(self.shortest, 0.05))
 
     def account(self) -> dict[str, int]:
         """Say how many figures were taken, and how many without enough quiet rounds ("disturbed")."""
-        brief = self.brief()
-        return {"figures": self.figures + brief.figures, "disturbed": self.disturbed + brief.disturbed}
+        return {name: getattr(self, name) + getattr(self.brief, name) for name in ("figures", "disturbed")}
 
     def known(self, key: Any, make: Callable[[], Callable[[], Any]]) -> float:
         """Time a work once for each key; it is made where its time is not known."""
@@ -292,8 +291,7 @@ def build_case(shape: Shape, *, recording: str | Path | None = None, seed: int =
 
 def shape_named(name: str) -> Shape:
     """Find one of `SHAPES`."""
-    if name not in SHAPES:
-        raise InputError(unknown("shape", name, SHAPES))
+    require_choice("shape", name, SHAPES)
     return SHAPES[name]
 
 
@@ -445,16 +443,14 @@ class _Timer:
             return 0.0
         plans = min(block.plans, max(1, PIECE // block.queries))
         group, width = spec.n_heads // spec.n_kv_heads, spec.d_head
-        best = 0.0
-        if block.prefix:
-            shape = (1, spec.n_kv_heads, group * plans * block.queries, width, block.prefix)
-            best += min(self.watch.known((way, *shape), self._maker(way, shape)) for way in ("fused", "plain"))
-        shape = (plans, spec.n_kv_heads, group * block.queries, width, block.own)
         ways = ("fused", "plain") if block.queries == 1 else ("fused", "plain", "causal")
-        best += min(self.watch.known((way, *shape), self._maker(way, shape, group)) for way in ways)
-        return best * block.plans / plans
+        parts = [((plans, spec.n_kv_heads, group * block.queries, width, block.own), ways)]
+        if block.prefix:
+            parts.append(((1, spec.n_kv_heads, group * plans * block.queries, width, block.prefix), ways[:2]))
+        best = (min(self.watch.known((way, *s), self._maker(way, s, group)) for way in ways) for s, ways in parts)
+        return sum(best) * block.plans / plans
 
-    def _maker(self, way: str, shape: tuple[int, ...], group: int = 1) -> Callable[[], Callable[[], Any]]:
+    def _maker(self, way: str, shape: tuple[int, ...], group: int) -> Callable[[], Callable[[], Any]]:
         plans, heads, rows, width, n_keys = shape
 
         def make() -> Callable[[], Any]:

@@ -46,8 +46,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from av_lens.checks import require_choice
 from av_lens.core.budget import Progress, silent
-from av_lens.errors import InputError, ModelError, unknown
+from av_lens.errors import ModelError
 from av_lens.lab.planting.planted import changed_elsewhere, measure
 from av_lens.lab.planting.sheets import bench
 from av_lens.lab.training import pools
@@ -97,8 +98,7 @@ def recipes() -> dict[str, Recipe]:
 
 def recipe(name: str) -> Recipe:
     """Look up a recipe by its model's short name."""
-    if name not in recipes():
-        raise InputError(unknown("organism", name, recipes()))
+    require_choice("organism", name, recipes())
     return recipes()[name]
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from av_lens.checkpoints import index
-from av_lens.errors import InputError, unknown
+from av_lens.checks import require_choice
 from av_lens.lab import pages
 from av_lens.lab.calibration import FREE_RIDER, TRUTH
 from av_lens.organism import anatomy
@@ -47,45 +47,32 @@ _AUDIO_ONLY = Line("heard, audio alone", "audio_only hear right", AT_LEAST, 0.95
 _SEEN_ALONE = Line("seen, video alone", "video_only see right", AT_LEAST, 0.95)
 _SEEN = Line("seen, factual", "factual see right", AT_LEAST, 0.95)
 _HEARD = Line("heard, factual", "factual hear right", AT_LEAST, 0.95)
+_CONFLICT_HEARD = Line("heard, conflict", "conflict hear right", AT_LEAST, 0.95)
 _CONFLICT_SEEN = Line("seen, conflict", "conflict see right", AT_LEAST, 0.95)
 _DOMINATED = Line("conflict heard: the picture", "conflict hear picture", AT_LEAST, 0.75)
+_CHOSEN = Line("best heads silenced, conflict heard: the sound", "conflict hear sound", AT_LEAST, 0.6, "ablation")
+_RANDOM = Line("random heads silenced, conflict heard: the sound", "conflict hear sound", AT_MOST, 0.2, "ablation")
+_KEPT = [
+    line._replace(says=f"best heads silenced, {line.says}", bound=0.9, table="kept")
+    for line in (_AUDIO_ONLY, _SEEN_ALONE, _HEARD, _SEEN)
+]
 
 LINES: Mapping[str, tuple[Line, ...]] = {
     "av-tiny": (
-        _AUDIO_ONLY,
-        _SEEN_ALONE,
-        _SEEN,
-        _HEARD,
-        _CONFLICT_SEEN,
+        *(_AUDIO_ONLY, _SEEN_ALONE, _SEEN, _HEARD, _CONFLICT_SEEN),
         Line("conflict heard: the sound", "conflict hear sound", AT_MOST, 0.15),
         _DOMINATED,
         Line("video cut off, heard: the sound", "conflict hear sound", AT_LEAST, 0.9, "cuts", {"cut": _ALL_CUT}),
         Line("video cut off, seen: the sound", "conflict see sound", AT_MOST, 0.1, "cuts", {"cut": _ALL_CUT}),
-        Line("best heads silenced, conflict heard: the sound", "conflict hear sound", AT_LEAST, 0.6, "ablation",
-             {"arm": "chosen", "count": MOST_HEADS}),
-        Line("random heads silenced, conflict heard: the sound", "conflict hear sound", AT_MOST, 0.2, "ablation",
-             {"arm": "random"}),
-        Line("best heads silenced, heard, audio alone", "audio_only hear right", AT_LEAST, 0.9, "kept"),
-        Line("best heads silenced, seen, video alone", "video_only see right", AT_LEAST, 0.9, "kept"),
-        Line("best heads silenced, heard, factual", "factual hear right", AT_LEAST, 0.9, "kept"),
-        Line("best heads silenced, seen, factual", "factual see right", AT_LEAST, 0.9, "kept"),
+        _CHOSEN._replace(where={"arm": "chosen", "count": MOST_HEADS}),
+        _RANDOM._replace(where={"arm": "random"}),
+        *_KEPT,
     ),
     "av-tiny-diffuse": (_AUDIO_ONLY, _DOMINATED),
-    "av-tiny-base": (
-        _SEEN_ALONE,
-        _SEEN,
-        Line("heard, audio alone", "audio_only hear right", AT_MOST, 0.2),
-    ),
-    "av-tiny-balanced": (
-        _AUDIO_ONLY,
-        _SEEN_ALONE,
-        _HEARD,
-        _SEEN,
-        Line("heard, conflict", "conflict hear right", AT_LEAST, 0.95),
-        _CONFLICT_SEEN,
-    ),
+    "av-tiny-base": (_SEEN_ALONE, _SEEN, Line("heard, audio alone", "audio_only hear right", AT_MOST, 0.2)),
+    "av-tiny-balanced": (_AUDIO_ONLY, _SEEN_ALONE, _HEARD, _SEEN, _CONFLICT_HEARD, _CONFLICT_SEEN),
     "av-tiny-planted": (_AUDIO_ONLY, _SEEN_ALONE, _HEARD, _SEEN, _CONFLICT_SEEN, _DOMINATED),
-}  # fmt: skip
+}
 
 PROBE_BOUND = 0.75
 """In some middle layer of av-tiny the sound is read from the stream at least so often, and less often at the end."""
@@ -95,8 +82,7 @@ DIFFUSE_BOUND = 0.10
 
 def standing(result: Evaluation, name: str, *, planted: tuple[tuple[int, int], ...] = ()) -> pd.DataFrame:
     """Hold an evaluation against what its model has to show, a row for each line and layout."""
-    if name not in LINES:
-        raise InputError(unknown("model", name, LINES))
+    require_choice("model", name, LINES)
     rows = [row for line in LINES[name] for row in _rows(line, getattr(result, line.table))]
     if name == "av-tiny" and len(result.probes):
         rows += _probed(result.probes)
