@@ -31,10 +31,8 @@ def short_names() -> list[tuple[str, str]]:
 
 def families() -> list[tuple[str, str]]:
     """List the architectures that can be opened: those with an adapter of ours, and other packages' families."""
-    ours = [
-        point for point in entry_points(group="transformer_lens.architectures") if point.value.startswith("av_lens.")
-    ]
-    ours += entry_points(group="av_lens.families")
+    known = entry_points(group="transformer_lens.architectures")
+    ours = [*(one for one in known if one.value.startswith("av_lens.")), *entry_points(group="av_lens.families")]
     return [(point.name, _HUB_NAMES.get(point.name, "any checkpoint of this class")) for point in sorted(ours)]
 
 
@@ -60,8 +58,8 @@ def constant(module: str, name: str) -> tuple[str, ...]:
     """Read the words of a constant of one of our modules, without importing it."""
     for node in _body(module, name):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) == name:
                 return tuple(ast.literal_eval(node.value))
     raise AvLensError(f"av_lens.{module} defines no constant {name}.")
 

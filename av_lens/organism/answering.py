@@ -76,10 +76,9 @@ def blocked(layout: str, *, query: str, key: str, blocks: int, width: int) -> Bo
 
     Roles are "audio", "video" and "text" (all positions that are neither, the questions included), or "text|audio".
     """
-    made = language.prompt(anatomy.QUESTIONS["hear"][0], layout)
-    length = made.suffix + blocks * width
-    every = torch.arange(length)
-    roles = {"video": torch.isin(every, made.video), "audio": torch.isin(every, made.audio)}
+    frame = language.make_frame(layout)
+    every = torch.arange(len(frame.ids) + blocks * width)
+    roles = {"video": torch.isin(every, frame.video), "audio": torch.isin(every, frame.audio)}
     roles["text"] = ~(roles["video"] | roles["audio"])
     asking = torch.stack([roles[name] for name in query.split("|")]).any(0)
     return asking[:, None] & roles[key][None]
@@ -88,26 +87,21 @@ def blocked(layout: str, *, query: str, key: str, blocks: int, width: int) -> Bo
 @torch.no_grad()
 def _begin(model: Any, asked: Asked, cut: tuple[str, str] | None = None) -> tuple[Tensor, language.Tree]:
     """The stream before the first layer, and positions and mask of one prefix with its questions."""
-    first = language.prompt(asked.questions[0][0], asked.layout)
-    rows = []
-    for at, questions in enumerate(asked.questions):
-        ids = [first.ids[: first.suffix]]
-        for block, question in enumerate(questions):
-            ids.append(language.prompt(question, asked.layout).ids[first.suffix :])
-            if asked.begun is not None:
-                ids.append(torch.tensor(asked.begun[at][block], dtype=torch.int64))
-        rows.append(torch.cat(ids))
+    frame, blocks = language.make_frame(asked.layout), len(asked.questions[0])
+    begun = asked.begun or [[()] * blocks] * len(asked)
+    rows = [
+        [
+            token
+            for question, words in zip(*both, strict=True)
+            for token in (*language.prompt(question, asked.layout).asked, *words)
+        ]
+        for both in zip(asked.questions, begun, strict=True)
+    ]
     if len({len(row) for row in rows}) != 1:
         raise InputError("all questions of a batch need the same number of tokens.")
-    stream = model.model.language_model.embed_tokens(torch.stack(rows))
-    for features, at in ((asked.video, first.video), (asked.audio, first.audio)):
-        if features is not None and len(at):
-            stream = stream.index_copy(1, at, features)
-    blocks = len(asked.questions[0])
-    width = (stream.shape[1] - first.suffix) // blocks
+    stream, width = frame.embed(model, asked.video, asked.audio, torch.tensor(rows)), len(rows[0]) // blocks
     edges = None if cut is None else blocked(asked.layout, query=cut[0], key=cut[1], blocks=blocks, width=width)
-    prefix = first.position_ids[:, : first.suffix]
-    return stream, language.tree(model, prefix, blocks=blocks, width=width, blocked=edges)
+    return stream, language.tree(model, frame.positions, blocks=blocks, width=width, blocked=edges)
 
 
 def _silenced(model: Any, heads: Sequence[Head], batch: int, geometry: language.Tree) -> dict[int, Tensor]:

@@ -66,6 +66,11 @@ class Prompt:
     question: Tensor
     suffix: int
 
+    @property
+    def asked(self) -> list[int]:
+        """All tokens after the media, up to the answer."""
+        return self.ids[self.suffix :].tolist()
+
 
 def message(question: str, layout: str) -> list[dict[str, Any]]:
     """Write a question as the chat message of a layout."""
@@ -120,6 +125,54 @@ def prompt(question: str, layout: str) -> Prompt:
         question=torch.arange(suffix, turn_end),
         suffix=suffix,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """The part of a prompt that comes before the question, in one layout.
+
+    Attributes:
+        ids: Its tokens.
+        positions: The model's own position ids.
+        video: Where the picture's features go.
+        audio: Where the sound's features go.
+    """
+
+    ids: Int[Tensor, " prefix"]
+    positions: Int[Tensor, "3 prefix"]
+    video: Int[Tensor, " video_pos"]
+    audio: Int[Tensor, " audio_pos"]
+
+    def embed(
+        self,
+        model: Any,
+        video: Float[Tensor, "clip video_pos d_model"] | None,
+        audio: Float[Tensor, "clip audio_pos d_model"] | None,
+        questions: Int[Tensor, "clip asked"],
+    ) -> Float[Tensor, "clip pos d_model"]:
+        """Build the stream before the first layer, of clips with their questions; media that it lacks are not used."""
+        table = model.model.language_model.embed_tokens.weight
+        prefix = table[self.ids].expand(len(questions), -1, -1).clone()
+        for at, features in ((self.video, video), (self.audio, audio)):
+            if features is not None and len(at):
+                prefix[:, at] = features
+        return torch.cat([prefix, table[questions]], dim=1)
+
+    def blocked(self, deaf_to: str, length: int) -> Bool[Tensor, "pos pos"]:
+        """True where a query (first axis) may not see a key: with "video", text and audio positions the video's."""
+        cut = torch.zeros(length, length, dtype=torch.bool)
+        if deaf_to == "video":
+            queries = torch.zeros(length, dtype=torch.bool)
+            queries[len(self.ids) :] = True
+            queries[self.audio] = True
+            cut[queries.nonzero(), self.video] = True
+        return cut
+
+
+def make_frame(layout: str) -> Frame:
+    """Take the part of a layout's prompt that comes before the question."""
+    made = prompt(anatomy.QUESTIONS["hear"][0], layout)
+    return Frame(made.ids[: made.suffix], made.position_ids[:, : made.suffix], made.video, made.audio)
 
 
 def answer_ids(text: str) -> list[int]:

@@ -286,10 +286,9 @@ def bench(
         third = torch.where(clash, (third + 1) % len(CLASSES), third)
     blanks = torch.randint(0, len(pool.blank_video), (n,), generator=generator)
     video, audio = {"v": va.video, "blank": pool.blank_video[blanks]}, {"a": va.audio}
-    for name, classes in (("a", va.sound), ("w", third)):
-        video[name] = pool.video[of_class(pool, classes, generator)]
-    for name, classes in (("v", va.picture), ("w", third)):
-        audio[name] = pool.audio[of_class(pool, classes, generator)]
+    for clips, features, others in ((video, pool.video, {"a": va.sound}), (audio, pool.audio, {"v": va.picture})):
+        for name, classes in (others | {"w": third}).items():
+            clips[name] = features[of_class(pool, classes, generator)]
     question = torch.tensor(words.questions["hear"][0])
     geometry = tree(model, frame.positions, blocks=1, width=len(question))
     lowest = min(layer for layer, _ in heads)

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int, Int64
+from jaxtyping import Float, Float32, Int, Int64
 from torch import Generator, Tensor
 
 from av_lens.errors import ModelError
@@ -33,7 +33,7 @@ from av_lens.media import Clip
 from av_lens.organism import anatomy, language
 from av_lens.organism.anatomy import CLASSES
 from av_lens.organism.footage import mel
-from av_lens.organism.language import IGNORED, NOTHING, Views, watch
+from av_lens.organism.language import IGNORED, NOTHING, Frame, Views, make_frame, watch
 from av_lens.organism.sounds import N_SAMPLES, RATE
 from av_lens.whole_files import reading, whole_file
 
@@ -173,48 +173,6 @@ class Words:
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
-    """The part of a prompt that comes before the question, in one layout.
-
-    Attributes:
-        ids: Its tokens.
-        positions: The model's own position ids.
-        video: Where the picture's features go.
-        audio: Where the sound's features go.
-    """
-
-    ids: Int[Tensor, " prefix"]
-    positions: Int[Tensor, "3 prefix"]
-    video: Int[Tensor, " video_pos"]
-    audio: Int[Tensor, " audio_pos"]
-
-    def embed(
-        self,
-        model: Any,
-        video: Float[Tensor, "clip video_pos d_model"],
-        audio: Float[Tensor, "clip audio_pos d_model"],
-        questions: Int[Tensor, "clip asked"],
-    ) -> Float[Tensor, "clip pos d_model"]:
-        """Build the stream before the first layer, of clips with their questions; media that it lacks are not used."""
-        table = model.model.language_model.embed_tokens.weight
-        prefix = table[self.ids].expand(len(questions), -1, -1).clone()
-        for at, features in ((self.video, video), (self.audio, audio)):
-            if len(at):
-                prefix[:, at] = features
-        return torch.cat([prefix, table[questions]], dim=1)
-
-    def blocked(self, deaf_to: str, length: int) -> Bool[Tensor, "pos pos"]:
-        """True where a query (first axis) may not see a key: with "video", text and audio positions the video's."""
-        cut = torch.zeros(length, length, dtype=torch.bool)
-        if deaf_to == "video":
-            queries = torch.zeros(length, dtype=torch.bool)
-            queries[len(self.ids) :] = True
-            queries[self.audio] = True
-            cut[queries.nonzero(), self.video] = True
-        return cut
-
-
-@dataclass(frozen=True, eq=False)
 class Material:
     """All that training needs beside the model.
 
@@ -233,8 +191,7 @@ def make_words() -> Words:
     """Spell the grammar in tokens: questions (with all that follows them up to the answer) and answers."""
     suffixes: dict[str, tuple[tuple[int, ...], ...]] = {}
     for kind, phrasings in anatomy.QUESTIONS.items():
-        prompts = [language.prompt(phrasing, "separate") for phrasing in phrasings]
-        suffixes[kind] = tuple(tuple(made.ids[made.suffix :].tolist()) for made in prompts)
+        suffixes[kind] = tuple(tuple(language.prompt(phrasing, "separate").asked) for phrasing in phrasings)
     see, hear = language.answer_ids("i see"), language.answer_ids("and hear")
     return Words(
         questions=suffixes,
@@ -245,12 +202,6 @@ def make_words() -> Words:
         caption=(*see, PICTURE_SLOT, *hear, SOUND_SLOT),
         article=language.answer_ids("a")[0],
     )
-
-
-def make_frame(layout: str) -> Frame:
-    """Take the part of a layout's prompt that comes before the question."""
-    made = language.prompt(anatomy.QUESTIONS["hear"][0], layout)
-    return Frame(made.ids[: made.suffix], made.position_ids[:, : made.suffix], made.video, made.audio)
 
 
 def material(pool: FeaturePool) -> Material:
