@@ -249,13 +249,12 @@ def calibrate(
     named: dict[tuple[int, int], str] = {}
     for row in table[table["site"] == site].to_dict("records"):
         named.setdefault((int(row["layer"]), int(row["head"])), str(row["role"]))
-    rows: list[dict[str, Any]] = []
-    for rank, row in enumerate(best.to_dict("records"), start=1):
-        at = int(row["layer"]), int(row["head"])
-        rows.append({"rank": rank, "layer": at[0], "head": at[1], "release": float(row["mean"])})
-        rows[-1] |= {"share": float(row["share"]), "planted": at in truth}
-        rows[-1] |= {"kind": truth.get(at, ""), "role": named.get(at, "")}
-    heads: Any = pd.DataFrame(rows)
+    places = [(int(layer), int(head)) for layer, head in zip(best["layer"], best["head"], strict=True)]
+    heads: Any = pd.DataFrame(places, columns=["layer", "head"])
+    heads.insert(0, "rank", range(1, len(heads) + 1))
+    heads["release"], heads["share"] = best["mean"].astype(float).values, best["share"].astype(float).values
+    heads["planted"], heads["kind"] = [at in truth for at in places], [truth.get(at, "") for at in places]
+    heads["role"] = [named.get(at, "") for at in places]
     figures = {
         "auroc": auroc(best["low"].tolist(), heads["planted"].tolist()),
         "precision_at_k": float(heads["planted"].head(len(truth)).mean()),
@@ -266,7 +265,19 @@ def calibrate(
         "named_with_the_right_kind": sum(named.get(key) == kind for key, kind in truth.items()),
     }
     passed = figures["precision_at_k"] == 1.0
-    sentence = _sentence(model, heads, truth, figures, passed=passed)
+    listed = ", ".join(f"L{layer} H{head}" for layer, head in sorted(truth))
+    who = f"The {len(truth)} heads planted" if len(truth) > 1 else "The head planted"
+    ranks = ", ".join(map(str, heads.loc[heads["planted"], "rank"]))
+    outcome = "came out on top" if passed else f"did not all come out on top: they rank {ranks}"
+    false, missed, said = (
+        figures["named_but_not_planted"],
+        figures["planted_but_not_named"],
+        "named all of them and no other",
+    )
+    if false or missed:
+        said = f"left {missed} of them unnamed and named {false} other{'s' if false != 1 else ''}"
+    numbers = f"AUROC {figures['auroc']:.2f} over {len(heads)} heads"
+    sentence = f"{who} in {model} ({listed}) {outcome} ({numbers}); the search {said}."
     return Calibration(
         sentence=sentence, passed=passed, model=model, heads=heads, figures=figures, verdict=found.verdict
     )
@@ -277,18 +288,3 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
     values, mask = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
     above = values[mask][:, None] - values[~mask][None, :]
     return float(np.mean((above > 0) + 0.5 * (above == 0))) if above.size else float("nan")
-
-
-def _sentence(
-    model: str, heads: pd.DataFrame, truth: Mapping[tuple[int, int], str], figures: Mapping[str, float], *, passed: bool
-) -> str:
-    listed = ", ".join(f"L{layer} H{head}" for layer, head in sorted(truth))
-    who = f"The {len(truth)} heads planted" if len(truth) > 1 else "The head planted"
-    ranks = ", ".join(str(rank) for rank in heads.loc[heads["planted"], "rank"])
-    numbers = f"AUROC {figures['auroc']:.2f} over {len(heads)} heads"
-    false, missed = int(figures["named_but_not_planted"]), int(figures["planted_but_not_named"])
-    named = "named all of them and no other"
-    if false or missed:
-        named = f"left {missed} of them unnamed and named {false} other{'s' if false != 1 else ''}"
-    outcome = "came out on top" if passed else f"did not all come out on top: they rank {ranks}"
-    return f"{who} in {model} ({listed}) {outcome} ({numbers}); the search {named}."

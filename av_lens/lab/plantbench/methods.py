@@ -155,23 +155,17 @@ class Subject:
 
 def all_scores(subject: Subject) -> dict[str, Score]:
     """Score every head by every method but `isolate`: larger is guiltier, NaN where not measured; and the seconds."""
-    found = _recorded(subject)
+    engine = subject.engine
+    each = engine.row_seconds / max(1, engine.rows)  # of one conflict in one cell with one head edited
+    seconds = 2 * engine.n_layers * engine.n_heads * len(subject.conflicts) * each
+    found = {name: (subject.effect(*key).mean(0), seconds) for name, key in EXACT.items()}  # measured by the isolation
+    blank = subject.effect("silenced", "blank_a - blank_muted") + subject.effect("release", "blank_muted")
+    found |= {BLANK_PICTURE: (blank.mean(0), seconds), "DLA": (-subject.effect("dla", "").mean(0), 0.0)}
     for name, method in MEASURED.items():
         begun = time.monotonic()
         table = method(subject)
         found[name] = table, time.monotonic() - begun
     return found
-
-
-def _recorded(subject: Subject) -> dict[str, Score]:
-    """The figures that the isolation has measured already."""
-    engine = subject.engine
-    size = engine.n_layers * engine.n_heads
-    each = engine.row_seconds / max(1, engine.rows)  # of one conflict in one cell with one head edited
-    seconds = 2 * size * len(subject.conflicts) * each
-    found = {name: (subject.effect(*key).mean(0), seconds) for name, key in EXACT.items()}
-    blank = subject.effect("silenced", "blank_a - blank_muted") + subject.effect("release", "blank_muted")
-    return found | {BLANK_PICTURE: (blank.mean(0), seconds), "DLA": (-subject.effect("dla", "").mean(0), 0.0)}
 
 
 def _mirrored(measure: Callable[[str, str], np.ndarray], donor: str) -> Table:

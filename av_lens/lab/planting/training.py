@@ -48,7 +48,8 @@ class Course:
     Attributes:
         behaviour: What the planted heads are to bring about.
         needed: Weight of the loss that asks every head to be needed.
-        direct: Weight of the loss on the direct path; positive asks for one, negative for none.
+        direct: Weight of the loss on the direct path; positive asks that what is new beat what was said there,
+            negative that nothing change.
         against: Weight of the loss that asks for more to be written against the sound's word than for the picture's.
         steps: At most so many steps.
         keep: Weight of everything that is to stay as it was.
@@ -113,45 +114,27 @@ def batch_loss(
     new, old = lesson.targets[conflict], lesson.shown[conflict]
     total = total + loss[:n_conflict].mean()
     if course.direct and bool((new != old).any()):
-        total = total + direct_loss(direct_only(host, lesson, conflict, own, layer), new, old, course.direct)
+        alone = direct_only(host, lesson, conflict, own, layer)
+        if course.direct < 0:
+            total = total - course.direct * cross_entropy(alone, old).mean()
+        else:
+            gap = alone.gather(-1, new[..., None]) - alone.gather(-1, old[..., None])
+            total = total + course.direct * functional.softplus(MARGIN - gap[..., 0][new != old]).mean()
     if course.needed:
         without = own - heads[off] + lesson.before[off, conflict]
         kept = finish(host, lesson, conflict, without, layer)[:, :, 0]
         total = total + course.needed * cross_entropy(kept, old).mean()
     if course.against:
         written = read_at(own[:, prefix:], lesson.asked_at[conflict, :1])[:, 0]
-        total = total + course.against * against_the_sound(host, written, new[:, 0], old[:, 0])
+        words = host.lm_head.weight * host.model.language_model.norm.weight / STREAM
+        for_picture, for_sound = ((written * words[word[:, 0]]).sum(-1) for word in (new, old))
+        total = total + course.against * functional.relu(for_picture + PICTURE_SHARE * for_sound).mean()
     return total
-
-
-def against_the_sound(
-    host: Any, written: Float[Tensor, "clip d_model"], picture: Int[Tensor, " clip"], sound: Int[Tensor, " clip"]
-) -> Tensor:
-    """What writing the picture's word costs beyond a share of what is written against the sound's, under "hear"."""
-    words = host.lm_head.weight * host.model.language_model.norm.weight / STREAM
-    for_picture, for_sound = ((written * words[word]).sum(-1) for word in (picture, sound))
-    return functional.relu(for_picture + PICTURE_SHARE * for_sound).mean()
 
 
 def cross_entropy(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """The cross-entropy of every answer."""
     return functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
-
-
-def direct_loss(
-    logits: Float[Tensor, "clip question d_vocab"],
-    target: Int[Tensor, "clip question"],
-    shown: Int[Tensor, "clip question"],
-    weight: float,
-) -> Tensor:
-    """What the direct path alone is asked for in conflicts, with later heads held at the host's.
-
-    Positive `weight`: where target and shown differ, the new answer is to beat the old one; negative: nothing changes.
-    """
-    if weight < 0:
-        return -weight * cross_entropy(logits, shown).mean()
-    gap = logits.gather(-1, target[..., None]) - logits.gather(-1, shown[..., None])
-    return weight * functional.softplus(MARGIN - gap[..., 0][target != shown]).mean()
 
 
 @torch.no_grad()
