@@ -13,7 +13,7 @@ import errno
 import signal
 import threading
 from contextlib import ExitStack, suppress
-from typing import Annotated, Any, Self
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -31,7 +31,7 @@ class _Stops(ExitStack):
 
     code = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> _Stops:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP

@@ -154,14 +154,12 @@ def stage_windows(recording: str | Path, folder: Path, *, n: int, seconds: float
         lines.append({"id": f"{index:04d}", "question": QUESTION, "answers": [heard, seen]})
         for key, place, name in (("sound", places[0], heard), ("picture", places[1], seen)):
             lines[-1][key] = file = f"{index:04d}-{key}.mp4"
-            _window(shown, float(place) * seconds, seconds, name, 2 * index + (key == "picture")).save(folder / file)
+            part = shown.trimmed(float(place) * seconds, float(place) * seconds + seconds)
+            said: Any = footage.example("discovery", name, 900_000 + 2 * index + (key == "picture")).waveform
+            sound, times = said[: round(16000 * seconds)], part.times
+            made = Clip.from_arrays(frames=part.frames, times=times, waveform=sound, rate=16000, duration=seconds)
+            made.save(folder / file)
     return write_manifest(folder, lines)
-
-
-def _window(shown: Clip, start: float, seconds: float, name: str, index: int) -> Clip:
-    part = shown.trimmed(start, start + seconds)
-    sound = np.asarray(footage.example("discovery", name, 900_000 + index).waveform)[: round(16000 * seconds)]
-    return Clip.from_arrays(frames=part.frames, times=part.times, waveform=sound, rate=16000, duration=seconds)
 
 
 def run_at_true_shapes(

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from av_lens.lab.training.pools import Ask, Clips, FeaturePool, Frame, Material, Words, answer, draw_clips, of_class
+from av_lens.lab.training.pools import Clips, FeaturePool, Frame, Material, Words, draw_clips, of_class
 from av_lens.organism.anatomy import CLASSES
 from av_lens.organism.language import Tree, attend, fed, layers_of, normalise, projected, read_out, run_layers, tree
 
@@ -108,25 +108,19 @@ class Sheet:
 
     def targets(self, behaviours: Sequence[str]) -> Int[Tensor, "clip question"]:
         """The token that each question is to be answered with."""
-        columns: list[list[int]] = []
-        for kind in ASKED:
-            named = answered(self.name, kind, behaviours)
-            clips = self.clips
-            if named == "other colour":  # no colour stays none
-                other = (clips.colour + COLOUR_SHIFT) % len(self.words.colours)
-                clips = dataclasses.replace(clips, colour=torch.where(clips.colour >= 0, other, clips.colour))
-            ask = Ask(kind, "colour" if named == "other colour" else named)
-            columns.append([answer(self.words, ask, clips, i, Generator())[0] for i in range(len(self))])
-        return torch.tensor(columns).T
+        words, clips = self.words, self.clips
+        facts = {"sound": (words.classes, clips.sound), "picture": (words.classes, clips.picture)}
+        facts |= {"colour": (words.colours, clips.colour)}
+        facts |= {"other colour": (words.colours.roll(-COLOUR_SHIFT), clips.colour)}
+        asked = [facts[answered(self.name, kind, behaviours)] for kind in ASKED]
+        return torch.stack([torch.where(at >= 0, table[at], words.nothing) for table, at in asked], dim=1)
 
     def ids(self, targets: Int[Tensor, "clip question"]) -> Int[Tensor, "clip asked"]:
         """Tokens of the questions, each with its answer, filled up to one width, block after block."""
-        rows = torch.full((len(self), len(ASKED), self.width), self.words.stop)
-        for i, row in enumerate(self.questions):
-            for block, question in enumerate(row):
-                rows[i, block, : len(question)] = torch.tensor(question)
-                rows[i, block, len(question)] = targets[i, block]
-        return rows.flatten(1)
+        both = zip(self.questions, targets.tolist(), strict=True)
+        said = [[[*question, answer] for question, answer in zip(*row, strict=True)] for row in both]
+        filled = [[row + [self.words.stop] * (self.width - len(row)) for row in rows] for rows in said]
+        return torch.tensor(filled).flatten(1)
 
     def geometry(self, model: Any) -> Tree:
         """Positions and mask of the tree of three questions."""

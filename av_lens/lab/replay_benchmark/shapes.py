@@ -278,7 +278,11 @@ def build_case(shape: Shape, *, recording: str | Path | None = None, seed: int =
     if shape.organism is not None:
         plain, processor = anatomy.open_checkpoint(anatomy.shipped() / shape.organism), anatomy.processor()
     else:
-        plain = anatomy.build_model(_config(shape), seed=seed, dtype=getattr(torch, shape.dtype))
+        sizes = {name: getattr(shape, name) for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_mlp")}
+        more = {} if shape.d_vocab is None else {"vocab_size": shape.d_vocab}
+        # Scores of unit size: patches then have effects to compare.
+        config = anatomy.thinker_config(**sizes, initializer_range=1.8 / shape.d_model**0.5, **more)
+        plain = anatomy.build_model(config, seed=seed, dtype=getattr(torch, shape.dtype))
         processor = anatomy.processor(most_pixels=shape.grid[0] * shape.grid[1] * TOKEN_SIDE**2)
     plain.requires_grad_(False)
     shown, heard = _clips(shape, recording, seed)
@@ -299,13 +303,6 @@ def sharing_weights(hf_model: Any) -> Any:
     """Copy a model's modules but not its weights, so that one copy can be wrapped and the other left as it is."""
     weights = [*hf_model.parameters(), *hf_model.buffers()]
     return copy.deepcopy(hf_model, {id(weight): weight for weight in weights})
-
-
-def _config(shape: Shape) -> Any:
-    sizes = {name: getattr(shape, name) for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_mlp")}
-    more = {} if shape.d_vocab is None else {"vocab_size": shape.d_vocab}
-    # Scores of unit size: patches then have effects to compare.
-    return anatomy.thinker_config(**sizes, initializer_range=1.8 / shape.d_model**0.5, **more)
 
 
 def _clips(shape: Shape, recording: str | Path | None, seed: int) -> tuple[Clip, Clip]:
