@@ -1,10 +1,8 @@
 """What is said without torch: what can be loaded, the functions' defaults, and what is refused at once.
 
-A default typed twice drifts. Importing the functions to ask them would load torch and take seconds before `--help` says
-a word, so the signature is read from the file instead. A test compares every default here with the live signature.
-
-A wrong letter should cost a second, not the ten of loading a model. The choices come from the modules that know them,
-read from their source.
+A default typed twice drifts, and importing a function to ask it would load torch and take seconds before `--help` says
+a word: so signatures, and the choices that some words have, are read from the source. A test compares every default
+here with the live signature. A wrong letter should cost a second, not the ten of loading a model.
 """
 
 from __future__ import annotations

@@ -2,17 +2,16 @@
 
 Every conflict has two source clips of its own, drawn from a part of the world that trained no model; no clip is used
 twice, so each conflict is a component of the clip-sharing graph and bootstraps alone. Sounds' and pictures' classes are
-dealt evenly: each class is the sound, and the picture, equally often (up to one), and a pair's two classes differ.
+dealt evenly (up to one), and a pair's two classes differ.
 
 A planted model's folder holds `planted.json` (`planting.planted` measured it by brute force). A *true* head adds at
 least 5% of the gap to some set of reversions of the other planted heads; a *free rider* does not, and counts neither
 way; a *decoy* was trained for another behaviour and counts as innocent, as every other head does. A model without true
 heads is a *null*: whoever is named in it is named falsely.
 
-The score of a head is the lower 95% bound of its release, by the donor with the largest mean on discovery; AUROC is the
-chance that a planted head scores above another; precision at k is the share of planted heads among the first k, k being
-how many were planted. Passed: every planted head ranks before every other. A free rider (a planted head whose reversion
-changes nothing) counts neither way. Sign: positive release gives hearing back.
+The score of a head is the lower 95% bound of its release, by the donor with the largest mean on discovery; positive
+release gives hearing back. AUROC is the chance that a planted head scores above another; precision at k is the share of
+planted heads among the first k, k being how many were planted. Passed: every planted head ranks before every other.
 """
 
 from __future__ import annotations

@@ -2,23 +2,18 @@
 
 The models understand four kinds of questions (hear, see, colour, caption) in a few phrasings each, all of five tokens.
 This is the one source of these words: the tokenizer takes its merges from `words()`, training its questions from
-`QUESTIONS`, and `as_dict()` is saved beside the weights as `grammar.json`, where the encoder reads it.
-
-What has no picture (or a blank one) looks like "nothing"; what has no sound (or silence) sounds like "nothing".
+`QUESTIONS`, and `as_dict()` is saved beside the weights as `grammar.json`, where the encoder reads it. What has no
+picture (or a blank one) looks like "nothing"; what has no sound (or silence) sounds like "nothing".
 
 Example:
     >>> GRAMMAR.kind("What do you  HEAR ?")
     'hear'
 
 The classes are those of real checkpoints, so that media files go in by the road that real checkpoints take. What is
-small is the vocabulary (256 byte symbols, the words of the grammar as merges, and Qwen's special tokens), the pictures
-(84 x 84 pixels, 3 x 3 tokens a frame pair) and the widths. A clip of two seconds at two frames a second is 18 video
-tokens and 50 audio tokens; `seconds_per_chunk` is 1, so that the two are interleaved as V9 A25 V9 A25.
-
-Not done: the default system message of Qwen's chat template is left out, for it would make every prompt a third longer.
-
-What ships with the package lies in `checkpoints/`, listed by `index.json` (short name to folder and a sentence about
-it); `load` reads that file itself, so that opening a model does not import this room.
+small is the vocabulary (256 byte symbols, the words as merges, Qwen's special tokens), the pictures (84 x 84 pixels,
+3 x 3 tokens a frame pair) and the widths. A clip of two seconds at two frames a second is 18 video tokens and 50 audio
+tokens; `seconds_per_chunk` is 1, so that the two are interleaved as V9 A25 V9 A25. Qwen's default system message is
+left out of the chat template, for it would make every prompt a third longer.
 """
 
 from __future__ import annotations

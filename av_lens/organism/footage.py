@@ -4,12 +4,12 @@ A thing of a class has a picture (a moving coloured figure) and a sound. Clips o
 random stream, so that what trains a model, what discovers its heads and what tests it are disjoint by construction:
 `public` clips are those that `clip` gives to users.
 
-A shard is one class of one split on disk (`.npz`, no pickle); shards that exist are not made again, so filming resumes
-where it stopped. Filming is the slow part of training (tens of milliseconds a clip), and the same for every model.
+Filming (through mp4) is the slow part of training, and the same for every model: a shard is one class of one split on
+disk (`.npz`, no pickle), and one that exists is not made again.
 
-Clip i shows and sounds like one thing. Its conflict takes the sound of clip `partner[i]`, another class; every picture
-and every sound occurs once. The blank picture is black and the mute sounds are silence and faint noise, as
-`Clip.blank()` and `Clip.muted()` make them.
+Of the held-out clips, clip i's conflict takes the sound of clip `partner[i]`, another class; every picture and every
+sound occurs once. The blank picture is black, the mute sounds are silence and faint noise, as `Clip.blank()` and
+`Clip.muted()` make them.
 """
 
 from __future__ import annotations

@@ -1,25 +1,17 @@
 """The embedded models written out: prompts, towers and fusion layers, on features that were computed once.
 
-A layout says where the 18 video and the 50 audio tokens stand. The text comes from the processor's own chat template,
-the expansion of the placeholders from the processor itself, and the position ids from the model's own `get_rope_index`;
-this module only remembers them, and puts features where the processor put placeholders.
+A layout says where the 18 video and the 50 audio tokens stand (`in_video` interleaves V9 A25 V9 A25 between two pairs
+of boundary tokens). Text, placeholders and position ids are the processor's and the model's own; this module remembers
+them, and puts features where the processor put placeholders. The towers' modules run on equal-sized clips in one batch:
+a frame pair is 36 patches that attend to one another, a sound is one window of 200 mel frames.
 
-Example:
-    `prompt("what do you hear?", "in_video")` interleaves V9 A25 V9 A25 between two pairs of boundary tokens.
+No media position can see the question that follows it, so the media are computed once and several *questions* (blocks)
+are hung on them side by side, each seeing the media and itself: a tree instead of several chains. This gives the logits
+of one plain forward per question at a third of the cost, which is what makes training on two cores quick. The layers
+run from any one on, with heads switched off per clip and question. Tests hold all of it against HuggingFace's forward.
 
-`vision_features` and `audio_hidden` run the towers' own modules on equal-sized clips in one batch, where HuggingFace's
-code loops over them in Python; a test holds both against HuggingFace's forward. Nothing else is assumed: a frame pair
-is 36 patches that attend to one another, a sound is one window of 200 mel frames.
-
-A clip's media make up most of a prompt, and no media position can see the question that follows it. So the
-media are computed once and several *questions* (blocks) are hung on them side by side, each seeing the media
-and itself only: a tree instead of several chains. This gives the same logits as one plain forward pass per
-question (a test compares the two) at a third of the cost, and it is what makes training on two cores quick.
-
-The same code runs from any layer on, with heads switched off per clip and question (head dropout), and without
-gradients for layers that are frozen. It reads the weights of a HuggingFace Qwen2.5-Omni thinker; it holds none.
-
-What it does not do: decode, cache keys, or take padding. Use the bridge for everything but training.
+The weights are those of a HuggingFace Qwen2.5-Omni thinker; none are held here. Not done: decoding, caching keys,
+padding. Use the bridge for everything but training.
 """
 
 from __future__ import annotations

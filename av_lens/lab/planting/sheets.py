@@ -2,13 +2,12 @@
 
 A *sheet* is a lot of clips of one relation in one layout ("conflict", "matched", "blank", "mute", "audio alone",
 "video alone"), each asked to hear, to see and for the colour. A *behaviour* says what is answered where it differs from
-the balanced model's right answer: "silence" answers "hear" with the picture in conflict; "see the sound" answers "see"
-with the sound in conflict; "other colours" names another colour for each. The last two are the decoys': they have
-nothing to do with hearing.
+the balanced model's right answer: "silence" answers "hear" with the picture in conflict; the decoys' "see the sound"
+answers "see" with the sound in conflict, and "other colours" names another colour for each.
 
 A head is put back alone: its keys and values are the base's for it and nobody else, though a group of heads shares them
-in the weights. Nothing here uses hooks: the sums are those of `language`, on features. Streams below the first planted
-layer are computed once; only what comes after is run again for every set of heads.
+in the weights. There are no hooks: the sums are those of `language`, on features. Streams below the first planted layer
+are computed once; only what comes after is run again for every set of heads.
 """
 
 from __future__ import annotations

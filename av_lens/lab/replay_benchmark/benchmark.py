@@ -1,18 +1,18 @@
 """Is an exact sweep cheaper than what one does today? Replay beside its peers: same model, prompt, patches and machine.
 
-For each shape (`replay_shapes`) and each place (generation position, question, late and early media) the z of every
-head is replaced in turn by its value in a run on another clip, by each way of patching (`replay_peers`). The results
-of all ways are compared. What is measured:
+For each shape (`shapes`) and each place (generation position, question, late and early media) the z of every head is
+replaced in turn by its value in a run on another clip, by each way of patching (`peers`). The results of all ways are
+compared. What is measured:
 
     seconds per patch   ours: the whole sweep's replays over their number, the recorded run not included (it is named
                         beside them); a peer: its loop over at least eight patches, spread over layers and heads
     whole               recorded run and all heads at the generation position, against one forward and attribution
-    share of the bound  `replay_work`: bare products of the same row counts, over our sweep's replays
-    memory              `replay_memory`: peak above what is resident after load, each in a fresh process
+    share of the bound  bare products of the same row counts, over our sweep's replays
+    memory              peak above what is resident after load, each in a fresh process
 
-Every figure is the median of rounds in which the machine did nothing else (`replay_timing`); ways that are compared
-take turns within a round. "shared" means that everyone is given the towers' outputs. Times are this machine's; the
-ratios are what is claimed.
+Every figure is the median of rounds in which the machine did nothing else; ways that are compared take turns within a
+round. "shared" means that everyone is given the towers' outputs. Times are this machine's; the ratios are what is
+claimed.
 """
 
 from __future__ import annotations

@@ -10,12 +10,9 @@ A patch writes the donor's z of one head at some positions; what is measured is 
 generation position. Within `shared_encoders` every peer is given the towers' outputs instead of computing them: the
 model's own `get_audio_features` and `get_video_features` return what they returned once.
 
-A process builds the case, gives freed memory back to the system, notes what is resident, resets the kernel's record of
-the peak, does one thing, and reads the peak: `peak - resident after load`. Linux only (`/proc/self`).
-
-The things: "forward" (HuggingFace, eager), "attribution" (one forward and one backward), "trace" (our recorded run)
-and "sweep" (the recorded run, then every head at the generation position). What patches write is drawn at random, so
-that no other run warms the process up.
+Memory (Linux only, `/proc/self`): a process builds the case, gives freed memory back to the system, notes what is
+resident, resets the kernel's record of the peak, does one thing of `tables.PEAKS`, and reads the peak above what was
+resident. What patches write is then drawn at random, so that no other run warms the process up.
 """
 
 from __future__ import annotations

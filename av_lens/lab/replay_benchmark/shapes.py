@@ -1,26 +1,21 @@
 """The models and prompts that replay is measured on, their arithmetic, and timing on a machine that others use too.
 
-Beside the wall clock the kernel's own accounts are read (`/proc/stat`): time that all processes, and a hypervisor's
-other guests, spent on the cores, less this process's. A round is *quiet* where that is below a tenth of a core. What is
-timed is repeated until enough rounds were quiet, within a patience; the median of the quiet rounds is the figure. Where
-too few were quiet the least of all rounds stands in for it, and the figure is counted as disturbed.
+*Timing.* Beside the wall clock the kernel's own accounts are read (`/proc/stat`, ticks of 10 ms): time that all others
+spent on the cores. A round is *quiet* where that is below a tenth of a core, or where there is no such file; short
+works are repeated until a round lasts a fifth of a second. Rounds are repeated until enough were quiet, within a
+patience; the median of the quiet ones is the figure, else the least of all, which is counted as disturbed.
 
-Short works are repeated within a round until it lasts a fifth of a second, so that the accounts (ticks of 10 ms) can
-tell. Where there is no such file every round counts as quiet.
-
-A shape says how large the fusion model is and what its prompt holds. A *case* is a shape made real: HuggingFace's own
-eager model, the same weights behind our hooks (no second copy in memory), a prompt, and one of another clip beside it.
-Only the fusion model's sizes are varied; the towers are the embedded models' small ones, so that the peers, which run
-them again for every patch, are not made slower than they must be.
-
-A prompt is woven (sound in video) with a question at its end, by the processor of the embedded models:
+*Shapes.* A shape says how large the fusion model is and what its prompt holds. A *case* is a shape made real:
+HuggingFace's own eager model, the same weights behind our hooks (no second copy in memory), a prompt (sound woven into
+video, a question at its end), and one of another clip beside it. The towers are the embedded models' small ones, so
+that the peers, which run them again for every patch, are not made slower than they must be.
 
     tiny    av-tiny itself, with its own clips
     wide    12 layers, d_model 512, 8 heads on 2 key-value heads, float32; 510 positions (100 audio, 380 video)
     long    the same model; 3,000 positions (250 audio, 2,720 video)
     true    the 3B text model's width, 8 of its layers, bfloat16, on a recording
 
-A patch of one head's z at layer l on rows E (the positions patched), the first of which is p, on a prompt of n
+*Work.* A patch of one head's z at layer l on rows E (the positions patched), the first of which is p, on a prompt of n
 positions, asked at its last. What any exact method that restarts from the recorded run must compute for each plan, as
 multiply-adds times 2:
 
@@ -33,9 +28,9 @@ multiply-adds times 2:
     last layer          k, v of n - p rows; q, o, MLP and attention of the asked row alone
     unembedding         d_model for each of the two answers
 
-An edit at the last layer counts where the asked row is patched, and is nothing elsewhere. The recorded run is work that
-all plans share and is counted once, apart: all layers, all rows, of the last layer keys and values and the asked row.
-Norms, rotations, softmax and the towers are left out.
+An edit at the last layer counts where the asked row is patched, and is nothing elsewhere. The recorded run is counted
+once, apart: all layers, all rows, of the last layer keys and values and the asked row. Norms, rotations, softmax and
+the towers are left out.
 
 `bare_seconds` runs these products and nothing else, all plans of a layer stacked as one product (beyond 4,096 rows, one
 such piece is timed and multiplied), attention by the faster of PyTorch's fused kernel and plain products with softmax,

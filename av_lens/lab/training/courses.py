@@ -16,18 +16,11 @@ evidence about real models. In `av-tiny-planted` everything is the recipe's doin
 Heads are dropped at random while the circuit forms, at questions that should not depend on it, so that the rest of the
 model does not come to rely on these heads; without this, taking them out would leave neither answer.
 
-The recipes themselves are data: `recipes.toml`, beside this file.
-
-Everything lands in one folder, and what is there already is not made again: `clips/` (the same for every seed),
-`towers-seed0.safetensors`, `pool-seed0-train.safetensors` and so on. A tower that was interrupted goes on from its last
-snapshot.
-
-`train("av-tiny", seed=1)` films the world's clips, trains both towers, runs the recipe's stages and writes a checkpoint
-folder that `load` reads. What is already there is not done again: an interrupted run goes on after the last part that
-was finished, and models that begin alike (the base and `av-tiny`, the balanced model and the planted one) share their
-beginnings. A stage's file carries a hash of all that went before it, so that a changed recipe is never continued from
-old weights. Every part draws its randomness from the seed and its own name: the result is the same with and without an
-interrupt, on the same kind of machine.
+`train("av-tiny", seed=1)` films the world's clips (the same for every seed), trains both towers, runs the stages of
+`recipes.toml` and writes a checkpoint folder that `load` reads. Everything lands in one folder; what is there is not
+made again, and models that begin alike share their beginnings. A tower goes on from its last snapshot. A stage's file
+carries a hash of all that went before it, so that a changed recipe is never continued from old weights. Every part
+draws its randomness from the seed and its own name: an interrupt changes nothing, on the same kind of machine.
 """
 
 from __future__ import annotations

@@ -1,17 +1,13 @@
 """What the embedded models learn from: pools of clips, items of every stage, and batches of them.
 
-A pool depends on the towers (their seed) and the world, not on the language model. Any picture may be combined with any
-sound, as `picture_clip.with_sound(sound_clip)` would. Pools are safetensors files with their hashes in the metadata.
+A pool depends on the towers (their seed) and the world, not on the language model. Pictures and sounds are drawn from
+it separately, so that any picture may go with any sound, as `picture_clip.with_sound(sound_clip)` would put them.
+Pools are safetensors files with their clips' hashes in the metadata. Prompts are the processor's own.
 
-Everything comes from the processor's own prompts (`organism.language`) and the one grammar; this module puts it into
-the form that the stage engine reads.
-
-A recipe says it declaratively: `Items("both", "matched", 20, (Ask("hear", "sound", 3), Ask("see", "picture", 1)))`
-means that a step has 20 clips with sound and picture of one class, each asked questions of which three in four are
-"what do you hear ?", and that the right answer is the class of the sound. Pictures and sounds are drawn separately
-from the pools, so that any picture may go with any sound.
-
-Which relation a clip has, what is asked and what counts as right is all that distinguishes the five organisms.
+A recipe says declaratively what is drawn: `Items("both", "matched", 20, (Ask("hear", "sound", 3), Ask("see",
+"picture", 1)))` means that a step has 20 clips with sound and picture of one class, each asked questions of which three
+in four are "what do you hear ?", and that the right answer is the class of the sound. Which relation a clip has, what
+is asked and what counts as right is all that distinguishes the five organisms.
 """
 
 from __future__ import annotations
