@@ -82,7 +82,6 @@ def _body(module: str, name: str) -> list[ast.stmt]:
     return ast.parse(path.read_text(encoding="utf-8")).body
 
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, str]] = {
     "layout": ("inputs.conflict", "LAYOUTS"),
     "cell": ("inputs.conflict", "CELLS"),
@@ -108,7 +107,7 @@ def all_told(*checks: Callable[[], Any]) -> list[Any]:
 def words(*, dtype: str | None = None, **given: Iterable[str]) -> None:
     """Refuse words that are not among the choices."""
     if dtype is not None:
-        require_choice("dtype", dtype, _DTYPES)
+        require_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
     for kind, listed in given.items():
         for word in listed:
             require_choice(kind, word, constant(*_CHOICES[kind]))

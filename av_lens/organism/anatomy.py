@@ -113,11 +113,8 @@ def merges() -> list[tuple[str, str]]:
     """
     space = byte_symbols()[ord(" ")]
     spaced, leading = words()
-    pairs: dict[tuple[str, str], None] = {}
-    for word in [*(space + word for word in spaced), *leading]:
-        for end in range(1, len(word)):
-            pairs[(word[:end], word[end])] = None
-    return list(pairs)
+    whole = [*(space + word for word in spaced), *leading]
+    return list(dict.fromkeys((word[:end], word[end]) for word in whole for end in range(1, len(word))))
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -25,7 +25,6 @@ from torch import Tensor
 from av_lens.errors import InputError
 from av_lens.organism import anatomy, language
 from av_lens.organism.footage import HeldOut, Media
-from av_lens.results.statistics import clopper_pearson
 
 Head = tuple[int, int]
 BATCH = 60
@@ -46,7 +45,7 @@ class Asked:
     """Clips in one layout, each with the same number of questions.
 
     Attributes:
-        layout: one of `layouts.LAYOUTS`.
+        layout: one of `language.LAYOUTS`.
         questions: for each clip, its questions; as many for each, all of five tokens.
         video: what is put at the video tokens, or None.
         audio: what is put at the audio tokens, or None.
@@ -173,8 +172,7 @@ KINDS = ("hear", "see", "colour")
 COUNTED = ("sound", "picture", "colour", "nothing", "other", "right")
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """What a model is given.
 
     Attributes:
@@ -277,15 +275,4 @@ def captioned(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
             for slot, kind in enumerate(("see", "hear")):
                 found = tally(answers[:, slot], kind, what)
                 rows.append({"cell": name, "layout": layout, "kind": f"caption_{kind}", "n": len(answers)} | found)
-    return pd.DataFrame(rows)
-
-
-def shares(counts: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """Turn counts into shares with exact (Clopper-Pearson) intervals, a row for each cell, layout, kind and answer."""
-    rows: list[dict[str, Any]] = []
-    for row in counts.to_dict("records"):
-        for name in COUNTED:
-            low, high = clopper_pearson(int(row[name]), int(row["n"]), level=level)
-            place = {key: row[key] for key in ("cell", "layout", "kind")} | {"answer": name, "count": row[name]}
-            rows.append(place | {"n": row["n"], "share": row[name] / row["n"], "low": low, "high": high})
     return pd.DataFrame(rows)

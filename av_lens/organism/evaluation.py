@@ -34,6 +34,7 @@ from av_lens.organism.anatomy import CLASSES
 from av_lens.organism.answering import Asked, logits, plain
 from av_lens.organism.footage import HeldOut, held_out, media, mel
 from av_lens.organism.language import audio_hidden, patches, vision_features
+from av_lens.results.statistics import clopper_pearson
 from av_lens.whole_files import write_whole
 
 SCHEMA = 1
@@ -46,7 +47,7 @@ class Evaluation:
     """What an evaluation found; every count is of held-out clips.
 
     Attributes:
-        counts: answers in every cell, from `behaviour.behave`.
+        counts: answers in every cell, from `answering.behave`.
         captions: the slots of captions.
         probes: what can be read from the stream, by layer; empty if the model was not dissected.
         cuts: answers with attention cut; empty likewise.
@@ -74,7 +75,13 @@ class Evaluation:
         Returns:
             `cell layout kind answer count n share low high`.
         """
-        return answering.shares(getattr(self, table))
+        rows: list[dict[str, Any]] = []
+        for row in getattr(self, table).to_dict("records"):
+            for name in answering.COUNTED:
+                low, high = clopper_pearson(int(row[name]), int(row["n"]))
+                place = {key: row[key] for key in ("cell", "layout", "kind")} | {"answer": name, "count": row[name]}
+                rows.append(place | {"n": row["n"], "share": row[name] / row["n"], "low": low, "high": high})
+        return pd.DataFrame(rows)
 
     def same_counts(self, other: Evaluation) -> bool:
         """Say whether two evaluations counted the same on the same clips.

@@ -152,13 +152,9 @@ class Frame:
 
     def blocked(self, deaf_to: str, length: int) -> Bool[Tensor, "pos pos"]:
         """True where a query (first axis) may not see a key: with "video", text and audio positions the video's."""
-        cut = torch.zeros(length, length, dtype=torch.bool)
-        if deaf_to == "video":
-            queries = torch.zeros(length, dtype=torch.bool)
-            queries[len(self.ids) :] = True
-            queries[self.audio] = True
-            cut[queries.nonzero(), self.video] = True
-        return cut
+        every = torch.arange(length)
+        asking = torch.isin(every, self.audio) | (every >= len(self.ids))
+        return asking[:, None] & torch.isin(every, self.video) & (deaf_to == "video")
 
 
 def make_frame(layout: str) -> Frame:
@@ -336,10 +332,8 @@ def tree(
     reference = model.model.language_model.embed_tokens.weight.new_zeros(1)
     cos, sin = model.model.language_model.rotary_emb(reference, positions[:, None])
     length = n + blocks * width
-    seen = torch.ones(length, length, dtype=torch.bool).tril()
-    for i in range(blocks):
-        row = n + i * width
-        seen[row : row + width, n:row] = False
+    hung = (torch.arange(length) - n).div(width, rounding_mode="floor").clamp(min=-1)  # the block; -1: the prefix
+    seen = ((hung < 0) | (hung[:, None] == hung)).tril()
     if blocked is not None:
         seen &= ~blocked
     mask = torch.zeros(length, length).masked_fill(~seen, BLOCKED)

@@ -16,7 +16,7 @@ head's weights were trained does not make it a culprit, nor say how it works: bo
 Kinds are measured alone where putting the head back alone adds at least half of the most that it adds to any set;
 otherwise with that set put back, and `context` names it.
 
-`planted_runs` does the sums, without hooks. This is the ruler by which `isolate` is judged.
+`sheets` does the sums, without hooks. This is the ruler by which `isolate` is judged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How heads are planted: their slices of one layer's attention learn a behaviour while every other weight stays.
 
 A step runs the planted heads, that layer's MLP and the layers after it on clips whose streams up to there were computed
-once (`planting_lessons`). Learning ends as soon as clips that were held back are answered as wanted.
+once (`lessons`). Learning ends as soon as clips that were held back are answered as wanted.
 
 The loss is the cross-entropy of the behaviour in conflict, of everything else as it was, and what a kind asks for:
 

@@ -47,7 +47,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -327,8 +327,7 @@ def _clips(shape: Shape, recording: str | Path | None, seed: int) -> tuple[Clip,
 PIECE = 4096  # rows of a product that is timed; larger ones are made of such pieces
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """What one layer computes for all plans of a sweep together.
 
     Attributes:

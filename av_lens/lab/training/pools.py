@@ -44,7 +44,7 @@ class FeaturePool:
         audio: what is put at the audio tokens: the projector's output.
         label: class of the picture and of the sound.
         colour: colour of the picture.
-        seed: `world.example(split, class, seed)` makes the clip again.
+        seed: `footage.example(split, class, seed)` makes the clip again.
         blank_video: pictures that show nothing.
         blank_kind: which kind of nothing: 0 black, 1 dim, 2 scrambled.
         mute_audio_hidden: sounds that say nothing, before the projector.
@@ -220,7 +220,7 @@ class Ask:
         right: What the answer names: the class of the "picture" or of the "sound", the "colour", "nothing",
             a "random" class, or a "caption" of picture and sound.
         weight: How often it is asked, in proportion to the other questions of the same items.
-        drop: The share of these questions at which heads are dropped (see `training.Stage.dropped_heads`).
+        drop: The share of these questions at which heads are dropped (see `engine.Stage.dropped_heads`).
     """
 
     kind: str
