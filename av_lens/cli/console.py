@@ -84,6 +84,7 @@ def say_path(path: str | Path) -> None:
 
 
 _SHOWN = ("G", "C", "gap", "E_A", "E_V", "shortcut index")
+_CELLS = ("va", "blank_a", "audio_only")
 
 
 def behaviour_table(found: Any) -> Any:
@@ -92,9 +93,7 @@ def behaviour_table(found: Any) -> Any:
     chosen = "competent" if (frame["chosen"] == "competent").any() else "all"
     rows: list[tuple[Any, ...]] = []
     for r in frame[frame["chosen"] == chosen].to_dict("records"):
-        right = (
-            r["quantity"] == "accuracy" and r["rule"] == "vocabulary" and r["cell"] in ("va", "blank_a", "audio_only")
-        )
+        right = r["quantity"] == "accuracy" and r["rule"] == "vocabulary" and r["cell"] in _CELLS
         if r["quantity"] in _SHOWN or right:
             name = f"right in {r['cell']}" if right else r["quantity"]
             rows.append((name, r["half"], float(r["value"]), float(r["low"]), float(r["high"]), int(r["n"])))
