@@ -208,9 +208,9 @@ TOGETHER = 64  # edited runs whose scores are read at once
 FIGURES = tuple(field.name for field in fields(Effect))
 
 
-def mirrored(base: Float[np.ndarray, "..."], mirror: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+def mirrored(base: str, change: Callable[[str], np.ndarray]) -> np.ndarray:
     """Average a change over a cell and its mirror: (change in the cell - change in the mirror) / 2."""
-    return 0.5 * (base - mirror)
+    return 0.5 * (change(base) - change(MIRROR[base]))
 
 
 def single_head_plans(
@@ -264,25 +264,26 @@ def effect_figures(
     mirror: tuple[Float[np.ndarray, "scale *some batch candidate"], Float[np.ndarray, "scale *more batch candidate"]],
 ) -> dict[str, Float[np.ndarray, "*more batch"]]:
     """Compute an `Effect`'s figures from scores before and after an edit, in a cell and its mirror."""
-    out: dict[str, np.ndarray] = {}
-    for scale, ending in enumerate(("", "_frozen")[: len(base[0])]):
-        here, there = ((before[scale], after[scale]) for before, after in (base, mirror))
-        out[f"margin{ending}"] = mirrored(*(_change(candidates.margin, two, examples) for two in (here, there)))
-        for name, of, exchanged in (("on_sound", "sound", "picture"), ("on_picture", "picture", "sound")):
-            parts = [
-                _change(partial(candidates.centred, of=o), t, examples) for t, o in ((here, of), (there, exchanged))
-            ]
-            out[f"{name}{ending}"] = 0.5 * (parts[0] + parts[1])
-    sides = ((base, "sound"), (mirror, "picture"))
-    rises = [_change(partial(candidates.above_others, of=of), (b[0], a[0]), examples) for (b, a), of in sides]
-    return out | {"rise": 0.5 * (rises[0] + rises[1])}
+    centred, above = candidates.centred, candidates.above_others
+    heard, seen, rise = partial(centred, of="sound"), partial(centred, of="picture"), partial(above, of="sound")
+    # In the mirror the answers change places; M is their difference, and so changes its sign.
+    parts: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray], int]] = {
+        "margin": (candidates.margin, candidates.margin, -1),
+        "on_sound": (heard, seen, 1),
+        "on_picture": (seen, heard, 1),
+        "rise": (rise, partial(above, of="picture"), 1),
+    }
 
+    def change(figure: Callable[..., np.ndarray], scores: tuple[np.ndarray, np.ndarray], scale: int) -> np.ndarray:
+        before, after = scores
+        return figure(after[scale], examples) - figure(before[scale], examples)
 
-def _change(
-    figure: Callable[..., np.ndarray], scores: tuple[np.ndarray, np.ndarray], examples: np.ndarray
-) -> np.ndarray:
-    before, after = scores
-    return figure(after, examples) - figure(before, examples)
+    return {
+        f"{name}{ending}": 0.5 * (change(here, base, scale) + sign * change(there, mirror, scale))
+        for scale, ending in enumerate(("", "_frozen")[: len(base[0])])
+        for name, (here, there, sign) in parts.items()
+        if f"{name}{ending}" in FIGURES
+    }
 
 
 def _chunk_effects(
@@ -290,12 +291,14 @@ def _chunk_effects(
 ) -> dict[str, np.ndarray]:
     """Run all requests on one base cell and its mirror: `[batch, request, head]` of each figure."""
     base, question = wanted[0].base, wanted[0].question
-    both: list[tuple[np.ndarray, np.ndarray]] = []
-    for cell in (base, MIRROR[base]):
+
+    def scores(cell: str) -> tuple[np.ndarray, np.ndarray]:
         after = edited_scores(chunk, cell, wanted, heads, tick)
-        both.append((unedited_scores(chunk, cell, question), after))
+        before = unedited_scores(chunk, cell, question)
         chunk.drop_traces(cell, question=question)
-    found = effect_figures(chunk.bench.candidates, chunk.examples, both[0], both[1])
+        return before, after
+
+    found = effect_figures(chunk.bench.candidates, chunk.examples, scores(base), scores(MIRROR[base]))
     return {figure: np.moveaxis(values, -1, 0) for figure, values in found.items()}
 
 
@@ -357,9 +360,11 @@ def direct_writes(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]
 
 def _chunk_writes(chunk: Chunk) -> dict[str, np.ndarray]:
     """Every head's direct share of M in one stack, mirrored: `[batch, layer, head]`."""
-    candidates, sides = chunk.bench.candidates, list[np.ndarray]()
-    for cell in ("va", "av"):
+    candidates = chunk.bench.candidates
+
+    def written(cell: str) -> np.ndarray:
         recording = chunk.run(cell)
         scores = candidates.weighed(chunk.bench.engine.writes(recording, candidates.tokens), recording.logits)
-        sides.append(candidates.margin(scores, chunk.examples))
-    return {"margin": (0.5 * (sides[0] - sides[1])).transpose(2, 0, 1)}
+        return candidates.margin(scores, chunk.examples)
+
+    return {"margin": mirrored("va", written).transpose(2, 0, 1)}

@@ -189,6 +189,12 @@ class Recording:
         inside = torch.from_numpy(np.searchsorted(self.window, self.site))
         return self.z[:, :, inside]
 
+    @property
+    def trace_bytes(self) -> int:
+        """How much memory its trace takes, where it has one."""
+        kept = () if self.trace is None else (*self.trace.resid, *self.trace.keys, *self.trace.values)
+        return sum(part.nbytes for part in kept)
+
     def plan(self, values: Values, *, freeze: bool = False) -> Plan:
         """Give heads another z at the site, on top of the edits that the run was made with.
 

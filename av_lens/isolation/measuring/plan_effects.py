@@ -19,7 +19,6 @@ from jaxtyping import Float
 from av_lens.interventions import Plan
 from av_lens.isolation.measuring.bench import Chunk, Half, gathered
 from av_lens.isolation.measuring.effects import mirrored
-from av_lens.isolation.measuring.engine import MIRROR
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.metrics.forms import each
 from av_lens.metrics.metric import Metric, as_metric, logit_diff
@@ -42,13 +41,15 @@ def effects_of_plans(
     chunk: Chunk, base: str, plans: Callable[[str], Sequence[Plan | None]]
 ) -> Float[np.ndarray, "batch plan"]:
     """Measure plans, made for a cell, in the cell and in its mirror: effects on C or G; NaN where there is no plan."""
-    metric, sides = margin_metric(chunk), list[np.ndarray]()
-    for cell in (base, MIRROR[base]):
+    metric = margin_metric(chunk)
+
+    def changes(cell: str) -> np.ndarray:
         given = plans(cell)
-        trace = trace_of(chunk, cell)
-        scores = measure_plans(trace, [Plan(), *(plan for plan in given if plan is not None)], metric).double().numpy()
-        sides.append(_placed(given, scores[1:] - scores[0]))
-    return mirrored(sides[0], sides[1]).T
+        made = [Plan(), *(plan for plan in given if plan is not None)]
+        scores = measure_plans(trace_of(chunk, cell), made, metric).double().numpy()
+        return _placed(given, scores[1:] - scores[0])
+
+    return mirrored(base, changes).T
 
 
 def _placed(plans: Sequence[Plan | None], found: Float[np.ndarray, "made batch"]) -> Float[np.ndarray, "plan batch"]:

@@ -38,7 +38,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -60,23 +61,6 @@ MOST_MEMBERS, PATIENCE = 12, 3
 def n_candidates(heads: int) -> int:
     """Say how many heads the search for sets tries."""
     return heads if heads <= ALL_HEADS else SCREENED
-
-
-@runtime_checkable
-class Releases(Protocol):
-    """What the search asks: the mean release of a set (0 for the empty one), and of a set with one more head."""
-
-    def mean(self, members: Sequence[Head]) -> float:
-        """The mean release of a set."""
-        ...
-
-    def added(self, members: Sequence[Head], heads: Sequence[Head]) -> list[float]:
-        """The mean release of a set with one more head, for each of several."""
-        ...
-
-    def measure(self, sets: Sequence[Members]) -> None:
-        """Get several sets ready together."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -126,7 +110,7 @@ class SearchedSets:
 
 
 def climb(
-    releases: Releases, candidates: Sequence[Head], start: Members, *, delta: float
+    releases: SetReleases, candidates: Sequence[Head], start: Members, *, delta: float
 ) -> tuple[Members, list[Step]]:
     """Add the head of largest gain until three gains in a row are below delta, or twelve heads are in."""
     members, release = list(start), releases.mean(start)
@@ -150,7 +134,7 @@ def climb(
     return tuple(members), steps
 
 
-def thin(releases: Releases, members: Members, *, delta: float) -> tuple[Members, list[Step]]:
+def thin(releases: SetReleases, members: Members, *, delta: float) -> tuple[Members, list[Step]]:
     """Take out the head that costs least, while that is less than delta."""
     steps: list[Step] = []
     while members:
@@ -167,7 +151,7 @@ def thin(releases: Releases, members: Members, *, delta: float) -> tuple[Members
 
 
 def search(
-    releases: Releases, candidates: Sequence[Head], synergies: Sequence[Synergy], *, delta: float
+    releases: SetReleases, candidates: Sequence[Head], synergies: Sequence[Synergy], *, delta: float
 ) -> tuple[Path, list[Path]]:
     """Climb and thin from the best head and from the best synergies; the set of largest release wins."""
     ordered = sorted(candidates)
@@ -182,22 +166,21 @@ def search(
     return min(paths, key=lambda path: (-path.release, sorted(path.members))), paths
 
 
-def pair_synergies(releases: Releases, candidates: Sequence[Head]) -> list[Synergy]:
+def pair_synergies(releases: SetReleases, candidates: Sequence[Head]) -> list[Synergy]:
     """Compute the synergy of every pair of candidates."""
     ordered = sorted(candidates)
     alone = {head: max(0.0, releases.mean((head,))) for head in ordered}
     found: list[Synergy] = []
-    for i, one in enumerate(ordered):
-        for two in ordered[i + 1 :]:
-            release = releases.mean((one, two))
-            found.append(Synergy((one, two), release, release - alone[one] - alone[two]))
+    for pair in combinations(ordered, 2):
+        release = releases.mean(pair)
+        found.append(Synergy(pair, release, release - alone[pair[0]] - alone[pair[1]]))
     return sorted(found, key=lambda pair: (-pair.synergy, pair.pair))
 
 
 def screened(screens: dict[str, Float[np.ndarray, "layer head"]]) -> dict[Head, str]:
     """Choose the candidates."""
-    shape = next(iter(screens.values())).shape
-    heads = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
+    n_layers, n_heads = screens["release"].shape
+    heads = list(product(range(n_layers), range(n_heads)))
     if len(heads) <= ALL_HEADS:
         return dict.fromkeys(heads, "all heads")
     best: dict[Head, tuple[int, str]] = {}

@@ -40,13 +40,13 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import maximum_bipartite_matching
-from torch import Tensor
 
 from av_lens.errors import AvLensError
 from av_lens.isolation.measuring.bench import Chunk, Half, gathered
 from av_lens.isolation.measuring.effects import Request, edited_readings, measure_requests, mirrored
-from av_lens.isolation.measuring.engine import MIRROR, Head
+from av_lens.isolation.measuring.engine import Head
 from av_lens.isolation.measuring.scoring import UNREAD
+from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.roles import head_means
 from av_lens.results.statistics import Bootstrap, non_inferiority
 
@@ -82,18 +82,19 @@ def release_of_sets(
 
 def _chunk_release(chunk: Chunk, sets: Sequence[Sequence[Head]], donors: Sequence[str]) -> dict[str, np.ndarray]:
     """Edit the sets in `va` and `av` of one stack: `[batch, set]` of each figure."""
-    candidates, changes = chunk.bench.candidates, list[np.ndarray]()
-    out: dict[str, np.ndarray] = {}
-    for base in ("va", MIRROR["va"]):
-        read = edited_readings(chunk, base, sets, donors)
-        scores, top = np.stack([one.scores for one in read]), np.stack([one.top for one in read])
-        changes.append(candidates.margin(scores, chunk.examples) - chunk.margin(base))
-        if base == "va":
-            for answer in ("sound", "picture"):
-                # An edit that this conflict lacks (a mean that leaves every other conflict out) says nothing.
-                said = top == getattr(candidates, answer)[chunk.examples]
-                out[f"says_{answer}"] = np.where(top == UNREAD, np.nan, said).T
-    return {"release": mirrored(changes[0], changes[1]).T, **out}
+    candidates, tops = chunk.bench.candidates, list[np.ndarray]()
+
+    def change(cell: str) -> np.ndarray:
+        read = edited_readings(chunk, cell, sets, donors)
+        tops.append(np.stack([one.top for one in read]))
+        return candidates.margin(np.stack([one.scores for one in read]), chunk.examples) - chunk.margin(cell)
+
+    out, top = {"release": mirrored("va", change).T}, tops[0]
+    for answer in ("sound", "picture"):
+        # An edit that this conflict lacks (a mean that leaves every other conflict out) says nothing.
+        said = np.where(top == UNREAD, np.nan, top == getattr(candidates, answer)[chunk.examples])
+        out[f"says_{answer}"] = said.T
+    return out
 
 
 def top_see_heads(chunks: Sequence[Chunk], n: int) -> list[Head]:
@@ -257,70 +258,58 @@ class SetReleases:
         """Give the mean release of a set with one more head, for each of several."""
         unknown = [head for head in heads if frozenset((*members, head)) not in self._known]
         if unknown:
-            depends = {"donor": self.donor, "members": sorted(members), "heads": unknown}
-            found = self._over_chunks(
-                "set and one more head", depends, partial(self._margins, sorted(members), [(head,) for head in unknown])
-            )
-            self._known |= {frozenset((*members, h)): values for h, values in zip(unknown, found, strict=True)}
+            compute = partial(self._margins, sorted(members), [(head,) for head in unknown])
+            depends, made = {"members": sorted(members), "heads": unknown}, [(*members, head) for head in unknown]
+            self._measured("set and one more head", depends, made, compute)
         return [self.mean((*members, head)) for head in heads]
 
     def measure(self, sets: Sequence[Members]) -> None:
         """Measure sets that may share nothing."""
         unknown = list(dict.fromkeys(tuple(sorted(one)) for one in sets if one and frozenset(one) not in self._known))
         if unknown:
-            depends = {"donor": self.donor, "sets": unknown}
-            found = self._over_chunks("releases of sets", depends, partial(self._margins, (), unknown))
-            self._known |= {frozenset(one): values for one, values in zip(unknown, found, strict=True)}
+            self._measured("releases of sets", {"sets": unknown}, unknown, partial(self._margins, (), unknown))
 
     def pairs(self, heads: Sequence[Head]) -> None:
         """Measure all pairs of some heads."""
         ordered = sorted(heads)
-        wanted = [(one, two) for i, one in enumerate(ordered) for two in ordered[i + 1 :]]
-        if all(frozenset(pair) in self._known for pair in wanted):
-            return
-        found = self._over_chunks(
-            "pairs of heads", {"donor": self.donor, "heads": ordered}, partial(self._pairs, ordered)
-        )
-        self._known |= {frozenset(pair): values for pair, values in zip(wanted, found, strict=True)}
+        wanted = list(combinations(ordered, 2))
+        if not all(frozenset(pair) in self._known for pair in wanted):
+            self._measured("pairs of heads", {"heads": ordered}, wanted, partial(self._pairs, ordered))
 
-    def _over_chunks(
-        self, name: str, depends: Mapping[str, object], compute: Callable[[Chunk, str], Float[np.ndarray, "set batch"]]
-    ) -> Float[np.ndarray, "set example"]:
-        """Measure on every chunk, in both cells, and lay the conflicts out in their order."""
-        found = gathered(self.chunks, self.examples, name, depends, partial(self._mirrored, compute=compute))
-        return np.ascontiguousarray(found["release"].T)
+    def _measured(
+        self,
+        name: str,
+        depends: Mapping[str, object],
+        sets: Sequence[Members],
+        compute: Callable[[Chunk, str], Float[np.ndarray, "set batch"]],
+    ) -> None:
+        """Measure sets on every chunk, in both cells, and keep what each releases."""
 
-    def _mirrored(
-        self, chunk: Chunk, compute: Callable[[Chunk, str], Float[np.ndarray, "set batch"]]
-    ) -> dict[str, np.ndarray]:
-        changes: list[np.ndarray] = []
-        for cell in ("va", MIRROR["va"]):
-            changes.append(compute(chunk, cell) - chunk.margin(cell))
-            self._let_go(chunk, cell)
-        return {"release": mirrored(changes[0], changes[1]).T}
+        def release(chunk: Chunk) -> Arrays:
+            def change(cell: str) -> np.ndarray:
+                found = compute(chunk, cell) - chunk.margin(cell)
+                if 2 * len(self.chunks) * chunk.run(cell).trace_bytes > HELD_BYTES:
+                    chunk.drop_traces(cell)
+                return found
 
-    def _let_go(self, chunk: Chunk, cell: str) -> None:
-        trace = chunk.run(cell).trace
-        if trace is not None:
-            one = sum(part.nbytes for parts in (trace.resid, trace.keys, trace.values) for part in parts)
-            if 2 * len(self.chunks) * one > HELD_BYTES:
-                chunk.drop_traces(cell)
+            return {"release": mirrored("va", change).T}
+
+        found = gathered(self.chunks, self.examples, name, {"donor": self.donor, **depends}, release)["release"]
+        self._known |= zip(map(frozenset, sets), np.ascontiguousarray(found.T), strict=True)
 
     def _margins(
-        self, under: Sequence[Head], sets: Sequence[Sequence[Head]], chunk: Chunk, cell: str
+        self, under: Sequence[Head], sets: Sequence[Members], chunk: Chunk, cell: str
     ) -> Float[np.ndarray, "set batch"]:
         """M in a cell with some heads edited, and each of several sets edited on top."""
         engine, candidates, run = chunk.bench.engine, chunk.bench.candidates, chunk.run(cell)
         if under:
             run = engine.record_edited(run, chunk.z(cell, under, self.donor))
-        out = np.full((len(sets), len(chunk.examples)), np.nan)
-        order = sorted(range(len(sets)), key=lambda i: min(sets[i]))
-        plans = [run.plan(chunk.z(cell, sets[i], self.donor)) for i in order]
-        for i, one in zip(order, engine.changed(run, plans), strict=True):
-            out[i] = candidates.margin(candidates.scores(one.logits), chunk.examples)
+        order = sorted(sets, key=min)
+        changed = engine.changed(run, [run.plan(chunk.z(cell, one, self.donor)) for one in order])
+        scores = {one: candidates.scores(edited.logits) for one, edited in zip(order, changed, strict=True)}
         if self.tick is not None:
             self.tick(len(sets))
-        return out
+        return candidates.margin(np.stack([scores[one] for one in sets]), chunk.examples)
 
     def _pairs(self, heads: Sequence[Head], chunk: Chunk, cell: str) -> Float[np.ndarray, "set batch"]:
         """All pairs: each head edited once, and every later one on top of it."""
@@ -341,14 +330,17 @@ CONTROLS: tuple[tuple[str, str, str, str], ...] = (
 
 
 def _items(
-    chunk: Chunk, before: Tensor, after: Tensor, right: str
-) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
+    chunk: Chunk, control: tuple[str, str, str, str], heads: Sequence[Head], donor: str
+) -> dict[str, Float[np.ndarray, " batch"]]:
     """What counts as right before and after, 1 or 0 per conflict (for KL: 0 and the divergence)."""
-    candidates, examples = chunk.bench.candidates, chunk.examples
+    (_, cell, question, right), candidates, examples = control, chunk.bench.candidates, chunk.examples
+    run = chunk.run(cell, question)
+    (edited,) = chunk.bench.engine.changed(run, [run.plan(chunk.z(cell, heads, donor, question))])
+    before, after = run.logits, edited.logits
     if right == "kl":
         log_p, log_q = after.double().log_softmax(-1), before.double().log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).cpu().numpy()
-        return np.zeros(len(examples)), divergence
+        return {"before": np.zeros(len(examples)), "after": divergence}
     tops = [candidates.read(logits, examples).top for logits in (before, after)]
     missing = tops[1] == UNREAD  # this conflict has no such edit (a mean that leaves every other conflict out)
     if right == "own":
@@ -357,19 +349,8 @@ def _items(
         # The rate that must not rise, turned round so that a rise of it is a fall here.
         was, now = (top < 0 for top in tops)
     else:
-        answer = candidates.sound[examples] if right == "sound" else candidates.picture[examples]
-        was, now = (top == answer for top in tops)
-    return was.astype(np.float64), np.where(missing, np.nan, now)
-
-
-def _measured(
-    chunk: Chunk, control: tuple[str, str, str, str], heads: Sequence[Head], donor: str
-) -> dict[str, Float[np.ndarray, " batch"]]:
-    _, cell, question, right = control
-    run = chunk.run(cell, question)
-    (edited,) = chunk.bench.engine.changed(run, [run.plan(chunk.z(cell, heads, donor, question))])
-    before, after = _items(chunk, run.logits, edited.logits, right)
-    return {"before": before, "after": after}
+        was, now = (top == getattr(candidates, right)[examples] for top in tops)
+    return {"before": was.astype(np.float64), "after": np.where(missing, np.nan, now)}
 
 
 def controls(chunks: Sequence[Chunk], heads: Sequence[Head], donor: str, half: Half) -> list[dict[str, Any]]:
@@ -378,7 +359,7 @@ def controls(chunks: Sequence[Chunk], heads: Sequence[Head], donor: str, half: H
     for control in CONTROLS:
         name, *_, right = control
         depends = {"control": control, "heads": [list(head) for head in heads], "donor": donor}
-        compute = partial(_measured, control=control, heads=heads, donor=donor)
+        compute = partial(_items, control=control, heads=heads, donor=donor)
         try:
             found = gathered(chunks, half.examples, "a control", depends, compute)
             rows.append(_row(name, right, found["before"], found["after"], half.boot))
@@ -393,13 +374,4 @@ def _row(name: str, right: str, before: np.ndarray, after: np.ndarray, boot: Boo
         return {"control": name, "n": n, "before": 0.0, "after": mean, "verdict": "reported: KL in nats"}
     harm = non_inferiority(before, after, boot, margin=MARGIN)
     was, now = (1 - harm.before, 1 - harm.after) if right == "none" else (harm.before, harm.after)
-    return {
-        "control": name,
-        "n": harm.n,
-        "before": was,
-        "after": now,
-        "fall": harm.fall,
-        "bound": harm.bound,
-        "margin": MARGIN,
-        "verdict": harm.verdict,
-    }
+    return {"control": name, "margin": MARGIN} | vars(harm) | {"before": was, "after": now}
