@@ -20,7 +20,7 @@ from av_lens.inputs.conflict import ClipKeys, clip_key
 from av_lens.isolation.measuring.store import Store
 from av_lens.isolation.running import cost, durable
 from av_lens.isolation.running.durable import LEDGER, LOCK, differences, watched_run
-from av_lens.isolation.running.preparing import hash_of
+from av_lens.isolation.running.preparing import Run, hash_of
 from av_lens.results.record import RECORD
 from av_lens.results.statistics import Bootstrap
 from av_lens.whole_files import make_folder, write_whole
@@ -33,11 +33,21 @@ def protocol_of(**more):
     return made | {"hash": hash_of(made)}
 
 
+class Small(Run):
+    """A run of three conflicts that needs no model."""
+
+    key = clips = None
+
+    def __init__(self, store, protocol, clips):
+        self.bench, self.members = SimpleNamespace(store=store), [SimpleNamespace(id=one) for one in IDS]
+        self.halves = SimpleNamespace(half=["discovery"] * 2 + ["confirmation"])
+        self.protocol, self.key, self.clips = protocol, protocol["hash"], clips
+
+
 def small(folder, told=None, *, names=("reading", "head effects"), protocol=None, clips=None):
     """A run of two measurements a conflict, as `isolate` makes them; what it measured, and how many anew."""
     store, protocol = Store(), protocol or protocol_of()
-    options = {"ids": IDS, "halves": ["discovery"] * 2 + ["confirmation"], "clips": clips or {}, "budget": None}
-    with watched_run(store, folder, key=protocol["hash"], protocol=protocol, told=told, **options) as ledger:
+    with watched_run(Small(store, protocol, clips or {}), folder, budget=None, told=told) as ledger:
         found = {
             (name, one): store.recall(name, {"ids": [one]}, lambda x=f"{name} {one}": {"x": np.array(x)})["x"].item()
             for name in names

@@ -51,9 +51,9 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.conflict import clip_key
 from av_lens.interventions import Plan, Site, replace
 from av_lens.interventions.edges import INPUTS, Node
-from av_lens.isolation.measuring.bench import Bench, Chunk, Half, columns
+from av_lens.isolation.measuring.bench import Bench, Chunk, Half, columns, gathered
 from av_lens.isolation.measuring.engine import Head
-from av_lens.isolation.measuring.plan_effects import effects_of_plans, measured, trace_of
+from av_lens.isolation.measuring.plan_effects import effects_of_plans, trace_of
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.evidence import Searched, chunks_of
 from av_lens.isolation.sets.confirmation import NAMES, Held
@@ -137,10 +137,10 @@ def _lens_rows(bench: Bench, halves: Sequence[Half], seed: int) -> list[Row]:
     others = list(dict.fromkeys(bench.conflicts[i].answers[0] for i in everyone))
     depends = {"seed": seed, "others": others, "cells": LENS_CELLS, "spans": SPANS, "top": TOP, "most": MOST_POSITIONS}
     compute = partial(lens_readings, others=others, seed=seed)
-    made = measured(chunks, half, "logit lens", depends, compute)
+    made = gathered(chunks, half.examples, "logit lens", depends, compute)
     rows: list[Row] = []
     for cell, span in product(LENS_CELLS, SPANS):
-        found, null = made.arrays[f"{cell} {span}"], made.arrays[f"{cell} {span} null"]
+        found, null = made[f"{cell} {span}"], made[f"{cell} {span} null"]
         for (word, layer), row in _bounded(half, found, np.broadcast_to(null[:, None], found.shape)):
             note = f"top {TOP} at some position" + (" and layer" if not layer else "")
             of = {"method": "lens", "word": WORDS[word], "cell": cell, "span": _said(span), "layer": layer or -1}
@@ -218,14 +218,10 @@ def pooled(bench: Bench, halves: Sequence[Half]) -> Streams:
     """Run the conflict cells of both halves and keep their streams, averaged over the spans."""
     model, candidates = bench.engine.model, bench.candidates
     examples = [int(i) for one in halves for i in one.examples]
-    vectors: np.ndarray = np.zeros(0)
-    for chunk in bench.chunks(examples, "suffix"):
-        rows = [examples.index(int(i)) for i in chunk.examples]
-        for number, cell in enumerate(PROBE_CELLS):
-            found = pooled_streams(model, chunk.inputs(cell), SPANS).numpy()
-            if not vectors.size:
-                vectors = np.zeros((len(examples), len(PROBE_CELLS), *found.shape[1:]), dtype=found.dtype)
-            vectors[rows, number] = found
+    chunks = bench.chunks(examples, "suffix")
+    streams = [[pooled_streams(model, chunk.inputs(cell), SPANS).numpy() for cell in PROBE_CELLS] for chunk in chunks]
+    order = np.concatenate([chunk.examples for chunk in chunks]).tolist()
+    vectors = np.concatenate([np.stack(cells, axis=1) for cells in streams])[[order.index(i) for i in examples]]
     names = [(candidates.names[candidates.sound[i]], candidates.names[candidates.picture[i]]) for i in examples]
     members = tuple(
         Member(str(c.id), clip_key(c.sound), clip_key(c.picture), name[0])
@@ -266,7 +262,11 @@ def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[He
     """Measure where the senders' effects go."""
 
     def plans(cell: str) -> list[Plan | None]:
-        by_sender = [_own_plans(chunk, cell, sender) for sender in senders]
+        run = chunk.run(cell)  # with everything after the sender free, and with every later head held
+        by_sender: list[list[Plan | None]] = [
+            [run.plan(chunk.z(cell, [head], donor), freeze=freeze) for freeze in (False, True)]
+            for head, donor in senders
+        ]
         if heads:
             for sender, received in zip(by_sender, _receiver_plans(chunk, cell, senders, heads), strict=True):
                 sender += received
@@ -274,12 +274,6 @@ def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[He
 
     effect = effects_of_plans(chunk, base, plans)
     return {"effect": effect.reshape(len(effect), len(senders), len(path_columns(heads)))}
-
-
-def _own_plans(chunk: Chunk, cell: str, sender: Sender) -> list[Plan | None]:
-    """The sender as in its donor: everything after it free, and every later head held."""
-    (head, donor), recording = sender, chunk.run(cell)
-    return [recording.plan(chunk.z(cell, [head], donor), freeze=freeze) for freeze in (False, True)]
 
 
 def _receiver_plans(

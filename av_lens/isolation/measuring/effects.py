@@ -33,24 +33,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from av_lens.interventions import Plan
 from av_lens.isolation.measuring.bench import Chunk, gathered
-from av_lens.isolation.measuring.engine import (
-    MEANS,
-    MEDIA_SITES,
-    MIRROR,
-    OTHER_LAYOUT,
-    PRIMARY_DONORS,
-    SECONDARY_DONORS,
-    W_CELLS,
-    Head,
-)
+from av_lens.isolation.measuring.engine import MIRROR, PRIMARY_DONORS, SECONDARY_DONORS, W_CELLS, Head
 from av_lens.isolation.measuring.scoring import Candidates, CellReading
 from av_lens.results.record import TABLES
 
@@ -157,24 +147,12 @@ def requests(
     """
     wanted = [one for one in ESTIMANDS if not names or (one.name in names and {one.donor} & {*donors, *W_CELLS})]
     found = dict.fromkeys(r for one in wanted for r in (one.plus, one.minus) if r is not None)
-    there = [one for one in found if chunks is None or _has(chunks, one.donor)]
+    there = [one for one in found if chunks is None or any(chunk.has(one.donor) for chunk in chunks)]
     place = {donor: number for number, donor in enumerate((*PRIMARY_DONORS, *SECONDARY_DONORS, *W_CELLS))}
     after = len(place)
-    return sorted(there, key=lambda r: (r.base != "va", _rank(r), r.freeze, place.get(r.donor, after)))
-
-
-def _rank(request: Request) -> bool:
-    """Whether it comes after the primary donors'; on G the conflict's own z comes first."""
-    primary = request.donor in PRIMARY_DONORS
-    return primary if request.base == "blank_a" else not primary
-
-
-def _has(chunks: Sequence[Chunk], donor: str) -> bool:
-    if donor in W_CELLS:
-        return any(chunk.has_third for chunk in chunks)
-    if donor in MEANS:
-        return chunks[0].means is not None
-    return donor not in OTHER_LAYOUT or chunks[0].site not in MEDIA_SITES
+    # Primary donors come first; on G the conflict's own z does.
+    second = {one: (one.donor in PRIMARY_DONORS) == (one.base == "blank_a") for one in there}
+    return sorted(there, key=lambda r: (r.base != "va", second[r], r.freeze, place.get(r.donor, after)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,38 +191,19 @@ def mirrored(base: str, change: Callable[[str], np.ndarray]) -> np.ndarray:
     return 0.5 * (change(base) - change(MIRROR[base]))
 
 
-def single_head_plans(
-    chunk: Chunk, base: str, wanted: Sequence[Request], heads: Sequence[Head]
-) -> tuple[list[Plan], list[tuple[int, int]]]:
-    """Write the plans of all requests on one base cell, layer by layer; and whose they are, as (request, head)."""
-    plans: list[Plan] = []
-    owners: list[tuple[int, int]] = []
-    order = sorted(range(len(heads)), key=lambda j: heads[j])
-    for layer in dict.fromkeys(heads[j][0] for j in order):
-        for r, request in enumerate(wanted):
-            run = chunk.run(base, request.question)
-            for j in order:
-                if heads[j][0] == layer:
-                    z = chunk.z(base, [heads[j]], request.donor, request.question)
-                    plans.append(run.plan(z, freeze=request.freeze))
-                    owners.append((r, j))
-    return plans, owners
-
-
-def unedited_scores(chunk: Chunk, base: str, question: str) -> Float[np.ndarray, "scale batch candidate"]:
-    """Score the candidates in an unedited cell: as the model gives them, and as `linear_logits` reads them out."""
-    candidates, recording = chunk.bench.candidates, chunk.run(base, question)
-    linear = chunk.bench.engine.linear_logits(recording, recording.final, candidates.tokens)
-    return np.stack([chunk.reading(base, question).scores, candidates.pooled(linear)])
-
-
 def edited_scores(
     chunk: Chunk, base: str, wanted: Sequence[Request], heads: Sequence[Head], tick: Callable[[int], None]
 ) -> Float[np.ndarray, "scale request head batch candidate"]:
-    """Run all requests on one base cell, which all ask the same question; `tick` is told of runs that are done."""
+    """Run all requests on one base cell, which all ask the same question; `tick` is told of runs that are done.
+
+    Scores are as the model gives them, and as `linear_logits` reads them out.
+    """
     candidates, engine = chunk.bench.candidates, chunk.bench.engine
     recording, tokens = chunk.run(base, wanted[0].question), candidates.tokens
-    plans, owners = single_head_plans(chunk, base, wanted, heads)
+    numbers = product(range(len(wanted)), range(len(heads)))
+    owners = sorted(numbers, key=lambda one: (heads[one[1]][0], one[0], heads[one[1]]))  # layer by layer
+    asked = [(wanted[r], heads[j]) for r, j in owners]
+    plans = [recording.plan(chunk.z(base, [h], one.donor, one.question), freeze=one.freeze) for one, h in asked]
     out = np.full((2, len(wanted), len(heads), len(chunk.examples), len(candidates.names)), np.nan)
     runs = engine.changed(recording, plans)
     for start in range(0, len(plans), TOGETHER):
@@ -290,15 +249,15 @@ def _chunk_effects(
     chunk: Chunk, wanted: Sequence[Request], heads: Sequence[Head], tick: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
     """Run all requests on one base cell and its mirror: `[batch, request, head]` of each figure."""
-    base, question = wanted[0].base, wanted[0].question
+    base, question, candidates = wanted[0].base, wanted[0].question, chunk.bench.candidates
 
     def scores(cell: str) -> tuple[np.ndarray, np.ndarray]:
-        after = edited_scores(chunk, cell, wanted, heads, tick)
-        before = unedited_scores(chunk, cell, question)
+        after, run = edited_scores(chunk, cell, wanted, heads, tick), chunk.run(cell, question)
+        linear = candidates.pooled(chunk.bench.engine.linear_logits(run, run.final, candidates.tokens))
         chunk.drop_traces(cell, question=question)
-        return before, after
+        return np.stack([chunk.reading(cell, question).scores, linear]), after
 
-    found = effect_figures(chunk.bench.candidates, chunk.examples, scores(base), scores(MIRROR[base]))
+    found = effect_figures(candidates, chunk.examples, scores(base), scores(MIRROR[base]))
     return {figure: np.moveaxis(values, -1, 0) for figure, values in found.items()}
 
 
@@ -355,7 +314,7 @@ def direct_writes(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]
     At a run's own norm scale; positive: the write favours the answer that hearing favours. Synonyms: each token counts
     by its share of the answer's own probability.
     """
-    return gathered(chunks, examples, "direct writes", {}, _chunk_writes)["margin"]
+    return gathered(chunks, examples, "direct writes", {}, _chunk_writes, "")["margin"]
 
 
 def _chunk_writes(chunk: Chunk) -> dict[str, np.ndarray]:

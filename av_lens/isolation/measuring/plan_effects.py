@@ -8,18 +8,15 @@ Positive: the model hears more. Plans are of any kind (heads' outputs, attention
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
 from av_lens.interventions import Plan
-from av_lens.isolation.measuring.bench import Chunk, Half, gathered
+from av_lens.isolation.measuring.bench import Chunk
 from av_lens.isolation.measuring.effects import mirrored
-from av_lens.isolation.measuring.store import Arrays
 from av_lens.metrics.forms import each
 from av_lens.metrics.metric import Metric, as_metric, logit_diff
 from av_lens.replay.traces import Trace, measure_plans
@@ -61,7 +58,8 @@ def _placed(plans: Sequence[Plan | None], found: Float[np.ndarray, "made batch"]
 
 def says_sound(chunk: Chunk, plans: Sequence[Plan | None]) -> Float[np.ndarray, "batch plan"]:
     """Say under which plans the likeliest token of the whole vocabulary begins the sound's answer, in `va`."""
-    made, owner = [plan for plan in plans if plan is not None], first_owner(chunk)
+    made, (ids, _) = [plan for plan in plans if plan is not None], margin_metric(chunk).ids or ((), ())
+    owner = [{int(token) for token in row[:, 0] if token >= 0} for row in ids]
 
     def right(logits: torch.Tensor) -> torch.Tensor:
         top = logits[:, -1].argmax(-1).tolist()
@@ -70,36 +68,3 @@ def says_sound(chunk: Chunk, plans: Sequence[Plan | None]) -> Float[np.ndarray, 
 
     none = np.zeros((0, len(owner)))
     return _placed(plans, trace_of(chunk, "va").score(made, right).double().numpy() if made else none).T
-
-
-def first_owner(chunk: Chunk) -> list[set[int]]:
-    """Find the first tokens of each conflict's sound answer."""
-    (ids, _) = margin_metric(chunk).ids or ((), ())
-    return [{int(token) for token in row[:, 0] if token >= 0} for row in ids]
-
-
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """Arrays `[example, ...]` of one half, by name, with what bounds their means."""
-
-    half: Half
-    arrays: Arrays
-
-    def bounds(self, name: str) -> Float[np.ndarray, "3 ..."]:
-        """Bound the means of an array."""
-        found = self.half.boot.mean(self.arrays[name])
-        return np.stack([found.value, found.low, found.high])
-
-    def shares(self, name: str, of: Float[np.ndarray, "example ..."]) -> Float[np.ndarray, "3 ..."]:
-        """Bound the ratios of an array's means to others."""
-        values = self.arrays[name]
-        wide = of.reshape(of.shape + (1,) * (values.ndim - of.ndim))
-        found = self.half.boot.ratio(values, np.broadcast_to(wide, values.shape))
-        return np.stack([found.value, found.low, found.high])
-
-
-def measured(
-    chunks: Sequence[Chunk], half: Half, name: str, depends: Mapping[str, Any], compute: Callable[[Chunk], Arrays]
-) -> Measured:
-    """Measure every stack, or open what was stored, and put the conflicts in the half's order."""
-    return Measured(half, gathered(chunks, half.examples, name, depends, compute, stage=name))

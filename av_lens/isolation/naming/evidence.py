@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from av_lens.errors import ProtocolError
 from av_lens.isolation.measuring.bench import Bench, Chunk, Half
 from av_lens.isolation.measuring.effects import DLA, Request, direct_writes, figures, measure_requests, requests
-from av_lens.isolation.measuring.engine import MEANS, MEDIA_SITES, PRIMARY_DONORS, Head, Means
+from av_lens.isolation.measuring.engine import MEDIA_SITES, PRIMARY_DONORS, Head, Means
 from av_lens.isolation.naming.roles import (
     LEVEL,
     Evidence,
@@ -51,39 +51,23 @@ class SiteEvidence:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Give every effect that was measured, for the record."""
-        measured = ((key, values) for key, values in self.evidence.figures.items() if (~np.isnan(values)).any())
-        return {"/".join((self.site, *key)): values for key, values in measured}
+        figures = self.evidence.figures.items()
+        return {"/".join((self.site, *key)): values for key, values in figures if not np.isnan(values).all()}
 
     def rows(self, half: str) -> list[dict[str, Any]]:
         """Write the rows of the evidence table."""
         out: list[dict[str, Any]] = []
         for (estimand, donor), values in self.evidence.figures.items():
             heads = np.argwhere((~np.isnan(values)).any(0))
-            if len(heads):
-                bounds = self.evidence.half.rows(values[:, heads[:, 0], heads[:, 1]])
-                for (layer, head), found in zip(heads.tolist(), bounds, strict=True):
-                    of = {"half": half, "site": self.site, "layer": layer, "head": head}
-                    out.append(of | {"estimand": estimand, "donor": donor} | found)
+            bounds = self.evidence.half.rows(values[:, *heads.T]) if len(heads) else []
+            of = {"half": half, "site": self.site, "estimand": estimand, "donor": donor}
+            where = ({"layer": layer, "head": head} for layer, head in heads.tolist())
+            out += [of | at | found for at, found in zip(where, bounds, strict=True)]
         return out
 
 
 @dataclass(eq=False)
-class BySite:
-    """One half's evidence at every site set, by name; `Searched` and `confirmation.Held` are two of these."""
-
-    sites: dict[str, SiteEvidence]
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Give every effect of every site."""
-        return {key: values for site in self.sites.values() for key, values in site.arrays().items()}
-
-    def rows(self, half: str) -> list[dict[str, Any]]:
-        """Write the evidence table's rows."""
-        return [row for site in self.sites.values() for row in site.rows(half)]
-
-
-@dataclass(eq=False)
-class Searched(BySite):
+class Searched:
     """What discovery found.
 
     Attributes:
@@ -96,6 +80,7 @@ class Searched(BySite):
         notes: what could not be searched, in words.
     """
 
+    sites: dict[str, SiteEvidence]
     named: list[Named]
     release_q: dict[str, dict[str, np.ndarray]]
     s: float
@@ -140,8 +125,7 @@ def null_share(
     chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"], hearing: Float[np.ndarray, " example"]
 ) -> float:
     """Measure how much the releases of most heads reach under `control`, as a share of G."""
-    donors = [donor for donor in PRIMARY_DONORS if donor not in MEANS or chunks[0].means is not None]
-    wanted = [Request("va", donor, question="control") for donor in donors]
+    wanted = [Request("va", donor, question="control") for donor in PRIMARY_DONORS if chunks[0].has(donor)]
     stage = f"the same edits under the control question, {chunks[0].site}"
     heads = chunks[0].bench.engine.heads
     found = measure_requests(chunks, wanted, heads=heads, examples=examples, stage=stage)

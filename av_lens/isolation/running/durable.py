@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 from av_lens.errors import FileError, ProtocolError, UnfinishedError
 from av_lens.isolation.measuring.store import FOLDER, GO_ON, Measured, Store, measuring_hash
 from av_lens.isolation.running.cost import ESTIMATE, Estimate
-from av_lens.isolation.running.preparing import hash_of
+from av_lens.isolation.running.preparing import Run, hash_of
 from av_lens.results.record import RECORD
 from av_lens.whole_files import (
     append_line,
@@ -145,34 +145,24 @@ def _alone(folder: Path, told: Told | None) -> Generator[None]:
         yield
 
 
-class Deadline:
-    """Stops a run before its next measurement once its minutes are spent; each run makes at least one.
+def deadline(minutes: float, store: Store, said: Callable[[], str]) -> Callable[[str], None]:
+    """Stop a run before its next measurement once its minutes are spent; each run makes at least one."""
+    if store.folder is None:
+        raise ProtocolError(
+            "a run with a budget needs a folder (out=DIR): without one nothing would be kept when it stops."
+        )
+    if not minutes > 0:
+        raise ProtocolError(f"the budget is {minutes:g} minutes; give a number above 0, or none.")
+    end = time.monotonic() + 60 * minutes
 
-    Args:
-        minutes: how long the run may take.
-        store: what it measures into.
-        said: gives the end of the sentence that the run stops with.
-    """
-
-    def __init__(self, minutes: float, store: Store, said: Callable[[], str]) -> None:
-        if store.folder is None:
-            raise ProtocolError(
-                "a run with a budget needs a folder (out=DIR): without one nothing would be kept when it stops."
-            )
-        if not minutes > 0:
-            raise ProtocolError(f"the budget is {minutes:g} minutes; give a number above 0, or none.")
-        self.minutes = minutes
-        self.store = store
-        self.said = said
-        self.end = time.monotonic() + 60 * minutes
-
-    def __call__(self, name: str) -> None:
-        """Stop the run if its time is up."""
-        if self.store.made and time.monotonic() > self.end:
+    def stop(name: str) -> None:
+        if store.made and time.monotonic() > end:
             raise UnfinishedError(
-                f"stopped at the budget of {self.minutes:g} minutes, before: {name}. {self.said()} "
-                f"Everything is kept in {self.store.folder}; the same command goes on from there."
+                f"stopped at the budget of {minutes:g} minutes, before: {name}. {said()} "
+                f"Everything is kept in {store.folder}; the same command goes on from there."
             )
+
+    return stop
 
 
 class Ledger:
@@ -277,30 +267,20 @@ class Ledger:
 
 
 @contextmanager
-def watched_run(
-    store: Store,
-    folder: Path | None,
-    *,
-    key: str,
-    protocol: Mapping[str, Any],
-    clips: Clips,
-    ids: Sequence[str],
-    halves: Sequence[str],
-    budget: float | None,
-    told: Told | None,
-) -> Generator[Ledger]:
+def watched_run(run: Run, folder: Path | None, *, budget: float | None, told: Told | None) -> Generator[Ledger]:
     """Hold a run's folder while it goes on, with its ledger and its deadline."""
-    store.folder, store.key = folder, key
-    ledger = Ledger(folder, dict(zip(ids, halves, strict=True)), told)
+    store = run.bench.store
+    store.folder, store.key = folder, run.key
+    ledger = Ledger(folder, dict(zip((one.id for one in run.members), run.halves.half, strict=True)), told)
     if budget is not None:
-        store.before.append(Deadline(budget, store, ledger.standing))
+        store.before.append(deadline(budget, store, ledger.standing))
     store.told.append(ledger)
     if told is not None:
         store.said.append(told)
     if folder is None:
         yield ledger
         return
-    with claimed(folder, protocol, clips=clips, told=told):
+    with claimed(folder, run.protocol, clips=run.clips, told=told):
         try:
             yield ledger
         except FileError as error:  # of the record

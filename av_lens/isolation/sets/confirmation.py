@@ -23,7 +23,7 @@ import numpy as np
 
 from av_lens.isolation.measuring.bench import Bench, Chunk, Half, averaged
 from av_lens.isolation.measuring.engine import Head
-from av_lens.isolation.naming.evidence import BySite, Searched, SiteEvidence, chunks_of, gather
+from av_lens.isolation.naming.evidence import Searched, SiteEvidence, chunks_of, gather
 from av_lens.isolation.naming.roles import CARRIERS, Named, confirm, family_size, head_means
 from av_lens.isolation.sets.search import InContext, SearchedSets, in_context, member_roles, member_rows, search_sets
 from av_lens.isolation.sets.sets import (
@@ -34,6 +34,7 @@ from av_lens.isolation.sets.sets import (
     cumulative,
     curve_row,
     doubling,
+    head_names,
     random_sets,
     release_of_sets,
     top_see_heads,
@@ -46,10 +47,11 @@ NAMES = (*RELEASING, *CARRIERS)
 
 
 @dataclass(eq=False)
-class Held(BySite):
+class Held:
     """What confirmation found; a site is missing where discovery named nothing.
 
     Attributes:
+        sites: the evidence by site set.
         searched: the sets that were searched on discovery.
         roles: the chosen set's members with the roles that they have with the others edited.
         in_context: their evidence by half.
@@ -59,6 +61,7 @@ class Held(BySite):
         named: the (layer, head, site) whose single release names a suppressor, or breaks.
     """
 
+    sites: dict[str, SiteEvidence]
     searched: SearchedSets = field(default_factory=SearchedSets)
     roles: list[Named] = field(default_factory=list)
     in_context: dict[str, InContext] = field(default_factory=dict)
@@ -154,11 +157,10 @@ def ranked_curve(searched: Searched, chunks: Sequence[Chunk], half: Half) -> lis
 def ranked_heads(site: SiteEvidence) -> tuple[list[Head], str]:
     """Order all heads by their largest single release on discovery, and choose the donor to edit them with."""
     best = site.evidence.largest_release
-    n_heads = best.shape[1]
     order = np.argsort(-np.where(np.isnan(best), -np.inf, best).ravel(), kind="stable")
     release = site.evidence.by_donor("release")
     donor = max(release, key=lambda name: float(np.nansum(np.clip(head_means(release[name]), 0, None))))
-    return [(int(i) // n_heads, int(i) % n_heads) for i in order], donor
+    return [divmod(int(i), best.shape[1]) for i in order], donor
 
 
 def between(measured: dict[int, float], goal: float) -> int | None:
@@ -209,7 +211,7 @@ def _set_row(built: BuiltSet, effect: SetEffect, chunks: Sequence[Chunk], halves
     last, (first, half) = len(built.members) - 1, halves
     release = effect.release[last]
     out: Row = {
-        "name": built.name, "members": built.names, "k": len(built.members), "donor": built.donor,
+        "name": built.name, "members": head_names(built.members), "k": len(built.members), "donor": built.donor,
         "screen": built.screen, "chosen": built.chosen, "random_n": len(built.random),
         "discovery_release": built.discovery_release,
         "discovery_share": built.discovery_release / float(first.G.mean()),
@@ -220,18 +222,14 @@ def _set_row(built: BuiltSet, effect: SetEffect, chunks: Sequence[Chunk], halves
     return out | half.bounded(release, "release") | half.share(release)
 
 
-def _random_flags(built: BuiltSet, n: int) -> str:
-    flags = [f"only {n} matched random sets exist"] if n < RANDOM_SETS else []
-    if built.widened:
-        flags.append(f"no set matched in norm: each member's pool was widened by the {built.widened} next nearest")
-    return "; ".join(flags)
-
-
 def _against_random(built: BuiltSet, row: Row, effect: SetEffect, delta: float) -> Row:
     """The chosen set's own verdict: its p among matched random sets, and whether it is confirmed."""
     if not built.random:
         return {"flags": "no matched random set exists: not confirmed"} if built.chosen else {}
     random, n = np.nanmean(effect.release[len(built.members) + 1 :], axis=1), len(built.random)
+    flags = [f"only {n} matched random sets exist"] if n < RANDOM_SETS else []
+    if built.widened:
+        flags.append(f"no set matched in norm: each member's pool was widened by the {built.widened} next nearest")
     return {
         "random_mean": float(random.mean()),
         "random_high": float(np.percentile(random, 97.5)),
@@ -239,5 +237,5 @@ def _against_random(built: BuiltSet, row: Row, effect: SetEffect, delta: float) 
         "p_random": (1 + int((random >= row["release"] - 1e-9).sum())) / (1 + n),
         "p_floor": 1 / (1 + n),
         "confirmed": bool(row["low"] > delta and row["release"] > random.max()),
-        "flags": _random_flags(built, n),
+        "flags": "; ".join(flags),
     }

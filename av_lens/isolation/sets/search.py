@@ -38,7 +38,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from typing import Any
 
 import numpy as np
@@ -215,8 +215,17 @@ def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False
         if winner.members:
             out.sets.append(BuiltSet(winner.members, donor, winner.release, screen=winner.start))
         of = {"site": site.site, "donor": donor}
-        out.steps += [of | row for path in paths for row in _step_rows(path)]
-        out.synergies += [of | _synergy_row(one, g) for one in synergies[:SHOWN_SYNERGIES]]
+        out.steps += [
+            of | vars(step) | {"start": path.start, "step": number, "layer": step.head[0], "head": step.head[1]}
+            for path in paths
+            for number, step in enumerate(path.steps)
+        ]
+        out.synergies += [
+            of
+            | dict(zip(("layer", "head", "layer2", "head2"), chain(*one.pair), strict=True))
+            | {"release": one.release, "synergy": one.synergy, "share": one.synergy / g}
+            for one in synergies[:SHOWN_SYNERGIES]
+        ]
     if out.sets:
         min(out.sets, key=lambda one: (-one.discovery_release, PRIMARY_DONORS.index(one.donor))).chosen = True
     for chunk in site.chunks:
@@ -250,19 +259,6 @@ def _ticker(progress: Progress, stage: str, expected: int) -> Tick:
         progress(stage, done, max(expected, done + 1))
 
     return tick
-
-
-def _step_rows(path: Path) -> list[dict[str, Any]]:
-    return [
-        {"start": path.start, "step": number, "action": step.action, "release": step.release, "gain": step.gain}
-        | dict(zip(("layer", "head"), step.head, strict=True))
-        for number, step in enumerate(path.steps)
-    ]
-
-
-def _synergy_row(one: Synergy, g: float) -> dict[str, Any]:
-    heads = zip(("layer", "head", "layer2", "head2"), (*one.pair[0], *one.pair[1]), strict=True)
-    return {**dict(heads), "release": one.release, "synergy": one.synergy, "share": one.synergy / g}
 
 
 @dataclass(frozen=True, eq=False)

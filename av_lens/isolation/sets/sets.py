@@ -194,11 +194,6 @@ class BuiltSet:
         """What the set is called in the tables."""
         return f"searched set ({self.donor})"
 
-    @property
-    def names(self) -> str:
-        """The members as words."""
-        return head_names(self.members)
-
 
 def head_names(heads: Sequence[Head]) -> str:
     """Write heads as words."""
@@ -294,7 +289,7 @@ class SetReleases:
 
             return {"release": mirrored("va", change).T}
 
-        found = gathered(self.chunks, self.examples, name, {"donor": self.donor, **depends}, release)["release"]
+        found = gathered(self.chunks, self.examples, name, {"donor": self.donor, **depends}, release, "")["release"]
         self._known |= zip(map(frozenset, sets), np.ascontiguousarray(found.T), strict=True)
 
     def _margins(
@@ -361,7 +356,7 @@ def controls(chunks: Sequence[Chunk], heads: Sequence[Head], donor: str, half: H
         depends = {"control": control, "heads": [list(head) for head in heads], "donor": donor}
         compute = partial(_items, control=control, heads=heads, donor=donor)
         try:
-            found = gathered(chunks, half.examples, "a control", depends, compute)
+            found = gathered(chunks, half.examples, "a control", depends, compute, "")
             rows.append(_row(name, right, found["before"], found["after"], half.boot))
         except AvLensError as refused:
             rows.append({"control": name, "n": 0, "verdict": f"not measured: {refused}"})
