@@ -8,30 +8,29 @@
   shuffled labels; `excess` is the selectivity. The layer is chosen on discovery (`chosen`); its row says how well it
   did there and what the other medium's class alone would let one guess.
 
-`layer` counts the layers that the stream has passed: 0 is before the first. Confirmation's conflicts, with isolate's
-intervals. That a word can be read does not mean that the model reads it: where the sound is known and not said, it is
-lost after that layer.
+`layer` counts the layers that the stream has passed: 0 is before the first. All is of confirmation's conflicts, with
+isolate's intervals. That a word can be read does not mean that the model reads it: where the sound is known and not
+said, it is lost after that layer. Choices where the protocol is silent: of a span with more than `MOST_POSITIONS`
+positions the lens reads so many, evenly spaced (the null the same ones); an answer of several tokens is read by its
+first.
 
-Choices where the protocol is silent: `TOP` is 5; of a span with more than `MOST_POSITIONS` positions the lens reads so
-many, evenly spaced (the null the same ones); an answer of several tokens is read by its first.
+* **paths**: for a sender and its donor, on the base `va` (mirrored `av`), at the site:
 
-For a sender and its donor, on the base `va` (mirrored `av`), at the site:
+      total        z from the donor, everything after it free: its release
+      direct       the same with every later head's output held, MLPs and norms recomputed: to the logits by its own
+                   write
+      L5H1.q       path patching: run 3 gives what head 1 of layer 5 would read as query if nothing but the sender had
+                   changed (every other head held, MLPs and norms recomputed); run 4 is the base run with only that
+                   input replaced and everything after it free. Keys and values are ungrouped: this query head alone
+                   sees them
+      queries      all receivers' queries in one run 4
+      joint        all receivers' queries, keys and values in one run 4
+      remainder    total - direct - joint: what passes elsewhere, and what the parts make of each other
 
-    total        z from the donor, everything after it free: its release
-    direct       the same with every later head's output held, MLPs and norms recomputed: to the logits by its own write
-    L5H1.q       path patching: run 3 gives what head 1 of layer 5 would read as query if nothing but the sender had
-                 changed (every other head held, MLPs and norms recomputed); run 4 is the base run with only that input
-                 replaced and everything after it free. Keys and values are ungrouped: this query head alone sees them
-    queries      all receivers' queries in one run 4
-    joint        all receivers' queries, keys and values in one run 4
-    remainder    total - direct - joint: what passes elsewhere, and what the parts make of each other
-
-Positive: that road lets the model hear more. A gate shows up as mediated by the queries of the carriers that it turns
-away. Receivers not after the sender are NaN. For carriers the base is `blank_a` (mirrored `blank_v`), the donor
-`blank_muted`, the effect one on G, and only total, direct and remainder are measured.
-
-Donors need not be a run of their own (`zero`, means), so the runs of `methods.path_patching` are made here from the
-same parts (`runs.held`).
+  Positive: that road lets the model hear more. A gate shows up as mediated by the queries of the carriers that it turns
+  away. Receivers not after the sender are NaN. For carriers the base is `blank_a` (mirrored `blank_v`), the donor
+  `blank_muted`, the effect one on G, and only total, direct and remainder are measured. Donors need not be a run of
+  their own (`zero`, means), so the runs of `methods.path_patching` are made here from the same parts (`replay.held`).
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ from av_lens.inputs.conflict import clip_key
 from av_lens.interventions import Plan, Site, replace
 from av_lens.interventions.edges import INPUTS, Node
 from av_lens.isolation.measuring.bench import Bench, Chunk, Half, columns, gathered
+from av_lens.isolation.measuring.effects import effects_of_plans, trace_of
 from av_lens.isolation.measuring.engine import Head
-from av_lens.isolation.measuring.plan_effects import effects_of_plans, trace_of
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.evidence import Searched, chunks_of
 from av_lens.isolation.sets.confirmation import NAMES, Held
@@ -315,11 +314,10 @@ def _change(chunk: Chunk, cell: str, sender: Sender) -> dict[tuple[str, int], to
 
 def _together(held: HeldRun, read: dict[Node, torch.Tensor], ends: Sequence[int]) -> list[Plan | None]:
     """All receivers after each sender together, everything else free."""
-    found: list[Plan | None] = []
-    for row, end in enumerate(ends):
-        later = {node: given[[row]] for node, given in read.items() if node.reads_at > end}
-        found.append(replaced(held, later)[0] if later else None)
-    return found
+    later = [
+        {node: given[[row]] for node, given in read.items() if node.reads_at > end} for row, end in enumerate(ends)
+    ]
+    return [replaced(held, inputs)[0] if inputs else None for inputs in later]
 
 
 def _joint(

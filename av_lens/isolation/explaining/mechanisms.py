@@ -1,5 +1,8 @@
 """Every named head's mechanism card: what it reads, writes, what drives its pattern, where its release goes.
 
+One row of `cards` per figure, on confirmation, with its interval, for every head that was given a role and every member
+of the chosen set (a member without a role of its own has the set's donor). `part` is one of:
+
 * **attention** by role, from the generation position and over the site, in `va`, `aa`, `blank_a` and `va` asked `see`:
   the mean over positions of the sum over the role's keys. Sinks, where there are some, are a role of their own.
 * **ov**: what its write at the asked position gives to the answers' logits, at the run's own norm scale, mirrored
@@ -12,19 +15,15 @@
   picture and to the sound. What moves with the queries alone is driven by the questioner, with the keys alone by the
   media. Suppressors take from `blank_muted` (as if nothing were seen or heard) and `wa` (another picture), carriers
   from `blank_a` (the conflict without its picture). Beside these the whole z is taken, as everywhere else.
+* **path**: where its release goes (`knowledge.paths`).
 
-All cells of a conflict have one layout, so rotary positions agree and keys can be exchanged. Choices: K and V are
-exchanged for this query head alone, whatever heads share them; text keys (boundaries, the question itself) always stay.
-
-One row of `cards` per figure, on confirmation, with its interval. `part` is "attention", "ov", "pattern" (`cards`) or
-"path" (`knowledge`). Cards are made of every head that was given a role and of every member of the chosen set; a
-member without a role of its own has the set's donor.
-
-Choices where the protocol is silent: receivers are the heads after the first that releases, named or not, since what
-a gate turns away may be carried by many heads of which none is large: the named ones, then those of the largest effect
-on discovery (carries, silenced, any release), `MOST_RECEIVERS` in all. A head that both releases and carries is treated
-as one that releases. Where the model's layers cannot be computed by themselves (`runs.restart`), only attention
-is measured, and the other parts are one NaN row that says why.
+All cells of a conflict have one layout, so rotary positions agree and keys can be exchanged. Choices where the protocol
+is silent: K and V are exchanged for this query head alone, whatever heads share them; text keys (boundaries, the
+question itself) always stay. Receivers are the heads after the first that releases, named or not, since what a gate
+turns away may be carried by many heads of which none is large: the named ones, then those of the largest effect on
+discovery (carries, silenced, any release), `MOST_RECEIVERS` in all. A head that both releases and carries is treated as
+one that releases. Where the model's layers cannot be computed by themselves (`obstacle`), only attention is measured,
+and the other parts are one NaN row that says why.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ from av_lens.interventions import Plan
 from av_lens.isolation.explaining import knowledge
 from av_lens.isolation.explaining.knowledge import Known, Row, Subject
 from av_lens.isolation.measuring.bench import Chunk, Half, gathered
+from av_lens.isolation.measuring.effects import effects_of_plans, trace_of
 from av_lens.isolation.measuring.engine import MIRROR, W_CELLS, Head
-from av_lens.isolation.measuring.plan_effects import effects_of_plans, trace_of
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.roles import Evidence, head_means
 from av_lens.replay.stacks import HeadRead

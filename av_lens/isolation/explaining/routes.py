@@ -1,23 +1,14 @@
 """By which road does the picture win? Edges of named heads and of whole routes cut, beside cuts of as much elsewhere.
 
-release of a cut = (change of M in va - change of M in av) / 2          positive: the model hears more
+effect (release) of a cut = (change of M in va - change of M in av) / 2          positive: the model hears more
 
-Cut are the edges from the site's queries to the picture's keys and to the sound's, in each head that releases and in
-the chosen set together; where there are sinks also to the sinks alone and to the picture without them. `renormalised`
-scales the remaining weights up; without it the weight is lost. Beside each renormalised cut (`runs.matched_cuts`):
+*Cuts of heads*: the edges from the site's queries to the picture's keys and to the sound's, in each head that releases
+and in the chosen set together; where there are sinks also to the sinks alone and to the picture without them.
+`renormalised` scales the remaining weights up; without it the weight is lost. Heads that only carry are not cut.
 
-    equal mass       the same edges in other heads at most one layer away that do not release themselves, with as much
-                     value-weighted attention removed (within a quarter); the mean of `DRAWS` draws
-    10%, 30% of keys nested shares of the keys; 100% is the cut
-    equal count      as many other keys in the same heads, only where three times as many exist
-
-`mass`: of a cut, its share of all that these heads move to these queries; of an equal-mass control, what it removes
-over what the cut removes. A control that cannot be made is NaN, and its note says why.
-
-Choices where the protocol is silent: masses are taken from `va` and the same edges are cut in `av`; controls are made
-for the renormalised cut; heads that only carry are not cut.
-
-effect of a cut = (change of M in va - change of M in av) / 2           positive: the sound is said again
+*Cuts of routes*, all renormalised, in all heads of a window of layers: all of them, the depths at which the studies
+cut, as shares of the model's own depth (`WINDOWS`), and around every layer with a width of 7 of 36 layers ("From Senses
+to Decisions"). `says_sound`: how often the likeliest token of the whole vocabulary is the sound's answer in `va`.
 
 | route | edges | who says so |
 |---|---|---|
@@ -28,19 +19,20 @@ effect of a cut = (change of M in va - change of M in av) / 2           positive
 | without sinks | video - sinks -> suffix | late attention to video is a sink, and cutting it changes nothing |
 | encoding | video -> audio | the sound reads the picture while it is encoded (interleaved layouts) |
 
-Each in all heads of a window of layers: all of them, and the depths at which the studies cut, as shares of the model's
-own depth (`WINDOWS`), and around every layer with a width of 7 of 36 layers ("From Senses to Decisions"). All cuts are
-renormalised. Beside the cuts in `WINDOWS` stand controls (`runs.matched_cuts`), the mean of `DRAWS` draws (how
-often the sound is said is that of the first draw):
+Beside each renormalised cut of heads, and each cut of a route in `WINDOWS`, stand controls
+(`methods.shared.matched_cuts`), the mean of `DRAWS` draws (how often the sound is said is that of the first draw):
 
-    equal mass   as much value-weighted attention of the same queries removed elsewhere: the same edges in other heads
-                 at most one layer outside the window, else other keys that hold no media (within a quarter)
-    equal count  as many other keys, only where three times as many exist
-    the sound's  the same queries no longer read the sound: what is lost if they cannot hear
+    equal mass       as much value-weighted attention of the same queries removed (within a quarter): the same edges in
+                     other heads at most one layer away (that do not release themselves; outside the window), for a
+                     route else other keys that hold no media
+    equal count      as many other keys in the same heads, only where three times as many exist
+    10%, 30% of keys of heads: nested shares of the keys; 100% is the cut
+    the sound's      of routes: the same queries no longer read the sound: what is lost if they cannot hear
 
-`mass` is the share of all that the cut heads move to these queries; of an equal-mass control what it removes over what
-the cut removes. `says_sound`: how often the likeliest token of the whole vocabulary is the sound's answer in `va`. A
-route that a prompt does not have (no sinks, no picture before the sound) is NaN, and its note says why.
+`mass`: of a cut, its share of all that the cut heads move to these queries; of an equal-mass control, what it removes
+over what the cut removes. A control that cannot be made, and a route that a prompt does not have (no sinks, no picture
+before the sound), is NaN, and its note says why. Choice where the protocol is silent: masses are taken from `va` and
+the same edges are cut in `av`.
 """
 
 from __future__ import annotations
@@ -56,8 +48,8 @@ from av_lens.core.readings import attention_mass, sinks_of
 from av_lens.interventions import Plan
 from av_lens.isolation.explaining.knowledge import Known, Row
 from av_lens.isolation.measuring.bench import Chunk, Half, columns, gathered
+from av_lens.isolation.measuring.effects import effects_of_plans, says_sound
 from av_lens.isolation.measuring.engine import Head
-from av_lens.isolation.measuring.plan_effects import effects_of_plans, says_sound
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.sets.sets import head_names
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut, matches

@@ -1,15 +1,6 @@
 """What do larger units do (groups of heads, MLPs, layers), and what does an edit of the named set mend and break?
 
-The set's members get constant outputs: zero, or the mean over discovery of what their donor gave them (`blank_muted`:
-what they write having neither seen nor heard; `mean_other`: what they write when asked something else), one vector for
-each role of the site's positions, so that the plan fits any clip, question and length. What decoding adds is edited
-like the generation position. The constants are not the set's own donors (those are each conflict's own), so the plan is
-measured anew on confirmation: its release, how often the sound is said, and every control of `specificity`.
-
-    plan = found.plan()
-    model.generate(x, plan=plan, return_type="text")
-
-Each is edited alone at the site, on discovery, and its effect mirrored, as for single heads (`effects`):
+Each unit is edited alone at the site, on discovery, and its effect mirrored, as for single heads (`effects`):
 
 | unit | what is edited |
 |---|---|
@@ -27,6 +18,13 @@ Each is edited alone at the site, on discovery, and its effect mirrored, as for 
 
 Keys are replaced before rotary position, so that a mean from a prompt of another length stands at the run's own
 positions. A sender at a position changes keys and values at that position only.
+
+The named set's edit is also written as a plan (`found.plan()`) that fits any clip, question and length. The members get
+constant outputs: zero, or the mean over discovery of what their donor gave them (`blank_muted`: what they write having
+neither seen nor heard; `mean_other`: asked something else), one vector for each role of the site's positions. What
+decoding adds is edited like the generation position. The constants are not the set's own donors (those are each
+conflict's own), so the plan is measured anew on confirmation: its release, how often the sound is said, and every
+control of `specificity`.
 """
 
 from __future__ import annotations

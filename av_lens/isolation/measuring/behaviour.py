@@ -1,12 +1,10 @@
 """Does the model hear, and does seeing keep it from saying so? Which answers are scored, and protocol section 2.
 
-A word is read in the form (leading space or not, capital or not; `runs.forms`) that the model says most: that of the
+A word is read in the form (leading space or not, capital or not; `metrics.forms`) that the model says most: that of the
 largest median probability over the sounds' words in `aa` and the pictures' words in `vv` of all conflicts, before they
-are dealt. It is one form for all words.
-
-A conflict is left out, by name, where its answers cannot be used: a word that is not known, answers that cannot be told
-apart or take several tokens, or a word whose chosen form has, in the conflict's own cell, under a hundredth of the
-probability of another form. It never refuses the manifest.
+are dealt. It is one form for all words. A conflict is left out, by name, where its answers cannot be used: a word that
+is not known, answers that cannot be told apart or take several tokens, or a word whose chosen form has, in the
+conflict's own cell, under a hundredth of the probability of another form. The manifest is never refused for it.
 
 Per conflict, with M = score(sound's answer) - score(picture's answer) in every cell:
 

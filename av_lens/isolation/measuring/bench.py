@@ -27,6 +27,7 @@ from av_lens.core.readings import sink_positions, sinks_of
 from av_lens.errors import ProtocolError
 from av_lens.inputs import AVInputs
 from av_lens.inputs.conflict import ClipKeys
+from av_lens.inputs.model_inputs import shared
 from av_lens.isolation.measuring.engine import (
     MEANS,
     MEDIA_SITES,
@@ -44,7 +45,6 @@ from av_lens.isolation.measuring.engine import (
     align_end,
     equal_ending,
     site_positions,
-    stacked,
 )
 from av_lens.isolation.measuring.scoring import Candidates, CellReading
 from av_lens.isolation.measuring.store import Arrays, Store
@@ -174,8 +174,8 @@ class Chunk:
         """Stack a cell's inputs; of a w cell only of the conflicts that have it."""
         if cell == "text_only":
             bare = self.bench.engine.model.encode(None, str(self.bench.conflicts[int(self.examples[0])].question))
-            return stacked([bare] * len(self.examples))
-        return stacked([self.bench.inputs(int(i), cell, question) for i in self._present(cell)])
+            return shared(AVInputs.stack([bare] * len(self.examples)))
+        return shared(AVInputs.stack([self.bench.inputs(i, cell, question) for i in self._present(cell)]))
 
     def _present(self, cell: str) -> list[int]:
         present = self.with_third if cell in W_CELLS else self.examples.tolist()

@@ -1,12 +1,12 @@
-"""What does each head do to hearing? The figures of protocol section 4, defined once, measured conflict by conflict.
+"""What does an edit of a head, or any other, do to hearing? Protocol section 4, measured conflict by conflict.
 
-`ESTIMANDS` is the one list. An estimand is the effect of a `Request` (every head in turn gets its z from a donor, in a
-base cell and its mirror), minus that of another where it says so. Requests (`requests`), figures (`figures`), rows of
-the table of evidence, keys of the record's arrays, and columns of the table of heads (`column`, where
-`results.tables` names it) follow from it; tests of roles name estimands by `(name, donor)`.
+Every effect is mirrored, (change of M in a cell - change of M in its mirror) / 2: in `va` and `av` it is one on hearing
+under conflict, C; in `blank_a` and `blank_v` on hearing with nothing to see, G. Positive: the model hears more.
 
-Every estimand stands there twice: as measured, and with the final norm's scale frozen at the unedited run's
-(` (norm frozen)` after its name). Positive is as in the record: an edit lets the model hear more, or a fall of G.
+`ESTIMANDS` is the one list of figures. An estimand is the effect of a `Request` (every head in turn gets its z from a
+donor, in a base cell and its mirror), minus that of another where it says so; what runs (`requests`), figures
+(`figures`), rows of the table of evidence, keys of the record's arrays, and columns of the table of heads (`column`,
+where `results.tables` names it) follow from it, and roles name estimands by `(name, donor)`.
 
 | estimand | of |
 |---|---|
@@ -17,15 +17,9 @@ Every estimand stands there twice: as measured, and with the final norm's scale 
 | reads picture, reads sound, silenced, question's own | donors wa, vw, blank_a - blank_muted, mean_other - mean_task |
 | rise over others | rise of the heard sound's answer over the candidates that are neither answer (damage) |
 
-Every effect is mirrored: on hearing under conflict, C = (M(va) - M(av)) / 2, an edit's effect is
-(change of M in va - change of M in av) / 2; on hearing with nothing to see, G = (M(blank_a) - M(blank_v)) / 2,
-likewise.
-Positive: the edit lets the model hear more.
-
-A `Request` names a base cell, a donor and whether later heads are frozen; `measure_requests` runs all of a list for all
-heads and returns, per request and conflict, an `Effect`: the change of M, its parts on the two answers, the same with
-the final norm frozen, and the rise of the heard sound's answer over the candidates that are neither answer (damage
-shows there). `estimands` makes figures of them. What heads write themselves (`direct_writes`) needs no edit.
+All but the last stand there twice: as measured, and with the final norm's scale frozen at the unedited run's
+(` (norm frozen)` after the name). What heads write themselves (`direct_writes`) needs no edit. `effects_of_plans`
+measures plans of any kind (heads' outputs, attention edges).
 """
 
 from __future__ import annotations
@@ -39,9 +33,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from av_lens.interventions import Plan
 from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.engine import MIRROR, PRIMARY_DONORS, SECONDARY_DONORS, W_CELLS, Head
 from av_lens.isolation.measuring.scoring import Candidates, CellReading
+from av_lens.metrics.forms import each
+from av_lens.metrics.metric import Metric, as_metric, logit_diff
+from av_lens.replay.traces import Trace, measure_plans
 from av_lens.results.record import TABLES
 
 PerHead = Float[np.ndarray, "example layer head"]
@@ -327,3 +325,51 @@ def _chunk_writes(chunk: Chunk) -> dict[str, np.ndarray]:
         return candidates.margin(scores, chunk.examples)
 
     return {"margin": mirrored("va", written).transpose(2, 0, 1)}
+
+
+def trace_of(chunk: Chunk, cell: str, question: str = "ask") -> Trace:
+    """Give a cell's recorded run, kept with its recording."""
+    return chunk.bench.engine.trace(chunk.run(cell, question))
+
+
+def margin_metric(chunk: Chunk) -> Metric:
+    """Write M as a metric of a stack: score(sound's answer) - score(picture's), each conflict's own."""
+    answers = [chunk.bench.conflicts[int(i)].answers for i in chunk.examples]
+    sides = (each([pair[side] for pair in answers]) for side in (0, 1))
+    return as_metric(logit_diff(*sides), chunk.bench.engine.model)
+
+
+def effects_of_plans(
+    chunk: Chunk, base: str, plans: Callable[[str], Sequence[Plan | None]]
+) -> Float[np.ndarray, "batch plan"]:
+    """Measure plans, made for a cell, in the cell and in its mirror: effects on C or G; NaN where there is no plan."""
+    metric = margin_metric(chunk)
+
+    def changes(cell: str) -> np.ndarray:
+        given = plans(cell)
+        made = [Plan(), *(plan for plan in given if plan is not None)]
+        scores = measure_plans(trace_of(chunk, cell), made, metric).double().numpy()
+        return _placed(given, scores[1:] - scores[0])
+
+    return mirrored(base, changes).T
+
+
+def _placed(plans: Sequence[Plan | None], found: Float[np.ndarray, "made batch"]) -> Float[np.ndarray, "plan batch"]:
+    """Lay what the plans that there are gave out over all; NaN where there is none."""
+    out = np.full((len(plans), found.shape[1]), np.nan)
+    out[[number for number, plan in enumerate(plans) if plan is not None]] = found
+    return out
+
+
+def says_sound(chunk: Chunk, plans: Sequence[Plan | None]) -> Float[np.ndarray, "batch plan"]:
+    """Say under which plans the likeliest token of the whole vocabulary begins the sound's answer, in `va`."""
+    made, (ids, _) = [plan for plan in plans if plan is not None], margin_metric(chunk).ids or ((), ())
+    owner = [{int(token) for token in row[:, 0] if token >= 0} for row in ids]
+
+    def right(logits: torch.Tensor) -> torch.Tensor:
+        top = logits[:, -1].argmax(-1).tolist()
+        said = [float(token in mine) for token, mine in zip(top, owner, strict=True)]
+        return torch.tensor(said, device=logits.device)
+
+    none = np.zeros((0, len(owner)))
+    return _placed(plans, trace_of(chunk, "va").score(made, right).double().numpy() if made else none).T

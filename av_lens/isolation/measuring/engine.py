@@ -1,29 +1,25 @@
 """What does a model say when heads' outputs at the site are replaced? Donors and recordings of one model.
 
-In a mirrored base (`av`, `blank_v`) a donor cell is mirrored too: a and v change places. `Means` averages discovery's
-`va` (`mean_task`; `av` in a mirrored base) and its `va` asked `see` (`mean_other`, the same in every edited cell), over
-the conflicts that share no answer with the edited one.
-
-Choices where the protocol is silent: a donor of other length than the site is aligned from the end, and what overhangs
-keeps the run's own z; where the donor is another cell's, it ends where the token ids begin to differ. The mirror of
-`audio_only` is `audio_only_v`, the picture's sound alone.
-
 A `Recording` is a run of a stack of one-layout inputs: its logits at the asked position, every head's z from the site
 on, the trace from which it is restarted (made when first needed), and the edits that it was made under, if any.
 `Recording.plan` is the one place where "these heads get that z" becomes a `Plan`: edits act at the *site*'s positions
 only. `freeze=True` also holds every later layer's z at the recording's own: what is left is the head's own write,
-through MLPs and norms that are recomputed (the *direct* effect).
+through MLPs and norms that are recomputed (the *direct* effect). It needs the asked position alone, where the restart
+then begins: every later head's output there is the recording's own, whatever happened at other positions.
 
-A frozen edit needs the asked position alone: every later head's output there is the recording's own, whatever happened
-at other positions. The restart therefore begins at it.
-
-Edits are `Plan`s (`Recording.plan` writes them for heads) and run in two ways that must agree (a test holds them
-together): `how="trace"` restarts the recorded run at the first edited layer and position; `how="hooks"` runs the whole
-model again for every plan, with plain hooks, as the slow reference.
+Plans run in two ways that must agree (a test holds them together): `how="trace"` restarts the recorded run at the first
+edited layer and position; `how="hooks"` runs the whole model again for every plan, with plain hooks, as the slow
+reference. An edited run can be kept like a recorded one (`record_edited`), and further edits restart there.
 
 *Norm frozen*: logits read from a run's stream with the final norm dividing by what it divided by in the unedited run of
 that cell. Reading out is then linear, so that what a change of the stream does to the logits is the same whatever the
 norm would have made of it.
+
+In a mirrored base (`av`, `blank_v`) a donor cell is mirrored too: a and v change places; the mirror of `audio_only` is
+`audio_only_v`, the picture's sound alone. `Means` averages discovery's `va` (`mean_task`; `av` in a mirrored base) and
+its `va` asked `see` (`mean_other`, the same in every edited cell), over the conflicts that share no answer with the
+edited one. Choices where the protocol is silent: a donor of other length than the site is aligned from the end, and
+what overhangs keeps the run's own z; another cell's donor ends where the token ids begin to differ.
 """
 
 from __future__ import annotations
@@ -48,7 +44,6 @@ from av_lens.core.readings import incoming_mass
 from av_lens.errors import ProtocolError, unknown
 from av_lens.families.decoder import hook_name
 from av_lens.inputs import AVInputs
-from av_lens.inputs.model_inputs import shared
 from av_lens.interventions import CompiledPlan, Edit, Plan, Site, replace
 from av_lens.replay.rerun import Taps, rerun, start_of
 from av_lens.replay.stacks import run_streams, scheduled
@@ -430,11 +425,6 @@ class ModelEngine:
             for z, output in zip(recording.site_z, self._output_weights, strict=True)
         ]
         return torch.stack(norms).double().cpu().numpy()
-
-
-def stacked(inputs: Sequence[AVInputs]) -> AVInputs:
-    """Join inputs of one layout."""
-    return shared(AVInputs.stack(list(inputs)))
 
 
 class Cells:

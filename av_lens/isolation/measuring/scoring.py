@@ -43,9 +43,8 @@ class CellReading:
     @classmethod
     def joined(cls, parts: Sequence[CellReading], order: Int[np.ndarray, " example"]) -> CellReading:
         """Put the readings of several stacks one after the other, and these in order."""
-        return cls(
-            *(np.concatenate([getattr(one, name) for one in parts])[order] for name in ("scores", "top", "mass"))
-        )
+        names = ("scores", "top", "mass")
+        return cls(*(np.concatenate([getattr(one, name) for one in parts])[order] for name in names))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,4 @@
-"""Which role does a head play, and how sure are we? Protocol section 5, from the effects of section 4.
-
-p is a one-sided sign flip by component of effect - s G. A role's p is the largest of its parts: release;
-direct - release / 2 (for a gate release / 2 - direct); the difference of the reads. q is Benjamini-Hochberg over
-heads x sites x [3 roles x 3 donors + silenced + carries]. A second Benjamini-Hochberg over the same family, each role's
-p replaced by its release part, says whether the release itself passes. (Protocol sections 5 and 7.)
+"""Which role does a head play, and how sure are we? Protocol sections 5 and 7, from the effects of section 4.
 
 The first that holds, top to bottom; a sound carrier may join any:
 

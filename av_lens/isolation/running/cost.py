@@ -35,8 +35,9 @@ from av_lens.isolation.measuring.bench import Chunk
 from av_lens.isolation.measuring.effects import Request, edited_scores, requests
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS
 from av_lens.isolation.measuring.store import GO_ON, Measured
+from av_lens.isolation.sets.confirmation import RANDOM_SETS
 from av_lens.isolation.sets.search import n_candidates
-from av_lens.isolation.sets.sets import HELD_BYTES, RANDOM_SETS
+from av_lens.isolation.sets.sets import HELD_BYTES
 from av_lens.results.statistics import Bootstrap
 from av_lens.whole_files import stored, write_whole
 

@@ -48,24 +48,6 @@ Told = Callable[[str], None]
 Clips = Mapping[tuple[str, str], str]
 
 
-@contextmanager
-def claimed(
-    folder: Path, protocol: Mapping[str, Any], *, clips: Clips | None = None, told: Told | None = None
-) -> Generator[None]:
-    """Hold a folder for one run, and write the protocol into it if it is new."""
-    make_folder(folder)
-    with _alone(folder, told):
-        if (folder / PROTOCOL).exists():
-            _same(folder, protocol, clips or {})
-        else:
-            _refuse_foreign(folder)
-            write_whole(folder / PROTOCOL, json.dumps(protocol, indent=1))
-        for place in (folder, folder / FOLDER, folder / RECORD):
-            sweep_partials(place)
-        _note_program(folder, told)
-        yield
-
-
 def _refuse_foreign(folder: Path) -> None:
     """Refuse a folder that holds, without a protocol, files that a run would write over."""
     found = [name for name in (LEDGER, PROGRAM, ESTIMATE, RECORD) if (folder / name).exists()]
@@ -268,7 +250,7 @@ class Ledger:
 
 @contextmanager
 def watched_run(run: Run, folder: Path | None, *, budget: float | None, told: Told | None) -> Generator[Ledger]:
-    """Hold a run's folder while it goes on, with its ledger and its deadline."""
+    """Hold a run's folder while it goes on, with its protocol, its ledger and its deadline."""
     store = run.bench.store
     store.folder, store.key = folder, run.key
     ledger = Ledger(folder, dict(zip((one.id for one in run.members), run.halves.half, strict=True)), told)
@@ -280,7 +262,16 @@ def watched_run(run: Run, folder: Path | None, *, budget: float | None, told: To
     if folder is None:
         yield ledger
         return
-    with claimed(folder, run.protocol, clips=run.clips, told=told):
+    make_folder(folder)
+    with _alone(folder, told):
+        if (folder / PROTOCOL).exists():
+            _same(folder, run.protocol, run.clips)
+        else:
+            _refuse_foreign(folder)
+            write_whole(folder / PROTOCOL, json.dumps(run.protocol, indent=1))
+        for place in (folder, folder / FOLDER, folder / RECORD):
+            sweep_partials(place)
+        _note_program(folder, told)
         try:
             yield ledger
         except FileError as error:  # of the record
@@ -292,9 +283,7 @@ def watched_run(run: Run, folder: Path | None, *, budget: float | None, told: To
         ledger.write()
 
 
-def differences(
-    there: Mapping[str, Any], here: Mapping[str, Any], clips: Mapping[tuple[str, str], str] | None = None
-) -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], clips: Clips | None = None) -> list[str]:
     """Say in what two protocols differ."""
     out: list[str] = []
     for name in dict.fromkeys([*here, *there]):
@@ -326,7 +315,7 @@ def _inner(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _changed(one: Mapping[str, Any], two: Mapping[str, Any], clips: Mapping[tuple[str, str], str]) -> list[str]:
+def _changed(one: Mapping[str, Any], two: Mapping[str, Any], clips: Clips) -> list[str]:
     """The clips and words that changed of conflicts that both have; a third that was drawn anew is no cause."""
     both = [name for name in two if isinstance(one.get(name), Mapping)]
     found = [(name, part) for name in both for part in two[name] if one[name].get(part) != two[name][part]]

@@ -1,10 +1,9 @@
 """What a run is before the model is asked anything: who is dealt where, what is asked, and what was fixed.
 
-Criteria, donors, sites, the family of tests, the threshold s, seeds and who was dealt where are written, with their
-hash, before any head is edited; a finding that does not carry this hash was not made by this protocol.
-
-Deal the conflicts to two halves, draw the third clips, resolve the answers, write the protocol down. Whatever can be
-refused without running the model is refused here.
+The conflicts are dealt to two halves, third clips drawn, answers resolved. Criteria, donors, sites, the family of
+tests, the threshold s, seeds and who was dealt where are written down, with their hash, before any head is edited; a
+finding that does not carry this hash was not made by this protocol. Whatever can be refused without running the model
+is refused here.
 
 A run is the same run as another if criteria, seeds, model (weights and configuration), conflicts (files, windows,
 words), number of threads and program are the same; `Run.key` is the hash of all that, and measurements on disk are
@@ -37,8 +36,9 @@ from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import SCHEMA, measuring_hash
 from av_lens.isolation.naming.evidence import PERCENTILE
 from av_lens.isolation.naming.roles import DAMAGE_CUT, DIRECT_CUT, LEVEL, family_size
+from av_lens.isolation.sets.confirmation import FEWEST_SETS, NEAREST, NORM_FACTOR, RANDOM_SETS
 from av_lens.isolation.sets.search import ALL_HEADS, MOST_MEMBERS, PATIENCE, SCREENED, SYNERGIES
-from av_lens.isolation.sets.sets import FEWEST_SETS, MARGIN, NEAREST, NORM_FACTOR, RANDOM_SETS
+from av_lens.isolation.sets.sets import MARGIN
 from av_lens.model.binding import remembered_towers
 from av_lens.replay.trace_files import weight_hashes
 from av_lens.results import statistics

@@ -5,9 +5,12 @@ measured on the other half; `found.heads` takes its `effect low high` from here.
 
 * Every donor's set is edited cumulatively on confirmation: its release, and how often the conflict is answered with the
   sound or with the picture (most likely token of the whole vocabulary).
-* The chosen set is compared with at least 200 matched random sets (all, where fewer exist) and with as many top heads
-  for `see` (`sets`). p = (1 + number of random sets with at least the set's release) / (1 + number of random sets); its
-  floor is shown. Confirmed: its release's lower bound is above delta and it releases more than every random set.
+* The chosen set is compared with at least 200 random sets (all, where fewer exist), matched by layer: for each member
+  a head outside the set within one layer whose mean norm of z W_O is within a factor 2 of the member's, else the 3
+  nearest in norm; and with as many top heads for `see`: those whose zeroing most lowers score(picture's answer) -
+  score(sound's) under `see`. p = (1 + number of random sets with at least the set's release) / (1 + number of random
+  sets); its floor is shown. Confirmed: its release's lower bound is above delta and it releases more than every random
+  set.
 * *Ranked heads*: the heads of largest single release are edited together, 1, 2, 4, ... of them, and then as many as it
   takes to find, by halving the interval, how many give half of the gap. This says over how many heads the suppression
   is spread. Where the curve is not monotone it is one crossing of several.
@@ -15,35 +18,34 @@ measured on the other half; `found.heads` takes its `effect low high` from here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from av_lens.isolation.measuring.bench import Bench, Chunk, Half, averaged
+from av_lens.isolation.measuring.effects import Request, measure_requests
 from av_lens.isolation.measuring.engine import Head
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence, chunks_of, gather
 from av_lens.isolation.naming.roles import CARRIERS, Named, confirm, family_size, head_means
 from av_lens.isolation.sets.search import InContext, SearchedSets, in_context, member_roles, member_rows, search_sets
-from av_lens.isolation.sets.sets import (
-    RANDOM_SETS,
-    BuiltSet,
-    SetEffect,
-    controls,
-    cumulative,
-    curve_row,
-    doubling,
-    head_names,
-    random_sets,
-    release_of_sets,
-    top_see_heads,
-)
+from av_lens.isolation.sets.sets import BuiltSet, SetEffect, controls, cumulative, head_names, release_of_sets
 from av_lens.results.record import RELEASING
 from av_lens.results.statistics import CONFIRMATION, DISCOVERY, holm
 
 Row = dict[str, Any]
 NAMES = (*RELEASING, *CARRIERS)
+RANDOM_SETS = 200
+NORM_FACTOR, NEAREST = 2.0, 3
+FEWEST_SETS = 20
+MOST_LISTED = 20_000
+"""Sets of as many heads as the members' pools hold are listed one by one up to so many, else drawn."""
 
 
 @dataclass(eq=False)
@@ -239,3 +241,90 @@ def _against_random(built: BuiltSet, row: Row, effect: SetEffect, delta: float) 
         "confirmed": bool(row["low"] > delta and row["release"] > random.max()),
         "flags": "; ".join(flags),
     }
+
+
+def curve_row(
+    arm: str, members: Sequence[Head], donor: str, effect: SetEffect, row: int, draw: int, half: Half
+) -> dict[str, Any]:
+    """Write one row of the ablation table."""
+    release = effect.release[row]
+    out: dict[str, Any] = {"arm": arm, "k": len(members), "draw": draw, "members": head_names(members), "donor": donor}
+    out |= {name: float(np.nanmean(getattr(effect, name)[row])) for name in ("says_sound", "says_picture")}
+    bounds, share = half.boot.mean(release), half.shares(release)
+    out |= {"low": float(bounds.low), "high": float(bounds.high), "share": float(share.value)}
+    return out | {"release": float(np.nanmean(release))}
+
+
+def doubling(n: int) -> list[int]:
+    """List 1, 2, 4, ... up to n, n included."""
+    sizes = [2**k for k in range(n.bit_length()) if 2**k < n]
+    return [*sizes, n] if n else []
+
+
+def top_see_heads(chunks: Sequence[Chunk], n: int) -> list[Head]:
+    """Find the heads that `see` needs most, by zeroing each: those whose zeroing moves M towards the sound's answer."""
+    heads = chunks[0].bench.engine.heads
+    zeroed = Request("va", "zero", question="see")
+    examples = np.concatenate([chunk.examples for chunk in chunks])
+    found = measure_requests(chunks, [zeroed], heads=heads, examples=examples)
+    mean = head_means(found[zeroed].margin).ravel()
+    return [heads[j] for j in np.argsort(-mean, kind="stable")[:n]]
+
+
+def random_sets(
+    members: Sequence[Head], norms: Float[np.ndarray, "layer head"], *, seed: int, n: int = RANDOM_SETS
+) -> tuple[list[tuple[Head, ...]], int]:
+    """Draw control sets matched to a set by layer and by how much each member writes.
+
+    Where members share so few matching heads that no set of distinct heads can be drawn, each member's pool is widened
+    by its next nearest heads within one layer, one at a time, until there are 20 sets (so that p can fall below .05) or
+    no more heads.
+    """
+    found = _drawn(_pools(members, norms, 0), seed=seed, n=n)
+    wider, most = 0, 3 * norms.shape[1]
+    while wider < most and (not found if not wider else len(found) < FEWEST_SETS):
+        wider += 1
+        found = _drawn(_pools(members, norms, wider), seed=seed, n=n)
+    return found, wider if found else 0
+
+
+def _pools(members: Sequence[Head], norms: np.ndarray, wider: int) -> list[list[Head]]:
+    """Each member's candidates: within one layer and a factor 2 in norm, else the 3 nearest; and some more."""
+    pools: list[list[Head]] = []
+    for layer, head in members:
+        near = [
+            (other_layer, other)
+            for other_layer in range(max(0, layer - 1), min(norms.shape[0], layer + 2))
+            for other in range(norms.shape[1])
+            if (other_layer, other) not in members
+        ]
+        ratio = {h: abs(np.log(max(norms[h], 1e-12) / max(norms[layer, head], 1e-12))) for h in near}
+        near.sort(key=lambda h: ratio[h])
+        within = sum(ratio[h] <= np.log(NORM_FACTOR) for h in near)
+        pools.append(near[: (within or NEAREST) + wider])
+    return pools
+
+
+def _drawn(pools: Sequence[Sequence[Head]], *, seed: int, n: int) -> list[tuple[Head, ...]]:
+    """All distinct sets where there are few, else n drawn ones."""
+    if not pools or not all(pools):
+        return []
+    rng = np.random.default_rng(seed)
+    heads = sorted({head for pool in pools for head in pool})
+    if math.comb(len(heads), len(pools)) <= MOST_LISTED:
+        found = [one for one in combinations(heads, len(pools)) if _matched(one, pools)]
+        return [found[i] for i in rng.permutation(len(found))[:n]] if len(found) > n else found
+    drawn: dict[tuple[Head, ...], None] = {}
+    for _ in range(100 * n):
+        one = tuple(pool[int(rng.integers(len(pool)))] for pool in pools)
+        if len(set(one)) == len(one):
+            drawn.setdefault(tuple(sorted(one)))
+        if len(drawn) == n:
+            break
+    return list(drawn)
+
+
+def _matched(heads: Sequence[Head], pools: Sequence[Sequence[Head]]) -> bool:
+    """Whether every member can have one of these heads from its own pool."""
+    allowed = csr_matrix(np.array([[head in pool for pool in pools] for head in heads], dtype=np.int8))
+    return bool((maximum_bipartite_matching(allowed, perm_type="column") >= 0).all())

@@ -4,7 +4,7 @@ Heads hide each other: where each of two pairs of heads suffices, no single rele
 primary donor:
 
 1. *Candidates*: all heads where there are at most 64; else the 40 of best rank on any of three screens: the largest
-   release, sufficiency, attention of the generation position to the video (mean over `va`).
+   release (over the donors), sufficiency, attention of the generation position to the video (mean over `va`).
 2. *Pair synergy* = release({h, k}) - max(0, release h) - max(0, release k), for all pairs of candidates.
 3. *Forward*, from the best head and from the five pairs of largest synergy: add the head of largest gain; stop after 3
    gains in a row below delta (and drop these), or at 12 heads.
@@ -12,24 +12,21 @@ primary donor:
    after each.
 5. The set of largest release wins (ties by layer and head). Of the donors' sets the one of largest release is *chosen*.
 
-delta = s G of discovery. Everything is a mean over discovery's conflicts. `quick=True` leaves the pairs out, and with
+delta = s G of discovery; releases are means over discovery's conflicts. `quick=True` leaves the pairs out, and with
 them the five starts.
-
-Choices where the protocol is silent: small gains at the end of a climb that stopped at 12 heads are left to the
-backward steps; a set whose last head releases less than delta is taken apart to nothing, and then that donor has no
-set; a head's rank by release is that of its largest release over the donors.
 
 The release of a member of a redundant set is next to nothing while the others stand in for it. So a member h of a set S
 is measured in the run in which S without h is edited (by the set's donor): its release there is
 release(S) - release(S without h); its direct share is that with all later heads' z frozen to that edited run's own; it
 reads picture or sound by the donors `wa` and `vw` for h alone; mere damage is judged by the fall of G and the rise of
-the heard answer, in the same context. The cuts are those of single heads (95% intervals), and so are the roles.
+the heard answer, in the same context. Cuts and roles are those of single heads. Discovery gives the roles; confirmation
+confirms them: the same role by the same cuts, mean above delta, Holm's p below .05 over all rows named on discovery,
+single heads and members together.
 
-Discovery gives the roles; confirmation confirms them: the same role by the same cuts, mean above delta, Holm's p below
-.05 over all rows named on discovery, single heads and members together.
-
-Choice where the protocol is silent: a member has no q and no max-T p (it was found by a search, not by a test), so its
-role on discovery is that of the cuts alone.
+Choices where the protocol is silent: small gains at the end of a climb that stopped at 12 heads are left to the
+backward steps; a set whose last head releases less than delta is taken apart to nothing, and then that donor has no
+set; a member has no q and no max-T p (it was found by a search, not by a test), so its role on discovery is that of the
+cuts alone.
 """
 
 from __future__ import annotations
