@@ -332,9 +332,8 @@ def _joint(
     if site != window:
         return _together(held, read, ends)
     made = held.outputs(read)
-    found: list[Plan | None] = []
-    for row, end in enumerate(ends):
-        heads = sorted({(node.layer or 0, node.index or 0) for node in read if node.reads_at > end})
-        edits = [replace(Site("z", *head, window), made[("z", *head)][0][row]) for head in heads]
-        found.append(Plan(edits) if edits else None)
-    return found
+    later = [sorted({(node.layer or 0, node.index or 0) for node in read if node.reads_at > end}) for end in ends]
+    return [
+        Plan([replace(Site("z", *head, window), made[("z", *head)][0][row]) for head in heads]) if heads else None
+        for row, heads in enumerate(later)
+    ]

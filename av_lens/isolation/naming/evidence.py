@@ -21,18 +21,8 @@ from av_lens.errors import ProtocolError
 from av_lens.isolation.measuring.bench import Bench, Chunk, Half
 from av_lens.isolation.measuring.effects import DLA, Request, direct_writes, figures, measure_requests, requests
 from av_lens.isolation.measuring.engine import MEDIA_SITES, PRIMARY_DONORS, Head, Means
-from av_lens.isolation.naming.roles import (
-    LEVEL,
-    Evidence,
-    Named,
-    Tests,
-    adjust,
-    classify,
-    family_size,
-    head_means,
-    run_tests,
-    run_tests_together,
-)
+from av_lens.isolation.naming import roles
+from av_lens.isolation.naming.roles import LEVEL, Evidence, Named, Tests, head_means
 from av_lens.results.record import RELEASING
 from av_lens.results.statistics import CONFIRMATION
 
@@ -118,7 +108,7 @@ def gather(
     wanted = requests(chunks)
     effects = measure_requests(chunks, wanted, heads=heads, examples=half.examples, stage=stage)
     found = Evidence(figures(effects) | {DLA: direct_writes(chunks, half.examples)}, half)
-    return SiteEvidence(site, chunks, found, run_tests(found, s=s, family=family, seed=seed))
+    return SiteEvidence(site, chunks, found, roles.run_tests(found, s=s, family=family, seed=seed))
 
 
 def null_share(
@@ -136,7 +126,7 @@ def null_share(
 def search(bench: Bench, half: Half, *, s: float, floor: float | None, sites: Sequence[str], seed: int) -> Searched:
     """Search all heads at all sites on discovery; a `floor` of s is raised to what the control question shows."""
     heads = bench.engine.heads
-    family = family_size(len(heads), len(sites))
+    family = roles.family_size(len(heads), len(sites))
     searched, notes = _searchable(bench, half, sites)
     chunks = {site: bench.chunks(half.examples.tolist(), site) for site in searched}
     means = {site: with_means(chunks[site]) for site in searched}
@@ -144,14 +134,14 @@ def search(bench: Bench, half: Half, *, s: float, floor: float | None, sites: Se
         s = max(floor, *(null_share(chunks[site], half.examples, half.G) for site in searched))
     found = [gather(chunks[site], half, heads, site=site, s=s, family=family, seed=seed) for site in searched]
     if len(found) > 1:  # the largest T of a flip is that of all sites
-        together = run_tests_together([site.evidence for site in found], s=s, family=family, seed=seed)
+        together = roles.run_tests_together([site.evidence for site in found], s=s, family=family, seed=seed)
         for site, tests in zip(found, together, strict=True):
             site.tests = tests
-    q, release_q = adjust([site.tests for site in found], n_sites=len(sites))
+    q, release_q = roles.adjust([site.tests for site in found], n_sites=len(sites))
     named = [
         row
         for i, site in enumerate(found)
-        for row in classify(site.evidence, site.tests, q[i], release_q[i], s=s, site=site.site)
+        for row in roles.classify(site.evidence, site.tests, q[i], release_q[i], s=s, site=site.site)
     ]
     by_site = {site.site: site for site in found}
     return Searched(by_site, named, dict(zip(searched, release_q, strict=True)), s, means, len(sites), notes)

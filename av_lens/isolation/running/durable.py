@@ -24,21 +24,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from av_lens import whole_files
 from av_lens.errors import FileError, ProtocolError, UnfinishedError
 from av_lens.isolation.measuring.store import FOLDER, GO_ON, Measured, Store, measuring_hash
 from av_lens.isolation.running.cost import ESTIMATE, Estimate
 from av_lens.isolation.running.preparing import Run, hash_of
 from av_lens.results.record import RECORD
-from av_lens.whole_files import (
-    append_line,
-    describe,
-    make_folder,
-    read_object,
-    reading,
-    sweep_partials,
-    write_whole,
-    writing,
-)
 
 PROTOCOL, LEDGER, LOCK, PROGRAM = "protocol.json", "conflicts.jsonl", ".lock", "program.txt"
 EFFECTS = "head effects"
@@ -65,8 +56,8 @@ def _same(folder: Path, protocol: Mapping[str, Any], clips: Clips) -> None:
         "Put it back as it was, or delete it (then this run's own is written, and what was measured under it is kept), "
         f"or g{OTHER_FOLDER[1:]}."
     )
-    there = read_object(place, mend=back)
-    with reading(place, mend=back):
+    there = whole_files.read_object(place, mend=back)
+    with whole_files.reading(place, mend=back):
         differing = "; ".join(differences(there, protocol, clips))
         threads = [dict(side.get("model") or {}).get("threads") for side in (there, protocol)]
     if there.get("hash") != hash_of(there):
@@ -96,12 +87,11 @@ def _note_program(folder: Path, told: Told | None) -> None:
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        said = (
-            f"{place} cannot be read ({describe(error)}): what this very program measured is kept, all else made again."
-        )
+        why = whole_files.describe(error)
+        said = f"{place} cannot be read ({why}): what this very program measured is kept, all else made again."
     if said and told is not None:
         told(said)
-    write_whole(place, measuring_hash())
+    whole_files.write_whole(place, measuring_hash())
 
 
 @contextmanager
@@ -112,7 +102,7 @@ def _alone(folder: Path, told: Told | None) -> Generator[None]:
     except ImportError:  # no such locks on Windows
         yield
         return
-    with writing(folder / LOCK, mend=f"{OTHER_FOLDER}."):
+    with whole_files.writing(folder / LOCK, mend=f"{OTHER_FOLDER}."):
         file = (folder / LOCK).open("a")
     with file:
         try:
@@ -199,7 +189,7 @@ class Ledger:
             self._anew = False
         else:
             line = json.dumps({"done": part, "seconds": round(seconds, 3), "ids": ids})
-            append_line(self.path, line, error=UnfinishedError, mend=GO_ON)
+            whole_files.append_line(self.path, line, error=UnfinishedError, mend=GO_ON)
 
     def expect(self, estimate: Estimate) -> None:
         """Tell what the run will cost."""
@@ -235,7 +225,7 @@ class Ledger:
                 of = {"id": name, "half": self.halves[name], **self.figures.get(name, {})}
                 rows.append(of | {"done": done, "seconds": seconds})
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(self.path, text, error=UnfinishedError, mend=GO_ON)
+        whole_files.write_whole(self.path, text, error=UnfinishedError, mend=GO_ON)
 
     def stop(self) -> None:
         """Leave the file whole where a run stops before its end."""
@@ -262,15 +252,15 @@ def watched_run(run: Run, folder: Path | None, *, budget: float | None, told: To
     if folder is None:
         yield ledger
         return
-    make_folder(folder)
+    whole_files.make_folder(folder)
     with _alone(folder, told):
         if (folder / PROTOCOL).exists():
             _same(folder, run.protocol, run.clips)
         else:
             _refuse_foreign(folder)
-            write_whole(folder / PROTOCOL, json.dumps(run.protocol, indent=1))
+            whole_files.write_whole(folder / PROTOCOL, json.dumps(run.protocol, indent=1))
         for place in (folder, folder / FOLDER, folder / RECORD):
-            sweep_partials(place)
+            whole_files.sweep_partials(place)
         _note_program(folder, told)
         try:
             yield ledger

@@ -128,7 +128,7 @@ def _confirm_sets(
     """Edit the sets on confirmation with their controls, and look at what else the chosen one breaks."""
     found, site, (first, half), chosen = held.searched, searched.first, halves, held.chosen
     ranked = ranked_curve(searched, chunks, half)
-    sets, ablation = confirmed_sets(found.sets, site, chunks, halves, s=s, seed=seed)
+    sets, ablation = confirmed_sets(searched, held, chunks, halves, s=s, seed=seed)
     context = held.in_context.get(CONFIRMATION)
     members = member_rows(found, first, site.site, held.roles, context, held.confirmed)
     controlled = [] if chosen is None else controls(chunks, chosen.members, chosen.donor, half)
@@ -176,19 +176,13 @@ def between(measured: dict[int, float], goal: float) -> int | None:
 
 
 def confirmed_sets(
-    sets: Sequence[BuiltSet],
-    site: SiteEvidence,
-    chunks: Sequence[Chunk],
-    halves: tuple[Half, Half],
-    *,
-    s: float,
-    seed: int,
+    searched: Searched, held: Held, chunks: list[Chunk], halves: tuple[Half, Half], *, s: float, seed: int
 ) -> tuple[list[Row], list[Row]]:
     """Edit the sets on confirmation, the chosen one with its controls: rows of `sets` and of `ablation`."""
-    half = halves[1]
+    site, half = searched.first, halves[1]
     rows: list[Row] = []
     ablation: list[Row] = []
-    for built in sets:
+    for built in held.searched.sets:
         arms: list[tuple[str, tuple[Head, ...], int]] = [("set", one, -1) for one in cumulative(built.members)]
         if built.chosen:
             norms = averaged(site.chunks, "norms of z W_O", lambda one: one.bench.engine.write_norms(one.run("va")))
