@@ -68,6 +68,7 @@ def protocol_of(
     """Write the protocol of a run down."""
     components = len({halves.component[i] for i in halves.members(DISCOVERY)})
     size = statistics.smallest_effect(components, family=family)
+    fewest = {"fewest_clips": statistics.FEWEST_CLIPS, "fewest_components": statistics.FEWEST_COMPONENTS}
     out: dict[str, Any] = {
         "av_lens": __version__,
         "primary": "release: effect on C = (M(va) - M(av)) / 2",
@@ -95,12 +96,7 @@ def protocol_of(
             "dealt": dict(zip(ids, halves.half, strict=True)),
             "lost": halves.n_lost,
         },
-        "bootstrap": {
-            "draws": statistics.DRAWS,
-            "level": 0.95,
-            "fewest_clips": statistics.FEWEST_CLIPS,
-            "fewest_components": statistics.FEWEST_COMPONENTS,
-        },
+        "bootstrap": {"draws": statistics.DRAWS, "level": 0.95} | fewest,
         "sign_flips": {"most_exact_components": statistics.MOST_EXACT, "least_sampled": "10 x family / .05"},
         "random_sets": RANDOM_SETS,
         "damage": {"fall_of_G_over_release": DAMAGE_CUT, "heard_answer_over_delta": -1},
