@@ -16,9 +16,9 @@ What a set breaks is told by controls, one item per conflict:
 | silent video | `v_muted`, its own question | none: the rate of any candidate answer must not *rise* |
 | text-only | the bare question | none: KL(edited || unedited) is reported |
 
-Right means that the most likely token of the whole vocabulary belongs to the answer. Choices
-where the protocol is silent: the donor `blank_muted` is asked the control's own question where the layout is the same
-(audio alone and bare text: the conflict's own question, aligned from the end); `mean_other` is the same z everywhere.
+Right means that the most likely token of the whole vocabulary belongs to the answer. Choices where the protocol is
+silent: the donor `blank_muted` is asked the control's own question where the layout is the same (audio alone and bare
+text: the conflict's own question, aligned from the end); `mean_other` is the same z everywhere.
 """
 
 from __future__ import annotations
