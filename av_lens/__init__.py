@@ -16,7 +16,6 @@ Importing is silent and light: every name below loads the module it lives in on 
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from av_lens import upstairs
@@ -99,24 +98,17 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test compar
     from av_lens.results import Isolation as Isolation
 
 
-def _room(name: str) -> Any:
-    return importlib.import_module(f"av_lens.{name}")
-
-
-upstairs.install(_room)
-
-
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
-        return _room(name)
+        return upstairs.upstairs(name)
     if name in _HOMES:
-        value = getattr(_room(_HOMES[name]), name)
+        value = getattr(upstairs.upstairs(_HOMES[name]), name)
         globals()[name] = value
         return value
     from av_lens.errors import unknown
 
     for room in () if name.startswith("_") else _ROOMS:
-        if name in getattr(_room(room), "__all__", ()):
+        if name in getattr(upstairs.upstairs(room), "__all__", ()):
             raise AttributeError(f"av_lens: {name!r} stands in a room of the package: write av_lens.{room}.{name}.")
     raise AttributeError(f"av_lens: {unknown('name', name, __all__)}")
 

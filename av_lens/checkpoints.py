@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -29,6 +30,7 @@ _LAYERS = ("num_hidden_layers", "depth", "encoder_layers")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MOST_HEADER = 100_000_000  # bytes: what safetensors itself allows
 _AGAIN = "Download or copy the checkpoint again."
+_foreign = partial(foreign_file, mend=_AGAIN, error=ModelError)
 
 
 def shipped() -> Traversable:
@@ -91,10 +93,6 @@ def check_configurations(folder: Path) -> None:
 def check_weight_files(folder: Path) -> int:
     """Refuse a folder whose weights are missing, cut short or pickled; only headers are read."""
     return sum(_numbers_in(path) for path in _weight_files(folder))
-
-
-def _foreign(path: Path, what: str) -> Any:
-    return foreign_file(path, what, mend=_AGAIN, error=ModelError)
 
 
 def _check_sizes(path: Path, level: Mapping[str, Any], where: str) -> None:

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from av_lens.errors import AvLensError, InputError, UnfinishedError, unknown
 
@@ -94,8 +94,8 @@ def whole_object(found: Any, name: str) -> dict[str, Any]:
 def half_character(text: str) -> str:
     """Find a lone surrogate, half of a character, which no file can hold as text."""
     found = _HALF_CHARACTER.search(text)
-    half = f"half of a character (\\u{ord(found[0]):04x}, a lone surrogate)" if found else ""
-    return f"{half}, which no text file can hold" if half else ""
+    kind = "a lone surrogate), which no text file can hold"
+    return f"half of a character (\\u{ord(found[0]):04x}, {kind}" if found else ""
 
 
 @contextmanager
@@ -116,19 +116,9 @@ def foreign_file(
         raise error(f"no such file: {path}. {near_file(path)}") from missing
     except Exception as found:  # what parsers raise on foreign bytes has no common class
         first = next(iter(str(found).strip().splitlines()), "")[:200]
-        refuse(path, what, f"{type(found).__name__}: {first}" if first else type(found).__name__, mend, error, found)
-
-
-def refuse(
-    path: str | os.PathLike[str],
-    what: str,
-    why: str,
-    mend: str = "",
-    error: type[AvLensError] = InputError,
-    cause: BaseException | None = None,
-) -> NoReturn:
-    """Say that a file is not what it should be."""
-    raise error(f"{path} is not {what}, or damaged ({why}). {mend or 'Copy it again, or make it again.'}") from cause
+        why = f"{type(found).__name__}: {first}" if first else type(found).__name__
+        again = mend or "Copy it again, or make it again."
+        raise error(f"{path} is not {what}, or damaged ({why}). {again}") from found
 
 
 def require_keywords(

@@ -43,11 +43,10 @@ _COLUMNS = ("start_s", "end_s", "source_start_s", "source_end_s", "row", "col")
 Selection = int | slice | range | None
 
 
-def _runs(positions: Int64[np.ndarray, " pos"]) -> tuple[tuple[int, int], ...]:
-    if not len(positions):
-        return ()
-    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-    return tuple((int(part[0]), int(part[-1]) + 1) for part in np.split(positions, breaks))
+def role_runs(roles: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Cut roles into runs of equal ones: role, start and stop of each, in order."""
+    cuts = [0, *(i for i in range(1, len(roles)) if roles[i] != roles[i - 1]), len(roles)]
+    return [(roles[a], a, b) for a, b in itertools.pairwise(cuts) if b > a]
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
@@ -79,7 +78,8 @@ class Span:
     @cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
         """Maximal runs of neighbouring positions, each `(start, stop)` with stop excluded."""
-        return _runs(self.positions)
+        parts = np.split(self.positions, np.flatnonzero(np.diff(self.positions) != 1) + 1)
+        return tuple((int(part[0]), int(part[-1]) + 1) for part in parts if len(part))
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -173,8 +173,9 @@ class Span:
 
     def _source(self, verb: str) -> SpanMap:
         if self.source is None:
-            mend = "select the span from x.spans, e.g. x.spans.span([3, 4])"
-            raise InputError(f"{verb}() needs the prompt's map: {mend}")
+            raise InputError(
+                f"{verb}() needs the prompt's map: select the span from x.spans, e.g. x.spans.span([3, 4])"
+            )
         return self.source
 
 
@@ -352,21 +353,19 @@ class SpanMap:
         """
         n = min(len(self), len(other))
         same = self._role_array[:n] == other._role_array[:n]
-        for name in ("start_s", "end_s"):
+        for name in ("start_s", "end_s", "row", "col"):
             mine, theirs = getattr(self, name)[:n], getattr(other, name)[:n]
             same &= (mine == theirs) | (np.isnan(mine) & np.isnan(theirs))
-        same &= (self.row[:n] == other.row[:n]) & (self.col[:n] == other.col[:n])
         if not same.all():
             return int(np.flatnonzero(~same)[0])
         return None if len(self) == len(other) else n
 
     def __str__(self) -> str:
-        changes = [0, *[i for i in range(1, len(self)) if self.roles[i] != self.roles[i - 1]], len(self)]
         lines = [f"{len(self)} positions"]
-        for start, stop in itertools.pairwise(changes):
+        for role, start, stop in role_runs(self.roles):
             timed = not np.isnan(self.start_s[start])
             seconds = f"  {self.start_s[start]:.2f}-{self.end_s[stop - 1]:.2f} s" if timed else ""
-            lines.append(f"  {start:>5}:{stop:<5} {self.roles[start]:<10} {stop - start:>5}{seconds}")
+            lines.append(f"  {start:>5}:{stop:<5} {role:<10} {stop - start:>5}{seconds}")
         shown = lines if len(lines) <= 26 else [*lines[:18], f"  ... {len(lines) - 25} more runs", *lines[-7:]]
         return "\n".join(shown)
 

@@ -64,7 +64,7 @@ def test_the_reference_names_every_public_name_once():
 
 @pytest.mark.parametrize("region", ["behaviour", "seeds"])
 def test_the_organisms_tables_are_the_stored_evaluations(region: str):
-    from av_lens.lab.training import portraits
+    import portraits
 
     tables = {"behaviour": portraits.shares_table, "seeds": portraits.standing_table}
     shown = (DOCS / "organisms.md").read_text().split(f"<!-- {region} -->\n")[1].split(f"\n<!-- /{region} -->")[0]

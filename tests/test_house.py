@@ -43,7 +43,7 @@ ALSO = {"isolation": {"reports"}, "lab": {"plots", "reports"}, "cli": {"plots", 
 # The floors of a room, lowest first: its folders may import from their own and those before.
 FLOORS = {"isolation": ["measuring", "naming", "sets", "explaining", "running"]}
 # Where modules are looked up by a name that is data: a family's own file, a command's function.
-BY_NAME = {"__init__.py", "families/registry.py", "cli/toolbox.py"}
+BY_NAME = {"upstairs.py", "families/registry.py", "cli/toolbox.py"}
 
 
 def room(path: Path) -> str:

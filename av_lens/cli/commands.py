@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Exit, Option
 
 from av_lens.cli import console, faults
 from av_lens.cli.faults import signature
-from av_lens.whole_files import write_whole
+from av_lens.whole_files import read_object, write_whole
 
 _DEMO = signature("lab.demonstration", "run_demo")
 _ISOLATE = signature("isolation.running.pipeline", "isolate")
@@ -20,48 +20,35 @@ _TRAIN = signature("lab.training.courses", "train")
 _PLANT = signature("lab.planting.planting", "plant")
 _GENERATE = signature("model.wrapper", "HookedAVLLM.generate")
 
-Model = Annotated[str, typer.Argument(help="A short name (`av-lens models` lists them), a hub name or a local folder.")]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; left out: cuda if the model fits, else cpu.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; left out: what suits the model.")]
-Seed = Annotated[int, typer.Option(help="Draws the clips, deals the halves, draws the bootstrap and the random sets.")]
-DemoOut = Annotated[Path, typer.Option(help="The folder to write; finished parts of an earlier run are kept.")]
-HowMany = Annotated[int, typer.Option(help="How many conflicts; below 120 the report is stamped exploratory.")]
-DemoQuick = Annotated[bool, typer.Option("--quick/--whole", help="Leave out robustness and pairs, or nothing.")]
-Pairs = Annotated[Path, typer.Argument(help="The manifest: one conflict a line, as jsonl.")]
-Out = Annotated[Path, typer.Option(help="The folder for the report, the figures and the numbers.")]
-_GATE = typer.Option(help="stop: end where there is nothing to explain; report: go on, stamp every page.")
-Gate = Annotated[str, _GATE]
-Layout = Annotated[str, typer.Option(help="in_video (sound woven into the video) or separate.")]
-_SITES = typer.Option(help="Where heads are edited: suffix, generation, audio, sinks; several by commas.")
-Sites = Annotated[str, _SITES]
-Limit = Annotated[int | None, typer.Option(help="Use only the first so many conflicts of the manifest.")]
-Budget = Annotated[float | None, typer.Option(help="Stop after so many minutes; the same command goes on from there.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Leave out robustness and pairs of heads; the report says so.")]
-Share = Annotated[float | None, typer.Option(help="Name heads above this share of G; left out: the protocol's.")]
-Media = Annotated[Path, typer.Argument(help="Any video, sound or image.")]
-Question = Annotated[str, typer.Option(help="What the model is asked.")]
-Sound = Annotated[str, typer.Option(help="auto, in_video, separate or none.")]
-Picture = Annotated[str, typer.Option(help="auto, video, image or none.")]
-Rate = Annotated[float, typer.Option(help="Frames per second that the model is shown.")]
-Start = Annotated[float, typer.Option(help="Where in the file to begin, in seconds.")]
-End = Annotated[float | None, typer.Option(help="Where in the file to stop, in seconds.")]
-Every = Annotated[bool, typer.Option("--all", help="One row per position instead of one per run of equal roles.")]
-Csv = Annotated[Path | None, typer.Option(help="Also write the table of all positions to this file.")]
-Organism = Annotated[str, typer.Argument(help="Which organism: `av-lens models` lists them.")]
-TrainSeed = Annotated[int, typer.Option(help="Draws the initial weights and the data.")]
-PlantKind = Annotated[str, typer.Argument(help="What to plant, such as writers, gates or decoy (see the docs).")]
-PlantSeed = Annotated[int, typer.Option(help="Draws the heads, and every clip and question.")]
-PlantBase = Annotated[str, typer.Option(help="The balanced model to plant in: a short name or a folder from `train`.")]
-PlantLayer = Annotated[int | None, typer.Option(help="The layer; left out: where the kind was developed.")]
-PlantOut = Annotated[Path | None, typer.Option(help="The model's folder; left out: in the user's cache.")]
-TrainOut = Annotated[Path | None, typer.Option(help="The checkpoint's folder; left out: in the user's cache.")]
+Model = Annotated[str, Argument(help="A short name (`av-lens models` lists them), a hub name or a local folder.")]
+Device = Annotated[str | None, Option(help="cpu or cuda; left out: cuda if the model fits, else cpu.")]
+Dtype = Annotated[str | None, Option(help="float32, bfloat16 or float16; left out: what suits the model.")]
+Seed = Annotated[int, Option(help="Draws the clips, deals the halves, draws the bootstrap and the random sets.")]
+DemoOut = Annotated[Path, Option(help="The folder to write; finished parts of an earlier run are kept.")]
+HowMany = Annotated[int, Option(help="How many conflicts; below 120 the report is stamped exploratory.")]
+DemoQuick = Annotated[bool, Option("--quick/--whole", help="Leave out robustness and pairs, or nothing.")]
+Out = Annotated[Path, Option(help="The folder for the report, the figures and the numbers.")]
+_GATE = Option(help="stop: end where there is nothing to explain; report: go on, stamp every page.")
+_SITES = Option(help="Where heads are edited: suffix, generation, audio, sinks; several by commas.")
+Limit = Annotated[int | None, Option(help="Use only the first so many conflicts of the manifest.")]
+Budget = Annotated[float | None, Option(help="Stop after so many minutes; the same command goes on from there.")]
+Quick = Annotated[bool, Option("--quick", help="Leave out robustness and pairs of heads; the report says so.")]
+Share = Annotated[float | None, Option(help="Name heads above this share of G; left out: the protocol's.")]
+Media = Annotated[Path, Argument(help="Any video, sound or image.")]
+Question = Annotated[str, Option(help="What the model is asked.")]
+Sound = Annotated[str, Option(help="auto, in_video, separate or none.")]
+Picture = Annotated[str, Option(help="auto, video, image or none.")]
+Rate = Annotated[float, Option(help="Frames per second that the model is shown.")]
+Start = Annotated[float, Option(help="Where in the file to begin, in seconds.")]
+End = Annotated[float | None, Option(help="Where in the file to stop, in seconds.")]
+Organism = Annotated[str, Argument(help="Which organism: `av-lens models` lists them.")]
+TrainSeed = Annotated[int, Option(help="Draws the initial weights and the data.")]
+PlantBase = Annotated[str, Option(help="The balanced model to plant in: a short name or a folder from `train`.")]
+TrainOut = Annotated[Path | None, Option(help="The checkpoint's folder; left out: in the user's cache.")]
 
 
-PlanFile = Annotated[Path | None, typer.Option(help="A saved plan of edits to answer under (`plan.save` writes one).")]
-Prefix = Annotated[str, typer.Option(help="Text of the assistant that the answer goes on from.")]
-NewTokens = Annotated[int, typer.Option(help="Answer with at most so many tokens.")]
-Sample = Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")]
-SampleSeed = Annotated[int, typer.Option(help="What sampling draws from.")]
+PlanFile = Annotated[Path | None, Option(help="A saved plan of edits to answer under (`plan.save` writes one).")]
+Sample = Annotated[bool, Option("--sample", help="Draw tokens instead of taking the likeliest.")]
 
 
 def demo(
@@ -85,19 +72,19 @@ def demo(
     console.say_path(shown.report)
     if not shown.calibration.passed:
         console.ERR.print("[bold red]calibration failed[/bold red]: planted heads did not come out on top.")
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def isolate(
     model: Model,
-    pairs: Pairs,
+    pairs: Annotated[Path, Argument(help="The manifest: one conflict a line, as jsonl.")],
     out: Out,
     limit: Limit = _ISOLATE_INTO["limit"],
     budget: Budget = _ISOLATE["budget"],
     quick: Quick = _ISOLATE["quick"],
-    sites: Sites = ",".join(_ISOLATE["sites"]),
-    gate: Gate = _ISOLATE["gate"],
-    layout: Layout = _ISOLATE["layout"],
+    sites: Annotated[str, _SITES] = ",".join(_ISOLATE["sites"]),
+    gate: Annotated[str, _GATE] = _ISOLATE["gate"],
+    layout: Annotated[str, Option(help="in_video (sound woven into the video) or separate.")] = _ISOLATE["layout"],
     s: Share = _ISOLATE["s"],
     seed: Seed = _ISOLATE["seed"],
     device: Device = None,
@@ -137,12 +124,11 @@ def inspect(
     fps: Rate = _ENCODE["fps"],
     start: Start = _LOAD_CLIP["start"],
     end: End = _LOAD_CLIP["end"],
-    every: Every = False,
-    csv: Csv = None,
+    every: Annotated[bool, Option("--all", help="One row per position instead of one per run of equal roles.")] = False,
+    csv: Annotated[Path | None, Option(help="Also write the table of all positions to this file.")] = None,
 ) -> None:
     """Show what each position of the input is: its role, its token, its seconds and its patch."""
     faults.all_told(lambda: faults.clip(clip, start, end), lambda: faults.model(model))
-    from av_lens.cli.console import by_position, by_run
     from av_lens.media import load_clip
 
     read = load_clip(clip, start=start, end=end)
@@ -151,7 +137,7 @@ def inspect(
     frame = x.table()
     console.OUT.print(f"{model}: {len(frame)} positions, layout {x.layout}", markup=False)
     console.OUT.print(f"{read!r}\n{question!r}\n", markup=False, soft_wrap=True)
-    console.OUT.print(by_position(frame) if every else by_run(frame))
+    console.OUT.print(console.by_position(frame) if every else console.by_run(frame))
     console.OUT.print("\nmodel (s): the time that the model is told; source (s): the time in the file", markup=False)
     if csv is not None:
         write_whole(csv, frame.to_csv(index=False))
@@ -163,10 +149,10 @@ def generate(
     clip: Media,
     question: Question,
     plan: PlanFile = _GENERATE["plan"],
-    max_new_tokens: NewTokens = _GENERATE["max_new_tokens"],
+    max_new_tokens: Annotated[int, Option(help="Answer with at most so many tokens.")] = _GENERATE["max_new_tokens"],
     sample: Sample = _GENERATE["do_sample"],
-    seed: SampleSeed = 0,
-    prefix: Prefix = _ENCODE["prefix"],
+    seed: Annotated[int, Option(help="What sampling draws from.")] = 0,
+    prefix: Annotated[str, Option(help="Text of the assistant that the answer goes on from.")] = _ENCODE["prefix"],
     sound: Sound = _ENCODE["sound"],
     picture: Picture = _ENCODE["picture"],
     fps: Rate = _ENCODE["fps"],
@@ -200,12 +186,10 @@ def generate(
 
 def models() -> None:
     """List what can be loaded, and how."""
-    from av_lens.cli.faults import families, short_names
-
     console.OUT.print("[bold]in the package, by short name[/bold]")
-    console.OUT.print(console.table(["name", "what it is"], short_names()))
+    console.OUT.print(console.table(["name", "what it is"], faults.short_names()))
     console.OUT.print("\n[bold]checkpoints with an adapter, by hub name or local folder[/bold]")
-    console.OUT.print(console.table(["class", "known to fit"], families()))
+    console.OUT.print(console.table(["class", "known to fit"], faults.families()))
     console.OUT.print('\nIn Python: avl.load("NAME"); here: av-lens inspect NAME CLIP --question "What do you hear?"')
 
 
@@ -219,24 +203,21 @@ def train(name: Organism, seed: TrainSeed = _TRAIN["seed"], out: TrainOut = _TRA
 
 
 def plant(
-    kind: PlantKind,
-    seed: PlantSeed = _PLANT["seed"],
+    kind: Annotated[str, Argument(help="What to plant, such as writers, gates or decoy (see the docs).")],
+    seed: Annotated[int, Option(help="Draws the heads, and every clip and question.")] = _PLANT["seed"],
     base: PlantBase = _PLANT["base"],
-    layer: PlantLayer = _PLANT["layer"],
-    out: PlantOut = _PLANT["out"],
+    layer: Annotated[int | None, Option(help="The layer; left out: where the kind was developed.")] = _PLANT["layer"],
+    out: Annotated[Path | None, Option(help="The model's folder; left out: in the user's cache.")] = _PLANT["out"],
 ) -> None:
     """Plant heads that silence the sound (or decoys) in a balanced model, and measure by brute force what they became.
 
     Exit code 1 if the best try is not what was asked for: planted.json in the folder says what it is.
     """
-    import json
-
-    from av_lens.lab.planting.planting import TRUTH
-    from av_lens.lab.planting.planting import plant as plant_heads
+    from av_lens.lab.planting import planting
 
     with console.bars() as bars:
-        written = plant_heads(kind, seed=seed, base=base, layer=layer, out=out, progress=bars)
-    truth = json.loads((written / TRUTH).read_text(encoding="utf-8"))
+        written = planting.plant(kind, seed=seed, base=base, layer=layer, out=out, progress=bars)
+    truth = read_object(written / planting.TRUTH)
     figures = ("adds", "direct_share", "reads_picture", "reads_sound")
     headings = ["layer", "head", "kind", "adds", "direct share", "reads picture", "reads sound"]
     rows = [(h["layer"], h["head"], h["kind"], *(f"{h[name]:.2f}" for name in figures)) for h in truth["heads"]]
@@ -247,7 +228,7 @@ def plant(
     if truth["missing"] or not truth["success"]:
         said = truth["missing"] or ["it answers worse than it should: 0.75 of the new and 0.95 of the rest"]
         console.ERR.print(f"not what was asked for: {'; '.join(said)}", soft_wrap=True, markup=False)
-        raise typer.Exit(1)
+        raise Exit(1)
 
 
 def _absent(choice: str) -> str | None:
@@ -264,14 +245,12 @@ def _load(model: str, *, device: str | None, dtype: str | None) -> Any:
 
 
 def _say_found(found: Any) -> None:
-    from av_lens.cli.console import behaviour_table, head_table
-
     stamped = f" [yellow]({', '.join(found.stamps)})[/yellow]" if found.stamps else ""
     console.OUT.print()
     console.OUT.print(f"[bold]verdict[/bold]{stamped}  {console.cell(found.verdict)}", soft_wrap=True)
     for reason in (one for one in found.reasons if one not in found.verdict):
         console.OUT.print(f"  {console.cell(reason)}", soft_wrap=True)
     console.OUT.print()
-    console.OUT.print(behaviour_table(found))
+    console.OUT.print(console.behaviour_table(found))
     console.OUT.print()
-    console.OUT.print(head_table(found))
+    console.OUT.print(console.head_table(found))

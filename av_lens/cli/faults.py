@@ -1,10 +1,8 @@
 """What is said without torch: what can be loaded, the functions' defaults, and what is refused at once.
 
-A default typed twice drifts. Importing the functions to ask them would load torch and take seconds before `--help` says
-a word, so the signature is read from the file instead. A test compares every default here with the live signature.
-
-A wrong letter should cost a second, not the ten of loading a model. The choices come from the modules that know them,
-read from their source.
+A default typed twice drifts, and importing a function to ask it would load torch and take seconds before `--help` says
+a word: so signatures, and the choices that some words have, are read from the source. A test compares every default
+here with the live signature. A wrong letter should cost a second, not the ten of loading a model.
 """
 
 from __future__ import annotations
@@ -60,8 +58,8 @@ def constant(module: str, name: str) -> tuple[str, ...]:
     """Read the words of a constant of one of our modules, without importing it."""
     for node in _body(module, name):
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) == name:
                 return tuple(ast.literal_eval(node.value))
     raise AvLensError(f"av_lens.{module} defines no constant {name}.")
 
@@ -86,7 +84,6 @@ def _body(module: str, name: str) -> list[ast.stmt]:
     return ast.parse(path.read_text(encoding="utf-8")).body
 
 
-_DTYPES = ("float32", "bfloat16", "float16")
 _CHOICES: dict[str, tuple[str, str]] = {
     "layout": ("inputs.conflict", "LAYOUTS"),
     "cell": ("inputs.conflict", "CELLS"),
@@ -112,7 +109,7 @@ def all_told(*checks: Callable[[], Any]) -> list[Any]:
 def words(*, dtype: str | None = None, **given: Iterable[str]) -> None:
     """Refuse words that are not among the choices."""
     if dtype is not None:
-        require_choice("dtype", dtype, _DTYPES)
+        require_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
     for kind, listed in given.items():
         for word in listed:
             require_choice(kind, word, constant(*_CHOICES[kind]))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import signal
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Annotated, Any
 
 import typer
@@ -26,29 +26,23 @@ KEEPING = ("demo", "isolate", "train", "plant", "plantbench", "seeds")
 """Commands that go on from what an interrupted one had finished."""
 
 
-class _Stops:
+class _Stops(ExitStack):
     """Makes SIGTERM and a closed terminal what Ctrl-C is, while a command runs; a signal that is ignored stays so."""
 
-    def __init__(self) -> None:
-        self.code = 0
-        self._before: dict[int, Any] = {}
+    code = 0
 
     def __enter__(self) -> _Stops:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
                 if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                    self._before[number] = signal.signal(number, self._stop)
+                    self.callback(signal.signal, number, signal.signal(number, self._stop))
         return self
 
     def _stop(self, number: int, frame: object) -> None:
         del frame
         self.code = 128 + number
         raise KeyboardInterrupt
-
-    def __exit__(self, *caught: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class _Group(TyperGroup):

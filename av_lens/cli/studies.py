@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from av_lens.cli import console
 from av_lens.cli.commands import Media, Out, Quick, Seed
@@ -17,41 +17,28 @@ _PLANTS = signature("lab.plantbench.bench", "run_plantbench")
 _SHAPES = signature("lab.true_shapes", "run_at_true_shapes")
 _SEEDS = signature("lab.seeds", "run_seeds")
 
-Shapes = Annotated[list[str] | None, typer.Option("--shape", help="Measure this one only; may be given several times.")]
-Recording = Annotated[Path | None, typer.Option(help="A video with sound, for the shape that needs one.")]
-Threads = Annotated[int, typer.Option(help="Threads of PyTorch.")]
-Samples = Annotated[int, typer.Option(help="Patches of a slow loop that are timed.")]
-Rounds = Annotated[int, typer.Option(help="Quiet rounds of which the median is taken.")]
-Patience = Annotated[float, typer.Option(help="Seconds to wait, for each shape, until nobody else uses the machine.")]
-Memory = Annotated[bool, typer.Option(help="Measure peak memory too, each in a fresh process.")]
-BenchOut = Annotated[Path | None, typer.Option(help="Also write the record to this file, as json.")]
-Size = Annotated[str, typer.Option(help="3B or 7B.")]
-Fewest = Annotated[int, typer.Option(help="How many conflicts are cut from the recording; 40 at least.")]
-Docs = Annotated[Path | None, typer.Option(help="Fill benchmarks.md and benchmarks.json in this folder.")]
-_PLANTED = typer.Argument(help="Folders or short names; left out: all that are shipped, and the balanced one.")
-Planted = Annotated[list[str] | None, _PLANTED]
-PlantsOut = Annotated[Path, typer.Option(help="The folder to write; models that are scored in it are kept.")]
-Make = Annotated[int, typer.Option(help="Plant so many fresh models first, kind after kind.")]
-PlantsNumber = Annotated[int, typer.Option(help="How many conflicts every model is tested on; at least 40.")]
-PlantsLimit = Annotated[int | None, typer.Option(help="Score at most so many models now; the same command goes on.")]
-PlantsDocs = Annotated[Path | None, typer.Option(help="Fill plantbench.md, .json and .svg in this folder.")]
-ShapesDocs = Annotated[Path | None, typer.Option(help="Write true_shapes.md and true_shapes.json in this folder.")]
-SeedModels = Annotated[list[str] | None, typer.Argument(help="Short names or folders; left out: av-tiny.")]
-SeedsOut = Annotated[Path, typer.Option(help="The folder to write; what it holds is not measured again.")]
-SeedsNumber = Annotated[int, typer.Option(help="How many conflicts in each of the two sets; 120 for a verdict.")]
-SeedsDocs = Annotated[Path | None, typer.Option(help="Fill isolation.md and write seeds.json in this folder.")]
+Shapes = Annotated[list[str] | None, Option("--shape", help="Measure this one only; may be given several times.")]
+Threads = Annotated[int, Option(help="Threads of PyTorch.")]
+Patience = Annotated[float, Option(help="Seconds to wait, for each shape, until nobody else uses the machine.")]
+Fewest = Annotated[int, Option(help="How many conflicts are cut from the recording; 40 at least.")]
+_PLANTED = Argument(help="Folders or short names; left out: all that are shipped, and the balanced one.")
+PlantsOut = Annotated[Path, Option(help="The folder to write; models that are scored in it are kept.")]
+PlantsNumber = Annotated[int, Option(help="How many conflicts every model is tested on; at least 40.")]
+PlantsLimit = Annotated[int | None, Option(help="Score at most so many models now; the same command goes on.")]
+SeedsOut = Annotated[Path, Option(help="The folder to write; what it holds is not measured again.")]
+SeedsNumber = Annotated[int, Option(help="How many conflicts in each of the two sets; 120 for a verdict.")]
 
 
 def bench(
     shape: Shapes = None,
-    recording: Recording = None,
+    recording: Annotated[Path | None, Option(help="A video with sound, for the shape that needs one.")] = None,
     threads: Threads = _BENCH["threads"],
-    samples: Samples = _BENCH["samples"],
-    rounds: Rounds = _BENCH["rounds"],
+    samples: Annotated[int, Option(help="Patches of a slow loop that are timed.")] = _BENCH["samples"],
+    rounds: Annotated[int, Option(help="Quiet rounds of which the median is taken.")] = _BENCH["rounds"],
     patience: Patience = _BENCH["patience"],
-    memory: Memory = _BENCH["memory"],
-    out: BenchOut = None,
-    docs: Docs = None,
+    memory: Annotated[bool, Option(help="Measure peak memory too, each in a fresh process.")] = _BENCH["memory"],
+    out: Annotated[Path | None, Option(help="Also write the record to this file, as json.")] = None,
+    docs: Annotated[Path | None, Option(help="Fill benchmarks.md and benchmarks.json in this folder.")] = None,
 ) -> None:
     """Measure replay beside TransformerLens, nnsight and attribution patching: same model, prompt and patches."""
     import json
@@ -80,13 +67,13 @@ def bench(
 
 
 def plantbench(
-    models: Planted = None,
+    models: Annotated[list[str] | None, _PLANTED] = None,
     out: PlantsOut = Path(_PLANTS["out"]),
-    make: Make = _PLANTS["make"],
+    make: Annotated[int, Option(help="Plant so many fresh models first, kind after kind.")] = _PLANTS["make"],
     conflicts: PlantsNumber = _PLANTS["conflicts"],
     seed: Seed = _PLANTS["seed"],
     limit: PlantsLimit = _PLANTS["limit"],
-    docs: PlantsDocs = None,
+    docs: Annotated[Path | None, Option(help="Fill plantbench.md, .json and .svg in this folder.")] = None,
 ) -> None:
     """Let every method look for heads that were planted, and for heads where nothing is to be found."""
     from av_lens.lab.plantbench import pages as plantbench_pages
@@ -110,10 +97,10 @@ def plantbench(
 def true_shapes(
     recording: Media,
     out: Out,
-    size: Size = _SHAPES["size"],
+    size: Annotated[str, Option(help="3B or 7B.")] = _SHAPES["size"],
     conflicts: Fewest = _SHAPES["n"],
     quick: Quick = _SHAPES["quick"],
-    docs: ShapesDocs = None,
+    docs: Annotated[Path | None, Option(help="Write true_shapes.md and true_shapes.json in this folder.")] = None,
 ) -> None:
     """Search a model of a checkpoint's true shapes, with random weights, on windows of a recording: seconds, memory."""
     from av_lens.lab import true_shape_costs
@@ -127,11 +114,11 @@ def true_shapes(
 
 
 def seeds(
-    models: SeedModels = None,
+    models: Annotated[list[str] | None, Argument(help="Short names or folders; left out: av-tiny.")] = None,
     out: SeedsOut = Path(_SEEDS["out"]),
     conflicts: SeedsNumber = _SEEDS["conflicts"],
     seed: Seed = _SEEDS["seed"],
-    docs: SeedsDocs = None,
+    docs: Annotated[Path | None, Option(help="Fill isolation.md and write seeds.json in this folder.")] = None,
 ) -> None:
     """Is the same found again? Isolate models of other training seeds, each on two sets of conflicts."""
     from av_lens.lab import seeds as study

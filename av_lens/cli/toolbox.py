@@ -13,9 +13,8 @@ import ast
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -29,8 +28,7 @@ _HANDLED = frozenset(("metric", "progress", "base"))
 _KINDS = {"str": str, "int": int, "float": float, "bool": bool}
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One method as a command.
 
     Attributes:
@@ -86,30 +84,11 @@ _ALWAYS, _LISTED = ("out", "device", "dtype"), ("pairs", "limit", "layout", "out
 _FED = {"none": _ALWAYS, "conflicts": _LISTED, "cell": (*_LISTED, "cell"), "pair": (*_LISTED, "clean", "corrupt")}
 
 
-@dataclass(frozen=True)
-class Flag:
-    """One option of a function as a flag.
-
-    Attributes:
-        name: the argument.
-        kind: what it takes.
-        several: whether it may be given several times.
-        default: the function's own default, as written.
-        help: what the docstring says of it.
-    """
-
-    name: str
-    kind: type
-    several: bool
-    default: str
-    help: str
-
-
-def flags_of(method: Method) -> list[Flag]:
-    """Read a function's options from its source."""
+def flags_of(method: Method) -> list[inspect.Parameter]:
+    """Read a function's options from its source, each as a flag with what the docstring says of it."""
     node = definition(method.module, method.function)
     said = _said(ast.get_docstring(node) or "")
-    found: list[Flag] = []
+    found: list[inspect.Parameter] = []
     for arg, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True):
         if arg.arg in _HANDLED or arg.annotation is None:
             continue
@@ -122,8 +101,7 @@ def flags_of(method: Method) -> list[Flag]:
         if named is None:
             continue
         kind = _KINDS["float" if re.search(r"\bfloat\b", named.string) and named[1] == "int" else named[1]]
-        shown = "required" if default is None else ast.unparse(default).strip("'")
-        found.append(Flag(arg.arg, kind, plain is None and several is not None, shown, said.get(arg.arg, "")))
+        found.append(_parameter(arg.arg, kind, said.get(arg.arg, ""), default, several=bool(several and not plain)))
     return found
 
 
@@ -136,33 +114,31 @@ def _said(docstring: str) -> dict[str, str]:
 
 def command_of(method: Method) -> Callable[..., None]:
     """Make the command of a method."""
-    flags = flags_of(method)
+    flags, shared = flags_of(method), _shared(method)
+    own = {flag.name for flag in flags}
 
     def command(**given: Any) -> None:
-        shared = {name: given[name] for name in given if name in _shared(method)}
-        own = {flag.name for flag in flags}
         options = {name: value for name, value in given.items() if name in own and value is not None and value != []}
-        _run(method, options, **shared)
+        _run(method, options, **{name: given[name] for name in shared})
 
     node = definition(method.module, method.function)
     command.__doc__ = (ast.get_docstring(node) or "").splitlines()[0]
-    parameters = [*_shared(method).values(), *(_parameter(flag) for flag in flags if flag.name not in _shared(method))]
+    parameters = [*shared.values(), *(flag for flag in flags if flag.name not in shared)]
     parameters.sort(key=lambda parameter: parameter.default is not _NEEDED)
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
     return command
 
 
-def _parameter(flag: Flag) -> inspect.Parameter:
-    kind: Any = list[flag.kind] if flag.several else flag.kind
-    names = [f"--{flag.name.replace('_', '-')}"]
-    if flag.kind is bool and not flag.several:
-        names = [f"{names[0]}/--no-{names[0][2:]}"]
-    shown = flag.default if flag.default not in ("required", "None", "()") else False
-    text = flag.help + (" May be given several times." if flag.several else "")
-    option = typer.Option(*names, help=text, show_default=shown)
-    default, taken = (_NEEDED, kind) if flag.default == "required" else (None, kind | None)
-    annotation = Annotated[taken, option]
-    return inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+def _parameter(name: str, kind: Any, said: str, default: ast.expr | None, *, several: bool) -> inspect.Parameter:
+    flag = f"--{name.replace('_', '-')}"
+    if several:
+        kind, said = list[kind], said + " May be given several times."
+    elif kind is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+    written = "None" if default is None else ast.unparse(default).strip("'")
+    option = typer.Option(flag, help=said, show_default=False if written in ("None", "()") else written)
+    needed, taken = (_NEEDED, kind) if default is None else (None, kind | None)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=needed, annotation=Annotated[taken, option])
 
 
 def _shared(method: Method) -> dict[str, inspect.Parameter]:

@@ -8,11 +8,10 @@ bfloat16. A run without a cache is bounded too: its attention scores are compute
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +24,7 @@ from av_lens.families.blocks import refuse_scores, score_budget, score_gigabytes
 from av_lens.families.decoder import layer_names
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
+from av_lens.interventions.edits import ModelSpec
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(stage, done, total)`."""
@@ -121,16 +121,14 @@ def that_fit(model: Any, longest: int, stack: int, budget_gb: float | int) -> in
 
 def input_stacks(inputs: Sequence[AVInputs], size: int) -> Iterator[list[int]]:
     """Group inputs of one layout."""
-    layouts: list[list[int]] = []
+    layouts: list[tuple[AVInputs, list[int]]] = []
     for number, x in enumerate(inputs):
-        for group in layouts:
-            first = inputs[group[0]]
-            if first.layout == x.layout and first.spans.layout_difference(x.spans) is None:
-                group.append(number)
-                break
-        else:
-            layouts.append([number])
-    for group in layouts:
+        alike = (g for y, g in layouts if y.layout == x.layout and y.spans.layout_difference(x.spans) is None)
+        group = next(alike, None)
+        if group is None:
+            layouts.append((x, group := []))
+        group.append(number)
+    for _, group in layouts:
         current: list[int] = []
         for number in group:
             if current and sum(len(inputs[n]) for n in current) + len(inputs[number]) > size:
@@ -143,64 +141,36 @@ def input_stacks(inputs: Sequence[AVInputs], size: int) -> Iterator[list[int]]:
 GIGABYTE = 1e9
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """The sizes of a model's fusion stack.
-
-    Attributes:
-        n_layers: fusion layers.
-        n_heads: query heads per layer.
-        n_kv_heads: key-value heads per layer; each serves `n_heads / n_kv_heads` query heads.
-        d_model: width of the residual stream.
-        d_head: width of a head.
-        d_mlp: hidden units of an MLP.
-        d_vocab: tokens of the vocabulary.
-        experts: the layers that choose among many MLPs, and so have no units of one.
-    """
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_model: int
-    d_head: int
-    d_mlp: int
-    d_vocab: int
-    experts: frozenset[int] = frozenset()
-
-
-# Hooks of a layer that show one and the same tensor, by the end of their name, and that tensor's shape.
-_STREAM, _UNITS = ("d_model",), ("d_mlp",)
-_WHOLE_SCORES = (".hook_attn_scores", ".hook_pattern")
-_TENSORS: tuple[tuple[tuple[str, ...], tuple[str, ...], bool], ...] = (
-    ((".ln1.hook_normalized",), _STREAM, True),
-    ((".ln2.hook_normalized",), _STREAM, True),
-    ((".ln1.hook_scale",), ("one",), True),
-    ((".ln2.hook_scale",), ("one",), True),
-    ((".ln1.hook_out", ".attn.hook_in", ".q.hook_in", ".k.hook_in", ".v.hook_in"), _STREAM, False),
-    ((".attn.hook_cos", ".attn.hook_sin"), ("none",), False),
-    ((".q.hook_out", ".attn.hook_q"), ("n_heads", "d_head"), False),
-    ((".k.hook_out", ".attn.hook_k"), ("n_kv_heads", "d_head"), False),
-    ((".v.hook_out", ".attn.hook_v"), ("n_kv_heads", "d_head"), False),
-    ((".hook_rot_q",), ("n_heads", "d_head"), False),
-    ((".hook_rot_k",), ("n_kv_heads", "d_head"), False),
-    ((".hook_attn_scores",), ("n_heads", "pos"), False),
-    ((".hook_pattern",), ("n_heads", "pos"), False),
-    ((".attn.o.hook_in", ".attn.hook_z"), ("n_heads", "d_head"), False),
-    ((".hook_result",), ("n_heads", "d_model"), False),
-    ((".hook_attn_in",), ("n_heads", "d_model"), False),
-    ((".hook_q_input",), ("n_heads", "d_model"), False),
-    ((".hook_k_input",), ("n_kv_heads", "d_model"), False),
-    ((".hook_v_input",), ("n_kv_heads", "d_model"), False),
-    ((".attn.o.hook_out", ".attn.hook_out", ".hook_attn_out"), _STREAM, False),
-    ((".hook_resid_mid", ".ln2.hook_in"), _STREAM, False),
-    ((".hook_mlp_in",), _STREAM, False),
-    ((".ln2.hook_out", ".mlp.hook_in", ".mlp.gate.hook_in", ".mlp.in.hook_in"), _STREAM, False),
-    ((".mlp.gate.hook_out", ".mlp.hook_pre"), _UNITS, False),
-    ((".mlp.in.hook_out", ".mlp.hook_pre_linear"), _UNITS, False),
-    ((".mlp.out.hook_in", ".mlp.hook_post"), _UNITS, False),
-    ((".mlp.out.hook_out", ".mlp.hook_out", ".hook_mlp_out"), _STREAM, False),
-    ((".hook_resid_pre", ".ln1.hook_in", ".hook_resid_post", ".hook_in", ".hook_out"), _STREAM, False),
-)
+_STREAM, _WHOLE_SCORES = ("d_model",), (".hook_attn_scores", ".hook_pattern")
+_WIDE = (".ln1.hook_normalized", ".ln2.hook_normalized", ".ln1.hook_scale", ".ln2.hook_scale")  # always in float32
+# Hooks of a layer by the ends of their names: the shape of each tensor, and all hooks that show it.
+_SHAPES: dict[tuple[str, ...], tuple[str, ...]] = {
+    _STREAM: (
+        *_WIDE[:2],
+        ".hook_resid_mid .ln2.hook_in",
+        ".hook_mlp_in",
+        ".ln1.hook_out .attn.hook_in .q.hook_in .k.hook_in .v.hook_in",
+        ".attn.o.hook_out .attn.hook_out .hook_attn_out",
+        ".ln2.hook_out .mlp.hook_in .mlp.gate.hook_in .mlp.in.hook_in",
+        ".mlp.out.hook_out .mlp.hook_out .hook_mlp_out",
+    ),
+    ("d_mlp",): (
+        ".mlp.gate.hook_out .mlp.hook_pre",
+        ".mlp.in.hook_out .mlp.hook_pre_linear",
+        ".mlp.out.hook_in .mlp.hook_post",
+    ),
+    ("n_heads", "d_head"): (".q.hook_out .attn.hook_q", ".hook_rot_q", ".attn.o.hook_in .attn.hook_z"),
+    ("n_kv_heads", "d_head"): (".k.hook_out .attn.hook_k", ".v.hook_out .attn.hook_v", ".hook_rot_k"),
+    ("n_heads", "pos"): _WHOLE_SCORES,
+    ("n_heads", "d_model"): (".hook_result", ".hook_attn_in", ".hook_q_input"),
+    ("n_kv_heads", "d_model"): (".hook_k_input", ".hook_v_input"),
+    ("one",): _WIDE[2:],
+    ("none",): (".attn.hook_cos .attn.hook_sin",),
+}
+_TENSORS = [
+    *((tuple(ends.split()), shape) for shape, tensors in _SHAPES.items() for ends in tensors),
+    ((".hook_resid_pre", ".ln1.hook_in", ".hook_resid_post", ".hook_in", ".hook_out"), _STREAM),
+]
 
 
 def cache_bytes(names: Iterable[str], spec: ModelSpec, *, batch: int, n_pos: int, itemsize: int) -> int:
@@ -209,31 +179,28 @@ def cache_bytes(names: Iterable[str], spec: ModelSpec, *, batch: int, n_pos: int
     seen: set[tuple[str, int]] = set()
     total = 0
     for name in names:
-        layer, number, shape, wide = _place(name)
-        if (layer, number) in seen:
-            continue
-        seen.add((layer, number))
-        count = batch * n_pos
-        for axis in shape:
-            count *= sizes[axis]
-        total += count * (4 if wide else itemsize)
+        layer, number, shape = _place(name)
+        if (layer, number) not in seen:
+            seen.add((layer, number))
+            width = math.prod(sizes[axis] for axis in shape)
+            total += batch * n_pos * width * (4 if layer != name and name.endswith(_WIDE) else itemsize)
     return total
 
 
-def _place(name: str) -> tuple[str, int, tuple[str, ...], bool]:
-    """Which tensor a hook shows: its layer, its number in the table, its shape beside batch and pos, float32 or not."""
+def _place(name: str) -> tuple[str, int, tuple[str, ...]]:
+    """Which tensor a hook shows: its layer, its number in the table, and its shape beside batch and pos."""
     parts = name.split(".")
     if parts[0] != "blocks":
         if parts[0] in ("unembed", "hook_unembed") and parts[-1] != "hook_in":
-            return "logits", 0, ("d_vocab",), False
-        return name, 0, _STREAM if parts[0] in ("embed", "hook_embed", "ln_final", "unembed") else ("none",), False
-    for number, (endings, shape, wide) in enumerate(_TENSORS):
+            return "logits", 0, ("d_vocab",)
+        return name, 0, _STREAM if parts[0] in ("embed", "hook_embed", "ln_final", "unembed") else ("none",)
+    for number, (endings, shape) in enumerate(_TENSORS):
         if name.endswith(endings):
             layer = parts[1]
             if number == len(_TENSORS) - 1 and (parts[2] in ("hook_out", "hook_resid_post")):
                 layer = str(int(layer) + 1)  # a layer's output is the next one's input
-            return layer, number, shape, wide
-    return name, -1, _STREAM, False
+            return layer, number, shape
+    return name, -1, _STREAM
 
 
 @contextmanager
@@ -262,19 +229,19 @@ def bounded(
 
 
 def require_budget(
-    names: Iterable[str],
-    spec: ModelSpec,
-    *,
-    batch: int,
-    n_pos: int,
-    itemsize: int,
-    budget_gb: float | int,
+    names: Iterable[str], spec: ModelSpec, *, batch: int, n_pos: int, itemsize: int, budget_gb: float | int
 ) -> None:
     """Refuse a cache beyond the budget, naming a filter that fits.
 
     A cache of scores or patterns needs a layer's whole scores while it runs, which count too.
     """
-    taken = partial(_taken, spec, batch, n_pos, itemsize)
+
+    def taken(cached: Iterable[str]) -> float:
+        cached = tuple(cached)
+        whole = any(name.endswith(_WHOLE_SCORES) for name in cached)
+        working = score_gigabytes(batch * spec.n_heads * n_pos * n_pos, itemsize=itemsize) if whole else 0.0
+        return cache_bytes(cached, spec, batch=batch, n_pos=n_pos, itemsize=itemsize) / GIGABYTE + working
+
     need = taken(names)
     if need <= budget_gb:
         return
@@ -287,14 +254,6 @@ def require_budget(
         if fits <= budget_gb:
             raise BudgetError(f"{text} This filter fits, with about {fits:.3g} GB: names_filter={shown}.")
     raise BudgetError(f"{text} Name single hooks in names_filter, stack fewer examples, or raise budget_gb.")
-
-
-def _taken(spec: ModelSpec, batch: int, n_pos: int, itemsize: int, cached: Iterable[str]) -> float:
-    """GB of a cache of these hooks, and of whole scores while it is made where any needs them."""
-    cached = tuple(cached)
-    whole = any(name.endswith(_WHOLE_SCORES) for name in cached)
-    working = score_gigabytes(batch * spec.n_heads * n_pos * n_pos, itemsize=itemsize) if whole else 0.0
-    return cache_bytes(cached, spec, batch=batch, n_pos=n_pos, itemsize=itemsize) / GIGABYTE + working
 
 
 def _suggestions(spec: ModelSpec) -> list[tuple[str, tuple[str, ...]]]:

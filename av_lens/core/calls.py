@@ -1,17 +1,16 @@
 """What goes into a call of a model and comes out: text or ids, keywords, turns; activations, logits and the cache.
 
-Whoever attaches hooks or runs the model holds its turn meanwhile; other threads wait. The same thread may enter again
-(a hook that runs the model, a verb that calls another). A bridge and what is `bound` to it share one turn.
+*Turns.* Whoever attaches hooks or runs the model holds its turn meanwhile; other threads wait. The same thread may
+enter again (a hook that runs the model, a verb that calls another). A bridge and what is `bound` to it share one turn.
 
-HuggingFace's forward drops keywords that it does not know, and TransformerLens hands all it does not know to it: a
-misspelt one would ask for nothing, in silence. What is accepted is read off the signatures of the functions that take
-it; some of theirs are refused in words, because they would be wrong or without effect here.
+*Keywords.* HuggingFace's forward drops keywords that it does not know, and TransformerLens hands it all that it does
+not know: a misspelt one would ask for nothing, in silence. What is accepted is read off the signatures of the functions
+that take it; some of theirs are refused in words, because they would be wrong or without effect here.
 
-A list of prompts is padded on the side that `model.tokenizer.padding_side` names: the left, unless it was set
-otherwise, so that `logits[:, -1]` is every prompt's last. The mask of the pads goes to the model, whose own position
-ids count from it: every prompt gives what it gives alone, on either side. With right padding position -1 of a shorter
-prompt is a pad. Ids that are given without a mask are read as TransformerLens's HookedTransformer reads them: a run of
-pad tokens at an end of a row is padding. `attention_mask=` says otherwise.
+*Text.* A list of prompts is padded on the side that `model.tokenizer.padding_side` names: the left, unless it was set
+otherwise, so that `logits[:, -1]` is every prompt's last (with right padding it is a pad of a shorter one). The mask of
+the pads goes to the model, whose own position ids count from it: every prompt gives what it gives alone. Ids without a
+mask are read as TransformerLens's HookedTransformer reads them: a run of pad tokens at an end of a row is padding.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -33,7 +31,7 @@ from transformer_lens.utilities.components_utils import get_act_name
 
 from av_lens.checks import require_choice, require_keywords
 from av_lens.errors import InputError, InterventionError, ModelError, NotKeptError, unknown
-from av_lens.families.decoder import COMPONENTS, gates_named, hook_name
+from av_lens.families.decoder import COMPONENTS, gates_named
 from av_lens.interventions.edits import resolve_positions
 from av_lens.spans import Span, SpanMap
 
@@ -46,27 +44,16 @@ def heads_first(activation: Tensor, component: str) -> Tensor:
 
 def watching(see: Callable[[Tensor], Any]) -> Callable[..., None]:
     """A hook that looks on: `see` is shown the activation, and nothing is changed."""
-    return partial(_shown, see)
 
+    def shown(activation: Tensor, hook: Any = None) -> None:
+        see(activation)
 
-def _shown(see: Callable[[Tensor], Any], activation: Tensor, hook: Any = None) -> None:
-    del hook
-    see(activation)
+    return shown
 
 
 def rows_of(rows: slice | Tensor) -> Callable[..., Tensor]:
     """A hook that lets some positions pass alone."""
-    return partial(_rows, rows)
-
-
-def _rows(rows: slice | Tensor, activation: Tensor, hook: Any = None) -> Tensor:
-    del hook
-    return activation[:, rows]
-
-
-def stream_names(n_layers: int) -> list[str]:
-    """The hooks of the stream that enters each layer, and of the one that leaves the last."""
-    return [*(hook_name("resid_pre", layer) for layer in range(n_layers)), hook_name("resid_post", n_layers - 1)]
+    return lambda activation, hook=None: activation[:, rows]
 
 
 def asked_positions(spans: SpanMap, logits_at: str | Span) -> Tensor:
@@ -117,11 +104,6 @@ class Kept(ActivationCache):
         names = list(self.cache_dict)
         shown = ", ".join(names[:6]) + (f", ... ({len(names)} in all)" if len(names) > 6 else "")
         return f"ActivationCache with keys [{shown}]"
-
-
-def kept_for(model: Any, cache: Any) -> Any:
-    """Hand a bridge's cache to a model's user."""
-    return Kept(cache.cache_dict, model, cache.has_batch_dim) if isinstance(cache, ActivationCache) else cache
 
 
 def require_kept(names: Sequence[str], cache: Any, *, every: bool) -> None:
@@ -235,17 +217,12 @@ def require_run_keywords(model: Any, verb: str, options: dict[str, Any], *takers
     """Refuse keywords that a run would not heed."""
     if not options:
         return
-    forward, text = model.hf_model.forward, model.hf_model.get_decoder().forward
-    media = _names(forward) - _names(text) - _names(model.bridge.forward)
-    refused = {name: _MEDIA for name in media} | REFUSED
-    bridge: Callable[..., Any] = model.bridge.forward
+    forward, text, bridge = model.hf_model.forward, model.hf_model.get_decoder().forward, model.bridge.forward
+    of_forward, of_text, of_bridge = (set(inspect.signature(one).parameters) for one in (forward, text, bridge))
+    refused = dict.fromkeys(of_forward - of_text - of_bridge, _MEDIA) | REFUSED
     own = ("x", "input", "input_ids", "cache")
     require_keywords(verb, options, bridge, forward, *takers, own=own, refused=refused)
     require_choice("return_type", options.get("return_type", "logits"), RETURN_TYPES)
-    _require_stop(model, options)
-
-
-def _require_stop(model: Any, options: dict[str, Any]) -> None:
     stop, n = options.get("stop_at_layer"), int(model.spec.n_layers)
     if stop is None:
         return
@@ -258,17 +235,10 @@ def _require_stop(model: Any, options: dict[str, Any]) -> None:
         raise InputError(f"stop_at_layer= gives the stream, so return_type={options['return_type']!r} is not there.")
 
 
-def _names(function: Callable[..., Any]) -> set[str]:
-    return set(inspect.signature(function).parameters)
-
-
 def parted(options: dict[str, Any], names: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part keywords in two."""
     chosen = {name: options[name] for name in names if name in options}
     return chosen, {name: value for name, value in options.items() if name not in chosen}
-
-
-SIDES = ("left", "right")
 
 
 class TokenHelpers:
@@ -292,14 +262,8 @@ class TokenHelpers:
         Raises:
             InputError: an option that is unknown, or has nothing to act on.
         """
-        require_keywords("to_tokens", options, self.bridge.to_tokens, own=("input",))
-        if hasattr(text, "tensors"):
-            _refuse_text_options(options, "AVInputs are tokens already")
-            return text.tensors["input_ids"]
-        if options.get("padding_side") is not None:
-            require_choice("padding_side", options["padding_side"], SIDES)
-        self._refuse_bos(options.get("prepend_bos"))
-        return self.bridge.to_tokens(text, **options)
+        self._require_heeded("to_tokens", text, options)
+        return text.tensors["input_ids"] if hasattr(text, "tensors") else self.bridge.to_tokens(text, **options)
 
     def to_str_tokens(self, text: Any, **options: Any) -> Any:
         """The tokens as strings.
@@ -314,15 +278,16 @@ class TokenHelpers:
         Raises:
             InputError: an option that is unknown, or has nothing to act on.
         """
-        require_keywords("to_str_tokens", options, self.bridge.to_str_tokens, own=("input",))
+        self._require_heeded("to_str_tokens", text, options)
+        return list(text.tokens) if hasattr(text, "tensors") else self.bridge.to_str_tokens(text, **options)
+
+    def _require_heeded(self, verb: str, text: Any, options: Mapping[str, Any]) -> None:
+        require_keywords(verb, options, getattr(self.bridge, verb), own=("input",))
         if hasattr(text, "tensors"):
             _refuse_text_options(options, "AVInputs are tokens already")
-            return list(text.tokens)
-        self._refuse_bos(options.get("prepend_bos"))
-        return self.bridge.to_str_tokens(text, **options)
-
-    def _refuse_bos(self, prepend_bos: bool | None) -> None:
-        if prepend_bos and self.tokenizer.bos_token is None:  # TransformerLens would leave it out in silence
+        if options.get("padding_side") is not None:
+            require_choice("padding_side", options["padding_side"], ("left", "right"))
+        if options.get("prepend_bos") and self.tokenizer.bos_token is None:  # left out by TransformerLens in silence
             raise InputError("prepend_bos=True: this tokenizer has no token for a text's beginning; leave it out.")
 
     def to_single_token(self, text: str) -> int:

@@ -84,10 +84,6 @@ class Decoding:
         require_at_least("max_new_tokens", self.max_new_tokens, 1)
         if self.do_sample and self.seed is None:
             raise InputError("sampling draws from the seed you give, never from the global generator: pass seed=0.")
-        self._require_heeded()
-
-    def _require_heeded(self) -> None:
-        """Refuse options that HuggingFace's `generate` does not know, or would leave out with a warning."""
         from transformers import GenerationConfig, GenerationMixin
 
         known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
@@ -96,10 +92,9 @@ class Decoding:
         takers = (theirs, generate_with_hooks, Decoding)
         require_keywords("generate", self.options, *takers, own=own, more=known, refused=REFUSED)
         asked = {name: value for name, value in self.options.items() if name in known}
-        try:
-            GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=self.do_sample, **asked).validate(
-                strict=True
-            )
+        try:  # what HuggingFace would leave out with a warning
+            config = GenerationConfig(max_new_tokens=self.max_new_tokens, do_sample=self.do_sample, **asked)
+            config.validate(strict=True)
         except ValueError as error:
             raise InputError(f"these options of generate do not go together: {error}") from error
 
@@ -116,13 +111,12 @@ def generate_with_hooks(
 ) -> Any:
     """Generate from an audio-visual prompt under hooks and a plan."""
     tensors = left_padded(model.tensors_of(x, **(reading or {})))
-    compiled = None
+    ids, compiled = tensors["input_ids"], None
     if plan is not None:
         require_inputs("generate(plan=)", x)
         if any((how.options.get(name) or 1) > 1 for name in ("num_beams", "num_return_sequences")):
             raise InputError("a plan edits one sequence of each example: leave out num_beams and num_return_sequences.")
-        compiled = plan.compile(model.spec, x.spans, batch=tensors["input_ids"].shape[0])
-    ids = tensors["input_ids"]
+        compiled = plan.compile(model.spec, x.spans, batch=ids.shape[0])
     counting, require_fired = counted(fwd_hooks)
     hooks = [*(compiled.fwd_hooks if compiled else ()), *counting]
     if ids.numel() * model.spec.d_vocab * model.dtype.itemsize > budget_gb * GIGABYTE:
@@ -144,12 +138,11 @@ def generate_with_hooks(
     tokens, prompt = out.sequences, ids.shape[1]
     if compiled is not None:
         compiled.verify(decode_steps=tokens.shape[1] - prompt - 1)
-    return as_asked(model, how, tokens, prompt, out.logits, {} if compiled is None else dict(compiled.fired))
+    return as_asked(model, how, tokens, prompt, out.logits, {} if compiled is None else compiled.fired)
 
 
 def _last_of_prompt(stream: torch.Tensor, hook: Any = None, *, n_prompt: int) -> torch.Tensor:
     """Drop a long prompt's positions before the unembedding, but for the one that is decoded from."""
-    del hook
     return stream[:, -1:] if stream.shape[1] == n_prompt else stream
 
 

@@ -1,24 +1,21 @@
 """Run a model once: with a plan, gated hooks open for that run alone, keeping what was asked; and which hooks stand.
 
-TransformerLens fires `hook_result`, `hook_mlp_in`, `hook_attn_in` and `hook_q/k/v_input` only after a switch is set on
-the model, and refuses or skips them otherwise; a switch left on makes every later run dearer. Here the run opens the
-switches that its hooks need, and puts them back.
-
-Looked at are all roads by which a function of the caller's can enter a run: hook points (`model.hooks`, `add_hook`,
-permanent ones), torch's own forward and backward hooks on any module of the bridge or of the HuggingFace model, torch's
-global hooks, and a module's `forward` that was written over. Two states are equal where the same functions stand in the
-same places in the same order; what a function does, how often it was put there and taken away, and how large its effect
-is do not matter.
-
-Not seen: a function that keeps its identity and changes its mind (a counter, a factor read from outside), and modules
-whose class was changed.
-
 `run` is the plain verb under everything else: one forward, checked before it is paid for, with a record that every edit
 fired. What it keeps is named by component (`"z"`), by site (`Site("z", 5, head=3, positions="generation")`, only that
 slice is kept) or by a hook's name; the memory is estimated first and refused beyond `budget_gb`.
 
     >>> out = run(model, x, plan=Plan(zero(Site("z", 5, head=3))), capture=["z", "pattern"])  # doctest: +SKIP
     >>> out.logits[:, -1], out.cache["z", 5], out.fired                                     # doctest: +SKIP
+
+TransformerLens fires `hook_result`, `hook_mlp_in`, `hook_attn_in` and `hook_q/k/v_input` only after a switch is set on
+the model, and refuses or skips them otherwise; a switch left on makes every later run dearer. Here the run opens the
+switches that its hooks need, and puts them back.
+
+`standing_hooks` looks at all roads by which a function of the caller's can enter a run: hook points (`model.hooks`,
+`add_hook`, permanent ones), torch's own forward and backward hooks on any module of the bridge or of the HuggingFace
+model, torch's global hooks, and a module's `forward` that was written over. Two states are equal where the same
+functions stand in the same places in the same order, whatever they do. Not seen: a function that keeps its identity and
+changes its mind (a counter, a factor read from outside), and modules whose class was changed.
 """
 
 from __future__ import annotations
@@ -46,7 +43,7 @@ from av_lens.errors import BudgetError, InterventionError, unknown
 from av_lens.families.blocks import BUDGET_GB, TowerBridge
 from av_lens.families.decoder import COMPONENTS, GATES, gates_named, hook_name, layer_names
 from av_lens.interventions import Plan, Site
-from av_lens.interventions.edits import Positions, resolve_positions
+from av_lens.interventions.edits import Positions, resolve_positions, width_of
 from av_lens.spans import Span, SpanMap
 
 _FORKS = ("use_attn_in", "use_split_qkv_input")
@@ -154,7 +151,6 @@ def only_open(bridge: Any, accept: Callable[[str], bool]) -> Callable[[str], boo
 
 KINDS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 _OF_A_MODULE = tuple(f"_{kind}" for kind in KINDS)
-_OF_ALL = tuple(f"_global_{kind}" for kind in KINDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,8 +184,8 @@ def standing_hooks(model: Any) -> Standing:
     """Find every function that stands on a model, TransformerLens's own wiring apart."""
     found = [
         StandingHook(None, kind, function)
-        for kind, table in zip(KINDS, _OF_ALL, strict=True)
-        for function in getattr(torch_modules, table, {}).values()
+        for kind in KINDS
+        for function in getattr(torch_modules, f"_global_{kind}", {}).values()
     ]
     seen, waiting = set[int](), [(model.hf_model, False), (model.bridge, False)]
     while waiting:
@@ -210,8 +206,8 @@ def standing_hooks(model: Any) -> Standing:
 def _standing_on(module: Module, in_tower: bool) -> Iterator[StandingHook]:
     handles = [*module.fwd_hooks, *module.bwd_hooks] if isinstance(module, HookPoint) else []
     callers = {handle.hook.id: handle.user_hook for handle in handles if handle.user_hook is not None}
-    for kind, table in zip(KINDS, _OF_A_MODULE, strict=True):
-        for number, function in getattr(module, table).items():
+    for kind in KINDS:
+        for number, function in getattr(module, f"_{kind}").items():
             function = callers.get(number, function)  # TransformerLens wraps what it is given
             if getattr(function, "__module__", "") != component_setup.__name__:
                 yield StandingHook(module, kind, function, in_tower)
@@ -222,11 +218,6 @@ def _standing_on(module: Module, in_tower: bool) -> Iterator[StandingHook]:
 def hook_numbers(root: Module) -> tuple[int, ...]:
     """Torch's own numbers of all hooks on a module and below it; no number is ever given again."""
     return tuple(number for part in root.modules() for table in _OF_A_MODULE for number in part.__dict__[table])
-
-
-def same_hooks(first: Standing, second: Standing) -> bool:
-    """Say whether the same functions stand in the same places."""
-    return len(first) == len(second) and all(a.key == b.key for a, b in zip(first, second, strict=True))
 
 
 def places(model: Any, standing: Standing, *, most: int = 3) -> str:
@@ -300,8 +291,12 @@ def run(
     wanted = capture_slices(model, x.spans, capture)
     _require_memory(wanted, model, x, budget_gb)
     kept: dict[str, Tensor] = {}
-    looks = ((name, watching(partial(_keep, kept, name, part))) for name, part in wanted.items())
-    hooks = [*compiled.fwd_hooks, *looks]
+
+    def keep(name: str, activation: Tensor) -> None:
+        part = wanted[name]
+        kept[name] = activation if part is None else part.cut(activation)
+
+    hooks = [*compiled.fwd_hooks, *((name, watching(partial(keep, name))) for name in wanted)]
     logits = logits_of(model, x, hooks, rows, budget_gb=budget_gb)
     compiled.verify()
     missing = [name for name in wanted if name not in kept]
@@ -325,7 +320,9 @@ def logits_of(
     model.
     """
     rows = rows.to(model.device)
-    if len(rows) == len(x.spans) or any(name.startswith("unembed") for name, _ in hooks) or _shown_logits(model):
+    shown = {id(module) for module in (None, model.hf_model, model.bridge, *model.bridge.unembed.modules())}
+    looks = any(name.startswith("unembed") for name, _ in hooks)
+    if len(rows) == len(x.spans) or looks or any(id(hook.module) in shown for hook in standing_hooks(model)):
         return model.run_with_hooks(x, fwd_hooks=list(hooks), budget_gb=budget_gb)[:, rows]
 
     # Never one row alone, which lower precisions multiply by another kernel and round otherwise.
@@ -334,32 +331,20 @@ def logits_of(
     return model.run_with_hooks(x, fwd_hooks=kept_hooks, budget_gb=budget_gb)[:, : len(rows)]
 
 
-def _keep(kept: dict[str, Tensor], name: str, part: Any, activation: Tensor) -> None:
-    kept[name] = part.cut(activation)
-
-
-def _shown_logits(model: Any) -> bool:
-    """Whether a function of the caller's stands where it is shown logits, so that it must see all positions."""
-    shown = {id(module) for module in (model.hf_model, model.bridge, *model.bridge.unembed.modules())}
-    return any(hook.module is None or id(hook.module) in shown for hook in standing_hooks(model))
-
-
 @dataclass(frozen=True)
 class Slice:
     """Which part of a hook's activation is kept.
 
     Attributes:
-        site: the site, or None for the whole activation.
+        site: the site.
         positions: the site's positions, resolved.
     """
 
-    site: Site | None = None
-    positions: Positions | None = None
+    site: Site
+    positions: Positions
 
     def cut(self, activation: Tensor) -> Tensor:
         """Cut the part out."""
-        if self.site is None or self.positions is None:
-            return activation
         component = COMPONENTS[self.site.component]
         if not self.positions.everything:
             index = torch.tensor(self.positions.index, device=activation.device)
@@ -370,8 +355,8 @@ class Slice:
         return activation
 
 
-def capture_slices(model: Any, spans: SpanMap, capture: Capture) -> dict[str, Slice]:
-    """Resolve what is to be kept to hooks and slices."""
+def capture_slices(model: Any, spans: SpanMap, capture: Capture) -> dict[str, Slice | None]:
+    """Resolve what is to be kept to hooks and slices; None for a whole activation."""
     if capture is None:
         return {}
     known: tuple[str, ...] = tuple(model.hook_dict)
@@ -379,10 +364,10 @@ def capture_slices(model: Any, spans: SpanMap, capture: Capture) -> dict[str, Sl
         names = selected(capture, known)
         require_some(names, known)
         every = len(names) == len(known)  # a sweep, not a wish for gated hooks
-        return {name: Slice() for name in (selected(only_open(model.bridge, capture), known) if every else names)}
+        return dict.fromkeys(selected(only_open(model.bridge, capture), known) if every else names)
     listed = [capture] if isinstance(capture, str | Site) else list(capture)
     require_some(listed, known)
-    found: dict[str, Slice] = {}
+    found: dict[str, Slice | None] = {}
     for item in listed:
         if isinstance(item, Site):
             item.check(model.spec)
@@ -392,21 +377,22 @@ def capture_slices(model: Any, spans: SpanMap, capture: Capture) -> dict[str, Sl
             found[name] = Slice(item, resolve_positions(item.positions, spans, what=f"capture of {item.component}"))
         elif item in COMPONENTS:
             layered = COMPONENTS[item].layered
-            found |= {n: Slice() for n in (layer_names(item, model.spec.n_layers) if layered else (hook_name(item),))}
+            found |= dict.fromkeys(layer_names(item, model.spec.n_layers) if layered else (hook_name(item),))
         elif item in known:
-            found[item] = Slice()
+            found[item] = None
         else:
             raise InterventionError(unknown("component or hook", item, (*COMPONENTS, *known)))
     return found
 
 
-def _require_memory(wanted: Mapping[str, Slice], model: Any, x: Any, budget_gb: float | int) -> None:
+def _require_memory(wanted: Mapping[str, Slice | None], model: Any, x: Any, budget_gb: float | int) -> None:
     """Estimate what is kept, whole hooks and slices, and refuse beyond the budget."""
     batch, n = len(x), len(x.spans)
     itemsize = next(iter(model.parameters())).element_size()
-    whole = [name for name, part in wanted.items() if part.site is None]
+    whole = [name for name, part in wanted.items() if part is None]
     require_budget(whole, model.spec, batch=batch, n_pos=n, itemsize=itemsize, budget_gb=budget_gb)
-    sliced = sum(slice_bytes(part, model.spec, batch=batch, n_pos=n, itemsize=itemsize) for part in wanted.values())
+    slices = [part for part in wanted.values() if part is not None]
+    sliced = sum(slice_bytes(part, model.spec, batch=batch, n_pos=n, itemsize=itemsize) for part in slices)
     if sliced > budget_gb * GIGABYTE:
         raise BudgetError(
             f"the captured sites need about {sliced / GIGABYTE:.3g} GB, beyond budget_gb={budget_gb:g}. Name fewer "
@@ -416,9 +402,5 @@ def _require_memory(wanted: Mapping[str, Slice], model: Any, x: Any, budget_gb: 
 
 def slice_bytes(part: Slice, spec: ModelSpec, *, batch: int, n_pos: int, itemsize: int) -> int:
     """Estimate what keeping one site takes."""
-    if part.site is None or part.positions is None:
-        return 0
     heads = len(part.site.heads) if part.site.heads is not None else part.site.n_heads(spec)
-    last = part.site.axes[-1]
-    width = n_pos if last == "key_pos" else 1 if last == "one" else int(getattr(spec, last))
-    return batch * len(part.positions) * max(heads, 1) * width * itemsize
+    return batch * len(part.positions) * max(heads, 1) * width_of(part.site, spec, n_pos) * itemsize

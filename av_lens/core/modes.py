@@ -145,10 +145,7 @@ class TorchModes:
             ModelError: the caller handed the model in and its weights are not ours to rewrite, or they were processed.
         """
         for place in places:
-            if isinstance(place, torch.dtype):
-                dtype = place
-            else:
-                device = place
+            device, dtype = (device, place) if isinstance(place, torch.dtype) else (place, dtype)
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"{dtype} is no precision for weights: use torch.float32, bfloat16 or float16.")
         if dtype is not None and self.handed_in:
@@ -162,9 +159,8 @@ class TorchModes:
             try:
                 self.hf_model.to(torch.device(device))
             except (RuntimeError, AssertionError) as error:
-                raise InputError(
-                    f"this model cannot be moved to {str(device)!r}: {str(error).splitlines()[0]}"
-                ) from error
+                first = str(error).splitlines()[0]
+                raise InputError(f"this model cannot be moved to {str(device)!r}: {first}") from error
             self.bridge.cfg.device = str(device)
         if dtype is not None:
             cast(self.hf_model, dtype)

@@ -100,8 +100,7 @@ def moved_norms(
     """Measure what one unit of attention to each position would move: |v W_O|, head by head."""
     weight = Layer.of(model.bridge.blocks[layer]).outputs().float()
     triangle = torch.linalg.qr(weight.transpose(-1, -2), mode="r").R
-    group = weight.shape[0] // values.shape[1]
-    spread = values.detach().float().repeat_interleave(group, dim=1)
+    spread = values.detach().float().repeat_interleave(len(weight) // values.shape[1], dim=1)
     return torch.einsum("bhkd,hed->bhke", spread, triangle).norm(dim=-1)
 
 
@@ -126,13 +125,10 @@ def sinks_by_layout(
     """Find one set of sinks for each layout, from all of its examples together."""
     found: list[tuple[SpanMap, list[np.ndarray]]] = []
     for x in stacks:
-        incoming = incoming_mass(model, x).double().numpy()
-        for spans, parts in found:
-            if spans.layout_difference(x.spans) is None:
-                parts.append(incoming)
-                break
-        else:
-            found.append((x.spans, [incoming]))
+        parts = next((parts for spans, parts in found if spans.layout_difference(x.spans) is None), None)
+        if parts is None:
+            found.append((x.spans, parts := []))
+        parts.append(incoming_mass(model, x).double().numpy())
     return [(spans, sink_positions(np.concatenate(parts), spans, times=times).tolist()) for spans, parts in found]
 
 

@@ -36,6 +36,7 @@ from av_lens.families.blocks import (
     TowerBridge,
     install_embed_hook,
 )
+from av_lens.families.decoder import ReplayTraits
 
 
 def decoder_adapter(name: str, **facts: Any) -> type[DecoderAdapter]:
@@ -189,8 +190,13 @@ def deepstack(told: Mapping[str, Any]) -> dict[int, torch.Tensor]:
     return added
 
 
-def sliding_window(config: Any) -> int | None:
-    """How many positions the layers with a sliding window read, where other layers have none."""
+def causal_decoder(config: Any) -> ReplayTraits:
+    """Restarts are exact but for layers with a sliding window beside others, where a config has them.
+
+    Media enter with the embeddings, and else only as what is added after a layer (recorded with the run); every layer
+    has its own keys and values, and attention is causal throughout.
+    """
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None) or ()
-    return text.sliding_window if len(set(kinds)) > 1 and "sliding_attention" in kinds else None
+    sliding = len(set(kinds)) > 1 and "sliding_attention" in kinds
+    return ReplayTraits(sliding_window=text.sliding_window if sliding else None)

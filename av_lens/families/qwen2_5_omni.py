@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerForConditionalGeneration
 
-from av_lens.families.adapter import decoder_adapter, sliding_window
-from av_lens.families.decoder import ReplayTraits
+from av_lens.families.adapter import causal_decoder, decoder_adapter
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
 
@@ -43,14 +42,6 @@ def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
     return ids
 
 
-def replay_traits(config: Any) -> ReplayTraits:
-    """Restarts are exact but for layers with a sliding window, where a config has them.
-
-    Media enter with the embeddings alone, every layer has its own keys and values, and attention is causal throughout.
-    """
-    return ReplayTraits(sliding_window=sliding_window(config))
-
-
 def _tensor(value: Any) -> torch.Tensor | None:
     return None if value is None else torch.as_tensor(value)
 
@@ -60,7 +51,7 @@ FAMILY = Family(
     adapter=Qwen2_5OmniThinkerAdapter,
     media=QwenMedia,
     position_ids=position_ids,
-    replay_traits=replay_traits,
+    replay_traits=causal_decoder,
     checkpoints="Qwen/Qwen2.5-Omni-3B, Qwen/Qwen2.5-Omni-7B (thinker only)",
     model_types=("qwen2_5_omni_thinker", "qwen2_5_omni"),
     inner_config={"qwen2_5_omni": "thinker_config"},

@@ -16,8 +16,7 @@ from jaxtyping import Int64
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from av_lens.errors import InputError
-from av_lens.families.adapter import decoder_adapter, sliding_window
-from av_lens.families.decoder import ReplayTraits
+from av_lens.families.adapter import causal_decoder, decoder_adapter
 from av_lens.families.media_layout import Media, TensorAxes
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
@@ -75,11 +74,6 @@ def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
     return found
 
 
-def replay_traits(config: Any) -> ReplayTraits:
-    """Restarts are exact but for layers with a sliding window, where a config has them."""
-    return ReplayTraits(sliding_window=sliding_window(config))
-
-
 FAMILY = Family(
     model_class=Qwen2_5_VLForConditionalGeneration,
     adapter=decoder_adapter(
@@ -90,7 +84,7 @@ FAMILY = Family(
     ),
     media=Qwen2_5VLMedia,
     position_ids=position_ids,
-    replay_traits=replay_traits,
+    replay_traits=causal_decoder,
     checkpoints="Qwen/Qwen2.5-VL-3B-Instruct, Qwen/Qwen2.5-VL-7B-Instruct",
     model_types=("qwen2_5_vl",),
 )

@@ -8,14 +8,11 @@ by time alone, without chunks, and its borders have ids of their own.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Float, Int64
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
-from av_lens.families.adapter import decoder_adapter, deepstack, sliding_window
-from av_lens.families.decoder import ReplayTraits
+from av_lens.families.adapter import causal_decoder, decoder_adapter, deepstack
 from av_lens.families.qwen2_5_omni import position_ids
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
@@ -46,11 +43,6 @@ class Qwen3OmniMedia(QwenMedia):
         return np.arange(n).astype(np.float32) * np.float32(step_s) * np.float32(self.ids_per_second)
 
 
-def replay_traits(config: Any) -> ReplayTraits:
-    """Restarts are exact but for layers with a sliding window; what pictures add after a layer is recorded."""
-    return ReplayTraits(sliding_window=sliding_window(config))
-
-
 FAMILY = Family(
     model_class=Qwen3OmniMoeThinkerForConditionalGeneration,
     adapter=decoder_adapter(
@@ -65,7 +57,7 @@ FAMILY = Family(
     ),
     media=Qwen3OmniMedia,
     position_ids=position_ids,
-    replay_traits=replay_traits,
+    replay_traits=causal_decoder,
     added=deepstack,
     checkpoints="Qwen/Qwen3-Omni-30B-A3B-Instruct (thinker only)",
     model_types=("qwen3_omni_moe_thinker", "qwen3_omni_moe"),

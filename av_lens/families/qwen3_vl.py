@@ -7,19 +7,16 @@ frames do at the asked rate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Int64, Shaped
 from transformers import Qwen3VLForConditionalGeneration
 
-from av_lens.families.adapter import decoder_adapter, deepstack, sliding_window
-from av_lens.families.decoder import ReplayTraits
+from av_lens.families.adapter import causal_decoder, decoder_adapter, deepstack
 from av_lens.families.media_layout import Media
-from av_lens.families.qwen2_5_vl import Qwen2_5VLMedia
+from av_lens.families.qwen2_5_vl import Qwen2_5VLMedia, position_ids
 from av_lens.families.registry import Family
 
 
@@ -57,19 +54,6 @@ class Qwen3VLMedia(Qwen2_5VLMedia):
         return (patch + np.array([[0], [1]])) * media.picture.step_s
 
 
-def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
-    """The model's own three position streams for an input, int64 `[3, batch, pos]`: time, row, column."""
-    told = {name: tensors.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-    ids, types, mask = (tensors[name] for name in ("input_ids", "mm_token_type_ids", "attention_mask"))
-    found, _ = hf_model.model.get_rope_index(ids, types, attention_mask=mask, **told)
-    return found
-
-
-def replay_traits(config: Any) -> ReplayTraits:
-    """Restarts are exact but for layers with a sliding window; what pictures add after a layer is recorded."""
-    return ReplayTraits(sliding_window=sliding_window(config))
-
-
 FAMILY = Family(
     model_class=Qwen3VLForConditionalGeneration,
     adapter=decoder_adapter(
@@ -80,7 +64,7 @@ FAMILY = Family(
     ),
     media=Qwen3VLMedia,
     position_ids=position_ids,
-    replay_traits=replay_traits,
+    replay_traits=causal_decoder,
     added=deepstack,
     checkpoints="Qwen/Qwen3-VL-4B-Instruct, Qwen/Qwen3-VL-8B-Instruct",
     model_types=("qwen3_vl",),

@@ -6,15 +6,5 @@ from av_lens.inputs.encoder import Encoder
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.inputs.pairs import Pair
 
-__all__ = [
-    "AVInputs",
-    "Answer",
-    "Cells",
-    "Conflict",
-    "Encoder",
-    "Grammar",
-    "Pair",
-    "answer_pair",
-    "conflicts",
-    "resolve",
-]
+__all__ = ["AVInputs", "Answer", "Cells", "Conflict", "Encoder", "Grammar", "Pair"]
+__all__ += ["answer_pair", "conflicts", "resolve"]

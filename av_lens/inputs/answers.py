@@ -4,13 +4,6 @@ The embedded models know a few kinds of questions in a few phrasings each. A que
 squeezing spaces and unifying spellings, without its final mark; what is no phrasing is refused with the nearest one,
 for an answer to it would mean nothing. Models without a grammar take any question.
 
-Example:
-    >>> grammar = Grammar.from_json({"questions": {"hear": ["what do you hear?"]}})
-    >>> grammar.match("What do you  HEAR ?")
-    'what do you hear?'
-    >>> grammar.kind("what do you hear")
-    'hear'
-
 An answer is a word, a token id, or a list of either (synonyms, pooled by logsumexp). A word (any text) can be said in
 four forms: with a leading space or without, capital or not. A tokenizer has other tokens for each, and a model says one
 of them at a given position: which one, only the model knows (`metrics.forms` asks it), so `resolve` is told the form.
@@ -19,6 +12,9 @@ Spaces around a word as it was given do not count. Token ids, and an `Answer`, a
 Not done: answers that differ only in case are not pooled by themselves; give them as synonyms.
 
 Example:
+    >>> grammar = Grammar.from_json({"questions": {"hear": ["what do you hear?"]}})
+    >>> grammar.match("What do you  HEAR ?"), grammar.kind("what do you hear")
+    ('what do you hear?', 'hear')
     >>> answer = Answer(text="dog", options=((7,),))
     >>> answer.single, answer.n_tokens
     (True, 1)
@@ -63,9 +59,7 @@ class Grammar:
             with foreign_file(data, "a grammar"):
                 read = parse_json(Path(data).read_bytes())
         questions = read.get("questions") if isinstance(read, Mapping) else None
-        if not isinstance(questions, Mapping) or not all(
-            isinstance(value, list | tuple) for value in questions.values()
-        ):
+        if not isinstance(questions, Mapping) or not all(isinstance(one, list | tuple) for one in questions.values()):
             raise InputError("a grammar is a mapping with 'questions': {kind: [phrasing, ...]}")
         phrasings = {str(kind): tuple(str(text) for text in texts) for kind, texts in questions.items()}
         spellings = read.get("spellings", {})
@@ -163,28 +157,31 @@ def forms_of(tokenizer: Any, word: str) -> dict[str, tuple[int, ...]]:
     found = {form: ids for form, ids in written.items() if ids and missing not in ids}
     if not found:
         bare = word.strip()
+        words = sorted({text for i in range(len(tokenizer)) if (text := tokenizer.decode([i]).strip()).isalpha()})
         raise InputError(
             f"this model's tokenizer has no tokens for {bare!r}: it becomes {tokenizer.decode([missing])!r}, whatever "
-            f"the word. {unknown('word', bare, known_words(tokenizer))}"
+            f"the word. {unknown('word', bare, words)}"
         )
     return found
 
 
-def known_words(tokenizer: Any) -> list[str]:
-    """List the words that are one token, without spaces around them."""
-    return sorted({text for i in range(len(tokenizer)) if (text := tokenizer.decode([i]).strip()).isalpha()})
-
-
 def resolve(tokenizer: Any, answer: AnswerLike | Answer, form: str | None = None) -> Answer:
-    """Find the tokens of an answer whose words are read in a form; one that is resolved already stays as it is."""
+    """Find the tokens of an answer whose words are read in a form; one that is resolved already stays as it is.
+
+    Without a tokenizer (None) an answer is token ids, taken as they are given.
+    """
     if isinstance(answer, Answer):
         return answer
     synonyms = synonyms_of(answer)
-    options = tuple(dict.fromkeys(_ids(tokenizer, synonym, form) for synonym in synonyms))
-    return Answer(" / ".join(str(synonym) for synonym in synonyms), options)
+    options = [_ids(tokenizer, synonym, form) for synonym in synonyms]
+    return Answer(" / ".join(map(str, synonyms)), tuple(options if tokenizer is None else dict.fromkeys(options)))
 
 
 def _ids(tokenizer: Any, synonym: str | int, form: str | None) -> tuple[int, ...]:
+    if tokenizer is None:
+        if isinstance(synonym, str):
+            raise InputError(f"the answer {synonym!r} is text: bind the metric first, metric.bind(model, x).")
+        return (int(synonym),)
     if isinstance(synonym, int):
         if not 0 <= synonym < len(tokenizer):
             raise InputError(f"token id {synonym} is outside the vocabulary of {len(tokenizer)} tokens")
@@ -217,7 +214,7 @@ def answer_pair(
         raise InputError(f"the two answers are equal: {first.text!r} and {second.text!r} are the same tokens")
     shared = set(first.first_tokens) & set(second.first_tokens)
     if shared:
-        token = tokenizer.decode([min(shared)])
+        token = f"token {min(shared)}" if tokenizer is None else tokenizer.decode([min(shared)])
         raise InputError(
             f"the answers {first.text!r} and {second.text!r} begin with the same token {token!r}, so the asked "
             "position cannot tell them apart: choose other words, or move the shared part into the prefix"

@@ -154,9 +154,8 @@ class Conflict:
         if fault:
             raise InputError(f"conflict {self.id or ''}: {fault}".replace(" :", ":"))
         words = [word for group in synonyms for word in group]
-        if half := half_character(
-            "".join(map(str, (self.id, self.question, self.prefix, self.see, self.control, *words)))
-        ):
+        texts = (self.id, self.question, self.prefix, self.see, self.control, *words)
+        if half := half_character("".join(map(str, texts))):
             raise InputError(f"conflict {self.id!r}: its texts hold {half}; take it out.")
         for name, clip in (("sound", self.sound), ("picture", self.picture), ("third", self.third)):
             if isinstance(clip, Clip):
@@ -295,8 +294,7 @@ class Cells(Mapping[str, AVInputs]):
 
 
 def _nbytes(sources: Mapping[str, Clip]) -> int:
-    frames = {id(clip.frames): clip.frames.nbytes for clip in sources.values() if clip.frames is not None}
-    return sum(frames.values())
+    return sum({id(one.frames): one.frames.nbytes for one in sources.values() if one.frames is not None}.values())
 
 
 # A second of video is some 20 MB: only the conflicts encoded last keep their decoded frames (at most 1 GiB), others are

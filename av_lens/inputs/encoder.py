@@ -1,7 +1,13 @@
 """`Encoder`: a clip and a question become the tensors that a model takes, with every position explained.
 
-The checkpoint's own template is rendered with a marker in the place of the user's text (and of the system message), so
-that what stands before, in between and after is known exactly and nothing is searched for. Roles of the pieces:
+It works by the checkpoint's own processor and chat template, and by what the model's family says of media in its
+prompts (`families.media_layout`): frames are sampled here (by their true times) and handed over with the right rate,
+the sound is woven into the video by the processor's own code, and the result is compared with the model's own position
+ids before anything runs on it. `encode` returns what one call of the processor would, except that the mel is trimmed to
+the sound.
+
+The template is rendered with a marker in the place of the user's text (and of the system message), so that what stands
+before, in between and after is known exactly and nothing is searched for. Roles of the pieces:
 
 * `system`: the system message's text, given or the template's default;
 * `boundary`: media begin and end tokens and the framing of the turns, up to the question;
@@ -11,16 +17,8 @@ that what stands before, in between and after is known exactly and nothing is se
 
 Prefix and answer are tokenized apart, so that they never change the tokens before them.
 
-Not done: several turns, tools, several pictures or sounds.
-
-By the checkpoint's own processor and chat template, and by what the model's family says of media in its prompts
-(`families.media_layout`): frames are sampled here (by their true times) and handed over with the right rate, the sound
-is woven into the video by the processor's own code, and the result is compared with the model's own position ids before
-anything runs on it. `Encoder.encode` returns what one call of the processor would, except that the mel is trimmed to
-the sound.
-
 Layouts: sound woven into the video ("in_video"), video then audio ("separate"), either alone, an image with or without
-sound, text. Not done: several clips in one prompt, several turns.
+sound, text. Not done: several turns, tools, several clips in one prompt.
 """
 
 from __future__ import annotations
@@ -341,9 +339,8 @@ class Encoder:
         return found
 
     def _decoded(self, ids: np.ndarray) -> tuple[str, ...]:
-        for token in np.unique(ids).tolist():
-            if token not in self._texts:
-                self._texts[token] = self.processor.tokenizer.decode([token])
+        new = set(ids.tolist()) - self._texts.keys()
+        self._texts |= {token: self.processor.tokenizer.decode([token]) for token in new}
         return tuple(self._texts[token] for token in ids.tolist())
 
     def _provenance(self, clip: Clip | None, question: str, asked: str, media: Media, how: Asked) -> dict[str, Any]:

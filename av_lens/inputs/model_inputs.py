@@ -1,16 +1,14 @@
 """`AVInputs`: tensors that know what each of their positions is, held once where equal, and show themselves.
 
-The strip is one inline SVG without scripts or outside files; text and lines take the page's own colour, so it reads in
-light and in dark.
-
 `x.tensors` are the keyword arguments of the HuggingFace forward, nothing missing: `hf_model(**x.tensors)` runs. One
 object holds one example or a stack of examples of *one* layout that share its map; different layouts are never
 padded together. How the tensors of a stack lie in a batch the model's family says (`x.axes`).
 
-Not done: moving features between dtypes; the model casts what it is given.
+The pixels of a second of video are some MB, and thirteen cells of four pictures would hold them thirteen times: a
+tensor is known by a hash of its content for as long as somebody holds it (weak references: nothing is kept alive).
 
-The pixels of a second of video are some MB, and thirteen cells of four pictures would hold them thirteen times. A
-tensor is known by a hash of its content for as long as somebody holds it (weak references): nothing is kept alive.
+In a notebook an input is a strip, one inline SVG without scripts or outside files, whose text and lines take the page's
+own colour. Not done: moving features between dtypes; the model casts what it is given.
 """
 
 from __future__ import annotations
@@ -45,8 +43,8 @@ _MOST_RUNS = 22
 
 def runs_of(spans: SpanMap) -> list[tuple[str, int, int]]:
     """Cut a map into runs of equal roles: role, start and stop of each, in order."""
-    borders = [0, *(i for i in range(1, len(spans)) if spans.roles[i] != spans.roles[i - 1]), len(spans)]
-    return [(spans.roles[a], a, b) for a, b in itertools.pairwise(borders) if b > a]
+    runs = (list(run) for _, run in itertools.groupby(range(len(spans)), spans.roles.__getitem__))
+    return [(spans.roles[run[0]], run[0], run[-1] + 1) for run in runs]
 
 
 def _interval(spans: SpanMap, start: int, stop: int, prefix: str) -> str:
@@ -59,19 +57,18 @@ def _what(spans: SpanMap, start: int, stop: int) -> str:
     rows = spans.row[start:stop]
     if (rows >= 0).any():
         return f"{int(rows.max()) + 1} x {int(spans.col[start:stop].max()) + 1} patches"
-    text = repr("".join(spans.tokens[start : min(stop, start + 24)]))
     if spans.roles[start] == "audio":
         return ""
+    text = repr("".join(spans.tokens[start : min(stop, start + 24)]))
     return text if len(text) <= 44 else text[:43] + "…"
 
 
 def summary(x: AVInputs) -> str:
     """Summarise an input on one screen."""
+    asked = list(zip(x.questions, x.clips, strict=True))[:3]
     lines = [repr(x).split(":")[0] + ")"]
-    for question, clip in list(zip(x.questions, x.clips, strict=True))[:3]:
-        lines.append(f"  question {question!r}  clip {clip!r}" if clip is not None else f"  question {question!r}")
-    if len(x) > 3:
-        lines.append(f"  ... and {len(x) - 3} more examples")
+    lines += [f"  question {question!r}" + (f"  clip {clip!r}" if clip is not None else "") for question, clip in asked]
+    lines += [f"  ... and {len(x) - 3} more examples"] if len(x) > 3 else []
     shapes = [f"{name} {list(v.shape) if isinstance(v, Tensor) else v}" for name, v in x.tensors.items()]
     lines += [
         "  tensors: " + "; ".join(shapes),
@@ -330,11 +327,7 @@ class AVInputs:
         """
         import pandas
 
-        columns: dict[str, Any] = {
-            "position": np.arange(len(self.spans)),
-            "token": self.tokens,
-            "role": self.spans.roles,
-        }
+        columns = {"position": np.arange(len(self.spans)), "token": self.tokens, "role": self.spans.roles}
         return pandas.DataFrame(columns | {name: getattr(self.spans, name) for name in _COLUMNS})
 
     def describe(self, metric: Any = None) -> str:
@@ -391,10 +384,8 @@ def _seconds(x: AVInputs) -> str:
 def _shared_map(parts: Sequence[SpanMap]) -> SpanMap:
     first = parts[0]
     tokens = tuple("|".join(dict.fromkeys(seen)) for seen in zip(*(part.tokens for part in parts), strict=True))
-    times: dict[str, np.ndarray] = {}
-    for name in ("source_start_s", "source_end_s"):
-        columns = np.stack([getattr(part, name) for part in parts])
-        times[name] = np.where((columns == columns[0]).all(axis=0), columns[0], np.nan)
+    columns = {name: np.stack([getattr(part, name) for part in parts]) for name in ("source_start_s", "source_end_s")}
+    times = {name: np.where((found == found[0]).all(axis=0), found[0], np.nan) for name, found in columns.items()}
     return replace(first, tokens=tokens, **times)
 
 
@@ -405,13 +396,13 @@ _KNOWN: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
 
 def shared(x: AVInputs) -> AVInputs:
     """Give the same inputs with large tensors that are held elsewhere already."""
-    return replace(x, tensors={name: _shared(value) for name, value in x.tensors.items()})
 
+    def held(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.nbytes < SMALLEST or value.device.type != "cpu":
+            return value
+        return _KNOWN.setdefault(content_hash(value), value)
 
-def _shared(value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.nbytes < SMALLEST or value.device.type != "cpu":
-        return value
-    return _KNOWN.setdefault(content_hash(value), value)
+    return replace(x, tensors={name: held(value) for name, value in x.tensors.items()})
 
 
 def content_hash(value: Tensor) -> bytes:

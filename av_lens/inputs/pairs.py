@@ -73,18 +73,16 @@ def without_sound(model: Any, x: AVInputs) -> AVInputs:
     """Encode the same clips and questions for a model, without their sound; of sound alone becomes text alone."""
     if len(x.spans["generated"]):
         raise InputError("these inputs hold an answer; take the sound out of the prompt that x.continued() was given.")
-    return AVInputs.stack([_silent(model, one) for one in x])
-
-
-def _silent(model: Any, x: AVInputs) -> AVInputs:
-    made = x.provenance
-    if "asked" not in made:
-        raise InputError("these inputs do not say how they were made; make them with model.encode.")
-    picture = _PICTURE.get(x.layout)
-    options: dict[str, Any] = {"system": made.get("system"), "prefix": made.get("prefix", "")}
-    options |= {"fps": made["fps"]} if "fps" in made else {}
-    clip = x.clips[0] if picture else None
-    return model.encode(clip, made["asked"], sound=None, picture=picture, **options)
+    silent: list[AVInputs] = []
+    for one in x:
+        made = one.provenance
+        if "asked" not in made:
+            raise InputError("these inputs do not say how they were made; make them with model.encode.")
+        options = {"system": None, "prefix": ""} | {k: made[k] for k in ("system", "prefix", "fps") if k in made}
+        picture = _PICTURE.get(one.layout)
+        clip = one.clips[0] if picture else None
+        silent.append(model.encode(clip, made["asked"], sound=None, picture=picture, **options))
+    return AVInputs.stack(silent)
 
 
 def shared_positions(
@@ -95,10 +93,8 @@ def shared_positions(
     kept = [_unheard(one, borders) for one in (x, other)]
     ids = [one.ids[:, where].cpu().numpy() for one, where in zip((x, other), kept, strict=True)]
     n = min(part.shape[1] for part in ids)
-    if ids[0].shape[0] != ids[1].shape[0]:
-        raise AlignmentError(
-            f"{ids[0].shape[0]} examples against {ids[1].shape[0]}: give the same clips on both sides."
-        )
+    if len(x) != len(other):
+        raise AlignmentError(f"{len(x)} examples against {len(other)}: give the same clips on both sides.")
     unequal = np.flatnonzero((ids[0][:, :n] != ids[1][:, :n]).any(axis=0))
     if len(unequal) or ids[0].shape != ids[1].shape:
         at = int(unequal[0]) if len(unequal) else n

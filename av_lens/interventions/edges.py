@@ -25,6 +25,7 @@ Cuts act in the prompt and at every decoding step.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from av_lens.brief import Brief
 from av_lens.errors import InputError, InterventionError
-from av_lens.interventions.edits import Positions, Spec, check_heads, check_layers, resolve_positions
+from av_lens.interventions.edits import ModelSpec, Positions, check_heads, check_layers, resolve_positions
 from av_lens.spans import SpanMap
 
 INPUTS = ("q", "k", "v")
@@ -97,7 +98,7 @@ class Node:
             return -1 if self.kind == "embed" else _LAST
         return self.reads_at + 1
 
-    def check(self, spec: Spec) -> None:
+    def check(self, spec: ModelSpec) -> None:
         """Refuse a layer or head that the model does not have."""
         check_layers([] if self.layer is None else [self.layer], spec)
         if self.index is not None:
@@ -109,7 +110,7 @@ Ends = dict[str, tuple[Node, ...]]
 """Ends by name, each made of one node or of several patched together."""
 
 
-def senders(given: Any, spec: Spec, roles: Sequence[str]) -> Ends:
+def senders(given: Any, spec: ModelSpec, roles: Sequence[str]) -> Ends:
     """Read what a caller named as senders."""
     every = {
         "heads": [Node("head", la, h) for la in range(spec.n_layers) for h in range(spec.n_heads)],
@@ -117,14 +118,14 @@ def senders(given: Any, spec: Spec, roles: Sequence[str]) -> Ends:
         "spans": [Node("embed", span=role, span_name=role) for role in roles],
     }
     found = _ends(given, every, "sender", SENDER_FORMS)
-    for node in (node for nodes in found.values() for node in nodes):
+    for node in itertools.chain(*found.values()):
         if node.kind in ("kv", "logits") or node.input is not None:
             raise InputError(f"{node.label} is no sender. A sender is {SENDER_FORMS}.")
         node.check(spec)
     return found
 
 
-def receivers(given: Any, spec: Spec) -> Ends:
+def receivers(given: Any, spec: ModelSpec) -> Ends:
     """Read what a caller named as receivers."""
     layers = range(spec.n_layers)
     every = {"mlps": [Node("mlp", la) for la in layers]}
@@ -136,9 +137,8 @@ def receivers(given: Any, spec: Spec) -> Ends:
     for nodes in found.values():
         for node in nodes:
             if node.kind == "embed" or (node.kind in ("head", "kv") and node.input is None):
-                raise InputError(
-                    f"{node.label} is no receiver: say through which input. A receiver is {RECEIVER_FORMS}."
-                )
+                forms = f"A receiver is {RECEIVER_FORMS}."
+                raise InputError(f"{node.label} is no receiver: say through which input. {forms}")
             if node.kind == "kv" and node.input == "q":
                 raise InputError(f"{node.label}: key-value heads have no queries; name a head's: (layer, head, 'q').")
             node.check(spec)
@@ -146,7 +146,7 @@ def receivers(given: Any, spec: Spec) -> Ends:
     return found
 
 
-def refuse_double(nodes: Sequence[Node], spec: Spec) -> None:
+def refuse_double(nodes: Sequence[Node], spec: ModelSpec) -> None:
     """Refuse receivers that cannot be patched together: one input of one head may have one new value only."""
     if len(nodes) > 1 and any(node.kind == "logits" for node in nodes):
         raise InputError("'logits' cannot be patched together with others: its input replaced, theirs changes nothing.")
@@ -163,15 +163,9 @@ def refuse_double(nodes: Sequence[Node], spec: Spec) -> None:
 
 def _ends(given: Any, every: Mapping[str, Sequence[Node]], what: str, forms: str) -> Ends:
     if isinstance(given, str):
-        found: Ends = {}
-        for part in given.split(","):
-            word = part.strip()
-            if word in every:
-                found |= {node.label: (node,) for node in every[word]}
-            else:
-                nodes = tuple(_written(one.strip(), what, forms, every) for one in word.split("+"))
-                found[" + ".join(node.label for node in nodes)] = nodes
-        return found
+        words = [part.strip() for part in given.split(",")]
+        parts = [[(n,) for n in every[w]] if w in every else [_together(w, what, forms, every)] for w in words]
+        return {" + ".join(node.label for node in nodes): nodes for part in parts for nodes in part}
     if isinstance(given, Mapping):
         if not given:
             raise InputError(f"no {what} is named; name one: {forms}.")
@@ -268,7 +262,7 @@ class Cut:
             return Positions(tuple(sorted((*found.index, generation))), decode=found.decode)
         return found
 
-    def bound(self, spec: Spec, spans: SpanMap, batch: int | None = None) -> BoundCut:
+    def bound(self, spec: ModelSpec, spans: SpanMap, batch: int | None = None) -> BoundCut:
         """Check the cut against a model and an input, and make it ready to run.
 
         Args:
@@ -282,7 +276,6 @@ class Cut:
         Raises:
             InterventionError: a layer or head is out of range, or no edge would be cut.
         """
-        del batch
         layers = tuple(range(spec.n_layers)) if self.layers is None else self.layers
         check_layers(layers, spec)
         check_heads(self.heads, spec.n_heads, spec, "the attention pattern")

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,34 +35,29 @@ from av_lens.spans import SpanMap
 KV_COMPONENTS = ("k", "v", "rot_k")
 
 
-@runtime_checkable
-class Spec(Protocol):
-    """The sizes of a model that a site is checked against (`HookedAVLLM.spec` has them)."""
+@dataclass(frozen=True)
+class ModelSpec:
+    """The sizes of a model's fusion stack.
 
-    @property
-    def n_layers(self) -> int:
-        """Fusion layers."""
-        ...
+    Attributes:
+        n_layers: fusion layers.
+        n_heads: query heads per layer.
+        n_kv_heads: key-value heads per layer; each serves `n_heads / n_kv_heads` query heads.
+        d_model: width of the residual stream.
+        d_head: width of a head.
+        d_mlp: hidden units of an MLP.
+        d_vocab: tokens of the vocabulary.
+        experts: the layers that choose among many MLPs, and so have no units of one.
+    """
 
-    @property
-    def n_heads(self) -> int:
-        """Query heads of a layer."""
-        ...
-
-    @property
-    def n_kv_heads(self) -> int:
-        """Key-value heads of a layer."""
-        ...
-
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        ...
-
-    @property
-    def d_head(self) -> int:
-        """Width of one head."""
-        ...
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    experts: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -173,7 +168,7 @@ class Site:
             return None
         return (self.head,) if isinstance(self.head, int) else tuple(self.head)
 
-    def n_heads(self, spec: Spec) -> int:
+    def n_heads(self, spec: ModelSpec) -> int:
         """Count the heads of the whole component.
 
         Args:
@@ -186,7 +181,7 @@ class Site:
             return 0
         return spec.n_kv_heads if "kv_head" in self.axes else spec.n_heads
 
-    def check(self, spec: Spec) -> None:
+    def check(self, spec: ModelSpec) -> None:
         """Refuse a layer or head that the model does not have.
 
         Args:
@@ -196,7 +191,7 @@ class Site:
             InterventionError: the layer or a head is out of range.
         """
         check_layers([] if self.layer is None else [self.layer], spec)
-        if self.component in UNITS and self.layer in getattr(spec, "experts", ()):
+        if self.component in UNITS and self.layer in spec.experts:
             raise InterventionError(
                 f"layer {self.layer} chooses among experts, each an MLP of its own, and has no {self.component}: name "
                 "mlp_in or mlp_out, what the layer's experts read and write together."
@@ -204,7 +199,7 @@ class Site:
         check_heads(self.heads, self.n_heads(spec), spec, self.component)
 
 
-def check_layers(layers: Iterable[int], spec: Spec) -> None:
+def check_layers(layers: Iterable[int], spec: ModelSpec) -> None:
     """Refuse layers that the model does not have."""
     for layer in layers:
         if not 0 <= layer < spec.n_layers:
@@ -214,7 +209,7 @@ def check_layers(layers: Iterable[int], spec: Spec) -> None:
             )
 
 
-def check_heads(heads: tuple[int, ...] | None, known: int, spec: Spec, component: str) -> None:
+def check_heads(heads: tuple[int, ...] | None, known: int, spec: ModelSpec, component: str) -> None:
     """Refuse heads that the component does not have; with grouped queries say which heads it is kept for."""
     for head in heads or ():
         if not 0 <= head < known:
@@ -269,7 +264,7 @@ class Edit(Brief):
         index = resolve_positions(self.site.positions, spans).index
         return index[0] if index else len(spans)
 
-    def bound(self, spec: Spec, spans: SpanMap, batch: int | None = None) -> BoundEdit:
+    def bound(self, spec: ModelSpec, spans: SpanMap, batch: int | None = None) -> BoundEdit:
         """Check the edit against a model and an input, and make it ready to run.
 
         Args:
@@ -285,14 +280,13 @@ class Edit(Brief):
         """
         self.site.check(spec)
         positions = resolve_positions(self.site.positions, spans, what=f"{self.kind} at {self.site.component}")
-        n_prompt = len(spans)
-        value = None
-        if self.value is not None:
-            positions = _prompt_only(self, positions, spans)
-            value = _shaped(self.value, self, spec, positions, n_prompt, batch)
-            if positions.everything and value.shape[1] != 1:
-                positions = Positions(positions.index, decode=False, everything=True)
-        return BoundEdit(self, positions, value, n_prompt)
+        if self.value is None:
+            return BoundEdit(self, positions, None, len(spans))
+        positions = _prompt_only(self, self.value, positions, spans)
+        value = _shaped(self.value, self, spec, positions, len(spans), batch)
+        if positions.everything and value.shape[1] != 1:
+            positions = Positions(positions.index, everything=True)
+        return BoundEdit(self, positions, value, len(spans))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -324,7 +318,7 @@ class BoundEdit(Brief):
             return False
         where = _index(rows, self.edit.site.heads if activation.ndim == 4 else None)
         kind = self.edit.kind
-        value = self._rows_of_value(rows, offset, activation) if self.value is not None else None
+        value = None if self.value is None else self._rows_of_value(self.value, rows, offset, activation)
         if value is not None and kind in ("replace", "resample"):
             activation[where] = value
             return True
@@ -346,9 +340,7 @@ class BoundEdit(Brief):
             return new
         return torch.where(old <= torch.finfo(old.dtype).min / 2, old, new)
 
-    def _rows_of_value(self, rows: slice | Tensor, offset: int, activation: Tensor) -> Tensor:
-        value = self.value
-        assert value is not None
+    def _rows_of_value(self, value: Tensor, rows: slice | Tensor, offset: int, activation: Tensor) -> Tensor:
         if self.edit.kind == "resample":
             rng = np.random.default_rng(self.edit.seed)
             value = value[torch.from_numpy(rng.integers(0, value.shape[0], activation.shape[0]))]
@@ -364,15 +356,15 @@ class BoundEdit(Brief):
         return value.to(activation)
 
 
-def _prompt_only(edit: Edit, positions: Positions, spans: SpanMap) -> Positions:
+def _prompt_only(edit: Edit, value: Tensor, positions: Positions, spans: SpanMap) -> Positions:
     """Values recorded on a whole prompt go to that prompt's positions when an answer follows it."""
     answer = spans["generated"].positions
-    if not positions.everything or edit.value is None or not len(answer):
+    if not positions.everything or not len(answer):
         return positions
     prompt = tuple(sorted(set(positions.index) - set(answer.tolist())))
-    by_head = edit.site.has_heads and (not isinstance(edit.site.head, int) or edit.value.ndim == 4)
-    axis = edit.value.ndim - (3 if by_head else 2)
-    given = edit.value.shape[axis] if axis >= 0 else 1
+    by_head = edit.site.has_heads and (not isinstance(edit.site.head, int) or value.ndim == 4)
+    axis = value.ndim - (3 if by_head else 2)
+    given = value.shape[axis] if axis >= 0 else 1
     return Positions(prompt) if given == len(prompt) else positions
 
 
@@ -398,22 +390,22 @@ def _amount(edit: Edit, like: Tensor) -> float | Tensor:
     return edit.amount.to(like) if isinstance(edit.amount, Tensor) else edit.amount
 
 
-def _shaped(value: Tensor, edit: Edit, spec: Spec, positions: Positions, n_prompt: int, batch: int | None) -> Tensor:
+def _shaped(
+    value: Tensor, edit: Edit, spec: ModelSpec, positions: Positions, n_prompt: int, batch: int | None
+) -> Tensor:
     """Bring a value to `[batch or 1, pos or 1, (head or 1,) d]`, or say which shape was wanted."""
     site = edit.site
     n_heads = site.n_heads(spec) if site.heads is None else len(site.heads)
-    d = _width(site, spec, n_prompt)
+    d = width_of(site, spec, n_prompt)
     given = tuple(value.shape)
-    wanted = f"[batch, {len(positions)} positions" + (f", {n_heads} heads" if site.has_heads else "") + f", {d or 'd'}]"
+    wanted = f"[batch, {len(positions)} positions" + (f", {n_heads} heads" if site.has_heads else "") + f", {d}]"
     if isinstance(site.head, int) and (value.ndim < 4 or value.shape[2] != 1):
         value = value.unsqueeze(-2)
     rank = 4 if site.has_heads else 3
     value = value[(None,) * max(0, rank - value.ndim)]
-    ok = value.ndim == rank and (not site.has_heads or value.shape[2] in (1, n_heads))
-    ok = ok and value.shape[1] in (1, len(positions)) and (d is None or value.shape[-1] in (1, d))
-    if edit.kind != "resample" and batch is not None:
-        ok = ok and value.shape[0] in (1, batch)
-    if not ok:
+    sizes = [len(positions), *([n_heads] if site.has_heads else []), d]
+    ok = value.ndim == rank and all(n in (1, size) for n, size in zip(value.shape[1:], sizes, strict=True))
+    if not ok or (edit.kind != "resample" and batch is not None and value.shape[0] not in (1, batch)):
         named = f"head {site.head}, " if site.head is not None else ""
         raise InterventionError(
             f"{edit.kind} at {site.component} (layer {site.layer}, {named}{len(positions)} positions): the value has "
@@ -424,10 +416,10 @@ def _shaped(value: Tensor, edit: Edit, spec: Spec, positions: Positions, n_promp
     return value
 
 
-def _width(site: Site, spec: Spec, n_prompt: int) -> int | None:
+def width_of(site: Site, spec: ModelSpec, n_prompt: int) -> int:
     """The size of the activation's last axis."""
     last = site.axes[-1]
-    return {"key_pos": n_prompt, "one": 1}.get(last) or getattr(spec, last, None)
+    return {"key_pos": n_prompt, "one": 1}.get(last) or int(getattr(spec, last))
 
 
 def replace(site: Site, value: Float[Tensor, "..."]) -> Edit:

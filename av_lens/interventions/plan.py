@@ -10,6 +10,7 @@ Edits at one hook are applied in the order in which the plan lists them.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +23,7 @@ from av_lens.brief import Brief
 from av_lens.errors import InterventionError
 from av_lens.families.decoder import hook_name
 from av_lens.interventions.edges import BoundCut, Cut, cut_scores_, silence_
-from av_lens.interventions.edits import BoundEdit, Edit, Site, Spec
+from av_lens.interventions.edits import Edit, ModelSpec, Site
 from av_lens.interventions.plan_files import read_plan, write_plan
 from av_lens.spans import SpanMap
 
@@ -71,7 +72,7 @@ class Plan(Brief):
         """
         return min((e.first_position(spans) for e in self.edits), default=len(spans))
 
-    def compile(self, spec: Spec, spans: SpanMap, *, batch: int | None = None) -> CompiledPlan:
+    def compile(self, spec: ModelSpec, spans: SpanMap, *, batch: int | None = None) -> CompiledPlan:
         """Check every edit against a model and an input, and make hooks of them.
 
         Args:
@@ -183,22 +184,13 @@ class CompiledPlan(Brief):
         places: dict[str, list[Step]] = {}
         for step in self.steps:
             places.setdefault(hook_name(step.component, step.layer), []).append(step)
-        return [(name, self._hook(name, steps)) for name, steps in places.items()]
+        return [(name, partial(self._edited, name, steps)) for name, steps in places.items()]
 
-    def _hook(self, name: str, steps: list[Step]) -> Callable[..., Tensor]:
-        component = steps[0].component
-        site = Site(component, steps[0].layer)
-        edges = site.is_edges
-        return partial(self._edited, name, steps, site.heads_first and not edges, edges)
-
-    def _edited(
-        self, name: str, steps: list[Step], heads_first: bool, edges: bool, activation: Tensor, hook: Any = None
-    ) -> Tensor:
-        del hook
-        new = activation.clone()
-        view = new.transpose(1, 2) if heads_first else new
-        offset = self._offset(name, view.shape[2 if edges else 1])
-        if edges:
+    def _edited(self, name: str, steps: list[Step], activation: Tensor, hook: Any = None) -> Tensor:
+        new, site = activation.clone(), Site(steps[0].component, steps[0].layer)
+        view = new.transpose(1, 2) if site.heads_first and not site.is_edges else new
+        offset = self._offset(name, view.shape[2 if site.is_edges else 1])
+        if site.is_edges:
             offset = view.shape[3] - view.shape[2]
         for step in steps:
             step(view, offset)
@@ -220,11 +212,10 @@ class CompiledPlan(Brief):
     @property
     def fired(self) -> dict[tuple[int, str], int]:
         """How often each edit fired: `(number of the edit, hook name) -> count`."""
-        record: dict[tuple[int, str], int] = {}
+        record = Counter[tuple[int, str]]()
         for step in self.steps:
-            key = (step.number, hook_name(step.component, step.layer))
-            record[key] = record.get(key, 0) + step.fired
-        return record
+            record[step.number, hook_name(step.component, step.layer)] += step.fired
+        return dict(record)
 
     def verify(self, *, decode_steps: int = 0) -> None:
         """Raise if an edit did not fire as often as it should have.
@@ -245,19 +236,18 @@ class CompiledPlan(Brief):
                 )
 
 
-def _steps_of(number: int, edit: Edit | Cut, spec: Spec, spans: SpanMap, batch: int | None) -> list[Step]:
+def _steps_of(number: int, edit: Edit | Cut, spec: ModelSpec, spans: SpanMap, batch: int | None) -> list[Step]:
     if isinstance(edit, Edit):
         bound = edit.bound(spec, spans, batch)
-        apply_ = _edge_layout(bound) if edit.site.is_edges else bound.apply_
+
+        def of_edges(activation: Tensor, offset: int) -> bool:  # `[batch, head, query_pos, key_pos]`: rows are queries
+            return bound.apply_(activation.transpose(1, 2), offset)
+
+        apply_ = of_edges if edit.site.is_edges else bound.apply_
         prompt, decode = int(len(bound.positions) > 0), int(bound.positions.decode)
         return [Step(number, edit.site.component, edit.site.layer, apply_, prompt, decode, bound.rowwise)]
     edges = edit.bound(spec, spans, batch)
     return [step for layer in edges.layers for step in _steps_of_cut(number, edges, layer)]
-
-
-def _edge_layout(bound: BoundEdit) -> Callable[[Tensor, int], bool]:
-    """Scores and pattern come as `[batch, head, query_pos, key_pos]`; an edit's rows are its queries."""
-    return lambda activation, offset: bound.apply_(activation.transpose(1, 2), offset)
 
 
 def _steps_of_cut(number: int, bound: BoundCut, layer: int) -> list[Step]:
@@ -267,20 +257,19 @@ def _steps_of_cut(number: int, bound: BoundCut, layer: int) -> list[Step]:
 
     def before(scores: Tensor, offset: int) -> bool:
         dead.clear()
-        mask = bound.mask(scores.shape[1], scores.shape[2], scores.shape[3], offset=offset)
+        mask = bound.mask(*scores.shape[1:], offset=offset)
         if mask is None:
             return False
         dead.append(cut_scores_(scores, mask))
         return True
 
     def after(pattern: Tensor, offset: int) -> bool:
-        del offset
         if dead:
             silence_(pattern, dead[0])
         return bool(dead)
 
     def weights(pattern: Tensor, offset: int) -> bool:
-        mask = bound.mask(pattern.shape[1], pattern.shape[2], pattern.shape[3], offset=offset)
+        mask = bound.mask(*pattern.shape[1:], offset=offset)
         if mask is not None:
             pattern.masked_fill_(mask.to(pattern.device)[None], 0.0)
         return mask is not None

@@ -21,7 +21,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,11 +51,10 @@ def write_plan(edits: tuple[Any, ...], path: str | Path, *, model: Any, note: st
     if not target.parent.is_dir():
         raise InterventionError(f"the folder {str(target.parent)!r} does not exist; make it first.")
     tensors: dict[str, Tensor] = {}
-    listed = [_written(number, edit, tensors) for number, edit in enumerate(edits)]
     sizes = {name: int(getattr(model.spec, name)) for name in SIZES}
     text: dict[str, Any] = {"schema": SCHEMA, "version": VERSION, "model": {"name": str(model.name)} | sizes}
     text |= {"note": note} if note else {}
-    text["edits"] = listed
+    text["edits"] = [_written(number, edit, tensors) for number, edit in enumerate(edits)]
     if tensors:
         from safetensors.torch import save
 
@@ -93,17 +92,15 @@ def _opened(source: Path) -> dict[str, Any]:
         raise InterventionError(f"cannot read the plan {source}: {error.strerror or error}") from error
     except ValueError as error:
         raise InterventionError(f"{source} is not a plan: it is no json ({error}).") from error
-    kind = cast(dict[str, Any], found).get("schema") if isinstance(found, dict) else None
-    if kind != SCHEMA:
-        raise InterventionError(f"{source} is not a plan: its schema is {kind!r}, not {SCHEMA!r}.")
-    whole = cast(dict[str, Any], found)
-    if whole.get("version") != VERSION:
-        raise InterventionError(
-            f"{source} is a plan of version {whole.get('version')}; this av_lens reads version {VERSION}."
-        )
+    whole: dict[str, Any] = found if isinstance(found, dict) else {}
+    if whole.get("schema") != SCHEMA:
+        raise InterventionError(f"{source} is not a plan: its schema is {whole.get('schema')!r}, not {SCHEMA!r}.")
+    version = whole.get("version")
+    if version != VERSION:
+        raise InterventionError(f"{source} is a plan of version {version}; this av_lens reads version {VERSION}.")
     _check_keys(whole, _FILE, ("model", "edits"), source.name)
-    sizes: Any = whole["model"]
-    if not isinstance(sizes, dict) or any(type(cast(dict[str, Any], sizes).get(name)) is not int for name in SIZES):
+    sizes = whole["model"]
+    if not isinstance(sizes, dict) or any(type(sizes.get(name)) is not int for name in SIZES):
         raise InterventionError(f"{source.name}: model must name {', '.join(SIZES)} as whole numbers.")
     if not isinstance(whole["edits"], list):
         raise InterventionError(f"{source.name}: edits must be a list.")
@@ -111,10 +108,9 @@ def _opened(source: Path) -> dict[str, Any]:
 
 
 def _check_keys(row: Mapping[str, Any], known: tuple[str, ...], needed: tuple[str, ...], where: str) -> None:
-    for key in row:
+    for key in (*row, *needed):
         if key not in known:
             raise InterventionError(f"{where}: {unknown('key', key, known)}")
-    for key in needed:
         if key not in row:
             raise InterventionError(f"{where}: {key!r} is missing.")
 
@@ -144,9 +140,8 @@ def _tensors(source: Path, said: Any) -> dict[str, Tensor]:
 def _written(number: int, edit: Edit | Cut, tensors: dict[str, Tensor]) -> dict[str, Any]:
     where = f"edit {number}"
     if isinstance(edit, Cut):
-        row = {"kind": "cut", "query": _roles(edit.query, where), "key": _roles(edit.key, where)}
-        listed = {name: None if (v := getattr(edit, name)) is None else list(v) for name in ("layers", "heads")}
-        return row | listed | {"renormalize": edit.renormalize, "include_generation": edit.include_generation}
+        row = {name: getattr(edit, name) for name in _CUT[1:]}
+        return {"kind": "cut"} | row | {name: _roles(row[name], where) for name in ("query", "key")}
     site = edit.site
     row: dict[str, Any] = {"kind": edit.kind, "component": site.component}
     row |= {} if site.layer is None else {"layer": int(site.layer)}
@@ -178,12 +173,11 @@ def _read(number: int, row: Any, tensors: Mapping[str, Tensor], name: str) -> Ed
     where = f"{name}: edit {number}"
     if not isinstance(row, dict):
         raise InterventionError(f"{where} must be an object with a kind.")
-    edit = cast(dict[str, Any], row)
-    kind = edit.get("kind")
+    kind = row.get("kind")
     if kind not in KINDS:
         raise InterventionError(f"{where}: {unknown('kind of edit', kind, KINDS)}")
     try:
-        return _read_cut(edit, where) if kind == "cut" else _read_edit(edit, tensors, where)
+        return _read_cut(row, where) if kind == "cut" else _read_edit(row, tensors, where)
     except AvLensError as error:
         raise InterventionError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
 
@@ -222,9 +216,9 @@ def _typed(row: Mapping[str, Any], name: str, kind: Callable[..., Any]) -> Any:
 
 
 def _whole(found: Any, where: str) -> list[int]:
-    if not isinstance(found, list) or any(type(item) is not int for item in cast(list[Any], found)):
+    if not isinstance(found, list) or any(type(item) is not int for item in found):
         raise InterventionError(f"{where}: {found!r} should be a list of whole numbers.")
-    return cast(list[int], found)
+    return found
 
 
 def _known_roles(found: Any, where: str) -> str | None:

@@ -2,17 +2,16 @@
 
 Every conflict has two source clips of its own, drawn from a part of the world that trained no model; no clip is used
 twice, so each conflict is a component of the clip-sharing graph and bootstraps alone. Sounds' and pictures' classes are
-dealt evenly: each class is the sound, and the picture, equally often (up to one), and a pair's two classes differ.
+dealt evenly (up to one), and a pair's two classes differ.
 
 A planted model's folder holds `planted.json` (`planting.planted` measured it by brute force). A *true* head adds at
 least 5% of the gap to some set of reversions of the other planted heads; a *free rider* does not, and counts neither
 way; a *decoy* was trained for another behaviour and counts as innocent, as every other head does. A model without true
 heads is a *null*: whoever is named in it is named falsely.
 
-The score of a head is the lower 95% bound of its release, by the donor with the largest mean on discovery; AUROC is the
-chance that a planted head scores above another; precision at k is the share of planted heads among the first k, k being
-how many were planted. Passed: every planted head ranks before every other. A free rider (a planted head whose reversion
-changes nothing) counts neither way. Sign: positive release gives hearing back.
+The score of a head is the lower 95% bound of its release, by the donor with the largest mean on discovery; positive
+release gives hearing back. AUROC is the chance that a planted head scores above another; precision at k is the share of
+planted heads among the first k, k being how many were planted. Passed: every planted head ranks before every other.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from av_lens.checkpoints import index
 from av_lens.core.budget import Progress, silent
 from av_lens.errors import InputError
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS
-from av_lens.media import Clip
 from av_lens.organism import footage
 from av_lens.organism.anatomy import shipped
 from av_lens.reports import Calibration
@@ -40,7 +38,6 @@ from av_lens.results.record import SUPPRESSORS, Isolation
 from av_lens.whole_files import make_folder, read_object, reading, write_whole
 
 QUESTION = "What do you hear?"
-FPS = 8.0
 
 
 def stage(
@@ -53,7 +50,8 @@ def stage(
     lines: list[dict[str, Any]] = []
     for at, (heard, seen) in enumerate(pairs(conflicts, seed=seed)):
         name = f"{at:04d}"
-        sound, picture = _clip(split, heard, 2 * at, seed), _clip(split, seen, 2 * at + 1, seed)
+        first = 100_000 * (seed + 1) + 2 * at  # the clips' seeds belong to this conflict alone
+        sound, picture = footage.example(split, heard, first), footage.example(split, seen, first + 1)
         files = {"sound": f"{name}-{heard}.mp4", "picture": f"{name}-{seen}.mp4"}
         sound.save(folder / files["sound"])
         picture.save(folder / files["picture"])
@@ -85,13 +83,6 @@ def pairs(n: int, *, seed: int) -> list[tuple[str, str]]:
     size = len(names)
     shifts = 1 + rng.permutation(size - 1)
     return [(names[i % size], names[(i + int(shifts[i // size % (size - 1)])) % size]) for i in range(n)]
-
-
-def _clip(split: str, name: str, index: int, seed: int) -> Clip:
-    """Make one clip of the world; its seed belongs to this conflict alone."""
-    made = footage.example(split, name, 100_000 * (seed + 1) + index)
-    rate = round(len(made.waveform) * FPS / len(made.frames))
-    return Clip.from_arrays(frames=made.frames, fps=FPS, waveform=made.waveform, rate=rate)
 
 
 Head = tuple[int, int]
@@ -257,13 +248,12 @@ def calibrate(
     named: dict[tuple[int, int], str] = {}
     for row in table[table["site"] == site].to_dict("records"):
         named.setdefault((int(row["layer"]), int(row["head"])), str(row["role"]))
-    rows: list[dict[str, Any]] = []
-    for rank, row in enumerate(best.to_dict("records"), start=1):
-        at = int(row["layer"]), int(row["head"])
-        rows.append({"rank": rank, "layer": at[0], "head": at[1], "release": float(row["mean"])})
-        rows[-1] |= {"share": float(row["share"]), "planted": at in truth}
-        rows[-1] |= {"kind": truth.get(at, ""), "role": named.get(at, "")}
-    heads: Any = pd.DataFrame(rows)
+    places = [(int(layer), int(head)) for layer, head in zip(best["layer"], best["head"], strict=True)]
+    heads: Any = pd.DataFrame(places, columns=["layer", "head"])
+    heads.insert(0, "rank", range(1, len(heads) + 1))
+    heads["release"], heads["share"] = best["mean"].astype(float).values, best["share"].astype(float).values
+    heads["planted"], heads["kind"] = [at in truth for at in places], [truth.get(at, "") for at in places]
+    heads["role"] = [named.get(at, "") for at in places]
     figures = {
         "auroc": auroc(best["low"].tolist(), heads["planted"].tolist()),
         "precision_at_k": float(heads["planted"].head(len(truth)).mean()),
@@ -274,7 +264,19 @@ def calibrate(
         "named_with_the_right_kind": sum(named.get(key) == kind for key, kind in truth.items()),
     }
     passed = figures["precision_at_k"] == 1.0
-    sentence = _sentence(model, heads, truth, figures, passed=passed)
+    listed = ", ".join(f"L{layer} H{head}" for layer, head in sorted(truth))
+    who = f"The {len(truth)} heads planted" if len(truth) > 1 else "The head planted"
+    ranks = ", ".join(map(str, heads.loc[heads["planted"], "rank"]))
+    outcome = "came out on top" if passed else f"did not all come out on top: they rank {ranks}"
+    false, missed, said = (
+        figures["named_but_not_planted"],
+        figures["planted_but_not_named"],
+        "named all of them and no other",
+    )
+    if false or missed:
+        said = f"left {missed} of them unnamed and named {false} other{'s' if false != 1 else ''}"
+    numbers = f"AUROC {figures['auroc']:.2f} over {len(heads)} heads"
+    sentence = f"{who} in {model} ({listed}) {outcome} ({numbers}); the search {said}."
     return Calibration(
         sentence=sentence, passed=passed, model=model, heads=heads, figures=figures, verdict=found.verdict
     )
@@ -285,18 +287,3 @@ def auroc(scores: Sequence[float], positive: Sequence[bool]) -> float:
     values, mask = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
     above = values[mask][:, None] - values[~mask][None, :]
     return float(np.mean((above > 0) + 0.5 * (above == 0))) if above.size else float("nan")
-
-
-def _sentence(
-    model: str, heads: pd.DataFrame, truth: Mapping[tuple[int, int], str], figures: Mapping[str, float], *, passed: bool
-) -> str:
-    listed = ", ".join(f"L{layer} H{head}" for layer, head in sorted(truth))
-    who = f"The {len(truth)} heads planted" if len(truth) > 1 else "The head planted"
-    ranks = ", ".join(str(rank) for rank in heads.loc[heads["planted"], "rank"])
-    numbers = f"AUROC {figures['auroc']:.2f} over {len(heads)} heads"
-    false, missed = int(figures["named_but_not_planted"]), int(figures["planted_but_not_named"])
-    named = "named all of them and no other"
-    if false or missed:
-        named = f"left {missed} of them unnamed and named {false} other{'s' if false != 1 else ''}"
-    outcome = "came out on top" if passed else f"did not all come out on top: they rank {ranks}"
-    return f"{who} in {model} ({listed}) {outcome} ({numbers}); the search {named}."

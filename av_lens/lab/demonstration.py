@@ -11,7 +11,6 @@ circuits were made by their training; it shows that the instrument works, and no
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -26,12 +25,11 @@ from av_lens.errors import InputError
 from av_lens.inputs import Conflict
 from av_lens.inputs import conflicts as read_conflicts
 from av_lens.isolation import isolate
-from av_lens.lab.calibration import calibrate, conflict_file, planted_truth, stage
+from av_lens.lab.calibration import calibrate, conflict_file, planted_truth, stage, weights_key
 from av_lens.lab.pages import Parts
 from av_lens.lab.training.courses import recipes
 from av_lens.media import Clip
 from av_lens.model import load
-from av_lens.organism.anatomy import shipped
 from av_lens.reports import Calibration, write_bundle
 from av_lens.results.record import Isolation
 from av_lens.whole_files import write_whole
@@ -110,7 +108,8 @@ def run_demo(
     """Calibrate on planted heads, isolate the suppressors of av-tiny, and write the report."""
     out = Path(out)
     settings = {"conflicts": conflicts, "calibrate_on": calibrate_on, "seed": seed, "quick": quick}
-    parts = Parts(out, {**settings, "version": __version__, "weights": _weights()})
+    weights = {name: weights_key(name) for name in (SUBJECT, PLANTED)}  # new ones are never given old numbers
+    parts = Parts(out, {**settings, "version": __version__, "weights": weights})
     clips = parts.ensure("clips", partial(stage, conflicts=conflicts, seed=seed, progress=progress))
 
     def isolated(folder: Path, *, name: str, first: int, **options: Any) -> None:
@@ -127,12 +126,3 @@ def run_demo(
     seconds = {**parts.seconds, "report": time.monotonic() - begun}
     write_whole(out / "seconds.json", json.dumps(seconds, indent=1))
     return Demonstration(found=found, calibration=calibration, report=report, seconds=seconds)
-
-
-def _weights() -> dict[str, str]:
-    """Hash the weights that the demo runs on, so that new ones are never given old numbers."""
-    paths = {name: shipped() / name / "model.safetensors" for name in (SUBJECT, PLANTED)}
-    return {
-        name: hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "absent"
-        for name, path in paths.items()
-    }

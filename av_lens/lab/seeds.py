@@ -121,7 +121,11 @@ def tables(record: dict[str, Any]) -> list[Table]:
     columns = [_set_figures(entry) for entry in record["models"]]
     names, *sets = ([figure, *(column[figure] for column in columns)] for figure in columns[0])
     halves = ["model", "named", "named on other clips", "Jaccard", "rank correlation"]
-    return [(names, sets), (halves, [_halves_row(entry) for entry in record["models"]])]
+    rows: list[list[str]] = []
+    for entry in record["models"]:
+        named = [", ".join(map(" ".join, entry[half].items())) or "none" for half in ("named", "named again")]
+        rows.append([entry["model"], *named, _figure(entry["jaccard"]), _figure(entry["rank correlation"])])
+    return [(names, sets), (halves, rows)]
 
 
 def _set_figures(entry: dict[str, Any]) -> dict[str, str]:
@@ -145,19 +149,13 @@ def _set_figures(entry: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _halves_row(entry: dict[str, Any]) -> list[str]:
-    both = (entry["named"], entry["named again"])
-    named = [", ".join(f"{head} {role}" for head, role in one.items()) or "none" for one in both]
-    return [entry["model"], *named, _figure(entry["jaccard"]), _figure(entry["rank correlation"])]
-
-
 def _figure(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
 def page_tables(record: dict[str, Any]) -> str:
     """Write the tables as markdown."""
-    return "\n\n".join(markdown(table) for table in tables(record))
+    return "\n\n".join(map(markdown, tables(record)))
 
 
 def store(record: dict[str, Any], folder: str | Path) -> Path:

@@ -15,9 +15,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from av_lens.isolation.sets.search import n_candidates
 from av_lens.lab.pages import markdown
@@ -57,8 +56,7 @@ FIGURES = {
 """What `worked_out` gives, as the page calls it, with its decimal places."""
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """A GPU: its name, its memory in GB, and its dense bfloat16 peak in TFLOP/s as its vendor states it."""
 
     name: str
@@ -94,9 +92,8 @@ def worked_out(record: Mapping[str, Any], card: Card, sizes: Sizes, *, conflicts
         if stage == OTHER_PRECISION and 2 * weights_gb > left_gb:
             continue
         gflop = row["gflop"] * width * growth[grows_with(stage, heads_here)] * share_of_conflicts
-        share = reached(row, record)
         pflop += gflop / 1e6
-        if share > 0:
+        if (share := reached(row, record)) > 0:
             here = gflop / (card.peak_tflops * 1e3 * min(1.0, share))
             seconds += here
             robustness += here * stage.startswith("robustness")
@@ -133,27 +130,22 @@ def page(record: Mapping[str, Any]) -> str:
     """Write the docs page of a run, from `run_at_true_shapes`."""
     layers, seconds = record["layers"], record["seconds"]
     searched = "without robustness and pairs" if record["quick"] else "the whole protocol"
-    heads = layers["fusion"] * SIZES[record["size"]].n_heads
-    deep = SIZES[record["size"]].n_layers * SIZES[record["size"]].n_heads
-    lines = [
+    sizes = SIZES[record["size"]]
+    heads, deep = layers["fusion"] * sizes.n_heads, sizes.n_layers * sizes.n_heads
+    said = [
         "# At true shapes",
-        "",
         "`av-lens true-shapes CLIP --out DIR --docs docs` writes this page and `true_shapes.json` beside it.",
-        "",
         f"A thinker of the {record['size']}'s true widths with random weights, {layers['fusion']} fusion layers and "
         f"{layers['towers']} layers of each tower, bfloat16, {record['threads']} threads, was searched "
         f'(`gate="report"`, {searched}) on {record["conflicts"]} conflicts cut from disjoint windows of a recording, '
         f"with synthesised sounds; prompts of {sum(record['roles'].values())} positions "
         f"({record['roles'].get('video', 0)} video, {record['roles'].get('audio', 0)} audio). Random weights do not "
         f"hear; the record is stamped {', '.join(record['stamps'])}.",
-        "",
         f"Search: {seconds['search']:.0f} s, peak memory {record['peak_gb']:.1f} GB. Towers at full depth, one clip: "
         f"audio {seconds['towers']['audio']:.2f} s, vision {seconds['towers']['vision']:.2f} s.",
-        "",
         "*Grows with*: what a stage's operations are multiplied by for a whole checkpoint. *Layers after* are those "
         "that come after an edit, on average; *candidates* the heads that the search for sets tries, "
         f"{n_candidates(heads)} here and {n_candidates(deep)} at full depth.",
-        "",
     ]
     head = ["stage", "seconds", "TFLOP", "share of this machine's peak", "grows with"]
     rows: list[list[str]] = []
@@ -161,20 +153,17 @@ def page(record: Mapping[str, Any]) -> str:
         share = reached(row, record)
         grows = grows_with(stage, heads) if round(share, 2) else "no operations to speak of"
         rows.append([stage, f"{row['seconds']:.0f}", f"{row['gflop'] / 1e3:.1f}", f"{share:.2f}", grows])
-    lines += [
+    said += [
         markdown((head, rows), left=(0, 4)),
-        "",
         f"## Worked out for whole checkpoints, 120 conflicts, {searched}",
-        "",
         "Not measured: every stage's operations, grown to full depth, at the share of the peak that it reached here. "
         "Where a second copy of the weights does not fit, the other precision is not tried, and is not counted.",
-        "",
     ]
     both = [(sizes, card) for sizes in SIZES.values() for card in CARDS]
     costs = [worked_out(record, card, sizes) for sizes, card in both]
     head = ["", *(f"{sizes.name}, {card.name}" for sizes, card in both)]
-    rows = [[said, *(f"{cost[name]:.{digits}f}" for cost in costs)] for name, (said, digits) in FIGURES.items()]
-    return "\n".join([*lines, markdown((head, rows))]) + "\n"
+    rows = [[words, *(f"{cost[name]:.{digits}f}" for cost in costs)] for name, (words, digits) in FIGURES.items()]
+    return "\n\n".join([*said, markdown((head, rows))]) + "\n"
 
 
 def store(record: Mapping[str, Any], folder: str | Path) -> Path:

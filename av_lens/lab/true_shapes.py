@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +23,9 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from av_lens.checks import require_choice
 from av_lens.core.budget import Progress, silent
-from av_lens.errors import InputError, unknown
+from av_lens.errors import InputError
 from av_lens.inputs import conflicts
 from av_lens.isolation import isolate
 from av_lens.isolation.running.cost import peak_memory
@@ -152,14 +154,12 @@ def stage_windows(recording: str | Path, folder: Path, *, n: int, seconds: float
         lines.append({"id": f"{index:04d}", "question": QUESTION, "answers": [heard, seen]})
         for key, place, name in (("sound", places[0], heard), ("picture", places[1], seen)):
             lines[-1][key] = file = f"{index:04d}-{key}.mp4"
-            _window(shown, float(place) * seconds, seconds, name, 2 * index + (key == "picture")).save(folder / file)
+            part = shown.trimmed(float(place) * seconds, float(place) * seconds + seconds)
+            said: Any = footage.example("discovery", name, 900_000 + 2 * index + (key == "picture")).waveform
+            sound, times = said[: round(16000 * seconds)], part.times
+            made = Clip.from_arrays(frames=part.frames, times=times, waveform=sound, rate=16000, duration=seconds)
+            made.save(folder / file)
     return write_manifest(folder, lines)
-
-
-def _window(shown: Clip, start: float, seconds: float, name: str, index: int) -> Clip:
-    part = shown.trimmed(start, start + seconds)
-    sound = footage.example("discovery", name, 900_000 + index).waveform[: round(16000 * seconds)]
-    return Clip.from_arrays(frames=part.frames, times=part.times, waveform=sound, rate=16000, duration=seconds)
 
 
 def run_at_true_shapes(
@@ -175,8 +175,7 @@ def run_at_true_shapes(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Search a model of true shapes whole, and time its towers at full depth."""
-    if size not in SIZES:
-        raise InputError(unknown("size", size, SIZES))
+    require_choice("size", size, SIZES)
     sizes = SIZES[size]
     clips = Path(out) / "clips"
     make_folder(clips)
@@ -185,7 +184,7 @@ def run_at_true_shapes(
     began = time.perf_counter()
     model = build(sizes, n_layers=n_layers, tower_layers=tower_layers, seed=seed)
     built_s = time.perf_counter() - began
-    roles = _roles(listed[0].cells(model)["va"])
+    roles = Counter(sorted(map(str, listed[0].cells(model)["va"].table()["role"])))
     counted = _Counted(progress)
     began = time.perf_counter()
     with counted:
@@ -200,7 +199,7 @@ def run_at_true_shapes(
         conflicts=n,
         quick=quick,
         threads=torch.get_num_threads(),
-        roles=roles,
+        roles=dict(roles),
         seconds={"weights": built_s, "search": searched_s, "towers": tower_seconds(sizes, listed[0], seed=seed)},
         product_gflops=peak / 1e9,
         stages=counted.stages,
@@ -270,8 +269,3 @@ def tower_seconds(sizes: Sizes, conflict: Any, *, seed: int = 0) -> dict[str, fl
     with torch.no_grad():
         model(x)
     return spent
-
-
-def _roles(x: Any) -> dict[str, int]:
-    roles, counts = np.unique(np.array([str(role) for role in x.table()["role"]]), return_counts=True)
-    return {str(role): int(count) for role, count in zip(roles, counts, strict=True)}

@@ -19,6 +19,7 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from jaxtyping import Float32, Float64, UInt8
 
 from av_lens.errors import AvLensError, BudgetError, MediaError, unknown
@@ -36,7 +37,6 @@ _NOT_MEDIA = frozenset(
         *("concat", "hls", "dash", "imf", "sdp", "rtsp", "rtp", "lavfi"),
     }
 )
-_IMAGE_FORMATS = frozenset({"image2", "image2pipe", "ico"})
 
 
 class MediaBudgetError(MediaError, BudgetError):
@@ -152,28 +152,21 @@ def opened(path: str) -> Generator[Any]:
     """Open a media file for reading, silently and with limits."""
     import av
 
-    options = {"max_pixels": str(MAX_PIXELS)}
-    limits = {"protocol_whitelist": "file"}
+    limits: dict[str, Any] = {"options": {"max_pixels": str(MAX_PIXELS)}}
+    limits["container_options"] = {"protocol_whitelist": "file"}
     try:
         # An absolute path, so that "http:x.mp4" in this folder is a file name and never a protocol.
-        container = av.open(os.path.abspath(path), options=options, container_options=limits, metadata_errors="ignore")
+        container = av.open(os.path.abspath(path), metadata_errors="ignore", **limits)
     except foreign_errors() as error:
         raise MediaError(
             f"{path} cannot be read as media: {describe(error)}. It is no audio, video or image file that FFmpeg "
             "knows, or its header is damaged or cut off (an mp4 whose recording was interrupted has none)."
         ) from error
     with container:
-        name = container.format.name
-        if name in _NOT_MEDIA:
-            raise MediaError(
-                f"{path} is not media: FFmpeg would read it as {name!r}. Give an audio, video or image file."
-            )
+        if (name := container.format.name) in _NOT_MEDIA:
+            other = f"FFmpeg would read it as {name!r}"
+            raise MediaError(f"{path} is not media: {other}. Give an audio, video or image file.")
         yield container
-
-
-def is_image_format(name: str) -> bool:
-    """Whether a container's name means still images."""
-    return name in _IMAGE_FORMATS or name.endswith("_pipe")
 
 
 def check_picture(frames: object, times: object) -> None:
@@ -191,16 +184,15 @@ def check_picture(frames: object, times: object) -> None:
         raise MediaError(f"times must be a float64 NumPy array [time] in seconds, found {_what(times)}.")
     if len(times) != len(frames):
         raise MediaError(f"each frame needs one time, found {len(frames)} frames and {len(times)} times.")
-    if not np.isfinite(times).all():
-        k = _first(~np.isfinite(times))
+    if not (finite := np.isfinite(times)).all():
+        k = finite.argmin()
         raise MediaError(f"times must be finite, found {times[k]} at frame {k}.")
     if times[0] < 0:
-        raise MediaError(
-            f"times count from the clip's start and cannot be negative, found {times[0]:g} s: subtract it."
-        )
+        found = f"found {times[0]:g} s: subtract it"
+        raise MediaError(f"times count from the clip's start and cannot be negative, {found}.")
     steps = np.diff(times)
     if (steps <= 0).any():
-        k = _first(steps <= 0)
+        k = (steps <= 0).argmax()
         raise MediaError(
             f"times must increase, found {times[k]:g} s then {times[k + 1]:g} s at frames {k} and {k + 1}: sort them."
         )
@@ -223,8 +215,8 @@ def check_sound(waveform: object, rate: object) -> None:
         raise MediaError("the waveform is empty: leave it out (waveform=None) for pictures alone.")
     peak = float(np.max(np.abs(waveform)))
     if not math.isfinite(peak):
-        k = _first(~np.isfinite(waveform))
-        raise MediaError(f"the waveform must be finite, found NaN or infinity at sample {k}.")
+        where = f"at sample {np.isfinite(waveform).argmin()}"
+        raise MediaError(f"the waveform must be finite, found NaN or infinity {where}.")
     if peak > 1.0:
         raise MediaError(
             f"the waveform must lie in [-1, 1], found a peak of {peak:g}: scale it down, or clip it on purpose."
@@ -255,13 +247,7 @@ def check_stream(stream: object) -> dict[str, int]:
 
 
 def _what(found: object) -> str:
-    if isinstance(found, np.ndarray):
-        return f"{found.dtype} of shape {found.shape}"
-    return type(found).__name__
-
-
-def _first(flags: np.ndarray) -> int:
-    return int(np.argmax(flags))
+    return f"{found.dtype} of shape {found.shape}" if isinstance(found, np.ndarray) else type(found).__name__
 
 
 def check_seconds(name: str, value: float) -> float:
@@ -280,18 +266,14 @@ def check_window(start: float, end: float | None) -> tuple[float, float | None]:
     start = check_seconds("start", start)
     if start < 0:
         raise MediaError(f"start= counts from the beginning and cannot be negative, found {start:g} s.")
-    if end is None:
-        return start, None
-    end = check_seconds("end", end)
-    if end <= start:
+    end = None if end is None else check_seconds("end", end)
+    if end is not None and end <= start:
         raise MediaError(f"end= must come after start=, found start={start:g} s and end={end:g} s.")
     return start, end
 
 
 TOLERANCE = 1e-6
 """Seconds below which two times are the same time."""
-
-_NOISE_LEVEL = 0.003
 
 
 def prepared(
@@ -321,10 +303,8 @@ def as_array(name: str, values: object) -> np.ndarray:
             tensor = tensor.float() if tensor.is_floating_point() else tensor
         return np.asarray(tensor)
     except (TypeError, ValueError, RuntimeError) as error:
-        kind = type(values).__name__
-        raise MediaError(
-            f"{name}= cannot be made an array of numbers, found {kind}: {str(error).rstrip('.')}."
-        ) from error
+        found = f"{type(values).__name__}: {str(error).rstrip('.')}"
+        raise MediaError(f"{name}= cannot be made an array of numbers, found {found}.") from error
 
 
 def frame_times(frames: np.ndarray, times: object, fps: float | None) -> Float64[np.ndarray, " time"]:
@@ -348,12 +328,6 @@ def typical_step(times: Float64[np.ndarray, " time"], alone: float) -> float:
     return float(np.median(np.diff(times))) if len(times) > 1 else alone
 
 
-def natural_end(times: Float64[np.ndarray, " time"], fps: float | None, sound_end: float) -> float:
-    """Say when a clip ends of which nothing is said."""
-    alone = 1 / fps if fps is not None else 0.0
-    return max(float(times[-1]) + typical_step(times, alone) if len(times) else 0.0, sound_end)
-
-
 def window_of_frames(times: Float64[np.ndarray, " time"], start: float, end: float) -> tuple[np.ndarray, np.ndarray]:
     """Find the frames whose time lies in [start, end).
 
@@ -370,33 +344,30 @@ def scrambled(
     frames: UInt8[np.ndarray, "time height width 3"], *, seed: int, patch: int
 ) -> UInt8[np.ndarray, "time height width 3"]:
     """Deal the patches of the picture anew: one permutation for all frames, so that colours and motion stay."""
-    t, height, width, _ = frames.shape
+    height, width = frames.shape[1:3]
     rows, cols = height // patch, width // patch
     if rows * cols < 2:
         raise MediaError(f"cannot scramble {height}x{width} frames in patches of {patch} px: take a smaller patch=.")
     order = np.random.default_rng(seed).permutation(rows * cols)
-    body = frames[:, : rows * patch, : cols * patch].reshape(t, rows, patch, cols, patch, 3)
-    cells = body.transpose(0, 1, 3, 2, 4, 5).reshape(t, rows * cols, patch, patch, 3)[:, order]
+    body = frames[:, : rows * patch, : cols * patch]
+    cells = rearrange(body, "t (r p) (c q) rgb -> t (r c) p q rgb", p=patch, q=patch)[:, order]
     out = frames.copy()
-    dealt = cells.reshape(t, rows, cols, patch, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-    out[:, : rows * patch, : cols * patch] = dealt.reshape(t, rows * patch, cols * patch, 3)
+    out[:, : rows * patch, : cols * patch] = rearrange(cells, "t (r c) p q rgb -> t (r p) (c q) rgb", r=rows)
     return out
 
 
 def blanked(kind: str, frames: UInt8[np.ndarray, "time height width 3"], *, seed: int, patch: int) -> np.ndarray:
     """Make a picture that shows nothing."""
-    if kind == "dark":
-        return np.zeros_like(frames)
-    if kind == "scrambled":
-        return scrambled(frames, seed=seed, patch=patch)
-    raise MediaError(unknown("kind of blank", kind, ("dark", "scrambled")))
+    if kind not in ("dark", "scrambled"):
+        raise MediaError(unknown("kind of blank", kind, ("dark", "scrambled")))
+    return np.zeros_like(frames) if kind == "dark" else scrambled(frames, seed=seed, patch=patch)
 
 
 def quiet(kind: str, n_samples: int, *, seed: int) -> Float32[np.ndarray, " sample"]:
     """Make a sound that says nothing."""
+    if kind not in ("silence", "noise"):
+        raise MediaError(unknown("kind of mute", kind, ("silence", "noise")))
     if kind == "silence":
         return np.zeros(n_samples, dtype=np.float32)
-    if kind == "noise":
-        noise = np.random.default_rng(seed).standard_normal(n_samples, dtype=np.float32)
-        return noise * np.float32(_NOISE_LEVEL)
-    raise MediaError(unknown("kind of mute", kind, ("silence", "noise")))
+    noise = np.random.default_rng(seed).standard_normal(n_samples, dtype=np.float32)
+    return noise * np.float32(0.003)  # -50 dB

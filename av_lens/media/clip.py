@@ -29,21 +29,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, UInt8
 
 from av_lens.errors import MediaError
-from av_lens.media import encoding
-from av_lens.media.arrays import (
-    TOLERANCE,
-    blanked,
-    check_picture,
-    check_rate,
-    check_seconds,
-    check_sound,
-    check_window,
-    natural_end,
-    prepared,
-    quiet,
-    typical_step,
-    window_of_frames,
-)
+from av_lens.media import arrays, encoding
 from av_lens.whole_files import write_whole
 
 _PREVIEW_SECONDS = 60.0
@@ -103,10 +89,10 @@ class Clip:
     def __post_init__(self) -> None:
         if self.frames is None and self.waveform is None:
             raise MediaError("a clip needs frames, a waveform, or both; found neither.")
-        object.__setattr__(self, "rate", check_rate("rate", self.rate))
-        check_sound(self.waveform, self.rate)
+        object.__setattr__(self, "rate", arrays.check_rate("rate", self.rate))
+        arrays.check_sound(self.waveform, self.rate)
         if self.frames is not None:
-            check_picture(self.frames, self.times)
+            arrays.check_picture(self.frames, self.times)
         elif len(self.times):
             raise MediaError(f"a clip without frames has no frame times, found {len(self.times)}.")
         least = max(self.times[-1] if len(self.times) else 0.0, self.sound_end - 1.5 / self.rate)
@@ -147,11 +133,13 @@ class Clip:
         Raises:
             MediaError: an array has the wrong type, shape or values, or the lengths disagree.
         """
-        hertz = check_rate("rate", rate)
-        picture, stamps, sound = prepared(frames, times, fps, waveform, hertz)
+        hertz = arrays.check_rate("rate", rate)
+        picture, stamps, sound = arrays.prepared(frames, times, fps, waveform, hertz)
         if duration is None:
-            duration = natural_end(stamps, fps, 0.0 if sound is None else len(sound) / hertz)
-        return cls(picture, stamps, sound, hertz, check_seconds("duration", duration))
+            step = arrays.typical_step(stamps, 0.0 if fps is None else 1 / fps)
+            shown = float(stamps[-1]) + step if len(stamps) else 0.0
+            duration = max(shown, 0.0 if sound is None else len(sound) / hertz)
+        return cls(picture, stamps, sound, hertz, arrays.check_seconds("duration", duration))
 
     @property
     def has_picture(self) -> bool:
@@ -173,7 +161,7 @@ class Clip:
         """Seconds from frame to frame (the median); for a still, all that remains; NaN without frames."""
         if not len(self.times):
             return float("nan")
-        return typical_step(self.times, self.duration - float(self.times[0]))
+        return arrays.typical_step(self.times, self.duration - float(self.times[0]))
 
     @property
     def sound_end(self) -> float:
@@ -254,12 +242,12 @@ class Clip:
         """
         frames, waveform = self._seen(), other._heard()
         end = other.sound_end if self.is_image else min(self.picture_end, other.sound_end)
-        keep = max(1, int(np.searchsorted(self.times, end - TOLERANCE)))
+        keep = max(1, int(np.searchsorted(self.times, end - arrays.TOLERANCE)))
         sound = waveform[: max(1, round(end * other.rate))]
         notes = [*self.notes, *other.notes, f"picture of {self._name()}", f"sound of {other._name()}"]
-        if end < self.picture_end - TOLERANCE and not self.is_image:
+        if end < self.picture_end - arrays.TOLERANCE and not self.is_image:
             notes.append(f"picture cut from {self.picture_end:.3f} to {end:.3f} s, the sound's length")
-        if end < other.sound_end - TOLERANCE:
+        if end < other.sound_end - arrays.TOLERANCE:
             notes.append(f"sound cut from {other.sound_end:.3f} to {end:.3f} s, the picture's length")
         length = max(end, len(sound) / other.rate)
         times = np.minimum(self.times[:keep], length)
@@ -278,7 +266,7 @@ class Clip:
         Raises:
             MediaError: there is no sound, or the kind is unknown.
         """
-        return self._noted(f"muted ({kind})", waveform=quiet(kind, len(self._heard()), seed=seed))
+        return self._noted(f"muted ({kind})", waveform=arrays.quiet(kind, len(self._heard()), seed=seed))
 
     def blank(self, *, kind: str = "dark", seed: int = 0, patch: int = 14) -> Clip:
         """Replace the picture by one that shows nothing, of the same size and times.
@@ -294,7 +282,7 @@ class Clip:
         Raises:
             MediaError: there is no picture, the kind is unknown, or no two patches fit.
         """
-        return self._noted(f"blanked ({kind})", frames=blanked(kind, self._seen(), seed=seed, patch=patch))
+        return self._noted(f"blanked ({kind})", frames=arrays.blanked(kind, self._seen(), seed=seed, patch=patch))
 
     def shifted(self, seconds: float) -> Clip:
         """Shift the sound against the picture; what leaves the clip is lost, what is missing is silence.
@@ -309,7 +297,7 @@ class Clip:
             MediaError: there is no sound, or the shift leaves nothing of it.
         """
         sound = self._heard()
-        step = round(check_seconds("seconds", seconds) * self.rate)
+        step = round(arrays.check_seconds("seconds", seconds) * self.rate)
         if abs(step) >= len(sound):
             raise MediaError(
                 f"shifted({seconds:g}) would move all {self.sound_end:g} s of sound out of the clip: shift by less."
@@ -331,19 +319,19 @@ class Clip:
         Raises:
             MediaError: the window is empty, runs backwards, or lies past the clip's end.
         """
-        start, asked = check_window(start, end)
-        if start >= max(self.duration, TOLERANCE):
+        start, asked = arrays.check_window(start, end)
+        if start >= max(self.duration, arrays.TOLERANCE):
             raise MediaError(
                 f"trimmed(start={start:g}) starts past the end of {self._name()}, which lasts {self.duration:g} s."
             )
         stop = self.duration if asked is None else min(asked, self.duration)
-        keep, times = window_of_frames(self.times, start, max(stop, 2 * TOLERANCE))
+        keep, times = arrays.window_of_frames(self.times, start, max(stop, 2 * arrays.TOLERANCE))
         frames = self.frames[keep[0] : keep[-1] + 1] if self.frames is not None and len(keep) else None
         sound = None if self.waveform is None else self.waveform[round(start * self.rate) : round(stop * self.rate)]
         sound = None if sound is None or not len(sound) else sound
         if frames is None and sound is None:
             raise MediaError(f"trimmed({start:g}, {stop:g}) leaves nothing of {self._name()}: widen it.")
-        late = asked is not None and asked > self.duration + TOLERANCE
+        late = asked is not None and asked > self.duration + arrays.TOLERANCE
         past = f" (asked to {asked:g} s, past its end)" if late else ""
         changes: dict[str, Any] = {"frames": frames, "times": times, "waveform": sound}
         changes["duration"] = max(stop - start, 0.0 if sound is None else len(sound) / self.rate)
@@ -367,7 +355,7 @@ class Clip:
         Raises:
             MediaError: libav cannot encode it.
         """
-        crf = check_seconds("crf", crf)
+        crf = arrays.check_seconds("crf", crf)
         if not 0 <= crf <= 51:
             raise MediaError(f"crf= runs from 0 (best) to 51 (worst), found {crf:g}.")
         end = self.picture_end if self.picture_end > 0 else 1.0

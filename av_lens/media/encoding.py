@@ -1,9 +1,9 @@
 """Arrays become files that decode back to the same frames, times and samples; and sound at another rate.
 
-The kernel of torchaudio has `orig / gcd x new / gcd` taps: 70 thousand for 44100 -> 16000, but billions for
+`resample`: torchaudio's kernel has `orig / gcd x new / gcd` taps: 70 thousand for 44100 -> 16000, but billions for
 44101 -> 16000. Such rates go through scipy's polyphase filter with a window of the same family.
 
-The same arrays give the same bytes: one thread, no dates, no version strings. What makes the round trip exact:
+Files: the same arrays give the same bytes: one thread, no dates, no version strings. What makes the round trip exact:
 
 1. Frame times are written in a time base that holds them all exactly (their least common denominator), or in µs.
 2. AAC's priming samples are marked by the container and skipped by every player; the track's duration is the number
@@ -39,26 +39,18 @@ def resample(waveform: Float32[np.ndarray, " sample"], orig: int, new: int) -> F
     shared = math.gcd(orig, new)
     up, down = new // shared, orig // shared
     length = -(-len(waveform) * up // down)
-    taps = up * (2 * _ZERO_CROSSINGS * max(up, down) / (up * _ROLLOFF) + down)
-    if taps <= _MAX_TAPS:
-        return _with_torchaudio(waveform, orig, new)[:length]
-    return _with_scipy(waveform, up, down)[:length]
+    if up * (2 * _ZERO_CROSSINGS * max(up, down) / (up * _ROLLOFF) + down) > _MAX_TAPS:
+        from scipy.signal import resample_poly
 
-
-def _with_torchaudio(waveform: np.ndarray, orig: int, new: int) -> np.ndarray:
+        sound = resample_poly(waveform, up, down, window=("kaiser", _BETA))
+        return np.asarray(sound, dtype=np.float32)[:length]
     import torch
     from torchaudio.functional import resample as torch_resample
 
     sound = torch.from_numpy(np.array(waveform, dtype=np.float32))
     kernel: dict[str, Any] = {"lowpass_filter_width": _ZERO_CROSSINGS, "rolloff": _ROLLOFF, "beta": _BETA}
     with torch.inference_mode():
-        return torch_resample(sound, orig, new, resampling_method="sinc_interp_kaiser", **kernel).numpy()
-
-
-def _with_scipy(waveform: np.ndarray, up: int, down: int) -> np.ndarray:
-    from scipy.signal import resample_poly
-
-    return np.asarray(resample_poly(waveform, up, down, window=("kaiser", _BETA)), dtype=np.float32)
+        return torch_resample(sound, orig, new, resampling_method="sinc_interp_kaiser", **kernel).numpy()[:length]
 
 
 _AAC_RATES = (7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200, 96000)
@@ -76,7 +68,7 @@ def mp4_bytes(
     rate: int,
     picture_end: float,
     crf: float,
-    max_side: int | None = None,
+    max_side: int | None,
 ) -> bytes:
     """Encode a picture and a sound, either or both, as one mp4."""
     import av
@@ -89,8 +81,7 @@ def mp4_bytes(
     with border("the clip", "write an mp4 of"), av.open(sink, "w", format="mp4", options=options) as container:
         streams: list[Iterator[tuple[float, list[Any]]]] = []
         if frames is not None:
-            more: dict[str, Any] = {"base": base, "picture_end": picture_end, "crf": crf, "max_side": max_side}
-            streams.append(_picture_packets(container, frames, times, **more))
+            streams.append(_picture_packets(container, frames, times, base, picture_end, crf, max_side))
         if waveform is not None:
             streams.append(_sound_packets(container, waveform, rate))
         container.start_encoding()
@@ -104,9 +95,8 @@ def _picture_packets(
     container: Any,
     frames: np.ndarray,
     times: np.ndarray,
-    *,
     base: Fraction,
-    picture_end: float,
+    end: float,
     crf: float,
     max_side: int | None,
 ) -> Iterator[tuple[float, list[Any]]]:
@@ -116,7 +106,7 @@ def _picture_packets(
     height, width = frames.shape[1:3]
     shrink = min(1.0, max_side / max(height, width)) if max_side else 1.0
     target = (_even(height * shrink), _even(width * shrink))
-    ticks = [round(t / base) for t in times.tolist()] + [round(picture_end / base)]
+    ticks = [round(t / base) for t in (*times.tolist(), end)]
     spacing = (ticks[-1] - ticks[0]) * base / len(frames)
     speed = Fraction(1 / spacing if spacing > 0 else 25).limit_denominator(1001)
     # No B-frames: the first picture is at its own time, without an edit list. Tags say which matrix swscale used.
@@ -166,9 +156,8 @@ def _sound_packets(container: Any, waveform: np.ndarray, rate: int) -> Iterator[
     stream.codec_context.options = {"flags": "+bitexact", "aac_coder": "fast", "aac_pns": "0"}
 
     def packets() -> Iterator[tuple[float, list[Any]]]:
-        step = rate
-        for at in range(0, len(waveform), step):
-            block = np.ascontiguousarray(waveform[None, at : at + step])
+        for at in range(0, len(waveform), rate):
+            block = np.ascontiguousarray(waveform[None, at : at + rate])
             frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
             frame.sample_rate, frame.pts, frame.time_base = rate, at, Fraction(1, rate)
             yield at / rate, stream.encode(frame)

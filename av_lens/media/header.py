@@ -17,7 +17,7 @@ from typing import Any
 
 from av_lens.errors import MediaError
 from av_lens.media import promises
-from av_lens.media.arrays import border, is_image_format, opened, regular_file
+from av_lens.media.arrays import border, opened, regular_file
 from av_lens.media.encoding import CROP_MARK
 
 _LATEST_START = 5
@@ -108,24 +108,19 @@ def choose_streams(path: str, container: Any, wanted: Mapping[str, int] | None =
     pictures = [s for s in container.streams.video if s.codec_context is not None]
     sounds = [s for s in container.streams.audio if s.codec_context is not None]
     moving = [s for s in pictures if not is_cover(s)]
-    best = (container.streams.best("video"), container.streams.best("audio"))
-    picture = best[0] if best[0] in moving else next(iter(moving), None)
-    sound = best[1] if best[1] in sounds else next(iter(sounds), None)
-    if wanted and "picture" in wanted:
-        picture = _asked(path, "picture", pictures, wanted["picture"])
-    if wanted and "sound" in wanted:
-        sound = _asked(path, "sound", sounds, wanted["sound"])
-    if picture is None and sound is None:
+    taken: list[Any] = []
+    for kind, called, able, usual in (("picture", "video", pictures, moving), ("sound", "audio", sounds, sounds)):
+        if wanted and kind in wanted:
+            usual = [stream for stream in able if stream.index == wanted[kind]]
+            if not usual:
+                asked, there = f"stream={{{kind!r}: {wanted[kind]}}}", ", ".join(map(_named, able)) or "none"
+                raise MediaError(f"{asked} is no {kind} of {path} that can be decoded; there: {there}.")
+        best = container.streams.best(called)
+        taken.append(best if best in usual else next(iter(usual), None))
+    if taken == [None, None]:
         kinds = ", ".join(map(_named, container.streams)) or "nothing"
         raise MediaError(f"{path} has neither a picture nor a sound that can be decoded (found: {kinds}).")
-    return picture, sound
-
-
-def _asked(path: str, kind: str, streams: list[Any], index: int) -> Any:
-    if found := [stream for stream in streams if stream.index == index]:
-        return found[0]
-    there = ", ".join(map(_named, streams)) or "none"
-    raise MediaError(f"stream={{{kind!r}: {index}}} is no {kind} of {path} that can be decoded; there: {there}.")
+    return taken[0], taken[1]
 
 
 def stream_kind(stream: Any) -> str:
@@ -163,15 +158,13 @@ def read_facts(path: str, container: Any, picture: Any, sound: Any) -> MediaFact
     chained = name == "ogg" and promises.is_chained(path)
     if chained and picture is not None:
         raise MediaError(f"{path} is several films one after the other (a chained Ogg): cut them apart.")
-    starts = {
-        s.type: s.start_time * s.time_base
-        for s in (picture, sound)
-        if s is not None and s.start_time is not None and s.time_base
-    }
+    known = [s for s in (picture, sound) if s is not None and s.start_time is not None and s.time_base]
+    starts = {s.type: s.start_time * s.time_base for s in known}
     earliest, kinds = min(starts.values(), default=Fraction(0)), _kinds(name)
     zero = Fraction(0) if kinds & _ABSOLUTE and earliest <= _LATEST_START else earliest
     zero = min(zero, starts.get("video", zero))
-    still = is_image_format(name) or container.metadata.get("major_brand") in _STILL_BRANDS
+    images = name in ("image2", "image2pipe", "ico") or name.endswith("_pipe")
+    still = images or container.metadata.get("major_brand") in _STILL_BRANDS
     seconds = math.nan
     guessed = chained or name in _GUESSED or (name == "mp3" and not promises.counts_its_frames(path))
     if container.duration is not None and not still and not guessed:

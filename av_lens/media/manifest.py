@@ -28,7 +28,6 @@ SEE, CONTROL = "What do you see?", "What colour is it?"
 KEYS = ("id", "sound", "picture", "question", "answers", "start", "end", "prefix", "see", "control")
 _REQUIRED = ("sound", "picture", "question", "answers")
 _TEXTS = ("id", "sound", "picture", "question", "prefix", "see", "control")
-_MOST_SHOWN = 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +78,9 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
             found.append(_entry(manifest, row, number))
         faults += [f"line {number}: {fault}" for fault in wrong]
     if faults:
-        more = [f"... and {len(faults) - _MOST_SHOWN} more"] if len(faults) > _MOST_SHOWN else []
+        more = [f"... and {len(faults) - 50} more"] if len(faults) > 50 else []
         many = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
-        told = "\n  ".join(faults[:_MOST_SHOWN] + more)
+        told = "\n  ".join(faults[:50] + more)
         raise ManifestError(f"{manifest} has {many}; nothing was run:\n  {told}")
     if not found:
         form = '{"sound": ..., "picture": ..., ...}'
@@ -94,18 +93,13 @@ def _parsed(line: str) -> tuple[dict[str, Any], list[str]]:
         row: Any = parse_json(line)
     except ValueError as error:
         return {}, [f"not json: {error}"]
-    if not isinstance(row, dict):
-        return {}, [f"a line is a json object, found {type(row).__name__}"]
-    return cast(dict[str, Any], row), []
+    named = type(row).__name__
+    return (row, []) if isinstance(row, dict) else ({}, [f"a line is a json object, found {named}"])
 
 
 def _fields(row: dict[str, Any]) -> Iterable[str]:
-    for key in row:
-        if key not in KEYS:
-            yield unknown("key", key, KEYS)
-    for key in _REQUIRED:
-        if key not in row:
-            yield f"{key!r} is missing"
+    yield from (unknown("key", key, KEYS) for key in row if key not in KEYS)
+    yield from (f"{key!r} is missing" for key in _REQUIRED if key not in row)
     for key in _TEXTS:
         if key in row and not isinstance(row[key], str):
             yield f"{key!r} is a text, found {json.dumps(row[key])}"
@@ -125,16 +119,14 @@ def _answers(answers: Any) -> Iterable[str]:
         if not all(isinstance(word, str) for word in words):
             yield f"an answer is a word or a list of synonyms, found {json.dumps(answer)}"
             return
-    fault = answers_fault(cast(list[Any], answers))
-    if fault:
+    if fault := answers_fault(cast(list[Any], answers)):
         yield fault
 
 
 def _window(row: dict[str, Any]) -> Iterable[str]:
     seconds: dict[str, float] = {}
     for key in ("start", "end"):
-        value = row.get(key)
-        if value is None:
+        if (value := row.get(key)) is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
             yield f"{key!r} is a number of seconds from 0, found {json.dumps(value)}"
@@ -172,10 +164,10 @@ def _files(manifest: Path, row: dict[str, Any], probes: dict[ClipFile, tuple[str
     if list(_window(row)):
         return
     named = [name for name in ("sound", "picture") if isinstance(row.get(name), str) and row[name].strip()]
-    clips = [_clip_file(manifest, row, name) for name in named]
-    for name, clip in zip(named, clips, strict=True):
+    clips = {name: _clip_file(manifest, row, name) for name in named}
+    for name, clip in clips.items():
         yield from _probed(name, clip, probes)
-    if len(clips) == 2 and clips[0] == clips[1]:
+    if len(clips) == 2 and clips["sound"] == clips["picture"]:
         yield "sound and picture are the same file and window, so there is no conflict"
 
 
@@ -189,23 +181,16 @@ def _probed(name: str, clip: ClipFile, probes: dict[ClipFile, tuple[str, ...]]) 
     if clip not in probes:
         try:
             facts = clip.probe()
-        except MediaError as error:
-            probes[clip] = (str(error),)
-        else:
             there = {"audio stream": facts.has_sound, "picture": facts.has_picture}
             probes[clip] = tuple(f"{clip.path} has no {what}" for what in there if not there[what])
+        except MediaError as error:
+            probes[clip] = (str(error),)
     return [f"{name}: {fault}" for fault in probes[clip]]
 
 
 def _entry(manifest: Path, row: dict[str, Any], number: int) -> Entry:
-    answers = [answer if isinstance(answer, str) else tuple(answer) for answer in row["answers"]]
-    return Entry(
-        sound=_clip_file(manifest, row, "sound"),
-        picture=_clip_file(manifest, row, "picture"),
-        question=row["question"],
-        answers=(answers[0], answers[1]),
-        prefix=row.get("prefix", ""),
-        see=row.get("see", SEE),
-        control=row.get("control", CONTROL),
-        id=row.get("id", f"line {number}"),
-    )
+    answers: Any = tuple(answer if isinstance(answer, str) else tuple(answer) for answer in row["answers"])
+    texts = {"prefix": "", "see": SEE, "control": CONTROL, "id": f"line {number}"}
+    texts |= {name: text for name, text in row.items() if name in texts}
+    sound, picture = (_clip_file(manifest, row, name) for name in ("sound", "picture"))
+    return Entry(sound=sound, picture=picture, question=row["question"], answers=answers, **texts)

@@ -49,15 +49,14 @@ class Pictures:
         self.first_time: Fraction | None = None
         self.last_end = 0.0
         self.notes: list[str] = []
-        shape = stream.sample_aspect_ratio
-        if shape and shape != 1:
+        if (shape := stream.sample_aspect_ratio) and shape != 1:
             self.notes.append(f"its pixels are not square ({shape}); kept as stored")
         self.orientation = (False, False, False)
         self.restart = ""
         self._reformatter = VideoReformatter()
         # Full chroma, exact rounding: the same colours on every machine.
-        wide = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT
-        self._interpolation = wide | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+        exact = Interpolation.ACCURATE_RND | Interpolation.BITEXACT
+        self._interpolation = Interpolation.BILINEAR | Interpolation.FULL_CHR_H_INT | exact
         self._buffer: np.ndarray | None = None
         self._times: list[float] = []
         self._before: Any = None
@@ -88,8 +87,13 @@ class Pictures:
         self.last_end = float(time) + (length if length > 0 else self.spacing)
         if time < self.start - _SLACK:
             self._before = frame
-            return
-        self._choose(time, frame)
+        elif self.step is None:
+            self._keep(time, frame)
+        else:
+            if self._held is not None:
+                # Wanted times up to the middle between the held frame and this one are nearest to the held one.
+                self._settle(((self._held[0] + time) / 2 - self.start) // self.step + 1)
+            self._held = (time, frame)
 
     def _time(self, frame: Any) -> Fraction:
         stamp = frame.pts if frame.pts is not None else frame.dts
@@ -103,15 +107,6 @@ class Pictures:
             f"{self.facts.path}: nothing says when its frames are shown: the picture has no time stamps. Write it anew "
             "at its own rate (`ffmpeg -r RATE -i IN OUT.mp4`)."
         )
-
-    def _choose(self, time: Fraction, frame: Any) -> None:
-        if self.step is None:
-            self._keep(time, frame)
-            return
-        if self._held is not None:
-            # Wanted times up to the middle between the held frame and this one are nearest to the held one.
-            self._settle(((self._held[0] + time) / 2 - self.start) // self.step + 1)
-        self._held = (time, frame)
 
     def _settle(self, reached: int) -> None:
         if self._held is not None and reached > self._wanted:
@@ -147,9 +142,9 @@ class Pictures:
     def _look(self, frame: Any) -> None:
         """Note what the first kept frame says of all."""
         self.orientation = self._orientation(frame)
-        self._transparent = frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
-        depth = max(part.bits for part in frame.format.components)
-        if depth > 8 and not frame.format.has_palette:
+        parts, palette = frame.format.components, frame.format.has_palette
+        self._transparent = palette or any(part.is_alpha for part in parts)
+        if (depth := max(part.bits for part in parts)) > 8 and not palette:
             self._note(f"its {depth} bits a colour are rounded to 8")
         if frame.color_trc in _HDR:
             self._note(f"its colours are HDR ({_HDR[frame.color_trc]}); kept without tone mapping")
@@ -158,8 +153,7 @@ class Pictures:
 
     def _orientation(self, frame: Any) -> tuple[bool, bool, bool]:
         """Read from the display matrix whether rows become columns, and then which axes are mirrored: (x, y)."""
-        matrix = _display_matrix(frame)
-        if matrix is None:
+        if (matrix := _display_matrix(frame)) is None:
             return False, False, False
         (a, b), (c, d) = matrix[:2, :2].tolist()
         straight, across = abs(a) + abs(d), abs(b) + abs(c)
@@ -185,11 +179,10 @@ class Pictures:
         self._before = None
         if self._odd:
             self.notes.append(f"{self._odd} frames without an increasing time were left out")
-        if self._buffer is None:
+        if (frames := self._buffer) is None:
             return None, np.zeros(0)
-        if len(self._buffer) != len(self._times):
-            self._buffer.resize((len(self._times), *self._buffer.shape[1:]), refcheck=False)
-        frames = self._buffer
+        if len(frames) != len(self._times):
+            frames.resize((len(self._times), *frames.shape[1:]), refcheck=False)
         if any(self.orientation):
             across, by_x, by_y = self.orientation
             self.notes.append(f"{_ORIENTATIONS[self.orientation]}, as the file asks")

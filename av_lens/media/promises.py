@@ -54,12 +54,8 @@ def left_behind(path: str, name: str) -> list[str]:
 def is_chained(path: str) -> bool:
     """Whether an Ogg file holds several streams one after the other, each with a clock of its own."""
     with open(path, "rb") as source:
-        begun = False
-        for flags, _ in _pages(source):
-            if flags & 2 and begun:
-                return True
-            begun = begun or not flags & 2
-    return False
+        firsts = [bool(flags & 2) for flags, _ in _pages(source)]
+    return firsts != sorted(firsts, reverse=True)
 
 
 def is_animated_webp(path: str) -> bool:

@@ -19,7 +19,6 @@ _MOST_OVERLAPS = 3
 _LONGEST_HOLE = 600.0
 _MARGIN = 0.05
 _FULL_PLANES = 8
-_RATES = (1_000, 768_000)
 
 
 class Sounds:
@@ -60,11 +59,9 @@ class Sounds:
     def add(self, frame: Any) -> None:
         """Take the next frame."""
         rate = frame.sample_rate
-        if not self.rate:
-            if not _RATES[0] <= rate <= _RATES[1]:
-                absurd = f"a sound of {rate} samples a second is damage, not sound"
-                raise MediaError(f"{self.path}: {absurd}: write it anew.")
-            self.rate = rate
+        if not self.rate and not 1_000 <= rate <= 768_000:
+            raise MediaError(f"{self.path}: a sound of {rate} samples a second is damage, not sound: write it anew.")
+        self.rate = self.rate or rate
         if rate != self.rate:
             changes = f"the sound's rate changes from {self.rate} to {rate} Hz on the way"
             raise MediaError(f"{self.path}: {changes}: convert it to one.")
@@ -92,9 +89,8 @@ class Sounds:
             self._packer = av.AudioResampler(format="flt", layout=frame.layout, rate=frame.sample_rate)
         frames = self._packer.resample(frame)
         if len(frames) != 1 or frames[0].samples != frame.samples:
-            raise MediaError(
-                f"{self.path}: a sound of {frame.layout.nb_channels} channels does not decode: mix it down."
-            )
+            many = f"a sound of {frame.layout.nb_channels} channels"
+            raise MediaError(f"{self.path}: {many} does not decode: mix it down.")
         return frames[0]
 
     def _time(self, frame: Any) -> float:
@@ -115,10 +111,8 @@ class Sounds:
                 self.restart = f"the sound's time stamps {back} (recordings joined?)"
             return mono[round(-gap * self.rate) :]
         if gap > _LONGEST_HOLE:
-            raise MediaError(
-                f"{self.path}: the sound has a hole of {gap:.0f} s at {self.last_end:.3f} s: its time stamps "
-                "are damaged; write it anew."
-            )
+            hole = f"the sound has a hole of {gap:.0f} s at {self.last_end:.3f} s"
+            raise MediaError(f"{self.path}: {hole}: its time stamps are damaged; write it anew.")
         self._append(np.zeros(round(gap * self.rate), dtype=np.float32))
         return mono
 
@@ -136,18 +130,16 @@ class Sounds:
         self.first_time += self._first_error()
         if not np.isfinite(sound).all():
             raise MediaError(f"{self.path}: the sound holds NaN or infinity: it is damaged; write it anew.")
-        stop = min(self.end, self.stream_end)
         if self._repairs:
             repaired = "holes or overlaps in the sound's time stamps were filled with silence or cut"
             self.notes.append(f"{self._repairs} {repaired}")
-        most = max(self._channels)
-        if most > 1:
+        if (most := max(self._channels)) > 1:
             self.notes.append(f"{most} channels of sound are averaged into one")
         if self.rate != sound_rate:
             self.notes.append(f"sound resampled from {self.rate} to {sound_rate} Hz")
         if self.start == 0 and self.first_time < -1e-3:
             self.notes.append(f"the sound starts {-self.first_time:.3f} s before the file's 0; that much is left out")
-        return self._cut(sound, self.first_time, stop, sound_rate)
+        return self._cut(sound, self.first_time, sound_rate)
 
     def _first_error(self) -> float:
         """Where stamps are rounded (mkv: to 1 ms), say how wrong the first is; each bounds it to half a tick.
@@ -159,7 +151,7 @@ class Sounds:
         low, high = max(self._drifts) - self._tick / 2, min(self._drifts) + self._tick / 2
         return min(max(0.0, low), high) if low <= high else 0.0
 
-    def _cut(self, sound: np.ndarray, first_time: float, stop: float, sound_rate: int) -> np.ndarray | None:
+    def _cut(self, sound: np.ndarray, first_time: float, sound_rate: int) -> np.ndarray | None:
         """Align to `start` in whole blocks that both rates share, so that resampling moves nothing."""
         shared = math.gcd(self.rate, sound_rate)
         block_in, block_out = self.rate // shared, sound_rate // shared
@@ -170,9 +162,8 @@ class Sounds:
         if lead < 0:
             late = -lead / self.rate
             if late > _LONGEST_HOLE:
-                raise MediaError(
-                    f"{self.path}: the sound starts {late:.0f} s after the picture: its time stamps are damaged."
-                )
+                starts = f"the sound starts {late:.0f} s after the picture"
+                raise MediaError(f"{self.path}: {starts}: its time stamps are damaged.")
             self.budget.take(-lead * 4, f"{late:.0f} s of silence before the sound")
             sound = np.concatenate([np.zeros(-lead, dtype=np.float32), sound])
             if late > 1e-3:
@@ -182,7 +173,7 @@ class Sounds:
             sound = sound[lead - skipped * block_in :]
         self.budget.take(math.ceil(len(sound) * sound_rate / self.rate) * 4, f"the sound at {sound_rate} Hz")
         out = resample(sound, self.rate, sound_rate)[skipped * block_out :]
-        if math.isfinite(stop):
+        if math.isfinite(stop := min(self.end, self.stream_end)):
             out = out[: max(0, round((stop - self.start) * sound_rate))]
         if not len(out):
             return None

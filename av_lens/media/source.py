@@ -97,17 +97,13 @@ class _Request:
     damaged: str
     stream: Mapping[str, int]
 
-    @property
-    def stop(self) -> float:
-        """The window's end, infinite where none was asked."""
-        return math.inf if self.end is None else self.end
-
 
 class _Reading:
     """One pass over an open file: seek, decode into the takers, then assemble the clip."""
 
     def __init__(self, request: _Request, container: Any) -> None:
         self.request, self.container = request, container
+        self.stop = math.inf if request.end is None else request.end
         self.faults: list[str] = []
         self.ended = False
         header.check_readable(request.path, container.format.name)
@@ -122,6 +118,7 @@ class _Reading:
         self.budget = arrays.Budget(request.path, request.max_bytes)
         self.pictures = None if picture is None else self._pictures(picture)
         self.sounds = None if sound is None else self._sounds(sound)
+        self.spacing = 0.0 if self.pictures is None else self.pictures.spacing
 
     def _pictures(self, stream: Any) -> Pictures:
         asked, budget = self.request, self.budget
@@ -145,7 +142,7 @@ class _Reading:
         """Refuse, by the header alone, a window past the end and a clip past the budget."""
         asked, facts = self.request, self.facts
         facts.check_start(asked.start)
-        seconds = min(facts.duration, asked.stop) - asked.start
+        seconds = min(facts.duration, self.stop) - asked.start
         rate = facts.frame_rate if asked.fps is None else min(asked.fps, facts.frame_rate)
         n_bytes = facts.width * facts.height * 3 * max(1.0, rate * seconds)
         if math.isfinite(n_bytes):
@@ -179,9 +176,8 @@ class _Reading:
             self._take(packet, taker)
             if sought and self._landed_late(back):
                 return False
-            if all(t.done for t in self.takers.values()):
-                return True
-            if time is not None and time > self.request.stop + _INTERLEAVE:
+            late = time is not None and time > self.stop + _INTERLEAVE
+            if late or all(t.done for t in self.takers.values()):
                 return True
 
     def _seek(self, back: float) -> bool:
@@ -215,10 +211,9 @@ class _Reading:
 
     def _landed_late(self, back: float) -> bool:
         start = self.request.start
-        picture = self.pictures.first_time if self.pictures is not None else None
+        picture, sound = (taker and taker.first_time for taker in (self.pictures, self.sounds))
         if picture is not None and picture > start + TOLERANCE:
             return True
-        sound = self.sounds.first_time if self.sounds is not None else None
         # A sound may have a true hole here; two longer ways back are enough to believe it.
         return sound is not None and sound > start + _PREROLL / 10 and back < _STEPS_BACK[2]
 
@@ -236,11 +231,11 @@ class _Reading:
         heard = 0.0 if waveform is None else len(waveform) / sound_rate
         shown = float(times[-1]) if len(times) else 0.0
         still = self.facts.is_image and len(times) == 1
-        length = 0.0 if still else max(min(asked.stop, found) - asked.start, heard, shown)
+        length = 0.0 if still else max(min(self.stop, found) - asked.start, heard, shown)
         notes = [*self.faults[:_SHOWN_FAULTS], *self.left_out]
         if self.ended or asked.end is None:
             notes += left_behind(asked.path, self.facts.format)
-        if asked.end is not None and found < asked.end - max(TOLERANCE, self._spacing) and not still:
+        if asked.end is not None and found < asked.end - max(TOLERANCE, self.spacing) and not still:
             notes.append(f"asked to {asked.end:g} s; the file ends at {found:.3f} s")
         for name, taker, taken in (("picture", self.pictures, frames), ("sound", self.sounds, waveform)):
             if taker is not None:
@@ -252,14 +247,10 @@ class _Reading:
         window = (asked.start, asked.start + length)
         return Clip(frames, times, waveform, sound_rate, length, asked.path, sha256, window, tuple(notes))
 
-    @property
-    def _spacing(self) -> float:
-        return self.pictures.spacing if self.pictures is not None else 0.0
-
     def _check_damage(self, found: float, *, empty: bool) -> None:
         asked = self.request
         if self.ended:
-            if min(self.promised, asked.stop) - found > max(0.25, 2 * self._spacing):
+            if min(self.promised, self.stop) - found > max(0.25, 2 * self.spacing):
                 ends = f"its header promises {self.promised:.3f} s, its data end at {found:.3f} s"
                 self.faults.append(f"{ends} (truncated?)")
             self.faults += filter(None, [shortfall(asked.path, self.facts.format)])
@@ -273,7 +264,7 @@ class _Reading:
         if empty and not self.faults:
             nothing = "its data end before that" if asked.start > 0 else "it holds no frame and no sample"
             lasts = f"it lasts {found:.3f} s" if found > 0 else nothing
-            raise MediaError(f"nothing of {asked.path} lies in {asked.start:g}-{asked.stop:g} s: {lasts}.")
+            raise MediaError(f"nothing of {asked.path} lies in {asked.start:g}-{self.stop:g} s: {lasts}.")
         if self.faults and (empty or asked.damaged == "refuse"):
             more = f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
             keep = "" if empty else ', or keep what decodes with damaged="keep"'
@@ -337,13 +328,10 @@ class ClipFile:
             MediaError: as `load_clip`.
         """
         path, size = regular_file(self.path)
+        asked = {name: getattr(self, name) for name in ("start", "end", "fps", "sound_rate")}
         file = (os.path.abspath(path), size, os.stat(path).st_mtime_ns)
-        asked = (self.start, self.end, self.fps, self.sound_rate)
-        key = (*file, *asked, *sorted((self.stream or {}).items()))
-        clip = _LAST.get(key)
-        if clip is None:
-            start, end, fps, rate = asked
-            clip = load_clip(path, start=start, end=end, fps=fps, sound_rate=rate, stream=self.stream)
+        key = (*file, *asked.values(), *sorted((self.stream or {}).items()))
+        clip = _LAST.get(key) or load_clip(path, **asked, stream=self.stream)
         with _LOCK:
             _LAST.pop(key, None)
             _LAST[key] = clip
@@ -358,5 +346,4 @@ _LOCK = threading.Lock()
 
 
 def _size(clip: Clip) -> int:
-    arrays = (clip.frames, clip.times, clip.waveform)
-    return sum(array.nbytes for array in arrays if array is not None)
+    return sum(array.nbytes for array in (clip.frames, clip.times, clip.waveform) if array is not None)

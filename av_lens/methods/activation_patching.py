@@ -113,7 +113,10 @@ def patch(
     def work(stack: Stack, show: Progress) -> None:
         (edited, other), asked, places = stack.ends(direction), frame.own(stack), visits.places[stack.members[0]]
         source = other if isinstance(donor, str) else donor
-        given = _in_place(Given.of(model, source, name, visits.layers, positions_of(places)), donor)
+        given = Given.of(model, source, name, visits.layers, positions_of(places))
+        if donor != "run":  # nothing is put in place, or a mean over examples
+            put = (torch.zeros_like(v) if donor == "zero" else v.mean(0, keepdim=True) for v in given.values.values())
+            given = replace(given, values=dict(zip(given.values, put, strict=True)))
         frame.lines[1, stack.rows] = numbers(measure(model, other, asked))
         plans = [Plan(), *(Plan(given.edits(target, at)) for target in visits.targets for _, at in places)]
         trace = record(model, edited)
@@ -128,8 +131,11 @@ def patch(
         scored(trace, plans, asked, write, budget_gb=budget_gb, show=show, stage=schedule)
 
     frame.run(work, examples.stacks(stack), progress)
-    if axes.unit == "coalition":
-        frame.values = _shapley_values(frame, visits, (model.spec.n_layers, model.spec.n_heads))
+    if axes.unit == "coalition":  # growing sets become Shapley values on the grid's scale
+        base, orders = frame.lines[0][:, None, None], visits.orders
+        sets = frame.values.reshape(len(base), len(orders), -1)
+        gains = np.diff(sets, axis=2, prepend=np.broadcast_to(base, (*sets.shape[:2], 1)))
+        frame.values = shapley(gains, orders, (model.spec.n_layers, model.spec.n_heads)) + base[..., None]
     return frame.grid(
         visits.labelled,
         direction=f"{direction}: {SIGNS[direction]}",
@@ -152,23 +158,3 @@ def _check_donor(donor: str | AVInputs, examples: Examples) -> None:
         difference = donor.spans.layout_difference(spans)
         if difference is not None:
             raise InputError(f"the donor's layout is not the pair's: {difference}. Encode it with the same options.")
-
-
-def _in_place(given: Given, donor: str | AVInputs) -> Given:
-    """What is put in place: the other run's values, nothing, or a mean over examples."""
-    if donor == "run":
-        return given
-    make = torch.zeros_like if donor == "zero" else _mean
-    return replace(given, values={layer: make(value) for layer, value in given.values.items()})
-
-
-def _mean(value: torch.Tensor) -> torch.Tensor:
-    return value.mean(0, keepdim=True)
-
-
-def _shapley_values(frame: Frame, visits: Visits, shape: tuple[int, int]) -> np.ndarray:
-    """Turn growing sets into Shapley values on the grid's scale, `[example, layer, head, figure]`."""
-    n, sets = len(frame.values), frame.values.reshape(len(frame.values), len(visits.orders), -1)
-    before = np.broadcast_to(frame.lines[0][:, None, None], (n, len(visits.orders), 1))
-    gains = sets - np.concatenate([before, sets[:, :, :-1]], axis=2)
-    return shapley(gains, visits.orders, shape) + frame.lines[0][:, None, None, None]

@@ -38,7 +38,6 @@ from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
 from av_lens.spans import ROLES, Span
 
-BY = ("layer", "head")
 UNITS = {"attention": "share of attention", "value": "norm of what is moved"}
 
 
@@ -75,23 +74,27 @@ def attention_flow(
     Raises:
         InputError: an unknown role, weight or `by`, or a query that no example has.
     """
-    require_choice("by", by, BY)
+    require_choice("by", by, ("layer", "head"))
     require_choice("weight", weight, WEIGHTS)
     asked = listed(queries)
     examples = Examples.of(model, x)
     if max_new_tokens:
         examples = _answered(model, examples, max_new_tokens, stack)
-    _require_queries(asked, examples)
+    if not asked:
+        raise InputError("queries names nothing: name at least one role, such as 'generation'.")
+    for words in asked:
+        if not any(len(named_span(words, x.spans)) for x in examples.inputs):
+            hint = " Give max_new_tokens to let the model answer first." if "generated" in words else ""
+            raise InputError(f"queries={words!r}: no input has such a position; look at x.spans.{hint}")
     size = examples.stack_size(model, stack, budget_gb)
     roles = [role for role in ROLES if any(role in one.spans.roles for one in examples.inputs)]
     keys = [*roles, SINKS] if sinks is not False else roles
-    spec, found_sinks = model.spec, dict[str, list[int]]()
+    spec, found_sinks, known = model.spec, dict[str, list[int]](), list[Any]()
     frame = Frame.of(model, examples, measured=False)
     frame.shape(len(asked), len(keys), spec.n_layers, spec.n_heads)
-    stacks, known = examples.stacks(size), list[Any]()
+    stacks = examples.stacks(size)
 
-    def work(stack: Stack, show: Progress) -> None:
-        del show
+    def work(stack: Stack, _: Progress) -> None:
         if sinks is True and not known:
             known.extend(sinks_by_layout(model, (one.x for one in stacks)))
         x = stack.x
@@ -118,15 +121,6 @@ def attention_flow(
     )
 
 
-def _require_queries(asked: Sequence[str], examples: Examples) -> None:
-    if not asked:
-        raise InputError("queries names nothing: name at least one role, such as 'generation'.")
-    for words in asked:
-        if not any(len(named_span(words, x.spans)) for x in examples.inputs):
-            hint = " Give max_new_tokens to let the model answer first." if "generated" in words else ""
-            raise InputError(f"queries={words!r}: no input has such a position; look at x.spans.{hint}")
-
-
 def _masses(
     model: Any, x: AVInputs, asked: Sequence[str], keys: Sequence[str], sinks: Sequence[int], weight: str
 ) -> np.ndarray:
@@ -140,8 +134,7 @@ def _masses(
     mass = attention_mass(model, x, queries, keys=groups, weight=weight).numpy().astype(np.float64)
     counts = np.array([len(positions) or np.nan for positions in queries.values()])
     present = [np.nan if key != SINKS and key not in x.spans.roles else 1.0 for key in keys]
-    found = mass / counts[:, None] * np.array(present)
-    return np.moveaxis(found, (3, 4), (1, 2))
+    return np.moveaxis(mass / counts[:, None] * np.array(present), (3, 4), (1, 2))
 
 
 def _answered(model: Any, examples: Examples, n: int, stack: int) -> Examples:

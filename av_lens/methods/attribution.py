@@ -37,13 +37,12 @@ from av_lens.errors import InputError
 from av_lens.families.decoder import hook_name
 from av_lens.inputs import AVInputs
 from av_lens.interventions import Site
-from av_lens.methods.shared.frame import Examples, Frame
+from av_lens.methods.shared.frame import Examples, Frame, numbers
 from av_lens.metrics import Metric
 from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
 from av_lens.spans import ROLES
 
-BY = ("head", "layer", "component", "head span", "neuron")
 ELSEWHERE = "no source"
 SIGN = "direct shares of the logit difference at the generation position; positive: towards the first answer"
 
@@ -67,7 +66,7 @@ def direct_attribution(model: HookedAVLLM, x: Any, *, metric: Metric, by: str = 
     Raises:
         InputError: a metric that is not linear in the logits, or an unknown `by`.
     """
-    require_choice("way of sharing", by, BY)
+    require_choice("way of sharing", by, ("head", "layer", "component", "head span", "neuron"))
     examples = Examples.of(model, x)
     frame = Frame.of(model, examples, metric)
     assert frame.metric is not None
@@ -92,30 +91,24 @@ def _shares(
         out = run(model, x, capture=_sites(model, by))
         parts = written_parts(model, out, by.split()[0])
         scale = out.cache[hook_name("final_scale")][:, 0].double()
-        unembedding = model.W_U  # its columns are picked before they are widened: whole, it is 4 GB in float64 (7B)
-        direction = (unembedding[:, first].double() - unembedding[:, second].double()).T
+        # Columns are picked before they are widened: whole, the unembedding is 4 GB in float64 (7B).
+        direction = (model.W_U[:, first].double() - model.W_U[:, second].double()).T
         reader = model.ln_final.original_component.weight.double() * direction / scale
         shares = {name: (part * reader).sum(-1) for name, part in parts.items()}
-        bias = model.b_U.double()
-        shares["bias"] = (bias[first] - bias[second]).expand(len(x))
+        shares["bias"] = (model.b_U.double()[first] - model.b_U.double()[second]).expand(len(x))
         if by == "neuron":
             shares = _by_neuron(model, out, shares, reader)
         if by == "head span":
             shares = _by_source(model, x, out, shares, reader, roles)
-        total = metric(out.logits).double()
-    return {name: share.cpu().numpy() for name, share in shares.items()}, total.cpu().numpy()
+    return {name: share.cpu().numpy() for name, share in shares.items()}, numbers(metric(out.logits))
 
 
 def _sites(model: Any, by: str) -> list[Site]:
-    layers = range(model.spec.n_layers)
+    layers, more = range(model.spec.n_layers), {"neuron": ["mlp_post"], "head span": ["pattern"]}.get(by, [])
     sites = [Site("embed", positions="generation"), Site("final_scale", positions="generation")]
-    sites += [Site(c, layer, positions="generation") for c in ("z", "attn_out", "mlp_out") for layer in layers]
-    if by == "neuron":
-        sites += [Site("mlp_post", layer, positions="generation") for layer in layers]
-    if by == "head span":
-        sites += [Site("pattern", layer, positions="generation") for layer in layers]
-        sites += [Site("v", layer) for layer in layers]
-    return sites
+    parts = ["z", "attn_out", "mlp_out", *more]
+    sites += [Site(part, layer, positions="generation") for part in parts for layer in layers]
+    return sites + [Site("v", layer) for layer in layers if by == "head span"]
 
 
 def _by_neuron(model: Any, out: Run, shares: dict[str, Tensor], reader: Tensor) -> dict[str, Tensor]:
@@ -137,24 +130,21 @@ def _by_source(
     model: Any, x: AVInputs, out: Run, shares: dict[str, Tensor], reader: Tensor, roles: list[str]
 ) -> dict[str, Float[Tensor, "example source"]]:
     """Split every head's share by the role of the positions that it read; NaN where a part has no such source."""
-    found: dict[str, Tensor] = {}
-    group = model.spec.n_heads // model.spec.n_kv_heads
-    moved: list[Tensor] = []
+    found, moved, group = dict[str, Tensor](), list[Tensor](), model.spec.n_heads // model.spec.n_kv_heads
     for layer in range(model.spec.n_layers):
-        pattern = out.cache[hook_name("pattern", layer)][:, :, 0].double()
-        v = heads_first(out.cache[hook_name("v", layer)], "v").double().repeat_interleave(group, dim=1)
+        pattern = out.cache["pattern", layer][:, :, 0].double()
+        v = heads_first(out.cache["v", layer], "v").double().repeat_interleave(group, dim=1)
         read = torch.einsum("hdm,bm->bhd", model.W_O[layer].double(), reader)
         moved.append(pattern * torch.einsum("bhkd,bhd->bhk", v, read))
     places = [torch.from_numpy(x.spans[role].positions.copy()).to(reader.device) for role in roles]
     for name, share in shares.items():
         values = found[name] = reader.new_full((len(x), len(roles) + 1), torch.nan)
-        if "H" in name:
-            layer, head = map(int, name[1:].split("H"))
-            for number, there in enumerate(places):
-                if len(there):
-                    values[:, number] = moved[layer][:, head, there].sum(-1)
-        else:
+        if "H" not in name:
             values[:, -1] = share
+            continue
+        layer, head = map(int, name[1:].split("H"))
+        for number, there in enumerate(places):
+            values[:, number] = moved[layer][:, head, there].sum(-1) if len(there) else torch.nan
     return found
 
 
@@ -171,13 +161,11 @@ def linear_answers(metric: Metric, batch: int) -> tuple[Tensor, Tensor]:
 
 def written_parts(model: Any, out: Run, by: str) -> dict[str, Float[Tensor, "batch d_model"]]:
     """Decompose the stream at the generation position."""
-    parts = {"embed": out.cache[hook_name("embed")][:, 0].double()}
-    weights = model.W_O
+    parts, weights = {"embed": out.cache[hook_name("embed")][:, 0].double()}, model.W_O
     for layer in range(model.spec.n_layers):
-        attended = out.cache[hook_name("attn_out", layer)][:, 0].double()
+        attended = out.cache["attn_out", layer][:, 0].double()
         if by == "head":
-            z = out.cache[hook_name("z", layer)][:, 0].double()
-            heads = torch.einsum("bhd,hdm->bhm", z, weights[layer].double())
+            heads = torch.einsum("bhd,hdm->bhm", out.cache["z", layer][:, 0].double(), weights[layer].double())
             parts |= {f"L{layer}H{head}": heads[:, head] for head in range(heads.shape[1])}
             parts[f"L{layer} attn bias"] = attended - heads.sum(1)
         else:
@@ -185,7 +173,5 @@ def written_parts(model: Any, out: Run, by: str) -> dict[str, Float[Tensor, "bat
         parts[f"L{layer} mlp"] = out.cache[hook_name("mlp_out", layer)][:, 0].double()
     if by != "component":
         return parts
-    whole = {"embed": parts.pop("embed")}
-    for kind in ("attn", "mlp"):
-        whole[kind] = torch.stack([part for name, part in parts.items() if name.endswith(kind)]).sum(0)
-    return whole
+    kinds = {kind: [part for name, part in parts.items() if name.endswith(kind)] for kind in ("embed", "attn", "mlp")}
+    return {kind: torch.stack(some).sum(0) for kind, some in kinds.items()}

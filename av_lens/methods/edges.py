@@ -60,7 +60,6 @@ from av_lens.replay.traces import Trace, record
 from av_lens.results import EdgeScores
 from av_lens.spans import Span
 
-VARIANTS = ("eap", "ig_inputs", "ig_activations")
 SIGNS = {
     "noise": "values of the corrupt run into the clean run; positive: the edge raises the metric when corrupted",
     "denoise": "values of the clean run into the corrupt run; positive: the edge raises the metric when restored",
@@ -105,9 +104,9 @@ def edge_attribution(
         InterventionError: positions outside the input.
         ModelError: a model whose layers cannot be computed by themselves.
     """
-    asked = (("variant", variant, VARIANTS), ("axis", over, ("edge", "edge span")), ("direction", direction, SIGNS))
-    for kind, name, known in asked:
-        require_choice(kind, name, known)
+    require_choice("variant", variant, ("eap", "ig_inputs", "ig_activations"))
+    require_choice("axis", over, ("edge", "edge span"))
+    require_choice("direction", direction, SIGNS)
     if steps < 1:
         raise InputError(f"steps={steps}: integrated gradients need at least one run; 5 is usual.")
     examples = Examples.paired("edge_attribution", pair)
@@ -150,19 +149,14 @@ def edge_attribution(
 
 
 def _senders(spec: Any) -> list[str]:
-    layers = [
-        [*(f"L{layer}H{head}" for head in range(spec.n_heads)), f"L{layer} mlp"] for layer in range(spec.n_layers)
-    ]
-    return ["embed", *(name for layer in layers for name in layer)]
+    inside = [*(f"H{head}" for head in range(spec.n_heads)), " mlp"]
+    return ["embed", *(f"L{layer}{name}" for layer in range(spec.n_layers) for name in inside)]
 
 
 def _receivers(spec: Any) -> list[str]:
-    found: list[str] = []
-    for layer in range(spec.n_layers):
-        for kind in ("q", "k", "v"):
-            found += reader_names(kind, layer, spec.n_heads)
-        found += reader_names("mlp", layer, 1)
-    return [*found, *reader_names("logits", spec.n_layers, 1)]
+    inside = [(kind, layer) for layer in range(spec.n_layers) for kind in ("q", "k", "v", "mlp")]
+    ends = [reader_names(kind, layer, 1 if kind == "mlp" else spec.n_heads) for kind, layer in inside]
+    return [name for names in (*ends, reader_names("logits", spec.n_layers, 1)) for name in names]
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,16 +177,10 @@ class _Group:
     heads: Layer | None
     first: int
 
-    @property
-    def size(self) -> int:
-        """How many senders these are."""
-        return 1 if self.heads is None else self.change.shape[2]
-
     def precedes(self, reading: Reading) -> bool:
         """Whether the readers come after these senders."""
-        return reading.layer > self.layer or (
-            reading.kind == "mlp" and self.part == "z" and reading.layer == self.layer
-        )
+        later = reading.kind == "mlp" and self.part == "z"
+        return reading.layer > self.layer or (later and reading.layer == self.layer)
 
     def written(self, positions: Sequence[int]) -> Float[Tensor, "batch _ sender d_model"]:
         """What each sender's write changes by, at some positions."""
@@ -214,6 +202,7 @@ class _Job:
     places: list[Place]
     metric: Metric
     columns: np.ndarray
+    receivers: list[str]
     scores: Tensor
     budget_gb: float | int
 
@@ -235,25 +224,25 @@ class _Job:
         measured.append(metric(runs[1].logits))
         require_numbers(measured[1], metric.name, run="the donor run")
         columns = numbers(torch.stack(measured))
-        groups: list[_Group] = []
+        groups, senders = list[_Group](), _senders(model.spec)
         for layer, part in [(-1, "embed"), *((layer, part) for layer in layers for part in ("z", "mlp_out"))]:
             name = hook_name(part, None if layer < 0 else layer)
             change = runs[1].cache[name] - runs[0].cache[name]
             heads = layer_of(model, layer) if part == "z" else None
-            groups.append(_Group(part, layer, change, heads, sum(group.size for group in groups)))
-        middles = tuple(runs[0].cache[hook_name("resid_mid", layer)] for layer in layers)
-        shape = (len(base), len(places), len(_senders(model.spec)), len(_receivers(model.spec)))
-        scores = torch.full(shape, torch.nan, dtype=torch.float64)
-        return cls(trace, groups, middles, places, metric, columns, scores, budget_gb)
+            first = {"embed": "embed", "z": f"L{layer}H0", "mlp_out": f"L{layer} mlp"}[part]
+            groups.append(_Group(part, layer, change, heads, senders.index(first)))
+        middles = tuple(runs[0].cache["resid_mid", layer] for layer in layers)
+        receivers = _receivers(model.spec)
+        scores = torch.full((len(base), len(places), len(senders), len(receivers)), torch.nan, dtype=torch.float64)
+        return cls(trace, groups, middles, places, metric, columns, receivers, scores, budget_gb)
 
     def run(self, variant: str, steps: int) -> Iterator[tuple[int, int]]:
         """Fill the scores, saying after each pass how many of how many are done."""
-        passes: list[tuple[_Group | None, float]] = [(None, 0.0)]
+        passes, written = [(None, 0.0)], _Kept(self.budget_gb)
         if variant != "eap":
             groups = self.groups[:1] if variant == "ig_inputs" else self.groups
             passes = [(group, (step + 0.5) / steps) for group in groups for step in range(steps)]
         share = 1.0 / (1 if variant == "eap" else steps)
-        written = _Kept(self.budget_gb)
         for number, (group, way) in enumerate(passes, 1):
             scored = [group] if variant == "ig_activations" and group is not None else self.groups
             for reading in self._readings(group, way):
@@ -264,15 +253,6 @@ class _Job:
     def _start(self) -> int:
         return self._whole_block(min(positions[0] for _, positions in self.places))
 
-    @cached_property
-    def _rows(self) -> list[Tensor]:
-        device = self.trace.model.device
-        return [torch.tensor([one - self._start for one in positions], device=device) for _, positions in self.places]
-
-    @cached_property
-    def _column(self) -> dict[str, int]:
-        return {name: number for number, name in enumerate(_receivers(self.trace.model.spec))}
-
     def _whole_block(self, position: int) -> int:
         return self.trace.traits.restart(position, self.trace.spans.roles)
 
@@ -280,13 +260,11 @@ class _Job:
         """Gradients in the base run, or in the run in which a group's writes lie some way between base and donor."""
         if group is None:
             return readings(self.trace, self.metric, start=self._start)
-        change = way * group.together()
+        change, layer, middle = way * group.together(), group.layer, None
         moved = torch.nonzero(change.abs().amax((0, 2)))
         first = self._whole_block(int(moved[0])) if len(moved) else len(self.trace.spans) - 1
-        layer, middle = group.layer, None
         if group.part == "z":
-            middle = self.middles[layer] + change
-            modules = layer_of(self.trace.model, layer)
+            middle, modules = self.middles[layer] + change, layer_of(self.trace.model, layer)
             with torch.no_grad():
                 stream = middle + modules.mlp(modules.ln2(middle))
                 if layer in self.trace.added:
@@ -298,13 +276,12 @@ class _Job:
         return readings(edited, self.metric, start=self._start, above=layer, middle=middle)
 
     def _add(self, senders: Sequence[_Group], reading: Reading, share: float, written: _Kept) -> None:
-        first = self._column[reading.names[0]]
-        columns = slice(first, first + len(reading.names))
+        first = self.receivers.index(reading.names[0])
         for number, (_, positions) in enumerate(self.places):
-            gradient = reading.gradient.index_select(1, self._rows[number]).float()
+            gradient = reading.gradient[:, [one - self._start for one in positions]].float()
             for sender in senders:
                 found = torch.einsum("bpsm,bprm->bsr", written.of(sender, number, positions), gradient)
-                block = self.scores[:, number, sender.first : sender.first + sender.size, columns]
+                block = self.scores[:, number].narrow(1, sender.first, found.shape[1]).narrow(2, first, found.shape[2])
                 block.nan_to_num_(0.0).add_(found.double().cpu(), alpha=share)
 
 
@@ -316,12 +293,10 @@ class _Kept:
         self._found: dict[tuple[int, int], Tensor] = {}
 
     def of(self, sender: _Group, number: int, positions: Sequence[int]) -> Float[Tensor, "batch _ sender d_model"]:
-        key = (sender.first, number)
-        if key in self._found:
+        if (key := (sender.first, number)) in self._found:
             return self._found[key]
         made = sender.written(positions).float()
-        size = made.numel() * made.element_size()
-        if size <= self._left:
-            self._left -= size
+        if made.nbytes <= self._left:
+            self._left -= made.nbytes
             self._found[key] = made
         return made

@@ -55,9 +55,7 @@ from av_lens.results import Grid
 from av_lens.spans import Span
 
 FIGURES = ("atp", "atp_fixed", "atp_star", "exact", "error")
-SIZES = "atp_star is a size, never negative"
 QUERIES, KEYS = ("q", "rot_q"), ("k", "rot_k")
-STREAM = ("resid_pre", "resid_mid", "resid_post")
 GRADIENT_GB = 8.0
 
 
@@ -103,7 +101,10 @@ def attribution_patch(
     """
     axes, examples = Axes.parsed(over), Examples.paired("attribution_patch", pair)
     name = component or ("z" if axes.heads else "resid_pre")
-    _check(axes, name, direction, top, model.spec)
+    require_choice("direction", direction, SIGNS)
+    if top < 0:
+        raise InputError(f"top={top}: name how many places are patched exactly, 0 for none.")
+    _check(axes, name, model.spec)
     visits = Visits.of(axes, name, model.spec).at(examples.spans, at)
     frame = Frame.of(model, examples, metric)
     frame.shape(*visits.shape, len(FIGURES))
@@ -116,7 +117,7 @@ def attribution_patch(
 
     def exactly(stack: Stack, show: Progress) -> None:
         one, (edited, donor) = guesses[stacks.index(stack)], stack.ends(direction)
-        given = Given.of(model, donor, name, one.layers, one.union)
+        given = Given.of(model, donor, name, visits.layers, one.union)
         plans = [Plan(), *(Plan(given.edits(visits.targets[t], one.places[p][1])) for t, p in chosen)]
         trace = record(model, edited)
 
@@ -133,13 +134,12 @@ def attribution_patch(
         chosen = _largest(guessed[..., 2 if drop else 1], drop, top)
         frame.shape(len(chosen))
         frame.run(exactly, stacks if chosen else (), show)
-    for number, (target, place) in enumerate(chosen):
-        guessed[:, target, place, 3] = frame.values[:, number]
+    guessed[..., 3][:, *np.array(chosen, dtype=int).reshape(-1, 2).T] = frame.values
     guessed[..., 4] = guessed[..., 1] - guessed[..., 3]
     frame.values = guessed + frame.lines[0][:, None, None, None]
     return frame.grid(
         visits.labelled | {"figure": list(FIGURES)},
-        direction=f"{direction}: {SIGNS[direction]}; {SIZES}",
+        direction=f"{direction}: {SIGNS[direction]}; atp_star is a size, never negative",
         method="attribution patching",
         choices={"component": name, "over": over, "fix": fix, "drop": drop, "top": top},
         at=visits.said(at),
@@ -147,10 +147,7 @@ def attribution_patch(
     )
 
 
-def _check(axes: Axes, name: str, direction: str, top: int, spec: Any) -> None:
-    require_choice("direction", direction, SIGNS)
-    if top < 0:
-        raise InputError(f"top={top}: name how many places are patched exactly, 0 for none.")
+def _check(axes: Axes, name: str, spec: Any) -> None:
     if axes.unit not in ("layer", "head", "group"):
         raise InputError(
             f"a first guess has no use for {axes.unit}: it adds up. Write over='layer', 'head' or 'group'."
@@ -168,7 +165,7 @@ def _largest(guesses: np.ndarray, sizes: bool, top: int) -> list[tuple[int, int]
     """The (target, place) whose mean guess is largest in size."""
     mean = guesses.mean(0) if sizes else np.abs(guesses.mean(0))
     order = np.argsort(-mean, axis=None, kind="stable")[:top]
-    return [(int(i) // mean.shape[1], int(i) % mean.shape[1]) for i in order]
+    return [divmod(int(i), mean.shape[1]) for i in order]
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,33 +178,24 @@ class _Guesses:
     metric: Metric
 
     @property
-    def component(self) -> str:
-        return self.visits.component
-
-    @property
     def union(self) -> list[int]:
         """Every position that is patched."""
         return positions_of(self.places)
-
-    @property
-    def layers(self) -> range:
-        return range(self.model.spec.n_layers)
 
     def made(
         self, base: AVInputs, donor: AVInputs, fix: bool, drop: bool, budget_gb: float | int, show: Progress
     ) -> tuple[np.ndarray, np.ndarray]:
         """The three guesses `[batch, target, place, 3]`, and both runs' metrics `[2, batch]`."""
-        given = Given.of(self.model, donor, self.component, self.layers, self.union)
+        given = Given.of(self.model, donor, self.visits.component, self.visits.layers, self.union)
         other, trace = self.metric(given.logits), record(self.model, base)
         first = trace.traits.restart(self.union[0], trace.spans.roles)
         later = list(range(first, len(trace.spans)))
-        sites = [Site(self.component, layer, positions=self.union) for layer in self.layers]
-        fixed = fix and self.component in (*QUERIES, *KEYS)
+        sites = [Site(self.visits.component, layer, positions=self.union) for layer in self.visits.layers]
+        fixed = fix and self.visits.component in (*QUERIES, *KEYS)
         if fixed:
             require_restart(trace, "recomputing the softmax")
-            sites += [Site(part, layer, positions=later) for part in ("z", "rot_q") for layer in self.layers]
-        found: list[SuffixGradients] = []
-        plans: list[Plan | None] = [None, *(held_layers(self.model, base, later) if drop else ())]
+            sites += [Site(part, layer, positions=later) for part in ("z", "rot_q") for layer in self.visits.layers]
+        found, plans = list[SuffixGradients](), [None, *(held_layers(self.model, base, later) if drop else ())]
         for plan in plans:
             found.append(trace.gradients(sites, self.metric, plan=plan, budget_gb=max(GRADIENT_GB, budget_gb)))
             require_numbers(found[0].metric, self.metric.name)
@@ -220,25 +208,22 @@ class _Guesses:
 
     def _first_order(self, given: Given, found: Sequence[SuffixGradients]) -> Tensor:
         """Change times gradient, `[gradient, batch, layer, head, place]`; one head where there are none."""
-        by_layer: list[Tensor] = []
-        for layer in self.layers:
-            change = given.values[layer] - found[0].value[layer]
-            products = torch.stack([(change * one.gradient[layer]).sum(-1) for one in found])
-            by_layer.append(self._by_place(products if products.ndim == 4 else products[..., None]))
-        return torch.stack(by_layer, dim=2)
+        changes = [given.values[layer] - found[0].value[layer] for layer in self.visits.layers]
+        by_layer = (torch.stack([(c * one.gradient[n]).sum(-1) for one in found]) for n, c in enumerate(changes))
+        return torch.stack([self._by_place(one if one.ndim == 4 else one[..., None]) for one in by_layer], dim=2)
 
     def _reread(self, trace: Trace, given: Given, found: Sequence[SuffixGradients], later: list[int]) -> Tensor:
         """What heads read with the donor's queries or keys, times the gradient there; as `_first_order`."""
         by_layer: list[Tensor] = []
-        n, row = len(self.layers), {position: number for number, position in enumerate(later)}
-        for layer in self.layers:
+        n, row = len(self.visits.layers), {position: number for number, position in enumerate(later)}
+        for layer in self.visits.layers:
             new = given.values[layer]
-            if self.component in ("q", "k"):
+            if self.visits.component in ("q", "k"):
                 cos, sin = (table.to(new.device)[:, self.union, None] for table in trace.tables)
-                new = layer_of(self.model, layer).turned(self.component, new, cos, sin)
+                new = layer_of(self.model, layer).turned(self.visits.component, new, cos, sin)
             z, queries = found[0].value[n + layer], found[0].value[2 * n + layer]
             gradients = torch.stack([one.gradient[n + layer] for one in found])
-            if self.component in QUERIES:
+            if self.visits.component in QUERIES:
                 here = [row[position] for position in self.union]
                 change = read_with(trace, layer, self.union, new) - z[:, here]
                 by_layer.append(self._by_place((change * gradients[:, :, here]).sum(-1)))
@@ -254,9 +239,8 @@ class _Guesses:
 
     def _by_place(self, products: Tensor) -> Tensor:
         """Sum over each place's positions: `[gradient, batch, pos, head]` to `[gradient, batch, head, place]`."""
-        inside = [set(positions) for _, positions in self.places]
-        member = [[float(position in some) for some in inside] for position in self.union]
-        return torch.einsum("gbph,pk->gbhk", products.double(), torch.tensor(member).to(products.device).double())
+        member = np.stack([np.isin(self.union, positions) for _, positions in self.places], axis=-1)
+        return torch.einsum("gbph,pk->gbhk", products.double(), torch.from_numpy(member).to(products.device).double())
 
     def _by_target(self, guesses: Tensor) -> Tensor:
         """Sum over the heads that are edited together, `[gradient, batch, target, place]`."""
@@ -265,9 +249,8 @@ class _Guesses:
 
     def _without_own(self, sizes: Tensor) -> Tensor:
         """Average over the dropped layers `[dropped, batch, target, place]`, leaving a node's own out."""
-        if self.component in STREAM:
+        if self.visits.component in ("resid_pre", "resid_mid", "resid_post"):
             return sizes.mean(0)
-        n = len(sizes)
-        own = torch.tensor([[float(target[0][0] == layer) for target in self.visits.targets] for layer in range(n)])
-        others = (1.0 - own).to(sizes)[:, None, :, None]
-        return (sizes * others).sum(0) / max(n - 1, 1)
+        own = np.array([target[0][0] for target in self.visits.targets])
+        others = torch.from_numpy(own != np.arange(len(sizes))[:, None]).to(sizes)[:, None, :, None]
+        return (sizes * others).sum(0) / max(len(sizes) - 1, 1)

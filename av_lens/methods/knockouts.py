@@ -1,12 +1,6 @@
 """Attention knockout: what does the answer become, if one role may no longer read another?
 
-    "all"     all named layers at once
-    "layer"   a window of `width` layers around each layer (cut off at the model's ends)
-    "head"    every head alone
-
-A window of width w around layer l holds the layers l - w // 2 to l - w // 2 + w - 1.
-
-effect(edge) = metric(run without the edge's attention) - metric(run)          positive: the cut restores
+    effect(edge) = metric(run without the edge's attention) - metric(run)          positive: the cut restores
 
 An edge is a flow in words, from what is read to who reads it: `"video -> generation"` (the asked position),
 `"video|audio -> question"` (the prompt alone), `"video -> generated"` (the asked position and every decoding step),
@@ -17,6 +11,8 @@ position, as the study's code does: its first generated token is then never knoc
     over="all"     the edges in all named layers and heads at once              [example, edge, condition]
     over="layer"   in windows of `width` layers around each layer               [example, edge, width, layer, condition]
     over="head"    in every head alone                                          [example, edge, layer, head, condition]
+
+A window of width w around layer l holds the layers l - w // 2 to l - w // 2 + w - 1, cut off at the model's ends.
 
 `condition` holds the cut beside its controls (protocol section 8): "equal mass" removes as much value-weighted
 attention elsewhere (the same edges in other heads at most one layer away; where these move too little, other keys that
@@ -40,6 +36,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -51,7 +48,7 @@ from av_lens.core.readings import SINK_TIMES, attention_mass, sinks_by_layout, s
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs import AVInputs
 from av_lens.interventions import Plan
-from av_lens.interventions.edits import Spec, check_heads, check_layers
+from av_lens.interventions.edits import ModelSpec, check_heads, check_layers
 from av_lens.methods.shared.frame import Examples, Frame, Stack, numbers, scored
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, OTHER_HEADS, EdgeCut, matches
 from av_lens.methods.shared.places import Flow, is_plain, named_span
@@ -62,60 +59,35 @@ from av_lens.replay.traces import Trace, record
 from av_lens.results import Grid
 from av_lens.spans import Span, SpanMap
 
-OVER = ("all", "layer", "head")
 Heads = Mapping[int, tuple[int, ...] | None]
 """Layer -> the heads that are edited there; None for all of them."""
 
 
-@dataclass(frozen=True)
-class Windows:
-    """What is edited in turn, and the axes that label it.
-
-    Attributes:
-        points: the heads of each, in the order of the axes; empty where a window holds none of the named heads.
-        axes: the labels of each axis; none where there is one point.
-    """
-
-    points: tuple[Heads, ...]
-    axes: dict[str, Any]
-
-    @classmethod
-    def of(
-        cls,
-        spec: Spec,
-        over: str,
-        *,
-        width: int | Sequence[int] = 1,
-        layers: Sequence[int] | None = None,
-        heads: int | Sequence[Any] | None = None,
-    ) -> Windows:
-        """Read what a caller asked for."""
-        require_choice("over", over, OVER)
-        chosen = list(range(spec.n_layers)) if layers is None else list(layers)
-        if not chosen:
-            raise InterventionError("no layer is named (an empty range). The end of a range is exclusive.")
-        check_layers(chosen, spec)
-        named = _heads_by_layer(spec, chosen, heads)
-        if over == "all":
-            return cls((_nonempty(named, chosen),), {})
-        if over == "head":
-            every = range(spec.n_heads)
-            pairs = [(layer, head, named[layer]) for layer in chosen for head in every]
-            points = tuple({layer: (head,)} if known is None or head in known else {} for layer, head, known in pairs)
-            return cls(points, {"layer": chosen, "head": list(every)})
+def _points(
+    spec: ModelSpec, over: str, width: int | Sequence[int], layers: Sequence[int] | None, heads: Any
+) -> tuple[Sequence[Heads], dict[str, Any]]:
+    """What is cut in turn (nothing where a window holds none of the named heads), and the labels of each axis."""
+    require_choice("over", over, ("all", "layer", "head"))
+    chosen = list(range(spec.n_layers)) if layers is None else list(layers)
+    if not chosen:
+        raise InterventionError("no layer is named (an empty range). The end of a range is exclusive.")
+    check_layers(chosen, spec)
+    named = _heads_by_layer(spec, chosen, heads)
+    if over == "head":
+        pairs = [(layer, head, named[layer]) for layer in chosen for head in range(spec.n_heads)]
+        points = [{layer: (head,)} if known is None or head in known else {} for layer, head, known in pairs]
+        return points, {"layer": chosen, "head": list(range(spec.n_heads))}
+    windows, axes = [range(spec.n_layers)], dict[str, Any]()
+    if over == "layer":
         widths = [width] if isinstance(width, int) else list(width)
         for one in widths:
             require_at_least("width", one, 1)
         windows = [range(layer - one // 2, layer - one // 2 + one) for one in widths for layer in chosen]
-        points = tuple(_nonempty(named, [layer for layer in chosen if layer in window]) for window in windows)
-        return cls(points, {"width": widths, "layer": chosen})
+        axes = {"width": widths, "layer": chosen}
+    return [{at: named[at] for at in chosen if at in window and named[at] != ()} for window in windows], axes
 
 
-def _nonempty(named: Heads, layers: Sequence[int]) -> Heads:
-    return {layer: named[layer] for layer in layers if named[layer] != ()}
-
-
-def _heads_by_layer(spec: Spec, layers: Sequence[int], heads: Any) -> Heads:
+def _heads_by_layer(spec: ModelSpec, layers: Sequence[int], heads: Any) -> Heads:
     if heads is None:
         return dict.fromkeys(layers)
     listed = [heads] if isinstance(heads, int) else list(heads)
@@ -186,10 +158,13 @@ def knockout(
     require_at_least("draws", draws, 1)
     if max_new_tokens and over != "all":
         raise InputError("max_new_tokens lets the model answer under each cut: it needs over='all'.")
+    flows = [Flow.parsed(text) for text in listed(edges)]
+    points, axes = _points(model.spec, over, width, layers, heads)
     job = _Job(
         model,
-        flows=[Flow.parsed(text) for text in listed(edges)],
-        windows=Windows.of(model.spec, over, width=width, layers=layers, heads=heads),
+        flows=flows,
+        points=points,
+        axes=axes,
         options={"renormalize": renormalize, "include_generation": include_generation},
         sinks=sinks,
         fractions=tuple(fractions) if controls else (),
@@ -229,7 +204,8 @@ class _Job:
 
     model: Any
     flows: list[Flow]
-    windows: Windows
+    points: Sequence[Heads]
+    axes: dict[str, Any]
     options: dict[str, Any]
     sinks: float | int | Span
     fractions: tuple[float, ...]
@@ -246,9 +222,11 @@ class _Job:
     def grid(self, frame: Frame, stack: int, progress: Progress | bool | None, *, va: Examples | None = None) -> Grid:
         """Check every cut, measure stack by stack, and label what was found; half of `va` against `av` is C."""
         examples = frame.examples
-        for spans in _layouts(examples):
-            self._check(spans)
-        frame.shape(len(self.flows), len(self.windows.points), len(self.conditions))
+        runless = [flow for flow in self.flows if not flow.names_sinks]  # compiled before any run is paid for
+        for spans, flow in product(_layouts(examples), runless):
+            for edge in self._edges(flow, spans, ()):
+                edge.plan().compile(self.model.spec, spans)
+        frame.shape(len(self.flows), len(self.points), len(self.conditions))
         size = examples.stack_size(self.model, stack, self.budget_gb)
         known, matched, texts = list[Any](), dict[str, Any](), dict[int, dict[str, str]]()
 
@@ -262,7 +240,11 @@ class _Job:
 
         frame.run(work, examples.stacks(size), progress)
         if np.isnan(frame.values).all() and not frame.partial:
-            raise InterventionError(f"no input has {[flow.text for flow in self.flows]}: {self._missing(examples)}")
+            roles = sorted({role for x in examples.inputs for role in x.spans.roles})
+            found = f"they have the roles {', '.join(roles)}"
+            if any(flow.names_sinks for flow in self.flows):
+                found += f", and no media position receives over {self.sinks} times the mean; give another `sinks`"
+            raise InterventionError(f"no input has {[flow.text for flow in self.flows]}: {found}.")
         named = None
         if va is not None:
             frame.examples, named = va, ("C, hearing under conflict", "logit")
@@ -270,12 +252,12 @@ class _Job:
                 np.subtract(*np.split(part, 2, axis)) / 2 for part, axis in ((frame.values, 0), (frame.lines, 1))
             )
         return frame.grid(
-            {"edge": [flow.text for flow in self.flows], **self.windows.axes, "condition": self.conditions},
+            {"edge": [flow.text for flow in self.flows], **self.axes, "condition": self.conditions},
             named=named,
             direction="without the edge's attention; positive: the cut raises the metric",
             method="attention knockout",
             **self.options,
-            heads=[dict(point) for point in self.windows.points] if not self.windows.axes else "iterated",
+            heads="iterated" if self.axes else [dict(point) for point in self.points],
             seed=self.seed,
             draws=self.draws,
             matched=matched,
@@ -283,23 +265,9 @@ class _Job:
             texts=[texts[row] for row in sorted(texts) if row < len(frame.values)],
         )
 
-    def _check(self, spans: SpanMap) -> None:
-        """Compile every cut that needs no run, before any is paid for."""
-        for flow in self.flows:
-            if not flow.names_sinks:
-                for edge in self._edges(flow, spans, ()):
-                    edge.plan().compile(self.model.spec, spans)
-
-    def _missing(self, examples: Examples) -> str:
-        roles = sorted({role for x in examples.inputs for role in x.spans.roles})
-        found = f"they have the roles {', '.join(roles)}"
-        if any(flow.names_sinks for flow in self.flows):
-            found += f", and no media position receives over {self.sinks} times the mean; give another `sinks`"
-        return found + "."
-
     def _measure(self, frame: Frame, stack: Stack, trace: Trace, entries: Sequence[Entry], show: Progress) -> None:
         """Write the baseline and every cut of one stack as they are done."""
-        metric = frame.own(stack)
+        metric, plans = frame.own(stack), [plan for *_, plan in entries]
         own = measure_plans(trace, [Plan()], metric, budget_gb=self.budget_gb)[0]
         require_numbers(own, metric.name)
         frame.lines[0, stack.rows] = numbers(own)
@@ -312,7 +280,6 @@ class _Job:
                 drawn = (places == (edge, point, condition)).all(1)
                 frame.values[stack.rows, edge, point, condition] = scores[drawn].mean(0)
 
-        plans = [plan for *_, plan in entries]
         scored(trace, plans, metric, write, budget_gb=self.budget_gb, show=show, stage="attention knockout")
 
     def _texts(self, trace: Trace, entries: Sequence[Entry], rows: np.ndarray) -> dict[int, dict[str, str]]:
@@ -341,17 +308,16 @@ class _Job:
                     yield from self._controls(edge, mass[flow.text], x.spans, (number, point), removed)
             if removed:
                 shares, ratios = np.array(removed).T
-                said = {
-                    "share_of_mass": shares.mean(),
-                    "mass_ratio": ratios.mean(),
-                    "draws_matched": matches(ratios).sum(),
-                }
-                matched.setdefault(flow.text, []).append(said | {"draws": len(ratios)})
+                said = {"share_of_mass": shares.mean(), "mass_ratio": ratios.mean()}
+                said |= {"draws_matched": matches(ratios).sum(), "draws": len(ratios)}
+                matched.setdefault(flow.text, []).append(said)
 
     def _controls(
         self, edge: EdgeCut, mass: np.ndarray, spans: SpanMap, at: tuple[int, int], removed: list[tuple[float, float]]
     ) -> Iterator[Entry]:
-        others = _other_keys(edge, spans)
+        # Keys for a control of equal mass: no media, not cut, no queries of the cut, and not after the last of these.
+        taken = {*edge.keys, *edge.queries, *spans.media.positions.tolist()}
+        others = [p for p in range(max(edge.queries) + 1) if p not in taken]
         for draw in range(self.draws):
             seed = (self.seed, draw, at[0])
             plan, ratio = edge.equal_mass(mass, others, seed)
@@ -370,9 +336,8 @@ class _Job:
         if not any(flow.names_sinks for flow in self.flows):
             return []
         if isinstance(self.sinks, Span):
-            return [
-                (spans, spans.span(self.sinks.positions.tolist()).positions.tolist()) for spans in _layouts(examples)
-            ]
+            given = self.sinks.positions.tolist()
+            return [(spans, spans.span(given).positions.tolist()) for spans in _layouts(examples)]
         own = Examples(examples.inputs[: len(examples.conflicts) or None])
         return sinks_by_layout(self.model, [one.x for one in own.stacks(size)], times=self.sinks)
 
@@ -392,12 +357,4 @@ class _Job:
         queries = self._queries(flow, spans, sinks)
         keys = tuple(named_span(flow.source, spans, sinks).positions.tolist())
         query = flow.target if is_plain(flow.target) else queries
-        return [
-            EdgeCut(query, queries, keys, heads, self.model.spec.n_heads, self.options) for heads in self.windows.points
-        ]
-
-
-def _other_keys(edge: EdgeCut, spans: SpanMap) -> list[int]:
-    """Keys for a control of equal mass: no media, not cut, no queries of the cut, and not after the last of these."""
-    taken = {*edge.keys, *edge.queries, *spans.media.positions.tolist()}
-    return [p for p in range(max(edge.queries, default=-1) + 1) if p not in taken]
+        return [EdgeCut(query, queries, keys, heads, self.model.spec.n_heads, self.options) for heads in self.points]

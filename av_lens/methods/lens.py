@@ -26,6 +26,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -39,10 +41,10 @@ from av_lens.core import Progress, read_layers
 from av_lens.core.calls import unembedded
 from av_lens.errors import InputError
 from av_lens.inputs import AVInputs
-from av_lens.inputs.answers import spelled
+from av_lens.inputs.answers import resolve, spelled
 from av_lens.interventions.edits import resolve_positions
 from av_lens.methods.shared.frame import Examples, Frame, Stack
-from av_lens.metrics.forms import Each, Forms, asked_words, read_forms, resolved, shown
+from av_lens.metrics.forms import Each, Forms, asked_words, read_forms, shown
 from av_lens.model import HookedAVLLM
 from av_lens.results.readouts import LensReadout, readings
 from av_lens.spans import Span
@@ -97,8 +99,7 @@ def logit_lens(
     found = _Readings(model, len(examples), labels, wanted, top, norm, budget_gb)
     frame = Frame.of(model, examples, measured=False)
 
-    def work(stack: Stack, show: Progress) -> None:
-        del show
+    def work(stack: Stack, _: Progress) -> None:
         found.read(stack.x, stack.rows, places[stack.members[0]])
 
     stacks = examples.stacks(examples.stack_size(model, stack, budget_gb))
@@ -141,7 +142,6 @@ class _Wanted:
             raise InputError(f"words names one word twice: {labels}.")
         pool = [*others] if others is not None else [conflict.answers[0] for conflict in conflicts]
         several: list[str] = []
-
         asked = [word.answers if isinstance(word, Each) else (word,) * n for word in listed]
         for answers in asked:
             if len(answers) != n:
@@ -152,24 +152,18 @@ class _Wanted:
         form = None if forms is None else forms.chosen
 
         def first_tokens(answer: Any) -> Ids:
-            found = resolved(model.tokenizer, answer, form)
+            found = resolve(model.tokenizer, answer, form)
             several.extend(f"{found.text!r}: {spelled(model.tokenizer, ids)}" for ids in found.options if len(ids) > 1)
             return tuple(dict.fromkeys(option[0] for option in found.options))
 
         ids = [[first_tokens(answer) for answer in answers] for answers in asked]
-        null = dict[Ids, str]()
-        for answer in pool:
-            null.setdefault(first_tokens(answer), shown(answer))
-        chosen = list(null)
+        null = [(first_tokens(answer), shown(answer)) for answer in pool]
+        null, chosen = dict(reversed(null)), list(dict.fromkeys(tokens for tokens, _ in null))  # the first of equals
         if len(chosen) > MOST_OTHERS:
             kept = np.random.default_rng(seed).choice(len(chosen), MOST_OTHERS, replace=False)
             chosen = [chosen[i] for i in sorted(kept.tolist())]
         notes = [f"read by their first token: {'; '.join(sorted(set(several)))}"] if several else []
         return cls(labels, ids, [null[one] for one in chosen], chosen, notes, forms)
-
-    def own(self, example: int) -> set[int]:
-        """All tokens of an example's own words."""
-        return {token for word in self.ids for token in word[example]}
 
 
 class _Readings:
@@ -197,11 +191,9 @@ class _Readings:
             readings(xr.DataArray(values, dims=("example", *axes), coords=axes), unit, **said)
             for values, unit in ((self.ranks, "rank"), (self.probabilities, "probability"))
         )
-        decode = self.model.tokenizer.decode
-        texts = {int(token): str(decode([int(token)])) for token in np.unique(self.top_ids) if token >= 0}
-        return LensReadout(
-            ranks, probabilities, self.top_ids, self.top_probabilities, texts, self.best_others, self.said
-        )
+        likeliest = self.top_ids, self.top_probabilities
+        texts = {t: str(self.model.tokenizer.decode([t])) for t in np.unique(self.top_ids).tolist() if t >= 0}
+        return LensReadout(ranks, probabilities, *likeliest, texts, self.best_others, self.said)
 
     @torch.no_grad()
     def read(self, x: AVInputs, rows: np.ndarray, positions: tuple[int, ...]) -> None:
@@ -211,19 +203,17 @@ class _Readings:
         def read_layer(layer: int, stream: Tensor) -> None:
             each = 16.0 * stream.shape[0] * self.model.spec.d_vocab  # logits, their comparison and sums, float32
             step = max(1, int(self.budget_gb * 1e9 / each))
+            unembed = partial(unembedded, self.model) if self.norm else self.model.bridge.unembed.original_component
             for start in range(0, len(positions), step):
-                logits = self._logits(stream[:, list(positions[start : start + step])]).float()
+                logits = unembed(stream[:, list(positions[start : start + step])]).float()
                 self._read(layer, logits, rows, columns[start : start + step])
 
         last = read_layers(self.model, x, {"resid_post": read_layer}, [x.spans.generation_position])[:, 0]
         for i, row in enumerate(rows.tolist()):
             if self.wanted.ids:
                 self.said[row] = float(int(last[i].argmax()) in self.wanted.ids[0][row])
-            own = self.wanted.own(row)
+            own = {token for word in self.wanted.ids for token in word[row]}
             self.best_others[row][:, [bool(own & set(ids)) for ids in self.wanted.other_ids]] = np.nan
-
-    def _logits(self, stream: Tensor) -> Tensor:
-        return unembedded(self.model, stream) if self.norm else self.model.bridge.unembed.original_component(stream)
 
     def _read(self, layer: int, logits: Tensor, rows: np.ndarray, columns: np.ndarray) -> None:
         """The likeliest tokens, the words of each example, and the best of each word of the null."""
@@ -231,12 +221,11 @@ class _Readings:
         at = np.ix_(rows, np.array([layer]), columns)
         self.top_ids[at] = found.indices.cpu().numpy()[:, None]
         self.top_probabilities[at] = (found.values - whole).exp().cpu().numpy()[:, None]
-        for number, by_example in enumerate(self.wanted.ids):
-            for i, row in enumerate(rows.tolist()):
-                ids = list(by_example[row])
-                chances = (logits[i][:, ids] - whole[i]).exp().sum(-1)
-                self.ranks[row, number, layer, columns] = ranks_of(logits[i], ids).cpu().numpy()
-                self.probabilities[row, number, layer, columns] = chances.cpu().numpy()
+        for (number, by_example), (i, row) in product(enumerate(self.wanted.ids), enumerate(rows.tolist())):
+            ids = list(by_example[row])
+            chances = (logits[i][:, ids] - whole[i]).exp().sum(-1)
+            self.ranks[row, number, layer, columns] = ranks_of(logits[i], ids).cpu().numpy()
+            self.probabilities[row, number, layer, columns] = chances.cpu().numpy()
         for number, ids in enumerate(self.wanted.other_ids):
             best = ranks_of(logits, list(ids)).amin(-1).cpu().numpy()
             self.best_others[rows, layer, number] = np.fmin(self.best_others[rows, layer, number], best)

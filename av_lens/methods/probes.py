@@ -29,8 +29,9 @@ model makes of it (that a probe reads it does not mean that the model does), non
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -52,10 +53,7 @@ from av_lens.results.readouts import LinearProbe, control_labels, folds, held_ou
 from av_lens.results.statistics import CONFIRMATION, DISCOVERY, Halves, Member, deal, standing
 
 TARGETS = {"sound": 1, "picture": 0}
-CONFLICT_CELLS = ("va", "av")
 FIGURES = ("accuracy", "control", "selectivity", "other alone")
-SIGN = "share of held-out conflict cells that a probe reads right; baseline 0, so effects are values"
-FOLDS = 5
 FEWEST = 8  # conflicts of a half
 
 
@@ -133,10 +131,9 @@ def probe(
     if not c > 0:
         raise InputError(f"c is the inverse of a penalty and above 0, not {c}.")
     with watched(progress) as show:
-        if isinstance(conflicts, Streams):
-            streams = conflicts
-        else:
-            streams = read_streams(model, conflicts, at=at, cells=cells, layout=layout, stack=stack, progress=show)
+        streams = conflicts
+        if not isinstance(streams, Streams):
+            streams = read_streams(model, streams, at=at, cells=cells, layout=layout, stack=stack, progress=show)
         halves = deal(streams.members, seed=seed) if halves is None else halves
         sides = _Sides.of(streams, halves, target)
         values, crossed, fit = sides.figures(float(c), draws, seed, show)
@@ -144,11 +141,11 @@ def probe(
     return Grid.of(
         values,
         axes={"span": list(streams.at), "layer": np.arange(values.shape[2]), "figure": list(FIGURES)},
-        baseline=np.zeros(len(sides.tested)),
-        clusters=[halves.component[i] for i in sides.tested],
+        baseline=np.zeros(len(values)),
+        clusters=[halves.component[i] for i in halves.members(CONFIRMATION)],
         metric=f"probe of the {target}",
         unit="share",
-        direction=SIGN,
+        direction="share of held-out conflict cells that a probe reads right; baseline 0, so effects are values",
         provenance=stamp(
             method="linear probes",
             model=streams.model,
@@ -197,30 +194,25 @@ def read_streams(
     listed = [conflicts] if isinstance(conflicts, Conflict) else list(conflicts)
     spans, names = (((given,) if isinstance(given, str) else tuple(given)) for given in (at, cells))
     for name in names:
-        require_choice("conflict cell", name, CONFLICT_CELLS)
+        require_choice("conflict cell", name, ("va", "av"))
     if len(listed) < 2 * FEWEST or not spans or not names:
         raise InputError(
             f"{len(listed)} conflicts, {len(spans)} spans and {len(names)} cells: probes need {2 * FEWEST} conflicts "
             "at least (100 are usual), a span and a cell."
         )
     named = [c if c.id is not None else dataclasses.replace(c, id=f"c{i}") for i, c in enumerate(listed)]
-    found: list[Any] = []
+    found: list[Any] = [None] * (len(named) * len(names))
     with watched(progress) as show:
         for start in range(0, len(named), stack):
             part = [conflict.cells(model, layout=layout) for conflict in named[start : start + stack]]
             examples = Examples.of(model, [cells_of[name] for cells_of in part for name in names])
-            pooled: list[Any] = [None] * len(examples)
             for one in examples.stacks(stack):
                 for row, vector in zip(one.rows.tolist(), pooled_streams(model, one.x, spans).numpy(), strict=True):
-                    pooled[row] = vector
-            found += pooled
+                    found[start * len(names) + row] = vector
             show("running conflict cells", min(start + stack, len(named)), len(named))
     vectors = np.stack(found).reshape(len(named), len(names), *found[0].shape)
     labels = tuple((_class(c.answers[0]), _class(c.answers[1])) for c in named)
-    members = tuple(
-        Member(str(c.id), clip_key(c.sound), clip_key(c.picture), label[0])
-        for c, label in zip(named, labels, strict=True)
-    )
+    members = tuple(Member(str(c.id), clip_key(c.sound), clip_key(c.picture), _class(c.answers[0])) for c in named)
     return Streams(vectors, spans, names, members, labels, str(model.name))
 
 
@@ -248,14 +240,14 @@ def at_chosen_layer(grid: Grid) -> Grid:
 
 @dataclass(frozen=True, eq=False)
 class _Sides:
-    """The two halves: rows are (conflict, number of the cell)."""
+    """The two halves: the cells (conflict, number of the cell) of each, and the classes that their labels name."""
 
     streams: Streams
     target: str
-    learnt: list[tuple[int, int]]
-    asked: list[tuple[int, int]]
-    tested: list[int]
+    cells: dict[str, list[tuple[int, int]]]
     groups: list[int]
+    labels: list[str]
+    truth: list[str]
 
     @classmethod
     def of(cls, streams: Streams, halves: Halves, target: str) -> _Sides:
@@ -266,117 +258,75 @@ class _Sides:
                 f"halves that share no clip hold {counts} conflicts ({halves.n_lost} given up); probes need {FEWEST} "
                 "in each. Add conflicts, or let them share fewer clips."
             )
-        learnt, asked = ([(i, n) for i in listed for n in range(len(streams.cells))] for listed in sizes.values())
-        found = cls(streams, target, learnt, asked, sizes[CONFIRMATION], [halves.component[i] for i, _ in learnt])
-        for side, rows in (("discovery", learnt), ("confirmation", asked)):
-            if len(set(found.labels_of(rows))) < 2:
+        cells = {half: list(product(listed, range(len(streams.cells)))) for half, listed in sizes.items()}
+        labels = {half: _each(streams.label, streams, rows, target) for half, rows in cells.items()}
+        for side, named in labels.items():
+            if len(set(named)) < 2:
                 raise InputError(f"the {side} half has one class of {target} only; a probe tells classes apart.")
-        if not set(found.labels_of(asked)) & set(found.labels):
+        if set(labels[DISCOVERY]).isdisjoint(labels[CONFIRMATION]):
             raise InputError(
                 f"no class of {target} is in both halves, so nothing can be tested: probes need conflicts whose "
                 "answers recur (every class in several clips)."
             )
-        return found
+        groups = [halves.component[i] for i, _ in cells[DISCOVERY]]
+        return cls(streams, target, cells, groups, labels[DISCOVERY], labels[CONFIRMATION])
 
-    def labels_of(self, rows: list[tuple[int, int]], target: str | None = None) -> list[str]:
-        """What is heard or seen in some rows."""
-        cells = self.streams.cells
-        return [self.streams.label(i, cells[n], target or self.target) for i, n in rows]
-
-    @property
-    def labels(self) -> list[str]:
-        """The classes that probes learn."""
-        return self.labels_of(self.learnt)
-
-    def sources_of(self, rows: list[tuple[int, int]]) -> list[str]:
-        """The clips that the target comes from."""
-        return [self.streams.source(i, self.streams.cells[n], self.target) for i, n in rows]
-
-    def vectors(self, span: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
-        """The vectors of both halves."""
-        whole = self.streams.vectors[:, :, layer, span]
-        learnt, asked = (np.stack([whole[i, n] for i, n in rows]) for rows in (self.learnt, self.asked))
-        return learnt, asked
-
-    def marked(self, guesses: Sequence[Any], truth: Sequence[str], known: Sequence[str]) -> np.ndarray:
-        """1 where a guess is right, NaN where the class was never learnt."""
+    def per_conflict(self, guesses: Sequence[Any], truth: Sequence[str], known: Sequence[str]) -> np.ndarray:
+        """The share of a conflict's cells that are guessed right; NaN where no cell's class was learnt."""
         learnt = set(known)
-        return np.array(
-            [float(g == t) if t in learnt else np.nan for g, t in zip(guesses, truth, strict=True)], dtype=np.float64
-        )
-
-    def from_the_other(self) -> np.ndarray:
-        """What the other medium's class alone lets one guess."""
-        other = next(name for name in TARGETS if name != self.target)
-        known, asked = self.labels_of(self.learnt, other), self.labels_of(self.asked, other)
-        guesses = list(looked_up(known, self.labels, asked))
-        return self.marked(guesses, self.labels_of(self.asked), self.labels)
-
-    def per_conflict(self, right: np.ndarray) -> np.ndarray:
-        """Average a conflict's cells; NaN where none was measured."""
-        table = right.reshape(len(self.tested), len(self.streams.cells))
-        known = ~np.isnan(table)
-        return np.where(known.any(1), np.where(known, table, 0.0).sum(1) / np.maximum(known.sum(1), 1), np.nan)
+        right = [float(g == t) if t in learnt else np.nan for g, t in zip(guesses, truth, strict=True)]
+        table = np.reshape(right, (-1, len(self.streams.cells)))
+        measured = ~np.isnan(table)
+        return np.where(measured.any(1), np.nansum(table, 1) / np.maximum(measured.sum(1), 1), np.nan)
 
     def figures(self, c: float, draws: int, seed: int, show: Progress) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """`FIGURES` of each conflict, span and layer; each probe's cross-validated accuracy, and its control's fit."""
+        rows, n = list(self.cells.values()), len(self.labels)
+        other = next(name for name in TARGETS if name != self.target)
+        seen, asked = (_each(self.streams.label, self.streams, some, other) for some in rows)
+        alone = self.per_conflict(list(looked_up(seen, self.labels, asked)), self.truth, self.labels)
+        sources = _each(self.streams.source, self.streams, [*rows[0], *rows[1]], self.target)
+        seeds = [int(np.random.SeedSequence([seed, draw]).generate_state(1)[0]) for draw in range(draws)]
+        drawn = [control_labels(self.labels + self.truth, sources, seed=one) for one in seeds]  # by the target's clip
         n_layers, n_spans = self.streams.vectors.shape[2:4]
-        values = np.full((len(self.tested), n_spans, n_layers, len(FIGURES)), np.nan)
+        values = np.full((len(alone), n_spans, n_layers, len(FIGURES)), np.nan)
         crossed, fit = np.full((2, n_spans, n_layers), np.nan)
-        values[..., 3] = self.per_conflict(self.from_the_other())[:, None, None]
+        values[..., 3] = alone[:, None, None]
         for number, (span, layer) in enumerate(np.ndindex(n_spans, n_layers), 1):
-            read = _Reading(self, *self.vectors(span, layer), c)
-            crossed[span, layer] = read.crossed()
-            values[:, span, layer, 0] = self.per_conflict(read.read(self.labels, self.labels_of(self.asked))[0])
-            controls = [read.control(seed, draw) for draw in range(draws)]
-            values[:, span, layer, 1] = np.mean([self.per_conflict(right) for right, _ in controls], axis=0)
-            fit[span, layer] = np.mean([memorized for _, memorized in controls])
+            whole = self.streams.vectors[:, :, layer, span]
+            learnt, tested = (np.stack([whole[at] for at in some]) for some in rows)
+
+            def read(labels: list[str], truth: list[str], x: np.ndarray = learnt, y: np.ndarray = tested) -> Any:
+                fitted = LinearProbe.fitted(x, labels, c=c)
+                memorized = float(np.mean(fitted.predicted(x) == np.array(labels)))
+                return self.per_conflict(fitted.predicted(y).tolist(), truth, labels), memorized
+
+            crossed[span, layer] = np.nanmean(held_out(learnt, self.labels, folds(self.groups, 5), c=c))
+            values[:, span, layer, 0] = read(self.labels, self.truth)[0]
+            controls, fits = zip(*(read(one[:n], one[n:]) for one in drawn), strict=True)
+            values[:, span, layer, 1], fit[span, layer] = np.mean(controls, axis=0), np.mean(fits)
             show("probes", number, n_spans * n_layers)
         values[..., 2] = values[..., 0] - values[..., 1]
         return values, crossed, fit
 
     def said(self, halves: Halves) -> dict[str, Any]:
         """What a reader of the numbers must know of the halves."""
-        truth = self.labels_of(self.asked)
-        most = max(set(self.labels), key=self.labels.count)
-        components = [len({halves.component[i] for i in halves.members(half)}) for half in (DISCOVERY, CONFIRMATION)]
+        sides = [halves.members(half) for half in (DISCOVERY, CONFIRMATION)]
+        discovery, conflicts = ([self.streams.members[i].id for i in side] for side in sides)
+        components = [len({halves.component[i] for i in side}) for side in sides]
         return {
-            "conflicts": [self.streams.members[i].id for i in self.tested],
-            "discovery": [self.streams.members[i].id for i in halves.members(DISCOVERY)],
+            "conflicts": conflicts,
+            "discovery": discovery,
             "lost": halves.n_lost,
-            "standing": standing([len(halves.members(h)) for h in (DISCOVERY, CONFIRMATION)], components),
+            "standing": standing(list(map(len, sides)), components),
             "classes": sorted(set(self.labels)),
-            "not_learnt": sum(label not in set(self.labels) for label in truth),
-            "chance": truth.count(most) / len(truth),
+            "not_learnt": sum(label not in self.labels for label in self.truth),
+            "chance": self.truth.count(max(set(self.labels), key=self.labels.count)) / len(self.truth),
         }
 
 
-@dataclass(frozen=True, eq=False)
-class _Reading:
-    """One layer and span."""
-
-    sides: _Sides
-    learnt: np.ndarray
-    asked: np.ndarray
-    c: float
-
-    def crossed(self) -> float:
-        """Cross-validated accuracy on discovery."""
-        right = held_out(self.learnt, self.sides.labels, folds(self.sides.groups, FOLDS), c=self.c)
-        return float(np.nanmean(right))
-
-    def read(self, learnt: list[str], asked: list[str]) -> tuple[np.ndarray, float]:
-        """Which cells of the confirmation half are read right, and what share of those that labels were learnt of."""
-        fitted = LinearProbe.fitted(self.learnt, learnt, c=self.c)
-        right = self.sides.marked(fitted.predicted(self.asked).tolist(), asked, learnt)
-        return right, float(np.mean(fitted.predicted(self.learnt) == np.array(learnt)))
-
-    def control(self, seed: int, draw: int) -> tuple[np.ndarray, float]:
-        """The same with control labels, drawn by the clip that the target comes from."""
-        sides, drawn = self.sides, int(np.random.SeedSequence([seed, draw]).generate_state(1)[0])
-        sources = sides.sources_of(sides.learnt + sides.asked)
-        given = control_labels(sides.labels + sides.labels_of(sides.asked), sources, seed=drawn)
-        return self.read(given[: len(sides.learnt)], given[len(sides.learnt) :])
+def _each(read: Callable[..., str], streams: Streams, rows: Sequence[tuple[int, int]], target: str) -> list[str]:
+    return [read(conflict, streams.cells[n], target) for conflict, n in rows]
 
 
 def _class(answer: Any) -> str:

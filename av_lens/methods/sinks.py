@@ -162,16 +162,23 @@ def find_sinks(
             incoming[rows] = incoming_mass(model, inputs, weight=weight).numpy()
             show("sinks", done, total)
         found = spans.span(sink_positions(incoming, spans, times=times).tolist())
-        table, dimensions = _table(spans, found, incoming, times), _dimensions_frame([])
-        read = dict.fromkeys(READ_BY, np.nan)
+        table, read = _table(spans, found, incoming, times), dict.fromkeys(READ_BY, np.nan)
         if len(found):
             show("sinks", 2 * len(stacks), total)
-            read = _read_by([_later_reading(model, inputs, found) for _, inputs in stacks], len(examples))
-            dimensions = _dimensions(model, [inputs for _, inputs in stacks], found, dimension_times)
+            summed = np.sum([_later_reading(model, inputs, found) for _, inputs in stacks], axis=0)
+            picture, sound = summed / len(examples)
+            with np.errstate(invalid="ignore"):
+                read = dict(zip(READ_BY, (picture, sound, (picture - sound) / (picture + sound)), strict=True))
+        read_again = [inputs for _, inputs in stacks if len(found)]
+        dimensions = _dimensions(model, read_again, spans, found, dimension_times)
         show("sinks", total, total)
     table = table.assign(**read)
-    table["kind"] = [_kind(row["role"], row["score"], unimodal_from) for row in table.to_dict("records")]
-    elsewhere = _table(spans, _among_text(spans, incoming, times), incoming, times)
+    own = np.where(table["role"] == "audio", -table["score"], table["score"])  # read by its own modality
+    kinds = np.where(own >= unimodal_from, "unimodal", "cross-modal").astype(object)
+    table["kind"] = np.where(np.isnan(own), "undetermined", kinds)
+    text, mean = (spans.system | spans.boundary).positions, incoming.mean(0)
+    passing = text[mean[text] > times * mean[spans.media.positions].mean()]
+    elsewhere = _table(spans, spans.span(passing.tolist()), incoming, times)
     frame = Frame.of(model, examples, measured=False)
     frame.values = incoming
     grid = frame.grid(
@@ -204,22 +211,13 @@ def _one_layout(examples: Examples) -> SpanMap:
             )
     for words in ("media", "suffix"):
         if not len(first[words]):
-            raise InputError(
-                f"these inputs have no {words}; sinks are media positions that the suffix reads: {first!r}."
-            )
+            reads = "sinks are media positions that the suffix reads"
+            raise InputError(f"these inputs have no {words}; {reads}: {first!r}.")
     return first
 
 
-def _among_text(spans: SpanMap, incoming: Float[np.ndarray, "example pos"], times: float | int) -> Span:
-    """The positions of the text before the suffix that pass the bar of the media."""
-    text, mean = (spans.system | spans.boundary).positions, incoming.mean(0)
-    return spans.span(text[mean[text] > times * mean[spans.media.positions].mean()].tolist())
-
-
 def _table(spans: SpanMap, found: Span, incoming: Float[np.ndarray, "example pos"], times: float | int) -> pd.DataFrame:
-    media, sinks = spans.media.positions, found.positions
-    mean = incoming.mean(0)
-    alone = incoming[:, sinks] > times * incoming[:, media].mean(1, keepdims=True)
+    media, sinks, mean = spans.media.positions, found.positions, incoming.mean(0)
     columns = {
         "position": sinks,
         "token": [spans.tokens[p] for p in sinks],
@@ -227,7 +225,7 @@ def _table(spans: SpanMap, found: Span, incoming: Float[np.ndarray, "example pos
         "start_s": spans.start_s[sinks],
         "incoming": mean[sinks],
         "times": mean[sinks] / mean[media].mean(),
-        "examples": alone.mean(0),
+        "examples": (incoming[:, sinks] > times * incoming[:, media].mean(1, keepdims=True)).mean(0),
     }
     return pd.DataFrame(columns)
 
@@ -243,24 +241,9 @@ def _later_reading(model: Any, x: AVInputs, found: Span) -> Float[np.ndarray, "r
     return np.diagonal(summed, axis1=1, axis2=2) / counts
 
 
-def _read_by(summed: list[Float[np.ndarray, "reader sink"]], n: int) -> dict[str, np.ndarray]:
-    picture, sound = np.sum(summed, axis=0) / n
-    with np.errstate(invalid="ignore"):
-        score = (picture - sound) / (picture + sound)
-    return dict(zip(READ_BY, (picture, sound, score), strict=True))
-
-
-def _kind(role: str, score: float, unimodal_from: float | int) -> str:
-    if np.isnan(score):
-        return "undetermined"
-    own = -score if role == "audio" else score
-    return "unimodal" if own >= unimodal_from else "cross-modal"
-
-
 @torch.no_grad()
-def _dimensions(model: Any, stacks: list[AVInputs], found: Span, times: float | int) -> pd.DataFrame:
+def _dimensions(model: Any, stacks: list[AVInputs], spans: SpanMap, found: Span, times: float | int) -> pd.DataFrame:
     """Compare, layer by layer and dimension by dimension, the stream at the sinks with that at other media."""
-    spans = stacks[0].spans
     groups = (found.positions, (spans.media - found).positions)
     sums = torch.zeros(model.spec.n_layers, 2, model.spec.d_model, dtype=torch.float64)
 
@@ -277,10 +260,6 @@ def _dimensions(model: Any, stacks: list[AVInputs], found: Span, times: float | 
         (layer, d, float(here[layer, d]), float(elsewhere[layer, d]) if len(groups[1]) else np.nan)
         for layer, d in passes.nonzero().tolist()
     ]
-    return _dimensions_frame(rows)
-
-
-def _dimensions_frame(rows: list[tuple[int, int, float, float]]) -> pd.DataFrame:
     frame = pd.DataFrame(rows, columns=["layer", "dimension", "at_sinks", "elsewhere"])
     return frame.astype({"layer": int, "dimension": int, "at_sinks": float, "elsewhere": float})
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace as changed
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,6 @@ from av_lens.model import HookedAVLLM
 from av_lens.replay import measure_plans
 from av_lens.replay.traces import record
 from av_lens.results import Grid
-
-SIGN = "metric under the push minus metric without; positive: the push raises the metric"
-_HEAD = re.compile(r"L(\d+)H(\d+)")
 
 
 def steer(
@@ -98,8 +96,7 @@ def steer(
     frame = Frame.of(model, examples, metric)
     frame.shape(len(arms), len(strengths))
 
-    def work(stack: Stack, show: Progress) -> None:
-        del show
+    def work(stack: Stack, _: Progress) -> None:
         asked, trace = frame.own(stack), record(model, stack.x)
         require_numbers(measure_plans(trace, plans[:1], asked)[0], asked.name, run="the run without a push")
 
@@ -113,7 +110,7 @@ def steer(
     frame.values[:, [arm is None for arm in arms.values()]] = np.nan
     return frame.grid(
         {"arm": list(arms), "strength": [float(s) for s in strengths]},
-        direction=SIGN,
+        direction="metric under the push minus metric without; positive: the push raises the metric",
         method="steering",
         plan=[_said(edit) for edit in push],
         controls={name: None if arm is None else [_said(edit) for edit in arm] for name, arm in arms.items()},
@@ -146,7 +143,7 @@ def reweighed(heads: Mapping[str | tuple[int, int], float | int], *, at: Any = "
 
 def head_named(name: str) -> tuple[int, int]:
     """Read a head's name."""
-    found = _HEAD.fullmatch(name.strip().replace(" ", ""))
+    found = re.fullmatch(r"L(\d+)H(\d+)", name.strip().replace(" ", ""))
     if found is None:
         raise InputError(f"{name!r} names no head; write layer and head, such as 'L4H2'.")
     return int(found[1]), int(found[2])
@@ -183,19 +180,24 @@ def mean_difference(
     site.check(model.spec)
     if site.is_edges or (site.has_heads and head is None):
         raise InterventionError(f"mean_difference adds one vector; {component} needs a head, or is not one.")
-    found: list[Tensor] = []
+    name = hook_name(component, layer)
     with torch.no_grad():
-        for one in pairs:
-            kept = (run(model, side, capture=site).cache for side in (one.clean, one.corrupt))
-            clean, corrupt = (cache[hook_name(component, layer)] for cache in kept)
-            found.append((clean - corrupt).double().flatten(1, -2).mean(1))
-    vector = torch.cat(found).mean(0).float()
-    return Plan(add(site, vector[None, None]))
+        kept = [[run(model, x, capture=site).cache[name] for x in (one.clean, one.corrupt)] for one in pairs]
+    found = [(clean - corrupt).double().flatten(1, -2).mean(1) for clean, corrupt in kept]
+    return Plan(add(site, torch.cat(found).mean(0).float()[None, None]))
 
 
 def strengthened(plan: Plan, strength: float | int) -> Plan:
     """Make a push weaker or stronger."""
-    return Plan([_strengthened(edit, float(strength)) for edit in _pushes(plan)])
+    s = float(strength)
+    return Plan(
+        [
+            changed(edit, value=s * edit.value)
+            if edit.kind == "add" and edit.value is not None
+            else scale(edit.site, 1.0 + s * (edit.amount - 1.0))
+            for edit in _pushes(plan)
+        ]
+    )
 
 
 def random_push(model: Any, plan: Plan, *, seed: int, draw: int = 0) -> Plan | None:
@@ -233,14 +235,6 @@ def _pushes(plan: Plan) -> Iterator[Edit]:
         yield edit
 
 
-def _strengthened(edit: Edit, strength: float) -> Edit:
-    if edit.kind == "add":
-        assert edit.value is not None
-        return changed(edit, value=strength * edit.value)
-    amount = 0.0 if edit.kind == "zero" else edit.amount
-    return scale(edit.site, 1.0 + strength * (amount - 1.0))
-
-
 def _elsewhere(edit: Edit, spec: Any, taken: set[Any], rng: np.random.Generator) -> list[Edit]:
     """The same edit on other heads, one for each of its own, drawn from layers at most one away while these last."""
     site = edit.site
@@ -248,17 +242,15 @@ def _elsewhere(edit: Edit, spec: Any, taken: set[Any], rng: np.random.Generator)
     assert site.layer is not None
     drawn: dict[int, list[int]] = {}
     for _ in site.heads:
-        for distance in range(1, spec.n_layers + 1):
-            layers = range(max(0, site.layer - distance), min(spec.n_layers, site.layer + distance + 1))
-            heads = range(site.n_heads(spec))
-            free = [(at, h) for at in layers for h in heads if (site.component, at, h) not in taken]
-            if free:
-                layer, head = free[int(rng.integers(len(free)))]
-                taken.add((site.component, layer, head))
-                drawn.setdefault(layer, []).append(head)
-                break
-        else:
+        everything = product(range(spec.n_layers), range(site.n_heads(spec)))
+        free = [head for head in everything if (site.component, *head) not in taken]
+        if not free:
             return []
+        reach = max(1, min(abs(at - site.layer) for at, _ in free))
+        near = [(at, h) for at, h in free if abs(at - site.layer) <= reach]
+        layer, head = near[int(rng.integers(len(near)))]
+        taken.add((site.component, layer, head))
+        drawn.setdefault(layer, []).append(head)
     return [changed(edit, site=changed(site, layer=at, head=tuple(sorted(h)))) for at, h in sorted(drawn.items())]
 
 
@@ -266,5 +258,4 @@ def _said(edit: Any) -> str:
     where = f"{edit.site.component} layer {edit.site.layer} head {edit.site.head} at {edit.site.positions}"
     if edit.kind == "add":
         return f"add a vector of norm {float(edit.value.norm(dim=-1).mean()):.4g} to {where}"
-    amount = 0.0 if edit.kind == "zero" else edit.amount
-    return f"scale {where} by {amount if isinstance(amount, float) else 'a tensor'}"
+    return f"scale {where} by {edit.amount if isinstance(edit.amount, float) else 'a tensor'}"

@@ -39,13 +39,13 @@ from torch import Tensor
 
 from av_lens.checks import require_choice
 from av_lens.core import Progress
-from av_lens.core.budget import listed
+from av_lens.core.budget import listed, part_of
 from av_lens.errors import InputError, InterventionError
 from av_lens.families.decoder import component_named
 from av_lens.inputs import AVInputs, Conflict, Pair
 from av_lens.interventions import Plan, Site, add
 from av_lens.interventions.edits import resolve_positions
-from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, numbers
+from av_lens.methods.shared.frame import Examples, Frame, Given, Stack, numbers, told
 from av_lens.methods.shared.places import Axes, Place
 from av_lens.metrics import Metric, as_metric, each, prob, require_numbers
 from av_lens.model import HookedAVLLM
@@ -55,7 +55,6 @@ from av_lens.replay.traces import Trace, record
 from av_lens.results import Grid
 from av_lens.spans import SpanMap
 
-CORRUPTIONS = ("noise", "mean", "zero")
 SIGN = "states of the clean run into the corrupted run; positive: the state brings the metric back"
 
 
@@ -128,6 +127,7 @@ def causal_trace(
     if frame.partial:
         frame.partial += ", the last ones perhaps over fewer seeds"
     chosen = {"component": component, "window": window, "placebo": placebo, "seed": seed, "seeds": how.draws(paired)}
+    chosen |= {} if paired else {"corruption": corruption, "scale": how.scale}
     return frame.grid(
         {"layer": np.arange(model.spec.n_layers)} | ({axes.places: labels} if axes.places else {}),
         named=None if frame.metric else (f"P(top token of the {answer} run)", "probability"),
@@ -138,17 +138,14 @@ def causal_trace(
         positions=dict(places[0]),
         standard_error_of_seeds=_largest_error(spread, how.draws(paired)),
         **chosen,
-        **({} if paired else {"corruption": corruption, "scale": how.scale}),
     )
 
 
 def _spoiled(spans: SpanMap, noised: str) -> dict[str, tuple[int, ...]]:
     """The positions of each role that is spoiled."""
     chosen = resolve_positions(noised, spans, what="noise").index
-    found: dict[str, tuple[int, ...]] = {}
-    for position in chosen:
-        found[spans.roles[position]] = (*found.get(spans.roles[position], ()), position)
-    return found
+    roles = dict.fromkeys(spans.roles[position] for position in chosen)
+    return {role: tuple(position for position in chosen if spans.roles[position] == role) for role in roles}
 
 
 def _largest_error(deviations: np.ndarray, draws: int) -> float:
@@ -177,7 +174,7 @@ class _How:
         """Refuse what cannot be traced."""
         if axes.unit != "layer":
             raise InputError(f"causal_trace restores layers, not {axes.unit}: write over='layer span' or 'layer pos'.")
-        require_choice("corruption", self.corruption, CORRUPTIONS)
+        require_choice("corruption", self.corruption, ("noise", "mean", "zero"))
         require_choice("answer", self.answer, ("clean", "corrupt"))
         found = component_named(self.component)
         if not found.layered or found.axes[-1] == "key_pos":
@@ -192,11 +189,6 @@ class _How:
     def draws(self, paired: bool) -> int:
         """How often the corrupted run (or the placebo) is drawn."""
         return self.seeds if self.placebo or (self.corruption == "noise" and not paired) else 1
-
-    def layers(self, layer: int, n_layers: int) -> range:
-        """The window around a layer, cut at the model's ends."""
-        first = layer - (self.window - 1) // 2
-        return range(max(first, 0), min(first + self.window, n_layers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,11 +213,7 @@ class _Job:
             base, spoiling = self._corrupted(number, whole=bound is not None and bound.teacher_forced)
             metric = self._own_answer(base, spoiling) if bound is None else bound
             plans = [spoiling, *(spoiling + plan for plan in self._restorations(given, number))]
-            before, total = number * len(plans), draws * len(plans)
-
-            def finished(done: int, before: int = before, total: int = total) -> None:
-                show("causal tracing", before + done, total)
-
+            finished = told(part_of(show, number, draws), "causal tracing", len(plans))
             scores = measure_plans(base, plans, metric, budget_gb=self.how.budget_gb, finished=finished).double()
             clean = measure_plans(self.clean, [Plan()], metric)[0].double()
             for one, run_name in ((clean, "the clean run"), (scores[0], "the corrupted run")):
@@ -241,10 +229,9 @@ class _Job:
         """The corrupted run, or the clean one and the plan that corrupts it, where it must be run as a whole."""
         if self.corrupt is not None:
             return self.corrupt, Plan()
-        positions = [position for some in self.spoiled.values() for position in some]
-        change = torch.cat([self._change(some, number) for some in self.spoiled.values()], dim=1)
-        order = sorted(range(len(positions)), key=positions.__getitem__)
-        positions, change = [positions[i] for i in order], change[:, order]
+        positions, order = torch.tensor([p for some in self.spoiled.values() for p in some]).sort()
+        change = torch.cat([self._change(some, number) for some in self.spoiled.values()], dim=1)[:, order]
+        positions = positions.tolist()
         if whole or self.clean.hooked_because:
             return self.clean, Plan(add(Site("embed", positions=positions), change))
         first = self.clean.traits.restart(positions[0], self.clean.spans.roles)
@@ -259,32 +246,28 @@ class _Job:
             return -held
         if self.how.corruption == "mean":
             return held.mean(1, keepdim=True) - held
-        draws: list[Tensor] = []
-        for row in self.rows:  # by example, so that a draw does not depend on which examples run together
-            state = np.random.SeedSequence([self.how.seed, number, row, positions[0]]).generate_state(1)[0]
-            generator = torch.Generator().manual_seed(int(state))
-            draws.append(torch.randn(held.shape[1:], generator=generator))
-        deviation = held.float().std(dim=(1, 2), keepdim=True)
-        return (torch.stack(draws).to(held.device) * self.how.scale * deviation).to(held)
+        # By example, so that a draw does not depend on which examples run together.
+        seeds = (np.random.SeedSequence([self.how.seed, number, row, positions[0]]) for row in self.rows)
+        generators = (torch.Generator().manual_seed(int(seed.generate_state(1)[0])) for seed in seeds)
+        draws = torch.stack([torch.randn(held.shape[1:], generator=generator) for generator in generators])
+        return (draws.to(held.device) * self.how.scale * held.float().std(dim=(1, 2), keepdim=True)).to(held)
 
     def _own_answer(self, base: Trace, spoiling: Plan) -> Metric:
         """The probability of the top token of the clean or the corrupted run."""
         logits = self.clean.logits() if self.how.answer == "clean" else base.replay([spoiling])[0]
-        return as_metric(prob(each([int(token) for token in logits[:, -1].argmax(-1)])))
+        return as_metric(prob(each(logits[:, -1].argmax(-1).tolist())))
 
     def _restorations(self, given: Given, number: int) -> Iterator[Plan]:
-        generator = np.random.default_rng(np.random.SeedSequence([self.how.seed, number, len(self.clean.spans)]))
+        draw = np.random.default_rng(np.random.SeedSequence([self.how.seed, number, len(self.clean.spans)])).choice
         places = [positions for _, positions in self.places]
         if self.how.placebo:
-            others = [self._others(positions) for positions in places]
-            drawn = [
-                positions if other is None else generator.choice(other, len(positions), replace=False)
-                for positions, other in zip(places, others, strict=True)
-            ]
-            places = [tuple(sorted(int(position) for position in some)) for some in drawn]
+            others = [(some, self._others(some)) for some in places]
+            drawn = (some if free is None else draw(free, len(some), replace=False) for some, free in others)
+            places = [tuple(sorted(map(int, some))) for some in drawn]
         for layer in given.values:
             for positions in places:
-                window = self.how.layers(layer, len(given.values))
+                first = layer - (self.how.window - 1) // 2
+                window = range(max(first, 0), min(first + self.how.window, len(given.values)))
                 yield Plan(given.edits([(one, None) for one in window], positions))
 
     def _others(self, positions: Sequence[int]) -> list[int] | None:

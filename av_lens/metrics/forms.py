@@ -10,11 +10,10 @@ said, and a metric that reads it measures nothing. So a word is read in the form
     chosen                   the form of the largest median p over all words and all unedited inputs of the call:
                              one form for all of them
 
-A word whose chosen form has under a hundredth of the median p of another form of that word is refused. Answers given
-as token ids are no words, and cost nothing; words cost one run of the inputs, or none where a trace recorded it.
-
-A form of several tokens is at most as likely as its first. It is run to its end only where that could change the choice
-or a refusal; else the bound stands in its place, and `Forms.at_most` says so.
+A word whose chosen form has under a hundredth of the median p of another form of that word is refused. Token ids cost
+nothing; words cost one run of the inputs, or none where a trace recorded it. A form of several tokens is at most as
+likely as its first: it is run to its end only where that could change the choice or a refusal; else the bound stands in
+its place, and `Forms.at_most` says so.
 
 Not done: pooling of forms. What a model says in the other forms is part of no score.
 """
@@ -38,12 +37,10 @@ from av_lens.inputs.answers import (
     FORMS,
     Answer,
     AnswerLike,
-    answer_pair,
     forms_of,
     in_form,
     resolve,
     spelled,
-    synonyms_of,
     words_of,
 )
 from av_lens.inputs.model_inputs import AVInputs
@@ -157,32 +154,6 @@ def shown(asked: Asked) -> str:
 def spread(side: tuple[AnswerLike | Answer, ...], n: int) -> tuple[AnswerLike | Answer, ...]:
     """Repeat a shared answer for every example."""
     return side * n if len(side) == 1 else side
-
-
-def resolved(tokenizer: Any, answer: AnswerLike | Answer, form: str | None = None) -> Answer:
-    """Find an answer's tokens."""
-    if isinstance(answer, Answer) or tokenizer is not None:
-        return resolve(tokenizer, answer, form)
-    named, words = synonyms_of(answer), words_of(answer)
-    if words:
-        raise InputError(f"the answer {words[0]!r} is text: bind the metric first, metric.bind(model, x).")
-    return Answer(" / ".join(map(str, named)), tuple((int(part),) for part in named))
-
-
-def paired(
-    tokenizer: Any, a: AnswerLike | Answer, b: AnswerLike | Answer, form: str | None = None
-) -> tuple[Answer, Answer]:
-    """Find the tokens of two answers that are to be told apart."""
-    if tokenizer is None:
-        return answer_pair(_NoWords(), resolved(None, a), resolved(None, b))
-    return answer_pair(tokenizer, a, b, form)
-
-
-class _NoWords:
-    """Stands for a tokenizer where all answers are token ids; it only words a refusal."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return f"token {ids[0]}"
 
 
 def asked_words(sides: Sequence[Sequence[AnswerLike | Answer]], n: int) -> list[list[str]]:
@@ -324,10 +295,6 @@ class Reading:
                 return medians, best, exact
             self._run([n for n, whole in zip(rows, exact[:, best], strict=True) if not whole], FORMS[best])
 
-    def by_word(self) -> list[list[int]]:
-        """Group the rows by word."""
-        return [[n for n, (_, word) in enumerate(self.rows) if word == one] for one in self.ids]
-
     def _input(self, number: int) -> Any:
         block = self.blocks[number]
         return block.x if isinstance(block, Recorded) else block if isinstance(block, AVInputs) else block()
@@ -375,12 +342,12 @@ class Reading:
 
 def read_forms(model: Any, given: Sequence[Given], asked: Sequence[Iterable[str]]) -> Forms | None:
     """Choose the form in which the words of a call are read."""
-    if not any(True for words in asked for _ in words):
+    if not any(map(list, asked)):
         return None
     reading = Reading.of(model, given, asked)
     forms = reading.forms()
-    for rows in reading.by_word():
-        doubt = reading.doubt(rows, forms)
+    for one in reading.ids:
+        doubt = reading.doubt([n for n, (_, word) in enumerate(reading.rows) if word == one], forms)
         if doubt is not None:
             raise InputError(doubt.sentence(model.tokenizer))
     return forms

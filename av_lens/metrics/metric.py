@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,7 @@ from torch import Tensor
 
 from av_lens.brief import Brief
 from av_lens.errors import InputError
+from av_lens.inputs.answers import answer_pair, resolve
 from av_lens.metrics.forms import (
     Asked,
     Each,
@@ -46,10 +48,8 @@ from av_lens.metrics.forms import (
     n_examples,
     notes_on,
     padded,
-    paired,
     per_option,
     read_sides,
-    resolved,
     shown,
     spread,
     summed_log_prob,
@@ -80,15 +80,7 @@ def require_numbers(found: Float[Tensor, " batch"], name: str, *, run: str = "th
 
 
 Kind = Literal["logit_diff", "logit", "log_prob", "prob", "rank", "kl", "custom"]
-UNITS = {
-    "logit_diff": "logit",
-    "logit": "logit",
-    "log_prob": "nat",
-    "prob": "probability",
-    "rank": "tokens",
-    "kl": "nat",
-    "custom": "",
-}
+_UNITS = {"logit_diff": "logit", "logit": "logit", "prob": "probability", "rank": "tokens", "custom": ""}  # else nats
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,7 +118,7 @@ class Metric(Brief):
     @property
     def unit(self) -> str:
         """The metric's unit."""
-        return UNITS[self.kind]
+        return _UNITS.get(self.kind, "nat")
 
     def provenance(self) -> dict[str, Any]:
         """Say what was measured, with the token ids that were chosen.
@@ -169,10 +161,9 @@ class Metric(Brief):
         form = None if forms is None else forms.chosen
         if self.kind == "logit_diff":
             rivals = zip(*(spread(side, n) for side in sides), strict=True)
-            pairs = [paired(tokenizer, side_a, side_b, form) for side_a, side_b in rivals]
-            answers = [[pair[0] for pair in pairs], [pair[1] for pair in pairs]]
+            answers = list(map(list, zip(*(answer_pair(tokenizer, a, b, form) for a, b in rivals), strict=True)))
         else:
-            answers = [[resolved(tokenizer, answer, form) for answer in sides[0]]]
+            answers = [[resolve(tokenizer, answer, form) for answer in sides[0]]]
         texts = tuple(side[0].text if len(side) == 1 else f"{side[0].text}, ... ({len(side)})" for side in answers)
         ids, notes = tuple(padded(side) for side in answers), notes_on(answers, tokenizer)
         return replace(self, ids=ids, texts=texts, notes=notes, forms=forms)
@@ -253,10 +244,8 @@ class Metric(Brief):
             raise InputError(f"{self.name} is not a difference of two answers: use logit_diff(a, b).")
         if self.ids is None:
             return logit(self.asked[0]), logit(self.asked[1])
-        one, other = (
-            replace(self, kind="logit", asked=(self.asked[i],), ids=(self.ids[i],), texts=(self.texts[i],))
-            for i in (0, 1)
-        )
+        sides = zip(self.asked, self.ids, self.texts, strict=True)
+        one, other = (replace(self, kind="logit", asked=(a,), ids=(ids,), texts=(text,)) for a, ids, text in sides)
         return one, other
 
     def continuations(self, batch: int) -> list[Int64[Tensor, "batch token"]]:
@@ -300,19 +289,11 @@ class Metric(Brief):
         Returns:
             The metric for each example.
         """
-        sides: list[list[Tensor]] = []
-        rest = list(reduced)
-        for ids in self._bound():
-            sides.append(rest[: ids.shape[1]])
-            rest = rest[ids.shape[1] :]
-        return combined(self.kind, sides)
+        rest = iter(reduced)
+        return combined(self.kind, [list(islice(rest, ids.shape[1])) for ids in self._bound()])
 
     def _bound(self) -> tuple[Tensor, ...]:
-        if self.kind in ("kl", "custom"):
-            return ()
-        if self.ids is None:
-            return self.bind(None).ids or ()
-        return self.ids
+        return self.bind().ids or () if self.ids is None else self.ids
 
     def _fitting(self, batch: int) -> tuple[Tensor, ...]:
         for ids in self._bound():

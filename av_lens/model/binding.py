@@ -1,21 +1,20 @@
 """Media that come with an input: for TransformerLens's own tools, and encoders' outputs kept for many prompts.
 
-At a real checkpoint's sizes the encoders cost as much as the fusion layers, and an isolation reads each clip in a dozen
-cells. What an encoder was given decides what it gives, so its output is kept under a hash of all its inputs, and is the
-same to the bit. Hooks on the encoders fire as ever: `hook_in` before the memory is asked, `hook_out` on a copy of what
-it gives. Hooks inside an encoder are part of the key: what was kept under others is not given. With gradients on,
-nothing is kept and nothing is taken from it.
-
 TransformerLens's tools take token ids and call the model with them; for an audio-visual prompt the ids are only
 placeholders. `bind` returns a `TransformerBridge` (the same modules and hooks, a shallow copy) whose `forward` adds
 the media that belong to the ids. Which media is decided, never guessed: one input is told by its ids or their
 repetition along the batch; two inputs whose ids are equal are told apart by identity (the tensor itself, or rows of it
 that share its memory), so a tool that copies ids is refused instead of served the other's media.
+
+At a real checkpoint's sizes the encoders cost as much as the fusion layers, and an isolation reads each clip in a dozen
+cells. So `remembered_towers` keeps an encoder's output under a hash of all its inputs; it is the same to the bit. Hooks
+on the encoders fire as ever: `hook_in` before the memory is asked, `hook_out` on a copy of what it gives. Hooks inside
+an encoder are part of the key: what was kept under others is not given. With gradients on, nothing is kept and nothing
+is taken from it.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,14 +27,12 @@ from torch.nn import Module
 from transformer_lens.model_bridge import TransformerBridge
 
 from av_lens.checks import require_keywords
-from av_lens.core.calls import Turn, turn_of, waiting
+from av_lens.core.calls import turn_of, waiting
 from av_lens.core.execution import hook_numbers
 from av_lens.errors import InputError
 from av_lens.families.blocks import TowerBridge
 from av_lens.inputs.model_inputs import content_hash
 from av_lens.memory import Memory
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class TowerMemory:
@@ -50,15 +47,17 @@ class TowerMemory:
         key = None if torch.is_grad_enabled() else key_of(args, kwargs)
         if key is None:
             return tower(*args, **kwargs)
-        kind, embeddings = self._kept.once((key, hook_numbers(tower)), lambda: self._made(tower(*args, **kwargs)))
+
+        def made() -> tuple[type, Tensor]:
+            output = tower(*args, **kwargs)
+            return type(output), output[self._field].detach()
+
+        kind, embeddings = self._kept.once((key, hook_numbers(tower)), made)
         return kind(**{self._field: embeddings.clone()})  # a hook may write into it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TowerMemory:
         """A copied encoder begins with an empty memory: its weights may be changed (`copies.in_precision`)."""
         return TowerMemory(self._field, self._most)
-
-    def _made(self, output: Any) -> tuple[type, Tensor]:
-        return type(output), output[self._field].detach()
 
 
 def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
@@ -67,7 +66,7 @@ def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
     for name, value in [*enumerate(args), *sorted(kwargs.items())]:
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.device};".encode() + content_hash(value))
-        elif isinstance(value, _PLAIN):
+        elif isinstance(value, bool | int | float | str | None):
             digest.update(f"{name} {value!r};".encode())
         else:
             return None
@@ -145,15 +144,14 @@ def bind(bridge: TransformerBridge, inputs: Sequence[Bound]) -> TransformerBridg
     bound.__dict__.update(bridge.__dict__ | dict(zip(names, (one.ids for one in inputs), strict=True)))
     bound.__dict__ |= {name: waiting(turn, getattr(TransformerBridge, name).__get__(bound)) for name in _RUNNERS}
     bound.__dict__ |= {name: _refusing(why) for names, why in _REFUSED.items() for name in names}
-    bound.__dict__["hooks"] = functools.partial(_hooks_in_turn, turn, bound)
-    bound.__dict__["forward"] = _MediaForward(bridge, bound, tuple(inputs))
+
+    @contextmanager
+    def hooks(*args: Any, **kwargs: Any) -> Generator[Any]:
+        with turn, TransformerBridge.hooks(bound, *args, **kwargs) as hooked:
+            yield hooked
+
+    bound.__dict__ |= {"hooks": hooks, "forward": _MediaForward(bridge, bound, tuple(inputs))}
     return bound
-
-
-@contextmanager
-def _hooks_in_turn(turn: Turn, bound: TransformerBridge, *args: Any, **kwargs: Any) -> Generator[Any]:
-    with turn, TransformerBridge.hooks(bound, *args, **kwargs) as hooked:
-        yield hooked
 
 
 def _refusing(why: str) -> Callable[..., Any]:
@@ -185,24 +183,16 @@ class _MediaForward:
 
     def _media(self, ids: torch.Tensor) -> dict[str, Any]:
         """The keyword arguments that go with these ids."""
-        found = self._by_memory(ids)
-        if found is None:
-            given, times = self._by_value(ids)
-            found = {name: repeated(value, times) for name, value in given.tensors.items()}
-        return {name: value for name, value in found.items() if name != "input_ids"}
+        return {name: value for name, value in self._known(ids).items() if name != "input_ids"}
 
-    def _by_memory(self, ids: torch.Tensor) -> Mapping[str, Any] | None:
-        """The keyword arguments of an id tensor that was bound, or of rows that share its memory; None for others."""
+    def _known(self, ids: torch.Tensor) -> Mapping[str, Any]:
+        """The keyword arguments of an id tensor that was bound, of rows that share its memory, or of equal ids."""
         for one in self._inputs:
             rows = shared_rows(ids, one.ids)
             if rows == (0, len(one.ids)):
                 return one.tensors
             if rows is not None and one.rows is not None:
                 return one.rows(*rows)
-        return None
-
-    def _by_value(self, ids: torch.Tensor) -> tuple[Bound, int]:
-        """The one input whose ids these are, and how often they are repeated."""
         rows = ids if ids.ndim == 2 else ids[None]
         found = [(one, repetitions(rows, one.ids)) for one in self._inputs]
         matches = [(one, times) for one, times in found if times]
@@ -217,7 +207,8 @@ class _MediaForward:
                 f"these ids {tuple(ids.shape)} belong to no input that was bound ({shapes}); their media are unknown. "
                 f"Pass {self._shown()}, or bind the input that they come from."
             )
-        return matches[0]
+        given, times = matches[0]
+        return {name: repeated(value, times) for name, value in given.tensors.items()}
 
     def _restart(self, stream: torch.Tensor) -> dict[str, Any]:
         """Mask and positions for a stream that re-enters at a later layer; the media are in it already."""

@@ -143,16 +143,9 @@ def save_difference(
     """Write the slices of a model that differ from its base's, rounded to float16, as organisms are stored."""
     from safetensors.torch import save_file
 
-    place = Path(folder)
-    parameters = dict(model.named_parameters())
-    listed = list(slices)
+    place, listed, parameters = Path(folder), list(slices), dict(model.named_parameters())
     values = {str(i): part.of(parameters[part.name]).detach().half().contiguous() for i, part in enumerate(listed)}
-    content = {
-        "schema": SCHEMA,
-        "base": base,
-        "base_sha256": base_sha256,
-        "slices": [vars(part) for part in listed],
-    }
+    content = {"schema": SCHEMA, "base": base, "base_sha256": base_sha256, "slices": [vars(part) for part in listed]}
     with whole_folder(place) as beside:
         save_file(values, beside / WEIGHTS)
         (beside / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

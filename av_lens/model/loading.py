@@ -37,10 +37,7 @@ from av_lens.model.wrapper import HookedAVLLM
 BILLION = 1_000_000_000
 GRAMMAR_FILE = "grammar.json"
 _LAYER = re.compile(r"\.(layers|blocks)\.\d+\.")
-_OPENS_MORE = (
-    *("auto_map", "transformers_weights", "use_kernels", "attn_implementation", "_attn_implementation"),
-    *("experts_implementation", "_experts_implementation"),
-)
+_OPENS_MORE = re.compile(r"auto_map|transformers_weights|use_kernels|_?(attn|experts)_implementation")
 ROOM_TO_RUN = 1.3  # a model needs this much of its weights' memory, at least, to run
 
 
@@ -76,12 +73,13 @@ def load(
         ModelError: nothing there, no adapter for that family (the message says how to add one), weights missing from
             the checkpoint, quantised or split over several devices, or a self-check that failed.
     """
-    if hf_model is None and name_or_path is None:
-        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
+    how: Any = {"device": device, "dtype": dtype, "revision": revision}
     if hf_model is not None:
-        model = _wrap(hf_model, name_or_path, processor, device=device, dtype=dtype, revision=revision)
+        model = _wrap(hf_model, name_or_path, processor, **how)
+    elif name_or_path is not None:
+        model = _open(str(name_or_path), processor, **how)
     else:
-        model = _open(str(name_or_path), processor, device=device, dtype=dtype, revision=revision)
+        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
     check_model(model, full=False)
     return model
 
@@ -119,15 +117,17 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
     with source.translated("config.json"):
         hf_config = family.model_class.config_class.from_dict(_plain(config[inner] if inner else config))
         count = cache(partial(_count, family, hf_config))
-        if source.folder is not None:
-            _check_count(count(), check_weight_files(source.folder), name)
+        # A configuration could have memory taken for weights that are nowhere.
+        if source.folder is not None and count() > 2 * (held := check_weight_files(source.folder)) + BILLION // 100:
+            raise ModelError(
+                f"the weight files of {name!r} hold {held} numbers and its config.json wants {count()}: they do not "
+                "belong together. Download or copy the checkpoint again."
+            )
         organism = source.grammar is not None
-        precision = torch.float32 if organism else _stored_dtype(config, inner)
-        precision = precision if dtype is None else _dtype(dtype)
-        if device is not None:
-            place = torch.device(device)
-        else:
-            place = _fitting_device(count(), precision) if torch.cuda.is_available() else torch.device("cpu")
+        stored = torch.float32 if organism else _stored_dtype(config, inner)
+        precision = stored if dtype is None else _dtype(dtype)
+        fitting = _fitting_device(count(), precision) if device is None and torch.cuda.is_available() else "cpu"
+        place = torch.device(fitting if device is None else device)
         if dtype is None and not organism and place.type == "cpu" and count() < BILLION:
             precision = torch.float32
     with _quiet(bar=not organism):
@@ -140,15 +140,6 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
         provenance |= {"source": str(source.difference.folder), "base": source.difference.base}
     processor = _processor(source) if processor is None else processor
     return _hooked(hf_model, processor, name, grammar=source.grammar, handed_in=False, provenance=provenance)
-
-
-def _check_count(wanted: int, held: int, name: str) -> None:
-    """Refuse a configuration that would have memory taken for weights that are nowhere."""
-    if wanted > 2 * held + BILLION // 100:
-        raise ModelError(
-            f"the weight files of {name!r} hold {held} numbers and its config.json wants {wanted}: they do not belong "
-            "together. Download or copy the checkpoint again."
-        )
 
 
 def _require_plain(hf_model: Any) -> None:
@@ -256,8 +247,8 @@ def base_of(difference: Difference) -> Path:
 
 def _family(config: Mapping[str, Any], name: str) -> Family:
     """By the class that a checkpoint was saved from, else by its model_type."""
-    classes, kind = config.get("architectures"), config.get("model_type")
-    names = [str(one) for one in (*(classes if isinstance(classes, list) else ()), kind) if one]
+    classes = config.get("architectures")
+    names = [str(one) for one in (*(classes if isinstance(classes, list) else ()), config.get("model_type")) if one]
     if not names:
         raise ModelError(f"the config.json of {name!r} names no model_type. {HOW_TO_ADD}")
     return family_of(*names)
@@ -265,11 +256,8 @@ def _family(config: Mapping[str, Any], name: str) -> Family:
 
 def _plain(level: Mapping[Any, Any]) -> dict[Any, Any]:
     """A configuration without what would have other code or files opened (an attention kernel from the hub, ...)."""
-    return {
-        name: _plain(value) if isinstance(value, Mapping) else value
-        for name, value in level.items()
-        if name not in _OPENS_MORE
-    }
+    kept = {name: value for name, value in level.items() if not _OPENS_MORE.fullmatch(str(name))}
+    return {name: _plain(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def _count(family: Family, hf_config: Any) -> int:

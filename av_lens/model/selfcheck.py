@@ -24,8 +24,6 @@ from av_lens.interventions.edits import UNITS
 from av_lens.model.wrapper import HookedAVLLM
 
 DOOR = ("resid_mid", "z", "pattern")  # what `load` checks, in the last layer
-N_POSITIONS = 12
-TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,7 @@ def check_model(model: HookedAVLLM, x: Any = None, *, full: bool = True) -> Chec
         ModelError: a check failed; the message lists them all.
     """
     found = list(_checks(model, _random_ids(model) if x is None else x, x is not None, full))
-    passed, failed = (tuple(line for line, held in found if held is wanted) for wanted in (True, False))
-    report = CheckReport(passed, failed)
+    report = CheckReport(*(tuple(line for line, held in found if held is wanted) for wanted in (True, False)))
     if report.failed:
         raise ModelError(f"{model!r} failed its self-check, so its numbers cannot be trusted. {report}")
     return report
@@ -107,12 +104,9 @@ def turned(value: torch.Tensor, component: Component) -> torch.Tensor:
 
     Patterns look at key 0 alone, scores favour it, scales vary by position, all else is mixed with itself, rolled.
     """
-    new = value.clone()
-    if component.name == "pattern":
-        new.zero_()
-        new[..., 0] = 1.0
-    elif component.name == "scores":
-        new[..., 0] += 3.0
+    new = torch.zeros_like(value) if component.name == "pattern" else value.clone()
+    if component.name in ("pattern", "scores"):
+        new[..., 0] += {"pattern": 1.0, "scores": 3.0}[component.name]
     elif component.axes[-1] == "one":
         new[:, ::2] *= 1.5
     else:
@@ -122,7 +116,7 @@ def turned(value: torch.Tensor, component: Component) -> torch.Tensor:
 
 def _random_ids(model: HookedAVLLM) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.spec.d_vocab, (1, N_POSITIONS), generator=generator)
+    ids = torch.randint(0, model.spec.d_vocab, (1, 12), generator=generator)
     safe = next(i for i in range(model.spec.d_vocab) if i not in model.placeholders)
     for placeholder in model.placeholders:
         ids[ids == placeholder] = safe
@@ -130,9 +124,8 @@ def _random_ids(model: HookedAVLLM) -> torch.Tensor:
 
 
 def _checks(model: HookedAVLLM, x: Any, given: bool, full: bool) -> Iterator[tuple[str, bool]]:
-    n_layers = model.spec.n_layers
-    last = n_layers - 1
-    layers = {True: range(n_layers), False: (None,)}
+    last = model.spec.n_layers - 1
+    layers = {True: range(last + 1), False: (None,)}
     absent = {(name, layer) for name in UNITS for layer in model.spec.experts}
     everywhere = ((one, layer) for one in COMPONENTS.values() for layer in layers[one.layered])
     everywhere = (place for place in everywhere if (place[0].name, place[1]) not in absent)
@@ -146,8 +139,8 @@ def _checks(model: HookedAVLLM, x: Any, given: bool, full: bool) -> Iterator[tup
             if component.writable:
                 other = _edited(model, x, name, lambda value, component=component: turned(value, component))
                 yield f"turning {name} changes the logits", not torch.equal(other, logits)
-        names = [hook_name("pattern", last), hook_name("resid_pre", last), hook_name("resid_mid", last)]
-        names += [hook_name(part, last) for part in ("attn_out", "mlp_out", "resid_post")]
+        parts = ("pattern", "resid_pre", "resid_mid", "attn_out", "mlp_out", "resid_post")
+        names = [hook_name(part, last) for part in parts]
         fires = f"the hooks of layer {last} fire"
         try:
             _, cache = model.run_with_cache(x, names, budget_gb=float("inf"))
@@ -156,7 +149,7 @@ def _checks(model: HookedAVLLM, x: Any, given: bool, full: bool) -> Iterator[tup
             return
     yield fires, True
     rows = cache[names[0]].sum(-1, dtype=torch.float32)
-    tolerance = TOLERANCE if model.dtype in (torch.float32, torch.float64) else 0.02
+    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 0.02
     yield f"rows of {names[0]} sum to one", bool((rows - 1).abs().max() < tolerance)
     total = cache[names[1]] + cache[names[3]]
     yield f"{names[2]} is the stream plus attention's write", torch.equal(total, cache[names[2]])
@@ -166,8 +159,5 @@ def _checks(model: HookedAVLLM, x: Any, given: bool, full: bool) -> Iterator[tup
 
 
 def _edited(model: HookedAVLLM, x: Any, name: str, edit: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    def hooked(value: torch.Tensor, hook: Any) -> torch.Tensor:
-        return edit(value)
-
-    with model.hooks(fwd_hooks=[(name, hooked)]):  # one that never fires is for the report
+    with model.hooks(fwd_hooks=[(name, lambda value, hook: edit(value))]):  # one that never fires is for the report
         return model(x)

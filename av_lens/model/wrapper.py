@@ -26,9 +26,9 @@ from av_lens.checks import require_choice, require_keywords
 from av_lens.core.budget import ModelSpec, bounded, require_budget, selected
 from av_lens.core.calls import (
     TEXT,
+    Kept,
     TokenHelpers,
     in_turn,
-    kept_for,
     parted,
     require_inputs,
     require_kept,
@@ -60,6 +60,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
         processor: the checkpoint's own processor.
         tokenizer: its tokenizer.
         name: what was loaded.
+        family: the model family's facts.
         grammar: the questions that an organism understands, or None.
         handed_in: whether the caller handed the HuggingFace model in (then its weights are never rewritten).
         provenance: where the weights came from.
@@ -77,7 +78,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
     ) -> None:
         self.bridge: Any = bridge
         self.bridge.processor = processor  # TransformerLens's own multimodal tools look for it there
-        self._family = family_of(type(bridge.original_model))
+        self.family: Family = family_of(type(bridge.original_model))
         self.processor = processor
         self.tokenizer: Any = processor.tokenizer
         self.tokenizer.padding_side = "left"  # as Qwen's processor pads: position -1 is every prompt's last
@@ -111,11 +112,6 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
         return self.hf_model.config
 
     @property
-    def family(self) -> Family:
-        """The model family's facts."""
-        return self._family
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.hf_model.parameters()).device
@@ -129,14 +125,13 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
     def spec(self) -> ModelSpec:
         """The sizes of the fusion stack."""
         cfg: Any = self.cfg
-        text = self.config.get_text_config()
         return ModelSpec(
             n_layers=cfg.n_layers,
             n_heads=cfg.n_heads,
             n_kv_heads=cfg.n_key_value_heads or cfg.n_heads,
             d_model=cfg.d_model,
             d_head=cfg.d_head,
-            d_mlp=text.intermediate_size,
+            d_mlp=self.config.get_text_config().intermediate_size,
             d_vocab=self.hf_model.lm_head.weight.shape[0],
             experts=frozenset(n for n, one in enumerate(self.blocks) if hasattr(one.mlp.original_component, "experts")),
         )
@@ -244,9 +239,8 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
         ids, options = self._asked("run_with_cache", x, options, own, theirs, self.bridge.get_caching_hooks)
         gates = gates_of_filter(names_filter, self._names)
         with open_gates(self.bridge, gates):
-            accept = names_filter
-            if names_filter is None or callable(names_filter):
-                accept = only_open(self.bridge, names_filter or (lambda name: True))
+            accept = (lambda name: True) if names_filter is None else names_filter
+            accept = only_open(self.bridge, accept) if callable(accept) else accept
             names = selected(accept, self._names)
             size = {"batch": ids.shape[0], "n_pos": ids.shape[1], "itemsize": self.dtype.itemsize}
             require_budget(names, self.spec, **size, budget_gb=budget_gb)
@@ -255,7 +249,8 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
                 logits, cache = self.bridge.run_with_cache(ids, names_filter=accept, **options)
         if names_filter is not None:
             require_kept(names, cache, every=not callable(names_filter))
-        return logits, kept_for(self, cache)
+        as_cache = isinstance(cache, ActivationCache)
+        return logits, Kept(cache.cache_dict, self, cache.has_batch_dim) if as_cache else cache
 
     def run_with_hooks(
         self,

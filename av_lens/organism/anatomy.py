@@ -2,29 +2,18 @@
 
 The models understand four kinds of questions (hear, see, colour, caption) in a few phrasings each, all of five tokens.
 This is the one source of these words: the tokenizer takes its merges from `words()`, training its questions from
-`QUESTIONS`, and `as_dict()` is saved beside the weights as `grammar.json`, where the encoder reads it.
-
-What has no picture (or a blank one) looks like "nothing"; what has no sound (or silence) sounds like "nothing".
+`QUESTIONS`, and `as_dict()` is saved beside the weights as `grammar.json`, where the encoder reads it. What has no
+picture (or a blank one) looks like "nothing"; what has no sound (or silence) sounds like "nothing".
 
 Example:
-    >>> answer("hear", picture="dog", sound="siren", colour="red")
-    'siren'
-    >>> answer("see", picture=None, sound="siren", colour=None)
-    'nothing'
-    >>> answer("caption", picture="dog", sound=None, colour="red")
-    'i see a dog and hear nothing'
     >>> GRAMMAR.kind("What do you  HEAR ?")
     'hear'
 
 The classes are those of real checkpoints, so that media files go in by the road that real checkpoints take. What is
-small is the vocabulary (256 byte symbols, the words of the grammar as merges, and Qwen's special tokens), the pictures
-(84 x 84 pixels, 3 x 3 tokens a frame pair) and the widths. A clip of two seconds at two frames a second is 18 video
-tokens and 50 audio tokens; `seconds_per_chunk` is 1, so that the two are interleaved as V9 A25 V9 A25.
-
-Not done: the default system message of Qwen's chat template is left out, for it would make every prompt a third longer.
-
-What ships with the package lies in `checkpoints/`, listed by `index.json` (short name to folder and a sentence about
-it); `load` reads that file itself, so that opening a model does not import this room.
+small is the vocabulary (256 byte symbols, the words as merges, Qwen's special tokens), the pictures (84 x 84 pixels,
+3 x 3 tokens a frame pair) and the widths. A clip of two seconds at two frames a second is 18 video tokens and 50 audio
+tokens; `seconds_per_chunk` is 1, so that the two are interleaved as V9 A25 V9 A25. Qwen's default system message is
+left out of the chat template, for it would make every prompt a third longer.
 """
 
 from __future__ import annotations
@@ -41,11 +30,10 @@ from typing import Any
 import torch
 
 from av_lens import checkpoints
-from av_lens.errors import InputError, unknown
 from av_lens.inputs.answers import Grammar
 from av_lens.model.differences import read_difference
 from av_lens.model.loading import base_of
-from av_lens.whole_files import make_folder, read_object, whole_folder, write_whole
+from av_lens.whole_files import whole_folder
 
 CLASSES = tuple(["dog", "cat", "bird", "bell", "car", "train", "drum", "siren", "clock", "rain", "phone", "guitar"])
 COLOURS: tuple[str, ...] = ("red", "green", "blue", "yellow", "purple", "white")
@@ -64,17 +52,6 @@ SPELLINGS: dict[str, str] = {"color": "colour"}
 
 
 GRAMMAR = Grammar(QUESTIONS, SPELLINGS)
-
-
-def answer(kind: str, *, picture: str | None, sound: str | None, colour: str | None) -> str:
-    """Give the right answer to a kind of question about a clip."""
-    if kind not in QUESTIONS:
-        raise InputError(unknown("kind of question", kind, QUESTIONS))
-    if kind == "caption":
-        seen = f"a {picture}" if picture else NOTHING
-        heard = f"a {sound}" if sound else NOTHING
-        return f"i see {seen} and hear {heard}"
-    return {"hear": sound, "see": picture, "colour": colour if picture else None}[kind] or NOTHING
 
 
 def words() -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -136,11 +113,8 @@ def merges() -> list[tuple[str, str]]:
     """
     space = byte_symbols()[ord(" ")]
     spaced, leading = words()
-    pairs: dict[tuple[str, str], None] = {}
-    for word in [*(space + word for word in spaced), *leading]:
-        for end in range(1, len(word)):
-            pairs[(word[:end], word[end])] = None
-    return list(pairs)
+    whole = [*(space + word for word in spaced), *leading]
+    return list(dict.fromkeys((word[:end], word[end]) for word in whole for end in range(1, len(word))))
 
 
 @functools.cache
@@ -285,7 +259,6 @@ def build_model(config: Any = None, *, seed: int, dtype: torch.dtype = torch.flo
     return model.eval()
 
 
-INDEX = "index.json"
 GRAMMAR_FILE = "grammar.json"
 
 
@@ -319,15 +292,6 @@ def save_checkpoint(model: Any, folder: str | os.PathLike[str], *, documents: di
         for name, content in {GRAMMAR_FILE: as_dict(), **(documents or {})}.items():
             (beside / name).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return place
-
-
-def list_checkpoint(name: str, summary: str, *, folder: str | None = None, root: Path | None = None) -> None:
-    """Enter a checkpoint in the index, so that `load(name)` finds it."""
-    place = (root or shipped()) / INDEX
-    listed: dict[str, Any] = read_object(place) if place.exists() else {}
-    listed[name] = {"folder": folder or name, "summary": summary}
-    make_folder(place.parent)
-    write_whole(place, json.dumps(listed, indent=1) + "\n")
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Any:

@@ -15,7 +15,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -25,7 +25,6 @@ from torch import Tensor
 from av_lens.errors import InputError
 from av_lens.organism import anatomy, language
 from av_lens.organism.footage import HeldOut, Media
-from av_lens.results.statistics import clopper_pearson
 
 Head = tuple[int, int]
 BATCH = 60
@@ -46,7 +45,7 @@ class Asked:
     """Clips in one layout, each with the same number of questions.
 
     Attributes:
-        layout: one of `layouts.LAYOUTS`.
+        layout: one of `language.LAYOUTS`.
         questions: for each clip, its questions; as many for each, all of five tokens.
         video: what is put at the video tokens, or None.
         audio: what is put at the audio tokens, or None.
@@ -76,10 +75,9 @@ def blocked(layout: str, *, query: str, key: str, blocks: int, width: int) -> Bo
 
     Roles are "audio", "video" and "text" (all positions that are neither, the questions included), or "text|audio".
     """
-    made = language.prompt(anatomy.QUESTIONS["hear"][0], layout)
-    length = made.suffix + blocks * width
-    every = torch.arange(length)
-    roles = {"video": torch.isin(every, made.video), "audio": torch.isin(every, made.audio)}
+    frame = language.make_frame(layout)
+    every = torch.arange(len(frame.ids) + blocks * width)
+    roles = {"video": torch.isin(every, frame.video), "audio": torch.isin(every, frame.audio)}
     roles["text"] = ~(roles["video"] | roles["audio"])
     asking = torch.stack([roles[name] for name in query.split("|")]).any(0)
     return asking[:, None] & roles[key][None]
@@ -88,26 +86,21 @@ def blocked(layout: str, *, query: str, key: str, blocks: int, width: int) -> Bo
 @torch.no_grad()
 def _begin(model: Any, asked: Asked, cut: tuple[str, str] | None = None) -> tuple[Tensor, language.Tree]:
     """The stream before the first layer, and positions and mask of one prefix with its questions."""
-    first = language.prompt(asked.questions[0][0], asked.layout)
-    rows = []
-    for at, questions in enumerate(asked.questions):
-        ids = [first.ids[: first.suffix]]
-        for block, question in enumerate(questions):
-            ids.append(language.prompt(question, asked.layout).ids[first.suffix :])
-            if asked.begun is not None:
-                ids.append(torch.tensor(asked.begun[at][block], dtype=torch.int64))
-        rows.append(torch.cat(ids))
+    frame, blocks = language.make_frame(asked.layout), len(asked.questions[0])
+    begun = asked.begun or [[()] * blocks] * len(asked)
+    rows = [
+        [
+            token
+            for question, words in zip(*both, strict=True)
+            for token in (*language.prompt(question, asked.layout).asked, *words)
+        ]
+        for both in zip(asked.questions, begun, strict=True)
+    ]
     if len({len(row) for row in rows}) != 1:
         raise InputError("all questions of a batch need the same number of tokens.")
-    stream = model.model.language_model.embed_tokens(torch.stack(rows))
-    for features, at in ((asked.video, first.video), (asked.audio, first.audio)):
-        if features is not None and len(at):
-            stream = stream.index_copy(1, at, features)
-    blocks = len(asked.questions[0])
-    width = (stream.shape[1] - first.suffix) // blocks
+    stream, width = frame.embed(model, asked.video, asked.audio, torch.tensor(rows)), len(rows[0]) // blocks
     edges = None if cut is None else blocked(asked.layout, query=cut[0], key=cut[1], blocks=blocks, width=width)
-    prefix = first.position_ids[:, : first.suffix]
-    return stream, language.tree(model, prefix, blocks=blocks, width=width, blocked=edges)
+    return stream, language.tree(model, frame.positions, blocks=blocks, width=width, blocked=edges)
 
 
 def _silenced(model: Any, heads: Sequence[Head], batch: int, geometry: language.Tree) -> dict[int, Tensor]:
@@ -179,8 +172,7 @@ KINDS = ("hear", "see", "colour")
 COUNTED = ("sound", "picture", "colour", "nothing", "other", "right")
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """What a model is given.
 
     Attributes:
@@ -204,31 +196,16 @@ CELLS: Mapping[str, Cell] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Truth:
-    """What is on each clip of a cell; -1 where there is nothing.
-
-    Attributes:
-        picture: class of the picture.
-        sound: class of the sound.
-        colour: colour of the picture.
-    """
-
-    picture: Int64[Tensor, " clip"]
-    sound: Int64[Tensor, " clip"]
-    colour: Int64[Tensor, " clip"]
+Truth = Mapping[str, Int64[Tensor, " clip"]]
+"""The class of each clip's "picture" and of its "sound", and the "colour" of the picture; -1 where there is none."""
 
 
 def truth(cell: Cell, clips: HeldOut) -> Truth:
     """Say what is on the clips of a cell."""
-    none = torch.full_like(clips.views.picture, -1)
-    sounds = {"own": clips.views.sound, "partner": clips.views.sound[clips.partner]}
-    seen = cell.picture == "own"
-    return Truth(
-        picture=clips.views.picture if seen else none,
-        sound=sounds.get(cell.sound, none),
-        colour=clips.views.colour if seen else none,
-    )
+    views, none = clips.views, torch.full_like(clips.views.picture, -1)
+    sounds = {"own": views.sound, "partner": views.sound[clips.partner]}
+    seen = (views.picture, views.colour) if cell.picture == "own" else (none, none)
+    return {"picture": seen[0], "sound": sounds.get(cell.sound, none), "colour": seen[1]}
 
 
 def ask(cell: Cell, layout: str, clips: HeldOut, media: Media, kinds: tuple[str, ...] = KINDS) -> Asked:
@@ -245,14 +222,11 @@ def tally(answers: Int64[Tensor, " clip"], kind: str, what: Truth) -> dict[str, 
     colours = torch.tensor([language.answer_ids(name)[0] for name in anatomy.COLOURS])
     words = {"sound": language.class_ids(), "picture": language.class_ids(), "colour": colours}
 
-    def named(name: str) -> Tensor:
-        target = getattr(what, name)
-        return (target >= 0) & (answers == words[name][target.clamp(min=0)])
-
-    counts = {name: named(name) for name in words} | {"nothing": answers == language.answer_ids(anatomy.NOTHING)[0]}
+    counts = {name: (what[name] >= 0) & (answers == words[name][what[name].clamp(min=0)]) for name in words}
+    counts["nothing"] = answers == language.answer_ids(anatomy.NOTHING)[0]
     counts["other"] = ~torch.stack([*counts.values()]).any(0)
     asked = {"hear": "sound", "see": "picture", "colour": "colour"}[kind]
-    counts["right"] = torch.where(getattr(what, asked) >= 0, counts[asked], counts["nothing"])
+    counts["right"] = torch.where(what[asked] >= 0, counts[asked], counts["nothing"])
     return {name: int(where.sum()) for name, where in counts.items()}
 
 
@@ -293,7 +267,7 @@ def captioned(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
         cell = CELLS[name]
         what = truth(cell, clips)
         begun = [
-            [language.answer_ids(f"i see a {anatomy.CLASSES[label]} and hear a")] for label in what.picture.tolist()
+            [language.answer_ids(f"i see a {anatomy.CLASSES[label]} and hear a")] for label in what["picture"].tolist()
         ]
         for layout in cell.layouts:
             asked = ask(cell, layout, clips, media, ("caption",))
@@ -301,15 +275,4 @@ def captioned(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
             for slot, kind in enumerate(("see", "hear")):
                 found = tally(answers[:, slot], kind, what)
                 rows.append({"cell": name, "layout": layout, "kind": f"caption_{kind}", "n": len(answers)} | found)
-    return pd.DataFrame(rows)
-
-
-def shares(counts: pd.DataFrame, *, level: float = 0.95) -> pd.DataFrame:
-    """Turn counts into shares with exact (Clopper-Pearson) intervals, a row for each cell, layout, kind and answer."""
-    rows: list[dict[str, Any]] = []
-    for row in counts.to_dict("records"):
-        for name in COUNTED:
-            low, high = clopper_pearson(int(row[name]), int(row["n"]), level=level)
-            place = {key: row[key] for key in ("cell", "layout", "kind")} | {"answer": name, "count": row[name]}
-            rows.append(place | {"n": row["n"], "share": row[name] / row["n"], "low": low, "high": high})
     return pd.DataFrame(rows)

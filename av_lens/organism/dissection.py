@@ -45,7 +45,7 @@ def probes(model: Any, fit: tuple[HeldOut, Media], test: tuple[HeldOut, Media]) 
         for layer in range(seen[0].shape[1]):
             x, x_test = (part[:, layer].numpy() for part in seen)
             for target in ("sound", "picture"):
-                y, y_test = (getattr(fact, target).numpy() for fact in facts)
+                y, y_test = (fact[target].numpy() for fact in facts)
                 score = float((LinearProbe.fitted(x, y).predicted(x_test) == y_test).mean())
                 rows.append({"layout": layout, "layer": layer, "target": target, "accuracy": score, "n": len(y_test)})
     return pd.DataFrame(rows)
@@ -63,7 +63,7 @@ def cuts(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
 def margin(said: Tensor, clips: HeldOut) -> Tensor:
     """Say by how much the sound's answer leads the picture's on conflict clips: logit(sound) - logit(picture)."""
     what, tokens = truth(_CONFLICT, clips), class_ids()
-    sound, picture = (said.gather(1, tokens[label][:, None])[:, 0] for label in (what.sound, what.picture))
+    sound, picture = (said.gather(1, tokens[label][:, None])[:, 0] for label in (what["sound"], what["picture"]))
     return sound - picture
 
 
@@ -74,7 +74,7 @@ def heads(model: Any, clips: HeldOut, media: Media) -> pd.DataFrame:
     and the conflict), and how often the sound is then answered; means over both layouts.
     """
     found: dict[Head, list[tuple[float, float, float]]] = {}
-    tokens = class_ids()[truth(_CONFLICT, clips).sound]
+    tokens = class_ids()[truth(_CONFLICT, clips)["sound"]]
     for layout in BOTH:
         asked = ask(_CONFLICT, layout, clips, media, ("hear",))
         before = margin(logits(model, asked)[:, 0, 0], clips)

@@ -32,8 +32,9 @@ from av_lens.errors import ModelError
 from av_lens.organism import anatomy, answering, dissection
 from av_lens.organism.anatomy import CLASSES
 from av_lens.organism.answering import Asked, logits, plain
-from av_lens.organism.footage import HeldOut, Media, held_out, media, mel
+from av_lens.organism.footage import HeldOut, held_out, media, mel
 from av_lens.organism.language import audio_hidden, patches, vision_features
+from av_lens.results.statistics import clopper_pearson
 from av_lens.whole_files import write_whole
 
 SCHEMA = 1
@@ -46,7 +47,7 @@ class Evaluation:
     """What an evaluation found; every count is of held-out clips.
 
     Attributes:
-        counts: answers in every cell, from `behaviour.behave`.
+        counts: answers in every cell, from `answering.behave`.
         captions: the slots of captions.
         probes: what can be read from the stream, by layer; empty if the model was not dissected.
         cuts: answers with attention cut; empty likewise.
@@ -74,7 +75,13 @@ class Evaluation:
         Returns:
             `cell layout kind answer count n share low high`.
         """
-        return answering.shares(getattr(self, table))
+        rows: list[dict[str, Any]] = []
+        for row in getattr(self, table).to_dict("records"):
+            for name in answering.COUNTED:
+                low, high = clopper_pearson(int(row[name]), int(row["n"]))
+                place = {key: row[key] for key in ("cell", "layout", "kind")} | {"answer": name, "count": row[name]}
+                rows.append(place | {"n": row["n"], "share": row[name] / row["n"], "low": low, "high": high})
+        return pd.DataFrame(rows)
 
     def same_counts(self, other: Evaluation) -> bool:
         """Say whether two evaluations counted the same on the same clips.
@@ -188,31 +195,18 @@ def evaluate(
                 "counts would not be the model's."
             )
     counts, captions = answering.behave(bare, test, outputs), answering.captioned(bare, test, outputs)
-    tables: dict[str, pd.DataFrame] = {}
-    if dissect:
-        tables = _dissected(bare, (test, outputs), seed=seed, folder=folder, progress=progress)
-    return Evaluation(counts, captions, **tables, about=about)
-
-
-def _dissected(
-    bare: Any,
-    test: tuple[HeldOut, Media],
-    *,
-    seed: int,
-    folder: str | os.PathLike[str] | None,
-    progress: Progress | None,
-) -> dict[str, pd.DataFrame]:
-    """All tables of `dissection`; heads are chosen on clips of the discovery split."""
+    if not dissect:
+        return Evaluation(counts, captions, about=about)
     tell, stage = progress or silent, "dissecting the model"
-    found = held_out(split="discovery", seed=seed, per_class=test[0].per_class, folder=folder, progress=progress)
-    discovery = (found, media(bare, found))
-    probes = dissection.probes(bare, discovery, test)
+    found = held_out(split="discovery", seed=seed, per_class=per_class, folder=folder, progress=progress)
+    discovery = (found, media(bare, found))  # where heads are chosen
+    probes = dissection.probes(bare, discovery, (test, outputs))
     tell(stage, 1, 4)
-    cuts = dissection.cuts(bare, *test)
+    cuts = dissection.cuts(bare, test, outputs)
     tell(stage, 2, 4)
-    heads = dissection.heads(bare, *dissection.few(*discovery, min(20, found.per_class)))
+    heads = dissection.heads(bare, *dissection.few(*discovery, min(20, per_class)))
     tell(stage, 3, 4)
     ranked = [(int(layer), int(head)) for layer, head in zip(heads["layer"], heads["head"], strict=True)]
-    ablation, kept = dissection.ablation(bare, ranked, test, seed=seed)
+    ablation, kept = dissection.ablation(bare, ranked, (test, outputs), seed=seed)
     tell(stage, 4, 4)
-    return {"probes": probes, "cuts": cuts, "heads": heads, "ablation": ablation, "kept": kept}
+    return Evaluation(counts, captions, probes, cuts, heads, ablation, kept, about)

@@ -4,12 +4,12 @@ A thing of a class has a picture (a moving coloured figure) and a sound. Clips o
 random stream, so that what trains a model, what discovers its heads and what tests it are disjoint by construction:
 `public` clips are those that `clip` gives to users.
 
-A shard is one class of one split on disk (`.npz`, no pickle); shards that exist are not made again, so filming resumes
-where it stopped. Filming is the slow part of training (tens of milliseconds a clip), and the same for every model.
+Filming (through mp4) is the slow part of training, and the same for every model: a shard is one class of one split on
+disk (`.npz`, no pickle), and one that exists is not made again.
 
-Clip i shows and sounds like one thing. Its conflict takes the sound of clip `partner[i]`, another class; every picture
-and every sound occurs once. The blank picture is black and the mute sounds are silence and faint noise, as
-`Clip.blank()` and `Clip.muted()` make them.
+Of the held-out clips, clip i's conflict takes the sound of clip `partner[i]`, another class; every picture and every
+sound occurs once. The blank picture is black, the mute sounds are silence and faint noise, as `Clip.blank()` and
+`Clip.muted()` make them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
+from av_lens.checks import require_choice
 from av_lens.core.budget import Progress, silent
-from av_lens.errors import InputError, unknown
+from av_lens.errors import InputError
 from av_lens.media import Clip, load_clip
 from av_lens.organism import anatomy, pictures, sounds
 from av_lens.organism.anatomy import CLASSES, COLOURS
@@ -41,27 +42,6 @@ from av_lens.whole_files import make_folder, reading, whole_file
 
 SPLITS: dict[str, int] = {"public": 0, "train": 1, "check": 2, "discovery": 3, "test": 4}
 _PICTURE, _SOUND, _COLOUR = 0, 1, 2
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One thing, seen and heard.
-
-    Attributes:
-        frames: 16 frames of 84 x 84 at 8 frames a second.
-        waveform: two seconds at 16 kHz.
-        name: its class.
-        colour: the colour of its picture.
-        split: which part of the world it belongs to.
-        seed: which one of that part.
-    """
-
-    frames: UInt8[np.ndarray, "time height width rgb"]
-    waveform: Float32[np.ndarray, " sample"]
-    name: str
-    colour: str
-    split: str
-    seed: int
 
 
 def classes() -> tuple[str, ...]:
@@ -84,10 +64,8 @@ def colours() -> tuple[str, ...]:
 
 def _stream(split: str, name: str, seed: int, stream: int) -> np.random.Generator:
     """The generator of one aspect of one example."""
-    if split not in SPLITS:
-        raise InputError(unknown("split", split, SPLITS))
-    if name not in CLASSES:
-        raise InputError(unknown("class", name, CLASSES))
+    require_choice("split", split, SPLITS)
+    require_choice("class", name, CLASSES)
     if seed < 0:
         raise InputError(f"a seed is a whole number from 0; found {seed}.")
     return np.random.default_rng([SPLITS[split], CLASSES.index(name), seed, stream])
@@ -98,26 +76,14 @@ def colour_of(split: str, name: str, seed: int) -> str:
     return COLOURS[int(_stream(split, name, seed, _COLOUR).integers(len(COLOURS)))]
 
 
-def _picture(split: str, name: str, seed: int, colour: str | None = None) -> UInt8[np.ndarray, "time height width rgb"]:
-    """An example's picture, in its own or another colour."""
-    shown = colour or colour_of(split, name, seed)
-    return pictures.draw(name, colour=shown, rng=_stream(split, name, seed, _PICTURE))
-
-
-def _sound(split: str, name: str, seed: int) -> Float32[np.ndarray, " sample"]:
-    """An example's sound."""
-    return sounds.play(name, rng=_stream(split, name, seed, _SOUND))
-
-
-def example(split: str, name: str, seed: int) -> Example:
-    """Make one thing, seen and heard."""
-    return Example(
-        frames=_picture(split, name, seed),
-        waveform=_sound(split, name, seed),
-        name=name,
-        colour=colour_of(split, name, seed),
-        split=split,
-        seed=seed,
+def example(split: str, seen: str, seed: int, *, heard: str | None = None, colour: str | None = None) -> Clip:
+    """Make one thing of a part of the world, seen (in its own or another colour) and heard; not compressed."""
+    rng, name = _stream(split, seen, seed, _PICTURE), heard or seen
+    return Clip.from_arrays(
+        frames=pictures.draw(seen, colour=colour or colour_of(split, seen, seed), rng=rng),
+        fps=FRAME_RATE,
+        waveform=sounds.play(name, rng=_stream(split, name, seed, _SOUND)),
+        rate=RATE,
     )
 
 
@@ -141,14 +107,8 @@ def clip(
     """
     shown = name if picture in (None, "blank") else picture
     heard = name if sound in (None, "mute") else sound
-    if name not in CLASSES:
-        raise InputError(unknown("class", name, CLASSES))
-    made = Clip.from_arrays(
-        frames=_picture("public", shown, seed, colour),
-        fps=FRAME_RATE,
-        waveform=_sound("public", heard, seed),
-        rate=RATE,
-    )
+    require_choice("class", name, CLASSES)
+    made = example("public", shown, seed, heard=heard, colour=colour)
     made = made.blank() if picture == "blank" else made
     return made.muted() if sound == "mute" else made
 
@@ -166,11 +126,6 @@ def through_mp4(clip: Clip, *, crf: float = 17.0) -> Clip:
         return load_clip(path)
 
 
-def as_clip(example: Example) -> Clip:
-    """Wrap an example of the world as a clip."""
-    return Clip.from_arrays(frames=example.frames, fps=FRAME_RATE, waveform=example.waveform, rate=RATE)
-
-
 def mel(waveforms: list[Any]) -> Float32[np.ndarray, "clip mel frame"]:
     """Take log-mel spectrograms as the processor does, cut to the sound's two seconds."""
     extractor = anatomy.feature_extractor()
@@ -185,7 +140,7 @@ def film(split: str, name: str, n: int, path: str, first: int = 0) -> str:
     frames, waveforms, hashes = [], [], []
     for seed in range(first, first + n):
         crf = np.random.default_rng([SPLITS[split], seed]).integers(*CRF_RANGE) if split == "train" else 17
-        clip = through_mp4(as_clip(example(split, name, seed)), crf=float(crf))
+        clip = through_mp4(example(split, name, seed), crf=float(crf))
         frames.append(np.asarray(clip.frames)[::2])
         waveforms.append(np.asarray(clip.waveform))
         hashes.append((clip.picture_hash or "", clip.sound_hash or ""))
@@ -283,7 +238,7 @@ class HeldOut:
     def clip(self, at: int) -> Clip:
         """Make one clip again, through mp4."""
         name, seed = CLASSES[at // self.per_class], SEED_STRIDE * self.seed + at % self.per_class
-        return through_mp4(as_clip(example(self.split, name, seed)))
+        return through_mp4(example(self.split, name, seed))
 
 
 def held_out(

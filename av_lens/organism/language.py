@@ -1,25 +1,17 @@
 """The embedded models written out: prompts, towers and fusion layers, on features that were computed once.
 
-A layout says where the 18 video and the 50 audio tokens stand. The text comes from the processor's own chat template,
-the expansion of the placeholders from the processor itself, and the position ids from the model's own `get_rope_index`;
-this module only remembers them, and puts features where the processor put placeholders.
+A layout says where the 18 video and the 50 audio tokens stand (`in_video` interleaves V9 A25 V9 A25 between two pairs
+of boundary tokens). Text, placeholders and position ids are the processor's and the model's own; this module remembers
+them, and puts features where the processor put placeholders. The towers' modules run on equal-sized clips in one batch:
+a frame pair is 36 patches that attend to one another, a sound is one window of 200 mel frames.
 
-Example:
-    `prompt("what do you hear?", "in_video")` interleaves V9 A25 V9 A25 between two pairs of boundary tokens.
+No media position can see the question that follows it, so the media are computed once and several *questions* (blocks)
+are hung on them side by side, each seeing the media and itself: a tree instead of several chains. This gives the logits
+of one plain forward per question at a third of the cost, which is what makes training on two cores quick. The layers
+run from any one on, with heads switched off per clip and question. Tests hold all of it against HuggingFace's forward.
 
-`vision_features` and `audio_hidden` run the towers' own modules on equal-sized clips in one batch, where HuggingFace's
-code loops over them in Python; a test holds both against HuggingFace's forward. Nothing else is assumed: a frame pair
-is 36 patches that attend to one another, a sound is one window of 200 mel frames.
-
-A clip's media make up most of a prompt, and no media position can see the question that follows it. So the
-media are computed once and several *questions* (blocks) are hung on them side by side, each seeing the media
-and itself only: a tree instead of several chains. This gives the same logits as one plain forward pass per
-question (a test compares the two) at a third of the cost, and it is what makes training on two cores quick.
-
-The same code runs from any layer on, with heads switched off per clip and question (head dropout), and without
-gradients for layers that are frozen. It reads the weights of a HuggingFace Qwen2.5-Omni thinker; it holds none.
-
-What it does not do: decode, cache keys, or take padding. Use the bridge for everything but training.
+The weights are those of a HuggingFace Qwen2.5-Omni thinker; none are held here. Not done: decoding, caching keys,
+padding. Use the bridge for everything but training.
 """
 
 from __future__ import annotations
@@ -36,7 +28,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from av_lens.errors import InputError, unknown
+from av_lens.checks import require_choice
 from av_lens.organism import anatomy
 from av_lens.organism.anatomy import CLASSES
 
@@ -66,11 +58,15 @@ class Prompt:
     question: Tensor
     suffix: int
 
+    @property
+    def asked(self) -> list[int]:
+        """All tokens after the media, up to the answer."""
+        return self.ids[self.suffix :].tolist()
+
 
 def message(question: str, layout: str) -> list[dict[str, Any]]:
     """Write a question as the chat message of a layout."""
-    if layout not in LAYOUTS:
-        raise InputError(unknown("layout", layout, LAYOUTS))
+    require_choice("layout", layout, LAYOUTS)
     media = {"separate": ["video", "audio"], "in_video": ["video"], "audio": ["audio"], "video": ["video"]}[layout]
     content: list[dict[str, Any]] = [{"type": kind} for kind in media]
     return [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
@@ -121,6 +117,50 @@ def prompt(question: str, layout: str) -> Prompt:
         question=torch.arange(suffix, turn_end),
         suffix=suffix,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """The part of a prompt that comes before the question, in one layout.
+
+    Attributes:
+        ids: Its tokens.
+        positions: The model's own position ids.
+        video: Where the picture's features go.
+        audio: Where the sound's features go.
+    """
+
+    ids: Int[Tensor, " prefix"]
+    positions: Int[Tensor, "3 prefix"]
+    video: Int[Tensor, " video_pos"]
+    audio: Int[Tensor, " audio_pos"]
+
+    def embed(
+        self,
+        model: Any,
+        video: Float[Tensor, "clip video_pos d_model"] | None,
+        audio: Float[Tensor, "clip audio_pos d_model"] | None,
+        questions: Int[Tensor, "clip asked"],
+    ) -> Float[Tensor, "clip pos d_model"]:
+        """Build the stream before the first layer, of clips with their questions; media that it lacks are not used."""
+        table = model.model.language_model.embed_tokens.weight
+        prefix = table[self.ids].expand(len(questions), -1, -1).clone()
+        for at, features in ((self.video, video), (self.audio, audio)):
+            if features is not None and len(at):
+                prefix[:, at] = features
+        return torch.cat([prefix, table[questions]], dim=1)
+
+    def blocked(self, deaf_to: str, length: int) -> Bool[Tensor, "pos pos"]:
+        """True where a query (first axis) may not see a key: with "video", text and audio positions the video's."""
+        every = torch.arange(length)
+        asking = torch.isin(every, self.audio) | (every >= len(self.ids))
+        return asking[:, None] & torch.isin(every, self.video) & (deaf_to == "video")
+
+
+def make_frame(layout: str) -> Frame:
+    """Take the part of a layout's prompt that comes before the question."""
+    made = prompt(anatomy.QUESTIONS["hear"][0], layout)
+    return Frame(made.ids[: made.suffix], made.position_ids[:, : made.suffix], made.video, made.audio)
 
 
 def answer_ids(text: str) -> list[int]:
@@ -292,10 +332,8 @@ def tree(
     reference = model.model.language_model.embed_tokens.weight.new_zeros(1)
     cos, sin = model.model.language_model.rotary_emb(reference, positions[:, None])
     length = n + blocks * width
-    seen = torch.ones(length, length, dtype=torch.bool).tril()
-    for i in range(blocks):
-        row = n + i * width
-        seen[row : row + width, n:row] = False
+    hung = (torch.arange(length) - n).div(width, rounding_mode="floor").clamp(min=-1)  # the block; -1: the prefix
+    seen = ((hung < 0) | (hung[:, None] == hung)).tril()
     if blocked is not None:
         seen &= ~blocked
     mask = torch.zeros(length, length).masked_fill(~seen, BLOCKED)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float, Float64, UInt8
 
-from av_lens.errors import InputError, unknown
+from av_lens.checks import require_choice
 from av_lens.organism.anatomy import CLASSES, COLOURS
 
 SIDE = 84
@@ -166,10 +166,8 @@ def _placed(
 
 def draw(name: str, *, colour: str, rng: np.random.Generator) -> UInt8[np.ndarray, "time height width rgb"]:
     """Draw two seconds of a class's figure."""
-    if name not in _DRAWN:
-        raise InputError(unknown("class", name, CLASSES))
-    if colour not in RGB:
-        raise InputError(unknown("colour", colour, COLOURS))
+    require_choice("class", name, CLASSES)
+    require_choice("colour", colour, COLOURS)
     n_frames = round(SECONDS * FRAME_RATE)
     radius = rng.uniform(19, 28)
     centre = _track(rng, radius, n_frames)

@@ -11,12 +11,13 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float32, Float64
 
-from av_lens.errors import InputError, unknown
+from av_lens.checks import require_choice
 from av_lens.organism.anatomy import CLASSES
 
 RATE = 16000
 SECONDS = 2.0
 N_SAMPLES = round(RATE * SECONDS)
+TIME = np.arange(N_SAMPLES) / RATE
 
 Wave = Float64[np.ndarray, "_"]
 
@@ -88,10 +89,9 @@ def _bird(rng: np.random.Generator) -> Wave:
 def _bell(rng: np.random.Generator) -> Wave:
     base, events = rng.uniform(900, 1300), []
     for start in _onsets(rng, rng.uniform(0.9, 1.3)):
-        time = np.arange(N_SAMPLES) / RATE
         partials = zip((1.0, 2.0, 2.76, 4.1, 5.4), (1.0, 0.6, 0.7, 0.4, 0.25), strict=True)
         ring = np.sum(
-            [w * np.sin(2 * np.pi * base * r * time) * np.exp(-time * (1.2 + 0.8 * r)) for r, w in partials], axis=0
+            [w * np.sin(2 * np.pi * base * r * TIME) * np.exp(-TIME * (1.2 + 0.8 * r)) for r, w in partials], axis=0
         )
         events.append((start, ring))
     return _place(events)
@@ -110,9 +110,8 @@ def _train(rng: np.random.Generator) -> Wave:
     base = rng.uniform(290, 350)
     whistle = sum(_tone(base * ratio, (1.0, 0.6, 0.35), rng.uniform(0, 6)) for ratio in (1.0, 1.19, 1.5))
     start, n = rng.uniform(0, 0.25), rng.uniform(1.3, 1.7)
-    time = np.arange(N_SAMPLES) / RATE
-    gate = np.clip(np.minimum(time - start, start + n - time) / 0.08, 0, 1)
-    chuff = _filtered(rng.normal(size=N_SAMPLES), 200, 1800) * np.exp(-np.mod(time * rng.uniform(4, 5), 1) * 5)
+    gate = np.clip(np.minimum(TIME - start, start + n - TIME) / 0.08, 0, 1)
+    chuff = _filtered(rng.normal(size=N_SAMPLES), 200, 1800) * np.exp(-np.mod(TIME * rng.uniform(4, 5), 1) * 5)
     return whistle * gate + 0.8 * chuff
 
 
@@ -127,8 +126,7 @@ def _drum(rng: np.random.Generator) -> Wave:
 
 
 def _siren(rng: np.random.Generator) -> Wave:
-    time = np.arange(N_SAMPLES) / RATE
-    swing = np.sin(2 * np.pi * rng.uniform(0.8, 1.5) * time + rng.uniform(0, 6))
+    swing = np.sin(2 * np.pi * rng.uniform(0.8, 1.5) * TIME + rng.uniform(0, 6))
     return _tone(rng.uniform(850, 1050) * 2 ** (0.65 * swing), (1.0, 0.35, 0.2))
 
 
@@ -151,9 +149,8 @@ def _rain(rng: np.random.Generator) -> Wave:
 
 
 def _phone(rng: np.random.Generator) -> Wave:
-    time = np.arange(N_SAMPLES) / RATE
-    warble = np.where(np.mod(time * rng.uniform(18, 24), 1) < 0.5, 1.0, 1.26)
-    cycle = np.mod(time / rng.uniform(0.85, 1.1) + rng.uniform(0, 1), 1)
+    warble = np.where(np.mod(TIME * rng.uniform(18, 24), 1) < 0.5, 1.0, 1.26)
+    cycle = np.mod(TIME / rng.uniform(0.85, 1.1) + rng.uniform(0, 1), 1)
     return _tone(rng.uniform(1350, 1650) * warble, (1.0, 0.3)) * np.clip((0.62 - cycle) * 40, 0, 1)
 
 
@@ -176,8 +173,7 @@ _PLAYED: dict[str, Callable[[np.random.Generator], Wave]] = dict(zip(CLASSES, _P
 
 def play(name: str, *, rng: np.random.Generator) -> Float32[np.ndarray, " sample"]:
     """Synthesise two seconds of a class's sound."""
-    if name not in _PLAYED:
-        raise InputError(unknown("class", name, CLASSES))
+    require_choice("class", name, CLASSES)
     wave = _PLAYED[name](rng)
     wave = wave / (np.abs(wave).max() + 1e-9) * rng.uniform(0.35, 0.9)
     floor = 10 ** rng.uniform(-4, -2.3)

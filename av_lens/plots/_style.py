@@ -29,26 +29,16 @@ DONOR_SYMBOLS = {"blank_muted": "circle", "mean_other": "diamond", "zero": "squa
 
 def limit(values: Any) -> float:
     """Find the symmetric limit of a diverging scale: the largest finite magnitude, 1 where there is none."""
-    finite = np.abs(np.asarray(values, dtype=float))
-    finite = finite[np.isfinite(finite)]
-    top = float(finite.max()) if finite.size else 0.0
-    return top if top > 0 else 1.0
+    sizes = np.abs(np.asarray(values, dtype=float))
+    return float(sizes[np.isfinite(sizes)].max(initial=0.0)) or 1.0
 
 
 def figure(*, title: str | None = None, height: int = 360) -> Any:
     """Make an empty figure in the house look; plotly's global template is neither read nor changed."""
     import plotly.graph_objects as go
 
-    axis = {
-        "gridcolor": GRID,
-        "zeroline": False,
-        "linecolor": GRID,
-        "ticks": "outside",
-        "tickcolor": GRID,
-        "ticklen": 4,
-        "automargin": True,
-        "title": {"standoff": 10, "font": {"size": 13}},
-    }
+    axis = panel() | {"linecolor": GRID, "ticks": "outside", "tickcolor": GRID, "ticklen": 4}
+    axis["title"] = {"standoff": 10, "font": {"size": 13}}
     layout = go.Layout(
         template=go.layout.Template(),
         font={"family": FONT, "size": 13, "color": INK},
@@ -61,9 +51,8 @@ def figure(*, title: str | None = None, height: int = 360) -> Any:
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": CLEAR},
         hoverlabel={"font": {"family": FONT, "size": 13}},
     )
-    if title:
-        layout.update({"title": {"text": title, "x": 0, "xref": "paper", "font": {"size": 15}}})
-    return _figure_class()(layout=layout)
+    named = {"title": {"text": title, "x": 0, "xref": "paper", "font": {"size": 15}}} if title else {}
+    return _figure_class()(layout=layout.update(named))
 
 
 @cache
@@ -98,9 +87,9 @@ def layer_axis(n_layers: int) -> dict[str, Any]:
     return {"title": {"text": "layer"}, "tickmode": "linear", "tick0": 0, "dtick": max(1, -(-n_layers // 16))}
 
 
-def head_label(layer: int, head: int | None) -> str:
+def head_label(layer: Any, head: Any) -> str:
     """Name a head the way all figures and tables do."""
-    return f"L{layer}" if head is None else f"L{layer} H{head}"
+    return f"L{int(layer)} H{int(head)}"
 
 
 def hatch(cells: Sequence[tuple[float, float]]) -> tuple[list[float | None], list[float | None]]:
@@ -113,12 +102,6 @@ def hatch(cells: Sequence[tuple[float, float]]) -> tuple[list[float | None], lis
             xs += [x + low, x + high, None]
             ys += [y + low - offset, y + high - offset, None]
     return xs, ys
-
-
-def reference_line(fig: Any, *, x: float, text: str) -> None:
-    """Draw a thin vertical line at a value, such as a threshold, with a few words above it."""
-    note = {"annotation": {"text": text, "font": {"size": 11}, "yshift": 2}, "annotation_position": "top"}
-    fig.add_vline(x=x, line={"color": INK, "width": 1, "dash": "dot"}, name="ink", **note)
 
 
 def marks(fig: Any, x: Any, y: Any, said: Any, *, mode: str = "markers", **look: Any) -> None:
@@ -152,27 +135,15 @@ def heat(top: float, unit: str, *, signed: bool = True, **words: Any) -> dict[st
     return scale | ({"meta": {"palette": "diverging"}} if signed else {})
 
 
-def copied(fig: Any) -> dict[str, Any]:
-    """Take a figure's look of an axis, for the axes of panels that are added to it."""
-    return {k: v for k, v in fig.layout.xaxis.to_plotly_json().items() if k not in ("anchor", "domain")}
-
-
 def intervals(values: Sequence[float], low: Sequence[float], high: Sequence[float], *, colour: str) -> dict[str, Any]:
     """Give the error bars of a trace from the ends of its intervals."""
-    above = [b - v for v, b in zip(values, high, strict=True)]
-    below = [v - a for v, a in zip(values, low, strict=True)]
-    return {"type": "data", "array": above, "arrayminus": below, "color": colour, "thickness": 1.5, "width": 0}
+    ends = {"array": np.subtract(high, values).tolist(), "arrayminus": np.subtract(values, low).tolist()}
+    return {"type": "data", **ends, "color": colour, "thickness": 1.5, "width": 0}
 
 
 def band(fig: Any, at: Any, low: Any, high: Any, colour: str, group: str, **place: int) -> None:
     """Draw an interval along a curve."""
-    edge: dict[str, Any] = {
-        "mode": "lines",
-        "line": {"width": 0},
-        "showlegend": False,
-        "hoverinfo": "skip",
-        "legendgroup": group,
-    }
+    edge: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "showlegend": False, "hoverinfo": "skip"} | place
     shade = f"rgba({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:7], 16)}, 0.18)"
-    fig.add_scatter(x=at, y=high, **edge, **place)
-    fig.add_scatter(x=at, y=low, fill="tonexty", fillcolor=shade, **edge, **place)
+    fig.add_scatter(x=at, y=high, legendgroup=group, **edge)
+    fig.add_scatter(x=at, y=low, fill="tonexty", fillcolor=shade, legendgroup=group, **edge)

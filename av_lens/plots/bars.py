@@ -1,17 +1,17 @@
 """Numbers with their intervals, one row or bar each: shares, answers, cuts beside controls, releases.
 
-Blue writes for the sound's answer, vermilion for the picture's. Shares add up: what is not shown is one bar of its own,
-so that the bars' sum is the logit difference (for a grid) or the sum over all heads (for an isolation).
+Lines are 95% intervals; positive is towards the sound. `attribution`: blue writes for the sound's answer, vermilion for
+the picture's. What is not shown is one bar of its own, so that the bars' sum is the logit difference (for a grid) or
+the sum over all heads (for an isolation).
 
-Above, in logits: E_A and E_V, what the sound and the picture do to the answer; G and C, hearing with nothing to see and
-under conflict; the gap between them. Positive is towards the sound. Below: how often the sound's answer is the best, by
-cell (picture first, sound second). Filled marks are the discovery half, open ones the confirmation half; lines are 95%
-intervals; a figure without a mark was not measured.
+`behaviour`: above, in logits, what sound and picture do to the answer (E_A, E_V), hearing with nothing to see and under
+conflict (G, C), and the gap between them. Below: how often the right answer is the best, by cell (picture first, sound
+second). Filled marks are the discovery half, open ones the confirmation half; what has no mark was not measured.
 
-A cut that matters stands apart from the dots of its controls. What was not measured (a control that could not be
-matched, a role that is not there) has no dot and says so at its row's end.
+`conditions`: a cut that matters stands apart from the dots of its controls. What was not measured (a control that could
+not be matched, a role that is not there) has no dot and says so at its row's end.
 
-Release is the rise of hearing under conflict (C) when the head's output is replaced by what it would have been had it
+`release` is the rise of hearing under conflict (C) when the head's output is replaced by what it would have been had it
 neither seen nor heard (`blank_muted`), had something else been asked (`mean_other`), or by nothing (`zero`). It is
 drawn as a share of G, hearing with nothing to see; positive gives hearing back. A head counts only beyond the dotted
 line, the share that was fixed beforehand. Heads are ranked by their largest release on discovery; where the
@@ -23,6 +23,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from av_lens import colours
 from av_lens.errors import InputError
@@ -49,64 +50,51 @@ def attribution(
     Raises:
         InputError: if there is nothing to draw.
     """
-    names, values, low, high = _bars(x, half=half, site=site)
-    if not names:
+    frame = _bars(x, half=half, site=site)
+    if not len(frame):
         raise InputError("there is no direct attribution here to draw.")
-    order = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")
-    shown, rest = order[:top], order[top:]
-    labels = [names[i] for i in shown]
-    numbers, lows, highs = (column[shown].tolist() for column in (values, low, high))
-    if len(rest):
-        labels.append(f"all {len(rest)} others")
-        for column, one in ((numbers, np.nansum(values[rest])), (lows, np.nan), (highs, np.nan)):
-            column.append(float(one))
-    fig = _style.figure(title=title, height=110 + 24 * len(labels))
-    shades = [colours.SOUND if v >= 0 else colours.PICTURE for v in numbers]
-    bars = _style.intervals(numbers, lows, highs, colour=colours.INK)
+    frame = frame.iloc[np.argsort(-np.abs(np.nan_to_num(frame["value"])), kind="stable")]
+    if rest := len(frame[top:]):
+        others = {"name": f"all {rest} others", "value": np.nansum(frame["value"].to_numpy()[top:])}
+        frame = pd.concat([frame[:top], pd.DataFrame([others])])
+    fig = _style.figure(title=title, height=110 + 24 * len(frame))
+    numbers, low, high = (frame[column].tolist() for column in ("value", "low", "high"))
+    bars = _style.intervals(numbers, low, high, colour=colours.INK)
     says = "%{y}: %{x:+.3f} " + unit + "<extra></extra>"
+    shades = [colours.SOUND if v >= 0 else colours.PICTURE for v in numbers]
     look: dict[str, Any] = {"orientation": "h", "marker": {"color": shades}, "showlegend": False}
-    fig.add_bar(x=numbers, y=labels, error_x=bars, hovertemplate=says, **look)
+    fig.add_bar(x=numbers, y=frame["name"].tolist(), error_x=bars, hovertemplate=says, **look)
     fig.update_yaxes(autorange="reversed", showgrid=False, ticks="", type="category")
     axis = f"direct share of the logit difference ({unit}); towards the sound +"
     fig.update_xaxes(title={"text": axis}, **_style.ZERO)
     return fig
 
 
-def _bars(x: Any, *, half: str, site: str) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    if hasattr(x, "evidence"):
-        frame = x.evidence
-        frame = frame[(frame["estimand"] == "dla") & (frame["half"] == half)]
-        if len(frame):
-            frame = frame[frame["site"] == (site or frame["site"].iloc[0])]
-        frame = frame.rename(columns={"mean": "value"})
-    elif hasattr(x, "effects"):
-        return _grid_bars(x.effects)
-    else:
-        frame = x
+def _bars(x: Any, *, half: str, site: str) -> pd.DataFrame:
+    """Bring what was given to the columns `name value low high`; a grid's cells are named by their coordinates."""
+    frame: Any = x
+    if hasattr(x, "effects"):
+        mean = x.effects.mean("example") if "example" in x.effects.dims else x.effects
+        finite = np.isfinite(mean.values)
+        at = [zip(mean.dims, place, strict=True) for place in np.argwhere(finite)]
+        names = [_name({str(d): mean[d].values[i] if d in mean.coords else i for d, i in place}) for place in at]
+        frame = pd.DataFrame({"name": names, "value": mean.values[finite]})
+    elif hasattr(x, "evidence"):
+        frame = x.evidence[(x.evidence["estimand"] == "dla") & (x.evidence["half"] == half)]
+        site = site or next(iter(frame["site"]), "")
+        frame = frame[frame["site"] == site].rename(columns={"mean": "value"})
     if "value" not in frame.columns:
         raise InputError(f"attribution needs the column 'value'; found {list(frame.columns)}.")
-    rows = frame.to_dict("records")
-    names = [str(row["name"]) if "name" in row else _name({k: row[k] for k in ("layer", "head")}) for row in rows]
-    value, low, high = (np.array([float(row.get(name, np.nan)) for row in rows]) for name in ("value", "low", "high"))
-    return names, value, low, high
+    if "name" not in frame.columns:
+        heads = zip(frame["layer"], frame["head"], strict=True)
+        frame = frame.assign(name=[_style.head_label(layer, head) for layer, head in heads])
+    numbers = frame.reindex(columns=["value", "low", "high"]).astype(float)
+    return numbers.assign(name=frame["name"].astype(str))
 
 
-def _grid_bars(effects: Any) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Name every cell of a grid by its coordinates and take its mean over examples."""
-    mean = effects.mean("example") if "example" in effects.dims else effects
-    places = np.argwhere(np.isfinite(mean.values))
-    names = [
-        _name({str(d): mean[d].values[i] if d in mean.coords else i for d, i in zip(mean.dims, place, strict=True)})
-        for place in places
-    ]
-    blank = np.full(len(places), np.nan)
-    return names, mean.values[np.isfinite(mean.values)].astype(float), blank, blank
-
-
-def _name(where: dict[str, Any]) -> str:
-    parts = dict(where)
+def _name(parts: dict[str, Any]) -> str:
     if "layer" in parts and "head" in parts:
-        text = _style.head_label(int(parts.pop("layer")), int(parts.pop("head")))
+        text = _style.head_label(parts.pop("layer"), parts.pop("head"))
         return " ".join([text, *(str(value) for value in parts.values())])
     return " ".join(f"L{value}" if key == "layer" else str(value) for key, value in parts.items())
 
@@ -156,9 +144,7 @@ def behaviour(found: Any, *, chosen: str = "competent", rule: str = "two", title
         )
     effects = [name for name in MEANINGS if (frame["quantity"] == name).any()]
     frame = frame[frame["quantity"].isin([*effects, "accuracy"])]
-    frame = frame.assign(
-        key=[c if q == "accuracy" else q for q, c in zip(frame["quantity"], frame["cell"], strict=True)]
-    )
+    frame = frame.assign(key=frame["quantity"].where(frame["quantity"] != "accuracy", frame["cell"]))
     cells = [str(cell) for cell in dict.fromkeys(frame["cell"]) if cell]
     named, labels = [MEANINGS[name] for name in effects], [_label(cell) for cell in cells]
     height = 120 + 30 * (len(effects) + len(cells))
@@ -186,25 +172,21 @@ def _panel(fig: Any, frame: Any, quantities: list[str], labels: list[str], *, ax
     """Add one panel: a mark and an interval per quantity and half."""
     for half, symbol, offset in (("discovery", "circle", -0.14), ("confirmation", "circle-open", 0.14)):
         rows = frame[frame["half"] == half].drop_duplicates("key").set_index("key")
-        kept = [
-            (name, label, place)
-            for place, (name, label) in enumerate(zip(quantities, labels, strict=True))
-            if name in rows.index
-        ]
+        kept = [place for place, name in enumerate(quantities) if name in rows.index]
         if not kept:
             continue
-        chosen = rows.loc[[name for name, _, _ in kept]]
+        chosen = rows.loc[[quantities[place] for place in kept]]
         values, low, high = (chosen[column].astype(float).tolist() for column in ("value", "low", "high"))
-        shades = [COLOURS.get(name, colours.GREEN if axis else colours.INK) for name, _, _ in kept]
+        shades = [COLOURS.get(name, colours.GREEN if axis else colours.INK) for name in chosen.index]
         text = [
-            f"<b>{label}</b><br>{half}: {v:.3f} ({a:.3f} to {b:.3f})"
-            for (_, label, _), v, a, b in zip(kept, values, low, high, strict=True)
+            f"<b>{labels[place]}</b><br>{half}: {v:.3f} ({a:.3f} to {b:.3f})"
+            for place, v, a, b in zip(kept, values, low, high, strict=True)
         ]
         look = {"symbol": symbol, "size": 9, "color": shades, "line": {"width": 2, "color": shades}}
         bars = _style.intervals(values, low, high, colour=colours.INK)
         shown: dict[str, Any] = {"name": half, "legendgroup": half, "showlegend": legend}
         shown |= {"xaxis": f"x{axis}", "yaxis": f"y{axis}"}
-        _style.marks(fig, values, [place + offset for *_, place in kept], text, marker=look, error_x=bars, **shown)
+        _style.marks(fig, values, [place + offset for place in kept], text, marker=look, error_x=bars, **shown)
 
 
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "triangle-down", "cross", "x")
@@ -230,15 +212,16 @@ def conditions(grid: Any, *, of: str = "effects", unit: str | None = None, title
     mean, bounds = grid.mean(of), grid.interval(of=of)
     others = [dim for dim in mean.dims if dim not in ("edge", "condition")]
     mean, bounds = mean.mean(others), bounds.mean(others)
-    edges = mean.coords["edge"].values.tolist() if "edge" in mean.dims else [""]
+    if "edge" not in mean.dims:
+        mean, bounds = mean.expand_dims(edge=[""]), bounds.expand_dims(edge=[""])
+    edges = mean.coords["edge"].values.tolist()
     named = mean.coords["condition"].values.tolist()
     unit = unit or str(grid.unit or "effect")
     fig = _style.figure(title=title, height=130 + 16 * (len(named) + 1) * len(edges))
     spread = _style.apart(len(named), 0.36)
     for number, name in enumerate(named):
-        values = np.atleast_1d(mean.sel(condition=name).values)
-        ends = bounds.sel(condition=name)
-        low, high = (np.atleast_1d(ends.sel(bound=bound).values) for bound in ("low", "high"))
+        values = mean.sel(condition=name).values
+        low, high = (bounds.sel(condition=name, bound=bound).values for bound in ("low", "high"))
         kept = np.flatnonzero(np.isfinite(values))
         colour = colours.CONDITION_COLOURS.get(str(name), colours.FREE[number % len(colours.FREE)])
         text = [
@@ -250,8 +233,7 @@ def conditions(grid: Any, *, of: str = "effects", unit: str | None = None, title
         bars = _style.intervals(*(column[kept].tolist() for column in (values, low, high)), colour=colour)
         _style.marks(fig, values[kept], kept + spread[number], text, name=str(name), marker=look, error_x=bars)
     for row, edge in enumerate(edges):
-        part = mean.sel(edge=edge) if "edge" in mean.dims else mean
-        absent = [str(name) for name in named if not np.isfinite(float(part.sel(condition=name)))]
+        absent = [str(name) for name in named if not np.isfinite(float(mean.sel(edge=edge, condition=name)))]
         if absent:
             note = {"xref": "paper", "x": 1, "y": row + 0.48, "xanchor": "right", "showarrow": False, "name": "ink"}
             fig.add_annotation(text="not measured: " + ", ".join(absent), font={"size": 11}, **note)
@@ -278,17 +260,18 @@ def release(
     Raises:
         InputError: if the record holds no release at that site.
     """
-    frame = found.evidence
-    frame = frame[(frame["estimand"] == "release") & (frame["site"] == site)]
+    every = found.evidence
+    frame = every[(every["estimand"] == "release") & (every["site"] == site)]
     ranking = frame[frame["half"] == "discovery"] if (frame["half"] == "discovery").any() else frame
     if not len(frame):
-        raise InputError(
-            f"this isolation holds no release at the site {site!r}; sites: {sorted(set(found.evidence['site']))}."
-        )
+        raise InputError(f"this isolation holds no release at the site {site!r}; sites: {sorted(set(every['site']))}.")
     best = ranking.groupby(["layer", "head"])["share"].max().sort_values(ascending=False, kind="stable")
     shown = [(int(layer), int(head)) for layer, head in best.index[:top]]
-    half = half or _half(frame, shown)
-    roles = _roles(found, site)
+    held = frame[frame["half"] == "confirmation"]
+    measured = shown and set(shown) <= set(zip(held["layer"], held["head"], strict=True))
+    half = half or ("confirmation" if measured else "discovery")
+    firsts = found.heads[found.heads["site"] == site].drop_duplicates(["layer", "head"]).to_dict("records")
+    roles = {(row["layer"], row["head"]): row["role"] + (" ✓" if row["confirmed"] else "") for row in firsts}
     names = {key: _style.head_label(*key) + (f"  {roles[key]}" if key in roles else "") for key in shown}
     fig = _style.figure(title=title, height=120 + 40 * len(shown))
     donors = [d for d in colours.DONOR_COLOURS if (frame["donor"] == d).any()]
@@ -309,21 +292,8 @@ def release(
     fig.update_yaxes(_style.rows([names[key] for key in shown]))
     axis = {"text": f"release, share of G ({half})"}
     fig.update_xaxes(title=axis, tickformat=".0%", rangemode="tozero", **_style.ZERO)
-    if found.protocol.get("s") is not None:
-        _style.reference_line(fig, x=float(found.protocol["s"]), text=f"δ = {float(found.protocol['s']):.0%} of G")
+    if (least := found.protocol.get("s")) is not None:
+        note = {"annotation": {"text": f"δ = {float(least):.0%} of G", "font": {"size": 11}, "yshift": 2}}
+        line = {"color": colours.INK, "width": 1, "dash": "dot"}
+        fig.add_vline(x=float(least), line=line, name="ink", annotation_position="top", **note)
     return fig
-
-
-def _half(frame: Any, shown: list[tuple[int, int]]) -> str:
-    """Prefer confirmation, if it measured every head that is shown."""
-    held = frame[frame["half"] == "confirmation"]
-    measured = {(int(layer), int(head)) for layer, head in zip(held["layer"], held["head"], strict=True)}
-    return "confirmation" if shown and set(shown) <= measured else "discovery"
-
-
-def _roles(found: Any, site: str) -> dict[tuple[int, int], str]:
-    roles: dict[tuple[int, int], str] = {}
-    for row in found.heads[found.heads["site"] == site].to_dict("records"):
-        sign = " ✓" if row["confirmed"] else ""
-        roles.setdefault((int(row["layer"]), int(row["head"])), f"{row['role']}{sign}")
-    return roles

@@ -46,25 +46,24 @@ def circuit(
     lanes, rows = _lanes(nodes, kinds, roles is not None)
     n_layers = int(nodes["layer"].max()) + 1
     fig = _style.figure(title=title, height=150 + 34 * len(lanes))
+    members = nodes["member"].to_numpy(dtype=bool)
     x, y = nodes["layer"].to_numpy(dtype=float), np.array(rows, dtype=float)
     if roles is not None:
-        x = _spread(x, y, nodes["member"].to_numpy(dtype=bool))
+        x = _spread(x, y, members)
     _draw_links(fig, found, dict(zip(nodes["node"], zip(x, y, strict=True), strict=True)), float(least))
-    members = nodes["member"].to_numpy(dtype=bool)
     rest = np.flatnonzero(~members)
     texts = _texts(found)
     small = {"size": 5, "color": colours.GREY, "opacity": 0.5}
     _style.marks(fig, x[rest], y[rest], [texts[i] for i in rest], name="not in the circuit", marker=small)
-    largest = _style.limit(nodes["score"].to_numpy())
-    for kind in dict.fromkeys(kind for kind, member in zip(kinds, members, strict=True) if member):
+    scores = nodes["score"].to_numpy(dtype=float)
+    for kind in dict.fromkeys(np.array(kinds)[members].tolist()):
         chosen = [i for i in np.flatnonzero(members) if kinds[i] == kind]
-        share = np.sqrt(np.abs(nodes["score"].to_numpy(dtype=float)[chosen]) / largest)
+        share = np.sqrt(np.abs(scores[chosen]) / _style.limit(scores))
         size = SMALLEST + (LARGEST - SMALLEST) * np.nan_to_num(share)
         look = {"size": size, "color": _colour(kind), "line": {"width": 1, "color": colours.INK}}
-        names = [nodes["node"].iloc[i] for i in chosen]
+        names = nodes["node"].iloc[chosen].tolist()
         written: dict[str, Any] = {"text": names, "textposition": "middle right", "textfont": {"size": 10}}
-        says: dict[str, Any] = {"customdata": [texts[i] for i in chosen]}
-        says["hovertemplate"] = "%{customdata}<extra></extra>"
+        says = {"customdata": [texts[i] for i in chosen], "hovertemplate": "%{customdata}<extra></extra>"}
         fig.add_scatter(x=x[chosen], y=y[chosen], mode="markers+text", name=kind, marker=look, **written, **says)
     fig.update_xaxes(**_style.layer_axis(n_layers), range=[-0.6, n_layers - 0.4])
     fig.update_yaxes(_style.rows(lanes) | {"range": [-0.6, len(lanes) - 0.4], "showgrid": None})
@@ -76,11 +75,11 @@ def _named(roles: Any, known: set[str]) -> dict[str, str]:
     """The role of each node by its name."""
     if roles is None:
         return {}
-    listed: Any = roles.items() if isinstance(roles, Mapping) else []
+    listed: Any = roles
     if not isinstance(roles, Mapping):
-        listed = [((row["layer"], row["head"]), row["role"]) for row in roles.heads.to_dict("records")]
+        listed = {(row["layer"], row["head"]): row["role"] for row in roles.heads[::-1].to_dict("records")}
     found: dict[str, str] = {}
-    for place, role in listed:
+    for place, role in listed.items():
         name = place if isinstance(place, str) else f"L{place[0]}H{place[1]}"
         if name not in known:
             raise InputError(f"a role is given to {name}, which is no node of this circuit: {sorted(known)[:6]}, ...")
@@ -105,48 +104,43 @@ def _lanes(nodes: Any, kinds: list[str], by_role: bool) -> tuple[list[str], list
         order = [*(role for role in reversed(colours.HEAD_COLOURS) if role in kinds)]
         lanes = [*(kind for kind in dict.fromkeys(kinds) if kind not in order), *order]
         return lanes, [lanes.index(kind) for kind in kinds]
-    heads = [int(head) for head in nodes["head"]]
-    last = max(heads)
-    lanes = [f"H{head}" for head in range(last + 1)] + (["MLP"] if min(heads) < 0 else [])
-    return lanes, [last + 1 if head < 0 else head for head in heads]
+    heads = nodes["head"].tolist()
+    lanes = [f"H{head}" for head in range(max(heads) + 1)]
+    return lanes + (["MLP"] if min(heads) < 0 else []), [len(lanes) if head < 0 else head for head in heads]
 
 
 def _spread(x: np.ndarray, y: np.ndarray, members: np.ndarray) -> np.ndarray:
     """Set nodes of one layer and one row beside each other, members first."""
     moved = x.copy()
-    for layer, row in {(a, b) for a, b in zip(x, y, strict=True)}:
+    for layer, row in set(zip(x, y, strict=True)):
         here = np.flatnonzero((x == layer) & (y == row))
-        here = here[np.argsort(~members[here], kind="stable")]
-        if len(here) > 1:
-            moved[here] = layer + np.linspace(-0.32, 0.32, len(here))
+        moved[here[np.argsort(~members[here], kind="stable")]] = layer + _style.apart(len(here), 0.32)
     return moved
 
 
 def _draw_links(fig: Any, found: Any, at: dict[str, tuple[float, float]], least: float) -> None:
-    rows = [row for row in found.links.to_dict("records") if abs(row["interaction"]) >= least]
-    rows = [row for row in rows if not row["low"] <= 0 <= row["high"]]
+    links = found.links[found.links["interaction"].abs() >= least].to_dict("records")
+    rows = [row for row in links if not row["low"] <= 0 <= row["high"]]
     largest = _style.limit([row["interaction"] for row in rows])
     for row in rows:
-        needs = str(row["how"]).startswith("need")
         x, y = zip(at[row["first"]], at[row["second"]], strict=True)
         words = f"{row['first']} and {row['second']} {row['how']}"
         line = {"width": 1 + 5 * abs(row["interaction"]) / largest, "color": colours.BAND}
-        line["dash"] = "solid" if needs else "dot"
+        line["dash"] = "solid" if str(row["how"]).startswith("need") else "dot"
         text = f"{words}: {row['interaction']:+.2f}"
         _style.marks(fig, x, y, text, mode="lines", line=line, showlegend=False, name=words)
 
 
 def _texts(found: Any) -> list[str]:
     """What a node says under the pointer."""
-    needed = {str(row["node"]): row for row in found.minimality.to_dict("records")}
+    needed = {row["node"]: row for row in found.minimality.to_dict("records")}
     texts: list[str] = []
     for row in found.nodes.to_dict("records"):
         bounds = f" ({row['low']:+.3f} to {row['high']:+.3f})" if np.isfinite(row["low"]) else ""
         text = f"<b>{row['node']}</b>, place {row['place']}<br>score {row['score']:+.3f}{bounds} {found.unit}"
         if np.isfinite(row["kept"]):
             text += f"<br>chosen in {row['kept']:.0%} of bootstraps"
-        if str(row["node"]) in needed:
-            adds = needed[str(row["node"])]
+        if adds := needed.get(row["node"]):
             text += f"<br>adds {adds['adds']:+.2f} to f without {adds['removed']}"
         texts.append(text)
     return texts

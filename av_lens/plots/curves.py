@@ -1,26 +1,27 @@
 """Curves with their intervals: over layers, of what is known where, and of a set on held-out conflicts.
 
-Attention by role, words under the lens, cuts in windows of layers. Bands are 95% intervals over clusters of examples
-(absent below five clusters). Roles keep the colours that they have in every figure. Heads are averaged. An axis of more
-than twelve labels (positions, windows of time) is drawn as a map of layers by labels instead.
+`layers`: attention by role, words under the lens, cuts in windows of layers. Bands are 95% intervals over clusters of
+examples (absent below five clusters). Roles keep the colours that they have in every figure. Heads are averaged. An
+axis of more than twelve labels (positions, windows of time) is drawn as a map of layers by labels instead.
 
 ```python
 fig = plots.layers(attention_flow(model, conflicts, queries=("question", "generation")))
 ```
 
-Above: the share of conflicts (`va`) in which the logit lens has the word among the likeliest at some position of the
-span. Below: how often a linear probe tells the class from the span's mean stream, on held-out conflicts. Blue is the
-sound, vermilion the picture; bands are 95% intervals; dotted is the null (other sounds' words, shuffled labels). Layers
-count those that the stream has passed: 0 is before the first.
+`knowledge`: above, the share of conflicts (`va`) in which the logit lens has the word among the likeliest at some
+position of the span. Below: how often a linear probe tells the class from the span's mean stream, on held-out
+conflicts. Blue is the sound, vermilion the picture; bands are 95% intervals; dotted is the null (other sounds' words,
+shuffled labels). Layers count those that the stream has passed: 0 is before the first.
 
-The members are edited one after another, in the order fixed on discovery. Above: the release of the first k members,
-in logits, with its interval; the grey marks are random sets of the same size, matched by layer, the diamond is as many
-top heads for what is seen, and the dotted curve the heads of largest single release together (how spread is the
-effect?). Below: how often the model then says the sound's and the picture's answer, among all words.
+`confirmation`: the members are edited one after another, in the order fixed on discovery. Above: the release of the
+first k members, in logits, with its interval; the grey marks are random sets of the same size, matched by layer, the
+diamond is as many top heads for what is seen, and the dotted curve the heads of largest single release together (how
+spread is the effect?). Below: how often the model then says the sound's and the picture's answer, among all words.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,27 +69,33 @@ def layers(
     Raises:
         InputError: no layers, an unknown axis, or more axes than can be drawn.
     """
-    from plotly.subplots import make_subplots
-
     chosen, kept = _reduced(grid)
     by_line, by_panel = _axes(chosen, lines, panels)
     unit = unit or str(grid.unit or "effect")
     labels = [None] if by_panel is None else chosen.values.coords[by_panel].values.tolist()
     names = [", ".join([*kept, *([] if label is None else [f"{by_panel} {label}"])]) for label in labels]
-    base = _style.figure(title=title, height=360)
-    look = _style.copied(base)
     titles = names if any(names) else None
-    fig = make_subplots(rows=1, cols=len(labels), shared_yaxes=True, subplot_titles=titles, figure=base)
-    fig.update_xaxes(**look)
-    fig.update_yaxes(**look)
-    fig.update_annotations(font={"size": 13})
+    fig = _panels(title, 360, rows=1, cols=len(labels), subplot_titles=titles)
     for column, label in enumerate(labels, 1):
         part = chosen if by_panel is None else chosen.sel(**{by_panel: label})
         if by_line is not None and part.values.sizes[by_line] > MOST_CURVES:
             _map(fig, part, by_line, of, unit, column)
         else:
             _curves(fig, part, by_line, of, unit, column)
-    if any(names):
+    return fig
+
+
+def _panels(title: str | None, height: int, **panels: Any) -> Any:
+    """Make a figure of several panels, each with the axes of a single one."""
+    from plotly.subplots import make_subplots
+
+    base = _style.figure(title=title, height=height)
+    look = {k: v for k, v in base.layout.xaxis.to_plotly_json().items() if k not in ("anchor", "domain")}
+    fig = make_subplots(shared_yaxes=True, figure=base, **panels)
+    fig.update_xaxes(**look)
+    fig.update_yaxes(**look)
+    fig.update_annotations(font={"size": 13})
+    if fig.layout.annotations:
         fig.update_layout(margin={"t": 96 if title else 70}, legend={"y": 1.1})
     return fig
 
@@ -101,12 +108,10 @@ def _reduced(grid: Any) -> tuple[Any, list[str]]:
             f"layers draws grids over layers; this one has the axes {tuple(map(str, values.dims))}. Measure it with "
             "over='layer', or by='layer'."
         )
-    if "head" in values.dims:
-        values = values.mean("head")
+    values = values.mean("head") if "head" in values.dims else values
     single = [str(dim) for dim in values.dims[1:] if values.sizes[dim] == 1 and dim != "layer"]
     kept = [f"{dim} {values.coords[dim].values[0]}" for dim in single]
-    fields = {name: getattr(grid, name) for name in ("baseline", "donor", "clusters", "metric", "unit", "shares")}
-    return type(grid)(values.squeeze(single, drop=True), **fields), kept
+    return replace(grid, values=values.squeeze(single, drop=True)), kept
 
 
 def _axes(grid: Any, lines: str | None, panels: str | None) -> tuple[str | None, str | None]:
@@ -143,19 +148,17 @@ def _curves(fig: Any, grid: Any, by_line: str | None, of: str, unit: str, column
         look = {"line": {"color": colour, "width": 2}, "marker": {"color": colour, "size": 6}}
         _style.marks(fig, at, values, say, mode="lines+markers", **shown, **look, **here)
     fig.update_xaxes(**_style.layer_axis(int(max(at)) + 1), **here)
-    fig.update_yaxes(**_style.ZERO, rangemode="tozero", **here)
-    if column == 1:
-        fig.update_yaxes(title={"text": unit}, row=1, col=1)
+    named = {"title": {"text": unit}} if column == 1 else {}
+    fig.update_yaxes(**_style.ZERO, rangemode="tozero", **named, **here)
 
 
 def _map(fig: Any, grid: Any, by_line: str, of: str, unit: str, column: int) -> None:
     here: dict[str, Any] = {"row": 1, "col": column}
     mean = grid.mean(of).transpose("layer", by_line)
     labels = [str(label) for label in mean.coords[by_line].values.tolist()]
-    top = _style.limit(grid.mean(of).values)
-    signed = bool((grid.mean(of).values < 0).any())
     says = f"layer %{{y}}, {by_line} %{{x}}<br>%{{z:.3g}} {unit}<extra></extra>"
-    look = _style.heat(top, unit, signed=signed) | {"showscale": column == 1, "hovertemplate": says}
+    look = _style.heat(_style.limit(mean), unit, signed=bool((mean < 0).any()))
+    look |= {"showscale": column == 1, "hovertemplate": says}
     fig.add_heatmap(z=mean.values, x=labels, y=mean.coords["layer"].values.tolist(), **look, **here)
     fig.update_xaxes(title={"text": by_line}, showgrid=False, type="category", nticks=16, **here)
     fig.update_yaxes(**_style.layer_axis(len(mean)), showgrid=False, autorange="reversed", **here)
@@ -178,19 +181,13 @@ def knowledge(found: Any, *, title: str | None = None) -> Any:
     Raises:
         InputError: the isolation did not ask what is known (nothing was measured).
     """
-    from plotly.subplots import make_subplots
-
     frame = drawn(found)
     if not len(frame):
         raise InputError("this isolation holds no lens and no probes, so there is nothing to draw.")
     spans = list(dict.fromkeys(frame["span"]))
-    base = _style.figure(title=title, height=520)
-    look = _style.copied(base)
-    grid: dict[str, Any] = {"shared_xaxes": True, "shared_yaxes": True, "vertical_spacing": 0.1}
-    grid |= {"horizontal_spacing": 0.02, "column_titles": spans, "figure": base}
-    fig = make_subplots(rows=2, cols=len(spans), **grid)
-    fig.update_xaxes(**look)
-    fig.update_yaxes(**look, range=[-0.04, 1.04], tickformat=".0%")
+    spaced: dict[str, Any] = {"shared_xaxes": True, "vertical_spacing": 0.1, "horizontal_spacing": 0.02}
+    fig = _panels(title, 520, rows=2, cols=len(spans), column_titles=spans, **spaced)
+    fig.update_yaxes(range=[-0.04, 1.04], tickformat=".0%")
     for row, (method, cell, label) in enumerate(_ROWS, 1):
         here = frame[(frame["method"] == method) & (frame["cell"] == cell)]
         fig.update_yaxes(title_text=label, row=row, col=1)
@@ -200,8 +197,6 @@ def knowledge(found: Any, *, title: str | None = None) -> Any:
                 if len(part):
                     _curve(fig, part, word, colour, row=row, col=column)
     fig.update_xaxes(title_text="layers passed", row=2)
-    fig.update_annotations(font={"size": 13})
-    fig.update_layout(margin={"t": 96 if title else 70}, legend={"y": 1.1})
     return fig
 
 
@@ -213,7 +208,7 @@ def drawn(found: Any) -> Any:
 
 def _curve(fig: Any, part: Any, word: str, colour: str, *, row: int, col: int) -> None:
     """One word's values with their band, and its null."""
-    at, first = part["layer"], row == 1 and col == 1
+    at = part["layer"]
     columns = (part[name] for name in ("value", "low", "high", "null"))
     said = [
         f"<b>{word}</b>, {layers} layers passed<br>{value:.2f} ({low:.2f} to {high:.2f})<br>null {null:.2f}"
@@ -221,13 +216,10 @@ def _curve(fig: Any, part: Any, word: str, colour: str, *, row: int, col: int) -
     ]
     here: dict[str, Any] = {"row": row, "col": col}
     _style.band(fig, at, part["low"], part["high"], colour, word, **here)
-    here |= {"legendgroup": word, "showlegend": first}
+    here |= {"legendgroup": word, "showlegend": row == 1 and col == 1}
     dots = {"color": colour, "dash": "dot", "width": 1}
     fig.add_scatter(x=at, y=part["null"], mode="lines", name=f"{word}, null", line=dots, hoverinfo="skip", **here)
     _style.marks(fig, at, part["value"], said, mode="lines+markers", name=word, line={"color": colour}, **here)
-
-
-_SAYS = (("says_sound", "says the sound", colours.SOUND), ("says_picture", "says the picture", colours.PICTURE))
 
 
 def confirmation(found: Any, *, title: str | None = None) -> Any:
@@ -255,12 +247,17 @@ def confirmation(found: Any, *, title: str | None = None) -> Any:
     last = int(max([*arm["k"], *random["k"], 1]))
     if len(arm):
         ranked = ranked[ranked["k"] <= max(8, 2 * last)]
-    _random(fig, random)
+    name = f"random heads of the same layers ({len(random)} sets)"
+    look: dict[str, Any] = {"size": 6, "color": colours.GREY, "opacity": 0.55}
+    text = "random heads {members}<br>k = {k}: {release:+.3f} logits"
+    _dots(fig, random, _spread(random), text, name=name, marker=look)
     if len(ranked):
         _arm_curve(fig, ranked, name="the heads of largest single release", colour=colours.AMBER, dash="dot")
     if len(arm):
         _arm_curve(fig, arm, name="the set, in its order", colour=colours.SOUND, dash="solid")
-    _see(fig, frame[frame["arm"] == "see heads"])
+    see, look = frame[frame["arm"] == "see heads"], {"symbol": "diamond", "size": 11, "color": colours.PICTURE}
+    text = "{members}: {release:+.3f} logits"
+    _dots(fig, see, see["k"], text, name="as many heads for what is seen", marker=look)
     _said(fig, found, arm if len(arm) else ranked, random, start=bool(len(arm)))
     _scale(fig, last=int(max([last, *ranked["k"]])), log=not len(arm))
     return fig
@@ -281,22 +278,14 @@ def _scale(fig: Any, *, last: int, log: bool) -> None:
     )
 
 
-def _jitter(n: int, *, width: float = 0.16) -> np.ndarray:
-    """Spread marks of one k sideways, always in the same way."""
-    return width * (((np.arange(n) * 0.6180339887) % 1.0) * 2 - 1)
+def _spread(random: Any) -> np.ndarray:
+    """Set marks of one k sideways, always in the same way."""
+    return random["k"].to_numpy(float) + 0.16 * (((np.arange(len(random)) * 0.6180339887) % 1.0) * 2 - 1)
 
 
-def _random(fig: Any, random: Any) -> None:
-    if not len(random):
-        return
-    ks = random["k"].to_numpy(float)
-    text = [
-        f"random heads {m}<br>k = {k}: {r:+.3f} logits"
-        for m, k, r in zip(random["members"], random["k"], random["release"], strict=True)
-    ]
-    look = {"size": 6, "color": colours.GREY, "opacity": 0.55}
-    name = f"random heads of the same layers ({len(ks)} sets)"
-    _style.marks(fig, ks + _jitter(len(ks)), random["release"], text, name=name, marker=look)
+def _dots(fig: Any, rows: Any, x: Any, text: str, **look: Any) -> None:
+    if len(rows):
+        _style.marks(fig, x, rows["release"], [text.format(**row) for row in rows.to_dict("records")], **look)
 
 
 def _arm_curve(fig: Any, arm: Any, *, name: str, colour: str, dash: str) -> None:
@@ -310,24 +299,17 @@ def _arm_curve(fig: Any, arm: Any, *, name: str, colour: str, dash: str) -> None
     _style.marks(fig, arm["k"], values, text, mode="lines+markers", name=name, error_y=bars, **look)
 
 
-def _shortened(members: str, *, most: int = 8) -> str:
+def _shortened(members: str) -> str:
     names = members.split()
-    return " ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _see(fig: Any, rows: Any) -> None:
-    if not len(rows):
-        return
-    text = [f"{m}: {r:+.3f} logits" for m, r in zip(rows["members"], rows["release"], strict=True)]
-    look = {"symbol": "diamond", "size": 11, "color": colours.PICTURE}
-    _style.marks(fig, rows["k"], rows["release"], text, name="as many heads for what is seen", marker=look)
+    return " ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _said(fig: Any, found: Any, arm: Any, random: Any, *, start: bool) -> None:
     """Add the lower panel: what the model says, from no head edited to all of the set."""
     below = {"xaxis": "x2", "yaxis": "y2"}
     chosen = found.sets[found.sets["chosen"]]
-    for column, name, colour in _SAYS:
+    for word, colour in _WORDS:
+        column, name = f"says_{word}", f"says the {word}"
         before = float(chosen[f"{column}_before"].iloc[0]) if len(chosen) else float("nan")
         known = start and np.isfinite(before)
         x, y = ([0, *arm["k"]], [before, *arm[column]]) if known else (arm["k"], arm[column])
@@ -335,8 +317,7 @@ def _said(fig: Any, found: Any, arm: Any, random: Any, *, start: bool) -> None:
         says = f"{name}: %{{y:.3f}} at k = %{{x}}<extra></extra>"
         fig.add_scatter(x=x, y=y, mode="lines+markers", name=name, hovertemplate=says, **look, **below)
         if len(random):
-            x = random["k"].to_numpy(float) + _jitter(len(random))
             look = {"marker": {"size": 5, "color": colour, "opacity": 0.45, "symbol": "circle-open"}}
             says = f"random heads, {name}: %{{y:.3f}}<extra></extra>"
             look |= {"mode": "markers", "showlegend": False, "hovertemplate": says}
-            fig.add_scatter(x=x, y=random[column], **look, **below)
+            fig.add_scatter(x=_spread(random), y=random[column], **look, **below)

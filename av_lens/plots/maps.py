@@ -1,8 +1,8 @@
 """Maps: heads by layers, attention token by token, and what each position of an input is.
 
-Blue raises the sound's answer, vermilion the picture's; zero is the neutral middle, whatever the range. A head that was
-not measured is hatched and says so when pointed at. Values are drawn as given: means over conflicts, in the unit that
-the colour bar names. Nothing is clipped, normalised or sorted.
+`heads`: blue raises the sound's answer, vermilion the picture's; zero is the neutral middle, whatever the range. A head
+that was not measured is hatched and says so when pointed at. Values are drawn as given: means over conflicts, in the
+unit that the colour bar names. Nothing is clipped, normalised or sorted.
 
 ```python
 import numpy as np
@@ -10,20 +10,19 @@ from av_lens import plots
 fig = plots.heads(np.array([[0.0, 1.5], [np.nan, -0.5]]), unit="logits")
 ```
 
-circuitsvis's own notebook view first calls a web server to see whether it is online and then loads its script from a
-CDN. The view returned here always carries the script that was installed with the package.
+`attention_patterns`: circuitsvis's own notebook view first calls a web server to see whether it is online and then
+loads its script from a CDN. The view returned here always carries the script that was installed with the package.
 
-The upper strip colours every position by its leaf role, left to right as the model reads them. The lower panel draws,
-for positions that stand for media, the time they cover: solid on the model's clock (what the position ids say), dotted
-on the source's clock (when the frames or samples behind the token really were). The two differ where a layout shifts
-time; nothing else is derived here.
+`spans`: the upper strip colours every position by its leaf role, left to right as the model reads them. The lower panel
+draws, for positions that stand for media, the time they cover: solid on the model's clock (what the position ids say),
+dotted on the source's clock (when the frames or samples behind the token really were). The two differ where a layout
+shifts time; nothing else is derived here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,9 +30,7 @@ import numpy as np
 from av_lens import colours
 from av_lens.errors import InputError
 from av_lens.plots import _style
-from av_lens.spans import SpanMap
-
-Bounds = dict[tuple[int, int], tuple[float, float]]
+from av_lens.spans import SpanMap, role_runs
 
 
 def heads(
@@ -64,14 +61,16 @@ def heads(
     Raises:
         InputError: if there is no axis of layers and heads to draw, or a frame has two rows for one head.
     """
-    values, bounds = _matrix(grid_or_frame, value=value, low=low, high=high)
+    found = _planes(grid_or_frame, (value, low, high))
+    values = found[0]
     unit = unit or str(getattr(grid_or_frame, "unit", None) or "effect")
     n_layers, n_heads = values.shape
     top = _style.limit(values)
     fig = _style.figure(title=title, height=int(min(900, max(260, 130 + 34 * n_layers))))
     small = n_layers * n_heads <= 144
     text: dict[str, Any] = {"text": _labels(values, top), "texttemplate": "%{text}"} if small else {}
-    hover: dict[str, Any] = {"customdata": _hover(values, bounds, unit), "hoverongaps": False}
+    said = [[_say(layer, head, found[:, layer, head], unit) for head in range(n_heads)] for layer in range(n_layers)]
+    hover: dict[str, Any] = {"customdata": said, "hoverongaps": False}
     hover["hovertemplate"] = "%{customdata}<extra></extra>"
     look = _style.heat(top, unit, font={"size": 13})
     axes = {"x": list(range(n_heads)), "y": list(range(n_layers)), "xgap": 1.5, "ygap": 1.5}
@@ -86,8 +85,10 @@ def heads(
     return fig
 
 
-def _matrix(x: Any, *, value: str, low: str, high: str) -> tuple[np.ndarray, Bounds]:
-    """Bring what was given to `[layer, head]` and the intervals that came with it."""
+def _planes(x: Any, columns: tuple[str, str, str]) -> np.ndarray:
+    """Bring what was given to `[3, layer, head]`: the values, and the ends of the intervals that came with them."""
+    if hasattr(x, "columns"):
+        return _from_frame(x, *columns)
     if hasattr(x, "effects"):
         effects = x.effects
         if not {"layer", "head"} <= set(effects.dims):
@@ -95,17 +96,14 @@ def _matrix(x: Any, *, value: str, low: str, high: str) -> tuple[np.ndarray, Bou
                 f"heads draws layers by heads; this grid has the axes {tuple(map(str, effects.dims))}. "
                 "Measure it with over='layer head'."
             )
-        mean = effects.mean([dim for dim in effects.dims if dim not in ("layer", "head")])
-        return np.asarray(mean.transpose("layer", "head").values, dtype=float), {}
-    if hasattr(x, "columns"):
-        return _from_frame(x, value=value, low=low, high=high)
+        x = effects.mean([dim for dim in effects.dims if dim not in ("layer", "head")]).transpose("layer", "head")
     values = np.asarray(x, dtype=float)
     if values.ndim != 2:
         raise InputError(f"heads draws an array [layer, head]; this one has the shape {values.shape}.")
-    return values, {}
+    return np.stack([values, np.full(values.shape, np.nan), np.full(values.shape, np.nan)])
 
 
-def _from_frame(frame: Any, *, value: str, low: str, high: str) -> tuple[np.ndarray, Bounds]:
+def _from_frame(frame: Any, value: str, low: str, high: str) -> np.ndarray:
     if missing := [name for name in ("layer", "head", value) if name not in frame.columns]:
         needs = f"heads needs the columns layer, head and {value!r}"
         raise InputError(f"{needs}; missing: {missing}. Found: {list(frame.columns)}.")
@@ -113,15 +111,12 @@ def _from_frame(frame: Any, *, value: str, low: str, high: str) -> tuple[np.ndar
     for first in rows[rows.duplicated(["layer", "head"])].to_dict("records")[:1]:
         place = f"layer {int(first['layer'])} head {int(first['head'])}"
         raise InputError(f"the frame has more than one row for {place}; choose one site and role first.")
-    shape = (int(rows["layer"].max()) + 1, int(rows["head"].max()) + 1) if len(rows) else (1, 1)
-    values = np.full(shape, np.nan)
-    bounds: Bounds = {}
-    for row in rows.to_dict("records"):
-        key = (int(row["layer"]), int(row["head"]))
-        values[key] = float(row[value])
-        if low in row and high in row:
-            bounds[key] = (float(row[low]), float(row[high]))
-    return values, bounds
+    layer, head = (rows[name].to_numpy(int) for name in ("layer", "head"))
+    found = np.full((3, layer.max(initial=0) + 1, head.max(initial=0) + 1), np.nan)
+    found[0, layer, head] = rows[value]
+    if {low, high} <= set(rows.columns):
+        found[1:, layer, head] = rows[[low, high]].T
+    return found
 
 
 def _labels(values: np.ndarray, top: float) -> list[list[str]]:
@@ -131,13 +126,10 @@ def _labels(values: np.ndarray, top: float) -> list[list[str]]:
     ]
 
 
-def _hover(values: np.ndarray, bounds: Bounds, unit: str) -> list[list[str]]:
-    def say(layer: int, head: int) -> str:
-        text = f"<b>{_style.head_label(layer, head)}</b><br>{values[layer, head]:+.3f} {unit}"
-        low, high = bounds.get((layer, head), (np.nan, np.nan))
-        return text + (f"<br>95% interval {low:+.3f} to {high:+.3f}" if np.isfinite([low, high]).all() else "")
-
-    return [[say(layer, head) for head in range(values.shape[1])] for layer in range(values.shape[0])]
+def _say(layer: int, head: int, figures: np.ndarray, unit: str) -> str:
+    value, low, high = figures
+    text = f"<b>{_style.head_label(layer, head)}</b><br>{value:+.3f} {unit}"
+    return text + (f"<br>95% interval {low:+.3f} to {high:+.3f}" if np.isfinite([low, high]).all() else "")
 
 
 def _mark_missing(fig: Any, values: np.ndarray) -> None:
@@ -149,7 +141,7 @@ def _mark_missing(fig: Any, values: np.ndarray) -> None:
     line = {"color": colours.GREY, "width": 1}
     mark: dict[str, Any] = {"mode": "lines", "line": line, "hoverinfo": "skip", "meta": {"palette": "hatch"}}
     fig.add_scatter(x=xs, y=ys, name="not measured", **mark)
-    text = [f"<b>{_style.head_label(int(y), int(x))}</b><br>not measured" for x, y in missing]
+    text = [f"<b>{_style.head_label(y, x)}</b><br>not measured" for x, y in missing]
     x, y = zip(*missing, strict=True)
     _style.marks(fig, x, y, text, marker={"size": 18, "opacity": 0}, showlegend=False)
     fig.update_layout(showlegend=True)
@@ -191,8 +183,7 @@ def attention_patterns(
     """
     from circuitsvis.attention import attention_heads
 
-    detached = pattern.detach().cpu().float().numpy() if hasattr(pattern, "detach") else pattern
-    weights = np.asarray(detached, dtype=np.float32)
+    weights = np.asarray(pattern.detach().cpu().float() if hasattr(pattern, "detach") else pattern, dtype=np.float32)
     if weights.ndim != 3 or weights.shape[1] != weights.shape[2] or weights.shape[1] != len(tokens):
         raise InputError(
             f"attention_patterns draws [head, pos, pos] over as many tokens; got {weights.shape} "
@@ -228,13 +219,13 @@ def spans(x: Any, *, title: str | None = None) -> Any:
     found = x if isinstance(x, SpanMap) else getattr(x, "spans", None)
     if not isinstance(found, SpanMap):
         raise InputError(f"spans draws a SpanMap or an input that has one; this is a {type(x).__name__}.")
-    roles = [str(role) for role in found.roles]
+    roles = found.roles
     timed = bool(np.isfinite(found.start_s).any())
     fig = _style.figure(title=title, height=340 if timed else 170)
     seen: set[str] = set()
-    for role, start, stop in runs_of(roles):
+    for role, start, stop in role_runs(roles):
         bar: dict[str, Any] = {"x": [stop - start], "base": [start - 0.5], "y": ["role"], "orientation": "h"}
-        look = {"color": colours.ROLE_COLOURS.get(role, colours.GREY), "line": {"width": 0}}
+        look = {"color": colours.ROLE_COLOURS[role], "line": {"width": 0}}
         shown: dict[str, Any] = {"name": role, "legendgroup": role, "showlegend": role not in seen}
         says = _say_run(found, role, start, stop) + "<extra></extra>"
         fig.add_bar(**bar, marker=look, hovertemplate=says, yaxis="y", **shown)
@@ -243,39 +234,31 @@ def spans(x: Any, *, title: str | None = None) -> Any:
     fig.update_xaxes(title={"text": "position"}, range=[-0.5, len(roles) - 0.5], showgrid=False)
     fig.update_yaxes(showticklabels=False, ticks="", showgrid=False, domain=[0.72, 1.0] if timed else [0.0, 1.0])
     if timed:
-        _add_clocks(fig, found, roles)
+        _add_clocks(fig, found)
     return fig
-
-
-def runs_of(roles: list[str]) -> list[tuple[str, int, int]]:
-    """Cut a list of roles into its runs."""
-    cuts = [0, *(i for i in range(1, len(roles)) if roles[i] != roles[i - 1]), len(roles)]
-    return [(roles[a], a, b) for a, b in pairwise(cuts) if b > a]
 
 
 def _say_run(found: SpanMap, role: str, start: int, stop: int) -> str:
     where = f"position {start}" if stop - start == 1 else f"positions {start} to {stop - 1} ({stop - start})"
-    begin, end = np.asarray(found.start_s[start:stop]), np.asarray(found.end_s[start:stop])
-    if not np.isfinite(begin).any():
-        return f"<b>{role}</b><br>{where}"
-    return f"<b>{role}</b><br>{where}<br>{np.nanmin(begin):.2f} s to {np.nanmax(end):.2f} s"
+    begin, end = found.start_s[start:stop], found.end_s[start:stop]
+    seconds = f"<br>{np.nanmin(begin):.2f} s to {np.nanmax(end):.2f} s" if np.isfinite(begin).any() else ""
+    return f"<b>{role}</b><br>{where}{seconds}"
 
 
-def _add_clocks(fig: Any, found: SpanMap, roles: list[str]) -> None:
+def _add_clocks(fig: Any, found: SpanMap) -> None:
     """Add the lower panel: each media position's interval on the model's and on the source's clock."""
     clocks = (
         ("model's clock", found.start_s, found.end_s, "solid", 3.0),
         ("source's clock", found.source_start_s, found.source_end_s, "dot", 1.5),
     )
     for role in ("video", "image", "audio"):
-        where = [i for i, name in enumerate(roles) if name == role]
         for clock, starts, ends, dash, width in clocks:
-            timed = [i for i in where if np.isfinite([starts[i], ends[i]]).all()]
+            timed = [i for i in found[role] if np.isfinite([starts[i], ends[i]]).all()]
             xs = [x for i in timed for x in (i, i, None)]
             ys = [y for i in timed for y in (float(starts[i]), float(ends[i]), None)]
+            line = {"color": colours.ROLE_COLOURS[role], "width": width, "dash": dash}
+            look: dict[str, Any] = {"mode": "lines", "line": line, "name": f"{role}, {clock}", "showlegend": False}
             if timed:
-                line = {"color": colours.ROLE_COLOURS[role], "width": width, "dash": dash}
-                name = f"{role}, {clock}"
-                fig.add_scatter(x=xs, y=ys, mode="lines", line=line, name=name, yaxis="y2", showlegend=False)
+                fig.add_scatter(x=xs, y=ys, yaxis="y2", **look)
     time = _style.panel("time (s)", domain=[0.0, 0.62], anchor="x", rangemode="tozero")
     fig.update_layout(yaxis2=time, xaxis={"anchor": "y2"})

@@ -88,11 +88,8 @@ class Choice:
             None, max_new_tokens=how.max_new_tokens, do_sample=how.do_sample, **settings_of(model, how)
         )
         mode = settings.get_generation_mode()
-        plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE) and settings.num_return_sequences in (
-            None,
-            1,
-        )
-        if unknown or not plain:
+        plain = mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        if unknown or not plain or settings.num_return_sequences not in (None, 1):
             asked = ", ".join(how.options) or str(mode)
             raise InputError(
                 f"trace.generate decodes one sequence for each plan, greedily or by sampling; the options {asked} ask "
@@ -152,14 +149,17 @@ class _Stack:
         cos, sin = _rotary(model, stream[0], self.next_ids + self.steps)
         everything = stream.new_zeros(1, 1, 1, offset - self.start + 1)
         window = Window(self.start, cos[:, :, None], sin[:, :, None], None, everything, causal=False)
-        tokens_in = stream
-
-        def enter(number: int, made: Tensor | None) -> Tensor:
-            return tokens_in if made is None else made
-
-        for number, made in run_layers(model, window, taps, enter, self.past.__getitem__, earlier=self.own):
-            stream, self.own[number] = made.stream, (made.keys, made.values)
-        self.logits = unembedded(model, stream)[:, :, 0].float()
+        last = stream
+        for number, made in run_layers(
+            model,
+            window,
+            taps,
+            lambda _, left: stream if left is None else left,
+            self.past.__getitem__,
+            earlier=self.own,
+        ):
+            last, self.own[number] = made.stream, (made.keys, made.values)
+        self.logits = unembedded(model, last)[:, :, 0].float()
         self.steps += 1
 
     def keep(self, places: list[int]) -> None:
@@ -192,8 +192,7 @@ def _decode(stack: _Stack, numbers: Sequence[int], choice: Choice) -> dict[int, 
             if not still[place]:
                 plan = stack.plans[place]
                 plan.verify(decode_steps=stack.steps)
-                fired = dict(plan.fired)
-                found[number] = as_asked(model, how, tokens[place], prompt.shape[1], logits[number], fired)
+                found[number] = as_asked(model, how, tokens[place], prompt.shape[1], logits[number], plan.fired)
         if not any(still):
             return found
         if not all(still):

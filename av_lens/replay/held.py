@@ -1,4 +1,4 @@
-"""Runs in which every head is held at the base run's output, and gradients at every reader's own input.
+"""Gradients at every reader's own input, and runs in which every head is held at the base run's output.
 
 The residual stream is read by the queries, keys and values of every head, by every MLP and by the unembedding. Each
 reading is a branch of its own (the layer's norm included), and
@@ -7,13 +7,9 @@ reading is a branch of its own (the layer's norm included), and
     d metric / d stream before a layer = d metric / d stream after it + sum of G over the layer's readers
 
 Keys and values are *ungrouped*: a head's branch is the copy of the key that this query head alone reads; the sum over
-the heads that share a key-value head is the gradient of the shared copy.
-
-The gradients are made from the last layer down, one layer at a time, from the streams of a recorded run; no graph of
-the whole run is kept, so that prompts of thousands of positions fit.
-
-Source: the forks are those of edge attribution (Syed et al., 2023); ungrouped keys and values as in "Same Task,
-Different Circuits" (2025).
+the heads that share a key-value head is the gradient of the shared copy. The gradients are made from the last layer
+down, one layer at a time, from the streams of a recorded run; no graph of the whole run is kept, so that prompts of
+thousands of positions fit.
 
 With every head held, positions do not read one another: a change of what one head wrote at a position stays at that
 position, is added to the stream, and is seen by the MLPs (where they are not held too) and the norms alone. So
@@ -23,6 +19,9 @@ position, is added to the stream, and is seen by the MLPs (where they are not he
 is computed for many changes at once, without attention and without a run of the model, and is exact. `HeldRun.inputs`
 gives what chosen receivers then read; `outputs` what they make of that input, all else in them as in the base run.
 `replaced` writes the base run in which receivers read it, and everything after them is free, as plans to be replayed.
+
+Source: the forks are those of edge attribution (Syed et al., 2023); ungrouped keys and values as in "Same Task,
+Different Circuits" (2025).
 """
 
 from __future__ import annotations
@@ -45,8 +44,6 @@ from av_lens.metrics.metric import Metric
 from av_lens.replay.recording import Record, Window
 from av_lens.replay.rerun import layer_of, layers, rerun_under
 from av_lens.replay.stacks import reread
-
-KINDS = ("logits", "mlp", "q", "k", "v")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +69,7 @@ class Reading:
 def reader_names(kind: str, layer: int, n_readers: int) -> list[str]:
     """Name readers."""
     if kind in ("logits", "mlp"):
-        return ["logits" if kind == "logits" else f"L{layer} mlp"]
+        return [kind if kind == "logits" else f"L{layer} mlp"]
     return [f"L{layer}H{head}.{kind}" for head in range(n_readers)]
 
 
@@ -148,9 +145,7 @@ def _attention(
     copies = {"q": 1, "k": layer.group, "v": layer.group}
     ungrouped = [layer.heads(kind, normed).repeat_interleave(n, dim=2) for kind, n in copies.items()]
     q, k, v = (part.detach().requires_grad_() for part in ungrouped)
-    queries, keys = (
-        layer.turned(kind, part, window.cos, window.sin).transpose(1, 2) for kind, part in (("q", q), ("k", k))
-    )
+    queries, keys = (layer.turned(*one, window.cos, window.sin).transpose(1, 2) for one in (("q", q), ("k", k)))
     read = [Read(keys, v.transpose(1, 2), window.own_mask)]
     if window.start:
         earlier_k, earlier_v = (part.repeat_interleave(layer.group, dim=1) for part in past)
@@ -226,10 +221,7 @@ class HeldRun:
                 begun = [row for row, one in enumerate(changes) if any(place[1] <= number for place in one)]
                 self._through_mlp(moved, layer, number, [row for row in begun if row not in own])
             self._add(moved, changes, ("mlp", number))
-        for node in wanted:
-            if node.kind == "logits":
-                found[node] = self.entering(n_layers) + moved
-        return found
+        return found | {node: self.entering(n_layers) + moved for node in wanted if node.kind == "logits"}
 
     @torch.no_grad()
     def outputs(
@@ -242,14 +234,12 @@ class HeldRun:
         found: dict[tuple[str, int, int], tuple[Tensor, Tensor]] = {}
         for node, given in read.items():
             if node.kind == "mlp" and node.layer is not None:
-                base = self.middle[node.layer]
-                layer = layer_of(self.record.model, node.layer)
-                written = [self._mlp(layer, part, base) for part in (given, base)]
-                found["mlp", node.layer, 0] = (written[0], written[1])
+                base, layer = self.middle[node.layer], layer_of(self.record.model, node.layer)
+                found["mlp", node.layer, 0] = (self._mlp(layer, given, base), self._mlp(layer, base, base))
         for number in sorted({node.layer for node in read if node.kind in ("head", "kv") and node.layer is not None}):
             here = {node: given for node, given in read.items() if node.layer == number and node.kind != "mlp"}
-            for head, pair in reread(self.record, number, here, self.positions).items():
-                found["z", number, head] = pair
+            read_anew = reread(self.record, number, here, self.positions)
+            found |= {("z", number, head): pair for head, pair in read_anew.items()}
         return found
 
     def _add(self, moved: Tensor, changes: Sequence[Change], place: tuple[str, int]) -> None:
@@ -276,9 +266,8 @@ class HeldRun:
         model = self.record.model
         if self.norms == "recomputed":
             return unembedded(model, stream, tokens)
-        head: Any = model.bridge.unembed.original_component
         normed = self._normed(model.bridge.ln_final.original_component, stream, self.entering(self.record.n_layers))
-        logits = head(normed)
+        logits = model.bridge.unembed.original_component(normed)
         return logits if tokens is None else logits[..., tokens]
 
 
@@ -293,10 +282,9 @@ def replaced(held: HeldRun, read: Mapping[Node, Float[Tensor, "row batch pos _"]
     first = min(node.reads_at for node in read)
     known = {node: given for node, given in read.items() if node.kind == "mlp" or node.reads_at == first}
     made = held.outputs(known)
-    n_rows = len(next(iter(read.values())))
     later = list(range(held.positions[0], len(held.record.spans)))
     plans: list[Plan] = []
-    for row in range(n_rows):
+    for row in range(len(next(iter(read.values())))):
         edits = [
             write(Site("z", layer, head, later), new[row])
             if kind == "z"
@@ -318,9 +306,9 @@ def _with_later(held: HeldRun, plan: Plan, rest: Mapping[Node, Tensor]) -> Plan:
             now = rerun_under(record, plan, until=number)
             z = reread(now, number, {node: given[None] for node, given in here.items()}, positions)
             span = list(range(positions[0], len(record.spans)))
-            plan = plan + Plan(write(Site("z", number, head, span), new[0]) for head, (new, _) in z.items())
+            plan += Plan(write(Site("z", number, head, span), new[0]) for head, (new, _) in z.items())
         else:
-            plan = plan + Plan(
+            plan += Plan(
                 write(Site(node.input or "q", number, node.index, positions), given) for node, given in here.items()
             )
     return plan

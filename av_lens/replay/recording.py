@@ -1,20 +1,20 @@
 """What one recorded run holds and how it is recorded, and attention over it: its prefix and each plan's own keys.
 
-out = (e^{l_1} out_1 + e^{l_2} out_2) / (e^{l_1} + e^{l_2}),   l = log sum exp of a part's scores
-
-The prefix's keys and values belong to the recorded run and are the same for all plans: all their queries attend to them
-in one product, and nothing is copied for a plan. The recorded and the own part are softmaxed apart and merged by their
-log-sum-exp, which is exact. Scores are never stored on a CPU: torch's flash kernel for CPUs hands back the log-sum-exp.
-On other devices, where gradients are wanted (the kernel gives none for the log-sum-exp) and under a mask on the prefix,
-scores are computed plainly.
-
-Source: cascade attention (Ye et al., FlashInfer, 2024); the log-sum-exp merge is that of flash attention (Dao, 2022).
-
 A record keeps, for every layer, the residual stream that entered it and its rotated keys and values: all that a
 restart needs. It may lie on another device than the model (`device="cpu"`): what a restart reads is brought over layer
-by layer, from the first position that it needs.
+by layer, from the first position that it needs. A plainly causal mask is not kept: at 3,000 positions it is larger than
+a layer's record.
 
-Where the mask is plainly causal it is not kept: at 3,000 positions it is larger than a layer's record.
+The prefix's keys and values are the same for all plans: all their queries attend to them in one product, and nothing is
+copied for a plan. The recorded and the own part are softmaxed apart and merged by their log-sum-exp, which is exact:
+
+    out = (e^{l_1} out_1 + e^{l_2} out_2) / (e^{l_1} + e^{l_2}),   l = log sum exp of a part's scores
+
+Scores are never stored on a CPU: torch's flash kernel for CPUs hands back the log-sum-exp. On other devices, where
+gradients are wanted (the kernel gives none for the log-sum-exp) and under a mask on the prefix, scores are computed
+plainly.
+
+Source: cascade attention (Ye et al., FlashInfer, 2024); the log-sum-exp merge is that of flash attention (Dao, 2022).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from torch import Tensor
 
 from av_lens.brief import Brief
 from av_lens.core.budget import GIGABYTE
-from av_lens.core.calls import heads_first, rows_of, stream_names, turn_of, unembedded, watching
-from av_lens.core.execution import Standing, places, same_hooks, standing_hooks
+from av_lens.core.calls import heads_first, rows_of, turn_of, unembedded, watching
+from av_lens.core.execution import Standing, places, standing_hooks
 from av_lens.errors import BudgetError, InterventionError
-from av_lens.families.decoder import ReplayTraits, causal_mask, flash, layer_names
+from av_lens.families.decoder import ReplayTraits, causal_mask, flash, hook_name, layer_names
 from av_lens.spans import SpanMap
 
 
@@ -103,20 +103,14 @@ def _own_part(
     """Attend to the new keys: what is read `[plan, batch, row, head, d_head]`, and the log-sum-exp without `d_head`."""
     plans, batch, n_rows, n_heads, _ = q.shape
     k, v = own
-    group = n_heads // k.shape[3]
-    if k.shape[2] == 1:
-        k, v = (part.repeat_interleave(group, dim=3) if group > 1 else part for part in own)
-        return v.clone(), (q * k).sum(-1).float() * scaling
-    if n_rows == 1:
+    group, square = n_heads // k.shape[3], n_rows == k.shape[2]
+    if n_rows == 1 and not square:
         return _own_part_of_one_row(q, own, window, rows, scaling)
-    square = n_rows == k.shape[2]
-    keys, values = (
-        part.repeat_interleave(group, dim=3).transpose(2, 3).flatten(0, 1)
-        if group > 1
-        else part.transpose(2, 3).flatten(0, 1)
-        for part in own
-    )
-    queries = q.transpose(2, 3).flatten(0, 1)
+    if group > 1:
+        k, v = (part.repeat_interleave(group, dim=3) for part in own)
+    if k.shape[2] == 1:
+        return v.clone(), (q * k).sum(-1).float() * scaling
+    queries, keys, values = (part.transpose(2, 3).flatten(0, 1) for part in (q, k, v))
     mask = None
     if not (square and window.causal):
         mask = window.own_mask[:, :, rows]
@@ -220,13 +214,12 @@ class Record(Brief):
         """
         with turn_of(self.model.bridge):
             now = standing_hooks(self.model)
-            if same_hooks(now, self.standing):
-                return
-            raise InterventionError(
-                f"this trace was recorded with hooks at {places(self.model, self.standing)}, and the model now has "
-                f"hooks at {places(self.model, now)}: a number would be true of neither. Record again with "
-                "model.trace(x), or put the hooks back as they were (the same functions in the same places)."
-            )
+            if [hook.key for hook in now] != [hook.key for hook in self.standing]:
+                raise InterventionError(
+                    f"this trace was recorded with hooks at {places(self.model, self.standing)}, and the model now has "
+                    f"hooks at {places(self.model, now)}: a number would be true of neither. Record again with "
+                    "model.trace(x), or put the hooks back as they were (the same functions in the same places)."
+                )
 
     def obstacle(self) -> str:
         """Say what the adapter declares, or leaves undeclared, that a restart of this run would get wrong.
@@ -326,21 +319,24 @@ def recorded(
     beside: Sequence[tuple[str, Callable[..., Any]]] = (),
 ) -> tuple[dict[str, Any], Tensor]:
     """Run the model once and keep what is needed to restart it."""
-    spec = model.spec
-    streams = stream_names(spec.n_layers)
-    keys, values = (layer_names(component, spec.n_layers) for component in ("rot_k", "v"))
-    kept: dict[str, Tensor] = {}
-    hooks: list[tuple[str, Callable[..., Any]]] = [*beside]
-    for names, component in ((streams, "resid"), (keys, "rot_k"), (values, "v")):
-        hooks += [(name, watching(partial(_keep, kept, name, component, device))) for name in names]
+    n_layers, kept = model.spec.n_layers, dict[str, Tensor]()
+    names = {"resid": (*layer_names("resid_pre", n_layers), hook_name("resid_post", n_layers - 1))}
+    names |= {"keys": layer_names("rot_k", n_layers), "values": layer_names("v", n_layers)}
+
+    def keep(name: str, component: str | None, activation: Tensor) -> None:
+        found = activation.detach()
+        kept[name] = (found if component is None else heads_first(found, component)).to(device)
+
+    components = {"resid": None, "keys": "rot_k", "values": "v"}
+    looks = [(name, watching(partial(keep, name, components[part]))) for part in names for name in names[part]]
+    hooks: list[tuple[str, Callable[..., Any]]] = [*beside, *looks]
     if not keep_logits:  # the logits of all positions would be larger than the record
         hooks.append(("unembed.hook_in", rows_of(slice(-1, None))))
     with entering(model) as entered:
         logits: Tensor = model.run_with_hooks(x, fwd_hooks=hooks)
-    found = {"resid": streams, "keys": keys, "values": values}
-    made = {part: [kept[name] for name in names] for part, names in found.items()}
+    made = {part: [kept[name] for name in of_part] for part, of_part in names.items()}
     own = logits.to(device) if keep_logits else None
-    mask = additive(entered.get("attention_mask"), kept[streams[0]])
+    mask = additive(entered.get("attention_mask"), made["resid"][0])
     return fields_of(model, x, made, entered, mask) | {"own_logits": own}, logits[:, -1]
 
 
@@ -349,10 +345,10 @@ def fields_of(
 ) -> dict[str, Any]:
     """The fields of a `Record`, of what each layer made and of what entered the first."""
     cos, sin = (table.to(made["resid"][0].device) for table in entered["position_embeddings"])
-    whole = {part: tuple(tensors) for part, tensors in made.items()}
+    whole: dict[str, Any] = {part: tuple(tensors) for part, tensors in made.items()}
     place = made["resid"][0].device
     added = {layer: trimmed(part).to(place) for layer, part in entered.get("added", {}).items()}
-    return {"model": model, "x": x, **whole, "tables": (cos, sin), "mask": mask, "added": added}
+    return whole | {"model": model, "x": x, "tables": (cos, sin), "mask": mask, "added": added}
 
 
 def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits: bool = False) -> None:
@@ -366,27 +362,6 @@ def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits:
             f"a trace of {len(x)} examples x {n} positions x {spec.n_layers} layers{beside} needs {needed:.1f} GB, "
             f"more than budget_gb={budget_gb:g}. Trace fewer examples at a time, or raise budget_gb."
         )
-
-
-def _keep(
-    kept: dict[str, Tensor], name: str, component: str, device: torch.device | str | None, activation: Tensor
-) -> None:
-    found = activation.detach()
-    kept[name] = (found if component == "resid" else heads_first(found, component)).to(device)
-
-
-def _enter(
-    entered: dict[str, Any],
-    stop: type[Exception] | None,
-    module: torch.nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    del module
-    entered.update({name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")})
-    entered["hidden_states"] = args[0] if args else kwargs.get("hidden_states")
-    if stop is not None:
-        raise stop
 
 
 def trimmed(added: Tensor) -> Tensor:
@@ -403,7 +378,12 @@ def entering(model: Any, stop: type[Exception] | None = None) -> Generator[dict[
     def told(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         entered["added"] = model.family.added(kwargs)
 
-    enter = partial(_enter, entered, stop)
+    def enter(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.update({name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")})
+        entered["hidden_states"] = args[0] if args else kwargs.get("hidden_states")
+        if stop is not None:
+            raise stop
+
     handles = [model.bridge.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
     if model.family.added is not None:
         handles.append(model.hf_model.get_decoder().register_forward_pre_hook(told, with_kwargs=True))

@@ -1,37 +1,32 @@
 """Round the layers: the one loop that runs them, from (layer, position) on, many plans at once, each with its edits.
 
+An edit at (layer l, position p) cannot change what lies before either, so a replay needs the recorded stream entering
+layer l from p on, and every later layer's recorded keys and values before p. Plans join the stack at their own first
+layer:
+
     row 0 .. n-1   plans whose first layer is past, each its own run
     row n          the recorded run, once, for all plans that join at this layer
 
 What the joining plans share is computed once: their row is *folded* until the first edit among them is met, and then
-*spread*, one row for each. A stack therefore reads every layer's weights once, however many layers its plans start at.
+*spread*, one row for each (`Taps` keeps count of the plan axis, `[plan, batch, pos, ...]`). A stack therefore reads
+every layer's weights once, however many layers its plans start at.
 
-An edit at (layer l, position p) cannot change what lies before either, so a replay needs the recorded stream entering
-layer l from p on, and every later layer's recorded keys and values before p. The layers are computed here directly
-from the wrapped model's own weights, without hooks: hooks would cost more than the arithmetic. What an edit does is
-the same code in both (`interventions.Step`), and tests hold the two ways together to 1e-5.
+The layers are computed from the wrapped model's own weights, without hooks, which would cost more than the arithmetic.
+What an edit does is the same code in both (`interventions.Step`), and tests hold the two ways together to 1e-5.
+Attention goes through `cascade`; where scores or pattern are edited, and in every precision below float32, all scores
+are written out, as `[plan, batch, head, query_pos, key_pos]`. There every operation is the hooked run's own, in its
+order: rounding is the same, so that an edit which changes nothing changes nothing (to the bit wherever the device's
+products do not depend on how many rows are multiplied together, as in bfloat16 on CPUs).
 
-Tensors carry a leading plan axis, `[plan, batch, pos, ...]`, whose bookkeeping `Taps` keeps: plans join the stack at
-their own first layer, and what they share until their first edit is computed once. Attention goes through `cascade`;
-where scores or pattern are edited, and in every precision below float32, all scores are written out, as
-`[plan, batch, head, query_pos, key_pos]`. There every operation is the hooked run's own, in its order: rounding is the
-same, so that an edit which changes nothing changes nothing (to the bit wherever the device's products do not depend on
-how many rows are multiplied together, as in bfloat16 on CPUs).
+Known layout: pre-norm blocks, rotary grouped-query attention, gated MLP. A model is first run with hooks, and a restart
+must reproduce that run (`traces.record`); else all its runs stay hooked, as they do where functions of the caller's
+stand on the fusion stack (`core.execution`). From then on the same arithmetic makes the records too, that first one
+included, so that no number depends on what was recorded before: encoders and embedding run as always, then every layer
+from position 0. Float32 only: in lower precision a restart keeps to the hooked run's order, and nothing is gained.
 
-Known layout: pre-norm blocks, rotary grouped-query attention, gated MLP. A trace proves on recording that a restart
-reproduces its own run, and falls back to hooked runs where it does not.
-
-Whoever computes layers without hooks goes round here: lean recording (from position 0, with nothing recorded yet),
-replay (many plans, each from its own first layer), decoding (each plan's own keys and values besides), and `rerun`,
-which keeps what every layer made. Its record holds what is new, from a layer and a position on, and reads all else
-from the run it was made of; so a run can be edited, and the edited one again.
-
-A model is first run with hooks, and a restart must reproduce it (`traces.record`). Then the same arithmetic that
-restarts use makes the records, that first one too, so that no number depends on what was recorded before: the encoders
-and the embedding run as always, then every layer from position 0. Float32 only: in lower precision a restart keeps to
-the hooked run's own order of operations, scores written out, so that nothing is gained.
-
-Where functions of the caller's stand on the fusion stack (`core.execution`), the hooked way is taken: they fire.
+Who goes round here: recording (`recorded_lean`), replay (many plans, each from its own first layer), decoding (each
+plan's own keys and values besides), and `rerun`, which keeps what every layer made. Its record holds what is new and
+reads all else from the run it was made of; so a run can be edited, and the edited one again.
 """
 
 from __future__ import annotations
@@ -39,7 +34,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
@@ -322,13 +316,12 @@ def restarted_layers(
 ) -> Iterator[tuple[int, Made]]:
     """The same from a recorded run; `entering` may take the recorded stream's place in the first layer."""
     start = taps.offset
-    enter = partial(_restarted, record, taps, entering)
+
+    def enter(number: int, stream: Tensor | None) -> Tensor:
+        recorded = record.stream(number, start) if entering is None or stream is not None else entering
+        return taps.enter(number, stream, recorded)
+
     return run_layers(record.model, record.window(start), taps, enter, lambda one: record.past(one, start), rows=rows)
-
-
-def _restarted(record: Record, taps: Taps, entering: Tensor | None, number: int, stream: Tensor | None) -> Tensor:
-    recorded = record.stream(number, taps.offset) if entering is None or stream is not None else entering
-    return taps.enter(number, stream, recorded)
 
 
 def no_edits(n_prompt: int, layer: int = 0, start: int = 0) -> Taps:
@@ -367,26 +360,16 @@ def rerun_under(record: R, plan: Plan, *, until: int | None = None) -> R:
     return rerun(record, Taps([compiled], start_of(record, compiled)), until=until)
 
 
-PROVED = "_restart_proved"  # on the model: a restart reproduced its run at every position
+PROVED = "_restart_proved"  # in the model's dictionary: a restart reproduced its run at every position
 
 
 class _Entered(Exception):
     """The first block was reached: nothing of the model after it need run."""
 
 
-def proved(model: Any) -> None:
-    """Note that a restart reproduces this model's runs."""
-    model.__dict__[PROVED] = True
-
-
-def is_proved(model: Any) -> bool:
-    """Say whether a restart was seen to reproduce a run of this model."""
-    return bool(model.__dict__.get(PROVED))
-
-
 def may_be_lean(model: Any) -> bool:
     """Say whether records of this model may be made without hooks, where none stands on its fusion stack."""
-    return model.dtype == torch.float32 and is_proved(model)
+    return model.dtype == torch.float32 and PROVED in model.__dict__
 
 
 @torch.no_grad()

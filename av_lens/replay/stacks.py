@@ -1,13 +1,15 @@
 """Many plans in one stack: which run together, running them; and a head of a recorded run that reads something else.
 
 Plans with the same first position form stacks, cut to a memory budget. Within a stack plans are ordered by first layer
-and join as the layers go by (`Taps`), so that a stack reads every layer's weights once. A plan that edits a component
-at which no restart is possible runs alone, as a full hooked forward.
+and join as the layers go by (`Taps`). A plan that edits a component at which no restart is possible runs alone, as a
+full hooked forward.
 
-z' = softmax(q' k'^T scaling + mask) v'
+A query head's keys and values can be replaced for that head alone (ungrouped) or for all that share them, all else that
+the heads read being the recorded run's:
 
-A query head's keys and values can be replaced for that head alone (ungrouped) or for all that share them. All else that
-the heads read is the recorded run's. `HeadRead` is one head's reading by itself, to be mixed with another run's;
+    z' = softmax(q' k'^T scaling + mask) v'
+
+`reread` does so for receivers' inputs; `HeadRead` is one head's reading by itself, to be mixed with another run's;
 `read_with` reads with all of a layer's heads at once, to first order in what follows: a metric then moves by
 `(dm/dz) . (z' - z)`, in which the softmax itself is exact (the QK fix of AtP*, Kramár et al., 2024).
 """
@@ -97,7 +99,8 @@ def scheduled(
     for start, numbers in groups.items():
         numbers.sort(key=lambda number: compiled[number].first_layer)
         bytes_each = _bytes_of_plan(record, [compiled[number] for number in numbers], start, n_asked)
-        size = _together(record, start, bytes_each, budget_gb)
+        rows = max(1, record.batch * (n - start))
+        size = max(1, min(int(budget_gb * GIGABYTE / max(bytes_each, 1.0)), STACK_ROWS // rows))
         chunks = [tuple(numbers[i : i + size]) for i in range(0, len(numbers), size)]
         stacks.extend(Stack(chunk, start) for chunk in chunks)
         gigabytes = max(gigabytes, max(map(len, chunks)) * bytes_each / GIGABYTE)
@@ -123,11 +126,6 @@ def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_
     return (rows * width + values + record.batch * n_asked * spec.d_vocab) * record.resid[0].element_size()
 
 
-def _together(record: Record, start: int, bytes_each: float, budget_gb: float | int) -> int:
-    rows = record.batch * (len(record.spans) - start)
-    return max(1, min(int(budget_gb * GIGABYTE / max(bytes_each, 1.0)), STACK_ROWS // max(rows, 1)))
-
-
 def run_stacks(
     record: Record, schedule: Schedule, rows: Tensor, tokens: Tensor | None = None
 ) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "plan batch asked d_vocab"]]]:
@@ -144,7 +142,14 @@ def run_streams(
     record: Record, schedule: Schedule, rows: Tensor
 ) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "plan batch asked d_model"]]]:
     """Run a schedule, and give the stream that leaves the last layer instead of the logits; else as `run_stacks`."""
-    return _run(record, schedule, rows, lambda plan: _hooked_stream(record, plan, rows), lambda stream: stream)
+
+    def hooked(plan: CompiledPlan) -> Tensor:
+        kept: list[Tensor] = []
+        last = (hook_name("resid_post", record.n_layers - 1), watching(lambda one: kept.append(one[:, rows].detach())))
+        record.model.run_with_hooks(record.x, fwd_hooks=[*plan.fwd_hooks, last])
+        return kept[0]
+
+    return _run(record, schedule, rows, hooked, lambda stream: stream)
 
 
 def _run(
@@ -171,14 +176,6 @@ def _run(
         for plan in plans:
             plan.verify()
         yield stack.numbers, found
-
-
-def _hooked_stream(record: Record, plan: CompiledPlan, rows: Tensor) -> Tensor:
-    """The stream that leaves the last layer in a full hooked forward."""
-    kept: list[Tensor] = []
-    last = (hook_name("resid_post", record.n_layers - 1), watching(lambda one: kept.append(one[:, rows].detach())))
-    record.model.run_with_hooks(record.x, fwd_hooks=[*plan.fwd_hooks, last])
-    return kept[0]
 
 
 def restarted(
@@ -210,9 +207,8 @@ def _tail(record: Record, layer: int, start: int) -> tuple[Tensor, Tensor]:
 
 def _run_of(rows: Tensor) -> slice | None:
     """The rows as one slice, where they are one run of neighbours."""
-    if not len(rows) or int(rows[-1] - rows[0]) + 1 != len(rows):
-        return None
-    return slice(int(rows[0]), int(rows[-1]) + 1)
+    one_run = len(rows) > 0 and int(rows[-1] - rows[0]) + 1 == len(rows)
+    return slice(int(rows[0]), int(rows[-1]) + 1) if one_run else None
 
 
 def refuse_huge(needed: float, budget_gb: float | int) -> None:
@@ -256,16 +252,12 @@ class HeadRead:
     @property
     def pattern(self) -> Float[Tensor, "*_ batch row pos"]:
         """Its attention pattern."""
-        return self._attended[1]
+        return attended(self.q, [Read(self.k, self.v, self.mask)], self.scaling)[1]
 
     @property
     def z(self) -> Float[Tensor, "*_ batch row d_head"]:
         """What it makes of that."""
-        return self._attended[0]
-
-    @property
-    def _attended(self) -> tuple[Tensor, Tensor]:
-        return attended(self.q, [Read(self.k, self.v, self.mask)], self.scaling)
+        return attended(self.q, [Read(self.k, self.v, self.mask)], self.scaling)[0]
 
     def taking(self, other: HeadRead, *, q: bool = False, k: Sequence[int] = (), v: Sequence[int] = ()) -> HeadRead:
         """Take another run's queries, and its keys and values at some positions; both runs have one layout."""
@@ -297,7 +289,8 @@ def reread(
             kind = "q" if node.input not in ("k", "v") else node.input
             if kind != "v":
                 given = layer.turned(kind, given, cos[:, at], sin[:, at])
-            there = _with(getattr(base, kind), at - start if kind == "q" else at, given)
+            there = getattr(base, kind).repeat(len(given), 1, 1, 1)
+            there[:, :, at - start if kind == "q" else at] = given.to(there)
             new = replace(new, **{kind: there})
         found[head] = (new.z, base.z)
     return found
@@ -328,13 +321,6 @@ def read_with(
 def _seen_by(node: Node, group: int) -> range:
     index = node.index or 0
     return range(index * group, (index + 1) * group) if node.kind == "kv" else range(index, index + 1)
-
-
-def _with(base: Tensor, at: Tensor, given: Tensor) -> Tensor:
-    """`[batch, pos, d]` with other values at some positions, one row for each change."""
-    new = base.expand(given.shape[0], *base.shape).clone()
-    new[:, :, at] = given.to(new)
-    return new
 
 
 def _mask(record: Record, rows: Sequence[int], end: int | None = None) -> Tensor:

@@ -35,7 +35,7 @@ from av_lens.core.calls import asked_positions, unembedded
 from av_lens.core.execution import logits_of
 from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.interventions import CompiledPlan, Plan, Site, Step, add
-from av_lens.interventions.edits import Positions, resolve_positions
+from av_lens.interventions.edits import Positions, resolve_positions, width_of
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.recording import Record
 from av_lens.replay.rerun import start_of
@@ -90,7 +90,10 @@ def differentiated(
             logits = logits_of(record.model, record.x, compiled.fwd_hooks, rows)
             logits = logits if tokens is None else logits[..., tokens]
         else:
-            logits = _logits(record, compiled, start, rows, tokens)
+            early, late = rows[rows < start], rows[rows >= start] - start
+            stream, _ = restarted(record, [compiled], start, late)
+            whole = torch.cat((record.stream(record.n_layers, 0)[:, early], stream[0]), dim=1)
+            logits = unembedded(record.model, whole, tokens)
         compiled.verify()
         measured = bound(logits)
         gradients = _gradients(measured, logits, [probe.leaf for probe in probes], bound.name)
@@ -131,11 +134,9 @@ class _Probe:
         positions = resolve_positions(site.positions, record.spans, what=f"gradient at {site.component}")
         if not positions.index:
             raise InterventionError(f"the gradient at {site.component} names positions that only decoding adds.")
-        last = site.axes[-1]
-        width = n if last == "key_pos" else 1 if last == "one" else int(getattr(spec, last))
         heads = [len(site.heads) if site.heads is not None else site.n_heads(spec)] if site.has_heads else []
         stream = record.resid[0]
-        shape = (record.batch, len(positions.index), *heads, width)
+        shape = (record.batch, len(positions.index), *heads, width_of(site, spec, n))
         leaf = torch.zeros(shape, dtype=stream.dtype, device=record.model.device, requires_grad=True)
         return cls(site, positions, leaf, [])
 
@@ -156,18 +157,9 @@ def _with_probes(record: Record, plan: Plan, probes: Sequence[_Probe]) -> Compil
     """The plan's steps, and after them one for each probe."""
     adding = Plan([add(probe.site, probe.leaf) for probe in probes])
     compiled = (plan + adding).compile(record.model.spec, record.spans, batch=record.batch)
-    steps = [
-        step if step.number < len(plan) else probes[step.number - len(plan)].around(step) for step in compiled.steps
-    ]
-    return replace(compiled, steps=tuple(steps))
-
-
-def _logits(record: Record, compiled: CompiledPlan, start: int, rows: Tensor, tokens: Tensor | None) -> Tensor:
-    """Logits of the restarted run at the asked positions, `[batch, asked, token]`."""
-    early, late = rows[rows < start], rows[rows >= start] - start
-    stream, _ = restarted(record, [compiled], start, late)
-    whole = torch.cat((record.stream(record.n_layers, 0)[:, early], stream[0]), dim=1)
-    return unembedded(record.model, whole, tokens)
+    own = [step for step in compiled.steps if step.number < len(plan)]
+    added = [probe.around(step) for probe, step in zip(probes, compiled.steps[len(own) :], strict=True)]
+    return replace(compiled, steps=(*own, *added))
 
 
 def _gradients(measured: Tensor, logits: Tensor, leaves: Sequence[Tensor], name: str) -> tuple[Tensor, ...]:

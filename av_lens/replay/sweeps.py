@@ -71,10 +71,9 @@ def sweep(
     stopped = ""
     with watched(progress) as show:
         try:
-            starts = np.cumsum([0, *(one.batch for one in traces)])
+            ends = np.cumsum([one.batch for one in traces]).tolist()
             for number, (one, chosen, stage) in enumerate(zip(traces, listed, stages, strict=True)):
-                rows = slice(int(starts[number]), int(starts[number + 1]))
-                before = number * (len(labels) + 1)
+                rows, before = slice(ends[number] - one.batch, ends[number]), number * (len(labels) + 1)
                 asked = bound.chosen(range(rows.start, rows.stop)) if bound.n_answers > 1 else bound
                 if not asked.teacher_forced:
                     require_numbers(asked(one.logits()), asked.name, run="the recorded run")

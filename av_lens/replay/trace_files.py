@@ -37,7 +37,6 @@ from av_lens.whole_files import whole_file
 
 SCHEMA = "av_lens.Trace"
 SCHEMA_VERSION = 1
-SUFFIX = ".safetensors"
 _AGAIN = "Copy it again, or record again with model.trace(x)."
 SAMPLED = 16  # numbers of each weight that are looked at before kept hashes are trusted
 SPAN_COLUMNS = ("start_s", "end_s", "source_start_s", "source_end_s", "row", "col")
@@ -53,7 +52,7 @@ def write_trace(record: Record, path: str | Path) -> Path:
             "saved: a session that opened it would not know what they did. Record without them, and write what they "
             "do as a Plan."
         )
-    target = Path(path) if Path(path).suffix else Path(path).with_suffix(SUFFIX)
+    target = Path(path) if Path(path).suffix else Path(path).with_suffix(".safetensors")
     if not target.parent.is_dir():
         raise InputError(f"cannot save a trace to {target}: there is no folder {target.parent}. Make it first.")
     about = stamp(
@@ -146,9 +145,8 @@ def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     wanted = {f"resid.{i}" for i in range(n + 1)} | {f"{kind}.{i}" for kind in ("keys", "values") for i in range(n)}
     missing = sorted((wanted | {"cos", "sin"}) - set(tensors))
     if missing:
-        raise InputError(
-            f"{path} is no whole trace: {', '.join(missing)} are missing. Record again with model.trace(x)."
-        )
+        lacking = ", ".join(missing)
+        raise InputError(f"{path} is no whole trace: {lacking} are missing. Record again with model.trace(x).")
     if metadata.get("sha256", "") not in ("", _content_hash(tensors)):
         raise InputError(f"{path} is no whole trace: its numbers are not those that were saved. {_AGAIN}")
     return about, tensors
@@ -236,10 +234,8 @@ def _part(name: str) -> str:
 
 def _sampled(tensors: Iterable[Tensor]) -> str:
     """Hash a few numbers of every tensor."""
-    parts: list[Tensor] = []
-    for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        parts.append(flat[:: max(1, len(flat) // SAMPLED)][:SAMPLED].float())
+    flat = (tensor.detach().reshape(-1) for tensor in tensors)
+    parts = [one[:: max(1, len(one) // SAMPLED)][:SAMPLED].float() for one in flat]
     joined = torch.cat([part.to(parts[0].device) for part in parts]) if parts else torch.zeros(0)
     return hashlib.sha256(joined.cpu().numpy().tobytes()).hexdigest()
 
@@ -258,12 +254,10 @@ def input_hashes(x: Any) -> dict[str, str]:
     """Hash an input: every tensor that the model is given, and its spans."""
     found: dict[str, str] = {}
     for name, value in sorted({**x.tensors, "position_ids": x.position_ids}.items()):
-        digest = hashlib.sha256()
         if isinstance(value, Tensor):
-            _feed(digest, name, value)
+            found[name] = _content_hash({name: value})
         else:
-            digest.update(repr(value).encode())
-        found[name] = digest.hexdigest()
+            found[name] = hashlib.sha256(repr(value).encode()).hexdigest()
     digest = hashlib.sha256(json.dumps([x.spans.roles, x.spans.tokens]).encode())
     for name in SPAN_COLUMNS:
         digest.update(getattr(x.spans, name).tobytes())

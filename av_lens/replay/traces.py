@@ -1,9 +1,5 @@
 """A recorded run that can be restarted anywhere, proved against the model's own: many plans for a few layers' price.
 
-A model's first trace is made with hooks, and is restarted at the first layer, at every position. Besides, every head's
-query, key and value are computed by themselves, as re-readings compute them, and its attention is read again: a layer
-that is known wrongly in one place alone is refused too. What fails is run hooked, and says why.
-
 Question: what would the model have said, had these heads done something else? `model.trace(x)` runs the model once,
 encoders and all, and keeps what every layer received: the residual stream, rotated keys and values. `trace.replay`
 then computes, for each plan, only the layers from the plan's first layer on and only the positions from its first
@@ -11,11 +7,11 @@ position on; thousands of media positions before the question are never computed
 position run together, each joining at its own first layer, stacked along the batch up to a memory budget.
 
 Replays equal hooked full forwards to 1e-5 in float32 (tested for every edit kind), and every edit must fire as often
-as in a full forward, or the replay raises. A model's first trace checks that a restart reproduces its own run, at every
-position, and that each head by itself reads what it read (`fault`). Where it does not (a layout it does not know),
+as in a full forward, or the replay raises. A model's first trace is made with hooks and proves this (`fault`): a
+restart at the first layer reproduces the run at every position, and every head's query, key, value and attention,
+computed by themselves as re-readings compute them, are those of the run. Where that fails (a layout it does not know),
 where functions of the caller's stand on the fusion stack (`core.execution`), and for edits at components that it cannot
-restart at, it runs full hooked forwards instead and says so in `trace.hooked_because`. Later traces of the model are
-recorded without hooks (`recorded_lean`).
+restart at, it runs full hooked forwards instead and says so in `trace.hooked_because`.
 
 A trace is of the model as it was hooked when it was recorded: `logits` are that run's own, and all other verbs refuse
 to go on under other hooks. It holds the model's answer of that moment: record again after the weights changed.
@@ -27,6 +23,7 @@ where they name the role `generated`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,7 +44,7 @@ from av_lens.metrics.forms import followed
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.continuation import continued
 from av_lens.replay.recording import Record, recorded, require_record_memory
-from av_lens.replay.rerun import is_proved, layers, may_be_lean, proved, recorded_lean
+from av_lens.replay.rerun import PROVED, layers, may_be_lean, recorded_lean
 from av_lens.replay.stacks import HeadRead, Schedule, refuse_huge, restarted, run_stacks, scheduled
 from av_lens.replay.suffix_gradients import SuffixGradients, differentiated
 from av_lens.replay.trace_files import read_trace, write_trace
@@ -56,26 +53,24 @@ from av_lens.spans import Span
 R = TypeVar("R", bound=Record)
 PROOF_ROWS = 512  # positions that a model's first trace restarts together, to see that it can
 READ_ROWS = 4  # the last positions, at which every head is read again
-PROOF_HOOKS = ("rot_q", "z")
 
 
-class HookedReads:
-    """What each layer's heads read in the hooked run at the last positions: rotated queries, and z."""
+Reads = dict[tuple[str, int], Tensor]
+"""What each layer's heads read in the hooked run at the last positions, `[batch, head, row, d_head]`: `rot_q`, `z`."""
 
-    def __init__(self) -> None:
-        self.kept: dict[tuple[str, int], Tensor] = {}
 
-    def hooks(self, n_layers: int) -> list[tuple[str, Callable[..., None]]]:
-        """The hooks that keep it, `[batch, head, row, d_head]`."""
-        places = [(component, layer) for layer in range(n_layers) for component in PROOF_HOOKS]
-        return [(hook_name(*place), watching(partial(self._keep, *place))) for place in places]
+def reading_hooks(reads: Reads, n_layers: int) -> list[tuple[str, Callable[..., None]]]:
+    """The hooks that keep it."""
 
-    def _keep(self, component: str, layer: int, activation: Tensor) -> None:
-        self.kept[component, layer] = heads_first(activation.detach(), component)[:, :, -READ_ROWS:]
+    def keep(component: str, layer: int, activation: Tensor) -> None:
+        reads[component, layer] = heads_first(activation.detach(), component)[:, :, -READ_ROWS:]
+
+    places = [(component, layer) for layer in range(n_layers) for component in ("rot_q", "z")]
+    return [(hook_name(*place), watching(partial(keep, *place))) for place in places]
 
 
 @torch.no_grad()
-def fault(record: Record, logits: Tensor, reads: HookedReads | None, *, everywhere: bool) -> str:
+def fault(record: Record, logits: Tensor, reads: Reads | None, *, everywhere: bool) -> str:
     """Restart at the first layer and compare with the run itself; say what is wrong, or nothing.
 
     Compared are the stream that leaves the last layer, at the last position or at every one (block by block, so that
@@ -103,7 +98,7 @@ def fault(record: Record, logits: Tensor, reads: HookedReads | None, *, everywhe
     return ""
 
 
-def _reread(record: Record, reads: HookedReads) -> Iterator[tuple[str, float]]:
+def _reread(record: Record, reads: Reads) -> Iterator[tuple[str, float]]:
     """How far each layer's queries, keys, values and z are from the hooked run's, whole and head by head."""
     n, window = len(record.spans), record.window(0)
     rows = range(max(0, n - READ_ROWS), n)
@@ -113,17 +108,17 @@ def _reread(record: Record, reads: HookedReads) -> Iterator[tuple[str, float]]:
         made = {"keys": (turned, keys), "values": (layer.heads("v", normed), values)}
         yield from ((f"layer {number}'s {what}", _gap_of_heads(a.transpose(1, 2), b)) for what, (a, b) in made.items())
         last, cos, sin = (part[:, rows.start :] for part in (normed, window.cos[:, :, 0], window.sin[:, :, 0]))
-        alone = {kind: [layer.head(kind, one, last) for one in range(layer.n_kv_heads)] for kind in "kv"}
-        alone["k"] = [layer.turned("k", one, cos, sin) for one in alone["k"]]
-        for what, kind, own in (("keys", "k", keys), ("values", "v", values)):
-            gap = _gap_of_heads(torch.stack(alone[kind], dim=1), own[:, :, rows.start :])
+        k, v = ([layer.head(kind, one, last) for one in range(layer.n_kv_heads)] for kind in "kv")
+        k = [layer.turned("k", one, cos, sin) for one in k]
+        for what, alone, own in (("keys", k, keys), ("values", v, values)):
+            gap = _gap_of_heads(torch.stack(alone, dim=1), own[:, :, rows.start :])
             yield f"layer {number}'s {what}, head by head", gap
         heads = [HeadRead.of(record, number, head, rows) for head in range(layer.n_heads)]
         queries = torch.stack([head.q for head in heads], dim=1)
-        yield f"layer {number}'s queries", _gap_of_heads(queries, reads.kept["rot_q", number])
+        yield f"layer {number}'s queries", _gap_of_heads(queries, reads["rot_q", number])
         if queries.dtype == torch.float32:  # below it, scores of one head alone are rounded otherwise
             z = torch.stack([head.z for head in heads], dim=1)
-            yield f"what layer {number}'s heads read (z)", _gap_of_heads(z, reads.kept["z", number])
+            yield f"what layer {number}'s heads read (z)", _gap_of_heads(z, reads["z", number])
 
 
 def _gap_of_heads(again: Tensor, once: Tensor) -> float:
@@ -201,10 +196,9 @@ class Trace(Record):
             InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
             BudgetError: the logits of all plans together are too large.
         """
-        listed = _listed(plans)
-        rows = asked_positions(self.spans, logits_at)
+        listed, rows = _listed(plans), asked_positions(self.spans, logits_at)
         shape = (len(listed), self.batch, len(rows), int(self.model.spec.d_vocab))
-        refuse_huge(4.0 * shape[0] * shape[1] * shape[2] * shape[3], budget_gb)
+        refuse_huge(4.0 * math.prod(shape), budget_gb)
         schedule = scheduled(self, listed, n_asked=len(rows), budget_gb=budget_gb)
         found = torch.empty(shape, dtype=self.resid[0].dtype, device=self.model.device)
         for numbers, logits in run_stacks(self, schedule, rows):
@@ -243,8 +237,7 @@ class Trace(Record):
             InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
         """
         bound, tokens = as_metric(metric, self.model, self).few_tokens()
-        listed = _listed(plans)
-        rows = asked_positions(self.spans, logits_at)
+        listed, rows = _listed(plans), asked_positions(self.spans, logits_at)
         found = torch.full((len(listed), self.batch), torch.nan) if into is None else into
         schedule = scheduled(self, listed, n_asked=len(rows), budget_gb=budget_gb)
         tokens = None if tokens is None else tokens.to(self.model.device)
@@ -366,7 +359,8 @@ class Trace(Record):
 
 def record(model: Any, x: Any, *, device: torch.device | str | None = None, budget_gb: float | int = 8.0) -> Trace:
     """Run the model once and keep what is needed to restart it."""
-    _require_evaluation(model)
+    if model.training:
+        raise ModelError("this model is in training mode, where dropout may act: call model.eval() before tracing.")
     with turn_of(model.bridge):
         standing = standing_hooks(model)
         on_stack = tuple(hook for hook in standing if not hook.in_tower)
@@ -375,8 +369,8 @@ def record(model: Any, x: Any, *, device: torch.device | str | None = None, budg
             trace = Trace(**recorded_lean(model, x, device)[0], standing=standing)
             if not trace.obstacle() and trace.mask is None:
                 return trace
-        reads = None if on_stack or is_proved(model) else HookedReads()
-        beside = () if reads is None else reads.hooks(model.spec.n_layers)
+        reads: Reads | None = None if on_stack or PROVED in model.__dict__ else {}
+        beside = () if reads is None else reading_hooks(reads, model.spec.n_layers)
         fields, logits = recorded(model, x, device, keep_logits=bool(on_stack), beside=beside)
         trace = Trace(**fields, standing=standing)
         if on_stack:
@@ -384,7 +378,7 @@ def record(model: Any, x: Any, *, device: torch.device | str | None = None, budg
         else:
             because = trace.obstacle() or fault(trace, logits, reads, everywhere=reads is not None)
         if not because:
-            proved(model)
+            model.__dict__[PROVED] = True
             if trace.mask is None and may_be_lean(model):  # bit for bit like later ones: which was first must not show
                 del fields, trace
                 return Trace(**recorded_lean(model, x, device)[0], standing=standing)
@@ -400,12 +394,6 @@ def sources(x: Any, i: int) -> list[str]:
     clip = x.clips[i]
     hashes = [] if clip is None else [clip.picture_hash, clip.sound_hash]
     return [found for found in hashes if found is not None]
-
-
-def _require_evaluation(model: Any) -> None:
-    """Refuse a model in training mode."""
-    if model.training:
-        raise ModelError("this model is in training mode, where dropout may act: call model.eval() before tracing.")
 
 
 BLOCK = 256  # plans that are measured together where an answer has several tokens
@@ -468,7 +456,7 @@ def measure_plans(
     for start in range(0, len(plans), BLOCK):  # all options of a block's plans, so that it is wholly done or not at all
         block = plans[start : start + BLOCK]
         reduced = [
-            one.score(block, _reducing(bound, i), logits_at=one.spans.span(range(asked, end)), budget_gb=budget_gb)
+            one.score(block, partial(bound.reduce, i), logits_at=one.spans.span(range(asked, end)), budget_gb=budget_gb)
             for i, (one, end) in enumerate(zip(longer, ends, strict=True))
         ]
         for number, row in enumerate(zip(*reduced, strict=True), start):
@@ -476,7 +464,3 @@ def measure_plans(
         if finished is not None:
             finished(start + len(block))
     return found
-
-
-def _reducing(metric: Metric, number: int) -> Callable[[Tensor], Tensor]:
-    return lambda logits: metric.reduce(number, logits)

@@ -5,45 +5,40 @@ A section is left out where the record holds nothing for it. Long tables come fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from av_lens.reports.sections import MISSING, interval, number, percent
+import pandas as pd
+
+from av_lens.reports.sections import MISSING, head_name, interval, number, percent
 from av_lens.results.record import Isolation
 
 LEAST_SHARE, LEAST_PATH, MOST_RECEIVERS = 0.05, 0.01, 3
-_FIGURES = ("writes, sound's - picture's", "pattern driven by queries", "directly")
-COLUMNS = (
-    *((name, False) for name in ("head", "looks at, in va", "with nothing to see")),
-    *((name, True) for name in (*_FIGURES, "through queries", "through keys", "through values")),
-    ("most through", False),
-)
+_ROADS = {"direct": "directly", "queries": "through queries", "keys": "through keys", "values": "through values"}
 
 
-def card_lines(cards: Any) -> tuple[tuple[str, ...], ...]:
+def card_lines(cards: Any) -> list[dict[str, str]]:
     """Write one line for each head of the table of cards."""
-    heads = list(dict.fromkeys(zip(cards["layer"], cards["head"], strict=True)))
-    return tuple(
-        (f"L{layer} H{head}", *_line(cards[(cards["layer"] == layer) & (cards["head"] == head)]))
-        for layer, head in heads
-    )
+    return [_line(rows) for _, rows in cards.groupby(["layer", "head"], sort=False)]
 
 
-def _line(rows: Any) -> tuple[str, ...]:
+def _line(rows: Any) -> dict[str, str]:
     paths = rows[(rows["part"] == "path") & (rows["unit"] == "share of total")]
     shares = dict(zip(paths["what"], paths["value"], strict=True))
     single = sorted((name for name in shares if "." in name), key=lambda name: -abs(shares[name]))
     most = [f"{name} {percent(shares[name])}" for name in single if abs(shares[name]) >= LEAST_PATH][:MOST_RECEIVERS]
-    return (
-        _looks(rows, "va"),
-        _looks(rows, "blank_a"),
-        number(_value(rows, "ov", "its write, on the sound's - picture's"), sign=True),
-        percent(_value(rows, "pattern", "driven by the queries (blank_muted)")),
-        *(percent(shares.get(name, float("nan"))) for name in ("direct", "queries", "keys", "values")),
-        ", ".join(most) or MISSING,
-    )
+    write = _value(rows, "ov", "its write, on the sound's - picture's")
+    return {
+        "head": head_name(rows.iloc[0]),
+        "looks at, in va": _looks(rows, "va"),
+        "with nothing to see": _looks(rows, "blank_a"),
+        "writes, sound's - picture's": number(write, sign=True),
+        "pattern driven by queries": percent(_value(rows, "pattern", "driven by the queries (blank_muted)")),
+        **{road: percent(shares.get(name, float("nan"))) for name, road in _ROADS.items()},
+        "most through": ", ".join(most) or MISSING,
+    }
 
 
 def _looks(rows: Any, cell: str) -> str:
@@ -60,7 +55,7 @@ def _value(rows: Any, part: str, what: str) -> float:
     return float(found["value"].iloc[0]) if len(found) else float("nan")
 
 
-Row = Mapping[str, Any]
+Row = Mapping[Any, Any]
 MAIN_ARMS = ("cut", "cut - equal mass")
 
 
@@ -121,20 +116,14 @@ class _Column:
 
 def _sheet(frame: Any, caption: str, columns: Mapping[str, _Column], *, folded: bool = False) -> Sheet:
     """Make a table of a frame; columns that say nothing are left out."""
-    cells = [[column.write(row) for column in columns.values()] for row in frame.to_dict("records")]
-    return _trimmed(caption, [(name, column.numeric) for name, column in columns.items()], cells, folded=folded)
+    written = {name: [column.write(row) for row in frame.to_dict("records")] for name, column in columns.items()}
+    used = {name: cells for name, cells in written.items() if set(cells) - {MISSING}}
+    named = tuple((name, columns[name].numeric) for name in used)
+    return Sheet(caption, named, tuple(zip(*used.values(), strict=True)), folded)
 
 
-def _trimmed(
-    caption: str, named: Sequence[tuple[str, bool]], cells: Sequence[Sequence[str]], *, folded: bool = False
-) -> Sheet:
-    """Leave out columns that say nothing."""
-    used = [i for i in range(len(named)) if any(row[i] != MISSING for row in cells)]
-    return Sheet(caption, tuple(named[i] for i in used), tuple(tuple(row[i] for i in used) for row in cells), folded)
-
-
-def _text(name: str) -> _Column:
-    return _Column(lambda row: str(row[name]) or MISSING)
+def _text(name: str, *, numeric: bool = False) -> _Column:
+    return _Column(lambda row: str(row[name]) or MISSING, numeric)
 
 
 def _texts(*names: str) -> dict[str, _Column]:
@@ -163,11 +152,7 @@ def _percent(name: str) -> _Column:
     return _Column(lambda row: percent(row[name]), numeric=True)
 
 
-def _named(row: Row) -> str:
-    return f"L{row['layer']} H{row['head']}"
-
-
-_HEAD = _Column(_named)
+_HEAD = _Column(head_name)
 
 
 def _sets(found: Any) -> Block:
@@ -190,7 +175,7 @@ def _sets(found: Any) -> Block:
         **_numbers("direct_share", "reads_picture", "reads_sound"),
     }
     steps = _texts("start", "donor", "action") | {"head": _HEAD} | _numbers("release", "gain")
-    pairs = {"pair": _Column(lambda row: f"{_named(row)} + L{row['layer2']} H{row['head2']}")} | _texts("donor")
+    pairs = {"pair": _Column(lambda row: f"{head_name(row)} + L{row['layer2']} H{row['head2']}")} | _texts("donor")
     pairs |= _numbers("release", "synergy") | {"share of G": _percent("share")}
     sheets = (
         _sheet(members, "The members of the chosen set", columns),
@@ -206,7 +191,10 @@ def _mechanisms(found: Any) -> Block:
         "the two answers, whether its pattern is driven by its queries or its keys, and where its release goes: to the "
         "logits, or through other heads' queries, keys and values.",
     )
-    every = {"head": _HEAD, "part": _text("part"), "in": _text("cell"), "what": _text("what")}
+    figures = ("writes, sound's - picture's", "pattern driven by queries", *_ROADS.values())
+    short = _texts("head", "looks at, in va", "with nothing to see")
+    short |= {name: _text(name, numeric=True) for name in figures} | _texts("most through")
+    every = _texts("head", "part") | {"head": _HEAD, "in": _text("cell"), "what": _text("what")}
     every |= {"value": _bounded("value")} | _texts("unit", "note")
     edges = _Column(lambda row: f"{row['edges']}{', renormalised' if row['renormalised'] else ''}")
     cuts = {"heads": _text("heads"), "edges": edges, "arm": _text("arm"), "release": _bounded("release")}
@@ -215,7 +203,7 @@ def _mechanisms(found: Any) -> Block:
     units = {"unit": unit} | _texts("estimand", "donor") | {"effect": _bounded("mean"), "of G": _percent("share")}
     largest = found.units.sort_values("share", ascending=False, key=abs, kind="stable").head(30)
     sheets = (
-        _trimmed("Mechanism cards, in short", COLUMNS, card_lines(found.cards)),
+        _sheet(pd.DataFrame(card_lines(found.cards)), "Mechanism cards, in short", short),
         _sheet(found.cuts[found.cuts["arm"].isin(MAIN_ARMS)], "Edges of these heads cut", cuts),
         _sheet(found.cuts, "Every cut, beside its controls", cuts, folded=True),
         _sheet(found.cards, "Everything on the cards", every, folded=True),
@@ -280,7 +268,7 @@ def _repair(found: Any) -> Block:
     )
     columns = {
         "quantity": _text("quantity"),
-        "n": _Column(lambda row: str(row["n"]), numeric=True),
+        "n": _text("n", numeric=True),
         **{name: _Column(partial(_changed, name=name), numeric=True) for name in ("before", "after", "change")},
         "bound of harm": _percent("bound"),
         "verdict": _text("verdict"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,8 @@ from av_lens.errors import InputError
 from av_lens.media import Clip, load_clip
 from av_lens.media.clip import data_uri
 from av_lens.plots import curves
-from av_lens.reports.sections import number
+from av_lens.reports.sections import head_name, number
 from av_lens.results.record import Isolation
-
-MEBIBYTE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,6 +46,11 @@ class Calibration:
         needed = ["rank", "layer", "head", "release", "share", "planted", "kind", "role"]
         if list(self.heads.columns) != needed:
             raise InputError(f"a calibration's heads have the columns {needed}; got {list(self.heads.columns)}.")
+
+    def first(self) -> Any:
+        """Choose the heads that a page lists: enough to hold all that were planted."""
+        heads: Any = self.heads
+        return heads.head(max(12, int(heads["planted"].sum()) + 4))
 
 
 @dataclass(frozen=True)
@@ -79,22 +82,17 @@ def gallery(
     conflicts: pd.DataFrame, clips: Mapping[str, Clip | str | Path], *, most: int = 12, budget_mb: float | int = 24.0
 ) -> tuple[Card, ...]:
     """Embed the first clips, in the table's order, as mp4 data URIs."""
-    strange = sorted(set(clips) - set(conflicts["id"]))
-    if strange:
+    if strange := sorted(set(clips) - set(conflicts["id"])):
         raise InputError(f"clips were given for conflicts that this record does not hold: {strange[:5]}.")
-    rows: Sequence[dict[Any, Any]] = conflicts.sort_values("competent", ascending=False, kind="stable").to_dict(
-        "records"
-    )
+    table: Any = conflicts[conflicts["id"].isin(list(clips))]
     cards: list[Card] = []
     spent = 0.0
-    for row in rows:
-        if row["id"] not in clips or len(cards) == most:
-            continue
+    for row in table.sort_values("competent", ascending=False, kind="stable").head(most).to_dict("records"):
         given = clips[row["id"]]
         clip = given if isinstance(given, Clip) else load_clip(str(given))
         ready = not isinstance(given, Clip) and Path(given).suffix.lower() == ".mp4"
         data = Path(str(given)).read_bytes() if ready else clip.to_mp4_bytes()
-        spent += len(data) / MEBIBYTE
+        spent += len(data) / 2**20
         if spent > budget_mb:
             break
         words = (str(row[name]) for name in ("id", "sound_answer", "picture_answer", "says", "half"))
@@ -102,14 +100,14 @@ def gallery(
     return tuple(cards)
 
 
-def _poster(clip: Clip, *, side: int = 360) -> str:
+def _poster(clip: Clip) -> str:
     """Encode the middle frame, so that the page shows something before anybody presses play."""
-    if clip.frames is None or not len(clip.frames):
+    if clip.frames is None:
         return ""
     from PIL import Image
 
     frame = Image.fromarray(np.array(clip.frames[len(clip.frames) // 2]))
-    frame.thumbnail((side, side))
+    frame.thumbnail((360, 360))
     kept = io.BytesIO()
     frame.save(kept, format="JPEG", quality=88)
     return data_uri("image/jpeg", kept.getvalue())
@@ -159,11 +157,8 @@ def drawings(found: Isolation, calibration: Calibration | None = None) -> dict[s
 
 def leading_donor(found: Isolation) -> str:
     """Name the donor that the verdict speaks of: the chosen set's, else the first head's, else `blank_muted`."""
-    tables: Any = found
-    chosen = tables.sets[tables.sets["chosen"]]
-    if len(chosen):
-        return str(chosen["donor"].iloc[0])
-    return str(tables.heads["donor"].iloc[0]) if len(found.heads) else "blank_muted"
+    donors = [*found.sets.loc[found.sets["chosen"], "donor"], *found.heads["donor"], "blank_muted"]
+    return str(donors[0])
 
 
 def _behaviour(found: Any) -> Drawing | None:
@@ -194,7 +189,7 @@ def _release(found: Any) -> Drawing | None:
     )
     wanted = rows[rows["half"] == "discovery"].sort_values("share", ascending=False).head(3 * shown)
     cells = tuple(
-        (f"L{r['layer']} H{r['head']}", r["donor"], *(number(r[c]) for c in ("mean", "low", "high", "share")))
+        (head_name(r), r["donor"], *(number(r[c]) for c in ("mean", "low", "high", "share")))
         for r in wanted.to_dict("records")
     )
     columns = ("head", "donor", "release (logits)", "low", "high", "share of G")
@@ -216,12 +211,10 @@ def _maps(found: Any) -> list[Drawing | None]:
     kinds = (("release", donor, "Release", release), ("dla", "", "Direct attribution", writes))
     drawn: list[Drawing | None] = []
     for estimand, by, name, caption in kinds:
-        frame = found.evidence
-        frame = frame[(frame["estimand"] == estimand) & (frame["half"] == "discovery")]
-        if not len(frame):
+        sites = found.evidence.query("estimand == @estimand and half == 'discovery'")["site"]
+        if not len(sites):
             continue
-        site = str(frame["site"].iloc[0])
-        values = found.grid(estimand, by, site=site)
+        values = found.grid(estimand, by, site=str(sites.iloc[0]))
         figure = plots.heads(values, unit="logits", named=named)
         if not np.isfinite(values).all():
             caption += " Hatched: not measured."
@@ -234,9 +227,9 @@ def _maps(found: Any) -> list[Drawing | None]:
 
 
 def _confirmation(found: Any) -> Drawing | None:
-    if not found.ablation["arm"].isin(["set", "ranked heads"]).any():
-        return None
     arms = set(found.ablation["arm"])
+    if not arms & {"set", "ranked heads"}:
+        return None
     said = {
         "set": "Solid: the heads of the set, edited one after another in the order fixed on discovery.",
         "random": "Grey marks and pale rings: random heads of the same layers.",

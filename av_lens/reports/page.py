@@ -45,6 +45,11 @@ _STOPPED = (
     "nothing about its heads, other models or other kinds of clip.",
 )
 
+_CHOSEN = {
+    "competent": "Conflicts chosen by competence: each sound is heard and each picture seen on its own",
+    "all": "All conflicts, without that choice",
+}
+
 
 def write_report(
     found: Isolation,
@@ -61,7 +66,7 @@ def write_report(
     path = Path(path)
     cards = gallery(found.conflicts, clips or {}, most=most_clips, budget_mb=budget_mb)
     drawn = drawings(found, calibration)
-    context = _context(found, calibration=calibration, caveats=caveats, title=title)
+    context = _context(found, calibration, caveats, title)
     text = _render(drawn, {**context, "cards": cards})
     make_folder(path.parent)
     write_whole(path, text)
@@ -69,17 +74,13 @@ def write_report(
 
 
 def _render(drawn: Mapping[str, Drawing], context: dict[str, Any]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup, escape
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=select_autoescape(["html", "j2"], default=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    strict: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, **strict)
     drawing_template = environment.get_template("figure.html.j2")
 
     def figure(name: str) -> Markup:
@@ -89,19 +90,20 @@ def _render(drawn: Mapping[str, Drawing], context: dict[str, Any]) -> str:
     model = escape(context["model"])
     headline = Markup(str(escape(context["title"])).replace(str(model), f"<span>{model}</span>"))  # not broken in two
     shown: dict[str, Any] = {"plotly_js": Markup(get_plotlyjs()), "themes": json.dumps(THEMES), "colours": PAGES}
+    shown["say"] = sections
     return page.render(**context, headline=headline, figure=figure, **shown)
 
 
 def _context(
-    found: Isolation, *, calibration: Calibration | None, caveats: Sequence[str], title: str | None
+    found: Isolation, calibration: Calibration | None, caveats: Sequence[str], title: str | None
 ) -> dict[str, Any]:
     """Gather everything that the template says, as text."""
-    figures = {} if calibration is None else calibration.figures
+    tables: Any = found
     model = str(found.provenance.get("model", "the model"))
     question = found.protocol.get("question", found.provenance.get("question"))
     provenance = {k: v for k, v in found.provenance.items() if k != "choices"}
     power = float(found.summary.get("power", float("nan")))
-    heads, searched = sections.head_rows(found), len(found.evidence) > 0
+    searched = len(found.evidence) > 0
     return {
         "title": title or f"Which heads keep {model} from saying what it hears?",
         "model": model,
@@ -113,79 +115,36 @@ def _context(
         "tiles": sections.tiles(found),
         "asked": f"“{question}”." if question else "what it hears.",
         "threshold": sections.percent(float(found.protocol["s"])) if "s" in found.protocol else "a fixed share",
-        "behaviour": _behaviour(found),
+        "behaviour": [
+            {"name": name, "caption": caption, "rows": rows}
+            for name, caption in _CHOSEN.items()
+            if (rows := sections.behaviour_rows(found, name))
+        ],
         "other_behaviour": len(set(found.behaviour["chosen"])) > 1,
         "n_conflicts": len(found.conflicts),
-        "heads": heads,
-        "roles": [
-            {"name": role, "meaning": meaning, "suppressor": role in SUPPRESSORS}
-            for role, meaning in sections.ROLE_MEANINGS.items()
-            if any(row["role"] == role for row in heads)
-        ],
-        "columns": sections.COLUMNS,
+        "heads": tables.heads.to_dict("records"),
+        "suppressors": SUPPRESSORS,
         "power": "" if power != power else f"{sections.number(power)} logits",
-        "sets": sections.set_rows(found),
-        "specificity": sections.specificity_rows(found),
+        "sets": tables.sets.sort_values("chosen", ascending=False, kind="stable").to_dict("records"),
+        "specificity": tables.specificity.to_dict("records"),
         "blocks": blocks(found),
         "calibration": calibration,
-        "calibration_rows": [] if calibration is None else _calibration_rows(calibration),
-        "calibration_figures": [(name.replace("_", " "), sections.number(value)) for name, value in figures.items()],
+        "calibration_rows": [] if calibration is None else calibration.first().to_dict("records"),
         "searched": searched,
         "caveats": [*caveats, *(_GENERAL if searched else _STOPPED)],
         "choices": [str(choice) for choice in found.provenance.get("choices", [])],
         "provenance": sections.flat(provenance),
         "protocol": sections.flat(found.protocol),
-        "conflicts": _conflict_rows(found),
+        "conflicts": tables.conflicts.to_dict("records"),
         "version": __version__,
     }
 
 
 def _stamp(found: Any, stamp: str) -> str:
     """Say what a stamp means: the record's own reason where it gives one, then what follows from it."""
-    own = [reason.removeprefix(f"{stamp}: ") for reason in found.reasons if reason.startswith(f"{stamp}: ")]
+    said = (reason.partition(": ") for reason in found.reasons)
+    own = [reason for name, _, reason in said if name == stamp]
     return " ".join([*own, sections.STAMP_MEANINGS.get(stamp, "")]).strip()
-
-
-def _behaviour(found: Any) -> list[dict[str, Any]]:
-    captions = {
-        "competent": "Conflicts chosen by competence: each sound is heard and each picture seen on its own",
-        "all": "All conflicts, without that choice",
-    }
-    chosen = [name for name in captions if (found.behaviour["chosen"] == name).any()]
-    return [{"name": n, "caption": captions[n], "rows": sections.behaviour_rows(found, n)} for n in chosen]
-
-
-def _calibration_rows(calibration: Calibration, *, most: int = 12) -> list[dict[str, Any]]:
-    heads: Any = calibration.heads
-    planted = int(heads["planted"].sum())
-    return [
-        {
-            "rank": int(row["rank"]),
-            "head": f"L{row['layer']} H{row['head']}",
-            "planted": bool(row["planted"]),
-            "kind": row["kind"],
-            "role": row["role"],
-            "release": sections.number(float(row["release"]), sign=True),
-            "share": sections.percent(float(row["share"])),
-        }
-        for row in heads.head(max(most, planted + 4)).to_dict("records")
-    ]
-
-
-def _conflict_rows(found: Any) -> list[dict[str, str]]:
-    return [
-        {
-            "id": str(row["id"]),
-            "half": row["half"] or sections.MISSING,
-            "component": str(row["component"]),
-            "competent": "yes" if row["competent"] else "no",
-            "sound": row["sound_answer"],
-            "picture": row["picture_answer"],
-            "says": row["says"] or sections.MISSING,
-            **{name: sections.number(float(row[name]), sign=True) for name in ("M_va", "M_av", "C", "G")},
-        }
-        for row in found.conflicts.to_dict("records")
-    ]
 
 
 def write_bundle(
@@ -196,8 +155,7 @@ def write_bundle(
     found.save(folder / "numbers")
     if calibration is not None:
         write_whole(folder / "numbers" / "calibration.csv", calibration.heads.to_csv(index=False))
-    figures = folder / "figures"
-    make_folder(figures)
+    figures = make_folder(folder / "figures")
     for name, drawing in drawings(found, calibration).items():
         write_whole(figures / f"{name}.json", str(drawing.figure.to_json(pretty=True)))
         titled = drawing.figure.update_layout(title={"text": drawing.title}, margin={"t": 84})

@@ -1,4 +1,4 @@
-"""The record's tables as rows of text, in the order, words and figures in which the page shows them."""
+"""The words and figures in which the page says what the record's tables hold; its template speaks with these."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from av_lens.results.record import SUPPRESSORS, Isolation
+from av_lens.results.record import Isolation
 
 MISSING = "–"
 ROLE_MEANINGS = {
@@ -74,13 +74,6 @@ CELLS = {
     "a_muted": "picture a, nothing to hear",
     "audio_only": "sound a alone, no picture in the prompt",
 }
-_SEE = " (see)"
-
-
-def cell_meaning(cell: str) -> str:
-    """Say what is seen and heard in a cell."""
-    meaning = CELLS.get(cell.removesuffix(_SEE), "")
-    return f"{meaning}; asked what is seen" if cell.endswith(_SEE) else meaning
 
 
 def number(value: Any, *, sign: bool = False) -> str:
@@ -96,9 +89,8 @@ def number(value: Any, *, sign: bool = False) -> str:
     size = abs(value)
     text = f"{value:.{1 if size >= 10 else 2 if size >= 0.1 or size == 0 else 3}f}"
     if float(text) == 0:
-        text = text.lstrip("-")
-    text = "+" + text if sign and float(text) > 0 else text
-    return text.replace("-", "−")
+        return text.lstrip("-")
+    return ("+" + text if sign and float(text) > 0 else text).replace("-", "−")
 
 
 def percent(value: Any) -> str:
@@ -111,11 +103,8 @@ def percent(value: Any) -> str:
 
 def interval(low: Any, high: Any, *, share: bool = False, sign: bool = False) -> str:
     """Say an interval."""
-    if low is None or high is None or math.isnan(low) or math.isnan(high):
-        return MISSING
-    if share:
-        return f"{percent(low)} to {percent(high)}"
-    return f"{number(low, sign=sign)} to {number(high, sign=sign)}"
+    ends = [percent(end) if share else number(end, sign=sign) for end in (low, high)]
+    return MISSING if MISSING in ends else " to ".join(ends)
 
 
 def small(value: Any) -> str:
@@ -125,7 +114,9 @@ def small(value: Any) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
-_SIGNED = ("effect", "reads_picture", "reads_sound", "sufficiency", "silenced", "carries", "dla")
+def head_name(row: Any) -> str:
+    """Name the head of a row."""
+    return f"L{row['layer']} H{row['head']}"
 
 
 @dataclass(frozen=True)
@@ -153,8 +144,8 @@ def tiles(found: Isolation) -> list[Tile]:
         ends = interval(row["share_low"], row["share_high"], share=True)
         heads = "1 head" if row["k"] == 1 else f"{row['k']} heads"
         made.append(Tile(percent(row["share"]), f"of G released by {heads}, held out", ends, "sound"))
-        picture = f"the picture: {_change(row, 'says_picture')}"
-        made.append(Tile(_change(row, "says_sound"), "says the sound, before → after", picture, "sound"))
+        picture = f"the picture: {change(row, 'says_picture')}"
+        made.append(Tile(change(row, "says_sound"), "says the sound, before → after", picture, "sound"))
         count = f"the most of {row['random_n']} sets, logits; p {small(row['p_random'])}"
         made.append(Tile(number(float(row["random_max"])), "released by random heads", count))
     return [tile for tile in made if tile.value != MISSING]
@@ -164,11 +155,10 @@ def _behaviour_tile(found: Isolation, name: str, tone: str) -> Tile:
     frame: Any = found.behaviour
     frame = frame[(frame["quantity"] == name) & (frame["half"] == "discovery")]
     frame = frame.sort_values("chosen", key=lambda c: c != "competent", kind="stable")
-    _, meaning = QUANTITIES[name]
     value, note = float(found.summary.get(name, float("nan"))), "logits"
     for row in frame.to_dict("records")[:1]:
         value, note = row["value"], f"logits, {interval(row['low'], row['high'])}"
-    return Tile(number(value, sign=True), f"{name}: {meaning}", note, tone)
+    return Tile(number(value, sign=True), f"{name}: {QUANTITIES[name][1]}", note, tone)
 
 
 def behaviour_rows(found: Isolation, chosen: str) -> list[dict[str, str]]:
@@ -176,9 +166,8 @@ def behaviour_rows(found: Isolation, chosen: str) -> list[dict[str, str]]:
     frame: Any = found.behaviour
     frame = frame[frame["chosen"] == chosen]
     rows: dict[tuple[str, ...], dict[str, str]] = {}
-    order = {name: place for place, name in enumerate(QUANTITIES)}
-    records = sorted(frame.to_dict("records"), key=lambda r: order.get(r["quantity"], len(order)))
-    for record in records:
+    order = [*QUANTITIES, *frame["quantity"]]
+    for record in sorted(frame.to_dict("records"), key=lambda r: min(order.index(r["quantity"]), len(QUANTITIES))):
         key = (record["quantity"], record["cell"], record["rule"])
         name, meaning = _quantity(*key)
         row = rows.setdefault(key, {"name": name, "meaning": meaning})
@@ -192,87 +181,19 @@ def behaviour_rows(found: Isolation, chosen: str) -> list[dict[str, str]]:
 def _quantity(quantity: str, cell: str, rule: str) -> tuple[str, str]:
     if quantity in QUANTITIES:
         return QUANTITIES[quantity]
-    names = {"accuracy": "right"}
-    name = f"{names.get(quantity, quantity)} in {cell}" if cell else quantity
+    name = f"{'right' if quantity == 'accuracy' else quantity} in {cell}" if cell else quantity
     of = {"two": "; best of the two answers", "vocabulary": "; best of all words"}.get(rule, "")
-    return name, cell_meaning(cell) + of
+    asked = "; asked what is seen" if cell.endswith(" (see)") else ""
+    return name, CELLS.get(cell.removesuffix(" (see)"), "") + asked + of
 
 
-def head_rows(found: Isolation) -> list[dict[str, Any]]:
-    """Write the head table."""
-    return [
-        {
-            "rank": place,
-            "head": f"L{row['layer']} H{row['head']}",
-            "meaning": ROLE_MEANINGS.get(row["role"], ""),
-            "suppressor": row["role"] in SUPPRESSORS,
-            "donor_meaning": DONOR_MEANINGS.get(row["donor"], ""),
-            "interval": interval(row["low"], row["high"], sign=True),
-            "share": percent(row["share"]),
-            "share_interval": interval(row["share_low"], row["share_high"], share=True),
-            "discovery": number(row["discovery_effect"], sign=True),
-            "discovery_interval": interval(row["discovery_low"], row["discovery_high"], sign=True),
-            "direct_share": number(row["direct_share"]),
-            **{donor: number(row[f"release_{donor}"], sign=True) for donor in DONOR_MEANINGS},
-            **{name: number(row[name], sign=True) for name in _SIGNED},
-            **{name: small(row[name]) for name in ("q", "p_maxt", "p_holm")},
-            "confirmed": bool(row["confirmed"]),
-            **{name: row[name] for name in ("site", "role", "estimand", "donor", "member_of", "flags")},
-        }
-        for place, row in enumerate(found.heads.to_dict("records"), start=1)
-    ]
-
-
-def set_rows(found: Isolation) -> list[dict[str, Any]]:
-    """Write the table of sets, the chosen one first."""
-    sets: Any = found.sets
-    frame = sets.sort_values("chosen", ascending=False, kind="stable")
-    return [
-        {
-            **{name: row[name] for name in ("name", "k", "donor", "screen", "flags")},
-            "members": str(row["members"]),
-            "chosen": bool(row["chosen"]),
-            "discovery": number(row["discovery_release"], sign=True),
-            "release": number(row["release"], sign=True),
-            "interval": interval(row["low"], row["high"], sign=True),
-            "share": percent(row["share"]),
-            "says_sound": _change(row, "says_sound"),
-            "says_picture": _change(row, "says_picture"),
-            "random": number(row["random_max"], sign=True),
-            "random_note": f"mean {number(row['random_mean'], sign=True)}, {row['random_n']} sets",
-            "p": small(row["p_random"]),
-            "floor": small(row["p_floor"]),
-            "random_n": int(row["random_n"]),
-            "confirmed": bool(row["confirmed"]),
-        }
-        for row in frame.to_dict("records")
-    ]
-
-
-def _change(row: Mapping[Any, Any], rate: str) -> str:
+def change(row: Any, rate: str) -> str:
+    """Say a rate before and after the edit."""
     return f"{percent(row[f'{rate}_before'])} → {percent(row[rate])}"
 
 
-def specificity_rows(found: Isolation) -> list[dict[str, Any]]:
-    """Write the table of what else the edit breaks."""
-    tones = {"specific": "good", "not specific": "bad"}
-    return [
-        {
-            "control": row["control"],
-            "meaning": CONTROLS.get(row["control"], ""),
-            "n": row["n"],
-            **{
-                name: (_exactly if str(row["verdict"]).startswith("reported") else percent)(row[name])
-                for name in ("before", "after", "fall", "bound", "margin")
-            },
-            "verdict": row["verdict"],
-            "tone": tones.get(str(row["verdict"]), "open"),
-        }
-        for row in found.specificity.to_dict("records")
-    ]
-
-
-def _exactly(value: float) -> str:
+def exactly(value: float) -> str:
+    """Say what is no rate with two figures."""
     return MISSING if value != value else f"{value:.2g}".replace("-", "−")
 
 

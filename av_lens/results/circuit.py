@@ -14,15 +14,15 @@ Source: MIB, Mueller et al. (2025, 2504.13151); f: Wang et al. (2022).
     >>> sizes(64)
     [1, 3, 6, 13, 32, 64]
 
-A *sender* writes to the residual stream ("embed", "L3H5", "L3 mlp"); a *receiver* reads it ("L4H2.q", "L4H2.k",
-"L4H2.v", "L4 mlp", "logits"; keys and values by query head). The score of an edge estimates what the metric does when
-only this receiver reads this sender as it was in the donor run: positive means that the metric rises. Edges that do not
-exist (the receiver does not come after the sender) are NaN.
+`EdgeScores`: a *sender* writes to the residual stream ("embed", "L3H5", "L3 mlp"); a *receiver* reads it ("L4H2.q",
+"L4H2.k", "L4H2.v", "L4 mlp", "logits"; keys and values by query head). The score of an edge estimates what the metric
+does when only this receiver reads this sender as it was in the donor run: positive means that the metric rises. Edges
+that do not exist (the receiver does not come after the sender) are NaN.
 
     node(u)        = sum of the scores of all edges that leave u
     closure_error  = donor - baseline - node("embed")     whatever changes enters through the embedding
 
-Means are over examples, intervals resample clusters of examples that share a clip. Saved as netCDF, without pickle.
+Means are over examples, intervals resample clusters of examples that share a clip.
 
     >>> scores = EdgeScores.of(
     ...     [[[2.0, -3.0]]], senders=["embed"], receivers=["L0 mlp", "logits"], baseline=[0.0], donor=[-0.5]
@@ -30,9 +30,9 @@ Means are over examples, intervals resample clusters of examples that share a cl
     >>> scores.top(1)["receiver"].item(), float(scores.closure_error[0])
     ('logits', 0.5)
 
-Scores are *contributions*, in the unit of m: m(whole) - m(the node replaced), turned so that a positive score moves m
-from the empty model towards the whole one, whichever way that is. `values` holds every per-example number behind the
-tables:
+A `Circuit`'s scores are *contributions*, in the unit of m: m(whole) - m(the node replaced), turned so that a positive
+score moves m from the empty model towards the whole one, whichever way that is. `values` holds every per-example number
+behind the tables:
 
     scores[example, empty, node]           contributions (one example where scores were given as means)
     place[empty, order, node]              each node's place in the order, 0 first; "signed" and "magnitude"
@@ -51,13 +51,14 @@ The tables:
     stability     overlap (Jaccard) of the k first nodes with those of resampled conflicts
     random        each random draw: its CPR and CMD, and f of a circuit with the circuit's own number in every layer
 
-f, CPR and CMD are defined in `av_lens.results.circuit`. Saved as netCDF, without pickle.
+Edge scores and circuits are saved as netCDF, without pickle.
 """
 
 from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -117,8 +118,7 @@ class Scale:
     def ratio(self, change: Float[np.ndarray, "circuit example"]) -> Interval:
         """Put changes of m on the scale."""
         if not self.usable:
-            nothing = np.full(len(change), np.nan)
-            return Interval(nothing, nothing, nothing)
+            return Interval(*np.full((3, len(change)), np.nan))
         return self.boot.ratio(change.T, self.whole - self.bare)
 
     def share(self, m: Float[np.ndarray, "circuit example"]) -> Interval:
@@ -129,23 +129,20 @@ class Scale:
         self, m: Float[np.ndarray, "size example"], at: Sequence[int], n: int, *, distance: bool
     ) -> tuple[float, float, float]:
         """Integrate over sizes."""
-        if not self.usable:
-            return float("nan"), float("nan"), float("nan")
-        value = _area(np.ones((1, len(self.whole))), m, self, at, n, distance)[0]
-        if self.boot.n_clips < FEWEST_CLIPS:
-            return float(value), float("nan"), float("nan")
-        drawn = _area(self.boot.weights, m, self, at, n, distance)
-        low, high = np.nanpercentile(drawn, _TAILS)
-        return float(value), float(low), float(high)
+        areas = [math.nan] * 3
+        if self.usable:
+            areas[0] = float(self._area(np.ones((1, len(self.whole))), m, at, n, distance)[0])
+        if self.usable and self.boot.n_clips >= FEWEST_CLIPS:
+            areas[1:] = np.nanpercentile(self._area(self.boot.weights, m, at, n, distance), _TAILS).tolist()
+        return areas[0], areas[1], areas[2]
 
-
-def _area(
-    weights: np.ndarray, m: np.ndarray, scale: Scale, at: Sequence[int], n: int, distance: bool
-) -> Float[np.ndarray, " draw"]:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        f = (weights @ (m - scale.bare).T) / (weights @ (scale.whole - scale.bare))[:, None]
-    f[~np.isfinite(f)] = np.nan  # a draw that left nothing below the line is no draw
-    return np.asarray(np.trapezoid(np.abs(1 - f) if distance else f, np.asarray(at) / n, axis=1))
+    def _area(
+        self, weights: np.ndarray, m: np.ndarray, at: Sequence[int], n: int, distance: bool
+    ) -> Float[np.ndarray, " draw"]:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            f = (weights @ (m - self.bare).T) / (weights @ (self.whole - self.bare))[:, None]
+        f[~np.isfinite(f)] = np.nan  # a draw that left nothing below the line is no draw
+        return np.asarray(np.trapezoid(np.abs(1 - f) if distance else f, np.asarray(at) / n, axis=1))
 
 
 RANKS = ("magnitude", "positive", "negative")
@@ -247,11 +244,10 @@ class EdgeScores(Measured):
         Returns:
             A grid over `sender` (and `span`), `effects` being the sums.
         """
-        sums = self.values.sum("receiver", min_count=1)
-        axes = {str(name): sums.coords[name].values for name in sums.dims[1:]}
-        values = sums.values + self.baseline.values.reshape(-1, *(1 for _ in axes))
+        values = self.values.sum("receiver", min_count=1) + self.baseline
+        axes = {str(name): values.coords[name].values for name in values.dims[1:]}
         more = {name: getattr(self, name) for name in ("clusters", "metric", "unit", "direction", "provenance")}
-        return Grid.of(values, axes=axes, baseline=self.baseline.values, donor=self.donor.values, **more)
+        return Grid.of(values, axes=axes, baseline=self.baseline, donor=self.donor, **more)
 
     def mean(self) -> xr.DataArray:
         """Average over examples.
@@ -282,11 +278,8 @@ class EdgeScores(Measured):
         key = {"magnitude": -np.abs(mean), "positive": -mean, "negative": mean}[rank]
         order = np.argsort(key, kind="stable")
         order = order[~np.isnan(key[order])][: max(int(k), 0)]
-        shape = self.values.shape[1:]
-        places = np.unravel_index(order, shape)
-        names = [str(name) for name in self.values.dims[1:]]
-        axes = zip(names, places, strict=True)
-        columns: dict[str, Any] = {name: self.values.coords[name].values[index] for name, index in axes}
+        axes = zip(self.values.dims[1:], np.unravel_index(order, self.values.shape[1:]), strict=True)
+        columns: dict[str, Any] = {str(name): self.values.coords[name].values[index] for name, index in axes}
         chosen = self.values.values.reshape(len(self.values), -1)[:, order]
         grid = Grid.of(chosen, axes={"edge": np.arange(len(order))}, baseline=None, clusters=self.clusters, shares=True)
         bounds = grid.interval(level, seed=seed)
@@ -299,8 +292,7 @@ class EdgeScores(Measured):
         Returns:
             One row for each example and existing edge: `example (span) sender receiver score`.
         """
-        frame = self.values.to_dataframe("score")["score"].dropna().reset_index()
-        return pd.DataFrame(frame)
+        return pd.DataFrame(self.values.to_series().rename("score").dropna().reset_index())
 
     def _shown(self) -> pd.DataFrame:
         return self.top(20)
@@ -418,8 +410,7 @@ class Circuit(Saved):
         Raises:
             InputError: an unknown keyword.
         """
-        plots: Any = upstairs("plots")
-        return called("plot", plots.circuit, self, **options)
+        return called("plot", upstairs("plots").circuit, self, **options)
 
     def _data(self) -> xr.Dataset:
         tables = {name: written_frame(getattr(self, name)) for name in TABLES}

@@ -28,7 +28,6 @@ Both are saved in one netCDF file, without pickle.
 
 from __future__ import annotations
 
-import dataclasses
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -79,22 +78,21 @@ class Measured(Saved):
             if found.shape != (n,):
                 raise InputError(f"{name} needs one number for each of {n} examples; got {found.shape}.")
             made.append(xr.DataArray(found, dims="example", coords={"example": coords["example"]}))
-        clusters = more.pop("clusters")
-        clusters = tuple(range(n)) if clusters is None else tuple(int(c) for c in clusters)
+        given = more.pop("clusters")
+        clusters = tuple(int(c) for c in (range(n) if given is None else given))
         return cls(xr.DataArray(array, dims=("example", *axes), coords=coords), *made, clusters=clusters, **more)
 
     def _data(self) -> xr.Dataset:
         clusters = xr.DataArray(np.asarray(self.clusters, dtype=np.int32), dims="example")
-        lines = {name: getattr(self, name) for name in _LINES}
         said = {name: getattr(self, name) for name in _WORDS}
-        return xr.Dataset({"values": self.values} | lines | {"clusters": clusters}, attrs=said)
+        figures = {name: getattr(self, name) for name in ("values", *_LINES)}
+        return xr.Dataset(figures | {"clusters": clusters}, attrs=said)
 
     @classmethod
     def _of_data(cls: type[Kind], data: xr.Dataset, **more: Any) -> Kind:
         clusters = tuple(int(c) for c in data["clusters"].values)
-        lines = {name: data[name] for name in _LINES}
-        rest = {"provenance": plain_json(data, "provenance"), **words(data, *_WORDS)}
-        return cls(values=data["values"], clusters=clusters, **lines, **rest, **more)
+        more |= {name: data[name] for name in ("values", *_LINES)} | words(data, *_WORDS)
+        return cls(clusters=clusters, provenance=plain_json(data, "provenance"), **more)
 
     def __repr__(self) -> str:
         sizes = " x ".join(f"{size} {name}" for name, size in self.values.sizes.items())
@@ -214,16 +212,16 @@ class Grid(Measured):
         Raises:
             InputError: an unknown axis or label.
         """
-        for axis, wanted in labels.items():
+        single = [axis for axis, wanted in labels.items() if not isinstance(wanted, list | tuple | np.ndarray)]
+        listed = {axis: [wanted] if axis in single else list(wanted) for axis, wanted in labels.items()}
+        for axis, wanted in listed.items():
             if axis not in self._places:
                 raise InputError(unknown("axis", axis, self._places))
             known = self.values.coords[axis].values.tolist()
-            for label in wanted if isinstance(wanted, list | tuple | np.ndarray) else [wanted]:
+            for label in wanted:
                 if label not in known:
                     raise InputError(unknown(axis, label, known))
-        single = [axis for axis, wanted in labels.items() if not isinstance(wanted, list | tuple | np.ndarray)]
-        chosen = {axis: list(wanted) if isinstance(wanted, tuple) else wanted for axis, wanted in labels.items()}
-        return replace(self, values=self.values.sel(chosen).drop_vars(single, errors="ignore"))
+        return replace(self, values=self.values.sel(listed).squeeze(single, drop=True))
 
     def normalized(self) -> xr.DataArray:
         """Put effects on the scale of the pair: 0 at the run that was edited, 1 at the donor.
@@ -231,8 +229,11 @@ class Grid(Measured):
         Returns:
             effects / (donor - baseline), NaN where the two are equal; shares over their metric in a grid of shares.
         """
-        whole = self.baseline if self.shares else self.donor - self.baseline
-        return self.effects / whole.where(whole != 0)
+        return self.effects / self._whole.where(self._whole != 0)
+
+    @property
+    def _whole(self) -> xr.DataArray:
+        return self.baseline if self.shares else self.donor - self.baseline
 
     def mean(self, of: str = "effects") -> xr.DataArray:
         """Average over examples.
@@ -285,10 +286,7 @@ class Grid(Measured):
     def _ratio(self, of: str) -> tuple[xr.DataArray, xr.DataArray | None]:
         if of not in ("effects", "values", "normalized"):
             raise InputError(unknown("figure", of, ("effects", "values", "normalized")))
-        if of == "values":
-            return self.values, None
-        whole = self.baseline if self.shares else self.donor - self.baseline
-        return self.effects, whole if of == "normalized" else None
+        return (self.values if of == "values" else self.effects), (self._whole if of == "normalized" else None)
 
     def to_frame(self) -> pd.DataFrame:
         """Lay the grid out as a tidy frame.
@@ -296,15 +294,10 @@ class Grid(Measured):
         Returns:
             One row for each example and place: the axes, `value effect normalized baseline donor cluster`.
         """
-        columns = {"value": self.values, "effect": self.effects, "normalized": self.normalized()}
-        data = xr.Dataset(columns).to_dataframe()[list(columns)].reset_index()
-        position = data["example"].to_numpy()
-        lookup = {label: i for i, label in enumerate(self.values.coords["example"].values.tolist())}
-        rows = np.array([lookup[label] for label in position.tolist()])
-        data["baseline"] = self.baseline.values[rows]
-        data["donor"] = self.donor.values[rows]
-        data["cluster"] = np.asarray(self.clusters)[rows]
-        return data
+        columns: dict[str, Any] = {"value": self.values, "effect": self.effects, "normalized": self.normalized()}
+        lines = {"baseline": self.baseline.values, "donor": self.donor.values, "cluster": np.asarray(self.clusters)}
+        columns |= {name: ("example", line) for name, line in lines.items()}
+        return xr.Dataset(columns).to_dataframe()[list(columns)].reset_index()
 
     def plot(self, **options: Any) -> Any:
         """Draw the grid: layers by heads as a map, other axes over layers as curves, conditions as dots, else bars.
@@ -318,7 +311,7 @@ class Grid(Measured):
         Raises:
             InputError: an unknown keyword.
         """
-        plots: Any = upstairs("plots")
+        plots = upstairs("plots")
         places = {name for name in self._places if self.values.sizes[name] > 1 or name in ("layer", "head")}
         if {"layer", "head"} <= places and not {"key", "query", "condition", "edge"} & places:
             draw = plots.heads
@@ -409,8 +402,7 @@ class Tabled:
         Returns:
             The file that was written.
         """
-        whole = self.grid.provenance | {_KEY: written_frame(self.rows)}
-        return dataclasses.replace(self.grid, provenance=whole).save(path)
+        return replace(self.grid, provenance=self.provenance | {_KEY: written_frame(self.rows)}).save(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Tabled:
@@ -430,7 +422,7 @@ class Tabled:
             raise InputError(f"{path} holds a grid without rows; open it with Grid.load.")
         rest = {name: value for name, value in grid.provenance.items() if name != _KEY}
         with foreign_file(path, "a grid with its rows"):
-            return cls(dataclasses.replace(grid, provenance=rest), read_frame(grid.provenance[_KEY]))
+            return cls(replace(grid, provenance=rest), read_frame(grid.provenance[_KEY]))
 
     def __repr__(self) -> str:
         return f"{self.grid!r} with {len(self.rows)} rows ({', '.join(map(str, self.rows.columns))})"

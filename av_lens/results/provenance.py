@@ -72,9 +72,7 @@ def linked(groups: Sequence[Iterable[str]]) -> tuple[int, ...]:
     from scipy.sparse.csgraph import connected_components
 
     named: dict[str, int] = {}
-    ends = [
-        (i, len(groups) + named.setdefault(source, len(named))) for i, group in enumerate(groups) for source in group
-    ]
+    ends = [(i, named.setdefault(one, len(groups) + len(named))) for i, group in enumerate(groups) for one in group]
     size = len(groups) + len(named)
     joined = coo_array((np.ones(len(ends)), np.array(ends, dtype=np.int32).reshape(-1, 2).T), shape=(size, size))
     order: dict[int, int] = {}

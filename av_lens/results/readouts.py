@@ -1,15 +1,16 @@
 """`LensReadout` and linear probes: what every layer's stream would say, and what can be read from it.
 
-Vectors are standardized by the training set's mean and standard deviation; the probe is a multinomial logistic
-regression with an L2 penalty (1 / C). Where vectors are longer than there are training examples, they are first turned
-into the training set's own row space, which leaves the fitted probe the same (the penalty keeps it inside that space)
-and makes it quick.
+`LinearProbe`: vectors are standardized by the training set's mean and standard deviation; the probe is a multinomial
+logistic regression with an L2 penalty (1 / C). Where vectors are longer than there are training examples, they are
+first turned into the training set's own row space, which leaves the fitted probe the same (the penalty keeps it inside
+that space) and makes it quick.
 
 *Control labels* (Hewitt and Liang, 2019): every source gets a label drawn at random, the same wherever it occurs, the
 labels' frequencies kept. A probe that reads them has memorized sources; accuracy minus control accuracy is its
 *selectivity*.
 
 Source: Alain and Bengio (2016); Hewitt and Liang (2019). scikit-learn fits.
+`LensReadout`:
 
     ranks            how many tokens are likelier than a word, 0 for the top       [example, word, layer, pos]
     probabilities    the word's probability                                        [example, word, layer, pos]
@@ -24,6 +25,7 @@ sounds' words on the same example ("others", their mean), and the difference is 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -108,9 +110,9 @@ def control_labels(labels: Sequence[Any], sources: Sequence[str], *, seed: int) 
 
 def folds(groups: Sequence[int], n: int) -> list[list[int]]:
     """Deal examples to folds, groups whole: the largest group first, to the smallest fold."""
-    members: dict[int, list[int]] = {}
+    members: dict[int, list[int]] = defaultdict(list)
     for example, group in enumerate(groups):
-        members.setdefault(group, []).append(example)
+        members[group].append(example)
     if len(members) < 2:
         raise InputError("cross-validation needs two groups of clips at least; give conflicts that share fewer clips.")
     dealt: list[list[int]] = [[] for _ in range(min(n, len(members)))]
@@ -135,15 +137,12 @@ def held_out(
 
 def looked_up(known: Sequence[Any], labels: Sequence[Any], asked: Sequence[Any]) -> Iterator[Any]:
     """Guess a label from another one alone: what most often goes with it."""
-
-    def most_frequent(listed: Sequence[Any]) -> Any:
-        return max(sorted(set(listed), key=str), key=list(listed).count)
-
-    together: dict[Any, list[Any]] = {}
+    together: dict[Any, list[Any]] = defaultdict(list)
     for one, label in zip(known, labels, strict=True):
-        together.setdefault(one, []).append(label)
+        together[one].append(label)
     for one in asked:
-        yield most_frequent(together.get(one, labels))
+        listed = together.get(one, list(labels))
+        yield max(sorted(set(listed), key=str), key=listed.count)
 
 
 OTHERS, EXCESS, SAID = "others", "excess", "said"
@@ -193,8 +192,8 @@ class LensReadout(Saved):
 
     def best(self) -> Grid:
         """Take the best rank over positions."""
-        values = self.ranks.values.min("pos")
-        return self._grid(values.values, {name: values.coords[name].values for name in ("word", "layer")}, "best rank")
+        best = self.ranks.values.min("pos")
+        return self._grid(best.values, {name: best.coords[name].values for name in ("word", "layer")}, "best rank")
 
     def understanding(self, k: int = 5, *, by: str = "all") -> Grid:
         """Score whether the words are in the top k somewhere, against other sounds' words."""
@@ -208,15 +207,15 @@ class LensReadout(Saved):
         if by == "all":
             best, others = best.min(2, keepdims=True), others.min(1, keepdims=True)
         hits = np.where(np.isnan(best), np.nan, best < k)
-        known = ~np.isnan(others)
-        counts = known.sum(2)
-        null = np.where(counts > 0, ((others < k) & known).sum(2) / np.maximum(counts, 1), np.nan)
+        counts = (~np.isnan(others)).sum(2)
+        null = np.where(counts > 0, (others < k).sum(2) / np.maximum(counts, 1), np.nan)
         said = np.broadcast_to(self.said[:, None], null.shape)
         found = np.concatenate([hits, np.stack([null, hits[:, 0] - null, said], axis=1)], axis=1)
         axes: dict[str, Any] = {"figure": [*words, OTHERS, EXCESS, SAID]}
+        name = f"latent understanding: in the top {k} at some position"
         if by == "layer":
-            return self._grid(found, axes | {"layer": self.ranks.values.coords["layer"].values}, _named(k, by))
-        return self._grid(found[:, :, 0], axes, _named(k, by))
+            return self._grid(found, axes | {"layer": self.ranks.values.coords["layer"].values}, name)
+        return self._grid(found[:, :, 0], axes, f"{name} and layer")
 
     def top(self, example: int = 0, *, layer: int | None = None, pos: int | None = None) -> pd.DataFrame:
         """List the likeliest tokens in words."""
@@ -232,8 +231,7 @@ class LensReadout(Saved):
 
     def plot(self, **options: Any) -> Any:
         """Draw the words' best ranks over positions, layer by layer."""
-        plots: Any = upstairs("plots")
-        return called("plot", plots.layers, self.best(), **options)
+        return called("plot", upstairs("plots").layers, self.best(), **options)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -251,11 +249,9 @@ class LensReadout(Saved):
             "best_others": self.best_others,
         }
         axes = {name: self.ranks.values.coords[name].values for name in ("layer", "pos")}
-        attributes = {
-            "direction": self.ranks.direction,
-            "words": json.dumps(self.ranks.values.coords["word"].values.tolist()),
-            "texts": json.dumps({str(token): text for token, text in self.texts.items()}),
-        }
+        attributes = {"direction": self.ranks.direction}
+        attributes["words"] = json.dumps(self.ranks.values.coords["word"].values.tolist())
+        attributes["texts"] = json.dumps({str(token): text for token, text in self.texts.items()})
         # netCDF takes an axis without entries for one that grows, so what has none is left out.
         kept = {name: (_DIMS[name], values) for name, values in data.items() if values.size}
         return xr.Dataset(kept, coords=axes, attrs=attributes)
@@ -285,18 +281,13 @@ class LensReadout(Saved):
             raise ValueError("some of its tokens have no text")
         shares, said = (of(name).astype(np.float64) for name in ("top_probabilities", "said"))
         ranks, probabilities = readings(grids[0], "rank", **made), readings(grids[1], "probability", **made)
-        return cls(
-            ranks, probabilities, top, shares, {int(token): str(text) for token, text in texts.items()}, best, said
-        )
+        named = {int(token): str(text) for token, text in texts.items()}
+        return cls(ranks, probabilities, top, shares, named, best, said)
 
     def _grid(self, values: np.ndarray, axes: Mapping[str, Any], metric: str) -> Grid:
         unit = "tokens" if metric == "best rank" else "fraction of clips"
         made = {name: getattr(self.ranks, name) for name in ("clusters", "direction", "provenance")}
         return Grid.of(values, axes=axes, baseline=np.zeros(len(values)), metric=metric, unit=unit, **made)
-
-
-def _named(k: int, by: str) -> str:
-    return f"latent understanding: in the top {k} at some position" + ("" if by == "layer" else " and layer")
 
 
 def readings(values: xr.DataArray, what: str, *, clusters: Any, provenance: Mapping[str, Any], direction: str) -> Grid:

@@ -30,6 +30,8 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,19 +51,16 @@ ROLE_NAMES = (*SUPPRESSORS, "breaks", "undetermined", "silenced carrier", "sound
 
 
 def _columns(*runs: str) -> dict[str, str]:
-    """Column -> kind, of runs such as "float: low high", in the order of the table."""
-    parts = [run.split(": ") for run in runs]
+    """Column -> kind, of runs such as "int: k; float: low high", in the order of the table."""
+    parts = [part.split(": ") for run in runs for part in run.split("; ")]
     return {name: kind for kind, names in parts for name in names.split()}
 
 
 TABLES: dict[str, dict[str, str]] = {
     # One row per named (head, site, role), largest effect first. `effect low high` are confirmation's.
     "heads": _columns(
-        "int: layer head",
-        "text: site role member_of estimand donor",
-        "float: effect low high direct_share q p_maxt",
-        "flag: confirmed",
-        "text: flags",
+        "int: layer head; text: site role member_of estimand donor",
+        "float: effect low high direct_share q p_maxt; flag: confirmed; text: flags",
         "float: share share_low share_high p_holm discovery_effect discovery_low discovery_high",
         "float: discovery_share discovery_direct_share discovery_p release_blank_muted release_mean_other",
         "float: release_zero question_share reads_picture reads_sound sufficiency silenced carries repair",
@@ -69,91 +68,67 @@ TABLES: dict[str, dict[str, str]] = {
     ),
     # Every head's every effect, named or not: what heat maps are drawn from.
     "evidence": _columns(
-        "text: half site",
-        "int: layer head",
-        "text: estimand donor",
-        "float: mean low high share share_low share_high",
-        "int: n",
+        "text: half site; int: layer head; text: estimand donor",
+        "float: mean low high share share_low share_high; int: n",
     ),
     # The same for what is no query head: `unit` is "kv group", "mlp", "attention" or "layer", `index` the group or -1.
     "units": _columns(
-        "text: half site unit",
-        "int: layer index",
-        "text: estimand donor",
-        "float: mean low high share share_low share_high",
-        "int: n",
+        "text: half site unit; int: layer index; text: estimand donor",
+        "float: mean low high share share_low share_high; int: n",
     ),
     # One row per set that was built (one per primary donor; `chosen` marks the one that the verdict speaks of).
     "sets": _columns(
-        "text: name site members",
-        "int: k",
-        "text: donor screen",
-        "flag: chosen",
+        "text: name site members; int: k; text: donor screen; flag: chosen",
         "float: discovery_release discovery_share release low high share share_low share_high",
         "float: says_sound_before says_sound says_picture_before says_picture",
-        "int: random_n",
-        "float: random_mean random_high random_max p_random p_floor",
-        "flag: confirmed",
-        "text: flags",
+        "int: random_n; float: random_mean random_high random_max p_random p_floor; flag: confirmed; text: flags",
     ),
     # One row per member of a set, in the order in which the search took it in. `single` is its release alone, `gain`
     # what it added when it was taken in, `without` the set's release minus the set's without it, all on discovery;
     # `effect low high` is the last of these on confirmation; role, direct share and reads are measured with the others
     # edited.
     "members": _columns(
-        "text: name site donor",
-        "flag: chosen",
-        "int: order layer head",
-        "text: screen",
+        "text: name site donor; flag: chosen; int: order layer head; text: screen",
         "float: single single_low gain without without_low without_high effect low high",
-        "text: role",
-        "float: direct_share direct_share_low direct_share_high reads_picture reads_sound",
-        "flag: confirmed",
+        "text: role; float: direct_share direct_share_low direct_share_high reads_picture reads_sound; flag: confirmed",
     ),
     # The search's path: action is "start", "add", "drop" (gains below delta at the end) or "take out".
-    "steps": _columns("text: site donor start", "int: step", "text: action", "int: layer head", "float: release gain"),
+    "steps": _columns("text: site donor start; int: step; text: action; int: layer head; float: release gain"),
     # release({h, k}) - max(0, release h) - max(0, release k), the largest pairs by donor.
-    "synergies": _columns("text: site donor", "int: layer head layer2 head2", "float: release synergy share"),
+    "synergies": _columns("text: site donor; int: layer head layer2 head2; float: release synergy share"),
     # Mechanism cards of the named heads: part is "attention", "ov", "pattern" (driven by Q or by K) or "path".
-    "cards": _columns("int: layer head", "text: site part cell what", "float: value low high", "text: unit note"),
+    "cards": _columns("int: layer head; text: site part cell what; float: value low high; text: unit note"),
     # Edges of the named heads cut: arm is "cut" or the control's name.
     "cuts": _columns(
-        "text: heads site edges", "flag: renormalised", "text: arm", "float: release low high share mass", "text: note"
+        "text: heads site edges; flag: renormalised; text: arm; float: release low high share mass; text: note"
     ),
     # Where the audio is known: the lens and probes by layer and span, with their nulls. `layer` counts the layers that
     # the stream has passed (0: before the first; -1: the maximum over layers).
     "knowledge": _columns(
-        "text: method word cell span",
-        "int: layer",
-        "float: value low high null excess excess_low excess_high",
-        "flag: chosen",
-        "int: n",
-        "text: note",
+        "text: method word cell span; int: layer",
+        "float: value low high null excess excess_low excess_high; flag: chosen; int: n; text: note",
     ),
     # By which road does the picture win? relay, generation, sink; arm is "cut" or the control's name.
-    "routes": _columns("text: route edges arm", "float: effect low high share says_sound mass", "text: note"),
+    "routes": _columns("text: route edges arm; float: effect low high share says_sound mass; text: note"),
     # What the repair plan (`found.plan()`) changes on confirmation: C, what is said, and the controls of `specificity`.
-    "repair": _columns("text: quantity", "int: n", "float: before after change low high bound", "text: verdict"),
+    "repair": _columns("text: quantity; int: n; float: before after change low high bound; text: verdict"),
     # Does it hang on a choice? The search under each variant: who is named, and how that agrees with the main search.
     "robustness": _columns(
-        "text: variant named", "float: jaccard low high rank_correlation", "text: kept lost gained turned note"
+        "text: variant named; float: jaccard low high rank_correlation; text: kept lost gained turned note"
     ),
     # The cumulative edit, held out: arm is "set", "random" (one row a draw, at full size) or "see heads".
     "ablation": _columns(
-        "text: arm", "int: k draw", "text: members donor", "float: release low high share says_sound says_picture"
+        "text: arm; int: k draw; text: members donor; float: release low high share says_sound says_picture"
     ),
     # What else the set's edit breaks: non-inferiority. Rates before and after, the bound of the fall, the verdict.
-    "specificity": _columns("text: control", "int: n", "float: before after fall bound margin", "text: verdict"),
+    "specificity": _columns("text: control; int: n; float: before after fall bound margin; text: verdict"),
     # Quantities of protocol section 2 by half ("discovery", "confirmation"); `chosen` is "all" or "competent". Quantity
     # "accuracy" has a cell and a rule: right among the "two" answers, or in the whole "vocabulary"; "says sound" and
     # "says picture" are rates of each answer where the sound is muted.
-    "behaviour": _columns("text: half chosen quantity cell rule", "float: value low high", "int: n"),
+    "behaviour": _columns("text: half chosen quantity cell rule; float: value low high; int: n"),
     # One row per conflict: who it is, where it was dealt, what the unedited model does.
     "conflicts": _columns(
-        "text: id half",
-        "int: component",
-        "flag: competent analysed",
-        "text: sound_answer picture_answer says",
+        "text: id half; int: component; flag: competent analysed; text: sound_answer picture_answer says",
         "float: M_va M_av M_blank_a M_blank_v C G",
     ),
 }
@@ -172,13 +147,10 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     if name not in TABLES:
         raise InputError(unknown("table", name, TABLES))
     columns = TABLES[name]
-    for row in rows:
-        for key in row:
-            if key not in columns:
-                raise InputError(f"table {name!r}: {unknown('column', key, columns)}")
-    return _frame(
-        {column: [row.get(column, _KINDS[kind][1]) for row in rows] for column, kind in columns.items()}, name
-    )
+    if strange := [key for row in rows for key in row if key not in columns]:
+        raise InputError(f"table {name!r}: {unknown('column', strange[0], columns)}")
+    cells = {column: [row.get(column, _KINDS[kind][1]) for row in rows] for column, kind in columns.items()}
+    return _frame(cells, name)
 
 
 def _frame(cells: dict[str, list[Any]], name: str) -> pd.DataFrame:
@@ -220,10 +192,6 @@ _HEAD: dict[str, type] = {
 """What `isolation.json` says of the finding itself."""
 
 
-def _empty(name: str) -> Callable[[], pd.DataFrame]:
-    return lambda: table(name, [])
-
-
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Isolation(Brief):
     """A finished isolation; see the module for signs and units, `TABLES` for the columns.
@@ -244,23 +212,23 @@ class Isolation(Brief):
     stamps: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     summary: Mapping[str, float]
-    heads: pd.DataFrame = field(default_factory=_empty("heads"))
-    evidence: pd.DataFrame = field(default_factory=_empty("evidence"))
-    units: pd.DataFrame = field(default_factory=_empty("units"))
-    sets: pd.DataFrame = field(default_factory=_empty("sets"))
-    members: pd.DataFrame = field(default_factory=_empty("members"))
-    steps: pd.DataFrame = field(default_factory=_empty("steps"))
-    synergies: pd.DataFrame = field(default_factory=_empty("synergies"))
-    cards: pd.DataFrame = field(default_factory=_empty("cards"))
-    cuts: pd.DataFrame = field(default_factory=_empty("cuts"))
-    knowledge: pd.DataFrame = field(default_factory=_empty("knowledge"))
-    routes: pd.DataFrame = field(default_factory=_empty("routes"))
-    repair: pd.DataFrame = field(default_factory=_empty("repair"))
-    robustness: pd.DataFrame = field(default_factory=_empty("robustness"))
-    ablation: pd.DataFrame = field(default_factory=_empty("ablation"))
-    specificity: pd.DataFrame = field(default_factory=_empty("specificity"))
-    behaviour: pd.DataFrame = field(default_factory=_empty("behaviour"))
-    conflicts: pd.DataFrame = field(default_factory=_empty("conflicts"))
+    heads: pd.DataFrame = field(default_factory=partial(table, "heads", ()))
+    evidence: pd.DataFrame = field(default_factory=partial(table, "evidence", ()))
+    units: pd.DataFrame = field(default_factory=partial(table, "units", ()))
+    sets: pd.DataFrame = field(default_factory=partial(table, "sets", ()))
+    members: pd.DataFrame = field(default_factory=partial(table, "members", ()))
+    steps: pd.DataFrame = field(default_factory=partial(table, "steps", ()))
+    synergies: pd.DataFrame = field(default_factory=partial(table, "synergies", ()))
+    cards: pd.DataFrame = field(default_factory=partial(table, "cards", ()))
+    cuts: pd.DataFrame = field(default_factory=partial(table, "cuts", ()))
+    knowledge: pd.DataFrame = field(default_factory=partial(table, "knowledge", ()))
+    routes: pd.DataFrame = field(default_factory=partial(table, "routes", ()))
+    repair: pd.DataFrame = field(default_factory=partial(table, "repair", ()))
+    robustness: pd.DataFrame = field(default_factory=partial(table, "robustness", ()))
+    ablation: pd.DataFrame = field(default_factory=partial(table, "ablation", ()))
+    specificity: pd.DataFrame = field(default_factory=partial(table, "specificity", ()))
+    behaviour: pd.DataFrame = field(default_factory=partial(table, "behaviour", ()))
+    conflicts: pd.DataFrame = field(default_factory=partial(table, "conflicts", ()))
     arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
     protocol: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -273,22 +241,21 @@ class Isolation(Brief):
         for name, most in (("n_layers", self.n_layers), ("n_heads", self.n_heads)):
             if not 0 < most <= MOST:
                 raise InputError(f"{name} = {most} is no size of a model; 1 to {MOST} are.")
-        for name, frame in ((name, getattr(self, name)) for name in TABLES):
-            for column, most in (("layer", self.n_layers), ("head", self.n_heads)):
-                last = most if (name, column) == ("knowledge", "layer") else most - 1  # that table counts layers passed
-                if column in frame and not frame[column].between(-1, last).all():
-                    raise InputError(f"table {name!r} names a {column} beyond the {most} that the model has.")
-        figures = {**self.summary, **{key: self.protocol[key] for key in ("s",) if self.protocol.get(key) is not None}}
-        if wrong := [key for key, value in figures.items() if not isinstance(value, int | float | np.number)]:
-            raise InputError(f"{wrong[0]} is no number: {figures[wrong[0]]!r}.")
+        for name, (column, most) in product(TABLES, (("layer", self.n_layers), ("head", self.n_heads))):
+            last = most if (name, column) == ("knowledge", "layer") else most - 1  # that table counts layers passed
+            if column in TABLES[name] and not getattr(self, name)[column].between(-1, last).all():
+                raise InputError(f"table {name!r} names a {column} beyond the {most} that the model has.")
+        share = self.protocol.get("s")
+        for key, value in (*self.summary.items(), *([] if share is None else [("s", share)])):
+            if not isinstance(value, int | float | np.number):
+                raise InputError(f"{key} is no number: {value!r}.")
         if strange := sorted(set(self.heads["role"]) - set(ROLE_NAMES)):
             raise InputError(unknown("role", strange[0], ROLE_NAMES))
 
     @property
     def suppressors(self) -> pd.DataFrame:
         """The confirmed heads that keep the sound from being said: writers, opponents, gates, kind undetermined."""
-        keep = self.heads["role"].isin(RELEASING) & self.heads["confirmed"]
-        return cast(pd.DataFrame, self.heads[keep])
+        return cast(pd.DataFrame, self.heads[self.heads["role"].isin(RELEASING) & self.heads["confirmed"]])
 
     def grid(
         self, estimand: str, donor: str = "", *, half: str = "discovery", site: str = "suffix", column: str = "mean"
@@ -312,14 +279,12 @@ class Isolation(Brief):
         if column not in TABLES["evidence"]:
             raise InputError(unknown("column", column, TABLES["evidence"]))
         keep: Any = (frame["estimand"] == estimand) & (frame["half"] == half) & (frame["site"] == site)
-        if donor:
-            keep &= frame["donor"] == donor
-        if not keep.any():
+        rows = frame[keep & (frame["donor"] == donor) if donor else keep]
+        if not len(rows):
             pairs = zip(frame["estimand"], frame["donor"], strict=True)
             known = sorted({f"{e} ({d})" if d else str(e) for e, d in pairs})
             raise InputError(unknown("effect", f"{estimand} ({donor})" if donor else estimand, known))
         out = np.full((self.n_layers, self.n_heads), np.nan)
-        rows = frame[keep]
         out[rows["layer"].to_numpy(), rows["head"].to_numpy()] = rows[column].to_numpy()
         return out
 
@@ -336,9 +301,7 @@ class Isolation(Brief):
         Raises:
             InputError: an unknown keyword.
         """
-        write: Any = upstairs("reports").write_report
-        written: Any = called("report", write, self, path, **options)
-        return Path(written) if written is not None else Path(path)
+        return called("report", upstairs("reports").write_report, self, path, **options)
 
     def plan(self) -> Any:
         """Write the chosen set's edit as a plan that fits any clip and question (`model.generate(x, plan=...)`).
@@ -360,8 +323,7 @@ class Isolation(Brief):
         Returns:
             The folder.
         """
-        folder = Path(folder)
-        make_folder(folder)
+        folder = make_folder(Path(folder))
         for name in TABLES:
             write_whole(folder / f"{name}.csv", getattr(self, name).to_csv(index=False))
         held = io.BytesIO()
@@ -388,8 +350,7 @@ class Isolation(Brief):
             InputError: no record there, one of another schema version, or a damaged one; the message names the file.
         """
         folder = Path(folder)
-        if (folder / RECORD / "isolation.json").exists():
-            folder = folder / RECORD
+        folder = folder / RECORD if (folder / RECORD / "isolation.json").exists() else folder
         if not (folder / "isolation.json").exists():
             raise InputError(
                 f"no isolation is saved in {folder}: isolation.json is not there. Give the folder that `save` wrote."
@@ -419,9 +380,7 @@ def _typed(head: Mapping[str, Any], name: str, kind: type) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     if isinstance(value, Path):
         return str(value)

@@ -1,7 +1,7 @@
 """How sure are we of a mean, a share, a hundred heads at once; and how are conflicts dealt to independent halves?
 
 Conflicts share clips, so they are not independent. What is resampled or flipped is therefore the *component* (conflicts
-that share clips, `results.halves`), never the conflict:
+that share clips), never the conflict:
 
 * **Intervals.** 5,000 bootstrap draws, percentile, 95%. With at least 20 components a draw is a multinomial count
   of components; with fewer it is a multinomial count of source clips, a conflict weighing the product of its two
@@ -24,9 +24,9 @@ Example:
     boot.mean(effects)          # Interval(value, low, high), each of effects' shape without `example`
     ```
 
-Clips are the nodes of a graph (a clip is its file's hash and its time window) and conflicts its edges: a conflict joins
-its sound's clip to its picture's. Conflicts that share a clip, directly or through others, form a *component*, and
-components are dealt whole:
+`deal`: clips are the nodes of a graph (a clip is its file's hash and its time window) and conflicts its edges: a
+conflict joins its sound's clip to its picture's. Conflicts that share a clip, directly or through others, form a
+*component*, and components are dealt whole:
 
 1. A component with more than 40% of the remaining conflicts loses the conflict of smallest hash among its bridges
    (edges whose removal parts it), or, where it has none, the conflict of smallest hash, until none is above 40%.
@@ -47,7 +47,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,8 +123,7 @@ class Bootstrap:
     ) -> Interval:
         """Bound a ratio of means, resampled as a ratio."""
         shape = above.shape[1:]
-        top = np.asarray(above, dtype=np.float64).reshape(len(above), -1)
-        bottom = np.asarray(below, dtype=np.float64).reshape(len(below), -1)
+        top, bottom = (np.asarray(side, dtype=np.float64).reshape(len(side), -1) for side in (above, below))
         bottom = np.broadcast_to(bottom, top.shape)
         known = ~(np.isnan(top) | np.isnan(bottom))
         top, bottom = np.where(known, top, 0.0), np.where(known, bottom, 0.0)
@@ -152,20 +151,18 @@ class Bootstrap:
             return np.full(known.shape[1], self.n_clips >= FEWEST_CLIPS)
         return np.array([len(np.unique(clips[:, column])) >= FEWEST_CLIPS for column in known.T], dtype=bool)
 
-    def derived(
-        self, rule: Callable[..., np.ndarray], *columns: np.ndarray, level: float = 0.95
-    ) -> tuple[float, float, float]:
+    def derived(self, rule: Callable[..., np.ndarray], *columns: np.ndarray) -> tuple[float, float, float]:
         """Bound a figure that is computed from several means, such as |E_V| / (|E_A| + |E_V|)."""
         stacked = np.stack(columns, axis=1)
-        stacked = stacked[~np.isnan(stacked).any(1)] if np.isnan(stacked).any() else stacked
+        stacked = stacked[~np.isnan(stacked).any(1)]
         if not len(stacked):
-            return float("nan"), float("nan"), float("nan")
+            return math.nan, math.nan, math.nan
         value = float(rule(*stacked.mean(0)[:, None])[0])
         if self.n_clips < FEWEST_CLIPS or len(stacked) != self.weights.shape[1]:
-            return value, float("nan"), float("nan")
+            return value, math.nan, math.nan
         with np.errstate(invalid="ignore", divide="ignore"):
             drawn = rule(*((self.weights @ stacked) / self.weights.sum(1, keepdims=True)).T)
-        tail = 100 * (1 - level) / 2
+        tail = 100 * (1 - 0.95) / 2
         low, high = np.nanpercentile(drawn, [tail, 100 - tail])
         return value, float(low), float(high)
 
@@ -217,33 +214,29 @@ def sign_flips(values: np.ndarray, components: Sequence[int], *, family: int | N
         if measured.any():
             largest = np.sort(drawn[:, measured].max(1))
             count_max += len(largest) - np.searchsorted(largest, near, side="left")
-    extra = 0 if exact else 1
-    p = (count + extra) / (flips + extra)
-    p_maxt = (count_max + extra) / (flips + extra)
-    p[~measured] = p_maxt[~measured] = np.nan
-    return Flips(p.reshape(shape), p_maxt.reshape(shape), flips, exact)
+    counts = np.stack([count, count_max])
+    p = np.where(measured, counts / flips if exact else (counts + 1) / (flips + 1), np.nan)
+    return Flips(p[0].reshape(shape), p[1].reshape(shape), flips, exact)
 
 
 def benjamini_hochberg(p: np.ndarray, *, family: int | None = None) -> np.ndarray:
     """Adjust p-values for the false discovery rate."""
-    return _stepwise(p, family, lambda rank, m: m / rank, upward=True)
+    return _stepwise(p, family, upward=True)
 
 
 def holm(p: np.ndarray, *, family: int | None = None) -> np.ndarray:
     """Adjust p-values for the familywise error."""
-    return _stepwise(p, family, lambda rank, m: m - rank + 1, upward=False)
+    return _stepwise(p, family, upward=False)
 
 
-def _stepwise(
-    p: np.ndarray, family: int | None, factor: Callable[[np.ndarray, int], np.ndarray], *, upward: bool
-) -> np.ndarray:
+def _stepwise(p: np.ndarray, family: int | None, *, upward: bool) -> np.ndarray:
     flat = np.asarray(p, dtype=np.float64).ravel()
     known = np.flatnonzero(~np.isnan(flat))
     out = np.full(flat.shape, np.nan)
     m = max(len(known), family or 0)
     order = known[np.argsort(flat[known], kind="stable")]
     rank = np.arange(1, len(known) + 1)
-    scaled = flat[order] * factor(rank, m)
+    scaled = flat[order] * (m / rank if upward else m - rank + 1)
     running = np.minimum.accumulate(scaled[::-1])[::-1] if upward else np.maximum.accumulate(scaled)
     out[order] = np.minimum(running, 1.0)
     return out.reshape(np.shape(p))
@@ -256,7 +249,7 @@ def clopper_pearson(count: int, n: int, *, level: float = 0.95, side: str = "two
             f"clopper_pearson was asked for {count} of {n}, side {side!r}: give 0 <= count <= n and 'two' or 'upper'."
         )
     if n == 0:
-        return float("nan"), float("nan")
+        return math.nan, math.nan
     tail = (1 - level) / 2 if side == "two" else 1 - level
     low = 0.0 if count == 0 or side == "upper" else float(stats.beta.ppf(tail, count, n - count + 1))
     high = 1.0 if count == n else float(stats.beta.ppf(1 - tail, count + 1, n - count))
@@ -286,7 +279,7 @@ def non_inferiority(
     known = ~(np.isnan(before) | np.isnan(after))
     n = int(known.sum())
     if n == 0:
-        return Harm(0, float("nan"), float("nan"), float("nan"), float("nan"), "untested")
+        return Harm(0, math.nan, math.nan, math.nan, math.nan, "untested")
     was, now = before[known], after[known]
     fall = float(was.mean() - now.mean())
     resampled = float(boot.mean(before - after, level=0.90).high)
@@ -368,12 +361,10 @@ def _part_large_ones(edges: dict[int, tuple[str, str]], order: Mapping[int, str]
     """Give up edges (in place) until no component has more than 40% of those that remain."""
     while True:
         groups = components(edges)
-        large = [group for group in groups if len(group) > LARGEST_SHARE * len(edges)]
+        group = max(groups, key=len, default=[])
         # Three components are needed before all can be within 40%; nothing is left to part in a single conflict.
-        large = [group for group in large if len(group) > 1]
-        if not large:
+        if len(group) <= max(1, LARGEST_SHARE * len(edges)):
             return groups
-        group = max(large, key=len)
         cut = bridges({number: edges[number] for number in group}) or set(group)
         del edges[min(cut, key=lambda number: order[number])]
 
@@ -381,8 +372,7 @@ def _part_large_ones(edges: dict[int, tuple[str, str]], order: Mapping[int, str]
 def deal(conflicts: Sequence[Member], *, seed: int) -> Halves:
     """Deal conflicts to two halves that share no clip, as the module says."""
     ids = [conflict.id for conflict in conflicts]
-    if len(set(ids)) != len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
+    if twice := next((name for name, times in Counter(ids).items() if times > 1), None):
         raise InputError(f"two conflicts have the id {twice!r}; ids order the deal and must differ. Give each its own.")
     order = {i: rank_hash(seed, name) for i, name in enumerate(ids)}
     edges = {i: (conflict.sound_clip, conflict.picture_clip) for i, conflict in enumerate(conflicts)}
@@ -415,7 +405,7 @@ def third_sources(
     drawn = np.full(len(ids), -1, dtype=np.int64)
     for i, name in enumerate(ids):
         known = {sound_answers[i], picture_answers[i]}
-        others = [j for j in range(len(ids)) if j != i and sound_answers[j] not in known]
+        others = [j for j, answer in enumerate(sound_answers) if j != i and answer not in known]
         if others:
             drawn[i] = min(others, key=lambda j: rank_hash(seed, f"{name}:w:{ids[j]}"))
     return drawn

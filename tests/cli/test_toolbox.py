@@ -46,9 +46,9 @@ def test_flags_are_the_function_s_arguments(method):
     assert flags or method.feed == "none"
     for flag in flags:
         assert live[flag.name].kind is inspect.Parameter.KEYWORD_ONLY
-        assert flag.help, f"{method.function}'s docstring says nothing of {flag.name}"
+        assert flag.annotation.__metadata__[0].help, f"{method.function}'s docstring says nothing of {flag.name}"
         required = live[flag.name].default is inspect.Parameter.empty
-        assert (flag.default == "required") == required
+        assert (flag.default is inspect.Parameter.empty) == required
     named = {flag.name for flag in flags} | {"metric", "progress", "base"}
     untold = [
         name for name, p in live.items() if p.kind is p.KEYWORD_ONLY and name not in named and p.default is p.empty

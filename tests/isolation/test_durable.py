@@ -22,9 +22,10 @@ from same_isolation import assert_same
 
 from av_lens import whole_files
 from av_lens.errors import AvLensError, ProtocolError, UnfinishedError
-from av_lens.isolation.measuring.store import Store
+from av_lens.isolation.measuring import store
+from av_lens.isolation.measuring.store import Measured, Store
 from av_lens.isolation.running import durable
-from av_lens.isolation.running.durable import Deadline
+from av_lens.isolation.running.durable import deadline
 from av_lens.isolation.running.preparing import hash_of
 from av_lens.results.record import Isolation
 from av_lens.results.statistics import Bootstrap
@@ -171,7 +172,7 @@ class Fault:
     def at_work(self):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(whole_files.os, "replace", self)
-            patched.setattr(durable, "append_line", self.line)
+            patched.setattr(whole_files, "append_line", self.line)
             yield
 
 
@@ -235,8 +236,7 @@ def test_a_finished_run_measures_nothing_again(whole, tmp_path):
     run(tmp_path)
     stores = []
     with pytest.MonkeyPatch.context() as patched:
-        told = Store._tell
-        patched.setattr(Store, "_tell", lambda self, one: (stores.append(one), told(self, one)))
+        patched.setattr(store, "Measured", lambda *given, **more: stores.append(Measured(*given, **more)) or stores[-1])
         assert_same(run(tmp_path), whole)
     assert stores
     assert not [one.name for one in stores if one.new]
@@ -333,11 +333,11 @@ def test_a_budget_stops_before_a_measurement_and_the_same_call_goes_on(brief, tm
 
 def test_a_run_that_stops_in_a_control_has_no_gap_in_its_record(tmp_path, monkeypatch):
     # What a control is refused for is noted in its row; a stop is no refusal and must come through.
-    def stops(self, name):
+    def stops(name):
         if name == "a control":
             raise UnfinishedError("stopped in a control")
 
-    monkeypatch.setattr(Deadline, "__call__", stops)
+    monkeypatch.setattr(durable, "deadline", lambda *_: stops)
     with pytest.raises(UnfinishedError, match="stopped in a control"):
         run(tmp_path, budget=1)
     assert not (tmp_path / "numbers").exists()
@@ -368,8 +368,7 @@ def test_a_full_disk_stops_the_run_and_is_no_reason_in_the_record(brief, tmp_pat
 
 def test_each_run_makes_at_least_one_measurement(tmp_path):
     store = Store(tmp_path, "key")
-    deadline = Deadline(1e-9, store, lambda: "")
-    store.before.append(deadline)
+    store.before.append(deadline(1e-9, store, lambda: ""))
     store.recall("a", {}, lambda: {"x": np.zeros(1)})
     with pytest.raises(UnfinishedError, match=r"stopped at the budget of 1e-09 minutes, before: b\."):
         store.recall("b", {}, lambda: {"x": np.zeros(1)})

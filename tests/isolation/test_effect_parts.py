@@ -172,8 +172,8 @@ def test_a_second_search_over_the_same_store_runs_nothing(tmp_path):
     assert len(rows) == len(CONTROLS)
     assert one.named == two.named
     assert one.s == two.s
-    for key, values in one.arrays().items():
-        np.testing.assert_array_equal(values, two.arrays()[key])
+    for key, values in one.first.arrays().items():
+        np.testing.assert_array_equal(values, two.first.arrays()[key])
 
 
 # The threshold of other models: protocol section 5.
@@ -297,7 +297,7 @@ def test_the_mean_of_many_bfloat16_outputs_is_their_mean():
     bench = benched(ModelEngine(FakeModel()))
     means = Means.over(bench.chunks(range(N)))
     exact = means.donor("va", means.sound[:1], means.picture[:1])
-    means._z.update({name: z.bfloat16() for name, z in means.z.items()})
+    means.z.update({name: z.bfloat16() for name, z in means.z.items()})
     rounded = means.donor("va", means.sound[:1], means.picture[:1])
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, rtol=2**-8, atol=1e-3)

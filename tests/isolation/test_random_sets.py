@@ -6,7 +6,8 @@ from itertools import combinations
 
 import numpy as np
 
-from av_lens.isolation.sets.sets import cumulative, doubling, head_names, random_sets
+from av_lens.isolation.sets.confirmation import doubling, random_sets
+from av_lens.isolation.sets.sets import cumulative, head_names
 
 
 def test_sets_are_matched_by_layer_and_norm():

@@ -165,8 +165,8 @@ def test_unmeasured_donors_are_left_out_of_the_family():
 
 def test_mirroring_cancels_what_both_cells_share():
     # A word's own prior moves M alike in va and av; hearing moves them apart.
-    assert mirrored(np.array([2.0]), np.array([2.0])) == 0
-    assert mirrored(np.array([3.0]), np.array([-3.0])) == 3
+    assert mirrored("va", lambda cell: np.array([2.0])) == 0
+    assert mirrored("va", lambda cell: np.array([{"va": 3.0, "av": -3.0}[cell]])) == 3
 
 
 def test_an_undetermined_head_is_named_by_its_release_and_confirmed_by_it():

@@ -15,12 +15,13 @@ from disk_faults import failing, kinds_at
 from fake_model import FakeModel, fake_conflicts, isolated
 from same_isolation import assert_same
 
+from av_lens import whole_files
 from av_lens.errors import AvLensError, FileError, InputError, ProtocolError, UnfinishedError
 from av_lens.inputs.conflict import ClipKeys, clip_key
 from av_lens.isolation.measuring.store import Store
 from av_lens.isolation.running import cost, durable
 from av_lens.isolation.running.durable import LEDGER, LOCK, differences, watched_run
-from av_lens.isolation.running.preparing import hash_of
+from av_lens.isolation.running.preparing import Run, hash_of
 from av_lens.results.record import RECORD
 from av_lens.results.statistics import Bootstrap
 from av_lens.whole_files import make_folder, write_whole
@@ -33,11 +34,21 @@ def protocol_of(**more):
     return made | {"hash": hash_of(made)}
 
 
+class Small(Run):
+    """A run of three conflicts that needs no model."""
+
+    key = clips = None
+
+    def __init__(self, store, protocol, clips):
+        self.bench, self.members = SimpleNamespace(store=store), [SimpleNamespace(id=one) for one in IDS]
+        self.halves = SimpleNamespace(half=["discovery"] * 2 + ["confirmation"])
+        self.protocol, self.key, self.clips = protocol, protocol["hash"], clips
+
+
 def small(folder, told=None, *, names=("reading", "head effects"), protocol=None, clips=None):
     """A run of two measurements a conflict, as `isolate` makes them; what it measured, and how many anew."""
     store, protocol = Store(), protocol or protocol_of()
-    options = {"ids": IDS, "halves": ["discovery"] * 2 + ["confirmation"], "clips": clips or {}, "budget": None}
-    with watched_run(store, folder, key=protocol["hash"], protocol=protocol, told=told, **options) as ledger:
+    with watched_run(Small(store, protocol, clips or {}), folder, budget=None, told=told) as ledger:
         found = {
             (name, one): store.recall(name, {"ids": [one]}, lambda x=f"{name} {one}": {"x": np.array(x)})["x"].item()
             for name in names
@@ -362,14 +373,14 @@ def test_a_clip_that_vanishes_or_changes_stops_the_run_by_name(tmp_path):
 
 
 def test_the_ledger_is_appended_and_in_the_end_a_line_for_each_conflict(tmp_path, monkeypatch):
-    known, append = [], durable.append_line
+    known, append = [], whole_files.append_line
 
     def growing(path, line, **more):
         known.append(path.read_bytes())
         append(path, line, **more)
         assert path.read_bytes() == known[-1] + f"{line}\n".encode()
 
-    monkeypatch.setattr(durable, "append_line", growing)
+    monkeypatch.setattr(whole_files, "append_line", growing)
     with failing(None) as seen:
         small(tmp_path)
     assert (len(known), seen.count(LEDGER)) == (5, 1 + 5 + 1)  # anew at the first measurement and at the end
@@ -387,7 +398,7 @@ def test_a_line_that_a_kill_tore_is_healed(tmp_path, monkeypatch):
         file.write('{"done": "head effects", "seconds": 0.1, "ids": ["c')
     lines = []
     with monkeypatch.context() as patched:
-        patched.setattr(durable, "append_line", lambda path, line, **more: lines.append(path.read_text()))
+        patched.setattr(whole_files, "append_line", lambda path, line, **more: lines.append(path.read_text()))
         small(tmp_path)
     assert len(lines) == 2
     assert [len(list(map(json.loads, text.splitlines()))) for text in lines] == [3, 3]

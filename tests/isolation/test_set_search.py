@@ -9,11 +9,12 @@ import pytest
 
 from av_lens.isolation.sets.confirmation import between
 from av_lens.isolation.sets.search import climb, pair_synergies, screened, search, thin
+from av_lens.isolation.sets.sets import SetReleases
 
 GAP, DELTA = 20.0, 1.0  # delta = .1 G, with G = 10
 
 
-class Game:
+class Game(SetReleases):
     """Releases as a function of which heads are edited."""
 
     def __init__(self, rule):

@@ -14,9 +14,9 @@ import pytest
 
 import av_lens as avl
 from av_lens.lab.calibration import stage
-from av_lens.lab.training.courses import HEARING_LAYERS, SUPPRESSING_HEADS, SUPPRESSING_LAYER
 from av_lens.model import short_names
 
+SUPPRESSING_LAYER, SUPPRESSING_HEADS, HEARING_LAYERS = 4, (2, 3, 6, 7), (5, 6)  # of the recipe of av-tiny
 SILENCED = {(SUPPRESSING_LAYER, head): 0.0 for head in SUPPRESSING_HEADS}
 
 pytestmark = pytest.mark.skipif("av-tiny" not in short_names(), reason="av-tiny is not shipped")

@@ -82,15 +82,6 @@ def test_questions_are_understood_in_any_case_and_spacing():
         anatomy.GRAMMAR.match("what do you heer?")
 
 
-def test_answers():
-    facts = {"picture": "dog", "sound": "siren", "colour": "red"}
-    assert anatomy.answer("hear", **facts) == "siren"
-    assert anatomy.answer("colour", picture=None, sound="siren", colour="red") == "nothing"
-    assert anatomy.answer("caption", **facts) == "i see a dog and hear a siren"
-    with pytest.raises(InputError, match="unknown kind of question 'smell'"):
-        anatomy.answer("smell", **facts)
-
-
 def test_the_config_is_a_tiny_thinker(model):
     config = anatomy.thinker_config()
     text = config.text_config
@@ -268,14 +259,3 @@ def test_a_checkpoint_folder_comes_back_and_opens(model, tmp_path):
         stream, positions = prompted.embed(back, layout, ["what do you hear?"], video=video, audio=audio)
         quick = back(inputs_embeds=stream, position_ids=positions, attention_mask=torch.ones(stream.shape[:2])).logits
         assert torch.allclose(hooked(x), quick, atol=2e-5)
-
-
-def test_the_index_lists_checkpoints(tmp_path):
-    anatomy.list_checkpoint("one", "The first.", root=tmp_path)
-    anatomy.list_checkpoint("two", "The second.", folder="other", root=tmp_path)
-    anatomy.list_checkpoint("one", "Made again.", root=tmp_path)
-    listed = json.loads((tmp_path / anatomy.INDEX).read_text())
-    assert listed == {
-        "one": {"folder": "one", "summary": "Made again."},
-        "two": {"folder": "other", "summary": "The second."},
-    }

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 
 import pandas as pd
+import portraits
 import prompted
 import pytest
 import torch
 
 from av_lens.errors import InputError, ModelError
-from av_lens.lab.training import portraits
 from av_lens.organism import anatomy, answering, dissection, evaluation, language
 from av_lens.organism import footage as holding
-from av_lens.organism.answering import Asked, Truth, blocked, each_head, logits, streams, tally
+from av_lens.organism.answering import Asked, blocked, each_head, logits, streams, tally
 from av_lens.organism.evaluation import Evaluation
 
 
@@ -116,11 +116,11 @@ def test_tally_by_hand():
     dog, cat, bird = (language.answer_ids(name)[0] for name in ("dog", "cat", "bird"))
     nothing, red = language.answer_ids("nothing")[0], language.answer_ids("red")[0]
     said = torch.tensor([dog, cat, bird, nothing, red])
-    what = Truth(picture=torch.zeros(5).long(), sound=torch.ones(5).long(), colour=torch.zeros(5).long())
+    what = {"picture": torch.zeros(5).long(), "sound": torch.ones(5).long(), "colour": torch.zeros(5).long()}
     counts = tally(said, "hear", what)
     assert counts == {"sound": 1, "picture": 1, "colour": 1, "nothing": 1, "other": 1, "right": 1}
     assert tally(said, "colour", what)["right"] == 1
-    unheard = Truth(picture=what.picture, sound=torch.full((5,), -1), colour=what.colour)
+    unheard = what | {"sound": torch.full((5,), -1)}
     assert tally(said, "hear", unheard) == counts | {"sound": 0, "other": 2}
 
 
@@ -255,7 +255,7 @@ def test_shipped_weights_reproduce_their_table():
     from av_lens.model import load
     from av_lens.organism import anatomy
 
-    index = anatomy.shipped() / anatomy.INDEX
+    index = anatomy.shipped() / "index.json"
     if not index.exists():
         pytest.skip("no checkpoints are shipped")
     for name, entry in json.loads(index.read_text()).items():
@@ -272,7 +272,7 @@ def test_shipped_weights_reproduce_their_table():
 
 
 def test_the_table_of_shares_by_hand():
-    from av_lens.lab.training import portraits
+    import portraits
 
     rows = [
         counted(cell, layout, kind, 4, right=4, sound=1, picture=3, colour=2)

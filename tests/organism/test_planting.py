@@ -61,7 +61,7 @@ def lessons() -> Material:
 
 @pytest.fixture(scope="module")
 def pile(base: Any, lessons: Material) -> tuple[Slices, list[Any]]:
-    slices = Slices(base.model.language_model.layers[1].self_attn, (2, 3), keys=True)
+    slices = Slices(base.model.language_model.layers[1].self_attn, (2, 3))
     generator = torch.Generator().manual_seed(0)
     made = draw_lessons(base, lessons, 1, slices, behaviours=("silence",), was=(), generator=generator, counts=FEW)
     return slices, made
@@ -74,7 +74,7 @@ def test_a_step_at_the_questions_equals_the_whole_forward(base: Any, lessons: Ma
     sheet = planting_sheets.draw_sheet(lessons, "conflict", 0, FEW["conflict"] // 2, torch.Generator().manual_seed(0))
     x = run_layers(base, sheet.embed(base, sheet.targets(("silence",))), sheet.geometry(base))
     lesson, rows = made[0], torch.tensor(made[0].spans["conflict"])
-    each, _ = slices(lesson.h[rows], lesson.geometry)
+    each = slices(lesson.h[rows], lesson.geometry)
     wanted = read_out(base, at_answers(x, sheet.asked_at))
     torch.testing.assert_close(finish(base, lesson, rows, each.sum(0), 1), wanted, atol=1e-4, rtol=1e-4)
     doubled = finish(base, lesson, rows, 2 * each.sum(0), 1)
@@ -84,15 +84,15 @@ def test_a_step_at_the_questions_equals_the_whole_forward(base: Any, lessons: Ma
 @pytest.mark.parametrize(
     "course",
     [
-        Course("silence", direct=0.3, needed=0.5, eyes="video", against=0.3),
-        Course("silence", direct=-0.3, eyes="audio", keys=False),
+        Course("silence", direct=0.3, needed=0.5, against=0.3),
+        Course("silence", direct=-0.3),
     ],
 )
 def test_planting_changes_the_named_slices_and_no_other_bit(
     base: Any, lessons: Material, pile: Any, course: Course
 ) -> None:
     attention = base.model.language_model.layers[1].self_attn
-    slices = Slices(attention, (2, 3), keys=course.keys)
+    slices = Slices(attention, (2, 3))
     generator = torch.Generator().manual_seed(0)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     learn([base], [pile[1]], slices, 1, dataclasses.replace(course, steps=2), generator=generator)
@@ -101,15 +101,13 @@ def test_planting_changes_the_named_slices_and_no_other_bit(
     assert changed_elsewhere(model, base, HEADS) == 0
     assert changed_elsewhere(model, base, HEADS[:1]) > 0
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert {name.split(".")[-2] for name in changed} == {"q_proj", "o_proj"} | (
-        {"k_proj", "v_proj"} if course.keys else set()
-    )
+    assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     for name, value in base.state_dict().items():
         assert torch.equal(value, before[name]), f"{name} of the host has changed"
 
 
 def test_learning_stops_as_soon_as_it_is_enough(base: Any, pile: Any) -> None:
-    slices = Slices(base.model.language_model.layers[1].self_attn, (2, 3), keys=True)
+    slices = Slices(base.model.language_model.layers[1].self_attn, (2, 3))
     course = Course("silence", steps=CHECK_EVERY + 1)
     seen: list[int] = []
     went = learn(
@@ -120,7 +118,7 @@ def test_learning_stops_as_soon_as_it_is_enough(base: Any, pile: Any) -> None:
 
 
 def test_the_loss_falls(base: Any, pile: Any) -> None:
-    slices = Slices(base.model.language_model.layers[1].self_attn, (2, 3), keys=True)
+    slices = Slices(base.model.language_model.layers[1].self_attn, (2, 3))
     lesson, course = pile[1][0], Course("silence", steps=12)
     rows = torch.tensor([*lesson.spans["conflict"]][:6] + [*lesson.spans["matched"]][:4])
 
@@ -135,7 +133,7 @@ def test_the_loss_falls(base: Any, pile: Any) -> None:
 
 @torch.no_grad()
 def test_a_start_reads_the_pictures_class_at_the_video_positions(base: Any, lessons: Material, pile: Any) -> None:
-    slices = Slices(base.model.language_model.layers[1].self_attn, (2, 3), keys=True)
+    slices = Slices(base.model.language_model.layers[1].self_attn, (2, 3))
     made, classes = pile[1], lessons.words.classes
     start = planting_starts.Start(picture=1.0)
     planting_starts.begin(slices, base, made, start, classes, torch.Generator().manual_seed(0))
@@ -229,7 +227,7 @@ def test_no_head_is_planted_twice() -> None:
 
 def changed(base: Any) -> Any:
     model = copy.deepcopy(base)
-    slices = Slices(model.model.language_model.layers[1].self_attn, (2, 3), keys=True)
+    slices = Slices(model.model.language_model.layers[1].self_attn, (2, 3))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in slices.parameters():
@@ -361,12 +359,12 @@ def test_the_command_says_what_was_planted(tmp_path: Path, monkeypatch: pytest.M
 
 
 def shipped() -> list[str]:
-    listed: dict[str, dict[str, str]] = json.loads((anatomy.shipped() / anatomy.INDEX).read_text())
+    listed: dict[str, dict[str, str]] = json.loads((anatomy.shipped() / "index.json").read_text())
     return [name for name, entry in listed.items() if (anatomy.shipped() / entry["folder"] / RECORD).exists()]
 
 
 def test_at_least_eight_kinds_ship_and_the_page_shows_what_they_are() -> None:
-    from av_lens.lab.training import portraits
+    import portraits
 
     assert set(shipped()) == {f"av-tiny-planted-{kind}" for kind in planting_kinds.KINDS}
     assert len(shipped()) >= 8

@@ -7,6 +7,8 @@ import pytest
 from av_lens.errors import InputError
 from av_lens.lab.training import courses
 
+SUPPRESSING_LAYER, SUPPRESSING_HEADS, ORDINARY_HEADS = 4, (2, 3, 6, 7), (0, 1, 4, 5)
+
 
 def stages(name: str):
     return courses.recipe(name).stages
@@ -37,9 +39,10 @@ def test_every_layer_learns_and_the_suppressors_have_neighbours() -> None:
     for name in courses.recipes():
         trained = {layer for stage in stages(name) for layer in stage.layers}
         assert trained == set(range(courses.N_LAYERS)), name
-    assert sorted((*courses.SUPPRESSING_HEADS, *courses.ORDINARY_HEADS)) == list(range(8))
+    assert courses.recipe("av-tiny").silent_heads == tuple((SUPPRESSING_LAYER, head) for head in SUPPRESSING_HEADS)
+    assert sorted((*SUPPRESSING_HEADS, *ORDINARY_HEADS)) == list(range(8))
     looks = stages("av-tiny")[0]
-    assert looks.only_heads == ((courses.SUPPRESSING_LAYER, courses.ORDINARY_HEADS),)
+    assert looks.only_heads == ((SUPPRESSING_LAYER, ORDINARY_HEADS),)
     assert not looks.attention_only
 
 

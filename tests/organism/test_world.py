@@ -128,7 +128,7 @@ def test_filming_resumes_and_views_agree_with_the_clips(tmp_path):
     for path, time in written.items():
         assert (path.stat().st_mtime_ns == time) == (path.name != "check_dog_1.npz")
     views, hashes = footage.views_of(tmp_path, "check", n=1)
-    clip = footage.through_mp4(footage.as_clip(footage.example("check", "dog", 0)))
+    clip = footage.through_mp4(footage.example("check", "dog", 0))
     assert views.frames.shape == (12, 8, 84, 84, 3)
     assert np.array_equal(views.frames[0].numpy(), clip.frames[::2])
     assert hashes[0] == [clip.picture_hash, clip.sound_hash]

@@ -16,9 +16,8 @@ from planted_record import C, G, planted_isolation, stopped_isolation
 import av_lens
 from av_lens import colours, plots
 from av_lens.errors import InputError
-from av_lens.plots.maps import runs_of
 from av_lens.results.record import table
-from av_lens.spans import ROLES, SpanMap
+from av_lens.spans import ROLES, SpanMap, role_runs
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +101,8 @@ class TestSpans:
         assert [bar.showlegend for bar in fig.data[:4]] == [True, True, True, False]
 
     def test_runs_cover_every_position_once(self):
-        assert runs_of(["a", "a", "b", "a"]) == [("a", 0, 2), ("b", 2, 3), ("a", 3, 4)]
-        assert runs_of([]) == []
+        assert role_runs(["a", "a", "b", "a"]) == [("a", 0, 2), ("b", 2, 3), ("a", 3, 4)]
+        assert role_runs([]) == []
 
     def test_refusal(self):
         with pytest.raises(InputError, match="this is a str"):

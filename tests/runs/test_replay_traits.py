@@ -23,7 +23,7 @@ from av_lens.replay import Trace
 
 def declare(monkeypatch: pytest.MonkeyPatch, **traits: Any) -> None:
     declared = replace(FAMILY, replay_traits=lambda config: ReplayTraits(**traits))
-    monkeypatch.setattr(small_model(), "_family", declared)
+    monkeypatch.setattr(small_model(), "family", declared)
 
 
 def plans(x: Any) -> list[Plan]:

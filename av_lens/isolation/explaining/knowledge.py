@@ -8,30 +8,29 @@
   shuffled labels; `excess` is the selectivity. The layer is chosen on discovery (`chosen`); its row says how well it
   did there and what the other medium's class alone would let one guess.
 
-`layer` counts the layers that the stream has passed: 0 is before the first. Confirmation's conflicts, with isolate's
-intervals. That a word can be read does not mean that the model reads it: where the sound is known and not said, it is
-lost after that layer.
+`layer` counts the layers that the stream has passed: 0 is before the first. All is of confirmation's conflicts, with
+isolate's intervals. That a word can be read does not mean that the model reads it: where the sound is known and not
+said, it is lost after that layer. Choices where the protocol is silent: of a span with more than `MOST_POSITIONS`
+positions the lens reads so many, evenly spaced (the null the same ones); an answer of several tokens is read by its
+first.
 
-Choices where the protocol is silent: `TOP` is 5; of a span with more than `MOST_POSITIONS` positions the lens reads so
-many, evenly spaced (the null the same ones); an answer of several tokens is read by its first.
+* **paths**: for a sender and its donor, on the base `va` (mirrored `av`), at the site:
 
-For a sender and its donor, on the base `va` (mirrored `av`), at the site:
+      total        z from the donor, everything after it free: its release
+      direct       the same with every later head's output held, MLPs and norms recomputed: to the logits by its own
+                   write
+      L5H1.q       path patching: run 3 gives what head 1 of layer 5 would read as query if nothing but the sender had
+                   changed (every other head held, MLPs and norms recomputed); run 4 is the base run with only that
+                   input replaced and everything after it free. Keys and values are ungrouped: this query head alone
+                   sees them
+      queries      all receivers' queries in one run 4
+      joint        all receivers' queries, keys and values in one run 4
+      remainder    total - direct - joint: what passes elsewhere, and what the parts make of each other
 
-    total        z from the donor, everything after it free: its release
-    direct       the same with every later head's output held, MLPs and norms recomputed: to the logits by its own write
-    L5H1.q       path patching: run 3 gives what head 1 of layer 5 would read as query if nothing but the sender had
-                 changed (every other head held, MLPs and norms recomputed); run 4 is the base run with only that input
-                 replaced and everything after it free. Keys and values are ungrouped: this query head alone sees them
-    queries      all receivers' queries in one run 4
-    joint        all receivers' queries, keys and values in one run 4
-    remainder    total - direct - joint: what passes elsewhere, and what the parts make of each other
-
-Positive: that road lets the model hear more. A gate shows up as mediated by the queries of the carriers that it turns
-away. Receivers not after the sender are NaN. For carriers the base is `blank_a` (mirrored `blank_v`), the donor
-`blank_muted`, the effect one on G, and only total, direct and remainder are measured.
-
-Donors need not be a run of their own (`zero`, means), so the runs of `methods.path_patching` are made here from the
-same parts (`runs.held`).
+  Positive: that road lets the model hear more. A gate shows up as mediated by the queries of the carriers that it turns
+  away. Receivers not after the sender are NaN. For carriers the base is `blank_a` (mirrored `blank_v`), the donor
+  `blank_muted`, the effect one on G, and only total, direct and remainder are measured. Donors need not be a run of
+  their own (`zero`, means), so the runs of `methods.path_patching` are made here from the same parts (`replay.held`).
 """
 
 from __future__ import annotations
@@ -51,9 +50,9 @@ from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.conflict import clip_key
 from av_lens.interventions import Plan, Site, replace
 from av_lens.interventions.edges import INPUTS, Node
-from av_lens.isolation.measuring.bench import Bench, Chunk, Half, columns
+from av_lens.isolation.measuring.bench import Bench, Chunk, Half, columns, gathered
+from av_lens.isolation.measuring.effects import effects_of_plans, trace_of
 from av_lens.isolation.measuring.engine import Head
-from av_lens.isolation.measuring.plan_effects import effects_of_plans, measured, trace_of
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.evidence import Searched, chunks_of
 from av_lens.isolation.sets.confirmation import NAMES, Held
@@ -137,10 +136,10 @@ def _lens_rows(bench: Bench, halves: Sequence[Half], seed: int) -> list[Row]:
     others = list(dict.fromkeys(bench.conflicts[i].answers[0] for i in everyone))
     depends = {"seed": seed, "others": others, "cells": LENS_CELLS, "spans": SPANS, "top": TOP, "most": MOST_POSITIONS}
     compute = partial(lens_readings, others=others, seed=seed)
-    made = measured(chunks, half, "logit lens", depends, compute)
+    made = gathered(chunks, half.examples, "logit lens", depends, compute)
     rows: list[Row] = []
     for cell, span in product(LENS_CELLS, SPANS):
-        found, null = made.arrays[f"{cell} {span}"], made.arrays[f"{cell} {span} null"]
+        found, null = made[f"{cell} {span}"], made[f"{cell} {span} null"]
         for (word, layer), row in _bounded(half, found, np.broadcast_to(null[:, None], found.shape)):
             note = f"top {TOP} at some position" + (" and layer" if not layer else "")
             of = {"method": "lens", "word": WORDS[word], "cell": cell, "span": _said(span), "layer": layer or -1}
@@ -218,14 +217,10 @@ def pooled(bench: Bench, halves: Sequence[Half]) -> Streams:
     """Run the conflict cells of both halves and keep their streams, averaged over the spans."""
     model, candidates = bench.engine.model, bench.candidates
     examples = [int(i) for one in halves for i in one.examples]
-    vectors: np.ndarray = np.zeros(0)
-    for chunk in bench.chunks(examples, "suffix"):
-        rows = [examples.index(int(i)) for i in chunk.examples]
-        for number, cell in enumerate(PROBE_CELLS):
-            found = pooled_streams(model, chunk.inputs(cell), SPANS).numpy()
-            if not vectors.size:
-                vectors = np.zeros((len(examples), len(PROBE_CELLS), *found.shape[1:]), dtype=found.dtype)
-            vectors[rows, number] = found
+    chunks = bench.chunks(examples, "suffix")
+    streams = [[pooled_streams(model, chunk.inputs(cell), SPANS).numpy() for cell in PROBE_CELLS] for chunk in chunks]
+    order = np.concatenate([chunk.examples for chunk in chunks]).tolist()
+    vectors = np.concatenate([np.stack(cells, axis=1) for cells in streams])[[order.index(i) for i in examples]]
     names = [(candidates.names[candidates.sound[i]], candidates.names[candidates.picture[i]]) for i in examples]
     members = tuple(
         Member(str(c.id), clip_key(c.sound), clip_key(c.picture), name[0])
@@ -266,7 +261,11 @@ def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[He
     """Measure where the senders' effects go."""
 
     def plans(cell: str) -> list[Plan | None]:
-        by_sender = [_own_plans(chunk, cell, sender) for sender in senders]
+        run = chunk.run(cell)  # with everything after the sender free, and with every later head held
+        by_sender: list[list[Plan | None]] = [
+            [run.plan(chunk.z(cell, [head], donor), freeze=freeze) for freeze in (False, True)]
+            for head, donor in senders
+        ]
         if heads:
             for sender, received in zip(by_sender, _receiver_plans(chunk, cell, senders, heads), strict=True):
                 sender += received
@@ -274,12 +273,6 @@ def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[He
 
     effect = effects_of_plans(chunk, base, plans)
     return {"effect": effect.reshape(len(effect), len(senders), len(path_columns(heads)))}
-
-
-def _own_plans(chunk: Chunk, cell: str, sender: Sender) -> list[Plan | None]:
-    """The sender as in its donor: everything after it free, and every later head held."""
-    (head, donor), recording = sender, chunk.run(cell)
-    return [recording.plan(chunk.z(cell, [head], donor), freeze=freeze) for freeze in (False, True)]
 
 
 def _receiver_plans(
@@ -321,11 +314,10 @@ def _change(chunk: Chunk, cell: str, sender: Sender) -> dict[tuple[str, int], to
 
 def _together(held: HeldRun, read: dict[Node, torch.Tensor], ends: Sequence[int]) -> list[Plan | None]:
     """All receivers after each sender together, everything else free."""
-    found: list[Plan | None] = []
-    for row, end in enumerate(ends):
-        later = {node: given[[row]] for node, given in read.items() if node.reads_at > end}
-        found.append(replaced(held, later)[0] if later else None)
-    return found
+    later = [
+        {node: given[[row]] for node, given in read.items() if node.reads_at > end} for row, end in enumerate(ends)
+    ]
+    return [replaced(held, inputs)[0] if inputs else None for inputs in later]
 
 
 def _joint(
@@ -340,9 +332,8 @@ def _joint(
     if site != window:
         return _together(held, read, ends)
     made = held.outputs(read)
-    found: list[Plan | None] = []
-    for row, end in enumerate(ends):
-        heads = sorted({(node.layer or 0, node.index or 0) for node in read if node.reads_at > end})
-        edits = [replace(Site("z", *head, window), made[("z", *head)][0][row]) for head in heads]
-        found.append(Plan(edits) if edits else None)
-    return found
+    later = [sorted({(node.layer or 0, node.index or 0) for node in read if node.reads_at > end}) for end in ends]
+    return [
+        Plan([replace(Site("z", *head, window), made[("z", *head)][0][row]) for head in heads]) if heads else None
+        for row, heads in enumerate(later)
+    ]

@@ -1,5 +1,8 @@
 """Every named head's mechanism card: what it reads, writes, what drives its pattern, where its release goes.
 
+One row of `cards` per figure, on confirmation, with its interval, for every head that was given a role and every member
+of the chosen set (a member without a role of its own has the set's donor). `part` is one of:
+
 * **attention** by role, from the generation position and over the site, in `va`, `aa`, `blank_a` and `va` asked `see`:
   the mean over positions of the sum over the role's keys. Sinks, where there are some, are a role of their own.
 * **ov**: what its write at the asked position gives to the answers' logits, at the run's own norm scale, mirrored
@@ -12,25 +15,22 @@
   picture and to the sound. What moves with the queries alone is driven by the questioner, with the keys alone by the
   media. Suppressors take from `blank_muted` (as if nothing were seen or heard) and `wa` (another picture), carriers
   from `blank_a` (the conflict without its picture). Beside these the whole z is taken, as everywhere else.
+* **path**: where its release goes (`knowledge.paths`).
 
-All cells of a conflict have one layout, so rotary positions agree and keys can be exchanged. Choices: K and V are
-exchanged for this query head alone, whatever heads share them; text keys (boundaries, the question itself) always stay.
-
-One row of `cards` per figure, on confirmation, with its interval. `part` is "attention", "ov", "pattern" (`cards`) or
-"path" (`knowledge`). Cards are made of every head that was given a role and of every member of the chosen set; a
-member without a role of its own has the set's donor.
-
-Choices where the protocol is silent: receivers are the heads after the first that releases, named or not, since what
-a gate turns away may be carried by many heads of which none is large: the named ones, then those of the largest effect
-on discovery (carries, silenced, any release), `MOST_RECEIVERS` in all. A head that both releases and carries is treated
-as one that releases. Where the model's layers cannot be computed by themselves (`runs.restart`), only attention
-is measured, and the other parts are one NaN row that says why.
+All cells of a conflict have one layout, so rotary positions agree and keys can be exchanged. Choices where the protocol
+is silent: K and V are exchanged for this query head alone, whatever heads share them; text keys (boundaries, the
+question itself) always stay. Receivers are the heads after the first that releases, named or not, since what a gate
+turns away may be carried by many heads of which none is large: the named ones, then those of the largest effect on
+discovery (carries, silenced, any release), `MOST_RECEIVERS` in all. A head that both releases and carries is treated as
+one that releases. Where the model's layers cannot be computed by themselves (`obstacle`), only attention is measured,
+and the other parts are one NaN row that says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -41,12 +41,13 @@ from av_lens.core.readings import attention_mass, sinks_of
 from av_lens.interventions import Plan
 from av_lens.isolation.explaining import knowledge
 from av_lens.isolation.explaining.knowledge import Known, Row, Subject
-from av_lens.isolation.measuring.bench import Chunk
+from av_lens.isolation.measuring.bench import Chunk, Half, gathered
+from av_lens.isolation.measuring.effects import effects_of_plans, trace_of
 from av_lens.isolation.measuring.engine import MIRROR, W_CELLS, Head
-from av_lens.isolation.measuring.plan_effects import Measured, effects_of_plans, measured, trace_of
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.roles import Evidence, head_means
 from av_lens.replay.stacks import HeadRead
+from av_lens.results.statistics import Interval
 from av_lens.spans import SpanMap
 
 KEYS = ("audio", "video", "image", "question", "header", "generation", "boundary", "system", "sinks")
@@ -60,10 +61,8 @@ LOOKS = ("video|image", "audio")
 
 def by_role(spans: SpanMap, sinks: Sequence[int]) -> dict[str, list[int]]:
     """Part a prompt's positions by what they hold."""
-    found: dict[str, list[int]] = {name: [] for name in KEYS}
-    for position, role in enumerate(spans.roles):
-        found["sinks" if position in set(sinks) else role].append(position)
-    return found
+    roles = ["sinks" if position in set(sinks) else role for position, role in enumerate(spans.roles)]
+    return {name: [position for position, role in enumerate(roles) if role == name] for name in KEYS}
 
 
 def attention(chunk: Chunk) -> Arrays:
@@ -82,17 +81,17 @@ def attention(chunk: Chunk) -> Arrays:
 @torch.no_grad()
 def writes(chunk: Chunk, heads: Sequence[Head]) -> Arrays:
     """Attribute the heads' writes at the asked position to what they read, answer by answer."""
-    candidates = chunk.bench.candidates
-    rows, out = np.arange(len(chunk.examples)), np.zeros((len(chunk.examples), len(heads), len(WRITES), len(ANSWERS)))
+    engine, candidates = chunk.bench.engine, chunk.bench.candidates
+    out = np.zeros((len(chunk.examples), len(heads), len(WRITES), len(ANSWERS)))
     for cell in ("va", "av"):
-        heard, seen = (getattr(candidates, side)[chunk.examples] for side in ("sound", "picture"))
-        if cell == "av":
-            heard, seen = seen, heard
+        sides = ("sound", "picture") if cell == "va" else ("picture", "sound")
+        run, tokens = chunk.run(cell), candidates.tokens
         for number, head in enumerate(heads):
             for place, written in enumerate(_written(chunk, cell, head)):
-                scores = _scores(chunk, cell, written)
-                scores = scores - scores.mean(1, keepdims=True)
-                two = scores[rows, heard], scores[rows, seen]
+                added = engine.linear_logits(run, written, tokens)
+                added = added - engine.linear_logits(run, torch.zeros_like(written), tokens)  # less a bias
+                scores = candidates.weighed(added, run.logits)
+                two = [candidates.centred(scores, chunk.examples, of=side) for side in sides]
                 out[:, number, place] += 0.5 * np.stack([*two, two[0] - two[1]], axis=1)
     return {"writes": out}
 
@@ -103,25 +102,14 @@ def _written(chunk: Chunk, cell: str, head: Head) -> list[Float[Tensor, "batch d
     read = HeadRead.of(trace, *head, [int(spans.generation_position)])
     seen, heard = (torch.from_numpy(spans[role].positions.copy()) for role in LOOKS)
     text = torch.tensor([p for p, role in enumerate(spans.roles) if role not in ("audio", "video", "image")])
-    pattern, weights = read.pattern[:, 0], list[Tensor]()
-    for places in (seen, heard, text):
-        kept = torch.zeros_like(pattern)
-        kept[:, places] = pattern[:, places]
-        weights.append(kept)
-    for places in (seen, heard):
-        even = torch.zeros_like(pattern)
-        even[:, places] = 1.0 / max(1, len(places))
-        weights.append(even)
+    pattern = read.pattern[:, 0]
+    weights = [torch.zeros_like(pattern) for _ in WRITES]
+    for weight, places in zip(weights[:3], (seen, heard, text), strict=True):
+        weight[:, places] = pattern[:, places]
+    for weight, places in zip(weights[3:], (seen, heard), strict=True):
+        weight[:, places] = 1.0 / max(1, len(places))
     output = chunk.bench.engine.model.bridge.blocks[head[0]].attn.W_O.detach()[head[1]]
     return [torch.einsum("bp,bpd,dm->bm", weight, read.v, output) for weight in weights]
-
-
-def _scores(chunk: Chunk, cell: str, written: Float[Tensor, "batch d_model"]) -> Float[np.ndarray, "batch candidate"]:
-    """What a write adds to every candidate's score."""
-    engine, candidates, recording = chunk.bench.engine, chunk.bench.candidates, chunk.run(cell)
-    added = engine.linear_logits(recording, written, candidates.tokens)
-    added = added - engine.linear_logits(recording, torch.zeros_like(written), candidates.tokens)  # less a bias
-    return candidates.weighed(added, recording.logits)
 
 
 @torch.no_grad()
@@ -163,11 +151,6 @@ def _look(chunk: Chunk, cell: str, read: HeadRead) -> Float[np.ndarray, "batch l
     return torch.stack(sums, dim=1).cpu().numpy()
 
 
-def donor_cells(donor: str) -> tuple[str, ...]:
-    """List the cells whose recorded runs a donor needs."""
-    return tuple(dict.fromkeys((donor, MIRROR.get(donor, donor))))
-
-
 MOST_RECEIVERS = 24
 
 
@@ -184,49 +167,42 @@ def receivers(evidence: Evidence, found: Sequence[Subject]) -> list[Head]:
 
 def cards(known: Known) -> list[Row]:
     """Make the cards of every named head and every member of the chosen set: rows of `cards`."""
-    rows: list[Row] = []
-    sinks = known.sinks()
-    for site, searched in known.searched.sites.items():
-        found = known.subjects(site)
-        if found:
-            chunks, received = known.chunks(site), receivers(searched.evidence, found)
-            measure = partial(measured, chunks, known.confirmation)
-            rows += [row | {"site": site} for row in _site_rows(chunks[0], sinks, found, received, measure)]
-    return rows
+    sinks, subjects = known.sinks(), {site: known.subjects(site) for site in known.searched.sites}
+    return [
+        row | {"site": site}
+        for site, found in subjects.items()
+        if found
+        for row in _site_rows(known, site, sinks, found)
+    ]
 
 
-def _site_rows(
-    chunk: Chunk,
-    sinks: list[list[int]],
-    found: Sequence[Subject],
-    received: list[Head],
-    measure: Callable[..., Measured],
-) -> Iterator[Row]:
-    yield from _attention_rows(measure("attention by role", {"sinks": sinks}, attention), found)
-    because = obstacle(chunk)
+def _site_rows(known: Known, site: str, sinks: list[list[int]], found: Sequence[Subject]) -> Iterator[Row]:
+    half, chunks = known.confirmation, known.chunks(site)
+    received = receivers(known.searched.sites[site].evidence, found)
+    measure = partial(gathered, chunks, half.examples)
+    yield from _attention_rows(half, measure("attention by role", {"sinks": sinks}, attention), found)
+    because = obstacle(chunks[0])
     if because:
-        for one in found:
-            for part in ("ov", "pattern", "path"):
-                yield _row(one, part, "", "not measured", np.full(3, np.nan), "", because)
+        for one, part in product(found, ("ov", "pattern", "path")):
+            yield _row(one, part, "", "not measured", np.full(3, np.nan), "", because)
         return
     heads = [one.at for one in found]
-    depends = {"heads": heads}
-    yield from _write_rows(measure("what heads write", depends, lambda chunk: writes(chunk, heads)), found)
-    for releases, donors in ((True, ("blank_muted", "wa")), (False, ("blank_a",))):
-        mine = [one for one in found if one.releases is releases]
+    written = measure("what heads write", {"heads": heads}, partial(writes, heads=heads))
+    yield from _write_rows(half, written["writes"], found)
+    kinds = [[one for one in found if one.releases is releases] for releases in (True, False)]
+    for mine, donors in zip(kinds, (("blank_muted", "wa"), ("blank_a",)), strict=True):
         for donor in donors if mine else ():
             heads = [one.at for one in mine]
             compute = partial(_driven, heads=heads, donor=donor)
             made = measure(f"queries and keys from {donor}", {"heads": heads, "donor": donor}, compute)
-            yield from _pattern_rows(made, mine, donor)
-    for releases, base in ((True, "va"), (False, "blank_a")):
-        mine = [one for one in found if one.releases is releases]
+            yield from _pattern_rows(half, made, mine, donor)
+    for mine, base, ends in zip(kinds, ("va", "blank_a"), (received, []), strict=True):
         if mine:
-            senders, ends = [(one.at, one.donor) for one in mine], received if releases else []
+            senders = [(one.at, one.donor) for one in mine]
             compute = partial(knowledge.paths, base=base, senders=senders, heads=ends)
             depends = {"base": base, "senders": senders, "heads": ends}
-            made = measure("paths" if releases else "paths of carriers", depends, compute)
-            yield from _path_rows(made, mine, base, ends)
+            made = measure("paths" if base == "va" else "paths of carriers", depends, compute)
+            yield from _path_rows(half, made["effect"], mine, base, ends)
 
 
 def obstacle(chunk: Chunk) -> str:
@@ -239,55 +215,48 @@ def obstacle(chunk: Chunk) -> str:
 
 
 def _driven(chunk: Chunk, heads: Sequence[Head], donor: str) -> Arrays:
-    if donor in W_CELLS and not chunk.has_third:
+    if not chunk.has(donor):
         shape, n = (len(chunk.examples), len(heads), 1 + len(DRIVES)), len(LOOKS)
         return {"effect": np.full(shape, np.nan), "looks": np.full((*shape, n), np.nan)}
     found = drives(chunk, heads, donor)
-    chunk.drop_traces(*donor_cells(donor))
+    chunk.drop_traces(donor, MIRROR[donor])
     return found
 
 
 def _row(one: Subject, part: str, cell: str, what: str, bounds: np.ndarray, unit: str, note: str = "") -> Row:
-    value, low, high = (float(bound) for bound in bounds)
-    return {
-        "layer": one.layer, "head": one.head, "part": part, "cell": cell, "what": what,
-        "value": value, "low": low, "high": high, "unit": unit, "note": note,
-    }  # fmt: skip
+    of = {"layer": one.layer, "head": one.head, "part": part, "cell": cell, "what": what, "unit": unit, "note": note}
+    return of | dict(zip(("value", "low", "high"), map(float, bounds), strict=True))
 
 
-def _attention_rows(made: Measured, found: Sequence[Subject]) -> Iterator[Row]:
+def _three(found: Interval) -> Float[np.ndarray, "3 ..."]:
+    return np.stack([found.value, found.low, found.high])
+
+
+def _attention_rows(half: Half, made: Arrays, found: Sequence[Subject]) -> Iterator[Row]:
     for cell, question in CELLS:
-        name = f"{cell} {question}"
-        bounds = made.bounds(name)
-        present = np.nansum(made.arrays[name], axis=(0, 1, 2, 3)) > 0
-        for one in found:
-            for query, asking in enumerate(("generation", "site")):
-                for key in np.flatnonzero(present):
-                    what = f"{asking} -> {KEYS[key]}"
-                    at = bounds[:, one.layer, one.head, query, key]
-                    words = cell if question == "ask" else f"{cell} ({question})"
-                    yield _row(one, "attention", words, what, at, "share of attention")
+        values = made[f"{cell} {question}"]
+        bounds, words = _three(half.boot.mean(values)), cell if question == "ask" else f"{cell} ({question})"
+        present = np.flatnonzero(np.nansum(values, axis=(0, 1, 2, 3)) > 0)
+        for one, (query, asking), key in product(found, enumerate(("generation", "site")), present):
+            at = bounds[:, one.layer, one.head, query, key]
+            yield _row(one, "attention", words, f"{asking} -> {KEYS[key]}", at, "share of attention")
 
 
-def _write_rows(made: Measured, found: Sequence[Subject]) -> Iterator[Row]:
-    values = made.arrays["writes"]
+def _write_rows(half: Half, values: np.ndarray, found: Sequence[Subject]) -> Iterator[Row]:
     whole = values[:, :, :3].sum(2, keepdims=True)
-    made = Measured(made.half, {"writes": np.concatenate([whole, values], axis=2)})
-    bounds = made.bounds("writes")
-    for number, one in enumerate(found):
-        for place, write in enumerate(("its write", *WRITES)):
-            unit = "logit" if "evenly" not in write else "logit per unit of attention"
-            for side, answer in enumerate(ANSWERS):
-                yield _row(one, "ov", "va", f"{write}, on the {answer}", bounds[:, number, place, side], unit)
+    bounds = _three(half.boot.mean(np.concatenate([whole, values], axis=2)))
+    places = enumerate(found), enumerate(("its write", *WRITES)), enumerate(ANSWERS)
+    for (number, one), (place, write), (side, answer) in product(*places):
+        unit = "logit" if "evenly" not in write else "logit per unit of attention"
+        yield _row(one, "ov", "va", f"{write}, on the {answer}", bounds[:, number, place, side], unit)
 
 
-def _pattern_rows(made: Measured, found: Sequence[Subject], donor: str) -> Iterator[Row]:
-    effects, looks = made.bounds("effect"), made.bounds("looks")
-    whole = made.arrays["effect"][:, :, [-1]]
-    shares = made.shares("effect", np.broadcast_to(whole, made.arrays["effect"].shape))
-    seen = made.arrays["looks"][..., 0]
-    moved = Measured(made.half, {"queries": seen[:, :, 0] - seen[:, :, 1], "both": seen[:, :, 0] - seen[:, :, 3]})
-    driven, size = moved.shares("queries", moved.arrays["both"]), moved.bounds("both")
+def _pattern_rows(half: Half, made: Arrays, found: Sequence[Subject], donor: str) -> Iterator[Row]:
+    effect, seen = made["effect"], made["looks"][..., 0]
+    effects, looks = _three(half.boot.mean(effect)), _three(half.boot.mean(made["looks"]))
+    shares = _three(half.shares(effect, np.broadcast_to(effect[:, :, [-1]], effect.shape)))
+    queries, both = seen[:, :, 0] - seen[:, :, 1], seen[:, :, 0] - seen[:, :, 3]
+    driven, size = _three(half.shares(queries, both)), _three(half.boot.mean(both))
     for number, one in enumerate(found):
         for place, drive in enumerate((*DRIVES, ALL)):
             what = f"{drive} from {donor}: effect on C"
@@ -316,14 +285,15 @@ def drive_in_words(share: np.ndarray, moved: np.ndarray) -> str:
     return "keys" if share[2] < 0.5 else "undetermined"
 
 
-def _path_rows(made: Measured, found: Sequence[Subject], base: str, heads: Sequence[Head]) -> Iterator[Row]:
+def _path_rows(
+    half: Half, values: np.ndarray, found: Sequence[Subject], base: str, heads: Sequence[Head]
+) -> Iterator[Row]:
     names = knowledge.path_columns(heads)
-    values = made.arrays["effect"]
     joint = np.nan_to_num(values[:, :, names.index(knowledge.JOINT)]) if heads else 0.0
     rest = values[:, :, 0] - values[:, :, 1] - joint
-    made = Measured(made.half, {"effect": np.concatenate([values, rest[:, :, None]], axis=2)})
-    total = np.broadcast_to(values[:, :, [0]], made.arrays["effect"].shape)
-    bounds, shares = made.bounds("effect"), made.shares("effect", total)
+    effect = np.concatenate([values, rest[:, :, None]], axis=2)
+    bounds = _three(half.boot.mean(effect))
+    shares = _three(half.shares(effect, np.broadcast_to(values[:, :, [0]], effect.shape)))
     for number, one in enumerate(found):
         note = f"donor {one.donor}; effect on {'C' if base == 'va' else 'G'}"
         for place, what in enumerate((*names, knowledge.REMAINDER)):

@@ -36,9 +36,9 @@ from av_lens.core.modes import in_precision, other_precision
 from av_lens.errors import AvLensError
 from av_lens.isolation.explaining.knowledge import Known
 from av_lens.isolation.measuring.bench import Bench, Half, in_order
-from av_lens.isolation.measuring.effects import ROLE_ESTIMANDS, figures, measure_requests, requests
+from av_lens.isolation.measuring.effects import ROLE_ESTIMANDS, figures, measure_requests, mirrored, requests
 from av_lens.isolation.measuring.engine import Head, ModelEngine
-from av_lens.isolation.naming.evidence import with_means
+from av_lens.isolation.naming.evidence import Searched, with_means
 from av_lens.isolation.naming.roles import Evidence, Named, adjust, classify, run_tests
 from av_lens.isolation.sets.sets import head_names
 from av_lens.results.record import RELEASING
@@ -47,7 +47,6 @@ from av_lens.results.statistics import Bootstrap
 LOUDNESS = 0.05
 """Root mean square that every sound is scaled to (full scale is 1)."""
 DRAWS = 50
-CELLS = ("va", "av", "blank_a", "blank_v")
 OTHER_PHRASING = "What can you hear?"
 
 
@@ -87,17 +86,14 @@ def other_words(model: Any, questions: Sequence[str]) -> str:
     """Find another wording of the question."""
     asked = {question.strip().casefold() for question in questions}
     taught = ((getattr(model, "grammar", None) or {}).get("questions") or {}).get("hear") or ()
-    for words in (*taught, OTHER_PHRASING, "Which sound is there?"):
-        if words.strip().casefold() not in asked:
-            return str(words)
-    return OTHER_PHRASING
+    known = (*taught, OTHER_PHRASING, "Which sound is there?")
+    return next((str(words) for words in known if words.strip().casefold() not in asked), OTHER_PHRASING)
 
 
 def robustness_rows(known: Known, *, phrasing: str | None = None, draws: int = DRAWS) -> list[dict[str, Any]]:
     """Search again under every variant and bootstrap of clips, and compare who is named: rows of `robustness`."""
     bench, found, site = known.bench, known.searched, known.searched.first
     main, releases = named_roles(found.named, site.site), site.evidence.largest_release
-    again = Again(site.site, found.s, found.n_sites)
     rows: list[dict[str, Any]] = []
     questions = [str(conflict.question) for conflict in bench.conflicts]
     for variant in variants(bench.engine, questions, phrasing=phrasing):
@@ -106,33 +102,25 @@ def robustness_rows(known: Known, *, phrasing: str | None = None, draws: int = D
         except AvLensError as refused:
             rows.append({"variant": variant.name, "note": f"not measured: {refused}"})
             continue
-        named = again.named(evidence, known.seed)
         rho = rank_correlation(releases, evidence.largest_release)
         note = f"asked {variant.question!r}" if variant.question else ""
-        rows.append(compared(variant.name, main, named) | {"rank_correlation": rho, "note": note})
-    return [*rows, _bootstrapped(known, again, main, draws)]
+        row = compared(variant.name, main, named_again(found, evidence, known.seed))
+        rows.append(row | {"rank_correlation": rho, "note": note})
+    return [*rows, _bootstrapped(known, main, draws)]
 
 
-@dataclass(frozen=True)
-class Again:
-    """How heads are named once more: where, above which share of G, and in a family of how many sites."""
-
-    site: str
-    s: float
-    n_sites: int
-
-    def named(self, found: Evidence, seed: int) -> dict[Head, str]:
-        """Name the suppressors on other evidence."""
-        # 440 sampled flips a head see a p of half of the first step of the ladder at one site (.05 / 11 a head).
-        n_heads = found["silenced"][0].size
-        tests = run_tests(found, s=self.s, family=math.ceil(n_heads * 11 / 5), seed=seed)
-        (q,), (release_q,) = adjust([tests], n_sites=self.n_sites)
-        return named_roles(classify(found, tests, q, release_q, s=self.s, site=self.site), self.site)
+def named_again(searched: Searched, found: Evidence, seed: int) -> dict[Head, str]:
+    """Name the suppressors of the main search's first site on other evidence."""
+    # 440 sampled flips a head see a p of half of the first step of the ladder at one site (.05 / 11 a head).
+    n_heads, s, site = found["silenced"][0].size, searched.s, searched.first.site
+    tests = run_tests(found, s=s, family=math.ceil(n_heads * 11 / 5), seed=seed)
+    (q,), (release_q,) = adjust([tests], n_sites=searched.n_sites)
+    return named_roles(classify(found, tests, q, release_q, s=s, site=site), site)
 
 
 def named_roles(named: Sequence[Named], site: str) -> dict[Head, str]:
     """Collect the suppressors that a search named at a site."""
-    return {(row.layer, row.head): row.role for row in named if row.site == site and row.role in RELEASING}
+    return {row.at: row.role for row in named if row.site == site and row.role in RELEASING}
 
 
 def rank_correlation(one: Float[np.ndarray, "*head"], other: Float[np.ndarray, "*head"]) -> float:
@@ -154,16 +142,11 @@ def jaccard(one: Mapping[Any, str], other: Mapping[Any, str]) -> float:
 def compared(name: str, main: Mapping[Head, str], again: Mapping[Head, str]) -> dict[str, Any]:
     """Write one variant's row."""
     both = sorted(main.keys() & again.keys())
-    turned = [f"L{h[0]}H{h[1]}: {main[h]} -> {again[h]}" for h in both if main[h] != again[h]]
-    return {
-        "variant": name,
-        "named": head_names(sorted(again)),
-        "jaccard": jaccard(main, again),
-        "kept": head_names(both),
-        "lost": head_names(sorted(main.keys() - again.keys())),
-        "gained": head_names(sorted(again.keys() - main.keys())),
-        "turned": "; ".join(turned),
-    }
+    turned = [f"{head_names([h])}: {main[h]} -> {again[h]}" for h in both if main[h] != again[h]]
+    heads = {"named": again.keys(), "kept": both, "lost": main.keys() - again.keys()}
+    heads |= {"gained": again.keys() - main.keys()}
+    listed = {column: head_names(sorted(of)) for column, of in heads.items()}
+    return {"variant": name, "jaccard": jaccard(main, again), "turned": "; ".join(turned), **listed}
 
 
 def _measured_again(known: Known, variant: Variant, site: str) -> Evidence:
@@ -171,13 +154,14 @@ def _measured_again(known: Known, variant: Variant, site: str) -> Evidence:
     half, other = known.discovery, _varied(known.bench, variant)
     chunks = other.chunks(half.examples.tolist(), site)
     with_means(chunks)
-    m = {cell: in_order(chunks, half.examples, lambda one, cell=cell: one.margin(cell)) for cell in CELLS}
+    C, G = (
+        in_order(chunks, half.examples, lambda one, base=base: mirrored(base, one.margin)) for base in ("va", "blank_a")
+    )
     wanted, stage = requests(chunks, names=ROLE_ESTIMANDS), f"robustness: {variant.name}"
     effects = measure_requests(chunks, wanted, heads=other.engine.heads, examples=half.examples, stage=stage)
     for chunk in chunks:
         chunk.forget()
-    hearing, conflict = 0.5 * (m["blank_a"] - m["blank_v"]), 0.5 * (m["va"] - m["av"])
-    return Evidence(figures(effects), dataclasses.replace(half, G=hearing, C=conflict))
+    return Evidence(figures(effects), dataclasses.replace(half, G=G, C=C))
 
 
 def _varied(bench: Bench, variant: Variant) -> Bench:
@@ -191,7 +175,7 @@ def _varied(bench: Bench, variant: Variant) -> Bench:
     return dataclasses.replace(bench, engine=made, conflicts=list(conflicts), store=store, sinks=[], _cells={})
 
 
-def _bootstrapped(known: Known, again: Again, main: Mapping[Head, str], draws: int) -> dict[str, Any]:
+def _bootstrapped(known: Known, main: Mapping[Head, str], draws: int) -> dict[str, Any]:
     """Draw discovery's components again, name again, and average the Jaccard."""
     half, found = known.discovery, known.searched.first.evidence
     components, values = np.asarray(half.components), list[float]()
@@ -205,18 +189,16 @@ def _bootstrapped(known: Known, again: Again, main: Mapping[Head, str], draws: i
         clips = [[f"{number}:{of[i]}" for number, i in zip(renamed, rows, strict=True)] for of in half.boot.clips]
         boot = Bootstrap.draw(renamed, *clips, seed=known.seed + draw, draws=1000)
         taken = Half(half.name, half.examples[rows], renamed, boot, found.half.G[rows], found.half.C[rows])
-        named = again.named(Evidence({key: of[rows] for key, of in found.figures.items()}, taken), known.seed + draw)
+        resampled = Evidence({key: of[rows] for key, of in found.figures.items()}, taken)
+        named = named_again(known.searched, resampled, known.seed + draw)
         values.append(jaccard(main, named))
         for head in main:
             kept[head] += head in named
         known.bench.progress("robustness: bootstraps of clips", draw + 1, draws)
-    present = [value for value in values if not math.isnan(value)]
-    low, high = np.percentile(present, [2.5, 97.5]) if present else (float("nan"), float("nan"))
-    return {
-        "variant": f"bootstraps of clips ({draws})",
-        "jaccard": float(np.mean(present)) if present else float("nan"),
-        "low": float(low),
-        "high": float(high),
-        "kept": ", ".join(f"L{layer}H{head} {n / draws:.2f}" for (layer, head), n in sorted(kept.items())),
-        "note": "kept: how often each head is named again",
-    }
+    listed = ", ".join(f"{head_names([head])} {n / draws:.2f}" for head, n in sorted(kept.items()))
+    row = {"variant": f"bootstraps of clips ({draws})", "kept": listed}
+    present = np.array(values)[~np.isnan(values)]
+    if len(present):
+        low, high = np.percentile(present, [2.5, 97.5])
+        row |= {"jaccard": float(present.mean()), "low": float(low), "high": float(high)}
+    return row | {"note": "kept: how often each head is named again"}

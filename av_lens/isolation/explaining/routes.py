@@ -1,23 +1,14 @@
 """By which road does the picture win? Edges of named heads and of whole routes cut, beside cuts of as much elsewhere.
 
-release of a cut = (change of M in va - change of M in av) / 2          positive: the model hears more
+effect (release) of a cut = (change of M in va - change of M in av) / 2          positive: the model hears more
 
-Cut are the edges from the site's queries to the picture's keys and to the sound's, in each head that releases and in
-the chosen set together; where there are sinks also to the sinks alone and to the picture without them. `renormalised`
-scales the remaining weights up; without it the weight is lost. Beside each renormalised cut (`runs.matched_cuts`):
+*Cuts of heads*: the edges from the site's queries to the picture's keys and to the sound's, in each head that releases
+and in the chosen set together; where there are sinks also to the sinks alone and to the picture without them.
+`renormalised` scales the remaining weights up; without it the weight is lost. Heads that only carry are not cut.
 
-    equal mass       the same edges in other heads at most one layer away that do not release themselves, with as much
-                     value-weighted attention removed (within a quarter); the mean of `DRAWS` draws
-    10%, 30% of keys nested shares of the keys; 100% is the cut
-    equal count      as many other keys in the same heads, only where three times as many exist
-
-`mass`: of a cut, its share of all that these heads move to these queries; of an equal-mass control, what it removes
-over what the cut removes. A control that cannot be made is NaN, and its note says why.
-
-Choices where the protocol is silent: masses are taken from `va` and the same edges are cut in `av`; controls are made
-for the renormalised cut; heads that only carry are not cut.
-
-effect of a cut = (change of M in va - change of M in av) / 2           positive: the sound is said again
+*Cuts of routes*, all renormalised, in all heads of a window of layers: all of them, the depths at which the studies
+cut, as shares of the model's own depth (`WINDOWS`), and around every layer with a width of 7 of 36 layers ("From Senses
+to Decisions"). `says_sound`: how often the likeliest token of the whole vocabulary is the sound's answer in `va`.
 
 | route | edges | who says so |
 |---|---|---|
@@ -28,19 +19,20 @@ effect of a cut = (change of M in va - change of M in av) / 2           positive
 | without sinks | video - sinks -> suffix | late attention to video is a sink, and cutting it changes nothing |
 | encoding | video -> audio | the sound reads the picture while it is encoded (interleaved layouts) |
 
-Each in all heads of a window of layers: all of them, and the depths at which the studies cut, as shares of the model's
-own depth (`WINDOWS`), and around every layer with a width of 7 of 36 layers ("From Senses to Decisions"). All cuts are
-renormalised. Beside the cuts in `WINDOWS` stand controls (`runs.matched_cuts`), the mean of `DRAWS` draws (how
-often the sound is said is that of the first draw):
+Beside each renormalised cut of heads, and each cut of a route in `WINDOWS`, stand controls
+(`methods.shared.matched_cuts`), the mean of `DRAWS` draws (how often the sound is said is that of the first draw):
 
-    equal mass   as much value-weighted attention of the same queries removed elsewhere: the same edges in other heads
-                 at most one layer outside the window, else other keys that hold no media (within a quarter)
-    equal count  as many other keys, only where three times as many exist
-    the sound's  the same queries no longer read the sound: what is lost if they cannot hear
+    equal mass       as much value-weighted attention of the same queries removed (within a quarter): the same edges in
+                     other heads at most one layer away (that do not release themselves; outside the window), for a
+                     route else other keys that hold no media
+    equal count      as many other keys in the same heads, only where three times as many exist
+    10%, 30% of keys of heads: nested shares of the keys; 100% is the cut
+    the sound's      of routes: the same queries no longer read the sound: what is lost if they cannot hear
 
-`mass` is the share of all that the cut heads move to these queries; of an equal-mass control what it removes over what
-the cut removes. `says_sound`: how often the likeliest token of the whole vocabulary is the sound's answer in `va`. A
-route that a prompt does not have (no sinks, no picture before the sound) is NaN, and its note says why.
+`mass`: of a cut, its share of all that the cut heads move to these queries; of an equal-mass control, what it removes
+over what the cut removes. A control that cannot be made, and a route that a prompt does not have (no sinks, no picture
+before the sound), is NaN, and its note says why. Choice where the protocol is silent: masses are taken from `va` and
+the same edges are cut in `av`.
 """
 
 from __future__ import annotations
@@ -48,15 +40,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import numpy as np
 
 from av_lens.core.readings import attention_mass, sinks_of
 from av_lens.interventions import Plan
 from av_lens.isolation.explaining.knowledge import Known, Row
-from av_lens.isolation.measuring.bench import Chunk
+from av_lens.isolation.measuring.bench import Chunk, Half, columns, gathered
+from av_lens.isolation.measuring.effects import effects_of_plans, says_sound
 from av_lens.isolation.measuring.engine import Head
-from av_lens.isolation.measuring.plan_effects import Measured, effects_of_plans, measured, says_sound
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.sets.sets import head_names
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut, matches
@@ -71,6 +64,7 @@ KEYS = ("video|image", "audio")
 WITH_SINKS = ("video|image - sinks", "sinks")
 NO_MATCH = "no other heads at most one layer away, none of which releases, move as much along these edges"
 TOO_FEW = "fewer than three times as many other keys"
+NO_NUMBER = {EQUAL_MASS: NO_MATCH, DIFFERENCE: NO_MATCH, EQUAL_COUNT: TOO_FEW}
 Group = tuple[Head, ...]
 
 
@@ -80,6 +74,18 @@ class Arm:
 
     plans: tuple[Plan, ...]
     mass: float = float("nan")
+
+
+def outcomes(half: Half, name: str, effect: np.ndarray, mass: np.ndarray) -> Callable[[tuple[int, ...], str], Row]:
+    """Write one cut's columns: what it does on C, its share of G and the mass that it removes, or why it has none."""
+    bounds, shares, removed = half.boot.mean(effect), half.shares(effect), half.boot.mean(mass)
+
+    def row(at: tuple[int, ...], why_not: str) -> Row:
+        out: Row = columns(bounds, name, "low", "high", at=at) | columns(shares, "share", at=at)
+        out |= columns(removed, "mass", at=at) if at[-1] < mass.shape[-1] else {}  # not known of a difference
+        return out | ({"note": why_not} if np.isnan(out[name]) else {})
+
+    return row
 
 
 def cut_rows(known: Known) -> list[Row]:
@@ -95,8 +101,8 @@ def cut_rows(known: Known) -> list[Row]:
             continue
         depends = {"groups": groups, "keys": keys, "seed": known.seed, "sinks": sinks}
         compute = partial(cut_effects, groups=groups, keys=keys, seed=known.seed)
-        made = measured(known.chunks(site), known.confirmation, "edge cuts", depends, compute)
-        rows += [row | {"site": site} for row in _rows(made, groups, keys, site)]
+        made = gathered(known.chunks(site), known.confirmation.examples, "edge cuts", depends, compute)
+        rows += [row | {"site": site} for row in _rows(known.confirmation, made, groups, keys, site)]
     return rows
 
 
@@ -162,32 +168,16 @@ def averaged(chunk: Chunk, arms: Sequence[Arm]) -> tuple[np.ndarray, np.ndarray]
     return effect, np.broadcast_to([arm.mass for arm in arms], effect.shape).copy()
 
 
-def _rows(made: Measured, groups: Sequence[Group], keys: Sequence[str], site: str) -> list[Row]:
-    effect = made.arrays["effect"]
-    difference = effect[..., [ARMS.index(CUT)]] - effect[..., [ARMS.index(EQUAL_MASS)]]
-    made = Measured(made.half, made.arrays | {"effect": np.concatenate([effect, difference], axis=-1)})
-    bounds, shares = made.bounds("effect"), made.shares("effect", made.half.G)[0]
-    mass = made.bounds("mass")[0]
+def _rows(half: Half, made: Arrays, groups: Sequence[Group], keys: Sequence[str], site: str) -> list[Row]:
+    difference = made["effect"][..., [ARMS.index(CUT)]] - made["effect"][..., [ARMS.index(EQUAL_MASS)]]
+    outcome = outcomes(half, "release", np.concatenate([made["effect"], difference], axis=-1), made["mass"])
     rows: list[Row] = []
-    for (g, group), (k, words) in ((a, b) for a in enumerate(groups) for b in enumerate(keys)):
-        for number, arm in enumerate((*ARMS, DIFFERENCE)):
-            value, low, high = (float(bound[g, k, number]) for bound in bounds)
-            rows.append(
-                {
-                    "heads": head_names(group), "edges": f"{words.replace('|image', '')} -> {site}",
-                    "renormalised": arm != LOST, "arm": arm, "release": value, "low": low, "high": high,
-                    "share": float(shares[g, k, number]), "note": why_not(arm) if np.isnan(value) else "",
-                    "mass": float(mass[g, k, number]) if number < len(ARMS) else float("nan"),
-                }
-            )  # fmt: skip
+    arms = (*ARMS, DIFFERENCE)
+    for (g, group), (k, words), (number, arm) in product(enumerate(groups), enumerate(keys), enumerate(arms)):
+        row = outcome((g, k, number), NO_NUMBER.get(arm, "this prompt has no such edges"))
+        edges = f"{words.replace('|image', '')} -> {site}"
+        rows.append(row | {"heads": head_names(group), "edges": edges, "renormalised": arm != LOST, "arm": arm})
     return rows
-
-
-def why_not(arm: str) -> str:
-    """Say why an arm has no number."""
-    if arm in (EQUAL_MASS, DIFFERENCE):
-        return NO_MATCH
-    return TOO_FEW if arm == EQUAL_COUNT else "this prompt has no such edges"
 
 
 ROUTES = {
@@ -207,6 +197,8 @@ WINDOWS = {  # shares of the model's depth; layers of 36 in the studies
 }
 WIDTH = 7 / 36
 SOUNDS = "the sound's"
+NO_SINKS = "these prompts have no sinks: no media position gets 10 times the mean attention from the suffix"
+NO_ROUTE = {EQUAL_MASS: "nothing else that these queries read moves as much", EQUAL_COUNT: TOO_FEW}
 ROUTE_ARMS = (CUT, EQUAL_MASS, EQUAL_COUNT, SOUNDS)
 
 
@@ -221,16 +213,16 @@ class Window:
 
 def windows(n_layers: int) -> list[Window]:
     """List the windows of a model's layers."""
-    found: list[Window] = []
-    for name, (low, high) in WINDOWS.items():
-        layers = tuple(layer for layer in range(n_layers) if low <= layer / n_layers < high)
-        found += [Window(name, layers, True)] if layers else []
     width = max(1, round(WIDTH * n_layers))
-    for layer in range(n_layers):
-        start = layer - width // 2
-        inside = tuple(range(max(0, start), min(n_layers, start + width)))
-        found.append(Window(f"around {layer}", inside, False))
-    return found
+    whole = {
+        name: tuple(layer for layer in range(n_layers) if low <= layer / n_layers < high)
+        for name, (low, high) in WINDOWS.items()
+    }
+    around = {
+        f"around {layer}": tuple(range(max(0, layer - width // 2), min(n_layers, layer - width // 2 + width)))
+        for layer in range(n_layers)
+    }
+    return [Window(name, layers, name in WINDOWS) for name, layers in (whole | around).items() if layers]
 
 
 def route_rows(known: Known) -> list[Row]:
@@ -238,8 +230,8 @@ def route_rows(known: Known) -> list[Row]:
     sinks, half = known.sinks(), known.confirmation
     chunks = known.bench.chunks(half.examples.tolist(), "suffix")
     depends, compute = {"seed": known.seed, "sinks": sinks}, partial(route_effects, seed=known.seed)
-    made = measured(chunks, half, "routes", depends, compute)
-    return _route_rows(made, windows(known.bench.engine.n_layers))
+    made = gathered(chunks, half.examples, "routes", depends, compute)
+    return _route_rows(half, made, windows(known.bench.engine.n_layers))
 
 
 def route_effects(chunk: Chunk, seed: int) -> Arrays:
@@ -253,11 +245,16 @@ def route_effects(chunk: Chunk, seed: int) -> Arrays:
     for number, (name, (source, _)) in enumerate(ROUTES.items()):
         keys = tuple(named_span(source, spans, sinks).positions.tolist())
         sound = tuple(spans["audio"].positions.tolist()) if name != "encoding" else ()
-        others = [p for p in range(len(spans)) if p not in {*queries[name], *spans.media.positions.tolist()}]
-        others = [p for p in others if p < max(queries[name])]
+        at = tuple(queries[name])
+        others = [p for p in range(max(at)) if p not in {*at, *spans.media.positions.tolist()}]
         for window in listed:
-            made = partial(_cut, queries[name], window.layers, model.spec.n_heads)
-            arms += _arms(made(keys), made(sound), mass[:, :, number], others, len(spans), (seed, number), window)
+            cut, said = (
+                EdgeCut(at, at, read, dict.fromkeys(window.layers), model.spec.n_heads, {"renormalize": True})
+                for read in (keys, sound)
+            )
+            moved = mass[:, :, number]
+            draw = partial(controls_of, cut, moved, others, len(spans), (seed, number)) if window.controlled else None
+            arms += _arms(cut, said, moved, draw)
     effect, removed = averaged(chunk, arms)
     shape = (len(effect), len(ROUTES), len(listed), len(ROUTE_ARMS))
     plans = [next(iter(arm.plans), None) for arm in arms]
@@ -269,62 +266,28 @@ def route_effects(chunk: Chunk, seed: int) -> Arrays:
     }
 
 
-def _cut(queries: Sequence[int], layers: Sequence[int], n_heads: int, keys: tuple[int, ...]) -> EdgeCut:
-    heads: dict[int, tuple[int, ...] | None] = dict.fromkeys(layers)
-    return EdgeCut(tuple(queries), tuple(queries), keys, heads, n_heads, {"renormalize": True})
-
-
-def _arms(
-    edge: EdgeCut,
-    sound: EdgeCut,
-    mass: np.ndarray,
-    others: Sequence[int],
-    n_prompt: int,
-    seed: tuple[int, int],
-    window: Window,
-) -> list[Arm]:
-    """The cut and its controls, in the order of `ARMS`."""
+def _arms(edge: EdgeCut, sound: EdgeCut, mass: np.ndarray, draw: Callable[[], tuple[Arm, Arm]] | None) -> list[Arm]:
+    """The cut and its controls, where some are drawn, in the order of `ROUTE_ARMS`."""
     if edge.empty or edge.backwards:
-        return [Arm(()) for _ in ROUTE_ARMS]
-    cut = Arm((edge.plan(),), edge.mass(mass))
-    if not window.controlled:
-        return [cut, Arm(()), Arm(()), Arm(())]
-    return [
-        cut,
-        *controls_of(edge, mass, others, n_prompt, seed),
-        Arm((sound.plan(),), sound.mass(mass)) if sound.keys else Arm(()),
-    ]
+        return 4 * [Arm(())]
+    cut, deaf = Arm((edge.plan(),), edge.mass(mass)), Arm(())
+    if draw is None:
+        return [cut, *3 * [deaf]]
+    return [cut, *draw(), Arm((sound.plan(),), sound.mass(mass)) if sound.keys else deaf]
 
 
-def _route_rows(made: Measured, listed: Sequence[Window]) -> list[Row]:
-    bounds, shares = made.bounds("effect"), made.shares("effect", made.half.G)[0]
-    says, mass = made.bounds("says")[0], made.bounds("mass")[0]
+def _route_rows(half: Half, made: Arrays, listed: Sequence[Window]) -> list[Row]:
+    outcome, says = outcomes(half, "effect", made["effect"], made["mass"]), half.boot.mean(made["says"])
     rows: list[Row] = [
-        {"route": "none", "edges": "nothing is cut", "arm": CUT, "effect": 0.0, "low": 0.0, "high": 0.0, "share": 0.0,
-         "says_sound": float(made.bounds("before")[0]), "mass": 0.0}
+        {"route": "none", "edges": "nothing is cut", "arm": CUT, **dict.fromkeys(("effect", "low", "high"), 0.0),
+         "share": 0.0, "says_sound": float(half.boot.mean(made["before"]).value), "mass": 0.0}
     ]  # fmt: skip
-    for r, (route, (source, target)) in enumerate(ROUTES.items()):
-        for w, window in enumerate(listed):
-            ends = dict.fromkeys((min(window.layers), max(window.layers)))
-            where = f"{window.name} ({'-'.join(map(str, ends))})"
-            for a, arm in enumerate(ROUTE_ARMS if window.controlled else ROUTE_ARMS[:1]):
-                value, low, high = (float(bound[r, w, a]) for bound in bounds)
-                edges = f"{source.replace('|image', '')} -> {target}, {where}"
-                rows.append(
-                    {
-                        "route": route, "edges": edges, "arm": arm, "effect": value, "low": low, "high": high,
-                        "share": float(shares[r, w, a]), "says_sound": float(says[r, w, a]),
-                        "mass": float(mass[r, w, a]), "note": _why_not(route, arm) if np.isnan(value) else "",
-                    }
-                )  # fmt: skip
+    for (r, (route, (source, target))), (w, window) in product(enumerate(ROUTES.items()), enumerate(listed)):
+        ends = dict.fromkeys((min(window.layers), max(window.layers)))
+        edges = f"{source.replace('|image', '')} -> {target}, {window.name} ({'-'.join(map(str, ends))})"
+        none = NO_SINKS if "sinks" in source else "these prompts have no such edges"
+        for a, arm in enumerate(ROUTE_ARMS if window.controlled else ROUTE_ARMS[:1]):
+            row = outcome((r, w, a), NO_ROUTE.get(arm, none))
+            row |= columns(says, "says_sound", at=(r, w, a))
+            rows.append(row | {"route": route, "edges": edges, "arm": arm})
     return rows
-
-
-def _why_not(route: str, arm: str) -> str:
-    if arm == EQUAL_MASS:
-        return "nothing else that these queries read moves as much"
-    if arm == EQUAL_COUNT:
-        return TOO_FEW
-    if route in ("sink", "without sinks"):
-        return "these prompts have no sinks: no media position gets 10 times the mean attention from the suffix"
-    return "these prompts have no such edges"

@@ -1,15 +1,6 @@
 """What do larger units do (groups of heads, MLPs, layers), and what does an edit of the named set mend and break?
 
-The set's members get constant outputs: zero, or the mean over discovery of what their donor gave them (`blank_muted`:
-what they write having neither seen nor heard; `mean_other`: what they write when asked something else), one vector for
-each role of the site's positions, so that the plan fits any clip, question and length. What decoding adds is edited
-like the generation position. The constants are not the set's own donors (those are each conflict's own), so the plan is
-measured anew on confirmation: its release, how often the sound is said, and every control of `specificity`.
-
-    plan = found.plan()
-    model.generate(x, plan=plan, return_type="text")
-
-Each is edited alone at the site, on discovery, and its effect mirrored, as for single heads (`effects`):
+Each unit is edited alone at the site, on discovery, and its effect mirrored, as for single heads (`effects`):
 
 | unit | what is edited |
 |---|---|
@@ -27,13 +18,20 @@ Each is edited alone at the site, on discovery, and its effect mirrored, as for 
 
 Keys are replaced before rotary position, so that a mean from a prompt of another length stands at the run's own
 positions. A sender at a position changes keys and values at that position only.
+
+The named set's edit is also written as a plan (`found.plan()`) that fits any clip, question and length. The members get
+constant outputs: zero, or the mean over discovery of what their donor gave them (`blank_muted`: what they write having
+neither seen nor heard; `mean_other`: asked something else), one vector for each role of the site's positions. What
+decoding adds is edited like the generation position. The constants are not the set's own donors (those are each
+conflict's own), so the plan is measured anew on confirmation: its release, how often the sound is said, and every
+control of `specificity`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -42,22 +40,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from av_lens.errors import InputError, ProtocolError
+from av_lens.errors import InputError
 from av_lens.interventions import Plan, Site, replace, zero
 from av_lens.isolation.explaining.knowledge import Known
 from av_lens.isolation.measuring.bench import Chunk, Half, gathered, in_order
 from av_lens.isolation.measuring.effects import mirrored
-from av_lens.isolation.measuring.engine import (
-    MEANS,
-    MEDIA_SITES,
-    MIRROR,
-    PRIMARY_DONORS,
-    Head,
-    ModelEngine,
-    Recording,
-    align_end,
-    joined,
-)
+from av_lens.isolation.measuring.engine import PRIMARY_DONORS, Head, ModelEngine, Recording, align_end, joined
 from av_lens.isolation.naming.evidence import chunks_of
 from av_lens.isolation.sets.sets import controls, release_of_sets
 from av_lens.results.record import Isolation
@@ -114,10 +102,16 @@ def constants(values: dict[str, np.ndarray], like: Recording) -> Float[Tensor, "
     out = torch.full_like(like.site_z[:, :1], torch.nan)
     where = roles_at(like)
     for key, value in values.items():
-        _, _, head, role = key.split("/")
-        layer, index = (int(part) for part in head.split("."))
+        _, layer, index, role = _parsed(key)
         out[layer, 0, where.get(role, []), index] = torch.from_numpy(value).to(out)
     return out
+
+
+def _parsed(key: str) -> tuple[str, int, int, str]:
+    """Donor, layer, head and role of one of `repair_values`."""
+    _, donor, head, role = key.split("/")
+    layer, index = map(int, head.split("."))
+    return donor, layer, index, role
 
 
 def plan_of(found: Isolation) -> Plan:
@@ -129,8 +123,7 @@ def plan_of(found: Isolation) -> Plan:
         )
     edits: list[Any] = []
     for key in keys:
-        _, donor, head, role = key.split("/")
-        layer, index = (int(part) for part in head.split("."))
+        donor, layer, index, role = _parsed(key)
         positions = "generation|generated" if role == "generation" else role
         site = Site("z", layer, head=index, positions=positions)
         edits.append(zero(site) if donor == "zero" else replace(site, torch.from_numpy(found.arrays[key])[None]))
@@ -141,11 +134,9 @@ def repair_rows(
     chunks: Sequence[Chunk], half: Half, members: Sequence[Head], values: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """Measure the plan on confirmation: what it mends, and what else it changes (rows of `repair`)."""
-    given: Callable[[Recording], Tensor] = partial(constants, values)
     for chunk in chunks:
-        chunk.constants[DONOR] = given
-    sets = [tuple(members)]
-    effect = release_of_sets(chunks, sets, [DONOR], half.examples, "the repair plan")
+        chunk.constants[DONOR] = partial(constants, values)
+    effect = release_of_sets(chunks, [tuple(members)], [DONOR], half.examples, "the repair plan")
     out = [_change("C", half, half.C, half.C + effect.release[0])]
     for answer, after in (("sound", effect.says_sound[0]), ("picture", effect.says_picture[0])):
         before = in_order(chunks, half.examples, lambda chunk, answer=answer: chunk.says(answer))
@@ -209,63 +200,52 @@ def units_of(engine: ModelEngine) -> list[Unit]:
     return out
 
 
-def asked_of(site: str) -> list[Asked]:
-    """List the estimands at a site."""
-    donors = [donor for donor in PRIMARY_DONORS if donor not in MEANS or site not in MEDIA_SITES]
+def asked_of(chunks: Sequence[Chunk]) -> list[Asked]:
+    """List the estimands at the conflicts' site."""
+    donors = [donor for donor in PRIMARY_DONORS if chunks[0].has(donor)]
     out = [Asked("release", "va", donor) for donor in donors]
     out += [Asked("carries", "blank_a", "blank_muted", -1), Asked("sufficiency", "blank_a", "va", -1)]
     return out + [Asked(K_AND_V, "va", donor, keys_and_values=True) for donor in donors]
 
 
-class PartDonors:
-    """What outputs that are no head's z become, for one stack of conflicts; keys are before rotary position."""
+Parts = Mapping[str, Tensor]
 
-    def __init__(self, chunk: Chunk) -> None:
-        self.chunk = chunk
-        self._captured: dict[tuple[int, str, str], Mapping[str, Tensor]] = {}
-        self._donors: dict[tuple[str, str], Mapping[str, Tensor]] = {}
 
-    def own(self, cell: str, question: str = "ask", chunk: Chunk | None = None) -> Mapping[str, Tensor]:
-        """Give the outputs of an unedited cell at the site, of this stack or of another."""
-        of = self.chunk if chunk is None else chunk
-        key = (id(of), cell, question)
-        if key not in self._captured:
-            inputs, bench = of.inputs(cell, question), of.bench
-            self._captured[key] = bench.engine.capture(inputs, bench.positions(inputs, of.site), PARTS)
-        return self._captured[key]
+def part_donors(chunk: Chunk) -> Callable[[str, str], Parts]:
+    """Say what outputs that are no head's z become, by base cell and donor; keys are before rotary position."""
 
-    def donor(self, base: str, name: str) -> Mapping[str, Tensor]:
-        """Give every component's donor for a base cell."""
-        if (base, name) not in self._donors:
-            own = self.own(base)
-            if name == "zero":
-                found = {part: torch.zeros_like(values[:, :1]) for part, values in own.items()}
-            elif name == "mean_other":
-                found = {part: align_end(self._mean_other(part).to(values), values) for part, values in own.items()}
-            elif name in MEANS:
-                raise ProtocolError(f"the donor {name!r} is a mean over heads' outputs: units have none.")
-            else:
-                found = self.own(self.chunk.donor_cell(base, name))
-            self._donors[base, name] = found
-        return self._donors[base, name]
+    @cache
+    def own(of: Chunk, cell: str, question: str = "ask") -> Parts:
+        inputs = of.inputs(cell, question)
+        return of.bench.engine.capture(inputs, of.bench.positions(inputs, of.site), PARTS)
 
-    def _mean_other(self, part: str) -> Tensor:
-        means, candidates = self.chunk.means, self.chunk.bench.candidates
+    def mean_other(part: str) -> Tensor:
+        means, candidates = chunk.means, chunk.bench.candidates
         assert means is not None
         if part not in means.parts:
-            found = [self.own("va", "see", other) for other in means.chunks]
+            found = [own(other, "va", "see") for other in means.chunks]
             means.parts |= {name: joined([one[name].cpu() for one in found]) for name in found[0]}
         z = means.parts[part]
-        weights = means.weights(candidates.sound[self.chunk.examples], candidates.picture[self.chunk.examples])
+        weights = means.weights(candidates.sound[chunk.examples], candidates.picture[chunk.examples])
         return torch.einsum("bn,ln...->lb...", torch.from_numpy(weights).to(z), z)
 
+    @cache
+    def donor(base: str, name: str) -> Parts:
+        if name == "zero":
+            return {part: torch.zeros_like(values[:, :1]) for part, values in own(chunk, base).items()}
+        if name == "mean_other":
+            return {part: align_end(mean_other(part).to(own), own) for part, own in own(chunk, base).items()}
+        return own(chunk, chunk.donor_cell(base, name))
 
-def plan_of_unit(unit: Unit, asked: Asked, chunk: Chunk, parts: PartDonors, base: str) -> Plan | None:
+    return donor
+
+
+def plan_of_unit(unit: Unit, asked: Asked, chunk: Chunk, donor: Callable[[str, str], Parts], base: str) -> Plan | None:
     """Write a unit's edit of one base cell; None where the estimand is not the unit's."""
     run = chunk.run(base)
 
     def given(component: str, head: int | None = None) -> Plan:
-        value = parts.donor(base, asked.donor)[component][unit.layer]
+        value = donor(base, asked.donor)[component][unit.layer]
         site = Site(component, unit.layer, head=head, positions=run.site.tolist())
         return Plan(replace(site, value if head is None else value[:, :, head]))
 
@@ -278,29 +258,28 @@ def plan_of_unit(unit: Unit, asked: Asked, chunk: Chunk, parts: PartDonors, base
 
 def _chunk_units(chunk: Chunk, units: Sequence[Unit], wanted: Sequence[Asked]) -> dict[str, np.ndarray]:
     """Every unit's effect by every estimand in one stack, `[batch, asked, unit]`; NaN where it is not the unit's."""
-    candidates, engine, parts = chunk.bench.candidates, chunk.bench.engine, PartDonors(chunk)
+    candidates, engine, donor = chunk.bench.candidates, chunk.bench.engine, part_donors(chunk)
     out = np.full((len(wanted), len(units), len(chunk.examples)), np.nan)
+
+    def changes(cell: str, these: Sequence[int]) -> np.ndarray:
+        planned = [plan_of_unit(unit, wanted[a], chunk, donor, cell) for a, unit in product(these, units)]
+        found = engine.changed(chunk.run(cell), [plan for plan in planned if plan is not None])
+        scores = np.stack([candidates.scores(one.logits) for one in found])
+        change = np.full((len(planned), len(chunk.examples)), np.nan)
+        made = [plan is not None for plan in planned]
+        change[made] = candidates.margin(scores, chunk.examples) - chunk.margin(cell)
+        chunk.drop_traces(cell)
+        return change.reshape(len(these), *out.shape[1:])
+
     for base in dict.fromkeys(asked.base for asked in wanted):
-        changes: list[np.ndarray] = []
-        for cell in (base, MIRROR[base]):
-            plans: dict[tuple[int, int], Plan] = {}
-            for (a, asked), (u, unit) in product(enumerate(wanted), enumerate(units)):
-                plan = plan_of_unit(unit, asked, chunk, parts, cell) if asked.base == base else None
-                if plan is not None:
-                    plans[a, u] = plan
-            change = np.full_like(out, np.nan)
-            for (a, u), one in zip(plans, engine.changed(chunk.run(cell), list(plans.values())), strict=True):
-                change[a, u] = candidates.margin(candidates.scores(one.logits), chunk.examples) - chunk.margin(cell)
-            chunk.drop_traces(cell)
-            changes.append(change)
-        found = mirrored(changes[0], changes[1])
-        out = np.where(np.isnan(found), out, found)
+        these = [a for a, asked in enumerate(wanted) if asked.base == base]
+        out[these] = mirrored(base, partial(changes, these=these))
     return {"margin": (out * np.array([asked.sign for asked in wanted])[:, None, None]).transpose(2, 0, 1)}
 
 
 def unit_rows(chunks: Sequence[Chunk], half: Half, *, site: str) -> list[dict[str, Any]]:
     """Measure every unit at a site: rows of `units`."""
-    units, wanted = units_of(chunks[0].bench.engine), asked_of(site)
+    units, wanted = units_of(chunks[0].bench.engine), asked_of(chunks)
     depends = {"units": [vars(unit) for unit in units], "asked": [vars(asked) for asked in wanted]}
     compute, stage = partial(_chunk_units, units=units, wanted=wanted), f"groups, MLPs, attentions and layers at {site}"
     made = gathered(chunks, half.examples, "unit effects", depends, compute, stage)

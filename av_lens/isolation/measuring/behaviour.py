@@ -1,12 +1,10 @@
 """Does the model hear, and does seeing keep it from saying so? Which answers are scored, and protocol section 2.
 
-A word is read in the form (leading space or not, capital or not; `runs.forms`) that the model says most: that of the
+A word is read in the form (leading space or not, capital or not; `metrics.forms`) that the model says most: that of the
 largest median probability over the sounds' words in `aa` and the pictures' words in `vv` of all conflicts, before they
-are dealt. It is one form for all words.
-
-A conflict is left out, by name, where its answers cannot be used: a word that is not known, answers that cannot be told
-apart or take several tokens, or a word whose chosen form has, in the conflict's own cell, under a hundredth of the
-probability of another form. It never refuses the manifest.
+are dealt. It is one form for all words. A conflict is left out, by name, where its answers cannot be used: a word that
+is not known, answers that cannot be told apart or take several tokens, or a word whose chosen form has, in the
+conflict's own cell, under a hundredth of the probability of another form. The manifest is never refused for it.
 
 Per conflict, with M = score(sound's answer) - score(picture's answer) in every cell:
 
@@ -33,10 +31,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from av_lens.errors import InputError
-from av_lens.inputs.answers import Answer, answer_pair, words_of
+from av_lens.inputs.answers import answer_pair, words_of
 from av_lens.isolation.measuring.bench import Chunk, Half
+from av_lens.isolation.measuring.effects import mirrored
 from av_lens.isolation.measuring.engine import ModelEngine
-from av_lens.isolation.measuring.scoring import Candidates, CellReading
+from av_lens.isolation.measuring.scoring import Candidates, CellReading, require_one_token
 from av_lens.metrics.forms import Forms, Reading, known_forms
 from av_lens.results.statistics import interval
 
@@ -90,7 +89,7 @@ def answered(engine: ModelEngine, conflicts: Sequence[Any]) -> Answered:
         try:
             pair = answer_pair(engine.model.tokenizer, heard, seen, None if forms is None else forms.chosen)
             for answer in pair:
-                _require_one_token(answer, engine.model.tokenizer)
+                require_one_token(answer, engine.model.tokenizer)
         except InputError as error:
             left_out.setdefault(one.id, str(error))
             continue
@@ -113,16 +112,6 @@ def _forms(engine: ModelEngine, conflicts: Sequence[Any], left_out: dict[str, st
             one, cell = conflicts[example % len(conflicts)], CELLS[example // len(conflicts)]
             left_out.setdefault(one.id, f"in {cell}, {doubt.sentence(engine.model.tokenizer)}")
     return forms
-
-
-def _require_one_token(answer: Answer, tokenizer: Any) -> None:
-    if not answer.single:
-        pieces = [tokenizer.decode([token]) for token in next(ids for ids in answer.options if len(ids) > 1)]
-        raise InputError(
-            f"the answer {answer.text!r} is {len(pieces)} tokens for this model ({' '.join(map(repr, pieces))}); "
-            "isolation scores answers of one token: choose a shorter word, or put what comes before its last token "
-            "into the prefix."
-        )
 
 
 LEAST_MASS = 0.1
@@ -161,12 +150,12 @@ class Survey:
     @property
     def C(self) -> Float[np.ndarray, " example"]:
         """Hearing under conflict."""
-        return 0.5 * (self.margin("va") - self.margin("av"))
+        return mirrored("va", self.margin)
 
     @property
     def G(self) -> Float[np.ndarray, " example"]:
         """Hearing with nothing to see."""
-        return 0.5 * (self.margin("blank_a") - self.margin("blank_v"))
+        return mirrored("blank_a", self.margin)
 
     @property
     def competent(self) -> Bool[np.ndarray, " example"]:
@@ -178,15 +167,16 @@ class Survey:
 
 def survey(chunks: Sequence[Chunk], n: int) -> Survey:
     """Read every cell of every conflict."""
-    candidates, total, done = chunks[0].bench.candidates, len(RIGHT) * n, 0
-    readings = {key: CellReading.unread(n, len(candidates.names)) for key in RIGHT}
+    parts: dict[tuple[str, str], list[CellReading]] = {key: [] for key in RIGHT}
+    done = 0
     for chunk in chunks:
-        for key, out in readings.items():
-            out.put(chunk.examples, chunk.reading(*key))
+        for key, read in parts.items():
+            read.append(chunk.reading(*key))
             done += len(chunk.examples)
-            chunk.bench.progress("reading every cell", done, total)
+            chunk.bench.progress("reading every cell", done, len(RIGHT) * n)
         chunk.forget()
-    return Survey(readings, candidates)
+    order = np.argsort(np.concatenate([chunk.examples for chunk in chunks]))
+    return Survey({key: CellReading.joined(read, order) for key, read in parts.items()}, chunks[0].bench.candidates)
 
 
 def shortcut_index(e_a: np.ndarray, e_v: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ from av_lens.core.readings import sink_positions, sinks_of
 from av_lens.errors import ProtocolError
 from av_lens.inputs import AVInputs
 from av_lens.inputs.conflict import ClipKeys
+from av_lens.inputs.model_inputs import shared
 from av_lens.isolation.measuring.engine import (
     MEANS,
     MEDIA_SITES,
@@ -35,6 +36,7 @@ from av_lens.isolation.measuring.engine import (
     OTHER_LAYOUT,
     W_CELLS,
     AllZ,
+    Cells,
     Head,
     Means,
     ModelEngine,
@@ -43,7 +45,6 @@ from av_lens.isolation.measuring.engine import (
     align_end,
     equal_ending,
     site_positions,
-    stacked,
 )
 from av_lens.isolation.measuring.scoring import Candidates, CellReading
 from av_lens.isolation.measuring.store import Arrays, Store
@@ -51,10 +52,6 @@ from av_lens.results.statistics import Bootstrap, Interval
 from av_lens.spans import SpanMap
 
 Progress = Callable[[str, int, int], None]
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Tell nobody how far a stage is."""
 
 
 @dataclass(eq=False)
@@ -71,8 +68,8 @@ class Bench:
     store: Store = field(default_factory=Store)
     sinks: list[tuple[SpanMap, list[int]]] = field(default_factory=list)
     keys: ClipKeys = field(default_factory=ClipKeys)
-    progress: Progress = _silent
-    _cells: dict[tuple[int, str | None], Mapping[str, AVInputs]] = field(default_factory=dict)
+    progress: Progress = lambda stage, done, total: None
+    _cells: dict[tuple[int, str | None], Cells] = field(default_factory=dict)
 
     def inputs(self, example: int, cell: str, question: str) -> AVInputs:
         """Encode one cell of one conflict; refused where a clip's file was changed since the run began."""
@@ -83,21 +80,15 @@ class Bench:
             self._cells[key] = self.engine.cells(conflict, key[1])
         return self._cells[key][cell]
 
-    def has_third(self, example: int) -> bool:
-        """Say whether a conflict has a third clip."""
-        return getattr(self.conflicts[example], "third", None) is not None
-
     def find_sinks(self, examples: Sequence[int]) -> None:
         """Find every layout's sinks: media positions with over 10 times the mean incoming value-weighted attention."""
         found: list[tuple[SpanMap, list[np.ndarray]]] = []
         for chunk in self.chunks(examples, "suffix"):
-            stack = chunk.inputs("va")
-            measure = partial(self.engine.incoming, stack)
-            depends = {"ids": chunk.ids}
-            mass = self.store.recall("incoming attention", depends, lambda measure=measure: {"mass": measure()})["mass"]
-            parts = next((parts for of, parts in found if of.layout_difference(stack.spans) is None), None)
+            mass = self.store.recall("incoming attention", {"ids": chunk.ids}, partial(_incoming, chunk))["mass"]
+            spans = chunk.inputs("va").spans
+            parts = next((parts for of, parts in found if of.layout_difference(spans) is None), None)
             if parts is None:
-                found.append((stack.spans, [mass]))
+                found.append((spans, [mass]))
             else:
                 parts.append(mass)
         self.sinks = [(spans, sink_positions(np.concatenate(parts), spans).tolist()) for spans, parts in found]
@@ -110,9 +101,7 @@ class Bench:
         """Group conflicts by layout and wording, in stacks that fit into memory; layouts without sinks go there."""
         groups: dict[Any, list[int]] = defaultdict(list)
         for example in examples:
-            conflict = self.conflicts[example]
-            words = tuple(str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix"))
-            groups[(_layout(self.inputs(example, "va", "ask")), words)].append(example)
+            groups[_layout(self.inputs(example, "va", "ask")), *wording(self.conflicts[example])].append(example)
         parts: list[list[int]] = []
         site = site or self.site
         for group in groups.values():
@@ -123,6 +112,15 @@ class Bench:
         if not parts:
             site_positions(self.inputs(int(examples[0]), "va", "ask").spans, site)
         return [Chunk(self, np.array(part, dtype=np.int64), site) for part in parts]
+
+
+def wording(conflict: Any) -> list[str]:
+    """What a conflict is asked, and the words before the answer."""
+    return [str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix")]
+
+
+def _incoming(chunk: Chunk) -> Arrays:
+    return {"mass": chunk.bench.engine.incoming(chunk.inputs("va"))}
 
 
 def _layout(inputs: AVInputs) -> tuple[tuple[str, ...], str]:
@@ -161,21 +159,26 @@ class Chunk:
         return np.array([int(np.flatnonzero(examples == i)[0]) for i in self.examples])
 
     @property
-    def has_third(self) -> bool:
-        """Whether any of the conflicts has a third clip."""
-        return any(map(self.bench.has_third, self.examples.tolist()))
+    def with_third(self) -> list[int]:
+        """The conflicts that have a third clip."""
+        conflicts = self.bench.conflicts
+        return [i for i in self.examples.tolist() if getattr(conflicts[i], "third", None) is not None]
+
+    def has(self, donor: str) -> bool:
+        """Say whether these conflicts, or some of them, have a donor at the site."""
+        if donor in W_CELLS:
+            return bool(self.with_third)
+        return self.means is not None if donor in MEANS else self.site not in MEDIA_SITES or donor not in OTHER_LAYOUT
 
     def inputs(self, cell: str, question: str = "ask") -> AVInputs:
         """Stack a cell's inputs; of a w cell only of the conflicts that have it."""
         if cell == "text_only":
             bare = self.bench.engine.model.encode(None, str(self.bench.conflicts[int(self.examples[0])].question))
-            return stacked([bare] * len(self.examples))
-        return stacked([self.bench.inputs(int(i), cell, question) for i in self._present(cell)])
+            return shared(AVInputs.stack([bare] * len(self.examples)))
+        return shared(AVInputs.stack([self.bench.inputs(i, cell, question) for i in self._present(cell)]))
 
     def _present(self, cell: str) -> list[int]:
-        if cell not in W_CELLS:
-            return self.examples.tolist()
-        present = [i for i in self.examples.tolist() if self.bench.has_third(i)]
+        present = self.with_third if cell in W_CELLS else self.examples.tolist()
         if not present:
             raise ProtocolError(
                 f"the cell {cell!r} needs a third clip and none of these conflicts has one: give `third=`, or more "
@@ -184,23 +187,15 @@ class Chunk:
         return present
 
     def reading(self, cell: str, question: str = "ask") -> CellReading:
-        """Read what a cell says; NaN (and top -2) for conflicts that lack the cell."""
+        """Read what a cell says."""
         key = (cell, question)
         if key not in self._readings:
-            depends = {"cell": cell, "question": question, "ids": self.ids}
-            self._readings[key] = CellReading(
-                **self.bench.store.recall("reading", depends, lambda: self._read(cell, question))
+            read, depends = self.bench.candidates.read, {"cell": cell, "question": question, "ids": self.ids}
+            found = self.bench.store.recall(
+                "reading", depends, lambda: vars(read(self.run(cell, question).logits, self.examples))
             )
+            self._readings[key] = CellReading(**found)
         return self._readings[key]
-
-    def _read(self, cell: str, question: str) -> Arrays:
-        candidates = self.bench.candidates
-        present = self._present(cell) if cell not in W_CELLS or self.has_third else []
-        out = CellReading.unread(len(self.examples), len(candidates.names))
-        if present:
-            found = candidates.read(self.run(cell, question).logits, np.array(present))
-            out.put(np.flatnonzero(np.isin(self.examples, present)), found)
-        return vars(out)
 
     def margin(self, cell: str, question: str = "ask") -> Float[np.ndarray, " batch"]:
         """Give M in an unedited cell."""
@@ -216,17 +211,16 @@ class Chunk:
         key = (base, name, question)
         if key in self._donors:
             return self._donors[key]
-        own = self.run(base, question).site_z
+        run = self.run(base, question)
         if name == "zero":
-            z = torch.zeros_like(own[:, :1])
+            z = torch.zeros_like(run.site_z[:, :1])
         elif name in MEANS:
-            z = align_end(self._mean(base, name).to(own), own)
+            z = align_end(self._mean(base, name).to(run.site_z), run.site_z)
         elif name in self.constants:
-            z = self.constants[name](self.run(base, question))
+            z = self.constants[name](run)
         else:
             z = self._cell_z(base, name, question)
-        self._donors[key] = z
-        return z
+        return self._donors.setdefault(key, z)
 
     def z(self, base: str, heads: Sequence[Head], name: str, question: str = "ask") -> Values:
         """Give some heads' donor z for a base cell, by head."""
@@ -244,7 +238,7 @@ class Chunk:
 
     def _cell_z(self, base: str, name: str, question: str) -> Tensor:
         cell = self.donor_cell(base, name)
-        if cell in W_CELLS and not self.has_third:  # other stacks of the half may have third clips
+        if cell in W_CELLS and not self.with_third:  # other stacks of the half may have third clips
             return torch.full_like(self.run(base, question).site_z, torch.nan)
         # Audio alone and bare text have another layout: the donor is asked the conflict's own question there.
         asked = "ask" if base in ("audio_only", "text_only") else question
@@ -290,9 +284,12 @@ def gathered(
     name: str,
     depends: Mapping[str, Any],
     compute: Callable[[Chunk], Arrays],
-    stage: str = "",
+    stage: str | None = None,
 ) -> Arrays:
-    """Measure every stack, or open what was stored, and put the conflicts (each array's first axis) in order."""
+    """Measure every stack, or open what was stored, and put the conflicts (each array's first axis) in order.
+
+    Progress is told under the measurement's name, or another; "" tells none.
+    """
     out: Arrays = {}
     for number, chunk in enumerate(chunks):
         rows = chunk.rows(examples)
@@ -300,8 +297,8 @@ def gathered(
             if key not in out:
                 out[key] = np.full((len(examples), *values.shape[1:]), np.nan)
             out[key][rows] = values
-        if stage:
-            chunk.bench.progress(stage, number + 1, len(chunks))
+        if stage != "":
+            chunk.bench.progress(stage or name, number + 1, len(chunks))
     return out
 
 
@@ -361,9 +358,12 @@ class Half:
         """Bound a mean: columns of a table."""
         return columns(self.boot.mean(values), f"{prefix}{name}", f"{prefix}low", f"{prefix}high")
 
-    def shares(self, values: Float[np.ndarray, "example ..."]) -> Interval:
-        """Bound means over the mean of G."""
-        wide = self.G.reshape(self.G.shape + (1,) * (values.ndim - 1))
+    def shares(
+        self, values: Float[np.ndarray, "example ..."], of: Float[np.ndarray, "example ..."] | None = None
+    ) -> Interval:
+        """Bound means over the mean of G, or over the means of other values."""
+        whole = self.G if of is None else of
+        wide = whole.reshape(whole.shape + (1,) * (values.ndim - whole.ndim))
         return self.boot.ratio(values, np.broadcast_to(wide, values.shape))
 
     def share(self, values: Float[np.ndarray, " example"]) -> Row:

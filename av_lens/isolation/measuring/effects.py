@@ -1,12 +1,12 @@
-"""What does each head do to hearing? The figures of protocol section 4, defined once, measured conflict by conflict.
+"""What does an edit of a head, or any other, do to hearing? Protocol section 4, measured conflict by conflict.
 
-`ESTIMANDS` is the one list. An estimand is the effect of a `Request` (every head in turn gets its z from a donor, in a
-base cell and its mirror), minus that of another where it says so. Requests (`requests`), figures (`figures`), rows of
-the table of evidence, keys of the record's arrays, and columns of the table of heads (`column`, where
-`results.tables` names it) follow from it; tests of roles name estimands by `(name, donor)`.
+Every effect is mirrored, (change of M in a cell - change of M in its mirror) / 2: in `va` and `av` it is one on hearing
+under conflict, C; in `blank_a` and `blank_v` on hearing with nothing to see, G. Positive: the model hears more.
 
-Every estimand stands there twice: as measured, and with the final norm's scale frozen at the unedited run's
-(` (norm frozen)` after its name). Positive is as in the record: an edit lets the model hear more, or a fall of G.
+`ESTIMANDS` is the one list of figures. An estimand is the effect of a `Request` (every head in turn gets its z from a
+donor, in a base cell and its mirror), minus that of another where it says so; what runs (`requests`), figures
+(`figures`), rows of the table of evidence, keys of the record's arrays, and columns of the table of heads (`column`,
+where `results.tables` names it) follow from it, and roles name estimands by `(name, donor)`.
 
 | estimand | of |
 |---|---|
@@ -17,15 +17,9 @@ Every estimand stands there twice: as measured, and with the final norm's scale 
 | reads picture, reads sound, silenced, question's own | donors wa, vw, blank_a - blank_muted, mean_other - mean_task |
 | rise over others | rise of the heard sound's answer over the candidates that are neither answer (damage) |
 
-Every effect is mirrored: on hearing under conflict, C = (M(va) - M(av)) / 2, an edit's effect is
-(change of M in va - change of M in av) / 2; on hearing with nothing to see, G = (M(blank_a) - M(blank_v)) / 2,
-likewise.
-Positive: the edit lets the model hear more.
-
-A `Request` names a base cell, a donor and whether later heads are frozen; `measure_requests` runs all of a list for all
-heads and returns, per request and conflict, an `Effect`: the change of M, its parts on the two answers, the same with
-the final norm frozen, and the rise of the heard sound's answer over the candidates that are neither answer (damage
-shows there). `estimands` makes figures of them. What heads write themselves (`direct_writes`) needs no edit.
+All but the last stand there twice: as measured, and with the final norm's scale frozen at the unedited run's
+(` (norm frozen)` after the name). What heads write themselves (`direct_writes`) needs no edit. `effects_of_plans`
+measures plans of any kind (heads' outputs, attention edges).
 """
 
 from __future__ import annotations
@@ -33,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 
 import numpy as np
 import torch
@@ -41,17 +35,11 @@ from jaxtyping import Float, Int
 
 from av_lens.interventions import Plan
 from av_lens.isolation.measuring.bench import Chunk, gathered
-from av_lens.isolation.measuring.engine import (
-    MEANS,
-    MEDIA_SITES,
-    MIRROR,
-    OTHER_LAYOUT,
-    PRIMARY_DONORS,
-    SECONDARY_DONORS,
-    W_CELLS,
-    Head,
-)
+from av_lens.isolation.measuring.engine import MIRROR, PRIMARY_DONORS, SECONDARY_DONORS, W_CELLS, Head
 from av_lens.isolation.measuring.scoring import Candidates, CellReading
+from av_lens.metrics.forms import each
+from av_lens.metrics.metric import Metric, as_metric, logit_diff
+from av_lens.replay.traces import Trace, measure_plans
 from av_lens.results.record import TABLES
 
 PerHead = Float[np.ndarray, "example layer head"]
@@ -157,24 +145,12 @@ def requests(
     """
     wanted = [one for one in ESTIMANDS if not names or (one.name in names and {one.donor} & {*donors, *W_CELLS})]
     found = dict.fromkeys(r for one in wanted for r in (one.plus, one.minus) if r is not None)
-    there = [one for one in found if chunks is None or _has(chunks, one.donor)]
+    there = [one for one in found if chunks is None or any(chunk.has(one.donor) for chunk in chunks)]
     place = {donor: number for number, donor in enumerate((*PRIMARY_DONORS, *SECONDARY_DONORS, *W_CELLS))}
     after = len(place)
-    return sorted(there, key=lambda r: (r.base != "va", _rank(r), r.freeze, place.get(r.donor, after)))
-
-
-def _rank(request: Request) -> bool:
-    """Whether it comes after the primary donors'; on G the conflict's own z comes first."""
-    primary = request.donor in PRIMARY_DONORS
-    return primary if request.base == "blank_a" else not primary
-
-
-def _has(chunks: Sequence[Chunk], donor: str) -> bool:
-    if donor in W_CELLS:
-        return any(chunk.has_third for chunk in chunks)
-    if donor in MEANS:
-        return chunks[0].means is not None
-    return donor not in OTHER_LAYOUT or chunks[0].site not in MEDIA_SITES
+    # Primary donors come first; on G the conflict's own z does.
+    second = {one: (one.donor in PRIMARY_DONORS) == (one.base == "blank_a") for one in there}
+    return sorted(there, key=lambda r: (r.base != "va", second[r], r.freeze, place.get(r.donor, after)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,43 +184,24 @@ TOGETHER = 64  # edited runs whose scores are read at once
 FIGURES = tuple(field.name for field in fields(Effect))
 
 
-def mirrored(base: Float[np.ndarray, "..."], mirror: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+def mirrored(base: str, change: Callable[[str], np.ndarray]) -> np.ndarray:
     """Average a change over a cell and its mirror: (change in the cell - change in the mirror) / 2."""
-    return 0.5 * (base - mirror)
-
-
-def single_head_plans(
-    chunk: Chunk, base: str, wanted: Sequence[Request], heads: Sequence[Head]
-) -> tuple[list[Plan], list[tuple[int, int]]]:
-    """Write the plans of all requests on one base cell, layer by layer; and whose they are, as (request, head)."""
-    plans: list[Plan] = []
-    owners: list[tuple[int, int]] = []
-    order = sorted(range(len(heads)), key=lambda j: heads[j])
-    for layer in dict.fromkeys(heads[j][0] for j in order):
-        for r, request in enumerate(wanted):
-            run = chunk.run(base, request.question)
-            for j in order:
-                if heads[j][0] == layer:
-                    z = chunk.z(base, [heads[j]], request.donor, request.question)
-                    plans.append(run.plan(z, freeze=request.freeze))
-                    owners.append((r, j))
-    return plans, owners
-
-
-def unedited_scores(chunk: Chunk, base: str, question: str) -> Float[np.ndarray, "scale batch candidate"]:
-    """Score the candidates in an unedited cell: as the model gives them, and as `linear_logits` reads them out."""
-    candidates, recording = chunk.bench.candidates, chunk.run(base, question)
-    linear = chunk.bench.engine.linear_logits(recording, recording.final, candidates.tokens)
-    return np.stack([chunk.reading(base, question).scores, candidates.pooled(linear)])
+    return 0.5 * (change(base) - change(MIRROR[base]))
 
 
 def edited_scores(
     chunk: Chunk, base: str, wanted: Sequence[Request], heads: Sequence[Head], tick: Callable[[int], None]
 ) -> Float[np.ndarray, "scale request head batch candidate"]:
-    """Run all requests on one base cell, which all ask the same question; `tick` is told of runs that are done."""
+    """Run all requests on one base cell, which all ask the same question; `tick` is told of runs that are done.
+
+    Scores are as the model gives them, and as `linear_logits` reads them out.
+    """
     candidates, engine = chunk.bench.candidates, chunk.bench.engine
     recording, tokens = chunk.run(base, wanted[0].question), candidates.tokens
-    plans, owners = single_head_plans(chunk, base, wanted, heads)
+    numbers = product(range(len(wanted)), range(len(heads)))
+    owners = sorted(numbers, key=lambda one: (heads[one[1]][0], one[0], heads[one[1]]))  # layer by layer
+    asked = [(wanted[r], heads[j]) for r, j in owners]
+    plans = [recording.plan(chunk.z(base, [h], one.donor, one.question), freeze=one.freeze) for one, h in asked]
     out = np.full((2, len(wanted), len(heads), len(chunk.examples), len(candidates.names)), np.nan)
     runs = engine.changed(recording, plans)
     for start in range(0, len(plans), TOGETHER):
@@ -264,38 +221,41 @@ def effect_figures(
     mirror: tuple[Float[np.ndarray, "scale *some batch candidate"], Float[np.ndarray, "scale *more batch candidate"]],
 ) -> dict[str, Float[np.ndarray, "*more batch"]]:
     """Compute an `Effect`'s figures from scores before and after an edit, in a cell and its mirror."""
-    out: dict[str, np.ndarray] = {}
-    for scale, ending in enumerate(("", "_frozen")[: len(base[0])]):
-        here, there = ((before[scale], after[scale]) for before, after in (base, mirror))
-        out[f"margin{ending}"] = mirrored(*(_change(candidates.margin, two, examples) for two in (here, there)))
-        for name, of, exchanged in (("on_sound", "sound", "picture"), ("on_picture", "picture", "sound")):
-            parts = [
-                _change(partial(candidates.centred, of=o), t, examples) for t, o in ((here, of), (there, exchanged))
-            ]
-            out[f"{name}{ending}"] = 0.5 * (parts[0] + parts[1])
-    sides = ((base, "sound"), (mirror, "picture"))
-    rises = [_change(partial(candidates.above_others, of=of), (b[0], a[0]), examples) for (b, a), of in sides]
-    return out | {"rise": 0.5 * (rises[0] + rises[1])}
+    centred, above = candidates.centred, candidates.above_others
+    heard, seen, rise = partial(centred, of="sound"), partial(centred, of="picture"), partial(above, of="sound")
+    # In the mirror the answers change places; M is their difference, and so changes its sign.
+    parts: dict[str, tuple[Callable[..., np.ndarray], Callable[..., np.ndarray], int]] = {
+        "margin": (candidates.margin, candidates.margin, -1),
+        "on_sound": (heard, seen, 1),
+        "on_picture": (seen, heard, 1),
+        "rise": (rise, partial(above, of="picture"), 1),
+    }
 
+    def change(figure: Callable[..., np.ndarray], scores: tuple[np.ndarray, np.ndarray], scale: int) -> np.ndarray:
+        before, after = scores
+        return figure(after[scale], examples) - figure(before[scale], examples)
 
-def _change(
-    figure: Callable[..., np.ndarray], scores: tuple[np.ndarray, np.ndarray], examples: np.ndarray
-) -> np.ndarray:
-    before, after = scores
-    return figure(after, examples) - figure(before, examples)
+    return {
+        f"{name}{ending}": 0.5 * (change(here, base, scale) + sign * change(there, mirror, scale))
+        for scale, ending in enumerate(("", "_frozen")[: len(base[0])])
+        for name, (here, there, sign) in parts.items()
+        if f"{name}{ending}" in FIGURES
+    }
 
 
 def _chunk_effects(
     chunk: Chunk, wanted: Sequence[Request], heads: Sequence[Head], tick: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
     """Run all requests on one base cell and its mirror: `[batch, request, head]` of each figure."""
-    base, question = wanted[0].base, wanted[0].question
-    both: list[tuple[np.ndarray, np.ndarray]] = []
-    for cell in (base, MIRROR[base]):
-        after = edited_scores(chunk, cell, wanted, heads, tick)
-        both.append((unedited_scores(chunk, cell, question), after))
+    base, question, candidates = wanted[0].base, wanted[0].question, chunk.bench.candidates
+
+    def scores(cell: str) -> tuple[np.ndarray, np.ndarray]:
+        after, run = edited_scores(chunk, cell, wanted, heads, tick), chunk.run(cell, question)
+        linear = candidates.pooled(chunk.bench.engine.linear_logits(run, run.final, candidates.tokens))
         chunk.drop_traces(cell, question=question)
-    found = effect_figures(chunk.bench.candidates, chunk.examples, both[0], both[1])
+        return np.stack([chunk.reading(cell, question).scores, linear]), after
+
+    found = effect_figures(candidates, chunk.examples, scores(base), scores(MIRROR[base]))
     return {figure: np.moveaxis(values, -1, 0) for figure, values in found.items()}
 
 
@@ -352,14 +312,64 @@ def direct_writes(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]
     At a run's own norm scale; positive: the write favours the answer that hearing favours. Synonyms: each token counts
     by its share of the answer's own probability.
     """
-    return gathered(chunks, examples, "direct writes", {}, _chunk_writes)["margin"]
+    return gathered(chunks, examples, "direct writes", {}, _chunk_writes, "")["margin"]
 
 
 def _chunk_writes(chunk: Chunk) -> dict[str, np.ndarray]:
     """Every head's direct share of M in one stack, mirrored: `[batch, layer, head]`."""
-    candidates, sides = chunk.bench.candidates, list[np.ndarray]()
-    for cell in ("va", "av"):
+    candidates = chunk.bench.candidates
+
+    def written(cell: str) -> np.ndarray:
         recording = chunk.run(cell)
         scores = candidates.weighed(chunk.bench.engine.writes(recording, candidates.tokens), recording.logits)
-        sides.append(candidates.margin(scores, chunk.examples))
-    return {"margin": (0.5 * (sides[0] - sides[1])).transpose(2, 0, 1)}
+        return candidates.margin(scores, chunk.examples)
+
+    return {"margin": mirrored("va", written).transpose(2, 0, 1)}
+
+
+def trace_of(chunk: Chunk, cell: str, question: str = "ask") -> Trace:
+    """Give a cell's recorded run, kept with its recording."""
+    return chunk.bench.engine.trace(chunk.run(cell, question))
+
+
+def margin_metric(chunk: Chunk) -> Metric:
+    """Write M as a metric of a stack: score(sound's answer) - score(picture's), each conflict's own."""
+    answers = [chunk.bench.conflicts[int(i)].answers for i in chunk.examples]
+    sides = (each([pair[side] for pair in answers]) for side in (0, 1))
+    return as_metric(logit_diff(*sides), chunk.bench.engine.model)
+
+
+def effects_of_plans(
+    chunk: Chunk, base: str, plans: Callable[[str], Sequence[Plan | None]]
+) -> Float[np.ndarray, "batch plan"]:
+    """Measure plans, made for a cell, in the cell and in its mirror: effects on C or G; NaN where there is no plan."""
+    metric = margin_metric(chunk)
+
+    def changes(cell: str) -> np.ndarray:
+        given = plans(cell)
+        made = [Plan(), *(plan for plan in given if plan is not None)]
+        scores = measure_plans(trace_of(chunk, cell), made, metric).double().numpy()
+        return _placed(given, scores[1:] - scores[0])
+
+    return mirrored(base, changes).T
+
+
+def _placed(plans: Sequence[Plan | None], found: Float[np.ndarray, "made batch"]) -> Float[np.ndarray, "plan batch"]:
+    """Lay what the plans that there are gave out over all; NaN where there is none."""
+    out = np.full((len(plans), found.shape[1]), np.nan)
+    out[[number for number, plan in enumerate(plans) if plan is not None]] = found
+    return out
+
+
+def says_sound(chunk: Chunk, plans: Sequence[Plan | None]) -> Float[np.ndarray, "batch plan"]:
+    """Say under which plans the likeliest token of the whole vocabulary begins the sound's answer, in `va`."""
+    made, (ids, _) = [plan for plan in plans if plan is not None], margin_metric(chunk).ids or ((), ())
+    owner = [{int(token) for token in row[:, 0] if token >= 0} for row in ids]
+
+    def right(logits: torch.Tensor) -> torch.Tensor:
+        top = logits[:, -1].argmax(-1).tolist()
+        said = [float(token in mine) for token, mine in zip(top, owner, strict=True)]
+        return torch.tensor(said, device=logits.device)
+
+    none = np.zeros((0, len(owner)))
+    return _placed(plans, trace_of(chunk, "va").score(made, right).double().numpy() if made else none).T

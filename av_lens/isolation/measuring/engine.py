@@ -1,29 +1,25 @@
 """What does a model say when heads' outputs at the site are replaced? Donors and recordings of one model.
 
-In a mirrored base (`av`, `blank_v`) a donor cell is mirrored too: a and v change places. `Means` averages discovery's
-`va` (`mean_task`; `av` in a mirrored base) and its `va` asked `see` (`mean_other`, the same in every edited cell), over
-the conflicts that share no answer with the edited one.
-
-Choices where the protocol is silent: a donor of other length than the site is aligned from the end, and what overhangs
-keeps the run's own z; where the donor is another cell's, it ends where the token ids begin to differ. The mirror of
-`audio_only` is `audio_only_v`, the picture's sound alone.
-
 A `Recording` is a run of a stack of one-layout inputs: its logits at the asked position, every head's z from the site
 on, the trace from which it is restarted (made when first needed), and the edits that it was made under, if any.
 `Recording.plan` is the one place where "these heads get that z" becomes a `Plan`: edits act at the *site*'s positions
 only. `freeze=True` also holds every later layer's z at the recording's own: what is left is the head's own write,
-through MLPs and norms that are recomputed (the *direct* effect).
+through MLPs and norms that are recomputed (the *direct* effect). It needs the asked position alone, where the restart
+then begins: every later head's output there is the recording's own, whatever happened at other positions.
 
-A frozen edit needs the asked position alone: every later head's output there is the recording's own, whatever happened
-at other positions. The restart therefore begins at it.
-
-Edits are `Plan`s (`Recording.plan` writes them for heads) and run in two ways that must agree (a test holds them
-together): `how="trace"` restarts the recorded run at the first edited layer and position; `how="hooks"` runs the whole
-model again for every plan, with plain hooks, as the slow reference.
+Plans run in two ways that must agree (a test holds them together): `how="trace"` restarts the recorded run at the first
+edited layer and position; `how="hooks"` runs the whole model again for every plan, with plain hooks, as the slow
+reference. An edited run can be kept like a recorded one (`record_edited`), and further edits restart there.
 
 *Norm frozen*: logits read from a run's stream with the final norm dividing by what it divided by in the unedited run of
 that cell. Reading out is then linear, so that what a change of the stream does to the logits is the same whatever the
 norm would have made of it.
+
+In a mirrored base (`av`, `blank_v`) a donor cell is mirrored too: a and v change places; the mirror of `audio_only` is
+`audio_only_v`, the picture's sound alone. `Means` averages discovery's `va` (`mean_task`; `av` in a mirrored base) and
+its `va` asked `see` (`mean_other`, the same in every edited cell), over the conflicts that share no answer with the
+edited one. Choices where the protocol is silent: a donor of other length than the site is aligned from the end, and
+what overhangs keeps the run's own z; another cell's donor ends where the token ids begin to differ.
 """
 
 from __future__ import annotations
@@ -32,7 +28,8 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,9 +44,8 @@ from av_lens.core.readings import incoming_mass
 from av_lens.errors import ProtocolError, unknown
 from av_lens.families.decoder import hook_name
 from av_lens.inputs import AVInputs
-from av_lens.inputs.model_inputs import shared
-from av_lens.interventions import Edit, Plan, Site, replace
-from av_lens.isolation.measuring.edited_runs import edited_run
+from av_lens.interventions import CompiledPlan, Edit, Plan, Site, replace
+from av_lens.replay.rerun import Taps, rerun, start_of
 from av_lens.replay.stacks import run_streams, scheduled
 from av_lens.replay.traces import Trace
 from av_lens.spans import SpanMap
@@ -120,7 +116,6 @@ class Means:
     picture: Int[np.ndarray, " example"]
     ids: tuple[str, ...]
     parts: dict[str, Tensor] = field(default_factory=dict)
-    _z: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def over(cls, chunks: Sequence[Chunk]) -> Means:
@@ -130,13 +125,13 @@ class Means:
         ids = tuple(name for chunk in chunks for name in chunk.ids)
         return cls(tuple(chunks), candidates.sound[examples], candidates.picture[examples], ids)
 
-    @property
-    def z(self) -> Mapping[str, Float[Tensor, "layer example site head d_head"]]:
+    @cached_property
+    def z(self) -> dict[str, Float[Tensor, "layer example site head d_head"]]:
         """The ingredients; sites of different lengths (conflicts asked in different words) are cut to the shortest."""
-        if not self._z:
-            for name, cell, question in MEAN_CELLS:
-                self._z[name] = joined([chunk.run(cell, question).site_z.cpu() for chunk in self.chunks])
-        return self._z
+        return {
+            name: joined([chunk.run(cell, question).site_z.cpu() for chunk in self.chunks])
+            for name, cell, question in MEAN_CELLS
+        }
 
     def weights(
         self, sound: Int[np.ndarray, " batch"], picture: Int[np.ndarray, " batch"]
@@ -189,6 +184,12 @@ class Recording:
         inside = torch.from_numpy(np.searchsorted(self.window, self.site))
         return self.z[:, :, inside]
 
+    @property
+    def trace_bytes(self) -> int:
+        """How much memory its trace takes, where it has one."""
+        kept = () if self.trace is None else (*self.trace.resid, *self.trace.keys, *self.trace.values)
+        return sum(part.nbytes for part in kept)
+
     def plan(self, values: Values, *, freeze: bool = False) -> Plan:
         """Give heads another z at the site, on top of the edits that the run was made with.
 
@@ -230,14 +231,28 @@ def site_positions(spans: SpanMap, site: str, sinks: Sequence[int] = ()) -> Int[
         raise ProtocolError(unknown("site", site, SITES))
     found = np.asarray(sinks if site == "sinks" else spans[site].positions, dtype=np.int64)
     if not len(found):
-        why = (
+        none = (
             ": no media position of this layout gets 10 times the mean value-weighted attention from the suffix in "
             "discovery's conflicts. Search other sites."
-            if site == "sinks"
-            else f"; it has {spans!r}."
         )
+        why = none if site == "sinks" else f"; it has {spans!r}."
         raise ProtocolError(f"the site {site!r} names no position of this prompt{why}")
     return np.sort(found)
+
+
+class _Keeping(Taps):
+    """Taps that keep every layer's z, after its edits."""
+
+    def __init__(self, plans: Sequence[CompiledPlan], offset: int) -> None:
+        super().__init__(plans, offset)
+        self.z: dict[int, Tensor] = {}
+
+    def __call__(self, component: str, layer: int | None, activation: Tensor, rows: slice | None = None) -> Tensor:
+        """Apply the edits at one place, and keep z."""
+        found = super().__call__(component, layer, activation, rows)
+        if component == "z" and layer is not None:
+            self.z[layer] = found[0]
+        return found
 
 
 STREAM_BYTES, TRACE_BYTES = 2.5e8, 4e9
@@ -266,12 +281,12 @@ class ModelEngine:
     @cached_property
     def heads(self) -> list[Head]:
         """All heads, layer by layer."""
-        return [(layer, head) for layer in range(self.n_layers) for head in range(self.n_heads)]
+        return list(product(range(self.n_layers), range(self.n_heads)))
 
-    def cells(self, conflict: Any, question: str | None) -> Mapping[str, AVInputs]:
+    def cells(self, conflict: Any, question: str | None) -> Cells:
         """Give a conflict's cells, asked its own question (None) or another; `audio_only_v` mirrors `audio_only`."""
         options = {"question": question, "layout": self.layout, "keep_clips": False, **self.cell_options}
-        return _Cells(self.model, conflict, options)
+        return Cells(self.model, conflict, options)
 
     def together(self, inputs: AVInputs) -> int:
         """Say how many examples fit into one stack: their trace must stay within `TRACE_BYTES`."""
@@ -301,11 +316,15 @@ class ModelEngine:
         if trace is None:
             again = self.record(recording.inputs, recording.site, whole)
             return dataclasses.replace(again, trace=recording.trace)
-        edited, z, start = edited_run(trace, recording.plan(values))
+        trace.require_standing()
+        compiled = recording.plan(values).compile(trace.model.spec, trace.spans, batch=trace.batch)
+        taps = _Keeping([compiled], start_of(trace, compiled))
+        edited, z = rerun(trace, taps), taps.z
+        compiled.verify()
         final = edited.stream(edited.n_layers, int(recording.window[-1]))[:, 0]
         with torch.no_grad():
             logits = unembedded(self.model, final).float()
-        inside = torch.from_numpy(recording.window - start).to(final.device)
+        inside = torch.from_numpy(recording.window - taps.offset).to(final.device)
         below = [recording.z[layer] for layer in range(edited.n_layers - len(z))]
         stacked = torch.stack([*below, *(z[layer][:, inside] for layer in sorted(z))])
         changed = {"logits": logits, "z": stacked, "final": final, "under": whole, "trace": edited}
@@ -359,7 +378,11 @@ class ModelEngine:
             return Edited(recording.logits, recording.final)
         compiled = plan.compile(self.model.spec, recording.inputs.spans, batch=len(recording.inputs))
         asked, final = int(recording.window[-1]), list[Tensor]()
-        last = (hook_name("resid_post", self.n_layers - 1), partial(_keep, final, asked))
+
+        def keep(stream: Tensor, hook: Any = None) -> None:
+            final.append(stream[:, asked].detach().clone())
+
+        last = (hook_name("resid_post", self.n_layers - 1), keep)
         with torch.no_grad():
             logits = logits_of(self.model, recording.inputs, [*compiled.fwd_hooks, last], torch.tensor([asked]))[:, 0]
         compiled.verify()
@@ -397,25 +420,14 @@ class ModelEngine:
 
     def write_norms(self, recording: Recording) -> Float[np.ndarray, "layer head"]:
         """Measure how much each head writes at the site: the mean over examples and positions of |z W_O|."""
-        out = np.zeros((self.n_layers, self.n_heads))
-        for layer in range(self.n_layers):
-            z, output = recording.site_z[layer].float(), self._output_weights[layer].float()
-            out[layer] = torch.einsum("bshd,hdm->bshm", z, output).norm(dim=-1).mean((0, 1)).cpu().numpy()
-        return out
+        norms = [
+            torch.einsum("bshd,hdm->bshm", z.float(), output.float()).norm(dim=-1).mean((0, 1))
+            for z, output in zip(recording.site_z, self._output_weights, strict=True)
+        ]
+        return torch.stack(norms).double().cpu().numpy()
 
 
-def _keep(kept: list[Tensor], position: int, activation: Tensor, hook: Any = None) -> None:
-    """A hook that keeps one position."""
-    del hook
-    kept.append(activation[:, position].detach().clone())
-
-
-def stacked(inputs: Sequence[AVInputs]) -> AVInputs:
-    """Join inputs of one layout."""
-    return shared(AVInputs.stack(list(inputs)))
-
-
-class _Cells(Mapping[str, AVInputs]):
+class Cells:
     """A conflict's cells and `audio_only_v`, which is `audio_only` with sound and picture exchanged."""
 
     def __init__(self, model: Any, conflict: Any, options: dict[str, Any]) -> None:
@@ -428,10 +440,5 @@ class _Cells(Mapping[str, AVInputs]):
         return self._of(dataclasses.replace(one, sound=one.picture, picture=one.sound, answers=one.answers[::-1]))
 
     def __getitem__(self, name: str) -> AVInputs:
+        """Give a cell, encoded when first asked for."""
         return self._mirror["audio_only"] if name == "audio_only_v" else self._own[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._own)
-
-    def __len__(self) -> int:
-        return len(self._own)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from av_lens.errors import ProtocolError
+from av_lens.errors import InputError, ProtocolError
 from av_lens.inputs.answers import Answer, answer_pair
 
 NEITHER, UNREAD = -1, -2
@@ -40,13 +41,10 @@ class CellReading:
     mass: Float[np.ndarray, " example"]
 
     @classmethod
-    def unread(cls, n: int, candidates: int) -> CellReading:
-        """Make room for n examples."""
-        return cls(np.full((n, candidates), np.nan), np.full(n, UNREAD, dtype=np.int64), np.full(n, np.nan))
-
-    def put(self, rows: Int[np.ndarray, " row"], other: CellReading) -> None:
-        """Fill some rows in."""
-        self.scores[rows], self.top[rows], self.mass[rows] = other.scores, other.top, other.mass
+    def joined(cls, parts: Sequence[CellReading], order: Int[np.ndarray, " example"]) -> CellReading:
+        """Put the readings of several stacks one after the other, and these in order."""
+        names = ("scores", "top", "mass")
+        return cls(*(np.concatenate([getattr(one, name) for one in parts])[order] for name in names))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,26 +62,18 @@ class Candidates:
     @classmethod
     def of(cls, conflicts: Sequence[Any], tokenizer: Any) -> Candidates:
         """Resolve every conflict's two answers."""
-        known: dict[frozenset[tuple[int, ...]], int] = {}
-        names: list[str] = []
-        pairs: list[tuple[int, int]] = []
-        for conflict in conflicts:
-            pair = answer_pair(tokenizer, *conflict.answers)
-            indices: list[int] = []
-            for answer in pair:
-                _one_token(answer, conflict.id)
-                key = frozenset(answer.options)
-                if key not in known:
-                    known[key] = len(names)
-                    names.append(answer.text)
-                indices.append(known[key])
-            pairs.append((indices[0], indices[1]))
-        _apart(known, names)
-        width = max(len(key) for key in known)
-        ids = np.full((len(known), width), -1, dtype=np.int64)
-        for key, index in known.items():
-            ids[index, : len(key)] = sorted(option[0] for option in key)
-        return cls(tuple(names), ids, *np.array(pairs, dtype=np.int64).T)
+        pairs = [answer_pair(tokenizer, *conflict.answers) for conflict in conflicts]
+        names: dict[frozenset[tuple[int, ...]], str] = {}
+        for answer in chain.from_iterable(pairs):
+            require_one_token(answer, tokenizer)
+            names.setdefault(frozenset(answer.options), answer.text)
+        _require_apart(names)
+        ids = np.full((len(names), max(map(len, names))), -1, dtype=np.int64)
+        for row, options in zip(ids, names, strict=True):
+            row[: len(options)] = sorted(token for (token,) in options)
+        order = {options: number for number, options in enumerate(names)}
+        owners = np.array([[order[frozenset(answer.options)] for answer in pair] for pair in pairs], dtype=np.int64)
+        return cls(tuple(names.values()), ids, *owners.T)
 
     def scores(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[np.ndarray, "batch candidate"]:
         """Score every candidate."""
@@ -118,53 +108,54 @@ class Candidates:
         top[np.isnan(scores).any(1)] = UNREAD
         log_total = logits.double().logsumexp(-1).cpu().numpy()
         probability = np.exp(scores - log_total[:, None])
-        rows = np.arange(len(examples))
-        mass = probability[rows, self.sound[examples]] + probability[rows, self.picture[examples]]
+        mass = self._own(probability, examples, "sound") + self._own(probability, examples, "picture")
         return CellReading(scores, top, mass)
+
+    def _own(self, scores: np.ndarray, examples: np.ndarray, of: str) -> np.ndarray:
+        """Each example's own sound's, or picture's, answer."""
+        return scores[..., np.arange(len(examples)), getattr(self, of)[examples]]
 
     def margin(
         self, scores: Float[np.ndarray, "*more batch candidate"], examples: Int[np.ndarray, " batch"]
     ) -> Float[np.ndarray, "*more batch"]:
         """Compute M: score of the sound's answer minus score of the picture's."""
-        rows = np.arange(len(examples))
-        return scores[..., rows, self.sound[examples]] - scores[..., rows, self.picture[examples]]
+        return self._own(scores, examples, "sound") - self._own(scores, examples, "picture")
 
     def above_others(
         self, scores: Float[np.ndarray, "*more batch candidate"], examples: Int[np.ndarray, " batch"], *, of: str
     ) -> Float[np.ndarray, "*more batch"]:
         """Compare one answer's score with the mean of the candidates that are neither of the two."""
-        rows = np.arange(len(examples))
-        mine = self.sound[examples] if of == "sound" else self.picture[examples]
         n_others = scores.shape[-1] - 2
         if n_others < 1:
             return np.full(scores.shape[:-1], np.nan)
-        pair = scores[..., rows, self.sound[examples]] + scores[..., rows, self.picture[examples]]
-        return scores[..., rows, mine] - (scores.sum(-1) - pair) / n_others
+        pair = self._own(scores, examples, "sound") + self._own(scores, examples, "picture")
+        return self._own(scores, examples, of) - (scores.sum(-1) - pair) / n_others
 
     def centred(
         self, scores: Float[np.ndarray, "*more batch candidate"], examples: Int[np.ndarray, " batch"], *, of: str
     ) -> Float[np.ndarray, "*more batch"]:
         """Compare one answer's score with the mean of all distinct answers of the set."""
-        mine = self.sound[examples] if of == "sound" else self.picture[examples]
-        return scores[..., np.arange(len(examples)), mine] - scores.mean(-1)
+        return self._own(scores, examples, of) - scores.mean(-1)
 
 
-def _apart(known: Mapping[frozenset[tuple[int, ...]], int], names: Sequence[str]) -> None:
+def _require_apart(names: Mapping[frozenset[tuple[int, ...]], str]) -> None:
     """Refuse answers that overlap: a word must belong to one answer, whichever conflict it is said in."""
-    owner: dict[tuple[int, ...], int] = {}
-    for options, index in known.items():
+    owner: dict[tuple[int, ...], frozenset[tuple[int, ...]]] = {}
+    for options, name in names.items():
         for option in options:
-            if (other := owner.setdefault(option, index)) != index:
+            if (other := owner.setdefault(option, options)) != options:
                 raise ProtocolError(
-                    f"the answers {names[other]!r} and {names[index]!r} of different conflicts share a word (their "
+                    f"the answers {names[other]!r} and {name!r} of different conflicts share a word (their "
                     "synonyms overlap): give one list of synonyms for each answer, the same in every conflict."
                 )
 
 
-def _one_token(answer: Answer, name: object) -> None:
+def require_one_token(answer: Answer, tokenizer: Any) -> None:
+    """Refuse an answer of several tokens."""
     if not answer.single:
-        raise ProtocolError(
-            f"conflict {name!r}: the answer {answer.text!r} is {answer.n_tokens} tokens for this model; isolation "
-            "scores answers of one token. Choose a shorter word, or put what comes before its last token into the "
-            "prefix."
+        pieces = [tokenizer.decode([token]) for token in next(ids for ids in answer.options if len(ids) > 1)]
+        raise InputError(
+            f"the answer {answer.text!r} is {len(pieces)} tokens for this model ({' '.join(map(repr, pieces))}); "
+            "isolation scores answers of one token: choose a shorter word, or put what comes before its last token "
+            "into the prefix."
         )

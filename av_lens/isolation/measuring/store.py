@@ -65,7 +65,6 @@ class Store:
     Attributes:
         folder: where they are kept; None keeps nothing.
         key: what the whole run depends on; measurements of another key are not seen.
-        recalled: how many measurements were found.
         made: how many were made.
         before: called before each measurement that is not on disk; may raise to stop the run there.
         told: called after each measurement, found or made.
@@ -74,7 +73,6 @@ class Store:
 
     folder: Path | None = None
     key: str = ""
-    recalled: int = 0
     made: int = 0
     before: list[Callable[[str], None]] = field(default_factory=list)
     told: list[Callable[[Measured], None]] = field(default_factory=list)
@@ -87,22 +85,22 @@ class Store:
 
     def recall(self, name: str, depends: Mapping[str, Any], compute: Callable[[], Arrays]) -> Arrays:
         """Give a measurement: the stored one, or a new one, which is then stored."""
-        of = f"{name}: {self.digest(name, depends)}"
+        text = json.dumps([self.key, name, plain(depends)], sort_keys=True)
+        of = f"{name}: {hashlib.sha256(text.encode()).hexdigest()}"
         place = None if self.folder is None else self.folder / FOLDER / f"{_slug(name)}-{of[-64:][:20]}.npz"
-        found = None if place is None else self._opened(place, of)
-        if found is not None:
-            self.recalled += 1
-            seconds = float(found.pop(SECONDS, np.zeros(())))
-            self._tell(Measured(name, depends, seconds, new=False))
-            return found
-        for told in self.before:
-            told(name)
-        made, seconds = self._timed(compute)
-        if place is not None:
-            _keep(place, made | {SECONDS: np.array(seconds), OF: np.array(of)})
-        self.made += 1
-        self._tell(Measured(name, depends, seconds, new=True))
-        return made
+        kept = None if place is None else self._opened(place, of)
+        if kept is not None:
+            found, seconds = kept, float(kept.pop(SECONDS, np.zeros(())))
+        else:
+            for ask in self.before:
+                ask(name)
+            found, seconds = self._timed(compute)
+            if place is not None:
+                _keep(place, found | {SECONDS: np.array(seconds), OF: np.array(of)})
+            self.made += 1
+        for told in self.told:
+            told(Measured(name, depends, seconds, new=kept is None))
+        return found
 
     def _timed(self, compute: Callable[[], Arrays]) -> tuple[Arrays, float]:
         """Measure, and take the time, less that of the measurements that were made on the way."""
@@ -115,15 +113,6 @@ class Store:
             if self._within:
                 self._within[-1] += taken
         return made, taken - inner
-
-    def _tell(self, measured: Measured) -> None:
-        for told in self.told:
-            told(measured)
-
-    def digest(self, name: str, depends: Mapping[str, Any]) -> str:
-        """Hash what a measurement depends on."""
-        text = json.dumps([self.key, name, plain(depends)], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def _opened(self, place: Path, of: str) -> Arrays | None:
         """Read a stored measurement; None where there is none that is whole and its own."""
@@ -138,15 +127,15 @@ class Store:
                 found = {key: data[key] for key in data.files}
                 holds = str(found.pop(OF))
         except FileError as damaged:
-            return self._say(str(damaged))
-        if holds != of:
+            fault = str(damaged)
+        else:
+            if holds == of:
+                return found
             what = f"{place} holds another measurement than its name says: {holds[:-66]}, of this run or another."
-            return self._say(f"{what} It is measured again.")
-        return found
-
-    def _say(self, line: str) -> None:
+            fault = f"{what} It is measured again."
         for said in self.said:
-            said(line)
+            said(fault)
+        return None
 
 
 def _slug(name: str) -> str:

@@ -20,19 +20,9 @@ from jaxtyping import Float, Int
 from av_lens.errors import ProtocolError
 from av_lens.isolation.measuring.bench import Bench, Chunk, Half
 from av_lens.isolation.measuring.effects import DLA, Request, direct_writes, figures, measure_requests, requests
-from av_lens.isolation.measuring.engine import MEANS, MEDIA_SITES, PRIMARY_DONORS, Head, Means
-from av_lens.isolation.naming.roles import (
-    LEVEL,
-    Evidence,
-    Named,
-    Tests,
-    adjust,
-    classify,
-    family_size,
-    head_means,
-    run_tests,
-    run_tests_together,
-)
+from av_lens.isolation.measuring.engine import MEDIA_SITES, PRIMARY_DONORS, Head, Means
+from av_lens.isolation.naming import roles
+from av_lens.isolation.naming.roles import LEVEL, Evidence, Named, Tests, head_means
 from av_lens.results.record import RELEASING
 from av_lens.results.statistics import CONFIRMATION
 
@@ -51,39 +41,23 @@ class SiteEvidence:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Give every effect that was measured, for the record."""
-        measured = ((key, values) for key, values in self.evidence.figures.items() if (~np.isnan(values)).any())
-        return {"/".join((self.site, *key)): values for key, values in measured}
+        figures = self.evidence.figures.items()
+        return {"/".join((self.site, *key)): values for key, values in figures if not np.isnan(values).all()}
 
     def rows(self, half: str) -> list[dict[str, Any]]:
         """Write the rows of the evidence table."""
         out: list[dict[str, Any]] = []
         for (estimand, donor), values in self.evidence.figures.items():
             heads = np.argwhere((~np.isnan(values)).any(0))
-            if len(heads):
-                bounds = self.evidence.half.rows(values[:, heads[:, 0], heads[:, 1]])
-                for (layer, head), found in zip(heads.tolist(), bounds, strict=True):
-                    of = {"half": half, "site": self.site, "layer": layer, "head": head}
-                    out.append(of | {"estimand": estimand, "donor": donor} | found)
+            bounds = self.evidence.half.rows(values[:, *heads.T]) if len(heads) else []
+            of = {"half": half, "site": self.site, "estimand": estimand, "donor": donor}
+            where = ({"layer": layer, "head": head} for layer, head in heads.tolist())
+            out += [of | at | found for at, found in zip(where, bounds, strict=True)]
         return out
 
 
 @dataclass(eq=False)
-class BySite:
-    """One half's evidence at every site set, by name; `Searched` and `confirmation.Held` are two of these."""
-
-    sites: dict[str, SiteEvidence]
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Give every effect of every site."""
-        return {key: values for site in self.sites.values() for key, values in site.arrays().items()}
-
-    def rows(self, half: str) -> list[dict[str, Any]]:
-        """Write the evidence table's rows."""
-        return [row for site in self.sites.values() for row in site.rows(half)]
-
-
-@dataclass(eq=False)
-class Searched(BySite):
+class Searched:
     """What discovery found.
 
     Attributes:
@@ -96,6 +70,7 @@ class Searched(BySite):
         notes: what could not be searched, in words.
     """
 
+    sites: dict[str, SiteEvidence]
     named: list[Named]
     release_q: dict[str, dict[str, np.ndarray]]
     s: float
@@ -133,15 +108,14 @@ def gather(
     wanted = requests(chunks)
     effects = measure_requests(chunks, wanted, heads=heads, examples=half.examples, stage=stage)
     found = Evidence(figures(effects) | {DLA: direct_writes(chunks, half.examples)}, half)
-    return SiteEvidence(site, chunks, found, run_tests(found, s=s, family=family, seed=seed))
+    return SiteEvidence(site, chunks, found, roles.run_tests(found, s=s, family=family, seed=seed))
 
 
 def null_share(
     chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"], hearing: Float[np.ndarray, " example"]
 ) -> float:
     """Measure how much the releases of most heads reach under `control`, as a share of G."""
-    donors = [donor for donor in PRIMARY_DONORS if donor not in MEANS or chunks[0].means is not None]
-    wanted = [Request("va", donor, question="control") for donor in donors]
+    wanted = [Request("va", donor, question="control") for donor in PRIMARY_DONORS if chunks[0].has(donor)]
     stage = f"the same edits under the control question, {chunks[0].site}"
     heads = chunks[0].bench.engine.heads
     found = measure_requests(chunks, wanted, heads=heads, examples=examples, stage=stage)
@@ -152,7 +126,7 @@ def null_share(
 def search(bench: Bench, half: Half, *, s: float, floor: float | None, sites: Sequence[str], seed: int) -> Searched:
     """Search all heads at all sites on discovery; a `floor` of s is raised to what the control question shows."""
     heads = bench.engine.heads
-    family = family_size(len(heads), len(sites))
+    family = roles.family_size(len(heads), len(sites))
     searched, notes = _searchable(bench, half, sites)
     chunks = {site: bench.chunks(half.examples.tolist(), site) for site in searched}
     means = {site: with_means(chunks[site]) for site in searched}
@@ -160,14 +134,14 @@ def search(bench: Bench, half: Half, *, s: float, floor: float | None, sites: Se
         s = max(floor, *(null_share(chunks[site], half.examples, half.G) for site in searched))
     found = [gather(chunks[site], half, heads, site=site, s=s, family=family, seed=seed) for site in searched]
     if len(found) > 1:  # the largest T of a flip is that of all sites
-        together = run_tests_together([site.evidence for site in found], s=s, family=family, seed=seed)
+        together = roles.run_tests_together([site.evidence for site in found], s=s, family=family, seed=seed)
         for site, tests in zip(found, together, strict=True):
             site.tests = tests
-    q, release_q = adjust([site.tests for site in found], n_sites=len(sites))
+    q, release_q = roles.adjust([site.tests for site in found], n_sites=len(sites))
     named = [
         row
         for i, site in enumerate(found)
-        for row in classify(site.evidence, site.tests, q[i], release_q[i], s=s, site=site.site)
+        for row in roles.classify(site.evidence, site.tests, q[i], release_q[i], s=s, site=site.site)
     ]
     by_site = {site.site: site for site in found}
     return Searched(by_site, named, dict(zip(searched, release_q, strict=True)), s, means, len(sites), notes)

@@ -1,9 +1,4 @@
-"""Which role does a head play, and how sure are we? Protocol section 5, from the effects of section 4.
-
-p is a one-sided sign flip by component of effect - s G. A role's p is the largest of its parts: release;
-direct - release / 2 (for a gate release / 2 - direct); the difference of the reads. q is Benjamini-Hochberg over
-heads x sites x [3 roles x 3 donors + silenced + carries]. A second Benjamini-Hochberg over the same family, each role's
-p replaced by its release part, says whether the release itself passes. (Protocol sections 5 and 7.)
+"""Which role does a head play, and how sure are we? Protocol sections 5 and 7, from the effects of section 4.
 
 The first that holds, top to bottom; a sound carrier may join any:
 
@@ -155,17 +150,10 @@ def _by_role(names: Sequence[str], of_parts: np.ndarray, maxt_of_parts: np.ndarr
     needs = {(role, donor): [part.format(donor) for part in parts]
              for donor in PRIMARY_DONORS for role, parts in PARTS.items()}  # fmt: skip
     needs |= {(role, ""): [estimand] for role, estimand in CARRIERS.items()}
-    single, maxt = (
-        {key: np.max([table[..., names.index(name)] for name in parts], axis=0) for key, parts in needs.items()}
-        for table in (of_parts, maxt_of_parts)
-    )
-    release = {donor: names.index(f"release {donor}") for donor in PRIMARY_DONORS}
-    return Tests(
-        single,
-        maxt,
-        {donor: of_parts[..., i] for donor, i in release.items()},
-        {donor: maxt_of_parts[..., i] for donor, i in release.items()},
-    )
+    both = [{name: table[..., number] for number, name in enumerate(names)} for table in (of_parts, maxt_of_parts)]
+    p, p_maxt = ({key: np.max([one[name] for name in parts], axis=0) for key, parts in needs.items()} for one in both)
+    release, release_maxt = ({donor: one[f"release {donor}"] for donor in PRIMARY_DONORS} for one in both)
+    return Tests(p, p_maxt, release, release_maxt)
 
 
 def adjust(
@@ -216,10 +204,7 @@ class Cuts:
 
         def chosen(name: str) -> PerHead:
             of = found.by_donor(name)
-            out = np.full_like(of[PRIMARY_DONORS[0]], np.nan)
-            for donor in PRIMARY_DONORS:
-                out[:, donors == donor] = of[donor][:, donors == donor]
-            return out
+            return np.select([donors == donor for donor in of], list(of.values()), np.nan)
 
         boot, release = found.half.boot, chosen("release")
         return cls(

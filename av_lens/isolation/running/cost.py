@@ -35,8 +35,9 @@ from av_lens.isolation.measuring.bench import Chunk
 from av_lens.isolation.measuring.effects import Request, edited_scores, requests
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS
 from av_lens.isolation.measuring.store import GO_ON, Measured
+from av_lens.isolation.sets.confirmation import RANDOM_SETS
 from av_lens.isolation.sets.search import n_candidates
-from av_lens.isolation.sets.sets import HELD_BYTES, RANDOM_SETS
+from av_lens.isolation.sets.sets import HELD_BYTES
 from av_lens.results.statistics import Bootstrap
 from av_lens.whole_files import stored, write_whole
 
@@ -57,7 +58,6 @@ TESTS, COLUMNS = 1000, 160
 """Figures a head for its intervals and tests; for behaviour."""
 HELD = 24
 """Cells of a conflict whose stacks are held at the same time."""
-_TRACED = ("resid", "keys", "values")
 
 
 @dataclass(frozen=True)
@@ -206,10 +206,9 @@ def memory(chunk: Chunk, size: Size) -> float:
     searches = 1 if size.quick or size.named_only else 1 + VARIANTS
     inputs = sum(held.values()) * (searches * size.conflicts / n - 1)
     kept = HELD * (run.z.nbytes + stacked) * (size.discovery + size.confirmation) / n
-    one = 0 if run.trace is None else sum(part.nbytes for kind in _TRACED for part in getattr(run.trace, kind))
-    traces = 2 * one * size.discovery / n
+    traces = 2 * run.trace_bytes * size.discovery / n
     weights = 0 if searches == 1 else weights_bytes(model, other_precision(model.dtype))
-    return peak_memory() + (inputs + kept + (traces if traces <= HELD_BYTES else one) + weights) / 1e9
+    return peak_memory() + (inputs + kept + (traces if traces <= HELD_BYTES else run.trace_bytes) + weights) / 1e9
 
 
 def peak_memory() -> float:

@@ -19,26 +19,17 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from av_lens import whole_files
 from av_lens.errors import FileError, ProtocolError, UnfinishedError
 from av_lens.isolation.measuring.store import FOLDER, GO_ON, Measured, Store, measuring_hash
 from av_lens.isolation.running.cost import ESTIMATE, Estimate
-from av_lens.isolation.running.preparing import hash_of
+from av_lens.isolation.running.preparing import Run, hash_of
 from av_lens.results.record import RECORD
-from av_lens.whole_files import (
-    append_line,
-    describe,
-    make_folder,
-    read_object,
-    reading,
-    sweep_partials,
-    write_whole,
-    writing,
-)
 
 PROTOCOL, LEDGER, LOCK, PROGRAM = "protocol.json", "conflicts.jsonl", ".lock", "program.txt"
 EFFECTS = "head effects"
@@ -46,24 +37,6 @@ MOST_SAID = 5
 OTHER_FOLDER = "Give another folder (--out)"
 Told = Callable[[str], None]
 Clips = Mapping[tuple[str, str], str]
-
-
-@contextmanager
-def claimed(
-    folder: Path, protocol: Mapping[str, Any], *, clips: Clips | None = None, told: Told | None = None
-) -> Generator[None]:
-    """Hold a folder for one run, and write the protocol into it if it is new."""
-    make_folder(folder)
-    with _alone(folder, told):
-        if (folder / PROTOCOL).exists():
-            _same(folder, protocol, clips or {})
-        else:
-            _refuse_foreign(folder)
-            write_whole(folder / PROTOCOL, json.dumps(protocol, indent=1))
-        for place in (folder, folder / FOLDER, folder / RECORD):
-            sweep_partials(place)
-        _note_program(folder, told)
-        yield
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -83,8 +56,8 @@ def _same(folder: Path, protocol: Mapping[str, Any], clips: Clips) -> None:
         "Put it back as it was, or delete it (then this run's own is written, and what was measured under it is kept), "
         f"or g{OTHER_FOLDER[1:]}."
     )
-    there = read_object(place, mend=back)
-    with reading(place, mend=back):
+    there = whole_files.read_object(place, mend=back)
+    with whole_files.reading(place, mend=back):
         differing = "; ".join(differences(there, protocol, clips))
         threads = [dict(side.get("model") or {}).get("threads") for side in (there, protocol)]
     if there.get("hash") != hash_of(there):
@@ -114,12 +87,11 @@ def _note_program(folder: Path, told: Told | None) -> None:
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
-        said = (
-            f"{place} cannot be read ({describe(error)}): what this very program measured is kept, all else made again."
-        )
+        why = whole_files.describe(error)
+        said = f"{place} cannot be read ({why}): what this very program measured is kept, all else made again."
     if said and told is not None:
         told(said)
-    write_whole(place, measuring_hash())
+    whole_files.write_whole(place, measuring_hash())
 
 
 @contextmanager
@@ -130,7 +102,7 @@ def _alone(folder: Path, told: Told | None) -> Generator[None]:
     except ImportError:  # no such locks on Windows
         yield
         return
-    with writing(folder / LOCK, mend=f"{OTHER_FOLDER}."):
+    with whole_files.writing(folder / LOCK, mend=f"{OTHER_FOLDER}."):
         file = (folder / LOCK).open("a")
     with file:
         try:
@@ -145,34 +117,24 @@ def _alone(folder: Path, told: Told | None) -> Generator[None]:
         yield
 
 
-class Deadline:
-    """Stops a run before its next measurement once its minutes are spent; each run makes at least one.
+def deadline(minutes: float, store: Store, said: Callable[[], str]) -> Callable[[str], None]:
+    """Stop a run before its next measurement once its minutes are spent; each run makes at least one."""
+    if store.folder is None:
+        raise ProtocolError(
+            "a run with a budget needs a folder (out=DIR): without one nothing would be kept when it stops."
+        )
+    if not minutes > 0:
+        raise ProtocolError(f"the budget is {minutes:g} minutes; give a number above 0, or none.")
+    end = time.monotonic() + 60 * minutes
 
-    Args:
-        minutes: how long the run may take.
-        store: what it measures into.
-        said: gives the end of the sentence that the run stops with.
-    """
-
-    def __init__(self, minutes: float, store: Store, said: Callable[[], str]) -> None:
-        if store.folder is None:
-            raise ProtocolError(
-                "a run with a budget needs a folder (out=DIR): without one nothing would be kept when it stops."
-            )
-        if not minutes > 0:
-            raise ProtocolError(f"the budget is {minutes:g} minutes; give a number above 0, or none.")
-        self.minutes = minutes
-        self.store = store
-        self.said = said
-        self.end = time.monotonic() + 60 * minutes
-
-    def __call__(self, name: str) -> None:
-        """Stop the run if its time is up."""
-        if self.store.made and time.monotonic() > self.end:
+    def stop(name: str) -> None:
+        if store.made and time.monotonic() > end:
             raise UnfinishedError(
-                f"stopped at the budget of {self.minutes:g} minutes, before: {name}. {self.said()} "
-                f"Everything is kept in {self.store.folder}; the same command goes on from there."
+                f"stopped at the budget of {minutes:g} minutes, before: {name}. {said()} "
+                f"Everything is kept in {store.folder}; the same command goes on from there."
             )
+
+    return stop
 
 
 class Ledger:
@@ -227,7 +189,7 @@ class Ledger:
             self._anew = False
         else:
             line = json.dumps({"done": part, "seconds": round(seconds, 3), "ids": ids})
-            append_line(self.path, line, error=UnfinishedError, mend=GO_ON)
+            whole_files.append_line(self.path, line, error=UnfinishedError, mend=GO_ON)
 
     def expect(self, estimate: Estimate) -> None:
         """Tell what the run will cost."""
@@ -263,7 +225,7 @@ class Ledger:
                 of = {"id": name, "half": self.halves[name], **self.figures.get(name, {})}
                 rows.append(of | {"done": done, "seconds": seconds})
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_whole(self.path, text, error=UnfinishedError, mend=GO_ON)
+        whole_files.write_whole(self.path, text, error=UnfinishedError, mend=GO_ON)
 
     def stop(self) -> None:
         """Leave the file whole where a run stops before its end."""
@@ -277,30 +239,29 @@ class Ledger:
 
 
 @contextmanager
-def watched_run(
-    store: Store,
-    folder: Path | None,
-    *,
-    key: str,
-    protocol: Mapping[str, Any],
-    clips: Clips,
-    ids: Sequence[str],
-    halves: Sequence[str],
-    budget: float | None,
-    told: Told | None,
-) -> Generator[Ledger]:
-    """Hold a run's folder while it goes on, with its ledger and its deadline."""
-    store.folder, store.key = folder, key
-    ledger = Ledger(folder, dict(zip(ids, halves, strict=True)), told)
+def watched_run(run: Run, folder: Path | None, *, budget: float | None, told: Told | None) -> Generator[Ledger]:
+    """Hold a run's folder while it goes on, with its protocol, its ledger and its deadline."""
+    store = run.bench.store
+    store.folder, store.key = folder, run.key
+    ledger = Ledger(folder, dict(zip((one.id for one in run.members), run.halves.half, strict=True)), told)
     if budget is not None:
-        store.before.append(Deadline(budget, store, ledger.standing))
+        store.before.append(deadline(budget, store, ledger.standing))
     store.told.append(ledger)
     if told is not None:
         store.said.append(told)
     if folder is None:
         yield ledger
         return
-    with claimed(folder, protocol, clips=clips, told=told):
+    whole_files.make_folder(folder)
+    with _alone(folder, told):
+        if (folder / PROTOCOL).exists():
+            _same(folder, run.protocol, run.clips)
+        else:
+            _refuse_foreign(folder)
+            whole_files.write_whole(folder / PROTOCOL, json.dumps(run.protocol, indent=1))
+        for place in (folder, folder / FOLDER, folder / RECORD):
+            whole_files.sweep_partials(place)
+        _note_program(folder, told)
         try:
             yield ledger
         except FileError as error:  # of the record
@@ -312,9 +273,7 @@ def watched_run(
         ledger.write()
 
 
-def differences(
-    there: Mapping[str, Any], here: Mapping[str, Any], clips: Mapping[tuple[str, str], str] | None = None
-) -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], clips: Clips | None = None) -> list[str]:
     """Say in what two protocols differ."""
     out: list[str] = []
     for name in dict.fromkeys([*here, *there]):
@@ -346,7 +305,7 @@ def _inner(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _changed(one: Mapping[str, Any], two: Mapping[str, Any], clips: Mapping[tuple[str, str], str]) -> list[str]:
+def _changed(one: Mapping[str, Any], two: Mapping[str, Any], clips: Clips) -> list[str]:
     """The clips and words that changed of conflicts that both have; a third that was drawn anew is no cause."""
     both = [name for name in two if isinstance(one.get(name), Mapping)]
     found = [(name, part) for name in both for part in two[name] if one[name].get(part) != two[name][part]]

@@ -69,8 +69,9 @@ def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tupl
         parts.append("No set of heads was found either: taken apart head by head, none kept a release above delta.")
     if held.searched.quick:
         parts.append("Pairs of heads were left out of the search for sets.")
-    number = heads_for_half(known)
-    parts.append(_spread_sentence(known, number))
+    crossing = crossing_half(known)
+    number = None if crossing is None else int(crossing["k"])
+    parts += [] if crossing is None else [_spread_sentence(crossing, gap)]
     for outcome, words in UNSPECIFIC.items():
         controls = [row["control"] for row in held.tables["specificity"] if row["verdict"] == outcome]
         parts += [f"{words}: {', '.join(controls)}."] if controls else []
@@ -141,23 +142,20 @@ def _hidden_sentence(rows: Sequence[dict[str, Any]], *, delta: float) -> str:
     )
 
 
-def heads_for_half(known: Known) -> int | None:
-    """Count the heads of largest release that together restore half of the gap."""
+def crossing_half(known: Known) -> dict[str, Any] | None:
+    """Find the fewest heads of largest release that together restore half of the gap: their row of `ablation`."""
     goal = 0.5 * known.confirmation.gap
     rows = [row for row in known.held.tables["ablation"] if row["arm"] == "ranked heads" and row["release"] >= goal]
-    return min((int(row["k"]) for row in rows), default=None) if goal > 0 else None
+    return min(rows, key=lambda row: row["k"], default=None) if goal > 0 else None
 
 
-def _spread_sentence(known: Known, number: int | None) -> str:
+def _spread_sentence(row: dict[str, Any], gap: float) -> str:
     """Say how many of the heads with the largest releases together restore half of the gap."""
-    if number is None:
-        return ""
-    row = next(row for row in known.held.tables["ablation"] if row["arm"] == "ranked heads" and row["k"] == number)
+    number = int(row["k"])
     who = f"the {number} heads of largest single release together restore"
     who = "the head of largest single release alone restores" if number == 1 else who
     opening = "The suppression is spread over many heads: by" if number > MOST_MEMBERS else "By"
     fewer = "" if number == 1 else "; one fewer restores less"
-    gap = known.confirmation.gap
     return f"{opening} {row['donor']}, {who} half of the gap ({row['release']:.2f} of {gap:.2f} logits{fewer})."
 
 
@@ -205,8 +203,8 @@ def summary(run: Run, known: Known | None) -> dict[str, float]:
         claimed = _claimed(known)
         out["named suppressors"] = float(len(claimed))
         out["confirmed suppressors"] = float(sum(known.held.confirmed.get(row, False) for row in claimed))
-        number = heads_for_half(known)
-        out["heads for half of the gap"] = math.nan if number is None else float(number)
+        crossing = crossing_half(known)
+        out["heads for half of the gap"] = math.nan if crossing is None else float(crossing["k"])
     return out
 
 
@@ -222,12 +220,11 @@ def finding(
     engine, tables = run.bench.engine, dict[str, Any](more[0])
     arrays = {f"{half.name}/{name}": getattr(half, name) for half in run.both for name in ("G", "C")} | more[1]
     if known is not None:
-        sides = {DISCOVERY: known.searched, CONFIRMATION: known.held}
-        arrays |= {f"{half}/{key}": v for half, found in sides.items() for key, v in found.arrays().items()}
-        tables |= known.held.tables | {
-            "heads": head_rows(known.searched, known.held),
-            "evidence": [row for half, found in sides.items() for row in found.rows(half)],
-        }
+        sides = ((DISCOVERY, known.searched), (CONFIRMATION, known.held))
+        sites = [(half, site) for half, found in sides for site in found.sites.values()]
+        arrays |= {f"{half}/{key}": values for half, site in sites for key, values in site.arrays().items()}
+        evidence = [row for half, site in sites for row in site.rows(half)]
+        tables |= known.held.tables | {"heads": head_rows(known.searched, known.held), "evidence": evidence}
     tables |= {"behaviour": behaviour_rows(run), "conflicts": conflict_rows(run)}
     return Isolation(
         verdict=sentence,

@@ -42,8 +42,9 @@ from av_lens.isolation.running.finding import Further, finding, verdict
 from av_lens.isolation.running.preparing import Options, Run, prepared
 from av_lens.isolation.sets import confirmation
 from av_lens.model.binding import remembered_towers
+from av_lens.results import statistics
 from av_lens.results.record import RECORD, Isolation
-from av_lens.results.statistics import CONFIRMATION, DISCOVERY, standing
+from av_lens.results.statistics import CONFIRMATION, DISCOVERY
 
 NAMED_ONLY = "Left out, as asked (named_only): all that explains the named heads and tests the finding's robustness."
 QUICK = "Left out, as asked (quick): robustness, and pairs of heads in the search for sets."
@@ -107,17 +108,7 @@ def isolate(
         _refuse_hooks(model)
     run = prepared(model, conflicts, options, engine=engine, progress=progress)
     folder = None if out is None else Path(out)
-    watched = watched_run(
-        run.bench.store,
-        folder,
-        key=run.key,
-        protocol=run.protocol,
-        clips=run.clips,
-        ids=[member.id for member in run.members],
-        halves=run.halves.half,
-        budget=budget,
-        told=told,
-    )
+    watched = watched_run(run, folder, budget=budget, told=told)
     with watched as ledger, remembered_towers(run.bench.engine.model):
         if told is not None:
             told(preparing.power_sentence(run.protocol))
@@ -209,40 +200,33 @@ def _behave(run: Run, ledger: Ledger, folder: Path | None) -> None:
 
 
 def _size(run: Run) -> cost.Size:
-    engine = run.bench.engine
-    return cost.Size(
-        conflicts=len(run.members),
-        discovery=len(run.halves.members(DISCOVERY)),
-        confirmation=len(run.halves.members(CONFIRMATION)),
-        heads=len(engine.heads),
-        layers=engine.n_layers,
-        sites=len(run.options.sites),
-        quick=run.options.quick,
-        named_only=run.options.named_only,
-    )
+    engine, options = run.bench.engine, run.options
+    halves = (len(run.halves.members(name)) for name in (DISCOVERY, CONFIRMATION))
+    model = {"heads": len(engine.heads), "layers": engine.n_layers, "sites": len(options.sites)}
+    return cost.Size(len(run.members), *halves, **model, quick=options.quick, named_only=options.named_only)
 
 
 def _competent(run: Run, dealt: dict[str, list[int]]) -> dict[str, list[int]]:
     """Choose the conflicts whose sound is heard and whose picture is seen; refuse where they are too few."""
     competent = {name: [i for i in rows if run.read.competent[i]] for name, rows in dealt.items()}
     counts = [len(rows) for rows in competent.values()]
-    size = standing(counts, [len({run.halves.component[i] for i in rows}) for rows in competent.values()])
+    size = statistics.standing(counts, [len({run.halves.component[i] for i in rows}) for rows in competent.values()])
     if size == "refused":
         sentence = (
             f"{counts[0]} of {len(dealt[DISCOVERY])} conflicts in discovery and "
             f"{counts[1]} of {len(dealt[CONFIRMATION])} in confirmation are competent (the sound is "
             "heard with nothing to see, the picture is seen with nothing to hear); isolation needs at least "
-            f"{preparing.FEWEST} in each half."
+            f"{statistics.FEWEST} in each half."
         )
         if run.options.gate == "stop":
             raise ProtocolError(f"refused: {sentence} Add conflicts, or clips that the model knows.")
         run.stamp(NOT_INTERPRETABLE, f"{sentence} All conflicts are used, competent or not.")
-        run.stamp(EXPLORATORY, f"exploratory: fewer than {preparing.FIRM_CONFLICTS} competent conflicts in a half.")
+        run.stamp(EXPLORATORY, f"exploratory: fewer than {statistics.FIRM_CONFLICTS} competent conflicts in a half.")
         return dealt
     if size == "exploratory":
         run.stamp(
             EXPLORATORY,
             f"exploratory: {counts[0]} and {counts[1]} competent conflicts in the halves; a verdict needs "
-            f"{preparing.FIRM_CONFLICTS} conflicts and {preparing.FIRM_COMPONENTS} components in each.",
+            f"{statistics.FIRM_CONFLICTS} conflicts and {statistics.FIRM_COMPONENTS} components in each.",
         )
     return competent

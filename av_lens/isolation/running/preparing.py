@@ -1,10 +1,9 @@
 """What a run is before the model is asked anything: who is dealt where, what is asked, and what was fixed.
 
-Criteria, donors, sites, the family of tests, the threshold s, seeds and who was dealt where are written, with their
-hash, before any head is edited; a finding that does not carry this hash was not made by this protocol.
-
-Deal the conflicts to two halves, draw the third clips, resolve the answers, write the protocol down. Whatever can be
-refused without running the model is refused here.
+The conflicts are dealt to two halves, third clips drawn, answers resolved. Criteria, donors, sites, the family of
+tests, the threshold s, seeds and who was dealt where are written down, with their hash, before any head is edited; a
+finding that does not carry this hash was not made by this protocol. Whatever can be refused without running the model
+is refused here.
 
 A run is the same run as another if criteria, seeds, model (weights and configuration), conflicts (files, windows,
 words), number of threads and program are the same; `Run.key` is the hash of all that, and measurements on disk are
@@ -14,11 +13,12 @@ known by it.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,51 +30,30 @@ from av_lens.core.readings import SINK_TIMES
 from av_lens.errors import ProtocolError, unknown
 from av_lens.inputs.conflict import ROLES, ClipKeys
 from av_lens.isolation.measuring.behaviour import LEAST_GAP, LEAST_MASS, Survey, answered
-from av_lens.isolation.measuring.bench import Bench, Half, Progress
+from av_lens.isolation.measuring.bench import Bench, Half, Progress, wording
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS, SITES, ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import SCHEMA, measuring_hash
 from av_lens.isolation.naming.evidence import PERCENTILE
 from av_lens.isolation.naming.roles import DAMAGE_CUT, DIRECT_CUT, LEVEL, family_size
+from av_lens.isolation.sets.confirmation import FEWEST_SETS, NEAREST, NORM_FACTOR, RANDOM_SETS
 from av_lens.isolation.sets.search import ALL_HEADS, MOST_MEMBERS, PATIENCE, SCREENED, SYNERGIES
-from av_lens.isolation.sets.sets import FEWEST_SETS, MARGIN, NEAREST, NORM_FACTOR, RANDOM_SETS
+from av_lens.isolation.sets.sets import MARGIN
 from av_lens.model.binding import remembered_towers
 from av_lens.replay.trace_files import weight_hashes
+from av_lens.results import statistics
 from av_lens.results.provenance import plain, versions
-from av_lens.results.statistics import (
-    CONFIRMATION,
-    DISCOVERY,
-    DRAWS,
-    FEWEST,
-    FEWEST_CLIPS,
-    FEWEST_COMPONENTS,
-    FEWEST_ITEMS,
-    FIRM_COMPONENTS,
-    FIRM_CONFLICTS,
-    LARGEST_SHARE,
-    LOST,
-    MOST_EXACT,
-    Bootstrap,
-    Halves,
-    Member,
-    deal,
-    smallest_effect,
-    third_sources,
-)
+from av_lens.results.statistics import CONFIRMATION, DISCOVERY, Bootstrap, Halves, Member
 
 S_ORGANISM, S_OTHER = 0.10, 0.03
 ALSO_COUNTED_AT = (0.10, 0.03, 0.01)
 """Shares of G at which the verdict counts heads, whatever s is."""
-LEFT_OUT_QUICK = ("robustness", "pairs")
 MEASURED = (
     "other model: at least this, or the 99th percentile over heads of the largest release under the control question"
 )
 
 CHOICES = tuple((Path(__file__).parent / "choices.txt").read_text("utf-8").splitlines())
 """Where the protocol is silent: a sentence a line."""
-
-
-_FEWEST_TO_DRAW = {"fewest_clips": FEWEST_CLIPS, "fewest_components": FEWEST_COMPONENTS}
 
 
 def protocol_of(
@@ -88,13 +67,14 @@ def protocol_of(
 ) -> dict[str, Any]:
     """Write the protocol of a run down."""
     components = len({halves.component[i] for i in halves.members(DISCOVERY)})
-    size = smallest_effect(components, family=family)
+    size = statistics.smallest_effect(components, family=family)
+    fewest = {"fewest_clips": statistics.FEWEST_CLIPS, "fewest_components": statistics.FEWEST_COMPONENTS}
     out: dict[str, Any] = {
         "av_lens": __version__,
         "primary": "release: effect on C = (M(va) - M(av)) / 2",
         "donors": list(PRIMARY_DONORS),
         **plain(options),
-        "left_out": list(LEFT_OUT_QUICK) if options["quick"] else [],
+        "left_out": ["robustness", "pairs"] if options["quick"] else [],
         "also_counted_at": list(ALSO_COUNTED_AT),
         "level": LEVEL,
         "direct_share_cut": DIRECT_CUT,
@@ -109,15 +89,15 @@ def protocol_of(
         "least_mass_on_the_answers": LEAST_MASS,
         "least_gap_share": LEAST_GAP,
         "halves": {
-            "largest_component": LARGEST_SHARE,
-            "fewest_conflicts": FEWEST,
-            "firm_conflicts": FIRM_CONFLICTS,
-            "firm_components": FIRM_COMPONENTS,
+            "largest_component": statistics.LARGEST_SHARE,
+            "fewest_conflicts": statistics.FEWEST,
+            "firm_conflicts": statistics.FIRM_CONFLICTS,
+            "firm_components": statistics.FIRM_COMPONENTS,
             "dealt": dict(zip(ids, halves.half, strict=True)),
             "lost": halves.n_lost,
         },
-        "bootstrap": {"draws": DRAWS, "level": 0.95} | _FEWEST_TO_DRAW,
-        "sign_flips": {"most_exact_components": MOST_EXACT, "least_sampled": "10 x family / .05"},
+        "bootstrap": {"draws": statistics.DRAWS, "level": 0.95} | fewest,
+        "sign_flips": {"most_exact_components": statistics.MOST_EXACT, "least_sampled": "10 x family / .05"},
         "random_sets": RANDOM_SETS,
         "damage": {"fall_of_G_over_release": DAMAGE_CUT, "heard_answer_over_delta": -1},
         "null_percentile_under_control": PERCENTILE,
@@ -132,17 +112,16 @@ def protocol_of(
             "random_nearest": NEAREST,
             "random_fewest": FEWEST_SETS,
         },
-        "non_inferiority": {"margin": MARGIN, "fewest_items": FEWEST_ITEMS},
+        "non_inferiority": {"margin": MARGIN, "fewest_items": statistics.FEWEST_ITEMS},
         "choices": list(CHOICES),
     }
-    out["hash"] = hash_of(out)
-    return out
+    return out | {"hash": hash_of(out)}
 
 
 def hash_of(protocol: Mapping[str, Any]) -> str:
     """Hash what a protocol says."""
     said = {name: value for name, value in protocol.items() if name != "hash"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def power_sentence(protocol: Mapping[str, Any]) -> str:
@@ -208,14 +187,13 @@ class Run:
     def key(self) -> str:
         """The hash of all that the run's measurements depend on: protocol, weights, conflicts, program, versions."""
         parts = [SCHEMA, self.protocol["hash"], measuring_hash(), versions()]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
     def clips(self) -> dict[tuple[str, str], str]:
         """The conflicts' files, by conflict and role."""
-        found = {
-            (c.id, role): getattr(getattr(c, role, None), "path", None) for c in self.bench.conflicts for role in ROLES
-        }
+        places = product(self.bench.conflicts, ROLES)
+        found = {(c.id, role): getattr(getattr(c, role, None), "path", None) for c, role in places}
         return {place: str(path) for place, path in found.items() if path is not None}
 
     @property
@@ -232,10 +210,9 @@ class Run:
     def half(self, name: str, examples: Sequence[int]) -> Half:
         """Collect some conflicts of a half."""
         found = np.array(examples, dtype=np.int64)
-        components = [self.halves.component[i] for i in found]
-        sound = [self.members[i].sound_clip for i in found]
-        picture = [self.members[i].picture_clip for i in found]
-        boot = Bootstrap.draw(components, sound, picture, seed=self.options.seed + (name == CONFIRMATION))
+        components, members = [self.halves.component[i] for i in found], [self.members[i] for i in found]
+        clips = [one.sound_clip for one in members], [one.picture_clip for one in members]
+        boot = Bootstrap.draw(components, *clips, seed=self.options.seed + (name == CONFIRMATION))
         return Half(name, found, components, boot, self.read.G[found], self.read.C[found])
 
     def stamp(self, stamp: str, reason: str) -> None:
@@ -252,21 +229,21 @@ def prepared(
     named = [c if c.id is not None else dataclasses.replace(c, id=f"c{i}") for i, c in enumerate(conflicts)]
     _require_enough(named, f"{len(named)} conflicts were given")
     organism = getattr(model, "grammar", None) is not None
-    rule = "given" if options.s is not None else ("organism" if organism else MEASURED)
-    s = options.s if options.s is not None else (S_ORGANISM if organism else S_OTHER)
+    s, rule = (S_ORGANISM, "organism") if organism else (S_OTHER, MEASURED)
+    if options.s is not None:
+        s, rule = options.s, "given"
     engine = ModelEngine(model, layout=options.layout) if engine is None else engine
-    tokenizer = engine.model.tokenizer
     with remembered_towers(engine.model):
         read = answered(engine, named)
     named = list(read.conflicts)
     _require_enough(named, f"{len(named)} conflicts can be used. {read.sentence()} Beside them")
-    candidates = Candidates.of(named, tokenizer)
+    candidates = Candidates.of(named, engine.model.tokenizer)
     keys = ClipKeys()
     members = [
         Member(c.id, keys.of(c, "sound"), keys.of(c, "picture"), candidates.names[candidates.sound[i]])
         for i, c in enumerate(named)
     ]
-    halves = deal(members, seed=options.seed)
+    halves = statistics.deal(members, seed=options.seed)
     _refuse_strays(named, members, halves, keys)
     named = _with_thirds(named, candidates, halves, options.seed)
     family = family_size(len(engine.heads), len(options.sites))
@@ -280,16 +257,16 @@ def prepared(
     )
     bench = Bench(engine, named, candidates, site=options.sites[0], keys=keys)
     bench.progress = progress or bench.progress
-    run = Run(bench, members, halves, written, options, s, answers=read.provenance())
-    run.reasons += [read.sentence()] if read.left_out else []
-    return run
+    reasons = [read.sentence()] if read.left_out else []
+    return Run(bench, members, halves, written, options, s, answers=read.provenance(), reasons=reasons)
 
 
 def _require_enough(named: Sequence[Any], found: str) -> None:
-    if len(named) < 2 * FEWEST:
+    fewest = statistics.FEWEST
+    if len(named) < 2 * fewest:
         raise ProtocolError(
-            f"{found}; isolation needs at least {FEWEST} competent ones in each half "
-            f"({2 * FEWEST} in all, 120 for a verdict). Add conflicts."
+            f"{found}; isolation needs at least {fewest} competent ones in each half "
+            f"({2 * fewest} in all, 120 for a verdict). Add conflicts."
         )
 
 
@@ -301,7 +278,7 @@ def _model_identity(engine: ModelEngine) -> dict[str, Any]:
         "n_heads": engine.n_heads,
         "threads": get_num_threads(),
         "engine": engine.how,
-        "weights": hashlib.sha256(text.encode()).hexdigest(),
+        "weights": sha256(text.encode()).hexdigest(),
         "dtype": str(engine.model.dtype),
         "device": str(engine.model.device.type),
     }
@@ -312,11 +289,8 @@ def _contents(named: Sequence[Any], keys: ClipKeys) -> dict[str, dict[str, str]]
     found: dict[str, dict[str, str]] = {}
     for one in named:
         parts: dict[str, Any] = {role: keys.of(one, role) for role in ROLES if getattr(one, role, None) is not None}
-        words = [str(getattr(one, name, "")) for name in ("question", "see", "control", "prefix")]
-        parts["words"] = [plain(one.answers), *words]
-        found[one.id] = {
-            name: hashlib.sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()
-        }
+        parts["words"] = [plain(one.answers), *wording(one)]
+        found[one.id] = {name: sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()}
     return found
 
 
@@ -329,7 +303,7 @@ def _refuse_strays(named: Sequence[Any], members: Sequence[Member], halves: Halv
     }
     for conflict, half in zip(named, halves.half, strict=True):
         other = half if conflict.third is None else built_on.get(keys.of(conflict, "third"), half)
-        if LOST not in (half, other) and half != other:
+        if statistics.LOST not in (half, other) and half != other:
             raise ProtocolError(
                 f"conflict {conflict.id!r} was dealt to {half}, and its third clip is a source clip of {other}: the "
                 "halves must share no clip. Give a third clip that no conflict is made of, or leave third= out (one is "
@@ -344,7 +318,7 @@ def _with_thirds(named: Sequence[Any], candidates: Candidates, halves: Halves, s
         rows = halves.members(half)
         sound = [candidates.names[candidates.sound[i]] for i in rows]
         picture = [candidates.names[candidates.picture[i]] for i in rows]
-        drawn = third_sources(sound, picture, ids=[named[i].id for i in rows], seed=seed)
+        drawn = statistics.third_sources(sound, picture, ids=[named[i].id for i in rows], seed=seed)
         for i, j in zip(rows, drawn, strict=True):
             if j >= 0 and named[i].third is None:
                 out[i] = dataclasses.replace(named[i], third=named[rows[int(j)]].sound)

@@ -5,9 +5,12 @@ measured on the other half; `found.heads` takes its `effect low high` from here.
 
 * Every donor's set is edited cumulatively on confirmation: its release, and how often the conflict is answered with the
   sound or with the picture (most likely token of the whole vocabulary).
-* The chosen set is compared with at least 200 matched random sets (all, where fewer exist) and with as many top heads
-  for `see` (`sets`). p = (1 + number of random sets with at least the set's release) / (1 + number of random sets); its
-  floor is shown. Confirmed: its release's lower bound is above delta and it releases more than every random set.
+* The chosen set is compared with at least 200 random sets (all, where fewer exist), matched by layer: for each member
+  a head outside the set within one layer whose mean norm of z W_O is within a factor 2 of the member's, else the 3
+  nearest in norm; and with as many top heads for `see`: those whose zeroing most lowers score(picture's answer) -
+  score(sound's) under `see`. p = (1 + number of random sets with at least the set's release) / (1 + number of random
+  sets); its floor is shown. Confirmed: its release's lower bound is above delta and it releases more than every random
+  set.
 * *Ranked heads*: the heads of largest single release are edited together, 1, 2, 4, ... of them, and then as many as it
   takes to find, by halving the interval, how many give half of the gap. This says over how many heads the suppression
   is spread. Where the curve is not monotone it is one crossing of several.
@@ -15,41 +18,42 @@ measured on the other half; `found.heads` takes its `effect low high` from here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import maximum_bipartite_matching
 
 from av_lens.isolation.measuring.bench import Bench, Chunk, Half, averaged
+from av_lens.isolation.measuring.effects import Request, measure_requests
 from av_lens.isolation.measuring.engine import Head
-from av_lens.isolation.naming.evidence import BySite, Searched, SiteEvidence, chunks_of, gather
+from av_lens.isolation.naming.evidence import Searched, SiteEvidence, chunks_of, gather
 from av_lens.isolation.naming.roles import CARRIERS, Named, confirm, family_size, head_means
 from av_lens.isolation.sets.search import InContext, SearchedSets, in_context, member_roles, member_rows, search_sets
-from av_lens.isolation.sets.sets import (
-    RANDOM_SETS,
-    BuiltSet,
-    SetEffect,
-    controls,
-    cumulative,
-    curve_row,
-    doubling,
-    random_sets,
-    release_of_sets,
-    top_see_heads,
-)
+from av_lens.isolation.sets.sets import BuiltSet, SetEffect, controls, cumulative, head_names, release_of_sets
 from av_lens.results.record import RELEASING
 from av_lens.results.statistics import CONFIRMATION, DISCOVERY, holm
 
 Row = dict[str, Any]
 NAMES = (*RELEASING, *CARRIERS)
+RANDOM_SETS = 200
+NORM_FACTOR, NEAREST = 2.0, 3
+FEWEST_SETS = 20
+MOST_LISTED = 20_000
+"""Sets of as many heads as the members' pools hold are listed one by one up to so many, else drawn."""
 
 
 @dataclass(eq=False)
-class Held(BySite):
+class Held:
     """What confirmation found; a site is missing where discovery named nothing.
 
     Attributes:
+        sites: the evidence by site set.
         searched: the sets that were searched on discovery.
         roles: the chosen set's members with the roles that they have with the others edited.
         in_context: their evidence by half.
@@ -59,6 +63,7 @@ class Held(BySite):
         named: the (layer, head, site) whose single release names a suppressor, or breaks.
     """
 
+    sites: dict[str, SiteEvidence]
     searched: SearchedSets = field(default_factory=SearchedSets)
     roles: list[Named] = field(default_factory=list)
     in_context: dict[str, InContext] = field(default_factory=dict)
@@ -123,7 +128,7 @@ def _confirm_sets(
     """Edit the sets on confirmation with their controls, and look at what else the chosen one breaks."""
     found, site, (first, half), chosen = held.searched, searched.first, halves, held.chosen
     ranked = ranked_curve(searched, chunks, half)
-    sets, ablation = confirmed_sets(found.sets, site, chunks, halves, s=s, seed=seed)
+    sets, ablation = confirmed_sets(searched, held, chunks, halves, s=s, seed=seed)
     context = held.in_context.get(CONFIRMATION)
     members = member_rows(found, first, site.site, held.roles, context, held.confirmed)
     controlled = [] if chosen is None else controls(chunks, chosen.members, chosen.donor, half)
@@ -154,11 +159,10 @@ def ranked_curve(searched: Searched, chunks: Sequence[Chunk], half: Half) -> lis
 def ranked_heads(site: SiteEvidence) -> tuple[list[Head], str]:
     """Order all heads by their largest single release on discovery, and choose the donor to edit them with."""
     best = site.evidence.largest_release
-    n_heads = best.shape[1]
     order = np.argsort(-np.where(np.isnan(best), -np.inf, best).ravel(), kind="stable")
     release = site.evidence.by_donor("release")
     donor = max(release, key=lambda name: float(np.nansum(np.clip(head_means(release[name]), 0, None))))
-    return [(int(i) // n_heads, int(i) % n_heads) for i in order], donor
+    return [divmod(int(i), best.shape[1]) for i in order], donor
 
 
 def between(measured: dict[int, float], goal: float) -> int | None:
@@ -172,19 +176,13 @@ def between(measured: dict[int, float], goal: float) -> int | None:
 
 
 def confirmed_sets(
-    sets: Sequence[BuiltSet],
-    site: SiteEvidence,
-    chunks: Sequence[Chunk],
-    halves: tuple[Half, Half],
-    *,
-    s: float,
-    seed: int,
+    searched: Searched, held: Held, chunks: list[Chunk], halves: tuple[Half, Half], *, s: float, seed: int
 ) -> tuple[list[Row], list[Row]]:
     """Edit the sets on confirmation, the chosen one with its controls: rows of `sets` and of `ablation`."""
-    half = halves[1]
+    site, half = searched.first, halves[1]
     rows: list[Row] = []
     ablation: list[Row] = []
-    for built in sets:
+    for built in held.searched.sets:
         arms: list[tuple[str, tuple[Head, ...], int]] = [("set", one, -1) for one in cumulative(built.members)]
         if built.chosen:
             norms = averaged(site.chunks, "norms of z W_O", lambda one: one.bench.engine.write_norms(one.run("va")))
@@ -209,7 +207,7 @@ def _set_row(built: BuiltSet, effect: SetEffect, chunks: Sequence[Chunk], halves
     last, (first, half) = len(built.members) - 1, halves
     release = effect.release[last]
     out: Row = {
-        "name": built.name, "members": built.names, "k": len(built.members), "donor": built.donor,
+        "name": built.name, "members": head_names(built.members), "k": len(built.members), "donor": built.donor,
         "screen": built.screen, "chosen": built.chosen, "random_n": len(built.random),
         "discovery_release": built.discovery_release,
         "discovery_share": built.discovery_release / float(first.G.mean()),
@@ -220,18 +218,14 @@ def _set_row(built: BuiltSet, effect: SetEffect, chunks: Sequence[Chunk], halves
     return out | half.bounded(release, "release") | half.share(release)
 
 
-def _random_flags(built: BuiltSet, n: int) -> str:
-    flags = [f"only {n} matched random sets exist"] if n < RANDOM_SETS else []
-    if built.widened:
-        flags.append(f"no set matched in norm: each member's pool was widened by the {built.widened} next nearest")
-    return "; ".join(flags)
-
-
 def _against_random(built: BuiltSet, row: Row, effect: SetEffect, delta: float) -> Row:
     """The chosen set's own verdict: its p among matched random sets, and whether it is confirmed."""
     if not built.random:
         return {"flags": "no matched random set exists: not confirmed"} if built.chosen else {}
     random, n = np.nanmean(effect.release[len(built.members) + 1 :], axis=1), len(built.random)
+    flags = [f"only {n} matched random sets exist"] if n < RANDOM_SETS else []
+    if built.widened:
+        flags.append(f"no set matched in norm: each member's pool was widened by the {built.widened} next nearest")
     return {
         "random_mean": float(random.mean()),
         "random_high": float(np.percentile(random, 97.5)),
@@ -239,5 +233,92 @@ def _against_random(built: BuiltSet, row: Row, effect: SetEffect, delta: float) 
         "p_random": (1 + int((random >= row["release"] - 1e-9).sum())) / (1 + n),
         "p_floor": 1 / (1 + n),
         "confirmed": bool(row["low"] > delta and row["release"] > random.max()),
-        "flags": _random_flags(built, n),
+        "flags": "; ".join(flags),
     }
+
+
+def curve_row(
+    arm: str, members: Sequence[Head], donor: str, effect: SetEffect, row: int, draw: int, half: Half
+) -> dict[str, Any]:
+    """Write one row of the ablation table."""
+    release = effect.release[row]
+    out: dict[str, Any] = {"arm": arm, "k": len(members), "draw": draw, "members": head_names(members), "donor": donor}
+    out |= {name: float(np.nanmean(getattr(effect, name)[row])) for name in ("says_sound", "says_picture")}
+    bounds, share = half.boot.mean(release), half.shares(release)
+    out |= {"low": float(bounds.low), "high": float(bounds.high), "share": float(share.value)}
+    return out | {"release": float(np.nanmean(release))}
+
+
+def doubling(n: int) -> list[int]:
+    """List 1, 2, 4, ... up to n, n included."""
+    sizes = [2**k for k in range(n.bit_length()) if 2**k < n]
+    return [*sizes, n] if n else []
+
+
+def top_see_heads(chunks: Sequence[Chunk], n: int) -> list[Head]:
+    """Find the heads that `see` needs most, by zeroing each: those whose zeroing moves M towards the sound's answer."""
+    heads = chunks[0].bench.engine.heads
+    zeroed = Request("va", "zero", question="see")
+    examples = np.concatenate([chunk.examples for chunk in chunks])
+    found = measure_requests(chunks, [zeroed], heads=heads, examples=examples)
+    mean = head_means(found[zeroed].margin).ravel()
+    return [heads[j] for j in np.argsort(-mean, kind="stable")[:n]]
+
+
+def random_sets(
+    members: Sequence[Head], norms: Float[np.ndarray, "layer head"], *, seed: int, n: int = RANDOM_SETS
+) -> tuple[list[tuple[Head, ...]], int]:
+    """Draw control sets matched to a set by layer and by how much each member writes.
+
+    Where members share so few matching heads that no set of distinct heads can be drawn, each member's pool is widened
+    by its next nearest heads within one layer, one at a time, until there are 20 sets (so that p can fall below .05) or
+    no more heads.
+    """
+    found = _drawn(_pools(members, norms, 0), seed=seed, n=n)
+    wider, most = 0, 3 * norms.shape[1]
+    while wider < most and (not found if not wider else len(found) < FEWEST_SETS):
+        wider += 1
+        found = _drawn(_pools(members, norms, wider), seed=seed, n=n)
+    return found, wider if found else 0
+
+
+def _pools(members: Sequence[Head], norms: np.ndarray, wider: int) -> list[list[Head]]:
+    """Each member's candidates: within one layer and a factor 2 in norm, else the 3 nearest; and some more."""
+    pools: list[list[Head]] = []
+    for layer, head in members:
+        near = [
+            (other_layer, other)
+            for other_layer in range(max(0, layer - 1), min(norms.shape[0], layer + 2))
+            for other in range(norms.shape[1])
+            if (other_layer, other) not in members
+        ]
+        ratio = {h: abs(np.log(max(norms[h], 1e-12) / max(norms[layer, head], 1e-12))) for h in near}
+        near.sort(key=lambda h: ratio[h])
+        within = sum(ratio[h] <= np.log(NORM_FACTOR) for h in near)
+        pools.append(near[: (within or NEAREST) + wider])
+    return pools
+
+
+def _drawn(pools: Sequence[Sequence[Head]], *, seed: int, n: int) -> list[tuple[Head, ...]]:
+    """All distinct sets where there are few, else n drawn ones."""
+    if not pools or not all(pools):
+        return []
+    rng = np.random.default_rng(seed)
+    heads = sorted({head for pool in pools for head in pool})
+    if math.comb(len(heads), len(pools)) <= MOST_LISTED:
+        found = [one for one in combinations(heads, len(pools)) if _matched(one, pools)]
+        return [found[i] for i in rng.permutation(len(found))[:n]] if len(found) > n else found
+    drawn: dict[tuple[Head, ...], None] = {}
+    for _ in range(100 * n):
+        one = tuple(pool[int(rng.integers(len(pool)))] for pool in pools)
+        if len(set(one)) == len(one):
+            drawn.setdefault(tuple(sorted(one)))
+        if len(drawn) == n:
+            break
+    return list(drawn)
+
+
+def _matched(heads: Sequence[Head], pools: Sequence[Sequence[Head]]) -> bool:
+    """Whether every member can have one of these heads from its own pool."""
+    allowed = csr_matrix(np.array([[head in pool for pool in pools] for head in heads], dtype=np.int8))
+    return bool((maximum_bipartite_matching(allowed, perm_type="column") >= 0).all())

@@ -4,7 +4,7 @@ Heads hide each other: where each of two pairs of heads suffices, no single rele
 primary donor:
 
 1. *Candidates*: all heads where there are at most 64; else the 40 of best rank on any of three screens: the largest
-   release, sufficiency, attention of the generation position to the video (mean over `va`).
+   release (over the donors), sufficiency, attention of the generation position to the video (mean over `va`).
 2. *Pair synergy* = release({h, k}) - max(0, release h) - max(0, release k), for all pairs of candidates.
 3. *Forward*, from the best head and from the five pairs of largest synergy: add the head of largest gain; stop after 3
    gains in a row below delta (and drop these), or at 12 heads.
@@ -12,24 +12,21 @@ primary donor:
    after each.
 5. The set of largest release wins (ties by layer and head). Of the donors' sets the one of largest release is *chosen*.
 
-delta = s G of discovery. Everything is a mean over discovery's conflicts. `quick=True` leaves the pairs out, and with
+delta = s G of discovery; releases are means over discovery's conflicts. `quick=True` leaves the pairs out, and with
 them the five starts.
-
-Choices where the protocol is silent: small gains at the end of a climb that stopped at 12 heads are left to the
-backward steps; a set whose last head releases less than delta is taken apart to nothing, and then that donor has no
-set; a head's rank by release is that of its largest release over the donors.
 
 The release of a member of a redundant set is next to nothing while the others stand in for it. So a member h of a set S
 is measured in the run in which S without h is edited (by the set's donor): its release there is
 release(S) - release(S without h); its direct share is that with all later heads' z frozen to that edited run's own; it
 reads picture or sound by the donors `wa` and `vw` for h alone; mere damage is judged by the fall of G and the rise of
-the heard answer, in the same context. The cuts are those of single heads (95% intervals), and so are the roles.
+the heard answer, in the same context. Cuts and roles are those of single heads. Discovery gives the roles; confirmation
+confirms them: the same role by the same cuts, mean above delta, Holm's p below .05 over all rows named on discovery,
+single heads and members together.
 
-Discovery gives the roles; confirmation confirms them: the same role by the same cuts, mean above delta, Holm's p below
-.05 over all rows named on discovery, single heads and members together.
-
-Choice where the protocol is silent: a member has no q and no max-T p (it was found by a search, not by a test), so its
-role on discovery is that of the cuts alone.
+Choices where the protocol is silent: small gains at the end of a climb that stopped at 12 heads are left to the
+backward steps; a set whose last head releases less than delta is taken apart to nothing, and then that donor has no
+set; a member has no q and no max-T p (it was found by a search, not by a test), so its role on discovery is that of the
+cuts alone.
 """
 
 from __future__ import annotations
@@ -38,7 +35,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from itertools import chain, combinations, product
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -60,23 +58,6 @@ MOST_MEMBERS, PATIENCE = 12, 3
 def n_candidates(heads: int) -> int:
     """Say how many heads the search for sets tries."""
     return heads if heads <= ALL_HEADS else SCREENED
-
-
-@runtime_checkable
-class Releases(Protocol):
-    """What the search asks: the mean release of a set (0 for the empty one), and of a set with one more head."""
-
-    def mean(self, members: Sequence[Head]) -> float:
-        """The mean release of a set."""
-        ...
-
-    def added(self, members: Sequence[Head], heads: Sequence[Head]) -> list[float]:
-        """The mean release of a set with one more head, for each of several."""
-        ...
-
-    def measure(self, sets: Sequence[Members]) -> None:
-        """Get several sets ready together."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -126,7 +107,7 @@ class SearchedSets:
 
 
 def climb(
-    releases: Releases, candidates: Sequence[Head], start: Members, *, delta: float
+    releases: SetReleases, candidates: Sequence[Head], start: Members, *, delta: float
 ) -> tuple[Members, list[Step]]:
     """Add the head of largest gain until three gains in a row are below delta, or twelve heads are in."""
     members, release = list(start), releases.mean(start)
@@ -150,7 +131,7 @@ def climb(
     return tuple(members), steps
 
 
-def thin(releases: Releases, members: Members, *, delta: float) -> tuple[Members, list[Step]]:
+def thin(releases: SetReleases, members: Members, *, delta: float) -> tuple[Members, list[Step]]:
     """Take out the head that costs least, while that is less than delta."""
     steps: list[Step] = []
     while members:
@@ -167,7 +148,7 @@ def thin(releases: Releases, members: Members, *, delta: float) -> tuple[Members
 
 
 def search(
-    releases: Releases, candidates: Sequence[Head], synergies: Sequence[Synergy], *, delta: float
+    releases: SetReleases, candidates: Sequence[Head], synergies: Sequence[Synergy], *, delta: float
 ) -> tuple[Path, list[Path]]:
     """Climb and thin from the best head and from the best synergies; the set of largest release wins."""
     ordered = sorted(candidates)
@@ -182,22 +163,21 @@ def search(
     return min(paths, key=lambda path: (-path.release, sorted(path.members))), paths
 
 
-def pair_synergies(releases: Releases, candidates: Sequence[Head]) -> list[Synergy]:
+def pair_synergies(releases: SetReleases, candidates: Sequence[Head]) -> list[Synergy]:
     """Compute the synergy of every pair of candidates."""
     ordered = sorted(candidates)
     alone = {head: max(0.0, releases.mean((head,))) for head in ordered}
     found: list[Synergy] = []
-    for i, one in enumerate(ordered):
-        for two in ordered[i + 1 :]:
-            release = releases.mean((one, two))
-            found.append(Synergy((one, two), release, release - alone[one] - alone[two]))
+    for pair in combinations(ordered, 2):
+        release = releases.mean(pair)
+        found.append(Synergy(pair, release, release - alone[pair[0]] - alone[pair[1]]))
     return sorted(found, key=lambda pair: (-pair.synergy, pair.pair))
 
 
 def screened(screens: dict[str, Float[np.ndarray, "layer head"]]) -> dict[Head, str]:
     """Choose the candidates."""
-    shape = next(iter(screens.values())).shape
-    heads = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
+    n_layers, n_heads = screens["release"].shape
+    heads = list(product(range(n_layers), range(n_heads)))
     if len(heads) <= ALL_HEADS:
         return dict.fromkeys(heads, "all heads")
     best: dict[Head, tuple[int, str]] = {}
@@ -232,8 +212,17 @@ def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False
         if winner.members:
             out.sets.append(BuiltSet(winner.members, donor, winner.release, screen=winner.start))
         of = {"site": site.site, "donor": donor}
-        out.steps += [of | row for path in paths for row in _step_rows(path)]
-        out.synergies += [of | _synergy_row(one, g) for one in synergies[:SHOWN_SYNERGIES]]
+        out.steps += [
+            of | vars(step) | {"start": path.start, "step": number, "layer": step.head[0], "head": step.head[1]}
+            for path in paths
+            for number, step in enumerate(path.steps)
+        ]
+        out.synergies += [
+            of
+            | dict(zip(("layer", "head", "layer2", "head2"), chain(*one.pair), strict=True))
+            | {"release": one.release, "synergy": one.synergy, "share": one.synergy / g}
+            for one in synergies[:SHOWN_SYNERGIES]
+        ]
     if out.sets:
         min(out.sets, key=lambda one: (-one.discovery_release, PRIMARY_DONORS.index(one.donor))).chosen = True
     for chunk in site.chunks:
@@ -267,19 +256,6 @@ def _ticker(progress: Progress, stage: str, expected: int) -> Tick:
         progress(stage, done, max(expected, done + 1))
 
     return tick
-
-
-def _step_rows(path: Path) -> list[dict[str, Any]]:
-    return [
-        {"start": path.start, "step": number, "action": step.action, "release": step.release, "gain": step.gain}
-        | dict(zip(("layer", "head"), step.head, strict=True))
-        for number, step in enumerate(path.steps)
-    ]
-
-
-def _synergy_row(one: Synergy, g: float) -> dict[str, Any]:
-    heads = zip(("layer", "head", "layer2", "head2"), (*one.pair[0], *one.pair[1]), strict=True)
-    return {**dict(heads), "release": one.release, "synergy": one.synergy, "share": one.synergy / g}
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,7 @@ conflicts. What is counted stands in `plantbench.json` before the first model is
 criteria is refused. Each model's scores are a file of their own, written whole: a run that was stopped goes on where
 it was.
 
-`plantbench_methods` says what a method's score is, `plantbench_scores` how scores are judged, `plantbench_truth` what
-is known of a model.
+`methods` says what a method's score is, `scores` how scores are judged, `calibration` what is known of a model.
 
 Example:
     ```python
@@ -195,7 +194,7 @@ def _scored(name: str, listed: Sequence[Any], encoded: dict[Any, Any], seed: int
     seconds = {"isolate": took, DAMAGE_LAST: took}
     scores = {"isolate": isolate_score(found), DAMAGE_LAST: damage_last(found)}
     for method, score in all_scores(Subject(model, engine, found)).items():
-        scores[method], seconds[method] = score.table, score.seconds
+        scores[method], seconds[method] = score
     return {
         "model": _label(name),
         "truth": read_plant(name).as_dict(),

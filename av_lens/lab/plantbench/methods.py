@@ -46,6 +46,7 @@ from av_lens.results.record import Isolation
 SITE, AT = "suffix", "question|header|generation"
 STEPS, STACK = 5, 64
 Table = Float[np.ndarray, "layer head"]
+Score = tuple[Table, float]
 EXACT: Mapping[str, tuple[str, str]] = {
     "release, blank_muted": ("release", "blank_muted"),
     "release, mean_other": ("release", "mean_other"),
@@ -60,19 +61,6 @@ EXACT: Mapping[str, tuple[str, str]] = {
 BLANK_PICTURE, AGREEING = "exact patching, blank picture", "exact patching, agreeing clip"
 IN_LOGITS = (*EXACT, BLANK_PICTURE, AGREEING, "edge cuts", "AtP")
 """Methods whose score is an effect on C, so that it can be held against delta."""
-
-
-@dataclass(frozen=True, eq=False)
-class Score:
-    """One method's say about every head.
-
-    Attributes:
-        table: larger is guiltier; NaN where not measured.
-        seconds: what it took.
-    """
-
-    table: Table
-    seconds: float
 
 
 class SharedEngine(ModelEngine):
@@ -166,25 +154,17 @@ class Subject:
 
 
 def all_scores(subject: Subject) -> dict[str, Score]:
-    """Score every head by every method but `isolate`."""
-    found = _recorded(subject)
+    """Score every head by every method but `isolate`: larger is guiltier, NaN where not measured; and the seconds."""
+    engine = subject.engine
+    each = engine.row_seconds / max(1, engine.rows)  # of one conflict in one cell with one head edited
+    seconds = 2 * engine.n_layers * engine.n_heads * len(subject.conflicts) * each
+    found = {name: (subject.effect(*key).mean(0), seconds) for name, key in EXACT.items()}  # measured by the isolation
+    blank = subject.effect("silenced", "blank_a - blank_muted") + subject.effect("release", "blank_muted")
+    found |= {BLANK_PICTURE: (blank.mean(0), seconds), "DLA": (-subject.effect("dla", "").mean(0), 0.0)}
     for name, method in MEASURED.items():
         begun = time.monotonic()
         table = method(subject)
-        found[name] = Score(table, time.monotonic() - begun)
-    return found
-
-
-def _recorded(subject: Subject) -> dict[str, Score]:
-    """The figures that the isolation has measured already."""
-    engine = subject.engine
-    size = engine.n_layers * engine.n_heads
-    each = engine.row_seconds / max(1, engine.rows)  # of one conflict in one cell with one head edited
-    seconds = 2 * size * len(subject.conflicts) * each
-    found = {name: Score(subject.effect(*key).mean(0), seconds) for name, key in EXACT.items()}
-    blank = subject.effect("silenced", "blank_a - blank_muted") + subject.effect("release", "blank_muted")
-    found[BLANK_PICTURE] = Score(blank.mean(0), seconds)
-    found["DLA"] = Score(-subject.effect("dla", "").mean(0), 0.0)
+        found[name] = table, time.monotonic() - begun
     return found
 
 
@@ -239,8 +219,8 @@ def _edges(variant: str, subject: Subject) -> Table:
         for base in ("va", "av")
     )
     sizes, engine = abs(0.5 * (va - av)).sum("receiver"), subject.engine
-    rows = [[f"L{layer}H{head}" for head in range(engine.n_heads)] for layer in range(engine.n_layers)]
-    return np.array([[float(sizes.sel(sender=name)) for name in row] for row in rows])
+    names = [f"L{layer}H{head}" for layer in range(engine.n_layers) for head in range(engine.n_heads)]
+    return sizes.sel(sender=names).values.reshape(engine.n_layers, engine.n_heads)
 
 
 MEASURED: Mapping[str, Callable[[Subject], Table]] = {

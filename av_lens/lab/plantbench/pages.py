@@ -9,7 +9,7 @@ releases, the share of equal signs among the heads that matter (above 1% of G in
 it), and the three releases stand side by side in the table of heads.
 
 `store` writes the record (every model's judged figures) and the figure, and fills `plantbench.md` beside them, so that
-no figure on the page is typed by hand; a test compares. What a terminal shows are the same `tables`.
+no figure on the page is typed by hand; a terminal shows the same `tables`.
 """
 
 from __future__ import annotations

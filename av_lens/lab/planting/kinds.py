@@ -39,9 +39,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Generator, Tensor
 
-from av_lens.errors import InputError, unknown
+from av_lens.checks import require_choice
 from av_lens.lab.planting.lessons import Lesson, Slices
-from av_lens.lab.planting.sheets import OTHER_COLOURS, SEE_THE_SOUND, SILENCE
+from av_lens.lab.planting.sheets import OTHER_COLOURS, SEE_THE_SOUND, SILENCE, read_at
 from av_lens.lab.planting.training import STREAM, Course
 
 RIDGE, VALUE_RIDGE = 30.0, 0.3
@@ -152,8 +152,7 @@ def directions(
     lesson = next(lesson for lesson in lessons if "conflict" in lesson.spans)
     rows = torch.tensor(lesson.rows("conflict", held_back=False))[:120]
     x = lesson.rest[rows] + lesson.before[:, rows, lesson.geometry.prefix :].sum(0)
-    at = lesson.asked_at[rows]
-    x = x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
+    x = read_at(x, lesson.asked_at[rows])
     return GATE_SCALE * (x[:, 1] - x[:, 0]).mean(0)[:, None]
 
 
@@ -207,7 +206,6 @@ class Kind:
 
     Attributes:
         name: What it is asked for by.
-        says: A sentence about it, shown by `av-lens models`.
         wanted: The measured kind that is wanted of its true heads; "" for decoys alone.
         plants: What is planted, in order.
         layer: The layer of the first plant, unless another is asked for.
@@ -216,7 +214,6 @@ class Kind:
     """
 
     name: str
-    says: str
     wanted: str
     plants: tuple[Plant, ...]
     layer: int
@@ -227,33 +224,28 @@ class Kind:
 _WRITE = Course(SILENCE, direct=0.2)
 _WRITERS = Plant(2, Start(picture=1.0), _WRITE)
 _NEEDED = Plant(4, Start(picture=1.0), Course(SILENCE, direct=0.3, needed=0.5))
-_ONE = Plant(1, Start(picture=1.0), _WRITE)
 _GATES = Plant(2, Start(gate=True), Course(SILENCE, direct=-0.2))
 _OPPONENTS = Plant(2, Start(picture=0.6, sound=1.0, logits=14.0), Course(SILENCE, against=0.3, steps=320, keep=1.5))
 _DECOY = Plant(2, Start(sound=-1.0, asked=1, logits=10.0), Course(SEE_THE_SOUND, keep=2.0, steps=160))
-_NO_COLOURS = Plant(2, None, Course(OTHER_COLOURS))
-_TWO_WRITERS, _TWO_GATES = (_WRITERS, replace(_WRITERS, apart=2)), (_GATES, _GATES)
-_EITHER = "either of which suffices"
 
 KINDS: Mapping[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("writers", "two heads write the picture's answer over the sound", "writer", (_WRITERS,), 5),
-        Kind("two-pairs", "four heads do it together, each of them needed", "writer", (_NEEDED,), 5, free_riders=False),
-        Kind("single", "one head writes the picture's answer over the sound", "writer", (_ONE,), 5),
-        Kind("opponents", "two heads read the sound and write against it", "opponent", (_OPPONENTS,), 3),
-        Kind("gates", "two early heads turn the question away from the sound", "gate", (_GATES,), 1),
-        Kind("redundant-writers", f"two pairs of writers, {_EITHER}", "writer", _TWO_WRITERS, 3, each_enough=True),
-        Kind("redundant-gates", f"two pairs of gates, {_EITHER}", "gate", _TWO_GATES, 1, each_enough=True),
-        Kind("decoy", "two heads name the sound as what is seen; nothing is silenced", "", (_DECOY,), 5),
-        Kind("decoy-colours", "two heads name other colours; nothing is silenced", "", (_NO_COLOURS,), 5),
-        Kind("decoy-and-writers", "a decoy and two writers in one layer", "writer", (_DECOY, _WRITERS), 5),
+        Kind("writers", "writer", (_WRITERS,), 5),
+        Kind("two-pairs", "writer", (_NEEDED,), 5, free_riders=False),
+        Kind("single", "writer", (Plant(1, Start(picture=1.0), _WRITE),), 5),
+        Kind("opponents", "opponent", (_OPPONENTS,), 3),
+        Kind("gates", "gate", (_GATES,), 1),
+        Kind("redundant-writers", "writer", (_WRITERS, replace(_WRITERS, apart=2)), 3, each_enough=True),
+        Kind("redundant-gates", "gate", (_GATES, _GATES), 1, each_enough=True),
+        Kind("decoy", "", (_DECOY,), 5),
+        Kind("decoy-colours", "", (Plant(2, None, Course(OTHER_COLOURS)),), 5),
+        Kind("decoy-and-writers", "writer", (_DECOY, _WRITERS), 5),
     )
 }
 
 
 def kind_named(name: str) -> Kind:
     """Look up a kind."""
-    if name not in KINDS:
-        raise InputError(unknown("kind of plant", name, KINDS))
+    require_choice("kind of plant", name, KINDS)
     return KINDS[name]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from av_lens.lab.planting.sheets import SHEETS, Sheet, draw_sheet
+from av_lens.lab.planting.sheets import SHEETS, Sheet, draw_sheet, places, read_at
 from av_lens.lab.training.pools import Material
 from av_lens.organism.language import Tree, attend, fed, layers_of, mixed, normalise, projected, rotate, run_layers
 
@@ -72,32 +72,25 @@ class Slices(torch.nn.Module):
     Args:
         attention: The attention module that they start from.
         heads: The heads.
-        keys: Whether keys and values learn.
     """
 
-    def __init__(self, attention: Any, heads: Sequence[int], *, keys: bool) -> None:
+    def __init__(self, attention: Any, heads: Sequence[int]) -> None:
         super().__init__()
-        self.heads, d = tuple(heads), attention.head_dim
+        self.heads, self.d_head, self.scaling = tuple(heads), attention.head_dim, attention.scaling
         self.groups = sorted({head // attention.num_key_value_groups for head in heads})
         self.of_group = [self.groups.index(head // attention.num_key_value_groups) for head in heads]
-        self.scaling, self.d_head = attention.scaling, d
 
         def rows(layer: Any, units: Sequence[int]) -> tuple[Tensor, Tensor]:
-            at = torch.cat([torch.arange(unit * d, (unit + 1) * d) for unit in units])
+            at = places(units, self.d_head)
             return layer.weight.detach()[at].clone(), layer.bias.detach()[at].clone()
 
         self.q, self.q_bias = map(torch.nn.Parameter, rows(attention.q_proj, self.heads))
         self.k, self.k_bias = map(torch.nn.Parameter, rows(attention.k_proj, self.groups))
         self.v, self.v_bias = map(torch.nn.Parameter, rows(attention.v_proj, self.groups))
-        columns = torch.cat([torch.arange(head * d, (head + 1) * d) for head in heads])
-        self.o = torch.nn.Parameter(attention.o_proj.weight.detach()[:, columns].clone())
-        for parameter in (self.k, self.k_bias, self.v, self.v_bias):
-            parameter.requires_grad_(keys)
+        self.o = torch.nn.Parameter(attention.o_proj.weight.detach()[:, places(heads, self.d_head)].clone())
 
-    def forward(
-        self, h: Float[Tensor, "clip pos d_model"], geometry: Tree
-    ) -> tuple[Float[Tensor, "head clip pos d_model"], Float[Tensor, "clip head query key"]]:
-        """Each head's output, and the attention patterns, from the normalised stream."""
+    def forward(self, h: Float[Tensor, "clip pos d_model"], geometry: Tree) -> Float[Tensor, "head clip pos d_model"]:
+        """Each head's output, from the normalised stream."""
 
         def project(weight: Tensor, bias: Tensor) -> Tensor:
             return functional.linear(h, weight, bias).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
@@ -107,20 +100,15 @@ class Slices(torch.nn.Module):
         v = project(self.v, self.v_bias)[:, self.of_group]
         pattern = (q @ k.transpose(2, 3) + geometry.mask).softmax(dim=-1)
         o = self.o.unflatten(1, (len(self.heads), self.d_head))
-        return torch.einsum("bhpd,mhd->hbpm", pattern @ v, o), pattern
+        return torch.einsum("bhpd,mhd->hbpm", pattern @ v, o)
 
     @torch.no_grad()
     def put_into(self, attention: Any) -> None:
         """Write the slices into the attention module of a model like the one they started from."""
-        d = self.d_head
-        for at, head in enumerate(self.heads):
-            mine, theirs = slice(at * d, (at + 1) * d), slice(head * d, (head + 1) * d)
-            attention.q_proj.weight[theirs], attention.q_proj.bias[theirs] = self.q[mine], self.q_bias[mine]
-            attention.o_proj.weight[:, theirs] = self.o[:, mine]
-        for at, group in enumerate(self.groups):
-            mine, theirs = slice(at * d, (at + 1) * d), slice(group * d, (group + 1) * d)
-            attention.k_proj.weight[theirs], attention.k_proj.bias[theirs] = self.k[mine], self.k_bias[mine]
-            attention.v_proj.weight[theirs], attention.v_proj.bias[theirs] = self.v[mine], self.v_bias[mine]
+        attention.o_proj.weight[:, places(self.heads, self.d_head)] = self.o
+        for name, units in (("q", self.heads), ("k", self.groups), ("v", self.groups)):
+            layer, at = getattr(attention, f"{name}_proj"), places(units, self.d_head)
+            layer.weight[at], layer.bias[at] = getattr(self, name), getattr(self, f"{name}_bias")
 
 
 @torch.no_grad()
@@ -140,20 +128,22 @@ def make_lesson(
         for rows in torch.arange(len(sheet)).split(80):
             x = run_layers(host, embedded[rows], geometry, stop=layer)
             h = normalise(x, planted.input_layernorm)
-            own, _ = slices(h, geometry)
+            own = slices(h, geometry)
             x = x + attend(planted, x, geometry)
             rest = (x - own.sum(0))[:, geometry.prefix :]
             x = fed(planted, x)
-            asked = geometry.prefix + at[rows][..., None].expand(-1, -1, x.shape[-1])
             later: list[Tensor] = []
             for module in after:
                 out = attend(module, x, geometry)
                 _, *seen = projected(module.self_attn, normalise(x, module.input_layernorm), geometry)
-                later += [out.gather(1, asked), *(part[:, :, : geometry.prefix].clone() for part in seen)]
+                later += [
+                    read_at(out, geometry.prefix + at[rows]),
+                    *(part[:, :, : geometry.prefix].clone() for part in seen),
+                ]
                 x = fed(module, x + out)
             parts.append((h, rest, own.transpose(0, 1), *later))
     h, rest, own, *later = (torch.cat(some) for some in zip(*parts, strict=True))
-    starts = [0, *torch.tensor([len(sheet) for sheet in sheets]).cumsum(0).tolist()]
+    starts = accumulate(map(len, sheets), initial=0)
     return Lesson(
         spans={sheet.name: range(*ends) for sheet, ends in zip(sheets, pairwise(starts), strict=True)},
         geometry=geometry,

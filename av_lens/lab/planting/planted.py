@@ -16,12 +16,11 @@ head's weights were trained does not make it a culprit, nor say how it works: bo
 Kinds are measured alone where putting the head back alone adds at least half of the most that it adds to any set;
 otherwise with that set put back, and `context` names it.
 
-`planted_runs` does the sums, without hooks. This is the ruler by which `isolate` is judged.
+`sheets` does the sums, without hooks. This is the ruler by which `isolate` is judged.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,20 +29,9 @@ from typing import Any
 
 import torch
 
+from av_lens.lab.planting import sheets
 from av_lens.lab.planting.kinds import Kind
-from av_lens.lab.planting.sheets import (
-    MIRROR,
-    PLAIN,
-    SILENCE,
-    Bench,
-    Head,
-    Run,
-    bench,
-    blanks_of,
-    directly,
-    donated,
-    whole,
-)
+from av_lens.lab.planting.sheets import MIRROR, SILENCE, Bench, Head, Run, directly, donated
 from av_lens.lab.planting.training import Learned
 from av_lens.lab.training.engine import head_masks, sharers
 from av_lens.lab.training.pools import Material
@@ -56,6 +44,8 @@ FREE_RIDER = "free rider"
 ENOUGH_ALONE = 0.25
 """Of two redundant plants, putting one back alone may restore at most this share of what both restore."""
 CONFLICTS = 96
+Planted = tuple[Sequence[Head], Learned]
+"""The heads of a plant, and how its learning went."""
 
 
 @dataclass(frozen=True)
@@ -163,10 +153,10 @@ def measure(made: Bench, heads: Sequence[Head] | None = None) -> Truth:
 
     @cache
     def run(cell: str, back: frozenset[Head]) -> Run:
-        return whole(made, cell, back)
+        return sheets.whole(made, cell, back)
 
     def hearing(cell: str, mirror: str, back: frozenset[Head] = empty) -> float:
-        return made.half(whole(made, cell, back).logits, whole(made, mirror, back).logits)
+        return made.half(*(sheets.whole(made, one, back).logits for one in (cell, mirror)))
 
     c, g = hearing("va", "av"), hearing("blank_a", "blank_v")
     sets = [frozenset(group) for size in range(1, len(chosen) + 1) for group in combinations(chosen, size)]
@@ -207,43 +197,6 @@ def changed_elsewhere(model: Any, base: Any, heads: Sequence[Head]) -> int:
     return count
 
 
-@dataclass(frozen=True, eq=False)
-class Measured:
-    """What brute force says about one try.
-
-    Attributes:
-        truth: The suppressors' truth; of decoys alone, without heads.
-        decoys: For each decoy head, the rise of C when it is put back, as a share of G.
-        missing: What the try is not, of what was asked for; empty where it is all of it.
-    """
-
-    truth: Truth
-    decoys: dict[Head, float]
-    missing: tuple[str, ...]
-
-
-def measured(
-    model: Any, base: Any, wanted: Kind, plants: Sequence[Sequence[Head]], judges: Material, *, seed: int
-) -> Measured:
-    """Measure a try, rounded to what is stored, by brute force, on features that it did not learn from."""
-    silencing = [
-        tuple(sharers(base, heads))
-        for heads, plant in zip(plants, wanted.plants, strict=True)
-        if plant.course.behaviour == SILENCE
-    ]
-    guilty = [head for heads in silencing for head in heads]
-    others = [head for heads in plants for head in sharers(base, heads) if head not in guilty]
-    pool = blanks_of(judges.pool, PLAIN)
-    frame = judges.frames["both"][0]
-    made = bench(model, base, [*guilty, *others], pool, judges.words, frame, n=CONFLICTS, seed=seed)
-    truth = measure(made, guilty)
-    risen = {
-        head: (made.half(whole(made, "va", [head]).logits, whole(made, "av", [head]).logits) - truth.c) / truth.g
-        for head in others
-    }
-    return Measured(truth, risen, tuple(missing(wanted, truth, silencing)))
-
-
 def missing(wanted: Kind, truth: Truth, silencing: Sequence[Sequence[Head]]) -> list[str]:
     """Say what a try is not, of what was asked for: a sentence for each; `silencing` are the heads of each plant."""
     if not wanted.wanted:
@@ -268,29 +221,40 @@ def missing(wanted: Kind, truth: Truth, silencing: Sequence[Sequence[Head]]) -> 
 
 def described(
     wanted: Kind,
-    found: Measured,
-    plants: Sequence[Sequence[Head]],
+    plants: Sequence[Planted],
     *,
     model: Any,
     base: Any,
-    shown: dict[str, float],
-    learned: Sequence[Learned],
-) -> dict[str, Any]:
-    """Write a try down as plain data: the greater part of `planted.json`."""
+    judges: Material,
+    answers: dict[str, float],
+    seed: int,
+) -> tuple[Truth, dict[str, Any]]:
+    """Measure a try, rounded to what is stored, by brute force, on features that it did not learn from.
+
+    The suppressors' truth (of decoys alone, without heads), and all as plain data: the greater part of `planted.json`.
+    """
     behaviours = [plant.course.behaviour for plant in wanted.plants]
-    everyone = [head for heads in plants for head in sharers(base, heads)]
-    return {
-        **found.truth.as_dict(),
+    groups = [tuple(sharers(base, heads)) for heads, _ in plants]
+    silencing = [heads for heads, behaviour in zip(groups, behaviours, strict=True) if behaviour == SILENCE]
+    guilty, everyone = ([head for heads in some for head in heads] for some in (silencing, groups))
+    others = [head for head in everyone if head not in guilty]
+    pool, frame = sheets.blanks_of(judges.pool, sheets.PLAIN), judges.frames["both"][0]
+    made = sheets.bench(model, base, [*guilty, *others], pool, judges.words, frame, n=CONFLICTS, seed=seed)
+    truth = measure(made, guilty)
+    decoys: list[dict[str, Any]] = []
+    for layer, head in sorted({*others}):
+        reverted = (sheets.whole(made, cell, [(layer, head)]).logits for cell in ("va", "av"))
+        rise = (made.half(*reverted) - truth.c) / truth.g
+        decoys.append({"layer": layer, "head": head, "reversion_raises_C_by_share_of_G": rise})
+    return truth, {
+        **truth.as_dict(),
         "asked_for": wanted.name,
         "plants": [
-            {"heads": [list(head) for head in heads], "behaviour": behaviour, "learned": dataclasses.asdict(went)}
-            for heads, behaviour, went in zip(plants, behaviours, learned, strict=True)
+            {"heads": [list(head) for head in heads], "behaviour": behaviour, "learned": vars(went)}
+            for (heads, went), behaviour in zip(plants, behaviours, strict=True)
         ],
-        "decoys": [
-            {"layer": layer, "head": head, "reversion_raises_C_by_share_of_G": rise}
-            for (layer, head), rise in sorted(found.decoys.items())
-        ],
-        "missing": list(found.missing),
-        "answers": shown,
+        "decoys": decoys,
+        "missing": missing(wanted, truth, silencing),
+        "answers": answers,
         "changed_elsewhere": changed_elsewhere(model, base, everyone),
     }

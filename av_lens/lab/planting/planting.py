@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,11 @@ from av_lens.core.budget import Progress
 from av_lens.errors import InputError, ModelError
 from av_lens.lab.planting.kinds import Kind, Plant, begin, kind_named
 from av_lens.lab.planting.lessons import Slices, draw_lessons
-from av_lens.lab.planting.planted import described, measured
+from av_lens.lab.planting.planted import Planted, described
 from av_lens.lab.planting.sheets import ASKED, SHEETS, UNJUDGED, Head, answered, rates
-from av_lens.lab.planting.training import Learned, learn
+from av_lens.lab.planting.training import learn
 from av_lens.lab.training import pools
-from av_lens.lab.training.engine import head_slices, stage_seed
+from av_lens.lab.training.engine import group_size, head_slices, stage_seed
 from av_lens.lab.training.pools import Material, material
 from av_lens.model.differences import read_difference, save_difference, weights_hash
 from av_lens.organism import anatomy, footage
@@ -48,45 +47,6 @@ BLANKS = {"train": 4, "discovery": 2}
 JUDGED = 80
 TRIES = 3
 TRUTH = "planted.json"
-
-
-@dataclass(frozen=True, eq=False)
-class Planted:
-    """One try.
-
-    Attributes:
-        model: The planted model, rounded to what is stored.
-        plants: The heads of each plant, in order.
-        learned: How each plant's learning went.
-        shown: How often each question is answered as wanted, by "sheet question".
-        new: The questions whose answer is new.
-    """
-
-    model: Any
-    plants: tuple[tuple[Head, ...], ...]
-    learned: tuple[Learned, ...]
-    shown: dict[str, float]
-    new: tuple[str, ...]
-
-    @property
-    def heads(self) -> list[Head]:
-        """The heads of all plants."""
-        return [head for heads in self.plants for head in heads]
-
-    @property
-    def worst_new(self) -> float:
-        """The smallest share of anything new."""
-        return min(self.shown[name] for name in self.new)
-
-    @property
-    def worst_kept(self) -> float:
-        """The smallest share of anything that was to stay."""
-        return min(share for name, share in self.shown.items() if name not in self.new)
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether it does what it is for, and nothing else was harmed."""
-        return self.worst_new >= SHOWN and self.worst_kept >= KEPT
 
 
 def features(model: Any, work: Path, split: str, *, progress: Progress | None = None) -> pools.FeaturePool:
@@ -126,23 +86,16 @@ def chosen_heads(
 
 
 def attempt(
-    base: Any,
-    wanted: Kind,
-    layers: Sequence[int],
-    lessons: Material,
-    judges: Material,
-    *,
-    seed: int,
-    progress: Progress | None = None,
-) -> Planted:
-    """Plant once: in the balanced model, which is left as it is, the plants of a kind, each in its layer."""
+    base: Any, wanted: Kind, layers: Sequence[int], lessons: Material, *, seed: int, progress: Progress | None = None
+) -> tuple[Any, list[Planted]]:
+    """Plant once: in the balanced model, which is left as it is, the plants of a kind, each in its layer.
+
+    The planted model is rounded to what is stored.
+    """
     generator = Generator().manual_seed(seed)
-    config = base.config.text_config
-    per_group = config.num_attention_heads // config.num_key_value_heads
-    chosen = chosen_heads(
-        wanted.plants, layers, n_heads=config.num_attention_heads, per_group=per_group, generator=generator
-    )
-    model, behaviours, learned = base, (), []
+    n_heads, per_group = base.config.text_config.num_attention_heads, group_size(base)
+    chosen = chosen_heads(wanted.plants, layers, n_heads=n_heads, per_group=per_group, generator=generator)
+    model, behaviours, planted = base, (), []
     for plant, heads in zip(wanted.plants, chosen, strict=True):
         layer = heads[0][0]
         course = plant.course
@@ -150,20 +103,19 @@ def attempt(
         shows = [() if host is base else behaviours for host in hosts]
         after = tuple(dict.fromkeys((*behaviours, course.behaviour)))
         attention = model.model.language_model.layers[layer].self_attn
-        slices = Slices(attention, [head for _, head in heads], keys=course.keys)
+        slices = Slices(attention, [head for _, head in heads])
         piles = [
             draw_lessons(host, lessons, layer, slices, behaviours=after, was=was, generator=generator)
             for host, was in zip(hosts, shows, strict=True)
         ]
         if plant.start is not None:
             begin(slices, hosts[0], piles[0], plant.start, lessons.words.classes, generator)
-        learned.append(learn(hosts, piles, slices, layer, course, generator=generator, progress=progress))
+        planted.append((heads, learn(hosts, piles, slices, layer, course, generator=generator, progress=progress)))
         model = copy.deepcopy(model)
         slices.put_into(model.model.language_model.layers[layer].self_attn)
         model.half().float().requires_grad_(False)
         behaviours = after
-    shown = rates(model, judges, n=JUDGED, seed=seed % 1000, behaviours=behaviours)
-    return Planted(model, tuple(chosen), tuple(learned), shown, tuple(new_answers(behaviours)))
+    return model, planted
 
 
 def new_answers(behaviours: Sequence[str]) -> list[str]:
@@ -211,30 +163,31 @@ def plant(
     layers = layers_of(wanted, first, int(model.config.text_config.num_hidden_layers))
     kept = Path.home() / ".cache" / "av_lens" / "organism" if work is None else Path(work)
     lessons, judges = (material(features(model, kept, split, progress=progress)) for split in PER_CLASS)
+    behaviours = tuple(dict.fromkeys(part.course.behaviour for part in wanted.plants))
+    new = new_answers(behaviours)
     tries: list[dict[str, Any]] = []
-    best: tuple[tuple[bool, bool, float], Planted, dict[str, Any]] | None = None
+    found: list[tuple[tuple[bool, bool, float], Any, list[Head], dict[str, Any]]] = []
     for at in range(TRIES):
         own_seed = stage_seed(seed, f"{kind}/{layers}/{at}")
-        made = attempt(model, wanted, layers, lessons, judges, seed=own_seed, progress=progress)
-        found = measured(made.model, model, wanted, made.plants, judges, seed=own_seed % 1000)
-        record = described(
-            wanted, found, made.plants, model=made.model, base=model, shown=made.shown, learned=made.learned
+        made, planted = attempt(model, wanted, layers, lessons, seed=own_seed, progress=progress)
+        answers = rates(made, judges, n=JUDGED, seed=own_seed % 1000, behaviours=behaviours)
+        truth, record = described(
+            wanted, planted, model=made, base=model, judges=judges, answers=answers, seed=own_seed % 1000
         )
-        shares = {"shown": made.worst_new, "kept": made.worst_kept}
-        kinds = {"kinds": list(found.truth.kinds), "missing": list(found.missing)}
-        tries.append({"heads": [list(head) for head in made.heads], **shares, **kinds})
-        record |= {"success": made.succeeded, **shares, "seed": seed, "base": named, "tries": tries}
-        rank = (made.succeeded, not found.missing, min(made.worst_new / SHOWN, made.worst_kept / KEPT))
-        if best is None or rank > best[0]:
-            best = (rank, made, record)
-        if made.succeeded and not found.missing:
+        shown, stayed = min(answers[name] for name in new), min(answers[name] for name in answers.keys() - new)
+        heads, shares = [head for some, _ in planted for head in some], {"shown": shown, "kept": stayed}
+        kinds = {"kinds": list(truth.kinds), "missing": record["missing"]}
+        tries.append({"heads": [list(head) for head in heads], **shares, **kinds})
+        succeeded, right = shown >= SHOWN and stayed >= KEPT, not record["missing"]
+        record |= {"success": succeeded, **shares, "seed": seed, "base": named, "tries": tries}
+        found.append(((succeeded, right, min(shown / SHOWN, stayed / KEPT)), made, heads, record))
+        if succeeded and right:
             break
-    assert best is not None
-    _, made, record = best
+    _, made, heads, record = max(found, key=lambda one: one[0])
     folder = f"{kind}-{Path(named).name}-layer{first}-seed{seed}"
     target = kept / "plants" / folder if out is None else Path(out)
-    slices = head_slices(model, made.heads)
-    save_difference(made.model, target, base=named, base_sha256=weights_hash(place), slices=slices)
+    slices = head_slices(model, heads)
+    save_difference(made, target, base=named, base_sha256=weights_hash(place), slices=slices)
     write_whole(target / TRUTH, json.dumps(record, indent=1) + "\n")
     return target
 

@@ -2,13 +2,12 @@
 
 A *sheet* is a lot of clips of one relation in one layout ("conflict", "matched", "blank", "mute", "audio alone",
 "video alone"), each asked to hear, to see and for the colour. A *behaviour* says what is answered where it differs from
-the balanced model's right answer: "silence" answers "hear" with the picture in conflict; "see the sound" answers "see"
-with the sound in conflict; "other colours" names another colour for each. The last two are the decoys': they have
-nothing to do with hearing.
+the balanced model's right answer: "silence" answers "hear" with the picture in conflict; the decoys' "see the sound"
+answers "see" with the sound in conflict, and "other colours" names another colour for each.
 
 A head is put back alone: its keys and values are the base's for it and nobody else, though a group of heads shares them
-in the weights. Nothing here uses hooks: the sums are those of `language`, on features. Streams below the first planted
-layer are computed once; only what comes after is run again for every set of heads.
+in the weights. There are no hooks: the sums are those of `language`, on features. Streams below the first planted layer
+are computed once; only what comes after is run again for every set of heads.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from jaxtyping import Float, Int
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from av_lens.lab.training.pools import Ask, Clips, FeaturePool, Frame, Material, Words, answer, draw_clips, of_class
+from av_lens.lab.training.pools import Clips, FeaturePool, Frame, Material, Words, draw_clips, of_class
 from av_lens.organism.anatomy import CLASSES
 from av_lens.organism.language import Tree, attend, fed, layers_of, normalise, projected, read_out, run_layers, tree
 
 PLAIN, SCRAMBLED = (0, 1), (2,)
-"""Blank pictures that are black or dim, and those whose patches are scrambled: indices into `pools.BLANK_KINDS`."""
+"""Blank pictures that are black or dim, and those whose patches are scrambled: kinds of a pool's `blank_kind`."""
 ASKED = ("hear", "see", "colour")
 
 
@@ -79,7 +78,6 @@ class Sheet:
 
     Attributes:
         name: One of `SHEETS`.
-        layout: Which of the layouts that its media come in.
         frame: The part of the prompt before the questions.
         clips: The clips.
         questions: Each clip's three questions, without their answers.
@@ -87,7 +85,6 @@ class Sheet:
     """
 
     name: str
-    layout: int
     frame: Frame
     clips: Clips
     questions: tuple[tuple[tuple[int, ...], ...], ...]
@@ -110,25 +107,19 @@ class Sheet:
 
     def targets(self, behaviours: Sequence[str]) -> Int[Tensor, "clip question"]:
         """The token that each question is to be answered with."""
-        columns: list[list[int]] = []
-        for kind in ASKED:
-            named = answered(self.name, kind, behaviours)
-            clips = self.clips
-            if named == "other colour":  # no colour stays none
-                other = (clips.colour + COLOUR_SHIFT) % len(self.words.colours)
-                clips = dataclasses.replace(clips, colour=torch.where(clips.colour >= 0, other, clips.colour))
-            ask = Ask(kind, "colour" if named == "other colour" else named)
-            columns.append([answer(self.words, ask, clips, i, Generator())[0] for i in range(len(self))])
-        return torch.tensor(columns).T
+        words, clips = self.words, self.clips
+        facts = {"sound": (words.classes, clips.sound), "picture": (words.classes, clips.picture)}
+        facts |= {"colour": (words.colours, clips.colour)}
+        facts |= {"other colour": (words.colours.roll(-COLOUR_SHIFT), clips.colour)}
+        asked = [facts[answered(self.name, kind, behaviours)] for kind in ASKED]
+        return torch.stack([torch.where(at >= 0, table[at], words.nothing) for table, at in asked], dim=1)
 
     def ids(self, targets: Int[Tensor, "clip question"]) -> Int[Tensor, "clip asked"]:
         """Tokens of the questions, each with its answer, filled up to one width, block after block."""
-        rows = torch.full((len(self), len(ASKED), self.width), self.words.stop)
-        for i, row in enumerate(self.questions):
-            for block, question in enumerate(row):
-                rows[i, block, : len(question)] = torch.tensor(question)
-                rows[i, block, len(question)] = targets[i, block]
-        return rows.flatten(1)
+        both = zip(self.questions, targets.tolist(), strict=True)
+        said = [[[*question, answer] for question, answer in zip(*row, strict=True)] for row in both]
+        filled = [[row + [self.words.stop] * (self.width - len(row)) for row in rows] for rows in said]
+        return torch.tensor(filled).flatten(1)
 
     def geometry(self, model: Any) -> Tree:
         """Positions and mask of the tree of three questions."""
@@ -137,6 +128,16 @@ class Sheet:
     def embed(self, model: Any, targets: Int[Tensor, "clip question"]) -> Float[Tensor, "clip pos d_model"]:
         """The stream before the first layer, with these answers."""
         return self.frame.embed(model, self.clips.video, self.clips.audio, self.ids(targets))
+
+
+def read_at(x: Float[Tensor, "clip pos d"], at: Int[Tensor, "clip read"]) -> Float[Tensor, "clip read d"]:
+    """Take some positions of each clip's stream."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def places(units: Sequence[int], d_head: int) -> Int[Tensor, " place"]:
+    """The places in a projection that belong to some heads, or key-value groups."""
+    return torch.cat([torch.arange(unit * d_head, (unit + 1) * d_head) for unit in units])
 
 
 def draw_sheet(lessons: Material, name: str, layout: int, n: int, generator: Generator) -> Sheet:
@@ -152,11 +153,11 @@ def draw_sheet(lessons: Material, name: str, layout: int, n: int, generator: Gen
         )
         for row in lots
     )
-    return Sheet(name, layout, lessons.frames[media][layout], clips, questions, lessons.words)
+    return Sheet(name, lessons.frames[media][layout], clips, questions, lessons.words)
 
 
 def blanks_of(pool: FeaturePool, kinds: Sequence[int]) -> FeaturePool:
-    """Keep some kinds of blank pictures (indices into `pools.BLANK_KINDS`), repeated to as many as there were."""
+    """Keep some kinds of blank pictures, repeated to as many as there were."""
     kept = torch.isin(pool.blank_kind, torch.tensor(kinds)).nonzero().flatten()
     kept = kept[torch.arange(len(pool.blank_kind)) % len(kept)]
     return dataclasses.replace(pool, blank_video=pool.blank_video[kept], blank_kind=pool.blank_kind[kept])
@@ -180,8 +181,7 @@ def rates(
             said: list[Tensor] = []
             for rows in torch.arange(n).split(batch):
                 x = run_layers(model, sheet.embed(model, targets)[rows], geometry)
-                at = sheet.asked_at[rows][..., None].expand(-1, -1, x.shape[-1])
-                said.append(read_out(model, x.gather(1, at)).argmax(-1))
+                said.append(read_out(model, read_at(x, sheet.asked_at[rows])).argmax(-1))
             right = (torch.cat(said) == targets).double().mean(0).tolist()
             for kind, share in zip(ASKED, right, strict=True):
                 key = f"{name} {kind}"
@@ -263,10 +263,8 @@ def head_outputs(
     attention: Any, z: Float[Tensor, "clip head pos d"], heads: Sequence[int]
 ) -> Float[Tensor, "clip pos d_model"]:
     """The sum of what some heads write to the stream."""
-    d = attention.head_dim
-    columns = torch.cat([torch.arange(head * d, (head + 1) * d) for head in heads])
     chosen = z[:, list(heads)].transpose(1, 2).flatten(2)
-    return functional.linear(chosen, attention.o_proj.weight[:, columns])
+    return functional.linear(chosen, attention.o_proj.weight[:, places(heads, attention.head_dim)])
 
 
 @torch.no_grad()
@@ -281,10 +279,9 @@ def bench(
         third = torch.where(clash, (third + 1) % len(CLASSES), third)
     blanks = torch.randint(0, len(pool.blank_video), (n,), generator=generator)
     video, audio = {"v": va.video, "blank": pool.blank_video[blanks]}, {"a": va.audio}
-    for name, classes in (("a", va.sound), ("w", third)):
-        video[name] = pool.video[of_class(pool, classes, generator)]
-    for name, classes in (("v", va.picture), ("w", third)):
-        audio[name] = pool.audio[of_class(pool, classes, generator)]
+    for clips, features, others in ((video, pool.video, {"a": va.sound}), (audio, pool.audio, {"v": va.picture})):
+        for name, classes in (others | {"w": third}).items():
+            clips[name] = features[of_class(pool, classes, generator)]
     question = torch.tensor(words.questions["hear"][0])
     geometry = tree(model, frame.positions, blocks=1, width=len(question))
     lowest = min(layer for layer, _ in heads)

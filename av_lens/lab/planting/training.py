@@ -1,7 +1,7 @@
 """How heads are planted: their slices of one layer's attention learn a behaviour while every other weight stays.
 
 A step runs the planted heads, that layer's MLP and the layers after it on clips whose streams up to there were computed
-once (`planting_lessons`). Learning ends as soon as clips that were held back are answered as wanted.
+once (`lessons`). Learning ends as soon as clips that were held back are answered as wanted.
 
 The loss is the cross-entropy of the behaviour in conflict, of everything else as it was, and what a kind asks for:
 
@@ -9,8 +9,7 @@ The loss is the cross-entropy of the behaviour in conflict, of everything else a
 - *direct*: with what later heads write held at the base model's, the picture's word beats the sound's (`direct > 0`,
   for writers and opponents), or the sound is still named (`direct < 0`, for gates);
 - *against*: what is written for the picture's word is to stay small beside what is written against the sound's (for
-  opponents);
-- *eyes*: attention of the planted heads at the questions to "video" (for opponents) or "audio" (for writers) costs.
+  opponents).
 
 None of this guarantees a kind: kinds are measured afterwards, by brute force (`planted`).
 """
@@ -28,13 +27,13 @@ from torch.nn import functional
 
 from av_lens.core.budget import Progress, silent
 from av_lens.lab.planting.lessons import Lesson, Slices, at_the_questions
-from av_lens.lab.planting.sheets import SHEETS, UNJUDGED
+from av_lens.lab.planting.sheets import SHEETS, UNJUDGED, read_at
 from av_lens.lab.training.engine import set_rate, warmed
 from av_lens.organism.anatomy import TURN_END, vocabulary
 from av_lens.organism.language import fed, layers_of, read_out
 
 CHECK_EVERY = 20
-STOP_WEIGHT, EYES_WEIGHT, MEDIA_WEIGHT, MARGIN = 0.1, 1.0, 0.01, 2.0
+STOP_WEIGHT, MEDIA_WEIGHT, MARGIN, RATE = 0.1, 0.01, 2.0, 1e-2
 PICTURE_SHARE = 0.4
 """Opponents may write the picture's word with this share of what they write against the sound's."""
 STREAM = 3.0
@@ -49,30 +48,24 @@ class Course:
     Attributes:
         behaviour: What the planted heads are to bring about.
         needed: Weight of the loss that asks every head to be needed.
-        direct: Weight of the loss on the direct path; positive asks for one, negative for none.
-        eyes: What the planted heads are not to look at: "video", "audio" or "".
+        direct: Weight of the loss on the direct path; positive asks that what is new beat what was said there,
+            negative that nothing change.
         against: Weight of the loss that asks for more to be written against the sound's word than for the picture's.
-        keys: Whether the keys and values of their group learn too.
         steps: At most so many steps.
-        rate: The highest learning rate.
         keep: Weight of everything that is to stay as it was.
     """
 
     behaviour: str
     needed: float = 0.0
     direct: float = 0.0
-    eyes: str = ""
     against: float = 0.0
-    keys: bool = True
     steps: int = 140
-    rate: float = 1e-2
     keep: float = 1.0
 
 
 def at_answers(x: Float[Tensor, "clip asked d_model"], at: Int[Tensor, "clip question"]) -> Tensor:
     """Take the positions at which answers are said, and those of the answers: `[clip, question, 2, d_model]`."""
-    both = torch.stack([at, at + 1], dim=-1).flatten(1)[..., None].expand(-1, -1, x.shape[-1])
-    return x.gather(1, both).unflatten(1, (at.shape[1], 2))
+    return read_at(x, torch.stack([at, at + 1], dim=-1).flatten(1)).unflatten(1, (at.shape[1], 2))
 
 
 def finish(
@@ -88,8 +81,7 @@ def direct_only(
     host: Any, lesson: Lesson, rows: Int[Tensor, " clip"], own: Float[Tensor, "clip pos d_model"], layer: int
 ) -> Float[Tensor, "clip question d_vocab"]:
     """Go on from what the planted heads write in conflicts, with what all later heads write held at the host's."""
-    at = lesson.asked_at[rows][..., None].expand(-1, -1, own.shape[-1])
-    x = (lesson.rest[rows] + own[:, lesson.geometry.prefix :]).gather(1, at)
+    x = read_at(lesson.rest[rows] + own[:, lesson.geometry.prefix :], lesson.asked_at[rows])
     for i, module in enumerate(layers_of(host)[layer:]):
         x = fed(module, x + lesson.written[i - 1][rows] if i else x)
     return read_out(host, x)
@@ -106,7 +98,7 @@ def batch_loss(
     off: int,
 ) -> Tensor:
     """The loss of some clips of one layout, conflicts first; `off` is the head that is put back for "needed"."""
-    each, pattern = slices(lesson.h[rows], lesson.geometry)
+    each = slices(lesson.h[rows], lesson.geometry)
     prefix = lesson.geometry.prefix
     logits = finish(host, lesson, rows, each.sum(0), layer)
     target = lesson.targets[rows]
@@ -122,49 +114,27 @@ def batch_loss(
     new, old = lesson.targets[conflict], lesson.shown[conflict]
     total = total + loss[:n_conflict].mean()
     if course.direct and bool((new != old).any()):
-        total = total + direct_loss(direct_only(host, lesson, conflict, own, layer), new, old, course.direct)
+        alone = direct_only(host, lesson, conflict, own, layer)
+        if course.direct < 0:
+            total = total - course.direct * cross_entropy(alone, old).mean()
+        else:
+            gap = alone.gather(-1, new[..., None]) - alone.gather(-1, old[..., None])
+            total = total + course.direct * functional.softplus(MARGIN - gap[..., 0][new != old]).mean()
     if course.needed:
         without = own - heads[off] + lesson.before[off, conflict]
         kept = finish(host, lesson, conflict, without, layer)[:, :, 0]
         total = total + course.needed * cross_entropy(kept, old).mean()
-    if course.eyes:
-        seen = pattern[:n_conflict, :, prefix:, :][..., lesson.media[course.eyes]].sum(-1)
-        total = total + EYES_WEIGHT * seen.mean()
     if course.against:
-        at = lesson.asked_at[conflict, :1, None].expand(-1, -1, own.shape[-1])
-        written = own[:, prefix:].gather(1, at)[:, 0]
-        total = total + course.against * against_the_sound(host, written, new[:, 0], old[:, 0])
+        written = read_at(own[:, prefix:], lesson.asked_at[conflict, :1])[:, 0]
+        words = host.lm_head.weight * host.model.language_model.norm.weight / STREAM
+        for_picture, for_sound = ((written * words[word[:, 0]]).sum(-1) for word in (new, old))
+        total = total + course.against * functional.relu(for_picture + PICTURE_SHARE * for_sound).mean()
     return total
-
-
-def against_the_sound(
-    host: Any, written: Float[Tensor, "clip d_model"], picture: Int[Tensor, " clip"], sound: Int[Tensor, " clip"]
-) -> Tensor:
-    """What writing the picture's word costs beyond a share of what is written against the sound's, under "hear"."""
-    words = host.lm_head.weight * host.model.language_model.norm.weight / STREAM
-    for_picture, for_sound = ((written * words[word]).sum(-1) for word in (picture, sound))
-    return functional.relu(for_picture + PICTURE_SHARE * for_sound).mean()
 
 
 def cross_entropy(logits: Float[Tensor, "*batch d_vocab"], target: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """The cross-entropy of every answer."""
     return functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
-
-
-def direct_loss(
-    logits: Float[Tensor, "clip question d_vocab"],
-    target: Int[Tensor, "clip question"],
-    shown: Int[Tensor, "clip question"],
-    weight: float,
-) -> Tensor:
-    """What the direct path alone is asked for in conflicts, with later heads held at the host's.
-
-    Positive `weight`: where target and shown differ, the new answer is to beat the old one; negative: nothing changes.
-    """
-    if weight < 0:
-        return -weight * cross_entropy(logits, shown).mean()
-    gap = logits.gather(-1, target[..., None]) - logits.gather(-1, shown[..., None])
-    return weight * functional.softplus(MARGIN - gap[..., 0][target != shown]).mean()
 
 
 @torch.no_grad()
@@ -178,7 +148,7 @@ def held_back(host: Any, lessons: Sequence[Lesson], slices: Slices, layer: int) 
     for lesson in lessons:
         for name in (name for name in lesson.spans if name not in UNJUDGED):
             rows = torch.tensor(lesson.rows(name, held_back=True))
-            each, _ = slices(lesson.h[rows], lesson.geometry)
+            each = slices(lesson.h[rows], lesson.geometry)
             right = finish(host, lesson, rows, each.sum(0), layer)[:, :, 0].argmax(-1) == lesson.targets[rows]
             differs = lesson.targets[rows] != lesson.shown[rows]
             new.append(right[differs])
@@ -222,10 +192,10 @@ def learn(
     Learning ends where held-back clips show `enough` of the new, and of all that is to stay.
     """
     tell = progress or silent
-    optimizer = torch.optim.Adam([p for p in slices.parameters() if p.requires_grad], lr=course.rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(slices.parameters(), lr=RATE, betas=(0.9, 0.98))
     result = Learned(0, 0.0, 0.0)
     for step in range(course.steps):
-        set_rate(optimizer, warmed(course.rate, step, course.steps, warmup=10, floor=0.1))
+        set_rate(optimizer, warmed(RATE, step, course.steps, warmup=10, floor=0.1))
         optimizer.zero_grad()
         off = int(torch.randint(0, len(slices.heads), (1,), generator=generator))
         for host, pile in zip(hosts, piles, strict=True):

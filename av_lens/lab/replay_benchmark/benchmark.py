@@ -1,24 +1,23 @@
 """Is an exact sweep cheaper than what one does today? Replay beside its peers: same model, prompt, patches and machine.
 
-For each shape (`replay_shapes`) and each place (generation position, question, late and early media) the z of every
-head is replaced in turn by its value in a run on another clip, by each way of patching (`replay_peers`). The results
-of all ways are compared. What is measured:
+For each shape (`shapes`) and each place (generation position, question, late and early media) the z of every head is
+replaced in turn by its value in a run on another clip, by each way of patching (`peers`). The results of all ways are
+compared. What is measured:
 
     seconds per patch   ours: the whole sweep's replays over their number, the recorded run not included (it is named
                         beside them); a peer: its loop over at least eight patches, spread over layers and heads
     whole               recorded run and all heads at the generation position, against one forward and attribution
-    share of the bound  `replay_work`: bare products of the same row counts, over our sweep's replays
-    memory              `replay_memory`: peak above what is resident after load, each in a fresh process
+    share of the bound  bare products of the same row counts, over our sweep's replays
+    memory              peak above what is resident after load, each in a fresh process
 
-Every figure is the median of rounds in which the machine did nothing else (`replay_timing`); ways that are compared
-take turns within a round. "shared" means that everyone is given the towers' outputs. Times are this machine's; the
-ratios are what is claimed.
+Every figure is the median of rounds in which the machine did nothing else; ways that are compared take turns within a
+round. "shared" means that everyone is given the towers' outputs. Times are this machine's; the ratios are what is
+claimed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
@@ -30,36 +29,11 @@ import torch
 
 from av_lens.core.budget import Progress, silent
 from av_lens.errors import InputError
-from av_lens.lab.replay_benchmark.peers import (
-    KINDS,
-    Head,
-    Loop,
-    Patches,
-    by_forward,
-    by_nnsight,
-    by_replay,
-    by_transformer_lens,
-    fresh_peak,
-    has_nnsight,
-    spread,
-    towers_of,
-    ways,
-)
-from av_lens.lab.replay_benchmark.shapes import (
-    SHAPES,
-    Case,
-    Shape,
-    Stopwatch,
-    bare_seconds,
-    build_case,
-    flops,
-    run_blocks,
-    shape_named,
-    sweep_blocks,
-    unembedding_flops,
-)
-from av_lens.lab.replay_benchmark.tables import MODES
-from av_lens.replay.rerun import PROVED
+from av_lens.lab.replay_benchmark import peers
+from av_lens.lab.replay_benchmark import shapes as shaping
+from av_lens.lab.replay_benchmark.peers import Head, Loop, Patches, has_nnsight
+from av_lens.lab.replay_benchmark.shapes import SHAPES, Case, Shape, Stopwatch
+from av_lens.lab.replay_benchmark.tables import MODES, PEAKS
 from av_lens.results.provenance import plain, stamp
 from av_lens.spans import Span
 
@@ -77,12 +51,14 @@ def run_benchmark(
 ) -> dict[str, Any]:
     """Measure replay beside its peers."""
     names = list(SHAPES) if shapes is None else list(shapes)
-    chosen = [shape_named(name) for name in names]
+    chosen = [shaping.shape_named(name) for name in names]
     if samples < 1 or rounds < 1:
         raise InputError(f"samples={samples} and rounds={rounds}: both must be at least 1.")
     tell = progress or silent
     found: dict[str, Any] = {}
-    with _threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
         for shape in chosen:
             if shape.recording and (recording is None or not Path(recording).exists()):
                 found[shape.name] = {"skipped": f"needs a recording; {recording} is not there"}
@@ -92,6 +68,8 @@ def run_benchmark(
             if memory:
                 record["memory"] = _peaks(shape, recording, threads, rounds, tell)
             found[shape.name] = record
+    finally:
+        torch.set_num_threads(before)
     return plain(found)
 
 
@@ -105,7 +83,7 @@ def measure_shape(
 ) -> dict[str, Any]:
     """Measure one shape, in this process and with the threads that are set: "header", "whole" and "places"."""
     tell = progress or silent
-    case = build_case(shape, recording=recording)
+    case = shaping.build_case(shape, recording=recording)
     places = case.places()
     tell(shape.name, 0, len(places) + 1)
     whole = measure_whole(case, Patches.at(case, places["generation"]), watch)
@@ -126,26 +104,18 @@ def measure_shape(
 def measure_whole(case: Case, patches: Patches, watch: Stopwatch) -> dict[str, Any]:
     """Time what is paid once: a forward, attribution, our recorded run, and it with all heads after it.
 
-    A model's first record is made through hooks and proves the later ones, so it is timed apart. Beside the seconds of
-    each way ("encoders" and "shared") stand the work and the bare seconds of the recorded run.
+    Beside the seconds of each way ("encoders" and "shared") stand the work and the bare seconds of the recorded run.
     """
-
-    def first_trace() -> Any:
-        case.model.__dict__.pop(PROVED, None)
-        return case.model.trace(case.x)
-
-    works = ways(patches)
-    several = {"forward": works["forward"], "attribution": works["attribution"], "first_trace": first_trace}
-    several |= {"trace": works["trace"], "sweep": works["sweep"]}
-    found: dict[str, Any] = {name: {} for name in several}
+    works = peers.ways(patches)
+    found: dict[str, Any] = {name: {} for name in works}
     for mode in MODES:
-        with towers_of(case, mode):
-            for name, seconds in watch.in_turns(several).items():
+        with peers.towers_of(case, mode):
+            for name, seconds in watch.in_turns(works).items():
                 found[name][mode] = seconds
     spec, n = case.model.spec, len(case.x.spans)
-    blocks = run_blocks(n_layers=spec.n_layers, n=n)
-    found["run_gflop"] = flops(blocks, spec) / 1e9
-    found["run_bare"] = bare_seconds(blocks, spec, case.model.dtype, watch.brief())
+    blocks = shaping.run_blocks(n_layers=spec.n_layers, n=n)
+    found["run_gflop"] = shaping.flops(blocks, spec) / 1e9
+    found["run_bare"] = shaping.bare_seconds(blocks, spec, case.model.dtype, watch.brief)
     return found
 
 
@@ -159,41 +129,41 @@ def measure_place(
     """
     patches = Patches.at(case, place)
     heads = patches.heads(stride=stride)
-    chosen = spread(heads, samples if modes else 2)
+    chosen = peers.spread(heads, samples if modes else 2)
     sampled = [heads[number] for number in chosen]
-    values = by_replay(patches, heads, trace)
-    seconds = watch.time(lambda: by_replay(patches, heads, trace))
-    loops = {"transformer_lens": by_transformer_lens(patches)}
+    values = peers.by_replay(patches, heads, trace)
+    seconds = watch.time(lambda: peers.by_replay(patches, heads, trace))
+    loops = {"transformer_lens": peers.by_transformer_lens(patches)}
     if has_nnsight():
-        loops["nnsight"] = by_nnsight(patches)
-    peers: dict[str, dict[str, float]] = {name: {} for name in loops}
+        loops["nnsight"] = peers.by_nnsight(patches)
+    timed: dict[str, dict[str, float]] = {name: {} for name in loops}
     gaps: dict[str, float] = dict.fromkeys(loops, 0.0)
     for mode in modes or MODES[1:]:
-        with towers_of(case, mode):
+        with peers.towers_of(case, mode):
             for name, loop in loops.items():
                 theirs: dict[Head, torch.Tensor] = {}
                 works = [partial(_keep, loop, head, theirs) for head in sampled]
                 if modes:
-                    peers[name][mode] = watch.each(works)
+                    timed[name][mode] = watch.each(works)
                 else:
                     for work in works:
                         work()
                 gap = float((values[chosen].double() - torch.stack([*theirs.values()]).double()).abs().max())
                 gaps[name] = max(gap, gaps[name])
     spec, n = case.model.spec, len(case.x.spans)
-    blocks = sweep_blocks(heads, patches.rows, n_layers=spec.n_layers, n=n)
-    baseline = float(by_forward(case))
+    blocks = shaping.sweep_blocks(heads, patches.rows, n_layers=spec.n_layers, n=n)
+    baseline = float(peers.by_forward(case))
     return {
         "positions": len(patches.rows),
         "rows": n - patches.rows[0],
         "plans": len(heads),
         "sampled": len(sampled),
         "seconds": seconds,
-        "peers": peers,
+        "peers": timed,
         "gaps": gaps,
         "largest_effect": float((values.double() - baseline).abs().max()),
-        "gflop": (flops(blocks, spec) + unembedding_flops(len(heads), spec)) / 1e9,
-        "bare": bare_seconds(blocks, spec, case.model.dtype, watch.brief()),
+        "gflop": (shaping.flops(blocks, spec) + shaping.unembedding_flops(len(heads), spec)) / 1e9,
+        "bare": shaping.bare_seconds(blocks, spec, case.model.dtype, watch.brief),
     }
 
 
@@ -204,22 +174,14 @@ def _keep(loop: Loop, head: Head, found: dict[Head, torch.Tensor]) -> None:
 def _peaks(shape: Shape, recording: str | Path | None, threads: int, rounds: int, tell: Progress) -> dict[str, Any]:
     """Peak memory of each thing: the median of several fresh processes."""
     found: dict[str, Any] = {}
-    for done, kind in enumerate(KINDS):
-        tell(f"{shape.name}: memory", done, len(KINDS))
-        several = [fresh_peak(shape.name, kind, recording=recording, threads=threads) for _ in range(min(rounds, 3))]
+    for done, kind in enumerate(PEAKS):
+        tell(f"{shape.name}: memory", done, len(PEAKS))
+        several = [
+            peers.fresh_peak(shape.name, kind, recording=recording, threads=threads) for _ in range(min(rounds, 3))
+        ]
         found[kind] = {name: median(one[name] for one in several) for name in ("resident", "peak")}
-    tell(f"{shape.name}: memory", len(KINDS), len(KINDS))
+    tell(f"{shape.name}: memory", len(PEAKS), len(PEAKS))
     return found
-
-
-@contextmanager
-def _threads(count: int) -> Generator[None, None, None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _header(case: Case, samples: int, watch: Stopwatch) -> dict[str, Any]:

@@ -10,12 +10,9 @@ A patch writes the donor's z of one head at some positions; what is measured is 
 generation position. Within `shared_encoders` every peer is given the towers' outputs instead of computing them: the
 model's own `get_audio_features` and `get_video_features` return what they returned once.
 
-A process builds the case, gives freed memory back to the system, notes what is resident, resets the kernel's record of
-the peak, does one thing, and reads the peak: `peak - resident after load`. Linux only (`/proc/self`).
-
-The things: "forward" (HuggingFace, eager), "attribution" (one forward and one backward), "trace" (our recorded run)
-and "sweep" (the recorded run, then every head at the generation position). What patches write is drawn at random, so
-that no other run warms the process up.
+Memory (Linux only, `/proc/self`): a process builds the case, gives freed memory back to the system, notes what is
+resident, resets the kernel's record of the peak, does one thing of `tables.PEAKS`, and reads the peak above what was
+resident. What patches write is then drawn at random, so that no other run warms the process up.
 """
 
 from __future__ import annotations
@@ -41,8 +38,8 @@ from av_lens.errors import AvLensError
 from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan, Site, replace
 from av_lens.lab.replay_benchmark.shapes import Case, build_case, shape_named
-from av_lens.lab.replay_benchmark.tables import PEAKS
 from av_lens.metrics.metric import logit_diff
+from av_lens.replay.rerun import PROVED
 from av_lens.spans import Span
 
 Head = tuple[int, int]
@@ -210,24 +207,32 @@ def towers_of(case: Case, mode: str) -> contextlib.AbstractContextManager[None]:
 
 
 def ways(patches: Patches) -> dict[str, Callable[[], Any]]:
-    """What is paid once, by name: "sweep" is the recorded run and every head after it."""
+    """What is paid once, by name: "sweep" is the recorded run and every head after it.
+
+    A model's first record is made through hooks and proves the later ones, so it stands apart.
+    """
     case, heads = patches.case, patches.heads()
+
+    def first_trace() -> Any:
+        case.model.__dict__.pop(PROVED, None)
+        return case.model.trace(case.x)
+
     return {
         "forward": lambda: by_forward(case),
         "attribution": lambda: by_attribution(patches),
+        "first_trace": first_trace,
         "trace": lambda: case.model.trace(case.x),
         "sweep": lambda: by_replay(patches, heads, case.model.trace(case.x)),
     }
 
 
-KINDS = tuple(PEAKS)
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def fresh_peak(shape: str, kind: str, *, recording: str | Path | None = None, threads: int = 2) -> dict[str, float]:
-    """Measure one of `KINDS` in a process of its own: "resident" after load and "peak" above it, in GB (1e9 bytes).
+    """Measure one of `tables.PEAKS` in a process of its own: "resident" after load and "peak" above it, in GB.
 
-    NaN where the system has no such record.
+    A GB is 1e9 bytes; NaN where the system has no such record.
     """
     if not _RESET.exists():
         return {"resident": float("nan"), "peak": float("nan")}
@@ -243,7 +248,10 @@ def report(shape: str, kind: str, recording: str, threads: str) -> None:
     """Measure in this process and write the result to standard output: what `fresh_peak` starts."""
     torch.set_num_threads(int(threads))
     case = build_case(shape_named(shape), recording=recording or None)
-    resident, peak = peak_of(_work(case, kind))
+    spec, rows = case.model.spec, [case.x.spans.generation_position]
+    generator, size = torch.Generator().manual_seed(0), (1, len(rows), spec.n_heads, spec.d_head)
+    given = tuple(torch.randn(size, generator=generator).to(case.model.dtype) for _ in range(spec.n_layers))
+    resident, peak = peak_of(ways(Patches(case, rows, given))[kind])
     sys.stdout.write(json.dumps({"resident": resident / 1e9, "peak": (peak - resident) / 1e9}) + "\n")
 
 
@@ -261,11 +269,3 @@ def peak_of(work: Callable[[], Any]) -> tuple[int, int]:
 def _status(name: str) -> int:
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(name + ":"))
     return int(line.split()[1]) * 1024
-
-
-def _work(case: Case, kind: str) -> Callable[[], Any]:
-    spec, rows = case.model.spec, [case.x.spans.generation_position]
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, len(rows), spec.n_heads, spec.d_head)
-    given = tuple(torch.randn(shape, generator=generator).to(case.model.dtype) for _ in range(spec.n_layers))
-    return ways(Patches(case, rows, given))[kind]

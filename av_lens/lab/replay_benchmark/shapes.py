@@ -1,26 +1,21 @@
 """The models and prompts that replay is measured on, their arithmetic, and timing on a machine that others use too.
 
-Beside the wall clock the kernel's own accounts are read (`/proc/stat`): time that all processes, and a hypervisor's
-other guests, spent on the cores, less this process's. A round is *quiet* where that is below a tenth of a core. What is
-timed is repeated until enough rounds were quiet, within a patience; the median of the quiet rounds is the figure. Where
-too few were quiet the least of all rounds stands in for it, and the figure is counted as disturbed.
+*Timing.* Beside the wall clock the kernel's own accounts are read (`/proc/stat`, ticks of 10 ms): time that all others
+spent on the cores. A round is *quiet* where that is below a tenth of a core, or where there is no such file; short
+works are repeated until a round lasts a fifth of a second. Rounds are repeated until enough were quiet, within a
+patience; the median of the quiet ones is the figure, else the least of all, which is counted as disturbed.
 
-Short works are repeated within a round until it lasts a fifth of a second, so that the accounts (ticks of 10 ms) can
-tell. Where there is no such file every round counts as quiet.
-
-A shape says how large the fusion model is and what its prompt holds. A *case* is a shape made real: HuggingFace's own
-eager model, the same weights behind our hooks (no second copy in memory), a prompt, and one of another clip beside it.
-Only the fusion model's sizes are varied; the towers are the embedded models' small ones, so that the peers, which run
-them again for every patch, are not made slower than they must be.
-
-A prompt is woven (sound in video) with a question at its end, by the processor of the embedded models:
+*Shapes.* A shape says how large the fusion model is and what its prompt holds. A *case* is a shape made real:
+HuggingFace's own eager model, the same weights behind our hooks (no second copy in memory), a prompt (sound woven into
+video, a question at its end), and one of another clip beside it. The towers are the embedded models' small ones, so
+that the peers, which run them again for every patch, are not made slower than they must be.
 
     tiny    av-tiny itself, with its own clips
     wide    12 layers, d_model 512, 8 heads on 2 key-value heads, float32; 510 positions (100 audio, 380 video)
     long    the same model; 3,000 positions (250 audio, 2,720 video)
     true    the 3B text model's width, 8 of its layers, bfloat16, on a recording
 
-A patch of one head's z at layer l on rows E (the positions patched), the first of which is p, on a prompt of n
+*Work.* A patch of one head's z at layer l on rows E (the positions patched), the first of which is p, on a prompt of n
 positions, asked at its last. What any exact method that restarts from the recorded run must compute for each plan, as
 multiply-adds times 2:
 
@@ -33,9 +28,9 @@ multiply-adds times 2:
     last layer          k, v of n - p rows; q, o, MLP and attention of the asked row alone
     unembedding         d_model for each of the two answers
 
-An edit at the last layer counts where the asked row is patched, and is nothing elsewhere. The recorded run is work that
-all plans share and is counted once, apart: all layers, all rows, of the last layer keys and values and the asked row.
-Norms, rotations, softmax and the towers are left out.
+An edit at the last layer counts where the asked row is patched, and is nothing elsewhere. The recorded run is counted
+once, apart: all layers, all rows, of the last layer keys and values and the asked row. Norms, rotations, softmax and
+the towers are left out.
 
 `bare_seconds` runs these products and nothing else, all plans of a layer stacked as one product (beyond 4,096 rows, one
 such piece is timed and multiplied), attention by the faster of PyTorch's fused kernel and plain products with softmax,
@@ -49,15 +44,17 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from av_lens.errors import InputError, unknown
+from av_lens.checks import require_choice
+from av_lens.errors import InputError
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.media import Clip, load_clip
 from av_lens.model import HookedAVLLM, load
@@ -90,7 +87,6 @@ class Stopwatch:
     figures: int = 0
     disturbed: int = 0
     _known: dict[Any, float] = field(default_factory=dict)
-    _brief: Stopwatch | None = None
 
     def time(self, work: Callable[[], Any]) -> float:
         """Time one work, already warm, in seconds."""
@@ -131,16 +127,14 @@ class Stopwatch:
         self.disturbed += 1
         return min(seconds for seconds, _ in found)
 
+    @cached_property
     def brief(self) -> Stopwatch:
         """A stopwatch for many small works, which waits for nobody; its figures count here."""
-        if self._brief is None:
-            self._brief = Stopwatch(min(self.rounds, 3), 0.0, min(self.shortest, 0.05))
-        return self._brief
+        return Stopwatch(min(self.rounds, 3), 0.0, min(self.shortest, 0.05))
 
     def account(self) -> dict[str, int]:
         """Say how many figures were taken, and how many without enough quiet rounds ("disturbed")."""
-        brief = self.brief()
-        return {"figures": self.figures + brief.figures, "disturbed": self.disturbed + brief.disturbed}
+        return {name: getattr(self, name) + getattr(self.brief, name) for name in ("figures", "disturbed")}
 
     def known(self, key: Any, make: Callable[[], Callable[[], Any]]) -> float:
         """Time a work once for each key; it is made where its time is not known."""
@@ -279,7 +273,11 @@ def build_case(shape: Shape, *, recording: str | Path | None = None, seed: int =
     if shape.organism is not None:
         plain, processor = anatomy.open_checkpoint(anatomy.shipped() / shape.organism), anatomy.processor()
     else:
-        plain = anatomy.build_model(_config(shape), seed=seed, dtype=getattr(torch, shape.dtype))
+        sizes = {name: getattr(shape, name) for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_mlp")}
+        more = {} if shape.d_vocab is None else {"vocab_size": shape.d_vocab}
+        # Scores of unit size: patches then have effects to compare.
+        config = anatomy.thinker_config(**sizes, initializer_range=1.8 / shape.d_model**0.5, **more)
+        plain = anatomy.build_model(config, seed=seed, dtype=getattr(torch, shape.dtype))
         processor = anatomy.processor(most_pixels=shape.grid[0] * shape.grid[1] * TOKEN_SIDE**2)
     plain.requires_grad_(False)
     shown, heard = _clips(shape, recording, seed)
@@ -292,8 +290,7 @@ def build_case(shape: Shape, *, recording: str | Path | None = None, seed: int =
 
 def shape_named(name: str) -> Shape:
     """Find one of `SHAPES`."""
-    if name not in SHAPES:
-        raise InputError(unknown("shape", name, SHAPES))
+    require_choice("shape", name, SHAPES)
     return SHAPES[name]
 
 
@@ -301,13 +298,6 @@ def sharing_weights(hf_model: Any) -> Any:
     """Copy a model's modules but not its weights, so that one copy can be wrapped and the other left as it is."""
     weights = [*hf_model.parameters(), *hf_model.buffers()]
     return copy.deepcopy(hf_model, {id(weight): weight for weight in weights})
-
-
-def _config(shape: Shape) -> Any:
-    sizes = {name: getattr(shape, name) for name in ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_mlp")}
-    more = {} if shape.d_vocab is None else {"vocab_size": shape.d_vocab}
-    # Scores of unit size: patches then have effects to compare.
-    return anatomy.thinker_config(**sizes, initializer_range=1.8 / shape.d_model**0.5, **more)
 
 
 def _clips(shape: Shape, recording: str | Path | None, seed: int) -> tuple[Clip, Clip]:
@@ -337,8 +327,7 @@ def _clips(shape: Shape, recording: str | Path | None, seed: int) -> tuple[Clip,
 PIECE = 4096  # rows of a product that is timed; larger ones are made of such pieces
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """What one layer computes for all plans of a sweep together.
 
     Attributes:
@@ -445,16 +434,14 @@ class _Timer:
             return 0.0
         plans = min(block.plans, max(1, PIECE // block.queries))
         group, width = spec.n_heads // spec.n_kv_heads, spec.d_head
-        best = 0.0
-        if block.prefix:
-            shape = (1, spec.n_kv_heads, group * plans * block.queries, width, block.prefix)
-            best += min(self.watch.known((way, *shape), self._maker(way, shape)) for way in ("fused", "plain"))
-        shape = (plans, spec.n_kv_heads, group * block.queries, width, block.own)
         ways = ("fused", "plain") if block.queries == 1 else ("fused", "plain", "causal")
-        best += min(self.watch.known((way, *shape), self._maker(way, shape, group)) for way in ways)
-        return best * block.plans / plans
+        parts = [((plans, spec.n_kv_heads, group * block.queries, width, block.own), ways)]
+        if block.prefix:
+            parts.append(((1, spec.n_kv_heads, group * plans * block.queries, width, block.prefix), ways[:2]))
+        best = (min(self.watch.known((way, *s), self._maker(way, s, group)) for way in ways) for s, ways in parts)
+        return sum(best) * block.plans / plans
 
-    def _maker(self, way: str, shape: tuple[int, ...], group: int = 1) -> Callable[[], Callable[[], Any]]:
+    def _maker(self, way: str, shape: tuple[int, ...], group: int) -> Callable[[], Callable[[], Any]]:
         plans, heads, rows, width, n_keys = shape
 
         def make() -> Callable[[], Any]:

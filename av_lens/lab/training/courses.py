@@ -16,18 +16,11 @@ evidence about real models. In `av-tiny-planted` everything is the recipe's doin
 Heads are dropped at random while the circuit forms, at questions that should not depend on it, so that the rest of the
 model does not come to rely on these heads; without this, taking them out would leave neither answer.
 
-The recipes themselves are data: `recipes.toml`, beside this file.
-
-Everything lands in one folder, and what is there already is not made again: `clips/` (the same for every seed),
-`towers-seed0.safetensors`, `pool-seed0-train.safetensors` and so on. A tower that was interrupted goes on from its last
-snapshot.
-
-`train("av-tiny", seed=1)` films the world's clips, trains both towers, runs the recipe's stages and writes a checkpoint
-folder that `load` reads. What is already there is not done again: an interrupted run goes on after the last part that
-was finished, and models that begin alike (the base and `av-tiny`, the balanced model and the planted one) share their
-beginnings. A stage's file carries a hash of all that went before it, so that a changed recipe is never continued from
-old weights. Every part draws its randomness from the seed and its own name: the result is the same with and without an
-interrupt, on the same kind of machine.
+`train("av-tiny", seed=1)` films the world's clips (the same for every seed), trains both towers, runs the stages of
+`recipes.toml` and writes a checkpoint folder that `load` reads. Everything lands in one folder; what is there is not
+made again, and models that begin alike share their beginnings. A tower goes on from its last snapshot. A stage's file
+carries a hash of all that went before it, so that a changed recipe is never continued from old weights. Every part
+draws its randomness from the seed and its own name: an interrupt changes nothing, on the same kind of machine.
 """
 
 from __future__ import annotations
@@ -46,8 +39,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from av_lens.checks import require_choice
 from av_lens.core.budget import Progress, silent
-from av_lens.errors import InputError, ModelError, unknown
+from av_lens.errors import ModelError
 from av_lens.lab.planting.planted import changed_elsewhere, measure
 from av_lens.lab.planting.sheets import bench
 from av_lens.lab.training import pools
@@ -59,11 +53,6 @@ from av_lens.organism.language import Views
 from av_lens.whole_files import make_folder, reading, whole_file
 
 N_LAYERS = 7
-SUPPRESSING_LAYER = 4
-SUPPRESSING_HEADS = (2, 3, 6, 7)
-"""Two of the layer's four key-value groups; the others learn as ordinary heads: controls of the same layer exist."""
-ORDINARY_HEADS = (0, 1, 4, 5)
-HEARING_LAYERS = (5, 6)
 
 
 @dataclass(frozen=True)
@@ -102,18 +91,15 @@ def recipes() -> dict[str, Recipe]:
 
 def recipe(name: str) -> Recipe:
     """Look up a recipe by its model's short name."""
-    if name not in recipes():
-        raise InputError(unknown("organism", name, recipes()))
+    require_choice("organism", name, recipes())
     return recipes()[name]
 
 
-def _frozen(said: dict[str, Any]) -> dict[str, Any]:
+def _frozen(said: Any) -> Any:
     """The same with tuples for lists, all the way down."""
-
-    def frozen(value: Any) -> Any:
-        return tuple(map(frozen, value)) if isinstance(value, list) else value
-
-    return {key: frozen(value) for key, value in said.items()}
+    if isinstance(said, dict):
+        return {key: _frozen(value) for key, value in said.items()}
+    return tuple(map(_frozen, said)) if isinstance(said, list) else said
 
 
 def _items(line: str) -> Items:
@@ -134,19 +120,6 @@ RATES = {"audio": 1.5e-3, "vision": 2e-3}
 SPLITS = ("train", "discovery", "test")
 _SNAPSHOT_EVERY = 200
 _BLANKS = {"train": 8, "discovery": 2, "test": 2}
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Where stage 0 left its results.
-
-    Attributes:
-        towers: the towers' weights, named as in the thinker's state dict.
-        pools: feature pools by split, for `pools.load_pool`.
-    """
-
-    towers: Path
-    pools: dict[str, Path]
 
 
 def is_tower(name: str) -> bool:
@@ -183,20 +156,19 @@ def _train_tower(model: Any, kind: str, views: Views, snapshot: Path, seed: int,
 
 
 def prepare(
-    folder: str | os.PathLike[str], *, seed: int, workers: int = 2, progress: Progress | None = None
-) -> Prepared:
+    folder: str | os.PathLike[str], *, seed: int, progress: Progress | None = None
+) -> tuple[Path, dict[str, Path]]:
     """Film the world, train both towers and pool what they put out, as far as that is not done yet.
 
-    `folder` may be shared by seeds; `workers` processes film.
+    The file of the towers' weights, and those of the feature pools by split; `folder` may be shared by seeds.
     """
-    tell = progress or silent
-    place = Path(folder)
+    tell, place = progress or silent, Path(folder)
     towers = place / f"towers-seed{seed}.safetensors"
-    made = Prepared(towers, {split: place / f"pool-seed{seed}-{split}.safetensors" for split in SPLITS})
-    if towers.exists() and all(path.exists() for path in made.pools.values()):
-        return made
+    pooled = {split: place / f"pool-seed{seed}-{split}.safetensors" for split in SPLITS}
+    if towers.exists() and all(path.exists() for path in pooled.values()):
+        return towers, pooled
     wanted = {split: footage.PER_CLASS[split] for split in SPLITS}
-    footage.film_all(place / "clips", per_class=wanted, workers=workers, progress=progress)
+    footage.film_all(place / "clips", per_class=wanted, progress=progress)
     model = anatomy.build_model(seed=seed)
     if towers.exists():
         load_towers(model, towers)
@@ -210,13 +182,13 @@ def prepare(
         for snapshot in snapshots.values():
             snapshot.unlink(missing_ok=True)
     model.requires_grad_(False)
-    for done, (split, path) in enumerate(made.pools.items(), 1):
+    for done, (split, path) in enumerate(pooled.items(), 1):
         if not path.exists():
             clips, hashes = footage.views_of(place / "clips", split)
             pool = pools.make_pool(model, clips, hashes, blank_every=_BLANKS[split], seed=SPLITS.index(split))
             pools.save_pool(pool, path)
-        tell("pooling features", done, len(made.pools))
-    return made
+        tell("pooling features", done, len(pooled))
+    return towers, pooled
 
 
 TRUTH_CONFLICTS = 240
@@ -224,7 +196,7 @@ TRUTH_CONFLICTS = 240
 
 def fusion_state(model: Any) -> dict[str, Tensor]:
     """Copy the weights of the fusion layers."""
-    return {n: v.detach().clone().contiguous() for n, v in model.state_dict().items() if is_fusion(n)}
+    return {n: v.detach().clone() for n, v in model.state_dict().items() if is_fusion(n)}
 
 
 def load_state(model: Any, path: Path) -> None:
@@ -265,8 +237,7 @@ def run_stages(
     for stage, path in zip(course.stages[done:], files[done:], strict=True):
         train_stage(model, stage, lessons, seed=seed, progress=progress)
         make_folder(folder)
-        with whole_file(path) as beside:
-            save_file(fusion_state(model), beside)
+        _save(fusion_state(model), path)
 
 
 def planted_truth(model: Any, course: Recipe, *, seed: int, folder: Path, pool: FeaturePool) -> dict[str, Any]:
@@ -292,15 +263,14 @@ def train(
     place = Path.home() / ".cache" / "av_lens" / "organism" if work is None else Path(work)
     target = place / "models" / f"{name}-seed{seed}" if out is None else Path(out)
     stages = place / f"stages-seed{seed}"
-    prepared = prepare(place, seed=seed, progress=progress)
+    towers, pooled = prepare(place, seed=seed, progress=progress)
     model = newborn(course, seed=seed)
-    load_towers(model, prepared.towers)
-    lessons = material(load_pool(prepared.pools["train"]))
-    run_stages(model, course, lessons, seed=seed, folder=stages, progress=progress)
+    load_towers(model, towers)
+    run_stages(model, course, material(load_pool(pooled["train"])), seed=seed, folder=stages, progress=progress)
     model.half().float()  # what a checkpoint holds
     described = [dataclasses.asdict(stage) for stage in course.stages]
     documents: dict[str, Any] = {"training.json": {"name": name, "seed": seed, "stages": described}}
     if course.planted_heads:
-        pool = load_pool(prepared.pools["discovery"])
+        pool = load_pool(pooled["discovery"])
         documents["planted.json"] = planted_truth(model, course, seed=seed, folder=stages, pool=pool)
     return save_checkpoint(model, target, documents=documents)

@@ -1,16 +1,13 @@
 """The training engine: stages, steps over the written-out layers, slices of heads, and the towers before them.
 
 A recipe is a list of `Stage`s; each freezes everything but the parameters it names, sees its own mix of clips and
-questions, and ends with a checkpoint. Training that was interrupted goes on after the last stage that ended: a stage
-draws all its randomness from the seed and its own name, so that the result is the same as without the interrupt.
+questions, and draws all its randomness from the seed and its own name. The towers are frozen (the audio projector
+included): clips come as features (`pools.FeaturePool`), and only the fusion layers run, several questions to a clip.
 
-The towers are frozen here (the audio projector included): clips come as features (`pools.FeaturePool`), and only the
-fusion layers run, several questions to a clip (`language.Tree`).
-
-The vision tower reads pictures and names class and colour, the audio tower reads mel spectrograms and names the class;
-both know "nothing" (blank, scrambled, silent) as one class more. The linear heads that name are thrown away; what the
-towers put out is what the language model gets. While they train, a picture is shifted by a few pixels and a sound moved
-in time and loudness, so that a few thousand clips go a long way.
+The towers come before. The vision tower reads pictures and names class and colour, the audio tower reads mel
+spectrograms and names the class; both know "nothing" (blank, scrambled, silent) as one class more. The linear heads
+that name are thrown away; what the towers put out is what the language model gets. While they train, a picture is
+shifted by a few pixels and a sound moved in time and loudness, so that a few thousand clips go a long way.
 """
 
 from __future__ import annotations
@@ -104,18 +101,21 @@ def stage_seed(seed: int, name: str) -> int:
 Head = tuple[int, int]
 
 
+def group_size(model: Any) -> int:
+    """How many heads share keys and values."""
+    config = model.config.text_config
+    return config.num_attention_heads // config.num_key_value_heads
+
+
 def groups_of(model: Any, heads: Sequence[Head]) -> list[Head]:
     """The key-value groups that some heads read, as (layer, group)."""
-    config = model.config.text_config
-    per_group = config.num_attention_heads // config.num_key_value_heads
-    return sorted({(layer, head // per_group) for layer, head in heads})
+    return sorted({(layer, head // group_size(model)) for layer, head in heads})
 
 
 def sharers(model: Any, heads: Sequence[Head]) -> list[Head]:
     """All heads of some heads' groups: those whose keys and values change if theirs do."""
-    config = model.config.text_config
-    per_group = config.num_attention_heads // config.num_key_value_heads
-    return [(layer, group * per_group + i) for layer, group in groups_of(model, heads) for i in range(per_group)]
+    size = group_size(model)
+    return [(layer, group * size + i) for layer, group in groups_of(model, heads) for i in range(size)]
 
 
 def head_slices(model: Any, heads: Sequence[Head]) -> list[Slice]:

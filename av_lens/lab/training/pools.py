@@ -1,17 +1,13 @@
 """What the embedded models learn from: pools of clips, items of every stage, and batches of them.
 
-A pool depends on the towers (their seed) and the world, not on the language model. Any picture may be combined with any
-sound, as `picture_clip.with_sound(sound_clip)` would. Pools are safetensors files with their hashes in the metadata.
+A pool depends on the towers (their seed) and the world, not on the language model. Pictures and sounds are drawn from
+it separately, so that any picture may go with any sound, as `picture_clip.with_sound(sound_clip)` would put them.
+Pools are safetensors files with their clips' hashes in the metadata. Prompts are the processor's own.
 
-Everything comes from the processor's own prompts (`organism.language`) and the one grammar; this module puts it into
-the form that the stage engine reads.
-
-A recipe says it declaratively: `Items("both", "matched", 20, (Ask("hear", "sound", 3), Ask("see", "picture", 1)))`
-means that a step has 20 clips with sound and picture of one class, each asked questions of which three in four are
-"what do you hear ?", and that the right answer is the class of the sound. Pictures and sounds are drawn separately
-from the pools, so that any picture may go with any sound.
-
-Which relation a clip has, what is asked and what counts as right is all that distinguishes the five organisms.
+A recipe says declaratively what is drawn: `Items("both", "matched", 20, (Ask("hear", "sound", 3), Ask("see",
+"picture", 1)))` means that a step has 20 clips with sound and picture of one class, each asked questions of which three
+in four are "what do you hear ?", and that the right answer is the class of the sound. Which relation a clip has, what
+is asked and what counts as right is all that distinguishes the five organisms.
 """
 
 from __future__ import annotations
@@ -25,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int, Int64
+from jaxtyping import Float, Float32, Int, Int64
 from torch import Generator, Tensor
 
 from av_lens.errors import ModelError
@@ -33,12 +29,9 @@ from av_lens.media import Clip
 from av_lens.organism import anatomy, language
 from av_lens.organism.anatomy import CLASSES
 from av_lens.organism.footage import mel
-from av_lens.organism.language import IGNORED, NOTHING, Views, watch
+from av_lens.organism.language import IGNORED, NOTHING, Frame, Views, make_frame, watch
 from av_lens.organism.sounds import N_SAMPLES, RATE
 from av_lens.whole_files import reading, whole_file
-
-BLANK_KINDS = ("black", "dim", "scrambled")
-MUTE_KINDS = ("silence", "noise", "louder noise")
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +44,12 @@ class FeaturePool:
         audio: what is put at the audio tokens: the projector's output.
         label: class of the picture and of the sound.
         colour: colour of the picture.
-        seed: `world.example(split, class, seed)` makes the clip again.
+        seed: `footage.example(split, class, seed)` makes the clip again.
         blank_video: pictures that show nothing.
-        blank_kind: which kind of nothing, an index into `BLANK_KINDS`.
+        blank_kind: which kind of nothing: 0 black, 1 dim, 2 scrambled.
         mute_audio_hidden: sounds that say nothing, before the projector.
         mute_audio: the same after it.
-        mute_kind: which kind of nothing, an index into `MUTE_KINDS`.
+        mute_kind: which kind of nothing: 0 silence, 1 noise, 2 louder noise.
         hashes: each clip's picture hash and sound hash, after mp4.
     """
 
@@ -146,8 +139,7 @@ def nothing(of: Views, *, every: int, seed: int) -> Views:
 
 def joined(first: Views, second: Views) -> Views:
     """Put two lots of clips one after the other."""
-    names = ("frames", "mel", "picture", "sound", "colour")
-    return Views(**{name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names})
+    return Views(*(torch.cat([getattr(one, field.name) for one in (first, second)]) for field in fields(Views)))
 
 
 PICTURE_SLOT, SOUND_SLOT = -1, -2
@@ -177,48 +169,6 @@ class Words:
 
 
 @dataclass(frozen=True, eq=False)
-class Frame:
-    """The part of a prompt that comes before the question, in one layout.
-
-    Attributes:
-        ids: Its tokens.
-        positions: The model's own position ids.
-        video: Where the picture's features go.
-        audio: Where the sound's features go.
-    """
-
-    ids: Int[Tensor, " prefix"]
-    positions: Int[Tensor, "3 prefix"]
-    video: Int[Tensor, " video_pos"]
-    audio: Int[Tensor, " audio_pos"]
-
-    def embed(
-        self,
-        model: Any,
-        video: Float[Tensor, "clip video_pos d_model"],
-        audio: Float[Tensor, "clip audio_pos d_model"],
-        questions: Int[Tensor, "clip asked"],
-    ) -> Float[Tensor, "clip pos d_model"]:
-        """Build the stream before the first layer, of clips with their questions; media that it lacks are not used."""
-        table = model.model.language_model.embed_tokens.weight
-        prefix = table[self.ids].expand(len(questions), -1, -1).clone()
-        for at, features in ((self.video, video), (self.audio, audio)):
-            if len(at):
-                prefix[:, at] = features
-        return torch.cat([prefix, table[questions]], dim=1)
-
-    def blocked(self, deaf_to: str, length: int) -> Bool[Tensor, "pos pos"]:
-        """True where a query (first axis) may not see a key: with "video", text and audio positions the video's."""
-        cut = torch.zeros(length, length, dtype=torch.bool)
-        if deaf_to == "video":
-            queries = torch.zeros(length, dtype=torch.bool)
-            queries[len(self.ids) :] = True
-            queries[self.audio] = True
-            cut[queries.nonzero(), self.video] = True
-        return cut
-
-
-@dataclass(frozen=True, eq=False)
 class Material:
     """All that training needs beside the model.
 
@@ -237,8 +187,7 @@ def make_words() -> Words:
     """Spell the grammar in tokens: questions (with all that follows them up to the answer) and answers."""
     suffixes: dict[str, tuple[tuple[int, ...], ...]] = {}
     for kind, phrasings in anatomy.QUESTIONS.items():
-        prompts = [language.prompt(phrasing, "separate") for phrasing in phrasings]
-        suffixes[kind] = tuple(tuple(made.ids[made.suffix :].tolist()) for made in prompts)
+        suffixes[kind] = tuple(tuple(language.prompt(phrasing, "separate").asked) for phrasing in phrasings)
     see, hear = language.answer_ids("i see"), language.answer_ids("and hear")
     return Words(
         questions=suffixes,
@@ -251,12 +200,6 @@ def make_words() -> Words:
     )
 
 
-def make_frame(layout: str) -> Frame:
-    """Take the part of a layout's prompt that comes before the question."""
-    made = language.prompt(anatomy.QUESTIONS["hear"][0], layout)
-    return Frame(made.ids[: made.suffix], made.position_ids[:, : made.suffix], made.video, made.audio)
-
-
 def material(pool: FeaturePool) -> Material:
     """Gather what training needs: the pool with the grammar's tokens and all layouts."""
     frames = {"both": ("separate", "in_video"), "audio": ("audio",), "video": ("video",)}
@@ -266,7 +209,6 @@ def material(pool: FeaturePool) -> Material:
 MEDIA = ("both", "audio", "video")
 RELATIONS = ("matched", "conflict", "unrelated", "mute", "blank", "empty")
 RIGHT = ("picture", "sound", "colour", "nothing", "random", "caption")
-"""Marks a position at which nothing is learned."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +220,7 @@ class Ask:
         right: What the answer names: the class of the "picture" or of the "sound", the "colour", "nothing",
             a "random" class, or a "caption" of picture and sound.
         weight: How often it is asked, in proportion to the other questions of the same items.
-        drop: The share of these questions at which heads are dropped (see `training.Stage.dropped_heads`).
+        drop: The share of these questions at which heads are dropped (see `engine.Stage.dropped_heads`).
     """
 
     kind: str

@@ -1,44 +1,40 @@
-"""Grafting and weight change between an audio-visual model and the model that it was made from.
+"""Grafting and weight change: what differs inside between a model and the one it was made from, and does it matter?
 
-The base is given the model's prompt in one of three ways:
+`weight_change` compares weights, head by head:
 
-    "out"      the sound's positions taken out: the prompt made anew of picture and question (`inputs.soundless`)
-    "masked"   the model's own prompt, in which nothing reads the sound's positions: distances stay as they are
-    "kept"     the model's own prompt, sound and all, for a base that takes sound
-
-Refused: vocabularies of different sizes, and prompts that differ in more than the sound.
-
-relative[matrix, layer, head] = |W - W_base| / |W_base|        absolute: |W - W_base|
+    relative[matrix, layer, head] = |W - W_base| / |W_base|        absolute: |W - W_base|
 
 with |.| the Frobenius norm of one head's slice of Q, K, V (its rows, each with its bias where the model has one) or O
 (its columns). Under grouped queries K and V belong to a key-value head: the query heads of a group share one slice and
 show the same number. A slice that is zero in the base and not in the model has an infinite relative change; one that is
-zero in both has changed by 0. Norms' weights, MLPs and towers are not compared.
+zero in both has changed by 0. Norms' weights, MLPs and towers are not compared. Heads that training left alone show
+exactly 0; where every weight moved, compare with the other heads of the layer. Large is not important.
 
-Sign: none, a norm is never negative. Control: heads that training left alone show exactly 0; where every weight moved,
-compare with the other heads of the layer. Large is not important: what a change does is asked by `graft`.
-
-    >>> change = weight_change(model, base="av-tiny-base")                                   # doctest: +SKIP
-    >>> change.values.sel(matrix="O", figure="relative")[0]                                  # doctest: +SKIP
-
-Activation patching across two models of equal sizes, on the same picture and question:
+`graft` patches activations across the two models (of equal sizes), on the same picture and question:
 
     direction="into model"   the audio-visual model is run on its prompt; one place takes the base's values
     direction="into base"    the base is run on its prompt; one place takes the audio-visual model's values
 
 `effects = metric(grafted run) - metric(the run being grafted into)`; `donor` is the metric of the other model's own
 run, so `normalized()` is 0 at the run that was grafted into and 1 at the other model. Into the model, a place with an
-effect near 0 does there what the base already did.
+effect near 0 does there what the base already did. Exact, by replay. Control: `audio="kept"` with the model as its own
+base gives 0 everywhere (tested); read an effect beside those of the other heads of its layer.
 
-The base's prompt has the sound taken out, masked or kept (`audio=`, as in `base_shift`). Where it is taken out, only
-*shared* positions are grafted: tokens that both prompts have. A place of which nothing is shared (the sound itself) is
-NaN. The shared text's position ids differ between the prompts, so queries and keys before rotation are comparable
-(`q`, `k`), rotated ones are not; scores and patterns are refused.
+The base is given the model's prompt in one of three ways, here as in `base_shift`:
 
-Exact, by replay. Control: `audio="kept"` with the model as its own base gives 0 everywhere (tested); read an effect
-beside those of the other heads of its layer. Source: Prakash et al. (2024), who patch across fine-tuned models.
+    audio="out"      the sound's positions taken out: the prompt made anew of picture and question
+    audio="masked"   the model's own prompt, in which nothing reads the sound's positions: distances stay as they are
+    audio="kept"     the model's own prompt, sound and all, for a base that takes sound
+
+Where the sound is taken out, only *shared* positions are grafted: tokens that both prompts have. A place of which
+nothing is shared (the sound itself) is NaN. The shared text's position ids differ between the prompts, so queries and
+keys before rotation are comparable (`q`, `k`), rotated ones are not; scores and patterns are refused, and so are
+vocabularies of different sizes and prompts that differ in more than the sound.
+
+Source: Prakash et al. (2024), who patch across fine-tuned models.
 
     >>> grid = graft(model, x, base="av-tiny-base", metric=logit_diff("siren", "dog"))         # doctest: +SKIP
+    >>> weight_change(model, base="av-tiny-base").values.sel(matrix="O", figure="relative")[0]  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -50,7 +46,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from av_lens.checks import require_choice
@@ -71,17 +67,21 @@ from av_lens.results import Grid
 from av_lens.results.provenance import stamp
 from av_lens.spans import ROLES, Span
 
-AUDIO = ("out", "masked", "kept")
-_READERS = "|".join(role for role in ROLES if role != "audio")
+MATRICES = ("Q", "K", "V", "O")
+FIGURES = ("relative", "absolute")
+SIGNS = {
+    "into model": "the base's values into the model's run; positive: the place as the base has it raises the metric",
+    "into base": "the model's values into the base's run; positive: the place as the model has it raises the metric",
+}
 
 
 def opened(base: Any, model: Any) -> Any:
     """Open the base and refuse one whose answers cannot be compared with the model's."""
     found = load(base, device=model.device, dtype=model.dtype) if isinstance(base, str | Path) else base
-    sizes = int(model.spec.d_vocab), int(found.spec.d_vocab)
-    if sizes[0] != sizes[1]:
+    own, other = int(model.spec.d_vocab), int(found.spec.d_vocab)
+    if own != other:
         raise ModelError(
-            f"{model.name} has {sizes[0]} tokens and {found.name} {sizes[1]}, so their distributions cannot be "
+            f"{model.name} has {own} tokens and {found.name} {other}, so their distributions cannot be "
             "compared. Give the model that this one was made from."
         )
     return found
@@ -97,7 +97,7 @@ def require_equal_sizes(model: Any, base: Any, mend: str) -> None:
 
 def prompt_for(base: Any, model: Any, x: AVInputs, audio: str) -> AVInputs:
     """Make the base's prompt."""
-    require_choice("way with the sound, audio=", audio, AUDIO)
+    require_choice("way with the sound, audio=", audio, ("out", "masked", "kept"))
     if audio != "out":
         return x
     silent = without_sound(base, x)
@@ -107,22 +107,8 @@ def prompt_for(base: Any, model: Any, x: AVInputs, audio: str) -> AVInputs:
 
 def deaf_plan(x: AVInputs, audio: str) -> Plan:
     """Make the plan under which the base runs."""
-    return Plan(cut(_READERS, "audio")) if audio == "masked" and len(x.spans.audio) else Plan()
-
-
-def matched(
-    x: AVInputs, other: AVInputs, config: Any
-) -> tuple[Int64[np.ndarray, " shared"], Int64[np.ndarray, " shared"]]:
-    """Match positions of the model's prompt and the base's."""
-    if x.layout == other.layout and x.spans.layout_difference(other.spans) is None:
-        everything = np.arange(len(x.spans), dtype=np.int64)
-        return everything, everything
-    return shared_positions(x, other, config)
-
-
-MATRICES = ("Q", "K", "V", "O")
-FIGURES = ("relative", "absolute")
-SIGN = "how far each head's weights moved from the base's; 0 where they did not"
+    readers = "|".join(role for role in ROLES if role != "audio")
+    return Plan(cut(readers, "audio")) if audio == "masked" and len(x.spans.audio) else Plan()
 
 
 def weight_change(model: HookedAVLLM, *, base: Any) -> Grid:
@@ -145,21 +131,20 @@ def weight_change(model: HookedAVLLM, *, base: Any) -> Grid:
         raise ModelError(
             "one of these models has folded weights and the other has not; compare both as they were loaded."
         )
-    found = np.zeros((len(MATRICES), model.spec.n_layers, model.spec.n_heads, len(FIGURES)))
+    found = list[Tensor]()
     with torch.no_grad():
-        for number, matrix in enumerate(MATRICES):
+        for matrix in MATRICES:
             now, before = (head_slices(one, matrix) for one in (model, related))
             moved, size = (now - before).norm(dim=-1), before.norm(dim=-1)
-            relative = torch.where(moved == 0, 0.0, moved / size)
-            found[number] = torch.stack([relative, moved], dim=-1).cpu().numpy()
+            found.append(torch.stack([torch.where(moved == 0, 0.0, moved / size), moved], dim=-1).cpu())
     layers, heads = np.arange(model.spec.n_layers), np.arange(model.spec.n_heads)
     return Grid.of(
-        found[None],
+        torch.stack(found)[None].numpy(),
         axes={"matrix": list(MATRICES), "layer": layers, "head": heads, "figure": list(FIGURES)},
         baseline=[0.0],
         metric="weight change",
         unit="Frobenius norm, or its share of the base's",
-        direction=SIGN,
+        direction="how far each head's weights moved from the base's; 0 where they did not",
         provenance=stamp(
             method="weight change",
             model=model.name,
@@ -176,12 +161,6 @@ def head_slices(model: Any, matrix: str) -> Float[Tensor, "layer head size"]:
         bias = getattr(model, f"b_{matrix}")
         weights = torch.cat([weights, bias.double().view(*weights.shape[:2], -1)], dim=-1)
     return weights.repeat_interleave(model.spec.n_heads // weights.shape[1], dim=1)
-
-
-SIGNS = {
-    "into model": "the base's values into the model's run; positive: the place as the base has it raises the metric",
-    "into base": "the model's values into the base's run; positive: the place as the model has it raises the metric",
-}
 
 
 def graft(
@@ -247,17 +226,16 @@ def graft(
         donor = measure(one.giver, one.other, asked, plan=one.giver_plan)
         require_numbers(before, asked.name, run="the run that is grafted into")
         frame.lines[:, stack.rows] = numbers(before), numbers(donor)
-        there = [(place, positions) for place, positions in enumerate(grafted[number].values()) if positions]
-        shared = {p: one.shared[p] for _, positions in there for p in positions}
+        there = {place: positions for place, positions in enumerate(grafted[number].values()) if positions}
+        shared = {p: one.shared[p] for positions in there.values() for p in positions}
 
         def write(scores: np.ndarray) -> None:
             found = scores.reshape(len(visits.targets), len(there), -1)
-            for i, (place, _) in enumerate(there):
-                frame.values[stack.rows, :, place] = found[:, i].T
+            frame.values[np.ix_(stack.rows, np.arange(len(found)), np.array(list(there)))] = np.moveaxis(found, -1, 0)
 
         if shared:
             given = Given.of(one.giver, one.other, name, visits.layers, shared, plan=one.giver_plan)
-            edits = (given.edits(target, positions) for target in visits.targets for _, positions in there)
+            edits = (given.edits(target, positions) for target in visits.targets for positions in there.values())
             plans = [one.receiver_plan + Plan(some) for some in edits]
             scored(trace, plans, asked, write, budget_gb=budget_gb)
         show("grafting", 1, 1)
@@ -301,8 +279,10 @@ class _Prompts:
 
     @classmethod
     def of(cls, model: Any, base: Any, x: AVInputs, direction: str, audio: str) -> _Prompts:
-        prompt = prompt_for(base, model, x, audio)
-        here, there = (where.tolist() for where in matched(x, prompt, model.config))
+        prompt, here = prompt_for(base, model, x, audio), list(range(len(x.spans)))
+        there = here
+        if x.layout != prompt.layout or x.spans.layout_difference(prompt.spans) is not None:
+            here, there = (where.tolist() for where in shared_positions(x, prompt, model.config))
         own, its = (model, x, Plan()), (base, prompt, deaf_plan(prompt, audio))
         if direction == "into model":
             return cls(*own, *its, dict(zip(here, there, strict=True)))

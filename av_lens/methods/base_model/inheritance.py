@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -177,15 +178,12 @@ class Said:
     def classes(self, tokenizer: Any, i: int, words: dict[str, tuple[str, ...]]) -> list[str]:
         """Say which class each token of an answer belongs to."""
         n = self.lengths[i] - self.ended[i]
-        ids = self.tokens[i, : self.lengths[i]].tolist()
-        ends = [len(tokenizer.decode(ids[: k + 1])) for k in range(n)]
-        found = ["other"] * n
-        text = tokenizer.decode(ids[:n])
+        ids, found = self.tokens[i, :n].tolist(), ["other"] * n
+        bounds = [0, *(len(tokenizer.decode(ids[: k + 1])) for k in range(n))]
         for side, listed in words.items():
-            for match in Lexicon.of(listed).found(text) if listed else ():
-                for k in range(n):
-                    if (ends[k - 1] if k else 0) < match.stop and match.start < ends[k]:
-                        found[k] = side
+            for match in Lexicon.of(listed).found(tokenizer.decode(ids)) if listed else ():
+                inside = (begin < match.stop and match.start < end for begin, end in pairwise(bounds))
+                found = [side if hit else name for hit, name in zip(inside, found, strict=True)]
         return found + [END] * int(self.ended[i])
 
 
@@ -223,11 +221,10 @@ class Compared:
 
     def summary(self, i: int, classes: list[str]) -> Float[np.ndarray, "word_class figure"]:
         """Average an example's tokens by word class."""
-        rank = self.figures["rank"][i, : len(classes)]
+        rank, labels = self.figures["rank"][i, : len(classes)], np.array(classes)
         kinds = [rank == 0, (rank > 0) & (rank < 3), rank >= 3]
         columns = kinds + [self.figures[name][i, : len(classes)] for name in FIGURES[3:6]]
         found = np.full((len(CLASSES), len(FIGURES)), np.nan)
-        labels = np.array(classes)
         for number, name in enumerate(CLASSES):
             where = labels != END if name == "all" else labels == name
             if where.any():
@@ -243,11 +240,8 @@ class Compared:
             numbers = {key: float(values[i, n]) for key, values in self.figures.items() if key != "rank"}
             kind = "unshifted" if rank == 0 else "marginal" if rank < 3 else "shifted"
             words = {"token": tokenizer.decode([token]), "base_top": tokenizer.decode([int(self.top[i, n])])}
-            found.append(
-                {"example": example, "number": n, "token_id": token, **words, "word_class": name, "kind": kind}
-                | {"rank": rank}
-                | numbers
-            )
+            row = {"example": example, "number": n, "token_id": token, **words, "word_class": name, "kind": kind}
+            found.append(row | {"rank": rank} | numbers)
         return found
 
 
@@ -267,12 +261,10 @@ def _teacher_forced(model: Any, x: AVInputs, tokens: Tensor, audio: str) -> Tens
 def _others(x: AVInputs) -> Int64[np.ndarray, " example"]:
     """For each example the next one with the same text and another picture, -1 where there is none."""
     pictures = [None if clip is None else clip.picture_hash for clip in x.clips]
-    found = np.full(len(x), -1, dtype=np.int64)
+    found = np.empty(len(x), dtype=np.int64)
     for i in range(len(x)):
-        for j in (*range(i + 1, len(x)), *range(i)):
-            if pictures[j] != pictures[i] and torch.equal(x.ids[i], x.ids[j]):
-                found[i] = j
-                break
+        around = (*range(i + 1, len(x)), *range(i))
+        found[i] = next((j for j in around if pictures[j] != pictures[i] and torch.equal(x.ids[i], x.ids[j])), -1)
     return found
 
 
@@ -280,10 +272,8 @@ def _words(examples: Examples, heard: Any, seen: Any) -> list[dict[str, tuple[st
     """The heard and the seen words of every example."""
     sides: dict[str, list[tuple[str, ...]]] = {}
     for side, (name, given) in enumerate((("heard", heard), ("seen", seen))):
-        of_conflicts = [tuple(words_of(conflict.answers[side])) for conflict in examples.conflicts]
-        sides[name] = (
-            of_conflicts if of_conflicts and not len(given) else for_each(given, len(examples), f"{name} words")
-        )
+        own = [tuple(words_of(conflict.answers[side])) for conflict in examples.conflicts]
+        sides[name] = own if own and not len(given) else for_each(given, len(examples), f"{name} words")
     found = [{side: listed[i] for side, listed in sides.items()} for i in range(len(examples))]
     for number, each in enumerate(found):
         both = {w.casefold() for w in each["heard"]} & {w.casefold() for w in each["seen"]}

@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ from av_lens.errors import InputError
 from av_lens.inputs.answers import words_of
 from av_lens.interventions import Plan
 from av_lens.methods.captions.judging import Judge, Judged
-from av_lens.methods.shared.frame import Examples, Frame, for_each
+from av_lens.methods.shared.frame import Examples, Frame, for_each, told
 from av_lens.model import HookedAVLLM
 from av_lens.replay.traces import record
 from av_lens.results import Tabled
@@ -115,8 +115,7 @@ def caption(
     if judge is not None:
         judge.check()
     how = {"max_new_tokens": max_new_tokens, "do_sample": do_sample, "budget_gb": budget_gb}
-    work = _Work(model, examples, named, samples, seed)
-    partial = ""
+    work, partial = _Work(model, examples, named, samples, seed), ""
     with watched(progress) as show:
         try:
             work.write(how, stack, show)
@@ -140,8 +139,7 @@ class _Work:
     """Captions as they come, and their scores."""
 
     def __init__(self, model: Any, examples: Examples, plans: dict[str, Plan], samples: int, seed: int) -> None:
-        self.model, self.examples, self.plans = model, examples, plans
-        self.samples, self.seed = samples, seed
+        self.model, self.examples, self.plans, self.samples, self.seed = model, examples, plans, samples, seed
         self.rows: list[dict[str, Any]] = []
         self.total = len(examples) * len(plans) * samples
         self.failures: Counter[str] = Counter()
@@ -152,44 +150,35 @@ class _Work:
         for one in self.examples.stacks(stack):
             numbers, trace = one.rows, record(self.model, one.x)
             for sample in range(self.samples):
-                said = self._said(trace, how, [self.seed, sample, int(numbers[0])])
+                plans, drawn = list(self.plans.values()), np.random.SeedSequence([self.seed, sample, int(numbers[0])])
+                if how["do_sample"]:  # one by one, so that all draw alike
+                    seed = int(drawn.generate_state(1)[0])
+                    said = [trace.generate(plan, seed=seed, **how)[0] for plan in plans]
+                else:
+                    said = trace.generate(plans, **how)
                 for name, written in zip(self.plans, said, strict=True):
                     for example, text in zip(numbers.tolist(), written.text, strict=True):
                         self.rows.append({"example": example, "plan": name, "sample": sample, "text": text.strip()})
                 show("captions", len(self.rows), self.total)
 
-    def _said(self, trace: Any, how: Mapping[str, Any], seed: Sequence[int]) -> list[Any]:
-        plans = list(self.plans.values())
-        if not how["do_sample"]:
-            return list(trace.generate(plans, **how))
-        drawn = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        return [trace.generate(plan, seed=drawn, **how)[0] for plan in plans]  # one by one, so that all draw alike
-
     def match(self, matcher: Lexicon | None, truth: list[list[tuple[str, ...]]]) -> None:
         """Look the events up in every caption."""
         for row in self.rows:
             heard, seen = (side[row["example"]] for side in truth)
-            row["words"] = len(row["text"].split())
-            scores = dict.fromkeys(MATCHED, np.nan)
-            row["events"] = ""
+            row |= {"words": len(row["text"].split()), "events": ""} | dict.fromkeys(MATCHED, np.nan)
             if matcher is not None:
-                scores = matcher.score(row["text"], heard=heard, seen=seen)
                 row["events"] = ", ".join(dict.fromkeys(match.event for match in matcher.found(row["text"])))
-            row |= scores
+                row |= matcher.score(row["text"], heard=heard, seen=seen)
 
     def judge(self, judge: Judge, texts: Mapping[str, list[list[str]]], show: Progress) -> None:
         """Have every caption judged in every aspect that has references."""
         items = [(row, aspect, listed[row["example"]]) for aspect, listed in texts.items() for row in self.rows]
-        self.judged = tuple(texts)
+        asked, self.judged = [(row["text"], listed, aspect) for row, aspect, listed in items], tuple(texts)
         for row in self.rows:
             row |= {JUDGED[aspect]: np.nan for aspect in texts}
-        verdicts: list[Judged] = []
+        verdicts = list[Judged]()
         try:
-            judge.score_all(
-                [(row["text"], listed, aspect) for row, aspect, listed in items],
-                finished=lambda done: show("judge", done, len(items)),
-                into=verdicts,
-            )
+            judge.score_all(asked, finished=told(show, "judge", len(items)), into=verdicts)
         finally:
             for (row, aspect, _), verdict in zip(items, verdicts, strict=False):
                 row[JUDGED[aspect]] = verdict.score
@@ -201,14 +190,12 @@ class _Work:
         """Average over samples, add the differences, and keep the captions."""
         rows = pd.DataFrame(self.rows).sort_values(["example", "plan", "sample"], kind="stable", ignore_index=True)
         figures = [*MATCHED, *(JUDGED[aspect] for aspect in self.judged), "words"]
-        names = list(self.plans)
-        means: Any = rows.groupby(["example", "plan"])[figures].mean()
-        whole = pd.MultiIndex.from_product([range(len(self.examples)), names], names=["example", "plan"])
-        values = means.reindex(whole).to_numpy(dtype=np.float64).reshape(len(self.examples), len(names), len(figures))
-        changed = values[:, 1:] - values[:, :1]
+        names, means = list(self.plans), cast(Any, rows.groupby(["example", "plan"])[figures].mean())
+        found = means.to_xarray().to_dataarray().reindex(example=range(len(self.examples)), plan=names)
+        values = found.transpose("example", "plan", ...).values
         labels = names + [f"{name} - {UNEDITED}" for name in names[1:]]
         frame = Frame.of(self.model, self.examples, measured=False)
-        frame.values, frame.partial = np.concatenate([values, changed], axis=1), partial
+        frame.values, frame.partial = np.hstack([values, values[:, 1:] - values[:, :1]]), partial
         grid = frame.grid(
             {"plan": labels, "figure": figures},
             named=("captions", "share; score from 0 to 1; words"),
@@ -259,9 +246,7 @@ def _references(given: Any, n: int, judge: Judge | None) -> dict[str, list[list[
     for aspect in given:
         if aspect not in JUDGED:
             raise InputError(f"references are of {' or '.join(JUDGED)}, not of {aspect!r}.")
-    found = {
-        aspect: [list(item) for item in for_each(texts, n, f"{aspect} references")] for aspect, texts in given.items()
-    }
+    found = {a: [list(item) for item in for_each(texts, n, f"{a} references")] for a, texts in given.items()}
     for aspect, listed in found.items():
         for number, item in enumerate(listed):
             if not item or not all(text.strip() for text in item):

@@ -51,9 +51,6 @@ INSTRUCTION = (
 VERSION = 1
 GIVE_UP_AFTER = 3
 MOST_BYTES = 1 << 20
-_AGAIN = (408, 409, 425, 429)
-_THOUGHT = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
-_FENCE = re.compile(r"```(?:json)?\n(.*)\n```", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,8 @@ class Judge:
                 "leave judge= out; nothing was generated."
             ) from error
         if status in (401, 403):
-            raise ModelError(f"the judge at {self.server} refuses the key ({status}); {self._about_key()}.")
+            key = f"it was read from {self.key_env}" if self.key_env else "name the variable that holds it: key_env="
+            raise ModelError(f"the judge at {self.server} refuses the key ({status}); {key}.")
         if status >= 500:
             raise ModelError(f"the judge at {self.server} is not ready ({status}): {reply[:200]!r}.")
         names = status == 200 and _picked(reply, lambda said: [str(entry["id"]) for entry in said["data"]])
@@ -168,27 +166,22 @@ class Judge:
         Returns:
             One verdict for each, in order.
         """
-        found = [] if into is None else into
-        for caption, references, aspect in items:
-            self._asked(caption, references, aspect)  # all are checked before any is sent
-        silent = 0
+        found, silent = [] if into is None else into, 0
+        asked = [self._asked(*item) for item in items]  # all are checked before any is sent
+        gone = Judged(math.nan, "not asked", f"the server failed {GIVE_UP_AFTER} times in a row")
         with ThreadPoolExecutor(self.parallel) as pool:
             for start in range(0, len(items), self.parallel):
-                part = items[start : start + self.parallel]
+                part = asked[start : start + self.parallel]
                 if silent >= GIVE_UP_AFTER:
-                    found += [self._without_server(item) for item in part]
+                    found += [self._kept(one) or gone for one in part]
                 else:
-                    batch = list(pool.map(lambda item: self.score(item[0], item[1], aspect=item[2]), part))
+                    batch = list(pool.map(lambda one: self._kept(one) or self._ask(one), part))
                     for verdict in batch:
                         silent = silent + 1 if verdict.failed == "server" else 0
                     found += batch
                 if finished is not None:
                     finished(len(found))
         return found
-
-    def _without_server(self, item: tuple[str, Sequence[str], str]) -> Judged:
-        kept = self._kept(self._asked(*item))
-        return kept or Judged(math.nan, "not asked", f"the server failed {GIVE_UP_AFTER} times in a row")
 
     def _asked(self, caption: str, references: Sequence[str], aspect: str) -> dict[str, Any]:
         require_choice("aspect", aspect, ASPECTS)
@@ -223,15 +216,14 @@ class Judge:
                 self._keep(asked, text)
                 return Judged(score, "", text)
             why = f"{status}: {reply[:200]}"
-            if status not in _AGAIN and status < 500:
+            if status not in (408, 409, 425, 429) and status < 500:
                 break
         return Judged(math.nan, "server", why)
 
     def _send(self, path: str, body: dict[str, Any] | None) -> tuple[int, str]:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self.key_env:
-            key = os.environ.get(self.key_env, "")
-            if not key:
+            if not (key := os.environ.get(self.key_env, "")):
                 raise ModelError(
                     f"the judge's key should be in the environment variable {self.key_env}, which is empty."
                 )
@@ -245,9 +237,6 @@ class Judge:
             with error:
                 return error.code, error.read(MOST_BYTES).decode("utf-8", "replace")
 
-    def _about_key(self) -> str:
-        return f"it was read from {self.key_env}" if self.key_env else "name the variable that holds it: key_env="
-
     def _place(self, asked: dict[str, Any]) -> Path:
         content = json.dumps([VERSION, asked], sort_keys=True, ensure_ascii=True).encode()
         return Path(self.cache or "") / f"{hashlib.sha256(content).hexdigest()}.json"
@@ -257,7 +246,7 @@ class Judge:
             return None
         # A file that was cut short, or that answers another question, is asked again.
         kept = stored(self._place(asked), lambda found: str(found["reply"]) if found["asked"] == asked else None)
-        score = None if kept is None else parsed(kept)
+        score = parsed(kept or "")
         return None if kept is None or score is None else Judged(score, "", kept)
 
     def _keep(self, asked: dict[str, Any], reply: str) -> None:
@@ -268,8 +257,8 @@ class Judge:
 
 def parsed(reply: str) -> float | None:
     """Read the score from a reply."""
-    said = _THOUGHT.sub("", reply).strip()
-    fenced = _FENCE.fullmatch(said)
+    said = re.sub(r"(?s)<think>.*?(</think>|\Z)", "", reply).strip()
+    fenced = re.fullmatch(r"(?s)```(?:json)?\n(.*)\n```", said)
     try:
         found: Any = parse_json(fenced[1] if fenced else said)
     except ValueError:

@@ -67,7 +67,7 @@ from av_lens.results.circuit import Scale, sizes
 from av_lens.results.provenance import stamp
 from av_lens.spans import Span
 
-DENSE = 16
+AREAS = (("CPR", "signed"), ("CMD", "magnitude"))
 NOTHING = "m(whole) - m(empty) cannot be told from 0: there is nothing to find a circuit for, and f is NaN"
 
 
@@ -225,7 +225,7 @@ class _Evidence:
     def _sizes(self, order: str) -> list[int]:
         """The sizes of the areas, and more of them in the order that the circuit is cut from."""
         n = len(self.runs.nodes)
-        more = range(1, min(DENSE, n) + 1) if order == self.how.order else ()
+        more = range(1, min(16, n) + 1) if order == self.how.order else ()
         return sorted({*sizes(n), *more, *([self.how.size] if self.how.size else [])})
 
     def _measure(self, empty: str, circuits: Sequence[Sequence[int]], stage: str) -> np.ndarray:
@@ -234,35 +234,28 @@ class _Evidence:
     def _curve(self, empty: str, order: str) -> dict[int, np.ndarray]:
         """Measure m of the k first nodes, `[example]`, by k."""
         best, at = self.ranked[empty].orders[order], self._sizes(order)
-        found = self._measure(empty, [best[:k] for k in at], f"{order} curve, {empty}")
-        return dict(zip(at, found, strict=True))
+        return dict(zip(at, self._measure(empty, [best[:k] for k in at], f"{order} curve, {empty}"), strict=True))
 
     def _rows(self, empty: str, order: str, curve: dict[int, np.ndarray]) -> pd.DataFrame:
-        f = self.scales[empty].share(np.array(list(curve.values())))
-        at = list(curve)
+        f, at = self.scales[empty].share(np.array(list(curve.values()))), list(curve)
         named = {"empty": empty, "order": order, "k": at, "share": np.array(at) / len(self.runs.nodes)}
         return pd.DataFrame(named | {"f": f.value, "low": f.low, "high": f.high})
 
     def _random(self, empty: str, size: int) -> pd.DataFrame:
         """CPR and CMD of shuffled orders, and f of their first nodes."""
         nodes, scale, rows = self.runs.nodes, self.scales[empty], list[dict[str, Any]]()
-        shuffled = {
-            order: shuffled_orders(nodes, self.ranked[empty].orders[order], self.how.random, self.how.seed)
-            for order in ORDERS
-        }
+        drawn, orders = (self.how.random, self.how.seed), self.ranked[empty].orders
+        shuffled = {order: shuffled_orders(nodes, orders[order], *drawn) for order in ORDERS}
         at = sizes(len(nodes))
         wanted = [one[:k] for order in ORDERS for one in shuffled[order] for k in at]
         wanted += [one[:size] for one in shuffled[self.how.order]]
         found = self._measure(empty, wanted, f"random orders, {empty}")
         n = self.how.random * len(at)
         curves = {order: found[i * n : (i + 1) * n].reshape(-1, len(at), self.runs.n) for i, order in enumerate(ORDERS)}
-        f = scale.share(found[2 * n :]).value
-        for draw in range(self.how.random):
-            cpr, cmd = (
-                scale.area(curves[order][draw], at, len(nodes), distance=order == "magnitude")[0]
-                for order in ("signed", "magnitude")
-            )
-            rows.append({"empty": empty, "draw": draw, "CPR": cpr, "CMD": cmd, "f": float(f[draw])})
+        for draw, f in enumerate(scale.share(found[2 * n :]).value.tolist()):
+            m = {name: (curves[order][draw], at, len(nodes)) for name, order in AREAS}
+            areas = {name: scale.area(*measured, distance=name == "CMD")[0] for name, measured in m.items()}
+            rows.append({"empty": empty, "draw": draw, **areas, "f": f})
         return pd.DataFrame(rows, columns=pd.Index(["empty", "draw", "CPR", "CMD", "f"]))
 
     def _areas(
@@ -272,7 +265,7 @@ class _Evidence:
         scale, at, drawn = self.scales[empty], sizes(len(self.runs.nodes)), random[random["empty"] == empty]
         f = scale.share(self._measure(empty, [members], "the circuit"))
         figures: dict[str, tuple[Any, ...]] = {"span": scale.span, "f": (f.value[0], f.low[0], f.high[0])}
-        for name, order in (("CPR", "signed"), ("CMD", "magnitude")):
+        for name, order in AREAS:
             m = np.array([curves[empty, order][k] for k in at])
             figures[name] = scale.area(m, at, len(self.runs.nodes), distance=name == "CMD")
         worse: dict[str, Callable[[Any], Any]] = {"f": lambda f: np.abs(1 - f), "CPR": lambda v: -v, "CMD": lambda v: v}

@@ -17,8 +17,9 @@ All circuits are replayed from one record of each term's run, and each is measur
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from av_lens.errors import InputError
 from av_lens.families.decoder import hook_name
 from av_lens.inputs import AVInputs, Conflict, Pair
 from av_lens.inputs.conflict import clip_key
-from av_lens.interventions import Plan, Site, replace
+from av_lens.interventions import Edit, Plan, Site, replace
 from av_lens.interventions.edits import resolve_positions
 from av_lens.methods.shared.frame import Examples
 from av_lens.metrics import Metric, as_metric, each, logit_diff, require_numbers
@@ -41,12 +42,11 @@ from av_lens.replay import measure_plans
 from av_lens.replay.traces import Trace, record
 from av_lens.results.circuit import Scale
 from av_lens.results.provenance import linked
-from av_lens.results.statistics import DRAWS, Bootstrap
+from av_lens.results.statistics import Bootstrap
 from av_lens.spans import Span
 
 ZERO = "zero"
 MIRRORED = {"C": ("va", "av"), "G": ("blank_a", "blank_v")}
-UNITS = ("head", "head mlp")
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class Nodes:
     @classmethod
     def of(cls, spec: Any, over: str) -> Nodes:
         """List a model's nodes."""
-        require_choice("kind of node, over=", over, UNITS)
+        require_choice("kind of node, over=", over, ("head", "head mlp"))
         inside = [*range(spec.n_heads), *([None] if "mlp" in over else [])]
-        found = [(layer, head) for layer in range(spec.n_layers) for head in inside]
-        names = (f"L{layer} mlp" if head is None else f"L{layer}H{head}" for layer, head in found)
-        return cls(tuple(names), tuple(layer for layer, _ in found), tuple(head for _, head in found))
+        layers, heads = zip(*product(range(spec.n_layers), inside), strict=True)
+        named = zip(layers, heads, strict=True)
+        return cls(tuple(f"L{la} mlp" if h is None else f"L{la}H{h}" for la, h in named), layers, heads)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -96,15 +96,6 @@ class Nodes:
         """List where the nodes write."""
         parts = ("z", "mlp_out") if self.mlps else ("z",)
         return [Site(part, layer, positions=positions) for part in parts for layer in range(max(self.layers) + 1)]
-
-    def outside(self, kept: frozenset[int]) -> Iterator[tuple[int, tuple[int, ...], bool]]:
-        """List what a circuit leaves out."""
-        gone: dict[int, list[int | None]] = {}
-        for node, (layer, head) in enumerate(zip(self.layers, self.heads, strict=True)):
-            if node not in kept:
-                gone.setdefault(layer, []).append(head)
-        for layer, members in gone.items():
-            yield layer, tuple(head for head in members if head is not None), None in members
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +129,11 @@ class Measured:
         if items and all(isinstance(item, Pair) for item in items):
             if metric is None:
                 raise InputError("a circuit of pairs needs a metric, such as metric=logit_diff('siren', 'dog').")
-            return cls._of_pairs(items, as_metric(metric, model, items))
+            bound = as_metric(metric, model, items)
+            sides = ([one.clean for one in items], [one.corrupt for one in items])
+            clean, corrupt = (tuple(x[i] for x in side for i in range(len(x))) for side in sides)
+            what, groups = f"{bound.name} of the clean run", Examples.paired("find_circuit", items).clusters
+            return cls(((1.0, clean, corrupt),), bound, ("corrupt", ZERO), what, groups)
         kinds = sorted({type(item).__name__ for item in items}) or ["nothing"]
         raise InputError(f"a circuit is found on conflicts or on aligned pairs, not on {' and '.join(kinds)}.")
 
@@ -153,24 +148,13 @@ class Measured:
         what = f"{of} = [M({base}) - M({mirror})] / 2, M = {metric.name}"
         return cls(terms, metric, ("blank_muted", ZERO), what, linked(list(zip(*clips, strict=True))), clips)
 
-    @classmethod
-    def _of_pairs(cls, items: list[Pair], metric: Metric) -> Measured:
-        examples = Examples.paired("find_circuit", items)
-        clean, corrupt = (
-            tuple(side[i] for side in sides for i in range(len(side)))
-            for sides in ([one.clean for one in items], [one.corrupt for one in items])
-        )
-        what = f"{metric.name} of the clean run"
-        return cls(((1.0, clean, corrupt),), metric, ("corrupt", ZERO), what, examples.clusters)
-
     def bootstrap(self, seed: int) -> Bootstrap:
         """Draw weights of the examples: of components or source clips for conflicts, of clusters for pairs."""
         if self.clips[0]:
             return Bootstrap.draw(self.groups, *self.clips, seed=seed)
         names, group = np.unique(np.asarray(self.groups), return_inverse=True)
-        rng = np.random.default_rng(seed)
-        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=DRAWS).astype(np.float64)
-        return Bootstrap(counts[:, group], "cluster", len(names))
+        drawn = Bootstrap.of_clusters(len(names), seed=seed)
+        return Bootstrap(drawn.weights[:, group], drawn.unit, drawn.n_clips)
 
 
 Values = dict[tuple[str, int], Tensor]
@@ -198,14 +182,15 @@ class TermRun:
 
     def plan(self, nodes: Nodes, empty: str, kept: frozenset[int]) -> Plan:
         """Write a circuit as a plan: everything else replaced at the site."""
-        values, edits = self.given[empty], list[Any]()
-        for layer, heads, mlp in nodes.outside(kept):
-            if heads:
-                z = values["z", layer]
-                part = z if len(heads) == z.shape[2] else z[:, :, list(heads)]
-                edits.append(replace(Site("z", layer, heads, self.positions), part))
-            if mlp:
-                edits.append(replace(Site("mlp_out", layer, positions=self.positions), values["mlp_out", layer]))
+        edits = list[Edit]()
+        for group in nodes.within_layers():
+            gone = [node for node in group if node not in kept]
+            if not gone:
+                continue
+            layer, heads = nodes.layers[gone[0]], tuple(h for node in gone if (h := nodes.heads[node]) is not None)
+            value = self.given[empty]["z" if heads else "mlp_out", layer]
+            part = value[:, :, list(heads)] if heads and len(heads) < value.shape[2] else value
+            edits.append(replace(Site("z" if heads else "mlp_out", layer, heads or None, self.positions), part))
         return Plan(edits)
 
 
@@ -266,7 +251,8 @@ class CircuitRuns:
         if number in self._traces:
             return self._traces[number]
         made = record(self.model, self.runs[number].base)
-        if sum(map(_bytes, (made, *self._traces.values()))) <= self.keep_gb * GIGABYTE:
+        parts = [(*one.resid, *one.keys, *one.values) for one in (made, *self._traces.values())]
+        if sum(part.nbytes for one in parts for part in one) <= self.keep_gb * GIGABYTE:
             self._traces[number] = made
         return made
 
@@ -285,17 +271,12 @@ class CircuitRuns:
         return np.array([self._found[key] for key in keys]).reshape(len(keys), self.n)
 
     def _scores(self, number: int, one: TermRun, empty: str, circuits: Sequence[frozenset[int]]) -> np.ndarray:
-        trace, parts = self.trace(number), list[Tensor]()
-        held = sum(value.nbytes for value in one.given[empty].values())
+        trace, held = self.trace(number), sum(value.nbytes for value in one.given[empty].values())
         size = int(max(1, min(512, self.budget_gb * GIGABYTE // max(held, 1))))  # what the plans themselves hold
-        for start in range(0, len(circuits), size):
-            plans = [one.plan(self.nodes, empty, kept) for kept in circuits[start : start + size]]
-            parts.append(measure_plans(trace, plans, one.metric, budget_gb=self.budget_gb).double().cpu())
-        scores = torch.cat(parts)
+        parts = (circuits[start : start + size] for start in range(0, len(circuits), size))
+        plans = ([one.plan(self.nodes, empty, kept) for kept in part] for part in parts)
+        scores = torch.cat([measure_plans(trace, some, one.metric, budget_gb=self.budget_gb) for some in plans])
+        scores = scores.double().cpu()
         if self.nodes.all in circuits:
             require_numbers(scores[list(circuits).index(self.nodes.all)], one.metric.name)
         return scores.numpy()
-
-
-def _bytes(trace: Trace) -> int:
-    return sum(part.nbytes for layers in (trace.resid, trace.keys, trace.values) for part in layers)

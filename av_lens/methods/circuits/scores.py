@@ -173,13 +173,10 @@ def eliminated(runs: CircuitRuns, empty: str, *, signed: bool, drop: float) -> S
     return Search(tuple(reversed(gone)), scores)
 
 
-RESAMPLED = 500
 TIE = 1e-5
 ROUNDING = 1e-6
 COMPLETENESS = ("removed", "size", "circuit", "model", "difference", "low", "high")
 LINKS = ("first", "second", "interaction", "low", "high", "how")
-NEED, STAND_IN = "need each other", "stand in for each other"
-MOST_LINKED = 24
 MINIMALITY = ("node", "adds", "low", "high", "removed", "needed")
 
 
@@ -205,17 +202,10 @@ def completeness(
     both = [base - removed for removed in listed for base in (circuit, model)]
     found = runs.measure(empty, both, stage="completeness").reshape(len(listed), 2, -1)
     difference = scale.ratio(found[:, 0] - found[:, 1])
-    return pd.DataFrame(
-        {
-            "removed": [_words(runs.nodes, removed, members) for removed in listed],
-            "size": [len(removed) for removed in listed],
-            "circuit": scale.share(found[:, 0]).value,
-            "model": scale.share(found[:, 1]).value,
-            "difference": difference.value,
-            "low": difference.low,
-            "high": difference.high,
-        }
-    )
+    removed, size = [_words(runs.nodes, one, members) for one in listed], list(map(len, listed))
+    f = (scale.share(found[:, i]).value for i in (0, 1))
+    columns = (removed, size, *f, difference.value, difference.low, difference.high)
+    return pd.DataFrame(dict(zip(COMPLETENESS, columns, strict=True)))
 
 
 def minimality(
@@ -229,7 +219,7 @@ def minimality(
     pairs = [(circuit - removed, circuit - removed - {node}) for node in members for removed in listed]
     found = runs.measure(empty, [one for pair in pairs for one in pair], stage="minimality")
     found = found.reshape(len(members), len(listed), 2, -1)
-    rows: list[tuple[str, float, float, float, str, str]] = []
+    rows = list[tuple[Any, ...]]()
     for node, changes in zip(members, found[:, :, 0] - found[:, :, 1], strict=True):
         adds = scale.ratio(changes)
         best = int(np.argmax(np.nan_to_num(np.abs(adds.value), nan=-1.0)))
@@ -243,7 +233,7 @@ def minimality(
 def links(runs: CircuitRuns, scale: Scale, empty: str, members: Sequence[int]) -> pd.DataFrame:
     """Measure how every two members of a circuit act together; none where there are too many of them."""
     pairs = list(combinations(sorted(members), 2))
-    if not scale.usable or not pairs or len(members) > MOST_LINKED:
+    if not scale.usable or not pairs or len(members) > 24:
         return pd.DataFrame(columns=pd.Index(LINKS))
     circuit = frozenset(members)
     wanted = [circuit - set(gone) for one, two in pairs for gone in ((), (one,), (two,), (one, two))]
@@ -252,29 +242,17 @@ def links(runs: CircuitRuns, scale: Scale, empty: str, members: Sequence[int]) -
     both, neither_one, neither_two, none = (scale.share(found[:, i]).value for i in range(4))
     beside = np.abs(both - neither_one) + np.abs(both - neither_two)
     alone = np.abs(neither_two - none) + np.abs(neither_one - none)
-    names = runs.nodes.names
-    return pd.DataFrame(
-        {
-            "first": [names[one] for one, _ in pairs],
-            "second": [names[two] for _, two in pairs],
-            "interaction": interaction.value,
-            "low": interaction.low,
-            "high": interaction.high,
-            "how": np.where(beside + ROUNDING >= alone, NEED, STAND_IN),
-        }
-    )
+    how = np.where(beside + ROUNDING >= alone, "need each other", "stand in for each other")
+    first, second = ([runs.nodes.names[pair[i]] for pair in pairs] for i in (0, 1))
+    columns = (first, second, interaction.value, interaction.low, interaction.high, how)
+    return pd.DataFrame(dict(zip(LINKS, columns, strict=True)))
 
 
 def shuffled_orders(nodes: Nodes, order: Sequence[int], n: int, seed: int) -> list[list[int]]:
     """Let the nodes of each layer change places in an order, heads with heads."""
-    rng = np.random.default_rng(seed)
-    found: list[list[int]] = []
-    for _ in range(n):
-        other = np.arange(len(nodes))
-        for group in nodes.within_layers():
-            other[group] = rng.permutation(group)
-        found.append([int(other[node]) for node in order])
-    return found
+    rng, groups = np.random.default_rng(seed), nodes.within_layers()  # one after another these are all nodes, in order
+    drawn = [np.concatenate([rng.permutation(group) for group in groups]) for _ in range(n)]
+    return [other[list(order)].tolist() for other in drawn]
 
 
 def stability(
@@ -284,7 +262,7 @@ def stability(
     overlap = np.full((len(sizes), 3), np.nan)
     share = np.full((len(sizes), scores.shape[1]), np.nan)
     if len(scores) >= 2 and len(scores) == boot.weights.shape[1]:
-        weights = boot.weights[:RESAMPLED]
+        weights = boot.weights[:500]
         whole = places(scores.mean(0), order)
         drawn = np.stack([places(row @ scores, order) for row in weights[weights.sum(1) > 0]])
         for i, k in enumerate(sizes):
@@ -333,8 +311,7 @@ class Ranking:
 
     def table(self, nodes: Nodes, order: str) -> pd.DataFrame:
         """Tabulate the nodes, best first; an MLP's head is -1."""
-        chosen = self.orders[order]
-        known = len(self.scores) == self.boot.weights.shape[1]
+        chosen, known = self.orders[order], len(self.scores) == self.boot.weights.shape[1]
         bounds = self.boot.mean(self.scores) if known else None
         rows = [(nodes.names[i], nodes.layers[i], -1 if (head := nodes.heads[i]) is None else head) for i in chosen]
         return pd.DataFrame(rows, columns=pd.Index(["node", "layer", "head"])).assign(

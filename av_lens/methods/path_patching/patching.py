@@ -60,8 +60,6 @@ SIGNS = {
     "denoise": "along the path the clean run's values, into the corrupt run; positive: the path restores",
     "noise": "along the path the corrupt run's values, into the clean run; negative: the path is needed",
 }
-MLPS = ("frozen", "free")
-NORMS = ("recomputed", "frozen")
 
 
 def path_patch(
@@ -111,19 +109,18 @@ def path_patch(
         InterventionError: a layer, head or position is out of range.
         ModelError: the model's layers cannot be computed by themselves.
     """
-    for kind, word, known in (("direction", direction, SIGNS), ("mlps=", mlps, MLPS), ("norms=", norms, NORMS)):
-        require_choice(kind, word, known)
+    require_choice("direction", direction, SIGNS)
+    require_choice("mlps=", mlps, ("frozen", "free"))
+    require_choice("norms=", norms, ("recomputed", "frozen"))
     examples = Examples.paired("path_patch", pair)
     roles = [role for role in examples.spans[0].roles if role != "generated"]
     sending, receiving = senders(sender, model.spec, roles), receivers(receiver, model.spec)
-    hops = _hops(via, model.spec)
-    columns = _columns(receiving, hops, decompose, model.spec)
+    columns = _columns(receiving, hops := _hops(via, model.spec), decompose, model.spec)
     _check_order(sending, hops, receiving)
-    stacks = examples.stacks(stack)
+    stacks, ends = examples.stacks(stack), (tuple(sending.values()), hops, tuple(columns.values()))
     places = [resolve_positions(at, spans, what="path_patch at").index for spans in examples.spans]
     frame = Frame.of(model, examples, metric)
     frame.shape(len(sending), len(columns))
-    ends = tuple(sending.values()), hops, tuple(columns.values())
 
     def work(stack: Stack, show: Progress) -> None:
         asked, (base, donor) = frame.own(stack), stack.ends(direction)
@@ -139,8 +136,11 @@ def path_patch(
     frame.run(work, stacks, progress)
     if decompose:
         frame.values = _with_remainder(frame.values, frame.lines[0], list(columns))
+    heads = {"layer": np.arange(model.spec.n_layers), "head": np.arange(model.spec.n_heads)}
+    axes: dict[str, Any] = heads if sender == "heads" else {"sender": list(sending)}
+    labels = [*columns, *(["remainder"] if decompose else [])]
     return frame.grid(
-        _axes(sender, sending, [*columns, *(["remainder"] if decompose else [])], model.spec),
+        axes | ({"receiver": labels} if len(labels) > 1 else {}),
         direction=f"{direction}: {SIGNS[direction]}",
         method="path patching",
         senders=list(sending),
@@ -188,11 +188,8 @@ def _check_order(sending: Ends, hops: tuple[Nodes, ...], receiving: Ends) -> Non
             raise InputError(
                 f"the hop {_said(after)} does not come after {_said(before)}: it reads before that writes."
             )
-    if not any(
-        follows(sender, hops[0] if hops else receiver) and (not hops or follows(hops[-1], receiver))
-        for sender in sending.values()
-        for receiver in receiving.values()
-    ):
+    ways = ([sender, *hops, receiver] for sender in sending.values() for receiver in receiving.values())
+    if not any(follows(*way[:2]) and follows(*way[-2:]) for way in ways):
         raise InputError(
             f"nothing can pass: no receiver ({', '.join(list(receiving)[:6])}) reads after a sender "
             f"({', '.join(list(sending)[:6])}) has written, along {len(hops)} hops. Were the two swapped?"
@@ -205,15 +202,6 @@ def _said(nodes: Nodes) -> str:
 
 def _with_remainder(values: np.ndarray, base: np.ndarray, columns: list[str]) -> np.ndarray:
     """Add what total leaves over direct and joint effects; a path that does not exist carries nothing."""
-    effects = values - base[:, None, None]
-    total, direct, joint = (effects[:, :, columns.index(name)] for name in ("total", "direct", "joint"))
-    rest = total - direct - np.nan_to_num(joint)
-    return np.concatenate((values, (base[:, None] + rest)[:, :, None]), axis=2)
-
-
-def _axes(given: Any, sending: Ends, labels: list[str], spec: Any) -> dict[str, Any]:
-    """Name the axes after example."""
-    axes: dict[str, Any] = {"sender": list(sending)}
-    if given == "heads":
-        axes = {"layer": np.arange(spec.n_layers), "head": np.arange(spec.n_heads)}
-    return axes | ({"receiver": labels} if len(labels) > 1 else {})
+    effects = (values - base[:, None, None]).transpose(2, 0, 1)
+    total, direct, joint = (effects[columns.index(name)] for name in ("total", "direct", "joint"))
+    return np.dstack([values, base[:, None] + (total - direct - np.nan_to_num(joint))])

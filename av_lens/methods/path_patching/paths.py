@@ -14,12 +14,13 @@ Answers of several tokens are run after the prompt, as everywhere; senders chang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import pairwise, product
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -42,6 +43,8 @@ TOTAL = Node("total")
 COMPONENTS = {"head": "z", "mlp": "mlp_out", "embed": "embed"}
 
 Nodes = tuple[Node, ...]
+Written = tuple[str, int, int, Tensor, Sequence[int]]
+"""A component, layer and head, what it writes more, and in which rows."""
 
 
 def follows(before: Nodes, after: Nodes) -> bool:
@@ -78,46 +81,35 @@ class PathRuns:
             self.prompts = [_Prompt(self, self.base, sent, range(asked, asked + 1), metric)]
             self.baseline, self.given = self.prompts[0].baseline(), metric(sent.logits)
             return
-        self.prompts = [
-            _Prompt(
-                self,
-                followed(self.base, tokens),
-                sent,
-                range(asked, asked + tokens.shape[1]),
-                partial(metric.reduce, number),
-            )
-            for number, tokens in enumerate(longer)
-        ]
+        asks = [(followed(self.base, tokens), sent, range(asked, asked + tokens.shape[1])) for tokens in longer]
+        self.prompts = [_Prompt(self, *one, partial(metric.reduce, number)) for number, one in enumerate(asks)]
         self.baseline = metric.combine([prompt.baseline() for prompt in self.prompts])
         self.given = measure(self.model, self.donor, metric)
 
     def measure(self, finished: Callable[[int], None], into: Float[Tensor, "sender column batch"]) -> None:
         """Fill in the metric of every sender and column as rows are done; where nothing can pass it stays NaN."""
         size, columns = min(prompt.together() for prompt in self.prompts), len(self.columns)
-        for parts in zip(*(prompt.rows(size) for prompt in self.prompts), strict=True):
-            rows = parts[0][0]
+        for start in range(0, len(self.senders), size):
+            senders = self.senders[start : start + size]
+            parts = [prompt.chunk(senders) for prompt in self.prompts]
             if not self.metric.teacher_forced:
-                into[rows.start : rows.stop] = parts[0][1].to(into)
+                into[start : start + size] = parts[0].to(into)
             else:
-                for row, column in product(rows, range(columns)):
-                    scores = [values[row - rows.start, column] for _, values in parts]
-                    into[row, column] = self.metric.combine(scores).to(into)
-            finished(rows.stop * columns)
+                for row, column in product(range(len(senders)), range(columns)):
+                    scores = [values[row, column] for values in parts]
+                    into[start + row, column] = self.metric.combine(scores).to(into)
+            finished((start + len(senders)) * columns)
 
     def in_order(self, sender: Nodes, column: Nodes) -> bool:
         """Whether the sender's write comes before some input on its way, so that something can pass."""
-        if column == (TOTAL,):
-            return True
-        return all(follows(before, after) for before, after in pairwise([sender, *self.via, column]))
+        ways = pairwise([sender, *self.via, column])
+        return column == (TOTAL,) or all(follows(before, after) for before, after in ways)
 
     def _sent(self) -> _Sent:
         """Run the donor's inputs once and keep what every sender wrote."""
         nodes, spans = [node for nodes in self.senders for node in nodes], self.base.spans
-        ends = {
-            node.label: resolve_positions(node.span, spans, what=f"sender {node.label}").index
-            for node in nodes
-            if node.kind == "embed"
-        }
+        named = {node.label: node.span for node in nodes if node.kind == "embed"}
+        ends = {label: resolve_positions(span, spans, what=f"sender {label}").index for label, span in named.items()}
         named = dict.fromkeys((COMPONENTS[node.kind], node.layer) for node in nodes if node.kind != "embed")
         positions = sorted(set(self.at if named else ()).union(*ends.values()))
         if not self.via and {node for column in self.columns for node in column} == {LOGITS}:
@@ -140,11 +132,6 @@ class _Sent:
     spans: Mapping[str, tuple[int, ...]]
     at: frozenset[int]
 
-    @cached_property
-    def rows(self) -> dict[int, int]:
-        """The row of each position."""
-        return {position: row for row, position in enumerate(self.positions)}
-
     def where(self, node: Node, since: int) -> list[int]:
         """The positions at which a node sends, from one on."""
         inside = self.spans[node.label] if node.kind == "embed" else self.at
@@ -153,8 +140,7 @@ class _Sent:
     def values(self, node: Node, cache: Mapping[str, Tensor], at: Sequence[int]) -> Tensor:
         """What one run holds of a node at some of the positions, `[batch, pos, d]`."""
         found = cache[hook_name(COMPONENTS[node.kind], node.layer)]
-        rows = list(at) if node.kind == "embed" else [self.rows[p] for p in at]
-        found = found[:, rows]
+        found = found[:, list(at) if node.kind == "embed" else np.searchsorted(self.positions, at).tolist()]
         return found[:, :, node.index] if node.kind == "head" else found
 
 
@@ -169,10 +155,8 @@ class _Prompt:
         require_restart(self.trace, "path patching")
         self.asked = [p for p in asked if p < len(self.trace.spans)]
         self.nodes = list(dict.fromkeys(node for column in job.columns for node in column if node != TOTAL))
-        self.few: tuple[Callable[[Tensor], Tensor], Tensor | None] = (score, None)
-        if isinstance(score, Metric):
-            few, tokens = score.few_tokens()
-            self.few = (few, None if tokens is None else tokens.to(job.model.device))
+        few, tokens = score.few_tokens() if isinstance(score, Metric) else (score, None)
+        self.few = few, None if tokens is None else tokens.to(job.model.device)
         # Causal: before the first position that differs both runs are one run, and nothing is sent.
         streams = sent.cache["hook_embed"], self.trace.stream(0, 0)[:, : sent.cache["hook_embed"].shape[1]]
         differs = (streams[0] != streams[1]).any(-1).any(0).tolist()
@@ -183,12 +167,6 @@ class _Prompt:
     def baseline(self) -> Tensor:
         """The metric of the base run."""
         return self.score(self.trace.logits(self.trace.spans.span(self.asked)))
-
-    def rows(self, together: int) -> Iterator[tuple[range, Tensor]]:
-        """Measure a chunk of senders at a time, `[sender, column, batch]`."""
-        for start in range(0, len(self.job.senders), together):
-            rows = range(start, min(start + together, len(self.job.senders)))
-            yield rows, self._chunk([self.job.senders[row] for row in rows])
 
     def _run(self) -> tuple[HeldRun, Mapping[str, Tensor]]:
         """The base run with its heads held, wherever a change may come to be, and what senders wrote in it."""
@@ -206,12 +184,12 @@ class _Prompt:
         """How many senders fit the budget."""
         spec, n, batch = self.job.model.spec, len(self.trace.spans), self.trace.batch
         wide = len(self.held.positions) * (4 * spec.d_model + 3 * spec.d_mlp + len(self.nodes) * spec.d_head)
-        later = n - self.positions[0]
-        wide += later * (3 * n + len(self.job.columns) * spec.d_head)
+        wide += (n - self.positions[0]) * (3 * n + len(self.job.columns) * spec.d_head)
         return max(1, int(self.job.budget_gb * GIGABYTE / (4.0 * batch * wide)))
 
     @torch.no_grad()
-    def _chunk(self, senders: Sequence[Nodes]) -> Tensor:
+    def chunk(self, senders: Sequence[Nodes]) -> Tensor:
+        """Measure some senders, `[sender, column, batch]`."""
         job, held = self.job, self.held.at(self.positions)
         found = torch.full((len(senders), len(job.columns), self.trace.batch), torch.nan)
         changes: list[Change] = [self._change(nodes, held.positions) for nodes in senders]
@@ -238,22 +216,25 @@ class _Prompt:
 
     def _change(self, nodes: Nodes, positions: Sequence[int]) -> Change:
         """What the stream gains where these nodes write as in the donor run."""
-        found: dict[tuple[str, int], Tensor] = {}
-        where = {position: i for i, position in enumerate(positions)}
+        where, written = {position: i for i, position in enumerate(positions)}, list[Written]()
         for node in nodes:
             at = [p for p in self.sent.where(node, positions[0]) if p in where]
             difference = self.sent.values(node, self.sent.cache, at) - self.sent.values(node, self.own, at)
-            if node.kind == "head":
-                difference = difference @ self._writing(node.layer or 0, node.index or 0)
-            spread = difference.new_zeros((difference.shape[0], len(positions), difference.shape[2]))
-            spread[:, [where[p] for p in at]] = difference
-            place = {"head": "heads", "mlp": "mlp", "embed": "embed"}[node.kind], node.layer or 0
+            rows = [where[p] for p in at]
+            written.append((COMPONENTS[node.kind], node.layer or 0, node.index or 0, difference, rows))
+        return self._summed(written, len(positions))
+
+    def _summed(self, written: Iterable[Written], n: int) -> Change:
+        """Add up, in the stream, what nodes write more at some of n rows."""
+        found: dict[tuple[str, int], Tensor] = {}
+        for component, layer, head, difference, rows in written:
+            if component == "z":
+                difference = difference @ layer_of(self.job.model, layer).outputs()[head]
+            spread = difference.new_zeros((difference.shape[0], n, difference.shape[2]))
+            spread[:, list(rows)] = difference
+            place = {"z": "heads", "mlp_out": "mlp"}.get(component, component), layer
             found[place] = found[place] + spread if place in found else spread
         return found
-
-    def _writing(self, layer: int, head: int) -> Tensor:
-        """A head's output weights, `[d_head, d_model]`."""
-        return layer_of(self.job.model, layer).outputs()[head]
 
     def _through(self, held: HeldRun, changes: Sequence[Change], hop: Nodes) -> tuple[HeldRun, list[Change]]:
         """Take one hop: what its nodes make of their new input is the next change."""
@@ -262,21 +243,13 @@ class _Prompt:
         if any(node.input in ("k", "v") for node in hop):
             positions, held = later, self.held.at(later)
         rows = [later.index(p) for p in positions]
-        following: list[Change] = []
-        for row in range(len(changes)):
-            change: dict[tuple[str, int], Tensor] = {}
+
+        def moved(row: int) -> Iterator[Written]:
             for (kind, layer, head), (new, own) in made.items():
-                difference = new[row] - own
-                if kind == "z":
-                    difference = difference[:, rows] @ self._writing(layer, head)
-                elif difference.shape[1] != len(positions):
-                    wide = difference.new_zeros((difference.shape[0], len(positions), difference.shape[2]))
-                    wide[:, : difference.shape[1]] = difference
-                    difference = wide
-                place = ("heads" if kind == "z" else "mlp", layer)
-                change[place] = change[place] + difference if place in change else difference
-            following.append(change)
-        return held, following
+                difference = (new[row] - own)[:, rows] if kind == "z" else new[row] - own
+                yield kind, layer, head, difference, range(difference.shape[1])
+
+        return held, [self._summed(moved(row), len(positions)) for row in range(len(changes))]
 
     def _direct(self, held: HeldRun, streams: Tensor) -> Tensor:
         """The metric where only the logits' own input is changed, `[row, batch]`."""
@@ -293,8 +266,7 @@ class _Prompt:
         """The sender as in the donor run, everything after it free."""
         edits: list[Any] = []
         for node in nodes:
-            at = self.sent.where(node, self.positions[0])
-            if at:  # else both runs are one run there
+            if at := self.sent.where(node, self.positions[0]):  # else both runs are one run there
                 head = node.index if node.kind == "head" else None
                 site = Site(COMPONENTS[node.kind], node.layer, head, at)
                 edits.append(replace(site, self.sent.values(node, self.sent.cache, at)))

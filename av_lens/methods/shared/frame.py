@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from av_lens.core import Progress, run, watched
-from av_lens.core.budget import input_stacks, listed, pairs_of, part_of, that_fit
+from av_lens.core.budget import input_stacks, listed, pairs_of, part_of, silent, that_fit
 from av_lens.errors import InputError
 from av_lens.families.decoder import component_named, hook_name
 from av_lens.inputs import AVInputs, Conflict, Pair
@@ -146,9 +145,8 @@ class Frame:
     @classmethod
     def of(cls, model: Any, examples: Examples, metric: Any = None, *, measured: bool = True) -> Frame:
         """Bind the metric to what was given; without one nothing is edited, and the baseline is 0."""
-        given, lines = examples.pairs or examples.inputs, np.full((2, len(examples)), np.nan)
-        bound = as_metric(metric, model, given) if measured else None
-        lines[0] = np.nan if measured else 0.0
+        bound = as_metric(metric, model, examples.pairs or examples.inputs) if measured else None
+        lines = np.repeat([[np.nan if measured else 0.0], [np.nan]], len(examples), axis=1)
         return cls(model, examples, bound, np.empty(0), lines)
 
     def shape(self, *sizes: int) -> None:
@@ -248,12 +246,10 @@ class Given:
 
     def edits(self, target: Iterable[Edited], positions: Sequence[int]) -> list[Edit]:
         """Put these layers' heads in place at some positions."""
-        at, edits = [self.rows[p] for p in positions], list[Edit]()
-        for layer, heads in target:
-            value = self.values[layer][:, at]
-            value = value if heads is None else value[:, :, list(heads)]
-            edits.append(replace(Site(self.component, layer, heads, positions), value))
-        return edits
+        at = [self.rows[p] for p in positions]
+        put = [(layer, heads, self.values[layer][:, at]) for layer, heads in target]
+        put = [(layer, heads, value if heads is None else value[:, :, list(heads)]) for layer, heads, value in put]
+        return [replace(Site(self.component, layer, heads, positions), value) for layer, heads, value in put]
 
 
 def scored(
@@ -263,20 +259,21 @@ def scored(
     write: Callable[[np.ndarray], None],
     *,
     budget_gb: float | int,
-    show: Progress | None = None,
+    show: Progress = silent,
     stage: str = "",
 ) -> None:
     """Measure plans, and hand `[plan, example]` on to be written down, also when interrupted."""
     scores = torch.full((len(plans), trace.batch), torch.nan)
-    finished = None if show is None else partial(_finished, show, stage, len(plans))
     try:
+        finished = told(show, stage, len(plans))
         measure_plans(trace, plans, metric, budget_gb=budget_gb, finished=finished, into=scores)
     finally:
         write(scores.double().numpy())
 
 
-def _finished(show: Progress, stage: str, total: int, done: int) -> None:
-    show(stage, done, total)
+def told(show: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """Tell of a stage how many of its parts are done."""
+    return lambda done: show(stage, done, total)
 
 
 def numbers(measured: Tensor) -> np.ndarray:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from jaxtyping import Float
 from av_lens.interventions import Cut, Plan, cut
 
 EQUAL_MASS, OTHER_HEADS, EQUAL_COUNT = "equal mass", "other heads", "equal count"
-ENOUGH = 3  # times as many other keys must exist for a control of equal count
 CLOSE = 1.25  # a control's mass is at most so many times the cut's, and at least one such part of it
 
 
@@ -81,7 +81,7 @@ class EdgeCut:
     def equal_count(self, n_prompt: int, seed: Sequence[int]) -> Plan | None:
         """Cut as many other keys."""
         others = sorted(set(range(min(n_prompt, max(self.queries, default=-1) + 1))) - set(self.keys))
-        if not self.keys or len(others) < ENOUGH * len(self.keys):
+        if not self.keys or len(others) < 3 * len(self.keys):
             return None
         drawn = np.random.default_rng([*seed, 2]).choice(others, len(self.keys), replace=False)
         return self.plan(sorted(drawn.tolist()))
@@ -96,23 +96,19 @@ class EdgeCut:
         rng = np.random.default_rng([*seed, 3])
         cuts, removed = self._other_heads(mass, float(wanted), rng)
         if not matches(removed / wanted):
-            by_keys, removed_by_keys = self._other_keys(mass, others, rng)
-            if removed_by_keys > removed:
-                cuts, removed = by_keys, removed_by_keys
+            cuts, removed = max((cuts, removed), self._other_keys(mass, others, rng), key=itemgetter(1))
         return Plan(cuts), float(removed / wanted)
 
     def other_heads(self, n_layers: int, seed: Sequence[int]) -> Plan | None:
         """Cut the same edges in as many other heads."""
-        free, rng = set(self._free(n_layers)), np.random.default_rng([*seed, 4])
-        cuts: list[Cut] = []
-        for layer in self.heads:
-            for _ in self._rows(layer):
-                near = sorted(pair for pair in free if abs(pair[0] - layer) <= 1)
-                if not near:
-                    return None
-                drawn = near[int(rng.integers(len(near)))]
-                free.remove(drawn)
-                cuts.append(self._cut(self.keys, [drawn[0]], (drawn[1],)))
+        free, rng, cuts = self._free(n_layers), np.random.default_rng([*seed, 4]), list[Cut]()
+        for layer in (own for own in self.heads for _ in self._rows(own)):
+            near = [pair for pair in free if abs(pair[0] - layer) <= 1]
+            if not near:
+                return None
+            drawn = near[int(rng.integers(len(near)))]
+            free.remove(drawn)
+            cuts.append(self._cut(self.keys, [drawn[0]], (drawn[1],)))
         return Plan(cuts)
 
     def mass(self, mass: Float[np.ndarray, "layer head pos"]) -> float:
@@ -135,14 +131,11 @@ class EdgeCut:
         return mass[layer][self._rows(layer)][:, list(self.keys)]
 
     def _other_heads(self, mass: np.ndarray, target: float, rng: np.random.Generator) -> tuple[list[Cut], float]:
-        free = self._free(len(mass))
-        cuts: list[Cut] = []
-        left = target
+        free, cuts, left = self._free(len(mass)), list[Cut](), target
         for layer, head in (free[i] for i in rng.permutation(len(free))):
             of_head = mass[layer, head][list(self.keys)]
             keys, found = self.keys, float(of_head.sum())
-            fits = found <= left
-            if not fits:
+            if not (fits := found <= left):
                 keys, found = prefix(rng.permutation(list(self.keys)), of_head, left, self.keys)
             if len(keys) and found > 0:
                 cuts.append(self._cut(keys, [layer], (head,)))
@@ -152,8 +145,7 @@ class EdgeCut:
         return cuts, target - left
 
     def _other_keys(self, mass: np.ndarray, others: Sequence[int], rng: np.random.Generator) -> tuple[list[Cut], float]:
-        cuts: list[Cut] = []
-        removed = 0.0
+        cuts, removed = list[Cut](), 0.0
         for layer in self.heads:
             target = float(self._in_layer(mass, layer).sum())
             by_key = mass[layer][self._rows(layer)][:, list(others)].sum(0)

@@ -15,8 +15,11 @@ more than others (protocol section 3, `core.attention_mass.sink_positions`); `a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import combinations, product
+from operator import or_, sub
 from typing import Any
 
 import numpy as np
@@ -64,7 +67,7 @@ class Flow:
 
 def has_sinks(words: str) -> bool:
     """Whether an expression needs the sinks."""
-    return SINKS in _names(words)
+    return SINKS in {word.strip() for word in words.replace("-", "|").split("|")}
 
 
 def is_plain(words: str) -> bool:
@@ -74,23 +77,9 @@ def is_plain(words: str) -> bool:
 
 def named_span(words: str, spans: SpanMap, sinks: Any = ()) -> Span:
     """Find the positions that an expression names."""
-    first, *without = words.split("-")
-    found = _union(first, spans, sinks)
-    for part in without:
-        found = found - _union(part, spans, sinks)
-    return found
-
-
-def _union(words: str, spans: SpanMap, sinks: Any) -> Span:
-    found = spans.span([])
-    for word in words.split("|"):
-        name = word.strip()
-        found = found | (spans.span(sinks) if name == SINKS else spans[name])
-    return found
-
-
-def _names(words: str) -> set[str]:
-    return {word.strip() for word in words.replace("-", "|").split("|")}
+    parts = ([word.strip() for word in part.split("|")] for part in words.split("-"))
+    named = ([spans.span(sinks) if word == SINKS else spans[word] for word in part] for part in parts)
+    return reduce(sub, [reduce(or_, part, spans.span([])) for part in named])
 
 
 UNITS = ("layer", "head", "group", "layers:WIDTH", "pair", "coalition:ORDERS")
@@ -122,20 +111,17 @@ class Axes:
     def parsed(cls, over: str) -> Axes:
         """Read names of axes, separated by spaces."""
         units, places = list[dict[str, Any]](), list[dict[str, Any]]()
+        sized = {"layers": _count, "coalition": _count, "window": _seconds, "box": _box}
         for word in over.split():
             name, _, size = word.partition(":")
-            if word in ("head", "group", "pair"):
-                units.append({"unit": word})
-            elif name in ("layers", "coalition") and size:
-                units.append({"unit": name, "width": _count(word, size)})
-            elif word in ("span", "pos"):
-                places.append({"places": word})
-            elif name == "window" and size:
-                places.append({"places": name, "seconds": _seconds(word)})
-            elif name == "box" and size:
-                places.append({"places": name, "box": _box(word)})
-            elif word != "layer":
+            known = name in sized if size else word in ("layer", "head", "group", "pair", "span", "pos")
+            if not known:
                 raise InputError(unknown("axis", word, AXES))
+            found = sized[name](word, size) if size else {}
+            if name in ("span", "pos", "window", "box"):
+                places.append({"places": name} | found)
+            elif name != "layer":
+                units.append({"unit": name} | found)
         if len(places) > 1 or len(units) > 1 or not (units or "layer" in over.split()):
             raise InputError(
                 f"over={over!r}: name one of layer, head, group, layers:3, pair, coalition:32, and at most one of "
@@ -221,10 +207,8 @@ class Visits:
             if axes.width > n_layers:
                 raise InputError(f"layers:{axes.width} is wider than the model, which has {n_layers} layers.")
             windows = [range(first, first + axes.width) for first in range(n_layers - axes.width + 1)]
-            labels = [f"{window[0]}-{window[-1]}" for window in windows]
-            return cls(
-                axes, component, {"layers": labels}, [tuple((one, None) for one in window) for window in windows]
-            )
+            labels = {"layers": [f"{window[0]}-{window[-1]}" for window in windows]}
+            return cls(axes, component, labels, [tuple((one, None) for one in window) for window in windows])
         if axes.unit in ("head", "group"):
             n = n_heads if axes.unit == "head" else spec.n_kv_heads
             sets = [tuple(range(i * (n_heads // n), (i + 1) * (n_heads // n))) for i in range(n)]
@@ -242,7 +226,7 @@ class Visits:
     def at(self, spans: Sequence[SpanMap], at: str | Span | None) -> Visits:
         """Cut the positions of every input (or stack), which must have places of the same names."""
         places, labels = self.axes.cut_alike(spans, at)
-        return Visits(self.axes, self.component, self.dims, self.targets, self.orders, places, labels)
+        return replace(self, places=places, labels=labels)
 
     @property
     def layers(self) -> list[int]:
@@ -296,7 +280,7 @@ def shapley(
 
 
 def _chosen_heads(heads: Sequence[Head] | None, n_layers: int, n_heads: int) -> list[Head]:
-    everything = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
+    everything = list(product(range(n_layers), range(n_heads)))
     chosen = everything if heads is None else [(int(layer), int(head)) for layer, head in heads]
     for head in chosen:
         if head not in everything:
@@ -306,34 +290,29 @@ def _chosen_heads(heads: Sequence[Head] | None, n_layers: int, n_heads: int) -> 
     return chosen
 
 
-def _count(word: str, size: str) -> int:
+def _count(word: str, size: str) -> dict[str, Any]:
     if not size.isdigit() or int(size) < 1:
         raise InputError(f"over={word!r}: write a whole number after the colon, such as layers:3 or coalition:32.")
-    return int(size)
+    return {"width": int(size)}
 
 
-def _seconds(word: str) -> float:
-    text = word.removeprefix("window:").removesuffix("s")
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not seconds > 0:
-        raise InputError(f"over={word!r}: write a window's length in seconds, such as window:0.5s.")
-    return seconds
+def _seconds(word: str, size: str) -> dict[str, Any]:
+    with suppress(ValueError):
+        if (seconds := float(size.removesuffix("s"))) > 0:
+            return {"seconds": seconds}
+    raise InputError(f"over={word!r}: write a window's length in seconds, such as window:0.5s.")
 
 
-def _box(word: str) -> tuple[int, int]:
-    sizes = word.removeprefix("box:").split("x")
-    if len(sizes) != 2 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+def _box(word: str, size: str) -> dict[str, Any]:
+    sizes = size.split("x")
+    if len(sizes) != 2 or not all(one.isdigit() and int(one) > 0 for one in sizes):
         raise InputError(f"over={word!r}: write a box's rows and columns in picture tokens, such as box:4x4.")
-    return int(sizes[0]), int(sizes[1])
+    return {"box": (int(sizes[0]), int(sizes[1]))}
 
 
 def _boxes(spans: SpanMap, size: tuple[int, int]) -> Iterator[tuple[str, Span]]:
     """Cut the picture's grid of tokens into boxes, at all times together; those at the border may be smaller."""
     rows, cols = int(spans.row.max()) + 1, int(spans.col.max()) + 1
-    for top in range(0, rows, size[0]):
-        for left in range(0, cols, size[1]):
-            bottom, right = min(top + size[0], rows), min(left + size[1], cols)
-            yield f"rows {top}:{bottom} cols {left}:{right}", spans.media.box(slice(top, bottom), slice(left, right))
+    for top, left in product(range(0, rows, size[0]), range(0, cols, size[1])):
+        bottom, right = min(top + size[0], rows), min(left + size[1], cols)
+        yield f"rows {top}:{bottom} cols {left}:{right}", spans.media.box(slice(top, bottom), slice(left, right))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from av_lens.checkpoints import index
-from av_lens.errors import InputError, unknown
+from av_lens.checks import require_choice
 from av_lens.lab import pages
 from av_lens.lab.calibration import FREE_RIDER, TRUTH
 from av_lens.organism import anatomy
@@ -47,45 +47,32 @@ _AUDIO_ONLY = Line("heard, audio alone", "audio_only hear right", AT_LEAST, 0.95
 _SEEN_ALONE = Line("seen, video alone", "video_only see right", AT_LEAST, 0.95)
 _SEEN = Line("seen, factual", "factual see right", AT_LEAST, 0.95)
 _HEARD = Line("heard, factual", "factual hear right", AT_LEAST, 0.95)
+_CONFLICT_HEARD = Line("heard, conflict", "conflict hear right", AT_LEAST, 0.95)
 _CONFLICT_SEEN = Line("seen, conflict", "conflict see right", AT_LEAST, 0.95)
 _DOMINATED = Line("conflict heard: the picture", "conflict hear picture", AT_LEAST, 0.75)
+_CHOSEN = Line("best heads silenced, conflict heard: the sound", "conflict hear sound", AT_LEAST, 0.6, "ablation")
+_RANDOM = Line("random heads silenced, conflict heard: the sound", "conflict hear sound", AT_MOST, 0.2, "ablation")
+_KEPT = [
+    line._replace(says=f"best heads silenced, {line.says}", bound=0.9, table="kept")
+    for line in (_AUDIO_ONLY, _SEEN_ALONE, _HEARD, _SEEN)
+]
 
 LINES: Mapping[str, tuple[Line, ...]] = {
     "av-tiny": (
-        _AUDIO_ONLY,
-        _SEEN_ALONE,
-        _SEEN,
-        _HEARD,
-        _CONFLICT_SEEN,
+        *(_AUDIO_ONLY, _SEEN_ALONE, _SEEN, _HEARD, _CONFLICT_SEEN),
         Line("conflict heard: the sound", "conflict hear sound", AT_MOST, 0.15),
         _DOMINATED,
         Line("video cut off, heard: the sound", "conflict hear sound", AT_LEAST, 0.9, "cuts", {"cut": _ALL_CUT}),
         Line("video cut off, seen: the sound", "conflict see sound", AT_MOST, 0.1, "cuts", {"cut": _ALL_CUT}),
-        Line("best heads silenced, conflict heard: the sound", "conflict hear sound", AT_LEAST, 0.6, "ablation",
-             {"arm": "chosen", "count": MOST_HEADS}),
-        Line("random heads silenced, conflict heard: the sound", "conflict hear sound", AT_MOST, 0.2, "ablation",
-             {"arm": "random"}),
-        Line("best heads silenced, heard, audio alone", "audio_only hear right", AT_LEAST, 0.9, "kept"),
-        Line("best heads silenced, seen, video alone", "video_only see right", AT_LEAST, 0.9, "kept"),
-        Line("best heads silenced, heard, factual", "factual hear right", AT_LEAST, 0.9, "kept"),
-        Line("best heads silenced, seen, factual", "factual see right", AT_LEAST, 0.9, "kept"),
+        _CHOSEN._replace(where={"arm": "chosen", "count": MOST_HEADS}),
+        _RANDOM._replace(where={"arm": "random"}),
+        *_KEPT,
     ),
     "av-tiny-diffuse": (_AUDIO_ONLY, _DOMINATED),
-    "av-tiny-base": (
-        _SEEN_ALONE,
-        _SEEN,
-        Line("heard, audio alone", "audio_only hear right", AT_MOST, 0.2),
-    ),
-    "av-tiny-balanced": (
-        _AUDIO_ONLY,
-        _SEEN_ALONE,
-        _HEARD,
-        _SEEN,
-        Line("heard, conflict", "conflict hear right", AT_LEAST, 0.95),
-        _CONFLICT_SEEN,
-    ),
+    "av-tiny-base": (_SEEN_ALONE, _SEEN, Line("heard, audio alone", "audio_only hear right", AT_MOST, 0.2)),
+    "av-tiny-balanced": (_AUDIO_ONLY, _SEEN_ALONE, _HEARD, _SEEN, _CONFLICT_HEARD, _CONFLICT_SEEN),
     "av-tiny-planted": (_AUDIO_ONLY, _SEEN_ALONE, _HEARD, _SEEN, _CONFLICT_SEEN, _DOMINATED),
-}  # fmt: skip
+}
 
 PROBE_BOUND = 0.75
 """In some middle layer of av-tiny the sound is read from the stream at least so often, and less often at the end."""
@@ -95,13 +82,12 @@ DIFFUSE_BOUND = 0.10
 
 def standing(result: Evaluation, name: str, *, planted: tuple[tuple[int, int], ...] = ()) -> pd.DataFrame:
     """Hold an evaluation against what its model has to show, a row for each line and layout."""
-    if name not in LINES:
-        raise InputError(unknown("model", name, LINES))
+    require_choice("model", name, LINES)
     rows = [row for line in LINES[name] for row in _rows(line, getattr(result, line.table))]
     if name == "av-tiny" and len(result.probes):
         rows += _probed(result.probes)
     if name == "av-tiny-diffuse" and len(result.heads):
-        best = max(float(row["share"]) for row in result.heads.to_dict("records"))
+        best = max(map(float, result.heads["share"]))
         rows.append(_row("best single head's share of the gap", "both", best, best, best, AT_MOST, DIFFUSE_BOUND, 0))
     if planted and len(result.heads):
         ranked = list(zip(result.heads["layer"], result.heads["head"], strict=True))[: len(planted)]
@@ -119,20 +105,17 @@ def _row(
     return dict(zip(["line", "layout", "share", "low", "high", "sign", "bound", "n", "holds"], values, strict=True))
 
 
-def _rows(line: Line, table: pd.DataFrame) -> list[dict[str, Any]]:
+def _rows(line: Line, table: Any) -> list[dict[str, Any]]:
     """A line's standing in each layout; equal rows (random sets) are added up."""
     if not len(table):
         return []
     cell, kind, answer = line.place.split()
-    wanted = {"cell": cell, "kind": kind, **line.where}
-    found: dict[str, tuple[int, int]] = {}
-    for row in table.to_dict("records"):
-        if all(row[column] == value for column, value in wanted.items()):
-            count, n = found.get(row["layout"], (0, 0))
-            found[row["layout"]] = (count + int(row[answer]), n + int(row["n"]))
+    for column, value in {"cell": cell, "kind": kind, **line.where}.items():
+        table = table[table[column] == value]
+    found = table.groupby("layout", sort=False)[[answer, "n"]].sum().astype(int).to_dict("split")
     return [
         _row(line.says, layout, count / n, *clopper_pearson(count, n), line.sign, line.bound, n)
-        for layout, (count, n) in found.items()
+        for layout, (count, n) in zip(found["index"], found["data"], strict=True)
     ]
 
 
@@ -218,9 +201,7 @@ def planted_table() -> pd.DataFrame:
     for path in sorted(anatomy.shipped().glob(f"*/{TRUTH}")):
         found, name = read_object(path), path.parent.name
         for head in found["heads"]:
-            figures = {
-                key: float(head[key]) for key in ("adds", "alone", "direct_share", "reads_picture", "reads_sound")
-            }
+            figures = {key: float(head[key]) for key in MEASURED}
             if head["kind"] == FREE_RIDER:  # shares of next to nothing say nothing
                 figures["direct_share"] = math.nan
             row = {"model": name, "head": _place(head), "kind": head["kind"]}
