@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -235,13 +236,7 @@ def require_budget(
 
     A cache of scores or patterns needs a layer's whole scores while it runs, which count too.
     """
-
-    def taken(cached: Iterable[str]) -> float:
-        cached = tuple(cached)
-        whole = any(name.endswith(_WHOLE_SCORES) for name in cached)
-        working = score_gigabytes(batch * spec.n_heads * n_pos * n_pos, itemsize=itemsize) if whole else 0.0
-        return cache_bytes(cached, spec, batch=batch, n_pos=n_pos, itemsize=itemsize) / GIGABYTE + working
-
+    taken = partial(_taken, spec, batch, n_pos, itemsize)
     need = taken(names)
     if need <= budget_gb:
         return
@@ -254,6 +249,14 @@ def require_budget(
         if fits <= budget_gb:
             raise BudgetError(f"{text} This filter fits, with about {fits:.3g} GB: names_filter={shown}.")
     raise BudgetError(f"{text} Name single hooks in names_filter, stack fewer examples, or raise budget_gb.")
+
+
+def _taken(spec: ModelSpec, batch: int, n_pos: int, itemsize: int, cached: Iterable[str]) -> float:
+    """GB of a cache of these hooks, and of whole scores while it is made where any needs them."""
+    cached = tuple(cached)
+    whole = any(name.endswith(_WHOLE_SCORES) for name in cached)
+    working = score_gigabytes(batch * spec.n_heads * n_pos * n_pos, itemsize=itemsize) if whole else 0.0
+    return cache_bytes(cached, spec, batch=batch, n_pos=n_pos, itemsize=itemsize) / GIGABYTE + working
 
 
 def _suggestions(spec: ModelSpec) -> list[tuple[str, tuple[str, ...]]]:

@@ -44,11 +44,11 @@ def heads_first(activation: Tensor, component: str) -> Tensor:
 
 def watching(see: Callable[[Tensor], Any]) -> Callable[..., None]:
     """A hook that looks on: `see` is shown the activation, and nothing is changed."""
+    return functools.partial(_shown, see)
 
-    def shown(activation: Tensor, hook: Any = None) -> None:
-        see(activation)
 
-    return shown
+def _shown(see: Callable[[Tensor], Any], activation: Tensor, hook: Any = None) -> None:
+    see(activation)
 
 
 def rows_of(rows: slice | Tensor) -> Callable[..., Tensor]:

@@ -291,18 +291,18 @@ def run(
     wanted = capture_slices(model, x.spans, capture)
     _require_memory(wanted, model, x, budget_gb)
     kept: dict[str, Tensor] = {}
-
-    def keep(name: str, activation: Tensor) -> None:
-        part = wanted[name]
-        kept[name] = activation if part is None else part.cut(activation)
-
-    hooks = [*compiled.fwd_hooks, *((name, watching(partial(keep, name))) for name in wanted)]
+    looks = ((name, watching(partial(_keep, kept, name, part))) for name, part in wanted.items())
+    hooks = [*compiled.fwd_hooks, *looks]
     logits = logits_of(model, x, hooks, rows, budget_gb=budget_gb)
     compiled.verify()
     missing = [name for name in wanted if name not in kept]
     if missing:
         raise InterventionError(f"the run never passed through {missing[0]}: this model does not use that hook.")
     return Run(logits, Kept(kept, model.bridge), compiled.fired, tuple(rows.tolist()))
+
+
+def _keep(kept: dict[str, Tensor], name: str, part: Any, activation: Tensor) -> None:
+    kept[name] = activation if part is None else part.cut(activation)
 
 
 def logits_of(

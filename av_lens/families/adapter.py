@@ -126,6 +126,7 @@ class Continued:
 
     def forward(self, **kwargs: Any) -> Any:
         """Run the model."""
+        self.__dict__.pop("_heard", None)  # of a run that was broken off
         ids, embeds, cache = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "past_key_values"))
         past = 0 if cache is None else cache.get_seq_length()
         if kwargs.get("position_ids") is None and past:

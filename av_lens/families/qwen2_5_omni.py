@@ -16,15 +16,15 @@ from av_lens.families.adapter import causal_decoder, decoder_adapter
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
 
-Qwen2_5OmniThinkerAdapter = decoder_adapter(
-    "Qwen2_5OmniThinker",
-    towers={
+PARTS = {
+    "towers": {
         "audio_encoder": ("model.audio_tower", "last_hidden_state"),
         "vision_encoder": ("model.visual", "pooler_output"),
     },
-    media={"audio": "input_features", "image": "pixel_values", "video": "pixel_values_videos"},
-    biases=True,
-)
+    "media": {"audio": "input_features", "image": "pixel_values", "video": "pixel_values_videos"},
+}
+"""A thinker's towers, and the tensors of what they encode."""
+Qwen2_5OmniThinkerAdapter = decoder_adapter("Qwen2_5OmniThinker", **PARTS, biases=True)
 
 
 def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:

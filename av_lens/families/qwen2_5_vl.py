@@ -21,6 +21,11 @@ from av_lens.families.media_layout import Media, TensorAxes
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
 
+PARTS = {
+    "towers": {"vision_encoder": ("model.visual", "pooler_output")},
+    "media": {"image": "pixel_values", "video": "pixel_values_videos"},
+}
+"""The tower, and the tensors of what it encodes."""
 TYPES = {"image": 1, "video": 2}
 """How the model is told which positions are pictures."""
 
@@ -76,12 +81,7 @@ def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> torch.Tensor:
 
 FAMILY = Family(
     model_class=Qwen2_5_VLForConditionalGeneration,
-    adapter=decoder_adapter(
-        "Qwen2_5VL",
-        towers={"vision_encoder": ("model.visual", "pooler_output")},
-        media={"image": "pixel_values", "video": "pixel_values_videos"},
-        biases=True,
-    ),
+    adapter=decoder_adapter("Qwen2_5VL", **PARTS, biases=True),
     media=Qwen2_5VLMedia,
     position_ids=position_ids,
     replay_traits=causal_decoder,

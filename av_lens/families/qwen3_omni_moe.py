@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
 from av_lens.families.adapter import causal_decoder, decoder_adapter, deepstack
-from av_lens.families.qwen2_5_omni import position_ids
+from av_lens.families.qwen2_5_omni import PARTS, position_ids
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
 
@@ -43,18 +43,11 @@ class Qwen3OmniMedia(QwenMedia):
         return np.arange(n).astype(np.float32) * np.float32(step_s) * np.float32(self.ids_per_second)
 
 
+Qwen3OmniMoeThinkerAdapter = decoder_adapter("Qwen3OmniMoeThinker", **PARTS, qk_norm=True, experts=True)
+
 FAMILY = Family(
     model_class=Qwen3OmniMoeThinkerForConditionalGeneration,
-    adapter=decoder_adapter(
-        "Qwen3OmniMoeThinker",
-        towers={
-            "audio_encoder": ("model.audio_tower", "last_hidden_state"),
-            "vision_encoder": ("model.visual", "pooler_output"),
-        },
-        media={"audio": "input_features", "image": "pixel_values", "video": "pixel_values_videos"},
-        qk_norm=True,
-        experts=True,
-    ),
+    adapter=Qwen3OmniMoeThinkerAdapter,
     media=Qwen3OmniMedia,
     position_ids=position_ids,
     replay_traits=causal_decoder,

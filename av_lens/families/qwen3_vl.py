@@ -16,7 +16,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from av_lens.families.adapter import causal_decoder, decoder_adapter, deepstack
 from av_lens.families.media_layout import Media
-from av_lens.families.qwen2_5_vl import Qwen2_5VLMedia, position_ids
+from av_lens.families.qwen2_5_vl import PARTS, Qwen2_5VLMedia, position_ids
 from av_lens.families.registry import Family
 
 
@@ -56,12 +56,7 @@ class Qwen3VLMedia(Qwen2_5VLMedia):
 
 FAMILY = Family(
     model_class=Qwen3VLForConditionalGeneration,
-    adapter=decoder_adapter(
-        "Qwen3VL",
-        towers={"vision_encoder": ("model.visual", "pooler_output")},
-        media={"image": "pixel_values", "video": "pixel_values_videos"},
-        qk_norm=True,
-    ),
+    adapter=decoder_adapter("Qwen3VL", **PARTS, qk_norm=True),
     media=Qwen3VLMedia,
     position_ids=position_ids,
     replay_traits=causal_decoder,

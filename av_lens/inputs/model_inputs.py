@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import itertools
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -31,7 +30,7 @@ from av_lens.colours import ROLE_COLOURS
 from av_lens.errors import AlignmentError, InputError, unknown
 from av_lens.families.media_layout import TensorAxes
 from av_lens.media.clip import Clip
-from av_lens.spans import ROLES, SpanMap
+from av_lens.spans import ROLES, SpanMap, role_runs
 
 if TYPE_CHECKING:
     import pandas
@@ -39,12 +38,6 @@ if TYPE_CHECKING:
 
 _WIDTH, _HEIGHT = 760.0, 26.0
 _MOST_RUNS = 22
-
-
-def runs_of(spans: SpanMap) -> list[tuple[str, int, int]]:
-    """Cut a map into runs of equal roles: role, start and stop of each, in order."""
-    runs = (list(run) for _, run in itertools.groupby(range(len(spans)), spans.roles.__getitem__))
-    return [(spans.roles[run[0]], run[0], run[-1] + 1) for run in runs]
 
 
 def _interval(spans: SpanMap, start: int, stop: int, prefix: str) -> str:
@@ -74,7 +67,7 @@ def summary(x: AVInputs) -> str:
         "  tensors: " + "; ".join(shapes),
         f"  {'positions':>12}  {'role':<10} {'count':>6}  model clock      source clock",
     ]
-    runs = runs_of(x.spans)
+    runs = role_runs(x.spans.roles)
     shown = runs if len(runs) <= _MOST_RUNS else [*runs[: _MOST_RUNS - 8], None, *runs[-8:]]
     for run in shown:
         if run is None:
@@ -92,7 +85,7 @@ def strip(x: AVInputs) -> str:
     spans = x.spans
     scale = _WIDTH / max(1, len(spans))
     bars: list[str] = []
-    for role, start, stop in runs_of(spans):
+    for role, start, stop in role_runs(spans.roles):
         seconds = _interval(spans, start, stop, "")
         title = f"{role} {start}-{stop - 1} ({stop - start}) {seconds} {_what(spans, start, stop)}".strip()
         bars.append(
@@ -396,13 +389,13 @@ _KNOWN: WeakValueDictionary[bytes, Tensor] = WeakValueDictionary()
 
 def shared(x: AVInputs) -> AVInputs:
     """Give the same inputs with large tensors that are held elsewhere already."""
+    return replace(x, tensors={name: _held(value) for name, value in x.tensors.items()})
 
-    def held(value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.nbytes < SMALLEST or value.device.type != "cpu":
-            return value
-        return _KNOWN.setdefault(content_hash(value), value)
 
-    return replace(x, tensors={name: held(value) for name, value in x.tensors.items()})
+def _held(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.nbytes < SMALLEST or value.device.type != "cpu":
+        return value
+    return _KNOWN.setdefault(content_hash(value), value)
 
 
 def content_hash(value: Tensor) -> bytes:

@@ -23,7 +23,7 @@ from av_lens.brief import Brief
 from av_lens.errors import InterventionError
 from av_lens.families.decoder import hook_name
 from av_lens.interventions.edges import BoundCut, Cut, cut_scores_, silence_
-from av_lens.interventions.edits import Edit, ModelSpec, Site
+from av_lens.interventions.edits import BoundEdit, Edit, ModelSpec, Site
 from av_lens.interventions.plan_files import read_plan, write_plan
 from av_lens.spans import SpanMap
 
@@ -239,15 +239,16 @@ class CompiledPlan(Brief):
 def _steps_of(number: int, edit: Edit | Cut, spec: ModelSpec, spans: SpanMap, batch: int | None) -> list[Step]:
     if isinstance(edit, Edit):
         bound = edit.bound(spec, spans, batch)
-
-        def of_edges(activation: Tensor, offset: int) -> bool:  # `[batch, head, query_pos, key_pos]`: rows are queries
-            return bound.apply_(activation.transpose(1, 2), offset)
-
-        apply_ = of_edges if edit.site.is_edges else bound.apply_
+        apply_ = partial(_on_edges, bound) if edit.site.is_edges else bound.apply_
         prompt, decode = int(len(bound.positions) > 0), int(bound.positions.decode)
         return [Step(number, edit.site.component, edit.site.layer, apply_, prompt, decode, bound.rowwise)]
     edges = edit.bound(spec, spans, batch)
     return [step for layer in edges.layers for step in _steps_of_cut(number, edges, layer)]
+
+
+def _on_edges(bound: BoundEdit, activation: Tensor, offset: int) -> bool:
+    """Edit `[batch, head, query_pos, key_pos]`, whose rows are queries."""
+    return bound.apply_(activation.transpose(1, 2), offset)
 
 
 def _steps_of_cut(number: int, bound: BoundCut, layer: int) -> list[Step]:

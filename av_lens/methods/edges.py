@@ -267,8 +267,8 @@ class _Job:
             middle, modules = self.middles[layer] + change, layer_of(self.trace.model, layer)
             with torch.no_grad():
                 stream = middle + modules.mlp(modules.ln2(middle))
-                if layer in self.trace.added:
-                    stream = with_added(stream, self.trace.added[layer])
+                if (added := self.trace.added_from(0).get(layer)) is not None:
+                    stream = with_added(stream, added)
             middle = middle[:, self._start :]
         else:
             stream = self.trace.stream(layer + 1, 0) + change

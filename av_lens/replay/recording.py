@@ -305,8 +305,19 @@ class Record(Brief):
         device = self.model.device
         cos, sin = (table.to(device) for table in self.tables)
         window = Window.at(start, (cos, sin), None if self.mask is None else self.mask.to(device))
-        later = {layer: part[:, start:].to(device) for layer, part in self.added.items() if part.shape[1] > start}
-        return replace(window, added=later)
+        return replace(window, added=self.added_from(start))
+
+    def added_from(self, start: int) -> dict[int, Float[Tensor, "batch _ d_model"]]:
+        """What is added after each layer from a position on, where the model is; layers where nothing is are left out.
+
+        Args:
+            start: the first position.
+
+        Returns:
+            By layer, up to the last position at which anything is added.
+        """
+        later = {layer: part[:, start:] for layer, part in self.added.items() if part.shape[1] > start}
+        return {layer: part.to(self.model.device) for layer, part in later.items()}
 
 
 @torch.no_grad()
@@ -364,6 +375,21 @@ def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits:
         )
 
 
+def _enter(
+    entered: dict[str, Any], stop: type[Exception] | None, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    entered.update({name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")})
+    entered["hidden_states"] = args[0] if args else kwargs.get("hidden_states")
+    if stop is not None:
+        raise stop
+
+
+def _told(
+    entered: dict[str, Any], added: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    entered["added"] = added(kwargs)
+
+
 def trimmed(added: Tensor) -> Tensor:
     """What is added after a layer, up to the last position at which anything is."""
     where = added.abs().amax((0, 2)).nonzero()
@@ -374,18 +400,9 @@ def trimmed(added: Tensor) -> Tensor:
 def entering(model: Any, stop: type[Exception] | None = None) -> Generator[dict[str, Any]]:
     """Collect what the decoder hands its first block (stream, rotary tables, mask), and what it adds between blocks."""
     entered: dict[str, Any] = {}
-
-    def told(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered["added"] = model.family.added(kwargs)
-
-    def enter(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.update({name: kwargs.get(name) for name in ("position_embeddings", "attention_mask")})
-        entered["hidden_states"] = args[0] if args else kwargs.get("hidden_states")
-        if stop is not None:
-            raise stop
-
-    handles = [model.bridge.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)]
+    handles = [model.bridge.blocks[0].register_forward_pre_hook(partial(_enter, entered, stop), with_kwargs=True)]
     if model.family.added is not None:
+        told = partial(_told, entered, model.family.added)
         handles.append(model.hf_model.get_decoder().register_forward_pre_hook(told, with_kwargs=True))
     try:
         yield entered

@@ -34,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
@@ -316,12 +317,13 @@ def restarted_layers(
 ) -> Iterator[tuple[int, Made]]:
     """The same from a recorded run; `entering` may take the recorded stream's place in the first layer."""
     start = taps.offset
-
-    def enter(number: int, stream: Tensor | None) -> Tensor:
-        recorded = record.stream(number, start) if entering is None or stream is not None else entering
-        return taps.enter(number, stream, recorded)
-
+    enter = partial(_entered, record, taps, entering)
     return run_layers(record.model, record.window(start), taps, enter, lambda one: record.past(one, start), rows=rows)
+
+
+def _entered(record: Record, taps: Taps, entering: Tensor | None, number: int, stream: Tensor | None) -> Tensor:
+    recorded = record.stream(number, taps.offset) if entering is None or stream is not None else entering
+    return taps.enter(number, stream, recorded)
 
 
 def no_edits(n_prompt: int, layer: int = 0, start: int = 0) -> Taps:

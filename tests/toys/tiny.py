@@ -152,21 +152,26 @@ def tiny_config(*, n_layers: int = 4, d_model: int = 64, n_heads: int = 4, n_kv_
     )
 
 
-def tiny_hf_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
-    """A random thinker in evaluation mode; biases and norms are random too, so that nothing cancels by accident."""
-    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
-
+@torch.no_grad()
+def randomized(model_class: Any, config: Any, seed: int) -> Any:
+    """A random model in evaluation mode; biases and norms are random too, so that nothing cancels by accident."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2_5OmniThinkerForConditionalGeneration(copy.deepcopy(tiny_config(**config)))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("bias"):
-                    parameter.normal_(0.0, 0.1, generator=generator)
-                elif "norm" in name:
-                    parameter.uniform_(0.5, 1.5, generator=generator)
-    return model.to(dtype).eval()
+        model = model_class(copy.deepcopy(config))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(0.0, 0.1, generator=generator)
+        elif "norm" in name:
+            parameter.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
+
+
+def tiny_hf_model(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """A random thinker."""
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+    return randomized(Qwen2_5OmniThinkerForConditionalGeneration, tiny_config(**config), seed).to(dtype)
 
 
 def tiny_media(seconds: float = 3.0, *, fps: float = 2.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import CHAT_TEMPLATE, tiny_hf_model, tiny_processor, token_ids
+from tiny import CHAT_TEMPLATE, randomized, tiny_hf_model, tiny_processor, token_ids
 
 import av_lens as avl
 from av_lens.organism.anatomy import END_OF_TEXT, SPECIALS, TURN_END
@@ -38,19 +38,15 @@ class Tiny:
     layouts: Mapping[str, Mapping[str, Any]]
 
 
-@torch.no_grad()
-def randomized(model_class: Any, config: Any, seed: int) -> Any:
-    """A model whose biases and norms are random too, so that nothing cancels by accident."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = model_class(copy.deepcopy(config))
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.normal_(0.0, 0.1, generator=generator)
-        elif "norm" in name:
-            parameter.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
+def picture_tokens() -> dict[str, int]:
+    """Which tokens stand for pictures, as configurations say it."""
+    ids = token_ids()
+    return {
+        "image_token_id": ids["<|IMAGE|>"],
+        "video_token_id": ids["<|VIDEO|>"],
+        "vision_start_token_id": ids["<|vision_bos|>"],
+        "vision_end_token_id": ids["<|vision_eos|>"],
+    }
 
 
 def vl_config() -> Any:
@@ -84,10 +80,7 @@ def vl_config() -> Any:
             "tokens_per_second": 2,
             "initializer_range": 0.1,
         },
-        image_token_id=ids["<|IMAGE|>"],
-        video_token_id=ids["<|VIDEO|>"],
-        vision_start_token_id=ids["<|vision_bos|>"],
-        vision_end_token_id=ids["<|vision_eos|>"],
+        **picture_tokens(),
         tie_word_embeddings=False,
     )
 
@@ -168,13 +161,10 @@ def omni3_config() -> Any:
             "max_source_positions": 1500,
             "initializer_range": 0.1,
         },
+        **picture_tokens(),
         audio_token_id=ids["<|AUDIO|>"],
-        image_token_id=ids["<|IMAGE|>"],
-        video_token_id=ids["<|VIDEO|>"],
         audio_start_token_id=ids["<|audio_bos|>"],
         audio_end_token_id=ids["<|audio_eos|>"],
-        vision_start_token_id=ids["<|vision_bos|>"],
-        vision_end_token_id=ids["<|vision_eos|>"],
         user_token_id=ids["u"],
         position_id_per_seconds=13,
         pad_token_id=ids[END_OF_TEXT],
@@ -216,7 +206,7 @@ def vl3_config() -> Any:
     """Qwen3-VL: pictures after layers 0 and 1."""
     from transformers import Qwen3VLConfig
 
-    omni, ids = omni3_config(), token_ids()
+    omni = omni3_config()
     text = {
         name: value
         for name, value in omni.text_config.to_dict().items()
@@ -226,10 +216,7 @@ def vl3_config() -> Any:
     return Qwen3VLConfig(
         text_config=text,
         vision_config=vision,
-        image_token_id=ids["<|IMAGE|>"],
-        video_token_id=ids["<|VIDEO|>"],
-        vision_start_token_id=ids["<|vision_bos|>"],
-        vision_end_token_id=ids["<|vision_eos|>"],
+        **picture_tokens(),
         tie_word_embeddings=False,
     )
 

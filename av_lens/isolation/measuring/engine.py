@@ -28,7 +28,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from av_lens.core.calls import unembedded
+from av_lens.core.calls import unembedded, watching
 from av_lens.core.execution import logits_of, run
 from av_lens.core.readings import incoming_mass
 from av_lens.errors import ProtocolError, unknown
@@ -378,11 +378,7 @@ class ModelEngine:
             return Edited(recording.logits, recording.final)
         compiled = plan.compile(self.model.spec, recording.inputs.spans, batch=len(recording.inputs))
         asked, final = int(recording.window[-1]), list[Tensor]()
-
-        def keep(stream: Tensor, hook: Any = None) -> None:
-            final.append(stream[:, asked].detach().clone())
-
-        last = (hook_name("resid_post", self.n_layers - 1), keep)
+        last = (hook_name("resid_post", self.n_layers - 1), watching(partial(_keep, final, asked)))
         with torch.no_grad():
             logits = logits_of(self.model, recording.inputs, [*compiled.fwd_hooks, last], torch.tensor([asked]))[:, 0]
         compiled.verify()
@@ -442,3 +438,7 @@ class Cells:
     def __getitem__(self, name: str) -> AVInputs:
         """Give a cell, encoded when first asked for."""
         return self._mirror["audio_only"] if name == "audio_only_v" else self._own[name]
+
+
+def _keep(kept: list[Tensor], position: int, stream: Tensor) -> None:
+    kept.append(stream[:, position].detach().clone())
