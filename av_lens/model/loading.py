@@ -100,6 +100,7 @@ def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **opti
 
 
 def _hooked(hf_model: Any, processor: Any, name: str, **more: Any) -> HookedAVLLM:
+    processor = family_of(type(hf_model)).media.opened(processor)
     check_parts(hf_model, processor, name)
     bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
     return HookedAVLLM(bridge, processor, name=name, **more)
