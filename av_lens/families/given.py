@@ -115,7 +115,9 @@ class Given:
             self._refuse("times", timed.any(axis=1) & ~((start >= 0) & (end >= start) & np.isfinite(end)), "runs back")
         _require("row and col", (self.row is None) == (self.col is None), "come together: give both, or neither")
         if self.row is not None:
-            self._refuse("row", ((self.row >= 0) | (self.col >= 0)) & ~pictures, "is no position of a picture: -1 there")
+            self._refuse(
+                "row", ((self.row >= 0) | (self.col >= 0)) & ~pictures, "is no position of a picture: -1 there"
+            )
             self._refuse("row", (self.row >= 0) != (self.col >= 0), "has a row or a column alone")
 
     def _refuse(self, name: str, wrong: np.ndarray, why: str) -> None:
@@ -175,8 +177,8 @@ class Given:
             The longer prompt; its positions go on from the last.
         """
         n, new = len(self), len(ids)
-        tail = {name: None if (of := getattr(self, name)) is None else of for name in ("times", "row", "col")}
         nothing = {"times": np.full((new, 2), np.nan), "row": np.full(new, -1), "col": np.full(new, -1)}
+        columns = {name: getattr(self, name) for name in nothing if getattr(self, name) is not None}
         own = torch.arange(n)[None] if self.position_ids is None else self.position_ids
         return replace(
             self,
@@ -185,7 +187,7 @@ class Given:
             ids=[*([0] * n if self.ids is None else self.ids), *ids],
             tokens=None if self.tokens is None else (*self.tokens, *tokens),
             position_ids=torch.cat([own, own[:, -1:] + torch.arange(1, new + 1)], dim=1),
-            **{name: None if of is None else np.concatenate([of, nothing[name]]) for name, of in tail.items()},
+            **{name: np.concatenate([column, nothing[name]]) for name, column in columns.items()},
         )
 
     def save(self, path: str | Path) -> Path:
@@ -241,8 +243,8 @@ class Given:
             told, names = dict(parse_json(metadata["told"])), set(opened.keys())
             if strange := sorted((names - set(_COLUMNS)) | (set(told) - _TOLD)):
                 raise InputError(f"{path}: {unknown('field of a Given', strange[0], (*_COLUMNS, *_TOLD))} {_AGAIN}")
-            columns = {name: opened.get_tensor(name).clone() for name in names}
-            columns["embeds"], told["roles"] = columns["embeds"], [str(role) for role in told["roles"]]
+            told["roles"] = [str(role) for role in told["roles"]]
+            columns = {name: opened.get_tensor(name).clone() for name in {*names, "embeds"}}
         try:
             return cls(**columns, **told)
         except InputError as wrong:
@@ -266,12 +268,9 @@ def _roles(roles: Sequence[str], n: int) -> tuple[str, ...]:
         if role not in ROLES:
             raise InputError(f"roles[{at}]: {unknown('role', role, ROLES)}")
     asked = named.count("generation")
-    _require(
-        "roles",
-        asked == 1 and named[-1] == "generation",
-        f"has {asked} 'generation' and ends with {named[-1] if named else 'nothing'!r}: the last position, and no other, "
-        "is where the answer is asked",
-    )
+    ends = named[-1] if named else "nothing"
+    why = "the last position, and no other, is where the answer is asked"
+    _require("roles", asked == 1 and ends == "generation", f"has {asked} 'generation' and ends with {ends!r}: {why}")
     return named
 
 

@@ -1,8 +1,8 @@
 """Which model families av_lens can open: those of this folder, those of other packages, those that are registered.
 
-A file of this folder that holds a `FAMILY` is one (or several, `FAMILIES`, that share all but a line); so is what another package names in its entry points, group
-`av_lens.families` (each by the name of its class), and what is given to `register_family`. A model's family is that of
-its class, or of the nearest class that it is derived from.
+A file of this folder that holds a `FAMILY` is one (or several, `FAMILIES`, that share all but a line); so is what
+another package names in its entry points, group `av_lens.families` (each by the name of its class), and what is given
+to `register_family`. A model's family is that of its class, or of the nearest class that it is derived from.
 """
 
 from __future__ import annotations

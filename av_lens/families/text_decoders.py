@@ -1,4 +1,4 @@
-"""Text decoders, as models with code of their own carry them: Qwen2, Qwen3, Llama, Mistral; one file, as they share all.
+"""Text decoders, as models with code of their own carry them: Qwen2, Qwen3, Llama, Mistral.
 
 They take text alone, and what `av_lens.bring` feeds them. Positions are one stream. Mistral's layers all read one
 window: its mask is recorded with a run, so a restart is exact, and only decoding past the window runs hooked.
@@ -72,8 +72,8 @@ class TextMedia(MediaLayout):
     def media(self, clip: Any, *, picture: str | None, sound: str | None, fps: float | int) -> Media:
         """Refuse a clip."""
         raise InputError(
-            f"this model reads text alone, and got {clip!r}: ask model.encode(None, question). To feed it what encoders "
-            "of your own make of a clip, wrap it with av_lens.bring.wrap."
+            f"this model reads text alone, and got {clip!r}: ask model.encode(None, question). To feed it what your "
+            "own encoders make of a clip, wrap it with av_lens.bring.wrap."
         )
 
     def bare(self, kind: str) -> str:

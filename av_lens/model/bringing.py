@@ -47,6 +47,7 @@ from av_lens.media.clip import Clip
 from av_lens.model.loading import OPENERS, quiet, require_plain
 from av_lens.model.selfcheck import check_model, check_weights
 from av_lens.model.wrapper import HookedAVLLM
+from av_lens.spans import GROUPS
 from av_lens.whole_files import make_folder, whole_file
 
 Embed = Callable[..., Given]
@@ -110,7 +111,8 @@ def _keywords(embed: Embed | None) -> frozenset[str]:
     try:
         inspect.signature(embed).bind(None, "")
     except TypeError as error:
-        raise InputError(f"embed is called as embed(clip, question, **asked), and yours takes no such call: {error}.")
+        why = f"embed is called as embed(clip, question, **asked), and yours takes no such call: {error}."
+        raise InputError(why) from error
     every = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
     return frozenset(_USUAL) if every else frozenset(_USUAL) & set(parameters)
 
@@ -217,8 +219,8 @@ class BroughtEncoder(Encoder):
         ids = np.zeros(len(given), dtype=np.int64) if given.ids is None else given.ids
         read = given.tokens
         if read is None:
-            text = self._decoded(ids)
-            read = [one if role not in ("audio", "video", "image") else role for one, role in zip(text, given.roles)]
+            pairs = zip(self._decoded(ids), given.roles, strict=True)
+            read = [role if role in GROUPS["media"] else text for text, role in pairs]
         positions = given.streams(self._n_streams)[:, None]
         embeds, all_ids = given.embeds.to(self._dtype), torch.from_numpy(ids)[None]
         tensors = {
@@ -257,7 +259,9 @@ class BroughtEncoder(Encoder):
         shown, heeded = _shown(clip, sound, picture), _keywords(self._embed)
         usual = _USUAL | {"picture": (*_USUAL["picture"], "image")} if shown is not None and shown.is_image else _USUAL
         for name in (name for name in asked if name not in heeded and asked[name] not in usual[name]):
-            raise InputError(f"{name}={asked[name]!r} is asked of an embed that takes no {name}=: give it that keyword.")
+            raise InputError(
+                f"{name}={asked[name]!r} is asked of an embed that takes no {name}=: give it that keyword."
+            )
         with torch.no_grad():
             given = self._embed(shown, question, **{name: asked[name] for name in sorted(heeded)})
         if not isinstance(given, Given):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -294,8 +298,8 @@ def _shown(clip: Clip | None, sound: str | None, picture: str | None) -> Clip | 
 class Saved:
     """An `embed` that answers from a folder of saved `Given`s, one for each clip (as it is shown) and question.
 
-    What is missing is made by `embed`, where there is one, and kept. Else it is refused, and a file `NAME.ask` says what
-    is wanted, media included, to whoever runs the model's own code (the exporter of "Bring your own in 30 lines").
+    What is missing is made by `embed`, where there is one, and kept. Else it is refused, and a file `NAME.ask` says
+    what is wanted, media included, to whoever runs the model's own code (the exporter of "Bring your own in 30 lines").
 
     Args:
         folder: where the files are.
@@ -306,9 +310,7 @@ class Saved:
         self.folder, self.embed = Path(folder), embed
         make_folder(self.folder)
 
-    def __call__(
-        self, clip: Clip | None, question: str, *, fps: float | int = 2.0, system: str | None = None
-    ) -> Given:
+    def __call__(self, clip: Clip | None, question: str, *, fps: float | int = 2.0, system: str | None = None) -> Given:
         """The `Given` of a clip and a question."""
         path = self.folder / f"{self.name(clip, question, fps=fps, system=system)}.safetensors"
         if path.is_file():
@@ -356,7 +358,8 @@ class Saved:
         tensors = {name: torch.from_numpy(np.array(one)) for name, one in media.items() if one is not None}
         if "frames" in tensors and clip is not None:
             tensors["times"] = torch.from_numpy(np.array(clip.times))
-        told = {"question": question, "fps": fps, "system": system, "rate": None if clip is None else clip.rate}
+        told = {"question": question, "fps": fps, "system": system}
+        told |= {} if clip is None else {"rate": clip.rate, "duration": clip.duration}
         with whole_file(path) as beside:
             save_file(tensors, beside, metadata={"told": json.dumps(told)})
         return path
