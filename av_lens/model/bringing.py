@@ -266,12 +266,12 @@ class BroughtEncoder(Encoder):
             given = self._embed(shown, question, **{name: asked[name] for name in sorted(heeded)})
         if not isinstance(given, Given):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InputError(f"embed gave {type(given).__name__}: it returns av_lens.bring.Given(embeds, roles, ...).")
-        for kind, there in (("audio", shown is not None and shown.has_sound), ("picture", picture is not None)):
-            n = sum(role == kind or (kind == "picture" and role in ("video", "image")) for role in given.roles)
-            if there != bool(n):
+        for kind, there, roles in (("sound", sound, ("audio",)), ("picture", picture, ("video", "image"))):
+            n = sum(role in roles for role in given.roles)
+            if (there is not None) != bool(n):
                 raise InputError(
-                    f"embed was shown {'a' if there else 'no'} {kind} and gave {n} positions of it: leave no stream "
-                    "out that is there, and put none in that is not."
+                    f"embed was shown {'no' if there is None else 'a'} {kind} and gave {n} positions of it: leave no "
+                    "stream out that is there, and put none in that is not."
                 )
         woven = {"in_video", "separate"}
         if {how.sound, given.layout} <= woven and how.sound != given.layout:
