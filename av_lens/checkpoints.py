@@ -23,10 +23,11 @@ from av_lens.checks import foreign_file, near_file, parse_json
 from av_lens.errors import ModelError, unknown
 
 WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
-CONFIG, DIFFERENCE = "config.json", "difference.json"
+CONFIG, DIFFERENCE, BROUGHT = "config.json", "difference.json", "bring.json"
 LARGEST, MOST_LAYERS = 10**8, 1000
 """A whole number in `config.json`, or a number of layers, above which it is no size of a model."""
 _LAYERS = ("num_hidden_layers", "depth", "encoder_layers")
+_BROUGHT = ("model", "family", "prefix", "inner", "tokenizer")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MOST_HEADER = 100_000_000  # bytes: what safetensors itself allows
 _AGAIN = "Download or copy the checkpoint again."
@@ -69,9 +70,24 @@ def located(name: str) -> Path | None:
 def check_checkpoint(name: str) -> None:
     """Refuse a name or a folder that cannot be loaded, as far as that can be seen without opening the model."""
     folder = located(name)
+    if folder is not None and (folder / BROUGHT).is_file():
+        folder, _ = brought(folder)
     if folder is not None and not (folder / DIFFERENCE).is_file():
         check_configurations(folder)
         check_weight_files(folder)
+
+
+def brought(folder: Path) -> tuple[Path, dict[str, str]]:
+    """Read which checkpoint's decoder a folder of saved inputs is for, and how it is loaded."""
+    with foreign_file(folder / BROUGHT, "a json object of texts", error=ModelError):
+        told = {name: str(value) for name, value in dict(parse_json((folder / BROUGHT).read_bytes())).items()}
+        for name in told:
+            if name not in _BROUGHT:
+                raise ModelError(f"{folder / BROUGHT}: {unknown('key', name, _BROUGHT)}")
+        place = folder / told.pop("model")
+    if not place.is_dir():
+        raise ModelError(f"{folder / BROUGHT} names the checkpoint {str(place)!r}, which is no folder.")
+    return place, told
 
 
 def check_configurations(folder: Path) -> None:

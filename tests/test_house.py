@@ -31,6 +31,7 @@ ORDER = [
     {"metrics"},
     {"replay"},
     {"model"},
+    {"bring"},
     {"methods"},
     {"isolation"},
     {"organism"},

@@ -29,9 +29,9 @@ def families() -> list[tuple[str, str]]:
     """List the architectures that can be opened: those with an adapter of ours, and other packages' families."""
     found = {point.name: "any checkpoint of this class" for point in entry_points(group="av_lens.families")}
     for path in sorted((_ROOT / "families").glob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FAMILY":
-                facts = {word.arg: word.value for word in node.value.keywords}  # pyright: ignore[reportAttributeAccessIssue]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Family":
+                facts = {word.arg: word.value for word in node.keywords}
                 found[ast.unparse(facts["model_class"])] = ast.literal_eval(facts["checkpoints"])
     return sorted(found.items())
 

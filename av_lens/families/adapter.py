@@ -194,10 +194,13 @@ def deepstack(told: Mapping[str, Any]) -> dict[int, torch.Tensor]:
 def causal_decoder(config: Any) -> ReplayTraits:
     """Restarts are exact but for layers with a sliding window beside others, where a config has them.
 
+    Where all layers have one window, their one mask is recorded with the run.
+
     Media enter with the embeddings, and else only as what is added after a layer (recorded with the run); every layer
     has its own keys and values, and attention is causal throughout.
     """
     text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or ()
-    sliding = len(set(kinds)) > 1 and "sliding_attention" in kinds
-    return ReplayTraits(sliding_window=text.sliding_window if sliding else None)
+    kinds, window = set(getattr(text, "layer_types", None) or ()), getattr(text, "sliding_window", None)
+    if len(kinds) > 1:
+        return ReplayTraits(sliding_window=window if "sliding_attention" in kinds else None)
+    return ReplayTraits(shared_window=window if kinds <= {"sliding_attention"} else None)

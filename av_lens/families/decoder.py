@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -64,6 +64,8 @@ class ReplayTraits:
         bidirectional: roles whose positions read each other both ways, within a run of neighbouring positions.
         sliding_window: how many positions the layers with a window read, where other layers have none or another; None
             where all layers have one mask.
+        shared_window: how many positions all layers read, where all have one window. A recorded run holds its mask, so
+            restarts are exact; decoding past it forgets keys, and is left to full runs.
         deepstack: whether features are added to the stream between layers.
         per_layer_inputs: whether layers read embeddings of their own.
         shared_keys: whether layers read another layer's keys and values.
@@ -71,6 +73,7 @@ class ReplayTraits:
 
     bidirectional: tuple[str, ...] = ()
     sliding_window: int | None = None
+    shared_window: int | None = None
     deepstack: bool = False
     per_layer_inputs: bool = False
     shared_keys: bool = False
@@ -79,8 +82,9 @@ class ReplayTraits:
         for role in self.bidirectional:
             if role not in ROLES:
                 raise ModelError(unknown("role", role, ROLES))
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ModelError(f"a sliding window holds at least one position, not {self.sliding_window}.")
+        for window in (self.sliding_window, self.shared_window):
+            if window is not None and window < 1:
+                raise ModelError(f"a sliding window holds at least one position, not {window}.")
 
     def obstacle(self, n_pos: int) -> str:
         """Say in words why a run of so many positions cannot be restarted; empty where a restart is exact."""
@@ -90,6 +94,10 @@ class ReplayTraits:
                 f"some of its layers read a sliding window of {self.sliding_window} positions, and there are {n_pos}"
             )
         return f"this architecture cannot be restarted: {'; '.join(reasons)}" if reasons else ""
+
+    def forgets(self, n_pos: int) -> bool:
+        """Whether a run of so many positions leaves its first ones unread."""
+        return self.shared_window is not None and n_pos > self.shared_window
 
     def restart(self, position: int, roles: Sequence[str]) -> int:
         """Find where a restart must begin for a change at a position: at the start of a block that reads both ways."""
@@ -453,6 +461,11 @@ def flash(
         scores = scores + mask.float()
     weight = scores.logsumexp(-1)
     return (scores - weight[..., None]).exp().to(v.dtype) @ v, weight
+
+
+def as_forward(position_ids: Shaped[Tensor, "stream batch pos"]) -> Shaped[Tensor, "*stream batch pos"]:
+    """Position ids as a forward and its rotary embedding take them: a single stream without its axis."""
+    return position_ids[0] if position_ids.shape[0] == 1 else position_ids
 
 
 def causal_mask(n: int, like: Tensor) -> Float[Tensor, "1 1 pos pos"]:

@@ -258,6 +258,11 @@ class TensorAxes:
     heard: str = ""
     lengthened: Mapping[str, int] = field(default_factory=lambda: {"attention_mask": 1})
 
+    @property
+    def apart(self) -> frozenset[str]:
+        """Tensors of which rows are no examples."""
+        return frozenset(self.patches)
+
     def example(self, tensors: Mapping[str, Any], i: int) -> dict[str, Any]:
         """Cut one example out of a batch; its sound is cut to what is heard, where the batch was padded to that."""
         found = {name: value[i : i + 1] if isinstance(value, Tensor) else value for name, value in tensors.items()}
@@ -331,6 +336,11 @@ class MediaLayout(ABC):
 
     @abstractmethod
     def __init__(self, processor: Any, config: Any, *, cache_bytes: int = 512 << 20) -> None: ...
+
+    @classmethod
+    def opened(cls, processor: Any) -> Any:
+        """What stands for the processor that a checkpoint has."""
+        return processor
 
     @classmethod
     @abstractmethod

@@ -1,8 +1,8 @@
 """Which model families av_lens can open: those of this folder, those of other packages, those that are registered.
 
-A file of this folder that holds a `FAMILY` is one; so is what another package names in its entry points, group
-`av_lens.families` (each by the name of its class), and what is given to `register_family`. A model's family is that of
-its class, or of the nearest class that it is derived from.
+A file of this folder that holds a `FAMILY` is one (or several, `FAMILIES`, that share all but a line); so is what
+another package names in its entry points, group `av_lens.families` (each by the name of its class), and what is given
+to `register_family`. A model's family is that of its class, or of the nearest class that it is derived from.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def _add(family: Family) -> None:
 def _discover() -> None:
     """Find the families of this folder, and those that other packages name."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        found = getattr(import_module(f"av_lens.families.{module.name}"), "FAMILY", None)
-        if found is not None:
+        held = vars(import_module(f"av_lens.families.{module.name}"))
+        for found in held.get("FAMILIES", [held["FAMILY"]] if "FAMILY" in held else []):
             _add(found)
     for entry in entry_points(group=GROUP):
         try:

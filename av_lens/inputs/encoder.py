@@ -272,7 +272,7 @@ class Encoder:
     ) -> AVInputs:
         """Make the model's input of a clip and a question, or of lists of either."""
         how = Asked(sound, picture, fps, system, prefix, answer)
-        clips = [_clip(each, fps, picture) for each in (clip if isinstance(clip, list | tuple) else [clip])]
+        clips = [self._medium(each, fps, picture) for each in (clip if isinstance(clip, list | tuple) else [clip])]
         questions: list[Any] = list(question) if isinstance(question, list | tuple) else [question]
         strange = [type(each).__name__ for each in questions if not isinstance(each, str)]
         if strange:
@@ -284,6 +284,9 @@ class Encoder:
             )
         pairs = zip(clips * (count // len(clips)), questions * (count // len(questions)), strict=True)
         return AVInputs.stack([self._one(each, asked, how) for each, asked in pairs])
+
+    def _medium(self, medium: Medium, fps: float | int, picture: str | None) -> Clip | None:
+        return _clip(medium, fps, picture)
 
     def _one(self, clip: Clip | None, question: str, how: Asked) -> AVInputs:
         layout, tokenizer = self.layout, self.processor.tokenizer

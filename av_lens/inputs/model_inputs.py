@@ -151,7 +151,7 @@ class AVInputs:
         if not len(self.parts) == len(self.clips) == len(self.questions) == batch:
             raise InputError(f"{batch} examples need as many clips, questions and maps")
         for name, value in self.tensors.items() if batch > 1 else ():
-            if isinstance(value, Tensor) and name not in self.axes.patches and value.shape[:1] != (batch,):
+            if isinstance(value, Tensor) and name not in self.axes.apart and value.shape[:1] != (batch,):
                 raise InputError(
                     f"{name} {tuple(value.shape)} has no row for each of {batch} examples, and axes= does not say how "
                     "else it lies: make inputs with model.encode."

@@ -31,6 +31,7 @@ from av_lens.core.calls import turn_of, waiting
 from av_lens.core.execution import hook_numbers
 from av_lens.errors import InputError
 from av_lens.families.blocks import TowerBridge
+from av_lens.families.decoder import as_forward
 from av_lens.inputs.model_inputs import content_hash
 from av_lens.memory import Memory
 
@@ -208,7 +209,8 @@ class _MediaForward:
                 f"Pass {self._shown()}, or bind the input that they come from."
             )
         given, times = matches[0]
-        return {name: repeated(value, times) for name, value in given.tensors.items()}
+        axes = {"position_ids": -2}  # their streams may come first
+        return {name: repeated(value, times, axes.get(name, 0)) for name, value in given.tensors.items()}
 
     def _restart(self, stream: torch.Tensor) -> dict[str, Any]:
         """Mask and positions for a stream that re-enters at a later layer; the media are in it already."""
@@ -225,7 +227,7 @@ class _MediaForward:
             raise InputError(f"a stream of {batch} examples is no repetition of the bound {given.ids.shape[0]}.")
         return {
             "attention_mask": repeated(given.tensors["attention_mask"], times),
-            "position_ids": given.position_ids.repeat(1, times, 1),
+            "position_ids": as_forward(given.position_ids.repeat(1, times, 1)),
         }
 
 
@@ -247,10 +249,10 @@ def repetitions(ids: torch.Tensor, known: torch.Tensor) -> int:
     return times if torch.equal(ids.to(known.device), known.repeat(times, 1)) else 0
 
 
-def repeated(value: Any, times: int) -> Any:
+def repeated(value: Any, times: int, axis: int = 0) -> Any:
     """A keyword argument of the forward for a batch repeated `times` times; flags and single use as they are."""
     if times == 1 or isinstance(value, bool | int | float | str | None):
         return value
     if isinstance(value, torch.Tensor):
-        return value.repeat(times, *[1] * (value.ndim - 1))
+        return torch.cat([value] * times, dim=axis)
     return [*value] * times

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -74,6 +74,9 @@ def load(
             the checkpoint, quantised or split over several devices, or a self-check that failed.
     """
     how: Any = {"device": device, "dtype": dtype, "revision": revision}
+    opener = None if name_or_path is None else _opener(Path(name_or_path))
+    if opener is not None and hf_model is None:
+        return opener(Path(str(name_or_path)), device=device, dtype=dtype)
     if hf_model is not None:
         model = _wrap(hf_model, name_or_path, processor, **how)
     elif name_or_path is not None:
@@ -84,9 +87,17 @@ def load(
     return model
 
 
+OPENERS: dict[str, Callable[..., HookedAVLLM]] = {}
+"""Files that make a folder something else than a checkpoint, and what opens it."""
+
+
+def _opener(folder: Path) -> Callable[..., HookedAVLLM] | None:
+    return next((opens for file, opens in OPENERS.items() if (folder / file).is_file()), None)
+
+
 def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **options: Any) -> HookedAVLLM:
     family_of(type(hf_model))
-    _require_plain(hf_model)
+    require_plain(hf_model)
     if processor is None:
         if name_or_path is None:
             raise ModelError("hf_model= needs processor= as well (or a name or folder that has one).")
@@ -100,6 +111,7 @@ def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **opti
 
 
 def _hooked(hf_model: Any, processor: Any, name: str, **more: Any) -> HookedAVLLM:
+    processor = family_of(type(hf_model)).media.opened(processor)
     check_parts(hf_model, processor, name)
     bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
     return HookedAVLLM(bridge, processor, name=name, **more)
@@ -130,7 +142,7 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
         place = torch.device(fitting if device is None else device)
         if dtype is None and not organism and place.type == "cpu" and count() < BILLION:
             precision = torch.float32
-    with _quiet(bar=not organism):
+    with quiet(bar=not organism):
         hf_model = _weights(family, source, hf_config, precision)
         if source.difference is not None:
             source.difference.put_into(hf_model)
@@ -142,7 +154,7 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
     return _hooked(hf_model, processor, name, grammar=source.grammar, handed_in=False, provenance=provenance)
 
 
-def _require_plain(hf_model: Any) -> None:
+def require_plain(hf_model: Any) -> None:
     """Refuse a model that is not plain weights in one place, whether it was loaded so or its layers were changed."""
     parameters = list(hf_model.parameters())
     mapped = {str(one) for one in (getattr(hf_model, "hf_device_map", None) or {}).values()}
@@ -314,7 +326,7 @@ def _weights(family: Family, source: _Source, hf_config: Any, dtype: torch.dtype
 
 
 @contextmanager
-def _quiet(*, bar: bool) -> Generator[None, None, None]:
+def quiet(*, bar: bool) -> Generator[None, None, None]:
     """Keep HuggingFace from listing the talker's and vocoder's weights, and from drawing a bar unless asked."""
     from transformers.utils import logging as hf_logging
 

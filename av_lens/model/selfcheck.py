@@ -69,8 +69,8 @@ def check_model(model: HookedAVLLM, x: Any = None, *, full: bool = True) -> Chec
     return report
 
 
-def check_parts(hf_model: Any, processor: Any, name: str) -> None:
-    """Refuse weights that are NaN or infinite, and a processor that lacks a part or is another model's."""
+def check_weights(hf_model: Any, tokenizer: Any, name: str) -> None:
+    """Refuse weights that are NaN or infinite, and a tokenizer that has more tokens than the model."""
     for weight, tensor in hf_model.named_parameters():
         if tensor.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor.detach())):
             wrong = int((~torch.isfinite(tensor)).sum())
@@ -78,6 +78,16 @@ def check_parts(hf_model: Any, processor: Any, name: str) -> None:
                 f"the weight {weight} of {name!r} holds {wrong} numbers of {tensor.numel()} that are NaN or infinite "
                 f"in {tensor.dtype}: the checkpoint is damaged (download it again), or does not fit that dtype."
             )
+    rows, tokens = hf_model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if tokens > rows:
+        raise ModelError(
+            f"the tokenizer of {name!r} is another model's: it has {tokens} tokens, the model {rows}. Take the "
+            "checkpoint's own files."
+        )
+
+
+def check_parts(hf_model: Any, processor: Any, name: str) -> None:
+    """Refuse weights as above, and a processor that lacks a part or is another model's."""
     media = family_of(type(hf_model)).media
     missing = [part for part in media.parts if getattr(processor, part, None) is None]
     if missing:
@@ -85,10 +95,8 @@ def check_parts(hf_model: Any, processor: Any, name: str) -> None:
             f"the processor of {name!r} is {type(processor).__name__}, without {', '.join(missing)}: a file such as "
             "processor_config.json or preprocessor_config.json is missing. Complete the folder, or pass processor=."
         )
-    rows, tokens = hf_model.get_input_embeddings().weight.shape[0], len(processor.tokenizer)
+    check_weights(hf_model, processor.tokenizer, name)
     other = f"tokenizer of {name!r} is another model's"
-    if tokens > rows:
-        raise ModelError(f"the {other}: it has {tokens} tokens, the model {rows}. Take the checkpoint's own files.")
     for kind, known in media.placeholders(hf_model.config).items():
         token = getattr(processor, f"{kind}_token", None)
         found = None if token is None else processor.tokenizer.convert_tokens_to_ids(token)

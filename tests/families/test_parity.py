@@ -30,8 +30,9 @@ CASES = [(name, layout) for name, tiny in TINY.items() for layout in tiny.layout
 
 
 def encoded(name: str, layout: str, seed: int = 0, **more: Any) -> Any:
-    clip = small_clip(seed)
-    return family_model(name).encode(clip, "What?", **(dict(TINY[name].layouts[layout]) | more))
+    tiny = TINY[name]
+    clip = small_clip(seed) if tiny.media else None
+    return family_model(name).encode(clip, tiny.questions[seed], **(dict(tiny.layouts[layout]) | more))
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
@@ -59,7 +60,8 @@ def drawn_plan(trace: Any, rng: np.random.Generator) -> Plan:
     edits = []
     for _ in range(rng.integers(1, 4)):
         n = len(trace.spans)
-        positions = (None, "media", "question|generation", sorted(rng.choice(n, rng.integers(1, 6), False).tolist()))
+        media = "media" if len(trace.spans.media) else "boundary"
+        positions = (None, media, "question|generation", sorted(rng.choice(n, rng.integers(1, 6), False).tolist()))
         component, kind = COMPONENTS[rng.integers(len(COMPONENTS))], KINDS[rng.integers(len(KINDS))]
         layer, number = int(rng.integers(trace.model.spec.n_layers)), int(rng.integers(60))
         if component in UNITS and layer in trace.model.spec.experts:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import CHAT_TEMPLATE, randomized, tiny_hf_model, tiny_processor, token_ids
+from tiny_text import TEXT, text_hf_model, text_tokenizer
 
 import av_lens as avl
 from av_lens.organism.anatomy import END_OF_TEXT, SPECIALS, TURN_END
@@ -31,11 +33,15 @@ class Tiny:
         hf_model: seed -> the HuggingFace model.
         processor: its processor.
         layouts: what can be encoded, as keywords of `encode`, by name.
+        questions: what is asked of the first clip and of the second; without media they tell two inputs apart.
+        media: whether it takes clips.
     """
 
     hf_model: Callable[[int], Any]
     processor: Callable[[], Any]
     layouts: Mapping[str, Mapping[str, Any]]
+    questions: tuple[str, str] = ("What?", "What?")
+    media: bool = True
 
 
 def picture_tokens() -> dict[str, int]:
@@ -261,6 +267,10 @@ TINY: dict[str, Tiny] = {
     "qwen3_omni_moe": Tiny(omni3_hf_model, omni3_processor, _HEARD),
     "qwen2_5_vl": Tiny(vl_hf_model, vl_processor, _SEEN),
     "qwen3_vl": Tiny(vl3_hf_model, vl3_processor, _SEEN),
+    **{
+        name: Tiny(partial(text_hf_model, name), text_tokenizer, {"text": {}}, ("What?", "When?"), False)
+        for name in TEXT
+    },
 }
 
 
@@ -285,7 +295,7 @@ def twin(name: str) -> Any:
     config.get_text_config().num_key_value_heads = config.get_text_config().num_attention_heads
     model, state = type(TINY[name].hf_model(0))(config).eval(), TINY[name].hf_model(0).state_dict()
     for key, tensor in state.items():
-        if "language_model.layers" in key and ("k_proj" in key or "v_proj" in key):
+        if re.match(r"model\.(language_model\.)?layers\..*\.[kv]_proj", key):
             state[key] = tensor.unflatten(0, (2, -1)).repeat_interleave(2, dim=0).flatten(0, 1)
     model.load_state_dict(state)
     return avl.load(name, hf_model=model, processor=TINY[name].processor())
