@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -375,7 +375,11 @@ def rotated(heads: Tensor, cos: Tensor, sin: Tensor, *, fused: bool = False) -> 
     """Apply rotary position to queries or keys: heads x cos + (-second half, first half) x sin.
 
     Each product is rounded, in HuggingFace's order; fused, the second is added without a rounding of its own, in place.
+    Tables that are narrower than a head turn its first numbers alone.
     """
+    width = cos.shape[-1]
+    if width < heads.shape[-1]:
+        return torch.cat((rotated(heads[..., :width], cos, sin, fused=fused), heads[..., width:]), dim=-1)
     first, second = heads.chunk(2, dim=-1)
     if not fused:
         return heads * cos + torch.cat((-second, first), dim=-1) * sin
@@ -453,6 +457,11 @@ def flash(
         scores = scores + mask.float()
     weight = scores.logsumexp(-1)
     return (scores - weight[..., None]).exp().to(v.dtype) @ v, weight
+
+
+def as_forward(position_ids: Shaped[Tensor, "stream batch pos"]) -> Shaped[Tensor, "*stream batch pos"]:
+    """Position ids as a forward and its rotary embedding take them: a single stream without its axis."""
+    return position_ids[0] if position_ids.shape[0] == 1 else position_ids
 
 
 def causal_mask(n: int, like: Tensor) -> Float[Tensor, "1 1 pos pos"]:

@@ -8,7 +8,8 @@ is not a multiple of the temporal patch (2). Many or large frames go to it some 
 for all of them together: the same pixels to the bit, without copies of the whole video.
 
 The mel is computed on the sound padded by a few zero frames and trimmed to the sound, instead of padded to the
-processor's 300 s: the same values to the bit, since a mel frame sees 25 ms and the normalisation the loudest frame.
+processor's 300 s: the same values to the bit, since a mel frame sees 25 ms and the normalisation the loudest frame. A
+family whose tower takes nothing but the padded mel says so (`whole_mel`).
 
 `cap_pixels_per_frame` is set (True): the reference implementation's share of the total pixel budget, which begins to
 act on long videos only.
@@ -88,19 +89,21 @@ class Sound:
     """What the processor made of a sound.
 
     Attributes:
-        mel: log-mel spectrogram trimmed to the sound, `[1, mel_bin, mel_frame]`.
+        mel: log-mel spectrogram, `[1, mel_bin, mel_frame]`: trimmed to the sound, or with the silence that pads it.
         duration_s: length of the sound.
         frame_s: seconds from one mel frame to the next.
+        padding: mel frames of silence after the sound.
     """
 
     mel: Float[Tensor, "1 mel_bin mel_frame"]
     duration_s: float
     frame_s: float
+    padding: int = 0
 
     @property
     def n_frames(self) -> int:
         """Mel frames of the sound."""
-        return self.mel.shape[-1]
+        return self.mel.shape[-1] - self.padding
 
     @property
     def nbytes(self) -> int:
@@ -126,8 +129,8 @@ def sampled_frames(clip: Clip, fps: float | int) -> Int64[np.ndarray, " frame"]:
 class Features:
     """Runs a processor's parts (of Qwen2-VL's and Whisper's kind) and remembers what they made, up to a budget."""
 
-    def __init__(self, processor: Any, *, cache_bytes: int = 512 << 20) -> None:
-        self.processor = processor
+    def __init__(self, processor: Any, *, cache_bytes: int = 512 << 20, whole_mel: bool = False) -> None:
+        self.processor, self.whole_mel = processor, whole_mel
         self.memory: Memory[Any] = Memory(cache_bytes, lambda made: made.nbytes)
 
     def video(self, clip: Clip, fps: float | int) -> Picture:
@@ -217,12 +220,14 @@ class Features:
             [waveform],
             sampling_rate=rate,
             padding="max_length",
-            max_length=min(padded, most),
+            max_length=most if self.whole_mel else min(padded, most),
             return_attention_mask=True,
             return_tensors="pt",
         )
-        mel = made["input_features"][..., : int(made["attention_mask"].sum())].contiguous()
-        return Sound(mel, seconds, hop / rate)
+        mel, heard = made["input_features"], int(made["attention_mask"].sum())
+        if self.whole_mel:
+            return Sound(mel, seconds, hop / rate, mel.shape[-1] - heard)
+        return Sound(mel[..., :heard].contiguous(), seconds, hop / rate)
 
 
 def _grid(stated: Tensor) -> tuple[int, int, int]:

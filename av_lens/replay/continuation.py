@@ -6,7 +6,7 @@
 
 Greedy tokens equal those of `model.generate(x, plan=plan)`: the same logits to 1e-5, HuggingFace's own treatment of
 logits, of end and pad tokens and of the length, rotary tables from the model's own rotary embedding at the positions
-that HuggingFace goes on to count (the last prompt position's three streams, plus one for each token). Edits that act
+that HuggingFace goes on to count (the last prompt position's streams, plus one for each token). Edits that act
 while decoding fire at every step, and every plan's firing record is verified at its own end. Sampling draws from one
 generator for each plan, derived from the seed and the plan's number: a plan's draws do not depend on which plans run
 beside it, and differ from those of `model.generate`, which draws for one run at a time.
@@ -32,6 +32,7 @@ from av_lens.core.budget import GIGABYTE
 from av_lens.core.calls import unembedded
 from av_lens.core.decoding import Decoding, as_asked, generate_with_hooks, settings_of
 from av_lens.errors import InputError
+from av_lens.families.decoder import as_forward
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.replay.recording import Record, Window
 from av_lens.replay.rerun import Taps, run_layers
@@ -211,16 +212,17 @@ def _position_ids(record: Record) -> Shaped[Tensor, "stream batch pos"]:
 
 def _rotary(model: Any, stream: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary tables `[batch, pos, d_head]` from the model's own embedding of positions."""
-    return model.hf_model.get_decoder().rotary_emb(stream, ids)
+    return model.hf_model.get_decoder().rotary_emb(stream, as_forward(ids))
 
 
 def _goes_on(record: Record, n_new: int) -> bool:
     """Whether what decoding adds is plain: no mask but the causal one, and rotary tables that can be made again."""
     if record.hooked_because or record.mask is not None or record.traits.obstacle(len(record.spans) + n_new):
         return False
-    last = record.stream(0, len(record.spans) - 1)
-    again = _rotary(record.model, last, _position_ids(record)[..., -1:])
-    return all(torch.allclose(new, old[:, -1:].to(new)) for new, old in zip(again, record.tables, strict=True))
+    last, ids = record.stream(0, len(record.spans) - 1), _position_ids(record)[..., -1:]
+    # Beside the last new position: some tables are others for all positions once a sequence is long.
+    again = _rotary(record.model, last, torch.cat((ids, ids + n_new - 1), dim=-1))
+    return all(torch.allclose(new[:, :1], old[:, -1:].to(new)) for new, old in zip(again, record.tables, strict=True))
 
 
 def _together(record: Record, n_own: int, budget_gb: float | int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import CHAT_TEMPLATE, randomized, tiny_hf_model, tiny_processor, token_ids
+from tiny_audio import qwen2_audio_hf_model, qwen2_audio_processor
 
 import av_lens as avl
 from av_lens.organism.anatomy import END_OF_TEXT, SPECIALS, TURN_END
@@ -261,6 +262,7 @@ TINY: dict[str, Tiny] = {
     "qwen3_omni_moe": Tiny(omni3_hf_model, omni3_processor, _HEARD),
     "qwen2_5_vl": Tiny(vl_hf_model, vl_processor, _SEEN),
     "qwen3_vl": Tiny(vl3_hf_model, vl3_processor, _SEEN),
+    "qwen2_audio": Tiny(qwen2_audio_hf_model, qwen2_audio_processor, {"audio": {}, "text": {"sound": None}}),
 }
 
 
