@@ -57,7 +57,9 @@ class DecoderAdapter(ArchitectureAdapter):
     experts: bool = False
     biases: bool = False
     fused: Mapping[str, tuple[str, ...]] = MappingProxyType({})
-    inner: type[Any] | None = None  # mixed into the inner model where media come with it; `Continued` where none is said
+    inner: type[Any] | None = (
+        None  # mixed into the inner model where media come with it; `Continued` where none is said
+    )
 
     # The pattern is a hook here; asking HuggingFace for attentions as well would only cost memory.
     supports_hf_output_attentions: bool = False

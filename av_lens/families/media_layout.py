@@ -159,17 +159,21 @@ class Features:
         deep = int(part.temporal_patch_size)
         pixels, grid = self._patches(_frames(clip), chosen)
         shown = chosen[np.minimum(np.arange(grid[0] * deep), len(chosen) - 1)].reshape(grid[0], deep)
-        edges = _on_screen(clip, shown)
+        edges = on_screen(clip, shown)
         return Picture("video", pixels, grid, int(part.merge_size), deep / fps, *edges, frames=tuple(chosen.tolist()))
 
     def _image(self, clip: Clip) -> Picture:
+        part = self.processor.image_processor
+        chosen, frame = self._still(clip)
+        made = part(images=[frame], return_tensors="pt")
+        grid, edges = _grid(made["image_grid_thw"]), on_screen(clip, np.array([[chosen]]))
+        return Picture("image", made["pixel_values"], grid, int(part.merge_size), 1.0, *edges, frames=(chosen,))
+
+    def _still(self, clip: Clip) -> tuple[int, Tensor]:
+        """The number of the frame nearest to the middle, and the frame `[rgb, height, width]`."""
         times = np.asarray(clip.times, dtype=np.float64)
         chosen = int(np.argmin(np.abs(times - (times[0] + times[-1]) / 2).round(6)))
-        frame = torch.from_numpy(np.array(_frames(clip)[chosen])).permute(2, 0, 1)
-        part = self.processor.image_processor
-        made = part(images=[frame], return_tensors="pt")
-        grid, edges = _grid(made["image_grid_thw"]), _on_screen(clip, np.array([[chosen]]))
-        return Picture("image", made["pixel_values"], grid, int(part.merge_size), 1.0, *edges, frames=(chosen,))
+        return chosen, torch.from_numpy(np.array(_frames(clip)[chosen])).permute(2, 0, 1)
 
     def _patches(self, frames: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, tuple[int, int, int]]:
         """The processor's patches of the chosen frames, and their grid; a part of the frames at a time."""
@@ -203,12 +207,16 @@ class Features:
         assert pixels is not None
         return pixels, grid
 
-    def _sound(self, clip: Clip) -> Sound:
+    def _waveform(self, clip: Clip, rate: int) -> Float[np.ndarray, " sample"]:
+        """The sound at a rate."""
         if clip.waveform is None:
             raise InputError("this clip has no audio stream: use sound=None, or clip.with_sound(other)")
+        return resample(clip.waveform, clip.rate, rate) if clip.rate != rate else clip.waveform
+
+    def _sound(self, clip: Clip) -> Sound:
         part = self.processor.feature_extractor
         rate, hop, most = int(part.sampling_rate), int(part.hop_length), int(part.n_samples)
-        waveform = resample(clip.waveform, clip.rate, rate) if clip.rate != rate else clip.waveform
+        waveform = self._waveform(clip, rate)
         seconds = len(waveform) / rate
         if len(waveform) > most:
             raise InputError(
@@ -235,7 +243,7 @@ def _grid(stated: Tensor) -> tuple[int, int, int]:
     return deep, high, wide
 
 
-def _on_screen(clip: Clip, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def on_screen(clip: Clip, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """When the frames of these numbers come and go."""
     times = np.asarray(clip.times, dtype=np.float64)
     return times[shown], np.append(times[1:], max(clip.picture_end, times[-1]))[shown]
@@ -289,6 +297,12 @@ class TensorAxes:
         if name in self.frames:
             longest = max(value.shape[-1] for value in values)
             values = [torch.nn.functional.pad(value, (0, longest - value.shape[-1])) for value in values]
+        shapes = list(dict.fromkeys(tuple(value.shape[1:]) for value in values))
+        if len(shapes) > 1:
+            raise AlignmentError(
+                f"these examples cannot be stacked: {name} is {list(shapes[0])} in one and {list(shapes[1])} in "
+                "another, and this model takes none padded. Cut sounds to one length, and frames to one size."
+            )
         return torch.cat(values, dim=0)
 
     def longer(self, tensors: Mapping[str, Any], new: Tensor) -> dict[str, Any]:

@@ -51,12 +51,14 @@ class QwenMedia(MediaLayout):
     chunk_s = 2.0  # seconds of a chunk of the weave, where the configuration does not say them
     frames_per_token = 4  # mel frames behind one token of sound
     id_type: Any = np.int64  # of position ids
+    features_class = Features
+    ears = "feature_extractor"  # the processor's part for sounds
     whole_mel = False  # the tower wants the processor's padding too
     shared_borders = True  # woven into a video, the borders of sound and video share one position id
 
     def __init__(self, processor: Any, config: Any, *, cache_bytes: int = 512 << 20) -> None:
         self.processor = processor
-        self.features = Features(processor, cache_bytes=cache_bytes, whole_mel=self.whole_mel)
+        self.features = self.features_class(processor, cache_bytes=cache_bytes, whole_mel=self.whole_mel)
         self.tokens = self.placeholders(config)
         self.openings = tuple(getattr(_thinker(config), f"{kind}_start_token_id", -1) for kind in ("vision", "audio"))
         self.ids_per_second = self.clock_rate(config)
@@ -253,7 +255,7 @@ class QwenMedia(MediaLayout):
                 "video_options": self.features.video_options(),
             }
         if media.sound is not None:
-            wanted = int(self.processor.feature_extractor.sampling_rate)
+            wanted = int(getattr(self.processor, self.ears).sampling_rate)
             made |= {"mel_frames": media.sound.n_frames}
             made |= {"mel": "padded with silence" if self.whole_mel else "trimmed to the sound"}
             made |= {"resampled": [clip.rate, wanted]} if clip.rate != wanted else {}
