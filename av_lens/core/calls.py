@@ -219,7 +219,8 @@ def require_run_keywords(model: Any, verb: str, options: dict[str, Any], *takers
         return
     forward, text, bridge = model.hf_model.forward, model.hf_model.get_decoder().forward, model.bridge.forward
     of_forward, of_text, of_bridge = (set(inspect.signature(one).parameters) for one in (forward, text, bridge))
-    refused = dict.fromkeys(of_forward - of_text - of_bridge, _MEDIA) | REFUSED
+    media = {name for name in of_forward if name.startswith(("audio_", "image_"))}  # some decoders take them themselves
+    refused = dict.fromkeys((of_forward - of_text - of_bridge) | media, _MEDIA) | REFUSED
     own = ("x", "input", "input_ids", "cache")
     require_keywords(verb, options, bridge, forward, *takers, own=own, refused=refused)
     require_choice("return_type", options.get("return_type", "logits"), RETURN_TYPES)

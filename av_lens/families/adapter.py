@@ -10,6 +10,8 @@ A family says where its parts lie and what its layers have beyond the plain ones
 | `qk_norm` | queries and keys are normed, head by head, before rotary position |
 | `experts` | layers route each position to some of many MLPs; a layer may still have a plain one |
 | `biases` | queries, keys and values have biases |
+| `fused` | projections that are stored as one, by path in a layer, and what each of their parts is called |
+| `inner` | what is mixed into the inner model, so that it runs as it is called here |
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from av_lens.families.blocks import (
     install_embed_hook,
 )
 from av_lens.families.decoder import ReplayTraits
+from av_lens.families.fused import take_apart
 
 
 def decoder_adapter(name: str, **facts: Any) -> type[DecoderAdapter]:
@@ -48,11 +51,15 @@ class DecoderAdapter(ArchitectureAdapter):
     """A decoder with the towers whose outputs enter its stream."""
 
     decoder: str = "model.language_model"
-    towers: Mapping[str, tuple[str, str]] = MappingProxyType({})
+    towers: Mapping[str, tuple[Any, ...]] = MappingProxyType({})
     media: Mapping[str, str] = MappingProxyType({})
     qk_norm: bool = False
     experts: bool = False
     biases: bool = False
+    fused: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    inner: type[Any] | None = (
+        None  # mixed into the inner model where media come with it; `Continued` where none is said
+    )
 
     # The pattern is a hook here; asking HuggingFace for attentions as well would only cost memory.
     supports_hf_output_attentions: bool = False
@@ -72,7 +79,7 @@ class DecoderAdapter(ArchitectureAdapter):
             "mlp": self._mixed_mlp() if self.experts else self._gated_mlp(),
         }
         self.component_mapping = {
-            **{name: TowerBridge(path, field=output) for name, (path, output) in self.towers.items()},
+            **{name: TowerBridge(path, *output) for name, (path, *output) in self.towers.items()},
             "embed": EmbeddingBridge(name=f"{self.decoder}.embed_tokens"),
             "blocks": FullBlockBridge(name=f"{self.decoder}.layers", config=self.cfg, submodules=layer),
             "ln_final": self._norm(f"{self.decoder}.norm"),
@@ -98,7 +105,11 @@ class DecoderAdapter(ArchitectureAdapter):
         super().prepare_model(hf_model)
         if self.media:  # a class of its own, since a torch hook would stand among the caller's
             own = type(hf_model.model)
-            hf_model.model.__class__ = type(own.__name__, (Continued, own), {"media_tensors": dict(self.media)})
+            mixed = self.inner or Continued
+            hf_model.model.__class__ = type(own.__name__, (mixed, own), {"media_tensors": dict(self.media)})
+        if self.fused:
+            keys = (self.cfg.n_key_value_heads or self.cfg.n_heads) * self.cfg.d_head
+            take_apart(hf_model.get_submodule(f"{self.decoder}.layers"), self.fused, keys=keys)
 
     def setup_hook_compatibility(self, bridge: Any) -> None:
         """Give the bridge its `hook_embed`: the stream after the media are scattered in."""

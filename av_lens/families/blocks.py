@@ -31,6 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -122,13 +123,14 @@ class RealRMSNormBridge(RMSNormalizationBridge):
 class TowerBridge(GeneralizedComponent):
     """An encoder as one piece: `hook_in` on its features, `hook_out` on the embeddings that the fusion stack receives.
 
-    TransformerLens hooks `last_hidden_state`; a vision tower's merged tokens are its `pooler_output`. Where a
-    `memory` is set, it may answer in the encoder's place: `memory(encoder, args, kwargs)`.
+    TransformerLens hooks `last_hidden_state`; a vision tower's merged tokens are its `pooler_output`. Without a field
+    the output is they; with a depth the field holds what every layer made, and they are read there, counted from the
+    end. Where a `memory` is set, it may answer in the encoder's place: `memory(encoder, args, kwargs)`.
     """
 
-    def __init__(self, name: str, *, field: str) -> None:
+    def __init__(self, name: str, field: str | None, depth: int = 0) -> None:
         super().__init__(name)
-        self.field = field
+        self.rows = Rows(field, depth)
         self.memory: Callable[..., Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +138,29 @@ class TowerBridge(GeneralizedComponent):
         tower: Any = self.original_component
         args = (self.hook_in(args[0]), *args[1:])
         output = tower(*args, **kwargs) if self.memory is None else self.memory(tower, args, kwargs)
-        output[self.field] = self.hook_out(output[self.field])
+        return self.rows.put(output, self.hook_out(self.rows.of(output)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where an encoder's output holds its embeddings."""
+
+    field: str | None
+    depth: int = 0
+
+    def of(self, output: Any) -> torch.Tensor:
+        """Take them out of it."""
+        found = output if self.field is None else output[self.field]
+        return found[self.depth] if self.depth else found
+
+    def put(self, output: Any, rows: torch.Tensor) -> Any:
+        """Bring them in, or make an output of its class that holds nothing else; of depths theirs alone is kept."""
+        if self.field is None:
+            return rows
+        held = (rows, *[None] * (-1 - self.depth)) if self.depth else rows
+        if isinstance(output, type):
+            return output(**{self.field: held})
+        output[self.field] = held
         return output
 
 

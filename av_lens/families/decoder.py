@@ -383,7 +383,11 @@ def rotated(heads: Tensor, cos: Tensor, sin: Tensor, *, fused: bool = False) -> 
     """Apply rotary position to queries or keys: heads x cos + (-second half, first half) x sin.
 
     Each product is rounded, in HuggingFace's order; fused, the second is added without a rounding of its own, in place.
+    Tables that are narrower than a head turn its first numbers alone.
     """
+    width = cos.shape[-1]
+    if width < heads.shape[-1]:
+        return torch.cat((rotated(heads[..., :width], cos, sin, fused=fused), heads[..., width:]), dim=-1)
     first, second = heads.chunk(2, dim=-1)
     if not fused:
         return heads * cos + torch.cat((-second, first), dim=-1) * sin

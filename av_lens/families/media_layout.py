@@ -8,7 +8,8 @@ is not a multiple of the temporal patch (2). Many or large frames go to it some 
 for all of them together: the same pixels to the bit, without copies of the whole video.
 
 The mel is computed on the sound padded by a few zero frames and trimmed to the sound, instead of padded to the
-processor's 300 s: the same values to the bit, since a mel frame sees 25 ms and the normalisation the loudest frame.
+processor's 300 s: the same values to the bit, since a mel frame sees 25 ms and the normalisation the loudest frame. A
+family whose tower takes nothing but the padded mel says so (`whole_mel`).
 
 `cap_pixels_per_frame` is set (True): the reference implementation's share of the total pixel budget, which begins to
 act on long videos only.
@@ -88,19 +89,21 @@ class Sound:
     """What the processor made of a sound.
 
     Attributes:
-        mel: log-mel spectrogram trimmed to the sound, `[1, mel_bin, mel_frame]`.
+        mel: log-mel spectrogram, `[1, mel_bin, mel_frame]`: trimmed to the sound, or with the silence that pads it.
         duration_s: length of the sound.
         frame_s: seconds from one mel frame to the next.
+        padding: mel frames of silence after the sound.
     """
 
     mel: Float[Tensor, "1 mel_bin mel_frame"]
     duration_s: float
     frame_s: float
+    padding: int = 0
 
     @property
     def n_frames(self) -> int:
         """Mel frames of the sound."""
-        return self.mel.shape[-1]
+        return self.mel.shape[-1] - self.padding
 
     @property
     def nbytes(self) -> int:
@@ -126,8 +129,8 @@ def sampled_frames(clip: Clip, fps: float | int) -> Int64[np.ndarray, " frame"]:
 class Features:
     """Runs a processor's parts (of Qwen2-VL's and Whisper's kind) and remembers what they made, up to a budget."""
 
-    def __init__(self, processor: Any, *, cache_bytes: int = 512 << 20) -> None:
-        self.processor = processor
+    def __init__(self, processor: Any, *, cache_bytes: int = 512 << 20, whole_mel: bool = False) -> None:
+        self.processor, self.whole_mel = processor, whole_mel
         self.memory: Memory[Any] = Memory(cache_bytes, lambda made: made.nbytes)
 
     def video(self, clip: Clip, fps: float | int) -> Picture:
@@ -156,17 +159,21 @@ class Features:
         deep = int(part.temporal_patch_size)
         pixels, grid = self._patches(_frames(clip), chosen)
         shown = chosen[np.minimum(np.arange(grid[0] * deep), len(chosen) - 1)].reshape(grid[0], deep)
-        edges = _on_screen(clip, shown)
+        edges = on_screen(clip, shown)
         return Picture("video", pixels, grid, int(part.merge_size), deep / fps, *edges, frames=tuple(chosen.tolist()))
 
     def _image(self, clip: Clip) -> Picture:
+        part = self.processor.image_processor
+        chosen, frame = self._still(clip)
+        made = part(images=[frame], return_tensors="pt")
+        grid, edges = _grid(made["image_grid_thw"]), on_screen(clip, np.array([[chosen]]))
+        return Picture("image", made["pixel_values"], grid, int(part.merge_size), 1.0, *edges, frames=(chosen,))
+
+    def _still(self, clip: Clip) -> tuple[int, Tensor]:
+        """The number of the frame nearest to the middle, and the frame `[rgb, height, width]`."""
         times = np.asarray(clip.times, dtype=np.float64)
         chosen = int(np.argmin(np.abs(times - (times[0] + times[-1]) / 2).round(6)))
-        frame = torch.from_numpy(np.array(_frames(clip)[chosen])).permute(2, 0, 1)
-        part = self.processor.image_processor
-        made = part(images=[frame], return_tensors="pt")
-        grid, edges = _grid(made["image_grid_thw"]), _on_screen(clip, np.array([[chosen]]))
-        return Picture("image", made["pixel_values"], grid, int(part.merge_size), 1.0, *edges, frames=(chosen,))
+        return chosen, torch.from_numpy(np.array(_frames(clip)[chosen])).permute(2, 0, 1)
 
     def _patches(self, frames: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, tuple[int, int, int]]:
         """The processor's patches of the chosen frames, and their grid; a part of the frames at a time."""
@@ -200,12 +207,16 @@ class Features:
         assert pixels is not None
         return pixels, grid
 
-    def _sound(self, clip: Clip) -> Sound:
+    def _waveform(self, clip: Clip, rate: int) -> Float[np.ndarray, " sample"]:
+        """The sound at a rate."""
         if clip.waveform is None:
             raise InputError("this clip has no audio stream: use sound=None, or clip.with_sound(other)")
+        return resample(clip.waveform, clip.rate, rate) if clip.rate != rate else clip.waveform
+
+    def _sound(self, clip: Clip) -> Sound:
         part = self.processor.feature_extractor
         rate, hop, most = int(part.sampling_rate), int(part.hop_length), int(part.n_samples)
-        waveform = resample(clip.waveform, clip.rate, rate) if clip.rate != rate else clip.waveform
+        waveform = self._waveform(clip, rate)
         seconds = len(waveform) / rate
         if len(waveform) > most:
             raise InputError(
@@ -217,12 +228,14 @@ class Features:
             [waveform],
             sampling_rate=rate,
             padding="max_length",
-            max_length=min(padded, most),
+            max_length=most if self.whole_mel else min(padded, most),
             return_attention_mask=True,
             return_tensors="pt",
         )
-        mel = made["input_features"][..., : int(made["attention_mask"].sum())].contiguous()
-        return Sound(mel, seconds, hop / rate)
+        mel, heard = made["input_features"], int(made["attention_mask"].sum())
+        if self.whole_mel:
+            return Sound(mel, seconds, hop / rate, mel.shape[-1] - heard)
+        return Sound(mel[..., :heard].contiguous(), seconds, hop / rate)
 
 
 def _grid(stated: Tensor) -> tuple[int, int, int]:
@@ -230,7 +243,7 @@ def _grid(stated: Tensor) -> tuple[int, int, int]:
     return deep, high, wide
 
 
-def _on_screen(clip: Clip, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def on_screen(clip: Clip, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """When the frames of these numbers come and go."""
     times = np.asarray(clip.times, dtype=np.float64)
     return times[shown], np.append(times[1:], max(clip.picture_end, times[-1]))[shown]
@@ -289,6 +302,12 @@ class TensorAxes:
         if name in self.frames:
             longest = max(value.shape[-1] for value in values)
             values = [torch.nn.functional.pad(value, (0, longest - value.shape[-1])) for value in values]
+        shapes = list(dict.fromkeys(tuple(value.shape[1:]) for value in values))
+        if len(shapes) > 1:
+            raise AlignmentError(
+                f"these examples cannot be stacked: {name} is {list(shapes[0])} in one and {list(shapes[1])} in "
+                "another, and this model takes none padded. Cut sounds to one length, and frames to one size."
+            )
         return torch.cat(values, dim=0)
 
     def longer(self, tensors: Mapping[str, Any], new: Tensor) -> dict[str, Any]:

@@ -51,16 +51,20 @@ class QwenMedia(MediaLayout):
     chunk_s = 2.0  # seconds of a chunk of the weave, where the configuration does not say them
     frames_per_token = 4  # mel frames behind one token of sound
     id_type: Any = np.int64  # of position ids
+    features_class = Features
+    ears = "feature_extractor"  # the processor's part for sounds
+    whole_mel = False  # the tower wants the processor's padding too
     shared_borders = True  # woven into a video, the borders of sound and video share one position id
 
     def __init__(self, processor: Any, config: Any, *, cache_bytes: int = 512 << 20) -> None:
         self.processor = processor
-        self.features = Features(processor, cache_bytes=cache_bytes)
+        self.features = self.features_class(processor, cache_bytes=cache_bytes, whole_mel=self.whole_mel)
         self.tokens = self.placeholders(config)
         self.openings = tuple(getattr(_thinker(config), f"{kind}_start_token_id", -1) for kind in ("vision", "audio"))
         self.ids_per_second = self.clock_rate(config)
         self.chunk_s = float(getattr(_thinker(config), "seconds_per_chunk", self.chunk_s))
-        self.frames_per_patch = int(processor.video_processor.temporal_patch_size)
+        if "video" in self.kinds:
+            self.frames_per_patch = int(processor.video_processor.temporal_patch_size)
         for kind in self.kinds:
             wanted = int(getattr(processor, f"{kind}_token_id"))
             if wanted != self.tokens[kind]:
@@ -150,7 +154,8 @@ class QwenMedia(MediaLayout):
                 made["video_second_per_grid"] = torch.tensor([media.picture.step_s])
         if media.sound is not None:
             made["input_features"] = media.sound.mel
-            made["feature_attention_mask"] = torch.ones((1, media.sound.n_frames), dtype=torch.long)
+            frames = torch.arange(media.sound.mel.shape[-1])
+            made["feature_attention_mask"] = (frames < media.sound.n_frames).long()[None]
         return made
 
     def _counts(self, media: Media) -> dict[str, int]:
@@ -250,7 +255,8 @@ class QwenMedia(MediaLayout):
                 "video_options": self.features.video_options(),
             }
         if media.sound is not None:
-            wanted = int(self.processor.feature_extractor.sampling_rate)
-            made |= {"mel_frames": media.sound.n_frames, "mel": "trimmed to the sound"}
+            wanted = int(getattr(self.processor, self.ears).sampling_rate)
+            made |= {"mel_frames": media.sound.n_frames}
+            made |= {"mel": "padded with silence" if self.whole_mel else "trimmed to the sound"}
             made |= {"resampled": [clip.rate, wanted]} if clip.rate != wanted else {}
         return made

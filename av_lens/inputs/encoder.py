@@ -171,7 +171,8 @@ def choose(
 ) -> tuple[str | None, str | None]:
     """Decide which streams go in (sound, picture) and how, and refuse what the clip does not have.
 
-    "auto" takes the sound if there is one, into the video if there is one; and the picture, a single frame as an image.
+    "auto" takes the sound if there is one, into the video if there is one; and the picture: a single frame as an image,
+    and of a video the one nearest to its middle where the model takes no video.
     """
     if sound not in SOUND:
         raise InputError(unknown("option sound=", sound, SOUND))
@@ -191,7 +192,8 @@ def choose(
             "clip.with_sound(other)"
         )
     if picture == "auto":
-        picture = ("image" if clip is not None and clip.is_image else "video") if has_picture else None
+        still = clip is not None and (clip.is_image or "video" not in kinds)
+        picture = ("image" if still else "video") if has_picture else None
     if sound == "auto":
         sound = ("in_video" if picture == "video" else "separate") if has_sound else None
     if sound == "in_video" and picture != "video":

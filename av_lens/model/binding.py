@@ -30,7 +30,7 @@ from av_lens.checks import require_keywords
 from av_lens.core.calls import turn_of, waiting
 from av_lens.core.execution import hook_numbers
 from av_lens.errors import InputError
-from av_lens.families.blocks import TowerBridge
+from av_lens.families.blocks import Rows, TowerBridge
 from av_lens.families.decoder import as_forward
 from av_lens.inputs.model_inputs import content_hash
 from av_lens.memory import Memory
@@ -39,8 +39,8 @@ from av_lens.memory import Memory
 class TowerMemory:
     """One encoder's outputs (of them what the fusion stack receives) by what it was given, up to so many bytes."""
 
-    def __init__(self, field: str, most: float) -> None:
-        self._field, self._most = field, most
+    def __init__(self, rows: Rows, most: float) -> None:
+        self._rows, self._most = rows, most
         self._kept: Memory[tuple[type, Tensor]] = Memory(int(most), lambda made: made[1].nbytes)
 
     def __call__(self, tower: Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -51,14 +51,14 @@ class TowerMemory:
 
         def made() -> tuple[type, Tensor]:
             output = tower(*args, **kwargs)
-            return type(output), output[self._field].detach()
+            return type(output), self._rows.of(output).detach()
 
         kind, embeddings = self._kept.once((key, hook_numbers(tower)), made)
-        return kind(**{self._field: embeddings.clone()})  # a hook may write into it
+        return self._rows.put(kind, embeddings.clone())  # a hook may write into it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TowerMemory:
         """A copied encoder begins with an empty memory: its weights may be changed (`copies.in_precision`)."""
-        return TowerMemory(self._field, self._most)
+        return TowerMemory(self._rows, self._most)
 
 
 def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:
@@ -83,7 +83,7 @@ def remembered_towers(model: Any, *, gb: float = 1.0) -> Generator[None, None, N
     modules = model.bridge.modules() if hasattr(model, "bridge") else ()
     towers = [module for module in modules if isinstance(module, TowerBridge) and module.memory is None]
     for tower in towers:
-        tower.memory = TowerMemory(tower.field, gb * 1e9)
+        tower.memory = TowerMemory(tower.rows, gb * 1e9)
     try:
         yield
     finally:

@@ -220,9 +220,10 @@ def _goes_on(record: Record, n_new: int) -> bool:
     traits, n = record.traits, len(record.spans) + n_new
     if record.hooked_because or record.mask is not None or traits.obstacle(n) or traits.forgets(n):
         return False
-    last = record.stream(0, len(record.spans) - 1)
-    again = _rotary(record.model, last, _position_ids(record)[..., -1:])
-    return all(torch.allclose(new, old[:, -1:].to(new)) for new, old in zip(again, record.tables, strict=True))
+    last, ids = record.stream(0, len(record.spans) - 1), _position_ids(record)[..., -1:]
+    # Beside the last new position: some tables are others for all positions once a sequence is long.
+    again = _rotary(record.model, last, torch.cat((ids, ids + n_new - 1), dim=-1))
+    return all(torch.allclose(new[:, :1], old[:, -1:].to(new)) for new, old in zip(again, record.tables, strict=True))
 
 
 def _together(record: Record, n_own: int, budget_gb: float | int) -> int:

@@ -158,7 +158,8 @@ def _check_shapes(path: Path, model: Any, x: Any, n_layers: int, tensors: Mappin
     wanted = {f"resid.{i}": stream for i in range(n_layers + 1)}
     wanted |= {f"{kind}.{i}": heads for kind in ("keys", "values") for i in range(n_layers)}
     strange = [name for name, shape in wanted.items() if tensors[name].shape != shape]
-    strange += [name for name in ("cos", "sin") if tensors[name].shape[-2:] != (pos, spec.d_head)]
+    tables = {name: tensors[name].shape[-2:] for name in ("cos", "sin")}
+    strange += [name for name, shape in tables.items() if shape[0] != pos or shape[1] > spec.d_head]
     strange += [name for name in ("mask",) if name in tensors and tensors[name].shape[-3:] != (1, pos, pos)]
     added = {name: part.shape for name, part in tensors.items() if name.startswith("added.")}
     strange += [name for name, shape in added.items() if shape[::2] != (batch, spec.d_model) or shape[1] > pos]

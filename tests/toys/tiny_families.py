@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import CHAT_TEMPLATE, randomized, tiny_hf_model, tiny_processor, token_ids
+from tiny_audio import phi_hf_model, phi_processor, qwen2_audio_hf_model, qwen2_audio_processor
 from tiny_text import TEXT, text_hf_model, text_tokenizer
 
 import av_lens as avl
@@ -262,6 +263,13 @@ _HEARD = {
     "text": {"sound": None, "picture": None},
 }
 
+_PHI = {
+    "sound": {"picture": None},
+    "still_sound": {},
+    "still": {"sound": None},
+    "text": {"sound": None, "picture": None},
+}
+
 TINY: dict[str, Tiny] = {
     "qwen2_5_omni": Tiny(tiny_hf_model, tiny_processor, _HEARD),
     "qwen3_omni_moe": Tiny(omni3_hf_model, omni3_processor, _HEARD),
@@ -271,6 +279,8 @@ TINY: dict[str, Tiny] = {
         name: Tiny(partial(text_hf_model, name), text_tokenizer, {"text": {}}, ("What?", "When?"), False)
         for name in TEXT
     },
+    "qwen2_audio": Tiny(qwen2_audio_hf_model, qwen2_audio_processor, {"sound": {}, "text": {"sound": None}}),
+    "phi4_multimodal": Tiny(phi_hf_model, phi_processor, _PHI),
 }
 
 
@@ -297,6 +307,9 @@ def twin(name: str) -> Any:
     for key, tensor in state.items():
         if re.match(r"model\.(language_model\.)?layers\..*\.[kv]_proj", key):
             state[key] = tensor.unflatten(0, (2, -1)).repeat_interleave(2, dim=0).flatten(0, 1)
+        elif "qkv_proj" in key:  # 4 heads of queries, 2 of keys, 2 of values, stored as one
+            heads = tensor.unflatten(0, (8, -1))
+            state[key] = torch.cat((heads[:4], heads[4:].repeat_interleave(2, dim=0))).flatten(0, 1)
     model.load_state_dict(state)
     return avl.load(name, hf_model=model, processor=TINY[name].processor())
 

@@ -1,0 +1,56 @@
+"""Projections that a checkpoint stores as one (queries, keys and values; gate and up), each made a projection of its own.
+
+The parts' weights are rows of the fused weight: nothing is copied, and whoever hooks, edits, reads or folds a projection
+finds the plain modules of every other decoder. A part's product is a product of fewer rows of the same weight: the same
+numbers, in the same order of summation as far as the kernel goes by the number of rows alone (on CPUs to the bit).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from av_lens.errors import ModelError
+
+
+def take_apart(layers: Iterable[Any], fused: Mapping[str, tuple[str, ...]], *, keys: int) -> None:
+    """Put parts in the place of each layer's fused projections: keys and values have so many rows, queries the rest."""
+    for layer in layers:
+        for path, names in fused.items():
+            owner_path, _, name = path.rpartition(".")
+            owner, whole = layer.get_submodule(owner_path), layer.get_submodule(path)
+            if type(whole) is not torch.nn.Linear or whole.weight.is_meta:
+                raise ModelError(
+                    f"{path} is stored as one, and this one is no plain projection ({type(whole).__name__}), of which "
+                    f"{', '.join(names)} could be taken apart: load the model in bfloat16 or float32, on one device, "
+                    "with adapters merged."
+                )
+            rows = whole.out_features
+            sizes = [rows - 2 * keys, keys, keys] if len(names) == 3 else [rows // len(names)] * len(names)
+            delattr(owner, name)
+            for part, weight in zip(names, whole.weight.split(sizes), strict=True):
+                setattr(owner, part, _linear(weight))
+            if hasattr(owner, "activation_fn"):
+                owner.act_fn = owner.activation_fn
+                owner.__class__ = type(type(owner).__name__, (GatedApart, type(owner)), {})
+
+
+def _linear(weight: torch.Tensor) -> torch.nn.Linear:
+    made = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    made.weight = torch.nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    return made
+
+
+class GatedApart:
+    """Mixed into a gated MLP whose gate and up were taken apart."""
+
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+    act_fn: Any
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Run the MLP."""
+        return self.down_proj(self.up_proj(hidden_states) * self.act_fn(self.gate_proj(hidden_states)))

@@ -1,0 +1,88 @@
+"""Decoders whose positions are counted: one stream, whatever stands there.
+
+`Counted` is mixed into HuggingFace's inner model (`inner` of an adapter). It counts positions from the mask, so that
+padding moves nothing, and looks at the door of every prompt: no placeholder without its media, and as many tokens of
+each kind as its tower gives rows, example by example. HuggingFace itself would drop rows, spread one row over many
+tokens, or make a longer prompt of the one that was given, some in silence. A family says what rows there will be
+(`rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtyping import Int64
+from torch import Tensor
+
+from av_lens.errors import InputError
+
+WORDS = {"audio": "sound", "image": "picture", "video": "video"}
+
+
+def position_ids(hf_model: Any, tensors: Mapping[str, Any]) -> Int64[Tensor, "1 batch pos"]:
+    """The positions of an input, counted from its mask."""
+    del hf_model
+    return counted(tensors["attention_mask"])[None]
+
+
+def counted(mask: Tensor) -> Int64[Tensor, "batch pos"]:
+    """Number what a mask shows from 0; padding before it is 0 as well."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def placeholder(config: Any, kind: str) -> int:
+    """The token id that stands for a kind, from a configuration or from those of its towers."""
+    levels = [config, *(getattr(config, f"{tower}_config", None) for tower in ("audio", "vision"))]
+    name = f"{kind}_token_id"
+    return next(int(getattr(level, name)) for level in levels if hasattr(level, name))
+
+
+class Counted:
+    """Mixed into an inner model with one stream of positions."""
+
+    media_tensors: Mapping[str, str]
+    config: Any
+
+    def rows(self, told: Mapping[str, Any]) -> Mapping[str, Int64[Tensor, " item"]]:
+        """What rows the towers will give, by kind, for each sound or picture."""
+        raise NotImplementedError
+
+    def forward(self, **kwargs: Any) -> Any:
+        """Run the model."""
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        if ids is not None:
+            if not past:
+                self._require_media(ids, kwargs)
+            if kwargs.get("attention_mask") is None:
+                kwargs["attention_mask"] = ids.new_ones(ids.shape[0], past + ids.shape[1])
+            if kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = counted(kwargs["attention_mask"])[:, -ids.shape[1] :]
+        return super().forward(**kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _require_media(self, ids: Tensor, kwargs: Mapping[str, Any]) -> None:
+        given = self.rows(kwargs)
+        for kind, tensor in self.media_tensors.items():
+            tokens = (ids == placeholder(self.config, kind)).sum(-1)
+            if kwargs.get(tensor) is None:
+                if bool(tokens.any()):
+                    raise InputError(
+                        f"these ids hold placeholders of {kind}, but {tensor} did not come with them: the model would "
+                        "read bare placeholders. Use model(x), model.generate(x), or model.bound(x) for tools that take "
+                        "ids. (TransformerLens's generate hands media on with the cache alone: leave use_past_kv_cache "
+                        "on.)"
+                    )
+                continue
+            ends, told = given[kind].cumsum(0).tolist(), tokens.cumsum(0).tolist()
+            if told[-1] != ends[-1] or not {*told} <= {0, *ends}:  # an example's tokens end where one of its media does
+                word = WORDS[kind]
+                raise InputError(
+                    f"the prompt has {_listed(tokens)} tokens of {word} and the {word}'s tower gives "
+                    f"{_listed(given[kind])} rows: they would not stand at their own places. Make the input with "
+                    "model.encode, or by one call of the checkpoint's processor."
+                )
+
+
+def _listed(counts: Tensor) -> str:
+    return " and ".join(str(count) for count in counts.tolist())
