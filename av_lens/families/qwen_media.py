@@ -48,6 +48,7 @@ class QwenMedia(MediaLayout):
         " With sound in the video this happens at frame rates whose chunk borders the processor and the model round "
         "differently (fps={fps}): use fps=1, 2, 4 or 5, or sound='separate'."
     )
+    features_class = Features
     chunk_s = 2.0  # seconds of a chunk of the weave, where the configuration does not say them
     frames_per_token = 4  # mel frames behind one token of sound
     id_type: Any = np.int64  # of position ids
@@ -55,12 +56,12 @@ class QwenMedia(MediaLayout):
 
     def __init__(self, processor: Any, config: Any, *, cache_bytes: int = 512 << 20) -> None:
         self.processor = processor
-        self.features = Features(processor, cache_bytes=cache_bytes)
+        self.features = self.features_class(processor, cache_bytes=cache_bytes)
         self.tokens = self.placeholders(config)
         self.openings = tuple(getattr(_thinker(config), f"{kind}_start_token_id", -1) for kind in ("vision", "audio"))
         self.ids_per_second = self.clock_rate(config)
         self.chunk_s = float(getattr(_thinker(config), "seconds_per_chunk", self.chunk_s))
-        self.frames_per_patch = int(processor.video_processor.temporal_patch_size)
+        self.frames_per_patch = int(getattr(processor.video_processor, "temporal_patch_size", 1))
         for kind in self.kinds:
             wanted = int(getattr(processor, f"{kind}_token_id"))
             if wanted != self.tokens[kind]:

@@ -28,7 +28,7 @@ from av_lens.families.media_layout import MediaLayout
 
 GROUP = "av_lens.families"
 HOW_TO_ADD = (
-    "To add a family: write av_lens/families/<family>.py with FAMILY = Family(...): its class, its TransformerLens "
+    "To add a family (docs/families.md): write av_lens/families/<family>.py with FAMILY = Family(...): its class, its TransformerLens "
     "ArchitectureAdapter, its MediaLayout, position_ids(hf_model, tensors) and replay_traits(config). From outside, "
     f"give the Family to av_lens.register_family, or name it among your package's entry points, group {GROUP!r}."
 )
@@ -69,6 +69,7 @@ class Family:
 
 
 _KNOWN: dict[str, Family] = {}  # by every name that a family is found by
+_REFUSED: dict[str, str] = {}  # why, by every name of what cannot be one
 
 
 def register_family(family: Family) -> None:
@@ -99,9 +100,10 @@ def _add(family: Family) -> None:
 def _discover() -> None:
     """Find the families of this folder, and those that other packages name."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        found = getattr(import_module(f"av_lens.families.{module.name}"), "FAMILY", None)
-        if found is not None:
-            _add(found)
+        found = import_module(f"av_lens.families.{module.name}")
+        _REFUSED.update(getattr(found, "CANNOT_OPEN", {}))
+        if hasattr(found, "FAMILY"):
+            _add(found.FAMILY)
     for entry in entry_points(group=GROUP):
         try:
             family = entry.load()
@@ -129,6 +131,8 @@ def family_of(*names: str | type[Any]) -> Family:
         for name in [cls.__name__ for cls in one.__mro__] if isinstance(one, type) else [one]:
             if name in _KNOWN:
                 return _KNOWN[name]
+            if name in _REFUSED:
+                raise ModelError(_REFUSED[name])
     listed = ", ".join(family.architecture for family in known)
     raise ModelError(f"no adapter for {said[-1]!r}. Families with one: {listed}. {HOW_TO_ADD}")
 

@@ -339,13 +339,16 @@ def recorded(
         kept[name] = (found if component is None else heads_first(found, component)).to(device)
 
     components = {"resid": None, "keys": "rot_k", "values": "v"}
-    looks = [(name, watching(partial(keep, name, components[part]))) for part in names for name in names[part]]
+    there = model.bridge.hook_dict
+    found = [(part, name) for part in names for name in names[part] if name in there]
+    looks = [(name, watching(partial(keep, name, components[part]))) for part, name in found]
     hooks: list[tuple[str, Callable[..., Any]]] = [*beside, *looks]
     if not keep_logits:  # the logits of all positions would be larger than the record
         hooks.append(("unembed.hook_in", rows_of(slice(-1, None))))
     with entering(model) as entered:
         logits: Tensor = model.run_with_hooks(x, fwd_hooks=hooks)
-    made = {part: [kept[name] for name in of_part] for part, of_part in names.items()}
+    nothing = kept[names["resid"][0]][:, None, :0]  # of a layer without keys or values of its own
+    made = {part: [kept.get(name, nothing) for name in of_part] for part, of_part in names.items()}
     own = logits.to(device) if keep_logits else None
     mask = additive(entered.get("attention_mask"), made["resid"][0])
     return fields_of(model, x, made, entered, mask) | {"own_logits": own}, logits[:, -1]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import CHAT_TEMPLATE, randomized, tiny_hf_model, tiny_processor, token_ids
+from tiny_gemma import GEMMA_LAYOUTS, gemma_hf_model, gemma_processor
 
 import av_lens as avl
 from av_lens.organism.anatomy import END_OF_TEXT, SPECIALS, TURN_END
@@ -31,11 +32,14 @@ class Tiny:
         hf_model: seed -> the HuggingFace model.
         processor: its processor.
         layouts: what can be encoded, as keywords of `encode`, by name.
+        reach: seconds of sound before and after its own that a token sees through its tower's convolutions and the
+            spectrogram's windows (of 25 ms, a mel frame each 10 ms).
     """
 
     hf_model: Callable[[int], Any]
     processor: Callable[[], Any]
     layouts: Mapping[str, Mapping[str, Any]]
+    reach: tuple[float, float] = (0.0, 0.0)
 
 
 def picture_tokens() -> dict[str, int]:
@@ -257,10 +261,11 @@ _HEARD = {
 }
 
 TINY: dict[str, Tiny] = {
-    "qwen2_5_omni": Tiny(tiny_hf_model, tiny_processor, _HEARD),
-    "qwen3_omni_moe": Tiny(omni3_hf_model, omni3_processor, _HEARD),
+    "qwen2_5_omni": Tiny(tiny_hf_model, tiny_processor, _HEARD, reach=(0.0325, 0.0125)),  # mel frames 4k - 2 to 4k + 4
+    "qwen3_omni_moe": Tiny(omni3_hf_model, omni3_processor, _HEARD, reach=(0.0825, 0.0025)),  # 8k - 7 to 8k + 7
     "qwen2_5_vl": Tiny(vl_hf_model, vl_processor, _SEEN),
     "qwen3_vl": Tiny(vl3_hf_model, vl3_processor, _SEEN),
+    "gemma4": Tiny(gemma_hf_model, gemma_processor, GEMMA_LAYOUTS, reach=(0.04, 0.0)),  # 4k - 3 to 4k + 3, of 20 ms
 }
 
 
