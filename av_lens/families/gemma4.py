@@ -47,6 +47,9 @@ from av_lens.families.registry import Family
 from av_lens.media.clip import Clip
 
 
+_PIXELS = {"video": "pixel_values_videos", "image": "pixel_values"}
+
+
 class Gemma4Adapter(DecoderAdapter):
     """Which of TransformerLens's components stand where."""
 
@@ -54,7 +57,7 @@ class Gemma4Adapter(DecoderAdapter):
         "audio_encoder": ("model.audio_tower", "last_hidden_state"),
         "vision_encoder": ("model.vision_tower", "last_hidden_state"),
     }
-    media = {"audio": "input_features", "image": "pixel_values", "video": "pixel_values_videos"}  # noqa: RUF012
+    media = {"audio": "input_features", **_PIXELS}  # noqa: RUF012
     inner = WholePrompt
     _attention_bridge_cls = Gemma4AttentionBridge
     _block_cls = Gemma4BlockBridge
@@ -85,9 +88,8 @@ class Gemma4Adapter(DecoderAdapter):
         return made | {name: self._norm(path) for name, path in more.items()}
 
     def _build_attention_bridge(self) -> Any:
-        attention = self._qkvo_attention_bridge(
-            extra_submodules={f"{kind}_norm": self._norm(f"{kind}_norm") for kind in "qkv"}
-        )
+        norms: dict[str, Any] = {f"{kind}_norm": self._norm(f"{kind}_norm") for kind in "qkv"}
+        attention = self._qkvo_attention_bridge(extra_submodules=norms)
         for kind in "kv":
             attention.submodules[kind].optional = True
         return attention
@@ -105,9 +107,7 @@ class Gemma4Features(Features):
     def _patched(self, kind: str, clip: Clip, chosen: np.ndarray, step_s: float) -> Picture:
         part, frames = getattr(self.processor, f"{kind}_processor"), frames_of(clip)
         told: dict[str, Any] = self.video_options() if kind == "video" else {}
-        names = (
-            ("pixel_values_videos", "video_position_ids") if kind == "video" else ("pixel_values", "image_position_ids")
-        )
+        names = _PIXELS[kind], f"{kind}_position_ids"
         pixels, high, wide = list[torch.Tensor](), 0, 0
         for number in chosen:  # each by itself, as the processor takes them too
             shown = torch.from_numpy(np.array(frames[number])).permute(2, 0, 1)
@@ -116,15 +116,15 @@ class Gemma4Features(Features):
             wide, high = (places.amax(0) + 1).tolist()
             pixels.append(patches[: high * wide])
         grid, edges = (len(chosen), high, wide), on_screen(clip, chosen[:, None])
-        return Picture(
-            kind, torch.cat(pixels), grid, int(part.pooling_kernel_size), step_s, *edges, tuple(chosen.tolist())
-        )
+        merge = int(part.pooling_kernel_size)
+        return Picture(kind, torch.cat(pixels), grid, merge, step_s, *edges, frames=tuple(chosen.tolist()))
 
     def _sound(self, clip: Clip) -> Sound:
         waveform, rate, part = self.waveform(clip, self.most_seconds), self.rate, self.processor.feature_extractor
         if len(waveform) <= part.frame_length // 2:
             raise InputError(
-                f"the sound lasts {len(waveform) / rate * 1000:.0f} ms: one token needs more than 10; give a longer clip"
+                f"the sound lasts {len(waveform) / rate * 1000:.0f} ms: one token needs more than 10; give a longer "
+                "clip"
             )
         made = part([waveform], return_tensors="pt")
         mel = made["input_features"][:, : int(made["input_features_mask"].sum())]
@@ -209,8 +209,7 @@ class Gemma4Media(QwenMedia):
             row, col = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
             places = torch.stack([col, row], dim=-1).view(1, -1, 2).repeat(n, 1, 1)
             pixels = picture.pixels.view(n, high * wide, -1)
-            name = "pixel_values_videos" if picture.kind == "video" else "pixel_values"
-            made[name] = functional.pad(pixels, (0, 0, 0, more))
+            made[_PIXELS[picture.kind]] = functional.pad(pixels, (0, 0, 0, more))
             made[f"{picture.kind}_position_ids"] = functional.pad(places, (0, 0, 0, more), value=-1)
             if picture.kind == "video":
                 made["num_frames_per_video"] = torch.tensor([n])

@@ -2,14 +2,15 @@
 
     stream = (stream + norm(attn(ln1(stream))) + norm(mlp(ln2(.))) + norm(W_2 (act(W_1 .) * own))) * scalar
 
-Each write passes a norm of its own before it joins the stream (`ln1_post`, `ln2_post`: `hook_attn_out`, `hook_mlp_out`
-and `hook_resid_mid` stand behind them, `hook_z` and `hook_result` before). A layer may add a third write: of the stream,
-gated by an embedding that the layer has for each token (`per_layer`); and it scales the whole stream. Experts, where a
-layer has them, stand beside the plain MLP and read the stream by norms of their own; `hook_mlp_out` is what both write.
+Each write passes a norm of its own before it joins the stream (`ln1_post`, `ln2_post`): `hook_attn_out`, `hook_mlp_out`
+and `hook_resid_mid` stand behind it, `hook_z` and `hook_result` before. A layer may add a third write, of the stream
+and of an embedding that the layer has for each token (`per_layer_...`); and it scales the whole stream. Experts, where
+a layer has them, stand beside the plain MLP and read the stream by norms of their own; `hook_mlp_out` is what both
+write.
 
-Keys are normed and rotated, values normed without a weight; where keys and values are one projection, `hook_k` stands at
-it, before both, and there is no `hook_v`. The last layers may have neither: they read those of an earlier layer of their
-kind (with or without a window), as it read them, cache included.
+Keys are normed and rotated, values normed without a weight. Where both are one projection, `hook_k` stands at it, and
+there is no `hook_v`. The last layers may have neither: they read those of an earlier layer of their kind (with or
+without a window), as it read them, cache included.
 """
 
 from __future__ import annotations

@@ -28,8 +28,9 @@ from av_lens.families.media_layout import MediaLayout
 
 GROUP = "av_lens.families"
 HOW_TO_ADD = (
-    "To add a family (docs/families.md): write av_lens/families/<family>.py with FAMILY = Family(...): its class, its TransformerLens "
-    "ArchitectureAdapter, its MediaLayout, position_ids(hf_model, tensors) and replay_traits(config). From outside, "
+    "To add a family (docs/families.md): write av_lens/families/<family>.py with FAMILY = Family(...): its class, "
+    "its TransformerLens ArchitectureAdapter, its MediaLayout, position_ids(hf_model, tensors) and "
+    "replay_traits(config). From outside, "
     f"give the Family to av_lens.register_family, or name it among your package's entry points, group {GROUP!r}."
 )
 

@@ -45,7 +45,7 @@ def layers_of_its_own(name: str) -> str:
 
 @contextmanager
 def unless_refused(name: str) -> Iterator[bool]:
-    """Whether the proof applies; where the family declares that it does not, what is inside must be refused in words."""
+    """Whether a proof applies; where the family declares that it does not, what is inside must be refused."""
     own = layers_of_its_own(name)
     if not own:
         yield True

@@ -54,7 +54,7 @@ def by_square(model: Any, layout: dict[str, Any]) -> Iterator[tuple[set[int], se
     """What each token's square moves, in the frames that the map names, and that token."""
     clip = small_clip(0)
     table = model.encode(clip, "What?", **layout).table().query("row >= 0")
-    high, wide = (size / (table[axis].max() + 1) for size, axis in zip(clip.frames.shape[1:3], ("row", "col")))
+    high, wide = (clip.frames.shape[axis] / (table[name].max() + 1) for axis, name in ((1, "row"), (2, "col")))
     for position, row, col, start, end in table[["row", "col", "source_start_s", "source_end_s"]].itertuples():
         frames = np.array(clip.frames)
         shown = (clip.times > start - 1e-6) & (clip.times < end - 1e-6)
