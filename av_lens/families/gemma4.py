@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch.nn import functional
-from transformer_lens.model_bridge.generalized_components import GeneralizedComponent, LinearBridge
+from transformer_lens.model_bridge.generalized_components import LinearBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import Gemma4ForConditionalGeneration
 
 from av_lens.errors import InputError
@@ -45,7 +46,6 @@ from av_lens.families.media_layout import (
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
 from av_lens.media.clip import Clip
-
 
 _PIXELS = {"video": "pixel_values_videos", "image": "pixel_values"}
 

@@ -44,18 +44,22 @@ class Gemma4NormBridge(RealRMSNormBridge):
         return self.hook_out((normalized * norm.weight.float() if norm.with_scale else normalized).type_as(stream))
 
 
+def lacking(attention: Any) -> list[str]:
+    """The hooks of what a layer's attention has not, but for those of its projections."""
+    if attention.is_kv_shared_layer:
+        return ["hook_k_input", "hook_v_input", "hook_rot_k", "hook_k_normed"]
+    return ["hook_v_input"] if attention.v_proj is None else []
+
+
 class Gemma4AttentionBridge(RealAttentionBridge):
     """Attention whose keys and values may be one projection's, or another layer's."""
 
     def set_original_component(self, component: Any) -> None:
         """Take the layer's attention, and drop the hooks of what it has not."""
         super().set_original_component(component)
-        lacking = ["k_input", "rot_k", "k_normed"] if component.is_kv_shared_layer else []
-        if component.is_kv_shared_layer or component.v_proj is None:
-            lacking.append("v_input")
-        for name in lacking:
-            self._modules.pop(f"hook_{name}", None)
-            self._hook_registry.pop(f"hook_{name}", None)
+        for name in lacking(component):
+            self._modules.pop(name, None)
+            self._hook_registry.pop(name, None)
 
     def _normed(self, heads: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         value = heads.pop("v", heads.get("k"))
@@ -77,6 +81,12 @@ class Gemma4BlockBridge(FullBlockBridge):
     """A layer with norms behind its writes, a third write, and a scale."""
 
     own_layout = "its layers norm what they write and scale the stream"
+
+    def set_original_component(self, component: Any) -> None:
+        """Take the layer, and drop the names of hooks that its attention has not."""
+        super().set_original_component(component)
+        absent = lacking(component.self_attn)
+        self.hook_aliases = {name: path for name, path in self.hook_aliases.items() if name not in absent}
 
     def _attended(self, stream: torch.Tensor, told: dict[str, Any]) -> torch.Tensor:
         return self.ln1_post(super()._attended(stream, told))

@@ -79,7 +79,7 @@ def gemma_config(**text: Any) -> Any:
         vision_config=tower
         | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64},
         audio_config=tower
-        | {"output_proj_dims": 32, "subsampling_conv_channels": [8, 4], "use_clipped_linears": False},
+        | {"output_proj_dims": 32, "subsampling_conv_channels": [32, 4], "use_clipped_linears": False},
         image_token_id=ids["<|IMAGE|>"],
         video_token_id=len(ids),
         audio_token_id=ids["<|AUDIO|>"],
@@ -117,7 +117,7 @@ def gemma_processor() -> Any:
     tokenizer.bos_token = END_OF_TEXT
     tokenizer._set_model_specific_special_tokens(special_tokens=NAMED)
     return Gemma4Processor(
-        feature_extractor=Gemma4AudioFeatureExtractor(),
+        feature_extractor=Gemma4AudioFeatureExtractor(feature_size=32),
         image_processor=Gemma4ImageProcessor(max_soft_tokens=70),
         video_processor=Gemma4VideoProcessor(max_soft_tokens=70),
         tokenizer=tokenizer,
