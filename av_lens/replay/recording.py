@@ -339,15 +339,14 @@ def recorded(
         kept[name] = (found if component is None else heads_first(found, component)).to(device)
 
     components = {"resid": None, "keys": "rot_k", "values": "v"}
-    there = model.bridge.hook_dict
-    found = [(part, name) for part in names for name in names[part] if name in there]
-    looks = [(name, watching(partial(keep, name, components[part]))) for part, name in found]
+    wanted = ("resid",) if model.family.replay_traits(model.config).layers else tuple(names)
+    looks = [(name, watching(partial(keep, name, components[part]))) for part in wanted for name in names[part]]
     hooks: list[tuple[str, Callable[..., Any]]] = [*beside, *looks]
     if not keep_logits:  # the logits of all positions would be larger than the record
         hooks.append(("unembed.hook_in", rows_of(slice(-1, None))))
     with entering(model) as entered:
         logits: Tensor = model.run_with_hooks(x, fwd_hooks=hooks)
-    nothing = kept[names["resid"][0]][:, None, :0]  # of a layer without keys or values of its own
+    nothing = kept[names["resid"][0]][:, None, :, :0]  # keys and values of layers that no restart computes
     made = {part: [kept.get(name, nothing) for name in of_part] for part, of_part in names.items()}
     own = logits.to(device) if keep_logits else None
     mask = additive(entered.get("attention_mask"), made["resid"][0])

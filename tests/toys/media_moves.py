@@ -14,6 +14,7 @@ import torch
 from small_av import small_clip
 
 MIXING = ("Attention", "LightConv")  # in the names of modules that let a tower's positions read each other
+MOST = 13  # squares: about so many are changed, one by one, of a larger picture
 RIM = 4  # pixels of a square that a resized picture shares with its neighbours
 
 
@@ -34,28 +35,30 @@ def entering(model: Any, x: Any) -> torch.Tensor:
             handle.remove()
 
 
-def moved(model: Any, layout: dict[str, Any], **changed: Any) -> set[int]:
+def moved(model: Any, layout: dict[str, Any], own: torch.Tensor, **changed: Any) -> set[int]:
     """Positions that enter the layers otherwise once the clip is another."""
-    clip = small_clip(0)
-    one, other = (entering(model, model.encode(each, "What?", **layout)) for each in (clip, replace(clip, **changed)))
-    return set((one != other).any(-1).nonzero()[:, 0].tolist())
+    other = entering(model, model.encode(replace(small_clip(0), **changed), "What?", **layout))
+    return set((own != other).any(-1).nonzero()[:, 0].tolist())
 
 
 def by_sound(model: Any, layout: dict[str, Any], reach: tuple[float, float]) -> tuple[set[int], set[int], int]:
     """What one second of sound moves, what the map says, and how many tokens the sound has."""
     waveform = np.array(small_clip(0).waveform)
     waveform[4000:20000] *= 0.5
-    table = model.encode(small_clip(0), "What?", **layout).table().query("role == 'audio'")
+    x = model.encode(small_clip(0), "What?", **layout)
+    table = x.table().query("role == 'audio'")
     said = (table["source_start_s"] - reach[0] < 1.25) & (table["source_end_s"] + reach[1] > 0.25)
-    return moved(model, layout, waveform=waveform), set(table.index[said]), len(table)
+    return moved(model, layout, entering(model, x), waveform=waveform), set(table.index[said]), len(table)
 
 
 def by_square(model: Any, layout: dict[str, Any]) -> Iterator[tuple[set[int], set[int]]]:
-    """What each token's square moves, in the frames that the map names, and that token."""
+    """What a token's square moves, in the frames that the map names, and that token."""
     clip = small_clip(0)
-    table = model.encode(clip, "What?", **layout).table().query("row >= 0")
+    x = model.encode(clip, "What?", **layout)
+    table, own = x.table().query("row >= 0"), entering(model, x)
     high, wide = (clip.frames.shape[axis] / (table[name].max() + 1) for axis, name in ((1, "row"), (2, "col")))
-    for position, row, col, start, end in table[["row", "col", "source_start_s", "source_end_s"]].itertuples():
+    some = table.iloc[:: max(1, len(table) // MOST)]
+    for position, row, col, start, end in some[["row", "col", "source_start_s", "source_end_s"]].itertuples():
         frames = np.array(clip.frames)
         shown = (clip.times > start - 1e-6) & (clip.times < end - 1e-6)
         down, across = (
@@ -63,4 +66,4 @@ def by_square(model: Any, layout: dict[str, Any]) -> Iterator[tuple[set[int], se
         )
         for frame in frames[np.flatnonzero(shown)[0] : np.flatnonzero(shown)[-1] + 1]:
             frame[down, across] ^= 255
-        yield moved(model, layout, frames=frames), {position}
+        yield moved(model, layout, own, frames=frames), {position}

@@ -24,9 +24,9 @@ NAMED = {
     "eoa_token": "<|audio_eos|>",
 }
 GEMMA_LAYOUTS = {
-    "separate": {},
+    "separate": {"fps": 0.5},
     "audio": {"picture": None},
-    "video": {"sound": None},
+    "video": {"sound": None, "fps": 1.0},
     "image": {"picture": "image"},
     "text": {"sound": None, "picture": None},
 }
@@ -73,7 +73,7 @@ def gemma_config(**text: Any) -> Any:
         "bos_token_id": ids[END_OF_TEXT],
         "eos_token_id": ids[TURN_END],
     }
-    tower = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "initializer_range": 0.1}
+    tower = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "initializer_range": 0.1}
     return Gemma4Config(
         text_config=sizes | text,
         vision_config=tower
