@@ -69,10 +69,27 @@ def unembedded(model: Any, stream: Tensor, tokens: Tensor | None = None) -> Floa
     if normed.dtype != torch.float32:  # as the hooked run does it: all tokens, and never of one row alone
         rows = normed.flatten(0, -2)
         logits = head(rows if len(rows) > 1 else rows.expand(2, -1))[: len(rows)].unflatten(0, normed.shape[:-1])
-        return logits if tokens is None else logits[..., tokens]
-    if tokens is None:
-        return head(normed)
-    return functional.linear(normed, head.weight[tokens], None if head.bias is None else head.bias[tokens])
+        logits = logits if tokens is None else logits[..., tokens]
+    elif tokens is None:
+        logits = head(normed)
+    else:
+        logits = functional.linear(normed, head.weight[tokens], None if head.bias is None else head.bias[tokens])
+    cap = bridge.cfg.output_logits_soft_cap
+    return torch.tanh(logits / cap) * cap if cap > 0 else logits
+
+
+def require_known_layers(model: Any, what: str) -> None:
+    """Refuse what reads the weights of layers, of a model whose layers are not of the layout that is known here.
+
+    Raises:
+        ModelError: they are not; the message says what they do.
+    """
+    reason = model.family.replay_traits(model.config).layers
+    if reason:
+        raise ModelError(
+            f"{what} reads the weights of layers, and would be wrong here: {reason}. What runs the model under hooks "
+            "(patching, knockouts, gradients, steering, probes, lenses) is right."
+        )
 
 
 class Kept(ActivationCache):
@@ -83,6 +100,21 @@ class Kept(ActivationCache):
             return super().__getitem__(key)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise NotKeptError(self._missing(key)) from error
+
+    def decompose_resid(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's, where the stream is a sum of what layers write."""
+        require_known_layers(self.model, "decompose_resid")
+        return super().decompose_resid(*args, **kwargs)
+
+    def stack_head_results(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's, where heads write to the stream as they are."""
+        require_known_layers(self.model, "stack_head_results")
+        return super().stack_head_results(*args, **kwargs)
+
+    def get_full_resid_decomposition(self, *args: Any, **kwargs: Any) -> Any:
+        """TransformerLens's, likewise."""
+        require_known_layers(self.model, "get_full_resid_decomposition")
+        return super().get_full_resid_decomposition(*args, **kwargs)
 
     def _missing(self, key: Any) -> str:
         """Why an activation is not there, and what would bring it."""

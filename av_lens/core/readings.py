@@ -26,7 +26,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from av_lens.checks import require_choice
-from av_lens.core.calls import heads_first, watching
+from av_lens.core.calls import heads_first, require_known_layers, watching
 from av_lens.core.execution import logits_of
 from av_lens.families.decoder import Layer, hook_name
 from av_lens.interventions.edits import resolve_positions
@@ -74,6 +74,8 @@ def attention_mass(
 ) -> Float[Tensor, "batch layer head query key"]:
     """Sum attention over groups of queries and of keys, in one run."""
     require_choice("weight", weight, WEIGHTS)
+    if weight == "value":
+        require_known_layers(model, 'weight="value"')
     n, spec = len(x.spans), model.spec
     rows = _indicator(queries, n).to(model.device)
     columns = None if keys is None else _indicator(keys, n).to(model.device)

@@ -57,13 +57,12 @@ class DecoderAdapter(ArchitectureAdapter):
     experts: bool = False
     biases: bool = False
     fused: Mapping[str, tuple[str, ...]] = MappingProxyType({})
-    inner: type[Any] | None = (
-        None  # mixed into the inner model where media come with it; `Continued` where none is said
-    )
+    inner: type[Any] | None = None  # mixed into the inner model where media come with it; else `Continued` is
 
     # The pattern is a hook here; asking HuggingFace for attentions as well would only cost memory.
     supports_hf_output_attentions: bool = False
     _attention_bridge_cls = RealAttentionBridge
+    _block_cls = FullBlockBridge
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
@@ -72,18 +71,20 @@ class DecoderAdapter(ArchitectureAdapter):
         self.cfg.default_prepend_bos = False
         self._set_rms_rotary_defaults()
         self.weight_processing_conversions = {**self._qkvo_weight_conversions(include_biases=self.biases)}
-        layer = {
+        self.component_mapping = {
+            **{name: TowerBridge(path, *output) for name, (path, *output) in self.towers.items()},
+            "embed": EmbeddingBridge(name=f"{self.decoder}.embed_tokens"),
+            "blocks": self._block_cls(name=f"{self.decoder}.layers", config=self.cfg, submodules=self._layer()),
+            "ln_final": self._norm(f"{self.decoder}.norm"),
+            "unembed": UnembeddingBridge(name="lm_head", config=self.cfg),
+        }
+
+    def _layer(self) -> dict[str, Any]:
+        return {
             "ln1": self._norm("input_layernorm"),
             "ln2": self._norm("post_attention_layernorm"),
             "attn": self._build_attention_bridge(),
             "mlp": self._mixed_mlp() if self.experts else self._gated_mlp(),
-        }
-        self.component_mapping = {
-            **{name: TowerBridge(path, *output) for name, (path, *output) in self.towers.items()},
-            "embed": EmbeddingBridge(name=f"{self.decoder}.embed_tokens"),
-            "blocks": FullBlockBridge(name=f"{self.decoder}.layers", config=self.cfg, submodules=layer),
-            "ln_final": self._norm(f"{self.decoder}.norm"),
-            "unembed": UnembeddingBridge(name="lm_head", config=self.cfg),
         }
 
     def _norm(self, name: str) -> RealRMSNormBridge:
@@ -124,15 +125,31 @@ class ExpertsBridge(MoEBridge):
         self.hook_aliases = {one: path for one, path in self.hook_aliases.items() if one not in MoEBridge.hook_aliases}
 
 
-class Continued:
+class WithMedia:
+    """Mixed into HuggingFace's inner model: a prompt's placeholders never run without their media."""
+
+    media_tensors: Mapping[str, str]
+    config: Any
+
+    def require_media(self, ids: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
+        """Refuse placeholders whose media did not come along: a run that reads them bare is about nothing."""
+        for kind, tensor in self.media_tensors.items():
+            missing = kwargs.get(tensor) is None and kwargs.get("mm_encoder_outputs") is None
+            if missing and bool((ids == getattr(self.config, f"{kind}_token_id")).any()):
+                raise InputError(
+                    f"these ids hold placeholders of {kind}, but {tensor} did not come with them: the model would read "
+                    "bare placeholders. Use model(x), model.generate(x), or model.bound(x) for tools that take ids. "
+                    "(TransformerLens's generate hands media on with the cache alone: leave use_past_kv_cache on.)"
+                )
+
+
+class Continued(WithMedia):
     """Mixed into HuggingFace's inner model: it also continues a cache without being told positions.
 
     HuggingFace's positions of such a step are those of the whole mask, and how far media moved them is remembered of
     the last prompt alone. A prompt that comes without a mask is whole: HuggingFace would count its media as text.
     """
 
-    media_tensors: Mapping[str, str]
-    config: Any
     rope_deltas: Any
 
     def forward(self, **kwargs: Any) -> Any:
@@ -143,7 +160,7 @@ class Continued:
         if kwargs.get("position_ids") is None and past:
             kwargs["position_ids"] = _continued(ids if ids is not None else embeds, cache, kwargs.get("attention_mask"))
         elif kwargs.get("position_ids") is None and ids is not None:
-            self._require_media(ids, kwargs)
+            self.require_media(ids, kwargs)
             if kwargs.get("attention_mask") is None:
                 kwargs["attention_mask"] = torch.ones_like(ids)
         output: Any = super().forward(**kwargs)  # pyright: ignore[reportAttributeAccessIssue]
@@ -168,17 +185,6 @@ class Continued:
                 "dropped in silence. Make the input with model.encode, or by one call of the checkpoint's processor."
             )
         return masks
-
-    def _require_media(self, ids: torch.Tensor, kwargs: Mapping[str, Any]) -> None:
-        """Refuse placeholders whose media did not come along: a run that reads them bare is about nothing."""
-        for kind, tensor in self.media_tensors.items():
-            missing = kwargs.get(tensor) is None and kwargs.get("mm_encoder_outputs") is None
-            if missing and bool((ids == getattr(self.config, f"{kind}_token_id")).any()):
-                raise InputError(
-                    f"these ids hold placeholders of {kind}, but {tensor} did not come with them: the model would read "
-                    "bare placeholders. Use model(x), model.generate(x), or model.bound(x) for tools that take ids. "
-                    "(TransformerLens's generate hands media on with the cache alone: leave use_past_kv_cache on.)"
-                )
 
 
 def _continued(new: Any, cache: Any, mask: torch.Tensor | None) -> torch.Tensor:

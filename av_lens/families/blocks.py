@@ -64,7 +64,13 @@ def install_embed_hook(bridge: Any) -> None:
 
 
 class FullBlockBridge(BlockBridge):
-    """A pre-norm decoder layer with a real, writable `hook_resid_mid`."""
+    """A pre-norm decoder layer with a real, writable `hook_resid_mid`.
+
+    Attributes:
+        own_layout: what the layer does beyond the layout that `families.decoder.Layer` knows; empty where nothing.
+    """
+
+    own_layout: str = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -85,15 +91,27 @@ class FullBlockBridge(BlockBridge):
         args, kwargs = self._maybe_inject_start_residual(args, kwargs)
         self._check_stop_at_layer(*args, **kwargs)
         stream = self.hook_in(args[0])
+        stream = self.hook_resid_mid(stream + self._attended(stream, kwargs))
+        entering = self.hook_mlp_in(stream.clone()) if self._read_use_hook_mlp_in() else stream
+        return self.hook_out(self._leaving(stream + self._fed(entering), args[1:]))
+
+    def _attended(self, stream: torch.Tensor, told: dict[str, Any]) -> torch.Tensor:
+        """What attention writes to the stream."""
         attention: Any = self.attn
         attention.set_stream(stream, self.ln1.original_component)
         try:
-            attended = attention(hidden_states=self.ln1(stream), **kwargs)[0]
+            return attention(hidden_states=self.ln1(stream), **told)[0]
         finally:
             attention.set_stream(None, None)
-        stream = self.hook_resid_mid(stream + attended)
-        entering = self.hook_mlp_in(stream.clone()) if self._read_use_hook_mlp_in() else stream
-        return self.hook_out(stream + self.mlp(self.ln2(entering)))
+
+    def _fed(self, entering: torch.Tensor) -> torch.Tensor:
+        """What the MLP writes to it."""
+        return self.mlp(self.ln2(entering))
+
+    def _leaving(self, stream: torch.Tensor, told: tuple[Any, ...]) -> torch.Tensor:
+        """What a layer does after its MLP."""
+        del told
+        return stream
 
 
 class RealRMSNormBridge(RMSNormalizationBridge):
@@ -129,14 +147,15 @@ class TowerBridge(GeneralizedComponent):
     """
 
     def __init__(self, name: str, field: str | None, depth: int = 0) -> None:
-        super().__init__(name)
+        super().__init__(name, optional=True)  # a checkpoint may come without it
         self.rows = Rows(field, depth)
         self.memory: Callable[..., Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Encode."""
         tower: Any = self.original_component
-        args = (self.hook_in(args[0]), *args[1:])
+        first, *rest = args or (kwargs.pop(next(iter(kwargs))),)
+        args = (self.hook_in(first), *rest)
         output = tower(*args, **kwargs) if self.memory is None else self.memory(tower, args, kwargs)
         return self.rows.put(output, self.hook_out(self.rows.of(output)))
 
@@ -244,10 +263,10 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         if tables is None:
             raise ModelError(f"{self.name}: the layer passed no position_embeddings; rotary attention needs them.")
         mask = kwargs.pop("attention_mask", None)
-        query, key, value = self._projected(self.hook_in(hidden))
+        query, *own = self._projected(self.hook_in(hidden))
         cos, sin = (table.unsqueeze(1) for table in self._apply_position_embedding_hooks(tables))
-        query, key = self.hook_rot_q(rotated(query, cos, sin)), self.hook_rot_k(rotated(key, cos, sin))
-        key, value = self._update_kv_cache(key, value, **kwargs)
+        query = self.hook_rot_q(rotated(query, cos, sin))
+        key, value = self._read(own, (cos, sin), kwargs)
         key, value = (_repeated(part, attention.num_key_value_groups) for part in (key, value))
         rows = self._block_rows(query, key)
         if rows is None:
@@ -255,6 +274,11 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         else:
             z, pattern = self._attended_in_blocks(query, key, value, mask, rows), None
         return self.hook_out(self._written(z.transpose(1, 2).contiguous().flatten(-2))), pattern
+
+    def _read(self, own: list[torch.Tensor], tables: tuple[torch.Tensor, ...], told: dict[str, Any]) -> Any:
+        """Keys and values that queries read: these and those of the cache."""
+        key, value = own
+        return self._update_kv_cache(self.hook_rot_k(rotated(key, *tables)), value, **told)
 
     def score_hooks(self) -> list[str]:
         """Name the hooks that look at whole scores or the whole pattern."""
@@ -334,39 +358,46 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
     def _projected(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values `[batch, head, pos, d_head]`, each with what its input fork changed."""
         changes = self._fork_changes()
-        projected: list[torch.Tensor] = []
-        for name in ("q", "k", "v"):
-            linear: Any = getattr(self, name)
-            if changes is None:
-                flat = linear(hidden)
-            else:
-                flat = linear.original_component(linear.hook_in(hidden))
-                change = changes[name]
-                if change is not None:
-                    flat = flat + self._per_head(linear, change).to(flat.dtype)
-                flat = linear.hook_out(flat)
-            heads = flat.view(*flat.shape[:2], -1, self.original_component.head_dim)  # pyright: ignore[reportOptionalMemberAccess]
-            heads = heads.transpose(1, 2)
-            if f"{name}_norm" in self.submodules:  # on each head, after its hook and before rotary position
-                heads = getattr(self, f"hook_{name}_normed")(getattr(self, f"{name}_norm")(heads))
-            projected.append(heads)
-        return tuple(projected)
+        kinds = [kind for kind in "qkv" if kind in self.submodules]
+        return self._normed({kind: self._heads(kind, hidden, changes) for kind in kinds})
+
+    def _heads(self, kind: str, hidden: torch.Tensor, changes: dict[str, torch.Tensor | None] | None) -> torch.Tensor:
+        linear: Any = getattr(self, kind)
+        if changes is None:
+            flat = linear(hidden)
+        else:
+            flat = linear.original_component(linear.hook_in(hidden))
+            change = changes[kind]
+            if change is not None:
+                flat = flat + self._per_head(linear, change).to(flat.dtype)
+            flat = linear.hook_out(flat)
+        heads = flat.view(*flat.shape[:2], -1, self.original_component.head_dim)  # pyright: ignore[reportOptionalMemberAccess]
+        return heads.transpose(1, 2)
+
+    def _normed(self, heads: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """On each head, after its hook and before rotary position, where the layer has norms."""
+        made = dict(heads)
+        for kind in heads:
+            if f"{kind}_norm" in self.submodules:
+                made[kind] = getattr(self, f"hook_{kind}_normed")(getattr(self, f"{kind}_norm")(heads[kind]))
+        return tuple(made.values())
 
     def _fork_changes(self) -> dict[str, torch.Tensor | None] | None:
         """What the hooks on the forked inputs changed, after the norm `[batch, pos, head, d_model]`; None: no forks."""
         config: Any = self.config
         if not (config.use_split_qkv_input or config.use_attn_in):
             return None
-        n_heads, n_kv = config.n_heads, config.n_key_value_heads or config.n_heads
+        group: int = self.original_component.num_key_value_groups  # pyright: ignore
         if config.use_split_qkv_input:
+            sizes = {"q": config.n_heads, "k": config.n_heads // group, "v": config.n_heads // group}
             return {
-                "q": self._fork_change(self.hook_q_input, n_heads),
-                "k": self._fork_change(self.hook_k_input, n_kv),
-                "v": self._fork_change(self.hook_v_input, n_kv),
+                kind: self._fork_change(getattr(self, f"hook_{kind}_input"), n)
+                for kind, n in sizes.items()
+                if kind in self.submodules
             }
-        change = self._fork_change(self.hook_attn_in, n_heads)
+        change = self._fork_change(self.hook_attn_in, config.n_heads)
         # One copy per query head: a key-value head reads the copy of the first query head that it serves.
-        shared = None if change is None else change[:, :, :: n_heads // n_kv]
+        shared = None if change is None else change[:, :, ::group]
         return {"q": change, "k": shared, "v": shared}
 
     def _fork_change(self, hook: HookPoint, n_heads: int) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ runs full hooked forwards, which are always exact, and says why in `trace.hooked
 | `deepstack` | features are added to the stream between layers | hooked |
 | `per_layer_inputs` | layers read embeddings of their own | hooked |
 | `shared_keys` | layers read another layer's keys and values | hooked |
+| `layers` | layers are not of the layout below | hooked; what reads their weights is refused |
 
 Names are TransformerLens's own (`blocks.3.attn.hook_z`), built from a component and a layer, never parsed:
 
@@ -69,6 +70,7 @@ class ReplayTraits:
         deepstack: whether features are added to the stream between layers.
         per_layer_inputs: whether layers read embeddings of their own.
         shared_keys: whether layers read another layer's keys and values.
+        layers: what layers do beyond the layout that `Layer` knows, in words; empty where nothing.
     """
 
     bidirectional: tuple[str, ...] = ()
@@ -77,6 +79,7 @@ class ReplayTraits:
     deepstack: bool = False
     per_layer_inputs: bool = False
     shared_keys: bool = False
+    layers: str = ""
 
     def __post_init__(self) -> None:
         for role in self.bidirectional:
@@ -89,6 +92,7 @@ class ReplayTraits:
     def obstacle(self, n_pos: int) -> str:
         """Say in words why a run of so many positions cannot be restarted; empty where a restart is exact."""
         reasons = [reason for name, reason in _HOOKED.items() if getattr(self, name)]
+        reasons += [self.layers] if self.layers else []
         if self.sliding_window is not None and n_pos > self.sliding_window:
             reasons.append(
                 f"some of its layers read a sliding window of {self.sliding_window} positions, and there are {n_pos}"
@@ -287,7 +291,13 @@ class Layer:
 
     @classmethod
     def of(cls, block: Any) -> Layer:
-        """Find the modules of one of the bridge's blocks."""
+        """Find the modules of one of the bridge's blocks.
+
+        Raises:
+            ModelError: a block that says that its layout is its own.
+        """
+        if block.own_layout:
+            raise ModelError(f"what computes this layer or reads its weights would be wrong here: {block.own_layout}.")
         attention, mlp = block.attn, block.mlp
         inner = attention.original_component
         own = attention._modules

@@ -31,7 +31,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from av_lens.errors import AlignmentError, InputError
@@ -157,23 +157,18 @@ class Features:
     def _video(self, clip: Clip, fps: float | int) -> Picture:
         part, chosen = self.processor.video_processor, sampled_frames(clip, fps)
         deep = int(part.temporal_patch_size)
-        pixels, grid = self._patches(_frames(clip), chosen)
+        pixels, grid = self._patches(frames_of(clip), chosen)
         shown = chosen[np.minimum(np.arange(grid[0] * deep), len(chosen) - 1)].reshape(grid[0], deep)
         edges = on_screen(clip, shown)
         return Picture("video", pixels, grid, int(part.merge_size), deep / fps, *edges, frames=tuple(chosen.tolist()))
 
     def _image(self, clip: Clip) -> Picture:
+        chosen = middle_frame(clip)
+        frame = torch.from_numpy(np.array(frames_of(clip)[chosen])).permute(2, 0, 1)
         part = self.processor.image_processor
-        chosen, frame = self._still(clip)
         made = part(images=[frame], return_tensors="pt")
         grid, edges = _grid(made["image_grid_thw"]), on_screen(clip, np.array([[chosen]]))
         return Picture("image", made["pixel_values"], grid, int(part.merge_size), 1.0, *edges, frames=(chosen,))
-
-    def _still(self, clip: Clip) -> tuple[int, Tensor]:
-        """The number of the frame nearest to the middle, and the frame `[rgb, height, width]`."""
-        times = np.asarray(clip.times, dtype=np.float64)
-        chosen = int(np.argmin(np.abs(times - (times[0] + times[-1]) / 2).round(6)))
-        return chosen, torch.from_numpy(np.array(_frames(clip)[chosen])).permute(2, 0, 1)
 
     def _patches(self, frames: np.ndarray, chosen: np.ndarray) -> tuple[Tensor, tuple[int, int, int]]:
         """The processor's patches of the chosen frames, and their grid; a part of the frames at a time."""
@@ -207,22 +202,10 @@ class Features:
         assert pixels is not None
         return pixels, grid
 
-    def _waveform(self, clip: Clip, rate: int) -> Float[np.ndarray, " sample"]:
-        """The sound at a rate."""
-        if clip.waveform is None:
-            raise InputError("this clip has no audio stream: use sound=None, or clip.with_sound(other)")
-        return resample(clip.waveform, clip.rate, rate) if clip.rate != rate else clip.waveform
-
     def _sound(self, clip: Clip) -> Sound:
         part = self.processor.feature_extractor
-        rate, hop, most = int(part.sampling_rate), int(part.hop_length), int(part.n_samples)
-        waveform = self._waveform(clip, rate)
-        seconds = len(waveform) / rate
-        if len(waveform) > most:
-            raise InputError(
-                f"the sound lasts {seconds:.1f} s and this processor hears at most {most / rate:.0f} s: cut the clip "
-                f"first, e.g. clip.trimmed(0, {most / rate:.0f})"
-            )
+        rate, hop, most = self.rate, int(part.hop_length), int(part.n_samples)
+        waveform = self.waveform(clip, most / rate)
         padded = -(-len(waveform) // hop) * hop + -(-int(part.n_fft) // hop) * hop
         made = part(
             [waveform],
@@ -234,13 +217,36 @@ class Features:
         )
         mel, heard = made["input_features"], int(made["attention_mask"].sum())
         if self.whole_mel:
-            return Sound(mel, seconds, hop / rate, mel.shape[-1] - heard)
-        return Sound(mel[..., :heard].contiguous(), seconds, hop / rate)
+            return Sound(mel, len(waveform) / rate, hop / rate, mel.shape[-1] - heard)
+        return Sound(mel[..., :heard].contiguous(), len(waveform) / rate, hop / rate)
+
+    @property
+    def rate(self) -> int:
+        """Samples a second that the processor hears."""
+        return int(self.processor.feature_extractor.sampling_rate)
+
+    def waveform(self, clip: Clip, most_s: float) -> Float32[np.ndarray, " sample"]:
+        """A clip's sound at that rate; refused where there is none, or more than so many seconds."""
+        if clip.waveform is None:
+            raise InputError("this clip has no audio stream: use sound=None, or clip.with_sound(other)")
+        waveform = resample(clip.waveform, clip.rate, self.rate) if clip.rate != self.rate else clip.waveform
+        if len(waveform) > most_s * self.rate:
+            raise InputError(
+                f"the sound lasts {len(waveform) / self.rate:.1f} s and this processor hears at most {most_s:.0f} s: "
+                f"cut the clip first, e.g. clip.trimmed(0, {most_s:.0f})"
+            )
+        return waveform
 
 
 def _grid(stated: Tensor) -> tuple[int, int, int]:
     deep, high, wide = (int(n) for n in stated[0])
     return deep, high, wide
+
+
+def middle_frame(clip: Clip) -> int:
+    """The frame nearest to the middle of a picture: an image's only one."""
+    times = np.asarray(clip.times, dtype=np.float64)
+    return int(np.argmin(np.abs(times - (times[0] + times[-1]) / 2).round(6)))
 
 
 def on_screen(clip: Clip, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -249,7 +255,8 @@ def on_screen(clip: Clip, shown: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return times[shown], np.append(times[1:], max(clip.picture_end, times[-1]))[shown]
 
 
-def _frames(clip: Clip) -> np.ndarray:
+def frames_of(clip: Clip) -> np.ndarray:
+    """A clip's frames; one without a picture is refused."""
     if clip.frames is None:
         raise InputError("this clip has no picture: use picture=None, or load a file with a video stream")
     return clip.frames
@@ -261,13 +268,15 @@ class TensorAxes:
 
     Attributes:
         patches: tensors of patches, one example's after another's, each with the tensor of their grids.
-        frames: tensors whose last axis runs through a sound; padded to the longest.
+        frames: tensors of which an axis runs through a sound; padded to the longest.
+        frame_axis: that axis.
         heard: the one of `frames` that is 1 where there is sound.
         lengthened: beside `input_ids`, what has a number for each position, and its number for a decoded one.
     """
 
     patches: Mapping[str, str] = field(default_factory=dict[str, str])
     frames: tuple[str, ...] = ()
+    frame_axis: int = -1
     heard: str = ""
     lengthened: Mapping[str, int] = field(default_factory=lambda: {"attention_mask": 1})
 
@@ -281,11 +290,11 @@ class TensorAxes:
         found = {name: value[i : i + 1] if isinstance(value, Tensor) else value for name, value in tensors.items()}
         for name, grids in self.patches.items():
             if name in tensors:
-                counts: list[int] = tensors[grids].prod(dim=-1).tolist()
+                counts: list[int] = tensors[grids].reshape(len(tensors[grids]), -1).prod(dim=-1).tolist()
                 found[name] = tensors[name][sum(counts[:i]) : sum(counts[: i + 1])]
         mask = tensors.get(self.heard)
         if mask is not None and bool(mask[..., -1].any()):
-            found |= {name: found[name][..., : int(mask[i].sum())] for name in self.frames}
+            found |= {name: found[name].narrow(self.frame_axis, 0, int(mask[i].sum())) for name in self.frames}
         return found
 
     def joined(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -300,8 +309,9 @@ class TensorAxes:
                 )
             return values[0]
         if name in self.frames:
-            longest = max(value.shape[-1] for value in values)
-            values = [torch.nn.functional.pad(value, (0, longest - value.shape[-1])) for value in values]
+            longest, axis = max(value.shape[self.frame_axis] for value in values), self.frame_axis % values[0].ndim
+            inner = (0, 0) * (values[0].ndim - 1 - axis)
+            values = [torch.nn.functional.pad(value, (*inner, 0, longest - value.shape[axis])) for value in values]
         shapes = list(dict.fromkeys(tuple(value.shape[1:]) for value in values))
         if len(shapes) > 1:
             raise AlignmentError(
@@ -343,8 +353,10 @@ class MediaLayout(ABC):
 
     parts: ClassVar[tuple[str, ...]] = ()
     """What the processor must have."""
-    kinds: ClassVar[tuple[str, ...]] = ("audio", "video", "image")
+    kinds: tuple[str, ...] = ("audio", "video", "image")
     """What the model takes beside text."""
+    woven: ClassVar[bool] = True
+    """Whether a sound can be woven into a video."""
     axes: ClassVar[TensorAxes] = TensorAxes()
     """How its tensors lie in a batch."""
     system_turn: ClassVar[re.Pattern[str] | None] = None

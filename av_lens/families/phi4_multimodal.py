@@ -14,6 +14,7 @@ The checkpoint's adapters for sound and pictures (LoRA, in folders beside it) ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +27,16 @@ from transformers import Phi4MultimodalForCausalLM
 
 from av_lens.errors import InputError
 from av_lens.families.adapter import causal_decoder, decoder_adapter
-from av_lens.families.media_layout import Features, Media, Picture, Sound, TensorAxes, on_screen
+from av_lens.families.media_layout import (
+    Features,
+    Media,
+    Picture,
+    Sound,
+    TensorAxes,
+    frames_of,
+    middle_frame,
+    on_screen,
+)
 from av_lens.families.one_stream import Counted, position_ids
 from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
@@ -72,7 +82,8 @@ class Phi4Features(Features):
 
     def _image(self, clip: Clip) -> Picture:
         part = self.processor.image_processor
-        chosen, frame = self._still(clip)
+        chosen = middle_frame(clip)
+        frame = torch.from_numpy(np.array(frames_of(clip)[chosen])).permute(2, 0, 1)
         made = part(images=[frame], return_tensors="pt")
         told = {name: made[name] for name in ("image_sizes", "image_attention_mask")}
         at = places(made["image_sizes"][0], made["image_attention_mask"][0], int(part.size["height"]))
@@ -82,7 +93,7 @@ class Phi4Features(Features):
 
     def _sound(self, clip: Clip) -> Sound:
         part = self.processor.audio_processor
-        waveform, rate = self._waveform(clip, int(part.sampling_rate)), int(part.sampling_rate)
+        waveform, rate = self.waveform(clip, math.inf), self.rate
         if len(waveform) < part.win_length:
             raise InputError(
                 f"the sound lasts {len(waveform) / rate * 1000:.0f} ms, and one frame of this model's spectrogram "

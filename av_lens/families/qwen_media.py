@@ -48,6 +48,7 @@ class QwenMedia(MediaLayout):
         " With sound in the video this happens at frame rates whose chunk borders the processor and the model round "
         "differently (fps={fps}): use fps=1, 2, 4 or 5, or sound='separate'."
     )
+    features_class = Features
     chunk_s = 2.0  # seconds of a chunk of the weave, where the configuration does not say them
     frames_per_token = 4  # mel frames behind one token of sound
     id_type: Any = np.int64  # of position ids
@@ -64,7 +65,7 @@ class QwenMedia(MediaLayout):
         self.ids_per_second = self.clock_rate(config)
         self.chunk_s = float(getattr(_thinker(config), "seconds_per_chunk", self.chunk_s))
         if "video" in self.kinds:
-            self.frames_per_patch = int(processor.video_processor.temporal_patch_size)
+            self.frames_per_patch = int(getattr(processor.video_processor, "temporal_patch_size", 1))
         for kind in self.kinds:
             wanted = int(getattr(processor, f"{kind}_token_id"))
             if wanted != self.tokens[kind]:

@@ -28,8 +28,9 @@ from av_lens.families.media_layout import MediaLayout
 
 GROUP = "av_lens.families"
 HOW_TO_ADD = (
-    "To add a family: write av_lens/families/<family>.py with FAMILY = Family(...): its class, its TransformerLens "
-    "ArchitectureAdapter, its MediaLayout, position_ids(hf_model, tensors) and replay_traits(config). From outside, "
+    "To add a family (docs/families.md): write av_lens/families/<family>.py with FAMILY = Family(...): its class, "
+    "its TransformerLens ArchitectureAdapter, its MediaLayout, position_ids(hf_model, tensors) and "
+    "replay_traits(config). From outside, "
     f"give the Family to av_lens.register_family, or name it among your package's entry points, group {GROUP!r}."
 )
 
@@ -69,6 +70,7 @@ class Family:
 
 
 _KNOWN: dict[str, Family] = {}  # by every name that a family is found by
+_REFUSED: dict[str, str] = {}  # why, by every name of what cannot be one
 
 
 def register_family(family: Family) -> None:
@@ -100,6 +102,7 @@ def _discover() -> None:
     """Find the families of this folder, and those that other packages name."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         held = vars(import_module(f"av_lens.families.{module.name}"))
+        _REFUSED.update(held.get("CANNOT_OPEN", {}))
         for found in held.get("FAMILIES", [held["FAMILY"]] if "FAMILY" in held else []):
             _add(found)
     for entry in entry_points(group=GROUP):
@@ -129,6 +132,8 @@ def family_of(*names: str | type[Any]) -> Family:
         for name in [cls.__name__ for cls in one.__mro__] if isinstance(one, type) else [one]:
             if name in _KNOWN:
                 return _KNOWN[name]
+            if name in _REFUSED:
+                raise ModelError(_REFUSED[name])
     listed = ", ".join(family.architecture for family in known)
     raise ModelError(f"no adapter for {said[-1]!r}. Families with one: {listed}. {HOW_TO_ADD}")
 

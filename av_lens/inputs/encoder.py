@@ -114,7 +114,9 @@ def tokenize(
         total += len(text)
         texts.append(text)
         borders.append((total, role))
-    encoded = tokenizer("".join(texts), return_offsets_mapping=True)
+    text, begins = "".join(texts), getattr(tokenizer, "bos_token", None)
+    once = bool(begins) and text.startswith(str(begins))  # the template has written it already
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not once)
     roles: list[str] = []
     piece = 0
     for start, stop in encoded["offset_mapping"]:
@@ -167,12 +169,17 @@ def _clip(medium: Any, fps: float | int, picture: str | None) -> Clip | None:
 
 
 def choose(
-    clip: Clip | None, sound: str | None, picture: str | None, kinds: Sequence[str] = ("audio", "video", "image")
+    clip: Clip | None,
+    sound: str | None,
+    picture: str | None,
+    kinds: Sequence[str] = ("audio", "video", "image"),
+    *,
+    woven: bool = True,
 ) -> tuple[str | None, str | None]:
     """Decide which streams go in (sound, picture) and how, and refuse what the clip does not have.
 
-    "auto" takes the sound if there is one, into the video if there is one; and the picture: a single frame as an image,
-    and of a video the one nearest to its middle where the model takes no video.
+    "auto" takes the sound if there is one, into the video if there is one and the model weaves them; and the picture: a
+    single frame as an image, and of a video the one nearest to its middle where the model takes no video.
     """
     if sound not in SOUND:
         raise InputError(unknown("option sound=", sound, SOUND))
@@ -195,7 +202,9 @@ def choose(
         still = clip is not None and (clip.is_image or "video" not in kinds)
         picture = ("image" if still else "video") if has_picture else None
     if sound == "auto":
-        sound = ("in_video" if picture == "video" else "separate") if has_sound else None
+        sound = ("in_video" if picture == "video" and woven else "separate") if has_sound else None
+    if sound == "in_video" and not woven:
+        raise InputError("sound='in_video' is asked of a model that takes sound beside a video: use sound='separate'")
     if sound == "in_video" and picture != "video":
         raise InputError(f"sound='in_video' needs a video, and the picture is {picture!r}: use sound='separate'")
     return sound, picture
@@ -292,7 +301,7 @@ class Encoder:
 
     def _one(self, clip: Clip | None, question: str, how: Asked) -> AVInputs:
         layout, tokenizer = self.layout, self.processor.tokenizer
-        sound, picture = choose(clip, how.sound, how.picture, layout.kinds)
+        sound, picture = choose(clip, how.sound, how.picture, layout.kinds, woven=layout.woven)
         layout.require_frame_rate(how.fps, interleaved=sound == "in_video")
         asked = question if self.grammar is None else self.grammar.match(question)
         media = Media() if clip is None else layout.media(clip, picture=picture, sound=sound, fps=how.fps)

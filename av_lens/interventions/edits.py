@@ -48,6 +48,7 @@ class ModelSpec:
         d_mlp: hidden units of an MLP.
         d_vocab: tokens of the vocabulary.
         experts: the layers that choose among many MLPs, and so have no units of one.
+        lacking: components that some layer does not have, each with that layer.
     """
 
     n_layers: int
@@ -58,6 +59,7 @@ class ModelSpec:
     d_mlp: int
     d_vocab: int
     experts: frozenset[int] = frozenset()
+    lacking: frozenset[tuple[str, int]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,12 @@ class Site:
             raise InterventionError(
                 f"layer {self.layer} chooses among experts, each an MLP of its own, and has no {self.component}: name "
                 "mlp_in or mlp_out, what the layer's experts read and write together."
+            )
+        if (self.component, self.layer) in spec.lacking:
+            having = [str(one) for one in range(spec.n_layers) if (self.component, one) not in spec.lacking]
+            raise InterventionError(
+                f"layer {self.layer} has no {self.component} of its own: it reads an earlier layer's keys and values, "
+                f"or makes both of one projection. Layers that have it: {', '.join(having) or 'none'}."
             )
         check_heads(self.heads, self.n_heads(spec), spec, self.component)
 

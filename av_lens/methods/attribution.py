@@ -32,7 +32,7 @@ from torch import Tensor
 
 from av_lens.checks import require_choice
 from av_lens.core import Run, run
-from av_lens.core.calls import heads_first
+from av_lens.core.calls import heads_first, require_known_layers
 from av_lens.errors import InputError
 from av_lens.families.decoder import hook_name
 from av_lens.inputs import AVInputs
@@ -65,8 +65,10 @@ def direct_attribution(model: HookedAVLLM, x: Any, *, metric: Metric, by: str = 
 
     Raises:
         InputError: a metric that is not linear in the logits, or an unknown `by`.
+        ModelError: layers that norm what they write or scale the stream.
     """
     require_choice("way of sharing", by, ("head", "layer", "component", "head span", "neuron"))
+    require_known_layers(model, "direct attribution")
     examples = Examples.of(model, x)
     frame = Frame.of(model, examples, metric)
     assert frame.metric is not None

@@ -38,6 +38,7 @@ from torch import Tensor
 
 from av_lens.checks import require_choice
 from av_lens.core import Progress, watched
+from av_lens.core.calls import require_known_layers
 from av_lens.errors import InputError, InterventionError
 from av_lens.families.decoder import component_named
 from av_lens.inputs import AVInputs, Pair
@@ -98,6 +99,7 @@ def attribution_patch(
     Raises:
         InputError: unknown axes or direction, a metric that has no gradient or is NaN, or unlike pairs.
         InterventionError: an unknown component, or positions outside.
+        ModelError: a fix of queries or keys in layers whose layout is not known: give fix=False.
     """
     axes, examples = Axes.parsed(over), Examples.paired("attribution_patch", pair)
     name = component or ("z" if axes.heads else "resid_pre")
@@ -105,6 +107,8 @@ def attribution_patch(
     if top < 0:
         raise InputError(f"top={top}: name how many places are patched exactly, 0 for none.")
     _check(axes, name, model.spec)
+    if fix and name in (*QUERIES, *KEYS):
+        require_known_layers(model, "fix=True")
     visits = Visits.of(axes, name, model.spec).at(examples.spans, at)
     frame = Frame.of(model, examples, metric)
     frame.shape(*visits.shape, len(FIGURES))

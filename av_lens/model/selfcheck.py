@@ -20,7 +20,6 @@ import torch
 from av_lens.errors import InterventionError, ModelError
 from av_lens.families.decoder import COMPONENTS, Component, hook_name
 from av_lens.families.registry import family_of
-from av_lens.interventions.edits import UNITS
 from av_lens.model.wrapper import HookedAVLLM
 
 DOOR = ("resid_mid", "z", "pattern")  # what `load` checks, in the last layer
@@ -134,9 +133,8 @@ def _random_ids(model: HookedAVLLM) -> torch.Tensor:
 def _checks(model: HookedAVLLM, x: Any, given: bool, full: bool) -> Iterator[tuple[str, bool]]:
     last = model.spec.n_layers - 1
     layers = {True: range(last + 1), False: (None,)}
-    absent = {(name, layer) for name in UNITS for layer in model.spec.experts}
     everywhere = ((one, layer) for one in COMPONENTS.values() for layer in layers[one.layered])
-    everywhere = (place for place in everywhere if (place[0].name, place[1]) not in absent)
+    everywhere = (place for place in everywhere if (place[0].name, place[1]) not in model.spec.lacking)
     with torch.no_grad():
         logits = model(x)
         yield "logits are finite", bool(torch.isfinite(logits).all())
@@ -161,7 +159,8 @@ def _checks(model: HookedAVLLM, x: Any, given: bool, full: bool) -> Iterator[tup
     yield f"rows of {names[0]} sum to one", bool((rows - 1).abs().max() < tolerance)
     total = cache[names[1]] + cache[names[3]]
     yield f"{names[2]} is the stream plus attention's write", torch.equal(total, cache[names[2]])
-    yield f"{names[5]} is that plus the MLP's", torch.equal(total + cache[names[4]], cache[names[5]])
+    if not model.family.replay_traits(model.config).layers:
+        yield f"{names[5]} is that plus the MLP's", torch.equal(total + cache[names[4]], cache[names[5]])
     if given and hasattr(x, "spans"):
         yield "the spans cover the input", len(x.spans) == x.tensors["input_ids"].shape[1]
 

@@ -40,6 +40,7 @@ from av_lens.core.execution import HookPair, counted, gates_of_filter, gates_of_
 from av_lens.core.modes import TorchModes
 from av_lens.errors import InputError, InterventionError
 from av_lens.families.blocks import BUDGET_GB
+from av_lens.families.decoder import COMPONENTS, hook_name
 from av_lens.families.registry import Family, family_of
 from av_lens.inputs.answers import words_of
 from av_lens.inputs.encoder import Asking, Encoder
@@ -134,6 +135,12 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
             d_mlp=self.config.get_text_config().intermediate_size,
             d_vocab=self.hf_model.lm_head.weight.shape[0],
             experts=frozenset(n for n, one in enumerate(self.blocks) if hasattr(one.mlp.original_component, "experts")),
+            lacking=frozenset(
+                (name, layer)
+                for name, one in COMPONENTS.items()
+                for layer in range(cfg.n_layers)
+                if one.layered and hook_name(name, layer) not in self.bridge.hook_dict
+            ),
         )
 
     @cached_property

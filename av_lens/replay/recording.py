@@ -339,13 +339,15 @@ def recorded(
         kept[name] = (found if component is None else heads_first(found, component)).to(device)
 
     components = {"resid": None, "keys": "rot_k", "values": "v"}
-    looks = [(name, watching(partial(keep, name, components[part]))) for part in names for name in names[part]]
+    wanted = ("resid",) if model.family.replay_traits(model.config).layers else tuple(names)
+    looks = [(name, watching(partial(keep, name, components[part]))) for part in wanted for name in names[part]]
     hooks: list[tuple[str, Callable[..., Any]]] = [*beside, *looks]
     if not keep_logits:  # the logits of all positions would be larger than the record
         hooks.append(("unembed.hook_in", rows_of(slice(-1, None))))
     with entering(model) as entered:
         logits: Tensor = model.run_with_hooks(x, fwd_hooks=hooks)
-    made = {part: [kept[name] for name in of_part] for part, of_part in names.items()}
+    nothing = kept[names["resid"][0]][:, None, :, :0]  # keys and values of layers that no restart computes
+    made = {part: [kept.get(name, nothing) for name in of_part] for part, of_part in names.items()}
     own = logits.to(device) if keep_logits else None
     mask = additive(entered.get("attention_mask"), made["resid"][0])
     return fields_of(model, x, made, entered, mask) | {"own_logits": own}, logits[:, -1]

@@ -28,7 +28,7 @@ import pytest
 import torch
 
 from av_lens.core.budget import ModelSpec
-from av_lens.families.decoder import hook_name
+from av_lens.families.decoder import ReplayTraits, hook_name
 from av_lens.inputs import AVInputs
 from av_lens.isolation import isolate
 from av_lens.isolation.explaining import robustness
@@ -139,6 +139,7 @@ class FakeModel:
     """The module's model; `writer`, `gate` ... scale the jobs, so that a test can switch them off."""
 
     name, grammar, dtype, device = "paper", None, torch.float32, torch.device("cpu")
+    family = SimpleNamespace(replay_traits=lambda config: ReplayTraits())
     norm = (2.0**50, 2.0**100)  # weight and epsilon
 
     def __init__(
@@ -153,6 +154,7 @@ class FakeModel:
         self.W_U = torch.eye(width)
         self.hf_model, self.bridge = torch.nn.Module(), torch.nn.Module()
         self.hf_model.register_buffer("sizes", torch.tensor([n_classes, *self.size.values()]))
+        self.bridge.cfg = SimpleNamespace(output_logits_soft_cap=-1.0)
         self.bridge.unembed, self.bridge.ln_final = torch.nn.Module(), torch.nn.Module()
         self.bridge.unembed.original_component = torch.nn.Linear(width, width, bias=False).requires_grad_(False)
         self.bridge.unembed.original_component.weight.copy_(self.W_U)

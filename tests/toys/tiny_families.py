@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CHAT_TEMPLATE, randomized, tiny_hf_model, tiny_processor, token_ids
 from tiny_audio import phi_hf_model, phi_processor, qwen2_audio_hf_model, qwen2_audio_processor
 from tiny_text import TEXT, text_hf_model, text_tokenizer
+from tiny_gemma import GEMMA_LAYOUTS, gemma_hf_model, gemma_processor
 
 import av_lens as avl
 from av_lens.organism.anatomy import END_OF_TEXT, SPECIALS, TURN_END
@@ -36,6 +37,8 @@ class Tiny:
         layouts: what can be encoded, as keywords of `encode`, by name.
         questions: what is asked of the first clip and of the second; without media they tell two inputs apart.
         media: whether it takes clips.
+        reach: seconds of sound before and after its own that a token sees through its tower's convolutions and the
+            spectrogram's windows (of 25 ms, a mel frame each 10 ms).
     """
 
     hf_model: Callable[[int], Any]
@@ -43,6 +46,7 @@ class Tiny:
     layouts: Mapping[str, Mapping[str, Any]]
     questions: tuple[str, str] = ("What?", "What?")
     media: bool = True
+    reach: tuple[float, float] = (0.0, 0.0)
 
 
 def picture_tokens() -> dict[str, int]:
@@ -271,8 +275,8 @@ _PHI = {
 }
 
 TINY: dict[str, Tiny] = {
-    "qwen2_5_omni": Tiny(tiny_hf_model, tiny_processor, _HEARD),
-    "qwen3_omni_moe": Tiny(omni3_hf_model, omni3_processor, _HEARD),
+    "qwen2_5_omni": Tiny(tiny_hf_model, tiny_processor, _HEARD, reach=(0.0325, 0.0125)),  # mel frames 4k - 2 to 4k + 4
+    "qwen3_omni_moe": Tiny(omni3_hf_model, omni3_processor, _HEARD, reach=(0.0825, 0.0025)),  # 8k - 7 to 8k + 7
     "qwen2_5_vl": Tiny(vl_hf_model, vl_processor, _SEEN),
     "qwen3_vl": Tiny(vl3_hf_model, vl3_processor, _SEEN),
     **{
@@ -281,6 +285,7 @@ TINY: dict[str, Tiny] = {
     },
     "qwen2_audio": Tiny(qwen2_audio_hf_model, qwen2_audio_processor, {"sound": {}, "text": {"sound": None}}),
     "phi4_multimodal": Tiny(phi_hf_model, phi_processor, _PHI),
+    "gemma4": Tiny(gemma_hf_model, gemma_processor, GEMMA_LAYOUTS, reach=(0.04, 0.0)),  # 4k - 3 to 4k + 3, of 20 ms
 }
 
 

@@ -38,7 +38,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from av_lens.core.calls import unembedded, watching
+from av_lens.core.calls import require_known_layers, unembedded, watching
 from av_lens.core.execution import logits_of, run
 from av_lens.core.readings import incoming_mass
 from av_lens.errors import ProtocolError, unknown
@@ -274,6 +274,7 @@ class ModelEngine:
     ) -> None:
         if how not in ("trace", "hooks"):
             raise ProtocolError(unknown("engine", how, ("trace", "hooks")))
+        require_known_layers(model, "isolating heads")
         self.model, self.how, self.layout = model, how, layout
         self.cell_options = dict(cells or {})
         self.n_layers, self.n_heads = int(model.spec.n_layers), int(model.spec.n_heads)

@@ -51,6 +51,7 @@ from torch import Tensor
 
 from av_lens.checks import require_choice
 from av_lens.core import Progress
+from av_lens.core.calls import require_known_layers
 from av_lens.errors import InputError, InterventionError, ModelError
 from av_lens.families.decoder import component_named
 from av_lens.inputs import AVInputs
@@ -122,9 +123,11 @@ def weight_change(model: HookedAVLLM, *, base: Any) -> Grid:
         A grid over `[example, matrix, layer, head, figure]`, with a single example: weights see no input.
 
     Raises:
-        ModelError: models of other sizes, or one with folded weights beside one without.
+        ModelError: models of other sizes or of a layout that is not known, or one with folded weights beside one
+            without.
     """
     related = opened(base, model)
+    require_known_layers(model, "weight_change")
     mend = "no head of the one is a head of the other. Give the model that this one was made from."
     require_equal_sizes(model, related, mend)
     if bool(model.compatibility_mode) != bool(related.compatibility_mode):

@@ -1,0 +1,134 @@
+"""Gemma 4's own blocks: what its layers do that no other family's do.
+
+    stream = (stream + norm(attn(ln1(stream))) + norm(mlp(ln2(.))) + norm(W_2 (act(W_1 .) * own))) * scalar
+
+Each write passes a norm of its own before it joins the stream (`ln1_post`, `ln2_post`): `hook_attn_out`, `hook_mlp_out`
+and `hook_resid_mid` stand behind it, `hook_z` and `hook_result` before. A layer may add a third write, of the stream
+and of an embedding that the layer has for each token (`per_layer_...`); and it scales the whole stream. Experts, where
+a layer has them, stand beside the plain MLP and read the stream by norms of their own; `hook_mlp_out` is what both
+write.
+
+Keys are normed and rotated, values normed without a weight. Where both are one projection, `hook_k` stands at it, and
+there is no `hook_v`. The last layers may have neither: they read those of an earlier layer of their kind (with or
+without a window), as it read them, cache included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from av_lens.errors import InputError
+from av_lens.families.adapter import WithMedia
+from av_lens.families.blocks import FullBlockBridge, RealAttentionBridge, RealRMSNormBridge
+
+
+class Gemma4NormBridge(RealRMSNormBridge):
+    """Gemma's RMSNorm, which weighs before it rounds; those of values have no weight."""
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Norm the stream."""
+        norm: Any = self.original_component
+        stream = self.hook_in(hidden_states)
+        wide = stream.float()
+        variance = wide.pow(2).mean(-1, keepdim=True) + norm.eps
+        if self.hook_scale.has_hooks():
+            scale = variance.sqrt()
+            fixed = scale.detach().clone()
+            wide = wide * torch.pow(variance.detach(), -0.5) * (fixed / self.hook_scale(scale))
+        else:
+            wide = wide * torch.pow(variance, -0.5)
+        normalized = self.hook_normalized(wide)
+        return self.hook_out((normalized * norm.weight.float() if norm.with_scale else normalized).type_as(stream))
+
+
+def lacking(attention: Any) -> list[str]:
+    """The hooks of what a layer's attention has not, but for those of its projections."""
+    if attention.is_kv_shared_layer:
+        return ["hook_k_input", "hook_v_input", "hook_rot_k", "hook_k_normed"]
+    return ["hook_v_input"] if attention.v_proj is None else []
+
+
+class Gemma4AttentionBridge(RealAttentionBridge):
+    """Attention whose keys and values may be one projection's, or another layer's."""
+
+    def set_original_component(self, component: Any) -> None:
+        """Take the layer's attention, and drop the hooks of what it has not."""
+        super().set_original_component(component)
+        for name in lacking(component):
+            self._modules.pop(name, None)
+            self._hook_registry.pop(name, None)
+
+    def _normed(self, heads: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        value = heads.pop("v", heads.get("k"))
+        made = super()._normed(heads)
+        return made if value is None else (*made, self.v_norm(value))
+
+    def _read(self, own: list[torch.Tensor], tables: tuple[torch.Tensor, ...], told: dict[str, Any]) -> Any:
+        attention: Any = self.original_component
+        shared = told["shared_kv_states"]
+        if attention.is_kv_shared_layer:
+            return shared[attention.layer_type]
+        read = super()._read(own, tables, told)
+        if attention.store_full_length_kv:
+            shared[attention.layer_type] = read
+        return read
+
+
+class Gemma4BlockBridge(FullBlockBridge):
+    """A layer with norms behind its writes, a third write, and a scale."""
+
+    own_layout = "its layers norm what they write and scale the stream"
+
+    def set_original_component(self, component: Any) -> None:
+        """Take the layer, and drop the names of hooks that its attention has not."""
+        super().set_original_component(component)
+        absent = lacking(component.self_attn)
+        self.hook_aliases = {name: path for name, path in self.hook_aliases.items() if name not in absent}
+
+    def _attended(self, stream: torch.Tensor, told: dict[str, Any]) -> torch.Tensor:
+        return self.ln1_post(super()._attended(stream, told))
+
+    def _fed(self, entering: torch.Tensor) -> torch.Tensor:
+        written = super()._fed(entering)
+        if "experts" in self.submodules:
+            rows = entering.reshape(-1, entering.shape[-1])
+            _, weights, chosen = self.router(rows)
+            mixed = self.experts(self.ln_experts(rows), chosen, weights).reshape(entering.shape)
+            written = self.ln_mlp_post(written) + self.ln_experts_post(mixed)
+        return self.ln2_post(written)
+
+    def _leaving(self, stream: torch.Tensor, told: tuple[Any, ...]) -> torch.Tensor:
+        layer: Any = self.original_component
+        if "per_layer_gate" in self.submodules:
+            gated = layer.act_fn(self.per_layer_gate(stream)) * told[0]
+            stream = stream + self.per_layer_post(self.per_layer_out(gated))
+        return stream * layer.layer_scalar
+
+
+class WholePrompt(WithMedia):
+    """Mixed into HuggingFace's inner model: every layer runs at every position, and prompts are told their media.
+
+    HuggingFace drops all positions but the asked one before layers that share keys; a hook there would see one row.
+    """
+
+    def forward(self, **kwargs: Any) -> Any:
+        """Run the model."""
+        kwargs.pop("logits_to_keep", None)
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if ids is not None and (cache is None or not cache.get_seq_length()):
+            self.require_media(ids, kwargs)
+            self._require_kinds(kwargs)
+        return super().forward(**kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _require_kinds(self, kwargs: Mapping[str, Any]) -> None:
+        both_ways = self.config.get_text_config().use_bidirectional_attention == "vision"
+        seen = any(kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+        if both_ways and seen and kwargs.get("mm_token_type_ids") is None:
+            raise InputError(
+                "pictures attend both ways here, and mm_token_type_ids, which say where they stand, did not come with "
+                "them: the model would read them forward alone. Make the input with model.encode, or by one call of "
+                "the checkpoint's processor."
+            )
