@@ -240,6 +240,14 @@ _GATED_ENDINGS: tuple[tuple[str, str], ...] = tuple(
 GATES: tuple[str, ...] = tuple(dict.fromkeys(gate for _, gate in _GATED_ENDINGS))
 """The switches of TransformerLens's configuration that gate hooks."""
 
+ROUTER = {"logits": "hook_out", "weights": "hook_expert_weights", "indices": "hook_expert_indices"}
+"""The hooks of a layer's router, TransformerLens's own: each `[batch * pos, expert]`; of indices the chosen alone."""
+
+
+def router_hook(part: str, layer: int) -> str:
+    """The TransformerLens name of a hook of a layer's router, such as `blocks.3.mlp.gate.hook_expert_indices`."""
+    return f"blocks.{layer}.mlp.gate.{ROUTER[part]}"
+
 
 FEW_KEYS = 8  # below it a plain product is faster than a kernel
 
@@ -251,6 +259,12 @@ def _shown(component: str, activation: Tensor) -> Tensor:
 
 def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
+
+
+def given_weights(router: Any, logits: Float[Tensor, "*rows expert"], chosen: Tensor) -> Float[Tensor, "*rows chosen"]:
+    """What a router gives to these experts: its softmax over all, in float32, summed to one where it does so."""
+    shares = functional.softmax(logits, dim=-1, dtype=torch.float32).gather(-1, chosen)
+    return (shares / shares.sum(-1, keepdim=True) if router.norm_topk_prob else shares).to(logits.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,7 +282,8 @@ class Layer:
         up: the MLP's other input projection.
         down: the MLP's output projection.
         act: the MLP's non-linearity.
-        experts: what stands in the MLP's place and chooses among many by itself; None where there is one MLP.
+        experts: the many MLPs that stand in one's place; None where there is one.
+        router: what chooses among them.
         d_head: width of one head.
         scaling: factor of the scores.
         norms: the norms of queries and keys, "q" and "k", where the layer has them.
@@ -288,6 +303,7 @@ class Layer:
     scaling: float
     norms: dict[str, Any]
     experts: Any = None
+    router: Any = None
 
     @classmethod
     def of(cls, block: Any) -> Layer:
@@ -302,7 +318,7 @@ class Layer:
         inner = attention.original_component
         own = attention._modules
         plain = ("dense_gate", "dense_in", "dense_out") if "dense_in" in mlp._modules else ("gate", "in", "out")
-        experts = mlp.original_component if hasattr(mlp.original_component, "experts") else None
+        experts = getattr(mlp.original_component, "experts", None)
         parts = [None if experts is not None else mlp._modules[name].original_component for name in plain]
         return cls(
             ln1=block.ln1.original_component,
@@ -316,6 +332,7 @@ class Layer:
             down=parts[2],
             act=None if experts is not None else mlp.original_component.act_fn,
             experts=experts,
+            router=None if experts is None else mlp._modules["gate"].original_component,
             d_head=inner.head_dim,
             scaling=inner.scaling,
             norms={kind: own[f"{kind}_norm"].original_component for kind in "qk" if f"{kind}_norm" in own},
@@ -376,9 +393,19 @@ class Layer:
         show: Callable[[str, Tensor], Tensor] = _shown,
         matched: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _pair,
     ) -> Tensor:
-        """What the MLP writes; `show` may change what stands at its hooks, `matched` brings two of these together."""
+        """What the MLP writes; `show` may change what stands at its hooks, `matched` brings two of these together.
+
+        Where there are experts `show` is given those that the router chose, "experts", `[*rows, chosen]`, and may name
+        others.
+        """
         if self.experts is not None:
-            return self.experts(normed.reshape(1, -1, normed.shape[-1])).view(normed.shape)
+            rows = normed.reshape(-1, normed.shape[-1])
+            logits, weights, own = self.router(rows)
+            own = own.unflatten(0, normed.shape[:-1])
+            chosen = show("experts", own)
+            if chosen is not own:
+                weights = given_weights(self.router, logits, chosen.flatten(0, -2))
+            return self.experts(rows, chosen.flatten(0, -2), weights).view(normed.shape)
         gate, up = matched(show("mlp_pre", self.gate(normed)), show("mlp_pre_linear", self.up(normed)))
         return self.down(show("mlp_post", self.act(gate) * up))
 

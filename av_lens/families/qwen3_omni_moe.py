@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int64
 from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 
+from av_lens.errors import InputError
 from av_lens.families.adapter import causal_decoder, decoder_adapter, deepstack
 from av_lens.families.qwen2_5_omni import PARTS, position_ids
 from av_lens.families.qwen_media import QwenMedia
@@ -27,6 +28,11 @@ class Qwen3OmniMedia(QwenMedia):
     id_type = np.float32
     chunk_frames, chunk_tokens = 100, 13  # the sound's tower takes so many mel frames together
     frames_per_token = 8
+
+    def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
+        """Any rate above 0: sound is woven in by time alone."""
+        if not np.isfinite(fps) or fps <= 0:
+            raise InputError(f"fps={fps:g}: frames are sampled at a rate above 0.")
 
     def sound_tokens(self, mel_frames: int) -> int:
         """Count the tokens of a sound: three convolutions of stride 2 over chunks of 100 frames, 13 tokens each."""

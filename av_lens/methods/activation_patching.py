@@ -52,7 +52,7 @@ from av_lens.methods.shared.places import Axes, Head, Visits, positions_of, shap
 from av_lens.metrics import Metric, require_numbers
 from av_lens.model import HookedAVLLM
 from av_lens.replay import measure
-from av_lens.replay.traces import record
+from av_lens.replay.traces import record, require_routing
 from av_lens.results import Grid
 from av_lens.spans import Span
 
@@ -69,6 +69,7 @@ def patch(
     donor: str | AVInputs = "run",
     heads: Sequence[Head] | None = None,
     seed: int = 0,
+    routing: str = "free",
     stack: int = 16,
     budget_gb: float | int = 1.0,
     progress: Progress | bool | None = None,
@@ -87,6 +88,8 @@ def patch(
         donor: "run" (the pair's other run), "zero", or inputs of the same layout whose mean is put in place.
         heads: (layer, head) pairs of which pairs and coalitions are made; None for all.
         seed: of a coalition's random orders.
+        routing: "free", or "frozen" to keep every position's experts as they were in the run that is edited (see
+            `Trace.routed`).
         stack: pairs that run together.
         budget_gb: memory for the activations of edits that run together.
         progress: called as `progress(stage, done, total)`; True shows a bar with the time left.
@@ -96,11 +99,12 @@ def patch(
         (Ctrl-C), it holds what is done; the rest is NaN, and `grid.partial` says so.
 
     Raises:
-        InputError: an unknown axis or direction, or pairs whose positions cannot share an axis.
+        InputError: an unknown axis, direction or routing, or pairs whose positions cannot share an axis.
         InterventionError: an unknown component, one without heads where heads are iterated, or positions outside.
     """
     axes, examples = Axes.parsed(over), Examples.paired("patch", pair)
     require_choice("direction", direction, SIGNS)
+    require_routing(model, routing)
     name = component or ("z" if axes.heads else "resid_pre")
     axes.check(name, model.spec)
     if axes.unit == "coalition" and axes.places is not None:
@@ -119,7 +123,7 @@ def patch(
             given = replace(given, values=dict(zip(given.values, put, strict=True)))
         frame.lines[1, stack.rows] = numbers(measure(model, other, asked))
         plans = [Plan(), *(Plan(given.edits(target, at)) for target in visits.targets for _, at in places)]
-        trace = record(model, edited)
+        trace = record(model, edited).routed(routing)
         if not asked.teacher_forced:
             require_numbers(asked(trace.logits()), asked.name, run="the recorded run")
 
@@ -144,6 +148,7 @@ def patch(
         donor=donor if isinstance(donor, str) else f"mean over {len(donor)} examples",
         over=over,
         seed=seed,
+        routing=routing,
         at=visits.said(at),
         positions=dict(visits.places[0]),
     )

@@ -23,6 +23,7 @@ Source: Elhage et al. (2021); nostalgebraist (2020) for the frozen norm.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ from av_lens.interventions import Site
 from av_lens.methods.shared.frame import Examples, Frame, numbers
 from av_lens.metrics import Metric
 from av_lens.model import HookedAVLLM
+from av_lens.replay.recording import entering
 from av_lens.results import Grid
 from av_lens.spans import ROLES
 
@@ -61,7 +63,8 @@ def direct_attribution(model: HookedAVLLM, x: Any, *, metric: Metric, by: str = 
 
     Returns:
         A grid of shares `[example, part]`, whose parts are named "embed", "L3H5", "L3N17", "L3 attn bias", "L3 mlp",
-        "bias". By "head span" it has an axis `source` as well: a role for heads, "no source" for all else.
+        "L0 added" (what the model adds to the stream after a layer, in families that do so), "bias". By "head span" it
+        has an axis `source` as well: a role for heads, "no source" for all else.
 
     Raises:
         InputError: a metric that is not linear in the logits, or an unknown `by`.
@@ -78,7 +81,8 @@ def direct_attribution(model: HookedAVLLM, x: Any, *, metric: Metric, by: str = 
     for one in examples.stacks(stack):
         shares, frame.lines[0, one.rows] = _shares(model, one.x, frame.own(one), by, roles)
         for name, share in shares.items():
-            found.setdefault(name, np.full((len(examples), *share.shape[1:]), np.nan))[one.rows] = share
+            nothing = 0.0 if name.endswith("added") else np.nan  # inputs without pictures are told of none
+            found.setdefault(name, np.full((len(examples), *share.shape[1:]), nothing))[one.rows] = share
     frame.values, frame.shares = np.stack(list(found.values()), axis=1), True
     axes: dict[str, Any] = {"part": list(found)} | ({"source": [*roles, ELSEWHERE]} if by == "head span" else {})
     return frame.grid(axes, direction=SIGN, method="direct attribution", by=by)
@@ -90,8 +94,10 @@ def _shares(
     """Every part's share in one stack, `[example]` or `[example, source]`, and the metric."""
     first, second = linear_answers(metric, len(x))
     with torch.no_grad():
-        out = run(model, x, capture=_sites(model, by))
-        parts = written_parts(model, out, by.split()[0])
+        with entering(model) as entered:
+            out = run(model, x, capture=_sites(model, by))
+        added = {layer: part[:, x.spans.generation_position] for layer, part in entered.get("added", {}).items()}
+        parts = written_parts(model, out, by.split()[0], added)
         scale = out.cache[hook_name("final_scale")][:, 0].double()
         # Columns are picked before they are widened: whole, the unembedding is 4 GB in float64 (7B).
         direction = (model.W_U[:, first].double() - model.W_U[:, second].double()).T
@@ -161,8 +167,10 @@ def linear_answers(metric: Metric, batch: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def written_parts(model: Any, out: Run, by: str) -> dict[str, Float[Tensor, "batch d_model"]]:
-    """Decompose the stream at the generation position."""
+def written_parts(
+    model: Any, out: Run, by: str, added: Mapping[int, Float[Tensor, "batch d_model"]]
+) -> dict[str, Float[Tensor, "batch d_model"]]:
+    """Decompose the stream at the generation position; `added` is what the model adds to it after each layer."""
     parts, weights = {"embed": out.cache[hook_name("embed")][:, 0].double()}, model.W_O
     for layer in range(model.spec.n_layers):
         attended = out.cache["attn_out", layer][:, 0].double()
@@ -173,7 +181,9 @@ def written_parts(model: Any, out: Run, by: str) -> dict[str, Float[Tensor, "bat
         else:
             parts[f"L{layer} attn"] = attended
         parts[f"L{layer} mlp"] = out.cache[hook_name("mlp_out", layer)][:, 0].double()
+        parts |= {f"L{layer} added": added[layer].double()} if layer in added else {}
     if by != "component":
         return parts
-    kinds = {kind: [part for name, part in parts.items() if name.endswith(kind)] for kind in ("embed", "attn", "mlp")}
-    return {kind: torch.stack(some).sum(0) for kind, some in kinds.items()}
+    ends = ("embed", "attn", "mlp", "added")
+    kinds = {kind: [part for name, part in parts.items() if name.endswith(kind)] for kind in ends}
+    return {kind: torch.stack(some).sum(0) for kind, some in kinds.items() if some}

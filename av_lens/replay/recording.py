@@ -34,7 +34,17 @@ from av_lens.core.budget import GIGABYTE
 from av_lens.core.calls import heads_first, rows_of, turn_of, unembedded, watching
 from av_lens.core.execution import Standing, places, standing_hooks
 from av_lens.errors import BudgetError, InterventionError
-from av_lens.families.decoder import ReplayTraits, causal_mask, flash, hook_name, layer_names
+from av_lens.families.decoder import (
+    ROUTER,
+    Layer,
+    ReplayTraits,
+    causal_mask,
+    flash,
+    given_weights,
+    hook_name,
+    layer_names,
+    router_hook,
+)
 from av_lens.spans import SpanMap
 
 
@@ -50,6 +60,8 @@ class Window:
         own_mask: additive, `[batch, 1, pos, pos]` on the new keys.
         causal: whether `own_mask` is plainly causal.
         added: by layer, what is added to the stream after it, `[batch, pos, d_model]`, from `start` on.
+        experts: by layer, the experts that every position goes through, `[batch, pos, chosen]`, from `start` on; where
+            none are named the router chooses.
     """
 
     start: int
@@ -59,6 +71,7 @@ class Window:
     own_mask: Tensor
     causal: bool
     added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    experts: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
 
     @classmethod
     def at(cls, start: int, tables: tuple[Tensor, Tensor], mask: Tensor | None) -> Window:
@@ -170,6 +183,8 @@ class Record(Brief):
             and they are read from the last stream.
         added: by layer, what is added to the stream after it, whatever the stream is, up to the last position at which
             anything is, `[batch, pos, d_model]`.
+        experts: by layer that has some, those that each position went through, `[batch, pos, chosen]`.
+        routing: "free": in runs restarted from this one routers choose; "frozen": experts are this run's.
         own: what differs from `resid`, `keys` and `values`, where the run was made of another one (`rerun`).
     """
 
@@ -184,6 +199,8 @@ class Record(Brief):
     standing: Standing = field(default=(), repr=False)
     own_logits: Float[Tensor, "batch pos d_vocab"] | None = None
     added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
+    experts: Mapping[int, Int64[Tensor, "batch pos chosen"]] = field(default_factory=dict[int, Tensor], repr=False)
+    routing: str = "free"
     own: Own | None = field(default=None, repr=False)
 
     @property
@@ -305,7 +322,9 @@ class Record(Brief):
         device = self.model.device
         cos, sin = (table.to(device) for table in self.tables)
         window = Window.at(start, (cos, sin), None if self.mask is None else self.mask.to(device))
-        return replace(window, added=self.added_from(start))
+        frozen = self.experts if self.routing == "frozen" else {}
+        experts = {layer: chosen[:, start:].to(device) for layer, chosen in frozen.items()}
+        return replace(window, added=self.added_from(start), experts=experts)
 
     def added_from(self, start: int) -> dict[int, Float[Tensor, "batch _ d_model"]]:
         """What is added after each layer from a position on, where the model is; layers where nothing is are left out.
@@ -318,6 +337,45 @@ class Record(Brief):
         """
         later = {layer: part[:, start:] for layer, part in self.added.items() if part.shape[1] > start}
         return {layer: part.to(self.model.device) for layer, part in later.items()}
+
+    def routing_hooks(self) -> list[tuple[str, Callable[..., Any]]]:
+        """Hooks under which a run of this input sends every position through the experts of this run.
+
+        The router still weighs them, from what it then reads: its softmax over all experts, of which those of this run
+        are taken, brought to a sum of one where the model does so. As `routing="frozen"` does in a replay.
+
+        Returns:
+            Hooks for `model.run_with_hooks(x, fwd_hooks=...)`; none where the model has no experts.
+        """
+        device = self.model.device
+        frozen = {
+            n: _Frozen(Layer.of(self.model.bridge.blocks[n]).router, self.experts[n].flatten(0, 1).to(device))
+            for n in self.experts
+        }
+        return [(router_hook(part, n), getattr(one, part)) for n, one in frozen.items() for part in ROUTER]
+
+
+@dataclass(eq=False)
+class _Frozen:
+    """One layer's router, made to choose the same experts as before."""
+
+    router: Any
+    chosen: Int64[Tensor, "row chosen"]
+
+    def logits(self, activation: Tensor, hook: Any = None) -> None:
+        if len(activation) != len(self.chosen):
+            raise InterventionError(
+                f"{len(self.chosen)} positions have recorded experts and this run has {len(activation)}: routing_hooks "
+                "are for whole runs of the recorded input, without decoding."
+            )
+        self._logits = activation
+
+    def weights(self, activation: Tensor, hook: Any = None) -> Tensor:
+        given = given_weights(self.router, self._logits, self.chosen)
+        return torch.zeros_like(activation).scatter(-1, self.chosen, given)
+
+    def indices(self, activation: Tensor, hook: Any = None) -> Tensor:
+        return self.chosen
 
 
 @torch.no_grad()
@@ -333,12 +391,17 @@ def recorded(
     n_layers, kept = model.spec.n_layers, dict[str, Tensor]()
     names = {"resid": (*layer_names("resid_pre", n_layers), hook_name("resid_post", n_layers - 1))}
     names |= {"keys": layer_names("rot_k", n_layers), "values": layer_names("v", n_layers)}
+    names |= {"experts": tuple(router_hook("indices", layer) for layer in sorted(model.spec.experts))}
 
     def keep(name: str, component: str | None, activation: Tensor) -> None:
         found = activation.detach()
-        kept[name] = (found if component is None else heads_first(found, component)).to(device)
+        if component == "experts":
+            found = found.unflatten(0, (len(x), -1))
+        elif component is not None:
+            found = heads_first(found, component)
+        kept[name] = found.to(device)
 
-    components = {"resid": None, "keys": "rot_k", "values": "v"}
+    components = {"resid": None, "keys": "rot_k", "values": "v", "experts": "experts"}
     wanted = ("resid",) if model.family.replay_traits(model.config).layers else tuple(names)
     looks = [(name, watching(partial(keep, name, components[part]))) for part in wanted for name in names[part]]
     hooks: list[tuple[str, Callable[..., Any]]] = [*beside, *looks]
@@ -359,6 +422,7 @@ def fields_of(
     """The fields of a `Record`, of what each layer made and of what entered the first."""
     cos, sin = (table.to(made["resid"][0].device) for table in entered["position_embeddings"])
     whole: dict[str, Any] = {part: tuple(tensors) for part, tensors in made.items()}
+    whole["experts"] = dict(zip(sorted(model.spec.experts), whole["experts"], strict=True))
     place = made["resid"][0].device
     added = {layer: trimmed(part).to(place) for layer, part in entered.get("added", {}).items()}
     return whole | {"model": model, "x": x, "tables": (cos, sin), "mask": mask, "added": added}

@@ -139,11 +139,13 @@ class Made:
         stream: the stream after it, `[plan, batch, row, d_model]`.
         keys: the rotated keys of every new position, `[plan, batch, pos, kv_head, d_head]`.
         values: the values, likewise.
+        experts: those that each row went through, `[plan, batch, row, chosen]`; None where the layer has one MLP.
     """
 
     stream: Tensor
     keys: Tensor
     values: Tensor
+    experts: Tensor | None = None
 
 
 def run_layer(
@@ -191,11 +193,12 @@ def run_layer(
     attended = taps("attn_out", number, _written(layer, number, taps("z", number, z, part), taps, part), part)
     stream, attended = taps.matched(stream, attended)
     stream = taps("resid_mid", number, stream + attended, part)
-    stream, added = taps.matched(stream, _mlp(layer, number, stream, taps, part))
+    written, experts = _mlp(layer, number, stream, taps, part, window)
+    stream, added = taps.matched(stream, written)
     stream = taps.spread(taps("resid_post", number, stream + added, part))
     if rows is not None and part is None:
         stream = stream[:, :, rows]
-    return Made(stream, k, v)
+    return Made(stream, k, v, experts)
 
 
 def _explicit(
@@ -256,10 +259,23 @@ def _written(layer: Layer, number: int, z: Tensor, taps: Taps, rows: slice | Non
     return written
 
 
-def _mlp(layer: Layer, number: int, stream: Tensor, taps: Taps, rows: slice | None) -> Tensor:
+def _mlp(
+    layer: Layer, number: int, stream: Tensor, taps: Taps, rows: slice | None, window: Window
+) -> tuple[Tensor, Tensor | None]:
+    """What the MLP writes, and the experts that it was, where there are some."""
     entering = taps("mlp_in", number, stream.clone(), rows) if taps.has(number, ("mlp_in",)) else stream
-    written = layer.mlp(layer.ln2(entering), lambda name, one: taps(name, number, one, rows), taps.matched)
-    return taps("mlp_out", number, written, rows)
+    if layer.experts is None:
+        written = layer.mlp(layer.ln2(entering), lambda name, one: taps(name, number, one, rows), taps.matched)
+        return taps("mlp_out", number, written, rows), None
+    chosen: list[Tensor] = []
+    written = layer.mlp(layer.ln2(entering), partial(_choose, chosen, window.experts.get(number), rows))
+    return taps("mlp_out", number, written, rows), chosen[0]
+
+
+def _choose(chosen: list[Tensor], frozen: Tensor | None, rows: slice | None, name: str, own: Tensor) -> Tensor:
+    """The router's own choice, or the frozen one; it is kept."""
+    chosen.append(own if frozen is None else frozen[:, rows or slice(None)].expand_as(own))
+    return chosen[0]
 
 
 R = TypeVar("R", bound=Record)
@@ -336,14 +352,16 @@ def rerun(record: R, taps: Taps, *, until: int | None = None, entering: Tensor |
     """Record the run under one plan."""
     device = record.resid[0].device
     streams = {} if entering is None else {taps.first_layer: entering.to(device)}
-    heads: dict[int, Heads] = {}
+    heads, experts = dict[int, Heads](), dict(record.experts)
     for number, made in restarted_layers(record, taps, entering=entering):
         streams[number + 1] = made.stream[0].to(device)
         keys, values = (part[0].transpose(1, 2).to(device) for part in (made.keys, made.values))
         heads[number] = keys, values
+        if made.experts is not None:
+            experts[number] = torch.cat((experts[number][:, : taps.offset], made.experts[0].to(device)), dim=1)
         if number == until:
             break
-    return replace(record, own=Own(record, taps.offset, streams, heads))
+    return replace(record, own=Own(record, taps.offset, streams, heads), experts=experts)
 
 
 def rerun_from(record: R, layer: int, stream: Float[Tensor, "batch _ d_model"], *, start: int = 0) -> R:
@@ -384,7 +402,7 @@ def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tupl
     n = stream.shape[1]
     window = replace(Window.at(0, entered["position_embeddings"], mask), added=entered.get("added", {}))
     taps, nothing = no_edits(n), stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, model.spec.d_head)
-    found: dict[str, list[Tensor]] = {"resid": [stream.to(device)], "keys": [], "values": []}
+    found: dict[str, list[Tensor]] = {"resid": [stream.to(device)], "keys": [], "values": [], "experts": []}
     last = stream
     for _, made in run_layers(
         model, window, taps, lambda at, left: taps.enter(at, left, stream), lambda _: (nothing, nothing)
@@ -393,4 +411,5 @@ def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tupl
         found["resid"].append(last.to(device))
         for part, heads in (("keys", made.keys), ("values", made.values)):
             found[part].append(heads[0].transpose(1, 2).contiguous().to(device))
+        found["experts"] += [] if made.experts is None else [made.experts[0].to(device)]
     return fields_of(model, x, found, entered, mask), unembedded(model, last[:, -1])

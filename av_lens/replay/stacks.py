@@ -18,16 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from av_lens.brief import Brief
 from av_lens.core.budget import GIGABYTE
 from av_lens.core.calls import unembedded, watching
 from av_lens.errors import BudgetError
-from av_lens.families.decoder import Read, attended, hook_name
+from av_lens.families.decoder import Read, attended, hook_name, router_hook
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.interventions.edges import Node
 from av_lens.replay.recording import Record
@@ -126,13 +128,18 @@ def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_
     return (rows * width + values + record.batch * n_asked * spec.d_vocab) * record.resid[0].element_size()
 
 
+def beside(record: Record) -> list[tuple[str, Callable[..., Any]]]:
+    """The hooks that stand beside a plan's own where it runs as a hooked forward."""
+    return record.routing_hooks() if record.routing == "frozen" else []
+
+
 def run_stacks(
     record: Record, schedule: Schedule, rows: Tensor, tokens: Tensor | None = None
 ) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "plan batch asked d_vocab"]]]:
     """Run a schedule, stack by stack."""
 
     def hooked(plan: CompiledPlan) -> Tensor:
-        logits = record.model.run_with_hooks(record.x, fwd_hooks=plan.fwd_hooks)[:, rows]
+        logits = record.model.run_with_hooks(record.x, fwd_hooks=[*beside(record), *plan.fwd_hooks])[:, rows]
         return logits if tokens is None else logits[..., tokens]
 
     return _run(record, schedule, rows, hooked, lambda stream: unembedded(record.model, stream, tokens))
@@ -146,7 +153,7 @@ def run_streams(
     def hooked(plan: CompiledPlan) -> Tensor:
         kept: list[Tensor] = []
         last = (hook_name("resid_post", record.n_layers - 1), watching(lambda one: kept.append(one[:, rows].detach())))
-        record.model.run_with_hooks(record.x, fwd_hooks=[*plan.fwd_hooks, last])
+        record.model.run_with_hooks(record.x, fwd_hooks=[*beside(record), *plan.fwd_hooks, last])
         return kept[0]
 
     return _run(record, schedule, rows, hooked, lambda stream: stream)
@@ -197,6 +204,41 @@ def restarted(
             kept.append((taps.complete(made.keys, keys), taps.complete(made.values, values)))
     assert stream is not None
     return (stream if wanted is not None else stream[:, :, rows]), kept
+
+
+@torch.no_grad()
+def rerouted(
+    record: Record, plans: Sequence[Plan | CompiledPlan], *, budget_gb: float | int
+) -> Bool[Tensor, "plan layer batch pos"]:
+    """Where routers choose another set of experts under each plan than in the recorded run."""
+    schedule = scheduled(record, plans, n_asked=1, budget_gb=budget_gb)
+    found = torch.zeros(len(plans), record.n_layers, record.batch, len(record.spans), dtype=torch.bool)
+    for stack in schedule.stacks:
+        compiled = [schedule.plans[number] for number in stack.numbers]
+        for layer, own, chosen in _choices(record, compiled, stack):
+            other = (chosen.sort(-1).values != own.sort(-1).values).any(-1)
+            found[list(stack.numbers), layer, :, stack.start :] = other.cpu()
+        for plan in compiled:
+            plan.verify()
+    return found
+
+
+def _choices(
+    record: Record, plans: Sequence[CompiledPlan], stack: Stack
+) -> Iterator[tuple[int, Int64[Tensor, "batch pos chosen"], Int64[Tensor, "plan batch pos chosen"]]]:
+    """Each layer with experts, those of the recorded run and of every plan, from the stack's start on."""
+    if stack.hooked:
+        kept: dict[int, Tensor] = {}
+        looks = [(router_hook("indices", n), watching(partial(kept.__setitem__, n))) for n in record.experts]
+        record.model.run_with_hooks(record.x, fwd_hooks=[*plans[0].fwd_hooks, *looks])
+        for number, own in record.experts.items():
+            yield number, own.to(kept[number].device), kept[number].view(1, *own.shape)
+    elif stack.start < len(record.spans) and any(plan.steps for plan in plans):
+        taps = Taps(plans, stack.start)
+        for number, made in restarted_layers(record, taps):
+            if made.experts is not None:
+                own = record.experts[number][:, stack.start :].to(made.experts.device)
+                yield number, own, taps.complete(made.experts, own)
 
 
 def _tail(record: Record, layer: int, start: int) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,7 @@ from av_lens.interventions.edits import Positions, resolve_positions, width_of
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.recording import Record
 from av_lens.replay.rerun import start_of
-from av_lens.replay.stacks import restarted, restarts
+from av_lens.replay.stacks import beside, restarted, restarts
 from av_lens.spans import Span
 
 
@@ -87,7 +87,7 @@ def differentiated(
     _require_memory(record, record.n_layers - (0 if hooked else max(compiled.first_layer, 0)), start, budget_gb)
     with torch.enable_grad(), _frozen(record.model):
         if hooked:
-            logits = logits_of(record.model, record.x, compiled.fwd_hooks, rows)
+            logits = logits_of(record.model, record.x, [*beside(record), *compiled.fwd_hooks], rows)
             logits = logits if tokens is None else logits[..., tokens]
         else:
             early, late = rows[rows < start], rows[rows >= start] - start

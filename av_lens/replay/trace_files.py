@@ -111,7 +111,10 @@ def read_trace(path: str | Path, model: Any, x: Any, *, device: torch.device | s
         "values": tuple(moved[f"values.{i}"] for i in layers),
         "tables": (moved["cos"], moved["sin"]),
         "mask": moved.get("mask"),
-        "added": {int(name.split(".")[1]): part for name, part in moved.items() if name.startswith("added.")},
+        **{
+            kind: {int(name.split(".")[1]): part for name, part in moved.items() if name.startswith(f"{kind}.")}
+            for kind in ("added", "experts")
+        },
         "hooked_because": about["hooked_because"],
     }
 
@@ -123,7 +126,8 @@ def _named(record: Record) -> Iterable[tuple[str, Tensor]]:
     yield from zip(("cos", "sin"), record.tables, strict=True)
     if record.mask is not None:
         yield "mask", record.mask
-    yield from ((f"added.{layer}", part) for layer, part in record.added.items())
+    for kind, parts in (("added", record.added), ("experts", record.experts)):
+        yield from ((f"{kind}.{layer}", part) for layer, part in parts.items())
 
 
 def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -163,7 +167,11 @@ def _check_shapes(path: Path, model: Any, x: Any, n_layers: int, tensors: Mappin
     strange += [name for name in ("mask",) if name in tensors and tensors[name].shape[-3:] != (1, pos, pos)]
     added = {name: part.shape for name, part in tensors.items() if name.startswith("added.")}
     strange += [name for name, shape in added.items() if shape[::2] != (batch, spec.d_model) or shape[1] > pos]
-    strange += [name for name, tensor in tensors.items() if tensor.dtype != tensors["resid.0"].dtype]
+    experts = {name: part for name, part in tensors.items() if name.startswith("experts.")}
+    strange += sorted(experts.keys() ^ {f"experts.{layer}" for layer in spec.experts})
+    strange += [name for name, part in experts.items() if part.ndim != 3 or part.shape[:2] != (batch, pos)]
+    kinds = {name: torch.int64 if name in experts else tensors["resid.0"].dtype for name in tensors}
+    strange += [name for name, tensor in tensors.items() if tensor.dtype != kinds[name]]
     if strange or n_layers != spec.n_layers:
         raise InputError(
             f"{path} is no whole trace of this model and input: {', '.join(strange[:3]) or 'its layers'} have other "

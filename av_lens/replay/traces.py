@@ -31,13 +31,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from av_lens.checks import require_choice
 from av_lens.core.calls import asked_positions, heads_first, turn_of, unembedded, watching
 from av_lens.core.decoding import Decoding
 from av_lens.core.execution import logits_of, places, standing_hooks
-from av_lens.errors import ModelError
+from av_lens.errors import InputError, ModelError
 from av_lens.families.decoder import hook_name
 from av_lens.interventions import CompiledPlan, Plan, Site
 from av_lens.metrics.forms import followed
@@ -45,7 +46,7 @@ from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.continuation import continued
 from av_lens.replay.recording import Record, recorded, require_record_memory
 from av_lens.replay.rerun import PROVED, layers, may_be_lean, recorded_lean
-from av_lens.replay.stacks import HeadRead, Schedule, refuse_huge, restarted, run_stacks, scheduled
+from av_lens.replay.stacks import HeadRead, Schedule, refuse_huge, rerouted, restarted, run_stacks, scheduled
 from av_lens.replay.suffix_gradients import SuffixGradients, differentiated
 from av_lens.replay.trace_files import read_trace, write_trace
 from av_lens.spans import Span
@@ -85,7 +86,9 @@ def fault(record: Record, logits: Tensor, reads: Reads | None, *, everywhere: bo
     try:
         for start, end in blocks:
             empty = CompiledPlan((), n_prompt=end, first_layer=0, first_position=start)
-            stream = restarted(_before(record, end), [empty], start, torch.arange(end - start))[0][0]
+            # Frozen: whom a router chooses where two are as good as equal is no fault of the restart.
+            part = replace(_before(record, end), routing="frozen")
+            stream = restarted(part, [empty], start, torch.arange(end - start))[0][0]
             gaps.append(_gap(stream, record.stream(record.n_layers, start)[:, : end - start]))
         gaps.append(_gap(unembedded(record.model, stream[:, -1]), logits))
         if not all(gap <= tolerance for gap in gaps):
@@ -139,8 +142,10 @@ def _before(record: R, end: int) -> R:
     keys, values = (tuple(part[:, :, :end] for part in parts) for parts in (record.keys, record.values))
     cos, sin = (table[:, :end] for table in record.tables)
     resid = tuple(one[:, :end] for one in record.resid)
-    added = {layer: part[:, :end] for layer, part in record.added.items()}
-    return replace(record, resid=resid, keys=keys, values=values, tables=(cos, sin), added=added)
+    added, experts = (
+        {layer: part[:, :end] for layer, part in parts.items()} for parts in (record.added, record.experts)
+    )
+    return replace(record, resid=resid, keys=keys, values=values, tables=(cos, sin), added=added, experts=experts)
 
 
 Plans = Plan | CompiledPlan | Sequence[Plan | CompiledPlan]
@@ -178,9 +183,50 @@ class Trace(Record):
         """
         return scheduled(self, _listed(plans), n_asked=len(asked_positions(self.spans, logits_at)), budget_gb=budget_gb)
 
+    def routed(self, routing: str) -> Trace:
+        """This trace, with experts in its replays chosen as before or anew.
+
+        Args:
+            routing: "free": each router chooses, as in a hooked run; "frozen": every position goes through the experts
+                that it went through in the recorded run, whatever the router would choose now, and the router weighs
+                these alone (its softmax over all experts, of which theirs are taken, brought to a sum of one where the
+                model does so). What a plan does by sending tokens to other experts is then left out.
+
+        Returns:
+            A trace of the same run, for `replay`, `score`, `gradients` and `sweep`.
+
+        Raises:
+            InputError: another word, or a model without experts.
+        """
+        require_routing(self.model, routing)
+        return replace(self, routing=routing)
+
+    def rerouted(self, plans: Plans, *, budget_gb: float | int = 1.0) -> Bool[Tensor, "plan layer batch pos"]:
+        """Say which tokens are sent to another set of experts under each plan than in the recorded run.
+
+        `trace.rerouted(plans).sum((1, 3))` counts them, `[plan, batch]`. In low precision many routers' choices are as
+        good as equal, and rounding decides: `trace.replay(plans, routing="frozen")` says what the plan does without.
+
+        Args:
+            plans: the plans.
+            budget_gb: memory for the activations of plans that run together.
+
+        Returns:
+            On the CPU: whether the set differs; False in layers without experts.
+
+        Raises:
+            InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
+        """
+        return rerouted(self.routed("free"), _listed(plans), budget_gb=budget_gb)
+
     @torch.no_grad()
     def replay(
-        self, plans: Plans, *, logits_at: str | Span = "generation", budget_gb: float | int = 1.0
+        self,
+        plans: Plans,
+        *,
+        logits_at: str | Span = "generation",
+        budget_gb: float | int = 1.0,
+        routing: str | None = None,
     ) -> Float[Tensor, "plan batch asked_pos d_vocab"]:
         """Run plans on the recorded input.
 
@@ -188,14 +234,19 @@ class Trace(Record):
             plans: the plans; a compiled one (made for this model and input) has its firing record filled in.
             logits_at: "generation", "all", another role, or a `Span`.
             budget_gb: memory for the activations of plans that run together.
+            routing: "free" or "frozen", as `routed` has them; None for this trace's own, which is free unless `routed`
+                said otherwise.
 
         Returns:
             The logits of every plan at the asked positions, in the order given.
 
         Raises:
+            InputError: an unknown routing, or a frozen one of a model without experts.
             InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
             BudgetError: the logits of all plans together are too large.
         """
+        if routing is not None:
+            return self.routed(routing).replay(plans, logits_at=logits_at, budget_gb=budget_gb)
         listed, rows = _listed(plans), asked_positions(self.spans, logits_at)
         shape = (len(listed), self.batch, len(rows), int(self.model.spec.d_vocab))
         refuse_huge(4.0 * math.prod(shape), budget_gb)
@@ -357,6 +408,13 @@ class Trace(Record):
         return trace
 
 
+def require_routing(model: Any, routing: str) -> None:
+    """Refuse an unknown way to choose experts, and to hold what a model does not have."""
+    require_choice("routing", routing, ("free", "frozen"))
+    if routing == "frozen" and not model.spec.experts:
+        raise InputError("routing='frozen' holds every position's experts, and this model has none: leave it out.")
+
+
 def record(model: Any, x: Any, *, device: torch.device | str | None = None, budget_gb: float | int = 8.0) -> Trace:
     """Run the model once and keep what is needed to restart it."""
     if model.training:
@@ -451,7 +509,10 @@ def measure_plans(
         return trace.score(plans, bound, budget_gb=budget_gb, finished=finished, into=into)
     found = torch.full((len(plans), len(x)), torch.nan) if into is None else into
     asked = x.spans.generation_position
-    longer = [trace if t.shape[1] == 1 else record(model, followed(x, t)) for t in continuations]
+    longer = [
+        trace if t.shape[1] == 1 else replace(record(model, followed(x, t)), routing=trace.routing)
+        for t in continuations
+    ]
     ends = [asked + tokens.shape[1] for tokens in continuations]
     for start in range(0, len(plans), BLOCK):  # all options of a block's plans, so that it is wholly done or not at all
         block = plans[start : start + BLOCK]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from brute_edges import naive
 from brute_paths import Brute, ends, of
-from drawn_plans import COMPONENTS, KINDS, edit_of, shown, site_of
+from drawn_plans import drawn_plan, shown
 from media_moves import by_sound, by_square
 from small_av import small_clip
 from tiny import letter
@@ -73,22 +73,6 @@ def test_greedy_decoding_is_huggingfaces(name, layout):
     assert torch.equal(family_model(name).generate(x, max_new_tokens=16), wanted)
     trace = family_model(name).trace(x)
     assert torch.equal(trace.generate(Plan(), max_new_tokens=16)[0].tokens, wanted)
-
-
-def drawn_plan(trace: Any, rng: np.random.Generator) -> Plan:
-    """One to three edits of any kind at any component, layer, heads and positions."""
-    edits = []
-    for _ in range(rng.integers(1, 4)):
-        n = len(trace.spans)
-        media = "media" if len(trace.spans.media) else "boundary"
-        positions = (None, media, "question|generation", sorted(rng.choice(n, rng.integers(1, 6), False).tolist()))
-        component, kind = COMPONENTS[rng.integers(len(COMPONENTS))], KINDS[rng.integers(len(KINDS))]
-        layer, number = int(rng.integers(trace.model.spec.n_layers)), int(rng.integers(60))
-        if (component, layer) in trace.model.spec.lacking:
-            component = "mlp_out"
-        site = site_of(component, trace, layer, number, positions[rng.integers(4)])
-        edits.append(edit_of(kind, site, trace, number))
-    return Plan(edits)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from av_lens.interventions import Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
-from av_lens.interventions.edits import resolve_positions
+from av_lens.interventions.edits import UNITS, resolve_positions
 from av_lens.replay.rerun import RESTARTABLE
 
 KINDS = ("replace", "zero", "mean", "resample", "noise", "scale", "add")
@@ -89,6 +90,23 @@ def cut_of(trace: Any, positions: Any, layer: int, number: int, seed: int) -> An
         heads=heads_of("z", trace, number),
         renormalize=seed % 2 == 0,
     )
+
+
+def drawn_plan(trace: Any, rng: np.random.Generator) -> Plan:
+    """One to three edits of any kind at any component, layer, heads and positions."""
+    edits = []
+    for _ in range(rng.integers(1, 4)):
+        n = len(trace.spans)
+        media = "media" if len(trace.spans.media) else "boundary"
+        positions = (None, media, "question|generation", sorted(rng.choice(n, rng.integers(1, 6), False).tolist()))
+        component, kind = COMPONENTS[rng.integers(len(COMPONENTS))], KINDS[rng.integers(len(KINDS))]
+        layer, number = int(rng.integers(trace.model.spec.n_layers)), int(rng.integers(60))
+        spec = trace.model.spec
+        if (component, layer) in spec.lacking or (component in UNITS and layer in spec.experts):
+            component = "mlp_out"
+        site = site_of(component, trace, layer, number, positions[rng.integers(4)])
+        edits.append(edit_of(kind, site, trace, number))
+    return Plan(edits)
 
 
 def shown(plan: Plan) -> str:

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import CHAT_TEMPLATE, randomized, tiny_hf_model, tiny_processor, token_ids
 from tiny_audio import phi_hf_model, phi_processor, qwen2_audio_hf_model, qwen2_audio_processor
-from tiny_text import TEXT, text_hf_model, text_tokenizer
 from tiny_gemma import GEMMA_LAYOUTS, gemma_hf_model, gemma_processor
+from tiny_text import TEXT, text_hf_model, text_tokenizer
 
 import av_lens as avl
 from av_lens.organism.anatomy import END_OF_TEXT, SPECIALS, TURN_END
