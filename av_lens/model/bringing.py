@@ -322,7 +322,8 @@ class Saved:
         tensors: dict[str, Tensor] = {}
         if clip is not None:
             told = told | {"rate": clip.rate, "duration": clip.duration}
-            media = {"frames": clip.frames, "times": clip.times, "waveform": clip.waveform}
+            shown = clip.times if clip.has_picture else None
+            media = {"frames": clip.frames, "times": shown, "waveform": clip.waveform}
             tensors = {name: torch.from_numpy(np.array(one)) for name, one in media.items() if one is not None}
         with whole_file(path.with_suffix(".ask")) as beside:
             save_file(tensors, beside, metadata={"told": json.dumps(told)})
