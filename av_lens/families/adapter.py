@@ -217,7 +217,8 @@ def causal_decoder(config: Any) -> ReplayTraits:
     has its own keys and values, and attention is causal throughout.
     """
     text = config.get_text_config()
-    kinds, window = set(getattr(text, "layer_types", None) or ()), getattr(text, "sliding_window", None)
+    kinds: set[str] = set(getattr(text, "layer_types", None) or ())
+    window = getattr(text, "sliding_window", None)
     if len(kinds) > 1:
         return ReplayTraits(sliding_window=window if "sliding_attention" in kinds else None)
     return ReplayTraits(shared_window=window if kinds <= {"sliding_attention"} else None)

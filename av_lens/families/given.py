@@ -72,8 +72,9 @@ class Given:
     layout: str | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.embeds, Tensor) or self.embeds.ndim != 2 or not self.embeds.is_floating_point():
-            shown = f"{list(self.embeds.shape)} {self.embeds.dtype}" if isinstance(self.embeds, Tensor) else "no tensor"
+        embeds: Any = self.embeds
+        if not isinstance(embeds, Tensor) or embeds.ndim != 2 or not embeds.is_floating_point():
+            shown = f"{list(embeds.shape)} {embeds.dtype}" if isinstance(embeds, Tensor) else "no tensor"
             raise InputError(f"embeds is {shown}: give one prompt's floating-point embeddings, [pos, d_model].")
         n = len(self.embeds)
         self._set("embeds", self.embeds.detach())
@@ -132,31 +133,14 @@ class Given:
         return f"Given({len(self)} positions of {self.embeds.shape[1]}, {self.layout}: {counts})"
 
     def span_map(self, tokens: Sequence[str]) -> SpanMap:
-        """The map of its positions; both clocks are the times that it gives.
-
-        Args:
-            tokens: every position's token.
-
-        Returns:
-            The map.
-        """
+        """The map of its positions; both clocks are the times that it gives."""
         n = len(self)
         start, end = np.full((2, n), np.nan) if self.times is None else np.ascontiguousarray(self.times.T)
         row, col = (np.full(n, -1, dtype=np.int64) if one is None else one for one in (self.row, self.col))
         return SpanMap(tuple(self.roles), tuple(tokens), start, end, start, end, row, col)
 
     def streams(self, n_streams: int) -> Shaped[Tensor, "stream pos"]:
-        """The position ids for a decoder that turns by so many streams.
-
-        Args:
-            n_streams: 1, or 3 for time, row and column.
-
-        Returns:
-            The ids; a single stream stands for all.
-
-        Raises:
-            InputError: more streams than the decoder has, or too few.
-        """
+        """The position ids for a decoder that turns by so many streams; a single one stands for all."""
         found = torch.arange(len(self))[None] if self.position_ids is None else self.position_ids
         if found.shape[0] not in (1, n_streams):
             raise InputError(
@@ -166,16 +150,7 @@ class Given:
         return found.expand(n_streams, -1).clone()
 
     def followed(self, embeds: Tensor, ids: Sequence[int], tokens: Sequence[str]) -> Given:
-        """The same prompt with text of the assistant after it, at whose end the answer is asked.
-
-        Args:
-            embeds: the text's embeddings, `[new, d_model]`.
-            ids: its ids.
-            tokens: its tokens; dropped where the prompt gives none.
-
-        Returns:
-            The longer prompt; its positions go on from the last.
-        """
+        """The same prompt with text of the assistant after it, at whose end the answer is asked."""
         n, new = len(self), len(ids)
         nothing = {"times": np.full((new, 2), np.nan), "row": np.full(new, -1), "col": np.full(new, -1)}
         columns = {name: getattr(self, name) for name in nothing if getattr(self, name) is not None}

@@ -32,6 +32,7 @@ import numpy as np
 from torch import Tensor
 
 from av_lens.errors import InputError, ModelError, unknown
+from av_lens.families.given import Given
 from av_lens.families.media_layout import Media, MediaLayout
 from av_lens.families.registry import family_of
 from av_lens.inputs.answers import Answer, AnswerLike, Grammar, resolve
@@ -145,7 +146,7 @@ _LAYOUTS: dict[tuple[str | None, str | None], str] = {
     (None, "separate"): "audio_only",
     (None, None): "text",
 }
-Medium = Clip | ClipFile | str | os.PathLike[str] | None
+Medium = Clip | ClipFile | Given | str | os.PathLike[str] | None
 
 
 def _clip(medium: Any, fps: float | int, picture: str | None) -> Clip | None:
@@ -296,7 +297,7 @@ class Encoder:
         pairs = zip(clips * (count // len(clips)), questions * (count // len(questions)), strict=True)
         return AVInputs.stack([self._one(each, asked, how) for each, asked in pairs])
 
-    def _medium(self, medium: Medium, fps: float | int, picture: str | None) -> Clip | None:
+    def _medium(self, medium: Any, fps: float | int, picture: str | None) -> Clip | None:
         return _clip(medium, fps, picture)
 
     def _one(self, clip: Clip | None, question: str, how: Asked) -> AVInputs:

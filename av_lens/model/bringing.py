@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -137,22 +138,6 @@ class BroughtModel(HookedAVLLM):
     def encoder(self) -> Encoder:
         """What makes inputs of clips and questions, by the user's function."""
         return BroughtEncoder(self)
-
-    def encode(self, clip: Any, question: Any = "", **options: Any) -> AVInputs:
-        """Make the input of a clip and a question, or of a `Given`.
-
-        Args:
-            clip: a `Clip`, the path of a file, None, a `Given`, or a list of these.
-            question: what is asked, or a list; a `Given` was asked already.
-            **options: as `av_lens.inputs.Encoder.encode`.
-
-        Returns:
-            `AVInputs` on the model's device.
-
-        Raises:
-            InputError: an unknown keyword, one that the user's function does not heed, or a `Given` that does not fit.
-        """
-        return super().encode(clip, question, **options)
 
     def position_ids(self, tensors: Mapping[str, Any]) -> Tensor:
         """The position ids of an input; of text they are the decoder's own.
@@ -312,11 +297,11 @@ class Saved:
 
     def __call__(self, clip: Clip | None, question: str, *, fps: float | int = 2.0, system: str | None = None) -> Given:
         """The `Given` of a clip and a question."""
-        path = self.folder / f"{self.name(clip, question, fps=fps, system=system)}.safetensors"
+        path = self._path(clip, question, fps, system)
         if path.is_file():
             return Given.load(path)
         if self.embed is None:
-            wanted = self.ask(clip, question, fps=fps, system=system)
+            wanted = self._ask(path, clip, {"question": question, "fps": fps, "system": system})
             raise InputError(
                 f"{path} is not there yet: the Given of {clip!r} asked {question!r}. {wanted.name} beside it says what "
                 "is wanted; run the exporter in the model's own environment, then this again."
@@ -326,43 +311,23 @@ class Saved:
         made.save(path)
         return made
 
-    def name(self, clip: Clip | None, question: str, *, fps: float | int = 2.0, system: str | None = None) -> str:
-        """What the file of a clip and a question is called, by their content.
-
-        Args:
-            clip: the clip, as it is shown.
-            question: what is asked.
-            fps: frames per second.
-            system: the system message.
-
-        Returns:
-            The name, without an ending.
-        """
+    def _path(self, clip: Clip | None, question: str, fps: float | int, system: str | None) -> Path:
+        """The file of a clip and a question, called by their content."""
         of = None if clip is None else (clip.picture_hash, round(clip.picture_end, 6), clip.sound_hash)
-        return hashlib.sha256(json.dumps([of, question, float(fps), system]).encode()).hexdigest()[:32]
+        name = hashlib.sha256(json.dumps([of, question, float(fps), system]).encode()).hexdigest()[:32]
+        return self.folder / f"{name}.safetensors"
 
-    def ask(self, clip: Clip | None, question: str, *, fps: float | int = 2.0, system: str | None = None) -> Path:
-        """Leave word that a `Given` is wanted: safetensors with what is seen and heard.
-
-        Args:
-            clip: the clip, as it is to be shown.
-            question: what is asked.
-            fps: frames per second.
-            system: the system message.
-
-        Returns:
-            The file.
-        """
-        path = self.folder / f"{self.name(clip, question, fps=fps, system=system)}.ask"
-        media = {} if clip is None else {"frames": clip.frames, "waveform": clip.waveform}
-        tensors = {name: torch.from_numpy(np.array(one)) for name, one in media.items() if one is not None}
-        if "frames" in tensors and clip is not None:
-            tensors["times"] = torch.from_numpy(np.array(clip.times))
-        told = {"question": question, "fps": fps, "system": system}
-        told |= {} if clip is None else {"rate": clip.rate, "duration": clip.duration}
-        with whole_file(path) as beside:
+    def _ask(self, path: Path, clip: Clip | None, told: dict[str, Any]) -> Path:
+        """Leave word that a file is wanted: safetensors with what is seen and heard."""
+        tensors: dict[str, Tensor] = {}
+        if clip is not None:
+            told = told | {"rate": clip.rate, "duration": clip.duration}
+            shown = clip.times if clip.has_picture else None
+            media = {"frames": clip.frames, "times": shown, "waveform": clip.waveform}
+            tensors = {name: torch.from_numpy(np.array(one)) for name, one in media.items() if one is not None}
+        with whole_file(path.with_suffix(".ask")) as beside:
             save_file(tensors, beside, metadata={"told": json.dumps(told)})
-        return path
+        return path.with_suffix(".ask")
 
     def ask_all(self, conflicts: Iterable[Any], *, questions: Iterable[str] = ("question", "see", "control")) -> int:
         """Leave word of every cell of conflicts, under each of their questions.
@@ -374,15 +339,15 @@ class Saved:
         Returns:
             How many are wanted that are not there.
         """
-        wanted = set[str]()
+        wanted = set[Path]()
         for conflict in conflicts:
             cells = conflict.cells(None)
             alone = [_shown(cells.clip(name), "separate", None) for name in ("audio_only", "vv")]
             shown = [None, *alone, *(cells.clip(name) for name in cells if name != "audio_only")]
-            for clip in shown:
-                for question in (getattr(conflict, one) for one in questions):
-                    if not (self.folder / f"{self.name(clip, question)}.safetensors").is_file():
-                        wanted.add(self.ask(clip, question).name)
+            for clip, asked in product(shown, (getattr(conflict, one) for one in questions)):
+                path = self._path(clip, asked, 2.0, None)
+                if not path.is_file():
+                    wanted.add(self._ask(path, clip, {"question": asked, "fps": 2.0, "system": None}))
         return len(wanted)
 
 
@@ -421,12 +386,13 @@ def load_text_model(
         config: dict[str, Any] = dict(parse_json((place / CONFIG).read_bytes(), finite=False))
         for name in inner.split(".") if inner else ():
             config = dict(config[name])
-    if config.get("quantization_config"):
-        raise ModelError(f"the weights in {str(place)!r} are quantised: load the checkpoint that they were made from.")
-    found = family_of(*([family] if family else [*(config.get("architectures") or ()), str(config.get("model_type"))]))
-    kind = found.model_class.config_class
-    known = {*kind().to_dict(), "rope_theta", "rope_scaling"} - {"architectures", "model_type", "auto_map"}
-    hf_config = kind.from_dict({name: value for name, value in config.items() if name in known})
+        if config.get("quantization_config"):
+            raise ModelError(f"the weights in {str(place)!r} are quantised: load those that they were made from.")
+        named = [family] if family else [*(config.get("architectures") or ()), str(config.get("model_type"))]
+        found = family_of(*named)
+        kind = found.model_class.config_class
+        known = {*kind().to_dict(), "rope_theta", "rope_scaling"} - {"architectures", "model_type", "auto_map"}
+        hf_config = kind.from_dict({name: value for name, value in config.items() if name in known})
     how: dict[str, Any] = {"key_mapping": {f"^{re.escape(prefix)}": ""}} if prefix else {}
     with quiet(bar=False), foreign_file(place, f"a checkpoint of {found.architecture}", error=ModelError):
         hf_model, report = found.model_class.from_pretrained(

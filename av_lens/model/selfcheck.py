@@ -133,8 +133,11 @@ def _random_ids(model: HookedAVLLM) -> torch.Tensor:
 def _checks(model: HookedAVLLM, x: Any, given: bool, full: bool) -> Iterator[tuple[str, bool]]:
     last = model.spec.n_layers - 1
     layers = {True: range(last + 1), False: (None,)}
+    absent: set[tuple[str, int | None]] = {*model.spec.lacking}
+    if "inputs_embeds" in getattr(x, "tensors", ()):  # ids are not looked up: a hook there does not fire
+        absent.add(("embed_text", None))
     everywhere = ((one, layer) for one in COMPONENTS.values() for layer in layers[one.layered])
-    everywhere = (place for place in everywhere if (place[0].name, place[1]) not in model.spec.lacking)
+    everywhere = (place for place in everywhere if (place[0].name, place[1]) not in absent)
     with torch.no_grad():
         logits = model(x)
         yield "logits are finite", bool(torch.isfinite(logits).all())

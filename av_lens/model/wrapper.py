@@ -156,12 +156,12 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
         media = self.family.media
         return Encoder(self.processor, self.config, self.position_ids, grammar=self.grammar, media=media)
 
-    def encode(self, clip: Any, question: Any, **options: Unpack[Asking]) -> AVInputs:
+    def encode(self, clip: Any, question: Any = "", **options: Unpack[Asking]) -> AVInputs:
         """Make the input of a clip and a question.
 
         Args:
-            clip: a `Clip`, a list of them, or None for text alone.
-            question: what is asked, or a list.
+            clip: a `Clip`, a list of them, or None for text alone; a model that was brought takes a `Given` too.
+            question: what is asked, or a list; of a `Given` nothing more.
             **options: as `av_lens.inputs.Encoder.encode`: `sound`, `picture`, `fps`, `system`, `prefix`, `answer`.
 
         Returns:

@@ -29,6 +29,8 @@ from av_lens.metrics import logit_diff
 PATHS = [((0, 1), (1, 2, "q")), ((0, 3), (2, 1, "k")), ((1, 2), "logits"), ((0, "mlp"), (3, 0, "v"))]
 METRIC = logit_diff(letter("a"), letter("b"))
 FAMILIES = tuple(TINY)
+# What one decoder shows of all text decoders is asked of each only by the slow part.
+DEEP = [name if tiny.media else pytest.param(name, marks=pytest.mark.slow) for name, tiny in TINY.items()]
 CASES = [(name, layout) for name, tiny in TINY.items() for layout in tiny.layouts]
 
 
@@ -66,7 +68,9 @@ def test_logits_are_huggingfaces_to_the_bit(name, layout):
     assert torch.equal(family_model(name)(batch), reference(name)(**batch.tensors).logits)
 
 
-@pytest.mark.parametrize(("name", "layout"), CASES)
+@pytest.mark.parametrize(
+    ("name", "layout"), [pytest.param(*one, marks=[] if TINY[one[0]].media else pytest.mark.slow) for one in CASES]
+)
 def test_greedy_decoding_is_huggingfaces(name, layout):
     x = encoded(name, layout)
     wanted = reference(name).generate(**x.tensors, max_new_tokens=16, do_sample=False)
@@ -92,7 +96,7 @@ def test_replay_is_the_hooked_run(name, n):
     assert moved > n // 2
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DEEP)
 def test_every_hook_is_on_the_road(name):
     layout = next(iter(TINY[name].layouts))
     assert not avl.model.check_model(family_model(name), encoded(name, layout)).failed
@@ -104,7 +108,7 @@ def pair(name: str) -> avl.Pair:
     return avl.Pair(clean=encoded(name, layout), corrupt=encoded(name, layout, seed=1))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DEEP)
 @pytest.mark.parametrize("mlps", ["frozen", "free"])
 @pytest.mark.parametrize(
     ("sender", "receiver"),
@@ -123,7 +127,7 @@ def test_path_patching_is_the_brute_force(name, mlps, sender, receiver):
     assert float(np.abs(grid.effects.values).max()) > 1e-5
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DEEP)
 def test_edges_are_the_gradients_of_the_definition(name):
     with unless_refused(name) as applies:
         found = edge_attribution(family_model(name), pair(name), metric=METRIC)
@@ -135,7 +139,7 @@ def test_edges_are_the_gradients_of_the_definition(name):
         np.testing.assert_allclose(got, score.numpy(), atol=1e-5, rtol=0, err_msg=f"{sender} to {receiver}")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DEEP)
 def test_shares_sum_to_the_logit_difference(name):
     x = encoded(name, next(iter(TINY[name].layouts)))
     with unless_refused(name) as applies:
@@ -154,7 +158,7 @@ def test_shares_sum_to_the_logit_difference(name):
     torch.testing.assert_close(total, cached["resid_post", -1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", DEEP)
 def test_a_circuit_is_found(name):
     with unless_refused(name) as applies:
         circuit = avl.methods.find_circuit(family_model(name), pair(name), metric=METRIC)
