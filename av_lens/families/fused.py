@@ -1,8 +1,8 @@
-"""Projections that a checkpoint stores as one (queries, keys and values; gate and up), each made a projection of its own.
+"""Projections that a checkpoint stores as one (queries, keys and values; gate and up), each made one of its own.
 
-The parts' weights are rows of the fused weight: nothing is copied, and whoever hooks, edits, reads or folds a projection
-finds the plain modules of every other decoder. A part's product is a product of fewer rows of the same weight: the same
-numbers, in the same order of summation as far as the kernel goes by the number of rows alone (on CPUs to the bit).
+The parts' weights are rows of the fused weight: nothing is copied, and whoever hooks, edits, reads or folds a
+projection finds the plain modules of every other decoder. A part's product is the fused one's rows: to the bit where a
+kernel sums in one order whatever the number of rows (on the CPUs tried), else to a rounding.
 """
 
 from __future__ import annotations
