@@ -19,6 +19,7 @@ import av_lens as avl
 from av_lens.core import run
 from av_lens.families.decoder import rotated
 from av_lens.interventions import Plan
+from av_lens.media.encoding import resample
 from av_lens.metrics import logit_diff
 from av_lens.model.binding import remembered_towers
 
@@ -68,6 +69,15 @@ def test_tokens_of_sound_and_their_seconds(name, n):
     np.testing.assert_allclose(heard["source_start_s"], starts)
     np.testing.assert_allclose(heard["end_s"], starts + MS[name] / 1000)
     np.testing.assert_allclose(heard["source_end_s"], np.minimum(starts + MS[name] / 1000, n / 16000))
+
+
+@pytest.mark.parametrize("name", HEARING)
+def test_the_real_clips_tokens_and_their_seconds(name, real_clip_path):
+    clip = avl.load_clip(real_clip_path)
+    n = len(resample(clip.waveform, clip.rate, 16000))
+    heard = family_model(name).encode(clip, "What?", **TINY[name].layouts["sound"]).table().query("role == 'audio'")
+    assert len(heard) == TOKENS[name](FRAMES[name](n)) > 9000 // MS[name]
+    np.testing.assert_allclose(heard["source_start_s"], np.arange(len(heard)) * MS[name] / 1000)
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
