@@ -35,6 +35,7 @@ from torch.nn.modules import module as torch_modules
 from transformer_lens import ActivationCache
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import component_setup
+from transformers.utils import output_capturing
 
 from av_lens.brief import Brief
 from av_lens.core.budget import GIGABYTE, ModelSpec, require_budget, selected
@@ -150,6 +151,7 @@ def only_open(bridge: Any, accept: Callable[[str], bool]) -> Callable[[str], boo
 
 
 KINDS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+_WIRING = (component_setup.__name__, output_capturing.__name__)  # TransformerLens's, and HuggingFace's recorders
 _OF_A_MODULE = tuple(f"_{kind}" for kind in KINDS)
 
 
@@ -181,7 +183,7 @@ Standing = tuple[StandingHook, ...]
 
 
 def standing_hooks(model: Any) -> Standing:
-    """Find every function that stands on a model, TransformerLens's own wiring apart."""
+    """Find every function that stands on a model, TransformerLens's and HuggingFace's own wiring apart."""
     found = [
         StandingHook(None, kind, function)
         for kind in KINDS
@@ -209,7 +211,7 @@ def _standing_on(module: Module, in_tower: bool) -> Iterator[StandingHook]:
     for kind in KINDS:
         for number, function in getattr(module, f"_{kind}").items():
             function = callers.get(number, function)  # TransformerLens wraps what it is given
-            if getattr(function, "__module__", "") != component_setup.__name__:
+            if getattr(function, "__module__", "") not in _WIRING:
                 yield StandingHook(module, kind, function, in_tower)
     if "forward" in module.__dict__:
         yield StandingHook(module, "forward", module.__dict__["forward"], in_tower)

@@ -1,8 +1,8 @@
-"""Projections that a checkpoint stores as one (queries, keys and values; gate and up), each made a projection of its own.
+"""Projections that a checkpoint stores as one (queries, keys and values; gate and up), each made one of its own.
 
-The parts' weights are rows of the fused weight: nothing is copied, and whoever hooks, edits, reads or folds a projection
-finds the plain modules of every other decoder. A part's product is a product of fewer rows of the same weight: the same
-numbers, in the same order of summation as far as the kernel goes by the number of rows alone (on CPUs to the bit).
+The parts' weights are rows of the fused weight: nothing is copied, and whoever hooks, edits, reads or folds a
+projection finds the plain modules of every other decoder. A part's product is the fused one's rows: to the bit where a
+kernel sums in one order whatever the number of rows (on the CPUs tried), else to a rounding.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ def take_apart(layers: Iterable[Any], fused: Mapping[str, tuple[str, ...]], *, k
                 )
             rows = whole.out_features
             sizes = [rows - 2 * keys, keys, keys] if len(names) == 3 else [rows // len(names)] * len(names)
-            delattr(owner, name)
             for part, weight in zip(names, whole.weight.split(sizes), strict=True):
                 setattr(owner, part, _linear(weight))
-            if hasattr(owner, "activation_fn"):
+            setattr(owner, name, Joined(owner, names))
+            if hasattr(owner, "activation_fn"):  # an MLP's, by the name that other decoders give it
                 owner.act_fn = owner.activation_fn
-                owner.__class__ = type(type(owner).__name__, (GatedApart, type(owner)), {})
 
 
 def _linear(weight: torch.Tensor) -> torch.nn.Linear:
@@ -43,14 +42,14 @@ def _linear(weight: torch.Tensor) -> torch.nn.Linear:
     return made
 
 
-class GatedApart:
-    """Mixed into a gated MLP whose gate and up were taken apart."""
+class Joined(torch.nn.Module):
+    """Stands where the fused projection stood: HuggingFace's own code goes on, through the parts."""
 
-    gate_proj: Any
-    up_proj: Any
-    down_proj: Any
-    act_fn: Any
+    def __init__(self, owner: torch.nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.__dict__["owner"] = owner  # no child: it holds this one
+        self.names = names
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Run the MLP."""
-        return self.down_proj(self.up_proj(hidden_states) * self.act_fn(self.gate_proj(hidden_states)))
+        """Project by each part, and put what they make side by side."""
+        return torch.cat([getattr(self.owner, name)(hidden_states) for name in self.names], dim=-1)

@@ -69,9 +69,9 @@ class Counted:
                 if bool(tokens.any()):
                     raise InputError(
                         f"these ids hold placeholders of {kind}, but {tensor} did not come with them: the model would "
-                        "read bare placeholders. Use model(x), model.generate(x), or model.bound(x) for tools that take "
-                        "ids. (TransformerLens's generate hands media on with the cache alone: leave use_past_kv_cache "
-                        "on.)"
+                        "read bare placeholders. Use model(x), model.generate(x), or model.bound(x) for tools that "
+                        "take ids. (TransformerLens's generate hands media on with the cache alone: leave "
+                        "use_past_kv_cache on.)"
                     )
                 continue
             ends, told = given[kind].cumsum(0).tolist(), tokens.cumsum(0).tolist()

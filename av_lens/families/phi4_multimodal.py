@@ -185,22 +185,24 @@ class Seeing(Counted):
 
 
 _TOWERS = "model.embed_tokens_extend"
+Phi4MultimodalAdapter = decoder_adapter(
+    "Phi4Multimodal",
+    decoder="model",
+    towers={
+        "audio_encoder": (f"{_TOWERS}.audio_embed.encoder", None),
+        "vision_encoder": (f"{_TOWERS}.image_embed.img_processor", "hidden_states", -2),
+    },
+    media={"audio": "audio_input_features", "image": "image_pixel_values"},
+    inner=Seeing,
+    fused={
+        "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
+        "mlp.gate_up_proj": ("gate_proj", "up_proj"),
+    },
+)
+
 FAMILY = Family(
     model_class=Phi4MultimodalForCausalLM,
-    adapter=decoder_adapter(
-        "Phi4Multimodal",
-        decoder="model",
-        towers={
-            "audio_encoder": (f"{_TOWERS}.audio_embed.encoder", None),
-            "vision_encoder": (f"{_TOWERS}.image_embed.img_processor", "hidden_states", -2),
-        },
-        media={"audio": "audio_input_features", "image": "image_pixel_values"},
-        inner=Seeing,
-        fused={
-            "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
-            "mlp.gate_up_proj": ("gate_proj", "up_proj"),
-        },
-    ),
+    adapter=Phi4MultimodalAdapter,
     media=Phi4Media,
     position_ids=position_ids,
     replay_traits=causal_decoder,

@@ -177,7 +177,7 @@ def test_the_adapter_is_registered_as_an_entry_point():
             assert family.architecture not in found
         else:
             assert found[family.architecture] is family.adapter
-    assert len(found) == 2
+    assert len(found) == 3
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def qwen2_audio_config() -> Any:
             "encoder_attention_heads": 1,
             "encoder_ffn_dim": 32,
             "d_model": 16,
-            "initializer_range": 0.1,
+            "initializer_range": 0.5,
         },
         audio_token_index=ids["<|AUDIO|>"],
         tie_word_embeddings=False,
@@ -113,8 +113,8 @@ def phi_config() -> Any:
         vision_config={
             "hidden_size": 32,
             "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 1,
             "image_token_id": ids["<|image|>"],
         },
         audio_config={
@@ -125,6 +125,7 @@ def phi_config() -> Any:
             "ext_pw_out_channel": 32,
             "depthwise_separable_out_channel": 32,
             "nemo_conv_channels": 16,
+            "initializer_range": 0.2,
             "audio_token_id": ids["<|audio|>"],
         },
     )
