@@ -410,6 +410,13 @@ class Layer:
         return self.down(show("mlp_post", self.act(gate) * up))
 
 
+def sizes_of(block: Any, n_heads: int) -> tuple[int, int, int]:
+    """One of the bridge's blocks: its key-value heads, the width of a head, and the units of its one MLP, if any."""
+    attention, parts = block.attn.original_component, block.mlp._modules
+    up = next((parts[name].original_component for name in ("in", "dense_in") if name in parts), None)
+    return n_heads // attention.num_key_value_groups, attention.head_dim, 0 if up is None else up.out_features
+
+
 def at_scale(norm: Any, stream: Tensor, base: Tensor) -> Tensor:
     """Norm a stream by the scale of another one."""
     variance = base.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon

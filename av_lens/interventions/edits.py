@@ -18,6 +18,7 @@ alike (zero, scale, noise, or a value with one position) on `positions=None` fir
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -49,6 +50,7 @@ class ModelSpec:
         d_vocab: tokens of the vocabulary.
         experts: the layers that choose among many MLPs, and so have no units of one.
         lacking: components that some layer does not have, each with that layer.
+        own: where layers differ, each one's own `n_kv_heads`, `d_head` and `d_mlp`.
     """
 
     n_layers: int
@@ -60,6 +62,21 @@ class ModelSpec:
     d_vocab: int
     experts: frozenset[int] = frozenset()
     lacking: frozenset[tuple[str, int]] = frozenset()
+    own: tuple[tuple[int, int, int], ...] = ()
+
+    def at(self, layer: int | None) -> ModelSpec:
+        """Say the sizes of one layer.
+
+        Args:
+            layer: the layer, or None outside the layers.
+
+        Returns:
+            The same sizes, but for those that this layer has of its own.
+        """
+        if layer is None or not self.own:
+            return self
+        n_kv_heads, d_head, d_mlp = self.own[layer]
+        return dataclasses.replace(self, n_kv_heads=n_kv_heads, d_head=d_head, d_mlp=d_mlp, own=())
 
 
 @dataclass(frozen=True)
@@ -181,7 +198,7 @@ class Site:
         """
         if not self.has_heads:
             return 0
-        return spec.n_kv_heads if "kv_head" in self.axes else spec.n_heads
+        return spec.at(self.layer).n_kv_heads if "kv_head" in self.axes else spec.n_heads
 
     def check(self, spec: ModelSpec) -> None:
         """Refuse a layer or head that the model does not have.
@@ -204,7 +221,7 @@ class Site:
                 f"layer {self.layer} has no {self.component} of its own: it reads an earlier layer's keys and values, "
                 f"or makes both of one projection. Layers that have it: {', '.join(having) or 'none'}."
             )
-        check_heads(self.heads, self.n_heads(spec), spec, self.component)
+        check_heads(self.heads, self.n_heads(spec), spec.at(self.layer), self.component)
 
 
 def check_layers(layers: Iterable[int], spec: ModelSpec) -> None:
@@ -427,7 +444,7 @@ def _shaped(
 def width_of(site: Site, spec: ModelSpec, n_prompt: int) -> int:
     """The size of the activation's last axis."""
     last = site.axes[-1]
-    return {"key_pos": n_prompt, "one": 1}.get(last) or int(getattr(spec, last))
+    return {"key_pos": n_prompt, "one": 1}.get(last) or int(getattr(spec.at(site.layer), last))
 
 
 def replace(site: Site, value: Float[Tensor, "..."]) -> Edit:

@@ -40,7 +40,7 @@ from av_lens.core.execution import HookPair, counted, gates_of_filter, gates_of_
 from av_lens.core.modes import TorchModes
 from av_lens.errors import InputError, InterventionError
 from av_lens.families.blocks import BUDGET_GB
-from av_lens.families.decoder import COMPONENTS, hook_name
+from av_lens.families.decoder import COMPONENTS, hook_name, sizes_of
 from av_lens.families.registry import Family, family_of
 from av_lens.inputs.answers import words_of
 from av_lens.inputs.encoder import Asking, Encoder
@@ -126,6 +126,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
     def spec(self) -> ModelSpec:
         """The sizes of the fusion stack."""
         cfg: Any = self.cfg
+        own = tuple(sizes_of(block, cfg.n_heads) for block in self.blocks)
         return ModelSpec(
             n_layers=cfg.n_layers,
             n_heads=cfg.n_heads,
@@ -141,6 +142,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
                 for layer in range(cfg.n_layers)
                 if one.layered and hook_name(name, layer) not in self.bridge.hook_dict
             ),
+            own=own if len(set(own)) > 1 else (),
         )
 
     @cached_property

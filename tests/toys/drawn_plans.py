@@ -47,7 +47,7 @@ def edit_of(kind: str, site: Site, trace: Any, seed: int) -> Any:
     spec, n = trace.model.spec, len(trace.spans)
     rows = site.positions
     n_pos = n if rows is None else len(trace.spans[rows] if isinstance(rows, str) else rows)
-    width = n if site.is_edges else int(getattr(spec, site.axes[-1]))
+    width = n if site.is_edges else int(getattr(spec.at(site.layer), site.axes[-1]))
     heads = [] if not site.has_heads else [len(site.heads) if site.heads is not None else site.n_heads(spec)]
     shared = seed % 3 == 0  # one row for every position
     tail = (1 if shared else n_pos, *heads, width)
@@ -67,16 +67,16 @@ def edit_of(kind: str, site: Site, trace: Any, seed: int) -> Any:
     return add(site, value)
 
 
-def heads_of(component: str, trace: Any, number: int) -> int | tuple[int, ...] | None:
+def heads_of(component: str, trace: Any, number: int, layer: int = 0) -> int | tuple[int, ...] | None:
     if not Site(component, None if component == "embed" else 0).has_heads:
         return None
-    n = Site(component, 0).n_heads(trace.model.spec)
+    n = Site(component, layer).n_heads(trace.model.spec)
     choices: tuple[Any, ...] = (number % n, None, (n - 1, 0), tuple(range(n)), tuple(range(n // 2, n)))
     return choices[number % len(choices)]
 
 
 def site_of(component: str, trace: Any, layer: int, head: int, positions: Any) -> Site:
-    return Site(component, None if component == "embed" else layer, heads_of(component, trace, head), positions)
+    return Site(component, None if component == "embed" else layer, heads_of(component, trace, head, layer), positions)
 
 
 def cut_of(trace: Any, positions: Any, layer: int, number: int, seed: int) -> Any:

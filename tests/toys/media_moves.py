@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from small_av import small_clip
 
-MIXING = ("Attention", "LightConv")  # in the names of modules that let a tower's positions read each other
+MIXING = ("Attention", "CausalConv")  # in the names of modules that let a tower's positions read each other
 MOST = 13  # squares: about so many are changed, one by one, of a larger picture
-RIM = 4  # pixels of a square that a resized picture shares with its neighbours
+RIM = 3  # pixels of a square that a resized picture shares with its neighbours
 
 
 def _nothing(part: Any, inputs: Any, output: Any) -> Any:
