@@ -143,7 +143,6 @@ def test_thirty_billion_wide(real_clip_path, capsys):
             f"{what}: {int(told.sum())} of {told.numel()} tokens re-routed, logits moved by {moved:.3f}, with frozen "
             f"experts by {held_moved:.3f}; replay and hooks differ by {gaps[0]:.4f}, frozen by {gaps[1]:.4f}"
         )
-    assert "0 of" in lines[1]
     lines.append(f"{time.perf_counter() - began:.0f} s in all, peak {megabytes():.1f} GB")
     with capsys.disabled():
         print("\nQwen3-Omni-30B's widths, 2 layers, " + "\n  ".join(lines))
