@@ -161,7 +161,7 @@ def test_a_patch_can_hold_the_experts():
     ids = model.tokenizer.convert_tokens_to_ids(["a", "b"])
     wanted = [float(logits[0, ids[0]] - logits[0, ids[1]]) for logits in values]
     np.testing.assert_allclose(grid.values.values[0], wanted, atol=1e-5)
-    assert np.abs(grid.values.values - free.values.values).max() > 1e-3
+    assert np.abs(grid.values.values - free.values.values).max() > 1e-4
     assert grid.provenance["routing"] == "frozen"
 
 
@@ -207,11 +207,12 @@ def test_an_edited_run_goes_on_from_its_own_experts():
 
 
 @torch.no_grad()
-def test_routers_that_tie_everywhere_still_restart():
+def test_routers_that_all_but_tie_still_restart():
     hf_model = omni3_hf_model(0)
+    generator = torch.Generator().manual_seed(0)
     for layer in SPARSE:
         weight = hf_model.model.language_model.layers[layer].mlp.gate.weight
-        weight[4:] = weight[:4]
+        weight[1:] = weight[:1] + 3e-8 * torch.randn(7, 64, generator=generator)
     model = avl.load("ties", hf_model=hf_model, processor=TINY[NAME].processor())
     x = model.encode(small_clip(0), "What?")
     trace, plan = model.trace(x), Plan(zero(Site("z", 2, head=1)))
