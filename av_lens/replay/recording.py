@@ -10,9 +10,11 @@ copied for a plan. The recorded and the own part are softmaxed apart and merged 
 
     out = (e^{l_1} out_1 + e^{l_2} out_2) / (e^{l_1} + e^{l_2}),   l = log sum exp of a part's scores
 
-Scores are never stored on a CPU: torch's flash kernel for CPUs hands back the log-sum-exp. On other devices, where
-gradients are wanted (the kernel gives none for the log-sum-exp) and under a mask on the prefix, scores are computed
-plainly.
+Scores are never stored where a kernel of torch's hands back the log-sum-exp (on CPUs and on CUDA; `decoder.flash`).
+Where gradients are wanted (kernels give none for the log-sum-exp) they are computed plainly.
+
+A model that is split over devices has its record beside its layers: what a restart reads is brought to the layer that
+reads it, tables and mask once for each device, streams, keys and values once for each layer.
 
 Source: cascade attention (Ye et al., FlashInfer, 2024); the log-sum-exp merge is that of flash attention (Dao, 2022).
 """
@@ -35,6 +37,7 @@ from av_lens.core.calls import heads_first, rows_of, turn_of, unembedded, watchi
 from av_lens.core.execution import Standing, places, standing_hooks
 from av_lens.errors import BudgetError, InterventionError
 from av_lens.families.decoder import ReplayTraits, causal_mask, flash, hook_name, layer_names
+from av_lens.families.weights import device_of
 from av_lens.spans import SpanMap
 
 
@@ -50,6 +53,7 @@ class Window:
         own_mask: additive, `[batch, 1, pos, pos]` on the new keys.
         causal: whether `own_mask` is plainly causal.
         added: by layer, what is added to the stream after it, `[batch, pos, d_model]`, from `start` on.
+        flash: whether attention goes without scores that are written out, where no edit looks at them.
     """
 
     start: int
@@ -59,16 +63,25 @@ class Window:
     own_mask: Tensor
     causal: bool
     added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    flash: bool = True
 
     @classmethod
-    def at(cls, start: int, tables: tuple[Tensor, Tensor], mask: Tensor | None) -> Window:
+    def at(cls, start: int, tables: tuple[Tensor, Tensor], mask: Tensor | None, *, flash: bool = True) -> Window:
         """Cut tables and mask for a restart."""
         cos, sin = (table[:, start:, None] for table in tables)
         if mask is None:
-            return cls(start, cos, sin, None, causal_mask(cos.shape[1], cos), causal=True)
+            return cls(start, cos, sin, None, causal_mask(cos.shape[1], cos), causal=True, flash=flash)
         rows = mask[:, :, start:]
-        prefix = rows[..., :start]
-        return cls(start, cos, sin, prefix if bool((prefix != 0).any()) else None, rows[..., start:], causal=False)
+        prefix = rows[..., :start] if bool((rows[..., :start] != 0).any()) else None
+        return cls(start, cos, sin, prefix, rows[..., start:], causal=False, flash=flash)
+
+    def on(self, device: torch.device) -> Window:
+        """The same on a device; what is added stays where it is."""
+        if self.cos.device == device:
+            return self
+        prefix = None if self.prefix_mask is None else self.prefix_mask.to(device)
+        moved = {name: getattr(self, name).to(device) for name in ("cos", "sin", "own_mask")}
+        return replace(self, prefix_mask=prefix, **moved)
 
 
 def cascade(
@@ -79,7 +92,13 @@ def cascade(
     rows: slice,
     scaling: float,
 ) -> Float[Tensor, "plan batch row head d_head"]:
-    """Attend to the recorded prefix and to each plan's own keys."""
+    """Attend to the recorded prefix and to each plan's own keys.
+
+    On a CPU in float32 whatever the precision: there half precision is no faster, and each result is rounded once.
+    """
+    if q.device.type == "cpu" and q.dtype != torch.float32:
+        (q, *own), past, wanted = (one.float() for one in (q, *own)), tuple(one.float() for one in past), q.dtype
+        return cascade(q, (own[0], own[1]), (past[0], past[1]), window, rows, scaling).to(wanted)
     plans, batch, n_rows, n_heads, d_head = q.shape
     n_kv = own[0].shape[3]
     group = n_heads // n_kv
@@ -88,7 +107,7 @@ def cascade(
         grouped = q.view(plans, batch, n_rows, n_kv, group, d_head).permute(1, 3, 0, 4, 2, 5)
         mask = window.prefix_mask
         if mask is not None:
-            mask = mask[:, :, rows].repeat(1, 1, plans * group, 1)
+            mask = mask[:, :, rows].repeat(1, 1, plans * group, 1).to(q.dtype)
         far, far_weight = flash(grouped.reshape(batch, n_kv, -1, d_head), *past, scaling, mask=mask)
         far = far.reshape(batch, n_kv, plans, group, n_rows, d_head).permute(2, 0, 4, 1, 3, 5).flatten(3, 4)
         far_weight = far_weight.view(batch, n_kv, plans, group, n_rows).permute(2, 0, 4, 1, 3).flatten(3, 4)
@@ -113,7 +132,7 @@ def _own_part(
     queries, keys, values = (part.transpose(2, 3).flatten(0, 1) for part in (q, k, v))
     mask = None
     if not (square and window.causal):
-        mask = window.own_mask[:, :, rows]
+        mask = window.own_mask[:, :, rows].to(queries.dtype)
         mask = mask if mask.shape[0] == 1 else mask.repeat(plans, 1, 1, 1)
     out, weight = flash(queries, keys, values, scaling, mask=mask, causal=square and window.causal)
     out = out.unflatten(0, (plans, batch)).transpose(2, 3)
@@ -128,7 +147,7 @@ def _own_part_of_one_row(
     group = n_heads // own[0].shape[3]
     queries = q[:, :, 0].unflatten(2, (-1, group)).flatten(0, 1)
     keys, values = (part.transpose(2, 3).flatten(0, 1) for part in own)
-    mask = window.own_mask[:, :, rows].expand(-1, -1, group, -1)
+    mask = window.own_mask[:, :, rows].expand(-1, -1, group, -1).to(queries.dtype)
     mask = mask if mask.shape[0] == 1 else mask.repeat(plans, 1, 1, 1)
     out, weight = flash(queries, keys, values, scaling, mask=mask)
     out, weight = (part.flatten(1, 2).unflatten(0, (plans, batch))[:, :, None] for part in (out, weight))
@@ -171,6 +190,7 @@ class Record(Brief):
         added: by layer, what is added to the stream after it, whatever the stream is, up to the last position at which
             anything is, `[batch, pos, d_model]`.
         own: what differs from `resid`, `keys` and `values`, where the run was made of another one (`rerun`).
+        flash: whether it was made, and is restarted, without scores that are written out.
     """
 
     model: Any
@@ -185,6 +205,7 @@ class Record(Brief):
     own_logits: Float[Tensor, "batch pos d_vocab"] | None = None
     added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
     own: Own | None = field(default=None, repr=False)
+    flash: bool = True
 
     @property
     def spans(self) -> SpanMap:
@@ -232,8 +253,8 @@ class Record(Brief):
         if declared or self.mask is None:
             return declared
         read = (self.mask > torch.finfo(self.mask.dtype).min / 2).amax(dim=(0, 1))
-        for query, row in enumerate(read):
-            last = int(row.nonzero()[-1]) if bool(row.any()) else 0
+        lasts = torch.arange(read.shape[1], device=read.device).where(read, 0).amax(-1)
+        for query, last in enumerate(lasts.tolist()):
             if last > query and traits.restart(last, roles) > query:
                 return (
                     f"position {query} ({roles[query]}) reads position {last} ({roles[last]}) after it, which this "
@@ -255,7 +276,7 @@ class Record(Brief):
         return unembedded(self.model, self.stream(self.n_layers, 0)[:, rows])
 
     def stream(self, layer: int, start: int) -> Float[Tensor, "batch pos d_model"]:
-        """The stream that entered a layer, from a position on, where the model is.
+        """The stream that entered a layer, from a position on, where that layer is.
 
         Args:
             layer: the layer; the number of layers for the stream that left the last.
@@ -264,7 +285,7 @@ class Record(Brief):
         Returns:
             The stream; not to be written to.
         """
-        own, device = self.own, self.model.device
+        own, device = self.own, place_of(self.model, layer)
         if own is None:
             return self.resid[layer][:, start:].to(device)
         if layer not in own.streams:
@@ -275,7 +296,7 @@ class Record(Brief):
         return torch.cat((own.base.stream(layer, start)[:, : own.start - start], new), dim=1)
 
     def past(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values before a position, where the model is.
+        """A layer's keys and values before a position, where that layer is.
 
         Args:
             layer: the layer.
@@ -284,7 +305,7 @@ class Record(Brief):
         Returns:
             Keys and values `[batch, kv_head, past, d_head]`; not to be written to.
         """
-        own, device = self.own, self.model.device
+        own, device = self.own, place_of(self.model, layer)
         if own is None:
             return self.keys[layer][:, :, :end].to(device), self.values[layer][:, :, :end].to(device)
         if end <= own.start or layer not in own.heads:
@@ -294,7 +315,7 @@ class Record(Brief):
         return keys, values
 
     def window(self, start: int) -> Window:
-        """Rotary tables and masks of a restart, where the model is.
+        """Rotary tables and masks of a restart, where the model's inputs go.
 
         Args:
             start: the first position that is computed anew.
@@ -304,7 +325,8 @@ class Record(Brief):
         """
         device = self.model.device
         cos, sin = (table.to(device) for table in self.tables)
-        window = Window.at(start, (cos, sin), None if self.mask is None else self.mask.to(device))
+        mask = None if self.mask is None else self.mask.to(device)
+        window = Window.at(start, (cos, sin), mask, flash=self.flash)
         return replace(window, added=self.added_from(start))
 
     def added_from(self, start: int) -> dict[int, Float[Tensor, "batch _ d_model"]]:
@@ -318,6 +340,12 @@ class Record(Brief):
         """
         later = {layer: part[:, start:] for layer, part in self.added.items() if part.shape[1] > start}
         return {layer: part.to(self.model.device) for layer, part in later.items()}
+
+
+def place_of(model: Any, layer: int) -> torch.device:
+    """Where a layer computes, or (by the number of layers) what reads the stream that leaves the last."""
+    blocks = model.bridge.blocks
+    return device_of(blocks[layer].ln1 if layer < len(blocks) else model.bridge.ln_final)
 
 
 @torch.no_grad()
@@ -355,9 +383,9 @@ def fields_of(
     model: Any, x: Any, made: Mapping[str, list[Tensor]], entered: Mapping[str, Any], mask: Tensor | None
 ) -> dict[str, Any]:
     """The fields of a `Record`, of what each layer made and of what entered the first."""
-    cos, sin = (table.to(made["resid"][0].device) for table in entered["position_embeddings"])
-    whole: dict[str, Any] = {part: tuple(tensors) for part, tensors in made.items()}
     place = made["resid"][0].device
+    cos, sin = (table.to(place) for table in entered["position_embeddings"])
+    whole: dict[str, Any] = {part: tuple(tensors) for part, tensors in made.items()}
     added = {layer: trimmed(part).to(place) for layer, part in entered.get("added", {}).items()}
     return whole | {"model": model, "x": x, "tables": (cos, sin), "mask": mask, "added": added}
 
@@ -420,6 +448,6 @@ def additive(mask: Tensor | None, stream: Tensor) -> Tensor | None:
         mask = torch.zeros_like(mask, dtype=stream.dtype).masked_fill(~mask, lowest)
     forbidden = mask < torch.finfo(mask.dtype).min / 2
     future = causal_mask(mask.shape[-1], mask[:1, :1, :1]) < 0
-    if bool((forbidden == future).all()) and not bool(mask.masked_fill(future, 0.0).any()):
+    if bool(((forbidden == future) & (future | (mask == 0.0))).all()):
         return None
     return mask.to(stream.device)
