@@ -80,12 +80,12 @@ class FullBlockBridge(BlockBridge):
         """Run the layer."""
         if "hidden_states" in kwargs:
             args = (kwargs.pop("hidden_states"), *args)
+        if args[0].device != (place := device_of(self.ln1)):  # as accelerate does for the forward that this replaces
+            args, kwargs = brought(args, place), brought(kwargs, place)
         if self._hook_embed is not None:
             args = (self._hook_embed(args[0]), *args[1:])
         args, kwargs = self._maybe_inject_start_residual(args, kwargs)
         self._check_stop_at_layer(*args, **kwargs)
-        if args[0].device != (place := device_of(self.ln1)):  # the layer's own forward, which accelerate would move for
-            args, kwargs = brought(args, place), brought(kwargs, place)
         stream = self.hook_in(args[0])
         attention: Any = self.attn
         attention.set_stream(stream, self.ln1.original_component)

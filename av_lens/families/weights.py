@@ -86,7 +86,8 @@ def require_whole_layers(layers: Any) -> None:
 
 def is_split(hf_model: Any) -> bool:
     """Whether a model lies in several places, or partly where nothing computes."""
-    return len({one.device for one in hf_model.parameters()}) > 1 or any("_hf_hook" in m.__dict__ for m in hf_model.modules())
+    hooked = any("_hf_hook" in module.__dict__ for module in hf_model.modules())
+    return hooked or len({one.device for one in hf_model.parameters()}) > 1
 
 
 def is_packed(hf_model: Any) -> bool:

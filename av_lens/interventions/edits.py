@@ -48,6 +48,7 @@ class ModelSpec:
         d_mlp: hidden units of an MLP.
         d_vocab: tokens of the vocabulary.
         experts: the layers that choose among many MLPs, and so have no units of one.
+        d_experts: hidden units of all experts that one position goes through; 0 without experts.
     """
 
     n_layers: int
@@ -58,6 +59,13 @@ class ModelSpec:
     d_mlp: int
     d_vocab: int
     experts: frozenset[int] = frozenset()
+    d_experts: int = 0
+
+    @property
+    def widest(self) -> int:
+        """Hidden units that a position has in the layer where it has most."""
+        dense = self.d_mlp if len(self.experts) < self.n_layers else 0
+        return max(dense, self.d_experts if self.experts else 0)
 
 
 @dataclass(frozen=True)
@@ -378,9 +386,7 @@ def _prompt_only(edit: Edit, value: Tensor, positions: Positions, spans: SpanMap
     return Positions(prompt) if given == len(prompt) else positions
 
 
-def _index(
-    rows: slice | Tensor, heads: tuple[int, ...] | None, device: torch.device
-) -> tuple[slice | Tensor, ...]:
+def _index(rows: slice | Tensor, heads: tuple[int, ...] | None, device: torch.device) -> tuple[slice | Tensor, ...]:
     """Index `[batch, rows, heads]` so that the head axis stays, whatever mixture of slices and lists."""
     rows = rows if isinstance(rows, slice) else rows.to(device, non_blocking=True)
     if heads is None:

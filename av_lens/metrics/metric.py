@@ -219,9 +219,7 @@ class Metric(Brief):
         sides = [per_option(ids, last, self.kind) for ids in self._fitting(len(last))]
         return combined(self.kind, [side.unbind(1) for side in sides])
 
-    def of_plans(
-        self, logits: Float[Tensor, "plan batch asked_pos d_vocab"]
-    ) -> Float[Tensor, "plan batch"]:
+    def of_plans(self, logits: Float[Tensor, "plan batch asked_pos d_vocab"]) -> Float[Tensor, "plan batch"]:
         """Read the metric of several runs of one stack.
 
         Args:

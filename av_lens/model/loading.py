@@ -34,6 +34,7 @@ from av_lens.core.modes import cast, free_bytes, require_movable
 from av_lens.errors import AvLensError, ModelError
 from av_lens.families.registry import HOW_TO_ADD, Family, build_bridge, family_of
 from av_lens.families.weights import LOAD_PLAIN, is_packed, require_whole_layers
+from av_lens.model.adapters import Adapter, read_adapter
 from av_lens.model.differences import Difference, read_difference
 from av_lens.model.selfcheck import check_model, check_parts
 from av_lens.model.wrapper import HookedAVLLM
@@ -129,15 +130,28 @@ def _open(
     name: str, processor: Any, spread: Mapping[str, Any], *, device: Any, dtype: Any, revision: str | None
 ) -> HookedAVLLM:
     source = _Source(name, revision)
+    if spread and (source.difference is not None or source.adapter is not None):
+        kind = "an adapter" if source.adapter is not None else "a difference"
+        raise ModelError(
+            f"{name!r} is {kind} over {source.asked!r}, whose weights it changes: these must lie in one place. Leave "
+            "device_map= out, or save the whole model first and load that."
+        )
     if source.folder is not None:
         check_configurations(source.folder)
     config = source.config()
     family = _family(config, name)
     inner = family.inner_config.get(str(config.get("model_type")))
     for level in _levels(config, inner):
-        _require_known_packing(level.get("quantization_config"))
+        _require_known_packing(way := level.get("quantization_config"))
+        if way is not None and importlib.util.find_spec("bitsandbytes") is None:
+            raise ModelError(
+                f"the weights of {name!r} are quantised by bitsandbytes, which is not installed: "
+                f"pip install 'av_lens[quantised]'. Or load those that they were made from. {LOAD_PLAIN}"
+            )
     with source.translated("config.json"):
         hf_config = family.model_class.config_class.from_dict(_plain(config[inner] if inner else config))
+        if config.get("quantization_config") is not None:  # of a larger model it stands outside the fusion model's own
+            hf_config.quantization_config = config["quantization_config"]
         count = cache(partial(_count, family, hf_config))
         # A configuration could have memory taken for weights that are nowhere.
         if source.folder is not None and count() > 2 * (held := check_weight_files(source.folder)) + BILLION // 100:
@@ -157,6 +171,9 @@ def _open(
         hf_model = _weights(family, source, hf_config, precision, spread)
         if source.difference is not None:
             source.difference.put_into(hf_model)
+        if source.adapter is not None:
+            require_movable(hf_model)
+            hf_model = source.adapter.merged_into(hf_model)
         if spread:
             require_whole_layers(hf_model.get_decoder().layers)
         elif not is_packed(hf_model):
@@ -166,6 +183,8 @@ def _open(
     provenance = {"source": source.place, "revision": revision, "dtype": str(precision), "device": str(place)}
     if source.difference is not None:
         provenance |= {"source": str(source.difference.folder), "base": source.difference.base}
+    if source.adapter is not None:
+        provenance |= {"source": str(source.adapter.folder), "base": source.adapter.base}
     processor = _processor(source) if processor is None else processor
     return _hooked(hf_model, processor, name, grammar=source.grammar, handed_in=False, provenance=provenance)
 
@@ -206,11 +225,9 @@ def _require_known_packing(way: Any) -> None:
     method = str(getattr(method, "value", method))
     if not method.startswith("bitsandbytes"):
         raise ModelError(
-            f"these weights are quantised ({method}), and of such models only those of bitsandbytes were seen to give "
-            f"what hooked runs give. {LOAD_PLAIN}"
+            f"these weights are quantised ({method}), and av_lens opens none of that kind but bitsandbytes'. "
+            f"{LOAD_PLAIN}"
         )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ModelError(f"these weights are quantised by bitsandbytes: pip install bitsandbytes. Or: {LOAD_PLAIN}")
 
 
 class _Source:
@@ -219,15 +236,31 @@ class _Source:
     def __init__(self, asked: str, revision: str | None) -> None:
         self.asked, self.folder = asked, located(asked)
         self.revision = revision if self.folder is None else None
+        self.adapter = None if self.folder is None else read_adapter(self.folder)
+        if self.adapter is not None:
+            self._on_base_of(self.adapter)
         self.difference = None if self.folder is None else read_difference(self.folder)
         if self.difference is not None:
             self.folder = base_of(self.difference)
             self.difference.check_base(self.folder)
-        self.place = asked if self.folder is None else str(self.folder)
+        self.place = self.asked if self.folder is None else str(self.folder)
         self.grammar: dict[str, Any] | None = None
         if self.folder is not None and (found := self.folder / GRAMMAR_FILE).is_file():
             with foreign_file(found, "an organism's grammar", error=ModelError):
                 self.grammar = dict(parse_json(found.read_bytes()))
+
+    def _on_base_of(self, adapter: Adapter) -> None:
+        """Read everything but the adapter's weights from its base."""
+        beside = adapter.folder / Path(adapter.base).expanduser()
+        try:
+            self.folder = beside if beside.is_dir() else located(adapter.base)
+        except ModelError as error:
+            raise ModelError(
+                f"{self.asked!r} is an adapter over {adapter.base!r}, which is not there: {error} Bring that folder "
+                "back, or write its new place into adapter_config.json (base_model_name_or_path)."
+            ) from error
+        self.asked = adapter.base
+        self.revision = adapter.revision if self.folder is None else None
 
     def config(self) -> dict[str, Any]:
         from transformers import PreTrainedConfig
@@ -323,9 +356,7 @@ def _fitting_device(n_parameters: int, dtype: torch.dtype) -> torch.device:
     return cuda if n_parameters * dtype.itemsize * ROOM_TO_RUN < free_bytes(cuda) else torch.device("cpu")
 
 
-def _weights(
-    family: Family, source: _Source, hf_config: Any, dtype: torch.dtype, spread: Mapping[str, Any]
-) -> Any:
+def _weights(family: Family, source: _Source, hf_config: Any, dtype: torch.dtype, spread: Mapping[str, Any]) -> Any:
     with source.translated("model.safetensors"):
         hf_model, report = family.model_class.from_pretrained(
             source.place,

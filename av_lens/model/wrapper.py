@@ -39,6 +39,7 @@ from av_lens.core.decoding import Decoding, Generated, generate_with_hooks
 from av_lens.core.execution import HookPair, counted, gates_of_filter, gates_of_hooks, only_open, open_gates
 from av_lens.core.modes import TorchModes
 from av_lens.errors import InputError, InterventionError
+from av_lens.families.adapter import experts_units
 from av_lens.families.blocks import BUDGET_GB
 from av_lens.families.registry import Family, family_of
 from av_lens.families.weights import device_of
@@ -134,6 +135,7 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
             d_head=cfg.d_head,
             d_mlp=self.config.get_text_config().intermediate_size,
             d_vocab=self.hf_model.lm_head.out_features,
+            d_experts=experts_units(self.config),
             experts=frozenset(n for n, one in enumerate(self.blocks) if hasattr(one.mlp.original_component, "experts")),
         )
 

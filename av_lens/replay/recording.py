@@ -36,6 +36,7 @@ from av_lens.core.budget import GIGABYTE
 from av_lens.core.calls import heads_first, rows_of, turn_of, unembedded, watching
 from av_lens.core.execution import Standing, places, standing_hooks
 from av_lens.errors import BudgetError, InterventionError
+from av_lens.families.adapter import added_layers
 from av_lens.families.decoder import ReplayTraits, causal_mask, flash, hook_name, layer_names
 from av_lens.families.weights import device_of
 from av_lens.spans import SpanMap
@@ -390,11 +391,20 @@ def fields_of(
     return whole | {"model": model, "x": x, "tables": (cos, sin), "mask": mask, "added": added}
 
 
+def record_bytes(model: Any, x: Any, *, logits: bool = False) -> int:
+    """What a record keeps: a stream more than layers, keys and values, what is added, tables, and all logits if so."""
+    spec, n = model.spec, len(x.spans)
+    seen = [place for place, role in enumerate(x.spans.roles) if role in ("video", "image")]
+    added = added_layers(model.config) * (seen[-1] + 1) if seen and model.family.added is not None else 0
+    kept = (spec.n_layers + 1) * spec.d_model + 2 * spec.n_layers * spec.n_kv_heads * spec.d_head + 2 * spec.d_head
+    width = n * (kept + (spec.d_vocab if logits else 0)) + added * spec.d_model
+    return len(x) * width * model.dtype.itemsize
+
+
 def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits: bool = False) -> None:
     """Refuse a record that would not fit."""
     spec, n = model.spec, len(x.spans)
-    width = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) + (spec.d_vocab if logits else 0)
-    needed = len(x) * n * width * model.dtype.itemsize / GIGABYTE
+    needed = record_bytes(model, x, logits=logits) / GIGABYTE
     if needed > budget_gb:
         beside = " and all logits, which standing hooks may change," if logits else ""
         raise BudgetError(

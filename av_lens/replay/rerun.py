@@ -13,12 +13,12 @@ every layer's weights once, however many layers its plans start at.
 
 The layers are computed from the wrapped model's own weights, without hooks, which would cost more than the arithmetic.
 What an edit does is the same code in both (`interventions.Step`), and tests hold the two ways together to 1e-5.
-Attention goes through `cascade`; where scores or pattern are edited, all scores are written out, as `[plan, batch, head,
-query_pos, key_pos]`. Below float32 there are two ways (`record.flash`). *Eager*: all scores are written out, and every
-operation is the hooked run's own, in its order: rounding is the same, so that an edit which changes nothing changes
-nothing (to the bit wherever the device's products do not depend on how many rows are multiplied together, as in
-bfloat16 on CPUs). *Flash*: `cascade` as in float32, whose rounding is finer than eager attention's but not the same:
-an edit which changes nothing moves logits by a last place or two.
+Attention goes through `cascade`; where scores or pattern are edited, all scores are written out, as `[plan, batch,
+head, query_pos, key_pos]`. Below float32 there are two ways (`record.flash`). *Eager*: all scores are written out, and
+every operation is the hooked run's own, in its order: rounding is the same, so that an edit which changes nothing
+changes nothing (to the bit wherever the device's products do not depend on how many rows are multiplied together, as in
+bfloat16 on CPUs). *Flash*: `cascade` as in float32, whose rounding is finer than eager attention's but not the same: an
+edit which changes nothing moves logits by their last places.
 
 Known layout: pre-norm blocks, rotary grouped-query attention, gated MLP. A model is first run with hooks, and a restart
 must reproduce that run (`traces.record`); else all its runs stay hooked, as they do where functions of the caller's

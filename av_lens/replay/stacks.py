@@ -31,10 +31,11 @@ from av_lens.families.decoder import Read, attended, hook_name
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.interventions.edges import Node
 from av_lens.interventions.edits import places
-from av_lens.replay.recording import Record
+from av_lens.replay.recording import Record, place_of
 from av_lens.replay.rerun import EDGES, RESTARTABLE, Taps, layer_of, restarted_layers, start_of
 
-STACK_ROWS = 2000  # positions x examples x plans computed together: beyond it, stacking gains nothing
+STACK_ROWS = 2000  # positions x examples x plans computed together: beyond it, stacking gains nothing on a CPU
+GPU_ROWS = 8  # times as many keep a GPU busy: worked out from its products' sizes, not measured
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,12 @@ def scheduled(
                 start = max(n - 2, 0)  # a row alone would be multiplied by another kernel, and rounded otherwise
             groups.setdefault(start, []).append(number)
     gigabytes = forwards = 0.0
+    most = STACK_ROWS if record.model.device.type == "cpu" else GPU_ROWS * STACK_ROWS
     for start, numbers in groups.items():
         numbers.sort(key=lambda number: compiled[number].first_layer)
         bytes_each = _bytes_of_plan(record, [compiled[number] for number in numbers], start, n_asked)
         rows = max(1, record.batch * (n - start))
-        size = max(1, min(int(budget_gb * GIGABYTE / max(bytes_each, 1.0)), STACK_ROWS // rows))
+        size = max(1, min(int(budget_gb * GIGABYTE / max(bytes_each, 1.0)), most // rows))
         chunks = [tuple(numbers[i : i + size]) for i in range(0, len(numbers), size)]
         stacks.extend(Stack(chunk, start) for chunk in chunks)
         gigabytes = max(gigabytes, max(map(len, chunks)) * bytes_each / GIGABYTE)
@@ -122,7 +124,7 @@ def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_
     edges = any(step.component in EDGES for plan in plans for step in plan.steps)
     eager = not record.flash  # then scores are always written out, and the values put together
     flash = record.flash and not edges and record.model.device.type in ("cpu", "cuda")
-    width = max(4 * spec.d_mlp, 6 * spec.d_model) + 3 * spec.d_model + (0 if flash else 3 * spec.n_heads * n)
+    width = max(4 * spec.widest, 6 * spec.d_model) + 3 * spec.d_model + (0 if flash else 3 * spec.n_heads * n)
     values = record.batch * n * spec.n_kv_heads * spec.d_head if eager else 0
     return (rows * width + values + record.batch * n_asked * spec.d_vocab) * record.resid[0].element_size()
 
@@ -197,6 +199,7 @@ def restarted(
             keys, values = _tail(record, number, start)
             kept.append((taps.complete(made.keys, keys), taps.complete(made.values, values)))
     assert stream is not None
+    stream = stream.to(place_of(record.model, record.n_layers))
     return (stream if wanted is not None else stream[:, :, rows]), kept
 
 

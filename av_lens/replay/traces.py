@@ -87,9 +87,7 @@ def fault(record: Record, logits: Tensor, reads: Reads | None, *, everywhere: bo
         for start, end in blocks:
             empty = CompiledPlan((), n_prompt=end, first_layer=0, first_position=start)
             stream = restarted(_before(record, end), [empty], start, torch.arange(end - start))[0][0]
-            whole = record.stream(record.n_layers, start)[:, : end - start]
-            stream = stream.to(whole.device)
-            gaps.append(_gap(stream, whole))
+            gaps.append(_gap(stream, record.stream(record.n_layers, start)[:, : end - start]))
         gaps.append(_gap(unembedded(record.model, stream[:, -1]), logits))
         if not all(gap <= tolerance for gap in gaps):
             return f"a restart does not reproduce the recorded run (relative gap {max(gaps):.1e}): a layout unknown"
