@@ -498,13 +498,16 @@ def _by_flash_attention(
 def _memory_efficiently(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """CUDA in every precision; a mask's rows must begin at multiples of 16 numbers, and log-sum-exps are padded."""
-    if mask is not None:
-        n = k.shape[2]
-        mask = functional.pad(mask.to(q.dtype), (0, -n % 16))[..., :n].expand(*q.shape[:3], n)
+    """CUDA in every precision; its log-sum-exps are padded."""
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    found, weight, *_ = kernel(q, k, v, mask, True, 0.0, causal, scale=scaling)
+    found, weight, *_ = kernel(q, k, v, None if mask is None else aligned(mask, q), True, 0.0, causal, scale=scaling)
     return found, weight[:, :, : q.shape[2]]
+
+
+def aligned(mask: Tensor, q: Tensor) -> Tensor:
+    """A mask for every head and row, whose rows begin at multiples of 16 numbers, as that kernel wants them."""
+    n = mask.shape[-1]
+    return functional.pad(mask.to(q.dtype), (0, -n % 16))[..., :n].expand(*q.shape[:3], n)
 
 
 def causal_mask(n: int, like: Tensor) -> Float[Tensor, "1 1 pos pos"]:

@@ -73,14 +73,12 @@ def read_adapter(folder: Path) -> Adapter | None:
         raise ModelError(f"{shown} is an adapter of the kind {about.get('peft_type')!r}; av_lens merges LORA alone.")
     if not (folder / WEIGHTS).is_file():
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl"))
-        held = (
-            f"it has {pickled[0]}, and pickled weights are never opened here" if pickled else "its weights are missing"
-        )
+        held = f"{pickled[0]} is there, and pickled weights are never opened here" if pickled else "it was not copied"
         raise ModelError(f"{shown} has no {WEIGHTS}: {held}. Ask for the adapter as safetensors.")
     base = about.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(
-            f"{shown} names no base (base_model_name_or_path in {ADAPTER}): write its folder or hub name in."
+            f"{shown} names no base: write its folder or hub name into {ADAPTER} (base_model_name_or_path)."
         )
     if importlib.util.find_spec("peft") is None:
         raise ModelError(f"{shown} is a LoRA adapter, and peft is not installed: pip install 'av_lens[lora]'.")

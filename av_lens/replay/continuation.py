@@ -131,7 +131,7 @@ class _Stack:
         self.record, self.plans, self.start = record, list(plans), start
         model, n = record.model, len(record.spans)
         if start < n:
-            stream, self.own = restarted(record, plans, start, torch.tensor([n - 1 - start]), keep=True)
+            stream, self.own = restarted(record, plans, start, [n - 1 - start], keep=True)
         else:  # nothing in the prompt changes
             stream = record.stream(record.n_layers, n - 1).expand(len(plans), -1, -1, -1)
             shape = (len(plans), record.batch, 0, int(model.spec.n_kv_heads), int(model.spec.d_head))

@@ -163,15 +163,18 @@ def _run(
     read: Callable[[Tensor], Tensor],
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """What is read off each plan's last stream at the asked positions, `[plan, batch, asked, _]`."""
+    asked: list[int] = rows.tolist()
     for stack in schedule.stacks:
         plans, start = [schedule.plans[number] for number in stack.numbers], stack.start
         if stack.hooked:
             found = hooked(plans[0])[None]
         else:
-            early, late = rows[rows < start], rows[rows >= start] - start
+            early, late = parted(asked, start)
             parts: list[Tensor] = []
-            if len(early):
-                parts.append(read(record.stream(record.n_layers, 0)[None, :, early]).expand(len(plans), -1, -1, -1))
+            if early:
+                whole = record.stream(record.n_layers, 0)
+                kept = whole[None, :, places(early, whole.device)]
+                parts.append(read(kept).expand(len(plans), -1, -1, -1))
             # Not where edits act while decoding only; but even where nothing asked for can change: edits must fire.
             if start < len(record.spans) and any(plan.steps for plan in plans):
                 parts.append(read(restarted(record, plans, start, late)[0]))
@@ -181,8 +184,13 @@ def _run(
         yield stack.numbers, found
 
 
+def parted(asked: Sequence[int], start: int) -> tuple[list[int], list[int]]:
+    """The asked positions before a restart, and the rows of the restart that are asked for."""
+    return [one for one in asked if one < start], [one - start for one in asked if one >= start]
+
+
 def restarted(
-    record: Record, plans: Sequence[CompiledPlan], start: int, rows: Tensor, *, keep: bool = False
+    record: Record, plans: Sequence[CompiledPlan], start: int, rows: Sequence[int], *, keep: bool = False
 ) -> tuple[Float[Tensor, "plan batch asked d_model"], list[tuple[Tensor, Tensor]]]:
     """Run plans from one position on, each from its own first layer, without hooks."""
     taps, wanted = Taps(plans, start), _run_of(rows)
@@ -200,7 +208,7 @@ def restarted(
             kept.append((taps.complete(made.keys, keys), taps.complete(made.values, values)))
     assert stream is not None
     stream = stream.to(place_of(record.model, record.n_layers))
-    return (stream if wanted is not None else stream[:, :, rows]), kept
+    return (stream if wanted is not None else stream[:, :, places(rows, stream.device)]), kept
 
 
 def _tail(record: Record, layer: int, start: int) -> tuple[Tensor, Tensor]:
@@ -209,10 +217,10 @@ def _tail(record: Record, layer: int, start: int) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def _run_of(rows: Tensor) -> slice | None:
+def _run_of(rows: Sequence[int]) -> slice | None:
     """The rows as one slice, where they are one run of neighbours."""
-    one_run = len(rows) > 0 and int(rows[-1] - rows[0]) + 1 == len(rows)
-    return slice(int(rows[0]), int(rows[-1]) + 1) if one_run else None
+    one_run = len(rows) > 0 and rows[-1] - rows[0] + 1 == len(rows)
+    return slice(rows[0], rows[-1] + 1) if one_run else None
 
 
 def refuse_huge(needed: float, budget_gb: float | int) -> None:

@@ -86,7 +86,7 @@ def fault(record: Record, logits: Tensor, reads: Reads | None, *, everywhere: bo
     try:
         for start, end in blocks:
             empty = CompiledPlan((), n_prompt=end, first_layer=0, first_position=start)
-            stream = restarted(_before(record, end), [empty], start, torch.arange(end - start))[0][0]
+            stream = restarted(_before(record, end), [empty], start, range(end - start))[0][0]
             gaps.append(_gap(stream, record.stream(record.n_layers, start)[:, : end - start]))
         gaps.append(_gap(unembedded(record.model, stream[:, -1]), logits))
         if not all(gap <= tolerance for gap in gaps):
