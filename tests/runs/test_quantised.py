@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tiny import letter, tiny_config, tiny_hf_model, tiny_processor
 import av_lens as avl
 from av_lens.core import run
 from av_lens.errors import ModelError
+from av_lens.families.weights import is_packed
 from av_lens.interventions import Plan, Site, add, cut, scale, zero
 from av_lens.methods import edge_attribution, find_circuit, path_patch
 from av_lens.metrics import logit_diff
@@ -40,11 +42,19 @@ def dense_model() -> Any:
     return avl.load("tiny", hf_model=pack(tiny_hf_model(), dense=True), processor=tiny_processor())
 
 
-def by_library(bits: int) -> Any:
-    from transformers import BitsAndBytesConfig
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+@cache
+def by_library(bits: int, place: Path) -> Any:
+    """The same model, quantised by bitsandbytes on this CPU, and saved."""
+    from transformers import BitsAndBytesConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
-    raise NotImplementedError((bits, BitsAndBytesConfig, replace_with_bnb_linear))
+    tiny_hf_model().save_pretrained(place / "plain")
+    way = {4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}, 8: {"load_in_8bit": True}}[bits]
+    hf_model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+        place / "plain", quantization_config=BitsAndBytesConfig(**way), dtype=torch.float32, device_map={"": "cpu"}
+    )
+    hf_model.save_pretrained(place / str(bits))
+    tiny_processor().save_pretrained(place / str(bits))
+    return hf_model
 
 
 def pair() -> Any:
@@ -130,3 +140,32 @@ def test_a_folder_of_such_weights_asks_for_the_library(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"which is not installed: pip install 'av_lens\[quantised\]'"):
         avl.load(tmp_path)
+
+
+@needs_library
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("opened", ["handed in", "folder"])
+@torch.no_grad()
+def test_bitsandbytes_on_this_cpu(bits, opened, tmp_path):
+    """In 8 bits numbers are rounded with all they are multiplied beside: a restart is not the run, and replays hook."""
+    hf_model, x = by_library(bits, tmp_path), small_inputs((0,))
+    wanted = hf_model(**x.tensors).logits
+    if opened == "folder":
+        model = avl.load(tmp_path / str(bits), dtype="float32")
+    else:
+        model = avl.load("tiny", hf_model=hf_model, processor=tiny_processor())
+    assert is_packed(model.hf_model)
+    exact = bits == 4
+    torch.testing.assert_close(model(x), wanted, atol=1e-5 if exact else 0.05, rtol=0)
+    _, kept = model.run_with_cache(x)
+    assert kept["z", 2].shape[-1] == 16
+    trace = model.trace(x)
+    plans = [Plan(zero(Site("z", 1, 2, "suffix"))), Plan(zero(Site("mlp_out", 2, positions="media")))]
+    for plan, found in zip(plans, trace.replay(plans), strict=True):
+        hooked = run(model, x, plan=plan).logits
+        torch.testing.assert_close(found, hooked, atol=1e-5 if exact or trace.hooked_because else 0.05, rtol=0)
+        assert float((found - trace.logits()).abs().max()) > 0.05
+    assert (trace.hooked_because == "") == exact
+    with pytest.raises(ModelError, match=r"the weights of this model are packed \(bitsandbytes"):
+        avl.direct_attribution(model, x, metric=METRIC)

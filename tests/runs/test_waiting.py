@@ -68,7 +68,7 @@ def test_a_sweep_waits_once_for_a_stack_whatever_the_number_of_plans(kind, monke
 def test_no_metric_waits_for_each_plan(metric, monkeypatch):
     few, many = waits(12, "zero", metric, monkeypatch), waits(96, "zero", metric, monkeypatch)
     assert (few["down"], few["up"]) == (many["down"], many["up"])
-    assert many["kernels"] - few["kernels"] < 84 * 12  # the edits' own, and none of the metric's
+    assert many["kernels"] - few["kernels"] < 84 * 16  # an edit takes 15 and a half; a metric would take 5 more
 
 
 def test_a_metric_of_many_plans_is_that_of_each():
