@@ -161,6 +161,7 @@ class TorchModes:
             device, dtype = (device, place) if isinstance(place, torch.dtype) else (place, dtype)
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"{dtype} is no precision for weights: use torch.float32, bfloat16 or float16.")
+        require_movable(self.hf_model)
         if dtype is not None and self.handed_in:
             raise ModelError(
                 "this model was handed in, and another precision rewrites its weights in place. Pass dtype= to "
@@ -168,7 +169,6 @@ class TorchModes:
             )
         if self.compatibility_mode:
             raise ModelError("the weights were processed as they were: first model.to(...), then model.compatible().")
-        require_movable(self.hf_model)
         if device is not None:
             try:
                 self.hf_model.to(torch.device(device))

@@ -44,14 +44,22 @@ def readable(module: Any) -> bool:
     return unreadable_weight_reason(getattr(module, "weight", None)) is None
 
 
-def weight_of(module: Any, name: str = "weight") -> Tensor:
-    """A module's weight as plain numbers where it computes; fetched where it waits elsewhere, refused where packed."""
-    weight = getattr(module, name, None)
+def fetched(module: Any, name: str) -> Any:
+    """A module's weight by its name, or one of a part of it, where it computes, also where it waits elsewhere."""
+    owner, _, last = name.rpartition(".")
+    part = module.get_submodule(owner) if owner else module
+    weight = getattr(part, last, None)
     if isinstance(weight, Tensor) and weight.device.type == "meta":
         from accelerate.utils import align_module_device
 
-        with align_module_device(module):
-            weight = getattr(module, name)
+        with align_module_device(part):
+            return getattr(part, last)
+    return weight
+
+
+def weight_of(module: Any, name: str = "weight") -> Tensor:
+    """A module's weight as plain numbers where it computes; refused where it is packed."""
+    weight = fetched(module, name)
     reason = unreadable_weight_reason(weight)
     if reason is not None:
         raise ModelError(

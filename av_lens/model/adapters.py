@@ -12,7 +12,9 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021); 
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +41,21 @@ class Adapter:
 
     def merged_into(self, hf_model: Any) -> Any:
         """Put the adapter into its base, for good."""
-        from peft import PeftModel, get_peft_model_state_dict
         from safetensors import safe_open
+
+        peft: Any = import_module("peft")  # an extra
 
         with foreign_file(self.folder / WEIGHTS, "an adapter's weights", error=ModelError):
             with safe_open(self.folder / WEIGHTS, framework="pt") as file:
                 held = set(file.keys())
-            try:
-                made: Any = PeftModel.from_pretrained(hf_model, str(self.folder), use_safetensors=True)
-            except (RuntimeError, ValueError) as error:
-                first = " ".join(str(error).split())[:300]
-                raise ModelError(f"the adapter in {str(self.folder)!r} does not fit {self.base!r}: {first}") from error
-        wanted = set(get_peft_model_state_dict(made))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what it calls, and of weights that are told of below
+                made = peft.PeftModel.from_pretrained(hf_model, str(self.folder), use_safetensors=True)
+        except (RuntimeError, ValueError, TypeError) as error:
+            first = " ".join(str(error).split())[:300]
+            raise ModelError(f"the adapter in {str(self.folder)!r} does not fit {self.base!r}: {first}") from error
+        wanted = set(peft.get_peft_model_state_dict(made))
         astray = sorted(held ^ wanted)
         if astray:
             raise ModelError(

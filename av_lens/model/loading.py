@@ -179,7 +179,7 @@ def _open(
         elif not is_packed(hf_model):
             hf_model = hf_model.to(place)
     if spread:
-        place = {str(part): str(one) for part, one in (getattr(hf_model, "hf_device_map", None) or {}).items()}
+        place = getattr(hf_model, "hf_device_map", None) or spread["device_map"]
     provenance = {"source": source.place, "revision": revision, "dtype": str(precision), "device": str(place)}
     if source.difference is not None:
         provenance |= {"source": str(source.difference.folder), "base": source.difference.base}

@@ -20,6 +20,7 @@ import torch
 from av_lens.errors import InterventionError, ModelError
 from av_lens.families.decoder import COMPONENTS, Component, hook_name
 from av_lens.families.registry import family_of
+from av_lens.families.weights import fetched
 from av_lens.interventions.edits import UNITS
 from av_lens.model.wrapper import HookedAVLLM
 
@@ -71,7 +72,7 @@ def check_model(model: HookedAVLLM, x: Any = None, *, full: bool = True) -> Chec
 
 def check_parts(hf_model: Any, processor: Any, name: str) -> None:
     """Refuse weights that are NaN or infinite, and a processor that lacks a part or is another model's."""
-    for weight, tensor in hf_model.named_parameters():
+    for weight, tensor in ((name, fetched(hf_model, name)) for name, _ in hf_model.named_parameters()):
         if tensor.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor.detach())):
             wrong = int((~torch.isfinite(tensor)).sum())
             raise ModelError(

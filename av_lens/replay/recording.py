@@ -98,8 +98,8 @@ def cascade(
     On a CPU in float32 whatever the precision: there half precision is no faster, and each result is rounded once.
     """
     if q.device.type == "cpu" and q.dtype != torch.float32:
-        (q, *own), past, wanted = (one.float() for one in (q, *own)), tuple(one.float() for one in past), q.dtype
-        return cascade(q, (own[0], own[1]), (past[0], past[1]), window, rows, scaling).to(wanted)
+        wide_own, wide_past = (own[0].float(), own[1].float()), (past[0].float(), past[1].float())
+        return cascade(q.float(), wide_own, wide_past, window, rows, scaling).to(q.dtype)
     plans, batch, n_rows, n_heads, d_head = q.shape
     n_kv = own[0].shape[3]
     group = n_heads // n_kv

@@ -304,7 +304,8 @@ def run_layers(
         here = windows[place] = windows[place] if place in windows else window.on(place)
         before, wanted = None if earlier is None else earlier[number], rows if number == last else None
         entered = enter(number, None if stream is None else stream.to(place)).to(place)
-        made = run_layer(layer, number, entered, past(number), here, taps, wanted, before)
+        k, v = past(number)
+        made = run_layer(layer, number, entered, (k.to(place), v.to(place)), here, taps, wanted, before)
         if number in window.added:
             made = replace(made, stream=with_added(made.stream, window.added[number].to(place)))
         stream = made.stream
@@ -397,11 +398,11 @@ def recorded_lean(model: Any, x: Any, device: torch.device | str | None) -> tupl
     mask = additive(entered.get("attention_mask"), stream)
     n = stream.shape[1]
     window = replace(Window.at(0, entered["position_embeddings"], mask), added=entered.get("added", {}))
-    taps, empty = no_edits(n), (stream.shape[0], model.spec.n_kv_heads, 0, model.spec.d_head)
+    taps, nothing = no_edits(n), stream.new_empty(stream.shape[0], model.spec.n_kv_heads, 0, model.spec.d_head)
     found: dict[str, list[Tensor]] = {"resid": [stream.to(device)], "keys": [], "values": []}
     last = stream
     for _, made in run_layers(
-        model, window, taps, lambda at, left: taps.enter(at, left, stream), lambda _: (stream.new_empty(empty),) * 2
+        model, window, taps, lambda at, left: taps.enter(at, left, stream), lambda _: (nothing, nothing)
     ):
         last = made.stream[0]
         found["resid"].append(last.to(device))

@@ -37,6 +37,7 @@ class Packing:
 
     def __init__(self) -> None:
         self.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        self.is_compileable = False
 
 
 def pack(hf_model: Any, *, dense: bool = False) -> Any:
