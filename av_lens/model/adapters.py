@@ -45,17 +45,17 @@ class Adapter:
 
         peft: Any = import_module("peft")  # an extra
 
-        with foreign_file(self.folder / WEIGHTS, "an adapter's weights", error=ModelError):
-            with safe_open(self.folder / WEIGHTS, framework="pt") as file:
-                held = set(file.keys())
+        path = self.folder / WEIGHTS
+        with foreign_file(path, "an adapter's weights", error=ModelError), safe_open(path, framework="pt") as file:
+            held = set(file.keys())
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what it calls, and of weights that are told of below
                 made = peft.PeftModel.from_pretrained(hf_model, str(self.folder), use_safetensors=True)
+                wanted = set(peft.get_peft_model_state_dict(made, save_embedding_layers=False))
         except (RuntimeError, ValueError, TypeError) as error:
             first = " ".join(str(error).split())[:300]
             raise ModelError(f"the adapter in {str(self.folder)!r} does not fit {self.base!r}: {first}") from error
-        wanted = set(peft.get_peft_model_state_dict(made))
         astray = sorted(held ^ wanted)
         if astray:
             raise ModelError(

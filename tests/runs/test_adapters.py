@@ -49,6 +49,7 @@ def drawn(path: Path, base: Path, prefix: str = "base_model.model.", **more: Any
 
 
 @needs_peft
+@torch.no_grad()
 def test_it_is_the_base_with_the_product_added(base, tmp_path):
     path = drawn(tmp_path / "lora", base)
     model = avl.load(path)
@@ -70,15 +71,15 @@ def test_it_is_the_base_with_the_product_added(base, tmp_path):
 
 
 @needs_peft
+@torch.no_grad()
 def test_it_is_what_peft_merges(base, tmp_path):
     from peft import PeftModel
 
     path = drawn(tmp_path / "lora", base, use_rslora=True)
     warnings.simplefilter("ignore")  # peft calls what transformers gives up
-    merged = PeftModel.from_pretrained(tiny_hf_model(), str(path)).merge_and_unload()
-    model, wanted = avl.load(path), merged.state_dict()
-    for name, weight in model.hf_model.state_dict().items():
-        torch.testing.assert_close(weight, wanted[name.replace("._original_component", "")], atol=0, rtol=0)
+    merged, x = PeftModel.from_pretrained(tiny_hf_model(), str(path)).merge_and_unload(), small_inputs((0,))
+    merged.set_attn_implementation("eager")
+    assert torch.equal(avl.load(path)(x), merged.eval()(**x.tensors).logits)
 
 
 @needs_peft

@@ -49,7 +49,11 @@ def by_library(bits: int, place: Path) -> Any:
 
     tiny_hf_model().save_pretrained(place / "plain")
     way = {4: {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}, 8: {"load_in_8bit": True}}[bits]
-    way["llm_int8_skip_modules"] = ["visual", "audio_tower", "lm_head"]  # narrower than a block of 4-bit numbers
+    way["llm_int8_skip_modules"] = [
+        "model.visual",
+        "model.audio_tower",
+        "lm_head",
+    ]  # narrower than a block of 4-bit numbers
     hf_model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
         place / "plain", quantization_config=BitsAndBytesConfig(**way), dtype=torch.float32, device_map={"": "cpu"}
     )
@@ -101,7 +105,8 @@ def test_gradients_through_the_suffix_work():
 
 def test_a_circuit_is_found_without_reading_weights():
     found, wanted = (find_circuit(one, pair(), metric=METRIC) for one in (packed_model(), dense_model()))
-    assert found.nodes == wanted.nodes
+    assert list(found.nodes.index) == list(wanted.nodes.index)
+    assert len(found.nodes)
 
 
 READERS = {

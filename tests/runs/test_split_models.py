@@ -70,7 +70,7 @@ def same_everywhere(name: str, model: Any) -> None:
         assert torch.equal(model(x), plain(x))
         plans = [
             Plan(zero(Site("z", 1, 2, "suffix"))),
-            Plan(zero(Site("mlp_out", 3, positions="media"))),
+            Plan(zero(Site("mlp_out", 1, positions="media"))),
             Plan(scale(Site("result", 1, 0, "suffix"), 2.0)),
             Plan(cut("generation", "video", layers=[1, 3])),
             Plan(replace(Site("resid_pre", 3, positions="generation"), torch.ones(1, 1, 64))),
