@@ -23,7 +23,7 @@ from av_lens.checks import foreign_file, near_file, parse_json
 from av_lens.errors import ModelError, unknown
 
 WEIGHTS, SHARDS = "model.safetensors", "model.safetensors.index.json"
-CONFIG, DIFFERENCE, BROUGHT = "config.json", "difference.json", "bring.json"
+CONFIG, DIFFERENCE, BROUGHT, ADAPTER = "config.json", "difference.json", "bring.json", "adapter_config.json"
 LARGEST, MOST_LAYERS = 10**8, 1000
 """A whole number in `config.json`, or a number of layers, above which it is no size of a model."""
 _LAYERS = ("num_hidden_layers", "depth", "encoder_layers")
@@ -72,7 +72,7 @@ def check_checkpoint(name: str) -> None:
     folder = located(name)
     if folder is not None and (folder / BROUGHT).is_file():
         folder, _ = brought(folder)
-    if folder is not None and not (folder / DIFFERENCE).is_file():
+    if folder is not None and not any((folder / named).is_file() for named in (DIFFERENCE, ADAPTER)):
         check_configurations(folder)
         check_weight_files(folder)
 
@@ -99,16 +99,26 @@ def check_configurations(folder: Path) -> None:
             found: dict[str, Any] = dict(parse_json(path.read_bytes(), finite=False))
         if path.name == CONFIG:
             _check_sizes(path, found, "")
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER).is_file():
         raise ModelError(
-            f"{str(folder)!r} holds an adapter (adapter_config.json), not a whole model: merge it into its base "
-            "(peft's merge_and_unload), save that, and load the folder."
+            f"{str(folder)!r} holds an adapter ({ADAPTER}) beside a whole model: which of them is meant? Put the "
+            "adapter into a folder of its own, which names this one as its base."
         )
 
 
 def check_weight_files(folder: Path) -> int:
     """Refuse a folder whose weights are missing, cut short or pickled; only headers are read."""
-    return sum(_numbers_in(path) for path in _weight_files(folder))
+    packed = _is_packed(folder)
+    return sum(_numbers_in(path, packed=packed) for path in _weight_files(folder))
+
+
+def _is_packed(folder: Path) -> bool:
+    """Whether a checkpoint says that bitsandbytes quantised its weights."""
+    with _foreign(folder / CONFIG, "a configuration"):
+        config: Any = parse_json((folder / CONFIG).read_bytes(), finite=False)
+    levels = [config, *(one for one in config.values() if isinstance(one, dict))]
+    ways = [one.get("quantization_config") for one in levels]
+    return any(isinstance(way, dict) and str(way.get("quant_method")).startswith("bitsandbytes") for way in ways)
 
 
 def _check_sizes(path: Path, level: Mapping[str, Any], where: str) -> None:
@@ -142,7 +152,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
         yield folder / name
 
 
-def _numbers_in(path: Path) -> int:
+def _numbers_in(path: Path, *, packed: bool) -> int:
     """Read the header of a file of weights: it must be whole, and the file as long as it says."""
     size, total, end = path.stat().st_size, 0, 0
     with _foreign(path, "a whole file of weights"), path.open("rb") as file:
@@ -153,7 +163,7 @@ def _numbers_in(path: Path) -> int:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             kind, last = str(entry["dtype"]), int(entry["data_offsets"][1])
-            if name.endswith((".weight", ".bias")) and not kind.startswith(("F", "BF")):
+            if not packed and name.endswith((".weight", ".bias")) and not kind.startswith(("F", "BF")):
                 raise ValueError(f"{name} is stored as {kind}; weights are floating-point numbers, not quantised ones")
             total, end = total + math.prod(int(n) for n in entry["shape"]), max(end, last)
         if 8 + length + end != size:

@@ -32,6 +32,7 @@ from transformer_lens.utilities.components_utils import get_act_name
 from av_lens.checks import require_choice, require_keywords
 from av_lens.errors import InputError, InterventionError, ModelError, NotKeptError, unknown
 from av_lens.families.decoder import COMPONENTS, gates_named
+from av_lens.families.weights import device_of, readable
 from av_lens.interventions.edits import resolve_positions
 from av_lens.spans import Span, SpanMap
 
@@ -63,19 +64,20 @@ def asked_positions(spans: SpanMap, logits_at: str | Span) -> Tensor:
 
 
 def unembedded(model: Any, stream: Tensor, tokens: Tensor | None = None) -> Float[Tensor, "... d_vocab"]:
-    """Read logits from the stream that left the last layer."""
-    bridge = model.bridge
-    normed, head = bridge.ln_final.original_component(stream), bridge.unembed.original_component
+    """Read logits from the stream that left the last layer, where the model's inputs go."""
+    norm, head = model.bridge.ln_final.original_component, model.bridge.unembed.original_component
+    normed = norm(stream.to(device_of(norm))).to(device_of(head))
+    tokens = None if tokens is None else tokens.to(normed.device)
     if normed.dtype != torch.float32:  # as the hooked run does it: all tokens, and never of one row alone
         rows = normed.flatten(0, -2)
         logits = head(rows if len(rows) > 1 else rows.expand(2, -1))[: len(rows)].unflatten(0, normed.shape[:-1])
         logits = logits if tokens is None else logits[..., tokens]
-    elif tokens is None:
-        logits = head(normed)
+    elif tokens is None or not readable(head):
+        logits = head(normed) if tokens is None else head(normed)[..., tokens]
     else:
         logits = functional.linear(normed, head.weight[tokens], None if head.bias is None else head.bias[tokens])
-    cap = bridge.cfg.output_logits_soft_cap
-    return torch.tanh(logits / cap) * cap if cap > 0 else logits
+    cap = model.bridge.cfg.output_logits_soft_cap
+    return (torch.tanh(logits / cap) * cap if cap > 0 else logits).to(model.device)
 
 
 def require_known_layers(model: Any, what: str) -> None:

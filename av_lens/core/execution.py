@@ -213,7 +213,7 @@ def _standing_on(module: Module, in_tower: bool) -> Iterator[StandingHook]:
             function = callers.get(number, function)  # TransformerLens wraps what it is given
             if getattr(function, "__module__", "") not in _WIRING:
                 yield StandingHook(module, kind, function, in_tower)
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:  # accelerate's, which only moves tensors
         yield StandingHook(module, "forward", module.__dict__["forward"], in_tower)
 
 
@@ -390,7 +390,7 @@ def capture_slices(model: Any, spans: SpanMap, capture: Capture) -> dict[str, Sl
 def _require_memory(wanted: Mapping[str, Slice | None], model: Any, x: Any, budget_gb: float | int) -> None:
     """Estimate what is kept, whole hooks and slices, and refuse beyond the budget."""
     batch, n = len(x), len(x.spans)
-    itemsize = next(iter(model.parameters())).element_size()
+    itemsize = model.dtype.itemsize
     whole = [name for name, part in wanted.items() if part is None]
     require_budget(whole, model.spec, batch=batch, n_pos=n, itemsize=itemsize, budget_gb=budget_gb)
     slices = [part for part in wanted.values() if part is not None]

@@ -15,6 +15,7 @@ import torch
 
 from av_lens.checks import require_keywords
 from av_lens.errors import InputError, ModelError
+from av_lens.families.weights import is_packed, is_split
 
 OF_WEIGHTS = ("_names", "_restart_proved")
 """What a model derives from its bridge and weights, anew where they were rewritten."""
@@ -24,6 +25,7 @@ DERIVED = ("encoder", *OF_WEIGHTS)
 
 def copied(model: Any, note: str) -> Any:
     """Copy a model."""
+    require_movable(model.hf_model)
     other = copy.copy(model)
     for derived in DERIVED:
         other.__dict__.pop(derived, None)
@@ -68,6 +70,17 @@ def cast(hf_model: Any, dtype: torch.dtype) -> None:
     hf_model.to(dtype)
     for module, name, table in tables:
         module._buffers[name] = table
+
+
+def require_movable(hf_model: Any) -> None:
+    """Refuse to rewrite or move weights that are split over devices or packed."""
+    packed = is_packed(hf_model)
+    if packed or is_split(hf_model):
+        what = "quantised" if packed else "split over several places"
+        raise ModelError(
+            f"this model is {what}, and its weights stay as and where they were loaded. Load it again: "
+            'avl.load(name, dtype=..., device_map="auto"), without quantisation where its numbers are to change.'
+        )
 
 
 def weights_bytes(model: Any, dtype: torch.dtype) -> int:
@@ -148,6 +161,7 @@ class TorchModes:
             device, dtype = (device, place) if isinstance(place, torch.dtype) else (place, dtype)
         if dtype is not None and not dtype.is_floating_point:
             raise InputError(f"{dtype} is no precision for weights: use torch.float32, bfloat16 or float16.")
+        require_movable(self.hf_model)
         if dtype is not None and self.handed_in:
             raise ModelError(
                 "this model was handed in, and another precision rewrites its weights in place. Pass dtype= to "
@@ -245,6 +259,7 @@ class TorchModes:
             ModelError: the caller handed the HuggingFace model in, so its weights are not ours to rewrite.
         """
         require_keywords("enable_compatibility_mode", options, self.bridge.enable_compatibility_mode)
+        require_movable(self.hf_model)
         if self.handed_in:
             raise ModelError(
                 "this model was handed in, and compatibility mode rewrites its weights in place. "

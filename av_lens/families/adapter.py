@@ -208,6 +208,17 @@ def deepstack(told: Mapping[str, Any]) -> dict[int, torch.Tensor]:
     return added
 
 
+def added_layers(config: Any) -> int:
+    """After how many layers features of the vision tower's depths are added."""
+    return len(getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or ())
+
+
+def experts_units(config: Any) -> int:
+    """Hidden units of all experts that one position goes through."""
+    text = config.get_text_config()
+    return int(getattr(text, "num_experts_per_tok", 0) or 0) * int(getattr(text, "moe_intermediate_size", 0) or 0)
+
+
 def causal_decoder(config: Any) -> ReplayTraits:
     """Restarts are exact but for layers with a sliding window beside others, where a config has them.
 

@@ -48,6 +48,7 @@ from transformer_lens.model_bridge.generalized_components.base import Generalize
 
 from av_lens.errors import BudgetError, ModelError
 from av_lens.families.decoder import Read, attended, rotated
+from av_lens.families.weights import brought, device_of, weight_of
 
 
 def install_embed_hook(bridge: Any) -> None:
@@ -86,6 +87,8 @@ class FullBlockBridge(BlockBridge):
         """Run the layer."""
         if "hidden_states" in kwargs:
             args = (kwargs.pop("hidden_states"), *args)
+        if args[0].device != (place := device_of(self.ln1)):  # as accelerate does for the forward that this replaces
+            args, kwargs = brought(args, place), brought(kwargs, place)
         if self._hook_embed is not None:
             args = (self._hook_embed(args[0]), *args[1:])
         args, kwargs = self._maybe_inject_start_residual(args, kwargs)
@@ -124,7 +127,8 @@ class RealRMSNormBridge(RMSNormalizationBridge):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Norm the stream."""
         norm: Any = self.original_component
-        stream = self.hook_in(hidden_states)
+        weight = weight_of(norm)
+        stream = self.hook_in(hidden_states.to(weight.device))
         wide = stream.to(torch.float32)
         variance = wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon
         if self.hook_scale.has_hooks():
@@ -135,7 +139,7 @@ class RealRMSNormBridge(RMSNormalizationBridge):
         else:
             wide = wide * torch.rsqrt(variance)
         normalized = self.hook_normalized(wide)
-        return self.hook_out(norm.weight * normalized.to(stream.dtype))
+        return self.hook_out(weight * normalized.to(stream.dtype))
 
 
 class TowerBridge(GeneralizedComponent):
@@ -410,7 +414,7 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
 
     def _per_head(self, linear: Any, change: torch.Tensor) -> torch.Tensor:
         """Each head's own rows of the projection on that head's change; flat `[batch, pos, head * d_head]`."""
-        weight = linear.original_component.weight
+        weight = weight_of(linear.original_component)
         rows = weight.view(change.shape[2], -1, weight.shape[-1])
         return torch.einsum("bphm,hdm->bphd", change, rows).flatten(-2)
 
@@ -422,7 +426,7 @@ class RealAttentionBridge(PositionEmbeddingsAttentionBridge):
         output: Any = self.o.original_component
         z = self.o.hook_in(z)
         heads = z.view(*z.shape[:2], config.n_heads, -1)
-        columns = output.weight.view(output.weight.shape[0], config.n_heads, -1)
+        columns = weight_of(output).unflatten(1, (config.n_heads, -1))
         per_head = partial(torch.einsum, "bphd,mhd->bphm", heads, columns)
         written = output(z)
         change = hooked_change(self.hook_result, per_head(), per_head)

@@ -31,7 +31,8 @@ A hook is *gated* when TransformerLens fires it only after a switch is set (`hoo
 
 `Layer` finds a block's own modules through the bridge, so that what a family's layers do otherwise (norms of queries
 and keys, another MLP) is said here and nowhere else. Attention is there in two ways, side by side: `attended`, with
-scores and pattern written out, and `flash`, torch's kernel, which hands back the log-sum-exp and stores no scores.
+scores and pattern written out, and `flash`, torch's kernels, which hand back the log-sum-exp and store no scores (on
+CPUs and CUDA; where gradients are wanted, or no kernel takes the input, scores are written out there too).
 
 Known layout: pre-norm blocks, rotary grouped-query attention, gated MLP.
 """
@@ -45,9 +46,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 from torch.nn import functional
 
 from av_lens.errors import InterventionError, ModelError, unknown
+from av_lens.families.weights import device_of, readable, weight_of
 from av_lens.spans import ROLES
 
 _HOOKED = {
@@ -339,6 +342,11 @@ class Layer:
         )
 
     @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return device_of(self.q)
+
+    @property
     def n_heads(self) -> int:
         """Query heads."""
         return self.q.out_features // self.d_head
@@ -360,6 +368,8 @@ class Layer:
     def head(self, kind: str, index: int, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_head"]:
         """The same of one head alone: a query head, or for keys and values a key-value head."""
         linear, part = getattr(self, kind), slice(index * self.d_head, (index + 1) * self.d_head)
+        if not readable(linear):  # fetched or packed: through the module, which alone knows its numbers
+            return linear(normed)[..., part]
         return functional.linear(normed, linear.weight[part], None if linear.bias is None else linear.bias[part])
 
     def turned(self, kind: str, heads: Tensor, cos: Tensor, sin: Tensor, *, fused: bool = False) -> Tensor:
@@ -368,16 +378,16 @@ class Layer:
 
     def rows(self, kind: str) -> Float[Tensor, "head d_head d_model"]:
         """The weights by which each query head reads the normed stream; heads that share a key have the same."""
-        weight = getattr(self, kind).weight.detach().unflatten(0, (-1, self.d_head))
+        weight = weight_of(getattr(self, kind)).detach().unflatten(0, (-1, self.d_head))
         return weight.repeat_interleave(self.n_heads // weight.shape[0], dim=0)
 
     def outputs(self) -> Float[Tensor, "head d_head d_model"]:
         """The weights by which each head writes to the stream."""
-        return self.o.weight.detach().T.unflatten(0, (-1, self.d_head))
+        return weight_of(self.o).detach().T.unflatten(0, (-1, self.d_head))
 
     def along(self, direction: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows head d_head"]:
         """How far each number of z moves the stream along a direction."""
-        return (direction @ self.o.weight.detach()).unflatten(-1, (-1, self.d_head))
+        return (direction @ weight_of(self.o).detach()).unflatten(-1, (-1, self.d_head))
 
     def write(self, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows d_model"]:
         """What all heads together write to the stream."""
@@ -385,7 +395,7 @@ class Layer:
 
     def results(self, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows head d_model"]:
         """What each head writes by itself, without a bias."""
-        return torch.einsum("...hd,mhd->...hm", z, self.o.weight.detach().unflatten(1, (-1, self.d_head)))
+        return torch.einsum("...hd,mhd->...hm", z, weight_of(self.o).detach().unflatten(1, (-1, self.d_head)))
 
     def mlp(
         self,
@@ -420,7 +430,7 @@ def sizes_of(block: Any, n_heads: int) -> tuple[int, int, int]:
 def at_scale(norm: Any, stream: Tensor, base: Tensor) -> Tensor:
     """Norm a stream by the scale of another one."""
     variance = base.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon
-    return norm.weight * (stream.float() * torch.rsqrt(variance)).to(stream.dtype)
+    return weight_of(norm) * (stream.float() * torch.rsqrt(variance)).to(stream.dtype)
 
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor, *, fused: bool = False) -> Tensor:
@@ -496,12 +506,11 @@ def flash(
     mask: Float[Tensor, "..."] | None = None,
     causal: bool = False,
 ) -> tuple[Float[Tensor, "batch head row d_head"], Float[Tensor, "batch head row"]]:
-    """Attend by torch's kernel for CPUs where it can, and hand back the log-sum-exp of the scores."""
-    kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    """Attend by one of torch's kernels where one can, and hand back the log-sum-exp of the scores."""
     plain = torch.is_grad_enabled() or k.shape[2] < FEW_KEYS or not q.shape[2]  # the kernel divides by its rows
-    if q.device.type == "cpu" and kernel is not None and not plain:
-        found, weight = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)
-        return found, weight.float()
+    kernel = None if plain else flash_kernel(q, k, v, mask, causal=causal)
+    if kernel is not None:
+        return kernel(q, k, v, mask, causal, scaling)
     scores = (q @ k.transpose(-1, -2)).float() * scaling
     if causal:
         scores = scores + causal_mask(k.shape[2], scores)
@@ -514,6 +523,52 @@ def flash(
 def as_forward(position_ids: Shaped[Tensor, "stream batch pos"]) -> Shaped[Tensor, "*stream batch pos"]:
     """Position ids as a forward and its rotary embedding take them: a single stream without its axis."""
     return position_ids[0] if position_ids.shape[0] == 1 else position_ids
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", bool, float], tuple[Tensor, Tensor]]
+
+
+def flash_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Kernel | None:
+    """The kernel that can take these, of those that hand back a log-sum-exp; None where scores must be written out."""
+    if q.device.type == "cpu":
+        return _on_cpu if hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") else None
+    if q.device.type != "cuda":
+        return None
+    asked = SDPAParams(q, k, v, mask, 0.0, causal, False)
+    if mask is None and q.shape[-1] % 8 == 0 and can_use_flash_attention(asked):
+        return _by_flash_attention
+    return _memory_efficiently if can_use_efficient_attention(asked) else None
+
+
+def _on_cpu(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    found, weight = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)
+    return found, weight.float()
+
+
+def _by_flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """CUDA in half precision, without a mask of its own."""
+    found, weight, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scaling)
+    return found, weight
+
+
+def _memory_efficiently(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """CUDA in every precision; its log-sum-exps are padded."""
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    found, weight, *_ = kernel(q, k, v, None if mask is None else aligned(mask, q), True, 0.0, causal, scale=scaling)
+    return found, weight[:, :, : q.shape[2]]
+
+
+def aligned(mask: Tensor, q: Tensor) -> Tensor:
+    """A mask for every head and row, whose rows begin at multiples of 16 numbers, as that kernel wants them."""
+    n = mask.shape[-1]
+    return functional.pad(mask.to(q.dtype), (0, -n % 16))[..., :n].expand(*q.shape[:3], n)
 
 
 def causal_mask(n: int, like: Tensor) -> Float[Tensor, "1 1 pos pos"]:

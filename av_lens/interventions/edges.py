@@ -327,10 +327,11 @@ def cut_scores_(
     scores: Float[Tensor, "batch head query_pos key_pos"], mask: Bool[Tensor, "head query_pos key_pos"]
 ) -> Bool[Tensor, "batch head query_pos"]:
     """Cut edges before the softmax, in place, and say which rows are left with nothing to read."""
-    scores.masked_fill_(mask.to(scores.device)[None], -torch.inf)
+    mask = mask.to(scores.device, non_blocking=True)
+    scores.masked_fill_(mask[None], -torch.inf)
     # Future keys carry the mask's finite minimum (or minus infinity), never a score of the model's.
     dead = scores.amax(-1) <= torch.finfo(scores.dtype).min / 2
-    dead &= mask.to(scores.device).any(-1)[None]
+    dead &= mask.any(-1)[None]
     scores.masked_fill_(dead[..., None], 0.0)
     return dead
 

@@ -51,6 +51,7 @@ class ModelSpec:
         experts: the layers that choose among many MLPs, and so have no units of one.
         lacking: components that some layer does not have, each with that layer.
         own: where layers differ, each one's own `n_kv_heads`, `d_head` and `d_mlp`.
+        d_experts: hidden units of all experts that one position goes through; 0 without experts.
     """
 
     n_layers: int
@@ -78,6 +79,14 @@ class ModelSpec:
         n_kv_heads, d_head, d_mlp = self.own[layer]
         return dataclasses.replace(self, n_kv_heads=n_kv_heads, d_head=d_head, d_mlp=d_mlp, own=())
 
+    d_experts: int = 0
+
+    @property
+    def widest(self) -> int:
+        """Hidden units that a position has in the layer where it has most."""
+        dense = self.d_mlp if len(self.experts) < self.n_layers else 0
+        return max(dense, self.d_experts if self.experts else 0)
+
 
 @dataclass(frozen=True)
 class Positions:
@@ -104,6 +113,16 @@ class Positions:
         if not rows:
             return None
         return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else torch.tensor(rows)
+
+
+def places(index: Iterable[int], device: torch.device) -> torch.Tensor:
+    """Numbers to index with, brought to a device without waiting for it."""
+    return torch.tensor(list(index), dtype=torch.int64).to(device, non_blocking=True)
+
+
+def like(value: Tensor, activation: Tensor) -> Tensor:
+    """A value where an activation is and in its precision; what comes from memory does not wait for the device."""
+    return value.to(activation, non_blocking=value.device.type == "cpu")
 
 
 def resolve_positions(positions: Any, spans: SpanMap, *, what: str = "site") -> Positions:
@@ -341,7 +360,7 @@ class BoundEdit(Brief):
         rows = self.positions.local(offset, activation.shape[1], self.n_prompt)
         if rows is None:
             return False
-        where = _index(rows, self.edit.site.heads if activation.ndim == 4 else None)
+        where = _index(rows, self.edit.site.heads if activation.ndim == 4 else None, activation.device)
         kind = self.edit.kind
         value = None if self.value is None else self._rows_of_value(self.value, rows, offset, activation)
         if value is not None and kind in ("replace", "resample"):
@@ -368,7 +387,7 @@ class BoundEdit(Brief):
     def _rows_of_value(self, value: Tensor, rows: slice | Tensor, offset: int, activation: Tensor) -> Tensor:
         if self.edit.kind == "resample":
             rng = np.random.default_rng(self.edit.seed)
-            value = value[torch.from_numpy(rng.integers(0, value.shape[0], activation.shape[0]))]
+            value = value[places(rng.integers(0, value.shape[0], activation.shape[0]).tolist(), value.device)]
         if value.shape[0] not in (1, activation.shape[0]):
             raise InterventionError(
                 f"{self.edit.kind} at {self.edit.site.component}: the value has {value.shape[0]} examples, "
@@ -377,8 +396,8 @@ class BoundEdit(Brief):
         n_rows = (rows.stop - rows.start) if isinstance(rows, slice) else len(rows)
         if value.shape[1] not in (1, n_rows):  # a restart in the middle of the site: only its last rows are here
             inside = [i for i, p in enumerate(self.positions.index) if offset <= p < offset + activation.shape[1]]
-            value = value[:, inside]
-        return value.to(activation)
+            value = value[:, places(inside, value.device)]
+        return like(value, activation)
 
 
 def _prompt_only(edit: Edit, value: Tensor, positions: Positions, spans: SpanMap) -> Positions:
@@ -393,26 +412,27 @@ def _prompt_only(edit: Edit, value: Tensor, positions: Positions, spans: SpanMap
     return Positions(prompt) if given == len(prompt) else positions
 
 
-def _index(rows: slice | Tensor, heads: tuple[int, ...] | None) -> tuple[slice | Tensor, ...]:
+def _index(rows: slice | Tensor, heads: tuple[int, ...] | None, device: torch.device) -> tuple[slice | Tensor, ...]:
     """Index `[batch, rows, heads]` so that the head axis stays, whatever mixture of slices and lists."""
+    rows = rows if isinstance(rows, slice) else rows.to(device, non_blocking=True)
     if heads is None:
         return (slice(None), rows)
     if heads[-1] - heads[0] + 1 == len(heads) and list(heads) == sorted(heads):
         return (slice(None), rows, slice(heads[0], heads[-1] + 1))
-    return (slice(None), rows if isinstance(rows, slice) else rows[:, None], torch.tensor(heads))
+    return (slice(None), rows if isinstance(rows, slice) else rows[:, None], places(heads, device))
 
 
-def _noise(like: Tensor, edit: Edit, step: int) -> Tensor:
+def _noise(old: Tensor, edit: Edit, step: int) -> Tensor:
     """Gaussian noise from the edit's own seed, the same whichever way the run is made."""
     seed = int(np.random.SeedSequence([edit.seed, step]).generate_state(1)[0])
     generator = torch.Generator().manual_seed(seed)
-    draw = torch.randn(like.shape, generator=generator, dtype=torch.float32)
-    return draw.to(like) * _amount(edit, like)
+    draw = torch.randn(old.shape, generator=generator, dtype=torch.float32)
+    return like(draw, old) * _amount(edit, old)
 
 
-def _amount(edit: Edit, like: Tensor) -> float | Tensor:
+def _amount(edit: Edit, old: Tensor) -> float | Tensor:
     """The factor or the standard deviation, where the activation is and in its precision."""
-    return edit.amount.to(like) if isinstance(edit.amount, Tensor) else edit.amount
+    return like(edit.amount, old) if isinstance(edit.amount, Tensor) else edit.amount
 
 
 def _shaped(

@@ -272,7 +272,7 @@ def _steps_of_cut(number: int, bound: BoundCut, layer: int) -> list[Step]:
     def weights(pattern: Tensor, offset: int) -> bool:
         mask = bound.mask(*pattern.shape[1:], offset=offset)
         if mask is not None:
-            pattern.masked_fill_(mask.to(pattern.device)[None], 0.0)
+            pattern.masked_fill_(mask.to(pattern.device, non_blocking=True)[None], 0.0)
         return mask is not None
 
     acts = {"scores": before, "pattern": after} if bound.edit.renormalize else {"pattern": weights}

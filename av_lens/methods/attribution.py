@@ -36,12 +36,14 @@ from av_lens.core import Run, run
 from av_lens.core.calls import heads_first, require_known_layers
 from av_lens.errors import InputError
 from av_lens.families.decoder import hook_name
+from av_lens.families.weights import weight_of
 from av_lens.inputs import AVInputs
 from av_lens.interventions import Site
 from av_lens.methods.shared.frame import Examples, Frame, numbers
 from av_lens.metrics import Metric
 from av_lens.model import HookedAVLLM
 from av_lens.replay.recording import entering
+from av_lens.replay.rerun import layer_of
 from av_lens.results import Grid
 from av_lens.spans import ROLES
 
@@ -100,8 +102,9 @@ def _shares(
         parts = written_parts(model, out, by.split()[0], added)
         scale = out.cache[hook_name("final_scale")][:, 0].double()
         # Columns are picked before they are widened: whole, the unembedding is 4 GB in float64 (7B).
-        direction = (model.W_U[:, first].double() - model.W_U[:, second].double()).T
-        reader = model.ln_final.original_component.weight.double() * direction / scale
+        unembedding, norm = (weight_of(one.original_component) for one in (model.unembed, model.ln_final))
+        direction = (unembedding[first].double() - unembedding[second].double()).to(scale)
+        reader = norm.to(scale) * direction / scale
         shares = {name: (part * reader).sum(-1) for name, part in parts.items()}
         shares["bias"] = (model.b_U.double()[first] - model.b_U.double()[second]).expand(len(x))
         if by == "neuron":
@@ -127,7 +130,7 @@ def _by_neuron(model: Any, out: Run, shares: dict[str, Tensor], reader: Tensor) 
             found[name] = share
             continue
         layer = int(name.removesuffix(" mlp")[1:])
-        columns = model.bridge.blocks[layer].mlp.out.original_component.weight.double()
+        columns = weight_of(layer_of(model, layer).down).to(reader)
         units = out.cache[hook_name("mlp_post", layer)][:, 0].double() * (reader @ columns)
         found |= {f"L{layer}N{unit}": units[:, unit] for unit in range(units.shape[1])}
         found[f"{name} bias"] = share - units.sum(1)
@@ -142,7 +145,7 @@ def _by_source(
     for layer in range(model.spec.n_layers):
         pattern = out.cache["pattern", layer][:, :, 0].double()
         v = heads_first(out.cache["v", layer], "v").double().repeat_interleave(group, dim=1)
-        read = torch.einsum("hdm,bm->bhd", model.W_O[layer].double(), reader)
+        read = torch.einsum("hdm,bm->bhd", layer_of(model, layer).outputs().to(reader), reader)
         moved.append(pattern * torch.einsum("bhkd,bhd->bhk", v, read))
     places = [torch.from_numpy(x.spans[role].positions.copy()).to(reader.device) for role in roles]
     for name, share in shares.items():
@@ -171,11 +174,12 @@ def written_parts(
     model: Any, out: Run, by: str, added: Mapping[int, Float[Tensor, "batch d_model"]]
 ) -> dict[str, Float[Tensor, "batch d_model"]]:
     """Decompose the stream at the generation position; `added` is what the model adds to it after each layer."""
-    parts, weights = {"embed": out.cache[hook_name("embed")][:, 0].double()}, model.W_O
+    parts = {"embed": out.cache[hook_name("embed")][:, 0].double()}
     for layer in range(model.spec.n_layers):
         attended = out.cache["attn_out", layer][:, 0].double()
         if by == "head":
-            heads = torch.einsum("bhd,hdm->bhm", out.cache["z", layer][:, 0].double(), weights[layer].double())
+            z = out.cache["z", layer][:, 0].double()
+            heads = torch.einsum("bhd,hdm->bhm", z, layer_of(model, layer).outputs().to(z))
             parts |= {f"L{layer}H{head}": heads[:, head] for head in range(heads.shape[1])}
             parts[f"L{layer} attn bias"] = attended - heads.sum(1)
         else:

@@ -219,6 +219,36 @@ class Metric(Brief):
         sides = [per_option(ids, last, self.kind) for ids in self._fitting(len(last))]
         return combined(self.kind, [side.unbind(1) for side in sides])
 
+    def of_plans(self, logits: Float[Tensor, "plan batch asked_pos d_vocab"]) -> Float[Tensor, "plan batch"]:
+        """Read the metric of several runs of one stack.
+
+        Args:
+            logits: those of each run, on the device where the metric's tokens and reference are.
+
+        Returns:
+            One number for each run and example; all at once, but for a callable of the caller's.
+        """
+        n = len(logits)
+        if self.kind == "custom" or n == 1:
+            return torch.stack([self(one) for one in logits])
+        ids = tuple(one if len(one) == 1 else one.repeat(n, 1, 1) for one in self._fitting(logits.shape[1]))
+        reference = self.reference
+        if reference is not None and len(reference) == logits.shape[1]:
+            reference = reference.repeat(n, *[1] * (reference.ndim - 1))
+        return replace(self, ids=ids or self.ids, reference=reference)(logits.flatten(0, 1)).view(n, -1)
+
+    def on(self, device: torch.device) -> Metric:
+        """Bring tokens and reference to a device, once for many runs.
+
+        Args:
+            device: where the logits are.
+
+        Returns:
+            The metric.
+        """
+        ids = None if self.ids is None else tuple(one.to(device) for one in self.ids)
+        return replace(self, ids=ids, reference=None if self.reference is None else self.reference.to(device))
+
     def few_tokens(self) -> tuple[Metric, Int64[Tensor, " token"] | None]:
         """Say which tokens' logits suffice.
 

@@ -8,7 +8,33 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from av_lens.core.calls import Forwarded
+from av_lens.errors import ModelError
+from av_lens.families.weights import LOAD_PLAIN, is_packed, is_split
+
+
+class Weights(Forwarded):
+    """Weights, as TransformerLens puts those of all layers together: they must lie in one place, as plain numbers."""
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        wrong = None
+        try:
+            found = super().__get__(instance, owner)
+            if not isinstance(found, torch.Tensor) or found.device.type != "meta":
+                return found
+        except RuntimeError as error:
+            if not (is_packed(instance.hf_model) or is_split(instance.hf_model)):
+                raise
+            wrong = error
+        raise ModelError(
+            f"model.{self._name} puts weights together that are packed, lie on several devices or wait on disk. "
+            "Hooks, caches, patching and replays need none of them, and avl.direct_attribution, path_patch and their "
+            f"like read plain weights layer by layer wherever they lie. {LOAD_PLAIN}"
+        ) from wrong
 
 
 class ForwardedAttributes:
@@ -23,22 +49,22 @@ class ForwardedAttributes:
     hook_dict: Any = Forwarded("Every hook point by every one of its names.")
     mod_dict: Any = Forwarded("Every module and hook point by name.")
     adapter: Any = Forwarded("TransformerLens's architecture adapter.")
-    W_E: Any = Forwarded("Text embedding `[d_vocab, d_model]`.")
-    W_U: Any = Forwarded("Unembedding `[d_model, d_vocab]`.")
-    b_U: Any = Forwarded("Bias of the unembedding `[d_vocab]`.")
-    W_Q: Any = Forwarded("Query weights `[layer, head, d_model, d_head]`.")
-    W_K: Any = Forwarded("Key weights, key-value heads repeated for the query heads that share them.")
-    W_V: Any = Forwarded("Value weights, repeated likewise.")
-    W_O: Any = Forwarded("Output weights `[layer, head, d_head, d_model]`.")
-    b_Q: Any = Forwarded("Query biases.")
-    b_K: Any = Forwarded("Key biases.")
-    b_V: Any = Forwarded("Value biases.")
-    W_gate: Any = Forwarded("The MLPs' gate weights.")
-    W_in: Any = Forwarded("The MLPs' input weights.")
-    W_out: Any = Forwarded("The MLPs' output weights.")
-    QK: Any = Forwarded("Each head's query-key circuit, factored.")
-    OV: Any = Forwarded("Each head's output-value circuit, factored.")
-    accumulated_bias: Any = Forwarded("The sum of the biases written to the stream up to a layer.")
+    W_E: Any = Weights("Text embedding `[d_vocab, d_model]`.")
+    W_U: Any = Weights("Unembedding `[d_model, d_vocab]`.")
+    b_U: Any = Weights("Bias of the unembedding `[d_vocab]`.")
+    W_Q: Any = Weights("Query weights `[layer, head, d_model, d_head]`.")
+    W_K: Any = Weights("Key weights, key-value heads repeated for the query heads that share them.")
+    W_V: Any = Weights("Value weights, repeated likewise.")
+    W_O: Any = Weights("Output weights `[layer, head, d_head, d_model]`.")
+    b_Q: Any = Weights("Query biases.")
+    b_K: Any = Weights("Key biases.")
+    b_V: Any = Weights("Value biases.")
+    W_gate: Any = Weights("The MLPs' gate weights.")
+    W_in: Any = Weights("The MLPs' input weights.")
+    W_out: Any = Weights("The MLPs' output weights.")
+    QK: Any = Weights("Each head's query-key circuit, factored.")
+    OV: Any = Weights("Each head's output-value circuit, factored.")
+    accumulated_bias: Any = Weights("The sum of the biases written to the stream up to a layer.")
     layer_types: Any = Forwarded("What kind each layer is.")
     original_model: Any = Forwarded("The wrapped HuggingFace model, as TransformerLens names it.")
     compatibility_mode: Any = Forwarded("Whether the weights were processed to HookedTransformer's numerics.")

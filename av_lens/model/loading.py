@@ -9,12 +9,15 @@ checkpoint is run, or asked about.
 The sizes at which frames are shown are the checkpoint's own, where it states any for videos.
 
 Precision: float32 for organisms and, on a CPU, for anything below a billion parameters; else the checkpoint's own.
-Device: cuda where the model fits, else the CPU.
+Device: cuda where the model fits, else the CPU. `device_map=` spreads a model over devices, memory and disk, layer by
+layer; a checkpoint that bitsandbytes quantised opens as it is (`families.weights` says what then works). A folder of
+LoRA weights (peft) opens merged into its base (`adapters`).
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 import re
 from collections.abc import Callable, Generator, Mapping
@@ -27,9 +30,11 @@ import torch
 
 from av_lens.checkpoints import check_configurations, check_weight_files, index, known_names, located, shipped
 from av_lens.checks import foreign_file, parse_json
-from av_lens.core.modes import cast, free_bytes
+from av_lens.core.modes import cast, free_bytes, require_movable
 from av_lens.errors import AvLensError, ModelError
 from av_lens.families.registry import HOW_TO_ADD, Family, build_bridge, family_of
+from av_lens.families.weights import LOAD_PLAIN, is_packed, require_whole_layers
+from av_lens.model.adapters import Adapter, read_adapter
 from av_lens.model.differences import Difference, read_difference
 from av_lens.model.selfcheck import check_model, check_parts
 from av_lens.model.wrapper import HookedAVLLM
@@ -52,6 +57,9 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     revision: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[Any, Any] | None = None,
+    offload_folder: str | Path | None = None,
     hf_model: Any = None,
     processor: Any = None,
 ) -> HookedAVLLM:
@@ -63,6 +71,9 @@ def load(
         device: such as "cuda" or "cpu"; None for cuda where the model fits, else the CPU.
         dtype: such as torch.bfloat16 or "bfloat16"; None for the rule above.
         revision: of a hub name: a branch, tag or commit.
+        device_map: "auto", or by module (whole layers) a device, "cpu" or "disk", as HuggingFace takes it.
+        max_memory: with `device_map="auto"`: how much each device may hold, such as `{0: "20GiB", "cpu": "60GiB"}`.
+        offload_folder: where weights go for "disk" that the checkpoint holds in another form (experts).
         hf_model: a HuggingFace model that is already there. It is wrapped in place: keep no other use for it.
         processor: its processor; needed with `hf_model` unless `name_or_path` has one.
 
@@ -71,16 +82,28 @@ def load(
 
     Raises:
         ModelError: nothing there, no adapter for that family (the message says how to add one), weights missing from
-            the checkpoint, quantised or split over several devices, or a self-check that failed.
+            the checkpoint or quantised in a way that is not known, a layer split in two, or a self-check that failed.
     """
     how: Any = {"device": device, "dtype": dtype, "revision": revision}
+    split = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+    spread = {name: value for name, value in split.items() if value is not None}
+    if spread and (device_map is None or device is not None or hf_model is not None):
+        raise ModelError(
+            f"{', '.join(spread)}: device_map= says where each part of a checkpoint goes, max_memory= and "
+            "offload_folder= go with it, and neither device= nor hf_model= does. Give device_map= with a name or a "
+            "folder alone."
+        )
     opener = None if name_or_path is None else _opener(Path(name_or_path))
     if opener is not None and hf_model is None:
+        if spread:
+            raise ModelError(
+                f"{name_or_path} holds saved inputs: its decoder goes to one device; leave device_map= out."
+            )
         return opener(Path(str(name_or_path)), device=device, dtype=dtype)
     if hf_model is not None:
         model = _wrap(hf_model, name_or_path, processor, **how)
     elif name_or_path is not None:
-        model = _open(str(name_or_path), processor, **how)
+        model = _open(str(name_or_path), processor, spread, **how)
     else:
         raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
     check_model(model, full=False)
@@ -102,6 +125,8 @@ def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **opti
         if name_or_path is None:
             raise ModelError("hf_model= needs processor= as well (or a name or folder that has one).")
         processor = _processor(_Source(str(name_or_path), options["revision"]))
+    if options["dtype"] is not None or options["device"] is not None:
+        require_movable(hf_model)
     if options["dtype"] is not None:
         cast(hf_model, _dtype(options["dtype"]))
     if options["device"] is not None:
@@ -117,17 +142,32 @@ def _hooked(hf_model: Any, processor: Any, name: str, **more: Any) -> HookedAVLL
     return HookedAVLLM(bridge, processor, name=name, **more)
 
 
-def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str | None) -> HookedAVLLM:
+def _open(
+    name: str, processor: Any, spread: Mapping[str, Any], *, device: Any, dtype: Any, revision: str | None
+) -> HookedAVLLM:
     source = _Source(name, revision)
+    if spread and (source.difference is not None or source.adapter is not None):
+        kind = "an adapter" if source.adapter is not None else "a difference"
+        raise ModelError(
+            f"{name!r} is {kind} over {source.asked!r}, whose weights it changes: these must lie in one place. Leave "
+            "device_map= out, or save the whole model first and load that."
+        )
     if source.folder is not None:
         check_configurations(source.folder)
     config = source.config()
     family = _family(config, name)
     inner = family.inner_config.get(str(config.get("model_type")))
     for level in _levels(config, inner):
-        _require_unquantised(level.get("quantization_config"))
+        _require_known_packing(way := level.get("quantization_config"))
+        if way is not None and importlib.util.find_spec("bitsandbytes") is None:
+            raise ModelError(
+                f"the weights of {name!r} are quantised by bitsandbytes, which is not installed: "
+                f"pip install 'av_lens[quantised]'. Or load those that they were made from. {LOAD_PLAIN}"
+            )
     with source.translated("config.json"):
         hf_config = family.model_class.config_class.from_dict(_plain(config[inner] if inner else config))
+        if config.get("quantization_config") is not None:  # of a larger model it stands outside the fusion model's own
+            hf_config.quantization_config = config["quantization_config"]
         count = cache(partial(_count, family, hf_config))
         # A configuration could have memory taken for weights that are nowhere.
         if source.folder is not None and count() > 2 * (held := check_weight_files(source.folder)) + BILLION // 100:
@@ -138,36 +178,51 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
         organism = source.grammar is not None
         stored = torch.float32 if organism else _stored_dtype(config, inner)
         precision = stored if dtype is None else _dtype(dtype)
-        fitting = _fitting_device(count(), precision) if device is None and torch.cuda.is_available() else "cpu"
+        chosen = device is None and not spread and torch.cuda.is_available()
+        fitting = _fitting_device(count(), precision) if chosen else "cpu"
         place = torch.device(fitting if device is None else device)
-        if dtype is None and not organism and place.type == "cpu" and count() < BILLION:
+        if dtype is None and not organism and not spread and place.type == "cpu" and count() < BILLION:
             precision = torch.float32
     with quiet(bar=not organism):
-        hf_model = _weights(family, source, hf_config, precision)
+        hf_model = _weights(family, source, hf_config, precision, spread)
         if source.difference is not None:
             source.difference.put_into(hf_model)
-        hf_model = hf_model.to(place)
+        if source.adapter is not None:
+            require_movable(hf_model)
+            hf_model = source.adapter.merged_into(hf_model)
+        if spread:
+            require_whole_layers(hf_model.get_decoder().layers)
+        elif not is_packed(hf_model):
+            hf_model = hf_model.to(place)
+    if spread:
+        place = getattr(hf_model, "hf_device_map", None) or spread["device_map"]
     provenance = {"source": source.place, "revision": revision, "dtype": str(precision), "device": str(place)}
     if source.difference is not None:
         provenance |= {"source": str(source.difference.folder), "base": source.difference.base}
+    if source.adapter is not None:
+        provenance |= {"source": str(source.adapter.folder), "base": source.adapter.base}
     processor = _processor(source) if processor is None else processor
     return _hooked(hf_model, processor, name, grammar=source.grammar, handed_in=False, provenance=provenance)
 
 
 def require_plain(hf_model: Any) -> None:
-    """Refuse a model that is not plain weights in one place, whether it was loaded so or its layers were changed."""
-    parameters = list(hf_model.parameters())
-    mapped = {str(one) for one in (getattr(hf_model, "hf_device_map", None) or {}).values()}
-    places = {str(one.device) for one in parameters} | (mapped if len(mapped) > 1 else set[str]())
-    if len(places) > 1 or places & {"meta", "disk"}:
+    """Refuse weights that are nowhere, a layer in two places, and a quantisation that is not known."""
+    require_whole_layers(hf_model.get_decoder().layers)
+    nowhere = [n for n, one in hf_model.named_modules() if not hasattr(one, "_hf_hook") and _lacking(one)]
+    if nowhere:
         raise ModelError(
-            f"this model is split over several places ({', '.join(sorted(places))}); av_lens runs models that lie on "
-            "one device. Load it without device_map, on a device that holds all of it, or in bfloat16."
+            f"this model has no weights at {', '.join(nowhere[:3])} ({len(nowhere)} places): they are mere shapes "
+            "(meta). Load it with device_map= or from_pretrained, which bring the numbers."
         )
     quantizer = getattr(hf_model, "hf_quantizer", None)
-    _require_unquantised(getattr(getattr(hf_model, "config", None), "quantization_config", None))
-    _require_unquantised(getattr(quantizer, "quantization_config", quantizer))
-    _require_unquantised(next((str(one.dtype) for one in parameters if one.dtype.itemsize < 2), None))
+    way = getattr(quantizer, "quantization_config", quantizer)
+    _require_known_packing(way or getattr(getattr(hf_model, "config", None), "quantization_config", None))
+    if way is None:
+        _require_known_packing(next((str(p.dtype) for p in hf_model.parameters() if p.dtype.itemsize < 2), None))
+
+
+def _lacking(module: Any) -> bool:
+    return any(one is not None and one.device.type == "meta" for one in module._parameters.values())
 
 
 def _levels(config: Mapping[str, Any], inner: str | None = None) -> Generator[Mapping[str, Any], None, None]:
@@ -178,13 +233,16 @@ def _levels(config: Mapping[str, Any], inner: str | None = None) -> Generator[Ma
             yield from _levels(value)
 
 
-def _require_unquantised(way: Any) -> None:
-    """Refuse quantised weights; None where they are not."""
-    if way is not None:
-        method = way.get("quant_method", way) if isinstance(way, Mapping) else getattr(way, "quant_method", way)
+def _require_known_packing(way: Any) -> None:
+    """Refuse quantised weights, but those of bitsandbytes; None where they are not quantised."""
+    if way is None:
+        return
+    method = way.get("quant_method", way) if isinstance(way, Mapping) else getattr(way, "quant_method", way)
+    method = str(getattr(method, "value", method))
+    if not method.startswith("bitsandbytes"):
         raise ModelError(
-            f"these weights are quantised ({getattr(method, 'value', method)}), and traces, gradients and edges read "
-            "plain numbers. Load the checkpoint that they were made from, in bfloat16 or float32."
+            f"these weights are quantised ({method}), and av_lens opens none of that kind but bitsandbytes'. "
+            f"{LOAD_PLAIN}"
         )
 
 
@@ -194,15 +252,31 @@ class _Source:
     def __init__(self, asked: str, revision: str | None) -> None:
         self.asked, self.folder = asked, located(asked)
         self.revision = revision if self.folder is None else None
+        self.adapter = None if self.folder is None else read_adapter(self.folder)
+        if self.adapter is not None:
+            self._on_base_of(self.adapter)
         self.difference = None if self.folder is None else read_difference(self.folder)
         if self.difference is not None:
             self.folder = base_of(self.difference)
             self.difference.check_base(self.folder)
-        self.place = asked if self.folder is None else str(self.folder)
+        self.place = self.asked if self.folder is None else str(self.folder)
         self.grammar: dict[str, Any] | None = None
         if self.folder is not None and (found := self.folder / GRAMMAR_FILE).is_file():
             with foreign_file(found, "an organism's grammar", error=ModelError):
                 self.grammar = dict(parse_json(found.read_bytes()))
+
+    def _on_base_of(self, adapter: Adapter) -> None:
+        """Read everything but the adapter's weights from its base."""
+        beside = adapter.folder / Path(adapter.base).expanduser()
+        try:
+            self.folder = beside if beside.is_dir() else located(adapter.base)
+        except ModelError as error:
+            raise ModelError(
+                f"{self.asked!r} is an adapter over {adapter.base!r}, which is not there: {error} Bring that folder "
+                "back, or write its new place into adapter_config.json (base_model_name_or_path)."
+            ) from error
+        self.asked = adapter.base
+        self.revision = adapter.revision if self.folder is None else None
 
     def config(self) -> dict[str, Any]:
         from transformers import PreTrainedConfig
@@ -298,7 +372,7 @@ def _fitting_device(n_parameters: int, dtype: torch.dtype) -> torch.device:
     return cuda if n_parameters * dtype.itemsize * ROOM_TO_RUN < free_bytes(cuda) else torch.device("cpu")
 
 
-def _weights(family: Family, source: _Source, hf_config: Any, dtype: torch.dtype) -> Any:
+def _weights(family: Family, source: _Source, hf_config: Any, dtype: torch.dtype, spread: Mapping[str, Any]) -> Any:
     with source.translated("model.safetensors"):
         hf_model, report = family.model_class.from_pretrained(
             source.place,
@@ -310,6 +384,7 @@ def _weights(family: Family, source: _Source, hf_config: Any, dtype: torch.dtype
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, by name
+            **spread,
         )
     for what, names in (
         ("are missing", report["missing_keys"]),

@@ -20,6 +20,7 @@ import torch
 from av_lens.errors import InterventionError, ModelError
 from av_lens.families.decoder import COMPONENTS, Component, hook_name
 from av_lens.families.registry import family_of
+from av_lens.families.weights import fetched
 from av_lens.model.wrapper import HookedAVLLM
 
 DOOR = ("resid_mid", "z", "pattern")  # what `load` checks, in the last layer
@@ -70,7 +71,7 @@ def check_model(model: HookedAVLLM, x: Any = None, *, full: bool = True) -> Chec
 
 def check_weights(hf_model: Any, tokenizer: Any, name: str) -> None:
     """Refuse weights that are NaN or infinite, and a tokenizer that has more tokens than the model."""
-    for weight, tensor in hf_model.named_parameters():
+    for weight, tensor in ((one, fetched(hf_model, one)) for one, _ in hf_model.named_parameters()):
         if tensor.numel() and not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor.detach())):
             wrong = int((~torch.isfinite(tensor)).sum())
             raise ModelError(

@@ -39,9 +39,11 @@ from av_lens.core.decoding import Decoding, Generated, generate_with_hooks
 from av_lens.core.execution import HookPair, counted, gates_of_filter, gates_of_hooks, only_open, open_gates
 from av_lens.core.modes import TorchModes
 from av_lens.errors import InputError, InterventionError
+from av_lens.families.adapter import experts_units
 from av_lens.families.blocks import BUDGET_GB
 from av_lens.families.decoder import COMPONENTS, hook_name, sizes_of
 from av_lens.families.registry import Family, family_of
+from av_lens.families.weights import device_of
 from av_lens.inputs.answers import words_of
 from av_lens.inputs.encoder import Asking, Encoder
 from av_lens.inputs.model_inputs import AVInputs
@@ -114,13 +116,13 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.hf_model.parameters()).device
+        """Where inputs go: where the text embedding computes, and with it all else but of a model that is split."""
+        return device_of(self.embed)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the weights."""
-        return next(self.hf_model.parameters()).dtype
+        """The precision of the stream: that of the text embedding, which is never quantised."""
+        return next(self.embed.original_component.parameters()).dtype
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -134,7 +136,8 @@ class HookedAVLLM(ForwardedAttributes, TokenHelpers, TorchModes):
             d_model=cfg.d_model,
             d_head=cfg.d_head,
             d_mlp=self.config.get_text_config().intermediate_size,
-            d_vocab=self.hf_model.lm_head.weight.shape[0],
+            d_vocab=self.hf_model.lm_head.out_features,
+            d_experts=experts_units(self.config),
             experts=frozenset(n for n, one in enumerate(self.blocks) if hasattr(one.mlp.original_component, "experts")),
             lacking=frozenset(
                 (name, layer)

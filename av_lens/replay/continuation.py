@@ -34,7 +34,7 @@ from av_lens.core.decoding import Decoding, as_asked, generate_with_hooks, setti
 from av_lens.errors import InputError
 from av_lens.families.decoder import as_forward
 from av_lens.interventions import CompiledPlan, Plan
-from av_lens.replay.recording import Record, Window
+from av_lens.replay.recording import Record, Window, place_of
 from av_lens.replay.rerun import Taps, run_layers
 from av_lens.replay.stacks import restarted, scheduled
 
@@ -132,11 +132,12 @@ class _Stack:
         self.record, self.plans, self.start = record, list(plans), start
         model, n = record.model, len(record.spans)
         if start < n:
-            stream, self.own = restarted(record, plans, start, torch.tensor([n - 1 - start]), keep=True)
+            stream, self.own = restarted(record, plans, start, [n - 1 - start], keep=True)
         else:  # nothing in the prompt changes
             stream = record.stream(record.n_layers, n - 1).expand(len(plans), -1, -1, -1)
             shape = (len(plans), record.batch, 0, int(model.spec.n_kv_heads), int(model.spec.d_head))
-            self.own = [(stream.new_empty(shape), stream.new_empty(shape)) for _ in range(record.n_layers)]
+            homes = [place_of(model, layer) for layer in range(record.n_layers)]
+            self.own = [(stream.new_empty(shape, device=home), stream.new_empty(shape, device=home)) for home in homes]
         self.logits = unembedded(model, stream)[:, :, 0].float()
         self.past = [record.past(layer, start) for layer in range(record.n_layers)]
         self.next_ids = _position_ids(record)[..., -1:] + 1

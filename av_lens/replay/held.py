@@ -37,9 +37,11 @@ from torch import Tensor
 from av_lens.core.calls import unembedded
 from av_lens.errors import InputError, ModelError
 from av_lens.families.decoder import Layer, Read, at_scale, attended
+from av_lens.families.weights import device_of
 from av_lens.interventions import Plan, Site
 from av_lens.interventions import replace as write
 from av_lens.interventions.edges import Node
+from av_lens.interventions.edits import places
 from av_lens.metrics.metric import Metric
 from av_lens.replay.recording import Record, Window
 from av_lens.replay.rerun import layer_of, layers, rerun_under
@@ -97,7 +99,7 @@ def readings(
     yield Reading("logits", record.n_layers, gradient[:, :, None])
     window = record.window(start)
     for number, layer in layers(record.model, above + 1, backwards=True):
-        stream = record.stream(number, start)
+        stream, gradient, window = record.stream(number, start), gradient.to(layer.device), window.on(layer.device)
         with torch.enable_grad():
             leaves, z = _attention(layer, stream, record.past(number, start), window)
         reached = stream + layer.write(z.detach()).detach()
@@ -110,7 +112,7 @@ def readings(
             yield Reading(kind, number, branches)
             gradient = gradient + branches.sum(2)
     if middle is not None:
-        entering = _through_mlp(layer_of(record.model, above), middle, gradient)
+        entering = _through_mlp(layer_of(record.model, above), middle, gradient.to(middle.device))
         yield Reading("mlp", above, entering[:, :, None])
 
 
@@ -188,14 +190,14 @@ class HeldRun:
         if tuple(positions) == self.positions:
             return self
         where = {position: row for row, position in enumerate(self.positions)}
-        rows = torch.tensor([where[p] for p in positions])
-        return replace(self, positions=tuple(positions), middle=tuple(one[:, rows] for one in self.middle))
+        rows = [where[p] for p in positions]
+        middle = tuple(one.index_select(1, places(rows, one.device)) for one in self.middle)
+        return replace(self, positions=tuple(positions), middle=middle)
 
     def entering(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The base run's stream before a layer, at the positions."""
-        start = self.positions[0]
-        rows = torch.tensor([p - start for p in self.positions], device=self.record.model.device)
-        return self.record.stream(layer, start).index_select(1, rows)
+        start, stream = self.positions[0], self.record.stream(layer, self.positions[0])
+        return stream.index_select(1, places([p - start for p in self.positions], stream.device))
 
     @torch.no_grad()
     def inputs(
@@ -208,6 +210,7 @@ class HeldRun:
         moved = self.entering(first).new_zeros((len(changes), *self.entering(first).shape))
         found: dict[Node, Tensor] = {}
         for number, layer in layers(self.record.model, first):
+            moved = moved.to(layer.device)
             self._add(moved, changes, ("embed", number))
             here = [node for node in wanted if node.layer == number]
             if any(node.kind != "mlp" for node in here):
@@ -221,7 +224,8 @@ class HeldRun:
                 begun = [row for row, one in enumerate(changes) if any(place[1] <= number for place in one)]
                 self._through_mlp(moved, layer, number, [row for row in begun if row not in own])
             self._add(moved, changes, ("mlp", number))
-        return found | {node: self.entering(n_layers) + moved for node in wanted if node.kind == "logits"}
+        left = self.entering(n_layers)
+        return found | {node: left + moved.to(left.device) for node in wanted if node.kind == "logits"}
 
     @torch.no_grad()
     def outputs(
@@ -267,7 +271,8 @@ class HeldRun:
         if self.norms == "recomputed":
             return unembedded(model, stream, tokens)
         normed = self._normed(model.bridge.ln_final.original_component, stream, self.entering(self.record.n_layers))
-        logits = model.bridge.unembed.original_component(normed)
+        head = model.bridge.unembed.original_component
+        logits = head(normed.to(device_of(head))).to(model.device)
         return logits if tokens is None else logits[..., tokens]
 
 

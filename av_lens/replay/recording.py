@@ -10,9 +10,11 @@ copied for a plan. The recorded and the own part are softmaxed apart and merged 
 
     out = (e^{l_1} out_1 + e^{l_2} out_2) / (e^{l_1} + e^{l_2}),   l = log sum exp of a part's scores
 
-Scores are never stored on a CPU: torch's flash kernel for CPUs hands back the log-sum-exp. On other devices, where
-gradients are wanted (the kernel gives none for the log-sum-exp) and under a mask on the prefix, scores are computed
-plainly.
+Scores are never stored where a kernel of torch's hands back the log-sum-exp (on CPUs and on CUDA; `decoder.flash`).
+Where gradients are wanted (kernels give none for the log-sum-exp) they are computed plainly.
+
+A model that is split over devices has its record beside its layers: what a restart reads is brought to the layer that
+reads it, tables and mask once for each device, streams, keys and values once for each layer.
 
 Source: cascade attention (Ye et al., FlashInfer, 2024); the log-sum-exp merge is that of flash attention (Dao, 2022).
 """
@@ -34,6 +36,7 @@ from av_lens.core.budget import GIGABYTE
 from av_lens.core.calls import heads_first, rows_of, turn_of, unembedded, watching
 from av_lens.core.execution import Standing, places, standing_hooks
 from av_lens.errors import BudgetError, InterventionError
+from av_lens.families.adapter import added_layers
 from av_lens.families.decoder import (
     ROUTER,
     Layer,
@@ -45,6 +48,7 @@ from av_lens.families.decoder import (
     layer_names,
     router_hook,
 )
+from av_lens.families.weights import device_of
 from av_lens.spans import SpanMap
 
 
@@ -62,6 +66,7 @@ class Window:
         added: by layer, what is added to the stream after it, `[batch, pos, d_model]`, from `start` on.
         experts: by layer, the experts that every position goes through, `[batch, pos, chosen]`, from `start` on; where
             none are named the router chooses.
+        flash: whether attention goes without scores that are written out, where no edit looks at them.
     """
 
     start: int
@@ -72,16 +77,25 @@ class Window:
     causal: bool
     added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
     experts: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    flash: bool = True
 
     @classmethod
-    def at(cls, start: int, tables: tuple[Tensor, Tensor], mask: Tensor | None) -> Window:
+    def at(cls, start: int, tables: tuple[Tensor, Tensor], mask: Tensor | None, *, flash: bool = True) -> Window:
         """Cut tables and mask for a restart."""
         cos, sin = (table[:, start:, None] for table in tables)
         if mask is None:
-            return cls(start, cos, sin, None, causal_mask(cos.shape[1], cos), causal=True)
+            return cls(start, cos, sin, None, causal_mask(cos.shape[1], cos), causal=True, flash=flash)
         rows = mask[:, :, start:]
-        prefix = rows[..., :start]
-        return cls(start, cos, sin, prefix if bool((prefix != 0).any()) else None, rows[..., start:], causal=False)
+        prefix = rows[..., :start] if bool((rows[..., :start] != 0).any()) else None
+        return cls(start, cos, sin, prefix, rows[..., start:], causal=False, flash=flash)
+
+    def on(self, device: torch.device) -> Window:
+        """The same on a device; what is added stays where it is."""
+        if self.cos.device == device:
+            return self
+        prefix = None if self.prefix_mask is None else self.prefix_mask.to(device)
+        moved = {name: getattr(self, name).to(device) for name in ("cos", "sin", "own_mask")}
+        return replace(self, prefix_mask=prefix, **moved)
 
 
 def cascade(
@@ -92,7 +106,13 @@ def cascade(
     rows: slice,
     scaling: float,
 ) -> Float[Tensor, "plan batch row head d_head"]:
-    """Attend to the recorded prefix and to each plan's own keys."""
+    """Attend to the recorded prefix and to each plan's own keys.
+
+    On a CPU in float32 whatever the precision: there half precision is no faster, and each result is rounded once.
+    """
+    if q.device.type == "cpu" and q.dtype != torch.float32:
+        wide_own, wide_past = (own[0].float(), own[1].float()), (past[0].float(), past[1].float())
+        return cascade(q.float(), wide_own, wide_past, window, rows, scaling).to(q.dtype)
     plans, batch, n_rows, n_heads, d_head = q.shape
     n_kv = own[0].shape[3]
     group = n_heads // n_kv
@@ -101,7 +121,7 @@ def cascade(
         grouped = q.view(plans, batch, n_rows, n_kv, group, d_head).permute(1, 3, 0, 4, 2, 5)
         mask = window.prefix_mask
         if mask is not None:
-            mask = mask[:, :, rows].repeat(1, 1, plans * group, 1)
+            mask = mask[:, :, rows].repeat(1, 1, plans * group, 1).to(q.dtype)
         far, far_weight = flash(grouped.reshape(batch, n_kv, -1, d_head), *past, scaling, mask=mask)
         far = far.reshape(batch, n_kv, plans, group, n_rows, d_head).permute(2, 0, 4, 1, 3, 5).flatten(3, 4)
         far_weight = far_weight.view(batch, n_kv, plans, group, n_rows).permute(2, 0, 4, 1, 3).flatten(3, 4)
@@ -126,7 +146,7 @@ def _own_part(
     queries, keys, values = (part.transpose(2, 3).flatten(0, 1) for part in (q, k, v))
     mask = None
     if not (square and window.causal):
-        mask = window.own_mask[:, :, rows]
+        mask = window.own_mask[:, :, rows].to(queries.dtype)
         mask = mask if mask.shape[0] == 1 else mask.repeat(plans, 1, 1, 1)
     out, weight = flash(queries, keys, values, scaling, mask=mask, causal=square and window.causal)
     out = out.unflatten(0, (plans, batch)).transpose(2, 3)
@@ -141,7 +161,7 @@ def _own_part_of_one_row(
     group = n_heads // own[0].shape[3]
     queries = q[:, :, 0].unflatten(2, (-1, group)).flatten(0, 1)
     keys, values = (part.transpose(2, 3).flatten(0, 1) for part in own)
-    mask = window.own_mask[:, :, rows].expand(-1, -1, group, -1)
+    mask = window.own_mask[:, :, rows].expand(-1, -1, group, -1).to(queries.dtype)
     mask = mask if mask.shape[0] == 1 else mask.repeat(plans, 1, 1, 1)
     out, weight = flash(queries, keys, values, scaling, mask=mask)
     out, weight = (part.flatten(1, 2).unflatten(0, (plans, batch))[:, :, None] for part in (out, weight))
@@ -186,6 +206,7 @@ class Record(Brief):
         experts: by layer that has some, those that each position went through, `[batch, pos, chosen]`.
         routing: "free": in runs restarted from this one routers choose; "frozen": experts are this run's.
         own: what differs from `resid`, `keys` and `values`, where the run was made of another one (`rerun`).
+        flash: whether it was made, and is restarted, without scores that are written out.
     """
 
     model: Any
@@ -202,6 +223,7 @@ class Record(Brief):
     experts: Mapping[int, Int64[Tensor, "batch pos chosen"]] = field(default_factory=dict[int, Tensor], repr=False)
     routing: str = "free"
     own: Own | None = field(default=None, repr=False)
+    flash: bool = True
 
     @property
     def spans(self) -> SpanMap:
@@ -249,8 +271,8 @@ class Record(Brief):
         if declared or self.mask is None:
             return declared
         read = (self.mask > torch.finfo(self.mask.dtype).min / 2).amax(dim=(0, 1))
-        for query, row in enumerate(read):
-            last = int(row.nonzero()[-1]) if bool(row.any()) else 0
+        lasts = torch.arange(read.shape[1], device=read.device).where(read, 0).amax(-1)
+        for query, last in enumerate(lasts.tolist()):
             if last > query and traits.restart(last, roles) > query:
                 return (
                     f"position {query} ({roles[query]}) reads position {last} ({roles[last]}) after it, which this "
@@ -272,7 +294,7 @@ class Record(Brief):
         return unembedded(self.model, self.stream(self.n_layers, 0)[:, rows])
 
     def stream(self, layer: int, start: int) -> Float[Tensor, "batch pos d_model"]:
-        """The stream that entered a layer, from a position on, where the model is.
+        """The stream that entered a layer, from a position on, where that layer is.
 
         Args:
             layer: the layer; the number of layers for the stream that left the last.
@@ -281,7 +303,7 @@ class Record(Brief):
         Returns:
             The stream; not to be written to.
         """
-        own, device = self.own, self.model.device
+        own, device = self.own, place_of(self.model, layer)
         if own is None:
             return self.resid[layer][:, start:].to(device)
         if layer not in own.streams:
@@ -292,7 +314,7 @@ class Record(Brief):
         return torch.cat((own.base.stream(layer, start)[:, : own.start - start], new), dim=1)
 
     def past(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values before a position, where the model is.
+        """A layer's keys and values before a position, where that layer is.
 
         Args:
             layer: the layer.
@@ -301,7 +323,7 @@ class Record(Brief):
         Returns:
             Keys and values `[batch, kv_head, past, d_head]`; not to be written to.
         """
-        own, device = self.own, self.model.device
+        own, device = self.own, place_of(self.model, layer)
         if own is None:
             return self.keys[layer][:, :, :end].to(device), self.values[layer][:, :, :end].to(device)
         if end <= own.start or layer not in own.heads:
@@ -311,7 +333,7 @@ class Record(Brief):
         return keys, values
 
     def window(self, start: int) -> Window:
-        """Rotary tables and masks of a restart, where the model is.
+        """Rotary tables and masks of a restart, where the model's inputs go.
 
         Args:
             start: the first position that is computed anew.
@@ -321,7 +343,8 @@ class Record(Brief):
         """
         device = self.model.device
         cos, sin = (table.to(device) for table in self.tables)
-        window = Window.at(start, (cos, sin), None if self.mask is None else self.mask.to(device))
+        mask = None if self.mask is None else self.mask.to(device)
+        window = Window.at(start, (cos, sin), mask, flash=self.flash)
         frozen = self.experts if self.routing == "frozen" else {}
         experts = {layer: chosen[:, start:].to(device) for layer, chosen in frozen.items()}
         return replace(window, added=self.added_from(start), experts=experts)
@@ -378,6 +401,12 @@ class _Frozen:
         return self.chosen
 
 
+def place_of(model: Any, layer: int) -> torch.device:
+    """Where a layer computes, or (by the number of layers) what reads the stream that leaves the last."""
+    blocks = model.bridge.blocks
+    return device_of(blocks[layer].ln1 if layer < len(blocks) else model.bridge.ln_final)
+
+
 @torch.no_grad()
 def recorded(
     model: Any,
@@ -420,19 +449,28 @@ def fields_of(
     model: Any, x: Any, made: Mapping[str, list[Tensor]], entered: Mapping[str, Any], mask: Tensor | None
 ) -> dict[str, Any]:
     """The fields of a `Record`, of what each layer made and of what entered the first."""
-    cos, sin = (table.to(made["resid"][0].device) for table in entered["position_embeddings"])
+    place = made["resid"][0].device
+    cos, sin = (table.to(place) for table in entered["position_embeddings"])
     whole: dict[str, Any] = {part: tuple(tensors) for part, tensors in made.items()}
     whole["experts"] = dict(zip(sorted(model.spec.experts), whole["experts"], strict=True))
-    place = made["resid"][0].device
     added = {layer: trimmed(part).to(place) for layer, part in entered.get("added", {}).items()}
     return whole | {"model": model, "x": x, "tables": (cos, sin), "mask": mask, "added": added}
+
+
+def record_bytes(model: Any, x: Any, *, logits: bool = False) -> int:
+    """What a record keeps: a stream more than layers, keys and values, what is added, tables, and all logits if so."""
+    spec, n = model.spec, len(x.spans)
+    seen = [place for place, role in enumerate(x.spans.roles) if role in ("video", "image")]
+    added = added_layers(model.config) * (seen[-1] + 1) if seen and model.family.added is not None else 0
+    kept = (spec.n_layers + 1) * spec.d_model + 2 * spec.n_layers * spec.n_kv_heads * spec.d_head + 2 * spec.d_head
+    width = n * (kept + (spec.d_vocab if logits else 0)) + added * spec.d_model
+    return len(x) * width * model.dtype.itemsize
 
 
 def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits: bool = False) -> None:
     """Refuse a record that would not fit."""
     spec, n = model.spec, len(x.spans)
-    width = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) + (spec.d_vocab if logits else 0)
-    needed = len(x) * n * width * model.dtype.itemsize / GIGABYTE
+    needed = record_bytes(model, x, logits=logits) / GIGABYTE
     if needed > budget_gb:
         beside = " and all logits, which standing hooks may change," if logits else ""
         raise BudgetError(
@@ -486,6 +524,6 @@ def additive(mask: Tensor | None, stream: Tensor) -> Tensor | None:
         mask = torch.zeros_like(mask, dtype=stream.dtype).masked_fill(~mask, lowest)
     forbidden = mask < torch.finfo(mask.dtype).min / 2
     future = causal_mask(mask.shape[-1], mask[:1, :1, :1]) < 0
-    if bool((forbidden == future).all()) and not bool(mask.masked_fill(future, 0.0).any()):
+    if bool(((forbidden == future) & (future | (mask == 0.0))).all()):
         return None
     return mask.to(stream.device)

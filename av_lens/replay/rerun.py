@@ -13,16 +13,18 @@ every layer's weights once, however many layers its plans start at.
 
 The layers are computed from the wrapped model's own weights, without hooks, which would cost more than the arithmetic.
 What an edit does is the same code in both (`interventions.Step`), and tests hold the two ways together to 1e-5.
-Attention goes through `cascade`; where scores or pattern are edited, and in every precision below float32, all scores
-are written out, as `[plan, batch, head, query_pos, key_pos]`. There every operation is the hooked run's own, in its
-order: rounding is the same, so that an edit which changes nothing changes nothing (to the bit wherever the device's
-products do not depend on how many rows are multiplied together, as in bfloat16 on CPUs).
+Attention goes through `cascade`; where scores or pattern are edited, all scores are written out, as `[plan, batch,
+head, query_pos, key_pos]`. Below float32 there are two ways (`record.flash`). *Eager*: all scores are written out, and
+every operation is the hooked run's own, in its order: rounding is the same, so that an edit which changes nothing
+changes nothing (to the bit wherever the device's products do not depend on how many rows are multiplied together, as in
+bfloat16 on CPUs). *Flash*: `cascade` as in float32, whose rounding is finer than eager attention's but not the same: an
+edit which changes nothing moves logits by their last places.
 
 Known layout: pre-norm blocks, rotary grouped-query attention, gated MLP. A model is first run with hooks, and a restart
 must reproduce that run (`traces.record`); else all its runs stay hooked, as they do where functions of the caller's
 stand on the fusion stack (`core.execution`). From then on the same arithmetic makes the records too, that first one
 included, so that no number depends on what was recorded before: encoders and embedding run as always, then every layer
-from position 0. Float32 only: in lower precision a restart keeps to the hooked run's order, and nothing is gained.
+from position 0. Eager records of lower precision are made with hooks: a restart keeps to their order.
 
 Who goes round here: recording (`recorded_lean`), replay (many plans, each from its own first layer), decoding (each
 plan's own keys and values besides), and `rerun`, which keeps what every layer made. Its record holds what is new and
@@ -186,7 +188,7 @@ def run_layer(
         q, k, v = (taps.spread(part) for part in (q, k, v))
     q, k = taps.matched(q, k)
     q, v = taps.matched(q, v)
-    if taps.has(number, EDGES) or q.dtype != torch.float32:
+    if taps.has(number, EDGES) or not window.flash:
         z = _explicit(layer, number, q, (k, v), past, window, taps, part)
     else:
         z = cascade(q, (k, v), past, window, cut, layer.scaling)
@@ -312,12 +314,16 @@ def run_layers(
     start and these positions, while decoding. Of the last layer the stream is wanted at `rows` alone.
     """
     stream: Tensor | None = None
-    last = model.spec.n_layers - 1
+    last, windows = model.spec.n_layers - 1, {window.cos.device: window}
     for number, layer in layers(model, taps.first_layer):
+        place = layer.device
+        here = windows[place] = windows[place] if place in windows else window.on(place)
         before, wanted = None if earlier is None else earlier[number], rows if number == last else None
-        made = run_layer(layer, number, enter(number, stream), past(number), window, taps, wanted, before)
+        entered = enter(number, None if stream is None else stream.to(place)).to(place)
+        k, v = past(number)
+        made = run_layer(layer, number, entered, (k.to(place), v.to(place)), here, taps, wanted, before)
         if number in window.added:
-            made = replace(made, stream=with_added(made.stream, window.added[number]))
+            made = replace(made, stream=with_added(made.stream, window.added[number].to(place)))
         stream = made.stream
         yield number, made
 
@@ -350,11 +356,11 @@ def no_edits(n_prompt: int, layer: int = 0, start: int = 0) -> Taps:
 @torch.no_grad()
 def rerun(record: R, taps: Taps, *, until: int | None = None, entering: Tensor | None = None) -> R:
     """Record the run under one plan."""
-    device = record.resid[0].device
-    streams = {} if entering is None else {taps.first_layer: entering.to(device)}
-    heads, experts = dict[int, Heads](), dict(record.experts)
+    first, heads, experts = taps.first_layer, dict[int, Heads](), dict(record.experts)
+    streams = {} if entering is None else {first: entering.to(record.resid[first].device)}
     for number, made in restarted_layers(record, taps, entering=entering):
-        streams[number + 1] = made.stream[0].to(device)
+        streams[number + 1] = made.stream[0].to(record.resid[number + 1].device)
+        device = record.keys[number].device
         keys, values = (part[0].transpose(1, 2).to(device) for part in (made.keys, made.values))
         heads[number] = keys, values
         if made.experts is not None:
@@ -380,16 +386,24 @@ def rerun_under(record: R, plan: Plan, *, until: int | None = None) -> R:
     return rerun(record, Taps([compiled], start_of(record, compiled)), until=until)
 
 
-PROVED = "_restart_proved"  # in the model's dictionary: a restart reproduced its run at every position
+PROVED = "_restart_proved"  # in the model's dictionary: by attention, whether a restart reproduced its run everywhere
 
 
 class _Entered(Exception):
     """The first block was reached: nothing of the model after it need run."""
 
 
-def may_be_lean(model: Any) -> bool:
+def by_flash(model: Any, attention: str | None) -> bool:
+    """Say whether records of this model go without scores; in half precision on a CPU only where it is asked for."""
+    if attention is None:
+        wanted = model.dtype == torch.float32 or model.device.type == "cuda"
+        return wanted and model.__dict__.get(PROVED, {}).get(True, True)
+    return attention == "flash"
+
+
+def may_be_lean(model: Any, attention: str | None = None) -> bool:
     """Say whether records of this model may be made without hooks, where none stands on its fusion stack."""
-    return model.dtype == torch.float32 and PROVED in model.__dict__
+    return by_flash(model, attention) and model.__dict__.get(PROVED, {}).get(True, False)
 
 
 @torch.no_grad()

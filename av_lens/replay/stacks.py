@@ -32,10 +32,12 @@ from av_lens.errors import BudgetError
 from av_lens.families.decoder import Read, attended, hook_name, router_hook
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.interventions.edges import Node
-from av_lens.replay.recording import Record
+from av_lens.interventions.edits import places
+from av_lens.replay.recording import Record, place_of
 from av_lens.replay.rerun import EDGES, RESTARTABLE, Taps, layer_of, restarted_layers, start_of
 
-STACK_ROWS = 2000  # positions x examples x plans computed together: beyond it, stacking gains nothing
+STACK_ROWS = 2000  # positions x examples x plans computed together: beyond it, stacking gains nothing on a CPU
+GPU_ROWS = 8  # times as many keep a GPU busy: worked out from its products' sizes, not measured
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,12 @@ def scheduled(
                 start = max(n - 2, 0)  # a row alone would be multiplied by another kernel, and rounded otherwise
             groups.setdefault(start, []).append(number)
     gigabytes = forwards = 0.0
+    most = STACK_ROWS if record.model.device.type == "cpu" else GPU_ROWS * STACK_ROWS
     for start, numbers in groups.items():
         numbers.sort(key=lambda number: compiled[number].first_layer)
         bytes_each = _bytes_of_plan(record, [compiled[number] for number in numbers], start, n_asked)
         rows = max(1, record.batch * (n - start))
-        size = max(1, min(int(budget_gb * GIGABYTE / max(bytes_each, 1.0)), STACK_ROWS // rows))
+        size = max(1, min(int(budget_gb * GIGABYTE / max(bytes_each, 1.0)), most // rows))
         chunks = [tuple(numbers[i : i + size]) for i in range(0, len(numbers), size)]
         stacks.extend(Stack(chunk, start) for chunk in chunks)
         gigabytes = max(gigabytes, max(map(len, chunks)) * bytes_each / GIGABYTE)
@@ -121,10 +124,10 @@ def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_
     spec, n = record.model.spec, len(record.spans)
     rows = record.batch * (n - start)
     edges = any(step.component in EDGES for plan in plans for step in plan.steps)
-    coarse = record.resid[0].dtype != torch.float32  # then scores are always written out, and the values put together
-    flash = record.model.device.type == "cpu" and not edges and not coarse
-    width = max(4 * spec.d_mlp, 6 * spec.d_model) + 3 * spec.d_model + (0 if flash else 3 * spec.n_heads * n)
-    values = record.batch * n * spec.n_kv_heads * spec.d_head if coarse else 0
+    eager = not record.flash  # then scores are always written out, and the values put together
+    flash = record.flash and not edges and record.model.device.type in ("cpu", "cuda")
+    width = max(4 * spec.widest, 6 * spec.d_model) + 3 * spec.d_model + (0 if flash else 3 * spec.n_heads * n)
+    values = record.batch * n * spec.n_kv_heads * spec.d_head if eager else 0
     return (rows * width + values + record.batch * n_asked * spec.d_vocab) * record.resid[0].element_size()
 
 
@@ -167,15 +170,18 @@ def _run(
     read: Callable[[Tensor], Tensor],
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """What is read off each plan's last stream at the asked positions, `[plan, batch, asked, _]`."""
+    asked: list[int] = rows.tolist()
     for stack in schedule.stacks:
         plans, start = [schedule.plans[number] for number in stack.numbers], stack.start
         if stack.hooked:
             found = hooked(plans[0])[None]
         else:
-            early, late = rows[rows < start], rows[rows >= start] - start
+            early, late = parted(asked, start)
             parts: list[Tensor] = []
-            if len(early):
-                parts.append(read(record.stream(record.n_layers, 0)[None, :, early]).expand(len(plans), -1, -1, -1))
+            if early:
+                whole = record.stream(record.n_layers, 0)
+                kept = whole[None, :, places(early, whole.device)]
+                parts.append(read(kept).expand(len(plans), -1, -1, -1))
             # Not where edits act while decoding only; but even where nothing asked for can change: edits must fire.
             if start < len(record.spans) and any(plan.steps for plan in plans):
                 parts.append(read(restarted(record, plans, start, late)[0]))
@@ -185,8 +191,13 @@ def _run(
         yield stack.numbers, found
 
 
+def parted(asked: Sequence[int], start: int) -> tuple[list[int], list[int]]:
+    """The asked positions before a restart, and the rows of the restart that are asked for."""
+    return [one for one in asked if one < start], [one - start for one in asked if one >= start]
+
+
 def restarted(
-    record: Record, plans: Sequence[CompiledPlan], start: int, rows: Tensor, *, keep: bool = False
+    record: Record, plans: Sequence[CompiledPlan], start: int, rows: Sequence[int], *, keep: bool = False
 ) -> tuple[Float[Tensor, "plan batch asked d_model"], list[tuple[Tensor, Tensor]]]:
     """Run plans from one position on, each from its own first layer, without hooks."""
     taps, wanted = Taps(plans, start), _run_of(rows)
@@ -203,7 +214,8 @@ def restarted(
             keys, values = _tail(record, number, start)
             kept.append((taps.complete(made.keys, keys), taps.complete(made.values, values)))
     assert stream is not None
-    return (stream if wanted is not None else stream[:, :, rows]), kept
+    stream = stream.to(place_of(record.model, record.n_layers))
+    return (stream if wanted is not None else stream[:, :, places(rows, stream.device)]), kept
 
 
 @torch.no_grad()
@@ -247,10 +259,10 @@ def _tail(record: Record, layer: int, start: int) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def _run_of(rows: Tensor) -> slice | None:
+def _run_of(rows: Sequence[int]) -> slice | None:
     """The rows as one slice, where they are one run of neighbours."""
-    one_run = len(rows) > 0 and int(rows[-1] - rows[0]) + 1 == len(rows)
-    return slice(int(rows[0]), int(rows[-1]) + 1) if one_run else None
+    one_run = len(rows) > 0 and rows[-1] - rows[0] + 1 == len(rows)
+    return slice(rows[0], rows[-1] + 1) if one_run else None
 
 
 def refuse_huge(needed: float, budget_gb: float | int) -> None:
@@ -283,12 +295,12 @@ class HeadRead:
     @classmethod
     def of(cls, record: Record, layer: int, head: int, rows: Sequence[int]) -> HeadRead:
         """Read a head of a recorded run at some positions, ascending."""
-        parts, device = layer_of(record.model, layer), record.model.device
-        inside = torch.tensor([row - rows[0] for row in rows], device=device)
-        cos, sin = (table.to(device)[:, rows[0] :][:, inside] for table in record.tables)
+        parts = layer_of(record.model, layer)
+        inside = places([row - rows[0] for row in rows], parts.device)
+        cos, sin = (table.to(parts.device)[:, rows[0] :][:, inside] for table in record.tables)
         q = parts.head("q", head, parts.ln1(record.stream(layer, rows[0])[:, inside]))
         keys, values = record.past(layer, len(record.spans))
-        mask, shared = _mask(record, rows)[:, 0], head // parts.group
+        mask, shared = _mask(record, rows, parts.device)[:, 0], head // parts.group
         return cls(parts.turned("q", q, cos, sin), keys[:, shared], values[:, shared], mask, parts.scaling)
 
     @property
@@ -304,7 +316,8 @@ class HeadRead:
     def taking(self, other: HeadRead, *, q: bool = False, k: Sequence[int] = (), v: Sequence[int] = ()) -> HeadRead:
         """Take another run's queries, and its keys and values at some positions; both runs have one layout."""
         keys, values = self.k.clone(), self.v.clone()
-        keys[:, list(k)], values[:, list(v)] = other.k[:, list(k)], other.v[:, list(v)]
+        at_k, at_v = (places(at, keys.device) for at in (k, v))
+        keys[:, at_k], values[:, at_v] = other.k[:, at_k], other.v[:, at_v]
         return replace(self, q=other.q if q else self.q, k=keys, v=values)
 
 
@@ -313,13 +326,12 @@ def reread(
     record: Record, number: int, read: Mapping[Node, Float[Tensor, "row batch pos d_head"]], positions: Sequence[int]
 ) -> dict[int, tuple[Float[Tensor, "row batch later d_head"], Float[Tensor, "batch later d_head"]]]:
     """Attend anew in one layer of a recorded run, with some queries, keys or values replaced."""
-    device, start, n = record.model.device, positions[0], len(record.spans)
-    layer = layer_of(record.model, number)
-    cos, sin = (table.to(device) for table in record.tables)
-    at = torch.tensor(list(positions), device=device)
+    layer, start, n = layer_of(record.model, number), positions[0], len(record.spans)
+    cos, sin = (table.to(layer.device) for table in record.tables)
+    at = places(positions, layer.device)
     keys, values = record.past(number, n)
     queries = layer.heads("q", layer.ln1(record.stream(number, start)))
-    mask = _mask(record, range(start, n))[:, 0]
+    mask = _mask(record, range(start, n), layer.device)[:, 0]
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for head in sorted({head for node in read for head in _seen_by(node, layer.group)}):
         q, shared = layer.turned("q", queries[:, :, head], cos[:, start:], sin[:, start:]), head // layer.group
@@ -330,7 +342,7 @@ def reread(
                 continue
             kind = "q" if node.input not in ("k", "v") else node.input
             if kind != "v":
-                given = layer.turned(kind, given, cos[:, at], sin[:, at])
+                given = layer.turned(kind, given.to(cos.device), cos[:, at], sin[:, at])
             there = getattr(base, kind).repeat(len(given), 1, 1, 1)
             there[:, :, at - start if kind == "q" else at] = given.to(there)
             new = replace(new, **{kind: there})
@@ -353,10 +365,11 @@ def read_with(
     k, v = record.past(layer, end)
     if keys is not None:
         inside = [number for number, position in enumerate(at) if position < end]
+        taken, new = places([at[number] for number in inside], k.device), places(inside, keys.device)
         k = k.clone()
-        k[:, :, [at[number] for number in inside]] = keys[:, inside].transpose(1, 2).to(k)
+        k[:, :, taken] = keys[:, new].transpose(1, 2).to(k)
     k, v = (part.repeat_interleave(modules.group, dim=1) for part in (k, v))
-    read = Read(k, v, _mask(record, rows, end))
+    read = Read(k, v, _mask(record, rows, k.device, end))
     return attended(queries.transpose(1, 2), [read], modules.scaling)[0].transpose(1, 2)
 
 
@@ -365,11 +378,10 @@ def _seen_by(node: Node, group: int) -> range:
     return range(index * group, (index + 1) * group) if node.kind == "kv" else range(index, index + 1)
 
 
-def _mask(record: Record, rows: Sequence[int], end: int | None = None) -> Tensor:
+def _mask(record: Record, rows: Sequence[int], device: torch.device, end: int | None = None) -> Tensor:
     """The additive mask of some rows, `[batch or 1, 1, row, key]`."""
-    like, device = record.resid[0], record.model.device
-    end = len(record.spans) if end is None else end
-    chosen = torch.tensor(list(rows), device=device)
+    like, end = record.resid[0], len(record.spans) if end is None else end
+    chosen = places(rows, device)
     if record.mask is not None:
         return record.mask.to(device)[:, :, chosen, :end]
     future = torch.arange(end, device=device)[None] > chosen[:, None]

@@ -35,11 +35,11 @@ from av_lens.core.calls import asked_positions, unembedded
 from av_lens.core.execution import logits_of
 from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.interventions import CompiledPlan, Plan, Site, Step, add
-from av_lens.interventions.edits import Positions, resolve_positions, width_of
+from av_lens.interventions.edits import Positions, places, resolve_positions, width_of
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.recording import Record
 from av_lens.replay.rerun import start_of
-from av_lens.replay.stacks import beside, restarted, restarts
+from av_lens.replay.stacks import beside, parted, restarted, restarts
 from av_lens.spans import Span
 
 
@@ -90,9 +90,9 @@ def differentiated(
             logits = logits_of(record.model, record.x, [*beside(record), *compiled.fwd_hooks], rows)
             logits = logits if tokens is None else logits[..., tokens]
         else:
-            early, late = rows[rows < start], rows[rows >= start] - start
+            early, late = parted(rows.tolist(), start)
             stream, _ = restarted(record, [compiled], start, late)
-            whole = torch.cat((record.stream(record.n_layers, 0)[:, early], stream[0]), dim=1)
+            whole = torch.cat((record.stream(record.n_layers, 0)[:, places(early, stream.device)], stream[0]), dim=1)
             logits = unembedded(record.model, whole, tokens)
         compiled.verify()
         measured = bound(logits)

@@ -59,6 +59,7 @@ def write_trace(record: Record, path: str | Path) -> Path:
         model=record.model.name,
         dtype=str(record.resid[0].dtype),
         hooked_because=record.hooked_because,
+        flash=record.flash,
         n_layers=record.n_layers,
         weights=weight_hashes(record.model),
         input=input_hashes(record.x),
@@ -116,6 +117,7 @@ def read_trace(path: str | Path, model: Any, x: Any, *, device: torch.device | s
             for kind in ("added", "experts")
         },
         "hooked_because": about["hooked_because"],
+        "flash": bool(about.get("flash", about["dtype"] == "torch.float32")),
     }
 
 
@@ -221,6 +223,11 @@ def weight_hashes(model: Any) -> dict[str, str]:
     """Hash all that a model computes with: weights, buffers and configuration."""
     weights = sorted([*model.hf_model.named_parameters(), *model.hf_model.named_buffers()])
     tensors = [tensor for _, tensor in weights]
+    if any(tensor.device.type == "meta" for tensor in tensors):
+        raise ModelError(
+            "a saved trace knows its model by a hash of all weights, and some of this model's wait in memory or on "
+            "disk until they are called. Keep the trace in memory, or load the model where all of it fits."
+        )
     countable = not any(tensor.is_inference() for tensor in tensors)
     versions = tuple((tensor._version, tensor.data_ptr()) for tensor in tensors) if countable else ()
     sample, kept = _sampled(tensors), _KEPT.get(model.hf_model)

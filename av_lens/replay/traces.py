@@ -45,7 +45,7 @@ from av_lens.metrics.forms import followed
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.continuation import continued
 from av_lens.replay.recording import Record, recorded, require_record_memory
-from av_lens.replay.rerun import PROVED, layers, may_be_lean, recorded_lean
+from av_lens.replay.rerun import PROVED, by_flash, layers, may_be_lean, recorded_lean
 from av_lens.replay.stacks import HeadRead, Schedule, refuse_huge, rerouted, restarted, run_stacks, scheduled
 from av_lens.replay.suffix_gradients import SuffixGradients, differentiated
 from av_lens.replay.trace_files import read_trace, write_trace
@@ -88,7 +88,7 @@ def fault(record: Record, logits: Tensor, reads: Reads | None, *, everywhere: bo
             empty = CompiledPlan((), n_prompt=end, first_layer=0, first_position=start)
             # Frozen: whom a router chooses where two are as good as equal is no fault of the restart.
             part = replace(_before(record, end), routing="frozen")
-            stream = restarted(part, [empty], start, torch.arange(end - start))[0][0]
+            stream = restarted(part, [empty], start, range(end - start))[0][0]
             gaps.append(_gap(stream, record.stream(record.n_layers, start)[:, : end - start]))
         gaps.append(_gap(unembedded(record.model, stream[:, -1]), logits))
         if not all(gap <= tolerance for gap in gaps):
@@ -103,9 +103,10 @@ def fault(record: Record, logits: Tensor, reads: Reads | None, *, everywhere: bo
 
 def _reread(record: Record, reads: Reads) -> Iterator[tuple[str, float]]:
     """How far each layer's queries, keys, values and z are from the hooked run's, whole and head by head."""
-    n, window = len(record.spans), record.window(0)
+    n, tables = len(record.spans), record.window(0)
     rows = range(max(0, n - READ_ROWS), n)
     for number, layer in layers(record.model):
+        window = tables.on(layer.device)
         normed, (keys, values) = layer.ln1(record.stream(number, 0)), record.past(number, n)
         turned = layer.turned("k", layer.heads("k", normed), window.cos, window.sin)
         made = {"keys": (turned, keys), "values": (layer.heads("v", normed), values)}
@@ -291,11 +292,10 @@ class Trace(Record):
         listed, rows = _listed(plans), asked_positions(self.spans, logits_at)
         found = torch.full((len(listed), self.batch), torch.nan) if into is None else into
         schedule = scheduled(self, listed, n_asked=len(rows), budget_gb=budget_gb)
+        bound, done = bound.on(self.model.device), 0
         tokens = None if tokens is None else tokens.to(self.model.device)
-        done = 0
         for numbers, logits in run_stacks(self, schedule, rows, tokens):
-            for number, one in zip(numbers, logits, strict=True):
-                found[number] = bound(one).to(found)
+            found[list(numbers)] = bound.of_plans(logits).to(found)  # what waits for the device, waits once for a stack
             done += len(numbers)
             if finished is not None:
                 finished(done)
@@ -415,29 +415,46 @@ def require_routing(model: Any, routing: str) -> None:
         raise InputError("routing='frozen' holds every position's experts, and this model has none: leave it out.")
 
 
-def record(model: Any, x: Any, *, device: torch.device | str | None = None, budget_gb: float | int = 8.0) -> Trace:
-    """Run the model once and keep what is needed to restart it."""
+def record(
+    model: Any,
+    x: Any,
+    *,
+    device: torch.device | str | None = None,
+    budget_gb: float | int = 8.0,
+    attention: str | None = None,
+) -> Trace:
+    """Run the model once and keep what is needed to restart it.
+
+    Attention goes by "flash" kernels, which store no scores, or as the hooked run's ("eager"), whose roundings it then
+    shares; None for flash, but in half precision on a CPU.
+    """
     if model.training:
         raise ModelError("this model is in training mode, where dropout may act: call model.eval() before tracing.")
+    require_choice("attention", attention, (None, "flash", "eager"))
     with turn_of(model.bridge):
         standing = standing_hooks(model)
         on_stack = tuple(hook for hook in standing if not hook.in_tower)
         require_record_memory(model, x, budget_gb, logits=bool(on_stack))
-        if not on_stack and may_be_lean(model):
+        if not on_stack and may_be_lean(model, attention):
             trace = Trace(**recorded_lean(model, x, device)[0], standing=standing)
             if not trace.obstacle() and trace.mask is None:
                 return trace
-        reads: Reads | None = None if on_stack or PROVED in model.__dict__ else {}
+        flash, proved = by_flash(model, attention), model.__dict__.get(PROVED, {})
+        reads: Reads | None = None if on_stack or proved.get(flash) else {}
         beside = () if reads is None else reading_hooks(reads, model.spec.n_layers)
         fields, logits = recorded(model, x, device, keep_logits=bool(on_stack), beside=beside)
-        trace = Trace(**fields, standing=standing)
+        trace = Trace(**fields, standing=standing, flash=flash)
         if on_stack:
             because = f"hooks stand at {places(model, on_stack)}, and a restart would pass them by"
-        else:
-            because = trace.obstacle() or fault(trace, logits, reads, everywhere=reads is not None)
+            return replace(trace, hooked_because=because)
+        because = trace.obstacle() or fault(trace, logits, reads, everywhere=reads is not None)
+        if because and flash and attention is None and not trace.obstacle():  # this device's kernels may be at fault
+            trace = replace(trace, flash=False)
+            because = fault(trace, logits, reads, everywhere=reads is not None)
+            proved, flash = {**proved, True: False}, False
         if not because:
-            model.__dict__[PROVED] = True
-            if trace.mask is None and may_be_lean(model):  # bit for bit like later ones: which was first must not show
+            model.__dict__[PROVED] = {**proved, flash: True}
+            if trace.mask is None and flash:  # bit for bit like later ones: which was first must not show
                 del fields, trace
                 return Trace(**recorded_lean(model, x, device)[0], standing=standing)
         return replace(trace, hooked_because=because)

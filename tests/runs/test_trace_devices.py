@@ -5,48 +5,18 @@ PyTorch's fake tensors hold no numbers, but refuse to mix devices exactly as rea
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from drawn_plans import COMPONENTS, KINDS, edit_of, site_of
+from elsewhere import ELSEWHERE, copied, held_at, move, spread
 from small_av import small_inputs, small_model
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from av_lens.interventions import Plan, Site, cut, noise, scale
-from av_lens.replay import Trace, stacks
-
-ELSEWHERE = torch.device("cuda", 0)
-
-
-def copied(model: Any) -> Any:
-    other = copy.copy(model)
-    other.bridge = copy.deepcopy(model.bridge)
-    return other
-
-
-def move(model: Any, mode: FakeTensorMode, device: torch.device) -> None:
-    """Put fake weights that lie elsewhere in the place of a model's own."""
-    for module in model.hf_model.modules():
-        for name, weight in list(module._parameters.items()):
-            if weight is not None:
-                module._parameters[name] = torch.nn.Parameter(mode.from_tensor(weight.detach()).to(device), False)
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = mode.from_tensor(buffer).to(device)
-
-
-def held_at(trace: Any, mode: FakeTensorMode, device: torch.device, model: Any, *, masked: bool) -> Any:
-    """The same trace with fake tensors that lie on a device."""
-
-    def there(tensors: Any) -> Any:
-        return tuple(mode.from_tensor(tensor).to(device) for tensor in tensors)
-
-    n = len(trace.spans)
-    mask = torch.empty(1, 1, n, n, device=device) if masked else None
-    parts = {name: there(getattr(trace, name)) for name in ("resid", "keys", "values", "tables")}
-    return Trace(model=model, x=trace.x, **parts, mask=mask)
+from av_lens.replay import stacks
 
 
 def plans(trace: Any) -> list[Plan]:
@@ -64,14 +34,13 @@ def plans(trace: Any) -> list[Plan]:
 
 
 @pytest.mark.parametrize("place", [torch.device("cpu"), ELSEWHERE], ids=["record on cpu", "record beside the model"])
-@pytest.mark.parametrize("rows", [None, slice(15, 18)], ids=["all rows", "the last rows"])
-def test_replay_computes_where_the_model_is(monkeypatch: pytest.MonkeyPatch, place: torch.device, rows: slice | None):
+@pytest.mark.parametrize("rows", [(), (1, 3), range(15, 18)], ids=["none", "scattered", "the last"])
+def test_replay_computes_where_the_model_is(monkeypatch: pytest.MonkeyPatch, place: torch.device, rows: Sequence[int]):
     trace = small_model().trace(small_inputs())
     listed, model = plans(trace), copied(trace.model)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         move(model, mode, ELSEWHERE)
         assert model.device == ELSEWHERE
-        monkeypatch.setattr(stacks, "_run_of", lambda asked: rows)  # it reads numbers, and fake tensors have none
         for masked in (False, True):
             fake = held_at(trace, mode, place, model, masked=masked)
             compiled = [plan.compile(model.spec, trace.spans, batch=2) for plan in listed]
@@ -79,10 +48,38 @@ def test_replay_computes_where_the_model_is(monkeypatch: pytest.MonkeyPatch, pla
             start = int(trace.spans.suffix.positions[0])
             if masked:  # the window asks whether the mask forbids anything
                 monkeypatch.setattr("av_lens.replay.recording.bool", lambda tensor: True, raising=False)
-            stream, kept = stacks.restarted(fake, compiled, start, torch.zeros(0, dtype=torch.long), keep=True)
+            stream, kept = stacks.restarted(fake, compiled, start, rows, keep=True)
             logits = stacks.unembedded(model, stream, torch.zeros(2, dtype=torch.long, device=ELSEWHERE))
             for plan in compiled:
                 plan.verify()
             found = [stream, logits, *(part for layer in kept for part in layer)]
             assert all(isinstance(tensor, FakeTensor) and tensor.device == ELSEWHERE for tensor in found)
             assert stream.shape[0] == len(listed)
+
+
+SECOND = torch.device("cuda", 1)
+
+
+def on_two(name: str) -> torch.device:
+    """The last two of four layers and what comes after them on a second device."""
+    later = any(f"layers.{number}" in name for number in (2, 3)) and "language_model" in name
+    return SECOND if later or name.startswith(("lm_head", "model.language_model.norm")) else ELSEWHERE
+
+
+def test_a_restart_follows_its_layers_over_two_devices():
+    """Each part of the record lies beside its layer; fake tensors refuse to mix devices as real ones do."""
+    trace = small_model().trace(small_inputs())
+    listed, model = plans(trace), copied(trace.model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        spread(model, mode, on_two)
+        assert (model.device, stacks.place_of(model, 1), stacks.place_of(model, 4)) == (ELSEWHERE, ELSEWHERE, SECOND)
+        fake = held_at(trace, mode, ELSEWHERE, model, masked=False)
+        compiled = [plan.compile(model.spec, trace.spans, batch=2) for plan in listed]
+        compiled.sort(key=lambda plan: plan.first_layer)
+        start = int(trace.spans.suffix.positions[0])
+        stream, kept = stacks.restarted(fake, compiled, start, range(15, 18), keep=True)
+        assert stream.device == SECOND
+        assert [keys.device for keys, _ in kept] == [ELSEWHERE, ELSEWHERE, SECOND, SECOND]
+        assert stacks.unembedded(model, stream, torch.zeros(2, dtype=torch.long)).device == ELSEWHERE
+        for plan in compiled:
+            plan.verify()

@@ -61,6 +61,7 @@ from av_lens.methods.probes import Streams, probe
 from av_lens.methods.shared.places import named_span
 from av_lens.metrics.forms import each
 from av_lens.replay.held import HeldRun, replaced
+from av_lens.replay.rerun import layer_of
 from av_lens.results.record import RELEASING
 from av_lens.results.statistics import Halves, Member
 from av_lens.spans import Span, SpanMap
@@ -308,7 +309,7 @@ def _change(chunk: Chunk, cell: str, sender: Sender) -> dict[tuple[str, int], to
     """What the stream gains where the sender writes as in its donor."""
     (layer, head), donor = sender
     own = chunk.run(cell).site_z[layer, :, :, head]
-    output = chunk.bench.engine.model.bridge.blocks[layer].attn.W_O.detach()[head]
+    output = layer_of(chunk.bench.engine.model, layer).outputs()[head]
     return {("heads", layer): (chunk.donor(cell, donor)[layer, :, :, head] - own) @ output}
 
 

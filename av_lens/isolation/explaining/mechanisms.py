@@ -46,6 +46,7 @@ from av_lens.isolation.measuring.effects import effects_of_plans, trace_of
 from av_lens.isolation.measuring.engine import MIRROR, W_CELLS, Head
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.roles import Evidence, head_means
+from av_lens.replay.rerun import layer_of
 from av_lens.replay.stacks import HeadRead
 from av_lens.results.statistics import Interval
 from av_lens.spans import SpanMap
@@ -108,7 +109,7 @@ def _written(chunk: Chunk, cell: str, head: Head) -> list[Float[Tensor, "batch d
         weight[:, places] = pattern[:, places]
     for weight, places in zip(weights[3:], (seen, heard), strict=True):
         weight[:, places] = 1.0 / max(1, len(places))
-    output = chunk.bench.engine.model.bridge.blocks[head[0]].attn.W_O.detach()[head[1]]
+    output = layer_of(chunk.bench.engine.model, head[0]).outputs()[head[1]]
     return [torch.einsum("bp,bpd,dm->bm", weight, read.v, output) for weight in weights]
 
 

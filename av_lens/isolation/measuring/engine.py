@@ -43,9 +43,11 @@ from av_lens.core.execution import logits_of, run
 from av_lens.core.readings import incoming_mass
 from av_lens.errors import ProtocolError, unknown
 from av_lens.families.decoder import hook_name
+from av_lens.families.weights import weight_of
 from av_lens.inputs import AVInputs
 from av_lens.interventions import CompiledPlan, Edit, Plan, Site, replace
-from av_lens.replay.rerun import Taps, rerun, start_of
+from av_lens.replay.recording import record_bytes
+from av_lens.replay.rerun import Taps, layers, rerun, start_of
 from av_lens.replay.stacks import run_streams, scheduled
 from av_lens.replay.traces import Trace
 from av_lens.spans import SpanMap
@@ -291,9 +293,7 @@ class ModelEngine:
 
     def together(self, inputs: AVInputs) -> int:
         """Say how many examples fit into one stack: their trace must stay within `TRACE_BYTES`."""
-        spec = self.model.spec
-        per_position = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) * self.model.dtype.itemsize
-        return int(max(1, min(16, TRACE_BYTES // (per_position * len(inputs.spans)))))
+        return int(max(1, min(16, TRACE_BYTES * len(inputs) // record_bytes(self.model, inputs))))
 
     def record(self, inputs: AVInputs, positions: Int[np.ndarray, " site"], under: Values | None = None) -> Recording:
         """Run a stack, under edits of heads or none, keeping every head's z from the site on."""
@@ -392,8 +392,9 @@ class ModelEngine:
         norm, head = self.model.ln_final.original_component, self.model.bridge.unembed.original_component
         with torch.no_grad():
             ratio = self._divisor(final) / self._divisor(recording.final)
-            bias = None if head.bias is None else head.bias[ids].float()
-            return functional.linear(norm(final).float() * ratio, head.weight[ids].float(), bias)
+            normed, weight = norm(final).float() * ratio, weight_of(head)[ids].float()
+            bias = None if head.bias is None else weight_of(head, "bias")[ids].float()
+            return functional.linear(normed.to(weight.device), weight, bias).to(final.device)
 
     def _divisor(self, stream: Tensor) -> Float[Tensor, "*more batch 1"]:
         norm = self.model.ln_final.original_component
@@ -401,7 +402,7 @@ class ModelEngine:
 
     @cached_property
     def _output_weights(self) -> Float[Tensor, "layer head d_head d_model"]:
-        return self.model.W_O.detach()
+        return torch.stack([layer.outputs().to(self.model.device) for _, layer in layers(self.model)])
 
     def writes(self, recording: Recording, ids: Int[Tensor, " token"]) -> Float[Tensor, "layer head batch token"]:
         """Attribute the tokens' logits to the heads' direct writes at the asked position, at the run's own norm scale.
@@ -411,9 +412,9 @@ class ModelEngine:
         at_end = recording.z[:, :, -1].float()
         written = torch.einsum("lbhd,lhdm->lhbm", at_end, self._output_weights.float())
         norm = self.model.ln_final.original_component
-        unembedding = self.model.W_U.detach()
-        columns = unembedding[:, ids.to(unembedding.device)].float()
-        return (written / self._divisor(recording.final) * norm.weight.detach().float()) @ columns
+        unembedding, scale = weight_of(self.model.bridge.unembed.original_component), weight_of(norm).detach().float()
+        columns = unembedding.detach()[ids.to(unembedding.device)].T.float()
+        return (written / self._divisor(recording.final) * scale.to(written)) @ columns.to(written)
 
     def write_norms(self, recording: Recording) -> Float[np.ndarray, "layer head"]:
         """Measure how much each head writes at the site: the mean over examples and positions of |z W_O|."""

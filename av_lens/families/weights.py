@@ -1,0 +1,103 @@
+"""Where a module computes and what its weights are: beside it, fetched for each call, or packed into fewer bits.
+
+A model may lie on several devices (`device_map=`): each module then computes on one of them, and accelerate brings to
+it what it is given. Weights that do not fit wait in memory or on disk; on the module lies a mere shape (`meta`), and
+accelerate fetches the numbers for each *call* of it. Whoever reads weights without a call asks here.
+
+Quantised weights (bitsandbytes: 8 or 4 bits) are packed integers. Their modules compute as ever, so that hooks, caches,
+patching and replays need nothing more; what reads the numbers themselves is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.utilities.quantization import describe_quantization, unreadable_weight_reason
+
+from av_lens.errors import ModelError
+
+LOAD_PLAIN = (
+    'Load it in bfloat16; where that does not fit, avl.load(name, dtype="bfloat16", device_map="auto") spreads it over '
+    "all GPUs, memory and disk."
+)
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a module computes: where accelerate takes it, else where its first weight lies."""
+    for part in module.modules():
+        hook = part.__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            place = getattr(one, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+        for weight in part._parameters.values():
+            if weight is not None:
+                return weight.device
+    return torch.device("cpu")
+
+
+def readable(module: Any) -> bool:
+    """Whether a module's weight lies there as plain numbers."""
+    return unreadable_weight_reason(getattr(module, "weight", None)) is None
+
+
+def fetched(module: Any, name: str) -> Any:
+    """A module's weight by its name, or one of a part of it, where it computes, also where it waits elsewhere."""
+    owner, _, last = name.rpartition(".")
+    part = module.get_submodule(owner) if owner else module
+    weight = getattr(part, last, None)
+    if isinstance(weight, Tensor) and weight.device.type == "meta":
+        from accelerate.utils import align_module_device
+
+        with align_module_device(part):
+            return getattr(part, last)
+    return weight
+
+
+def weight_of(module: Any, name: str = "weight") -> Tensor:
+    """A module's weight as plain numbers where it computes; refused where it is packed."""
+    weight = fetched(module, name)
+    reason = unreadable_weight_reason(weight)
+    if reason is not None:
+        raise ModelError(
+            f"the weights of this model are packed ({describe_quantization(module)}: {reason}), and what was asked "
+            "reads their numbers, as direct attribution, path patching, edges, results of single heads and W_Q, W_K, "
+            f"W_V, W_O do. Hooks, caches, patching, replays and generation work. {LOAD_PLAIN}"
+        )
+    return weight  # pyright: ignore[reportReturnType]  # a tensor, or there would have been a reason
+
+
+def brought(value: Any, device: torch.device) -> Any:
+    """Tensors, or tuples and dictionaries of them, on a device; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(brought(one, device) for one in value)
+    if isinstance(value, Mapping):
+        return {name: brought(one, device) for name, one in value.items()}
+    return value
+
+
+def require_whole_layers(layers: Any) -> None:
+    """Refuse a model in which one layer's modules compute on several devices."""
+    for number, layer in enumerate(layers):
+        places = sorted({str(device_of(part)) for part in layer.modules() if part._parameters})
+        if len(places) > 1:
+            raise ModelError(
+                f"layer {number} is spread over {' and '.join(places)}, and a restart computes each layer in one "
+                'place. Name whole layers in device_map=, or leave the choice to device_map="auto".'
+            )
+
+
+def is_split(hf_model: Any) -> bool:
+    """Whether a model lies in several places, or partly where nothing computes."""
+    hooked = any("_hf_hook" in module.__dict__ for module in hf_model.modules())
+    return hooked or len({one.device for one in hf_model.parameters()}) > 1
+
+
+def is_packed(hf_model: Any) -> bool:
+    """Whether any weight is quantised."""
+    return any(one.dtype.itemsize < 2 for one in hf_model.parameters())
