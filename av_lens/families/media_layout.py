@@ -8,7 +8,8 @@ is not a multiple of the temporal patch (2). Many or large frames go to it some 
 for all of them together: the same pixels to the bit, without copies of the whole video.
 
 The mel is computed on the sound padded by a few zero frames and trimmed to the sound, instead of padded to the
-processor's 300 s: the same values to the bit, since a mel frame sees 25 ms and the normalisation the loudest frame.
+processor's 300 s: the same values to the bit, since a mel frame sees 25 ms and the normalisation the loudest frame. A
+processor that pads and cuts nothing (Qwen3-Omni's) gets the sound as it is, however long.
 
 `cap_pixels_per_frame` is set (True): the reference implementation's share of the total pixel budget, which begins to
 act on long videos only.
@@ -206,21 +207,23 @@ class Features:
         part = self.processor.feature_extractor
         rate, hop, most = int(part.sampling_rate), int(part.hop_length), int(part.n_samples)
         waveform = resample(clip.waveform, clip.rate, rate) if clip.rate != rate else clip.waveform
-        seconds = len(waveform) / rate
-        if len(waveform) > most:
+        seconds, least = len(waveform) / rate, int(part.n_fft) // 2
+        as_it_is = (getattr(self.processor, "audio_kwargs", None) or {}).get("padding") is True
+        if as_it_is and len(waveform) <= least:
+            raise InputError(
+                f"the sound lasts {seconds * 1000:.0f} ms and this processor hears more than {least / rate * 1000:g}: "
+                "give a longer clip"
+            )
+        if len(waveform) > most and not as_it_is:
             raise InputError(
                 f"the sound lasts {seconds:.1f} s and this processor hears at most {most / rate:.0f} s: cut the clip "
                 f"first, e.g. clip.trimmed(0, {most / rate:.0f})"
             )
         padded = -(-len(waveform) // hop) * hop + -(-int(part.n_fft) // hop) * hop
-        made = part(
-            [waveform],
-            sampling_rate=rate,
-            padding="max_length",
-            max_length=min(padded, most),
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
+        how: dict[str, Any] = {"padding": "max_length", "max_length": min(padded, most)}
+        if as_it_is:
+            how = {"padding": True, "truncation": False}
+        made = part([waveform], sampling_rate=rate, return_attention_mask=True, return_tensors="pt", **how)
         mel = made["input_features"][..., : int(made["attention_mask"].sum())].contiguous()
         return Sound(mel, seconds, hop / rate)
 

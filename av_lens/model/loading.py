@@ -19,6 +19,7 @@ import logging
 import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -73,18 +74,56 @@ def load(
         ModelError: nothing there, no adapter for that family (the message says how to add one), weights missing from
             the checkpoint, quantised or split over several devices, or a self-check that failed.
     """
-    how: Any = {"device": device, "dtype": dtype, "revision": revision}
-    if hf_model is not None:
-        model = _wrap(hf_model, name_or_path, processor, **how)
-    elif name_or_path is not None:
-        model = _open(str(name_or_path), processor, **how)
-    else:
-        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
+    how: Any = {"device": device, "dtype": dtype, "revision": revision, "hf_model": hf_model, "processor": processor}
+    model = opened(name_or_path, **how).wrapped()
     check_model(model, full=False)
     return model
 
 
-def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **options: Any) -> HookedAVLLM:
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A HuggingFace model, its processor, and what else is known of it, before the model is wrapped.
+
+    Attributes:
+        hf_model: the model, with HuggingFace's own layers.
+        processor: its processor.
+        name: what was asked for.
+        more: further arguments of `HookedAVLLM`.
+    """
+
+    hf_model: Any
+    processor: Any
+    name: str
+    more: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        check_parts(self.hf_model, self.processor, self.name)
+
+    def wrapped(self) -> HookedAVLLM:
+        """Wrap the model, in place."""
+        bridge = build_bridge(self.hf_model, tokenizer=self.processor.tokenizer, name=self.name)
+        return HookedAVLLM(bridge, self.processor, name=self.name, **self.more)
+
+
+def opened(
+    name_or_path: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    hf_model: Any = None,
+    processor: Any = None,
+) -> Opened:
+    """Open a model as `load` does, and leave it unwrapped."""
+    how: Any = {"device": device, "dtype": dtype, "revision": revision}
+    if hf_model is not None:
+        return _given(hf_model, name_or_path, processor, **how)
+    if name_or_path is None:
+        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
+    return _open(str(name_or_path), processor, **how)
+
+
+def _given(hf_model: Any, name_or_path: str | Path | None, processor: Any, **options: Any) -> Opened:
     family_of(type(hf_model))
     _require_plain(hf_model)
     if processor is None:
@@ -96,16 +135,10 @@ def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **opti
     if options["device"] is not None:
         hf_model = hf_model.to(options["device"])
     name = "external" if name_or_path is None else str(name_or_path)
-    return _hooked(hf_model, processor, name, provenance={"source": "hf_model"})
+    return Opened(hf_model, processor, name, {"provenance": {"source": "hf_model"}})
 
 
-def _hooked(hf_model: Any, processor: Any, name: str, **more: Any) -> HookedAVLLM:
-    check_parts(hf_model, processor, name)
-    bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
-    return HookedAVLLM(bridge, processor, name=name, **more)
-
-
-def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str | None) -> HookedAVLLM:
+def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str | None) -> Opened:
     source = _Source(name, revision)
     if source.folder is not None:
         check_configurations(source.folder)
@@ -139,7 +172,7 @@ def _open(name: str, processor: Any, *, device: Any, dtype: Any, revision: str |
     if source.difference is not None:
         provenance |= {"source": str(source.difference.folder), "base": source.difference.base}
     processor = _processor(source) if processor is None else processor
-    return _hooked(hf_model, processor, name, grammar=source.grammar, handed_in=False, provenance=provenance)
+    return Opened(hf_model, processor, name, {"grammar": source.grammar, "handed_in": False, "provenance": provenance})
 
 
 def _require_plain(hf_model: Any) -> None:

@@ -364,15 +364,20 @@ def fields_of(
 
 def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits: bool = False) -> None:
     """Refuse a record that would not fit."""
-    spec, n = model.spec, len(x.spans)
-    width = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) + (spec.d_vocab if logits else 0)
-    needed = len(x) * n * width * model.dtype.itemsize / GIGABYTE
+    needed = record_gigabytes(model, x, logits=logits)
     if needed > budget_gb:
         beside = " and all logits, which standing hooks may change," if logits else ""
         raise BudgetError(
-            f"a trace of {len(x)} examples x {n} positions x {spec.n_layers} layers{beside} needs {needed:.1f} GB, "
-            f"more than budget_gb={budget_gb:g}. Trace fewer examples at a time, or raise budget_gb."
+            f"a trace of {len(x)} examples x {len(x.spans)} positions x {model.spec.n_layers} layers{beside} needs "
+            f"{needed:.1f} GB, more than budget_gb={budget_gb:g}. Trace fewer examples at a time, or raise budget_gb."
         )
+
+
+def record_gigabytes(model: Any, x: Any, *, logits: bool = False) -> float:
+    """Estimate what a record holds, with all logits or without."""
+    spec = model.spec
+    width = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) + (spec.d_vocab if logits else 0)
+    return len(x) * len(x.spans) * width * model.dtype.itemsize / GIGABYTE
 
 
 def _enter(

@@ -1,0 +1,247 @@
+"""What is proved of a wrapped model, each by something that it must agree with: a check gives its verdict in words.
+
+| proof | against | limit |
+|---|---|---|
+| hooks | the run itself: write back, turn | to the bit |
+| decomposition | the stream that leaves the last layer | `LIMITS` |
+| replays | hooked runs of the whole model, under random plans | `LIMITS` |
+| null edits | the run without them | to the bit |
+| a path | path patching by its definition: hold, edit, run the whole model | `LIMITS` |
+| the CPU | the same input on the other device | `LIMITS` |
+
+Limits are shares of the largest number compared: kernels sum in other orders, and logits of real models reach 40.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from av_lens.core import run
+from av_lens.errors import InterventionError
+from av_lens.families.decoder import hook_name, layer_names
+from av_lens.inputs import AVInputs, Pair
+from av_lens.interventions import Plan, Site, add, cut, noise, replace, scale, zero
+from av_lens.media import Clip
+from av_lens.methods import path_patch
+from av_lens.model import HookedAVLLM
+from av_lens.model.selfcheck import Check, examined
+from av_lens.replay import Trace
+from av_lens.replay.rerun import EDGES, RESTARTABLE
+
+LIMITS = {torch.float32: 1e-4, torch.float64: 1e-4}
+COARSE = 5e-2  # the limit of lower precisions
+PLACES = (None, "media", "question|generation", "generation")
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What the proofs run on.
+
+    Attributes:
+        model: the wrapped model.
+        x: the clip's input.
+        question: what is asked of short inputs.
+        plans: how many random plans are replayed.
+        quick: hooks of the last layer alone, a few.
+        seed: what plans are drawn from.
+    """
+
+    model: HookedAVLLM
+    x: AVInputs
+    question: str
+    plans: int
+    quick: bool
+    seed: int
+
+    @property
+    def limit(self) -> float:
+        """The largest difference allowed, as a share."""
+        return LIMITS.get(self.model.dtype, COARSE)
+
+    @cached_property
+    def trace(self) -> Trace:
+        """The recorded run of the clip."""
+        return self.model.trace(self.x)
+
+    @cached_property
+    def small(self) -> AVInputs:
+        """A short input with media, for what takes many whole runs: a second of sound, or a picture."""
+        return self._short(1)
+
+    @cached_property
+    def other(self) -> AVInputs:
+        """Another one of its layout."""
+        return self._short(2)
+
+    def _short(self, seed: int) -> AVInputs:
+        heard = "audio" in self.model.encoder.layout.kinds
+        sound, picture = ("separate", None) if heard else (None, "image")
+        return self.model.encode(made_clip(seed, seconds=1.0), self.question, sound=sound, picture=picture)
+
+
+def made_clip(seed: int = 0, *, seconds: float = 2.0) -> Clip:
+    """Make a clip that has everything and shows nothing: noise to see and to hear."""
+    rng = np.random.default_rng(seed)
+    frames = rng.integers(0, 256, (round(seconds * 4), 56, 84, 3), dtype=np.uint8)
+    waveform = rng.normal(0.0, 0.2, round(seconds * 16000)).clip(-1, 1).astype(np.float32)
+    return Clip.from_arrays(frames=frames, fps=4.0, waveform=waveform, rate=16000)
+
+
+def share(found: Tensor, wanted: Tensor) -> float:
+    """The largest difference, as a share of the largest number wanted."""
+    found, wanted = found.detach().float().cpu(), wanted.detach().float().cpu()
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+
+
+def hooks(bench: Bench) -> Iterator[Check]:
+    """Every hook is on the road."""
+    report = examined(bench.model, bench.small, full=not bench.quick)
+    where = "a few hooks of the last layer" if bench.quick else "every hook of every layer"
+    said = f"{len(report.passed)} of {len(report.checks)} checks, {len(bench.small.spans)} positions"
+    yield Check(f"{where}: written back it changes nothing, turned it changes the logits", report.ok, said)
+    yield from (check for check in report.checks if check.held is False)
+
+
+def decomposition(bench: Bench) -> Iterator[Check]:
+    """The parts of the stream sum to it."""
+    model, n = bench.model, bench.model.spec.n_layers
+    names = [
+        hook_name("embed"),
+        *layer_names("attn_out", n),
+        *layer_names("mlp_out", n),
+        hook_name("resid_post", n - 1),
+    ]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(bench.small, names)
+    parts, _ = cache.decompose_resid(return_labels=True)
+    total = parts.float().sum(0)
+    for added in model.trace(bench.small).added.values():
+        total[:, : added.shape[1]] += added
+    gap = share(total, cache["resid_post", -1])
+    yield Check("decompose_resid sums to the stream", gap <= bench.limit, f"largest difference {gap:.1e} of it")
+
+
+def drawn(trace: Trace, rng: np.random.Generator) -> Plan:
+    """Draw one to three edits of any kind, at any component, layer, heads and positions that the model has."""
+    spec, n = trace.model.spec, len(trace.spans)
+    edits: list[Any] = []
+    while not edits or (len(edits) < 3 and rng.random() < 0.5):
+        component, layer = str(rng.choice(sorted(RESTARTABLE))), int(rng.integers(spec.n_layers))
+        place = PLACES[rng.integers(len(PLACES))] if rng.random() < 0.7 else sorted({*rng.integers(n, size=4).tolist()})
+        try:
+            site = Site(component, None if component == "embed" else layer, positions=place)
+            if site.has_heads and rng.random() < 0.7:
+                site = Site(component, layer, int(rng.integers(site.n_heads(spec))), place)
+            width = n if component in EDGES else int(getattr(spec, site.axes[-1]))
+            row = torch.from_numpy(rng.normal(size=(1, 1, *[1] * site.has_heads, width))).float()
+            moves = [
+                zero(site),
+                scale(site, -1.0),
+                scale(site, 2.0),
+                noise(site, scale=0.5, seed=int(rng.integers(99))),
+            ]
+            moves.append(add(site, row) if component not in EDGES else cut("generation", [0], layers=[layer]))
+            edit = moves[rng.integers(len(moves))]
+            Plan(edit).compile(spec, trace.spans, batch=trace.batch)
+        except InterventionError:  # a component that this layer does not have
+            continue
+        edits.append(edit)
+    return Plan(edits)
+
+
+def replays(bench: Bench) -> Iterator[Check]:
+    """Restarts are the hooked runs."""
+    trace, rng = bench.trace, np.random.default_rng(bench.seed)
+    plans = [drawn(trace, rng) for _ in range(bench.plans)]
+    base, gaps, moved = trace.logits("suffix"), list[float](), 0
+    for plan, found in zip(plans, trace.replay(plans, logits_at="suffix"), strict=True):
+        with torch.no_grad():
+            wanted = run(bench.model, trace.x, plan=plan, logits_at="suffix").logits
+        gaps.append(share(found, wanted))
+        moved += not torch.equal(wanted, base)
+    how = f"runs hooked: {trace.hooked_because}" if trace.hooked_because else "restarts"
+    said = f"{len(plans)} random plans, {moved} of them move the logits, largest difference {max(gaps):.1e}; {how}"
+    yield Check("replay is the hooked run", max(gaps) <= bench.limit and moved > 0, said)
+
+
+def null_edits(bench: Bench) -> Iterator[Check]:
+    """An edit that changes nothing has no effect."""
+    trace, n = bench.trace, bench.model.spec.n_layers
+    layers = sorted({0, n // 2, n - 1})
+    plans = [
+        Plan(scale(Site(component, layer), 1.0)) for component in ("z", "resid_pre", "mlp_out") for layer in layers
+    ]
+    with torch.no_grad():
+        base = run(bench.model, trace.x).logits
+        hooked = [run(bench.model, trace.x, plan=plan).logits for plan in plans]
+    late = [Plan(scale(Site("z", layer, positions="generation"), 1.0)) for layer in layers]
+    nothing = trace.replay([Plan(scale(Site("z", 0, positions="generation"), 1.0))])[0]
+    effects = [*(one - base for one in hooked), *(one - nothing for one in trace.replay(late))]
+    largest = max(float(one.abs().max()) for one in effects)
+    said = f"{len(hooked)} hooked, {len(late)} replayed, largest effect {largest:g}"
+    yield Check("edits that change nothing have no effect", largest == 0, said)
+
+
+def a_path(bench: Bench) -> Iterator[Check]:
+    """One path, patched and by its definition: head 0 of the first layer, the last layer's queries of its last head."""
+    model, spec = bench.model, bench.model.spec
+    last, head = spec.n_layers - 1, spec.n_heads - 1
+    if not last:
+        yield Check("path patching is its definition", None, "not checked: a model of one layer has no path")
+        return
+    first, second = run(model, bench.other).logits[0, -1].topk(2).indices.tolist()
+
+    def metric(logits: Tensor) -> Tensor:
+        return logits[:, -1, first] - logits[:, -1, second]
+
+    pair = Pair(clean=bench.small, corrupt=bench.other)
+    grid = path_patch(model, pair, sender=(0, 0), receiver=(last, head, "q"), metric=metric)
+    with torch.no_grad():
+        wanted = metric(by_definition(model, bench.other, bench.small, last, head))
+    logits = float(run(model, bench.other).logits.abs().max())
+    gap = abs(grid.values.item() - float(wanted)) / logits
+    said = f"effect {grid.effects.item():.2e}, difference {gap:.1e} of the largest logit"
+    yield Check("path patching is its definition", gap <= bench.limit, said)
+
+
+def by_definition(model: HookedAVLLM, base: AVInputs, donor: AVInputs, layer: int, head: int) -> Tensor:
+    """Logits when the first head's change reaches one later query head's queries alone, by whole hooked runs."""
+    kept = run(model, base, capture=["z", "mlp_out"]).cache
+    sent = run(model, donor, capture=[Site("z", 0)]).cache["z", 0]
+    layers = range(model.spec.n_layers)
+    z = {number: kept["z", number].clone() for number in layers}
+    z[0][:, :, 0] = sent[:, :, 0]
+    held = [
+        replace(Site(name, one), value)
+        for one in layers
+        for name, value in (("z", z[one]), ("mlp_out", kept["mlp_out", one]))
+    ]
+    read = run(model, base, plan=Plan(held), capture=[Site("q", layer)]).cache["q", layer]
+    return run(model, base, plan=Plan(replace(Site("q", layer, head), read[:, :, [head]]))).logits
+
+
+def on_the_cpu(bench: Bench) -> Iterator[Check]:
+    """The same on the CPU; the model stays there."""
+    name, model = "the CPU agrees with the device", bench.model
+    places = {str(one) for one in (getattr(model.hf_model, "hf_device_map", None) or {}).values()}
+    if model.device.type == "cpu" or len(places) > 1:
+        why = "the model is split over several places" if len(places) > 1 else "the model is on the CPU"
+        yield Check(name, None, f"not checked: {why}")
+        return
+    with torch.no_grad():
+        here = run(model, bench.small).logits
+        model.to("cpu")
+        there = run(model, bench.small.to("cpu")).logits
+    gap, same = share(here, there), bool((here.argmax(-1).cpu() == there.argmax(-1)).all())
+    said = f"largest difference {gap:.1e} of the largest logit; likeliest token {'the same' if same else 'another'}"
+    yield Check(name, gap <= max(bench.limit, 1e-3), said)
+
+
+PROOFS = (hooks, decomposition, replays, null_edits, a_path)
