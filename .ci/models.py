@@ -54,18 +54,15 @@ def table(record: dict[str, Any]) -> str:
     from av_lens.cli.faults import families, verdict
     from av_lens.lab.pages import markdown
 
-    said, known, rows = files(), dict(families()), list[list[str]]()
-    for one in sorted(record["families"].values(), key=lambda one: one["class"]):
-        layouts = [name.partition(":")[0] for name, *_ in one["checks"] if ": position ids" in name]
-        refused = [name for name, held, found in one["checks"] if held is None and found.startswith("not taken")]
-        rows.append(
-            [
-                f"**{said.get(one['class'], one['class'])}**<br>`{one['class']}`",
-                known.get(one["class"], ""),
-                ", ".join(layouts) + (f"; not {', '.join(refused)}" if refused else ""),
-                verdict(one["checks"]),
-            ]
-        )
+    known, rows = dict(families()), list[list[str]]()
+    proofs = {one["class"]: one["checks"] for one in record["families"].values()}
+    for name, said in sorted(files().items(), key=lambda file: file[1]):
+        checks = proofs.get(name, [])
+        layouts = [one.partition(":")[0] for one, *_ in checks if ": position ids" in one]
+        refused = [one for one, held, found in checks if held is None and found.startswith("not taken")]
+        taken = ", ".join(layouts) + (f"; not {', '.join(refused)}" if refused else "")
+        proved = verdict(checks) if checks else "not proved here"
+        rows.append([f"**{said}**<br>`{name}`", known.get(name, ""), taken, proved])
     return markdown((["family", "opens", "layouts", "proved"], rows), left=range(4))
 
 
