@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from av_lens.model.selfcheck import Check, CheckReport
 from av_lens.replay.recording import record_gigabytes
 from av_lens.results.provenance import stamp
 
-TOKENS = 16
+TOKENS, FPS = 16, 2.0
 KEPT = 1 << 26  # logits of HuggingFace's that are kept for one layout
 SWEPT = 32  # heads of the small sweep
 
@@ -115,35 +115,30 @@ def _all(
     source: Opened, clip: Clip, wanted: Mapping[str, Mapping[str, Any]], question: str, how: Settings
 ) -> Iterator[list[Check]]:
     """Every guarantee, in the order at the top of this module."""
-    encoder, hf_model = plain_encoder(source), source.hf_model.eval()
-    hf_model.set_attn_implementation("eager")
-    own: dict[str, Own] = {}
+    source.hf_model.eval().set_attn_implementation("eager")
+    plain = Plain(source.hf_model, plain_encoder(source), clip, question)
     for name, options in wanted.items():  # 1
-        yield list(
-            _tried(
-                f"{name}: position ids", partial(_huggingfaces, own, name, options, encoder, clip, question, hf_model)
-            )
-        )
-    if not own:
+        yield _tried(f"{name}: position ids", partial(plain.keep, name, options))
+    if not plain.own:
         return
     model = source.wrapped()
-    for name, kept in own.items():  # 2
-        yield list(_tried(f"{name}: logits", partial(_ours, name, kept, model)))
-    bench = Bench(model, next(iter(own.values())).x, question, how.plans, how.quick, how.seed)
-    own.clear()
+    for name, kept in plain.own.items():  # 2
+        yield _tried(f"{name}: logits", partial(_ours, name, kept, model))
+    bench = Bench(model, next(iter(plain.own.values())).x, question, how.plans, how.quick, how.seed)
+    plain.own.clear()
     for proof in PROOFS:  # 3
-        yield list(_tried(str(proof.__doc__).splitlines()[0].rstrip("."), partial(proof, bench)))
-    yield list(_tried("a trace and a sweep", partial(costs, model, bench.x)))  # 4
-    yield list(_tried("the CPU agrees with the device", partial(on_the_cpu, bench)))  # 5
+        yield _tried(str(proof.__doc__).splitlines()[0].rstrip("."), partial(proof, bench))
+    yield _tried("a trace and a sweep", partial(costs, model, bench.x))  # 4
+    yield _tried("the CPU agrees with the device", partial(on_the_cpu, bench))  # 5
 
 
-def _tried(name: str, made: Callable[[], Iterable[Check]]) -> Iterator[Check]:
+def _tried(name: str, made: Callable[[], list[Check]]) -> list[Check]:
     """Checks, or what broke them off."""
     try:
-        yield from made()
+        return made()
     except Exception as error:  # whatever it is, the user should have the rest of the report
         first = next((line for line in str(error).splitlines() if line.strip()), "")
-        yield Check(name, False, f"broke off: {type(error).__name__}: {first}")
+        return [Check(name, False, f"broke off: {type(error).__name__}: {first}")]
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,38 +158,49 @@ class Own:
     tokens: Tensor
 
 
-@torch.no_grad()
-def _huggingfaces(
-    own: dict[str, Own],
-    name: str,
-    options: Mapping[str, Any],
-    encoder: Encoder,
-    clip: Clip,
-    question: str,
-    hf_model: Any,
-) -> Iterator[Check]:
-    """Encode, which compares position ids, and keep what HuggingFace makes of it."""
-    layout, woven = encoder.layout, options["sound"] == "in_video"
-    try:
-        layout.require_frame_rate(2.0, interleaved=woven)
-        layout.media(clip, fps=2.0, **options)
-    except InputError as refused:
-        yield Check(name, None, f"not taken: {refused}")
-        return
-    x = encoder.encode(clip, question, **options)
-    media, ids = layout.media(clip, fps=2.0, **options), x.tensors["input_ids"][0].numpy()
-    expected = layout.expected_positions(ids, media)
-    x = x.to(hf_model.device)
-    said = f"{x.position_ids.shape[0]} streams, {len(x.spans)} positions: {_counted(x)}"
-    yield Check(f"{name}: position ids are as derived", None if expected is None else True, said)
-    logits = hf_model(**x.tensors).logits[0]
-    rows = torch.linspace(0, len(logits) - 1, min(len(logits), max(1, KEPT // logits.shape[1]))).round().long()
-    tokens = hf_model.generate(**x.tensors, max_new_tokens=TOKENS, do_sample=False)
-    own[name] = Own(x, rows, logits[rows.to(logits.device)].cpu(), tokens.cpu())
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """HuggingFace's model before it is wrapped, what it is asked, and what it said.
+
+    Attributes:
+        hf_model: the model.
+        encoder: what makes its inputs.
+        clip: what it sees and hears.
+        question: what it is asked.
+        own: what it said, by layout.
+    """
+
+    hf_model: Any
+    encoder: Encoder
+    clip: Clip
+    question: str
+    own: dict[str, Own] = field(default_factory=dict[str, Own])
+
+    @torch.no_grad()
+    def keep(self, name: str, options: Mapping[str, Any]) -> list[Check]:
+        """Encode a layout, which compares position ids, and keep what HuggingFace makes of it."""
+        layout, model = self.encoder.layout, self.hf_model
+        try:
+            layout.require_frame_rate(FPS, interleaved=options["sound"] == "in_video")
+            media = layout.media(self.clip, fps=FPS, **options)
+        except InputError as refused:
+            return [Check(name, None, f"not taken: {refused}")]
+        x = self.encoder.encode(self.clip, self.question, fps=FPS, **options)
+        expected = layout.expected_positions(x.tensors["input_ids"][0].numpy(), media)
+        x = x.to(model.device)
+        logits = model(**x.tensors).logits[0]
+        kept = min(len(logits), max(1, KEPT // logits.shape[1]))
+        rows = torch.linspace(0, len(logits) - 1, kept).round().long()
+        tokens = model.generate(**x.tensors, max_new_tokens=TOKENS, do_sample=False)
+        self.own[name] = Own(x, rows, logits[rows.to(logits.device)].cpu(), tokens.cpu())
+        roles = list(x.spans.roles)
+        media_there = [f"{roles.count(role)} {role}" for role in layout.kinds if role in roles]
+        said = ", ".join([f"{x.position_ids.shape[0]} streams", f"{len(roles)} positions", *media_there])
+        return [Check(f"{name}: position ids are as derived", None if expected is None else True, said)]
 
 
 @torch.no_grad()
-def _ours(name: str, own: Own, model: HookedAVLLM) -> Iterator[Check]:
+def _ours(name: str, own: Own, model: HookedAVLLM) -> list[Check]:
     """The same input through the wrapped model."""
     towers = [f"{one}.hook_out" for one, module in model.bridge.named_modules() if isinstance(module, TowerBridge)]
     rows: dict[str, int] = {}
@@ -204,29 +210,27 @@ def _ours(name: str, own: Own, model: HookedAVLLM) -> Iterator[Check]:
 
     with model.hooks([(tower, partial(count, tower=tower)) for tower in towers]):
         logits = model(own.x, budget_gb=float("inf"))[0, own.rows.to(model.device)].cpu()
-    media = len(own.x.spans.media)
-    told = ", ".join(f"{tower.removesuffix('.hook_out')} {n}" for tower, n in rows.items()) or "no tower ran"
-    if media:
-        yield Check(f"{name}: rows out of the towers = tokens", sum(rows.values()) == media, f"{told}; {media} tokens")
-    gap = share(logits, own.logits)
-    where = (
-        "every position" if len(own.rows) == len(own.x.spans) else f"{len(own.rows)} of {len(own.x.spans)} positions"
-    )
-    same = torch.equal(logits, own.logits)
-    yield Check(f"{name}: logits are HuggingFace's to the bit", same, f"{where}, largest difference {gap:.1e}")
-    tokens = model.generate(own.x, max_new_tokens=TOKENS).cpu()
-    said = f"{own.tokens.shape[1] - len(own.x.spans)} tokens"
-    yield Check(f"{name}: greedy tokens are HuggingFace's", torch.equal(tokens, own.tokens), said)
+    tokens, n, media = model.generate(own.x, max_new_tokens=TOKENS).cpu(), len(own.x.spans), len(own.x.spans.media)
+    gap, same = share(logits, own.logits), torch.equal(logits, own.logits)
+    where = "every position" if len(own.rows) == n else f"{len(own.rows)} of {n} positions"
+    told = ", ".join(f"{tower.removesuffix('.hook_out')} {n}" for tower, n in rows.items())
+    counted = Check(f"{name}: rows out of the towers = tokens", sum(rows.values()) == media, f"{told}; {media} tokens")
+    said = f"{own.tokens.shape[1] - n} tokens"
+    return [
+        *([counted] if media else []),
+        Check(f"{name}: logits are HuggingFace's to the bit", same, f"{where}, largest difference {gap:.1e}"),
+        Check(f"{name}: greedy tokens are HuggingFace's", torch.equal(tokens, own.tokens), said),
+    ]
 
 
 def layouts(clip: Clip, kinds: Iterable[str]) -> Iterator[tuple[str, dict[str, str | None]]]:
     """The layouts of what a clip has and a model takes, with the keywords of `encode`; the richest first."""
-    there = (
-        {"audio"} * clip.has_sound | {"image"} * clip.has_picture | {"video"} * (clip.has_picture and not clip.is_image)
-    )
+    moves = clip.has_picture and not clip.is_image
+    has = {"audio": clip.has_sound, "image": clip.has_picture, "video": moves}
+    there = {kind for kind in kinds if has[kind]}
     for (picture, sound), name in LAYOUT_NAMES.items():
         needed = {picture, "audio" if sound else None} - {None}
-        if needed <= there & {*kinds}:
+        if needed <= there:
             yield name, {"picture": picture, "sound": sound}
 
 
@@ -242,26 +246,27 @@ def nameless(clip: Clip) -> Clip:
     return replace(clip, path=None, sha256=None, window=None, notes=())
 
 
-def costs(model: HookedAVLLM, x: AVInputs) -> Iterator[Check]:
+@torch.no_grad()
+def costs(model: HookedAVLLM, x: AVInputs) -> list[Check]:
     """What a trace and a sweep of one layer's heads were estimated to cost, and what they cost."""
-    with torch.no_grad():
-        run(model, x)  # what the first run alone pays for
-        with measured(model.device) as once:
-            run(model, x)
-        model.trace(x)
-        with measured(model.device) as spent:
-            trace = model.trace(x)
+    model.trace(x)  # the first one proves that restarts are exact, which later ones need not
+    with measured(model.device) as once:
+        run(model, x)
+    with measured(model.device) as spent:
+        trace = model.trace(x)
     held = sum({one.data_ptr(): one.nbytes for one in (*trace.resid, *trace.keys, *trace.values)}.values()) / 1e9
-    said = f"estimated {record_gigabytes(model, x):.3g} GB, {once['s']:.3g} s; held {held:.3g} GB, {spent['s']:.3g} s"
-    yield Check("a trace: memory and seconds", None, f"{said}, {spent['gb']:.3g} GB at its height")
+    traced = f"estimated {record_gigabytes(model, x):.3g} GB, {once['s']:.3g} s; held {held:.3g} GB, {spent['s']:.3g} s"
     layer = model.spec.n_layers // 2
     plans = [Plan(zero(Site("z", layer, head, "suffix"))) for head in range(min(model.spec.n_heads, SWEPT))]
     schedule = trace.schedule(plans)
-    with measured(model.device) as spent:
+    with measured(model.device) as swept:
         trace.replay(plans)
-    said = f"estimated up to {schedule.gigabytes:.3g} GB, {schedule.forwards * once['s']:.3g} s"
-    said += f"; took {spent['gb']:.3g} GB, {spent['s']:.3g} s"
-    yield Check(f"a sweep of {len(plans)} heads of layer {layer}: memory and seconds", None, said)
+    estimated = f"estimated up to {schedule.gigabytes:.3g} GB, {schedule.forwards * once['s']:.3g} s"
+    took = f"took {swept['gb']:.3g} GB, {swept['s']:.3g} s"
+    return [
+        Check("a trace: memory and seconds", None, f"{traced}, {spent['gb']:.3g} GB at its height"),
+        Check(f"a sweep of {len(plans)} heads of layer {layer}: memory and seconds", None, f"{estimated}; {took}"),
+    ]
 
 
 @contextmanager
@@ -318,11 +323,6 @@ def about(source: Opened, name: str | Path | None, clip: Clip) -> dict[str, Any]
         cores=os.cpu_count(),
         clip=f"{seen}; {heard}",
     )
-
-
-def _counted(x: AVInputs) -> str:
-    roles = list(x.spans.roles)
-    return ", ".join(f"{roles.count(role)} {role}" for role in ("video", "image", "audio") if role in roles) or "text"
 
 
 def _told(text: str, secrets: Iterable[str]) -> str:

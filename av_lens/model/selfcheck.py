@@ -78,8 +78,8 @@ class CheckReport:
         return not self.failed
 
     def __str__(self) -> str:
-        lines = [f"{len(self.passed)} checks passed, {len(self.failed)} failed", *(f"FAILED {f}" for f in self.failed)]
-        return "\n".join(lines)
+        wrong = (f"FAILED {one.name}{one.found and f': {one.found}'}" for one in self.checks if one.held is False)
+        return "\n".join([f"{len(self.passed)} checks passed, {len(self.failed)} failed", *wrong])
 
     def save(self, path: str | Path) -> Path:
         """Save the report, to be kept or sent: as data, and beside it as a table to read.

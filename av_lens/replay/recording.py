@@ -376,7 +376,8 @@ def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits:
 def record_gigabytes(model: Any, x: Any, *, logits: bool = False) -> float:
     """Estimate what a record holds, with all logits or without."""
     spec = model.spec
-    width = spec.n_layers * (spec.d_model + 2 * spec.n_kv_heads * spec.d_head) + (spec.d_vocab if logits else 0)
+    width = (spec.n_layers + 1) * spec.d_model + spec.n_layers * 2 * spec.n_kv_heads * spec.d_head
+    width += spec.d_vocab if logits else 0
     return len(x) * len(x.spans) * width * model.dtype.itemsize / GIGABYTE
 
 
