@@ -26,8 +26,8 @@ from av_lens.errors import InterventionError
 from av_lens.families.decoder import hook_name, layer_names
 from av_lens.inputs import AVInputs, Pair
 from av_lens.interventions import Plan, Site, add, cut, noise, replace, scale, zero
-from av_lens.interventions.edges import KV
-from av_lens.interventions.edits import Cut, Edit
+from av_lens.interventions.edges import KV, Cut
+from av_lens.interventions.edits import Edit
 from av_lens.media import Clip
 from av_lens.methods import path_patch
 from av_lens.model import HookedAVLLM
@@ -141,7 +141,7 @@ def drawn(trace: Trace, rng: np.random.Generator) -> Plan:
                 site = Site(component, layer, int(rng.integers(site.n_heads(spec))), place)
             width = n if component in EDGES else int(getattr(spec, site.axes[-1]))
             row = torch.from_numpy(rng.normal(size=(1, 1, *[1] * site.has_heads, width))).float()
-            moves = [
+            moves: list[Edit | Cut] = [
                 zero(site),
                 scale(site, -1.0),
                 scale(site, 2.0),

@@ -85,7 +85,7 @@ def test_it_says_on_what_it_was_found(report):
     assert report.about["architecture"] == "Qwen2_5_VLForConditionalGeneration"
     assert (report.about["layers"], report.about["heads"], report.about["dtype"]) == (4, 4, "float32")
     assert {"torch", "transformers", "transformer-lens"} <= set(report.about["versions"])
-    assert report.about["clip"] == "84 x 56, 2 frames; 1.0 s of sound at 16000 Hz"
+    assert report.about["clip"] == "84 x 56, 4 frames; 2.0 s of sound at 16000 Hz"
 
 
 @pytest.fixture(scope="module")
