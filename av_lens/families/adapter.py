@@ -38,7 +38,6 @@ from av_lens.families.blocks import (
 )
 from av_lens.families.decoder import ReplayTraits
 
-
 _REMAKE = "Make the input with model.encode, or by one call of the checkpoint's processor."
 
 

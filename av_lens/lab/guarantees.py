@@ -91,7 +91,7 @@ def check(
     source = opened(name_or_path, **how)
     kinds = family_of(type(source.hf_model)).media.kinds
     wanted = dict(layouts(shown, kinds))
-    if list(wanted) == ["text"]:
+    if kinds and list(wanted) == ["text"]:
         raise InputError(f"this model takes text and {' and '.join(kinds)}, and the clip has none of it: give another.")
     made_on, checks = about(source, name_or_path, shown), list[Check]()
     secrets = [str(one) for one in (Path.home(), name_or_path, clip) if isinstance(one, str | Path)]

@@ -81,8 +81,9 @@ class Bench:
         return self._short(2)
 
     def _short(self, seed: int) -> AVInputs:
-        heard = "audio" in self.model.encoder.layout.kinds
-        sound, picture = ("separate", None) if heard else (None, "image")
+        kinds = self.model.encoder.layout.kinds
+        sound = "separate" if "audio" in kinds else None
+        picture = None if sound else next((kind for kind in ("image", "video") if kind in kinds), None)
         return self.model.encode(made_clip(seed, seconds=1.0), self.question, sound=sound, picture=picture)
 
 

@@ -110,7 +110,7 @@ CASES: dict[Callable[[Path], Any], str] = {
     no_ears_in_the_processor: "is Qwen2_5OmniProcessor, without feature_extractor: .* Complete the folder",
     another_ones_processor: "the tokenizer of 'x' is another model's: it has .* tokens, the model",
     sound_tokens_too_few: "the prompt has 49 tokens of sound and the sound's tower gives 50 rows: the rest",
-    video_tokens_too_few: "Video features and video tokens do not match, tokens: 11, features: 12. Make the input with model.encode",
+    video_tokens_too_few: "Video features and video tokens do not match, tokens: 11, features: 12. Make the input",
     bare_placeholders: "these ids hold placeholders of audio, but input_features did not come with them",
     sound_without_ears: "sound='in_video' is asked of a model that takes text and video and image: use sound=None",
     units_of_experts: "layer 2 chooses among experts, .*, and has no mlp_pre: name mlp_in or mlp_out",
