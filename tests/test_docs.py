@@ -100,9 +100,9 @@ def test_the_page_of_true_shapes_is_the_stored_record():
     assert "not interpretable" in record["stamps"]
 
 
-def rooms() -> Any:
-    """The command that draws the rooms."""
-    spec = importlib.util.spec_from_file_location("rooms", DOCS.parent / ".ci" / "rooms.py")
+def script(name: str) -> Any:
+    """One of the commands that fill pages."""
+    spec = importlib.util.spec_from_file_location(name, DOCS.parent / ".ci" / f"{name}.py")
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     assert spec.loader is not None
@@ -110,8 +110,25 @@ def rooms() -> Any:
     return module
 
 
+def test_the_table_of_models_is_the_stored_record():
+    models = script("models")
+    record = json.loads(models.RECORD.read_text())
+    assert list(record["families"]) == list(models.tiny()), "run `python .ci/models.py`"
+    assert FilledPage("models.md", "", "families").around(DOCS)[1] == models.table(record), "run `python .ci/models.py`"
+    assert all(held is not False for one in record["families"].values() for _, held, _ in one["checks"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(script("models").tiny()))
+def test_what_is_said_to_be_proved_is_proved_again(name: str):
+    models = script("models")
+    stored_one, again = json.loads(models.RECORD.read_text())["families"][name], models.proved(name)
+    assert again["class"] == stored_one["class"]
+    assert [check[:2] for check in again["checks"]] == [check[:2] for check in stored_one["checks"]]
+
+
 def test_the_picture_of_the_rooms_is_the_imports():
-    drawn = rooms()
+    drawn = script("rooms")
     assert drawn.PICTURE.read_text() == drawn.picture(), "run `python .ci/rooms.py`"
     levels = drawn.levels(drawn.imports())
     assert levels[-1] == [drawn.GROUND]

@@ -18,6 +18,7 @@ from typing import Any
 from av_lens.checkpoints import check_checkpoint, index
 from av_lens.checks import near_file, require_choice
 from av_lens.errors import AvLensError, InputError
+from av_lens.whole_files import read_object
 
 
 def short_names() -> list[tuple[str, str]]:
@@ -37,6 +38,21 @@ def families() -> list[tuple[str, str]]:
 
 
 _ROOT = Path(__file__).resolve().parents[1]
+
+
+def proofs() -> dict[str, str]:
+    """What was proved of each architecture on its tiny checkpoint, in words (`python .ci/models.py` proves it)."""
+    record = read_object(_ROOT / "families" / "proved.json")
+    return {one["class"]: verdict(one["checks"]) for one in record["families"].values()}
+
+
+def verdict(checks: Iterable[tuple[str, bool | None, str]]) -> str:
+    """How many guarantees held, which did not, and how replays run."""
+    states = {name: held for name, held, _ in checks if held is not None}
+    failed = [name for name, held in states.items() if not held]
+    replays = next((found for name, _, found in checks if name == "replay is the hooked run"), "").rpartition("; ")[2]
+    said = f"{len(states) - len(failed)} of {len(states)} guarantees"
+    return "; ".join([said, *(f"not: {name}" for name in failed), *([f"replay {replays}"] if replays else [])])
 
 
 @cache
@@ -135,6 +151,12 @@ def clip(path: Path, start: float, end: float | None) -> None:
     from av_lens.media.source import ClipFile
 
     ClipFile(str(path), start=start, end=end).probe()
+
+
+def place(path: Path) -> None:
+    """Refuse a file to be written whose folder is not there."""
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.absolute().parent}. Make it first.")
 
 
 def file(path: Path | None, what: str) -> None:

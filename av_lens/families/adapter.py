@@ -41,6 +41,8 @@ from av_lens.families.blocks import (
 from av_lens.families.decoder import ReplayTraits
 from av_lens.families.fused import take_apart
 
+_REMAKE = "Make the input with model.encode, or by one call of the checkpoint's processor."
+
 
 def decoder_adapter(name: str, **facts: Any) -> type[DecoderAdapter]:
     """Make the adapter of a decoder of which these facts hold."""
@@ -176,13 +178,16 @@ class Continued(WithMedia):
 
     def get_placeholder_mask(self, *args: Any, **kwargs: Any) -> Any:
         """Find the media's positions; HuggingFace compares their number with the tower's rows for pictures alone."""
-        masks = super().get_placeholder_mask(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            masks = super().get_placeholder_mask(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        except ValueError as error:
+            raise InputError(f"{error}. {_REMAKE}") from error
         heard = self.__dict__.pop("_heard", None)
         tokens = None if heard is None else int(masks[-1][..., 0].sum())
         if tokens != heard:
             raise InputError(
                 f"the prompt has {tokens} tokens of sound and the sound's tower gives {heard} rows: the rest would be "
-                "dropped in silence. Make the input with model.encode, or by one call of the checkpoint's processor."
+                f"dropped in silence. {_REMAKE}"
             )
         return masks
 

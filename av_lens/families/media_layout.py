@@ -9,7 +9,8 @@ for all of them together: the same pixels to the bit, without copies of the whol
 
 The mel is computed on the sound padded by a few zero frames and trimmed to the sound, instead of padded to the
 processor's 300 s: the same values to the bit, since a mel frame sees 25 ms and the normalisation the loudest frame. A
-family whose tower takes nothing but the padded mel says so (`whole_mel`).
+family whose tower takes nothing but the padded mel says so (`whole_mel`); a processor that pads and cuts nothing
+(Qwen3-Omni's) gets the sound as it is, however long.
 
 `cap_pixels_per_frame` is set (True): the reference implementation's share of the total pixel budget, which begins to
 act on long videos only.
@@ -205,16 +206,18 @@ class Features:
     def _sound(self, clip: Clip) -> Sound:
         part = self.processor.feature_extractor
         rate, hop, most = self.rate, int(part.hop_length), int(part.n_samples)
-        waveform = self.waveform(clip, most / rate)
+        as_it_is = (getattr(self.processor, "audio_kwargs", None) or {}).get("padding") is True
+        waveform, least = self.waveform(clip, math.inf if as_it_is else most / rate), int(part.n_fft) // 2
+        if as_it_is and len(waveform) <= least:
+            raise InputError(
+                f"the sound lasts {len(waveform) / rate * 1000:.0f} ms and this processor hears more than "
+                f"{least / rate * 1000:g}: give a longer clip"
+            )
         padded = -(-len(waveform) // hop) * hop + -(-int(part.n_fft) // hop) * hop
-        made = part(
-            [waveform],
-            sampling_rate=rate,
-            padding="max_length",
-            max_length=most if self.whole_mel else min(padded, most),
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
+        how: dict[str, Any] = {"padding": "max_length", "max_length": most if self.whole_mel else min(padded, most)}
+        if as_it_is:
+            how = {"padding": True, "truncation": False}
+        made = part([waveform], sampling_rate=rate, return_attention_mask=True, return_tensors="pt", **how)
         mel, heard = made["input_features"], int(made["attention_mask"].sum())
         if self.whole_mel:
             return Sound(mel, len(waveform) / rate, hop / rate, mel.shape[-1] - heard)

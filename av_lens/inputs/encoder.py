@@ -137,7 +137,7 @@ def tokenize(
 SOUND = ("auto", "in_video", "separate", None)
 PICTURE = ("auto", "video", "image", None)
 _REMEMBERED = 256  # prompts and layouts
-_LAYOUTS: dict[tuple[str | None, str | None], str] = {
+LAYOUT_NAMES: dict[tuple[str | None, str | None], str] = {
     ("video", "in_video"): "in_video",
     ("video", "separate"): "separate",
     ("video", None): "video_only",
@@ -146,6 +146,7 @@ _LAYOUTS: dict[tuple[str | None, str | None], str] = {
     (None, "separate"): "audio_only",
     (None, None): "text",
 }
+"""Layouts by what goes in: the picture, and the sound."""
 Medium = Clip | ClipFile | Given | str | os.PathLike[str] | None
 
 
@@ -336,7 +337,7 @@ class Encoder:
             position_ids=found.clone(),
             clips=(clip,),
             questions=(asked,),
-            layout=_LAYOUTS[picture, sound],
+            layout=LAYOUT_NAMES[picture, sound],
             provenance=self._provenance(clip, question, asked, media, how),
             axes=layout.axes,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from av_lens.lab.calibration import calibrate, planted_truth
 from av_lens.lab.demonstration import Demonstration, isolate_into, run_demo
+from av_lens.lab.guarantees import check
 from av_lens.lab.plantbench.bench import run_plantbench
 from av_lens.lab.planting.planting import plant
 from av_lens.lab.seeds import run_seeds
@@ -12,6 +13,7 @@ from av_lens.lab.training.courses import train
 __all__ = [
     "Demonstration",
     "calibrate",
+    "check",
     "isolate_into",
     "plant",
     "planted_truth",

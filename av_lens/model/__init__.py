@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from av_lens.model.bringing import BroughtModel
 from av_lens.model.loading import load, short_names
-from av_lens.model.selfcheck import CheckReport, check_model
+from av_lens.model.selfcheck import Check, CheckReport, check_model
 from av_lens.model.wrapper import HookedAVLLM
 
-__all__ = ["BroughtModel", "CheckReport", "HookedAVLLM", "check_model", "load", "short_names"]
+__all__ = ["BroughtModel", "Check", "CheckReport", "HookedAVLLM", "check_model", "load", "short_names"]

@@ -22,6 +22,7 @@ import logging
 import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -84,28 +85,16 @@ def load(
         ModelError: nothing there, no adapter for that family (the message says how to add one), weights missing from
             the checkpoint or quantised in a way that is not known, a layer split in two, or a self-check that failed.
     """
-    how: Any = {"device": device, "dtype": dtype, "revision": revision}
-    split = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
-    spread = {name: value for name, value in split.items() if value is not None}
-    if spread and (device_map is None or device is not None or hf_model is not None):
-        raise ModelError(
-            f"{', '.join(spread)}: device_map= says where each part of a checkpoint goes, max_memory= and "
-            "offload_folder= go with it, and neither device= nor hf_model= does. Give device_map= with a name or a "
-            "folder alone."
-        )
     opener = None if name_or_path is None else _opener(Path(name_or_path))
     if opener is not None and hf_model is None:
-        if spread:
+        if device_map is not None:
             raise ModelError(
                 f"{name_or_path} holds saved inputs: its decoder goes to one device; leave device_map= out."
             )
         return opener(Path(str(name_or_path)), device=device, dtype=dtype)
-    if hf_model is not None:
-        model = _wrap(hf_model, name_or_path, processor, **how)
-    elif name_or_path is not None:
-        model = _open(str(name_or_path), processor, spread, **how)
-    else:
-        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
+    how: Any = {"device": device, "dtype": dtype, "revision": revision, "hf_model": hf_model, "processor": processor}
+    split = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+    model = opened(name_or_path, **how, **split).wrapped()
     check_model(model, full=False)
     return model
 
@@ -118,7 +107,59 @@ def _opener(folder: Path) -> Callable[..., HookedAVLLM] | None:
     return next((opens for file, opens in OPENERS.items() if (folder / file).is_file()), None)
 
 
-def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **options: Any) -> HookedAVLLM:
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A HuggingFace model, its processor, and what else is known of it, before the model is wrapped.
+
+    Attributes:
+        hf_model: the model, with HuggingFace's own layers.
+        processor: its processor.
+        name: what was asked for.
+        more: further arguments of `HookedAVLLM`.
+    """
+
+    hf_model: Any
+    processor: Any
+    name: str
+    more: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "processor", family_of(type(self.hf_model)).media.opened(self.processor))
+        check_parts(self.hf_model, self.processor, self.name)
+
+    def wrapped(self) -> HookedAVLLM:
+        """Wrap the model, in place."""
+        bridge = build_bridge(self.hf_model, tokenizer=self.processor.tokenizer, name=self.name)
+        return HookedAVLLM(bridge, self.processor, name=self.name, **self.more)
+
+
+def opened(
+    name_or_path: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    hf_model: Any = None,
+    processor: Any = None,
+    **split: Any,
+) -> Opened:
+    """Open a model as `load` does, and leave it unwrapped."""
+    how: Any = {"device": device, "dtype": dtype, "revision": revision}
+    spread = {name: value for name, value in split.items() if value is not None}
+    if spread and ("device_map" not in spread or device is not None or hf_model is not None):
+        raise ModelError(
+            f"{', '.join(spread)}: device_map= says where each part of a checkpoint goes, max_memory= and "
+            "offload_folder= go with it, and neither device= nor hf_model= does. Give device_map= with a name or a "
+            "folder alone."
+        )
+    if hf_model is not None:
+        return _given(hf_model, name_or_path, processor, **how)
+    if name_or_path is None:
+        raise ModelError(f"load needs a name, a folder, or hf_model= with processor=. {known_names()}")
+    return _open(str(name_or_path), processor, spread, **how)
+
+
+def _given(hf_model: Any, name_or_path: str | Path | None, processor: Any, **options: Any) -> Opened:
     family_of(type(hf_model))
     require_plain(hf_model)
     if processor is None:
@@ -132,19 +173,12 @@ def _wrap(hf_model: Any, name_or_path: str | Path | None, processor: Any, **opti
     if options["device"] is not None:
         hf_model = hf_model.to(options["device"])
     name = "external" if name_or_path is None else str(name_or_path)
-    return _hooked(hf_model, processor, name, provenance={"source": "hf_model"})
-
-
-def _hooked(hf_model: Any, processor: Any, name: str, **more: Any) -> HookedAVLLM:
-    processor = family_of(type(hf_model)).media.opened(processor)
-    check_parts(hf_model, processor, name)
-    bridge = build_bridge(hf_model, tokenizer=processor.tokenizer, name=name)
-    return HookedAVLLM(bridge, processor, name=name, **more)
+    return Opened(hf_model, processor, name, {"provenance": {"source": "hf_model"}})
 
 
 def _open(
     name: str, processor: Any, spread: Mapping[str, Any], *, device: Any, dtype: Any, revision: str | None
-) -> HookedAVLLM:
+) -> Opened:
     source = _Source(name, revision)
     if spread and (source.difference is not None or source.adapter is not None):
         kind = "an adapter" if source.adapter is not None else "a difference"
@@ -202,7 +236,7 @@ def _open(
     if source.adapter is not None:
         provenance |= {"source": str(source.adapter.folder), "base": source.adapter.base}
     processor = _processor(source) if processor is None else processor
-    return _hooked(hf_model, processor, name, grammar=source.grammar, handed_in=False, provenance=provenance)
+    return Opened(hf_model, processor, name, {"grammar": source.grammar, "handed_in": False, "provenance": provenance})
 
 
 def require_plain(hf_model: Any) -> None:

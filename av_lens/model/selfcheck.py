@@ -11,8 +11,10 @@ that another input takes the same road through a tower.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +24,30 @@ from av_lens.families.decoder import COMPONENTS, Component, hook_name
 from av_lens.families.registry import family_of
 from av_lens.families.weights import fetched
 from av_lens.model.wrapper import HookedAVLLM
+from av_lens.whole_files import write_whole
 
 DOOR = ("resid_mid", "z", "pattern")  # what `load` checks, in the last layer
+_RULE = "|---|---|---|"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One guarantee.
+
+    Attributes:
+        name: what is guaranteed.
+        held: whether it held; None where it was not checked, or is a figure without a limit.
+        found: what was measured, or why nothing was.
+    """
+
+    name: str
+    held: bool | None
+    found: str = ""
+
+    @property
+    def state(self) -> str:
+        """In a word."""
+        return {True: "held", False: "FAILED", None: "-"}[self.held]
 
 
 @dataclass(frozen=True)
@@ -31,21 +55,52 @@ class CheckReport:
     """What was checked, and what failed.
 
     Attributes:
-        passed: one line for each check that held.
-        failed: one line for each that did not.
+        checks: every guarantee, in the order of checking.
+        about: the model, the machine and the versions, as plain data.
     """
 
-    passed: tuple[str, ...]
-    failed: tuple[str, ...]
+    checks: tuple[Check, ...]
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def passed(self) -> tuple[str, ...]:
+        """The names of what held."""
+        return tuple(check.name for check in self.checks if check.held)
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The names of what did not hold."""
+        return tuple(check.name for check in self.checks if check.held is False)
 
     @property
     def ok(self) -> bool:
-        """Whether everything held."""
+        """Whether nothing failed."""
         return not self.failed
 
     def __str__(self) -> str:
-        lines = [f"{len(self.passed)} checks passed, {len(self.failed)} failed", *(f"FAILED {f}" for f in self.failed)]
-        return "\n".join(lines)
+        wrong = (f"FAILED {one.name}{one.found and f': {one.found}'}" for one in self.checks if one.held is False)
+        return "\n".join([f"{len(self.passed)} checks passed, {len(self.failed)} failed", *wrong])
+
+    def save(self, path: str | Path) -> Path:
+        """Save the report, to be kept or sent: as data, and beside it as a table to read.
+
+        Args:
+            path: the json file; the table has the same name and ends in ".md".
+
+        Returns:
+            The json file.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        target = Path(path).with_suffix(".json")
+        data = {"checks": [asdict(check) for check in self.checks], "about": self.about, "ok": self.ok}
+        rows = [f"| {one.name} | {one.state} | {one.found.replace('|', '/')} |" for one in self.checks]
+        told = [f"- {name}: {value}" for name, value in self.about.items()]
+        table = ["# What was checked", str(self), "\n".join(told), "\n".join(["| guarantee | | found |", _RULE, *rows])]
+        write_whole(target.with_suffix(".md"), "\n\n".join(table) + "\n")
+        write_whole(target, json.dumps(data, indent=1) + "\n")
+        return target
 
 
 def check_model(model: HookedAVLLM, x: Any = None, *, full: bool = True) -> CheckReport:
@@ -62,11 +117,16 @@ def check_model(model: HookedAVLLM, x: Any = None, *, full: bool = True) -> Chec
     Raises:
         ModelError: a check failed; the message lists them all.
     """
-    found = list(_checks(model, _random_ids(model) if x is None else x, x is not None, full))
-    report = CheckReport(*(tuple(line for line, held in found if held is wanted) for wanted in (True, False)))
+    report = examined(model, x, full=full)
     if report.failed:
         raise ModelError(f"{model!r} failed its self-check, so its numbers cannot be trusted. {report}")
     return report
+
+
+def examined(model: HookedAVLLM, x: Any = None, *, full: bool = True) -> CheckReport:
+    """Check as `check_model` does, and report what failed instead of raising."""
+    found = _checks(model, _random_ids(model) if x is None else x, x is not None, full)
+    return CheckReport(tuple(Check(line, held) for line, held in found))
 
 
 def check_weights(hf_model: Any, tokenizer: Any, name: str) -> None:

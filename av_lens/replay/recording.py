@@ -469,13 +469,12 @@ def record_bytes(model: Any, x: Any, *, logits: bool = False) -> int:
 
 def require_record_memory(model: Any, x: Any, budget_gb: float | int, *, logits: bool = False) -> None:
     """Refuse a record that would not fit."""
-    spec, n = model.spec, len(x.spans)
     needed = record_bytes(model, x, logits=logits) / GIGABYTE
     if needed > budget_gb:
         beside = " and all logits, which standing hooks may change," if logits else ""
         raise BudgetError(
-            f"a trace of {len(x)} examples x {n} positions x {spec.n_layers} layers{beside} needs {needed:.1f} GB, "
-            f"more than budget_gb={budget_gb:g}. Trace fewer examples at a time, or raise budget_gb."
+            f"a trace of {len(x)} examples x {len(x.spans)} positions x {model.spec.n_layers} layers{beside} needs "
+            f"{needed:.1f} GB, more than budget_gb={budget_gb:g}. Trace fewer examples at a time, or raise budget_gb."
         )
 
 

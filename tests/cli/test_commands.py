@@ -47,7 +47,7 @@ def test_help_names_every_command_and_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
-    for command in ("demo", "isolate", "inspect", "models", "train", "bench", "plantbench", "seeds", "true-shapes"):
+    for command in ("demo", "isolate", "inspect", "models", "check", "train", "bench", "plantbench", "seeds"):
         assert command in done.stdout
 
 
@@ -64,6 +64,7 @@ for words in (
     ["inspect", "av-tiny", here + "/nope.mp4", "--question", "?"],
     ["generate", "av-tiny", here + "/nope.mp4", "--question", "?", "--plan", here + "/plan.json"],
     ["weight-change", "av-tiny", "--base", "av-tiny-bas"],
+    ["check", "av-tiny", here + "/nope.mp4", "--out", here + "/nowhere/it.json"],
 ):
     done = CliRunner().invoke(app, words)
     print(done.exit_code, done.stderr, [m for m in ("torch", "transformers", "pandas", "xarray") if m in sys.modules])
@@ -77,7 +78,7 @@ def test_cheap_faults_are_told_before_torch_is_imported(tmp_path):
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\x20\0\0\0\0\0\0\0{}")
     done = subprocess.run([sys.executable, "-c", CHEAP, str(tmp_path)], capture_output=True, text=True, check=True)
     said = done.stdout
-    assert said.count("[]\n") == said.count("2 error: ") == 7, said
+    assert said.count("[]\n") == said.count("2 error: ") == 8, said
     for text in (
         "pair.jsonl: there is no such file. Did you mean '" + str(tmp_path / "pairs.jsonl"),
         "unknown model 'av-tinny'. Did you mean 'av-tiny'",
@@ -89,6 +90,7 @@ def test_cheap_faults_are_told_before_torch_is_imported(tmp_path):
         "no media file at " + str(tmp_path / "nope.mp4"),
         "cannot read the plan " + str(tmp_path / "plan.json") + ": no such file.",
         "unknown model 'av-tiny-bas'. Did you mean 'av-tiny-base'",
+        "it.json: there is no folder " + str(tmp_path / "nowhere"),
     ):
         assert text in said, text
 
@@ -100,7 +102,7 @@ def test_cheap_faults_are_told_before_torch_is_imported(tmp_path):
      ("media.source", "load_clip"), ("lab.training.courses", "train"),
       ("lab.replay_benchmark.benchmark", "run_benchmark"),
      ("lab.plantbench.bench", "run_plantbench"), ("lab.seeds", "run_seeds"),
-     ("lab.true_shapes", "run_at_true_shapes")],
+     ("lab.true_shapes", "run_at_true_shapes"), ("lab.guarantees", "check")],
 )  # fmt: skip
 def test_defaults_are_the_functions(module, function):
     import importlib
@@ -184,6 +186,17 @@ def test_models_lists_what_is_shipped_and_what_has_an_adapter(run, monkeypatch):
     assert "av-tiny" in result.stdout
     assert "the main subject" in result.stdout
     assert "Qwen/Qwen2.5-Omni-3B" in result.stdout.replace("\n", " ")
+    assert "guarantees; replay restarts" in " ".join(result.stdout.split())
+
+
+def test_a_verdict_says_what_failed():
+    checks = [
+        ("a", True, ""),
+        ("b", False, "2.0"),
+        ("c", None, "not checked"),
+        ("replay is the hooked run", True, "1; restarts"),
+    ]
+    assert faults.verdict(checks) == "2 of 3 guarantees; not: b; replay restarts"
 
 
 class TestTables:
