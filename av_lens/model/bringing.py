@@ -422,7 +422,7 @@ def _open_folder(folder: Path, *, device: Any, dtype: Any) -> BroughtModel:
     from transformers import AutoTokenizer
 
     place, told = brought(folder)
-    words = folder / told.pop("tokenizer", place)
+    words = folder / told.pop("tokenizer") if "tokenizer" in told else place
     hf_model = load_text_model(place, **told, dtype=dtype or "auto", device=device or "cpu")
     with foreign_file(words, "a folder with a tokenizer", error=ModelError):
         tokenizer = AutoTokenizer.from_pretrained(str(words), trust_remote_code=False, local_files_only=True)

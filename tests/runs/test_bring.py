@@ -112,6 +112,9 @@ def test_times_and_patches_are_those_that_were_given():
     assert late.tolist() == [False] * 10 + [True] * 5  # the sound ends at 2 s, its window at 3 s
     assert len(x.spans.audio.between(0.0, 1.0)) == 5
     assert len(x.spans.video.box(row=0)) == 4
+    own = embed_of("video_salmonn")(small_clip(0), "What?").position_ids
+    assert torch.equal(input_of("video_salmonn").position_ids[:, 0], own)
+    assert not torch.equal(own[0], own[1])
     woven = input_of("minicpm_o")
     assert [run_[1] - run_[0] for run_ in woven.spans.audio.runs] == [5, 5]
     assert (woven.spans.row == -1).all()
