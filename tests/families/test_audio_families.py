@@ -309,6 +309,16 @@ def test_media_as_keywords_are_refused(name):
         model(torch.zeros(1, 3, dtype=torch.long), **{name: torch.zeros(1)})
 
 
+@pytest.mark.parametrize("name", HEARING)
+@torch.no_grad()
+def test_position_ids_as_keywords_are_heeded(name):
+    model, ids = family_model(name), torch.arange(3, 9)[None]
+    given = torch.tensor([[0, 1, 2, 10, 11, 12]])
+    wanted = reference(name)(input_ids=ids, position_ids=given).logits
+    assert torch.equal(model(ids, position_ids=given), wanted)
+    assert not torch.allclose(model(ids), wanted)
+
+
 # Fused weights, tables for part of a head, long prompts
 
 
