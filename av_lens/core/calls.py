@@ -251,8 +251,12 @@ def require_run_keywords(model: Any, verb: str, options: dict[str, Any], *takers
     """Refuse keywords that a run would not heed."""
     if not options:
         return
-    forward, text, bridge = model.hf_model.forward, model.hf_model.get_decoder().forward, model.bridge.forward
-    of_forward, of_text, of_bridge = (set(inspect.signature(one).parameters) for one in (forward, text, bridge))
+    forward, text, bridge = model.hf_model.forward, type(model.hf_model.get_decoder()), model.bridge.forward
+    of_forward, of_bridge = (set(inspect.signature(one).parameters) for one in (forward, bridge))
+    own_forwards = [
+        vars(one)["forward"] for one in text.__mro__ if "forward" in vars(one)
+    ]  # what is mixed in names none
+    of_text = {name for one in own_forwards for name in inspect.signature(one).parameters}
     media = {name for name in of_forward if name.startswith(("audio_", "image_"))}  # some decoders take them themselves
     refused = dict.fromkeys((of_forward - of_text - of_bridge) | media, _MEDIA) | REFUSED
     own = ("x", "input", "input_ids", "cache")

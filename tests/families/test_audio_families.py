@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from drawn_plans import shown
 from small_av import small_clip
 from test_parity import drawn_plan
 from tiny import letter
@@ -309,6 +310,16 @@ def test_media_as_keywords_are_refused(name):
         model(torch.zeros(1, 3, dtype=torch.long), **{name: torch.zeros(1)})
 
 
+@pytest.mark.parametrize("name", HEARING)
+@torch.no_grad()
+def test_position_ids_as_keywords_are_heeded(name):
+    model, ids = family_model(name), torch.arange(3, 9)[None]
+    given = torch.tensor([[0, 1, 2, 10, 11, 12]])
+    wanted = reference(name)(input_ids=ids, position_ids=given).logits
+    assert torch.equal(model(ids, position_ids=given), wanted)
+    assert not torch.allclose(model(ids), wanted)
+
+
 # Fused weights, tables for part of a head, long prompts
 
 
@@ -378,6 +389,12 @@ def test_decoding_past_the_short_tables_is_huggingfaces(n):
     assert torch.equal(model.trace(x).generate(Plan(), max_new_tokens=16)[0].tokens, wanted)
 
 
+def emptied(plan: Plan) -> bool:
+    """Whether a plan takes the whole stream of all media: the next norm then blows up roundings (float64: 1e-15)."""
+    sites = [edit.site for edit in plan if edit.kind == "zero"]
+    return any(one.positions in ("media", None) and one.component.startswith(("resid", "embed")) for one in sites)
+
+
 @cache
 def seeing() -> Any:
     return encoded("phi4_multimodal", "still_sound")
@@ -395,7 +412,7 @@ def test_replay_is_the_hooked_run_beside_a_picture(n):
             plans = [drawn_plan(trace, rng) for _ in range(8)]
             for plan, found in zip(plans, trace.replay(plans, logits_at="all"), strict=True):
                 wanted = run(model, x, plan=plan, logits_at="all").logits
-                assert float((found - wanted).abs().max()) <= 1e-5
+                assert float((found - wanted).abs().max()) <= (1e-4 if emptied(plan) else 1e-5), shown(plan)
                 moved += bool((wanted - own).abs().max() > 1e-3)
     assert moved > n // 2
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from av_lens.families.blocks import Rows
 from av_lens.media import Clip
 from av_lens.model import load
 from av_lens.model.binding import TowerMemory, key_of, remembered_towers
@@ -101,7 +102,7 @@ def test_the_longest_unused_goes_first_and_what_cannot_be_hashed_is_not_kept():
     def ask(memory, number, **more):
         return memory(Tower(), (torch.tensor([number]),), more)["out"][0].item()
 
-    memory = TowerMemory("out", most=80)  # two outputs of 40 bytes
+    memory = TowerMemory(Rows("out"), most=80)  # two outputs of 40 bytes
     assert [ask(memory, n) for n in (1, 2, 1, 3, 1, 2)] == [1, 2, 1, 3, 1, 2]
     assert runs == [1, 2, 3, 2]  # 2 had gone when 3 came
     runs.clear()

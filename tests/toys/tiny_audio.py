@@ -140,6 +140,8 @@ def phi_hf_model(seed: int = 0) -> Any:
     for name, parameter in model.named_parameters():  # HuggingFace leaves the ends of rows at zero: all the same
         if "extensor" in name:
             parameter.normal_(0.0, 0.5, generator=generator)
+        elif "img_projection_down" in name:  # a picture a hundred times as loud as the words would drown all
+            parameter.mul_(0.05)
     return model
 
 
