@@ -65,9 +65,9 @@ class Gemma4Adapter(DecoderAdapter):
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)
         self.supports_fold_ln = False
-        for kind in ("vision", "audio"):
-            name = f"model.embed_{kind}"
-            self.component_mapping[f"{kind}_projector"] = GeneralizedComponent(name, optional=True)
+        more = {kind: GeneralizedComponent(f"model.embed_{kind}", optional=True) for kind in ("vision", "audio")}
+        found = {f"{kind}_projector": component for kind, component in more.items()}
+        self.component_mapping = {**(self.component_mapping or {}), **found}
 
     def _norm(self, name: str) -> Gemma4NormBridge:
         return Gemma4NormBridge(name=name, config=self.cfg, optional=True)

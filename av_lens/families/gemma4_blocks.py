@@ -82,10 +82,10 @@ class Gemma4BlockBridge(FullBlockBridge):
 
     own_layout = "its layers norm what they write and scale the stream"
 
-    def set_original_component(self, component: Any) -> None:
+    def set_original_component(self, original_component: Any) -> None:
         """Take the layer, and drop the names of hooks that its attention has not."""
-        super().set_original_component(component)
-        absent = lacking(component.self_attn)
+        super().set_original_component(original_component)
+        absent = lacking(original_component.self_attn)
         self.hook_aliases = {name: path for name, path in self.hook_aliases.items() if name not in absent}
 
     def _attended(self, stream: torch.Tensor, told: dict[str, Any]) -> torch.Tensor:
