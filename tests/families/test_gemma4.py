@@ -101,6 +101,7 @@ def test_what_reads_the_weights_of_layers_is_refused_before_anything_runs(monkey
         partial(attribution_patch, model(), pair, metric=METRIC, component="k"),
         partial(weight_change, model(), base=model()),
         partial(ModelEngine, model()),
+        model().compatible,
         cache.decompose_resid,
         cache.stack_head_results,
         cache.get_full_resid_decomposition,
