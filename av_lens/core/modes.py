@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from av_lens.checks import require_keywords
+from av_lens.core.calls import require_known_layers
 from av_lens.errors import InputError, ModelError
 from av_lens.families.weights import is_packed, is_split
 
@@ -239,7 +240,11 @@ class TorchModes:
 
         Returns:
             A second model; this one stays as it is. It takes as much memory again.
+
+        Raises:
+            ModelError: layers of a layout that is not known, whose norms cannot be folded.
         """
+        require_known_layers(self, "compatibility mode")
         other = copied(self, "compatible")
         other.handed_in = False
         other.provenance = {**self.provenance, "processing": "HookedTransformer numerics"}
@@ -256,10 +261,12 @@ class TorchModes:
 
         Raises:
             InputError: an unknown keyword.
-            ModelError: the caller handed the HuggingFace model in, so its weights are not ours to rewrite.
+            ModelError: the caller handed the HuggingFace model in, so its weights are not ours to rewrite; or layers of
+                a layout that is not known.
         """
         require_keywords("enable_compatibility_mode", options, self.bridge.enable_compatibility_mode)
         require_movable(self.hf_model)
+        require_known_layers(self, "compatibility mode")
         if self.handed_in:
             raise ModelError(
                 "this model was handed in, and compatibility mode rewrites its weights in place. "

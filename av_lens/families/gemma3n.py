@@ -7,11 +7,9 @@ three. So nothing that is called a write here (a head's, an MLP's) is added to a
 layer is not `resid_pre` of the next, and no decomposition, path or direct share is defined.
 """
 
-CANNOT_OPEN = {
-    "Gemma3nForConditionalGeneration": (
-        "Gemma 3n cannot be opened: its layers carry four streams that are mixed anew before each (AltUp), so that no "
-        "residual stream exists to hook, patch or decompose (docs/families.md). Gemma 4 has one, and opens."
-    )
-}
-"""Why a class that is known is no family."""
-CANNOT_OPEN |= {"gemma3n": CANNOT_OPEN["Gemma3nForConditionalGeneration"]}
+CANNOT_OPEN = dict.fromkeys(
+    ("Gemma3nForConditionalGeneration", "gemma3n"),
+    "Gemma 3n cannot be opened: its layers carry four streams that are mixed anew before each (AltUp), so that there "
+    "is no residual stream to hook, patch or decompose (docs/families.md). Gemma 4 has one, and opens.",
+)
+"""Why what is known by these names is no family."""

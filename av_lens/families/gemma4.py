@@ -24,14 +24,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch.nn import functional
-from transformer_lens.model_bridge.generalized_components import LinearBridge
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformers import Gemma4ForConditionalGeneration
 
 from av_lens.errors import InputError
-from av_lens.families.adapter import DecoderAdapter
 from av_lens.families.decoder import ReplayTraits
-from av_lens.families.gemma4_blocks import Gemma4AttentionBridge, Gemma4BlockBridge, Gemma4NormBridge, WholePrompt
+from av_lens.families.gemma4_blocks import PIXELS, Gemma4Adapter, Gemma4BlockBridge
 from av_lens.families.media_layout import (
     Features,
     Media,
@@ -47,53 +44,6 @@ from av_lens.families.qwen_media import QwenMedia
 from av_lens.families.registry import Family
 from av_lens.media.clip import Clip
 
-_PIXELS = {"video": "pixel_values_videos", "image": "pixel_values"}
-
-
-class Gemma4Adapter(DecoderAdapter):
-    """Which of TransformerLens's components stand where."""
-
-    towers = {  # noqa: RUF012
-        "audio_encoder": ("model.audio_tower", "last_hidden_state"),
-        "vision_encoder": ("model.vision_tower", "last_hidden_state"),
-    }
-    media = {"audio": "input_features", **_PIXELS}  # noqa: RUF012
-    inner = WholePrompt
-    _attention_bridge_cls = Gemma4AttentionBridge
-    _block_cls = Gemma4BlockBridge
-
-    def __init__(self, cfg: Any) -> None:
-        super().__init__(cfg)
-        self.supports_fold_ln = False
-        for kind in ("vision", "audio"):
-            name = f"model.embed_{kind}"
-            self.component_mapping[f"{kind}_projector"] = GeneralizedComponent(name, optional=True)
-
-    def _norm(self, name: str) -> Gemma4NormBridge:
-        return Gemma4NormBridge(name=name, config=self.cfg, optional=True)
-
-    def _layer(self) -> dict[str, Any]:
-        """What only some layers have is optional."""
-        norms = {"ln1_post": "post_attention", "ln2": "pre_feedforward", "ln2_post": "post_feedforward"}
-        made = super()._layer() | {name: self._norm(f"{path}_layernorm") for name, path in norms.items()}
-        third = {"per_layer_gate": "per_layer_input_gate", "per_layer_out": "per_layer_projection"}
-        made |= {name: LinearBridge(name=path, optional=True) for name, path in third.items()}
-        made |= {name: GeneralizedComponent(name, optional=True) for name in ("router", "experts")}
-        more = {
-            "per_layer_post": "post_per_layer_input_norm",
-            "ln_mlp_post": "post_feedforward_layernorm_1",
-            "ln_experts": "pre_feedforward_layernorm_2",
-            "ln_experts_post": "post_feedforward_layernorm_2",
-        }
-        return made | {name: self._norm(path) for name, path in more.items()}
-
-    def _build_attention_bridge(self) -> Any:
-        norms: dict[str, Any] = {f"{kind}_norm": self._norm(f"{kind}_norm") for kind in "qkv"}
-        attention = self._qkvo_attention_bridge(extra_submodules=norms)
-        for kind in "kv":
-            attention.submodules[kind].optional = True
-        return attention
-
 
 class Gemma4Features(Features):
     """Frames as patches of the processor's size, row by row, and sounds as its mel frames, without what it pads."""
@@ -107,7 +57,7 @@ class Gemma4Features(Features):
     def _patched(self, kind: str, clip: Clip, chosen: np.ndarray, step_s: float) -> Picture:
         part, frames = getattr(self.processor, f"{kind}_processor"), frames_of(clip)
         told: dict[str, Any] = self.video_options() if kind == "video" else {}
-        names = _PIXELS[kind], f"{kind}_position_ids"
+        names = PIXELS[kind], f"{kind}_position_ids"
         pixels, high, wide = list[torch.Tensor](), 0, 0
         for number in chosen:  # each by itself, as the processor takes them too
             shown = torch.from_numpy(np.array(frames[number])).permute(2, 0, 1)
@@ -209,7 +159,7 @@ class Gemma4Media(QwenMedia):
             row, col = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
             places = torch.stack([col, row], dim=-1).view(1, -1, 2).repeat(n, 1, 1)
             pixels = picture.pixels.view(n, high * wide, -1)
-            made[_PIXELS[picture.kind]] = functional.pad(pixels, (0, 0, 0, more))
+            made[PIXELS[picture.kind]] = functional.pad(pixels, (0, 0, 0, more))
             made[f"{picture.kind}_position_ids"] = functional.pad(places, (0, 0, 0, more), value=-1)
             if picture.kind == "video":
                 made["num_frames_per_video"] = torch.tensor([n])

@@ -1,4 +1,4 @@
-"""Gemma 4's own blocks: what its layers do that no other family's do.
+"""Gemma 4's own blocks: what its layers do that no other family's do, and where they stand.
 
     stream = (stream + norm(attn(ln1(stream))) + norm(mlp(ln2(.))) + norm(W_2 (act(W_1 .) * own))) * scalar
 
@@ -19,10 +19,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformer_lens.model_bridge.generalized_components import LinearBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from av_lens.errors import InputError
-from av_lens.families.adapter import WithMedia
+from av_lens.families.adapter import DecoderAdapter, WithMedia
 from av_lens.families.blocks import FullBlockBridge, RealAttentionBridge, RealRMSNormBridge
+
+PIXELS = {"video": "pixel_values_videos", "image": "pixel_values"}
 
 
 class Gemma4NormBridge(RealRMSNormBridge):
@@ -82,10 +86,10 @@ class Gemma4BlockBridge(FullBlockBridge):
 
     own_layout = "its layers norm what they write and scale the stream"
 
-    def set_original_component(self, component: Any) -> None:
+    def set_original_component(self, original_component: Any) -> None:
         """Take the layer, and drop the names of hooks that its attention has not."""
-        super().set_original_component(component)
-        absent = lacking(component.self_attn)
+        super().set_original_component(original_component)
+        absent = lacking(original_component.self_attn)
         self.hook_aliases = {name: path for name, path in self.hook_aliases.items() if name not in absent}
 
     def _attended(self, stream: torch.Tensor, told: dict[str, Any]) -> torch.Tensor:
@@ -132,3 +136,48 @@ class WholePrompt(WithMedia):
                 "them: the model would read them forward alone. Make the input with model.encode, or by one call of "
                 "the checkpoint's processor."
             )
+
+
+class Gemma4Adapter(DecoderAdapter):
+    """Which of TransformerLens's components stand where."""
+
+    towers = {  # noqa: RUF012
+        "audio_encoder": ("model.audio_tower", "last_hidden_state"),
+        "vision_encoder": ("model.vision_tower", "last_hidden_state"),
+    }
+    media = {"audio": "input_features", **PIXELS}  # noqa: RUF012
+    inner = WholePrompt
+    _attention_bridge_cls = Gemma4AttentionBridge
+    _block_cls = Gemma4BlockBridge
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.supports_fold_ln = False
+        more = {kind: GeneralizedComponent(f"model.embed_{kind}", optional=True) for kind in ("vision", "audio")}
+        found = {f"{kind}_projector": component for kind, component in more.items()}
+        self.component_mapping = {**(self.component_mapping or {}), **found}
+
+    def _norm(self, name: str) -> Gemma4NormBridge:
+        return Gemma4NormBridge(name=name, config=self.cfg, optional=True)
+
+    def _layer(self) -> dict[str, Any]:
+        """What only some layers have is optional."""
+        norms = {"ln1_post": "post_attention", "ln2": "pre_feedforward", "ln2_post": "post_feedforward"}
+        made = super()._layer() | {name: self._norm(f"{path}_layernorm") for name, path in norms.items()}
+        third = {"per_layer_gate": "per_layer_input_gate", "per_layer_out": "per_layer_projection"}
+        made |= {name: LinearBridge(name=path, optional=True) for name, path in third.items()}
+        made |= {name: GeneralizedComponent(name, optional=True) for name in ("router", "experts")}
+        more = {
+            "per_layer_post": "post_per_layer_input_norm",
+            "ln_mlp_post": "post_feedforward_layernorm_1",
+            "ln_experts": "pre_feedforward_layernorm_2",
+            "ln_experts_post": "post_feedforward_layernorm_2",
+        }
+        return made | {name: self._norm(path) for name, path in more.items()}
+
+    def _build_attention_bridge(self) -> Any:
+        norms: dict[str, Any] = {f"{kind}_norm": self._norm(f"{kind}_norm") for kind in "qkv"}
+        attention = self._qkvo_attention_bridge(extra_submodules=norms)
+        for kind in "kv":
+            attention.submodules[kind].optional = True
+        return attention

@@ -222,7 +222,7 @@ class QwenMedia(MediaLayout):
         named = tuple(str(kind) or role for kind, role in zip(kinds, roles, strict=True))
         return SpanMap(roles=named, tokens=tuple(tokens), row=row, col=col, **times)
 
-    def expected_positions(self, ids: np.ndarray, media: Media) -> Shaped[np.ndarray, "3 pos"]:
+    def expected_positions(self, ids: np.ndarray, media: Media) -> Shaped[np.ndarray, "3 pos"] | None:
         """Time, row and column, by the rule at the top of this module."""
         kinds, placed = self._placed(ids, media)
         streams = np.zeros((3, len(ids)), dtype=self.id_type)
