@@ -103,6 +103,8 @@ def test_frozen_replays_are_frozen_hooked_runs(n):
     trace, differ = model.trace(x), 0
     for start in range(0, n, 8):
         plans = drawn_plans(trace, 8, start)
+        if not start:
+            plans[0] = Plan(zero(Site("ln2", 2, positions="audio")))  # runs as a full hooked forward
         frozen, free = (trace.replay(plans, logits_at="all", routing=routing) for routing in ("frozen", "free"))
         for number, plan in enumerate(plans):
             hooks = [*trace.routing_hooks(), *plan.compile(model.spec, x.spans).fwd_hooks]
@@ -222,11 +224,11 @@ def test_routers_that_all_but_tie_still_restart():
     torch.testing.assert_close(found, model.run_with_hooks(x, fwd_hooks=hooks)[:, -1:], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("routing", ["free", "frozen"])
-def test_gradients_pass_through_experts_and_their_weights(routing):
+@pytest.mark.parametrize(("routing", "more"), [("free", "mlp_in"), ("frozen", "mlp_in"), ("frozen", "ln2")])
+def test_gradients_pass_through_experts_and_their_weights(routing, more):  # at ln2 the run is a full hooked forward
     model, x = family_model(NAME), encoded("audio")
     trace = model.trace(x).routed(routing)
-    sites = [Site(part, layer, positions="audio") for layer in (0, 2) for part in ("z", "mlp_out")]
+    sites = [Site(part, layer, positions="audio") for layer in (0, 2) for part in ("z", "mlp_out", more)]
     found = trace.gradients(sites, METRIC)
     at, leaves = x.spans.audio.positions.tolist(), list[torch.Tensor]()
 
