@@ -230,13 +230,15 @@ def test_gradients_pass_through_experts_and_their_weights(routing, more):  # at 
     trace = model.trace(x).routed(routing)
     sites = [Site(part, layer, positions="audio") for layer in (0, 2) for part in ("z", "mlp_out", more)]
     found = trace.gradients(sites, METRIC)
-    at, leaves = x.spans.audio.positions.tolist(), list[torch.Tensor]()
-
-    def forked(value: torch.Tensor, hook: Any) -> torch.Tensor:
-        leaves.append(torch.zeros_like(value[:, at]).requires_grad_())
-        return value.index_add(1, torch.tensor(at), leaves[-1])
-
-    hooks = [(hook_name(str(site.component), site.layer), forked) for site in sites]
+    at = x.spans.audio.positions.tolist()
+    leaves = [torch.zeros(one.shape).requires_grad_() for one in found.value]
+    hooks = [
+        (
+            hook_name(site.component, site.layer),
+            lambda value, hook, leaf=leaf: value.index_add(1, torch.tensor(at), leaf),
+        )
+        for site, leaf in zip(sites, leaves, strict=True)
+    ]
     beside = trace.routing_hooks() if routing == "frozen" else []
     logits = model.run_with_hooks(x, fwd_hooks=[*beside, *hooks])[0, -1]
     ids = model.tokenizer.convert_tokens_to_ids(["a", "b"])
