@@ -96,7 +96,7 @@ def test_rerouted_tokens_are_those_of_the_hooked_run():
     assert not trace.routed("frozen").replay(plans[1:2]).equal(trace.replay(plans[1:2]))
 
 
-@pytest.mark.parametrize("n", [24, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [16, pytest.param(500, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_frozen_replays_are_frozen_hooked_runs(n):
     model, x = family_model(NAME), encoded("in_video")
@@ -244,8 +244,8 @@ def test_gradients_pass_through_experts_and_their_weights(routing, more):  # at 
     ids = model.tokenizer.convert_tokens_to_ids(["a", "b"])
     wanted = torch.autograd.grad(logits[ids[0]] - logits[ids[1]], leaves)
     for site, one, own in zip(sites, found.gradient, wanted, strict=True):
-        torch.testing.assert_close(one, own, atol=1e-5, rtol=1e-4, msg=lambda said, site=site: f"{site}: {said}")
-        assert float(own.abs().max()) > 1e-3
+        torch.testing.assert_close(one, own, atol=1e-6, rtol=1e-4, msg=lambda said, site=site: f"{site}: {said}")
+        assert float(own.abs().max()) > 1e-4
 
 
 def test_guesses_and_exact_patches_hold_on_experts():
