@@ -266,7 +266,7 @@ def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 def given_weights(router: Any, logits: Float[Tensor, "*rows expert"], chosen: Tensor) -> Float[Tensor, "*rows chosen"]:
     """What a router gives to these experts: its softmax over all, in float32, summed to one where it does so."""
-    shares = functional.softmax(logits, dim=-1, dtype=torch.float32).gather(-1, chosen)
+    shares = _softmax(logits).gather(-1, chosen)
     return (shares / shares.sum(-1, keepdim=True) if router.norm_topk_prob else shares).to(logits.dtype)
 
 

@@ -103,13 +103,11 @@ def patch(
         InterventionError: an unknown component, one without heads where heads are iterated, or positions outside.
     """
     axes, examples = Axes.parsed(over), Examples.paired("patch", pair)
-    require_choice("direction", direction, SIGNS)
-    require_routing(model, routing)
     name = component or ("z" if axes.heads else "resid_pre")
     axes.check(name, model.spec)
     if axes.unit == "coalition" and axes.places is not None:
         raise InputError(f"a coalition is patched at one set of positions: name them by at=, not by {axes.places}.")
-    _check_donor(donor, examples)
+    _check(model, direction, routing, donor, examples)
     visits = Visits.of(axes, name, model.spec, heads=heads, seed=seed).at(examples.spans, at)
     frame = Frame.of(model, examples, metric)
     frame.shape(*visits.shape)
@@ -154,7 +152,9 @@ def patch(
     )
 
 
-def _check_donor(donor: str | AVInputs, examples: Examples) -> None:
+def _check(model: Any, direction: str, routing: str, donor: str | AVInputs, examples: Examples) -> None:
+    require_choice("direction", direction, SIGNS)
+    require_routing(model, routing)
     if isinstance(donor, str):
         if donor not in ("run", "zero"):
             raise InputError(unknown("donor", donor, ("run", "zero")) + " Or pass inputs, whose mean is taken.")

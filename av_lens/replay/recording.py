@@ -37,17 +37,7 @@ from av_lens.core.calls import heads_first, rows_of, turn_of, unembedded, watchi
 from av_lens.core.execution import Standing, places, standing_hooks
 from av_lens.errors import BudgetError, InterventionError
 from av_lens.families.adapter import added_layers
-from av_lens.families.decoder import (
-    ROUTER,
-    Layer,
-    ReplayTraits,
-    causal_mask,
-    flash,
-    given_weights,
-    hook_name,
-    layer_names,
-    router_hook,
-)
+from av_lens.families.decoder import ReplayTraits, causal_mask, flash, hook_name, layer_names, router_hook
 from av_lens.families.weights import device_of
 from av_lens.spans import SpanMap
 
@@ -360,45 +350,6 @@ class Record(Brief):
         """
         later = {layer: part[:, start:] for layer, part in self.added.items() if part.shape[1] > start}
         return {layer: part.to(self.model.device) for layer, part in later.items()}
-
-    def routing_hooks(self) -> list[tuple[str, Callable[..., Any]]]:
-        """Hooks under which a run of this input sends every position through the experts of this run.
-
-        The router still weighs them, from what it then reads: its softmax over all experts, of which those of this run
-        are taken, brought to a sum of one where the model does so. As `routing="frozen"` does in a replay.
-
-        Returns:
-            Hooks for `model.run_with_hooks(x, fwd_hooks=...)`; none where the model has no experts.
-        """
-        device = self.model.device
-        frozen = {
-            n: _Frozen(Layer.of(self.model.bridge.blocks[n]).router, self.experts[n].flatten(0, 1).to(device))
-            for n in self.experts
-        }
-        return [(router_hook(part, n), getattr(one, part)) for n, one in frozen.items() for part in ROUTER]
-
-
-@dataclass(eq=False)
-class _Frozen:
-    """One layer's router, made to choose the same experts as before."""
-
-    router: Any
-    chosen: Int64[Tensor, "row chosen"]
-
-    def logits(self, activation: Tensor, hook: Any = None) -> None:
-        if len(activation) != len(self.chosen):
-            raise InterventionError(
-                f"{len(self.chosen)} positions have recorded experts and this run has {len(activation)}: routing_hooks "
-                "are for whole runs of the recorded input, without decoding."
-            )
-        self._logits = activation
-
-    def weights(self, activation: Tensor, hook: Any = None) -> Tensor:
-        given = given_weights(self.router, self._logits, self.chosen)
-        return torch.zeros_like(activation).scatter(-1, self.chosen, given)
-
-    def indices(self, activation: Tensor, hook: Any = None) -> Tensor:
-        return self.chosen
 
 
 def place_of(model: Any, layer: int) -> torch.device:

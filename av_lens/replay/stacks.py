@@ -28,8 +28,8 @@ from torch import Tensor
 from av_lens.brief import Brief
 from av_lens.core.budget import GIGABYTE
 from av_lens.core.calls import unembedded, watching
-from av_lens.errors import BudgetError
-from av_lens.families.decoder import Read, attended, hook_name, router_hook
+from av_lens.errors import BudgetError, InterventionError
+from av_lens.families.decoder import ROUTER, Read, attended, given_weights, hook_name, router_hook
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.interventions.edges import Node
 from av_lens.interventions.edits import places
@@ -131,9 +131,40 @@ def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_
     return (rows * width + values + record.batch * n_asked * spec.d_vocab) * record.resid[0].element_size()
 
 
+@dataclass(eq=False)
+class _Frozen:
+    """One layer's router, made to choose the same experts as before."""
+
+    router: Any
+    chosen: Int64[Tensor, "row chosen"]
+
+    def logits(self, activation: Tensor, hook: Any = None) -> None:
+        if len(activation) != len(self.chosen):
+            raise InterventionError(
+                f"{len(self.chosen)} positions have recorded experts and this run has {len(activation)}: routing_hooks "
+                "are for whole runs of the recorded input, without decoding."
+            )
+        self._logits = activation
+
+    def weights(self, activation: Tensor, hook: Any = None) -> Tensor:
+        given = given_weights(self.router, self._logits, self.chosen)
+        return torch.zeros_like(activation).scatter(-1, self.chosen, given)
+
+    def indices(self, activation: Tensor, hook: Any = None) -> Tensor:
+        return self.chosen
+
+
+def routing_hooks(record: Record) -> list[tuple[str, Callable[..., Any]]]:
+    """Hooks under which a run of the recorded input sends every position through its recorded experts."""
+    model = record.model
+    kept = {n: experts.flatten(0, 1).to(model.device) for n, experts in record.experts.items()}
+    frozen = {n: _Frozen(layer_of(model, n).router, experts) for n, experts in kept.items()}
+    return [(router_hook(part, n), getattr(one, part)) for n, one in frozen.items() for part in ROUTER]
+
+
 def beside(record: Record) -> list[tuple[str, Callable[..., Any]]]:
     """The hooks that stand beside a plan's own where it runs as a hooked forward."""
-    return record.routing_hooks() if record.routing == "frozen" else []
+    return routing_hooks(record) if record.routing == "frozen" else []
 
 
 def run_stacks(

@@ -46,7 +46,16 @@ from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.continuation import continued
 from av_lens.replay.recording import Record, recorded, require_record_memory
 from av_lens.replay.rerun import PROVED, by_flash, layers, may_be_lean, recorded_lean
-from av_lens.replay.stacks import HeadRead, Schedule, refuse_huge, rerouted, restarted, run_stacks, scheduled
+from av_lens.replay.stacks import (
+    HeadRead,
+    Schedule,
+    refuse_huge,
+    rerouted,
+    restarted,
+    routing_hooks,
+    run_stacks,
+    scheduled,
+)
 from av_lens.replay.suffix_gradients import SuffixGradients, differentiated
 from av_lens.replay.trace_files import read_trace, write_trace
 from av_lens.spans import Span
@@ -201,6 +210,17 @@ class Trace(Record):
         """
         require_routing(self.model, routing)
         return replace(self, routing=routing)
+
+    def routing_hooks(self) -> list[tuple[str, Callable[..., Any]]]:
+        """Hooks under which a run of this input sends every position through the experts of this run.
+
+        The router still weighs them, from what it then reads: its softmax over all experts, of which those of this run
+        are taken, brought to a sum of one where the model does so. As `routing="frozen"` does in a replay.
+
+        Returns:
+            Hooks for `model.run_with_hooks(x, fwd_hooks=...)`; none where the model has no experts.
+        """
+        return routing_hooks(self)
 
     def rerouted(self, plans: Plans, *, budget_gb: float | int = 1.0) -> Bool[Tensor, "plan layer batch pos"]:
         """Say which tokens are sent to another set of experts under each plan than in the recorded run.

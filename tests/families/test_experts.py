@@ -96,13 +96,15 @@ def test_rerouted_tokens_are_those_of_the_hooked_run():
     assert not trace.routed("frozen").replay(plans[1:2]).equal(trace.replay(plans[1:2]))
 
 
-@pytest.mark.parametrize("n", [24, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [16, pytest.param(500, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_frozen_replays_are_frozen_hooked_runs(n):
     model, x = family_model(NAME), encoded("in_video")
     trace, differ = model.trace(x), 0
     for start in range(0, n, 8):
         plans = drawn_plans(trace, 8, start)
+        if not start:
+            plans[0] = Plan(zero(Site("ln2", 2, positions="audio")))  # runs as a full hooked forward
         frozen, free = (trace.replay(plans, logits_at="all", routing=routing) for routing in ("frozen", "free"))
         for number, plan in enumerate(plans):
             hooks = [*trace.routing_hooks(), *plan.compile(model.spec, x.spans).fwd_hooks]
@@ -222,26 +224,28 @@ def test_routers_that_all_but_tie_still_restart():
     torch.testing.assert_close(found, model.run_with_hooks(x, fwd_hooks=hooks)[:, -1:], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("routing", ["free", "frozen"])
-def test_gradients_pass_through_experts_and_their_weights(routing):
+@pytest.mark.parametrize(("routing", "more"), [("free", "mlp_in"), ("frozen", "mlp_in"), ("frozen", "ln2")])
+def test_gradients_pass_through_experts_and_their_weights(routing, more):  # at ln2 the run is a full hooked forward
     model, x = family_model(NAME), encoded("audio")
     trace = model.trace(x).routed(routing)
-    sites = [Site(part, layer, positions="audio") for layer in (0, 2) for part in ("z", "mlp_out")]
+    sites = [Site(part, layer, positions="audio") for layer in (0, 2) for part in ("z", "mlp_out", more)]
     found = trace.gradients(sites, METRIC)
-    at, leaves = x.spans.audio.positions.tolist(), list[torch.Tensor]()
-
-    def forked(value: torch.Tensor, hook: Any) -> torch.Tensor:
-        leaves.append(torch.zeros_like(value[:, at]).requires_grad_())
-        return value.index_add(1, torch.tensor(at), leaves[-1])
-
-    hooks = [(hook_name(str(site.component), site.layer), forked) for site in sites]
+    at = x.spans.audio.positions.tolist()
+    leaves = [torch.zeros(one.shape).requires_grad_() for one in found.value]
+    hooks = [
+        (
+            hook_name(site.component, site.layer),
+            lambda value, hook, leaf=leaf: value.index_add(1, torch.tensor(at), leaf),
+        )
+        for site, leaf in zip(sites, leaves, strict=True)
+    ]
     beside = trace.routing_hooks() if routing == "frozen" else []
     logits = model.run_with_hooks(x, fwd_hooks=[*beside, *hooks])[0, -1]
     ids = model.tokenizer.convert_tokens_to_ids(["a", "b"])
     wanted = torch.autograd.grad(logits[ids[0]] - logits[ids[1]], leaves)
     for site, one, own in zip(sites, found.gradient, wanted, strict=True):
-        torch.testing.assert_close(one, own, atol=1e-5, rtol=1e-4, msg=lambda said, site=site: f"{site}: {said}")
-        assert float(own.abs().max()) > 1e-3
+        torch.testing.assert_close(one, own, atol=1e-6, rtol=1e-4, msg=lambda said, site=site: f"{site}: {said}")
+        assert float(own.abs().max()) > 1e-4
 
 
 def test_guesses_and_exact_patches_hold_on_experts():
