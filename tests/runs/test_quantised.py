@@ -22,6 +22,7 @@ from av_lens.core import run
 from av_lens.errors import ModelError
 from av_lens.families.weights import is_packed
 from av_lens.interventions import Plan, Site, add, cut, scale, zero
+from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.methods import edge_attribution, find_circuit, path_patch
 from av_lens.metrics import logit_diff
 
@@ -116,6 +117,7 @@ READERS = {
     "edges": lambda model: edge_attribution(model, pair(), metric=METRIC),
     "results of heads": lambda model: model.run_with_cache(small_inputs((0,)), ["blocks.1.attn.hook_result"]),
     "an edit of one": lambda model: model.trace(small_inputs((0,))).replay([Plan(zero(Site("result", 1, 0)))]),
+    "an isolation": lambda model: ModelEngine(model),
     "value-weighted attention": lambda model: avl.attention_flow(model, small_inputs((0,)), weight="value"),
 }
 
