@@ -100,6 +100,13 @@ def test_the_page_of_true_shapes_is_the_stored_record():
     assert "not interpretable" in record["stamps"]
 
 
+def test_what_fits_is_worked_out_from_the_sizes():
+    from av_lens.lab import true_shape_costs
+
+    shown = (DOCS / "gpu.md").read_text().split("<!-- fits -->\n")[1].split("\n<!-- /fits -->")[0]
+    assert shown == true_shape_costs.fits()
+
+
 def script(name: str) -> Any:
     """One of the commands that fill pages."""
     spec = importlib.util.spec_from_file_location(name, DOCS.parent / ".ci" / f"{name}.py")

@@ -50,7 +50,7 @@ from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use
 from torch.nn import functional
 
 from av_lens.errors import InterventionError, ModelError, unknown
-from av_lens.families.weights import device_of, readable, weight_of
+from av_lens.families.weights import applied, device_of, readable, weight_of
 from av_lens.spans import ROLES
 
 _HOOKED = {
@@ -363,13 +363,13 @@ class Layer:
 
     def heads(self, kind: str, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows head d_head"]:
         """Queries ("q"), keys ("k") or values ("v") of the normed stream, where `hook_q`, `hook_k`, `hook_v` stand."""
-        return getattr(self, kind)(normed).unflatten(-1, (-1, self.d_head))
+        return applied(getattr(self, kind), normed).unflatten(-1, (-1, self.d_head))
 
     def head(self, kind: str, index: int, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_head"]:
         """The same of one head alone: a query head, or for keys and values a key-value head."""
         linear, part = getattr(self, kind), slice(index * self.d_head, (index + 1) * self.d_head)
         if not readable(linear):  # fetched or packed: through the module, which alone knows its numbers
-            return linear(normed)[..., part]
+            return applied(linear, normed)[..., part]
         return functional.linear(normed, linear.weight[part], None if linear.bias is None else linear.bias[part])
 
     def turned(self, kind: str, heads: Tensor, cos: Tensor, sin: Tensor, *, fused: bool = False) -> Tensor:
@@ -391,7 +391,7 @@ class Layer:
 
     def write(self, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows d_model"]:
         """What all heads together write to the stream."""
-        return self.o(z.flatten(-2))
+        return applied(self.o, z.flatten(-2))
 
     def results(self, z: Float[Tensor, "*rows head d_head"]) -> Float[Tensor, "*rows head d_model"]:
         """What each head writes by itself, without a bias."""
@@ -416,8 +416,9 @@ class Layer:
             if chosen is not own:
                 weights = given_weights(self.router, logits, chosen.flatten(0, -2))
             return self.experts(rows, chosen.flatten(0, -2), weights).view(normed.shape)
-        gate, up = matched(show("mlp_pre", self.gate(normed)), show("mlp_pre_linear", self.up(normed)))
-        return self.down(show("mlp_post", self.act(gate) * up))
+        gate, up = applied(self.gate, normed), applied(self.up, normed)
+        gate, up = matched(show("mlp_pre", gate), show("mlp_pre_linear", up))
+        return applied(self.down, show("mlp_post", self.act(gate) * up))
 
 
 def sizes_of(block: Any, n_heads: int) -> tuple[int, int, int]:

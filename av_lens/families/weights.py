@@ -70,6 +70,14 @@ def weight_of(module: Any, name: str = "weight") -> Tensor:
     return weight  # pyright: ignore[reportReturnType]  # a tensor, or there would have been a reason
 
 
+def applied(linear: Any, rows: Tensor) -> Tensor:
+    """A projection of `[..., d]`; packed ones are shown plain rows, since their kernels know no further axes."""
+    weight = getattr(linear, "weight", None)
+    if rows.ndim < 4 or (isinstance(weight, Tensor) and weight.dtype.itemsize > 1):
+        return linear(rows)
+    return linear(rows.flatten(0, -2)).unflatten(0, rows.shape[:-1])
+
+
 def brought(value: Any, device: torch.device) -> Any:
     """Tensors, or tuples and dictionaries of them, on a device; all else as it is."""
     if isinstance(value, Tensor):

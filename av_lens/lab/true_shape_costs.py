@@ -166,6 +166,22 @@ def page(record: Mapping[str, Any]) -> str:
     return "\n\n".join([*said, markdown((head, rows))]) + "\n"
 
 
+def fits(n_pos: int = 3258) -> str:
+    """Write the table of what weights and one recorded run take, in GB, by precision; layers alone are quantised."""
+    rows: list[list[str]] = []
+    for sizes in SIZES.values():
+        layers = sizes.n_layers * sizes.layer_weights
+        rest = 2 * (sizes.weights - layers)  # in bfloat16
+        d_head = sizes.d_model // sizes.n_heads
+        kept = (sizes.n_layers + 1) * sizes.d_model + 2 * (sizes.n_layers * sizes.n_kv_heads + 1) * d_head
+        # 4 bits: half a byte, and a float32 scale for 64 of them
+        taken = (4 * sizes.weights, 2 * sizes.weights, layers + rest, layers * (0.5 + 4 / 64) + rest)
+        traces = [n_pos * kept * itemsize for itemsize in (4, 2)]
+        rows.append([sizes.name, *(f"{one / 1e9:.1f}" for one in taken), *(f"{one / 1e9:.2f}" for one in traces)])
+    head = ["", "float32", "bfloat16", "8 bits", "4 bits", "a run in float32", "a run in bfloat16"]
+    return markdown((head, rows))
+
+
 def store(record: Mapping[str, Any], folder: str | Path) -> Path:
     """Write the page and its record."""
     write_whole(Path(folder) / RECORD, json.dumps(record, indent=1) + "\n")

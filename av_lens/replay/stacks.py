@@ -120,15 +120,20 @@ def restarts(record: Record, plan: CompiledPlan) -> bool:
 
 
 def _bytes_of_plan(record: Record, plans: Sequence[CompiledPlan], start: int, n_asked: int) -> float:
-    """What one plan's activations take at their largest: the MLP's units, or scores where they are written out."""
+    """What one plan's activations take at their largest, in bytes: beside the MLP's units, or beside scores.
+
+    A test measures it. Scores and pattern take 13 bytes each, where they are written out, in every precision.
+    """
     spec, n = record.model.spec, len(record.spans)
-    rows = record.batch * (n - start)
+    rows, itemsize = record.batch * (n - start), record.resid[0].element_size()
     edges = any(step.component in EDGES for plan in plans for step in plan.steps)
-    eager = not record.flash  # then scores are always written out, and the values put together
     flash = record.flash and not edges and record.model.device.type in ("cpu", "cuda")
-    width = max(4 * spec.widest, 6 * spec.d_model) + 3 * spec.d_model + (0 if flash else 3 * spec.n_heads * n)
-    values = record.batch * n * spec.n_kv_heads * spec.d_head if eager else 0
-    return (rows * width + values + record.batch * n_asked * spec.d_vocab) * record.resid[0].element_size()
+    made = 4 * spec.d_model + 2 * (spec.n_heads + spec.n_kv_heads) * spec.d_head
+    units = (made + 2 * spec.d_model + 4 * spec.widest) * itemsize
+    scores = made * itemsize + 13 * spec.n_heads * n
+    values = 0 if record.flash else record.batch * n * spec.n_kv_heads * spec.d_head * itemsize  # put together
+    asked = record.batch * n_asked * spec.d_vocab * itemsize
+    return rows * (units if flash else max(units, scores)) + values + asked
 
 
 @dataclass(eq=False)

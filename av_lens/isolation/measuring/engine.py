@@ -278,6 +278,7 @@ class ModelEngine:
             raise ProtocolError(unknown("engine", how, ("trace", "hooks")))
         require_known_layers(model, "isolating heads")
         self.model, self.how, self.layout = model, how, layout
+        weight_of(next(layers(model))[1].o)  # heads are told by what they write: packed weights are refused now
         self.cell_options = dict(cells or {})
         self.n_layers, self.n_heads = int(model.spec.n_layers), int(model.spec.n_heads)
 
