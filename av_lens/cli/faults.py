@@ -8,7 +8,7 @@ here with the live signature. A wrong letter should cost a second, not the ten o
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import entry_points
@@ -46,8 +46,8 @@ def proofs() -> dict[str, str]:
     return {one["class"]: verdict(one["checks"]) for one in record["families"].values()}
 
 
-def verdict(checks: Iterable[tuple[str, bool | None, str]]) -> str:
-    """How many guarantees held, which did not, and how replays run."""
+def verdict(checks: Sequence[Sequence[Any]]) -> str:
+    """How many guarantees held, which did not, and how replays run; a check is its name, state and finding."""
     states = {name: held for name, held, _ in checks if held is not None}
     failed = [name for name, held in states.items() if not held]
     replays = next((found for name, _, found in checks if name == "replay is the hooked run"), "").rpartition("; ")[2]

@@ -7,7 +7,7 @@ does compute, on every input: a map that the model does not share is refused.
 For video token j of a block that starts at id s, on a grid of t x h x w tokens: patch t = j // (h w), row =
 (j % (h w)) // w, col = j % w; its ids are s + int(t x seconds_per_grid x ids_per_second) in float32 as the model does
 it, s + row, s + col. Audio token k has s + k in all three streams. So on the model's clock, patch t lasts from its own
-id to the next patch's, and audio token k lasts one id (40 ms). An image is a patch of one second, as the model's own
+id to the next later one, and audio token k lasts one id (40 ms). An image is a patch of one second, as the model's own
 formula has it. Text resumes after the largest id of the block's last run. Interleaved blocks share one clock;
 separate ones do not.
 """
@@ -183,7 +183,9 @@ class QwenMedia(MediaLayout):
             at = np.flatnonzero(kinds == media.picture.kind)
             patch, row, col = np.unravel_index(np.arange(len(at)), media.picture.token_grid)
             clock = self._clock(media.picture.grid[0] + 1, media.picture.step_s)
-            placed[:, at] = clock[patch], row, col, clock[patch + 1]
+            # Patches that share an id, which whole ids at a high rate make them, last together until the next.
+            following = np.append(clock, clock[-1] + 1)[np.searchsorted(clock, clock[:-1], side="right")]
+            placed[:, at] = clock[patch], row, col, following[patch]
         at = np.flatnonzero(kinds == "audio")
         placed[:, at] = np.arange(len(at)) + np.array([[0], [0], [0], [1]])
         return kinds, placed

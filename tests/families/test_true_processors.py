@@ -131,6 +131,8 @@ def check(name: str, layout: str, clip: Clip, fps: float) -> None:
             expected[at] = rows(name, layout, clip, fps, whole, ids[:, at] - start, len(at))
     found = table[["start_s", "end_s", "source_start_s", "source_end_s", "row", "col"]].to_numpy()
     np.testing.assert_allclose(found, expected, atol=1e-5)
+    for clock in ("model", "source"):
+        assert len(x.spans.media.between(0.0, 1e6, clock=clock)) == len(x.spans.media)
     if name == "qwen3_vl" and layout == "video_only":
         written_seconds(x, table, clip, fps)
 
@@ -177,11 +179,13 @@ def watched(name: str, layout: str, clip: Clip, fps: float, whole: Any, ids: np.
         ends = starts + lasts
     else:
         starts = ids[0] / RATES[name]
-        exact = np.append(np.unique(ids[0]), deep * lasts * RATES[name]) / RATES[name]
-        ends = exact[patch + 1]
         assert np.abs(starts - patch * lasts).max() < 1.0 / RATES[name] + 1e-6  # ids are whole numbers in some
+        beyond = deep * lasts * RATES[name]
         if name != "qwen3_omni_moe":
-            ends[patch == deep - 1] = np.floor(ends[patch == deep - 1] * RATES[name] + 1e-4) / RATES[name]
+            beyond = np.floor(beyond + 1e-4)
+        every = np.unique(ids[0])  # a patch lasts until a later id
+        later = np.append(every[1:], beyond if beyond > every[-1] else every[-1] + 1)
+        ends = later[np.searchsorted(every, ids[0])] / RATES[name]
     if image:
         shown = [int(np.argmin(np.round(np.abs(clip.times - (clip.times[0] + clip.times[-1]) / 2), 6)))] * 2
     else:
