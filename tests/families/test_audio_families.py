@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from drawn_plans import shown
+from drawn_plans import COMPONENTS, KINDS, edit_of, shown, site_of
 from small_av import small_clip
-from test_parity import drawn_plan
 from tiny import letter
 from tiny_audio import SHORT, phi_hf_model, phi_processor
 from tiny_families import TINY, family_model, reference
@@ -387,6 +386,18 @@ def test_decoding_past_the_short_tables_is_huggingfaces(n):
     wanted = reference("phi4_multimodal").generate(**x.tensors, max_new_tokens=16, do_sample=False)
     assert torch.equal(model.generate(x, max_new_tokens=16), wanted)
     assert torch.equal(model.trace(x).generate(Plan(), max_new_tokens=16)[0].tokens, wanted)
+
+
+def drawn_plan(trace: Any, rng: np.random.Generator) -> Plan:
+    """One to three edits of any kind at any component, layer, heads and positions."""
+    edits = []
+    for _ in range(rng.integers(1, 4)):
+        scattered = sorted(rng.choice(len(trace.spans), rng.integers(1, 6), replace=False).tolist())
+        positions = (None, "media", "question|generation", scattered)[rng.integers(4)]
+        component, kind = COMPONENTS[rng.integers(len(COMPONENTS))], KINDS[rng.integers(len(KINDS))]
+        layer, number = int(rng.integers(trace.model.spec.n_layers)), int(rng.integers(60))
+        edits.append(edit_of(kind, site_of(component, trace, layer, number, positions), trace, number))
+    return Plan(edits)
 
 
 def emptied(plan: Plan) -> bool:
