@@ -114,8 +114,7 @@ def patch(
 
     def work(stack: Stack, show: Progress) -> None:
         (edited, other), asked, places = stack.ends(direction), frame.own(stack), visits.places[stack.members[0]]
-        source = other if isinstance(donor, str) else donor
-        given = Given.of(model, source, name, visits.layers, positions_of(places))
+        given = Given.of(model, other if isinstance(donor, str) else donor, name, visits.layers, positions_of(places))
         if donor != "run":  # nothing is put in place, or a mean over examples
             put = (torch.zeros_like(v) if donor == "zero" else v.mean(0, keepdim=True) for v in given.values.values())
             given = replace(given, values=dict(zip(given.values, put, strict=True)))

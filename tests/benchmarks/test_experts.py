@@ -116,7 +116,7 @@ def test_thirty_billion_wide(real_clip_path, capsys):
         hook = (hook_name(name, 1), lambda value, hook, name=name: turned(value, COMPONENTS[name]))
         other = model.run_with_hooks(x, fwd_hooks=[hook, LAST])
         assert not torch.equal(other[:, -1], last[:, -1]), f"turning {hook[0]} moved nothing"
-    trace, donor = model.trace(x), model.encode(shown, "What do you see in this clip?", sound="in_video")
+    trace, donor = model.trace(x), model.encode(shown, "What do you miss in this clip?", sound="in_video")
     assert not trace.hooked_because
     assert len(donor.spans) == n
     given = run(model, donor, capture=[Site("z", 0, 5)]).cache["z", 0]
@@ -133,9 +133,10 @@ def test_thirty_billion_wide(real_clip_path, capsys):
         trace.rerouted([*plans.values()]),
         strict=True,
     ):
-        hooks = plan.compile(model.spec, x.spans).fwd_hooks
-        hooked = model.run_with_hooks(x, fwd_hooks=[*hooks, LAST])[:, -1:]
-        held = model.run_with_hooks(x, fwd_hooks=[*trace.routing_hooks(), *hooks, LAST])[:, -1:]
+        hooked, held = (
+            model.run_with_hooks(x, fwd_hooks=[*beside, *plan.compile(model.spec, x.spans).fwd_hooks, LAST])[:, -1:]
+            for beside in ([], trace.routing_hooks())
+        )
         gaps = [float((one - two).abs().max()) for one, two in ((replayed, hooked), (frozen, held))]
         moved, held_moved = (float((one - last).abs().max()) for one in (replayed, frozen))
         lines.append(
