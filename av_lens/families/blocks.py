@@ -46,8 +46,8 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from av_lens.errors import BudgetError, ModelError
-from av_lens.families.decoder import Read, attended, rotated
-from av_lens.families.weights import brought, device_of, weight_of
+from av_lens.families.decoder import Read, attended, device_of, rotated, weight_of
+from av_lens.families.weights import brought
 
 
 def install_embed_hook(bridge: Any) -> None:

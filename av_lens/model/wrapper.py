@@ -41,8 +41,8 @@ from av_lens.core.modes import TorchModes
 from av_lens.errors import InputError, InterventionError
 from av_lens.families.adapter import experts_units
 from av_lens.families.blocks import BUDGET_GB
+from av_lens.families.decoder import device_of
 from av_lens.families.registry import Family, family_of
-from av_lens.families.weights import device_of
 from av_lens.inputs.answers import words_of
 from av_lens.inputs.encoder import Asking, Encoder
 from av_lens.inputs.model_inputs import AVInputs

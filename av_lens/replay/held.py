@@ -36,8 +36,7 @@ from torch import Tensor
 
 from av_lens.core.calls import unembedded
 from av_lens.errors import InputError, ModelError
-from av_lens.families.decoder import Layer, Read, at_scale, attended
-from av_lens.families.weights import device_of
+from av_lens.families.decoder import Layer, Read, at_scale, attended, device_of
 from av_lens.interventions import Plan, Site
 from av_lens.interventions import replace as write
 from av_lens.interventions.edges import Node
