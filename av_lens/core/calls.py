@@ -31,7 +31,8 @@ from transformer_lens.utilities.components_utils import get_act_name
 
 from av_lens.checks import require_choice, require_keywords
 from av_lens.errors import InputError, InterventionError, ModelError, NotKeptError, unknown
-from av_lens.families.decoder import COMPONENTS, device_of, gates_named, readable
+from av_lens.families.blocks import device_of
+from av_lens.families.decoder import COMPONENTS, gates_named, readable
 from av_lens.interventions.edits import resolve_positions
 from av_lens.spans import Span, SpanMap
 

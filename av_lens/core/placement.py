@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from av_lens.errors import ModelError
-from av_lens.families.decoder import device_of
+from av_lens.families.blocks import device_of
 from av_lens.families.weights import LOAD_PLAIN
 
 

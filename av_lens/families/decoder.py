@@ -244,20 +244,6 @@ def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def device_of(module: Any) -> torch.device:
-    """Where a module computes: where accelerate takes it, else where its first weight lies."""
-    for part in module.modules():
-        hook = part.__dict__.get("_hf_hook")
-        for one in getattr(hook, "hooks", (hook,)):
-            place = getattr(one, "execution_device", None)
-            if place is not None:
-                return torch.device(place)
-        for weight in part._parameters.values():
-            if weight is not None:
-                return weight.device
-    return torch.device("cpu")
-
-
 def readable(weight: Any) -> bool:
     """Whether a weight lies there as plain numbers: neither waiting elsewhere (meta) nor packed."""
     there = isinstance(weight, Tensor) and weight.device.type != "meta"
@@ -339,11 +325,6 @@ class Layer:
             scaling=inner.scaling,
             norms={kind: own[f"{kind}_norm"].original_component for kind in "qk" if f"{kind}_norm" in own},
         )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the layer computes."""
-        return device_of(self.q)
 
     @property
     def n_heads(self) -> int:
@@ -500,15 +481,10 @@ def flash(
     return (scores - weight[..., None]).exp().to(v.dtype) @ v, weight
 
 
-def on_cpu(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float
-) -> tuple[Tensor, Tensor] | None:
-    """Attend by torch's kernel for CPUs, where this torch has one."""
-    if not hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
-        return None
-    found, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=scaling
-    )
+def on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attend by torch's kernel for CPUs."""
+    options: dict[str, Any] = {"attn_mask": mask, "scale": scaling}
+    found, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, **options)
     return found, weight.float()
 
 
