@@ -16,7 +16,7 @@ import pytest
 import av_lens
 
 ROOT = Path(av_lens.__file__).parent
-DECODER, LOOP = "families/decoder.py", "replay/rerun.py"
+DECODER, LOOP, KERNELS = "families/decoder.py", "replay/rerun.py", "families/kernels.py"
 EXEMPT = ("organism/language.py", "organism/language.py", "lab/planting/", "lab/training/", "lab/replay_benchmark/")
 NON_LINEAR = {"act", "act_fn", "silu", "gelu"}
 OF_A_LAYER = {"run_layer", "heads", "turned", "write", "mlp", "attn", "self_attn", "attended"}
@@ -114,7 +114,8 @@ def test_rotary_position_is_applied_in_one_place():
 
 
 def test_queries_meet_keys_in_one_place_written_out_and_by_a_kernel():
-    assert found(attends) == {f"{DECODER}: {name}" for name in ("_softmax", "attended", "flash")}
+    written = {f"{DECODER}: {name}" for name in ("_softmax", "attended", "flash", "on_cpu")}
+    assert found(attends) == written | {f"{KERNELS}: {name}" for name in ("_by_flash_attention", "_memory_efficiently")}
 
 
 def test_an_mlp_is_gated_in_one_place():

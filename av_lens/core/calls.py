@@ -31,8 +31,8 @@ from transformer_lens.utilities.components_utils import get_act_name
 
 from av_lens.checks import require_choice, require_keywords
 from av_lens.errors import InputError, InterventionError, ModelError, NotKeptError, unknown
-from av_lens.families.decoder import COMPONENTS, gates_named
-from av_lens.families.weights import device_of, readable
+from av_lens.families.blocks import device_of
+from av_lens.families.decoder import COMPONENTS, gates_named, readable
 from av_lens.interventions.edits import resolve_positions
 from av_lens.spans import Span, SpanMap
 
@@ -72,7 +72,7 @@ def unembedded(model: Any, stream: Tensor, tokens: Tensor | None = None) -> Floa
         rows = normed.flatten(0, -2)
         logits = head(rows if len(rows) > 1 else rows.expand(2, -1))[: len(rows)].unflatten(0, normed.shape[:-1])
         logits = logits if tokens is None else logits[..., tokens]
-    elif tokens is None or not readable(head):
+    elif tokens is None or not readable(head.weight):
         logits = head(normed) if tokens is None else head(normed)[..., tokens]
     else:
         logits = functional.linear(normed, head.weight[tokens], None if head.bias is None else head.bias[tokens])

@@ -15,8 +15,8 @@ import torch
 
 from av_lens.checks import require_keywords
 from av_lens.core.calls import require_known_layers
+from av_lens.core.placement import require_movable
 from av_lens.errors import InputError, ModelError
-from av_lens.families.weights import is_packed, is_split
 
 OF_WEIGHTS = ("_names", "_restart_proved")
 """What a model derives from its bridge and weights, anew where they were rewritten."""
@@ -71,17 +71,6 @@ def cast(hf_model: Any, dtype: torch.dtype) -> None:
     hf_model.to(dtype)
     for module, name, table in tables:
         module._buffers[name] = table
-
-
-def require_movable(hf_model: Any) -> None:
-    """Refuse to rewrite or move weights that are split over devices or packed."""
-    packed = is_packed(hf_model)
-    if packed or is_split(hf_model):
-        what = "quantised" if packed else "split over several places"
-        raise ModelError(
-            f"this model is {what}, and its weights stay as and where they were loaded. Load it again: "
-            'avl.load(name, dtype=..., device_map="auto"), without quantisation where its numbers are to change.'
-        )
 
 
 def weights_bytes(model: Any, dtype: torch.dtype) -> int:

@@ -47,8 +47,22 @@ from transformer_lens.model_bridge.generalized_components import (
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from av_lens.errors import BudgetError, ModelError
-from av_lens.families.decoder import Read, attended, rotated
-from av_lens.families.weights import brought, device_of, weight_of
+from av_lens.families.decoder import Read, attended, rotated, weight_of
+from av_lens.families.weights import brought
+
+
+def device_of(module: Any) -> torch.device:
+    """Where a module computes: where accelerate takes it, else where its first weight lies."""
+    for part in module.modules():
+        hook = part.__dict__.get("_hf_hook")
+        for one in getattr(hook, "hooks", (hook,)):
+            place = getattr(one, "execution_device", None)
+            if place is not None:
+                return torch.device(place)
+        for weight in part._parameters.values():
+            if weight is not None:
+                return weight.device
+    return torch.device("cpu")
 
 
 def install_embed_hook(bridge: Any) -> None:

@@ -46,11 +46,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_efficient_attention, can_use_flash_attention
 from torch.nn import functional
 
 from av_lens.errors import InterventionError, ModelError, unknown
-from av_lens.families.weights import applied, device_of, readable, weight_of
+from av_lens.families.kernels import on_cuda
+from av_lens.families.weights import dense
 from av_lens.spans import ROLES
 
 _HOOKED = {
@@ -270,6 +270,26 @@ def given_weights(router: Any, logits: Float[Tensor, "*rows expert"], chosen: Te
     return (shares / shares.sum(-1, keepdim=True) if router.norm_topk_prob else shares).to(logits.dtype)
 
 
+def readable(weight: Any) -> bool:
+    """Whether a weight lies there as plain numbers: neither waiting elsewhere (meta) nor packed."""
+    there = isinstance(weight, Tensor) and weight.device.type != "meta"
+    return there and weight.is_floating_point() and weight.itemsize > 1
+
+
+def weight_of(module: Any, name: str = "weight") -> Tensor:
+    """A module's weight as plain numbers; fetched where it waits elsewhere, refused where it is packed."""
+    weight = getattr(module, name, None)
+    return weight if readable(weight) else dense(module, name)
+
+
+def applied(linear: Any, rows: Tensor) -> Tensor:
+    """A projection of `[..., d]`; packed ones are shown plain rows, since their kernels know no further axes."""
+    weight = getattr(linear, "weight", None)
+    if rows.ndim < 4 or (isinstance(weight, Tensor) and weight.dtype.itemsize > 1):
+        return linear(rows)
+    return linear(rows.flatten(0, -2)).unflatten(0, rows.shape[:-1])
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """One decoder layer's own modules, found through the bridge.
@@ -342,11 +362,6 @@ class Layer:
         )
 
     @property
-    def device(self) -> torch.device:
-        """Where the layer computes."""
-        return device_of(self.q)
-
-    @property
     def n_heads(self) -> int:
         """Query heads."""
         return self.q.out_features // self.d_head
@@ -368,7 +383,7 @@ class Layer:
     def head(self, kind: str, index: int, normed: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows d_head"]:
         """The same of one head alone: a query head, or for keys and values a key-value head."""
         linear, part = getattr(self, kind), slice(index * self.d_head, (index + 1) * self.d_head)
-        if not readable(linear):  # fetched or packed: through the module, which alone knows its numbers
+        if not readable(linear.weight):  # fetched or packed: through the module, which alone knows its numbers
             return applied(linear, normed)[..., part]
         return functional.linear(normed, linear.weight[part], None if linear.bias is None else linear.bias[part])
 
@@ -509,9 +524,10 @@ def flash(
 ) -> tuple[Float[Tensor, "batch head row d_head"], Float[Tensor, "batch head row"]]:
     """Attend by one of torch's kernels where one can, and hand back the log-sum-exp of the scores."""
     plain = torch.is_grad_enabled() or k.shape[2] < FEW_KEYS or not q.shape[2]  # the kernel divides by its rows
-    kernel = None if plain else flash_kernel(q, k, v, mask, causal=causal)
-    if kernel is not None:
-        return kernel(q, k, v, mask, causal, scaling)
+    kernel = None if plain else KERNELS.get(q.device.type)
+    found = None if kernel is None else kernel(q, k, v, mask, causal, scaling)
+    if found is not None:
+        return found
     scores = (q @ k.transpose(-1, -2)).float() * scaling
     if causal:
         scores = scores + causal_mask(k.shape[2], scores)
@@ -526,50 +542,14 @@ def as_forward(position_ids: Shaped[Tensor, "stream batch pos"]) -> Shaped[Tenso
     return position_ids[0] if position_ids.shape[0] == 1 else position_ids
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", bool, float], tuple[Tensor, Tensor]]
-
-
-def flash_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool) -> Kernel | None:
-    """The kernel that can take these, of those that hand back a log-sum-exp; None where scores must be written out."""
-    if q.device.type == "cpu":
-        return _on_cpu if hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") else None
-    if q.device.type != "cuda":
-        return None
-    asked = SDPAParams(q, k, v, mask, 0.0, causal, False)
-    if mask is None and q.shape[-1] % 8 == 0 and can_use_flash_attention(asked):
-        return _by_flash_attention
-    return _memory_efficiently if can_use_efficient_attention(asked) else None
-
-
-def _on_cpu(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float
-) -> tuple[Tensor, Tensor]:
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    found, weight = kernel(q, k, v, 0.0, causal, attn_mask=mask, scale=scaling)
+def on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attend by torch's kernel for CPUs."""
+    options: dict[str, Any] = {"attn_mask": mask, "scale": scaling}
+    found, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, **options)
     return found, weight.float()
 
 
-def _by_flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """CUDA in half precision, without a mask of its own."""
-    found, weight, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scaling)
-    return found, weight
-
-
-def _memory_efficiently(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """CUDA in every precision; its log-sum-exps are padded."""
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    found, weight, *_ = kernel(q, k, v, None if mask is None else aligned(mask, q), True, 0.0, causal, scale=scaling)
-    return found, weight[:, :, : q.shape[2]]
-
-
-def aligned(mask: Tensor, q: Tensor) -> Tensor:
-    """A mask for every head and row, whose rows begin at multiples of 16 numbers, as that kernel wants them."""
-    n = mask.shape[-1]
-    return functional.pad(mask.to(q.dtype), (0, -n % 16))[..., :n].expand(*q.shape[:3], n)
+KERNELS = {"cpu": on_cpu, "cuda": on_cuda}
 
 
 def causal_mask(n: int, like: Tensor) -> Float[Tensor, "1 1 pos pos"]:

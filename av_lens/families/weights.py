@@ -25,25 +25,6 @@ LOAD_PLAIN = (
 )
 
 
-def device_of(module: Any) -> torch.device:
-    """Where a module computes: where accelerate takes it, else where its first weight lies."""
-    for part in module.modules():
-        hook = part.__dict__.get("_hf_hook")
-        for one in getattr(hook, "hooks", (hook,)):
-            place = getattr(one, "execution_device", None)
-            if place is not None:
-                return torch.device(place)
-        for weight in part._parameters.values():
-            if weight is not None:
-                return weight.device
-    return torch.device("cpu")
-
-
-def readable(module: Any) -> bool:
-    """Whether a module's weight lies there as plain numbers."""
-    return unreadable_weight_reason(getattr(module, "weight", None)) is None
-
-
 def fetched(module: Any, name: str) -> Any:
     """A module's weight by its name, or one of a part of it, where it computes, also where it waits elsewhere."""
     owner, _, last = name.rpartition(".")
@@ -57,7 +38,7 @@ def fetched(module: Any, name: str) -> Any:
     return weight
 
 
-def weight_of(module: Any, name: str = "weight") -> Tensor:
+def dense(module: Any, name: str) -> Tensor:
     """A module's weight as plain numbers where it computes; refused where it is packed."""
     weight = fetched(module, name)
     reason = unreadable_weight_reason(weight)
@@ -70,14 +51,6 @@ def weight_of(module: Any, name: str = "weight") -> Tensor:
     return weight  # pyright: ignore[reportReturnType]  # a tensor, or there would have been a reason
 
 
-def applied(linear: Any, rows: Tensor) -> Tensor:
-    """A projection of `[..., d]`; packed ones are shown plain rows, since their kernels know no further axes."""
-    weight = getattr(linear, "weight", None)
-    if rows.ndim < 4 or (isinstance(weight, Tensor) and weight.dtype.itemsize > 1):
-        return linear(rows)
-    return linear(rows.flatten(0, -2)).unflatten(0, rows.shape[:-1])
-
-
 def brought(value: Any, device: torch.device) -> Any:
     """Tensors, or tuples and dictionaries of them, on a device; all else as it is."""
     if isinstance(value, Tensor):
@@ -87,25 +60,3 @@ def brought(value: Any, device: torch.device) -> Any:
     if isinstance(value, Mapping):
         return {name: brought(one, device) for name, one in value.items()}
     return value
-
-
-def require_whole_layers(layers: Any) -> None:
-    """Refuse a model in which one layer's modules compute on several devices."""
-    for number, layer in enumerate(layers):
-        places = sorted({str(device_of(part)) for part in layer.modules() if part._parameters})
-        if len(places) > 1:
-            raise ModelError(
-                f"layer {number} is spread over {' and '.join(places)}, and a restart computes each layer in one "
-                'place. Name whole layers in device_map=, or leave the choice to device_map="auto".'
-            )
-
-
-def is_split(hf_model: Any) -> bool:
-    """Whether a model lies in several places, or partly where nothing computes."""
-    hooked = any("_hf_hook" in module.__dict__ for module in hf_model.modules())
-    return hooked or len({one.device for one in hf_model.parameters()}) > 1
-
-
-def is_packed(hf_model: Any) -> bool:
-    """Whether any weight is quantised."""
-    return any(one.dtype.itemsize < 2 for one in hf_model.parameters())

@@ -35,8 +35,7 @@ from av_lens.checks import require_choice
 from av_lens.core import Run, run
 from av_lens.core.calls import heads_first, require_known_layers
 from av_lens.errors import InputError
-from av_lens.families.decoder import hook_name
-from av_lens.families.weights import weight_of
+from av_lens.families.decoder import hook_name, weight_of
 from av_lens.inputs import AVInputs
 from av_lens.interventions import Site
 from av_lens.methods.shared.frame import Examples, Frame, numbers

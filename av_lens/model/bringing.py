@@ -36,6 +36,7 @@ from torch import Tensor
 
 from av_lens.checkpoints import BROUGHT, CONFIG, brought, check_configurations, check_weight_files
 from av_lens.checks import foreign_file, parse_json
+from av_lens.core.placement import require_weights
 from av_lens.errors import InputError, ModelError
 from av_lens.families.decoder import as_forward
 from av_lens.families.given import Given, GivenAxes
@@ -45,7 +46,7 @@ from av_lens.inputs.answers import resolve
 from av_lens.inputs.encoder import Asked, Encoder, choose, refuse_special
 from av_lens.inputs.model_inputs import AVInputs
 from av_lens.media.clip import Clip
-from av_lens.model.loading import OPENERS, quiet, require_plain
+from av_lens.model.loading import OPENERS, quiet
 from av_lens.model.selfcheck import check_model, check_weights
 from av_lens.model.wrapper import HookedAVLLM
 from av_lens.spans import GROUPS
@@ -82,7 +83,7 @@ def wrap(hf_text_model: Any, embed: Embed | None = None, *, tokenizer: Any, name
         InputError: `embed` cannot be called like that.
     """
     family_of(type(hf_text_model))
-    require_plain(hf_text_model)
+    require_weights(hf_text_model)
     check_weights(hf_text_model, tokenizer, name)
     _keywords(embed)
     hf_text_model.__class__ = _fed(type(hf_text_model))

@@ -31,10 +31,17 @@ import torch
 
 from av_lens.checkpoints import check_configurations, check_weight_files, index, known_names, located, shipped
 from av_lens.checks import foreign_file, parse_json
-from av_lens.core.modes import cast, free_bytes, require_movable
+from av_lens.core.modes import cast, free_bytes
+from av_lens.core.placement import (
+    is_packed,
+    require_known_packing,
+    require_movable,
+    require_weights,
+    require_whole_layers,
+)
 from av_lens.errors import AvLensError, ModelError
 from av_lens.families.registry import HOW_TO_ADD, Family, build_bridge, family_of
-from av_lens.families.weights import LOAD_PLAIN, is_packed, require_whole_layers
+from av_lens.families.weights import LOAD_PLAIN
 from av_lens.model.adapters import Adapter, read_adapter
 from av_lens.model.differences import Difference, read_difference
 from av_lens.model.selfcheck import check_model, check_parts
@@ -161,7 +168,7 @@ def opened(
 
 def _given(hf_model: Any, name_or_path: str | Path | None, processor: Any, **options: Any) -> Opened:
     family_of(type(hf_model))
-    require_plain(hf_model)
+    require_weights(hf_model)
     if processor is None:
         if name_or_path is None:
             raise ModelError("hf_model= needs processor= as well (or a name or folder that has one).")
@@ -192,7 +199,7 @@ def _open(
     family = _family(config, name)
     inner = family.inner_config.get(str(config.get("model_type")))
     for level in _levels(config, inner):
-        _require_known_packing(way := level.get("quantization_config"))
+        require_known_packing(way := level.get("quantization_config"))
         if way is not None and importlib.util.find_spec("bitsandbytes") is None:
             raise ModelError(
                 f"the weights of {name!r} are quantised by bitsandbytes, which is not installed: "
@@ -239,45 +246,12 @@ def _open(
     return Opened(hf_model, processor, name, {"grammar": source.grammar, "handed_in": False, "provenance": provenance})
 
 
-def require_plain(hf_model: Any) -> None:
-    """Refuse weights that are nowhere, a layer in two places, and a quantisation that is not known."""
-    require_whole_layers(hf_model.get_decoder().layers)
-    nowhere = [n for n, one in hf_model.named_modules() if not hasattr(one, "_hf_hook") and _lacking(one)]
-    if nowhere:
-        raise ModelError(
-            f"this model has no weights at {', '.join(nowhere[:3])} ({len(nowhere)} places): they are mere shapes "
-            "(meta). Load it with device_map= or from_pretrained, which bring the numbers."
-        )
-    quantizer = getattr(hf_model, "hf_quantizer", None)
-    way = getattr(quantizer, "quantization_config", quantizer)
-    _require_known_packing(way or getattr(getattr(hf_model, "config", None), "quantization_config", None))
-    if way is None:
-        _require_known_packing(next((str(p.dtype) for p in hf_model.parameters() if p.dtype.itemsize < 2), None))
-
-
-def _lacking(module: Any) -> bool:
-    return any(one is not None and one.device.type == "meta" for one in module._parameters.values())
-
-
 def _levels(config: Mapping[str, Any], inner: str | None = None) -> Generator[Mapping[str, Any], None, None]:
     """A configuration and those within it; of a larger one the fusion model's alone."""
     yield config
     for name, value in config.items():
         if isinstance(value, Mapping) and inner in (None, name):
             yield from _levels(value)
-
-
-def _require_known_packing(way: Any) -> None:
-    """Refuse quantised weights, but those of bitsandbytes; None where they are not quantised."""
-    if way is None:
-        return
-    method = way.get("quant_method", way) if isinstance(way, Mapping) else getattr(way, "quant_method", way)
-    method = str(getattr(method, "value", method))
-    if not method.startswith("bitsandbytes"):
-        raise ModelError(
-            f"these weights are quantised ({method}), and av_lens opens none of that kind but bitsandbytes'. "
-            f"{LOAD_PLAIN}"
-        )
 
 
 class _Source:

@@ -40,10 +40,9 @@ from av_lens.core.execution import HookPair, counted, gates_of_filter, gates_of_
 from av_lens.core.modes import TorchModes
 from av_lens.errors import InputError, InterventionError
 from av_lens.families.adapter import experts_units
-from av_lens.families.blocks import BUDGET_GB
+from av_lens.families.blocks import BUDGET_GB, device_of
 from av_lens.families.decoder import COMPONENTS, hook_name, sizes_of
 from av_lens.families.registry import Family, family_of
-from av_lens.families.weights import device_of
 from av_lens.inputs.answers import words_of
 from av_lens.inputs.encoder import Asking, Encoder
 from av_lens.inputs.model_inputs import AVInputs

@@ -36,14 +36,14 @@ from torch import Tensor
 
 from av_lens.core.calls import unembedded
 from av_lens.errors import InputError, ModelError
+from av_lens.families.blocks import device_of
 from av_lens.families.decoder import Layer, Read, at_scale, attended
-from av_lens.families.weights import device_of
 from av_lens.interventions import Plan, Site
 from av_lens.interventions import replace as write
 from av_lens.interventions.edges import Node
 from av_lens.interventions.edits import places
 from av_lens.metrics.metric import Metric
-from av_lens.replay.recording import Record, Window
+from av_lens.replay.recording import Record, Window, place_of
 from av_lens.replay.rerun import layer_of, layers, rerun_under
 from av_lens.replay.stacks import reread
 
@@ -99,7 +99,8 @@ def readings(
     yield Reading("logits", record.n_layers, gradient[:, :, None])
     window = record.window(start)
     for number, layer in layers(record.model, above + 1, backwards=True):
-        stream, gradient, window = record.stream(number, start), gradient.to(layer.device), window.on(layer.device)
+        stream = record.stream(number, start)
+        gradient, window = gradient.to(stream.device), window.on(stream.device)
         with torch.enable_grad():
             leaves, z = _attention(layer, stream, record.past(number, start), window)
         reached = stream + layer.write(z.detach()).detach()
@@ -210,7 +211,7 @@ class HeldRun:
         moved = self.entering(first).new_zeros((len(changes), *self.entering(first).shape))
         found: dict[Node, Tensor] = {}
         for number, layer in layers(self.record.model, first):
-            moved = moved.to(layer.device)
+            moved = moved.to(place_of(self.record.model, number))
             self._add(moved, changes, ("embed", number))
             here = [node for node in wanted if node.layer == number]
             if any(node.kind != "mlp" for node in here):

@@ -47,7 +47,7 @@ from torch import Tensor
 from av_lens.core.calls import unembedded
 from av_lens.families.decoder import Layer, Read, attended
 from av_lens.interventions import CompiledPlan, Plan, Step
-from av_lens.replay.recording import Own, Record, Window, additive, cascade, entering, fields_of
+from av_lens.replay.recording import Own, Record, Window, additive, cascade, entering, fields_of, place_of
 
 
 class Taps:
@@ -316,7 +316,7 @@ def run_layers(
     stream: Tensor | None = None
     last, windows = model.spec.n_layers - 1, {window.cos.device: window}
     for number, layer in layers(model, taps.first_layer):
-        place = layer.device
+        place = place_of(model, number)
         here = windows[place] = windows[place] if place in windows else window.on(place)
         before, wanted = None if earlier is None else earlier[number], rows if number == last else None
         entered = enter(number, None if stream is None else stream.to(place)).to(place)

@@ -331,12 +331,12 @@ class HeadRead:
     @classmethod
     def of(cls, record: Record, layer: int, head: int, rows: Sequence[int]) -> HeadRead:
         """Read a head of a recorded run at some positions, ascending."""
-        parts = layer_of(record.model, layer)
-        inside = places([row - rows[0] for row in rows], parts.device)
-        cos, sin = (table.to(parts.device)[:, rows[0] :][:, inside] for table in record.tables)
+        parts, device = layer_of(record.model, layer), place_of(record.model, layer)
+        inside = places([row - rows[0] for row in rows], device)
+        cos, sin = (table.to(device)[:, rows[0] :][:, inside] for table in record.tables)
         q = parts.head("q", head, parts.ln1(record.stream(layer, rows[0])[:, inside]))
         keys, values = record.past(layer, len(record.spans))
-        mask, shared = _mask(record, rows, parts.device)[:, 0], head // parts.group
+        mask, shared = _mask(record, rows, device)[:, 0], head // parts.group
         return cls(parts.turned("q", q, cos, sin), keys[:, shared], values[:, shared], mask, parts.scaling)
 
     @property
@@ -363,11 +363,12 @@ def reread(
 ) -> dict[int, tuple[Float[Tensor, "row batch later d_head"], Float[Tensor, "batch later d_head"]]]:
     """Attend anew in one layer of a recorded run, with some queries, keys or values replaced."""
     layer, start, n = layer_of(record.model, number), positions[0], len(record.spans)
-    cos, sin = (table.to(layer.device) for table in record.tables)
-    at = places(positions, layer.device)
+    device = place_of(record.model, number)
+    cos, sin = (table.to(device) for table in record.tables)
+    at = places(positions, device)
     keys, values = record.past(number, n)
     queries = layer.heads("q", layer.ln1(record.stream(number, start)))
-    mask = _mask(record, range(start, n), layer.device)[:, 0]
+    mask = _mask(record, range(start, n), device)[:, 0]
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for head in sorted({head for node in read for head in _seen_by(node, layer.group)}):
         q, shared = layer.turned("q", queries[:, :, head], cos[:, start:], sin[:, start:]), head // layer.group

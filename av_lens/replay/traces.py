@@ -44,7 +44,7 @@ from av_lens.interventions import CompiledPlan, Plan, Site
 from av_lens.metrics.forms import followed
 from av_lens.metrics.metric import Metric, as_metric
 from av_lens.replay.continuation import continued
-from av_lens.replay.recording import Record, recorded, require_record_memory
+from av_lens.replay.recording import Record, place_of, recorded, require_record_memory
 from av_lens.replay.rerun import PROVED, by_flash, layers, may_be_lean, recorded_lean
 from av_lens.replay.stacks import (
     HeadRead,
@@ -115,7 +115,7 @@ def _reread(record: Record, reads: Reads) -> Iterator[tuple[str, float]]:
     n, tables = len(record.spans), record.window(0)
     rows = range(max(0, n - READ_ROWS), n)
     for number, layer in layers(record.model):
-        window = tables.on(layer.device)
+        window = tables.on(place_of(record.model, number))
         normed, (keys, values) = layer.ln1(record.stream(number, 0)), record.past(number, n)
         turned = layer.turned("k", layer.heads("k", normed), window.cos, window.sin)
         made = {"keys": (turned, keys), "values": (layer.heads("v", normed), values)}

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import av_lens as avl
 from av_lens.core import run
 from av_lens.errors import InputError
-from av_lens.families import decoder
+from av_lens.families import decoder, kernels
 from av_lens.families.decoder import causal_mask, flash
 from av_lens.interventions import Plan, Site, cut, scale, zero
 from av_lens.replay import stacks
@@ -117,8 +117,8 @@ def test_a_kernel_that_fails_its_proof_is_not_used(monkeypatch):
     model = avl.load("tiny", hf_model=tiny_hf_model(), processor=tiny_processor())
     x = small_inputs((0,))
     wanted = small_model().trace(x).logits()
-    plain = decoder._on_cpu
-    monkeypatch.setattr(decoder, "_on_cpu", lambda *given: (plain(*given)[0] * 1.5, plain(*given)[1]))
+    plain = decoder.on_cpu
+    monkeypatch.setitem(decoder.KERNELS, "cpu", lambda *given: (plain(*given)[0] * 1.5, plain(*given)[1]))
     for _ in range(2):
         trace = model.trace(x)
         assert (trace.flash, trace.hooked_because) == (False, "")
@@ -135,11 +135,11 @@ SIZES = [(40, 40, True, False), (3, 37, False, True), (1, 50, False, False)]
 def test_the_kernels_of_cuda_are_called_as_they_ask(monkeypatch, dtype, rows, keys, causal, masked):
     """Shapes, devices and the mask's alignment, which fake tensors check; their numbers nobody could measure here."""
     called: list[str] = []
-    monkeypatch.setattr(decoder, "can_use_flash_attention", lambda asked: dtype != torch.float32)
-    monkeypatch.setattr(decoder, "can_use_efficient_attention", lambda asked: True)
+    monkeypatch.setattr(kernels, "can_use_flash_attention", lambda asked: dtype != torch.float32)
+    monkeypatch.setattr(kernels, "can_use_efficient_attention", lambda asked: True)
     for name in ("_by_flash_attention", "_memory_efficiently"):
-        kernel = getattr(decoder, name)
-        monkeypatch.setattr(decoder, name, lambda *given, n=name, k=kernel: called.append(n) or k(*given))
+        kernel = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *given, n=name, k=kernel: called.append(n) or k(*given))
     with torch.no_grad(), FakeTensorMode():
         q, k, v = (torch.empty(2, 4, n, 64, device="cuda", dtype=dtype) for n in (rows, keys, keys))
         mask = torch.empty(1, 1, rows, keys, device="cuda", dtype=dtype) if masked else None
@@ -152,7 +152,7 @@ def test_the_kernels_of_cuda_are_called_as_they_ask(monkeypatch, dtype, rows, ke
 def test_a_masks_rows_begin_where_the_kernel_wants_them():
     q = torch.zeros(2, 4, 3, 64, dtype=torch.bfloat16)
     mask = torch.randn(2, 1, 3, 37)
-    given = decoder.aligned(mask, q)
+    given = kernels.aligned(mask, q)
     assert torch.equal(given, mask.to(q).expand(2, 4, 3, 37))
     assert given.stride(-2) % 16 == 0
     assert given.stride(-1) == 1
@@ -162,7 +162,7 @@ def test_a_masks_rows_begin_where_the_kernel_wants_them():
 def test_no_scores_are_written_out_on_cuda(monkeypatch):
     trace = small_model().trace(small_inputs())
     for name in ("can_use_flash_attention", "can_use_efficient_attention"):
-        monkeypatch.setattr(decoder, name, lambda asked: True)
+        monkeypatch.setattr(kernels, name, lambda asked: True)
     model, largest = copied(trace.model), 0
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         move(model, mode, ELSEWHERE)

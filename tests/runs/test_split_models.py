@@ -20,7 +20,8 @@ from tiny_families import TINY, family_model, folder
 import av_lens as avl
 from av_lens.core import run
 from av_lens.errors import ModelError
-from av_lens.families.weights import device_of, weight_of
+from av_lens.families.blocks import device_of
+from av_lens.families.decoder import weight_of
 from av_lens.interventions import Plan, Site, cut, replace, scale, zero
 from av_lens.methods import edge_attribution, path_patch
 from av_lens.metrics import logit_diff

@@ -40,14 +40,14 @@ from torch.nn import functional
 
 from av_lens.core.calls import require_known_layers, unembedded, watching
 from av_lens.core.execution import logits_of, run
+from av_lens.core.placement import is_packed, is_split
 from av_lens.core.readings import incoming_mass
 from av_lens.errors import ProtocolError, unknown
-from av_lens.families.decoder import hook_name
-from av_lens.families.weights import weight_of
+from av_lens.families.decoder import hook_name, weight_of
 from av_lens.inputs import AVInputs
 from av_lens.interventions import CompiledPlan, Edit, Plan, Site, replace
 from av_lens.replay.recording import record_bytes
-from av_lens.replay.rerun import Taps, layers, rerun, start_of
+from av_lens.replay.rerun import Taps, layer_of, layers, rerun, start_of
 from av_lens.replay.stacks import run_streams, scheduled
 from av_lens.replay.traces import Trace
 from av_lens.spans import SpanMap
@@ -278,7 +278,8 @@ class ModelEngine:
             raise ProtocolError(unknown("engine", how, ("trace", "hooks")))
         require_known_layers(model, "isolating heads")
         self.model, self.how, self.layout = model, how, layout
-        weight_of(next(layers(model))[1].o)  # heads are told by what they write: packed weights are refused now
+        if is_packed(model.hf_model):  # heads are told by what they write
+            weight_of(layer_of(model, 0).o)
         self.cell_options = dict(cells or {})
         self.n_layers, self.n_heads = int(model.spec.n_layers), int(model.spec.n_heads)
 
@@ -403,6 +404,8 @@ class ModelEngine:
 
     @cached_property
     def _output_weights(self) -> Float[Tensor, "layer head d_head d_model"]:
+        if not is_split(self.model.hf_model):
+            return self.model.W_O.detach()
         return torch.stack([layer.outputs().to(self.model.device) for _, layer in layers(self.model)])
 
     def writes(self, recording: Recording, ids: Int[Tensor, " token"]) -> Float[Tensor, "layer head batch token"]:
