@@ -1,4 +1,4 @@
-"""The command line: `av-lens demo | isolate | inspect | generate | models | train | plant`.
+"""The command line: `av-lens demo | pairs | isolate | inspect | generate | models | train | plant`.
 
 Every default is read from the function that does the work; what av_lens refuses is printed as one message, with exit
 code 2 and no traceback (`--debug` shows it), and so is what the system refuses, such as a log on a full disk. Work that
@@ -106,7 +106,7 @@ def options(
     """Find the attention heads that keep an audio-visual language model from saying what it hears."""
 
 
-_WORK = (commands.demo, commands.isolate, commands.inspect, commands.generate)
+_WORK = (commands.demo, commands.pairs, commands.isolate, commands.inspect, commands.generate)
 _STUDIES = (studies.bench, studies.plantbench, studies.seeds, studies.true_shapes)
 for command in (*_WORK, commands.models, commands.train, commands.plant, *_STUDIES):
     app.command()(command)

@@ -136,6 +136,7 @@ class Conflict:
         see: the question about the picture.
         control: a question about neither.
         id: a name for it in reports.
+        references: a text on the sound's clip and one on the picture's, for those who judge captions.
     """
 
     sound: Clip | ClipFile
@@ -147,6 +148,7 @@ class Conflict:
     see: str = SEE
     control: str = CONTROL
     id: str | None = None
+    references: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         synonyms = [synonyms_of(answer) for answer in self.answers]
