@@ -84,6 +84,9 @@ def isolate(
     budget: Budget = _ISOLATE["budget"],
     quick: Quick = _ISOLATE["quick"],
     sites: Annotated[str, _SITES] = ",".join(_ISOLATE["sites"]),
+    captions: Annotated[bool, Option("--captions", help="Also write captions with the heads edited.")] = _ISOLATE[
+        "captions"
+    ],
     gate: Annotated[str, _GATE] = _ISOLATE["gate"],
     layout: Annotated[str, Option(help="in_video (sound woven into the video) or separate.")] = _ISOLATE["layout"],
     s: Share = _ISOLATE["s"],
@@ -108,6 +111,7 @@ def isolate(
     listed = conflicts_of(lines)
     loaded = _load(model, device=device, dtype=dtype)
     options: dict[str, Any] = {"gate": gate, "layout": layout, "s": s, "seed": seed, "sites": named, "quick": quick}
+    options["captions"] = captions
     with console.bars() as bars:
         found, report = isolate_into(
             out, loaded, listed, name=model, limit=limit, budget=budget, progress=bars, told=console.say, **options

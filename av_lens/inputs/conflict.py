@@ -27,7 +27,7 @@ from av_lens.inputs.answers import Answer, AnswerLike, synonyms_of
 from av_lens.inputs.model_inputs import AVInputs, difference, shared
 from av_lens.media.arrays import file_hash
 from av_lens.media.clip import Clip
-from av_lens.media.manifest import CONTROL, SEE, Entry, answers_fault, read_manifest
+from av_lens.media.manifest import CONTROL, DESCRIBE, SEE, Entry, answers_fault, read_manifest
 from av_lens.media.source import ClipFile
 from av_lens.memory import Memory
 from av_lens.whole_files import describe
@@ -135,6 +135,7 @@ class Conflict:
         third: one more clip (w) whose answer differs from both.
         see: the question about the picture.
         control: a question about neither.
+        describe: what is asked where captions are written, without the prefix.
         id: a name for it in reports.
         references: a text on the sound's clip and one on the picture's, for those who judge captions.
     """
@@ -147,6 +148,7 @@ class Conflict:
     third: Clip | ClipFile | None = None
     see: str = SEE
     control: str = CONTROL
+    describe: str = DESCRIBE
     id: str | None = None
     references: tuple[str, str] | None = None
 
@@ -156,7 +158,7 @@ class Conflict:
         if fault:
             raise InputError(f"conflict {self.id or ''}: {fault}".replace(" :", ":"))
         words = [word for group in synonyms for word in group]
-        texts = (self.id, self.question, self.prefix, self.see, self.control, *words)
+        texts = (self.id, self.question, self.prefix, self.see, self.control, self.describe, *words)
         if half := half_character("".join(map(str, texts))):
             raise InputError(f"conflict {self.id!r}: its texts hold {half}; take it out.")
         for name, clip in (("sound", self.sound), ("picture", self.picture), ("third", self.third)):

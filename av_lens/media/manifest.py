@@ -2,8 +2,8 @@
 
 Each line is a json object: `sound` and `picture` (paths relative to the manifest), `question`, `answers` (the sound's,
 then the picture's; words or lists of synonyms), and optionally `id`, `start` and `end` (seconds, for both files, or a
-list of the sound's and the picture's), `prefix`, `see`, `control`, `references` (a text on the sound's clip and one on
-the picture's). Lines end with a line feed and nothing else, the text is UTF-8 (a byte order mark is
+list of the sound's and the picture's), `prefix`, `see`, `control`, `describe`, `references` (a text on the sound's clip
+and one on the picture's). Lines end with a line feed and nothing else, the text is UTF-8 (a byte order mark is
 skipped), blank lines are skipped. Every line is validated, the files' headers too, and *all* faults come in one error
 with their line numbers.
 
@@ -24,12 +24,13 @@ from av_lens.checks import near_file, parse_json
 from av_lens.errors import ManifestError, MediaError, unknown
 from av_lens.media.source import ClipFile
 
-SEE, CONTROL = "What do you see?", "What colour is it?"
+SEE, CONTROL, DESCRIBE = "What do you see?", "What colour is it?", "Describe this short clip."
 
-KEYS = ("id", "sound", "picture", "question", "answers", "start", "end", "prefix", "see", "control", "references")
+KEYS = ("id", "sound", "picture", "question", "answers", "start", "end", "prefix", "see", "control", "describe")
+KEYS += ("references",)
 _FILES = ("sound", "picture")
 _REQUIRED = (*_FILES, "question", "answers")
-_TEXTS = ("id", "sound", "picture", "question", "prefix", "see", "control")
+_TEXTS = ("id", "sound", "picture", "question", "prefix", "see", "control", "describe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Entry:
         prefix: text of the assistant before the asked position.
         see: the question about the picture.
         control: a question about neither.
+        describe: what is asked where captions are written.
         id: its name.
         references: a text on the sound's clip and one on the picture's, or None.
     """
@@ -55,6 +57,7 @@ class Entry:
     prefix: str
     see: str
     control: str
+    describe: str
     id: str
     references: tuple[str, str] | None
 
@@ -210,7 +213,7 @@ def _probed(name: str, clip: ClipFile, probes: dict[ClipFile, tuple[str, ...]]) 
 
 def _entry(manifest: Path, row: dict[str, Any], number: int) -> Entry:
     answers: Any = tuple(answer if isinstance(answer, str) else tuple(answer) for answer in row["answers"])
-    texts: dict[str, Any] = {"prefix": "", "see": SEE, "control": CONTROL, "id": f"line {number}"}
+    texts: dict[str, Any] = {"prefix": "", "see": SEE, "control": CONTROL, "describe": DESCRIBE, "id": f"line {number}"}
     texts |= {name: text for name, text in row.items() if name in texts}
     sound, picture = (_clip_file(manifest, row, name) for name in _FILES)
     texts["references"] = tuple(row["references"]) if "references" in row else None

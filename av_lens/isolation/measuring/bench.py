@@ -11,6 +11,7 @@ figures are NaN.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -52,13 +53,14 @@ from av_lens.results.statistics import Bootstrap, Interval
 from av_lens.spans import SpanMap
 
 Progress = Callable[[str, int, int], None]
+DESCRIBE = "describe"
 
 
 @dataclass(eq=False)
 class Bench:
     """The conflicts of a run, their answers and the model's engine.
 
-    A question is asked in three wordings: "ask" (the conflict's own), "see" and "control".
+    A question is asked in four wordings: "ask" (the conflict's own), "see", "control", and "describe" without a prefix.
     """
 
     engine: ModelEngine
@@ -77,7 +79,8 @@ class Bench:
         self.keys.check(conflict)
         key = (example, None if question == "ask" else str(getattr(conflict, question)))
         if key not in self._cells:
-            self._cells[key] = self.engine.cells(conflict, key[1])
+            bare = dataclasses.replace(conflict, prefix="") if question == DESCRIBE else conflict
+            self._cells[key] = self.engine.cells(bare, key[1])
         return self._cells[key][cell]
 
     def find_sinks(self, examples: Sequence[int]) -> None:
@@ -116,7 +119,7 @@ class Bench:
 
 def wording(conflict: Any) -> list[str]:
     """What a conflict is asked, and the words before the answer."""
-    return [str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix")]
+    return [str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix", DESCRIBE)]
 
 
 def _incoming(chunk: Chunk) -> Arrays:

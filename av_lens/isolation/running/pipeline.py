@@ -27,6 +27,7 @@ from typing import Any
 
 from av_lens.core.execution import places, standing_hooks
 from av_lens.errors import ProtocolError
+from av_lens.isolation.explaining.captions import caption_tables
 from av_lens.isolation.explaining.knowledge import Known, knowledge_rows
 from av_lens.isolation.explaining.mechanisms import cards
 from av_lens.isolation.explaining.robustness import robustness_rows
@@ -68,6 +69,7 @@ def isolate(
     layout: str = "in_video",
     quick: bool = False,
     named_only: bool = False,
+    captions: bool = False,
     budget: float | int | None = None,
     progress: Progress | None = None,
     told: Callable[[str], None] | None = None,
@@ -88,6 +90,7 @@ def isolate(
         quick: leave out robustness and pairs of heads, and say so.
         named_only: end once heads and sets are named and confirmed: none of what explains them (mechanisms, routes,
             robustness, repair), and say so.
+        captions: also let the model describe the clips, as it is and with the set edited (`found.captions`).
         budget: stop after so many minutes, with everything kept in `out`; the same call goes on from there.
         progress: called as `progress(stage, done, total)`.
         told: called with lines worth reading: power, what the run will cost, each conflict that is finished.
@@ -103,7 +106,7 @@ def isolate(
         FileError: `out` is no folder that can be written, or holds what cannot be read.
         UnfinishedError: the budget is spent, the disk is full, or a clip is gone.
     """
-    options = Options(tuple(sites), s, gate, seed, layout, quick, named_only)
+    options = Options(tuple(sites), s, gate, seed, layout, quick, named_only, captions)
     if out is not None:
         _refuse_hooks(model)
     run = prepared(model, conflicts, options, engine=engine, progress=progress)
@@ -150,11 +153,12 @@ def further(run: Run, known: Known) -> Further:
     """Measure what follows the search and its confirmation; what is left out, as asked, is said in the reasons."""
     if run.options.quick:
         run.reasons.append(QUICK)
+    rows = caption_tables(known) if run.options.captions else {}
     if run.options.named_only:
         run.reasons.append(NAMED_ONLY)
-        return {}, {}
+        return rows, {}
     sites = known.searched.sites.items()
-    rows = {"units": [row for name, site in sites for row in unit_rows(site.chunks, known.discovery, site=name)]}
+    rows |= {"units": [row for name, site in sites for row in unit_rows(site.chunks, known.discovery, site=name)]}
     rows |= {name: rows_of(known) for name, rows_of in EXPLAINED.items()}
     rows["repair"], arrays = repair(known)
     if not run.options.quick:

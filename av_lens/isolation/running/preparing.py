@@ -153,6 +153,7 @@ class Options:
     layout: str
     quick: bool
     named_only: bool = False
+    captions: bool = False
 
     def __post_init__(self) -> None:
         if self.gate not in GATES:
