@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from brute_edges import naive, writes_of
+from brute_edges import naive, naive_integral
 from small_av import small_clip, small_inputs, small_model
 from tiny import letter, tiny_hf_model, tiny_processor
 
@@ -94,26 +94,6 @@ def test_edges_that_leave_a_sender_sum_to_its_gradient():
         np.testing.assert_allclose(got, node.reshape(2, -1).numpy(), atol=1e-5)
 
 
-def naive_integral(base, donor, steps, site, sender, receiver):
-    """The mean gradient at a receiver over runs with a site's value between base and donor, times the change."""
-    model = small_model()
-    with torch.no_grad():
-        own, there = (run(model, x, capture=[site]).cache[hook_name(site.component, site.layer)] for x in (base, donor))
-    total = 0.0
-    for step in range(steps):
-        value = own + (step + 0.5) / steps * (there - own)
-        plan = Plan(replace(site, value)).compile(model.spec, base.spans, batch=len(base))
-        kept = []
-        hook = hook_name("resid_post", 3) if receiver == "logits" else hook_name("mlp_in", int(receiver[1]))
-        with torch.enable_grad():
-            hooks = [*plan.fwd_hooks, (hook, lambda activation, hook, kept=kept: kept.append(activation))]
-            logits = model.run_with_hooks(base, fwd_hooks=hooks)
-            measured = METRIC.bind()(logits[:, -1:]).sum()
-            total = total + torch.autograd.grad(measured, kept[0])[0] / steps
-    change = writes_of(model, donor)[sender] - writes_of(model, base)[sender]
-    return (change * total).sum((1, 2)).numpy()
-
-
 @pytest.mark.parametrize(
     ("variant", "site", "sender", "receiver"),
     [
@@ -128,7 +108,8 @@ def naive_integral(base, donor, steps, site, sender, receiver):
 )
 def test_integrated_edges_equal_the_definition_computed_naively(variant, site, sender, receiver):
     found = scores(variant=variant, steps=2).values.sel(sender=sender, receiver=receiver)
-    wanted = naive_integral(pair().clean, pair().corrupt, 2, site, sender, receiver)
+    ends = pair().clean, pair().corrupt
+    wanted = naive_integral(small_model(), ends, METRIC, 2, site, sender, receiver)
     np.testing.assert_allclose(found.values, wanted, atol=1e-5)
     assert float(abs(scores().values.sel(sender=sender, receiver=receiver) - found).max()) > 1e-6
 

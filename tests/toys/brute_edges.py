@@ -6,6 +6,7 @@ import torch
 
 from av_lens.core import run
 from av_lens.families.decoder import hook_name
+from av_lens.interventions import Plan, replace
 
 
 def writes_of(model, x):
@@ -64,3 +65,23 @@ def naive(model, donor, base, metric):
             if order(sender) < order(receiver):
                 found[sender, receiver] = ((there - own[sender]) * gradient).sum((1, 2))
     return found
+
+
+def naive_integral(model, ends, metric, steps, site, sender, receiver):
+    """The mean gradient at a receiver over runs with a site's value between base and donor, times the change."""
+    base, donor = ends
+    with torch.no_grad():
+        own, there = (run(model, x, capture=[site]).cache[hook_name(site.component, site.layer)] for x in ends)
+    total = 0.0
+    for step in range(steps):
+        value = own + (step + 0.5) / steps * (there - own)
+        plan = Plan(replace(site, value)).compile(model.spec, base.spans, batch=len(base))
+        kept = []
+        hook = hook_name("resid_post", 3) if receiver == "logits" else hook_name("mlp_in", int(receiver[1]))
+        with torch.enable_grad():
+            hooks = [*plan.fwd_hooks, (hook, lambda activation, hook, kept=kept: kept.append(activation))]
+            logits = model.run_with_hooks(base, fwd_hooks=hooks)
+            measured = metric.bind()(logits[:, -1:]).sum()
+            total = total + torch.autograd.grad(measured, kept[0])[0] / steps
+    change = writes_of(model, donor)[sender] - writes_of(model, base)[sender]
+    return (change * total).sum((1, 2)).numpy()
