@@ -2,7 +2,7 @@
 
 Each line is a json object: `sound` and `picture` (paths relative to the manifest), `question`, `answers` (the sound's,
 then the picture's; words or lists of synonyms), and optionally `id`, `start` and `end` (seconds, for both files),
-`prefix`, `see`, `control`. Lines end with a line feed and nothing else, the text is UTF-8 (a byte order mark is
+`prefix`, `see`, `control`, and `source` (what the sound's clip and the picture's were cut from, two texts). Lines end with a line feed and nothing else, the text is UTF-8 (a byte order mark is
 skipped), blank lines are skipped. Every line is validated, the files' headers too, and *all* faults come in one error
 with their line numbers.
 
@@ -25,7 +25,7 @@ from av_lens.media.source import ClipFile
 
 SEE, CONTROL = "What do you see?", "What colour is it?"
 
-KEYS = ("id", "sound", "picture", "question", "answers", "start", "end", "prefix", "see", "control")
+KEYS = ("id", "sound", "picture", "question", "answers", "start", "end", "prefix", "see", "control", "source")
 _REQUIRED = ("sound", "picture", "question", "answers")
 _TEXTS = ("id", "sound", "picture", "question", "prefix", "see", "control")
 
@@ -43,6 +43,7 @@ class Entry:
         see: the question about the picture.
         control: a question about neither.
         id: its name.
+        source: what the sound's and the picture's clips were cut from.
     """
 
     sound: ClipFile
@@ -53,6 +54,7 @@ class Entry:
     see: str
     control: str
     id: str
+    source: tuple[str, str] | None = None
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
@@ -107,6 +109,8 @@ def _fields(row: dict[str, Any]) -> Iterable[str]:
             yield f"{key!r} is empty"
     if "answers" in row:
         yield from _answers(row["answers"])
+    if "source" in row and (fault := source_fault(row["source"])):
+        yield fault
     yield from _window(row)
 
 
@@ -159,6 +163,14 @@ def answers_fault(answers: Sequence[str | int | Sequence[Any]]) -> str | None:
     return None
 
 
+def source_fault(found: Any) -> str | None:
+    """Say what is wrong with the sources that a conflict names."""
+    listed = cast(list[Any], found) if isinstance(found, list) else []
+    if len(listed) == 2 and all(isinstance(one, str) and one.strip() for one in listed):
+        return None
+    return f"'source' is a list of two texts, the sound's and the picture's, found {json.dumps(found, default=repr)}"
+
+
 def _files(manifest: Path, row: dict[str, Any], probes: dict[ClipFile, tuple[str, ...]]) -> Iterable[str]:
     """Look at the files that a line names, whatever else is wrong with it."""
     if list(_window(row)):
@@ -193,4 +205,5 @@ def _entry(manifest: Path, row: dict[str, Any], number: int) -> Entry:
     texts = {"prefix": "", "see": SEE, "control": CONTROL, "id": f"line {number}"}
     texts |= {name: text for name, text in row.items() if name in texts}
     sound, picture = (_clip_file(manifest, row, name) for name in ("sound", "picture"))
-    return Entry(sound=sound, picture=picture, question=row["question"], answers=answers, **texts)
+    source: Any = tuple(row["source"]) if "source" in row else None
+    return Entry(sound=sound, picture=picture, question=row["question"], answers=answers, source=source, **texts)
