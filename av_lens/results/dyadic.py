@@ -6,7 +6,8 @@ the sum of e over source s:
 
     v  = sum of e_i e_j over ordered pairs (i, j) that share at least one source, i = j included, over n^2,
          not below sum e_i^2 / n^2, times S / (S - 1), S = sources
-    g  = (sum_s u_s^3 - sum_P (k_P - 1) e_P^3) / n^3 / v^1.5, P = the conflicts with one set of k_P sources, e_P their sum
+    g  = (sum_s u_s^3 - sum_P (k_P - 1) e_P^3) / n^3 / v^1.5,
+         P = the conflicts with one set of k_P sources, e_P their sum
     t  = mean / sqrt(v),    t' = t + g/6 + g t^2/3 + g^2 t^3/27
     df = max(3, [(sum w)^2 / sum w^2 - 1] / 2), w = conflicts a source
 
@@ -21,10 +22,12 @@ the sum of e over source s:
 (`results.statistics`). Sign flips let too much through where the components' sums are skewed to the left
 (docs/type_one.md), so that there, where g < 0, p and max-T are those of t' with every component one source.
 
-Both rules, and the first edition's `Bootstrap`, answer the same questions: `Inference`.
+Both rules, and the first edition's `Bootstrap`, answer the same questions (`Inference`): `mean`, `ratio`, `derived`,
+`test`, `smallest_effect`, `deviation`, each for values `[example, ...]` that are NaN where not measured; `rule` is the
+rule in words.
 
-Sources: Aronow, Samii and Assenova (2015), cluster-robust variance for dyadic data; Hall (1992), removal of skewness by a
-monotone transformation; Owen (2007), the pigeonhole bootstrap.
+Sources: Aronow, Samii and Assenova (2015), cluster-robust variance for dyadic data; Hall (1992), removal of skewness
+by a monotone transformation; Owen (2007), the pigeonhole bootstrap.
 
 Example:
     ```python
@@ -41,7 +44,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -53,39 +56,6 @@ LEAST_DF = 3.0
 _CHUNK = 2**22
 Columns = Float[np.ndarray, "example column"]
 PerColumn = Float[np.ndarray, " column"]
-
-
-class Inference(Protocol):
-    """What the figures of a half are bounded and tested by; values are `[example, ...]`, NaN where not measured."""
-
-    @property
-    def rule(self) -> str:
-        """The rule in words."""
-        ...
-
-    def mean(self, values: np.ndarray, *, level: float = 0.95) -> Interval:
-        """Bound a mean over examples."""
-        ...
-
-    def ratio(self, above: np.ndarray, below: np.ndarray, *, level: float = 0.95) -> Interval:
-        """Bound a ratio of means."""
-        ...
-
-    def derived(self, rule: Callable[..., np.ndarray], *columns: np.ndarray) -> tuple[float, float, float]:
-        """Bound a figure that is computed from several means."""
-        ...
-
-    def test(self, values: np.ndarray, *, family: int | None = None, seed: int = 0) -> Flips:
-        """Test that means are above 0."""
-        ...
-
-    def smallest_effect(self, *, family: int) -> float:
-        """Say how large an effect is found four times in five, in standard deviations between components."""
-        ...
-
-    def deviation(self, values: np.ndarray) -> np.ndarray:
-        """Estimate that standard deviation."""
-        ...
 
 
 class Spread(NamedTuple):
@@ -288,7 +258,7 @@ def _flat(values: np.ndarray) -> Columns:
 
 
 def smallest_of(n: float, df: float, *, family: int, level: float = 0.05, power: float = 0.8) -> float:
-    """Find the smallest effect that t' of n independent conflicts can show: (t_df(1 - level/family) + z(power))/sqrt(n)."""
+    """Find the smallest effect that t' of n independent conflicts can show, in their standard deviations."""
     return float((stats.t.isf(level / family, df) + stats.norm.ppf(power)) / math.sqrt(n))
 
 
@@ -309,6 +279,10 @@ class Components(Bootstrap):
         left = self.skewed.pivots(_flat(values))[1].g.reshape(values.shape[1:]) < 0
         p, p_maxt = (np.where(left, two, one) for one, two in ((flips.p, bent.p), (flips.p_maxt, bent.p_maxt)))
         return Flips(p, p_maxt, flips.n_flips, flips.exact)
+
+
+Inference = Bootstrap | Dyadic
+"""What a half is judged by."""
 
 
 def by_components(components: Sequence[int], clips: tuple[Sequence[str], Sequence[str]], *, seed: int) -> Inference:

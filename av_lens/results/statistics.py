@@ -179,7 +179,7 @@ def interval(boot: Bootstrap, values: np.ndarray) -> tuple[float, float, float]:
 
 @dataclass(frozen=True, eq=False)
 class Flips:
-    """The outcome of a family of one-sided tests: single p and max-T p, of the tests' shape; flips or draws of max-T."""
+    """The outcome of a family of one-sided tests: single p and max-T p, of the tests' shape, and how many flips."""
 
     p: np.ndarray
     p_maxt: np.ndarray

@@ -78,13 +78,13 @@ class Dealt:
         if self.twice:
             named = ", ".join(self.twice[:5]) + (", ..." if len(self.twice) > 5 else "")
             out.append(
-                f"{len(self.twice)} conflicts are left out because an earlier one has the same two sources and the same "
-                f"question: {named}."
+                f"{len(self.twice)} conflicts are left out because an earlier one has the same two sources and the "
+                f"same question: {named}."
             )
         if self.dyadic:
             out.append(
-                f"Conflicts share sources: sources were dealt to the halves, {self.halves.n_lost} conflicts across them "
-                "are left out, and inference is dyadic."
+                f"Conflicts share sources: sources were dealt to the halves, {self.halves.n_lost} conflicts across "
+                "them are left out, and inference is dyadic."
             )
         return out
 
@@ -151,8 +151,8 @@ def hopeless(dealt: Dealt, smallest: float | None, *, family: int) -> str:
     if min(map(len, rows)) < dealing.FEWEST:
         left = f" ({dealt.halves.n_lost} conflicts lie across the halves)" if dealt.halves.n_lost else ""
         return (
-            f"{len(rows[0])} and {len(rows[1])} conflicts could be dealt to halves that share no source{left}; isolation "
-            f"needs at least {dealing.FEWEST} in each. {MORE_SOURCES}"
+            f"{len(rows[0])} and {len(rows[1])} conflicts could be dealt to halves that share no source{left}; "
+            f"isolation needs at least {dealing.FEWEST} in each. {MORE_SOURCES}"
         )
     if smallest is None:
         parts = len({dealt.halves.component[i] for i in rows[0]})

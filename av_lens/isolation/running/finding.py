@@ -63,7 +63,7 @@ def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tupl
     tied = [row for row in claimed if held.words.get(row) == ON_WORDS]
     if tied:
         parts.append(
-            f"On these words: {_by_role(tied)}. It holds on new clips, but not over words: with other answers it may not."
+            f"On these words: {_by_role(tied)}. It holds on new clips, not over words: with other answers it may not."
         )
     if len(claimed) > len(named) + len(tied):
         parts.append(f"{len(claimed) - len(named) - len(tied)} more named on discovery did not hold on confirmation.")

@@ -101,7 +101,8 @@ def isolate(
 
     Raises:
         ProtocolError: too few conflicts; under gate="stop" also where too few are independent for any effect to be
-            found, and a model that would say neither answer or does not hear; a folder that holds another protocol, or is to be written while hooks stand on the model.
+            found, and a model that would say neither answer or does not hear; a folder that holds another protocol, or
+            is to be written while hooks stand on the model.
         FileError: `out` is no folder that can be written, or holds what cannot be read.
         UnfinishedError: the budget is spent, the disk is full, or a clip is gone.
     """

@@ -127,10 +127,9 @@ def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
     held.holm_p = {row: float(value) for row, value in zip(listed, adjusted, strict=True)}
     for of, rows in groups:
         outcome = confirm(of.evidence, rows, [held.holm_p[row] for row in rows], s=s)
-        held.words |= {
-            row: said for row, one in zip(rows, outcome, strict=True) if one and (said := _over_words(of, row, s))
-        }
-        held.confirmed |= {row: one and held.words.get(row) != ON_WORDS for row, one in zip(rows, outcome, strict=True)}
+        holds = [row for row, one in zip(rows, outcome, strict=True) if one]
+        held.words |= {row: said for row in holds if (said := _over_words(of, row, s))}
+        held.confirmed |= {row: row in holds and held.words.get(row) != ON_WORDS for row in rows}
 
 
 def _over_words(found: SiteEvidence | InContext, row: Named, s: float) -> str:
