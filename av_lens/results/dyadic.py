@@ -53,6 +53,8 @@ from scipy import sparse, stats
 from av_lens.results.statistics import DRAWS, FEWEST_CLIPS, FEWEST_COMPONENTS, Bootstrap, Flips, Interval
 
 LEAST_DF = 3.0
+SOURCE, COMPONENT, WORD = "source", "component", "word"
+"""What a `Dyadic` may take for a source."""
 _CHUNK = 2**22
 Columns = Float[np.ndarray, "example column"]
 PerColumn = Float[np.ndarray, " column"]
@@ -81,14 +83,14 @@ def inverted(c: np.ndarray, g: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Dyadic:
-    """Conflicts and the sources that they share; `unit` is what a source is: "source", "component" or "word"."""
+    """Conflicts and the sources that they share; `unit` is what a source is."""
 
     members: Int[np.ndarray, "example place"]
     n_sources: int
-    unit: str = "source"
+    unit: str = SOURCE
 
     @classmethod
-    def of(cls, sources: Sequence[Iterable[str]], *, unit: str = "source") -> Dyadic:
+    def of(cls, sources: Sequence[Iterable[str]], *, unit: str = SOURCE) -> Dyadic:
         """Number the sources of each conflict; an empty name is no source, one named twice counts once."""
         names: dict[str, int] = {}
         sets = [sorted({names.setdefault(name, len(names)) for name in one if name}) for one in sources]
@@ -163,7 +165,7 @@ class Dyadic:
     def derived(self, rule: Callable[..., np.ndarray], *columns: np.ndarray) -> tuple[float, float, float]:
         """Bound a figure that is computed from several means, such as |E_V| / (|E_A| + |E_V|), to first order."""
         stacked = np.stack(columns, axis=1)
-        known = ~np.isnan(stacked).any(1)
+        known: Bool[np.ndarray, " example"] = ~np.isnan(stacked).any(1)
         if not known.any():
             return math.nan, math.nan, math.nan
         means = stacked[known].mean(0)
@@ -287,7 +289,7 @@ Inference = Bootstrap | Dyadic
 
 def by_components(components: Sequence[int], clips: tuple[Sequence[str], Sequence[str]], *, seed: int) -> Inference:
     """Choose the rule of conflicts that do not share sources: with fewer than 20 components left, t' alone."""
-    skewed = Dyadic.of([(str(one),) for one in components], unit="component")
+    skewed = Dyadic.of([(str(one),) for one in components], unit=COMPONENT)
     if len(set(components)) < FEWEST_COMPONENTS:
         return skewed
     drawn = Bootstrap.draw(components, *clips, seed=seed)
@@ -303,14 +305,14 @@ def drawn_again(
     third clip's source, and where sources are drawn all others with it, which can only widen intervals.
     """
     numbers = np.asarray(components)
-    if isinstance(rule, Dyadic) and rule.unit == "source":
+    if isinstance(rule, Dyadic) and rule.unit == SOURCE:
         rows, again = rule.drawn(rng)
         return rows, numbers[rows].tolist(), again, _third(third, rows)
     drawn = [np.flatnonzero(numbers == one) for one in rng.choice(np.unique(numbers), size=len(set(components)))]
     rows = np.concatenate(drawn)
     renamed = [number for number, part in enumerate(drawn) for _ in part]
     if not isinstance(rule, Bootstrap):
-        return rows, renamed, Dyadic.of([(str(one),) for one in renamed], unit="component"), _third(third, rows)
+        return rows, renamed, Dyadic.of([(str(one),) for one in renamed], unit=COMPONENT), _third(third, rows)
     assert rule.clips is not None
     clips = [[f"{number}:{of[i]}" for number, i in zip(renamed, rows, strict=True)] for of in rule.clips]
     boot = Bootstrap.draw(renamed, *clips, seed=seed, draws=1000)

@@ -62,7 +62,7 @@ from av_lens.methods.shared.places import named_span
 from av_lens.metrics.forms import each
 from av_lens.replay.held import HeldRun, replaced
 from av_lens.results.dealing import Halves, Member
-from av_lens.results.dyadic import Dyadic
+from av_lens.results.dyadic import SOURCE, Dyadic
 from av_lens.results.record import RELEASING
 from av_lens.spans import Span, SpanMap
 
@@ -198,8 +198,8 @@ def _probe_rows(bench: Bench, halves: Sequence[Half], seed: int) -> list[Row]:
 
 def _groups(half: Half) -> Sequence[int]:
     """What cross-validation keeps whole: components; where sources are shared by most, one source of each conflict."""
-    shared = isinstance(half.boot, Dyadic) and half.boot.unit == "source"
-    return half.boot.members[:, 0].tolist() if shared else half.components
+    rule = half.boot
+    return rule.members[:, 0].tolist() if isinstance(rule, Dyadic) and rule.unit == SOURCE else half.components
 
 
 def _probed(bench: Bench, halves: Sequence[Half], seed: int) -> Arrays:

@@ -18,7 +18,7 @@ from av_lens.inputs.sources import sources_of
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.results import dealing
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY, DYADIC, MORE_SOURCES, Halves, Member
-from av_lens.results.dyadic import Dyadic, Inference, by_components
+from av_lens.results.dyadic import WORD, Dyadic, Inference, by_components
 from av_lens.results.statistics import Bootstrap
 
 EDITIONS = ("1", "2")
@@ -55,7 +55,7 @@ class Dealt:
         dyadic = self.halves.rule == DYADIC
         rule = Dyadic.of([one.sources for one in members]) if dyadic else by_components(parts, clips, seed=seed)
         third = Dyadic.of([(*self.members[i].sources, self.thirds[i]) for i in examples])
-        return rule, third, Dyadic.of([self.words[i] for i in examples], unit="word")
+        return rule, third, Dyadic.of([self.words[i] for i in examples], unit=WORD)
 
     def n_sources(self, examples: Sequence[int]) -> int | None:
         """Count the sources of some conflicts, where they are what counts."""

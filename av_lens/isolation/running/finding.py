@@ -37,7 +37,7 @@ from av_lens.isolation.sets.confirmation import FEWEST_WORDS, ON_WORDS, UNTESTED
 from av_lens.isolation.sets.search import MOST_MEMBERS
 from av_lens.isolation.sets.sets import head_names
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
-from av_lens.results.dyadic import Dyadic
+from av_lens.results.dyadic import SOURCE, Dyadic
 from av_lens.results.provenance import stamp
 from av_lens.results.record import RELEASING, Isolation, table
 
@@ -174,7 +174,7 @@ def _power_sentence(known: Known, family: int) -> str:
     g = float(half.G.mean())
     if math.isinf(size):
         return f"With these few components no effect, however large, could have passed {family} tests."
-    shared = isinstance(half.boot, Dyadic) and half.boot.unit == "source"
+    shared = isinstance(half.boot, Dyadic) and half.boot.unit == SOURCE
     many = f"{len(half.examples)} conflicts" if shared else f"{len(set(half.components))} components"
     return (
         f"The smallest release that {many} and {family} tests find with 80% power "
