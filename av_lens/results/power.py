@@ -96,7 +96,9 @@ def _half(mean: float, deviation: float, family: int, level: float, power: float
 
     def found(n: int) -> bool:
         able = 2.0**-n * family <= level
-        return able and deviation * smallest_of(n, max(3.0, (n - 1) / 2), family=family, level=level, power=power) <= mean
+        return (
+            able and deviation * smallest_of(n, max(3.0, (n - 1) / 2), family=family, level=level, power=power) <= mean
+        )
 
     low, high = FIRM_CONFLICTS - 1, MOST
     if not found(high):
