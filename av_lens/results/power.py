@@ -6,8 +6,8 @@ with n conflicts a half where
     n >= ((t_df(1 - level / family) + z(power)) d / m)^2,  df = (n - 1) / 2
 
 which is the test of disjoint conflicts by t' at the first step of the ladder (one true effect), and where n components
-could pass at all (sign flips: 2^-n x family <= level). A verdict needs 60 conflicts a half besides. A pilot's own mean is
-uncertain: `cautious` is the number for its lower one-sided 80% bound, infinite where that is not above 0.
+could pass at all (sign flips: 2^-n x family <= level). A verdict needs 60 conflicts a half besides. A pilot's own mean
+is uncertain: `cautious` is the number for its lower one-sided 80% bound, infinite where that is not above 0.
 
 Example:
     ```python
@@ -27,7 +27,7 @@ from scipy import stats
 
 from av_lens.errors import InputError
 from av_lens.results.dealing import FIRM_CONFLICTS
-from av_lens.results.dyadic import smallest_of
+from av_lens.results.dyadic import LEAST_DF, smallest_of
 
 MOST = 10**6
 
@@ -95,10 +95,8 @@ def _half(mean: float, deviation: float, family: int, level: float, power: float
         return math.inf
 
     def found(n: int) -> bool:
-        able = 2.0**-n * family <= level
-        return (
-            able and deviation * smallest_of(n, max(3.0, (n - 1) / 2), family=family, level=level, power=power) <= mean
-        )
+        size = smallest_of(n, max(LEAST_DF, (n - 1) / 2), family=family, level=level, power=power)
+        return 2.0**-n * family <= level and deviation * size <= mean
 
     low, high = FIRM_CONFLICTS - 1, MOST
     if not found(high):
