@@ -91,6 +91,7 @@ def isolate(
     layout: Annotated[str, Option(help="in_video (sound woven into the video) or separate.")] = _ISOLATE["layout"],
     s: Share = _ISOLATE["s"],
     seed: Seed = _ISOLATE["seed"],
+    protocol: Annotated[str, Option(help="Edition: 2, or 1 for the first one's figures.")] = _ISOLATE["protocol"],
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -112,6 +113,7 @@ def isolate(
     loaded = _load(model, device=device, dtype=dtype)
     options: dict[str, Any] = {"gate": gate, "layout": layout, "s": s, "seed": seed, "sites": named, "quick": quick}
     options["captions"] = captions
+    options["protocol"] = protocol
     with console.bars() as bars:
         found, report = isolate_into(
             out, loaded, listed, name=model, limit=limit, budget=budget, progress=bars, told=console.say, **options

@@ -22,7 +22,7 @@ from av_lens import __version__
 from av_lens.cli import commands, console, studies, toolbox
 from av_lens.errors import AvLensError, UnfinishedError
 
-KEEPING = ("demo", "isolate", "train", "plant", "plantbench", "seeds")
+KEEPING = ("demo", "isolate", "train", "plant", "plantbench", "seeds", "type-one")
 """Commands that go on from what an interrupted one had finished."""
 
 
@@ -107,7 +107,7 @@ def options(
 
 
 _WORK = (commands.demo, commands.pairs, commands.isolate, commands.inspect, commands.generate)
-_STUDIES = (studies.bench, studies.plantbench, studies.seeds, studies.true_shapes)
+_STUDIES = (studies.bench, studies.plantbench, studies.seeds, studies.true_shapes, studies.type_one)
 for command in (*_WORK, commands.models, commands.train, commands.plant, *_STUDIES):
     app.command()(command)
 for method in toolbox.METHODS:

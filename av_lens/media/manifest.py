@@ -2,10 +2,10 @@
 
 Each line is a json object: `sound` and `picture` (paths relative to the manifest), `question`, `answers` (the sound's,
 then the picture's; words or lists of synonyms), and optionally `id`, `start` and `end` (seconds, for both files, or a
-list of the sound's and the picture's), `prefix`, `see`, `control`, `describe`, `references` (a text on the sound's clip
-and one on the picture's). Lines end with a line feed and nothing else, the text is UTF-8 (a byte order mark is
-skipped), blank lines are skipped. Every line is validated, the files' headers too, and *all* faults come in one error
-with their line numbers.
+list of the sound's and the picture's), `prefix`, `see`, `control`, `describe`, `source` (what the sound's clip and the
+picture's were cut from: two texts) and `references` (a text on each of the two). Lines end with a line feed and nothing
+else, the text is UTF-8 (a byte order mark is skipped), blank lines are skipped. Every line is validated, the files'
+headers too, and *all* faults come in one error with their line numbers.
 
 Not done: answers are compared as words here; which tokens they are shows only with a model.
 """
@@ -27,7 +27,7 @@ from av_lens.media.source import ClipFile
 SEE, CONTROL, DESCRIBE = "What do you see?", "What colour is it?", "Describe this short clip."
 
 KEYS = ("id", "sound", "picture", "question", "answers", "start", "end", "prefix", "see", "control", "describe")
-KEYS += ("references",)
+KEYS += ("source", "references")
 _FILES = ("sound", "picture")
 _REQUIRED = (*_FILES, "question", "answers")
 _TEXTS = ("id", "sound", "picture", "question", "prefix", "see", "control", "describe")
@@ -48,6 +48,7 @@ class Entry:
         describe: what is asked where captions are written.
         id: its name.
         references: a text on the sound's clip and one on the picture's, or None.
+        source: what the sound's and the picture's clips were cut from.
     """
 
     sound: ClipFile
@@ -59,7 +60,8 @@ class Entry:
     control: str
     describe: str
     id: str
-    references: tuple[str, str] | None
+    references: tuple[str, str] | None = None
+    source: tuple[str, str] | None = None
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
@@ -116,6 +118,8 @@ def _fields(row: dict[str, Any]) -> Iterable[str]:
         yield from _answers(row["answers"])
     if "references" in row and not _two(row["references"], str):
         yield f"'references' are two texts, the sound's clip's and the picture's; found {json.dumps(row['references'])}"
+    if "source" in row and (fault := source_fault(row["source"])):
+        yield fault
     yield from _window(row)
 
 
@@ -182,6 +186,14 @@ def answers_fault(answers: Sequence[str | int | Sequence[Any]]) -> str | None:
     return None
 
 
+def source_fault(found: Any) -> str | None:
+    """Say what is wrong with the sources that a conflict names."""
+    listed = cast(list[Any], found) if isinstance(found, list) else []
+    if len(listed) == 2 and all(isinstance(one, str) and one.strip() for one in listed):
+        return None
+    return f"'source' is a list of two texts, the sound's and the picture's, found {json.dumps(found, default=repr)}"
+
+
 def _files(manifest: Path, row: dict[str, Any], probes: dict[ClipFile, tuple[str, ...]]) -> Iterable[str]:
     """Look at the files that a line names, whatever else is wrong with it."""
     if list(_window(row)):
@@ -216,5 +228,5 @@ def _entry(manifest: Path, row: dict[str, Any], number: int) -> Entry:
     texts: dict[str, Any] = {"prefix": "", "see": SEE, "control": CONTROL, "describe": DESCRIBE, "id": f"line {number}"}
     texts |= {name: text for name, text in row.items() if name in texts}
     sound, picture = (_clip_file(manifest, row, name) for name in _FILES)
-    texts["references"] = tuple(row["references"]) if "references" in row else None
+    texts |= {name: tuple(row[name]) if name in row else None for name in ("source", "references")}
     return Entry(sound=sound, picture=picture, question=row["question"], answers=answers, **texts)

@@ -61,8 +61,9 @@ from av_lens.methods.probes import Streams, probe
 from av_lens.methods.shared.places import named_span
 from av_lens.metrics.forms import each
 from av_lens.replay.held import HeldRun, replaced
+from av_lens.results.dealing import Halves, Member
+from av_lens.results.dyadic import SOURCE, Dyadic
 from av_lens.results.record import RELEASING
-from av_lens.results.statistics import Halves, Member
 from av_lens.spans import Span, SpanMap
 
 Row = dict[str, Any]
@@ -195,12 +196,18 @@ def _probe_rows(bench: Bench, halves: Sequence[Half], seed: int) -> list[Row]:
     return rows
 
 
+def _groups(half: Half) -> Sequence[int]:
+    """What cross-validation keeps whole: components; where sources are shared by most, one source of each conflict."""
+    rule = half.boot
+    return rule.members[:, 0].tolist() if isinstance(rule, Dyadic) and rule.unit == SOURCE else half.components
+
+
 def _probed(bench: Bench, halves: Sequence[Half], seed: int) -> Arrays:
     """Both probes, `[confirmation's example, span, layer]`."""
     streams = pooled(bench, halves)
     dealt = tuple(one.name for one in halves for _ in one.examples)
     # Components are numbered by half alike, so that a component's number means the same in both.
-    given = Halves(dealt, tuple(int(c) for one in halves for c in one.components), seed)
+    given = Halves(dealt, tuple(int(c) for one in halves for c in _groups(one)), seed)
     out: Arrays = {}
     for word in WORDS:
         grid = probe(None, streams, target=word, draws=CONTROL_DRAWS, seed=seed, halves=given, progress=bench.progress)

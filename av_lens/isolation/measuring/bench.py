@@ -49,7 +49,8 @@ from av_lens.isolation.measuring.engine import (
 )
 from av_lens.isolation.measuring.scoring import Candidates, CellReading
 from av_lens.isolation.measuring.store import Arrays, Store
-from av_lens.results.statistics import Bootstrap, Interval
+from av_lens.results.dyadic import Dyadic, Inference
+from av_lens.results.statistics import Interval
 from av_lens.spans import SpanMap
 
 Progress = Callable[[str, int, int], None]
@@ -336,22 +337,30 @@ class Half:
         name: "discovery" or "confirmation".
         examples: the conflicts.
         components: each one's component.
-        boot: their bootstrap weights.
+        boot: what their figures are bounded and tested by.
         G: hearing with nothing to see.
         C: hearing under conflict.
+        third: the same for effects that use the third clip, which count its source too; None in the first edition.
+        words: the same with the two answers' words for sources; None in the first edition.
     """
 
     name: str
     examples: Int[np.ndarray, " example"]
     components: list[int]
-    boot: Bootstrap
+    boot: Inference
     G: Float[np.ndarray, " example"]
     C: Float[np.ndarray, " example"]
+    third: Inference | None = None
+    words: Dyadic | None = None
 
     @property
     def gap(self) -> float:
         """The mean of G - C."""
         return float((self.G - self.C).mean())
+
+    def by(self, donor: str) -> Inference:
+        """Choose what an effect with this donor is bounded and tested by."""
+        return self.third if donor in W_CELLS and self.third is not None else self.boot
 
     def delta(self, s: float) -> float:
         """Say which effect is large: a share of G."""
@@ -362,20 +371,24 @@ class Half:
         return columns(self.boot.mean(values), f"{prefix}{name}", f"{prefix}low", f"{prefix}high")
 
     def shares(
-        self, values: Float[np.ndarray, "example ..."], of: Float[np.ndarray, "example ..."] | None = None
+        self,
+        values: Float[np.ndarray, "example ..."],
+        of: Float[np.ndarray, "example ..."] | None = None,
+        donor: str = "",
     ) -> Interval:
         """Bound means over the mean of G, or over the means of other values."""
         whole = self.G if of is None else of
         wide = whole.reshape(whole.shape + (1,) * (values.ndim - whole.ndim))
-        return self.boot.ratio(values, np.broadcast_to(wide, values.shape))
+        return self.by(donor).ratio(values, np.broadcast_to(wide, values.shape))
 
     def share(self, values: Float[np.ndarray, " example"]) -> Row:
         """Bound a mean's share of G: columns of a table."""
         return columns(self.shares(values), "share", "share_low", "share_high")
 
-    def rows(self, values: Float[np.ndarray, "example column"]) -> list[Row]:
+    def rows(self, values: Float[np.ndarray, "example column"], donor: str = "") -> list[Row]:
         """Bound the mean of every column and its share of G, and count the conflicts that have a number."""
-        mean, share, counts = self.boot.mean(values), self.shares(values), (~np.isnan(values)).sum(0)
+        mean, share = self.by(donor).mean(values), self.shares(values, donor=donor)
+        counts = (~np.isnan(values)).sum(0)
         return [
             columns(mean, "mean", "low", "high", at=i)
             | columns(share, "share", "share_low", "share_high", at=i)
