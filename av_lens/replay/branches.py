@@ -72,7 +72,9 @@ class Branches:
         if not sum(sizes) or not goes_on(record, max(sizes)):
             return None
         model, n = record.model, len(record.spans)
-        embedded = model.bridge.embed.original_component(torch.cat([one[:, :-1] for one in answers], 1).to(model.device))
+        embedded = model.bridge.embed.original_component(
+            torch.cat([one[:, :-1] for one in answers], 1).to(model.device)
+        )
         place = torch.cat([torch.arange(size) for size in sizes]).to(model.device)
         owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(model.device)
         cos, sin = rotary(model, embedded, position_ids(record)[..., -1:] + 1 + place)
@@ -80,7 +82,9 @@ class Branches:
         mask = embedded.new_zeros(1, 1, *hidden.shape).masked_fill(hidden, torch.finfo(embedded.dtype).min)
         window = Window(n, cos[:, :, None], sin[:, :, None], None, mask, causal=False)
         taps, streams = no_edits(n, start=n), [embedded]
-        layers = run_layers(model, window, taps, lambda at, left: taps.enter(at, left, embedded), lambda at: record.past(at, n))
+        layers = run_layers(
+            model, window, taps, lambda at, left: taps.enter(at, left, embedded), lambda at: record.past(at, n)
+        )
         streams += [made.stream[0] for _, made in layers]
         return cls(record, window, tuple(streams), sizes)
 

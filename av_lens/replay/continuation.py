@@ -45,9 +45,9 @@ def continued(record: Record, plans: Sequence[Plan], how: Decoding, *, budget_gb
     choice = Choice.of(record, how)
     found: dict[int, Any] = {}
     schedule = scheduled(record, plans, n_asked=1, budget_gb=budget_gb)
-    goes_on = goes_on(record, how.max_new_tokens)
+    plain = goes_on(record, how.max_new_tokens)
     for stack in schedule.stacks:
-        if stack.hooked or not goes_on:
+        if stack.hooked or not plain:
             for number in stack.numbers:
                 own = replace(how, seed=None if how.seed is None else _derived(how.seed, number))
                 found[number] = generate_with_hooks(record.model, record.x, own, plan=plans[number], fwd_hooks=())
