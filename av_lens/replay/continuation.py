@@ -12,7 +12,7 @@ generator for each plan, derived from the seed and the plan's number: a plan's d
 beside it, and differ from those of `model.generate`, which draws for one run at a time.
 
 Not continued, but generated plan by plan with full hooked forwards: plans that cannot be restarted, and inputs whose
-mask or rotary tables are not the plainly continued ones.
+last position does not read all before it, or whose rotary tables are not the plainly continued ones.
 
 Source: HuggingFace's generation loop (`GenerationMixin._sample`), cascade attention (Ye et al., FlashInfer, 2024).
 """
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from av_lens.core.budget import GIGABYTE
@@ -33,6 +33,7 @@ from av_lens.core.calls import unembedded
 from av_lens.core.decoding import Decoding, as_asked, generate_with_hooks, settings_of
 from av_lens.errors import InputError
 from av_lens.interventions import CompiledPlan, Plan
+from av_lens.replay.branches import goes_on, position_ids, rotary
 from av_lens.replay.recording import Record, Window
 from av_lens.replay.rerun import Taps, run_layers
 from av_lens.replay.stacks import restarted, scheduled
@@ -44,9 +45,9 @@ def continued(record: Record, plans: Sequence[Plan], how: Decoding, *, budget_gb
     choice = Choice.of(record, how)
     found: dict[int, Any] = {}
     schedule = scheduled(record, plans, n_asked=1, budget_gb=budget_gb)
-    goes_on = _goes_on(record, how.max_new_tokens)
+    plain = goes_on(record, how.max_new_tokens)
     for stack in schedule.stacks:
-        if stack.hooked or not goes_on:
+        if stack.hooked or not plain:
             for number in stack.numbers:
                 own = replace(how, seed=None if how.seed is None else _derived(how.seed, number))
                 found[number] = generate_with_hooks(record.model, record.x, own, plan=plans[number], fwd_hooks=())
@@ -138,7 +139,7 @@ class _Stack:
             self.own = [(stream.new_empty(shape), stream.new_empty(shape)) for _ in range(record.n_layers)]
         self.logits = unembedded(model, stream)[:, :, 0].float()
         self.past = [record.past(layer, start) for layer in range(record.n_layers)]
-        self.next_ids = _position_ids(record)[..., -1:] + 1
+        self.next_ids = position_ids(record)[..., -1:] + 1
         self.steps = 0
 
     def step(self, tokens: Int64[Tensor, "plan batch"]) -> None:
@@ -146,7 +147,7 @@ class _Stack:
         model, offset = self.record.model, len(self.record.spans) + self.steps
         stream = model.bridge.embed.original_component(tokens)[:, :, None]
         taps = Taps(self.plans, offset, decoding=True)
-        cos, sin = _rotary(model, stream[0], self.next_ids + self.steps)
+        cos, sin = rotary(model, stream[0], self.next_ids + self.steps)
         everything = stream.new_zeros(1, 1, 1, offset - self.start + 1)
         window = Window(self.start, cos[:, :, None], sin[:, :, None], None, everything, causal=False)
         last = stream
@@ -201,26 +202,6 @@ def _decode(stack: _Stack, numbers: Sequence[int], choice: Choice) -> dict[int, 
             tokens, going, chosen = tokens[places], going[places], chosen[places]
             left, draws = [left[place] for place in places], [draws[place] for place in places]
         stack.step(chosen)
-
-
-def _position_ids(record: Record) -> Shaped[Tensor, "stream batch pos"]:
-    """The model's own position ids of the prompt."""
-    model = record.model
-    return model.position_ids(model.tensors_of(record.x)).to(model.device)
-
-
-def _rotary(model: Any, stream: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary tables `[batch, pos, d_head]` from the model's own embedding of positions."""
-    return model.hf_model.get_decoder().rotary_emb(stream, ids)
-
-
-def _goes_on(record: Record, n_new: int) -> bool:
-    """Whether what decoding adds is plain: no mask but the causal one, and rotary tables that can be made again."""
-    if record.hooked_because or record.mask is not None or record.traits.obstacle(len(record.spans) + n_new):
-        return False
-    last = record.stream(0, len(record.spans) - 1)
-    again = _rotary(record.model, last, _position_ids(record)[..., -1:])
-    return all(torch.allclose(new, old[:, -1:].to(new)) for new, old in zip(again, record.tables, strict=True))
 
 
 def _together(record: Record, n_own: int, budget_gb: float | int) -> int:

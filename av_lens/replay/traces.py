@@ -16,9 +16,9 @@ restart at, it runs full hooked forwards instead and says so in `trace.hooked_be
 A trace is of the model as it was hooked when it was recorded: `logits` are that run's own, and all other verbs refuse
 to go on under other hooks. It holds the model's answer of that moment: record again after the weights changed.
 
-An answer of one token is read from the prompt's own logits. An answer of several tokens is run after the prompt
-(teacher forcing), once for each option; edits of the plan act on the prompt's positions as always, and on the answer's
-where they name the role `generated`.
+An answer of one token is read from the prompt's own logits. Answers of several tokens are run after the prompt (teacher
+forcing), all of them side by side (`branches`); where edits name the role `generated` and so act on the answer too, or
+something else keeps the answers apart, once for each option.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ from av_lens.families.decoder import hook_name
 from av_lens.interventions import CompiledPlan, Plan, Site
 from av_lens.metrics.forms import followed
 from av_lens.metrics.metric import Metric, as_metric
+from av_lens.replay.branches import Branches
 from av_lens.replay.continuation import continued
 from av_lens.replay.recording import Record, recorded, require_record_memory
 from av_lens.replay.rerun import PROVED, layers, may_be_lean, recorded_lean
-from av_lens.replay.stacks import HeadRead, Schedule, refuse_huge, restarted, run_stacks, scheduled
+from av_lens.replay.stacks import HeadRead, Schedule, refuse_huge, restarted, restarts, run_stacks, scheduled
 from av_lens.replay.suffix_gradients import SuffixGradients, differentiated
 from av_lens.replay.trace_files import read_trace, write_trace
 from av_lens.spans import Span
@@ -450,6 +451,11 @@ def measure_plans(
     if not continuations:
         return trace.score(plans, bound, budget_gb=budget_gb, finished=finished, into=into)
     found = torch.full((len(plans), len(x)), torch.nan) if into is None else into
+    compiled = [plan.compile(model.spec, x.spans, batch=len(x)) for plan in plans]
+    if all(restarts(trace, plan) and not any(step.in_decode for step in plan.steps) for plan in compiled):
+        branches = Branches.of(trace, continuations)
+        if branches is not None:
+            return _measured_together(trace, compiled, bound, branches, found, budget_gb, finished)
     asked = x.spans.generation_position
     longer = [trace if t.shape[1] == 1 else record(model, followed(x, t)) for t in continuations]
     ends = [asked + tokens.shape[1] for tokens in continuations]
@@ -463,4 +469,27 @@ def measure_plans(
             found[number] = bound.combine(list(row)).to(found)
         if finished is not None:
             finished(start + len(block))
+    return found
+
+
+def _measured_together(
+    trace: Trace,
+    plans: Sequence[CompiledPlan],
+    bound: Metric,
+    branches: Branches,
+    found: Float[Tensor, "plan batch"],
+    budget_gb: float | int,
+    finished: Callable[[int], None] | None,
+) -> Float[Tensor, "plan batch"]:
+    """Measure plans with all answers side by side after each one's prompt."""
+    schedule = scheduled(trace, plans, n_asked=1 + sum(branches.sizes), budget_gb=budget_gb)
+    asked, done = torch.tensor([trace.spans.generation_position]), 0
+    with torch.no_grad():
+        for numbers, logits in run_stacks(trace, schedule, asked, branches=branches):
+            for number, one in zip(numbers, logits, strict=True):
+                reduced = [bound.reduce(i, part) for i, part in enumerate(branches.parts(one))]
+                found[number] = bound.combine(reduced).to(found)
+            done += len(numbers)
+            if finished is not None:
+                finished(done)
     return found

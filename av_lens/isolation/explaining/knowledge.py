@@ -18,7 +18,7 @@ first.
 
       total        z from the donor, everything after it free: its release
       direct       the same with every later head's output held, MLPs and norms recomputed: to the logits by its own
-                   write
+                   write (of answers of several tokens at the first, the only one that it then changes)
       L5H1.q       path patching: run 3 gives what head 1 of layer 5 would read as query if nothing but the sender had
                    changed (every other head held, MLPs and norms recomputed); run 4 is the base run with only that
                    input replaced and everything after it free. Keys and values are ungrouped: this query head alone
@@ -278,8 +278,10 @@ def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[He
                 sender += received
         return [plan for listed in by_sender for plan in listed]
 
-    effect = effects_of_plans(chunk, base, plans)
-    return {"effect": effect.reshape(len(effect), len(senders), len(path_columns(heads)))}
+    columns = path_columns(heads)
+    direct = range(columns.index(DIRECT), len(senders) * len(columns), len(columns))
+    effect = effects_of_plans(chunk, base, plans, first=direct)
+    return {"effect": effect.reshape(len(effect), len(senders), len(columns))}
 
 
 def _receiver_plans(

@@ -14,9 +14,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from av_lens.errors import ProtocolError
 from av_lens.inputs import AVInputs
 from av_lens.inputs.conflict import ClipKeys
 from av_lens.inputs.model_inputs import shared
+from av_lens.interventions import Plan
 from av_lens.isolation.measuring.engine import (
     MEANS,
     MEDIA_SITES,
@@ -38,6 +39,7 @@ from av_lens.isolation.measuring.engine import (
     W_CELLS,
     AllZ,
     Cells,
+    Edited,
     Head,
     Means,
     ModelEngine,
@@ -47,7 +49,7 @@ from av_lens.isolation.measuring.engine import (
     equal_ending,
     site_positions,
 )
-from av_lens.isolation.measuring.scoring import Candidates, CellReading
+from av_lens.isolation.measuring.scoring import Candidates, CellReading, Said, Spoken
 from av_lens.isolation.measuring.store import Arrays, Store
 from av_lens.results.dyadic import Dyadic, Inference
 from av_lens.results.statistics import Interval
@@ -105,7 +107,8 @@ class Bench:
         """Group conflicts by layout and wording, in stacks that fit into memory; layouts without sinks go there."""
         groups: dict[Any, list[int]] = defaultdict(list)
         for example in examples:
-            groups[_layout(self.inputs(example, "va", "ask")), *wording(self.conflicts[example])].append(example)
+            of = _layout(self.inputs(example, "va", "ask")), bool(self.candidates.long[example])
+            groups[*of, *wording(self.conflicts[example])].append(example)
         parts: list[list[int]] = []
         site = site or self.site
         for group in groups.values():
@@ -194,12 +197,47 @@ class Chunk:
         """Read what a cell says."""
         key = (cell, question)
         if key not in self._readings:
-            read, depends = self.bench.candidates.read, {"cell": cell, "question": question, "ids": self.ids}
-            found = self.bench.store.recall(
-                "reading", depends, lambda: vars(read(self.run(cell, question).logits, self.examples))
-            )
+            depends = {"cell": cell, "question": question, "ids": self.ids}
+            found = self.bench.store.recall("reading", depends, lambda: vars(self._read(cell, question)))
             self._readings[key] = CellReading(**found)
         return self._readings[key]
+
+    def _read(self, cell: str, question: str) -> CellReading:
+        run = self.run(cell, question)
+        traced = run.trace is not None
+        found = self.read(self.own(run))
+        if not traced:
+            run.trace = None
+        return found
+
+    @cached_property
+    def spoken(self) -> Spoken | None:
+        """The two answers, to be said to their end; None where all have one token."""
+        if not self.bench.candidates.long[self.examples].any():
+            return None
+        return Spoken.of([self.bench.conflicts[int(i)].answers for i in self.examples], self.bench.engine.model)
+
+    def changed(self, run: Recording, plans: Sequence[Plan]) -> Iterator[Edited]:
+        """Run a cell again under each plan, in order, with the two answers after it where they have several tokens."""
+        if self.spoken is None:
+            return self.bench.engine.changed(run, plans)
+        return self.bench.engine.changed(run, plans, self.spoken.continuations(len(self.examples)))
+
+    def own(self, run: Recording) -> Edited:
+        """Give a recording itself, likewise."""
+        return Edited(run.logits, run.final) if self.spoken is None else next(self.changed(run, [Plan()]))
+
+    def said(self, one: Edited, own: Edited | None = None) -> Said | None:
+        """Sum up what a run says of the two answers, if they have several tokens (see `ModelEngine.said`)."""
+        return None if self.spoken is None else self.bench.engine.said(one, self.spoken, own)
+
+    def scores(self, one: Edited) -> Float[np.ndarray, "batch column"]:
+        """Score every candidate in a run."""
+        return self.bench.candidates.scores(one.logits, self.examples, self.said(one))
+
+    def read(self, one: Edited) -> CellReading:
+        """Read a run."""
+        return self.bench.candidates.read(one.logits, self.examples, self.said(one))
 
     def margin(self, cell: str, question: str = "ask") -> Float[np.ndarray, " batch"]:
         """Give M in an unedited cell."""

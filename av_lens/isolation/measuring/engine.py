@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 from torch.nn import functional
 
@@ -45,6 +45,9 @@ from av_lens.errors import ProtocolError, unknown
 from av_lens.families.decoder import hook_name
 from av_lens.inputs import AVInputs
 from av_lens.interventions import CompiledPlan, Edit, Plan, Site, replace
+from av_lens.isolation.measuring.scoring import Said, Spoken
+from av_lens.metrics.forms import followed
+from av_lens.replay.branches import Branches
 from av_lens.replay.rerun import Taps, rerun, start_of
 from av_lens.replay.stacks import run_streams, scheduled
 from av_lens.replay.traces import Trace
@@ -219,10 +222,14 @@ def edits_at(positions: Int[np.ndarray, " place"], values: Values) -> list[Edit]
 
 @dataclass(frozen=True, eq=False)
 class Edited:
-    """An edited run at the asked position: its logits, and the stream that enters the final norm."""
+    """An edited run at the asked position: its logits, and the stream that enters the final norm.
+
+    `later` is that stream at the rows of answers that were run after the prompt, one answer's after the other's.
+    """
 
     logits: Float[Tensor, "batch d_vocab"]
     final: Float[Tensor, "batch d_model"]
+    later: Float[Tensor, "batch row d_model"] | None = None
 
 
 def site_positions(spans: SpanMap, site: str, sinks: Sequence[int] = ()) -> Int[np.ndarray, " site"]:
@@ -354,35 +361,68 @@ class ModelEngine:
         """Sum the value-weighted attention that each position gets from the suffix, all layers and heads together."""
         return incoming_mass(self.model, inputs).double().numpy()
 
-    def changed(self, recording: Recording, plans: Sequence[Plan]) -> Iterator[Edited]:
-        """Run a recording's inputs again under each plan, in order."""
+    def changed(
+        self, recording: Recording, plans: Sequence[Plan], answers: Sequence[Int64[Tensor, "batch _"]] = ()
+    ) -> Iterator[Edited]:
+        """Run a recording's inputs again under each plan, in order; and answers of several tokens after them."""
         trace = self._restartable(recording)
-        if trace is None:
-            yield from (self._hooked(recording, plan) for plan in plans)
+        branches = None if trace is None or not answers else Branches.of(trace, answers)
+        if trace is None or (answers and branches is None):
+            # Of an edited run's restart a plan names the new edits alone (`Recording.plan`): here all are made again.
+            under = Plan() if trace is None else Plan(edits_at(recording.site, recording.under))
+            yield from (self._hooked(recording, under + plan, answers) for plan in plans)
             return
-        asked = torch.tensor([int(recording.window[-1])])
+        asked, rows = torch.tensor([int(recording.window[-1])]), 1 if branches is None else 1 + sum(branches.sizes)
         # A stack's activations keep to their own budget; what is bounded here are the streams that are handed back.
-        together = int(max(1, min(512, STREAM_BYTES // recording.final.nbytes)))
+        together = int(max(1, min(512, STREAM_BYTES // (rows * recording.final.nbytes))))
+        batch, width = recording.final.shape
         for start in range(0, len(plans), together):
             some = plans[start : start + together]
-            finals = recording.final.new_empty(len(some), *recording.final.shape)
+            streams = recording.final.new_empty(len(some), batch, rows, width)
             with torch.no_grad():
                 schedule = scheduled(trace, some, n_asked=1, budget_gb=1.0)
-                for numbers, stream in run_streams(trace, schedule, asked):
-                    finals[list(numbers)] = stream[:, :, 0]
-                for final in finals:
-                    yield Edited(unembedded(self.model, final).float(), final)
+                for numbers, stream in run_streams(trace, schedule, asked, branches):
+                    streams[list(numbers)] = stream
+                for stream in streams:
+                    final = stream[:, 0].contiguous()
+                    later = None if branches is None else stream[:, 1:]
+                    yield Edited(unembedded(self.model, final).float(), final, later)
 
-    def _hooked(self, recording: Recording, plan: Plan) -> Edited:
-        if not len(plan):  # the run as it was recorded, with the edits that it was made under
+    def _hooked(self, recording: Recording, plan: Plan, answers: Sequence[Int64[Tensor, "batch _"]] = ()) -> Edited:
+        if not len(plan) and not answers:  # the run as it was recorded, with the edits that it was made under
             return Edited(recording.logits, recording.final)
-        compiled = plan.compile(self.model.spec, recording.inputs.spans, batch=len(recording.inputs))
-        asked, final = int(recording.window[-1]), list[Tensor]()
-        last = (hook_name("resid_post", self.n_layers - 1), watching(partial(_keep, final, asked)))
+        if not len(plan):
+            plan = Plan(edits_at(recording.site, recording.under))
+        found = [self._hooked_after(recording, plan, tokens) for tokens in answers or [recording.inputs.ids[:, :1]]]
+        (logits, final), later = found[0], [stream[:, 1:] for _, stream in found]
+        return Edited(logits, final[:, 0], torch.cat(later, dim=1) if answers else None)
+
+    def _hooked_after(
+        self, recording: Recording, plan: Plan, tokens: Int64[Tensor, "batch token"]
+    ) -> tuple[Float[Tensor, "batch d_vocab"], Float[Tensor, "batch token d_model"]]:
+        """The logits at the asked position, and the last stream from there on, with an answer after the prompt."""
+        inputs, asked = followed(recording.inputs, tokens), int(recording.window[-1])
+        compiled = plan.compile(self.model.spec, inputs.spans, batch=len(inputs))
+        kept = list[Tensor]()
+        last = (hook_name("resid_post", self.n_layers - 1), watching(partial(_keep, kept, asked)))
         with torch.no_grad():
-            logits = logits_of(self.model, recording.inputs, [*compiled.fwd_hooks, last], torch.tensor([asked]))[:, 0]
+            logits = logits_of(self.model, inputs, [*compiled.fwd_hooks, last], torch.tensor([asked]))[:, 0]
         compiled.verify()
-        return Edited(logits.float().clone(), final[0])
+        return logits.float().clone(), kept[0]
+
+    def said(self, one: Edited, spoken: Spoken, own: Edited | None = None) -> Said:
+        """Sum up what a run says of two answers; `own` is the unedited run whose final norm is held."""
+        assert one.later is not None
+        with torch.no_grad():
+            if own is None or own.later is None:
+                return spoken.said(one.logits, unembedded(self.model, one.later).float())
+            return spoken.said(self._at_scale(one.final, own.final), self._at_scale(one.later, own.later))
+
+    def _at_scale(self, stream: Float[Tensor, "*more d_model"], own: Float[Tensor, "*more d_model"]) -> Tensor:
+        """All logits, the final norm dividing by what it divided by in another stream."""
+        norm, head = self.model.ln_final.original_component, self.model.bridge.unembed.original_component
+        scaled = norm(stream).float() * self._divisor(stream) / self._divisor(own)
+        return head(scaled.to(stream.dtype)).float()
 
     def linear_logits(
         self, recording: Recording, final: Float[Tensor, "*more batch d_model"], ids: Int[Tensor, " token"]
@@ -441,4 +481,4 @@ class Cells:
 
 
 def _keep(kept: list[Tensor], position: int, stream: Tensor) -> None:
-    kept.append(stream[:, position].detach().clone())
+    kept.append(stream[:, position:].detach().clone())

@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Float
 
 from av_lens.isolation.measuring.bench import Half
-from av_lens.isolation.measuring.effects import Figures, PerHead, donor_of
+from av_lens.isolation.measuring.effects import FIRST_RELEASE, Figures, PerHead, donor_of
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS, Head
 from av_lens.results.dyadic import Inference
 from av_lens.results.record import RELEASING, SUPPRESSORS
@@ -82,11 +82,14 @@ class Evidence:
 
     def __getitem__(self, key: str | tuple[str, str]) -> PerHead:
         """An estimand's effects; NaN where it was not measured."""
-        return self.figures[(key, donor_of(key)) if isinstance(key, str) else key]
+        name, donor = (key, donor_of(key)) if isinstance(key, str) else key
+        if name == FIRST_RELEASE and (name, donor) not in self.figures:
+            name = "release"  # where all answers have one token
+        return self.figures[name, donor]
 
     def by_donor(self, name: str) -> dict[str, PerHead]:
         """An estimand's effects by each primary donor."""
-        return {donor: self.figures[name, donor] for donor in PRIMARY_DONORS}
+        return {donor: self[name, donor] for donor in PRIMARY_DONORS}
 
     @property
     def largest_release(self) -> Table:
@@ -151,7 +154,7 @@ def _parts(found: Evidence, s: float) -> dict[str, PerHead]:
     for donor in PRIMARY_DONORS:
         release = found["release", donor]
         parts[f"release {donor}"] = release - delta
-        parts[f"direct {donor}"] = found["direct", donor] - DIRECT_CUT * release
+        parts[f"direct {donor}"] = found["direct", donor] - DIRECT_CUT * found[FIRST_RELEASE, donor]
         parts[f"indirect {donor}"] = -parts[f"direct {donor}"]
     parts["picture"] = found["reads picture"] - found["reads sound"]
     parts["sound"] = -parts["picture"]
@@ -224,7 +227,7 @@ class Cuts:
             release=boot.mean(release),
             damage=boot.mean(chosen("fall of G") - DAMAGE_CUT * release),
             rise=boot.mean(chosen("rise over others")),
-            share=boot.ratio(chosen("direct"), release),
+            share=boot.ratio(chosen("direct"), chosen(FIRST_RELEASE)),
             reads=third.mean(found["reads picture"] - found["reads sound"]),
             reads_picture=third.mean(found["reads picture"]),
             reads_sound=third.mean(found["reads sound"]),

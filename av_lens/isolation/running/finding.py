@@ -26,7 +26,7 @@ import numpy as np
 from av_lens.isolation.explaining.knowledge import Known
 from av_lens.isolation.measuring.behaviour import rows_of
 from av_lens.isolation.measuring.bench import Half
-from av_lens.isolation.measuring.effects import DLA, ESTIMANDS, donor_of
+from av_lens.isolation.measuring.effects import DLA, ESTIMANDS, FIRST_RELEASE, donor_of
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS
 from av_lens.isolation.measuring.scoring import NEITHER, UNREAD
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence
@@ -341,7 +341,8 @@ def _figures(evidence: Evidence, row: Named, key: tuple[str, str], prefix: str) 
     share = half.share(effect)
     out = half.bounded(effect, "effect", prefix) | {f"{prefix}share": share["share"]} | ({} if prefix else share)
     if key[0] == "release":
-        out[f"{prefix}direct_share"] = float(half.boot.ratio(evidence["direct", row.donor][at], effect).value)
+        direct, first = (evidence[name, row.donor][at] for name in ("direct", FIRST_RELEASE))
+        out[f"{prefix}direct_share"] = float(half.boot.ratio(direct, first).value)
     return out
 
 

@@ -197,8 +197,8 @@ class SetReleases:
         if under:
             run = engine.record_edited(run, chunk.z(cell, under, self.donor))
         order = sorted(sets, key=min)
-        changed = engine.changed(run, [run.plan(chunk.z(cell, one, self.donor)) for one in order])
-        scores = {one: candidates.scores(edited.logits) for one, edited in zip(order, changed, strict=True)}
+        changed = chunk.changed(run, [run.plan(chunk.z(cell, one, self.donor)) for one in order])
+        scores = {one: chunk.scores(edited) for one, edited in zip(order, changed, strict=True)}
         if self.tick is not None:
             self.tick(len(sets))
         return candidates.margin(np.stack([scores[one] for one in sets]), chunk.examples)
@@ -233,7 +233,7 @@ def _items(
         log_p, log_q = after.double().log_softmax(-1), before.double().log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).cpu().numpy()
         return {"before": np.zeros(len(examples)), "after": divergence}
-    tops = [candidates.read(logits, examples).top for logits in (before, after)]
+    tops = [candidates.tops(logits, examples) for logits in (before, after)]
     missing = tops[1] == UNREAD  # this conflict has no such edit (a mean that leaves every other conflict out)
     if right == "own":
         was, now = np.ones(len(examples)), (before.argmax(-1) == after.argmax(-1)).cpu().numpy()

@@ -1,0 +1,328 @@
+"""Answers of several tokens: `isolate`'s figures against teacher-forced HuggingFace forwards with hooks by hand.
+
+The second implementation runs HuggingFace's own class on the prompt with an answer's tokens after it, one answer, one
+edit and one conflict at a time; edits are made at the prompt's positions alone, by hooks on `o_proj`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pieces import LABELS, ONE, pieces_model
+from plain_cases import case
+from plain_forward import PlainEdit, PlainModel, removed
+from plain_protocol import MIRROR, RELEASES, Plain
+from tiny import tiny_clip, tiny_hf_model, tiny_processor, untouched
+
+from av_lens.inputs import Answer, Conflict
+from av_lens.inputs.answers import forms_of
+from av_lens.isolation import isolate
+from av_lens.isolation.explaining.knowledge import paths
+from av_lens.isolation.explaining.units import Asked, Unit, _chunk_units
+from av_lens.isolation.measuring.behaviour import answered, survey
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.effects import FIRST_RELEASE, Request, figures, measure_requests, requests
+from av_lens.isolation.measuring.engine import Means, ModelEngine
+from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.sets.sets import SetReleases, release_of_sets
+from av_lens.model import load
+
+ATOL = 1e-4
+HEADS = [(0, 1), (2, 0)]
+# Of several tokens on both sides, on one, of unequal numbers, with synonyms; and a conflict of one token each.
+ANSWERS = [
+    (["dog"], ["lion"]),
+    (["owl"], ["b"]),
+    (["cat", "kitty"], ["hen", "rooster"]),
+    (["x"], ["y"]),
+    (["mouse"], ["frog"]),
+]
+
+
+NOTHING = PlainEdit()
+
+
+class Plainly:
+    """Scores and effects by hand."""
+
+    def __init__(self, plain, listed):
+        self.plain, self.answers = plain, {one.id: one.answers for one in listed}
+        self.firsts = {answer.text: answer.first_tokens for one in listed for answer in one.answers}
+        self.known = {}
+
+    def base(self, one, cell, tokens, question):
+        """The prompt with an answer's tokens after it, unedited; and what the final norm is given from there on."""
+        key = one.id, cell, tokens[:-1], question
+        if key not in self.known:
+            tensors = (one.cells if question == "asked" else one.see)[cell]
+            extra = torch.tensor([tokens[:-1]], dtype=torch.long)
+            longer = {"input_ids": extra, "attention_mask": torch.ones_like(extra)}
+            run = self.plain.model.run(
+                tensors | {name: torch.cat((tensors[name], new), 1) for name, new in longer.items()}
+            )
+            asked = tensors["input_ids"].shape[1] - 1
+            self.known[key] = run, asked, self.streams(run, NOTHING)[0, asked:]
+        return self.known[key]
+
+    @torch.no_grad()
+    def streams(self, run, edit):
+        """What enters the final norm, from the text model's own forward."""
+        model, kept = self.plain.model, []
+        hooks = [
+            layer.self_attn.o_proj.register_forward_pre_hook(model._z_hook(number, run, edit))
+            for number, layer in enumerate(model.text.layers)
+        ]
+        hooks.append(model.text.norm.register_forward_pre_hook(lambda _, args: kept.append(args[0])))
+        with removed(hooks):
+            model.text(**run.inputs, use_cache=False)
+        return kept[0]
+
+    @torch.no_grad()
+    def logits(self, one, cell, tokens, edit=NOTHING, question="asked", *, frozen=False):
+        """The logits from the asked position on, `[token, d_vocab]`; frozen: at the unedited run's norm."""
+        run, asked, own = self.base(one, cell, tokens, question)
+        norm, head = self.plain.model.text.norm, self.plain.model.hf.lm_head
+        stream = own if edit is NOTHING else self.streams(run, edit)[0, asked:]
+        scale = (own.double().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt().float()
+        return head(norm.weight * stream / scale if frozen else norm(stream)).double()
+
+    def score(self, one, cell, answer, edit=NOTHING, **how):
+        """The summed log-probability of an answer, synonyms pooled."""
+        sums = []
+        for tokens in answer.options:
+            logits = self.logits(one, cell, tokens, edit, **how).log_softmax(-1)
+            sums.append(sum(float(logits[i, token]) for i, token in enumerate(tokens)))
+        return float(np.logaddexp.reduce(sums))
+
+    def margin(self, one, cell, edit=NOTHING, **how):
+        a, v = self.answers[one.id]
+        return self.score(one, cell, a, edit, **how) - self.score(one, cell, v, edit, **how)
+
+    def first(self, one, cell, edit=NOTHING, **how):
+        """The same at the first token of each synonym."""
+        logits = self.logits(one, cell, (0,), edit, **how)[0]
+        a, v = (logits[list(set(answer.first_tokens))].logsumexp(0) for answer in self.answers[one.id])
+        return float(a - v)
+
+    def edit(self, one, cell, donor, heads, pool, *, hold=False):
+        there = {head: self.plain.donor_z(one, cell, donor, head, "suffix", pool) for head in heads}
+        return PlainEdit(there, hold_after=max(layer for layer, _ in heads) if hold else None)
+
+    def effect(self, one, donor, heads, pool, *, cells=("va", "av"), hold=False, of="margin", **how):
+        """Half of [change in a cell - change in its mirror]."""
+        found = []
+        for cell, name in ((cells[0], donor), (cells[1], MIRROR.get(donor, donor))):
+            edit = self.edit(one, cell, name, heads, pool, hold=hold)
+            figure = getattr(self, of)
+            found.append(figure(one, cell, edit, **how) - figure(one, cell, **how))
+        return 0.5 * (found[0] - found[1])
+
+
+def literal(tokenizer, words):
+    options = tuple(tuple(tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words)
+    return Answer(" / ".join(words), options)
+
+
+@pytest.fixture(scope="module")
+def both():
+    hf, processor = tiny_hf_model(seed=1), tiny_processor()
+    plain_model = PlainModel(untouched(hf))
+    model = load(hf_model=hf, processor=processor)
+    listed = [
+        Conflict(
+            sound=tiny_clip(seed=2 * i),
+            picture=tiny_clip(seed=2 * i + 1),
+            third=tiny_clip(seed=50 + i),
+            question="What?",
+            see="See?",
+            answers=tuple(literal(model.tokenizer, words) for words in pair),
+            id=f"c{i}",
+        )
+        for i, pair in enumerate(ANSWERS)
+    ]
+    cases = [replace(case(model, one), words=tuple(answer.text for answer in one.answers)) for one in listed]
+    ours = Plainly(Plain(plain_model, cases, {}), listed)
+    return SimpleNamespace(model=model, listed=listed, cases=cases, plain=ours, rows=np.arange(len(listed)))
+
+
+def bench_of(both, how="trace"):
+    candidates = Candidates.of(both.listed, both.model.tokenizer)
+    return Bench(ModelEngine(both.model, how=how), list(both.listed), candidates)
+
+
+def chunks_of(both, how="trace"):
+    chunks = bench_of(both, how).chunks(both.rows.tolist())
+    means = Means.over(chunks)
+    for chunk in chunks:
+        chunk.means = means
+    return chunks
+
+
+@pytest.fixture(scope="module")
+def chunks(both):
+    return chunks_of(both)
+
+
+def equal(ours, theirs, what=""):
+    assert np.abs(ours).max() > 20 * ATOL
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=ATOL, err_msg=what)
+
+
+def test_conflicts_of_one_token_run_apart(both, chunks):
+    assert [chunk.examples.tolist() for chunk in chunks] == [[0, 1, 2, 4], [3]]
+    assert [chunk.spoken is None for chunk in chunks] == [False, True]
+
+
+def test_behaviour_is_read_from_summed_log_probabilities(both, chunks):
+    found = survey(chunks, len(both.rows))
+    for cell in ("va", "av", "blank_a", "blank_v", "audio_only"):
+        equal([both.plain.margin(one, cell) for one in both.cases], found.margin(cell), cell)
+    equal([both.plain.margin(one, "v_muted", question="see") for one in both.cases], found.margin("v_muted", "see"))
+    mass = [
+        sum(np.exp(both.plain.score(one, "va", answer)) for answer in both.plain.answers[one.id]) for one in both.cases
+    ]
+    np.testing.assert_allclose(found.readings["va", "ask"].mass, mass, atol=1e-6, rtol=1e-3)
+    tops = [int(both.plain.logits(one, "va", (0,), PlainEdit())[0].argmax()) for one in both.cases]
+    ids = chunks[0].bench.candidates.ids
+    assert [
+        token in ids[top] if top >= 0 else token not in ids for token, top in zip(tops, found.readings["va", "ask"].top)
+    ]
+
+
+def test_effects_of_heads(both, chunks):
+    effects = measure_requests(chunks, requests(chunks), heads=HEADS, examples=both.rows)
+    found, blank = figures(effects), ("blank_a", "blank_v")
+    wanted = {("release", donor): {} for donor in (*RELEASES, "mean_task")}
+    wanted |= {("release (norm frozen)", donor): {"frozen": True} for donor in RELEASES}
+    wanted |= {("direct", donor): {"hold": True, "of": "first"} for donor in RELEASES}
+    wanted |= {(FIRST_RELEASE, donor): {"of": "first"} for donor in RELEASES}
+    wanted |= {("reads picture", "wa"): {}, ("reads sound", "vw"): {}}
+    for (name, donor), how in wanted.items():
+        for head in HEADS:
+            ours = [both.plain.effect(one, donor, [head], both.cases, **how) for one in both.cases]
+            equal(ours, found[name, donor][:, head[0], head[1]], f"{name} {donor} {head}")
+    for donor in RELEASES:
+        for head in HEADS:
+            ours = [-both.plain.effect(one, donor, [head], both.cases, cells=blank) for one in both.cases]
+            equal(ours, found["fall of G", donor][:, head[0], head[1]])
+            np.testing.assert_allclose(
+                found["repair", donor][:, head[0], head[1]],
+                (found["direct", donor] - found[FIRST_RELEASE, donor])[:, head[0], head[1]],
+            )
+            parts = (found[f"release on {side}", donor][:, head[0], head[1]] for side in ("sound", "picture"))
+            np.testing.assert_allclose(np.subtract(*parts), found["release", donor][:, head[0], head[1]], atol=1e-9)
+
+
+def test_with_the_answer_held_too_the_sum_moves_as_its_first_token_does(both):
+    """Why direct shares lose nothing by being read at the first token."""
+    for one in (both.cases[0], both.cases[1], both.cases[4]):
+        how = {"hold": True}
+        whole, first = (
+            both.plain.effect(one, "blank_muted", [(1, 2)], both.cases, of=of, **how) for of in ("margin", "first")
+        )
+        assert abs(whole) > 1e-3
+        assert abs(whole - first) < ATOL
+
+
+def test_the_rise_is_read_at_the_first_token(both, chunks):
+    (request,) = [Request("va", "zero")]
+    found = measure_requests(chunks, [request], heads=HEADS[:1], examples=both.rows)[request].rise
+
+    def above(one, cell, edit=NOTHING):
+        logits = both.plain.logits(one, cell, (0,), edit)[0]
+        two = [answer.text for answer in both.plain.answers[one.id]]
+        score = {text: float(logits[list(set(tokens))].logsumexp(0)) for text, tokens in both.plain.firsts.items()}
+        heard = two[0 if cell == "va" else 1]
+        return score[heard] - np.mean([value for text, value in score.items() if text not in two])
+
+    ours = []
+    for one in both.cases:
+        edits = {cell: both.plain.edit(one, cell, "zero", HEADS[:1], both.cases) for cell in ("va", "av")}
+        ours.append(0.5 * sum(above(one, cell, edit) - above(one, cell) for cell, edit in edits.items()))
+    equal(ours, found[:, HEADS[0][0], HEADS[0][1]])
+
+
+def test_sets_and_further_edits_on_top_of_edited_runs(both, chunks):
+    members = [(0, 1), (1, 2)]
+    for donor in RELEASES:
+        ours = [both.plain.effect(one, donor, members, both.cases) for one in both.cases]
+        equal(ours, release_of_sets(chunks, [members], [donor], both.rows).release[0])
+        releases = SetReleases(chunks, both.rows, donor)
+        releases.added([(0, 1)], [(1, 2)])
+        equal(ours, releases.each([(0, 1), (1, 2)]))
+
+
+def test_units_and_paths(both, chunks):
+    unit = Unit("attention", 1, -1, tuple(range(4)), mlp=False)
+    found = {}
+    for chunk in chunks:
+        found |= zip(
+            chunk.examples.tolist(),
+            _chunk_units(chunk, [unit], [Asked("release", "va", "zero")])["margin"],
+            strict=True,
+        )
+    heads = [(1, head) for head in range(4)]
+    ours = [both.plain.effect(one, "zero", heads, both.cases) for one in both.cases]
+    equal(ours, np.array([found[i][0, 0] for i in range(len(ours))]))
+    effect = paths(chunks[0], "va", [((1, 2), "zero")], [])["effect"]
+    rows = [both.cases[i] for i in chunks[0].examples]
+    equal([both.plain.effect(one, "zero", [(1, 2)], both.cases) for one in rows], effect[:, 0, 0])
+    first = {"hold": True, "of": "first"}
+    equal([both.plain.effect(one, "zero", [(1, 2)], both.cases, **first) for one in rows], effect[:, 0, 1])
+
+
+def test_restarts_equal_hooked_runs(both, chunks):
+    slow = chunks_of(both, "hooks")
+    wanted = [Request("va", "blank_muted"), Request("blank_a", "mean_other"), Request("va", "zero", freeze=True)]
+    quick, hooked = (measure_requests(of, wanted, heads=HEADS, examples=both.rows) for of in (chunks, slow))
+    for request in wanted:
+        for name in ("first", "rise") if request.freeze else ("margin", "first", "margin_frozen", "on_sound"):
+            one, two = (getattr(found[request], name)[:, [0, 2], [1, 0]] for found in (quick, hooked))
+            np.testing.assert_allclose(one, two, atol=1e-5, rtol=0, err_msg=name)
+    donor, members = "mean_other", [(0, 1), (1, 2), (2, 3)]
+    made = [SetReleases(of, both.rows, donor) for of in (chunks, slow)]
+    for one in made:
+        one.added(members[:2], members[2:])
+    np.testing.assert_allclose(made[0].each(members), made[1].each(members), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    """ESC-50's labels with a tokenizer that breaks most of them: each is heard once and seen once."""
+    model = pieces_model()
+    pairs = [(label, LABELS[(i + 21) % len(LABELS)]) for i, label in enumerate(LABELS)]
+    clips = [tiny_clip(1.0, seed=i) for i in range(2 * len(pairs))]
+    listed = [
+        Conflict(sound=clips[2 * i], picture=clips[2 * i + 1], question="What?", answers=pair, id=f"c{i:02}")
+        for i, pair in enumerate(pairs)
+    ]
+    return model, listed
+
+
+def test_all_labels_of_esc50_are_usable(labelled):
+    model, listed = labelled
+    lengths = {label: len(forms_of(model.tokenizer, label)[" word"]) for label in LABELS}
+    assert {label for label, n in lengths.items() if n == 1} == set(ONE)
+    assert sorted(set(lengths.values())) == [1, 2, 3, 4]
+    read = answered(ModelEngine(model), listed)
+    assert not read.left_out
+    assert read.forms.chosen == " word"
+    candidates = Candidates.of(read.conflicts, model.tokenizer)
+    assert sorted(candidates.names) == sorted(LABELS)
+    bench = Bench(ModelEngine(model), list(read.conflicts), candidates)
+    found = np.concatenate([chunk.reading("va").scores for chunk in bench.chunks(range(len(listed)))])
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.slow
+def test_isolate_goes_through_with_all_labels_of_esc50(labelled):
+    model, listed = labelled
+    found = isolate(model, listed, gate="report", s=0.03, quick=True, named_only=True)
+    assert not found.provenance["answers"]["left_out"]
+    assert len(found.conflicts) == len(LABELS)
+    assert np.isfinite(found.arrays["discovery/G"]).all()
+    assert "discovery/suffix/release at the first token/zero" in found.arrays
