@@ -81,8 +81,8 @@ def conflicts_needed(
     known = known[~np.isnan(known)]
     if len(known) < FEWEST_PILOTS or family < 1:
         raise InputError(
-            f"a study is planned from the effects of at least {FEWEST_PILOTS} pilot conflicts and a family of at least 1 "
-            f"test; found {len(known)} conflicts and {family} tests."
+            f"a study is planned from the effects of at least {FEWEST_PILOTS} pilot conflicts and a family of at least "
+            f"1 test; found {len(known)} conflicts and {family} tests."
         )
     mean, deviation = float(known.mean()), float(known.std(ddof=1))
     lower = mean - float(stats.t.ppf(0.8, len(known) - 1)) * deviation / math.sqrt(len(known))

@@ -217,8 +217,8 @@ class TestSection7:
         assert lines[0].startswith("Power: 2 components on discovery are too few for 132 tests: no effect, however")
         text = (
             r"^refused: \d+ and \d+ conflicts could be dealt to halves that share no source \(\d+ conflicts lie across "
-            r"the halves\); isolation needs at least 20 in each\. Use more sources, or let `av-lens pairs` make disjoint "
-            r"conflicts of them \(one a pair of clips\)\.$"
+            r"the halves\); isolation needs at least 20 in each\. Use more sources, or let `av-lens pairs` make "
+            r"disjoint conflicts of them \(one a pair of clips\)\.$"
         )
         with pytest.raises(ProtocolError, match=text):
             run(conflicts=few)
