@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -272,10 +273,19 @@ class Harm:
     verdict: str
 
 
+@runtime_checkable
+class Bounding(Protocol):
+    """What bounds means: a `Bootstrap`, or another rule."""
+
+    def mean(self, values: np.ndarray, *, level: float = 0.95) -> Interval:
+        """Bound a mean over examples."""
+        ...
+
+
 def non_inferiority(
     before: Float[np.ndarray, " example"],
     after: Float[np.ndarray, " example"],
-    boot: Bootstrap,
+    boot: Bounding,
     *,
     margin: float = 0.05,
 ) -> Harm:
