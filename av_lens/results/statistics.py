@@ -172,7 +172,16 @@ class Bootstrap:
             return means.std(0, ddof=1) if len(means) > 1 else np.full(values.shape[1:], np.nan)
 
 
-def interval(boot: Bootstrap, values: np.ndarray) -> tuple[float, float, float]:
+@runtime_checkable
+class Bounding(Protocol):
+    """What bounds means: a `Bootstrap`, or another rule."""
+
+    def mean(self, values: np.ndarray, *, level: float = 0.95) -> Interval:
+        """Bound a mean over examples."""
+        ...
+
+
+def interval(boot: Bounding, values: np.ndarray) -> tuple[float, float, float]:
     """Bound the mean of one column."""
     found = boot.mean(values)
     return float(found.value), float(found.low), float(found.high)
@@ -271,15 +280,6 @@ class Harm:
     fall: float
     bound: float
     verdict: str
-
-
-@runtime_checkable
-class Bounding(Protocol):
-    """What bounds means: a `Bootstrap`, or another rule."""
-
-    def mean(self, values: np.ndarray, *, level: float = 0.95) -> Interval:
-        """Bound a mean over examples."""
-        ...
 
 
 def non_inferiority(
