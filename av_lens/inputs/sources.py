@@ -20,11 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from av_lens.errors import InputError, MediaError
 from av_lens.inputs.conflict import ROLES, ClipKeys, clip_window, source_file
-from av_lens.media.fingerprints import FLAT_PICTURE, FLAT_SOUND, constant, fingerprint
+from av_lens.media.fingerprints import fingerprint, says_nothing
 from av_lens.results.provenance import linked
 
 APART = 10.0
@@ -98,8 +96,7 @@ def _evidence(key: str, clip: Any) -> list[str]:
             *(f"{kind} {found}" for kind, found in (("sound", sound), ("picture", picture)) if found),
         ]
     found = [f"file {sha}" if (sha := getattr(clip, "sha256", None)) else f"clip {key}"]
-    for kind, name, flat in (("sound", "waveform", FLAT_SOUND), ("picture", "frames", FLAT_PICTURE)):
-        held: np.ndarray | None = getattr(clip, name, None)
-        if held is not None and len(held) and not (np.ptp(held) <= flat if kind == "sound" else constant(held, flat)):
+    for kind, name in (("sound", "waveform"), ("picture", "frames")):
+        if getattr(clip, name, None) is not None and not says_nothing(clip, kind):
             found.append(f"{kind} {getattr(clip, f'{kind}_hash')}")
     return found

@@ -29,6 +29,7 @@ from av_lens.errors import InputError
 from av_lens.results.dealing import FIRM_CONFLICTS
 from av_lens.results.dyadic import LEAST_DF, smallest_of
 
+FEWEST_PILOTS = 5
 MOST = 10**6
 
 
@@ -78,10 +79,10 @@ def conflicts_needed(
     """
     known = np.asarray(effects, dtype=np.float64)
     known = known[~np.isnan(known)]
-    if len(known) < 5 or family < 1:
+    if len(known) < FEWEST_PILOTS or family < 1:
         raise InputError(
-            f"a study is planned from the effects of at least 5 pilot conflicts and a family of at least 1 test; found "
-            f"{len(known)} conflicts and {family} tests."
+            f"a study is planned from the effects of at least {FEWEST_PILOTS} pilot conflicts and a family of at least "
+            f"1 test; found {len(known)} conflicts and {family} tests."
         )
     mean, deviation = float(known.mean()), float(known.std(ddof=1))
     lower = mean - float(stats.t.ppf(0.8, len(known) - 1)) * deviation / math.sqrt(len(known))

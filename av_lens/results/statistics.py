@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -171,7 +172,16 @@ class Bootstrap:
             return means.std(0, ddof=1) if len(means) > 1 else np.full(values.shape[1:], np.nan)
 
 
-def interval(boot: Bootstrap, values: np.ndarray) -> tuple[float, float, float]:
+@runtime_checkable
+class Bounding(Protocol):
+    """What bounds means: a `Bootstrap`, or another rule."""
+
+    def mean(self, values: np.ndarray, *, level: float = 0.95) -> Interval:
+        """Bound a mean over examples."""
+        ...
+
+
+def interval(boot: Bounding, values: np.ndarray) -> tuple[float, float, float]:
     """Bound the mean of one column."""
     found = boot.mean(values)
     return float(found.value), float(found.low), float(found.high)
@@ -275,7 +285,7 @@ class Harm:
 def non_inferiority(
     before: Float[np.ndarray, " example"],
     after: Float[np.ndarray, " example"],
-    boot: Bootstrap,
+    boot: Bounding,
     *,
     margin: float = 0.05,
 ) -> Harm:

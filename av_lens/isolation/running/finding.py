@@ -38,6 +38,7 @@ from av_lens.isolation.sets.search import MOST_MEMBERS
 from av_lens.isolation.sets.sets import head_names
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
 from av_lens.results.dyadic import SOURCE, Dyadic
+from av_lens.results.power import FEWEST_PILOTS, conflicts_needed
 from av_lens.results.provenance import stamp
 from av_lens.results.record import RELEASING, Isolation, table
 
@@ -182,6 +183,17 @@ def _power_sentence(known: Known, family: int) -> str:
     )
 
 
+def planned(known: Known, family: int) -> str:
+    """Take a run that is too small for a pilot: how many conflicts would its largest single release need?"""
+    heads, donor = ranked_heads(known.searched.first)
+    half = known.discovery
+    release = known.searched.first.evidence["release", donor][:, *heads[0]] - known.searched.s * half.G
+    if (~np.isnan(release)).sum() < FEWEST_PILOTS:
+        return ""
+    plan = conflicts_needed(release, family=family).sentence()
+    return f"The largest single release is {head_names(heads[:1])}'s ({donor}). {plan}"
+
+
 def power(searched: Searched | None, half: Half, *, family: int) -> tuple[float, float]:
     """Compute the smallest effect above the threshold, and the standard deviation that it is counted in."""
     size = half.boot.smallest_effect(family=family)
@@ -228,7 +240,7 @@ def finding(
 ) -> Isolation:
     """Write down what a run found, as far as it went."""
     engine, tables = run.bench.engine, dict[str, Any](more[0])
-    units = [half.boot.rule.split(",")[0].removeprefix("bootstrap by ") for half in run.both]
+    units = [half.boot.unit for half in run.both]
     inference = {half.name: rules_of(half) for half in run.both}
     arrays = {f"{half.name}/{name}": getattr(half, name) for half in run.both for name in ("G", "C")} | more[1]
     if known is not None:

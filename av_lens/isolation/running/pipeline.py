@@ -39,7 +39,7 @@ from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.naming import evidence
 from av_lens.isolation.running import cost, preparing
 from av_lens.isolation.running.durable import Ledger, watched_run
-from av_lens.isolation.running.finding import Further, finding, verdict
+from av_lens.isolation.running.finding import Further, finding, planned, verdict
 from av_lens.isolation.running.preparing import EXPLORATORY, NOT_INTERPRETABLE, Options, Run, prepared
 from av_lens.isolation.sets import confirmation
 from av_lens.model.binding import remembered_towers
@@ -148,6 +148,8 @@ def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:
         run.stamp(NOT_INTERPRETABLE, f"the search went on past the gate: {sentence}")
     known = _searched(run, ledger)
     kind, sentence = verdict(kind, sentence, known, run.family)
+    if EXPLORATORY in run.stamps and run.options.protocol != "1" and (plan := planned(known, run.family)):
+        run.reasons.append(plan)
     more = further(run, known)
     return finding(run, kind, sentence, known=known, more=more, seconds=time.monotonic() - started)
 

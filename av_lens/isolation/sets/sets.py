@@ -38,7 +38,8 @@ from av_lens.isolation.measuring.effects import edited_readings, mirrored
 from av_lens.isolation.measuring.engine import Head
 from av_lens.isolation.measuring.scoring import UNREAD
 from av_lens.isolation.measuring.store import Arrays
-from av_lens.results.statistics import Bootstrap, non_inferiority
+from av_lens.results.dyadic import Inference
+from av_lens.results.statistics import non_inferiority
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +261,7 @@ def controls(chunks: Sequence[Chunk], heads: Sequence[Head], donor: str, half: H
     return rows
 
 
-def _row(name: str, right: str, before: np.ndarray, after: np.ndarray, boot: Bootstrap) -> dict[str, Any]:
+def _row(name: str, right: str, before: np.ndarray, after: np.ndarray, boot: Inference) -> dict[str, Any]:
     if right == "kl":
         n, mean = int((~np.isnan(after)).sum()), float(np.nanmean(after))
         return {"control": name, "n": n, "before": 0.0, "after": mean, "verdict": "reported: KL in nats"}
