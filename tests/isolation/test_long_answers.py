@@ -23,7 +23,7 @@ from av_lens.inputs.answers import forms_of
 from av_lens.isolation import isolate
 from av_lens.isolation.explaining.knowledge import paths
 from av_lens.isolation.explaining.units import Asked, Unit, _chunk_units
-from av_lens.isolation.measuring.behaviour import answered, survey
+from av_lens.isolation.measuring.behaviour import answered
 from av_lens.isolation.measuring.bench import Bench
 from av_lens.isolation.measuring.effects import FIRST_RELEASE, Request, figures, measure_requests, requests
 from av_lens.isolation.measuring.engine import Means, ModelEngine
@@ -46,6 +46,9 @@ ANSWERS = [
 NOTHING = PlainEdit()
 
 
+NOTHING = PlainEdit()
+
+
 class Plainly:
     """Scores and effects by hand."""
 
@@ -60,10 +63,9 @@ class Plainly:
         if key not in self.known:
             tensors = (one.cells if question == "asked" else one.see)[cell]
             extra = torch.tensor([tokens[:-1]], dtype=torch.long)
-            longer = {"input_ids": extra, "attention_mask": torch.ones_like(extra)}
-            run = self.plain.model.run(
-                tensors | {name: torch.cat((tensors[name], new), 1) for name, new in longer.items()}
-            )
+            new = {"input_ids": extra, "attention_mask": torch.ones_like(extra)}
+            longer = {name: torch.cat((tensors[name], added), 1) for name, added in new.items()}
+            run = self.plain.model.run(tensors | longer)
             asked = tensors["input_ids"].shape[1] - 1
             self.known[key] = run, asked, self.streams(run, NOTHING)[0, asked:]
         return self.known[key]
@@ -168,62 +170,57 @@ def chunks(both):
 
 
 def equal(ours, theirs, what=""):
-    assert np.abs(ours).max() > 20 * ATOL
+    assert np.abs(ours).max() > 5 * ATOL, what
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=ATOL, err_msg=what)
 
 
-def test_conflicts_of_one_token_run_apart(both, chunks):
+def test_conflicts_of_one_token_run_apart(chunks):
     assert [chunk.examples.tolist() for chunk in chunks] == [[0, 1, 2, 4], [3]]
     assert [chunk.spoken is None for chunk in chunks] == [False, True]
 
 
-def test_behaviour_is_read_from_summed_log_probabilities(both, chunks):
-    found = survey(chunks, len(both.rows))
-    for cell in ("va", "av", "blank_a", "blank_v", "audio_only"):
-        equal([both.plain.margin(one, cell) for one in both.cases], found.margin(cell), cell)
-    equal([both.plain.margin(one, "v_muted", question="see") for one in both.cases], found.margin("v_muted", "see"))
-    mass = [
-        sum(np.exp(both.plain.score(one, "va", answer)) for answer in both.plain.answers[one.id]) for one in both.cases
-    ]
-    np.testing.assert_allclose(found.readings["va", "ask"].mass, mass, atol=1e-6, rtol=1e-3)
-    tops = [int(both.plain.logits(one, "va", (0,), PlainEdit())[0].argmax()) for one in both.cases]
-    ids = chunks[0].bench.candidates.ids
-    assert [
-        token in ids[top] if top >= 0 else token not in ids for token, top in zip(tops, found.readings["va", "ask"].top)
-    ]
+@pytest.mark.parametrize(
+    ("cell", "question"), [("va", "ask"), ("av", "ask"), ("audio_only", "ask"), ("v_muted", "see")]
+)
+def test_behaviour_is_read_from_summed_log_probabilities(both, chunks, cell, question):
+    how = {"question": "asked" if question == "ask" else question}
+    for chunk in chunks:
+        read, rows = chunk.reading(cell, question), [both.cases[i] for i in chunk.examples]
+        equal([both.plain.margin(one, cell, **how) for one in rows], chunk.margin(cell, question), cell)
+        for one, top, mass in zip(rows, read.top, read.mass, strict=True):
+            answers = both.plain.answers[one.id]
+            said = sum(np.exp(both.plain.score(one, cell, answer, **how)) for answer in answers)
+            np.testing.assert_allclose(mass, said, rtol=1e-4)
+            token = int(both.plain.logits(one, cell, (0,), **how)[0].argmax())
+            assert top == next((n for n, ids in enumerate(chunk.bench.candidates.ids) if token in ids), -1)
 
 
 def test_effects_of_heads(both, chunks):
     effects = measure_requests(chunks, requests(chunks), heads=HEADS, examples=both.rows)
-    found, blank = figures(effects), ("blank_a", "blank_v")
-    wanted = {("release", donor): {} for donor in (*RELEASES, "mean_task")}
-    wanted |= {("release (norm frozen)", donor): {"frozen": True} for donor in RELEASES}
-    wanted |= {("direct", donor): {"hold": True, "of": "first"} for donor in RELEASES}
-    wanted |= {(FIRST_RELEASE, donor): {"of": "first"} for donor in RELEASES}
-    wanted |= {("reads picture", "wa"): {}, ("reads sound", "vw"): {}}
-    for (name, donor), how in wanted.items():
-        for head in HEADS:
-            ours = [both.plain.effect(one, donor, [head], both.cases, **how) for one in both.cases]
-            equal(ours, found[name, donor][:, head[0], head[1]], f"{name} {donor} {head}")
+    found, blank = figures(effects), {"cells": ("blank_a", "blank_v")}
+    wanted = [("release", donor, 1, {}) for donor in (*RELEASES, "mean_task")]
+    wanted += [("release (norm frozen)", donor, 1, {"frozen": True}) for donor in RELEASES]
+    wanted += [("direct", donor, 1, {"hold": True, "of": "first"}) for donor in RELEASES]
+    wanted += [(FIRST_RELEASE, donor, 1, {"of": "first"}) for donor in RELEASES]
+    wanted += [("fall of G", donor, -1, blank) for donor in RELEASES]
+    wanted += [("reads picture", "wa", 1, {}), ("reads sound", "vw", 1, {})]
+    for number, (name, donor, sign, how) in enumerate(wanted):
+        layer, head = HEADS[number % len(HEADS)]
+        ours = [sign * both.plain.effect(one, donor, [(layer, head)], both.cases, **how) for one in both.cases]
+        equal(ours, found[name, donor][:, layer, head], f"{name} {donor}")
     for donor in RELEASES:
-        for head in HEADS:
-            ours = [-both.plain.effect(one, donor, [head], both.cases, cells=blank) for one in both.cases]
-            equal(ours, found["fall of G", donor][:, head[0], head[1]])
-            np.testing.assert_allclose(
-                found["repair", donor][:, head[0], head[1]],
-                (found["direct", donor] - found[FIRST_RELEASE, donor])[:, head[0], head[1]],
-            )
-            parts = (found[f"release on {side}", donor][:, head[0], head[1]] for side in ("sound", "picture"))
-            np.testing.assert_allclose(np.subtract(*parts), found["release", donor][:, head[0], head[1]], atol=1e-9)
+        layer, head = HEADS[0]
+        less = found["direct", donor] - found[FIRST_RELEASE, donor]
+        np.testing.assert_array_equal(found["repair", donor][:, layer, head], less[:, layer, head])
+        parts = [found[f"release on {side}", donor][:, layer, head] for side in ("sound", "picture")]
+        np.testing.assert_allclose(parts[0] - parts[1], found["release", donor][:, layer, head], atol=1e-9)
 
 
 def test_with_the_answer_held_too_the_sum_moves_as_its_first_token_does(both):
     """Why direct shares lose nothing by being read at the first token."""
     for one in (both.cases[0], both.cases[1], both.cases[4]):
-        how = {"hold": True}
-        whole, first = (
-            both.plain.effect(one, "blank_muted", [(1, 2)], both.cases, of=of, **how) for of in ("margin", "first")
-        )
+        of = ("margin", "first")
+        whole, first = (both.plain.effect(one, "zero", [(1, 2)], both.cases, hold=True, of=name) for name in of)
         assert abs(whole) > 1e-3
         assert abs(whole - first) < ATOL
 
@@ -260,11 +257,8 @@ def test_units_and_paths(both, chunks):
     unit = Unit("attention", 1, -1, tuple(range(4)), mlp=False)
     found = {}
     for chunk in chunks:
-        found |= zip(
-            chunk.examples.tolist(),
-            _chunk_units(chunk, [unit], [Asked("release", "va", "zero")])["margin"],
-            strict=True,
-        )
+        made = _chunk_units(chunk, [unit], [Asked("release", "va", "zero")])["margin"]
+        found |= zip(chunk.examples.tolist(), made, strict=True)
     heads = [(1, head) for head in range(4)]
     ours = [both.plain.effect(one, "zero", heads, both.cases) for one in both.cases]
     equal(ours, np.array([found[i][0, 0] for i in range(len(ours))]))
@@ -314,8 +308,9 @@ def test_all_labels_of_esc50_are_usable(labelled):
     candidates = Candidates.of(read.conflicts, model.tokenizer)
     assert sorted(candidates.names) == sorted(LABELS)
     bench = Bench(ModelEngine(model), list(read.conflicts), candidates)
-    found = np.concatenate([chunk.reading("va").scores for chunk in bench.chunks(range(len(listed)))])
-    assert np.isfinite(found).all()
+    for chunk in bench.chunks(range(20, 24)):
+        assert chunk.spoken is not None
+        assert np.isfinite(chunk.reading("va").scores).all()
 
 
 @pytest.mark.slow
