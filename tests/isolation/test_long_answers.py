@@ -24,12 +24,14 @@ from av_lens.isolation import isolate
 from av_lens.isolation.explaining.knowledge import paths
 from av_lens.isolation.explaining.units import Asked, Unit, _chunk_units
 from av_lens.isolation.measuring.behaviour import answered
-from av_lens.isolation.measuring.bench import Bench
-from av_lens.isolation.measuring.effects import FIRST_RELEASE, Request, figures, measure_requests, requests
+from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.effects import ESTIMANDS, FIRST_RELEASE, Request, figures, measure_requests, requests
 from av_lens.isolation.measuring.engine import Means, ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.isolation.naming.roles import Cuts, Evidence, _parts
 from av_lens.isolation.sets.sets import SetReleases, release_of_sets
 from av_lens.model import load
+from av_lens.results.statistics import Bootstrap
 
 ATOL = 1e-4
 HEADS = [(0, 1), (2, 0)]
@@ -218,11 +220,12 @@ def test_effects_of_heads(both, chunks):
 
 def test_with_the_answer_held_too_the_sum_moves_as_its_first_token_does(both):
     """Why direct shares lose nothing by being read at the first token."""
-    for one in (both.cases[0], both.cases[1], both.cases[4]):
-        of = ("margin", "first")
-        whole, first = (both.plain.effect(one, "zero", [(1, 2)], both.cases, hold=True, of=name) for name in of)
-        assert abs(whole) > 1e-3
-        assert abs(whole - first) < ATOL
+    cases, how = [both.cases[0], both.cases[1], both.cases[4]], {"hold": True}
+    whole, first = (
+        [both.plain.effect(one, "zero", [(1, 2)], both.cases, of=of, **how) for one in cases]
+        for of in ("margin", "first")
+    )
+    equal(whole, first)
 
 
 def test_the_rise_is_read_at_the_first_token(both, chunks):
@@ -241,6 +244,21 @@ def test_the_rise_is_read_at_the_first_token(both, chunks):
         edits = {cell: both.plain.edit(one, cell, "zero", HEADS[:1], both.cases) for cell in ("va", "av")}
         ours.append(0.5 * sum(above(one, cell, edit) - above(one, cell) for cell, edit in edits.items()))
     equal(ours, found[:, HEADS[0][0], HEADS[0][1]])
+
+
+def test_direct_shares_and_their_p_are_of_the_release_at_the_first_token():
+    rng, n = np.random.default_rng(0), 12
+    names = {(one.name, one.donor) for one in ESTIMANDS if "norm frozen" not in one.name}
+    values = {key: rng.normal(1.0, 0.2, (n, 2, 2)) for key in sorted(names)}
+    boot = Bootstrap.draw(range(n), [f"s{i}" for i in range(n)], [f"p{i}" for i in range(n)], seed=0, draws=50)
+    found = Evidence(values, Half("discovery", np.arange(n), list(range(n)), boot, np.ones(n), np.zeros(n)))
+    direct, first = values["direct", "zero"], values[FIRST_RELEASE, "zero"]
+    cuts = Cuts.of(found, np.full((2, 2), "zero", dtype=object), s=0.1)
+    np.testing.assert_allclose(cuts.share.value, direct.mean(0) / first.mean(0))
+    np.testing.assert_allclose(cuts.release.value, values["release", "zero"].mean(0))
+    np.testing.assert_array_equal(_parts(found, 0.1)["direct zero"], direct - 0.5 * first)
+    alone = Evidence({key: one for key, one in values.items() if key[0] != FIRST_RELEASE}, found.half)
+    np.testing.assert_array_equal(_parts(alone, 0.1)["direct zero"], direct - 0.5 * values["release", "zero"])
 
 
 def test_sets_and_further_edits_on_top_of_edited_runs(both, chunks):
