@@ -274,7 +274,7 @@ def test_rereading_with_the_own_queries_gives_the_recorded_z():
             "several tokens, and drop=True holds layers at the prompt's positions alone.*Write drop=False",
         ),
         (
-            {"metric": LONG, "drop": False, "component": "k", "over": "group"},
+            {"metric": LONG, "drop": False, "component": "k", "over": "head"},
             InputError,
             "an answer has several tokens, and fix=True reads keys anew .*Write fix=False",
         ),
