@@ -223,7 +223,7 @@ def test_answers_of_several_tokens_are_differentiated_after_the_prompt(plan):
         longer, kept = x.continued(torch.tensor([ids[:-1]]).expand(len(x), -1)), {}
         names = [hook_name(site.component, site.layer) for site in sites]
         hooks = plan.compile(model.spec, longer.spans, batch=len(x)).fwd_hooks if plan else []
-        looks = [(name, lambda value, hook, at=name, kept=kept: kept.update({at: value})) for name in names]
+        looks = [(name, lambda value, hook, at=name, kept=kept: kept.setdefault(at, value)) for name in names]
         with torch.enable_grad():
             logits = model.run_with_hooks(longer, fwd_hooks=[*hooks, *looks])[:, -len(ids) :].log_softmax(-1)
             total = sum(logits[:, i, token].sum() for i, token in enumerate(ids))
