@@ -227,22 +227,28 @@ def test_with_the_answer_held_too_the_sum_moves_as_its_first_token_does(both):
     equal(whole, first)
 
 
-def test_the_rise_is_read_at_the_first_token(both, chunks):
-    (request,) = [Request("va", "zero")]
-    found = measure_requests(chunks, [request], heads=HEADS[:1], examples=both.rows)[request].rise
+def test_other_candidates_and_the_rise_are_read_at_the_first_token(both, chunks):
+    (request,), (layer, head) = [Request("va", "zero")], HEADS[0]
+    found = measure_requests(chunks, [request], heads=HEADS[:1], examples=both.rows)[request]
 
-    def above(one, cell, edit=NOTHING):
+    def scores(one, cell, edit=NOTHING):
+        """The heard answer over the others at the first token, and its whole score over the mean of all."""
+        answers = both.plain.answers[one.id]
         logits = both.plain.logits(one, cell, (0,), edit)[0]
-        two = [answer.text for answer in both.plain.answers[one.id]]
-        score = {text: float(logits[list(set(tokens))].logsumexp(0)) for text, tokens in both.plain.firsts.items()}
-        heard = two[0 if cell == "va" else 1]
-        return score[heard] - np.mean([value for text, value in score.items() if text not in two])
+        logits = logits if all(answer.single for answer in answers) else logits.log_softmax(-1)
+        first = {text: float(logits[list(set(tokens))].logsumexp(0)) for text, tokens in both.plain.firsts.items()}
+        two, heard = [answer.text for answer in answers], answers[0 if cell == "va" else 1]
+        rise = first[heard.text] - np.mean([value for text, value in first.items() if text not in two])
+        if not all(answer.single for answer in answers):
+            first |= {answer.text: both.plain.score(one, cell, answer, edit) for answer in answers}
+        return np.array([rise, first[heard.text] - np.mean(list(first.values()))])
 
     ours = []
     for one in both.cases:
         edits = {cell: both.plain.edit(one, cell, "zero", HEADS[:1], both.cases) for cell in ("va", "av")}
-        ours.append(0.5 * sum(above(one, cell, edit) - above(one, cell) for cell, edit in edits.items()))
-    equal(ours, found[:, HEADS[0][0], HEADS[0][1]])
+        ours.append(0.5 * sum(scores(one, cell, edit) - scores(one, cell) for cell, edit in edits.items()))
+    for number, values in enumerate((found.rise, found.on_sound)):
+        equal(np.array(ours)[:, number], values[:, layer, head])
 
 
 def test_direct_shares_and_their_p_are_of_the_release_at_the_first_token():
