@@ -88,7 +88,6 @@ class Branches:
         streams += [made.stream[0] for _, made in layers]
         return cls(record, window, tuple(streams), sizes)
 
-    @torch.no_grad()
     def after(
         self, plans: Sequence[CompiledPlan], start: int, own: Sequence[Heads]
     ) -> Float[Tensor, "plan batch _ d_model"]:

@@ -12,7 +12,7 @@ generator for each plan, derived from the seed and the plan's number: a plan's d
 beside it, and differ from those of `model.generate`, which draws for one run at a time.
 
 Not continued, but generated plan by plan with full hooked forwards: plans that cannot be restarted, and inputs whose
-last position does not read all before it, or whose rotary tables are not the plainly continued ones.
+mask or rotary tables are not the plainly continued ones.
 
 Source: HuggingFace's generation loop (`GenerationMixin._sample`), cascade attention (Ye et al., FlashInfer, 2024).
 """
@@ -45,7 +45,7 @@ def continued(record: Record, plans: Sequence[Plan], how: Decoding, *, budget_gb
     choice = Choice.of(record, how)
     found: dict[int, Any] = {}
     schedule = scheduled(record, plans, n_asked=1, budget_gb=budget_gb)
-    plain = goes_on(record, how.max_new_tokens)
+    plain = record.mask is None and goes_on(record, how.max_new_tokens)
     for stack in schedule.stacks:
         if stack.hooked or not plain:
             for number in stack.numbers:

@@ -264,8 +264,8 @@ class Trace(Record):
 
         Args:
             sites: where, such as `[Site("z", layer, positions="suffix") for layer in range(n_layers)]`.
-            metric: one of `runs.metrics` of one-token answers, or any callable of the logits
-                `[batch, asked_pos, d_vocab]` to `[batch]`.
+            metric: one of `runs.metrics`, or any callable of the logits `[batch, asked_pos, d_vocab]` to `[batch]`;
+                answers of several tokens are asked at the generation position.
             plan: edits under which the gradient is taken.
             logits_at: "generation", "all", another role, or a `Span`.
             budget_gb: memory for the activations that the backward pass needs.
@@ -274,7 +274,7 @@ class Trace(Record):
             For each site the gradient and the activation itself, `[batch, pos, (head,) d]`.
 
         Raises:
-            InputError: a metric of several tokens, or one without a gradient.
+            InputError: a metric without a gradient, or one of several tokens where no restart is possible.
             InterventionError: a site or the plan does not fit, or an edit did not fire.
             BudgetError: the backward pass would need more memory.
         """

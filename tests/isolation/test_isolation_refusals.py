@@ -68,7 +68,7 @@ class TestSection1:
             (((0, 1), (2,)), "has 2 synonyms and .* has 1: more synonyms win by number alone, so give"),
             (((0, 1), (1, 2)), "begin with the same token '<1>', .* or move the shared part into the prefix"),
             (((1,), (1,)), "the two answers are equal"),
-            ((Answer("dog", ((1, 2, 3),)), 4), r"'dog' is 3 tokens for this model \('<1>' '<2>' '<3>'\); .* choose a"),
+            ((Answer("dog", ((1, 2, 3),)), 1), "begin with the same token '<1>'"),
         ],
     )
     def test_answers_that_cannot_be_used(self, answers, text):
@@ -247,8 +247,11 @@ class TestSection7:
 def test_answers_whose_synonyms_overlap_are_refused():
     answers = [([0, 1], [2, 3]), ([0, 4], [2, 3])]
     conflicts = [dataclasses.replace(one, answers=answers[i % 2]) for i, one in enumerate(fake_conflicts(44))]
-    with pytest.raises(ProtocolError, match=r"share a word \(their synonyms overlap\): give one list of synonyms"):
+    text = r"22 conflicts can be used.*c001 \(.*share a word \(their synonyms overlap\): give one list of synonyms"
+    with pytest.raises(ProtocolError, match=text):
         run(conflicts=conflicts)
+    few = [dataclasses.replace(one, answers=answers[i in (3, 7)]) for i, one in enumerate(fake_conflicts(44))]
+    assert list(run(conflicts=few).provenance["answers"]["left_out"]) == ["c003", "c007"]
 
 
 def test_a_third_clip_from_the_other_half_is_refused():

@@ -19,8 +19,8 @@ where `results.tables` names it) follow from it, and roles name estimands by `(n
 | release at the first token | release, where answers have several tokens |
 
 All but the last two stand there twice: as measured, and with the final norm's scale frozen at the unedited run's
-(` (norm frozen)` after the name). Of answers of several tokens direct, repair and rise are read at the first token (with
-later heads held at the answer's own positions too, nothing changes there). What heads write themselves
+(` (norm frozen)` after the name). Of answers of several tokens direct, repair and rise are read at the first: with
+later heads held at the answer's own positions too, nothing changes there. What heads write themselves
 (`direct_writes`) needs no edit. `effects_of_plans` measures plans of any kind (heads' outputs, attention edges).
 """
 

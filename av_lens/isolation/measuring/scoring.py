@@ -119,8 +119,9 @@ class Candidates:
         whole = None if said is None else said.double().cpu().numpy()
         out = pooled if whole is None else pooled - whole[..., 2:]
         first = np.stack([out[place] for place in places], axis=-1)
-        for number, place in enumerate(places if whole is not None else ()):
-            out[place] = whole[..., number]
+        if whole is not None:
+            for number, place in enumerate(places):
+                out[place] = whole[..., number]
         return np.concatenate([out, first], axis=-1)
 
     @property
@@ -156,7 +157,7 @@ class Candidates:
     def tops(
         self, logits: Float[Tensor, "batch d_vocab"], examples: Int[np.ndarray, " batch"]
     ) -> Int[np.ndarray, " batch"]:
-        """Find the candidate that the most likely token of all begins, of several the example's own (see `CellReading`)."""
+        """Find the candidate that the most likely token begins, of several the example's own (see `CellReading`)."""
         best = logits.argmax(-1).cpu().numpy()
         owner = {int(token): index for index, row in enumerate(self.ids) for token in row if token >= 0}
         top = np.array([owner.get(int(token), NEITHER) for token in best], dtype=np.int64)
