@@ -165,7 +165,7 @@ class Dyadic:
     def derived(self, rule: Callable[..., np.ndarray], *columns: np.ndarray) -> tuple[float, float, float]:
         """Bound a figure that is computed from several means, such as |E_V| / (|E_A| + |E_V|), to first order."""
         stacked = np.stack(columns, axis=1)
-        known: Bool[np.ndarray, " example"] = ~np.isnan(stacked).any(1)
+        known = np.asarray(~np.isnan(stacked).any(1))
         if not known.any():
             return math.nan, math.nan, math.nan
         means = stacked[known].mean(0)

@@ -83,7 +83,7 @@ def test_what_holds_on_clips_and_not_over_words_is_told(monkeypatch):
 
 def test_few_words_are_said_to_be_untested():
     found = run(fake_conflicts(44, n_classes=6))
-    assert "Confirmed, untested over words (fewer than 8), at suffix: " in found.verdict
+    assert "Confirmed, untested over words (fewer than 8) at suffix: " in found.verdict
     confirmed = found.heads[found.heads["confirmed"] & found.heads["role"].isin(RELEASING)]
     assert confirmed["flags"].str.contains("untested over words").all()
 
@@ -94,7 +94,7 @@ def test_the_first_edition_is_bootstrap_and_flips_of_all():
     assert "inference" not in found.provenance
     assert not found.heads["flags"].str.contains("words").any()
     row = found.heads.iloc[0]
-    at = (slice(None), row.layer, row.head)
+    at = (slice(None), int(row["layer"]), int(row["head"]))
     effect = found.arrays[f"confirmation/suffix/{row.estimand}/{row.donor}"][at]
     n = len(effect)
     frame = found.conflicts[found.conflicts["half"] == "confirmation"]

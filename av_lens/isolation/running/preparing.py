@@ -66,7 +66,7 @@ def protocol_of(
     family: int,
 ) -> dict[str, Any]:
     """Write the protocol of a run down."""
-    halves, ids = dealt.halves, [one.id for one in dealt.members]
+    halves = dealt.halves
     rows = halves.members(DISCOVERY)
     size = dealt.rules(rows, seed=0)[0].smallest_effect(family=family)
     fewest = {"fewest_clips": statistics.FEWEST_CLIPS, "fewest_components": statistics.FEWEST_COMPONENTS}
@@ -91,17 +91,7 @@ def protocol_of(
         "conflicts": {name: dict(parts) for name, parts in conflicts.items()},
         "least_mass_on_the_answers": LEAST_MASS,
         "least_gap_share": LEAST_GAP,
-        "halves": {
-            "rule": halves.rule,
-            "largest_component": dealing.LARGEST_SHARE if dealt.edition == "1" else dealing.LARGEST_OF_A_HALF,
-            "fewest_conflicts": dealing.FEWEST,
-            "firm_conflicts": dealing.FIRM_CONFLICTS,
-            "firm_components": dealing.FIRM_COMPONENTS,
-            "firm_sources": dealing.FIRM_SOURCES,
-            "dealt": dict(zip(ids, halves.half, strict=True)),
-            "lost": halves.n_lost,
-            "doubled": list(dealt.twice),
-        },
+        "halves": _halves(dealt),
         "bootstrap": {"draws": statistics.DRAWS, "level": 0.95} | fewest,
         "sign_flips": {"most_exact_components": statistics.MOST_EXACT, "least_sampled": "10 x family / .05"},
         "random_sets": RANDOM_SETS,
@@ -122,6 +112,22 @@ def protocol_of(
         "choices": list(CHOICES),
     }
     return out | {"hash": hash_of(out)}
+
+
+def _halves(dealt: Dealt) -> dict[str, Any]:
+    """Write down how the halves were made."""
+    halves, ids = dealt.halves, [one.id for one in dealt.members]
+    return {
+        "rule": halves.rule,
+        "largest_component": dealing.LARGEST_SHARE if dealt.edition == "1" else dealing.LARGEST_OF_A_HALF,
+        "fewest_conflicts": dealing.FEWEST,
+        "firm_conflicts": dealing.FIRM_CONFLICTS,
+        "firm_components": dealing.FIRM_COMPONENTS,
+        "firm_sources": dealing.FIRM_SOURCES,
+        "dealt": dict(zip(ids, halves.half, strict=True)),
+        "lost": halves.n_lost,
+        "doubled": list(dealt.twice),
+    }
 
 
 def hash_of(protocol: Mapping[str, Any]) -> str:
