@@ -39,7 +39,6 @@ from av_lens.isolation.measuring.engine import (
     W_CELLS,
     AllZ,
     Cells,
-    Edited,
     Head,
     Means,
     ModelEngine,
@@ -49,7 +48,7 @@ from av_lens.isolation.measuring.engine import (
     equal_ending,
     site_positions,
 )
-from av_lens.isolation.measuring.scoring import Candidates, CellReading, Said, Spoken
+from av_lens.isolation.measuring.scoring import Candidates, CellReading, Edited, Said, Spoken
 from av_lens.isolation.measuring.store import Arrays, Store
 from av_lens.results.dyadic import Dyadic, Inference
 from av_lens.results.statistics import Interval
@@ -228,8 +227,8 @@ class Chunk:
         return Edited(run.logits, run.final) if self.spoken is None else next(self.changed(run, [Plan()]))
 
     def said(self, one: Edited, own: Edited | None = None) -> Said | None:
-        """Sum up what a run says of the two answers, if they have several tokens (see `ModelEngine.said`)."""
-        return None if self.spoken is None else self.bench.engine.said(one, self.spoken, own)
+        """Sum up what a run says of the two answers, if they have several tokens (see `Spoken.said`)."""
+        return None if self.spoken is None else self.spoken.said(self.bench.engine.model, one, own)
 
     def scores(self, one: Edited) -> Float[np.ndarray, "batch column"]:
         """Score every candidate in a run."""

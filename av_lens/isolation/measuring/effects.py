@@ -37,8 +37,8 @@ from jaxtyping import Float, Int
 
 from av_lens.interventions import Plan
 from av_lens.isolation.measuring.bench import Chunk, gathered
-from av_lens.isolation.measuring.engine import MIRROR, PRIMARY_DONORS, SECONDARY_DONORS, W_CELLS, Edited, Head
-from av_lens.isolation.measuring.scoring import Candidates, CellReading
+from av_lens.isolation.measuring.engine import MIRROR, PRIMARY_DONORS, SECONDARY_DONORS, W_CELLS, Head
+from av_lens.isolation.measuring.scoring import Candidates, CellReading, Edited
 from av_lens.metrics.forms import each
 from av_lens.metrics.metric import Metric, as_metric, logit_diff
 from av_lens.replay.traces import Trace, measure_plans

@@ -45,7 +45,7 @@ from av_lens.errors import ProtocolError, unknown
 from av_lens.families.decoder import hook_name
 from av_lens.inputs import AVInputs
 from av_lens.interventions import CompiledPlan, Edit, Plan, Site, replace
-from av_lens.isolation.measuring.scoring import Said, Spoken
+from av_lens.isolation.measuring.scoring import Edited, divisor
 from av_lens.metrics.forms import followed
 from av_lens.replay.branches import Branches
 from av_lens.replay.rerun import Taps, rerun, start_of
@@ -220,18 +220,6 @@ def edits_at(positions: Int[np.ndarray, " place"], values: Values) -> list[Edit]
     ]
 
 
-@dataclass(frozen=True, eq=False)
-class Edited:
-    """An edited run at the asked position: its logits, and the stream that enters the final norm.
-
-    `later` is that stream at the rows of answers that were run after the prompt, one answer's after the other's.
-    """
-
-    logits: Float[Tensor, "batch d_vocab"]
-    final: Float[Tensor, "batch d_model"]
-    later: Float[Tensor, "batch row d_model"] | None = None
-
-
 def site_positions(spans: SpanMap, site: str, sinks: Sequence[int] = ()) -> Int[np.ndarray, " site"]:
     """Find a site's positions in a prompt, ascending; an unknown site and one without positions are refused."""
     if site not in SITES:
@@ -368,8 +356,8 @@ class ModelEngine:
         trace = self._restartable(recording)
         branches = None if trace is None or not answers else Branches.of(trace, answers)
         if trace is None or (answers and branches is None):
-            # Of an edited run's restart a plan names the new edits alone (`Recording.plan`): here all are made again.
-            under = Plan() if trace is None else Plan(edits_at(recording.site, recording.under))
+            # Of an edited run's restart a plan may name the new edits alone (`Recording.plan`): here all are made.
+            under = Plan(edits_at(recording.site, recording.under) if answers else ())
             yield from (self._hooked(recording, under + plan, answers) for plan in plans)
             return
         asked, rows = torch.tensor([int(recording.window[-1])]), 1 if branches is None else 1 + sum(branches.sizes)
@@ -388,41 +376,19 @@ class ModelEngine:
                     later = None if branches is None else stream[:, 1:]
                     yield Edited(unembedded(self.model, final).float(), final, later)
 
-    def _hooked(self, recording: Recording, plan: Plan, answers: Sequence[Int64[Tensor, "batch _"]] = ()) -> Edited:
+    def _hooked(self, recording: Recording, plan: Plan, answers: Sequence[Int64[Tensor, "batch _"]]) -> Edited:
         if not len(plan) and not answers:  # the run as it was recorded, with the edits that it was made under
             return Edited(recording.logits, recording.final)
-        if not len(plan):
-            plan = Plan(edits_at(recording.site, recording.under))
-        found = [self._hooked_after(recording, plan, tokens) for tokens in answers or [recording.inputs.ids[:, :1]]]
-        (logits, final), later = found[0], [stream[:, 1:] for _, stream in found]
-        return Edited(logits, final[:, 0], torch.cat(later, dim=1) if answers else None)
-
-    def _hooked_after(
-        self, recording: Recording, plan: Plan, tokens: Int64[Tensor, "batch token"]
-    ) -> tuple[Float[Tensor, "batch d_vocab"], Float[Tensor, "batch token d_model"]]:
-        """The logits at the asked position, and the last stream from there on, with an answer after the prompt."""
-        inputs, asked = followed(recording.inputs, tokens), int(recording.window[-1])
-        compiled = plan.compile(self.model.spec, inputs.spans, batch=len(inputs))
-        kept = list[Tensor]()
-        last = (hook_name("resid_post", self.n_layers - 1), watching(partial(_keep, kept, asked)))
-        with torch.no_grad():
-            logits = logits_of(self.model, inputs, [*compiled.fwd_hooks, last], torch.tensor([asked]))[:, 0]
-        compiled.verify()
-        return logits.float().clone(), kept[0]
-
-    def said(self, one: Edited, spoken: Spoken, own: Edited | None = None) -> Said:
-        """Sum up what a run says of two answers; `own` is the unedited run whose final norm is held."""
-        assert one.later is not None
-        with torch.no_grad():
-            if own is None or own.later is None:
-                return spoken.said(one.logits, unembedded(self.model, one.later).float())
-            return spoken.said(self._at_scale(one.final, own.final), self._at_scale(one.later, own.later))
-
-    def _at_scale(self, stream: Float[Tensor, "*more d_model"], own: Float[Tensor, "*more d_model"]) -> Tensor:
-        """All logits, the final norm dividing by what it divided by in another stream."""
-        norm, head = self.model.ln_final.original_component, self.model.bridge.unembed.original_component
-        scaled = norm(stream).float() * self._divisor(stream) / self._divisor(own)
-        return head(scaled.to(stream.dtype)).float()
+        asked, logits, found = int(recording.window[-1]), recording.logits, list[Tensor]()
+        last = (hook_name("resid_post", self.n_layers - 1), watching(partial(_keep, found, asked)))
+        for tokens in answers or [recording.inputs.ids[:, :1]]:
+            inputs = followed(recording.inputs, tokens)
+            compiled = plan.compile(self.model.spec, inputs.spans, batch=len(inputs))
+            with torch.no_grad():
+                logits = logits_of(self.model, inputs, [*compiled.fwd_hooks, last], torch.tensor([asked]))[:, 0]
+            compiled.verify()
+        later = torch.cat([stream[:, 1:] for stream in found], dim=1) if answers else None
+        return Edited(logits.float().clone(), found[-1][:, 0], later)
 
     def linear_logits(
         self, recording: Recording, final: Float[Tensor, "*more batch d_model"], ids: Int[Tensor, " token"]
@@ -430,13 +396,9 @@ class ModelEngine:
         """Read tokens' logits from a stream, the final norm dividing by what it divided by in the recording."""
         norm, head = self.model.ln_final.original_component, self.model.bridge.unembed.original_component
         with torch.no_grad():
-            ratio = self._divisor(final) / self._divisor(recording.final)
+            ratio = divisor(self.model, final) / divisor(self.model, recording.final)
             bias = None if head.bias is None else head.bias[ids].float()
             return functional.linear(norm(final).float() * ratio, head.weight[ids].float(), bias)
-
-    def _divisor(self, stream: Tensor) -> Float[Tensor, "*more batch 1"]:
-        norm = self.model.ln_final.original_component
-        return (stream.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
 
     @cached_property
     def _output_weights(self) -> Float[Tensor, "layer head d_head d_model"]:
@@ -452,7 +414,7 @@ class ModelEngine:
         norm = self.model.ln_final.original_component
         unembedding = self.model.W_U.detach()
         columns = unembedding[:, ids.to(unembedding.device)].float()
-        return (written / self._divisor(recording.final) * norm.weight.detach().float()) @ columns
+        return (written / divisor(self.model, recording.final) * norm.weight.detach().float()) @ columns
 
     def write_norms(self, recording: Recording) -> Float[np.ndarray, "layer head"]:
         """Measure how much each head writes at the site: the mean over examples and positions of |z W_O|."""

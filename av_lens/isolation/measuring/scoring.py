@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
+from av_lens.core.calls import unembedded
 from av_lens.inputs.answers import Answer, answer_pair
 from av_lens.metrics.forms import each
 from av_lens.metrics.metric import Metric, log_prob
@@ -33,6 +34,18 @@ Said = Float[Tensor, "batch 3"]
 SIDES = ("sound", "picture")
 NEITHER, UNREAD = -1, -2
 """What stands in `top` for an answer that is no candidate's, and for a run without numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Edited:
+    """An edited run at the asked position: its logits, and the stream that enters the final norm.
+
+    `later` is that stream at the rows of answers that were run after the prompt, one answer's after the other's.
+    """
+
+    logits: Float[Tensor, "batch d_vocab"]
+    final: Float[Tensor, "batch d_model"]
+    later: Float[Tensor, "batch row d_model"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,9 +248,15 @@ class Spoken:
         """List the tokens that come after the prompt, an answer's option each; see `Metric.continuations`."""
         return [tokens for side in self.sides for tokens in side.continuations(batch)]
 
-    def said(
-        self, first: Float[Tensor, "batch d_vocab"], later: Float[Tensor, "batch row d_vocab"]
-    ) -> Float[Tensor, "batch 3"]:
+    def said(self, model: Any, one: Edited, own: Edited | None = None) -> Said:
+        """Sum up what a run says of both answers; `own` is the unedited run whose final norm is held."""
+        assert one.later is not None
+        with torch.no_grad():
+            if own is None or own.later is None:
+                return self.summed(one.logits, unembedded(model, one.later).float())
+            return self.summed(_at_scale(model, one.final, own.final), _at_scale(model, one.later, own.later))
+
+    def summed(self, first: Float[Tensor, "batch d_vocab"], later: Float[Tensor, "batch row d_vocab"]) -> Said:
         """Sum up both answers; `later` are the logits at the answers' own rows, one answer's after the other's."""
         found: list[Tensor] = []
         for side in self.sides:
@@ -247,3 +266,14 @@ class Spoken:
                 reduced.append(side.reduce(number, torch.cat((first[:, None], own), dim=1)))
             found.append(side.combine(reduced) if reduced else side(first[:, None]))
         return torch.stack([*found, first.logsumexp(-1)], dim=-1)
+
+
+def divisor(model: Any, stream: Float[Tensor, "*more d_model"]) -> Float[Tensor, "*more 1"]:
+    """What the final norm divides a stream by."""
+    return (stream.float().pow(2).mean(-1, keepdim=True) + model.ln_final.original_component.variance_epsilon).sqrt()
+
+
+def _at_scale(model: Any, stream: Float[Tensor, "*more d_model"], own: Float[Tensor, "*more d_model"]) -> Tensor:
+    """All logits of a stream, the final norm dividing by what it divides another one by."""
+    scaled = model.ln_final.original_component(stream).float() * divisor(model, stream) / divisor(model, own)
+    return model.bridge.unembed.original_component(scaled.to(stream.dtype)).float()
