@@ -91,6 +91,12 @@ def test_what_was_found_again_is_the_stored_record():
     assert seeds.PAGE.around(DOCS)[1] == seeds.page_tables(stored(seeds.PAGE))
 
 
+def test_the_page_of_type_one_errors_is_the_stored_record():
+    from av_lens.lab import type_one
+
+    assert type_one.PAGE.around(DOCS)[1] == type_one.page_tables(stored(type_one.PAGE))
+
+
 def test_the_page_of_true_shapes_is_the_stored_record():
     from av_lens.lab import true_shape_costs
 

@@ -16,6 +16,7 @@ _ISOLATE = signature("isolation.running.pipeline", "isolate")
 _ISOLATE_INTO = signature("lab.demonstration", "isolate_into")
 _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
+_DESIGN = signature("inputs.designs", "design_conflicts")
 _TRAIN = signature("lab.training.courses", "train")
 _PLANT = signature("lab.planting.planting", "plant")
 _GENERATE = signature("model.wrapper", "HookedAVLLM.generate")
@@ -84,10 +85,14 @@ def isolate(
     budget: Budget = _ISOLATE["budget"],
     quick: Quick = _ISOLATE["quick"],
     sites: Annotated[str, _SITES] = ",".join(_ISOLATE["sites"]),
+    captions: Annotated[bool, Option("--captions", help="Also write captions with the heads edited.")] = _ISOLATE[
+        "captions"
+    ],
     gate: Annotated[str, _GATE] = _ISOLATE["gate"],
     layout: Annotated[str, Option(help="in_video (sound woven into the video) or separate.")] = _ISOLATE["layout"],
     s: Share = _ISOLATE["s"],
     seed: Seed = _ISOLATE["seed"],
+    protocol: Annotated[str, Option(help="Edition: 2, or 1 for the first one's figures.")] = _ISOLATE["protocol"],
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -108,12 +113,41 @@ def isolate(
     listed = conflicts_of(lines)
     loaded = _load(model, device=device, dtype=dtype)
     options: dict[str, Any] = {"gate": gate, "layout": layout, "s": s, "seed": seed, "sites": named, "quick": quick}
+    options["captions"] = captions
+    options["protocol"] = protocol
     with console.bars() as bars:
         found, report = isolate_into(
             out, loaded, listed, name=model, limit=limit, budget=budget, progress=bars, told=console.say, **options
         )
     _say_found(found)
     console.say_path(report)
+
+
+def pairs(
+    clips: Annotated[Path, Argument(help="A folder (a folder a kind of sound), a csv or jsonl, or a saved data set.")],
+    out: Annotated[Path, Option(help="The manifest to write: one conflict a line, as jsonl.")],
+    design: Annotated[str, Option(help="disjoint, permutation or assignment (least alike captions).")] = _DESIGN[
+        "design"
+    ],
+    seed: Annotated[int, Option(help="Draws which sound goes with which picture.")] = _DESIGN["seed"],
+    question: Annotated[str, Option(help="What is asked of the sound.")] = _DESIGN["question"],
+    prefix: Annotated[str, Option(help="The assistant's text before the answer.")] = _DESIGN["prefix"],
+    shortest: Annotated[float, Option(help="Leave out clips of fewer seconds.")] = _DESIGN["shortest"],
+) -> None:
+    """Make conflicts of labelled clips: a manifest for `isolate` and the methods.
+
+    A label is a word for what sounds, or a class of ESC-50 or VGGSound; clips without one need a caption that names one
+    sound. What is left out is counted, with the reason.
+    """
+    faults.words(design=[design])
+    from av_lens.inputs.designs import design_conflicts
+
+    with console.bars() as bars:
+        made = design_conflicts(
+            clips, design=design, seed=seed, question=question, prefix=prefix, shortest=shortest, progress=bars
+        )
+    console.OUT.print(str(made), markup=False, soft_wrap=True)
+    console.say_path(made.save(out))
 
 
 def inspect(

@@ -104,6 +104,7 @@ _CHOICES: dict[str, tuple[str, str]] = {
     "layout": ("inputs.conflict", "LAYOUTS"),
     "cell": ("inputs.conflict", "CELLS"),
     "gate": ("isolation.running.preparing", "GATES"),
+    "design": ("inputs.designs", "DESIGNS"),
     "site": ("isolation.measuring.engine", "SITES"),
 }
 

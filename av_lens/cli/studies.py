@@ -16,6 +16,7 @@ _BENCH = signature("lab.replay_benchmark.benchmark", "run_benchmark")
 _PLANTS = signature("lab.plantbench.bench", "run_plantbench")
 _SHAPES = signature("lab.true_shapes", "run_at_true_shapes")
 _SEEDS = signature("lab.seeds", "run_seeds")
+_TYPE_ONE = signature("lab.type_one", "run_type_one")
 
 Shapes = Annotated[list[str] | None, Option("--shape", help="Measure this one only; may be given several times.")]
 Threads = Annotated[int, Option(help="Threads of PyTorch.")]
@@ -127,6 +128,27 @@ def seeds(
     console.quiet_loading()
     with console.bars() as bars:
         record = study.run_seeds(models or ["av-tiny"], out=out, conflicts=conflicts, seed=seed, progress=bars)
+    for headings, rows in study.tables(record):
+        console.show(headings, rows)
+    if docs is not None:
+        console.say_path(study.store(record, docs))
+    console.say_path(out)
+
+
+def type_one(
+    out: Annotated[Path, Option(help="The folder to write; rows that it holds are not drawn again.")] = Path(
+        _TYPE_ONE["out"]
+    ),
+    draws: Annotated[int, Option(help="Draws a row.")] = _TYPE_ONE["draws"],
+    seed: Seed = _TYPE_ONE["seed"],
+    docs: Annotated[Path | None, Option(help="Fill type_one.md and write type_one.json in this folder.")] = None,
+) -> None:
+    """How often do the tests of `isolate` find what is not there? By simulation, over designs that share sources."""
+    from av_lens.lab import type_one as study
+
+    _can_be_filled(docs, study)
+    with console.bars() as bars:
+        record = study.run_type_one(out=out, draws=draws, seed=seed, progress=bars)
     for headings, rows in study.tables(record):
         console.show(headings, rows)
     if docs is not None:

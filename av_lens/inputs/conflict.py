@@ -27,7 +27,7 @@ from av_lens.inputs.answers import Answer, AnswerLike, synonyms_of
 from av_lens.inputs.model_inputs import AVInputs, difference, shared
 from av_lens.media.arrays import file_hash
 from av_lens.media.clip import Clip
-from av_lens.media.manifest import CONTROL, SEE, Entry, answers_fault, read_manifest
+from av_lens.media.manifest import CONTROL, DESCRIBE, SEE, Entry, answers_fault, read_manifest, source_fault
 from av_lens.media.source import ClipFile
 from av_lens.memory import Memory
 from av_lens.whole_files import describe
@@ -37,7 +37,7 @@ ROLES = ("sound", "picture", "third")
 
 def clip_key(source: Any) -> str:
     """Name a source clip by its file's hash and its time window (by its content where it has no file)."""
-    path, sha = _file(source), getattr(source, "sha256", None)
+    path, sha = source_file(source), getattr(source, "sha256", None)
     if sha is None and path is not None:
         try:
             sha = file_hash(path)
@@ -57,7 +57,7 @@ class ClipKeys:
     def of(self, conflict: Any, role: str) -> str:
         """The `clip_key` of a conflict's "sound", "picture" or "third"; a file that is gone is refused."""
         clip = getattr(conflict, role)
-        path = _file(clip)
+        path = source_file(clip)
         if path is None:
             return clip_key(clip)
         if path not in self._files:
@@ -73,7 +73,7 @@ class ClipKeys:
     def check(self, conflict: Any) -> None:
         """Refuse to go on where a conflict's file is gone, or holds something else than when it was named."""
         for role in ROLES:
-            path = _file(getattr(conflict, role, None))
+            path = source_file(getattr(conflict, role, None))
             if path is None or path not in self._files:
                 continue
             try:
@@ -87,13 +87,19 @@ class ClipKeys:
                 )
 
 
-def _file(source: Any) -> str | None:
+def source_file(source: Any) -> str | None:
+    """Name the file that a clip will be read from; None of one that is in memory."""
     path = getattr(source, "path", None) if hasattr(source, "load") else None
     return None if path is None else str(path)
 
 
+def clip_window(source: Any) -> tuple[float, float | None]:
+    """Give the seconds of its file that a clip holds; None is the file's end."""
+    return getattr(source, "window", None) or (getattr(source, "start", 0.0), getattr(source, "end", None))
+
+
 def _key(source: Any, sha: str) -> str:
-    start, end = getattr(source, "window", None) or (getattr(source, "start", 0.0), getattr(source, "end", None))
+    start, end = clip_window(source)
     return f"{sha}:{start}:{end}"
 
 
@@ -135,7 +141,11 @@ class Conflict:
         third: one more clip (w) whose answer differs from both.
         see: the question about the picture.
         control: a question about neither.
+        describe: what is asked where captions are written, without the prefix.
+        source: what the sound's and the picture's clips were cut from, such as the ids of two videos, where that is to
+            be told and not found out (`inputs.sources`).
         id: a name for it in reports.
+        references: a text on the sound's clip and one on the picture's, for those who judge captions.
     """
 
     sound: Clip | ClipFile
@@ -146,7 +156,10 @@ class Conflict:
     third: Clip | ClipFile | None = None
     see: str = SEE
     control: str = CONTROL
+    describe: str = DESCRIBE
+    source: tuple[str, str] | None = None
     id: str | None = None
+    references: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         synonyms = [synonyms_of(answer) for answer in self.answers]
@@ -154,7 +167,10 @@ class Conflict:
         if fault:
             raise InputError(f"conflict {self.id or ''}: {fault}".replace(" :", ":"))
         words = [word for group in synonyms for word in group]
-        texts = (self.id, self.question, self.prefix, self.see, self.control, *words)
+        if self.source is not None and (fault := source_fault(list(self.source))):
+            raise InputError(f"conflict {self.id!r}: {fault}")
+        asked = (self.question, self.prefix, self.see, self.control, self.describe)
+        texts = (self.id, *asked, *words, *(self.source or ()))
         if half := half_character("".join(map(str, texts))):
             raise InputError(f"conflict {self.id!r}: its texts hold {half}; take it out.")
         for name, clip in (("sound", self.sound), ("picture", self.picture), ("third", self.third)):

@@ -1,10 +1,11 @@
 """A manifest of conflicts: a file with one conflict per line, checked as a whole before anything heavy is imported.
 
 Each line is a json object: `sound` and `picture` (paths relative to the manifest), `question`, `answers` (the sound's,
-then the picture's; words or lists of synonyms), and optionally `id`, `start` and `end` (seconds, for both files),
-`prefix`, `see`, `control`. Lines end with a line feed and nothing else, the text is UTF-8 (a byte order mark is
-skipped), blank lines are skipped. Every line is validated, the files' headers too, and *all* faults come in one error
-with their line numbers.
+then the picture's; words or lists of synonyms), and optionally `id`, `start` and `end` (seconds, for both files, or a
+list of the sound's and the picture's), `prefix`, `see`, `control`, `describe`, `source` (what the sound's clip and the
+picture's were cut from: two texts) and `references` (a text on each of the two). Lines end with a line feed and nothing
+else, the text is UTF-8 (a byte order mark is skipped), blank lines are skipped. Every line is validated, the files'
+headers too, and *all* faults come in one error with their line numbers.
 
 Not done: answers are compared as words here; which tokens they are shows only with a model.
 """
@@ -23,11 +24,13 @@ from av_lens.checks import near_file, parse_json
 from av_lens.errors import ManifestError, MediaError, unknown
 from av_lens.media.source import ClipFile
 
-SEE, CONTROL = "What do you see?", "What colour is it?"
+SEE, CONTROL, DESCRIBE = "What do you see?", "What colour is it?", "Describe this short clip."
 
-KEYS = ("id", "sound", "picture", "question", "answers", "start", "end", "prefix", "see", "control")
-_REQUIRED = ("sound", "picture", "question", "answers")
-_TEXTS = ("id", "sound", "picture", "question", "prefix", "see", "control")
+KEYS = ("id", "sound", "picture", "question", "answers", "start", "end", "prefix", "see", "control", "describe")
+KEYS += ("source", "references")
+_FILES = ("sound", "picture")
+_REQUIRED = (*_FILES, "question", "answers")
+_TEXTS = ("id", "sound", "picture", "question", "prefix", "see", "control", "describe")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +45,10 @@ class Entry:
         prefix: text of the assistant before the asked position.
         see: the question about the picture.
         control: a question about neither.
+        describe: what is asked where captions are written.
         id: its name.
+        references: a text on the sound's clip and one on the picture's, or None.
+        source: what the sound's and the picture's clips were cut from.
     """
 
     sound: ClipFile
@@ -52,7 +58,10 @@ class Entry:
     prefix: str
     see: str
     control: str
+    describe: str
     id: str
+    references: tuple[str, str] | None = None
+    source: tuple[str, str] | None = None
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Entry]:
@@ -107,6 +116,10 @@ def _fields(row: dict[str, Any]) -> Iterable[str]:
             yield f"{key!r} is empty"
     if "answers" in row:
         yield from _answers(row["answers"])
+    if "references" in row and not _two(row["references"], str):
+        yield f"'references' are two texts, the sound's clip's and the picture's; found {json.dumps(row['references'])}"
+    if "source" in row and (fault := source_fault(row["source"])):
+        yield fault
     yield from _window(row)
 
 
@@ -123,17 +136,31 @@ def _answers(answers: Any) -> Iterable[str]:
         yield fault
 
 
+def _two(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and [isinstance(one, kind) for one in cast(list[Any], value)] == [True, True]
+
+
 def _window(row: dict[str, Any]) -> Iterable[str]:
-    seconds: dict[str, float] = {}
-    for key in ("start", "end"):
-        if (value := row.get(key)) is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            yield f"{key!r} is a number of seconds from 0, found {json.dumps(value)}"
-        else:
-            seconds[key] = float(value)
-    if len(seconds) == 2 and seconds["end"] <= seconds["start"]:
-        yield f"'end' ({seconds['end']:g} s) must lie after 'start' ({seconds['start']:g} s)"
+    faults: dict[str, None] = {}
+    for place, _ in enumerate(_FILES):
+        seconds: dict[str, float] = {}
+        for key in ("start", "end"):
+            if (value := _at(row, key, place)) is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                faults[f"{key!r} is a number of seconds from 0, found {json.dumps(value)}"] = None
+            else:
+                seconds[key] = float(value)
+        if len(seconds) == 2 and seconds["end"] <= seconds["start"]:
+            faults[f"'end' ({seconds['end']:g} s) must lie after 'start' ({seconds['start']:g} s)"] = None
+    yield from faults
+
+
+def _at(row: dict[str, Any], key: str, place: int) -> Any:
+    """The sound's (0) or the picture's (1) second; one that is not in a list is both's."""
+    value = row.get(key)
+    several = isinstance(value, list) and len(cast(list[Any], value)) == len(_FILES)
+    return cast(list[Any], value)[place] if several else value
 
 
 def _repeated(row: dict[str, Any], number: int, first_line: dict[str, int]) -> Iterable[str]:
@@ -159,11 +186,19 @@ def answers_fault(answers: Sequence[str | int | Sequence[Any]]) -> str | None:
     return None
 
 
+def source_fault(found: Any) -> str | None:
+    """Say what is wrong with the sources that a conflict names."""
+    listed = cast(list[Any], found) if isinstance(found, list) else []
+    if len(listed) == 2 and all(isinstance(one, str) and one.strip() for one in listed):
+        return None
+    return f"'source' is a list of two texts, the sound's and the picture's, found {json.dumps(found, default=repr)}"
+
+
 def _files(manifest: Path, row: dict[str, Any], probes: dict[ClipFile, tuple[str, ...]]) -> Iterable[str]:
     """Look at the files that a line names, whatever else is wrong with it."""
     if list(_window(row)):
         return
-    named = [name for name in ("sound", "picture") if isinstance(row.get(name), str) and row[name].strip()]
+    named = [name for name in _FILES if isinstance(row.get(name), str) and row[name].strip()]
     clips = {name: _clip_file(manifest, row, name) for name in named}
     for name, clip in clips.items():
         yield from _probed(name, clip, probes)
@@ -172,9 +207,9 @@ def _files(manifest: Path, row: dict[str, Any], probes: dict[ClipFile, tuple[str
 
 
 def _clip_file(manifest: Path, row: dict[str, Any], name: str) -> ClipFile:
-    end = row.get("end")
+    start, end = (_at(row, key, _FILES.index(name)) for key in ("start", "end"))
     path = os.path.normpath(manifest.parent / row[name])
-    return ClipFile(path, start=float(row.get("start") or 0.0), end=None if end is None else float(end))
+    return ClipFile(path, start=float(start or 0.0), end=None if end is None else float(end))
 
 
 def _probed(name: str, clip: ClipFile, probes: dict[ClipFile, tuple[str, ...]]) -> list[str]:
@@ -190,7 +225,8 @@ def _probed(name: str, clip: ClipFile, probes: dict[ClipFile, tuple[str, ...]]) 
 
 def _entry(manifest: Path, row: dict[str, Any], number: int) -> Entry:
     answers: Any = tuple(answer if isinstance(answer, str) else tuple(answer) for answer in row["answers"])
-    texts = {"prefix": "", "see": SEE, "control": CONTROL, "id": f"line {number}"}
+    texts: dict[str, Any] = {"prefix": "", "see": SEE, "control": CONTROL, "describe": DESCRIBE, "id": f"line {number}"}
     texts |= {name: text for name, text in row.items() if name in texts}
-    sound, picture = (_clip_file(manifest, row, name) for name in ("sound", "picture"))
+    sound, picture = (_clip_file(manifest, row, name) for name in _FILES)
+    texts |= {name: tuple(row[name]) if name in row else None for name in ("source", "references")}
     return Entry(sound=sound, picture=picture, question=row["question"], answers=answers, **texts)

@@ -25,7 +25,8 @@ group's edges sum to the exact effect of patching that group. Edges that leave a
 attribution patching (`attribution_patch`).
 
 Source: Syed et al. (2023); EAP-IG: Hanna et al. (2024); the activations variant: Mueller et al. (MIB, 2025). Not done:
-answers of several tokens, and circuits (running the model with edges taken away).
+answers of several tokens (at their own positions edges leave that no donor gives), and circuits (running the model with
+edges taken away).
 
     >>> scores = edge_attribution(model, pair, metric=logit_diff("siren", "dog"))         # doctest: +SKIP
     >>> scores.top(20), scores.closure_error                                              # doctest: +SKIP
@@ -212,6 +213,12 @@ class _Job:
     ) -> _Job:
         trace, layers = record(model, base), range(model.spec.n_layers)
         require_restart(trace, "edge attribution")
+        if metric.teacher_forced:
+            raise InputError(
+                f"{metric.name}: an answer has several tokens, and what is written at the answer's own positions would "
+                "be edges too, which no donor run of the prompt gives. Use answers of one token, such as the first "
+                "token of each (their ids)."
+            )
         asked = Site("resid_post", layers[-1], positions="generation")
         measured = [trace.gradients(asked, metric).metric]  # refuses a metric that has no gradient
         require_numbers(measured[0], metric.name)

@@ -19,8 +19,9 @@ for each layer with `drop`); it is good where the model is nearly linear between
 softmaxes and norms, which `error` shows where it was measured. The query and key fix covers the layer's own softmax
 only.
 
-Source: Nanda (2023); AtP*: Kramár et al. (2024, 2403.00745). Not done: answers of several tokens, edits of several
-layers at once, and the paper's bound on what was missed (raise `top` instead).
+Source: Nanda (2023); AtP*: Kramár et al. (2024, 2403.00745). Not done: edits of several layers at once, the paper's
+bound on what was missed (raise `top` instead), and, for answers of several tokens, `drop` and the fix of keys: the
+answer's own positions read the prompt too, and neither reaches them.
 
     >>> grid = attribution_patch(model, pair, metric=logit_diff("siren", "dog"))              # doctest: +SKIP
     >>> grid.mean().sel(figure="atp_star"), grid.mean().sel(figure="error")                   # doctest: +SKIP
@@ -51,7 +52,7 @@ from av_lens.replay.held import require_restart
 from av_lens.replay.rerun import layer_of
 from av_lens.replay.stacks import read_with
 from av_lens.replay.suffix_gradients import SuffixGradients
-from av_lens.replay.traces import Trace, record
+from av_lens.replay.traces import Trace, measure, record
 from av_lens.results import Grid
 from av_lens.spans import Span
 
@@ -81,7 +82,7 @@ def attribution_patch(
     Args:
         model: a `HookedAVLLM`.
         pair: aligned clean and corrupt inputs, or several pairs of one layout or of different ones.
-        metric: `logit_diff(...)` and its like of one-token answers, or any callable of logits that has a gradient.
+        metric: `logit_diff(...)` and its like, or any callable of logits that has a gradient.
         over: the axes, as in `patch`: "head", "group", "layer", alone or with span, pos, window:0.5s, box:4x4.
         at: the positions that are edited together, as in `patch`.
         component: what is patched; None means z for heads and resid_pre for layers.
@@ -191,11 +192,16 @@ class _Guesses:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The three guesses `[batch, target, place, 3]`, and both runs' metrics `[2, batch]`."""
         given = Given.of(self.model, donor, self.visits.component, self.visits.layers, self.union)
-        other, trace = self.metric(given.logits), record(self.model, base)
+        fixed = fix and self.visits.component in (*QUERIES, *KEYS)
+        if self.metric.teacher_forced:
+            self._require_plain(drop, fixed)
+            other = measure(self.model, donor, self.metric)
+        else:
+            other = self.metric(given.logits)
+        trace = record(self.model, base)
         first = trace.traits.restart(self.union[0], trace.spans.roles)
         later = list(range(first, len(trace.spans)))
         sites = [Site(self.visits.component, layer, positions=self.union) for layer in self.visits.layers]
-        fixed = fix and self.visits.component in (*QUERIES, *KEYS)
         if fixed:
             require_restart(trace, "recomputing the softmax")
             sites += [Site(part, layer, positions=later) for part in ("z", "rot_q") for layer in self.visits.layers]
@@ -209,6 +215,16 @@ class _Guesses:
         best = self._by_target(self._reread(trace, given, found, later)) if fixed else plain
         stars = self._without_own(best[1:].abs()) if drop else torch.full_like(plain[0], torch.nan)
         return numbers(torch.stack([plain[0], best[0], stars], dim=-1)), numbers(torch.stack([found[0].metric, other]))
+
+    def _require_plain(self, drop: bool, fixed: bool) -> None:
+        """Refuse what does not reach the positions of an answer of several tokens."""
+        if drop or (fixed and self.visits.component in KEYS):
+            what = "drop=True holds layers" if drop else "fix=True reads keys anew"
+            raise InputError(
+                f"{self.metric.name}: an answer has several tokens, and {what} at the prompt's positions alone, while "
+                f"the answer's own read the prompt too. Write {'drop' if drop else 'fix'}=False, or use answers of one "
+                "token."
+            )
 
     def _first_order(self, given: Given, found: Sequence[SuffixGradients]) -> Tensor:
         """Change times gradient, `[gradient, batch, layer, head, place]`; one head where there are none."""

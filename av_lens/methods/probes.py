@@ -11,7 +11,7 @@ the sound.
     other alone   accuracy of the best guess from the other medium's class, learnt on the same cells: what reading that
                   medium alone would give
 
-Conflicts are dealt to two halves that share no clip (`results.halves`); probes learn on discovery and are tested on
+Conflicts are dealt to two halves that share no clip (`results.dealing`); probes learn on discovery and are tested on
 confirmation, whose conflicts are the grid's examples (a conflict is the mean over its cells; intervals resample
 components of conflicts that share clips). The layer is *chosen* on discovery, by cross-validation that keeps
 components whole, and tested on confirmation: `at_chosen_layer(grid)`. A class that discovery does not have cannot be
@@ -48,9 +48,9 @@ from av_lens.inputs.conflict import CELLS, clip_key
 from av_lens.methods.shared.frame import Examples
 from av_lens.model import HookedAVLLM
 from av_lens.results import Grid
+from av_lens.results.dealing import CONFIRMATION, DISCOVERY, Halves, Member, deal, standing
 from av_lens.results.provenance import stamp
 from av_lens.results.readouts import LinearProbe, control_labels, folds, held_out, looked_up
-from av_lens.results.statistics import CONFIRMATION, DISCOVERY, Halves, Member, deal, standing
 
 TARGETS = {"sound": 1, "picture": 0}
 FIGURES = ("accuracy", "control", "selectivity", "other alone")

@@ -96,6 +96,8 @@ class Metric(Brief):
         texts: once bound, the answers as text.
         notes: what a reader of the numbers must know.
         forms: once bound, in which form words are read, and how likely each form is; None where no word is asked.
+        summed: score answers of unequal lengths by their sums, not per token: for mirrored figures, in which the words
+            change places and their lengths cancel.
     """
 
     kind: Kind
@@ -106,6 +108,7 @@ class Metric(Brief):
     texts: tuple[str, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())
     forms: Forms | None = None
+    summed: bool = False
 
     @property
     def name(self) -> str:
@@ -306,7 +309,7 @@ class Metric(Brief):
         if self.kind == "rank":
             return worst_rank(tokens, logits.float())
         total, lengths = summed_log_prob(tokens, logits.float())
-        if self.kind != "logit_diff":
+        if self.kind != "logit_diff" or self.summed:
             return total
         return torch.where(unequal_lengths(self._bound()).to(total.device), total / lengths.clamp(min=1), total)
 

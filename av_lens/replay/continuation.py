@@ -25,15 +25,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from av_lens.core.budget import GIGABYTE
 from av_lens.core.calls import unembedded
 from av_lens.core.decoding import Decoding, as_asked, generate_with_hooks, settings_of
 from av_lens.errors import InputError
-from av_lens.families.decoder import as_forward
 from av_lens.interventions import CompiledPlan, Plan
+from av_lens.replay.branches import goes_on, position_ids, rotary
 from av_lens.replay.recording import Record, Window, place_of
 from av_lens.replay.rerun import Taps, run_layers
 from av_lens.replay.stacks import restarted, scheduled
@@ -45,9 +45,9 @@ def continued(record: Record, plans: Sequence[Plan], how: Decoding, *, budget_gb
     choice = Choice.of(record, how)
     found: dict[int, Any] = {}
     schedule = scheduled(record, plans, n_asked=1, budget_gb=budget_gb)
-    goes_on = _goes_on(record, how.max_new_tokens)
+    plain = record.mask is None and goes_on(record, how.max_new_tokens)
     for stack in schedule.stacks:
-        if stack.hooked or not goes_on:
+        if stack.hooked or not plain:
             for number in stack.numbers:
                 own = replace(how, seed=None if how.seed is None else _derived(how.seed, number))
                 found[number] = generate_with_hooks(record.model, record.x, own, plan=plans[number], fwd_hooks=())
@@ -140,7 +140,7 @@ class _Stack:
             self.own = [(stream.new_empty(shape, device=home), stream.new_empty(shape, device=home)) for home in homes]
         self.logits = unembedded(model, stream)[:, :, 0].float()
         self.past = [record.past(layer, start) for layer in range(record.n_layers)]
-        self.next_ids = _position_ids(record)[..., -1:] + 1
+        self.next_ids = position_ids(record)[..., -1:] + 1
         self.steps = 0
 
     def step(self, tokens: Int64[Tensor, "plan batch"]) -> None:
@@ -148,7 +148,7 @@ class _Stack:
         model, offset = self.record.model, len(self.record.spans) + self.steps
         stream = model.bridge.embed.original_component(tokens)[:, :, None]
         taps = Taps(self.plans, offset, decoding=True)
-        cos, sin = _rotary(model, stream[0], self.next_ids + self.steps)
+        cos, sin = rotary(model, stream[0], self.next_ids + self.steps)
         everything = stream.new_zeros(1, 1, 1, offset - self.start + 1)
         window = Window(self.start, cos[:, :, None], sin[:, :, None], None, everything, causal=False)
         last = stream
@@ -203,28 +203,6 @@ def _decode(stack: _Stack, numbers: Sequence[int], choice: Choice) -> dict[int, 
             tokens, going, chosen = tokens[places], going[places], chosen[places]
             left, draws = [left[place] for place in places], [draws[place] for place in places]
         stack.step(chosen)
-
-
-def _position_ids(record: Record) -> Shaped[Tensor, "stream batch pos"]:
-    """The model's own position ids of the prompt."""
-    model = record.model
-    return model.position_ids(model.tensors_of(record.x)).to(model.device)
-
-
-def _rotary(model: Any, stream: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary tables `[batch, pos, d_head]` from the model's own embedding of positions."""
-    return model.hf_model.get_decoder().rotary_emb(stream, as_forward(ids))
-
-
-def _goes_on(record: Record, n_new: int) -> bool:
-    """Whether what decoding adds is plain: no mask but the causal one, and rotary tables that can be made again."""
-    traits, n = record.traits, len(record.spans) + n_new
-    if record.hooked_because or record.mask is not None or traits.obstacle(n) or traits.forgets(n):
-        return False
-    last, ids = record.stream(0, len(record.spans) - 1), _position_ids(record)[..., -1:]
-    # Beside the last new position: some tables are others for all positions once a sequence is long.
-    again = _rotary(record.model, last, torch.cat((ids, ids + n_new - 1), dim=-1))
-    return all(torch.allclose(new[:, :1], old[:, -1:].to(new)) for new, old in zip(again, record.tables, strict=True))
 
 
 def _together(record: Record, n_own: int, budget_gb: float | int) -> int:

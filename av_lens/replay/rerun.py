@@ -158,7 +158,7 @@ def run_layer(
     window: Window,
     taps: Taps,
     rows: slice | None = None,
-    earlier: tuple[Float[Tensor, "plan batch old kv_head d_head"], Float[Tensor, "plan batch old kv_head d_head"]]
+    earlier: tuple[Float[Tensor, "_plan batch old kv_head d_head"], Float[Tensor, "_plan batch old kv_head d_head"]]
     | None = None,
 ) -> Made:
     """Run one decoder layer on the restarted positions of all plans.
@@ -176,7 +176,8 @@ def run_layer(
     v = taps("v", number, layer.heads("v", normed))
     k, v = taps.matched(k, v)
     if earlier is not None:
-        k, v = torch.cat((earlier[0], k), dim=2), torch.cat((earlier[1], v), dim=2)
+        new = taps.spread(k), taps.spread(v)
+        k, v = (torch.cat((old[: len(one)], one), dim=2) for old, one in zip(earlier, new, strict=True))
     part = rows if taps.rowwise(number, AFTER_KEYS) else None
     cut = part or slice(0, stream.shape[2])
     # Contiguous: a projection of strided rows would round its bias apart.

@@ -33,6 +33,7 @@ from av_lens.families.decoder import ROUTER, Read, attended, given_weights, hook
 from av_lens.interventions import CompiledPlan, Plan
 from av_lens.interventions.edges import Node
 from av_lens.interventions.edits import places
+from av_lens.replay.branches import Branches
 from av_lens.replay.recording import Record, place_of
 from av_lens.replay.rerun import EDGES, RESTARTABLE, Taps, layer_of, restarted_layers, start_of
 
@@ -173,19 +174,19 @@ def beside(record: Record) -> list[tuple[str, Callable[..., Any]]]:
 
 
 def run_stacks(
-    record: Record, schedule: Schedule, rows: Tensor, tokens: Tensor | None = None
+    record: Record, schedule: Schedule, rows: Tensor, tokens: Tensor | None = None, branches: Branches | None = None
 ) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "plan batch asked d_vocab"]]]:
-    """Run a schedule, stack by stack."""
+    """Run a schedule, stack by stack; the rows of `branches` come after the asked ones (no plan of them is hooked)."""
 
     def hooked(plan: CompiledPlan) -> Tensor:
         logits = record.model.run_with_hooks(record.x, fwd_hooks=[*beside(record), *plan.fwd_hooks])[:, rows]
         return logits if tokens is None else logits[..., tokens]
 
-    return _run(record, schedule, rows, hooked, lambda stream: unembedded(record.model, stream, tokens))
+    return _run(record, schedule, rows, hooked, lambda stream: unembedded(record.model, stream, tokens), branches)
 
 
 def run_streams(
-    record: Record, schedule: Schedule, rows: Tensor
+    record: Record, schedule: Schedule, rows: Tensor, branches: Branches | None = None
 ) -> Iterator[tuple[tuple[int, ...], Float[Tensor, "plan batch asked d_model"]]]:
     """Run a schedule, and give the stream that leaves the last layer instead of the logits; else as `run_stacks`."""
 
@@ -195,7 +196,7 @@ def run_streams(
         record.model.run_with_hooks(record.x, fwd_hooks=[*beside(record), *plan.fwd_hooks, last])
         return kept[0]
 
-    return _run(record, schedule, rows, hooked, lambda stream: stream)
+    return _run(record, schedule, rows, hooked, lambda stream: stream, branches)
 
 
 def _run(
@@ -204,6 +205,7 @@ def _run(
     rows: Tensor,
     hooked: Callable[[CompiledPlan], Tensor],
     read: Callable[[Tensor], Tensor],
+    branches: Branches | None,
 ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """What is read off each plan's last stream at the asked positions, `[plan, batch, asked, _]`."""
     asked: list[int] = rows.tolist()
@@ -220,7 +222,12 @@ def _run(
                 parts.append(read(kept).expand(len(plans), -1, -1, -1))
             # Not where edits act while decoding only; but even where nothing asked for can change: edits must fire.
             if start < len(record.spans) and any(plan.steps for plan in plans):
-                parts.append(read(restarted(record, plans, start, late)[0]))
+                stream, own = restarted(record, plans, start, late, keep=branches is not None)
+                parts.append(read(stream))
+                if branches is not None:
+                    parts.append(read(branches.after(plans, start, own)))
+            elif branches is not None:
+                parts.append(read(branches.streams[-1][None]).expand(len(plans), -1, -1, -1))
             found = torch.cat(parts, dim=2)
         for plan in plans:
             plan.verify()

@@ -37,6 +37,7 @@ from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.interventions import CompiledPlan, Plan, Site, Step, add
 from av_lens.interventions.edits import Positions, places, resolve_positions, width_of
 from av_lens.metrics.metric import Metric, as_metric
+from av_lens.replay.branches import Branches
 from av_lens.replay.recording import Record
 from av_lens.replay.rerun import start_of
 from av_lens.replay.stacks import beside, parted, restarted, restarts
@@ -83,6 +84,7 @@ def differentiated(
     probes = [_Probe.of(record, site) for site in asked]
     compiled = _with_probes(record, plan or Plan(), probes)
     hooked = not restarts(record, compiled)
+    branches = _answers(record, compiled, bound, hooked) if bound.teacher_forced else None
     start = 0 if hooked else start_of(record, compiled)
     _require_memory(record, record.n_layers - (0 if hooked else max(compiled.first_layer, 0)), start, budget_gb)
     with torch.enable_grad(), _frozen(record.model):
@@ -91,11 +93,14 @@ def differentiated(
             logits = logits if tokens is None else logits[..., tokens]
         else:
             early, late = parted(rows.tolist(), start)
-            stream, _ = restarted(record, [compiled], start, late)
+            stream, own = restarted(record, [compiled], start, late, keep=branches is not None)
             whole = torch.cat((record.stream(record.n_layers, 0)[:, places(early, stream.device)], stream[0]), dim=1)
+            if branches is not None:
+                whole = torch.cat((whole[:, -1:], branches.after([compiled], start, own)[0]), dim=1)
             logits = unembedded(record.model, whole, tokens)
         compiled.verify()
-        measured = bound(logits)
+        parts = [] if branches is None else branches.parts(logits)
+        measured = bound.combine([bound.reduce(i, part) for i, part in enumerate(parts)]) if parts else bound(logits)
         gradients = _gradients(measured, logits, [probe.leaf for probe in probes], bound.name)
     return SuffixGradients(
         sites=asked,
@@ -108,14 +113,22 @@ def differentiated(
 
 def _differentiable(metric: Metric | Callable[[Tensor], Tensor], record: Record) -> Metric:
     bound = as_metric(metric, record.model, record)
-    if bound.teacher_forced:
-        raise InputError(
-            f"{bound.name}: an answer has several tokens, and a gradient is taken of one run of the prompt alone. Use "
-            "answers of one token, such as the first token of each (their ids)."
-        )
     if bound.kind == "rank":
         raise InputError(f"{bound.name}: a rank has no gradient. Use logit_diff, log_prob or prob.")
     return bound
+
+
+def _answers(record: Record, plan: CompiledPlan, metric: Metric, hooked: bool) -> Branches:
+    """The metric's answers after the recorded prompt."""
+    apart = hooked or any(step.in_decode for step in plan.steps)
+    branches = None if apart else Branches.of(record, metric.continuations(record.batch))
+    if branches is None:
+        raise InputError(
+            f"{metric.name}: an answer has several tokens, which are differentiated after a prompt that restarts, all "
+            "at once. Here it does not (see trace.hooked_because), or a site or an edit acts where no restart is "
+            "possible or on the answer itself. Use answers of one token, such as the first token of each (their ids)."
+        )
+    return branches
 
 
 @dataclass(frozen=True, eq=False)

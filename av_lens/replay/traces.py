@@ -16,9 +16,9 @@ restart at, it runs full hooked forwards instead and says so in `trace.hooked_be
 A trace is of the model as it was hooked when it was recorded: `logits` are that run's own, and all other verbs refuse
 to go on under other hooks. It holds the model's answer of that moment: record again after the weights changed.
 
-An answer of one token is read from the prompt's own logits. An answer of several tokens is run after the prompt
-(teacher forcing), once for each option; edits of the plan act on the prompt's positions as always, and on the answer's
-where they name the role `generated`.
+An answer of one token is read from the prompt's own logits. Answers of several tokens are run after the prompt (teacher
+forcing), all of them side by side (`branches`); where edits name the role `generated` and so act on the answer too, or
+something else keeps the answers apart, once for each option.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from av_lens.families.decoder import hook_name
 from av_lens.interventions import CompiledPlan, Plan, Site
 from av_lens.metrics.forms import followed
 from av_lens.metrics.metric import Metric, as_metric
+from av_lens.replay.branches import Branches
 from av_lens.replay.continuation import continued
 from av_lens.replay.recording import Record, place_of, recorded, require_record_memory
 from av_lens.replay.rerun import PROVED, by_flash, layers, may_be_lean, recorded_lean
@@ -52,6 +53,7 @@ from av_lens.replay.stacks import (
     refuse_huge,
     rerouted,
     restarted,
+    restarts,
     routing_hooks,
     run_stacks,
     scheduled,
@@ -334,8 +336,8 @@ class Trace(Record):
 
         Args:
             sites: where, such as `[Site("z", layer, positions="suffix") for layer in range(n_layers)]`.
-            metric: one of `runs.metrics` of one-token answers, or any callable of the logits
-                `[batch, asked_pos, d_vocab]` to `[batch]`.
+            metric: one of `runs.metrics`, or any callable of the logits `[batch, asked_pos, d_vocab]` to `[batch]`;
+                answers of several tokens are asked at the generation position.
             plan: edits under which the gradient is taken.
             logits_at: "generation", "all", another role, or a `Span`.
             budget_gb: memory for the activations that the backward pass needs.
@@ -344,7 +346,7 @@ class Trace(Record):
             For each site the gradient and the activation itself, `[batch, pos, (head,) d]`.
 
         Raises:
-            InputError: a metric of several tokens, or one without a gradient.
+            InputError: a metric without a gradient, or one of several tokens where no restart is possible.
             InterventionError: a site or the plan does not fit, or an edit did not fire.
             BudgetError: the backward pass would need more memory.
         """
@@ -545,6 +547,11 @@ def measure_plans(
     if not continuations:
         return trace.score(plans, bound, budget_gb=budget_gb, finished=finished, into=into)
     found = torch.full((len(plans), len(x)), torch.nan) if into is None else into
+    compiled = [plan.compile(model.spec, x.spans, batch=len(x)) for plan in plans]
+    if all(restarts(trace, plan) and not any(step.in_decode for step in plan.steps) for plan in compiled):
+        branches = Branches.of(trace, continuations)
+        if branches is not None:
+            return _measured_together(trace, compiled, bound, branches, found, budget_gb, finished)
     asked = x.spans.generation_position
     longer = [
         trace if t.shape[1] == 1 else replace(record(model, followed(x, t)), routing=trace.routing)
@@ -561,4 +568,27 @@ def measure_plans(
             found[number] = bound.combine(list(row)).to(found)
         if finished is not None:
             finished(start + len(block))
+    return found
+
+
+def _measured_together(
+    trace: Trace,
+    plans: Sequence[CompiledPlan],
+    bound: Metric,
+    branches: Branches,
+    found: Float[Tensor, "plan batch"],
+    budget_gb: float | int,
+    finished: Callable[[int], None] | None,
+) -> Float[Tensor, "plan batch"]:
+    """Measure plans with all answers side by side after each one's prompt."""
+    schedule = scheduled(trace, plans, n_asked=1 + sum(branches.sizes), budget_gb=budget_gb)
+    asked, done = torch.tensor([trace.spans.generation_position]), 0
+    with torch.no_grad():
+        for numbers, logits in run_stacks(trace, schedule, asked, branches=branches):
+            for number, one in zip(numbers, logits, strict=True):
+                reduced = [bound.reduce(i, part) for i, part in enumerate(branches.parts(one))]
+                found[number] = bound.combine(reduced).to(found)
+            done += len(numbers)
+            if finished is not None:
+                finished(done)
     return found

@@ -101,7 +101,8 @@ class Block:
 
 def blocks(found: Isolation) -> list[Block]:
     """Write every section that the record has numbers for."""
-    made = [_sets(found), _mechanisms(found), _knowledge(found), _routes(found), _robustness(found), _repair(found)]
+    made = [_sets(found), _mechanisms(found), _knowledge(found), _routes(found), _robustness(found), _captions(found)]
+    made.append(_repair(found))
     kept = [replace(block, sheets=tuple(sheet for sheet in block.sheets if sheet.rows)) for block in made]
     return [block for block in kept if block.sheets]
 
@@ -259,6 +260,27 @@ def _robustness(found: Any) -> Block:
     columns |= _texts("kept", "lost", "gained", "turned", "note")
     sheet = _sheet(found.robustness, "The same search under other choices", columns)
     return Block("robustness", "Robustness", "Does it hang on a choice?", text, (sheet,))
+
+
+def _captions(found: Any) -> Block:
+    zeroed = found.captions["donor"] == "zero"
+    text = (
+        "Asked to describe the clip, does the model name what sounds? Heard: a word of the sounding answer stands in "
+        "the caption; seen: one of the shown answer; hallucinated: one of any other. Heads are zeroed at the question "
+        "and in every decoding step, or edited by the set's own donor at the question alone.",
+        f"Over the {int(zeroed.sum())} arms that zero heads, the release of the one-word answer and that of captions "
+        f"have the rank correlation {number(found.caption_correlation())}.",
+    )
+    columns = _texts("arm", "members", "donor") | {"heard": _percent("heard"), "seen": _percent("seen")}
+    columns |= {"hallucinated": _percent("hallucinated"), "more heard": _bounded("release")}
+    columns |= {"one word, of G": _percent("one_word")}
+    drawn = found.captions["arm"].isin(["random", "member"])
+    sheets = (
+        _sheet(found.captions[~drawn], "Captions of held-out conflicts", columns),
+        _sheet(found.captions[drawn], "Single members and random sets", columns, folded=True),
+        _sheet(found.caption_texts, "What it wrote", _texts("id", "cell", "arm", "caption"), folded=True),
+    )
+    return Block("captions", "Captions", "And in free captions?", text, sheets)
 
 
 def _repair(found: Any) -> Block:

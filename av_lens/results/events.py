@@ -14,17 +14,23 @@ With the events that are truly heard and seen,
 An event both heard and seen counts in both. Not done: negations ("no dog"), and whether the text says that it hears
 what it names.
 
+`Lexicon.of_sounds` is the one that ships (`sounds.txt`): some 240 kinds of sound, each with the word that a model would
+say for it, and under which of them each class of ESC-50 and VGGSound falls, and each class of AudioSet's top level.
+
     >>> lexicon = Lexicon.of({"dog": ["puppy", "barking"], "siren": []})
     >>> [match.event for match in lexicon.found("A PUPPY, then sirens.")]
     ['dog', 'siren']
+    >>> Lexicon.of_sounds().event("dog_barking")
+    'dog'
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from pathlib import Path
 
 from av_lens.errors import InputError, unknown
 
@@ -52,9 +58,11 @@ class Lexicon:
 
     Attributes:
         words: (event, its words in lower case), in order.
+        classes: (what a data set calls an event, the event).
     """
 
     words: tuple[tuple[str, tuple[str, ...]], ...]
+    classes: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         owner: dict[str, str] = {}
@@ -76,6 +84,16 @@ class Lexicon:
         pairs = events.items() if isinstance(events, Mapping) else [(event, ()) for event in events]
         return cls(tuple((event, tuple(dict.fromkeys(_plain(w) for w in (event, *words)))) for event, words in pairs))
 
+    @staticmethod
+    @cache
+    def of_sounds() -> Lexicon:
+        """The lexicon of sounds that ships: words for them, and the classes of ESC-50, VGGSound and AudioSet's top."""
+        lines = (Path(__file__).with_name("sounds.txt")).read_text(encoding="utf-8").splitlines()
+        words, classes = zip(*(line.split(" | ") for line in lines if not line.startswith("#")), strict=True)
+        made = Lexicon.of({listed.split(", ")[0]: listed.split(", ") for listed in words})
+        named = ((name, made.events[i]) for i, listed in enumerate(classes) for name in listed.split("; "))
+        return replace(made, classes=tuple(named))
+
     @property
     def events(self) -> tuple[str, ...]:
         """The events, in order."""
@@ -91,9 +109,13 @@ class Lexicon:
         spaced = (re.sub(r"(\\?\s)+", r"\\s+", re.escape(word)) for word in words)
         return re.compile(r"(?<!\w)(" + "|".join(spaced) + r")(?:(?<=[sxz])es|(?<=[cs]h)es|s)?(?!\w)", re.IGNORECASE)
 
+    @cached_property
+    def _class(self) -> dict[str, str]:
+        return {_letters(name): event for name, event in self.classes}
+
     def event(self, word: str) -> str:
-        """Find the event of a word."""
-        found = self._owner.get(_plain(word))
+        """Find the event of a word, or of what a data set calls it."""
+        found = self._class.get(_letters(word)) or self._owner.get(_plain(word)) or self._owner.get(_letters(word))
         if found is None:
             raise InputError(unknown("event", word, self._owner))
         return found
@@ -109,6 +131,11 @@ class Lexicon:
         shares = [len(named & side) / len(side) if side else float("nan") for side in truth]
         extra = named - truth[0] - truth[1]
         return dict(zip(FIGURES, (*shares, len(extra) / len(named) if named else float("nan")), strict=True))
+
+
+def _letters(name: str) -> str:
+    """A class's name without what data sets write differently: case, underscores, commas, brackets."""
+    return " ".join(re.findall(r"[^\W_]+", name.casefold()))
 
 
 def _plain(word: str) -> str:

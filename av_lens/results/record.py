@@ -120,6 +120,14 @@ TABLES: dict[str, dict[str, str]] = {
     "ablation": _columns(
         "text: arm; int: k draw; text: members donor; float: release low high share says_sound says_picture"
     ),
+    # Captions on confirmation, as they are and with heads edited (`isolate(captions=True)`): rates of captions that
+    # name what is heard, what is seen, another answer; `release` is what `heard` gains, `one_word` the release over G.
+    "captions": _columns(
+        "text: arm; int: k draw; text: members donor; int: n; float: heard heard_low heard_high",
+        "float: seen seen_low seen_high hallucinated hallucinated_low hallucinated_high release low high one_word",
+    ),
+    # What the model wrote: of each conflict, in `va` and `av`, unedited and under the first arms.
+    "caption_texts": _columns("text: id cell arm caption"),
     # What else the set's edit breaks: non-inferiority. Rates before and after, the bound of the fall, the verdict.
     "specificity": _columns("text: control; int: n; float: before after fall bound margin; text: verdict"),
     # Quantities of protocol section 2 by half ("discovery", "confirmation"); `chosen` is "all" or "competent". Quantity
@@ -226,6 +234,8 @@ class Isolation(Brief):
     repair: pd.DataFrame = field(default_factory=partial(table, "repair", ()))
     robustness: pd.DataFrame = field(default_factory=partial(table, "robustness", ()))
     ablation: pd.DataFrame = field(default_factory=partial(table, "ablation", ()))
+    captions: pd.DataFrame = field(default_factory=partial(table, "captions", ()))
+    caption_texts: pd.DataFrame = field(default_factory=partial(table, "caption_texts", ()))
     specificity: pd.DataFrame = field(default_factory=partial(table, "specificity", ()))
     behaviour: pd.DataFrame = field(default_factory=partial(table, "behaviour", ()))
     conflicts: pd.DataFrame = field(default_factory=partial(table, "conflicts", ()))
@@ -287,6 +297,17 @@ class Isolation(Brief):
         out = np.full((self.n_layers, self.n_heads), np.nan)
         out[rows["layer"].to_numpy(), rows["head"].to_numpy()] = rows[column].to_numpy()
         return out
+
+    def caption_correlation(self) -> float:
+        """Say whether heads that hold back the one-word answer hold it back from captions too.
+
+        Returns:
+            Spearman's correlation of `one_word` and `release` over the arms of `captions` that zero heads (the set, its
+            members alone, random sets, the heads that `see` needs); NaN below three of them.
+        """
+        table: Any = self.captions
+        arms = table.loc[table["donor"] == "zero", ["one_word", "release"]].dropna()
+        return float(arms.corr(method="spearman").iloc[0, 1]) if len(arms) > 2 else float("nan")
 
     def report(self, path: str | Path, **options: Any) -> Path:
         """Write the finding as one self-contained page.
@@ -365,7 +386,8 @@ class Isolation(Brief):
             )
         with foreign_file(folder / "arrays.npz", "the arrays of a saved isolation"):
             arrays = read_arrays(folder / "arrays.npz")
-        tables: dict[str, Any] = {name: read_table(folder / f"{name}.csv", name) for name in TABLES}
+        since = dict(head.get("tables") or TABLES)  # a table that came later is empty in an older record
+        tables: dict[str, Any] = {name: read_table(folder / f"{name}.csv", name) for name in TABLES if name in since}
         with foreign_file(folder / "isolation.json", "the head of a saved isolation"):
             said = {name: _typed(head, name, kind) for name, kind in _HEAD.items()}
             said |= {name: tuple(map(str, said[name])) for name in ("stamps", "reasons")}

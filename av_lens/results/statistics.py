@@ -1,4 +1,4 @@
-"""How sure are we of a mean, a share, a hundred heads at once; and how are conflicts dealt to independent halves?
+"""How sure are we of a mean, a share, a hundred heads at once?
 
 Conflicts share clips, so they are not independent. What is resampled or flipped is therefore the *component* (conflicts
 that share clips), never the conflict:
@@ -23,41 +23,20 @@ Example:
     boot = Bootstrap.draw(components, sound_clips, picture_clips, seed=0)
     boot.mean(effects)          # Interval(value, low, high), each of effects' shape without `example`
     ```
-
-`deal`: clips are the nodes of a graph (a clip is its file's hash and its time window) and conflicts its edges: a
-conflict joins its sound's clip to its picture's. Conflicts that share a clip, directly or through others, form a
-*component*, and components are dealt whole:
-
-1. A component with more than 40% of the remaining conflicts loses the conflict of smallest hash among its bridges
-   (edges whose removal parts it), or, where it has none, the conflict of smallest hash, until none is above 40%.
-2. Components are dealt largest first, ties by hash(seed, id), each to the half with fewer conflicts of the component's
-   sound answers, then to the half with fewer conflicts, then to discovery.
-
-The hash is sha256 of "seed:id"; a component's is the smallest of its conflicts'. The deal depends on the clips, the
-ids and the seed alone, never on a model, so that two models are searched and confirmed on the same halves.
-
-Example:
-    ```python
-    halves = deal([Member("c0", "clip1", "clip2", "dog"), ...], seed=0)
-    halves.half        # "discovery", "confirmation" or "lost" per conflict
-    ```
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 from av_lens.errors import InputError
-from av_lens.results.provenance import linked
 
 DRAWS = 5000
 FEWEST_CLIPS, FEWEST_COMPONENTS = 5, 20
@@ -79,13 +58,15 @@ class Interval:
 class Bootstrap:
     """Resampling weights, drawn once and shared by every figure of a half.
 
-    `unit` is "component" or "clip"; `clips` numbers the source clips of each conflict's sound and picture, if known.
+    `unit` is "component" or "clip"; `clips` numbers the source clips of each conflict's sound and picture, `groups` the
+    conflicts' components, if known.
     """
 
     weights: Float[np.ndarray, "draw example"]
     unit: str
     n_clips: int
     clips: Int[np.ndarray, "2 example"] | None = None
+    groups: Int[np.ndarray, " example"] | None = None
 
     @classmethod
     def draw(
@@ -104,9 +85,9 @@ class Bootstrap:
         groups, group = np.unique(np.asarray(components), return_inverse=True)
         if len(groups) >= FEWEST_COMPONENTS:
             counts = rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=draws)
-            return cls(counts[:, group].astype(np.float64), "component", len(clips), both)
+            return cls(counts[:, group].astype(np.float64), "component", len(clips), both, group)
         counts = rng.multinomial(len(clips), np.full(len(clips), 1 / len(clips)), size=draws).astype(np.float64)
-        return cls(counts[:, both[0]] * counts[:, both[1]], "clip", len(clips), both)
+        return cls(counts[:, both[0]] * counts[:, both[1]], "clip", len(clips), both, group)
 
     @classmethod
     def of_clusters(cls, n: int, *, seed: int) -> Bootstrap:
@@ -166,8 +147,41 @@ class Bootstrap:
         low, high = np.nanpercentile(drawn, [tail, 100 - tail])
         return value, float(low), float(high)
 
+    @property
+    def rule(self) -> str:
+        """The rule in words."""
+        return f"bootstrap by {self.unit}, sign flips by component"
 
-def interval(boot: Bootstrap, values: np.ndarray) -> tuple[float, float, float]:
+    def test(self, values: np.ndarray, *, family: int | None = None, seed: int = 0) -> Flips:
+        """Test that means are above 0, flipping the signs of whole components."""
+        assert self.groups is not None
+        return sign_flips(values, self.groups.tolist(), family=family, seed=seed)
+
+    def smallest_effect(self, *, family: int) -> float:
+        """Say how large an effect is found four times in five, in standard deviations between components."""
+        assert self.groups is not None
+        return smallest_effect(len(np.unique(self.groups)), family=family)
+
+    def deviation(self, values: np.ndarray) -> np.ndarray:
+        """Estimate the standard deviation between components; NaN where there is but one."""
+        assert self.groups is not None
+        with np.errstate(invalid="ignore", divide="ignore"):
+            known = ~np.isnan(values)
+            of = [self.groups == group for group in np.unique(self.groups)]
+            means = np.stack([np.where(known[rows], values[rows], 0.0).sum(0) / known[rows].sum(0) for rows in of])
+            return means.std(0, ddof=1) if len(means) > 1 else np.full(values.shape[1:], np.nan)
+
+
+@runtime_checkable
+class Bounding(Protocol):
+    """What bounds means: a `Bootstrap`, or another rule."""
+
+    def mean(self, values: np.ndarray, *, level: float = 0.95) -> Interval:
+        """Bound a mean over examples."""
+        ...
+
+
+def interval(boot: Bounding, values: np.ndarray) -> tuple[float, float, float]:
     """Bound the mean of one column."""
     found = boot.mean(values)
     return float(found.value), float(found.low), float(found.high)
@@ -175,7 +189,7 @@ def interval(boot: Bootstrap, values: np.ndarray) -> tuple[float, float, float]:
 
 @dataclass(frozen=True, eq=False)
 class Flips:
-    """The outcome of a family of one-sided sign-flip tests: single p and max-T p, of the tests' shape."""
+    """The outcome of a family of one-sided tests: single p and max-T p, of the tests' shape, and how many flips."""
 
     p: np.ndarray
     p_maxt: np.ndarray
@@ -271,7 +285,7 @@ class Harm:
 def non_inferiority(
     before: Float[np.ndarray, " example"],
     after: Float[np.ndarray, " example"],
-    boot: Bootstrap,
+    boot: Bounding,
     *,
     margin: float = 0.05,
 ) -> Harm:
@@ -300,112 +314,3 @@ def smallest_effect(n: int, *, family: int, level: float = 0.05, power: float = 
     if n < 1 or 2.0**-n > level / family:
         return math.inf
     return float((stats.norm.ppf(1 - level / family) + stats.norm.ppf(power)) / math.sqrt(n))
-
-
-DISCOVERY, CONFIRMATION, LOST = "discovery", "confirmation", "lost"
-LARGEST_SHARE = 0.4
-FEWEST, FIRM_CONFLICTS, FIRM_COMPONENTS = 20, 60, 20
-
-
-@dataclass(frozen=True)
-class Member:
-    """What dealing needs to know of a conflict: its id, its two source clips and its sound's answer."""
-
-    id: str
-    sound_clip: str
-    picture_clip: str
-    sound_answer: str
-
-
-@dataclass(frozen=True)
-class Halves:
-    """Where every conflict went: `half` and `component` (-1 where lost), in the order that was given."""
-
-    half: tuple[str, ...]
-    component: tuple[int, ...]
-    seed: int
-
-    @property
-    def n_lost(self) -> int:
-        """How many conflicts were given up to part a component above 40%."""
-        return sum(half == LOST for half in self.half)
-
-    def members(self, half: str) -> list[int]:
-        """List one half."""
-        return [i for i, name in enumerate(self.half) if name == half]
-
-
-def rank_hash(seed: int, name: str) -> str:
-    """Hash a name with the seed: the order that breaks every tie."""
-    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
-
-
-def components(edges: Mapping[int, tuple[str, str]]) -> list[list[int]]:
-    """Find the connected components of a graph given by its edges."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for number, group in zip(edges, linked(list(edges.values())), strict=True):
-        groups[group].append(number)
-    return list(groups.values())
-
-
-def bridges(edges: Mapping[int, tuple[str, str]]) -> set[int]:
-    """Find the edges whose removal parts a connected component (parallel edges and loops are none)."""
-    import networkx
-
-    graph: Any = networkx.MultiGraph()
-    graph.add_edges_from((one, two, number) for number, (one, two) in edges.items())
-    return {number for one, two in networkx.bridges(graph) if one != two for number in graph[one][two]}
-
-
-def _part_large_ones(edges: dict[int, tuple[str, str]], order: Mapping[int, str]) -> list[list[int]]:
-    """Give up edges (in place) until no component has more than 40% of those that remain."""
-    while True:
-        groups = components(edges)
-        group = max(groups, key=len, default=[])
-        # Three components are needed before all can be within 40%; nothing is left to part in a single conflict.
-        if len(group) <= max(1, LARGEST_SHARE * len(edges)):
-            return groups
-        cut = bridges({number: edges[number] for number in group}) or set(group)
-        del edges[min(cut, key=lambda number: order[number])]
-
-
-def deal(conflicts: Sequence[Member], *, seed: int) -> Halves:
-    """Deal conflicts to two halves that share no clip, as the module says."""
-    ids = [conflict.id for conflict in conflicts]
-    if twice := next((name for name, times in Counter(ids).items() if times > 1), None):
-        raise InputError(f"two conflicts have the id {twice!r}; ids order the deal and must differ. Give each its own.")
-    order = {i: rank_hash(seed, name) for i, name in enumerate(ids)}
-    edges = {i: (conflict.sound_clip, conflict.picture_clip) for i, conflict in enumerate(conflicts)}
-    groups = _part_large_ones(edges, order)
-    groups.sort(key=lambda group: (-len(group), min(order[i] for i in group)))
-    half, component = [LOST] * len(conflicts), [-1] * len(conflicts)
-    dealt: dict[str, list[str]] = {DISCOVERY: [], CONFIRMATION: []}
-    for number, group in enumerate(groups):
-        answers = {conflicts[i].sound_answer for i in group}
-        name = min(dealt, key=lambda side: (sum(answer in answers for answer in dealt[side]), len(dealt[side])))
-        for i in group:
-            half[i], component[i] = name, number
-            dealt[name].append(conflicts[i].sound_answer)
-    return Halves(tuple(half), tuple(component), seed)
-
-
-def standing(n_conflicts: Sequence[int], n_components: Sequence[int]) -> str:
-    """Say what the size of the halves allows."""
-    if min(n_conflicts) < FEWEST:
-        return "refused"
-    if min(n_conflicts) < FIRM_CONFLICTS or min(n_components) < FIRM_COMPONENTS:
-        return "exploratory"
-    return "firm"
-
-
-def third_sources(
-    sound_answers: Sequence[str], picture_answers: Sequence[str], *, ids: Sequence[str], seed: int
-) -> np.ndarray:
-    """Draw each conflict's third clip w: another conflict's sound source whose answer differs from both of its own."""
-    drawn = np.full(len(ids), -1, dtype=np.int64)
-    for i, name in enumerate(ids):
-        known = {sound_answers[i], picture_answers[i]}
-        others = [j for j, answer in enumerate(sound_answers) if j != i and answer not in known]
-        if others:
-            drawn[i] = min(others, key=lambda j: rank_hash(seed, f"{name}:w:{ids[j]}"))
-    return drawn

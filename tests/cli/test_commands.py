@@ -47,7 +47,8 @@ def test_help_names_every_command_and_loads_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
-    for command in ("demo", "isolate", "inspect", "models", "check", "train", "bench", "plantbench", "seeds"):
+    commands = "demo pairs isolate inspect models check train bench plantbench seeds true-shapes type-one"
+    for command in commands.split():
         assert command in done.stdout
 
 
@@ -102,7 +103,7 @@ def test_cheap_faults_are_told_before_torch_is_imported(tmp_path):
      ("media.source", "load_clip"), ("lab.training.courses", "train"),
       ("lab.replay_benchmark.benchmark", "run_benchmark"),
      ("lab.plantbench.bench", "run_plantbench"), ("lab.seeds", "run_seeds"),
-     ("lab.true_shapes", "run_at_true_shapes"), ("lab.guarantees", "check")],
+     ("lab.true_shapes", "run_at_true_shapes"), ("lab.guarantees", "check"), ("lab.type_one", "run_type_one")],
 )  # fmt: skip
 def test_defaults_are_the_functions(module, function):
     import importlib
@@ -397,6 +398,7 @@ def test_true_shapes_prints_the_page_and_fills_the_docs(run, tmp_path, monkeypat
         ("bench", "replay_benchmark.benchmark", "run_benchmark", "benchmarks.md"),
         ("plantbench", "plantbench.bench", "run_plantbench", "plantbench.md"),
         ("seeds", "seeds", "run_seeds", "isolation.md"),
+        ("type-one", "type_one", "run_type_one", "type_one.md"),
     ],
 )
 def test_a_page_that_cannot_be_filled_is_refused_before_the_work(

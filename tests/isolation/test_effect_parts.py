@@ -20,7 +20,8 @@ from av_lens.isolation.measuring.store import Store
 from av_lens.isolation.naming.evidence import gather, null_share, search
 from av_lens.isolation.naming.roles import adjust, run_tests, run_tests_together
 from av_lens.isolation.sets.sets import CONTROLS, controls, release_of_sets
-from av_lens.results.statistics import DISCOVERY, Bootstrap
+from av_lens.results.dealing import DISCOVERY
+from av_lens.results.statistics import Bootstrap
 
 N = 24
 HEADS = [(layer, head) for layer in range(N_LAYERS) for head in range(N_HEADS)]

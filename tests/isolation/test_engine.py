@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
-from av_lens.errors import InputError, ProtocolError
+from av_lens.errors import ProtocolError
 from av_lens.inputs import Conflict
-from av_lens.inputs.answers import Answer
 from av_lens.inputs.conflict import clip_key
 from av_lens.isolation import isolate
 from av_lens.isolation.measuring.bench import Bench
@@ -191,12 +189,6 @@ def test_clips_are_named_by_content_or_by_file_and_window(tmp_path):
     one, two = clip(0), clip(1)
     assert clip_key(one) == clip_key(clip(0))
     assert clip_key(one) != clip_key(two)
-
-
-def test_answers_of_several_tokens_are_refused(model):
-    answers = (Answer("dog", ((97, 98),)), Answer("cat", ((99, 100),)))
-    with pytest.raises(InputError, match=r"^the answer 'dog' is 2 tokens for this model"):
-        Candidates.of([SimpleNamespace(id="x", answers=answers)], model.tokenizer)
 
 
 @pytest.mark.slow

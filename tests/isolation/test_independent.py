@@ -26,7 +26,8 @@ from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.naming.evidence import gather
 from av_lens.isolation.sets.sets import release_of_sets
 from av_lens.model import load
-from av_lens.results.statistics import CONFIRMATION, DISCOVERY, Bootstrap
+from av_lens.results.dealing import CONFIRMATION, DISCOVERY
+from av_lens.results.statistics import Bootstrap
 
 ATOL = 1e-4
 HEADS = {"suffix": [(4, 7), (2, 5)], "generation": [(4, 3)]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from av_lens.errors import ProtocolError
 from av_lens.inputs import Answer
 from av_lens.isolation import isolate
 from av_lens.isolation.measuring.engine import Means
+from av_lens.isolation.running import preparing
 from av_lens.results.record import Isolation
 
 
@@ -66,7 +68,7 @@ class TestSection1:
             (((0, 1), (2,)), "has 2 synonyms and .* has 1: more synonyms win by number alone, so give"),
             (((0, 1), (1, 2)), "begin with the same token '<1>', .* or move the shared part into the prefix"),
             (((1,), (1,)), "the two answers are equal"),
-            ((Answer("dog", ((1, 2, 3),)), 4), r"'dog' is 3 tokens for this model \('<1>' '<2>' '<3>'\); .* choose a"),
+            ((Answer("dog", ((1, 2, 3),)), 1), "begin with the same token '<1>'"),
         ],
     )
     def test_answers_that_cannot_be_used(self, answers, text):
@@ -211,15 +213,44 @@ class TestSection7:
             for i, one in enumerate(fake_conflicts(44))
         ]
         lines = []
-        run(conflicts=few, told=lines.append)
+        run(conflicts=few, told=lines.append, protocol="1")
         assert lines[0].startswith("Power: 2 components on discovery are too few for 132 tests: no effect, however")
+        text = (
+            r"^refused: \d+ and \d+ conflicts could be dealt to halves that share no source \(\d+ conflicts lie across "
+            r"the halves\); isolation needs at least 20 in each\. Use more sources, or let `av-lens pairs` make "
+            r"disjoint conflicts of them \(one a pair of clips\)\.$"
+        )
+        with pytest.raises(ProtocolError, match=text):
+            run(conflicts=[dataclasses.replace(one, sound=fake_clip("s", one.sound.answer)) for one in few])
+
+    def test_no_effect_that_could_pass_is_refused_before_the_run(self, monkeypatch):
+        monkeypatch.setattr(preparing, "family_size", lambda *_: 10**6)
+        text = (
+            r"^refused: 22 components on discovery are too few for 1000000 tests: no effect, however large, could pass "
+            r"them\. Use more sources, or let `av-lens pairs` make disjoint conflicts"
+        )
+        with pytest.raises(ProtocolError, match=text):
+            run()
+        run(protocol="1")
+
+    def test_an_edition_that_there_is_not(self):
+        with pytest.raises(ProtocolError, match=r"unknown edition of the protocol '3'"):
+            run(protocol="3")
+
+    def test_a_small_run_is_a_pilot(self, found_and_told):
+        found, _ = found_and_told
+        text = r"The largest single release is L2H0's \(\w+\)\. With these 22 pilot conflicts \(.*: 120 disjoint"
+        assert any(re.match(text, reason) for reason in found.reasons), found.reasons
 
 
 def test_answers_whose_synonyms_overlap_are_refused():
     answers = [([0, 1], [2, 3]), ([0, 4], [2, 3])]
     conflicts = [dataclasses.replace(one, answers=answers[i % 2]) for i, one in enumerate(fake_conflicts(44))]
-    with pytest.raises(ProtocolError, match=r"share a word \(their synonyms overlap\): give one list of synonyms"):
+    text = r"22 conflicts can be used.*c001 \(.*share a word \(their synonyms overlap\): give one list of synonyms"
+    with pytest.raises(ProtocolError, match=text):
         run(conflicts=conflicts)
+    few = [dataclasses.replace(one, answers=answers[i in (3, 7)]) for i, one in enumerate(fake_conflicts(44))]
+    assert list(run(conflicts=few).provenance["answers"]["left_out"]) == ["c003", "c007"]
 
 
 def test_a_third_clip_from_the_other_half_is_refused():

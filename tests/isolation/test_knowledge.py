@@ -14,8 +14,9 @@ from av_lens.isolation.measuring.bench import Bench, Half
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.methods.probes import Streams, probe
+from av_lens.results.dealing import CONFIRMATION, DISCOVERY, Halves, Member
 from av_lens.results.record import table
-from av_lens.results.statistics import CONFIRMATION, DISCOVERY, Bootstrap, Halves, Member
+from av_lens.results.statistics import Bootstrap
 from av_lens.spans import SpanMap
 
 N, LAYER = 32, 2

@@ -15,6 +15,7 @@ import av_lens as avl
 from av_lens.core import run
 from av_lens.errors import InputError, InterventionError, ModelError
 from av_lens.families.decoder import hook_name
+from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods import edge_attribution
 from av_lens.metrics import each, logit_diff, rank
@@ -206,6 +207,11 @@ def test_a_run_against_itself_has_no_edges():
             {"metric": logit_diff(each([letter("a"), letter("c"), letter("d")]), letter("b"))},
             InputError,
             "names 3 answers",
+        ),
+        (
+            {"metric": logit_diff(Answer("dog", ((70, 71),)), Answer("cat", ((75, 76),)))},
+            InputError,
+            "several tokens, and what is written at the answer's own positions would be edges too.*Use answers of one",
         ),
     ],
 )

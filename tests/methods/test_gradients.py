@@ -22,6 +22,7 @@ from av_lens.replay import measure
 from av_lens.replay.stacks import read_with
 
 METRIC = logit_diff(letter("a"), letter("b"))
+LONG = logit_diff(Answer("dog", ((70, 71),)), Answer("cat", ((75, 76),)))
 
 
 def pair(clean=(0, 1), corrupt=(2, 3), **options):
@@ -268,9 +269,14 @@ def test_rereading_with_the_own_queries_gives_the_recorded_z():
         ({"at": "vidoe"}, InputError, "unknown role 'vidoe'"),
         ({"metric": rank(letter("a"))}, InputError, "a rank has no gradient"),
         (
-            {"metric": logit_diff(Answer("dog", ((70, 71),)), Answer("cat", ((75, 76),)))},
+            {"metric": LONG},
             InputError,
-            "an answer has several tokens",
+            "several tokens, and drop=True holds layers at the prompt's positions alone.*Write drop=False",
+        ),
+        (
+            {"metric": LONG, "drop": False, "component": "k", "over": "head"},
+            InputError,
+            "an answer has several tokens, and fix=True reads keys anew .*Write fix=False",
         ),
         ({"metric": lambda logits: logits.mean()}, InputError, "Leave out the mean"),
         ({"metric": lambda logits: logits[:, -1, 0] / 0.0}, InputError, "is NaN or infinite on the run without edits"),
@@ -280,6 +286,22 @@ def test_rereading_with_the_own_queries_gives_the_recorded_z():
 def test_what_cannot_be_guessed_is_refused(options, error, text):
     with pytest.raises(error, match=text):
         attribution_patch(small_model(), pair((0,), (2,)), **({"metric": METRIC} | options))
+
+
+def test_answers_of_several_tokens():
+    model, both = small_model(), pair((0,), (2,))
+    found = attribution_patch(model, both, metric=LONG, drop=False, top=2)
+    patched = patch(model, both, over="head", metric=LONG).values
+    exact = found.effects.sel(figure="exact").squeeze()
+    there = ~np.isnan(exact.values)
+    assert there.sum() == 2
+    effects = (patched - found.baseline).squeeze()
+    np.testing.assert_allclose(exact.values[there], effects.values[there], atol=1e-5)
+    np.testing.assert_allclose(found.donor.values, measure(model, both.clean, LONG).numpy(), atol=1e-5)
+    guess = found.effects.sel(figure="atp").squeeze()
+    last = [(3, head) for head in range(4)]  # at the last layer only the norm stands between z and the logits
+    for layer, head in last:
+        assert abs(float(guess[layer, head]) - float(effects[layer, head])) < 0.2 * float(np.abs(effects).max())
 
 
 def test_no_pair_is_refused():

@@ -14,7 +14,7 @@ from av_lens.core import run
 from av_lens.core.readings import pooled_streams
 from av_lens.errors import InputError, InterventionError
 from av_lens.methods.probes import Streams, at_chosen_layer, probe, read_streams
-from av_lens.results.statistics import Member
+from av_lens.results.dealing import Member
 
 NAMES = ("dog", "cat", "car", "bell")
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from av_lens.errors import InputError
-from av_lens.results.statistics import Member, bridges, components, deal, rank_hash, standing, third_sources
+from av_lens.results.dealing import Member, bridges, components, deal, rank_hash, standing, third_sources
 
 EDGES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=25)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 
 import pytest
@@ -11,8 +12,10 @@ from tiny import letter
 
 from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.families.decoder import COMPONENTS, hook_name
+from av_lens.inputs.answers import Answer
 from av_lens.interventions import Plan, Site, add, cut, replace, scale, zero
 from av_lens.metrics import kl, log_prob, logit_diff, rank
+from av_lens.replay import measure
 from av_lens.replay.rerun import RESTARTABLE
 
 LAYOUTS = ("in_video", "separate")
@@ -208,10 +211,36 @@ def test_a_trace_that_cannot_restart_differentiates_hooked():
         agree(trace, sites)
 
 
+@pytest.mark.parametrize("plan", [None, Plan(zero(Site("z", 0, head=1, positions="suffix")))])
+def test_answers_of_several_tokens_are_differentiated_after_the_prompt(plan):
+    """Against one hooked forward for each answer, whose gradients add up."""
+    trace, sites = recorded(), [Site("z", 1, positions="suffix"), Site("k", 2, positions="audio"), Site("resid_pre", 0)]
+    model, x, answers = trace.model, trace.x, {1: (70, 71, 72), -1: (75, 76)}
+    metric = logit_diff(*(Answer("word", (ids,)) for ids in answers.values()))
+    metric = dataclasses.replace(metric.bind(), summed=True)
+    wanted = [0.0, 0.0, 0.0]
+    for sign, ids in answers.items():
+        longer, kept = x.continued(torch.tensor([ids[:-1]]).expand(len(x), -1)), {}
+        names = [hook_name(site.component, site.layer) for site in sites]
+        hooks = plan.compile(model.spec, longer.spans, batch=len(x)).fwd_hooks if plan else []
+        looks = [(name, lambda value, hook, at=name, kept=kept: kept.setdefault(at, value)) for name in names]
+        with torch.enable_grad():
+            logits = model.run_with_hooks(longer, fwd_hooks=[*hooks, *looks])[:, -len(ids) :].log_softmax(-1)
+            total = sum(logits[:, i, token].sum() for i, token in enumerate(ids))
+            grads = torch.autograd.grad(sign * total, [kept[name] for name in names])
+        for i, (site, grad) in enumerate(zip(sites, grads, strict=True)):
+            wanted[i] = wanted[i] + part(site, trace, grad)[:, : len(x.spans)]
+    found = trace.gradients(sites, metric, plan=plan)
+    for got, want in zip(found.gradient, wanted, strict=True):
+        assert float(want.abs().max()) > 1e-5
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.metric, measure(model, x, metric, plan=plan), atol=1e-5, rtol=0)
+
+
 def test_what_has_no_gradient_is_refused():
     trace, site = recorded(), Site("z", 1, positions="suffix")
-    with pytest.raises(InputError, match=r"several tokens.*Use answers of one token"):
-        trace.gradients(site, log_prob("abc"))
+    with pytest.raises(InputError, match=r"several tokens, .* where no restart is possible .*Use answers of one token"):
+        trace.gradients(Site("ln1", 1, positions="suffix"), log_prob(Answer("dog", ((70, 71),))))
     with pytest.raises(InputError, match=r"a rank has no gradient. Use logit_diff"):
         trace.gradients(site, rank(letter("a")))
     with pytest.raises(InputError, match="has no gradient: it was taken of detached logits"):

@@ -18,7 +18,7 @@ first.
 
       total        z from the donor, everything after it free: its release
       direct       the same with every later head's output held, MLPs and norms recomputed: to the logits by its own
-                   write
+                   write (of answers of several tokens at the first, the only one that it then changes)
       L5H1.q       path patching: run 3 gives what head 1 of layer 5 would read as query if nothing but the sender had
                    changed (every other head held, MLPs and norms recomputed); run 4 is the base run with only that
                    input replaced and everything after it free. Keys and values are ungrouped: this query head alone
@@ -62,8 +62,9 @@ from av_lens.methods.shared.places import named_span
 from av_lens.metrics.forms import each
 from av_lens.replay.held import HeldRun, replaced
 from av_lens.replay.rerun import layer_of
+from av_lens.results.dealing import Halves, Member
+from av_lens.results.dyadic import SOURCE, Dyadic
 from av_lens.results.record import RELEASING
-from av_lens.results.statistics import Halves, Member
 from av_lens.spans import Span, SpanMap
 
 Row = dict[str, Any]
@@ -196,12 +197,18 @@ def _probe_rows(bench: Bench, halves: Sequence[Half], seed: int) -> list[Row]:
     return rows
 
 
+def _groups(half: Half) -> Sequence[int]:
+    """What cross-validation keeps whole: components; where sources are shared by most, one source of each conflict."""
+    rule = half.boot
+    return rule.members[:, 0].tolist() if isinstance(rule, Dyadic) and rule.unit == SOURCE else half.components
+
+
 def _probed(bench: Bench, halves: Sequence[Half], seed: int) -> Arrays:
     """Both probes, `[confirmation's example, span, layer]`."""
     streams = pooled(bench, halves)
     dealt = tuple(one.name for one in halves for _ in one.examples)
     # Components are numbered by half alike, so that a component's number means the same in both.
-    given = Halves(dealt, tuple(int(c) for one in halves for c in one.components), seed)
+    given = Halves(dealt, tuple(int(c) for one in halves for c in _groups(one)), seed)
     out: Arrays = {}
     for word in WORDS:
         grid = probe(None, streams, target=word, draws=CONTROL_DRAWS, seed=seed, halves=given, progress=bench.progress)
@@ -272,8 +279,10 @@ def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[He
                 sender += received
         return [plan for listed in by_sender for plan in listed]
 
-    effect = effects_of_plans(chunk, base, plans)
-    return {"effect": effect.reshape(len(effect), len(senders), len(path_columns(heads)))}
+    columns = path_columns(heads)
+    direct = range(columns.index(DIRECT), len(senders) * len(columns), len(columns))
+    effect = effects_of_plans(chunk, base, plans, first=direct)
+    return {"effect": effect.reshape(len(effect), len(senders), len(columns))}
 
 
 def _receiver_plans(

@@ -254,10 +254,10 @@ def _write_rows(half: Half, values: np.ndarray, found: Sequence[Subject]) -> Ite
 
 def _pattern_rows(half: Half, made: Arrays, found: Sequence[Subject], donor: str) -> Iterator[Row]:
     effect, seen = made["effect"], made["looks"][..., 0]
-    effects, looks = _three(half.boot.mean(effect)), _three(half.boot.mean(made["looks"]))
-    shares = _three(half.shares(effect, np.broadcast_to(effect[:, :, [-1]], effect.shape)))
+    effects, looks = _three(half.by(donor).mean(effect)), _three(half.by(donor).mean(made["looks"]))
+    shares = _three(half.shares(effect, np.broadcast_to(effect[:, :, [-1]], effect.shape), donor))
     queries, both = seen[:, :, 0] - seen[:, :, 1], seen[:, :, 0] - seen[:, :, 3]
-    driven, size = _three(half.shares(queries, both)), _three(half.boot.mean(both))
+    driven, size = _three(half.shares(queries, both, donor)), _three(half.by(donor).mean(both))
     for number, one in enumerate(found):
         for place, drive in enumerate((*DRIVES, ALL)):
             what = f"{drive} from {donor}: effect on C"

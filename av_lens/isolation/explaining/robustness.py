@@ -41,8 +41,8 @@ from av_lens.isolation.measuring.engine import Head, ModelEngine
 from av_lens.isolation.naming.evidence import Searched, with_means
 from av_lens.isolation.naming.roles import Evidence, Named, adjust, classify, run_tests
 from av_lens.isolation.sets.sets import head_names
+from av_lens.results.dyadic import drawn_again
 from av_lens.results.record import RELEASING
-from av_lens.results.statistics import Bootstrap
 
 LOUDNESS = 0.05
 """Root mean square that every sound is scaled to (full scale is 1)."""
@@ -178,17 +178,11 @@ def _varied(bench: Bench, variant: Variant) -> Bench:
 def _bootstrapped(known: Known, main: Mapping[Head, str], draws: int) -> dict[str, Any]:
     """Draw discovery's components again, name again, and average the Jaccard."""
     half, found = known.discovery, known.searched.first.evidence
-    components, values = np.asarray(half.components), list[float]()
-    groups, kept = np.unique(components), dict.fromkeys(main, 0)
+    values, kept = list[float](), dict.fromkeys(main, 0)
     for draw in range(draws):
         rng = np.random.default_rng([known.seed, 0xB0, draw])
-        drawn = [np.flatnonzero(components == group) for group in rng.choice(groups, size=len(groups))]
-        rows = np.concatenate(drawn)
-        renamed = [number for number, part in enumerate(drawn) for _ in part]
-        assert half.boot.clips is not None
-        clips = [[f"{number}:{of[i]}" for number, i in zip(renamed, rows, strict=True)] for of in half.boot.clips]
-        boot = Bootstrap.draw(renamed, *clips, seed=known.seed + draw, draws=1000)
-        taken = Half(half.name, half.examples[rows], renamed, boot, found.half.G[rows], found.half.C[rows])
+        rows, renamed, boot, third = drawn_again(half.boot, half.third, half.components, rng, seed=known.seed + draw)
+        taken = Half(half.name, half.examples[rows], renamed, boot, found.half.G[rows], found.half.C[rows], third)
         resampled = Evidence({key: of[rows] for key, of in found.figures.items()}, taken)
         named = named_again(known.searched, resampled, known.seed + draw)
         values.append(jaccard(main, named))

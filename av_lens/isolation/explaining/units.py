@@ -258,13 +258,13 @@ def plan_of_unit(unit: Unit, asked: Asked, chunk: Chunk, donor: Callable[[str, s
 
 def _chunk_units(chunk: Chunk, units: Sequence[Unit], wanted: Sequence[Asked]) -> dict[str, np.ndarray]:
     """Every unit's effect by every estimand in one stack, `[batch, asked, unit]`; NaN where it is not the unit's."""
-    candidates, engine, donor = chunk.bench.candidates, chunk.bench.engine, part_donors(chunk)
+    candidates, donor = chunk.bench.candidates, part_donors(chunk)
     out = np.full((len(wanted), len(units), len(chunk.examples)), np.nan)
 
     def changes(cell: str, these: Sequence[int]) -> np.ndarray:
         planned = [plan_of_unit(unit, wanted[a], chunk, donor, cell) for a, unit in product(these, units)]
-        found = engine.changed(chunk.run(cell), [plan for plan in planned if plan is not None])
-        scores = np.stack([candidates.scores(one.logits) for one in found])
+        found = chunk.changed(chunk.run(cell), [plan for plan in planned if plan is not None])
+        scores = np.stack([chunk.scores(one) for one in found])
         change = np.full((len(planned), len(chunk.examples)), np.nan)
         made = [plan is not None for plan in planned]
         change[made] = candidates.margin(scores, chunk.examples) - chunk.margin(cell)

@@ -3,8 +3,9 @@
 A word is read in the form (leading space or not, capital or not; `metrics.forms`) that the model says most: that of the
 largest median probability over the sounds' words in `aa` and the pictures' words in `vv` of all conflicts, before they
 are dealt. It is one form for all words. A conflict is left out, by name, where its answers cannot be used: a word that
-is not known, answers that cannot be told apart or take several tokens, or a word whose chosen form has, in the
-conflict's own cell, under a hundredth of the probability of another form. The manifest is never refused for it.
+is not known, answers that cannot be told apart or that overlap with another conflict's, or a word whose chosen form
+has, in the conflict's own cell, under a hundredth of the probability of another form. The manifest is never refused for
+it.
 
 Per conflict, with M = score(sound's answer) - score(picture's answer) in every cell:
 
@@ -31,11 +32,11 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from av_lens.errors import InputError
-from av_lens.inputs.answers import answer_pair, words_of
+from av_lens.inputs.answers import Answer, answer_pair, words_of
 from av_lens.isolation.measuring.bench import Chunk, Half
 from av_lens.isolation.measuring.effects import mirrored
 from av_lens.isolation.measuring.engine import ModelEngine
-from av_lens.isolation.measuring.scoring import Candidates, CellReading, require_one_token
+from av_lens.isolation.measuring.scoring import Candidates, CellReading, overlapping
 from av_lens.metrics.forms import Forms, Reading, known_forms
 from av_lens.results.statistics import interval
 
@@ -83,18 +84,18 @@ def answered(engine: ModelEngine, conflicts: Sequence[Any]) -> Answered:
         except InputError as error:
             left_out[one.id] = str(error)
     forms = _forms(engine, kept, left_out)
-    usable: list[Any] = []
+    read: list[tuple[Any, tuple[Answer, Answer]]] = []
     for one in kept:
         heard, seen = one.answers
         try:
             pair = answer_pair(engine.model.tokenizer, heard, seen, None if forms is None else forms.chosen)
-            for answer in pair:
-                require_one_token(answer, engine.model.tokenizer)
         except InputError as error:
             left_out.setdefault(one.id, str(error))
             continue
         if one.id not in left_out:
-            usable.append(dataclasses.replace(one, answers=pair) if any(map(words_of, one.answers)) else one)
+            read.append((dataclasses.replace(one, answers=pair) if any(map(words_of, one.answers)) else one, pair))
+    left_out |= {read[number][0].id: why for number, why in overlapping([pair for _, pair in read]).items()}
+    usable = [one for one, _ in read if one.id not in left_out]
     return Answered(usable, {one.id: left_out[one.id] for one in conflicts if one.id in left_out}, forms)
 
 

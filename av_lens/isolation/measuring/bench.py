@@ -11,11 +11,12 @@ figures are NaN.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from av_lens.errors import ProtocolError
 from av_lens.inputs import AVInputs
 from av_lens.inputs.conflict import ClipKeys
 from av_lens.inputs.model_inputs import shared
+from av_lens.interventions import Plan
 from av_lens.isolation.measuring.engine import (
     MEANS,
     MEDIA_SITES,
@@ -46,19 +48,21 @@ from av_lens.isolation.measuring.engine import (
     equal_ending,
     site_positions,
 )
-from av_lens.isolation.measuring.scoring import Candidates, CellReading
+from av_lens.isolation.measuring.scoring import Candidates, CellReading, Edited, Said, Spoken
 from av_lens.isolation.measuring.store import Arrays, Store
-from av_lens.results.statistics import Bootstrap, Interval
+from av_lens.results.dyadic import Dyadic, Inference
+from av_lens.results.statistics import Interval
 from av_lens.spans import SpanMap
 
 Progress = Callable[[str, int, int], None]
+DESCRIBE = "describe"
 
 
 @dataclass(eq=False)
 class Bench:
     """The conflicts of a run, their answers and the model's engine.
 
-    A question is asked in three wordings: "ask" (the conflict's own), "see" and "control".
+    A question is asked in four wordings: "ask" (the conflict's own), "see", "control", and "describe" without a prefix.
     """
 
     engine: ModelEngine
@@ -77,7 +81,8 @@ class Bench:
         self.keys.check(conflict)
         key = (example, None if question == "ask" else str(getattr(conflict, question)))
         if key not in self._cells:
-            self._cells[key] = self.engine.cells(conflict, key[1])
+            bare = dataclasses.replace(conflict, prefix="") if question == DESCRIBE else conflict
+            self._cells[key] = self.engine.cells(bare, key[1])
         return self._cells[key][cell]
 
     def find_sinks(self, examples: Sequence[int]) -> None:
@@ -101,7 +106,8 @@ class Bench:
         """Group conflicts by layout and wording, in stacks that fit into memory; layouts without sinks go there."""
         groups: dict[Any, list[int]] = defaultdict(list)
         for example in examples:
-            groups[_layout(self.inputs(example, "va", "ask")), *wording(self.conflicts[example])].append(example)
+            of = _layout(self.inputs(example, "va", "ask")), bool(self.candidates.long[example])
+            groups[*of, *wording(self.conflicts[example])].append(example)
         parts: list[list[int]] = []
         site = site or self.site
         for group in groups.values():
@@ -116,7 +122,7 @@ class Bench:
 
 def wording(conflict: Any) -> list[str]:
     """What a conflict is asked, and the words before the answer."""
-    return [str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix")]
+    return [str(getattr(conflict, name, "")) for name in ("question", "see", "control", "prefix", DESCRIBE)]
 
 
 def _incoming(chunk: Chunk) -> Arrays:
@@ -190,12 +196,47 @@ class Chunk:
         """Read what a cell says."""
         key = (cell, question)
         if key not in self._readings:
-            read, depends = self.bench.candidates.read, {"cell": cell, "question": question, "ids": self.ids}
-            found = self.bench.store.recall(
-                "reading", depends, lambda: vars(read(self.run(cell, question).logits, self.examples))
-            )
+            depends = {"cell": cell, "question": question, "ids": self.ids}
+            found = self.bench.store.recall("reading", depends, lambda: vars(self._read(cell, question)))
             self._readings[key] = CellReading(**found)
         return self._readings[key]
+
+    def _read(self, cell: str, question: str) -> CellReading:
+        run = self.run(cell, question)
+        traced = run.trace is not None
+        found = self.read(self.own(run))
+        if not traced:
+            run.trace = None
+        return found
+
+    @cached_property
+    def spoken(self) -> Spoken | None:
+        """The two answers, to be said to their end; None where all have one token."""
+        if not self.bench.candidates.long[self.examples].any():
+            return None
+        return Spoken.of([self.bench.conflicts[int(i)].answers for i in self.examples], self.bench.engine.model)
+
+    def changed(self, run: Recording, plans: Sequence[Plan]) -> Iterator[Edited]:
+        """Run a cell again under each plan, in order, with the two answers after it where they have several tokens."""
+        if self.spoken is None:
+            return self.bench.engine.changed(run, plans)
+        return self.bench.engine.changed(run, plans, self.spoken.continuations(len(self.examples)))
+
+    def own(self, run: Recording) -> Edited:
+        """Give a recording itself, likewise."""
+        return Edited(run.logits, run.final) if self.spoken is None else next(self.changed(run, [Plan()]))
+
+    def said(self, one: Edited, own: Edited | None = None) -> Said | None:
+        """Sum up what a run says of the two answers, if they have several tokens (see `Spoken.said`)."""
+        return None if self.spoken is None else self.spoken.said(self.bench.engine.model, one, own)
+
+    def scores(self, one: Edited) -> Float[np.ndarray, "batch column"]:
+        """Score every candidate in a run."""
+        return self.bench.candidates.scores(one.logits, self.examples, self.said(one))
+
+    def read(self, one: Edited) -> CellReading:
+        """Read a run."""
+        return self.bench.candidates.read(one.logits, self.examples, self.said(one))
 
     def margin(self, cell: str, question: str = "ask") -> Float[np.ndarray, " batch"]:
         """Give M in an unedited cell."""
@@ -333,22 +374,30 @@ class Half:
         name: "discovery" or "confirmation".
         examples: the conflicts.
         components: each one's component.
-        boot: their bootstrap weights.
+        boot: what their figures are bounded and tested by.
         G: hearing with nothing to see.
         C: hearing under conflict.
+        third: the same for effects that use the third clip, which count its source too; None in the first edition.
+        words: the same with the two answers' words for sources; None in the first edition.
     """
 
     name: str
     examples: Int[np.ndarray, " example"]
     components: list[int]
-    boot: Bootstrap
+    boot: Inference
     G: Float[np.ndarray, " example"]
     C: Float[np.ndarray, " example"]
+    third: Inference | None = None
+    words: Dyadic | None = None
 
     @property
     def gap(self) -> float:
         """The mean of G - C."""
         return float((self.G - self.C).mean())
+
+    def by(self, donor: str) -> Inference:
+        """Choose what an effect with this donor is bounded and tested by."""
+        return self.third if donor in W_CELLS and self.third is not None else self.boot
 
     def delta(self, s: float) -> float:
         """Say which effect is large: a share of G."""
@@ -359,20 +408,24 @@ class Half:
         return columns(self.boot.mean(values), f"{prefix}{name}", f"{prefix}low", f"{prefix}high")
 
     def shares(
-        self, values: Float[np.ndarray, "example ..."], of: Float[np.ndarray, "example ..."] | None = None
+        self,
+        values: Float[np.ndarray, "example ..."],
+        of: Float[np.ndarray, "example ..."] | None = None,
+        donor: str = "",
     ) -> Interval:
         """Bound means over the mean of G, or over the means of other values."""
         whole = self.G if of is None else of
         wide = whole.reshape(whole.shape + (1,) * (values.ndim - whole.ndim))
-        return self.boot.ratio(values, np.broadcast_to(wide, values.shape))
+        return self.by(donor).ratio(values, np.broadcast_to(wide, values.shape))
 
     def share(self, values: Float[np.ndarray, " example"]) -> Row:
         """Bound a mean's share of G: columns of a table."""
         return columns(self.shares(values), "share", "share_low", "share_high")
 
-    def rows(self, values: Float[np.ndarray, "example column"]) -> list[Row]:
+    def rows(self, values: Float[np.ndarray, "example column"], donor: str = "") -> list[Row]:
         """Bound the mean of every column and its share of G, and count the conflicts that have a number."""
-        mean, share, counts = self.boot.mean(values), self.shares(values), (~np.isnan(values)).sum(0)
+        mean, share = self.by(donor).mean(values), self.shares(values, donor=donor)
+        counts = (~np.isnan(values)).sum(0)
         return [
             columns(mean, "mean", "low", "high", at=i)
             | columns(share, "share", "share_low", "share_high", at=i)

@@ -16,10 +16,12 @@ where `results.tables` names it) follow from it, and roles name estimands by `(n
 | fall of G | minus the effect on G; with blank_muted it is `carries`, with `va` `sufficiency` |
 | reads picture, reads sound, silenced, question's own | donors wa, vw, blank_a - blank_muted, mean_other - mean_task |
 | rise over others | rise of the heard sound's answer over the candidates that are neither answer (damage) |
+| release at the first token | release, where answers have several tokens |
 
-All but the last stand there twice: as measured, and with the final norm's scale frozen at the unedited run's
-(` (norm frozen)` after the name). What heads write themselves (`direct_writes`) needs no edit. `effects_of_plans`
-measures plans of any kind (heads' outputs, attention edges).
+All but the last two stand there twice: as measured, and with the final norm's scale frozen at the unedited run's
+(` (norm frozen)` after the name). Of answers of several tokens direct, repair and rise are read at the first: with
+later heads held at the answer's own positions too, nothing changes there. What heads write themselves
+(`direct_writes`) needs no edit. `effects_of_plans` measures plans of any kind (heads' outputs, attention edges).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from jaxtyping import Float, Int
 from av_lens.interventions import Plan
 from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.engine import MIRROR, PRIMARY_DONORS, SECONDARY_DONORS, W_CELLS, Head
-from av_lens.isolation.measuring.scoring import Candidates, CellReading
+from av_lens.isolation.measuring.scoring import Candidates, CellReading, Edited
 from av_lens.metrics.forms import each
 from av_lens.metrics.metric import Metric, as_metric, logit_diff
 from av_lens.replay.traces import Trace, measure_plans
@@ -91,14 +93,16 @@ def _g(donor: str) -> Request:
     return Request("blank_a", donor)
 
 
+FIRST_RELEASE = "release at the first token"
+"""What direct shares are of: the release itself, unless answers have several tokens."""
 _MARGINS = (
     *(Estimand("release", donor, _c(donor)) for donor in (*PRIMARY_DONORS, *SECONDARY_DONORS)),
     *(
         one
         for donor in PRIMARY_DONORS
         for one in (
-            Estimand("direct", donor, _c(donor, freeze=True)),
-            Estimand("repair", donor, _c(donor, freeze=True), _c(donor)),
+            Estimand("direct", donor, _c(donor, freeze=True), figure="first"),
+            Estimand("repair", donor, _c(donor, freeze=True), _c(donor), figure="first"),
             Estimand("fall of G", donor, minus=_g(donor)),
         )
     ),
@@ -120,14 +124,17 @@ ESTIMANDS: tuple[Estimand, ...] = (
     *_PARTS,
     *(replace(e, name=f"{e.name} (norm frozen)", figure=f"{e.figure}_frozen", shown="") for e in (*_MARGINS, *_PARTS)),
     *(Estimand("rise over others", donor, _c(donor), figure="rise") for donor in PRIMARY_DONORS),
+    *(Estimand(FIRST_RELEASE, donor, _c(donor), figure="first") for donor in PRIMARY_DONORS),
 )
-ROLE_ESTIMANDS = ("release", "direct", "fall of G", "reads picture", "reads sound", "rise over others")
+ROLE_ESTIMANDS = ("release", "direct", "fall of G", "reads picture", "reads sound", "rise over others", FIRST_RELEASE)
 """What suppressors' roles are told by."""
 
 
 def figures(effects: Mapping[Request, Effect]) -> dict[tuple[str, str], PerHead]:
-    """Compute every estimand, by name and donor."""
-    return {(one.name, one.donor): one.of(effects) for one in ESTIMANDS}
+    """Compute every estimand, by name and donor; what is another's where answers have one token is left out there."""
+    alike = all(one.first is one.margin for one in effects.values())
+    listed = [one for one in ESTIMANDS if not (alike and one.name == FIRST_RELEASE)]
+    return {(one.name, one.donor): one.of(effects) for one in listed}
 
 
 def donor_of(name: str) -> str:
@@ -162,22 +169,28 @@ class Effect:
         rise: the change of the heard sound's answer over the mean of the other candidates, mirrored.
         on_sound: the change of the sound's answer (the picture's in the mirror), centred over all candidates.
         on_picture: the same of the picture's answer.
-        margin_frozen: the change of M with the final norm frozen; so the two below.
+        first: the change of M at the first token; `margin` itself where all answers have one.
+        margin_frozen: the change of M with the final norm frozen; so the three below.
     """
 
     margin: PerHead
     rise: PerHead
     on_sound: PerHead
     on_picture: PerHead
+    first: PerHead
     margin_frozen: PerHead
     on_sound_frozen: PerHead
     on_picture_frozen: PerHead
+    first_frozen: PerHead
 
     @classmethod
     def unmeasured(cls, n: int, chunk: Chunk) -> Effect:
         """Make room for the effects on n conflicts."""
         shape = (n, chunk.bench.engine.n_layers, chunk.bench.engine.n_heads)
-        return cls(*(np.full(shape, np.nan) for _ in FIGURES))
+        made = {name: np.full(shape, np.nan) for name in FIGURES}
+        if not chunk.bench.candidates.several:
+            made |= {"first": made["margin"], "first_frozen": made["margin_frozen"]}
+        return cls(**made)
 
 
 TOGETHER = 64  # edited runs whose scores are read at once
@@ -196,22 +209,29 @@ def edited_scores(
 
     Scores are as the model gives them, and as `linear_logits` reads them out.
     """
-    candidates, engine = chunk.bench.candidates, chunk.bench.engine
+    candidates, engine, examples = chunk.bench.candidates, chunk.bench.engine, chunk.examples
     recording, tokens = chunk.run(base, wanted[0].question), candidates.tokens
+    own = chunk.own(recording)
     numbers = product(range(len(wanted)), range(len(heads)))
     owners = sorted(numbers, key=lambda one: (heads[one[1]][0], one[0], heads[one[1]]))  # layer by layer
     asked = [(wanted[r], heads[j]) for r, j in owners]
     plans = [recording.plan(chunk.z(base, [h], one.donor, one.question), freeze=one.freeze) for one, h in asked]
-    out = np.full((2, len(wanted), len(heads), len(chunk.examples), len(candidates.names)), np.nan)
-    runs = engine.changed(recording, plans)
+    out = np.full((2, len(wanted), len(heads), len(examples), candidates.width), np.nan)
+    runs = chunk.changed(recording, plans)
     for start in range(0, len(plans), TOGETHER):
-        some = [(one.logits[:, tokens], one.final) for one in islice(runs, TOGETHER)]
-        logits, finals = (torch.stack(column) for column in zip(*some, strict=True))
+        some = [(one.logits[:, tokens], one.final, *_whole(chunk, one, own)) for one in islice(runs, TOGETHER)]
+        logits, finals, *whole = (torch.stack(column) for column in zip(*some, strict=True))
         where = tuple(np.array(owners[start : start + TOGETHER]).T)
-        out[0][where] = candidates.pooled(logits)
-        out[1][where] = candidates.pooled(engine.linear_logits(recording, finals, tokens))
+        linear = engine.linear_logits(recording, finals, tokens)
+        for scale, (read, said) in enumerate(zip((logits, linear), whole or (None, None), strict=True)):
+            out[scale][where] = candidates.completed(candidates.pooled(read), examples, said)
         tick(len(some))
     return out
+
+
+def _whole(chunk: Chunk, one: Edited, own: Edited) -> tuple[torch.Tensor, ...]:
+    """What a run says of answers of several tokens, with its own final norm and with the unedited run's."""
+    return tuple(said for said in (chunk.said(one), chunk.said(one, own)) if said is not None)
 
 
 def effect_figures(
@@ -230,6 +250,8 @@ def effect_figures(
         "on_picture": (seen, heard, 1),
         "rise": (rise, partial(above, of="picture"), 1),
     }
+    if candidates.several:
+        parts["first"] = (partial(candidates.margin, first=True), partial(candidates.margin, first=True), -1)
 
     def change(figure: Callable[..., np.ndarray], scores: tuple[np.ndarray, np.ndarray], scale: int) -> np.ndarray:
         before, after = scores
@@ -251,7 +273,8 @@ def _chunk_effects(
 
     def scores(cell: str) -> tuple[np.ndarray, np.ndarray]:
         after, run = edited_scores(chunk, cell, wanted, heads, tick), chunk.run(cell, question)
-        linear = candidates.pooled(chunk.bench.engine.linear_logits(run, run.final, candidates.tokens))
+        own = candidates.pooled(chunk.bench.engine.linear_logits(run, run.final, candidates.tokens))
+        linear = candidates.completed(own, chunk.examples, chunk.said(chunk.own(run)))
         chunk.drop_traces(cell, question=question)
         return np.stack([chunk.reading(cell, question).scores, linear]), after
 
@@ -288,8 +311,8 @@ def measure_requests(
             if done == before:
                 tick(2 * len(these) * len(heads))
             for r, request in enumerate(these):
-                for figure in FIGURES:
-                    getattr(out[request], figure)[rows[:, None], layers, columns] = found[figure][:, r]
+                for figure, values in found.items():
+                    getattr(out[request], figure)[rows[:, None], layers, columns] = values[:, r]
     return out
 
 
@@ -297,9 +320,9 @@ def edited_readings(
     chunk: Chunk, base: str, sets: Sequence[Sequence[Head]], donors: Sequence[str], question: str = "ask"
 ) -> list[CellReading]:
     """Edit sets of heads together and read what each edited run says."""
-    run, read = chunk.run(base, question), chunk.bench.candidates.read
+    run = chunk.run(base, question)
     plans = [run.plan(chunk.z(base, heads, name, question)) for heads, name in zip(sets, donors, strict=True)]
-    return [read(one.logits, chunk.examples) for one in chunk.bench.engine.changed(run, plans)]
+    return [chunk.read(one) for one in chunk.changed(run, plans)]
 
 
 DLA = ("dla", "")
@@ -336,22 +359,42 @@ def margin_metric(chunk: Chunk) -> Metric:
     """Write M as a metric of a stack: score(sound's answer) - score(picture's), each conflict's own."""
     answers = [chunk.bench.conflicts[int(i)].answers for i in chunk.examples]
     sides = (each([pair[side] for pair in answers]) for side in (0, 1))
-    return as_metric(logit_diff(*sides), chunk.bench.engine.model)
+    return replace(as_metric(logit_diff(*sides), chunk.bench.engine.model), summed=True)
+
+
+def first_metric(chunk: Chunk) -> Metric:
+    """Write M at the first token as a metric, each first token once."""
+    metric, ids = margin_metric(chunk), list[torch.Tensor]()
+    for tokens in (found[..., :1].clone() for found in metric.ids or ()):
+        for option in range(1, tokens.shape[1]):
+            tokens[:, option].masked_fill_((tokens[:, :option] == tokens[:, [option]]).any(1), -1)
+        ids.append(tokens)
+    return replace(metric, ids=tuple(ids))
 
 
 def effects_of_plans(
-    chunk: Chunk, base: str, plans: Callable[[str], Sequence[Plan | None]]
+    chunk: Chunk, base: str, plans: Callable[[str], Sequence[Plan | None]], *, first: Sequence[int] = ()
 ) -> Float[np.ndarray, "batch plan"]:
-    """Measure plans, made for a cell, in the cell and in its mirror: effects on C or G; NaN where there is no plan."""
-    metric = margin_metric(chunk)
+    """Measure plans, made for a cell, in the cell and in its mirror: effects on C or G; NaN where there is no plan.
+
+    Of answers of several tokens the plans numbered in `first` are read at the first token.
+    """
 
     def changes(cell: str) -> np.ndarray:
         given = plans(cell)
-        made = [Plan(), *(plan for plan in given if plan is not None)]
-        scores = measure_plans(trace_of(chunk, cell), made, metric).double().numpy()
-        return _placed(given, scores[1:] - scores[0])
+        out = _changes(chunk, cell, given, margin_metric(chunk))
+        if first and chunk.spoken is not None:
+            out[list(first)] = _changes(chunk, cell, [given[number] for number in first], first_metric(chunk))
+        return out
 
     return mirrored(base, changes).T
+
+
+def _changes(chunk: Chunk, cell: str, plans: Sequence[Plan | None], metric: Metric) -> Float[np.ndarray, "plan batch"]:
+    """What plans change in one cell."""
+    made = [Plan(), *(plan for plan in plans if plan is not None)]
+    scores = measure_plans(trace_of(chunk, cell), made, metric).double().numpy()
+    return _placed(plans, scores[1:] - scores[0])
 
 
 def _placed(plans: Sequence[Plan | None], found: Float[np.ndarray, "made batch"]) -> Float[np.ndarray, "plan batch"]:

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 from torch.nn import functional
 
@@ -46,6 +46,9 @@ from av_lens.errors import ProtocolError, unknown
 from av_lens.families.decoder import hook_name, weight_of
 from av_lens.inputs import AVInputs
 from av_lens.interventions import CompiledPlan, Edit, Plan, Site, replace
+from av_lens.isolation.measuring.scoring import Edited, divisor
+from av_lens.metrics.forms import followed
+from av_lens.replay.branches import Branches
 from av_lens.replay.recording import record_bytes
 from av_lens.replay.rerun import Taps, layer_of, layers, rerun, start_of
 from av_lens.replay.stacks import run_streams, scheduled
@@ -219,14 +222,6 @@ def edits_at(positions: Int[np.ndarray, " place"], values: Values) -> list[Edit]
     ]
 
 
-@dataclass(frozen=True, eq=False)
-class Edited:
-    """An edited run at the asked position: its logits, and the stream that enters the final norm."""
-
-    logits: Float[Tensor, "batch d_vocab"]
-    final: Float[Tensor, "batch d_model"]
-
-
 def site_positions(spans: SpanMap, site: str, sinks: Sequence[int] = ()) -> Int[np.ndarray, " site"]:
     """Find a site's positions in a prompt, ascending; an unknown site and one without positions are refused."""
     if site not in SITES:
@@ -357,35 +352,46 @@ class ModelEngine:
         """Sum the value-weighted attention that each position gets from the suffix, all layers and heads together."""
         return incoming_mass(self.model, inputs).double().numpy()
 
-    def changed(self, recording: Recording, plans: Sequence[Plan]) -> Iterator[Edited]:
-        """Run a recording's inputs again under each plan, in order."""
+    def changed(
+        self, recording: Recording, plans: Sequence[Plan], answers: Sequence[Int64[Tensor, "batch _"]] = ()
+    ) -> Iterator[Edited]:
+        """Run a recording's inputs again under each plan, in order; and answers of several tokens after them."""
         trace = self._restartable(recording)
-        if trace is None:
-            yield from (self._hooked(recording, plan) for plan in plans)
+        branches = None if trace is None or not answers else Branches.of(trace, answers)
+        if trace is None or (answers and branches is None):
+            # Of an edited run's restart a plan may name the new edits alone (`Recording.plan`): here all are made.
+            under = Plan(edits_at(recording.site, recording.under) if answers else ())
+            yield from (self._hooked(recording, under + plan, answers) for plan in plans)
             return
-        asked = torch.tensor([int(recording.window[-1])])
+        asked, rows = torch.tensor([int(recording.window[-1])]), 1 if branches is None else 1 + sum(branches.sizes)
         # A stack's activations keep to their own budget; what is bounded here are the streams that are handed back.
-        together = int(max(1, min(512, STREAM_BYTES // recording.final.nbytes)))
+        together = int(max(1, min(512, STREAM_BYTES // (rows * recording.final.nbytes))))
+        batch, width = recording.final.shape
         for start in range(0, len(plans), together):
             some = plans[start : start + together]
-            finals = recording.final.new_empty(len(some), *recording.final.shape)
+            streams = recording.final.new_empty(len(some), batch, rows, width)
             with torch.no_grad():
                 schedule = scheduled(trace, some, n_asked=1, budget_gb=1.0)
-                for numbers, stream in run_streams(trace, schedule, asked):
-                    finals[list(numbers)] = stream[:, :, 0]
-                for final in finals:
-                    yield Edited(unembedded(self.model, final).float(), final)
+                for numbers, stream in run_streams(trace, schedule, asked, branches):
+                    streams[list(numbers)] = stream
+                for stream in streams:
+                    final = stream[:, 0].contiguous()
+                    later = None if branches is None else stream[:, 1:]
+                    yield Edited(unembedded(self.model, final).float(), final, later)
 
-    def _hooked(self, recording: Recording, plan: Plan) -> Edited:
-        if not len(plan):  # the run as it was recorded, with the edits that it was made under
+    def _hooked(self, recording: Recording, plan: Plan, answers: Sequence[Int64[Tensor, "batch _"]]) -> Edited:
+        if not len(plan) and not answers:  # the run as it was recorded, with the edits that it was made under
             return Edited(recording.logits, recording.final)
-        compiled = plan.compile(self.model.spec, recording.inputs.spans, batch=len(recording.inputs))
-        asked, final = int(recording.window[-1]), list[Tensor]()
-        last = (hook_name("resid_post", self.n_layers - 1), watching(partial(_keep, final, asked)))
-        with torch.no_grad():
-            logits = logits_of(self.model, recording.inputs, [*compiled.fwd_hooks, last], torch.tensor([asked]))[:, 0]
-        compiled.verify()
-        return Edited(logits.float().clone(), final[0])
+        asked, logits, found = int(recording.window[-1]), recording.logits, list[Tensor]()
+        last = (hook_name("resid_post", self.n_layers - 1), watching(partial(_keep, found, asked)))
+        for tokens in answers or [recording.inputs.ids[:, :1]]:
+            inputs = followed(recording.inputs, tokens)
+            compiled = plan.compile(self.model.spec, inputs.spans, batch=len(inputs))
+            with torch.no_grad():
+                logits = logits_of(self.model, inputs, [*compiled.fwd_hooks, last], torch.tensor([asked]))[:, 0]
+            compiled.verify()
+        later = torch.cat([stream[:, 1:] for stream in found], dim=1) if answers else None
+        return Edited(logits.float().clone(), found[-1][:, 0], later)
 
     def linear_logits(
         self, recording: Recording, final: Float[Tensor, "*more batch d_model"], ids: Int[Tensor, " token"]
@@ -393,14 +399,10 @@ class ModelEngine:
         """Read tokens' logits from a stream, the final norm dividing by what it divided by in the recording."""
         norm, head = self.model.ln_final.original_component, self.model.bridge.unembed.original_component
         with torch.no_grad():
-            ratio = self._divisor(final) / self._divisor(recording.final)
+            ratio = divisor(self.model, final) / divisor(self.model, recording.final)
             normed, weight = norm(final).float() * ratio, weight_of(head)[ids].float()
             bias = None if head.bias is None else weight_of(head, "bias")[ids].float()
             return functional.linear(normed.to(weight.device), weight, bias).to(final.device)
-
-    def _divisor(self, stream: Tensor) -> Float[Tensor, "*more batch 1"]:
-        norm = self.model.ln_final.original_component
-        return (stream.float().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
 
     @cached_property
     def _output_weights(self) -> Float[Tensor, "layer head d_head d_model"]:
@@ -418,7 +420,7 @@ class ModelEngine:
         norm = self.model.ln_final.original_component
         unembedding, scale = weight_of(self.model.bridge.unembed.original_component), weight_of(norm).detach().float()
         columns = unembedding.detach()[ids.to(unembedding.device)].T.float()
-        return (written / self._divisor(recording.final) * scale.to(written)) @ columns.to(written)
+        return (written / divisor(self.model, recording.final) * scale.to(written)) @ columns.to(written)
 
     def write_norms(self, recording: Recording) -> Float[np.ndarray, "layer head"]:
         """Measure how much each head writes at the site: the mean over examples and positions of |z W_O|."""
@@ -447,4 +449,4 @@ class Cells:
 
 
 def _keep(kept: list[Tensor], position: int, stream: Tensor) -> None:
-    kept.append(stream[:, position].detach().clone())
+    kept.append(stream[:, position:].detach().clone())

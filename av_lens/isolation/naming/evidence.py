@@ -23,8 +23,8 @@ from av_lens.isolation.measuring.effects import DLA, Request, direct_writes, fig
 from av_lens.isolation.measuring.engine import MEDIA_SITES, PRIMARY_DONORS, Head, Means
 from av_lens.isolation.naming import roles
 from av_lens.isolation.naming.roles import LEVEL, Evidence, Named, Tests, head_means
+from av_lens.results.dealing import CONFIRMATION
 from av_lens.results.record import RELEASING
-from av_lens.results.statistics import CONFIRMATION
 
 PERCENTILE = 99
 """Of the null of other models: s is what the same edits reach under a question about neither sound nor picture."""
@@ -49,7 +49,7 @@ class SiteEvidence:
         out: list[dict[str, Any]] = []
         for (estimand, donor), values in self.evidence.figures.items():
             heads = np.argwhere((~np.isnan(values)).any(0))
-            bounds = self.evidence.half.rows(values[:, *heads.T]) if len(heads) else []
+            bounds = self.evidence.half.rows(values[:, *heads.T], donor) if len(heads) else []
             of = {"half": half, "site": self.site, "estimand": estimand, "donor": donor}
             where = ({"layer": layer, "head": head} for layer, head in heads.tolist())
             out += [of | at | found for at, found in zip(where, bounds, strict=True)]

@@ -34,10 +34,11 @@ import numpy as np
 from jaxtyping import Float
 
 from av_lens.isolation.measuring.bench import Half
-from av_lens.isolation.measuring.effects import Figures, PerHead, donor_of
+from av_lens.isolation.measuring.effects import FIRST_RELEASE, Figures, PerHead, donor_of
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS, Head
+from av_lens.results.dyadic import Inference
 from av_lens.results.record import RELEASING, SUPPRESSORS
-from av_lens.results.statistics import Interval, benjamini_hochberg, sign_flips
+from av_lens.results.statistics import Interval, benjamini_hochberg
 
 DIRECT_CUT = DAMAGE_CUT = 0.5
 PARTS = {
@@ -46,6 +47,8 @@ PARTS = {
     "gate": ("release {}", "indirect {}"),
 }
 """What each suppressor's role consists of, by donor; all must hold."""
+READS = ("picture", "sound")
+"""The parts that use the third clip."""
 CARRIERS = {"silenced carrier": "silenced", "sound carrier": "carries"}
 """The estimand that makes a head a carrier."""
 Table = Float[np.ndarray, "layer head"]
@@ -79,11 +82,14 @@ class Evidence:
 
     def __getitem__(self, key: str | tuple[str, str]) -> PerHead:
         """An estimand's effects; NaN where it was not measured."""
-        return self.figures[(key, donor_of(key)) if isinstance(key, str) else key]
+        name, donor = (key, donor_of(key)) if isinstance(key, str) else key
+        if name == FIRST_RELEASE and (name, donor) not in self.figures:
+            name = "release"  # where all answers have one token
+        return self.figures[name, donor]
 
     def by_donor(self, name: str) -> dict[str, PerHead]:
         """An estimand's effects by each primary donor."""
-        return {donor: self.figures[name, donor] for donor in PRIMARY_DONORS}
+        return {donor: self[name, donor] for donor in PRIMARY_DONORS}
 
     @property
     def largest_release(self) -> Table:
@@ -127,8 +133,18 @@ def run_tests_together(found: Sequence[Evidence], *, s: float, family: int, seed
     parts = [_parts(one, s) for one in found]
     names = list(parts[0])
     stacked = np.stack([np.stack([part[name] for name in names], axis=-1) for part in parts], axis=-1)
-    flips = sign_flips(stacked, found[0].half.components, family=family, seed=seed)
-    return [_by_role(names, flips.p[..., i], flips.p_maxt[..., i]) for i in range(len(found))]
+    p, p_maxt = np.full((2, *stacked.shape[1:]), np.nan)
+    for inference, some in _by_rule(found[0].half, names):
+        tested = inference.test(stacked[..., some, :], family=family, seed=seed)
+        p[..., some, :], p_maxt[..., some, :] = tested.p, tested.p_maxt
+    return [_by_role(names, p[..., i], p_maxt[..., i]) for i in range(len(found))]
+
+
+def _by_rule(half: Half, names: Sequence[str]) -> list[tuple[Inference, list[int]]]:
+    """Group the parts that are tested together: all, or those that use the third clip apart."""
+    reads = [number for number, name in enumerate(names) if name in READS and half.third is not None]
+    rest = [number for number in range(len(names)) if number not in reads]
+    return [(half.boot, rest), *([(half.third, reads)] if half.third is not None else [])]
 
 
 def _parts(found: Evidence, s: float) -> dict[str, PerHead]:
@@ -138,7 +154,7 @@ def _parts(found: Evidence, s: float) -> dict[str, PerHead]:
     for donor in PRIMARY_DONORS:
         release = found["release", donor]
         parts[f"release {donor}"] = release - delta
-        parts[f"direct {donor}"] = found["direct", donor] - DIRECT_CUT * release
+        parts[f"direct {donor}"] = found["direct", donor] - DIRECT_CUT * found[FIRST_RELEASE, donor]
         parts[f"indirect {donor}"] = -parts[f"direct {donor}"]
     parts["picture"] = found["reads picture"] - found["reads sound"]
     parts["sound"] = -parts["picture"]
@@ -206,15 +222,15 @@ class Cuts:
             of = found.by_donor(name)
             return np.select([donors == donor for donor in of], list(of.values()), np.nan)
 
-        boot, release = found.half.boot, chosen("release")
+        boot, third, release = found.half.boot, found.half.by("wa"), chosen("release")
         return cls(
             release=boot.mean(release),
             damage=boot.mean(chosen("fall of G") - DAMAGE_CUT * release),
             rise=boot.mean(chosen("rise over others")),
-            share=boot.ratio(chosen("direct"), release),
-            reads=boot.mean(found["reads picture"] - found["reads sound"]),
-            reads_picture=boot.mean(found["reads picture"]),
-            reads_sound=boot.mean(found["reads sound"]),
+            share=boot.ratio(chosen("direct"), chosen(FIRST_RELEASE)),
+            reads=third.mean(found["reads picture"] - found["reads sound"]),
+            reads_picture=third.mean(found["reads picture"]),
+            reads_sound=third.mean(found["reads sound"]),
             delta=found.half.delta(s),
         )
 

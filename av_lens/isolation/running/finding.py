@@ -26,19 +26,21 @@ import numpy as np
 from av_lens.isolation.explaining.knowledge import Known
 from av_lens.isolation.measuring.behaviour import rows_of
 from av_lens.isolation.measuring.bench import Half
-from av_lens.isolation.measuring.effects import DLA, ESTIMANDS, donor_of
+from av_lens.isolation.measuring.effects import DLA, ESTIMANDS, FIRST_RELEASE, donor_of
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS
 from av_lens.isolation.measuring.scoring import NEITHER, UNREAD
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence
 from av_lens.isolation.naming.roles import CARRIERS, LEVEL, Evidence, Named, head_means
 from av_lens.isolation.running import preparing
 from av_lens.isolation.running.preparing import ALSO_COUNTED_AT, Run
-from av_lens.isolation.sets.confirmation import Held, ranked_heads
+from av_lens.isolation.sets.confirmation import FEWEST_WORDS, ON_WORDS, UNTESTED, Held, ranked_heads
 from av_lens.isolation.sets.search import MOST_MEMBERS
 from av_lens.isolation.sets.sets import head_names
+from av_lens.results.dealing import CONFIRMATION, DISCOVERY
+from av_lens.results.dyadic import SOURCE, Dyadic
+from av_lens.results.power import FEWEST_PILOTS, conflicts_needed
 from av_lens.results.provenance import stamp
 from av_lens.results.record import RELEASING, Isolation, table
-from av_lens.results.statistics import CONFIRMATION, DISCOVERY, smallest_effect
 
 UNSPECIFIC = {
     "not specific": "Not specific (harm of 5 points is not excluded)",
@@ -53,12 +55,19 @@ def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tupl
     named = [row for row in claimed if held.confirmed.get(row, False)]
     parts = [gap_sentence]
     if named:
-        parts.append(f"Confirmed at {sites}: {_by_role(named)}.")
+        untested = any(held.words.get(row) == UNTESTED for row in named)
+        words = f", untested over words (fewer than {FEWEST_WORDS})" if untested else ""
+        parts.append(f"Confirmed{words} at {sites}: {_by_role(named)}.")
     else:
         parts.append(f"No head at {sites} is confirmed as a suppressor above {s:.2f} of G. {_largest(known)}")
         parts.append(_power_sentence(known, family))
-    if len(claimed) > len(named):
-        parts.append(f"{len(claimed) - len(named)} more named on discovery did not hold on confirmation.")
+    tied = [row for row in claimed if held.words.get(row) == ON_WORDS]
+    if tied:
+        parts.append(
+            f"On these words: {_by_role(tied)}. It holds on new clips, not over words: with other answers it may not."
+        )
+    if len(claimed) > len(named) + len(tied):
+        parts.append(f"{len(claimed) - len(named) - len(tied)} more named on discovery did not hold on confirmation.")
     counts = counts_above(known)
     shares, heads = ", ".join(f"{share:.2f}" for share in counts), ", ".join(map(str, counts.values()))
     parts.append(f"Heads whose largest single release on discovery is above {shares} of G: {heads}.")
@@ -166,22 +175,35 @@ def _power_sentence(known: Known, family: int) -> str:
     g = float(half.G.mean())
     if math.isinf(size):
         return f"With these few components no effect, however large, could have passed {family} tests."
+    shared = isinstance(half.boot, Dyadic) and half.boot.unit == SOURCE
+    many = f"{len(half.examples)} conflicts" if shared else f"{len(set(half.components))} components"
     return (
-        f"The smallest release that {len(set(half.components))} components and {family} tests find with 80% power "
+        f"The smallest release that {many} and {family} tests find with 80% power "
         f"is {s * g + size * deviation:.2f} logits ({s + size * deviation / g:.2f} of G)."
     )
 
 
+def planned(known: Known, family: int) -> str:
+    """Take a run that is too small for a pilot: how many conflicts would its largest single release need?"""
+    heads, donor = ranked_heads(known.searched.first)
+    half = known.discovery
+    release = known.searched.first.evidence["release", donor][:, *heads[0]] - known.searched.s * half.G
+    if (~np.isnan(release)).sum() < FEWEST_PILOTS:
+        return ""
+    plan = conflicts_needed(release, family=family).sentence()
+    return f"The largest single release is {head_names(heads[:1])}'s ({donor}). {plan}"
+
+
 def power(searched: Searched | None, half: Half, *, family: int) -> tuple[float, float]:
     """Compute the smallest effect above the threshold, and the standard deviation that it is counted in."""
-    components = np.asarray(half.components)
-    size = smallest_effect(len(np.unique(components)), family=family)
+    size = half.boot.smallest_effect(family=family)
     if searched is None:
         return size, float("nan")
     evidence = searched.first.evidence
     values = evidence["release", "blank_muted"] - (searched.s * evidence.half.G)[:, None, None]
-    means = np.stack([head_means(values[components == c]) for c in np.unique(components)])
-    return size, float(np.nanpercentile(means.std(0, ddof=1), 90)) if len(means) > 1 else float("nan")
+    deviation = half.boot.deviation(values)
+    known = deviation[~np.isnan(deviation)]
+    return size, float(np.percentile(known, 90)) if len(known) else float("nan")
 
 
 def summary(run: Run, known: Known | None) -> dict[str, float]:
@@ -218,6 +240,8 @@ def finding(
 ) -> Isolation:
     """Write down what a run found, as far as it went."""
     engine, tables = run.bench.engine, dict[str, Any](more[0])
+    units = [half.boot.unit for half in run.both]
+    inference = {half.name: rules_of(half) for half in run.both}
     arrays = {f"{half.name}/{name}": getattr(half, name) for half in run.both for name in ("G", "C")} | more[1]
     if known is not None:
         sides = ((DISCOVERY, known.searched), (CONFIRMATION, known.held))
@@ -245,10 +269,16 @@ def finding(
             answers=run.answers,
             choices=list(preparing.CHOICES),
             seconds=round(seconds, 1),
-            bootstrap_units=[half.boot.unit for half in run.both],
+            **({"bootstrap_units": units} if run.dealt.edition == "1" else {"inference": inference}),
         ),
         **{name: table(name, rows) for name, rows in tables.items()},
     )
+
+
+def rules_of(half: Half) -> dict[str, str]:
+    """Say which rule makes a half's intervals and p: of effects, of those with the third clip, over words."""
+    rules = {"effects": half.boot, "effects with the third clip": half.third, "over words": half.words}
+    return {name: rule.rule for name, rule in rules.items() if rule is not None}
 
 
 def behaviour_rows(run: Run) -> list[dict[str, Any]]:
@@ -323,7 +353,8 @@ def _figures(evidence: Evidence, row: Named, key: tuple[str, str], prefix: str) 
     share = half.share(effect)
     out = half.bounded(effect, "effect", prefix) | {f"{prefix}share": share["share"]} | ({} if prefix else share)
     if key[0] == "release":
-        out[f"{prefix}direct_share"] = float(half.boot.ratio(evidence["direct", row.donor][at], effect).value)
+        direct, first = (evidence[name, row.donor][at] for name in ("direct", FIRST_RELEASE))
+        out[f"{prefix}direct_share"] = float(half.boot.ratio(direct, first).value)
     return out
 
 
@@ -341,13 +372,14 @@ def _flags(row: Named, searched: Searched, held: Held) -> str:
     """Mark a suppressor that zero alone finds (its output is the same in every cell), and a role that did not hold."""
     if row.role not in RELEASING:
         return ""
+    words = [told] if (told := held.words.get(row)) else []
     if row in held.named_members:
-        return "named as a member: its release with the other members edited"
-    flags: list[str] = []
+        return "; ".join(["named as a member: its release with the other members edited", *words])
+    flags = words
     if row.donor == "zero" and not any(searched.passes(row, donor) for donor in PRIMARY_DONORS if donor != "zero"):
         flags.append("always on")
     site = held.sites.get(row.site)
-    if site is not None and not held.confirmed.get(row, False):
+    if site is not None and not words and not held.confirmed.get(row, False):
         mean = head_means(site.evidence["release", row.donor])[row.at]
         if site.tests.release_p[row.donor][row.at] < LEVEL and mean > site.evidence.half.delta(searched.s):
             flags.append("the release holds (p uncorrected), the role does not")

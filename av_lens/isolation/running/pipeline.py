@@ -27,6 +27,7 @@ from typing import Any
 
 from av_lens.core.execution import places, standing_hooks
 from av_lens.errors import ProtocolError
+from av_lens.isolation.explaining.captions import caption_tables
 from av_lens.isolation.explaining.knowledge import Known, knowledge_rows
 from av_lens.isolation.explaining.mechanisms import cards
 from av_lens.isolation.explaining.robustness import robustness_rows
@@ -38,13 +39,13 @@ from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.naming import evidence
 from av_lens.isolation.running import cost, preparing
 from av_lens.isolation.running.durable import Ledger, watched_run
-from av_lens.isolation.running.finding import Further, finding, verdict
-from av_lens.isolation.running.preparing import Options, Run, prepared
+from av_lens.isolation.running.finding import Further, finding, planned, verdict
+from av_lens.isolation.running.preparing import EXPLORATORY, NOT_INTERPRETABLE, Options, Run, prepared
 from av_lens.isolation.sets import confirmation
 from av_lens.model.binding import remembered_towers
-from av_lens.results import statistics
+from av_lens.results import dealing
+from av_lens.results.dealing import CONFIRMATION, DISCOVERY
 from av_lens.results.record import RECORD, Isolation
-from av_lens.results.statistics import CONFIRMATION, DISCOVERY
 
 NAMED_ONLY = "Left out, as asked (named_only): all that explains the named heads and tests the finding's robustness."
 QUICK = "Left out, as asked (quick): robustness, and pairs of heads in the search for sets."
@@ -54,7 +55,6 @@ EXPLAINED: dict[str, Callable[[Known], list[dict[str, Any]]]] = {
     "routes": route_rows,
     "knowledge": knowledge_rows,
 }
-NOT_INTERPRETABLE, EXPLORATORY = "not interpretable", "exploratory"
 
 
 def isolate(
@@ -68,6 +68,8 @@ def isolate(
     layout: str = "in_video",
     quick: bool = False,
     named_only: bool = False,
+    captions: bool = False,
+    protocol: str = "2",
     budget: float | int | None = None,
     progress: Progress | None = None,
     told: Callable[[str], None] | None = None,
@@ -88,6 +90,9 @@ def isolate(
         quick: leave out robustness and pairs of heads, and say so.
         named_only: end once heads and sets are named and confirmed: none of what explains them (mechanisms, routes,
             robustness, repair), and say so.
+        captions: also let the model describe the clips, as it is and with the set edited (`found.captions`).
+        protocol: the edition: "2", or "1" for the figures of the first one (clips, not sources, are what halves must
+            not share, and inference is by components alone).
         budget: stop after so many minutes, with everything kept in `out`; the same call goes on from there.
         progress: called as `progress(stage, done, total)`.
         told: called with lines worth reading: power, what the run will cost, each conflict that is finished.
@@ -98,12 +103,13 @@ def isolate(
         The finding.
 
     Raises:
-        ProtocolError: too few conflicts; under gate="stop" also a model that would say neither answer or does not hear;
-            a folder that holds another protocol, or is to be written while hooks stand on the model.
+        ProtocolError: too few conflicts; under gate="stop" also where too few are independent for any effect to be
+            found, and a model that would say neither answer or does not hear; a folder that holds another protocol, or
+            is to be written while hooks stand on the model.
         FileError: `out` is no folder that can be written, or holds what cannot be read.
         UnfinishedError: the budget is spent, the disk is full, or a clip is gone.
     """
-    options = Options(tuple(sites), s, gate, seed, layout, quick, named_only)
+    options = Options(tuple(sites), s, gate, seed, layout, quick, named_only, captions, protocol)
     if out is not None:
         _refuse_hooks(model)
     run = prepared(model, conflicts, options, engine=engine, progress=progress)
@@ -142,6 +148,8 @@ def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:
         run.stamp(NOT_INTERPRETABLE, f"the search went on past the gate: {sentence}")
     known = _searched(run, ledger)
     kind, sentence = verdict(kind, sentence, known, run.family)
+    if EXPLORATORY in run.stamps and run.options.protocol != "1" and (plan := planned(known, run.family)):
+        run.reasons.append(plan)
     more = further(run, known)
     return finding(run, kind, sentence, known=known, more=more, seconds=time.monotonic() - started)
 
@@ -150,11 +158,12 @@ def further(run: Run, known: Known) -> Further:
     """Measure what follows the search and its confirmation; what is left out, as asked, is said in the reasons."""
     if run.options.quick:
         run.reasons.append(QUICK)
+    rows = caption_tables(known) if run.options.captions else {}
     if run.options.named_only:
         run.reasons.append(NAMED_ONLY)
-        return {}, {}
+        return rows, {}
     sites = known.searched.sites.items()
-    rows = {"units": [row for name, site in sites for row in unit_rows(site.chunks, known.discovery, site=name)]}
+    rows |= {"units": [row for name, site in sites for row in unit_rows(site.chunks, known.discovery, site=name)]}
     rows |= {name: rows_of(known) for name, rows_of in EXPLAINED.items()}
     rows["repair"], arrays = repair(known)
     if not run.options.quick:
@@ -210,23 +219,24 @@ def _competent(run: Run, dealt: dict[str, list[int]]) -> dict[str, list[int]]:
     """Choose the conflicts whose sound is heard and whose picture is seen; refuse where they are too few."""
     competent = {name: [i for i in rows if run.read.competent[i]] for name, rows in dealt.items()}
     counts = [len(rows) for rows in competent.values()]
-    size = statistics.standing(counts, [len({run.halves.component[i] for i in rows}) for rows in competent.values()])
+    size = run.dealt.standing(list(competent.values()))
     if size == "refused":
         sentence = (
             f"{counts[0]} of {len(dealt[DISCOVERY])} conflicts in discovery and "
             f"{counts[1]} of {len(dealt[CONFIRMATION])} in confirmation are competent (the sound is "
             "heard with nothing to see, the picture is seen with nothing to hear); isolation needs at least "
-            f"{statistics.FEWEST} in each half."
+            f"{dealing.FEWEST} in each half."
         )
         if run.options.gate == "stop":
             raise ProtocolError(f"refused: {sentence} Add conflicts, or clips that the model knows.")
         run.stamp(NOT_INTERPRETABLE, f"{sentence} All conflicts are used, competent or not.")
-        run.stamp(EXPLORATORY, f"exploratory: fewer than {statistics.FIRM_CONFLICTS} competent conflicts in a half.")
+        run.stamp(EXPLORATORY, f"exploratory: fewer than {dealing.FIRM_CONFLICTS} competent conflicts in a half.")
         return dealt
     if size == "exploratory":
+        units = f"{dealing.FIRM_SOURCES} sources" if run.dealt.dyadic else f"{dealing.FIRM_COMPONENTS} components"
         run.stamp(
             EXPLORATORY,
             f"exploratory: {counts[0]} and {counts[1]} competent conflicts in the halves; a verdict needs "
-            f"{statistics.FIRM_CONFLICTS} conflicts and {statistics.FIRM_COMPONENTS} components in each.",
+            f"{dealing.FIRM_CONFLICTS} conflicts and {units} in each.",
         )
     return competent

@@ -36,14 +36,15 @@ from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import SCHEMA, measuring_hash
 from av_lens.isolation.naming.evidence import PERCENTILE
 from av_lens.isolation.naming.roles import DAMAGE_CUT, DIRECT_CUT, LEVEL, family_size
+from av_lens.isolation.running.dealt import EDITIONS, Dealt, dealt_conflicts, hopeless
 from av_lens.isolation.sets.confirmation import FEWEST_SETS, NEAREST, NORM_FACTOR, RANDOM_SETS
 from av_lens.isolation.sets.search import ALL_HEADS, MOST_MEMBERS, PATIENCE, SCREENED, SYNERGIES
 from av_lens.isolation.sets.sets import MARGIN
 from av_lens.model.binding import remembered_towers
 from av_lens.replay.trace_files import weight_hashes
-from av_lens.results import statistics
+from av_lens.results import dealing, statistics
+from av_lens.results.dealing import CONFIRMATION, DISCOVERY, Halves, Member
 from av_lens.results.provenance import plain, versions
-from av_lens.results.statistics import CONFIRMATION, DISCOVERY, Bootstrap, Halves, Member
 
 S_ORGANISM, S_OTHER = 0.10, 0.03
 ALSO_COUNTED_AT = (0.10, 0.03, 0.01)
@@ -59,15 +60,15 @@ CHOICES = tuple((Path(__file__).parent / "choices.txt").read_text("utf-8").split
 def protocol_of(
     *,
     options: Mapping[str, Any],
-    halves: Halves,
-    ids: Sequence[str],
+    dealt: Dealt,
     model: Mapping[str, Any],
     conflicts: Mapping[str, Mapping[str, str]],
     family: int,
 ) -> dict[str, Any]:
     """Write the protocol of a run down."""
-    components = len({halves.component[i] for i in halves.members(DISCOVERY)})
-    size = statistics.smallest_effect(components, family=family)
+    halves = dealt.halves
+    rows = halves.members(DISCOVERY)
+    size = dealt.rules(rows, seed=0)[0].smallest_effect(family=family)
     fewest = {"fewest_clips": statistics.FEWEST_CLIPS, "fewest_components": statistics.FEWEST_COMPONENTS}
     out: dict[str, Any] = {
         "av_lens": __version__,
@@ -80,7 +81,9 @@ def protocol_of(
         "direct_share_cut": DIRECT_CUT,
         "family": family,
         "power": {
-            "discovery_components": components,
+            "discovery_components": len({halves.component[i] for i in rows}),
+            "discovery_conflicts": len(rows),
+            "discovery_sources": dealt.n_sources(rows),
             # The smallest release above s x G that is found in 4 of 5 runs, in standard deviations between components.
             "smallest_effect_in_sd": size if math.isfinite(size) else None,
         },
@@ -88,14 +91,7 @@ def protocol_of(
         "conflicts": {name: dict(parts) for name, parts in conflicts.items()},
         "least_mass_on_the_answers": LEAST_MASS,
         "least_gap_share": LEAST_GAP,
-        "halves": {
-            "largest_component": statistics.LARGEST_SHARE,
-            "fewest_conflicts": statistics.FEWEST,
-            "firm_conflicts": statistics.FIRM_CONFLICTS,
-            "firm_components": statistics.FIRM_COMPONENTS,
-            "dealt": dict(zip(ids, halves.half, strict=True)),
-            "lost": halves.n_lost,
-        },
+        "halves": _halves(dealt),
         "bootstrap": {"draws": statistics.DRAWS, "level": 0.95} | fewest,
         "sign_flips": {"most_exact_components": statistics.MOST_EXACT, "least_sampled": "10 x family / .05"},
         "random_sets": RANDOM_SETS,
@@ -118,6 +114,22 @@ def protocol_of(
     return out | {"hash": hash_of(out)}
 
 
+def _halves(dealt: Dealt) -> dict[str, Any]:
+    """Write down how the halves were made."""
+    halves, ids = dealt.halves, [one.id for one in dealt.members]
+    return {
+        "rule": halves.rule,
+        "largest_component": dealing.LARGEST_SHARE if dealt.edition == "1" else dealing.LARGEST_OF_A_HALF,
+        "fewest_conflicts": dealing.FEWEST,
+        "firm_conflicts": dealing.FIRM_CONFLICTS,
+        "firm_components": dealing.FIRM_COMPONENTS,
+        "firm_sources": dealing.FIRM_SOURCES,
+        "dealt": dict(zip(ids, halves.half, strict=True)),
+        "lost": halves.n_lost,
+        "doubled": list(dealt.twice),
+    }
+
+
 def hash_of(protocol: Mapping[str, Any]) -> str:
     """Hash what a protocol says."""
     said = {name: value for name, value in protocol.items() if name != "hash"}
@@ -132,14 +144,18 @@ def power_sentence(protocol: Mapping[str, Any]) -> str:
             f"Power: {power['discovery_components']} components on discovery are too few for {tests}: no effect, "
             "however large, could pass them."
         )
+    many = f"{power['discovery_components']} components"
+    if power["discovery_sources"] is not None:
+        many = f"{power['discovery_conflicts']} conflicts of {power['discovery_sources']} sources"
     return (
-        f"Power: {power['discovery_components']} components on discovery and {tests} find, four times in five, a "
+        f"Power: {many} on discovery and {tests} find, four times in five, a "
         f"release that exceeds {protocol['s']:g} of G by {power['smallest_effect_in_sd']:.2f} standard deviations "
         "between components."
     )
 
 
 GATES = ("stop", "report")
+NOT_INTERPRETABLE, EXPLORATORY = "not interpretable", "exploratory"
 
 
 @dataclass(frozen=True)
@@ -153,8 +169,12 @@ class Options:
     layout: str
     quick: bool
     named_only: bool = False
+    captions: bool = False
+    protocol: str = "2"
 
     def __post_init__(self) -> None:
+        if self.protocol not in EDITIONS:
+            raise ProtocolError(unknown("edition of the protocol", self.protocol, EDITIONS))
         if self.gate not in GATES:
             raise ProtocolError(unknown("gate", self.gate, GATES))
         if not self.sites:
@@ -172,8 +192,7 @@ class Run:
     """
 
     bench: Bench
-    members: list[Member]
-    halves: Halves
+    dealt: Dealt
     protocol: dict[str, Any]
     options: Options
     s: float
@@ -182,6 +201,16 @@ class Run:
     answers: dict[str, Any] = field(default_factory=dict)
     stamps: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+
+    @property
+    def members(self) -> list[Member]:
+        """What the deal knew of each conflict."""
+        return self.dealt.members
+
+    @property
+    def halves(self) -> Halves:
+        """Where each conflict went."""
+        return self.dealt.halves
 
     @property
     def key(self) -> str:
@@ -210,10 +239,9 @@ class Run:
     def half(self, name: str, examples: Sequence[int]) -> Half:
         """Collect some conflicts of a half."""
         found = np.array(examples, dtype=np.int64)
-        components, members = [self.halves.component[i] for i in found], [self.members[i] for i in found]
-        clips = [one.sound_clip for one in members], [one.picture_clip for one in members]
-        boot = Bootstrap.draw(components, *clips, seed=self.options.seed + (name == CONFIRMATION))
-        return Half(name, found, components, boot, self.read.G[found], self.read.C[found])
+        components, seed = [self.halves.component[i] for i in found], self.options.seed + (name == CONFIRMATION)
+        boot, third, words = self.dealt.rules(found.tolist(), seed=seed)
+        return Half(name, found, components, boot, self.read.G[found], self.read.C[found], third, words)
 
     def stamp(self, stamp: str, reason: str) -> None:
         """Mark every page, and say why."""
@@ -237,20 +265,13 @@ def prepared(
         read = answered(engine, named)
     named = list(read.conflicts)
     _require_enough(named, f"{len(named)} conflicts can be used. {read.sentence()} Beside them")
-    candidates = Candidates.of(named, engine.model.tokenizer)
     keys = ClipKeys()
-    members = [
-        Member(c.id, keys.of(c, "sound"), keys.of(c, "picture"), candidates.names[candidates.sound[i]])
-        for i, c in enumerate(named)
-    ]
-    halves = statistics.deal(members, seed=options.seed)
-    _refuse_strays(named, members, halves, keys)
-    named = _with_thirds(named, candidates, halves, options.seed)
+    dealt = dealt_conflicts(named, engine.model.tokenizer, keys, seed=options.seed, edition=options.protocol)
+    named, candidates = dealt.conflicts, Candidates.of(dealt.conflicts, engine.model.tokenizer)
     family = family_size(len(engine.heads), len(options.sites))
     written = protocol_of(
         options=dataclasses.asdict(options) | {"s": s, "s_rule": rule},
-        halves=halves,
-        ids=[m.id for m in members],
+        dealt=dealt,
         model=_model_identity(engine),
         conflicts=_contents(named, keys),
         family=family,
@@ -258,11 +279,16 @@ def prepared(
     bench = Bench(engine, named, candidates, site=options.sites[0], keys=keys)
     bench.progress = progress or bench.progress
     reasons = [read.sentence()] if read.left_out else []
-    return Run(bench, members, halves, written, options, s, answers=read.provenance(), reasons=reasons)
+    run = Run(bench, dealt, written, options, s, answers=read.provenance(), reasons=reasons + dealt.sentences())
+    if options.protocol != "1" and (why := hopeless(dealt, written["power"]["smallest_effect_in_sd"], family=family)):
+        if options.gate == "stop":
+            raise ProtocolError(f"refused: {why}")
+        run.stamp(NOT_INTERPRETABLE, why)
+    return run
 
 
 def _require_enough(named: Sequence[Any], found: str) -> None:
-    fewest = statistics.FEWEST
+    fewest = dealing.FEWEST
     if len(named) < 2 * fewest:
         raise ProtocolError(
             f"{found}; isolation needs at least {fewest} competent ones in each half "
@@ -292,34 +318,3 @@ def _contents(named: Sequence[Any], keys: ClipKeys) -> dict[str, dict[str, str]]
         parts["words"] = [plain(one.answers), *wording(one)]
         found[one.id] = {name: sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in parts.items()}
     return found
-
-
-def _refuse_strays(named: Sequence[Any], members: Sequence[Member], halves: Halves, keys: ClipKeys) -> None:
-    """Refuse a given third clip on which the other half's conflicts are built: the halves share no clip."""
-    built_on = {
-        clip: half
-        for member, half in zip(members, halves.half, strict=True)
-        for clip in (member.sound_clip, member.picture_clip)
-    }
-    for conflict, half in zip(named, halves.half, strict=True):
-        other = half if conflict.third is None else built_on.get(keys.of(conflict, "third"), half)
-        if statistics.LOST not in (half, other) and half != other:
-            raise ProtocolError(
-                f"conflict {conflict.id!r} was dealt to {half}, and its third clip is a source clip of {other}: the "
-                "halves must share no clip. Give a third clip that no conflict is made of, or leave third= out (one is "
-                "drawn)."
-            )
-
-
-def _with_thirds(named: Sequence[Any], candidates: Candidates, halves: Halves, seed: int) -> list[Any]:
-    """Draw w for the conflicts that bring none of their own: another conflict's sound source of the same half."""
-    out = list(named)
-    for half in (DISCOVERY, CONFIRMATION):
-        rows = halves.members(half)
-        sound = [candidates.names[candidates.sound[i]] for i in rows]
-        picture = [candidates.names[candidates.picture[i]] for i in rows]
-        drawn = statistics.third_sources(sound, picture, ids=[named[i].id for i in rows], seed=seed)
-        for i, j in zip(rows, drawn, strict=True):
-            if j >= 0 and named[i].third is None:
-                out[i] = dataclasses.replace(named[i], third=named[rows[int(j)]].sound)
-    return out

@@ -11,6 +11,9 @@ measured on the other half; `found.heads` takes its `effect low high` from here.
   score(sound's) under `see`. p = (1 + number of random sets with at least the set's release) / (1 + number of random
   sets); its floor is shown. Confirmed: its release's lower bound is above delta and it releases more than every random
   set.
+* *Words.* Clips are new here, words are not. A row that holds is tested once more with the two answers' words for
+  sources: where the lower bound of its release - s G is at or below 0 it is not confirmed, but "on these words"; with
+  fewer than 8 words it is "untested over words".
 * *Ranked heads*: the heads of largest single release are edited together, 1, 2, 4, ... of them, and then as many as it
   takes to find, by halving the interval, how many give half of the gap. This says over how many heads the suppression
   is spread. Where the curve is not monotone it is one crossing of several.
@@ -36,14 +39,17 @@ from av_lens.isolation.naming.evidence import Searched, SiteEvidence, chunks_of,
 from av_lens.isolation.naming.roles import CARRIERS, Named, confirm, family_size, head_means
 from av_lens.isolation.sets.search import InContext, SearchedSets, in_context, member_roles, member_rows, search_sets
 from av_lens.isolation.sets.sets import BuiltSet, SetEffect, controls, cumulative, head_names, release_of_sets
+from av_lens.results.dealing import CONFIRMATION, DISCOVERY
 from av_lens.results.record import RELEASING
-from av_lens.results.statistics import CONFIRMATION, DISCOVERY, holm
+from av_lens.results.statistics import holm
 
 Row = dict[str, Any]
 NAMES = (*RELEASING, *CARRIERS)
 RANDOM_SETS = 200
 NORM_FACTOR, NEAREST = 2.0, 3
 FEWEST_SETS = 20
+FEWEST_WORDS = 8
+ON_WORDS, UNTESTED = "on these words", "untested over words"
 MOST_LISTED = 20_000
 """Sets of as many heads as the members' pools hold are listed one by one up to so many, else drawn."""
 
@@ -58,6 +64,7 @@ class Held:
         roles: the chosen set's members with the roles that they have with the others edited.
         in_context: their evidence by half.
         confirmed: which rows hold, single heads' and members'.
+        words: of rows that hold on new clips what is to be said of words, if anything.
         holm_p: each row's p after Holm.
         tables: the rows about sets, by table: `sets`, `members`, `steps`, `synergies`, `ablation`, `specificity`.
         named: the (layer, head, site) whose single release names a suppressor, or breaks.
@@ -68,6 +75,7 @@ class Held:
     roles: list[Named] = field(default_factory=list)
     in_context: dict[str, InContext] = field(default_factory=dict)
     confirmed: dict[Named, bool] = field(default_factory=dict)
+    words: dict[Named, str] = field(default_factory=dict)
     holm_p: dict[Named, float] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     named: frozenset[tuple[int, int, str]] = frozenset()
@@ -119,7 +127,20 @@ def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
     held.holm_p = {row: float(value) for row, value in zip(listed, adjusted, strict=True)}
     for of, rows in groups:
         outcome = confirm(of.evidence, rows, [held.holm_p[row] for row in rows], s=s)
-        held.confirmed |= dict(zip(rows, outcome, strict=True))
+        holds = [row for row, one in zip(rows, outcome, strict=True) if one]
+        held.words |= {row: said for row in holds if (said := _over_words(of, row, s))}
+        held.confirmed |= {row: row in holds and held.words.get(row) != ON_WORDS for row in rows}
+
+
+def _over_words(found: SiteEvidence | InContext, row: Named, s: float) -> str:
+    """Say what is to be said of a suppressor over words: its release - s G by the two answers' words as sources."""
+    half = found.evidence.half
+    if row.role not in RELEASING or half.words is None:
+        return ""
+    if half.words.n_sources < FEWEST_WORDS:
+        return UNTESTED
+    release = found.evidence["release", row.donor][:, *row.at]
+    return "" if float(half.words.mean(release - s * half.G).low) > 0 else ON_WORDS
 
 
 def _confirm_sets(

@@ -43,7 +43,15 @@ from jaxtyping import Float
 
 from av_lens.core.readings import attention_mass
 from av_lens.isolation.measuring.bench import Chunk, Half, Progress, averaged, columns, gathered
-from av_lens.isolation.measuring.effects import ROLE_ESTIMANDS, Effect, Request, effect_figures, figures, requests
+from av_lens.isolation.measuring.effects import (
+    FIRST_RELEASE,
+    ROLE_ESTIMANDS,
+    Effect,
+    Request,
+    effect_figures,
+    figures,
+    requests,
+)
 from av_lens.isolation.measuring.engine import MIRROR, PRIMARY_DONORS, Head
 from av_lens.isolation.naming.evidence import SiteEvidence
 from av_lens.isolation.naming.roles import Cuts, Evidence, Named, Tests, head_means, run_tests, suppressor_role
@@ -290,16 +298,16 @@ def _cell_scores(
 ) -> tuple[Float[np.ndarray, "1 member batch candidate"], Float[np.ndarray, "1 request member batch candidate"]]:
     """The candidates' scores with all members but one edited, and with each request's edit of that one on top."""
     engine, candidates = chunk.bench.engine, chunk.bench.candidates
-    shape = (len(built.members), len(chunk.examples), len(candidates.names))
+    shape = (len(built.members), len(chunk.examples), candidates.width)
     before, after = np.full((1, *shape), np.nan), np.full((1, len(wanted), *shape), np.nan)
     run = chunk.run(cell)
     for j, head in enumerate(built.members):
         others = sorted(_others(built, head))
         edited = engine.record_edited(run, chunk.z(cell, others, built.donor)) if others else run
-        before[0, j] = candidates.scores(edited.logits)
+        before[0, j] = chunk.scores(chunk.own(edited))
         plans = [edited.plan(chunk.z(cell, [head], one.donor), freeze=one.freeze) for one in wanted]
-        for r, again in enumerate(engine.changed(edited, plans)):
-            after[0, r, j] = candidates.scores(again.logits)
+        for r, again in enumerate(chunk.changed(edited, plans)):
+            after[0, r, j] = chunk.scores(again)
     chunk.drop_traces(cell)
     return before, after
 
@@ -370,7 +378,7 @@ def _others(built: BuiltSet, head: Head) -> tuple[Head, ...]:
 def _context_columns(found: InContext, donor: str, head: Head) -> dict[str, Any]:
     at, half = (slice(None), *head), found.evidence.half
     release = found.evidence["release", donor][at]
-    share = half.boot.ratio(found.evidence["direct", donor][at], release)
+    share = half.boot.ratio(found.evidence["direct", donor][at], found.evidence[FIRST_RELEASE, donor][at])
     direct = ("direct_share", "direct_share_low", "direct_share_high")
     reads = {name: float(getattr(found.cuts, name).value[head]) for name in ("reads_picture", "reads_sound")}
     return {**half.bounded(release, "effect"), **columns(share, *direct), **reads}

@@ -38,7 +38,8 @@ from av_lens.isolation.measuring.effects import edited_readings, mirrored
 from av_lens.isolation.measuring.engine import Head
 from av_lens.isolation.measuring.scoring import UNREAD
 from av_lens.isolation.measuring.store import Arrays
-from av_lens.results.statistics import Bootstrap, non_inferiority
+from av_lens.results.dyadic import Inference
+from av_lens.results.statistics import non_inferiority
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +198,8 @@ class SetReleases:
         if under:
             run = engine.record_edited(run, chunk.z(cell, under, self.donor))
         order = sorted(sets, key=min)
-        changed = engine.changed(run, [run.plan(chunk.z(cell, one, self.donor)) for one in order])
-        scores = {one: candidates.scores(edited.logits) for one, edited in zip(order, changed, strict=True)}
+        changed = chunk.changed(run, [run.plan(chunk.z(cell, one, self.donor)) for one in order])
+        scores = {one: chunk.scores(edited) for one, edited in zip(order, changed, strict=True)}
         if self.tick is not None:
             self.tick(len(sets))
         return candidates.margin(np.stack([scores[one] for one in sets]), chunk.examples)
@@ -233,7 +234,7 @@ def _items(
         log_p, log_q = after.double().log_softmax(-1), before.double().log_softmax(-1)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1).cpu().numpy()
         return {"before": np.zeros(len(examples)), "after": divergence}
-    tops = [candidates.read(logits, examples).top for logits in (before, after)]
+    tops = [candidates.tops(logits, examples) for logits in (before, after)]
     missing = tops[1] == UNREAD  # this conflict has no such edit (a mean that leaves every other conflict out)
     if right == "own":
         was, now = np.ones(len(examples)), (before.argmax(-1) == after.argmax(-1)).cpu().numpy()
@@ -260,7 +261,7 @@ def controls(chunks: Sequence[Chunk], heads: Sequence[Head], donor: str, half: H
     return rows
 
 
-def _row(name: str, right: str, before: np.ndarray, after: np.ndarray, boot: Bootstrap) -> dict[str, Any]:
+def _row(name: str, right: str, before: np.ndarray, after: np.ndarray, boot: Inference) -> dict[str, Any]:
     if right == "kl":
         n, mean = int((~np.isnan(after)).sum()), float(np.nanmean(after))
         return {"control": name, "n": n, "before": 0.0, "after": mean, "verdict": "reported: KL in nats"}
