@@ -36,7 +36,7 @@ from av_lens.checkpoints import index, located
 from av_lens.checks import require_keywords
 from av_lens.core import Progress, run, watched
 from av_lens.errors import InputError
-from av_lens.families.blocks import TowerBridge
+from av_lens.families.adapter import TowerBridge
 from av_lens.families.registry import family_of
 from av_lens.inputs import AVInputs, Encoder
 from av_lens.inputs.encoder import LAYOUT_NAMES

@@ -19,7 +19,7 @@ from tiny import letter, tiny_config, tiny_hf_model, tiny_processor
 
 import av_lens as avl
 from av_lens.core import run
-from av_lens.core.placement import is_packed
+from av_lens.core.calls import is_packed
 from av_lens.errors import ModelError
 from av_lens.interventions import Plan, Site, add, cut, scale, zero
 from av_lens.isolation.measuring.engine import ModelEngine

@@ -28,7 +28,8 @@ import pytest
 import torch
 
 from av_lens.core.budget import ModelSpec
-from av_lens.families.decoder import ReplayTraits, hook_name
+from av_lens.families.adapter import ReplayTraits
+from av_lens.families.decoder import hook_name
 from av_lens.inputs import AVInputs
 from av_lens.isolation import isolate
 from av_lens.isolation.explaining import robustness
