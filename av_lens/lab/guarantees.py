@@ -254,7 +254,8 @@ def costs(model: HookedAVLLM, x: AVInputs) -> list[Check]:
         run(model, x)
     with measured(model.device) as spent:
         trace = model.trace(x)
-    held = sum({one.data_ptr(): one.nbytes for one in (*trace.resid, *trace.keys, *trace.values)}.values()) / 1e9
+    kept = (*trace.resid, *trace.keys, *trace.values, *trace.tables, *trace.added.values())
+    held = sum({one.data_ptr(): one.nbytes for one in kept}.values()) / 1e9
     traced = (
         f"estimated {record_bytes(model, x) / 1e9:.3g} GB, {once['s']:.3g} s; held {held:.3g} GB, {spent['s']:.3g} s"
     )

@@ -143,7 +143,7 @@ class FakeModel:
     """The module's model; `writer`, `gate` ... scale the jobs, so that a test can switch them off."""
 
     name, grammar, dtype, device = "paper", None, torch.float32, torch.device("cpu")
-    family = SimpleNamespace(replay_traits=lambda config: PLAIN)
+    family = SimpleNamespace(replay_traits=lambda config: PLAIN, added=None)
     norm = (2.0**50, 2.0**100)  # weight and epsilon
 
     def __init__(
