@@ -104,6 +104,7 @@ def test_gradients_through_the_suffix_work():
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_circuit_is_found_without_reading_weights():
     found, wanted = (find_circuit(one, pair(), metric=METRIC) for one in (packed_model(), dense_model()))
     assert list(found.nodes.index) == list(wanted.nodes.index)
