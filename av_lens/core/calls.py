@@ -80,6 +80,17 @@ def unembedded(model: Any, stream: Tensor, tokens: Tensor | None = None) -> Floa
     return (torch.tanh(logits / cap) * cap if cap > 0 else logits).to(model.device)
 
 
+def is_split(hf_model: Any) -> bool:
+    """Whether a model lies in several places, or partly where nothing computes."""
+    hooked = any("_hf_hook" in module.__dict__ for module in hf_model.modules())
+    return hooked or len({one.device for one in hf_model.parameters()}) > 1
+
+
+def is_packed(hf_model: Any) -> bool:
+    """Whether any weight is quantised."""
+    return any(one.dtype.itemsize < 2 for one in hf_model.parameters())
+
+
 def require_known_layers(model: Any, what: str) -> None:
     """Refuse what reads the weights of layers, of a model whose layers are not of the layout that is known here.
 

@@ -41,7 +41,8 @@ from av_lens.brief import Brief
 from av_lens.core.budget import GIGABYTE, ModelSpec, require_budget, selected
 from av_lens.core.calls import Kept, asked_positions, require_inputs, rows_of, watching
 from av_lens.errors import BudgetError, InterventionError, unknown
-from av_lens.families.blocks import BUDGET_GB, TowerBridge
+from av_lens.families.adapter import TowerBridge
+from av_lens.families.blocks import BUDGET_GB
 from av_lens.families.decoder import COMPONENTS, GATES, gates_named, hook_name, layer_names
 from av_lens.interventions import Plan, Site
 from av_lens.interventions.edits import Positions, resolve_positions, width_of

@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from av_lens.core.calls import is_packed, is_split
 from av_lens.errors import ModelError
 from av_lens.families.blocks import device_of
 from av_lens.families.weights import LOAD_PLAIN
-
-
-def is_split(hf_model: Any) -> bool:
-    """Whether a model lies in several places, or partly where nothing computes."""
-    hooked = any("_hf_hook" in module.__dict__ for module in hf_model.modules())
-    return hooked or len({one.device for one in hf_model.parameters()}) > 1
-
-
-def is_packed(hf_model: Any) -> bool:
-    """Whether any weight is quantised."""
-    return any(one.dtype.itemsize < 2 for one in hf_model.parameters())
 
 
 def require_movable(hf_model: Any) -> None:

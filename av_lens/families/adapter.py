@@ -12,11 +12,27 @@ A family says where its parts lie and what its layers have beyond the plain ones
 | `biases` | queries, keys and values have biases |
 | `fused` | projections that are stored as one, by path in a layer, and what each of their parts is called |
 | `inner` | what is mixed into the inner model, so that it runs as it is called here |
+
+Where a restart in the middle of a run is not exact is a family's to say too (`ReplayTraits`). A restart at layer l
+and position p hands the layers three things: the recorded stream, the recorded keys and values before p, and the mask
+of the first layer. It is exact where a layer reads nothing else and nothing after its own position. Each family
+declares where that does not hold (`replay_traits(config)`), and replay either allows for it or runs full hooked
+forwards, which are always exact, and says why in `trace.hooked_because`.
+
+| trait | what breaks | what replay does |
+|---|---|---|
+| `bidirectional` | inside a block of media, positions read later ones | starts at the block's first position |
+| `sliding_window` | some layers have another mask than the first | hooked, where the prompt is longer than the window |
+| `deepstack` | features are added to the stream between layers | hooked |
+| `per_layer_inputs` | layers read embeddings of their own | hooked |
+| `shared_keys` | layers read another layer's keys and values | hooked |
+| `layers` | layers are not of the layout that `decoder` writes down | hooked; what reads their weights is refused |
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -29,19 +45,126 @@ from transformer_lens.model_bridge.generalized_components import (
     MoERouterBridge,
     UnembeddingBridge,
 )
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from av_lens.errors import InputError
+from av_lens.errors import InputError, ModelError, unknown
 from av_lens.families.blocks import (
     FullBlockBridge,
     RealAttentionBridge,
     RealRMSNormBridge,
-    TowerBridge,
     install_embed_hook,
 )
-from av_lens.families.decoder import ReplayTraits
 from av_lens.families.fused import take_apart
+from av_lens.spans import ROLES
 
 _REMAKE = "Make the input with model.encode, or by one call of the checkpoint's processor."
+
+
+_HOOKED = {
+    "deepstack": "features are added to the stream between its layers (deepstack)",
+    "per_layer_inputs": "its layers read embeddings of their own beside the stream (per-layer inputs)",
+    "shared_keys": "some of its layers read another layer's keys and values (shared keys)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayTraits:
+    """Where an architecture breaks what a restart assumes.
+
+    Attributes:
+        bidirectional: roles whose positions read each other both ways, within a run of neighbouring positions.
+        sliding_window: how many positions the layers with a window read, where other layers have none or another; None
+            where all layers have one mask.
+        shared_window: how many positions all layers read, where all have one window. A recorded run holds its mask, so
+            restarts are exact; decoding past it forgets keys, and is left to full runs.
+        deepstack: whether features are added to the stream between layers.
+        per_layer_inputs: whether layers read embeddings of their own.
+        shared_keys: whether layers read another layer's keys and values.
+        layers: what layers do beyond the layout that `Layer` knows, in words; empty where nothing.
+    """
+
+    bidirectional: tuple[str, ...] = ()
+    sliding_window: int | None = None
+    shared_window: int | None = None
+    deepstack: bool = False
+    per_layer_inputs: bool = False
+    shared_keys: bool = False
+    layers: str = ""
+
+    def __post_init__(self) -> None:
+        for role in self.bidirectional:
+            if role not in ROLES:
+                raise ModelError(unknown("role", role, ROLES))
+        for window in (self.sliding_window, self.shared_window):
+            if window is not None and window < 1:
+                raise ModelError(f"a sliding window holds at least one position, not {window}.")
+
+    def obstacle(self, n_pos: int) -> str:
+        """Say in words why a run of so many positions cannot be restarted; empty where a restart is exact."""
+        reasons = [reason for name, reason in _HOOKED.items() if getattr(self, name)]
+        reasons += [self.layers] if self.layers else []
+        if self.sliding_window is not None and n_pos > self.sliding_window:
+            reasons.append(
+                f"some of its layers read a sliding window of {self.sliding_window} positions, and there are {n_pos}"
+            )
+        return f"this architecture cannot be restarted: {'; '.join(reasons)}" if reasons else ""
+
+    def forgets(self, n_pos: int) -> bool:
+        """Whether a run of so many positions leaves its first ones unread."""
+        return self.shared_window is not None and n_pos > self.shared_window
+
+    def restart(self, position: int, roles: Sequence[str]) -> int:
+        """Find where a restart must begin for a change at a position: at the start of a block that reads both ways."""
+        if position >= len(roles) or roles[position] not in self.bidirectional:
+            return position
+        while position and roles[position - 1] in self.bidirectional:
+            position -= 1
+        return position
+
+
+class TowerBridge(GeneralizedComponent):
+    """An encoder as one piece: `hook_in` on its features, `hook_out` on the embeddings that the fusion stack receives.
+
+    TransformerLens hooks `last_hidden_state`; a vision tower's merged tokens are its `pooler_output`. Without a field
+    the output is they; with a depth the field holds what every layer made, and they are read there, counted from the
+    end. Where a `memory` is set, it may answer in the encoder's place: `memory(encoder, args, kwargs)`.
+    """
+
+    def __init__(self, name: str, field: str | None, depth: int = 0) -> None:
+        super().__init__(name, optional=True)  # a checkpoint may come without it
+        self.rows = Rows(field, depth)
+        self.memory: Callable[..., Any] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Encode."""
+        tower: Any = self.original_component
+        first, *rest = args or (kwargs.pop(next(iter(kwargs))),)
+        args = (self.hook_in(first), *rest)
+        output = tower(*args, **kwargs) if self.memory is None else self.memory(tower, args, kwargs)
+        return self.rows.put(output, self.hook_out(self.rows.of(output)))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where an encoder's output holds its embeddings."""
+
+    field: str | None
+    depth: int = 0
+
+    def of(self, output: Any) -> torch.Tensor:
+        """Take them out of it."""
+        found = output if self.field is None else output[self.field]
+        return found[self.depth] if self.depth else found
+
+    def put(self, output: Any, rows: torch.Tensor) -> Any:
+        """Bring them in, or make an output of its class that holds nothing else; of depths theirs alone is kept."""
+        if self.field is None:
+            return rows
+        held = (rows, *[None] * (-1 - self.depth)) if self.depth else rows
+        if isinstance(output, type):
+            return output(**{self.field: held})
+        output[self.field] = held
+        return output
 
 
 def decoder_adapter(name: str, **facts: Any) -> type[DecoderAdapter]:

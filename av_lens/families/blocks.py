@@ -28,10 +28,9 @@ of keeping its pattern. Where a hook asks for all scores, the run is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -44,7 +43,6 @@ from transformer_lens.model_bridge.generalized_components import (
     PositionEmbeddingsAttentionBridge,
     RMSNormalizationBridge,
 )
-from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from av_lens.errors import BudgetError, ModelError
 from av_lens.families.decoder import Read, attended, rotated, weight_of
@@ -154,51 +152,6 @@ class RealRMSNormBridge(RMSNormalizationBridge):
             wide = wide * torch.rsqrt(variance)
         normalized = self.hook_normalized(wide)
         return self.hook_out(weight * normalized.to(stream.dtype))
-
-
-class TowerBridge(GeneralizedComponent):
-    """An encoder as one piece: `hook_in` on its features, `hook_out` on the embeddings that the fusion stack receives.
-
-    TransformerLens hooks `last_hidden_state`; a vision tower's merged tokens are its `pooler_output`. Without a field
-    the output is they; with a depth the field holds what every layer made, and they are read there, counted from the
-    end. Where a `memory` is set, it may answer in the encoder's place: `memory(encoder, args, kwargs)`.
-    """
-
-    def __init__(self, name: str, field: str | None, depth: int = 0) -> None:
-        super().__init__(name, optional=True)  # a checkpoint may come without it
-        self.rows = Rows(field, depth)
-        self.memory: Callable[..., Any] | None = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Encode."""
-        tower: Any = self.original_component
-        first, *rest = args or (kwargs.pop(next(iter(kwargs))),)
-        args = (self.hook_in(first), *rest)
-        output = tower(*args, **kwargs) if self.memory is None else self.memory(tower, args, kwargs)
-        return self.rows.put(output, self.hook_out(self.rows.of(output)))
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where an encoder's output holds its embeddings."""
-
-    field: str | None
-    depth: int = 0
-
-    def of(self, output: Any) -> torch.Tensor:
-        """Take them out of it."""
-        found = output if self.field is None else output[self.field]
-        return found[self.depth] if self.depth else found
-
-    def put(self, output: Any, rows: torch.Tensor) -> Any:
-        """Bring them in, or make an output of its class that holds nothing else; of depths theirs alone is kept."""
-        if self.field is None:
-            return rows
-        held = (rows, *[None] * (-1 - self.depth)) if self.depth else rows
-        if isinstance(output, type):
-            return output(**{self.field: held})
-        output[self.field] = held
-        return output
 
 
 BUDGET_GB = 8.0

@@ -1,19 +1,5 @@
 """One decoder layer, written once: what it computes, for all who compute it or read its weights, and its hooks by name.
 
-A restart at layer l and position p hands the layers three things: the recorded stream, the recorded keys and values
-before p, and the mask of the first layer. It is exact where a layer reads nothing else and nothing after its own
-position. Each adapter declares where that does not hold (`replay_traits(config)`), and replay either allows for it or
-runs full hooked forwards, which are always exact, and says why in `trace.hooked_because`.
-
-| trait | what breaks | what replay does |
-|---|---|---|
-| `bidirectional` | inside a block of media, positions read later ones | starts at the block's first position |
-| `sliding_window` | some layers have another mask than the first | hooked, where the prompt is longer than the window |
-| `deepstack` | features are added to the stream between layers | hooked |
-| `per_layer_inputs` | layers read embeddings of their own | hooked |
-| `shared_keys` | layers read another layer's keys and values | hooked |
-| `layers` | layers are not of the layout below | hooked; what reads their weights is refused |
-
 Names are TransformerLens's own (`blocks.3.attn.hook_z`), built from a component and a layer, never parsed:
 
     >>> hook_name("z", 3)
@@ -51,68 +37,6 @@ from torch.nn import functional
 from av_lens.errors import InterventionError, ModelError, unknown
 from av_lens.families.kernels import on_cuda
 from av_lens.families.weights import dense
-from av_lens.spans import ROLES
-
-_HOOKED = {
-    "deepstack": "features are added to the stream between its layers (deepstack)",
-    "per_layer_inputs": "its layers read embeddings of their own beside the stream (per-layer inputs)",
-    "shared_keys": "some of its layers read another layer's keys and values (shared keys)",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayTraits:
-    """Where an architecture breaks what a restart assumes.
-
-    Attributes:
-        bidirectional: roles whose positions read each other both ways, within a run of neighbouring positions.
-        sliding_window: how many positions the layers with a window read, where other layers have none or another; None
-            where all layers have one mask.
-        shared_window: how many positions all layers read, where all have one window. A recorded run holds its mask, so
-            restarts are exact; decoding past it forgets keys, and is left to full runs.
-        deepstack: whether features are added to the stream between layers.
-        per_layer_inputs: whether layers read embeddings of their own.
-        shared_keys: whether layers read another layer's keys and values.
-        layers: what layers do beyond the layout that `Layer` knows, in words; empty where nothing.
-    """
-
-    bidirectional: tuple[str, ...] = ()
-    sliding_window: int | None = None
-    shared_window: int | None = None
-    deepstack: bool = False
-    per_layer_inputs: bool = False
-    shared_keys: bool = False
-    layers: str = ""
-
-    def __post_init__(self) -> None:
-        for role in self.bidirectional:
-            if role not in ROLES:
-                raise ModelError(unknown("role", role, ROLES))
-        for window in (self.sliding_window, self.shared_window):
-            if window is not None and window < 1:
-                raise ModelError(f"a sliding window holds at least one position, not {window}.")
-
-    def obstacle(self, n_pos: int) -> str:
-        """Say in words why a run of so many positions cannot be restarted; empty where a restart is exact."""
-        reasons = [reason for name, reason in _HOOKED.items() if getattr(self, name)]
-        reasons += [self.layers] if self.layers else []
-        if self.sliding_window is not None and n_pos > self.sliding_window:
-            reasons.append(
-                f"some of its layers read a sliding window of {self.sliding_window} positions, and there are {n_pos}"
-            )
-        return f"this architecture cannot be restarted: {'; '.join(reasons)}" if reasons else ""
-
-    def forgets(self, n_pos: int) -> bool:
-        """Whether a run of so many positions leaves its first ones unread."""
-        return self.shared_window is not None and n_pos > self.shared_window
-
-    def restart(self, position: int, roles: Sequence[str]) -> int:
-        """Find where a restart must begin for a change at a position: at the start of a block that reads both ways."""
-        if position >= len(roles) or roles[position] not in self.bidirectional:
-            return position
-        while position and roles[position - 1] in self.bidirectional:
-            position -= 1
-        return position
 
 
 @dataclass(frozen=True)
@@ -278,7 +202,7 @@ def readable(weight: Any) -> bool:
 
 def weight_of(module: Any, name: str = "weight") -> Tensor:
     """A module's weight as plain numbers; fetched where it waits elsewhere, refused where it is packed."""
-    weight = getattr(module, name, None)
+    weight: Any = getattr(module, name, None)
     return weight if readable(weight) else dense(module, name)
 
 

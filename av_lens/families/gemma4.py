@@ -11,6 +11,11 @@ Larger models let the tokens of a frame attend both ways, in layers with a windo
 sound.
 
 A run cannot be restarted between these layers: traces run hooked, and say so.
+
+Gemma 3n is refused here, since it has no one residual stream: its decoder carries four (AltUp; Baykal et al., 2023),
+mixed anew before each layer by weights that depend on the token. The layer's attention and MLP read the first alone;
+what they made is added to all four, each scaled by its own weight, so that `resid_post` of a layer is not `resid_pre`
+of the next, and no decomposition, path or direct share is defined.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from torch.nn import functional
 from transformers import Gemma4ForConditionalGeneration
 
 from av_lens.errors import InputError
-from av_lens.families.decoder import ReplayTraits
+from av_lens.families.adapter import ReplayTraits
 from av_lens.families.gemma4_blocks import PIXELS, Gemma4Adapter, Gemma4BlockBridge
 from av_lens.families.media_layout import (
     Features,
@@ -203,3 +208,10 @@ FAMILY = Family(
     checkpoints="google/gemma-4-E2B-it, google/gemma-4-E4B-it, google/gemma-4-31B-it, google/gemma-4-26B-A4B-it",
     model_types=("gemma4",),
 )
+
+CANNOT_OPEN = dict.fromkeys(
+    ("Gemma3nForConditionalGeneration", "gemma3n"),
+    "Gemma 3n cannot be opened: its layers carry four streams that are mixed anew before each (AltUp), so that there "
+    "is no residual stream to hook, patch or decompose (docs/families.md). Gemma 4 has one, and opens.",
+)
+"""Why what is known by these names is no family."""

@@ -131,6 +131,8 @@ def sampled_frames(clip: Clip, fps: float | int) -> Int64[np.ndarray, " frame"]:
 class Features:
     """Runs a processor's parts (of Qwen2-VL's and Whisper's kind) and remembers what they made, up to a budget."""
 
+    ears = "feature_extractor"  # the processor's part for sounds
+
     def __init__(self, processor: Any, *, cache_bytes: int = 512 << 20, whole_mel: bool = False) -> None:
         self.processor, self.whole_mel = processor, whole_mel
         self.memory: Memory[Any] = Memory(cache_bytes, lambda made: made.nbytes)
@@ -227,7 +229,7 @@ class Features:
     @property
     def rate(self) -> int:
         """Samples a second that the processor hears."""
-        return int(self.processor.feature_extractor.sampling_rate)
+        return int(getattr(self.processor, self.ears).sampling_rate)
 
     def waveform(self, clip: Clip, most_s: float) -> Float32[np.ndarray, " sample"]:
         """A clip's sound at that rate; refused where there is none, or more than so many seconds."""

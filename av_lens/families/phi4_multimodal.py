@@ -80,6 +80,8 @@ def places(size: Tensor, mask: Tensor, crop: int) -> Int64[np.ndarray, "2 token"
 class Phi4Features(Features):
     """What this processor's parts make of a sound and an image."""
 
+    ears = "audio_processor"
+
     def _image(self, clip: Clip) -> Picture:
         part = self.processor.image_processor
         chosen = middle_frame(clip)
@@ -113,7 +115,6 @@ class Phi4Media(QwenMedia):
     system_turn = None
     disagreement = ""
     features_class = Phi4Features
-    ears = "audio_processor"
     frames_per_token = FRAMES_PER_TOKEN
 
     @classmethod

@@ -52,7 +52,6 @@ class QwenMedia(MediaLayout):
     chunk_s = 2.0  # seconds of a chunk of the weave, where the configuration does not say them
     frames_per_token = 4  # mel frames behind one token of sound
     id_type: Any = np.int64  # of position ids
-    ears = "feature_extractor"  # the processor's part for sounds
     whole_mel = False  # the tower wants the processor's padding too
     shared_borders = True  # woven into a video, the borders of sound and video share one position id
 
@@ -257,7 +256,7 @@ class QwenMedia(MediaLayout):
                 "video_options": self.features.video_options(),
             }
         if media.sound is not None:
-            wanted = int(getattr(self.processor, self.ears).sampling_rate)
+            wanted = self.features.rate
             made |= {"mel_frames": media.sound.n_frames}
             made |= {"mel": "padded with silence" if self.whole_mel else "trimmed to the sound"}
             made |= {"resampled": [clip.rate, wanted]} if clip.rate != wanted else {}

@@ -23,7 +23,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from av_lens.errors import ModelError
-from av_lens.families.decoder import ReplayTraits
+from av_lens.families.adapter import ReplayTraits
 from av_lens.families.media_layout import MediaLayout
 
 GROUP = "av_lens.families"

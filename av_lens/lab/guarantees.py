@@ -36,7 +36,8 @@ from av_lens.checkpoints import index, located
 from av_lens.checks import require_keywords
 from av_lens.core import Progress, run, watched
 from av_lens.errors import InputError
-from av_lens.families.blocks import TowerBridge
+from av_lens.families.adapter import TowerBridge
+from av_lens.families.decoder import hook_name
 from av_lens.families.registry import family_of
 from av_lens.inputs import AVInputs, Encoder
 from av_lens.inputs.encoder import LAYOUT_NAMES
@@ -89,8 +90,8 @@ def check(
         raise InputError(f"plans={plans}: at least one plan is replayed.")
     shown = made_clip() if clip is None else nameless(clip if isinstance(clip, Clip) else load_clip(clip))
     source = opened(name_or_path, **how)
-    kinds = family_of(type(source.hf_model)).media.kinds
-    wanted = dict(layouts(shown, kinds))
+    media = family_of(type(source.hf_model)).media
+    kinds, wanted = media.kinds, dict(layouts(shown, media.kinds, woven=media.woven))
     if kinds and list(wanted) == ["text"]:
         raise InputError(f"this model takes text and {' and '.join(kinds)}, and the clip has none of it: give another.")
     made_on, checks = about(source, name_or_path, shown), list[Check]()
@@ -204,17 +205,25 @@ def _ours(name: str, own: Own, model: HookedAVLLM) -> list[Check]:
     """The same input through the wrapped model."""
     towers = [f"{one}.hook_out" for one, module in model.bridge.named_modules() if isinstance(module, TowerBridge)]
     rows: dict[str, int] = {}
+    stream: dict[str, Tensor] = {}
 
     def count(value: Tensor, hook: Any, tower: str) -> None:
         rows[tower] = rows.get(tower, 0) + value.numel() // value.shape[-1]
 
-    with model.hooks([(tower, partial(count, tower=tower)) for tower in towers]):
+    def keep(value: Tensor, hook: Any, name: str) -> None:
+        stream[name] = value.detach()
+
+    looks = [(hook_name(one), partial(keep, name=one)) for one in ("embed_text", "embed")]
+    with model.hooks([*((tower, partial(count, tower=tower)) for tower in towers), *looks]):
         logits = model(own.x, budget_gb=float("inf"))[0, own.rows.to(model.device)].cpu()
     tokens, n, media = model.generate(own.x, max_new_tokens=TOKENS).cpu(), len(own.x.spans), len(own.x.spans.media)
     gap, same = share(logits, own.logits), torch.equal(logits, own.logits)
     where = "every position" if len(own.rows) == n else f"{len(own.rows)} of {n} positions"
     told = ", ".join(f"{tower.removesuffix('.hook_out')} {n}" for tower, n in rows.items())
-    counted = Check(f"{name}: rows out of the towers = tokens", sum(rows.values()) == media, f"{told}; {media} tokens")
+    entered = int((stream["embed"] != stream["embed_text"]).any(-1).sum())
+    # More rows than tokens: of what the tower's input was padded with, which the model leaves out by itself.
+    held, said = entered == media <= sum(rows.values()), f"{told}; {entered} entered at {media} tokens"
+    counted = Check(f"{name}: rows out of the towers = tokens", held, said)
     said = f"{own.tokens.shape[1] - n} tokens"
     return [
         *([counted] if media else []),
@@ -223,14 +232,14 @@ def _ours(name: str, own: Own, model: HookedAVLLM) -> list[Check]:
     ]
 
 
-def layouts(clip: Clip, kinds: Iterable[str]) -> Iterator[tuple[str, dict[str, str | None]]]:
+def layouts(clip: Clip, kinds: Iterable[str], *, woven: bool = True) -> Iterator[tuple[str, dict[str, str | None]]]:
     """The layouts of what a clip has and a model takes, with the keywords of `encode`; the richest first."""
     moves = clip.has_picture and not clip.is_image
     has = {"audio": clip.has_sound, "image": clip.has_picture, "video": moves}
     there = {kind for kind in kinds if has[kind]}
     for (picture, sound), name in LAYOUT_NAMES.items():
         needed = {picture, "audio" if sound else None} - {None}
-        if needed <= there:
+        if needed <= there and (woven or sound != "in_video"):
             yield name, {"picture": picture, "sound": sound}
 
 
@@ -254,7 +263,8 @@ def costs(model: HookedAVLLM, x: AVInputs) -> list[Check]:
         run(model, x)
     with measured(model.device) as spent:
         trace = model.trace(x)
-    held = sum({one.data_ptr(): one.nbytes for one in (*trace.resid, *trace.keys, *trace.values)}.values()) / 1e9
+    kept = (*trace.resid, *trace.keys, *trace.values, *trace.tables, *trace.added.values())
+    held = sum({one.data_ptr(): one.nbytes for one in kept}.values()) / 1e9
     traced = (
         f"estimated {record_bytes(model, x) / 1e9:.3g} GB, {once['s']:.3g} s; held {held:.3g} GB, {spent['s']:.3g} s"
     )

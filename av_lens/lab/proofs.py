@@ -110,10 +110,18 @@ def hooks(bench: Bench) -> list[Check]:
     return [whole, *(check for check in report.checks if check.held is False)]
 
 
+def layers_of_its_own(model: HookedAVLLM) -> str:
+    """That a proof does not apply, and why, where a family's layers are not of the known layout."""
+    reason = model.family.replay_traits(model.config).layers
+    return f"refused: {reason}" if reason else ""
+
+
 @torch.no_grad()
 def decomposition(bench: Bench) -> list[Check]:
     """The parts of the stream sum to it."""
     model, n = bench.model, bench.model.spec.n_layers
+    if own := layers_of_its_own(model):
+        return [Check("decompose_resid sums to the stream", None, own)]
     names = [
         hook_name("embed"),
         *layer_names("attn_out", n),
@@ -195,6 +203,8 @@ def null_edits(bench: Bench) -> list[Check]:
 def a_path(bench: Bench) -> list[Check]:
     """Path patching is its definition: from the first head to a later layer's values, of three the largest effect."""
     model, n, name = bench.model, bench.model.spec.n_layers, "path patching is its definition"
+    if own := layers_of_its_own(model):
+        return [Check(name, None, own)]
     if n == 1:
         return [Check(name, None, "not checked: a model of one layer has no path")]
     base = run(model, bench.other).logits

@@ -30,7 +30,7 @@ from av_lens.checks import require_keywords
 from av_lens.core.calls import turn_of, waiting
 from av_lens.core.execution import hook_numbers
 from av_lens.errors import InputError
-from av_lens.families.blocks import Rows, TowerBridge
+from av_lens.families.adapter import Rows, TowerBridge
 from av_lens.families.decoder import as_forward
 from av_lens.inputs.model_inputs import content_hash
 from av_lens.memory import Memory

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from av_lens.core.calls import Forwarded
-from av_lens.core.placement import is_packed, is_split
+from av_lens.core.calls import Forwarded, is_packed, is_split
 from av_lens.errors import ModelError
 from av_lens.families.weights import LOAD_PLAIN
 

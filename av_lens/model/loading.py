@@ -29,26 +29,23 @@ from typing import Any
 
 import torch
 
-from av_lens.checkpoints import check_configurations, check_weight_files, index, known_names, located, shipped
-from av_lens.checks import foreign_file, parse_json
+from av_lens.checkpoints import check_configurations, check_weight_files, index, known_names
+from av_lens.core.calls import is_packed
 from av_lens.core.modes import cast, free_bytes
 from av_lens.core.placement import (
-    is_packed,
     require_known_packing,
     require_movable,
     require_weights,
     require_whole_layers,
 )
-from av_lens.errors import AvLensError, ModelError
+from av_lens.errors import ModelError
 from av_lens.families.registry import HOW_TO_ADD, Family, build_bridge, family_of
 from av_lens.families.weights import LOAD_PLAIN
-from av_lens.model.adapters import Adapter, read_adapter
-from av_lens.model.differences import Difference, read_difference
 from av_lens.model.selfcheck import check_model, check_parts
+from av_lens.model.sources import Source
 from av_lens.model.wrapper import HookedAVLLM
 
 BILLION = 1_000_000_000
-GRAMMAR_FILE = "grammar.json"
 _LAYER = re.compile(r"\.(layers|blocks)\.\d+\.")
 _OPENS_MORE = re.compile(r"auto_map|transformers_weights|use_kernels|_?(attn|experts)_implementation")
 ROOM_TO_RUN = 1.3  # a model needs this much of its weights' memory, at least, to run
@@ -100,8 +97,8 @@ def load(
             )
         return opener(Path(str(name_or_path)), device=device, dtype=dtype)
     how: Any = {"device": device, "dtype": dtype, "revision": revision, "hf_model": hf_model, "processor": processor}
-    split = {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
-    model = opened(name_or_path, **how, **split).wrapped()
+    how |= {"device_map": device_map, "max_memory": max_memory, "offload_folder": offload_folder}
+    model = opened(name_or_path, **how).wrapped()
     check_model(model, full=False)
     return model
 
@@ -172,7 +169,7 @@ def _given(hf_model: Any, name_or_path: str | Path | None, processor: Any, **opt
     if processor is None:
         if name_or_path is None:
             raise ModelError("hf_model= needs processor= as well (or a name or folder that has one).")
-        processor = _processor(_Source(str(name_or_path), options["revision"]))
+        processor = _processor(Source(str(name_or_path), options["revision"]))
     if options["dtype"] is not None or options["device"] is not None:
         require_movable(hf_model)
     if options["dtype"] is not None:
@@ -186,7 +183,7 @@ def _given(hf_model: Any, name_or_path: str | Path | None, processor: Any, **opt
 def _open(
     name: str, processor: Any, spread: Mapping[str, Any], *, device: Any, dtype: Any, revision: str | None
 ) -> Opened:
-    source = _Source(name, revision)
+    source = Source(name, revision)
     if spread and (source.difference is not None or source.adapter is not None):
         kind = "an adapter" if source.adapter is not None else "a difference"
         raise ModelError(
@@ -254,91 +251,6 @@ def _levels(config: Mapping[str, Any], inner: str | None = None) -> Generator[Ma
             yield from _levels(value)
 
 
-class _Source:
-    """Where a checkpoint lies: a folder, or a name on the hub. Of a difference it is the base's, which is checked."""
-
-    def __init__(self, asked: str, revision: str | None) -> None:
-        self.asked, self.folder = asked, located(asked)
-        self.revision = revision if self.folder is None else None
-        self.adapter = None if self.folder is None else read_adapter(self.folder)
-        if self.adapter is not None:
-            self._on_base_of(self.adapter)
-        self.difference = None if self.folder is None else read_difference(self.folder)
-        if self.difference is not None:
-            self.folder = base_of(self.difference)
-            self.difference.check_base(self.folder)
-        self.place = self.asked if self.folder is None else str(self.folder)
-        self.grammar: dict[str, Any] | None = None
-        if self.folder is not None and (found := self.folder / GRAMMAR_FILE).is_file():
-            with foreign_file(found, "an organism's grammar", error=ModelError):
-                self.grammar = dict(parse_json(found.read_bytes()))
-
-    def _on_base_of(self, adapter: Adapter) -> None:
-        """Read everything but the adapter's weights from its base."""
-        beside = adapter.folder / Path(adapter.base).expanduser()
-        try:
-            self.folder = beside if beside.is_dir() else located(adapter.base)
-        except ModelError as error:
-            raise ModelError(
-                f"{self.asked!r} is an adapter over {adapter.base!r}, which is not there: {error} Bring that folder "
-                "back, or write its new place into adapter_config.json (base_model_name_or_path)."
-            ) from error
-        self.asked = adapter.base
-        self.revision = adapter.revision if self.folder is None else None
-
-    def config(self) -> dict[str, Any]:
-        from transformers import PreTrainedConfig
-
-        with self.translated("config.json"):
-            found, _ = PreTrainedConfig.get_config_dict(self.place, revision=self.revision, trust_remote_code=False)
-        if not found:
-            raise ModelError(f"{self.asked!r} has no config.json, so it is no checkpoint. {known_names()}")
-        return found
-
-    @contextmanager
-    def translated(self, what: str) -> Generator[None, None, None]:
-        """Say in our words what HuggingFace could not find or read: its readers raise anything on foreign files."""
-        try:
-            yield
-        except (AvLensError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-            first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-            if "custom code" in str(error):
-                raise ModelError(self._own_code(what)) from error
-            if self.folder is not None:
-                raise ModelError(f"cannot read {what} in {self.asked!r}: {first}") from error
-            raise ModelError(
-                f"cannot get {what} of {self.asked!r} from the HuggingFace hub: {first} Check the name and the "
-                f"network, or download the folder elsewhere and pass its path. {known_names()}"
-            ) from error
-
-    def _own_code(self, what: str) -> str:
-        listed = [] if self.folder is None else sorted(self.folder.glob("*.json"))
-        named = [path.name for path in listed if b'"auto_map"' in path.read_bytes()]
-        return (
-            f"{self.asked!r} wants code of its own to be run for {what} ({', '.join(named) or 'its json files'}: "
-            "auto_map), and av_lens runs no code from a checkpoint. Take auto_map out and name the classes of "
-            "transformers there (processor_class, tokenizer_class), or pass processor= made by code that you trust."
-        )
-
-
-def base_of(difference: Difference) -> Path:
-    """Find the folder of a difference's base: a short name's, or one named from the root or the difference's folder."""
-    shown, known = repr(str(difference.folder)), index().get(difference.base)
-    found = difference.folder / Path(difference.base).expanduser()
-    found = found if known is None else Path(str(shipped() / str(known["folder"])))
-    if not found.is_dir():
-        raise ModelError(
-            f"{shown} is a difference over {difference.base!r}, which is neither a short name nor a folder. Bring that "
-            f"folder back, or write its new place into difference.json. {known_names()}"
-        )
-    if read_difference(found) is not None:
-        raise ModelError(f"the base of {shown} is a difference itself; only one may stand on another.")
-    return found
-
-
 def _family(config: Mapping[str, Any], name: str) -> Family:
     """By the class that a checkpoint was saved from, else by its model_type."""
     classes = config.get("architectures")
@@ -380,7 +292,7 @@ def _fitting_device(n_parameters: int, dtype: torch.dtype) -> torch.device:
     return cuda if n_parameters * dtype.itemsize * ROOM_TO_RUN < free_bytes(cuda) else torch.device("cpu")
 
 
-def _weights(family: Family, source: _Source, hf_config: Any, dtype: torch.dtype, spread: Mapping[str, Any]) -> Any:
+def _weights(family: Family, source: Source, hf_config: Any, dtype: torch.dtype, spread: Mapping[str, Any]) -> Any:
     with source.translated("model.safetensors"):
         hf_model, report = family.model_class.from_pretrained(
             source.place,
@@ -426,7 +338,7 @@ def quiet(*, bar: bool) -> Generator[None, None, None]:
             hf_logging.enable_progress_bar()
 
 
-def _processor(source: _Source) -> Any:
+def _processor(source: Source) -> Any:
     from transformers import AutoProcessor
 
     with source.translated("the processor"):

@@ -32,7 +32,7 @@ import torch
 from av_lens import checkpoints
 from av_lens.inputs.answers import Grammar
 from av_lens.model.differences import read_difference
-from av_lens.model.loading import base_of
+from av_lens.model.sources import base_of
 from av_lens.whole_files import whole_folder
 
 CLASSES = tuple(["dog", "cat", "bird", "bell", "car", "train", "drum", "siren", "clock", "rain", "phone", "guitar"])

@@ -36,9 +36,9 @@ from av_lens.core.budget import GIGABYTE
 from av_lens.core.calls import heads_first, rows_of, turn_of, unembedded, watching
 from av_lens.core.execution import Standing, places, standing_hooks
 from av_lens.errors import BudgetError, InterventionError
-from av_lens.families.adapter import added_layers
+from av_lens.families.adapter import ReplayTraits, added_layers
 from av_lens.families.blocks import device_of
-from av_lens.families.decoder import ReplayTraits, causal_mask, flash, hook_name, layer_names, router_hook
+from av_lens.families.decoder import causal_mask, flash, hook_name, layer_names, router_hook
 from av_lens.spans import SpanMap
 
 

@@ -29,8 +29,15 @@ from av_lens.metrics import logit_diff
 PATHS = [((0, 1), (1, 2, "q")), ((0, 3), (2, 1, "k")), ((1, 2), "logits"), ((0, "mlp"), (3, 0, "v"))]
 METRIC = logit_diff(letter("a"), letter("b"))
 FAMILIES = tuple(TINY)
-# What one decoder shows of all text decoders is asked of each only by the slow part.
-DEEP = [name if tiny.media else pytest.param(name, marks=pytest.mark.slow) for name, tiny in TINY.items()]
+
+
+def asked_of(*names: str) -> list[Any]:
+    """Every family; of those that are not named only the slow part asks."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+
+
+# The dear proofs are asked by default of the families that have most of their own, and by the slow part of all.
+DEEP, DEEPEST = asked_of("qwen3_omni_moe", "phi4_multimodal"), asked_of("qwen3_omni_moe")
 CASES = [(name, layout) for name, tiny in TINY.items() for layout in tiny.layouts]
 
 
@@ -96,7 +103,7 @@ def test_replay_is_the_hooked_run(name, n):
     assert moved > n // 2
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", DEEPEST)
 def test_every_hook_is_on_the_road(name):
     layout = next(iter(TINY[name].layouts))
     assert not avl.model.check_model(family_model(name), encoded(name, layout)).failed
@@ -158,7 +165,7 @@ def test_shares_sum_to_the_logit_difference(name):
     torch.testing.assert_close(total, cached["resid_post", -1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", DEEPEST)
 def test_a_circuit_is_found(name):
     circuit = avl.methods.find_circuit(family_model(name), pair(name), metric=METRIC)
     assert len(circuit.nodes)

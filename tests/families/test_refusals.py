@@ -104,7 +104,7 @@ def wrapped_twice(place: Path) -> Any:
 
 
 CASES: dict[Callable[[Path], Any], str] = {
-    a_class_of_nobodys: "no adapter for 'mamba'. Families with one: .*To add a family: write av_lens/families/",
+    a_class_of_nobodys: "no adapter for 'mamba'. Families with one: .*To add a family .*: write av_lens/families/",
     a_model_of_nobodys: "no adapter for 'Linear'. Families with one: ",
     no_type: r"the config.json of '.*' names no model_type. To add a family",
     no_ears_in_the_processor: "is Qwen2_5OmniProcessor, without feature_extractor: .* Complete the folder",

@@ -12,7 +12,8 @@ from tiny_text import text_hf_model, text_tokenizer
 import av_lens as avl
 from av_lens.core import run
 from av_lens.errors import InputError, ModelError
-from av_lens.families.decoder import ReplayTraits, as_forward
+from av_lens.families.adapter import ReplayTraits
+from av_lens.families.decoder import as_forward
 from av_lens.interventions import Plan, Site, zero
 
 

@@ -14,7 +14,7 @@ import av_lens as avl
 from av_lens.core import run
 from av_lens.core.calls import heads_first
 from av_lens.errors import InputError, InterventionError
-from av_lens.families.blocks import TowerBridge
+from av_lens.families.adapter import TowerBridge
 from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan, Site, add, cut, noise, scale, zero
 from av_lens.replay import continuation

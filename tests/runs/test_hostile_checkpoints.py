@@ -224,7 +224,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing shard": (sharded, "names the weight file 'model-00002-of-00002.safetensors', which is not in the folder"),
     "shard outside": (outside, "names the weight file '../../etc/passwd', which is not in the folder"),
     "pickle alone": (pickled, "it has pytorch_model.bin: pickled weights can run code when they are opened"),
-    "an adapter": (lambda f: write(f, "adapter_config.json", "{}"), "merge it into its base"),
+    "an adapter": (lambda f: write(f, "adapter_config.json", "{}"), "beside a whole model: which of them is meant"),
     "more tokens": (other_tokens, "is another model's: it has 306 tokens, the model 266"),
     "no processor": (
         lambda f: (f / "processor_config.json").unlink(),

@@ -204,11 +204,11 @@ def test_a_hub_name_without_a_network_is_explained():
 
 
 def test_a_model_with_no_adapter_is_refused_with_the_way_to_add_one(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}))
     with pytest.raises(ModelError) as error:
         load(tmp_path)
     text = str(error.value)
-    assert "no adapter for 'llama'" in text
+    assert "no adapter for 'mamba'" in text
     assert "Qwen2_5OmniThinkerForConditionalGeneration" in text
     assert "av_lens/families/<family>.py" in text
     with pytest.raises(ModelError, match="no adapter for 'Linear'"):

@@ -19,7 +19,7 @@ from tiny import letter, tiny_config, tiny_hf_model, tiny_processor
 
 import av_lens as avl
 from av_lens.core import run
-from av_lens.core.placement import is_packed
+from av_lens.core.calls import is_packed
 from av_lens.errors import ModelError
 from av_lens.interventions import Plan, Site, add, cut, scale, zero
 from av_lens.isolation.measuring.engine import ModelEngine
@@ -104,6 +104,7 @@ def test_gradients_through_the_suffix_work():
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_circuit_is_found_without_reading_weights():
     found, wanted = (find_circuit(one, pair(), metric=METRIC) for one in (packed_model(), dense_model()))
     assert list(found.nodes.index) == list(wanted.nodes.index)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from av_lens.families.blocks import Rows
+from av_lens.families.adapter import Rows
 from av_lens.media import Clip
 from av_lens.model import load
 from av_lens.model.binding import TowerMemory, key_of, remembered_towers

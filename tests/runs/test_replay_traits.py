@@ -14,7 +14,7 @@ from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as modeling
 import av_lens as avl
 from av_lens.core import run
 from av_lens.errors import ModelError
-from av_lens.families.decoder import ReplayTraits
+from av_lens.families.adapter import ReplayTraits
 from av_lens.families.qwen2_5_omni import FAMILY
 from av_lens.interventions import Plan, Site, add, cut, scale, zero
 from av_lens.metrics import logit_diff

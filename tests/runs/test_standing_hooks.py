@@ -22,6 +22,7 @@ from av_lens.interventions import Plan, Site, cut, replace, zero
 from av_lens.metrics import logit_diff
 from av_lens.model.binding import remembered_towers
 from av_lens.replay import sweep
+from av_lens.replay.recording import record_bytes
 
 PLANS = [Plan(zero(Site("z", 1, 2, "suffix"))), Plan(cut("generation", "audio", layers=[2]))]
 Z = "blocks.3.attn.hook_z"
@@ -272,7 +273,7 @@ def test_traces_under_hooks_are_not_saved_and_none_is_opened_under_them(tmp_path
 
 def test_logits_that_are_kept_are_counted_before_the_run():
     model, x = small_model(), small_inputs((0,))
-    needed = len(x) * len(x.spans) * 4 * (model.spec.n_layers * (64 + 2 * 2 * 16) + model.spec.d_vocab) / 1e9
+    needed = record_bytes(model, x, logits=True) / 1e9
     with model.hooks(fwd_hooks=[(Z, look)]):
         assert model.trace(x, budget_gb=needed * 1.01).hooked_because
         with pytest.raises(BudgetError, match=r"and all logits, which standing hooks may change, needs 0\.0 GB"):

@@ -13,7 +13,7 @@ from tiny import letter, tiny_hf_model, tiny_processor
 import av_lens as avl
 from av_lens.core import run
 from av_lens.errors import BudgetError, InputError, InterventionError
-from av_lens.families.blocks import TowerBridge
+from av_lens.families.adapter import TowerBridge
 from av_lens.interventions import Plan, Site, add, cut, mean, noise, replace, resample, scale, zero
 from av_lens.metrics import logit_diff
 from av_lens.replay import recording

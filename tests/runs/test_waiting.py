@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import av_lens as avl
 from av_lens.families import kernels
+from av_lens.inputs import Answer
 from av_lens.interventions import Plan, Site, cut, noise, replace, resample, zero
 from av_lens.metrics import kl, log_prob, logit_diff, rank
 from av_lens.metrics.metric import Metric
@@ -71,11 +72,15 @@ def test_no_metric_waits_for_each_plan(metric, monkeypatch):
     assert many["kernels"] - few["kernels"] < 84 * 16  # an edit takes 15 and a half; a metric would take 5 more
 
 
+def either(*names):
+    return Answer(" or ".join(names), tuple(option for name in names for option in letter(name).options))
+
+
 def test_a_metric_of_many_plans_is_that_of_each():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 2, 3, 266, generator=generator)
     own = torch.stack([one[:, -1, 7] for one in logits])
-    two = logit_diff([letter("a"), letter("c")], letter("b"))
+    two = logit_diff(either("a", "c"), either("b", "d"))
     references = [torch.randn(n, 266, generator=generator) for n in (1, 2)]
     for metric in (ANSWERS, two, log_prob(letter("a")), rank(letter("b")), *map(kl, references)):
         bound = metric.bind(small_model(), small_inputs())

@@ -12,6 +12,7 @@ import torch
 
 import av_lens as avl
 from av_lens.errors import InputError
+from av_lens.families.adapter import ReplayTraits
 from av_lens.isolation import isolate
 from av_lens.isolation.measuring.engine import MIRROR
 from av_lens.lab.calibration import read_plant
@@ -26,7 +27,9 @@ def fake_cells(ids: list[int]) -> Mapping[str, Any]:
 
 
 def fake_model(name: str, ids: list[int]) -> Any:
-    return SimpleNamespace(name=name, ids=ids, spec=SimpleNamespace(n_layers=2, n_heads=2))
+    family = SimpleNamespace(replay_traits=lambda config: ReplayTraits())
+    told: dict[str, Any] = {"family": family, "config": None, "hf_model": torch.nn.Linear(1, 1)}
+    return SimpleNamespace(name=name, ids=ids, spec=SimpleNamespace(n_layers=2, n_heads=2), **told)
 
 
 def test_models_of_one_processor_share_their_inputs_and_others_are_refused(monkeypatch: pytest.MonkeyPatch):

@@ -28,7 +28,8 @@ import pytest
 import torch
 
 from av_lens.core.budget import ModelSpec
-from av_lens.families.decoder import ReplayTraits, hook_name
+from av_lens.families.adapter import ReplayTraits
+from av_lens.families.decoder import hook_name
 from av_lens.inputs import AVInputs
 from av_lens.isolation import isolate
 from av_lens.isolation.explaining import robustness
@@ -135,11 +136,14 @@ class RootMeanSquare(torch.nn.Module):
         return self.weight * (stream / (stream.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).sqrt())
 
 
+PLAIN = ReplayTraits()
+
+
 class FakeModel:
     """The module's model; `writer`, `gate` ... scale the jobs, so that a test can switch them off."""
 
     name, grammar, dtype, device = "paper", None, torch.float32, torch.device("cpu")
-    family = SimpleNamespace(replay_traits=lambda config: ReplayTraits())
+    family = SimpleNamespace(replay_traits=lambda config: PLAIN, added=None)
     norm = (2.0**50, 2.0**100)  # weight and epsilon
 
     def __init__(

@@ -38,9 +38,8 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 from torch.nn import functional
 
-from av_lens.core.calls import require_known_layers, unembedded, watching
+from av_lens.core.calls import is_packed, is_split, require_known_layers, unembedded, watching
 from av_lens.core.execution import logits_of, run
-from av_lens.core.placement import is_packed, is_split
 from av_lens.core.readings import incoming_mass
 from av_lens.errors import ProtocolError, unknown
 from av_lens.families.decoder import hook_name, weight_of
