@@ -157,14 +157,21 @@ class Rows:
         return found[self.depth] if self.depth else found
 
     def put(self, output: Any, rows: torch.Tensor) -> Any:
-        """Bring them in, or make an output of its class that holds nothing else; of depths theirs alone is kept."""
+        """Bring them in; of depths theirs alone is kept."""
         if self.field is None:
             return rows
-        held = (rows, *[None] * (-1 - self.depth)) if self.depth else rows
-        if isinstance(output, type):
-            return output(**{self.field: held})
-        output[self.field] = held
+        output[self.field] = (rows, *[None] * (-1 - self.depth)) if self.depth else rows
         return output
+
+    def lean(self, output: Any) -> Any:
+        """Make an output of its class with all that a model may read, but not the encoder's own layers."""
+        if self.field is None:
+            return output
+        held = {name: value for name, value in output.items() if name == self.field or name not in _OWN_LAYERS}
+        return self.put(type(output)(**held), self.of(output))
+
+
+_OWN_LAYERS = ("last_hidden_state", "hidden_states", "attentions")
 
 
 def decoder_adapter(name: str, **facts: Any) -> type[DecoderAdapter]:
