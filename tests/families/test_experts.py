@@ -179,6 +179,8 @@ def test_what_cannot_be_frozen_is_refused():
         trace.replay(Plan(), routing="frozn")
     with pytest.raises(InterventionError, match=rf"{len(x.spans)} positions have recorded experts and this run has"):
         model.run_with_hooks(encoded("text"), fwd_hooks=trace.routing_hooks())
+    with pytest.raises(InputError, match=r"a decoded token has none: use trace\.routed\('free'\)\.generate"):
+        trace.routed("frozen").generate(Plan(), max_new_tokens=2)
     assert dense.trace(small_inputs((0,))).routing_hooks() == []
     assert not dense.trace(small_inputs((0,))).rerouted(Plan(zero(Site("z", 1, 0)))).any()
 
