@@ -162,3 +162,13 @@ def test_an_adapter_beside_a_whole_model_is_refused(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(told(base)))
     with pytest.raises(ModelError, match=r"holds an adapter .* beside a whole model: which of them is meant\?"):
         avl.load(tmp_path)
+
+
+def test_adapters_that_stand_in_a_model_are_refused():
+    """HuggingFace's `load_adapter` leaves the class as it is: direct attribution would read the base's weights."""
+    hf_model = tiny_hf_model()
+    attention = hf_model.model.language_model.layers[2].self_attn
+    plain, attention.o_proj = attention.o_proj, torch.nn.Identity()
+    attention.o_proj.base_layer = plain  # as peft does it
+    with pytest.raises(ModelError, match=r"adapters \(peft\) stand in this model at .*layers\.2\.self_attn\.o_proj \(1"):
+        avl.load("tiny", hf_model=hf_model, processor=tiny_processor())
