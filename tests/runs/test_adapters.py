@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_av import small_clip, small_inputs
-from tiny import tiny_hf_model, tiny_processor
+from tiny import randomized, tiny_hf_model, tiny_processor
+from tiny_families import vl_config, vl_processor
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import av_lens as avl
 from av_lens.errors import ModelError
@@ -101,6 +103,31 @@ def test_weights_that_find_no_place_are_refused(base, tmp_path):
 def test_an_adapter_lies_in_one_place(base, tmp_path, options):
     with pytest.raises(ModelError, match=r"is an adapter over .* Leave device_map= out, or save the whole model first"):
         avl.load(drawn(tmp_path / "lora", base), **options)
+
+
+@needs_peft
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_an_adapter_of_the_unembedding_stays_off_the_embedding(tmp_path, tied):
+    """peft merges in place: where both are one weight the embedding would be changed too."""
+    from peft import LoraConfig, get_peft_model
+
+    config = vl_config()
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    randomized(Qwen2_5_VLForConditionalGeneration, config, 0).save_pretrained(tmp_path / "base")
+    vl_processor().save_pretrained(tmp_path / "base")
+    opened = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "base")
+    warnings.simplefilter("ignore")
+    how = LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    trained = get_peft_model(opened, how).eval()
+    trained.save_pretrained(tmp_path / "lora", save_embedding_layers="auto" if not tied else False)
+    if tied:
+        with pytest.raises(ModelError, match="changes embed_tokens or lm_head, which are one weight in"):
+            avl.load(tmp_path / "lora")
+        return
+    model = avl.load(tmp_path / "lora")
+    x = model.encode(small_clip(0), "What?", sound=None)
+    torch.testing.assert_close(model(x), trained(**x.tensors).logits, atol=1e-4, rtol=0)
 
 
 def test_without_peft_it_is_said_what_to_install(base, tmp_path, monkeypatch):
