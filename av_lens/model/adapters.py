@@ -47,7 +47,8 @@ class Adapter:
 
         path = self.folder / WEIGHTS
         with foreign_file(path, "an adapter's weights", error=ModelError), safe_open(path, framework="pt") as file:
-            held = {name for name in file.keys() if not name.endswith(".base_layer.weight")}  # the base's, kept beside
+            stored = set(file.keys())
+        held = {name for name in stored if not name.endswith(".base_layer.weight")}  # the base's, kept beside it
         if hf_model.get_output_embeddings().weight is hf_model.get_input_embeddings().weight and any(
             "embed_tokens" in name or "lm_head" in name for name in held
         ):
