@@ -46,7 +46,8 @@ def require_weights(hf_model: Any) -> None:
     if beside:
         raise ModelError(
             f"adapters (peft) stand in this model at {', '.join(beside[:2])} ({len(beside)} places): what reads "
-            "weights would read the base's alone. Merge them first (peft's merge_and_unload), or give avl.load their folder."
+            "weights would read the base's alone. Merge them first (peft's merge_and_unload), or give avl.load their "
+            "folder."
         )
     quantizer = getattr(hf_model, "hf_quantizer", None)
     way = getattr(quantizer, "quantization_config", quantizer)
