@@ -21,7 +21,7 @@ def take_apart(layers: Iterable[Any], fused: Mapping[str, tuple[str, ...]], *, k
         for path, names in fused.items():
             owner_path, _, name = path.rpartition(".")
             owner, whole = layer.get_submodule(owner_path), layer.get_submodule(path)
-            if type(whole) is not torch.nn.Linear or whole.weight.is_meta or whole.bias is not None:
+            if type(whole) is not torch.nn.Linear or whole.weight.is_meta or len([*whole.parameters()]) > 1:
                 raise ModelError(
                     f"{path} is stored as one, and this one is no plain projection without a bias "
                     f"({type(whole).__name__}), of which {', '.join(names)} could be taken apart: load the model in "

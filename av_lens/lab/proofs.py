@@ -83,7 +83,7 @@ class Bench:
         if not len(found.spans.media):
             ids, at = found.tensors["input_ids"].clone(), found.spans.question.positions.tolist()
             ids[:, at] = ids[:, at].roll(1, -1)
-            found = changed(found, tensors=found.tensors | {"input_ids": ids})
+            found = changed(found, tensors={**found.tensors, "input_ids": ids})
         return found
 
     def _short(self, seed: int) -> AVInputs:
