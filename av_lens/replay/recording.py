@@ -80,7 +80,7 @@ class Window:
         return cls(start, cos, sin, prefix, rows[..., start:], causal=False, flash=flash)
 
     def on(self, device: torch.device) -> Window:
-        """The same on a device; what is added stays where it is."""
+        """The same on a device; what is added, and experts, stay where they are."""
         if self.cos.device == device:
             return self
         prefix = None if self.prefix_mask is None else self.prefix_mask.to(device)

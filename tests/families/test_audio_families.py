@@ -18,6 +18,7 @@ from tiny_families import TINY, family_model, reference
 import av_lens as avl
 from av_lens.core import run
 from av_lens.families.decoder import rotated
+from av_lens.families.fused import take_apart
 from av_lens.interventions import Plan
 from av_lens.media.encoding import resample
 from av_lens.metrics import logit_diff
@@ -346,9 +347,13 @@ def test_projections_that_are_not_plain_are_not_taken_apart():
         pass
 
     hf_model = phi_hf_model()
-    hf_model.model.layers[0].mlp.gate_up_proj.__class__ = Packed
+    layer = hf_model.model.layers[0]
+    layer.mlp.gate_up_proj.__class__ = Packed
     with pytest.raises(avl.errors.ModelError, match=r"mlp.gate_up_proj is stored as one, .*Packed.*gate_proj, up_proj"):
         avl.load("phi", hf_model=hf_model, processor=phi_processor())
+    biased = torch.nn.Linear(4, 8)  # its bias would be left behind
+    with pytest.raises(avl.errors.ModelError, match=r"qkv is stored as one, .*without a bias \(Linear\), of which"):
+        take_apart([torch.nn.ModuleDict({"qkv": biased})], {"qkv": ("q", "k", "v")}, keys=2)
 
 
 @torch.no_grad()
