@@ -43,9 +43,9 @@ def files() -> dict[str, str]:
     """The first sentence of each family's file, by the family's class."""
     found: dict[str, str] = {}
     for path in sorted((ROOT / "av_lens" / "families").glob("*.py")):
-        module = importlib.import_module(f"av_lens.families.{path.stem}")
-        if hasattr(module, "FAMILY"):
-            found[module.FAMILY.architecture] = str(module.__doc__).splitlines()[0].rstrip(".")
+        held = vars(importlib.import_module(f"av_lens.families.{path.stem}"))
+        for family in held.get("FAMILIES", [held["FAMILY"]] if "FAMILY" in held else []):
+            found[family.architecture] = str(held["__doc__"]).splitlines()[0].rstrip(".")
     return found
 
 

@@ -128,7 +128,8 @@ def test_the_table_of_models_is_the_stored_record():
     record = json.loads(models.RECORD.read_text())
     assert list(record["families"]) == list(models.tiny()), "run `python .ci/models.py`"
     assert FilledPage("models.md", "", "families").around(DOCS)[1] == models.table(record), "run `python .ci/models.py`"
-    assert all(held is not False for one in record["families"].values() for _, held, _ in one["checks"])
+    states = [[held for _, held, _ in one["checks"]] for one in record["families"].values()]
+    assert all(False not in one and one.count(True) > 8 for one in states)  # a check that takes nothing proves nothing
 
 
 @pytest.mark.slow

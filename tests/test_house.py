@@ -133,6 +133,11 @@ def test_no_room_is_crowded():
     assert not offences, told(offences)
 
 
+def test_test_files_have_names_of_their_own():
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert not (twice := {name for name in names if names.count(name) > 1}), f"pytest imports the first alone: {twice}"
+
+
 def code_lines(text: str, tree: ast.Module) -> set[int]:
     """Lines that hold code: neither blank, nor comment, nor docstring."""
     silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)

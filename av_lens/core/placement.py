@@ -34,13 +34,20 @@ def require_whole_layers(layers: Any) -> None:
 
 
 def require_weights(hf_model: Any) -> None:
-    """Refuse weights that are nowhere, a layer in two places, and a quantisation that is not known."""
+    """Refuse weights that are nowhere, a layer in two places, adapters in place, and an unknown quantisation."""
     require_whole_layers(hf_model.get_decoder().layers)
     nowhere = [n for n, one in hf_model.named_modules() if not hasattr(one, "_hf_hook") and _lacking(one)]
     if nowhere:
         raise ModelError(
             f"this model has no weights at {', '.join(nowhere[:3])} ({len(nowhere)} places): they are mere shapes "
             "(meta). Load it with device_map= or from_pretrained, which bring the numbers."
+        )
+    beside = [name for name, one in hf_model.named_modules() if hasattr(one, "base_layer")]
+    if beside:
+        raise ModelError(
+            f"adapters (peft) stand in this model at {', '.join(beside[:2])} ({len(beside)} places): what reads "
+            "weights would read the base's alone. Merge them first (peft's merge_and_unload), or give avl.load their "
+            "folder."
         )
     quantizer = getattr(hf_model, "hf_quantizer", None)
     way = getattr(quantizer, "quantization_config", quantizer)

@@ -23,7 +23,6 @@ forwards, which are always exact, and says why in `trace.hooked_because`.
 |---|---|---|
 | `bidirectional` | inside a block of media, positions read later ones | starts at the block's first position |
 | `sliding_window` | some layers have another mask than the first | hooked, where the prompt is longer than the window |
-| `deepstack` | features are added to the stream between layers | hooked |
 | `per_layer_inputs` | layers read embeddings of their own | hooked |
 | `shared_keys` | layers read another layer's keys and values | hooked |
 | `layers` | layers are not of the layout that `decoder` writes down | hooked; what reads their weights is refused |
@@ -61,7 +60,6 @@ _REMAKE = "Make the input with model.encode, or by one call of the checkpoint's 
 
 
 _HOOKED = {
-    "deepstack": "features are added to the stream between its layers (deepstack)",
     "per_layer_inputs": "its layers read embeddings of their own beside the stream (per-layer inputs)",
     "shared_keys": "some of its layers read another layer's keys and values (shared keys)",
 }
@@ -77,7 +75,6 @@ class ReplayTraits:
             where all layers have one mask.
         shared_window: how many positions all layers read, where all have one window. A recorded run holds its mask, so
             restarts are exact; decoding past it forgets keys, and is left to full runs.
-        deepstack: whether features are added to the stream between layers.
         per_layer_inputs: whether layers read embeddings of their own.
         shared_keys: whether layers read another layer's keys and values.
         layers: what layers do beyond the layout that `Layer` knows, in words; empty where nothing.
@@ -86,7 +83,6 @@ class ReplayTraits:
     bidirectional: tuple[str, ...] = ()
     sliding_window: int | None = None
     shared_window: int | None = None
-    deepstack: bool = False
     per_layer_inputs: bool = False
     shared_keys: bool = False
     layers: str = ""
@@ -157,14 +153,21 @@ class Rows:
         return found[self.depth] if self.depth else found
 
     def put(self, output: Any, rows: torch.Tensor) -> Any:
-        """Bring them in, or make an output of its class that holds nothing else; of depths theirs alone is kept."""
+        """Bring them in; of depths theirs alone is kept."""
         if self.field is None:
             return rows
-        held = (rows, *[None] * (-1 - self.depth)) if self.depth else rows
-        if isinstance(output, type):
-            return output(**{self.field: held})
-        output[self.field] = held
+        output[self.field] = (rows, *[None] * (-1 - self.depth)) if self.depth else rows
         return output
+
+    def lean(self, output: Any) -> Any:
+        """Make an output of its class with all that a model may read, but not the encoder's own layers."""
+        if self.field is None:
+            return output
+        held = {name: value for name, value in output.items() if name == self.field or name not in _OWN_LAYERS}
+        return self.put(type(output)(**held), self.of(output))
+
+
+_OWN_LAYERS = ("last_hidden_state", "hidden_states", "attentions")
 
 
 def decoder_adapter(name: str, **facts: Any) -> type[DecoderAdapter]:

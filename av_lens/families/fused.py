@@ -21,11 +21,11 @@ def take_apart(layers: Iterable[Any], fused: Mapping[str, tuple[str, ...]], *, k
         for path, names in fused.items():
             owner_path, _, name = path.rpartition(".")
             owner, whole = layer.get_submodule(owner_path), layer.get_submodule(path)
-            if type(whole) is not torch.nn.Linear or whole.weight.is_meta:
+            if type(whole) is not torch.nn.Linear or whole.weight.is_meta or len([*whole.parameters()]) > 1:
                 raise ModelError(
-                    f"{path} is stored as one, and this one is no plain projection ({type(whole).__name__}), of which "
-                    f"{', '.join(names)} could be taken apart: load the model in bfloat16 or float32, on one device, "
-                    "with adapters merged."
+                    f"{path} is stored as one, and this one is no plain projection without a bias "
+                    f"({type(whole).__name__}), of which {', '.join(names)} could be taken apart: load the model in "
+                    "bfloat16 or float32, on one device, with adapters merged."
                 )
             rows = whole.out_features
             sizes = [rows - 2 * keys, keys, keys] if len(names) == 3 else [rows // len(names)] * len(names)

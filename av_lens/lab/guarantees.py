@@ -38,6 +38,7 @@ from av_lens.core import Progress, run, watched
 from av_lens.errors import InputError
 from av_lens.families.adapter import TowerBridge
 from av_lens.families.decoder import hook_name
+from av_lens.families.media_layout import Media
 from av_lens.families.registry import family_of
 from av_lens.inputs import AVInputs, Encoder
 from av_lens.inputs.encoder import LAYOUT_NAMES
@@ -181,12 +182,13 @@ class Plain:
     def keep(self, name: str, options: Mapping[str, Any]) -> list[Check]:
         """Encode a layout, which compares position ids, and keep what HuggingFace makes of it."""
         layout, model = self.encoder.layout, self.hf_model
+        clip = self.clip if any(options.values()) else None
         try:
             layout.require_frame_rate(FPS, interleaved=options["sound"] == "in_video")
-            media = layout.media(self.clip, fps=FPS, **options)
+            media = Media() if clip is None else layout.media(clip, fps=FPS, **options)
         except InputError as refused:
             return [Check(name, None, f"not taken: {refused}")]
-        x = self.encoder.encode(self.clip, self.question, fps=FPS, **options)
+        x = self.encoder.encode(clip, self.question, fps=FPS, **options)
         expected = layout.expected_positions(x.tensors["input_ids"][0].numpy(), media)
         x = x.to(model.device)
         logits = model(**x.tensors).logits[0]

@@ -274,8 +274,8 @@ class _Job:
             middle, modules = self.middles[layer] + change, layer_of(self.trace.model, layer)
             with torch.no_grad():
                 stream = middle + modules.mlp(modules.ln2(middle))
-                if (added := self.trace.added_from(0).get(layer)) is not None:
-                    stream = with_added(stream, added)
+                if (added := self.trace.added.get(layer)) is not None:
+                    stream = with_added(stream, added.to(stream.device))
             middle = middle[:, self._start :]
         else:
             stream = self.trace.stream(layer + 1, 0) + change

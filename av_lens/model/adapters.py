@@ -47,7 +47,16 @@ class Adapter:
 
         path = self.folder / WEIGHTS
         with foreign_file(path, "an adapter's weights", error=ModelError), safe_open(path, framework="pt") as file:
-            held = set(file.keys())
+            stored = set(file.keys())
+        held = {name for name in stored if not name.endswith(".base_layer.weight")}  # the base's, kept beside it
+        if hf_model.get_output_embeddings().weight is hf_model.get_input_embeddings().weight and any(
+            "embed_tokens" in name or "lm_head" in name for name in held
+        ):
+            raise ModelError(
+                f"the adapter in {str(self.folder)!r} changes embed_tokens or lm_head, which are one weight in "
+                f"{self.base!r}: merged, it would change both. Merge it by the code that trained it, save the whole "
+                "with tie_word_embeddings=False, and load that folder."
+            )
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what it calls, and of weights that are told of below

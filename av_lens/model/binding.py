@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,28 +38,31 @@ from av_lens.memory import Memory
 
 
 class TowerMemory:
-    """One encoder's outputs (of them what the fusion stack receives) by what it was given, up to so many bytes."""
+    """One encoder's outputs (without its own layers) by what it was given, up to so many bytes."""
 
     def __init__(self, rows: Rows, most: float) -> None:
         self._rows, self._most = rows, most
-        self._kept: Memory[tuple[type, Tensor]] = Memory(int(most), lambda made: made[1].nbytes)
+        self._kept: Memory[Any] = Memory(int(most), bytes_of)
 
     def __call__(self, tower: Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Encode, or give what the same input gave before: without gradients only the embeddings of it."""
+        """Encode, or give what the same input gave before."""
         key = None if torch.is_grad_enabled() else key_of(args, kwargs)
         if key is None:
             return tower(*args, **kwargs)
-
-        def made() -> tuple[type, Tensor]:
-            output = tower(*args, **kwargs)
-            return type(output), self._rows.of(output).detach()
-
-        kind, embeddings = self._kept.once((key, hook_numbers(tower)), made)
-        return self._rows.put(kind, embeddings.clone())  # a hook may write into it
+        kept = self._kept.once((key, hook_numbers(tower)), lambda: self._rows.lean(tower(*args, **kwargs)))
+        return deepcopy(kept)  # a hook may write into it, and models write into their encoders' outputs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TowerMemory:
         """A copied encoder begins with an empty memory: its weights may be changed (`copies.in_precision`)."""
         return TowerMemory(self._rows, self._most)
+
+
+def bytes_of(output: Any) -> int:
+    """What the tensors of an encoder's output take."""
+    if isinstance(output, Tensor):
+        return output.nbytes
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, list | tuple) else ()
+    return sum(bytes_of(part) for part in parts)
 
 
 def key_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes | None:

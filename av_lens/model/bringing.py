@@ -159,7 +159,8 @@ class BroughtModel(HookedAVLLM):
     def n_streams(self) -> int:
         """By how many streams of position ids the decoder turns: 3 (time, row, column), or 1."""
         rope = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
-        return 3 if "mrope_section" in rope else 1
+        of_text = family_of(type(self.hf_model)).media is TextMedia  # whose classes turn by one, whatever is configured
+        return 3 if "mrope_section" in rope and not of_text else 1
 
 
 class BroughtEncoder(Encoder):

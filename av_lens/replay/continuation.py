@@ -42,6 +42,11 @@ from av_lens.replay.stacks import restarted, scheduled
 @torch.no_grad()
 def continued(record: Record, plans: Sequence[Plan], how: Decoding, *, budget_gb: float | int = 1.0) -> tuple[Any, ...]:
     """Generate from a recorded run under each of several plans."""
+    if record.routing == "frozen":
+        raise InputError(
+            "routing='frozen' holds the experts of recorded positions, and a decoded token has none: use "
+            "trace.routed('free').generate(...)."
+        )
     choice = Choice.of(record, how)
     found: dict[int, Any] = {}
     schedule = scheduled(record, plans, n_asked=1, budget_gb=budget_gb)

@@ -35,7 +35,7 @@ from av_lens.brief import Brief
 from av_lens.core.budget import GIGABYTE
 from av_lens.core.calls import heads_first, rows_of, turn_of, unembedded, watching
 from av_lens.core.execution import Standing, places, standing_hooks
-from av_lens.errors import BudgetError, InterventionError
+from av_lens.errors import BudgetError, InputError, InterventionError
 from av_lens.families.adapter import ReplayTraits, added_layers
 from av_lens.families.blocks import device_of
 from av_lens.families.decoder import causal_mask, flash, hook_name, layer_names, router_hook
@@ -80,7 +80,7 @@ class Window:
         return cls(start, cos, sin, prefix, rows[..., start:], causal=False, flash=flash)
 
     def on(self, device: torch.device) -> Window:
-        """The same on a device; what is added stays where it is."""
+        """The same on a device; what is added, and experts, stay where they are."""
         if self.cos.device == device:
             return self
         prefix = None if self.prefix_mask is None else self.prefix_mask.to(device)
@@ -330,26 +330,20 @@ class Record(Brief):
 
         Returns:
             The window.
+
+        Raises:
+            InputError: if the run has no such position.
         """
+        if not 0 <= start < len(self.spans):
+            raise InputError(f"a run of {len(self.spans)} positions has no position {start} to restart at")
         device = self.model.device
         cos, sin = (table.to(device) for table in self.tables)
         mask = None if self.mask is None else self.mask.to(device)
         window = Window.at(start, (cos, sin), mask, flash=self.flash)
         frozen = self.experts if self.routing == "frozen" else {}
         experts = {layer: chosen[:, start:].to(device) for layer, chosen in frozen.items()}
-        return replace(window, added=self.added_from(start), experts=experts)
-
-    def added_from(self, start: int) -> dict[int, Float[Tensor, "batch _ d_model"]]:
-        """What is added after each layer from a position on, where the model is; layers where nothing is are left out.
-
-        Args:
-            start: the first position.
-
-        Returns:
-            By layer, up to the last position at which anything is added.
-        """
-        later = {layer: part[:, start:] for layer, part in self.added.items() if part.shape[1] > start}
-        return {layer: part.to(self.model.device) for layer, part in later.items()}
+        later = {layer: part[:, start:].to(device) for layer, part in self.added.items() if part.shape[1] > start}
+        return replace(window, added=later, experts=experts)
 
 
 def place_of(model: Any, layer: int) -> torch.device:

@@ -277,7 +277,7 @@ def _mlp(
 
 def _choose(chosen: list[Tensor], frozen: Tensor | None, rows: slice | None, name: str, own: Tensor) -> Tensor:
     """The router's own choice, or the frozen one; it is kept."""
-    chosen.append(own if frozen is None else frozen[:, rows or slice(None)].expand_as(own))
+    chosen.append(own if frozen is None else frozen[:, rows or slice(None)].to(own.device).expand_as(own))
     return chosen[0]
 
 

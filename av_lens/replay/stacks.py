@@ -163,7 +163,7 @@ class _Frozen:
 def routing_hooks(record: Record) -> list[tuple[str, Callable[..., Any]]]:
     """Hooks under which a run of the recorded input sends every position through its recorded experts."""
     model = record.model
-    kept = {n: experts.flatten(0, 1).to(model.device) for n, experts in record.experts.items()}
+    kept = {n: experts.flatten(0, 1).to(place_of(model, n)) for n, experts in record.experts.items()}
     frozen = {n: _Frozen(layer_of(model, n).router, experts) for n, experts in kept.items()}
     return [(router_hook(part, n), getattr(one, part)) for n, one in frozen.items() for part in ROUTER]
 

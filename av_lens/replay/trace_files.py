@@ -60,6 +60,7 @@ def write_trace(record: Record, path: str | Path) -> Path:
         dtype=str(record.resid[0].dtype),
         hooked_because=record.hooked_because,
         flash=record.flash,
+        routing=record.routing,
         n_layers=record.n_layers,
         weights=weight_hashes(record.model),
         input=input_hashes(record.x),
@@ -118,6 +119,7 @@ def read_trace(path: str | Path, model: Any, x: Any, *, device: torch.device | s
         },
         "hooked_because": about["hooked_because"],
         "flash": bool(about.get("flash", about["dtype"] == "torch.float32")),
+        "routing": "frozen" if about.get("routing") == "frozen" else "free",
     }
 
 

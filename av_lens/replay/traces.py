@@ -381,8 +381,8 @@ class Trace(Record):
             What `model.generate` returns, for each plan.
 
         Raises:
-            InputError: an unknown return type, sampling without a seed, or a way of decoding that is neither greedy nor
-                sampling.
+            InputError: an unknown return type, sampling without a seed, a way of decoding that is neither greedy nor
+                sampling, or frozen routing.
             InterventionError: a plan does not fit, or an edit did not fire as often as it should have.
         """
         how = Decoding(max_new_tokens, do_sample, return_type, seed, options)

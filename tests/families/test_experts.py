@@ -179,6 +179,8 @@ def test_what_cannot_be_frozen_is_refused():
         trace.replay(Plan(), routing="frozn")
     with pytest.raises(InterventionError, match=rf"{len(x.spans)} positions have recorded experts and this run has"):
         model.run_with_hooks(encoded("text"), fwd_hooks=trace.routing_hooks())
+    with pytest.raises(InputError, match=r"a decoded token has none: use trace\.routed\('free'\)\.generate"):
+        trace.routed("frozen").generate(Plan(), max_new_tokens=2)
     assert dense.trace(small_inputs((0,))).routing_hooks() == []
     assert not dense.trace(small_inputs((0,))).rerouted(Plan(zero(Site("z", 1, 0)))).any()
 
@@ -188,7 +190,9 @@ def test_a_saved_trace_keeps_the_experts(tmp_path):
     trace, plan = model.trace(x), Plan(zero(Site("attn_out", 0, positions="audio")))
     opened = avl.Trace.load(trace.save(tmp_path / "t"), model, x)
     assert torch.equal(opened.rerouted(plan), trace.rerouted(plan))
-    assert torch.equal(opened.replay(plan, routing="frozen"), trace.replay(plan, routing="frozen"))
+    frozen = trace.routed("frozen")
+    assert torch.equal(opened.replay(plan, routing="frozen"), frozen.replay(plan))
+    assert torch.equal(avl.Trace.load(frozen.save(tmp_path / "frozen"), model, x).replay(plan), frozen.replay(plan))
     from dataclasses import replace as changed
 
     changed(trace, experts={0: trace.experts[0]}).save(tmp_path / "less")

@@ -25,6 +25,7 @@ from av_lens.interventions.edges import senders
 from av_lens.interventions.edits import UNITS
 from av_lens.methods import edge_attribution, path_patch
 from av_lens.metrics import logit_diff
+from av_lens.model.binding import remembered_towers
 
 PATHS = [((0, 1), (1, 2, "q")), ((0, 3), (2, 1, "k")), ((1, 2), "logits"), ((0, "mlp"), (3, 0, "v"))]
 METRIC = logit_diff(letter("a"), letter("b"))
@@ -71,6 +72,8 @@ def test_logits_are_huggingfaces_to_the_bit(name, layout):
     wanted = reference(name)(**x.tensors).logits
     assert wanted.std() > 0.1
     assert torch.equal(family_model(name)(x), wanted)
+    with remembered_towers(family_model(name)):  # what an isolation does: encoded once, then given from memory
+        assert all(torch.equal(family_model(name)(x), wanted) for _ in range(2))
     batch = avl.AVInputs.stack([x, encoded(name, layout, seed=1)])
     assert torch.equal(family_model(name)(batch), reference(name)(**batch.tensors).logits)
 

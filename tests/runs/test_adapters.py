@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_av import small_clip, small_inputs
-from tiny import tiny_hf_model, tiny_processor
+from tiny import randomized, tiny_hf_model, tiny_processor
+from tiny_families import vl_config, vl_processor
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import av_lens as avl
 from av_lens.errors import ModelError
@@ -103,6 +105,31 @@ def test_an_adapter_lies_in_one_place(base, tmp_path, options):
         avl.load(drawn(tmp_path / "lora", base), **options)
 
 
+@needs_peft
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_an_adapter_of_the_unembedding_stays_off_the_embedding(tmp_path, tied):
+    """peft merges in place: where both are one weight the embedding would be changed too."""
+    from peft import LoraConfig, get_peft_model
+
+    config = vl_config()
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    randomized(Qwen2_5_VLForConditionalGeneration, config, 0).save_pretrained(tmp_path / "base")
+    vl_processor().save_pretrained(tmp_path / "base")
+    opened = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "base")
+    warnings.simplefilter("ignore")
+    how = LoraConfig(r=4, lora_alpha=8, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    trained = get_peft_model(opened, how).eval()
+    trained.save_pretrained(tmp_path / "lora", save_embedding_layers="auto" if not tied else False)
+    if tied:
+        with pytest.raises(ModelError, match="changes embed_tokens or lm_head, which are one weight in"):
+            avl.load(tmp_path / "lora")
+        return
+    model = avl.load(tmp_path / "lora")
+    x = model.encode(small_clip(0), "What?", sound=None)
+    torch.testing.assert_close(model(x), trained(**x.tensors).logits, atol=1e-4, rtol=0)
+
+
 def test_without_peft_it_is_said_what_to_install(base, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"and peft is not installed: pip install 'av_lens\[lora\]'"):
@@ -162,3 +189,13 @@ def test_an_adapter_beside_a_whole_model_is_refused(base, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(told(base)))
     with pytest.raises(ModelError, match=r"holds an adapter .* beside a whole model: which of them is meant\?"):
         avl.load(tmp_path)
+
+
+def test_adapters_that_stand_in_a_model_are_refused():
+    """HuggingFace's `load_adapter` leaves the class as it is: direct attribution would read the base's weights."""
+    hf_model = tiny_hf_model()
+    attention = hf_model.model.language_model.layers[2].self_attn
+    plain, attention.o_proj = attention.o_proj, torch.nn.Identity()
+    attention.o_proj.base_layer = plain  # as peft does it
+    with pytest.raises(ModelError, match=r"adapters \(peft\) stand in this model at .*layers\.2\.self_attn\.o_proj"):
+        avl.load("tiny", hf_model=hf_model, processor=tiny_processor())

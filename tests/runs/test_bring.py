@@ -120,6 +120,16 @@ def test_times_and_patches_are_those_that_were_given():
     assert (woven.spans.row == -1).all()
 
 
+def test_a_decoder_of_text_turns_by_one_stream_whatever_its_configuration_says():
+    """HuggingFace's Qwen2 passes over `mrope_section`, which the text part of a Qwen2-VL has."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    model = bring.wrap(text_hf_model("qwen2", rope_parameters=rope), tokenizer=text_tokenizer())
+    given = bring.Given(torch.randn(4, 64), ["question", "question", "header", "generation"])
+    assert model(model.encode(given)).shape[:2] == (1, 4)
+    with pytest.raises(InputError, match=r"has 3 streams and this decoder turns by 1: give \[pos\]"):
+        model.encode(bring.Given(given.embeds, given.roles, position_ids=[range(4)] * 3))
+
+
 Tool = Callable[[Any, Any, Any, Path], Any]
 
 

@@ -174,9 +174,7 @@ def test_generation_past_a_sliding_window_is_the_models_own():
 # What is only declared
 
 
-@pytest.mark.parametrize(
-    ("trait", "name"), [("deepstack", "deepstack"), ("per_layer_inputs", "per-layer inputs"), ("shared_keys", "shared")]
-)
+@pytest.mark.parametrize(("trait", "name"), [("per_layer_inputs", "per-layer inputs"), ("shared_keys", "shared")])
 def test_a_declared_obstacle_runs_hooked_and_is_named(monkeypatch, tmp_path, trait, name):
     model, x = small_model(), small_inputs()
     path = model.trace(x).save(tmp_path / "run")
@@ -198,6 +196,6 @@ def test_a_declared_obstacle_runs_hooked_and_is_named(monkeypatch, tmp_path, tra
 
 
 def test_several_obstacles_are_all_named():
-    said = ReplayTraits(deepstack=True, shared_keys=True, sliding_window=3).obstacle(4)
-    assert all(part in said for part in ("deepstack", "shared keys", "sliding window of 3 positions"))
+    said = ReplayTraits(per_layer_inputs=True, shared_keys=True, sliding_window=3).obstacle(4)
+    assert all(part in said for part in ("per-layer inputs", "shared keys", "sliding window of 3 positions"))
     assert ReplayTraits(sliding_window=4).obstacle(4) == ""

@@ -6,13 +6,15 @@ PyTorch's fake tensors hold no numbers, but refuse to mix devices exactly as rea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from drawn_plans import COMPONENTS, KINDS, edit_of, site_of
 from elsewhere import ELSEWHERE, copied, held_at, move, spread
-from small_av import small_inputs, small_model
+from small_av import small_clip, small_inputs, small_model
+from tiny_families import family_model
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from av_lens.interventions import Plan, Site, cut, noise, scale
@@ -83,3 +85,22 @@ def test_a_restart_follows_its_layers_over_two_devices():
         assert stacks.unembedded(model, stream, torch.zeros(2, dtype=torch.long)).device == ELSEWHERE
         for plan in compiled:
             plan.verify()
+
+
+def test_held_experts_follow_their_layers_over_two_devices(monkeypatch: pytest.MonkeyPatch):
+    """A split model's first trace is proved under frozen routing: on the first layer's device it would stay hooked."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    whole = family_model("qwen3_omni_moe")
+    trace = whole.trace(whole.encode(small_clip(0), "What?", picture=None))
+    model, n = copied(whole), len(trace.spans)
+    for module in model.hf_model.modules():
+        if getattr(module, "config", None) is not None:  # what grouped products ask of a card is not faked
+            module.config._experts_implementation = "batched_mm"
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        spread(model, mode, on_two)
+        experts = {layer: mode.from_tensor(one).to(ELSEWHERE) for layer, one in trace.experts.items()}
+        fake = replace(held_at(trace, mode, ELSEWHERE, model, masked=False), experts=experts, routing="frozen")
+        compiled = Plan(scale(Site("z", 0, 1), 2.0)).compile(model.spec, trace.spans)
+        assert stacks.restarted(fake, [compiled], 0, range(n))[0].device == SECOND
+        held = [hook.__self__.chosen.device for _, hook in fake.routing_hooks()]
+        assert held == [ELSEWHERE] * 3 + [SECOND] * 6  # three hooks in each of the layers 0, 2 and 3

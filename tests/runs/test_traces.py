@@ -221,3 +221,6 @@ def test_what_does_not_fit_is_refused_before_running():
         trace.replay([Plan()] * 200, logits_at="all", budget_gb=1e-4)
     with pytest.raises(BudgetError, match=r"a trace of 2 examples x"):
         trace.model.trace(trace.x, budget_gb=1e-6)
+    for start in (-1, len(trace.spans)):
+        with pytest.raises(InputError, match=rf"a run of \d+ positions has no position {start} to restart at"):
+            trace.window(start)

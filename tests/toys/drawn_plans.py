@@ -71,7 +71,13 @@ def heads_of(component: str, trace: Any, number: int, layer: int = 0) -> int | t
     if not Site(component, None if component == "embed" else 0).has_heads:
         return None
     n = Site(component, layer).n_heads(trace.model.spec)
-    choices: tuple[Any, ...] = (number % n, None, (n - 1, 0), tuple(range(n)), tuple(range(n // 2, n)))
+    choices: tuple[Any, ...] = (
+        number % n,
+        None,
+        tuple(dict.fromkeys((n - 1, 0))),
+        tuple(range(n)),
+        tuple(range(n // 2, n)),
+    )
     return choices[number % len(choices)]
 
 
