@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from plain_cases import case, checkpoint, dealt, staged, tokens, with_thirds
-from plain_forward import PlainEdit, PlainModel
+from plain_forward import MLP, PlainEdit, PlainModel
 from plain_protocol import RELEASES, Plain, mean
 from tiny import tiny_clip, tiny_hf_model, tiny_processor, untouched
 
@@ -71,7 +71,7 @@ def both_hands(model, listed, plain_model=None):
     cases = [case(model, one) for one in listed]
     boot = Bootstrap.draw(range(n), [f"s{i}" for i in range(n)], [f"p{i}" for i in range(n)], seed=0, draws=50)
     ids = tokens(model, listed)
-    read = [replace(one, answers=tuple(Answer(word, ((ids[word],),)) for word in one.answers)) for one in listed]
+    read = [replace(one, answers=tuple(Answer(word, tuple(ids[word])) for word in one.answers)) for one in listed]
     return SimpleNamespace(
         cases=cases,
         plain=Plain(plain_model or PlainModel.opened(checkpoint("av-tiny")), cases, ids),
@@ -103,11 +103,11 @@ def plain_figures(plain, cases):
         found["M", cell, ""] = mean(plain.m(one, cell) for one in cases)
     right = {"va": 0, "aa": 0, "vv": 1, "av": 1, "blank_a": 0, "blank_v": 1}
     seen = {"va": 1, "v_muted": 1, "a_muted": 0}
-    for question, cells in (("asked", right), ("see", seen)):
+    for question, cells in (("hear", right), ("see", seen)):
         for cell, whose in cells.items():
             rates = plain.says(cases, cell, whose, question=question)
             for rule, rate in zip(("two", "vocabulary"), rates, strict=True):
-                found["accuracy", cell if question == "asked" else f"{cell} (see)", rule] = rate
+                found["accuracy", cell if question == "hear" else f"{cell} (see)", rule] = rate
     for cell in ("v_muted", "a_muted", "blank_muted"):
         for whose, name in enumerate(("sound", "picture")):
             for rule, rate in zip(("two", "vocabulary"), plain.says(cases, cell, whose), strict=True):
@@ -125,7 +125,7 @@ def plain_effects(plain, cases, pool, heads, site):
     """estimand/donor -> head -> one value per conflict."""
     found = {}
     for head in heads:
-        each = [plain.head_effects(one, head, site, pool) for one in cases]
+        each = [plain.node_effects(one, head, site, pool) for one in cases]
         for key in each[0]:
             found.setdefault(key, {})[head] = np.array([effects[key] for effects in each])
     return found
@@ -145,14 +145,17 @@ def assert_same_effects(ours, arrays, prefix):
 def test_an_edit_from_the_embeddings_is_an_edit_from_the_pixels(small):
     one = small.cases[1]
     base = small.plain.run(one, "va")
-    there = small.plain.donor_z(one, "va", "blank_muted", (4, 7), "suffix", small.cases)
-    for edit in (PlainEdit({(4, 7): there}), PlainEdit({(4, 7): there}, hold_after=4)):
-        pairs = zip(*(small.plain.model.edited(base, edit, whole=how) for how in (False, True)), strict=True)
-        for quick, whole in pairs:
-            assert float((quick - whole).abs().max()) < 1e-5
-            assert float((quick - base.logits).abs().max()) > 0.01
-    for unedited in small.plain.model.edited(base, PlainEdit()):
-        assert float((unedited - base.logits).abs().max()) < 1e-5
+    nodes = {
+        node: small.plain.donor_output(one, "va", "blank_muted", node, "suffix", small.cases, "hear")
+        for node in ((4, 7), (5, MLP))
+    }
+    held = {"hold_after": 5, "hold_mlps": frozenset({6, 7})}
+    edits = [PlainEdit({node: new}, **how) for node, new in nodes.items() for how in ({}, held)]
+    for edit in (*edits, PlainEdit()):
+        quick, whole = (small.plain.model.edited(base, edit, whole=how) for how in (False, True))
+        for one_way, other in ((quick.rows, whole.rows), (quick.frozen, whole.frozen)):
+            assert float((one_way - other).abs().max()) < 1e-5
+            assert (float((one_way - base.rows).abs().max()) > 0.01) == bool(edit.nodes)
 
 
 def test_section_2_on_five_conflicts(small):
@@ -204,7 +207,8 @@ def test_a_question_of_another_length_is_aligned_from_the_end(see):
     ]
     one = both_hands(model, listed, plain_model)
     longer = len(see) - len("What?")
-    assert [len(each.see_site["suffix"]) - len(each.site["suffix"]) for each in one.cases] == 4 * [longer]
+    sites = [[len(each.site[question]["suffix"]) for question in ("see", "hear")] for each in one.cases]
+    assert [there - here for there, here in sites] == 4 * [longer]
     wanted = [Request("va", donor) for donor in ("mean_other", "mean_task")]
     heads = [(0, 1), (2, 3)]
     found = measure_requests(chunks_with_means(one, "suffix"), wanted, heads=heads, examples=one.rows)
