@@ -1,4 +1,4 @@
-"""The figures of the protocol's sections 1 to 6, written a second time from its text: plain, slow, one forward at a time.
+"""The protocol's sections 1 to 5, written a second time from its text: plain, slow, one forward at a time.
 
 One conflict is a `PlainCase`: the tensors of its cells under every question. All of it is loops over conflicts and
 forwards. M = score(a) - score(v), the answers held fixed in every cell; an effect on C is half of [change of M in va -
@@ -300,8 +300,9 @@ class Plain:
                 "first": self.margin(case, now["first"]) - self.margin(case, was["first"]),
                 "rise": self.over_others(case, now["first"], heard) - self.over_others(case, was["first"], heard),
             }
+            read = "first" if held.heads else "whole"  # shares are read at the first token
             for name, word in zip("av", case.words, strict=True):
-                change[name] = self.centred(now["whole"], word) - self.centred(was["whole"], word)
+                change[name] = self.centred(now[read], word) - self.centred(was[read], word)
             found.append(change)
         return found
 
