@@ -54,7 +54,7 @@ def backward(release: Release, members: Members, delta: float) -> Members:
     """Take out the cheapest while it costs less than delta."""
     while members:
 
-        def cost(node: Node) -> float:
+        def cost(node: Node, members: Members = members) -> float:
             return release(members) - (release(without(members, node)) if len(members) > 1 else 0.0)
 
         cheapest = min(sorted(members, key=place, reverse=True), key=cost)
