@@ -15,6 +15,7 @@ ROLE_MEANINGS = {
     "picture writer": "it reads the picture and writes the picture's answer over the sound",
     "sound opponent": "it reads the sound and writes against it",
     "gate": "it turns other heads away from the sound",
+    "feeder": "it tells an MLP what is seen, and the MLP suppresses",
     "breaks": "editing it damages hearing as such; it does not suppress",
     "undetermined": "its release passes, but what kind it is cannot be told from these conflicts",
     "silenced carrier": "it carries sound that is lost under conflict: a victim, no suppressor",
@@ -115,8 +116,8 @@ def small(value: Any) -> str:
 
 
 def head_name(row: Any) -> str:
-    """Name the head of a row."""
-    return f"L{row['layer']} H{row['head']}"
+    """Name the head of a row, or its MLP."""
+    return f"L{row['layer']} H{row['head']}" if row["head"] >= 0 else f"MLP {row['layer']}"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -45,9 +45,10 @@ from av_lens.upstairs import upstairs
 from av_lens.whole_files import make_folder, read_arrays, write_whole
 
 SUPPRESSORS = ("picture writer", "sound opponent", "gate")
-# Heads whose release passes and is no mere damage; the mechanism of the last is undetermined.
+# Nodes whose release passes and is no mere damage; the mechanism of the last is undetermined.
 RELEASING = (*SUPPRESSORS, "undetermined")
-ROLE_NAMES = (*SUPPRESSORS, "breaks", "undetermined", "silenced carrier", "sound carrier")
+FEEDER = "feeder"
+ROLE_NAMES = (*SUPPRESSORS, FEEDER, "breaks", "undetermined", "silenced carrier", "sound carrier")
 
 
 def _columns(*runs: str) -> dict[str, str]:
@@ -57,21 +58,22 @@ def _columns(*runs: str) -> dict[str, str]:
 
 
 TABLES: dict[str, dict[str, str]] = {
-    # One row per named (head, site, role), largest effect first. `effect low high` are confirmation's.
+    # One row per named (head, site, role), largest effect first. `effect low high` are confirmation's. In all tables
+    # head -1 is the layer's MLP; here MLPs stand apart, in `mlps`.
     "heads": _columns(
         "int: layer head; text: site role member_of estimand donor",
         "float: effect low high direct_share q p_maxt; flag: confirmed; text: flags",
         "float: share share_low share_high p_holm discovery_effect discovery_low discovery_high",
         "float: discovery_share discovery_direct_share discovery_p release_blank_muted release_mean_other",
         "float: release_zero question_share reads_picture reads_sound sufficiency silenced carries repair",
-        "float: release_on_sound release_on_picture release_norm_frozen dla",
+        "float: release_on_sound release_on_picture release_norm_frozen dla write_share mlp_share",
     ),
-    # Every head's every effect, named or not: what heat maps are drawn from.
+    # Every head's and MLP's every effect, named or not: what heat maps are drawn from.
     "evidence": _columns(
         "text: half site; int: layer head; text: estimand donor",
         "float: mean low high share share_low share_high; int: n",
     ),
-    # The same for what is no query head: `unit` is "kv group", "mlp", "attention" or "layer", `index` the group or -1.
+    # The same for what is no single node: `unit` is "kv group", "attention" or "layer", `index` the group or -1.
     "units": _columns(
         "text: half site unit; int: layer index; text: estimand donor",
         "float: mean low high share share_low share_high; int: n",
@@ -141,6 +143,8 @@ TABLES: dict[str, dict[str, str]] = {
     ),
 }
 
+TABLES["mlps"] = {name: kind for name, kind in TABLES["heads"].items() if name != "head"}
+
 _KINDS: dict[str, tuple[Any, Any, Callable[[str], Any]]] = {
     "text": ("object", "", str),
     "int": ("int64", -1, int),
@@ -166,9 +170,9 @@ def _frame(cells: dict[str, list[Any]], name: str) -> pd.DataFrame:
     return pd.DataFrame({column: pd.Series(held, dtype=_KINDS[kinds[column]][0]) for column, held in cells.items()})
 
 
-def read_table(path: Path, name: str) -> pd.DataFrame:
-    """Open a table that was saved as csv."""
-    columns = TABLES[name]
+def read_table(path: Path, name: str, since: Collection[str] | None = None) -> pd.DataFrame:
+    """Open a table that was saved as csv; columns that an older record (`since`) had not are missing figures."""
+    columns = {key: kind for key, kind in TABLES[name].items() if since is None or key in since}
     with foreign_file(path, f"the table {name!r} of a saved isolation"):
         with path.open(encoding="utf-8", newline="") as file:
             lines = csv.reader(file, strict=True)
@@ -180,7 +184,8 @@ def read_table(path: Path, name: str) -> pd.DataFrame:
         if len(cells) != len(columns):
             raise ValueError(f"its rows have {len(cells)} columns, not {len(columns)}")
         read = [[_KINDS[kind][2](cell) for cell in made] for kind, made in zip(columns.values(), cells, strict=True)]
-        return _frame(dict(zip(columns, read, strict=True)), name)
+        rows = (dict(zip(columns, row, strict=True)) for row in zip(*read, strict=True))
+        return table(name, list(rows))
 
 
 SCHEMA_VERSION = 2
@@ -209,8 +214,9 @@ class Isolation(Brief):
     missing, a sentence each. `stamps` belong on every page: "exploratory" (too few conflicts
     for a verdict), "not interpretable" (the search went on where the protocol would have stopped it). `summary` holds
     the figures that the verdict speaks of (G, C, gap, delta, power ...). `arrays` holds every head's effect on every
-    conflict, `"half/site/estimand/donor"` -> `[example, layer, head]` (NaN where not measured), its rows the competent
-    conflicts of that half in the order of `conflicts`; also `"half/G"` and `"half/C"` -> `[example]`.
+    conflict, `"half/site/estimand/donor"` -> `[example, layer, node]` (NaN where not measured), its rows the competent
+    conflicts of that half in the order of `conflicts`, its nodes the layer's heads and, last, its MLP (in the first
+    edition heads alone); also `"half/G"` and `"half/C"` -> `[example]`.
     """
 
     verdict: str
@@ -221,6 +227,7 @@ class Isolation(Brief):
     reasons: tuple[str, ...] = ()
     summary: Mapping[str, float]
     heads: pd.DataFrame = field(default_factory=partial(table, "heads", ()))
+    mlps: pd.DataFrame = field(default_factory=partial(table, "mlps", ()))
     evidence: pd.DataFrame = field(default_factory=partial(table, "evidence", ()))
     units: pd.DataFrame = field(default_factory=partial(table, "units", ()))
     sets: pd.DataFrame = field(default_factory=partial(table, "sets", ()))
@@ -259,13 +266,19 @@ class Isolation(Brief):
         for key, value in (*self.summary.items(), *([] if share is None else [("s", share)])):
             if not isinstance(value, int | float | np.number):
                 raise InputError(f"{key} is no number: {value!r}.")
-        if strange := sorted(set(self.heads["role"]) - set(ROLE_NAMES)):
+        if strange := sorted({*self.heads["role"], *self.mlps["role"]} - set(ROLE_NAMES)):
             raise InputError(unknown("role", strange[0], ROLE_NAMES))
 
     @property
     def suppressors(self) -> pd.DataFrame:
-        """The confirmed heads that keep the sound from being said: writers, opponents, gates, kind undetermined."""
-        return cast(pd.DataFrame, self.heads[self.heads["role"].isin(RELEASING) & self.heads["confirmed"]])
+        """What is confirmed to keep the sound from being said: writers, opponents, gates, kind undetermined.
+
+        Heads, and after them MLPs, with head -1.
+        """
+        nodes: Any = self.heads
+        if len(self.mlps):
+            nodes = pd.concat([nodes, self.mlps.assign(head=-1)], ignore_index=True)[list(nodes.columns)]
+        return nodes[nodes["role"].isin(RELEASING) & nodes["confirmed"]]
 
     def grid(
         self, estimand: str, donor: str = "", *, half: str = "discovery", site: str = "suffix", column: str = "mean"
@@ -289,6 +302,7 @@ class Isolation(Brief):
         if column not in TABLES["evidence"]:
             raise InputError(unknown("column", column, TABLES["evidence"]))
         keep: Any = (frame["estimand"] == estimand) & (frame["half"] == half) & (frame["site"] == site)
+        keep &= frame["head"] >= 0
         rows = frame[keep & (frame["donor"] == donor) if donor else keep]
         if not len(rows):
             pairs = zip(frame["estimand"], frame["donor"], strict=True)
@@ -387,7 +401,9 @@ class Isolation(Brief):
         with foreign_file(folder / "arrays.npz", "the arrays of a saved isolation"):
             arrays = read_arrays(folder / "arrays.npz")
         since = dict(head.get("tables") or TABLES)  # a table that came later is empty in an older record
-        tables: dict[str, Any] = {name: read_table(folder / f"{name}.csv", name) for name in TABLES if name in since}
+        tables: dict[str, Any] = {
+            name: read_table(folder / f"{name}.csv", name, since[name]) for name in TABLES if name in since
+        }
         with foreign_file(folder / "isolation.json", "the head of a saved isolation"):
             said = {name: _typed(head, name, kind) for name, kind in _HEAD.items()}
             said |= {name: tuple(map(str, said[name])) for name in ("stamps", "reasons")}

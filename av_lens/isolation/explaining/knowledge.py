@@ -49,10 +49,11 @@ from av_lens.core.readings import pooled_streams
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.conflict import clip_key
 from av_lens.interventions import Plan, Site, replace
-from av_lens.interventions.edges import INPUTS, Node
+from av_lens.interventions.edges import INPUTS
+from av_lens.interventions.edges import Node as End
 from av_lens.isolation.measuring.bench import Bench, Chunk, Half, columns, gathered
 from av_lens.isolation.measuring.effects import effects_of_plans, trace_of
-from av_lens.isolation.measuring.engine import Head
+from av_lens.isolation.measuring.engine import Node
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.evidence import Searched, chunks_of
 from av_lens.isolation.sets.confirmation import NAMES, Held
@@ -80,7 +81,7 @@ class Subject:
     donor: str
 
     @property
-    def at(self) -> Head:
+    def at(self) -> Node:
         """Layer and head."""
         return self.layer, self.head
 
@@ -109,7 +110,7 @@ class Known:
 
     def subjects(self, site: str) -> list[Subject]:
         """List the heads that get a card: named at the site, or in the chosen set; those that release first."""
-        found: dict[Head, Subject] = {}
+        found: dict[Node, Subject] = {}
         here = [row for row in self.searched.named if row.site == site]
         found |= {row.at: Subject(*row.at, True, row.donor) for row in here if row.role in RELEASING}
         chosen = self.held.chosen
@@ -251,21 +252,21 @@ def _bounded(half: Half, found: np.ndarray, null: np.ndarray) -> Iterator[tuple[
 
 
 TOTAL, DIRECT, QUERIES, JOINT, REMAINDER = "total", "direct", "queries", "joint", "remainder"
-Sender = tuple[Head, str]
+Sender = tuple[Node, str]
 
 
-def receiver_nodes(heads: Sequence[Head]) -> list[Node]:
+def receiver_nodes(heads: Sequence[Node]) -> list[End]:
     """List the inputs of heads that may receive."""
-    return [Node("head", layer, head, name) for layer, head in heads for name in INPUTS]
+    return [End("head", layer, head, name) for layer, head in heads for name in INPUTS]
 
 
-def path_columns(heads: Sequence[Head]) -> list[str]:
+def path_columns(heads: Sequence[Node]) -> list[str]:
     """Name the columns of `paths`."""
     return [TOTAL, DIRECT, *(node.label for node in receiver_nodes(heads)), *([QUERIES, JOINT] if heads else [])]
 
 
 @torch.no_grad()
-def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[Head]) -> Arrays:
+def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[Node]) -> Arrays:
     """Measure where the senders' effects go."""
 
     def plans(cell: str) -> list[Plan | None]:
@@ -286,12 +287,12 @@ def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[He
 
 
 def _receiver_plans(
-    chunk: Chunk, cell: str, senders: Sequence[Sender], heads: Sequence[Head]
+    chunk: Chunk, cell: str, senders: Sequence[Sender], heads: Sequence[Node]
 ) -> list[list[Plan | None]]:
     """Each receiver's input as in run 3, and all of them together, for every sender."""
     held, nodes = _held(chunk, cell), receiver_nodes(heads)
     read = held.inputs([_change(chunk, cell, sender) for sender in senders], nodes)
-    ends = [Node("head", *head).writes_at for head, _ in senders]
+    ends = [End("head", *head).writes_at for head, _ in senders]
     found: list[list[Plan | None]] = [[None] * len(nodes) for _ in senders]
     for number, node in enumerate(nodes):
         rows = [row for row, end in enumerate(ends) if node.reads_at > end]
@@ -317,12 +318,12 @@ def _held(chunk: Chunk, cell: str) -> HeldRun:
 def _change(chunk: Chunk, cell: str, sender: Sender) -> dict[tuple[str, int], torch.Tensor]:
     """What the stream gains where the sender writes as in its donor."""
     (layer, head), donor = sender
-    own = chunk.run(cell).site_z[layer, :, :, head]
+    own = chunk.output(cell)[layer, :, :, head]
     output = layer_of(chunk.bench.engine.model, layer).outputs()[head]
     return {("heads", layer): (chunk.donor(cell, donor)[layer, :, :, head] - own) @ output}
 
 
-def _together(held: HeldRun, read: dict[Node, torch.Tensor], ends: Sequence[int]) -> list[Plan | None]:
+def _together(held: HeldRun, read: dict[End, torch.Tensor], ends: Sequence[int]) -> list[Plan | None]:
     """All receivers after each sender together, everything else free."""
     later = [
         {node: given[[row]] for node, given in read.items() if node.reads_at > end} for row, end in enumerate(ends)
@@ -331,7 +332,7 @@ def _together(held: HeldRun, read: dict[Node, torch.Tensor], ends: Sequence[int]
 
 
 def _joint(
-    chunk: Chunk, cell: str, held: HeldRun, read: dict[Node, torch.Tensor], ends: Sequence[int]
+    chunk: Chunk, cell: str, held: HeldRun, read: dict[End, torch.Tensor], ends: Sequence[int]
 ) -> list[Plan | None]:
     """All receivers after each sender together: their queries, keys and values.
 

@@ -43,7 +43,7 @@ from av_lens.isolation.explaining import knowledge
 from av_lens.isolation.explaining.knowledge import Known, Row, Subject
 from av_lens.isolation.measuring.bench import Chunk, Half, gathered
 from av_lens.isolation.measuring.effects import effects_of_plans, trace_of
-from av_lens.isolation.measuring.engine import MIRROR, W_CELLS, Head
+from av_lens.isolation.measuring.engine import MIRROR, W_CELLS, Node
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.roles import Evidence, head_means
 from av_lens.replay.rerun import layer_of
@@ -80,7 +80,7 @@ def attention(chunk: Chunk) -> Arrays:
 
 
 @torch.no_grad()
-def writes(chunk: Chunk, heads: Sequence[Head]) -> Arrays:
+def writes(chunk: Chunk, heads: Sequence[Node]) -> Arrays:
     """Attribute the heads' writes at the asked position to what they read, answer by answer."""
     engine, candidates = chunk.bench.engine, chunk.bench.candidates
     out = np.zeros((len(chunk.examples), len(heads), len(WRITES), len(ANSWERS)))
@@ -97,7 +97,7 @@ def writes(chunk: Chunk, heads: Sequence[Head]) -> Arrays:
     return {"writes": out}
 
 
-def _written(chunk: Chunk, cell: str, head: Head) -> list[Float[Tensor, "batch d_model"]]:
+def _written(chunk: Chunk, cell: str, head: Node) -> list[Float[Tensor, "batch d_model"]]:
     """What a head writes at the asked position, in the order of `WRITES`."""
     trace, spans = trace_of(chunk, cell), chunk.run(cell).inputs.spans
     read = HeadRead.of(trace, *head, [int(spans.generation_position)])
@@ -114,7 +114,7 @@ def _written(chunk: Chunk, cell: str, head: Head) -> list[Float[Tensor, "batch d
 
 
 @torch.no_grad()
-def drives(chunk: Chunk, heads: Sequence[Head], donor: str) -> Arrays:
+def drives(chunk: Chunk, heads: Sequence[Node], donor: str) -> Arrays:
     """Exchange a head's queries, keys or values with those of another cell, one or several at a time."""
     looks = np.zeros((len(chunk.examples), len(heads), 1 + len(DRIVES), len(LOOKS)))
 
@@ -131,7 +131,7 @@ def drives(chunk: Chunk, heads: Sequence[Head], donor: str) -> Arrays:
     return {"effect": effect.reshape(len(effect), len(heads), 1 + len(DRIVES)), "looks": looks}
 
 
-def _mixtures(chunk: Chunk, cell: str, head: Head, donor: str) -> tuple[HeadRead, Mapping[str, HeadRead]]:
+def _mixtures(chunk: Chunk, cell: str, head: Node, donor: str) -> tuple[HeadRead, Mapping[str, HeadRead]]:
     """The head's own reading over the site, and the reading under each drive."""
     other, site = chunk.donor_cell(cell, donor), chunk.run(cell).site.tolist()
     own, theirs = (HeadRead.of(trace_of(chunk, one), *head, site) for one in (cell, other))
@@ -155,7 +155,7 @@ def _look(chunk: Chunk, cell: str, read: HeadRead) -> Float[np.ndarray, "batch l
 MOST_RECEIVERS = 24
 
 
-def receivers(evidence: Evidence, found: Sequence[Subject]) -> list[Head]:
+def receivers(evidence: Evidence, found: Sequence[Subject]) -> list[Node]:
     """Choose whose inputs may receive what a sender releases: later heads, the named ones, then the largest."""
     named = {one.at for one in found}
     jobs = [evidence["carries"], evidence["silenced"], *evidence.by_donor("release").values()]
@@ -215,7 +215,7 @@ def obstacle(chunk: Chunk) -> str:
     return f"not measured: {roles} read both ways" if roles else ""
 
 
-def _driven(chunk: Chunk, heads: Sequence[Head], donor: str) -> Arrays:
+def _driven(chunk: Chunk, heads: Sequence[Node], donor: str) -> Arrays:
     if not chunk.has(donor):
         shape, n = (len(chunk.examples), len(heads), 1 + len(DRIVES)), len(LOOKS)
         return {"effect": np.full(shape, np.nan), "looks": np.full((*shape, n), np.nan)}
@@ -287,7 +287,7 @@ def drive_in_words(share: np.ndarray, moved: np.ndarray) -> str:
 
 
 def _path_rows(
-    half: Half, values: np.ndarray, found: Sequence[Subject], base: str, heads: Sequence[Head]
+    half: Half, values: np.ndarray, found: Sequence[Subject], base: str, heads: Sequence[Node]
 ) -> Iterator[Row]:
     names = knowledge.path_columns(heads)
     joint = np.nan_to_num(values[:, :, names.index(knowledge.JOINT)]) if heads else 0.0

@@ -49,7 +49,7 @@ from av_lens.interventions import Plan
 from av_lens.isolation.explaining.knowledge import Known, Row
 from av_lens.isolation.measuring.bench import Chunk, Half, columns, gathered
 from av_lens.isolation.measuring.effects import effects_of_plans, says_sound
-from av_lens.isolation.measuring.engine import Head
+from av_lens.isolation.measuring.engine import Node
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.sets.sets import head_names
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut, matches
@@ -65,7 +65,7 @@ WITH_SINKS = ("video|image - sinks", "sinks")
 NO_MATCH = "no other heads at most one layer away, none of which releases, move as much along these edges"
 TOO_FEW = "fewer than three times as many other keys"
 NO_NUMBER = {EQUAL_MASS: NO_MATCH, DIFFERENCE: NO_MATCH, EQUAL_COUNT: TOO_FEW}
-Group = tuple[Head, ...]
+Group = tuple[Node, ...]
 
 
 @dataclass(frozen=True, eq=False)

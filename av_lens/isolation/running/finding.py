@@ -27,7 +27,7 @@ from av_lens.isolation.explaining.knowledge import Known
 from av_lens.isolation.measuring.behaviour import rows_of
 from av_lens.isolation.measuring.bench import Half
 from av_lens.isolation.measuring.effects import DLA, ESTIMANDS, FIRST_RELEASE, donor_of
-from av_lens.isolation.measuring.engine import PRIMARY_DONORS
+from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS
 from av_lens.isolation.measuring.scoring import NEITHER, UNREAD
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence
 from av_lens.isolation.naming.roles import CARRIERS, LEVEL, Evidence, Named, head_means
@@ -40,7 +40,7 @@ from av_lens.results.dealing import CONFIRMATION, DISCOVERY
 from av_lens.results.dyadic import SOURCE, Dyadic
 from av_lens.results.power import FEWEST_PILOTS, conflicts_needed
 from av_lens.results.provenance import stamp
-from av_lens.results.record import RELEASING, Isolation, table
+from av_lens.results.record import FEEDER, RELEASING, Isolation, table
 
 UNSPECIFIC = {
     "not specific": "Not specific (harm of 5 points is not excluded)",
@@ -248,7 +248,10 @@ def finding(
         sites = [(half, site) for half, found in sides for site in found.sites.values()]
         arrays |= {f"{half}/{key}": values for half, site in sites for key, values in site.arrays().items()}
         evidence = [row for half, site in sites for row in site.rows(half)]
-        tables |= known.held.tables | {"heads": head_rows(known.searched, known.held), "evidence": evidence}
+        rows = head_rows(known.searched, known.held)
+        heads, mlps = ([row for row in rows if (row["head"] == MLP) is apart] for apart in (False, True))
+        tables |= known.held.tables | {"heads": heads, "evidence": evidence}
+        tables["mlps"] = [{name: value for name, value in row.items() if name != "head"} for row in mlps]
     tables |= {"behaviour": behaviour_rows(run), "conflicts": conflict_rows(run)}
     return Isolation(
         verdict=sentence,
@@ -319,7 +322,7 @@ def conflict_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def head_rows(searched: Searched, held: Held) -> list[dict[str, Any]]:
-    """Write `found.heads`: one row per (head, site, role), largest effect on confirmation first."""
+    """Write `found.heads` and `found.mlps`: one row per (node, site, role), largest effect on confirmation first."""
     rows = [_head_row(row, searched, held) for row in (*searched.named, *held.named_members)]
     return sorted(rows, key=lambda row: (-abs(row["effect"]), row["layer"], row["head"], row["role"]))
 
@@ -353,8 +356,11 @@ def _figures(evidence: Evidence, row: Named, key: tuple[str, str], prefix: str) 
     share = half.share(effect)
     out = half.bounded(effect, "effect", prefix) | {f"{prefix}share": share["share"]} | ({} if prefix else share)
     if key[0] == "release":
-        direct, first = (evidence[name, row.donor][at] for name in ("direct", FIRST_RELEASE))
-        out[f"{prefix}direct_share"] = float(half.boot.ratio(direct, first).value)
+        direct, write, first = (evidence[name, row.donor][at] for name in ("direct", "write", FIRST_RELEASE))
+        out[f"{prefix}direct_share"] = shares = float(half.boot.ratio(direct, first).value)
+        if not prefix:
+            out["write_share"] = float(half.boot.ratio(write, first).value)
+            out["mlp_share"] = shares - out["write_share"]
     return out
 
 
@@ -370,9 +376,10 @@ def _side_by_side(site: SiteEvidence, row: Named) -> dict[str, Any]:
 
 def _flags(row: Named, searched: Searched, held: Held) -> str:
     """Mark a suppressor that zero alone finds (its output is the same in every cell), and a role that did not hold."""
-    if row.role not in RELEASING:
+    if row.role not in (*RELEASING, FEEDER):
         return ""
     words = [told] if (told := held.words.get(row)) else []
+    words += [f"through MLP {row.through}"] if row.through >= 0 else []
     if row in held.named_members:
         return "; ".join(["named as a member: its release with the other members edited", *words])
     flags = words

@@ -175,7 +175,9 @@ def _searched(run: Run, ledger: Ledger) -> Known:
     """Search on discovery, then look at what was found on confirmation."""
     seed = run.options.seed
     floor = run.s if run.protocol["s_rule"] == preparing.MEASURED else None
-    searched = evidence.search(run.bench, run.both[0], s=run.s, floor=floor, sites=run.options.sites, seed=seed)
+    searched = evidence.search(
+        run.bench, run.both[0], s=run.s, floor=floor, sites=run.options.sites, seed=seed, family=run.family
+    )
     ledger.close()
     run.s = searched.s
     run.reasons += searched.notes
@@ -211,7 +213,7 @@ def _behave(run: Run, ledger: Ledger, folder: Path | None) -> None:
 def _size(run: Run) -> cost.Size:
     engine, options = run.bench.engine, run.options
     halves = (len(run.halves.members(name)) for name in (DISCOVERY, CONFIRMATION))
-    model = {"heads": len(engine.heads), "layers": engine.n_layers, "sites": len(options.sites)}
+    model = {"heads": len(run.bench.nodes), "layers": engine.n_layers, "sites": len(options.sites)}
     return cost.Size(len(run.members), *halves, **model, quick=options.quick, named_only=options.named_only)
 
 

@@ -37,7 +37,7 @@ from av_lens.isolation.measuring.store import SCHEMA, measuring_hash
 from av_lens.isolation.naming.evidence import PERCENTILE
 from av_lens.isolation.naming.roles import DAMAGE_CUT, DIRECT_CUT, LEVEL, family_size
 from av_lens.isolation.running.dealt import EDITIONS, Dealt, dealt_conflicts, hopeless
-from av_lens.isolation.sets.confirmation import FEWEST_SETS, NEAREST, NORM_FACTOR, RANDOM_SETS
+from av_lens.isolation.sets.matching import FEWEST_SETS, NEAREST, NORM_FACTOR, RANDOM_SETS
 from av_lens.isolation.sets.search import ALL_HEADS, MOST_MEMBERS, PATIENCE, SCREENED, SYNERGIES
 from av_lens.isolation.sets.sets import MARGIN
 from av_lens.model.binding import remembered_towers
@@ -268,7 +268,8 @@ def prepared(
     keys = ClipKeys()
     dealt = dealt_conflicts(named, engine.model.tokenizer, keys, seed=options.seed, edition=options.protocol)
     named, candidates = dealt.conflicts, Candidates.of(dealt.conflicts, engine.model.tokenizer)
-    family = family_size(len(engine.heads), len(options.sites))
+    mlps = options.protocol != "1"
+    family = family_size(len(engine.heads), len(options.sites), engine.n_layers if mlps else 0)
     written = protocol_of(
         options=dataclasses.asdict(options) | {"s": s, "s_rule": rule},
         dealt=dealt,
@@ -276,7 +277,7 @@ def prepared(
         conflicts=_contents(named, keys),
         family=family,
     )
-    bench = Bench(engine, named, candidates, site=options.sites[0], keys=keys)
+    bench = Bench(engine, named, candidates, site=options.sites[0], keys=keys, mlps=mlps)
     bench.progress = progress or bench.progress
     reasons = [read.sentence()] if read.left_out else []
     run = Run(bench, dealt, written, options, s, answers=read.provenance(), reasons=reasons + dealt.sentences())
