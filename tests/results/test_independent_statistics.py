@@ -86,7 +86,7 @@ def test_the_swaps_are_made():
         ours = plain.deal_sources(pairs, seed=seed)
         assert ours == dealing.grown_half(pairs, seed=seed)
         mended += ours != plain.deal_sources(pairs, seed=seed, swap=False)
-    assert mended > 2
+    assert mended > 1
 
 
 def test_doubles():

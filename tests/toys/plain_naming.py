@@ -10,7 +10,6 @@ passes and is no mere damage.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -27,7 +26,7 @@ Test = tuple[Node, str, str]
 """Node, role, donor ("" of carriers)."""
 
 
-@dataclass
+@dataclass(eq=False)
 class PlainHalf:
     """A half's effects.
 
@@ -244,8 +243,3 @@ def over_words(half: PlainHalf, test: Test) -> str:
         return "untested over words"
     found = dyadic(half.over(half.of(f"release/{donor}", node)), half.words)
     return "" if found.interval[0] > 0 else "on these words"
-
-
-def known(values: Sequence[float]) -> bool:
-    """Whether anything was measured."""
-    return not all(math.isnan(one) for one in values)

@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 from plain_forward import MLP, Node
 
 Members = tuple[Node, ...]
@@ -84,28 +85,54 @@ WIDENINGS = ((2.0, 1), (4.0, 1), (4.0, 2), (4.0, math.inf), (math.inf, math.inf)
 """How far a norm (a factor) and a layer may be off."""
 
 
-def pool(member: Node, members: Members, norms: Mapping[Node, float], factor: float, layers: float) -> list[Node]:
+def pool(
+    member: Node, members: Members, norms: Mapping[Node, float], factor: float, layers: float
+) -> list[frozenset[Node]]:
     """The heads (for an MLP: the MLPs) outside the set that match a member."""
-    ratio = [norms[member] / factor, norms[member] * factor]
     return [
-        node
+        frozenset([node])
         for node in norms
         if node not in members
         and (node[1] == MLP) == (member[1] == MLP)
         and abs(node[0] - member[0]) <= layers
-        and ratio[0] <= norms[node] <= ratio[1]
+        and norms[member] / factor <= norms[node] <= norms[member] * factor
     ]
 
 
-def random_sets(members: Members, norms: Mapping[Node, float], *, fewest: int = 20) -> tuple[set[frozenset[Node]], int]:
-    """All sets with a match of its own for each member, and how often the pools had to be widened."""
+def subsets(norm: float, members: Members, joint: Mapping[frozenset[Node], float]) -> list[frozenset[Node]]:
+    """Subsets of one layer's heads, of the size whose median joint norm is nearest an MLP's."""
+    sizes = {len(one) for one in joint}
+    middle = {size: float(np.median([x for one, x in joint.items() if len(one) == size])) for size in sizes}
+    best = min(sorted(sizes), key=lambda size: abs(middle[size] - norm))
+    return [one for one in joint if len(one) == best and not one & set(members)]
+
+
+def random_sets(
+    members: Members, norms: Mapping[Node, float], joint: Mapping[frozenset[Node], float], *, fewest: int = 20
+) -> tuple[set[frozenset[Node]], int]:
+    """All sets with a match of its own for each member, and how often the pools had to be widened.
+
+    `joint` are the norms of subsets of one layer's heads.
+    """
     found: set[frozenset[Node]] = set()
     for step, (factor, layers) in enumerate(WIDENINGS):
         pools = [pool(member, members, norms, factor, layers) for member in members]
-        found = {frozenset(one) for one in itertools.product(*pools) if len(set(one)) == len(members)}
+        found = all_of(pools)
         if len(found) >= fewest:
             return found, step
+    if any(which == MLP for _, which in members):
+        pools = [
+            matches + (subsets(norms[member], members, joint) if member[1] == MLP else [])
+            for member, matches in zip(members, pools, strict=True)
+        ]
+        return all_of(pools), len(WIDENINGS)
     return found, len(WIDENINGS) - 1
+
+
+def all_of(pools: Sequence[Sequence[frozenset[Node]]]) -> set[frozenset[Node]]:
+    """Every set that takes one of each pool, none of them twice."""
+    chosen = itertools.product(*pools)
+    return {frozenset().union(*one) for one in chosen if len(frozenset().union(*one)) == sum(map(len, one))}
 
 
 def p_random(release: float, random: Sequence[float]) -> float:
@@ -136,6 +163,6 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
         return [sum(b < a for b in values) + 0.5 * sum(b == a for b in values) for a in values]
 
     one, two = ranks(x), ranks(y)
-    mean = (len(x) + 0.0) / 2
+    mean = len(x) / 2
     cross = sum((a - mean) * (b - mean) for a, b in zip(one, two, strict=True))
     return cross / math.sqrt(sum((a - mean) ** 2 for a in one) * sum((b - mean) ** 2 for b in two))

@@ -9,6 +9,7 @@ and what sources only it has are left out.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -177,6 +178,13 @@ class Dyadic:
         return 3 / self.g * (math.copysign(abs(inside) ** (1 / 3), inside) - 1)
 
 
+@functools.cache
+def sharing(units: tuple[frozenset[Hashable], ...]) -> list[tuple[int, int]]:
+    """The ordered pairs of conflicts that share at least one unit, a conflict with itself included."""
+    every = range(len(units))
+    return [(i, j) for i in every for j in every if units[i] & units[j]]
+
+
 def dyadic(values: Sequence[float], units: Units, below: Sequence[float] | None = None) -> Dyadic:
     """The mean of some values, or their ratio to `below`, of conflicts that share units.
 
@@ -184,10 +192,11 @@ def dyadic(values: Sequence[float], units: Units, below: Sequence[float] | None 
     """
     y = [1.0] * len(values) if below is None else list(below)
     kept = [i for i in range(len(values)) if not math.isnan(values[i]) and not math.isnan(y[i])]
-    n, r = len(kept), sum(values[i] for i in kept) / sum(y[i] for i in kept)
-    e = {i: (values[i] - r * y[i]) / (sum(y[j] for j in kept) / n) for i in kept}
+    n, below_all = len(kept), sum(y[i] for i in kept)
+    r = sum(values[i] for i in kept) / below_all
+    e = {i: (values[i] - r * y[i]) / (below_all / n) for i in kept}
     sources = set().union(*(units[i] for i in kept))
-    shared = sum(e[i] * e[j] for i in kept for j in kept if units[i] & units[j])
+    shared = sum(e[i] * e[j] for i, j in sharing(tuple(units)) if i in e and j in e)
     v = max(shared, sum(one**2 for one in e.values())) / n**2 * len(sources) / (len(sources) - 1)
     cubes = sum(sum(e[i] for i in kept if one in units[i]) ** 3 for one in sources)
     for same in {units[i] for i in kept}:

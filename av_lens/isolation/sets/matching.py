@@ -95,9 +95,9 @@ def _ratio(norms: Norms, one: Node, other: Node) -> float:
 
 
 def subsets_of(n_heads: int) -> list[tuple[int, ...]]:
-    """List the subsets of a layer's heads, of every size up to all but one; of many a part, drawn."""
+    """List the subsets of a layer's heads, of every size; of many a part, drawn."""
     rng, out = np.random.default_rng(0), list[tuple[int, ...]]()
-    for size in range(1, n_heads):
+    for size in range(1, n_heads + 1):
         if math.comb(n_heads, size) <= MOST_SUBSETS:
             out += combinations(range(n_heads), size)
         else:
