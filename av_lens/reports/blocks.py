@@ -16,7 +16,13 @@ from av_lens.reports.sections import MISSING, head_name, interval, number, perce
 from av_lens.results.record import Isolation
 
 LEAST_SHARE, LEAST_PATH, MOST_RECEIVERS = 0.05, 0.01, 3
-_ROADS = {"direct": "directly", "queries": "through queries", "keys": "through keys", "values": "through values"}
+_ROADS = {
+    "direct": "directly",
+    "write": "by its own write, MLPs held",
+    "queries": "through queries",
+    "keys": "through keys",
+    "values": "through values",
+}
 
 
 def card_lines(cards: Any) -> list[dict[str, str]]:
