@@ -13,7 +13,8 @@ So M(blank_a) = 4 + 3, G = 7; M(va) = 4 + 0 - 6 - 2, C = -4; the gap is 11. Rele
 opponent 2. Nothing saturates, so that every figure can be worked out on paper.
 
 Plans are compiled to hooks, fire and are verified as on any model; only what lies between the hooks is made up. It has
-no attention to look into and its MLPs write nothing (those of `FedModel` do): `isolated` runs all of `isolate` but the parts that look there.
+no attention to look into and its MLPs write nothing (those of `FedModel` do): `isolated` runs all of `isolate` but the
+parts that look there.
 """
 
 from __future__ import annotations

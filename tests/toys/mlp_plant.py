@@ -19,14 +19,8 @@ import torch
 from av_lens.inputs.answers import answer_pair
 
 LAYER = 6
-CELLS = (
-    ("va", "ask", 0),
-    ("av", "ask", 1),
-    ("blank_a", "", 0),
-    ("blank_v", "", 1),
-    ("va", "see", 0),
-    ("v_muted", "see", 0),
-)
+ASKED = (("va", "ask", 0), ("av", "ask", 1), ("blank_a", "", 0), ("blank_v", "", 1))
+CELLS = (*ASKED, ("va", "see", 0), ("v_muted", "see", 0))
 RIDGE = 1e-2
 
 
