@@ -28,7 +28,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -170,10 +170,13 @@ def _frame(cells: dict[str, list[Any]], name: str) -> pd.DataFrame:
     return pd.DataFrame({column: pd.Series(held, dtype=_KINDS[kinds[column]][0]) for column, held in cells.items()})
 
 
-def read_table(path: Path, name: str, since: Collection[str] | None = None) -> pd.DataFrame:
-    """Open a table that was saved as csv; columns that an older record (`since`) had not are missing figures."""
-    columns = {key: kind for key, kind in TABLES[name].items() if since is None or key in since}
+def read_table(path: Path, name: str, saved: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Open a table that was saved as csv; of a column that came after the record was `saved`, nothing is known."""
+    known = TABLES[name]
     with foreign_file(path, f"the table {name!r} of a saved isolation"):
+        columns = dict(known if saved is None else saved)
+        if not columns.items() <= known.items() or 2 * len(columns) < len(known):
+            raise ValueError(f"it was saved with the columns {','.join(columns)}; this av_lens has {','.join(known)}")
         with path.open(encoding="utf-8", newline="") as file:
             lines = csv.reader(file, strict=True)
             found = next(lines, [])
@@ -183,9 +186,9 @@ def read_table(path: Path, name: str, since: Collection[str] | None = None) -> p
             cells: list[Any] = list(zip(*lines, strict=True)) or [()] * len(columns)
         if len(cells) != len(columns):
             raise ValueError(f"its rows have {len(cells)} columns, not {len(columns)}")
-        read = [[_KINDS[kind][2](cell) for cell in made] for kind, made in zip(columns.values(), cells, strict=True)]
-        rows = (dict(zip(columns, row, strict=True)) for row in zip(*read, strict=True))
-        return table(name, list(rows))
+        made = zip(columns.items(), cells, strict=True)
+        read = {column: [_KINDS[kind][2](cell) for cell in held] for (column, kind), held in made}
+        return _frame({one: read.get(one, [_KINDS[kind][1]] * len(cells[0])) for one, kind in known.items()}, name)
 
 
 SCHEMA_VERSION = 2
@@ -401,9 +404,7 @@ class Isolation(Brief):
         with foreign_file(folder / "arrays.npz", "the arrays of a saved isolation"):
             arrays = read_arrays(folder / "arrays.npz")
         since = dict(head.get("tables") or TABLES)  # a table that came later is empty in an older record
-        tables: dict[str, Any] = {
-            name: read_table(folder / f"{name}.csv", name, since[name]) for name in TABLES if name in since
-        }
+        tables: dict[str, Any] = {n: read_table(folder / f"{n}.csv", n, since[n]) for n in TABLES if n in since}
         with foreign_file(folder / "isolation.json", "the head of a saved isolation"):
             said = {name: _typed(head, name, kind) for name, kind in _HEAD.items()}
             said |= {name: tuple(map(str, said[name])) for name in ("stamps", "reasons")}

@@ -210,7 +210,7 @@ def test_queries_keys_and_values_are_taken_one_at_a_time(tiny):
         torch.testing.assert_close(read.v[:, media], (theirs if "V" in name else own).v[:, media])
         torch.testing.assert_close(read.k[:, text], own.k[:, text])
         torch.testing.assert_close(read.v[:, text], own.v[:, text])
-    torch.testing.assert_close(own.z, tiny.run("va").site_z[1, :, :, 2])
+    torch.testing.assert_close(own.z, tiny.run("va").at_site("z")[1, :, :, 2])
 
 
 def test_paths_equal_path_patch_in_both_cells(tiny):

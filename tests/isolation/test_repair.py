@@ -95,5 +95,5 @@ def test_the_plan_survives_its_file(tmp_path):
 
 
 def test_nothing_to_repair_is_refused():
-    with pytest.raises(InputError, match=r"no set of heads to edit, so there is no repair plan\. Its verdict: nothing"):
+    with pytest.raises(InputError, match=r"no set to edit, so there is no repair plan\. Its verdict: nothing"):
         plan_of(record())

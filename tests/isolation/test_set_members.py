@@ -76,7 +76,7 @@ def test_members_have_their_kinds_with_the_others_edited(finished):
     assert rows.loc[(2, 0), "reads_sound"] == pytest.approx(0, abs=0.05)
     assert rows["gain"].sum() == pytest.approx(9, abs=0.05)
     assert rows["without"].to_numpy() == pytest.approx(rows["effect"].to_numpy(), abs=0.05)
-    assert set(rows["screen"]) == {"all heads"}
+    assert set(rows["screen"]) == {"all heads and MLPs"}
 
 
 def test_members_stand_among_the_named_heads_with_their_single_figures_beside(finished):

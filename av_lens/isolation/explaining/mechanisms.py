@@ -15,7 +15,9 @@ of the chosen set (a member without a role of its own has the set's donor). `par
   picture and to the sound. What moves with the queries alone is driven by the questioner, with the keys alone by the
   media. Suppressors take from `blank_muted` (as if nothing were seen or heard) and `wa` (another picture), carriers
   from `blank_a` (the conflict without its picture). Beside these the whole z is taken, as everywhere else.
-* **path**: where its release goes (`knowledge.paths`).
+* **path**: where its release goes (`knowledge.paths`): to the logits, to heads' inputs, through the MLPs after it.
+
+An MLP's card has its write, which is not parted, and its paths.
 
 All cells of a conflict have one layout, so rotary positions agree and keys can be exchanged. Choices where the protocol
 is silent: K and V are exchanged for this query head alone, whatever heads share them; text keys (boundaries, the
@@ -43,7 +45,7 @@ from av_lens.isolation.explaining import knowledge
 from av_lens.isolation.explaining.knowledge import Known, Row, Subject
 from av_lens.isolation.measuring.bench import Chunk, Half, gathered
 from av_lens.isolation.measuring.effects import effects_of_plans, trace_of
-from av_lens.isolation.measuring.engine import MIRROR, W_CELLS, Node
+from av_lens.isolation.measuring.engine import MIRROR, MLP, MLP_OUT, W_CELLS, Node
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.roles import Evidence, head_means
 from av_lens.replay.rerun import layer_of
@@ -81,24 +83,28 @@ def attention(chunk: Chunk) -> Arrays:
 
 @torch.no_grad()
 def writes(chunk: Chunk, heads: Sequence[Node]) -> Arrays:
-    """Attribute the heads' writes at the asked position to what they read, answer by answer."""
+    """Attribute the nodes' writes at the asked position to what they read, answer by answer; whole ones last."""
     engine, candidates = chunk.bench.engine, chunk.bench.candidates
-    out = np.zeros((len(chunk.examples), len(heads), len(WRITES), len(ANSWERS)))
+    out = np.zeros((len(chunk.examples), len(heads), len(WRITES) + 1, len(ANSWERS)))
     for cell in ("va", "av"):
         sides = ("sound", "picture") if cell == "va" else ("picture", "sound")
         run, tokens = chunk.run(cell), candidates.tokens
         for number, head in enumerate(heads):
-            for place, written in enumerate(_written(chunk, cell, head)):
+            for place, written in enumerate(_written(chunk, cell, head), -1 if head[1] == MLP else 0):
                 added = engine.linear_logits(run, written, tokens)
                 added = added - engine.linear_logits(run, torch.zeros_like(written), tokens)  # less a bias
                 scores = candidates.weighed(added, run.logits)
                 two = [candidates.centred(scores, chunk.examples, of=side) for side in sides]
                 out[:, number, place] += 0.5 * np.stack([*two, two[0] - two[1]], axis=1)
+    parted = np.array([head != MLP for _, head in heads])
+    out[:, parted, -1], out[:, ~parted, :-1] = out[:, parted, :3].sum(2), np.nan
     return {"writes": out}
 
 
 def _written(chunk: Chunk, cell: str, head: Node) -> list[Float[Tensor, "batch d_model"]]:
-    """What a head writes at the asked position, in the order of `WRITES`."""
+    """What a node writes at the asked position, in the order of `WRITES`; an MLP's is not parted."""
+    if head[1] == MLP:
+        return [chunk.run(cell).parts[MLP_OUT][head[0], :, -1]]
     trace, spans = trace_of(chunk, cell), chunk.run(cell).inputs.spans
     read = HeadRead.of(trace, *head, [int(spans.generation_position)])
     seen, heard = (torch.from_numpy(spans[role].positions.copy()) for role in LOOKS)
@@ -161,7 +167,7 @@ def receivers(evidence: Evidence, found: Sequence[Subject]) -> list[Node]:
     jobs = [evidence["carries"], evidence["silenced"], *evidence.by_donor("release").values()]
     size = np.max([np.nan_to_num(head_means(values)) for values in jobs], axis=0)
     first = min((one.layer for one in found if one.releases), default=len(size))
-    later = [(layer, head) for layer, head in np.ndindex(*size.shape) if layer > first]
+    later = [(layer, head) for layer, head in evidence.nodes if layer > first and head != MLP]
     chosen = sorted(later, key=lambda head: (head not in named, -size[head], head))[:MOST_RECEIVERS]
     return sorted(chosen)
 
@@ -181,15 +187,16 @@ def _site_rows(known: Known, site: str, sinks: list[list[int]], found: Sequence[
     half, chunks = known.confirmation, known.chunks(site)
     received = receivers(known.searched.sites[site].evidence, found)
     measure = partial(gathered, chunks, half.examples)
+    everyone, found = found, [one for one in found if one.head != MLP]
     yield from _attention_rows(half, measure("attention by role", {"sinks": sinks}, attention), found)
     because = obstacle(chunks[0])
     if because:
-        for one, part in product(found, ("ov", "pattern", "path")):
+        for one, part in product(everyone, ("ov", "pattern", "path")):
             yield _row(one, part, "", "not measured", np.full(3, np.nan), "", because)
         return
-    heads = [one.at for one in found]
+    heads = [one.at for one in everyone]
     written = measure("what heads write", {"heads": heads}, partial(writes, heads=heads))
-    yield from _write_rows(half, written["writes"], found)
+    yield from _write_rows(half, written["writes"], everyone)
     kinds = [[one for one in found if one.releases is releases] for releases in (True, False)]
     for mine, donors in zip(kinds, (("blank_muted", "wa"), ("blank_a",)), strict=True):
         for donor in donors if mine else ():
@@ -197,13 +204,15 @@ def _site_rows(known: Known, site: str, sinks: list[list[int]], found: Sequence[
             compute = partial(_driven, heads=heads, donor=donor)
             made = measure(f"queries and keys from {donor}", {"heads": heads, "donor": donor}, compute)
             yield from _pattern_rows(half, made, mine, donor)
-    for mine, base, ends in zip(kinds, ("va", "blank_a"), (received, []), strict=True):
+    kinds[0] = [one for one in everyone if one.releases]
+    mlps = list(range(known.bench.engine.n_layers)) if known.bench.mlps else []
+    for mine, base, ends in zip(kinds, ("va", "blank_a"), ((received, mlps), ([], [])), strict=True):
         if mine:
             senders = [(one.at, one.donor) for one in mine]
-            compute = partial(knowledge.paths, base=base, senders=senders, heads=ends)
-            depends = {"base": base, "senders": senders, "heads": ends}
+            compute = partial(knowledge.paths, base=base, senders=senders, heads=ends[0], mlps=ends[1])
+            depends = {"base": base, "senders": senders, "heads": ends[0], "mlps": ends[1]}
             made = measure("paths" if base == "va" else "paths of carriers", depends, compute)
-            yield from _path_rows(half, made["effect"], mine, base, ends)
+            yield from _path_rows(half, made["effect"], mine, base, *ends)
 
 
 def obstacle(chunk: Chunk) -> str:
@@ -244,10 +253,11 @@ def _attention_rows(half: Half, made: Arrays, found: Sequence[Subject]) -> Itera
 
 
 def _write_rows(half: Half, values: np.ndarray, found: Sequence[Subject]) -> Iterator[Row]:
-    whole = values[:, :, :3].sum(2, keepdims=True)
-    bounds = _three(half.boot.mean(np.concatenate([whole, values], axis=2)))
+    bounds = _three(half.boot.mean(np.roll(values, 1, axis=2)))
     places = enumerate(found), enumerate(("its write", *WRITES)), enumerate(ANSWERS)
     for (number, one), (place, write), (side, answer) in product(*places):
+        if place and one.head == MLP:
+            continue
         unit = "logit" if "evenly" not in write else "logit per unit of attention"
         yield _row(one, "ov", "va", f"{write}, on the {answer}", bounds[:, number, place, side], unit)
 
@@ -287,9 +297,14 @@ def drive_in_words(share: np.ndarray, moved: np.ndarray) -> str:
 
 
 def _path_rows(
-    half: Half, values: np.ndarray, found: Sequence[Subject], base: str, heads: Sequence[Node]
+    half: Half,
+    values: np.ndarray,
+    found: Sequence[Subject],
+    base: str,
+    heads: Sequence[Node],
+    mlps: Sequence[int],
 ) -> Iterator[Row]:
-    names = knowledge.path_columns(heads)
+    names = knowledge.path_columns(heads, mlps)
     joint = np.nan_to_num(values[:, :, names.index(knowledge.JOINT)]) if heads else 0.0
     rest = values[:, :, 0] - values[:, :, 1] - joint
     effect = np.concatenate([values, rest[:, :, None]], axis=2)

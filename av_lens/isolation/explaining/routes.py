@@ -49,7 +49,7 @@ from av_lens.interventions import Plan
 from av_lens.isolation.explaining.knowledge import Known, Row
 from av_lens.isolation.measuring.bench import Chunk, Half, columns, gathered
 from av_lens.isolation.measuring.effects import effects_of_plans, says_sound
-from av_lens.isolation.measuring.engine import Node
+from av_lens.isolation.measuring.engine import MLP, Node
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.sets.sets import head_names
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut, matches
@@ -94,9 +94,10 @@ def cut_rows(known: Known) -> list[Row]:
     keys = KEYS + (WITH_SINKS if any(sinks) else ())
     rows: list[Row] = []
     for site in known.searched.sites:
-        groups: list[Group] = [(one.at,) for one in known.subjects(site) if one.releases]
-        if chosen is not None and site == known.searched.first.site and len(chosen.members) > 1:
-            groups.append(chosen.members)
+        groups: list[Group] = [(one.at,) for one in known.subjects(site) if one.releases and one.head != MLP]
+        members = () if chosen is None else tuple(node for node in chosen.members if node[1] != MLP)
+        if site == known.searched.first.site and len(members) > 1:
+            groups.append(members)
         if not groups:
             continue
         depends = {"groups": groups, "keys": keys, "seed": known.seed, "sinks": sinks}

@@ -59,8 +59,9 @@ def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tupl
         words = f", untested over words (fewer than {FEWEST_WORDS})" if untested else ""
         parts.append(f"Confirmed{words} at {sites}: {_by_role(named)}.")
     else:
-        parts.append(f"No head at {sites} is confirmed as a suppressor above {s:.2f} of G. {_largest(known)}")
+        parts.append(f"No head or MLP at {sites} is confirmed as a suppressor above {s:.2f} of G. {_largest(known)}")
         parts.append(_power_sentence(known, family))
+    parts.append(feeder_sentence(known))
     tied = [row for row in claimed if held.words.get(row) == ON_WORDS]
     if tied:
         parts.append(
@@ -228,6 +229,19 @@ def summary(run: Run, known: Known | None) -> dict[str, float]:
         crossing = crossing_half(known)
         out["heads for half of the gap"] = math.nan if crossing is None else float(crossing["k"])
     return out
+
+
+def feeder_sentence(known: Known) -> str:
+    """Say which heads tell a named MLP what is seen, and which of them hold."""
+    rows = [row for row in known.searched.named if row.role == FEEDER]
+    told: list[str] = []
+    for layer in sorted({row.through for row in rows}):
+        for holds, words in ((True, "hold on held-out clips"), (False, "do not hold on held-out clips")):
+            fed = [row.at for row in rows if row.through == layer and known.held.confirmed.get(row, False) is holds]
+            told += [f"{head_names(fed)} (of MLP {layer}; {words})"] if fed else []
+    return (
+        f"Feeders, which tell an MLP what is seen and suppress nothing themselves: {'; '.join(told)}." if told else ""
+    )
 
 
 IN_THE_SET = "release in the set"

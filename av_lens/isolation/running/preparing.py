@@ -35,9 +35,9 @@ from av_lens.isolation.measuring.engine import PRIMARY_DONORS, SITES, ModelEngin
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import SCHEMA, measuring_hash
 from av_lens.isolation.naming.evidence import PERCENTILE
-from av_lens.isolation.naming.roles import DAMAGE_CUT, DIRECT_CUT, LEVEL, family_size
+from av_lens.isolation.naming.roles import DAMAGE_CUT, DIRECT_CUT, HELD_CUT, LEVEL, WRITE_CUT, family_size
 from av_lens.isolation.running.dealt import EDITIONS, Dealt, dealt_conflicts, hopeless
-from av_lens.isolation.sets.matching import FEWEST_SETS, NEAREST, NORM_FACTOR, RANDOM_SETS
+from av_lens.isolation.sets.matching import FEWEST_SETS, NEAREST, NORM_FACTOR, RANDOM_SETS, WIDENINGS
 from av_lens.isolation.sets.search import ALL_HEADS, MOST_MEMBERS, PATIENCE, SCREENED, SYNERGIES
 from av_lens.isolation.sets.sets import MARGIN
 from av_lens.model.binding import remembered_towers
@@ -79,6 +79,7 @@ def protocol_of(
         "also_counted_at": list(ALSO_COUNTED_AT),
         "level": LEVEL,
         "direct_share_cut": DIRECT_CUT,
+        "feeder": {"lost_with_mlps_held": HELD_CUT, "write_share_below": WRITE_CUT},
         "family": family,
         "power": {
             "discovery_components": len({halves.component[i] for i in rows}),
@@ -107,6 +108,7 @@ def protocol_of(
             "random_norm_factor": NORM_FACTOR,
             "random_nearest": NEAREST,
             "random_fewest": FEWEST_SETS,
+            "random_widenings": [where for where, *_ in WIDENINGS[1:]],
         },
         "non_inferiority": {"margin": MARGIN, "fewest_items": statistics.FEWEST_ITEMS},
         "choices": list(CHOICES),
