@@ -30,6 +30,7 @@ from av_lens.inputs import AVInputs
 from av_lens.inputs.conflict import ClipKeys
 from av_lens.inputs.model_inputs import shared
 from av_lens.interventions import Plan
+from av_lens.isolation.measuring.cells import Cells
 from av_lens.isolation.measuring.engine import (
     MEANS,
     MEDIA_SITES,
@@ -38,7 +39,6 @@ from av_lens.isolation.measuring.engine import (
     OTHER_LAYOUT,
     W_CELLS,
     AllZ,
-    Cells,
     Head,
     Means,
     ModelEngine,
@@ -255,6 +255,8 @@ class Chunk:
         run = self.run(base, question)
         if name == "zero":
             z = torch.zeros_like(run.site_z[:, :1])
+        elif name == "half_dose":
+            z = run.site_z / 2
         elif name in MEANS:
             z = align_end(self._mean(base, name).to(run.site_z), run.site_z)
         elif name in self.constants:

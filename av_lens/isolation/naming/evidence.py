@@ -22,7 +22,7 @@ from av_lens.isolation.measuring.bench import Bench, Chunk, Half
 from av_lens.isolation.measuring.effects import DLA, Request, direct_writes, figures, measure_requests, requests
 from av_lens.isolation.measuring.engine import MEDIA_SITES, PRIMARY_DONORS, Head, Means
 from av_lens.isolation.naming import roles
-from av_lens.isolation.naming.roles import LEVEL, Evidence, Named, Tests, head_means
+from av_lens.isolation.naming.roles import CARRIERS, LEVEL, Evidence, Named, Tests, head_means
 from av_lens.results.dealing import CONFIRMATION
 from av_lens.results.record import RELEASING
 
@@ -94,6 +94,11 @@ class Searched:
         found = self.sites[row.site].evidence
         mean = head_means(found["release", donor])[row.at]
         return bool(mean > found.half.delta(self.s) and self.release_q[row.site][donor][row.at] < LEVEL)
+
+    def role_alone(self, at: Head, site: str) -> str:
+        """Name what a head does by its own release at a site, else what it carries there; "none" for nothing."""
+        roles = [row.role for row in self.named if (row.at, row.site) == (at, site)]
+        return ", ".join([role for role in roles if role not in CARRIERS] or roles) or "none"
 
     def release_of(self, row: Named) -> float:
         """Give a row's mean release on discovery."""

@@ -23,11 +23,14 @@ Benjamini-Hochberg over the same family with each role's p replaced by its relea
 of its parts' max-T p; on confirmation a row is confirmed if its mean is above delta, Holm's p is below .05 over the
 rows that were given a name (breaks is none), and the same cuts give the same role. An undetermined head is named, its
 kind is not: it is confirmed by its release alone, if it does not break.
+
+*One donor alone* (second edition): a role whose head is released by one donor alone on discovery (`one_donor_alone`)
+may hold on held-out clips, and is then told as replicated, by one donor alone, never as confirmed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +44,7 @@ from av_lens.results.record import RELEASING, SUPPRESSORS
 from av_lens.results.statistics import Interval, benjamini_hochberg
 
 DIRECT_CUT = DAMAGE_CUT = 0.5
+ONE_DONOR_SHARE, ONE_DONOR_OF_LARGEST = 0.10, 0.5
 PARTS = {
     "picture writer": ("release {}", "direct {}", "picture"),
     "sound opponent": ("release {}", "direct {}", "sound"),
@@ -250,6 +254,15 @@ def suppressor_role(cuts: Cuts, layer: int, head: int, passes: Mapping[str, bool
     if indirect and passes["gate"]:
         return "gate"
     return "undetermined"
+
+
+def one_donor_alone(releases: Iterable[float], hearing: float) -> bool:
+    """Say whether a role rests on one donor alone, by a head's mean releases on discovery and the mean of G.
+
+    It does where the second largest release is below .10 G and below half of the largest.
+    """
+    largest, second = sorted((one for one in (*releases, -np.inf, -np.inf) if not np.isnan(one)), reverse=True)[:2]
+    return bool(second < min(ONE_DONOR_SHARE * hearing, ONE_DONOR_OF_LARGEST * largest))
 
 
 def classify(
