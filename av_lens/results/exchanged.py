@@ -21,11 +21,11 @@ from av_lens.results.record import TABLES
 
 _PAIRS = (
     "sound/picture", "sounds/pictures", "hear/see", "hears/sees", "heard/seen", "hearing/seeing", "aa/vv", "wa/vw",
-    "wv/aw", "blank_a/v_muted", "blank_v/a_muted", "audio_only/video_only", "audio_only_v/video_only_a",
+    "wv/aw", "E_A/E_V", "blank_a/v_muted", "blank_v/a_muted", "audio_only/video_only", "audio_only_v/video_only_a",
     "audio-only/picture-only", "silent video/blank picture",
 )  # fmt: skip
-_OTHER = dict(pair.split("/") for pair in _PAIRS)
-_OTHER |= {two: one for one, two in _OTHER.items()}
+_BOTH = [(one, two) for pair in _PAIRS for one, _, two in [pair.partition("/")]]
+_OTHER = dict([*_BOTH, *((two, one) for one, two in _BOTH)])
 _LONGEST_FIRST = sorted(_OTHER, key=len, reverse=True)
 _WORDS = re.compile("|".join(rf"(?<![a-z]){word}(?![a-z])" for word in _LONGEST_FIRST), re.IGNORECASE)
 _OWN = ("site", "id", "members", "name")
@@ -36,8 +36,8 @@ def exchanged(text: str) -> str:
     """Let sound and picture change places in a name or a sentence."""
 
     def other(found: re.Match[str]) -> str:
-        word = _OTHER[found[0].lower()]
-        return word if found[0].islower() else word.capitalize()
+        word = found[0]
+        return _OTHER[word] if word in _OTHER else _OTHER[word.lower()].capitalize()
 
     return _WORDS.sub(other, text)
 

@@ -179,7 +179,7 @@ class Survey:
     @property
     def competent(self) -> Bool[np.ndarray, " example"]:
         """Hears both sounds on a blank picture and sees both pictures in silence."""
-        return self.right.all(0)
+        return np.logical_and.reduce(self.right)
 
     @property
     def turned(self) -> Float[np.ndarray, " example"]:

@@ -34,7 +34,6 @@ from av_lens.isolation.sets.confirmation import (
     ON_WORDS,
     ONE_DONOR,
     STATUSES,
-    TOO_FEW,
     UNTESTED,
     ranked_heads,
 )
@@ -173,8 +172,8 @@ def _set_sentence(row: dict[str, Any], gap: float, *, refused: bool) -> str:
         text += f"; {row['random_n']} {matched}random sets restore {row['random_mean']:.2f} (p = {row['p_random']:.3f}"
         text += f", floor {row['p_floor']:.3f})"
     text += f"; as many heads that `see` needs most restore {row['see_release']:.2f}"
-    holds, few = bool(row.get("confirmed")), TOO_FEW.format(row["random_n"])
-    why = f" ({few})" if few in row["flags"] else ""
+    holds = bool(row.get("confirmed"))
+    why = "".join(f" ({flag})" for flag in row["flags"].split("; ") if "widened" in flag or "too few" in flag)
     said = ("would hold" if holds else "would not hold") if refused else f"is {'' if holds else 'not '}confirmed"
     return f"{text}. The set {said}{why}."
 
