@@ -36,6 +36,7 @@ MORE_HEADS = [(1, 2), (4, 3), (4, 6), (4, 7), (5, 0), (6, 4)]
 # Columns of the table of heads.
 SIDE_BY_SIDE = {
     **{f"release_{donor}": f"release/{donor}" for donor in RELEASES},
+    "release_half_dose": "release/half_dose",
     "question_share": "question's own/mean_other - mean_task",
     "reads_picture": "reads picture/wa",
     "reads_sound": "reads sound/vw",
@@ -101,7 +102,7 @@ def plain_figures(plain, cases):
     }
     for cell in ("va", "av", "blank_a", "blank_v", "blank_muted"):
         found["M", cell, ""] = mean(plain.m(one, cell) for one in cases)
-    right = {"va": 0, "aa": 0, "vv": 1, "av": 1, "blank_a": 0, "blank_v": 1}
+    right = {"va": 0, "aa": 0, "vv": 1, "av": 1, "blank_a": 0, "blank_v": 1, "audio_only": 0, "audio_only_v": 1}
     seen = {"va": 1, "v_muted": 1, "a_muted": 0}
     for question, cells in (("asked", right), ("see", seen)):
         for cell, whose in cells.items():

@@ -125,7 +125,10 @@ class Plain:
         c, g = mean(self.c(case) for case in cases), mean(self.g(case) for case in cases)
         e_a = 0.5 * (m["va"] + m["aa"] - m["vv"] - m["av"])
         e_v = 0.5 * (m["aa"] + m["av"] - m["va"] - m["vv"])
+        alone = mean(0.5 * (self.m(case, "audio_only") - self.m(case, "audio_only_v")) for case in cases)
         return {
+            "dilution": alone - g,
+            "reversal rate": mean(self.m(case, "blank_a") > 0 > self.m(case, "va") for case in cases),
             "E_A": e_a,
             "E_V": e_v,
             "I": m["aa"] - m["va"] - m["av"] + m["vv"],
@@ -167,7 +170,7 @@ class Plain:
         Args:
             case: the conflict.
             cell: the cell that is edited.
-            donor: "zero", "mean_task", "mean_other" or a cell, already mirrored where `cell` is.
+            donor: "zero", "half_dose", "mean_task", "mean_other" or a cell, already mirrored where `cell` is.
             head: which.
             site: the site set.
             pool: discovery's conflicts, for the means.
@@ -176,6 +179,8 @@ class Plain:
         positions = case.site[site]
         if donor == "zero":
             return positions, torch.zeros_like(self.run(case, cell).z[layer, positions, number])
+        if donor == "half_dose":
+            return positions, self.run(case, cell).z[layer, positions, number] / 2
         if donor.startswith("audio_only"):
             # Another layout: aligned from the end, as far as the tokens are equal.
             mine, theirs = (self.run(case, name).tensors["input_ids"][0].tolist() for name in (cell, donor))
@@ -259,7 +264,7 @@ class Plain:
             site: the site set.
             pool: discovery's conflicts, for the means.
         """
-        releases = (*RELEASES, "mean_task", "audio_only")
+        releases = (*RELEASES, "mean_task", "audio_only", "half_dose")
         on_c = {donor: self.effect(case, donor, [head], site, pool) for donor in (*releases, "wa", "vw", "blank_a")}
         direct = {donor: self.effect(case, donor, [head], site, pool, direct=True) for donor in RELEASES}
         blank = ("blank_a", "blank_v")
