@@ -178,7 +178,10 @@ def read_table(path: Path, name: str, saved: Mapping[str, str] | None = None) ->
     with foreign_file(path, f"the table {name!r} of a saved isolation"):
         columns = dict(known if saved is None else saved)
         if not columns.items() <= known.items() or 2 * len(columns) < len(known):
-            raise ValueError(f"it was saved with the columns {','.join(columns)}; this av_lens has {','.join(known)}")
+            strange = ", ".join(str(column) for column in columns if column not in known)
+            raise ValueError(
+                f"it has {len(columns)} of {len(known)} columns{strange and f', and strange ones: {strange}'}"
+            )
         with path.open(encoding="utf-8", newline="") as file:
             lines = csv.reader(file, strict=True)
             found = next(lines, [])

@@ -51,8 +51,8 @@ def test_a_record_whose_columns_are_not_this_tables_is_refused(old, tmp_path):
     head = json.loads((tmp_path / "record" / "isolation.json").read_text())
     few, strange = {"layer": "int"}, head["tables"]["heads"] | {"mood": "text"}
     for columns, said in (
-        (few, "with the columns layer; this av_lens has layer,head,"),
-        (strange, "mood; this av_len"),
+        (few, f"it has 1 of {len(TABLES['heads'])} columns"),
+        (strange, "columns, and strange ones: mood"),
     ):
         changed = head | {"tables": head["tables"] | {"heads": columns}}
         (tmp_path / "record" / "isolation.json").write_text(json.dumps(changed))
