@@ -34,7 +34,7 @@ _GATE = Option(help="stop: end where there is nothing to explain; report: go on,
 _SITES = Option(help="Where heads are edited: suffix, generation, audio, sinks; several by commas.")
 Limit = Annotated[int | None, Option(help="Use only the first so many conflicts of the manifest.")]
 Budget = Annotated[float | None, Option(help="Stop after so many minutes; the same command goes on from there.")]
-Quick = Annotated[bool, Option("--quick", help="Leave out robustness and pairs of heads; the report says so.")]
+Quick = Annotated[bool, Option("--quick", help="Leave out robustness, and pairs where half of the gap is explained.")]
 Share = Annotated[float | None, Option(help="Name heads above this share of G; left out: the protocol's.")]
 Media = Annotated[Path, Argument(help="Any video, sound or image.")]
 Question = Annotated[str, Option(help="What the model is asked.")]
@@ -93,6 +93,7 @@ def isolate(
     s: Share = _ISOLATE["s"],
     seed: Seed = _ISOLATE["seed"],
     protocol: Annotated[str, Option(help="Edition: 2, or 1 for the first one's figures.")] = _ISOLATE["protocol"],
+    suppressed: Annotated[str, Option(help="sound, or picture for the mirrored question.")] = _ISOLATE["suppressed"],
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -105,7 +106,9 @@ def isolate(
     lines, *_ = faults.all_told(
         lambda: faults.manifest(pairs, limit),
         lambda: faults.model(model),
-        lambda: faults.words(dtype=dtype, gate=[gate], layout=[layout], site=named),
+        lambda: faults.words(
+            dtype=dtype, gate=[gate], layout=[layout], site=named, protocol=[protocol], suppressed=[suppressed]
+        ),
     )
     from av_lens.inputs.conflict import conflicts_of
     from av_lens.lab.demonstration import isolate_into
@@ -113,8 +116,7 @@ def isolate(
     listed = conflicts_of(lines)
     loaded = _load(model, device=device, dtype=dtype)
     options: dict[str, Any] = {"gate": gate, "layout": layout, "s": s, "seed": seed, "sites": named, "quick": quick}
-    options["captions"] = captions
-    options["protocol"] = protocol
+    options |= {"captions": captions, "protocol": protocol, "suppressed": suppressed}
     with console.bars() as bars:
         found, report = isolate_into(
             out, loaded, listed, name=model, limit=limit, budget=budget, progress=bars, told=console.say, **options

@@ -83,8 +83,8 @@ def say_path(path: str | Path) -> None:
     OUT.print(f"\nwritten: {Path(path).resolve()}", soft_wrap=True, markup=False)
 
 
-_SHOWN = ("G", "C", "gap", "E_A", "E_V", "shortcut index")
-_CELLS = ("va", "blank_a", "audio_only")
+_SHOWN = ("G", "C", "gap", "reversal rate", "E_A", "E_V", "shortcut index")
+_CELLS = ("va", "blank_a", "audio_only", "v_muted", "video_only")
 
 
 def behaviour_table(found: Any) -> Any:
@@ -104,10 +104,17 @@ def behaviour_table(found: Any) -> Any:
 def head_table(found: Any, *, rows: int = 12) -> Any:
     """Show the ranked heads."""
     right = ("effect", "low", "high", "of G", "direct share", "q")
-    names = ["head", "role", "donor", *right, "confirmed"]
+    names = ["head", "role", "in the set", "donor", *right, "held out"]
     columns = ("effect", "low", "high", "share", "direct_share", "q")
     shown = [
-        (f"L{r['layer']} H{r['head']}", r["role"], r["donor"], *(float(r[c]) for c in columns), bool(r["confirmed"]))
+        (
+            f"L{r['layer']} H{r['head']}",
+            r["role"],
+            r["role_in_set"] or None,
+            r["donor"],
+            *(float(r[c]) for c in columns),
+            r["status"] or None,
+        )
         for r in found.heads.head(rows).to_dict("records")
     ]
     title = f"named heads, largest effect first ({len(shown)} of {len(found.heads)}; effects in logits, held out)"

@@ -185,8 +185,10 @@ def _release(found: Any) -> Drawing | None:
         f"The {shown} of {total} heads with the largest release. Release: how far hearing under conflict rises "
         "when the head is replaced by what it would have been had it neither seen nor heard (blank_muted), had "
         "something else been asked (mean_other), or by nothing (zero). A head counts only right of the dotted "
-        "line. ✓: confirmed on the held-out half."
+        "line."
     )
+    if found.heads["confirmed"].any():
+        caption += " ✓: confirmed on the held-out half."
     wanted = rows[rows["half"] == "discovery"].sort_values("share", ascending=False).head(3 * shown)
     cells = tuple(
         (head_name(r), r["donor"], *(number(r[c]) for c in ("mean", "low", "high", "share")))

@@ -29,7 +29,7 @@ from av_lens.plots import THEMES
 from av_lens.reports import sections
 from av_lens.reports.blocks import blocks
 from av_lens.reports.drawings import Calibration, Drawing, drawings, gallery
-from av_lens.results.record import SUPPRESSORS, Isolation
+from av_lens.results.record import MIRRORED_SUPPRESSORS, SUPPRESSORS, Isolation
 from av_lens.whole_files import make_folder, write_whole
 
 _GENERAL = (
@@ -103,9 +103,11 @@ def _context(
     question = found.protocol.get("question", found.provenance.get("question"))
     provenance = {k: v for k, v in found.provenance.items() if k != "choices"}
     power = float(found.summary.get("power", float("nan")))
-    searched = len(found.evidence) > 0
+    searched, mirrored = len(found.evidence) > 0, sections.mirrored(found)
     return {
-        "title": title or f"Which heads keep {model} from saying what it hears?",
+        "title": title or f"Which heads keep {model} from saying what it {'sees' if mirrored else 'hears'}?",
+        "mirrored": mirrored,
+        "refused": "not interpretable" in found.stamps,
         "model": model,
         "when": str(found.provenance.get("created", "")).replace("T", " ") or f"av_lens {__version__}",
         "stamps": [{"name": stamp, "meaning": _stamp(found, stamp)} for stamp in found.stamps],
@@ -123,7 +125,7 @@ def _context(
         "other_behaviour": len(set(found.behaviour["chosen"])) > 1,
         "n_conflicts": len(found.conflicts),
         "heads": tables.heads.to_dict("records"),
-        "suppressors": SUPPRESSORS,
+        "suppressors": (*SUPPRESSORS, *MIRRORED_SUPPRESSORS),
         "power": "" if power != power else f"{sections.number(power)} logits",
         "sets": tables.sets.sort_values("chosen", ascending=False, kind="stable").to_dict("records"),
         "specificity": tables.specificity.to_dict("records"),

@@ -49,6 +49,8 @@ SUPPRESSORS = ("picture writer", "sound opponent", "gate")
 RELEASING = (*SUPPRESSORS, "undetermined")
 FEEDER = "feeder"
 ROLE_NAMES = (*SUPPRESSORS, FEEDER, "breaks", "undetermined", "silenced carrier", "sound carrier")
+# Of the mirrored question (`isolate(suppressed="picture")`).
+MIRRORED_SUPPRESSORS, MIRRORED_CARRIER = ("sound writer", "picture opponent"), "picture carrier"
 
 
 def _columns(*runs: str) -> dict[str, str]:
@@ -62,11 +64,12 @@ TABLES: dict[str, dict[str, str]] = {
     # head -1 is the layer's MLP; here MLPs stand apart, in `mlps`.
     "heads": _columns(
         "int: layer head; text: site role member_of estimand donor",
-        "float: effect low high direct_share q p_maxt; flag: confirmed; text: flags",
+        "float: effect low high direct_share q p_maxt; flag: confirmed; text: status; flag: would_confirm; text: flags",
+        "text: role_alone role_in_set",
         "float: share share_low share_high p_holm discovery_effect discovery_low discovery_high",
         "float: discovery_share discovery_direct_share discovery_p release_blank_muted release_mean_other",
-        "float: release_zero question_share reads_picture reads_sound sufficiency silenced carries repair",
-        "float: release_on_sound release_on_picture release_norm_frozen dla write_share mlp_share",
+        "float: release_zero release_half_dose question_share reads_picture reads_sound sufficiency silenced carries",
+        "float: repair release_on_sound release_on_picture release_norm_frozen dla write_share mlp_share",
     ),
     # Every head's and MLP's every effect, named or not: what heat maps are drawn from.
     "evidence": _columns(
@@ -83,16 +86,18 @@ TABLES: dict[str, dict[str, str]] = {
         "text: name site members; int: k; text: donor screen; flag: chosen",
         "float: discovery_release discovery_share release low high share share_low share_high",
         "float: says_sound_before says_sound says_picture_before says_picture",
-        "int: random_n; float: random_mean random_high random_max p_random p_floor; flag: confirmed; text: flags",
+        "float: see_release; int: random_n; float: random_mean random_high random_max p_random p_floor",
+        "flag: confirmed would_confirm; text: flags",
     ),
     # One row per member of a set, in the order in which the search took it in. `single` is its release alone, `gain`
     # what it added when it was taken in, `without` the set's release minus the set's without it, all on discovery;
     # `effect low high` is the last of these on confirmation; role, direct share and reads are measured with the others
-    # edited.
+    # edited. `context_...` is what the set loses without it on discovery where all members are edited by that donor.
     "members": _columns(
         "text: name site donor; flag: chosen; int: order layer head; text: screen",
         "float: single single_low gain without without_low without_high effect low high",
-        "text: role; float: direct_share direct_share_low direct_share_high reads_picture reads_sound; flag: confirmed",
+        "float: context_blank_muted context_mean_other context_zero; text: role role_alone; float: direct_share",
+        "float: direct_share_low direct_share_high reads_picture reads_sound; flag: confirmed would_confirm",
     ),
     # The search's path: action is "start", "add", "drop" (gains below delta at the end) or "take out".
     "steps": _columns("text: site donor start; int: step; text: action; int: layer head; float: release gain"),
@@ -136,10 +141,11 @@ TABLES: dict[str, dict[str, str]] = {
     # "accuracy" has a cell and a rule: right among the "two" answers, or in the whole "vocabulary"; "says sound" and
     # "says picture" are rates of each answer where the sound is muted.
     "behaviour": _columns("text: half chosen quantity cell rule; float: value low high; int: n"),
-    # One row per conflict: who it is, where it was dealt, what the unedited model does.
+    # One row per conflict: who it is, where it was dealt, what the unedited model does; `cut_to_s` is the length that
+    # all its cells were cut to (NaN where its clips are equally long), `whole_s` that of the longer of its two clips.
     "conflicts": _columns(
         "text: id half; int: component; flag: competent analysed; text: sound_answer picture_answer says",
-        "float: M_va M_av M_blank_a M_blank_v C G",
+        "float: M_va M_av M_blank_a M_blank_v M_v_muted M_a_muted C G cut_to_s whole_s",
     ),
 }
 
@@ -176,7 +182,10 @@ def read_table(path: Path, name: str, saved: Mapping[str, str] | None = None) ->
     with foreign_file(path, f"the table {name!r} of a saved isolation"):
         columns = dict(known if saved is None else saved)
         if not columns.items() <= known.items() or 2 * len(columns) < len(known):
-            raise ValueError(f"it was saved with the columns {','.join(columns)}; this av_lens has {','.join(known)}")
+            strange = ", ".join(str(column) for column in columns if column not in known)
+            raise ValueError(
+                f"it has {len(columns)} of {len(known)} columns{strange and f', and strange ones: {strange}'}"
+            )
         with path.open(encoding="utf-8", newline="") as file:
             lines = csv.reader(file, strict=True)
             found = next(lines, [])
@@ -269,8 +278,9 @@ class Isolation(Brief):
         for key, value in (*self.summary.items(), *([] if share is None else [("s", share)])):
             if not isinstance(value, int | float | np.number):
                 raise InputError(f"{key} is no number: {value!r}.")
-        if strange := sorted({*self.heads["role"], *self.mlps["role"]} - set(ROLE_NAMES)):
-            raise InputError(unknown("role", strange[0], ROLE_NAMES))
+        roles = (*ROLE_NAMES, *MIRRORED_SUPPRESSORS, MIRRORED_CARRIER)
+        if strange := sorted({*self.heads["role"], *self.mlps["role"]} - set(roles)):
+            raise InputError(unknown("role", strange[0], roles))
 
     @property
     def suppressors(self) -> pd.DataFrame:
@@ -281,7 +291,7 @@ class Isolation(Brief):
         nodes: Any = self.heads
         if len(self.mlps):
             nodes = pd.concat([nodes, self.mlps.assign(head=-1)], ignore_index=True)[list(nodes.columns)]
-        return nodes[nodes["role"].isin(RELEASING) & nodes["confirmed"]]
+        return nodes[nodes["role"].isin((*RELEASING, *MIRRORED_SUPPRESSORS)) & nodes["confirmed"]]
 
     def grid(
         self, estimand: str, donor: str = "", *, half: str = "discovery", site: str = "suffix", column: str = "mean"

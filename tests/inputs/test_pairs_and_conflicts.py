@@ -29,6 +29,7 @@ NAMES = [
     "blank_v",
     "blank_muted",
     "audio_only",
+    "video_only",
 ]
 
 

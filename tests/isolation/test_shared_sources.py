@@ -77,6 +77,7 @@ def test_what_holds_on_clips_and_not_over_words_is_told(monkeypatch):
     assert len(releasing)
     assert not releasing["confirmed"].any()
     assert releasing["flags"].str.contains("on these words").all()
+    assert (releasing["status"] == "on these words").all()
     assert "On these words: " in found.verdict
     assert "did not hold" not in found.verdict
 

@@ -49,7 +49,7 @@ CELLS = {
     for name, picture, sound in [
         ("va", "v", "a"), ("vv", "v", "v"), ("aa", "a", "a"), ("av", "a", "v"), ("vw", "v", "w"), ("aw", "a", "w"),
         ("wa", "w", "a"), ("wv", "w", "v"), ("v_muted", "v", None), ("a_muted", "a", None), ("blank_a", None, "a"),
-        ("blank_v", None, "v"), ("blank_muted", None, None), ("audio_only", None, "a"),
+        ("blank_v", None, "v"), ("blank_muted", None, None), ("audio_only", None, "a"), ("video_only", "v", None),
     ]
 }  # fmt: skip
 Hook = tuple[str, Callable[..., Any]]
@@ -183,6 +183,9 @@ class FakeModel:
         none = torch.zeros(0)
         return Trace(self, x, (), (), (), (none, none), None, "a model on paper has no layers that restart")
 
+    def _shown(self, x: AVInputs) -> list[Shown]:
+        return Shown.of(x)
+
     def _noise(self, one: Shown) -> torch.Tensor:
         words = (one.noise, len(one.question), 99 if one.picture is None else one.picture)
         rng = np.random.default_rng(words)
@@ -228,7 +231,7 @@ class FakeModel:
                 activation = activation if made is None else made
             return activation
 
-        examples = Shown.of(x)
+        examples = self._shown(x)
         own = torch.stack([self._heads(one) for one in examples], dim=1)[:, :, None].repeat(1, 1, len(SPANS), 1, 1)
         z: list[torch.Tensor] = []
         mlps: list[torch.Tensor] = []

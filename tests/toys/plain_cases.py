@@ -23,7 +23,7 @@ QUESTIONS = ("hear", "see", "control")
 
 
 class Tensors(Mapping[str, dict[str, Any]]):
-    """The cells of a conflict, `audio_only_v` among them; each is encoded when it is asked for."""
+    """The cells of a conflict under a question, `audio_only_v` among them; each is encoded when it is asked for."""
 
     def __init__(self, model: Any, conflict: Any, question: str) -> None:
         exchanged = replace(conflict, sound=conflict.picture, picture=conflict.sound, answers=conflict.answers[::-1])
@@ -35,8 +35,15 @@ class Tensors(Mapping[str, dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.of) + 1
 
+    def __contains__(self, cell: object) -> bool:
+        return cell in set(self)
+
+    def inputs(self, cell: str) -> Any:
+        """The encoded cell."""
+        return self.mirror["audio_only"] if cell == "audio_only_v" else self.of[cell]
+
     def __getitem__(self, cell: str) -> dict[str, Any]:
-        return (self.mirror["audio_only"] if cell == "audio_only_v" else self.of[cell]).tensors
+        return self.inputs(cell).tensors
 
 
 def checkpoint(name: str) -> str:

@@ -30,6 +30,7 @@ from av_lens.inputs import AVInputs
 from av_lens.inputs.conflict import ClipKeys
 from av_lens.inputs.model_inputs import shared
 from av_lens.interventions import Plan
+from av_lens.isolation.measuring.cells import Cells
 from av_lens.isolation.measuring.engine import (
     MEANS,
     MEDIA_SITES,
@@ -39,7 +40,6 @@ from av_lens.isolation.measuring.engine import (
     OTHER_LAYOUT,
     W_CELLS,
     AllOutputs,
-    Cells,
     Means,
     ModelEngine,
     Node,
@@ -278,6 +278,8 @@ class Chunk:
         run, own = self.run(base, question), self.output(base, question, part)
         if name == "zero":
             found = torch.zeros_like(own[:, :1])
+        elif name == "half_dose":
+            found = own / 2
         elif name in MEANS:
             found = align_end(self._mean(base, name, part).to(own), own)
         elif name in self.constants:

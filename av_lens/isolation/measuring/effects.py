@@ -10,7 +10,7 @@ of heads (`column`, where `results.tables` names it) follow from it, and roles n
 
 | estimand | of |
 |---|---|
-| release | on C, by donor; `mean_task` and `audio_only` are secondary donors |
+| release | on C, by donor; `mean_task`, `audio_only` and `half_dose` (half of its own z) are secondary donors |
 | direct | the same with later heads frozen; `repair` is direct minus release |
 | write | the same with later heads and MLPs frozen: its very own write |
 | release on sound, release on picture | its part on the two answers, centred over all answers (`direct on ...` too) |

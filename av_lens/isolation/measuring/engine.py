@@ -50,6 +50,7 @@ from av_lens.errors import ProtocolError, unknown
 from av_lens.families.decoder import hook_name, weight_of
 from av_lens.inputs import AVInputs
 from av_lens.interventions import CompiledPlan, Edit, Plan, Site, replace
+from av_lens.isolation.measuring.cells import Cells
 from av_lens.isolation.measuring.scoring import Edited, divisor
 from av_lens.metrics.forms import followed
 from av_lens.replay.branches import Branches
@@ -73,8 +74,8 @@ MEAN_CELLS = (("va", "va", "ask"), ("av", "av", "ask"), ("see", "va", "see"))
 W_CELLS = ("wa", "wv", "vw", "aw")
 MEANS = ("mean_task", "mean_other")
 PRIMARY_DONORS = ("blank_muted", "mean_other", "zero")
-SECONDARY_DONORS = ("mean_task", "audio_only")
-"""Donors of the release alone, shown beside the primary ones."""
+SECONDARY_DONORS = ("mean_task", "audio_only", "half_dose")
+"""Donors of the release alone, shown beside the primary ones; half a dose is half of the run's own z."""
 OTHER_LAYOUT = ("audio_only", "audio_only_v", "text_only")
 
 AllOutputs = Float[Tensor, "layer batch site ..."]
@@ -298,7 +299,11 @@ class ModelEngine:
         how: "trace" (restart recorded runs) or "hooks" (the whole model again, the slow reference).
         layout: how sound and picture are laid out in the prompt.
         cells: further options of `Conflict.cells`, such as another kind of blank.
+
+    `suppressed` says which sense is asked for: whoever sets "picture" hands over mirrored conflicts (`cells`).
     """
+
+    suppressed = "sound"
 
     def __init__(
         self, model: Any, *, how: str = "trace", layout: str = "in_video", cells: Mapping[str, Any] | None = None
@@ -320,7 +325,7 @@ class ModelEngine:
     def cells(self, conflict: Any, question: str | None) -> Cells:
         """Give a conflict's cells, asked its own question (None) or another; `audio_only_v` mirrors `audio_only`."""
         options = {"question": question, "layout": self.layout, "keep_clips": False, **self.cell_options}
-        return Cells(self.model, conflict, options)
+        return Cells(self.model, conflict, options, suppressed=self.suppressed)
 
     def together(self, inputs: AVInputs) -> int:
         """Say how many examples fit into one stack: their trace must stay within `TRACE_BYTES`."""
@@ -489,23 +494,6 @@ class ModelEngine:
             squares = torch.einsum("nh,bshg,ng->nbs", chosen, together, chosen)
             norms.append(squares.clamp(min=0).sqrt().mean((1, 2)))
         return torch.stack(norms).double().cpu().numpy()
-
-
-class Cells:
-    """A conflict's cells and `audio_only_v`, which is `audio_only` with sound and picture exchanged."""
-
-    def __init__(self, model: Any, conflict: Any, options: dict[str, Any]) -> None:
-        self._conflict, self._of = conflict, lambda one: one.cells(model, **options)
-        self._own = self._of(conflict)
-
-    @cached_property
-    def _mirror(self) -> Mapping[str, AVInputs]:
-        one = self._conflict
-        return self._of(dataclasses.replace(one, sound=one.picture, picture=one.sound, answers=one.answers[::-1]))
-
-    def __getitem__(self, name: str) -> AVInputs:
-        """Give a cell, encoded when first asked for."""
-        return self._mirror["audio_only"] if name == "audio_only_v" else self._own[name]
 
 
 def _keep(kept: list[Tensor], position: int, stream: Tensor) -> None:

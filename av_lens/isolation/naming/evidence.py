@@ -31,7 +31,7 @@ from av_lens.isolation.measuring.effects import (
 )
 from av_lens.isolation.measuring.engine import MEDIA_SITES, MLP, PRIMARY_DONORS, Means, Node
 from av_lens.isolation.naming import roles
-from av_lens.isolation.naming.roles import HELD, LEVEL, Evidence, Named, Tests, head_means
+from av_lens.isolation.naming.roles import CARRIERS, HELD, LEVEL, Evidence, Named, Tests, head_means
 from av_lens.results.dealing import CONFIRMATION
 from av_lens.results.record import RELEASING
 
@@ -105,6 +105,11 @@ class Searched:
         found = self.sites[row.site].evidence
         mean = head_means(found["release", donor])[row.at]
         return bool(mean > found.half.delta(self.s) and self.release_q[row.site][donor][row.at] < LEVEL)
+
+    def role_alone(self, at: Node, site: str) -> str:
+        """Name what a head does by its own release at a site, else what it carries there; "none" for nothing."""
+        roles = [row.role for row in self.named if (row.at, row.site) == (at, site)]
+        return ", ".join([role for role in roles if role not in CARRIERS] or roles) or "none"
 
     def release_of(self, row: Named) -> float:
         """Give a row's mean release on discovery."""

@@ -29,11 +29,14 @@ of its parts' max-T p; on confirmation a row is confirmed if its mean is above d
 rows that were given a name (breaks is none), and the same cuts give the same role. An undetermined head is named, its
 kind is not: it is confirmed by its release alone, if it does not break. Where the release's own p is above .05 nothing
 is held, and a feeder's p stays at 1 (no q below .05 changes by it). MLPs' later MLPs are no one's feeders.
+
+*One donor alone* (second edition): a role whose node is released by one donor alone on discovery (`one_donor_alone`)
+may hold on held-out clips, and is then told as replicated, by one donor alone, never as confirmed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,6 +51,7 @@ from av_lens.results.statistics import Interval, benjamini_hochberg
 
 DIRECT_CUT = DAMAGE_CUT = HELD_CUT = 0.5
 WRITE_CUT = 0.25
+ONE_DONOR_SHARE, ONE_DONOR_OF_LARGEST = 0.10, 0.5
 HELD = "release with the named MLPs held"
 """At the first token, as direct shares; only heads before a named MLP have it."""
 PARTS = {
@@ -320,6 +324,15 @@ def suppressor_role(cuts: Cuts, at: Node, passes: Mapping[str, bool]) -> str:
 
 CUT_ROLES = (*SUPPRESSORS, FEEDER)
 """Roles that cuts tell apart."""
+
+
+def one_donor_alone(releases: Iterable[float], hearing: float) -> bool:
+    """Say whether a role rests on one donor alone, by a node's mean releases on discovery and the mean of G.
+
+    It does where the second largest release is below .10 G and below half of the largest.
+    """
+    largest, second = sorted((one for one in (*releases, -np.inf, -np.inf) if not np.isnan(one)), reverse=True)[:2]
+    return bool(second < min(ONE_DONOR_SHARE * hearing, ONE_DONOR_OF_LARGEST * largest))
 
 
 def classify(

@@ -31,6 +31,7 @@ from av_lens.errors import ProtocolError, unknown
 from av_lens.inputs.conflict import ROLES, ClipKeys
 from av_lens.isolation.measuring.behaviour import LEAST_GAP, LEAST_MASS, Survey, answered
 from av_lens.isolation.measuring.bench import Bench, Half, Progress, wording
+from av_lens.isolation.measuring.cells import SUPPRESSED, mirrored_conflict
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS, SITES, ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import SCHEMA, measuring_hash
@@ -44,11 +45,13 @@ from av_lens.model.binding import remembered_towers
 from av_lens.replay.trace_files import weight_hashes
 from av_lens.results import dealing, statistics
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY, Halves, Member
+from av_lens.results.exchanged import exchanged
 from av_lens.results.provenance import plain, versions
 
 S_ORGANISM, S_OTHER = 0.10, 0.03
 ALSO_COUNTED_AT = (0.10, 0.03, 0.01)
 """Shares of G at which the verdict counts heads, whatever s is."""
+LEFT_OUT_PAIRS = "pairs, unless half of an established gap stays unexplained"
 MEASURED = (
     "other model: at least this, or the 99th percentile over heads of the largest release under the control question"
 )
@@ -75,7 +78,7 @@ def protocol_of(
         "primary": "release: effect on C = (M(va) - M(av)) / 2",
         "donors": list(PRIMARY_DONORS),
         **plain(options),
-        "left_out": ["robustness", "pairs"] if options["quick"] else [],
+        "left_out": ["robustness", LEFT_OUT_PAIRS] if options["quick"] else [],
         "also_counted_at": list(ALSO_COUNTED_AT),
         "level": LEVEL,
         "direct_share_cut": DIRECT_CUT,
@@ -138,6 +141,9 @@ def hash_of(protocol: Mapping[str, Any]) -> str:
     return sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
+_PAIRLESS = ": of heads that stand in for each other a quick search says nothing, unless a gap stays unexplained"
+
+
 def power_sentence(protocol: Mapping[str, Any]) -> str:
     """Say before a run how small an effect it will be able to find."""
     power, tests = protocol["power"], f"{protocol['family']} tests"
@@ -152,7 +158,7 @@ def power_sentence(protocol: Mapping[str, Any]) -> str:
     return (
         f"Power: {many} on discovery and {tests} find, four times in five, a "
         f"release that exceeds {protocol['s']:g} of G by {power['smallest_effect_in_sd']:.2f} standard deviations "
-        "between components."
+        f"between components. That is of single heads{_PAIRLESS if protocol['quick'] else ''}."
     )
 
 
@@ -173,8 +179,13 @@ class Options:
     named_only: bool = False
     captions: bool = False
     protocol: str = "2"
+    suppressed: str = "sound"
 
     def __post_init__(self) -> None:
+        if self.suppressed not in SUPPRESSED:
+            raise ProtocolError(unknown("suppressed", self.suppressed, SUPPRESSED))
+        if self.suppressed == "picture" and self.captions:
+            raise ProtocolError('captions tell what is heard: leave captions out with suppressed="picture".')
         if self.protocol not in EDITIONS:
             raise ProtocolError(unknown("edition of the protocol", self.protocol, EDITIONS))
         if self.gate not in GATES:
@@ -190,7 +201,8 @@ class Options:
 class Run:
     """Everything a run knows while it goes on; `s` may be raised when it is measured.
 
-    `answers` says how words are read, and which conflicts are left out for theirs.
+    `answers` says how words are read, and which conflicts are left out for theirs; `refused` are the refusals (kind and
+    sentence) that the run went past, as asked.
     """
 
     bench: Bench
@@ -203,6 +215,7 @@ class Run:
     answers: dict[str, Any] = field(default_factory=dict)
     stamps: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def members(self) -> list[Member]:
@@ -245,6 +258,15 @@ class Run:
         boot, third, words = self.dealt.rules(found.tolist(), seed=seed)
         return Half(name, found, components, boot, self.read.G[found], self.read.C[found], third, words)
 
+    def words(self, text: str) -> str:
+        """Say a sentence of the question that is asked: of the sound, or with sound and picture exchanged."""
+        return exchanged(text) if self.options.suppressed == "picture" else text
+
+    def go_past(self, kind: str, sentence: str, *, before: str = "") -> None:
+        """Go on past a refusal: the verdict will begin with it, and every page is marked."""
+        self.refused.append((kind, sentence))
+        self.stamp(NOT_INTERPRETABLE, self.words(f"{before}{sentence}"))
+
     def stamp(self, stamp: str, reason: str) -> None:
         """Mark every page, and say why."""
         if stamp not in self.stamps:
@@ -257,12 +279,14 @@ def prepared(
 ) -> Run:
     """Deal the halves, draw the third clips, resolve the answers, write the protocol down."""
     named = [c if c.id is not None else dataclasses.replace(c, id=f"c{i}") for i, c in enumerate(conflicts)]
+    named = list(map(mirrored_conflict, named)) if options.suppressed == "picture" else named
     _require_enough(named, f"{len(named)} conflicts were given")
     organism = getattr(model, "grammar", None) is not None
     s, rule = (S_ORGANISM, "organism") if organism else (S_OTHER, MEASURED)
     if options.s is not None:
         s, rule = options.s, "given"
     engine = ModelEngine(model, layout=options.layout) if engine is None else engine
+    engine.suppressed = options.suppressed
     with remembered_towers(engine.model):
         read = answered(engine, named)
     named = list(read.conflicts)
@@ -286,7 +310,7 @@ def prepared(
     if options.protocol != "1" and (why := hopeless(dealt, written["power"]["smallest_effect_in_sd"], family=family)):
         if options.gate == "stop":
             raise ProtocolError(f"refused: {why}")
-        run.stamp(NOT_INTERPRETABLE, why)
+        run.go_past("too few sources", why)
     return run
 
 

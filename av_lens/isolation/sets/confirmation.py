@@ -13,6 +13,7 @@ measured on the other half; `found.heads` takes its `effect low high` from here.
 * *Words.* Clips are new here, words are not. A row that holds is tested once more with the two answers' words for
   sources: where the lower bound of its release - s G is at or below 0 it is not confirmed, but "on these words"; with
   fewer than 8 words it is "untested over words".
+* *One donor alone*. A row that holds, but rests on one donor alone (`naming.roles`), is replicated and not confirmed.
 * *Ranked heads*: the heads of largest single release are edited together, 1, 2, 4, ... of them, and then as many as it
   takes to find, by halving the interval, how many give half of the gap. This says over how many heads the suppression
   is spread. Where the curve is not monotone it is one crossing of several.
@@ -30,7 +31,7 @@ from av_lens.isolation.measuring.bench import Bench, Chunk, Half
 from av_lens.isolation.measuring.effects import Request, measure_requests
 from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS, Node
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence, chunks_of, gather, hold
-from av_lens.isolation.naming.roles import CARRIERS, Named, confirm, head_means, run_tests
+from av_lens.isolation.naming.roles import CARRIERS, Named, confirm, head_means, one_donor_alone, run_tests
 from av_lens.isolation.sets.matching import RANDOM_SETS, random_sets
 from av_lens.isolation.sets.search import InContext, SearchedSets, in_context, member_roles, member_rows, search_sets
 from av_lens.isolation.sets.sets import BuiltSet, SetEffect, controls, cumulative, head_names, release_of_sets
@@ -43,6 +44,8 @@ NAMES = (*RELEASING, FEEDER, *CARRIERS)
 LARGEST_P = 0.05
 FEWEST_WORDS = 8
 ON_WORDS, UNTESTED = "on these words", "untested over words"
+CONFIRMED, ONE_DONOR, NOT_REPLICATED = "confirmed", "replicated, one donor alone", "not replicated"
+STATUSES = (CONFIRMED, ONE_DONOR, ON_WORDS, NOT_REPLICATED)
 
 
 @dataclass(eq=False)
@@ -54,7 +57,7 @@ class Held:
         searched: the sets that were searched on discovery.
         roles: the chosen set's members with the roles that they have with the others edited.
         in_context: their evidence by half.
-        confirmed: which rows hold, single heads' and members'.
+        status: what became of each row that got a name, single heads' and members': one of `STATUSES`.
         words: of rows that hold on new clips what is to be said of words, if anything.
         holm_p: each row's p after Holm.
         tables: the rows about sets, by table: `sets`, `members`, `steps`, `synergies`, `ablation`, `specificity`.
@@ -65,7 +68,7 @@ class Held:
     searched: SearchedSets = field(default_factory=SearchedSets)
     roles: list[Named] = field(default_factory=list)
     in_context: dict[str, InContext] = field(default_factory=dict)
-    confirmed: dict[Named, bool] = field(default_factory=dict)
+    status: dict[Named, str] = field(default_factory=dict)
     words: dict[Named, str] = field(default_factory=dict)
     holm_p: dict[Named, float] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -75,6 +78,15 @@ class Held:
     def chosen(self) -> BuiltSet | None:
         """The set of largest release, if any was built."""
         return self.searched.chosen
+
+    @property
+    def confirmed(self) -> dict[Named, bool]:
+        """Which rows are confirmed, whatever a refusal forbids to say."""
+        return {row: status == CONFIRMED for row, status in self.status.items()}
+
+    def role_in_set(self, at: Node, site: str) -> str:
+        """Name what a head does in the chosen set, the other members edited; "" where it is no member."""
+        return next((row.role for row in self.roles if (row.at, row.site) == (at, site)), "")
 
     @property
     def named_members(self) -> list[Named]:
@@ -128,11 +140,27 @@ def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
         outcome = confirm(of.evidence, rows, [held.holm_p[row] for row in rows], s=s)
         holds = [row for row, one in zip(rows, outcome, strict=True) if one]
         held.words |= {row: said for row in holds if (said := _over_words(of, row, s))}
-        held.confirmed |= {row: row in holds and held.words.get(row) != ON_WORDS for row in rows}
+        for row in rows:
+            alone = row in holds and _one_donor_alone(searched, held, row)
+            on_words = ON_WORDS if held.words.get(row) == ON_WORDS else CONFIRMED
+            held.status[row] = ONE_DONOR if alone else on_words if row in holds else NOT_REPLICATED
     # A feeder is no more sure than the MLP that it feeds.
-    sure = {(row.at, row.site) for row, holds in held.confirmed.items() if holds and row.head == MLP}
-    fed = [row for row in held.confirmed if row.role == FEEDER and row.through >= 0]
-    held.confirmed |= {row: held.confirmed[row] and ((row.through, MLP), row.site) in sure for row in fed}
+    sure = {(row.at, row.site) for row, status in held.status.items() if status == CONFIRMED and row.head == MLP}
+    for row in [row for row in held.status if row.role == FEEDER and row.through >= 0]:
+        if ((row.through, MLP), row.site) not in sure:
+            held.status[row] = NOT_REPLICATED
+
+
+def _one_donor_alone(searched: Searched, held: Held, row: Named) -> bool:
+    """Judge a suppressor by its three releases on discovery, a member of the set by what the set loses without it."""
+    half = searched.first.evidence.half
+    if row.role not in (*RELEASING, FEEDER) or half.words is None:
+        return False
+    by_donor = searched.sites[row.site].evidence.by_donor("release")
+    releases = {donor: float(head_means(values)[row.at]) for donor, values in by_donor.items()}
+    if row.site == searched.first.site:
+        releases = held.searched.in_turn.get(row.at, releases)
+    return one_donor_alone(releases.values(), float(half.G.mean()))
 
 
 def _over_words(found: SiteEvidence | InContext, row: Named, s: float) -> str:
@@ -155,6 +183,8 @@ def _confirm_sets(
     sets, ablation = confirmed_sets(searched, held, chunks, halves, s=s, seed=seed)
     context = held.in_context.get(CONFIRMATION)
     members = member_rows(found, first, site.site, held.roles, context, held.confirmed)
+    for row in (row for row in members if row.get("role")):
+        row["role_alone"] = searched.role_alone((row["layer"], row["head"]), site.site)
     controlled = [] if chosen is None else controls(chunks, chosen.members, chosen.donor, half)
     tables = {"sets": sets, "members": members, "steps": found.steps, "synergies": found.synergies}
     return tables | {"ablation": ranked + ablation, "specificity": controlled}
@@ -223,6 +253,8 @@ def confirmed_sets(
                 for index, (arm, one, draw) in enumerate(arms)
             ]
         row = _set_row(built, effect, chunks, halves) | {"site": site.site}
+        if built.chosen:
+            row["see_release"] = float(np.nanmean(effect.release[len(built.members)]))
         rows.append(row | _against_random(built, row, effect, half.delta(s), strict=not chunks[0].bench.mlps))
     return rows, ablation
 

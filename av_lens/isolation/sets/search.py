@@ -13,7 +13,7 @@ MLPs (what is said of a head here holds for them). Once for each primary donor:
 5. The set of largest release wins (ties by layer and head). Of the donors' sets the one of largest release is *chosen*.
 
 delta = s G of discovery; releases are means over discovery's conflicts. `quick=True` leaves the pairs out, and with
-them the five starts.
+them the five starts, where a set releases half of the gap without them, or no gap is established.
 
 The release of a member of a redundant set is next to nothing while the others stand in for it. So a member h of a set S
 is measured in the run in which S without h is edited (by the set's donor): its release there is
@@ -42,6 +42,7 @@ import numpy as np
 from jaxtyping import Float
 
 from av_lens.core.readings import attention_mass
+from av_lens.isolation.measuring.behaviour import LEAST_GAP
 from av_lens.isolation.measuring.bench import Chunk, Half, Progress, averaged, columns, gathered
 from av_lens.isolation.measuring.effects import (
     FIRST_RELEASE,
@@ -70,6 +71,8 @@ from av_lens.isolation.sets.sets import BuiltSet, Members, SetReleases, Tick, cu
 ALL_HEADS, SCREENED = 64, 40
 SYNERGIES, SHOWN_SYNERGIES = 5, 20
 MOST_MEMBERS, PATIENCE = 12, 3
+EXPLAINED = 0.5
+"""Of the gap: where the chosen set releases less, a quick search looks at pairs after all."""
 
 
 def n_candidates(heads: int) -> int:
@@ -108,14 +111,18 @@ class Synergy:
 
 @dataclass(eq=False)
 class SearchedSets:
-    """What the search found on discovery: a set per primary donor (`chosen` marks one), its paths and the synergies."""
+    """What the search found on discovery: a set per primary donor (`chosen` marks one), its paths and the synergies.
+
+    `in_turn` is what the chosen set loses without each member where all are edited by each donor in turn.
+    """
 
     sets: list[BuiltSet] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     synergies: list[dict[str, Any]] = field(default_factory=list)
     releases: dict[str, SetReleases] = field(default_factory=dict)
     screens: dict[Node, str] = field(default_factory=dict)
-    quick: bool = False
+    pairs: bool = True
+    in_turn: dict[Node, dict[str, float]] = field(default_factory=dict)
 
     @property
     def chosen(self) -> BuiltSet | None:
@@ -206,19 +213,50 @@ def screened(screens: dict[str, Float[np.ndarray, "layer node"]], heads: Sequenc
 
 
 def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False) -> SearchedSets:
-    """Search sets of heads on discovery, once per primary donor; `quick` leaves out all pairs."""
+    """Search sets of heads on discovery, once per primary donor.
+
+    `quick` leaves out pairs, unless a gap that is established stays unexplained: no set releases half of it.
+    """
+    out = _built(site, half, s=s, pairs=not quick)
+    release = 0.0 if out.chosen is None else out.chosen.discovery_release
+    established = half.words is not None and float(half.boot.mean(half.G - half.C - LEAST_GAP * half.G).low) > 0
+    if quick and established and release < EXPLAINED * half.gap:
+        out = _built(site, half, s=s, pairs=True, known=out.releases)
+    if out.chosen is not None and half.words is not None:
+        out.in_turn = _in_turn(out.chosen.members, out.releases)
+    for chunk in site.chunks:
+        chunk.drop_traces("va", "av")
+    return out
+
+
+def _in_turn(members: Members, by_donor: Mapping[str, SetReleases]) -> dict[Node, dict[str, float]]:
+    """Measure what a set loses without each member, all edited by each donor in turn."""
+    out: dict[Node, dict[str, float]] = {head: {} for head in members}
+    smaller = {head: tuple(other for other in members if other != head) for head in members}
+    for donor, releases in by_donor.items():
+        releases.measure([members, *smaller.values()])
+        for head, others in smaller.items():
+            out[head][donor] = releases.mean(members) - releases.mean(others)
+    return out
+
+
+def _built(
+    site: SiteEvidence, half: Half, *, s: float, pairs: bool, known: Mapping[str, SetReleases] | None = None
+) -> SearchedSets:
+    """Build a set per donor, from the best synergies of pairs too or from the best head alone."""
     found, delta, g = site.evidence, half.delta(s), float(half.G.mean())
-    out = SearchedSets(screens=screened(_screens(site), found.nodes), quick=quick)
+    out = SearchedSets(screens=screened(_screens(site), found.nodes), pairs=pairs)
     candidates, progress = sorted(out.screens), site.chunks[0].bench.progress
     for donor, release in found.by_donor("release").items():
         if np.isnan(release).all():
             continue
         stage = f"sets of heads by {donor}"
-        expected = len(candidates) * (1 if quick else len(candidates) - 1) * len(site.chunks)
-        releases = SetReleases(site.chunks, half.examples, donor, _ticker(progress, stage, expected))
+        expected = len(candidates) * (len(candidates) - 1 if pairs else 1) * len(site.chunks)
+        releases = (known or {}).get(donor) or SetReleases(site.chunks, half.examples, donor)
+        releases.tick = _ticker(progress, stage, expected)
         releases.learn({head: release[:, head[0], head[1]] for head in candidates})
         synergies: list[Synergy] = []
-        if not quick:
+        if pairs:
             releases.pairs(candidates)
             synergies = pair_synergies(releases, candidates)
         winner, paths = search(releases, candidates, synergies, delta=delta)
@@ -240,8 +278,6 @@ def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False
         ]
     if out.sets:
         min(out.sets, key=lambda one: (-one.discovery_release, PRIMARY_DONORS.index(one.donor))).chosen = True
-    for chunk in site.chunks:
-        chunk.drop_traces("va", "av")
     return out
 
 
@@ -254,9 +290,13 @@ def _screens(site: SiteEvidence) -> dict[str, Float[np.ndarray, "layer node"]]:
 
 
 def video_attention(chunk: Chunk) -> Float[np.ndarray, "layer node"]:
-    """Average the attention of the generation position to the video, in `va`; MLPs have none."""
+    """Average the attention of the generation position to the video (of the mirrored question: the sound), in `va`.
+
+    MLPs have none.
+    """
     inputs = chunk.run("va").inputs
-    asked, video = ([int(i) for i in inputs.spans[role].positions] for role in ("generation", "video|image"))
+    seen = "audio" if chunk.bench.engine.suppressed == "picture" else "video|image"
+    asked, video = ([int(i) for i in inputs.spans[role].positions] for role in ("generation", seen))
     mass = attention_mass(chunk.bench.engine.model, inputs, {"generation": asked}, keys={"video": video})
     by_head = mass[..., 0, 0].double().numpy().mean(0)
     return np.pad(by_head, ((0, 0), (0, chunk.bench.mlps)), constant_values=np.nan)
@@ -371,6 +411,7 @@ def member_rows(
             if built.chosen and head in known and confirmation is not None:
                 row |= _context_columns(confirmation, built.donor, head)
                 row |= {"role": known[head].role, "confirmed": confirmed.get(known[head], False)}
+                row |= {f"context_{donor}": value for donor, value in searched.in_turn.get(head, {}).items()}
             out.append(row)
     return out
 

