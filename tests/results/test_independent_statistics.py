@@ -8,6 +8,7 @@ import numpy as np
 import plain_statistics as plain
 import pytest
 
+from av_lens.inputs import sources
 from av_lens.results import dealing
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY, LOST, Member
 from av_lens.results.dyadic import WORD, Dyadic, by_components
@@ -87,6 +88,42 @@ def test_the_swaps_are_made():
         assert ours == dealing.grown_half(pairs, seed=seed)
         mended += ours != plain.deal_sources(pairs, seed=seed, swap=False)
     assert mended > 1
+
+
+class Recorded:
+    """A clip of a file, of which is known what its streams hold; None says nothing."""
+
+    def __init__(self, file, start, end, sound, frames):
+        self.path, self.start, self.end, self.streams = f"{file}.mp4", start, end, (sound, frames)
+
+    def load(self):
+        raise AssertionError
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sources_of_windows_and_copies(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    streams = {f"f{i}": (rng.choice(["s0", "s1", "s2", "s3", None]), rng.choice(["p0", "p1", "p2", "p3", None]))
+               for i in range(6)}  # fmt: skip
+    clips, ours = {}, []
+    for number in range(40):
+        file = f"f{rng.integers(6)}"
+        start = float(rng.integers(0, 300))
+        end = start + float(rng.integers(1, 12))
+        clips[f"{file}:{start}:{end}:{number}"] = Recorded(file, start, end, *streams[file])
+        ours.append(plain.Window(file, start, end, *streams[file]))
+    known = {f"{file}.mp4": held for file, held in streams.items()}
+    monkeypatch.setattr(sources, "fingerprint", lambda path, sha: known[path])
+    named = sources._recorded(clips)
+    found = [named[key] for key in clips]
+    mine = plain.sources(ours)
+    assert [found.index(name) for name in found] == [mine.index(name) for name in mine]
+    assert 5 < len(set(mine)) < 35
+
+
+def test_a_given_source_overrules():
+    windows = [plain.Window("f", 0, 1, given="x"), plain.Window("f", 0.5, 2), plain.Window("g", 0, 1, given="x")]
+    assert [one == plain.sources(windows)[0] for one in plain.sources(windows)] == [True, False, True]
 
 
 def test_doubles():

@@ -22,25 +22,29 @@ ROLES = {
 QUESTIONS = ("hear", "see", "control")
 
 
+MIRRORED = {"audio_only_v": "audio_only", "video_only_a": "video_only"}
+"""Cells that are another's with sound and picture exchanged."""
+
+
 class Tensors(Mapping[str, dict[str, Any]]):
-    """The cells of a conflict under a question, `audio_only_v` among them; each is encoded when it is asked for."""
+    """The cells of a conflict under a question, those of `MIRRORED` among them; encoded when they are asked for."""
 
     def __init__(self, model: Any, conflict: Any, question: str) -> None:
         exchanged = replace(conflict, sound=conflict.picture, picture=conflict.sound, answers=conflict.answers[::-1])
         self.of, self.mirror = (one.cells(model, question=question) for one in (conflict, exchanged))
 
     def __iter__(self) -> Iterator[str]:
-        return iter((*self.of, "audio_only_v"))
+        return iter((*self.of, *MIRRORED))
 
     def __len__(self) -> int:
-        return len(self.of) + 1
+        return len(self.of) + len(MIRRORED)
 
     def __contains__(self, cell: object) -> bool:
         return cell in set(self)
 
     def inputs(self, cell: str) -> Any:
         """The encoded cell."""
-        return self.mirror["audio_only"] if cell == "audio_only_v" else self.of[cell]
+        return self.mirror[MIRRORED[cell]] if cell in MIRRORED else self.of[cell]
 
     def __getitem__(self, cell: str) -> dict[str, Any]:
         return self.inputs(cell).tensors

@@ -32,6 +32,7 @@ MIRROR = {
     "blank_a": "blank_v",
     "blank_muted": "blank_muted",
     "audio_only": "audio_only_v",
+    "video_only": "video_only_a",
 }
 MIRROR |= {after: before for before, after in MIRROR.items()}
 FROZEN = " (norm frozen)"
@@ -93,6 +94,7 @@ class Plain:
         self.asked, self.other = ("hear", "see") if sound else ("see", "hear")
         self.alone = ("blank_a", "blank_v") if sound else ("v_muted", "a_muted")
         self.sign, self.wanted = (1, 0) if sound else (-1, 1)
+        self.one_sense = "audio_only" if sound else "video_only"
 
     def run(self, case: PlainCase, cell: str, question: str | None = None, after: tuple[int, ...] = ()) -> PlainRun:
         """The unedited run of a cell, tokens of an answer after it or none."""
@@ -140,6 +142,23 @@ class Plain:
     def m(self, case: PlainCase, cell: str, question: str | None = None) -> float:
         """M in an unedited cell (M' where the picture is suppressed)."""
         return self.sign * self.margin(case, self.scores(case, cell, question)["whole"])
+
+    def form(self, cases: Sequence[PlainCase], forms: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, float]:
+        """Each form's median probability, over `aa` (the sound's word) and `vv` (the picture's) of all conflicts.
+
+        Args:
+            cases: the manifest's.
+            forms: form -> word -> its tokens; a word without that form has probability 0.
+        """
+        found: dict[str, float] = {}
+        for form, words in forms.items():
+            p: list[float] = []
+            for case, cell, word in ((one, cell, one.words[i]) for one in cases for i, cell in enumerate(("aa", "vv"))):
+                tokens = tuple(words.get(word, ()))
+                rows = self.run(case, cell, after=tokens[:-1]).rows.double().softmax(-1)
+                p.append(math.prod(float(rows[i, token]) for i, token in enumerate(tokens)) if tokens else 0.0)
+            found[form] = float(np.median(p))
+        return found
 
     def margin(self, case: PlainCase, scores: Mapping[str, float]) -> float:
         """score(a) - score(v)."""
@@ -190,7 +209,7 @@ class Plain:
 
     def dilution(self, cases: Sequence[PlainCase]) -> float:
         """What the mere presence of a picture's tokens costs: hearing without them, less G."""
-        sounds = (0.5 * (self.m(case, "audio_only") - self.m(case, "audio_only_v")) for case in cases)
+        sounds = (0.5 * (self.m(case, self.one_sense) - self.m(case, MIRROR[self.one_sense])) for case in cases)
         return mean(sounds) - mean(self.g(case) for case in cases)
 
     def says(
@@ -238,7 +257,7 @@ class Plain:
         if donor in ("zero", "half_dose"):
             own = self.run(case, cell, question).output(node)[positions]
             return positions, own * (0.0 if donor == "zero" else 0.5)
-        if donor.startswith("audio_only"):
+        if "_only" in donor:
             # Another layout: aligned from the end, as far as the tokens are equal.
             mine, theirs = (self.run(case, name, question).tensors["input_ids"][0].tolist() for name in (cell, donor))
             n = 0
@@ -352,7 +371,6 @@ class Plain:
         pool: Sequence[PlainCase],
         *,
         named: Sequence[int] = (),
-        donors: Sequence[str] = (*RELEASES, "mean_task", "audio_only", "half_dose"),
     ) -> dict[str, float]:
         """Every row of section 4 for a node in a conflict, "estimand/donor" -> value, the norm free and frozen.
 
@@ -362,13 +380,12 @@ class Plain:
             site: the site set.
             pool: discovery's conflicts, for the means.
             named: the layers whose MLPs are named.
-            donors: those of the release.
         """
 
         def effect(donor: str, **how: Any) -> dict[str, float]:
             return self.effect(case, donor, [node], site, pool, **how)
 
-        primary = [donor for donor in RELEASES if donor in donors]
+        primary, donors = RELEASES, (*RELEASES, "mean_task", self.one_sense, "half_dose")
         on_c = {donor: effect(donor) for donor in (*donors, "wa", "vw", self.alone[0])}
         on_g = {donor: effect(donor, cells=self.alone) for donor in (*primary, "va")}
         direct, write = ({donor: effect(donor, held=held) for donor in primary} for held in (DIRECT, WRITE))
@@ -391,9 +408,8 @@ class Plain:
                 for part in ("sound", "picture"):
                     found[f"release on {part}{end}/{donor}"] = on_c[donor][f"{part}{end}"]
                     found[f"direct on {part}{end}/{donor}"] = direct[donor][f"{part}{end}"]
-            if "mean_task" in donors:
-                share = on_c["mean_other"][m] - on_c["mean_task"][m]
-                found[f"question's own{end}/mean_other - mean_task"] = share
+            share = on_c["mean_other"][m] - on_c["mean_task"][m]
+            found[f"question's own{end}/mean_other - mean_task"] = share
             lost = on_c[self.alone[0]][m] - on_c["blank_muted"][m]
             found |= {
                 f"reads picture{end}/wa": on_c["wa"][m],
