@@ -19,9 +19,11 @@ from tiny import tiny_clip, tiny_hf_model, tiny_processor, untouched
 from av_lens.inputs import Answer, Conflict
 from av_lens.isolation import isolate
 from av_lens.isolation.measuring.behaviour import rows_of, survey
-from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import Request, measure_requests
-from av_lens.isolation.measuring.engine import Means, ModelEngine
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.naming.evidence import gather
 from av_lens.isolation.sets.sets import release_of_sets

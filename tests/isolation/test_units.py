@@ -13,9 +13,11 @@ from av_lens.families.decoder import hook_name
 from av_lens.inputs import Conflict
 from av_lens.isolation.explaining import units as units_file
 from av_lens.isolation.explaining.units import K_AND_V, Asked, unit_rows, units_of
-from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import FIGURES, Request, edited_readings, measure_requests
-from av_lens.isolation.measuring.engine import Means, ModelEngine
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
 from av_lens.model import load
