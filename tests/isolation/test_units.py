@@ -41,8 +41,8 @@ def chunks_of(engine, conflicts, site="suffix"):
     return chunks
 
 
-def bench_of(model):
-    return Bench(ModelEngine(model), [], Candidates.of([], model.tokenizer))
+def bench_of(model, conflicts):
+    return Bench(ModelEngine(model), list(conflicts), Candidates.of(conflicts, model.tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ ASKED = [
 
 
 def test_restarts_equal_full_hooked_runs(model, conflicts):
-    units = [unit for unit in units_of(bench_of(model)) if unit.layer == 1]
+    units = [unit for unit in units_of(bench_of(model, conflicts)) if unit.layer == 1]
     assert [unit.kind for unit in units] == ["kv group", "kv group", "attention", "layer"]
     one, two = (measured(ModelEngine(model, how=how), conflicts, units, ASKED) for how in ("trace", "hooks"))
     np.testing.assert_allclose(one, two, atol=1e-4)
@@ -128,7 +128,11 @@ def test_restarts_equal_full_hooked_runs(model, conflicts):
 
 def test_a_group_is_the_joint_edit_of_its_heads(model, conflicts):
     engine = ModelEngine(model)
-    unit = next(unit for unit in units_of(bench_of(model)) if (unit.kind, unit.layer, unit.index) == ("kv group", 2, 1))
+    unit = next(
+        unit
+        for unit in units_of(bench_of(model, conflicts))
+        if (unit.kind, unit.layer, unit.index) == ("kv group", 2, 1)
+    )
     assert unit.nodes == ((2, 2), (2, 3))
     (chunk,) = chunks_of(engine, conflicts)
     found = measured(engine, conflicts, [unit], ASKED[:1])[0, 0]
