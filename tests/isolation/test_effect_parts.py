@@ -12,9 +12,11 @@ from fake_model import N_HEADS, N_LAYERS, FakeModel, fake_conflicts, isolated
 from av_lens.errors import ProtocolError
 from av_lens.isolation.measuring import effects as estimands
 from av_lens.isolation.measuring.behaviour import survey
-from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import Estimand, Request, direct_writes, figures, measure_requests, requests
-from av_lens.isolation.measuring.engine import Means, ModelEngine
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import Store
 from av_lens.isolation.naming.evidence import gather, null_share, search

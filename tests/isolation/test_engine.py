@@ -14,8 +14,9 @@ from av_lens.inputs import Conflict
 from av_lens.inputs.conflict import clip_key
 from av_lens.isolation import isolate
 from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import Request, direct_writes, edited_readings, measure_requests
-from av_lens.isolation.measuring.engine import LATER, MLP, Means, ModelEngine
+from av_lens.isolation.measuring.engine import LATER, MLP, ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
 from av_lens.model import load

@@ -20,10 +20,12 @@ from av_lens.inputs import Answer, Conflict
 from av_lens.inputs.answers import FORMS, forms_of
 from av_lens.isolation import isolate
 from av_lens.isolation.measuring.behaviour import answered, rows_of, survey
-from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.bench import Bench
 from av_lens.isolation.measuring.cells import mirrored_conflict
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import Request, measure_requests
-from av_lens.isolation.measuring.engine import Means, ModelEngine
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.naming.evidence import gather, hold, null_share
 from av_lens.isolation.naming.roles import HELD, Evidence

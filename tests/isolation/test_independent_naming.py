@@ -15,8 +15,9 @@ from plain_forward import MLP
 from plain_naming import FEEDER, PlainHalf, confirmed, family, holm_over, named_with_feeders, over_words
 from plain_protocol import RELEASES
 
-from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.bench import Bench
 from av_lens.isolation.measuring.effects import ESTIMANDS
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming import evidence as searching
 from av_lens.isolation.naming.evidence import SiteEvidence, search
 from av_lens.isolation.naming.roles import HELD, Evidence, confirm, family_size, run_tests

@@ -14,7 +14,7 @@ from small_av import small_model
 from av_lens.errors import ProtocolError
 from av_lens.inputs import Answer
 from av_lens.isolation import isolate
-from av_lens.isolation.measuring.engine import Means
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.running import preparing
 from av_lens.results.record import Isolation
 

@@ -22,9 +22,11 @@ from av_lens.isolation import isolate
 from av_lens.isolation.explaining.knowledge import paths
 from av_lens.isolation.explaining.units import Asked, Unit, _chunk_units
 from av_lens.isolation.measuring.behaviour import answered
-from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import ESTIMANDS, FIRST_RELEASE, Request, figures, measure_requests, requests
-from av_lens.isolation.measuring.engine import Means, ModelEngine
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.naming.roles import Cuts, Evidence, _parts
 from av_lens.isolation.sets.sets import SetReleases, release_of_sets

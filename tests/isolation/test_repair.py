@@ -10,8 +10,8 @@ from small_av import small_clip, small_model
 
 from av_lens.errors import InputError
 from av_lens.isolation.explaining.units import plan_of, repair_rows, repair_values
-from av_lens.isolation.measuring.bench import Half
-from av_lens.isolation.measuring.engine import Means
+from av_lens.isolation.measuring.donors import Means
+from av_lens.isolation.measuring.halves import Half
 from av_lens.results.record import Isolation, table
 from av_lens.results.statistics import Bootstrap
 

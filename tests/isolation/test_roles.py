@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from av_lens.isolation.measuring.bench import Half
 from av_lens.isolation.measuring.effects import donor_of, mirrored
 from av_lens.isolation.measuring.engine import MLP
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming import roles
 from av_lens.isolation.naming.roles import (
     CUT_ROLES,

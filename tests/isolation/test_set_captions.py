@@ -12,8 +12,9 @@ from tiny import letter
 import av_lens as avl
 from av_lens.interventions import Plan, Site, cut, zero
 from av_lens.isolation.explaining.captions import Arm, _named, _row, _written, answers_lexicon, arms_of
-from av_lens.isolation.measuring.bench import DESCRIBE, Bench, Half
+from av_lens.isolation.measuring.bench import DESCRIBE, Bench
 from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.results.record import table
 from av_lens.results.statistics import Bootstrap

@@ -11,9 +11,11 @@ from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
 from av_lens.core.readings import attention_mass
 from av_lens.inputs import Conflict
-from av_lens.isolation.measuring.bench import Bench, Half, averaged
+from av_lens.isolation.measuring.bench import Bench, averaged
+from av_lens.isolation.measuring.donors import Means, joined
 from av_lens.isolation.measuring.engine import LATER as LATER_MLPS
-from av_lens.isolation.measuring.engine import MLP, Means, ModelEngine, joined
+from av_lens.isolation.measuring.engine import MLP, ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.sets.search import in_context, video_attention
 from av_lens.isolation.sets.sets import BuiltSet, SetReleases, release_of_sets

@@ -13,9 +13,11 @@ from av_lens.families.decoder import hook_name
 from av_lens.inputs import Conflict
 from av_lens.isolation.explaining import units as units_file
 from av_lens.isolation.explaining.units import K_AND_V, Asked, unit_rows, units_of
-from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import FIGURES, Request, edited_readings, measure_requests
-from av_lens.isolation.measuring.engine import Means, ModelEngine
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
 from av_lens.model import load
@@ -39,8 +41,8 @@ def chunks_of(engine, conflicts, site="suffix"):
     return chunks
 
 
-def bench_of(model):
-    return Bench(ModelEngine(model), [], Candidates.of([], model.tokenizer))
+def bench_of(model, conflicts):
+    return Bench(ModelEngine(model), list(conflicts), Candidates.of(conflicts, model.tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ ASKED = [
 
 
 def test_restarts_equal_full_hooked_runs(model, conflicts):
-    units = [unit for unit in units_of(bench_of(model)) if unit.layer == 1]
+    units = [unit for unit in units_of(bench_of(model, conflicts)) if unit.layer == 1]
     assert [unit.kind for unit in units] == ["kv group", "kv group", "attention", "layer"]
     one, two = (measured(ModelEngine(model, how=how), conflicts, units, ASKED) for how in ("trace", "hooks"))
     np.testing.assert_allclose(one, two, atol=1e-4)
@@ -126,7 +128,11 @@ def test_restarts_equal_full_hooked_runs(model, conflicts):
 
 def test_a_group_is_the_joint_edit_of_its_heads(model, conflicts):
     engine = ModelEngine(model)
-    unit = next(unit for unit in units_of(bench_of(model)) if (unit.kind, unit.layer, unit.index) == ("kv group", 2, 1))
+    unit = next(
+        unit
+        for unit in units_of(bench_of(model, conflicts))
+        if (unit.kind, unit.layer, unit.index) == ("kv group", 2, 1)
+    )
     assert unit.nodes == ((2, 2), (2, 3))
     (chunk,) = chunks_of(engine, conflicts)
     found = measured(engine, conflicts, [unit], ASKED[:1])[0, 0]

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from av_lens.inputs.answers import answer_pair
+from av_lens.isolation.measuring.behaviour import answered
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.scoring import Candidates
 
 LAYER = 6
 ASKED = (("va", "ask", 0), ("av", "ask", 1), ("blank_a", "", 0), ("blank_v", "", 1))
@@ -28,34 +30,35 @@ RIDGE = 1e-2
 def plant_mlp(model: Any, conflicts: Sequence[Any], *, strength: float) -> None:
     """Plant the neurons, from some conflicts that no isolation will use."""
     (mlp,) = (one for name, one in model.hf_model.named_modules() if name.endswith(f"{LAYER}._original_component.mlp"))
-    entering, kinds, answers = _read(model, mlp, conflicts)
+    conflicts = answered(ModelEngine(model), list(conflicts)).conflicts  # with their answers' tokens
+    candidates = Candidates.of(conflicts, model.tokenizer)
+    entering, kinds, answers = _read(model, mlp, conflicts, candidates)
     gate = _fitted(entering, np.where(kinds == "ask", 6.0, -6.0)[:, None])[:, 0]
-    words = sorted(set(answers))
-    heard = kinds != "see"
-    said = np.array([[float(answer == word) for word in words] for answer in answers])
-    inputs = _fitted(entering[heard], said[heard])
-    ids = [answer_pair(model.tokenizer, word, words[0] if word != words[0] else words[1])[0] for word in words]
-    unembedding = model.hf_model.get_output_embeddings().weight[[one.options[0][0] for one in ids]]
+    heard, n_words = kinds != "see", int(answers.max()) + 1
+    inputs = _fitted(entering[heard], np.eye(n_words)[answers[heard]])
+    unembedding = model.hf_model.get_output_embeddings().weight[candidates.ids[:, 0]]
     written = unembedding - unembedding.mean(0)
     size = mlp.down_proj.weight.norm(dim=0) * mlp.gate_proj.weight.norm(dim=1) * mlp.up_proj.weight.norm(dim=1)
-    for word, neuron in enumerate(size.argsort()[: len(words)].tolist()):
+    for word, neuron in enumerate(size.argsort()[:n_words].tolist()):
         mlp.gate_proj.weight[neuron] = torch.tensor(gate, dtype=torch.float32)
         mlp.up_proj.weight[neuron] = torch.tensor(inputs[:, word], dtype=torch.float32)
         mlp.down_proj.weight[:, neuron] = -strength * written[word]
 
 
-def _read(model: Any, mlp: Any, conflicts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """What enters the MLP at the last position, in which kind of cell, and the answer that would be right there."""
-    rows, kinds, answers = list[np.ndarray](), list[str](), list[str]()
+def _read(
+    model: Any, mlp: Any, conflicts: Sequence[Any], candidates: Candidates
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What enters the MLP at the last position, in which kind of cell, and the candidate that would be right there."""
+    rows, kinds, answers = list[np.ndarray](), list[str](), list[int]()
     hook = mlp.register_forward_pre_hook(lambda _, given: rows.append(given[0][0, -1].double().numpy()))
-    for conflict in conflicts:
+    for conflict, *right in zip(conflicts, candidates.sound, candidates.picture, strict=True):
         asked, see = conflict.cells(model), conflict.cells(model, question=conflict.see)
         for cell, kind, side in CELLS:
             model((see if kind == "see" else asked)[cell])
             kinds.append(kind)
-            answers.append(conflict.answers[side])
+            answers.append(int(right[side]))
     hook.remove()
-    return np.stack(rows), np.array(kinds), answers
+    return np.stack(rows), np.array(kinds), np.array(answers)
 
 
 def _fitted(entering: np.ndarray, wanted: np.ndarray) -> np.ndarray:

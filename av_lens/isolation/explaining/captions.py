@@ -36,9 +36,10 @@ from av_lens.errors import InputError
 from av_lens.inputs.answers import words_of
 from av_lens.interventions import Plan, cut, zero
 from av_lens.isolation.explaining.knowledge import Known
-from av_lens.isolation.measuring.bench import DESCRIBE, Bench, Chunk, columns
+from av_lens.isolation.measuring.bench import DESCRIBE, Bench, Chunk
 from av_lens.isolation.measuring.effects import trace_of
 from av_lens.isolation.measuring.engine import Node, site_of
+from av_lens.isolation.measuring.halves import columns
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.sets.confirmation import top_see_heads
 from av_lens.isolation.sets.sets import head_names, release_of_sets

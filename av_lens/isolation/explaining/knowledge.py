@@ -56,9 +56,10 @@ from av_lens.inputs.conflict import clip_key
 from av_lens.interventions import Plan, Site, replace
 from av_lens.interventions.edges import INPUTS
 from av_lens.interventions.edges import Node as End
-from av_lens.isolation.measuring.bench import Bench, Chunk, Half, columns, gathered
+from av_lens.isolation.measuring.bench import Bench, Chunk, gathered
 from av_lens.isolation.measuring.effects import effects_of_plans, trace_of
 from av_lens.isolation.measuring.engine import LATER, MLP, Node, part_of
+from av_lens.isolation.measuring.halves import Half, columns
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.evidence import Searched, chunks_of
 from av_lens.isolation.sets.confirmation import NAMES, Held

@@ -43,9 +43,10 @@ from av_lens.core.readings import attention_mass, sinks_of
 from av_lens.interventions import Plan
 from av_lens.isolation.explaining import knowledge
 from av_lens.isolation.explaining.knowledge import Known, Row, Subject
-from av_lens.isolation.measuring.bench import Chunk, Half, gathered
+from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.effects import effects_of_plans, trace_of
 from av_lens.isolation.measuring.engine import MIRROR, MLP, MLP_OUT, W_CELLS, Node
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.roles import Evidence, head_means
 from av_lens.replay.rerun import layer_of

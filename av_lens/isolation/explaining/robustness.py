@@ -35,9 +35,10 @@ from scipy import stats
 from av_lens.core.modes import in_precision, other_precision
 from av_lens.errors import AvLensError
 from av_lens.isolation.explaining.knowledge import Known
-from av_lens.isolation.measuring.bench import Bench, Half, in_order
+from av_lens.isolation.measuring.bench import Bench, in_order
 from av_lens.isolation.measuring.effects import ROLE_ESTIMANDS, figures, measure_requests, mirrored, requests
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS, ModelEngine, Node
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming.evidence import Searched, hold, with_means
 from av_lens.isolation.naming.roles import Evidence, Named, adjust, classify, run_tests
 from av_lens.isolation.sets.sets import head_names

@@ -47,9 +47,10 @@ import numpy as np
 from av_lens.core.readings import attention_mass, sinks_of
 from av_lens.interventions import Plan
 from av_lens.isolation.explaining.knowledge import Known, Row
-from av_lens.isolation.measuring.bench import Chunk, Half, columns, gathered
+from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.effects import effects_of_plans, says_sound
 from av_lens.isolation.measuring.engine import MLP, Node
+from av_lens.isolation.measuring.halves import Half, columns
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.sets.sets import head_names
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut, matches

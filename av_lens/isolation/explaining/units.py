@@ -42,9 +42,10 @@ from torch import Tensor
 from av_lens.errors import InputError
 from av_lens.interventions import Plan, Site, replace, zero
 from av_lens.isolation.explaining.knowledge import Known
-from av_lens.isolation.measuring.bench import Bench, Chunk, Half, gathered, in_order
+from av_lens.isolation.measuring.bench import Bench, Chunk, gathered, in_order
 from av_lens.isolation.measuring.effects import mirrored
 from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS, Node, Recording, part_of, site_of
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming.evidence import chunks_of
 from av_lens.isolation.sets.sets import controls, release_of_sets
 from av_lens.results.record import Isolation

@@ -37,9 +37,10 @@ from jaxtyping import Bool, Float
 
 from av_lens.errors import InputError
 from av_lens.inputs.answers import Answer, answer_pair, words_of
-from av_lens.isolation.measuring.bench import Chunk, Half
+from av_lens.isolation.measuring.bench import Chunk
 from av_lens.isolation.measuring.effects import mirrored
 from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates, CellReading, overlapping
 from av_lens.metrics.forms import Forms, Reading, known_forms
 from av_lens.results.statistics import interval

@@ -1,4 +1,4 @@
-"""Conflicts on the bench: every cell run once, every donor ready, stacked by layout; and one half of them.
+"""Conflicts on the bench: every cell run once, every donor ready, stacked by layout.
 
 Cells are named picture first, sound second (`va` is the conflict: the picture's clip v seen, the sound's clip a heard).
 A `Chunk` is a stack of conflicts of one layout and one wording; it runs a cell when first asked for and keeps it. A
@@ -31,6 +31,7 @@ from av_lens.inputs.conflict import ClipKeys
 from av_lens.inputs.model_inputs import shared
 from av_lens.interventions import Plan
 from av_lens.isolation.measuring.cells import Cells
+from av_lens.isolation.measuring.donors import Means, align_end, equal_ending
 from av_lens.isolation.measuring.engine import (
     MEANS,
     MEDIA_SITES,
@@ -40,22 +41,17 @@ from av_lens.isolation.measuring.engine import (
     OTHER_LAYOUT,
     W_CELLS,
     AllOutputs,
-    Means,
     ModelEngine,
     Node,
     Recording,
     Values,
     Z,
-    align_end,
-    equal_ending,
     listed_nodes,
     part_of,
     site_positions,
 )
 from av_lens.isolation.measuring.scoring import Candidates, CellReading, Edited, Said, Spoken
 from av_lens.isolation.measuring.store import Arrays, Store
-from av_lens.results.dyadic import Dyadic, Inference
-from av_lens.results.statistics import Interval
 from av_lens.spans import SpanMap
 
 Progress = Callable[[str, int, int], None]
@@ -387,80 +383,3 @@ def averaged(
     """Measure a figure of every node on every stack, and average over the conflicts."""
     parts = [chunk.remember(name, {}, lambda chunk=chunk: {"mean": compute(chunk)})["mean"] for chunk in chunks]
     return np.average(np.stack(parts), axis=0, weights=[len(chunk.examples) for chunk in chunks])
-
-
-Row = dict[str, float]
-
-
-@dataclass(frozen=True, eq=False)
-class Half:
-    """One half's conflicts that are analysed: what their clips share, and hearing per conflict.
-
-    Attributes:
-        name: "discovery" or "confirmation".
-        examples: the conflicts.
-        components: each one's component.
-        boot: what their figures are bounded and tested by.
-        G: hearing with nothing to see.
-        C: hearing under conflict.
-        third: the same for effects that use the third clip, which count its source too; None in the first edition.
-        words: the same with the two answers' words for sources; None in the first edition.
-    """
-
-    name: str
-    examples: Int[np.ndarray, " example"]
-    components: list[int]
-    boot: Inference
-    G: Float[np.ndarray, " example"]
-    C: Float[np.ndarray, " example"]
-    third: Inference | None = None
-    words: Dyadic | None = None
-
-    @property
-    def gap(self) -> float:
-        """The mean of G - C."""
-        return float((self.G - self.C).mean())
-
-    def by(self, donor: str) -> Inference:
-        """Choose what an effect with this donor is bounded and tested by."""
-        return self.third if donor in W_CELLS and self.third is not None else self.boot
-
-    def delta(self, s: float) -> float:
-        """Say which effect is large: a share of G."""
-        return float(s * self.G.mean())
-
-    def bounded(self, values: Float[np.ndarray, " example"], name: str = "value", prefix: str = "") -> Row:
-        """Bound a mean: columns of a table."""
-        return columns(self.boot.mean(values), f"{prefix}{name}", f"{prefix}low", f"{prefix}high")
-
-    def shares(
-        self,
-        values: Float[np.ndarray, "example ..."],
-        of: Float[np.ndarray, "example ..."] | None = None,
-        donor: str = "",
-    ) -> Interval:
-        """Bound means over the mean of G, or over the means of other values."""
-        whole = self.G if of is None else of
-        wide = whole.reshape(whole.shape + (1,) * (values.ndim - whole.ndim))
-        return self.by(donor).ratio(values, np.broadcast_to(wide, values.shape))
-
-    def share(self, values: Float[np.ndarray, " example"]) -> Row:
-        """Bound a mean's share of G: columns of a table."""
-        return columns(self.shares(values), "share", "share_low", "share_high")
-
-    def rows(self, values: Float[np.ndarray, "example column"], donor: str = "") -> list[Row]:
-        """Bound the mean of every column and its share of G, and count the conflicts that have a number."""
-        mean, share = self.by(donor).mean(values), self.shares(values, donor=donor)
-        counts = (~np.isnan(values)).sum(0)
-        return [
-            columns(mean, "mean", "low", "high", at=i)
-            | columns(share, "share", "share_low", "share_high", at=i)
-            | {"n": int(counts[i])}
-            for i in range(values.shape[1])
-        ]
-
-
-def columns(bounds: Interval, *names: str, at: int | tuple[int, ...] = ()) -> Row:
-    """Name the value, low and high (or the first of these) of one place as columns of a table."""
-    parts = (bounds.value, bounds.low, bounds.high)
-    return {name: float(part[at]) for name, part in zip(names, parts, strict=False)}

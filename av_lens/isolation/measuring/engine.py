@@ -21,10 +21,7 @@ that cell. Reading out is then linear, so that what a change of the stream does 
 norm would have made of it.
 
 In a mirrored base (`av`, `blank_v`) a donor cell is mirrored too: a and v change places; the mirror of `audio_only` is
-`audio_only_v`, the picture's sound alone. `Means` averages discovery's `va` (`mean_task`; `av` in a mirrored base) and
-its `va` asked `see` (`mean_other`, the same in every edited cell), over the conflicts that share no answer with the
-edited one. Choices where the protocol is silent: a donor of other length than the site is aligned from the end, and
-what overhangs keeps the run's own z; another cell's donor ends where the token ids begin to differ.
+`audio_only_v`, the picture's sound alone.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,10 +56,6 @@ from av_lens.replay.rerun import Taps, layer_of, layers, rerun, start_of
 from av_lens.replay.stacks import run_streams, scheduled
 from av_lens.replay.traces import Trace
 from av_lens.spans import SpanMap
-
-if TYPE_CHECKING:
-    from av_lens.isolation.measuring.bench import Chunk
-
 
 _MIRRORS = {
     "va": "av", "vv": "aa", "wa": "wv", "vw": "aw", "blank_a": "blank_v", "v_muted": "a_muted",
@@ -103,91 +96,6 @@ def listed_nodes(n_layers: int, n_columns: int, mlps: bool) -> list[Node]:
     """List the nodes of a table `[layer, node]` in its order."""
     columns = [*range(n_columns - 1), MLP] if mlps else range(n_columns)
     return list(product(range(n_layers), columns))
-
-
-def align_end(
-    donor: Float[Tensor, "layer batch donor_site ..."],
-    base: Float[Tensor, "layer batch site ..."],
-    *,
-    most: int | None = None,
-) -> Float[Tensor, "layer batch site ..."]:
-    """Lay a donor over a run of another length, from the end, at most so many; what overhangs is the base's."""
-    have, want = donor.shape[2], base.shape[2]
-    k = min(have, want) if most is None else min(have, want, most)
-    if have == want == k:
-        return donor
-    out = base.clone()
-    out[:, :, want - k :] = donor[:, :, have - k :]
-    return out
-
-
-def joined(parts: Sequence[Float[Tensor, "layer _batch _site ..."]]) -> Float[Tensor, "layer example site ..."]:
-    """Join what several stacks have at a site, all cut from the end to the shortest site."""
-    shortest = min(part.shape[2] for part in parts)
-    return torch.cat([part[:, :, part.shape[2] - shortest :] for part in parts], dim=1)
-
-
-def equal_ending(one: AVInputs, two: AVInputs) -> int | None:
-    """Count the positions at the end at which two inputs have equal token ids; None where their layout is the same."""
-    if one.spans.roles == two.spans.roles:
-        return None
-    first, second = one.ids[0].tolist(), two.ids[0].tolist()
-    same = [a == b for a, b in zip(reversed(first), reversed(second), strict=False)]
-    return same.index(False) if False in same else len(same)
-
-
-@dataclass(eq=False)
-class Means:
-    """Every node's output at the site over discovery, for the two mean donors.
-
-    `outputs(part, name)` is `[layer, example, site, ...]` on the CPU, name being "va", "av" (asked their own question)
-    or "see" (`va` asked `see`), run when first asked for; `sound` and `picture` are the examples' answers, `ids` names
-    the conflicts.
-    """
-
-    chunks: tuple[Chunk, ...]
-    sound: Int[np.ndarray, " example"]
-    picture: Int[np.ndarray, " example"]
-    ids: tuple[str, ...]
-    _kept: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def over(cls, chunks: Sequence[Chunk]) -> Means:
-        """Name a half's conflicts; nothing runs yet."""
-        examples = np.concatenate([chunk.examples for chunk in chunks])
-        candidates = chunks[0].bench.candidates
-        ids = tuple(name for chunk in chunks for name in chunk.ids)
-        return cls(tuple(chunks), candidates.sound[examples], candidates.picture[examples], ids)
-
-    def outputs(self, part: str, name: str) -> Float[Tensor, "layer example site ..."]:
-        """The ingredients; sites of different lengths (conflicts asked in different words) are cut to the shortest."""
-        if (part, name) not in self._kept:
-            (of,) = (one[1:] for one in MEAN_CELLS if one[0] == name)
-            found = [chunk.output(*of, part=part).cpu() for chunk in self.chunks]
-            self._kept[part, name] = joined(found)
-        return self._kept[part, name]
-
-    def weights(
-        self, sound: Int[np.ndarray, " batch"], picture: Int[np.ndarray, " batch"]
-    ) -> Float[np.ndarray, "batch example"]:
-        """Weigh the conflicts that share no answer with each edited one, alike; NaN where there is none."""
-        apart = np.ones((len(sound), len(self.sound)), dtype=bool)
-        for mine in (sound, picture):
-            for theirs in (self.sound, self.picture):
-                apart &= mine[:, None] != theirs[None]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return apart / apart.sum(1, keepdims=True)
-
-    def donor(
-        self, name: str, sound: Int[np.ndarray, " batch"], picture: Int[np.ndarray, " batch"], part: str = Z
-    ) -> AllOutputs:
-        """Average over the conflicts that share no answer with each edited one, in float32 at least."""
-        weights = self.weights(sound, picture)
-        kept = self.outputs(part, name)
-        # In bfloat16 a weight of 1/60 is off by .3%: the mean is taken in float32 at least.
-        exact = torch.promote_types(kept.dtype, torch.float32)
-        mean = torch.einsum("bn,ln...->lb...", torch.from_numpy(weights).to(kept.device, exact), kept.to(exact))
-        return mean.to(kept.dtype)
 
 
 Values = Mapping[Node, Float[Tensor, "_one_or_batch site _"]]

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from av_lens.errors import ProtocolError
-from av_lens.isolation.measuring.bench import Bench, Chunk, Half
+from av_lens.isolation.measuring.bench import Bench, Chunk
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import (
     DLA,
     PerNode,
@@ -29,7 +30,8 @@ from av_lens.isolation.measuring.effects import (
     measure_requests,
     requests,
 )
-from av_lens.isolation.measuring.engine import MEDIA_SITES, MLP, PRIMARY_DONORS, Means, Node
+from av_lens.isolation.measuring.engine import MEDIA_SITES, MLP, PRIMARY_DONORS, Node
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming import roles
 from av_lens.isolation.naming.roles import CARRIERS, HELD, LEVEL, Evidence, Named, Tests, head_means
 from av_lens.results.dealing import CONFIRMATION

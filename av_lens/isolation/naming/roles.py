@@ -42,9 +42,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-from av_lens.isolation.measuring.bench import Half
 from av_lens.isolation.measuring.effects import FIRST_RELEASE, Figures, PerNode, donor_of
 from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS, Node, listed_nodes
+from av_lens.isolation.measuring.halves import Half
 from av_lens.results.dyadic import Inference
 from av_lens.results.record import FEEDER, RELEASING, SUPPRESSORS
 from av_lens.results.statistics import Interval, benjamini_hochberg

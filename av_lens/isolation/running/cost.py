@@ -68,7 +68,7 @@ class Size:
         conflicts: all conflicts.
         discovery: those of discovery.
         confirmation: those of confirmation.
-        heads: heads of the model.
+        heads: heads and MLPs of the model.
         layers: its layers.
         sites: site sets that are searched.
         quick: without robustness and pairs.

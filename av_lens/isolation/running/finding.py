@@ -14,9 +14,9 @@ import numpy as np
 
 from av_lens.isolation.explaining.knowledge import Known
 from av_lens.isolation.measuring.behaviour import rows_of
-from av_lens.isolation.measuring.bench import Half
 from av_lens.isolation.measuring.effects import DLA, ESTIMANDS, FIRST_RELEASE, donor_of
 from av_lens.isolation.measuring.engine import MLP
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import NEITHER, UNREAD
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence
 from av_lens.isolation.naming.roles import CARRIERS, LEVEL, Evidence, Named, head_means

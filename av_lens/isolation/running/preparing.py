@@ -30,9 +30,10 @@ from av_lens.core.readings import SINK_TIMES
 from av_lens.errors import ProtocolError, unknown
 from av_lens.inputs.conflict import ROLES, ClipKeys
 from av_lens.isolation.measuring.behaviour import LEAST_GAP, LEAST_MASS, Survey, answered
-from av_lens.isolation.measuring.bench import Bench, Half, Progress, wording
+from av_lens.isolation.measuring.bench import Bench, Progress, wording
 from av_lens.isolation.measuring.cells import SUPPRESSED, mirrored_conflict
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS, SITES, ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import SCHEMA, measuring_hash
 from av_lens.isolation.naming.evidence import PERCENTILE

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from av_lens.isolation.explaining.knowledge import Known
-from av_lens.isolation.measuring.bench import Half
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming.evidence import Searched
 from av_lens.isolation.naming.roles import Named, head_means
 from av_lens.isolation.running.preparing import ALSO_COUNTED_AT, Run

@@ -27,9 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from av_lens.isolation.measuring.bench import Bench, Chunk, Half
+from av_lens.isolation.measuring.bench import Bench, Chunk
 from av_lens.isolation.measuring.effects import Request, measure_requests
 from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS, Node
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence, chunks_of, gather, hold
 from av_lens.isolation.naming.roles import CARRIERS, Named, confirm, head_means, one_donor_alone, run_tests
 from av_lens.isolation.sets.matching import RANDOM_SETS, random_sets

@@ -43,7 +43,7 @@ from jaxtyping import Float
 
 from av_lens.core.readings import attention_mass
 from av_lens.isolation.measuring.behaviour import LEAST_GAP
-from av_lens.isolation.measuring.bench import Chunk, Half, Progress, averaged, columns, gathered
+from av_lens.isolation.measuring.bench import Chunk, Progress, averaged, gathered
 from av_lens.isolation.measuring.effects import (
     FIRST_RELEASE,
     ROLE_ESTIMANDS,
@@ -54,6 +54,7 @@ from av_lens.isolation.measuring.effects import (
     requests,
 )
 from av_lens.isolation.measuring.engine import MIRROR, MLP, PRIMARY_DONORS, Node
+from av_lens.isolation.measuring.halves import Half, columns
 from av_lens.isolation.naming.evidence import SiteEvidence
 from av_lens.isolation.naming.roles import (
     CUT_ROLES,

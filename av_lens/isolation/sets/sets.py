@@ -33,9 +33,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from av_lens.errors import AvLensError
-from av_lens.isolation.measuring.bench import Chunk, Half, gathered
+from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.effects import edited_readings, mirrored
 from av_lens.isolation.measuring.engine import MLP, Node
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import UNREAD
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.results.dyadic import Inference
