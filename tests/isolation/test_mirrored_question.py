@@ -20,6 +20,7 @@ from av_lens.isolation.measuring.bench import Bench
 from av_lens.isolation.measuring.cells import mirrored_conflict
 from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
+from av_lens.reports import write_report
 from av_lens.results.exchanged import exchanged
 from av_lens.results.record import TABLES
 
@@ -83,6 +84,14 @@ def test_all_figures_are_equal_under_their_own_names(both):
     for key, values in sound.arrays.items():
         half, site, *rest = key.split("/", 2)
         np.testing.assert_array_equal(values, picture.arrays["/".join((half, site, *map(exchanged, rest)))], key)
+
+
+def test_its_page_speaks_of_seeing(both, tmp_path):
+    page = write_report(both[1], tmp_path / "report.html").read_text(encoding="utf-8")
+    for said in ("from saying what it sees?", "Which heads keep the picture from being said", "sound writer",
+                 "as many top heads for what is heard", "of G released by 3 heads"):  # fmt: skip
+        assert said in page
+    assert "keep the sound from being said" not in page
 
 
 def test_names_change_places_both_ways_and_others_stay():

@@ -114,7 +114,9 @@ def _named_sentences(run: Run, known: Known) -> list[str]:
     parts.append(_feeder_sentence(known))
     if rows[ONE_DONOR]:
         listed = _by_role(rows[ONE_DONOR], known)
-        parts.append(f"Replicated on held-out clips, by one donor alone: {listed}. No other edit shows it.")
+        parts.append(
+            f"Replicated on held-out clips, by one donor alone: {listed}. Other edits release next to nothing."
+        )
     if rows[ON_WORDS]:
         holds = "It holds on new clips, not over words: with other answers it may not."
         parts.append(f"On these words: {_by_role(rows[ON_WORDS], known)}. {holds}")
