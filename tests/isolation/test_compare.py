@@ -6,8 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from fake_model import FakeModel, fake_conflicts
-from test_shared_sources import ring
+from fake_model import FakeModel, fake_conflicts, ring
 from typer.testing import CliRunner
 
 import av_lens as avl
