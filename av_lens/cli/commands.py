@@ -10,7 +10,7 @@ from typer import Argument, Exit, Option
 
 from av_lens.cli import console, faults
 from av_lens.cli.faults import signature
-from av_lens.whole_files import read_object, write_whole
+from av_lens.whole_files import make_folder, read_object, write_whole
 
 _DEMO = signature("lab.demonstration", "run_demo")
 _ISOLATE = signature("isolation.running.pipeline", "isolate")
@@ -170,6 +170,7 @@ def compare(
             *sides, listed, models=(own[0], own[1]), out=out, progress=bars, told=console.say, **options
         )
     _say_found(found, console.change_table(found), console.node_table(found))
+    make_folder(out)
     found.save(out / "comparison.nc")
     console.say_path(found.report(out / "comparison.html"))
 

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from av_lens import colours
 from av_lens.plots import _style
 
@@ -56,18 +54,18 @@ def _nodes(fig: Any, nodes: Any, names: list[str], found: Any, *, height: int, s
     """Draw the lower panel."""
     shades = [SHADES.get(outcome, colours.GREY) for outcome in nodes["outcome"]]
     for letter, name, symbol in (("a", found.a, "circle-open"), ("b", found.b, "circle")):
-        values = nodes[letter].to_numpy(dtype=float)
+        values = nodes[letter].astype(float).tolist()
         text = [f"<b>{row.name}</b><br>{letter.upper()}: {v:+.3f} logits<br>{row.outcome}"
                 for row, v in zip(nodes.itertuples(index=False), values, strict=True)]  # fmt: skip
         look = {"symbol": symbol, "size": 9, "color": shades, "line": {"width": 2, "color": shades}}
         more: dict[str, Any] = {"xaxis": "x2", "yaxis": "y2", "name": f"{letter.upper()}: {name}"}
         if letter == "b":
-            ends = (nodes[end].to_numpy(dtype=float) + nodes["a"].to_numpy(dtype=float) for end in ("low", "high"))
-            more["error_x"] = _style.intervals(values, *(end.tolist() for end in ends), colour=colours.INK)
-        _style.marks(fig, values, np.arange(len(nodes)), text, marker=look, **more)
-    low = {"domain": [0, max(0.0, split - 80 / height)], "anchor": "x2", "zeroline": False, "automargin": True}
+            low, high = ((nodes[end] + nodes["a"]).astype(float).tolist() for end in ("low", "high"))
+            more["error_x"] = _style.intervals(values, low, high, colour=colours.INK)
+        _style.marks(fig, values, list(range(len(nodes))), text, marker=look, **more)
+    place = {"domain": [0, max(0.0, split - 80 / height)], "anchor": "x2", "zeroline": False, "automargin": True}
     axis = _style.panel("effect in logits, held out", anchor="y2", **_style.ZERO)
-    fig.update_layout(yaxis2=_style.rows(names) | low, xaxis2=axis)
+    fig.update_layout(yaxis2=_style.rows(names) | place, xaxis2=axis)
     line = {"color": colours.INK, "width": 1, "dash": "dot"}
     ends = {"y0": 0, "y1": 1, "yref": "y2 domain", "xref": "x2", "name": "ink"}
     fig.add_shape(type="line", x0=float(nodes["delta"].iloc[0]), x1=float(nodes["delta"].iloc[0]), line=line, **ends)

@@ -184,7 +184,8 @@ def _competent(one: Side, two: Side) -> pd.DataFrame:
     """Join the conflicts that are competent in both, by id, with A's row and half and both's figures."""
     tables = [side.found.conflicts.set_index("id") for side in (one, two)]
     first: Any = tables[0].assign(row=np.arange(len(tables[0])))
-    joined: Any = first.join(tables[1], how="inner", lsuffix="_a", rsuffix="_b").rename(columns={"half_a": "half"})
+    joined: Any = pd.merge(first, tables[1], left_index=True, right_index=True, suffixes=("_a", "_b"))
+    joined = joined.rename(columns={"half_a": "half"})
     joined = joined[joined["competent_a"] & joined["competent_b"] & (joined["half"] != dealing.LOST)]
     counts, own = _counts(joined), [int(table["competent"].sum()) for table in tables]
     if min(counts) < dealing.FEWEST:
@@ -211,9 +212,10 @@ def _rule(found: Isolation, rows: Sequence[int], *, held_out: bool = False) -> I
 def _change(
     rule: Inference, a: Float[np.ndarray, " example"], b: Float[np.ndarray, " example"], *, test: bool = False
 ) -> dict[str, Any]:
-    """One row: both means over the conflicts that both have, and the change."""
+    """One row: the change, and both means over the conflicts that both have (one's own where the other has none)."""
     found, known = rule.mean(b - a), ~np.isnan(a + b)
-    means = {name: float(of[known].mean()) if known.any() else math.nan for name, of in (("a", a), ("b", b))}
+    shown = {name: of[known if known.any() else ~np.isnan(of)] for name, of in (("a", a), ("b", b))}
+    means = {name: float(of.mean()) if len(of) else math.nan for name, of in shown.items()}
     out = {"n": int(known.sum()), **means, "change": float(found.value)}
     out |= {"low": float(found.low), "high": float(found.high)}
     if not test:
