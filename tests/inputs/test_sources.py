@@ -201,7 +201,7 @@ def counted(clips):
     groups = {}
     for name in listed:
         groups.setdefault(found.of(SimpleNamespace(sound=clips[name]), "sound"), set()).add(name)
-    pairs = [("film", "far"), ("far", "copy"), ("early", "dark"), ("dark", "close"), ("silent", "dark")]
+    pairs = [("film", "far"), ("far", "copy"), ("early", "dark"), ("dark", "overlapping"), ("silent", "dark")]
     joined = dogs(*((clips[a], clips[v]) for a, v in pairs))
     of = sources.sources_of(joined, ClipKeys()).of
     members = [dealing.Member(c.id, of(c, "sound"), of(c, "picture"), "dog", c.question) for c in joined]
