@@ -176,11 +176,11 @@ def _manifest(found: Isolation) -> set[str]:
     return {*found.protocol["conflicts"], *found.protocol["halves"].get("doubled", ()), *left_out}
 
 
-def _counts(both: pd.DataFrame) -> list[int]:
+def _counts(both: Any) -> list[int]:
     return [int((both["half"] == name).sum()) for name in (DISCOVERY, CONFIRMATION)]
 
 
-def _competent(one: Side, two: Side) -> pd.DataFrame:
+def _competent(one: Side, two: Side) -> Any:
     """Join the conflicts that are competent in both, by id, with A's row and half and both's figures."""
     tables = [side.found.conflicts.set_index("id") for side in (one, two)]
     first: Any = tables[0].assign(row=np.arange(len(tables[0])))
@@ -199,7 +199,8 @@ def _competent(one: Side, two: Side) -> pd.DataFrame:
 
 def _rule(found: Isolation, rows: Sequence[int], *, held_out: bool = False) -> Inference:
     """Choose what some of A's conflicts are judged by, as its deal does."""
-    table, sources = found.conflicts, found.provenance.get("sources")
+    table: Any = found.conflicts
+    sources = found.provenance.get("sources")
     if sources is None:
         raise InputError("A's record does not name its conflicts' sources: an older av_lens wrote it. Isolate A again.")
     members = [Member(name, *sources[name], "") for name in table["id"]]
@@ -223,7 +224,7 @@ def _change(
     return out | {"p": float(np.minimum(1.0, 2 * np.minimum(rule.test(b - a).p, rule.test(a - b).p)))}
 
 
-def _behaviour(found: Isolation, both: pd.DataFrame) -> Rows:
+def _behaviour(found: Isolation, both: Any) -> Rows:
     rows: Rows = []
     for half in (BOTH, DISCOVERY, CONFIRMATION):
         some: Any = both if half == BOTH else both[both["half"] == half]
@@ -234,12 +235,12 @@ def _behaviour(found: Isolation, both: pd.DataFrame) -> Rows:
     return rows
 
 
-def _held_out(both: pd.DataFrame) -> pd.DataFrame:
+def _held_out(both: Any) -> Any:
     return both[(both["half"] == CONFIRMATION) & (both["half_b"] == CONFIRMATION)]
 
 
 def _node_rows(
-    one: Side, two: Side, both: pd.DataFrame, nodes: Sequence[Node], effects: Sequence[Mapping[Node, pd.Series]]
+    one: Side, two: Side, both: Any, nodes: Sequence[Node], effects: Sequence[Mapping[Node, pd.Series]]
 ) -> Rows:
     held = _held_out(both)
     rule = _rule(one.found, held["row"].tolist(), held_out=True)
@@ -269,7 +270,7 @@ def outcome(row: Mapping[str, Any], p: float) -> str:
     return fallen if row["change"] < 0 else risen
 
 
-def _captions(one: Side, two: Side, both: pd.DataFrame) -> Rows:
+def _captions(one: Side, two: Side, both: Any) -> Rows:
     """Changes of what captions name, by the arms that both have."""
     written = [(side, side.found.arrays.get(f"{CONFIRMATION}/captions")) for side in (one, two)]
     held, rows = _held_out(both), Rows()

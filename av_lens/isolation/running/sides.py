@@ -43,13 +43,14 @@ class Side:
 
     def rows(self, half: str) -> list[int]:
         """The conflicts of a half that were analysed."""
-        table = self.found.conflicts
+        table: Any = self.found.conflicts
         return np.flatnonzero((table["half"] == half) & table["analysed"]).tolist()
 
     @property
     def held_out(self) -> pd.Index:
         """The ids of the conflicts that confirmation's arrays hold, in order."""
-        return pd.Index(self.found.conflicts["id"].iloc[self.rows(CONFIRMATION)])
+        names: Any = self.found.conflicts["id"]
+        return pd.Index(names.iloc[self.rows(CONFIRMATION)])
 
     @property
     def named(self) -> list[dict[Any, Any]]:
@@ -92,9 +93,10 @@ def named_in_either(one: Side, two: Side) -> list[Node]:
             if place in nodes:
                 continue
             if side is two and row["estimand"] == "release":
-                donor = _first_donor(one.found, *place[:3]) or donor
+                donor = _first_donor(one.found, row["layer"], row["head"], row["site"]) or donor
             in_set = row["estimand"] == IN_THE_SET
-            nodes[place] = Node(*place[:3], str(row["estimand"]), donor, members if in_set else ())
+            where = row["layer"], row["head"], str(row["site"])
+            nodes[place] = Node(*where, str(row["estimand"]), donor, members if in_set else ())
     return list(nodes.values())
 
 
@@ -134,7 +136,7 @@ def _measured(
 ) -> dict[Node, pd.Series]:
     """Measure nodes on the conflicts that the run held out."""
     said = side.found.protocol
-    chosen = {one.name: said[one.name] for one in fields(Options)} | {"sites": tuple(said["sites"])}
+    chosen: dict[str, Any] = {one.name: said[one.name] for one in fields(Options)} | {"sites": tuple(said["sites"])}
     chosen["s"] = said["s"] if said["s_rule"] == "given" else None
     run = prepared(side.model, conflicts, Options(**chosen), engine=None, progress=progress)
     pairs = [("weights", *(dict(p["model"]).get("weights") for p in (said, run.protocol)))]
