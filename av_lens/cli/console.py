@@ -121,6 +121,28 @@ def head_table(found: Any, *, rows: int = 12) -> Any:
     return table(names, shown, title=title, right=right)
 
 
+_CHANGE = ("n", "a", "b", "change", "low", "high")
+
+
+def change_table(found: Any) -> Any:
+    """Show what changed in behaviour and captions."""
+    captions = found.captions.assign(half=found.captions["arm"], quantity=found.captions["figure"])
+    rows = [tuple(row[name] for name in ("quantity", "half", *_CHANGE))
+            for frame in (found.behaviour, captions) for row in frame.to_dict("records")]  # fmt: skip
+    return table(["figure", "half or edit", "n", "in A", "in B", "B - A", "low", "high"], rows, right=_CHANGED)
+
+
+_CHANGED = ("n", "in A", "in B", "B - A", "low", "high", "p, Holm")
+
+
+def node_table(found: Any) -> Any:
+    """Show what is named in either."""
+    names = ("name", "role_a", "role_b", "outcome", "donor", *_CHANGE, "p_holm")
+    headings = ["node", "role in A", "role in B", "outcome", "donor", *_CHANGED]
+    rows = [tuple(row[name] for name in names) for row in found.nodes.to_dict("records")]
+    return table(headings, rows, title=f"nodes named in either ({len(rows)}), held out", right=_CHANGED)
+
+
 _RIGHT = ("positions", "count", "model (s)", "source (s)", "position", "row", "col")
 
 

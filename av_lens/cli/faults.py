@@ -145,6 +145,17 @@ def _limit(limit: int | None) -> None:
         raise InputError(f"--limit {limit} leaves no conflict; leave it out for all.")
 
 
+def is_run(name: str) -> bool:
+    """Say whether a name is the folder of a run of `isolate`, and no model's."""
+    return any((Path(name) / inside / "isolation.json").is_file() for inside in ("", "numbers"))
+
+
+def model_of_run(name: str) -> str:
+    """Name the model that a run was made of."""
+    record = next(place for inside in ("", "numbers") if (place := Path(name) / inside / "isolation.json").is_file())
+    return str(dict(read_object(record).get("provenance") or {}).get("model", ""))
+
+
 def model(name: str) -> None:
     """Refuse a model's name, or a folder, that cannot be loaded."""
     check_checkpoint(name)

@@ -284,6 +284,13 @@ def fake_conflicts(n: int = 60, *, n_classes: int = 6, seed: int = 0) -> list[Fa
     return [FakeConflict.of(f"c{i:03d}", a, v) for i, (a, v) in enumerate(pairs)]
 
 
+def ring(n: int = 60, n_classes: int = 10) -> list[FakeConflict]:
+    """One permutation of n clips; clip i is of class i (two next to each other differ)."""
+    clips = [fake_clip(f"clip{i:03d}", i % n_classes) for i in range(n)]
+    both = zip(clips, [*clips[1:], clips[0]], strict=True)
+    return [FakeConflict(f"c{i:03d}", a, v, (a.answer, v.answer)) for i, (a, v) in enumerate(both)]
+
+
 class PaperEngine(ModelEngine):
     """The engine of a model on paper, which is small: stacks are larger."""
 

@@ -92,8 +92,8 @@ def arms_of(known: Known) -> list[Arm]:
     return arms + [Arm("random", tuple(one), "zero", n) for n, one in enumerate(built.random[:RANDOM])]
 
 
-def caption_tables(known: Known) -> dict[str, list[dict[str, Any]]]:
-    """Let the model describe the clips: rows of `captions` and of `caption_texts`."""
+def caption_tables(known: Known) -> tuple[dict[str, list[dict[str, Any]]], dict[str, np.ndarray]]:
+    """Let the model describe the clips: rows of `captions` and of `caption_texts`, and what each caption names."""
     half, arms = known.confirmation, arms_of(known)
     chunks = known.bench.chunks(half.examples.tolist(), "suffix")
     for chunk in chunks:
@@ -113,7 +113,7 @@ def caption_tables(known: Known) -> dict[str, list[dict[str, Any]]]:
         for i, arm in enumerate(arms) if arm.name in SHOWN
         for place, name in enumerate(ids) for c, cell in enumerate(CELLS)
     ]  # fmt: skip
-    return {"captions": rows, "caption_texts": texts}
+    return {"captions": rows, "caption_texts": texts}, {f"{half.name}/captions": found}
 
 
 def _written(chunk: Chunk, arms: Sequence[Arm]) -> Arrays:

@@ -118,7 +118,7 @@ class Bench:
         """Group conflicts by layout and wording, in stacks that fit into memory; layouts without sinks go there."""
         groups: dict[Any, list[int]] = defaultdict(list)
         for example in examples:
-            of = _layout(self.inputs(example, "va", "ask")), bool(self.candidates.long[example])
+            of = layout_of(self.inputs(example, "va", "ask")), bool(self.candidates.long[example])
             groups[*of, *wording(self.conflicts[example])].append(example)
         parts: list[list[int]] = []
         site = site or self.site
@@ -141,7 +141,8 @@ def _incoming(chunk: Chunk) -> Arrays:
     return {"mass": chunk.bench.engine.incoming(chunk.inputs("va"))}
 
 
-def _layout(inputs: AVInputs) -> tuple[tuple[str, ...], str]:
+def layout_of(inputs: AVInputs) -> tuple[tuple[str, ...], str]:
+    """Say what tells one token layout from another: the positions' roles, and the hash of their rotary ids."""
     rotary = hashlib.sha256(inputs.position_ids.cpu().numpy().tobytes()).hexdigest()
     return tuple(inputs.spans.roles), rotary
 

@@ -110,6 +110,7 @@ def finding(
             question=" / ".join(dict.fromkeys(str(c.question) for c in run.bench.conflicts)),
             protocol_hash=run.protocol["hash"],
             answers=run.answers,
+            sources={one.id: one.sources for one in run.members},
             choices=list(preparing.CHOICES),
             seconds=round(seconds, 1),
             **({"bootstrap_units": units} if run.dealt.edition == "1" else {"inference": inference}),

@@ -172,17 +172,17 @@ def further(run: Run, known: Known) -> Further:
     """Measure what follows the search and its confirmation; what is left out, as asked, is said in the reasons."""
     if run.options.quick:
         run.reasons.append(QUICK_PAIRS if known.held.searched.pairs else QUICK)
-    rows = caption_tables(known) if run.options.captions else {}
+    rows, arrays = caption_tables(known) if run.options.captions else ({}, {})
     if run.options.named_only or run.options.suppressed == "picture":
         run.reasons.append(NAMED_ONLY if run.options.named_only else MIRRORED_ONLY)
-        return rows, {}
+        return rows, arrays
     sites = known.searched.sites.items()
     rows |= {"units": [row for name, site in sites for row in unit_rows(site.chunks, known.discovery, site=name)]}
     rows |= {name: rows_of(known) for name, rows_of in EXPLAINED.items()}
-    rows["repair"], arrays = repair(known)
+    rows["repair"], repaired = repair(known)
     if not run.options.quick:
         rows["robustness"] = robustness_rows(known)
-    return rows, arrays
+    return rows, arrays | repaired
 
 
 def _searched(run: Run, ledger: Ledger) -> Known:

@@ -30,7 +30,7 @@ from av_lens.core.readings import SINK_TIMES
 from av_lens.errors import ProtocolError, unknown
 from av_lens.inputs.conflict import ROLES, ClipKeys
 from av_lens.isolation.measuring.behaviour import LEAST_GAP, LEAST_MASS, Survey, answered
-from av_lens.isolation.measuring.bench import Bench, Progress, wording
+from av_lens.isolation.measuring.bench import Bench, Progress, layout_of, wording
 from av_lens.isolation.measuring.cells import SUPPRESSED, mirrored_conflict
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS, SITES, ModelEngine
 from av_lens.isolation.measuring.halves import Half
@@ -300,7 +300,7 @@ def prepared(
     written = protocol_of(
         options=dataclasses.asdict(options) | {"s": s, "s_rule": rule},
         dealt=dealt,
-        model=_model_identity(engine),
+        model=_model_identity(engine, named[0]),
         conflicts=_contents(named, keys),
         family=family,
     )
@@ -324,10 +324,13 @@ def _require_enough(named: Sequence[Any], found: str) -> None:
         )
 
 
-def _model_identity(engine: ModelEngine) -> dict[str, Any]:
-    """Name the model by its sizes, its weights and how it computes."""
+def _model_identity(engine: ModelEngine, conflict: Any) -> dict[str, Any]:
+    """Name the model by its sizes, its words, how it lays out a conflict, its weights and how it computes."""
     text = json.dumps(weight_hashes(engine.model), sort_keys=True)
+    vocab = getattr(engine.model.tokenizer, "get_vocab", dict)()
+    said = {"tokenizer": sorted(vocab.items()), "prompt": layout_of(engine.cells(conflict, None)["va"])}
     return {
+        **{name: sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in said.items()},
         "n_layers": engine.n_layers,
         "n_heads": engine.n_heads,
         "threads": get_num_threads(),
