@@ -295,7 +295,10 @@ def _chunk_effects(
         own = candidates.pooled(chunk.bench.engine.linear_logits(run, run.final, candidates.tokens))
         linear = candidates.completed(own, chunk.examples, chunk.said(chunk.own(run)))
         chunk.drop_traces(cell, question=question)
-        return np.stack([chunk.reading(cell, question).scores, linear]), after
+        before = np.stack([chunk.reading(cell, question).scores, linear])
+        held = [number for number, one in enumerate(wanted) if one.freeze]
+        after[:, held] = candidates.moved_at_first(before[:, None, None], after[:, held], chunk.examples)
+        return before, after
 
     found = effect_figures(candidates, chunk.examples, scores(base), scores(MIRROR[base]))
     return {figure: np.moveaxis(values, -1, 0) for figure, values in found.items()}
