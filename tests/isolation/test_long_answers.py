@@ -153,9 +153,9 @@ def test_direct_shares_and_their_p_are_of_the_release_at_the_first_token():
     cuts = Cuts.of(found, np.full((2, 2), "zero", dtype=object), s=0.1)
     np.testing.assert_allclose(cuts.share.value, direct.mean(0) / first.mean(0))
     np.testing.assert_allclose(cuts.release.value, values["release", "zero"].mean(0))
-    np.testing.assert_array_equal(_parts(found, 0.1)["direct zero"], direct - 0.5 * first)
+    np.testing.assert_array_equal(_parts(found, 0.1, False)["direct zero"], direct - 0.5 * first)
     alone = Evidence({key: one for key, one in values.items() if key[0] != FIRST_RELEASE}, found.half)
-    np.testing.assert_array_equal(_parts(alone, 0.1)["direct zero"], direct - 0.5 * values["release", "zero"])
+    np.testing.assert_array_equal(_parts(alone, 0.1, False)["direct zero"], direct - 0.5 * values["release", "zero"])
 
 
 def test_sets_and_further_edits_on_top_of_edited_runs(both, chunks):
@@ -169,12 +169,12 @@ def test_sets_and_further_edits_on_top_of_edited_runs(both, chunks):
 
 
 def test_units_and_paths(both, chunks):
-    unit = Unit("attention", 1, -1, tuple(range(4)), mlp=False)
+    heads = [(1, head) for head in range(4)]
+    unit = Unit("attention", 1, -1, tuple(heads))
     found = {}
     for chunk in chunks:
         made = _chunk_units(chunk, [unit], [Asked("release", "va", "zero")])["margin"]
         found |= zip(chunk.examples.tolist(), made, strict=True)
-    heads = [(1, head) for head in range(4)]
     ours = [effect(both, one, "zero", heads) for one in both.cases]
     equal(ours, np.array([found[i][0, 0] for i in range(len(ours))]))
     found = paths(chunks[0], "va", [((1, 2), "zero")], [])["effect"]
