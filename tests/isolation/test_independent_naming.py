@@ -20,7 +20,7 @@ from av_lens.isolation.measuring.effects import ESTIMANDS
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming import evidence as searching
 from av_lens.isolation.naming.evidence import SiteEvidence, search
-from av_lens.isolation.naming.roles import HELD, Evidence, confirm, family_size, run_tests
+from av_lens.isolation.naming.roles import HELD, Evidence, confirm, family_size, one_donor_alone, run_tests
 from av_lens.isolation.sets.confirmation import _over_words
 from av_lens.results.dyadic import WORD, Dyadic
 from av_lens.results.statistics import holm
@@ -153,7 +153,7 @@ def both_search(number):
         theirs = searched(figures, half, patched)
     layers = [row.layer for row in theirs.named if row.head == -1 and row.role in ("picture writer", "gate")]
     ours = named_with_feeders(plain, plain_held(figures, layers))
-    return SimpleNamespace(theirs=theirs, ours=ours, kinds=kinds, layers=layers)
+    return SimpleNamespace(theirs=theirs, ours=ours, plain=plain, kinds=kinds, layers=layers)
 
 
 @pytest.fixture(params=range(len(KINDS_DRAWN)))
@@ -167,6 +167,17 @@ def test_who_is_named_with_which_p_and_q(drawn):
     for test, (p, q) in drawn.ours.rows.items():
         assert rows[test] == pytest.approx((p, q), rel=1e-6), test
     assert len({role for _, role, _ in rows}) > 3
+
+
+def test_one_donor_alone(drawn):
+    """By the means on discovery; some nodes are released by two donors alone, of which one may be small."""
+    g = float(np.mean(drawn.plain.G))
+    told = {node: drawn.plain.alone(node) for node in NODES}
+    for node, ours in told.items():
+        means = [float(np.mean(drawn.plain.of(f"release/{donor}", node))) for donor in RELEASES]
+        assert one_donor_alone(means, g) == ours
+        assert one_donor_alone([max(means), 0.09 * g, 0.0], g) == (0.09 * g < 0.5 * max(means))
+    assert not any(told[node] for node, _, _ in drawn.ours.rows)
 
 
 def test_the_family(drawn):
