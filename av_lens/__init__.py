@@ -31,14 +31,14 @@ _HOMES = {
         "inputs": "AVInputs Conflict Pair conflicts",
         "families.registry": "register_family",
         "model": "HookedAVLLM load",
-        "interventions": "Site Plan add cut mean noise replace resample scale zero",
+        "interventions": "Site Plan add cut mean noise replace scale zero",
         "metrics": "logit_diff",
         "core": "run",
         "replay": "Trace measure sweep",
         "methods": "attention_flow attribution_patch caption causal_trace direct_attribution edge_attribution "
         "find_circuit find_sinks knockout logit_lens patch path_patch probe steer",
         "results": "Grid Isolation",
-        "isolation": "isolate",
+        "isolation": "compare isolate",
     }.items()
     for name in names.split()
 }
@@ -68,9 +68,9 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; a test compar
     from av_lens.interventions import mean as mean
     from av_lens.interventions import noise as noise
     from av_lens.interventions import replace as replace
-    from av_lens.interventions import resample as resample
     from av_lens.interventions import scale as scale
     from av_lens.interventions import zero as zero
+    from av_lens.isolation import compare as compare
     from av_lens.isolation import isolate as isolate
     from av_lens.media import Clip as Clip
     from av_lens.media import load_clip as load_clip

@@ -37,6 +37,7 @@ HEAD_COLOURS = {
     "picture writer": PICTURE,
     "sound opponent": AMBER,
     "gate": PURPLE,
+    "feeder": OLIVE,
     "silenced carrier": GREEN,
     "sound carrier": SOUND,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +10,12 @@ from typer import Argument, Exit, Option
 
 from av_lens.cli import console, faults
 from av_lens.cli.faults import signature
-from av_lens.whole_files import read_object, write_whole
+from av_lens.whole_files import make_folder, read_object, write_whole
 
 _DEMO = signature("lab.demonstration", "run_demo")
 _ISOLATE = signature("isolation.running.pipeline", "isolate")
 _ISOLATE_INTO = signature("lab.demonstration", "isolate_into")
+_COMPARE = signature("isolation.running.comparing", "compare")
 _ENCODE = signature("inputs.encoder", "Encoder.encode")
 _LOAD_CLIP = signature("media.source", "load_clip")
 _DESIGN = signature("inputs.designs", "design_conflicts")
@@ -34,7 +36,7 @@ _GATE = Option(help="stop: end where there is nothing to explain; report: go on,
 _SITES = Option(help="Where heads are edited: suffix, generation, audio, sinks; several by commas.")
 Limit = Annotated[int | None, Option(help="Use only the first so many conflicts of the manifest.")]
 Budget = Annotated[float | None, Option(help="Stop after so many minutes; the same command goes on from there.")]
-Quick = Annotated[bool, Option("--quick", help="Leave out robustness and pairs of heads; the report says so.")]
+Quick = Annotated[bool, Option("--quick", help="Leave out robustness, and pairs where half of the gap is explained.")]
 Share = Annotated[float | None, Option(help="Name heads above this share of G; left out: the protocol's.")]
 Media = Annotated[Path, Argument(help="Any video, sound or image.")]
 Question = Annotated[str, Option(help="What the model is asked.")]
@@ -93,6 +95,7 @@ def isolate(
     s: Share = _ISOLATE["s"],
     seed: Seed = _ISOLATE["seed"],
     protocol: Annotated[str, Option(help="Edition: 2, or 1 for the first one's figures.")] = _ISOLATE["protocol"],
+    suppressed: Annotated[str, Option(help="sound, or picture for the mirrored question.")] = _ISOLATE["suppressed"],
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -105,7 +108,9 @@ def isolate(
     lines, *_ = faults.all_told(
         lambda: faults.manifest(pairs, limit),
         lambda: faults.model(model),
-        lambda: faults.words(dtype=dtype, gate=[gate], layout=[layout], site=named),
+        lambda: faults.words(
+            dtype=dtype, gate=[gate], layout=[layout], site=named, protocol=[protocol], suppressed=[suppressed]
+        ),
     )
     from av_lens.inputs.conflict import conflicts_of
     from av_lens.lab.demonstration import isolate_into
@@ -113,14 +118,63 @@ def isolate(
     listed = conflicts_of(lines)
     loaded = _load(model, device=device, dtype=dtype)
     options: dict[str, Any] = {"gate": gate, "layout": layout, "s": s, "seed": seed, "sites": named, "quick": quick}
-    options["captions"] = captions
-    options["protocol"] = protocol
+    options |= {"captions": captions, "protocol": protocol, "suppressed": suppressed}
     with console.bars() as bars:
         found, report = isolate_into(
             out, loaded, listed, name=model, limit=limit, budget=budget, progress=bars, told=console.say, **options
         )
     _say_found(found)
     console.say_path(report)
+
+
+def compare(
+    a: Annotated[str, Argument(help="The first: a model, or the folder of a run of `isolate`.")],
+    b: Annotated[str, Argument(help="The second, likewise.")],
+    pairs: Annotated[
+        Path | None, Argument(help="The manifest; of two runs, only if something must be measured.")
+    ] = None,
+    out: Annotated[Path, Option(help="The folder for the page, the record and the runs of models.")] = Path(
+        "av-compare"
+    ),
+    limit: Limit = _ISOLATE_INTO["limit"],
+    sites: Annotated[str, _SITES] = ",".join(_COMPARE["sites"]),
+    captions: Annotated[bool, Option("--captions", help="Also compare what the models write.")] = _COMPARE["captions"],
+    layout: Annotated[str, Option(help="in_video (sound woven into the video) or separate.")] = _COMPARE["layout"],
+    s: Share = _COMPARE["s"],
+    seed: Seed = _COMPARE["seed"],
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Compare two checkpoints on one manifest: did training repair it, and in the same heads?
+
+    Models are isolated first, in the folders `a` and `b` of OUT; the same command goes on from there. Of two runs the
+    records are read; what they do not hold is measured if PAIRS is given (the models are loaded by their names).
+    """
+    named = tuple(one.strip() for one in sites.split(",") if one.strip())
+    runs = [faults.is_run(one) for one in (a, b)]
+    lines, *_ = faults.all_told(
+        lambda: None if pairs is None else faults.manifest(pairs, limit),
+        *(partial(faults.model, one) for one, is_run in zip((a, b), runs, strict=True) if not is_run),
+        lambda: faults.words(dtype=dtype, layout=[layout], site=named),
+    )
+    from av_lens.inputs.conflict import conflicts_of
+    from av_lens.isolation import compare as compare_them
+
+    listed = None if lines is None else conflicts_of(lines)
+    load = partial(_load, device=device, dtype=dtype)
+    sides = [one if is_run else load(one) for one, is_run in zip((a, b), runs, strict=True)]
+    own = [
+        load(faults.model_of_run(one)) if is_run and listed else None for one, is_run in zip((a, b), runs, strict=True)
+    ]
+    options: dict[str, Any] = {"sites": named, "s": s, "seed": seed, "layout": layout, "captions": captions}
+    with console.bars() as bars:
+        found = compare_them(
+            *sides, listed, models=(own[0], own[1]), out=out, progress=bars, told=console.say, **options
+        )
+    _say_found(found, console.change_table(found), console.node_table(found))
+    make_folder(out)
+    found.save(out / "comparison.nc")
+    console.say_path(found.report(out / "comparison.html"))
 
 
 def pairs(
@@ -318,13 +372,12 @@ def _load(model: str, *, device: str | None, dtype: str | None) -> Any:
         return load(model, device=device, dtype=getattr(torch, dtype) if dtype else None)
 
 
-def _say_found(found: Any) -> None:
+def _say_found(found: Any, *tables: Any) -> None:
     stamped = f" [yellow]({', '.join(found.stamps)})[/yellow]" if found.stamps else ""
     console.OUT.print()
     console.OUT.print(f"[bold]verdict[/bold]{stamped}  {console.cell(found.verdict)}", soft_wrap=True)
     for reason in (one for one in found.reasons if one not in found.verdict):
         console.OUT.print(f"  {console.cell(reason)}", soft_wrap=True)
-    console.OUT.print()
-    console.OUT.print(console.behaviour_table(found))
-    console.OUT.print()
-    console.OUT.print(console.head_table(found))
+    for table in tables or (console.behaviour_table(found), console.head_table(found)):
+        console.OUT.print()
+        console.OUT.print(table)

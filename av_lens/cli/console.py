@@ -83,8 +83,8 @@ def say_path(path: str | Path) -> None:
     OUT.print(f"\nwritten: {Path(path).resolve()}", soft_wrap=True, markup=False)
 
 
-_SHOWN = ("G", "C", "gap", "E_A", "E_V", "shortcut index")
-_CELLS = ("va", "blank_a", "audio_only")
+_SHOWN = ("G", "C", "gap", "reversal rate", "E_A", "E_V", "shortcut index")
+_CELLS = ("va", "blank_a", "audio_only", "v_muted", "video_only")
 
 
 def behaviour_table(found: Any) -> Any:
@@ -104,14 +104,43 @@ def behaviour_table(found: Any) -> Any:
 def head_table(found: Any, *, rows: int = 12) -> Any:
     """Show the ranked heads."""
     right = ("effect", "low", "high", "of G", "direct share", "q")
-    names = ["head", "role", "donor", *right, "confirmed"]
+    names = ["head", "role", "in the set", "donor", *right, "held out"]
     columns = ("effect", "low", "high", "share", "direct_share", "q")
     shown = [
-        (f"L{r['layer']} H{r['head']}", r["role"], r["donor"], *(float(r[c]) for c in columns), bool(r["confirmed"]))
+        (
+            f"L{r['layer']} H{r['head']}",
+            r["role"],
+            r["role_in_set"] or None,
+            r["donor"],
+            *(float(r[c]) for c in columns),
+            r["status"] or None,
+        )
         for r in found.heads.head(rows).to_dict("records")
     ]
     title = f"named heads, largest effect first ({len(shown)} of {len(found.heads)}; effects in logits, held out)"
     return table(names, shown, title=title, right=right)
+
+
+_CHANGE = ("n", "a", "b", "change", "low", "high")
+
+
+def change_table(found: Any) -> Any:
+    """Show what changed in behaviour and captions."""
+    captions = found.captions.assign(half=found.captions["arm"], quantity=found.captions["figure"])
+    rows = [tuple(row[name] for name in ("quantity", "half", *_CHANGE))
+            for frame in (found.behaviour, captions) for row in frame.to_dict("records")]  # fmt: skip
+    return table(["figure", "half or edit", "n", "in A", "in B", "B - A", "low", "high"], rows, right=_CHANGED)
+
+
+_CHANGED = ("n", "in A", "in B", "B - A", "low", "high", "p, Holm")
+
+
+def node_table(found: Any) -> Any:
+    """Show what is named in either."""
+    names = ("name", "role_a", "role_b", "outcome", "donor", *_CHANGE, "p_holm")
+    headings = ["node", "role in A", "role in B", "outcome", "donor", *_CHANGED]
+    rows = [tuple(row[name] for name in names) for row in found.nodes.to_dict("records")]
+    return table(headings, rows, title=f"nodes named in either ({len(rows)}), held out", right=_CHANGED)
 
 
 _RIGHT = ("positions", "count", "model (s)", "source (s)", "position", "row", "col")

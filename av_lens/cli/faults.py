@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,8 @@ _CHOICES: dict[str, tuple[str, str]] = {
     "gate": ("isolation.running.preparing", "GATES"),
     "design": ("inputs.designs", "DESIGNS"),
     "site": ("isolation.measuring.engine", "SITES"),
+    "protocol": ("isolation.running.dealt", "EDITIONS"),
+    "suppressed": ("isolation.measuring.cells", "SUPPRESSED"),
 }
 
 
@@ -125,21 +127,33 @@ def all_told(*checks: Callable[[], Any]) -> list[Any]:
 
 def words(*, dtype: str | None = None, **given: Iterable[str]) -> None:
     """Refuse words that are not among the choices."""
-    if dtype is not None:
-        require_choice("dtype", dtype, ("float32", "bfloat16", "float16"))
-    for kind, listed in given.items():
-        for word in listed:
-            require_choice(kind, word, constant(*_CHOICES[kind]))
+    asked = [(kind, word, constant(*_CHOICES[kind])) for kind, listed in given.items() for word in listed]
+    asked += [] if dtype is None else [("dtype", dtype, ("float32", "bfloat16", "float16"))]
+    all_told(*(partial(require_choice, *one) for one in asked))
 
 
 def manifest(path: Path, limit: int | None) -> list[Any]:
     """Read a manifest, with the headers of its files."""
     from av_lens.media.manifest import read_manifest
 
-    found = read_manifest(path)
+    found, _ = all_told(lambda: read_manifest(path), lambda: _limit(limit))
+    return found[:limit]
+
+
+def _limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise InputError(f"--limit {limit} leaves no conflict; leave it out for all.")
-    return found[:limit]
+
+
+def is_run(name: str) -> bool:
+    """Say whether a name is the folder of a run of `isolate`, and no model's."""
+    return any((Path(name) / inside / "isolation.json").is_file() for inside in ("", "numbers"))
+
+
+def model_of_run(name: str) -> str:
+    """Name the model that a run was made of."""
+    record = next(place for inside in ("", "numbers") if (place := Path(name) / inside / "isolation.json").is_file())
+    return str(dict(read_object(record).get("provenance") or {}).get("model", ""))
 
 
 def model(name: str) -> None:

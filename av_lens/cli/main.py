@@ -1,4 +1,4 @@
-"""The command line: `av-lens demo | pairs | isolate | inspect | generate | check | models | train | plant`.
+"""The command line: `av-lens demo | pairs | isolate | compare | inspect | generate | check | models | train | plant`.
 
 Every default is read from the function that does the work; what av_lens refuses is printed as one message, with exit
 code 2 and no traceback (`--debug` shows it), and so is what the system refuses, such as a log on a full disk. Work that
@@ -22,7 +22,7 @@ from av_lens import __version__
 from av_lens.cli import commands, console, studies, toolbox
 from av_lens.errors import AvLensError, UnfinishedError
 
-KEEPING = ("demo", "isolate", "train", "plant", "plantbench", "seeds", "type-one")
+KEEPING = ("demo", "isolate", "compare", "train", "plant", "plantbench", "seeds", "type-one")
 """Commands that go on from what an interrupted one had finished."""
 
 
@@ -106,7 +106,15 @@ def options(
     """Find the attention heads that keep an audio-visual language model from saying what it hears."""
 
 
-_WORK = (commands.demo, commands.pairs, commands.isolate, commands.inspect, commands.generate, commands.check)
+_WORK = (
+    commands.demo,
+    commands.pairs,
+    commands.isolate,
+    commands.compare,
+    commands.inspect,
+    commands.generate,
+    commands.check,
+)
 _STUDIES = (studies.bench, studies.plantbench, studies.seeds, studies.true_shapes, studies.type_one)
 for command in (*_WORK, commands.models, commands.train, commands.plant, *_STUDIES):
     app.command()(command)

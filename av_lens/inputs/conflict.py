@@ -4,8 +4,8 @@ A cell is named picture first, sound second: `va` is the conflict, `aa` and `vv`
 `w` is a third clip; `muted` a sound that says nothing, `blank` a picture that shows nothing. The sound's source gives
 picture a and sound a, the picture's source picture v and sound v. All cells of a conflict share one token layout: every
 source is cut to the shortest picture or sound among them, and pictures of another size are cropped around their middle
-and scaled to the size of picture v; both are said in each cell's provenance. `audio_only` has no picture and so another
-layout.
+and scaled to the size of picture v; both are said in each cell's provenance. `audio_only` has no picture, `video_only`
+no sound, and so another layout.
 
 Not done: drawing the third clip; whoever deals the halves does it and gives it as `third=`.
 """
@@ -108,7 +108,7 @@ def _said(conflict: Any, role: str, path: str) -> str:
 
 
 # Cell -> (picture, sound), in the protocol's order.
-CELLS: dict[str, tuple[str | None, str]] = {
+CELLS: dict[str, tuple[str | None, str | None]] = {
     "va": ("v", "a"),
     "vv": ("v", "v"),
     "aa": ("a", "a"),
@@ -123,7 +123,13 @@ CELLS: dict[str, tuple[str | None, str]] = {
     "blank_v": ("blank", "v"),
     "blank_muted": ("blank", "muted"),
     "audio_only": (None, "a"),
+    "video_only": ("v", None),
 }
+_ALONE: dict[str, dict[str, Any]] = {
+    "audio_only": {"sound": "separate", "picture": None},
+    "video_only": {"sound": None},
+}
+"""Cells of one medium alone, which have a layout of their own."""
 LAYOUTS = ("in_video", "separate")
 _SAMPLE = 1e-4  # s: lengths that differ by less are equal
 
@@ -236,6 +242,7 @@ class Cells(Mapping[str, AVInputs]):
     seed: int
     keep_clips: bool
     cut_to_s: float | None = None
+    whole_s: float | None = None
     _token: object = field(default_factory=object)  # by which `_SOURCES` knows this conflict's; an id would come again
     _made: dict[str, AVInputs] = field(default_factory=dict[str, AVInputs])
 
@@ -266,10 +273,9 @@ class Cells(Mapping[str, AVInputs]):
     def clip(self, name: str) -> Clip:
         """The clip of a cell, as it is encoded: its picture and sound, joined."""
         picture_name, sound_name = CELLS[name]
-        sound = self._source(sound_name)
-        if picture_name is None:
-            return sound
-        picture = self._source(picture_name)
+        if picture_name is None or sound_name is None:
+            return self._source(picture_name or sound_name or "")
+        sound, picture = self._source(sound_name), self._source(picture_name)
         joined = picture.with_sound(sound)
         same = joined.frames is not None and picture.frames is not None and joined.frames.shape == picture.frames.shape
         if same and np.array_equal(joined.times, picture.times):
@@ -278,13 +284,14 @@ class Cells(Mapping[str, AVInputs]):
         return joined
 
     def _encoded(self, name: str) -> AVInputs:
-        alone: dict[str, Any] = {"sound": "separate", "picture": None} if name == "audio_only" else {}
+        alone = _ALONE.get(name, {})
         x: AVInputs = self.model.encode(self.clip(name), self.question, **{**self.options, **alone})
-        known = next((other for other in self._made if other != "audio_only" and not alone), None)
+        known = next((other for other in self._made if other not in _ALONE and not alone), None)
         fault = None if known is None else difference(self._made[known], x, names=(f"cell {known}", f"cell {name}"))
         if fault:
             raise AlignmentError(f"the cells of {self.conflict.id or 'this conflict'} are not aligned: {fault}")
-        said = {"conflict": self.conflict.id, "cell": name, "cut_to_s": self.cut_to_s, **self.how}
+        lengths = {"cut_to_s": self.cut_to_s, "whole_s": self.whole_s}
+        said = {"conflict": self.conflict.id, "cell": name, **lengths, **self.how}
         clips = x.clips if self.keep_clips else (None,) * len(x.clips)
         return shared(replace(x, clips=clips, provenance=x.provenance | said))
 
@@ -296,6 +303,7 @@ class Cells(Mapping[str, AVInputs]):
         clips = {name: _loaded(clip, name) for name, clip in given.items() if clip is not None}
         fps, loudness = self.options["fps"], self.how["loudness"]
         ends = [end for clip in clips.values() for end in _ends(clip)]
+        self.whole_s = max(end for name in "av" for end in _ends(clips[name]))
         if max(ends) - min(ends) > _SAMPLE:
             self.cut_to_s = min(ends)
             clips = {name: _cut_to(clip, self.cut_to_s) for name, clip in clips.items()}

@@ -31,14 +31,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from av_lens.checks import near_file, parse_json, require_choice
 from av_lens.errors import InputError, MediaError
+from av_lens.inputs.conflict import ClipKeys
+from av_lens.inputs.sources import sources_of
 from av_lens.media.manifest import SEE
 from av_lens.media.source import ClipFile
+from av_lens.results.dealing import Member, design_of
 from av_lens.results.events import Lexicon
 from av_lens.whole_files import make_folder, write_whole
 
@@ -79,12 +83,14 @@ class Design:
         lines: the conflicts, each what a line of a manifest holds; paths are absolute.
         left_out: why clips are in no conflict, and which.
         seed: of the draw.
+        shows: what the conflicts can show.
     """
 
     name: str
     lines: tuple[dict[str, Any], ...]
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     seed: int = 0
+    shows: str = ""
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -95,7 +101,7 @@ class Design:
         for why, files in self.left_out.items():
             some = ", ".join(map(os.path.basename, files[:3])) + (", ..." if len(files) > 3 else "")
             told.append(f"Left out, {why}: {len(files)} ({some}).")
-        return "\n".join(told)
+        return "\n".join([*told, self.shows] if self.shows else told)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the manifest, whole; files are named relative to its folder.
@@ -165,7 +171,22 @@ def design_conflicts(
     left_out["no clip of another kind remained"] += [c.clip.path for i, c in enumerate(usable) if i not in used]
     lines = tuple(_line(usable[a], usable[v], f"c{number}", question, prefix) for number, (a, v) in enumerate(joined))
     kept = {why: tuple(files) for why, files in left_out.items() if files}
-    return Design(name=design, lines=lines, left_out=kept, seed=seed)
+    shown = _shown([(usable[a], usable[v]) for a, v in joined], lines, seed)
+    return Design(name=design, lines=lines, left_out=kept, seed=seed, shows=shown)
+
+
+def _shown(pairs: Sequence[tuple[Labelled, Labelled]], lines: Sequence[Mapping[str, Any]], seed: int) -> str:
+    """Say how many sources the clips are, and what conflicts of them can show."""
+    named = [
+        SimpleNamespace(id=line["id"], sound=a.clip, picture=v.clip, source=line.get("source"))
+        for (a, v), line in zip(pairs, lines, strict=True)
+    ]
+    of = sources_of(named, ClipKeys()).of
+    members = [Member(line["id"], of(one, "sound"), of(one, "picture"), line["answers"][0], line["question"])
+               for one, line in zip(named, lines, strict=True)]  # fmt: skip
+    clips, sources = {one.clip for pair in pairs for one in pair}, {name for one in members for name in one.sources}
+    fewer = "" if len(sources) == len(clips) else " (copies, or windows of one file that overlap or lie close)"
+    return f"{len(clips)} clips are {len(sources)} sources{fewer}. {design_of(members, seed=seed).sentence()}"
 
 
 def _named(clips: Any) -> str:

@@ -232,6 +232,7 @@ def best_releases(found: Isolation, site: str) -> Any:
     frame: Any = found.evidence
     keep = (frame["estimand"] == "release") & (frame["half"] == "discovery") & (frame["site"] == site)
     frame = frame[keep & frame["donor"].isin(PRIMARY_DONORS)]
+    frame = frame[frame["head"] >= 0]
     return frame.loc[frame.groupby(["layer", "head"])["mean"].idxmax()] if len(frame) else frame
 
 

@@ -196,13 +196,14 @@ def source_fault(found: Any) -> str | None:
 
 def _files(manifest: Path, row: dict[str, Any], probes: dict[ClipFile, tuple[str, ...]]) -> Iterable[str]:
     """Look at the files that a line names, whatever else is wrong with it."""
-    if list(_window(row)):
-        return
+    wrong = list(_window(row))
+    if wrong:
+        row = {key: value for key, value in row.items() if key not in ("start", "end")}
     named = [name for name in _FILES if isinstance(row.get(name), str) and row[name].strip()]
     clips = {name: _clip_file(manifest, row, name) for name in named}
     for name, clip in clips.items():
         yield from _probed(name, clip, probes)
-    if len(clips) == 2 and clips["sound"] == clips["picture"]:
+    if len(clips) == 2 and not wrong and clips["sound"] == clips["picture"]:
         yield "sound and picture are the same file and window, so there is no conflict"
 
 

@@ -88,8 +88,8 @@ def layer_axis(n_layers: int) -> dict[str, Any]:
 
 
 def head_label(layer: Any, head: Any) -> str:
-    """Name a head the way all figures and tables do."""
-    return f"L{int(layer)} H{int(head)}"
+    """Name a head, or the layer's MLP (head -1), the way all figures and tables do."""
+    return f"L{int(layer)} H{int(head)}" if head >= 0 else f"MLP {int(layer)}"
 
 
 def hatch(cells: Sequence[tuple[float, float]]) -> tuple[list[float | None], list[float | None]]:

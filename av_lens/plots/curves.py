@@ -255,9 +255,12 @@ def confirmation(found: Any, *, title: str | None = None) -> Any:
         _arm_curve(fig, ranked, name="the heads of largest single release", colour=colours.AMBER, dash="dot")
     if len(arm):
         _arm_curve(fig, arm, name="the set, in its order", colour=colours.SOUND, dash="solid")
-    see, look = frame[frame["arm"] == "see heads"], {"symbol": "diamond", "size": 11, "color": colours.PICTURE}
-    text = "{members}: {release:+.3f} logits"
-    _dots(fig, see, see["k"], text, name="as many heads for what is seen", marker=look)
+    see, look = (
+        frame[frame["arm"].isin(["see heads", "hear heads"])],
+        {"symbol": "diamond", "size": 11, "color": colours.PICTURE},
+    )
+    text, seen = "{members}: {release:+.3f} logits", "heard" if "hear heads" in set(frame["arm"]) else "seen"
+    _dots(fig, see, see["k"], text, name=f"as many heads for what is {seen}", marker=look)
     _said(fig, found, arm if len(arm) else ranked, random, start=bool(len(arm)))
     _scale(fig, last=int(max([last, *ranked["k"]])), log=not len(arm))
     return fig

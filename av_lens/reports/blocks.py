@@ -16,7 +16,13 @@ from av_lens.reports.sections import MISSING, head_name, interval, number, perce
 from av_lens.results.record import Isolation
 
 LEAST_SHARE, LEAST_PATH, MOST_RECEIVERS = 0.05, 0.01, 3
-_ROADS = {"direct": "directly", "queries": "through queries", "keys": "through keys", "values": "through values"}
+_ROADS = {
+    "direct": "directly",
+    "write": "by its own write, MLPs held",
+    "queries": "through queries",
+    "keys": "through keys",
+    "values": "through values",
+}
 
 
 def card_lines(cards: Any) -> list[dict[str, str]]:
@@ -27,7 +33,9 @@ def card_lines(cards: Any) -> list[dict[str, str]]:
 def _line(rows: Any) -> dict[str, str]:
     paths = rows[(rows["part"] == "path") & (rows["unit"] == "share of total")]
     shares = dict(zip(paths["what"], paths["value"], strict=True))
-    single = sorted((name for name in shares if "." in name), key=lambda name: -abs(shares[name]))
+    single = sorted(
+        (name for name in shares if "." in name or name.startswith("MLP")), key=lambda name: -abs(shares[name])
+    )
     most = [f"{name} {percent(shares[name])}" for name in single if abs(shares[name]) >= LEAST_PATH][:MOST_RECEIVERS]
     write = _value(rows, "ov", "its write, on the sound's - picture's")
     return {
@@ -176,7 +184,9 @@ def _sets(found: Any) -> Block:
         **_numbers("direct_share", "reads_picture", "reads_sound"),
     }
     steps = _texts("start", "donor", "action") | {"head": _HEAD} | _numbers("release", "gain")
-    pairs = {"pair": _Column(lambda row: f"{head_name(row)} + L{row['layer2']} H{row['head2']}")} | _texts("donor")
+    pairs = {
+        "pair": _Column(lambda row: f"{head_name(row)} + {head_name({'layer': row['layer2'], 'head': row['head2']})}")
+    } | _texts("donor")
     pairs |= _numbers("release", "synergy") | {"share of G": _percent("share")}
     sheets = (
         _sheet(members, "The members of the chosen set", columns),
@@ -190,7 +200,7 @@ def _mechanisms(found: Any) -> Block:
     text = (
         "One card per named head: where it looks (attention from the generation position, by role), what it writes for "
         "the two answers, whether its pattern is driven by its queries or its keys, and where its release goes: to the "
-        "logits, or through other heads' queries, keys and values.",
+        "logits, or through other heads' queries, keys and values, or through MLPs.",
     )
     figures = ("writes, sound's - picture's", "pattern driven by queries", *_ROADS.values())
     short = _texts("head", "looks at, in va", "with nothing to see")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from av_lens.errors import InputError
 from av_lens.media import Clip, load_clip
 from av_lens.media.clip import data_uri
 from av_lens.plots import curves
-from av_lens.reports.sections import head_name, number
+from av_lens.reports.sections import head_name, mirrored, number
+from av_lens.results.exchanged import exchanged
 from av_lens.results.record import Isolation
 
 
@@ -147,6 +148,9 @@ def drawings(found: Isolation, calibration: Calibration | None = None) -> dict[s
     """Draw everything that the record has the numbers for."""
     tables: Any = found
     made = [_behaviour(found), _release(found), *_maps(found), _confirmation(found), _knowledge(found)]
+    if mirrored(found):
+        kept = [drawing for drawing in made if drawing is not None]
+        made = [replace(one, title=exchanged(one.title), caption=exchanged(one.caption)) for one in kept]
     if (tables.evidence["estimand"] == "dla").any():
         caption = "Each head's direct share of the logit difference at the asked position, the largest first."
         made.append(Drawing("attribution", "Direct attribution", caption, plots.attribution(found)))
@@ -185,8 +189,10 @@ def _release(found: Any) -> Drawing | None:
         f"The {shown} of {total} heads with the largest release. Release: how far hearing under conflict rises "
         "when the head is replaced by what it would have been had it neither seen nor heard (blank_muted), had "
         "something else been asked (mean_other), or by nothing (zero). A head counts only right of the dotted "
-        "line. ✓: confirmed on the held-out half."
+        "line."
     )
+    if found.heads["confirmed"].any():
+        caption += " ✓: confirmed on the held-out half."
     wanted = rows[rows["half"] == "discovery"].sort_values("share", ascending=False).head(3 * shown)
     cells = tuple(
         (head_name(r), r["donor"], *(number(r[c]) for c in ("mean", "low", "high", "share")))
@@ -227,7 +233,7 @@ def _maps(found: Any) -> list[Drawing | None]:
 
 
 def _confirmation(found: Any) -> Drawing | None:
-    arms = set(found.ablation["arm"])
+    arms = {"see heads" if arm == "hear heads" else arm for arm in found.ablation["arm"]}
     if not arms & {"set", "ranked heads"}:
         return None
     said = {

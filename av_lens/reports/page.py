@@ -29,7 +29,7 @@ from av_lens.plots import THEMES
 from av_lens.reports import sections
 from av_lens.reports.blocks import blocks
 from av_lens.reports.drawings import Calibration, Drawing, drawings, gallery
-from av_lens.results.record import SUPPRESSORS, Isolation
+from av_lens.results.record import MIRRORED_SUPPRESSORS, SUPPRESSORS, Isolation
 from av_lens.whole_files import make_folder, write_whole
 
 _GENERAL = (
@@ -67,13 +67,14 @@ def write_report(
     cards = gallery(found.conflicts, clips or {}, most=most_clips, budget_mb=budget_mb)
     drawn = drawings(found, calibration)
     context = _context(found, calibration, caveats, title)
-    text = _render(drawn, {**context, "cards": cards})
+    text = rendered("page.html.j2", drawn, {**context, "cards": cards})
     make_folder(path.parent)
     write_whole(path, text)
     return path
 
 
-def _render(drawn: Mapping[str, Drawing], context: dict[str, Any]) -> str:
+def rendered(template: str, drawn: Mapping[str, Drawing], context: dict[str, Any]) -> str:
+    """Fill a page's template, its figures and scripts inside."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup, escape
     from plotly.offline import get_plotlyjs
@@ -86,11 +87,11 @@ def _render(drawn: Mapping[str, Drawing], context: dict[str, Any]) -> str:
     def figure(name: str) -> Markup:
         return Markup(drawing_template.render(drawing=drawn[name]) if name in drawn else "")
 
-    page = environment.get_template("page.html.j2")
+    page = environment.get_template(template)
     model = escape(context["model"])
     headline = Markup(str(escape(context["title"])).replace(str(model), f"<span>{model}</span>"))  # not broken in two
     shown: dict[str, Any] = {"plotly_js": Markup(get_plotlyjs()), "themes": json.dumps(THEMES), "colours": PAGES}
-    shown["say"] = sections
+    shown |= {"say": sections, "version": __version__}
     return page.render(**context, headline=headline, figure=figure, **shown)
 
 
@@ -101,12 +102,15 @@ def _context(
     tables: Any = found
     model = str(found.provenance.get("model", "the model"))
     question = found.protocol.get("question", found.provenance.get("question"))
-    provenance = {k: v for k, v in found.provenance.items() if k != "choices"}
+    provenance = {k: v for k, v in found.provenance.items() if k not in ("choices", "sources")}
     power = float(found.summary.get("power", float("nan")))
-    searched = len(found.evidence) > 0
+    searched, mirrored = len(found.evidence) > 0, sections.mirrored(found)
     return {
-        "title": title or f"Which heads keep {model} from saying what it hears?",
+        "title": title or f"Which heads keep {model} from saying what it {'sees' if mirrored else 'hears'}?",
+        "mirrored": mirrored,
+        "refused": "not interpretable" in found.stamps,
         "model": model,
+        "what": "isolation",
         "when": str(found.provenance.get("created", "")).replace("T", " ") or f"av_lens {__version__}",
         "stamps": [{"name": stamp, "meaning": _stamp(found, stamp)} for stamp in found.stamps],
         "kind": sections.KINDS.get(found.verdict_kind, found.verdict_kind),
@@ -123,7 +127,7 @@ def _context(
         "other_behaviour": len(set(found.behaviour["chosen"])) > 1,
         "n_conflicts": len(found.conflicts),
         "heads": tables.heads.to_dict("records"),
-        "suppressors": SUPPRESSORS,
+        "suppressors": (*SUPPRESSORS, *MIRRORED_SUPPRESSORS),
         "power": "" if power != power else f"{sections.number(power)} logits",
         "sets": tables.sets.sort_values("chosen", ascending=False, kind="stable").to_dict("records"),
         "specificity": tables.specificity.to_dict("records"),
@@ -136,7 +140,6 @@ def _context(
         "provenance": sections.flat(provenance),
         "protocol": sections.flat(found.protocol),
         "conflicts": tables.conflicts.to_dict("records"),
-        "version": __version__,
     }
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from av_lens.results.exchanged import exchanged
 from av_lens.results.record import Isolation
 
 MISSING = "–"
@@ -15,10 +16,14 @@ ROLE_MEANINGS = {
     "picture writer": "it reads the picture and writes the picture's answer over the sound",
     "sound opponent": "it reads the sound and writes against it",
     "gate": "it turns other heads away from the sound",
+    "feeder": "it tells an MLP what is seen, and the MLP suppresses",
     "breaks": "editing it damages hearing as such; it does not suppress",
     "undetermined": "its release passes, but what kind it is cannot be told from these conflicts",
     "silenced carrier": "it carries sound that is lost under conflict: a victim, no suppressor",
     "sound carrier": "it carries sound when there is nothing to see",
+    "sound writer": "it reads the sound and writes the sound's answer over the picture",
+    "picture opponent": "it reads the picture and writes against it",
+    "picture carrier": "it carries the picture when there is nothing to hear",
 }
 DONOR_MEANINGS = {
     "blank_muted": "as if it had neither seen nor heard",
@@ -26,7 +31,7 @@ DONOR_MEANINGS = {
     "zero": "switched off",
 }
 STAMP_MEANINGS = {
-    "exploratory": "What is named on this page is a lead, to be confirmed on more conflicts: no verdict on the set.",
+    "exploratory": "What is named on this page is a lead, to be tried on more conflicts: no verdict on the set.",
     "not interpretable": "The search went on where the protocol would have stopped it: no figure of a head here has "
     "a meaning of its own.",
 }
@@ -41,7 +46,16 @@ QUANTITIES = {
     "gap": ("gap = G − C", "what the sight of something else costs"),
     "E_A": ("E_A", "what the sound does to the answer"),
     "E_V": ("E_V", "what the picture does to the answer"),
-    "I": ("I", "interaction of sound and picture"),
+    "reversal rate": (
+        "reversal rate",
+        "how often the sound's answer with nothing to see turns into the picture's under conflict",
+    ),
+    "dilution": ("dilution", "what the mere presence of a picture's positions does to hearing, whatever they show"),
+    "I": (
+        "I",
+        "interaction: what the picture moves where a is heard, less what it moves where v is heard; 0 where sound and "
+        "picture add up. It changes its sign when a and v change places: far from 0, the clips are not exchangeable",
+    ),
     "shortcut index": (
         "Shortcut Index",
         "|E_V| / (|E_A| + |E_V|): 0 where the sound alone decides, 1 where the picture does",
@@ -55,6 +69,9 @@ CONTROLS = {
     "control": "the conflict, asked for neither: the answer without the edit",
     "silent video": "nothing to hear, asked what is heard: how often some thing is named, which must not rise",
     "text-only": "the bare question: how far the answer moves",
+    "hear": "the conflict, asked what is heard: the sound's answer",
+    "picture-only": "the picture with no sound in the prompt: the picture's answer",
+    "blank picture": "nothing to see, asked what is seen: how often some thing is named, which must not rise",
 }
 COLUMNS = {
     "direct share": "how much of the effect goes by the head's own write, and not through later heads",
@@ -73,6 +90,9 @@ CELLS = {
     "v_muted": "picture v, nothing to hear",
     "a_muted": "picture a, nothing to hear",
     "audio_only": "sound a alone, no picture in the prompt",
+    "audio_only_v": "sound v alone, no picture in the prompt",
+    "video_only": "picture v alone, no sound in the prompt",
+    "video_only_a": "picture a alone, no sound in the prompt",
 }
 
 
@@ -114,9 +134,17 @@ def small(value: Any) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
 
 
+def standing(row: Any) -> str:
+    """Say what became of a named head or of a set on the held-out half."""
+    if row.get("status"):
+        return ("✓ " if row["confirmed"] else "") + str(row["status"])
+    held = "✓ confirmed" if row["confirmed"] else "would hold" if row["would_confirm"] else "✗ no"
+    return held if row.get("chosen", True) else MISSING
+
+
 def head_name(row: Any) -> str:
-    """Name the head of a row."""
-    return f"L{row['layer']} H{row['head']}"
+    """Name the head of a row, or its MLP."""
+    return f"L{row['layer']} H{row['head']}" if row["head"] >= 0 else f"MLP {row['layer']}"
 
 
 @dataclass(frozen=True)
@@ -138,17 +166,23 @@ class Tile:
 
 def tiles(found: Isolation) -> list[Tile]:
     """Choose the few numbers that the verdict rests on."""
-    made = [_behaviour_tile(found, name, tone) for name, tone in (("G", "sound"), ("C", "picture"), ("gap", ""))]
+    asked, other = ("picture", "sound") if mirrored(found) else ("sound", "picture")
+    made = [_behaviour_tile(found, name, tone) for name, tone in (("G", asked), ("C", other), ("gap", ""))]
     sets: Any = found.sets
     for row in sets[sets["chosen"]].to_dict("records")[:1]:
         ends = interval(row["share_low"], row["share_high"], share=True)
         heads = "1 head" if row["k"] == 1 else f"{row['k']} heads"
-        made.append(Tile(percent(row["share"]), f"of G released by {heads}, held out", ends, "sound"))
-        picture = f"the picture: {change(row, 'says_picture')}"
-        made.append(Tile(change(row, "says_sound"), "says the sound, before → after", picture, "sound"))
+        made.append(Tile(percent(row["share"]), f"of G released by {heads}, held out", ends, asked))
+        note = f"the {other}: {change(row, f'says_{other}')}"
+        made.append(Tile(change(row, f"says_{asked}"), f"says the {asked}, before → after", note, asked))
         count = f"the most of {row['random_n']} sets, logits; p {small(row['p_random'])}"
         made.append(Tile(number(float(row["random_max"])), "released by random heads", count))
     return [tile for tile in made if tile.value != MISSING]
+
+
+def mirrored(found: Isolation) -> bool:
+    """Say whether a finding answers the mirrored question: what keeps the picture from being said."""
+    return found.protocol.get("suppressed") == "picture"
 
 
 def _behaviour_tile(found: Isolation, name: str, tone: str) -> Tile:
@@ -158,7 +192,8 @@ def _behaviour_tile(found: Isolation, name: str, tone: str) -> Tile:
     value, note = float(found.summary.get(name, float("nan"))), "logits"
     for row in frame.to_dict("records")[:1]:
         value, note = row["value"], f"logits, {interval(row['low'], row['high'])}"
-    return Tile(number(value, sign=True), f"{name}: {QUANTITIES[name][1]}", note, tone)
+    meaning = exchanged(QUANTITIES[name][1]) if mirrored(found) else QUANTITIES[name][1]
+    return Tile(number(value, sign=True), f"{name}: {meaning}", note, tone)
 
 
 def behaviour_rows(found: Isolation, chosen: str) -> list[dict[str, str]]:
@@ -170,8 +205,10 @@ def behaviour_rows(found: Isolation, chosen: str) -> list[dict[str, str]]:
     for record in sorted(frame.to_dict("records"), key=lambda r: min(order.index(r["quantity"]), len(QUANTITIES))):
         key = (record["quantity"], record["cell"], record["rule"])
         name, meaning = _quantity(*key)
+        if mirrored(found) and key[0] in QUANTITIES:
+            meaning = exchanged(QUANTITIES[exchanged(key[0])][1])
         row = rows.setdefault(key, {"name": name, "meaning": meaning})
-        rate = record["quantity"] == "accuracy" or str(record["quantity"]).startswith("says")
+        rate = record["quantity"] in ("accuracy", "reversal rate") or str(record["quantity"]).startswith("says")
         value = percent(record["value"]) if rate else number(record["value"])
         row[record["half"]] = f"{value} ({interval(record['low'], record['high'], share=rate)})"
         row[f"n_{record['half']}"] = str(record["n"])
@@ -183,8 +220,9 @@ def _quantity(quantity: str, cell: str, rule: str) -> tuple[str, str]:
         return QUANTITIES[quantity]
     name = f"{'right' if quantity == 'accuracy' else quantity} in {cell}" if cell else quantity
     of = {"two": "; best of the two answers", "vocabulary": "; best of all words"}.get(rule, "")
-    asked = "; asked what is seen" if cell.endswith(" (see)") else ""
-    return name, CELLS.get(cell.removesuffix(" (see)"), "") + asked + of
+    where, _, other = cell.partition(" (")
+    asked = {"see)": "; asked what is seen", "hear)": "; asked what is heard"}.get(other, "")
+    return name, CELLS.get(where, "") + asked + of
 
 
 def change(row: Any, rate: str) -> str:

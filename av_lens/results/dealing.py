@@ -35,6 +35,7 @@ Example:
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,13 +45,17 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from av_lens.errors import InputError
+from av_lens.results.dyadic import Dyadic
 from av_lens.results.provenance import linked
+from av_lens.results.statistics import smallest_effect
 
 DISCOVERY, CONFIRMATION, LOST = "discovery", "confirmation", "lost"
 COMPONENTS, DYADIC = "components", "dyadic"
 """Rules of a deal, and of the inference that follows from it."""
 LARGEST_SHARE, LARGEST_OF_A_HALF = 0.4, 0.1
 FEWEST, FIRM_CONFLICTS, FIRM_COMPONENTS, FIRM_SOURCES = 20, 60, 20, 40
+TESTS = 10_000
+"""The family that a design is told for: what a model is searched by is not known yet."""
 MORE_SOURCES = "Use more sources, or let `av-lens pairs` make disjoint conflicts of them (one a pair of clips)."
 
 
@@ -248,6 +253,7 @@ class Design:
         n_doubled: conflicts that say nothing that an earlier one does not.
         rule: "components" or "dyadic".
         standing: "firm" (a verdict can come of it), "exploratory" or "refused".
+        smallest: the smallest effect that discovery finds, in standard deviations; infinite where none could pass.
     """
 
     n_conflicts: tuple[int, int]
@@ -257,18 +263,26 @@ class Design:
     n_doubled: int
     rule: str
     standing: str
+    smallest: float
 
     def sentence(self) -> str:
         """The design in words."""
-        (one, two), (first, second) = self.n_conflicts, self.n_sources
+        (one, two), (first, second), (some, others) = self.n_conflicts, self.n_sources, self.n_components
         left = [f"{self.n_across} across the halves"] * bool(self.n_across)
         left += [f"{self.n_doubled} doubled"] * bool(self.n_doubled)
         said = f"{one} and {two} conflicts of {first} and {second} sources in the halves"
         said += f" ({' and '.join(left)} left out)" if left else ""
-        how = "no source is shared by much" if self.rule == COMPONENTS else "sources are shared, inference is dyadic"
+        how = f"{some} and {others} components, which are resampled and flipped"
+        how = how if self.rule == COMPONENTS else "sources are shared, inference is dyadic"
         means = {"firm": "enough for a verdict", "exploratory": "exploratory, no verdict", "refused": "too few"}
         mend = "" if self.standing == "firm" else f" {MORE_SOURCES}"
-        return f"{said}; {how}: {means[self.standing]}.{mend}"
+        finds = f"No effect, however large, could pass {TESTS:,} tests (some 900 heads)."
+        if math.isfinite(self.smallest):
+            finds = (
+                f"Of {TESTS:,} tests (some 900 heads) one finds, four times in five, an effect that exceeds the "
+                f"threshold by {self.smallest:.2f} standard deviations."
+            )
+        return f"{said}; {how}: {means[self.standing]}. {finds}{mend}"
 
 
 def design_of(conflicts: Sequence[Member], *, seed: int = 0) -> Design:
@@ -294,7 +308,9 @@ def design_of(conflicts: Sequence[Member], *, seed: int = 0) -> Design:
     counted = (sources[0], sources[1]) if halves.rule == DYADIC else None
     stands = standing(n, parts, n_sources=counted)
     both = (parts[0], parts[1]), (sources[0], sources[1])
-    return Design(n, *both, halves.n_lost, len(twice), halves.rule, stands)
+    shared = Dyadic.of([kept[i].sources for i in rows[0]]).smallest_effect(family=TESTS)
+    smallest = shared if halves.rule == DYADIC else smallest_effect(parts[0], family=TESTS)
+    return Design(n, *both, halves.n_lost, len(twice), halves.rule, stands, smallest)
 
 
 def third_sources(

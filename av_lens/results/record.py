@@ -45,9 +45,12 @@ from av_lens.upstairs import upstairs
 from av_lens.whole_files import make_folder, read_arrays, write_whole
 
 SUPPRESSORS = ("picture writer", "sound opponent", "gate")
-# Heads whose release passes and is no mere damage; the mechanism of the last is undetermined.
+# Nodes whose release passes and is no mere damage; the mechanism of the last is undetermined.
 RELEASING = (*SUPPRESSORS, "undetermined")
-ROLE_NAMES = (*SUPPRESSORS, "breaks", "undetermined", "silenced carrier", "sound carrier")
+FEEDER = "feeder"
+ROLE_NAMES = (*SUPPRESSORS, FEEDER, "breaks", "undetermined", "silenced carrier", "sound carrier")
+# Of the mirrored question (`isolate(suppressed="picture")`).
+MIRRORED_SUPPRESSORS, MIRRORED_CARRIER = ("sound writer", "picture opponent"), "picture carrier"
 
 
 def _columns(*runs: str) -> dict[str, str]:
@@ -57,21 +60,23 @@ def _columns(*runs: str) -> dict[str, str]:
 
 
 TABLES: dict[str, dict[str, str]] = {
-    # One row per named (head, site, role), largest effect first. `effect low high` are confirmation's.
+    # One row per named (head, site, role), largest effect first. `effect low high` are confirmation's. In all tables
+    # head -1 is the layer's MLP; here MLPs stand apart, in `mlps`.
     "heads": _columns(
         "int: layer head; text: site role member_of estimand donor",
-        "float: effect low high direct_share q p_maxt; flag: confirmed; text: flags",
+        "float: effect low high direct_share q p_maxt; flag: confirmed; text: status; flag: would_confirm; text: flags",
+        "text: role_alone role_in_set",
         "float: share share_low share_high p_holm discovery_effect discovery_low discovery_high",
         "float: discovery_share discovery_direct_share discovery_p release_blank_muted release_mean_other",
-        "float: release_zero question_share reads_picture reads_sound sufficiency silenced carries repair",
-        "float: release_on_sound release_on_picture release_norm_frozen dla",
+        "float: release_zero release_half_dose question_share reads_picture reads_sound sufficiency silenced carries",
+        "float: repair release_on_sound release_on_picture release_norm_frozen dla write_share mlp_share",
     ),
-    # Every head's every effect, named or not: what heat maps are drawn from.
+    # Every head's and MLP's every effect, named or not: what heat maps are drawn from.
     "evidence": _columns(
         "text: half site; int: layer head; text: estimand donor",
         "float: mean low high share share_low share_high; int: n",
     ),
-    # The same for what is no query head: `unit` is "kv group", "mlp", "attention" or "layer", `index` the group or -1.
+    # The same for what is no single node: `unit` is "kv group", "attention" or "layer", `index` the group or -1.
     "units": _columns(
         "text: half site unit; int: layer index; text: estimand donor",
         "float: mean low high share share_low share_high; int: n",
@@ -81,16 +86,18 @@ TABLES: dict[str, dict[str, str]] = {
         "text: name site members; int: k; text: donor screen; flag: chosen",
         "float: discovery_release discovery_share release low high share share_low share_high",
         "float: says_sound_before says_sound says_picture_before says_picture",
-        "int: random_n; float: random_mean random_high random_max p_random p_floor; flag: confirmed; text: flags",
+        "float: see_release; int: random_n; float: random_mean random_high random_max p_random p_floor",
+        "flag: confirmed would_confirm; text: flags",
     ),
     # One row per member of a set, in the order in which the search took it in. `single` is its release alone, `gain`
     # what it added when it was taken in, `without` the set's release minus the set's without it, all on discovery;
     # `effect low high` is the last of these on confirmation; role, direct share and reads are measured with the others
-    # edited.
+    # edited. `context_...` is what the set loses without it on discovery where all members are edited by that donor.
     "members": _columns(
         "text: name site donor; flag: chosen; int: order layer head; text: screen",
         "float: single single_low gain without without_low without_high effect low high",
-        "text: role; float: direct_share direct_share_low direct_share_high reads_picture reads_sound; flag: confirmed",
+        "float: context_blank_muted context_mean_other context_zero; text: role role_alone; float: direct_share",
+        "float: direct_share_low direct_share_high reads_picture reads_sound; flag: confirmed would_confirm",
     ),
     # The search's path: action is "start", "add", "drop" (gains below delta at the end) or "take out".
     "steps": _columns("text: site donor start; int: step; text: action; int: layer head; float: release gain"),
@@ -134,12 +141,15 @@ TABLES: dict[str, dict[str, str]] = {
     # "accuracy" has a cell and a rule: right among the "two" answers, or in the whole "vocabulary"; "says sound" and
     # "says picture" are rates of each answer where the sound is muted.
     "behaviour": _columns("text: half chosen quantity cell rule; float: value low high; int: n"),
-    # One row per conflict: who it is, where it was dealt, what the unedited model does.
+    # One row per conflict: who it is, where it was dealt, what the unedited model does; `cut_to_s` is the length that
+    # all its cells were cut to (NaN where its clips are equally long), `whole_s` that of the longer of its two clips.
     "conflicts": _columns(
         "text: id half; int: component; flag: competent analysed; text: sound_answer picture_answer says",
-        "float: M_va M_av M_blank_a M_blank_v C G",
+        "float: M_va M_av M_blank_a M_blank_v M_v_muted M_a_muted C G cut_to_s whole_s",
     ),
 }
+
+TABLES["mlps"] = {name: kind for name, kind in TABLES["heads"].items() if name != "head"}
 
 _KINDS: dict[str, tuple[Any, Any, Callable[[str], Any]]] = {
     "text": ("object", "", str),
@@ -166,10 +176,16 @@ def _frame(cells: dict[str, list[Any]], name: str) -> pd.DataFrame:
     return pd.DataFrame({column: pd.Series(held, dtype=_KINDS[kinds[column]][0]) for column, held in cells.items()})
 
 
-def read_table(path: Path, name: str) -> pd.DataFrame:
-    """Open a table that was saved as csv."""
-    columns = TABLES[name]
+def read_table(path: Path, name: str, saved: Mapping[str, str] | None = None) -> pd.DataFrame:
+    """Open a table that was saved as csv; of a column that came after the record was `saved`, nothing is known."""
+    known = TABLES[name]
     with foreign_file(path, f"the table {name!r} of a saved isolation"):
+        columns = dict(known if saved is None else saved)
+        if not columns.items() <= known.items() or 2 * len(columns) < len(known):
+            strange = ", ".join(str(column) for column in columns if column not in known)
+            raise ValueError(
+                f"it has {len(columns)} of {len(known)} columns{strange and f', and strange ones: {strange}'}"
+            )
         with path.open(encoding="utf-8", newline="") as file:
             lines = csv.reader(file, strict=True)
             found = next(lines, [])
@@ -179,8 +195,9 @@ def read_table(path: Path, name: str) -> pd.DataFrame:
             cells: list[Any] = list(zip(*lines, strict=True)) or [()] * len(columns)
         if len(cells) != len(columns):
             raise ValueError(f"its rows have {len(cells)} columns, not {len(columns)}")
-        read = [[_KINDS[kind][2](cell) for cell in made] for kind, made in zip(columns.values(), cells, strict=True)]
-        return _frame(dict(zip(columns, read, strict=True)), name)
+        made = zip(columns.items(), cells, strict=True)
+        read = {column: [_KINDS[kind][2](cell) for cell in held] for (column, kind), held in made}
+        return _frame({one: read.get(one, [_KINDS[kind][1]] * len(cells[0])) for one, kind in known.items()}, name)
 
 
 SCHEMA_VERSION = 2
@@ -209,8 +226,9 @@ class Isolation(Brief):
     missing, a sentence each. `stamps` belong on every page: "exploratory" (too few conflicts
     for a verdict), "not interpretable" (the search went on where the protocol would have stopped it). `summary` holds
     the figures that the verdict speaks of (G, C, gap, delta, power ...). `arrays` holds every head's effect on every
-    conflict, `"half/site/estimand/donor"` -> `[example, layer, head]` (NaN where not measured), its rows the competent
-    conflicts of that half in the order of `conflicts`; also `"half/G"` and `"half/C"` -> `[example]`.
+    conflict, `"half/site/estimand/donor"` -> `[example, layer, node]` (NaN where not measured), its rows the competent
+    conflicts of that half in the order of `conflicts`, its nodes the layer's heads and, last, its MLP (in the first
+    edition heads alone); also `"half/G"` and `"half/C"` -> `[example]`.
     """
 
     verdict: str
@@ -221,6 +239,7 @@ class Isolation(Brief):
     reasons: tuple[str, ...] = ()
     summary: Mapping[str, float]
     heads: pd.DataFrame = field(default_factory=partial(table, "heads", ()))
+    mlps: pd.DataFrame = field(default_factory=partial(table, "mlps", ()))
     evidence: pd.DataFrame = field(default_factory=partial(table, "evidence", ()))
     units: pd.DataFrame = field(default_factory=partial(table, "units", ()))
     sets: pd.DataFrame = field(default_factory=partial(table, "sets", ()))
@@ -259,13 +278,20 @@ class Isolation(Brief):
         for key, value in (*self.summary.items(), *([] if share is None else [("s", share)])):
             if not isinstance(value, int | float | np.number):
                 raise InputError(f"{key} is no number: {value!r}.")
-        if strange := sorted(set(self.heads["role"]) - set(ROLE_NAMES)):
-            raise InputError(unknown("role", strange[0], ROLE_NAMES))
+        roles = (*ROLE_NAMES, *MIRRORED_SUPPRESSORS, MIRRORED_CARRIER)
+        if strange := sorted({*self.heads["role"], *self.mlps["role"]} - set(roles)):
+            raise InputError(unknown("role", strange[0], roles))
 
     @property
     def suppressors(self) -> pd.DataFrame:
-        """The confirmed heads that keep the sound from being said: writers, opponents, gates, kind undetermined."""
-        return cast(pd.DataFrame, self.heads[self.heads["role"].isin(RELEASING) & self.heads["confirmed"]])
+        """What is confirmed to keep the sound from being said: writers, opponents, gates, kind undetermined.
+
+        Heads, and after them MLPs, with head -1.
+        """
+        nodes: Any = self.heads
+        if len(self.mlps):
+            nodes = pd.concat([nodes, self.mlps.assign(head=-1)], ignore_index=True)[list(nodes.columns)]
+        return nodes[nodes["role"].isin((*RELEASING, *MIRRORED_SUPPRESSORS)) & nodes["confirmed"]]
 
     def grid(
         self, estimand: str, donor: str = "", *, half: str = "discovery", site: str = "suffix", column: str = "mean"
@@ -289,6 +315,7 @@ class Isolation(Brief):
         if column not in TABLES["evidence"]:
             raise InputError(unknown("column", column, TABLES["evidence"]))
         keep: Any = (frame["estimand"] == estimand) & (frame["half"] == half) & (frame["site"] == site)
+        keep &= frame["head"] >= 0
         rows = frame[keep & (frame["donor"] == donor) if donor else keep]
         if not len(rows):
             pairs = zip(frame["estimand"], frame["donor"], strict=True)
@@ -387,7 +414,7 @@ class Isolation(Brief):
         with foreign_file(folder / "arrays.npz", "the arrays of a saved isolation"):
             arrays = read_arrays(folder / "arrays.npz")
         since = dict(head.get("tables") or TABLES)  # a table that came later is empty in an older record
-        tables: dict[str, Any] = {name: read_table(folder / f"{name}.csv", name) for name in TABLES if name in since}
+        tables: dict[str, Any] = {n: read_table(folder / f"{n}.csv", n, since[n]) for n in TABLES if n in since}
         with foreign_file(folder / "isolation.json", "the head of a saved isolation"):
             said = {name: _typed(head, name, kind) for name, kind in _HEAD.items()}
             said |= {name: tuple(map(str, said[name])) for name in ("stamps", "reasons")}

@@ -10,8 +10,9 @@ import pytest
 import av_lens as avl
 from av_lens.isolation.measuring.behaviour import answered
 from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import Request, measure_requests
-from av_lens.isolation.measuring.engine import Means, ModelEngine
+from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.lab.calibration import stage
 

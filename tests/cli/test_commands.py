@@ -153,6 +153,12 @@ class TestErrors:
         assert result.exit_code == 2
         for said in ("x.jsonl: there is no such file", "Did you mean 'av-tiny'", "Did you mean 'float32'"):
             assert said in result.stderr
+        assert "unknown gate 'stopp'. Did you mean 'stop'" in result.stderr
+        words = ("--suppressed", "pictur", "--protocol", "3", "--layout", "in_vide", "--limit", "0")
+        result = run("isolate", "av-tiny", tmp_path / "x.jsonl", "--out", tmp_path, *words)
+        for said in ("x.jsonl", "unknown suppressed 'pictur'. Did you mean 'picture'", "unknown protocol '3'",
+                     "unknown layout 'in_vide'", "--limit 0 leaves no conflict"):  # fmt: skip
+            assert said in result.stderr
         result = run("isolate", "av-tiny", tmp_path / "x.jsonl", "--out", tmp_path, "--sites", "suffix,sufix")
         assert "unknown site 'sufix'. Did you mean 'suffix'" in result.stderr
         (tmp_path / "pairs.jsonl").write_text("{}\n")
@@ -205,7 +211,7 @@ class TestTables:
         text = drawn(console.head_table(planted_isolation(), rows=2))
         assert "2 of 3" in text
         first = next(line for line in text.splitlines() if "L5 H2" in line)
-        assert " ".join(first.split()) == "L5 H2 picture writer blank_muted 3.77 3.37 4.17 0.46 0.97 0.0012 yes"
+        assert " ".join(first.split()) == "L5 H2 picture writer – blank_muted 3.77 3.37 4.17 0.46 0.97 0.0012 confirmed"
 
     def test_behaviour(self):
         text = drawn(console.behaviour_table(planted_isolation()))

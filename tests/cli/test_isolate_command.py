@@ -54,10 +54,12 @@ def asked(monkeypatch, tmp_path):
 
 def test_options_reach_the_search_and_its_lines_the_terminal(asked, tmp_path):
     run, seen = asked
-    result = run("--limit", 3, "--budget", 2.5, "--quick", "--sites", "suffix, audio", "--gate", "report", "--seed", 7)
+    result = run("--limit", 3, "--budget", 2.5, "--quick", "--sites", "suffix, audio", "--gate", "report", "--seed", 7,
+                 "--suppressed", "picture")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert [conflict.id for conflict in seen["conflicts"]] == ["c0", "c1", "c2"]
-    wanted = dict(budget=2.5, quick=True, sites=("suffix", "audio"), gate="report", seed=7, out=tmp_path / "out")
+    wanted = dict(budget=2.5, quick=True, sites=("suffix", "audio"), gate="report", seed=7, out=tmp_path / "out",
+                  suppressed="picture")  # fmt: skip
     assert {name: seen[name] for name in wanted} == wanted
     assert seen["model"] == "model av-tiny"
     for line in ("Power: enough.", "Estimate: about 3 s.", "c0  discovery  [effects]", "verdict"):
@@ -68,7 +70,9 @@ def test_left_out_options_are_the_functions_own(asked):
     run, seen = asked
     assert run().exit_code == 0
     assert len(seen["conflicts"]) == 5
-    wanted = dict(budget=None, quick=False, sites=("suffix",), gate="stop", seed=0, layout="in_video", s=None)
+    wanted = dict(
+        budget=None, quick=False, sites=("suffix",), gate="stop", seed=0, layout="in_video", s=None, suppressed="sound"
+    )
     assert {name: seen[name] for name in wanted} == wanted
 
 

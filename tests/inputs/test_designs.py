@@ -116,10 +116,10 @@ def test_clips_that_cannot_stand_in_a_conflict_are_counted(folder, clip_file, tm
     assert left["it cannot be read"] == left["it has no picture"] == left["it is shorter than 1 s"] == 1
 
 
-def test_clips_of_one_source_are_never_joined(clip_file, tmp_path):
+def test_clips_of_one_source_are_never_joined(tmp_path):
     rows = []
     for i, (label, source) in enumerate([("dog", "a"), ("rain", "a"), ("dog", "b"), ("rain", "b")]):
-        shutil.copy(clip_file, tmp_path / f"{i}.mp4")
+        small_clip(i).save(tmp_path / f"{i}.mp4")
         rows.append({"file": str(tmp_path / f"{i}.mp4"), "label": label, "source": source})
     for design in ("disjoint", "permutation", "assignment"):
         made = design_conflicts(rows, design=design)

@@ -185,6 +185,10 @@ def test_a_lines_files_are_looked_at_whatever_else_is_wrong_with_it(folder: Path
         conflicts(write(folder, GOOD | {"sound": "nowhere.mp4", "qestion": "?", "answers": ["dog"]}))
     assert "has 3 faults" in str(caught.value)
     assert "line 1: sound: no media file at" in str(caught.value)
+    with pytest.raises(ManifestError) as caught:
+        conflicts(write(folder, GOOD | {"sound": "nowhere.mp4", "start": True}))
+    assert "has 2 faults" in str(caught.value)
+    assert "line 1: sound: no media file at" in str(caught.value)
 
 
 def test_half_a_character_is_refused_in_a_conflict_made_by_hand(folder: Path):

@@ -29,6 +29,7 @@ NAMES = [
     "blank_v",
     "blank_muted",
     "audio_only",
+    "video_only",
 ]
 
 
@@ -80,7 +81,7 @@ def test_each_cell_holds_what_its_name_says(encoder: Encoder, make_clip, layout:
     it = conflict(make_clip)
     cells = it.cells(encoder, layout=layout)
     assert list(cells) == NAMES
-    assert len(cells) == 14
+    assert len(cells) == 15
     assert cells["va"] is cells["va"]
     alone = {
         name: encoder.encode(clip, it.question, sound=layout).tensors
@@ -90,7 +91,7 @@ def test_each_cell_holds_what_its_name_says(encoder: Encoder, make_clip, layout:
     dark = cells["blank_muted"].tensors["pixel_values_videos"]
     assert silence.unique().numel() == 1
     assert [channel.unique().numel() for channel in dark.reshape(-1, 3, 392).unbind(1)] == [1, 1, 1]
-    for name in NAMES[:-1]:
+    for name in NAMES[:-2]:
         picture, sound = name.split("_") if "_" in name else name
         seen = cells[name].tensors["pixel_values_videos"]
         heard = cells[name].tensors["input_features"]
@@ -100,9 +101,12 @@ def test_each_cell_holds_what_its_name_says(encoder: Encoder, make_clip, layout:
         assert cells[name].layout == layout
         assert cells[name].provenance["cell"] == name
         assert cells[name].provenance["cut_to_s"] is None
-    assert len(AVInputs.stack([cells[name] for name in NAMES[:-1]])) == 13
+    assert len(AVInputs.stack([cells[name] for name in NAMES[:-2]])) == 13
     assert cells["audio_only"].layout == "audio_only"
     assert torch.equal(cells["audio_only"].tensors["input_features"], alone["a"]["input_features"])
+    assert cells["video_only"].layout == "video_only"
+    assert torch.equal(cells["video_only"].tensors["pixel_values_videos"], alone["v"]["pixel_values_videos"])
+    assert "input_features" not in cells["video_only"].tensors
 
 
 def test_cells_are_lazy_and_share_their_features(processor: Any, hf: Any, make_clip):
@@ -113,7 +117,7 @@ def test_cells_are_lazy_and_share_their_features(processor: Any, hf: Any, make_c
     assert len(encoder.layout.features.memory) == 0
     for name in NAMES:
         _ = cells[name]
-    # Pictures v, a, w and blank, sounds a, v, w and muted: eight features for fourteen cells.
+    # Pictures v, a, w and blank, sounds a, v, w and muted: eight features for fifteen cells.
     assert len(encoder.layout.features.memory) == 8
     other = conflict(make_clip).cells(encoder, question="See?")
     _ = other["va"]
@@ -151,8 +155,9 @@ def test_sources_of_unequal_length_are_cut_to_the_shortest_and_it_is_said(encode
     it = conflict(make_clip, sound=make_clip(2.3, seed=1), picture=make_clip(3.0, seed=2), third=make_clip(2.0, seed=3))
     cells = it.cells(encoder)
     assert cells["va"].provenance["cut_to_s"] == pytest.approx(2.0)
-    assert {len(cells[name].spans.audio) for name in NAMES} == {50}
-    assert {len(cells[name].spans.video) for name in NAMES[:-1]} == {12}
+    assert cells["va"].provenance["whole_s"] == pytest.approx(3.0)  # the longer of the conflict's two clips
+    assert {len(cells[name].spans.audio) for name in NAMES[:-1]} == {50}
+    assert {len(cells[name].spans.video) for name in NAMES if name != "audio_only"} == {12}
     assert any("trimmed to 0-2 s" in note for note in cells["va"].provenance["notes"])
 
 
@@ -162,7 +167,7 @@ def test_sources_with_other_frame_times_still_share_a_layout(encoder: Encoder, m
         make_clip, sound=make_clip(1.52, fps=50.0, seed=1), picture=make_clip(2.0, fps=10.0, seed=2), third=None
     )
     cells = it.cells(encoder, fps=4)
-    assert len({len(cells[name].spans) for name in list(cells)[:-1]}) == 1
+    assert len({len(cells[name].spans) for name in list(cells)[:-2]}) == 1
 
 
 def test_pictures_of_another_size_are_cropped_and_scaled_and_it_is_said(encoder: Encoder, make_clip):

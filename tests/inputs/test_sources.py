@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 from media_samples import chirp, picture
 
 from av_lens.errors import InputError, ManifestError
-from av_lens.inputs import Conflict, conflicts
+from av_lens.inputs import Conflict, conflicts, sources
 from av_lens.inputs.conflict import ClipKeys
 from av_lens.inputs.sources import sources_of
-from av_lens.media import Clip, ClipFile
+from av_lens.media import Clip, ClipFile, fingerprints
 from av_lens.media.fingerprints import fingerprint
+from av_lens.results import dealing
 
 
 def written(path, *, frames=None, sound=None, seed=0):
@@ -164,3 +166,70 @@ def test_the_manifest_names_sources(tmp_path):
             conflicts(tmp_path / "bad.jsonl")
     with pytest.raises(InputError, match=r"conflict 'c0': 'source' is a list of two texts"):
         dogs((ClipFile(str(tmp_path / "0.mp4")),) * 2, source=("x", ""))
+
+
+# ---- counted as what they are, and every planted fault is seen
+
+
+@pytest.fixture(scope="module")
+def footage(tmp_path_factory):
+    """A film, its copy, its sound and its picture elsewhere, two films in the dark, two silent ones; and windows."""
+    folder = tmp_path_factory.mktemp("footage")
+    frames, sound, dark = picture(), chirp(), np.zeros((16, 48, 48, 3), dtype=np.uint8)
+    made = {
+        "film": written(folder / "film.mp4", frames=frames, sound=sound),
+        "its sound": written(folder / "sound.mp4", sound=sound, seed=1),
+        "its picture": written(folder / "picture.mp4", frames=frames, seed=2),
+        "dark": written(folder / "dark.mp4", frames=dark, seed=3),
+        "dark too": written(folder / "dark2.mp4", frames=dark, seed=4),
+        "silent": written(folder / "silent.mp4", sound=np.zeros(32000, dtype=np.float32), seed=5),
+        "silent too": written(folder / "silent2.mp4", sound=np.zeros(32000, dtype=np.float32), seed=6),
+    }
+    made["copy"] = remuxed(made["film"], folder / "copy.mkv")
+    clips = {name: ClipFile(str(path)) for name, path in made.items()}
+    long = str(written(folder / "long.mp4", seed=7))
+    for name, window in (("early", (0, 2)), ("overlapping", (1, 3)), ("close", (12.5, 14)), ("far", (30, 32))):
+        clips[name] = ClipFile(long, start=window[0], end=window[1])
+    return clips
+
+
+def counted(clips):
+    """Groups of clips that are one source; pairs that come twice."""
+    fingerprints._decoded.cache_clear()
+    listed = list(clips)
+    found = sources.sources_of(dogs(*((clips[name], clips["far"]) for name in listed)), ClipKeys())
+    groups = {}
+    for name in listed:
+        groups.setdefault(found.of(SimpleNamespace(sound=clips[name]), "sound"), set()).add(name)
+    pairs = [("film", "far"), ("far", "copy"), ("early", "dark"), ("dark", "overlapping"), ("silent", "dark")]
+    joined = dogs(*((clips[a], clips[v]) for a, v in pairs))
+    of = sources.sources_of(joined, ClipKeys()).of
+    members = [dealing.Member(c.id, of(c, "sound"), of(c, "picture"), "dog", c.question) for c in joined]
+    return sorted(sorted(group) for group in groups.values() if len(group) > 1), dealing.doubled(members)
+
+
+COUNTED = [["close", "early", "overlapping"], ["copy", "film", "its picture", "its sound"]], [1, 3]
+
+
+def test_footage_is_counted_as_what_it_is(footage):
+    assert counted(footage) == COUNTED
+
+
+FAULTS = {
+    "sounds are not compared": (sources, "fingerprint", lambda path, sha: (None, fingerprint(path, sha)[1])),
+    "pictures are not compared": (sources, "fingerprint", lambda path, sha: (fingerprint(path, sha)[0], None)),
+    "dark and silence are evidence": (fingerprints._Stream, "hash", lambda self: self.digest.hexdigest()),
+    "close windows are two sources": (sources, "APART", 0.0),
+    "far windows are one source": (sources, "APART", 100.0),
+    "windows are not looked at": (sources, "clip_window", lambda clip: (0.0, None)),
+    "names are the clips' own": (sources, "linked", lambda groups: tuple(range(len(groups)))),
+    "a pair the other way round is another": (dealing, "frozenset", lambda sources: tuple(sources)),
+    "nothing comes twice": (dealing, "doubled", lambda conflicts: []),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_seen(footage, monkeypatch, fault):
+    place, name, wrong = FAULTS[fault]
+    monkeypatch.setattr(place, name, wrong, raising=name != "frozenset")
+    assert counted(footage) != COUNTED

@@ -12,13 +12,15 @@ from fake_model import N_HEADS, N_LAYERS, FakeModel, fake_conflicts, isolated
 from av_lens.errors import ProtocolError
 from av_lens.isolation.measuring import effects as estimands
 from av_lens.isolation.measuring.behaviour import survey
-from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import Estimand, Request, direct_writes, figures, measure_requests, requests
-from av_lens.isolation.measuring.engine import Means, ModelEngine
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import Store
 from av_lens.isolation.naming.evidence import gather, null_share, search
-from av_lens.isolation.naming.roles import adjust, run_tests, run_tests_together
+from av_lens.isolation.naming.roles import adjust, family_size, run_tests, run_tests_together
 from av_lens.isolation.sets.sets import CONTROLS, controls, release_of_sets
 from av_lens.results.dealing import DISCOVERY
 from av_lens.results.statistics import Bootstrap
@@ -158,7 +160,7 @@ def searched(engine, folder, sites=("suffix",), floor=None):
     bench = benched(engine, folder)
     survey(bench.chunks(range(N)), N)
     half = half_of(DISCOVERY)
-    found = search(bench, half, s=0.1, floor=floor, sites=sites, seed=0)
+    found = search(bench, half, s=0.1, floor=floor, sites=sites, seed=0, family=family_size(12, len(sites), 3))
     rows = controls(bench.chunks(range(N)), [WRITER], "zero", half=half)
     return found, rows
 
@@ -197,7 +199,7 @@ def test_the_null_is_the_99th_percentile_over_heads_of_the_largest_release_under
         chunk.means = Means.over(chunks)
     found = null_share(chunks, np.arange(N), np.full(N, 7.0))
     # Under control L1H1 writes 8 and L1H2 5 to the picture's answer, all other heads nothing.
-    largest = np.array([0.0] * 10 + [5.0, 8.0])
+    largest = np.array([0.0] * 13 + [5.0, 8.0])
     assert found == pytest.approx(np.percentile(largest, 99) / 7, abs=1e-4)
     assert null_share(benched(ModelEngine(FakeModel(noise=0.0))).chunks(range(N)), np.arange(N), np.full(N, 7.0)) > 1
 
@@ -208,9 +210,10 @@ def test_the_null_is_the_99th_percentile_over_heads_of_the_largest_release_under
 def test_q_counts_every_site_that_was_asked_for(tmp_path):
     found, _ = searched(ModelEngine(FakeModel()), None)
     tests = [found.first.tests]
-    one, release_one = adjust(tests)
-    twice, release_twice = adjust(tests * 2)
-    asked, _ = adjust(tests, n_sites=2)
+    n = family_size(12, 1, 3)
+    one, release_one = adjust(tests, family=n)
+    twice, release_twice = adjust(tests * 2, family=2 * n)
+    asked, _ = adjust(tests, family=2 * n)
     role = ("picture writer", "zero")
     # The same tests at two sites: every rank and the family double. One of two sites missing: only the family does.
     np.testing.assert_allclose(twice[0][role], one[0][role])
@@ -298,7 +301,7 @@ def test_the_mean_of_many_bfloat16_outputs_is_their_mean():
     bench = benched(ModelEngine(FakeModel()))
     means = Means.over(bench.chunks(range(N)))
     exact = means.donor("va", means.sound[:1], means.picture[:1])
-    means.z.update({name: z.bfloat16() for name, z in means.z.items()})
+    means._kept.update({key: z.bfloat16() for key, z in means._kept.items()})
     rounded = means.donor("va", means.sound[:1], means.picture[:1])
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, rtol=2**-8, atol=1e-3)

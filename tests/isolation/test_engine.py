@@ -14,8 +14,9 @@ from av_lens.inputs import Conflict
 from av_lens.inputs.conflict import clip_key
 from av_lens.isolation import isolate
 from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import Request, direct_writes, edited_readings, measure_requests
-from av_lens.isolation.measuring.engine import Means, ModelEngine
+from av_lens.isolation.measuring.engine import LATER, MLP, ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
 from av_lens.model import load
@@ -80,11 +81,13 @@ WANTED = [
     Request("va", "zero", freeze=True),
     Request("va", "vw"),
     Request("blank_a", "va"),
+    Request("va", "zero", freeze=True, mlps=LATER),
+    Request("va", "blank_muted", mlps=(2, 3)),
 ]
 
 
 def test_restarts_equal_full_hooked_runs(by_trace, by_hooks):
-    heads = [(0, 1), (2, 3), (3, 0)]
+    heads = [(0, 1), (2, 3), (3, 0), (0, MLP), (2, MLP)]
     one = measure_requests([by_trace], WANTED, heads=heads, examples=np.arange(4))
     two = measure_requests([by_hooks], WANTED, heads=heads, examples=np.arange(4))
     for request in WANTED:
@@ -106,7 +109,7 @@ def test_a_cell_into_itself_changes_nothing(by_trace):
     engine = by_trace.bench.engine
     for cell in ("va", "blank_muted"):
         recording = by_trace.run(cell)
-        own = recording.site_z
+        own = recording.at_site("z")
         every = [(layer, head) for layer in range(4) for head in range(4)]
         z = {(layer, head): own[layer, :, :, head] for layer, head in every}
         plans = [*(recording.plan({head: z[head]}) for head in every), recording.plan(z)]
@@ -128,6 +131,37 @@ def test_in_the_last_layer_the_direct_effect_is_the_whole_effect(by_trace):
     np.testing.assert_allclose(found[free].margin[:, 3], found[frozen].margin[:, 3], atol=1e-4)
 
 
+def test_the_own_write_is_what_the_stream_and_the_final_norm_make_of_it(by_trace):
+    """With all later heads and MLPs held, the stream that is read out moves by the write alone."""
+    model, nodes = by_trace.bench.engine.model, [(0, 1), (2, 3), (1, MLP), (3, MLP)]
+    wanted = Request("va", "zero", freeze=True, mlps=LATER)
+    found = measure_requests([by_trace], [wanted], heads=nodes, examples=np.arange(4))[wanted].margin
+    for node in nodes:
+        change = []
+        for cell in ("va", "av"):
+            recording, (layer, head) = by_trace.run(cell), node
+            own = recording.parts["mlp_out"][layer, :, -1]
+            if head != MLP:
+                own = recording.parts["z"][layer, :, -1, head] @ model.W_O[layer, head].detach()
+            norm = model.ln_final.original_component
+            with torch.no_grad():
+                said = [norm(stream) @ model.W_U for stream in (recording.final, recording.final - own)]
+            scores = [by_trace.bench.candidates.scores(logits, by_trace.examples) for logits in said]
+            change.append(np.subtract(*(by_trace.bench.candidates.margin(s, by_trace.examples) for s in scores[::-1])))
+        np.testing.assert_allclose(found[:, *node], 0.5 * (change[0] - change[1]), atol=1e-4)
+
+
+def test_a_named_mlp_that_is_held_takes_what_passes_through_it(by_trace):
+    """The last layer's head, its own layer's MLP held, is left with its write; an MLP before the head holds nothing."""
+    free, write = Request("va", "zero"), Request("va", "zero", freeze=True, mlps=LATER)
+    own, before = Request("va", "zero", mlps=(3,)), Request("va", "zero", mlps=(0, 1, 2))
+    found = measure_requests([by_trace], [free, write, own, before], heads=[(3, 2)], examples=np.arange(4))
+    found = {request: effect.margin[:, 3, 2] for request, effect in found.items()}
+    np.testing.assert_allclose(found[own], found[write], atol=1e-4)
+    np.testing.assert_allclose(found[before], found[free], atol=1e-6)
+    assert np.abs(found[own] - found[free]).max() > 1e-4
+
+
 def test_earlier_heads_have_an_indirect_part(by_trace):
     free, frozen = Request("va", "zero"), Request("va", "zero", freeze=True)
     found = measure_requests([by_trace], [free, frozen], heads=[(0, 0)], examples=np.arange(4))
@@ -145,7 +179,7 @@ def test_direct_writes_are_the_heads_share_of_the_logit_difference(by_trace):
         recording = by_trace.run(cell)
         final = recording.final
         scale = (final.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
-        write = recording.z[2, :, -1, 1] @ model.W_O[2, 1].detach()
+        write = recording.parts["z"][2, :, -1, 1] @ model.W_O[2, 1].detach()
         change = (write / scale * norm.weight.detach()) @ model.W_U.detach()
         for i in range(4):
             a, v = (
@@ -157,7 +191,7 @@ def test_direct_writes_are_the_heads_share_of_the_logit_difference(by_trace):
 
 def test_mean_donors_leave_out_conflicts_that_share_an_answer(by_trace):
     # Answers go round in fours: of four conflicts exactly the opposite one shares none.
-    z = by_trace.means.z["va"]
+    z = by_trace.means.outputs("z", "va")
     candidates = by_trace.bench.candidates
     found = by_trace.means.donor("va", candidates.sound, candidates.picture)
     for i in range(4):
@@ -167,8 +201,8 @@ def test_mean_donors_leave_out_conflicts_that_share_an_answer(by_trace):
 
 
 def test_mean_other_is_aligned_from_the_end(by_trace):
-    own = by_trace.run("va").site_z
-    other = by_trace.means.z["see"]
+    own = by_trace.run("va").at_site("z")
+    other = by_trace.means.outputs("z", "see")
     assert other.shape[2] > own.shape[2]  # "Who is it?" is longer than "What?"
     donor = by_trace.donor("va", "mean_other")
     assert donor.shape == own.shape

@@ -98,6 +98,8 @@ def test_the_set_restores_the_whole_gap_and_random_sets_do_not(finished):
     assert (chosen.says_sound_before, chosen.says_sound) == (0, 1)
     assert chosen.random_max < 0.1  # some hold a carrier of the sound, and lower hearing
     assert chosen.confirmed
+    assert chosen.see_release == found.ablation.query("arm == 'see heads'")["release"].iloc[0]
+    assert f"as many heads that `see` needs most restore {chosen.see_release:.2f}" in found.verdict
     assert chosen.random_n == len(found.ablation.query("arm == 'random'"))
     assert chosen.p_random == pytest.approx(1 / (1 + chosen.random_n))
     curve = found.ablation.query("arm == 'set'")["release"].to_numpy()
@@ -125,7 +127,13 @@ def test_the_protocol_is_written_first_and_the_record_opens_equal(finished):
     assert stages[0] == "reading every cell"
     assert any("exact effects of 12 heads" in stage for stage in stages)
     assert "exploratory" in found.stamps
-    assert "Confirmed at suffix: picture writer L2H0; sound opponent L2H1; gate L0H1." in found.verdict
+    holm = found.heads.query("role in ('picture writer', 'sound opponent', 'gate')")["p_holm"].max()
+    listed = "picture writer L2H0; sound opponent L2H1; gate L0H1"
+    assert f"Confirmed, untested over words (fewer than 8) at suffix: {listed} (p after Holm at most {holm:.2g})." in (
+        found.verdict
+    )
+    assert f"(p = {found.sets.query('chosen')['p_random'].iloc[0]:.3f}, floor " in found.verdict
+    assert "A member's role is the same alone and in the set where not said otherwise." in found.verdict
 
 
 def test_protocol_stands_before_the_first_effect(tmp_path):
@@ -149,8 +157,10 @@ def test_nothing_to_explain_stops_the_search():
     assert on.verdict_kind == "no suppression"
     assert "not interpretable" in on.stamps
     assert not len(on.suppressors)
-    assert "No head at suffix is confirmed as a suppressor above 0.10 of G." in on.verdict
-    assert "find with 80% power" in on.verdict
+    assert on.verdict.startswith("No suppression: hearing falls from G = 7.00")
+    assert "What the search would have named at suffix: no head as a suppressor above 0.10 of G." in on.verdict
+    assert "The smallest release of a single head that 24 components and 132 tests find with 80% power" in on.verdict
+    assert "confirmed" not in on.verdict
 
 
 def test_interference_is_told_from_dominance():
@@ -218,4 +228,4 @@ def test_two_sites_share_one_family():
     found = isolated(FakeModel(), fake_conflicts(44), s=0.1, sites=("suffix", "generation"))
     assert found.protocol["family"] == 12 * 2 * 11
     assert set(found.heads["site"]) == {"suffix", "generation"}
-    assert "Confirmed at suffix, generation:" in found.verdict
+    assert "Confirmed, untested over words (fewer than 8) at suffix, generation:" in found.verdict

@@ -10,8 +10,9 @@ from tiny import letter
 
 from av_lens.isolation.explaining import knowledge
 from av_lens.isolation.explaining.knowledge import LENS_CELLS, MOST_POSITIONS, SPANS, lens_readings, spaced
-from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.bench import Bench
 from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.methods.probes import Streams, probe
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY, Halves, Member

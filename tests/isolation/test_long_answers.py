@@ -1,21 +1,19 @@
 """Answers of several tokens: `isolate`'s figures against teacher-forced HuggingFace forwards with hooks by hand.
 
-The second implementation runs HuggingFace's own class on the prompt with an answer's tokens after it, one answer, one
-edit and one conflict at a time; edits are made at the prompt's positions alone, by hooks on `o_proj`.
+The second implementation (`plain_protocol`) runs HuggingFace's own class on the prompt with an answer's tokens after
+it, one answer, one edit and one conflict at a time; edits are made at the prompt's positions alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from pieces import LABELS, ONE, pieces_model
 from plain_cases import case
-from plain_forward import PlainEdit, PlainModel, removed
-from plain_protocol import MIRROR, RELEASES, Plain
+from plain_forward import PlainModel
+from plain_protocol import DIRECT, RELEASES, Plain
 from tiny import tiny_clip, tiny_hf_model, tiny_processor, untouched
 
 from av_lens.inputs import Answer, Conflict
@@ -24,9 +22,11 @@ from av_lens.isolation import isolate
 from av_lens.isolation.explaining.knowledge import paths
 from av_lens.isolation.explaining.units import Asked, Unit, _chunk_units
 from av_lens.isolation.measuring.behaviour import answered
-from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import ESTIMANDS, FIRST_RELEASE, Request, figures, measure_requests, requests
-from av_lens.isolation.measuring.engine import Means, ModelEngine
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.naming.roles import Cuts, Evidence, _parts
 from av_lens.isolation.sets.sets import SetReleases, release_of_sets
@@ -43,87 +43,6 @@ ANSWERS = [
     (["x"], ["y"]),
     (["mouse"], ["frog"]),
 ]
-
-
-NOTHING = PlainEdit()
-
-
-NOTHING = PlainEdit()
-
-
-class Plainly:
-    """Scores and effects by hand."""
-
-    def __init__(self, plain, listed):
-        self.plain, self.answers = plain, {one.id: one.answers for one in listed}
-        self.firsts = {answer.text: answer.first_tokens for one in listed for answer in one.answers}
-        self.known = {}
-
-    def base(self, one, cell, tokens, question):
-        """The prompt with an answer's tokens after it, unedited; and what the final norm is given from there on."""
-        key = one.id, cell, tokens[:-1], question
-        if key not in self.known:
-            tensors = (one.cells if question == "asked" else one.see)[cell]
-            extra = torch.tensor([tokens[:-1]], dtype=torch.long)
-            new = {"input_ids": extra, "attention_mask": torch.ones_like(extra)}
-            longer = {name: torch.cat((tensors[name], added), 1) for name, added in new.items()}
-            run = self.plain.model.run(tensors | longer)
-            asked = tensors["input_ids"].shape[1] - 1
-            self.known[key] = run, asked, self.streams(run, NOTHING)[0, asked:]
-        return self.known[key]
-
-    @torch.no_grad()
-    def streams(self, run, edit):
-        """What enters the final norm, from the text model's own forward."""
-        model, kept = self.plain.model, []
-        hooks = [
-            layer.self_attn.o_proj.register_forward_pre_hook(model._z_hook(number, run, edit))
-            for number, layer in enumerate(model.text.layers)
-        ]
-        hooks.append(model.text.norm.register_forward_pre_hook(lambda _, args: kept.append(args[0])))
-        with removed(hooks):
-            model.text(**run.inputs, use_cache=False)
-        return kept[0]
-
-    @torch.no_grad()
-    def logits(self, one, cell, tokens, edit=NOTHING, question="asked", *, frozen=False):
-        """The logits from the asked position on, `[token, d_vocab]`; frozen: at the unedited run's norm."""
-        run, asked, own = self.base(one, cell, tokens, question)
-        norm, head = self.plain.model.text.norm, self.plain.model.hf.lm_head
-        stream = own if edit is NOTHING else self.streams(run, edit)[0, asked:]
-        scale = (own.double().pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt().float()
-        return head(norm.weight * stream / scale if frozen else norm(stream)).double()
-
-    def score(self, one, cell, answer, edit=NOTHING, **how):
-        """The summed log-probability of an answer, synonyms pooled."""
-        sums = []
-        for tokens in answer.options:
-            logits = self.logits(one, cell, tokens, edit, **how).log_softmax(-1)
-            sums.append(sum(float(logits[i, token]) for i, token in enumerate(tokens)))
-        return float(np.logaddexp.reduce(sums))
-
-    def margin(self, one, cell, edit=NOTHING, **how):
-        a, v = self.answers[one.id]
-        return self.score(one, cell, a, edit, **how) - self.score(one, cell, v, edit, **how)
-
-    def first(self, one, cell, edit=NOTHING, **how):
-        """The same at the first token of each synonym."""
-        logits = self.logits(one, cell, (0,), edit, **how)[0]
-        a, v = (logits[list(set(answer.first_tokens))].logsumexp(0) for answer in self.answers[one.id])
-        return float(a - v)
-
-    def edit(self, one, cell, donor, heads, pool, *, hold=False):
-        there = {head: self.plain.donor_z(one, cell, donor, head, "suffix", pool) for head in heads}
-        return PlainEdit(there, hold_after=max(layer for layer, _ in heads) if hold else None)
-
-    def effect(self, one, donor, heads, pool, *, cells=("va", "av"), hold=False, of="margin", **how):
-        """Half of [change in a cell - change in its mirror]."""
-        found = []
-        for cell, name in ((cells[0], donor), (cells[1], MIRROR.get(donor, donor))):
-            edit = self.edit(one, cell, name, heads, pool, hold=hold)
-            figure = getattr(self, of)
-            found.append(figure(one, cell, edit, **how) - figure(one, cell, **how))
-        return 0.5 * (found[0] - found[1])
 
 
 def literal(tokenizer, words):
@@ -148,9 +67,14 @@ def both():
         )
         for i, pair in enumerate(ANSWERS)
     ]
-    cases = [replace(case(model, one), words=tuple(answer.text for answer in one.answers)) for one in listed]
-    ours = Plainly(Plain(plain_model, cases, {}), listed)
-    return SimpleNamespace(model=model, listed=listed, cases=cases, plain=ours, rows=np.arange(len(listed)))
+    cases = [case(model, one) for one in listed]
+    options = {answer.text: answer.options for one in listed for answer in one.answers}
+    plain = Plain(plain_model, cases, options)
+    return SimpleNamespace(model=model, listed=listed, cases=cases, plain=plain, rows=np.arange(len(listed)))
+
+
+def effect(both, one, donor, heads, of="M", **how):
+    return both.plain.effect(one, donor, heads, "suffix", both.cases, **how)[of]
 
 
 def bench_of(both, how="trace"):
@@ -185,31 +109,25 @@ def test_conflicts_of_one_token_run_apart(chunks):
     ("cell", "question"), [("va", "ask"), ("av", "ask"), ("audio_only", "ask"), ("v_muted", "see")]
 )
 def test_behaviour_is_read_from_summed_log_probabilities(both, chunks, cell, question):
-    how = {"question": "asked" if question == "ask" else question}
+    asked = "hear" if question == "ask" else question
     for chunk in chunks:
         read, rows = chunk.reading(cell, question), [both.cases[i] for i in chunk.examples]
-        equal([both.plain.margin(one, cell, **how) for one in rows], chunk.margin(cell, question), cell)
+        equal([both.plain.m(one, cell, asked) for one in rows], chunk.margin(cell, question), cell)
         for one, top, mass in zip(rows, read.top, read.mass, strict=True):
-            answers = both.plain.answers[one.id]
-            said = sum(np.exp(both.plain.score(one, cell, answer, **how)) for answer in answers)
-            np.testing.assert_allclose(mass, said, rtol=1e-4)
-            token = int(both.plain.logits(one, cell, (0,), **how)[0].argmax())
+            np.testing.assert_allclose(mass, both.plain.mass(one, cell, asked), rtol=1e-4)
+            token = both.plain.best_of_all(one, cell, asked)
             assert top == next((n for n, ids in enumerate(chunk.bench.candidates.ids) if token in ids), -1)
 
 
 def test_effects_of_heads(both, chunks):
     effects = measure_requests(chunks, requests(chunks), heads=HEADS, examples=both.rows)
-    found, blank = figures(effects), {"cells": ("blank_a", "blank_v")}
-    wanted = [("release", donor, 1, {}) for donor in (*RELEASES, "mean_task")]
-    wanted += [("release (norm frozen)", donor, 1, {"frozen": True}) for donor in RELEASES]
-    wanted += [("direct", donor, 1, {"hold": True, "of": "first"}) for donor in RELEASES]
-    wanted += [(FIRST_RELEASE, donor, 1, {"of": "first"}) for donor in RELEASES]
-    wanted += [("fall of G", donor, -1, blank) for donor in RELEASES]
-    wanted += [("reads picture", "wa", 1, {}), ("reads sound", "vw", 1, {})]
-    for number, (name, donor, sign, how) in enumerate(wanted):
-        layer, head = HEADS[number % len(HEADS)]
-        ours = [sign * both.plain.effect(one, donor, [(layer, head)], both.cases, **how) for one in both.cases]
-        equal(ours, found[name, donor][:, layer, head], f"{name} {donor}")
+    found = figures(effects)
+    for layer, head in HEADS:
+        ours = [both.plain.node_effects(one, (layer, head), "suffix", both.cases) for one in both.cases]
+        for key in ours[0].keys() & {"/".join(key) for key in found}:
+            values = np.array([one[key] for one in ours])
+            np.testing.assert_allclose(found[*key.split("/")][:, layer, head], values, atol=ATOL, err_msg=key)
+            assert np.abs(values).max() > ATOL, key
     for donor in RELEASES:
         layer, head = HEADS[0]
         less = found["direct", donor] - found[FIRST_RELEASE, donor]
@@ -220,35 +138,9 @@ def test_effects_of_heads(both, chunks):
 
 def test_with_the_answer_held_too_the_sum_moves_as_its_first_token_does(both):
     """Why direct shares lose nothing by being read at the first token."""
-    cases, figures_of = [both.cases[0], both.cases[1], both.cases[4]], ("margin", "first")
-    whole, first = (
-        [both.plain.effect(one, "zero", [(1, 2)], both.cases, of=of, hold=True) for one in cases] for of in figures_of
-    )
+    cases = [both.cases[0], both.cases[1], both.cases[4]]
+    whole, first = ([effect(both, one, "zero", [(1, 2)], of=of, held=DIRECT) for one in cases] for of in ("M", "first"))
     equal(whole, first)
-
-
-def test_other_candidates_and_the_rise_are_read_at_the_first_token(both, chunks):
-    (request,), (layer, head) = [Request("va", "zero")], HEADS[0]
-    found = measure_requests(chunks, [request], heads=HEADS[:1], examples=both.rows)[request]
-
-    def scores(one, cell, edit=NOTHING):
-        """The heard answer over the others at the first token, and its whole score over the mean of all."""
-        answers = both.plain.answers[one.id]
-        logits = both.plain.logits(one, cell, (0,), edit)[0]
-        logits = logits if all(answer.single for answer in answers) else logits.log_softmax(-1)
-        first = {text: float(logits[list(set(tokens))].logsumexp(0)) for text, tokens in both.plain.firsts.items()}
-        two, heard = [answer.text for answer in answers], answers[0 if cell == "va" else 1]
-        rise = first[heard.text] - np.mean([value for text, value in first.items() if text not in two])
-        if not all(answer.single for answer in answers):
-            first |= {answer.text: both.plain.score(one, cell, answer, edit) for answer in answers}
-        return np.array([rise, first[heard.text] - np.mean(list(first.values()))])
-
-    ours = []
-    for one in both.cases:
-        edits = {cell: both.plain.edit(one, cell, "zero", HEADS[:1], both.cases) for cell in ("va", "av")}
-        ours.append(0.5 * sum(scores(one, cell, edit) - scores(one, cell) for cell, edit in edits.items()))
-    for number, values in enumerate((found.rise, found.on_sound)):
-        equal(np.array(ours)[:, number], values[:, layer, head])
 
 
 def test_direct_shares_and_their_p_are_of_the_release_at_the_first_token():
@@ -261,15 +153,15 @@ def test_direct_shares_and_their_p_are_of_the_release_at_the_first_token():
     cuts = Cuts.of(found, np.full((2, 2), "zero", dtype=object), s=0.1)
     np.testing.assert_allclose(cuts.share.value, direct.mean(0) / first.mean(0))
     np.testing.assert_allclose(cuts.release.value, values["release", "zero"].mean(0))
-    np.testing.assert_array_equal(_parts(found, 0.1)["direct zero"], direct - 0.5 * first)
+    np.testing.assert_array_equal(_parts(found, 0.1, False)["direct zero"], direct - 0.5 * first)
     alone = Evidence({key: one for key, one in values.items() if key[0] != FIRST_RELEASE}, found.half)
-    np.testing.assert_array_equal(_parts(alone, 0.1)["direct zero"], direct - 0.5 * values["release", "zero"])
+    np.testing.assert_array_equal(_parts(alone, 0.1, False)["direct zero"], direct - 0.5 * values["release", "zero"])
 
 
 def test_sets_and_further_edits_on_top_of_edited_runs(both, chunks):
     members = [(0, 1), (1, 2)]
     for donor in RELEASES:
-        ours = [both.plain.effect(one, donor, members, both.cases) for one in both.cases]
+        ours = [effect(both, one, donor, members) for one in both.cases]
         equal(ours, release_of_sets(chunks, [members], [donor], both.rows).release[0])
         releases = SetReleases(chunks, both.rows, donor)
         releases.added([(0, 1)], [(1, 2)])
@@ -277,19 +169,18 @@ def test_sets_and_further_edits_on_top_of_edited_runs(both, chunks):
 
 
 def test_units_and_paths(both, chunks):
-    unit = Unit("attention", 1, -1, tuple(range(4)), mlp=False)
+    heads = [(1, head) for head in range(4)]
+    unit = Unit("attention", 1, -1, tuple(heads))
     found = {}
     for chunk in chunks:
         made = _chunk_units(chunk, [unit], [Asked("release", "va", "zero")])["margin"]
         found |= zip(chunk.examples.tolist(), made, strict=True)
-    heads = [(1, head) for head in range(4)]
-    ours = [both.plain.effect(one, "zero", heads, both.cases) for one in both.cases]
+    ours = [effect(both, one, "zero", heads) for one in both.cases]
     equal(ours, np.array([found[i][0, 0] for i in range(len(ours))]))
-    effect = paths(chunks[0], "va", [((1, 2), "zero")], [])["effect"]
+    found = paths(chunks[0], "va", [((1, 2), "zero")], [])["effect"]
     rows = [both.cases[i] for i in chunks[0].examples]
-    equal([both.plain.effect(one, "zero", [(1, 2)], both.cases) for one in rows], effect[:, 0, 0])
-    first = {"hold": True, "of": "first"}
-    equal([both.plain.effect(one, "zero", [(1, 2)], both.cases, **first) for one in rows], effect[:, 0, 1])
+    equal([effect(both, one, "zero", [(1, 2)]) for one in rows], found[:, 0, 0])
+    equal([effect(both, one, "zero", [(1, 2)], of="first", held=DIRECT) for one in rows], found[:, 0, 1])
 
 
 def test_restarts_equal_hooked_runs(both, chunks):

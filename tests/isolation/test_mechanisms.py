@@ -27,7 +27,7 @@ from av_lens.isolation.explaining.routes import (
 from av_lens.isolation.explaining.routes import ROUTE_ARMS as ROUTE_ARMS
 from av_lens.isolation.measuring.bench import Bench
 from av_lens.isolation.measuring.effects import Request, measure_requests
-from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.engine import LATER, MLP, ModelEngine
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut
@@ -210,7 +210,7 @@ def test_queries_keys_and_values_are_taken_one_at_a_time(tiny):
         torch.testing.assert_close(read.v[:, media], (theirs if "V" in name else own).v[:, media])
         torch.testing.assert_close(read.k[:, text], own.k[:, text])
         torch.testing.assert_close(read.v[:, text], own.v[:, text])
-    torch.testing.assert_close(own.z, tiny.run("va").site_z[1, :, :, 2])
+    torch.testing.assert_close(own.z, tiny.run("va").at_site("z")[1, :, :, 2])
 
 
 def test_paths_equal_path_patch_in_both_cells(tiny):
@@ -232,6 +232,32 @@ def test_paths_equal_path_patch_in_both_cells(tiny):
         got = found[:, path_columns(heads).index(name)]
         np.testing.assert_allclose(got, wanted.sel(receiver=name).values.squeeze(), atol=2e-5, err_msg=name)
     assert np.abs(found[:, path_columns(heads).index("joint")]).max() > 1e-3
+
+
+@pytest.mark.parametrize(("node", "sender", "first"), [((0, 1), (0, 1), 0), ((1, MLP), (1, "mlp"), 2)])
+def test_paths_through_mlps_equal_path_patch_with_all_others_held(tiny, node, sender, first):
+    found = paths(tiny, "va", [(node, "blank_muted")], [(3, 0)], range(4))["effect"][:, 0]
+    column = {name: found[:, number] for number, name in enumerate(path_columns([(3, 0)], range(4)))}
+    metric = logit_diff(each([letter("a"), letter("c")]), each([letter("b"), letter("d")]))
+    sides = []
+    for cell in ("va", "av"):
+        pair = avl.Pair(clean=tiny.inputs("blank_muted"), corrupt=tiny.inputs(cell))
+        receiver = {f"MLP {layer}": [(layer, "mlp")] for layer in range(first, 4)}
+        made = avl.path_patch(
+            tiny.bench.engine.model, pair, sender=sender, receiver=receiver, metric=metric, at="suffix", mlps="frozen"
+        )
+        sides.append(made.effects)
+    wanted = 0.5 * (sides[0] - sides[1])
+    for layer in range(4):
+        if layer < first:
+            assert np.isnan(column[f"MLP {layer}"]).all()
+        else:
+            values = wanted.sel(receiver=f"MLP {layer}").values.squeeze()
+            np.testing.assert_allclose(column[f"MLP {layer}"], values, atol=2e-5, err_msg=str(layer))
+            assert np.abs(values).max() > 1e-4
+    write = Request("va", "blank_muted", freeze=True, mlps=LATER)
+    alone = measure_requests([tiny], [write], heads=[node], examples=np.arange(2))[write].margin[:, *node]
+    np.testing.assert_allclose(column["write"], alone, atol=2e-5)
 
 
 def test_direct_paths_are_the_frozen_releases(tiny):

@@ -10,8 +10,8 @@ from small_av import small_clip, small_model
 
 from av_lens.errors import InputError
 from av_lens.isolation.explaining.units import plan_of, repair_rows, repair_values
-from av_lens.isolation.measuring.bench import Half
-from av_lens.isolation.measuring.engine import Means
+from av_lens.isolation.measuring.donors import Means
+from av_lens.isolation.measuring.halves import Half
 from av_lens.results.record import Isolation, table
 from av_lens.results.statistics import Bootstrap
 
@@ -95,5 +95,5 @@ def test_the_plan_survives_its_file(tmp_path):
 
 
 def test_nothing_to_repair_is_refused():
-    with pytest.raises(InputError, match=r"no set of heads to edit, so there is no repair plan\. Its verdict: nothing"):
+    with pytest.raises(InputError, match=r"no set to edit, so there is no repair plan\. Its verdict: nothing"):
         plan_of(record())

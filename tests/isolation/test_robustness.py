@@ -15,7 +15,7 @@ from av_lens.errors import InputError
 from av_lens.isolation.explaining import robustness
 from av_lens.isolation.explaining.knowledge import Known
 from av_lens.isolation.explaining.robustness import Variant, compared, jaccard, other_words
-from av_lens.isolation.measuring.bench import Half
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming import evidence
 from av_lens.isolation.sets.confirmation import Held
 from av_lens.results.statistics import Bootstrap

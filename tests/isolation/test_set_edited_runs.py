@@ -11,8 +11,11 @@ from tiny import letter, tiny_hf_model, tiny_media, tiny_processor
 
 from av_lens.core.readings import attention_mass
 from av_lens.inputs import Conflict
-from av_lens.isolation.measuring.bench import Bench, Half, averaged
-from av_lens.isolation.measuring.engine import Means, ModelEngine, joined
+from av_lens.isolation.measuring.bench import Bench, averaged
+from av_lens.isolation.measuring.donors import Means, joined
+from av_lens.isolation.measuring.engine import LATER as LATER_MLPS
+from av_lens.isolation.measuring.engine import MLP, ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.sets.search import in_context, video_attention
 from av_lens.isolation.sets.sets import BuiltSet, SetReleases, release_of_sets
@@ -76,8 +79,8 @@ def logits_of(chunk, run, plans):
     return [one.logits for one in chunk.bench.engine.changed(run, plans)]
 
 
-UNDER = [(0, 1), (2, 0)]
-LATER = [(0, 3), (1, 1), (2, 1), (3, 3)]
+UNDER = [(0, 1), (1, MLP), (2, 0)]
+LATER = [(0, 3), (1, 1), (2, 1), (3, 3), (0, MLP), (1, 2), (2, MLP)]
 
 
 @pytest.mark.parametrize("how", ["trace", "hooks"])
@@ -104,11 +107,22 @@ def test_restarts_and_hooks_agree_on_runs_edited_twice_and_frozen(chunks):
         twice = engine.record_edited(once, z_of(chunk, [(1, 2)], "zero"))
         frozen = logits_of(chunk, once, [once.plan(z_of(chunk, [head]), freeze=True) for head in LATER])
         plans = [twice.plan(z_of(chunk, [(2, 3)])), twice.plan(z_of(chunk, [(1, 3)]), freeze=True)]
+        plans += [twice.plan(z_of(chunk, [(1, 3)]), freeze=True, mlps=LATER_MLPS)]
+        plans += [twice.plan(z_of(chunk, [(1, 3)]), mlps=(2, 3))]
         again = logits_of(chunk, twice, plans)
-        found[how] = [once.z, once.final, twice.z, twice.logits, *frozen, *again]
+        found[how] = [
+            once.parts["z"],
+            once.parts["mlp_out"],
+            once.final,
+            twice.parts["z"],
+            twice.logits,
+            *frozen,
+            *again,
+        ]
     for one, two in zip(found["trace"], found["hooks"], strict=True):
         torch.testing.assert_close(one, two, atol=2e-5, rtol=0)
-    by_head = dict(zip(LATER, found["trace"][4:8], strict=True))
+    assert (found["trace"][-2] - found["trace"][-3]).abs().max() > 1e-4  # MLPs make something of a write
+    by_head = dict(zip(LATER, found["trace"][5:12], strict=True))
     free = logits_of(chunk, once, [once.plan(z_of(chunk, [head])) for head in LATER])
     assert (by_head[0, 3] - free[0]).abs().max() > 1e-4  # an early head also acts through later ones
     torch.testing.assert_close(by_head[3, 3], free[3], atol=2e-5, rtol=0)  # the last layer's head does not
@@ -120,13 +134,13 @@ def test_a_head_named_again_takes_the_new_value(chunks, how):
     engine, run = chunk.bench.engine, chunk.run("va")
     edited = engine.record_edited(run, z_of(chunk, UNDER))
     (one,) = logits_of(chunk, edited, [edited.plan(z_of(chunk, [(2, 0)], "zero"))])
-    (two,) = logits_of(chunk, run, [run.plan(z_of(chunk, UNDER[:1]) | z_of(chunk, [(2, 0)], "zero"))])
+    (two,) = logits_of(chunk, run, [run.plan(z_of(chunk, UNDER[:-1]) | z_of(chunk, [(2, 0)], "zero"))])
     torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("donor", ["blank_muted", "zero"])
 def test_releases_of_sets_are_those_of_whole_edits(chunks, donor):
-    chunk, heads = chunks["trace"], [(0, 1), (1, 0), (1, 2), (3, 3)]
+    chunk, heads = chunks["trace"], [(0, 1), (1, 0), (1, 2), (1, MLP), (3, 3)]
     releases = SetReleases([chunk], np.arange(N), donor)
     releases.pairs(heads)
     releases.added(heads[:2], [(1, 2), (0, 0)])
@@ -147,14 +161,14 @@ def test_the_last_measurement_is_not_made_again(chunks):
 
 
 def test_a_member_in_context_loses_what_the_set_loses_without_it(chunks):
-    members = ((1, 0), (0, 1), (3, 3))
+    members = ((1, 0), (0, 1), (3, 3), (2, MLP))
     boot = Bootstrap.draw(range(N), list("abc"), list("def"), seed=0)
     half = Half("discovery", np.arange(N), list(range(N)), boot, np.ones(N), np.zeros(N))
     for donor in ("blank_muted", "zero"):
         built = BuiltSet(members, donor, 0.0)
         found = in_context([chunks["trace"]], half, built, s=0.1, family=10, seed=0).evidence
         sets = [members, *(tuple(other for other in members if other != head) for head in members)]
-        whole = release_of_sets([chunks["hooks"]], sets, [donor] * 4, np.arange(N)).release
+        whole = release_of_sets([chunks["hooks"]], sets, [donor] * 5, np.arange(N)).release
         for number, (layer, head) in enumerate(members):
             loss = whole[0] - whole[1 + number]
             np.testing.assert_allclose(found["release", donor][:, layer, head], loss, atol=2e-5)
@@ -163,6 +177,8 @@ def test_a_member_in_context_loses_what_the_set_loses_without_it(chunks):
             values = found[key]
             assert not np.isnan(values[:, 1, 0]).any()
             assert np.isnan(values[:, 2, 2]).all()
+        write = found["write", donor]
+        assert np.abs(write[:, 1, 0] - found["direct", donor][:, 1, 0]).max() > 1e-4
 
 
 def test_the_screen_by_attention_is_the_generation_positions_own(chunks):
@@ -171,7 +187,8 @@ def test_the_screen_by_attention_is_the_generation_positions_own(chunks):
     model, inputs = chunk.bench.engine.model, chunk.run("va").inputs
     mass = attention_mass(model, inputs, {"g": [len(inputs.spans) - 1]})[:, :, :, 0]
     video = mass[..., inputs.spans["video"].positions.tolist()].sum(-1).mean(0)
-    np.testing.assert_allclose(found, video.numpy(), atol=1e-6)
+    np.testing.assert_allclose(found[:, :-1], video.numpy(), atol=1e-6)
+    assert np.isnan(found[:, MLP]).all()
 
 
 def test_stacks_of_different_sizes_are_joined_from_the_end():

@@ -3,37 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from fake_kinds import Redundant
 from fake_model import FakeModel, fake_conflicts, isolated
 
 N = 44
-
-
-class Redundant(FakeModel):
-    """Two picture writers of which each is enough (L2H0, L2H2), and two gates of which each is enough (L0H1, L0H2).
-
-    The picture's answer is written as strongly as the stronger writer has it, and the sound of L1H0 is shut out as far
-    as the stronger gate says: G = 7, C = 4 + 0 - 6 = -2, and no single head releases anything.
-    """
-
-    def __init__(self):
-        super().__init__(opponent=0.0, noise=1e-3)
-
-    def _heads(self, one):
-        if one not in self.known:
-            z = super()._heads(one)
-            if one.question == "hear" and one.sound is not None and one.picture is not None:
-                z[2, 2, one.picture] += 6
-                z[0, 2, -1] = 1.0
-        return self.known[one]
-
-    def _gate(self, signals):
-        return torch.maximum(signals[:, 1], signals[:, 2])
-
-    def _stream(self, z):
-        stream, k = super()._stream(z), self.n_classes
-        stream[..., :k] -= torch.minimum(z[2, :, :, 0, :k], z[2, :, :, 2, :k])  # the sum becomes the maximum
-        return stream
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +49,7 @@ def test_members_have_their_kinds_with_the_others_edited(finished):
     assert rows.loc[(2, 0), "reads_sound"] == pytest.approx(0, abs=0.05)
     assert rows["gain"].sum() == pytest.approx(9, abs=0.05)
     assert rows["without"].to_numpy() == pytest.approx(rows["effect"].to_numpy(), abs=0.05)
-    assert set(rows["screen"]) == {"all heads"}
+    assert set(rows["screen"]) == {"all heads and MLPs"}
 
 
 def test_members_stand_among_the_named_heads_with_their_single_figures_beside(finished):
@@ -92,18 +65,43 @@ def test_members_stand_among_the_named_heads_with_their_single_figures_beside(fi
     assert finished.summary["confirmed suppressors"] == 4
 
 
+def test_a_member_is_judged_by_what_the_set_loses_without_it_by_each_donor(finished):
+    rows = finished.heads.query("estimand == 'release in the set'").set_index(["layer", "head"])
+    single = rows[["release_blank_muted", "release_mean_other", "release_zero"]]
+    assert single.abs().to_numpy().max() < 0.05  # alone: by no donor
+    assert rows["status"].eq("confirmed").all()
+    assert rows["role_alone"].eq("none").all()
+    assert rows["role_in_set"].eq(rows["role"]).all()
+    members = finished.members.query("chosen").set_index(["layer", "head"])
+    assert members["role_alone"].eq("none").all()
+    contexts = members.loc[[(2, 0), (0, 1)], ["context_blank_muted", "context_mean_other", "context_zero"]]
+    assert contexts.to_numpy() == pytest.approx([[6, 6, 6], [3, 3, 3]], abs=0.05)
+
+
 def test_redundancy_is_said_in_words(finished):
-    assert "Confirmed at suffix: picture writers L2H0 L2H2; gates L0H1 L0H2." in finished.verdict
+    writers = "picture writers L2H0 L2H2 (alone none, in the set picture writer)"
+    gates = "gates L0H1 L0H2 (alone none, in the set gate)"
+    assert f"at suffix: {writers}; {gates} (p after Holm at most " in finished.verdict
     assert "Redundant: " in finished.verdict
     assert "release next to nothing alone" in finished.verdict
     assert "because the members stand in for each other" in finished.verdict
 
 
-def test_without_pairs_the_verdict_says_what_was_left_out():
-    found = isolated(Redundant(), fake_conflicts(N), s=0.1, quick=True)
+def test_quick_searches_pairs_where_the_gap_stays_unexplained(finished):
+    found = isolated(Redundant(), fake_conflicts(N), s=0.1, quick=True, named_only=True)
+    assert found.sets.query("chosen")["members"].tolist() == finished.sets.query("chosen")["members"].tolist()
+    assert any(reason.startswith("Left out, as asked (quick): robustness. Pairs") for reason in found.reasons)
+    assert "left out" not in found.verdict
+
+
+def test_quick_leaves_pairs_out_where_the_gap_is_explained_and_its_power_is_of_single_heads():
+    lines = []
+    found = isolated(FakeModel(), fake_conflicts(N), s=0.1, quick=True, named_only=True, told=lines.append)
     assert found.synergies.empty
     assert set(found.steps["start"].str.split().str[0]) == {"best"}
     assert "Pairs of heads were left out of the search for sets." in found.verdict
+    single = "That is of single heads: of heads that stand in for each other a quick search says nothing, unless"
+    assert single in lines[0]
 
 
 def test_where_nothing_is_found_the_verdict_says_above_what_and_with_what_power():
@@ -112,8 +110,10 @@ def test_where_nothing_is_found_the_verdict_says_above_what_and_with_what_power(
     assert found.sets.empty
     assert found.members.empty
     assert not len(found.suppressors)
-    assert "No head at suffix is confirmed as a suppressor above 0.10 of G. The largest single release" in found.verdict
+    none = "What the search would have named at suffix: no head as a suppressor above 0.10 of G. The largest single rel"
+    assert none in found.verdict
     assert "find with 80% power" in found.verdict
+    assert "of heads that stand in for each other this says nothing." in found.verdict  # no gap, so no pairs
     assert "No set of heads was found either" in found.verdict
 
 

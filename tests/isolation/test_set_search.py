@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from av_lens.isolation.measuring.engine import MLP, listed_nodes
 from av_lens.isolation.sets.confirmation import between
 from av_lens.isolation.sets.search import climb, pair_synergies, screened, search, thin
 from av_lens.isolation.sets.sets import SetReleases
@@ -179,9 +180,10 @@ def test_the_search_finds_what_trying_every_set_finds(seed):
 
 
 def test_up_to_64_heads_are_all_candidates():
-    assert screened({"release": np.zeros((8, 8))}) == dict.fromkeys(
-        [(layer, head) for layer in range(8) for head in range(8)], "all heads"
-    )
+    heads, nodes = listed_nodes(8, 8, False), listed_nodes(8, 8, True)
+    assert screened({"release": np.zeros((8, 8))}, heads) == dict.fromkeys(heads, "all heads")
+    assert screened({"release": np.zeros((8, 8))}, nodes) == dict.fromkeys(nodes, "all heads and MLPs")
+    assert nodes[7:9] == [(0, MLP), (1, 0)]
 
 
 def test_beyond_64_heads_the_forty_of_best_rank_on_any_screen():
@@ -190,7 +192,10 @@ def test_beyond_64_heads_the_forty_of_best_rank_on_any_screen():
     sufficiency[8] = np.arange(10, 0, -1)
     attention = np.full((10, 10), np.nan)
     attention[9, 0], attention[7, 3] = 1.0, 2.0
-    chosen = screened({"release": release, "sufficiency": sufficiency, "attention to the video": attention})
+    chosen = screened(
+        {"release": release, "sufficiency": sufficiency, "attention to the video": attention},
+        listed_nodes(10, 10, False),
+    )
     assert len(chosen) == 40
     assert chosen[9, 0] == "release (rank 1)"
     assert chosen[8, 4] == "sufficiency (rank 5)"

@@ -7,18 +7,15 @@ import math
 
 import numpy as np
 import pytest
-from fake_model import FakeConflict, FakeModel, fake_clip, fake_conflicts, isolated
+from fake_model import FakeModel, fake_conflicts, isolated, ring
 
+import av_lens as avl
+from av_lens.inputs.designs import design_conflicts
 from av_lens.isolation.running import dealt
+from av_lens.lab.calibration import pairs
+from av_lens.organism import footage
 from av_lens.results.record import RELEASING
 from av_lens.results.statistics import Bootstrap
-
-
-def ring(n=60, n_classes=10):
-    """One permutation of n clips; clip i is of class i (two next to each other differ)."""
-    clips = [fake_clip(f"clip{i:03d}", i % n_classes) for i in range(n)]
-    both = zip(clips, [*clips[1:], clips[0]], strict=True)
-    return [FakeConflict(f"c{i:03d}", a, v, (a.answer, v.answer)) for i, (a, v) in enumerate(both)]
 
 
 def run(conflicts, **options):
@@ -77,6 +74,7 @@ def test_what_holds_on_clips_and_not_over_words_is_told(monkeypatch):
     assert len(releasing)
     assert not releasing["confirmed"].any()
     assert releasing["flags"].str.contains("on these words").all()
+    assert (releasing["status"] == "on these words").all()
     assert "On these words: " in found.verdict
     assert "did not hold" not in found.verdict
 
@@ -102,3 +100,26 @@ def test_the_first_edition_is_bootstrap_and_flips_of_all():
     bounds = boot.mean(effect)
     assert (row.low, row.high) == (float(bounds.low), float(bounds.high))
     assert math.isclose(row.effect, float(bounds.value))
+
+
+@pytest.mark.slow
+def test_one_permutation_of_280_clips_names_what_140_disjoint_conflicts_name(tmp_path):
+    """Minutes: av-tiny on the same clips, joined by `av-lens pairs` in two ways."""
+    for i, (kind, _) in enumerate(pairs(280, seed=0)):
+        (tmp_path / "clips" / kind).mkdir(parents=True, exist_ok=True)
+        footage.example("discovery", kind, 900_000 + i).save(tmp_path / "clips" / kind / f"{i}.mp4")
+    found = {}
+    for design, n, rule in (("disjoint", 140, "components"), ("permutation", 280, "dyadic")):
+        made = design_conflicts(tmp_path / "clips", design=design, prefix="")
+        print(made)
+        assert len(made) == n
+        assert "enough for a verdict" in made.shows
+        listed = avl.conflicts(made.save(tmp_path / f"{design}.jsonl"))
+        found[design] = avl.isolate(avl.load("av-tiny"), listed, quick=True, named_only=True)
+        print(found[design].verdict, found[design].heads.iloc[:, :12].to_string(), sep="\n")
+        assert found[design].protocol["halves"]["rule"] == rule
+        assert not found[design].stamps
+        assert found[design].verdict_kind == "named"
+    names = [set(zip(one.suppressors["layer"], one.suppressors["head"], strict=True)) for one in found.values()]
+    assert names[0] == names[1]
+    assert len(names[0]) >= 4

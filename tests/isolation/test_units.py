@@ -13,9 +13,11 @@ from av_lens.families.decoder import hook_name
 from av_lens.inputs import Conflict
 from av_lens.isolation.explaining import units as units_file
 from av_lens.isolation.explaining.units import K_AND_V, Asked, unit_rows, units_of
-from av_lens.isolation.measuring.bench import Bench, Half
+from av_lens.isolation.measuring.bench import Bench
+from av_lens.isolation.measuring.donors import Means
 from av_lens.isolation.measuring.effects import FIGURES, Request, edited_readings, measure_requests
-from av_lens.isolation.measuring.engine import Means, ModelEngine
+from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.media import Clip
 from av_lens.model import load
@@ -37,6 +39,10 @@ def chunks_of(engine, conflicts, site="suffix"):
     for chunk in chunks:
         chunk.means = Means.over(chunks)
     return chunks
+
+
+def bench_of(model, conflicts):
+    return Bench(ModelEngine(model), list(conflicts), Candidates.of(conflicts, model.tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +73,9 @@ def test_joint_effects_are_the_sums_on_paper(on_paper):
     assert value(on_paper, "kv group", 0, 0, "sufficiency", "va") == pytest.approx(3, abs=1e-4)
 
 
-def test_mlps_keys_and_values_of_which_nothing_comes_have_no_effect(on_paper):
-    assert set(on_paper["unit"]) == {"kv group", "mlp", "attention", "layer"}
-    nothing = on_paper[(on_paper["unit"] == "mlp") | (on_paper["estimand"] == K_AND_V)]
+def test_keys_and_values_of_which_nothing_comes_have_no_effect(on_paper):
+    assert set(on_paper["unit"]) == {"kv group", "attention", "layer"}  # MLPs are nodes
+    nothing = on_paper[on_paper["estimand"] == K_AND_V]
     assert (nothing["mean"] == 0).all()
     assert value(on_paper, "layer", 2, -1, "release", "zero") == pytest.approx(8, abs=1e-4)
     assert (on_paper["n"] == N).all()
@@ -112,18 +118,22 @@ ASKED = [
 
 
 def test_restarts_equal_full_hooked_runs(model, conflicts):
-    units = [unit for unit in units_of(ModelEngine(model)) if unit.layer == 1]
-    assert [unit.kind for unit in units] == ["kv group", "kv group", "mlp", "attention", "layer"]
+    units = [unit for unit in units_of(bench_of(model, conflicts)) if unit.layer == 1]
+    assert [unit.kind for unit in units] == ["kv group", "kv group", "attention", "layer"]
     one, two = (measured(ModelEngine(model, how=how), conflicts, units, ASKED) for how in ("trace", "hooks"))
     np.testing.assert_allclose(one, two, atol=1e-4)
     assert np.nanmin(np.abs(one).max(-1)) > 1e-4, "a unit changed nothing"
-    assert np.isnan(one).all(-1).sum() == 3 * 3  # K and V are a group's alone
+    assert np.isnan(one).all(-1).sum() == 3 * 2  # K and V are a group's alone
 
 
 def test_a_group_is_the_joint_edit_of_its_heads(model, conflicts):
     engine = ModelEngine(model)
-    unit = next(unit for unit in units_of(engine) if (unit.kind, unit.layer, unit.index) == ("kv group", 2, 1))
-    assert unit.heads == (2, 3)
+    unit = next(
+        unit
+        for unit in units_of(bench_of(model, conflicts))
+        if (unit.kind, unit.layer, unit.index) == ("kv group", 2, 1)
+    )
+    assert unit.nodes == ((2, 2), (2, 3))
     (chunk,) = chunks_of(engine, conflicts)
     found = measured(engine, conflicts, [unit], ASKED[:1])[0, 0]
     changes = []
@@ -190,13 +200,13 @@ def test_audio_alone_is_laid_on_from_the_end_where_ids_are_equal(model, conflict
     k = next((i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), len(ids[1]))
     k = min(k, donor.shape[2])
     assert k > 2
-    torch.testing.assert_close(donor[:, :, -k:], alone.site_z[:, :, -k:])
-    torch.testing.assert_close(donor[:, :, :-k], own.site_z[:, :, : donor.shape[2] - k])
+    torch.testing.assert_close(donor[:, :, -k:], alone.at_site("z")[:, :, -k:])
+    torch.testing.assert_close(donor[:, :, :-k], own.at_site("z")[:, :, : donor.shape[2] - k])
     # In the mirrored conflict it is the picture's clip that is heard alone.
     mirrored = chunk.donor("av", "audio_only")
     x = model.encode(conflicts[0].cells(model).clip("vv"), "What?", sound="separate", picture=None)
     recording = chunk.bench.engine.record(x, x.spans.suffix.positions)
-    torch.testing.assert_close(mirrored[:, 0, -k:], recording.site_z[:, 0, -k:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(mirrored[:, 0, -k:], recording.at_site("z")[:, 0, -k:], atol=1e-5, rtol=0)
 
 
 class Sinking(ModelEngine):

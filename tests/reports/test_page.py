@@ -135,6 +135,34 @@ def test_every_number_of_the_head_table_is_there(written, found):
             assert sections.small(row[column]) in page.words, column
 
 
+def test_both_roles_and_what_became_of_each_head_are_there(written, tmp_path):
+    _, page = written
+    assert "✓ confirmed" in page.words
+    assert "not replicated" in page.words
+    found = planted_isolation()
+    heads = found.heads.assign(
+        role_alone="gate", role_in_set="picture writer", status="on these words", confirmed=False
+    )
+    sets = found.sets.assign(confirmed=False, would_confirm=True, see_release=0.123)
+    changed = dataclasses.replace(found, heads=heads, sets=sets, stamps=("not interpretable",))
+    words = Page(write_report(changed, tmp_path / "report.html").read_text(encoding="utf-8")).words
+    assert "alone: gate; in the set: picture writer" in words
+    assert "on these words" in words
+    assert "would hold" in words
+    assert "+0.12" in words
+    assert "confirmed" not in words
+
+
+def test_the_mirrored_question_is_asked_in_its_own_words(tmp_path):
+    found = planted_isolation()
+    asked = dataclasses.replace(found, protocol={**found.protocol, "suppressed": "picture"})
+    words = Page(write_report(asked, tmp_path / "report.html").read_text(encoding="utf-8")).words
+    assert "Which heads keep av-tiny from saying what it sees?" in words
+    assert "seeing with nothing to hear" in words
+    assert "what the picture does to the answer" in words  # E_V
+    assert "mirrored question" in words
+
+
 def test_every_number_of_behaviour_and_specificity_is_there(written, found):
     _, page = written
     for row in found.behaviour.to_dict("records"):

@@ -82,8 +82,8 @@ def test_faults_are_refused():
     found = planted_isolation()
     with pytest.raises(InputError, match=r"table 'heads' has columns"):
         replace(found, heads=found.heads.drop(columns="q"))
-    with pytest.raises(InputError, match=r"unknown role 'writer'. Did you mean 'picture writer'"):
-        replace(found, heads=found.heads.assign(role="writer"))
+    with pytest.raises(InputError, match=r"unknown role 'picture writr'. Did you mean 'picture writer'"):
+        replace(found, heads=found.heads.assign(role="picture writr"))
 
 
 def test_loading_what_is_not_there_says_so(tmp_path):

@@ -93,7 +93,7 @@ def check_every_head(model: Any, x: Any, answers: tuple[str, str]) -> None:
     # what isolate measures
     engine = ModelEngine(model)
     recording = engine.record(x, np.asarray(x.spans.suffix.positions))
-    z = {head: recording.site_z[head[0], :, :, head[1]] for head in heads}
+    z = {head: recording.at_site("z")[head[0], :, :, head[1]] for head in heads}
     plans = [recording.plan({head: z[head]}, freeze=freeze) for freeze in (False, True) for head in heads]
     assert all(torch.equal(one.logits, recording.logits) for one in engine.changed(recording, plans))
 

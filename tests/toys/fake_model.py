@@ -13,7 +13,8 @@ So M(blank_a) = 4 + 3, G = 7; M(va) = 4 + 0 - 6 - 2, C = -4; the gap is 11. Rele
 opponent 2. Nothing saturates, so that every figure can be worked out on paper.
 
 Plans are compiled to hooks, fire and are verified as on any model; only what lies between the hooks is made up. It has
-no attention to look into and its MLPs write nothing: `isolated` runs all of `isolate` but the parts that look there.
+no attention to look into and its MLPs write nothing (those of `FedModel` do): `isolated` runs all of `isolate` but the
+parts that look there.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ CELLS = {
     for name, picture, sound in [
         ("va", "v", "a"), ("vv", "v", "v"), ("aa", "a", "a"), ("av", "a", "v"), ("vw", "v", "w"), ("aw", "a", "w"),
         ("wa", "w", "a"), ("wv", "w", "v"), ("v_muted", "v", None), ("a_muted", "a", None), ("blank_a", None, "a"),
-        ("blank_v", None, "v"), ("blank_muted", None, None), ("audio_only", None, "a"),
+        ("blank_v", None, "v"), ("blank_muted", None, None), ("audio_only", None, "a"), ("video_only", "v", None),
     ]
 }  # fmt: skip
 Hook = tuple[str, Callable[..., Any]]
@@ -182,6 +183,9 @@ class FakeModel:
         none = torch.zeros(0)
         return Trace(self, x, (), (), (), (none, none), None, "a model on paper has no layers that restart")
 
+    def _shown(self, x: AVInputs) -> list[Shown]:
+        return Shown.of(x)
+
     def _noise(self, one: Shown) -> torch.Tensor:
         words = (one.noise, len(one.question), 99 if one.picture is None else one.picture)
         rng = np.random.default_rng(words)
@@ -209,6 +213,10 @@ class FakeModel:
         """How far L1H0 is shut, from the heads' signals in the first layer, `[batch, head]`."""
         return signals[:, 1]
 
+    def _mlp(self, layer: int, z: Sequence[torch.Tensor], examples: Sequence[Shown]) -> torch.Tensor:
+        """What a layer's MLP writes, `[batch, pos, token]`, from every head's z up to its layer."""
+        return torch.zeros(*z[0].shape[:2], self.spec.d_model)
+
     def _stream(self, z: torch.Tensor) -> torch.Tensor:
         """What leaves the last layer, `[batch, pos, token]`, from every head's z, `[layer, batch, pos, head, d]`."""
         written = z[..., : self.n_classes].sum((0, 3)) + torch.linspace(0, 1, self.n_classes)
@@ -223,7 +231,7 @@ class FakeModel:
                 activation = activation if made is None else made
             return activation
 
-        examples = Shown.of(x)
+        examples = self._shown(x)
         own = torch.stack([self._heads(one) for one in examples], dim=1)[:, :, None].repeat(1, 1, len(SPANS), 1, 1)
         z: list[torch.Tensor] = []
         mlps: list[torch.Tensor] = []
@@ -237,9 +245,36 @@ class FakeModel:
             for name in ("k", "v"):  # nothing comes of them
                 passed(hook_name(name, layer), torch.zeros(*here.shape[:2], 2, here.shape[-1]))
             z.append(passed(hook_name("z", layer), here))
-            mlps.append(passed(hook_name("mlp_out", layer), torch.zeros(*here.shape[:2], self.spec.d_model)))
+            mlps.append(passed(hook_name("mlp_out", layer), self._mlp(layer, z, examples)))
         stream = passed(hook_name("resid_post", N_LAYERS - 1), self._stream(torch.stack(z)) + sum(mlps))
         return self.ln_final.original_component(passed("unembed.hook_in", stream)) @ self.W_U
+
+
+class FedModel(FakeModel):
+    """An MLP suppresses, and no head: L0H2 and L0H3 tell MLP 1 what is seen, and hardly write it themselves.
+
+    Each writes .25 x onehot(picture); MLP 1 writes 14 times what the two write, and 1 x onehot(picture) besides. So
+    C = 7 - 7 - 1 - .5; the MLP releases 8, each head 3.5 through the MLP and .25 by itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(writer=0.0, gate=0.0, opponent=0.0)
+
+    def _heads(self, one: Shown) -> torch.Tensor:
+        fresh = one not in self.known
+        z = super()._heads(one)
+        if fresh and one.question == "hear" and one.picture is not None:
+            z[0, 2:, one.picture] += 0.25
+        return z
+
+    def _mlp(self, layer: int, z: Sequence[torch.Tensor], examples: Sequence[Shown]) -> torch.Tensor:
+        out = super()._mlp(layer, z, examples)
+        if layer == 1:
+            out[..., : self.n_classes] = 14 * z[0][:, :, 2:, : self.n_classes].sum(2)
+            for b, one in enumerate(examples):
+                if one.question == "hear" and one.picture is not None:
+                    out[b, :, one.picture] += 1
+        return out
 
 
 def fake_conflicts(n: int = 60, *, n_classes: int = 6, seed: int = 0) -> list[FakeConflict]:
@@ -247,6 +282,13 @@ def fake_conflicts(n: int = 60, *, n_classes: int = 6, seed: int = 0) -> list[Fa
     rng = np.random.default_rng(seed)
     pairs = [rng.permutation(n_classes)[:2].tolist() for _ in range(n)]
     return [FakeConflict.of(f"c{i:03d}", a, v) for i, (a, v) in enumerate(pairs)]
+
+
+def ring(n: int = 60, n_classes: int = 10) -> list[FakeConflict]:
+    """One permutation of n clips; clip i is of class i (two next to each other differ)."""
+    clips = [fake_clip(f"clip{i:03d}", i % n_classes) for i in range(n)]
+    both = zip(clips, [*clips[1:], clips[0]], strict=True)
+    return [FakeConflict(f"c{i:03d}", a, v, (a.answer, v.answer)) for i, (a, v) in enumerate(both)]
 
 
 class PaperEngine(ModelEngine):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,41 @@ from plain_protocol import PlainCase
 import av_lens
 from av_lens.lab.calibration import stage
 
-ROLES = {"suffix": ("question", "header", "generation"), "generation": ("generation",)}
-CELLS = ("va", "av", "aa", "vv", "wa", "wv", "vw", "aw", "v_muted", "a_muted", "blank_a", "blank_v", "blank_muted")
-SEE_CELLS = ("va", "v_muted", "a_muted")
+ROLES = {
+    "suffix": ("question", "header", "generation"),
+    "generation": ("generation",),
+    "audio": ("audio",),
+    "video": ("video", "image"),
+}
+QUESTIONS = ("hear", "see", "control")
+
+
+MIRRORED = {"audio_only_v": "audio_only", "video_only_a": "video_only"}
+"""Cells that are another's with sound and picture exchanged."""
+
+
+class Tensors(Mapping[str, dict[str, Any]]):
+    """The cells of a conflict under a question, those of `MIRRORED` among them; encoded when they are asked for."""
+
+    def __init__(self, model: Any, conflict: Any, question: str) -> None:
+        exchanged = replace(conflict, sound=conflict.picture, picture=conflict.sound, answers=conflict.answers[::-1])
+        self.of, self.mirror = (one.cells(model, question=question) for one in (conflict, exchanged))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self.of, *MIRRORED))
+
+    def __len__(self) -> int:
+        return len(self.of) + len(MIRRORED)
+
+    def __contains__(self, cell: object) -> bool:
+        return cell in set(self)
+
+    def inputs(self, cell: str) -> Any:
+        """The encoded cell."""
+        return self.mirror[MIRRORED[cell]] if cell in MIRRORED else self.of[cell]
+
+    def __getitem__(self, cell: str) -> dict[str, Any]:
+        return self.inputs(cell).tensors
 
 
 def checkpoint(name: str) -> str:
@@ -29,19 +61,11 @@ def staged(folder: Path, *, conflicts: int, seed: int) -> list[Any]:
 
 
 def case(model: Any, conflict: Any) -> PlainCase:
-    """Encode every cell of one conflict."""
-    asked, see = conflict.cells(model), conflict.cells(model, question=conflict.see)
-    exchanged = replace(conflict, sound=conflict.picture, picture=conflict.sound, answers=conflict.answers[::-1])
-    alone = {"audio_only": asked["audio_only"], "audio_only_v": exchanged.cells(model)["audio_only"]}
-    return PlainCase(
-        id=conflict.id,
-        words=conflict.answers,
-        cells={cell: asked[cell].tensors for cell in CELLS if cell in asked}
-        | {cell: x.tensors for cell, x in alone.items()},
-        see={cell: see[cell].tensors for cell in SEE_CELLS},
-        site=_sites(asked["va"]),
-        see_site=_sites(see["va"]),
-    )
+    """One conflict, each of its cells encoded when it is asked for."""
+    asked = {"hear": conflict.question, "see": conflict.see, "control": conflict.control}
+    cells = {name: Tensors(model, conflict, question) for name, question in asked.items()}
+    words = tuple(word if isinstance(word, str) else word.text for word in conflict.answers)
+    return PlainCase(conflict.id, words, cells, {name: _sites(of.of["va"]) for name, of in cells.items()})
 
 
 def _sites(x: Any) -> dict[str, list[int]]:
@@ -49,12 +73,12 @@ def _sites(x: Any) -> dict[str, list[int]]:
     return {site: [i for i, role in enumerate(roles) if role in names] for site, names in ROLES.items()}
 
 
-def tokens(model: Any, conflicts: Sequence[Any]) -> dict[str, int]:
+def tokens(model: Any, conflicts: Sequence[Any]) -> dict[str, list[tuple[int]]]:
     """The one token of every answer: with the leading space that it has in a sentence, else without."""
-    found: dict[str, int] = {}
+    found: dict[str, list[tuple[int]]] = {}
     for word in {word for conflict in conflicts for word in conflict.answers}:
         tried = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (f" {word}", word)]
-        found[word] = next(ids[0] for ids in tried if len(ids) == 1)
+        found[word] = [next((ids[0],) for ids in tried if len(ids) == 1)]
     return found
 
 

@@ -1,13 +1,13 @@
 """A plain model for recomputing figures: HuggingFace's own class on a checkpoint, read and edited by PyTorch hooks.
 
 Nothing here knows of replay, of the bridge, or of any method of the package. Every figure is one forward of one input.
-A head's z is its slice of what `o_proj` is given. An edited run starts from the embeddings that HuggingFace's whole
-forward made of text and media, which saves the towers; `whole=True` starts from the pixels and the samples instead.
+A head's z is its slice of what `o_proj` is given, an MLP's output what its module returns. An edited run starts from
+the embeddings that HuggingFace's whole forward made of text and media, which saves the towers; `whole=True` starts from
+the pixels and the samples instead.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,37 +15,57 @@ from typing import Any
 
 import torch
 
+MLP = "mlp"
+Node = tuple[int, int | str]
+"""(layer, head), or (layer, MLP)."""
+
 
 @dataclass(frozen=True)
 class PlainRun:
-    """One unedited forward: the last logits, every head's z, and what is needed to start it again.
+    """One forward: the logits, every node's output, and what is needed to start it again.
 
     Attributes:
-        logits: [d_vocab], at the last position.
+        rows: [asked, d_vocab], from the last position of the prompt on; a row more for every token after it.
+        frozen: the same with the final norm dividing by what it divided by in the unedited run.
         z: [layer, pos, head, d_head].
-        scale: what the final norm divides by at the last position.
+        mlp: [layer, pos, d_model].
+        scale: [asked, 1], what the unedited run's final norm divides by.
         inputs: keyword arguments of the text model.
         tensors: keyword arguments of the whole model.
     """
 
-    logits: torch.Tensor
+    rows: torch.Tensor
+    frozen: torch.Tensor
     z: torch.Tensor
-    scale: float
+    mlp: torch.Tensor
+    scale: torch.Tensor
     inputs: dict[str, Any]
     tensors: dict[str, Any]
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """[d_vocab], at the prompt's last position."""
+        return self.rows[0]
+
+    def output(self, node: Node) -> torch.Tensor:
+        """A node's output [pos, d]."""
+        layer, which = node
+        return self.mlp[layer] if which == MLP else self.z[layer, :, which]
 
 
 @dataclass(frozen=True)
 class PlainEdit:
-    """New z of some heads at some positions; later heads left free or held.
+    """New outputs of some nodes at some positions; others held at the unedited run's own, at all positions.
 
     Attributes:
-        heads: (layer, head) -> (positions, new z [pos, d_head]).
-        hold_after: every head of every layer after this one keeps the unedited run's z, at all positions.
+        nodes: node -> (positions, new output [pos, d]).
+        hold_after: every head of every layer after this one is held.
+        hold_mlps: the layers whose MLPs are held.
     """
 
-    heads: dict[tuple[int, int], tuple[Sequence[int], torch.Tensor]] = field(default_factory=dict)
+    nodes: dict[Node, tuple[Sequence[int], torch.Tensor]] = field(default_factory=dict)
     hold_after: int | None = None
+    hold_mlps: frozenset[int] = frozenset()
 
 
 class PlainModel:
@@ -58,6 +78,7 @@ class PlainModel:
     def __init__(self, hf: Any) -> None:
         self.hf = hf
         self.text = hf.model.language_model
+        self.n_layers = len(self.text.layers)
         self.n_heads = hf.config.text_config.num_attention_heads
 
     @classmethod
@@ -68,51 +89,74 @@ class PlainModel:
         how = {"dtype": torch.float32, "attn_implementation": "eager"}
         return cls(Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, **how).eval())
 
+    def run(self, tensors: dict[str, Any], after: Sequence[int] = ()) -> PlainRun:
+        """One unedited forward through HuggingFace's front door; `after` are tokens that follow the prompt."""
+        if after:
+            extra = torch.tensor([list(after)], dtype=torch.long)
+            new = {"input_ids": extra, "attention_mask": torch.ones_like(extra)}
+            tensors = tensors | {name: torch.cat((tensors[name], added), 1) for name, added in new.items()}
+        return self._forward(tensors, {}, 1 + len(after), None, PlainEdit(), whole=True)
+
+    def edited(self, base: PlainRun, edit: PlainEdit, *, whole: bool = False) -> PlainRun:
+        """An input under an edit."""
+        return self._forward(base.tensors, base.inputs, len(base.rows), base, edit, whole=whole)
+
     @torch.no_grad()
-    def run(self, tensors: dict[str, Any]) -> PlainRun:
-        """One unedited forward through HuggingFace's front door."""
+    def _forward(
+        self,
+        tensors: dict[str, Any],
+        inputs: dict[str, Any],
+        asked: int,
+        base: PlainRun | None,
+        edit: PlainEdit,
+        *,
+        whole: bool,
+    ) -> PlainRun:
         z: list[torch.Tensor] = []
+        mlp: list[torch.Tensor] = []
         given: dict[str, Any] = {}
         last: list[torch.Tensor] = []
         hooks = [
             self.text.register_forward_pre_hook(lambda _, __, kwargs: given.update(kwargs), with_kwargs=True),
-            self.text.norm.register_forward_pre_hook(lambda _, args: last.append(args[0][0, -1])),
+            self.text.norm.register_forward_pre_hook(lambda _, args: last.append(args[0][0, -asked:])),
         ]
-        inside = [layer.self_attn.o_proj for layer in self.text.layers]
-        hooks += [o.register_forward_pre_hook(lambda _, args: z.append(args[0][0])) for o in inside]
-        with removed(hooks):
-            logits = self.hf(**tensors, use_cache=False).logits[0, -1]
-        heads = torch.stack(z).unflatten(-1, (self.n_heads, -1))
-        scale = math.sqrt(float(last[0].double().pow(2).mean()) + self.text.norm.variance_epsilon)
-        inputs = {name: given[name] for name in ("inputs_embeds", "position_ids", "attention_mask")}
-        return PlainRun(logits, heads, scale, inputs, tensors)
-
-    @torch.no_grad()
-    def edited(self, base: PlainRun, edit: PlainEdit, *, whole: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [d_vocab] at the last position of an input under an edit: with the final norm as it is, and frozen.
-
-        Frozen, the norm divides by what it divided by in the unedited run.
-        """
-        last: list[torch.Tensor] = []
-        inside = enumerate(layer.self_attn.o_proj for layer in self.text.layers)
-        hooks = [o.register_forward_pre_hook(self._z_hook(layer, base, edit)) for layer, o in inside]
-        hooks.append(self.text.norm.register_forward_pre_hook(lambda _, args: last.append(args[0][0, -1])))
+        for number, layer in enumerate(self.text.layers):
+            hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(self._z_hook(number, base, edit, z)))
+            hooks.append(layer.mlp.register_forward_hook(self._mlp_hook(number, base, edit, mlp)))
         with removed(hooks):
             if whole:
-                logits = self.hf(**base.tensors, use_cache=False).logits[0, -1]
+                rows = self.hf(**tensors, use_cache=False).logits[0, -asked:]
             else:
-                logits = self.hf.lm_head(self.text(**base.inputs, use_cache=False).last_hidden_state[0, -1])
-        return logits, self.hf.lm_head(self.text.norm.weight * last[0] / base.scale)
+                rows = self.hf.lm_head(self.text(**inputs, use_cache=False).last_hidden_state[0, -asked:])
+        own = (last[0].double().pow(2).mean(-1, keepdim=True) + self.text.norm.variance_epsilon).sqrt()
+        scale = own if base is None else base.scale
+        frozen = self.hf.lm_head(self.text.norm.weight * last[0] / scale.float())
+        inputs = {name: given[name] for name in ("inputs_embeds", "position_ids", "attention_mask")}
+        return PlainRun(rows, frozen, torch.stack(z), torch.stack(mlp), scale, inputs, tensors)
 
-    def _z_hook(self, layer: int, base: PlainRun, edit: PlainEdit) -> Any:
+    def _z_hook(self, layer: int, base: PlainRun | None, edit: PlainEdit, kept: list[torch.Tensor]) -> Any:
         def hook(_: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
             z = args[0].unflatten(-1, (self.n_heads, -1)).clone()
             if edit.hold_after is not None and layer > edit.hold_after:
                 z[0] = base.z[layer]
-            for (where, head), (positions, new) in edit.heads.items():
-                if where == layer:
+            for (where, head), (positions, new) in edit.nodes.items():
+                if where == layer and head != MLP:
                     z[0, list(positions), head] = new
+            kept.append(z[0].clone())
             return (z.flatten(-2),)
+
+        return hook
+
+    def _mlp_hook(self, layer: int, base: PlainRun | None, edit: PlainEdit, kept: list[torch.Tensor]) -> Any:
+        def hook(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
+            out = out.clone()
+            if layer in edit.hold_mlps:
+                out[0] = base.mlp[layer]
+            if (layer, MLP) in edit.nodes:
+                positions, new = edit.nodes[layer, MLP]
+                out[0, list(positions)] = new
+            kept.append(out[0].clone())
+            return out
 
         return hook
 

@@ -116,6 +116,7 @@ def _heads() -> list[dict[str, Any]]:
         )
         donors = dict(release_blank_muted=share * G, release_mean_other=share * G * 0.8, release_zero=share * G * 0.93)
         rest = dict(donor="blank_muted", confirmed=confirmed, p_holm=0.0021 if confirmed else 0.081)
+        rest |= dict(status="confirmed" if confirmed else "not replicated", would_confirm=confirmed, role_alone=role)
         rows.append({**common, **figures, **found, **more, **reads, **donors, **rest})
     return rows
 

@@ -34,11 +34,12 @@ import numpy as np
 
 from av_lens.errors import InputError
 from av_lens.inputs.answers import words_of
-from av_lens.interventions import Plan, Site, cut, zero
+from av_lens.interventions import Plan, cut, zero
 from av_lens.isolation.explaining.knowledge import Known
-from av_lens.isolation.measuring.bench import DESCRIBE, Bench, Chunk, columns
+from av_lens.isolation.measuring.bench import DESCRIBE, Bench, Chunk
 from av_lens.isolation.measuring.effects import trace_of
-from av_lens.isolation.measuring.engine import Head
+from av_lens.isolation.measuring.engine import Node, site_of
+from av_lens.isolation.measuring.halves import columns
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.sets.confirmation import top_see_heads
 from av_lens.isolation.sets.sets import head_names, release_of_sets
@@ -58,13 +59,13 @@ class Arm:
 
     Attributes:
         name: as in the table.
-        members: the heads.
+        members: the heads and MLPs.
         donor: "zero", or the donor at the suffix; "" where no head is edited.
         draw: the number of a random set, -1 elsewhere.
     """
 
     name: str
-    members: tuple[Head, ...] = ()
+    members: tuple[Node, ...] = ()
     donor: str = ""
     draw: int = -1
 
@@ -73,7 +74,7 @@ class Arm:
         if self.name == "cut":
             return Plan(cut("generated", "video|image"))
         if self.donor == "zero":
-            return Plan([zero(Site("z", layer, head, EDITED)) for layer, head in self.members])
+            return Plan([zero(site_of(node, EDITED)) for node in self.members])
         values = chunk.z(cell, self.members, self.donor, DESCRIBE) if self.members else {}
         return chunk.run(cell, DESCRIBE).plan(values) if values else Plan()
 
@@ -91,8 +92,8 @@ def arms_of(known: Known) -> list[Arm]:
     return arms + [Arm("random", tuple(one), "zero", n) for n, one in enumerate(built.random[:RANDOM])]
 
 
-def caption_tables(known: Known) -> dict[str, list[dict[str, Any]]]:
-    """Let the model describe the clips: rows of `captions` and of `caption_texts`."""
+def caption_tables(known: Known) -> tuple[dict[str, list[dict[str, Any]]], dict[str, np.ndarray]]:
+    """Let the model describe the clips: rows of `captions` and of `caption_texts`, and what each caption names."""
     half, arms = known.confirmation, arms_of(known)
     chunks = known.bench.chunks(half.examples.tolist(), "suffix")
     for chunk in chunks:
@@ -112,7 +113,7 @@ def caption_tables(known: Known) -> dict[str, list[dict[str, Any]]]:
         for i, arm in enumerate(arms) if arm.name in SHOWN
         for place, name in enumerate(ids) for c, cell in enumerate(CELLS)
     ]  # fmt: skip
-    return {"captions": rows, "caption_texts": texts}
+    return {"captions": rows, "caption_texts": texts}, {f"{half.name}/captions": found}
 
 
 def _written(chunk: Chunk, arms: Sequence[Arm]) -> Arrays:

@@ -19,6 +19,9 @@ first.
       total        z from the donor, everything after it free: its release
       direct       the same with every later head's output held, MLPs and norms recomputed: to the logits by its own
                    write (of answers of several tokens at the first, the only one that it then changes)
+      write        later MLPs held too: to the logits by its very own write (read likewise)
+      MLP 5        path patching with heads *and* MLPs held in run 3: what the MLP of layer 5 would read if nothing but
+                   the sender had changed; in run 4 only its input is replaced, and everything after it is free
       L5H1.q       path patching: run 3 gives what head 1 of layer 5 would read as query if nothing but the sender had
                    changed (every other head held, MLPs and norms recomputed); run 4 is the base run with only that
                    input replaced and everything after it free. Keys and values are ungrouped: this query head alone
@@ -28,13 +31,15 @@ first.
       remainder    total - direct - joint: what passes elsewhere, and what the parts make of each other
 
   Positive: that road lets the model hear more. A gate shows up as mediated by the queries of the carriers that it turns
-  away. Receivers not after the sender are NaN. For carriers the base is `blank_a` (mirrored `blank_v`), the donor
+  away, a feeder by the MLP that it feeds. A sender may be an MLP. Receivers not after the sender are NaN (a head's
+  own layer's MLP is after it). For carriers the base is `blank_a` (mirrored `blank_v`), the donor
   `blank_muted`, the effect one on G, and only total, direct and remainder are measured. Donors need not be a run of
   their own (`zero`, means), so the runs of `methods.path_patching` are made here from the same parts (`replay.held`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,10 +54,12 @@ from av_lens.core.readings import pooled_streams
 from av_lens.errors import InputError, InterventionError
 from av_lens.inputs.conflict import clip_key
 from av_lens.interventions import Plan, Site, replace
-from av_lens.interventions.edges import INPUTS, Node
-from av_lens.isolation.measuring.bench import Bench, Chunk, Half, columns, gathered
+from av_lens.interventions.edges import INPUTS
+from av_lens.interventions.edges import Node as End
+from av_lens.isolation.measuring.bench import Bench, Chunk, gathered
 from av_lens.isolation.measuring.effects import effects_of_plans, trace_of
-from av_lens.isolation.measuring.engine import Head
+from av_lens.isolation.measuring.engine import LATER, MLP, Node, part_of
+from av_lens.isolation.measuring.halves import Half, columns
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.evidence import Searched, chunks_of
 from av_lens.isolation.sets.confirmation import NAMES, Held
@@ -64,7 +71,7 @@ from av_lens.replay.held import HeldRun, replaced
 from av_lens.replay.rerun import layer_of
 from av_lens.results.dealing import Halves, Member
 from av_lens.results.dyadic import SOURCE, Dyadic
-from av_lens.results.record import RELEASING
+from av_lens.results.record import FEEDER, RELEASING
 from av_lens.spans import Span, SpanMap
 
 Row = dict[str, Any]
@@ -72,7 +79,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """A head that gets a card at a site: whether it releases (else it carries), and its donor."""
+    """A node that gets a card at a site: whether it releases (else it carries), and its donor."""
 
     layer: int
     head: int
@@ -80,8 +87,8 @@ class Subject:
     donor: str
 
     @property
-    def at(self) -> Head:
-        """Layer and head."""
+    def at(self) -> Node:
+        """The node."""
         return self.layer, self.head
 
 
@@ -108,10 +115,10 @@ class Known:
         return [positions for _, positions in self.bench.sinks]
 
     def subjects(self, site: str) -> list[Subject]:
-        """List the heads that get a card: named at the site, or in the chosen set; those that release first."""
-        found: dict[Head, Subject] = {}
+        """List the nodes that get a card: named at the site, or in the chosen set; those that release first."""
+        found: dict[Node, Subject] = {}
         here = [row for row in self.searched.named if row.site == site]
-        found |= {row.at: Subject(*row.at, True, row.donor) for row in here if row.role in RELEASING}
+        found |= {row.at: Subject(*row.at, True, row.donor) for row in here if row.role in (*RELEASING, FEEDER)}
         chosen = self.held.chosen
         if chosen is not None and site == self.searched.first.site:
             found = {head: Subject(*head, True, chosen.donor) for head in chosen.members} | found
@@ -250,57 +257,86 @@ def _bounded(half: Half, found: np.ndarray, null: np.ndarray) -> Iterator[tuple[
         yield at, row | columns(excess, "excess", "excess_low", "excess_high", at=at)
 
 
-TOTAL, DIRECT, QUERIES, JOINT, REMAINDER = "total", "direct", "queries", "joint", "remainder"
-Sender = tuple[Head, str]
+TOTAL, DIRECT, WRITE = "total", "direct", "write"
+QUERIES, JOINT, REMAINDER = "queries", "joint", "remainder"
+Sender = tuple[Node, str]
 
 
-def receiver_nodes(heads: Sequence[Head]) -> list[Node]:
+def receiver_nodes(heads: Sequence[Node]) -> list[End]:
     """List the inputs of heads that may receive."""
-    return [Node("head", layer, head, name) for layer, head in heads for name in INPUTS]
+    return [End("head", layer, head, name) for layer, head in heads for name in INPUTS]
 
 
-def path_columns(heads: Sequence[Head]) -> list[str]:
+def path_columns(heads: Sequence[Node], mlps: Sequence[int] = ()) -> list[str]:
     """Name the columns of `paths`."""
-    return [TOTAL, DIRECT, *(node.label for node in receiver_nodes(heads)), *([QUERIES, JOINT] if heads else [])]
+    named = [*(node.label for node in receiver_nodes(heads)), *([QUERIES, JOINT] if heads else [])]
+    return [TOTAL, DIRECT, *([WRITE] if mlps else []), *named, *(f"MLP {layer}" for layer in mlps)]
 
 
 @torch.no_grad()
-def paths(chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[Head]) -> Arrays:
-    """Measure where the senders' effects go."""
+def paths(
+    chunk: Chunk, base: str, senders: Sequence[Sender], heads: Sequence[Node], mlps: Sequence[int] = ()
+) -> Arrays:
+    """Measure where the senders' effects go: to heads' inputs, and to the MLPs of some layers."""
 
     def plans(cell: str) -> list[Plan | None]:
-        run = chunk.run(cell)  # with everything after the sender free, and with every later head held
+        run, ways = chunk.run(cell), ((False, ""), (True, ""), *([(True, LATER)] if mlps else []))
         by_sender: list[list[Plan | None]] = [
-            [run.plan(chunk.z(cell, [head], donor), freeze=freeze) for freeze in (False, True)]
-            for head, donor in senders
+            [run.plan(chunk.z(cell, [node], donor), freeze=freeze, mlps=held) for freeze, held in ways]
+            for node, donor in senders
         ]
-        if heads:
-            for sender, received in zip(by_sender, _receiver_plans(chunk, cell, senders, heads), strict=True):
-                sender += received
+        held = _held(chunk, cell) if heads or mlps else None
+        made = [_receiver_plans(chunk, cell, senders, heads, held)] if held and heads else []
+        made += [_mlp_plans(chunk, cell, senders, mlps, held)] if held and mlps else []
+        for received in made:
+            for sender, plans_of_it in zip(by_sender, received, strict=True):
+                sender += plans_of_it
         return [plan for listed in by_sender for plan in listed]
 
-    columns = path_columns(heads)
-    direct = range(columns.index(DIRECT), len(senders) * len(columns), len(columns))
-    effect = effects_of_plans(chunk, base, plans, first=direct)
+    columns = path_columns(heads, mlps)
+    first = [n for n in range(len(senders) * len(columns)) if columns[n % len(columns)] in (DIRECT, WRITE)]
+    effect = effects_of_plans(chunk, base, plans, first=first)
     return {"effect": effect.reshape(len(effect), len(senders), len(columns))}
 
 
 def _receiver_plans(
-    chunk: Chunk, cell: str, senders: Sequence[Sender], heads: Sequence[Head]
+    chunk: Chunk, cell: str, senders: Sequence[Sender], heads: Sequence[Node], held: HeldRun
 ) -> list[list[Plan | None]]:
     """Each receiver's input as in run 3, and all of them together, for every sender."""
-    held, nodes = _held(chunk, cell), receiver_nodes(heads)
+    nodes = receiver_nodes(heads)
     read = held.inputs([_change(chunk, cell, sender) for sender in senders], nodes)
-    ends = [Node("head", *head).writes_at for head, _ in senders]
-    found: list[list[Plan | None]] = [[None] * len(nodes) for _ in senders]
+    ends = [_writes_at(node) for node, _ in senders]
+    found = _one_by_one(held, read, nodes, ends)
+    queries = _together(held, {node: given for node, given in read.items() if node.input == "q"}, ends)
+    joint = _joint(chunk, cell, held, read, ends)
+    return [[*listed, *both] for listed, *both in zip(found, queries, joint, strict=True)]
+
+
+def _mlp_plans(
+    chunk: Chunk, cell: str, senders: Sequence[Sender], mlps: Sequence[int], held: HeldRun
+) -> list[list[Plan | None]]:
+    """Each MLP's input as in run 3 with all other MLPs held too, for every sender."""
+    held, nodes = dataclasses.replace(held, mlps="frozen"), [End("mlp", layer) for layer in mlps]
+    read = held.inputs([_change(chunk, cell, sender) for sender in senders], nodes)
+    return _one_by_one(held, read, nodes, [_writes_at(node) for node, _ in senders])
+
+
+def _writes_at(node: Node) -> int:
+    layer, head = node
+    return (End("mlp", layer) if head == MLP else End("head", layer, head)).writes_at
+
+
+def _one_by_one(
+    held: HeldRun, read: dict[End, torch.Tensor], nodes: Sequence[End], ends: Sequence[int]
+) -> list[list[Plan | None]]:
+    """Each receiver by itself, for every sender that it comes after."""
+    found: list[list[Plan | None]] = [[None] * len(nodes) for _ in ends]
     for number, node in enumerate(nodes):
         rows = [row for row, end in enumerate(ends) if node.reads_at > end]
         if rows:
             for row, plan in zip(rows, replaced(held, {node: read[node][rows]}), strict=True):
                 found[row][number] = plan
-    queries = _together(held, {node: given for node, given in read.items() if node.input == "q"}, ends)
-    joint = _joint(chunk, cell, held, read, ends)
-    return [[*listed, *both] for listed, *both in zip(found, queries, joint, strict=True)]
+    return found
 
 
 def _held(chunk: Chunk, cell: str) -> HeldRun:
@@ -316,13 +352,17 @@ def _held(chunk: Chunk, cell: str) -> HeldRun:
 
 def _change(chunk: Chunk, cell: str, sender: Sender) -> dict[tuple[str, int], torch.Tensor]:
     """What the stream gains where the sender writes as in its donor."""
-    (layer, head), donor = sender
-    own = chunk.run(cell).site_z[layer, :, :, head]
+    node, donor = sender
+    layer, head = node
+    own = chunk.output(cell, part=part_of(node))[layer]
+    new = chunk.z(cell, [node], donor)[node]
+    if head == MLP:
+        return {("mlp", layer): new - own}
     output = layer_of(chunk.bench.engine.model, layer).outputs()[head]
-    return {("heads", layer): (chunk.donor(cell, donor)[layer, :, :, head] - own) @ output}
+    return {("heads", layer): (new - own[:, :, head]) @ output}
 
 
-def _together(held: HeldRun, read: dict[Node, torch.Tensor], ends: Sequence[int]) -> list[Plan | None]:
+def _together(held: HeldRun, read: dict[End, torch.Tensor], ends: Sequence[int]) -> list[Plan | None]:
     """All receivers after each sender together, everything else free."""
     later = [
         {node: given[[row]] for node, given in read.items() if node.reads_at > end} for row, end in enumerate(ends)
@@ -331,7 +371,7 @@ def _together(held: HeldRun, read: dict[Node, torch.Tensor], ends: Sequence[int]
 
 
 def _joint(
-    chunk: Chunk, cell: str, held: HeldRun, read: dict[Node, torch.Tensor], ends: Sequence[int]
+    chunk: Chunk, cell: str, held: HeldRun, read: dict[End, torch.Tensor], ends: Sequence[int]
 ) -> list[Plan | None]:
     """All receivers after each sender together: their queries, keys and values.
 

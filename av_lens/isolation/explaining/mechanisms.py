@@ -15,7 +15,9 @@ of the chosen set (a member without a role of its own has the set's donor). `par
   picture and to the sound. What moves with the queries alone is driven by the questioner, with the keys alone by the
   media. Suppressors take from `blank_muted` (as if nothing were seen or heard) and `wa` (another picture), carriers
   from `blank_a` (the conflict without its picture). Beside these the whole z is taken, as everywhere else.
-* **path**: where its release goes (`knowledge.paths`).
+* **path**: where its release goes (`knowledge.paths`): to the logits, to heads' inputs, through the MLPs after it.
+
+An MLP's card has its write, which is not parted, and its paths.
 
 All cells of a conflict have one layout, so rotary positions agree and keys can be exchanged. Choices where the protocol
 is silent: K and V are exchanged for this query head alone, whatever heads share them; text keys (boundaries, the
@@ -41,9 +43,10 @@ from av_lens.core.readings import attention_mass, sinks_of
 from av_lens.interventions import Plan
 from av_lens.isolation.explaining import knowledge
 from av_lens.isolation.explaining.knowledge import Known, Row, Subject
-from av_lens.isolation.measuring.bench import Chunk, Half, gathered
+from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.effects import effects_of_plans, trace_of
-from av_lens.isolation.measuring.engine import MIRROR, W_CELLS, Head
+from av_lens.isolation.measuring.engine import MIRROR, MLP, MLP_OUT, W_CELLS, Node
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.naming.roles import Evidence, head_means
 from av_lens.replay.rerun import layer_of
@@ -80,25 +83,29 @@ def attention(chunk: Chunk) -> Arrays:
 
 
 @torch.no_grad()
-def writes(chunk: Chunk, heads: Sequence[Head]) -> Arrays:
-    """Attribute the heads' writes at the asked position to what they read, answer by answer."""
+def writes(chunk: Chunk, heads: Sequence[Node]) -> Arrays:
+    """Attribute the nodes' writes at the asked position to what they read, answer by answer; whole ones last."""
     engine, candidates = chunk.bench.engine, chunk.bench.candidates
-    out = np.zeros((len(chunk.examples), len(heads), len(WRITES), len(ANSWERS)))
+    out = np.zeros((len(chunk.examples), len(heads), len(WRITES) + 1, len(ANSWERS)))
     for cell in ("va", "av"):
         sides = ("sound", "picture") if cell == "va" else ("picture", "sound")
         run, tokens = chunk.run(cell), candidates.tokens
         for number, head in enumerate(heads):
-            for place, written in enumerate(_written(chunk, cell, head)):
+            for place, written in enumerate(_written(chunk, cell, head), -1 if head[1] == MLP else 0):
                 added = engine.linear_logits(run, written, tokens)
                 added = added - engine.linear_logits(run, torch.zeros_like(written), tokens)  # less a bias
                 scores = candidates.weighed(added, run.logits)
                 two = [candidates.centred(scores, chunk.examples, of=side) for side in sides]
                 out[:, number, place] += 0.5 * np.stack([*two, two[0] - two[1]], axis=1)
+    parted = np.array([head != MLP for _, head in heads])
+    out[:, parted, -1], out[:, ~parted, :-1] = out[:, parted, :3].sum(2), np.nan
     return {"writes": out}
 
 
-def _written(chunk: Chunk, cell: str, head: Head) -> list[Float[Tensor, "batch d_model"]]:
-    """What a head writes at the asked position, in the order of `WRITES`."""
+def _written(chunk: Chunk, cell: str, head: Node) -> list[Float[Tensor, "batch d_model"]]:
+    """What a node writes at the asked position, in the order of `WRITES`; an MLP's is not parted."""
+    if head[1] == MLP:
+        return [chunk.run(cell).parts[MLP_OUT][head[0], :, -1]]
     trace, spans = trace_of(chunk, cell), chunk.run(cell).inputs.spans
     read = HeadRead.of(trace, *head, [int(spans.generation_position)])
     seen, heard = (torch.from_numpy(spans[role].positions.copy()) for role in LOOKS)
@@ -114,7 +121,7 @@ def _written(chunk: Chunk, cell: str, head: Head) -> list[Float[Tensor, "batch d
 
 
 @torch.no_grad()
-def drives(chunk: Chunk, heads: Sequence[Head], donor: str) -> Arrays:
+def drives(chunk: Chunk, heads: Sequence[Node], donor: str) -> Arrays:
     """Exchange a head's queries, keys or values with those of another cell, one or several at a time."""
     looks = np.zeros((len(chunk.examples), len(heads), 1 + len(DRIVES), len(LOOKS)))
 
@@ -131,7 +138,7 @@ def drives(chunk: Chunk, heads: Sequence[Head], donor: str) -> Arrays:
     return {"effect": effect.reshape(len(effect), len(heads), 1 + len(DRIVES)), "looks": looks}
 
 
-def _mixtures(chunk: Chunk, cell: str, head: Head, donor: str) -> tuple[HeadRead, Mapping[str, HeadRead]]:
+def _mixtures(chunk: Chunk, cell: str, head: Node, donor: str) -> tuple[HeadRead, Mapping[str, HeadRead]]:
     """The head's own reading over the site, and the reading under each drive."""
     other, site = chunk.donor_cell(cell, donor), chunk.run(cell).site.tolist()
     own, theirs = (HeadRead.of(trace_of(chunk, one), *head, site) for one in (cell, other))
@@ -155,13 +162,13 @@ def _look(chunk: Chunk, cell: str, read: HeadRead) -> Float[np.ndarray, "batch l
 MOST_RECEIVERS = 24
 
 
-def receivers(evidence: Evidence, found: Sequence[Subject]) -> list[Head]:
+def receivers(evidence: Evidence, found: Sequence[Subject]) -> list[Node]:
     """Choose whose inputs may receive what a sender releases: later heads, the named ones, then the largest."""
     named = {one.at for one in found}
     jobs = [evidence["carries"], evidence["silenced"], *evidence.by_donor("release").values()]
     size = np.max([np.nan_to_num(head_means(values)) for values in jobs], axis=0)
     first = min((one.layer for one in found if one.releases), default=len(size))
-    later = [(layer, head) for layer, head in np.ndindex(*size.shape) if layer > first]
+    later = [(layer, head) for layer, head in evidence.nodes if layer > first and head != MLP]
     chosen = sorted(later, key=lambda head: (head not in named, -size[head], head))[:MOST_RECEIVERS]
     return sorted(chosen)
 
@@ -181,15 +188,16 @@ def _site_rows(known: Known, site: str, sinks: list[list[int]], found: Sequence[
     half, chunks = known.confirmation, known.chunks(site)
     received = receivers(known.searched.sites[site].evidence, found)
     measure = partial(gathered, chunks, half.examples)
+    everyone, found = found, [one for one in found if one.head != MLP]
     yield from _attention_rows(half, measure("attention by role", {"sinks": sinks}, attention), found)
     because = obstacle(chunks[0])
     if because:
-        for one, part in product(found, ("ov", "pattern", "path")):
+        for one, part in product(everyone, ("ov", "pattern", "path")):
             yield _row(one, part, "", "not measured", np.full(3, np.nan), "", because)
         return
-    heads = [one.at for one in found]
+    heads = [one.at for one in everyone]
     written = measure("what heads write", {"heads": heads}, partial(writes, heads=heads))
-    yield from _write_rows(half, written["writes"], found)
+    yield from _write_rows(half, written["writes"], everyone)
     kinds = [[one for one in found if one.releases is releases] for releases in (True, False)]
     for mine, donors in zip(kinds, (("blank_muted", "wa"), ("blank_a",)), strict=True):
         for donor in donors if mine else ():
@@ -197,13 +205,15 @@ def _site_rows(known: Known, site: str, sinks: list[list[int]], found: Sequence[
             compute = partial(_driven, heads=heads, donor=donor)
             made = measure(f"queries and keys from {donor}", {"heads": heads, "donor": donor}, compute)
             yield from _pattern_rows(half, made, mine, donor)
-    for mine, base, ends in zip(kinds, ("va", "blank_a"), (received, []), strict=True):
+    kinds[0] = [one for one in everyone if one.releases]
+    mlps = list(range(known.bench.engine.n_layers)) if known.bench.mlps else []
+    for mine, base, ends in zip(kinds, ("va", "blank_a"), ((received, mlps), ([], [])), strict=True):
         if mine:
             senders = [(one.at, one.donor) for one in mine]
-            compute = partial(knowledge.paths, base=base, senders=senders, heads=ends)
-            depends = {"base": base, "senders": senders, "heads": ends}
+            compute = partial(knowledge.paths, base=base, senders=senders, heads=ends[0], mlps=ends[1])
+            depends = {"base": base, "senders": senders, "heads": ends[0], "mlps": ends[1]}
             made = measure("paths" if base == "va" else "paths of carriers", depends, compute)
-            yield from _path_rows(half, made["effect"], mine, base, ends)
+            yield from _path_rows(half, made["effect"], mine, base, *ends)
 
 
 def obstacle(chunk: Chunk) -> str:
@@ -215,7 +225,7 @@ def obstacle(chunk: Chunk) -> str:
     return f"not measured: {roles} read both ways" if roles else ""
 
 
-def _driven(chunk: Chunk, heads: Sequence[Head], donor: str) -> Arrays:
+def _driven(chunk: Chunk, heads: Sequence[Node], donor: str) -> Arrays:
     if not chunk.has(donor):
         shape, n = (len(chunk.examples), len(heads), 1 + len(DRIVES)), len(LOOKS)
         return {"effect": np.full(shape, np.nan), "looks": np.full((*shape, n), np.nan)}
@@ -244,10 +254,11 @@ def _attention_rows(half: Half, made: Arrays, found: Sequence[Subject]) -> Itera
 
 
 def _write_rows(half: Half, values: np.ndarray, found: Sequence[Subject]) -> Iterator[Row]:
-    whole = values[:, :, :3].sum(2, keepdims=True)
-    bounds = _three(half.boot.mean(np.concatenate([whole, values], axis=2)))
+    bounds = _three(half.boot.mean(np.roll(values, 1, axis=2)))
     places = enumerate(found), enumerate(("its write", *WRITES)), enumerate(ANSWERS)
     for (number, one), (place, write), (side, answer) in product(*places):
+        if place and one.head == MLP:
+            continue
         unit = "logit" if "evenly" not in write else "logit per unit of attention"
         yield _row(one, "ov", "va", f"{write}, on the {answer}", bounds[:, number, place, side], unit)
 
@@ -287,9 +298,14 @@ def drive_in_words(share: np.ndarray, moved: np.ndarray) -> str:
 
 
 def _path_rows(
-    half: Half, values: np.ndarray, found: Sequence[Subject], base: str, heads: Sequence[Head]
+    half: Half,
+    values: np.ndarray,
+    found: Sequence[Subject],
+    base: str,
+    heads: Sequence[Node],
+    mlps: Sequence[int],
 ) -> Iterator[Row]:
-    names = knowledge.path_columns(heads)
+    names = knowledge.path_columns(heads, mlps)
     joint = np.nan_to_num(values[:, :, names.index(knowledge.JOINT)]) if heads else 0.0
     rest = values[:, :, 0] - values[:, :, 1] - joint
     effect = np.concatenate([values, rest[:, :, None]], axis=2)

@@ -35,10 +35,11 @@ from scipy import stats
 from av_lens.core.modes import in_precision, other_precision
 from av_lens.errors import AvLensError
 from av_lens.isolation.explaining.knowledge import Known
-from av_lens.isolation.measuring.bench import Bench, Half, in_order
+from av_lens.isolation.measuring.bench import Bench, in_order
 from av_lens.isolation.measuring.effects import ROLE_ESTIMANDS, figures, measure_requests, mirrored, requests
-from av_lens.isolation.measuring.engine import Head, ModelEngine
-from av_lens.isolation.naming.evidence import Searched, with_means
+from av_lens.isolation.measuring.engine import PRIMARY_DONORS, ModelEngine, Node
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.naming.evidence import Searched, hold, with_means
 from av_lens.isolation.naming.roles import Evidence, Named, adjust, classify, run_tests
 from av_lens.isolation.sets.sets import head_names
 from av_lens.results.dyadic import drawn_again
@@ -109,16 +110,16 @@ def robustness_rows(known: Known, *, phrasing: str | None = None, draws: int = D
     return [*rows, _bootstrapped(known, main, draws)]
 
 
-def named_again(searched: Searched, found: Evidence, seed: int) -> dict[Head, str]:
+def named_again(searched: Searched, found: Evidence, seed: int) -> dict[Node, str]:
     """Name the suppressors of the main search's first site on other evidence."""
     # 440 sampled flips a head see a p of half of the first step of the ladder at one site (.05 / 11 a head).
     n_heads, s, site = found["silenced"][0].size, searched.s, searched.first.site
     tests = run_tests(found, s=s, family=math.ceil(n_heads * 11 / 5), seed=seed)
-    (q,), (release_q,) = adjust([tests], n_sites=searched.n_sites)
+    (q,), (release_q,) = adjust([tests], family=searched.family)
     return named_roles(classify(found, tests, q, release_q, s=s, site=site), site)
 
 
-def named_roles(named: Sequence[Named], site: str) -> dict[Head, str]:
+def named_roles(named: Sequence[Named], site: str) -> dict[Node, str]:
     """Collect the suppressors that a search named at a site."""
     return {row.at: row.role for row in named if row.site == site and row.role in RELEASING}
 
@@ -139,7 +140,7 @@ def jaccard(one: Mapping[Any, str], other: Mapping[Any, str]) -> float:
     return len(one.keys() & other.keys()) / len(either) if either else float("nan")
 
 
-def compared(name: str, main: Mapping[Head, str], again: Mapping[Head, str]) -> dict[str, Any]:
+def compared(name: str, main: Mapping[Node, str], again: Mapping[Node, str]) -> dict[str, Any]:
     """Write one variant's row."""
     both = sorted(main.keys() & again.keys())
     turned = [f"{head_names([h])}: {main[h]} -> {again[h]}" for h in both if main[h] != again[h]]
@@ -158,10 +159,13 @@ def _measured_again(known: Known, variant: Variant, site: str) -> Evidence:
         in_order(chunks, half.examples, lambda one, base=base: mirrored(base, one.margin)) for base in ("va", "blank_a")
     )
     wanted, stage = requests(chunks, names=ROLE_ESTIMANDS), f"robustness: {variant.name}"
-    effects = measure_requests(chunks, wanted, heads=other.engine.heads, examples=half.examples, stage=stage)
+    effects = measure_requests(chunks, wanted, heads=other.nodes, examples=half.examples, stage=stage)
+    found = Evidence(figures(effects), dataclasses.replace(half, G=G, C=C), other.mlps)
+    mlps = known.searched.mlps.get(site, ())
+    found = hold(chunks, found, mlps, dict.fromkeys(PRIMARY_DONORS, other.nodes if mlps else []))
     for chunk in chunks:
         chunk.forget()
-    return Evidence(figures(effects), dataclasses.replace(half, G=G, C=C))
+    return found
 
 
 def _varied(bench: Bench, variant: Variant) -> Bench:
@@ -175,7 +179,7 @@ def _varied(bench: Bench, variant: Variant) -> Bench:
     return dataclasses.replace(bench, engine=made, conflicts=list(conflicts), store=store, sinks=[], _cells={})
 
 
-def _bootstrapped(known: Known, main: Mapping[Head, str], draws: int) -> dict[str, Any]:
+def _bootstrapped(known: Known, main: Mapping[Node, str], draws: int) -> dict[str, Any]:
     """Draw discovery's components again, name again, and average the Jaccard."""
     half, found = known.discovery, known.searched.first.evidence
     values, kept = list[float](), dict.fromkeys(main, 0)
@@ -183,7 +187,7 @@ def _bootstrapped(known: Known, main: Mapping[Head, str], draws: int) -> dict[st
         rng = np.random.default_rng([known.seed, 0xB0, draw])
         rows, renamed, boot, third = drawn_again(half.boot, half.third, half.components, rng, seed=known.seed + draw)
         taken = Half(half.name, half.examples[rows], renamed, boot, found.half.G[rows], found.half.C[rows], third)
-        resampled = Evidence({key: of[rows] for key, of in found.figures.items()}, taken)
+        resampled = Evidence({key: of[rows] for key, of in found.figures.items()}, taken, found.mlps)
         named = named_again(known.searched, resampled, known.seed + draw)
         values.append(jaccard(main, named))
         for head in main:

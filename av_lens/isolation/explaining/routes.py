@@ -47,9 +47,10 @@ import numpy as np
 from av_lens.core.readings import attention_mass, sinks_of
 from av_lens.interventions import Plan
 from av_lens.isolation.explaining.knowledge import Known, Row
-from av_lens.isolation.measuring.bench import Chunk, Half, columns, gathered
+from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.effects import effects_of_plans, says_sound
-from av_lens.isolation.measuring.engine import Head
+from av_lens.isolation.measuring.engine import MLP, Node
+from av_lens.isolation.measuring.halves import Half, columns
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.isolation.sets.sets import head_names
 from av_lens.methods.shared.matched_cuts import EQUAL_COUNT, EQUAL_MASS, EdgeCut, matches
@@ -65,7 +66,7 @@ WITH_SINKS = ("video|image - sinks", "sinks")
 NO_MATCH = "no other heads at most one layer away, none of which releases, move as much along these edges"
 TOO_FEW = "fewer than three times as many other keys"
 NO_NUMBER = {EQUAL_MASS: NO_MATCH, DIFFERENCE: NO_MATCH, EQUAL_COUNT: TOO_FEW}
-Group = tuple[Head, ...]
+Group = tuple[Node, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +95,10 @@ def cut_rows(known: Known) -> list[Row]:
     keys = KEYS + (WITH_SINKS if any(sinks) else ())
     rows: list[Row] = []
     for site in known.searched.sites:
-        groups: list[Group] = [(one.at,) for one in known.subjects(site) if one.releases]
-        if chosen is not None and site == known.searched.first.site and len(chosen.members) > 1:
-            groups.append(chosen.members)
+        groups: list[Group] = [(one.at,) for one in known.subjects(site) if one.releases and one.head != MLP]
+        members = () if chosen is None else tuple(node for node in chosen.members if node[1] != MLP)
+        if site == known.searched.first.site and len(members) > 1:
+            groups.append(members)
         if not groups:
             continue
         depends = {"groups": groups, "keys": keys, "seed": known.seed, "sinks": sinks}

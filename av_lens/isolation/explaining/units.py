@@ -1,11 +1,10 @@
-"""What do larger units do (groups of heads, MLPs, layers), and what does an edit of the named set mend and break?
+"""What do larger units do (groups of heads, layers), and what does an edit of the named set mend and break?
 
-Each unit is edited alone at the site, on discovery, and its effect mirrored, as for single heads (`effects`):
+Each unit is edited alone at the site, on discovery, and its effect mirrored, as for single nodes (`effects`):
 
 | unit | what is edited |
 |---|---|
 | kv group | z of all query heads that share a key-value head, jointly |
-| mlp | the MLP's output |
 | attention | z of all heads of the layer |
 | layer | z of all heads and the MLP's output: what the layer adds to the stream, not the stream itself |
 
@@ -29,9 +28,9 @@ control of `specificity`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -43,9 +42,10 @@ from torch import Tensor
 from av_lens.errors import InputError
 from av_lens.interventions import Plan, Site, replace, zero
 from av_lens.isolation.explaining.knowledge import Known
-from av_lens.isolation.measuring.bench import Chunk, Half, gathered, in_order
+from av_lens.isolation.measuring.bench import Bench, Chunk, gathered, in_order
 from av_lens.isolation.measuring.effects import mirrored
-from av_lens.isolation.measuring.engine import PRIMARY_DONORS, Head, ModelEngine, Recording, align_end, joined
+from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS, Node, Recording, part_of, site_of
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming.evidence import chunks_of
 from av_lens.isolation.sets.sets import controls, release_of_sets
 from av_lens.results.record import Isolation
@@ -64,7 +64,7 @@ def repair(known: Known) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     return repair_rows(chunks, known.confirmation, chosen.members, values), values
 
 
-def repair_values(chunks: Sequence[Chunk], members: Sequence[Head], donor: str) -> dict[str, np.ndarray]:
+def repair_values(chunks: Sequence[Chunk], members: Sequence[Node], donor: str) -> dict[str, np.ndarray]:
     """Average what a donor gives to the members, by role of the position."""
     sums: dict[str, np.ndarray] = {}
     counts: dict[str, int] = {}
@@ -76,15 +76,15 @@ def repair_values(chunks: Sequence[Chunk], members: Sequence[Head], donor: str) 
     return {f"{_KEY}/{donor}/{key}": (total / counts[key]).astype(np.float32) for key, total in sums.items()}
 
 
-def _by_role(chunk: Chunk, members: Sequence[Head], donor: str) -> dict[str, np.ndarray]:
-    """The members' donor z per conflict, averaged over the positions of each role."""
-    recording = chunk.run("va")
-    z = chunk.donor("va", donor).expand(-1, len(chunk.examples), -1, -1, -1)
+def _by_role(chunk: Chunk, members: Sequence[Node], donor: str) -> dict[str, np.ndarray]:
+    """The members' donor outputs per conflict, averaged over the positions of each role."""
+    recording, n = chunk.run("va"), len(chunk.examples)
+    given = {node: z.expand(n, -1, -1) for node, z in chunk.z("va", members, donor).items()}
     out: dict[str, np.ndarray] = {}
     for role, places in roles_at(recording).items():
-        for layer, head in members:
-            values = z[layer, :, places, head].double().mean(1).cpu().numpy()
-            out[f"{layer}.{head}/{role}"] = values[~np.isnan(values).any(1)]
+        for (layer, head), z in given.items():
+            values = z[:, places].double().mean(1).cpu().numpy()
+            out[f"{layer}.{'mlp' if head == MLP else head}/{role}"] = values[~np.isnan(values).any(1)]
     return out
 
 
@@ -97,41 +97,40 @@ def roles_at(recording: Recording) -> dict[str, list[int]]:
     return found
 
 
-def constants(values: dict[str, np.ndarray], like: Recording) -> Float[Tensor, "layer one site head d_head"]:
-    """Lay the members' constants out as a donor for one run; other heads are NaN, so that no one reads them."""
-    out = torch.full_like(like.site_z[:, :1], torch.nan)
+def constants(values: dict[str, np.ndarray], like: Recording, part: str) -> Float[Tensor, "layer one site ..."]:
+    """Lay the members' constants out as a donor for one run; other nodes are NaN, so that no one reads them."""
+    out = torch.full_like(like.at_site(part)[:, :1], torch.nan)
     where = roles_at(like)
     for key, value in values.items():
-        _, layer, index, role = _parsed(key)
-        out[layer, 0, where.get(role, []), index] = torch.from_numpy(value).to(out)
+        _, (layer, head), role = _parsed(key)
+        if part_of((layer, head)) == part:
+            at = out[layer, 0] if head == MLP else out[layer, 0, :, head]
+            at[where.get(role, [])] = torch.from_numpy(value).to(out)
     return out
 
 
-def _parsed(key: str) -> tuple[str, int, int, str]:
-    """Donor, layer, head and role of one of `repair_values`."""
-    _, donor, head, role = key.split("/")
-    layer, index = map(int, head.split("."))
-    return donor, layer, index, role
+def _parsed(key: str) -> tuple[str, Node, str]:
+    """Donor, node and role of one of `repair_values`."""
+    _, donor, node, role = key.split("/")
+    layer, head = node.split(".")
+    return donor, (int(layer), MLP if head == "mlp" else int(head)), role
 
 
 def plan_of(found: Isolation) -> Plan:
     """Write the chosen set's edit as a plan that fits any clip and question."""
     keys = sorted(key for key in found.arrays if key.startswith(f"{_KEY}/"))
     if not keys:
-        raise InputError(
-            f"this finding has no set of heads to edit, so there is no repair plan. Its verdict: {found.verdict}"
-        )
+        raise InputError(f"this finding has no set to edit, so there is no repair plan. Its verdict: {found.verdict}")
     edits: list[Any] = []
     for key in keys:
-        donor, layer, index, role = _parsed(key)
-        positions = "generation|generated" if role == "generation" else role
-        site = Site("z", layer, head=index, positions=positions)
+        donor, node, role = _parsed(key)
+        site = site_of(node, "generation|generated" if role == "generation" else role)
         edits.append(zero(site) if donor == "zero" else replace(site, torch.from_numpy(found.arrays[key])[None]))
     return Plan(edits)
 
 
 def repair_rows(
-    chunks: Sequence[Chunk], half: Half, members: Sequence[Head], values: dict[str, np.ndarray]
+    chunks: Sequence[Chunk], half: Half, members: Sequence[Node], values: dict[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """Measure the plan on confirmation: what it mends, and what else it changes (rows of `repair`)."""
     for chunk in chunks:
@@ -156,7 +155,6 @@ def _change(name: str, half: Half, before: np.ndarray, after: np.ndarray) -> dic
 
 
 K_AND_V = "release of K and V"
-PARTS = ("mlp_out", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -164,18 +162,16 @@ class Unit:
     """A unit of a layer.
 
     Attributes:
-        kind: "kv group", "mlp", "attention" or "layer".
+        kind: "kv group", "attention" or "layer".
         layer: the layer.
         index: the group's number, -1 elsewhere.
-        heads: the query heads whose z is edited.
-        mlp: whether the MLP's output is edited.
+        nodes: the heads and MLPs that are edited together.
     """
 
     kind: str
     layer: int
     index: int
-    heads: tuple[int, ...]
-    mlp: bool = False
+    nodes: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
@@ -189,14 +185,16 @@ class Asked:
     keys_and_values: bool = False
 
 
-def units_of(engine: ModelEngine) -> list[Unit]:
+def units_of(bench: Bench) -> list[Unit]:
     """List a model's units, layer by layer."""
-    n, everyone = engine.model.spec.n_kv_heads, tuple(range(engine.n_heads))
+    engine = bench.engine
+    n = engine.model.spec.n_kv_heads
     size, out = engine.n_heads // n, list[Unit]()
     for layer in range(engine.n_layers):
-        out += [Unit("kv group", layer, g, everyone[g * size : (g + 1) * size]) for g in range(n)]
-        out.append(Unit("mlp", layer, -1, (), mlp=True))
-        out += [Unit("attention", layer, -1, everyone), Unit("layer", layer, -1, everyone, mlp=True)]
+        heads = tuple((layer, head) for head in range(engine.n_heads))
+        out += [Unit("kv group", layer, g, heads[g * size : (g + 1) * size]) for g in range(n)]
+        out += [] if bench.mlps else [Unit("mlp", layer, -1, ((layer, MLP),))]  # else it is one of the nodes
+        out += [Unit("attention", layer, -1, heads), Unit("layer", layer, -1, (*heads, (layer, MLP)))]
     return out
 
 
@@ -208,61 +206,24 @@ def asked_of(chunks: Sequence[Chunk]) -> list[Asked]:
     return out + [Asked(K_AND_V, "va", donor, keys_and_values=True) for donor in donors]
 
 
-Parts = Mapping[str, Tensor]
-
-
-def part_donors(chunk: Chunk) -> Callable[[str, str], Parts]:
-    """Say what outputs that are no head's z become, by base cell and donor; keys are before rotary position."""
-
-    @cache
-    def own(of: Chunk, cell: str, question: str = "ask") -> Parts:
-        inputs = of.inputs(cell, question)
-        return of.bench.engine.capture(inputs, of.bench.positions(inputs, of.site), PARTS)
-
-    def mean_other(part: str) -> Tensor:
-        means, candidates = chunk.means, chunk.bench.candidates
-        assert means is not None
-        if part not in means.parts:
-            found = [own(other, "va", "see") for other in means.chunks]
-            means.parts |= {name: joined([one[name].cpu() for one in found]) for name in found[0]}
-        z = means.parts[part]
-        weights = means.weights(candidates.sound[chunk.examples], candidates.picture[chunk.examples])
-        return torch.einsum("bn,ln...->lb...", torch.from_numpy(weights).to(z), z)
-
-    @cache
-    def donor(base: str, name: str) -> Parts:
-        if name == "zero":
-            return {part: torch.zeros_like(values[:, :1]) for part, values in own(chunk, base).items()}
-        if name == "mean_other":
-            return {part: align_end(mean_other(part).to(own), own) for part, own in own(chunk, base).items()}
-        return own(chunk, chunk.donor_cell(base, name))
-
-    return donor
-
-
-def plan_of_unit(unit: Unit, asked: Asked, chunk: Chunk, donor: Callable[[str, str], Parts], base: str) -> Plan | None:
+def plan_of_unit(unit: Unit, asked: Asked, chunk: Chunk, base: str) -> Plan | None:
     """Write a unit's edit of one base cell; None where the estimand is not the unit's."""
     run = chunk.run(base)
-
-    def given(component: str, head: int | None = None) -> Plan:
-        value = donor(base, asked.donor)[component][unit.layer]
-        site = Site(component, unit.layer, head=head, positions=run.site.tolist())
-        return Plan(replace(site, value if head is None else value[:, :, head]))
-
-    if asked.keys_and_values:
-        return given("k", unit.index) + given("v", unit.index) if unit.kind == "kv group" else None
-    heads = [(unit.layer, head) for head in unit.heads]
-    plan = run.plan(chunk.z(base, heads, asked.donor)) if heads else Plan()
-    return plan + given("mlp_out") if unit.mlp else plan
+    if not asked.keys_and_values:
+        return run.plan(chunk.z(base, unit.nodes, asked.donor))
+    if unit.kind != "kv group":
+        return None
+    given = ((part, chunk.donor(base, asked.donor, part=part)[unit.layer][:, :, unit.index]) for part in ("k", "v"))
+    return Plan([replace(Site(part, unit.layer, unit.index, run.site.tolist()), value) for part, value in given])
 
 
 def _chunk_units(chunk: Chunk, units: Sequence[Unit], wanted: Sequence[Asked]) -> dict[str, np.ndarray]:
     """Every unit's effect by every estimand in one stack, `[batch, asked, unit]`; NaN where it is not the unit's."""
-    candidates, donor = chunk.bench.candidates, part_donors(chunk)
+    candidates = chunk.bench.candidates
     out = np.full((len(wanted), len(units), len(chunk.examples)), np.nan)
 
     def changes(cell: str, these: Sequence[int]) -> np.ndarray:
-        planned = [plan_of_unit(unit, wanted[a], chunk, donor, cell) for a, unit in product(these, units)]
+        planned = [plan_of_unit(unit, wanted[a], chunk, cell) for a, unit in product(these, units)]
         found = chunk.changed(chunk.run(cell), [plan for plan in planned if plan is not None])
         scores = np.stack([chunk.scores(one) for one in found])
         change = np.full((len(planned), len(chunk.examples)), np.nan)
@@ -279,9 +240,9 @@ def _chunk_units(chunk: Chunk, units: Sequence[Unit], wanted: Sequence[Asked]) -
 
 def unit_rows(chunks: Sequence[Chunk], half: Half, *, site: str) -> list[dict[str, Any]]:
     """Measure every unit at a site: rows of `units`."""
-    units, wanted = units_of(chunks[0].bench.engine), asked_of(chunks)
+    units, wanted = units_of(chunks[0].bench), asked_of(chunks)
     depends = {"units": [vars(unit) for unit in units], "asked": [vars(asked) for asked in wanted]}
-    compute, stage = partial(_chunk_units, units=units, wanted=wanted), f"groups, MLPs, attentions and layers at {site}"
+    compute, stage = partial(_chunk_units, units=units, wanted=wanted), f"groups, attentions and layers at {site}"
     made = gathered(chunks, half.examples, "unit effects", depends, compute, stage)
     out: list[dict[str, Any]] = []
     for a, asked in enumerate(wanted):

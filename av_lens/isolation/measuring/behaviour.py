@@ -11,8 +11,12 @@ Per conflict, with M = score(sound's answer) - score(picture's answer) in every 
 
 * C = (M(va) - M(av)) / 2, hearing under conflict; G = (M(blank_a) - M(blank_v)) / 2, hearing with nothing to see;
   gap = G - C. Both are free of the words' own priors, because a and v change places.
+* Dilution = (M(audio_only) - M(audio_only_v)) / 2 - G: what the mere presence of a picture's positions costs. Reversal
+  rate: the share of conflicts with M(blank_a) > 0 and M(va) < 0.
 * E_A = (M(va) + M(aa) - M(vv) - M(av)) / 2, E_V = (M(aa) + M(av) - M(va) - M(vv)) / 2,
-  I = M(aa) - M(va) - M(av) + M(vv); Shortcut Index = |E_V| / (|E_A| + |E_V|), of the means. C = (E_A - E_V) / 2.
+  I = M(aa) - M(va) - M(av) + M(vv), what the picture moves where a is heard less what it moves where v is heard (0
+  where sound and picture add up; its sign changes when a and v change places);
+  Shortcut Index = |E_V| / (|E_A| + |E_V|), of the means. C = (E_A - E_V) / 2.
 
 Refused: a model that would say neither word (median of P(a) + P(v) in `va` below .1), and one that does not hear (G's
 lower bound at or below 0). Stopped: no gap to explain.
@@ -33,9 +37,10 @@ from jaxtyping import Bool, Float
 
 from av_lens.errors import InputError
 from av_lens.inputs.answers import Answer, answer_pair, words_of
-from av_lens.isolation.measuring.bench import Chunk, Half
+from av_lens.isolation.measuring.bench import Chunk
 from av_lens.isolation.measuring.effects import mirrored
 from av_lens.isolation.measuring.engine import ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates, CellReading, overlapping
 from av_lens.metrics.forms import Forms, Reading, known_forms
 from av_lens.results.statistics import interval
@@ -127,6 +132,7 @@ RIGHT: dict[tuple[str, str], str | None] = {
     ("blank_a", "ask"): "sound",
     ("blank_v", "ask"): "picture",
     ("audio_only", "ask"): "sound",
+    ("audio_only_v", "ask"): "picture",
     ("v_muted", "ask"): None,
     ("a_muted", "ask"): None,
     ("blank_muted", "ask"): None,
@@ -134,6 +140,14 @@ RIGHT: dict[tuple[str, str], str | None] = {
     ("v_muted", "see"): "picture",
     ("a_muted", "see"): "sound",
 }
+
+
+COMPETENCE = {("blank_a", "ask"): 1, ("blank_v", "ask"): -1, ("v_muted", "see"): -1, ("a_muted", "see"): 1}
+"""Where a conflict must be answered right to be used, and the sign of M that is right."""
+
+
+def _said(cell: str, question: str) -> str:
+    return cell if question == "ask" else f"{cell} ({question})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,11 +173,25 @@ class Survey:
         return mirrored("blank_a", self.margin)
 
     @property
+    def right(self) -> Bool[np.ndarray, "condition example"]:
+        """Where each condition of `COMPETENCE` holds, judged between the two answers."""
+        return np.stack([sign * self.margin(*where) > 0 for where, sign in COMPETENCE.items()])
+
+    @property
     def competent(self) -> Bool[np.ndarray, " example"]:
         """Hears both sounds on a blank picture and sees both pictures in silence."""
-        hears = (self.margin("blank_a") > 0) & (self.margin("blank_v") < 0)
-        sees = (self.margin("v_muted", "see") < 0) & (self.margin("a_muted", "see") > 0)
-        return hears & sees
+        return np.logical_and.reduce(self.right)
+
+    @property
+    def turned(self) -> Float[np.ndarray, " example"]:
+        """1 where the sound's answer with nothing to see turns into the picture's under conflict, else 0."""
+        return ((self.margin("blank_a") > 0) & (self.margin("va") < 0)).astype(np.float64)
+
+    def competence(self) -> str:
+        """Count the competent conflicts, and cell by cell those that are answered right."""
+        held = zip(COMPETENCE, self.right.sum(1).tolist(), strict=True)
+        cells = ", ".join(f"{_said(*where)} {count}" for where, count in held)
+        return f"Competent are {self.competent.sum()} of {len(self.G)} conflicts (right between the two: {cells})."
 
 
 def survey(chunks: Sequence[Chunk], n: int) -> Survey:
@@ -191,6 +219,8 @@ def quantities(found: Survey, half: Half) -> dict[str, tuple[float, float, float
     e_a, e_v, c, g = 0.5 * (va + aa - vv - av), 0.5 * (aa + av - va - vv), half.C, half.G
     means = {"C": c, "G": g, "gap": g - c, "gap - G/4": g - c - LEAST_GAP * g}
     return {
+        "dilution": interval(half.boot, mirrored("audio_only", found.margin)[half.examples] - g),
+        "reversal rate": interval(half.boot, found.turned[half.examples]),
         "E_A": interval(half.boot, e_a),
         "E_V": interval(half.boot, e_v),
         "I": interval(half.boot, aa - va - av + vv),
@@ -207,7 +237,7 @@ def rows_of(found: Survey, half: Half, chosen: str) -> list[dict[str, Any]]:
     ]
     for (cell, question), right in RIGHT.items():
         margin = found.margin(cell, question)[rows]
-        top, said = found.readings[cell, question].top[rows], cell if question == "ask" else f"{cell} ({question})"
+        top, said = found.readings[cell, question].top[rows], _said(cell, question)
         for whose in ("sound", "picture") if right is None else (right,):
             of = {"quantity": f"says {whose}" if right is None else "accuracy", "cell": said}
             wins = margin > 0 if whose == "sound" else margin < 0
@@ -246,13 +276,14 @@ def gap_verdict(found: Survey, half: Half) -> tuple[str, str]:
     q = quantities(found, half)
     g, c, gap, least = (f"{v:.2f} [{low:.2f}, {high:.2f}]" for v, low, high in (q[n] for n in FIGURES))
     figures = f"hearing falls from G = {g} with nothing to see to C = {c} under conflict, a gap of {gap} logits"
-    (_, low, high), (_, c_low, c_high) = q["gap - G/4"], q["C"]
-    if high < 0:
-        return "no suppression", f"No suppression: {figures}, which is below a quarter of G."
-    if not low > 0:
-        return "not established", f"Suppression is not established: {figures}; gap - G/4 is {least}."
-    if c_high <= 0:
-        return "dominance", f"The picture dominates: {figures}."
-    if c_low > 0:
-        return "interference", f"Interference, not dominance: {figures}; the sound still wins under conflict."
-    return "suppression, kind open", f"Suppression, its kind open (C's interval holds 0): {figures}."
+    (_, low, high), (_, c_low, c_high), (turned, *_) = q["gap - G/4"], q["C"], q["reversal rate"]
+    kinds = (
+        (high < 0, "no suppression", f"No suppression: {figures}, which is below a quarter of G."),
+        (not low > 0, "not established", f"Suppression is not established: {figures}; gap - G/4 is {least}."),
+        (c_high <= 0, "dominance", f"The picture dominates: {figures}."),
+        (c_low > 0, "interference", f"Interference, not dominance: {figures}; the sound still wins under conflict."),
+        (True, "suppression, kind open", f"Suppression, its kind open (C's interval holds 0): {figures}."),
+    )
+    kind, sentence = next((kind, sentence) for holds, kind, sentence in kinds if holds)
+    reversal = "the sound's answer with nothing to see turns into the picture's under conflict"
+    return kind, f"{sentence} In {turned:.0%} of these {len(half.examples)} conflicts {reversal}."

@@ -1,9 +1,9 @@
-"""Conflicts on the bench: every cell run once, every donor ready, stacked by layout; and one half of them.
+"""Conflicts on the bench: every cell run once, every donor ready, stacked by layout.
 
 Cells are named picture first, sound second (`va` is the conflict: the picture's clip v seen, the sound's clip a heard).
 A `Chunk` is a stack of conflicts of one layout and one wording; it runs a cell when first asked for and keeps it. A
-*donor* is what a head's z becomes: another cell of the same conflict, zero, or a mean over discovery (`Means`). In the
-mirrored cells (`av`, `blank_v`) a donor cell is mirrored too (a and v change places).
+*donor* is what a node's output becomes: another cell of the same conflict, zero, or a mean over discovery (`Means`).
+In the mirrored cells (`av`, `blank_v`) a donor cell is mirrored too (a and v change places).
 
 Choice where the protocol is silent: conflicts without a third clip have NaN donors there, so that only their own
 figures are NaN.
@@ -30,28 +30,28 @@ from av_lens.inputs import AVInputs
 from av_lens.inputs.conflict import ClipKeys
 from av_lens.inputs.model_inputs import shared
 from av_lens.interventions import Plan
+from av_lens.isolation.measuring.cells import Cells
+from av_lens.isolation.measuring.donors import Means, align_end, equal_ending
 from av_lens.isolation.measuring.engine import (
     MEANS,
     MEDIA_SITES,
     MIRROR,
     MIRRORED_BASES,
+    MLP,
     OTHER_LAYOUT,
     W_CELLS,
-    AllZ,
-    Cells,
-    Head,
-    Means,
+    AllOutputs,
     ModelEngine,
+    Node,
     Recording,
     Values,
-    align_end,
-    equal_ending,
+    Z,
+    listed_nodes,
+    part_of,
     site_positions,
 )
 from av_lens.isolation.measuring.scoring import Candidates, CellReading, Edited, Said, Spoken
 from av_lens.isolation.measuring.store import Arrays, Store
-from av_lens.results.dyadic import Dyadic, Inference
-from av_lens.results.statistics import Interval
 from av_lens.spans import SpanMap
 
 Progress = Callable[[str, int, int], None]
@@ -63,6 +63,7 @@ class Bench:
     """The conflicts of a run, their answers and the model's engine.
 
     A question is asked in four wordings: "ask" (the conflict's own), "see", "control", and "describe" without a prefix.
+    `mlps` says whether MLPs stand beside heads (in the first edition they do not).
     """
 
     engine: ModelEngine
@@ -72,8 +73,19 @@ class Bench:
     store: Store = field(default_factory=Store)
     sinks: list[tuple[SpanMap, list[int]]] = field(default_factory=list)
     keys: ClipKeys = field(default_factory=ClipKeys)
+    mlps: bool = True
     progress: Progress = lambda stage, done, total: None
     _cells: dict[tuple[int, str | None], Cells] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of tables `[layer, node]`."""
+        return self.engine.n_layers, self.engine.n_heads + self.mlps
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All heads and MLPs, layer by layer."""
+        return listed_nodes(*self.shape, self.mlps)
 
     def inputs(self, example: int, cell: str, question: str) -> AVInputs:
         """Encode one cell of one conflict; refused where a clip's file was changed since the run began."""
@@ -106,7 +118,7 @@ class Bench:
         """Group conflicts by layout and wording, in stacks that fit into memory; layouts without sinks go there."""
         groups: dict[Any, list[int]] = defaultdict(list)
         for example in examples:
-            of = _layout(self.inputs(example, "va", "ask")), bool(self.candidates.long[example])
+            of = layout_of(self.inputs(example, "va", "ask")), bool(self.candidates.long[example])
             groups[*of, *wording(self.conflicts[example])].append(example)
         parts: list[list[int]] = []
         site = site or self.site
@@ -129,7 +141,8 @@ def _incoming(chunk: Chunk) -> Arrays:
     return {"mass": chunk.bench.engine.incoming(chunk.inputs("va"))}
 
 
-def _layout(inputs: AVInputs) -> tuple[tuple[str, ...], str]:
+def layout_of(inputs: AVInputs) -> tuple[tuple[str, ...], str]:
+    """Say what tells one token layout from another: the positions' roles, and the hash of their rotary ids."""
     rotary = hashlib.sha256(inputs.position_ids.cpu().numpy().tobytes()).hexdigest()
     return tuple(inputs.spans.roles), rotary
 
@@ -142,10 +155,10 @@ class Chunk:
     examples: Int[np.ndarray, " batch"]
     site: str
     means: Means | None = None
-    constants: dict[str, Callable[[Recording], Tensor]] = field(default_factory=dict)
+    constants: dict[str, Callable[[Recording, str], Tensor]] = field(default_factory=dict)
     _runs: dict[tuple[str, str], Recording] = field(default_factory=dict)
     _readings: dict[tuple[str, str], CellReading] = field(default_factory=dict)
-    _donors: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
+    _donors: dict[tuple[str, str, str, str], Tensor] = field(default_factory=dict)
 
     def run(self, cell: str, question: str = "ask") -> Recording:
         """Run a cell of these conflicts ("text_only" is the bare question), or give the run that was made."""
@@ -247,46 +260,56 @@ class Chunk:
         owner: np.ndarray = getattr(self.bench.candidates, answer)
         return (self.reading("va").top == owner[self.examples]).astype(np.float64)
 
-    def donor(self, base: str, name: str, question: str = "ask") -> AllZ:
-        """Give every head's donor z for a base cell; NaN for conflicts that lack it, refused where the site does."""
-        key = (base, name, question)
+    def output(self, cell: str, question: str = "ask", part: str = Z) -> AllOutputs:
+        """Give a component of an unedited cell at the site."""
+        return self.bench.engine.capture(self.run(cell, question), part)
+
+    def donor(self, base: str, name: str, question: str = "ask", part: str = Z) -> AllOutputs:
+        """Give what a component becomes in a base cell; NaN for conflicts that lack it, refused where the site does.
+
+        Components are the nodes' outputs (`engine.OUTPUTS`), and keys and values before rotary position.
+        """
+        key = (base, name, question, part)
         if key in self._donors:
             return self._donors[key]
-        run = self.run(base, question)
+        run, own = self.run(base, question), self.output(base, question, part)
         if name == "zero":
-            z = torch.zeros_like(run.site_z[:, :1])
+            found = torch.zeros_like(own[:, :1])
+        elif name == "half_dose":
+            found = own / 2
         elif name in MEANS:
-            z = align_end(self._mean(base, name).to(run.site_z), run.site_z)
+            found = align_end(self._mean(base, name, part).to(own), own)
         elif name in self.constants:
-            z = self.constants[name](run)
+            found = self.constants[name](run, part)
         else:
-            z = self._cell_z(base, name, question)
-        return self._donors.setdefault(key, z)
+            found = self._cell_output(base, name, question, part)
+        return self._donors.setdefault(key, found)
 
-    def z(self, base: str, heads: Sequence[Head], name: str, question: str = "ask") -> Values:
-        """Give some heads' donor z for a base cell, by head."""
-        found = self.donor(base, name, question)
-        return {(layer, head): found[layer, :, :, head] for layer, head in heads}
+    def z(self, base: str, nodes: Sequence[Node], name: str, question: str = "ask") -> Values:
+        """Give some nodes' donor outputs for a base cell, by node."""
+        found = {node: self.donor(base, name, question, part_of(node))[node[0]] for node in nodes}
+        return {node: one if node[1] == MLP else one[:, :, node[1]] for node, one in found.items()}
 
-    def _mean(self, base: str, name: str) -> Tensor:
+    def _mean(self, base: str, name: str, part: str) -> Tensor:
         if self.means is None:
             raise ProtocolError(f"the donor {name!r} needs discovery's means, which have not been collected.")
         if self.site in MEDIA_SITES:
             raise ProtocolError(f"the donor {name!r} is undefined at media positions: the question comes after them.")
         candidates = self.bench.candidates
         which = "see" if name == "mean_other" else ("av" if base in MIRRORED_BASES else "va")
-        return self.means.donor(which, candidates.sound[self.examples], candidates.picture[self.examples])
+        return self.means.donor(which, candidates.sound[self.examples], candidates.picture[self.examples], part)
 
-    def _cell_z(self, base: str, name: str, question: str) -> Tensor:
-        cell = self.donor_cell(base, name)
+    def _cell_output(self, base: str, name: str, question: str, part: str) -> Tensor:
+        cell, own = self.donor_cell(base, name), self.output(base, question, part)
         if cell in W_CELLS and not self.with_third:  # other stacks of the half may have third clips
-            return torch.full_like(self.run(base, question).site_z, torch.nan)
+            return torch.full_like(own, torch.nan)
         # Audio alone and bare text have another layout: the donor is asked the conflict's own question there.
         asked = "ask" if base in ("audio_only", "text_only") else question
-        found, own = self.run(cell, asked), self.run(base, question)
+        found = self.output(cell, asked, part)
         if cell not in W_CELLS:
-            return align_end(found.site_z, own.site_z, most=equal_ending(found.inputs, own.inputs))
-        return self.spread(found.site_z, cell)
+            inputs = self.run(cell, asked).inputs, self.run(base, question).inputs
+            return align_end(found, own, most=equal_ending(*inputs))
+        return self.spread(found, cell)
 
     def donor_cell(self, base: str, name: str) -> str:
         """Name the cell that gives a donor: the mirror in the mirrored bases; refused at sites that it has not."""
@@ -356,85 +379,8 @@ def in_order(
 
 
 def averaged(
-    chunks: Sequence[Chunk], name: str, compute: Callable[[Chunk], Float[np.ndarray, "layer head"]]
-) -> Float[np.ndarray, "layer head"]:
-    """Measure a figure of every head on every stack, and average over the conflicts."""
+    chunks: Sequence[Chunk], name: str, compute: Callable[[Chunk], Float[np.ndarray, "layer node"]]
+) -> Float[np.ndarray, "layer node"]:
+    """Measure a figure of every node on every stack, and average over the conflicts."""
     parts = [chunk.remember(name, {}, lambda chunk=chunk: {"mean": compute(chunk)})["mean"] for chunk in chunks]
     return np.average(np.stack(parts), axis=0, weights=[len(chunk.examples) for chunk in chunks])
-
-
-Row = dict[str, float]
-
-
-@dataclass(frozen=True, eq=False)
-class Half:
-    """One half's conflicts that are analysed: what their clips share, and hearing per conflict.
-
-    Attributes:
-        name: "discovery" or "confirmation".
-        examples: the conflicts.
-        components: each one's component.
-        boot: what their figures are bounded and tested by.
-        G: hearing with nothing to see.
-        C: hearing under conflict.
-        third: the same for effects that use the third clip, which count its source too; None in the first edition.
-        words: the same with the two answers' words for sources; None in the first edition.
-    """
-
-    name: str
-    examples: Int[np.ndarray, " example"]
-    components: list[int]
-    boot: Inference
-    G: Float[np.ndarray, " example"]
-    C: Float[np.ndarray, " example"]
-    third: Inference | None = None
-    words: Dyadic | None = None
-
-    @property
-    def gap(self) -> float:
-        """The mean of G - C."""
-        return float((self.G - self.C).mean())
-
-    def by(self, donor: str) -> Inference:
-        """Choose what an effect with this donor is bounded and tested by."""
-        return self.third if donor in W_CELLS and self.third is not None else self.boot
-
-    def delta(self, s: float) -> float:
-        """Say which effect is large: a share of G."""
-        return float(s * self.G.mean())
-
-    def bounded(self, values: Float[np.ndarray, " example"], name: str = "value", prefix: str = "") -> Row:
-        """Bound a mean: columns of a table."""
-        return columns(self.boot.mean(values), f"{prefix}{name}", f"{prefix}low", f"{prefix}high")
-
-    def shares(
-        self,
-        values: Float[np.ndarray, "example ..."],
-        of: Float[np.ndarray, "example ..."] | None = None,
-        donor: str = "",
-    ) -> Interval:
-        """Bound means over the mean of G, or over the means of other values."""
-        whole = self.G if of is None else of
-        wide = whole.reshape(whole.shape + (1,) * (values.ndim - whole.ndim))
-        return self.by(donor).ratio(values, np.broadcast_to(wide, values.shape))
-
-    def share(self, values: Float[np.ndarray, " example"]) -> Row:
-        """Bound a mean's share of G: columns of a table."""
-        return columns(self.shares(values), "share", "share_low", "share_high")
-
-    def rows(self, values: Float[np.ndarray, "example column"], donor: str = "") -> list[Row]:
-        """Bound the mean of every column and its share of G, and count the conflicts that have a number."""
-        mean, share = self.by(donor).mean(values), self.shares(values, donor=donor)
-        counts = (~np.isnan(values)).sum(0)
-        return [
-            columns(mean, "mean", "low", "high", at=i)
-            | columns(share, "share", "share_low", "share_high", at=i)
-            | {"n": int(counts[i])}
-            for i in range(values.shape[1])
-        ]
-
-
-def columns(bounds: Interval, *names: str, at: int | tuple[int, ...] = ()) -> Row:
-    """Name the value, low and high (or the first of these) of one place as columns of a table."""
-    parts = (bounds.value, bounds.low, bounds.high)
-    return {name: float(part[at]) for name, part in zip(names, parts, strict=False)}

@@ -1,17 +1,18 @@
-"""What does an edit of a head, or any other, do to hearing? Protocol section 4, measured conflict by conflict.
+"""What does an edit of a head, an MLP, or any other, do to hearing? Protocol section 4, measured conflict by conflict.
 
 Every effect is mirrored, (change of M in a cell - change of M in its mirror) / 2: in `va` and `av` it is one on hearing
 under conflict, C; in `blank_a` and `blank_v` on hearing with nothing to see, G. Positive: the model hears more.
 
-`ESTIMANDS` is the one list of figures. An estimand is the effect of a `Request` (every head in turn gets its z from a
-donor, in a base cell and its mirror), minus that of another where it says so; what runs (`requests`), figures
-(`figures`), rows of the table of evidence, keys of the record's arrays, and columns of the table of heads (`column`,
-where `results.tables` names it) follow from it, and roles name estimands by `(name, donor)`.
+`ESTIMANDS` is the one list of figures. An estimand is the effect of a `Request` (every node, a head or an MLP, in turn
+gets its output from a donor, in a base cell and its mirror), minus that of another where it says so; what runs
+(`requests`), figures (`figures`), rows of the table of evidence, keys of the record's arrays, and columns of the table
+of heads (`column`, where `results.tables` names it) follow from it, and roles name estimands by `(name, donor)`.
 
 | estimand | of |
 |---|---|
-| release | on C, by donor; `mean_task` and `audio_only` are secondary donors |
+| release | on C, by donor; `mean_task`, `audio_only` and `half_dose` (half of its own z) are secondary donors |
 | direct | the same with later heads frozen; `repair` is direct minus release |
+| write | the same with later heads and MLPs frozen: its very own write |
 | release on sound, release on picture | its part on the two answers, centred over all answers (`direct on ...` too) |
 | fall of G | minus the effect on G; with blank_muted it is `carries`, with `va` `sufficiency` |
 | reads picture, reads sound, silenced, question's own | donors wa, vw, blank_a - blank_muted, mean_other - mean_task |
@@ -19,9 +20,9 @@ where `results.tables` names it) follow from it, and roles name estimands by `(n
 | release at the first token | release, where answers have several tokens |
 
 All but the last two stand there twice: as measured, and with the final norm's scale frozen at the unedited run's
-(` (norm frozen)` after the name). Of answers of several tokens direct, repair and rise are read at the first: with
-later heads held at the answer's own positions too, nothing changes there. What heads write themselves
-(`direct_writes`) needs no edit. `effects_of_plans` measures plans of any kind (heads' outputs, attention edges).
+(` (norm frozen)` after the name). Of answers of several tokens direct, write, repair and rise are read at the first:
+with later heads held at the answer's own positions too, nothing changes there. What nodes write themselves
+(`direct_writes`) needs no edit. `effects_of_plans` measures plans of any kind (nodes' outputs, attention edges).
 """
 
 from __future__ import annotations
@@ -37,30 +38,34 @@ from jaxtyping import Float, Int
 
 from av_lens.interventions import Plan
 from av_lens.isolation.measuring.bench import Chunk, gathered
-from av_lens.isolation.measuring.engine import MIRROR, PRIMARY_DONORS, SECONDARY_DONORS, W_CELLS, Head
+from av_lens.isolation.measuring.engine import LATER, MIRROR, PRIMARY_DONORS, SECONDARY_DONORS, W_CELLS, Node
 from av_lens.isolation.measuring.scoring import Candidates, CellReading, Edited
 from av_lens.metrics.forms import each
 from av_lens.metrics.metric import Metric, as_metric, logit_diff
 from av_lens.replay.traces import Trace, measure_plans
 from av_lens.results.record import TABLES
 
-PerHead = Float[np.ndarray, "example layer head"]
-Figures = Mapping[tuple[str, str], PerHead]
+PerNode = Float[np.ndarray, "example layer node"]
+Figures = Mapping[tuple[str, str], PerNode]
 
 
 @dataclass(frozen=True)
 class Request:
-    """An edit of every head in turn: in `base` ("va" or "blank_a") and its mirror, z from `donor`."""
+    """An edit of every node in turn: in `base` ("va" or "blank_a") and its mirror, its output from `donor`.
+
+    `freeze` holds later heads, `mlps` later MLPs (those of some layers, or `LATER` for all).
+    """
 
     base: str
     donor: str
     freeze: bool = False
     question: str = "ask"
+    mlps: str | tuple[int, ...] = ""
 
 
 @dataclass(frozen=True)
 class Estimand:
-    """A figure of a head: `plus`'s effect less `minus`'s, read from one figure of an `effects.Effect`."""
+    """A figure of a node: `plus`'s effect less `minus`'s, read from one figure of an `effects.Effect`."""
 
     name: str
     donor: str
@@ -76,17 +81,17 @@ class Estimand:
         plain = (name.replace(" ", "_").replace("(", "").replace(")", "") for name in names)
         return next((name for name in plain if name in TABLES["heads"]), "")
 
-    def of(self, effects: Mapping[Request, Effect]) -> PerHead:
+    def of(self, effects: Mapping[Request, Effect]) -> PerNode:
         """Compute it; NaN where a request was not measured."""
         asked = [one for one in (self.plus, self.minus) if one is not None]
         if not all(one in effects for one in asked):
             return np.full_like(next(iter(effects.values())).margin, np.nan)
-        parts: list[PerHead] = [getattr(effects[one], self.figure) for one in asked]
+        parts: list[PerNode] = [getattr(effects[one], self.figure) for one in asked]
         return -parts[0] if self.plus is None else parts[0] if self.minus is None else parts[0] - parts[1]
 
 
-def _c(donor: str, *, freeze: bool = False) -> Request:
-    return Request("va", donor, freeze)
+def _c(donor: str, *, freeze: bool = False, mlps: str = "") -> Request:
+    return Request("va", donor, freeze, mlps=mlps)
 
 
 def _g(donor: str) -> Request:
@@ -102,6 +107,7 @@ _MARGINS = (
         for donor in PRIMARY_DONORS
         for one in (
             Estimand("direct", donor, _c(donor, freeze=True), figure="first"),
+            Estimand("write", donor, _c(donor, freeze=True, mlps=LATER), figure="first"),
             Estimand("repair", donor, _c(donor, freeze=True), _c(donor), figure="first"),
             Estimand("fall of G", donor, minus=_g(donor)),
         )
@@ -126,11 +132,20 @@ ESTIMANDS: tuple[Estimand, ...] = (
     *(Estimand("rise over others", donor, _c(donor), figure="rise") for donor in PRIMARY_DONORS),
     *(Estimand(FIRST_RELEASE, donor, _c(donor), figure="first") for donor in PRIMARY_DONORS),
 )
-ROLE_ESTIMANDS = ("release", "direct", "fall of G", "reads picture", "reads sound", "rise over others", FIRST_RELEASE)
+ROLE_ESTIMANDS = (
+    "release",
+    "direct",
+    "write",
+    "fall of G",
+    "reads picture",
+    "reads sound",
+    "rise over others",
+    FIRST_RELEASE,
+)
 """What suppressors' roles are told by."""
 
 
-def figures(effects: Mapping[Request, Effect]) -> dict[tuple[str, str], PerHead]:
+def figures(effects: Mapping[Request, Effect]) -> dict[tuple[str, str], PerNode]:
     """Compute every estimand, by name and donor; what is another's where answers have one token is left out there."""
     alike = all(one.first is one.margin for one in effects.values())
     listed = [one for one in ESTIMANDS if not (alike and one.name == FIRST_RELEASE)]
@@ -153,16 +168,17 @@ def requests(
     wanted = [one for one in ESTIMANDS if not names or (one.name in names and {one.donor} & {*donors, *W_CELLS})]
     found = dict.fromkeys(r for one in wanted for r in (one.plus, one.minus) if r is not None)
     there = [one for one in found if chunks is None or any(chunk.has(one.donor) for chunk in chunks)]
+    there = [one for one in there if chunks is None or chunks[0].bench.mlps or not one.mlps]
     place = {donor: number for number, donor in enumerate((*PRIMARY_DONORS, *SECONDARY_DONORS, *W_CELLS))}
     after = len(place)
     # Primary donors come first; on G the conflict's own z does.
     second = {one: (one.donor in PRIMARY_DONORS) == (one.base == "blank_a") for one in there}
-    return sorted(there, key=lambda r: (r.base != "va", second[r], r.freeze, place.get(r.donor, after)))
+    return sorted(there, key=lambda r: (r.base != "va", second[r], r.freeze, r.mlps, place.get(r.donor, after)))
 
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """A request's outcome per example, layer and head; NaN where not measured.
+    """A request's outcome per example and node; NaN where not measured.
 
     Attributes:
         margin: the mirrored change of M.
@@ -173,20 +189,20 @@ class Effect:
         margin_frozen: the change of M with the final norm frozen; so the three below.
     """
 
-    margin: PerHead
-    rise: PerHead
-    on_sound: PerHead
-    on_picture: PerHead
-    first: PerHead
-    margin_frozen: PerHead
-    on_sound_frozen: PerHead
-    on_picture_frozen: PerHead
-    first_frozen: PerHead
+    margin: PerNode
+    rise: PerNode
+    on_sound: PerNode
+    on_picture: PerNode
+    first: PerNode
+    margin_frozen: PerNode
+    on_sound_frozen: PerNode
+    on_picture_frozen: PerNode
+    first_frozen: PerNode
 
     @classmethod
     def unmeasured(cls, n: int, chunk: Chunk) -> Effect:
         """Make room for the effects on n conflicts."""
-        shape = (n, chunk.bench.engine.n_layers, chunk.bench.engine.n_heads)
+        shape = (n, *chunk.bench.shape)
         made = {name: np.full(shape, np.nan) for name in FIGURES}
         if not chunk.bench.candidates.several:
             made |= {"first": made["margin"], "first_frozen": made["margin_frozen"]}
@@ -203,7 +219,7 @@ def mirrored(base: str, change: Callable[[str], np.ndarray]) -> np.ndarray:
 
 
 def edited_scores(
-    chunk: Chunk, base: str, wanted: Sequence[Request], heads: Sequence[Head], tick: Callable[[int], None]
+    chunk: Chunk, base: str, wanted: Sequence[Request], heads: Sequence[Node], tick: Callable[[int], None]
 ) -> Float[np.ndarray, "scale request head batch candidate"]:
     """Run all requests on one base cell, which all ask the same question; `tick` is told of runs that are done.
 
@@ -215,7 +231,10 @@ def edited_scores(
     numbers = product(range(len(wanted)), range(len(heads)))
     owners = sorted(numbers, key=lambda one: (heads[one[1]][0], one[0], heads[one[1]]))  # layer by layer
     asked = [(wanted[r], heads[j]) for r, j in owners]
-    plans = [recording.plan(chunk.z(base, [h], one.donor, one.question), freeze=one.freeze) for one, h in asked]
+    given = [chunk.z(base, [head], one.donor, one.question) for one, head in asked]
+    plans = [
+        recording.plan(values, freeze=one.freeze, mlps=one.mlps) for values, (one, _) in zip(given, asked, strict=True)
+    ]
     out = np.full((2, len(wanted), len(heads), len(examples), candidates.width), np.nan)
     runs = chunk.changed(recording, plans)
     for start in range(0, len(plans), TOGETHER):
@@ -266,7 +285,7 @@ def effect_figures(
 
 
 def _chunk_effects(
-    chunk: Chunk, wanted: Sequence[Request], heads: Sequence[Head], tick: Callable[[int], None]
+    chunk: Chunk, wanted: Sequence[Request], heads: Sequence[Node], tick: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
     """Run all requests on one base cell and its mirror: `[batch, request, head]` of each figure."""
     base, question, candidates = wanted[0].base, wanted[0].question, chunk.bench.candidates
@@ -276,7 +295,10 @@ def _chunk_effects(
         own = candidates.pooled(chunk.bench.engine.linear_logits(run, run.final, candidates.tokens))
         linear = candidates.completed(own, chunk.examples, chunk.said(chunk.own(run)))
         chunk.drop_traces(cell, question=question)
-        return np.stack([chunk.reading(cell, question).scores, linear]), after
+        before = np.stack([chunk.reading(cell, question).scores, linear])
+        held = [number for number, one in enumerate(wanted) if one.freeze]
+        after[:, held] = candidates.moved_at_first(before[:, None, None], after[:, held], chunk.examples)
+        return before, after
 
     found = effect_figures(candidates, chunk.examples, scores(base), scores(MIRROR[base]))
     return {figure: np.moveaxis(values, -1, 0) for figure, values in found.items()}
@@ -286,7 +308,7 @@ def measure_requests(
     chunks: Sequence[Chunk],
     wanted: Sequence[Request],
     *,
-    heads: Sequence[Head],
+    heads: Sequence[Node],
     examples: Int[np.ndarray, " example"],
     stage: str = "",
 ) -> dict[Request, Effect]:
@@ -317,7 +339,7 @@ def measure_requests(
 
 
 def edited_readings(
-    chunk: Chunk, base: str, sets: Sequence[Sequence[Head]], donors: Sequence[str], question: str = "ask"
+    chunk: Chunk, base: str, sets: Sequence[Sequence[Node]], donors: Sequence[str], question: str = "ask"
 ) -> list[CellReading]:
     """Edit sets of heads together and read what each edited run says."""
     run = chunk.run(base, question)
@@ -326,11 +348,11 @@ def edited_readings(
 
 
 DLA = ("dla", "")
-"""What heads write, beside the estimands of their edits."""
+"""What nodes write, beside the estimands of their edits."""
 
 
-def direct_writes(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]) -> PerHead:
-    """Attribute M directly to the heads at the asked position, mirrored: (va - av) / 2.
+def direct_writes(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]) -> PerNode:
+    """Attribute M directly to the nodes at the asked position, mirrored: (va - av) / 2.
 
     At a run's own norm scale; positive: the write favours the answer that hearing favours. Synonyms: each token counts
     by its share of the answer's own probability.
@@ -339,12 +361,13 @@ def direct_writes(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]
 
 
 def _chunk_writes(chunk: Chunk) -> dict[str, np.ndarray]:
-    """Every head's direct share of M in one stack, mirrored: `[batch, layer, head]`."""
-    candidates = chunk.bench.candidates
+    """Every node's direct share of M in one stack, mirrored: `[batch, layer, node]`."""
+    bench, candidates = chunk.bench, chunk.bench.candidates
 
     def written(cell: str) -> np.ndarray:
         recording = chunk.run(cell)
-        scores = candidates.weighed(chunk.bench.engine.writes(recording, candidates.tokens), recording.logits)
+        parts = bench.engine.writes(recording, candidates.tokens, mlps=bench.mlps)
+        scores = candidates.weighed(parts, recording.logits)
         return candidates.margin(scores, chunk.examples)
 
     return {"margin": mirrored("va", written).transpose(2, 0, 1)}

@@ -1,11 +1,16 @@
-"""What does a model say when heads' outputs at the site are replaced? Donors and recordings of one model.
+"""What does a model say when nodes' outputs at the site are replaced? Donors and recordings of one model.
 
-A `Recording` is a run of a stack of one-layout inputs: its logits at the asked position, every head's z from the site
-on, the trace from which it is restarted (made when first needed), and the edits that it was made under, if any.
-`Recording.plan` is the one place where "these heads get that z" becomes a `Plan`: edits act at the *site*'s positions
-only. `freeze=True` also holds every later layer's z at the recording's own: what is left is the head's own write,
-through MLPs and norms that are recomputed (the *direct* effect). It needs the asked position alone, where the restart
-then begins: every later head's output there is the recording's own, whatever happened at other positions.
+A *node* is a head, `(layer, head)`, whose output is z, or an MLP, `(layer, MLP)`, whose output is what it adds to the
+stream. In tables `[layer, node]` the layer's heads come first and its MLP is the last column, which -1 (`MLP`) indexes.
+
+A `Recording` is a run of a stack of one-layout inputs: its logits at the asked position, every node's output from the
+site on, the trace from which it is restarted (made when first needed), and the edits that it was made under, if any.
+`Recording.plan` is the one place where "these nodes get that output" becomes a `Plan`: edits act at the *site*'s
+positions only. `freeze=True` also holds every later layer's z at the recording's own: what is left is the node's own
+write, through MLPs and norms that are recomputed (the *direct* effect). It needs the asked position alone, where the
+restart then begins: every later head's output there is the recording's own, whatever happened at other positions.
+`mlps` holds MLPs too: with all later ones and `freeze` what is left is the very own *write*; a head's later MLPs
+include its own layer's.
 
 Plans run in two ways that must agree (a test holds them together): `how="trace"` restarts the recorded run at the first
 edited layer and position; `how="hooks"` runs the whole model again for every plan, with plain hooks, as the slow
@@ -16,10 +21,7 @@ that cell. Reading out is then linear, so that what a change of the stream does 
 norm would have made of it.
 
 In a mirrored base (`av`, `blank_v`) a donor cell is mirrored too: a and v change places; the mirror of `audio_only` is
-`audio_only_v`, the picture's sound alone. `Means` averages discovery's `va` (`mean_task`; `av` in a mirrored base) and
-its `va` asked `see` (`mean_other`, the same in every edited cell), over the conflicts that share no answer with the
-edited one. Choices where the protocol is silent: a donor of other length than the site is aligned from the end, and
-what overhangs keeps the run's own z; another cell's donor ends where the token ids begin to differ.
+`audio_only_v`, the picture's sound alone.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +47,7 @@ from av_lens.errors import ProtocolError, unknown
 from av_lens.families.decoder import hook_name, weight_of
 from av_lens.inputs import AVInputs
 from av_lens.interventions import CompiledPlan, Edit, Plan, Site, replace
+from av_lens.isolation.measuring.cells import Cells
 from av_lens.isolation.measuring.scoring import Edited, divisor
 from av_lens.metrics.forms import followed
 from av_lens.replay.branches import Branches
@@ -53,10 +56,6 @@ from av_lens.replay.rerun import Taps, layer_of, layers, rerun, start_of
 from av_lens.replay.stacks import run_streams, scheduled
 from av_lens.replay.traces import Trace
 from av_lens.spans import SpanMap
-
-if TYPE_CHECKING:
-    from av_lens.isolation.measuring.bench import Chunk
-
 
 _MIRRORS = {
     "va": "av", "vv": "aa", "wa": "wv", "vw": "aw", "blank_a": "blank_v", "v_muted": "a_muted",
@@ -68,98 +67,38 @@ MEAN_CELLS = (("va", "va", "ask"), ("av", "av", "ask"), ("see", "va", "see"))
 W_CELLS = ("wa", "wv", "vw", "aw")
 MEANS = ("mean_task", "mean_other")
 PRIMARY_DONORS = ("blank_muted", "mean_other", "zero")
-SECONDARY_DONORS = ("mean_task", "audio_only")
-"""Donors of the release alone, shown beside the primary ones."""
+SECONDARY_DONORS = ("mean_task", "audio_only", "half_dose")
+"""Donors of the release alone, shown beside the primary ones; half a dose is half of the run's own z."""
 OTHER_LAYOUT = ("audio_only", "audio_only_v", "text_only")
 
-AllZ = Float[Tensor, "layer batch site head d_head"]
+AllOutputs = Float[Tensor, "layer batch site ..."]
+Node = tuple[int, int]
+"""(layer, head), or (layer, MLP)."""
+MLP = -1
+Z, MLP_OUT = "z", "mlp_out"
+OUTPUTS = (Z, MLP_OUT)
+LATER = "later"
+"""All MLPs after the edited node."""
 
 
-def align_end(
-    donor: Float[Tensor, "layer batch donor_site ..."],
-    base: Float[Tensor, "layer batch site ..."],
-    *,
-    most: int | None = None,
-) -> Float[Tensor, "layer batch site ..."]:
-    """Lay a donor over a run of another length, from the end, at most so many; what overhangs is the base's."""
-    have, want = donor.shape[2], base.shape[2]
-    k = min(have, want) if most is None else min(have, want, most)
-    if have == want == k:
-        return donor
-    out = base.clone()
-    out[:, :, want - k :] = donor[:, :, have - k :]
-    return out
+def part_of(node: Node) -> str:
+    """Name a node's output."""
+    return MLP_OUT if node[1] == MLP else Z
 
 
-def joined(parts: Sequence[Float[Tensor, "layer _batch _site ..."]]) -> Float[Tensor, "layer example site ..."]:
-    """Join what several stacks have at a site, all cut from the end to the shortest site."""
-    shortest = min(part.shape[2] for part in parts)
-    return torch.cat([part[:, :, part.shape[2] - shortest :] for part in parts], dim=1)
+def site_of(node: Node, positions: Any) -> Site:
+    """Write where a node's output is edited."""
+    layer, head = node
+    return Site(MLP_OUT, layer, positions=positions) if head == MLP else Site(Z, layer, head=head, positions=positions)
 
 
-def equal_ending(one: AVInputs, two: AVInputs) -> int | None:
-    """Count the positions at the end at which two inputs have equal token ids; None where their layout is the same."""
-    if one.spans.roles == two.spans.roles:
-        return None
-    first, second = one.ids[0].tolist(), two.ids[0].tolist()
-    same = [a == b for a, b in zip(reversed(first), reversed(second), strict=False)]
-    return same.index(False) if False in same else len(same)
+def listed_nodes(n_layers: int, n_columns: int, mlps: bool) -> list[Node]:
+    """List the nodes of a table `[layer, node]` in its order."""
+    columns = [*range(n_columns - 1), MLP] if mlps else range(n_columns)
+    return list(product(range(n_layers), columns))
 
 
-@dataclass(eq=False)
-class Means:
-    """Every head's z at the site over discovery, for the two mean donors.
-
-    `z[name]` is `[layer, example, site, head, d_head]` on the CPU, name being "va", "av" (asked their own question) or
-    "see" (`va` asked `see`), run when first asked for; `sound` and `picture` are the examples' answers, `ids` names
-    the conflicts. `parts` holds the same of other outputs than heads' (`explaining.units`).
-    """
-
-    chunks: tuple[Chunk, ...]
-    sound: Int[np.ndarray, " example"]
-    picture: Int[np.ndarray, " example"]
-    ids: tuple[str, ...]
-    parts: dict[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def over(cls, chunks: Sequence[Chunk]) -> Means:
-        """Name a half's conflicts; nothing runs yet."""
-        examples = np.concatenate([chunk.examples for chunk in chunks])
-        candidates = chunks[0].bench.candidates
-        ids = tuple(name for chunk in chunks for name in chunk.ids)
-        return cls(tuple(chunks), candidates.sound[examples], candidates.picture[examples], ids)
-
-    @cached_property
-    def z(self) -> dict[str, Float[Tensor, "layer example site head d_head"]]:
-        """The ingredients; sites of different lengths (conflicts asked in different words) are cut to the shortest."""
-        return {
-            name: joined([chunk.run(cell, question).site_z.cpu() for chunk in self.chunks])
-            for name, cell, question in MEAN_CELLS
-        }
-
-    def weights(
-        self, sound: Int[np.ndarray, " batch"], picture: Int[np.ndarray, " batch"]
-    ) -> Float[np.ndarray, "batch example"]:
-        """Weigh the conflicts that share no answer with each edited one, alike; NaN where there is none."""
-        apart = np.ones((len(sound), len(self.sound)), dtype=bool)
-        for mine in (sound, picture):
-            for theirs in (self.sound, self.picture):
-                apart &= mine[:, None] != theirs[None]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return apart / apart.sum(1, keepdims=True)
-
-    def donor(self, name: str, sound: Int[np.ndarray, " batch"], picture: Int[np.ndarray, " batch"]) -> AllZ:
-        """Average over the conflicts that share no answer with each edited one, in float32 at least."""
-        weights = self.weights(sound, picture)
-        kept = self.z[name]
-        # In bfloat16 a weight of 1/60 is off by .3%: the mean is taken in float32 at least.
-        exact = torch.promote_types(kept.dtype, torch.float32)
-        mean = torch.einsum("bn,lnshd->lbshd", torch.from_numpy(weights).to(kept.device, exact), kept.to(exact))
-        return mean.to(kept.dtype)
-
-
-Head = tuple[int, int]
-Values = Mapping[Head, Float[Tensor, "_one_or_batch site d_head"]]
+Values = Mapping[Node, Float[Tensor, "_one_or_batch site _"]]
 SITES = ("suffix", "generation", "audio", "sinks")
 MEDIA_SITES = ("audio", "sinks")
 """Sites before the question: nothing that is asked can change what heads do there."""
@@ -169,24 +108,24 @@ MEDIA_SITES = ("audio", "sinks")
 class Recording:
     """A run of a stack of inputs.
 
-    `window` is the run of positions from the site's first to the asked one, `final` the stream that enters the final
-    norm at the asked position; `under` are the edits that the run was made with.
+    `window` is the run of positions from the site's first to the asked one, `parts` what is kept of it there, by
+    component, `final` the stream that enters the final norm at the asked position; `under` are the edits that the run
+    was made with.
     """
 
     inputs: AVInputs
     site: Int[np.ndarray, " site"]
     window: Int[np.ndarray, " window"]
     logits: Float[Tensor, "batch d_vocab"]
-    z: Float[Tensor, "layer batch window head d_head"]
+    parts: dict[str, Float[Tensor, "layer batch window ..."]]
     final: Float[Tensor, "batch d_model"]
     under: Values = field(default_factory=dict)
     trace: Trace | None = None
 
-    @property
-    def site_z(self) -> Float[Tensor, "layer batch site head d_head"]:
-        """Every head's z at the site."""
+    def at_site(self, part: str) -> AllOutputs:
+        """What is kept of a component, at the site."""
         inside = torch.from_numpy(np.searchsorted(self.window, self.site))
-        return self.z[:, :, inside]
+        return self.parts[part][:, :, inside]
 
     @property
     def trace_bytes(self) -> int:
@@ -194,31 +133,36 @@ class Recording:
         kept = () if self.trace is None else (*self.trace.resid, *self.trace.keys, *self.trace.values)
         return sum(part.nbytes for part in kept)
 
-    def plan(self, values: Values, *, freeze: bool = False) -> Plan:
-        """Give heads another z at the site, on top of the edits that the run was made with.
+    def plan(self, values: Values, *, freeze: bool = False, mlps: str | Sequence[int] = ()) -> Plan:
+        """Give nodes another output at the site, on top of the edits that the run was made with.
 
         A restart computes the edited run's own layers anew from the first edit's on: only edits there are made again.
+        `freeze` holds all later heads at the asked position, `mlps` (some layers', or `LATER`) the MLPs after the
+        first node: at the site, or there too.
         """
         first, last = min(layer for layer, _ in values), self.site[-1:]
         if freeze and last[0] != self.window[-1]:
-            return Plan()  # no head's own write at another position reaches the asked one
+            return Plan()  # no node's own write at another position reaches the asked one
         restarts = self.trace is not None and not self.trace.hooked_because
         under = {h: z for h, z in self.under.items() if h not in values and (h[0] >= first or not restarts)}
         narrow = freeze and (restarts or not under)
         edits = edits_at(last if narrow else self.site, under | dict(values))
+        n, held = len(self.parts[Z]), (last if freeze else self.site).tolist()
         if freeze:
-            after = range(first + 1, len(self.z))
-            edits += [replace(Site("z", layer, positions=last.tolist()), self.z[layer][:, -1:]) for layer in after]
+            own = self.parts[Z]
+            edits += [replace(Site(Z, layer, positions=held), own[layer][:, -1:]) for layer in range(first + 1, n)]
+        if mlps:
+            after = range(first + ((first, MLP) in values), n)
+            after = after if isinstance(mlps, str) else [layer for layer in after if layer in mlps]
+            own = self.parts[MLP_OUT][:, :, -1:] if freeze else self.at_site(MLP_OUT)
+            edits += [replace(Site(MLP_OUT, layer, positions=held), own[layer]) for layer in after]
         return Plan(edits)
 
 
 def edits_at(positions: Int[np.ndarray, " place"], values: Values) -> list[Edit]:
-    """Write heads' new z as edits at some of the site's last positions."""
+    """Write nodes' new outputs as edits at some of the site's last positions."""
     at, n = positions.tolist(), len(positions)
-    return [
-        replace(Site("z", layer, head=head, positions=at), z[:, -n:] if z.shape[1] > 1 else z)
-        for (layer, head), z in values.items()
-    ]
+    return [replace(site_of(node, at), new[:, -n:] if new.shape[1] > 1 else new) for node, new in values.items()]
 
 
 def site_positions(spans: SpanMap, site: str, sinks: Sequence[int] = ()) -> Int[np.ndarray, " site"]:
@@ -237,17 +181,17 @@ def site_positions(spans: SpanMap, site: str, sinks: Sequence[int] = ()) -> Int[
 
 
 class _Keeping(Taps):
-    """Taps that keep every layer's z, after its edits."""
+    """Taps that keep every layer's outputs, after their edits."""
 
     def __init__(self, plans: Sequence[CompiledPlan], offset: int) -> None:
         super().__init__(plans, offset)
-        self.z: dict[int, Tensor] = {}
+        self.kept: dict[str, dict[int, Tensor]] = {part: {} for part in OUTPUTS}
 
     def __call__(self, component: str, layer: int | None, activation: Tensor, rows: slice | None = None) -> Tensor:
-        """Apply the edits at one place, and keep z."""
+        """Apply the edits at one place, and keep the outputs."""
         found = super().__call__(component, layer, activation, rows)
-        if component == "z" and layer is not None:
-            self.z[layer] = found[0]
+        if component in self.kept and layer is not None:
+            self.kept[component][layer] = found[0]
         return found
 
 
@@ -263,7 +207,11 @@ class ModelEngine:
         how: "trace" (restart recorded runs) or "hooks" (the whole model again, the slow reference).
         layout: how sound and picture are laid out in the prompt.
         cells: further options of `Conflict.cells`, such as another kind of blank.
+
+    `suppressed` says which sense is asked for: whoever sets "picture" hands over mirrored conflicts (`cells`).
     """
+
+    suppressed = "sound"
 
     def __init__(
         self, model: Any, *, how: str = "trace", layout: str = "in_video", cells: Mapping[str, Any] | None = None
@@ -278,33 +226,34 @@ class ModelEngine:
         self.n_layers, self.n_heads = int(model.spec.n_layers), int(model.spec.n_heads)
 
     @cached_property
-    def heads(self) -> list[Head]:
+    def heads(self) -> list[Node]:
         """All heads, layer by layer."""
         return list(product(range(self.n_layers), range(self.n_heads)))
 
     def cells(self, conflict: Any, question: str | None) -> Cells:
         """Give a conflict's cells, asked its own question (None) or another; `audio_only_v` mirrors `audio_only`."""
         options = {"question": question, "layout": self.layout, "keep_clips": False, **self.cell_options}
-        return Cells(self.model, conflict, options)
+        return Cells(self.model, conflict, options, suppressed=self.suppressed)
 
     def together(self, inputs: AVInputs) -> int:
         """Say how many examples fit into one stack: their trace must stay within `TRACE_BYTES`."""
         return int(max(1, min(16, TRACE_BYTES * len(inputs) // record_bytes(self.model, inputs))))
 
     def record(self, inputs: AVInputs, positions: Int[np.ndarray, " site"], under: Values | None = None) -> Recording:
-        """Run a stack, under edits of heads or none, keeping every head's z from the site on."""
+        """Run a stack, under edits of nodes or none, keeping every node's output from the site on."""
         window, last = np.arange(positions[0], inputs.spans.generation_position + 1), self.n_layers - 1
-        sites = [Site("z", layer, positions=window.tolist()) for layer in range(self.n_layers)]
+        places = product(OUTPUTS, range(self.n_layers))
+        sites = [Site(part, layer, positions=window.tolist()) for part, layer in places]
         sites.append(Site("resid_post", last, positions=window[-1:].tolist()))
         with torch.no_grad():  # what is kept was never bounded: it is the trace that `together` counts
             plan = Plan(edits_at(positions, under or {}))
             made = run(self.model, inputs, plan=plan, capture=sites, budget_gb=math.inf)
-        z = torch.stack([made.cache["z", layer] for layer in range(self.n_layers)])
+        parts = {part: torch.stack([made.cache[part, one] for one in range(self.n_layers)]) for part in OUTPUTS}
         logits, final = made.logits[:, 0].float().clone(), made.cache["resid_post", last][:, 0].clone()
-        return Recording(inputs, positions, window, logits, z, final, under or {})
+        return Recording(inputs, positions, window, logits, parts, final, under or {})
 
     def record_edited(self, recording: Recording, values: Values) -> Recording:
-        """Run a recording's inputs with heads edited, so that further edits can be made on top.
+        """Run a recording's inputs with nodes edited, so that further edits can be made on top.
 
         The search for sets asks the same question about many sets that share members. An edited run is therefore made
         once, and every further edit restarts there, at its own layer, instead of at the first layer of the whole set.
@@ -316,15 +265,17 @@ class ModelEngine:
         trace.require_standing()
         compiled = recording.plan(values).compile(trace.model.spec, trace.spans, batch=trace.batch)
         taps = _Keeping([compiled], start_of(trace, compiled))
-        edited, z = rerun(trace, taps), taps.z
+        edited = rerun(trace, taps)
         compiled.verify()
         final = edited.stream(edited.n_layers, int(recording.window[-1]))[:, 0]
         with torch.no_grad():
             logits = unembedded(self.model, final).float()
         inside = torch.from_numpy(recording.window - taps.offset).to(final.device)
-        below = [recording.z[layer] for layer in range(edited.n_layers - len(z))]
-        stacked = torch.stack([*below, *(z[layer][:, inside] for layer in sorted(z))])
-        changed = {"logits": logits, "z": stacked, "final": final, "under": whole, "trace": edited}
+        parts = {
+            part: torch.stack([*recording.parts[part][: -len(kept)], *(kept[one][:, inside] for one in sorted(kept))])
+            for part, kept in taps.kept.items()
+        }
+        changed = {"logits": logits, "parts": parts, "final": final, "under": whole, "trace": edited}
         return dataclasses.replace(recording, **changed)
 
     def trace(self, recording: Recording) -> Trace:
@@ -337,15 +288,15 @@ class ModelEngine:
         trace = self.trace(recording) if self.how == "trace" else None
         return None if trace is None or trace.hooked_because else trace
 
-    def capture(
-        self, inputs: AVInputs, positions: Int[np.ndarray, " site"], components: Sequence[str]
-    ) -> Mapping[str, Float[Tensor, "layer batch site ..."]]:
-        """Run a stack unedited and keep other outputs at the site."""
-        layers, at = range(self.n_layers), positions.tolist()
-        sites = [Site(name, layer, positions=at) for name in components for layer in layers]
-        with torch.no_grad():
-            cache = run(self.model, inputs, capture=sites, budget_gb=math.inf).cache
-        return {name: torch.stack([cache[name, layer] for layer in layers]) for name in components}
+    def capture(self, recording: Recording, part: str) -> AllOutputs:
+        """Give a component of an unedited run at the site; one that is no node's output is kept from now on."""
+        if part not in recording.parts:
+            at, layers = recording.window.tolist(), range(self.n_layers)
+            sites = [Site(part, layer, positions=at) for layer in layers]
+            with torch.no_grad():
+                cache = run(self.model, recording.inputs, capture=sites, budget_gb=math.inf).cache
+            recording.parts[part] = torch.stack([cache[part, layer] for layer in layers])
+        return recording.at_site(part)
 
     def incoming(self, inputs: AVInputs) -> Float[np.ndarray, "batch pos"]:
         """Sum the value-weighted attention that each position gets from the suffix, all layers and heads together."""
@@ -409,42 +360,48 @@ class ModelEngine:
             return self.model.W_O.detach()
         return torch.stack([layer.outputs().to(self.model.device) for _, layer in layers(self.model)])
 
-    def writes(self, recording: Recording, ids: Int[Tensor, " token"]) -> Float[Tensor, "layer head batch token"]:
-        """Attribute the tokens' logits to the heads' direct writes at the asked position, at the run's own norm scale.
+    def writes(
+        self, recording: Recording, ids: Int[Tensor, " token"], *, mlps: bool
+    ) -> Float[Tensor, "layer node batch token"]:
+        """Attribute the tokens' logits to the nodes' direct writes at the asked position, at the run's own norm scale.
 
         This is `direct_attribution(by="head")` for many tokens, from what the recording keeps: nothing is run again.
         """
-        at_end = recording.z[:, :, -1].float()
+        at_end = recording.parts[Z][:, :, -1].float()
         written = torch.einsum("lbhd,lhdm->lhbm", at_end, self._output_weights.float())
+        if mlps:
+            added = recording.parts[MLP_OUT][:, None, :, -1].to(written)
+            written = torch.cat([written, added], dim=1)
         norm = self.model.ln_final.original_component
         unembedding, scale = weight_of(self.model.bridge.unembed.original_component), weight_of(norm).detach().float()
         columns = unembedding.detach()[ids.to(unembedding.device)].T.float()
         return (written / divisor(self.model, recording.final) * scale.to(written)) @ columns.to(written)
 
-    def write_norms(self, recording: Recording) -> Float[np.ndarray, "layer head"]:
-        """Measure how much each head writes at the site: the mean over examples and positions of |z W_O|."""
+    def write_norms(self, recording: Recording, *, mlps: bool) -> Float[np.ndarray, "layer node"]:
+        """Measure how much each node writes at the site: the mean over examples and positions of |z W_O|."""
         norms = [
             torch.einsum("bshd,hdm->bshm", z.float(), output.float()).norm(dim=-1).mean((0, 1))
-            for z, output in zip(recording.site_z, self._output_weights, strict=True)
+            for z, output in zip(recording.at_site(Z), self._output_weights, strict=True)
         ]
+        found = torch.stack(norms).double().cpu()
+        if mlps:
+            added = recording.at_site(MLP_OUT).float().norm(dim=-1).mean((1, 2)).double().cpu()
+            found = torch.cat([found, added[:, None]], dim=1)
+        return found.numpy()
+
+    def joint_norms(
+        self, recording: Recording, subsets: Sequence[tuple[int, ...]]
+    ) -> Float[np.ndarray, "layer subset"]:
+        """Measure how much subsets of a layer's heads write together at the site: the mean of |sum of z W_O|."""
+        chosen, norms = torch.zeros(len(subsets), self.n_heads, device=recording.final.device), list[Tensor]()
+        for row, heads in enumerate(subsets):
+            chosen[row, list(heads)] = 1.0
+        for z, output in zip(recording.at_site(Z), self._output_weights, strict=True):
+            written = torch.einsum("bshd,hdm->bshm", z.float(), output.float())
+            together = torch.einsum("bshm,bsgm->bshg", written, written)
+            squares = torch.einsum("nh,bshg,ng->nbs", chosen, together, chosen)
+            norms.append(squares.clamp(min=0).sqrt().mean((1, 2)))
         return torch.stack(norms).double().cpu().numpy()
-
-
-class Cells:
-    """A conflict's cells and `audio_only_v`, which is `audio_only` with sound and picture exchanged."""
-
-    def __init__(self, model: Any, conflict: Any, options: dict[str, Any]) -> None:
-        self._conflict, self._of = conflict, lambda one: one.cells(model, **options)
-        self._own = self._of(conflict)
-
-    @cached_property
-    def _mirror(self) -> Mapping[str, AVInputs]:
-        one = self._conflict
-        return self._of(dataclasses.replace(one, sound=one.picture, picture=one.sound, answers=one.answers[::-1]))
-
-    def __getitem__(self, name: str) -> AVInputs:
-        """Give a cell, encoded when first asked for."""
-        return self._mirror["audio_only"] if name == "audio_only_v" else self._own[name]
 
 
 def _keep(kept: list[Tensor], position: int, stream: Tensor) -> None:

@@ -196,6 +196,19 @@ class Candidates:
             return scores[..., -2] - scores[..., -1]
         return self._own(scores, examples, "sound") - self._own(scores, examples, "picture")
 
+    def moved_at_first(
+        self,
+        before: Float[np.ndarray, "scale 1 1 batch column"],
+        after: Float[np.ndarray, "scale request node batch column"],
+        examples: Int[np.ndarray, " batch"],
+    ) -> Float[np.ndarray, "scale request node batch column"]:
+        """Let the two answers' scores move as their first tokens do: where heads are held, at the answer too."""
+        out = after.copy()
+        for column, side in zip((-2, -1), SIDES if self.several else (), strict=False):
+            place = (..., np.arange(len(examples)), getattr(self, side)[examples])
+            out[place] = before[place] + after[..., column] - before[..., column]
+        return out
+
     def above_others(
         self, scores: Float[np.ndarray, "*more batch column"], examples: Int[np.ndarray, " batch"], *, of: str
     ) -> Float[np.ndarray, "*more batch"]:

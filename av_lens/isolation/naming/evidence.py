@@ -1,28 +1,39 @@
-"""The search on discovery: every head's effects at every site, their tests, and who is named.
+"""The search on discovery: every node's effects at every site, their tests, and who is named.
 
-One `SiteEvidence` per site set; q runs over all of them together. `Searched` also keeps what confirmation needs from
-discovery alone: the means, the donors, the rows.
+One `SiteEvidence` per site set; q runs over all of them together. Where MLPs are named, the heads before them are
+measured once more with these MLPs held (`hold`), which tells feeders. `Searched` also keeps what confirmation needs
+from discovery alone: the means, the donors, the rows.
 
 The threshold s, as a share of G, where nobody gave one: .10 for organisms; for other models .03, or, if larger, the
-99th percentile over heads of the largest of the three releases with base and donor cells asked `control` (the same
+99th percentile over nodes of the largest of the three releases with base and donor cells asked `control` (the same
 answers, a question about neither), over G: what the same edits do to a question that has nothing to do with hearing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from av_lens.errors import ProtocolError
-from av_lens.isolation.measuring.bench import Bench, Chunk, Half
-from av_lens.isolation.measuring.effects import DLA, Request, direct_writes, figures, measure_requests, requests
-from av_lens.isolation.measuring.engine import MEDIA_SITES, PRIMARY_DONORS, Head, Means
+from av_lens.isolation.measuring.bench import Bench, Chunk
+from av_lens.isolation.measuring.donors import Means
+from av_lens.isolation.measuring.effects import (
+    DLA,
+    PerNode,
+    Request,
+    direct_writes,
+    figures,
+    measure_requests,
+    requests,
+)
+from av_lens.isolation.measuring.engine import MEDIA_SITES, MLP, PRIMARY_DONORS, Node
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.naming import roles
-from av_lens.isolation.naming.roles import LEVEL, Evidence, Named, Tests, head_means
+from av_lens.isolation.naming.roles import CARRIERS, HELD, LEVEL, Evidence, Named, Tests, head_means
 from av_lens.results.dealing import CONFIRMATION
 from av_lens.results.record import RELEASING
 
@@ -48,10 +59,10 @@ class SiteEvidence:
         """Write the rows of the evidence table."""
         out: list[dict[str, Any]] = []
         for (estimand, donor), values in self.evidence.figures.items():
-            heads = np.argwhere((~np.isnan(values)).any(0))
-            bounds = self.evidence.half.rows(values[:, *heads.T], donor) if len(heads) else []
+            nodes = [node for node in self.evidence.nodes if not np.isnan(values[:, *node]).all()]
+            bounds = self.evidence.half.rows(values[:, *np.array(nodes).T], donor) if nodes else []
             of = {"half": half, "site": self.site, "estimand": estimand, "donor": donor}
-            where = ({"layer": layer, "head": head} for layer, head in heads.tolist())
+            where = ({"layer": layer, "head": head} for layer, head in nodes)
             out += [of | at | found for at, found in zip(where, bounds, strict=True)]
         return out
 
@@ -66,7 +77,8 @@ class Searched:
         release_q: q of the release alone, by site and donor.
         s: the threshold as a share of G.
         means: discovery's means by site, for confirmation.
-        n_sites: how many sites were asked for, searched or not.
+        family: how many tests q corrects for.
+        mlps: the layers of the MLPs that are named, by site.
         notes: what could not be searched, in words.
     """
 
@@ -75,7 +87,8 @@ class Searched:
     release_q: dict[str, dict[str, np.ndarray]]
     s: float
     means: dict[str, Means | None]
-    n_sites: int
+    family: int
+    mlps: dict[str, tuple[int, ...]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -85,15 +98,20 @@ class Searched:
 
     @property
     def suppressors(self) -> list[Named]:
-        """The rows of writers, opponents, gates and heads of undetermined kind, largest release first."""
+        """The rows of writers, opponents, gates and nodes of undetermined kind, largest release first."""
         rows = [row for row in self.named if row.role in RELEASING]
         return sorted(rows, key=lambda row: (-self.release_of(row), *row.at))
 
     def passes(self, row: Named, donor: str) -> bool:
-        """Say whether a head's release with some donor passes on discovery: mean > delta and q < .05."""
+        """Say whether a node's release with some donor passes on discovery: mean > delta and q < .05."""
         found = self.sites[row.site].evidence
         mean = head_means(found["release", donor])[row.at]
         return bool(mean > found.half.delta(self.s) and self.release_q[row.site][donor][row.at] < LEVEL)
+
+    def role_alone(self, at: Node, site: str) -> str:
+        """Name what a head does by its own release at a site, else what it carries there; "none" for nothing."""
+        roles = [row.role for row in self.named if (row.at, row.site) == (at, site)]
+        return ", ".join([role for role in roles if role not in CARRIERS] or roles) or "none"
 
     def release_of(self, row: Named) -> float:
         """Give a row's mean release on discovery."""
@@ -101,50 +119,99 @@ class Searched:
 
 
 def gather(
-    chunks: list[Chunk], half: Half, heads: Sequence[Head], *, site: str, s: float, family: int, seed: int
+    chunks: list[Chunk], half: Half, heads: Sequence[Node], *, site: str, s: float, family: int, seed: int
 ) -> SiteEvidence:
-    """Measure and test the effects of some heads at one site on one half."""
-    stage = f"exact effects of {len(heads)} heads at {site}, {half.name}"
+    """Measure and test the effects of some nodes at one site on one half."""
+    stage = f"exact effects of {len(heads)} nodes at {site}, {half.name}"
     wanted = requests(chunks)
     effects = measure_requests(chunks, wanted, heads=heads, examples=half.examples, stage=stage)
-    found = Evidence(figures(effects) | {DLA: direct_writes(chunks, half.examples)}, half)
+    written = {DLA: direct_writes(chunks, half.examples)}
+    found = Evidence(figures(effects) | written, half, chunks[0].bench.mlps)
     return SiteEvidence(site, chunks, found, roles.run_tests(found, s=s, family=family, seed=seed))
+
+
+def hold(
+    chunks: Sequence[Chunk], found: Evidence, layers: tuple[int, ...], heads: Mapping[str, Sequence[Node]]
+) -> Evidence:
+    """Measure some heads' releases by each donor with these layers' MLPs held, where they come after the head."""
+    added: dict[tuple[str, str], PerNode] = {}
+    for donor, some in heads.items():
+        before = [head for head in some if head[1] != MLP and head[0] <= max(layers, default=-1)]
+        if before:
+            request = Request("va", donor, mlps=layers)
+            stage = f"{len(before)} heads with MLPs held, {donor}"
+            made = measure_requests(chunks, [request], heads=before, examples=found.half.examples, stage=stage)
+            added[HELD, donor] = made[request].first
+    return replace(found, figures={**found.figures, **added})
 
 
 def null_share(
     chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"], hearing: Float[np.ndarray, " example"]
 ) -> float:
-    """Measure how much the releases of most heads reach under `control`, as a share of G."""
+    """Measure how much the releases of most nodes reach under `control`, as a share of G."""
     wanted = [Request("va", donor, question="control") for donor in PRIMARY_DONORS if chunks[0].has(donor)]
     stage = f"the same edits under the control question, {chunks[0].site}"
-    heads = chunks[0].bench.engine.heads
-    found = measure_requests(chunks, wanted, heads=heads, examples=examples, stage=stage)
+    found = measure_requests(chunks, wanted, heads=chunks[0].bench.nodes, examples=examples, stage=stage)
     largest = np.fmax.reduce([head_means(found[request].margin) for request in wanted])
     return float(np.percentile(largest, PERCENTILE) / hearing.mean())
 
 
-def search(bench: Bench, half: Half, *, s: float, floor: float | None, sites: Sequence[str], seed: int) -> Searched:
-    """Search all heads at all sites on discovery; a `floor` of s is raised to what the control question shows."""
-    heads = bench.engine.heads
-    family = roles.family_size(len(heads), len(sites))
+def search(
+    bench: Bench, half: Half, *, s: float, floor: float | None, sites: Sequence[str], seed: int, family: int
+) -> Searched:
+    """Search all nodes at all sites on discovery; a `floor` of s is raised to what the control question shows."""
     searched, notes = _searchable(bench, half, sites)
     chunks = {site: bench.chunks(half.examples.tolist(), site) for site in searched}
     means = {site: with_means(chunks[site]) for site in searched}
     if floor is not None:
         s = max(floor, *(null_share(chunks[site], half.examples, half.G) for site in searched))
-    found = [gather(chunks[site], half, heads, site=site, s=s, family=family, seed=seed) for site in searched]
+    found = [gather(chunks[site], half, bench.nodes, site=site, s=s, family=family, seed=seed) for site in searched]
     if len(found) > 1:  # the largest T of a flip is that of all sites
         together = roles.run_tests_together([site.evidence for site in found], s=s, family=family, seed=seed)
         for site, tests in zip(found, together, strict=True):
             site.tests = tests
-    q, release_q = roles.adjust([site.tests for site in found], n_sites=len(sites))
-    named = [
-        row
-        for i, site in enumerate(found)
-        for row in roles.classify(site.evidence, site.tests, q[i], release_q[i], s=s, site=site.site)
-    ]
+    named, release_q = _named(found, {}, s=s, family=family)
+    mlps = {site.site: tuple(row.layer for row in named if row.site == site.site and of_mlp(row)) for site in found}
+    if any(mlps.values()):
+        for site in found:
+            p = site.tests.release_p
+            likely = {by: [at for at in bench.nodes if p[by][at] <= LEVEL] for by in PRIMARY_DONORS}
+            site.evidence = hold(site.chunks, site.evidence, mlps[site.site], likely)
+        again = roles.run_tests_together([site.evidence for site in found], s=s, family=family, seed=seed)
+        for site, tests in zip(found, again, strict=True):
+            site.tests = roles.with_feeders(site.tests, tests)
+        named, release_q = _named(found, mlps, s=s, family=family)
+        named = [_through(next(site for site in found if site.site == row.site), mlps, row) for row in named]
     by_site = {site.site: site for site in found}
-    return Searched(by_site, named, dict(zip(searched, release_q, strict=True)), s, means, len(sites), notes)
+    return Searched(by_site, named, dict(zip(searched, release_q, strict=True)), s, means, family, mlps, notes)
+
+
+def of_mlp(row: Named) -> bool:
+    """Whether a row names an MLP as a suppressor."""
+    return row.head == MLP and row.role in RELEASING
+
+
+def _named(
+    found: Sequence[SiteEvidence], mlps: Mapping[str, tuple[int, ...]], *, s: float, family: int
+) -> tuple[list[Named], list[dict[str, np.ndarray]]]:
+    """Name nodes at all sites, and give q of the release alone by site."""
+    q, release_q = roles.adjust([site.tests for site in found], family=family)
+    rows = (
+        roles.classify(one.evidence, one.tests, q[i], release_q[i], s=s, site=one.site, mlps=mlps.get(one.site, ()))
+        for i, one in enumerate(found)
+    )
+    return [row for some in rows for row in some], release_q
+
+
+def _through(found: SiteEvidence, mlps: Mapping[str, tuple[int, ...]], row: Named) -> Named:
+    """Of several named MLPs after a head, find the one of which the holding alone costs most."""
+    later = [layer for layer in mlps[row.site] if layer >= row.layer]
+    if row.through < 0 or len(later) < 2:
+        return row
+    requests = [Request("va", row.donor, mlps=(layer,)) for layer in later]
+    made = measure_requests(found.chunks, requests, heads=[row.at], examples=found.evidence.half.examples)
+    left = [float(head_means(made[one].first)[row.at]) for one in requests]
+    return replace(row, through=later[int(np.argmin(left))])
 
 
 def _searchable(bench: Bench, half: Half, sites: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,10 +1,11 @@
-"""Which role does a head play, and how sure are we? Protocol sections 5 and 7, from the effects of section 4.
+"""Which role does a head or an MLP play, and how sure are we? Protocol sections 5 and 7, from section 4's effects.
 
-The first that holds, top to bottom; a sound carrier may join any:
+The first that holds, top to bottom; a sound carrier may join any; MLPs have the first three of the suppressors' alone:
 
 | role | criterion |
 |---|---|
 | breaks | release passes, but the edit is mere damage (below) |
+| feeder | heads: release passes; with the named later MLPs held at least half of it is lost; write share < .25 |
 | picture writer | release passes; direct share >= .5; reads picture > reads sound |
 | sound opponent | release passes; direct share >= .5; reads sound > reads picture |
 | gate | release passes; direct share < .5 |
@@ -15,48 +16,64 @@ The first that holds, top to bottom; a sound carrier may join any:
 delta = s x G of the half. *Mere damage*: the upper bound of [fall of G - release / 2] is >= 0, or the lower bound of
 [rise of the heard answer over the candidates that are neither] is <= -delta. *Passes* on discovery: mean > delta and
 q < .05. p is a one-sided sign flip by component of effect - s G; a role's p is the largest of its parts: release;
-direct - release / 2 (for a gate release / 2 - direct); the difference of the reads. q is Benjamini-Hochberg over
-heads x sites x [3 roles x 3 donors + silenced + carries].
+direct - release / 2 (for a gate release / 2 - direct; for a feeder release / 2 - the release with MLPs held, and
+release / 4 - write); the difference of the reads. q is Benjamini-Hochberg over sites x (heads x [4 roles x 3 donors +
+silenced + carries] + MLPs x 3 roles x 3 donors); in the first edition over heads x sites x [3 roles x 3 donors + 2].
+MLPs are named first, with feeders' p at 1; then feeders get theirs and q is taken once more, which no MLP's row takes.
+A head that keeps another role though half of its release is lost with MLPs held acts *through* that MLP of which the
+holding alone costs most.
 
 Choices where the protocol is silent: that the *release* passes (breaks and undetermined need it) is judged by a second
 Benjamini-Hochberg over the same family with each role's p replaced by its release part; a role's max-T p is the largest
 of its parts' max-T p; on confirmation a row is confirmed if its mean is above delta, Holm's p is below .05 over the
 rows that were given a name (breaks is none), and the same cuts give the same role. An undetermined head is named, its
-kind is not: it is confirmed by its release alone, if it does not break.
+kind is not: it is confirmed by its release alone, if it does not break. Where the release's own p is above .05 nothing
+is held, and a feeder's p stays at 1 (no q below .05 changes by it). MLPs' later MLPs are no one's feeders.
+
+*One donor alone* (second edition): a role whose node is released by one donor alone on discovery (`one_donor_alone`)
+may hold on held-out clips, and is then told as replicated, by one donor alone, never as confirmed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
 
-from av_lens.isolation.measuring.bench import Half
-from av_lens.isolation.measuring.effects import FIRST_RELEASE, Figures, PerHead, donor_of
-from av_lens.isolation.measuring.engine import PRIMARY_DONORS, Head
+from av_lens.isolation.measuring.effects import FIRST_RELEASE, Figures, PerNode, donor_of
+from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS, Node, listed_nodes
+from av_lens.isolation.measuring.halves import Half
 from av_lens.results.dyadic import Inference
-from av_lens.results.record import RELEASING, SUPPRESSORS
+from av_lens.results.record import FEEDER, RELEASING, SUPPRESSORS
 from av_lens.results.statistics import Interval, benjamini_hochberg
 
-DIRECT_CUT = DAMAGE_CUT = 0.5
+DIRECT_CUT = DAMAGE_CUT = HELD_CUT = 0.5
+WRITE_CUT = 0.25
+ONE_DONOR_SHARE, ONE_DONOR_OF_LARGEST = 0.10, 0.5
+HELD = "release with the named MLPs held"
+"""At the first token, as direct shares; only heads before a named MLP have it."""
 PARTS = {
     "picture writer": ("release {}", "direct {}", "picture"),
     "sound opponent": ("release {}", "direct {}", "sound"),
     "gate": ("release {}", "indirect {}"),
+    FEEDER: ("release {}", "held {}", "write {}"),
 }
 """What each suppressor's role consists of, by donor; all must hold."""
 READS = ("picture", "sound")
 """The parts that use the third clip."""
 CARRIERS = {"silenced carrier": "silenced", "sound carrier": "carries"}
 """The estimand that makes a head a carrier."""
-Table = Float[np.ndarray, "layer head"]
+Table = Float[np.ndarray, "layer node"]
 
 
 @dataclass(frozen=True)
 class Named:
-    """A row of the role table: a head at a site with its role, donor and discovery's p, q and max-T p."""
+    """A row of the role table: a node at a site with its role, donor and discovery's p, q and max-T p.
+
+    `through` is the layer of the MLP through which half of a head's release passes or more, -1 where there is none.
+    """
 
     layer: int
     head: int
@@ -66,39 +83,57 @@ class Named:
     p: float
     q: float
     p_maxt: float
+    through: int = -1
 
     @property
-    def at(self) -> Head:
-        """Layer and head."""
+    def at(self) -> Node:
+        """The node."""
         return self.layer, self.head
 
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A half's effects, per example and head, by (estimand, donor); `evidence["silenced"]` where it has one donor."""
+    """A half's effects, per example and node, by (estimand, donor); `evidence["silenced"]` where it has one donor.
+
+    `mlps` says whether the last column is the layers' MLPs.
+    """
 
     figures: Figures
     half: Half
+    mlps: bool = False
 
-    def __getitem__(self, key: str | tuple[str, str]) -> PerHead:
+    def __getitem__(self, key: str | tuple[str, str]) -> PerNode:
         """An estimand's effects; NaN where it was not measured."""
         name, donor = (key, donor_of(key)) if isinstance(key, str) else key
         if name == FIRST_RELEASE and (name, donor) not in self.figures:
             name = "release"  # where all answers have one token
+        if name in ("write", HELD) and (name, donor) not in self.figures:
+            return np.full_like(self.figures["release", donor], np.nan)
         return self.figures[name, donor]
 
-    def by_donor(self, name: str) -> dict[str, PerHead]:
+    @property
+    def nodes(self) -> list[Node]:
+        """All nodes, in the order of the tables."""
+        n_layers, n_columns = self["silenced"].shape[1:]
+        return listed_nodes(n_layers, n_columns, self.mlps)
+
+    @property
+    def holds(self) -> bool:
+        """Whether anything was measured with MLPs held."""
+        return any(name == HELD for name, _ in self.figures)
+
+    def by_donor(self, name: str) -> dict[str, PerNode]:
         """An estimand's effects by each primary donor."""
         return {donor: self[name, donor] for donor in PRIMARY_DONORS}
 
     @property
     def largest_release(self) -> Table:
-        """Each head's largest mean release over the primary donors; NaN where not measured."""
+        """Each node's largest mean release over the primary donors; NaN where not measured."""
         return np.fmax.reduce([head_means(values) for values in self.by_donor("release").values()])
 
     @property
     def donors(self) -> np.ndarray:
-        """Each head's primary donor: the one with the largest mean release."""
+        """Each node's primary donor: the one with the largest mean release."""
         means = np.stack([head_means(values) for values in self.by_donor("release").values()])
         return np.array(PRIMARY_DONORS, dtype=object)[np.where(np.isnan(means), -np.inf, means).argmax(0)]
 
@@ -118,9 +153,11 @@ class Tests:
         return float("nan") if table is None else float(table[row.at])
 
 
-def family_size(n_heads: int, n_sites: int) -> int:
-    """Count the tests that q corrects for: heads x sites x (3 roles x 3 donors + silenced + carries)."""
-    return n_heads * n_sites * (len(PARTS) * len(PRIMARY_DONORS) + len(CARRIERS))
+def family_size(n_heads: int, n_sites: int, n_mlps: int = 0) -> int:
+    """Count the tests that q corrects for; without MLPs, as in the first edition, there are no feeders either."""
+    of_mlp = len(SUPPRESSORS) * len(PRIMARY_DONORS)
+    of_head = of_mlp + (len(PRIMARY_DONORS) if n_mlps else 0) + len(CARRIERS)
+    return n_sites * (n_heads * of_head + n_mlps * of_mlp)
 
 
 def run_tests(found: Evidence, *, s: float, family: int, seed: int) -> Tests:
@@ -130,7 +167,8 @@ def run_tests(found: Evidence, *, s: float, family: int, seed: int) -> Tests:
 
 def run_tests_together(found: Sequence[Evidence], *, s: float, family: int, seed: int) -> list[Tests]:
     """Test several sites of one half in the same flips, so that max-T is over all of them."""
-    parts = [_parts(one, s) for one in found]
+    holds = any(one.holds for one in found)
+    parts = [_parts(one, s, holds) for one in found]
     names = list(parts[0])
     stacked = np.stack([np.stack([part[name] for name in names], axis=-1) for part in parts], axis=-1)
     p, p_maxt = np.full((2, *stacked.shape[1:]), np.nan)
@@ -147,24 +185,32 @@ def _by_rule(half: Half, names: Sequence[str]) -> list[tuple[Inference, list[int
     return [(half.boot, rest), *([(half.third, reads)] if half.third is not None else [])]
 
 
-def _parts(found: Evidence, s: float) -> dict[str, PerHead]:
+def _parts(found: Evidence, s: float, holds: bool) -> dict[str, PerNode]:
     """What must be above 0 for each part of a role."""
     delta = (s * found.half.G)[:, None, None]
-    parts: dict[str, PerHead] = {}
+    parts: dict[str, PerNode] = {}
     for donor in PRIMARY_DONORS:
-        release = found["release", donor]
+        release, first = found["release", donor], found[FIRST_RELEASE, donor]
         parts[f"release {donor}"] = release - delta
-        parts[f"direct {donor}"] = found["direct", donor] - DIRECT_CUT * found[FIRST_RELEASE, donor]
+        parts[f"direct {donor}"] = found["direct", donor] - DIRECT_CUT * first
         parts[f"indirect {donor}"] = -parts[f"direct {donor}"]
+        if holds:
+            parts[f"held {donor}"] = HELD_CUT * first - found[HELD, donor]
+            parts[f"write {donor}"] = WRITE_CUT * first - found["write", donor]
     parts["picture"] = found["reads picture"] - found["reads sound"]
     parts["sound"] = -parts["picture"]
-    return parts | {estimand: found[estimand] - delta for estimand in CARRIERS.values()}
+    parts |= {estimand: found[estimand] - delta for estimand in CARRIERS.values()}
+    if found.mlps:  # MLPs are no carriers
+        for estimand in CARRIERS.values():
+            parts[estimand][..., MLP] = np.nan
+    return parts
 
 
 def _by_role(names: Sequence[str], of_parts: np.ndarray, maxt_of_parts: np.ndarray) -> Tests:
     """A role's p is the largest of its parts'."""
+    roles = {role: parts for role, parts in PARTS.items() if role != FEEDER or f"held {PRIMARY_DONORS[0]}" in names}
     needs = {(role, donor): [part.format(donor) for part in parts]
-             for donor in PRIMARY_DONORS for role, parts in PARTS.items()}  # fmt: skip
+             for donor in PRIMARY_DONORS for role, parts in roles.items()}  # fmt: skip
     needs |= {(role, ""): [estimand] for role, estimand in CARRIERS.items()}
     both = [{name: table[..., number] for number, name in enumerate(names)} for table in (of_parts, maxt_of_parts)]
     p, p_maxt = ({key: np.max([one[name] for name in parts], axis=0) for key, parts in needs.items()} for one in both)
@@ -172,23 +218,39 @@ def _by_role(names: Sequence[str], of_parts: np.ndarray, maxt_of_parts: np.ndarr
     return Tests(p, p_maxt, release, release_maxt)
 
 
-def adjust(
-    tests: Sequence[Tests], *, n_sites: int | None = None
-) -> tuple[list[dict[tuple[str, str], Table]], list[dict[str, Table]]]:
+def with_feeders(tests: Tests, again: Tests) -> Tests:
+    """Take feeders' p from tests that hold MLPs; all else stays."""
+    added = [{key: p for key, p in table.items() if key[0] == FEEDER} for table in (again.p, again.p_maxt)]
+    return replace(tests, p={**tests.p, **added[0]}, p_maxt={**tests.p_maxt, **added[1]})
+
+
+def adjust(tests: Sequence[Tests], *, family: int) -> tuple[list[dict[tuple[str, str], Table]], list[dict[str, Table]]]:
     """Correct for the family over all sites: q of every role, and q of the release alone."""
     keys = list(tests[0].p)
     role_p = np.stack([np.stack([test.p[key] for key in keys]) for test in tests])
     swapped = np.stack([np.stack([test.release_p.get(key[1], test.p[key]) for key in keys]) for test in tests])
+    feeders = [number for number, key in enumerate(keys) if key[0] == FEEDER]
+    swapped[:, feeders] = np.where(np.isnan(role_p[:, feeders]), np.nan, swapped[:, feeders])
     # The family is the one that was written down: donors and sites that could not be measured still count.
-    family = role_p[0].size * (n_sites or len(tests))
-    q, release_q = (benjamini_hochberg(p, family=family) for p in (role_p, swapped))
+    q, release_q = (_adjusted(p, feeders, family) for p in (role_p, swapped))
     by_role = [{key: q[i, k] for k, key in enumerate(keys)} for i in range(len(tests))]
     gate = {donor: keys.index(("gate", donor)) for donor in PRIMARY_DONORS}
     return by_role, [{donor: release_q[i, k] for donor, k in gate.items()} for i in range(len(tests))]
 
 
-def head_means(values: PerHead) -> Table:
-    """Average over the examples where a head was measured."""
+def _adjusted(p: np.ndarray, feeders: list[int], family: int) -> np.ndarray:
+    """Without feeders, and for heads once more with them."""
+    if not feeders:
+        return benjamini_hochberg(p, family=family)
+    alone = p.copy()
+    alone[:, feeders] = np.nan
+    q = benjamini_hochberg(p, family=family)
+    q[..., MLP] = benjamini_hochberg(alone, family=family)[..., MLP]
+    return q
+
+
+def head_means(values: PerNode) -> Table:
+    """Average over the examples where a node was measured."""
     known = ~np.isnan(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(known, values, 0.0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
@@ -199,16 +261,19 @@ LEVEL = 0.05
 
 @dataclass(frozen=True, eq=False)
 class Cuts:
-    """The intervals that decide a role, for the chosen donor of each head, each `[layer, head]`.
+    """The intervals that decide a role, for the chosen donor of each node, each `[layer, node]`.
 
     `damage` is [fall of G - release / 2], `rise` the heard answer's rise over the other candidates, `share` the direct
-    share, `reads` [reads picture - reads sound].
+    share, `write` the write share, `lost` the share that is lost with the named MLPs held, `reads` [reads picture -
+    reads sound].
     """
 
     release: Interval
     damage: Interval
     rise: Interval
     share: Interval
+    write: Interval
+    lost: Interval
     reads: Interval
     reads_picture: Interval
     reads_sound: Interval
@@ -216,18 +281,22 @@ class Cuts:
 
     @classmethod
     def of(cls, found: Evidence, donors: np.ndarray, *, s: float) -> Cuts:
-        """Compute the intervals, each head's by its own donor; `donors` is `[layer, head]`."""
+        """Compute the intervals, each node's by its own donor; `donors` is `[layer, node]`."""
 
-        def chosen(name: str) -> PerHead:
+        def chosen(name: str) -> PerNode:
             of = found.by_donor(name)
             return np.select([donors == donor for donor in of], list(of.values()), np.nan)
 
         boot, third, release = found.half.boot, found.half.by("wa"), chosen("release")
+        first, unknown = chosen(FIRST_RELEASE), np.full(donors.shape, np.nan)
+        known = found.holds
         return cls(
             release=boot.mean(release),
             damage=boot.mean(chosen("fall of G") - DAMAGE_CUT * release),
             rise=boot.mean(chosen("rise over others")),
-            share=boot.ratio(chosen("direct"), chosen(FIRST_RELEASE)),
+            share=boot.ratio(chosen("direct"), first),
+            write=boot.ratio(chosen("write"), first) if known else Interval(unknown, unknown, unknown),
+            lost=boot.ratio(first - chosen(HELD), first) if known else Interval(unknown, unknown, unknown),
             reads=third.mean(found["reads picture"] - found["reads sound"]),
             reads_picture=third.mean(found["reads picture"]),
             reads_sound=third.mean(found["reads sound"]),
@@ -235,11 +304,12 @@ class Cuts:
         )
 
 
-def suppressor_role(cuts: Cuts, layer: int, head: int, passes: Mapping[str, bool]) -> str:
-    """Name what a head whose release passes does."""
-    at = (layer, head)
+def suppressor_role(cuts: Cuts, at: Node, passes: Mapping[str, bool]) -> str:
+    """Name what a node whose release passes does."""
     if cuts.damage.high[at] >= 0 or cuts.rise.low[at] <= -cuts.delta:
         return "breaks"
+    if cuts.lost.low[at] >= HELD_CUT and cuts.write.high[at] < WRITE_CUT and passes[FEEDER]:
+        return FEEDER
     direct, indirect = cuts.share.low[at] >= DIRECT_CUT, cuts.share.high[at] < DIRECT_CUT
     picture = cuts.reads.low[at] > 0 and cuts.reads_picture.low[at] > 0
     sound = cuts.reads.high[at] < 0 and cuts.reads_sound.low[at] > 0
@@ -252,6 +322,19 @@ def suppressor_role(cuts: Cuts, layer: int, head: int, passes: Mapping[str, bool
     return "undetermined"
 
 
+CUT_ROLES = (*SUPPRESSORS, FEEDER)
+"""Roles that cuts tell apart."""
+
+
+def one_donor_alone(releases: Iterable[float], hearing: float) -> bool:
+    """Say whether a role rests on one donor alone, by a node's mean releases on discovery and the mean of G.
+
+    It does where the second largest release is below .10 G and below half of the largest.
+    """
+    largest, second = sorted((one for one in (*releases, -np.inf, -np.inf) if not np.isnan(one)), reverse=True)[:2]
+    return bool(second < min(ONE_DONOR_SHARE * hearing, ONE_DONOR_OF_LARGEST * largest))
+
+
 def classify(
     found: Evidence,
     tests: Tests,
@@ -260,19 +343,23 @@ def classify(
     *,
     s: float,
     site: str,
+    mlps: Sequence[int] = (),
 ) -> list[Named]:
-    """Give every head its roles on discovery, by its primary donor: none, one, or two where it also carries sound."""
+    """Give every node its roles on discovery, by its primary donor: none, one, or two where it also carries sound.
+
+    `mlps` are the layers of the MLPs that were held. Of several the first after a head is the one it acts through.
+    """
     donors = found.donors
     cuts = Cuts.of(found, donors, s=s)
     means = {role: head_means(found[estimand]) for role, estimand in CARRIERS.items()}
     out: list[Named] = []
-    for layer, head in np.ndindex(donors.shape):
-        at, donor = (layer, head), str(donors[layer, head])
+    for at in found.nodes:
+        donor = str(donors[at])
         roles: list[tuple[str, str]] = []
         if cuts.release.value[at] > cuts.delta and release_q[donor][at] < LEVEL:
-            role = suppressor_role(cuts, layer, head, {r: bool(q[r, donor][at] < LEVEL) for r in SUPPRESSORS})
-            roles.append((role, donor))
-        for role in CARRIERS:
+            passes = {r: (r, donor) in q and bool(q[r, donor][at] < LEVEL) for r in CUT_ROLES}
+            roles.append((suppressor_role(cuts, at, passes), donor))
+        for role in CARRIERS if at[1] != MLP else ():
             first = role == "sound carrier" or not roles
             if first and means[role][at] > cuts.delta and q[role, ""][at] < LEVEL:
                 roles.append((role, ""))
@@ -281,7 +368,8 @@ def classify(
             of_role = (tests.p, q, tests.p_maxt)
             tables = [table[key] for table in of_role] if key in tests.p else [
                 tests.release_p[by], release_q[by], tests.release_p_maxt[by]]  # fmt: skip
-            out.append(Named(layer, head, site, *key, *(float(table[at]) for table in tables)))
+            through = next((one for one in mlps if one >= at[0]), -1) if by and cuts.lost.low[at] >= HELD_CUT else -1
+            out.append(Named(*at, site, *key, *(float(table[at]) for table in tables), through=through))
     return out
 
 
@@ -296,8 +384,8 @@ def confirm(found: Evidence, rows: Sequence[Named], holm_p: Sequence[float], *, 
     for row, p in zip(rows, holm_p, strict=True):
         if not p < LEVEL:
             out.append(False)
-        elif row.role in RELEASING:
-            again = suppressor_role(cuts, *row.at, dict.fromkeys(SUPPRESSORS, True))
+        elif row.role in (*RELEASING, FEEDER):
+            again = suppressor_role(cuts, row.at, dict.fromkeys(CUT_ROLES, True))
             same = again == row.role or (row.role == "undetermined" and again != "breaks")
             out.append(bool(cuts.release.value[row.at] > cuts.delta and same))
         else:

@@ -68,7 +68,7 @@ class Size:
         conflicts: all conflicts.
         discovery: those of discovery.
         confirmation: those of confirmation.
-        heads: heads of the model.
+        heads: heads and MLPs of the model.
         layers: its layers.
         sites: site sets that are searched.
         quick: without robustness and pairs.
@@ -169,7 +169,7 @@ def probe(chunk: Chunk) -> Prices:
     for cell, question in RIGHT:
         chunk.reading(cell, question)
     store.told.remove(heard.append)
-    heads = chunk.bench.engine.heads
+    heads = chunk.bench.nodes
     chosen = [heads[i] for i in np.unique(np.linspace(0, len(heads) - 1, MOST_PROBED).round().astype(int))]
     request = Request("va", "zero")
     edited_scores(chunk, "va", [request], chosen[-1:], lambda _: None)  # records the run that edits start from
@@ -192,7 +192,7 @@ def _figure(n: int) -> float:
 def memory(chunk: Chunk, size: Size) -> float:
     """Estimate the peak of memory: what has been used, and what a run keeps of the other conflicts.
 
-    Kept are the encoded cells (those of the variants of robustness too), their stacks with every head's z for both
+    Kept are the encoded cells (those of the variants of robustness too), their stacks with every node's output for both
     halves, while sets are searched the traces of discovery's conflicts where they fit, and in robustness the weights in
     the other precision.
     """
@@ -205,7 +205,7 @@ def memory(chunk: Chunk, size: Size) -> float:
         held |= {value.data_ptr(): value.nbytes for value in given if isinstance(value, tensors)}
     searches = 1 if size.quick or size.named_only else 1 + VARIANTS
     inputs = sum(held.values()) * (searches * size.conflicts / n - 1)
-    kept = HELD * (run.z.nbytes + stacked) * (size.discovery + size.confirmation) / n
+    kept = HELD * (sum(part.nbytes for part in run.parts.values()) + stacked) * (size.discovery + size.confirmation) / n
     traces = 2 * run.trace_bytes * size.discovery / n
     weights = 0 if searches == 1 else weights_bytes(model, other_precision(model.dtype))
     return peak_memory() + (inputs + kept + (traces if traces <= HELD_BYTES else run.trace_bytes) + weights) / 1e9

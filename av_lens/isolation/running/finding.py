@@ -1,14 +1,4 @@
-"""What was found, in words with its numbers, and the record that is saved: tables, arrays, summary, provenance.
-
-A verdict names the sites that were searched. Its kinds, beside those of the gap ("no suppression", "not established";
-interference and dominance are told apart in the first sentence) and of the refusals ("does not hear", ...):
-
-* *named*: suppressors are confirmed, single or as members of a set, and the set restores half of the gap or more (or
-  the heads of largest single release do, and they are twelve or fewer, as many as a set can hold);
-* *spread*: not so, but the heads of largest single release together restore half of the gap, and it takes so many;
-* *nothing named*: nobody is confirmed, and no number of heads restores half of the gap.
-
-The gap is G - C on confirmation, where everything that a verdict says was measured.
+"""The record of a run: tables, arrays, summary, provenance; its words are those of `verdicts`.
 
 The table of heads has one row per (head, site, role), its two halves side by side. A member of the chosen set that no
 single release would have named stands there too, with the role, the effect and the test that it has while the other
@@ -18,192 +8,36 @@ members are edited (`members`): its estimand is "release in the set", and its si
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from av_lens.isolation.explaining.knowledge import Known
 from av_lens.isolation.measuring.behaviour import rows_of
-from av_lens.isolation.measuring.bench import Half
 from av_lens.isolation.measuring.effects import DLA, ESTIMANDS, FIRST_RELEASE, donor_of
-from av_lens.isolation.measuring.engine import PRIMARY_DONORS
+from av_lens.isolation.measuring.engine import MLP
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import NEITHER, UNREAD
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence
 from av_lens.isolation.naming.roles import CARRIERS, LEVEL, Evidence, Named, head_means
 from av_lens.isolation.running import preparing
-from av_lens.isolation.running.preparing import ALSO_COUNTED_AT, Run
-from av_lens.isolation.sets.confirmation import FEWEST_WORDS, ON_WORDS, UNTESTED, Held, ranked_heads
-from av_lens.isolation.sets.search import MOST_MEMBERS
-from av_lens.isolation.sets.sets import head_names
+from av_lens.isolation.running.preparing import Run
+from av_lens.isolation.running.verdicts import (
+    always_on,
+    claimed,
+    counts_above,
+    crossing_half,
+    cut_sentence,
+    power,
+)
+from av_lens.isolation.sets.confirmation import CONFIRMED, NOT_REPLICATED, Held
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
-from av_lens.results.dyadic import SOURCE, Dyadic
-from av_lens.results.power import FEWEST_PILOTS, conflicts_needed
+from av_lens.results.exchanged import exchanged_key, exchanged_rows
 from av_lens.results.provenance import stamp
-from av_lens.results.record import RELEASING, Isolation, table
+from av_lens.results.record import FEEDER, RELEASING, Isolation, table
 
-UNSPECIFIC = {
-    "not specific": "Not specific (harm of 5 points is not excluded)",
-    "untested": "Specificity is untested (below 59 items)",
-}
-
-
-def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tuple[str, str]:
-    """Say what was found: the verdict's kind, and its sentences."""
-    held, sites, s = known.held, ", ".join(known.searched.sites), known.searched.s
-    claimed, gap = _claimed(known), known.confirmation.gap
-    named = [row for row in claimed if held.confirmed.get(row, False)]
-    parts = [gap_sentence]
-    if named:
-        untested = any(held.words.get(row) == UNTESTED for row in named)
-        words = f", untested over words (fewer than {FEWEST_WORDS})" if untested else ""
-        parts.append(f"Confirmed{words} at {sites}: {_by_role(named)}.")
-    else:
-        parts.append(f"No head at {sites} is confirmed as a suppressor above {s:.2f} of G. {_largest(known)}")
-        parts.append(_power_sentence(known, family))
-    tied = [row for row in claimed if held.words.get(row) == ON_WORDS]
-    if tied:
-        parts.append(
-            f"On these words: {_by_role(tied)}. It holds on new clips, not over words: with other answers it may not."
-        )
-    if len(claimed) > len(named) + len(tied):
-        parts.append(f"{len(claimed) - len(named) - len(tied)} more named on discovery did not hold on confirmation.")
-    counts = counts_above(known)
-    shares, heads = ", ".join(f"{share:.2f}" for share in counts), ", ".join(map(str, counts.values()))
-    parts.append(f"Heads whose largest single release on discovery is above {shares} of G: {heads}.")
-    chosen = [row for row in held.tables["sets"] if row["chosen"]]
-    parts += [_set_sentence(row, gap) for row in chosen]
-    parts.append(_hidden_sentence(held.tables["members"], delta=known.discovery.delta(s)))
-    if not chosen:
-        parts.append("No set of heads was found either: taken apart head by head, none kept a release above delta.")
-    if held.searched.quick:
-        parts.append("Pairs of heads were left out of the search for sets.")
-    crossing = crossing_half(known)
-    number = None if crossing is None else int(crossing["k"])
-    parts += [] if crossing is None else [_spread_sentence(crossing, gap)]
-    for outcome, words in UNSPECIFIC.items():
-        controls = [row["control"] for row in held.tables["specificity"] if row["verdict"] == outcome]
-        parts += [f"{words}: {', '.join(controls)}."] if controls else []
-    enough = any(row["release"] >= 0.5 * gap for row in chosen) or (number is not None and number <= MOST_MEMBERS)
-    if gap_kind in ("no suppression", "not established"):
-        kind = gap_kind
-    elif named and (enough or number is None):
-        kind = "named"
-    else:
-        kind = "nothing named" if number is None else "spread"
-    return kind, " ".join(part for part in parts if part)
-
-
-def _claimed(known: Known) -> list[Named]:
-    """All suppressors that discovery named: by their own release, or as members of the chosen set."""
-    return [*known.searched.suppressors, *(row for row in known.held.named_members if row.role in RELEASING)]
-
-
-def _by_role(rows: Sequence[Named]) -> str:
-    listed: list[str] = []
-    for role in RELEASING:
-        heads = list(dict.fromkeys(row.at for row in rows if row.role == role))
-        words = "kind undetermined" if role == "undetermined" else f"{role}s" if len(heads) > 1 else role
-        listed += [f"{words} {head_names(heads)}"] if heads else []
-    return "; ".join(listed)
-
-
-def _largest(known: Known) -> str:
-    """Say how large the largest single release is."""
-    first = known.searched.first
-    heads, _ = ranked_heads(first)
-    figures = {name: float(head_means(values)[heads[0]]) for name, values in first.evidence.by_donor("release").items()}
-    donor = max(figures, key=lambda name: -math.inf if math.isnan(figures[name]) else figures[name])
-    share = figures[donor] / float(known.discovery.G.mean())
-    return f"The largest single release on discovery is {head_names(heads[:1])}'s ({donor}), {share:.2f} of G."
-
-
-def counts_above(known: Known) -> dict[float, int]:
-    """Count the heads whose largest single release on discovery is above some shares of G, at the first site."""
-    shares = known.searched.first.evidence.largest_release / float(known.discovery.G.mean())
-    return {share: int((shares > share).sum()) for share in ALSO_COUNTED_AT}
-
-
-def _set_sentence(row: dict[str, Any], gap: float) -> str:
-    text = (
-        f"Editing {row['members']} together ({row['donor']}) restores {row['release']:.2f} logits "
-        f"[{row['low']:.2f}, {row['high']:.2f}], {row['share']:.2f} of G and {row['release'] / gap:.2f} of the gap, on "
-        f"held-out conflicts; the sound is said in {row['says_sound']:.2f} of them, {row['says_sound_before']:.2f} "
-        "before"
-    )
-    if row.get("random_n"):
-        text += f"; {row['random_n']} matched random sets restore {row['random_mean']:.2f} (p = {row['p_random']:.3f}"
-        text += f", floor {row['p_floor']:.3f})"
-    return f"{text}. The set is {'confirmed' if row.get('confirmed') else 'not confirmed'}."
-
-
-def _hidden_sentence(rows: Sequence[dict[str, Any]], *, delta: float) -> str:
-    """Say which members of the chosen set hide behind each other: next to nothing alone, and much with the others."""
-    hidden = [row for row in rows if row["chosen"] and row["single"] <= delta < row["without"]]
-    if not hidden:
-        return ""
-    names = head_names([(row["layer"], row["head"]) for row in hidden])
-    alone, among = (", ".join(f"{row[name]:.2f}" for row in hidden) for name in ("single", "without"))
-    verb = "releases" if len(hidden) == 1 else "release"
-    return (
-        f"Redundant: {names} {verb} next to nothing alone ({alone} logits; delta is {delta:.2f}) and {among} with the "
-        "other members edited, because the members stand in for each other."
-    )
-
-
-def crossing_half(known: Known) -> dict[str, Any] | None:
-    """Find the fewest heads of largest release that together restore half of the gap: their row of `ablation`."""
-    goal = 0.5 * known.confirmation.gap
-    rows = [row for row in known.held.tables["ablation"] if row["arm"] == "ranked heads" and row["release"] >= goal]
-    return min(rows, key=lambda row: row["k"], default=None) if goal > 0 else None
-
-
-def _spread_sentence(row: dict[str, Any], gap: float) -> str:
-    """Say how many of the heads with the largest releases together restore half of the gap."""
-    number = int(row["k"])
-    who = f"the {number} heads of largest single release together restore"
-    who = "the head of largest single release alone restores" if number == 1 else who
-    opening = "The suppression is spread over many heads: by" if number > MOST_MEMBERS else "By"
-    fewer = "" if number == 1 else "; one fewer restores less"
-    return f"{opening} {row['donor']}, {who} half of the gap ({row['release']:.2f} of {gap:.2f} logits{fewer})."
-
-
-def _power_sentence(known: Known, family: int) -> str:
-    """Say how small an effect this run could have found."""
-    half, s = known.discovery, known.searched.s
-    size, deviation = power(known.searched, half, family=family)
-    g = float(half.G.mean())
-    if math.isinf(size):
-        return f"With these few components no effect, however large, could have passed {family} tests."
-    shared = isinstance(half.boot, Dyadic) and half.boot.unit == SOURCE
-    many = f"{len(half.examples)} conflicts" if shared else f"{len(set(half.components))} components"
-    return (
-        f"The smallest release that {many} and {family} tests find with 80% power "
-        f"is {s * g + size * deviation:.2f} logits ({s + size * deviation / g:.2f} of G)."
-    )
-
-
-def planned(known: Known, family: int) -> str:
-    """Take a run that is too small for a pilot: how many conflicts would its largest single release need?"""
-    heads, donor = ranked_heads(known.searched.first)
-    half = known.discovery
-    release = known.searched.first.evidence["release", donor][:, *heads[0]] - known.searched.s * half.G
-    if (~np.isnan(release)).sum() < FEWEST_PILOTS:
-        return ""
-    plan = conflicts_needed(release, family=family).sentence()
-    return f"The largest single release is {head_names(heads[:1])}'s ({donor}). {plan}"
-
-
-def power(searched: Searched | None, half: Half, *, family: int) -> tuple[float, float]:
-    """Compute the smallest effect above the threshold, and the standard deviation that it is counted in."""
-    size = half.boot.smallest_effect(family=family)
-    if searched is None:
-        return size, float("nan")
-    evidence = searched.first.evidence
-    values = evidence["release", "blank_muted"] - (searched.s * evidence.half.G)[:, None, None]
-    deviation = half.boot.deviation(values)
-    known = deviation[~np.isnan(deviation)]
-    return size, float(np.percentile(known, 90)) if len(known) else float("nan")
+WOULD_HOLD = "would hold"
+"""The status of what would be confirmed, past a refusal."""
 
 
 def summary(run: Run, known: Known | None) -> dict[str, float]:
@@ -222,9 +56,9 @@ def summary(run: Run, known: Known | None) -> dict[str, float]:
         largest = known.searched.first.evidence.largest_release
         out["largest release share"] = float(np.nanmax(largest) / out["G"])
         out |= {f"heads above {share:.2f}": float(n) for share, n in counts_above(known).items()}
-        claimed = _claimed(known)
-        out["named suppressors"] = float(len(claimed))
-        out["confirmed suppressors"] = float(sum(known.held.confirmed.get(row, False) for row in claimed))
+        rows = claimed(known)
+        hold = 0 if run.refused else sum(known.held.confirmed.get(row, False) for row in rows)
+        out |= {"named suppressors": float(len(rows)), "confirmed suppressors": float(hold)}
         crossing = crossing_half(known)
         out["heads for half of the gap"] = math.nan if crossing is None else float(crossing["k"])
     return out
@@ -248,8 +82,17 @@ def finding(
         sites = [(half, site) for half, found in sides for site in found.sites.values()]
         arrays |= {f"{half}/{key}": values for half, site in sites for key, values in site.arrays().items()}
         evidence = [row for half, site in sites for row in site.rows(half)]
-        tables |= known.held.tables | {"heads": head_rows(known.searched, known.held), "evidence": evidence}
+        rows = head_rows(known.searched, known.held)
+        heads, mlps = ([row for row in rows if (row["head"] == MLP) is apart] for apart in (False, True))
+        tables |= known.held.tables | {"heads": heads, "evidence": evidence}
+        tables["mlps"] = [{name: value for name, value in row.items() if name != "head"} for row in mlps]
     tables |= {"behaviour": behaviour_rows(run), "conflicts": conflict_rows(run)}
+    sentence = " ".join(part for part in (sentence, cut_sentence(tables["conflicts"])) if part)
+    for row in (row for name in ("heads", "mlps", "members", "sets") for row in tables.get(name, ())):
+        _as_allowed(row, refused=bool(run.refused))
+    if run.options.suppressed == "picture":
+        tables = {name: exchanged_rows(name, rows) for name, rows in tables.items()}
+        arrays = {exchanged_key(key): values for key, values in arrays.items()}
     return Isolation(
         verdict=sentence,
         verdict_kind=kind,
@@ -267,12 +110,22 @@ def finding(
             question=" / ".join(dict.fromkeys(str(c.question) for c in run.bench.conflicts)),
             protocol_hash=run.protocol["hash"],
             answers=run.answers,
+            sources={one.id: one.sources for one in run.members},
             choices=list(preparing.CHOICES),
             seconds=round(seconds, 1),
             **({"bootstrap_units": units} if run.dealt.edition == "1" else {"inference": inference}),
         ),
         **{name: table(name, rows) for name, rows in tables.items()},
     )
+
+
+def _as_allowed(row: dict[str, Any], *, refused: bool) -> None:
+    """Keep what would be confirmed, and past a refusal let nothing be."""
+    row["would_confirm"] = row.get("confirmed", False)
+    if refused:
+        row["confirmed"] = False
+        if row.get("status") == CONFIRMED:
+            row["status"] = WOULD_HOLD
 
 
 def rules_of(half: Half) -> dict[str, str]:
@@ -300,6 +153,7 @@ def conflict_rows(run: Run) -> list[dict[str, Any]]:
     tops = found.readings[("va", "ask")].top
     names = {NEITHER: "neither", UNREAD: ""}
     margins = {cell: found.margin(cell) for cell in ("va", "av", "blank_a", "blank_v")}
+    lengths = [run.bench.inputs(i, "va", "ask").provenance for i in range(len(run.members))]
     return [
         {
             "id": run.members[i].id,
@@ -313,13 +167,14 @@ def conflict_rows(run: Run) -> list[dict[str, Any]]:
             **{f"M_{cell}": float(values[i]) for cell, values in margins.items()},
             "C": float(found.C[i]),
             "G": float(found.G[i]),
+            **{name: float(lengths[i].get(name) or "nan") for name in ("cut_to_s", "whole_s")},
         }
         for i in range(len(run.members))
     ]
 
 
 def head_rows(searched: Searched, held: Held) -> list[dict[str, Any]]:
-    """Write `found.heads`: one row per (head, site, role), largest effect on confirmation first."""
+    """Write `found.heads` and `found.mlps`: one row per (node, site, role), largest effect on confirmation first."""
     rows = [_head_row(row, searched, held) for row in (*searched.named, *held.named_members)]
     return sorted(rows, key=lambda row: (-abs(row["effect"]), row["layer"], row["head"], row["role"]))
 
@@ -335,7 +190,9 @@ def _head_row(row: Named, searched: Searched, held: Held) -> dict[str, Any]:
         "estimand": IN_THE_SET if of_set else estimand, "donor": key[1],
         "member_of": chosen.name if chosen is not None and joined and estimand == "release" else "",
         "q": row.q, "p_maxt": row.p_maxt, "discovery_p": row.p, "p_holm": held.holm_p.get(row, float("nan")),
-        "confirmed": held.confirmed.get(row, False), "flags": _flags(row, searched, held),
+        "confirmed": held.confirmed.get(row, False), "status": held.status.get(row, ""),
+        "flags": _flags(row, searched, held), "role_alone": searched.role_alone(row.at, row.site),
+        "role_in_set": held.role_in_set(row.at, row.site),
     }  # fmt: skip
     both = (site.evidence, again.evidence if again else None)
     if of_set:
@@ -353,8 +210,11 @@ def _figures(evidence: Evidence, row: Named, key: tuple[str, str], prefix: str) 
     share = half.share(effect)
     out = half.bounded(effect, "effect", prefix) | {f"{prefix}share": share["share"]} | ({} if prefix else share)
     if key[0] == "release":
-        direct, first = (evidence[name, row.donor][at] for name in ("direct", FIRST_RELEASE))
-        out[f"{prefix}direct_share"] = float(half.boot.ratio(direct, first).value)
+        direct, write, first = (evidence[name, row.donor][at] for name in ("direct", "write", FIRST_RELEASE))
+        out[f"{prefix}direct_share"] = shares = float(half.boot.ratio(direct, first).value)
+        if not prefix:
+            out["write_share"] = float(half.boot.ratio(write, first).value)
+            out["mlp_share"] = shares - out["write_share"]
     return out
 
 
@@ -370,16 +230,16 @@ def _side_by_side(site: SiteEvidence, row: Named) -> dict[str, Any]:
 
 def _flags(row: Named, searched: Searched, held: Held) -> str:
     """Mark a suppressor that zero alone finds (its output is the same in every cell), and a role that did not hold."""
-    if row.role not in RELEASING:
+    if row.role not in (*RELEASING, FEEDER):
         return ""
-    words = [told] if (told := held.words.get(row)) else []
+    flags = [told] if (told := held.words.get(row)) else []
+    flags += [f"through MLP {row.through}"] if row.through >= 0 else []
     if row in held.named_members:
-        return "; ".join(["named as a member: its release with the other members edited", *words])
-    flags = words
-    if row.donor == "zero" and not any(searched.passes(row, donor) for donor in PRIMARY_DONORS if donor != "zero"):
+        return "; ".join(["named as a member: its release with the other members edited", *flags])
+    if always_on(row, searched):
         flags.append("always on")
     site = held.sites.get(row.site)
-    if site is not None and not words and not held.confirmed.get(row, False):
+    if site is not None and held.status.get(row) == NOT_REPLICATED:
         mean = head_means(site.evidence["release", row.donor])[row.at]
         if site.tests.release_p[row.donor][row.at] < LEVEL and mean > site.evidence.half.delta(searched.s):
             flags.append("the release holds (p uncorrected), the role does not")

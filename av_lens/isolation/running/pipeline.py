@@ -39,8 +39,9 @@ from av_lens.isolation.measuring.engine import ModelEngine
 from av_lens.isolation.naming import evidence
 from av_lens.isolation.running import cost, preparing
 from av_lens.isolation.running.durable import Ledger, watched_run
-from av_lens.isolation.running.finding import Further, finding, planned, verdict
-from av_lens.isolation.running.preparing import EXPLORATORY, NOT_INTERPRETABLE, Options, Run, prepared
+from av_lens.isolation.running.finding import Further, finding
+from av_lens.isolation.running.preparing import EXPLORATORY, Options, Run, prepared
+from av_lens.isolation.running.verdicts import planned, verdict
 from av_lens.isolation.sets import confirmation
 from av_lens.model.binding import remembered_towers
 from av_lens.results import dealing
@@ -49,6 +50,13 @@ from av_lens.results.record import RECORD, Isolation
 
 NAMED_ONLY = "Left out, as asked (named_only): all that explains the named heads and tests the finding's robustness."
 QUICK = "Left out, as asked (quick): robustness, and pairs of heads in the search for sets."
+QUICK_PAIRS = (
+    "Left out, as asked (quick): robustness. Pairs of heads were searched after all, because no set found without them "
+    "releases half of the gap."
+)
+MIRRORED_ONLY = (
+    'What explains the named heads is not mirrored: with suppressed="picture" the run ends once they are named.'
+)
 EXPLAINED: dict[str, Callable[[Known], list[dict[str, Any]]]] = {
     "cards": cards,
     "cuts": cut_rows,
@@ -70,6 +78,7 @@ def isolate(
     named_only: bool = False,
     captions: bool = False,
     protocol: str = "2",
+    suppressed: str = "sound",
     budget: float | int | None = None,
     progress: Progress | None = None,
     told: Callable[[str], None] | None = None,
@@ -87,12 +96,14 @@ def isolate(
         gate: "stop" ends where the protocol would (nothing to explain), "report" goes on and stamps every page.
         seed: of the deal, the draws and the flips.
         layout: "in_video" or "separate".
-        quick: leave out robustness and pairs of heads, and say so.
+        quick: leave out robustness, and pairs of heads unless half of the gap stays unexplained without them; say so.
         named_only: end once heads and sets are named and confirmed: none of what explains them (mechanisms, routes,
             robustness, repair), and say so.
         captions: also let the model describe the clips, as it is and with the set edited (`found.captions`).
         protocol: the edition: "2", or "1" for the figures of the first one (clips, not sources, are what halves must
             not share, and inference is by components alone).
+        suppressed: "sound", or "picture" for the mirrored question: asked `see`, which heads keep the model from saying
+            what it sees? Ends once they are named and confirmed.
         budget: stop after so many minutes, with everything kept in `out`; the same call goes on from there.
         progress: called as `progress(stage, done, total)`.
         told: called with lines worth reading: power, what the run will cost, each conflict that is finished.
@@ -109,7 +120,7 @@ def isolate(
         FileError: `out` is no folder that can be written, or holds what cannot be read.
         UnfinishedError: the budget is spent, the disk is full, or a clip is gone.
     """
-    options = Options(tuple(sites), s, gate, seed, layout, quick, named_only, captions, protocol)
+    options = Options(tuple(sites), s, gate, seed, layout, quick, named_only, captions, protocol, suppressed)
     if out is not None:
         _refuse_hooks(model)
     run = prepared(model, conflicts, options, engine=engine, progress=progress)
@@ -119,7 +130,7 @@ def isolate(
         if told is not None:
             told(preparing.power_sentence(run.protocol))
         found = _carried_out(run, ledger, folder)
-        if EXPLORATORY in run.stamps:
+        if EXPLORATORY in run.stamps and not run.refused:
             found = dataclasses.replace(found, verdict=f"Exploratory, no verdict. {found.verdict}")
         if folder is not None:
             found.save(folder / RECORD)
@@ -142,40 +153,45 @@ def _carried_out(run: Run, ledger: Ledger, folder: Path | None) -> Isolation:
     _behave(run, ledger, folder)
     kind, sentence = gap_verdict(run.read, run.both[0])
     if kind in ("no suppression", "not established"):
+        sentence = f"{sentence} {run.read.competence()}"
         if run.options.gate == "stop":
-            run.reasons.append(sentence)
-            return finding(run, kind, sentence, seconds=time.monotonic() - started)
-        run.stamp(NOT_INTERPRETABLE, f"the search went on past the gate: {sentence}")
+            run.reasons.append(run.words(sentence))
+            return finding(run, kind, run.words(sentence), seconds=time.monotonic() - started)
+        run.go_past(kind, sentence, before="the search went on past the gate: ")
     known = _searched(run, ledger)
-    kind, sentence = verdict(kind, sentence, known, run.family)
+    kind, sentence = verdict(run, kind, sentence, known)
     if EXPLORATORY in run.stamps and run.options.protocol != "1" and (plan := planned(known, run.family)):
         run.reasons.append(plan)
     more = further(run, known)
-    return finding(run, kind, sentence, known=known, more=more, seconds=time.monotonic() - started)
+    return finding(
+        run, run.words(kind), run.words(sentence), known=known, more=more, seconds=time.monotonic() - started
+    )
 
 
 def further(run: Run, known: Known) -> Further:
     """Measure what follows the search and its confirmation; what is left out, as asked, is said in the reasons."""
     if run.options.quick:
-        run.reasons.append(QUICK)
-    rows = caption_tables(known) if run.options.captions else {}
-    if run.options.named_only:
-        run.reasons.append(NAMED_ONLY)
-        return rows, {}
+        run.reasons.append(QUICK_PAIRS if known.held.searched.pairs else QUICK)
+    rows, arrays = caption_tables(known) if run.options.captions else ({}, {})
+    if run.options.named_only or run.options.suppressed == "picture":
+        run.reasons.append(NAMED_ONLY if run.options.named_only else MIRRORED_ONLY)
+        return rows, arrays
     sites = known.searched.sites.items()
     rows |= {"units": [row for name, site in sites for row in unit_rows(site.chunks, known.discovery, site=name)]}
     rows |= {name: rows_of(known) for name, rows_of in EXPLAINED.items()}
-    rows["repair"], arrays = repair(known)
+    rows["repair"], repaired = repair(known)
     if not run.options.quick:
         rows["robustness"] = robustness_rows(known)
-    return rows, arrays
+    return rows, arrays | repaired
 
 
 def _searched(run: Run, ledger: Ledger) -> Known:
     """Search on discovery, then look at what was found on confirmation."""
     seed = run.options.seed
     floor = run.s if run.protocol["s_rule"] == preparing.MEASURED else None
-    searched = evidence.search(run.bench, run.both[0], s=run.s, floor=floor, sites=run.options.sites, seed=seed)
+    searched = evidence.search(
+        run.bench, run.both[0], s=run.s, floor=floor, sites=run.options.sites, seed=seed, family=run.family
+    )
     ledger.close()
     run.s = searched.s
     run.reasons += searched.notes
@@ -198,12 +214,14 @@ def _behave(run: Run, ledger: Ledger, folder: Path | None) -> None:
     }
     dealt = {name: run.halves.members(name) for name in (DISCOVERY, CONFIRMATION)}
     run.both = run.half(DISCOVERY, dealt[DISCOVERY]), run.half(CONFIRMATION, dealt[CONFIRMATION])
-    for kind, sentence in refusals(run.read, run.both[0]):
+    for kind, refusal in refusals(run.read, run.both[0]):
+        sentence = f"{refusal} {run.read.competence()}"
         if gate == "stop":
+            said = run.words(sentence)
             if folder is not None:
-                finding(run, kind, sentence, seconds=0.0).save(folder / RECORD)
-            raise ProtocolError(f"refused: {sentence}" + (f" Its behaviour is saved in {folder}." if folder else ""))
-        run.stamp(NOT_INTERPRETABLE, sentence)
+                finding(run, run.words(kind), said, seconds=0.0).save(folder / RECORD)
+            raise ProtocolError(f"refused: {said}" + (f" Its behaviour is saved in {folder}." if folder else ""))
+        run.go_past(kind, sentence)
     competent = _competent(run, dealt)
     run.both = run.half(DISCOVERY, competent[DISCOVERY]), run.half(CONFIRMATION, competent[CONFIRMATION])
 
@@ -211,7 +229,7 @@ def _behave(run: Run, ledger: Ledger, folder: Path | None) -> None:
 def _size(run: Run) -> cost.Size:
     engine, options = run.bench.engine, run.options
     halves = (len(run.halves.members(name)) for name in (DISCOVERY, CONFIRMATION))
-    model = {"heads": len(engine.heads), "layers": engine.n_layers, "sites": len(options.sites)}
+    model = {"heads": len(run.bench.nodes), "layers": engine.n_layers, "sites": len(options.sites)}
     return cost.Size(len(run.members), *halves, **model, quick=options.quick, named_only=options.named_only)
 
 
@@ -225,11 +243,11 @@ def _competent(run: Run, dealt: dict[str, list[int]]) -> dict[str, list[int]]:
             f"{counts[0]} of {len(dealt[DISCOVERY])} conflicts in discovery and "
             f"{counts[1]} of {len(dealt[CONFIRMATION])} in confirmation are competent (the sound is "
             "heard with nothing to see, the picture is seen with nothing to hear); isolation needs at least "
-            f"{dealing.FEWEST} in each half."
+            f"{dealing.FEWEST} in each half. {run.read.competence()}"
         )
         if run.options.gate == "stop":
-            raise ProtocolError(f"refused: {sentence} Add conflicts, or clips that the model knows.")
-        run.stamp(NOT_INTERPRETABLE, f"{sentence} All conflicts are used, competent or not.")
+            raise ProtocolError(f"refused: {run.words(sentence)} Add conflicts, or clips that the model knows.")
+        run.go_past("too few competent", f"{sentence} All conflicts are used, competent or not.")
         run.stamp(EXPLORATORY, f"exploratory: fewer than {dealing.FIRM_CONFLICTS} competent conflicts in a half.")
         return dealt
     if size == "exploratory":

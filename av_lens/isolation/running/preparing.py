@@ -30,25 +30,29 @@ from av_lens.core.readings import SINK_TIMES
 from av_lens.errors import ProtocolError, unknown
 from av_lens.inputs.conflict import ROLES, ClipKeys
 from av_lens.isolation.measuring.behaviour import LEAST_GAP, LEAST_MASS, Survey, answered
-from av_lens.isolation.measuring.bench import Bench, Half, Progress, wording
+from av_lens.isolation.measuring.bench import Bench, Progress, layout_of, wording
+from av_lens.isolation.measuring.cells import SUPPRESSED, mirrored_conflict
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS, SITES, ModelEngine
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import SCHEMA, measuring_hash
 from av_lens.isolation.naming.evidence import PERCENTILE
-from av_lens.isolation.naming.roles import DAMAGE_CUT, DIRECT_CUT, LEVEL, family_size
+from av_lens.isolation.naming.roles import DAMAGE_CUT, DIRECT_CUT, HELD_CUT, LEVEL, WRITE_CUT, family_size
 from av_lens.isolation.running.dealt import EDITIONS, Dealt, dealt_conflicts, hopeless
-from av_lens.isolation.sets.confirmation import FEWEST_SETS, NEAREST, NORM_FACTOR, RANDOM_SETS
+from av_lens.isolation.sets.matching import FEWEST_SETS, NEAREST, NORM_FACTOR, RANDOM_SETS, WIDENINGS
 from av_lens.isolation.sets.search import ALL_HEADS, MOST_MEMBERS, PATIENCE, SCREENED, SYNERGIES
 from av_lens.isolation.sets.sets import MARGIN
 from av_lens.model.binding import remembered_towers
 from av_lens.replay.trace_files import weight_hashes
 from av_lens.results import dealing, statistics
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY, Halves, Member
+from av_lens.results.exchanged import exchanged
 from av_lens.results.provenance import plain, versions
 
 S_ORGANISM, S_OTHER = 0.10, 0.03
 ALSO_COUNTED_AT = (0.10, 0.03, 0.01)
 """Shares of G at which the verdict counts heads, whatever s is."""
+LEFT_OUT_PAIRS = "pairs, unless half of an established gap stays unexplained"
 MEASURED = (
     "other model: at least this, or the 99th percentile over heads of the largest release under the control question"
 )
@@ -75,10 +79,11 @@ def protocol_of(
         "primary": "release: effect on C = (M(va) - M(av)) / 2",
         "donors": list(PRIMARY_DONORS),
         **plain(options),
-        "left_out": ["robustness", "pairs"] if options["quick"] else [],
+        "left_out": ["robustness", LEFT_OUT_PAIRS] if options["quick"] else [],
         "also_counted_at": list(ALSO_COUNTED_AT),
         "level": LEVEL,
         "direct_share_cut": DIRECT_CUT,
+        "feeder": {"lost_with_mlps_held": HELD_CUT, "write_share_below": WRITE_CUT},
         "family": family,
         "power": {
             "discovery_components": len({halves.component[i] for i in rows}),
@@ -107,6 +112,7 @@ def protocol_of(
             "random_norm_factor": NORM_FACTOR,
             "random_nearest": NEAREST,
             "random_fewest": FEWEST_SETS,
+            "random_widenings": [where for where, *_ in WIDENINGS[1:]],
         },
         "non_inferiority": {"margin": MARGIN, "fewest_items": statistics.FEWEST_ITEMS},
         "choices": list(CHOICES),
@@ -136,6 +142,9 @@ def hash_of(protocol: Mapping[str, Any]) -> str:
     return sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
+_PAIRLESS = ": of heads that stand in for each other a quick search says nothing, unless a gap stays unexplained"
+
+
 def power_sentence(protocol: Mapping[str, Any]) -> str:
     """Say before a run how small an effect it will be able to find."""
     power, tests = protocol["power"], f"{protocol['family']} tests"
@@ -150,7 +159,7 @@ def power_sentence(protocol: Mapping[str, Any]) -> str:
     return (
         f"Power: {many} on discovery and {tests} find, four times in five, a "
         f"release that exceeds {protocol['s']:g} of G by {power['smallest_effect_in_sd']:.2f} standard deviations "
-        "between components."
+        f"between components. That is of single heads{_PAIRLESS if protocol['quick'] else ''}."
     )
 
 
@@ -171,8 +180,13 @@ class Options:
     named_only: bool = False
     captions: bool = False
     protocol: str = "2"
+    suppressed: str = "sound"
 
     def __post_init__(self) -> None:
+        if self.suppressed not in SUPPRESSED:
+            raise ProtocolError(unknown("suppressed", self.suppressed, SUPPRESSED))
+        if self.suppressed == "picture" and self.captions:
+            raise ProtocolError('captions tell what is heard: leave captions out with suppressed="picture".')
         if self.protocol not in EDITIONS:
             raise ProtocolError(unknown("edition of the protocol", self.protocol, EDITIONS))
         if self.gate not in GATES:
@@ -188,7 +202,8 @@ class Options:
 class Run:
     """Everything a run knows while it goes on; `s` may be raised when it is measured.
 
-    `answers` says how words are read, and which conflicts are left out for theirs.
+    `answers` says how words are read, and which conflicts are left out for theirs; `refused` are the refusals (kind and
+    sentence) that the run went past, as asked.
     """
 
     bench: Bench
@@ -201,6 +216,7 @@ class Run:
     answers: dict[str, Any] = field(default_factory=dict)
     stamps: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def members(self) -> list[Member]:
@@ -243,6 +259,15 @@ class Run:
         boot, third, words = self.dealt.rules(found.tolist(), seed=seed)
         return Half(name, found, components, boot, self.read.G[found], self.read.C[found], third, words)
 
+    def words(self, text: str) -> str:
+        """Say a sentence of the question that is asked: of the sound, or with sound and picture exchanged."""
+        return exchanged(text) if self.options.suppressed == "picture" else text
+
+    def go_past(self, kind: str, sentence: str, *, before: str = "") -> None:
+        """Go on past a refusal: the verdict will begin with it, and every page is marked."""
+        self.refused.append((kind, sentence))
+        self.stamp(NOT_INTERPRETABLE, self.words(f"{before}{sentence}"))
+
     def stamp(self, stamp: str, reason: str) -> None:
         """Mark every page, and say why."""
         if stamp not in self.stamps:
@@ -255,12 +280,14 @@ def prepared(
 ) -> Run:
     """Deal the halves, draw the third clips, resolve the answers, write the protocol down."""
     named = [c if c.id is not None else dataclasses.replace(c, id=f"c{i}") for i, c in enumerate(conflicts)]
+    named = list(map(mirrored_conflict, named)) if options.suppressed == "picture" else named
     _require_enough(named, f"{len(named)} conflicts were given")
     organism = getattr(model, "grammar", None) is not None
     s, rule = (S_ORGANISM, "organism") if organism else (S_OTHER, MEASURED)
     if options.s is not None:
         s, rule = options.s, "given"
     engine = ModelEngine(model, layout=options.layout) if engine is None else engine
+    engine.suppressed = options.suppressed
     with remembered_towers(engine.model):
         read = answered(engine, named)
     named = list(read.conflicts)
@@ -268,22 +295,23 @@ def prepared(
     keys = ClipKeys()
     dealt = dealt_conflicts(named, engine.model.tokenizer, keys, seed=options.seed, edition=options.protocol)
     named, candidates = dealt.conflicts, Candidates.of(dealt.conflicts, engine.model.tokenizer)
-    family = family_size(len(engine.heads), len(options.sites))
+    mlps = options.protocol != "1"
+    family = family_size(len(engine.heads), len(options.sites), engine.n_layers if mlps else 0)
     written = protocol_of(
         options=dataclasses.asdict(options) | {"s": s, "s_rule": rule},
         dealt=dealt,
-        model=_model_identity(engine),
+        model=_model_identity(engine, named[0]),
         conflicts=_contents(named, keys),
         family=family,
     )
-    bench = Bench(engine, named, candidates, site=options.sites[0], keys=keys)
+    bench = Bench(engine, named, candidates, site=options.sites[0], keys=keys, mlps=mlps)
     bench.progress = progress or bench.progress
     reasons = [read.sentence()] if read.left_out else []
     run = Run(bench, dealt, written, options, s, answers=read.provenance(), reasons=reasons + dealt.sentences())
     if options.protocol != "1" and (why := hopeless(dealt, written["power"]["smallest_effect_in_sd"], family=family)):
         if options.gate == "stop":
             raise ProtocolError(f"refused: {why}")
-        run.stamp(NOT_INTERPRETABLE, why)
+        run.go_past("too few sources", why)
     return run
 
 
@@ -296,10 +324,13 @@ def _require_enough(named: Sequence[Any], found: str) -> None:
         )
 
 
-def _model_identity(engine: ModelEngine) -> dict[str, Any]:
-    """Name the model by its sizes, its weights and how it computes."""
+def _model_identity(engine: ModelEngine, conflict: Any) -> dict[str, Any]:
+    """Name the model by its sizes, its words, how it lays out a conflict, its weights and how it computes."""
     text = json.dumps(weight_hashes(engine.model), sort_keys=True)
+    vocab = getattr(engine.model.tokenizer, "get_vocab", dict)()
+    said = {"tokenizer": sorted(vocab.items()), "prompt": layout_of(engine.cells(conflict, None)["va"])}
     return {
+        **{name: sha256(json.dumps(part).encode()).hexdigest()[:16] for name, part in said.items()},
         "n_layers": engine.n_layers,
         "n_heads": engine.n_heads,
         "threads": get_num_threads(),

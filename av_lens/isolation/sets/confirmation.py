@@ -5,15 +5,15 @@ measured on the other half; `found.heads` takes its `effect low high` from here.
 
 * Every donor's set is edited cumulatively on confirmation: its release, and how often the conflict is answered with the
   sound or with the picture (most likely token of the whole vocabulary).
-* The chosen set is compared with at least 200 random sets (all, where fewer exist), matched by layer: for each member
-  a head outside the set within one layer whose mean norm of z W_O is within a factor 2 of the member's, else the 3
-  nearest in norm; and with as many top heads for `see`: those whose zeroing most lowers score(picture's answer) -
+* The chosen set is compared with at least 200 random sets (all, where fewer exist), matched by layer and norm
+  (`sets.matching`); and with as many top heads for `see`: those whose zeroing most lowers score(picture's answer) -
   score(sound's) under `see`. p = (1 + number of random sets with at least the set's release) / (1 + number of random
-  sets); its floor is shown. Confirmed: its release's lower bound is above delta and it releases more than every random
-  set.
+  sets); its floor is shown. Confirmed: its release's lower bound is above delta and p <= .05 (in the first edition: it
+  releases more than every random set).
 * *Words.* Clips are new here, words are not. A row that holds is tested once more with the two answers' words for
   sources: where the lower bound of its release - s G is at or below 0 it is not confirmed, but "on these words"; with
   fewer than 8 words it is "untested over words".
+* *One donor alone*. A row that holds, but rests on one donor alone (`naming.roles`), is replicated and not confirmed.
 * *Ranked heads*: the heads of largest single release are edited together, 1, 2, 4, ... of them, and then as many as it
   takes to find, by halving the interval, how many give half of the gap. This says over how many heads the suppression
   is spread. Where the curve is not monotone it is one crossing of several.
@@ -21,37 +21,32 @@ measured on the other half; `found.heads` takes its `effect low high` from here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import maximum_bipartite_matching
 
-from av_lens.isolation.measuring.bench import Bench, Chunk, Half, averaged
+from av_lens.isolation.measuring.bench import Bench, Chunk
 from av_lens.isolation.measuring.effects import Request, measure_requests
-from av_lens.isolation.measuring.engine import Head
-from av_lens.isolation.naming.evidence import Searched, SiteEvidence, chunks_of, gather
-from av_lens.isolation.naming.roles import CARRIERS, Named, confirm, family_size, head_means
+from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS, Node
+from av_lens.isolation.measuring.halves import Half
+from av_lens.isolation.naming.evidence import Searched, SiteEvidence, chunks_of, gather, hold
+from av_lens.isolation.naming.roles import CARRIERS, Named, confirm, head_means, one_donor_alone, run_tests
+from av_lens.isolation.sets.matching import RANDOM_SETS, random_sets
 from av_lens.isolation.sets.search import InContext, SearchedSets, in_context, member_roles, member_rows, search_sets
 from av_lens.isolation.sets.sets import BuiltSet, SetEffect, controls, cumulative, head_names, release_of_sets
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
-from av_lens.results.record import RELEASING
+from av_lens.results.record import FEEDER, RELEASING
 from av_lens.results.statistics import holm
 
 Row = dict[str, Any]
-NAMES = (*RELEASING, *CARRIERS)
-RANDOM_SETS = 200
-NORM_FACTOR, NEAREST = 2.0, 3
-FEWEST_SETS = 20
+NAMES = (*RELEASING, FEEDER, *CARRIERS)
+LARGEST_P = 0.05
 FEWEST_WORDS = 8
 ON_WORDS, UNTESTED = "on these words", "untested over words"
-MOST_LISTED = 20_000
-"""Sets of as many heads as the members' pools hold are listed one by one up to so many, else drawn."""
+CONFIRMED, ONE_DONOR, NOT_REPLICATED = "confirmed", "replicated, one donor alone", "not replicated"
+STATUSES = (CONFIRMED, ONE_DONOR, ON_WORDS, NOT_REPLICATED)
 
 
 @dataclass(eq=False)
@@ -63,7 +58,7 @@ class Held:
         searched: the sets that were searched on discovery.
         roles: the chosen set's members with the roles that they have with the others edited.
         in_context: their evidence by half.
-        confirmed: which rows hold, single heads' and members'.
+        status: what became of each row that got a name, single heads' and members': one of `STATUSES`.
         words: of rows that hold on new clips what is to be said of words, if anything.
         holm_p: each row's p after Holm.
         tables: the rows about sets, by table: `sets`, `members`, `steps`, `synergies`, `ablation`, `specificity`.
@@ -74,7 +69,7 @@ class Held:
     searched: SearchedSets = field(default_factory=SearchedSets)
     roles: list[Named] = field(default_factory=list)
     in_context: dict[str, InContext] = field(default_factory=dict)
-    confirmed: dict[Named, bool] = field(default_factory=dict)
+    status: dict[Named, str] = field(default_factory=dict)
     words: dict[Named, str] = field(default_factory=dict)
     holm_p: dict[Named, float] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -84,6 +79,15 @@ class Held:
     def chosen(self) -> BuiltSet | None:
         """The set of largest release, if any was built."""
         return self.searched.chosen
+
+    @property
+    def confirmed(self) -> dict[Named, bool]:
+        """Which rows are confirmed, whatever a refusal forbids to say."""
+        return {row: status == CONFIRMED for row, status in self.status.items()}
+
+    def role_in_set(self, at: Node, site: str) -> str:
+        """Name what a head does in the chosen set, the other members edited; "" where it is no member."""
+        return next((row.role for row in self.roles if (row.at, row.site) == (at, site)), "")
 
     @property
     def named_members(self) -> list[Named]:
@@ -96,20 +100,28 @@ def confirm_all(
 ) -> Held:
     """Search the sets on discovery, and measure on confirmation what discovery named."""
     first, half = halves
-    where, family = searched.first.site, family_size(len(bench.engine.heads), len(searched.sites))
+    where, family = searched.first.site, searched.family
     held = Held(sites={})
     held.searched = search_sets(searched.first, first, s=s, quick=quick)
-    held.named = frozenset((*row.at, row.site) for row in searched.named if row.role in (*RELEASING, "breaks"))
+    named = (row for row in searched.named if row.role in (*RELEASING, FEEDER, "breaks"))
+    held.named = frozenset((*row.at, row.site) for row in named)
     chunks = {site: chunks_of(bench, searched, half, site) for site in searched.sites}
     built = held.chosen
     for site in searched.sites:
         heads = {row.at for row in searched.named if row.site == site}
         heads |= set(built.members) if built is not None and site == where else set()
         if heads:
-            held.sites[site] = gather(chunks[site], half, sorted(heads), site=site, s=s, family=family, seed=seed + 1)
+            again = gather(chunks[site], half, sorted(heads), site=site, s=s, family=family, seed=seed + 1)
+            if mlps := searched.mlps.get(site):
+                again.evidence = hold(chunks[site], again.evidence, mlps, dict.fromkeys(PRIMARY_DONORS, sorted(heads)))
+                again.tests = run_tests(again.evidence, s=s, family=family, seed=seed + 1)
+            held.sites[site] = again
     if built is not None:
         for number, (one, stacks) in enumerate(((first, searched.first.chunks), (half, chunks[where]))):
-            held.in_context[one.name] = in_context(stacks, one, built, s=s, family=family, seed=seed + number)
+            mlps = searched.mlps.get(where, ())
+            held.in_context[one.name] = in_context(
+                stacks, one, built, s=s, family=family, seed=seed + number, mlps=mlps
+            )
         held.roles = member_roles(held.in_context[DISCOVERY], built, site=where)
     _confirm_rows(searched, held, s)
     held.tables = _confirm_sets(searched, held, chunks[where], halves, s=s, seed=seed)
@@ -129,13 +141,33 @@ def _confirm_rows(searched: Searched, held: Held, s: float) -> None:
         outcome = confirm(of.evidence, rows, [held.holm_p[row] for row in rows], s=s)
         holds = [row for row, one in zip(rows, outcome, strict=True) if one]
         held.words |= {row: said for row in holds if (said := _over_words(of, row, s))}
-        held.confirmed |= {row: row in holds and held.words.get(row) != ON_WORDS for row in rows}
+        for row in rows:
+            alone = row in holds and _one_donor_alone(searched, held, row)
+            on_words = ON_WORDS if held.words.get(row) == ON_WORDS else CONFIRMED
+            held.status[row] = ONE_DONOR if alone else on_words if row in holds else NOT_REPLICATED
+    # A feeder is no more sure than the MLP that it feeds.
+    sure = {(row.at, row.site) for row, status in held.status.items() if status == CONFIRMED and row.head == MLP}
+    for row in [row for row in held.status if row.role == FEEDER and row.through >= 0]:
+        if ((row.through, MLP), row.site) not in sure:
+            held.status[row] = NOT_REPLICATED
+
+
+def _one_donor_alone(searched: Searched, held: Held, row: Named) -> bool:
+    """Judge a suppressor by its three releases on discovery, a member of the set by what the set loses without it."""
+    half = searched.first.evidence.half
+    if row.role not in (*RELEASING, FEEDER) or half.words is None:
+        return False
+    by_donor = searched.sites[row.site].evidence.by_donor("release")
+    releases = {donor: float(head_means(values)[row.at]) for donor, values in by_donor.items()}
+    if row.site == searched.first.site:
+        releases = held.searched.in_turn.get(row.at, releases)
+    return one_donor_alone(releases.values(), float(half.G.mean()))
 
 
 def _over_words(found: SiteEvidence | InContext, row: Named, s: float) -> str:
     """Say what is to be said of a suppressor over words: its release - s G by the two answers' words as sources."""
     half = found.evidence.half
-    if row.role not in RELEASING or half.words is None:
+    if row.role not in (*RELEASING, FEEDER) or half.words is None:
         return ""
     if half.words.n_sources < FEWEST_WORDS:
         return UNTESTED
@@ -152,6 +184,8 @@ def _confirm_sets(
     sets, ablation = confirmed_sets(searched, held, chunks, halves, s=s, seed=seed)
     context = held.in_context.get(CONFIRMATION)
     members = member_rows(found, first, site.site, held.roles, context, held.confirmed)
+    for row in (row for row in members if row.get("role")):
+        row["role_alone"] = searched.role_alone((row["layer"], row["head"]), site.site)
     controlled = [] if chosen is None else controls(chunks, chosen.members, chosen.donor, half)
     tables = {"sets": sets, "members": members, "steps": found.steps, "synergies": found.synergies}
     return tables | {"ablation": ranked + ablation, "specificity": controlled}
@@ -177,13 +211,14 @@ def ranked_curve(searched: Searched, chunks: Sequence[Chunk], half: Half) -> lis
     return [rows[size] for size in sorted(rows)]
 
 
-def ranked_heads(site: SiteEvidence) -> tuple[list[Head], str]:
-    """Order all heads by their largest single release on discovery, and choose the donor to edit them with."""
+def ranked_heads(site: SiteEvidence) -> tuple[list[Node], str]:
+    """Order all nodes by their largest single release on discovery, and choose the donor to edit them with."""
     best = site.evidence.largest_release
     order = np.argsort(-np.where(np.isnan(best), -np.inf, best).ravel(), kind="stable")
     release = site.evidence.by_donor("release")
     donor = max(release, key=lambda name: float(np.nansum(np.clip(head_means(release[name]), 0, None))))
-    return [divmod(int(i), best.shape[1]) for i in order], donor
+    nodes = site.evidence.nodes
+    return [nodes[int(i)] for i in order], donor
 
 
 def between(measured: dict[int, float], goal: float) -> int | None:
@@ -204,10 +239,9 @@ def confirmed_sets(
     rows: list[Row] = []
     ablation: list[Row] = []
     for built in held.searched.sets:
-        arms: list[tuple[str, tuple[Head, ...], int]] = [("set", one, -1) for one in cumulative(built.members)]
+        arms: list[tuple[str, tuple[Node, ...], int]] = [("set", one, -1) for one in cumulative(built.members)]
         if built.chosen:
-            norms = averaged(site.chunks, "norms of z W_O", lambda one: one.bench.engine.write_norms(one.run("va")))
-            built.random, built.widened = random_sets(built.members, norms, seed=seed)
+            built.random, built.widened = random_sets(site.chunks, built.members, seed=seed)
             arms += [("see heads", tuple(top_see_heads(site.chunks, len(built.members))), -1)]
             arms += [("random", one, number) for number, one in enumerate(built.random)]
         heads = [one for _, one, _ in arms]
@@ -220,7 +254,9 @@ def confirmed_sets(
                 for index, (arm, one, draw) in enumerate(arms)
             ]
         row = _set_row(built, effect, chunks, halves) | {"site": site.site}
-        rows.append(row | _against_random(built, row, effect, half.delta(s)))
+        if built.chosen:
+            row["see_release"] = float(np.nanmean(effect.release[len(built.members)]))
+        rows.append(row | _against_random(built, row, effect, half.delta(s), strict=not chunks[0].bench.mlps))
     return rows, ablation
 
 
@@ -239,27 +275,31 @@ def _set_row(built: BuiltSet, effect: SetEffect, chunks: Sequence[Chunk], halves
     return out | half.bounded(release, "release") | half.share(release)
 
 
-def _against_random(built: BuiltSet, row: Row, effect: SetEffect, delta: float) -> Row:
-    """The chosen set's own verdict: its p among matched random sets, and whether it is confirmed."""
+def _against_random(built: BuiltSet, row: Row, effect: SetEffect, delta: float, *, strict: bool) -> Row:
+    """The chosen set's own verdict: its p among random sets, and whether it is confirmed."""
     if not built.random:
         return {"flags": "no matched random set exists: not confirmed"} if built.chosen else {}
     random, n = np.nanmean(effect.release[len(built.members) + 1 :], axis=1), len(built.random)
-    flags = [f"only {n} matched random sets exist"] if n < RANDOM_SETS else []
+    p = (1 + int((random >= row["release"] - 1e-9).sum())) / (1 + n)
+    flags = [f"only {n}{'' if built.widened else ' matched'} random sets exist"] if n < RANDOM_SETS else []
     if built.widened:
-        flags.append(f"no set matched in norm: each member's pool was widened by the {built.widened} next nearest")
+        flags.append(f"too few sets matched: the pool was widened to {built.widened}")
+    beyond = row["release"] > random.max()
+    if beyond and 1 / (1 + n) > LARGEST_P:
+        flags.append(f"larger than all {n} sets there are: too few to test")
     return {
         "random_mean": float(random.mean()),
         "random_high": float(np.percentile(random, 97.5)),
         "random_max": float(random.max()),
-        "p_random": (1 + int((random >= row["release"] - 1e-9).sum())) / (1 + n),
+        "p_random": p,
         "p_floor": 1 / (1 + n),
-        "confirmed": bool(row["low"] > delta and row["release"] > random.max()),
+        "confirmed": bool(row["low"] > delta and (beyond if strict else p <= LARGEST_P)),
         "flags": "; ".join(flags),
     }
 
 
 def curve_row(
-    arm: str, members: Sequence[Head], donor: str, effect: SetEffect, row: int, draw: int, half: Half
+    arm: str, members: Sequence[Node], donor: str, effect: SetEffect, row: int, draw: int, half: Half
 ) -> dict[str, Any]:
     """Write one row of the ablation table."""
     release = effect.release[row]
@@ -276,70 +316,11 @@ def doubling(n: int) -> list[int]:
     return [*sizes, n] if n else []
 
 
-def top_see_heads(chunks: Sequence[Chunk], n: int) -> list[Head]:
+def top_see_heads(chunks: Sequence[Chunk], n: int) -> list[Node]:
     """Find the heads that `see` needs most, by zeroing each: those whose zeroing moves M towards the sound's answer."""
     heads = chunks[0].bench.engine.heads
     zeroed = Request("va", "zero", question="see")
     examples = np.concatenate([chunk.examples for chunk in chunks])
     found = measure_requests(chunks, [zeroed], heads=heads, examples=examples)
-    mean = head_means(found[zeroed].margin).ravel()
+    mean = head_means(found[zeroed].margin)[:, : chunks[0].bench.engine.n_heads].ravel()
     return [heads[j] for j in np.argsort(-mean, kind="stable")[:n]]
-
-
-def random_sets(
-    members: Sequence[Head], norms: Float[np.ndarray, "layer head"], *, seed: int, n: int = RANDOM_SETS
-) -> tuple[list[tuple[Head, ...]], int]:
-    """Draw control sets matched to a set by layer and by how much each member writes.
-
-    Where members share so few matching heads that no set of distinct heads can be drawn, each member's pool is widened
-    by its next nearest heads within one layer, one at a time, until there are 20 sets (so that p can fall below .05) or
-    no more heads.
-    """
-    found = _drawn(_pools(members, norms, 0), seed=seed, n=n)
-    wider, most = 0, 3 * norms.shape[1]
-    while wider < most and (not found if not wider else len(found) < FEWEST_SETS):
-        wider += 1
-        found = _drawn(_pools(members, norms, wider), seed=seed, n=n)
-    return found, wider if found else 0
-
-
-def _pools(members: Sequence[Head], norms: np.ndarray, wider: int) -> list[list[Head]]:
-    """Each member's candidates: within one layer and a factor 2 in norm, else the 3 nearest; and some more."""
-    pools: list[list[Head]] = []
-    for layer, head in members:
-        near = [
-            (other_layer, other)
-            for other_layer in range(max(0, layer - 1), min(norms.shape[0], layer + 2))
-            for other in range(norms.shape[1])
-            if (other_layer, other) not in members
-        ]
-        ratio = {h: abs(np.log(max(norms[h], 1e-12) / max(norms[layer, head], 1e-12))) for h in near}
-        near.sort(key=lambda h: ratio[h])
-        within = sum(ratio[h] <= np.log(NORM_FACTOR) for h in near)
-        pools.append(near[: (within or NEAREST) + wider])
-    return pools
-
-
-def _drawn(pools: Sequence[Sequence[Head]], *, seed: int, n: int) -> list[tuple[Head, ...]]:
-    """All distinct sets where there are few, else n drawn ones."""
-    if not pools or not all(pools):
-        return []
-    rng = np.random.default_rng(seed)
-    heads = sorted({head for pool in pools for head in pool})
-    if math.comb(len(heads), len(pools)) <= MOST_LISTED:
-        found = [one for one in combinations(heads, len(pools)) if _matched(one, pools)]
-        return [found[i] for i in rng.permutation(len(found))[:n]] if len(found) > n else found
-    drawn: dict[tuple[Head, ...], None] = {}
-    for _ in range(100 * n):
-        one = tuple(pool[int(rng.integers(len(pool)))] for pool in pools)
-        if len(set(one)) == len(one):
-            drawn.setdefault(tuple(sorted(one)))
-        if len(drawn) == n:
-            break
-    return list(drawn)
-
-
-def _matched(heads: Sequence[Head], pools: Sequence[Sequence[Head]]) -> bool:
-    """Whether every member can have one of these heads from its own pool."""
-    allowed = csr_matrix(np.array([[head in pool for pool in pools] for head in heads], dtype=np.int8))
-    return bool((maximum_bipartite_matching(allowed, perm_type="column") >= 0).all())

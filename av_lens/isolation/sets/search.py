@@ -1,9 +1,9 @@
-"""Which heads belong together, and what does each do in the set's context? Protocol section 6, on discovery.
+"""Which nodes belong together, and what does each do in the set's context? Protocol section 6, on discovery.
 
-Heads hide each other: where each of two pairs of heads suffices, no single release shows any of them. Once for each
-primary donor:
+Heads hide each other: where each of two pairs of heads suffices, no single release shows any of them. Members may be
+MLPs (what is said of a head here holds for them). Once for each primary donor:
 
-1. *Candidates*: all heads where there are at most 64; else the 40 of best rank on any of three screens: the largest
+1. *Candidates*: all nodes where there are at most 64; else the 40 of best rank on any of three screens: the largest
    release (over the donors), sufficiency, attention of the generation position to the video (mean over `va`).
 2. *Pair synergy* = release({h, k}) - max(0, release h) - max(0, release k), for all pairs of candidates.
 3. *Forward*, from the best head and from the five pairs of largest synergy: add the head of largest gain; stop after 3
@@ -13,7 +13,7 @@ primary donor:
 5. The set of largest release wins (ties by layer and head). Of the donors' sets the one of largest release is *chosen*.
 
 delta = s G of discovery; releases are means over discovery's conflicts. `quick=True` leaves the pairs out, and with
-them the five starts.
+them the five starts, where a set releases half of the gap without them, or no gap is established.
 
 The release of a member of a redundant set is next to nothing while the others stand in for it. So a member h of a set S
 is measured in the run in which S without h is edited (by the set's donor): its release there is
@@ -35,14 +35,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, combinations, product
+from itertools import chain, combinations
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from av_lens.core.readings import attention_mass
-from av_lens.isolation.measuring.bench import Chunk, Half, Progress, averaged, columns, gathered
+from av_lens.isolation.measuring.behaviour import LEAST_GAP
+from av_lens.isolation.measuring.bench import Chunk, Progress, averaged, gathered
 from av_lens.isolation.measuring.effects import (
     FIRST_RELEASE,
     ROLE_ESTIMANDS,
@@ -52,15 +53,27 @@ from av_lens.isolation.measuring.effects import (
     figures,
     requests,
 )
-from av_lens.isolation.measuring.engine import MIRROR, PRIMARY_DONORS, Head
+from av_lens.isolation.measuring.engine import MIRROR, MLP, PRIMARY_DONORS, Node
+from av_lens.isolation.measuring.halves import Half, columns
 from av_lens.isolation.naming.evidence import SiteEvidence
-from av_lens.isolation.naming.roles import Cuts, Evidence, Named, Tests, head_means, run_tests, suppressor_role
+from av_lens.isolation.naming.roles import (
+    CUT_ROLES,
+    HELD,
+    Cuts,
+    Evidence,
+    Named,
+    Tests,
+    head_means,
+    run_tests,
+    suppressor_role,
+)
 from av_lens.isolation.sets.sets import BuiltSet, Members, SetReleases, Tick, cumulative, head_names
-from av_lens.results.record import SUPPRESSORS
 
 ALL_HEADS, SCREENED = 64, 40
 SYNERGIES, SHOWN_SYNERGIES = 5, 20
 MOST_MEMBERS, PATIENCE = 12, 3
+EXPLAINED = 0.5
+"""Of the gap: where the chosen set releases less, a quick search looks at pairs after all."""
 
 
 def n_candidates(heads: int) -> int:
@@ -73,7 +86,7 @@ class Step:
     """One step of the search: action is "start", "add", "drop" or "take out"; `release` is the set's after it."""
 
     action: str
-    head: Head
+    head: Node
     release: float
     gain: float
 
@@ -92,21 +105,25 @@ class Path:
 class Synergy:
     """A pair's release and what of it neither head has alone."""
 
-    pair: tuple[Head, Head]
+    pair: tuple[Node, Node]
     release: float
     synergy: float
 
 
 @dataclass(eq=False)
 class SearchedSets:
-    """What the search found on discovery: a set per primary donor (`chosen` marks one), its paths and the synergies."""
+    """What the search found on discovery: a set per primary donor (`chosen` marks one), its paths and the synergies.
+
+    `in_turn` is what the chosen set loses without each member where all are edited by each donor in turn.
+    """
 
     sets: list[BuiltSet] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     synergies: list[dict[str, Any]] = field(default_factory=list)
     releases: dict[str, SetReleases] = field(default_factory=dict)
-    screens: dict[Head, str] = field(default_factory=dict)
-    quick: bool = False
+    screens: dict[Node, str] = field(default_factory=dict)
+    pairs: bool = True
+    in_turn: dict[Node, dict[str, float]] = field(default_factory=dict)
 
     @property
     def chosen(self) -> BuiltSet | None:
@@ -115,7 +132,7 @@ class SearchedSets:
 
 
 def climb(
-    releases: SetReleases, candidates: Sequence[Head], start: Members, *, delta: float
+    releases: SetReleases, candidates: Sequence[Node], start: Members, *, delta: float
 ) -> tuple[Members, list[Step]]:
     """Add the head of largest gain until three gains in a row are below delta, or twelve heads are in."""
     members, release = list(start), releases.mean(start)
@@ -156,7 +173,7 @@ def thin(releases: SetReleases, members: Members, *, delta: float) -> tuple[Memb
 
 
 def search(
-    releases: SetReleases, candidates: Sequence[Head], synergies: Sequence[Synergy], *, delta: float
+    releases: SetReleases, candidates: Sequence[Node], synergies: Sequence[Synergy], *, delta: float
 ) -> tuple[Path, list[Path]]:
     """Climb and thin from the best head and from the best synergies; the set of largest release wins."""
     ordered = sorted(candidates)
@@ -171,7 +188,7 @@ def search(
     return min(paths, key=lambda path: (-path.release, sorted(path.members))), paths
 
 
-def pair_synergies(releases: SetReleases, candidates: Sequence[Head]) -> list[Synergy]:
+def pair_synergies(releases: SetReleases, candidates: Sequence[Node]) -> list[Synergy]:
     """Compute the synergy of every pair of candidates."""
     ordered = sorted(candidates)
     alone = {head: max(0.0, releases.mean((head,))) for head in ordered}
@@ -182,13 +199,11 @@ def pair_synergies(releases: SetReleases, candidates: Sequence[Head]) -> list[Sy
     return sorted(found, key=lambda pair: (-pair.synergy, pair.pair))
 
 
-def screened(screens: dict[str, Float[np.ndarray, "layer head"]]) -> dict[Head, str]:
-    """Choose the candidates."""
-    n_layers, n_heads = screens["release"].shape
-    heads = list(product(range(n_layers), range(n_heads)))
+def screened(screens: dict[str, Float[np.ndarray, "layer node"]], heads: Sequence[Node]) -> dict[Node, str]:
+    """Choose the candidates among all nodes."""
     if len(heads) <= ALL_HEADS:
-        return dict.fromkeys(heads, "all heads")
-    best: dict[Head, tuple[int, str]] = {}
+        return dict.fromkeys(heads, "all heads and MLPs" if any(head == MLP for _, head in heads) else "all heads")
+    best: dict[Node, tuple[int, str]] = {}
     for name, by_head in screens.items():
         order = sorted(heads, key=lambda head: (-np.nan_to_num(by_head[head], nan=-np.inf), head))
         for rank, head in enumerate(order):
@@ -199,19 +214,50 @@ def screened(screens: dict[str, Float[np.ndarray, "layer head"]]) -> dict[Head, 
 
 
 def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False) -> SearchedSets:
-    """Search sets of heads on discovery, once per primary donor; `quick` leaves out all pairs."""
+    """Search sets of heads on discovery, once per primary donor.
+
+    `quick` leaves out pairs, unless a gap that is established stays unexplained: no set releases half of it.
+    """
+    out = _built(site, half, s=s, pairs=not quick)
+    release = 0.0 if out.chosen is None else out.chosen.discovery_release
+    established = half.words is not None and float(half.boot.mean(half.G - half.C - LEAST_GAP * half.G).low) > 0
+    if quick and established and release < EXPLAINED * half.gap:
+        out = _built(site, half, s=s, pairs=True, known=out.releases)
+    if out.chosen is not None and half.words is not None:
+        out.in_turn = _in_turn(out.chosen.members, out.releases)
+    for chunk in site.chunks:
+        chunk.drop_traces("va", "av")
+    return out
+
+
+def _in_turn(members: Members, by_donor: Mapping[str, SetReleases]) -> dict[Node, dict[str, float]]:
+    """Measure what a set loses without each member, all edited by each donor in turn."""
+    out: dict[Node, dict[str, float]] = {head: {} for head in members}
+    smaller = {head: tuple(other for other in members if other != head) for head in members}
+    for donor, releases in by_donor.items():
+        releases.measure([members, *smaller.values()])
+        for head, others in smaller.items():
+            out[head][donor] = releases.mean(members) - releases.mean(others)
+    return out
+
+
+def _built(
+    site: SiteEvidence, half: Half, *, s: float, pairs: bool, known: Mapping[str, SetReleases] | None = None
+) -> SearchedSets:
+    """Build a set per donor, from the best synergies of pairs too or from the best head alone."""
     found, delta, g = site.evidence, half.delta(s), float(half.G.mean())
-    out = SearchedSets(screens=screened(_screens(site)), quick=quick)
+    out = SearchedSets(screens=screened(_screens(site), found.nodes), pairs=pairs)
     candidates, progress = sorted(out.screens), site.chunks[0].bench.progress
     for donor, release in found.by_donor("release").items():
         if np.isnan(release).all():
             continue
         stage = f"sets of heads by {donor}"
-        expected = len(candidates) * (1 if quick else len(candidates) - 1) * len(site.chunks)
-        releases = SetReleases(site.chunks, half.examples, donor, _ticker(progress, stage, expected))
+        expected = len(candidates) * (len(candidates) - 1 if pairs else 1) * len(site.chunks)
+        releases = (known or {}).get(donor) or SetReleases(site.chunks, half.examples, donor)
+        releases.tick = _ticker(progress, stage, expected)
         releases.learn({head: release[:, head[0], head[1]] for head in candidates})
         synergies: list[Synergy] = []
-        if not quick:
+        if pairs:
             releases.pairs(candidates)
             synergies = pair_synergies(releases, candidates)
         winner, paths = search(releases, candidates, synergies, delta=delta)
@@ -233,12 +279,10 @@ def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False
         ]
     if out.sets:
         min(out.sets, key=lambda one: (-one.discovery_release, PRIMARY_DONORS.index(one.donor))).chosen = True
-    for chunk in site.chunks:
-        chunk.drop_traces("va", "av")
     return out
 
 
-def _screens(site: SiteEvidence) -> dict[str, Float[np.ndarray, "layer head"]]:
+def _screens(site: SiteEvidence) -> dict[str, Float[np.ndarray, "layer node"]]:
     largest = site.evidence.largest_release
     screens = {"release": largest, "sufficiency": head_means(site.evidence["sufficiency"])}
     if largest.size > ALL_HEADS:
@@ -246,12 +290,17 @@ def _screens(site: SiteEvidence) -> dict[str, Float[np.ndarray, "layer head"]]:
     return screens
 
 
-def video_attention(chunk: Chunk) -> Float[np.ndarray, "layer head"]:
-    """Average the attention of the generation position to the video, in `va`."""
+def video_attention(chunk: Chunk) -> Float[np.ndarray, "layer node"]:
+    """Average the attention of the generation position to the video (of the mirrored question: the sound), in `va`.
+
+    MLPs have none.
+    """
     inputs = chunk.run("va").inputs
-    asked, video = ([int(i) for i in inputs.spans[role].positions] for role in ("generation", "video|image"))
+    seen = "audio" if chunk.bench.engine.suppressed == "picture" else "video|image"
+    asked, video = ([int(i) for i in inputs.spans[role].positions] for role in ("generation", seen))
     mass = attention_mass(chunk.bench.engine.model, inputs, {"generation": asked}, keys={"video": video})
-    return mass[..., 0, 0].double().numpy().mean(0)
+    by_head = mass[..., 0, 0].double().numpy().mean(0)
+    return np.pad(by_head, ((0, 0), (0, chunk.bench.mlps)), constant_values=np.nan)
 
 
 def _ticker(progress: Progress, stage: str, expected: int) -> Tick:
@@ -268,16 +317,27 @@ def _ticker(progress: Progress, stage: str, expected: int) -> Tick:
 
 @dataclass(frozen=True, eq=False)
 class InContext:
-    """The members of the chosen set on one half, each with the others edited; NaN at all other heads."""
+    """The members of the chosen set on one half, each with the others edited; NaN at all other nodes."""
 
     evidence: Evidence
     tests: Tests
     cuts: Cuts
 
 
-def in_context(chunks: Sequence[Chunk], half: Half, built: BuiltSet, *, s: float, family: int, seed: int) -> InContext:
-    """Measure the members of a set on a half, each with the others edited."""
+def in_context(
+    chunks: Sequence[Chunk],
+    half: Half,
+    built: BuiltSet,
+    *,
+    s: float,
+    family: int,
+    seed: int,
+    mlps: tuple[int, ...] = (),
+) -> InContext:
+    """Measure the members of a set on a half, each with the others edited; `mlps` are the layers of named MLPs."""
     wanted = requests(chunks, names=ROLE_ESTIMANDS, donors=(built.donor,))
+    held = Request("va", built.donor, mlps=mlps)
+    wanted = [held, *wanted] if mlps else wanted
     effects = {request: Effect.unmeasured(len(half.examples), chunks[0]) for request in wanted}
     layers, heads = (np.array([head[axis] for head in built.members]) for axis in (0, 1))
     depends = {"members": built.members, "donor": built.donor, "requests": [vars(one) for one in wanted]}
@@ -287,7 +347,8 @@ def in_context(chunks: Sequence[Chunk], half: Half, built: BuiltSet, *, s: float
     for r, request in enumerate(wanted):
         for figure, values in found.items():
             getattr(effects[request], figure)[:, layers, heads] = values[:, r]
-    evidence = Evidence(figures(effects), half)
+    values = figures(effects) | ({(HELD, built.donor): effects[held].first} if mlps else {})
+    evidence = Evidence(values, half, chunks[0].bench.mlps)
     tests = run_tests(evidence, s=s, family=family, seed=seed)
     donors = np.full(evidence["silenced"].shape[1:], built.donor, dtype=object)
     return InContext(evidence, tests, Cuts.of(evidence, donors, s=s))
@@ -305,7 +366,7 @@ def _cell_scores(
         others = sorted(_others(built, head))
         edited = engine.record_edited(run, chunk.z(cell, others, built.donor)) if others else run
         before[0, j] = chunk.scores(chunk.own(edited))
-        plans = [edited.plan(chunk.z(cell, [head], one.donor), freeze=one.freeze) for one in wanted]
+        plans = [edited.plan(chunk.z(cell, [head], one.donor), freeze=one.freeze, mlps=one.mlps) for one in wanted]
         for r, again in enumerate(chunk.changed(edited, plans)):
             after[0, r, j] = chunk.scores(again)
     chunk.drop_traces(cell)
@@ -325,11 +386,11 @@ def _chunk_effects(chunk: Chunk, built: BuiltSet, wanted: Sequence[Request]) -> 
 def member_roles(found: InContext, built: BuiltSet, *, site: str) -> list[Named]:
     """Give every member the role that it has with the others edited."""
     rows: list[Named] = []
-    for layer, head in built.members:
-        role = suppressor_role(found.cuts, layer, head, dict.fromkeys(SUPPRESSORS, True))
+    for at in built.members:
+        role = suppressor_role(found.cuts, at, dict.fromkeys(CUT_ROLES, True))
         table = found.tests.p.get((role, built.donor), found.tests.release_p[built.donor])
-        # Only the members were measured in this context, so that no p here is one of the family of all heads.
-        rows.append(Named(layer, head, site, role, built.donor, float(table[layer, head]), math.nan, math.nan))
+        # Only the members were measured in this context, so that no p here is one of the family of all nodes.
+        rows.append(Named(*at, site, role, built.donor, float(table[at]), math.nan, math.nan))
     return rows
 
 
@@ -351,6 +412,7 @@ def member_rows(
             if built.chosen and head in known and confirmation is not None:
                 row |= _context_columns(confirmation, built.donor, head)
                 row |= {"role": known[head].role, "confirmed": confirmed.get(known[head], False)}
+                row |= {f"context_{donor}": value for donor, value in searched.in_turn.get(head, {}).items()}
             out.append(row)
     return out
 
@@ -371,11 +433,11 @@ def _discovery_rows(releases: SetReleases, built: BuiltSet, half: Half) -> list[
     return out
 
 
-def _others(built: BuiltSet, head: Head) -> tuple[Head, ...]:
+def _others(built: BuiltSet, head: Node) -> tuple[Node, ...]:
     return tuple(other for other in built.members if other != head)
 
 
-def _context_columns(found: InContext, donor: str, head: Head) -> dict[str, Any]:
+def _context_columns(found: InContext, donor: str, head: Node) -> dict[str, Any]:
     at, half = (slice(None), *head), found.evidence.half
     release = found.evidence["release", donor][at]
     share = half.boot.ratio(found.evidence["direct", donor][at], found.evidence[FIRST_RELEASE, donor][at])

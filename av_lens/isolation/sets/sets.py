@@ -1,4 +1,4 @@
-"""Sets of heads edited together: what they release, and what else they break.
+"""Sets of heads and MLPs edited together: what they release, and what else they break.
 
 Sets that the search asks for nearly always share all members but one. `SetReleases.added` measures a set with each of
 several further heads: the shared members are edited once, and each further head restarts at its own layer. Values are
@@ -33,9 +33,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from av_lens.errors import AvLensError
-from av_lens.isolation.measuring.bench import Chunk, Half, gathered
+from av_lens.isolation.measuring.bench import Chunk, gathered
 from av_lens.isolation.measuring.effects import edited_readings, mirrored
-from av_lens.isolation.measuring.engine import Head
+from av_lens.isolation.measuring.engine import MLP, Node
+from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import UNREAD
 from av_lens.isolation.measuring.store import Arrays
 from av_lens.results.dyadic import Inference
@@ -53,7 +54,7 @@ class SetEffect:
 
 def release_of_sets(
     chunks: Sequence[Chunk],
-    sets: Sequence[Sequence[Head]],
+    sets: Sequence[Sequence[Node]],
     donors: Sequence[str],
     examples: Int[np.ndarray, " example"],
     stage: str = "",
@@ -65,7 +66,7 @@ def release_of_sets(
     return SetEffect(**{name: np.ascontiguousarray(values.T) for name, values in found.items()})
 
 
-def _chunk_release(chunk: Chunk, sets: Sequence[Sequence[Head]], donors: Sequence[str]) -> dict[str, np.ndarray]:
+def _chunk_release(chunk: Chunk, sets: Sequence[Sequence[Node]], donors: Sequence[str]) -> dict[str, np.ndarray]:
     """Edit the sets in `va` and `av` of one stack: `[batch, set]` of each figure."""
     candidates, tops = chunk.bench.candidates, list[np.ndarray]()
 
@@ -82,22 +83,25 @@ def _chunk_release(chunk: Chunk, sets: Sequence[Sequence[Head]], donors: Sequenc
     return out
 
 
-def cumulative(members: Sequence[Head]) -> list[tuple[Head, ...]]:
+def cumulative(members: Sequence[Node]) -> list[tuple[Node, ...]]:
     """List a set's beginnings: the first member, the first two, ..."""
     return [tuple(members[: k + 1]) for k in range(len(members))]
 
 
 @dataclass(eq=False)
 class BuiltSet:
-    """A set built on discovery: members in the order of the search, donor, release there, the start that led to it."""
+    """A set built on discovery: members in the order of the search, donor, release there, the start that led to it.
 
-    members: tuple[Head, ...]
+    `widened` says how far the pool of its random sets had to be widened; "" where they match it.
+    """
+
+    members: tuple[Node, ...]
     donor: str
     discovery_release: float
     screen: str = ""
     chosen: bool = False
-    random: list[tuple[Head, ...]] = field(default_factory=list)
-    widened: int = 0
+    random: list[tuple[Node, ...]] = field(default_factory=list)
+    widened: str = ""
 
     @property
     def name(self) -> str:
@@ -105,12 +109,12 @@ class BuiltSet:
         return f"searched set ({self.donor})"
 
 
-def head_names(heads: Sequence[Head]) -> str:
-    """Write heads as words."""
-    return " ".join(f"L{layer}H{head}" for layer, head in heads)
+def head_names(nodes: Sequence[Node]) -> str:
+    """Write heads and MLPs as words."""
+    return " ".join(f"MLP {layer}" if head == MLP else f"L{layer}H{head}" for layer, head in nodes)
 
 
-Members = tuple[Head, ...]
+Members = tuple[Node, ...]
 Tick = Callable[[int], None]
 HELD_BYTES = 4e9
 """Traces of all conflicts are kept between measurements where they take no more; else they are made again."""
@@ -131,23 +135,23 @@ class SetReleases:
     examples: Int[np.ndarray, " example"]
     donor: str
     tick: Tick | None = None
-    _known: dict[frozenset[Head], Float[np.ndarray, " example"]] = field(default_factory=dict)
+    _known: dict[frozenset[Node], Float[np.ndarray, " example"]] = field(default_factory=dict)
 
-    def learn(self, singles: Mapping[Head, Float[np.ndarray, " example"]]) -> None:
+    def learn(self, singles: Mapping[Node, Float[np.ndarray, " example"]]) -> None:
         """Take over what was measured elsewhere."""
         self._known |= {frozenset((head,)): np.asarray(values) for head, values in singles.items()}
 
-    def each(self, members: Sequence[Head]) -> Float[np.ndarray, " example"]:
+    def each(self, members: Sequence[Node]) -> Float[np.ndarray, " example"]:
         """Give a set's release on every conflict."""
         self.measure([tuple(members)])
         return self._known[frozenset(members)] if members else np.zeros(len(self.examples))
 
-    def mean(self, members: Sequence[Head]) -> float:
+    def mean(self, members: Sequence[Node]) -> float:
         """Give a set's mean release."""
         values = self.each(members)
         return float(np.nanmean(values)) if (~np.isnan(values)).any() else float("nan")
 
-    def added(self, members: Sequence[Head], heads: Sequence[Head]) -> list[float]:
+    def added(self, members: Sequence[Node], heads: Sequence[Node]) -> list[float]:
         """Give the mean release of a set with one more head, for each of several."""
         unknown = [head for head in heads if frozenset((*members, head)) not in self._known]
         if unknown:
@@ -162,7 +166,7 @@ class SetReleases:
         if unknown:
             self._measured("releases of sets", {"sets": unknown}, unknown, partial(self._margins, (), unknown))
 
-    def pairs(self, heads: Sequence[Head]) -> None:
+    def pairs(self, heads: Sequence[Node]) -> None:
         """Measure all pairs of some heads."""
         ordered = sorted(heads)
         wanted = list(combinations(ordered, 2))
@@ -191,7 +195,7 @@ class SetReleases:
         self._known |= zip(map(frozenset, sets), np.ascontiguousarray(found.T), strict=True)
 
     def _margins(
-        self, under: Sequence[Head], sets: Sequence[Members], chunk: Chunk, cell: str
+        self, under: Sequence[Node], sets: Sequence[Members], chunk: Chunk, cell: str
     ) -> Float[np.ndarray, "set batch"]:
         """M in a cell with some heads edited, and each of several sets edited on top."""
         engine, candidates, run = chunk.bench.engine, chunk.bench.candidates, chunk.run(cell)
@@ -204,7 +208,7 @@ class SetReleases:
             self.tick(len(sets))
         return candidates.margin(np.stack([scores[one] for one in sets]), chunk.examples)
 
-    def _pairs(self, heads: Sequence[Head], chunk: Chunk, cell: str) -> Float[np.ndarray, "set batch"]:
+    def _pairs(self, heads: Sequence[Node], chunk: Chunk, cell: str) -> Float[np.ndarray, "set batch"]:
         """All pairs: each head edited once, and every later one on top of it."""
         later = [(one, [(two,) for two in heads[i + 1 :]]) for i, one in enumerate(heads[:-1])]
         return np.concatenate([self._margins((one,), rest, chunk, cell) for one, rest in later])
@@ -223,7 +227,7 @@ CONTROLS: tuple[tuple[str, str, str, str], ...] = (
 
 
 def _items(
-    chunk: Chunk, control: tuple[str, str, str, str], heads: Sequence[Head], donor: str
+    chunk: Chunk, control: tuple[str, str, str, str], heads: Sequence[Node], donor: str
 ) -> dict[str, Float[np.ndarray, " batch"]]:
     """What counts as right before and after, 1 or 0 per conflict (for KL: 0 and the divergence)."""
     (_, cell, question, right), candidates, examples = control, chunk.bench.candidates, chunk.examples
@@ -246,7 +250,7 @@ def _items(
     return {"before": was.astype(np.float64), "after": np.where(missing, np.nan, now)}
 
 
-def controls(chunks: Sequence[Chunk], heads: Sequence[Head], donor: str, half: Half) -> list[dict[str, Any]]:
+def controls(chunks: Sequence[Chunk], heads: Sequence[Node], donor: str, half: Half) -> list[dict[str, Any]]:
     """Run every control with the set edited: a row of `specificity` each; what cannot be measured is said there."""
     rows: list[dict[str, Any]] = []
     for control in CONTROLS:

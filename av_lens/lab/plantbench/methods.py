@@ -150,7 +150,7 @@ class Subject:
         if key not in self.found.arrays:
             known = sorted(name for name in self.found.arrays if name.startswith(f"discovery/{SITE}/"))
             raise InputError(f"the record has no effect {key!r}; it has {', '.join(known)}.")
-        return np.asarray(self.found.arrays[key])
+        return np.asarray(self.found.arrays[key])[..., : self.found.n_heads]
 
 
 def all_scores(subject: Subject) -> dict[str, Score]:

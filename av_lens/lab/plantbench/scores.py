@@ -80,12 +80,13 @@ def named_heads(found: Isolation) -> list[dict[str, Any]]:
 
 def _chosen_members(found: Isolation) -> list[dict[Any, Any]]:
     members: Any = found.members
-    return members[members["chosen"] & (members["site"] == SITE)].to_dict("records")
+    return members[members["chosen"] & (members["site"] == SITE) & (members["head"] >= 0)].to_dict("records")
 
 
 def _entry(row: Mapping[str, Any]) -> dict[str, Any]:
     words = {name: str(row.get(name, "")) for name in ("role", "donor", "flags")}
-    return {"layer": int(row["layer"]), "head": int(row["head"]), "confirmed": bool(row["confirmed"]), **words}
+    holds = bool(row["confirmed"] or row["would_confirm"])  # whatever the gate forbids to say
+    return {"layer": int(row["layer"]), "head": int(row["head"]), "confirmed": holds, **words}
 
 
 def ranking(scores: HeadTable, truth: PlantTruth) -> dict[str, float]:
@@ -155,7 +156,7 @@ def exchanged(found: Isolation, *, draws: int, seed: int) -> list[int]:
     components = frame[(frame["half"] == "discovery") & frame["analysed"]]["component"].astype(int).tolist()
     effects = np.stack([found.arrays[f"discovery/{SITE}/release/{donor}"] for donor in PRIMARY_DONORS], axis=-1)
     s, family = float(found.summary["s"]), int(found.summary["family"])
-    excess = effects - s * found.arrays["discovery/G"][:, None, None, None]
+    excess = effects[:, :, : found.n_heads] - s * found.arrays["discovery/G"][:, None, None, None]
     rng = np.random.default_rng(seed)
     counts: list[int] = []
     for draw in range(draws):

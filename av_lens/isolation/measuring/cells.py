@@ -1,0 +1,48 @@
+"""A conflict's cells by the names that the search has for them, and the conflict of the mirrored question.
+
+Where the picture is asked for (`suppressed="picture"`), a conflict's sound and picture, its answers and its two
+questions change places (`mirrored_conflict`), and each cell goes by the name of the cell that it mirrors
+(`results.exchanged`): the search asks for `blank_a` and gets `v_muted`. Nothing else knows which question is asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from av_lens.inputs import AVInputs
+from av_lens.results.exchanged import exchanged
+
+SUPPRESSED = ("sound", "picture")
+
+
+def mirrored_conflict(one: Any) -> Any:
+    """Let a conflict's sound and picture, their answers and their questions change places."""
+    return dataclasses.replace(
+        one, sound=one.picture, picture=one.sound, answers=one.answers[::-1], question=one.see, see=one.question
+    )
+
+
+class Cells:
+    """A conflict's cells; beside `audio_only` its mirror, `audio_only_v`, with sound and picture exchanged."""
+
+    def __init__(self, model: Any, conflict: Any, options: Mapping[str, Any], *, suppressed: str = "sound") -> None:
+        self._mirrored = suppressed == "picture"
+        asked = conflict.question if options["question"] is None else options["question"]
+        self._conflict = mirrored_conflict(conflict) if self._mirrored else conflict
+        self._of = lambda one: one.cells(model, **{**options, "question": asked})
+        self._own = self._of(self._conflict)
+
+    @cached_property
+    def _mirror(self) -> Mapping[str, AVInputs]:
+        one = self._conflict
+        return self._of(dataclasses.replace(one, sound=one.picture, picture=one.sound, answers=one.answers[::-1]))
+
+    def __getitem__(self, name: str) -> AVInputs:
+        """Give a cell, encoded when first asked for."""
+        alone = "video_only" if self._mirrored else "audio_only"
+        if name == "audio_only_v":
+            return self._mirror[alone]
+        return self._own[exchanged(name) if self._mirrored else name]
