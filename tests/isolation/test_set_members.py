@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from fake_kinds import Redundant
 from fake_model import FakeModel, fake_conflicts, isolated
@@ -75,7 +76,7 @@ def test_a_member_is_judged_by_what_the_set_loses_without_it_by_each_donor(finis
     members = finished.members.query("chosen").set_index(["layer", "head"])
     assert members["role_alone"].eq("none").all()
     contexts = members.loc[[(2, 0), (0, 1)], ["context_blank_muted", "context_mean_other", "context_zero"]]
-    assert contexts.to_numpy() == pytest.approx([[6, 6, 6], [3, 3, 3]], abs=0.05)
+    np.testing.assert_allclose(contexts, [[6, 6, 6], [3, 3, 3]], atol=0.05)
 
 
 def test_redundancy_is_said_in_words(finished):
@@ -87,9 +88,9 @@ def test_redundancy_is_said_in_words(finished):
     assert "because the members stand in for each other" in finished.verdict
 
 
-def test_quick_searches_pairs_where_the_gap_stays_unexplained(finished):
-    found = isolated(Redundant(), fake_conflicts(N), s=0.1, quick=True, named_only=True)
-    assert found.sets.query("chosen")["members"].tolist() == finished.sets.query("chosen")["members"].tolist()
+def test_quick_searches_pairs_where_the_gap_stays_unexplained():
+    found = isolated(Redundant(writer=0.0), fake_conflicts(N), s=0.1, quick=True, named_only=True)  # gap 3: the gates
+    assert set(found.sets.query("chosen")["members"].iloc[0].split()) == {"L0H1", "L0H2"}
     assert any(reason.startswith("Left out, as asked (quick): robustness. Pairs") for reason in found.reasons)
     assert "left out" not in found.verdict
 

@@ -13,14 +13,14 @@ class Redundant(FakeModel):
     as the stronger gate says: G = 7, C = 4 + 0 - 6 = -2, and no single head releases anything.
     """
 
-    def __init__(self):
-        super().__init__(opponent=0.0, noise=1e-3)
+    def __init__(self, *, writer=6.0):
+        super().__init__(writer=writer, opponent=0.0, noise=1e-3)
 
     def _heads(self, one):
         if one not in self.known:
             z = super()._heads(one)
             if one.question == "hear" and one.sound is not None and one.picture is not None:
-                z[2, 2, one.picture] += 6
+                z[2, 2, one.picture] += self.size["writer"]
                 z[0, 2, -1] = 1.0
         return self.known[one]
 
