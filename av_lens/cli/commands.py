@@ -151,10 +151,9 @@ def compare(
     records are read; what they do not hold is measured if PAIRS is given (the models are loaded by their names).
     """
     named = tuple(one.strip() for one in sites.split(",") if one.strip())
-    runs = [faults.is_run(one) for one in (a, b)]
     lines, *_ = faults.all_told(
         lambda: None if pairs is None else faults.manifest(pairs, limit),
-        *(partial(faults.model, one) for one, is_run in zip((a, b), runs, strict=True) if not is_run),
+        *(partial(faults.model, one) for one in (a, b) if not faults.is_run(one)),
         lambda: faults.words(dtype=dtype, layout=[layout], site=named),
     )
     from av_lens.inputs.conflict import conflicts_of
@@ -162,18 +161,14 @@ def compare(
 
     listed = None if lines is None else conflicts_of(lines)
     load = partial(_load, device=device, dtype=dtype)
-    sides = [one if is_run else load(one) for one, is_run in zip((a, b), runs, strict=True)]
-    own = [
-        load(faults.model_of_run(one)) if is_run and listed else None for one, is_run in zip((a, b), runs, strict=True)
-    ]
+    sides = [one if faults.is_run(one) else load(one) for one in (a, b)]
+    own = [load(faults.model_of_run(one)) if faults.is_run(one) and listed else None for one in (a, b)]
     options: dict[str, Any] = {"sites": named, "s": s, "seed": seed, "layout": layout, "captions": captions}
     with console.bars() as bars:
-        found = compare_them(
-            *sides, listed, models=(own[0], own[1]), out=out, progress=bars, told=console.say, **options
-        )
+        options |= {"out": out, "progress": bars, "told": console.say}
+        found = compare_them(*sides, listed, models=(own[0], own[1]), **options)
     _say_found(found, console.change_table(found), console.node_table(found))
-    make_folder(out)
-    found.save(out / "comparison.nc")
+    found.save(make_folder(out) / "comparison.nc")
     console.say_path(found.report(out / "comparison.html"))
 
 

@@ -103,7 +103,8 @@ def compare(
     )
     _refuse_unlike(one, two)
     both, nodes = _competent(one, two), named_in_either(one, two)
-    effects, missing = zip(*(effects_of(side, nodes, conflicts, progress, told) for side in (one, two)), strict=True)
+    measured = [effects_of(side, nodes, conflicts, progress, told) for side in (one, two)]
+    effects, missing = [found for found, _ in measured], [said for _, said in measured if said]
     tables = {"behaviour": _behaviour(one.found, both), "nodes": _node_rows(one, two, both, nodes, effects)}
     tables["captions"] = _captions(one, two, both)
     kept = both.reset_index()[["id", "half", "C_a", "C_b", "G_a", "G_b"]]
@@ -111,19 +112,18 @@ def compare(
     few = (
         f"{EXPLORATORY}: {fewest} conflicts of a half are competent in both; a verdict needs {dealing.FIRM_CONFLICTS}."
     )
-    reasons = [few] * (fewest < dealing.FIRM_CONFLICTS) + [said for said in missing if said]
+    reasons = [few] * (fewest < dealing.FIRM_CONFLICTS) + missing
     kind, verdict = _verdict(tables, len(both), len(one.found.conflicts))
+    parts: dict[str, Any] = {name: frame(name, rows) for name, rows in tables.items()} | {"conflicts": kept}
+    parts |= {side.letter.lower(): str(side.found.provenance.get("model", side.letter)) for side in (one, two)}
+    origin = {f"run {side.letter}": {k: side.found.provenance.get(k) for k in ORIGIN} for side in (one, two)}
     return Comparison(
         verdict=f"Exploratory, no verdict. {verdict}" if few in reasons else verdict,
         verdict_kind=kind,
-        **{side.letter.lower(): str(side.found.provenance.get("model", side.letter)) for side in (one, two)},
-        **{name: frame(name, rows) for name, rows in tables.items()},
-        conflicts=kept,
         stamps=(EXPLORATORY,) * (few in reasons),
         reasons=tuple(reasons),
-        provenance=stamp(
-            **{f"run {side.letter}": {k: side.found.provenance.get(k) for k in ORIGIN} for side in (one, two)}
-        ),
+        provenance=stamp(**origin),
+        **parts,
     )
 
 
@@ -182,7 +182,7 @@ def _counts(both: Any) -> list[int]:
 
 def _competent(one: Side, two: Side) -> Any:
     """Join the conflicts that are competent in both, by id, with A's row and half and both's figures."""
-    tables = [side.found.conflicts.set_index("id") for side in (one, two)]
+    tables: list[Any] = [side.found.conflicts.set_index("id") for side in (one, two)]
     first: Any = tables[0].assign(row=np.arange(len(tables[0])))
     joined: Any = pd.merge(first, tables[1], left_index=True, right_index=True, suffixes=("_a", "_b"))
     joined = joined.rename(columns={"half_a": "half"})
@@ -272,16 +272,22 @@ def outcome(row: Mapping[str, Any], p: float) -> str:
 
 def _captions(one: Side, two: Side, both: Any) -> Rows:
     """Changes of what captions name, by the arms that both have."""
-    written = [(side, side.found.arrays.get(f"{CONFIRMATION}/captions")) for side in (one, two)]
     held, rows = _held_out(both), Rows()
     rule = _rule(one.found, held["row"].tolist(), held_out=True)
     for arm in SHOWN:
-        of = [pd.DataFrame(values[:, (side.found.captions["arm"] == arm).argmax()].T, index=side.held_out)
-              for side, values in written if values is not None and arm in set(side.found.captions["arm"])]  # fmt: skip
-        if len(of) == 2:
+        of = [_named_by(side, arm) for side in (one, two)]
+        if all(table is not None for table in of):
             a, b = (table.reindex(held.index).to_numpy(dtype=float).T for table in of)
             rows += [{"arm": arm, "figure": name} | _change(rule, a[i], b[i]) for i, name in enumerate(FIGURES)]
     return rows
+
+
+def _named_by(side: Side, arm: str) -> Any:
+    """What one arm's captions name, by id; None where they were not written."""
+    arms, values = side.found.captions["arm"].tolist(), side.found.arrays.get(f"{CONFIRMATION}/captions")
+    return (
+        None if values is None or arm not in arms else pd.DataFrame(values[:, arms.index(arm)].T, index=side.held_out)
+    )
 
 
 MEANINGS = {"C": "Hearing under conflict (C)", "G": "hearing with nothing to see (G)", "gap": "the gap (G - C)"}
