@@ -273,14 +273,19 @@ class Isolation(Brief):
             raise InputError(unknown("role", strange[0], ROLE_NAMES))
 
     @property
+    def nodes(self) -> pd.DataFrame:
+        """All that is named in one table: `heads`, and after them `mlps` with head -1."""
+        if not len(self.mlps):
+            return self.heads
+        return pd.concat([self.heads, self.mlps.assign(head=-1)], ignore_index=True)[list(self.heads.columns)]
+
+    @property
     def suppressors(self) -> pd.DataFrame:
         """What is confirmed to keep the sound from being said: writers, opponents, gates, kind undetermined.
 
         Heads, and after them MLPs, with head -1.
         """
-        nodes: Any = self.heads
-        if len(self.mlps):
-            nodes = pd.concat([nodes, self.mlps.assign(head=-1)], ignore_index=True)[list(nodes.columns)]
+        nodes: Any = self.nodes
         return nodes[nodes["role"].isin(RELEASING) & nodes["confirmed"]]
 
     def grid(

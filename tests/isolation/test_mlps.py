@@ -84,7 +84,7 @@ def test_the_first_edition_has_heads_alone():
 def test_a_planted_mlp_is_named_and_no_head_is(seed, tmp_path):
     staged = list(read_conflicts(stage(tmp_path / "staged", conflicts=132, seed=seed, split="test")))
     model = avl.load("av-tiny-balanced")
-    plant_mlp(model, staged[120:], strength=3.0)
+    plant_mlp(model, staged[120:], strength=15.0)
     found = avl.isolate(model, staged[:120], quick=True, named_only=True)
     assert found.mlps.loc[found.mlps["role"].isin(RELEASING), "layer"].tolist() == [LAYER]
     assert f"MLP {LAYER}" in found.verdict
