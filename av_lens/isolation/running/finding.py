@@ -71,7 +71,7 @@ def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tupl
         parts.append(f"{len(claimed) - len(named) - len(tied)} more named on discovery did not hold on confirmation.")
     counts = counts_above(known)
     shares, heads = ", ".join(f"{share:.2f}" for share in counts), ", ".join(map(str, counts.values()))
-    parts.append(f"Heads whose largest single release on discovery is above {shares} of G: {heads}.")
+    parts.append(f"Heads and MLPs whose largest single release on discovery is above {shares} of G: {heads}.")
     chosen = [row for row in held.tables["sets"] if row["chosen"]]
     parts += [_set_sentence(row, gap) for row in chosen]
     parts.append(_hidden_sentence(held.tables["members"], delta=known.discovery.delta(s)))
