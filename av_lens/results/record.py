@@ -165,6 +165,13 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return _frame(cells, name)
 
 
+def named_tables(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Part rows of named nodes: those of heads, and those of MLPs (head -1), which lose that column."""
+    heads = [row for row in rows if row["head"] >= 0]
+    mlps = [{name: value for name, value in row.items() if name != "head"} for row in rows if row["head"] < 0]
+    return {"heads": heads, "mlps": mlps}
+
+
 def _frame(cells: dict[str, list[Any]], name: str) -> pd.DataFrame:
     kinds = TABLES[name]
     return pd.DataFrame({column: pd.Series(held, dtype=_KINDS[kinds[column]][0]) for column, held in cells.items()})

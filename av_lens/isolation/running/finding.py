@@ -26,7 +26,7 @@ import numpy as np
 from av_lens.isolation.explaining.knowledge import Known
 from av_lens.isolation.measuring.behaviour import rows_of
 from av_lens.isolation.measuring.effects import DLA, ESTIMANDS, FIRST_RELEASE, donor_of
-from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS
+from av_lens.isolation.measuring.engine import PRIMARY_DONORS
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import NEITHER, UNREAD
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence
@@ -40,7 +40,7 @@ from av_lens.results.dealing import CONFIRMATION, DISCOVERY
 from av_lens.results.dyadic import SOURCE, Dyadic
 from av_lens.results.power import FEWEST_PILOTS, conflicts_needed
 from av_lens.results.provenance import stamp
-from av_lens.results.record import FEEDER, RELEASING, Isolation, table
+from av_lens.results.record import FEEDER, RELEASING, Isolation, named_tables, table
 
 UNSPECIFIC = {
     "not specific": "Not specific (harm of 5 points is not excluded)",
@@ -61,7 +61,7 @@ def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tupl
     else:
         parts.append(f"No head or MLP at {sites} is confirmed as a suppressor above {s:.2f} of G. {_largest(known)}")
         parts.append(_power_sentence(known, family))
-    parts.append(feeder_sentence(known))
+    parts.append(held.feeder_sentence(known.searched))
     tied = [row for row in claimed if held.words.get(row) == ON_WORDS]
     if tied:
         parts.append(
@@ -231,19 +231,6 @@ def summary(run: Run, known: Known | None) -> dict[str, float]:
     return out
 
 
-def feeder_sentence(known: Known) -> str:
-    """Say which heads tell a named MLP what is seen, and which of them hold."""
-    rows = [row for row in known.searched.named if row.role == FEEDER]
-    told: list[str] = []
-    for layer in sorted({row.through for row in rows}):
-        for holds, words in ((True, "hold on held-out clips"), (False, "do not hold on held-out clips")):
-            fed = [row.at for row in rows if row.through == layer and known.held.confirmed.get(row, False) is holds]
-            told += [f"{head_names(fed)} (of MLP {layer}; {words})"] if fed else []
-    return (
-        f"Feeders, which tell an MLP what is seen and suppress nothing themselves: {'; '.join(told)}." if told else ""
-    )
-
-
 IN_THE_SET = "release in the set"
 Further = tuple[dict[str, list[dict[str, Any]]], dict[str, np.ndarray]]
 """Rows of further tables by name, and further arrays of the record."""
@@ -262,10 +249,8 @@ def finding(
         sites = [(half, site) for half, found in sides for site in found.sites.values()]
         arrays |= {f"{half}/{key}": values for half, site in sites for key, values in site.arrays().items()}
         evidence = [row for half, site in sites for row in site.rows(half)]
-        rows = head_rows(known.searched, known.held)
-        heads, mlps = ([row for row in rows if (row["head"] == MLP) is apart] for apart in (False, True))
-        tables |= known.held.tables | {"heads": heads, "evidence": evidence}
-        tables["mlps"] = [{name: value for name, value in row.items() if name != "head"} for row in mlps]
+        named = named_tables(head_rows(known.searched, known.held))
+        tables |= known.held.tables | named | {"evidence": evidence}
     tables |= {"behaviour": behaviour_rows(run), "conflicts": conflict_rows(run)}
     return Isolation(
         verdict=sentence,
@@ -371,10 +356,9 @@ def _figures(evidence: Evidence, row: Named, key: tuple[str, str], prefix: str) 
     out = half.bounded(effect, "effect", prefix) | {f"{prefix}share": share["share"]} | ({} if prefix else share)
     if key[0] == "release":
         direct, write, first = (evidence[name, row.donor][at] for name in ("direct", "write", FIRST_RELEASE))
-        out[f"{prefix}direct_share"] = shares = float(half.boot.ratio(direct, first).value)
-        if not prefix:
-            out["write_share"] = float(half.boot.ratio(write, first).value)
-            out["mlp_share"] = shares - out["write_share"]
+        shares = [float(half.boot.ratio(one, first).value) for one in (direct, write)]
+        out[f"{prefix}direct_share"] = shares[0]
+        out |= {} if prefix else {"write_share": shares[1], "mlp_share": shares[0] - shares[1]}
     return out
 
 

@@ -82,6 +82,17 @@ class Held:
         """The members that no single release named: their rows in the table of heads are those in context."""
         return [row for row in self.roles if (*row.at, row.site) not in self.named]
 
+    def feeder_sentence(self, searched: Searched) -> str:
+        """Say which heads tell a named MLP what is seen, and which of them hold; "" where there is none."""
+        rows = [row for row in searched.named if row.role == FEEDER]
+        told: list[str] = []
+        for layer in sorted({row.through for row in rows}):
+            for holds, words in ((True, "hold on held-out clips"), (False, "do not hold on held-out clips")):
+                fed = [row.at for row in rows if row.through == layer and self.confirmed.get(row, False) is holds]
+                told += [f"{head_names(fed)} (of MLP {layer}; {words})"] if fed else []
+        opening = "Feeders, which tell an MLP what is seen and suppress nothing themselves"
+        return f"{opening}: {'; '.join(told)}." if told else ""
+
 
 def confirm_all(
     bench: Bench, halves: tuple[Half, Half], searched: Searched, *, s: float, seed: int, quick: bool = False
