@@ -61,7 +61,6 @@ def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tupl
     else:
         parts.append(f"No head or MLP at {sites} is confirmed as a suppressor above {s:.2f} of G. {_largest(known)}")
         parts.append(_power_sentence(known, family))
-    parts.append(held.feeder_sentence(known.searched))
     tied = [row for row in claimed if held.words.get(row) == ON_WORDS]
     if tied:
         parts.append(
@@ -73,8 +72,8 @@ def verdict(gap_kind: str, gap_sentence: str, known: Known, family: int) -> tupl
     shares, heads = ", ".join(f"{share:.2f}" for share in counts), ", ".join(map(str, counts.values()))
     parts.append(f"Heads and MLPs whose largest single release on discovery is above {shares} of G: {heads}.")
     chosen = [row for row in held.tables["sets"] if row["chosen"]]
-    parts += [_set_sentence(row, gap) for row in chosen]
-    parts.append(_hidden_sentence(held.tables["members"], delta=known.discovery.delta(s)))
+    hidden = _hidden_sentence(held.tables["members"], delta=known.discovery.delta(s))
+    parts += [*(_set_sentence(row, gap) for row in chosen), hidden, held.feeder_sentence(known.searched)]
     if not chosen:
         parts.append("No set of heads was found either: taken apart head by head, none kept a release above delta.")
     if held.searched.quick:
@@ -241,16 +240,14 @@ def finding(
 ) -> Isolation:
     """Write down what a run found, as far as it went."""
     engine, tables = run.bench.engine, dict[str, Any](more[0])
-    units = [half.boot.unit for half in run.both]
-    inference = {half.name: rules_of(half) for half in run.both}
+    units, inference = [half.boot.unit for half in run.both], {half.name: rules_of(half) for half in run.both}
     arrays = {f"{half.name}/{name}": getattr(half, name) for half in run.both for name in ("G", "C")} | more[1]
     if known is not None:
         sides = ((DISCOVERY, known.searched), (CONFIRMATION, known.held))
         sites = [(half, site) for half, found in sides for site in found.sites.values()]
         arrays |= {f"{half}/{key}": values for half, site in sites for key, values in site.arrays().items()}
         evidence = [row for half, site in sites for row in site.rows(half)]
-        named = named_tables(head_rows(known.searched, known.held))
-        tables |= known.held.tables | named | {"evidence": evidence}
+        tables |= known.held.tables | named_tables(head_rows(known.searched, known.held)) | {"evidence": evidence}
     tables |= {"behaviour": behaviour_rows(run), "conflicts": conflict_rows(run)}
     return Isolation(
         verdict=sentence,
@@ -357,8 +354,8 @@ def _figures(evidence: Evidence, row: Named, key: tuple[str, str], prefix: str) 
     if key[0] == "release":
         direct, write, first = (evidence[name, row.donor][at] for name in ("direct", "write", FIRST_RELEASE))
         shares = [float(half.boot.ratio(one, first).value) for one in (direct, write)]
+        out |= {"write_share": shares[1], "mlp_share": shares[0] - shares[1]} if not prefix else {}
         out[f"{prefix}direct_share"] = shares[0]
-        out |= {} if prefix else {"write_share": shares[1], "mlp_share": shares[0] - shares[1]}
     return out
 
 
@@ -376,15 +373,14 @@ def _flags(row: Named, searched: Searched, held: Held) -> str:
     """Mark a suppressor that zero alone finds (its output is the same in every cell), and a role that did not hold."""
     if row.role not in (*RELEASING, FEEDER):
         return ""
-    words = [told] if (told := held.words.get(row)) else []
-    words += [f"through MLP {row.through}"] if row.through >= 0 else []
+    through = f"through MLP {row.through}" if row.through >= 0 else ""
+    flags = [told for told in (held.words.get(row, ""), through) if told]
     if row in held.named_members:
-        return "; ".join(["named as a member: its release with the other members edited", *words])
-    flags = words
+        return "; ".join(["named as a member: its release with the other members edited", *flags])
     if row.donor == "zero" and not any(searched.passes(row, donor) for donor in PRIMARY_DONORS if donor != "zero"):
         flags.append("always on")
     site = held.sites.get(row.site)
-    if site is not None and not words and not held.confirmed.get(row, False):
+    if site is not None and not held.words.get(row) and not held.confirmed.get(row, False):
         mean = head_means(site.evidence["release", row.donor])[row.at]
         if site.tests.release_p[row.donor][row.at] < LEVEL and mean > site.evidence.half.delta(searched.s):
             flags.append("the release holds (p uncorrected), the role does not")
