@@ -216,6 +216,6 @@ def test_wrong_names_are_refused_with_the_nearest():
 
 def test_two_sites_share_one_family():
     found = isolated(FakeModel(), fake_conflicts(44), s=0.1, sites=("suffix", "generation"))
-    assert found.protocol["family"] == 12 * 2 * 11
+    assert found.protocol["family"] == 2 * (12 * 14 + 3 * 9)
     assert set(found.heads["site"]) == {"suffix", "generation"}
     assert "Confirmed at suffix, generation:" in found.verdict
