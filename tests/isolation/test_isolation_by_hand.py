@@ -149,7 +149,7 @@ def test_nothing_to_explain_stops_the_search():
     assert on.verdict_kind == "no suppression"
     assert "not interpretable" in on.stamps
     assert not len(on.suppressors)
-    assert "No head at suffix is confirmed as a suppressor above 0.10 of G." in on.verdict
+    assert "No head or MLP at suffix is confirmed as a suppressor above 0.10 of G." in on.verdict
     assert "find with 80% power" in on.verdict
 
 
