@@ -112,7 +112,10 @@ def test_where_nothing_is_found_the_verdict_says_above_what_and_with_what_power(
     assert found.sets.empty
     assert found.members.empty
     assert not len(found.suppressors)
-    assert "No head or MLP at suffix is confirmed as a suppressor above 0.10 of G. The largest single release" in found.verdict
+    assert (
+        "No head or MLP at suffix is confirmed as a suppressor above 0.10 of G. The largest single release"
+        in found.verdict
+    )
     assert "find with 80% power" in found.verdict
     assert "No set of heads was found either" in found.verdict
 
