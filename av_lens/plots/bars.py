@@ -270,7 +270,7 @@ def release(
     held = frame[frame["half"] == "confirmation"]
     measured = shown and set(shown) <= set(zip(held["layer"], held["head"], strict=True))
     half = half or ("confirmation" if measured else "discovery")
-    firsts = found.heads[found.heads["site"] == site].drop_duplicates(["layer", "head"]).to_dict("records")
+    firsts = found.nodes[found.nodes["site"] == site].drop_duplicates(["layer", "head"]).to_dict("records")
     roles = {(row["layer"], row["head"]): row["role"] + (" ✓" if row["confirmed"] else "") for row in firsts}
     names = {key: _style.head_label(*key) + (f"  {roles[key]}" if key in roles else "") for key in shown}
     fig = _style.figure(title=title, height=120 + 40 * len(shown))

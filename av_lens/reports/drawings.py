@@ -186,8 +186,8 @@ def _release(found: Any) -> Drawing | None:
     figure = plots.release(found)
     shown = len(figure.layout.yaxis.tickvals)
     caption = (
-        f"The {shown} of {total} heads with the largest release. Release: how far hearing under conflict rises "
-        "when the head is replaced by what it would have been had it neither seen nor heard (blank_muted), had "
+        f"The {shown} of {total} heads and MLPs with the largest release. Release: how far hearing under conflict "
+        "rises when the head is replaced by what it would have been had it neither seen nor heard (blank_muted), had "
         "something else been asked (mean_other), or by nothing (zero). A head counts only right of the dotted "
         "line."
     )
@@ -205,6 +205,7 @@ def _release(found: Any) -> Drawing | None:
 def _maps(found: Any) -> list[Drawing | None]:
     donor = leading_donor(found)
     named = {(int(a), int(b)) for a, b in zip(found.suppressors["layer"], found.suppressors["head"], strict=True)}
+    named = {head for head in named if head[1] >= 0}
     outlined = " Outlined: confirmed suppressors." if named else ""
     release = (
         f"Release of every head by the donor {donor}, discovery half. Blue: editing the head gives hearing "

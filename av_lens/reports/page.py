@@ -126,7 +126,7 @@ def _context(
         ],
         "other_behaviour": len(set(found.behaviour["chosen"])) > 1,
         "n_conflicts": len(found.conflicts),
-        "heads": tables.heads.to_dict("records"),
+        "heads": tables.nodes.to_dict("records"),
         "suppressors": (*SUPPRESSORS, *MIRRORED_SUPPRESSORS),
         "power": "" if power != power else f"{sections.number(power)} logits",
         "sets": tables.sets.sort_values("chosen", ascending=False, kind="stable").to_dict("records"),

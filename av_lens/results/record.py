@@ -171,6 +171,13 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return _frame(cells, name)
 
 
+def named_tables(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Part rows of named nodes: those of heads, and those of MLPs (head -1), which lose that column."""
+    heads = [row for row in rows if row["head"] >= 0]
+    mlps = [{name: value for name, value in row.items() if name != "head"} for row in rows if row["head"] < 0]
+    return {"heads": heads, "mlps": mlps}
+
+
 def _frame(cells: dict[str, list[Any]], name: str) -> pd.DataFrame:
     kinds = TABLES[name]
     return pd.DataFrame({column: pd.Series(held, dtype=_KINDS[kinds[column]][0]) for column, held in cells.items()})
@@ -283,14 +290,19 @@ class Isolation(Brief):
             raise InputError(unknown("role", strange[0], roles))
 
     @property
+    def nodes(self) -> pd.DataFrame:
+        """All that is named in one table: `heads`, and after them `mlps` with head -1."""
+        if not len(self.mlps):
+            return self.heads
+        return pd.concat([self.heads, self.mlps.assign(head=-1)], ignore_index=True)[list(self.heads.columns)]
+
+    @property
     def suppressors(self) -> pd.DataFrame:
         """What is confirmed to keep the sound from being said: writers, opponents, gates, kind undetermined.
 
         Heads, and after them MLPs, with head -1.
         """
-        nodes: Any = self.heads
-        if len(self.mlps):
-            nodes = pd.concat([nodes, self.mlps.assign(head=-1)], ignore_index=True)[list(nodes.columns)]
+        nodes: Any = self.nodes
         return nodes[nodes["role"].isin((*RELEASING, *MIRRORED_SUPPRESSORS)) & nodes["confirmed"]]
 
     def grid(

@@ -182,7 +182,7 @@ def test_a_second_search_over_the_same_store_runs_nothing(tmp_path):
 # The threshold of other models: protocol section 5.
 
 
-def test_the_null_is_the_99th_percentile_over_heads_of_the_largest_release_under_control():
+def test_the_null_is_the_99th_percentile_over_nodes_of_the_largest_release_under_control():
     class Distracted(FakeModel):
         """Asked for the colour, head L1H2 says the picture's answer, from the picture and always on: 5."""
 
@@ -201,7 +201,8 @@ def test_the_null_is_the_99th_percentile_over_heads_of_the_largest_release_under
     # Under control L1H1 writes 8 and L1H2 5 to the picture's answer, all other heads nothing.
     largest = np.array([0.0] * 13 + [5.0, 8.0])
     assert found == pytest.approx(np.percentile(largest, 99) / 7, abs=1e-4)
-    assert null_share(benched(ModelEngine(FakeModel(noise=0.0))).chunks(range(N)), np.arange(N), np.full(N, 7.0)) > 1
+    plain = benched(ModelEngine(FakeModel(noise=0.0))).chunks(range(N))
+    assert null_share(plain, np.arange(N), np.full(N, 7.0)) == pytest.approx(0.86 * 8 / 7, abs=1e-4)  # of 15 nodes
 
 
 # The family of tests: protocol section 7.

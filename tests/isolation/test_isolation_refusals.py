@@ -179,9 +179,9 @@ class TestSection7:
         found, lines = found_and_told
         power = found.protocol["power"]
         assert power["discovery_components"] == 22
-        # (z(1 - .05 / 132) + z(.8)) / sqrt(22) = (3.37 + 0.84) / 4.69
-        assert power["smallest_effect_in_sd"] == pytest.approx(0.90, abs=0.005)
-        assert lines[0].startswith("Power: 22 components on discovery and 132 tests find, four times in five, a rel")
+        # (z(1 - .05 / 195) + z(.8)) / sqrt(22) = (3.47 + 0.84) / 4.69
+        assert power["smallest_effect_in_sd"] == pytest.approx(0.92, abs=0.005)
+        assert lines[0].startswith("Power: 22 components on discovery and 195 tests find, four times in five, a rel")
 
     def test_no_power_is_said_too(self):
         few = [

@@ -68,9 +68,9 @@ def test_heads_attend_to_what_they_were_made_to_read(micro):
 def test_writes_are_parted_by_what_is_read(micro):
     painter, mixer = card.writes(micro, [PAINTER, MIXER])["writes"][0]
     # In va the painter writes OUT += p = -1: "a" falls by 1, "v" rises by 1; centred over the two answers.
-    near(painter, [[-1, 1, -2], [0, 0, 0], [0, 0, 0], [-1, 1, -2], [0, 0, 0]])
+    near(painter, [[-1, 1, -2], [0, 0, 0], [0, 0, 0], [-1, 1, -2], [0, 0, 0], [-1, 1, -2]])  # last: all of it
     # The mixer's half from the picture cancels its half from the sound; a whole unit of either is twice as much.
-    near(mixer, [[-1, 1, -2], [1, -1, 2], [0, 0, 0], [-2, 2, -4], [2, -2, 4]])
+    near(mixer, [[-1, 1, -2], [1, -1, 2], [0, 0, 0], [-2, 2, -4], [2, -2, 4], [0, 0, 0]])
 
 
 def test_what_a_gate_shuts_is_driven_by_its_queries(micro):

@@ -56,9 +56,11 @@ def test_the_set_is_the_mlp_and_is_compared_with_mlps_and_subsets_of_heads(fed):
     (chosen,) = fed.sets[fed.sets["chosen"]].to_dict("records")
     assert chosen["members"] == "MLP 1"
     assert "the pool was widened to an MLP's subsets of one layer's heads" in chosen["flags"]
-    assert chosen["confirmed"]
-    assert chosen["p_random"] <= 0.05
-    assert fed.plan().edits[0].site.component == "mlp_out"
+    # Two other MLPs and, of four heads, the threes of each of three layers, which write most: 14 sets.
+    assert (chosen["random_n"], chosen["p_random"]) == (14, pytest.approx(1 / 15))
+    assert "larger than all 14 sets there are: too few to test" in chosen["flags"]
+    assert not chosen["confirmed"]
+    assert {edit.site.component for edit in fed.plan()} == {"mlp_out"}
     assert fed.repair.query("quantity == 'C'")["after"].item() == pytest.approx(6.5, abs=0.2)
 
 
@@ -84,8 +86,8 @@ def test_the_first_edition_has_heads_alone():
 def test_a_planted_mlp_is_named_and_no_head_is(seed, tmp_path):
     staged = list(read_conflicts(stage(tmp_path / "staged", conflicts=132, seed=seed, split="test")))
     model = avl.load("av-tiny-balanced")
-    plant_mlp(model, staged[120:], strength=3.0)
-    found = avl.isolate(model, staged[:120], quick=True, named_only=True)
+    plant_mlp(model, staged[120:], strength=8.0)
+    found = avl.isolate(model, staged[:120], quick=True, named_only=True, gate="report")
     assert found.mlps.loc[found.mlps["role"].isin(RELEASING), "layer"].tolist() == [LAYER]
     assert f"MLP {LAYER}" in found.verdict
     assert not len(found.heads[found.heads["role"].isin(RELEASING)])

@@ -33,7 +33,7 @@ def searched():
     boot = Bootstrap.draw(range(24), clips, clips, seed=0)
     G, C = np.full(24, 7.0), np.full(24, -4.0)
     half = Half("discovery", np.arange(24), list(range(24)), boot, G, C)
-    found = evidence.search(bench, half, s=0.1, floor=None, sites=("suffix",), seed=0)
+    found = evidence.search(bench, half, s=0.1, floor=None, sites=("suffix",), seed=0, family=12 * 14 + 3 * 9)
     return Known(bench, half, half, found, Held({}))
 
 

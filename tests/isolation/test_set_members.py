@@ -111,7 +111,7 @@ def test_where_nothing_is_found_the_verdict_says_above_what_and_with_what_power(
     assert found.sets.empty
     assert found.members.empty
     assert not len(found.suppressors)
-    none = "What the search would have named at suffix: no head as a suppressor above 0.10 of G. The largest single rel"
+    none = "What the search would have named at suffix: no head or MLP as a suppressor above 0.10 of G."
     assert none in found.verdict
     assert "find with 80% power" in found.verdict
     assert "of heads that stand in for each other this says nothing." in found.verdict  # no gap, so no pairs

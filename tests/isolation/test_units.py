@@ -146,7 +146,11 @@ def test_a_group_is_the_joint_edit_of_its_heads(model, conflicts):
 
 def test_k_and_v_of_a_group_by_hooks_of_ones_own(model, conflicts):
     engine = ModelEngine(model)
-    unit = next(unit for unit in units_of(engine) if (unit.kind, unit.layer, unit.index) == ("kv group", 1, 0))
+    unit = next(
+        unit
+        for unit in units_of(bench_of(model, conflicts))
+        if (unit.kind, unit.layer, unit.index) == ("kv group", 1, 0)
+    )
     found = measured(engine, conflicts[:1], [unit], ASKED[3:4])[0, 0, 0]
     candidates = Candidates.of(conflicts[:1], model.tokenizer)
     changes = []

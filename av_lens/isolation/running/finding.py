@@ -15,7 +15,6 @@ import numpy as np
 from av_lens.isolation.explaining.knowledge import Known
 from av_lens.isolation.measuring.behaviour import rows_of
 from av_lens.isolation.measuring.effects import DLA, ESTIMANDS, FIRST_RELEASE, donor_of
-from av_lens.isolation.measuring.engine import MLP
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import NEITHER, UNREAD
 from av_lens.isolation.naming.evidence import Searched, SiteEvidence
@@ -34,7 +33,7 @@ from av_lens.isolation.sets.confirmation import CONFIRMED, NOT_REPLICATED, Held
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
 from av_lens.results.exchanged import exchanged_key, exchanged_rows
 from av_lens.results.provenance import stamp
-from av_lens.results.record import FEEDER, RELEASING, Isolation, table
+from av_lens.results.record import FEEDER, RELEASING, Isolation, named_tables, table
 
 WOULD_HOLD = "would hold"
 """The status of what would be confirmed, past a refusal."""
@@ -74,18 +73,14 @@ def finding(
 ) -> Isolation:
     """Write down what a run found, as far as it went."""
     engine, tables = run.bench.engine, dict[str, Any](more[0])
-    units = [half.boot.unit for half in run.both]
-    inference = {half.name: rules_of(half) for half in run.both}
+    units, inference = [half.boot.unit for half in run.both], {half.name: rules_of(half) for half in run.both}
     arrays = {f"{half.name}/{name}": getattr(half, name) for half in run.both for name in ("G", "C")} | more[1]
     if known is not None:
         sides = ((DISCOVERY, known.searched), (CONFIRMATION, known.held))
         sites = [(half, site) for half, found in sides for site in found.sites.values()]
         arrays |= {f"{half}/{key}": values for half, site in sites for key, values in site.arrays().items()}
         evidence = [row for half, site in sites for row in site.rows(half)]
-        rows = head_rows(known.searched, known.held)
-        heads, mlps = ([row for row in rows if (row["head"] == MLP) is apart] for apart in (False, True))
-        tables |= known.held.tables | {"heads": heads, "evidence": evidence}
-        tables["mlps"] = [{name: value for name, value in row.items() if name != "head"} for row in mlps]
+        tables |= known.held.tables | named_tables(head_rows(known.searched, known.held)) | {"evidence": evidence}
     tables |= {"behaviour": behaviour_rows(run), "conflicts": conflict_rows(run)}
     sentence = " ".join(part for part in (sentence, cut_sentence(tables["conflicts"])) if part)
     for row in (row for name in ("heads", "mlps", "members", "sets") for row in tables.get(name, ())):
@@ -211,10 +206,9 @@ def _figures(evidence: Evidence, row: Named, key: tuple[str, str], prefix: str) 
     out = half.bounded(effect, "effect", prefix) | {f"{prefix}share": share["share"]} | ({} if prefix else share)
     if key[0] == "release":
         direct, write, first = (evidence[name, row.donor][at] for name in ("direct", "write", FIRST_RELEASE))
-        out[f"{prefix}direct_share"] = shares = float(half.boot.ratio(direct, first).value)
-        if not prefix:
-            out["write_share"] = float(half.boot.ratio(write, first).value)
-            out["mlp_share"] = shares - out["write_share"]
+        shares = [float(half.boot.ratio(one, first).value) for one in (direct, write)]
+        out |= {"write_share": shares[1], "mlp_share": shares[0] - shares[1]} if not prefix else {}
+        out[f"{prefix}direct_share"] = shares[0]
     return out
 
 

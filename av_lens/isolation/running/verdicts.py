@@ -66,7 +66,7 @@ def verdict(run: Run, gap_kind: str, gap_sentence: str, known: Known) -> tuple[s
     parts += [gap_sentence, *_named_sentences(run, known)]
     counts = counts_above(known)
     shares, heads = ", ".join(f"{share:.2f}" for share in counts), ", ".join(map(str, counts.values()))
-    parts.append(f"Heads whose largest single release on discovery is above {shares} of G: {heads}.")
+    parts.append(f"Heads and MLPs whose largest single release on discovery is above {shares} of G: {heads}.")
     chosen = [row for row in held.tables["sets"] if row["chosen"]]
     parts += [_set_sentence(row, gap, refused=refused) for row in chosen]
     if any(one.role in RELEASING for one in held.roles):

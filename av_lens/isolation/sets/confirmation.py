@@ -113,7 +113,10 @@ def confirm_all(
         if heads:
             again = gather(chunks[site], half, sorted(heads), site=site, s=s, family=family, seed=seed + 1)
             if mlps := searched.mlps.get(site):
-                again.evidence = hold(chunks[site], again.evidence, mlps, dict.fromkeys(PRIMARY_DONORS, sorted(heads)))
+                here = (row for row in searched.named if row.site == site)
+                released = {row.at for row in here if row.role in (*RELEASING, FEEDER)}
+                by_donor = dict.fromkeys(PRIMARY_DONORS, sorted(released))
+                again.evidence = hold(chunks[site], again.evidence, mlps, by_donor)
                 again.tests = run_tests(again.evidence, s=s, family=family, seed=seed + 1)
             held.sites[site] = again
     if built is not None:
