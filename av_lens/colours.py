@@ -37,6 +37,7 @@ HEAD_COLOURS = {
     "picture writer": PICTURE,
     "sound opponent": AMBER,
     "gate": PURPLE,
+    "suppresses while encoding": GREY,
     "silenced carrier": GREEN,
     "sound carrier": SOUND,
 }

@@ -168,7 +168,9 @@ class FakeModel:
         self.config = SimpleNamespace(to_dict=dict)
         self.provenance: dict[str, Any] = {}
         self.hook_dict = dict.fromkeys(
-            hook_name(name, layer) for name in ("z", "k", "v", "mlp_out", "resid_post") for layer in range(N_LAYERS)
+            hook_name(name, layer)
+            for name in ("z", "k", "v", "attn_out", "mlp_out", "resid_post")
+            for layer in range(N_LAYERS)
         )
         self.runs = 0
         self.known: dict[Shown, torch.Tensor] = {}
@@ -181,7 +183,8 @@ class FakeModel:
 
     def trace(self, x: AVInputs) -> Trace:
         none = torch.zeros(0)
-        return Trace(self, x, (), (), (), (none, none), None, "a model on paper has no layers that restart")
+        stream = (torch.zeros(len(x), 1, 1),)  # gradients ask for its kind alone
+        return Trace(self, x, stream, (), (), (none, none), None, "a model on paper has no layers that restart")
 
     def _noise(self, one: Shown) -> torch.Tensor:
         words = (one.noise, len(one.question), 99 if one.picture is None else one.picture)
@@ -232,6 +235,7 @@ class FakeModel:
         own = torch.stack([self._heads(one) for one in examples], dim=1)[:, :, None].repeat(1, 1, len(SPANS), 1, 1)
         z: list[torch.Tensor] = []
         mlps: list[torch.Tensor] = []
+        held = torch.zeros(())
         for layer in range(N_LAYERS):
             here = own[layer]
             if layer == 1:
@@ -242,8 +246,10 @@ class FakeModel:
             for name in ("k", "v"):  # nothing comes of them
                 passed(hook_name(name, layer), torch.zeros(*here.shape[:2], 2, here.shape[-1]))
             z.append(passed(hook_name("z", layer), here))
+            written = z[-1].sum(2) @ self.W_O[0, 0]
+            held = held + (passed(hook_name("attn_out", layer), written) - written)  # 0 where nothing is held
             mlps.append(passed(hook_name("mlp_out", layer), self._mlp(layer, z, examples)))
-        stream = passed(hook_name("resid_post", N_LAYERS - 1), self._stream(torch.stack(z)) + sum(mlps))
+        stream = passed(hook_name("resid_post", N_LAYERS - 1), self._stream(torch.stack(z)) + sum(mlps) + held)
         return self.ln_final.original_component(passed("unembed.hook_in", stream)) @ self.W_U
 
 

@@ -31,6 +31,7 @@ from av_lens.inputs.conflict import ClipKeys
 from av_lens.inputs.model_inputs import shared
 from av_lens.interventions import Plan
 from av_lens.isolation.measuring.engine import (
+    ENCODING_SITES,
     MEANS,
     MEDIA_SITES,
     MIRROR,
@@ -170,6 +171,16 @@ class Chunk:
             stack = self.inputs(cell, question)
             self._runs[key] = self.bench.engine.record(stack, self.bench.positions(stack, self.site))
         return self._runs[key]
+
+    @property
+    def encoding(self) -> bool:
+        """Whether the site is where sound or picture are encoded: other roles are told there, by two donors."""
+        return self.bench.mlps and self.site in ENCODING_SITES
+
+    def taken(self, examples: Sequence[int]) -> list[Chunk]:
+        """Make a stack of those of its conflicts that are among some, if any are."""
+        mine = self.examples[np.isin(self.examples, examples)]
+        return [Chunk(self.bench, mine, self.site, self.means)] if len(mine) else []
 
     @property
     def ids(self) -> list[str]:

@@ -40,7 +40,7 @@ from av_lens.results.dealing import CONFIRMATION, DISCOVERY
 from av_lens.results.dyadic import SOURCE, Dyadic
 from av_lens.results.power import FEWEST_PILOTS, conflicts_needed
 from av_lens.results.provenance import stamp
-from av_lens.results.record import FEEDER, RELEASING, Isolation, table
+from av_lens.results.record import ENCODER, ENCODING, FEEDER, RELEASING, Isolation, table
 
 UNSPECIFIC = {
     "not specific": "Not specific (harm of 5 points is not excluded)",
@@ -104,7 +104,8 @@ def _by_role(rows: Sequence[Named]) -> str:
     listed: list[str] = []
     for role in RELEASING:
         heads = list(dict.fromkeys(row.at for row in rows if row.role == role))
-        words = "kind undetermined" if role == "undetermined" else f"{role}s" if len(heads) > 1 else role
+        several = role not in ("undetermined", ENCODING) and len(heads) > 1
+        words = f"{role}s" if several else {"undetermined": "kind undetermined"}.get(role, role)
         listed += [f"{words} {head_names(heads)}"] if heads else []
     return "; ".join(listed)
 
@@ -390,7 +391,7 @@ def _side_by_side(site: SiteEvidence, row: Named) -> dict[str, Any]:
 
 def _flags(row: Named, searched: Searched, held: Held) -> str:
     """Mark a suppressor that zero alone finds (its output is the same in every cell), and a role that did not hold."""
-    if row.role not in (*RELEASING, FEEDER):
+    if row.role not in (*RELEASING, FEEDER, ENCODER):
         return ""
     words = [told] if (told := held.words.get(row)) else []
     words += [f"through MLP {row.through}"] if row.through >= 0 else []
