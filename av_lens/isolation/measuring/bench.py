@@ -177,7 +177,7 @@ class Chunk:
         """Whether the site is where sound or picture are encoded: other roles are told there, by two donors."""
         return self.bench.mlps and self.site in ENCODING_SITES
 
-    def taken(self, examples: Sequence[int]) -> list[Chunk]:
+    def taken(self, examples: Int[np.ndarray, " example"]) -> list[Chunk]:
         """Make a stack of those of its conflicts that are among some, if any are."""
         mine = self.examples[np.isin(self.examples, examples)]
         return [Chunk(self.bench, mine, self.site, self.means)] if len(mine) else []

@@ -1,9 +1,9 @@
 """Which of more than 64 nodes are worth measuring? A screen by gradients on discovery; protocol section 6.
 
 A guess at an effect is (donor's output - own output) . gradient of M, summed over the site's positions and mirrored as
-every effect is. Of each conflict, from one backward pass in a cell and its mirror:
+every effect is. Of each conflict, by backward passes in a cell and its mirror:
 
-1. *AtP star* of C by each primary donor that the site has, the largest of the means over conflicts: 48 places. The plain
+1. AtP* of C by each primary donor that the site has, the largest of the means over conflicts: 48 places. The plain
    guess gives the sign; its size is the mean over layers of the guesses with that layer's gradient dropped (GradDrop),
    the node's own layer left out. Of AtP* (Kramár et al. 2024) this is all that applies to a head's z and an MLP's
    output: replacing them leaves the layer's own softmax as it is, so that the fix for queries and keys (which is
