@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -20,12 +21,20 @@ N, DELTA = 44, 0.7
 GATE, WRITER, OPPONENT, CARRIERS = (0, 1), (2, 0), (2, 1), {(0, 0), (1, 0)}
 
 
-@pytest.fixture
-def few(monkeypatch):
+@contextmanager
+def small_limits():
     """Measure 8 of the 15 nodes: 5 by AtP*, 3 by what carriers are told by."""
-    for module, name, value in ((roles, "ALL_NODES", 8), (screen, "ALL_NODES", 8), (screen, "BY_ATP", 5)):
-        monkeypatch.setattr(module, name, value)
-    monkeypatch.setattr(screen, "BY_CARRYING", 3)
+    with pytest.MonkeyPatch.context() as patched:
+        for module, name, value in ((roles, "ALL_NODES", 8), (screen, "ALL_NODES", 8), (screen, "BY_ATP", 5)):
+            patched.setattr(module, name, value)
+        patched.setattr(screen, "BY_CARRYING", 3)
+        yield
+
+
+@pytest.fixture
+def few():
+    with small_limits():
+        yield
 
 
 def chunks_of(model, n=16, site="suffix"):
@@ -78,12 +87,13 @@ def test_a_stack_whose_gradients_do_not_fit_is_halved(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole():
-    return isolated(FakeModel(), fake_conflicts(N), s=0.1)
+    return isolated(FakeModel(), fake_conflicts(N), s=0.1, named_only=True)
 
 
-@pytest.fixture
-def found(few):
-    return isolated(FakeModel(), fake_conflicts(N), s=0.1)
+@pytest.fixture(scope="module")
+def found():
+    with small_limits():
+        return isolated(FakeModel(), fake_conflicts(N), s=0.1, named_only=True)
 
 
 def test_the_exact_figures_and_the_family_are_those_of_a_run_without_a_screen(whole, found):
@@ -107,16 +117,12 @@ def test_the_exact_figures_and_the_family_are_those_of_a_run_without_a_screen(wh
     assert (suppress[1]["p_maxt"] < suppress[0]["p_maxt"]).all()
 
 
-def test_the_reasons_say_what_was_not_measured_and_what_power_it_costs(found):
+def test_the_reasons_say_what_was_not_measured_and_what_power_it_costs(found, whole):
     (note,) = [one for one in found.reasons if "screen" in one]
     assert note.startswith("Of 15 nodes a screen by gradients chose 8 at suffix; the others were not measured")
     assert "Stopped early, as futile: 3 at 25% of discovery, 0 at 50% of discovery" in note
     assert "which is the power lost" in note
-    assert not any("screen" in one for one in whole_reasons())
-
-
-def whole_reasons():
-    return isolated(FakeModel(), fake_conflicts(N), s=0.1, quick=True, named_only=True, protocol="1").reasons
+    assert not any("screen" in one for one in whole.reasons)
 
 
 def test_members_tell_which_guess_chose_them(found):
@@ -138,7 +144,7 @@ def test_a_futile_node_keeps_the_figures_of_its_look_passes_nothing_and_stays_a_
     assert stopped & pairs
 
 
-def test_a_stopped_node_has_p_1_in_every_test(whole):
+def test_a_stopped_node_has_p_1_in_every_test():
     rng, n = np.random.default_rng(0), 30
     figures = {(one.name, one.donor): rng.normal(3, 1, (n, 2, 3)) for one in ESTIMANDS}
     half = roles.Half("discovery", np.arange(n), list(range(n)), _boot(n), np.ones(n), np.zeros(n))
@@ -213,5 +219,5 @@ def test_the_null_of_many_nodes_is_measured_on_drawn_ones(few):
 
 
 def test_decoding_is_no_site_of_the_search():
-    with pytest.raises(ProtocolError, match="'generated' is what decoding adds.*captions alone \\(captions=True\\)"):
+    with pytest.raises(ProtocolError, match=r"'generated' is what decoding adds.*captions alone \(captions=True\)"):
         isolated(FakeModel(), fake_conflicts(N), sites=("suffix", "generated"))

@@ -195,15 +195,12 @@ def pair_synergies(releases: SetReleases, candidates: Sequence[Node]) -> list[Sy
     return sorted(found, key=lambda pair: (-pair.synergy, pair.pair))
 
 
-def screened(screens: dict[str, Float[np.ndarray, "layer node"]], heads: Sequence[Node]) -> dict[Node, str]:
-    """Choose the candidates among all nodes."""
-    if len(heads) <= ALL_NODES:
+def screened(
+    screens: dict[str, Float[np.ndarray, "layer node"]], heads: Sequence[Node], *, most: int = ALL_NODES
+) -> dict[Node, str]:
+    """Choose those of best rank on any screen; all, where they are not too many."""
+    if len(heads) <= most:
         return dict.fromkeys(heads, "all heads and MLPs" if any(head == MLP for _, head in heads) else "all heads")
-    return best_ranked(screens, heads)
-
-
-def best_ranked(screens: dict[str, Float[np.ndarray, "layer node"]], heads: Sequence[Node]) -> dict[Node, str]:
-    """Choose those of best rank on any screen."""
     best: dict[Node, tuple[int, str]] = {}
     for name, by_head in screens.items():
         order = sorted(heads, key=lambda head: (-np.nan_to_num(by_head[head], nan=-np.inf), head))
@@ -220,7 +217,7 @@ def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False
     screens = _screens(site)
     out = SearchedSets(screens=site.screens or screened(screens, found.nodes), quick=quick)
     candidates, progress = sorted(out.screens), site.chunks[0].bench.progress
-    paired = sorted(best_ranked(screens, candidates)) if site.screens else candidates
+    paired = sorted(screened(screens, candidates, most=SCREENED)) if site.screens else candidates
     for donor, release in found.by_donor("release").items():
         if np.isnan(release).all():
             continue
@@ -341,8 +338,7 @@ def _cell_scores(
         edited = engine.record_edited(run, chunk.z(cell, others, built.donor, question)) if others else run
         before[0, j] = chunk.scores(chunk.own(edited))
         given = [chunk.z(cell, [head], one.donor, question) for one in wanted]
-        both = zip(given, wanted, strict=True)
-        plans = [edited.plan(values, freeze=one.freeze, mlps=one.mlps) for values, one in both]
+        plans = [edited.plan(z, freeze=one.freeze, mlps=one.mlps) for z, one in zip(given, wanted, strict=True)]
         for r, again in enumerate(chunk.changed(edited, plans)):
             after[0, r, j] = chunk.scores(again)
     chunk.drop_traces(cell, question=question)
