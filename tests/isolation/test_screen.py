@@ -60,12 +60,19 @@ def test_guesses_are_first_order_effects_and_atp_star_averages_what_passes_each_
 
 def test_suppressors_come_by_atp_star_and_carriers_fill_up(few):
     chosen = screen.screen(chunks_of(FakeModel()), np.arange(16))
-    assert list(chosen)[:3] == [WRITER, OPPONENT, GATE]
-    assert chosen[GATE] == "AtP* (rank 3)"
+    # By sign: 6, 2, 1.5, then 0; by size L0H0's -4 is second.
+    assert list(chosen.items())[:4] == [
+        (WRITER, "AtP* (rank 1)"), ((0, 0), "size of AtP* (rank 2)"), (OPPONENT, "AtP* (rank 2)"),
+        (GATE, "AtP* (rank 3)")]  # fmt: skip
     assert len(chosen) == 8
-    assert set(list(chosen)[5:]) > CARRIERS
-    assert chosen[0, 0] == "guess of carries (rank 1)"
+    assert chosen[1, 0] == "guess of carries (rank 2)"
     assert all(head != MLP for _, head in list(chosen)[5:])
+
+
+def test_the_best_rank_on_any_screen_counts_and_ties_go_by_layer_and_head():
+    one, two = np.array([[5.0, 1.0, np.nan]]), np.array([[0.0, 9.0, 3.0]])
+    ranked = screen.best_ranked({"one": one, "two": two}, [(0, 0), (0, 1), (0, 2)])
+    assert list(ranked.items()) == [((0, 0), "one (rank 1)"), ((0, 1), "two (rank 1)"), ((0, 2), "two (rank 2)")]
 
 
 def test_a_stack_whose_gradients_do_not_fit_is_halved(monkeypatch):
@@ -87,7 +94,7 @@ def test_a_stack_whose_gradients_do_not_fit_is_halved(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole():
-    return isolated(FakeModel(), fake_conflicts(N), s=0.1, named_only=True)
+    return isolated(FakeModel(), fake_conflicts(N), s=0.1, quick=True, named_only=True)
 
 
 @pytest.fixture(scope="module")

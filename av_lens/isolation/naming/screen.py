@@ -3,12 +3,13 @@
 A guess at an effect is (donor's output - own output) . gradient of M, summed over the site's positions and mirrored as
 every effect is. Of each conflict, by backward passes in a cell and its mirror:
 
-1. AtP* of C by each primary donor that the site has, the largest of the means over conflicts: 48 places. The plain
-   guess gives the sign; its size is the mean over layers of the guesses with that layer's gradient dropped (GradDrop),
-   the node's own layer left out. Of AtP* (Kramár et al. 2024) this is all that applies to a head's z and an MLP's
-   output: replacing them leaves the layer's own softmax as it is, so that the fix for queries and keys (which is
-   `methods.gradients`') has nothing to mend. The paper averages sizes; here the sign stands, since a suppressor is a
-   node whose edit gives hearing *back*.
+1. AtP* of C by each primary donor that the site has: 48 places, by the better rank on the largest signed mean over
+   conflicts or on the largest mean size. A conflict's size is the mean over layers of the sizes of its guesses with
+   that layer's gradient dropped (GradDrop), the node's own layer left out; its sign is the plain guess's. Of AtP*
+   (Kramár et al. 2024) this is all that applies to a head's z and an MLP's output: replacing them leaves the layer's
+   own softmax as it is, so that the fix for queries and keys (which is `methods.gradients`') has nothing to mend. The
+   protocol ranks by the sign alone; of gates that stand in for each other, which are shut, the gradient's sign is
+   wrong, and that ranking puts them last of all nodes (a slow test shows both).
 2. Plain guesses of carries (the fall of G by `blank_muted`) and silenced (the effect on C by `blank_a` less that by
    `blank_muted`), by the better rank on either, among heads that have no place yet: 16 places (MLPs are no carriers).
 
@@ -57,20 +58,27 @@ def screen(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]) -> di
     """Choose the nodes that are measured, best first, each with the guess and the rank that chose it."""
     stage, bench = f"first guesses at {chunks[0].site}", chunks[0].bench
     found = gathered(chunks, examples, "first guesses", {}, _guessed, stage)
-    means = {name: head_means(values) for name, values in found.items()}
-    releases = [means.pop(donor) for donor in PRIMARY_DONORS if donor in means]
-    by_atp = _ranked(np.fmax.reduce(releases), bench.nodes)
-    out = {node: f"AtP* (rank {rank + 1})" for rank, node in enumerate(by_atp[:BY_ATP])}
+    signed, sizes = (
+        np.fmax.reduce([head_means(of(found[donor])) for donor in PRIMARY_DONORS if donor in found])
+        for of in (np.asarray, np.abs)
+    )
+    out = dict(list(best_ranked({"AtP*": signed, "size of AtP*": sizes}, bench.nodes).items())[:BY_ATP])
+    guesses = {f"guess of {name}": head_means(found[name]) for name in (CARRIES, SILENCED)}
     heads = [node for node in bench.nodes if node[1] != MLP]
-    ranks = {name: {node: rank for rank, node in enumerate(_ranked(mean, heads))} for name, mean in means.items()}
-    best = {node: min((of[node], name) for name, of in ranks.items()) for node in heads}
-    rest = sorted((node for node in heads if node not in out), key=lambda node: (best[node], node))
-    names = {node: f"guess of {name} (rank {rank + 1})" for node, (rank, name) in best.items()}
-    return out | {node: names[node] for node in rest[: min(BY_CARRYING, ALL_NODES - len(out))]}
+    rest = [one for one in best_ranked(guesses, heads).items() if one[0] not in out]
+    return out | dict(rest[: min(BY_CARRYING, ALL_NODES - len(out))])
 
 
-def _ranked(mean: Float[np.ndarray, "layer node"], nodes: Sequence[Node]) -> list[Node]:
-    return sorted(nodes, key=lambda node: (-np.nan_to_num(mean[node], nan=-np.inf), node))
+def best_ranked(screens: Mapping[str, Float[np.ndarray, "layer node"]], nodes: Sequence[Node]) -> dict[Node, str]:
+    """Order nodes by their best rank on any screen, ties by layer and head; each with that screen and its rank."""
+    best: dict[Node, tuple[int, str]] = {}
+    for name, by_node in screens.items():
+        order = sorted(nodes, key=lambda node: (-np.nan_to_num(by_node[node], nan=-np.inf), node))
+        for rank, node in enumerate(order):
+            if node not in best or rank < best[node][0]:
+                best[node] = (rank, name)
+    ordered = sorted(nodes, key=lambda node: (best[node][0], node))
+    return {node: f"{best[node][1]} (rank {best[node][0] + 1})" for node in ordered}
 
 
 def _guessed(chunk: Chunk) -> Guesses:

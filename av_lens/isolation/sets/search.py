@@ -69,6 +69,7 @@ from av_lens.isolation.naming.roles import (
     run_tests,
     suppressor_role,
 )
+from av_lens.isolation.naming.screen import best_ranked
 from av_lens.isolation.sets.sets import BuiltSet, Members, SetReleases, Tick, cumulative, head_names
 
 SCREENED = 40
@@ -201,14 +202,7 @@ def screened(
     """Choose those of best rank on any screen; all, where they are not too many."""
     if len(heads) <= most:
         return dict.fromkeys(heads, "all heads and MLPs" if any(head == MLP for _, head in heads) else "all heads")
-    best: dict[Node, tuple[int, str]] = {}
-    for name, by_head in screens.items():
-        order = sorted(heads, key=lambda head: (-np.nan_to_num(by_head[head], nan=-np.inf), head))
-        for rank, head in enumerate(order):
-            if head not in best or rank < best[head][0]:
-                best[head] = (rank, name)
-    chosen = sorted(heads, key=lambda head: (best[head][0], head))[:SCREENED]
-    return {head: f"{best[head][1]} (rank {best[head][0] + 1})" for head in sorted(chosen)}
+    return dict(sorted(list(best_ranked(screens, heads).items())[:SCREENED]))
 
 
 def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False) -> SearchedSets:
