@@ -131,7 +131,7 @@ def gather_screened(
 ) -> tuple[SiteEvidence, str]:
     """Choose nodes by a screen, measure them in looks, and say how many stopped early."""
     bench, stopped, told = chunks[0].bench, list[Node](), list[str]()
-    screens = screen.screen(chunks, half.examples)
+    screens = screen.screen(screen.guesses(chunks, half.examples), bench.nodes)
     ids = [str(bench.conflicts[int(i)].id) for i in half.examples]
     parts = screen.looks_of(half.examples, ids, seed)
     found = Evidence({}, half, bench.mlps, chunks[0].encoding)

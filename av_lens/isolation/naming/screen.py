@@ -54,17 +54,21 @@ CARRIES, SILENCED = "carries", "silenced"
 Guesses = dict[str, Float[np.ndarray, "batch layer node"]]
 
 
-def screen(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]) -> dict[Node, str]:
+def guesses(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]) -> Guesses:
+    """Guess every node's effects on all conflicts: AtP* by donor, and what carriers are told by."""
+    stage = f"first guesses at {chunks[0].site}"
+    return gathered(chunks, examples, "first guesses", {}, _guessed, stage)
+
+
+def screen(found: Guesses, nodes: Sequence[Node]) -> dict[Node, str]:
     """Choose the nodes that are measured, best first, each with the guess and the rank that chose it."""
-    stage, bench = f"first guesses at {chunks[0].site}", chunks[0].bench
-    found = gathered(chunks, examples, "first guesses", {}, _guessed, stage)
     signed, sizes = (
         np.fmax.reduce([head_means(of(found[donor])) for donor in PRIMARY_DONORS if donor in found])
         for of in (np.asarray, np.abs)
     )
-    out = dict(list(best_ranked({"AtP*": signed, "size of AtP*": sizes}, bench.nodes).items())[:BY_ATP])
+    out = dict(list(best_ranked({"AtP*": signed, "size of AtP*": sizes}, nodes).items())[:BY_ATP])
     guesses = {f"guess of {name}": head_means(found[name]) for name in (CARRIES, SILENCED)}
-    heads = [node for node in bench.nodes if node[1] != MLP]
+    heads = [node for node in nodes if node[1] != MLP]
     rest = [one for one in best_ranked(guesses, heads).items() if one[0] not in out]
     return out | dict(rest[: min(BY_CARRYING, ALL_NODES - len(out))])
 
@@ -82,7 +86,7 @@ def best_ranked(screens: Mapping[str, Float[np.ndarray, "layer node"]], nodes: S
 
 
 def _guessed(chunk: Chunk) -> Guesses:
-    """Guess one stack: AtP* by donor, and the plain guesses of what carriers are told by."""
+    """Guess one stack."""
     donors = [donor for donor in PRIMARY_DONORS if chunk.has(donor)]
     try:
         on_c = _guesses(chunk, "va", [*donors, "blank_a"], drop=True)
