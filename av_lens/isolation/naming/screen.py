@@ -62,10 +62,9 @@ def guesses(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]) -> G
 
 def screen(found: Guesses, nodes: Sequence[Node]) -> dict[Node, str]:
     """Choose the nodes that are measured, best first, each with the guess and the rank that chose it."""
-    signed, sizes = (
-        np.fmax.reduce([head_means(of(found[donor])) for donor in PRIMARY_DONORS if donor in found])
-        for of in (np.asarray, np.abs)
-    )
+    stars = [found[donor] for donor in PRIMARY_DONORS if donor in found]
+    signed = np.fmax.reduce([head_means(one) for one in stars])
+    sizes = np.fmax.reduce([head_means(np.abs(one)) for one in stars])
     out = dict(list(best_ranked({"AtP*": signed, "size of AtP*": sizes}, nodes).items())[:BY_ATP])
     guesses = {f"guess of {name}": head_means(found[name]) for name in (CARRIES, SILENCED)}
     heads = [node for node in nodes if node[1] != MLP]
