@@ -23,7 +23,7 @@ and of carries are all below delta. It has p = 1 and keeps its figures of that l
 `power_lost` bounds the chance that this loses a node which is found four times in five.
 
 Choices where the protocol is silent: of answers of several tokens the first is differentiated; a stack whose gradients
-do not fit into memory is halved; ties go by layer and head.
+take more than 8 GB is halved; ties go by layer and head.
 """
 
 from __future__ import annotations
@@ -91,8 +91,6 @@ def _guessed(chunk: Chunk) -> Guesses:
         on_c = _guesses(chunk, "va", [*donors, "blank_a"], drop=True)
         on_g = _guesses(chunk, "blank_a", ["blank_muted"], drop=False)
     except BudgetError:
-        if len(chunk.examples) == 1:
-            raise
         halves = np.array_split(chunk.examples, 2)
         parts = [_guessed(one) for half in halves for one in chunk.taken(half)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -118,9 +116,10 @@ def _guesses(
         later = list(range(trace.traits.restart(at[0], trace.spans.roles), len(trace.spans)))
         plans = [None, *(held_layers(engine.model, run.inputs, later) if drop else ())]
         moved = [{part: chunk.donor(cell, one, part=part) - run.at_site(part) for part in OUTPUTS} for one in donors]
+        budget = GRADIENT_GB if len(chunk.examples) > 1 else math.inf  # one conflict is no more to be parted
         out: list[np.ndarray] = []
         for plan in plans:
-            found = trace.gradients(sites, metric, plan=plan, budget_gb=GRADIENT_GB).gradient
+            found = trace.gradients(sites, metric, plan=plan, budget_gb=budget).gradient
             both = zip(OUTPUTS, (found[: len(layers)], found[len(layers) :]), strict=True)
             slopes = {part: torch.stack(listed) for part, listed in both}
             out.append(np.stack([_by_node(change, slopes) for change in moved]))
