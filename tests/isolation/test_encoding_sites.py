@@ -17,7 +17,7 @@ ENCODER, SUPPRESSOR = (0, 2), (0, 3)
 
 @pytest.fixture(scope="module")
 def found():
-    return isolated(EncodingModel(), fake_conflicts(N), s=0.1, sites=("video",), quick=True)
+    return isolated(EncodingModel(), fake_conflicts(N), s=0.1, sites=("video",), quick=True, named_only=True)
 
 
 def row(found, at):
