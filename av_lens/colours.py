@@ -38,6 +38,7 @@ HEAD_COLOURS = {
     "sound opponent": AMBER,
     "gate": PURPLE,
     "feeder": OLIVE,
+    "suppresses while encoding": GREY,
     "silenced carrier": GREEN,
     "sound carrier": SOUND,
 }

@@ -33,7 +33,7 @@ HowMany = Annotated[int, Option(help="How many conflicts; below 120 the report i
 DemoQuick = Annotated[bool, Option("--quick/--whole", help="Leave out robustness and pairs, or nothing.")]
 Out = Annotated[Path, Option(help="The folder for the report, the figures and the numbers.")]
 _GATE = Option(help="stop: end where there is nothing to explain; report: go on, stamp every page.")
-_SITES = Option(help="Where heads are edited: suffix, generation, audio, sinks; several by commas.")
+_SITES = Option(help="Where heads are edited: suffix, generation, audio, video, sinks; several by commas.")
 Limit = Annotated[int | None, Option(help="Use only the first so many conflicts of the manifest.")]
 Budget = Annotated[float | None, Option(help="Stop after so many minutes; the same command goes on from there.")]
 Quick = Annotated[bool, Option("--quick", help="Leave out robustness, and pairs where half of the gap is explained.")]

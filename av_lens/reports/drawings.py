@@ -183,7 +183,7 @@ def _release(found: Any) -> Drawing | None:
     if not len(rows):
         return None
     total = len(rows.drop_duplicates(["layer", "head"]))
-    figure = plots.release(found)
+    figure = plots.release(found, site=str(rows["site"].iloc[0]))
     shown = len(figure.layout.yaxis.tickvals)
     caption = (
         f"The {shown} of {total} heads and MLPs with the largest release. Release: how far hearing under conflict "

@@ -16,6 +16,8 @@ ROLE_MEANINGS = {
     "picture writer": "it reads the picture and writes the picture's answer over the sound",
     "sound opponent": "it reads the sound and writes against it",
     "gate": "it turns other heads away from the sound",
+    "suppresses while encoding": "edited while sound or picture are encoded, it lets the model hear, not see less",
+    "picture encoder": "editing it costs seeing at least half of what it gives hearing: it encodes the picture",
     "feeder": "it tells an MLP what is seen, and the MLP suppresses",
     "breaks": "editing it damages hearing as such; it does not suppress",
     "undetermined": "its release passes, but what kind it is cannot be told from these conflicts",

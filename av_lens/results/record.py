@@ -45,10 +45,11 @@ from av_lens.upstairs import upstairs
 from av_lens.whole_files import make_folder, read_arrays, write_whole
 
 SUPPRESSORS = ("picture writer", "sound opponent", "gate")
+ENCODING = "suppresses while encoding"
 # Nodes whose release passes and is no mere damage; the mechanism of the last is undetermined.
-RELEASING = (*SUPPRESSORS, "undetermined")
-FEEDER = "feeder"
-ROLE_NAMES = (*SUPPRESSORS, FEEDER, "breaks", "undetermined", "silenced carrier", "sound carrier")
+RELEASING = (*SUPPRESSORS, ENCODING, "undetermined")
+FEEDER, ENCODER = "feeder", "picture encoder"
+ROLE_NAMES = (*SUPPRESSORS, ENCODING, FEEDER, ENCODER, "breaks", "undetermined", "silenced carrier", "sound carrier")
 # Of the mirrored question (`isolate(suppressed="picture")`).
 MIRRORED_SUPPRESSORS, MIRRORED_CARRIER = ("sound writer", "picture opponent"), "picture carrier"
 

@@ -50,10 +50,12 @@ def test_behaviour_is_thirteen_cells_a_conflict():
 
 def test_effects_are_every_request_of_every_head_in_a_cell_and_its_mirror():
     work = works(SIZE)["effects"]
-    # On discovery all 4 heads, on confirmation the named ones: as many as av-tiny names, and no more than there are.
+    # On discovery all 4 heads (of many 64), on confirmation the named ones: as many as av-tiny names, or all.
     assert work.edits == 2 * len(cost.requests()) * (4 * 5 + 4 * 5)
     many = Size(conflicts=10, discovery=5, confirmation=5, heads=100, layers=2)
-    assert works(many)["effects"].edits == 2 * len(cost.requests()) * (100 * 5 + cost.NAMED * 5)
+    assert works(many)["effects"].edits == 2 * len(cost.requests()) * (64 * 5 + cost.NAMED * 5)
+    assert "screen" in works(many)
+    assert "screen" not in works(SIZE)
     two = Size(conflicts=10, discovery=5, confirmation=5, heads=4, layers=2, sites=2)
     assert works(two)["effects"].edits == 2 * work.edits
 

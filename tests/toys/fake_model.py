@@ -168,7 +168,9 @@ class FakeModel:
         self.config = SimpleNamespace(to_dict=dict)
         self.provenance: dict[str, Any] = {}
         self.hook_dict = dict.fromkeys(
-            hook_name(name, layer) for name in ("z", "k", "v", "mlp_out", "resid_post") for layer in range(N_LAYERS)
+            hook_name(name, layer)
+            for name in ("z", "k", "v", "attn_out", "mlp_out", "resid_post")
+            for layer in range(N_LAYERS)
         )
         self.runs = 0
         self.known: dict[Shown, torch.Tensor] = {}
@@ -181,7 +183,8 @@ class FakeModel:
 
     def trace(self, x: AVInputs) -> Trace:
         none = torch.zeros(0)
-        return Trace(self, x, (), (), (), (none, none), None, "a model on paper has no layers that restart")
+        stream = (torch.zeros(len(x), 1, 1),)  # gradients ask for its kind alone
+        return Trace(self, x, stream, (), (), (none, none), None, "a model on paper has no layers that restart")
 
     def _shown(self, x: AVInputs) -> list[Shown]:
         return Shown.of(x)
@@ -213,6 +216,9 @@ class FakeModel:
         """How far L1H0 is shut, from the heads' signals in the first layer, `[batch, head]`."""
         return signals[:, 1]
 
+    def _encode(self, layer: int, here: torch.Tensor, z: Sequence[torch.Tensor], examples: Sequence[Shown]) -> None:
+        """Let a layer's heads depend on what earlier ones hold at the picture's position."""
+
     def _mlp(self, layer: int, z: Sequence[torch.Tensor], examples: Sequence[Shown]) -> torch.Tensor:
         """What a layer's MLP writes, `[batch, pos, token]`, from every head's z up to its layer."""
         return torch.zeros(*z[0].shape[:2], self.spec.d_model)
@@ -235,8 +241,10 @@ class FakeModel:
         own = torch.stack([self._heads(one) for one in examples], dim=1)[:, :, None].repeat(1, 1, len(SPANS), 1, 1)
         z: list[torch.Tensor] = []
         mlps: list[torch.Tensor] = []
+        held = torch.zeros(())
         for layer in range(N_LAYERS):
             here = own[layer]
+            self._encode(layer, here, z, examples)
             if layer == 1:
                 shut = self._gate(z[0][:, -1, :, -1])
                 for b, one in enumerate(examples):
@@ -245,8 +253,10 @@ class FakeModel:
             for name in ("k", "v"):  # nothing comes of them
                 passed(hook_name(name, layer), torch.zeros(*here.shape[:2], 2, here.shape[-1]))
             z.append(passed(hook_name("z", layer), here))
+            written = z[-1].sum(2) @ self.W_O[0, 0]
+            held = held + (passed(hook_name("attn_out", layer), written) - written)  # 0 where nothing is held
             mlps.append(passed(hook_name("mlp_out", layer), self._mlp(layer, z, examples)))
-        stream = passed(hook_name("resid_post", N_LAYERS - 1), self._stream(torch.stack(z)) + sum(mlps))
+        stream = passed(hook_name("resid_post", N_LAYERS - 1), self._stream(torch.stack(z)) + sum(mlps) + held)
         return self.ln_final.original_component(passed("unembed.hook_in", stream)) @ self.W_U
 
 
@@ -275,6 +285,33 @@ class FedModel(FakeModel):
                 if one.question == "hear" and one.picture is not None:
                     out[b, :, one.picture] += 1
         return out
+
+
+class EncodingModel(FakeModel):
+    """What is seen is encoded at the picture's position, whatever is asked: all that see it read it there.
+
+    L0H2 holds onehot(picture) there: L2H0 writes 6 times that where the sound is asked for, L1H1 8 times where
+    something else is. L0H3 holds a signal there where there is a picture, which shuts L1H0. So G = 7, C = 4 - 6; at the
+    site `video` L0H2 releases 6 and costs seeing 8: a picture encoder; L0H3 releases 3 and costs it nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(writer=0.0, gate=0.0, opponent=0.0)
+
+    def _encode(self, layer: int, here: torch.Tensor, z: Sequence[torch.Tensor], examples: Sequence[Shown]) -> None:
+        classes = slice(self.n_classes)
+        for b, one in enumerate(examples):
+            hears = one.question == "hear"
+            if layer == 0:
+                here[b, :, 2:] = 0.0
+                if one.picture is not None:
+                    here[b, 0, 2, one.picture], here[b, 0, 3, -1] = 1.0, 1.0
+            elif layer == 1 and not hears:
+                here[b, :, 1, classes] = 8 * z[0][b, 0, 2, classes]
+            elif layer == 1 and one.sound is not None:
+                here[b, :, 0, one.sound] -= 3 * z[0][b, 0, 3, -1]
+            elif layer == 2 and hears:
+                here[b, :, 0, classes] += 6 * z[0][b, 0, 2, classes]
 
 
 def fake_conflicts(n: int = 60, *, n_classes: int = 6, seed: int = 0) -> list[FakeConflict]:

@@ -159,10 +159,11 @@ def _measured_again(known: Known, variant: Variant, site: str) -> Evidence:
         in_order(chunks, half.examples, lambda one, base=base: mirrored(base, one.margin)) for base in ("va", "blank_a")
     )
     wanted, stage = requests(chunks, names=ROLE_ESTIMANDS), f"robustness: {variant.name}"
-    effects = measure_requests(chunks, wanted, heads=other.nodes, examples=half.examples, stage=stage)
-    found = Evidence(figures(effects), dataclasses.replace(half, G=G, C=C), other.mlps)
+    nodes = known.searched.sites[site].evidence.measured
+    effects = measure_requests(chunks, wanted, heads=nodes, examples=half.examples, stage=stage)
+    found = Evidence(figures(effects), dataclasses.replace(half, G=G, C=C), other.mlps, chunks[0].encoding)
     mlps = known.searched.mlps.get(site, ())
-    found = hold(chunks, found, mlps, dict.fromkeys(PRIMARY_DONORS, other.nodes if mlps else []))
+    found = hold(chunks, found, mlps, dict.fromkeys(PRIMARY_DONORS, nodes if mlps else []))
     for chunk in chunks:
         chunk.forget()
     return found
@@ -187,7 +188,8 @@ def _bootstrapped(known: Known, main: Mapping[Node, str], draws: int) -> dict[st
         rng = np.random.default_rng([known.seed, 0xB0, draw])
         rows, renamed, boot, third = drawn_again(half.boot, half.third, half.components, rng, seed=known.seed + draw)
         taken = Half(half.name, half.examples[rows], renamed, boot, found.half.G[rows], found.half.C[rows], third)
-        resampled = Evidence({key: of[rows] for key, of in found.figures.items()}, taken, found.mlps)
+        figures_again = {key: of[rows] for key, of in found.figures.items()}
+        resampled = dataclasses.replace(found, figures=figures_again, half=taken)
         named = named_again(known.searched, resampled, known.seed + draw)
         values.append(jaccard(main, named))
         for head in main:

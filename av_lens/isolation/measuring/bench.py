@@ -33,6 +33,7 @@ from av_lens.interventions import Plan
 from av_lens.isolation.measuring.cells import Cells
 from av_lens.isolation.measuring.donors import Means, align_end, equal_ending
 from av_lens.isolation.measuring.engine import (
+    ENCODING_SITES,
     MEANS,
     MEDIA_SITES,
     MIRROR,
@@ -167,6 +168,16 @@ class Chunk:
             stack = self.inputs(cell, question)
             self._runs[key] = self.bench.engine.record(stack, self.bench.positions(stack, self.site))
         return self._runs[key]
+
+    @property
+    def encoding(self) -> bool:
+        """Whether the site is where sound or picture are encoded: other roles are told there, by two donors."""
+        return self.bench.mlps and self.site in ENCODING_SITES
+
+    def taken(self, examples: Int[np.ndarray, " example"]) -> list[Chunk]:
+        """Make a stack of those of its conflicts that are among some, if any are."""
+        mine = self.examples[np.isin(self.examples, examples)]
+        return [Chunk(self.bench, mine, self.site, self.means)] if len(mine) else []
 
     @property
     def ids(self) -> list[str]:

@@ -16,10 +16,11 @@ of heads (`column`, where `results.tables` names it) follow from it, and roles n
 | release on sound, release on picture | its part on the two answers, centred over all answers (`direct on ...` too) |
 | fall of G | minus the effect on G; with blank_muted it is `carries`, with `va` `sufficiency` |
 | reads picture, reads sound, silenced, question's own | donors wa, vw, blank_a - blank_muted, mean_other - mean_task |
+| encodes | at audio and video: fall of the picture's answer over the sound's under `see` |
 | rise over others | rise of the heard sound's answer over the candidates that are neither answer (damage) |
 | release at the first token | release, where answers have several tokens |
 
-All but the last two stand there twice: as measured, and with the final norm's scale frozen at the unedited run's
+All but the last three stand there twice: as measured, and with the final norm's scale frozen at the unedited run's
 (` (norm frozen)` after the name). Of answers of several tokens direct, write, repair and rise are read at the first:
 with later heads held at the answer's own positions too, nothing changes there. What nodes write themselves
 (`direct_writes`) needs no edit. `effects_of_plans` measures plans of any kind (nodes' outputs, attention edges).
@@ -98,6 +99,7 @@ def _g(donor: str) -> Request:
     return Request("blank_a", donor)
 
 
+ENCODES = "encodes"
 FIRST_RELEASE = "release at the first token"
 """What direct shares are of: the release itself, unless answers have several tokens."""
 _MARGINS = (
@@ -131,6 +133,7 @@ ESTIMANDS: tuple[Estimand, ...] = (
     *(replace(e, name=f"{e.name} (norm frozen)", figure=f"{e.figure}_frozen", shown="") for e in (*_MARGINS, *_PARTS)),
     *(Estimand("rise over others", donor, _c(donor), figure="rise") for donor in PRIMARY_DONORS),
     *(Estimand(FIRST_RELEASE, donor, _c(donor), figure="first") for donor in PRIMARY_DONORS),
+    *(Estimand(ENCODES, donor, Request("va", donor, question="see")) for donor in PRIMARY_DONORS),
 )
 ROLE_ESTIMANDS = (
     "release",
@@ -141,6 +144,7 @@ ROLE_ESTIMANDS = (
     "reads sound",
     "rise over others",
     FIRST_RELEASE,
+    ENCODES,
 )
 """What suppressors' roles are told by."""
 
@@ -169,11 +173,14 @@ def requests(
     found = dict.fromkeys(r for one in wanted for r in (one.plus, one.minus) if r is not None)
     there = [one for one in found if chunks is None or any(chunk.has(one.donor) for chunk in chunks)]
     there = [one for one in there if chunks is None or chunks[0].bench.mlps or not one.mlps]
+    encoding = chunks is not None and chunks[0].encoding  # no shares there, and what `see` loses beside
+    there = [one for one in there if not one.freeze] if encoding else [one for one in there if one.question == "ask"]
     place = {donor: number for number, donor in enumerate((*PRIMARY_DONORS, *SECONDARY_DONORS, *W_CELLS))}
     after = len(place)
     # Primary donors come first; on G the conflict's own z does.
     second = {one: (one.donor in PRIMARY_DONORS) == (one.base == "blank_a") for one in there}
-    return sorted(there, key=lambda r: (r.base != "va", second[r], r.freeze, r.mlps, place.get(r.donor, after)))
+    cell = {one: (one.base != "va", one.question, second[one]) for one in there}
+    return sorted(there, key=lambda r: (*cell[r], r.freeze, r.mlps, place.get(r.donor, after)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -99,8 +99,9 @@ def listed_nodes(n_layers: int, n_columns: int, mlps: bool) -> list[Node]:
 
 
 Values = Mapping[Node, Float[Tensor, "_one_or_batch site _"]]
-SITES = ("suffix", "generation", "audio", "sinks")
-MEDIA_SITES = ("audio", "sinks")
+SITES = ("suffix", "generation", "audio", "video", "sinks")
+ENCODING_SITES = ("audio", "video")
+MEDIA_SITES = (*ENCODING_SITES, "sinks")
 """Sites before the question: nothing that is asked can change what heads do there."""
 
 
@@ -169,7 +170,8 @@ def site_positions(spans: SpanMap, site: str, sinks: Sequence[int] = ()) -> Int[
     """Find a site's positions in a prompt, ascending; an unknown site and one without positions are refused."""
     if site not in SITES:
         raise ProtocolError(unknown("site", site, SITES))
-    found = np.asarray(sinks if site == "sinks" else spans[site].positions, dtype=np.int64)
+    role = "video|image" if site == "video" else site
+    found = np.asarray(sinks if site == "sinks" else spans[role].positions, dtype=np.int64)
     if not len(found):
         none = (
             ": no media position of this layout gets 10 times the mean value-weighted attention from the suffix in "

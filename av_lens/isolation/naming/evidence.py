@@ -7,6 +7,8 @@ from discovery alone: the means, the donors, the rows.
 The threshold s, as a share of G, where nobody gave one: .10 for organisms; for other models .03, or, if larger, the
 99th percentile over nodes of the largest of the three releases with base and donor cells asked `control` (the same
 answers, a question about neither), over G: what the same edits do to a question that has nothing to do with hearing.
+
+Above 64 nodes a screen chooses 64 of them at each site, which are measured in three looks (`screen`).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from av_lens.isolation.measuring.effects import (
 )
 from av_lens.isolation.measuring.engine import MEDIA_SITES, MLP, PRIMARY_DONORS, Node
 from av_lens.isolation.measuring.halves import Half
-from av_lens.isolation.naming import roles
+from av_lens.isolation.naming import roles, screen
 from av_lens.isolation.naming.roles import CARRIERS, HELD, LEVEL, Evidence, Named, Tests, head_means
 from av_lens.results.dealing import CONFIRMATION
 from av_lens.results.record import RELEASING
@@ -43,12 +45,13 @@ PERCENTILE = 99
 
 @dataclass(eq=False)
 class SiteEvidence:
-    """One half's effects at one site set."""
+    """One half's effects at one site set; `screens` are the guesses that chose its nodes, best first, if any did."""
 
     site: str
     chunks: list[Chunk]
     evidence: Evidence
     tests: Tests
+    screens: dict[Node, str] = field(default_factory=dict)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Give every effect that was measured, for the record."""
@@ -126,8 +129,42 @@ def gather(
     wanted = requests(chunks)
     effects = measure_requests(chunks, wanted, heads=heads, examples=half.examples, stage=stage)
     written = {DLA: direct_writes(chunks, half.examples)}
-    found = Evidence(figures(effects) | written, half, chunks[0].bench.mlps)
+    found = Evidence(figures(effects) | written, half, chunks[0].bench.mlps, chunks[0].encoding)
     return SiteEvidence(site, chunks, found, roles.run_tests(found, s=s, family=family, seed=seed))
+
+
+def gather_screened(
+    chunks: list[Chunk], half: Half, *, site: str, s: float, family: int, seed: int
+) -> tuple[SiteEvidence, str]:
+    """Choose nodes by a screen, measure them in looks, and say how many stopped early."""
+    bench, stopped, told = chunks[0].bench, list[Node](), list[str]()
+    screens = screen.screen(screen.guesses(chunks, half.examples), bench.nodes)
+    ids = [str(bench.conflicts[int(i)].id) for i in half.examples]
+    parts = screen.looks_of(half.examples, ids, seed)
+    found = Evidence({}, half, bench.mlps, chunks[0].encoding)
+    for number, part in enumerate(parts):
+        heads = sorted(set(screens) - set(stopped))
+        some = [one for chunk in chunks for one in chunk.taken(part)]
+        if not some or not heads:
+            continue
+        stage = f"exact effects of {len(heads)} nodes at {site}, {half.name}, look {number + 1}"
+        made = figures(measure_requests(some, requests(chunks), heads=heads, examples=half.examples, stage=stage))
+        before = found.figures or made
+        found = replace(found, figures={key: np.where(np.isnan(of), made[key], of) for key, of in before.items()})
+        if number < len(screen.LOOKS):
+            more = screen.futile(found, heads, s=s)
+            stopped += more
+            told.append(f"{len(more)} at {screen.LOOKS[number]:.0%}")
+    written = {DLA: direct_writes(chunks, half.examples)}
+    found = replace(found, figures={**found.figures, **written}, stopped=tuple(sorted(stopped)))
+    tests = roles.run_tests(found, s=s, family=family, seed=seed)
+    note = (
+        f"Of {len(bench.nodes)} nodes a screen by gradients chose {len(screens)} at {site}; the others were not "
+        f"measured and count as p = 1. Stopped early, as futile: {' of discovery, '.join(told)} of discovery; a node "
+        f"that is found four times in five stops with a probability below {screen.power_lost(family):.1g}, which is "
+        "the power lost."
+    )
+    return SiteEvidence(site, chunks, found, tests, screens), note
 
 
 def hold(
@@ -146,14 +183,20 @@ def hold(
 
 
 def null_share(
-    chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"], hearing: Float[np.ndarray, " example"]
+    chunks: Sequence[Chunk],
+    examples: Int[np.ndarray, " example"],
+    hearing: Float[np.ndarray, " example"],
+    nodes: Sequence[Node] = (),
 ) -> float:
-    """Measure how much the releases of most nodes reach under `control`, as a share of G."""
+    """Measure how much the releases of most nodes reach under `control`, as a share of G; of a part of them a bound."""
     wanted = [Request("va", donor, question="control") for donor in PRIMARY_DONORS if chunks[0].has(donor)]
     stage = f"the same edits under the control question, {chunks[0].site}"
-    found = measure_requests(chunks, wanted, heads=chunks[0].bench.nodes, examples=examples, stage=stage)
+    every = chunks[0].bench.nodes
+    found = measure_requests(chunks, wanted, heads=nodes or every, examples=examples, stage=stage)
     largest = np.fmax.reduce([head_means(found[request].margin) for request in wanted])
-    return float(np.percentile(largest, PERCENTILE) / hearing.mean())
+    if len(nodes or every) == len(every):
+        return float(np.percentile(largest, PERCENTILE) / hearing.mean())
+    return screen.upper_bound(largest[~np.isnan(largest)], PERCENTILE) / float(hearing.mean())
 
 
 def search(
@@ -163,17 +206,25 @@ def search(
     searched, notes = _searchable(bench, half, sites)
     chunks = {site: bench.chunks(half.examples.tolist(), site) for site in searched}
     means = {site: with_means(chunks[site]) for site in searched}
+    few = not bench.mlps or len(bench.nodes) <= roles.ALL_NODES
     if floor is not None:
-        s = max(floor, *(null_share(chunks[site], half.examples, half.G) for site in searched))
-    found = [gather(chunks[site], half, bench.nodes, site=site, s=s, family=family, seed=seed) for site in searched]
+        drawn = () if few else screen.drawn_nodes(bench.nodes, seed)
+        s = max(floor, *(null_share(chunks[site], half.examples, half.G, drawn) for site in searched))
+    options: dict[str, Any] = {"s": s, "family": family, "seed": seed}
+    if few:
+        found = [gather(chunks[site], half, bench.nodes, site=site, **options) for site in searched]
+    else:
+        both = [gather_screened(chunks[site], half, site=site, **options) for site in searched]
+        found, notes = [one for one, _ in both], [*notes, *(note for _, note in both)]
     if len(found) > 1:  # the largest T of a flip is that of all sites
         together = roles.run_tests_together([site.evidence for site in found], s=s, family=family, seed=seed)
         for site, tests in zip(found, together, strict=True):
             site.tests = tests
     named, release_q = _named(found, {}, s=s, family=family)
-    mlps = {site.site: tuple(row.layer for row in named if row.site == site.site and of_mlp(row)) for site in found}
+    feeding = [site for site in found if not site.evidence.encoding]
+    mlps = {site.site: tuple(row.layer for row in named if row.site == site.site and of_mlp(row)) for site in feeding}
     if any(mlps.values()):
-        for site in found:
+        for site in feeding:
             p = site.tests.release_p
             likely = {by: [at for at in bench.nodes if p[by][at] <= LEVEL] for by in PRIMARY_DONORS}
             site.evidence = hold(site.chunks, site.evidence, mlps[site.site], likely)
@@ -205,7 +256,7 @@ def _named(
 
 def _through(found: SiteEvidence, mlps: Mapping[str, tuple[int, ...]], row: Named) -> Named:
     """Of several named MLPs after a head, find the one of which the holding alone costs most."""
-    later = [layer for layer in mlps[row.site] if layer >= row.layer]
+    later = [layer for layer in mlps.get(row.site, ()) if layer >= row.layer]
     if row.through < 0 or len(later) < 2:
         return row
     requests = [Request("va", row.donor, mlps=(layer,)) for layer in later]

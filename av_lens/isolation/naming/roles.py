@@ -13,15 +13,23 @@ The first that holds, top to bottom; a sound carrier may join any; MLPs have the
 | silenced carrier | silenced passes |
 | sound carrier | carries passes |
 
+At the sites `audio` and `video` there are no shares, and in the place of writer, opponent, gate and feeder stand, by
+two donors: *picture encoder*, where what `see` loses (the fall of the picture's answer over the sound's by the same
+edit) less release / 2 has a lower bound >= 0, and *suppresses while encoding*, where its upper bound is below 0.
+
 delta = s x G of the half. *Mere damage*: the upper bound of [fall of G - release / 2] is >= 0, or the lower bound of
 [rise of the heard answer over the candidates that are neither] is <= -delta. *Passes* on discovery: mean > delta and
 q < .05. p is a one-sided sign flip by component of effect - s G; a role's p is the largest of its parts: release;
 direct - release / 2 (for a gate release / 2 - direct; for a feeder release / 2 - the release with MLPs held, and
 release / 4 - write); the difference of the reads. q is Benjamini-Hochberg over sites x (heads x [4 roles x 3 donors +
-silenced + carries] + MLPs x 3 roles x 3 donors); in the first edition over heads x sites x [3 roles x 3 donors + 2].
+silenced + carries] + MLPs x 3 roles x 3 donors), at `audio` and `video` heads x [2 donors + silenced + carries] +
+MLPs x 2; in the first edition over heads x sites x [3 roles x 3 donors + 2].
 MLPs are named first, with feeders' p at 1; then feeders get theirs and q is taken once more, which no MLP's row takes.
 A head that keeps another role though half of its release is lost with MLPs held acts *through* that MLP of which the
 holding alone costs most.
+
+Above 64 nodes only those that a screen chose are measured (`screen`): the others have p = 1 (NaN in the tables), and
+the familywise p is p times the family. A node that was stopped early (`looks`) has p = 1.
 
 Choices where the protocol is silent: that the *release* passes (breaks and undetermined need it) is judged by a second
 Benjamini-Hochberg over the same family with each role's p replaced by its release part; a role's max-T p is the largest
@@ -42,14 +50,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-from av_lens.isolation.measuring.effects import FIRST_RELEASE, Figures, PerNode, donor_of
+from av_lens.isolation.measuring.effects import ENCODES, FIRST_RELEASE, Figures, PerNode, donor_of
 from av_lens.isolation.measuring.engine import MLP, PRIMARY_DONORS, Node, listed_nodes
 from av_lens.isolation.measuring.halves import Half
 from av_lens.results.dyadic import Inference
-from av_lens.results.record import FEEDER, RELEASING, SUPPRESSORS
+from av_lens.results.record import ENCODER, ENCODING, FEEDER, RELEASING, SUPPRESSORS
 from av_lens.results.statistics import Interval, benjamini_hochberg
 
-DIRECT_CUT = DAMAGE_CUT = HELD_CUT = 0.5
+DIRECT_CUT = DAMAGE_CUT = HELD_CUT = ENCODES_CUT = 0.5
+ALL_NODES = 64
+"""Up to so many nodes are all measured; above, those that a screen chooses."""
 WRITE_CUT = 0.25
 ONE_DONOR_SHARE, ONE_DONOR_OF_LARGEST = 0.10, 0.5
 HELD = "release with the named MLPs held"
@@ -95,19 +105,22 @@ class Named:
 class Evidence:
     """A half's effects, per example and node, by (estimand, donor); `evidence["silenced"]` where it has one donor.
 
-    `mlps` says whether the last column is the layers' MLPs.
+    `mlps` says whether the last column is the layers' MLPs, `encoding` whether the site is `audio` or `video`; nodes in
+    `stopped` were measured on some examples alone, and pass no test.
     """
 
     figures: Figures
     half: Half
     mlps: bool = False
+    encoding: bool = False
+    stopped: tuple[Node, ...] = ()
 
     def __getitem__(self, key: str | tuple[str, str]) -> PerNode:
         """An estimand's effects; NaN where it was not measured."""
         name, donor = (key, donor_of(key)) if isinstance(key, str) else key
         if name == FIRST_RELEASE and (name, donor) not in self.figures:
             name = "release"  # where all answers have one token
-        if name in ("write", HELD) and (name, donor) not in self.figures:
+        if name in ("write", HELD, ENCODES) and (name, donor) not in self.figures:
             return np.full_like(self.figures["release", donor], np.nan)
         return self.figures[name, donor]
 
@@ -116,6 +129,17 @@ class Evidence:
         """All nodes, in the order of the tables."""
         n_layers, n_columns = self["silenced"].shape[1:]
         return listed_nodes(n_layers, n_columns, self.mlps)
+
+    @property
+    def screened(self) -> bool:
+        """Whether there are more nodes than are all measured; the first edition measures all."""
+        return self.mlps and len(self.nodes) > ALL_NODES
+
+    @property
+    def measured(self) -> list[Node]:
+        """The nodes that have a release."""
+        known = ~np.isnan(self.largest_release)
+        return [node for node in self.nodes if known[node]]
 
     @property
     def holds(self) -> bool:
@@ -146,6 +170,7 @@ class Tests:
     p_maxt: Mapping[tuple[str, str], Table]
     release_p: Mapping[str, Table]
     release_p_maxt: Mapping[str, Table]
+    encoding: bool = False
 
     def of(self, row: Named) -> float:
         """Give the p of a named row."""
@@ -153,11 +178,16 @@ class Tests:
         return float("nan") if table is None else float(table[row.at])
 
 
-def family_size(n_heads: int, n_sites: int, n_mlps: int = 0) -> int:
-    """Count the tests that q corrects for; without MLPs, as in the first edition, there are no feeders either."""
+def family_size(n_heads: int, n_sites: int, n_mlps: int = 0, *, n_encoding: int = 0) -> int:
+    """Count the tests that q corrects for, `n_encoding` of the sites being `audio` or `video`.
+
+    Without MLPs, as in the first edition, there are no feeders either, and these sites are as all others.
+    """
     of_mlp = len(SUPPRESSORS) * len(PRIMARY_DONORS)
     of_head = of_mlp + (len(PRIMARY_DONORS) if n_mlps else 0) + len(CARRIERS)
-    return n_sites * (n_heads * of_head + n_mlps * of_mlp)
+    whole = n_heads * of_head + n_mlps * of_mlp
+    small = 2 * (n_heads + n_mlps) + n_heads * len(CARRIERS) if n_mlps else whole
+    return (n_sites - n_encoding) * whole + n_encoding * small
 
 
 def run_tests(found: Evidence, *, s: float, family: int, seed: int) -> Tests:
@@ -171,11 +201,20 @@ def run_tests_together(found: Sequence[Evidence], *, s: float, family: int, seed
     parts = [_parts(one, s, holds) for one in found]
     names = list(parts[0])
     stacked = np.stack([np.stack([part[name] for name in names], axis=-1) for part in parts], axis=-1)
+    for i, one in enumerate(found):
+        for node in one.stopped:
+            stacked[:, *node, :, i] = np.nan
     p, p_maxt = np.full((2, *stacked.shape[1:]), np.nan)
     for inference, some in _by_rule(found[0].half, names):
         tested = inference.test(stacked[..., some, :], family=family, seed=seed)
         p[..., some, :], p_maxt[..., some, :] = tested.p, tested.p_maxt
-    return [_by_role(names, p[..., i], p_maxt[..., i]) for i in range(len(found))]
+    for i, one in enumerate(found):
+        for node in one.stopped:
+            p[*node, :, i] = 1.0
+    if found[0].screened:  # who was measured was chosen by the same conflicts
+        p_maxt = np.minimum(1.0, p * family)
+    encoding = any(one.encoding for one in found)
+    return [_by_role(names, p[..., i], p_maxt[..., i], encoding, one.encoding) for i, one in enumerate(found)]
 
 
 def _by_rule(half: Half, names: Sequence[str]) -> list[tuple[Inference, list[int]]]:
@@ -206,16 +245,25 @@ def _parts(found: Evidence, s: float, holds: bool) -> dict[str, PerNode]:
     return parts
 
 
-def _by_role(names: Sequence[str], of_parts: np.ndarray, maxt_of_parts: np.ndarray) -> Tests:
-    """A role's p is the largest of its parts'."""
+def _by_role(
+    names: Sequence[str], of_parts: np.ndarray, maxt_of_parts: np.ndarray, encoding: bool, here: bool
+) -> Tests:
+    """A role's p is the largest of its parts'; `encoding` where some site, `here` where this one is audio or video."""
     roles = {role: parts for role, parts in PARTS.items() if role != FEEDER or f"held {PRIMARY_DONORS[0]}" in names}
     needs = {(role, donor): [part.format(donor) for part in parts]
              for donor in PRIMARY_DONORS for role, parts in roles.items()}  # fmt: skip
+    needs = {key: [] if here else parts for key, parts in needs.items()}
+    if encoding:
+        needs |= {(ENCODING, donor): [f"release {donor}"] if here else [] for donor in PRIMARY_DONORS}
     needs |= {(role, ""): [estimand] for role, estimand in CARRIERS.items()}
+    nowhere = np.full(of_parts.shape[:-1], np.nan)
     both = [{name: table[..., number] for number, name in enumerate(names)} for table in (of_parts, maxt_of_parts)]
-    p, p_maxt = ({key: np.max([one[name] for name in parts], axis=0) for key, parts in needs.items()} for one in both)
+    p, p_maxt = (
+        {key: np.max([one[name] for name in parts], axis=0) if parts else nowhere for key, parts in needs.items()}
+        for one in both
+    )
     release, release_maxt = ({donor: one[f"release {donor}"] for donor in PRIMARY_DONORS} for one in both)
-    return Tests(p, p_maxt, release, release_maxt)
+    return Tests(p, p_maxt, release, release_maxt, here)
 
 
 def with_feeders(tests: Tests, again: Tests) -> Tests:
@@ -231,11 +279,17 @@ def adjust(tests: Sequence[Tests], *, family: int) -> tuple[list[dict[tuple[str,
     swapped = np.stack([np.stack([test.release_p.get(key[1], test.p[key]) for key in keys]) for test in tests])
     feeders = [number for number, key in enumerate(keys) if key[0] == FEEDER]
     swapped[:, feeders] = np.where(np.isnan(role_p[:, feeders]), np.nan, swapped[:, feeders])
+    if any(test.encoding for test in tests):  # each site has the roles of its kind alone
+        other = [[key[0] != ENCODING and key[1] != "" if test.encoding else key[0] == ENCODING for key in keys]
+                 for test in tests]  # fmt: skip
+        swapped[np.array(other)] = np.nan
     # The family is the one that was written down: donors and sites that could not be measured still count.
     q, release_q = (_adjusted(p, feeders, family) for p in (role_p, swapped))
     by_role = [{key: q[i, k] for k, key in enumerate(keys)} for i in range(len(tests))]
-    gate = {donor: keys.index(("gate", donor)) for donor in PRIMARY_DONORS}
-    return by_role, [{donor: release_q[i, k] for donor, k in gate.items()} for i in range(len(tests))]
+    roles = [ENCODING if test.encoding else "gate" for test in tests]
+    return by_role, [
+        {donor: release_q[i, keys.index((role, donor))] for donor in PRIMARY_DONORS} for i, role in enumerate(roles)
+    ]
 
 
 def _adjusted(p: np.ndarray, feeders: list[int], family: int) -> np.ndarray:
@@ -257,6 +311,7 @@ def head_means(values: PerNode) -> Table:
 
 
 LEVEL = 0.05
+NOWHERE = Interval(*np.full((3, 0), np.nan))
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,7 +320,7 @@ class Cuts:
 
     `damage` is [fall of G - release / 2], `rise` the heard answer's rise over the other candidates, `share` the direct
     share, `write` the write share, `lost` the share that is lost with the named MLPs held, `reads` [reads picture -
-    reads sound].
+    reads sound], `encodes` [what `see` loses - release / 2], which is known where `encoding`.
     """
 
     release: Interval
@@ -278,6 +333,8 @@ class Cuts:
     reads_picture: Interval
     reads_sound: Interval
     delta: float
+    encodes: Interval = NOWHERE
+    encoding: bool = False
 
     @classmethod
     def of(cls, found: Evidence, donors: np.ndarray, *, s: float) -> Cuts:
@@ -301,6 +358,8 @@ class Cuts:
             reads_picture=third.mean(found["reads picture"]),
             reads_sound=third.mean(found["reads sound"]),
             delta=found.half.delta(s),
+            encodes=boot.mean(chosen(ENCODES) - ENCODES_CUT * release) if found.encoding else NOWHERE,
+            encoding=found.encoding,
         )
 
 
@@ -308,6 +367,9 @@ def suppressor_role(cuts: Cuts, at: Node, passes: Mapping[str, bool]) -> str:
     """Name what a node whose release passes does."""
     if cuts.damage.high[at] >= 0 or cuts.rise.low[at] <= -cuts.delta:
         return "breaks"
+    if cuts.encoding:
+        encodes = cuts.encodes.low[at] >= 0
+        return ENCODER if encodes else ENCODING if cuts.encodes.high[at] < 0 else "undetermined"
     if cuts.lost.low[at] >= HELD_CUT and cuts.write.high[at] < WRITE_CUT and passes[FEEDER]:
         return FEEDER
     direct, indirect = cuts.share.low[at] >= DIRECT_CUT, cuts.share.high[at] < DIRECT_CUT
@@ -384,7 +446,7 @@ def confirm(found: Evidence, rows: Sequence[Named], holm_p: Sequence[float], *, 
     for row, p in zip(rows, holm_p, strict=True):
         if not p < LEVEL:
             out.append(False)
-        elif row.role in (*RELEASING, FEEDER):
+        elif row.role in (*RELEASING, FEEDER, ENCODER):
             again = suppressor_role(cuts, row.at, dict.fromkeys(CUT_ROLES, True))
             same = again == row.role or (row.role == "undetermined" and again != "breaks")
             out.append(bool(cuts.release.value[row.at] > cuts.delta and same))

@@ -35,6 +35,7 @@ from av_lens.isolation.measuring.bench import Chunk
 from av_lens.isolation.measuring.effects import Request, edited_scores, requests
 from av_lens.isolation.measuring.engine import PRIMARY_DONORS
 from av_lens.isolation.measuring.store import GO_ON, Measured
+from av_lens.isolation.naming.roles import ALL_NODES
 from av_lens.isolation.sets.confirmation import RANDOM_SETS
 from av_lens.isolation.sets.search import n_candidates
 from av_lens.isolation.sets.sets import HELD_BYTES
@@ -44,6 +45,8 @@ from av_lens.whole_files import stored, write_whole
 ESTIMATE = "estimate.json"
 MOST_PROBED = 64
 # What depends on what is found, and what is no edit or cell of its own, in the prices of these: as av-tiny took it.
+GRADIENT = 6
+"""A backward pass through all layers, in edits (which start half way up)."""
 NAMED = 6
 """Heads that are measured on confirmation."""
 AGAIN, VARIED_CELLS = 12, 8
@@ -110,22 +113,25 @@ class Work:
 def works(size: Size) -> dict[str, Work]:
     """List what every part takes, in the protocol's order; without what a run leaves out as asked."""
     asked, both, candidates = 2 * len(requests()), size.discovery + size.confirmation, n_candidates(size.heads)
-    heads = size.heads * size.discovery + min(NAMED, size.heads) * size.confirmation
+    measured = min(size.heads, ALL_NODES)
+    heads = measured * size.discovery + min(NAMED, size.heads) * size.confirmation
     pairs = 0 if size.quick else PAIR * candidates * (candidates - 1) / 2
-    climbs = STEPS * candidates * (1 if size.quick else CLIMBS)
+    climbs = STEPS * measured * (1 if size.quick else CLIMBS)
     out = {
         "behaviour": Work(cells=len(RIGHT) * size.conflicts, figures=COLUMNS),
         "effects": Work(AGAIN * both, size.sites * asked * heads, size.sites * TESTS * size.heads),
         "sets": Work(edits=len(PRIMARY_DONORS) * 2 * size.discovery * (pairs + climbs)),
         "confirmation": Work(cells=AGAIN * size.confirmation, edits=2 * RANDOM_SETS * size.confirmation),
     }
+    if size.heads > ALL_NODES:
+        out["screen"] = Work(edits=2 * GRADIENT * size.sites * (size.layers + 2) * size.discovery)
     if not size.named_only:
         out["units"] = Work(edits=2 * UNITS * size.layers * size.discovery)
         out["mechanisms"] = Work(cells=EXPLAINED * size.confirmation)
     if not (size.named_only or size.quick):
         out["robustness"] = Work(
             cells=VARIANTS * VARIED_CELLS * size.discovery,
-            edits=VARIANTS * asked * VARIED * size.heads * size.discovery,
+            edits=VARIANTS * asked * VARIED * measured * size.discovery,
             figures=BOOTSTRAPS * size.heads,
         )
     return out

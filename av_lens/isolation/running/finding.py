@@ -33,7 +33,7 @@ from av_lens.isolation.sets.confirmation import CONFIRMED, NOT_REPLICATED, Held
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
 from av_lens.results.exchanged import exchanged_key, exchanged_rows
 from av_lens.results.provenance import stamp
-from av_lens.results.record import FEEDER, RELEASING, Isolation, named_tables, table
+from av_lens.results.record import ENCODER, FEEDER, RELEASING, Isolation, named_tables, table
 
 WOULD_HOLD = "would hold"
 """The status of what would be confirmed, past a refusal."""
@@ -224,7 +224,7 @@ def _side_by_side(site: SiteEvidence, row: Named) -> dict[str, Any]:
 
 def _flags(row: Named, searched: Searched, held: Held) -> str:
     """Mark a suppressor that zero alone finds (its output is the same in every cell), and a role that did not hold."""
-    if row.role not in (*RELEASING, FEEDER):
+    if row.role not in (*RELEASING, FEEDER, ENCODER):
         return ""
     flags = [told] if (told := held.words.get(row)) else []
     flags += [f"through MLP {row.through}"] if row.through >= 0 else []

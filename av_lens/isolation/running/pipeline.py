@@ -90,7 +90,8 @@ def isolate(
     Args:
         model: a `HookedAVLLM`.
         conflicts: `Conflict`s; at least 20 competent ones in each half (below 60 the finding is exploratory).
-        sites: site sets to search: "suffix", "generation", "audio".
+        sites: site sets to search: "suffix", "generation", "audio" (while the sound is encoded), "video" (while the
+            picture is), "sinks".
         s: a head is named above this share of G; default .10 for organisms; for other models .03, or more where the
             same edits do more under the control question.
         gate: "stop" ends where the protocol would (nothing to explain), "report" goes on and stamps every page.

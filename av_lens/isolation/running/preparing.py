@@ -32,15 +32,25 @@ from av_lens.inputs.conflict import ROLES, ClipKeys
 from av_lens.isolation.measuring.behaviour import LEAST_GAP, LEAST_MASS, Survey, answered
 from av_lens.isolation.measuring.bench import Bench, Progress, layout_of, wording
 from av_lens.isolation.measuring.cells import SUPPRESSED, mirrored_conflict
-from av_lens.isolation.measuring.engine import PRIMARY_DONORS, SITES, ModelEngine
+from av_lens.isolation.measuring.engine import ENCODING_SITES, PRIMARY_DONORS, SITES, ModelEngine
 from av_lens.isolation.measuring.halves import Half
 from av_lens.isolation.measuring.scoring import Candidates
 from av_lens.isolation.measuring.store import SCHEMA, measuring_hash
 from av_lens.isolation.naming.evidence import PERCENTILE
-from av_lens.isolation.naming.roles import DAMAGE_CUT, DIRECT_CUT, HELD_CUT, LEVEL, WRITE_CUT, family_size
+from av_lens.isolation.naming.roles import (
+    ALL_NODES,
+    DAMAGE_CUT,
+    DIRECT_CUT,
+    ENCODES_CUT,
+    HELD_CUT,
+    LEVEL,
+    WRITE_CUT,
+    family_size,
+)
+from av_lens.isolation.naming.screen import BY_ATP, BY_CARRYING, LOOK_TAIL, LOOKS
 from av_lens.isolation.running.dealt import EDITIONS, Dealt, dealt_conflicts, hopeless
 from av_lens.isolation.sets.matching import FEWEST_SETS, NEAREST, NORM_FACTOR, RANDOM_SETS, WIDENINGS
-from av_lens.isolation.sets.search import ALL_HEADS, MOST_MEMBERS, PATIENCE, SCREENED, SYNERGIES
+from av_lens.isolation.sets.search import MOST_MEMBERS, PATIENCE, SCREENED, SYNERGIES
 from av_lens.isolation.sets.sets import MARGIN
 from av_lens.model.binding import remembered_towers
 from av_lens.replay.trace_files import weight_hashes
@@ -54,7 +64,8 @@ ALSO_COUNTED_AT = (0.10, 0.03, 0.01)
 """Shares of G at which the verdict counts heads, whatever s is."""
 LEFT_OUT_PAIRS = "pairs, unless half of an established gap stays unexplained"
 MEASURED = (
-    "other model: at least this, or the 99th percentile over heads of the largest release under the control question"
+    "other model: at least this, or the 99th percentile over nodes of the largest release under the control question "
+    "(above 64 nodes over 64 drawn ones, its upper bound)"
 )
 
 CHOICES = tuple((Path(__file__).parent / "choices.txt").read_text("utf-8").splitlines())
@@ -84,6 +95,8 @@ def protocol_of(
         "level": LEVEL,
         "direct_share_cut": DIRECT_CUT,
         "feeder": {"lost_with_mlps_held": HELD_CUT, "write_share_below": WRITE_CUT},
+        "encoder": {"lost_under_see_over_release": ENCODES_CUT},
+        "screen": {"by_atp_star": BY_ATP, "by_carrying": BY_CARRYING, "looks": list(LOOKS), "tail": LOOK_TAIL},
         "family": family,
         "power": {
             "discovery_components": len({halves.component[i] for i in rows}),
@@ -104,7 +117,7 @@ def protocol_of(
         "null_percentile_under_control": PERCENTILE,
         "sinks_times_the_mean": SINK_TIMES,
         "sets": {
-            "all_heads_up_to": ALL_HEADS,
+            "all_nodes_up_to": ALL_NODES,
             "screened": SCREENED,
             "synergies": SYNERGIES,
             "most_members": MOST_MEMBERS,
@@ -194,6 +207,11 @@ class Options:
         if not self.sites:
             raise ProtocolError(f"no site was given to search; give at least one of: {', '.join(SITES)}.")
         for site in self.sites:
+            if site == "generated":
+                raise ProtocolError(
+                    "the site 'generated' is what decoding adds, and answers are asked for at the last position of the "
+                    f"prompt: it is edited in captions alone (captions=True). Search {', '.join(SITES)}."
+                )
             if site not in SITES:
                 raise ProtocolError(unknown("site", site, SITES))
 
@@ -296,7 +314,9 @@ def prepared(
     dealt = dealt_conflicts(named, engine.model.tokenizer, keys, seed=options.seed, edition=options.protocol)
     named, candidates = dealt.conflicts, Candidates.of(dealt.conflicts, engine.model.tokenizer)
     mlps = options.protocol != "1"
-    family = family_size(len(engine.heads), len(options.sites), engine.n_layers if mlps else 0)
+    n_encoding = sum(site in ENCODING_SITES for site in options.sites)
+    n_mlps = engine.n_layers if mlps else 0
+    family = family_size(len(engine.heads), len(options.sites), n_mlps, n_encoding=n_encoding)
     written = protocol_of(
         options=dataclasses.asdict(options) | {"s": s, "s_rule": rule},
         dealt=dealt,

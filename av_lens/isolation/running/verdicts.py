@@ -41,7 +41,7 @@ from av_lens.isolation.sets.search import MOST_MEMBERS
 from av_lens.isolation.sets.sets import head_names
 from av_lens.results.dyadic import SOURCE, Dyadic
 from av_lens.results.power import FEWEST_PILOTS, conflicts_needed
-from av_lens.results.record import FEEDER, RELEASING
+from av_lens.results.record import ENCODING, FEEDER, RELEASING
 
 UNSPECIFIC = {
     "not specific": "Not specific (harm of 5 points is not excluded)",
@@ -146,7 +146,8 @@ def _by_role(rows: Sequence[Named], known: Known) -> str:
         for row in (row for row in rows if row.role == role):
             groups.setdefault(_beside(row, known), {})[row.at] = None
         for beside, heads in groups.items():
-            words = "kind undetermined" if role == "undetermined" else f"{role}s" if len(heads) > 1 else role
+            several = role not in ("undetermined", ENCODING) and len(heads) > 1
+            words = f"{role}s" if several else {"undetermined": "kind undetermined"}.get(role, role)
             listed.append(f"{words} {head_names(list(heads))}{beside}")
     return "; ".join(listed)
 

@@ -37,11 +37,11 @@ from av_lens.isolation.sets.matching import RANDOM_SETS, random_sets
 from av_lens.isolation.sets.search import InContext, SearchedSets, in_context, member_roles, member_rows, search_sets
 from av_lens.isolation.sets.sets import BuiltSet, SetEffect, controls, cumulative, head_names, release_of_sets
 from av_lens.results.dealing import CONFIRMATION, DISCOVERY
-from av_lens.results.record import FEEDER, RELEASING
+from av_lens.results.record import ENCODER, FEEDER, RELEASING
 from av_lens.results.statistics import holm
 
 Row = dict[str, Any]
-NAMES = (*RELEASING, FEEDER, *CARRIERS)
+NAMES = (*RELEASING, FEEDER, ENCODER, *CARRIERS)
 LARGEST_P = 0.05
 FEWEST_WORDS = 8
 ON_WORDS, UNTESTED = "on these words", "untested over words"
@@ -103,7 +103,7 @@ def confirm_all(
     where, family = searched.first.site, searched.family
     held = Held(sites={})
     held.searched = search_sets(searched.first, first, s=s, quick=quick)
-    named = (row for row in searched.named if row.role in (*RELEASING, FEEDER, "breaks"))
+    named = (row for row in searched.named if row.role in (*RELEASING, FEEDER, ENCODER, "breaks"))
     held.named = frozenset((*row.at, row.site) for row in named)
     chunks = {site: chunks_of(bench, searched, half, site) for site in searched.sites}
     built = held.chosen
@@ -170,7 +170,7 @@ def _one_donor_alone(searched: Searched, held: Held, row: Named) -> bool:
 def _over_words(found: SiteEvidence | InContext, row: Named, s: float) -> str:
     """Say what is to be said of a suppressor over words: its release - s G by the two answers' words as sources."""
     half = found.evidence.half
-    if row.role not in (*RELEASING, FEEDER) or half.words is None:
+    if row.role not in (*RELEASING, FEEDER, ENCODER) or half.words is None:
         return ""
     if half.words.n_sources < FEWEST_WORDS:
         return UNTESTED
@@ -215,13 +215,13 @@ def ranked_curve(searched: Searched, chunks: Sequence[Chunk], half: Half) -> lis
 
 
 def ranked_heads(site: SiteEvidence) -> tuple[list[Node], str]:
-    """Order all nodes by their largest single release on discovery, and choose the donor to edit them with."""
+    """Order the measured nodes by their largest single release on discovery, and choose the donor to edit them with."""
     best = site.evidence.largest_release
     order = np.argsort(-np.where(np.isnan(best), -np.inf, best).ravel(), kind="stable")
     release = site.evidence.by_donor("release")
     donor = max(release, key=lambda name: float(np.nansum(np.clip(head_means(release[name]), 0, None))))
-    nodes = site.evidence.nodes
-    return [nodes[int(i)] for i in order], donor
+    nodes, known = site.evidence.nodes, ~np.isnan(best.ravel())
+    return [nodes[int(i)] for i in order if known[i]], donor
 
 
 def between(measured: dict[int, float], goal: float) -> int | None:

@@ -3,9 +3,9 @@
 Heads hide each other: where each of two pairs of heads suffices, no single release shows any of them. Members may be
 MLPs (what is said of a head here holds for them). Once for each primary donor:
 
-1. *Candidates*: all nodes where there are at most 64; else the 40 of best rank on any of three screens: the largest
-   release (over the donors), sufficiency, attention of the generation position to the video (mean over `va`).
-2. *Pair synergy* = release({h, k}) - max(0, release h) - max(0, release k), for all pairs of candidates.
+1. *Candidates*: all nodes where there are at most 64; else the 64 that `naming.screen` chose, stopped ones too.
+2. *Pair synergy* = release({h, k}) - max(0, release h) - max(0, release k), for all pairs of candidates; above 64 nodes
+   of the 40 of best rank on the exact figures of release (the largest over the donors) or sufficiency.
 3. *Forward*, from the best head and from the five pairs of largest synergy: add the head of largest gain; stop after 3
    gains in a row below delta (and drop these), or at 12 heads.
 4. *Backward*: take out the head that costs least (of equals the last) while that is less than delta, measuring again
@@ -27,6 +27,9 @@ Choices where the protocol is silent: small gains at the end of a climb that sto
 backward steps; a set whose last head releases less than delta is taken apart to nothing, and then that donor has no
 set; a member has no q and no max-T p (it was found by a search, not by a test), so its role on discovery is that of the
 cuts alone.
+
+First edition: above 64 heads all are measured, and the candidates are the 40 of best rank on release, sufficiency or
+attention of the generation position to the video (mean over `va`).
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ from av_lens.isolation.measuring.engine import MIRROR, MLP, PRIMARY_DONORS, Node
 from av_lens.isolation.measuring.halves import Half, columns
 from av_lens.isolation.naming.evidence import SiteEvidence
 from av_lens.isolation.naming.roles import (
+    ALL_NODES,
     CUT_ROLES,
     HELD,
     Cuts,
@@ -67,9 +71,10 @@ from av_lens.isolation.naming.roles import (
     run_tests,
     suppressor_role,
 )
+from av_lens.isolation.naming.screen import best_ranked
 from av_lens.isolation.sets.sets import BuiltSet, Members, SetReleases, Tick, cumulative, head_names
 
-ALL_HEADS, SCREENED = 64, 40
+SCREENED = 40
 SYNERGIES, SHOWN_SYNERGIES = 5, 20
 MOST_MEMBERS, PATIENCE = 12, 3
 EXPLAINED = 0.5
@@ -77,8 +82,8 @@ EXPLAINED = 0.5
 
 
 def n_candidates(heads: int) -> int:
-    """Say how many heads the search for sets tries."""
-    return heads if heads <= ALL_HEADS else SCREENED
+    """Say of how many heads the search for sets tries all pairs."""
+    return heads if heads <= ALL_NODES else SCREENED
 
 
 @dataclass(frozen=True)
@@ -199,18 +204,13 @@ def pair_synergies(releases: SetReleases, candidates: Sequence[Node]) -> list[Sy
     return sorted(found, key=lambda pair: (-pair.synergy, pair.pair))
 
 
-def screened(screens: dict[str, Float[np.ndarray, "layer node"]], heads: Sequence[Node]) -> dict[Node, str]:
-    """Choose the candidates among all nodes."""
-    if len(heads) <= ALL_HEADS:
+def screened(
+    screens: dict[str, Float[np.ndarray, "layer node"]], heads: Sequence[Node], *, most: int = ALL_NODES
+) -> dict[Node, str]:
+    """Choose those of best rank on any screen; all, where they are not too many."""
+    if len(heads) <= most:
         return dict.fromkeys(heads, "all heads and MLPs" if any(head == MLP for _, head in heads) else "all heads")
-    best: dict[Node, tuple[int, str]] = {}
-    for name, by_head in screens.items():
-        order = sorted(heads, key=lambda head: (-np.nan_to_num(by_head[head], nan=-np.inf), head))
-        for rank, head in enumerate(order):
-            if head not in best or rank < best[head][0]:
-                best[head] = (rank, name)
-    chosen = sorted(heads, key=lambda head: (best[head][0], head))[:SCREENED]
-    return {head: f"{best[head][1]} (rank {best[head][0] + 1})" for head in sorted(chosen)}
+    return dict(sorted(list(best_ranked(screens, heads).items())[:SCREENED]))
 
 
 def search_sets(site: SiteEvidence, half: Half, *, s: float, quick: bool = False) -> SearchedSets:
@@ -246,20 +246,22 @@ def _built(
 ) -> SearchedSets:
     """Build a set per donor, from the best synergies of pairs too or from the best head alone."""
     found, delta, g = site.evidence, half.delta(s), float(half.G.mean())
-    out = SearchedSets(screens=screened(_screens(site), found.nodes), pairs=pairs)
+    screens = _screens(site)
+    out = SearchedSets(screens=site.screens or screened(screens, found.nodes), pairs=pairs)
     candidates, progress = sorted(out.screens), site.chunks[0].bench.progress
+    paired = sorted(screened(screens, candidates, most=SCREENED)) if site.screens else candidates
     for donor, release in found.by_donor("release").items():
         if np.isnan(release).all():
             continue
         stage = f"sets of heads by {donor}"
-        expected = len(candidates) * (len(candidates) - 1 if pairs else 1) * len(site.chunks)
+        expected = (len(paired) * (len(paired) - 1) if pairs else len(candidates)) * len(site.chunks)
         releases = (known or {}).get(donor) or SetReleases(site.chunks, half.examples, donor)
         releases.tick = _ticker(progress, stage, expected)
         releases.learn({head: release[:, head[0], head[1]] for head in candidates})
         synergies: list[Synergy] = []
         if pairs:
-            releases.pairs(candidates)
-            synergies = pair_synergies(releases, candidates)
+            releases.pairs(paired)
+            synergies = pair_synergies(releases, paired)
         winner, paths = search(releases, candidates, synergies, delta=delta)
         progress(stage, 1, 1)
         out.releases[donor] = releases
@@ -285,7 +287,7 @@ def _built(
 def _screens(site: SiteEvidence) -> dict[str, Float[np.ndarray, "layer node"]]:
     largest = site.evidence.largest_release
     screens = {"release": largest, "sufficiency": head_means(site.evidence["sufficiency"])}
-    if largest.size > ALL_HEADS:
+    if largest.size > ALL_NODES and not site.screens:
         screens["attention to the video"] = averaged(site.chunks, "attention to the video", video_attention)
     return screens
 
@@ -348,7 +350,7 @@ def in_context(
         for figure, values in found.items():
             getattr(effects[request], figure)[:, layers, heads] = values[:, r]
     values = figures(effects) | ({(HELD, built.donor): effects[held].first} if mlps else {})
-    evidence = Evidence(values, half, chunks[0].bench.mlps)
+    evidence = Evidence(values, half, chunks[0].bench.mlps, chunks[0].encoding)
     tests = run_tests(evidence, s=s, family=family, seed=seed)
     donors = np.full(evidence["silenced"].shape[1:], built.donor, dtype=object)
     return InContext(evidence, tests, Cuts.of(evidence, donors, s=s))
@@ -357,27 +359,32 @@ def in_context(
 def _cell_scores(
     chunk: Chunk, cell: str, built: BuiltSet, wanted: Sequence[Request]
 ) -> tuple[Float[np.ndarray, "1 member batch candidate"], Float[np.ndarray, "1 request member batch candidate"]]:
-    """The candidates' scores with all members but one edited, and with each request's edit of that one on top."""
+    """The candidates' scores with all members but one edited, and with each request's edit of that one on top.
+
+    All requests ask the same question.
+    """
     engine, candidates = chunk.bench.engine, chunk.bench.candidates
     shape = (len(built.members), len(chunk.examples), candidates.width)
     before, after = np.full((1, *shape), np.nan), np.full((1, len(wanted), *shape), np.nan)
-    run = chunk.run(cell)
+    question = wanted[0].question
+    run = chunk.run(cell, question)
     for j, head in enumerate(built.members):
         others = sorted(_others(built, head))
-        edited = engine.record_edited(run, chunk.z(cell, others, built.donor)) if others else run
+        edited = engine.record_edited(run, chunk.z(cell, others, built.donor, question)) if others else run
         before[0, j] = chunk.scores(chunk.own(edited))
-        plans = [edited.plan(chunk.z(cell, [head], one.donor), freeze=one.freeze, mlps=one.mlps) for one in wanted]
+        given = [chunk.z(cell, [head], one.donor, question) for one in wanted]
+        plans = [edited.plan(z, freeze=one.freeze, mlps=one.mlps) for z, one in zip(given, wanted, strict=True)]
         for r, again in enumerate(chunk.changed(edited, plans)):
             after[0, r, j] = chunk.scores(again)
-    chunk.drop_traces(cell)
+    chunk.drop_traces(cell, question=question)
     return before, after
 
 
 def _chunk_effects(chunk: Chunk, built: BuiltSet, wanted: Sequence[Request]) -> dict[str, np.ndarray]:
     """All requests on one stack, mirrored: `[batch, request, member]` of each figure at the runs' own norm scale."""
     parts: list[dict[str, np.ndarray]] = []
-    for base in dict.fromkeys(request.base for request in wanted):  # their requests are listed together
-        these = [request for request in wanted if request.base == base]
+    for base, question in dict.fromkeys((one.base, one.question) for one in wanted):
+        these = [request for request in wanted if (request.base, request.question) == (base, question)]
         cells = (_cell_scores(chunk, cell, built, these) for cell in (base, MIRROR[base]))
         parts.append(effect_figures(chunk.bench.candidates, chunk.examples, *cells))
     return {name: np.moveaxis(np.concatenate([part[name] for part in parts]), -1, 0) for name in parts[0]}

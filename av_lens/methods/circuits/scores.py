@@ -54,7 +54,7 @@ from av_lens.errors import InputError
 from av_lens.families.decoder import hook_name
 from av_lens.interventions import Plan, Site, replace
 from av_lens.methods.circuits.runs import CircuitRuns, Nodes, TermRun, Values, written
-from av_lens.methods.shared.frame import held_layers
+from av_lens.methods.shared.frame import held_layers, starred
 from av_lens.results import EdgeScores, Grid
 from av_lens.results.circuit import Scale
 from av_lens.results.statistics import Bootstrap
@@ -77,7 +77,8 @@ def contributions(runs: CircuitRuns, kind: str, *, steps: int) -> dict[str, Floa
         for empty, guesses in _first_order(runs, number, one, kind, steps).items():
             total[empty][: len(guesses), one.rows] += one.weight * guesses
         runs.show(f"{kind} scores", number + 1, len(runs.runs))
-    return {empty: _starred(guesses, nodes) if kind == "atp_star" else guesses[0] for empty, guesses in total.items()}
+    layers = nodes.layers
+    return {empty: starred(guesses, layers) if kind == "atp_star" else guesses[0] for empty, guesses in total.items()}
 
 
 def _first_order(
@@ -120,14 +121,6 @@ def _along_the_path(runs: CircuitRuns, one: TermRun, steps: int) -> list[Plan]:
         return [Plan()] * steps
     site = Site("embed", positions=moved)
     return [Plan(replace(site, own[:, moved] + (step + 0.5) / steps * change[:, moved])) for step in range(steps)]
-
-
-def _starred(guesses: Float[np.ndarray, "gradient example node"], nodes: Nodes) -> Float[np.ndarray, "example node"]:
-    """The mean size over dropped layers, a node's own left out, with the sign of the plain guess."""
-    layers = np.arange(len(guesses) - 1)
-    others = (layers[:, None] != np.asarray(nodes.layers)[None]).astype(float)  # [dropped, node]
-    sizes = (np.abs(guesses[1:]) * others[:, None]).sum(0) / np.maximum(others.sum(0), 1.0)
-    return np.sign(guesses[0]) * sizes
 
 
 class Search(NamedTuple):

@@ -293,6 +293,16 @@ def held_layers(model: Any, x: AVInputs, positions: Sequence[int]) -> list[Plan]
     return [Plan([replace(sites[part, layer], cache[hook_name(part, layer)]) for part in parts]) for layer in layers]
 
 
+def starred(guesses: np.ndarray, layers: Sequence[int]) -> np.ndarray:
+    """AtP* of guesses `[gradient, ..., node]`, the plain ones first, then those with each layer's gradient dropped.
+
+    The mean size over dropped layers, each node's own layer left out, with the sign of the plain guess.
+    """
+    others = (np.arange(len(guesses) - 1)[:, None] != np.asarray(layers)[None]).astype(np.float64)
+    wide = others.reshape(len(others), *(1,) * (guesses.ndim - 2), -1)
+    return np.sign(guesses[0]) * (np.abs(guesses[1:]) * wide).sum(0) / np.maximum(others.sum(0), 1.0)
+
+
 def for_each(given: Any, n: int, what: str) -> list[tuple[str, ...]]:
     """Read texts for all examples alike, or a list for each; nothing given is nothing for each."""
     if isinstance(given, str) or any(isinstance(item, str) for item in given):

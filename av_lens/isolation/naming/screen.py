@@ -1,0 +1,181 @@
+"""Which of more than 64 nodes are worth measuring? A screen by gradients on discovery; protocol section 6.
+
+A guess at an effect is (donor's output - own output) . gradient of M, summed over the site's positions and mirrored as
+every effect is. Of each conflict, by backward passes in a cell and its mirror:
+
+1. AtP* of C by each primary donor that the site has: 48 places, by the better rank on the largest signed mean over
+   conflicts or on the largest mean size. A conflict's size is the mean over layers of the sizes of its guesses with
+   that layer's gradient dropped (GradDrop), the node's own layer left out; its sign is the plain guess's. Of AtP*
+   (Kramár et al. 2024) this is all that applies to a head's z and an MLP's output: replacing them leaves the layer's
+   own softmax as it is, so that the fix for queries and keys (which is `methods.gradients`') has nothing to mend. The
+   protocol ranks by the sign alone; of gates that stand in for each other, which are shut, the gradient's sign is
+   wrong, and that ranking puts them last of all nodes (a slow test shows both).
+2. Plain guesses of carries (the fall of G by `blank_muted`) and silenced (the effect on C by `blank_a` less that by
+   `blank_muted`), by the better rank on either, among heads that have no place yet: 16 places (MLPs are no carriers).
+
+Whatever else is told is exact: of the 64 that are chosen every effect is measured. A guess is blind where softmaxes are
+saturated, and a node that it misses is missed: it counts in the family with p = 1. *Null*: under the control question
+64 nodes that were drawn are measured, and s is the upper bound of what 99% of all nodes stay below (`upper_bound`).
+
+Looks: discovery's conflicts are measured in three parts, in the order of sha256 of "seed:id": a quarter, a quarter,
+half. After the first two a node stops, for futility alone, where the upper 97.5% bounds of its releases, of silenced
+and of carries are all below delta. It has p = 1 and keeps its figures of that look; sets may still take it in.
+`power_lost` bounds the chance that this loses a node which is found four times in five.
+
+Choices where the protocol is silent: of answers of several tokens the first is differentiated; a stack whose gradients
+take more than 8 GB is halved; ties go by layer and head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+
+from av_lens.errors import BudgetError
+from av_lens.interventions import Site
+from av_lens.isolation.measuring.bench import Chunk, gathered
+from av_lens.isolation.measuring.effects import first_metric, margin_metric, mirrored, trace_of
+from av_lens.isolation.measuring.engine import MLP, OUTPUTS, PRIMARY_DONORS, Node
+from av_lens.isolation.naming.roles import ALL_NODES, Evidence, head_means
+from av_lens.methods.shared.frame import held_layers, starred
+from av_lens.results.dealing import rank_hash
+
+BY_ATP, BY_CARRYING = 48, 16
+LOOKS = (0.25, 0.5)
+LOOK_TAIL = 0.025
+GRADIENT_GB = 8.0
+CARRIES, SILENCED = "carries", "silenced"
+Guesses = dict[str, Float[np.ndarray, "batch layer node"]]
+
+
+def guesses(chunks: Sequence[Chunk], examples: Int[np.ndarray, " example"]) -> Guesses:
+    """Guess every node's effects on all conflicts: AtP* by donor, and what carriers are told by."""
+    stage = f"first guesses at {chunks[0].site}"
+    return gathered(chunks, examples, "first guesses", {}, _guessed, stage)
+
+
+def screen(found: Guesses, nodes: Sequence[Node]) -> dict[Node, str]:
+    """Choose the nodes that are measured, best first, each with the guess and the rank that chose it."""
+    stars = [found[donor] for donor in PRIMARY_DONORS if donor in found]
+    signed = np.fmax.reduce([head_means(one) for one in stars])
+    sizes = np.fmax.reduce([head_means(np.abs(one)) for one in stars])
+    out = dict(list(best_ranked({"AtP*": signed, "size of AtP*": sizes}, nodes).items())[:BY_ATP])
+    guesses = {f"guess of {name}": head_means(found[name]) for name in (CARRIES, SILENCED)}
+    heads = [node for node in nodes if node[1] != MLP]
+    rest = [one for one in best_ranked(guesses, heads).items() if one[0] not in out]
+    return out | dict(rest[: min(BY_CARRYING, ALL_NODES - len(out))])
+
+
+def best_ranked(screens: Mapping[str, Float[np.ndarray, "layer node"]], nodes: Sequence[Node]) -> dict[Node, str]:
+    """Order nodes by their best rank on any screen, ties by layer and head; each with that screen and its rank."""
+    best: dict[Node, tuple[int, str]] = {}
+    for name, by_node in screens.items():
+        order = sorted(nodes, key=lambda node: (-np.nan_to_num(by_node[node], nan=-np.inf), node))
+        for rank, node in enumerate(order):
+            if node not in best or rank < best[node][0]:
+                best[node] = (rank, name)
+    ordered = sorted(nodes, key=lambda node: (best[node][0], node))
+    return {node: f"{best[node][1]} (rank {best[node][0] + 1})" for node in ordered}
+
+
+def _guessed(chunk: Chunk) -> Guesses:
+    """Guess one stack."""
+    donors = [donor for donor in PRIMARY_DONORS if chunk.has(donor)]
+    try:
+        on_c = _guesses(chunk, "va", [*donors, "blank_a"], drop=True)
+        on_g = _guesses(chunk, "blank_a", ["blank_muted"], drop=False)
+    except BudgetError:
+        halves = np.array_split(chunk.examples, 2)
+        parts = [_guessed(one) for half in halves for one in chunk.taken(half)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    n_layers, n_columns = chunk.bench.shape
+    layers = np.repeat(np.arange(n_layers), n_columns).tolist()
+    stars = {d: starred(one.reshape(*one.shape[:2], -1), layers) for d, one in zip(donors, on_c, strict=False)}
+    out = {donor: star.reshape(-1, n_layers, n_columns) for donor, star in stars.items()}
+    plain = on_c[:, 0]
+    return out | {CARRIES: -on_g[0, 0], SILENCED: plain[-1] - plain[donors.index("blank_muted")]}
+
+
+def _guesses(
+    chunk: Chunk, base: str, donors: Sequence[str], *, drop: bool
+) -> Float[np.ndarray, "donor gradient batch layer node"]:
+    """First-order effects of every node by each donor, mirrored: of the run itself, then with each layer dropped."""
+    engine = chunk.bench.engine
+    metric = margin_metric(chunk) if chunk.spoken is None else first_metric(chunk)
+
+    def changes(cell: str) -> np.ndarray:
+        run, trace = chunk.run(cell), trace_of(chunk, cell)
+        at, layers = run.site.tolist(), range(engine.n_layers)
+        sites = [Site(part, layer, positions=at) for part, layer in product(OUTPUTS, layers)]
+        later = list(range(trace.traits.restart(at[0], trace.spans.roles), len(trace.spans)))
+        plans = [None, *(held_layers(engine.model, run.inputs, later) if drop else ())]
+        moved = [{part: chunk.donor(cell, one, part=part) - run.at_site(part) for part in OUTPUTS} for one in donors]
+        budget = GRADIENT_GB if len(chunk.examples) > 1 else math.inf  # one conflict is no more to be parted
+        out: list[np.ndarray] = []
+        for plan in plans:
+            found = trace.gradients(sites, metric, plan=plan, budget_gb=budget).gradient
+            both = zip(OUTPUTS, (found[: len(layers)], found[len(layers) :]), strict=True)
+            slopes = {part: torch.stack(listed) for part, listed in both}
+            out.append(np.stack([_by_node(change, slopes) for change in moved]))
+        chunk.drop_traces(cell)
+        return np.stack(out, axis=1)
+
+    return mirrored(base, changes)
+
+
+def _by_node(
+    change: Mapping[str, torch.Tensor], slopes: Mapping[str, torch.Tensor]
+) -> Float[np.ndarray, "batch layer node"]:
+    """Sum change times gradient over positions and what a node writes."""
+    z, mlp = (change[part].double() * slopes[part].double() for part in OUTPUTS)
+    summed = torch.cat([z.sum((2, 4)), mlp.sum((2, 3))[..., None]], dim=-1)
+    return summed.transpose(0, 1).cpu().numpy()
+
+
+def drawn_nodes(nodes: Sequence[Node], seed: int) -> list[Node]:
+    """Draw the nodes that are measured under the control question, all where they are few."""
+    if len(nodes) <= ALL_NODES:
+        return list(nodes)
+    rng = np.random.default_rng([seed, 0xD1])
+    return [nodes[i] for i in sorted(rng.permutation(len(nodes))[:ALL_NODES].tolist())]
+
+
+def upper_bound(values: Float[np.ndarray, " node"], percentile: float, *, confidence: float = 0.95) -> float:
+    """Bound a high percentile of what some values were drawn from, from above.
+
+    No order statistic of 64 bounds the 99th percentile (the largest is above it in 47 draws of 100), so that the tail
+    is taken to be exponential above the upper quarter: its mean excess b has 2 k b / (true mean) ~ chi2 with 2 k
+    degrees of freedom, k values being in it. It is never below the percentile of the values themselves.
+    """
+    ordered = np.sort(values)
+    k = max(1, len(ordered) // 4)
+    start, share = float(ordered[-k - 1]), (1 - percentile / 100) * len(ordered) / k
+    excess = float((ordered[-k:] - start).mean()) * 2 * k / float(stats.chi2.ppf(1 - confidence, 2 * k))
+    return max(start + excess * math.log(1 / share), float(np.percentile(values, percentile)))
+
+
+def looks_of(examples: Int[np.ndarray, " example"], ids: Sequence[str], seed: int) -> list[Int[np.ndarray, " part"]]:
+    """Part the conflicts into those of the first look, those that the second adds, and the rest."""
+    order = sorted(range(len(examples)), key=lambda i: rank_hash(seed, ids[i]))
+    return np.split(examples[order], [math.ceil(share * len(order)) for share in LOOKS])
+
+
+def futile(found: Evidence, nodes: Sequence[Node], *, s: float) -> list[Node]:
+    """Find the nodes of which every figure that could name them has its upper bound below delta."""
+    figures = [*found.by_donor("release").values(), found["silenced"], found[CARRIES]]
+    at = tuple(np.array(nodes).T)
+    highs = [found.half.boot.mean(one[:, *at]).high for one in figures if not np.isnan(one).all()]
+    below = np.all([high < found.half.delta(s) for high in highs], axis=0)
+    return [node for node, stops in zip(nodes, below, strict=True) if stops]
+
+
+def power_lost(family: int) -> float:
+    """Bound how often a node stops whose release is just found four times in five (normal, independent looks)."""
+    beyond = stats.norm.isf(0.05 / family) + stats.norm.isf(0.2)
+    return float(sum(stats.norm.sf(stats.norm.isf(LOOK_TAIL) + beyond * math.sqrt(share)) for share in LOOKS))
