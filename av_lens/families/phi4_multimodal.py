@@ -47,17 +47,11 @@ FRAMES_PER_TOKEN = 8
 
 @dataclass(frozen=True, eq=False)
 class Crops(Picture):
-    """An image as crops, the whole first.
+    """An image as crops, the whole first."""
 
-    Attributes:
-        pixels: `[1, crop, rgb, height, width]`.
-        told: what the model is told beside them.
-        places: row and column of each token, -1 where it has none, `[2, token]`.
-    """
-
-    pixels: Float[Tensor, "1 crop 3 height width"]
-    told: Mapping[str, Tensor]
-    places: Int64[np.ndarray, "2 token"]
+    pixels: Float[Tensor, "1 crop 3 height width"]  # `[1, crop, rgb, height, width]`
+    told: Mapping[str, Tensor]  # what the model is told beside them
+    places: Int64[np.ndarray, "2 token"]  # row and column of each token, -1 where it has none, `[2, token]`
 
 
 def shown(size: Tensor, mask: Tensor, crop: int) -> tuple[int, int, int, int]:

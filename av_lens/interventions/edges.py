@@ -57,23 +57,14 @@ class KV:
 
 @dataclass(frozen=True)
 class Node:
-    """One end of a path.
+    """One end of a path."""
 
-    Attributes:
-        kind: "head", "kv", "mlp", "embed" or "logits"; "total" stands for everything after a sender.
-        layer: the layer; None for embed and logits.
-        index: the head, or key-value head.
-        input: "q", "k" or "v" of a receiving head; None of a sender.
-        span: the positions of "embed": a role or a `Span`.
-        span_name: the role's name, or "span".
-    """
-
-    kind: str
-    layer: int | None = None
-    index: int | None = None
-    input: str | None = None
-    span: Any = field(default=None, compare=False)
-    span_name: str = ""
+    kind: str  # "head", "kv", "mlp", "embed" or "logits"; "total" stands for everything after a sender
+    layer: int | None = None  # the layer; None for embed and logits
+    index: int | None = None  # the head, or key-value head
+    input: str | None = None  # "q", "k" or "v" of a receiving head; None of a sender
+    span: Any = field(default=None, compare=False)  # the positions of "embed": a role or a `Span`
+    span_name: str = ""  # the role's name, or "span"
 
     @property
     def label(self) -> str:
@@ -291,21 +282,13 @@ class Cut:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BoundCut(Brief):
-    """A cut on one model and one prompt.
+    """A cut on one model and one prompt."""
 
-    Attributes:
-        edit: what was asked.
-        layers: the layers, resolved.
-        queries: positions that read.
-        keys: positions that are read.
-        n_prompt: positions of the prompt.
-    """
-
-    edit: Cut
-    layers: tuple[int, ...]
-    queries: Positions
-    keys: Positions
-    n_prompt: int
+    edit: Cut  # what was asked
+    layers: tuple[int, ...]  # the layers, resolved
+    queries: Positions  # positions that read
+    keys: Positions  # positions that are read
+    n_prompt: int  # positions of the prompt
 
     def mask(
         self, n_heads: int, n_query: int, n_key: int, *, offset: int

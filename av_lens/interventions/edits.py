@@ -90,17 +90,11 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions resolved on one prompt: a slice where they are contiguous, else a list, and whether decoding joins.
+    """Positions resolved on one prompt: a slice where they are contiguous, else a list, and whether decoding joins."""
 
-    Attributes:
-        index: positions of the prompt, ascending and distinct.
-        decode: whether positions that decoding adds belong to it.
-        everything: whether all positions were asked for (no list given).
-    """
-
-    index: tuple[int, ...]
-    decode: bool = False
-    everything: bool = False
+    index: tuple[int, ...]  # positions of the prompt, ascending and distinct
+    decode: bool = False  # whether positions that decoding adds belong to it
+    everything: bool = False  # whether all positions were asked for (no list given)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -335,19 +329,12 @@ class Edit(Brief):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class BoundEdit(Brief):
-    """An edit on one model and one prompt: `apply_` writes it into an activation in place.
+    """An edit on one model and one prompt: `apply_` writes it into an activation in place."""
 
-    Attributes:
-        edit: what was asked.
-        positions: the site's positions, resolved.
-        value: `[batch or 1, pos or 1, (head or 1,) d]`, or None.
-        n_prompt: positions of the prompt.
-    """
-
-    edit: Edit
-    positions: Positions
-    value: Tensor | None
-    n_prompt: int
+    edit: Edit  # what was asked
+    positions: Positions  # the site's positions, resolved
+    value: Tensor | None  # `[batch or 1, pos or 1, (head or 1,) d]`, or None
+    n_prompt: int  # positions of the prompt
 
     @property
     def rowwise(self) -> bool:

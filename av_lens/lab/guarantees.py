@@ -144,38 +144,23 @@ def _tried(name: str, made: Callable[[], list[Check]]) -> list[Check]:
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """What HuggingFace's own model made of one layout.
+    """What HuggingFace's own model made of one layout."""
 
-    Attributes:
-        x: the input.
-        rows: the positions whose logits are kept.
-        logits: its logits there, `[row, d_vocab]`.
-        tokens: its greedy tokens, the prompt's included.
-    """
-
-    x: AVInputs
-    rows: Tensor
-    logits: Tensor
-    tokens: Tensor
+    x: AVInputs  # the input
+    rows: Tensor  # the positions whose logits are kept
+    logits: Tensor  # its logits there, `[row, d_vocab]`
+    tokens: Tensor  # its greedy tokens, the prompt's included
 
 
 @dataclass(frozen=True, eq=False)
 class Plain:
-    """HuggingFace's model before it is wrapped, what it is asked, and what it said.
+    """HuggingFace's model before it is wrapped, what it is asked, and what it said."""
 
-    Attributes:
-        hf_model: the model.
-        encoder: what makes its inputs.
-        clip: what it sees and hears.
-        question: what it is asked.
-        own: what it said, by layout.
-    """
-
-    hf_model: Any
-    encoder: Encoder
-    clip: Clip
-    question: str
-    own: dict[str, Own] = field(default_factory=dict[str, Own])
+    hf_model: Any  # the model
+    encoder: Encoder  # what makes its inputs
+    clip: Clip  # what it sees and hears
+    question: str  # what it is asked
+    own: dict[str, Own] = field(default_factory=dict[str, Own])  # what it said, by layout
 
     @torch.no_grad()
     def keep(self, name: str, options: Mapping[str, Any]) -> list[Check]:

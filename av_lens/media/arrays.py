@@ -45,17 +45,11 @@ class MediaBudgetError(MediaError, BudgetError):
 
 @dataclass
 class Budget:
-    """Counts decoded bytes and refuses before they are allocated.
+    """Counts decoded bytes and refuses before they are allocated."""
 
-    Attributes:
-        path: the file, for the message.
-        max_bytes: how many bytes may be decoded.
-        used: how many have been.
-    """
-
-    path: str
-    max_bytes: int
-    used: int = 0
+    path: str  # the file, for the message
+    max_bytes: int  # how many bytes may be decoded
+    used: int = 0  # how many have been
 
     def take(self, n_bytes: float, what: str) -> None:
         """Book `n_bytes`, or refuse."""

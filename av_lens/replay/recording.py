@@ -44,30 +44,20 @@ from av_lens.spans import SpanMap
 
 @dataclass(frozen=True, eq=False)
 class Window:
-    """What every layer of one restart shares.
+    """What every layer of one restart shares."""
 
-    Attributes:
-        start: first position that is computed anew.
-        cos: rotary table, `[batch, pos, 1, d_head]`, from `start` on.
-        sin: rotary table.
-        prefix_mask: additive, `[batch, 1, pos, key]` on recorded keys, or None where all may be read.
-        own_mask: additive, `[batch, 1, pos, pos]` on the new keys.
-        causal: whether `own_mask` is plainly causal.
-        added: by layer, what is added to the stream after it, `[batch, pos, d_model]`, from `start` on.
-        experts: by layer, the experts that every position goes through, `[batch, pos, chosen]`, from `start` on; where
-            none are named the router chooses.
-        flash: whether attention goes without scores that are written out, where no edit looks at them.
-    """
-
-    start: int
-    cos: Tensor
-    sin: Tensor
-    prefix_mask: Tensor | None
-    own_mask: Tensor
-    causal: bool
+    start: int  # first position that is computed anew
+    cos: Tensor  # rotary table, `[batch, pos, 1, d_head]`, from `start` on
+    sin: Tensor  # rotary table
+    prefix_mask: Tensor | None  # additive, `[batch, 1, pos, key]` on recorded keys, or None where all may be read
+    own_mask: Tensor  # additive, `[batch, 1, pos, pos]` on the new keys
+    causal: bool  # whether `own_mask` is plainly causal
+    # by layer, what is added to the stream after it, `[batch, pos, d_model]`, from `start` on
     added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
+    # by layer, the experts that every position goes through, `[batch, pos, chosen]`, from `start` on; where none are
+    # named the router chooses
     experts: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor])
-    flash: bool = True
+    flash: bool = True  # whether attention goes without scores that are written out, where no edit looks at them
 
     @classmethod
     def at(cls, start: int, tables: tuple[Tensor, Tensor], mask: Tensor | None, *, flash: bool = True) -> Window:
@@ -160,18 +150,13 @@ def _own_part_of_one_row(
 
 @dataclass(frozen=True, eq=False)
 class Own:
-    """What a run made that differs from a recorded one, from a position on; all else is the recorded run's.
+    """What a run made that differs from a recorded one, from a position on; all else is the recorded run's."""
 
-    Attributes:
-        base: the run it was made of.
-        start: the first position that is new.
-        streams: by layer, the stream that entered it (by the number of layers, that left the last), `[batch, pos, d]`.
-        heads: by layer, its rotated keys and its values, `[batch, kv_head, new_pos, d_head]`.
-    """
-
-    base: Record
-    start: int
+    base: Record  # the run it was made of
+    start: int  # the first position that is new
+    # by layer, the stream that entered it (by the number of layers, that left the last), `[batch, pos, d]`
     streams: Mapping[int, Tensor]
+    # by layer, its rotated keys and its values, `[batch, kv_head, new_pos, d_head]`
     heads: Mapping[int, tuple[Tensor, Tensor]]
 
 

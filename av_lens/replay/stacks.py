@@ -43,17 +43,11 @@ GPU_ROWS = 8  # times as many keep a GPU busy: worked out from its products' siz
 
 @dataclass(frozen=True)
 class Stack:
-    """Plans that run together.
+    """Plans that run together."""
 
-    Attributes:
-        numbers: their places in the list of all plans, first layers ascending.
-        start: the first position that is computed anew; the prompt's length where nothing is.
-        hooked: whether this is one plan that runs as a full hooked forward.
-    """
-
-    numbers: tuple[int, ...]
-    start: int
-    hooked: bool = False
+    numbers: tuple[int, ...]  # their places in the list of all plans, first layers ascending
+    start: int  # the first position that is computed anew; the prompt's length where nothing is
+    hooked: bool = False  # whether this is one plan that runs as a full hooked forward
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -319,21 +313,13 @@ def refuse_huge(needed: float, budget_gb: float | int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class HeadRead:
-    """What one query head reads at some rows of a recorded run.
+    """What one query head reads at some rows of a recorded run."""
 
-    Attributes:
-        q: its queries, rotated.
-        k: its keys, rotated, at all positions.
-        v: its values at all positions.
-        mask: what is added to the scores.
-        scaling: factor of the scores.
-    """
-
-    q: Float[Tensor, "*_ batch row d_head"]
-    k: Float[Tensor, "*_ batch pos d_head"]
-    v: Float[Tensor, "*_ batch pos d_head"]
-    mask: Float[Tensor, "_ row pos"]
-    scaling: float
+    q: Float[Tensor, "*_ batch row d_head"]  # its queries, rotated
+    k: Float[Tensor, "*_ batch pos d_head"]  # its keys, rotated, at all positions
+    v: Float[Tensor, "*_ batch pos d_head"]  # its values at all positions
+    mask: Float[Tensor, "_ row pos"]  # what is added to the scores
+    scaling: float  # factor of the scores
 
     @classmethod
     def of(cls, record: Record, layer: int, head: int, rows: Sequence[int]) -> HeadRead:

@@ -56,19 +56,12 @@ FRESH = 100_000
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A bench's folder and what it holds.
+    """A bench's folder and what it holds."""
 
-    Attributes:
-        folder: where it is.
-        criteria: what was written down before the first model was scored.
-        models: one entry for each model that was scored, in the order asked for.
-        missing: models that were left for later (`limit`).
-    """
-
-    folder: Path
-    criteria: dict[str, Any]
-    models: list[dict[str, Any]]
-    missing: list[str]
+    folder: Path  # where it is
+    criteria: dict[str, Any]  # what was written down before the first model was scored
+    models: list[dict[str, Any]]  # one entry for each model that was scored, in the order asked for
+    missing: list[str]  # models that were left for later (`limit`)
 
 
 def run_plantbench(

@@ -36,17 +36,11 @@ SINKS = "sinks"
 
 @dataclass(frozen=True)
 class Flow:
-    """A directed set of attention edges, in words.
+    """A directed set of attention edges, in words."""
 
-    Attributes:
-        text: as it was written.
-        source: the side that is read (keys).
-        target: the side that reads (queries).
-    """
-
-    text: str
-    source: str
-    target: str
+    text: str  # as it was written
+    source: str  # the side that is read (keys)
+    target: str  # the side that reads (queries)
 
     @classmethod
     def parsed(cls, text: str) -> Flow:
