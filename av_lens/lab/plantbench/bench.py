@@ -23,7 +23,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -213,8 +213,3 @@ def plain_figure(value: float) -> float | None:
 def plain_table(table: np.ndarray) -> list[list[float | None]]:
     """Write a table `[layer, head]` as plain data."""
     return [[plain_figure(value) for value in row] for row in table.tolist()]
-
-
-def scores_of(entry: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Read a model's scores as `plain_table` wrote them: method to `[layer, head]`, NaN where not measured."""
-    return {str(name): np.array(rows, dtype=np.float64) for name, rows in entry["scores"].items()}

@@ -364,11 +364,12 @@ def bare_seconds(blocks: Sequence[Block], spec: Any, dtype: torch.dtype, watch: 
     return {"products": products, "attention": attention}
 
 
+@dataclass(frozen=True, eq=False)
 class _Timer:
     """Times bare operations."""
 
-    def __init__(self, dtype: torch.dtype, watch: Stopwatch) -> None:
-        self.dtype, self.watch = dtype, watch
+    dtype: torch.dtype
+    watch: Stopwatch
 
     def product(self, rows: int, inner: int, outer: int) -> float:
         """Seconds of `[rows, inner] @ [inner, outer]`, the weight stored as a layer stores it."""
