@@ -48,27 +48,17 @@ _TOGETHER = 64 << 20  # bytes of frames that the processor gets at once
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """What the processor made of a video or an image.
+    """What the processor made of a video or an image."""
 
-    Attributes:
-        kind: "video" or "image".
-        pixels: flattened patches, `[patch, patch_width]`, in the order of the tokens.
-        grid: patches in time, height and width.
-        merge: patches per token along height and width.
-        step_s: how long a temporal patch lasts at the asked rate; an image, one second.
-        frame_start_s: true time of each frame behind the temporal patches, after repeating, `[patch_t, frame]`.
-        frame_end_s: when each of them leaves the screen, `[patch_t, frame]`.
-        frames: the indices of the sampled frames in the clip.
-    """
-
-    kind: str
-    pixels: Float[Tensor, "patch patch_width"]
-    grid: tuple[int, int, int]
-    merge: int
-    step_s: float
+    kind: str  # "video" or "image"
+    pixels: Float[Tensor, "patch patch_width"]  # flattened patches, `[patch, patch_width]`, in the order of the tokens
+    grid: tuple[int, int, int]  # patches in time, height and width
+    merge: int  # patches per token along height and width
+    step_s: float  # how long a temporal patch lasts at the asked rate; an image, one second
+    # true time of each frame behind the temporal patches, after repeating, `[patch_t, frame]`
     frame_start_s: np.ndarray
-    frame_end_s: np.ndarray
-    frames: tuple[int, ...]
+    frame_end_s: np.ndarray  # when each of them leaves the screen, `[patch_t, frame]`
+    frames: tuple[int, ...]  # the indices of the sampled frames in the clip
 
     @property
     def token_grid(self) -> tuple[int, int, int]:
@@ -88,19 +78,13 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Sound:
-    """What the processor made of a sound.
+    """What the processor made of a sound."""
 
-    Attributes:
-        mel: log-mel spectrogram, `[1, mel_bin, mel_frame]`: trimmed to the sound, or with the silence that pads it.
-        duration_s: length of the sound.
-        frame_s: seconds from one mel frame to the next.
-        padding: mel frames of silence after the sound.
-    """
-
+    # log-mel spectrogram, `[1, mel_bin, mel_frame]`: trimmed to the sound, or with the silence that pads it
     mel: Float[Tensor, "1 mel_bin mel_frame"]
-    duration_s: float
-    frame_s: float
-    padding: int = 0
+    duration_s: float  # length of the sound
+    frame_s: float  # seconds from one mel frame to the next
+    padding: int = 0  # mel frames of silence after the sound
 
     @property
     def n_frames(self) -> int:
@@ -270,20 +254,14 @@ def frames_of(clip: Clip) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TensorAxes:
-    """How the tensors of several examples lie in one batch; of those not named here each row is an example.
+    """How the tensors of several examples lie in one batch; of those not named here each row is an example."""
 
-    Attributes:
-        patches: tensors of patches, one example's after another's, each with the tensor of their grids.
-        frames: tensors of which an axis runs through a sound; padded to the longest.
-        frame_axis: that axis.
-        heard: the one of `frames` that is 1 where there is sound.
-        lengthened: beside `input_ids`, what has a number for each position, and its number for a decoded one.
-    """
-
+    # tensors of patches, one example's after another's, each with the tensor of their grids
     patches: Mapping[str, str] = field(default_factory=dict[str, str])
-    frames: tuple[str, ...] = ()
-    frame_axis: int = -1
-    heard: str = ""
+    frames: tuple[str, ...] = ()  # tensors of which an axis runs through a sound; padded to the longest
+    frame_axis: int = -1  # that axis
+    heard: str = ""  # the one of `frames` that is 1 where there is sound
+    # beside `input_ids`, what has a number for each position, and its number for a decoded one
     lengthened: Mapping[str, int] = field(default_factory=lambda: {"attention_mask": 1})
 
     @property

@@ -234,14 +234,7 @@ class Cut:
         return 0 if self.layers is None else min(self.layers)
 
     def first_position(self, spans: SpanMap) -> int:
-        """Find the first position whose reading changes.
-
-        Args:
-            spans: the `SpanMap` of the input.
-
-        Returns:
-            The smallest query position.
-        """
+        """Find the first position whose reading changes."""
         index = self._queries(spans).index
         return index[0] if index else len(spans)
 
@@ -254,19 +247,7 @@ class Cut:
         return found
 
     def bound(self, spec: ModelSpec, spans: SpanMap, batch: int | None = None) -> BoundCut:
-        """Check the cut against a model and an input, and make it ready to run.
-
-        Args:
-            spec: the model's sizes.
-            spans: the `SpanMap` of the input.
-            batch: not used; edges are cut in every example alike.
-
-        Returns:
-            The cut with its positions and layers resolved.
-
-        Raises:
-            InterventionError: a layer or head is out of range, or no edge would be cut.
-        """
+        """Check the cut against a model and an input, and make it ready to run."""
         layers = tuple(range(spec.n_layers)) if self.layers is None else self.layers
         check_layers(layers, spec)
         check_heads(self.heads, spec.n_heads, spec, "the attention pattern")

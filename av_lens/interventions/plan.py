@@ -148,19 +148,12 @@ class Step(Brief):
 
 @dataclass(eq=False, repr=False)
 class CompiledPlan(Brief):
-    """A plan on one model and one prompt, for one run.
+    """A plan on one model and one prompt, for one run."""
 
-    Attributes:
-        steps: every edit at every hook that it touches.
-        n_prompt: positions of the prompt.
-        first_layer: the first layer that it can change; -1 for an empty plan.
-        first_position: the first position that it can change; `n_prompt` for an empty plan.
-    """
-
-    steps: tuple[Step, ...]
-    n_prompt: int
-    first_layer: int
-    first_position: int
+    steps: tuple[Step, ...]  # every edit at every hook that it touches
+    n_prompt: int  # positions of the prompt
+    first_layer: int  # the first layer that it can change; -1 for an empty plan
+    first_position: int  # the first position that it can change; `n_prompt` for an empty plan
     _offsets: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -208,14 +201,7 @@ class CompiledPlan(Brief):
         return dict(record)
 
     def verify(self, *, decode_steps: int = 0) -> None:
-        """Raise if an edit did not fire as often as it should have.
-
-        Args:
-            decode_steps: decoding steps that followed the prompt's forward.
-
-        Raises:
-            InterventionError: an edit fired too seldom or too often.
-        """
+        """Raise if an edit did not fire as often as it should have."""
         for step in self.steps:
             expected = step.in_prompt + decode_steps * step.in_decode
             if step.fired != expected:

@@ -104,20 +104,13 @@ _REFUSED = {
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """One input as a bound bridge knows it.
+    """One input as a bound bridge knows it."""
 
-    Attributes:
-        name: how errors call it.
-        ids: the id tensor that stands for it, by identity.
-        tensors: its keyword arguments of the HuggingFace forward, ids included.
-        position_ids: `[stream, batch, pos]`, for restarts from the stream.
-        rows: the keyword arguments of some of its examples, from one number up to another; None with one example.
-    """
-
-    name: str
-    ids: torch.Tensor
-    tensors: Mapping[str, Any]
-    position_ids: torch.Tensor
+    name: str  # how errors call it
+    ids: torch.Tensor  # the id tensor that stands for it, by identity
+    tensors: Mapping[str, Any]  # its keyword arguments of the HuggingFace forward, ids included
+    position_ids: torch.Tensor  # `[stream, batch, pos]`, for restarts from the stream
+    # the keyword arguments of some of its examples, from one number up to another; None with one example
     rows: Callable[[int, int], Mapping[str, Any]] | None
 
     @classmethod

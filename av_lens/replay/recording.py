@@ -162,43 +162,33 @@ class Own:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Record(Brief):
-    """One recorded run.
+    """One recorded run."""
 
-    Attributes:
-        model: the model that ran.
-        x: its input.
-        resid: the stream that entered each layer, and the one that left the last, each `[batch, pos, d_model]`.
-        keys: each layer's rotated keys, `[batch, kv_head, pos, d_head]`.
-        values: each layer's values, likewise.
-        tables: cosine and sine of the rotary positions, `[batch, pos, d_head]`.
-        mask: additive attention mask, `[batch or 1, 1, pos, pos]`; None where it is plainly causal.
-        hooked_because: why replays run as full hooked forwards; empty where they restart.
-        standing: the caller's functions that stood on the model when it ran (`core.execution`).
-        own_logits: the run's logits at all positions, kept where such functions stood on the fusion stack; else None,
-            and they are read from the last stream.
-        added: by layer, what is added to the stream after it, whatever the stream is, up to the last position at which
-            anything is, `[batch, pos, d_model]`.
-        experts: by layer that has some, those that each position went through, `[batch, pos, chosen]`.
-        routing: "free": in runs restarted from this one routers choose; "frozen": experts are this run's.
-        own: what differs from `resid`, `keys` and `values`, where the run was made of another one (`rerun`).
-        flash: whether it was made, and is restarted, without scores that are written out.
-    """
-
-    model: Any
-    x: Any
+    model: Any  # the model that ran
+    x: Any  # its input
+    # the stream that entered each layer, and the one that left the last, each `[batch, pos, d_model]`
     resid: tuple[Float[Tensor, "batch pos d_model"], ...]
+    # each layer's rotated keys, `[batch, kv_head, pos, d_head]`
     keys: tuple[Float[Tensor, "batch kv_head pos d_head"], ...]
-    values: tuple[Float[Tensor, "batch kv_head pos d_head"], ...]
-    tables: tuple[Tensor, Tensor]
+    values: tuple[Float[Tensor, "batch kv_head pos d_head"], ...]  # each layer's values, likewise
+    tables: tuple[Tensor, Tensor]  # cosine and sine of the rotary positions, `[batch, pos, d_head]`
+    # additive attention mask, `[batch or 1, 1, pos, pos]`; None where it is plainly causal
     mask: Float[Tensor, "..."] | None
-    hooked_because: str = ""
+    hooked_because: str = ""  # why replays run as full hooked forwards; empty where they restart
+    # the caller's functions that stood on the model when it ran (`core.execution`)
     standing: Standing = field(default=(), repr=False)
+    # the run's logits at all positions, kept where such functions stood on the fusion stack; else None, and they are
+    # read from the last stream
     own_logits: Float[Tensor, "batch pos d_vocab"] | None = None
+    # by layer, what is added to the stream after it, whatever the stream is, up to the last position at which anything
+    # is, `[batch, pos, d_model]`
     added: Mapping[int, Tensor] = field(default_factory=dict[int, Tensor], repr=False)
+    # by layer that has some, those that each position went through, `[batch, pos, chosen]`
     experts: Mapping[int, Int64[Tensor, "batch pos chosen"]] = field(default_factory=dict[int, Tensor], repr=False)
-    routing: str = "free"
+    routing: str = "free"  # "free": in runs restarted from this one routers choose; "frozen": experts are this run's
+    # what differs from `resid`, `keys` and `values`, where the run was made of another one (`rerun`)
     own: Own | None = field(default=None, repr=False)
-    flash: bool = True
+    flash: bool = True  # whether it was made, and is restarted, without scores that are written out
 
     @property
     def spans(self) -> SpanMap:
@@ -221,11 +211,7 @@ class Record(Brief):
         return self.model.family.replay_traits(self.model.config)
 
     def require_standing(self) -> None:
-        """Refuse to go on where other functions stand on the model than when it was recorded.
-
-        Raises:
-            InterventionError: they do: a number would be neither of the recorded model nor of the one in hand.
-        """
+        """Refuse to go on where other functions stand on the model than when it was recorded."""
         with turn_of(self.model.bridge):
             now = standing_hooks(self.model)
             if [hook.key for hook in now] != [hook.key for hook in self.standing]:
@@ -236,11 +222,7 @@ class Record(Brief):
                 )
 
     def obstacle(self) -> str:
-        """Say what the adapter declares, or leaves undeclared, that a restart of this run would get wrong.
-
-        Returns:
-            The reason in words; empty where there is none.
-        """
+        """Say what the adapter declares, or leaves undeclared, that a restart would get wrong; empty if nothing."""
         traits, roles = self.traits, self.spans.roles
         declared = traits.obstacle(len(roles))
         if declared or self.mask is None:
@@ -256,28 +238,13 @@ class Record(Brief):
         return ""
 
     def logits_at(self, rows: Int64[Tensor, " row"]) -> Float[Tensor, "batch row d_vocab"]:
-        """The recorded run's own logits, under the hooks that stood then.
-
-        Args:
-            rows: the positions.
-
-        Returns:
-            Their logits.
-        """
+        """The recorded run's own logits, under the hooks that stood then."""
         if self.own_logits is not None:
             return self.own_logits[:, rows].to(self.model.device)
         return unembedded(self.model, self.stream(self.n_layers, 0)[:, rows])
 
     def stream(self, layer: int, start: int) -> Float[Tensor, "batch pos d_model"]:
-        """The stream that entered a layer, from a position on, where that layer is.
-
-        Args:
-            layer: the layer; the number of layers for the stream that left the last.
-            start: the first position.
-
-        Returns:
-            The stream; not to be written to.
-        """
+        """The stream that entered a layer (by the number of layers, that left the last), where it is; read only."""
         own, device = self.own, place_of(self.model, layer)
         if own is None:
             return self.resid[layer][:, start:].to(device)
@@ -289,15 +256,7 @@ class Record(Brief):
         return torch.cat((own.base.stream(layer, start)[:, : own.start - start], new), dim=1)
 
     def past(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values before a position, where that layer is.
-
-        Args:
-            layer: the layer.
-            end: the first position that is left out.
-
-        Returns:
-            Keys and values `[batch, kv_head, past, d_head]`; not to be written to.
-        """
+        """A layer's keys and values before a position, where that layer is; not to be written to."""
         own, device = self.own, place_of(self.model, layer)
         if own is None:
             return self.keys[layer][:, :, :end].to(device), self.values[layer][:, :, :end].to(device)
@@ -308,14 +267,7 @@ class Record(Brief):
         return keys, values
 
     def window(self, start: int) -> Window:
-        """Rotary tables and masks of a restart, where the model's inputs go.
-
-        Args:
-            start: the first position that is computed anew.
-
-        Returns:
-            The window.
-        """
+        """Rotary tables and masks of a restart, where the model's inputs go."""
         device = self.model.device
         cos, sin = (table.to(device) for table in self.tables)
         mask = None if self.mask is None else self.mask.to(device)
@@ -325,14 +277,7 @@ class Record(Brief):
         return replace(window, added=self.added_from(start), experts=experts)
 
     def added_from(self, start: int) -> dict[int, Float[Tensor, "batch _ d_model"]]:
-        """What is added after each layer from a position on, where the model is; layers where nothing is are left out.
-
-        Args:
-            start: the first position.
-
-        Returns:
-            By layer, up to the last position at which anything is added.
-        """
+        """What is added after each layer from a position on, where the model is; without layers where nothing is."""
         later = {layer: part[:, start:] for layer, part in self.added.items() if part.shape[1] > start}
         return {layer: part.to(self.model.device) for layer, part in later.items()}
 

@@ -142,7 +142,7 @@ def measure_place(
         with peers.towers_of(case, mode):
             for name, loop in loops.items():
                 theirs: dict[Head, torch.Tensor] = {}
-                works = [lambda head=head: theirs.__setitem__(head, loop([head])[0]) for head in sampled]
+                works = [partial(_keep, loop, head, theirs) for head in sampled]
                 if modes:
                     timed[name][mode] = watch.each(works)
                 else:
@@ -165,6 +165,10 @@ def measure_place(
         "gflop": (shaping.flops(blocks, spec) + shaping.unembedding_flops(len(heads), spec)) / 1e9,
         "bare": shaping.bare_seconds(blocks, spec, case.model.dtype, watch.brief),
     }
+
+
+def _keep(loop: Loop, head: Head, found: dict[Head, torch.Tensor]) -> None:
+    found[head] = loop([head])[0]
 
 
 def _peaks(shape: Shape, recording: str | Path | None, threads: int, rounds: int, tell: Progress) -> dict[str, Any]:
