@@ -367,9 +367,10 @@ class MediaLayout(ABC):
     def sound_borders(cls, config: Any) -> tuple[int, ...]:
         """The token ids that open and close a sound, which a prompt without it does not have."""
 
-    @abstractmethod
     def require_frame_rate(self, fps: float | int, *, interleaved: bool) -> None:
-        """Refuse a frame rate that the model cannot take, before anything is computed."""
+        """Refuse a frame rate that the model cannot take, before anything is computed; here any above 0 is taken."""
+        if "video" in self.kinds and (not np.isfinite(fps) or fps <= 0):
+            raise InputError(f"fps={fps:g}: frames are sampled at a rate above 0.")
 
     @abstractmethod
     def media(self, clip: Clip, *, picture: str | None, sound: str | None, fps: float | int) -> Media:
@@ -383,17 +384,18 @@ class MediaLayout(ABC):
     def expansions(self, media: Media) -> dict[str, str]:
         """What each placeholder of the template stands for, token by token."""
 
-    @abstractmethod
     def tensors(self, ids: np.ndarray, media: Media) -> dict[str, Any]:
-        """The keyword arguments of the HuggingFace forward for token ids `[pos]`."""
+        """The keyword arguments of the HuggingFace forward for token ids `[pos]`; here the ids and their mask."""
+        given = torch.from_numpy(ids)[None]
+        return {"input_ids": given, "attention_mask": torch.ones_like(given)}
 
     @abstractmethod
     def span_map(self, ids: np.ndarray, roles: Sequence[str], tokens: Sequence[str], media: Media) -> SpanMap:
         """Give media positions their role, their interval on both clocks and their patch; refuse a wrong number."""
 
-    @abstractmethod
     def expected_positions(self, ids: np.ndarray, media: Media) -> np.ndarray | None:
-        """The position ids `[stream, pos]` that the model should give; None where the family derives none."""
+        """The position ids `[stream, pos]` that the model should give, here counted; None where none are derived."""
+        return np.arange(len(ids), dtype=np.int64)[None]
 
     def check_positions(
         self, ids: np.ndarray, media: Media, spans: SpanMap, found: np.ndarray, *, fps: float | int
