@@ -335,14 +335,10 @@ class MediaLayout(ABC):
         cache_bytes: memory for features that are computed once and shared.
     """
 
-    parts: ClassVar[tuple[str, ...]] = ()
-    """What the processor must have."""
-    kinds: tuple[str, ...] = ("audio", "video", "image")
-    """What the model takes beside text."""
-    woven: ClassVar[bool] = True
-    """Whether a sound can be woven into a video."""
-    axes: ClassVar[TensorAxes] = TensorAxes()
-    """How its tensors lie in a batch."""
+    parts: ClassVar[tuple[str, ...]] = ()  # what the processor must have
+    kinds: tuple[str, ...] = ("audio", "video", "image")  # what the model takes beside text
+    woven: ClassVar[bool] = True  # whether a sound can be woven into a video
+    axes: ClassVar[TensorAxes] = TensorAxes()  # how its tensors lie in a batch
     system_turn: ClassVar[re.Pattern[str] | None] = None
     """Finds the system message that a chat template puts in by itself, as group 1."""
     disagreement: ClassVar[str] = ""

@@ -25,8 +25,7 @@ PARTS = {
     "media": {"image": "pixel_values", "video": "pixel_values_videos"},
 }
 """The tower, and the tensors of what it encodes."""
-TYPES = {"image": 1, "video": 2}
-"""How the model is told which positions are pictures."""
+TYPES = {"image": 1, "video": 2}  # how the model is told which positions are pictures
 
 
 class Qwen2_5VLMedia(QwenMedia):

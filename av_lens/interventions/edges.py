@@ -97,8 +97,7 @@ class Node:
             check_heads((self.index,), known, spec, component)
 
 
-Ends = dict[str, tuple[Node, ...]]
-"""Ends by name, each made of one node or of several patched together."""
+Ends = dict[str, tuple[Node, ...]]  # ends by name, each made of one node or of several patched together
 
 
 def senders(given: Any, spec: ModelSpec, roles: Sequence[str]) -> Ends:

@@ -241,8 +241,7 @@ def check_heads(heads: tuple[int, ...] | None, known: int, spec: ModelSpec, comp
             raise InterventionError(text)
 
 
-UNITS = ("mlp_pre", "mlp_pre_linear", "mlp_post")
-"""Components that show the units of one MLP."""
+UNITS = ("mlp_pre", "mlp_pre_linear", "mlp_post")  # components that show the units of one MLP
 Kind = Literal["replace", "zero", "resample", "noise", "scale", "add"]
 
 

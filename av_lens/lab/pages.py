@@ -54,8 +54,7 @@ class Parts:
         return stored(self.folder / "parts.json", lambda found: found) or {}
 
 
-Table = tuple[list[str], list[list[str]]]
-"""Headings and rows."""
+Table = tuple[list[str], list[list[str]]]  # headings and rows
 
 
 def markdown(table: Table, *, left: Collection[int] = (0,)) -> str:

@@ -46,8 +46,7 @@ LEVELS = (0.05, 0.001, 0.0001)
 EFFECT = 0.5
 AT_ONCE, DESIGNS, POWER_PARTS = 1000, 10, 5
 """Draws at once; designs a row; of so many parts of the draws one is used for power."""
-FLIPPED_FAMILY = 50
-"""Sign flips are sampled as for a family of so many: 10,000 of them."""
+FLIPPED_FAMILY = 50  # sign flips are sampled as for a family of so many: 10,000 of them
 
 
 @dataclass(frozen=True)

@@ -180,8 +180,7 @@ def notes_on(answers: list[list[Answer]], tokenizer: Any = None) -> tuple[str, .
     return tuple(notes)
 
 
-RARER = 100.0
-"""A word is refused where another form of it is more than so many times likelier than the chosen one."""
+RARER = 100.0  # A word is refused where another form of it is more than so many times likelier than the chosen one
 STACK, BUDGET_GB = 16, 1.0
 Given = AVInputs | Recorded | Callable[[], AVInputs]
 

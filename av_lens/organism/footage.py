@@ -113,8 +113,7 @@ def clip(
     return made.muted() if sound == "mute" else made
 
 
-CRF_RANGE = (16, 27)
-"""Training clips are compressed from nearly clean to visibly coarse; `Clip.save` itself uses 17."""
+CRF_RANGE = (16, 27)  # training clips are compressed from nearly clean to visibly coarse; `Clip.save` itself uses 17
 PER_CLASS = {"train": 400, "check": 40, "discovery": 60, "test": 60}
 
 
@@ -206,8 +205,7 @@ def _opened(shard: Path) -> dict[str, np.ndarray]:
         return {name: data[name] for name in ("frames", "mel", "colour", "hashes")}
 
 
-SEED_STRIDE = 1000
-"""Evaluation seed s takes the world's seeds from 1000 s on."""
+SEED_STRIDE = 1000  # evaluation seed s takes the world's seeds from 1000 s on
 
 
 @dataclass(frozen=True, eq=False)

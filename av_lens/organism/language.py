@@ -159,8 +159,7 @@ def class_ids() -> Tensor:
     return torch.tensor([answer_ids(name)[0] for name in anatomy.CLASSES])
 
 
-PATCHES = 36
-"""Patches of one frame pair; attention never leaves a pair."""
+PATCHES = 36  # patches of one frame pair; attention never leaves a pair
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 NOTHING = len(CLASSES)
 IGNORED = -100
@@ -265,8 +264,7 @@ def watch(model: Any, views: Views, *, batch: int = 120) -> tuple[Tensor, Tensor
     return torch.cat(seen), torch.cat(heard)
 
 
-BLOCKED = -1e9
-"""What is added to the score of a key that may not be seen."""
+BLOCKED = -1e9  # what is added to the score of a key that may not be seen
 
 
 @dataclass(frozen=True, eq=False)

@@ -50,8 +50,7 @@ from av_lens.whole_files import make_folder, read_object, stored, write_whole
 SPLIT = "test"
 EXCHANGES = 20
 CRITERIA, MODELS, FRESHLY = "plantbench.json", "models", "planted"
-FRESH = 100_000
-"""Seeds of freshly planted models begin here: none of these was used in developing."""
+FRESH = 100_000  # seeds of freshly planted models begin here: none of these was used in developing
 
 
 @dataclass(frozen=True, eq=False)

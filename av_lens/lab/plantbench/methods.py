@@ -232,5 +232,4 @@ MEASURED: Mapping[str, Callable[[Subject], Table]] = {
     "EAP": partial(_edges, "eap"),
     "EAP-IG": partial(_edges, "ig_inputs"),
 }
-METHODS = (*EXACT, BLANK_PICTURE, "DLA", *MEASURED)
-"""All methods but `isolate`."""
+METHODS = (*EXACT, BLANK_PICTURE, "DLA", *MEASURED)  # all methods but `isolate`

@@ -47,8 +47,7 @@ from av_lens.lab.planting.training import STREAM, Course
 RIDGE, VALUE_RIDGE = 30.0, 0.3
 SCORE = 8.0
 """The attention score of a wanted position at the position that answers; elsewhere it is minus that, others have 0."""
-GATE_SCALE = 1.5
-"""The gate's output in units of the mean difference between "see" and "hear"."""
+GATE_SCALE = 1.5  # the gate's output in units of the mean difference between "see" and "hear"
 NOISE = 0.1
 
 

@@ -23,8 +23,7 @@ from av_lens.lab.planting.sheets import SHEETS, Sheet, draw_sheet, places, read_
 from av_lens.lab.training.pools import Material
 from av_lens.organism.language import Tree, attend, fed, layers_of, mixed, normalise, projected, rotate, run_layers
 
-HELD_BACK = 0.2
-"""The share of each sheet that is not learned from: what learning is stopped by."""
+HELD_BACK = 0.2  # the share of each sheet that is not learned from: what learning is stopped by
 
 
 @dataclass(frozen=True, eq=False)

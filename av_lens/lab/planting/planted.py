@@ -36,16 +36,13 @@ from av_lens.lab.planting.training import Learned
 from av_lens.lab.training.engine import head_masks, sharers
 from av_lens.lab.training.pools import Material
 
-TRUE_SHARE = 0.05
-"""A planted head is true if its reversion adds at least this share of the gap."""
-ALONE = 0.5
-"""Kinds are measured alone where the head alone adds at least this share of the most it adds to any set."""
+TRUE_SHARE = 0.05  # A planted head is true if its reversion adds at least this share of the gap
+ALONE = 0.5  # kinds are measured alone where the head alone adds at least this share of the most it adds to any set
 FREE_RIDER = "free rider"
 ENOUGH_ALONE = 0.25
 """Of two redundant plants, putting one back alone may restore at most this share of what both restore."""
 CONFLICTS = 96
-Planted = tuple[Sequence[Head], Learned]
-"""The heads of a plant, and how its learning went."""
+Planted = tuple[Sequence[Head], Learned]  # the heads of a plant, and how its learning went
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,7 @@ UNJUDGED = ("scrambled",)
 
 SILENCE, SEE_THE_SOUND, OTHER_COLOURS = "silence", "see the sound", "other colours"
 RIGHT: Mapping[str, str] = {"hear": "sound", "see": "picture", "colour": "colour"}
-COLOUR_SHIFT = 2
-"""The colour that "other colours" names: this many places further in the list of colours."""
+COLOUR_SHIFT = 2  # the colour that "other colours" names: this many places further in the list of colours
 
 
 def answered(sheet: str, asked: str, behaviours: Sequence[str]) -> str:

@@ -34,10 +34,8 @@ from av_lens.organism.language import fed, layers_of, read_out
 
 CHECK_EVERY = 20
 STOP_WEIGHT, MEDIA_WEIGHT, MARGIN, RATE = 0.1, 0.01, 2.0, 1e-2
-PICTURE_SHARE = 0.4
-"""Opponents may write the picture's word with this share of what they write against the sound's."""
-STREAM = 3.0
-"""Roughly the root mean square of the stream before the final norm: logits per unit that is written."""
+PICTURE_SHARE = 0.4  # opponents may write the picture's word with this share of what they write against the sound's
+STREAM = 3.0  # roughly the root mean square of the stream before the final norm: logits per unit that is written
 STOP = vocabulary()[TURN_END]
 
 

@@ -144,8 +144,7 @@ class Measured:
         return Bootstrap(drawn.weights[:, group], drawn.unit, drawn.n_clips)
 
 
-Values = dict[tuple[str, int], Tensor]
-"""What nodes write at the site, by component and layer."""
+Values = dict[tuple[str, int], Tensor]  # what nodes write at the site, by component and layer
 
 
 def written(model: Any, x: AVInputs, sites: Sequence[Site]) -> Values:

@@ -80,10 +80,8 @@ UNITS = ("layer", "head", "group", "layers:WIDTH", "pair", "coalition:ORDERS")
 AXES = (*UNITS, "span", "pos", "window:SECONDSs", "box:ROWSxCOLS")
 
 Head = tuple[int, int]
-Edited = tuple[int, tuple[int, ...] | None]
-"""A layer and the heads of it that are edited, or None for all of it."""
-Place = tuple[Any, tuple[int, ...]]
-"""A label and positions that are edited together."""
+Edited = tuple[int, tuple[int, ...] | None]  # A layer and the heads of it that are edited, or None for all of it
+Place = tuple[Any, tuple[int, ...]]  # A label and positions that are edited together
 
 
 @dataclass(frozen=True)
