@@ -174,10 +174,6 @@ def _shown(component: str, activation: Tensor) -> Tensor:
     return activation
 
 
-def _pair(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    return first, second
-
-
 def given_weights(router: Any, logits: Float[Tensor, "*rows expert"], chosen: Tensor) -> Float[Tensor, "*rows chosen"]:
     """What a router gives to these experts: its softmax over all, in float32, summed to one where it does so."""
     shares = _softmax(logits).gather(-1, chosen)
@@ -312,7 +308,7 @@ class Layer:
         self,
         normed: Tensor,
         show: Callable[[str, Tensor], Tensor] = _shown,
-        matched: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _pair,
+        matched: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = lambda first, second: (first, second),
     ) -> Tensor:
         """What the MLP writes; `show` may change what stands at its hooks, `matched` brings two of these together.
 

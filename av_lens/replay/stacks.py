@@ -237,9 +237,10 @@ def restarted(
     record: Record, plans: Sequence[CompiledPlan], start: int, rows: Sequence[int], *, keep: bool = False
 ) -> tuple[Float[Tensor, "plan batch asked d_model"], list[tuple[Tensor, Tensor]]]:
     """Run plans from one position on, each from its own first layer, without hooks."""
-    taps, wanted = Taps(plans, start), _run_of(rows)
-    if record.resid[0].dtype != torch.float32 and len(plans) * record.batch * len(rows) == 1:
-        wanted = None  # never one row alone
+    taps, wanted = Taps(plans, start), None
+    alone = record.resid[0].dtype != torch.float32 and len(plans) * record.batch * len(rows) == 1
+    if len(rows) and rows[-1] - rows[0] + 1 == len(rows) and not alone:  # one run of neighbours, never one row alone
+        wanted = slice(rows[0], rows[-1] + 1)
     stream: Tensor | None = None
     kept: list[tuple[Tensor, Tensor]] = []
     for number in range(taps.first_layer if keep else 0):
@@ -294,12 +295,6 @@ def _tail(record: Record, layer: int, start: int) -> tuple[Tensor, Tensor]:
     """The recorded run's keys and values from a position on, `[batch, pos, kv_head, d_head]`, where the model is."""
     keys, values = (part[:, :, start:].transpose(1, 2) for part in record.past(layer, len(record.spans)))
     return keys, values
-
-
-def _run_of(rows: Sequence[int]) -> slice | None:
-    """The rows as one slice, where they are one run of neighbours."""
-    one_run = len(rows) > 0 and rows[-1] - rows[0] + 1 == len(rows)
-    return slice(rows[0], rows[-1] + 1) if one_run else None
 
 
 def refuse_huge(needed: float, budget_gb: float | int) -> None:

@@ -246,7 +246,8 @@ def build_case(shape: Shape, *, recording: str | Path | None = None, seed: int =
         processor = anatomy.processor(most_pixels=shape.grid[0] * shape.grid[1] * TOKEN_SIDE**2)
     plain.requires_grad_(False)
     shown, heard = _clips(shape, recording, seed)
-    model = load(shape.name, hf_model=sharing_weights(plain), processor=processor)
+    weights = {id(weight): weight for weight in (*plain.parameters(), *plain.buffers())}  # of both, one copy
+    model = load(shape.name, hf_model=copy.deepcopy(plain, weights), processor=processor)
     question = "What do you hear?" if shape.organism else shape.question
     x, donor = (model.encode(one, question, fps=FPS) for one in (shown, heard))
     answers = [processor.tokenizer(word)["input_ids"][0] for word in (" siren", " dog")]
@@ -257,12 +258,6 @@ def shape_named(name: str) -> Shape:
     """Find one of `SHAPES`."""
     require_choice("shape", name, SHAPES)
     return SHAPES[name]
-
-
-def sharing_weights(hf_model: Any) -> Any:
-    """Copy a model's modules but not its weights, so that one copy can be wrapped and the other left as it is."""
-    weights = [*hf_model.parameters(), *hf_model.buffers()]
-    return copy.deepcopy(hf_model, {id(weight): weight for weight in weights})
 
 
 def _clips(shape: Shape, recording: str | Path | None, seed: int) -> tuple[Clip, Clip]:
