@@ -26,11 +26,11 @@ from av_lens.media.source import ClipFile
 
 SEE, CONTROL, DESCRIBE = "What do you see?", "What colour is it?", "Describe this short clip."
 
-KEYS = ("id", "sound", "picture", "question", "answers", "start", "end", "prefix", "see", "control", "describe")
-KEYS += ("source", "references")
+_ASIDE = ("prefix", "see", "control", "describe")
 _FILES = ("sound", "picture")
 _REQUIRED = (*_FILES, "question", "answers")
-_TEXTS = ("id", "sound", "picture", "question", "prefix", "see", "control", "describe")
+_TEXTS = ("id", *_FILES, "question", *_ASIDE)
+KEYS = ("id", *_REQUIRED, "start", "end", *_ASIDE, "source", "references")
 
 
 @dataclass(frozen=True, kw_only=True)
